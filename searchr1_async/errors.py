@@ -1,0 +1,87 @@
+"""Every exception that the package raises on purpose, in one flat tree.
+
+::
+
+    SearchR1Error
+    ├── ConfigurationError         bad input, refused before any work starts (also a ValueError)
+    │   ├── QuestionsError         a question suite that cannot be used
+    │   ├── CorpusError            a corpus that cannot be used
+    │   ├── ModelError             an unknown model, tokenizer or tool-call format
+    │   └── RunFolderError         a run folder in use, or of another run
+    ├── ServiceError               the Tinker service, embedded or remote
+    │   ├── ServiceUnavailableError  it does not answer
+    │   ├── ServiceStartError      the embedded service did not come up
+    │   └── PortInUseError         its port is taken
+    ├── SearchError                the search tool, for good (after its retries)
+    │   ├── EmbeddingError         the embedder
+    │   └── StoreError             the vector store
+    ├── RewardError                a user's reward function failed or returned no finite number
+    ├── CheckpointError            a checkpoint that cannot be written or read
+    └── TooManyFailuresError       too large a fraction of the episodes failed
+
+Every message says what happened, where, and what to do; none holds a key or a token.
+"""
+
+
+class SearchR1Error(Exception):
+    """The root: catch it to catch whatever this package raises on purpose."""
+
+
+class ConfigurationError(SearchR1Error, ValueError):
+    """Bad input, refused before any work starts."""
+
+
+class QuestionsError(ConfigurationError):
+    """A question suite that cannot be read or holds a question that cannot be used."""
+
+
+class CorpusError(ConfigurationError):
+    """A corpus that cannot be read, is empty, or lacks a column."""
+
+
+class ModelError(ConfigurationError):
+    """An unknown model, a model without a tokenizer, or an unknown tool-call format."""
+
+
+class RunFolderError(ConfigurationError):
+    """A run folder that another process uses, or that holds a run with other settings."""
+
+
+class ServiceError(SearchR1Error):
+    """The Tinker service failed for good."""
+
+
+class ServiceUnavailableError(ServiceError):
+    """The Tinker service does not answer at its URL."""
+
+
+class ServiceStartError(ServiceError):
+    """The embedded Tinker service did not come up."""
+
+
+class PortInUseError(ServiceError):
+    """The port asked for the embedded Tinker service is taken."""
+
+
+class SearchError(SearchR1Error):
+    """The search tool failed for good; the episode that asked fails with this as its cause."""
+
+
+class EmbeddingError(SearchError):
+    """The embedder failed for good."""
+
+
+class StoreError(SearchError):
+    """The vector store failed for good, or does not hold what was expected of it."""
+
+
+class RewardError(SearchR1Error):
+    """A reward function raised, or returned something that is no finite number."""
+
+
+class CheckpointError(SearchR1Error):
+    """A checkpoint that cannot be written or read."""
+
+
+class TooManyFailuresError(SearchR1Error):
+    """More than the allowed fraction of episodes failed: the services are at fault, not the model."""
