@@ -1,0 +1,24 @@
+"""What every test shares: asyncio in debug mode, and no reach beyond this machine."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+
+# Set before any library reads them: tests never reach a hub or send telemetry.
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    TINKER_TELEMETRY="0",
+    ANONYMIZED_TELEMETRY="False",
+    TOKENIZERS_PARALLELISM="false",
+    OMP_WAIT_POLICY="passive",
+)
+for name in ("TINKER_API_KEY", "TINKER_BASE_URL"):
+    os.environ.pop(name, None)
+
+
+@pytest.fixture
+def anyio_backend() -> tuple[str, dict[str, Any]]:
+    return "asyncio", {"debug": True}
