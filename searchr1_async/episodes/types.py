@@ -98,7 +98,9 @@ class Turn:
     """Natural-log probabilities of ``sampled_tokens`` under the policy that sampled them; same length."""
     text: str
     """``sampled_tokens`` decoded, for people and parsers."""
-    policy_version: int
+    content: str = ""
+    """``text`` without chat markup and reasoning: what the turn says."""
+    policy_version: int = 0
     """Optimiser steps done before the weights that sampled this turn."""
     call: SearchCall | None = None
     appended_tokens: tuple[int, ...] = ()

@@ -1,0 +1,206 @@
+"""One coroutine plays one episode: sample, read, search, append, and again, until it ends.
+
+Nothing here knows of batches, retries, processes or weights; the policy and the search it is given take care of those.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from searchr1_async.config import EpisodeLimits
+from searchr1_async.episodes.dialect import Dialect, FinalAnswer, MalformedCall, Reading
+from searchr1_async.episodes.types import Episode, Passage, Question, SearchCall, StopReason, Turn
+from searchr1_async.errors import SearchError, ServiceError
+
+
+@dataclass(frozen=True, slots=True)
+class SampledTurn:
+    """One continuation, as a policy sampled it."""
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    truncated: bool
+    """It ended for length, not at a stop."""
+    policy_version: int
+    seconds: float = 0.0
+
+
+class Policy(Protocol):
+    """The model, as an episode sees it."""
+
+    async def sample(
+        self, prompt_tokens: Sequence[int], *, max_tokens: int, stop: list[int] | list[str], seed: int | None
+    ) -> SampledTurn:
+        """One continuation.
+
+        Raises:
+            ServiceError: for good.
+        """
+        ...
+
+
+class SearchTool(Protocol):
+    """The search, as an episode sees it."""
+
+    async def search(self, queries: Sequence[str]) -> Sequence[Sequence[Passage]]:
+        """Passages for each query, in the order of the queries.
+
+        Raises:
+            SearchError: for good.
+        """
+        ...
+
+    def clean_query(self, query: str) -> str | None:
+        """The query as it can be sent; None where it cannot (a malformed call)."""
+        ...
+
+
+async def play(
+    question: Question,
+    *,
+    dialect: Dialect,
+    policy: Policy,
+    search: SearchTool,
+    limits: EpisodeLimits,
+    first_turn: SampledTurn | None = None,
+    prompt_tokens: Sequence[int] | None = None,
+    seed: int | None = None,
+) -> Episode:
+    """Plays one episode to its end; it has no reward yet.
+
+    Args:
+        first_turn: sampled already (a group's first turns are one request); None samples it here.
+        prompt_tokens: of the first turn, where the caller has rendered them; None renders them here.
+        seed: of the first turn's sample; later turns add their number.
+
+    A service or search that failed for good gives an episode with stop reason FAILED and the cause in ``error``; whatever
+    the model does is an outcome, never an exception.
+    """
+    began = time.monotonic()
+    tokens = list(prompt_tokens if prompt_tokens is not None else dialect.start(question))
+    first_prompt = tuple(tokens)
+    turns: list[Turn] = []
+    answer: str | None = None
+    error: str | None = None
+    stop_reason: StopReason | None = None
+
+    while stop_reason is None:
+        if len(tokens) + limits.max_tokens > limits.max_trajectory_tokens:
+            stop_reason = StopReason.MAX_TRAJECTORY_TOKENS
+            break
+        try:
+            sampled = (
+                first_turn
+                if first_turn is not None and not turns
+                else await policy.sample(
+                    tokens,
+                    max_tokens=limits.max_tokens,
+                    stop=dialect.stop,
+                    seed=None if seed is None else seed + len(turns),
+                )
+            )
+        except ServiceError as fault:
+            stop_reason, error = StopReason.FAILED, f"{type(fault).__name__}: {fault}"
+            break
+        content, reading = dialect.read(tokens, sampled.tokens)
+        is_last = len(turns) + 1 >= limits.max_turns
+        stop_reason, answer = _outcome(reading, sampled.truncated, is_last, limits)
+        call = None
+        appended: list[int] = []
+        if not sampled.truncated:
+            call = _call_made(reading, search, limits)
+        if call is not None and call.problem is not None and not isinstance(reading, MalformedCall):
+            # The call was well formed, but holds a query that cannot be sent.
+            stop_reason = _malformed_outcome(is_last, limits)
+        if stop_reason is None and call is not None:
+            try:
+                call, extension = await _carry_out(call, tokens, sampled.tokens, dialect, search)
+            except SearchError as fault:
+                stop_reason, error, extension = StopReason.FAILED, f"{type(fault).__name__}: {fault}", []
+            if extension is None:
+                stop_reason, extension = StopReason.NOT_EXTENDABLE, []
+            appended = extension
+        turns.append(_turn(sampled, content, dialect, call, appended))
+        tokens += sampled.tokens
+        tokens += appended
+
+    return Episode(
+        question=question,
+        prompt_tokens=first_prompt,
+        turns=_without_tail(turns),
+        stop_reason=stop_reason,
+        answer=answer,
+        error=error,
+        seconds=time.monotonic() - began,
+    )
+
+
+def _outcome(
+    reading: Reading, truncated: bool, is_last: bool, limits: EpisodeLimits
+) -> tuple[StopReason | None, str | None]:
+    """Whether this turn ends the episode, and the answer it gave."""
+    if truncated:
+        return StopReason.MAX_TURN_TOKENS, None
+    if isinstance(reading, FinalAnswer):
+        return (StopReason.NO_ANSWER, None) if reading.answer is None else (StopReason.ANSWER, reading.answer)
+    if isinstance(reading, MalformedCall):
+        return _malformed_outcome(is_last, limits), None
+    return (StopReason.MAX_TURNS if is_last else None), None
+
+
+def _malformed_outcome(is_last: bool, limits: EpisodeLimits) -> StopReason | None:
+    return None if limits.malformed_calls == "tell" and not is_last else StopReason.MALFORMED_CALL
+
+
+def _call_made(reading: Reading, search: SearchTool, limits: EpisodeLimits) -> SearchCall | None:
+    """The call in a turn, with its queries cleaned; None where the turn calls nothing."""
+    if isinstance(reading, MalformedCall):
+        return SearchCall((), problem=reading.problem)
+    if isinstance(reading, FinalAnswer):
+        return None
+    if len(reading.queries) > limits.max_queries_per_call:
+        return SearchCall(
+            (), problem=f"{len(reading.queries)} queries; at most {limits.max_queries_per_call} are allowed"
+        )
+    queries = [search.clean_query(query) for query in reading.queries]
+    if any(query is None for query in queries):
+        return SearchCall((), problem="a query that cannot be searched for (empty, too long or unreadable)")
+    return SearchCall(tuple(query for query in queries if query is not None))
+
+
+async def _carry_out(
+    call: SearchCall, tokens: Sequence[int], sampled: Sequence[int], dialect: Dialect, search: SearchTool
+) -> tuple[SearchCall, list[int] | None]:
+    """The call with its results, and the tokens that tell them to the model."""
+    if call.problem is not None:
+        return call, dialect.tell(tokens, sampled, call.problem)
+    began = time.monotonic()
+    results = tuple(tuple(passages) for passages in await search.search(call.queries))
+    call = SearchCall(call.queries, results, seconds=time.monotonic() - began)
+    return call, dialect.extend(tokens, sampled, call.queries, results)
+
+
+def _turn(
+    sampled: SampledTurn, content: str, dialect: Dialect, call: SearchCall | None, appended: Sequence[int]
+) -> Turn:
+    return Turn(
+        sampled_tokens=sampled.tokens,
+        logprobs=sampled.logprobs,
+        text=dialect.decode(sampled.tokens),
+        content=content,
+        policy_version=sampled.policy_version,
+        call=call,
+        appended_tokens=tuple(appended),
+        seconds=sampled.seconds,
+        truncated=sampled.truncated,
+    )
+
+
+def _without_tail(turns: Sequence[Turn]) -> tuple[Turn, ...]:
+    """The turns, with nothing appended behind the last: an example ends with what the model did."""
+    if turns and turns[-1].appended_tokens:
+        turns = [*turns[:-1], replace(turns[-1], appended_tokens=())]
+    return tuple(turns)

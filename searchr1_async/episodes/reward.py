@@ -1,0 +1,136 @@
+"""What an episode is worth: exact match and F1 with SQuAD normalisation, and the recipe's formula over them.
+
+A reward is any ``async def reward(episode) -> float`` (or a float with named parts, see :class:`Score`); the engine calls it
+once, when the episode has ended.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import string
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+from searchr1_async.episodes.types import Episode, Turn
+from searchr1_async.errors import RewardError
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_ANSWER_PREFIX = re.compile(r"answer\s*:", re.IGNORECASE)
+
+
+def normalize_answer(text: str) -> str:
+    """Lower case, without punctuation, articles and extra white space.
+
+    Source: the official SQuAD evaluation script (Rajpurkar et al., 2016, "SQuAD: 100,000+ Questions").
+    """
+    text = text.lower().translate(_PUNCTUATION)
+    return " ".join(_ARTICLES.sub(" ", text).split())
+
+
+def exact_match(answer: str | None, golden_answers: tuple[str, ...]) -> float:
+    """1.0 where the normalised answer equals any normalised golden answer, else 0.0; an empty answer is never right."""
+    if answer is None:
+        return 0.0
+    normalised = normalize_answer(answer)
+    return float(bool(normalised) and any(normalised == normalize_answer(golden) for golden in golden_answers))
+
+
+def f1_score(answer: str | None, golden_answers: tuple[str, ...]) -> float:
+    """The best token-level F1 of the answer against any golden answer, in [0, 1] (Rajpurkar et al., 2016)."""
+    if answer is None:
+        return 0.0
+    answer_words = normalize_answer(answer).split()
+    best = 0.0
+    for golden in golden_answers:
+        golden_words = normalize_answer(golden).split()
+        overlap = sum((Counter(answer_words) & Counter(golden_words)).values())
+        if overlap:
+            best = max(best, 2 * overlap / (len(answer_words) + len(golden_words)))
+    return best
+
+
+def answer_after_prefix(text: str) -> str | None:
+    """The answer behind the last ``Answer:`` (in any case) up to the end of its line; None where there is none or it is empty.
+
+    Takes the last of several, since a model that reasons aloud may name the word before it decides; bold marks and
+    quotes around the answer are dropped.
+    """
+    answer: str | None = None
+    for match in _ANSWER_PREFIX.finditer(text):
+        line = text[match.end() :].strip().split("\n", 1)[0]
+        answer = line.strip().strip("*`\"'").strip() or None
+    return answer
+
+
+def strict_recipe_answer(text: str) -> str | None:
+    """The answer exactly as the ancestor's recipe reads it: case-sensitive, none where "Answer:" stands twice, "" counts."""
+    before, found, after = text.partition("Answer:")
+    del before
+    if not found or "Answer:" in after:
+        return None
+    return after.strip()
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """A reward and the named parts that explain it."""
+
+    reward: float
+    parts: Mapping[str, float] = field(default_factory=dict)
+
+
+RewardFunction = Callable[[Episode], Awaitable[float | Score]]
+
+
+@dataclass(frozen=True, slots=True)
+class RecipeReward:
+    """``format_coefficient * (format - 1) + correct``: -0.1, 0 or 1 with the defaults.
+
+    ``correct`` is exact match; ``format`` is 1 where an answer could be read. ``f1`` is measured beside them.
+    """
+
+    format_coefficient: float = 0.1
+    strict_recipe: bool = False
+    """Score exactly as the ancestor does: its answer rule on the text of the last turn, in the "Answer:" format only."""
+
+    async def __call__(self, episode: Episode) -> Score:
+        answer = episode.answer
+        if self.strict_recipe:
+            last: Turn | None = episode.turns[-1] if episode.turns else None
+            readable = last is not None and not last.truncated and not (last.call and last.call.problem)
+            answer = strict_recipe_answer(last.content) if last is not None and readable else None
+        format_ok = float(answer is not None)
+        golden = episode.question.golden_answers
+        if self.strict_recipe:
+            # The recipe lets an empty answer match a golden answer that normalises to nothing.
+            correct = float(answer is not None and any(normalize_answer(answer) == normalize_answer(g) for g in golden))
+        else:
+            correct = exact_match(answer, golden)
+        reward = self.format_coefficient * (format_ok - 1) + correct
+        return Score(reward, {"correct": correct, "format": format_ok, "f1": f1_score(answer, golden)})
+
+
+async def score(episode: Episode, reward: RewardFunction) -> Episode:
+    """The episode with its reward. ``correct``, ``format`` and ``f1`` are always among its parts, whatever the reward function.
+
+    Raises:
+        RewardError: the function raised, or returned no finite number.
+    """
+    try:
+        given = await reward(episode)
+    except Exception as error:
+        raise RewardError(
+            f"the reward function failed on question {episode.question.id!r}: {type(error).__name__}: {error}"
+        ) from error
+    result = given if isinstance(given, Score) else Score(given)
+    if not isinstance(result.reward, int | float) or not math.isfinite(result.reward):
+        raise RewardError(
+            f"the reward function returned {result.reward!r} for question {episode.question.id!r}: return a finite number"
+        )
+    parts = dict(result.parts)
+    if not parts.keys() >= {"correct", "format", "f1"}:
+        parts = {**(await RecipeReward()(episode)).parts, **parts}
+    return replace(episode, reward=float(result.reward), reward_parts=parts)

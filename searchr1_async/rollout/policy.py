@@ -1,0 +1,85 @@
+"""The policy: one version of the weights behind a Tinker sampling client, as episodes use it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import anyio
+import tinker
+from tinker import types as tinker_types
+
+from searchr1_async.config import SamplingSettings
+from searchr1_async.episodes.play import SampledTurn
+from searchr1_async.errors import ServiceError
+
+
+class TinkerPolicy:
+    """Samples turns from one version of the weights.
+
+    Args:
+        client: a sampling client, which keeps the weights that it was made from.
+        version: optimiser steps done before these weights.
+    """
+
+    def __init__(self, client: tinker.SamplingClient, version: int, settings: SamplingSettings) -> None:
+        self._client = client
+        self._settings = settings
+        self.version = version
+
+    async def sample(
+        self, prompt_tokens: Sequence[int], *, max_tokens: int, stop: list[int] | list[str], seed: int | None
+    ) -> SampledTurn:
+        """One continuation.
+
+        Raises:
+            ServiceError: the service refused, failed for good, or was silent past the deadline.
+        """
+        (turn,) = await self.sample_many(prompt_tokens, 1, max_tokens=max_tokens, stop=stop, seed=seed)
+        return turn
+
+    async def sample_many(
+        self,
+        prompt_tokens: Sequence[int],
+        count: int,
+        *,
+        max_tokens: int,
+        stop: list[int] | list[str],
+        seed: int | None,
+    ) -> list[SampledTurn]:
+        """``count`` continuations of one prompt in one request: its tokens are sent and read only once.
+
+        Raises:
+            ServiceError: the service refused, failed for good, or was silent past the deadline.
+        """
+        began = time.monotonic()
+        params = tinker_types.SamplingParams(
+            max_tokens=max_tokens, temperature=self._settings.temperature, stop=stop, seed=seed
+        )
+        prompt = tinker_types.ModelInput.from_ints(list(prompt_tokens))
+        try:
+            with anyio.fail_after(self._settings.deadline):
+                response = await self._client.sample(prompt, count, params)
+        except TimeoutError as error:
+            raise ServiceError(
+                f"the Tinker service gave no sample within {self._settings.deadline:g} s (the sampling deadline)"
+            ) from error
+        except (tinker.TinkerError, ValueError) as error:
+            raise ServiceError(f"the Tinker service gave no sample: {type(error).__name__}: {error}") from error
+        seconds = time.monotonic() - began
+        turns = []
+        for sequence in response.sequences:
+            if sequence.logprobs is None:
+                raise ServiceError("the Tinker service sampled without log-probabilities, which learning needs")
+            turns.append(
+                SampledTurn(
+                    tokens=tuple(sequence.tokens),
+                    logprobs=tuple(sequence.logprobs),
+                    truncated=sequence.stop_reason == "length",
+                    policy_version=self.version,
+                    seconds=seconds,
+                )
+            )
+        if len(turns) != count:
+            raise ServiceError(f"the Tinker service gave {len(turns)} samples where {count} were asked for")
+        return turns
