@@ -1,0 +1,211 @@
+"""The learning curve of a run as one picture: is it right more often, does it search, are its calls sound."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_TRAINING, _HELD_OUT, _TURNS, _CALLS, _SEEN = "#3b6fb6", "#c4472f", "#2f8f6b", "#8a5fb0", "#c98a1b"
+"""Told apart in the common forms of colour blindness, and by line style where two share a panel."""
+_GREY = "#6b7280"
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationPoint:
+    """One held-out evaluation in the picture."""
+
+    label: str
+    step: int | None
+    """Optimiser steps done before it; None stands it at the right end."""
+    exact_match: float
+    low: float
+    """Ends of the 95 % interval."""
+    high: float
+
+
+def learning_curve(
+    metrics: pl.DataFrame, evaluations: Sequence[EvaluationPoint], path: Path, *, title: str = ""
+) -> Path:
+    """Draw the learning curve and write it to ``path`` as PNG (1650 x 1350 pixels); returns ``path``.
+
+    Args:
+        metrics: one row a step, as :meth:`searchr1_async.watch.records.RunRecords.metrics` gives it; it may be empty,
+            and any metric may be missing or null.
+        evaluations: held-out evaluations, drawn with their intervals.
+        title: stands above the picture.
+
+    Raises:
+        OSError: ``path`` cannot be written.
+    """
+    # Imported here: it costs half a second, and a run that draws nothing needs none of it.
+    # The object interface holds no global state, so it works in any thread and beside a notebook's own figures.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 9), dpi=150, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    answers, turns, calls = figure.subplots(3, 1, sharex=True, height_ratios=[2.2, 1, 1])
+    _draw_exact_match(answers, metrics, evaluations)
+    _draw_turns(turns, metrics)
+    _draw_shares(calls, metrics)
+    calls.set_xlabel("optimiser step")
+    _limit_steps(calls, metrics, evaluations)
+    if title:
+        figure.suptitle(_plain(title), fontsize=14, fontweight="bold", x=0.01, ha="left")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png", metadata={"Software": None})
+    return path
+
+
+def _draw_exact_match(axes: Axes, metrics: pl.DataFrame, evaluations: Sequence[EvaluationPoint]) -> None:
+    _style(axes, "exact match", share=True)
+    steps_n, values_n = _series(metrics, "env/all/correct")
+    if len(steps_n):
+        axes.plot(steps_n, values_n, "o", color=_TRAINING, alpha=0.35, markersize=4, markeredgewidth=0)
+        smooth_n, spread_n = smoothed(values_n)
+        if len(steps_n) > 2:
+            axes.fill_between(steps_n, smooth_n - spread_n, smooth_n + spread_n, color=_TRAINING, alpha=0.12, lw=0)
+        axes.plot(steps_n, smooth_n, color=_TRAINING, lw=2.2, label="training episodes (points: single steps)")
+    points = [point for point in evaluations if not math.isnan(point.exact_match)]
+    last_step = _last_step(metrics, evaluations)
+    places = [float(last_step if point.step is None else point.step) for point in points]
+    places = _beside_each_other(places, gap=max(last_step, 1) * 0.02)
+    if points:
+        means = [point.exact_match for point in points]
+        errors = [[p.exact_match - p.low for p in points], [p.high - p.exact_match for p in points]]
+        axes.errorbar(
+            places, means, yerr=errors, fmt="D", color=_HELD_OUT, markersize=7, capsize=5, lw=1.6, zorder=5,
+            label="held-out questions, 95 % interval",
+        )  # fmt: skip
+    for place, point in zip(places, points, strict=True):
+        # Labels lean towards the middle of the picture, where there is room.
+        right = place <= last_step / 2
+        axes.annotate(
+            f"{_plain(point.label)}\n{point.exact_match:.1%}", (place, point.exact_match), xytext=(9 if right else -9, 0),
+            textcoords="offset points", ha="left" if right else "right", va="center", color=_HELD_OUT, fontsize=10,
+            fontweight="bold", zorder=6, bbox={"boxstyle": "round,pad=0.15", "fc": "white", "ec": "none", "alpha": 0.8},
+        )  # fmt: skip
+    highest = max([*values_n.tolist(), *(point.high for point in points)], default=1.0)
+    axes.set_ylim(0, min(1.02, max(0.1, highest * 1.15)))
+    _legend(axes)
+
+
+def _draw_turns(axes: Axes, metrics: pl.DataFrame) -> None:
+    _style(axes, "turns per episode")
+    steps_n, values_n = _series(metrics, "env/all/turns_per_episode")
+    if len(steps_n):
+        axes.plot(steps_n, values_n, "o", color=_TURNS, alpha=0.35, markersize=4, markeredgewidth=0)
+        axes.plot(steps_n, smoothed(values_n)[0], color=_TURNS, lw=2.2)
+        axes.set_ylim(min(1.0, values_n.min()) - 0.05, max(3.0, values_n.max() * 1.08))
+    else:
+        axes.set_ylim(0.95, 3)
+    # Below two turns no search result is ever read: the line where a policy begins to search.
+    axes.axhline(2, color=_GREY, lw=0.9, ls=(0, (4, 3)))
+    axes.annotate("searches once, then answers", (0.995, 2), xycoords=("axes fraction", "data"), xytext=(0, 3),
+                  textcoords="offset points", ha="right", va="bottom", color=_GREY, fontsize=9)  # fmt: skip
+
+
+def _draw_shares(axes: Axes, metrics: pl.DataFrame) -> None:
+    _style(axes, "share", share=True)
+    for name, label, colour, line in (
+        ("env/all/valid_calls", "tool calls that are valid", _CALLS, "-"),
+        ("env/all/answer_in_passage", "episodes shown a passage with the answer", _SEEN, (0, (5, 1.5))),
+    ):
+        steps_n, values_n = _series(metrics, name)
+        if len(steps_n):
+            axes.plot(steps_n, values_n, "o", color=colour, alpha=0.3, markersize=4, markeredgewidth=0)
+            axes.plot(steps_n, smoothed(values_n)[0], color=colour, lw=2.2, ls=line, label=label)
+    axes.set_ylim(-0.02, 1.04)
+    _legend(axes)
+
+
+def smoothed(values_n: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Local mean and standard deviation of a series, Gaussian weights about a twentieth of its length wide.
+
+    Weights are normalised over the points that exist, so the ends are not drawn towards anything.
+
+    Args:
+        values_n: shape ``[steps]``, finite.
+
+    Returns:
+        mean and spread, both of shape ``[steps]``.
+    """
+    count = len(values_n)
+    if not count:
+        return values_n, values_n
+    width = max(1.0, count / 20)
+    reach = math.ceil(4 * width)
+    kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / width) ** 2)
+
+    def summed(series_n: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.convolve(series_n, kernel)[reach : reach + count]
+
+    weight_n = summed(np.ones(count))
+    mean_n = summed(values_n) / weight_n
+    variance_n = summed(values_n**2) / weight_n - mean_n**2
+    return mean_n, np.sqrt(np.maximum(variance_n, 0.0))
+
+
+def _series(metrics: pl.DataFrame, name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Steps and values of one metric where it has a finite value."""
+    if name not in metrics.columns or "step" not in metrics.columns:
+        return np.empty(0), np.empty(0)
+    frame = metrics.select(step=pl.col("step").cast(pl.Float64), value=pl.col(name).cast(pl.Float64))
+    frame = frame.filter(pl.col("value").is_finite()).sort("step")
+    return frame["step"].to_numpy(), frame["value"].to_numpy()
+
+
+def _last_step(metrics: pl.DataFrame, evaluations: Sequence[EvaluationPoint]) -> int:
+    steps = metrics["step"].to_list() if "step" in metrics.columns else []
+    return max([*steps, *(point.step for point in evaluations if point.step is not None)], default=0)
+
+
+def _limit_steps(axes: Axes, metrics: pl.DataFrame, evaluations: Sequence[EvaluationPoint]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    last = max(_last_step(metrics, evaluations), 1)
+    axes.set_xlim(-0.03 * last, last * 1.03)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _beside_each_other(places: Sequence[float], gap: float) -> list[float]:
+    """Shift markers that share a step, so that none hides another."""
+    out: list[float] = []
+    for place in places:
+        while any(abs(place - other) < gap / 2 for other in out):
+            place -= gap
+        out.append(place)
+    return out
+
+
+def _style(axes: Axes, label: str, *, share: bool = False) -> None:
+    from matplotlib.ticker import PercentFormatter
+
+    axes.set_ylabel(label)
+    axes.grid(axis="y", color="#e5e7eb", lw=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#9ca3af")
+    axes.tick_params(colors="#374151")
+    if share:
+        axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
+
+
+def _legend(axes: Axes) -> None:
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="lower right", frameon=True, facecolor="white", edgecolor="none", framealpha=0.85, fontsize=9.5)
+
+
+def _plain(text: str) -> str:
+    """A label as it stands: ``$`` would begin a formula, and control characters have no picture."""
+    return "".join(char if char.isprintable() else " " for char in text).replace("$", r"\$")

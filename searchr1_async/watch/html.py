@@ -1,0 +1,119 @@
+"""Text of unknown origin in a page: escaped, isolated, and with everything unseen made visible. Pure."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable
+from html import escape
+
+_JOINERS = "\u200c\u200d"
+"""Zero-width joiner and non-joiner: part of correct Persian, Hindi and emoji."""
+
+_SUSPECT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f"
+                      r"\u2028-\u202f\u2060-\u206f\u3164\ud800-\udfff\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb"
+                      r"\U000e0000-\U000e0fff]")  # fmt: skip
+
+
+def visible(text: str) -> str:
+    """``text`` as HTML that shows it and does nothing else.
+
+    Markup is escaped; control characters (NUL, ANSI escapes), marks that turn the writing direction, invisible
+    characters and lone surrogates stand as a small label with their code point. Line ends and tabs are kept.
+    """
+    out: list[str] = []
+    end = 0
+    text = text.replace("\r\n", "\n")
+    for match in _SUSPECT.finditer(text):
+        char = match[0]
+        if char in _JOINERS or char == "\ufe0f":  # U+FE0F asks for the coloured form of an emoji
+            continue
+        out.append(escape(text[end : match.start()]))
+        out.append(f'<span class="mark" title="{escape(_name(char))}">{_label(char)}</span>')
+        end = match.end()
+    out.append(escape(text[end:]))
+    return "".join(out)
+
+
+def _label(char: str) -> str:
+    code = ord(char)
+    if code < 0x20:
+        return chr(0x2400 + code)  # Unicode's control pictures: ␀ … ␟
+    return "␡" if code == 0x7F else f"U+{code:04X}"
+
+
+def _name(char: str) -> str:
+    return f"U+{ord(char):04X} {unicodedata.name(char, '')}".rstrip()
+
+
+def isolated(text: str, tag: str = "bdi", css: str = "") -> str:
+    """``text`` made visible in an element of its own, whose writing direction cannot leak out."""
+    attribute = f' class="{css}"' if css else ""
+    return f'<{tag}{attribute} dir="auto">{visible(text)}</{tag}>'
+
+
+def highlighted(text: str, words: Iterable[str]) -> str:
+    """``text`` made visible, with every occurrence of one of ``words`` (any case, whole words) in ``<mark>``."""
+    wanted = sorted({word.strip() for word in words if word.strip()}, key=len, reverse=True)
+    if not wanted:
+        return visible(text)
+    pattern = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, wanted))})(?!\w)", re.IGNORECASE)
+    out: list[str] = []
+    end = 0
+    for match in pattern.finditer(text):
+        out.append(visible(text[end : match.start()]))
+        out.append(f"<mark>{visible(match[0])}</mark>")
+        end = match.end()
+    out.append(visible(text[end:]))
+    return "".join(out)
+
+
+def table(headings: Iterable[str], rows: Iterable[Iterable[str]], css: str = "") -> str:
+    """A table of plain text cells; the first cell of each row is its heading."""
+    head = "".join(f'<th scope="col">{visible(name)}</th>' for name in headings)
+    body = "".join(_row(list(row)) for row in rows)
+    attribute = f' class="{css}"' if css else ""
+    return f'<div class="wide"><table{attribute}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _row(cells: list[str]) -> str:
+    first, rest = cells[:1], cells[1:]
+    return (
+        "<tr>"
+        + "".join(f'<th scope="row">{isolated(cell)}</th>' for cell in first)
+        + "".join(f"<td>{isolated(cell)}</td>" for cell in rest)
+        + "</tr>"
+    )
+
+
+STYLE = """
+:root { color-scheme: light dark; --ground: #fff; --card: #f7f8fa; --ink: #1d2430; --soft: #5b6472; --line: #dfe3e8;
+  --good: #1a7f4b; --bad: #b3372b; --accent: #2f62a8; --mark: #ffe69a; --mark-ink: #1d2430; }
+@media (prefers-color-scheme: dark) { :root { --ground: #14171c; --card: #1c2128; --ink: #e5e9ef; --soft: #9aa4b2;
+  --line: #323943; --good: #58c48b; --bad: #f0847a; --accent: #82aee8; --mark: #6b5510; --mark-ink: #fff3cf; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 76rem; background: var(--ground); color: var(--ink);
+  font: 16px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.7rem; margin: 0 0 1rem; } h2 { font-size: 1.25rem; margin: 2.5rem 0 .75rem; }
+h3 { font-size: 1.05rem; margin: 0 0 .25rem; } h4 { font-size: .95rem; margin: 0 0 .5rem; color: var(--accent); }
+.wide { overflow-x: auto; } .soft { color: var(--soft); }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .95rem; }
+th, td { padding: .4rem .9rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th:first-child { text-align: left; } thead th { color: var(--soft); font-weight: 600; }
+table.settings td { text-align: left; white-space: pre-wrap; overflow-wrap: anywhere; }
+img.curve { width: 100%; height: auto; border-radius: .5rem; border: 1px solid var(--line); background: #fff; }
+details > summary { cursor: pointer; color: var(--accent); margin: .25rem 0; }
+section.question { border-top: 1px solid var(--line); padding: 1.25rem 0; }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1rem; margin-top: .75rem; }
+article { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: 1rem; min-width: 0; }
+.turn { border-left: 3px solid var(--accent); padding-left: .75rem; margin: .75rem 0; }
+.said { white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate; margin: 0;
+  font: .86rem/1.45 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
+.passage { margin: .35rem 0 .6rem; font-size: .88rem; overflow-wrap: anywhere; }
+.problem, .wrong { color: var(--bad); } .right { color: var(--good); } .verdict { font-weight: 600; }
+.mark { font: .75em ui-monospace, monospace; color: var(--bad); border: 1px solid currentColor; border-radius: .2rem;
+  padding: 0 .15rem; margin: 0 .05rem; unicode-bidi: isolate; direction: ltr; }
+mark { background: var(--mark); color: var(--mark-ink); border-radius: .15rem; }
+@media print { body { max-width: none; } article { break-inside: avoid; } }
+"""
+"""The whole style of a page: no font, script or picture from elsewhere; light or dark as the reader's system is."""

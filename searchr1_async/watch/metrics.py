@@ -1,0 +1,170 @@
+"""The numbers of a step, from the groups that were played in it. Pure: groups in, names and floats out.
+
+Names follow tinker-cookbook's Search-R1 recipe, so that curves of both can be laid over each other. Two differences in
+meaning are deliberate: ``stop/<reason>`` are fractions of *all* episodes (there they are averaged only where present,
+and always read 1.0), and a reward part that an episode lacks counts as 0.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+
+from searchr1_async.episodes.reward import normalize_answer
+from searchr1_async.episodes.types import Episode, Group, Passage, StopReason
+
+GOOD_REWARD = 0.5
+"""A group whose members all got at least this much counts as ``by_group/frac_all_good`` (the recipe's threshold)."""
+
+
+def group_metrics(groups: Sequence[Group], failed: int = 0, *, policy_version: int | None = None) -> dict[str, float]:
+    """The metrics of these groups, under ``env/all/…`` and, for each suite, ``env/<data_source>/…``.
+
+    Args:
+        groups: every group that was played, trained on or not.
+        failed: failed episodes that belong to no group in ``groups``; ``Group.failed`` is counted by itself.
+        policy_version: optimiser steps done before the weights that are being trained; gives ``staleness`` (mean over
+            turns of how many optimiser steps older the sampling weights were) and ``staleness_max``.
+
+    Means are over finished episodes. A mean of nothing is left out rather than given as a number: ``valid_calls`` of
+    episodes without a call, every mean of a step in which every episode failed. Fractions ``stop/<reason>`` have all
+    episodes, failed ones too, as their denominator; they sum to 1.
+
+    ``ob_tokens`` counts, as in the recipe, the whole prompt of every turn: what the model was given to read.
+    """
+    by_source: dict[str, list[Group]] = defaultdict(list)
+    for group in groups:
+        by_source[group.question.data_source].append(group)
+    out = {f"env/all/{name}": value for name, value in _metrics_of(groups, failed, policy_version).items()}
+    for source, members in sorted(by_source.items()):
+        # A suite called "all" must not overwrite the numbers of all suites.
+        key = source if source != "all" else "all_"
+        out.update({f"env/{key}/{name}": value for name, value in _metrics_of(members, 0, policy_version).items()})
+    return out
+
+
+def _metrics_of(groups: Sequence[Group], failed: int, policy_version: int | None) -> dict[str, float]:
+    episodes = [episode for group in groups for episode in group.episodes]
+    failures = [episode for group in groups for episode in group.failed]
+    out: dict[str, float] = {
+        "total_episodes": float(len(episodes)),
+        "failed_episodes": float(len(failures) + failed),
+    }
+    out.update(_token_metrics(episodes))
+    out.update(_reward_metrics(episodes))
+    out.update(_call_metrics(episodes))
+    out.update(_by_group_metrics(groups))
+    out.update(stop_fractions([*episodes, *failures], failed))
+    if policy_version is not None:
+        out.update(_staleness_metrics(episodes, policy_version))
+    return out
+
+
+def _token_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
+    turns = sum(len(episode.turns) for episode in episodes)
+    ac_tokens = sum(episode.action_token_count for episode in episodes)
+    ob_tokens = sum(sum(_prompt_lengths(episode)) for episode in episodes)
+    out = {"total_turns": float(turns), "total_ac_tokens": float(ac_tokens), "total_ob_tokens": float(ob_tokens)}
+    if episodes:
+        out["turns_per_episode"] = turns / len(episodes)
+    if turns:
+        out["ac_tokens_per_turn"] = ac_tokens / turns
+        out["ob_tokens_per_turn"] = ob_tokens / turns
+    return out
+
+
+def _prompt_lengths(episode: Episode) -> Iterable[int]:
+    """The number of tokens that the model was given at each of its turns."""
+    length = len(episode.prompt_tokens)
+    for turn in episode.turns:
+        yield length
+        length += len(turn.sampled_tokens) + len(turn.appended_tokens)
+
+
+def _reward_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
+    if not episodes:
+        return {}
+    # In the order of first sight: two names may share a value, none may be lost.
+    names = dict.fromkeys(name for episode in episodes for name in episode.reward_parts)
+    out = {"reward/total": sum(episode.reward for episode in episodes) / len(episodes)}
+    for name in names:
+        out[name] = sum(float(episode.reward_parts.get(name, 0.0)) for episode in episodes) / len(episodes)
+    return out
+
+
+def _call_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
+    out: dict[str, float] = {}
+    calls = [call for episode in episodes for call in episode.calls]
+    if calls:
+        valid = sum(call.problem is None for call in calls)
+        out["valid_calls"] = valid / len(calls)
+        out["malformed_call"] = (len(calls) - valid) / len(calls)
+    if episodes:
+        out["searches_per_episode"] = sum(len(call.results) for call in calls) / len(episodes)
+        out["answer_in_passage"] = sum(answer_in_passage(episode) for episode in episodes) / len(episodes)
+    return out
+
+
+def _by_group_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    played = [group for group in groups if group.episodes]
+    if not played:
+        return {}
+    constant = [group for group in played if group.is_constant]
+    good = sum(group.rewards[0] >= GOOD_REWARD for group in constant)
+    return {
+        "by_group/frac_mixed": (len(played) - len(constant)) / len(played),
+        "by_group/frac_all_good": good / len(played),
+        "by_group/frac_all_bad": (len(constant) - good) / len(played),
+    }
+
+
+def _staleness_metrics(episodes: Sequence[Episode], policy_version: int) -> dict[str, float]:
+    ages = [policy_version - turn.policy_version for episode in episodes for turn in episode.turns]
+    return {"staleness": sum(ages) / len(ages), "staleness_max": float(max(ages))} if ages else {}
+
+
+def stop_fractions(episodes: Sequence[Episode], failed: int = 0) -> dict[str, float]:
+    """``stop/<reason>`` for every :class:`StopReason`, as fractions of ``len(episodes) + failed``; all 0 of nothing."""
+    counts: Mapping[StopReason, int] = {
+        reason: sum(episode.stop_reason is reason for episode in episodes) for reason in StopReason
+    }
+    total = len(episodes) + failed
+    return {
+        f"stop/{reason.value}": (count + (failed if reason is StopReason.FAILED else 0)) / max(total, 1)
+        for reason, count in counts.items()
+    }
+
+
+def passages_shown(episode: Episode) -> tuple[Passage, ...]:
+    """The passages that the model read, in order: those of every call that another turn followed."""
+    return tuple(
+        passage
+        for turn in episode.turns[:-1]
+        if turn.call is not None
+        for found in turn.call.results
+        for passage in found
+    )
+
+
+def answer_in_passage(episode: Episode) -> bool:
+    """Whether a golden answer stands, as whole words after normalisation, in a passage that the model was shown.
+
+    It parts the search's failures from the model's: an episode that answers wrongly though the answer was before its
+    eyes failed at reading, one that never saw it failed at searching. An answer such as ``yes`` is easily "seen".
+    """
+    answers = [words for answer in episode.question.golden_answers if (words := normalize_answer(answer))]
+    if not answers:
+        return False
+    return any(
+        f" {answer} " in haystack
+        for passage in passages_shown(episode)
+        for haystack in (_searchable(passage.title, passage.text),)
+        for answer in answers
+    )
+
+
+# The members of a group, and groups of neighbouring questions, are shown the same passages again and again.
+@lru_cache(maxsize=4096)
+def _searchable(title: str, text: str) -> str:
+    return f" {normalize_answer(f'{title} {text}')} "

@@ -1,0 +1,341 @@
+"""The console's view of a run: a live bar on a terminal, plain lines everywhere else."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TaskID, TextColumn
+from rich.text import Text
+
+from searchr1_async.events import (
+    CheckpointSaved,
+    EpisodeFinished,
+    Event,
+    GroupDropped,
+    GroupFinished,
+    MinibatchSubmitted,
+    Notice,
+    PhaseAdvanced,
+    PhaseEnded,
+    PhaseStarted,
+    RunEnded,
+    StepFinished,
+)
+
+SECONDS_BETWEEN_LINES = 5.0
+
+_SHOWN = (
+    ("reward/total", "reward", "{:+.3f}"),
+    ("correct", "exact match", "{:.1%}"),
+    ("turns_per_episode", "turns", "{:.2f}"),
+    ("valid_calls", "valid calls", "{:.0%}"),
+)
+"""The metrics of a step's line: name below ``env/all/``, heading, format."""
+
+
+@dataclass(slots=True)
+class Estimate:
+    """Time left of one phase, from its pace of late. Pure: the caller passes the time in."""
+
+    total: int
+    started: float
+    done: int = 0
+    _history: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=20))
+
+    def __post_init__(self) -> None:
+        self._history.append((self.started, self.done))
+
+    def advance(self, done: int, now: float) -> None:
+        """``done`` units are finished at ``now``.
+
+        What is reported within a second of the start was done before: a resumed run begins at 60 of 100, and must not
+        look as if it did 60 steps in an instant.
+        """
+        if len(self._history) == 1 and now - self.started < 1.0:
+            self._history.clear()
+        self.done = done
+        self._history.append((now, done))
+
+    def seconds_left(self, now: float) -> float | None:
+        """None before anything is known of the pace."""
+        if self.done >= self.total:
+            return 0.0
+        then, before = self._history[0]
+        latest, done = self._history[-1]
+        if done <= before or latest <= then:
+            return None
+        seconds_a_unit = (latest - then) / (done - before)
+        return max(0.0, (self.total - done) * seconds_a_unit - (now - latest))
+
+
+@dataclass(slots=True)
+class _Phase:
+    event: PhaseStarted
+    estimate: Estimate
+    line_due: float
+    task: TaskID | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.event.phase} ({self.event.label})" if self.event.label else self.event.phase
+
+
+@dataclass(slots=True)
+class _Tally:
+    """What happened since the last step ended."""
+
+    since: float
+    episodes: int = 0
+    groups: int = 0
+    dropped: int = 0
+    trained: int = 0
+
+
+class ConsoleProgress:
+    """Shows a run's events on a stream; subscribe it as an emitter, and use it as a context manager.
+
+    On a terminal each phase is a live bar with its count, the time it took and has left, and its key metrics; steps and
+    notices scroll by above. On anything else (a log file, a pipe, a notebook) everything is a plain line, a phase's
+    progress at most every five seconds. Call it from one thread, that of the event loop.
+
+    Args:
+        stream: where to write; ``sys.stderr`` as it is when the object is made.
+        live: True or False to decide what ``stream.isatty()`` would.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        stream: TextIO | None = None,
+        *,
+        live: bool | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._stream = sys.stderr if stream is None else stream
+        # Not "force_terminal": a console that thinks itself in a notebook writes HTML through IPython.
+        self._console = Console(
+            file=self._stream, force_jupyter=False, force_terminal=live, highlight=False, markup=False, soft_wrap=True
+        )
+        self._live_wanted = self._console.is_terminal and not self._console.is_dumb_terminal if live is None else live
+        self._clock = clock
+        self._progress: Progress | None = None
+        self._phases: dict[str, _Phase] = {}
+        self._tally = _Tally(since=clock())
+
+    def __enter__(self) -> ConsoleProgress:
+        if self._live_wanted:
+            self._progress = Progress(
+                SpinnerColumn(),
+                TextColumn("{task.description}", markup=False),
+                BarColumn(bar_width=28),
+                _CountColumn(),
+                _TimeColumn(self._clock),
+                TextColumn("{task.fields[metrics]}", style="cyan", markup=False),
+                console=self._console,
+                refresh_per_second=4,
+                transient=True,  # what is worth keeping is printed as a line when the phase ends
+            )
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        progress, self._progress = self._progress, None
+        if progress is not None:
+            progress.stop()
+        self._phases.clear()
+
+    def __call__(self, event: Event) -> None:
+        """Show ``event``; kinds that the console has no use for are passed over."""
+        now = self._clock()
+        match event:
+            case Notice():
+                self._line(f"warning: {event.text}" if event.is_warning else event.text, warning=event.is_warning)
+            case PhaseStarted():
+                self._start(event, now)
+            case PhaseAdvanced():
+                self._advance(event.phase, event.done, event.metrics, now)
+            case PhaseEnded():
+                self._end(event)
+            case EpisodeFinished() | GroupFinished() | GroupDropped() | MinibatchSubmitted():
+                self._count(event, now)
+            case StepFinished():
+                self._step(event, now)
+            case CheckpointSaved():
+                self._line(f"step {event.step}: checkpoint {event.path}")
+            case RunEnded():
+                self._line(f"run {event.reason}", warning=event.reason == "failed")
+            case _:
+                pass
+
+    def _start(self, event: PhaseStarted, now: float) -> None:
+        phase = _Phase(event, Estimate(event.total, now), line_due=now + SECONDS_BETWEEN_LINES)
+        if event.phase in self._phases:
+            self._hide(self._phases.pop(event.phase))
+        self._phases[event.phase] = phase
+        self._tally = _Tally(since=now)
+        if self._progress is None:
+            self._line(f"{phase.name}: {event.total:,} {event.unit}")
+        else:
+            phase.task = self._progress.add_task(
+                _one_line(phase.name), total=event.total, metrics="", unit=event.unit, estimate=phase.estimate
+            )
+
+    def _advance(self, name: str, done: int, metrics: Mapping[str, float], now: float) -> None:
+        phase = self._phases.get(name)
+        if phase is None:
+            return
+        phase.estimate.advance(done, now)
+        if self._progress is not None and phase.task is not None:
+            if metrics:
+                self._progress.update(phase.task, completed=done, metrics=_described(metrics))
+            else:
+                self._progress.update(phase.task, completed=done)
+        elif now >= phase.line_due:
+            phase.line_due = now + SECONDS_BETWEEN_LINES
+            self._line(f"{phase.name}: {self._counted(phase, now)}{_after_comma(_described(metrics))}")
+
+    def _end(self, event: PhaseEnded) -> None:
+        phase = self._phases.pop(event.phase, None)
+        if phase is None:
+            return
+        self._hide(phase)
+        estimate, unit = phase.estimate, phase.event.unit
+        done = f"{estimate.done:,} of {estimate.total:,}" if estimate.done < estimate.total else f"{estimate.total:,}"
+        self._line(f"{phase.name}: {done} {unit} in {duration(event.seconds)}")
+
+    def _hide(self, phase: _Phase) -> None:
+        if self._progress is not None and phase.task is not None:
+            self._progress.remove_task(phase.task)
+
+    def _count(self, event: Event, now: float) -> None:
+        tally = self._tally
+        match event:
+            case EpisodeFinished():
+                tally.episodes += 1
+            case GroupFinished():
+                tally.groups += 1
+            case GroupDropped():
+                tally.dropped += 1
+            case MinibatchSubmitted():
+                tally.trained += event.groups
+        phase = self._phases.get("train")
+        if phase is None:
+            return
+        text = f"{tally.episodes} episodes, {tally.groups} groups in this step"
+        if self._progress is not None and phase.task is not None:
+            self._progress.update(phase.task, metrics=text)
+        elif now >= phase.line_due:
+            phase.line_due = now + SECONDS_BETWEEN_LINES
+            self._line(f"{phase.name}: {self._counted(phase, now)}, {text}")
+
+    def _step(self, event: StepFinished, now: float) -> None:
+        tally, self._tally = self._tally, _Tally(since=now)
+        phase = self._phases.get("train")
+        of_total = left = ""
+        if phase is not None:
+            self._advance_quietly(phase, event.step, now)
+            of_total, left = f"/{phase.event.total}", _left(phase.estimate, now)
+        seconds = event.metrics.get("time/total", now - tally.since)
+        parts = [
+            f"step {event.step}{of_total}",
+            _described(event.metrics),
+            f"groups {tally.trained} trained, {tally.dropped} dropped",
+            duration(seconds),
+            left,
+        ]
+        self._line(" · ".join(part for part in parts if part))
+
+    def _advance_quietly(self, phase: _Phase, done: int, now: float) -> None:
+        """A step has its own line: it moves the bar and puts off the phase's next line."""
+        if done > phase.estimate.done:
+            phase.estimate.advance(done, now)
+        phase.line_due = now + SECONDS_BETWEEN_LINES
+        if self._progress is not None and phase.task is not None:
+            self._progress.update(phase.task, completed=done, metrics="")
+
+    def _counted(self, phase: _Phase, now: float) -> str:
+        estimate = phase.estimate
+        share = f" ({estimate.done / estimate.total:.0%})" if estimate.total else ""
+        text = f"{estimate.done:,}/{estimate.total:,} {phase.event.unit}{share}, {duration(now - estimate.started)}"
+        return text + _after_comma(_left(estimate, now))
+
+    def _line(self, text: str, *, warning: bool = False) -> None:
+        text = _one_line(text)
+        if self._progress is None:
+            # Written as it is: a log file wants no colours and no wrapping.
+            self._stream.write(_encodable(text, self._stream) + "\n")
+            self._stream.flush()
+        else:
+            self._console.print(Text(text, style="yellow" if warning else ""))
+
+
+class _CountColumn(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{int(task.completed):,}/{int(task.total or 0):,} {task.fields['unit']}")
+
+
+class _TimeColumn(ProgressColumn):
+    """Time since the phase began and time left, by this module's estimate."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        super().__init__()
+        self._clock = clock
+
+    def render(self, task: Task) -> Text:
+        estimate: Estimate = task.fields["estimate"]
+        now = self._clock()
+        left = _left(estimate, now)
+        return Text(duration(now - estimate.started) + (f", {left}" if left else ""), style="dim")
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: ``4.2 s``, ``38 s``, ``4 min 05 s``, ``2 h 07 min``."""
+    if not math.isfinite(seconds):
+        return "?"
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def _left(estimate: Estimate, now: float) -> str:
+    seconds = estimate.seconds_left(now)
+    return "" if seconds is None else f"{duration(seconds)} left"
+
+
+def _described(metrics: Mapping[str, float]) -> str:
+    """The key metrics in words; where none of them is known, up to three of whatever there is."""
+    known = [
+        f"{heading} {form.format(value)}"
+        for name, heading, form in _SHOWN
+        if (value := metrics.get(f"env/all/{name}", metrics.get(name))) is not None
+    ]
+    return ", ".join(known or [f"{name} {value:.4g}" for name, value in list(metrics.items())[:3]])
+
+
+def _after_comma(text: str) -> str:
+    return f", {text}" if text else ""
+
+
+def _one_line(text: str) -> str:
+    """Text that cannot leave its line nor command the terminal: control characters are shown escaped."""
+    return "".join(char if char.isprintable() else " " if char in "\n\r\t" else ascii(char)[1:-1] for char in text)
+
+
+def _encodable(text: str, stream: TextIO) -> str:
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return text.encode(encoding, "replace").decode(encoding)

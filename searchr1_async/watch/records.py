@@ -1,0 +1,189 @@
+"""A run's folder as data: what was played and measured, in Parquet files that any reader can scan.
+
+::
+
+    <folder>/episodes/step-000012.parquet      one row for each episode of the step (:data:`.rows.EPISODE_SCHEMA`)
+    <folder>/metrics/step-000012.parquet       one row: the step's metrics
+    <folder>/evaluations/000-untrained.parquet one row for each episode of an evaluation, in the order they were made
+
+Each file appears whole or not at all (temporary file, fsync, rename, fsync of the folder). A step's metrics are written
+after its episodes, so a step that has metrics has everything. All methods are synchronous and touch the disk: call them
+from a worker thread.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import polars as pl
+
+from searchr1_async.episodes.types import Episode, Group
+from searchr1_async.watch.rows import (
+    EPISODE_SCHEMA,
+    episode_from_row,
+    episodes_frame,
+    evaluation_rows,
+    group_rows,
+    storable,
+)
+
+_STEP_FILE = re.compile(r"step-(\d{6,})\.parquet")
+_EVALUATION_FILE = re.compile(r"(\d{3,})-.*\.parquet")
+
+
+class RunRecords:
+    """Writes and reads the records below ``folder``; folders are made when the first file is written.
+
+    Opening it for reading while a run writes there is safe. Two writers at once are not: the run's lock sees to that.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        self._episodes = self.folder / "episodes"
+        self._metrics = self.folder / "metrics"
+        self._evaluations = self.folder / "evaluations"
+
+    def write_step(self, step: int, groups: Sequence[tuple[Group, str | None]], metrics: Mapping[str, float]) -> None:
+        """Record one finished step; written again, it replaces the earlier record.
+
+        Args:
+            step: optimiser steps finished, this one included (from 1).
+            groups: every group of the step; with None when it was trained on, else with why it was dropped.
+            metrics: name to number; a value that is no number raises before anything is written.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        numbers = {storable(name): float(value) for name, value in metrics.items() if name != "step"}
+        row = pl.DataFrame({"step": [step], **{name: [value] for name, value in numbers.items()}})
+        _write(episodes_frame(group_rows(step, groups)), self._episodes / _step_file(step))
+        _write(row.cast({"step": pl.Int64}), self._metrics / _step_file(step))
+
+    def truncate_after(self, step: int) -> None:
+        """Remove what was recorded after ``step`` (evaluations too): a resumed run plays those steps again."""
+        for folder in (self._metrics, self._episodes):  # metrics first: a step with metrics is complete
+            for number, path in _step_files(folder):
+                if number > step:
+                    path.unlink(missing_ok=True)
+        for path in self._evaluation_files():
+            last = pl.read_parquet(path, columns=["step"])["step"].max()
+            if isinstance(last, int) and last > step:
+                path.unlink(missing_ok=True)
+        for folder in (self._metrics, self._episodes, self._evaluations):
+            for leftover in folder.glob("*.partial"):  # of a process that was killed while it wrote
+                leftover.unlink(missing_ok=True)
+
+    def metrics(self) -> pl.DataFrame:
+        """One row for each finished step, in order; metrics that a step lacks are null. No steps: no rows."""
+        frames = [pl.read_parquet(path) for _, path in _step_files(self._metrics)]
+        if not frames:
+            return pl.DataFrame(schema={"step": pl.Int64})
+        return pl.concat(frames, how="diagonal")
+
+    def episodes(self) -> pl.LazyFrame:
+        """Every episode of training, by step, group and member; an empty frame of the same schema if there is none."""
+        return _scan([path for _, path in _step_files(self._episodes)])
+
+    def load_episodes(self, step: int) -> tuple[Episode, ...]:
+        """The episodes of one step as values again; empty when the step was not recorded."""
+        path = self._episodes / _step_file(step)
+        return _load(path) if path.exists() else ()
+
+    def write_evaluation(self, label: str, episodes: Sequence[Episode], step: int | None = None) -> None:
+        """Record one evaluation; the same ``label`` again replaces the earlier one, in its place.
+
+        Args:
+            label: its name (``untrained``, ``after RL``).
+            episodes: in any order, failed ones too.
+            step: optimiser steps done when it was made; None when it belongs to no step.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        path = self._evaluation_file(label)
+        if path is None:
+            taken = [
+                int(name[1]) for file in self._evaluation_files() if (name := _EVALUATION_FILE.fullmatch(file.name))
+            ]
+            slug = re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")[:60] or "evaluation"
+            path = self._evaluations / f"{max(taken, default=-1) + 1:03d}-{slug}.parquet"
+        # An evaluation of no episodes has no row to hold its label; it is not recorded.
+        if episodes:
+            _write(episodes_frame(evaluation_rows(label, episodes, step)), path)
+
+    def evaluations(self) -> pl.LazyFrame:
+        """The episodes of every evaluation, in the order they were made, told apart by ``label``."""
+        return _scan(list(self._evaluation_files()))
+
+    def load_evaluation(self, label: str) -> tuple[Episode, ...]:
+        """The episodes of one evaluation as values again; empty when there is none of that label."""
+        path = self._evaluation_file(label)
+        return _load(path) if path is not None else ()
+
+    def evaluation_labels(self) -> tuple[str, ...]:
+        """The labels of the evaluations, in the order they were made."""
+        return tuple(_label(path) for path in self._evaluation_files())
+
+    def _evaluation_files(self) -> Iterator[Path]:
+        if self._evaluations.is_dir():
+            named = ((_EVALUATION_FILE.fullmatch(path.name), path) for path in self._evaluations.iterdir())
+            yield from (path for _, path in sorted((int(name[1]), path) for name, path in named if name))
+
+    def _evaluation_file(self, label: str) -> Path | None:
+        wanted = storable(label)
+        return next((path for path in self._evaluation_files() if _label(path) == wanted), None)
+
+
+def _step_file(step: int) -> str:
+    return f"step-{step:06d}.parquet"
+
+
+def _step_files(folder: Path) -> list[tuple[int, Path]]:
+    """By step, not by name: step 1,000,000 comes after step 999,999."""
+    if not folder.is_dir():
+        return []
+    named = ((_STEP_FILE.fullmatch(path.name), path) for path in folder.iterdir())
+    return sorted((int(name[1]), path) for name, path in named if name)
+
+
+def _label(path: Path) -> str:
+    return pl.read_parquet(path, columns=["label"], n_rows=1)["label"][0]
+
+
+def _load(path: Path) -> tuple[Episode, ...]:
+    return tuple(episode_from_row(row) for row in pl.read_parquet(path).iter_rows(named=True))
+
+
+def _scan(paths: list[Path]) -> pl.LazyFrame:
+    return pl.scan_parquet(paths, glob=False) if paths else pl.LazyFrame(schema=EPISODE_SCHEMA)
+
+
+def _write(frame: pl.DataFrame, path: Path) -> None:
+    """Write ``frame`` so that ``path`` holds all of it or is untouched, even across a power cut."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            frame.write_parquet(file, compression="zstd")
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name != "posix":  # elsewhere a folder cannot be opened
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,199 @@
+"""A run's report: one HTML file that needs nothing beside it, runs nothing, and can be sent to anybody."""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from searchr1_async.episodes.types import Episode, Question, SearchCall, Turn
+from searchr1_async.watch.html import STYLE, highlighted, isolated, table, visible
+from searchr1_async.watch.rows import storable
+
+_SECRET = re.compile(r"api_?key|secret|password|credential|authorization", re.IGNORECASE)
+
+_STEP_COLUMNS = (
+    ("env/all/reward/total", "reward", "{:+.3f}"),
+    ("env/all/correct", "exact match", "{:.1%}"),
+    ("env/all/format", "format", "{:.1%}"),
+    ("env/all/turns_per_episode", "turns/episode", "{:.2f}"),
+    ("env/all/valid_calls", "valid calls", "{:.1%}"),
+    ("env/all/answer_in_passage", "answer seen", "{:.1%}"),
+    ("env/all/by_group/frac_mixed", "mixed groups", "{:.1%}"),
+    ("env/all/stop/failed", "failed", "{:.1%}"),
+    ("time/total", "seconds", "{:.1f}"),
+)
+_MAX_STEP_ROWS = 200
+
+
+def write_report(
+    path: Path,
+    *,
+    title: str,
+    summary: Sequence[Mapping[str, str]],
+    curve_png: Path | None,
+    metrics: pl.DataFrame,
+    episodes: Sequence[tuple[str, Episode]],
+    settings: Mapping[str, Any],
+    notes: Sequence[str] = (),
+) -> Path:
+    """Write the report to ``path`` and return it.
+
+    Args:
+        path: the HTML file; an earlier one is replaced whole.
+        title: heading of the page.
+        summary: rows of the result table, as ``evaluation.table.comparison_rows`` gives them.
+        curve_png: the learning curve, embedded; None, or a file that is not there, leaves it out.
+        metrics: one row a step.
+        episodes: episodes to show turn by turn, each with a label (``before``, ``after``); those of one question
+            stand side by side.
+        settings: name to value; what is named like a secret is not shown.
+        notes: lines below the result table, such as the paired difference.
+
+    Everything that a model, a corpus or a user wrote is escaped; the page's policy forbids scripts and any loading
+    from elsewhere besides.
+
+    Raises:
+        OSError: ``path`` cannot be written.
+    """
+    page = "\n".join(
+        part
+        for part in (
+            _head(title),
+            _summary_section(summary, notes),
+            _curve_section(curve_png),
+            _steps_section(metrics),
+            _settings_section(settings),
+            _episodes_section(episodes),
+            "</body></html>\n",
+        )
+        if part
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(storable(page), encoding="utf-8", newline="\n")
+    partial.replace(path)
+    return path
+
+
+def _head(title: str) -> str:
+    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{visible_title(title)}</title><style>{STYLE}</style></head>\n<body><h1>{isolated(title)}</h1>"
+    )
+
+
+def visible_title(title: str) -> str:
+    """A title holds text alone: tags in it would be shown as such, so the marks of unseen characters are taken off."""
+    return re.sub(r"<[^>]*>", "", visible(title))
+
+
+def _summary_section(summary: Sequence[Mapping[str, str]], notes: Sequence[str]) -> str:
+    if not summary:
+        return ""
+    headings = list(summary[0])
+    rows = [[row.get(name, "") for name in headings] for row in summary]
+    lines = "".join(f"<p>{isolated(note)}</p>" for note in notes)
+    return f"<section><h2>Result</h2>{table(headings, rows)}{lines}</section>"
+
+
+def _curve_section(curve_png: Path | None) -> str:
+    if curve_png is None or not curve_png.is_file():
+        return ""
+    data = base64.b64encode(curve_png.read_bytes()).decode("ascii")
+    picture = (
+        '<img class="curve" alt="Learning curve: exact match, turns per episode and valid calls by optimiser step" '
+        f'src="data:image/png;base64,{data}">'
+    )
+    return f"<section><h2>Learning curve</h2>{picture}</section>"
+
+
+def _steps_section(metrics: pl.DataFrame) -> str:
+    columns = [column for column in _STEP_COLUMNS if column[0] in metrics.columns]
+    if metrics.is_empty() or not columns:
+        return ""
+    thinned = metrics.gather_every(-(-metrics.height // _MAX_STEP_ROWS))
+    rows = [
+        [str(row["step"]), *("–" if row[name] is None else form.format(row[name]) for name, _, form in columns)]
+        for row in thinned.iter_rows(named=True)
+    ]
+    headings = ["step", *(heading for _, heading, _ in columns)]
+    return f"<section><details><summary>Steps ({metrics.height})</summary>{table(headings, rows)}</details></section>"
+
+
+def _settings_section(settings: Mapping[str, Any]) -> str:
+    if not settings:
+        return ""
+    rows = [[name, "(not shown)" if _SECRET.search(name) else str(value)] for name, value in settings.items()]
+    body = table(["setting", "value"], rows, css="settings")
+    return f"<section><details><summary>Settings ({len(rows)})</summary>{body}</details></section>"
+
+
+def _episodes_section(episodes: Sequence[tuple[str, Episode]]) -> str:
+    if not episodes:
+        return ""
+    by_question: dict[tuple[str, str], list[tuple[str, Episode]]] = {}
+    for label, episode in episodes:
+        by_question.setdefault((episode.question.data_source, episode.question.id), []).append((label, episode))
+    return "<section><h2>Played episodes</h2>" + "".join(map(_question, by_question.values())) + "</section>"
+
+
+def _question(played: Sequence[tuple[str, Episode]]) -> str:
+    question = played[0][1].question
+    golden = " or ".join(isolated(answer) for answer in question.golden_answers)
+    articles = "".join(_episode(label, episode) for label, episode in played)
+    return (
+        f'<section class="question"><h3>{isolated(question.question)}</h3>'
+        f'<div class="soft">golden answer: {golden} · {isolated(question.data_source)} · {isolated(question.id)}</div>'
+        f'<div class="pair">{articles}</div></section>'
+    )
+
+
+def _episode(label: str, episode: Episode) -> str:
+    turns = "".join(_turn(number, turn, episode.question) for number, turn in enumerate(episode.turns, start=1))
+    return f"<article><h4>{isolated(label)}</h4>{turns}{_verdict(episode)}</article>"
+
+
+def _turn(number: int, turn: Turn, question: Question) -> str:
+    cut = ' · <span class="problem">cut at the token limit</span>' if turn.truncated else ""
+    return (
+        f'<div class="turn"><div class="soft">turn {number} · {len(turn.sampled_tokens)} tokens{cut}</div>'
+        f"{isolated(turn.text, 'pre', 'said')}{_call(turn.call, question)}</div>"
+    )
+
+
+def _call(call: SearchCall | None, question: Question) -> str:
+    if call is None:
+        return ""
+    if call.problem is not None:
+        return f'<div class="problem">malformed call: {isolated(call.problem)}</div>'
+    if not call.results:
+        queries = ", ".join(isolated(query) for query in call.queries)
+        return f'<div class="soft">asked for {queries}; the search was not run</div>'
+    return "".join(
+        f"<details><summary>search: {isolated(query)} ({len(found)} passages)</summary>"
+        + "".join(
+            f'<div class="passage" dir="auto"><strong>{isolated(passage.title)}</strong> '
+            f'<span class="soft">{passage.score:.3f}</span><br>{highlighted(passage.text, question.golden_answers)}</div>'
+            for passage in found
+        )
+        + "</details>"
+        for query, found in zip(call.queries, call.results, strict=False)
+    )
+
+
+def _verdict(episode: Episode) -> str:
+    right = episode.reward_parts.get("correct", 0.0) >= 0.5
+    answer = "no answer" if episode.answer is None else f"answer: {isolated(episode.answer)}"
+    verdict = f'<span class="verdict {"right" if right else "wrong"}">{"✓" if right else "✗"} {answer}</span>'
+    parts = ", ".join(f"{visible(name)} {value:.3g}" for name, value in episode.reward_parts.items())
+    details = f"reward {episode.reward:.3g}" + (f" ({parts})" if parts else "") + f" · {episode.stop_reason.value}"
+    error = f'<div class="problem">{isolated(episode.error)}</div>' if episode.error else ""
+    return f'<div>{verdict}<div class="soft">{details}</div>{error}</div>'
