@@ -130,3 +130,19 @@ class LearningSettings:
         _require(self.steps is None or self.steps >= 1, f"steps is {self.steps}: at least 1, or None for whole epochs")
         _require(self.learning_rate > 0, f"learning_rate is {self.learning_rate}: it must be over 0")
         _require(0 <= self.max_failed_fraction <= 1, "max_failed_fraction must lie in 0 to 1")
+
+
+@dataclass(frozen=True, slots=True)
+class LocalOptions:
+    """How the embedded Tinker service runs, where it is used."""
+
+    port: int = 0
+    """0 takes a free one."""
+    threads: int | None = None
+    """CPU threads of the model; None: all cores."""
+    dtype: str = "auto"
+    """``float32``, ``bfloat16`` or ``auto``: bfloat16 only where the machine is fast at it."""
+    device: str = "auto"
+    """``cpu``, ``cuda``, ``mps`` or ``auto``."""
+    start_timeout: float = 180.0
+    """Seconds for loading the model; its first conversion takes about 20 s."""

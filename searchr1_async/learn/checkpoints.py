@@ -29,7 +29,10 @@ class ResumePoint:
     base_model: str
     sampler_path: str | None = None
     """``tinker://`` path of the newest weights kept for sampling."""
-    finished: bool = False
+    sampler_step: int | None = None
+    """The step that ``sampler_path`` belongs to."""
+    seconds: float = 0.0
+    """Spent in reinforcement learning so far, all sessions together."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """What the run was started with; a resume with another is refused, naming what changed."""
 

@@ -120,6 +120,16 @@ class Learner:
             metrics.update({f"optim/{key}": float(value) for key, value in optim_result.metrics.items()})
         return FinishedStep(metrics, sampling_client, state_path, sampler_path)
 
+    async def keep_sampler(self, name: str) -> str:
+        """Saves the weights as they are for sampling, for good; returns their ``tinker://`` path.
+
+        Raises:
+            CheckpointError: they could not be saved.
+        """
+        with training_faults("saving a checkpoint", CheckpointError):
+            with anyio.fail_after(TRAINING_DEADLINE):
+                return (await self._client.save_weights_for_sampler(name)).path
+
     async def supervised_step(self, episodes: Sequence[Episode], learning_rate: float) -> float:
         """One cross-entropy step on demonstrations; returns the mean loss a token.
 

@@ -1,0 +1,419 @@
+"""The public functions: ``train``, ``evaluate`` and ``rollout``."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import ExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tinker
+
+from searchr1_async.config import EpisodeLimits, LearningSettings, LocalOptions, LossName, SamplingSettings, WarmUp
+from searchr1_async.data import load_questions
+from searchr1_async.episodes.dialect import FORMATS, make_dialect
+from searchr1_async.episodes.reward import RecipeReward, RewardFunction
+from searchr1_async.episodes.types import Group, Question
+from searchr1_async.errors import ConfigurationError, ModelError, QuestionsError, RunFolderError, SearchR1Error
+from searchr1_async.evaluation.evaluate import evaluate_policy, play_all
+from searchr1_async.evaluation.result import Evaluation
+from searchr1_async.events import Emit
+from searchr1_async.learn.checkpoints import ResumePoint
+from searchr1_async.learn.demonstrations import Demonstration
+from searchr1_async.rollout.engine import RolloutEngine
+from searchr1_async.rollout.policy import TinkerPolicy
+from searchr1_async.run import Run
+from searchr1_async.search import Search
+from searchr1_async.service import open_service
+from searchr1_async.training import (
+    StopRequest,
+    TrainingJob,
+    TrainingResult,
+    first_error,
+    open_search,
+    run_training,
+)
+from searchr1_async.watch.fanout import Watchers
+from searchr1_async.watch.progress import ConsoleProgress
+
+Questions = str | Path | Sequence[Question]
+
+
+def train(
+    questions: Questions,
+    search: Search,
+    *,
+    out_dir: str | Path,
+    model: str | None = None,
+    service: str | tinker.ServiceClient | None = None,
+    resume: bool = False,
+    held_out: Questions = (),
+    held_out_samples: int = 1,
+    evaluate_every: int | None = None,
+    warm_up: WarmUp | None = None,
+    demonstrations: Sequence[Demonstration] = (),
+    reward: RewardFunction | None = None,
+    strict_recipe: bool = False,
+    format_coefficient: float = 0.1,
+    format: str = "hermes",
+    renderer: str | None = None,
+    instructions: str | None = None,
+    group_size: int = 8,
+    groups_per_batch: int = 512,
+    minibatches: int = 4,
+    steps: int | None = None,
+    epochs: int = 1,
+    time_limit: float | None = None,
+    learning_rate: float = 4e-5,
+    lora_rank: int = 32,
+    loss: LossName = "importance_sampling",
+    loss_config: Mapping[str, float] | None = None,
+    gradient_clip: float = 0.0,
+    drop_constant_groups: bool = True,
+    max_turns: int = 5,
+    max_tokens: int = 1024,
+    max_trajectory_tokens: int = 32 * 1024,
+    malformed_calls: Literal["end", "tell"] = "end",
+    temperature: float = 1.0,
+    seed: int = 2,
+    checkpoint_every: int = 20,
+    max_failed_fraction: float = 0.2,
+    max_episodes_in_flight: int = 2000,
+    sampling_deadline: float = 1800.0,
+    local: LocalOptions | None = None,
+    tokenizer: str | None = None,
+    progress: bool = True,
+    emit: Emit | None = None,
+) -> Run:
+    """Trains a model by reinforcement learning to answer questions with a search tool.
+
+    Call it inside a running event loop (a notebook cell, or an ``async`` function); it returns a :class:`Run` at once,
+    which ``await`` turns into a :class:`TrainingResult`. Defaults are those of the Search-R1 recipe of tinker-cookbook.
+
+    Args:
+        questions: a suite's name, a file, or questions; see :func:`load_questions`.
+        search: the tool; see :class:`Search`.
+        out_dir: the run's folder.
+        model: the base model; None is SmolLM2-135M-Instruct on the embedded service, Qwen3-4B-Instruct-2507 elsewhere.
+        service: base URL or client of a Tinker service. None: the cloud where ``TINKER_API_KEY`` or ``TINKER_BASE_URL`` is
+            set; otherwise the embedded service is started, and stopped with the run.
+        resume: go on with the run in ``out_dir`` from its last finished step; a fresh start where there is none.
+        held_out: questions to measure on: untrained, after the warm-up, after reinforcement learning.
+        held_out_samples: episodes a held-out question.
+        evaluate_every: steps between further measurements; None for none.
+        warm_up: a supervised warm-up on demonstrations; None for none.
+        demonstrations: for the warm-up; by default made from the questions (their ``search_queries``, else themselves).
+        reward: ``async def reward(episode) -> float``; None is the recipe's, with ``format_coefficient`` and ``strict_recipe``.
+        format: tool-call format, ``"hermes"`` or ``"tags"``.
+        renderer: chat format (of the ``renderers`` package, or ``"chatml"``); None chooses by the model's name.
+        instructions: the system prompt; None is the format's own.
+        steps: optimiser steps; None: all batches of ``epochs``.
+        time_limit: seconds of reinforcement learning after which no further step is begun.
+        progress: show progress on the terminal.
+        emit: receives every :class:`~searchr1_async.events.Event`.
+
+        The others are fields of :class:`~searchr1_async.config.LearningSettings`,
+        :class:`~searchr1_async.config.EpisodeLimits` and :class:`~searchr1_async.config.SamplingSettings`.
+
+    Raises:
+        ConfigurationError: bad input; before any work starts, from this call itself.
+        SearchR1Error: from awaiting the run, whatever else went wrong.
+    """
+    out = Path(out_dir)
+    _check_format(format)
+    job = TrainingJob(
+        questions=_questions(questions),
+        search=search,
+        out_dir=out,
+        learning=LearningSettings(
+            group_size=group_size,
+            groups_per_batch=groups_per_batch,
+            minibatches=minibatches,
+            learning_rate=learning_rate,
+            lora_rank=lora_rank,
+            gradient_clip=gradient_clip,
+            loss=loss,
+            loss_config=dict(loss_config or {}),
+            drop_constant_groups=drop_constant_groups,
+            epochs=epochs,
+            steps=steps,
+            seed=seed,
+            checkpoint_every=checkpoint_every,
+            max_failed_fraction=max_failed_fraction,
+        ),
+        limits=EpisodeLimits(
+            max_turns=max_turns,
+            max_tokens=max_tokens,
+            max_trajectory_tokens=max_trajectory_tokens,
+            malformed_calls=malformed_calls,
+        ),
+        sampling=SamplingSettings(
+            temperature=temperature,
+            seed=seed,
+            deadline=sampling_deadline,
+            max_episodes_in_flight=max_episodes_in_flight,
+        ),
+        reward=reward or RecipeReward(format_coefficient, strict_recipe),
+        model=model,
+        service=service,
+        local=local or LocalOptions(),
+        tokenizer=tokenizer,
+        format_name=format,
+        renderer_name=renderer,
+        instructions=instructions,
+        warm_up=warm_up,
+        demonstrations=tuple(demonstrations),
+        held_out=_questions(held_out) if held_out else (),
+        held_out_samples=held_out_samples,
+        evaluate_every=evaluate_every,
+        resume=resume,
+        time_limit=time_limit,
+    )
+    _check_folder(job)
+
+    async def work(stop: StopRequest) -> TrainingResult:
+        with ExitStack() as stack:
+            return await run_training(job, _watchers(stack, progress, emit), stop)
+
+    return Run(work, out)
+
+
+@dataclass(frozen=True)
+class _Playing:
+    engine: RolloutEngine
+    policy: TinkerPolicy
+
+
+async def evaluate(
+    questions: Questions,
+    search: Search,
+    *,
+    model: str | None = None,
+    checkpoint: str | Path | None = None,
+    service: str | tinker.ServiceClient | None = None,
+    service_folder: str | Path | None = None,
+    samples: int = 1,
+    label: str = "evaluation",
+    reward: RewardFunction | None = None,
+    strict_recipe: bool = False,
+    format: str = "hermes",
+    renderer: str | None = None,
+    instructions: str | None = None,
+    max_turns: int = 5,
+    max_tokens: int = 1024,
+    max_trajectory_tokens: int = 32 * 1024,
+    malformed_calls: Literal["end", "tell"] = "end",
+    temperature: float = 1.0,
+    seed: int | None = 0,
+    max_failed_fraction: float = 0.2,
+    local: LocalOptions | None = None,
+    tokenizer: str | None = None,
+    progress: bool = True,
+    emit: Emit | None = None,
+) -> Evaluation:
+    """Plays every question and scores it.
+
+    Args:
+        model: the base model, for an untrained measurement; with ``checkpoint`` only where it is not the default.
+        checkpoint: a run's folder (its last kept weights), or a ``tinker://…/sampler_weights/…`` path.
+        service_folder: the embedded service's folder that holds a ``tinker://`` checkpoint; a run's folder knows its own.
+        samples: episodes a question; several narrow the interval.
+        temperature: 1 samples as training does, 0 is greedy.
+
+        The others as in :func:`train`.
+
+    Raises:
+        ConfigurationError: bad input, before any work starts.
+        TooManyFailuresError: over ``max_failed_fraction`` of the episodes failed.
+    """
+    items = _questions(questions)
+    sampling = SamplingSettings(temperature=temperature, seed=seed)
+    limits = EpisodeLimits(max_turns, max_tokens, max_trajectory_tokens, malformed_calls=malformed_calls)
+    async with _playing(
+        search,
+        model=model,
+        checkpoint=checkpoint,
+        service=service,
+        service_folder=service_folder,
+        reward=reward or RecipeReward(strict_recipe=strict_recipe),
+        format_name=format,
+        renderer=renderer,
+        instructions=instructions,
+        limits=limits,
+        sampling=sampling,
+        group_size=samples,
+        max_failed_fraction=max_failed_fraction,
+        local=local,
+        tokenizer=tokenizer,
+        progress=progress,
+        emit=emit,
+    ) as playing:
+        return await evaluate_policy(
+            playing.engine, items, playing.policy, samples=samples, label=label, step=playing.policy.version
+        )
+
+
+async def rollout(
+    questions: Questions,
+    search: Search,
+    *,
+    model: str | None = None,
+    checkpoint: str | Path | None = None,
+    service: str | tinker.ServiceClient | None = None,
+    service_folder: str | Path | None = None,
+    group_size: int = 8,
+    reward: RewardFunction | None = None,
+    format: str = "hermes",
+    renderer: str | None = None,
+    instructions: str | None = None,
+    max_turns: int = 5,
+    max_tokens: int = 1024,
+    max_trajectory_tokens: int = 32 * 1024,
+    malformed_calls: Literal["end", "tell"] = "end",
+    temperature: float = 1.0,
+    seed: int | None = None,
+    max_failed_fraction: float = 0.2,
+    local: LocalOptions | None = None,
+    tokenizer: str | None = None,
+    progress: bool = True,
+    emit: Emit | None = None,
+) -> list[Group]:
+    """Plays a group of episodes for every question and returns the groups in the order of the questions.
+
+    Arguments and errors as in :func:`evaluate`.
+    """
+    items = _questions(questions)
+    async with _playing(
+        search,
+        model=model,
+        checkpoint=checkpoint,
+        service=service,
+        service_folder=service_folder,
+        reward=reward or RecipeReward(),
+        format_name=format,
+        renderer=renderer,
+        instructions=instructions,
+        limits=EpisodeLimits(max_turns, max_tokens, max_trajectory_tokens, malformed_calls=malformed_calls),
+        sampling=SamplingSettings(temperature=temperature, seed=seed),
+        group_size=group_size,
+        max_failed_fraction=max_failed_fraction,
+        local=local,
+        tokenizer=tokenizer,
+        progress=progress,
+        emit=emit,
+    ) as playing:
+        return await play_all(playing.engine, items, playing.policy, samples=group_size, phase="rollout", label="")
+
+
+@asynccontextmanager
+async def _playing(
+    search: Search,
+    *,
+    model: str | None,
+    checkpoint: str | Path | None,
+    service: str | tinker.ServiceClient | None,
+    service_folder: str | Path | None,
+    reward: RewardFunction,
+    format_name: str,
+    renderer: str | None,
+    instructions: str | None,
+    limits: EpisodeLimits,
+    sampling: SamplingSettings,
+    group_size: int,
+    max_failed_fraction: float,
+    local: LocalOptions | None,
+    tokenizer: str | None,
+    progress: bool,
+    emit: Emit | None,
+) -> AsyncIterator[_Playing]:
+    """A policy and an engine to play with, over services that are closed at the end."""
+    _check_format(format_name)
+    if group_size < 1:
+        raise ConfigurationError(f"{group_size} episodes a question: at least 1")
+    found = _find_checkpoint(checkpoint, service_folder)
+    try:
+        with ExitStack() as stack:
+            watchers = _watchers(stack, progress, emit)
+            folder = found.service_folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="searchr1-")))
+            await open_search(search, watchers)
+            async with (
+                search,
+                open_service(
+                    service,
+                    model or found.base_model,
+                    folder=folder,
+                    local=local or LocalOptions(),
+                    emit=watchers,
+                    tokenizer=tokenizer,
+                ) as connected,
+            ):
+                dialect = make_dialect(
+                    format_name,
+                    connected.model_name,
+                    connected.tokenizer,
+                    renderer_name=renderer,
+                    instructions=instructions,
+                )
+                engine = RolloutEngine(
+                    dialect, search, limits, sampling, reward, group_size, max_failed_fraction, watchers
+                )
+                client = await connected.create_sampling_client(found.path)
+                yield _Playing(engine, TinkerPolicy(client, found.step, sampling))
+    except* SearchR1Error as group:
+        raise first_error(group) from group
+
+
+@dataclass(frozen=True, slots=True)
+class _Checkpoint:
+    path: str | None = None
+    service_folder: Path | None = None
+    base_model: str | None = None
+    step: int = 0
+
+
+def _find_checkpoint(checkpoint: str | Path | None, service_folder: str | Path | None) -> _Checkpoint:
+    folder = Path(service_folder) if service_folder is not None else None
+    if checkpoint is None:
+        return _Checkpoint(service_folder=folder)
+    if isinstance(checkpoint, str) and checkpoint.startswith("tinker://"):
+        return _Checkpoint(checkpoint, folder)
+    point = ResumePoint.load(Path(checkpoint))
+    if point is None:
+        raise RunFolderError(f"{checkpoint} holds no run: name a run's folder or a tinker:// path")
+    if point.sampler_path is None:
+        raise RunFolderError(f"the run in {checkpoint} has kept no weights yet (checkpoint_every steps, or its end)")
+    own = Path(checkpoint) / "service"
+    return _Checkpoint(
+        point.sampler_path, folder or (own if own.is_dir() else None), point.base_model, point.sampler_step or 0
+    )
+
+
+def _questions(questions: Questions) -> tuple[Question, ...]:
+    items = load_questions(questions) if isinstance(questions, str | Path) else tuple(questions)
+    if not items:
+        raise QuestionsError("there are no questions")
+    return items
+
+
+def _check_format(name: str) -> None:
+    if name not in FORMATS:
+        raise ModelError(f"unknown tool-call format {name!r}: choose one of {', '.join(FORMATS)}")
+
+
+def _check_folder(job: TrainingJob) -> None:
+    point = ResumePoint.load(job.out_dir)
+    if point is not None and not job.resume:
+        raise RunFolderError(
+            f"{job.out_dir} holds a run ({point.step} steps): pass resume=True to go on with it, or choose another out_dir"
+        )
+
+
+def _watchers(stack: ExitStack, progress: bool, emit: Emit | None) -> Watchers:
+    watchers = Watchers()
+    if progress:
+        watchers.subscribe(stack.enter_context(ConsoleProgress()))
+    if emit is not None:
+        watchers.subscribe(emit)
+    return watchers

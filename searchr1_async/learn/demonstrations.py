@@ -1,0 +1,96 @@
+"""Demonstrations: episodes played by a script through the real search, to warm a model up before it learns by itself."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import anyio
+
+from searchr1_async.config import EpisodeLimits
+from searchr1_async.episodes.dialect import Dialect
+from searchr1_async.episodes.play import SampledTurn, SearchTool, play
+from searchr1_async.episodes.reward import normalize_answer
+from searchr1_async.episodes.types import Episode, Question, StopReason
+
+
+@dataclass(frozen=True, slots=True)
+class Demonstration:
+    """How a question is well played: these searches, one a turn, then a golden answer that one of them showed."""
+
+    question: Question
+    searches: tuple[str, ...]
+
+    @classmethod
+    def of(cls, question: Question) -> Demonstration:
+        """The searches in the question's metadata (``search_queries``), else the question itself as the only search."""
+        given = question.metadata.get("search_queries") or (question.question,)
+        return cls(question, tuple(str(query) for query in given))
+
+
+class DemonstrationPolicy:
+    """Writes the demonstrated turns where a model would sample them."""
+
+    def __init__(self, demonstration: Demonstration, dialect: Dialect) -> None:
+        self._searches = list(demonstration.searches)
+        self._golden = demonstration.question.golden_answers
+        self._dialect = dialect
+
+    async def sample(
+        self, prompt_tokens: Sequence[int], *, max_tokens: int, stop: list[int] | list[str], seed: int | None
+    ) -> SampledTurn:
+        """The next search, or the golden answer as the passages above have it."""
+        if self._searches:
+            tokens = self._dialect.write_call([self._searches.pop(0)])
+        else:
+            seen = self._dialect.decode(prompt_tokens)
+            literal = [answer for answer in self._golden if answer in seen]
+            tokens = self._dialect.write_answer(literal[0] if literal else self._golden[0])
+        return SampledTurn(tuple(tokens), (0.0,) * len(tokens), truncated=len(tokens) > max_tokens, policy_version=0)
+
+
+async def play_demonstrations(
+    demonstrations: Sequence[Demonstration], *, dialect: Dialect, search: SearchTool, limits: EpisodeLimits
+) -> list[Episode]:
+    """Plays all at once; keeps, in order, those that ended with an answer which a passage had really shown."""
+    played: list[Episode | None] = [None] * len(demonstrations)
+
+    async def one(place: int) -> None:
+        demonstration = demonstrations[place]
+        policy = DemonstrationPolicy(demonstration, dialect)
+        played[place] = await play(demonstration.question, dialect=dialect, policy=policy, search=search, limits=limits)
+
+    async with anyio.create_task_group() as tasks:
+        for place in range(len(demonstrations)):
+            tasks.start_soon(one, place)
+    return [episode for episode in played if episode is not None and _is_worth_learning(episode)]
+
+
+def _is_worth_learning(episode: Episode) -> bool:
+    if episode.stop_reason is not StopReason.ANSWER or episode.answer is None:
+        return False
+    shown = " ".join(
+        normalize_answer(f"{passage.title} {passage.text}")
+        for call in episode.calls
+        for passages in call.results
+        for passage in passages
+    )
+    return f" {normalize_answer(episode.answer)} " in f" {shown} "
+
+
+def demonstration_batches(
+    episodes: Sequence[Episode], *, steps: int, batch_size: int, seed: int
+) -> list[list[Episode]]:
+    """``steps`` batches, each episode once before any comes a second time; shuffled with the seed."""
+    generator = random.Random(f"warm-up/{seed}")
+    pool: list[Episode] = []
+    batches = []
+    for _ in range(steps):
+        while len(pool) < batch_size:
+            again = list(episodes)
+            generator.shuffle(again)
+            pool.extend(again)
+        batches.append(pool[:batch_size])
+        del pool[:batch_size]
+    return batches

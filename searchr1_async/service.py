@@ -1,0 +1,192 @@
+"""The way to a Tinker service: the one asked for, the cloud where a key is set, else the embedded one, started here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import anyio
+import tinker
+
+from searchr1_async.config import LocalOptions
+from searchr1_async.errors import ConfigurationError, ModelError, ServiceError, ServiceUnavailableError
+from searchr1_async.events import Emit, Notice
+from searchr1_async.local import DEFAULT_MODEL, local_service, probe
+
+CLOUD_MODEL = "Qwen/Qwen3-4B-Instruct-2507"
+"""The default where a Tinker key is set: the model of the ancestor's published results."""
+CONNECT_DEADLINE = 10.0
+"""Seconds in which a service must answer; the SDK itself would try for minutes."""
+_SETUP_DEADLINE = 300.0
+"""Seconds for creating a session, a training client or a sampling client."""
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """A connected Tinker service and the model used on it."""
+
+    client: tinker.ServiceClient
+    model_name: str
+    tokenizer: Any
+    """The model's Hugging Face tokenizer."""
+    is_local: bool
+
+    async def create_training_client(self, *, rank: int, seed: int) -> tinker.TrainingClient:
+        """A new LoRA adapter.
+
+        Raises:
+            ServiceError: refused, or no answer.
+        """
+        return await _wait(
+            "creating a training client",
+            lambda: self.client.create_lora_training_client(self.model_name, rank=rank, seed=seed),
+        )
+
+    async def restore_training_client(self, state_path: str) -> tinker.TrainingClient:
+        """The weights and the optimiser saved under a ``tinker://`` path.
+
+        Raises:
+            ServiceError: it is gone (expired, another folder), or no answer.
+        """
+        return await _wait(
+            f"restoring {state_path}",
+            lambda: self.client.create_training_client_from_state_with_optimizer(state_path),
+        )
+
+    async def create_sampling_client(self, sampler_path: str | None = None) -> tinker.SamplingClient:
+        """Over saved weights, or over the base model.
+
+        Raises:
+            ServiceError: refused, or no answer.
+        """
+        if sampler_path is not None:
+            return await _wait(
+                f"opening {sampler_path}", lambda: self.client.create_sampling_client(model_path=sampler_path)
+            )
+        return await _wait(
+            f"opening {self.model_name}", lambda: self.client.create_sampling_client(base_model=self.model_name)
+        )
+
+    async def delete_checkpoint(self, path: str) -> None:
+        """Deletes a checkpoint that is no longer needed.
+
+        Raises:
+            ServiceError: it could not be deleted.
+        """
+        rest = await anyio.to_thread.run_sync(self.client.create_rest_client)
+        await _wait(f"deleting {path}", lambda: rest.delete_checkpoint_from_tinker_path(path))
+
+
+async def _wait(doing: str, submit: Any) -> Any:
+    """Runs a call of the SDK that may block (it starts its session at the first) and waits for its result."""
+    try:
+        with anyio.fail_after(_SETUP_DEADLINE):
+            future = await anyio.to_thread.run_sync(submit, abandon_on_cancel=True)
+            return await future
+    except TimeoutError as error:
+        raise ServiceError(f"{doing}: the Tinker service did not answer within {_SETUP_DEADLINE:g} s") from error
+    except (tinker.TinkerError, ValueError) as error:
+        raise ServiceError(f"{doing} failed at the Tinker service: {type(error).__name__}: {error}") from error
+
+
+@asynccontextmanager
+async def open_service(
+    service: str | tinker.ServiceClient | None,
+    model: str | None,
+    *,
+    folder: Path,
+    local: LocalOptions,
+    emit: Emit,
+    tokenizer: str | None = None,
+) -> AsyncIterator[Service]:
+    """Connects, and disconnects at the end.
+
+    Args:
+        service: a base URL, or a client of the user's (left open at the end); None takes the cloud where ``TINKER_API_KEY``
+            or ``TINKER_BASE_URL`` is set, and starts the embedded service otherwise.
+        model: None is SmolLM2-135M-Instruct on the embedded service and Qwen3-4B-Instruct-2507 elsewhere.
+        folder: where the embedded service keeps its checkpoints and its log.
+        tokenizer: a folder or name, where the model's own name does not load one.
+
+    Raises:
+        ServiceUnavailableError: no answer within 10 s, naming the URL.
+        ServiceStartError, PortInUseError: the embedded service did not come up.
+        ModelError: the model or its tokenizer is not to be had.
+    """
+    if isinstance(service, tinker.ServiceClient):
+        name = model or CLOUD_MODEL
+        yield Service(service, name, await load_tokenizer(tokenizer or name), is_local=False)
+        return
+    if service is None and not os.environ.get("TINKER_API_KEY") and not os.environ.get("TINKER_BASE_URL"):
+        wanted = model or DEFAULT_MODEL
+        emit(Notice(f"no Tinker endpoint is set: starting the embedded service with {wanted} on this machine"))
+        async with local_service(
+            wanted,
+            folder=folder,
+            port=local.port,
+            threads=local.threads,
+            dtype=local.dtype,
+            device=local.device,
+            start_timeout=local.start_timeout,
+            log_path=folder / "service.log",
+        ) as started:
+            emit(Notice(f"the embedded service answers at {started.url} (pid {started.pid})"))
+            async with _client(started.url, started.api_key) as client:
+                loaded = await load_tokenizer(tokenizer or started.tokenizer_path)
+                yield Service(client, started.model_name, loaded, is_local=True)
+        return
+    url = service or os.environ.get("TINKER_BASE_URL")
+    if url is not None:
+        await probe(url, timeout=CONNECT_DEADLINE)
+    name = model or CLOUD_MODEL
+    async with _client(url, None) as client:
+        yield Service(client, name, await load_tokenizer(tokenizer or name), is_local=False)
+
+
+@asynccontextmanager
+async def _client(url: str | None, api_key: str | None) -> AsyncIterator[tinker.ServiceClient]:
+    try:
+        client = tinker.ServiceClient(base_url=url, api_key=api_key)
+    except tinker.TinkerError as error:
+        raise ConfigurationError(f"no Tinker client could be made (is TINKER_API_KEY right?): {error}") from error
+    status = "errored"
+    try:
+        yield client
+        status = "success"
+    except BaseException as error:
+        status = "errored" if isinstance(error, Exception) else "interrupted"
+        raise
+    finally:
+        # Shielded: the session must be finished in a cancelled run too. Bounded: a dead service must not hold us.
+        with anyio.move_on_after(5, shield=True):
+            try:
+                await anyio.to_thread.run_sync(lambda: client.close(status).result(timeout=4), abandon_on_cancel=True)
+            except Exception as error:  # nothing is lost with a session that was not finished in form
+                del error
+
+
+async def load_tokenizer(source: str) -> Any:
+    """The Hugging Face tokenizer in a folder or under a name, loaded in a worker thread.
+
+    Raises:
+        ModelError: there is none.
+    """
+
+    def load() -> Any:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(source)
+
+    try:
+        return await anyio.to_thread.run_sync(load)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"no tokenizer could be loaded from {source!r} ({type(error).__name__}): name a folder or a model with tokenizer=…"
+        ) from error
+
+
+__all__ = ["CLOUD_MODEL", "Service", "ServiceUnavailableError", "load_tokenizer", "open_service"]

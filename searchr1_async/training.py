@@ -1,0 +1,489 @@
+"""Training: the parts wired together, and the loop that is the algorithm.
+
+Read :func:`_Training.run` from top to bottom: open the services, measure the model, warm it up, then for every batch of
+questions play the groups, send minibatches to the trainer as they become complete, step, and write down where the run stands.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import anyio
+import tinker
+from filelock import FileLock, Timeout
+
+from searchr1_async.config import EpisodeLimits, LearningSettings, LocalOptions, SamplingSettings, WarmUp
+from searchr1_async.episodes.dialect import make_dialect
+from searchr1_async.episodes.reward import RewardFunction
+from searchr1_async.episodes.types import Group, Question
+from searchr1_async.errors import RunFolderError, SearchR1Error, ServiceError
+from searchr1_async.evaluation.evaluate import evaluate_policy
+from searchr1_async.evaluation.result import Evaluation
+from searchr1_async.events import (
+    CheckpointSaved,
+    Emit,
+    Notice,
+    PhaseAdvanced,
+    PhaseEnded,
+    PhaseStarted,
+    RunEnded,
+    StepFinished,
+)
+from searchr1_async.learn.checkpoints import ResumePoint
+from searchr1_async.learn.demonstrations import Demonstration, demonstration_batches, play_demonstrations
+from searchr1_async.learn.learner import FinishedStep, Learner
+from searchr1_async.learn.minibatches import MinibatchGatherer, drop_reason
+from searchr1_async.rollout.engine import RolloutEngine
+from searchr1_async.rollout.order import QuestionOrder
+from searchr1_async.rollout.policy import TinkerPolicy
+from searchr1_async.search import Search
+from searchr1_async.service import Service, open_service
+from searchr1_async.watch.metrics import group_metrics
+from searchr1_async.watch.records import RunRecords
+
+logger = logging.getLogger(__name__)
+
+UNTRAINED, AFTER_WARM_UP, AFTER_RL = "untrained", "after warm-up", "after RL"
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """Everything a run is given; checked already."""
+
+    questions: tuple[Question, ...]
+    search: Search
+    out_dir: Path
+    learning: LearningSettings
+    limits: EpisodeLimits
+    sampling: SamplingSettings
+    reward: RewardFunction
+    model: str | None = None
+    service: str | tinker.ServiceClient | None = None
+    local: LocalOptions = field(default_factory=LocalOptions)
+    tokenizer: str | None = None
+    format_name: str = "hermes"
+    renderer_name: str | None = None
+    instructions: str | None = None
+    warm_up: WarmUp | None = None
+    demonstrations: tuple[Demonstration, ...] = ()
+    held_out: tuple[Question, ...] = ()
+    held_out_samples: int = 1
+    evaluate_every: int | None = None
+    resume: bool = False
+    time_limit: float | None = None
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that make the steps before and after a resume one run, as plain JSON values.
+
+        How long to go on and how often to look are not among them: those may change.
+        """
+        learning = asdict(self.learning)
+        for name in ("steps", "epochs", "checkpoint_every", "max_failed_fraction"):
+            del learning[name]
+        return {
+            "model": self.model,
+            "format": self.format_name,
+            "renderer": self.renderer_name,
+            "instructions": self.instructions,
+            "temperature": self.sampling.temperature,
+            "search": self.search.fingerprint,
+            "limits": asdict(self.limits),
+            "learning": {**learning, "loss_config": dict(self.learning.loss_config)},
+            "warm_up": asdict(self.warm_up) if self.warm_up else None,
+        }
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a run came to. All of it can be read back from ``out_dir``."""
+
+    out_dir: Path
+    steps: int
+    """Optimiser steps finished, earlier sessions of the run included."""
+    reason: str
+    """``finished``, ``time_limit`` or ``stopped``."""
+    checkpoint: str | None
+    """``tinker://`` path of the last weights kept for sampling."""
+    evaluations: tuple[Evaluation, ...]
+    """On the held-out questions, in the order in which they were made."""
+    seconds: float
+    """Of reinforcement learning, earlier sessions included."""
+
+
+class StopRequest:
+    """Asks a run to stop at once, cleanly: episodes under way are cancelled, finished steps are kept."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._scope: anyio.CancelScope | None = None
+
+    def request(self) -> None:
+        self.requested = True
+        if self._scope is not None:
+            self._scope.cancel()
+
+    @contextmanager
+    def interruptible(self) -> Any:
+        """Work that a stop may cut short; afterwards ``requested`` says whether it did."""
+        with anyio.CancelScope() as self._scope:
+            if self.requested:
+                self._scope.cancel()
+            yield
+        self._scope = None
+
+
+async def run_training(job: TrainingJob, emit: Emit, stop: StopRequest) -> TrainingResult:
+    """Runs a job to its end, to its time limit or to a stop.
+
+    Raises:
+        SearchR1Error: whatever went wrong, as one of the package's errors; the run's folder holds a resume point.
+    """
+    try:
+        with _claimed(job.out_dir):
+            async with _opened(job, emit) as training:
+                result = await training.run(stop)
+    except* SearchR1Error as group:
+        emit(RunEnded("failed"))
+        raise first_error(group) from group
+    emit(RunEnded(result.reason))
+    return result
+
+
+def first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The first real exception in a tree of groups: what the user should read."""
+    inner = group.exceptions[0]
+    return first_error(inner) if isinstance(inner, BaseExceptionGroup) else inner
+
+
+@contextmanager
+def _claimed(folder: Path) -> Any:
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / "run.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RunFolderError(f"another process is training in {folder}: stop it, or choose another out_dir") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@asynccontextmanager
+async def _opened(job: TrainingJob, emit: Emit) -> AsyncIterator[_Training]:
+    """The services of a run: the Tinker service and the search, closed together whatever happens."""
+    resume = ResumePoint.load(job.out_dir)
+    if resume is not None and not job.resume:
+        raise RunFolderError(
+            f"{job.out_dir} holds a run ({resume.step} steps): pass resume=True to go on with it, or choose another out_dir"
+        )
+    order = QuestionOrder(job.questions, seed=job.learning.seed, groups_per_batch=job.learning.groups_per_batch)
+    if resume is not None:
+        resume.refuse_changes(job.identity(), order.fingerprint)
+    await open_search(job.search, emit)
+    async with (
+        job.search,
+        open_service(
+            job.service,
+            job.model,
+            folder=job.out_dir / "service",
+            local=job.local,
+            emit=emit,
+            tokenizer=job.tokenizer,
+        ) as service,
+    ):
+        yield _Training(job, emit, service, order, resume)
+
+
+async def open_search(search: Search, emit: Emit) -> None:
+    """Builds the search's index where there is none yet, showing progress."""
+    started = False
+    began = anyio.current_time()
+
+    def on_progress(done: int, total: int) -> None:
+        nonlocal started
+        if not started:
+            started = True
+            emit(PhaseStarted("index", total, "passages"))
+        emit(PhaseAdvanced("index", done))
+
+    await search.build(on_progress)
+    if started:
+        emit(PhaseEnded("index", anyio.current_time() - began))
+
+
+class _Training:
+    """One session of a run: from its start, or from its resume point, to its end."""
+
+    def __init__(
+        self, job: TrainingJob, emit: Emit, service: Service, order: QuestionOrder, resume: ResumePoint | None
+    ) -> None:
+        self._job, self._emit, self._service, self._order = job, emit, service, order
+        self._point = resume
+        self._records = RunRecords(job.out_dir)
+        dialect = make_dialect(
+            job.format_name,
+            service.model_name,
+            service.tokenizer,
+            renderer_name=job.renderer_name,
+            instructions=job.instructions,
+        )
+        self._engine = RolloutEngine(
+            dialect=dialect,
+            search=job.search,
+            limits=job.limits,
+            sampling=job.sampling,
+            reward=job.reward,
+            group_size=job.learning.group_size,
+            max_failed_fraction=job.learning.max_failed_fraction,
+            emit=emit,
+        )
+
+    async def run(self, stop: StopRequest) -> TrainingResult:
+        job = self._job
+        reason = "stopped"
+        with stop.interruptible():
+            client = await self._restore_or_create()
+            learner = Learner(client, job.learning, self._emit)
+            if self._point is None:
+                await self._measure(
+                    UNTRAINED, TinkerPolicy(await self._service.create_sampling_client(), 0, job.sampling)
+                )
+                self._point = await self._warm_up(learner)
+            policy = TinkerPolicy(await self._sampling_client(client), self._point.step, job.sampling)
+            if job.warm_up is not None and self._point.step == 0:
+                await self._measure(AFTER_WARM_UP, policy)
+            reason, policy = await self._learn(learner, policy)
+            await self._measure(AFTER_RL, policy)
+        if stop.requested:
+            self._emit(Notice("stopped: every finished step is kept, resume=True goes on from the last"))
+        await self._keep_sampler(learner)
+        point = self._point
+        return TrainingResult(
+            out_dir=job.out_dir,
+            steps=point.step if point else 0,
+            reason=reason,
+            checkpoint=point.sampler_path if point else None,
+            evaluations=self._evaluations(),
+            seconds=point.seconds if point else 0.0,
+        )
+
+    async def _learn(self, learner: Learner, policy: TinkerPolicy) -> tuple[str, TinkerPolicy]:
+        """Reinforcement learning, batch by batch, from the resume point on."""
+        point = self._point
+        assert point is not None
+        learning, began, before = self._job.learning, anyio.current_time(), point.seconds
+        total = learning.steps if learning.steps is not None else self._order.steps(learning.epochs)
+        longest = 0.0
+        reason = "finished"
+        self._emit(PhaseStarted("train", total, "steps"))
+        self._emit(PhaseAdvanced("train", point.step))
+        while point.step < total:
+            step_began = anyio.current_time()
+            if self._job.time_limit is not None and before + (step_began - began) + longest > self._job.time_limit:
+                reason = "time_limit"
+                self._emit(Notice(f"the time limit is near: reinforcement learning ends after {point.step} steps"))
+                break
+            step = point.step + 1
+            questions = self._order.batch(point.position)
+            groups = await self._play_and_submit(questions, policy, learner, step)
+            sampled_at = anyio.current_time()
+            is_last = step == total
+            finished = await learner.finish_step(
+                f"step-{step:06d}", keep=is_last or step % learning.checkpoint_every == 0
+            )
+            now = anyio.current_time()
+            longest = max(longest, now - step_began)
+            metrics = {
+                "progress/batch": float(step),
+                "progress/done_frac": step / total,
+                **group_metrics(groups, policy_version=policy.version),
+                **finished.metrics,
+                "time/total": now - step_began,
+                "time/sampling": sampled_at - step_began,
+                "time/training_after_sampling": now - sampled_at,
+            }
+            policy = TinkerPolicy(finished.sampling_client, step, self._job.sampling)
+            point = await self._step_is_finished(point, finished, groups, metrics, len(questions), before + now - began)
+            if self._job.evaluate_every and step % self._job.evaluate_every == 0 and not is_last:
+                await self._measure(f"step {step}", policy)
+        self._emit(PhaseEnded("train", anyio.current_time() - began))
+        return reason, policy
+
+    async def _play_and_submit(
+        self, questions: Sequence[Question], policy: TinkerPolicy, learner: Learner, step: int
+    ) -> list[Group]:
+        """Plays one batch; each minibatch goes to the trainer the moment its last group is complete."""
+        gatherer = MinibatchGatherer(len(questions), self._job.learning.minibatches)
+        send, receive = anyio.create_memory_object_stream[Group](math.inf)
+        groups: list[Group] = []
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(partial(self._engine.play_groups, questions, policy, send, step=step))
+            async with receive:
+                async for group in receive:
+                    groups.append(group)
+                    minibatch = gatherer.add(group)
+                    if minibatch is not None:
+                        await learner.submit(minibatch, step)
+        return groups
+
+    async def _step_is_finished(
+        self,
+        point: ResumePoint,
+        finished: FinishedStep,
+        groups: Sequence[Group],
+        metrics: Mapping[str, float],
+        consumed: int,
+        seconds: float,
+    ) -> ResumePoint:
+        """Writes the step down, records first: a resume point without its records would hide what was trained on."""
+        step = point.step + 1
+        drop_constant = self._job.learning.drop_constant_groups
+        rows = [(group, drop_reason(group, drop_constant_groups=drop_constant)) for group in groups]
+        new = replace(
+            point,
+            step=step,
+            position=point.position + consumed,
+            state_path=finished.state_path,
+            sampler_path=finished.sampler_path or point.sampler_path,
+            sampler_step=step if finished.sampler_path else point.sampler_step,
+            seconds=seconds,
+        )
+
+        def write() -> None:
+            self._records.write_step(step, rows, metrics)
+            new.save(self._job.out_dir)
+
+        # Shielded: a stop must not fall between a step and its record.
+        with anyio.CancelScope(shield=True):
+            await anyio.to_thread.run_sync(write)
+            self._point = new
+        self._emit(CheckpointSaved(step, new.state_path))
+        self._emit(StepFinished(step, metrics))
+        if point.step % self._job.learning.checkpoint_every != 0 or point.step == 0:
+            await self._forget(point.state_path)
+        return new
+
+    async def _keep_sampler(self, learner: Learner) -> None:
+        """Keeps the last weights for sampling, where the run ended at a step that was no checkpoint."""
+        point = self._point
+        if point is None or point.sampler_step == point.step:
+            return
+        path = await learner.keep_sampler(f"step-{point.step:06d}")
+        self._point = replace(point, sampler_path=path, sampler_step=point.step)
+        await anyio.to_thread.run_sync(self._point.save, self._job.out_dir)
+
+    async def _forget(self, state_path: str) -> None:
+        """Deletes the resume point before the last; one that cannot be deleted costs only room."""
+        try:
+            await self._service.delete_checkpoint(state_path)
+        except ServiceError as error:
+            logger.info("an old resume point was not deleted: %s", error)
+
+    async def _restore_or_create(self) -> tinker.TrainingClient:
+        if self._point is None:
+            self._records.truncate_after(0)
+            return await self._service.create_training_client(
+                rank=self._job.learning.lora_rank, seed=self._job.learning.seed
+            )
+        self._records.truncate_after(self._point.step)
+        self._emit(Notice(f"resuming after step {self._point.step} ({self._point.position} questions consumed)"))
+        return await self._service.restore_training_client(self._point.state_path)
+
+    async def _sampling_client(self, client: tinker.TrainingClient) -> tinker.SamplingClient:
+        try:
+            with anyio.fail_after(300):
+                return await client.save_weights_and_get_sampling_client()
+        except (tinker.TinkerError, ValueError, TimeoutError) as error:
+            raise ServiceError(f"the weights could not be published: {type(error).__name__}: {error}") from error
+
+    async def _warm_up(self, learner: Learner) -> ResumePoint:
+        """Supervised steps on demonstrations, where asked for, and the run's first resume point."""
+        job, warm_up = self._job, self._job.warm_up
+        if warm_up is not None:
+            batches = await self._demonstration_batches(warm_up)
+            began = anyio.current_time()
+            self._emit(PhaseStarted("warm-up", len(batches), "steps"))
+            for done, batch in enumerate(batches):
+                rate = warm_up.learning_rate * (1 - 0.9 * done / len(batches))
+                loss = await learner.supervised_step(batch, rate)
+                self._emit(PhaseAdvanced("warm-up", done + 1, {"loss": loss}))
+            self._emit(PhaseEnded("warm-up", anyio.current_time() - began))
+        finished = await learner.finish_step("start", keep=warm_up is not None)
+        point = ResumePoint(
+            step=0,
+            position=0,
+            state_path=finished.state_path,
+            sampler_path=finished.sampler_path,
+            sampler_step=0 if finished.sampler_path else None,
+            order_fingerprint=self._order.fingerprint,
+            base_model=self._service.model_name,
+            settings=job.identity(),
+        )
+        await anyio.to_thread.run_sync(point.save, job.out_dir)
+        self._emit(CheckpointSaved(0, point.state_path))
+        return point
+
+    async def _demonstration_batches(self, warm_up: WarmUp) -> list[list[Any]]:
+        wanted = warm_up.steps * warm_up.batch_size
+        # Half as many again are tried, since a search does not always show the answer.
+        tried = self._job.demonstrations or tuple(
+            Demonstration.of(question)
+            for question in random.Random(f"demonstrations/{self._job.learning.seed}").sample(
+                self._job.questions, min(len(self._job.questions), wanted + wanted // 2)
+            )
+        )
+        episodes = await play_demonstrations(
+            tried, dialect=self._engine.dialect, search=self._job.search, limits=self._job.limits
+        )
+        if not episodes:
+            raise SearchR1Error(
+                f"none of {len(tried)} demonstrations showed a golden answer: check that the corpus answers the questions"
+            )
+        self._emit(Notice(f"{len(episodes)} of {len(tried)} demonstrations show their answer and are learned from"))
+        return demonstration_batches(
+            episodes, steps=warm_up.steps, batch_size=warm_up.batch_size, seed=self._job.learning.seed
+        )
+
+    async def _measure(self, label: str, policy: TinkerPolicy) -> None:
+        """Evaluates on the held-out questions, unless an earlier session of the run has done so at this step."""
+        job = self._job
+        if not job.held_out or evaluation_steps(self._records).get(label) == policy.version:
+            return
+        evaluation = await evaluate_policy(
+            self._engine,
+            job.held_out,
+            policy,
+            samples=job.held_out_samples,
+            label=label,
+            step=policy.version,
+        )
+        await anyio.to_thread.run_sync(
+            lambda: self._records.write_evaluation(label, evaluation.episodes, policy.version)
+        )
+        self._emit(Notice(f"{label}: {evaluation}"))
+
+    def _evaluations(self) -> tuple[Evaluation, ...]:
+        return load_evaluations(self._records)
+
+
+def evaluation_steps(records: RunRecords) -> dict[str, int | None]:
+    """The labels of a run's evaluations, in the order in which they were made, with the optimiser steps before each."""
+    steps = dict(records.evaluations().select("label", "step").unique().collect().iter_rows())
+    return {label: steps.get(label) for label in records.evaluation_labels()}
+
+
+def load_evaluations(records: RunRecords) -> tuple[Evaluation, ...]:
+    """The evaluations of a run, read back from its folder by their steps."""
+    loaded = [
+        Evaluation(label, records.load_evaluation(label), step) for label, step in evaluation_steps(records).items()
+    ]
+    return tuple(sorted(loaded, key=lambda evaluation: (evaluation.label != UNTRAINED, evaluation.step or 0)))
