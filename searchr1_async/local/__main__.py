@@ -1,0 +1,231 @@
+"""``python -m searchr1_async.local``: the embedded Tinker service alone, for any client of the protocol.
+
+With ``--child`` (:mod:`searchr1_async.local.process` uses it) the settings come as JSON on the standard input instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import importlib
+import json
+import logging
+import os
+import secrets
+import select
+import signal
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from searchr1_async.errors import ConfigurationError, ModelError, PortInUseError, SearchR1Error
+from searchr1_async.local.backend import Backend
+from searchr1_async.local.process import DEFAULT_MODEL
+
+_HOST = "127.0.0.1"
+_FORCED_EXIT_SECONDS = 4.0
+
+
+def main() -> int:
+    """Runs the service until SIGTERM, SIGINT (standalone only) or, as a child, the end of its parent."""
+    if sys.argv[1:] == ["--child"]:
+        return _run_child()
+    return _run_standalone(_parser().parse_args())
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m searchr1_async.local", description="The embedded Tinker service.")
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="a folder or a hub name (default: %(default)s)")
+    parser.add_argument("--folder", type=Path, default=Path("runs/service"), help="keeps the checkpoints (%(default)s)")
+    parser.add_argument("--port", type=int, default=0, help="default: a free one")
+    parser.add_argument("--threads", type=int, help="the model's compute threads (default: all processors)")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--scripted", metavar="MODULE:FUNCTION", help="replies from a function instead of a model")
+    return parser
+
+
+def _run_standalone(arguments: argparse.Namespace) -> int:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    given_key = os.environ.get("TINKER_API_KEY")
+    api_key = given_key or f"tml-local-{secrets.token_hex(16)}"
+    settings = vars(arguments) | {"api_key": api_key, "options": {}, "backend_options": {}}
+    if arguments.scripted:
+        settings["scripted"] = {"reply": arguments.scripted}
+    if arguments.threads:
+        os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
+
+    def ready(fields: Mapping[str, Any]) -> None:
+        shown = "$TINKER_API_KEY as it is set now" if given_key else api_key
+        print(f"Serving {fields['model_name']} at {fields['url']}")
+        print("To use it from any tinker client:")
+        print(f"  export TINKER_BASE_URL={fields['url']}")
+        print(f"  export TINKER_API_KEY={shown}" if not given_key else f"  TINKER_API_KEY: {shown}")
+        print("Ctrl-C ends it.", flush=True)
+
+    try:
+        asyncio.run(_serve(settings, ready, asyncio.Event(), (signal.SIGINT, signal.SIGTERM)))
+    except SearchR1Error as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+def _run_child() -> int:
+    # The ready line has the real standard output to itself: whatever libraries print goes to the log.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    line = sys.stdin.buffer.readline()
+    if not line:
+        return 1
+    settings = json.loads(line)
+
+    def ready(fields: Mapping[str, Any]) -> None:
+        print(json.dumps(dict(fields)), file=answers, flush=True)
+
+    async def run() -> None:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        watcher = threading.Thread(
+            target=_watch_parent, args=(settings["parent"], lambda: loop.call_soon_threadsafe(stop.set)), daemon=True
+        )
+        watcher.start()
+        await _serve(settings, ready, stop, (signal.SIGTERM,))
+
+    try:
+        asyncio.run(run())
+    except Exception as error:
+        traceback.print_exc()
+        ready({"error": str(error) or type(error).__name__, "kind": _kind(error)})
+        return 2
+    return 0
+
+
+def _kind(error: Exception) -> str:
+    for kind, type in (("model", ModelError), ("port", PortInUseError), ("configuration", ConfigurationError)):
+        if isinstance(error, type):
+            return kind
+    return "other"
+
+
+def _watch_parent(parent: int, stop: Callable[[], object]) -> None:
+    """Blocks until the parent is gone, asks the service to stop, and ends the process if it does not.
+
+    The end of the standard input tells at once; the parent's id is looked at as well, since another child of the
+    parent may have inherited the pipe.
+    """
+    while os.getppid() == parent:
+        readable, _, _ = select.select([0], [], [], 1.0)
+        if readable and not os.read(0, 4096):
+            break
+    try:
+        stop()
+    finally:
+        threading.Event().wait(_FORCED_EXIT_SECONDS)
+        os._exit(1)
+
+
+async def _serve(
+    settings: Mapping[str, Any],
+    ready: Callable[[Mapping[str, Any]], None],
+    stop: asyncio.Event,
+    signals: tuple[signal.Signals, ...],
+) -> None:
+    from searchr1_async.local.checkpoints import CheckpointStore
+    from searchr1_async.local.server import ServiceOptions, serve
+
+    loop = asyncio.get_running_loop()
+    for number in signals:
+        loop.add_signal_handler(number, stop.set)
+    # Before the model is loaded, which takes long: these fail fast.
+    listener = _listen(settings["port"])
+    checkpoints = CheckpointStore(Path(settings["folder"]) / "checkpoints")
+    options = ServiceOptions(**settings["options"])
+    backend = await _until(stop, asyncio.to_thread(_load_backend, settings))
+    if backend is None:
+        return
+    try:
+        async with serve(
+            backend, checkpoints=checkpoints, api_key=settings["api_key"], listener=listener, options=options
+        ) as url:
+            ready({"url": url, "model_name": backend.model_name, "tokenizer_path": backend.tokenizer_path})
+            await stop.wait()
+    finally:
+        backend.close()
+
+
+async def _until(stop: asyncio.Event, loading: Any) -> Any:
+    """The backend, or None if the service is asked to stop while it is being loaded."""
+    task = asyncio.ensure_future(loading)
+    stopped = asyncio.ensure_future(stop.wait())
+    await asyncio.wait((task, stopped), return_when=asyncio.FIRST_COMPLETED)
+    stopped.cancel()
+    if not task.done():
+        # A thread cannot be stopped; the process can.
+        logging.shutdown()
+        os._exit(1)
+    return task.result()
+
+
+def _listen(port: int) -> socket.socket:
+    """Raises :class:`PortInUseError`, or :class:`ConfigurationError` for a number that is no port."""
+    if not 0 <= port <= 65535:
+        raise ConfigurationError(f"port: must be between 0 and 65535, got {port}")
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    # A port whose last server has just ended is free; one that is served still fails to bind.
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((_HOST, port))
+    except OSError as error:
+        listener.close()
+        raise PortInUseError(
+            f"port {port} on {_HOST} cannot be used ({error.strerror}): choose another, or 0 for a free one"
+        ) from None
+    return listener
+
+
+def _load_backend(settings: Mapping[str, Any]) -> Backend:
+    scripted = settings["scripted"]
+    if scripted:
+        return _load_script(settings["model"], scripted)
+    from searchr1_async.local.torch_backend import TorchBackend
+
+    return TorchBackend.load(
+        settings["model"],
+        threads=settings["threads"],
+        dtype=settings["dtype"],
+        device=settings["device"],
+        **settings["backend_options"],
+    )
+
+
+def _load_script(model: str, fields: Mapping[str, Any]) -> Backend:
+    """Raises :class:`ConfigurationError` if the reply function cannot be found."""
+    from searchr1_async.local.scripted import Latency, ScriptedBackend, TrainingTimes
+
+    module, _, name = fields["reply"].partition(":")
+    try:
+        reply = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigurationError(f"cannot find the reply function {fields['reply']!r}: {error}") from error
+    log = fields.get("latency_log")
+    return ScriptedBackend(
+        reply,
+        model_name=model,
+        tokenizer_path=fields.get("tokenizer_path", ""),
+        latency=Latency(**fields.get("latency", {})),
+        training=TrainingTimes(**fields.get("training", {})),
+        max_concurrent=fields.get("max_concurrent", 1 << 20),
+        seed=fields.get("seed", 0),
+        latency_log=None if log is None else Path(log),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

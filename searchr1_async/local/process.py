@@ -1,0 +1,234 @@
+"""The embedded service as a child process: started, watched and ended by a context manager.
+
+The child gets its key and settings as one JSON line on its standard input, which then stays open: when it ends, however
+the parent died, the child ends too. The child answers with one JSON line on its standard output when it serves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import secrets
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import anyio
+import anyio.to_thread
+from anyio.abc import Process
+
+from searchr1_async.errors import (
+    ConfigurationError,
+    ModelError,
+    PortInUseError,
+    ServiceStartError,
+    ServiceUnavailableError,
+)
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""Small enough to train on two cores."""
+_STOP_SECONDS = 5.0
+_LOG_LINES = 20
+_REFUSALS = {"model": ModelError, "port": PortInUseError, "configuration": ConfigurationError}
+
+
+@dataclass(frozen=True)
+class LocalService:
+    """A running service. Hand ``url`` and ``api_key`` to ``tinker.ServiceClient``."""
+
+    url: str
+    api_key: str = field(repr=False)
+    model_name: str
+    """The ``base_model`` it serves."""
+    tokenizer_path: str
+    """A local folder (or hub name) for ``AutoTokenizer.from_pretrained``; empty if it has no tokenizer."""
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Scripted:
+    """A script instead of a model: see :class:`~searchr1_async.local.scripted.ScriptedBackend`.
+
+    ``latency`` and ``training`` are the fields of ``Latency`` and ``TrainingTimes``.
+    """
+
+    reply: str
+    """``package.module:function``, importable in the child."""
+    latency: Mapping[str, float] = field(default_factory=dict)
+    training: Mapping[str, float] = field(default_factory=dict)
+    max_concurrent: int = 1 << 20
+    seed: int = 0
+    tokenizer_path: str = ""
+    latency_log: str | None = None
+    """A file that gets the drawn latencies (seconds, one a line) when the service ends."""
+
+
+@asynccontextmanager
+async def local_service(
+    model: str = DEFAULT_MODEL,
+    *,
+    folder: Path,
+    port: int = 0,
+    threads: int | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    scripted: Scripted | None = None,
+    start_timeout: float = 120.0,
+    log_path: Path | None = None,
+    options: Mapping[str, Any] | None = None,
+    backend_options: Mapping[str, Any] | None = None,
+) -> AsyncIterator[LocalService]:
+    """Runs the embedded service in a process of its own until the block ends.
+
+    ``folder`` keeps its checkpoints, across processes. ``port`` 0 takes a free one. ``threads`` is the number of the
+    model's compute threads (default: all processors). ``log_path`` (default ``<folder>/service.log``) gets what the
+    child logs. ``options`` are fields of :class:`~searchr1_async.local.server.ServiceOptions`, ``backend_options`` further
+    arguments of ``TorchBackend.load``. ``scripted`` replaces the model by a script; ``model`` is then only a name.
+
+    Raises :class:`ModelError` for an unknown model, :class:`PortInUseError`, :class:`ConfigurationError` for other
+    settings that the child refuses, and :class:`ServiceStartError` when it does not come up within ``start_timeout``
+    seconds.
+    """
+    if threads is not None and threads < 1:
+        raise ConfigurationError(f"threads: must be at least 1, got {threads}")
+    log_path = log_path or folder / "service.log"
+    api_key = f"tml-local-{secrets.token_hex(16)}"
+    settings = {
+        "api_key": api_key,
+        "parent": os.getpid(),
+        "model": model,
+        "folder": str(folder),
+        "port": port,
+        "threads": threads,
+        "dtype": dtype,
+        "device": device,
+        "scripted": None if scripted is None else asdict(scripted),
+        "options": dict(options or {}),
+        "backend_options": dict(backend_options or {}),
+    }
+    async with _child(log_path, threads) as process:
+        try:
+            with anyio.fail_after(start_timeout):
+                ready = await _handshake(process, settings)
+        except TimeoutError:
+            raise ServiceStartError(
+                f"the embedded service did not come up within {start_timeout:g} s; {_tail(log_path)}"
+            ) from None
+        if ready is None:
+            raise ServiceStartError(f"the embedded service ended while starting; {_tail(log_path)}")
+        if "error" in ready:
+            refusal = _REFUSALS.get(ready.get("kind", ""))
+            if refusal is not None:
+                raise refusal(ready["error"])
+            raise ServiceStartError(f"the embedded service could not start: {ready['error']}; {_tail(log_path)}")
+        logger.info("the embedded service serves %s at %s (pid %d)", ready["model_name"], ready["url"], process.pid)
+        yield LocalService(ready["url"], api_key, ready["model_name"], ready["tokenizer_path"], process.pid)
+
+
+@asynccontextmanager
+async def _child(log_path: Path, threads: int | None) -> AsyncIterator[Process]:
+    """The child process; it is gone when the block ends, whatever happens."""
+    environment = {
+        **os.environ,
+        # Threads that wait must not spin: the engine runs beside them.
+        "OMP_WAIT_POLICY": "passive",
+        "OMP_NUM_THREADS": str(threads or os.cpu_count() or 1),
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry),
+    }
+    try:
+        log_path.parent.mkdir(parents=True, exist_ok=True)
+        log = log_path.open("ab")
+    except OSError as error:
+        raise ServiceStartError(f"cannot write the service's log {log_path}: {error}") from error
+    with log:
+        process = await anyio.open_process(
+            [sys.executable, "-m", "searchr1_async.local", "--child"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env=environment,
+            # Ctrl-C goes to a terminal's whole process group: the parent decides when this child ends.
+            start_new_session=True,
+        )
+    try:
+        yield process
+    finally:
+        with anyio.CancelScope(shield=True):
+            await _stop(process)
+
+
+async def _stop(process: Process) -> None:
+    """Terminates the child, kills it if that takes too long, and reaps it."""
+    with contextlib.suppress(ProcessLookupError):
+        process.terminate()
+    with anyio.move_on_after(_STOP_SECONDS) as scope:
+        await process.wait()
+    if scope.cancelled_caught:
+        logger.warning("the embedded service (pid %d) did not end in %g s: killing it", process.pid, _STOP_SECONDS)
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+    await process.aclose()
+
+
+async def _handshake(process: Process, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Sends the settings; the child's ready line, or None if it ended without one."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with contextlib.suppress(anyio.BrokenResourceError):
+        await process.stdin.send(json.dumps(settings).encode() + b"\n")
+    received = b""
+    while b"\n" not in received:
+        try:
+            received += await process.stdout.receive()
+        except (anyio.EndOfStream, anyio.BrokenResourceError):
+            return None
+    try:
+        return json.loads(received.partition(b"\n")[0])
+    except ValueError:
+        return None
+
+
+def _tail(log_path: Path) -> str:
+    try:
+        lines = log_path.read_text(errors="replace").splitlines()[-_LOG_LINES:]
+    except OSError:
+        lines = []
+    return f"the end of its log {log_path}:\n" + "\n".join(lines or ["(empty)"])
+
+
+async def probe(url: str, timeout: float = 10.0) -> None:
+    """Asks a Tinker service whether it is there.
+
+    Raises :class:`ServiceUnavailableError`, naming the URL, within ``timeout`` seconds: the SDK itself would try a dead
+    address for minutes. A service that answers 401 or 403 without a key is there.
+    """
+    address = f"{url.rstrip('/')}/api/v1/healthz"
+    try:
+        async with (
+            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=timeout)) as session,
+            session.get(address) as response,
+        ):
+            body = await response.content.read(4096)
+            status = response.status
+            if status in (401, 403):
+                return
+            answer = json.loads(body)
+    except TimeoutError:
+        raise ServiceUnavailableError(f"the Tinker service at {url} did not answer within {timeout:g} s") from None
+    except (aiohttp.ClientError, OSError) as error:
+        raise ServiceUnavailableError(f"the Tinker service at {url} cannot be reached: {error}") from error
+    except ValueError:
+        answer, status = None, "no JSON"
+    if not isinstance(answer, dict) or answer.get("status") != "ok":
+        raise ServiceUnavailableError(f"what answers at {url} is no Tinker service (GET {address}: {status})")

@@ -1,0 +1,182 @@
+"""The answers that clients wait for: one promise for each piece of work, kept until it was fetched and a while longer.
+
+:class:`PromiseStore` belongs to one event loop and is not thread-safe. It holds no clock: callers pass the time in
+(seconds, any origin, never going back).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Category = Literal["unknown", "server", "user"]
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """What becomes ``{"error", "category"}`` on the wire."""
+
+    error: str
+    category: Category
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A finished answer as it goes over the wire: JSON bytes, or a protobuf message's."""
+
+    body: bytes
+    content_type: str = "application/json"
+
+
+@dataclass(slots=True, eq=False)
+class Promise:
+    """One piece of work. ``outcome`` is set once, by :meth:`PromiseStore.settle`."""
+
+    request_id: str
+    kind: str
+    owner: str
+    """The session, model or sampling session that asked."""
+    key: Hashable | None
+    outcome: Reply | Failure | None = None
+    on_cancel: Callable[[], Any] | None = None
+    """Called when the client cancels; None: this kind of work cannot be cancelled."""
+    settled_at: float | None = None
+    fetched_at: float | None = None
+    done: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class UnknownPromise(LookupError):
+    """No such promise: ``expired`` when it was one of this store's, else one of another process or of nobody."""
+
+    def __init__(self, request_id: str, expired: bool) -> None:
+        super().__init__(request_id)
+        self.expired = expired
+
+
+class PromiseStore:
+    """All open and recently settled promises.
+
+    Memory is bounded: a settled promise goes ``grace`` seconds after its answer was last fetched (a lost answer is asked
+    for again within that time), or earlier, oldest first, when the fetched answers together exceed ``fetched_bytes``;
+    and ``unfetched`` seconds after it was settled if nobody asked.
+    """
+
+    def __init__(self, *, grace: float = 60.0, unfetched: float = 3600.0, fetched_bytes: int = 256 << 20) -> None:
+        self.grace = grace
+        self.unfetched = unfetched
+        self.fetched_bytes = fetched_bytes
+        self._prefix = secrets.token_hex(4)
+        self._opened = 0
+        self._by_id: dict[str, Promise] = {}
+        self._by_key: dict[Hashable, Promise] = {}
+        # In order of settled_at and of fetched_at, so that sweeping looks only at what goes.
+        self._unfetched: dict[str, Promise] = {}
+        self._fetched: dict[str, Promise] = {}
+        self._bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def find(self, key: Hashable | None) -> Promise | None:
+        """The promise that a request with this idempotency key got before, if it is still kept."""
+        return None if key is None else self._by_key.get(key)
+
+    def open(self, kind: str, owner: str, key: Hashable | None = None) -> Promise:
+        """A new promise. ``key`` must be free (see :meth:`find`)."""
+        if key is not None and key in self._by_key:
+            raise ValueError(f"the idempotency key {key!r} is in use")
+        self._opened += 1
+        promise = Promise(f"{self._prefix}-{self._opened}", kind, owner, key)
+        self._by_id[promise.request_id] = promise
+        if key is not None:
+            self._by_key[key] = promise
+        return promise
+
+    def settle(self, promise: Promise, outcome: Reply | Failure, now: float) -> bool:
+        """Gives the promise its outcome and wakes whoever waits. False if it had one already (it was cancelled)."""
+        if promise.outcome is not None:
+            return False
+        promise.outcome = outcome
+        promise.settled_at = now
+        promise.on_cancel = None
+        promise.done.set()
+        if promise.request_id in self._by_id:
+            self._unfetched[promise.request_id] = promise
+        return True
+
+    def get(self, request_id: str) -> Promise:
+        """Raises :class:`UnknownPromise`."""
+        try:
+            return self._by_id[request_id]
+        except KeyError:
+            prefix, _, number = request_id.partition("-")
+            mine = prefix == self._prefix and number.isdecimal() and 0 < int(number) <= self._opened
+            raise UnknownPromise(request_id, expired=mine) from None
+
+    async def wait(self, promise: Promise, seconds: float) -> Reply | Failure | None:
+        """The outcome, or None if it did not come within ``seconds``."""
+        if promise.outcome is None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await promise.done.wait()
+        return promise.outcome
+
+    def fetched(self, promise: Promise, now: float) -> None:
+        """The outcome went out to the client; it is kept for ``grace`` seconds more."""
+        promise.fetched_at = now
+        if self._unfetched.pop(promise.request_id, None) is not None:
+            self._bytes += _size(promise)
+        elif self._fetched.pop(promise.request_id, None) is None:
+            return
+        self._fetched[promise.request_id] = promise
+
+    def cancel(self, promise: Promise, now: float, reason: str = "cancelled by the client") -> bool:
+        """Settles an open promise as cancelled and stops its work. False if it cannot be cancelled (any more)."""
+        stop = promise.on_cancel
+        if promise.outcome is not None or stop is None:
+            return False
+        self.settle(promise, Failure(reason, "user"), now)
+        stop()
+        return True
+
+    def open_of(self, owner: str) -> Iterator[Promise]:
+        """Open promises of one owner."""
+        return (promise for promise in list(self._by_id.values()) if promise.owner == owner and promise.outcome is None)
+
+    def sweep(self, now: float) -> int:
+        """Forgets what is past its time or exceeds the memory allowed; returns how many promises."""
+        gone: list[Promise] = []
+        excess = self._bytes - self.fetched_bytes
+        for promise in self._fetched.values():
+            if excess <= 0 and now - _time(promise.fetched_at) < self.grace:
+                break
+            excess -= _size(promise)
+            gone.append(promise)
+        for promise in self._unfetched.values():
+            if now - _time(promise.settled_at) < self.unfetched:
+                break
+            gone.append(promise)
+        for promise in gone:
+            self._forget(promise)
+        return len(gone)
+
+    def _forget(self, promise: Promise) -> None:
+        del self._by_id[promise.request_id]
+        if promise.key is not None:
+            del self._by_key[promise.key]
+        if self._unfetched.pop(promise.request_id, None) is None:
+            del self._fetched[promise.request_id]
+            self._bytes -= _size(promise)
+
+
+def _size(promise: Promise) -> int:
+    return len(promise.outcome.body) if isinstance(promise.outcome, Reply) else 0
+
+
+def _time(moment: float | None) -> float:
+    assert moment is not None
+    return moment

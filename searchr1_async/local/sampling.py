@@ -1,0 +1,219 @@
+"""The samplers of the service: which weights each one uses, and how many of them stay in memory."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import anyio
+import anyio.to_thread
+
+from searchr1_async.local import protocol
+from searchr1_async.local.backend import Backend, Snapshot, UserFault
+from searchr1_async.local.checkpoints import CheckpointId, CheckpointStore
+from searchr1_async.local.jobs import Jobs, offload, result_of
+from searchr1_async.local.promises import Promise, Reply
+
+logger = logging.getLogger(__name__)
+
+
+class TooManySamples(Exception):
+    """The queue is full: the client should wait and submit again (429)."""
+
+
+@dataclass(slots=True, eq=False)
+class Weights:
+    """What a sampler uses. Several samplers may share one (``inflight`` samplers of a model, or one checkpoint)."""
+
+    snapshot: Snapshot | None
+    """None: not in memory."""
+    origin: tuple[CheckpointId, float] | None = None
+    """The checkpoint they came from and when it was made; None: they were never on disk."""
+    running: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Sampler:
+    id: str
+    session_id: str
+    weights: Weights | None
+    """None: the base model."""
+    model_path: str | None = None
+
+
+def sampler_id(session_id: str, sampling_session_seq_id: int) -> str:
+    return f"{session_id}:sample:{sampling_session_seq_id}"
+
+
+class Sampling:
+    """All samplers. At most ``max_snapshots`` adapters' weights stay in memory: the least recently used go first.
+
+    Weights with a checkpoint are read again when needed; those without are lost to their sampler, which says so.
+    """
+
+    def __init__(
+        self, backend: Backend, checkpoints: CheckpointStore, jobs: Jobs, *, max_snapshots: int, max_samples: int
+    ) -> None:
+        self._backend = backend
+        self._checkpoints = checkpoints
+        self._jobs = jobs
+        self._max_snapshots = max_snapshots
+        self._max_samples = max_samples
+        self._open_samples = 0
+        self._resident: OrderedDict[Weights, None] = OrderedDict()
+        self._by_checkpoint: dict[tuple[CheckpointId, float], Weights] = {}
+        self._inflight: dict[str, Weights] = {}
+        self._reading = anyio.Lock()
+        self.samplers: dict[str, Sampler] = {}
+
+    # -- samplers ------------------------------------------------------------------------------------------------
+
+    async def create(self, session_id: str, number: int, fields: Mapping[str, Any]) -> Sampler:
+        """``create_sampling_session``; the same number again gives the same sampler.
+
+        Raises :class:`UserFault` for an unknown model or checkpoint.
+        """
+        id = sampler_id(session_id, number)
+        if id not in self.samplers:
+            weights, path = await self._weights_for(fields)
+            self.samplers[id] = Sampler(id, session_id, weights, path)
+        return self.samplers[id]
+
+    def publish(self, id: str, session_id: str, model_id: str, kind: str, snapshot: Snapshot) -> str:
+        """A sampler of weights that live in memory only; returns its id."""
+        if kind == "inflight":
+            weights = self._inflight.setdefault(model_id, Weights(None))
+            weights.snapshot = snapshot
+        else:
+            weights = Weights(snapshot)
+        self.samplers[id] = Sampler(id, session_id, weights)
+        self._use(weights)
+        return id
+
+    def close(self, session_id: str, model_ids: set[str]) -> None:
+        """Forgets a session's samplers, and the weights that only they used."""
+        for id in [sampler.id for sampler in self.samplers.values() if sampler.session_id == session_id]:
+            del self.samplers[id]
+        for id in model_ids:
+            self._inflight.pop(id, None)
+        used = {sampler.weights for sampler in self.samplers.values()}
+        for weights in [weights for weights in self._resident if weights not in used]:
+            self._drop(weights)
+        self._by_checkpoint = {key: weights for key, weights in self._by_checkpoint.items() if weights in used}
+
+    async def _weights_for(self, fields: Mapping[str, Any]) -> tuple[Weights | None, str | None]:
+        path = protocol.optional(fields, "model_path", str, "")
+        if path:
+            return await self._read(CheckpointId.parse(path)), path
+        name = fields.get("base_model")
+        if name != self._backend.model_name:
+            raise UserFault(f"unknown base model {name!r:.200}: this service has {self._backend.model_name!r} only")
+        return None, None
+
+    async def _read(self, id: CheckpointId) -> Weights:
+        """The weights of a checkpoint, from memory if they are there."""
+        async with self._reading:
+            checkpoint = await anyio.to_thread.run_sync(self._checkpoints.find, id, time.time())
+            if checkpoint.base_model != self._backend.model_name:
+                raise UserFault(f"{id.path} is of {checkpoint.base_model!r}: this service has {self._backend.model_name!r}")
+            key = (id, checkpoint.created_at)
+            weights = self._by_checkpoint.setdefault(key, Weights(None, key))
+            if weights.snapshot is None:
+                _, state = await anyio.to_thread.run_sync(self._checkpoints.load, id, time.time())
+                weights.snapshot = await result_of(self._backend.import_snapshot(checkpoint.lora, state))
+            self._use(weights)
+            return weights
+
+    def _use(self, weights: Weights) -> None:
+        """Marks weights as just used and drops the least recently used ones beyond the limit."""
+        self._resident[weights] = None
+        self._resident.move_to_end(weights)
+        excess = len(self._resident) - self._max_snapshots
+        idle = [other for other in self._resident if other.running == 0 and other is not weights]
+        for other in idle[: max(excess, 0)]:
+            self._drop(other)
+
+    def _drop(self, weights: Weights) -> None:
+        self._resident.pop(weights, None)
+        weights.snapshot = None
+
+    # -- samples -------------------------------------------------------------------------------------------------
+
+    def submit(self, sampler: Sampler | None, seq_id: int | None, fields: Mapping[str, Any], size: int) -> Promise:
+        """``asample``, a body of ``size`` bytes. A number of the same sampler seen before gets the promise of then.
+
+        ``sampler`` is None when the request itself names a model (``base_model`` or ``model_path``).
+
+        Raises :class:`TooManySamples`.
+        """
+        owner = sampler.id if sampler is not None else "-"
+        key = None if sampler is None or seq_id is None else (owner, seq_id)
+        earlier = self._jobs.promises.find(key)
+        if earlier is not None:
+            return earlier
+        if self._open_samples >= self._max_samples:
+            raise TooManySamples
+        promise = self._jobs.promises.open("Sample", owner, key)
+        self._open_samples += 1
+        cancelled = anyio.CancelScope()
+        promise.on_cancel = cancelled.cancel
+        self._jobs.start_loop(self._sample, promise, cancelled, sampler, fields, size)
+        return promise
+
+    async def _sample(
+        self,
+        promise: Promise,
+        cancelled: anyio.CancelScope,
+        sampler: Sampler | None,
+        fields: Mapping[str, Any],
+        size: int,
+    ) -> None:
+        async def work() -> Reply:
+            call = await offload(size, protocol.decode_sample, fields)
+            weights = await self._current(sampler, fields)
+            if weights is None:
+                result = await result_of(self._backend.sample(None, call.request))
+            else:
+                weights.running += 1
+                try:
+                    result = await result_of(self._backend.sample(weights.snapshot, call.request))
+                finally:
+                    weights.running -= 1
+            tokens = sum(len(sequence.tokens) for sequence in result.sequences)
+            return await offload(8 * tokens, protocol.encode_sample, result, call.prompt_logprobs_last_n)
+
+        try:
+            with cancelled:
+                await self._jobs.run(promise, work)
+        finally:
+            self._open_samples -= 1
+
+    async def _current(self, sampler: Sampler | None, fields: Mapping[str, Any]) -> Weights | None:
+        """A sampler's weights, read again if they are no longer in memory. Raises :class:`UserFault`."""
+        if sampler is None:
+            weights, _ = await self._weights_for(fields)
+            return weights
+        weights = sampler.weights
+        if weights is None:
+            return None
+        if weights.snapshot is None and weights.origin is not None:
+            id, _ = weights.origin
+            if await self._read(id) is not weights:
+                raise UserFault(f"{id.path} was overwritten after sampler {sampler.id} was made: make a new sampler")
+        if weights.snapshot is None:
+            raise UserFault(
+                f"the weights of sampler {sampler.id} are no longer in memory: only the {self._max_snapshots} most recently "
+                "used are kept; to keep weights for longer, save them with save_weights_for_sampler(name=...)"
+            )
+        self._use(weights)
+        return weights
+
+    def cancel_session(self, session_id: str, now: float) -> None:
+        """Stops the samples of a session that has ended."""
+        for sampler in [sampler for sampler in self.samplers.values() if sampler.session_id == session_id]:
+            for promise in self._jobs.promises.open_of(sampler.id):
+                self._jobs.promises.cancel(promise, now, "the session has ended")

@@ -1,0 +1,449 @@
+"""A backend without a model: replies come from a function of the prompt, after a modelled time.
+
+For benchmarks and tests of everything above the model. Timers run on one thread, thousands at once. Training is that of
+a model with one parameter, its *scale*: the log-probability of token ``t`` is ``scale_free(t) * exp(-bias)``, and the losses
+and Adam of Tinker move ``bias``. So log-probabilities are plausible, the same for the sampler and the trainer at the same
+version, different from version to version, and a checkpoint round-trip can be checked.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import logging
+import math
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from searchr1_async.local.backend import (
+    AdamParams,
+    Adapter,
+    Datum,
+    Float32Array,
+    ForwardBackwardResult,
+    LoraConfig,
+    SampledSequence,
+    SampleRequest,
+    SampleResult,
+    Snapshot,
+    State,
+    UserFault,
+)
+
+logger = logging.getLogger(__name__)
+
+Reply = Callable[[list[int], random.Random], list[int] | str]
+"""Prompt tokens and a source of chance to the new tokens, or to text (then the backend needs a tokenizer)."""
+Result = TypeVar("Result")
+Own = TypeVar("Own")
+
+LOSSES = ("cross_entropy", "importance_sampling", "ppo", "cispo")
+
+
+@dataclass(frozen=True, slots=True)
+class Latency:
+    """How long one sample takes: ``max(floor, prompt * prefill + tokens * decode) * lognormal(jitter)`` seconds.
+
+    Drawn for each continuation; a request takes as long as its slowest one.
+    """
+
+    prefill: float = 0.0
+    """Seconds per prompt token."""
+    decode: float = 0.0
+    """Seconds per new token."""
+    floor: float = 0.0
+    """Seconds at least, before jitter."""
+    jitter: float = 0.0
+    """Sigma of the lognormal factor; its median is 1."""
+
+    def draw(self, prompt_tokens: int, new_tokens: int, chance: random.Random) -> float:
+        seconds = max(self.floor, prompt_tokens * self.prefill + new_tokens * self.decode)
+        return seconds * math.exp(chance.gauss(0.0, self.jitter)) if self.jitter else seconds
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingTimes:
+    """Seconds of the training device, which does one thing after another."""
+
+    per_token: float = 0.0
+    """Forward and backward of one token; a forward alone takes a third."""
+    optim_step: float = 0.0
+    save: float = 0.0
+    """Exporting weights or taking a snapshot."""
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """An immutable version: what a snapshot is."""
+
+    bias: float = 0.0
+    version: int = 0
+    """Optimiser steps behind it."""
+
+
+@dataclass(slots=True, eq=False)
+class ScriptedAdapter:
+    """A trainable version: one parameter, its gradient and its Adam moments."""
+
+    lora: LoraConfig
+    weights: Weights = field(default_factory=Weights)
+    gradient: float = 0.0
+    moments: tuple[float, float] = (0.0, 0.0)
+
+
+def scale_free(tokens: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """A fixed log-probability of each token id between -2.1 and -0.1; shape as given, float64."""
+    return -0.1 - 2.0 * ((tokens.astype(np.uint64) * np.uint64(2654435761)) % np.uint64(1 << 32)) / 2.0**32
+
+
+def logprobs_of(tokens: np.ndarray[Any, Any], weights: Weights) -> Float32Array:
+    """What both the sampler and the trainer report for these tokens at a version; shape as given."""
+    return (scale_free(tokens) * math.exp(-weights.bias)).astype(np.float32)
+
+
+class ScriptedBackend:
+    """A :class:`~searchr1_async.local.backend.Backend` that plays a script.
+
+    ``reply`` is called on the backend's thread when a sample starts, with a source of chance that depends on ``seed`` and
+    on the request's own seed (or, without one, on how many came before); it must be quick. Its tokens are cut at
+    ``max_tokens`` and at the first stop token. ``max_concurrent`` samples run at once; more wait in line.
+    """
+
+    def __init__(
+        self,
+        reply: Reply,
+        *,
+        model_name: str = "scripted",
+        tokenizer_path: str = "",
+        latency: Latency | None = None,
+        training: TrainingTimes | None = None,
+        max_concurrent: int = 1 << 20,
+        max_context_length: int = 32768,
+        seed: int = 0,
+        latency_log: Path | None = None,
+    ) -> None:
+        self.latencies: list[float] = []
+        """Seconds drawn for each sample request, in order of their start."""
+        self._reply = reply
+        self._model_name = model_name
+        self._tokenizer_path = tokenizer_path
+        self._latency = latency or Latency()
+        self._training = training or TrainingTimes()
+        self._max_concurrent = max_concurrent
+        self._max_context_length = max_context_length
+        self._seed = seed
+        self._latency_log = latency_log
+        self._tokenizer: Any = None
+        self._arrivals = itertools.count()
+        self._queue: deque[tuple[int, Weights, SampleRequest, Future[SampleResult]]] = deque()
+        self._running = 0
+        self._training_free_at = 0.0
+        self._timers = TimerThread("scripted-backend")
+
+    @property
+    def model_name(self) -> str:
+        return self._model_name
+
+    @property
+    def tokenizer_path(self) -> str:
+        return self._tokenizer_path
+
+    @property
+    def max_context_length(self) -> int:
+        return self._max_context_length
+
+    # -- sampling ------------------------------------------------------------------------------------------------
+
+    def sample(self, snapshot: Snapshot | None, request: SampleRequest) -> Future[SampleResult]:
+        future: Future[SampleResult] = Future()
+        arrival = next(self._arrivals)
+        weights = Weights() if snapshot is None else _own(snapshot, Weights)
+        self._timers.call_at(0.0, lambda: self._enqueue(arrival, weights, request, future), future)
+        return future
+
+    def _enqueue(self, arrival: int, weights: Weights, request: SampleRequest, future: Future[SampleResult]) -> None:
+        if len(request.prompt) > self._max_context_length:
+            _fail(future, UserFault(f"prompt: {len(request.prompt)} tokens exceed {self._max_context_length}"))
+            return
+        self._queue.append((arrival, weights, request, future))
+        self._start_samples()
+
+    def _start_samples(self) -> None:
+        while self._queue and self._running < self._max_concurrent:
+            arrival, weights, request, future = self._queue.popleft()
+            if future.cancelled():
+                continue
+            try:
+                result, seconds = self._play(arrival, weights, request)
+            except Exception as error:
+                _fail(future, error)
+                continue
+            self.latencies.append(seconds)
+            self._running += 1
+            # A cancelled sample leaves its place at once; on whatever thread it is cancelled, the timer thread acts.
+            future.add_done_callback(lambda _: self._timers.call_at(0.0, self._end_sample))
+            self._timers.call_at(time.monotonic() + seconds, lambda f=future, r=result: _resolve(f, lambda: r), future)
+
+    def _end_sample(self) -> None:
+        self._running -= 1
+        self._start_samples()
+
+    def _play(self, arrival: int, weights: Weights, request: SampleRequest) -> tuple[SampleResult, float]:
+        prompt = request.prompt.tolist()
+        chance = random.Random(f"{self._seed} {request.seed if request.seed is not None else f'nr {arrival}'}")
+        sequences = tuple(self._continue(prompt, weights, request, chance) for _ in range(request.num_samples))
+        seconds = max(self._latency.draw(len(prompt), len(sequence.tokens), chance) for sequence in sequences)
+        prompt_logprobs = topk_prompt = None
+        if request.prompt_logprobs or request.topk_prompt_logprobs:
+            prompt_logprobs = logprobs_of(request.prompt, weights)
+            prompt_logprobs[0] = np.nan
+        if request.topk_prompt_logprobs:
+            topk_prompt = _topk(request.prompt, weights, request.topk_prompt_logprobs)
+            topk_prompt[0][0], topk_prompt[1][0] = 0, np.nan
+        if not request.prompt_logprobs:
+            prompt_logprobs = None
+        return SampleResult(sequences, prompt_logprobs, topk_prompt), seconds
+
+    def _continue(
+        self, prompt: list[int], weights: Weights, request: SampleRequest, chance: random.Random
+    ) -> SampledSequence:
+        reply = self._reply(prompt, chance)
+        tokens = self._encode(reply) if isinstance(reply, str) else list(reply)
+        limit = self._max_context_length - len(prompt) if request.max_tokens is None else request.max_tokens
+        end = min(self._stop_at(tokens, request), len(tokens))
+        stop_reason = "stop" if end <= limit else "length"
+        array = np.asarray(tokens[: min(end, limit)], np.int32)
+        topk = _topk(array, weights, request.topk_sample_logprobs) if request.topk_sample_logprobs else None
+        return SampledSequence(array, logprobs_of(array, weights), stop_reason, topk)
+
+    def _stop_at(self, tokens: list[int], request: SampleRequest) -> int:
+        """How many tokens come until the first stop, that one included."""
+        ends = [tokens.index(stop) + 1 for stop in request.stop_tokens or () if stop in tokens]
+        if request.stop_strings:
+            tokenizer = self._load_tokenizer()
+            for count in range(1, len(tokens) + 1):
+                text = tokenizer.decode(tokens[:count])
+                if any(stop in text for stop in request.stop_strings):
+                    ends.append(count)
+                    break
+        return min(ends, default=len(tokens))
+
+    def _encode(self, text: str) -> list[int]:
+        tokenizer = self._load_tokenizer()
+        tokens = tokenizer.encode(text, add_special_tokens=False)
+        return tokens if tokenizer.eos_token_id is None else [*tokens, tokenizer.eos_token_id]
+
+    def _load_tokenizer(self) -> Any:
+        if self._tokenizer is None:
+            if not self._tokenizer_path:
+                raise UserFault("this scripted service has no tokenizer: it cannot handle text")
+            from transformers import AutoTokenizer
+
+            self._tokenizer = AutoTokenizer.from_pretrained(self._tokenizer_path)
+        return self._tokenizer
+
+    # -- training ------------------------------------------------------------------------------------------------
+
+    def create_adapter(self, lora: LoraConfig) -> Future[Adapter]:
+        return self._train(0.0, lambda: ScriptedAdapter(lora))
+
+    def snapshot(self, adapter: Adapter) -> Future[Snapshot]:
+        own = _own(adapter, ScriptedAdapter)
+        return self._train(self._training.save, lambda: own.weights)
+
+    def forward_backward(
+        self,
+        adapter: Adapter,
+        data: Sequence[Datum],
+        loss_fn: str,
+        loss_config: Mapping[str, float],
+        forward_only: bool,
+    ) -> Future[ForwardBackwardResult]:
+        seconds = self._training.per_token * sum(len(datum.tokens) for datum in data) / (3 if forward_only else 1)
+        own = _own(adapter, ScriptedAdapter)
+        return self._train(seconds, lambda: _forward_backward(own, data, loss_fn, loss_config, forward_only))
+
+    def optim_step(self, adapter: Adapter, params: AdamParams) -> Future[Mapping[str, float]]:
+        own = _own(adapter, ScriptedAdapter)
+        return self._train(self._training.optim_step, lambda: _optim_step(own, params))
+
+    def export_adapter(self, adapter: Adapter, optimizer: bool) -> Future[State]:
+        own = _own(adapter, ScriptedAdapter)
+
+        def export() -> State:
+            state = {"bias": np.array([own.weights.bias]), "version": np.array([own.weights.version])}
+            return {**state, "moments": np.array(own.moments)} if optimizer else state
+
+        return self._train(self._training.save, export)
+
+    def import_adapter(self, lora: LoraConfig, state: State, optimizer: bool) -> Future[Adapter]:
+        def load() -> Adapter:
+            first, second = (float(moment) for moment in state["moments"]) if optimizer else (0.0, 0.0)
+            return ScriptedAdapter(lora, _weights_in(state), moments=(first, second))
+
+        return self._train(self._training.save, load)
+
+    def import_snapshot(self, lora: LoraConfig, state: State) -> Future[Snapshot]:
+        return self._train(self._training.save, lambda: _weights_in(state))
+
+    def _train(self, seconds: float, work: Callable[[], Result]) -> Future[Result]:
+        """Work of the training device: its effect happens at the end of its time, in the order of the calls."""
+        future: Future[Result] = Future()
+        due = max(time.monotonic(), self._training_free_at) + seconds
+        self._training_free_at = due
+        self._timers.call_at(due, lambda: _resolve(future, work), future)
+        return future
+
+    def close(self) -> None:
+        self._timers.close()
+        if self._latency_log is not None:
+            self._latency_log.write_text("".join(f"{seconds!r}\n" for seconds in self.latencies))
+
+
+def _topk(tokens: np.ndarray[Any, Any], weights: Weights, k: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """The token itself and its neighbours in number, most likely first; ids and log-probabilities, each [N, k]."""
+    ids = np.asarray(tokens, np.int32)[:, None] + np.arange(k, dtype=np.int32)
+    logprobs = logprobs_of(ids, weights)
+    order = np.argsort(-logprobs, axis=1)
+    return np.take_along_axis(ids, order, 1), np.take_along_axis(logprobs, order, 1)
+
+
+def _weights_in(state: State) -> Weights:
+    return Weights(float(state["bias"][0]), int(state["version"][0]))
+
+
+def _forward_backward(
+    adapter: ScriptedAdapter,
+    data: Sequence[Datum],
+    loss_fn: str,
+    loss_config: Mapping[str, float],
+    forward_only: bool,
+) -> ForwardBackwardResult:
+    """Tinker's losses, sums over tokens, for the one parameter: d logprob / d bias = -logprob."""
+    if loss_fn not in LOSSES:
+        raise UserFault(f"unknown loss {loss_fn!r}: expected one of {', '.join(LOSSES)}")
+    low, high = (0.0, 4.0) if loss_fn == "cispo" else (0.8, 1.2)
+    low = loss_config.get("clip_low_threshold", low)
+    high = loss_config.get("clip_high_threshold", high)
+    loss, gradient, rows = 0.0, 0.0, []
+    for datum in data:
+        names = ("target_tokens", "weights") if loss_fn == "cross_entropy" else ("target_tokens", "logprobs", "advantages")
+        missing = [name for name in names if name not in datum.loss_inputs]
+        if missing:
+            raise UserFault(f"{loss_fn} needs loss_fn_inputs {', '.join(missing)}")
+        logprobs = logprobs_of(datum.loss_inputs["target_tokens"], adapter.weights)
+        rows.append(logprobs)
+        lp = logprobs.astype(np.float64)
+        if loss_fn == "cross_entropy":
+            terms, slope = lp * datum.loss_inputs["weights"], datum.loss_inputs["weights"]
+        else:
+            advantages = datum.loss_inputs["advantages"]
+            ratio = np.exp(lp - datum.loss_inputs["logprobs"])
+            clipped = np.clip(ratio, low, high)
+            if loss_fn == "importance_sampling":
+                terms, slope = ratio * advantages, ratio * advantages
+            elif loss_fn == "ppo":
+                terms = np.minimum(ratio * advantages, clipped * advantages)
+                slope = np.where(ratio * advantages <= clipped * advantages, ratio * advantages, 0.0)
+            else:
+                terms, slope = clipped * advantages * lp, clipped * advantages
+        loss -= float(np.sum(terms))
+        gradient -= float(np.sum(slope * -lp))
+    if not forward_only:
+        adapter.gradient += gradient
+    return ForwardBackwardResult(tuple(rows), {"loss:sum": loss})
+
+
+def _optim_step(adapter: ScriptedAdapter, params: AdamParams) -> dict[str, float]:
+    gradient = adapter.gradient
+    norm = abs(gradient)
+    if params.grad_clip_norm and norm > params.grad_clip_norm:
+        gradient *= params.grad_clip_norm / norm
+    step = adapter.weights.version + 1
+    first = params.beta1 * adapter.moments[0] + (1 - params.beta1) * gradient
+    second = params.beta2 * adapter.moments[1] + (1 - params.beta2) * gradient**2
+    direction = first / (1 - params.beta1**step) / (math.sqrt(second / (1 - params.beta2**step)) + params.eps)
+    bias = adapter.weights.bias * (1 - params.learning_rate * params.weight_decay) - params.learning_rate * direction
+    adapter.weights = replace(adapter.weights, bias=bias, version=step)
+    adapter.moments, adapter.gradient = (first, second), 0.0
+    return {"unclipped_grad_l2": norm}
+
+
+def _own(value: Any, kind: type[Own]) -> Own:
+    """The server hands back what it was given; anything else is its mistake."""
+    if not isinstance(value, kind):
+        raise TypeError(f"not one of this backend's: {value!r}")
+    return value
+
+
+def _resolve(future: Future[Result], work: Callable[[], Result]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        future.set_result(work())
+    except Exception as error:
+        future.set_exception(error)
+
+
+def _fail(future: Future[Any], error: Exception) -> None:
+    if future.set_running_or_notify_cancel():
+        future.set_exception(error)
+
+
+class TimerThread:
+    """Calls functions at their time on one daemon thread, in order of time and then of submission."""
+
+    def __init__(self, name: str) -> None:
+        self._heap: list[tuple[float, int, Callable[[], None], Future[Any] | None]] = []
+        self._order = itertools.count()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def call_at(self, due: float, function: Callable[[], None], future: Future[Any] | None = None) -> None:
+        """``due`` in :func:`time.monotonic` seconds. ``future`` is cancelled if the thread closes before."""
+        with self._changed:
+            if not self._closed:
+                heapq.heappush(self._heap, (due, next(self._order), function, future))
+                self._changed.notify()
+                return
+        if future is not None:
+            future.cancel()
+
+    def close(self) -> None:
+        """Ends the thread and cancels the futures still open."""
+        with self._changed:
+            self._closed = True
+            waiting, self._heap = self._heap, []
+            self._changed.notify()
+        for _, _, _, future in waiting:
+            if future is not None:
+                future.cancel()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not self._closed:
+                    wait = self._heap[0][0] - time.monotonic() if self._heap else None
+                    if wait is not None and wait <= 0:
+                        break
+                    self._changed.wait(wait)
+                if self._closed:
+                    return
+                _, _, function, _ = heapq.heappop(self._heap)
+            try:
+                function()
+            except Exception:
+                logger.exception("a timer failed")

@@ -1,0 +1,450 @@
+"""The embedded Tinker service: an aiohttp server that speaks the wire protocol of ``tinker`` 0.38 for one backend.
+
+Use :func:`serve`; :mod:`searchr1_async.local.process` runs it in a process of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hmac
+import ipaddress
+import json
+import logging
+import secrets
+import socket
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import anyio
+import anyio.to_thread
+from aiohttp import web
+
+from searchr1_async.errors import CheckpointError, ConfigurationError
+from searchr1_async.local import protocol
+from searchr1_async.local.backend import Backend, Snapshot, UserFault
+from searchr1_async.local.checkpoints import CheckpointStore, Kind
+from searchr1_async.local.jobs import Jobs, offload
+from searchr1_async.local.listings import Listings, Session
+from searchr1_async.local.promises import Failure, Promise, PromiseStore, UnknownPromise
+from searchr1_async.local.protocol import Body, MalformedRequest
+from searchr1_async.local.sampling import Sampler, Sampling, TooManySamples, sampler_id
+from searchr1_async.local.training import Model, Training, model_id
+
+logger = logging.getLogger(__name__)
+
+API = "/api/v1"
+_SWEEP_SECONDS = 5.0
+_MAX_BODY_BYTES = 512 << 20
+_ANNOUNCED_BYTES = 1 << 20
+"""Results above this are announced first, so that the client can bound what it takes in at once."""
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceOptions:
+    """Limits of the service. Times are seconds."""
+
+    poll: float = 30.0
+    """How long a ``retrieve_future`` is held; the SDK gives up after 45 s."""
+    max_samples: int = 8192
+    """Sample requests accepted and not finished; more are told to wait (429)."""
+    max_snapshots: int = 16
+    """Adapters' weights kept in memory for samplers."""
+    gap_patience: float = 120.0
+    """How long a model's requests wait for one that is missing before them."""
+    session_idle: float = 3600.0
+    """A session without a heartbeat for this long has ended (the SDK sends one every 10 s)."""
+    result_grace: float = 60.0
+    """How long a fetched result is kept, in case the answer got lost."""
+
+
+def check_loopback(host: str) -> None:
+    """Raises :class:`ConfigurationError` unless the host is this machine's loopback: the service is for one machine."""
+    with contextlib.suppress(ValueError):
+        if host == "localhost" or ipaddress.ip_address(host).is_loopback:
+            return
+    raise ConfigurationError(f"the embedded service binds to the loopback interface only, not to {host!r}")
+
+
+@asynccontextmanager
+async def serve(
+    backend: Backend,
+    *,
+    checkpoints: CheckpointStore,
+    api_key: str,
+    listener: socket.socket,
+    options: ServiceOptions | None = None,
+) -> AsyncIterator[str]:
+    """Serves until the block ends; yields the base URL. The backend is not closed.
+
+    ``listener`` is a bound socket on a loopback address (else :class:`ConfigurationError`).
+    """
+    host, port = listener.getsockname()[:2]
+    check_loopback(host)
+    async with anyio.create_task_group() as tasks:
+        service = Service(backend, checkpoints, Jobs(PromiseStore(), tasks), options or ServiceOptions())
+        await anyio.to_thread.run_sync(checkpoints.clean)
+        tasks.start_soon(service.keep_house)
+        runner = web.AppRunner(make_app(service, checkpoints, api_key), access_log=None, shutdown_timeout=1.0)
+        await runner.setup()
+        try:
+            await web.SockSite(runner, listener, backlog=1024).start()
+            yield f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        finally:
+            with anyio.CancelScope(shield=True):
+                await runner.cleanup()
+            tasks.cancel_scope.cancel()
+
+
+def make_app(service: Service, checkpoints: CheckpointStore, api_key: str) -> web.Application:
+    """All routes, behind the key and with every error as JSON."""
+    app = web.Application(client_max_size=_MAX_BODY_BYTES, middlewares=[_errors_as_json, _key_check(api_key)])
+    app.router.add_get(f"{API}/healthz", service.healthz)
+    for path, handler in service.posts().items():
+        app.router.add_post(f"{API}/{path}", handler)
+    app.router.add_get(f"{API}/get_server_capabilities", service.get_server_capabilities)
+    app.router.add_get(f"{API}/samplers/{{sampler}}", service.get_sampler)
+    Listings(service.sessions, service.training, checkpoints).add_routes(app, API)
+    return app
+
+
+def _key_check(api_key: str) -> Any:
+    expected = api_key.encode()
+
+    @web.middleware
+    async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
+        given = request.headers.get("X-API-Key") or request.headers.get("Authorization", "").removeprefix("Bearer ")
+        if request.path != f"{API}/healthz" and not hmac.compare_digest(given.encode("utf-8", "replace"), expected):
+            return _json(401, detail="the API key is missing or wrong: this service was started with another one")
+        return await handler(request)
+
+    return check
+
+
+@web.middleware
+async def _errors_as_json(request: web.Request, handler: Handler) -> web.StreamResponse:
+    try:
+        return await handler(request)
+    except MalformedRequest as error:
+        return _json(error.status, detail=str(error))
+    except UserFault as error:
+        return _json(400, detail=str(error))
+    except NotFound as error:
+        return _json(404, detail=str(error))
+    except Gone as error:
+        return _json(410, detail=str(error))
+    except CheckpointError as error:
+        # Not 5xx: clients would submit it again for minutes.
+        return _json(422, detail=str(error))
+    except TooManySamples:
+        return _json(429, detail="too many samples are queued")
+    except web.HTTPNotFound:
+        return _json(404, detail=f"the embedded service does not offer {request.method} {request.path}")
+    except web.HTTPException as error:
+        return _json(error.status, detail=error.reason)
+    except Exception as error:
+        logger.exception("%s %s failed", request.method, request.path)
+        return _json(500, detail=f"{type(error).__name__}: {error}")
+
+
+def _json(status: int = 200, /, **fields: Any) -> web.Response:
+    return web.Response(status=status, body=json.dumps(fields).encode(), content_type="application/json")
+
+
+class NotFound(LookupError):
+    """No such session, model, sampler or promise; its message goes out with 404."""
+
+
+class Gone(LookupError):
+    """It existed and is over; its message goes out with 410."""
+
+
+class Service:
+    """The HTTP face: reads requests, finds whom they are for, answers with promises."""
+
+    def __init__(self, backend: Backend, checkpoints: CheckpointStore, jobs: Jobs, options: ServiceOptions) -> None:
+        self.backend = backend
+        self.options = options
+        self.sessions: dict[str, Session] = {}
+        self._promises = jobs.promises
+        self._promises.grace = options.result_grace
+        self._checkpoints = checkpoints
+        self.training = Training(backend, checkpoints, jobs, gap_patience=options.gap_patience)
+        self.sampling = Sampling(
+            backend, checkpoints, jobs, max_snapshots=options.max_snapshots, max_samples=options.max_samples
+        )
+
+    def posts(self) -> dict[str, Handler]:
+        return {
+            "client/config": self.client_config,
+            "client/dynamic_config": self.client_dynamic_config,
+            "telemetry": self.telemetry,
+            "create_session": self.create_session,
+            "session_heartbeat": self.session_heartbeat,
+            "sessions/{session}/finish": self.finish_session,
+            "create_model": self.create_model,
+            "get_info": self.get_info,
+            "forward_backward": self.forward_backward,
+            "forward": self.forward_backward,
+            "optim_step": self.optim_step,
+            "save_weights": functools.partial(self.save, "weights"),
+            "save_weights_for_sampler": functools.partial(self.save, "sampler_weights"),
+            "save_weights_external": functools.partial(self.refuse, "save_weights_external"),
+            "load_weights": self.load_weights,
+            "create_sampling_session": self.create_sampling_session,
+            "asample": self.asample,
+            "retrieve_future": self.retrieve_future,
+            "cancel_future": self.cancel_future,
+        }
+
+    async def keep_house(self) -> None:
+        """Forgets old results, expired checkpoints and silent sessions; ends waiting that has no hope."""
+        next_checkpoint_sweep = 0.0
+        while True:
+            now = time.monotonic()
+            self._promises.sweep(now)
+            self.training.give_up_gaps(now)
+            for session in list(self.sessions.values()):
+                if not session.finished and now - session.heartbeat_at > self.options.session_idle:
+                    logger.info("session %s has sent no heartbeat for %.0f s", session.id, now - session.heartbeat_at)
+                    self._end(session)
+            if now >= next_checkpoint_sweep:
+                next_checkpoint_sweep = now + 60
+                try:
+                    await anyio.to_thread.run_sync(self._checkpoints.sweep, time.time())
+                except OSError:
+                    logger.warning("cannot look for expired checkpoints", exc_info=True)
+            await anyio.sleep(min(_SWEEP_SECONDS, self.options.gap_patience / 4))
+
+    # -- the service and its sessions ----------------------------------------------------------------------------
+
+    async def healthz(self, request: web.Request) -> web.Response:
+        return _json(status="ok")
+
+    async def client_config(self, request: web.Request) -> web.Response:
+        response = _json()
+        # The SDK asks this once, through a connection that it never closes.
+        response.force_close()
+        return response
+
+    async def client_dynamic_config(self, request: web.Request) -> web.Response:
+        return _json(sample_cancel_enabled=True)
+
+    async def telemetry(self, request: web.Request) -> web.Response:
+        await request.read()
+        return _json(status="accepted")
+
+    async def get_server_capabilities(self, request: web.Request) -> web.Response:
+        model = {
+            "model_name": self.backend.model_name,
+            "max_context_length": self.backend.max_context_length,
+            "trainable": True,
+            "sampleable": True,
+        }
+        return _json(supported_models=[model])
+
+    async def create_session(self, request: web.Request) -> web.Response:
+        fields = Body.parse(await request.read()).fields
+        metadata, name = fields.get("user_metadata"), fields.get("display_name")
+        # Random, so that it never meets the id of an earlier process whose checkpoints lie in the same folder.
+        session = Session(
+            id=secrets.token_hex(8),
+            user_metadata=metadata if isinstance(metadata, dict) else None,
+            display_name=name if isinstance(name, str) else None,
+            heartbeat_at=time.monotonic(),
+        )
+        self.sessions[session.id] = session
+        return _json(session_id=session.id, type="create_session")
+
+    async def session_heartbeat(self, request: web.Request) -> web.Response:
+        self._session(Body.parse(await request.read()).text("session_id")).heartbeat_at = time.monotonic()
+        return _json(type="session_heartbeat")
+
+    async def finish_session(self, request: web.Request) -> web.Response:
+        session = self.sessions.get(request.match_info["session"])
+        if session is None:
+            raise NotFound(f"no session {request.match_info['session']!r}")
+        self._end(session)
+        return web.Response(status=204)
+
+    def _session(self, id: str) -> Session:
+        session = self.sessions.get(id)
+        if session is None:
+            raise NotFound(f"no session {id!r}: the service was restarted since, or never knew it")
+        if session.finished:
+            raise Gone(f"session {id!r} has ended")
+        return session
+
+    def _end(self, session: Session) -> None:
+        if session.finished:
+            return
+        session.finished = True
+        self.sampling.cancel_session(session.id, time.monotonic())
+        for id in session.model_ids:
+            model = self.training.models.get(id)
+            if model is not None:
+                self.training.remove(model, "its session has ended")
+        self.sampling.close(session.id, set(session.model_ids))
+
+    # -- training ------------------------------------------------------------------------------------------------
+
+    async def create_model(self, request: web.Request) -> web.Response:
+        body = Body.parse(await request.read())
+        return self._open_model(body, self.training.create)
+
+    def _open_model(self, body: Body, create: Callable[[str, int, Mapping[str, Any]], Promise]) -> web.Response:
+        session = self._session(body.text("session_id"))
+        number = body.number("model_seq_id")
+        promise = create(session.id, number, body.fields)
+        id = model_id(session.id, number)
+        if id not in session.model_ids:
+            session.model_ids.append(id)
+        return _json(request_id=promise.request_id, model_id=id)
+
+    async def get_info(self, request: web.Request) -> web.Response:
+        model = self._model(Body.parse(await request.read()).text("model_id"))
+        data = {
+            "arch": None,
+            "model_name": self.backend.model_name,
+            "tokenizer_id": self.backend.tokenizer_path or None,
+        }
+        return _json(
+            type="get_info",
+            model_id=model.id,
+            model_data=data,
+            is_lora=True,
+            lora_rank=model.lora.rank,
+            model_name=self.backend.model_name,
+        )
+
+    def _model(self, id: str) -> Model:
+        model = self.training.models.get(id)
+        if model is None:
+            raise NotFound(f"no model {id!r}: its session has ended, or the service was restarted since")
+        return model
+
+    def _submit(self, model: Model, seq_id: int | None, kind: str, begin: Any) -> web.Response:
+        promise = self.training.submit(model, seq_id, kind, begin)
+        return _json(request_id=promise.request_id, model_id=model.id)
+
+    async def forward_backward(self, request: web.Request) -> web.Response:
+        body = await request.read()
+        message = await offload(len(body), protocol.parse_forward_backward, body)
+        model = self._model(message.model_id)
+        if request.path.endswith("/forward"):
+            message.forward_only = True
+        begin = functools.partial(self.training.forward_backward, message, len(body))
+        return self._submit(model, message.seq_id or None, "ForwardBackward", begin)
+
+    async def optim_step(self, request: web.Request) -> web.Response:
+        model, seq_id, fields = await self._request_of_model(request)
+        return self._submit(model, seq_id, "OptimStep", functools.partial(self.training.optim_step, fields))
+
+    async def save(self, kind: Kind, request: web.Request) -> web.Response:
+        model, seq_id, fields = await self._request_of_model(request)
+        if kind == "sampler_weights" and fields.get("path") is None:
+            return self._submit(model, seq_id, "SaveWeightsForSampler", self._begin_snapshot(model, fields))
+        begin = functools.partial(self.training.save, kind, fields, seq_id)
+        return self._submit(model, seq_id, "SaveWeights" if kind == "weights" else "SaveWeightsForSampler", begin)
+
+    def _begin_snapshot(self, model: Model, fields: Mapping[str, Any]) -> Any:
+        session = self._session(model.session_id)
+        number = Body(fields).number("sampling_session_seq_id")
+        sampling_kind = str(fields.get("kind") or "snapshot")
+
+        def publish(model: Model, snapshot: Snapshot) -> str:
+            id = sampler_id(session.id, number)
+            if session.finished:
+                raise UserFault("the session has ended")
+            session.sampler_ids.append(id)
+            return self.sampling.publish(id, session.id, model.id, sampling_kind, snapshot)
+
+        return functools.partial(self.training.snapshot, publish)
+
+    async def load_weights(self, request: web.Request) -> web.Response:
+        body = Body.parse(await request.read())
+        if body.fields.get("model_id") is None:
+            return self._open_model(body, self.training.create_from_checkpoint)
+        model = self._model(body.text("model_id"))
+        begin = functools.partial(self.training.load, body.fields)
+        return self._submit(model, body.optional_number("seq_id"), "LoadWeights", begin)
+
+    async def refuse(self, what: str, request: web.Request) -> web.Response:
+        """A request in sequence that is not offered: it takes its number, and fails."""
+        model, seq_id, _ = await self._request_of_model(request)
+
+        async def begin(model: Model, promise: Promise) -> None:
+            raise UserFault(f"the embedded service does not offer {what}")
+
+        return self._submit(model, seq_id, what, begin)
+
+    async def _request_of_model(self, request: web.Request) -> tuple[Model, int | None, Mapping[str, Any]]:
+        body = Body.parse(await request.read())
+        return self._model(body.text("model_id")), body.optional_number("seq_id"), body.fields
+
+    # -- sampling ------------------------------------------------------------------------------------------------
+
+    async def create_sampling_session(self, request: web.Request) -> web.Response:
+        body = Body.parse(await request.read())
+        session = self._session(body.text("session_id"))
+        sampler = await self.sampling.create(session.id, body.number("sampling_session_seq_id"), body.fields)
+        if sampler.id not in session.sampler_ids:
+            session.sampler_ids.append(sampler.id)
+        return _json(sampling_session_id=sampler.id, type="create_sampling_session")
+
+    async def get_sampler(self, request: web.Request) -> web.Response:
+        sampler = self._sampler(request.match_info["sampler"])
+        return _json(sampler_id=sampler.id, base_model=self.backend.model_name, model_path=sampler.model_path)
+
+    def _sampler(self, id: str) -> Sampler:
+        sampler = self.sampling.samplers.get(id)
+        if sampler is None:
+            raise NotFound(f"no sampler {id!r}: its session has ended, or the service was restarted since")
+        return sampler
+
+    async def asample(self, request: web.Request) -> web.Response:
+        raw = await request.read()
+        body = await offload(len(raw), Body.parse, raw)
+        seq_id = body.optional_number("seq_id")
+        sampler = None
+        if body.fields.get("sampling_session_id") is not None:
+            sampler = self._sampler(body.text("sampling_session_id"))
+        promise = self.sampling.submit(sampler, seq_id, body.fields, len(raw))
+        count = body.fields.get("num_samples")
+        count = count if isinstance(count, int) and 1 <= count <= protocol.MAX_SAMPLES else 1
+        ids = [f"{promise.request_id}:{index}" for index in range(count)]
+        return _json(request_id=promise.request_id, sample_sequence_ids=ids)
+
+    # -- futures -------------------------------------------------------------------------------------------------
+
+    async def retrieve_future(self, request: web.Request) -> web.Response:
+        body = Body.parse(await request.read())
+        promise = self._promise(body.text("request_id"))
+        outcome = await self._promises.wait(promise, self.options.poll)
+        if outcome is None:
+            return _json(408, type="try_again", request_id=promise.request_id, queue_state="active")
+        if isinstance(outcome, Failure):
+            self._promises.fetched(promise, time.monotonic())
+            return _json(error=outcome.error, category=outcome.category)
+        if body.fields.get("allow_metadata_only") is True and len(outcome.body) > _ANNOUNCED_BYTES:
+            return _json(status="complete_metadata", response_payload_size=len(outcome.body))
+        self._promises.fetched(promise, time.monotonic())
+        return web.Response(body=outcome.body, content_type=outcome.content_type)
+
+    def _promise(self, request_id: str) -> Promise:
+        try:
+            return self._promises.get(request_id)
+        except UnknownPromise as error:
+            if error.expired:
+                raise Gone(f"the result of request {request_id!r} was fetched and is kept no longer") from None
+            raise NotFound(f"no request {request_id!r}: the service was restarted since, or never knew it") from None
+
+    async def cancel_future(self, request: web.Request) -> web.Response:
+        """Stops a sample. Training requests run on: they have their place in a sequence."""
+        promise = self._promise(Body.parse(await request.read()).text("request_id"))
+        self._promises.cancel(promise, time.monotonic())
+        return web.Response(status=204)

@@ -1,0 +1,296 @@
+"""The trainable models of the service: each takes its requests in the order of their numbers.
+
+A model is one task that takes jobs from its inbox and hands them to the backend, which keeps the order of calls on one
+adapter; the task waits for an answer only where the next call depends on it (creating and loading). Answers are
+awaited in tasks of their own, so the backend always has its next job queued.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import anyio.to_thread
+
+from searchr1_async.local import protocol
+from searchr1_async.local.backend import Adapter, Backend, LoraConfig, Snapshot, UserFault
+from searchr1_async.local.checkpoints import Checkpoint, CheckpointId, CheckpointStore, Kind
+from searchr1_async.local.jobs import Jobs, failure_of, offload, result_of
+from searchr1_async.local.promises import Failure, Promise, Reply
+from searchr1_async.local.sequencing import AlreadyTaken, Sequence
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Job:
+    promise: Promise
+    begin: Callable[[Model, Promise], Awaitable[None]]
+    """Hands the work to the backend; returns when the next job may be handed over."""
+
+
+@dataclass(slots=True, eq=False)
+class Model:
+    """One training run."""
+
+    id: str
+    session_id: str
+    base_model: str
+    lora: LoraConfig
+    user_metadata: Mapping[str, Any] | None
+    sequence: Sequence[Job]
+    adapter: Adapter | None = None
+    inbox: asyncio.Queue[Job | None] = field(default_factory=asyncio.Queue)
+    last_save: asyncio.Event | None = None
+    """Set when the latest save is on disk: saves of one model are written in order, and loads come after them."""
+    last_request_at: float = field(default_factory=time.time)
+    """Seconds since the epoch."""
+    gone: str | None = None
+    """Why it takes no more requests."""
+
+    def trained(self) -> Adapter:
+        if self.adapter is None:
+            raise UserFault(f"model {self.id} has no weights: {self.gone or 'it was not created'}")
+        return self.adapter
+
+
+def model_id(session_id: str, model_seq_id: int) -> str:
+    """The SDK computes the same id when it creates a model from a checkpoint."""
+    return f"{session_id}:train:{model_seq_id}"
+
+
+class Training:
+    """All models of the service."""
+
+    def __init__(self, backend: Backend, checkpoints: CheckpointStore, jobs: Jobs, *, gap_patience: float) -> None:
+        self._backend = backend
+        self._checkpoints = checkpoints
+        self._jobs = jobs
+        self._gap_patience = gap_patience
+        self.models: dict[str, Model] = {}
+
+    # -- creating ------------------------------------------------------------------------------------------------
+
+    def create(self, session_id: str, model_seq_id: int, fields: Mapping[str, Any]) -> Promise:
+        """``create_model``: an adapter with fresh weights."""
+
+        async def build(model: Model) -> Adapter:
+            self._check_base_model(fields.get("base_model"))
+            model.lora = protocol.decode_lora(fields)
+            return await result_of(self._backend.create_adapter(model.lora))
+
+        return self._open_model(session_id, model_seq_id, fields, "CreateModel", build)
+
+    def create_from_checkpoint(self, session_id: str, model_seq_id: int, fields: Mapping[str, Any]) -> Promise:
+        """``load_weights`` in its creating form: an adapter with the weights of a checkpoint."""
+
+        async def build(model: Model) -> Adapter:
+            protocol.check_optimizer(fields)
+            if fields.get("base_model") is not None:
+                self._check_base_model(fields["base_model"])
+            return await self._import(model, fields)
+
+        return self._open_model(session_id, model_seq_id, fields, "LoadWeights", build)
+
+    def _open_model(
+        self,
+        session_id: str,
+        model_seq_id: int,
+        fields: Mapping[str, Any],
+        kind: str,
+        build: Callable[[Model], Awaitable[Adapter]],
+    ) -> Promise:
+        id = model_id(session_id, model_seq_id)
+        key = ("model", id)
+        earlier = self._jobs.promises.find(key)
+        if earlier is not None:
+            return earlier
+        promise = self._jobs.promises.open(kind, session_id, key)
+        if id in self.models:
+            self._jobs.settle(promise, Failure(f"model {id} exists already", "user"))
+            return promise
+        metadata = fields.get("user_metadata")
+        model = self.models[id] = Model(
+            id=id,
+            session_id=session_id,
+            base_model=self._backend.model_name,
+            lora=LoraConfig(),
+            user_metadata=metadata if isinstance(metadata, dict) else None,
+            sequence=Sequence(patience=self._gap_patience),
+        )
+        answer = {"model_id": id, "type": "create_model" if kind == "CreateModel" else "load_weights"}
+        if kind == "LoadWeights":
+            answer["path"] = str(fields.get("path"))
+        self._jobs.start_loop(self._live, model, promise, build, protocol.json_reply(answer))
+        return promise
+
+    async def _live(
+        self, model: Model, promise: Promise, build: Callable[[Model], Awaitable[Adapter]], answer: Reply
+    ) -> None:
+        """A model's whole life, in one task."""
+
+        async def create() -> Reply:
+            model.adapter = await build(model)
+            return answer
+
+        await self._jobs.run(promise, create)
+        if model.adapter is None:
+            assert isinstance(promise.outcome, Failure)
+            self.remove(model, promise.outcome.error)
+        while (job := await model.inbox.get()) is not None:
+            try:
+                await job.begin(model, job.promise)
+            except Exception as error:
+                self._jobs.settle(job.promise, failure_of(error))
+
+    def _check_base_model(self, name: Any) -> None:
+        if name != self._backend.model_name:
+            raise UserFault(f"unknown base model {name!r:.200}: this service has {self._backend.model_name!r} only")
+
+    def remove(self, model: Model, reason: str) -> None:
+        """Ends a model: what waits for its turn fails, what the backend has already runs to its end."""
+        if model.gone is not None:
+            return
+        model.gone = reason
+        self.models.pop(model.id, None)
+        for job in model.sequence.drain():
+            self._jobs.settle(job.promise, Failure(f"model {model.id} is gone: {reason}", "user"))
+        model.inbox.put_nowait(None)
+
+    # -- requests in sequence ------------------------------------------------------------------------------------
+
+    def submit(
+        self, model: Model, seq_id: int | None, kind: str, begin: Callable[[Model, Promise], Awaitable[None]]
+    ) -> Promise:
+        """Queues a request of a model for its turn. A number seen before gets the promise it got then."""
+        key = None if seq_id is None else (model.id, seq_id)
+        earlier = self._jobs.promises.find(key)
+        if earlier is not None:
+            return earlier
+        promise = self._jobs.promises.open(kind, model.id, key)
+        model.last_request_at = time.time()
+        try:
+            ready = model.sequence.offer(seq_id, Job(promise, begin), time.monotonic())
+        except AlreadyTaken as error:
+            self._jobs.settle(promise, Failure(f"{error}, and its answer is kept no longer", "user"))
+            return promise
+        for job in ready:
+            model.inbox.put_nowait(job)
+        return promise
+
+    def give_up_gaps(self, now: float) -> None:
+        """Fails the requests that have waited too long for one that never came."""
+        for model in self.models.values():
+            gap, dropped = model.sequence.give_up(now)
+            if dropped:
+                logger.warning("model %s: requests %s never came; failing %d behind them", model.id, gap, len(dropped))
+            for job in dropped:
+                message = (
+                    f"request {gap.start} of model {model.id} did not arrive within {self._gap_patience:.0f} s, and this "
+                    "one comes after it: submit it again, or load the last checkpoint"
+                )
+                self._jobs.settle(job.promise, Failure(message, "user"))
+
+    async def forward_backward(self, message: Any, size: int, model: Model, promise: Promise) -> None:
+        """``message`` is the protobuf request of ``size`` bytes."""
+        call = await offload(size, protocol.decode_forward_backward, message)
+        future = self._backend.forward_backward(
+            model.trained(), call.data, call.loss_fn, call.loss_config, call.forward_only
+        )
+
+        async def answer() -> Reply:
+            result = await result_of(future)
+            return await offload(size, protocol.encode_forward_backward, result)
+
+        self._jobs.start(promise, answer)
+
+    async def optim_step(self, fields: Mapping[str, Any], model: Model, promise: Promise) -> None:
+        future = self._backend.optim_step(model.trained(), protocol.decode_adam(fields))
+
+        async def answer() -> Reply:
+            metrics = dict(protocol.finite_metrics(await result_of(future)))
+            return protocol.json_reply({"metrics": metrics, "type": "optim_step"})
+
+        self._jobs.start(promise, answer)
+
+    async def load(self, fields: Mapping[str, Any], model: Model, promise: Promise) -> None:
+        """``load_weights`` into a model that exists; requests after it see the loaded weights."""
+
+        async def work() -> Reply:
+            if model.last_save is not None:
+                await model.last_save.wait()
+            model.adapter = await self._import(model, fields)
+            return protocol.json_reply({"path": fields["path"], "model_id": model.id, "type": "load_weights"})
+
+        await self._jobs.run(promise, work)
+
+    async def _import(self, model: Model, fields: Mapping[str, Any]) -> Adapter:
+        id = CheckpointId.parse(protocol.optional(fields, "path", str, ""))
+        optimizer = protocol.optional(fields, "optimizer", bool, False)
+        checkpoint, state = await anyio.to_thread.run_sync(self._checkpoints.load, id, time.time())
+        self._check_base_model(checkpoint.base_model)
+        if optimizer and not checkpoint.has_optimizer:
+            raise UserFault(f"{id.path} holds no optimizer state: load it without the optimizer")
+        adapter = await result_of(self._backend.import_adapter(checkpoint.lora, state, optimizer))
+        model.lora = checkpoint.lora
+        return adapter
+
+    # -- saving --------------------------------------------------------------------------------------------------
+
+    async def save(
+        self, kind: Kind, fields: Mapping[str, Any], seq_id: int | None, model: Model, promise: Promise
+    ) -> None:
+        """``save_weights``, and ``save_weights_for_sampler`` with a name: a checkpoint on disk."""
+        name = protocol.optional(fields, "path", str, f"{seq_id or 0:06d}")
+        id = CheckpointId.of(model.id, kind, name)
+        ttl = fields.get("ttl_seconds")
+        if ttl is not None and protocol.optional(fields, "ttl_seconds", int, 0) < 1:
+            raise UserFault(f"ttl_seconds: must be at least 1, got {ttl}")
+        metadata = fields.get("user_metadata")
+        now = time.time()
+        checkpoint = Checkpoint(
+            id=id,
+            base_model=model.base_model,
+            lora=model.lora,
+            has_optimizer=kind == "weights",
+            created_at=now,
+            expires_at=None if ttl is None else now + ttl,
+            size_bytes=0,
+            user_metadata=metadata if isinstance(metadata, dict) else None,
+        )
+        overwrite = protocol.optional(fields, "overwrite", bool, False)
+        future = self._backend.export_adapter(model.trained(), checkpoint.has_optimizer)
+        previous, written = model.last_save, asyncio.Event()
+        model.last_save = written
+
+        async def write() -> Reply:
+            try:
+                state = await result_of(future)
+                if previous is not None:
+                    await previous.wait()
+                # Not abandoned when the service stops: a thread that writes must end before the process does.
+                write = functools.partial(self._checkpoints.save, replace(checkpoint), state, overwrite=overwrite)
+                await anyio.to_thread.run_sync(write)
+            finally:
+                written.set()
+            type = "save_weights" if kind == "weights" else "save_weights_for_sampler"
+            return protocol.json_reply({"path": id.path, "type": type})
+
+        self._jobs.start(promise, write)
+
+    async def snapshot(
+        self, publish: Callable[[Model, Snapshot], str], model: Model, promise: Promise
+    ) -> None:
+        """``save_weights_for_sampler`` without a name: ``publish`` gets the weights, and names their sampler."""
+        future = self._backend.snapshot(model.trained())
+
+        async def answer() -> Reply:
+            sampler_id = publish(model, await result_of(future))
+            return protocol.json_reply({"sampling_session_id": sampler_id, "type": "save_weights_for_sampler"})
+
+        self._jobs.start(promise, answer)
