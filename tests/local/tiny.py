@@ -20,11 +20,11 @@ CHATML_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
-_COMMON_WORDS = (
-    "system user assistant tool search answer information question the of is in and what which who where when "
-    "capital country city river mountain highest point population language currency president border "
-    "you are a helpful can call to find documents then give short"
-).split()
+_COMMON_WORDS = """
+system user assistant tool search answer information question the of is in and what which who where when
+capital country city river mountain highest point population language currency president border
+you are a helpful can call to find documents then give short
+"""
 
 
 def make_tiny_tokenizer(
@@ -32,11 +32,11 @@ def make_tiny_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """Save and return a tokenizer that speaks ChatML: ids 0, 1, 2 are <|endoftext|>, <|im_start|>, <|im_end|>.
 
-    With ``byte_level`` every text can be encoded and decodes to itself; each of ``words`` (alone or after a space) is one
-    token. Without it the vocabulary is exactly ``words`` and pieces of white space or punctuation, as a word level has it;
-    what it lacks becomes ``<unk>``.
+    With ``byte_level`` every text can be encoded and decodes to itself; each of ``words`` (alone or after a space) is
+    one token. Without it the vocabulary is common words, ``words``, white space and punctuation; what it lacks becomes
+    ``<unk>``.
     """
-    vocabulary = list(dict.fromkeys([*_COMMON_WORDS, *(words or ())]))
+    vocabulary = list(dict.fromkeys([*_COMMON_WORDS.split(), *(words or ())]))
     if byte_level:
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

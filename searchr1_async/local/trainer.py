@@ -1,0 +1,303 @@
+"""Forward and backward passes in micro-batches of packed sequences, and Adam."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from searchr1_async.local.attention import TreeAttention
+from searchr1_async.local.backend import AdamParams, Datum, Float32Array, ForwardBackwardResult, UserFault
+from searchr1_async.local.kernels import add_low_rank
+from searchr1_async.local.lora import LoraAdapter, SiteWeights
+from searchr1_async.local.losses import Loss, Thresholds, check_data, find_loss
+from searchr1_async.local.packing import Packed, micro_batches, pack
+from searchr1_async.local.transformer import LeanTransformer, LoraRows
+
+# Rows whose logits exist at once: 256 x 49,152 floats are 50 MB; more is no faster.
+_HEAD_CHUNK = 256
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatchResult:
+    logprobs: list[Float32Array]
+    """One [T] for each datum, in the order given."""
+    loss: float
+
+
+class LeanTrainer:
+    """Micro-batches over :class:`LeanTransformer`: every distinct token once, logits never all at once."""
+
+    def __init__(self, model: LeanTransformer, *, max_rows: int = 1536) -> None:
+        """``max_rows`` distinct tokens a micro-batch; about 1.2 MB of activations each for a 135M model."""
+        self._model = model
+        self._max_rows = max_rows
+
+    @property
+    def vocabulary(self) -> int:
+        return self._model.head.out_features
+
+    @property
+    def context(self) -> int:
+        return self._model.shape.context
+
+    def batches(self, data: Sequence[Datum]) -> list[list[int]]:
+        return micro_batches([datum.tokens for datum in data], self._max_rows)
+
+    def run(
+        self, adapter: LoraAdapter, data: Sequence[Datum], loss: Loss, config: Thresholds, forward_only: bool
+    ) -> MicroBatchResult:
+        """One micro-batch; its gradients are added to the adapter's unless ``forward_only``."""
+        model, device = self._model, self._model.device
+        packed = pack([datum.tokens for datum in data])
+        tokens, positions = torch.from_numpy(packed.tokens).to(device), torch.from_numpy(packed.positions).to(device)
+        with torch.set_grad_enabled(not forward_only):
+            hidden = model.hidden(tokens, positions, TreeAttention(packed, model.shape), [LoraRows(adapter)])
+        head = _Head(model, adapter, hidden.detach(), with_gradient=not forward_only)
+        logprobs, total = head.run(_TokenTable.build(packed, data, loss, self.vocabulary, device), loss, config)
+        if not forward_only and math.isfinite(total) and hidden.requires_grad:
+            torch.autograd.backward(hidden, head.gradient)
+        lengths = [len(datum.tokens) for datum in data]
+        return MicroBatchResult(np.split(logprobs, np.cumsum(lengths)[:-1]), total)
+
+
+@dataclass(frozen=True, slots=True)
+class _TokenTable:
+    """All tokens of a micro-batch's data, and the rows that their log-probabilities are read from.
+
+    Several tokens may ask for the same target at the same row (members of a group that begin alike): a *pair*.
+    """
+
+    inputs: Mapping[str, Tensor]
+    """Per-token loss inputs, [tokens]."""
+    pair_of_token: Tensor
+    pair_row: Tensor
+    pair_target: Tensor
+    row_has_gradient: Tensor
+    """Bool [rows]"""
+
+    @classmethod
+    def build(
+        cls, packed: Packed, data: Sequence[Datum], loss: Loss, vocabulary: int, device: torch.device
+    ) -> _TokenTable:
+        row_of_token = np.concatenate([path.rows() for path in packed.paths])
+        target = np.concatenate([np.asarray(datum.loss_inputs["target_tokens"], np.int64) for datum in data])
+        pairs, pair_of_token = np.unique(row_of_token * vocabulary + target, return_inverse=True)
+        inputs = {
+            name: np.concatenate([np.asarray(datum.loss_inputs[name], np.float32) for datum in data])
+            for name in loss.inputs
+        }
+        has_gradient = np.zeros(len(packed.tokens), dtype=bool)
+        active = slice(None) if loss.weight is None else inputs[loss.weight] != 0.0
+        has_gradient[row_of_token[active]] = True
+
+        def put(array: np.ndarray) -> Tensor:
+            return torch.from_numpy(array).to(device)
+
+        return cls(
+            {name: put(values) for name, values in inputs.items()},
+            put(pair_of_token),
+            put(pairs // vocabulary),
+            put(pairs % vocabulary),
+            put(has_gradient),
+        )
+
+
+class _Head:
+    """Logits, log-probabilities, loss and its gradient at the last hidden states, chunk by chunk.
+
+    A loss is a sum of one term a token, so a chunk's gradient is known as soon as its logits are: they are computed once
+    and dropped. Rows whose tokens all have weight zero need no gradient, hence no product back through the head.
+    """
+
+    def __init__(self, model: LeanTransformer, adapter: LoraAdapter, hidden: Tensor, *, with_gradient: bool) -> None:
+        self._head = model.head
+        self._site: SiteWeights | None = adapter.sites.get("head")
+        self._scale = adapter.scale
+        self._hidden = hidden
+        self._with_gradient = with_gradient
+        self.gradient = torch.zeros_like(hidden) if with_gradient else hidden
+
+    @torch.no_grad()
+    def run(self, table: _TokenTable, loss: Loss, config: Thresholds) -> tuple[Float32Array, float]:
+        """Each token's log-probability, and the sum of the loss."""
+        device = self._hidden.device
+        result = torch.empty(len(table.pair_of_token), dtype=torch.float32, device=device)
+        total = 0.0
+        # Rows that need a gradient come first, so that whole chunks go without.
+        order = torch.argsort(table.row_has_gradient.logical_not(), stable=True)
+        chunk_of_row = torch.empty_like(order)
+        chunk_of_row[order] = torch.arange(len(order), device=device)
+        chunk_of_pair = chunk_of_row[table.pair_row]
+        place_of_token = chunk_of_pair[table.pair_of_token]
+        by_pair, by_token = torch.argsort(chunk_of_pair), torch.argsort(place_of_token)
+        sorted_pairs, sorted_tokens = chunk_of_pair[by_pair], place_of_token[by_token]
+        pair_place = torch.empty_like(by_pair)
+        pair_place[by_pair] = torch.arange(len(by_pair), device=device)
+        with_gradient = int(table.row_has_gradient.sum()) if self._with_gradient else 0
+        for start, stop in _chunks(with_gradient, len(order)):
+            edges = torch.tensor([start, stop], device=device)
+            pair_from, pair_to = torch.searchsorted(sorted_pairs, edges).tolist()
+            token_from, token_to = torch.searchsorted(sorted_tokens, edges).tolist()
+            pairs, tokens = by_pair[pair_from:pair_to], by_token[token_from:token_to]
+            rows, pair_rows = order[start:stop], sorted_pairs[pair_from:pair_to] - start
+            states = self._hidden[rows]
+            logits, z = self._logits(states)
+            normalizer = logits.logsumexp(-1)
+            targets = table.pair_target[pairs]
+            pair_logprobs = logits[pair_rows, targets] - normalizer[pair_rows]
+            token_pairs = pair_place[table.pair_of_token[tokens]] - pair_from
+            logprobs = pair_logprobs[token_pairs]
+            result[tokens] = logprobs
+            inputs = {name: values[tokens] for name, values in table.inputs.items()}
+            value, slope = _loss_and_slope(logprobs, inputs, loss, config)
+            total += value
+            if start < with_gradient:
+                pair_slope = torch.zeros_like(pair_logprobs).index_add_(0, token_pairs, slope)
+                self._backward(rows, states, logits, z, normalizer, pair_rows, targets, pair_slope)
+        return result.cpu().numpy(), total
+
+    def _logits(self, states: Tensor) -> tuple[Tensor, Tensor | None]:
+        logits = self._head.forward(states)
+        z = None
+        if self._site is not None:
+            z = states @ self._site.a.to(states.dtype).t()
+            add_low_rank(logits, z, self._site.b, self._scale)
+        return logits.float(), z
+
+    def _backward(
+        self,
+        rows: Tensor,
+        states: Tensor,
+        logits: Tensor,
+        z: Tensor | None,
+        normalizer: Tensor,
+        pair_rows: Tensor,
+        targets: Tensor,
+        pair_slope: Tensor,
+    ) -> None:
+        row_slope = torch.zeros_like(normalizer).index_add_(0, pair_rows, pair_slope)
+        # d lp(target) / d logits = onehot(target) - softmax, summed over the pairs of a row.
+        slopes = logits.sub_(normalizer.unsqueeze(1)).exp_().mul_(-row_slope.unsqueeze(1))
+        slopes.index_put_((pair_rows, targets), pair_slope, accumulate=True)
+        slopes = slopes.to(states.dtype)
+        gradient = self._head.backward(slopes)
+        if self._site is not None and z is not None:
+            (b,) = self._site.b
+            dz = (slopes @ b.to(slopes.dtype)).mul_(self._scale)
+            gradient.addmm_(dz, self._site.a.to(dz.dtype))
+            assert self._site.a.grad is not None
+            assert b.grad is not None
+            self._site.a.grad.add_(dz.t() @ states)
+            b.grad.add_(slopes.t() @ z, alpha=self._scale)
+        self.gradient[rows] = gradient
+
+
+def _chunks(with_gradient: int, rows: int) -> list[tuple[int, int]]:
+    """Ranges that do not mix rows with and without a gradient."""
+    edges = [*range(0, with_gradient, _HEAD_CHUNK), *range(with_gradient, rows, _HEAD_CHUNK), rows]
+    return list(itertools.pairwise(edges))
+
+
+def _loss_and_slope(
+    logprobs: Tensor, inputs: Mapping[str, Tensor], loss: Loss, config: Thresholds
+) -> tuple[float, Tensor]:
+    with torch.enable_grad():
+        leaf = logprobs.detach().requires_grad_()
+        terms = loss.terms(leaf, inputs, config)
+        (slope,) = torch.autograd.grad(terms.sum(), leaf)
+    return float(terms.detach().double().sum()), slope
+
+
+def forward_backward(
+    trainer: Any,
+    adapter: LoraAdapter,
+    data: Sequence[Datum],
+    loss_fn: str,
+    loss_config: Mapping[str, float],
+    forward_only: bool,
+) -> Generator[None, None, ForwardBackwardResult]:
+    """A whole request, pausing after each micro-batch so that others get their turn.
+
+    Raises:
+        UserFault: bad input, before anything is computed; or a loss or gradient that is not finite, upon which the
+            adapter's accumulated gradients are cleared.
+    """
+    loss, config = find_loss(loss_fn, loss_config)
+    check_data(data, loss_fn, loss, trainer.vocabulary, trainer.context)
+    logprobs: list[Float32Array | None] = [None] * len(data)
+    total = 0.0
+    if not forward_only:
+        adapter.gradient_is_zero = False
+    try:
+        for indices in trainer.batches(data):
+            result = trainer.run(adapter, [data[i] for i in indices], loss, config, forward_only)
+            for index, values in zip(indices, result.logprobs, strict=True):
+                logprobs[index] = values
+            total += result.loss
+            if not math.isfinite(result.loss):
+                raise UserFault(_NOT_FINITE.format(what=f"The loss {loss_fn!r}"))
+            yield
+        if not forward_only and not bool(torch.isfinite(adapter.gradient).all()):
+            raise UserFault(_NOT_FINITE.format(what=f"The gradient of {loss_fn!r}"))
+    except BaseException:
+        if not forward_only:
+            adapter.clear_gradient()
+        raise
+    return ForwardBackwardResult(tuple(values for values in logprobs if values is not None), {"loss:sum": total})
+
+
+_NOT_FINITE = (
+    "{what} is not finite: the accumulated gradients were cleared and the weights left as they are. Lower the learning "
+    "rate, or look for extreme advantages, weights or log-probabilities in the data."
+)
+
+
+def adam_step(adapter: LoraAdapter, params: AdamParams) -> dict[str, float]:
+    """Adam with decoupled weight decay (Loshchilov and Hutter, 2019) on the accumulated gradients, which are cleared.
+
+    Raises:
+        UserFault: a parameter is out of range.
+    """
+    _check_adam(params)
+    gradient, (mean, square) = adapter.gradient, adapter.moments
+    norm = float(torch.linalg.vector_norm(gradient, dtype=torch.float64))
+    clipped = 0.0 < params.grad_clip_norm < norm
+    if clipped:
+        gradient.mul_(params.grad_clip_norm / norm)
+    adapter.step += 1
+    mean.lerp_(gradient, 1.0 - params.beta1)
+    square.mul_(params.beta2).addcmul_(gradient, gradient, value=1.0 - params.beta2)
+    if params.weight_decay:
+        adapter.flat.mul_(1.0 - params.learning_rate * params.weight_decay)
+    denominator = square.sqrt().div_(math.sqrt(1.0 - params.beta2**adapter.step)).add_(params.eps)
+    adapter.flat.addcdiv_(mean, denominator, value=-params.learning_rate / (1.0 - params.beta1**adapter.step))
+    adapter.clear_gradient()
+    return {
+        "grad_norm": norm,
+        "grad_clipped": float(clipped),
+        "learning_rate": params.learning_rate,
+        "step": float(adapter.step),
+        "weight_norm": float(torch.linalg.vector_norm(adapter.flat, dtype=torch.float64)),
+    }
+
+
+def _check_adam(params: AdamParams) -> None:
+    ranges = {
+        "learning_rate": (params.learning_rate, 0.0, math.inf),
+        "beta1": (params.beta1, 0.0, 1.0),
+        "beta2": (params.beta2, 0.0, 1.0),
+        "eps": (params.eps, 0.0, math.inf),
+        "weight_decay": (params.weight_decay, 0.0, math.inf),
+    }
+    for name, (value, low, high) in ranges.items():
+        if not low <= value < high:
+            raise UserFault(f"adam_params.{name} is {value}; it must lie in [{low:g}, {high:g}).")
+    if not math.isfinite(params.grad_clip_norm):
+        raise UserFault(f"adam_params.grad_clip_norm is {params.grad_clip_norm}; it must be finite.")

@@ -1,0 +1,260 @@
+"""One forward pass for Llama-like models (Llama, Mistral, Qwen 2 and 3), used by the sampler and by the trainer.
+
+Tokens of all sequences are rows of one matrix [rows, hidden]; only attention knows which row belongs to which sequence.
+It is handed in, so decoding with a cache, prefill and training differ in that alone, and their log-probabilities agree to
+rounding.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from searchr1_async.errors import ModelError
+from searchr1_async.local.kernels import (
+    FrozenLinear,
+    InputGradLinear,
+    LoraLinear,
+    add_low_rank,
+    rms_norm,
+    rotary,
+    swiglu,
+)
+from searchr1_async.local.lora import LoraAdapter, LoraSite, LoraWeights, SiteWeights
+
+LEAN_ARCHITECTURES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The sizes of a model that caches and attention need."""
+
+    layers: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    hidden: int
+    vocabulary: int
+    context: int
+
+
+class Attention(Protocol):
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """``q`` [rows, heads, size], ``k`` and ``v`` [rows, kv_heads, size], rotated; gives [rows, heads · size]."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LoraRows:
+    """Rows that one adapter acts on; ``rows`` None means all of them."""
+
+    weights: LoraWeights | LoraAdapter
+    rows: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    attention_norm: Tensor
+    qkv: FrozenLinear
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    output: FrozenLinear
+    mlp_norm: Tensor
+    gate_up: FrozenLinear
+    down: FrozenLinear
+
+
+class LeanTransformer:
+    """Frozen weights and the forward pass over them."""
+
+    def __init__(self, config: Any, weights: Mapping[str, Tensor], *, packed: bool) -> None:
+        """``config`` is transformers' configuration, ``weights`` a state dict by Hugging Face's names."""
+        head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.shape = Shape(
+            config.num_hidden_layers,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            head_size,
+            config.hidden_size,
+            config.vocab_size,
+            config.max_position_embeddings,
+        )
+        self.eps = float(config.rms_norm_eps)
+        self.embedding = weights["model.embed_tokens.weight"]
+        self.norm = weights["model.norm.weight"]
+        tied = config.tie_word_embeddings or "lm_head.weight" not in weights
+        self.head = FrozenLinear(
+            self.embedding if tied else weights["lm_head.weight"], weights.get("lm_head.bias"), packed=packed
+        )
+        self.layers = [self._layer(weights, f"model.layers.{i}.", packed) for i in range(self.shape.layers)]
+        self._frequencies, self._rope_scale = _rope_frequencies(config, head_size)
+        self._rope: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.device
+
+    @staticmethod
+    def _layer(weights: Mapping[str, Tensor], prefix: str, packed: bool) -> _Layer:
+        def fused(*names: str) -> FrozenLinear:
+            matrices = [weights[f"{prefix}{name}.weight"] for name in names]
+            biases = [weights.get(f"{prefix}{name}.bias") for name in names]
+            present = [bias for bias in biases if bias is not None]
+            if present and len(present) != len(names):
+                raise ModelError(f"Some of {', '.join(names)} have a bias and some have none.")
+            return FrozenLinear(
+                matrices[0] if len(matrices) == 1 else torch.cat(matrices),
+                torch.cat(present) if present else None,
+                packed=packed,
+            )
+
+        return _Layer(
+            weights[prefix + "input_layernorm.weight"],
+            fused("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            weights.get(prefix + "self_attn.q_norm.weight"),
+            weights.get(prefix + "self_attn.k_norm.weight"),
+            fused("self_attn.o_proj"),
+            weights[prefix + "post_attention_layernorm.weight"],
+            fused("mlp.gate_proj", "mlp.up_proj"),
+            fused("mlp.down_proj"),
+        )
+
+    def lora_sites(self) -> Iterator[LoraSite]:
+        shape = self.shape
+        query, key = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
+        for i, layer in enumerate(self.layers):
+            path = f"model.layers.{i}."
+            middle = layer.down.in_features
+            yield LoraSite(
+                f"{i}.qkv",
+                shape.hidden,
+                (
+                    (path + "self_attn.q_proj", query),
+                    (path + "self_attn.k_proj", key),
+                    (path + "self_attn.v_proj", key),
+                ),
+                "attn",
+            )
+            yield LoraSite(f"{i}.output", query, ((path + "self_attn.o_proj", shape.hidden),), "attn")
+            yield LoraSite(
+                f"{i}.gate_up",
+                shape.hidden,
+                ((path + "mlp.gate_proj", middle), (path + "mlp.up_proj", middle)),
+                "mlp",
+            )
+            yield LoraSite(f"{i}.down", middle, ((path + "mlp.down_proj", shape.hidden),), "mlp")
+        yield LoraSite("head", shape.hidden, (("lm_head", self.head.out_features),), "unembed")
+
+    def hidden(self, tokens: Tensor, positions: Tensor, attention: Attention, lora: Sequence[LoraRows]) -> Tensor:
+        """The last layer's normed states [rows, hidden] of ``tokens`` [rows] at ``positions`` [rows].
+
+        With gradients enabled ``lora`` must be one trainable adapter for all rows.
+        """
+        shape = self.shape
+        cos, sin = self._rotations(positions)
+        x = self.embedding[tokens]
+        rotated = shape.heads + shape.kv_heads
+        for i, layer in enumerate(self.layers):
+            qkv = apply_lora(rms_norm(x, layer.attention_norm, self.eps), layer.qkv, f"{i}.qkv", lora)
+            qkv = qkv.view(len(x), rotated + shape.kv_heads, shape.head_size)
+            q, k, v = qkv.split([shape.heads, shape.kv_heads, shape.kv_heads], dim=1)
+            if layer.q_norm is not None and layer.k_norm is not None:
+                q = rotary(rms_norm(q, layer.q_norm, self.eps), cos, sin)
+                k = rotary(rms_norm(k, layer.k_norm, self.eps), cos, sin)
+            else:
+                q, k = rotary(qkv[:, :rotated], cos, sin).split([shape.heads, shape.kv_heads], dim=1)
+            x = x + apply_lora(attention(i, q, k, v), layer.output, f"{i}.output", lora)
+            middle = swiglu(apply_lora(rms_norm(x, layer.mlp_norm, self.eps), layer.gate_up, f"{i}.gate_up", lora))
+            x = x + apply_lora(middle, layer.down, f"{i}.down", lora)
+        return rms_norm(x, self.norm, self.eps)
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor, lora: Sequence[LoraRows]) -> Tensor:
+        """[rows, hidden] to [rows, vocabulary], in float32."""
+        return apply_lora(hidden, self.head, "head", lora).float()
+
+    def _rotations(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        if self._rope is None:
+            angles = torch.outer(torch.arange(self.shape.context, dtype=torch.float32), self._frequencies)
+            dtype = self.embedding.dtype
+            self._rope = (
+                (angles.cos() * self._rope_scale).to(self.device, dtype),
+                (angles.sin() * self._rope_scale).to(self.device, dtype),
+            )
+        cos, sin = self._rope
+        return cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
+
+
+def apply_lora(x: Tensor, linear: FrozenLinear, key: str, lora: Sequence[LoraRows]) -> Tensor:
+    """The frozen product for all rows at once, then each adapter's low-rank update on its own rows."""
+    if torch.is_grad_enabled() and isinstance(lora[0].weights, LoraAdapter):
+        site = lora[0].weights.sites.get(key)
+        if site is None:
+            return InputGradLinear.apply(x, linear) if x.requires_grad else linear.forward(x)  # type: ignore[return-value]
+        return LoraLinear.apply(x, linear, lora[0].weights.scale, site.a, *site.b)  # type: ignore[return-value]
+    y = linear.forward(x)
+    for part in lora:
+        site = part.weights.sites.get(key)
+        if site is not None:
+            _add(y, x, site, part)
+    return y
+
+
+def _add(y: Tensor, x: Tensor, site: SiteWeights, part: LoraRows) -> None:
+    if part.rows is None:
+        add_low_rank(y, x @ site.a.to(x.dtype).t(), site.b, part.weights.scale)
+        return
+    update = torch.zeros(len(part.rows), y.shape[1], dtype=y.dtype, device=y.device)
+    add_low_rank(update, x[part.rows] @ site.a.to(x.dtype).t(), site.b, part.weights.scale)
+    y.index_add_(0, part.rows, update)
+
+
+def _rope_frequencies(config: Any, head_size: int) -> tuple[Tensor, float]:
+    parameters = getattr(config, "rope_parameters", None) or {}
+    kind = parameters.get("rope_type", "default")
+    if kind == "default":
+        theta = float(parameters.get("rope_theta") or getattr(config, "rope_theta", 10000.0))
+        exponents = torch.arange(0, head_size, 2, dtype=torch.int64).float() / head_size
+        return 1.0 / theta**exponents, 1.0
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    frequencies, scale = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+    return frequencies.float(), float(scale)
+
+
+def is_lean(config: Any) -> bool:
+    """Whether :class:`LeanTransformer` computes this configuration exactly."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    window = getattr(config, "sliding_window", None)
+    if getattr(config, "use_sliding_window", None) is False:
+        window = None
+    return (
+        config.model_type in LEAN_ARCHITECTURES
+        and config.hidden_act == "silu"
+        and parameters.get("rope_type", "default") in {"default", "linear", "llama3"}
+        and parameters.get("partial_rotary_factor", 1.0) in {None, 1.0}
+        and (window is None or window >= config.max_position_embeddings)
+    )
+
+
+def read_safetensors(folder: Path) -> dict[str, Tensor] | None:
+    """The state dict in a Hugging Face folder, or None if it keeps its weights in another form."""
+    from safetensors.torch import load_file
+
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    else:
+        files = ["model.safetensors"]
+    if not all((folder / file).is_file() for file in files):
+        return None
+    weights: dict[str, Tensor] = {}
+    for file in files:
+        weights |= load_file(folder / file)
+    return weights
