@@ -122,6 +122,14 @@ class Dialect(Protocol):
         ...
 
 
+_MARKUP = tuple(
+    f"<{slash}{tag}>"
+    for tag in ("search", "information", "answer", "tool_call", "tool_response", "think")
+    for slash in ("", "/")
+)
+"""Markup of both formats: defused wherever text that is not ours is shown to the model."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Plain:
     """Encodes text that is not ours so that nothing in it can pass for markup."""
@@ -130,9 +138,9 @@ class _Plain:
     markup: re.Pattern[str]
 
     @classmethod
-    def of(cls, tokenizer: Any, tags: Sequence[str]) -> _Plain:
+    def of(cls, tokenizer: Any) -> _Plain:
         added = [str(token) for token in tokenizer.get_added_vocab()]
-        words = sorted({*added, *tags} - {""}, key=len, reverse=True)
+        words = sorted({*added, *_MARKUP} - {""}, key=len, reverse=True)
         return cls(tokenizer, re.compile("|".join(map(re.escape, words))))
 
     def defuse(self, text: str) -> str:
@@ -164,8 +172,7 @@ class TagsDialect:
 
     def __init__(self, renderer: Renderer, tokenizer: Any, instructions: str = TAGS_INSTRUCTIONS) -> None:
         self._renderer, self._tokenizer, self._instructions = renderer, tokenizer, instructions
-        tags = [f"<{slash}{tag}>" for tag in ("search", "information", "answer") for slash in ("", "/")]
-        self._plain = _Plain.of(tokenizer, tags)
+        self._plain = _Plain.of(tokenizer)
         self._stop_tokens = frozenset(renderer.get_stop_token_ids())
         # The chat's own end still ends generation: a service adds its end-of-text tokens to stop strings only if told so,
         # hence their texts stand beside the tags.
@@ -241,7 +248,7 @@ class HermesDialect:
 
     def __init__(self, renderer: Renderer, tokenizer: Any, instructions: str = HERMES_INSTRUCTIONS) -> None:
         self._renderer, self._tokenizer, self._instructions = renderer, tokenizer, instructions
-        self._plain = _Plain.of(tokenizer, ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"])
+        self._plain = _Plain.of(tokenizer)
         self.stop = renderer.get_stop_token_ids()
         self._empty_prompt = renderer.render_ids([{"role": "user", "content": "?"}], add_generation_prompt=True)
 

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from searchr1_async.episodes.reward import (
+    RecipeReward,
+    Score,
+    answer_after_prefix,
+    exact_match,
+    f1_score,
+    normalize_answer,
+    score,
+    strict_recipe_answer,
+)
+from searchr1_async.episodes.types import Episode, Question, SearchCall, StopReason, Turn
+from searchr1_async.errors import RewardError
+
+pytestmark = pytest.mark.anyio
+
+
+def episode(answer: str | None, *, content: str = "", golden: tuple[str, ...] = ("Paris",), **turn: object) -> Episode:
+    last = Turn((1,), (-0.1,), content, content=content, **turn)  # type: ignore[arg-type]
+    reason = StopReason.ANSWER if answer else StopReason.NO_ANSWER
+    return Episode(Question("q", "Where?", golden), (0,), (last,), reason, answer)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("The  Eiffel Tower!", "eiffel tower"),
+        ("an apple, a pear", "apple pear"),
+        ("theatre", "theatre"),
+        ("U.S.A.", "usa"),
+        ("...", ""),
+    ],
+)
+def test_normalises_as_squad_does(text: str, expected: str) -> None:
+    assert normalize_answer(text) == expected
+
+
+def test_exact_match_takes_any_golden_answer_and_never_an_empty_one() -> None:
+    assert exact_match("the paris", ("London", "Paris")) == 1.0
+    assert exact_match("Paris, France", ("Paris",)) == 0.0
+    assert exact_match("the", ("a",)) == 0.0
+    assert exact_match(None, ("Paris",)) == 0.0
+
+
+def test_f1_is_the_overlap_of_words() -> None:
+    assert f1_score("Mount Catherine", ("Mount Catherine 2,629 m",)) == pytest.approx(2 * 2 / (2 + 4))
+    assert f1_score("Paris", ("London", "Paris")) == 1.0
+    assert f1_score("Rome", ("Paris",)) == 0.0
+
+
+@given(st.text(), st.lists(st.text(), min_size=1).map(tuple))
+def test_scores_stay_in_bounds_and_agree(answer: str, golden: tuple[str, ...]) -> None:
+    f1 = f1_score(answer, golden)
+    assert 0.0 <= f1 <= 1.0
+    if exact_match(answer, golden):
+        assert f1 == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "lenient", "strict"),
+    [
+        ("Answer: Paris", "Paris", "Paris"),
+        ("I think so.\nanswer: **Paris**", "Paris", None),
+        ("The Answer: line decides. Answer: Paris", "Paris", None),
+        ("Answer: Paris\nThat is all.", "Paris", "Paris\nThat is all."),
+        ("Answer:", None, ""),
+        ("Paris", None, None),
+    ],
+)
+def test_reads_answers_leniently_and_as_the_recipe(text: str, lenient: str | None, strict: str | None) -> None:
+    assert answer_after_prefix(text) == lenient
+    assert strict_recipe_answer(text) == strict
+
+
+async def test_the_recipe_reward_has_three_values() -> None:
+    reward = RecipeReward()
+    assert (await reward(episode("Paris"))).reward == pytest.approx(1.0)
+    assert (await reward(episode("Rome"))).reward == pytest.approx(0.0)
+    assert (await reward(episode(None))).reward == pytest.approx(-0.1)
+
+
+async def test_strict_recipe_scores_what_the_recipe_would() -> None:
+    strict = RecipeReward(strict_recipe=True)
+    twice = episode("Paris", content="Answer: Rome? No. Answer: Paris")
+    assert (await RecipeReward()(twice)).reward == pytest.approx(1.0)
+    assert (await strict(twice)).reward == pytest.approx(-0.1)
+    empty = episode(None, content="Answer:")
+    assert (await RecipeReward()(empty)).parts["format"] == 0.0
+    assert (await strict(empty)).parts["format"] == 1.0
+    malformed = episode(None, content="Answer: Paris", call=SearchCall((), problem="no JSON"))
+    assert (await strict(malformed)).reward == pytest.approx(-0.1)
+
+
+async def test_a_users_number_gets_the_standard_parts_beside_it() -> None:
+    async def length(episode: Episode) -> float:
+        return 0.25
+
+    scored = await score(episode("Paris"), length)
+    assert scored.reward == 0.25
+    assert scored.reward_parts["correct"] == 1.0
+
+
+async def test_a_users_own_parts_are_kept() -> None:
+    async def parts(episode: Episode) -> Score:
+        return Score(0.5, {"brevity": 0.7})
+
+    assert (await score(episode("Paris"), parts)).reward_parts["brevity"] == 0.7
+
+
+@pytest.mark.parametrize("given_back", [float("nan"), float("inf"), None, "1"])
+async def test_refuses_rewards_that_are_no_finite_number(given_back: object) -> None:
+    async def broken(episode: Episode) -> float:
+        return given_back  # type: ignore[return-value]
+
+    with pytest.raises(RewardError, match="finite number"):
+        await score(episode("Paris"), broken)
+
+
+async def test_a_failing_reward_names_the_question() -> None:
+    async def broken(episode: Episode) -> float:
+        raise KeyError("oops")
+
+    with pytest.raises(RewardError, match=r"'q'.*KeyError"):
+        await score(episode("Paris"), broken)

@@ -1,0 +1,78 @@
+"""Policies and searches that do what a test says, for everything above one episode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import anyio
+
+from searchr1_async.episodes.play import SampledTurn
+from searchr1_async.episodes.types import Passage
+from searchr1_async.errors import SearchError, ServiceError
+
+
+class ScriptedPolicy:
+    """Answers each prompt with the tokens that ``reply`` gives for it."""
+
+    def __init__(self, reply: Callable[[list[int]], Sequence[int]], *, version: int = 0) -> None:
+        self.reply = reply
+        self.version = version
+        self.prompts: list[tuple[int, ...]] = []
+        self.requests = 0
+
+    async def sample(
+        self, prompt_tokens: Sequence[int], *, max_tokens: int, stop: list[int] | list[str], seed: int | None
+    ) -> SampledTurn:
+        return (await self.sample_many(prompt_tokens, 1, max_tokens=max_tokens, stop=stop, seed=seed))[0]
+
+    async def sample_many(
+        self,
+        prompt_tokens: Sequence[int],
+        count: int,
+        *,
+        max_tokens: int,
+        stop: list[int] | list[str],
+        seed: int | None,
+    ) -> list[SampledTurn]:
+        await anyio.lowlevel.checkpoint()
+        self.requests += 1
+        turns = []
+        for _ in range(count):
+            self.prompts.append(tuple(prompt_tokens))
+            tokens = tuple(self.reply(list(prompt_tokens)))
+            kept = tokens[:max_tokens]
+            turns.append(SampledTurn(kept, (-0.5,) * len(kept), len(tokens) > max_tokens, self.version))
+        return turns
+
+
+class BrokenPolicy(ScriptedPolicy):
+    """A sampler that fails for good."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda prompt: ())
+
+    async def sample_many(self, *args: object, **kwargs: object) -> list[SampledTurn]:
+        raise ServiceError("the service is gone")
+
+
+class DictSearch:
+    """Finds one passage a query, made from the query itself; remembers what it was asked."""
+
+    def __init__(self, text: Callable[[str], str] = lambda query: f"All about {query}.") -> None:
+        self._text = text
+        self.asked: list[tuple[str, ...]] = []
+
+    def clean_query(self, query: str) -> str | None:
+        return query.strip() or None
+
+    async def search(self, queries: Sequence[str]) -> Sequence[Sequence[Passage]]:
+        await anyio.lowlevel.checkpoint()
+        self.asked.append(tuple(queries))
+        return [[Passage(id=query, title="", text=self._text(query))] for query in queries]
+
+
+class BrokenSearch(DictSearch):
+    """A search that fails for good."""
+
+    async def search(self, queries: Sequence[str]) -> Sequence[Sequence[Passage]]:
+        raise SearchError("the store is gone")

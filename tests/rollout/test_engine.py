@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+
+from searchr1_async.config import EpisodeLimits, SamplingSettings
+from searchr1_async.episodes.chatml import ChatMLRenderer
+from searchr1_async.episodes.dialect import Dialect, TagsDialect
+from searchr1_async.episodes.reward import RecipeReward
+from searchr1_async.episodes.types import Group, Question
+from searchr1_async.errors import RewardError, TooManyFailuresError
+from searchr1_async.rollout.engine import GroupPolicy, RolloutEngine
+from tests.local.tiny import make_tiny_tokenizer
+from tests.players import BrokenPolicy, BrokenSearch, DictSearch, ScriptedPolicy
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture(scope="module")
+def dialect(tmp_path_factory: pytest.TempPathFactory) -> Dialect:
+    tokenizer = make_tiny_tokenizer(Path(tmp_path_factory.mktemp("tokenizer")))
+    return TagsDialect(ChatMLRenderer(tokenizer), tokenizer)
+
+
+def engine(dialect: Dialect, **changes: Any) -> RolloutEngine:
+    parts: dict[str, Any] = {
+        "dialect": dialect,
+        "search": DictSearch(),
+        "limits": EpisodeLimits(max_turns=3, max_tokens=100, max_trajectory_tokens=2000),
+        "sampling": SamplingSettings(),
+        "reward": RecipeReward(),
+        "group_size": 4,
+    }
+    return RolloutEngine(**{**parts, **changes})
+
+
+def questions(count: int) -> list[Question]:
+    return [Question(str(i), f"Question {i}?", ("yes",)) for i in range(count)]
+
+
+async def play(engine: RolloutEngine, policy: GroupPolicy, count: int) -> list[Group]:
+    send, receive = anyio.create_memory_object_stream[Group](math.inf)
+    async with receive:
+        with anyio.fail_after(30):
+            await engine.play_groups(questions(count), policy, send)
+        return [group async for group in receive]
+
+
+def searcher(dialect: Dialect) -> ScriptedPolicy:
+    """Searches once, then answers."""
+    call, answer = dialect.write_call(["x"]), dialect.write_answer("yes")
+    return ScriptedPolicy(lambda prompt: answer if "All about" in dialect.decode(prompt) else call)
+
+
+async def test_every_question_gives_one_whole_scored_group(dialect: Dialect) -> None:
+    policy = searcher(dialect)
+    groups = await play(engine(dialect), policy, 7)
+    assert sorted(group.question.id for group in groups) == [str(i) for i in range(7)]
+    assert all(group.rewards == (1.0,) * 4 for group in groups)
+    assert all(len(episode.turns) == 2 for group in groups for episode in group.episodes)
+
+
+async def test_a_groups_first_turns_are_one_request(dialect: Dialect) -> None:
+    policy = searcher(dialect)
+    await play(engine(dialect), policy, 5)
+    assert policy.requests == 5 + 5 * 4
+
+
+async def test_a_finished_group_does_not_wait_for_a_slow_one(dialect: Dialect) -> None:
+    """The first question's search hangs until every other group has been handed on."""
+    release = anyio.Event()
+
+    class SlowForOne(DictSearch):
+        async def search(self, queries: Any) -> Any:
+            if queries == ("slow",):
+                await release.wait()
+            return await super().search(queries)
+
+    def reply(prompt: list[int]) -> list[int]:
+        text = dialect.decode(prompt)
+        if "All about" in text:
+            return dialect.write_answer("yes")
+        return dialect.write_call(["slow" if "Question 0" in text else "fast"])
+
+    send, receive = anyio.create_memory_object_stream[Group](math.inf)
+    seen: list[str] = []
+    with anyio.fail_after(30):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(
+                engine(dialect, search=SlowForOne()).play_groups, questions(4), ScriptedPolicy(reply), send
+            )
+            async with receive:
+                async for group in receive:
+                    seen.append(group.question.id)
+                    if len(seen) == 3:
+                        release.set()
+    assert seen[-1] == "0"
+    assert sorted(seen) == ["0", "1", "2", "3"]
+
+
+async def test_failed_episodes_are_kept_apart(dialect: Dialect) -> None:
+    groups = await play(engine(dialect, search=BrokenSearch(), max_failed_fraction=1.0), searcher(dialect), 2)
+    assert all(not group.episodes and len(group.failed) == 4 for group in groups)
+    assert all("the store is gone" in (episode.error or "") for group in groups for episode in group.failed)
+
+
+@pytest.mark.parametrize("cause", ["sampler", "search"])
+async def test_too_many_failures_stop_the_run_and_say_why(dialect: Dialect, cause: str) -> None:
+    broken = engine(dialect, search=BrokenSearch(), max_failed_fraction=0.25)
+    policy = BrokenPolicy() if cause == "sampler" else searcher(dialect)
+    with pytest.raises(ExceptionGroup) as caught:
+        await play(broken, policy, 4)
+    assert caught.group_contains(TooManyFailuresError, match="of 16 episodes failed.*gone")
+
+
+async def test_a_broken_reward_stops_the_run(dialect: Dialect) -> None:
+    async def reward(episode: Any) -> float:
+        raise RuntimeError("mine")
+
+    with pytest.raises(ExceptionGroup) as caught:
+        await play(engine(dialect, reward=reward), searcher(dialect), 2)
+    assert caught.group_contains(RewardError, match="mine")
+
+
+async def test_at_most_the_allowed_episodes_are_in_flight(dialect: Dialect) -> None:
+    now = most = 0
+
+    class Counting(DictSearch):
+        async def search(self, queries: Any) -> Any:
+            nonlocal now, most
+            now += 1
+            most = max(most, now)
+            try:
+                for _ in range(5):
+                    await anyio.lowlevel.checkpoint()
+                return await super().search(queries)
+            finally:
+                now -= 1
+
+    limited = engine(dialect, search=Counting(), sampling=SamplingSettings(max_episodes_in_flight=8))
+    assert len(await play(limited, searcher(dialect), 10)) == 10
+    assert most <= 8
+
+
+async def test_cancelling_ends_every_episode(dialect: Dialect) -> None:
+    ended = 0
+    waiting = anyio.Event()
+
+    class Hanging(DictSearch):
+        async def search(self, queries: Any) -> Any:
+            nonlocal ended
+            waiting.set()
+            try:
+                await anyio.sleep_forever()
+            finally:
+                ended += 1
+
+    send, _receive = anyio.create_memory_object_stream[Group](math.inf)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(engine(dialect, search=Hanging()).play_groups, questions(2), searcher(dialect), send)
+        await waiting.wait()
+        await anyio.wait_all_tasks_blocked()
+        tasks.cancel_scope.cancel()
+    assert ended == 8
+    _receive.close()
+
+
+def test_seeds_repeat_and_differ_by_question_step_and_run(dialect: Dialect) -> None:
+    def seed(run: int, step: int, question: int) -> int | None:
+        return engine(dialect, sampling=SamplingSettings(seed=run))._seed(questions(9)[question], step)
+
+    assert seed(1, 2, 3) == seed(1, 2, 3)
+    assert len({seed(1, 2, 3), seed(2, 2, 3), seed(1, 3, 3), seed(1, 2, 4)}) == 4
+    assert engine(dialect)._seed(questions(1)[0], 0) is None
