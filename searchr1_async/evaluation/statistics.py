@@ -148,8 +148,11 @@ def mcnemar_p_value(improved: int, worsened: int) -> float:
     changed = improved + worsened
     if changed == 0:
         return 1.0
-    # Summed as integers and divided once: exact for any number of questions.
-    tail = sum(math.comb(changed, count) for count in range(min(improved, worsened) + 1))
+    # Summed as integers and divided once: exact for any number of questions. Each term comes from the one before it.
+    tail = term = 1
+    for count in range(min(improved, worsened)):
+        term = term * (changed - count) // (count + 1)
+        tail += term
     return min(1.0, (2 * tail) / 2**changed)
 
 

@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from textwrap import fill
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import polars as pl
@@ -60,6 +61,7 @@ def learning_curve(
     _draw_shares(calls, metrics)
     calls.set_xlabel("optimiser step")
     _limit_steps(calls, metrics, evaluations)
+    figure.align_ylabels()
     if title:
         figure.suptitle(_plain(title), fontsize=14, fontweight="bold", x=0.01, ha="left")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,7 +81,7 @@ def _draw_exact_match(axes: Axes, metrics: pl.DataFrame, evaluations: Sequence[E
     points = [point for point in evaluations if not math.isnan(point.exact_match)]
     last_step = _last_step(metrics, evaluations)
     places = [float(last_step if point.step is None else point.step) for point in points]
-    places = _beside_each_other(places, gap=max(last_step, 1) * 0.02)
+    places = _beside_each_other(places, max(last_step, 1) * 0.018, last_step / 2)
     if points:
         means = [point.exact_match for point in points]
         errors = [[p.exact_match - p.low for p in points], [p.high - p.exact_match for p in points]]
@@ -87,16 +89,10 @@ def _draw_exact_match(axes: Axes, metrics: pl.DataFrame, evaluations: Sequence[E
             places, means, yerr=errors, fmt="D", color=_HELD_OUT, markersize=7, capsize=5, lw=1.6, zorder=5,
             label="held-out questions, 95 % interval",
         )  # fmt: skip
-    for place, point in zip(places, points, strict=True):
-        # Labels lean towards the middle of the picture, where there is room.
-        right = place <= last_step / 2
-        axes.annotate(
-            f"{_plain(point.label)}\n{point.exact_match:.1%}", (place, point.exact_match), xytext=(9 if right else -9, 0),
-            textcoords="offset points", ha="left" if right else "right", va="center", color=_HELD_OUT, fontsize=10,
-            fontweight="bold", zorder=6, bbox={"boxstyle": "round,pad=0.15", "fc": "white", "ec": "none", "alpha": 0.8},
-        )  # fmt: skip
     highest = max([*values_n.tolist(), *(point.high for point in points)], default=1.0)
-    axes.set_ylim(0, min(1.02, max(0.1, highest * 1.15)))
+    top = min(1.02, max(0.1, highest * 1.15))
+    axes.set_ylim(0, top)
+    _label_points(axes, points, places, last_step, top)
     _legend(axes)
 
 
@@ -126,7 +122,7 @@ def _draw_shares(axes: Axes, metrics: pl.DataFrame) -> None:
             axes.plot(steps_n, values_n, "o", color=colour, alpha=0.3, markersize=4, markeredgewidth=0)
             axes.plot(steps_n, smoothed(values_n)[0], color=colour, lw=2.2, ls=line, label=label)
     axes.set_ylim(-0.02, 1.04)
-    _legend(axes)
+    _legend(axes, "best")
 
 
 def smoothed(values_n: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -174,17 +170,56 @@ def _limit_steps(axes: Axes, metrics: pl.DataFrame, evaluations: Sequence[Evalua
     from matplotlib.ticker import MaxNLocator
 
     last = max(_last_step(metrics, evaluations), 1)
-    axes.set_xlim(-0.03 * last, last * 1.03)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    margin = 0.12 if evaluations else 0.03  # room for the names of the evaluations before and after
+    axes.set_xlim(-margin * last, last * (1 + margin))
+    axes.set_xticks([tick for tick in MaxNLocator(integer=True).tick_values(0, last) if 0 <= tick <= last])
 
 
-def _beside_each_other(places: Sequence[float], gap: float) -> list[float]:
-    """Shift markers that share a step, so that none hides another."""
+def _label_points(
+    axes: Axes, points: Sequence[EvaluationPoint], places: Sequence[float], last_step: int, top: float
+) -> None:
+    """Name each marker beside it; at the ends in the margin, off the curve. Neighbours' names are set apart in height."""
+    width = max(last_step, 1)
+    near = 0.15 * width
+    remaining = sorted(zip(places, points, strict=True), key=lambda pair: pair[0])
+    while remaining:
+        first = remaining[0][0]
+        neighbours = [pair for pair in remaining if pair[0] - first <= near]
+        remaining = remaining[len(neighbours) :]
+        right = first > 0.1 * width
+        edge = max(place for place, _ in neighbours) if right else first
+        heights = spread_apart([point.exact_match for _, point in neighbours], 0.1 * top, 0.05 * top, 0.95 * top)
+        for (place, point), height in zip(neighbours, heights, strict=True):
+            side = edge + width * (0.012 if right else -0.012)
+            axes.annotate(
+                f"{fill(_plain(point.label), 14)}\n{point.exact_match:.1%}", (place, point.exact_match), xytext=(side, height),
+                ha="left" if right else "right", va="center", color=_HELD_OUT, fontsize=10, fontweight="bold", zorder=6,
+                linespacing=1.1, bbox={"boxstyle": "round,pad=0.12", "fc": "white", "ec": "none", "alpha": 0.75},
+                arrowprops={"arrowstyle": "-", "color": _HELD_OUT, "lw": 0.7, "alpha": 0.6},
+            )  # fmt: skip
+
+
+def spread_apart(values: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Heights close to ``values``, in their order, at least ``gap`` apart and within ``low`` to ``high`` if they fit."""
+    order = sorted(range(len(values)), key=lambda index: values[index])
+    out = [0.0] * len(values)
+    floor = low
+    for index in order:
+        out[index] = max(values[index], floor)
+        floor = out[index] + gap
+    ceiling = high
+    for index in reversed(order):
+        out[index] = min(out[index], ceiling)
+        ceiling = out[index] - gap
+    return out
+
+
+def _beside_each_other(places: Sequence[float], gap: float, middle: float) -> list[float]:
+    """Shift markers that share a step, outwards from the middle and in their order, so that none hides another."""
     out: list[float] = []
-    for place in places:
-        while any(abs(place - other) < gap / 2 for other in out):
-            place -= gap
-        out.append(place)
+    for index, place in enumerate(places):
+        before, after = places[:index].count(place), places[index + 1 :].count(place)
+        out.append(place - after * gap if place <= middle else place + before * gap)
     return out
 
 
@@ -201,9 +236,9 @@ def _style(axes: Axes, label: str, *, share: bool = False) -> None:
         axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
 
 
-def _legend(axes: Axes) -> None:
+def _legend(axes: Axes, place: Literal["best", "lower right"] = "lower right") -> None:
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="lower right", frameon=True, facecolor="white", edgecolor="none", framealpha=0.85, fontsize=9.5)
+        axes.legend(loc=place, frameon=True, facecolor="white", edgecolor="none", framealpha=0.85, fontsize=9.5)
 
 
 def _plain(text: str) -> str:

@@ -182,7 +182,8 @@ class ConsoleProgress:
         if event.phase in self._phases:
             self._hide(self._phases.pop(event.phase))
         self._phases[event.phase] = phase
-        self._tally = _Tally(since=now)
+        if event.phase == "train":  # an evaluation between two steps, or beside one, leaves the count alone
+            self._tally = _Tally(since=now)
         if self._progress is None:
             self._line(f"{phase.name}: {event.total:,} {event.unit}")
         else:

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import threading
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from searchr1_async.watch.curve import EvaluationPoint, learning_curve, smoothed, spread_apart
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def size(path: Path) -> tuple[int, int]:
+    head = path.read_bytes()[:24]
+    assert head[:8] == PNG
+    return int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")
+
+
+def metrics(steps: int) -> pl.DataFrame:
+    shares = [step / (2 * steps) for step in range(steps)]
+    return pl.DataFrame(
+        {
+            "step": list(range(1, steps + 1)),
+            "env/all/correct": shares,
+            "env/all/turns_per_episode": [1 + share for share in shares],
+            "env/all/valid_calls": [None, *shares[1:]],
+            "env/all/answer_in_passage": [float("nan"), *shares[1:]],
+        }
+    )
+
+
+POINTS = [
+    EvaluationPoint("untrained $x_1$", 0, 0.1, 0.05, 0.2),
+    EvaluationPoint("after \x00 warm-up", 0, 0.12, 0.06, 0.22),
+    EvaluationPoint("midway", 10, 0.3, 0.2, 0.4),
+    EvaluationPoint("after RL", None, 0.5, 0.4, 0.6),
+    EvaluationPoint("nothing", 3, float("nan"), float("nan"), float("nan")),
+]
+
+
+@pytest.mark.parametrize(
+    ("frame", "points"),
+    [
+        (metrics(20), POINTS),
+        (metrics(1), POINTS[:1]),
+        (metrics(2), []),
+        (pl.DataFrame(schema={"step": pl.Int64}), POINTS),
+        (pl.DataFrame(), []),
+    ],
+    ids=["whole", "one step", "two steps", "no steps", "nothing"],
+)
+def test_a_picture_comes_of_whatever_there_is(frame: pl.DataFrame, points: list, tmp_path: Path) -> None:
+    path = learning_curve(frame, points, tmp_path / "new" / "curve.png", title="100 % of $5")
+    assert size(path) == (1650, 1350)
+
+
+def test_the_evaluations_are_in_the_picture(tmp_path: Path) -> None:
+    without = learning_curve(metrics(20), [], tmp_path / "a.png").read_bytes()
+    again = learning_curve(metrics(20), [], tmp_path / "b.png").read_bytes()
+    with_points = learning_curve(metrics(20), POINTS, tmp_path / "c.png").read_bytes()
+    assert without == again
+    assert without != with_points
+
+
+def test_it_is_drawn_in_any_thread(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{index}.png" for index in range(2)]
+    threads = [threading.Thread(target=learning_curve, args=(metrics(5), POINTS, path)) for path in paths]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+@given(st.lists(st.floats(-10, 10), max_size=60))
+def test_smoothing_stays_within_the_values(values: list[float]) -> None:
+    mean_n, spread_n = smoothed(np.array(values))
+    assert len(mean_n) == len(spread_n) == len(values)
+    if values:
+        assert mean_n.min() >= min(values) - 1e-9
+        assert mean_n.max() <= max(values) + 1e-9
+        assert (spread_n <= max(values) - min(values) + 1e-6).all()
+
+
+def test_smoothing_keeps_a_constant_constant() -> None:
+    mean_n, spread_n = smoothed(np.full(100, 0.3))
+    assert mean_n == pytest.approx(0.3)
+    assert spread_n == pytest.approx(0.0, abs=1e-6)
+
+
+@given(st.lists(st.floats(0, 1), max_size=8))
+def test_labels_keep_their_order_and_their_distance(values: list[float]) -> None:
+    heights = spread_apart(values, 0.1, 0.05, 0.95)
+    placed = sorted(heights)
+    assert all(b - a >= 0.1 - 1e-9 for a, b in pairwise(placed))
+    assert not placed or (placed[0] >= 0.05 - 1e-9 and placed[-1] <= 0.95 + 1e-9)
+    by_value = sorted(range(len(values)), key=lambda index: values[index])
+    assert [heights[index] for index in by_value] == placed

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from searchr1_async.events import Event, Notice
+from searchr1_async.watch.fanout import Watchers
+
+
+def test_every_subscriber_sees_every_event_in_order() -> None:
+    seen: list[tuple[str, Event]] = []
+    watchers = Watchers([lambda event: seen.append(("a", event))])
+    watchers.subscribe(lambda event: seen.append(("b", event)))
+    first, second = Notice("1"), Notice("2")
+    watchers(first)
+    watchers(second)
+    assert seen == [("a", first), ("b", first), ("a", second), ("b", second)]
+
+
+def test_a_subscriber_that_raises_is_dropped_with_one_warning_and_harms_nobody(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    calls, seen = [], []
+
+    def broken(event: Event) -> None:
+        calls.append(event)
+        raise RuntimeError("no display")
+
+    watchers = Watchers([broken, seen.append])
+    with caplog.at_level(logging.WARNING):
+        watchers(Notice("1"))
+        watchers(Notice("2"))
+    assert len(calls) == 1
+    assert len(seen) == 2
+    assert len(caplog.records) == 1
+    assert caplog.records[0].exc_info is not None
+    assert "broken" in caplog.records[0].getMessage()
+
+
+def test_an_interrupt_passes_through() -> None:
+    def interrupted(event: Event) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Watchers([interrupted])(Notice("1"))
+
+
+def test_subscribers_may_come_and_go_while_an_event_is_told() -> None:
+    watchers, seen = Watchers(), []
+
+    def once(event: Event) -> None:
+        watchers.unsubscribe(once)
+        watchers.subscribe(seen.append)
+
+    watchers.subscribe(once)
+    watchers(Notice("1"))
+    watchers(Notice("2"))
+    assert seen == [Notice("2")]
+    watchers.unsubscribe(once)  # no longer there: no error

@@ -1,0 +1,209 @@
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable
+
+import pytest
+
+from searchr1_async.events import (
+    CheckpointSaved,
+    EpisodeFinished,
+    Event,
+    GroupDropped,
+    GroupFinished,
+    MinibatchSubmitted,
+    Notice,
+    PhaseAdvanced,
+    PhaseEnded,
+    PhaseStarted,
+    RunEnded,
+    StepFinished,
+)
+from searchr1_async.watch.progress import ConsoleProgress, Estimate, duration
+from tests.watch.builders import episode, group
+
+STEP = {
+    "env/all/reward/total": 0.25,
+    "env/all/correct": 0.5,
+    "env/all/turns_per_episode": 2.25,
+    "env/all/valid_calls": 0.9,
+    "time/total": 61.0,
+}
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def plain(events: Callable[[ConsoleProgress, Clock], None]) -> list[str]:
+    stream, clock = io.StringIO(), Clock()
+    with ConsoleProgress(stream, clock=clock) as progress:
+        events(progress, clock)
+    return stream.getvalue().splitlines()
+
+
+def test_a_phase_prints_at_most_one_line_every_five_seconds() -> None:
+    def events(progress: ConsoleProgress, clock: Clock) -> None:
+        progress(PhaseStarted("evaluate", 200, "questions", "untrained"))
+        for done in range(1, 201):
+            clock.now += 0.1
+            progress(PhaseAdvanced("evaluate", done, {"correct": 0.25}))
+        progress(PhaseEnded("evaluate", 20.0))
+
+    lines = plain(events)
+    assert lines[0] == "evaluate (untrained): 200 questions"
+    assert lines[-1] == "evaluate (untrained): 200 questions in 20 s"
+    assert len(lines) == 2 + 3 or len(lines) == 2 + 4
+    assert re.fullmatch(
+        r"evaluate \(untrained\): 5\d/200 questions \(2\d%\), 5\.\d s, 1\d s left, exact match 25\.0%", lines[1]
+    )
+
+
+def test_a_step_line_says_what_was_played_trained_and_dropped() -> None:
+    def events(progress: ConsoleProgress, clock: Clock) -> None:
+        progress(PhaseStarted("train", 4, "steps"))
+        for step in (1, 2):
+            clock.now += 60
+            progress(EpisodeFinished(episode(), step))
+            progress(GroupFinished(group(), step))
+            progress(GroupDropped(group(), step, "constant_reward"))
+            progress(MinibatchSubmitted(step, 3, 24, 9000))
+            progress(MinibatchSubmitted(step, 4, 24, 9000))
+            progress(StepFinished(step, STEP))
+            progress(PhaseAdvanced("train", step))
+
+    steps = [line for line in plain(events) if line.startswith("step")]
+    assert steps == [
+        "step 1/4 · reward +0.250, exact match 50.0%, turns 2.25, valid calls 90% · groups 7 trained, 1 dropped"
+        " · 1 min 01 s · 3 min 00 s left",
+        "step 2/4 · reward +0.250, exact match 50.0%, turns 2.25, valid calls 90% · groups 7 trained, 1 dropped"
+        " · 1 min 01 s · 2 min 00 s left",
+    ]
+
+
+def test_a_long_step_shows_that_it_lives() -> None:
+    def events(progress: ConsoleProgress, clock: Clock) -> None:
+        progress(PhaseStarted("train", 4, "steps"))
+        for _ in range(12):
+            clock.now += 1
+            progress(EpisodeFinished(episode(), 1))
+
+    assert plain(events)[1] == "train: 0/4 steps (0%), 5.0 s, 5 episodes, 0 groups in this step"
+
+
+def test_notices_checkpoints_and_the_end_are_lines_that_cannot_command_the_terminal() -> None:
+    def events(progress: ConsoleProgress, clock: Clock) -> None:
+        progress(Notice("[bold]two\nlines\x1b[2J\udcff"))
+        progress(Notice("slow service", is_warning=True))
+        progress(CheckpointSaved(3, "tinker://run/state"))
+        progress(PhaseAdvanced("never started", 3))
+        progress(PhaseEnded("never started", 3))
+        progress(Event())
+        progress(RunEnded("stopped"))
+
+    assert plain(events) == [
+        "[bold]two lines\\x1b[2J\\udcff",
+        "warning: slow service",
+        "step 3: checkpoint tinker://run/state",
+        "run stopped",
+    ]
+
+
+def test_a_terminal_gets_a_live_bar_and_every_kind_of_event() -> None:
+    stream = Terminal()
+    clock = Clock()
+    with ConsoleProgress(stream, live=True, clock=clock) as progress:
+        progress(PhaseStarted("train", 3, "steps", "[red]"))
+        progress(EpisodeFinished(episode(), 1))
+        clock.now += 30
+        progress(StepFinished(1, STEP))
+        progress(PhaseStarted("evaluate", 10, "questions"))
+        progress(PhaseAdvanced("evaluate", 10, {"correct": 0.5}))
+        progress(PhaseEnded("evaluate", 3.0))
+        progress(Notice("look", is_warning=True))
+        progress(PhaseEnded("train", 90.0))
+    text = stream.getvalue()
+    for expected in (
+        "train ([red])",
+        "step 1/3 · reward",
+        "1/3 steps",
+        "warning: look",
+        "evaluate: 10 questions in 3.0 s",
+    ):
+        assert expected in text
+    assert text.endswith("\x1b[?25h") or "\x1b[?25h" in text, "the cursor is shown again"
+    progress(Notice("after the end"))
+    assert stream.getvalue().endswith("after the end\n")
+
+
+def test_an_evaluation_between_two_steps_leaves_the_steps_count_alone() -> None:
+    def events(progress: ConsoleProgress, clock: Clock) -> None:
+        progress(PhaseStarted("train", 4, "steps"))
+        progress(GroupDropped(group(), 1, "constant_reward"))
+        progress(PhaseStarted("evaluate", 4, "questions"))
+        progress(PhaseEnded("evaluate", 1.0))
+        progress(StepFinished(1, {}))
+
+    assert "0 trained, 1 dropped" in plain(events)[-1]
+
+
+def test_an_exception_inside_leaves_the_terminal_clean() -> None:
+    stream = Terminal()
+    progress = ConsoleProgress(stream, live=True)
+
+    def interrupted() -> None:
+        with progress:
+            progress(PhaseStarted("train", 3, "steps"))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert "\x1b[?25h" in stream.getvalue()
+
+
+def test_a_stream_that_knows_no_unicode_is_no_trouble() -> None:
+    buffer = io.BytesIO()
+    stream = io.TextIOWrapper(buffer, encoding="ascii")
+    with ConsoleProgress(stream) as progress:
+        progress(Notice("größe · 😀"))
+    stream.flush()
+    assert buffer.getvalue() == b"gr??e ? ?\n"
+
+
+def test_time_left_follows_the_pace_of_late() -> None:
+    estimate = Estimate(100, 0.0)
+    assert estimate.seconds_left(5.0) is None
+    estimate.advance(10, 10.0)
+    assert estimate.seconds_left(10.0) == pytest.approx(90)
+    assert estimate.seconds_left(14.0) == pytest.approx(86)
+    for done in range(11, 41):
+        estimate.advance(done, 10.0 + 2 * (done - 10))
+    assert estimate.seconds_left(70.0) == pytest.approx(120)
+    estimate.advance(100, 80.0)
+    assert estimate.seconds_left(80.0) == 0
+
+
+def test_a_resumed_run_is_not_mistaken_for_a_fast_one() -> None:
+    estimate = Estimate(100, 0.0)
+    estimate.advance(60, 0.2)
+    assert estimate.seconds_left(5.0) is None
+    estimate.advance(61, 10.2)
+    assert estimate.seconds_left(10.2) == pytest.approx(390)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0.0 s"), (9.94, "9.9 s"), (9.96, "10 s"), (59.6, "1 min 00 s"), (7620, "2 h 07 min"), (float("nan"), "?")],
+)
+def test_durations_are_for_people(seconds: float, text: str) -> None:
+    assert duration(seconds) == text

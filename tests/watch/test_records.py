@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from searchr1_async.episodes.types import Episode, Group, Passage, Question, SearchCall, StopReason, Turn
+from searchr1_async.watch import records as records_module
+from searchr1_async.watch.records import RunRecords
+from searchr1_async.watch.rows import EPISODE_SCHEMA, episode_from_row, episode_row, episodes_frame, storable
+from tests.watch.builders import HOSTILE, answering_turn, episode, group, malformed_turn, question
+
+
+def test_a_step_is_read_back_row_by_row(tmp_path: Path) -> None:
+    records = RunRecords(tmp_path)
+    trained = group(question("q1", hop=2), (1.0, 0.0), failed=1)
+    dropped = group(question("q2"), (1.0, 1.0))
+    records.write_step(1, [(trained, None), (dropped, "constant_reward")], {"env/all/correct": 0.75})
+    frame = records.episodes().collect()
+    assert frame.schema == EPISODE_SCHEMA
+    assert frame["question_id"].to_list() == ["q1", "q1", "q1", "q2", "q2"]
+    assert frame["group"].to_list() == [0, 0, 0, 1, 1]
+    assert frame["member"].to_list() == [0, 1, 2, 0, 1]
+    assert frame["advantage"].to_list() == [0.5, -0.5, None, 0.0, 0.0]
+    assert frame["trained"].to_list() == [True, True, False, False, False]
+    assert frame["drop_reason"].to_list() == [None, None, "failed", "constant_reward", "constant_reward"]
+    assert frame["error"].to_list()[2] == "SearchError: the store is gone"
+    assert frame["policy_versions"].to_list()[0] == [1, 2]
+    assert frame["token_count"].to_list()[0] == 5 + 3 + 4 + 2
+    assert frame["ob_tokens"].to_list()[0] == 9
+    assert "Paris is large." in frame["transcript"][0]
+    passages = frame.select(pl.col("turns").list.first().struct.field("passages"))["passages"][0].to_list()
+    assert passages == [[{"id": "p1", "title": "France", "text": "Paris is large.", "score": 0.75}]]
+    assert records.metrics().to_dicts() == [{"step": 1, "env/all/correct": 0.75}]
+
+
+def test_episodes_come_back_equal(tmp_path: Path) -> None:
+    records = RunRecords(tmp_path)
+    asked = question("q1", hop=2)
+    played = (
+        episode(asked),
+        episode(asked, correct=0.0, turns=(malformed_turn(),), stop_reason=StopReason.MALFORMED_CALL),
+        episode(asked, turns=(answering_turn(),), parts={"style": 0.25}),
+    )
+    failed = (episode(asked, stop_reason=StopReason.FAILED, turns=()),)
+    records.write_step(7, [(Group(asked, played, failed), None)], {})
+    assert records.load_episodes(7) == (*played, *failed)
+    assert records.load_episodes(8) == ()
+
+
+def test_a_run_without_records_gives_empty_typed_frames(tmp_path: Path) -> None:
+    records = RunRecords(tmp_path / "not yet")
+    assert records.metrics().columns == ["step"]
+    assert records.episodes().collect().schema == EPISODE_SCHEMA
+    assert records.evaluations().collect().height == 0
+    assert records.evaluation_labels() == ()
+    assert records.load_evaluation("untrained") == ()
+    records.truncate_after(0)
+
+
+def test_steps_with_other_metrics_and_without_groups_concatenate(tmp_path: Path) -> None:
+    records = RunRecords(tmp_path)
+    records.write_step(2, [], {"b": 2})
+    records.write_step(1, [(group(), None)], {"a": 1, "step": 99})
+    assert records.metrics().to_dicts() == [{"step": 1, "a": 1.0, "b": None}, {"step": 2, "a": None, "b": 2.0}]
+    assert records.episodes().collect().height == 2
+
+
+def test_a_resumed_run_forgets_what_came_after_its_resume_point(tmp_path: Path) -> None:
+    records = RunRecords(tmp_path)
+    for step in (1, 2, 3):
+        records.write_step(step, [(group(), None)], {"a": step})
+    records.write_evaluation("untrained", [episode()], step=0)
+    records.write_evaluation("midway", [episode()], step=3)
+    records.write_evaluation("elsewhere", [episode()])
+    (tmp_path / "episodes" / "step-000009.parquet.partial").write_bytes(b"half")
+    records.truncate_after(2)
+    assert records.metrics()["step"].to_list() == [1, 2]
+    assert records.episodes().collect()["step"].unique().sort().to_list() == [1, 2]
+    assert records.evaluation_labels() == ("untrained", "elsewhere")
+    assert not list(tmp_path.rglob("*.partial"))
+    records.write_step(3, [(group(), None)], {"a": 30})
+    assert records.metrics()["a"].to_list() == [1, 2, 30]
+
+
+def test_evaluations_keep_their_order_and_replace_their_label(tmp_path: Path) -> None:
+    records = RunRecords(tmp_path)
+    samples = [episode(question("q1")), episode(question("q2")), episode(question("q1"), correct=0.0)]
+    records.write_evaluation("untrained", samples)
+    records.write_evaluation("../../after RL!", [episode()], step=4)
+    records.write_evaluation("After RL", [episode()])  # another label of the same letters
+    records.write_evaluation("untrained", samples[:2])
+    assert records.evaluation_labels() == ("untrained", "../../after RL!", "After RL")
+    assert records.load_evaluation("untrained") == tuple(samples[:2])
+    frame = records.evaluations().collect()
+    assert frame.height == 4
+    assert {path.parent for path in tmp_path.rglob("*.parquet")} == {tmp_path / "evaluations"}
+    records.write_evaluation("samples", samples)
+    rows = records.evaluations().filter(pl.col("label") == "samples").collect()
+    assert list(zip(rows["group"], rows["member"], strict=True)) == [(0, 0), (1, 0), (0, 1)]
+
+
+def test_a_write_that_fails_leaves_the_earlier_file_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = RunRecords(tmp_path)
+    records.write_step(1, [(group(), None)], {"a": 1})
+
+    def no_space(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(records_module.os, "fsync", no_space)
+    with pytest.raises(OSError, match="No space"):
+        records.write_step(1, [], {"a": 2})
+    assert records.metrics()["a"].to_list() == [1]
+    assert records.episodes().collect().height == 2
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_metric_that_is_no_number_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    bad: Any = {"a": "many"}
+    with pytest.raises(ValueError, match="many"):
+        RunRecords(tmp_path).write_step(1, [(group(), None)], bad)
+    assert not list(tmp_path.rglob("*.parquet"))
+
+
+def test_more_rows_than_are_built_at_once() -> None:
+    rows = [{**episode_row(episode()), "member": index} for index in range(100)]
+    frame = episodes_frame(rows)
+    assert frame.schema == EPISODE_SCHEMA
+    assert frame["member"].to_list() == list(range(100))
+
+
+def hostile_episode(text: str, number: float) -> Episode:
+    """The text wherever a model, a corpus or a user may write."""
+    turn = Turn(
+        (1, 2**31 - 1),
+        (number, -0.0),
+        text,
+        text,
+        0,
+        SearchCall((text,), ((Passage(text, text, text, number),),), text),
+    )
+    asked = Question("q" + text, "?" + text, ("a" + text,), text, {"hop": text, text: [text, None, number]})
+    return Episode(asked, (), (turn,), StopReason.FAILED, text, 0.0, {text: number, "correct": 1.0}, text)
+
+
+@given(text=st.text(st.characters(), max_size=40), number=st.floats(width=32, allow_nan=False))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
+def test_no_text_breaks_a_file_and_all_valid_text_comes_back(tmp_path: Path, text: str, number: float) -> None:
+    written = hostile_episode(text, number)
+    RunRecords(tmp_path).write_evaluation("hostile", [written])
+    (read,) = RunRecords(tmp_path).load_evaluation("hostile")
+    assert read.turns[0].text == storable(text)
+    assert read.turns[0].sampled_tokens == written.turns[0].sampled_tokens
+    if storable(text) == text:
+        assert read == written
+
+
+def test_surrogates_are_joined_or_replaced_and_nul_is_kept(tmp_path: Path) -> None:
+    assert storable("\ud83d\ude00 \udcff \x00") == "😀 \ufffd \x00"
+    RunRecords(tmp_path).write_step(1, [(Group(question(), (hostile_episode(HOSTILE, 1.0),)), HOSTILE)], {HOSTILE: 1})
+    text = RunRecords(tmp_path).episodes().collect()["turns"][0][0]["text"]
+    assert "\x00\x1b[31m \u202eevil\u202c 😀 \ufffd" in text
+    assert RunRecords(tmp_path).metrics().width == 2
+
+
+def test_a_row_alone_gives_its_episode_back() -> None:
+    (row,) = episodes_frame([episode_row(episode())]).iter_rows(named=True)
+    assert episode_from_row(row) == episode()
