@@ -16,7 +16,6 @@ from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Ta
 from rich.text import Text
 
 from searchr1_async.events import (
-    CheckpointSaved,
     EpisodeFinished,
     Event,
     GroupDropped,
@@ -170,11 +169,9 @@ class ConsoleProgress:
                 self._count(event, now)
             case StepFinished():
                 self._step(event, now)
-            case CheckpointSaved():
-                self._line(f"step {event.step}: checkpoint {event.path}")
             case RunEnded():
                 self._line(f"run {event.reason}", warning=event.reason == "failed")
-            case _:
+            case _:  # a checkpoint is saved in every step: the step's own line stands for it
                 pass
 
     def _start(self, event: PhaseStarted, now: float) -> None:

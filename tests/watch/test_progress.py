@@ -101,7 +101,7 @@ def test_a_long_step_shows_that_it_lives() -> None:
     assert plain(events)[1] == "train: 0/4 steps (0%), 5.0 s, 5 episodes, 0 groups in this step"
 
 
-def test_notices_checkpoints_and_the_end_are_lines_that_cannot_command_the_terminal() -> None:
+def test_notices_and_the_end_are_lines_that_cannot_command_the_terminal() -> None:
     def events(progress: ConsoleProgress, clock: Clock) -> None:
         progress(Notice("[bold]two\nlines\x1b[2J\udcff"))
         progress(Notice("slow service", is_warning=True))
@@ -114,7 +114,6 @@ def test_notices_checkpoints_and_the_end_are_lines_that_cannot_command_the_termi
     assert plain(events) == [
         "[bold]two lines\\x1b[2J\\udcff",
         "warning: slow service",
-        "step 3: checkpoint tinker://run/state",
         "run stopped",
     ]
 
