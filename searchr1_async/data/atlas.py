@@ -159,7 +159,7 @@ def _fact_passages(country: Country) -> Iterator[Passage]:
 def _fact_sentence(country: Country, passage: FactPassage, parts: list[tuple[str, str]]) -> str:
     capital = read_capital(parts[0][1]) if passage.key == "capital" else None
     if capital:
-        name = f"{capital[0]} ({capital[1]})" if len(capital) > 1 else capital[0]
+        name = capital[0] + "".join(f" ({alias})" for alias in capital[1:])
         behind = "".join(f" {label[0].upper()}{label[1:]}: {_stop(text)}" for label, text in parts[1:])
         return f"{name} is the capital of {country.name_in_sentence}.{behind}"
     return f"{country.name} – " + _stop("; ".join(f"{label}: {text}" for label, text in parts))

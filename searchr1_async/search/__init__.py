@@ -1,0 +1,7 @@
+"""The search tool: passages for the queries of all running episodes, in few requests."""
+
+from searchr1_async.search.queries import clean_query
+from searchr1_async.search.search import Search
+from searchr1_async.search.statistics import SearchStatistics
+
+__all__ = ["Search", "SearchStatistics", "clean_query"]

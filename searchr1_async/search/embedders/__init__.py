@@ -1,0 +1,6 @@
+"""What turns texts into vectors."""
+
+from searchr1_async.search.embedders.base import Embedder, Vectors
+from searchr1_async.search.embedders.sentence_transformer import SentenceTransformerEmbedder
+
+__all__ = ["Embedder", "SentenceTransformerEmbedder", "Vectors"]

@@ -1,0 +1,180 @@
+"""Question suites: the built-in one, files, and the data sets of the field on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from searchr1_async.data.files import Row, UnreadableFileError, is_data_file, read_rows
+from searchr1_async.data.hub import HUB_NAME, SUITES, fetch_questions_file
+from searchr1_async.episodes.types import Question
+from searchr1_async.errors import CorpusError, QuestionsError
+
+ATLAS_SPLITS = ("train", "held_out")
+_OWN_COLUMNS = frozenset({"id", "question", "golden_answers", "data_source"})
+_NOT_KEPT = frozenset({*_OWN_COLUMNS, "prompt", "reward_model", "metadata"})
+
+
+def load_questions(
+    name_or_path: str | Path, *, split: str | None = None, limit: int | None = None, seed: int | None = None
+) -> tuple[Question, ...]:
+    """Reads a question suite, whole and checked, before any work starts.
+
+    Args:
+        name_or_path: ``"atlas"`` (built in); a ``.jsonl``, ``.jsonl.gz`` or ``.parquet`` file; a suite of
+            FlashRAG (``"nq"``, ``"triviaqa"``, ``"popqa"``, ``"hotpotqa"``, ``"2wikimultihopqa"``, ``"musique"``,
+            ``"bamboogle"``) or any data set ``"org/name"`` on the Hugging Face hub. A file wins over a name.
+            Rows hold ``question`` and ``golden_answers`` (a list or one string), and may hold ``id`` and
+            ``data_source``; without ``golden_answers``, ``reward_model.ground_truth`` is read, which the recipe's
+            files hold as a dict with ``target``, a list, or a string. The other columns become ``metadata``.
+        split: ``"train"`` or ``"held_out"`` of the atlas; the file of that name on the hub; in a file, the rows
+            whose column ``split`` says so. None takes every row (on the hub: the suite's usual split).
+        limit: at most so many questions, the first ones (of the shuffled order, with a seed).
+        seed: shuffles with it; None keeps the suite's own order.
+
+    Raises:
+        QuestionsError: unknown name, unreadable or empty file, missing column, a question without a golden answer,
+            duplicate ids, an unknown split, or a hub that does not answer: each with the place and the remedy.
+    """
+    if limit is not None and limit < 1:
+        raise QuestionsError(f"limit is {limit}: give at least 1, or None for every question")
+    questions = _load(name_or_path, split)
+    if seed is not None:
+        shuffled = list(questions)
+        random.Random(seed).shuffle(shuffled)
+        questions = tuple(shuffled)
+    return questions[:limit]
+
+
+def _load(name_or_path: str | Path, split: str | None) -> tuple[Question, ...]:
+    path = Path(name_or_path).expanduser()
+    name = str(name_or_path)
+    if path.is_file():
+        return _from_file(path, path.name.split(".")[0], split)
+    if path.is_dir():
+        raise QuestionsError(f"{path} is a folder: name the file within it")
+    if name == "atlas":
+        return _atlas(split)
+    if is_data_file(path):
+        raise QuestionsError(f"there is no question file {path} (looked in {path.absolute().parent})")
+    if name in SUITES or re.fullmatch(HUB_NAME, name):
+        return _from_file(fetch_questions_file(name, split), name.split("/")[-1], None)
+    raise QuestionsError(
+        f"unknown questions {name!r}: give 'atlas', a .jsonl or .parquet file, one of {', '.join(SUITES)}, "
+        "or a Hugging Face data set as 'org/name'"
+    )
+
+
+def _atlas(split: str | None) -> tuple[Question, ...]:
+    from searchr1_async.data.atlas import atlas_questions
+
+    if split is not None and split not in ATLAS_SPLITS:
+        raise QuestionsError(f"the atlas has no split {split!r}: take {' or '.join(map(repr, ATLAS_SPLITS))}, or None")
+    try:
+        questions = atlas_questions()
+    except CorpusError as error:
+        raise QuestionsError(str(error)) from error
+    return tuple(question for question in questions if split is None or question.metadata["split"] == split)
+
+
+def _from_file(path: Path, suite: str, split: str | None) -> tuple[Question, ...]:
+    try:
+        rows = list(_of_split(path, read_rows(path), split))
+    except UnreadableFileError as error:
+        raise QuestionsError(str(error)) from error
+    if not rows:
+        raise QuestionsError(f"{path} holds no questions" + (f" of split {split!r}" if split else ""))
+    questions = [_question(path, place, row, suite) for place, row in rows]
+    return _with_unique_ids(path, [place for place, _ in rows], questions)
+
+
+def _of_split(path: Path, rows: Iterable[Row], split: str | None) -> Iterator[Row]:
+    for place, row in rows:
+        if split is not None and "split" not in row:
+            raise QuestionsError(
+                f"{path}, {place} has no column 'split', so split={split!r} cannot be told apart: leave split out"
+            )
+        if split is None or row["split"] == split:
+            yield place, row
+
+
+def _question(path: Path, place: str, row: Mapping[str, Any], suite: str) -> Question:
+    text = row.get("question")
+    if not isinstance(text, str):
+        problem = "has no column 'question'" if "question" not in row else "has a 'question' that is no text"
+        raise QuestionsError(f"{path}, {place} {problem}: its columns are {', '.join(map(str, row))}")
+    answers = _golden_answers(path, place, row)
+    source = row.get("data_source")
+    own_id = row.get("id")
+    try:
+        return Question(
+            id=str(own_id) if own_id not in (None, "") else "",
+            question=text.strip(),
+            golden_answers=answers,
+            data_source=str(source) if source else suite,
+            metadata=_metadata(row),
+        )
+    except QuestionsError as error:
+        raise QuestionsError(f"{path}, {place}: {error}") from error
+
+
+def _golden_answers(path: Path, place: str, row: Mapping[str, Any]) -> tuple[str, ...]:
+    found = row.get("golden_answers")
+    if found is None:
+        reward_model = row.get("reward_model")
+        found = reward_model.get("ground_truth") if isinstance(reward_model, Mapping) else None
+    if isinstance(found, Mapping):
+        found = found.get("target")
+    if found is None:
+        raise QuestionsError(
+            f"{path}, {place} has neither 'golden_answers' nor 'reward_model.ground_truth': "
+            f"its columns are {', '.join(map(str, row))}"
+        )
+    if isinstance(found, str | int | float) or not isinstance(found, Sequence):
+        found = [found]
+    answers = dict.fromkeys(str(answer).strip() for answer in found if answer is not None)
+    answers.pop("", None)
+    if not answers:
+        raise QuestionsError(f"{path}, {place} has no golden answer: give it at least one, or leave the row out")
+    return tuple(answers)
+
+
+def _metadata(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The other columns; FlashRAG's column ``metadata`` is laid open beside them."""
+    inner = row.get("metadata")
+    metadata = dict(inner) if isinstance(inner, Mapping) else {}
+    metadata |= {key: value for key, value in row.items() if key not in _NOT_KEPT}
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in metadata.items()}
+
+
+def _with_unique_ids(path: Path, places: Sequence[str], questions: list[Question]) -> tuple[Question, ...]:
+    """Gives every question an id of its own.
+
+    A row without one is named by its content, so that its id survives a change of order. The recipe's file numbers
+    each of its sources from 0: ids that are only unique within their source get the source in front.
+    """
+    copies: Counter[str] = Counter()
+    for index, question in enumerate(questions):
+        if not question.id:
+            content = "\x1f".join((question.question, *question.golden_answers))
+            name = f"{question.data_source}/{hashlib.sha256(content.encode('utf-8', 'replace')).hexdigest()[:16]}"
+            copies[name] += 1
+            questions[index] = replace(question, id=name if copies[name] == 1 else f"{name}-{copies[name]}")
+    if len({question.id for question in questions}) == len(questions):
+        return tuple(questions)
+    first: dict[tuple[str, str], str] = {}
+    for place, question in zip(places, questions, strict=True):
+        key = (question.data_source, question.id)
+        if key in first:
+            raise QuestionsError(
+                f"{path}, {place} has the same id {question.id!r} as {first[key]}: make ids unique, "
+                "or leave the column out and they are made from the content"
+            )
+        first[key] = place
+    return tuple(replace(question, id=f"{question.data_source}/{question.id}") for question in questions)

