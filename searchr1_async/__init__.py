@@ -1,0 +1,87 @@
+"""Reinforcement learning of search-using language models through the tinker SDK, asynchronous from end to end.
+
+::
+
+    import searchr1_async as sr
+
+    search = sr.Search.local("atlas")
+    run = sr.train("atlas", search, out_dir="runs/first", format="tags")
+    result = await run
+"""
+
+from searchr1_async.api import evaluate, rollout, train
+from searchr1_async.config import EpisodeLimits, LearningSettings, LocalOptions, SamplingSettings, WarmUp
+from searchr1_async.data import Corpus, load_corpus, load_questions
+from searchr1_async.episodes.reward import RecipeReward, Score
+from searchr1_async.episodes.types import Episode, Group, Passage, Question, SearchCall, StopReason, Turn
+from searchr1_async.errors import (
+    CheckpointError,
+    ConfigurationError,
+    CorpusError,
+    EmbeddingError,
+    ModelError,
+    PortInUseError,
+    QuestionsError,
+    RewardError,
+    RunFolderError,
+    SearchError,
+    SearchR1Error,
+    ServiceError,
+    ServiceStartError,
+    ServiceUnavailableError,
+    StoreError,
+    TooManyFailuresError,
+)
+from searchr1_async.evaluation.result import Evaluation, compare
+from searchr1_async.evaluation.table import comparison_table
+from searchr1_async.learn.demonstrations import Demonstration
+from searchr1_async.run import Run
+from searchr1_async.search import Search, SearchStatistics
+from searchr1_async.training import TrainingResult
+
+__all__ = [
+    "CheckpointError",
+    "ConfigurationError",
+    "Corpus",
+    "CorpusError",
+    "Demonstration",
+    "EmbeddingError",
+    "Episode",
+    "EpisodeLimits",
+    "Evaluation",
+    "Group",
+    "LearningSettings",
+    "LocalOptions",
+    "ModelError",
+    "Passage",
+    "PortInUseError",
+    "Question",
+    "QuestionsError",
+    "RecipeReward",
+    "RewardError",
+    "Run",
+    "RunFolderError",
+    "SamplingSettings",
+    "Score",
+    "Search",
+    "SearchCall",
+    "SearchError",
+    "SearchR1Error",
+    "SearchStatistics",
+    "ServiceError",
+    "ServiceStartError",
+    "ServiceUnavailableError",
+    "StopReason",
+    "StoreError",
+    "TooManyFailuresError",
+    "TrainingResult",
+    "Turn",
+    "WarmUp",
+    "compare",
+    "comparison_table",
+    "evaluate",
+    "load_corpus",
+    "load_questions",
+    "rollout",
+    "train",
+]

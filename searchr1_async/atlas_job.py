@@ -1,0 +1,153 @@
+"""The main job: a small real model learns to search the Factbook, on one machine, with no key.
+
+It builds the index, measures the untrained model on countries that it will never be trained on, warms it up on
+demonstrations, trains it by reinforcement learning, measures again, and writes a table, a learning curve and a report.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import anyio
+
+from searchr1_async.api import train
+from searchr1_async.config import LocalOptions, WarmUp
+from searchr1_async.data import load_questions
+from searchr1_async.episodes.types import Episode, Question
+from searchr1_async.evaluation.table import comparison_rows, comparison_table
+from searchr1_async.learn.demonstrations import Demonstration
+from searchr1_async.run import Run
+from searchr1_async.search import Search
+from searchr1_async.training import TrainingResult
+from searchr1_async.watch.curve import learning_curve
+from searchr1_async.watch.records import RunRecords
+from searchr1_async.watch.report import write_report
+
+
+@dataclass(frozen=True, slots=True)
+class AtlasSettings:
+    """What the main job runs with; the defaults fit 15 minutes on 2 cores without a GPU."""
+
+    out_dir: Path = Path("runs/atlas")
+    seed: int = 2
+    held_out: int = 150
+    """Held-out questions, half one-hop and half two-hop: 150 give an interval of about 8 points either way."""
+    training_questions: int = 1200
+    two_hop_share: float = 0.5
+    """Of the questions trained on; two searches an episode leave the most to learn."""
+    warm_up_steps: int = 8
+    steps: int = 40
+    time_limit: float = 480.0
+    """Seconds of reinforcement learning; what the rest of the 15 minutes does not need."""
+    groups_per_batch: int = 12
+    group_size: int = 8
+    minibatches: int = 4
+    learning_rate: float = 1e-4
+    lora_rank: int = 16
+    max_tokens: int = 28
+    """A search or an answer in tags takes 8 to 20 tokens; more only lets an untrained model ramble."""
+    max_turns: int = 3
+    passage_words: int = 30
+    """Of the closest passage, which is all that a model of 135 million parameters can be shown at once."""
+    model: str | None = None
+    threads: int | None = None
+
+
+def atlas_questions(settings: AtlasSettings) -> tuple[list[Question], list[Question]]:
+    """Training and held-out questions, mixed one-hop and two-hop, drawn with the seed."""
+    training = _mix(
+        load_questions("atlas", split="train"), settings.training_questions, settings.two_hop_share, settings.seed
+    )
+    # The same held-out questions for every seed, so that runs can be compared.
+    held_out = _mix(load_questions("atlas", split="held_out"), settings.held_out, 0.5, 0)
+    return training, held_out
+
+
+def _mix(questions: Sequence[Question], count: int, two_hop_share: float, seed: int) -> list[Question]:
+    generator = random.Random(f"atlas/{seed}")
+    by_hop = {hop: [q for q in questions if q.metadata.get("hop") == hop] for hop in (1, 2)}
+    two = min(len(by_hop[2]), round(count * two_hop_share))
+    chosen = generator.sample(by_hop[2], two) + generator.sample(by_hop[1], min(len(by_hop[1]), count - two))
+    generator.shuffle(chosen)
+    return chosen
+
+
+def start_atlas(settings: AtlasSettings) -> tuple[Run, list[Question]]:
+    """Starts the main job's run, or goes on with the one in its folder; returns it with its held-out questions."""
+    training, held_out = atlas_questions(settings)
+    search = Search.local("atlas", n_results=1, max_passage_words=settings.passage_words)
+    run = train(
+        training,
+        search,
+        out_dir=settings.out_dir,
+        model=settings.model,
+        resume=True,
+        held_out=held_out,
+        warm_up=WarmUp(steps=settings.warm_up_steps),
+        demonstrations=[Demonstration.of(question) for question in training[: settings.warm_up_steps * 20]],
+        format="tags",
+        group_size=settings.group_size,
+        groups_per_batch=settings.groups_per_batch,
+        minibatches=settings.minibatches,
+        steps=settings.steps,
+        time_limit=settings.time_limit,
+        learning_rate=settings.learning_rate,
+        lora_rank=settings.lora_rank,
+        max_turns=settings.max_turns,
+        max_tokens=settings.max_tokens,
+        max_trajectory_tokens=1024,
+        seed=settings.seed,
+        local=LocalOptions(threads=settings.threads),
+    )
+    return run, held_out
+
+
+async def run_atlas(settings: AtlasSettings) -> tuple[TrainingResult, str]:
+    """The main job from start to end; returns its result and the text to show: the table and where the files are."""
+    run, _ = start_atlas(settings)
+    result = await run
+    files = await anyio.to_thread.run_sync(_write_files, settings, result)
+    table = comparison_table(result.evaluations)
+    return result, "\n".join([table, "", *files])
+
+
+def _write_files(settings: AtlasSettings, result: TrainingResult) -> list[str]:
+    records = RunRecords(result.out_dir)
+    metrics = records.metrics()
+    curve, report = result.out_dir / "learning_curve.png", result.out_dir / "report.html"
+    learning_curve(metrics, [evaluation.point() for evaluation in result.evaluations], curve)
+    write_report(
+        report,
+        title="A small model learns to search the Factbook",
+        summary=comparison_rows(result.evaluations),
+        curve_png=curve,
+        metrics=metrics,
+        episodes=_telling_episodes(result),
+        settings={name: str(getattr(settings, name)) for name in settings.__slots__},
+    )
+    return [f"learning curve: {curve}", f"report with played episodes: {report}", f"records: {result.out_dir}"]
+
+
+def _telling_episodes(result: TrainingResult, count: int = 6) -> list[tuple[str, Episode]]:
+    """The same held-out questions at every stage: those whose outcome changed first, as they tell the most."""
+    if not result.evaluations:
+        return []
+    by_stage = [{episode.question.id: episode for episode in e.episodes} for e in result.evaluations]
+    first, last = by_stage[0], by_stage[-1]
+    shared = [key for key in last if all(key in stage for stage in by_stage)]
+
+    def change(key: str) -> float:
+        return last[key].reward_parts.get("correct", 0.0) - by_stage[-2 if len(by_stage) > 1 else 0][key].reward_parts.get(
+            "correct", 0.0
+        )
+
+    ranked = sorted(shared, key=lambda key: -abs(change(key)))[:count]
+    del first
+    return [
+        (evaluation.label, stage[key])
+        for key in ranked
+        for evaluation, stage in zip(result.evaluations, by_stage, strict=True)
+    ]
