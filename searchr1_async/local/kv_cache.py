@@ -280,9 +280,7 @@ class DecodeAttention:
             keys[index, :, lengths] = key
             values[index, :, lengths] = value
             grouped = queries.reshape(rows, shape.kv_heads, -1, shape.head_size)
-            out = functional.scaled_dot_product_attention(
-                grouped, keys[:, :, :longest], values[:, :, :longest], attn_mask=mask
-            )
+            out = _attend(grouped, keys[:, :, :longest], values[:, :, :longest], mask)
             outputs.append(out.reshape(rows, -1))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
@@ -291,3 +289,13 @@ class DecodeAttention:
         for pool in self._pools:
             for slot in pool.slots:
                 slot.length += 1
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Attention of a few queries a key head: ``q`` [rows, kv_heads, groups, size]."""
+    if q.device.type != "cpu" or q.dtype != torch.float32:
+        return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    # The fused kernel is made for blocks of queries: with 3 of them, 32 sequences and 200 tokens it took 2.3 ms a layer
+    # where two batched products take 1.3 (one thread).
+    scores = torch.matmul(q * (q.shape[-1] ** -0.5), k.transpose(2, 3)).add_(mask)
+    return torch.matmul(torch.softmax(scores, dim=-1), v)

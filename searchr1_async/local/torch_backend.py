@@ -33,7 +33,7 @@ from searchr1_async.local.lora import LoraAdapter, LoraLayout, LoraSite, LoraWei
 from searchr1_async.local.models import resolve_model
 from searchr1_async.local.runner import LeanRunner, Runner
 from searchr1_async.local.sampler import Decoder, Sampler, settle
-from searchr1_async.local.trainer import LeanTrainer, adam_step, forward_backward
+from searchr1_async.local.trainer import LeanTrainer, Trainer, adam_step, forward_backward
 from searchr1_async.local.transformer import LeanTransformer, is_lean, read_safetensors
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class Engine:
     """A loaded model: what samples, what trains, and what they need to know."""
 
     runner: Runner
-    trainer: Any
+    trainer: Trainer
     sites: tuple[LoraSite, ...]
     tokenizer: Decoder
     vocabulary: int
@@ -331,18 +331,32 @@ def load_engine(folder: Path, device: torch.device, dtype: torch.dtype, cache_by
     Raises:
         ModelError: it cannot be read.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     try:
         config = AutoConfig.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        if not is_lean(config):
-            raise ModelError(f"{config.model_type} models are not supported yet.")
-        weights = read_safetensors(folder)
-        if weights is None:
-            weights = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).state_dict()
+        ends = end_tokens(folder, config, tokenizer)
+        if is_lean(config):
+            return _lean_engine(folder, config, tokenizer, ends, device, dtype, cache_bytes, max_rows)
+        return _generic_engine(folder, config, tokenizer, ends, device, dtype)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"The model in {folder} cannot be loaded: {error}") from error
+
+
+def _lean_engine(
+    folder: Path,
+    config: Any,
+    tokenizer: Any,
+    ends: tuple[int, ...],
+    device: torch.device,
+    dtype: torch.dtype,
+    cache_bytes: int,
+    max_rows: int,
+) -> Engine:
+    weights = read_safetensors(folder)
+    if weights is None:
+        weights = _load_model(folder, dtype).state_dict()
     weights = {name: tensor.to(device, dtype) for name, tensor in weights.items()}
     packed = device.type == "cpu" and dtype == torch.float32 and onednn_available()
     model = LeanTransformer(config, weights, packed=packed)
@@ -353,9 +367,28 @@ def load_engine(folder: Path, device: torch.device, dtype: torch.dtype, cache_by
         tokenizer,
         model.head.out_features,
         model.shape.context,
-        end_tokens(folder, config, tokenizer),
+        ends,
         device,
     )
+
+
+def _generic_engine(
+    folder: Path, config: Any, tokenizer: Any, ends: tuple[int, ...], device: torch.device, dtype: torch.dtype
+) -> Engine:
+    from searchr1_async.local.generic import GenericRunner, GenericTrainer, HookedModel
+
+    logger.info("%s models run through transformers, one sequence at a time", config.model_type)
+    hooked = HookedModel(_load_model(folder, dtype).to(device))
+    text = config.get_text_config()
+    trainer = GenericTrainer(hooked, vocabulary=text.vocab_size, context=text.max_position_embeddings)
+    runner = GenericRunner(hooked)
+    return Engine(runner, trainer, hooked.sites, tokenizer, trainer.vocabulary, trainer.context, ends, device)
+
+
+def _load_model(folder: Path, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
 
 
 def end_tokens(folder: Path, config: Any, tokenizer: Any) -> tuple[int, ...]:
@@ -369,5 +402,3 @@ def end_tokens(folder: Path, config: Any, tokenizer: Any) -> tuple[int, ...]:
         named = getattr(config, "eos_token_id", None)
     ids = set(named if isinstance(named, list | tuple) else [named]) | {tokenizer.eos_token_id}
     return tuple(sorted(i for i in ids if i is not None))
-
-
