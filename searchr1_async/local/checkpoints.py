@@ -42,6 +42,10 @@ _METADATA = "checkpoint.json"
 _SLACK_BYTES = 1 << 20
 
 
+class NoSuchCheckpoint(UserFault):
+    """It does not exist, or its time to live is over."""
+
+
 @dataclass(frozen=True, slots=True)
 class CheckpointId:
     """Which checkpoint: its run (the id of the model that saved it), kind and name."""
@@ -126,7 +130,8 @@ class CheckpointStore:
                 checkpoint = replace(checkpoint, file=file.name, size_bytes=file.stat().st_size)
                 _write_text(place / _METADATA, json.dumps(asdict(checkpoint)))
             except (OSError, SafetensorError) as error:
-                file.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    file.unlink(missing_ok=True)
                 self._remove_if_empty(place)
                 raise self._explain(error, _bytes_needed(state)) from error
             for other in place.glob("state-*.safetensors"):
@@ -135,34 +140,34 @@ class CheckpointStore:
             return checkpoint
 
     def load(self, id: CheckpointId, now: float) -> tuple[Checkpoint, State]:
-        """Raises :class:`UserFault` if there is none or it has expired, :class:`CheckpointError` if it is damaged."""
+        """Raises :class:`NoSuchCheckpoint` if there is none or it has expired, :class:`CheckpointError` if it is damaged."""
         checkpoint = self.find(id, now)
         try:
             return checkpoint, load_file(self._place(id) / checkpoint.file)
         except FileNotFoundError:
-            raise UserFault(f"{id.path} was deleted") from None
+            raise NoSuchCheckpoint(f"{id.path} was deleted") from None
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"the checkpoint {id.path} cannot be read from {self._place(id)}: {error}") from error
 
     def find(self, id: CheckpointId, now: float) -> Checkpoint:
-        """Raises :class:`UserFault` if there is none or it has expired; an expired one is removed."""
+        """Raises :class:`NoSuchCheckpoint` if there is none or it has expired; an expired one is removed."""
         with self._lock:
             checkpoint = self._read(id)
             if checkpoint is None:
-                raise UserFault(f"{id.path} does not exist in {self.folder}")
+                raise NoSuchCheckpoint(f"{id.path} does not exist in {self.folder}")
             if checkpoint.is_expired(now):
                 self._remove(id)
-                raise UserFault(f"{id.path} has expired: its time to live is over")
+                raise NoSuchCheckpoint(f"{id.path} has expired: its time to live is over")
             return checkpoint
 
     def delete(self, id: CheckpointId, now: float) -> None:
-        """Raises :class:`UserFault` if there is none."""
+        """Raises :class:`NoSuchCheckpoint` if there is none."""
         self.find(id, now)
         with self._lock:
             self._remove(id)
 
     def set_expiry(self, id: CheckpointId, expires_at: float | None, now: float) -> Checkpoint:
-        """Raises :class:`UserFault` if there is none and :class:`CheckpointError` if the disk cannot be written."""
+        """Raises :class:`NoSuchCheckpoint` if there is none and :class:`CheckpointError` if the disk cannot be written."""
         checkpoint = replace(self.find(id, now), expires_at=expires_at)
         with self._lock:
             try:

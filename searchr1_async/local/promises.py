@@ -44,6 +44,8 @@ class Promise:
     outcome: Reply | Failure | None = None
     on_cancel: Callable[[], Any] | None = None
     """Called when the client cancels; None: this kind of work cannot be cancelled."""
+    log: CompletionLog | None = None
+    """Where it is entered when it is settled, until it is forgotten."""
     settled_at: float | None = None
     fetched_at: float | None = None
     done: asyncio.Event = field(default_factory=asyncio.Event)
@@ -104,6 +106,8 @@ class PromiseStore:
         promise.settled_at = now
         promise.on_cancel = None
         promise.done.set()
+        if promise.log is not None:
+            promise.log.add(promise)
         if promise.request_id in self._by_id:
             self._unfetched[promise.request_id] = promise
         return True
@@ -168,9 +172,45 @@ class PromiseStore:
         del self._by_id[promise.request_id]
         if promise.key is not None:
             del self._by_key[promise.key]
+        if promise.log is not None:
+            promise.log.discard(promise)
         if self._unfetched.pop(promise.request_id, None) is None:
             del self._fetched[promise.request_id]
             self._bytes -= _size(promise)
+
+
+class CompletionLog:
+    """What has been settled of one sampling client's requests, for clients that wait for all of them at once.
+
+    Entries are numbered 1, 2, 3, …; a client that has seen them up to a cursor asks for those after it.
+    """
+
+    def __init__(self) -> None:
+        self._number_of: dict[Promise, int] = {}
+        self._count = 0
+        self._changed = asyncio.Event()
+
+    def add(self, promise: Promise) -> None:
+        self._count += 1
+        self._number_of[promise] = self._count
+        self._changed.set()
+
+    def discard(self, promise: Promise) -> None:
+        self._number_of.pop(promise, None)
+
+    async def after(self, cursor: int, seconds: float) -> tuple[list[Promise], int]:
+        """The entries after ``cursor`` and the new cursor, as soon as there are any, at the latest after ``seconds``.
+
+        What the cursor covers has reached the client and is forgotten.
+        """
+        for promise in [promise for promise, number in self._number_of.items() if number <= cursor]:
+            del self._number_of[promise]
+        if not self._number_of and seconds > 0:
+            self._changed.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await self._changed.wait()
+        return list(self._number_of), max(cursor, self._count)
 
 
 def _size(promise: Promise) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections import OrderedDict
@@ -16,9 +17,13 @@ from searchr1_async.local import protocol
 from searchr1_async.local.backend import Backend, Snapshot, UserFault
 from searchr1_async.local.checkpoints import CheckpointId, CheckpointStore
 from searchr1_async.local.jobs import Jobs, offload, result_of
-from searchr1_async.local.promises import Promise, Reply
+from searchr1_async.local.promises import CompletionLog, Promise, Reply
 
 logger = logging.getLogger(__name__)
+
+
+CLONE_NUMBERS = 1_000_000_000
+"""The copies of a sampling client number their requests from clone id times this."""
 
 
 class TooManySamples(Exception):
@@ -68,6 +73,8 @@ class Sampling:
         self._by_checkpoint: dict[tuple[CheckpointId, float], Weights] = {}
         self._inflight: dict[str, Weights] = {}
         self._reading = anyio.Lock()
+        self._logs: dict[tuple[str, int], CompletionLog] = {}
+        self._clones = itertools.count(1)
         self.samplers: dict[str, Sampler] = {}
 
     # -- samplers ------------------------------------------------------------------------------------------------
@@ -98,6 +105,7 @@ class Sampling:
         """Forgets a session's samplers, and the weights that only they used."""
         for id in [sampler.id for sampler in self.samplers.values() if sampler.session_id == session_id]:
             del self.samplers[id]
+        self._logs = {key: log for key, log in self._logs.items() if key[0] in self.samplers}
         for id in model_ids:
             self._inflight.pop(id, None)
         used = {sampler.weights for sampler in self.samplers.values()}
@@ -133,8 +141,10 @@ class Sampling:
         self._resident[weights] = None
         self._resident.move_to_end(weights)
         excess = len(self._resident) - self._max_snapshots
+        if excess <= 0:
+            return
         idle = [other for other in self._resident if other.running == 0 and other is not weights]
-        for other in idle[: max(excess, 0)]:
+        for other in idle[:excess]:
             self._drop(other)
 
     def _drop(self, weights: Weights) -> None:
@@ -158,11 +168,21 @@ class Sampling:
         if self._open_samples >= self._max_samples:
             raise TooManySamples
         promise = self._jobs.promises.open("Sample", owner, key)
+        if sampler is not None and seq_id is not None:
+            promise.log = self.log_of(sampler, seq_id // CLONE_NUMBERS)
         self._open_samples += 1
         cancelled = anyio.CancelScope()
         promise.on_cancel = cancelled.cancel
         self._jobs.start_loop(self._sample, promise, cancelled, sampler, fields, size)
         return promise
+
+    def log_of(self, sampler: Sampler, clone: int) -> CompletionLog:
+        """What is settled of the requests of one client (clone) of a sampler."""
+        return self._logs.setdefault((sampler.id, clone), CompletionLog())
+
+    def join(self, sampler: Sampler) -> int:
+        """A number for one more copy of a sampler's client; the first client is 0."""
+        return next(self._clones)
 
     async def _sample(
         self,

@@ -26,7 +26,7 @@ from aiohttp import web
 from searchr1_async.errors import CheckpointError, ConfigurationError
 from searchr1_async.local import protocol
 from searchr1_async.local.backend import Backend, Snapshot, UserFault
-from searchr1_async.local.checkpoints import CheckpointStore, Kind
+from searchr1_async.local.checkpoints import CheckpointStore, Kind, NoSuchCheckpoint
 from searchr1_async.local.jobs import Jobs, offload
 from searchr1_async.local.listings import Listings, Session
 from searchr1_async.local.promises import Failure, Promise, PromiseStore, UnknownPromise
@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 API = "/api/v1"
 _SWEEP_SECONDS = 5.0
+_KEEP_ALIVE_SECONDS = 3600.0
+"""Longer than any pause of a client, so that no request meets a connection that is just being closed."""
 _MAX_BODY_BYTES = 512 << 20
 _ANNOUNCED_BYTES = 1 << 20
 """Results above this are announced first, so that the client can bound what it takes in at once."""
@@ -60,6 +62,12 @@ class ServiceOptions:
     """A session without a heartbeat for this long has ended (the SDK sends one every 10 s)."""
     result_grace: float = 60.0
     """How long a fetched result is kept, in case the answer got lost."""
+    use_retrieve_futures: bool = False
+    """Has the SDK wait for all samples of a sampler in one request; else it holds one connection for each.
+
+    For clients with few file descriptors. It costs two more round trips a sample: 19 ms instead of 8 ms alone, at the
+    same throughput.
+    """
 
 
 def check_loopback(host: str) -> None:
@@ -89,15 +97,16 @@ async def serve(
         service = Service(backend, checkpoints, Jobs(PromiseStore(), tasks), options or ServiceOptions())
         await anyio.to_thread.run_sync(checkpoints.clean)
         tasks.start_soon(service.keep_house)
-        runner = web.AppRunner(make_app(service, checkpoints, api_key), access_log=None, shutdown_timeout=1.0)
+        runner = web.AppRunner(make_app(service, checkpoints, api_key), access_log=None, shutdown_timeout=1.0, keepalive_timeout=_KEEP_ALIVE_SECONDS)
         await runner.setup()
         try:
             await web.SockSite(runner, listener, backlog=1024).start()
             yield f"http://{f'[{host}]' if ':' in host else host}:{port}"
         finally:
+            # First the work: its promises settle as failed, so the polls that clients hold open end by themselves.
+            tasks.cancel_scope.cancel()
             with anyio.CancelScope(shield=True):
                 await runner.cleanup()
-            tasks.cancel_scope.cancel()
 
 
 def make_app(service: Service, checkpoints: CheckpointStore, api_key: str) -> web.Application:
@@ -119,7 +128,9 @@ def _key_check(api_key: str) -> Any:
     async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
         given = request.headers.get("X-API-Key") or request.headers.get("Authorization", "").removeprefix("Bearer ")
         if request.path != f"{API}/healthz" and not hmac.compare_digest(given.encode("utf-8", "replace"), expected):
-            return _json(401, detail="the API key is missing or wrong: this service was started with another one")
+            refusal = _json(401, detail="the API key is missing or wrong: this service was started with another one")
+            refusal.force_close()
+            return refusal
         return await handler(request)
 
     return check
@@ -131,6 +142,8 @@ async def _errors_as_json(request: web.Request, handler: Handler) -> web.StreamR
         return await handler(request)
     except MalformedRequest as error:
         return _json(error.status, detail=str(error))
+    except NoSuchCheckpoint as error:
+        return _json(404, detail=str(error))
     except UserFault as error:
         return _json(400, detail=str(error))
     except NotFound as error:
@@ -198,6 +211,8 @@ class Service:
             "create_sampling_session": self.create_sampling_session,
             "asample": self.asample,
             "retrieve_future": self.retrieve_future,
+            "retrieve_futures": self.retrieve_futures,
+            "join_sampling_session": self.join_sampling_session,
             "cancel_future": self.cancel_future,
         }
 
@@ -226,7 +241,7 @@ class Service:
         return _json(status="ok")
 
     async def client_config(self, request: web.Request) -> web.Response:
-        response = _json()
+        response = _json(sample_use_retrieve_futures=self.options.use_retrieve_futures)
         # The SDK asks this once, through a connection that it never closes.
         response.force_close()
         return response
@@ -434,6 +449,30 @@ class Service:
             return _json(status="complete_metadata", response_payload_size=len(outcome.body))
         self._promises.fetched(promise, time.monotonic())
         return web.Response(body=outcome.body, content_type=outcome.content_type)
+
+    async def retrieve_futures(self, request: web.Request) -> web.Response:
+        """Which requests of a sampling client are settled; their results are fetched one by one."""
+        fields = Body.parse(await request.read()).fields
+        target = Body(protocol.optional(fields, "target", dict, {}))
+        clone = target.optional_number("cloned_sampler_id") or 0
+        id = target.text("sampling_session_id")
+        seen = Body(fields).optional_number("prev_cursor") or 0
+        seconds = min(max(protocol.optional(fields, "timeout", float, self.options.poll), 0.0), self.options.poll)
+        session = self.sessions.get(id.partition(":")[0])
+        if session is not None and session.finished:
+            # A client that closes polls on for a moment; an error would make it log one.
+            await anyio.sleep(min(seconds, 1.0))
+            return _json(completions=[], cursor=seen)
+        settled, cursor = await self.sampling.log_of(self._sampler(id), clone).after(seen, seconds)
+        completions = [
+            {"state": "failed" if isinstance(promise.outcome, Failure) else "finished", "request_id": promise.request_id}
+            for promise in settled
+        ]
+        return _json(completions=completions, cursor=cursor)
+
+    async def join_sampling_session(self, request: web.Request) -> web.Response:
+        sampler = self._sampler(Body.parse(await request.read()).text("sampling_session_id"))
+        return _json(client_counter=self.sampling.join(sampler), type="join_sampling_session")
 
     def _promise(self, request_id: str) -> Promise:
         try:

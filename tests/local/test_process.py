@@ -1,0 +1,208 @@
+"""The service as a child process: how it comes up, what it says when it cannot, and that it never stays behind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import anyio
+import anyio.lowlevel
+import anyio.to_thread
+import pytest
+import tinker
+from tinker import types
+
+from searchr1_async.errors import (
+    ConfigurationError,
+    ModelError,
+    PortInUseError,
+    ServiceStartError,
+    ServiceUnavailableError,
+)
+from searchr1_async.local import Scripted, local_service, probe
+from tests.local.serving import free_listener, sdk, until
+
+pytestmark = pytest.mark.anyio
+
+SCRIPT = Scripted("tests.local.test_process:count_up", latency={"floor": 0.01})
+PROMPT = types.ModelInput.from_ints([1, 2])
+
+
+def count_up(prompt: list[int], chance: random.Random) -> list[int]:
+    return [prompt[-1] + 1, prompt[-1] + 2]
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+
+
+async def gone(pid: int) -> bool:
+    return not is_running(pid)
+
+
+async def test_it_serves_and_leaves_no_process(tmp_path: Path) -> None:
+    log = tmp_path / "latencies"
+    script = Scripted(SCRIPT.reply, latency=SCRIPT.latency, latency_log=str(log))
+    async with local_service("counter", folder=tmp_path, scripted=script, threads=1) as service:
+        await probe(service.url)
+        assert is_running(service.pid)
+        assert service.model_name == "counter"
+        assert service.api_key not in repr(service)
+        command = await anyio.Path(f"/proc/{service.pid}/cmdline").read_text()
+        assert service.api_key not in command
+        async with sdk(service.url, service.api_key) as client:
+            sampler = await client.create_sampling_client(base_model="counter")
+            response = await sampler.sample(PROMPT, 1, types.SamplingParams(max_tokens=5))
+            assert list(response.sequences[0].tokens) == [3, 4]
+    assert not is_running(service.pid)
+    with pytest.raises(ServiceUnavailableError, match=re.escape(service.url)):
+        await probe(service.url)
+    assert await anyio.Path(log).read_text() == "0.01\n"
+    assert service.api_key not in await anyio.Path(tmp_path / "service.log").read_text()
+
+
+async def test_ctrl_c_is_the_parents_business(tmp_path: Path) -> None:
+    async with local_service("counter", folder=tmp_path, scripted=SCRIPT) as service:
+        os.kill(service.pid, signal.SIGINT)
+        await probe(service.url)
+
+
+async def test_cancelling_the_parent_ends_it(tmp_path: Path) -> None:
+    pids: list[int] = []
+    with anyio.CancelScope() as scope:
+        async with local_service("counter", folder=tmp_path, scripted=SCRIPT) as service:
+            pids.append(service.pid)
+            scope.cancel()
+            await anyio.sleep_forever()
+    assert pids
+    assert not is_running(pids[0])
+
+
+async def test_a_child_that_hangs_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("searchr1_async.local.process._STOP_SECONDS", 0.2)
+    async with local_service("counter", folder=tmp_path, scripted=SCRIPT) as service:
+        os.kill(service.pid, signal.SIGSTOP)
+    assert not is_running(service.pid)
+
+
+PARENT = """
+import asyncio, os, sys
+from pathlib import Path
+from searchr1_async.local import Scripted, local_service
+
+async def main():
+    script = Scripted("tests.local.test_process:count_up")
+    async with local_service("counter", folder=Path(sys.argv[1]), scripted=script) as service:
+        if sys.argv[2] == "fork" and os.fork() == 0:
+            os.execlp("sleep", "sleep", "60")
+        print(service.pid, flush=True)
+        await asyncio.sleep(600)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="reads /proc")
+async def test_it_dies_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", PARENT, str(tmp_path), "plain"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
+    async with await anyio.open_process(command, env=environment, stderr=subprocess.DEVNULL) as parent:
+        assert parent.stdout is not None
+        with anyio.fail_after(60):
+            pid = int(await parent.stdout.receive())
+        assert is_running(pid)
+        parent.kill()
+        await parent.wait()
+        await until(lambda: gone(pid))
+
+
+async def test_a_service_that_is_killed_fails_its_clients(tmp_path: Path) -> None:
+    slow = Scripted(SCRIPT.reply, latency={"floor": 3600.0})
+    async with local_service("counter", folder=tmp_path, scripted=slow) as service:
+        client = await anyio.to_thread.run_sync(
+            lambda: tinker.ServiceClient(base_url=service.url, api_key=service.api_key)
+        )
+        sampler = await client.create_sampling_client(base_model="counter")
+        sample = asyncio.ensure_future(sampler.sample(PROMPT, 1, types.SamplingParams(max_tokens=5)))
+        await anyio.lowlevel.checkpoint()
+        os.kill(service.pid, signal.SIGKILL)
+        await until(lambda: gone(service.pid))
+        with pytest.raises(ServiceUnavailableError):
+            await probe(service.url)
+        assert not sample.done(), "the SDK goes on trying: who wants to know asks probe()"
+        sample.cancel()
+        # Not client.close(): it would try to end its session for minutes.
+        await client.holder.aclose()
+
+
+async def test_a_port_that_is_taken(tmp_path: Path) -> None:
+    with free_listener() as other:
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(PortInUseError, match=str(port)):
+            async with local_service("counter", folder=tmp_path, port=port, scripted=SCRIPT):
+                pass
+
+
+async def test_wrong_settings_are_refused_in_words(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="threads"):
+        async with local_service("counter", folder=tmp_path, threads=0, scripted=SCRIPT):
+            pass
+    with pytest.raises(ConfigurationError, match=r"no\.such:function"):
+        async with local_service("counter", folder=tmp_path, scripted=Scripted("no.such:function")):
+            pass
+
+
+async def test_an_unknown_model(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    with pytest.raises(ModelError, match="no/such-model"):
+        async with local_service("no/such-model", folder=tmp_path):
+            pass
+
+
+async def test_a_service_that_cannot_start_shows_the_end_of_its_log(tmp_path: Path) -> None:
+    with pytest.raises(ServiceStartError, match=r"unexpected keyword(.|\n)*Traceback"):
+        async with local_service("counter", folder=tmp_path, scripted=SCRIPT, options={"unknown": 1}):
+            pass
+
+
+async def test_a_service_that_does_not_come_up_in_time(tmp_path: Path) -> None:
+    with pytest.raises(ServiceStartError, match=r"did not come up within 0\.01 s"):
+        async with local_service("counter", folder=tmp_path, scripted=SCRIPT, start_timeout=0.01):
+            pass
+
+
+async def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    await anyio.Path(tmp_path / "file").write_text("in the way")
+    with pytest.raises(ServiceStartError, match="cannot write the service's log"):
+        async with local_service("counter", folder=tmp_path / "file" / "below", scripted=SCRIPT):
+            pass
+
+
+async def test_probing_what_is_no_service() -> None:
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nConnection: close\r\n\r\nhello")
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(talk, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        with pytest.raises(ServiceUnavailableError, match="no Tinker service"):
+            await probe(f"http://127.0.0.1:{port}/")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(ServiceUnavailableError, match=re.escape(url)):
+            await probe(url, timeout=0.2)
+    with pytest.raises(ServiceUnavailableError):
+        await probe("no url at all")

@@ -1,0 +1,251 @@
+from __future__ import annotations
+
+import math
+import random
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from searchr1_async.local.backend import AdamParams, Datum, LoraConfig, SampleRequest, UserFault
+from searchr1_async.local.scripted import Latency, ScriptedBackend, TrainingTimes, Weights, logprobs_of
+from tests.local.serving import successors
+
+PROMPT = np.array([5, 6, 7], np.int32)
+DEADLINE = 20.0
+
+
+@pytest.fixture
+def backends() -> Iterator[list[ScriptedBackend]]:
+    opened: list[ScriptedBackend] = []
+    yield opened
+    for backend in opened:
+        backend.close()
+
+
+def make(backends: list[ScriptedBackend], reply: Any = successors, **more: Any) -> ScriptedBackend:
+    backends.append(ScriptedBackend(reply, **more))
+    return backends[-1]
+
+
+def example(**columns: list[float]) -> Datum:
+    inputs: dict[str, Any] = {name: np.array(values, np.float32) for name, values in columns.items()}
+    return Datum(PROMPT, {"target_tokens": np.array([6, 7, 8]), **inputs})
+
+
+def test_a_reply_is_cut_at_its_limit_and_at_stops(backends: list[ScriptedBackend]) -> None:
+    backend = make(backends)
+
+    def play(**more: Any) -> tuple[list[int], str]:
+        (sequence,) = backend.sample(None, SampleRequest(PROMPT, **more)).result(DEADLINE).sequences
+        assert len(sequence.logprobs) == len(sequence.tokens)
+        return sequence.tokens.tolist(), sequence.stop_reason
+
+    assert play() == ([6, 7, 8, 2], "stop")
+    assert play(max_tokens=4) == ([6, 7, 8, 2], "stop")
+    assert play(max_tokens=3) == ([6, 7, 8], "length")
+    assert play(stop_tokens=(7,)) == ([6, 7], "stop")
+    assert play(stop_tokens=(7,), max_tokens=1) == ([6], "length")
+
+
+def test_the_same_seed_gives_the_same_reply(backends: list[ScriptedBackend]) -> None:
+    def gamble(prompt: list[int], chance: random.Random) -> list[int]:
+        return [chance.randrange(1000) for _ in range(8)]
+
+    first, second = make(backends, gamble, seed=4), make(backends, gamble, seed=4)
+    request = SampleRequest(PROMPT, num_samples=3)
+    played = [[sequence.tokens.tolist() for sequence in b.sample(None, request).result(DEADLINE).sequences] for b in backends]
+    assert played[0] == played[1]
+    assert len({tuple(tokens) for tokens in played[0]}) == 3
+    seeded = SampleRequest(PROMPT, seed=9)
+    again = [b.sample(None, seeded).result(DEADLINE).sequences[0].tokens.tolist() for b in (first, first, second)]
+    assert again[0] == again[1] == again[2]
+
+
+def test_prompt_and_top_logprobs_have_their_shapes(backends: list[ScriptedBackend]) -> None:
+    request = SampleRequest(PROMPT, prompt_logprobs=True, topk_prompt_logprobs=2, topk_sample_logprobs=3)
+    result = make(backends).sample(None, request).result(DEADLINE)
+    assert result.prompt_logprobs is not None
+    assert result.prompt_logprobs.shape == (3,)
+    assert np.isnan(result.prompt_logprobs[0])
+    assert result.topk_prompt is not None
+    assert result.topk_prompt[0].shape == result.topk_prompt[1].shape == (3, 2)
+    topk = result.sequences[0].topk
+    assert topk is not None
+    assert topk[0].shape == (4, 3)
+    assert (np.diff(topk[1]) <= 0).all()
+
+
+def test_latency_follows_its_formula() -> None:
+    chance = random.Random(0)
+    assert Latency(prefill=0.1, decode=1.0).draw(10, 2, chance) == pytest.approx(3.0)
+    assert Latency(decode=1.0, floor=5.0).draw(10, 2, chance) == 5.0
+    draws = [Latency(floor=2.0, jitter=0.5).draw(0, 0, chance) for _ in range(4000)]
+    assert np.median(draws) == pytest.approx(2.0, rel=0.05)
+    assert np.std(np.log(draws)) == pytest.approx(0.5, rel=0.05)
+
+
+def test_samples_take_the_time_drawn_and_wait_for_a_free_place(backends: list[ScriptedBackend]) -> None:
+    backend = make(backends, latency=Latency(floor=0.1), max_concurrent=2)
+    start = time.monotonic()
+    for future in [backend.sample(None, SampleRequest(PROMPT)) for _ in range(6)]:
+        future.result(DEADLINE)
+    assert time.monotonic() - start >= 0.3
+    assert backend.latencies == [0.1] * 6
+
+
+def test_a_cancelled_sample_frees_its_place(backends: list[ScriptedBackend]) -> None:
+    first = True
+
+    def reply(prompt: list[int], chance: random.Random) -> list[int]:
+        nonlocal first
+        started.set()
+        return [1]
+
+    started = threading.Event()
+    backend = make(backends, reply, latency=Latency(prefill=1.0), max_concurrent=1)
+    slow = backend.sample(None, SampleRequest(np.zeros(3600, np.int32)))
+    waiting = backend.sample(None, SampleRequest(np.zeros(3600, np.int32)))
+    quick = backend.sample(None, SampleRequest(np.zeros(1, np.int32)))
+    assert started.wait(DEADLINE)
+    assert waiting.cancel()
+    assert slow.cancel()
+    assert len(quick.result(DEADLINE).sequences) == 1
+
+
+def test_thousands_of_timers_are_cheap(backends: list[ScriptedBackend]) -> None:
+    backend = make(backends, latency=Latency(floor=0.5))
+    threads = threading.active_count()
+    futures = [backend.sample(None, SampleRequest(PROMPT)) for _ in range(3000)]
+    assert threading.active_count() == threads
+    for future in futures:
+        future.result(DEADLINE)
+
+
+@pytest.mark.parametrize("reply_error", [ValueError("script"), UserFault("no")])
+def test_an_error_of_the_script_is_the_samples(backends: list[ScriptedBackend], reply_error: Exception) -> None:
+    def reply(prompt: list[int], chance: random.Random) -> list[int]:
+        raise reply_error
+
+    backend = make(backends, reply)
+    with pytest.raises(type(reply_error)):
+        backend.sample(None, SampleRequest(PROMPT)).result(DEADLINE)
+    with pytest.raises(UserFault, match="exceed"):
+        backend.sample(None, SampleRequest(np.zeros(40000, np.int32))).result(DEADLINE)
+
+
+def test_text_needs_a_tokenizer(backends: list[ScriptedBackend]) -> None:
+    backend = make(backends, lambda prompt, chance: "text")
+    with pytest.raises(UserFault, match="tokenizer"):
+        backend.sample(None, SampleRequest(PROMPT)).result(DEADLINE)
+
+
+def test_sampler_and_trainer_agree_at_every_version(backends: list[ScriptedBackend]) -> None:
+    backend = make(backends)
+    adapter = backend.create_adapter(LoraConfig()).result(DEADLINE)
+    seen = set()
+    for _ in range(3):
+        snapshot = backend.snapshot(adapter).result(DEADLINE)
+        sampled = backend.sample(snapshot, SampleRequest(PROMPT)).result(DEADLINE).sequences[0]
+        data = [example(weights=[1, 1, 1])]
+        trained = backend.forward_backward(adapter, data, "cross_entropy", {}, False).result(DEADLINE)
+        np.testing.assert_array_equal(trained.logprobs[0], sampled.logprobs[:3])
+        assert trained.metrics["loss:sum"] == pytest.approx(-float(trained.logprobs[0].sum()), rel=1e-6)
+        seen.add(trained.metrics["loss:sum"])
+        backend.optim_step(adapter, AdamParams(learning_rate=0.1)).result(DEADLINE)
+    assert sorted(seen, reverse=True) == list(dict.fromkeys(sorted(seen, reverse=True)))
+    assert len(seen) == 3
+
+
+@pytest.mark.parametrize("loss_fn", ["cross_entropy", "importance_sampling", "ppo", "cispo"])
+def test_gradients_are_those_of_the_loss(backends: list[ScriptedBackend], loss_fn: str) -> None:
+    """The accumulated gradient, read from Adam's report, against a finite difference of the reported loss."""
+    backend = make(backends)
+    columns = {"weights": [1.0, 0.5, 2.0], "advantages": [1.0, -0.5, 2.0], "logprobs": [-0.9, -1.2, -0.3]}
+    data = [example(**columns)]
+
+    def loss_at(bias: float) -> float:
+        state = {"bias": np.array([bias]), "version": np.array([0])}
+        adapter = backend.import_adapter(LoraConfig(), state, optimizer=False).result(DEADLINE)
+        return backend.forward_backward(adapter, data, loss_fn, {}, True).result(DEADLINE).metrics["loss:sum"]
+
+    adapter = backend.create_adapter(LoraConfig()).result(DEADLINE)
+    backend.forward_backward(adapter, data, loss_fn, {}, False)
+    reported = backend.optim_step(adapter, AdamParams()).result(DEADLINE)["unclipped_grad_l2"]
+    if loss_fn == "cispo":
+        # The clipped ratio is a constant in CISPO's gradient.
+        lp = logprobs_of(data[0].loss_inputs["target_tokens"], Weights()).astype(float)
+        ratio = np.clip(np.exp(lp - np.array(columns["logprobs"])), 0, 4)
+        expected = abs(float(np.sum(ratio * np.array(columns["advantages"]) * lp)))
+    else:
+        expected = abs(loss_at(1e-2) - loss_at(-1e-2)) / 2e-2
+    assert reported == pytest.approx(expected, rel=2e-3)
+
+
+def test_training_makes_likely_what_is_rewarded(backends: list[ScriptedBackend]) -> None:
+    backend = make(backends)
+    adapter = backend.create_adapter(LoraConfig()).result(DEADLINE)
+    losses = []
+    for _ in range(20):
+        result = backend.forward_backward(adapter, [example(weights=[1, 1, 1])], "cross_entropy", {}, False)
+        losses.append(result.result(DEADLINE).metrics["loss:sum"])
+        backend.optim_step(adapter, AdamParams(learning_rate=0.05))
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_state_goes_round(backends: list[ScriptedBackend]) -> None:
+    backend = make(backends)
+    adapter = backend.create_adapter(LoraConfig()).result(DEADLINE)
+    data = [example(weights=[1, 1, 1])]
+
+    def step(adapter: Any) -> float:
+        loss = backend.forward_backward(adapter, data, "cross_entropy", {}, False).result(DEADLINE).metrics["loss:sum"]
+        backend.optim_step(adapter, AdamParams(learning_rate=0.1)).result(DEADLINE)
+        return loss
+
+    for _ in range(3):
+        step(adapter)
+    state = backend.export_adapter(adapter, optimizer=True).result(DEADLINE)
+    twin = backend.import_adapter(LoraConfig(), state, optimizer=True).result(DEADLINE)
+    fresh = backend.import_adapter(LoraConfig(), state, optimizer=False).result(DEADLINE)
+    losses = [[step(each) for _ in range(3)] for each in (adapter, twin, fresh)]
+    assert losses[0] == losses[1]
+    assert losses[0][0] == losses[2][0]
+    assert losses[0][2] != losses[2][2], "without its moments the optimiser goes another way"
+
+
+def test_training_runs_in_order_and_takes_its_time(backends: list[ScriptedBackend]) -> None:
+    backend = make(backends, training=TrainingTimes(per_token=0.01, optim_step=0.05))
+    adapter = backend.create_adapter(LoraConfig()).result(DEADLINE)
+    start = time.monotonic()
+    order: list[str] = []
+    step = backend.optim_step(adapter, AdamParams())
+    forward = backend.forward_backward(adapter, [example(weights=[1, 1, 1])] * 4, "cross_entropy", {}, False)
+    step.add_done_callback(lambda _: order.append("step"))
+    forward.add_done_callback(lambda _: order.append("forward"))
+    forward.result(DEADLINE)
+    assert time.monotonic() - start >= 0.17
+    assert order == ["step", "forward"]
+
+
+def test_wrong_losses_are_the_users_fault(backends: list[ScriptedBackend]) -> None:
+    backend = make(backends)
+    adapter = backend.create_adapter(LoraConfig()).result(DEADLINE)
+    for loss_fn, message in (("dro", "unknown loss"), ("ppo", "advantages")):
+        with pytest.raises(UserFault, match=message):
+            backend.forward_backward(adapter, [example(weights=[1, 1, 1])], loss_fn, {}, False).result(DEADLINE)
+
+
+def test_closing_fails_what_is_open_and_writes_the_log(tmp_path: Path) -> None:
+    backend = ScriptedBackend(successors, latency=Latency(prefill=100.0), latency_log=tmp_path / "latencies")
+    opened = backend.sample(None, SampleRequest(PROMPT))
+    backend.snapshot(backend.create_adapter(LoraConfig()).result(DEADLINE)).result(DEADLINE)
+    backend.close()
+    assert opened.cancelled()
+    assert backend.sample(None, SampleRequest(PROMPT)).cancelled()
+    assert [float(line) for line in (tmp_path / "latencies").read_text().split()] == [300.0]
+    assert math.isfinite(backend.latencies[0])

@@ -1,0 +1,305 @@
+"""The whole life of a training run through the real SDK."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import anyio.to_thread
+import pytest
+import tinker
+from tinker import types
+
+from searchr1_async.local import checkpoints
+from searchr1_async.local.backend import Backend
+from searchr1_async.local.checkpoints import CheckpointStore
+from searchr1_async.local.scripted import Latency, ScriptedBackend
+from tests.local.serving import KEY, Served, datum, sdk, service_thread, successors, until
+
+pytestmark = pytest.mark.anyio
+
+PROMPT = types.ModelInput.from_ints([5, 6, 7])
+PARAMS = types.SamplingParams(max_tokens=8)
+EXAMPLE = datum([1, 2, 3, 4], weights=[1.0, 1.0, 1.0])
+RL_EXAMPLE = datum([1, 2, 3, 4], logprobs=[-1.0, -1.0, -1.0], advantages=[1.0, -0.5, 0.5])
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with service_thread(tmp_path_factory.mktemp("service")) as service:
+        yield service
+
+
+@pytest.fixture
+async def service(served: Served) -> AsyncIterator[tinker.ServiceClient]:
+    async with sdk(served.url) as service:
+        yield service
+
+
+async def rest(served: Served) -> tinker.RestClient:
+    # Its first use of an address blocks.
+    return await anyio.to_thread.run_sync(lambda: tinker.RestClient(base_url=served.url, api_key=KEY))
+
+
+async def loss_of(trainer: tinker.TrainingClient) -> float:
+    return (await trainer.forward([EXAMPLE], "cross_entropy")).metrics["loss:sum"]
+
+
+async def train(trainer: tinker.TrainingClient, steps: int = 1) -> None:
+    for _ in range(steps):
+        gradient = trainer.forward_backward([EXAMPLE], "cross_entropy")
+        step = trainer.optim_step(types.AdamParams(learning_rate=0.1))
+        await gradient
+        await step
+
+
+async def test_a_model_is_trained_and_sampled(service: tinker.ServiceClient) -> None:
+    trainer = await service.create_lora_training_client(base_model="scripted", rank=4, seed=1)
+    info = trainer.get_info()
+    assert (info.model_data.model_name, info.lora_rank, info.is_lora) == ("scripted", 4, True)
+    seen = []
+    for _ in range(3):
+        sampler = await trainer.save_weights_and_get_sampling_client()
+        response = await sampler.sample(PROMPT, 2, PARAMS, include_prompt_logprobs=True, topk_sample_logprobs=2)
+        assert [list(sequence.tokens) for sequence in response.sequences] == [[6, 7, 8, 2]] * 2
+        assert len({sequence.sequence_id for sequence in response.sequences}) == 2
+        assert response.prompt_logprobs is not None
+        assert response.prompt_logprobs[0] is None
+        first = (response.sequences[0].logprobs or [])[0]
+        assert (await sampler.compute_logprobs(types.ModelInput.from_ints([5, 6])))[1] == first
+        seen.append(first)
+        await train(trainer)
+    assert len(set(seen)) == 3, "each version has its own probabilities"
+
+
+@pytest.mark.parametrize("loss_fn", ["cross_entropy", "importance_sampling", "ppo", "cispo"])
+async def test_every_loss(service: tinker.ServiceClient, loss_fn: Any) -> None:
+    trainer = await service.create_lora_training_client(base_model="scripted")
+    example = EXAMPLE if loss_fn == "cross_entropy" else RL_EXAMPLE
+    result = await trainer.forward_backward([example, example], loss_fn)
+    assert "loss:sum" in result.metrics
+    assert [len(output["logprobs"].data) for output in result.loss_fn_outputs] == [3, 3]
+    assert (await trainer.optim_step(types.AdamParams())).metrics
+
+
+async def test_a_loss_of_ones_own(service: tinker.ServiceClient) -> None:
+    """``forward_backward_custom`` of the cross entropy moves the weights as the cross entropy does."""
+
+    def cross_entropy(data: Any, logprobs: Any) -> Any:
+        return -sum(row.sum() for row in logprobs), {"mine": 7.0}
+
+    after = []
+    for custom in (False, True):
+        trainer = await service.create_lora_training_client(base_model="scripted")
+        if custom:
+            result = await trainer.forward_backward_custom([EXAMPLE], cross_entropy)
+            assert result.metrics["mine"] == 7.0
+        else:
+            await trainer.forward_backward([EXAMPLE], "cross_entropy")
+        await trainer.optim_step(types.AdamParams(learning_rate=0.1))
+        after.append(await loss_of(trainer))
+    assert after[0] == pytest.approx(after[1], rel=1e-6)
+
+
+async def test_many_chunks_are_one_batch(service: tinker.ServiceClient) -> None:
+    """The SDK splits a batch into chunks of 1024 and posts the first one last."""
+    trainer = await service.create_lora_training_client(base_model="scripted")
+    lengths = [2 + index % 5 for index in range(2500)]
+    batch = [datum(list(range(1, length + 2)), weights=[1.0] * length) for length in lengths]
+    result = await trainer.forward_backward(batch, "cross_entropy")
+    assert [len(output["logprobs"].data) for output in result.loss_fn_outputs] == lengths
+    await train(trainer)
+
+
+async def test_errors_reach_the_caller_in_words(service: tinker.ServiceClient) -> None:
+    trainer = await service.create_lora_training_client(base_model="scripted")
+    with pytest.raises(tinker.RequestFailedError, match="needs loss_fn_inputs") as wrong:
+        await trainer.forward_backward([EXAMPLE], "ppo")
+    assert wrong.value.category == types.RequestErrorCategory.User
+    await train(trainer)
+    with pytest.raises(tinker.RequestFailedError, match="unknown base model 'other'"):
+        await service.create_lora_training_client(base_model="other")
+    with pytest.raises(tinker.APIStatusError, match="unknown base model 'other'"):
+        await service.create_sampling_client(base_model="other")
+    with pytest.raises(tinker.NotFoundError, match="does not exist"):
+        await service.create_sampling_client(model_path="tinker://run/sampler_weights/none")
+
+
+async def test_a_wrong_key_is_refused_at_once(served: Served) -> None:
+    start = time.monotonic()
+    with pytest.raises(tinker.AuthenticationError):
+        async with sdk(served.url, "tml-wrong"):
+            pass
+    assert time.monotonic() - start < 5
+
+
+async def test_cancelling_the_caller_cancels_the_sample(tmp_path: Path) -> None:
+    backend = ScriptedBackend(successors, latency=Latency(prefill=1200.0), max_concurrent=1)
+    with service_thread(tmp_path, backend) as served:
+        async with sdk(served.url) as service:
+            sampler = await service.create_sampling_client(base_model="scripted")
+
+            async def started(count: int) -> bool:
+                return len(backend.latencies) == count
+
+            for count in (1, 2):
+                waiting = asyncio.ensure_future(sampler.sample(PROMPT, 1, PARAMS))
+                await until(lambda count=count: started(count))
+                waiting.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await waiting
+
+
+async def test_many_samples_at_once(served: Served, service: tinker.ServiceClient) -> None:
+    sampler = await service.create_sampling_client(base_model="scripted")
+    responses = await asyncio.gather(*[sampler.sample(PROMPT, 1, PARAMS) for _ in range(200)])
+    assert all(list(response.sequences[0].tokens) == [6, 7, 8, 2] for response in responses)
+
+
+async def test_waiting_for_all_samples_in_one_request(tmp_path: Path) -> None:
+    with service_thread(tmp_path, use_retrieve_futures=True) as served:
+        async with sdk(served.url) as service:
+            sampler = await service.create_sampling_client(base_model="scripted")
+            responses = await asyncio.gather(*[sampler.sample(PROMPT, 1, PARAMS) for _ in range(50)])
+            assert all(list(response.sequences[0].tokens) == [6, 7, 8, 2] for response in responses)
+            with pytest.raises(tinker.RequestFailedError, match="at least 1"):
+                await sampler.sample(PROMPT, 1, types.SamplingParams(max_tokens=0))
+
+
+async def test_back_pressure_is_no_error(tmp_path: Path) -> None:
+    backend = ScriptedBackend(successors, latency=Latency(floor=0.05), max_concurrent=4)
+    with service_thread(tmp_path, backend, max_samples=8) as served:
+        async with sdk(served.url) as service:
+            sampler = await service.create_sampling_client(base_model="scripted")
+            responses = await asyncio.gather(*[sampler.sample(PROMPT, 1, PARAMS) for _ in range(24)])
+            assert len(responses) == 24
+
+
+def scripted(folder: Path) -> Backend:
+    return ScriptedBackend(successors)
+
+
+def tiny_model(folder: Path) -> Backend:
+    pytest.importorskip("torch")
+    from searchr1_async.local.torch_backend import TorchBackend
+    from tests.local.tiny import make_tiny_model
+
+    if not (folder / "config.json").exists():
+        make_tiny_model(folder)
+    return TorchBackend.load(str(folder), threads=1)
+
+
+@pytest.mark.parametrize("make_backend", [scripted, tiny_model])
+async def test_a_run_goes_on_in_a_new_service(tmp_path: Path, make_backend: Any) -> None:
+    """Saved, stopped, and restored by another service in the same folder: with and without the optimiser."""
+    backend = await anyio.to_thread.run_sync(make_backend, tmp_path / "model")
+    store = tmp_path / "store"
+    with service_thread(store, backend) as served:
+        async with sdk(served.url) as service:
+            trainer = await service.create_lora_training_client(base_model=backend.model_name, rank=4, seed=0)
+            await train(trainer, 3)
+            state = (await trainer.save_state("mid", user_metadata={"step": "3"})).path
+            weights = (await trainer.save_weights_for_sampler("mid")).path
+            sampler = await service.create_sampling_client(model_path=weights)
+            scores = await sampler.compute_logprobs(PROMPT)
+            await train(trainer, 2)
+            expected = await loss_of(trainer)
+    backend = await anyio.to_thread.run_sync(make_backend, tmp_path / "model")
+    with service_thread(store, backend) as served:
+        async with sdk(served.url) as service:
+            sampler = await service.create_sampling_client(model_path=weights)
+            assert sampler.get_base_model() == backend.model_name
+            assert (await sampler.compute_logprobs(PROMPT))[1:] == pytest.approx(scores[1:], rel=1e-4)
+            resumed = await service.create_training_client_from_state_with_optimizer(state)
+            assert resumed.get_info().lora_rank == 4
+            await train(resumed, 2)
+            assert await loss_of(resumed) == pytest.approx(expected, rel=1e-4)
+            fresh = await service.create_training_client_from_state(state, base_model=backend.model_name)
+            await train(fresh, 2)
+            assert await loss_of(fresh) != pytest.approx(expected, rel=1e-4)
+            assert resumed.model_id != fresh.model_id
+            assert not state.startswith(f"tinker://{resumed.model_id}/"), "ids of two processes never meet"
+            with pytest.raises(tinker.RequestFailedError, match="no optimizer state"):
+                await service.create_training_client_from_state_with_optimizer(weights)
+
+
+async def test_checkpoints_are_listed_changed_and_deleted(tmp_path: Path) -> None:
+    with service_thread(tmp_path) as served:
+        async with sdk(served.url) as service:
+            client = await rest(served)
+            trainer = await service.create_lora_training_client(base_model="scripted", rank=4)
+            state = (await trainer.save_state("a", user_metadata={"step": "1"})).path
+            weights = (await trainer.save_weights_for_sampler("b", ttl_seconds=3600)).path
+            with pytest.raises(tinker.RequestFailedError, match="overwrite=True"):
+                await trainer.save_state("a")
+            await trainer.save_state("a", overwrite=True, user_metadata={"step": "2"})
+
+            listing = {item.tinker_path: item for item in (await client.list_user_checkpoints()).checkpoints}
+            assert listing.keys() == {state, weights}
+            assert listing[state].user_metadata == {"step": "2"}
+            assert (listing[state].size_bytes or 0) > 0
+            assert listing[state].expires_at is None
+            assert listing[weights].expires_at is not None
+            assert (listing[state].checkpoint_type, listing[weights].checkpoint_type) == ("training", "sampler")
+            run = await client.get_training_run_by_tinker_path(state)
+            assert (run.training_run_id, run.base_model, run.lora_rank) == (trainer.model_id, "scripted", 4)
+            assert run.last_checkpoint is not None
+            assert run.last_checkpoint.tinker_path == state
+            assert (await client.list_training_runs()).cursor.total_count == 1
+            info = await client.get_weights_info_by_tinker_path(state)
+            assert (info.base_model, info.lora_rank, info.train_mlp) == ("scripted", 4, True)
+
+            await client.set_checkpoint_ttl_from_tinker_path(weights, None)
+            (kept,) = [item for item in (await client.list_checkpoints(trainer.model_id)).checkpoints if item.tinker_path == weights]
+            assert kept.expires_at is None
+            await client.delete_checkpoint_from_tinker_path(weights)
+            assert [item.tinker_path for item in (await client.list_user_checkpoints()).checkpoints] == [state]
+            with pytest.raises(tinker.NotFoundError):
+                await client.get_weights_info_by_tinker_path(weights)
+
+            sessions = (await client.list_sessions()).sessions
+            assert (await client.get_session(sessions[0])).training_run_ids == [trainer.model_id]
+
+
+async def test_an_expired_checkpoint_is_refused(tmp_path: Path) -> None:
+    with service_thread(tmp_path) as served:
+        async with sdk(served.url) as service:
+            trainer = await service.create_lora_training_client(base_model="scripted")
+            state = (await trainer.save_state("brief", ttl_seconds=1)).path
+
+            async def expired() -> bool:
+                return time.time() >= saved + 1
+
+            saved = time.time()
+            await until(expired)
+            with pytest.raises(tinker.RequestFailedError, match="expired"):
+                await service.create_training_client_from_state(state)
+    assert CheckpointStore(tmp_path).listing(now=0.0) == []
+
+
+async def test_a_full_disk_is_said_and_training_goes_on(
+    served: Served, service: tinker.ServiceClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = await service.create_lora_training_client(base_model="scripted")
+    with monkeypatch.context() as patch:
+        usage = shutil.disk_usage(served.folder)
+        patch.setattr(checkpoints.shutil, "disk_usage", lambda path: usage._replace(free=100))
+        with pytest.raises(tinker.RequestFailedError, match=r"disk is full: .* bytes in .* more than are free") as full:
+            await trainer.save_state("big")
+        assert str(served.folder) in str(full.value)
+        assert full.value.category == types.RequestErrorCategory.Server
+    await train(trainer)
+    await trainer.save_state("big")
+
+
+async def test_a_pickled_sampler_works_elsewhere(served: Served, service: tinker.ServiceClient) -> None:
+    trainer = await service.create_lora_training_client(base_model="scripted")
+    sampler = await trainer.save_weights_and_get_sampling_client()
+    handle = sampler.get_sampler_handle()
+    twin = await anyio.to_thread.run_sync(lambda: tinker.SamplingClient.from_sampler_handle(handle, api_key=KEY))
+    responses = [await each.sample(PROMPT, 1, PARAMS) for each in (sampler, twin)]
+    assert list(responses[0].sequences[0].tokens) == list(responses[1].sequences[0].tokens)

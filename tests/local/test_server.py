@@ -1,0 +1,463 @@
+"""The service as any HTTP client meets it: order, repetition, refusals and limits."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import socket
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio.lowlevel
+import pytest
+from tinker import types
+from tinker.proto.request_conv import forward_backward_request_to_proto
+from tinker.proto.response_conv import deserialize_forward_backward_output, deserialize_sample_response
+
+from searchr1_async.errors import ConfigurationError
+from searchr1_async.local.checkpoints import CheckpointStore
+from searchr1_async.local.scripted import Latency, ScriptedBackend
+from searchr1_async.local.server import serve
+from tests.local.serving import KEY, Raw, Served, datum, raw, sample_fields, service_thread, successors, until
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with service_thread(tmp_path_factory.mktemp("service"), gap_patience=0.4, poll=2.0) as service:
+        yield service
+
+
+@pytest.fixture
+async def client(served: Served) -> AsyncIterator[Raw]:
+    async with raw(served.url) as client:
+        yield client
+
+
+def training_body(model: str, seq_id: int, weight: float = 1.0, loss_fn: Any = "cross_entropy") -> bytes:
+    data = [datum([1, 2, 3], weights=[weight, weight])]
+    request = types.ForwardBackwardRequest(
+        forward_backward_input=types.ForwardBackwardInput(data=data, loss_fn=loss_fn), model_id=model, seq_id=seq_id
+    )
+    return forward_backward_request_to_proto(request).SerializeToString()
+
+
+async def has(fact: bool) -> bool:
+    return fact
+
+
+async def answers(client: Raw, path: str, fields: Any, status: int) -> bool:
+    return (await client.ask(path, fields))[0] == status
+
+
+async def step(client: Raw, model: str, seq_id: int | None, **adam: float) -> dict[str, Any]:
+    return await client.ok("optim_step", {"model_id": model, "seq_id": seq_id, "adam_params": adam})
+
+
+# -- the door ---------------------------------------------------------------------------------------------------------
+
+
+async def test_only_the_key_opens(served: Served) -> None:
+    for key in (None, "", "tml-wrong", KEY + "x", "tml-\u00e9"):
+        async with raw(served.url, key) as stranger:
+            status, answer = await stranger.ask("create_session", {})
+            assert status == 401
+            assert "key" in answer["detail"]
+            assert KEY not in answer["detail"]
+            assert (await stranger.ask("unknown"))[0] == 401
+            assert await stranger.ask("healthz", method="GET") == (200, {"status": "ok"})
+
+
+async def test_unknown_paths_and_methods_are_json(client: Raw) -> None:
+    for path, method, status in (("unknown", "GET", 404), ("copy_weights", "POST", 404), ("asample", "GET", 405)):
+        got, answer = await client.ask(path, method=method)
+        assert got == status
+        assert answer["detail"]
+
+
+async def test_bodies_that_are_no_requests(client: Raw) -> None:
+    session = await client.session()
+    for path in ("create_session", "create_model", "asample", "optim_step", "retrieve_future", "get_info"):
+        for body, statuses in ((b"{", (400,)), (b"[]", (422,)), (b"\xff", (400,)), (b'"x"', (422,))):
+            status, answer = await client.ask(path, body=body)
+            assert status in statuses, (path, body)
+            assert answer["detail"]
+    assert (await client.ask("create_model", {"session_id": session}))[0] == 422
+    assert (await client.ask("create_model", {"session_id": session, "model_seq_id": -1}))[0] == 422
+    assert (await client.ask("forward_backward", body=b"\xff\xff"))[0] == 400
+    assert (await client.ask("forward_backward", body=b""))[0] == 422
+
+
+async def test_unknown_ids_are_not_found(client: Raw) -> None:
+    for path, fields in (
+        ("session_heartbeat", {"session_id": "x"}),
+        ("sessions/x/finish", {}),
+        ("create_model", {"session_id": "x", "model_seq_id": 0}),
+        ("get_info", {"model_id": "x"}),
+        ("optim_step", {"model_id": "x", "seq_id": 1}),
+        ("asample", {"sampling_session_id": "x"}),
+        ("retrieve_future", {"request_id": "x"}),
+        ("cancel_future", {"request_id": "x"}),
+        ("weights_info", {"tinker_path": "tinker://run/weights/none"}),
+    ):
+        status, answer = await client.ask(path, fields)
+        assert status == 404, path
+        assert answer["detail"]
+
+
+async def test_it_serves_this_machine_only(tmp_path: Path) -> None:
+    backend = ScriptedBackend(successors)
+    with socket.socket() as listener:
+        listener.bind(("0.0.0.0", 0))
+        with pytest.raises(ConfigurationError, match="loopback"):
+            async with serve(backend, checkpoints=CheckpointStore(tmp_path), api_key=KEY, listener=listener):
+                pass
+    backend.close()
+
+
+async def test_what_it_can_do(client: Raw) -> None:
+    answer = await client.ok("get_server_capabilities", method="GET")
+    (model,) = answer["supported_models"]
+    assert model["model_name"] == "scripted"
+    assert (await client.ok("client/dynamic_config"))["sample_cancel_enabled"]
+    assert await client.ok("telemetry", {"events": []}) == {"status": "accepted"}
+
+
+# -- order and repetition ---------------------------------------------------------------------------------------------
+
+
+async def test_requests_run_in_the_order_of_their_numbers(client: Raw) -> None:
+    """A model that gets its requests in order, and one that gets the same requests shuffled, end up the same."""
+    session = await client.session()
+    losses = []
+    for number, order in enumerate((range(1, 9), random.Random(0).sample(range(1, 9), 8))):
+        model = await client.model(session, number)
+
+        async def submit(seq_id: int, model: str = model) -> dict[str, Any]:
+            if seq_id % 2:
+                return await client.ok("forward_backward", body=training_body(model, seq_id, weight=seq_id))
+            return await step(client, model, seq_id, learning_rate=0.1 * seq_id)
+
+        futures = [await submit(seq_id) for seq_id in order]
+        for future in futures:
+            assert "error" not in str(await client.result(future))
+        last = await client.result(await client.ok("forward_backward", body=training_body(model, 9)))
+        losses.append(deserialize_forward_backward_output(last).metrics["loss:sum"])
+    assert losses[0] == losses[1]
+
+
+async def test_a_repeated_number_is_the_same_request(client: Raw) -> None:
+    model = await client.model(await client.session())
+    bodies = [training_body(model, 1)] * 3
+    futures = [await client.ok("forward_backward", body=body) for body in bodies]
+    assert len({future["request_id"] for future in futures}) == 1
+    steps = [await step(client, model, 2, learning_rate=0.1) for _ in range(2)]
+    assert steps[0] == steps[1]
+    once = await client.result(steps[0])
+    twin = await client.model(await client.session())
+    await client.ok("forward_backward", body=training_body(twin, 1))
+    assert await client.result(await step(client, twin, 2, learning_rate=0.1)) == once
+
+
+async def test_creating_twice_is_creating_once(client: Raw) -> None:
+    session = await client.session()
+    fields = {"session_id": session, "model_seq_id": 3, "base_model": "scripted"}
+    futures = [await client.ok("create_model", fields) for _ in range(2)]
+    assert futures[0] == futures[1]
+    assert await client.sampler(session, 5) == await client.sampler(session, 5) == f"{session}:sample:5"
+
+
+async def test_a_repeated_sample_is_the_same_sample(client: Raw) -> None:
+    sampler = await client.sampler(await client.session())
+    first = await client.ok("asample", sample_fields(sampler, 4))
+    assert await client.ok("asample", sample_fields(sampler, 4)) == first
+    assert (await client.ok("asample", sample_fields(sampler, 5)))["request_id"] != first["request_id"]
+    assert await client.result(first) == await client.result(first), "results survive repeated polls"
+
+
+async def test_a_request_that_never_comes_fails_those_behind_it(client: Raw) -> None:
+    model = await client.model(await client.session())
+    waiting = [await step(client, model, seq_id) for seq_id in (2, 4)]
+    for future in waiting:
+        answer = await client.result(future)
+        assert answer["category"] == "user"
+        assert f"request 1 of model {model} did not arrive" in answer["error"]
+    late = await client.result(await step(client, model, 1))
+    assert "submitted already" in late["error"]
+    assert "metrics" in await client.result(await step(client, model, 5))
+
+
+async def test_requests_without_numbers_run_as_they_come(client: Raw) -> None:
+    model = await client.model(await client.session())
+    for _ in range(2):
+        assert "metrics" in await client.result(await step(client, model, None))
+
+
+# -- wrong work -------------------------------------------------------------------------------------------------------
+
+
+async def test_wrong_work_fails_in_its_future_and_leaves_no_hole(client: Raw) -> None:
+    model = await client.model(await client.session())
+    wrong = [
+        await client.ok("forward_backward", body=training_body(model, 1, loss_fn="dro")),
+        await step(client, model, 2, learning_rate=-1.0),
+        await client.ok("save_weights", {"model_id": model, "seq_id": 3, "path": "../up"}),
+        await client.ok("save_weights", {"model_id": model, "seq_id": 4, "path": "a", "ttl_seconds": 0}),
+        await client.ok("load_weights", {"model_id": model, "seq_id": 5, "path": "tinker://x/weights/y", "optimizer": True}),
+        await client.ok("save_weights_external", {"model_id": model, "seq_id": 6, "path": "a"}),
+    ]
+    for future in wrong:
+        answer = await client.result(future)
+        assert answer["category"] == "user"
+        assert answer["error"]
+    assert "metrics" in await client.result(await step(client, model, 7))
+
+
+async def test_wrong_models_fail_in_their_future(client: Raw) -> None:
+    session = await client.session()
+    for number, more in enumerate(({"base_model": "other"}, {"lora_config": {"rank": 0}}, {"optimizer_config": {"type": "x"}})):
+        fields = {"session_id": session, "model_seq_id": number, "base_model": "scripted", **more}
+        future = await client.ok("create_model", fields)
+        assert (await client.result(future))["category"] == "user"
+        assert (await client.ask("get_info", {"model_id": future["model_id"]}))[0] == 404
+    status, answer = await client.ask(
+        "create_sampling_session", {"session_id": session, "sampling_session_seq_id": 0, "base_model": "other"}
+    )
+    assert status == 400
+    assert "'scripted'" in answer["detail"], "the message names what is served"
+
+
+async def test_wrong_samples_fail_in_their_future(client: Raw) -> None:
+    sampler = await client.sampler(await client.session())
+    for more in ({"prompt": {}}, {"num_samples": 0}, {"sampling_params": {"max_tokens": "many"}}):
+        future = await client.ok("asample", sample_fields(sampler, **more))
+        assert future["sample_sequence_ids"]
+        assert (await client.result(future))["category"] == "user"
+
+
+# -- waiting, cancelling, limits --------------------------------------------------------------------------------------
+
+
+def slow(**more: Any) -> ScriptedBackend:
+    return ScriptedBackend(successors, latency=Latency(floor=3600.0), **more)
+
+
+async def test_a_poll_is_held_and_then_says_try_again(tmp_path: Path) -> None:
+    with service_thread(tmp_path, slow(), poll=0.2) as served:
+        async with raw(served.url) as client:
+            future = await client.ok("asample", sample_fields(await client.sampler(await client.session())))
+            start = anyio.current_time()
+            status, answer = await client.ask("retrieve_future", {"request_id": future["request_id"]})
+            assert status == 408
+            assert answer == {"type": "try_again", "request_id": future["request_id"], "queue_state": "active"}
+            assert anyio.current_time() - start >= 0.15
+
+
+async def test_a_cancelled_sample_gives_its_place_to_the_next(tmp_path: Path) -> None:
+    backend = ScriptedBackend(successors, latency=Latency(prefill=1200.0), max_concurrent=1)
+    with service_thread(tmp_path, backend) as served:
+        async with raw(served.url) as client:
+            sampler = await client.sampler(await client.session())
+            futures = [await client.ok("asample", sample_fields(sampler, number)) for number in range(3)]
+            for future in futures[:2]:
+                await client.ok("cancel_future", {"request_id": future["request_id"]})
+                answer = await client.result(future)
+                assert answer == {"error": "cancelled by the client", "category": "user"}
+                await client.ok("cancel_future", {"request_id": future["request_id"]})
+            # The first held the only place; at the latest the third, which was not cancelled, has it now.
+            await until(lambda: has(len(backend.latencies) >= 2))
+
+
+async def test_training_is_not_cancelled(client: Raw) -> None:
+    model = await client.model(await client.session())
+    future = await step(client, model, 2)
+    await client.ok("cancel_future", {"request_id": future["request_id"]})
+    await step(client, model, 1)
+    assert "metrics" in await client.result(future)
+
+
+async def test_a_full_queue_asks_to_wait(tmp_path: Path) -> None:
+    with service_thread(tmp_path, slow(), max_samples=2) as served:
+        async with raw(served.url) as client:
+            sampler = await client.sampler(await client.session())
+            first = await client.ok("asample", sample_fields(sampler, 1))
+            await client.ok("asample", sample_fields(sampler, 2))
+            assert (await client.ask("asample", sample_fields(sampler, 3)))[0] == 429
+            assert await client.ok("asample", sample_fields(sampler, 1)) == first, "a repetition takes no place"
+            await client.ok("cancel_future", {"request_id": first["request_id"]})
+            await until(lambda: answers(client, "asample", sample_fields(sampler, 3), 200))
+
+
+async def test_large_results_are_announced(tmp_path: Path) -> None:
+    backend = ScriptedBackend(lambda prompt, chance: [1] * 200_000)
+    with service_thread(tmp_path, backend) as served:
+        async with raw(served.url) as client:
+            sampler = await client.sampler(await client.session())
+            future = await client.ok("asample", sample_fields(sampler, sampling_params={"max_tokens": 200_000}))
+            ask = {"request_id": future["request_id"], "allow_metadata_only": True}
+            announced = await client.ok("retrieve_future", ask)
+            body = await client.ok("retrieve_future", {**ask, "allow_metadata_only": False})
+            assert announced == {"status": "complete_metadata", "response_payload_size": len(body)}
+            assert len(deserialize_sample_response(body).sequences[0].tokens) == 200_000
+
+
+async def test_fetched_results_are_forgotten_after_a_while(tmp_path: Path) -> None:
+    with service_thread(tmp_path, result_grace=0.0, gap_patience=0.1) as served:
+        async with raw(served.url) as client:
+            future = await client.ok("asample", sample_fields(await client.sampler(await client.session())))
+            await client.result(future)
+            await until(lambda: answers(client, "retrieve_future", {"request_id": future["request_id"]}, 410))
+
+
+async def test_all_samples_of_a_sampler_can_be_awaited_at_once(client: Raw) -> None:
+    sampler = await client.sampler(await client.session())
+    target = {"type": "sampling_session", "sampling_session_id": sampler, "cloned_sampler_id": 0}
+    assert await client.ok("retrieve_futures", {"target": target, "timeout": 0}) == {"completions": [], "cursor": 0}
+    good = await client.ok("asample", sample_fields(sampler, 1))
+    bad = await client.ok("asample", sample_fields(sampler, 2, num_samples=0))
+    await client.ok("asample", sample_fields(sampler, 3_000_000_001))
+    seen: dict[str, str] = {}
+    cursor = 0
+    while len(seen) < 2:
+        answer = await client.ok("retrieve_futures", {"target": target, "prev_cursor": cursor})
+        cursor = answer["cursor"]
+        seen |= {item["request_id"]: item["state"] for item in answer["completions"]}
+    assert seen == {good["request_id"]: "finished", bad["request_id"]: "failed"}
+    assert (await client.ok("join_sampling_session", {"sampling_session_id": sampler}))["client_counter"] > 0
+
+
+# -- sessions and weights ---------------------------------------------------------------------------------------------
+
+
+async def test_the_end_of_a_session_ends_its_work(tmp_path: Path) -> None:
+    with service_thread(tmp_path, slow()) as served:
+        async with raw(served.url) as client:
+            session = await client.session()
+            model, sampler = await client.model(session), await client.sampler(session)
+            sample = await client.ok("asample", sample_fields(sampler, 1))
+            waiting = await step(client, model, 2)
+            await client.ok("session_heartbeat", {"session_id": session})
+            assert await client.ok(f"sessions/{session}/finish", {"reason": {"type": "success"}}) is None
+            await client.ok(f"sessions/{session}/finish", {"reason": {"type": "success"}})
+            assert "session has ended" in (await client.result(sample))["error"]
+            assert "session has ended" in (await client.result(waiting))["error"]
+            assert (await client.ask("session_heartbeat", {"session_id": session}))[0] == 410
+            assert (await client.ask("asample", sample_fields(sampler, 2)))[0] == 404
+            assert (await client.ask("optim_step", {"model_id": model, "seq_id": 3}))[0] == 404
+
+
+async def test_a_silent_session_ends(tmp_path: Path) -> None:
+    with service_thread(tmp_path, session_idle=0.1, gap_patience=0.1) as served:
+        async with raw(served.url) as client:
+            session = await client.session()
+            async def ended() -> bool:
+                return not (await client.ok("sessions", method="GET"))["sessions"]
+
+            await until(ended)
+            assert (await client.ask("session_heartbeat", {"session_id": session}))[0] == 410
+
+
+async def snapshot(client: Raw, model: str, seq_id: int, **more: Any) -> str:
+    fields = {"model_id": model, "seq_id": seq_id, "sampling_session_seq_id": seq_id, **more}
+    return (await client.result(await client.ok("save_weights_for_sampler", fields)))["sampling_session_id"]
+
+
+async def logprob(client: Raw, sampler: str) -> float:
+    result = await client.result(await client.ok("asample", sample_fields(sampler)))
+    assert isinstance(result, bytes), result
+    return float((deserialize_sample_response(result).sequences[0].logprobs or [0.0])[0])
+
+
+async def change(client: Raw, model: str, seq_id: int) -> None:
+    await client.ok("forward_backward", body=training_body(model, seq_id))
+    await client.result(await step(client, model, seq_id + 1, learning_rate=0.1))
+
+
+async def test_only_the_latest_unnamed_weights_stay_in_memory(tmp_path: Path) -> None:
+    with service_thread(tmp_path, max_snapshots=2) as served:
+        async with raw(served.url) as client:
+            model = await client.model(await client.session())
+            first, second = [await snapshot(client, model, seq_id) for seq_id in (1, 2)]
+            await logprob(client, first)
+            await snapshot(client, model, 3)
+            await logprob(client, first)
+            lost = await client.result(await client.ok("asample", sample_fields(second)))
+            assert lost["category"] == "user"
+            assert "save_weights_for_sampler" in lost["error"]
+
+
+async def test_named_weights_are_read_again_when_needed(tmp_path: Path) -> None:
+    with service_thread(tmp_path, max_snapshots=1) as served:
+        async with raw(served.url) as client:
+            session = await client.session()
+            model = await client.model(session)
+            paths = []
+            for seq_id in (1, 4):
+                fields = {"model_id": model, "seq_id": seq_id, "path": f"v{seq_id}"}
+                paths.append((await client.result(await client.ok("save_weights_for_sampler", fields)))["path"])
+                await change(client, model, seq_id + 1)
+            samplers = [await client.sampler(session, n, model_path=path) for n, path in enumerate(paths)]
+            seen = [[await logprob(client, sampler) for sampler in samplers] for _ in range(2)]
+            assert seen[0] == seen[1]
+            assert seen[0][0] != seen[0][1]
+            await client.ok("asample", sample_fields(samplers[0], sampling_session_id=None, model_path=paths[0]))
+            again = {"model_id": model, "seq_id": 7, "path": "v1", "overwrite": True}
+            await client.result(await client.ok("save_weights_for_sampler", again))
+            await logprob(client, samplers[1])
+            lost = await client.result(await client.ok("asample", sample_fields(samplers[0])))
+            assert "overwritten" in lost["error"]
+
+
+async def test_inflight_samplers_share_the_newest_weights(client: Raw) -> None:
+    model = await client.model(await client.session())
+    fixed, shared = [await snapshot(client, model, n + 1, kind=kind) for n, kind in enumerate(("snapshot", "inflight"))]
+    before = await logprob(client, fixed)
+    assert await logprob(client, shared) == before
+    await change(client, model, 3)
+    newer = await snapshot(client, model, 5, kind="inflight")
+    assert await logprob(client, fixed) == before
+    assert await logprob(client, shared) == await logprob(client, newer) != before
+
+
+async def test_loading_waits_for_saving(client: Raw) -> None:
+    """All in flight at once: save, change, load what was saved."""
+    model = await client.model(await client.session())
+    save = await client.ok("save_weights", {"model_id": model, "seq_id": 1, "path": "start"})
+    await client.ok("forward_backward", body=training_body(model, 2))
+    await step(client, model, 3, learning_rate=0.5)
+    changed = await client.ok("forward_backward", body=training_body(model, 4))
+    path = f"tinker://{model}/weights/start"
+    load = await client.ok("load_weights", {"model_id": model, "seq_id": 5, "path": path, "optimizer": True})
+    restored = await client.ok("forward_backward", body=training_body(model, 6))
+    assert (await client.result(save))["path"] == (await client.result(load))["path"] == path
+    losses = [
+        deserialize_forward_backward_output(await client.result(future)).metrics["loss:sum"]
+        for future in (changed, restored)
+    ]
+    assert losses[0] != losses[1]
+    fresh = await client.model(await client.session())
+    start = await client.result(await client.ok("forward_backward", body=training_body(fresh, 1)))
+    assert deserialize_forward_backward_output(start).metrics["loss:sum"] == losses[1]
+
+
+async def test_stopping_the_service_answers_held_polls(tmp_path: Path) -> None:
+    backend = slow()
+    async with anyio.create_task_group() as group, contextlib.AsyncExitStack() as stack:
+        with service_thread(tmp_path, backend) as served:
+            client = await stack.enter_async_context(raw(served.url))
+            future = await client.ok("asample", sample_fields(await client.sampler(await client.session())))
+            got: list[Any] = []
+
+            async def poll() -> None:
+                got.append(await client.ask("retrieve_future", {"request_id": future["request_id"]}))
+
+            group.start_soon(poll)
+            # Leaving blocks this thread until the service has stopped, so the poll must be on its way by then: the
+            # second request goes out after it.
+            await anyio.lowlevel.checkpoint()
+            await client.ok("client/dynamic_config")
+        await until(lambda: has(bool(got)))
+    assert got == [(200, {"error": "the service is shutting down", "category": "server"})]
