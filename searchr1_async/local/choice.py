@@ -69,10 +69,12 @@ def _probabilities(logits: Tensor, log_normalizer: Tensor, rows: Sequence[int], 
 def _invert(weights: Tensor, rows: Sequence[int], rules: Sequence[ChoiceRule]) -> Tensor:
     cumulative = weights.cumsum_(-1)
     uniform = torch.tensor([rules[i].uniform for i in rows], dtype=weights.dtype, device=weights.device)
-    goal = (uniform * cumulative[:, -1]).unsqueeze(1)
-    # right=True: the first token whose cumulative weight exceeds the goal, so one of weight zero is never chosen.
-    index = torch.searchsorted(cumulative, goal, right=True).squeeze(1)
-    return index.clamp_(max=weights.shape[-1] - 1)
+    total = cumulative[:, -1]
+    # Below the total in spite of rounding; then right=True gives the first token whose cumulative weight exceeds the
+    # goal, so one of weight zero is never chosen.
+    goal = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
+    index = torch.searchsorted(cumulative, goal.unsqueeze(1), right=True).squeeze(1)
+    return index.clamp_(max=weights.shape[-1] - 1)  # of use for rows that are not finite only
 
 
 def _truncated(logits: Tensor, rule: ChoiceRule) -> Tensor:

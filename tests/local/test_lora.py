@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from searchr1_async.local.backend import LoraConfig, UserFault
+from searchr1_async.local.lora import LoraAdapter, LoraLayout, LoraSite, LoraWeights
+
+SITES = (
+    LoraSite("0.qkv", 8, (("model.layers.0.self_attn.q_proj", 8), ("model.layers.0.self_attn.k_proj", 4)), "attn"),
+    LoraSite("0.down", 12, (("model.layers.0.mlp.down_proj", 8),), "mlp"),
+    LoraSite("head", 8, (("lm_head", 20),), "unembed"),
+)
+
+
+def adapter(config: LoraConfig | None = None) -> LoraAdapter:
+    layout = LoraLayout(SITES, config or LoraConfig(rank=4, seed=3))
+    return LoraAdapter(layout, layout.initial())
+
+
+def test_a_new_adapter_changes_nothing_and_its_seed_decides_it() -> None:
+    first, second = adapter(), adapter()
+    assert torch.equal(first.flat, second.flat)
+    assert not torch.equal(first.flat, adapter(LoraConfig(rank=4, seed=4)).flat)
+    assert not torch.equal(adapter(LoraConfig(rank=4)).flat, adapter(LoraConfig(rank=4)).flat)
+    for site in first.sites.values():
+        assert all(not block.any() for block in site.b)
+        bound = site.a.shape[1] ** -0.5
+        assert bound * 0.8 < float(site.a.detach().abs().max()) <= bound
+
+
+def test_updates_are_scaled_by_32_over_the_rank() -> None:
+    assert adapter().scale == 8.0
+    assert adapter(LoraConfig(rank=32)).scale == 1.0
+
+
+@pytest.mark.parametrize(
+    ("config", "kept"),
+    [
+        (LoraConfig(rank=2, train_attn=False), {"0.down", "head"}),
+        (LoraConfig(rank=2, train_mlp=False), {"0.qkv", "head"}),
+        (LoraConfig(rank=2, train_unembed=False), {"0.qkv", "0.down"}),
+    ],
+)
+def test_parts_can_be_left_out(config: LoraConfig, kept: set[str]) -> None:
+    assert set(adapter(config).sites) == kept
+
+
+@pytest.mark.parametrize(
+    "config",
+    [LoraConfig(rank=0), LoraConfig(rank=5000), LoraConfig(train_attn=False, train_mlp=False, train_unembed=False)],
+)
+def test_a_configuration_that_makes_no_adapter_is_refused(config: LoraConfig) -> None:
+    with pytest.raises(UserFault, match="lora_config"):
+        LoraLayout(SITES, config)
+
+
+def test_a_snapshot_is_a_copy() -> None:
+    trained = adapter()
+    snapshot = trained.frozen_copy()
+    before = snapshot.sites["0.qkv"].a.clone()
+    trained.flat.add_(1.0)
+    assert torch.equal(snapshot.sites["0.qkv"].a, before)
+    assert not torch.equal(trained.sites["0.qkv"].a, before)
+
+
+def test_a_checkpoint_names_matrices_as_peft_does_and_restores_all() -> None:
+    trained = adapter()
+    trained.flat.copy_(torch.randn(trained.layout.size))
+    for moment in trained.moments:
+        moment.copy_(torch.rand(trained.layout.size))
+    trained.step = 7
+
+    state = trained.export(optimizer=True)
+    key = "base_model.model.model.layers.0.self_attn.k_proj.lora_{}.weight"
+    assert state[key.format("A")].shape == (4, 8)
+    np.testing.assert_array_equal(state[key.format("B")], trained.sites["0.qkv"].b[1].detach().numpy())
+    np.testing.assert_array_equal(state[key.format("A")], trained.sites["0.qkv"].a.detach().numpy()[4:])
+
+    device = torch.device("cpu")
+    restored = LoraAdapter.restore(trained.layout, state, optimizer=True, device=device)
+    assert torch.equal(restored.flat, trained.flat)
+    assert all(torch.equal(a, b) for a, b in zip(restored.moments, trained.moments, strict=True))
+    assert restored.step == 7
+    fresh = LoraAdapter.restore(trained.layout, state, optimizer=False, device=device)
+    assert torch.equal(fresh.flat, trained.flat)
+    assert fresh.step == 0
+    assert not fresh.moments[0].any()
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused() -> None:
+    state = adapter().export(optimizer=False)
+    device = torch.device("cpu")
+    with pytest.raises(UserFault, match="no optimiser state"):
+        LoraAdapter.restore(adapter().layout, state, optimizer=True, device=device)
+    with pytest.raises(UserFault, match=r"has shape \[4, 8\], wanted \[2, 8\]"):
+        LoraLayout(SITES, LoraConfig(rank=2)).from_state(state)
+    del state["base_model.model.lm_head.lora_B.weight"]
+    with pytest.raises(UserFault, match=r"lm_head\.lora_B\.weight is missing"):
+        adapter().layout.from_state(state)
+
+
+def test_sampler_weights_are_compared_by_identity() -> None:
+    layout = adapter().layout
+    first, second = LoraWeights(layout, layout.initial()), LoraWeights(layout, layout.initial())
+    assert first != second
+    assert len({first, second}) == 2
