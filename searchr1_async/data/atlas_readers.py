@@ -63,13 +63,17 @@ def read_capital(text: str) -> Answers:
 
 
 def read_point(text: str) -> Answers:
-    """``"Gebel Katherina (Mount Catherine) 2,642 m"`` → the name, its alias, and the whole."""
+    """``"Gebel Katherina (Mount Catherine) 2,642 m"`` → the name, its alias, and both with the height.
+
+    Of ``"Konigstein on Brandberg"`` the peak alone is right as well; an alias behind it would be the massif's.
+    """
     match = _POINT.match(text)
-    if not match or not _short(match["name"]) or not match["name"][0].isupper() or " on " in match["name"]:
+    if not match or not _short(match["name"]) or not match["name"][0].isupper():
         return None
+    peak = re.split(r" (?:on|in) ", match["name"])[0]
     alias = match["alias"]
-    names = [match["name"]]
-    if alias and alias[0].isupper() and len(alias.split()) <= 3:
+    names = list(dict.fromkeys((peak, match["name"])))
+    if len(names) == 1 and alias and alias[0].isupper() and len(alias.split()) <= 3:
         names.append(alias)
     return (*names, *(f"{name} {match['height']} m" for name in names))
 

@@ -42,7 +42,7 @@ _WITH_ARTICLE = re.compile(
     r"|French Southern|British Indian|US Virgin|Netherlands$|Philippines$|Maldives$|Comoros$|Seychelles$|Gaza Strip"
     r"|West Bank|Isle of Man|World$)|Islands?$"
 )
-_NO_ARTICLE = {"Christmas Island", "Norfolk Island", "Wake Island", "Bouvet Island", "Navassa Island"}
+_NO_ARTICLE = re.compile(r"^[A-Z]\w+ Island$")
 
 _BREAK = re.compile(r"<\s*/?\s*(?:br|p|li|ul|ol|div)\b[^>]*>", re.IGNORECASE)
 _TAG = re.compile(r"<[^<>]*>")
@@ -82,7 +82,7 @@ class Country:
         """The name as it stands within a sentence: ``"the United Kingdom"``, ``"the Gambia"``, ``"Namibia"``."""
         if self.name.startswith("The "):
             return "the " + self.name[4:]
-        if self.name not in _NO_ARTICLE and _WITH_ARTICLE.search(self.name):
+        if _WITH_ARTICLE.search(self.name) and not _NO_ARTICLE.search(self.name):
             return f"the {self.name}"
         return self.name
 

@@ -312,7 +312,7 @@ def _similarity(distance: float | None, space: str) -> float:
 
 
 def _space(collection: Any) -> str:
-    configuration = collection.configuration
+    configuration = collection.configuration_json  # `configuration` would warn of a missing embedding function
     for kind in ("hnsw", "spann"):
         if isinstance(part := configuration.get(kind), Mapping) and part.get("space"):
             return str(part["space"])

@@ -1,0 +1,123 @@
+"""Gathering, against a plain model of what it promises."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from searchr1_async.search.gathering import Asked, Gathering
+
+
+def test_what_arrives_while_a_batch_is_away_makes_the_next() -> None:
+    gathering: Gathering[str, int] = Gathering(10)
+    gathering.ask(["a"], 1)
+    assert gathering.take() == ("a",)
+    gathering.ask(["b", "c"], 2)
+    gathering.ask(["c", "d"], 3)
+    assert gathering.finish(("a",)) == {"a": {1}}
+    assert gathering.take() == ("b", "c", "d")
+    assert gathering.finish(("b", "c", "d")) == {"b": {2}, "c": {2, 3}, "d": {3}}
+    assert gathering.take() == ()
+
+
+def test_equal_keys_are_asked_once_even_when_on_their_way() -> None:
+    gathering: Gathering[str, int] = Gathering(10)
+    assert gathering.ask(["a", "a"], 1) == Asked(new=1, joined=1)
+    gathering.take()
+    assert gathering.ask(["a", "b"], 2) == Asked(new=1, joined=1)
+    assert gathering.take() == ("b",)
+    assert gathering.finish(("a",)) == {"a": {1, 2}}
+    assert gathering.ask(["a"], 3) == Asked(new=1, joined=0)
+
+
+def test_a_batch_has_a_limit_and_the_oldest_go_first() -> None:
+    gathering: Gathering[str, int] = Gathering(2)
+    gathering.ask("abc", 1)
+    assert gathering.take() == ("a", "b")
+    gathering.give_back(("a", "b"))
+    assert gathering.next_waiter() == 1
+    assert gathering.take() == ("a", "b")
+    assert gathering.take() == ("c",)
+
+
+def test_what_nobody_waits_for_is_not_sent() -> None:
+    gathering: Gathering[str, int] = Gathering(10)
+    gathering.ask(["a", "b"], 1)
+    gathering.ask(["b"], 2)
+    gathering.leave(["a", "b"], 1)
+    assert gathering.take() == ("b",)
+    gathering.leave(["b"], 2)
+    gathering.give_back(("b",))
+    assert gathering.take() == ()
+
+
+def test_a_batch_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="0"):
+        Gathering(0)
+
+
+class GatheringMachine(RuleBasedStateMachine):
+    """Any order of asking, leaving, taking, finishing and giving back: nobody who waits is ever forgotten."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gathering: Gathering[int, int] = Gathering(3)
+        self.open: dict[int, set[int]] = {}
+        """Waiter → keys that it still waits for."""
+        self.batches: list[tuple[int, ...]] = []
+        self.waiters = 0
+
+    @rule(keys=st.lists(st.integers(0, 6), min_size=1, max_size=4))
+    def ask(self, keys: list[int]) -> None:
+        self.waiters += 1
+        known = {key for waits in self.open.values() for key in waits} | {key for b in self.batches for key in b}
+        asked = self.gathering.ask(keys, self.waiters)
+        assert asked.new == len(set(keys) - known)
+        assert asked.new + asked.joined == len(keys)
+        self.open[self.waiters] = set(keys)
+
+    @precondition(lambda self: self.open)
+    @rule(data=st.data())
+    def leave(self, data: st.DataObject) -> None:
+        waiter = data.draw(st.sampled_from(sorted(self.open)))
+        self.gathering.leave(self.open.pop(waiter), waiter)
+
+    @rule()
+    def take(self) -> None:
+        batch = self.gathering.take()
+        assert len(batch) <= 3
+        away = {key for other in self.batches for key in other}
+        assert not away & set(batch)
+        assert set(batch) <= {key for waits in self.open.values() for key in waits}
+        if batch:
+            self.batches.append(batch)
+
+    @precondition(lambda self: self.batches)
+    @rule(data=st.data())
+    def finish(self, data: st.DataObject) -> None:
+        batch = self.batches.pop(data.draw(st.integers(0, len(self.batches) - 1)))
+        for key, waiters in self.gathering.finish(batch).items():
+            assert waiters == {waiter for waiter, waits in self.open.items() if key in waits}
+            for waiter in waiters:
+                self.open[waiter].discard(key)
+        self.open = {waiter: waits for waiter, waits in self.open.items() if waits}
+
+    @precondition(lambda self: self.batches)
+    @rule(data=st.data())
+    def give_back(self, data: st.DataObject) -> None:
+        batch = self.batches.pop(data.draw(st.integers(0, len(self.batches) - 1)))
+        self.gathering.give_back(batch)
+
+    @invariant()
+    def whoever_waits_is_waiting_or_sent(self) -> None:
+        wanted = {key for waits in self.open.values() for key in waits}
+        away = {key for batch in self.batches for key in batch}
+        assert self.gathering.sent == len(away)
+        assert self.gathering.waiting == len(wanted - away)
+        assert (self.gathering.next_waiter() is None) == (not wanted - away)
+
+
+TestGatheringMachine = GatheringMachine.TestCase
+TestGatheringMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

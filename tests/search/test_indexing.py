@@ -1,0 +1,153 @@
+"""Indexes in a folder: whole, begun, another's, broken."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+
+from searchr1_async.data import load_corpus
+from searchr1_async.episodes.types import Passage
+from searchr1_async.errors import CorpusError, EmbeddingError, StoreError
+from searchr1_async.search import Search, indexing
+from searchr1_async.search.indexing import LocalIndex, passage_text
+
+pytestmark = pytest.mark.anyio
+
+TOTAL = 50
+
+
+@pytest.fixture
+def many() -> list[Passage]:
+    return [Passage(f"p{number}", "Title", f"word{number} is number {number}") for number in range(TOTAL)]
+
+
+@pytest.fixture(autouse=True)
+def _small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(indexing, "WINDOW", 8)
+
+
+async def test_it_is_built_once_with_progress(many: list[Passage], embedder: Any, tmp_path: Path) -> None:
+    steps: list[tuple[int, int]] = []
+    search = Search.local(many, path=tmp_path / "index", embedder=embedder, n_results=1)
+    await search.build(lambda done, total: steps.append((done, total)))
+    assert steps == [*((done, TOTAL) for done in range(0, TOTAL, 8)), (TOTAL, TOTAL)]
+    assert embedder.passage_batches[0][0] == "Title\nword0 is number 0"
+    embedder.passage_batches.clear()
+    await search.build(lambda done, total: pytest.fail("nothing was to be built"))
+    async with search:
+        assert (await search.search(["word17"]))[0][0].id == "p17"
+    assert embedder.passage_batches == []
+
+
+async def test_what_was_begun_is_continued(
+    many: list[Passage], make_embedder: Callable[..., Any], tmp_path: Path
+) -> None:
+    failing = make_embedder()
+    search = Search.local(many, path=tmp_path / "index", embedder=failing, n_results=1)
+
+    def fail_at_32(done: int, total: int) -> None:
+        if done == 32:
+            failing.failure = EmbeddingError("the quota is used up")
+
+    with pytest.raises(EmbeddingError, match="quota"):
+        await search.build(fail_at_32)
+    assert not (tmp_path / "index" / "index.json").exists()
+    embedder = make_embedder()
+    steps: list[int] = []
+    search = Search.local(many, path=tmp_path / "index", embedder=embedder, n_results=1)
+    await search.build(lambda done, total: steps.append(done))
+    assert steps[0] == 24
+    assert sum(len(batch) for batch in embedder.passage_batches) == TOTAL - 24
+    async with search:
+        for number in (0, 25, 33, TOTAL - 1):
+            assert (await search.search([f"word{number}"]))[0][0].id == f"p{number}"
+
+
+async def test_a_cancelled_build_is_never_mistaken_for_whole(
+    many: list[Passage], embedder: Any, tmp_path: Path
+) -> None:
+    search = Search.local(many, path=tmp_path / "index", embedder=embedder, n_results=1)
+    with anyio.CancelScope() as scope:
+        await search.build(lambda done, total: scope.cancel() if done == 16 else None)
+    assert scope.cancelled_caught
+    assert not (tmp_path / "index" / "index.json").exists()
+    async with search:
+        assert (await search.search(["word49"]))[0][0].id == "p49"
+
+
+async def test_a_damaged_index_is_built_again(many: list[Passage], embedder: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "index"
+    search = Search.local(many, path=folder, embedder=embedder, n_results=1)
+    await search.build()
+    for file in folder.iterdir():
+        if file.name != "index.json":
+            shutil.rmtree(file) if file.is_dir() else file.unlink()
+    async with search:
+        assert (await search.search(["word3"]))[0][0].id == "p3"
+    assert json.loads((folder / "index.json").read_text())["passages"] == TOTAL
+
+
+async def test_another_index_or_foreign_files_are_not_touched(
+    many: list[Passage], embedder: Any, make_embedder: Callable[..., Any], tmp_path: Path
+) -> None:
+    await Search.local(many, path=tmp_path / "index", embedder=embedder).build()
+    for other in (
+        Search.local(many[1:], path=tmp_path / "index", embedder=embedder),
+        Search.local(many, path=tmp_path / "index", embedder=make_embedder(dimension=64)),
+    ):
+        with pytest.raises(StoreError, match="give another path"):
+            await other.open()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(StoreError, match="no index of this package"):
+        await Search.local(many, path=tmp_path / "mine", embedder=embedder).open()
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+
+
+async def test_two_builders_make_one_index(
+    many: list[Passage], make_embedder: Callable[..., Any], tmp_path: Path
+) -> None:
+    embedders = [make_embedder(), make_embedder()]
+    async with anyio.create_task_group() as group:
+        for one in embedders:
+            group.start_soon(Search.local(many, path=tmp_path / "index", embedder=one).build)
+    assert sorted(bool(one.passage_batches) for one in embedders) == [False, True]
+
+
+async def test_the_default_folder_is_named_by_content(
+    many: list[Passage], embedder: Any, make_embedder: Callable[..., Any]
+) -> None:
+    folders = {
+        LocalIndex(load_corpus(passages)).folder(one).path
+        for passages in (many, many[1:])
+        for one in (embedder, make_embedder(dimension=64))
+    }
+    assert len(folders) == 4
+    assert LocalIndex(load_corpus(many)).folder(make_embedder()).path in folders
+
+
+async def test_a_bad_corpus_is_refused_before_anything_is_embedded(embedder: Any, tmp_path: Path) -> None:
+    file = tmp_path / "corpus.jsonl"
+    rows = [{"id": str(number % 30), "title": "", "text": "words"} for number in range(31)]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(CorpusError, match=r"line 31 has the same id '0' as .*line 1"):
+        await Search.local(file, embedder=embedder).open()
+    assert embedder.passage_batches == []
+
+
+async def test_a_folder_that_cannot_be_written(many: list[Passage], embedder: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="cannot be written"):
+        await Search.local(many, path=tmp_path / "file" / "index", embedder=embedder).open()
+
+
+def test_the_title_stands_in_front_unless_the_text_names_it() -> None:
+    assert passage_text(Passage("1", "Moon", "It orbits.")) == "Moon\nIt orbits."
+    assert passage_text(Passage("1", "Moon", "The Moon orbits.")) == "The Moon orbits."
+    assert passage_text(Passage("1", "", "It orbits.")) == "It orbits."

