@@ -131,27 +131,47 @@ def add_low_rank(y: Tensor, z: Tensor, b: tuple[Tensor, ...] | list[Tensor], sca
         column += len(block)
 
 
+def _needs_graph(x: Tensor) -> bool:
+    # Function.apply costs 25 µs: 3 ms of a decoding step of 30 layers.
+    return x.requires_grad and torch.is_grad_enabled()
+
+
 class RmsNorm(torch.autograd.Function):
     """``x / sqrt(mean(x²) + eps) · weight`` over the last dimension; the weight is frozen."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[override]
-        wide = x.float()
-        inverse = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        inverse = _inverse_rms(x, eps)
         ctx.save_for_backward(x, weight, inverse)
-        return (wide * inverse).to(x.dtype).mul_(weight)
+        return _normed(x, weight, inverse)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         x, weight, inverse = ctx.saved_tensors
         # d/dx of x·r with r = (mean x² + eps)^-½:  r·g − x·r³·mean(g·x),  g = dy·weight.
-        scaled = (dy * weight).float()
-        wide = x.float()
+        scaled = _wide(dy * weight)
+        wide = _wide(x)
         inner = (scaled * wide).mean(-1, keepdim=True).mul_(inverse.pow(3))
         return scaled.mul_(inverse).sub_(wide * inner).to(x.dtype), None, None
 
 
+def _wide(x: Tensor) -> Tensor:
+    """At least float32: squares of half-precision numbers lose too much."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _inverse_rms(x: Tensor, eps: float) -> Tensor:
+    norm = torch.linalg.vector_norm(_wide(x), dim=-1, keepdim=True)
+    return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+
+
+def _normed(x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
+    return (_wide(x) * inverse).to(x.dtype).mul_(weight)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    if not _needs_graph(x):
+        return _normed(x, weight, _inverse_rms(x, eps))
     return RmsNorm.apply(x, weight, eps)  # type: ignore[return-value]
 
 
@@ -179,6 +199,8 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    if not _needs_graph(x):
+        return _rotated(x, cos, sin)
     return Rotary.apply(x, cos, sin)  # type: ignore[return-value]
 
 
@@ -188,8 +210,7 @@ class SwiGlu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(gate_up)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return functional.silu(gate).mul_(up)
+        return _gated(gate_up)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Tensor:  # type: ignore[override]
@@ -202,5 +223,12 @@ class SwiGlu(torch.autograd.Function):
         return grad
 
 
+def _gated(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return functional.silu(gate).mul_(up)
+
+
 def swiglu(gate_up: Tensor) -> Tensor:
+    if not _needs_graph(gate_up):
+        return _gated(gate_up)
     return SwiGlu.apply(gate_up)  # type: ignore[return-value]

@@ -122,7 +122,7 @@ def reference(
         total = total + loss.terms(lp, inputs, thresholds).sum()
         logprobs.append(lp.detach())
     total.backward()
-    return float(total), logprobs, {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+    return float(total.detach()), logprobs, {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
 
 
 @pytest.fixture(params=list(MODELS))
