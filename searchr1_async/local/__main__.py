@@ -34,7 +34,11 @@ _FORCED_EXIT_SECONDS = 4.0
 def main() -> int:
     """Runs the service until SIGTERM, SIGINT (standalone only) or, as a child, the end of its parent."""
     if sys.argv[1:] == ["--child"]:
-        return _run_child()
+        status = _run_child()
+        logging.shutdown()
+        sys.stderr.flush()
+        # Everything is closed by now; tearing the interpreter down with torch in it takes a second.
+        os._exit(status)
     return _run_standalone(_parser().parse_args())
 
 

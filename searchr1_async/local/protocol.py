@@ -19,8 +19,8 @@ from typing import Any, TypeVar
 import numpy as np
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
-from tinker.proto import tinker_public_pb2 as pb
 
+from searchr1_async.local._protobuf import pb
 from searchr1_async.local.backend import (
     AdamParams,
     Datum,
