@@ -287,6 +287,9 @@ class Search:
             ) from error
         finally:
             self._gathering.leave(keys, waiter)
+            # Whoever leaves hands over, the one who was to take over and was cancelled included.
+            if self._leader is None and (successor := self._gathering.next_waiter()) is not None:
+                successor.wake.set()
             self._tally.seconds_waiting += time.monotonic() - began
         if waiter.failure is not None:
             self._tally.failed += 1
@@ -306,9 +309,6 @@ class Search:
                     await self._send_batch()
             finally:
                 self._leader = None
-                successor = self._gathering.next_waiter()
-                if successor is not None:
-                    successor.wake.set()
 
     async def _send_batch(self) -> None:
         batch = self._gathering.take()

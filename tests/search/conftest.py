@@ -35,6 +35,8 @@ class HashingEmbedder:
         self.gate: anyio.Event | None = None
         """While set, queries wait at it."""
         self.failure: Exception | None = None
+        self.fails_on: str | None = None
+        """Only requests with this query fail; None means that all do."""
         self.is_open = False
 
     async def open(self) -> None:
@@ -47,7 +49,7 @@ class HashingEmbedder:
         self.query_batches.append(list(texts))
         if self.gate is not None:
             await self.gate.wait()
-        if self.failure is not None:
+        if self.failure is not None and (self.fails_on is None or self.fails_on in texts):
             raise self.failure
         return self.embed(texts)
 

@@ -140,23 +140,51 @@ async def test_a_failure_reaches_exactly_those_who_asked(passages: list[Passage]
         except SearchError as error:
             outcomes[query] = error
 
-    async with Search.local(passages, embedder=embedder) as search:
-        async with anyio.create_task_group() as group:
-            embedder.gate, cause = anyio.Event(), OSError("the line is dead")
-            embedder.failure = EmbeddingError("the embedder is down")
-            embedder.failure.__cause__ = cause
-            group.start_soon(ask, search, "one")
-            await reached(lambda: len(embedder.query_batches) == 1)
-            group.start_soon(ask, search, "two")
-            group.start_soon(ask, search, "three")
-            await settle()
-            embedder.gate.set()
-            await reached(lambda: "one" in outcomes)
-            embedder.failure = None
-        assert isinstance(outcomes["one"], EmbeddingError)
-        assert outcomes["one"].__cause__ is cause
-        assert all(isinstance(outcomes[query], tuple) for query in ("two", "three")) or search.statistics.failed == 3
-        assert await search.search(["four"])
+    cause = OSError("the line is dead")
+    failure = EmbeddingError("the embedder is down")
+    failure.__cause__ = cause
+    async with Search.local(passages, embedder=embedder) as search, anyio.create_task_group() as group:
+        embedder.failure, embedder.fails_on = failure, "one"
+        embedder.gate = anyio.Event()
+        group.start_soon(ask, search, "zero")
+        await reached(lambda: len(embedder.query_batches) == 1)
+        for query in ("one", "two"):
+            group.start_soon(ask, search, query)
+        await settle()
+        embedder.gate.set()
+        embedder.gate = anyio.Event()
+        await reached(lambda: len(embedder.query_batches) == 2)
+        group.start_soon(ask, search, "three")
+        await settle()
+        embedder.gate.set()
+    assert embedder.query_batches == [["zero"], ["one", "two"], ["three"]]
+    for query in ("one", "two"):
+        assert type(outcomes[query]) is EmbeddingError
+        assert outcomes[query].__cause__ is cause
+    assert outcomes["one"] is not outcomes["two"]
+    assert all(isinstance(outcomes[query], tuple) for query in ("zero", "three"))
+    assert search.statistics.failed == 2
+
+
+async def test_a_successor_that_is_cancelled_hands_on(passages: list[Passage], embedder: Any) -> None:
+    async with Search.local(passages, embedder=embedder, deadline=10) as search:
+
+        async def send() -> None:
+            await search.search(["first"])
+            successor.cancel()  # woken by now to take over, but it has not run yet
+
+        embedder.gate = anyio.Event()
+        sender = asyncio.create_task(send())
+        await reached(lambda: len(embedder.query_batches) == 1)
+        successor = asyncio.create_task(search.search(["second"]))
+        await settle()
+        third = asyncio.create_task(search.search(["third"]))
+        await settle()
+        embedder.gate.set()
+        await asyncio.wait([sender, successor, third])
+    assert successor.cancelled()
+    assert len(third.result()) == 1
+    assert embedder.query_batches == [["first"], ["third"]]
 
 
 async def test_any_other_exception_becomes_a_search_error(passages: list[Passage], embedder: Any) -> None:
