@@ -1,6 +1,6 @@
 """``python -m searchr1_async.local``: the embedded Tinker service alone, for any client of the protocol.
 
-With ``--child`` (:mod:`searchr1_async.local.process` uses it) the settings come as JSON on the standard input instead.
+:mod:`searchr1_async.local.process` starts it as a child instead, with its settings as JSON on the standard input.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import threading
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from searchr1_async.errors import ConfigurationError, ModelError, PortInUseError, SearchR1Error
 from searchr1_async.local.backend import Backend
@@ -32,14 +32,17 @@ _FORCED_EXIT_SECONDS = 4.0
 
 
 def main() -> int:
-    """Runs the service until SIGTERM, SIGINT (standalone only) or, as a child, the end of its parent."""
-    if sys.argv[1:] == ["--child"]:
-        status = _run_child()
-        logging.shutdown()
-        sys.stderr.flush()
-        # Everything is closed by now; tearing the interpreter down with torch in it takes a second.
-        os._exit(status)
+    """Runs the service until SIGTERM or SIGINT."""
     return _run_standalone(_parser().parse_args())
+
+
+def run_child() -> NoReturn:
+    """Runs the service for :mod:`searchr1_async.local.process`, until SIGTERM or the end of the parent."""
+    status = _serve_parent()
+    logging.shutdown()
+    sys.stderr.flush()
+    # Everything is closed by now; tearing the interpreter down with torch in it takes a second.
+    os._exit(status)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -80,7 +83,7 @@ def _run_standalone(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _run_child() -> int:
+def _serve_parent() -> int:
     # The ready line has the real standard output to itself: whatever libraries print goes to the log.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

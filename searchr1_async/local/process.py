@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """Small enough to train on two cores."""
+_CHILD = Path(__file__).with_name("child.py")
 _STOP_SECONDS = 5.0
 _LOG_LINES = 20
 _REFUSALS = {"model": ModelError, "port": PortInUseError, "configuration": ConfigurationError}
@@ -152,7 +153,8 @@ async def _child(log_path: Path, threads: int | None) -> AsyncIterator[Process]:
         raise ServiceStartError(f"cannot write the service's log {log_path}: {error}") from error
     with log:
         process = await anyio.open_process(
-            [sys.executable, "-m", "searchr1_async.local", "--child"],
+            # -P: the file's own folder, full of modules with common names, stays off the path.
+            [sys.executable, "-P", str(_CHILD)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
