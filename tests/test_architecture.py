@@ -1,0 +1,125 @@
+"""The rules of the house, read from the source: who imports whom, what is public, and what no module may do."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import searchr1_async
+
+ROOT = Path(searchr1_async.__file__).parent
+PACKAGE = "searchr1_async"
+MODULES = sorted(ROOT.rglob("*.py"))
+
+PUBLIC = """
+train evaluate rollout Run TrainingResult
+Search SearchStatistics Corpus load_corpus load_questions
+Question Passage Episode Turn SearchCall StopReason Group
+RecipeReward Score Demonstration
+Evaluation compare comparison_table
+EpisodeLimits LearningSettings LocalOptions SamplingSettings WarmUp
+SearchR1Error ConfigurationError QuestionsError CorpusError ModelError RunFolderError
+ServiceError ServiceUnavailableError ServiceStartError PortInUseError
+SearchError EmbeddingError StoreError RewardError CheckpointError TooManyFailuresError
+""".split()  # noqa: SIM905
+
+ENGINE_ROOMS = ("episodes", "search", "data", "rollout", "learn")
+WAITING = {"Lock", "Event", "Semaphore", "Condition", "Queue", "CapacityLimiter", "Future", "create_task_group"}
+
+
+def name_of(path: Path) -> str:
+    return ".".join([PACKAGE, *path.relative_to(ROOT).with_suffix("").parts])
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module of this package that a file imports, wherever in it."""
+    for node in ast.walk(parse(path)):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        yield from (name for name in names if name.split(".")[0] == PACKAGE)
+
+
+def is_in(module: str, *rooms: str) -> bool:
+    return any(module == f"{PACKAGE}.{room}" or module.startswith(f"{PACKAGE}.{room}.") for room in rooms)
+
+
+def test_the_public_face() -> None:
+    assert sorted(searchr1_async.__all__) == sorted(PUBLIC)
+    assert len(set(PUBLIC)) == len(PUBLIC)
+    for name in PUBLIC:
+        assert getattr(searchr1_async, name).__doc__, f"{name} has no docstring"
+
+
+def test_every_error_is_public_and_drawn_in_the_tree() -> None:
+    from searchr1_async import errors
+
+    classes = {name for name, value in vars(errors).items() if isinstance(value, type)}
+    assert classes <= set(PUBLIC)
+    assert classes == set(re.findall(r"\w+Error", (errors.__doc__ or "").replace("ValueError", "")))
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if is_in(name_of(p), *ENGINE_ROOMS)], ids=name_of)
+def test_the_engine_does_not_know_who_watches_or_serves(path: Path) -> None:
+    assert [name for name in imports(path) if is_in(name, "watch", "local", "api", "training", "run", "service")] == []
+
+
+@pytest.mark.parametrize("room", ["episodes", "search", "data"])
+def test_the_lower_floor_does_not_import_the_upper(room: str) -> None:
+    for path in MODULES:
+        if is_in(name_of(path), room):
+            assert [name for name in imports(path) if is_in(name, "rollout", "learn", "evaluation")] == [], path
+
+
+def test_the_service_stands_alone() -> None:
+    for path in MODULES:
+        if is_in(name_of(path), "local"):
+            found = [name for name in imports(path) if not is_in(name, "local", "errors")]
+            assert found == [], f"{path} imports of the engine"
+
+
+def test_only_one_module_starts_the_service() -> None:
+    users = {name_of(p) for p in MODULES if any(is_in(n, "local") for n in imports(p))}
+    assert {name for name in users if not is_in(name, "local")} == {f"{PACKAGE}.service"}
+
+
+def test_watching_imports_nothing_that_plays_or_learns() -> None:
+    for path in MODULES:
+        if is_in(name_of(path), "watch"):
+            assert [n for n in imports(path) if is_in(n, "rollout", "learn", "search", "local", "training")] == [], path
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_nobody_prints_or_configures_logging(path: Path) -> None:
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            is_command = path.name == "__main__.py" or is_in(name_of(path), "local.child")
+            assert is_command or called not in ("print", "logging.basicConfig"), f"{path}:{node.lineno}"
+            assert called not in ("input", "breakpoint", "asyncio.get_event_loop"), f"{path}:{node.lineno}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_nothing_is_bound_to_an_event_loop_at_import(path: Path) -> None:
+    """What runs at import, in modules and class bodies: no lock, event, queue or task group is made there."""
+    waiting: list[ast.AST] = list(parse(path).body)
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            bound = called.split(".")[0] in ("anyio", "asyncio") and called.split(".")[-1] in WAITING
+            assert not bound, f"{path}:{node.lineno}: {called}"
+        waiting.extend(ast.iter_child_nodes(node))
