@@ -26,7 +26,7 @@ from searchr1_async.rollout.engine import RolloutEngine
 from searchr1_async.rollout.policy import TinkerPolicy
 from searchr1_async.run import Run
 from searchr1_async.search import Search
-from searchr1_async.service import open_service
+from searchr1_async.service import check_service, open_service
 from searchr1_async.training import (
     StopRequest,
     TrainingJob,
@@ -123,6 +123,11 @@ def train(
     """
     out = Path(out_dir)
     _check_format(format)
+    for name, value in (("evaluate_every", evaluate_every), ("held_out_samples", held_out_samples)):
+        if value is not None and value < 1:
+            raise ConfigurationError(f"{name} is {value}: it must be at least 1")
+    if time_limit is not None and not time_limit > 0:
+        raise ConfigurationError(f"time_limit is {time_limit} s: it must be over 0, or None for none")
     job = TrainingJob(
         questions=_questions(questions),
         search=search,
@@ -337,6 +342,7 @@ async def _playing(
         with ExitStack() as stack:
             watchers = _watchers(stack, progress, emit)
             folder = found.service_folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="searchr1-")))
+            await check_service(service, model or found.base_model, local or LocalOptions())
             await open_search(search, watchers)
             async with (
                 search,
@@ -394,6 +400,15 @@ def _questions(questions: Questions) -> tuple[Question, ...]:
     items = load_questions(questions) if isinstance(questions, str | Path) else tuple(questions)
     if not items:
         raise QuestionsError("there are no questions")
+    seen: set[str] = set()
+    for place, item in enumerate(items, start=1):
+        if not isinstance(item, Question):
+            raise QuestionsError(
+                f"question {place} is a {type(item).__name__}: give Question(id, question, golden_answers), or a file's name"
+            )
+        if item.id in seen:
+            raise QuestionsError(f"two questions have the id {item.id!r}: ids must be unique")
+        seen.add(item.id)
     return items
 
 

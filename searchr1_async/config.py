@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from searchr1_async.errors import ConfigurationError
 
@@ -129,6 +129,11 @@ class LearningSettings:
         )
         _require(self.steps is None or self.steps >= 1, f"steps is {self.steps}: at least 1, or None for whole epochs")
         _require(self.learning_rate > 0, f"learning_rate is {self.learning_rate}: it must be over 0")
+        _require(self.gradient_clip >= 0, f"gradient_clip is {self.gradient_clip}: it must be 0 (off) or more")
+        _require(
+            self.loss in get_args(LossName),
+            f"unknown loss {self.loss!r}: choose one of {', '.join(get_args(LossName))}",
+        )
         _require(0 <= self.max_failed_fraction <= 1, "max_failed_fraction must lie in 0 to 1")
 
 
@@ -146,3 +151,8 @@ class LocalOptions:
     """``cpu``, ``cuda``, ``mps`` or ``auto``."""
     start_timeout: float = 180.0
     """Seconds for loading the model; its first conversion takes about 20 s."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.port <= 65535, f"port is {self.port}: it must lie in 0 to 65535")
+        _require(self.threads is None or self.threads >= 1, f"threads is {self.threads}: at least 1, or None for all")
+        _require(self.start_timeout > 0, f"start_timeout is {self.start_timeout} s: it must be over 0")

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Generator
 from pathlib import Path
 
+import anyio
 import polars as pl
 
 from searchr1_async.training import StopRequest, TrainingResult
@@ -44,7 +45,9 @@ class Run:
         except asyncio.CancelledError:
             if not self._task.done():
                 self._task.cancel()
-                await asyncio.wait([self._task])
+                # Shielded: a cancelled anyio scope cancels again at every turn of the loop.
+                with anyio.CancelScope(shield=True):
+                    await asyncio.wait([self._task])
             raise
 
     async def stop(self) -> TrainingResult:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -13,9 +14,10 @@ import anyio
 import tinker
 
 from searchr1_async.config import LocalOptions
-from searchr1_async.errors import ConfigurationError, ModelError, ServiceError, ServiceUnavailableError
+from searchr1_async.errors import ConfigurationError, ModelError, PortInUseError, ServiceError, ServiceUnavailableError
 from searchr1_async.events import Emit, Notice
 from searchr1_async.local import DEFAULT_MODEL, local_service, probe
+from searchr1_async.local.models import resolve_model
 
 CLOUD_MODEL = "Qwen/Qwen3-4B-Instruct-2507"
 """The default where a Tinker key is set: the model of the ancestor's published results."""
@@ -77,7 +79,8 @@ class Service:
         Raises:
             ServiceError: it could not be deleted.
         """
-        rest = await anyio.to_thread.run_sync(self.client.create_rest_client)
+        # Over the session's own connections, which are closed with it; its first use of an address blocks.
+        rest = await anyio.to_thread.run_sync(lambda: tinker.RestClient(self.client.holder))
         await _wait(f"deleting {path}", lambda: rest.delete_checkpoint_from_tinker_path(path))
 
 
@@ -91,6 +94,39 @@ async def _wait(doing: str, submit: Any) -> Any:
         raise ServiceError(f"{doing}: the Tinker service did not answer within {_SETUP_DEADLINE:g} s") from error
     except (tinker.TinkerError, ValueError) as error:
         raise ServiceError(f"{doing} failed at the Tinker service: {type(error).__name__}: {error}") from error
+
+
+def _is_embedded(service: str | tinker.ServiceClient | None) -> bool:
+    return service is None and not os.environ.get("TINKER_API_KEY") and not os.environ.get("TINKER_BASE_URL")
+
+
+async def check_service(service: str | tinker.ServiceClient | None, model: str | None, local: LocalOptions) -> None:
+    """Refuses, before anything is begun or written, a service that :func:`open_service` could not open.
+
+    Downloads or converts the embedded service's model, where that was not done before.
+
+    Raises:
+        ServiceUnavailableError: no answer within 10 s, naming the URL.
+        ModelError: the embedded service's model is not to be had.
+        PortInUseError: the embedded service's port is taken.
+    """
+    if isinstance(service, tinker.ServiceClient):
+        return
+    if not _is_embedded(service):
+        url = service or os.environ.get("TINKER_BASE_URL")
+        if url is not None:
+            await probe(url, timeout=CONNECT_DEADLINE)
+        return
+    if local.port:
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                listener.bind(("127.0.0.1", local.port))
+            except OSError as error:
+                raise PortInUseError(
+                    f"port {local.port} on 127.0.0.1 cannot be used ({error.strerror}): choose another, or 0 for a free one"
+                ) from None
+    await anyio.to_thread.run_sync(resolve_model, model or DEFAULT_MODEL)
 
 
 @asynccontextmanager
@@ -121,7 +157,7 @@ async def open_service(
         name = model or CLOUD_MODEL
         yield Service(service, name, await load_tokenizer(tokenizer or name), is_local=False)
         return
-    if service is None and not os.environ.get("TINKER_API_KEY") and not os.environ.get("TINKER_BASE_URL"):
+    if _is_embedded(service):
         wanted = model or DEFAULT_MODEL
         emit(Notice(f"no Tinker endpoint is set: starting the embedded service with {wanted} on this machine"))
         async with local_service(
@@ -189,4 +225,4 @@ async def load_tokenizer(source: str) -> Any:
         ) from error
 
 
-__all__ = ["CLOUD_MODEL", "Service", "ServiceUnavailableError", "load_tokenizer", "open_service"]
+__all__ = ["CLOUD_MODEL", "Service", "ServiceUnavailableError", "check_service", "load_tokenizer", "open_service"]

@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import AsyncIterator, Mapping, Sequence
+import shutil
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -24,7 +25,7 @@ from searchr1_async.config import EpisodeLimits, LearningSettings, LocalOptions,
 from searchr1_async.episodes.dialect import make_dialect
 from searchr1_async.episodes.reward import RewardFunction
 from searchr1_async.episodes.types import Group, Question
-from searchr1_async.errors import RunFolderError, SearchR1Error, ServiceError
+from searchr1_async.errors import CheckpointError, ConfigurationError, RunFolderError, SearchR1Error, ServiceError
 from searchr1_async.evaluation.evaluate import evaluate_policy
 from searchr1_async.evaluation.result import Evaluation
 from searchr1_async.events import (
@@ -45,7 +46,7 @@ from searchr1_async.rollout.engine import RolloutEngine
 from searchr1_async.rollout.order import QuestionOrder
 from searchr1_async.rollout.policy import TinkerPolicy
 from searchr1_async.search import Search
-from searchr1_async.service import Service, open_service
+from searchr1_async.service import Service, check_service, open_service
 from searchr1_async.watch.metrics import group_metrics
 from searchr1_async.watch.records import RunRecords
 
@@ -147,9 +148,7 @@ async def run_training(job: TrainingJob, emit: Emit, stop: StopRequest) -> Train
         SearchR1Error: whatever went wrong, as one of the package's errors; the run's folder holds a resume point.
     """
     try:
-        with _claimed(job.out_dir):
-            async with _opened(job, emit) as training:
-                result = await training.run(stop)
+        result = await _run(job, emit, stop)
     except* SearchR1Error as group:
         emit(RunEnded("failed"))
         raise first_error(group) from group
@@ -157,37 +156,82 @@ async def run_training(job: TrainingJob, emit: Emit, stop: StopRequest) -> Train
     return result
 
 
-def first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
+def first_error(error: BaseException) -> BaseException:
     """The first real exception in a tree of groups: what the user should read."""
-    inner = group.exceptions[0]
-    return first_error(inner) if isinstance(inner, BaseExceptionGroup) else inner
+    return first_error(error.exceptions[0]) if isinstance(error, BaseExceptionGroup) else error
+
+
+async def _run(job: TrainingJob, emit: Emit, stop: StopRequest) -> TrainingResult:
+    order = QuestionOrder(job.questions, seed=job.learning.seed, groups_per_batch=job.learning.groups_per_batch)
+    # In a thread, and first: it reads the corpus whole, and refuses one that cannot be used.
+    identity = await anyio.to_thread.run_sync(job.identity)
+    point = _load_point(job, identity, order)
+    if point is not None and (result := await anyio.to_thread.run_sync(_finished_result, job, point, order)):
+        return result
+    await check_service(job.service, job.model, job.local)
+    with _claimed(job.out_dir):
+        # Once more, now that nobody else can write it.
+        point = _load_point(job, identity, order)
+        async with _opened(job, emit, identity, order, point) as training:
+            return await training.run(stop)
+
+
+def _load_point(job: TrainingJob, identity: Mapping[str, Any], order: QuestionOrder) -> ResumePoint | None:
+    """Where the run in the folder stands; None where there is none.
+
+    Raises:
+        RunFolderError: there is one and it is not to be resumed, or has other settings or questions.
+    """
+    point = ResumePoint.load(job.out_dir)
+    if point is not None and not job.resume:
+        raise RunFolderError(
+            f"{job.out_dir} holds a run ({point.step} steps): pass resume=True to go on with it, or choose another out_dir"
+        )
+    if point is not None:
+        point.refuse_changes(identity, order.fingerprint)
+    return point
+
+
+def _finished_result(job: TrainingJob, point: ResumePoint, order: QuestionOrder) -> TrainingResult | None:
+    """The result of a run that has nothing left to do, from its folder alone: no service is started for it."""
+    records = RunRecords(job.out_dir)
+    total = job.learning.steps if job.learning.steps is not None else order.steps(job.learning.epochs)
+    is_measured = not job.held_out or evaluation_steps(records).get(AFTER_RL) == point.step
+    if point.step < total or point.sampler_step != point.step or not is_measured:
+        return None
+    return TrainingResult(
+        job.out_dir, point.step, "finished", point.sampler_path, load_evaluations(records), point.seconds
+    )
 
 
 @contextmanager
-def _claimed(folder: Path) -> Any:
-    folder.mkdir(parents=True, exist_ok=True)
+def _claimed(folder: Path) -> Iterator[None]:
+    """The folder for this run alone. One that was made for it and is of no use, since the input was refused, goes again."""
+    is_new = not folder.exists()
     lock = FileLock(folder / "run.lock")
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
-        raise RunFolderError(f"another process is training in {folder}: stop it, or choose another out_dir") from None
+        raise RunFolderError(f"another run is training in {folder}: stop it, or choose another out_dir") from None
+    except OSError as error:
+        raise RunFolderError(f"{folder} cannot be used as a run's folder: {error.strerror or error}") from error
     try:
         yield
+    except BaseException as error:
+        is_refused = isinstance(first_error(error), ConfigurationError)
+        if is_refused and is_new and {path.name for path in folder.iterdir()} <= {"run.lock", "service"}:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
     finally:
         lock.release()
 
 
 @asynccontextmanager
-async def _opened(job: TrainingJob, emit: Emit) -> AsyncIterator[_Training]:
+async def _opened(
+    job: TrainingJob, emit: Emit, identity: Mapping[str, Any], order: QuestionOrder, point: ResumePoint | None
+) -> AsyncIterator[_Training]:
     """The services of a run: the Tinker service and the search, closed together whatever happens."""
-    resume = ResumePoint.load(job.out_dir)
-    if resume is not None and not job.resume:
-        raise RunFolderError(
-            f"{job.out_dir} holds a run ({resume.step} steps): pass resume=True to go on with it, or choose another out_dir"
-        )
-    order = QuestionOrder(job.questions, seed=job.learning.seed, groups_per_batch=job.learning.groups_per_batch)
-    if resume is not None:
-        resume.refuse_changes(job.identity(), order.fingerprint)
     await open_search(job.search, emit)
     async with (
         job.search,
@@ -200,7 +244,7 @@ async def _opened(job: TrainingJob, emit: Emit) -> AsyncIterator[_Training]:
             tokenizer=job.tokenizer,
         ) as service,
     ):
-        yield _Training(job, emit, service, order, resume)
+        yield _Training(job, emit, service, identity, order, point)
 
 
 async def open_search(search: Search, emit: Emit) -> None:
@@ -224,10 +268,16 @@ class _Training:
     """One session of a run: from its start, or from its resume point, to its end."""
 
     def __init__(
-        self, job: TrainingJob, emit: Emit, service: Service, order: QuestionOrder, resume: ResumePoint | None
+        self,
+        job: TrainingJob,
+        emit: Emit,
+        service: Service,
+        identity: Mapping[str, Any],
+        order: QuestionOrder,
+        point: ResumePoint | None,
     ) -> None:
         self._job, self._emit, self._service, self._order = job, emit, service, order
-        self._point = resume
+        self._identity, self._point = identity, point
         self._records = RunRecords(job.out_dir)
         dialect = make_dialect(
             job.format_name,
@@ -265,7 +315,7 @@ class _Training:
             await self._measure(AFTER_RL, policy)
         if stop.requested:
             self._emit(Notice("stopped: every finished step is kept, resume=True goes on from the last"))
-        await self._keep_sampler(learner)
+        await self._keep_sampler()
         point = self._point
         return TrainingResult(
             out_dir=job.out_dir,
@@ -359,7 +409,8 @@ class _Training:
         )
 
         def write() -> None:
-            self._records.write_step(step, rows, metrics)
+            with _writing(self._job.out_dir):
+                self._records.write_step(step, rows, metrics)
             new.save(self._job.out_dir)
 
         # Shielded: a stop must not fall between a step and its record.
@@ -372,11 +423,14 @@ class _Training:
             await self._forget(point.state_path)
         return new
 
-    async def _keep_sampler(self, learner: Learner) -> None:
+    async def _keep_sampler(self) -> None:
         """Keeps the last weights for sampling, where the run ended at a step that was no checkpoint."""
         point = self._point
         if point is None or point.sampler_step == point.step:
             return
+        # From the resume point: a stop in the middle of a step may have left the trainer's own weights ahead of it.
+        client = await self._service.restore_training_client(point.state_path)
+        learner = Learner(client, self._job.learning, self._emit)
         path = await learner.keep_sampler(f"step-{point.step:06d}")
         self._point = replace(point, sampler_path=path, sampler_step=point.step)
         await anyio.to_thread.run_sync(self._point.save, self._job.out_dir)
@@ -426,7 +480,7 @@ class _Training:
             sampler_step=0 if finished.sampler_path else None,
             order_fingerprint=self._order.fingerprint,
             base_model=self._service.model_name,
-            settings=job.identity(),
+            settings=self._identity,
         )
         await anyio.to_thread.run_sync(point.save, job.out_dir)
         self._emit(CheckpointSaved(0, point.state_path))
@@ -466,13 +520,27 @@ class _Training:
             label=label,
             step=policy.version,
         )
-        await anyio.to_thread.run_sync(
-            lambda: self._records.write_evaluation(label, evaluation.episodes, policy.version)
-        )
+
+        def write() -> None:
+            with _writing(job.out_dir):
+                self._records.write_evaluation(label, evaluation.episodes, policy.version)
+
+        await anyio.to_thread.run_sync(write)
         self._emit(Notice(f"{label}: {evaluation}"))
 
     def _evaluations(self) -> tuple[Evaluation, ...]:
         return load_evaluations(self._records)
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"the records in {folder} could not be written: {error.strerror or error}. The run's last resume point is "
+            "whole: make room and resume."
+        ) from error
 
 
 def evaluation_steps(records: RunRecords) -> dict[str, int | None]:

@@ -66,6 +66,10 @@ class ResumePoint:
             return cls(**values)
         except FileNotFoundError:
             return None
+        except OSError as error:
+            raise RunFolderError(
+                f"{path} cannot be read: {error.strerror or error}. Choose another out_dir."
+            ) from error
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise RunFolderError(f"{path} is no resume point: {error}. Choose another out_dir.") from error
 
