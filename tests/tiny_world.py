@@ -6,6 +6,7 @@ and one word of the passage into its answer: all that a search-using model does,
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import functools
 import itertools
@@ -242,6 +243,12 @@ def service_processes(parent: int | None = None) -> list[int]:
     return [
         int(row[0]) for row in rows if len(row) == 3 and row[1] == wanted and "searchr1_async.local --child" in row[2]
     ]
+
+
+def tasks_left() -> set[asyncio.Task[Any]]:
+    """Tasks of this event loop, but for the one that asks and the test runner's own."""
+    tasks = {task for task in asyncio.all_tasks() if "TestRunner" not in task.get_coro().__qualname__}
+    return tasks - {asyncio.current_task()}
 
 
 def is_running(pid: int) -> bool:

@@ -1,0 +1,169 @@
+"""The loop: streaming that changes nothing, failures that are no answers, and a disk that fills up."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import anyio
+import polars as pl
+import pytest
+import tinker
+from tinker import types as tinker_types
+
+import searchr1_async as sr
+from searchr1_async.events import Event, MinibatchSubmitted, StepFinished
+from searchr1_async.learn import checkpoints
+from searchr1_async.learn.checkpoints import ResumePoint
+from searchr1_async.watch.records import RunRecords
+from tests import tiny_world
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., sr.Run]:
+    monkeypatch.setenv("TINKER_API_KEY", tiny_world.shared_service().api_key)
+
+    def make(**changes: Any) -> sr.Run:
+        settings = {"steps": 1, "out_dir": tmp_path / "run"} | tiny_world.served_settings(**changes)
+        search = settings.pop("search", None) or tiny_world.make_search(tmp_path / "index")
+        return sr.train(settings.pop("questions", tiny_world.make_questions()[0]), search, **settings)
+
+    return make
+
+
+async def logprobs_of(checkpoint: str | None, tokens: Sequence[int]) -> list[float]:
+    service = await anyio.to_thread.run_sync(lambda: tinker.ServiceClient(base_url=tiny_world.shared_service().url))
+    try:
+        weights = {"model_path": checkpoint} if checkpoint else {"base_model": str(tiny_world.model_folder())}
+        client = await (await anyio.to_thread.run_sync(lambda: service.create_sampling_client(**weights)))
+        logprobs = await client.compute_logprobs(tinker_types.ModelInput.from_ints(list(tokens)))
+        return [value for value in logprobs if value is not None]
+    finally:
+        await service.close("success")
+
+
+async def test_streaming_in_minibatches_gives_the_weights_of_one_batch(
+    start: Callable[..., sr.Run], tmp_path: Path
+) -> None:
+    """The same seeded episodes, sent whole or in parts as they finish, sum to the same gradient.
+
+    The reward tells members apart whatever the model does, so that every group is learned from.
+    """
+
+    async def reward(episode: sr.Episode) -> float:
+        return sum(episode.tokens) % 7 / 7
+
+    rewards, logprobs, sent = {}, {}, {}
+    for minibatches in (1, 4):
+        events: list[Event] = []
+        run = start(out_dir=tmp_path / f"run-{minibatches}", minibatches=minibatches, reward=reward, emit=events.append)
+        result = await run
+        assert result.checkpoint is not None
+        sent[minibatches] = sum(isinstance(event, MinibatchSubmitted) for event in events)
+        rewards[minibatches] = run.episodes().sort("question_id", "member").collect()["reward"].to_list()
+        logprobs[minibatches] = await logprobs_of(result.checkpoint, range(4, 60))
+    assert sent == {1: 1, 4: 4}
+    assert rewards[1] == rewards[4], "the episodes are the same"
+    untrained = await logprobs_of(None, range(4, 60))
+    change = max(abs(new - old) for new, old in zip(logprobs[1], untrained, strict=True))
+    difference = max(abs(one - four) for one, four in zip(logprobs[1], logprobs[4], strict=True))
+    assert change > 0.05, "the step did something"
+    assert difference < 0.01 * change
+
+
+class FailingSearch(sr.Search):
+    """A search over the facts whose store goes down when it is told to."""
+
+    is_down = False
+
+    async def search(self, queries: Sequence[str], n_results: int | None = None) -> Any:
+        if self.is_down:
+            raise sr.StoreError("the store is down")
+        return await super().search(queries, n_results)
+
+
+async def test_a_search_that_is_down_stops_the_run_and_is_no_answer(
+    start: Callable[..., sr.Run], tmp_path: Path
+) -> None:
+    search = tiny_world.make_search(tmp_path / "index", search_class=FailingSearch)
+    warm_up = tiny_world.WARM_UP
+
+    def emit(event: Event) -> None:
+        if isinstance(event, StepFinished) and event.step == 1:
+            search.is_down = True
+
+    settings: dict[str, Any] = {"search": search, "warm_up": warm_up, "steps": 3}
+    run = start(emit=emit, **settings)
+    with pytest.raises(sr.TooManyFailuresError, match="the store is down"):
+        await run
+    assert run.metrics["step"].to_list() == [1]
+    assert "the store is down" not in str(run.episodes().collect().to_dicts())
+
+    search.is_down = False
+    result = await start(resume=True, **settings)
+    assert (result.steps, result.reason) == (3, "finished")
+    assert run.metrics["step"].to_list() == [1, 2, 3]
+
+
+async def test_a_few_failures_are_recorded_and_never_trained_on(start: Callable[..., sr.Run], tmp_path: Path) -> None:
+    """Searches for one place fail for good: those episodes are left out, the warm-up's too, and the rest goes on."""
+    questions = tiny_world.make_questions()[0][:6]
+    place = questions[0].id.partition("-")[2]
+
+    class Partly(sr.Search):
+        async def search(self, queries: Sequence[str], n_results: int | None = None) -> Any:
+            if any(place in query for query in queries):
+                raise sr.StoreError("the store is down")
+            return await super().search(queries, n_results)
+
+    search = tiny_world.make_search(tmp_path / "index", search_class=Partly)
+    run = start(questions=questions, search=search, warm_up=tiny_world.WARM_UP, group_size=8, max_failed_fraction=0.9)
+    assert (await run).steps == 1
+    episodes = run.episodes().collect()
+    failed = episodes.filter(pl.col("stop_reason") == "failed")
+    assert failed.height > 0
+    assert failed["error"].str.contains("the store is down").all()
+    assert not failed["trained"].any()
+    assert failed["advantage"].is_null().all()
+    assert run.metrics["env/all/failed_episodes"].to_list() == [failed.height]
+    assert run.metrics["env/all/total_episodes"].to_list() == [episodes.height - failed.height]
+    assert run.metrics["optim/datums"].to_list() == [episodes["trained"].sum()]
+
+
+def full_disk(*args: object, **kwargs: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("where", ["resume point", "records"])
+async def test_a_full_disk_is_said_and_the_run_goes_on_from_its_last_whole_step(
+    start: Callable[..., sr.Run], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, where: str
+) -> None:
+    target = (checkpoints, "write_atomically") if where == "resume point" else (RunRecords, "write_step")
+    with monkeypatch.context() as patch:
+
+        def emit(event: Event) -> None:
+            if isinstance(event, StepFinished) and event.step == 1:
+                patch.setattr(*target, full_disk)
+
+        with pytest.raises(sr.CheckpointError, match="No space left"):
+            await start(steps=3, emit=emit)
+    point = ResumePoint.load(tmp_path / "run")
+    assert point is not None
+    assert point.step == 1
+    run = start(steps=3, resume=True)
+    result = await run
+    assert (result.steps, result.reason) == (3, "finished")
+    assert run.metrics["step"].to_list() == [1, 2, 3]
+
+
+async def test_a_reward_that_fails_ends_the_run_by_its_name(start: Callable[..., sr.Run]) -> None:
+    async def reward(episode: sr.Episode) -> float:
+        raise KeyError("missing")
+
+    with pytest.raises(sr.RewardError, match="missing"):
+        await start(reward=reward)
