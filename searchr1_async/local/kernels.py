@@ -11,9 +11,10 @@ from torch.nn import functional
 
 logger = logging.getLogger(__name__)
 
-# Rows for which oneDNN lays out a packed weight. Layouts for 1, 32 and 512 rows were within noise of one another for
-# 8 to 1,000 rows, so one layout serves decoding, prefill and training.
-_PACK_ROWS = 512
+# oneDNN's packed layout is used for 2 to this many rows. GFLOPS a core on an AMD Zen 3, packed against MKL: the head of a
+# 135M model 65 and 44 at 32 rows, its gate and up 55 and 36; but 66 to 80 and 73 to 85 at 1,040 rows, and backwards
+# (a product with the weight as it lies) 64 to 77 and 75 to 88. Layouts made for 1, 32 or 512 rows were alike.
+_PACKED_ROWS = 256
 
 
 def onednn_available() -> bool:
@@ -23,7 +24,7 @@ def onednn_available() -> bool:
     try:
         generator = torch.Generator().manual_seed(0)
         weight, x = torch.randn(48, 32, generator=generator), torch.randn(5, 32, generator=generator)
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, _PACK_ROWS)
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_ROWS)
         y = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
     except (AttributeError, RuntimeError, NotImplementedError):
         logger.info("oneDNN's prepacked linear is not available; torch's own is used")
@@ -34,18 +35,16 @@ def onednn_available() -> bool:
 class FrozenLinear:
     """``x Wᵀ + b`` with weights that never change, so they may be laid out once as the hardware likes them.
 
-    On an AMD CPU with two threads oneDNN's packed layout reaches 95 to 130 GFLOPS where ``linear`` (MKL) reaches 44 to
-    120, the more so the fewer the rows. A single row waits for memory, so there MKL is as good (41 ms of CPU time for a
-    135M model) and needs no second layout. OpenBLAS by way of numpy, faster in a quiet machine's cache, spins while it
-    waits: beside other busy processes it took 150 to 250 ms.
+    On a CPU a batch of decoding sequences is multiplied by a second copy in oneDNN's layout, larger batches by MKL. So is
+    a single row, which waits for memory anyway (41 ms of CPU time for a 135M model; OpenBLAS by way of numpy spins while it
+    waits, and took 150 to 250 ms beside other busy processes).
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, *, packed: bool = False) -> None:
         """``weight`` [out, in], ``bias`` [out]; ``packed`` uses oneDNN (float32 on a CPU only)."""
         self.weight = weight
         self.bias = bias
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, _PACK_ROWS) if packed else None
-        self._packed_transposed: Tensor | None = None
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_ROWS) if packed else None
 
     @property
     def out_features(self) -> int:
@@ -57,18 +56,13 @@ class FrozenLinear:
 
     def forward(self, x: Tensor) -> Tensor:
         """[rows, in] to [rows, out]."""
-        if self._packed is None or len(x) <= 1:
+        if self._packed is None or not 1 < len(x) <= _PACKED_ROWS:
             return functional.linear(x, self.weight, self.bias)
         return torch.ops.mkldnn._linear_pointwise(x.contiguous(), self._packed, self.bias, "none", [], "")
 
     def backward(self, dy: Tensor) -> Tensor:
         """The gradient at the input, ``dy W``: [rows, out] to [rows, in]."""
-        if self._packed is None or len(dy) == 0:
-            return dy @ self.weight
-        if self._packed_transposed is None:
-            # Made at the first backward pass: a service that only samples does without this second copy.
-            self._packed_transposed = torch.ops.mkldnn._reorder_linear_weight(self.weight.t().contiguous(), _PACK_ROWS)
-        return torch.ops.mkldnn._linear_pointwise(dy.contiguous(), self._packed_transposed, None, "none", [], "")
+        return dy @ self.weight
 
 
 class LoraLinear(torch.autograd.Function):

@@ -23,7 +23,7 @@ def _seeded() -> None:
 
 @pytest.mark.parametrize("packed", [False, pytest.param(True, marks=pytest.mark.skipif(
     not onednn_available(), reason="oneDNN's prepacked linear is not in this build of torch"))])  # fmt: skip
-@pytest.mark.parametrize("rows", [0, 1, 2, 33])
+@pytest.mark.parametrize("rows", [0, 1, 2, 33, 300])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_a_frozen_linear_equals_torchs_forward_and_backward(packed: bool, rows: int, with_bias: bool) -> None:
     weight, bias = torch.randn(40, 24), torch.randn(40) if with_bias else None
