@@ -34,10 +34,10 @@ from searchr1_async.errors import (
 )
 from searchr1_async.evaluation.result import Evaluation, compare
 from searchr1_async.evaluation.table import comparison_table
+from searchr1_async.job import TrainingResult
 from searchr1_async.learn.demonstrations import Demonstration
 from searchr1_async.run import Run
 from searchr1_async.search import Search, SearchStatistics
-from searchr1_async.training import TrainingResult
 
 __all__ = [
     "CheckpointError",

@@ -20,21 +20,16 @@ from searchr1_async.errors import ConfigurationError, ModelError, QuestionsError
 from searchr1_async.evaluation.evaluate import evaluate_policy, play_all
 from searchr1_async.evaluation.result import Evaluation
 from searchr1_async.events import Emit
+from searchr1_async.job import StopRequest, TrainingJob, TrainingResult
 from searchr1_async.learn.checkpoints import ResumePoint
 from searchr1_async.learn.demonstrations import Demonstration
 from searchr1_async.rollout.engine import RolloutEngine
 from searchr1_async.rollout.policy import TinkerPolicy
 from searchr1_async.run import Run
+from searchr1_async.run_folder import first_error
 from searchr1_async.search import Search
 from searchr1_async.service import check_service, open_service
-from searchr1_async.training import (
-    StopRequest,
-    TrainingJob,
-    TrainingResult,
-    first_error,
-    open_search,
-    run_training,
-)
+from searchr1_async.training import open_search, run_training
 from searchr1_async.watch.fanout import Watchers
 from searchr1_async.watch.progress import ConsoleProgress
 

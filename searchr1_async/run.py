@@ -9,7 +9,7 @@ from pathlib import Path
 import anyio
 import polars as pl
 
-from searchr1_async.training import StopRequest, TrainingResult
+from searchr1_async.job import StopRequest, TrainingResult
 from searchr1_async.watch.records import RunRecords
 
 

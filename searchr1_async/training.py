@@ -9,25 +9,20 @@ from __future__ import annotations
 import logging
 import math
 import random
-import shutil
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import anyio
 import tinker
-from filelock import FileLock, Timeout
 
-from searchr1_async.config import EpisodeLimits, LearningSettings, LocalOptions, SamplingSettings, WarmUp
+from searchr1_async.config import WarmUp
 from searchr1_async.episodes.dialect import make_dialect
-from searchr1_async.episodes.reward import RewardFunction
 from searchr1_async.episodes.types import Group, Question
-from searchr1_async.errors import CheckpointError, ConfigurationError, RunFolderError, SearchR1Error, ServiceError
+from searchr1_async.errors import SearchR1Error, ServiceError
 from searchr1_async.evaluation.evaluate import evaluate_policy
-from searchr1_async.evaluation.result import Evaluation
 from searchr1_async.events import (
     CheckpointSaved,
     Emit,
@@ -38,6 +33,7 @@ from searchr1_async.events import (
     RunEnded,
     StepFinished,
 )
+from searchr1_async.job import StopRequest, TrainingJob, TrainingResult
 from searchr1_async.learn.checkpoints import ResumePoint
 from searchr1_async.learn.demonstrations import Demonstration, demonstration_batches, play_demonstrations
 from searchr1_async.learn.learner import FinishedStep, Learner
@@ -45,100 +41,24 @@ from searchr1_async.learn.minibatches import MinibatchGatherer, drop_reason
 from searchr1_async.rollout.engine import RolloutEngine
 from searchr1_async.rollout.order import QuestionOrder
 from searchr1_async.rollout.policy import TinkerPolicy
+from searchr1_async.run_folder import (
+    AFTER_RL,
+    AFTER_WARM_UP,
+    UNTRAINED,
+    claimed,
+    evaluation_steps,
+    finished_result,
+    first_error,
+    load_evaluations,
+    load_point,
+    writing_records,
+)
 from searchr1_async.search import Search
 from searchr1_async.service import Service, check_service, open_service
 from searchr1_async.watch.metrics import group_metrics
 from searchr1_async.watch.records import RunRecords
 
 logger = logging.getLogger(__name__)
-
-UNTRAINED, AFTER_WARM_UP, AFTER_RL = "untrained", "after warm-up", "after RL"
-
-
-@dataclass(frozen=True)
-class TrainingJob:
-    """Everything a run is given; checked already."""
-
-    questions: tuple[Question, ...]
-    search: Search
-    out_dir: Path
-    learning: LearningSettings
-    limits: EpisodeLimits
-    sampling: SamplingSettings
-    reward: RewardFunction
-    model: str | None = None
-    service: str | tinker.ServiceClient | None = None
-    local: LocalOptions = field(default_factory=LocalOptions)
-    tokenizer: str | None = None
-    format_name: str = "hermes"
-    renderer_name: str | None = None
-    instructions: str | None = None
-    warm_up: WarmUp | None = None
-    demonstrations: tuple[Demonstration, ...] = ()
-    held_out: tuple[Question, ...] = ()
-    held_out_samples: int = 1
-    evaluate_every: int | None = None
-    resume: bool = False
-    time_limit: float | None = None
-
-    def identity(self) -> dict[str, Any]:
-        """The settings that make the steps before and after a resume one run, as plain JSON values.
-
-        How long to go on and how often to look are not among them: those may change.
-        """
-        learning = asdict(self.learning)
-        for name in ("steps", "epochs", "checkpoint_every", "max_failed_fraction"):
-            del learning[name]
-        return {
-            "model": self.model,
-            "format": self.format_name,
-            "renderer": self.renderer_name,
-            "instructions": self.instructions,
-            "temperature": self.sampling.temperature,
-            "search": self.search.fingerprint,
-            "limits": asdict(self.limits),
-            "learning": {**learning, "loss_config": dict(self.learning.loss_config)},
-            "warm_up": asdict(self.warm_up) if self.warm_up else None,
-        }
-
-
-@dataclass(frozen=True)
-class TrainingResult:
-    """What a run came to. All of it can be read back from ``out_dir``."""
-
-    out_dir: Path
-    steps: int
-    """Optimiser steps finished, earlier sessions of the run included."""
-    reason: str
-    """``finished``, ``time_limit`` or ``stopped``."""
-    checkpoint: str | None
-    """``tinker://`` path of the last weights kept for sampling."""
-    evaluations: tuple[Evaluation, ...]
-    """On the held-out questions, in the order in which they were made."""
-    seconds: float
-    """Of reinforcement learning, earlier sessions included."""
-
-
-class StopRequest:
-    """Asks a run to stop at once, cleanly: episodes under way are cancelled, finished steps are kept."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._scope: anyio.CancelScope | None = None
-
-    def request(self) -> None:
-        self.requested = True
-        if self._scope is not None:
-            self._scope.cancel()
-
-    @contextmanager
-    def interruptible(self) -> Any:
-        """Work that a stop may cut short; afterwards ``requested`` says whether it did."""
-        with anyio.CancelScope() as self._scope:
-            if self.requested:
-                self._scope.cancel()
-            yield
-        self._scope = None
 
 
 async def run_training(job: TrainingJob, emit: Emit, stop: StopRequest) -> TrainingResult:
@@ -156,75 +76,19 @@ async def run_training(job: TrainingJob, emit: Emit, stop: StopRequest) -> Train
     return result
 
 
-def first_error(error: BaseException) -> BaseException:
-    """The first real exception in a tree of groups: what the user should read."""
-    return first_error(error.exceptions[0]) if isinstance(error, BaseExceptionGroup) else error
-
-
 async def _run(job: TrainingJob, emit: Emit, stop: StopRequest) -> TrainingResult:
     order = QuestionOrder(job.questions, seed=job.learning.seed, groups_per_batch=job.learning.groups_per_batch)
     # In a thread, and first: it reads the corpus whole, and refuses one that cannot be used.
     identity = await anyio.to_thread.run_sync(job.identity)
-    point = _load_point(job, identity, order)
-    if point is not None and (result := await anyio.to_thread.run_sync(_finished_result, job, point, order)):
+    point = load_point(job, identity, order)
+    if point is not None and (result := await anyio.to_thread.run_sync(finished_result, job, point, order)):
         return result
     await check_service(job.service, job.model, job.local)
-    with _claimed(job.out_dir):
+    with claimed(job.out_dir):
         # Once more, now that nobody else can write it.
-        point = _load_point(job, identity, order)
+        point = load_point(job, identity, order)
         async with _opened(job, emit, identity, order, point) as training:
             return await training.run(stop)
-
-
-def _load_point(job: TrainingJob, identity: Mapping[str, Any], order: QuestionOrder) -> ResumePoint | None:
-    """Where the run in the folder stands; None where there is none.
-
-    Raises:
-        RunFolderError: there is one and it is not to be resumed, or has other settings or questions.
-    """
-    point = ResumePoint.load(job.out_dir)
-    if point is not None and not job.resume:
-        raise RunFolderError(
-            f"{job.out_dir} holds a run ({point.step} steps): pass resume=True to go on with it, or choose another out_dir"
-        )
-    if point is not None:
-        point.refuse_changes(identity, order.fingerprint)
-    return point
-
-
-def _finished_result(job: TrainingJob, point: ResumePoint, order: QuestionOrder) -> TrainingResult | None:
-    """The result of a run that has nothing left to do, from its folder alone: no service is started for it."""
-    records = RunRecords(job.out_dir)
-    total = job.learning.steps if job.learning.steps is not None else order.steps(job.learning.epochs)
-    is_measured = not job.held_out or evaluation_steps(records).get(AFTER_RL) == point.step
-    if point.step < total or point.sampler_step != point.step or not is_measured:
-        return None
-    return TrainingResult(
-        job.out_dir, point.step, "finished", point.sampler_path, load_evaluations(records), point.seconds
-    )
-
-
-@contextmanager
-def _claimed(folder: Path) -> Iterator[None]:
-    """The folder for this run alone. One that was made for it and is of no use, since the input was refused, goes again."""
-    is_new = not folder.exists()
-    lock = FileLock(folder / "run.lock")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise RunFolderError(f"another run is training in {folder}: stop it, or choose another out_dir") from None
-    except OSError as error:
-        raise RunFolderError(f"{folder} cannot be used as a run's folder: {error.strerror or error}") from error
-    try:
-        yield
-    except BaseException as error:
-        is_refused = isinstance(first_error(error), ConfigurationError)
-        if is_refused and is_new and {path.name for path in folder.iterdir()} <= {"run.lock", "service"}:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
-    finally:
-        lock.release()
 
 
 @asynccontextmanager
@@ -322,7 +186,7 @@ class _Training:
             steps=point.step if point else 0,
             reason=reason,
             checkpoint=point.sampler_path if point else None,
-            evaluations=self._evaluations(),
+            evaluations=load_evaluations(self._records),
             seconds=point.seconds if point else 0.0,
         )
 
@@ -332,7 +196,8 @@ class _Training:
         assert point is not None
         learning, began, before = self._job.learning, anyio.current_time(), point.seconds
         total = learning.steps if learning.steps is not None else self._order.steps(learning.epochs)
-        longest = 0.0
+        # What a step may take: the longest seen; the mean of earlier sessions where none was seen in this one.
+        longest = before / point.step if point.step else 0.0
         reason = "finished"
         self._emit(PhaseStarted("train", total, "steps"))
         self._emit(PhaseAdvanced("train", point.step))
@@ -352,10 +217,12 @@ class _Training:
             )
             now = anyio.current_time()
             longest = max(longest, now - step_began)
+            # In a thread: 1,024 episodes take 0.1 s.
+            played = await anyio.to_thread.run_sync(partial(group_metrics, groups, policy_version=policy.version))
             metrics = {
                 "progress/batch": float(step),
                 "progress/done_frac": step / total,
-                **group_metrics(groups, policy_version=policy.version),
+                **played,
                 **finished.metrics,
                 "time/total": now - step_began,
                 "time/sampling": sampled_at - step_began,
@@ -409,7 +276,7 @@ class _Training:
         )
 
         def write() -> None:
-            with _writing(self._job.out_dir):
+            with writing_records(self._job.out_dir):
                 self._records.write_step(step, rows, metrics)
             new.save(self._job.out_dir)
 
@@ -444,7 +311,8 @@ class _Training:
 
     async def _restore_or_create(self) -> tinker.TrainingClient:
         if self._point is None:
-            self._records.truncate_after(0)
+            # The untrained measurement of an earlier, other attempt in this folder goes too.
+            self._records.truncate_after(-1)
             return await self._service.create_training_client(
                 rank=self._job.learning.lora_rank, seed=self._job.learning.seed
             )
@@ -522,36 +390,8 @@ class _Training:
         )
 
         def write() -> None:
-            with _writing(job.out_dir):
+            with writing_records(job.out_dir):
                 self._records.write_evaluation(label, evaluation.episodes, policy.version)
 
         await anyio.to_thread.run_sync(write)
         self._emit(Notice(f"{label}: {evaluation}"))
-
-    def _evaluations(self) -> tuple[Evaluation, ...]:
-        return load_evaluations(self._records)
-
-
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(
-            f"the records in {folder} could not be written: {error.strerror or error}. The run's last resume point is "
-            "whole: make room and resume."
-        ) from error
-
-
-def evaluation_steps(records: RunRecords) -> dict[str, int | None]:
-    """The labels of a run's evaluations, in the order in which they were made, with the optimiser steps before each."""
-    steps = dict(records.evaluations().select("label", "step").unique().collect().iter_rows())
-    return {label: steps.get(label) for label in records.evaluation_labels()}
-
-
-def load_evaluations(records: RunRecords) -> tuple[Evaluation, ...]:
-    """The evaluations of a run, read back from its folder by their steps."""
-    loaded = [
-        Evaluation(label, records.load_evaluation(label), step) for label, step in evaluation_steps(records).items()
-    ]
-    return tuple(sorted(loaded, key=lambda evaluation: (evaluation.label != UNTRAINED, evaluation.step or 0)))

@@ -1,0 +1,105 @@
+"""What a run is given, what it comes to, and the word to stop it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import anyio
+import tinker
+
+from searchr1_async.config import EpisodeLimits, LearningSettings, LocalOptions, SamplingSettings, WarmUp
+from searchr1_async.episodes.reward import RewardFunction
+from searchr1_async.episodes.types import Question
+from searchr1_async.evaluation.result import Evaluation
+from searchr1_async.learn.demonstrations import Demonstration
+from searchr1_async.search import Search
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """Everything a run is given; checked already."""
+
+    questions: tuple[Question, ...]
+    search: Search
+    out_dir: Path
+    learning: LearningSettings
+    limits: EpisodeLimits
+    sampling: SamplingSettings
+    reward: RewardFunction
+    model: str | None = None
+    service: str | tinker.ServiceClient | None = None
+    local: LocalOptions = field(default_factory=LocalOptions)
+    tokenizer: str | None = None
+    format_name: str = "hermes"
+    renderer_name: str | None = None
+    instructions: str | None = None
+    warm_up: WarmUp | None = None
+    demonstrations: tuple[Demonstration, ...] = ()
+    held_out: tuple[Question, ...] = ()
+    held_out_samples: int = 1
+    evaluate_every: int | None = None
+    resume: bool = False
+    time_limit: float | None = None
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that make the steps before and after a resume one run, as plain JSON values.
+
+        How long to go on and how often to look are not among them: those may change.
+        """
+        learning = asdict(self.learning)
+        for name in ("steps", "epochs", "checkpoint_every", "max_failed_fraction"):
+            del learning[name]
+        return {
+            "model": self.model,
+            "format": self.format_name,
+            "renderer": self.renderer_name,
+            "instructions": self.instructions,
+            "temperature": self.sampling.temperature,
+            "search": self.search.fingerprint,
+            "limits": asdict(self.limits),
+            "learning": {**learning, "loss_config": dict(self.learning.loss_config)},
+            "warm_up": asdict(self.warm_up) if self.warm_up else None,
+        }
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a run came to. All of it can be read back from ``out_dir``."""
+
+    out_dir: Path
+    steps: int
+    """Optimiser steps finished, earlier sessions of the run included."""
+    reason: str
+    """``finished``, ``time_limit`` or ``stopped``."""
+    checkpoint: str | None
+    """``tinker://`` path of the last weights kept for sampling."""
+    evaluations: tuple[Evaluation, ...]
+    """On the held-out questions, in the order in which they were made."""
+    seconds: float
+    """Of reinforcement learning, earlier sessions included."""
+
+
+class StopRequest:
+    """Asks a run to stop at once, cleanly: episodes under way are cancelled, finished steps are kept."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._scope: anyio.CancelScope | None = None
+
+    def request(self) -> None:
+        self.requested = True
+        if self._scope is not None:
+            self._scope.cancel()
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Work that a stop may cut short; afterwards ``requested`` says whether it did."""
+        with anyio.CancelScope() as self._scope:
+            if self.requested:
+                self._scope.cancel()
+            yield
+        self._scope = None

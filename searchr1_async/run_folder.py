@@ -1,0 +1,103 @@
+"""A run's folder: claimed by one run at a time, resumed only as the run it holds, read back when it has ended."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from searchr1_async.errors import CheckpointError, ConfigurationError, RunFolderError
+from searchr1_async.evaluation.result import Evaluation
+from searchr1_async.job import TrainingJob, TrainingResult
+from searchr1_async.learn.checkpoints import ResumePoint
+from searchr1_async.rollout.order import QuestionOrder
+from searchr1_async.watch.records import RunRecords
+
+UNTRAINED, AFTER_WARM_UP, AFTER_RL = "untrained", "after warm-up", "after RL"
+"""Labels of the measurements that every run with held-out questions makes."""
+
+
+def first_error(error: BaseException) -> BaseException:
+    """The first real exception in a tree of groups: what the user should read."""
+    return first_error(error.exceptions[0]) if isinstance(error, BaseExceptionGroup) else error
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """The folder for this run alone. One that was made for it and is of no use, since the input was refused, goes again."""
+    is_new = not folder.exists()
+    lock = FileLock(folder / "run.lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RunFolderError(f"another run is training in {folder}: stop it, or choose another out_dir") from None
+    except OSError as error:
+        raise RunFolderError(f"{folder} cannot be used as a run's folder: {error.strerror or error}") from error
+    try:
+        yield
+    except BaseException as error:
+        is_refused = isinstance(first_error(error), ConfigurationError)
+        if is_refused and is_new and {path.name for path in folder.iterdir()} <= {"run.lock", "service"}:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    finally:
+        lock.release()
+
+
+def load_point(job: TrainingJob, identity: Mapping[str, Any], order: QuestionOrder) -> ResumePoint | None:
+    """Where the run in the folder stands; None where there is none.
+
+    Raises:
+        RunFolderError: there is one and it is not to be resumed, or has other settings or questions.
+    """
+    point = ResumePoint.load(job.out_dir)
+    if point is not None and not job.resume:
+        raise RunFolderError(
+            f"{job.out_dir} holds a run ({point.step} steps): pass resume=True to go on with it, or choose another out_dir"
+        )
+    if point is not None:
+        point.refuse_changes(identity, order.fingerprint)
+    return point
+
+
+def finished_result(job: TrainingJob, point: ResumePoint, order: QuestionOrder) -> TrainingResult | None:
+    """The result of a run that has nothing left to do, from its folder alone: no service is started for it."""
+    records = RunRecords(job.out_dir)
+    total = job.learning.steps if job.learning.steps is not None else order.steps(job.learning.epochs)
+    is_measured = not job.held_out or evaluation_steps(records).get(AFTER_RL) == point.step
+    if point.step < total or point.sampler_step != point.step or not is_measured:
+        return None
+    return TrainingResult(
+        job.out_dir, point.step, "finished", point.sampler_path, load_evaluations(records), point.seconds
+    )
+
+
+@contextmanager
+def writing_records(folder: Path) -> Iterator[None]:
+    """A disk that is full, or a folder that cannot be written, becomes an error that says what is safe and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"the records in {folder} could not be written: {error.strerror or error}. The run's last resume point is "
+            "whole: make room and resume."
+        ) from error
+
+
+def evaluation_steps(records: RunRecords) -> dict[str, int | None]:
+    """The labels of a run's evaluations, in the order in which they were made, with the optimiser steps before each."""
+    steps = dict(records.evaluations().select("label", "step").unique().collect().iter_rows())
+    return {label: steps.get(label) for label in records.evaluation_labels()}
+
+
+def load_evaluations(records: RunRecords) -> tuple[Evaluation, ...]:
+    """The evaluations of a run, read back from its folder by their steps."""
+    loaded = [
+        Evaluation(label, records.load_evaluation(label), step) for label, step in evaluation_steps(records).items()
+    ]
+    return tuple(sorted(loaded, key=lambda evaluation: (evaluation.label != UNTRAINED, evaluation.step or 0)))
