@@ -1,7 +1,7 @@
 """What happens in a run, as values: the one small interface through which the engine is watched.
 
 The engine calls ``emit(event)``; whoever watches (metrics, records, dashboard) subscribes. ``emit`` never blocks and
-never raises into the engine. This module stands on the lowest floor, since every floor above emits.
+never raises into the engine. This module stands right above the values of an episode, below every room that emits.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ class PhaseStarted(Event):
     unit: str
     label: str = ""
     """Which one, for phases that occur several times (``untrained``, ``after RL``)."""
+    seconds_at_most: float | None = None
+    """The phase ends by then, done or not; None where only its work ends it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -199,11 +199,12 @@ class _Training:
         # What a step may take: the longest seen; the mean of earlier sessions where none was seen in this one.
         longest = before / point.step if point.step else 0.0
         reason = "finished"
-        self._emit(PhaseStarted("train", total, "steps"))
+        limit = None if self._job.time_limit is None else max(0.0, self._job.time_limit - before)
+        self._emit(PhaseStarted("train", total, "steps", seconds_at_most=limit))
         self._emit(PhaseAdvanced("train", point.step))
         while point.step < total:
             step_began = anyio.current_time()
-            if self._job.time_limit is not None and before + (step_began - began) + longest > self._job.time_limit:
+            if limit is not None and step_began - began + longest > limit:
                 reason = "time_limit"
                 self._emit(Notice(f"the time limit is near: reinforcement learning ends after {point.step} steps"))
                 break

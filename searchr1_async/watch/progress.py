@@ -47,6 +47,8 @@ class Estimate:
     total: int
     started: float
     done: int = 0
+    seconds_at_most: float | None = None
+    """The phase ends by then at the latest."""
     _history: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=20))
 
     def __post_init__(self) -> None:
@@ -64,9 +66,16 @@ class Estimate:
         self._history.append((now, done))
 
     def seconds_left(self, now: float) -> float | None:
-        """None before anything is known of the pace."""
+        """None before anything is known of the pace, where no limit is known either."""
         if self.done >= self.total:
             return 0.0
+        by_pace = self._by_pace(now)
+        if self.seconds_at_most is None:
+            return by_pace
+        by_limit = max(0.0, self.started + self.seconds_at_most - now)
+        return by_limit if by_pace is None else min(by_pace, by_limit)
+
+    def _by_pace(self, now: float) -> float | None:
         then, before = self._history[0]
         latest, done = self._history[-1]
         if done <= before or latest <= then:
@@ -175,7 +184,8 @@ class ConsoleProgress:
                 pass
 
     def _start(self, event: PhaseStarted, now: float) -> None:
-        phase = _Phase(event, Estimate(event.total, now), line_due=now + SECONDS_BETWEEN_LINES)
+        estimate = Estimate(event.total, now, seconds_at_most=event.seconds_at_most)
+        phase = _Phase(event, estimate, line_due=now + SECONDS_BETWEEN_LINES)
         if event.phase in self._phases:
             self._hide(self._phases.pop(event.phase))
         self._phases[event.phase] = phase

@@ -206,3 +206,16 @@ def test_a_resumed_run_is_not_mistaken_for_a_fast_one() -> None:
 )
 def test_durations_are_for_people(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_a_limit_bounds_the_time_left() -> None:
+    free = Estimate(total=40, started=0.0)
+    bounded = Estimate(total=40, started=0.0, seconds_at_most=300.0)
+    assert free.seconds_left(10.0) is None
+    assert bounded.seconds_left(10.0) == 290.0
+    for estimate in (free, bounded):
+        estimate.advance(1, 60.0)
+    assert free.seconds_left(60.0) == 39 * 60
+    assert bounded.seconds_left(60.0) == 240.0
+    bounded.advance(39, 100.0)
+    assert (bounded.seconds_left(100.0) or 0) < 60
