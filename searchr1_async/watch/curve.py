@@ -170,7 +170,7 @@ def _limit_steps(axes: Axes, metrics: pl.DataFrame, evaluations: Sequence[Evalua
     from matplotlib.ticker import MaxNLocator
 
     last = max(_last_step(metrics, evaluations), 1)
-    margin = 0.16 if evaluations else 0.03  # room for the names of the evaluations before and after
+    margin = 0.19 if evaluations else 0.03  # room for the names of the evaluations before and after
     axes.set_xlim(-margin * last, last * (1 + margin))
     axes.set_xticks([tick for tick in MaxNLocator(integer=True).tick_values(0, last) if 0 <= tick <= last])
 
