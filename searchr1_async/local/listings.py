@@ -96,7 +96,9 @@ class Listings:
     async def weights_info(self, request: web.Request) -> web.Response:
         id = CheckpointId.parse(Body.parse(await request.read()).text("tinker_path"))
         checkpoint = await anyio.to_thread.run_sync(self._checkpoints.find, id, time.time())
-        return _json(base_model=checkpoint.base_model, is_lora=True, lora_rank=checkpoint.lora.rank, **_parts(checkpoint))
+        return _json(
+            base_model=checkpoint.base_model, is_lora=True, lora_rank=checkpoint.lora.rank, **_parts(checkpoint)
+        )
 
     async def _listing(self, run: str | None = None) -> list[Checkpoint]:
         return await anyio.to_thread.run_sync(functools.partial(self._checkpoints.listing, time.time(), run))

@@ -127,7 +127,9 @@ class Sampling:
         async with self._reading:
             checkpoint = await anyio.to_thread.run_sync(self._checkpoints.find, id, time.time())
             if checkpoint.base_model != self._backend.model_name:
-                raise UserFault(f"{id.path} is of {checkpoint.base_model!r}: this service has {self._backend.model_name!r}")
+                raise UserFault(
+                    f"{id.path} is of {checkpoint.base_model!r}: this service has {self._backend.model_name!r}"
+                )
             key = (id, checkpoint.created_at)
             weights = self._by_checkpoint.setdefault(key, Weights(None, key))
             if weights.snapshot is None:

@@ -336,7 +336,9 @@ def _forward_backward(
     high = loss_config.get("clip_high_threshold", high)
     loss, gradient, rows = 0.0, 0.0, []
     for datum in data:
-        names = ("target_tokens", "weights") if loss_fn == "cross_entropy" else ("target_tokens", "logprobs", "advantages")
+        names = (
+            ("target_tokens", "weights") if loss_fn == "cross_entropy" else ("target_tokens", "logprobs", "advantages")
+        )
         missing = [name for name in names if name not in datum.loss_inputs]
         if missing:
             raise UserFault(f"{loss_fn} needs loss_fn_inputs {', '.join(missing)}")

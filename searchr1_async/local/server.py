@@ -97,7 +97,12 @@ async def serve(
         service = Service(backend, checkpoints, Jobs(PromiseStore(), tasks), options or ServiceOptions())
         await anyio.to_thread.run_sync(checkpoints.clean)
         tasks.start_soon(service.keep_house)
-        runner = web.AppRunner(make_app(service, checkpoints, api_key), access_log=None, shutdown_timeout=1.0, keepalive_timeout=_KEEP_ALIVE_SECONDS)
+        runner = web.AppRunner(
+            make_app(service, checkpoints, api_key),
+            access_log=None,
+            shutdown_timeout=1.0,
+            keepalive_timeout=_KEEP_ALIVE_SECONDS,
+        )
         await runner.setup()
         try:
             await web.SockSite(runner, listener, backlog=1024).start()
@@ -465,7 +470,10 @@ class Service:
             return _json(completions=[], cursor=seen)
         settled, cursor = await self.sampling.log_of(self._sampler(id), clone).after(seen, seconds)
         completions = [
-            {"state": "failed" if isinstance(promise.outcome, Failure) else "finished", "request_id": promise.request_id}
+            {
+                "state": "failed" if isinstance(promise.outcome, Failure) else "finished",
+                "request_id": promise.request_id,
+            }
             for promise in settled
         ]
         return _json(completions=completions, cursor=cursor)

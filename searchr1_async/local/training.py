@@ -283,9 +283,7 @@ class Training:
 
         self._jobs.start(promise, write)
 
-    async def snapshot(
-        self, publish: Callable[[Model, Snapshot], str], model: Model, promise: Promise
-    ) -> None:
+    async def snapshot(self, publish: Callable[[Model, Snapshot], str], model: Model, promise: Promise) -> None:
         """``save_weights_for_sampler`` without a name: ``publish`` gets the weights, and names their sampler."""
         future = self._backend.snapshot(model.trained())
 

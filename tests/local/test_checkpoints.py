@@ -25,7 +25,9 @@ RUN = "0123abcd:train:0"
 STATE = {"a.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "step": np.array([7])}
 
 
-def checkpoint(name: str = "one", kind: str = "weights", *, at: float = 100.0, expires: float | None = None) -> Checkpoint:
+def checkpoint(
+    name: str = "one", kind: str = "weights", *, at: float = 100.0, expires: float | None = None
+) -> Checkpoint:
     return Checkpoint(
         id=CheckpointId.of(RUN, kind, name),
         base_model="some/model",

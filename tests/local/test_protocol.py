@@ -65,7 +65,9 @@ def test_training_data_arrives_as_the_sdk_sent_it(rows: list[list[int]], data: s
         assert got.loss_inputs["weights"].tolist() == column
 
 
-@given(st.lists(st.lists(floats, max_size=8), max_size=5), st.dictionaries(st.sampled_from(["loss:sum", "x:mean"]), floats))
+@given(
+    st.lists(st.lists(floats, max_size=8), max_size=5), st.dictionaries(st.sampled_from(["loss:sum", "x:mean"]), floats)
+)
 def test_training_results_are_what_the_sdk_reads(rows: list[list[float]], metrics: dict[str, float]) -> None:
     arrays = tuple(np.array(row, np.float32) for row in rows)
     reply = protocol.encode_forward_backward(ForwardBackwardResult(arrays, metrics))

@@ -257,7 +257,11 @@ async def test_checkpoints_are_listed_changed_and_deleted(tmp_path: Path) -> Non
             assert (info.base_model, info.lora_rank, info.train_mlp) == ("scripted", 4, True)
 
             await client.set_checkpoint_ttl_from_tinker_path(weights, None)
-            (kept,) = [item for item in (await client.list_checkpoints(trainer.model_id)).checkpoints if item.tinker_path == weights]
+            (kept,) = [
+                item
+                for item in (await client.list_checkpoints(trainer.model_id)).checkpoints
+                if item.tinker_path == weights
+            ]
             assert kept.expires_at is None
             await client.delete_checkpoint_from_tinker_path(weights)
             assert [item.tinker_path for item in (await client.list_user_checkpoints()).checkpoints] == [state]

@@ -206,7 +206,9 @@ async def test_wrong_work_fails_in_its_future_and_leaves_no_hole(client: Raw) ->
         await step(client, model, 2, learning_rate=-1.0),
         await client.ok("save_weights", {"model_id": model, "seq_id": 3, "path": "../up"}),
         await client.ok("save_weights", {"model_id": model, "seq_id": 4, "path": "a", "ttl_seconds": 0}),
-        await client.ok("load_weights", {"model_id": model, "seq_id": 5, "path": "tinker://x/weights/y", "optimizer": True}),
+        await client.ok(
+            "load_weights", {"model_id": model, "seq_id": 5, "path": "tinker://x/weights/y", "optimizer": True}
+        ),
         await client.ok("save_weights_external", {"model_id": model, "seq_id": 6, "path": "a"}),
     ]
     for future in wrong:
@@ -218,7 +220,9 @@ async def test_wrong_work_fails_in_its_future_and_leaves_no_hole(client: Raw) ->
 
 async def test_wrong_models_fail_in_their_future(client: Raw) -> None:
     session = await client.session()
-    for number, more in enumerate(({"base_model": "other"}, {"lora_config": {"rank": 0}}, {"optimizer_config": {"type": "x"}})):
+    for number, more in enumerate(
+        ({"base_model": "other"}, {"lora_config": {"rank": 0}}, {"optimizer_config": {"type": "x"}})
+    ):
         fields = {"session_id": session, "model_seq_id": number, "base_model": "scripted", **more}
         future = await client.ok("create_model", fields)
         assert (await client.result(future))["category"] == "user"
@@ -353,6 +357,7 @@ async def test_a_silent_session_ends(tmp_path: Path) -> None:
     with service_thread(tmp_path, session_idle=0.1, gap_patience=0.1) as served:
         async with raw(served.url) as client:
             session = await client.session()
+
             async def ended() -> bool:
                 return not (await client.ok("sessions", method="GET"))["sessions"]
 
