@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.report import write_result
 from searchr1_async.atlas_job import AtlasSettings, run_atlas
-from searchr1_async.evaluation.result import Evaluation, compare
-from searchr1_async.evaluation.table import comparison_table, describe
+from searchr1_async.evaluation.result import Evaluation
+from searchr1_async.evaluation.table import comparison_table
 from searchr1_async.watch.records import RunRecords
 
 
@@ -67,12 +67,11 @@ def main() -> None:
             f"{label}: " + ", ".join(f"{hop}-hop {part.exact_match:.2f}" for hop, part in sorted(e.by_hop.items()))
             for label, e in ((e.label, e) for e in result.evaluations)
         ]
-        gain = describe(compare(result.evaluations[-2], result.evaluations[-1])) if len(result.evaluations) > 1 else ""
         training = RunRecords(result.out_dir).metrics().select("progress/batch", "env/all/correct", "time/total")
         reward = ", ".join(f"{value:.2f}" for value in training["env/all/correct"])
         body.append(
             f"## Seed {seed}: {result.steps} steps, {minutes:.1f} minutes in all\n\n```\n"
-            f"{comparison_table(result.evaluations)}\n```\n\nGain of reinforcement learning: {gain}\n\n"
+            f"{comparison_table(result.evaluations)}\n```\n\n"
             f"By hop: {'; '.join(by_hop)}\n\nExact match of the training episodes by step: {reward}"
         )
     write_result("atlas_seeds", "The main job over several seeds", body, pl.DataFrame(table))

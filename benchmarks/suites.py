@@ -22,7 +22,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import searchr1_async as sr
 from benchmarks.report import write_result
-from searchr1_async.evaluation.table import comparison_table, describe
 
 
 def choose_questions(path: Path, count: int, seed: int) -> list[sr.Question]:
@@ -112,10 +111,9 @@ def main() -> None:
                     "minutes": minutes,
                 }
             )
-        gain = describe(sr.compare(result.evaluations[-2], result.evaluations[-1]))
         body.append(
             f"## {suite}: {passages} passages, {result.steps} steps, {minutes:.1f} minutes in all\n\n```\n"
-            f"{comparison_table(result.evaluations)}\n```\n\nGain of reinforcement learning: {gain}"
+            f"{sr.comparison_table(result.evaluations)}\n```"
         )
     write_result("suites", "Short runs on other suites", body, pl.DataFrame(table))
 
