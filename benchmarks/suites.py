@@ -2,9 +2,9 @@
 
     python benchmarks/suites.py --data FOLDER --suites popqa hotpotqa
 
-FOLDER holds `<suite>.jsonl` (`question`, `golden_answers`, `data_source`, `id`, `answerable`) and `corpus.parquet`
-(`id`, `title`, `text`). The questions used are those known to be answerable from the corpus; the corpus is cut to their
-gold passages and as many others as asked for, so that it can be embedded in minutes.
+FOLDER holds `<suite>.jsonl` (`question`, `golden_answers`, `data_source`, `id`, `gold_passages`) and `corpus.parquet`
+(`id`, `title`, `text`). The questions used are those whose gold passages are known; the corpus is cut to these
+passages and as many others as asked for, so that it can be embedded in minutes.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from benchmarks.report import write_result
 
 
 def choose_questions(path: Path, count: int, seed: int) -> list[sr.Question]:
-    """Answerable questions with short answers, shuffled."""
+    """Questions with known gold passages and short answers, shuffled."""
     questions = [
         question
         for question in sr.load_questions(path)
-        if question.metadata.get("answerable", True) and min(len(a.split()) for a in question.golden_answers) <= 4
+        if question.metadata.get("gold_passages") and min(len(a.split()) for a in question.golden_answers) <= 4
     ]
     random.Random(seed).shuffle(questions)
     return questions[:count]

@@ -237,7 +237,9 @@ def child_environment() -> dict[str, str]:
 
 def service_processes(parent: int | None = None) -> list[int]:
     """The ids of running embedded services that ``parent`` (by default this process) has started."""
-    listing = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
+    listing = subprocess.run(
+        ["ps", "-ewwo", "pid=", "-o", "ppid=", "-o", "args="], capture_output=True, text=True, check=True
+    ).stdout
     rows = [line.split(None, 2) for line in listing.splitlines()]
     wanted = str(os.getpid() if parent is None else parent)
     return [
