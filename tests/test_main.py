@@ -1,0 +1,117 @@
+"""The command line, as a process."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from searchr1_async.__main__ import main
+from tests import tiny_world
+
+COMMAND = [sys.executable, "-m", "searchr1_async"]
+
+
+def test_the_package_is_a_command() -> None:
+    found = subprocess.run(
+        [*COMMAND, "--help"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env=tiny_world.child_environment(),
+    )
+    assert found.returncode == 0, found.stderr
+    assert "atlas" in found.stdout
+
+
+def test_help_names_the_options(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["atlas", "--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    for option in ("--out-dir", "--seed", "--steps", "--time-limit", "--held-out", "--group-size", "--threads"):
+        assert option in shown
+
+
+@pytest.mark.parametrize("arguments", [[], ["no-such-command"], ["atlas", "--steps", "many"]])
+def test_a_wrong_command_line_is_explained(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert "usage:" in capsys.readouterr().err
+
+
+def test_bad_settings_end_with_one_line_and_no_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["atlas", "--out-dir", str(tmp_path / "run"), "--group-size", "1"]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("ConfigurationError: group_size is 1")
+    assert len(told.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+INTERRUPTED = """
+import sys
+from pathlib import Path
+import searchr1_async.__main__ as command
+import searchr1_async.atlas_job as job
+from searchr1_async.events import EpisodeFinished
+from tests import tiny_world
+
+# The command itself, over the small world: its search, its questions, its model.
+train, world = job.train, Path(sys.argv[1])
+
+
+def small_train(questions, search, **settings):
+    def tell(event):
+        if isinstance(event, EpisodeFinished):
+            print("episode", event.step, flush=True)
+
+    settings |= {
+        **tiny_world.SETTINGS, "resume": True, "model": sys.argv[2], "warm_up": None, "held_out": (), "emit": tell
+    }
+    return train(tiny_world.make_questions()[0], tiny_world.make_search(world / "index"), **settings)
+
+
+job.train = small_train
+job.Search = type("NoSearch", (), {"local": staticmethod(lambda *args, **settings: None)})
+sys.exit(command.main(["atlas", "--out-dir", str(world / "run"), "--steps", "300"]))
+"""
+
+
+def test_control_c_ends_the_command_cleanly_and_it_can_go_on(tmp_path: Path) -> None:
+    """A terminal's Ctrl-C: everything is closed, the folder is whole, and the service is gone."""
+    from searchr1_async.learn.checkpoints import ResumePoint
+    from searchr1_async.watch.records import RunRecords
+
+    process = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED, tmp_path, tiny_world.model_folder()],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=tiny_world.child_environment() | {"COLUMNS": "80"},
+        start_new_session=True,
+    )
+    try:
+        assert process.stdout is not None
+        assert any(line.strip() == "episode 2" for line in process.stdout), process.communicate()[1]
+        (service,) = tiny_world.service_processes(process.pid)
+        began = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+        assert time.monotonic() - began < 30
+    finally:
+        process.kill()
+        process.communicate()
+    assert process.returncode == 130, errors
+    assert "the same command goes on" in errors
+    assert "Traceback" not in errors
+    assert not tiny_world.is_running(service)
+    point = ResumePoint.load(tmp_path / "run")
+    assert point is not None
+    assert point.step in (1, 2)
+    assert RunRecords(tmp_path / "run").metrics()["step"].to_list() == list(range(1, point.step + 1))
