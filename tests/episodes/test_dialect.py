@@ -20,7 +20,7 @@ from searchr1_async.episodes.types import Passage, Question
 from searchr1_async.errors import ModelError
 
 QUESTION = Question("q", "What is the capital of Egypt?", ("Cairo",))
-NAMES = ("tags", "hermes", "qwen3")
+NAMES = ("tags", "hermes", "qwen3", "qwen35")
 
 hostile = st.one_of(
     st.text(max_size=60),

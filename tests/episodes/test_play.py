@@ -47,7 +47,7 @@ def assert_token_exact(episode: Episode, prompts: list[tuple[int, ...]]) -> None
     assert tuple(tokens) == episode.tokens
 
 
-@pytest.mark.parametrize("name", ["tags", "hermes", "qwen3"])
+@pytest.mark.parametrize("name", ["tags", "hermes", "qwen3", "qwen35"])
 async def test_searches_then_answers(dialects: Dialects, name: str) -> None:
     dialect, _ = dialects[name]
     policy = turns_of(dialect.write_call(["capital of Egypt"]), dialect.write_answer("Cairo"))
@@ -132,7 +132,7 @@ async def test_too_many_queries_in_one_call_are_malformed(dialects: Dialects) ->
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    name=st.sampled_from(["tags", "hermes", "qwen3"]),
+    name=st.sampled_from(["tags", "hermes", "qwen3", "qwen35"]),
     pieces=st.lists(
         st.lists(
             st.one_of(st.integers(0, 300), st.sampled_from(["call", "answer", "<|im_end|>", "<search>"])), max_size=5
