@@ -182,7 +182,7 @@ SETTINGS: dict[str, Any] = PLAYING | {
 }
 """What every run of this world is given, unless a test says otherwise."""
 
-WARM_UP = sr.WarmUp(steps=17, batch_size=16, learning_rate=4e-3)
+WARM_UP = sr.WarmUp(steps=20, batch_size=16, learning_rate=4e-3)
 """Leaves the model right in about 4 of 10 samples."""
 
 

@@ -28,6 +28,7 @@ from searchr1_async.errors import (
     ConfigurationError,
     ModelError,
     PortInUseError,
+    ServiceError,
     ServiceStartError,
     ServiceUnavailableError,
 )
@@ -97,7 +98,7 @@ async def local_service(
 
     Raises :class:`ModelError` for an unknown model, :class:`PortInUseError`, :class:`ConfigurationError` for other
     settings that the child refuses, and :class:`ServiceStartError` when it does not come up within ``start_timeout``
-    seconds.
+    seconds. A service that dies later ends the block with a :class:`ServiceError` (in an exception group).
     """
     if threads is not None and threads < 1:
         raise ConfigurationError(f"threads: must be at least 1, got {threads}")
@@ -132,7 +133,16 @@ async def local_service(
                 raise refusal(ready["error"])
             raise ServiceStartError(f"the embedded service could not start: {ready['error']}; {_tail(log_path)}")
         logger.info("the embedded service serves %s at %s (pid %d)", ready["model_name"], ready["url"], process.pid)
-        yield LocalService(ready["url"], api_key, ready["model_name"], ready["tokenizer_path"], process.pid)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(_raise_when_ended, process, log_path)
+            yield LocalService(ready["url"], api_key, ready["model_name"], ready["tokenizer_path"], process.pid)
+            tasks.cancel_scope.cancel()
+
+
+async def _raise_when_ended(process: Process, log_path: Path) -> None:
+    """The SDK asks a service that has died for ever: whoever uses it must hear of its end from here."""
+    code = await process.wait()
+    raise ServiceError(f"the embedded service ended while it was used (exit code {code}); {_tail(log_path)}")
 
 
 @asynccontextmanager

@@ -23,6 +23,7 @@ from searchr1_async.errors import (
     ConfigurationError,
     ModelError,
     PortInUseError,
+    ServiceError,
     ServiceStartError,
     ServiceUnavailableError,
 )
@@ -121,23 +122,28 @@ async def test_it_dies_with_a_parent_that_is_killed(tmp_path: Path) -> None:
         await until(lambda: gone(pid))
 
 
-async def test_a_service_that_is_killed_fails_its_clients(tmp_path: Path) -> None:
+async def test_a_service_that_is_killed_ends_the_block_that_uses_it(tmp_path: Path) -> None:
+    """The SDK would ask a dead service for ever; the block's own cancellation ends its wait."""
     slow = Scripted(SCRIPT.reply, latency={"floor": 3600.0})
-    async with local_service("counter", folder=tmp_path, scripted=slow) as service:
-        client = await anyio.to_thread.run_sync(
-            lambda: tinker.ServiceClient(base_url=service.url, api_key=service.api_key)
-        )
-        sampler = await client.create_sampling_client(base_model="counter")
-        sample = asyncio.ensure_future(sampler.sample(PROMPT, 1, types.SamplingParams(max_tokens=5)))
-        await anyio.lowlevel.checkpoint()
-        os.kill(service.pid, signal.SIGKILL)
-        await until(lambda: gone(service.pid))
-        with pytest.raises(ServiceUnavailableError):
-            await probe(service.url)
-        assert not sample.done(), "the SDK goes on trying: who wants to know asks probe()"
-        sample.cancel()
-        # Not client.close(): it would try to end its session for minutes.
-        await client.holder.run_coroutine_threadsafe(client.holder.aclose())
+    used: list[tinker.ServiceClient] = []
+
+    async def use() -> None:
+        async with local_service("counter", folder=tmp_path, scripted=slow) as service:
+            client = await anyio.to_thread.run_sync(
+                lambda: tinker.ServiceClient(base_url=service.url, api_key=service.api_key)
+            )
+            used.append(client)
+            sampler = await client.create_sampling_client(base_model="counter")
+            sample = sampler.sample(PROMPT, 1, types.SamplingParams(max_tokens=5))
+            os.kill(service.pid, signal.SIGKILL)
+            with anyio.fail_after(30):
+                await sample
+
+    with pytest.raises(ExceptionGroup) as caught:
+        await use()
+    assert caught.group_contains(ServiceError, match="ended while it was used")
+    # Not client.close(): it would try to end its session for minutes.
+    await used[0].holder.run_coroutine_threadsafe(used[0].holder.aclose())
 
 
 async def test_a_port_that_is_taken(tmp_path: Path) -> None:
