@@ -26,7 +26,7 @@ from searchr1_async.learn.demonstrations import Demonstration
 from searchr1_async.rollout.engine import RolloutEngine
 from searchr1_async.rollout.policy import TinkerPolicy
 from searchr1_async.run import Run
-from searchr1_async.run_folder import first_error
+from searchr1_async.run_folder import find_point, first_error
 from searchr1_async.search import Search
 from searchr1_async.service import check_service, open_service
 from searchr1_async.training import open_search, run_training
@@ -171,7 +171,7 @@ def train(
         resume=resume,
         time_limit=time_limit,
     )
-    _check_folder(job)
+    find_point(job)  # refuses a folder that holds a run not to be resumed, before the run's task begins
 
     async def work(stop: StopRequest) -> TrainingResult:
         with ExitStack() as stack:
@@ -410,14 +410,6 @@ def _questions(questions: Questions) -> tuple[Question, ...]:
 def _check_format(name: str) -> None:
     if name not in FORMATS:
         raise ModelError(f"unknown tool-call format {name!r}: choose one of {', '.join(FORMATS)}")
-
-
-def _check_folder(job: TrainingJob) -> None:
-    point = ResumePoint.load(job.out_dir)
-    if point is not None and not job.resume:
-        raise RunFolderError(
-            f"{job.out_dir} holds a run ({point.step} steps): pass resume=True to go on with it, or choose another out_dir"
-        )
 
 
 def _watchers(stack: ExitStack, progress: bool, emit: Emit | None) -> Watchers:

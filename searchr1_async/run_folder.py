@@ -49,17 +49,27 @@ def claimed(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def load_point(job: TrainingJob, identity: Mapping[str, Any], order: QuestionOrder) -> ResumePoint | None:
-    """Where the run in the folder stands; None where there is none.
+def find_point(job: TrainingJob) -> ResumePoint | None:
+    """The resume point in the job's folder; None where there is none. Cheap: it reads one small file.
 
     Raises:
-        RunFolderError: there is one and it is not to be resumed, or has other settings or questions.
+        RunFolderError: there is one and the job is not to resume, or it cannot be read.
     """
     point = ResumePoint.load(job.out_dir)
     if point is not None and not job.resume:
         raise RunFolderError(
             f"{job.out_dir} holds a run ({point.step} steps): pass resume=True to go on with it, or choose another out_dir"
         )
+    return point
+
+
+def load_point(job: TrainingJob, identity: Mapping[str, Any], order: QuestionOrder) -> ResumePoint | None:
+    """Where the run in the folder stands; None where there is none.
+
+    Raises:
+        RunFolderError: there is one and it is not to be resumed, or has other settings or questions.
+    """
+    point = find_point(job)
     if point is not None:
         point.refuse_changes(identity, order.fingerprint)
     return point
