@@ -14,7 +14,8 @@
     │   └── PortInUseError         its port is taken
     ├── SearchError                the search tool, for good (after its retries)
     │   ├── EmbeddingError         the embedder
-    │   └── StoreError             the vector store
+    │   ├── StoreError             the vector store
+    │   └── SearchUnavailableError a service of the search stayed away for longer than a run waits
     ├── RewardError                a user's reward function failed or returned no finite number
     ├── CheckpointError            a checkpoint that cannot be written or read
     └── TooManyFailuresError       too large a fraction of the episodes failed
@@ -64,7 +65,16 @@ class PortInUseError(ServiceError):
 
 
 class SearchError(SearchR1Error):
-    """The search tool failed for good; the episode that asked fails with this as its cause."""
+    """The search tool failed for good; the episode that asked fails with this as its cause.
+
+    Args:
+        is_fatal: no later search can succeed either (a refused credential, a missing collection): the run stops, where
+            it would otherwise go on without the episode.
+    """
+
+    def __init__(self, message: str, *, is_fatal: bool = False) -> None:
+        super().__init__(message)
+        self.is_fatal = is_fatal
 
 
 class EmbeddingError(SearchError):
@@ -73,6 +83,13 @@ class EmbeddingError(SearchError):
 
 class StoreError(SearchError):
     """The vector store failed for good, or does not hold what was expected of it."""
+
+
+class SearchUnavailableError(SearchError):
+    """A service of the search did not come back within the time that a run waits for it; always fatal."""
+
+    def __init__(self, message: str, *, is_fatal: bool = True) -> None:
+        super().__init__(message, is_fatal=is_fatal)
 
 
 class RewardError(SearchR1Error):

@@ -24,7 +24,7 @@ Evaluation compare comparison_table
 EpisodeLimits LearningSettings LocalOptions SamplingSettings WarmUp
 SearchR1Error ConfigurationError QuestionsError CorpusError ModelError RunFolderError
 ServiceError ServiceUnavailableError ServiceStartError PortInUseError
-SearchError EmbeddingError StoreError RewardError CheckpointError TooManyFailuresError
+SearchError EmbeddingError StoreError SearchUnavailableError RewardError CheckpointError TooManyFailuresError
 """.split()  # noqa: SIM905
 
 ENGINE_ROOMS = ("episodes", "search", "data", "rollout", "learn")

@@ -9,11 +9,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 Vectors = NDArray[np.float32]
-"""``[texts, dimension]``, float32, every row of length 1."""
+"""``[texts, dimension]``, float32; of length 1 where the embedder normalises."""
 
 
 class Embedder(Protocol):
-    """Turns texts into vectors. All its awaits are made from one event loop between ``open`` and ``aclose``."""
+    """Turns texts into vectors, one request a call, tried once.
+
+    Batching, pacing, retrying and deadlines are the caller's: an embedder says how much it takes at once, and which
+    kind of fault it met. All its awaits are made from one event loop between ``open`` and ``aclose``. A cancelled call
+    must leave it usable.
+    """
 
     @property
     def name(self) -> str:
@@ -27,7 +32,17 @@ class Embedder(Protocol):
 
     @property
     def max_texts(self) -> int:
-        """Texts that one request may hold."""
+        """Texts that one request may hold; may fall while it is open (a service that turns out to refuse lists)."""
+        ...
+
+    @property
+    def max_tokens(self) -> int | None:
+        """Tokens that one request may hold in all; None where there is no such limit."""
+        ...
+
+    @property
+    def max_requests(self) -> int:
+        """Requests at once, at most: where pacing stops growing. 1 where calls queue behind one another anyway."""
         ...
 
     async def open(self) -> None:
@@ -47,7 +62,9 @@ class Embedder(Protocol):
         """One vector a search query, in order.
 
         Raises:
-            EmbeddingError: for good.
+            PassingFault: this time; worth another try (see :mod:`searchr1_async.search.faults`).
+            RefusedInput: because of one of these texts.
+            EmbeddingError: for good; fatal where no other text would fare better.
         """
         ...
 
@@ -55,7 +72,9 @@ class Embedder(Protocol):
         """One vector a passage, in order.
 
         Raises:
-            EmbeddingError: for good.
+            PassingFault: this time; worth another try (see :mod:`searchr1_async.search.faults`).
+            RefusedInput: because of one of these texts.
+            EmbeddingError: for good; fatal where no other text would fare better.
         """
         ...
 

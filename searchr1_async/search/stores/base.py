@@ -13,7 +13,12 @@ Found = tuple[tuple[Passage, ...], ...]
 
 
 class Store(Protocol):
-    """Passages with their vectors. All its awaits are made from one event loop between ``open`` and ``aclose``."""
+    """Passages with their vectors: one request a call, tried once.
+
+    Batching, pacing, retrying and deadlines are the caller's: a store says how much it takes at once, and which kind of
+    fault it met. All its awaits are made from one event loop between ``open`` and ``aclose``. A cancelled call must leave
+    it usable.
+    """
 
     @property
     def name(self) -> str:
@@ -21,15 +26,31 @@ class Store(Protocol):
         ...
 
     @property
+    def fingerprint(self) -> str:
+        """Equal while it answers alike: known once it is open, another one when its collection was made anew."""
+        ...
+
+    @property
+    def dimension(self) -> int | None:
+        """Numbers a vector; None while it is not open, or empty."""
+        ...
+
+    @property
     def max_queries(self) -> int:
         """Vectors that one query may hold."""
+        ...
+
+    @property
+    def max_requests(self) -> int:
+        """Requests at once, at most: where pacing stops growing. 1 where calls queue behind one another anyway."""
         ...
 
     async def open(self) -> None:
         """Connects. Opening what is open does nothing.
 
         Raises:
-            StoreError: it cannot.
+            PassingFault: it does not answer now.
+            StoreError: it cannot, for good.
         """
         ...
 
@@ -37,7 +58,9 @@ class Store(Protocol):
         """The ``n_results`` nearest passages of each vector, with their similarity; fewer where the store holds fewer.
 
         Raises:
-            StoreError: for good.
+            PassingFault: this time; worth another try (see :mod:`searchr1_async.search.faults`).
+            RefusedInput: because of one of these vectors.
+            StoreError: for good; fatal where no other query would fare better.
         """
         ...
 
@@ -45,6 +68,7 @@ class Store(Protocol):
         """Puts passages in, replacing those with the same id.
 
         Raises:
+            PassingFault: this time; some of them may be in.
             StoreError: for good.
         """
         ...
@@ -53,6 +77,16 @@ class Store(Protocol):
         """Passages it holds.
 
         Raises:
+            PassingFault: this time.
+            StoreError: for good.
+        """
+        ...
+
+    async def missing(self, ids: Sequence[str]) -> frozenset[str]:
+        """Those of the ids that it does not hold.
+
+        Raises:
+            PassingFault: this time.
             StoreError: for good.
         """
         ...
