@@ -182,7 +182,7 @@ def load_corpus(name_or_path: str | Path | Sequence[Passage] | Corpus) -> Corpus
 def _passage(place: str, row: Mapping[str, Any]) -> Passage:
     missing = {"id", "text"} - row.keys()
     if missing == {"text"} and "contents" in row:
-        title, text = _split_contents(_text(place, row, "contents"))
+        title, text = split_contents(_text(place, row, "contents"))
     elif missing:
         raise CorpusError(
             f"{place} has no column {' and no column '.join(map(repr, sorted(missing)))}: "
@@ -204,11 +204,19 @@ def _text(place: str, row: Mapping[str, Any], column: str) -> str:
     return text
 
 
-def _split_contents(contents: str) -> tuple[str, str]:
-    title, newline, text = contents.partition("\n")
-    if not newline or not text.strip():
+def split_contents(contents: str, *, only_quoted: bool = False) -> tuple[str, str]:
+    """The first line without its quotes as the title, and the text below it; no title where nothing stands below.
+
+    Args:
+        contents: title, newline, text.
+        only_quoted: a first line that is not in quotes is no title.
+    """
+    line, newline, text = contents.partition("\n")
+    line = line.strip()
+    is_quoted = len(line) > 2 and line[0] == line[-1] == '"'
+    if not newline or not text.strip() or (only_quoted and not is_quoted):
         return "", contents
-    return title.strip().strip('"'), text
+    return line.strip('"'), text
 
 
 def _read_whole(source: str, passages: Callable[[], Iterator[tuple[str, Passage]]]) -> _Content:

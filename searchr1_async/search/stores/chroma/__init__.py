@@ -1,0 +1,6 @@
+"""Chroma as the vector store: a folder on this machine, a server (``chroma run``), or Chroma Cloud."""
+
+from searchr1_async.search.stores.chroma.embedded import EmbeddedChroma
+from searchr1_async.search.stores.chroma.remote import RemoteChroma
+
+__all__ = ["EmbeddedChroma", "RemoteChroma"]

@@ -1,0 +1,129 @@
+"""A Chroma collection in a folder, within this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from searchr1_async.errors import StoreError
+from searchr1_async.search.embedders.base import Vectors
+from searchr1_async.search.faults import PassingFault
+from searchr1_async.search.stores.chroma.faults import fault_of_embedded
+from searchr1_async.search.stores.chroma.layout import INCLUDE, NEW_COLLECTION, CollectionModel
+from searchr1_async.search.stores.chroma.store import ChromaStore
+from searchr1_async.search.threads import OwnThread
+
+if TYPE_CHECKING:
+    from chromadb.api import ClientAPI
+    from chromadb.api.models.Collection import Collection
+
+Result = TypeVar("Result")
+
+PAGE = 5_000
+"""Rows a call; Chroma itself takes 5,461 with its default SQLite."""
+
+
+class EmbeddedChroma(ChromaStore):
+    """A Chroma database in a folder, within this process. Its calls run one after another in a thread of its own.
+
+    Args:
+        path: the folder; made when it is first opened.
+        collection: its name, 3 to 512 characters of ``a-zA-Z0-9._-``; made with cosine distance when missing.
+
+    Raises:
+        StoreError: a name that Chroma does not take.
+    """
+
+    max_queries = 1_000
+    max_requests = 1
+
+    def __init__(self, path: str | Path, collection: str = "passages") -> None:
+        folder = Path(path).expanduser().absolute()
+        name = f"Chroma collection {collection!r} in {folder}"
+        super().__init__(name, _FolderDatabase(name, folder), collection, PAGE)
+
+
+class _FolderDatabase:
+    """A Chroma database in a folder; all of it is touched in one thread only."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self._name = name
+        self._folder = folder
+        self._thread = OwnThread("searchr1-chroma")
+        self._client: ClientAPI | None = None
+        self._collections: dict[str, Collection] = {}
+
+    @property
+    def is_open(self) -> bool:
+        return self._client is not None
+
+    async def open(self) -> None:
+        if self._client is None:
+            await self._thread.run(self._open)
+
+    def _open(self) -> None:
+        import chromadb
+        from chromadb.config import Settings
+
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._client = chromadb.PersistentClient(self._folder, settings=Settings(anonymized_telemetry=False))
+        except Exception as error:
+            if isinstance(fault := fault_of_embedded(self._name, error), PassingFault):
+                raise fault from error
+            raise StoreError(
+                f"the Chroma folder {self._folder} cannot be opened ({type(error).__name__}: {error}): "
+                "check that it may be written; if it is broken, delete it and it is built again",
+                is_fatal=True,
+            ) from error
+
+    async def look_up(self, collection: str) -> CollectionModel:
+        return await self._run(self._look_up, collection)
+
+    def _look_up(self, name: str) -> CollectionModel:
+        if self._client is None:
+            raise StoreError(f"{self._name} is not open")
+        settings: Any = NEW_COLLECTION
+        found = self._client.get_or_create_collection(name, embedding_function=None, configuration=settings)
+        self._collections = {str(found.id): found}
+        model = found._model  # the dimension has no public name
+        return CollectionModel.of(found.id, model.dimension, found.configuration_json)
+
+    async def query(self, collection_id: str, vectors: Vectors, n_results: int) -> Mapping[str, Any]:
+        include: Any = list(INCLUDE)
+        return await self._run(
+            lambda: self._collection(collection_id).query(
+                query_embeddings=vectors, n_results=n_results, include=include
+            )
+        )
+
+    async def upsert(self, collection_id: str, columns: Mapping[str, Any]) -> None:
+        await self._run(lambda: self._collection(collection_id).upsert(**columns))
+
+    async def existing(self, collection_id: str, ids: Sequence[str]) -> Sequence[str]:
+        return await self._run(lambda: self._collection(collection_id).get(ids=list(ids), include=[])["ids"])
+
+    async def count(self, collection_id: str) -> int:
+        return await self._run(lambda: self._collection(collection_id).count())
+
+    def _collection(self, collection_id: str) -> Collection:
+        if (found := self._collections.get(collection_id)) is None:
+            raise StoreError(f"{self._name} is not open")
+        return found
+
+    async def aclose(self) -> None:
+        client, self._client = self._client, None
+        if client is not None:
+            try:
+                # ClientAPI does not declare it; every client has it.
+                await self._thread.run(client.close)  # pyright: ignore[reportAttributeAccessIssue]
+            finally:
+                self._collections = {}
+                self._thread.close()
+
+    async def _run(self, function: Callable[..., Result], *args: Any) -> Result:
+        try:
+            return await self._thread.run(function, *args)
+        except Exception as error:  # the Rust bindings raise plain exceptions
+            raise fault_of_embedded(self._name, error) from error

@@ -1,0 +1,173 @@
+"""Which fault an answer of a Chroma server is, a connection that broke, or an exception of Chroma in this process.
+
+Texts of queries and passages never reach a message: what Chroma quotes of a request is cut from what it says.
+"""
+
+from __future__ import annotations
+
+import re
+import ssl
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from http import HTTPStatus
+
+import aiohttp
+import orjson
+
+from searchr1_async.errors import SearchError, StoreError
+from searchr1_async.search.faults import PassingFault, RefusedInput, TooManyRequests
+
+PASSING_STATUSES = frozenset(
+    {
+        HTTPStatus.REQUEST_TIMEOUT,
+        HTTPStatus.CONFLICT,  # two clients make the same collection at once
+        HTTPStatus.TOO_EARLY,
+        HTTPStatus.INTERNAL_SERVER_ERROR,
+        HTTPStatus.BAD_GATEWAY,
+        HTTPStatus.SERVICE_UNAVAILABLE,
+        HTTPStatus.GATEWAY_TIMEOUT,
+    }
+)
+"""Answers that may be another one at the next try."""
+# What SQLite says while another process writes to the same folder.
+_DATABASE_BUSY = re.compile(r"database( table| schema)? is locked|database is busy|\bcode: (5|6|261|262|517)\b", re.I)
+_DIMENSIONS = re.compile(r"dimension of (\d+), got (\d+)")
+_QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"|' + r"'(?:[^'\\]|\\.)*'|`[^`]*`")
+
+
+class MissingCollection(StoreError):
+    """The collection does not exist (any more): it may have been made anew, with another id."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, is_fatal=True)
+
+
+def fault_of_answer(where: str, status: int, headers: Mapping[str, str], body: bytes) -> SearchError:
+    """The fault that a server's answer without success is.
+
+    Args:
+        where: the store's name.
+        status: of HTTP, 300 or above.
+        headers: ``Retry-After`` is read, in seconds or as a date.
+        body: Chroma's is ``{"error": "<kind>", "message": "<text>"}``; a gateway's may be anything.
+    """
+    kind, said = _said(body)
+    because = f"{status}{f' {kind}' if kind else ''}{f': {said}' if said else ''}"
+    wait = retry_after(headers, datetime.now(UTC))
+    if status == HTTPStatus.TOO_MANY_REQUESTS or (status == HTTPStatus.SERVICE_UNAVAILABLE and wait is not None):
+        return TooManyRequests(f"{where} asks to slow down ({because})", cause=str(status), retry_after=wait)
+    if status in PASSING_STATUSES or status > HTTPStatus.NETWORK_AUTHENTICATION_REQUIRED:
+        return PassingFault(f"{where} failed this time ({because})", cause=str(status), retry_after=wait)
+    if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
+        return StoreError(
+            f"{where} refuses these credentials ({status}): set token (for Chroma Cloud CHROMA_API_KEY), and check that "
+            "it may use this tenant and database",
+            is_fatal=True,
+        )
+    if status == HTTPStatus.NOT_FOUND:
+        if kind == "NotFoundError":
+            return MissingCollection(
+                f"{where} does not exist: check the name, or serve the folder that holds it (`chroma run --path <folder>`)"
+            )
+        return StoreError(
+            f"{where}: there is a server, but none of Chroma 0.6 or newer (404): check host and port", is_fatal=True
+        )
+    if status < HTTPStatus.BAD_REQUEST:
+        return StoreError(
+            f"{where} redirects elsewhere ({status}): give that address, and ssl if need be", is_fatal=True
+        )
+    if found := _DIMENSIONS.search(said):
+        return wrong_dimension(where, int(found[1]), int(found[2]))
+    if status in (HTTPStatus.BAD_REQUEST, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.UNPROCESSABLE_ENTITY):
+        return RefusedInput(f"{where} refuses a request ({because})")
+    return StoreError(f"{where} failed ({because})", is_fatal=status != HTTPStatus.NOT_IMPLEMENTED)
+
+
+def fault_of_exception(where: str, error: Exception) -> SearchError:
+    """The fault that a failed request to a server is: no connection, a broken one, no answer in time, a broken answer."""
+    kind = type(error).__name__
+    match error:
+        case SearchError():
+            return error
+        case ssl.SSLError() | aiohttp.ClientSSLError():
+            return StoreError(
+                f"{where}: no trusted TLS connection ({kind}): check ssl, the port and the certificate", is_fatal=True
+            )
+        case aiohttp.InvalidURL() | aiohttp.NonHttpUrlClientError():
+            return StoreError(f"{where}: its address is no URL of HTTP: check host and port", is_fatal=True)
+        case TimeoutError():  # aiohttp's timeouts are some
+            return PassingFault(f"{where} did not answer in time ({kind})", cause="timeout")
+        case aiohttp.ClientConnectorError():
+            cause = "name" if isinstance(error, aiohttp.ClientConnectorDNSError) else "refused"
+            return PassingFault(
+                f"{where} does not answer ({kind}): check that `chroma run` is up, and where", cause=cause
+            )
+        case aiohttp.ClientPayloadError():
+            return PassingFault(f"{where} broke off its answer ({kind})", cause="reset")
+        case aiohttp.ClientConnectionError() | ConnectionError() | OSError():
+            return PassingFault(f"{where} broke the connection ({kind})", cause="reset")
+        case aiohttp.ClientResponseError() | orjson.JSONDecodeError():
+            return malformed(where)
+        case _:
+            return StoreError(f"{where} failed ({kind})")
+
+
+def fault_of_embedded(where: str, error: Exception) -> SearchError:
+    """The fault that an exception of Chroma within this process is."""
+    from chromadb.errors import InvalidArgumentError, NotFoundError
+
+    if isinstance(error, SearchError):
+        return error
+    text = str(error).strip()
+    if isinstance(error, NotFoundError):
+        return MissingCollection(f"{where} does not exist")
+    if found := _DIMENSIONS.search(text):
+        return wrong_dimension(where, int(found[1]), int(found[2]))
+    because = f"{type(error).__name__}: {_without_quotes(text)}"
+    if _DATABASE_BUSY.search(text):
+        return PassingFault(f"{where} is held by another process ({because})", cause="locked")
+    if isinstance(error, InvalidArgumentError):
+        return RefusedInput(f"{where} refuses a request ({because})")
+    return StoreError(f"{where} failed ({because})")
+
+
+def wrong_dimension(where: str, expected: int, got: int) -> StoreError:
+    """What to say of vectors that do not fit the collection."""
+    return StoreError(
+        f"{where} was built with another embedder (its vectors have {expected} numbers, these {got}): search it with the "
+        "one it was built with",
+        is_fatal=True,
+    )
+
+
+def malformed(where: str) -> PassingFault:
+    """What to say of an answer of success that cannot be read: cut short, or a gateway's page."""
+    return PassingFault(f"{where} gave an answer that cannot be read", cause="malformed")
+
+
+def retry_after(headers: Mapping[str, str], now: datetime) -> float | None:
+    """Seconds that ``Retry-After`` asks to wait, given in seconds or as a date (RFC 9110, 10.2.3); None without."""
+    value = next((value.strip() for name, value in headers.items() if name.lower() == "retry-after"), "")
+    if re.fullmatch(r"\d{1,9}(\.\d+)?", value, re.ASCII):
+        return float(value)
+    try:
+        date = parsedate_to_datetime(value)
+    except ValueError:
+        return None
+    return max(0.0, (date.replace(tzinfo=date.tzinfo or UTC) - now).total_seconds())
+
+
+def _said(body: bytes) -> tuple[str, str]:
+    """The kind and the text of Chroma's own error; both empty for anything else."""
+    try:
+        found = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return "", ""
+    if not isinstance(found, dict) or not re.fullmatch(r"\w{1,60}", str(found.get("error", "")), re.ASCII):
+        return "", ""
+    return str(found["error"]), _without_quotes(str(found.get("message", "")))
+
+
+def _without_quotes(text: str) -> str:
+    return " ".join(_QUOTED.sub("…", text).split())[:300]

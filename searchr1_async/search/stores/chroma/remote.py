@@ -1,0 +1,148 @@
+"""A collection of a Chroma server, or of Chroma Cloud."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Self
+
+from yarl import URL
+
+from searchr1_async.errors import ConfigurationError
+from searchr1_async.search.stores.chroma.server import Address, ServerDatabase
+from searchr1_async.search.stores.chroma.store import ChromaStore
+
+DEFAULT_TENANT = "default_tenant"
+DEFAULT_DATABASE = "default_database"
+CLOUD_HOST = "api.trychroma.com"
+PAGE = 1_000
+"""Rows a request: 16 MB at 3,072 dimensions, of the 40 MB that a server takes."""
+CLOUD_PAGE = 300
+"""Rows a request: Chroma Cloud's quota of records written, and of results read (docs.trychroma.com/cloud/quotas-limits)."""
+CLOUD_REQUESTS = 10
+"""Chroma Cloud's quota of reads of one collection at once."""
+
+
+class RemoteChroma(ChromaStore):
+    """A collection of a Chroma server (``chroma run --path <folder>``), over HTTP.
+
+    Args:
+        host: name or address, or a whole URL; ``port`` and ``ssl`` are then the URL's.
+        port: TCP port.
+        collection: its name; it must exist, unless ``create``.
+        ssl: HTTPS.
+        headers: sent with every request; never logged.
+        token: sent as ``Authorization: Bearer``, as chromadb's own client does by default; for a server that wants
+            another header, give that in ``headers`` (``{"X-Chroma-Token": ...}``). Never logged.
+        tenant: the tenant of the server.
+        database: the tenant's database.
+        create: make the collection, with cosine distance, when it is missing.
+        timeout: seconds for a whole request.
+
+    Raises:
+        StoreError: a collection name that Chroma does not take.
+        ConfigurationError: an address or a token that cannot be one.
+    """
+
+    max_queries = 100
+    max_requests = 32
+
+    def __init__(
+        self,
+        host: str = "localhost",
+        port: int = 8000,
+        collection: str = "wiki_embeddings",
+        *,
+        ssl: bool = False,
+        headers: Mapping[str, str] | None = None,
+        token: str | None = None,
+        tenant: str | None = DEFAULT_TENANT,
+        database: str | None = DEFAULT_DATABASE,
+        create: bool = False,
+        timeout: float = 30.0,
+    ) -> None:
+        if not timeout > 0:
+            raise ConfigurationError(f"timeout is {timeout} s: give more than 0")
+        url = _url(host, port, ssl)
+        name = f"Chroma collection {collection!r} at {_shown(url, tenant, database)}"
+        sent = dict(headers or {})
+        if token is not None:
+            sent["Authorization"] = f"Bearer {_checked(token, 'token')}"
+        address = Address(str(url).rstrip("/"), tenant, database, sent)
+        server = ServerDatabase(name, address, create=create, connections=self.max_requests + 2, timeout=timeout)
+        super().__init__(name, server, collection, PAGE)
+
+    @classmethod
+    def cloud(
+        cls,
+        collection: str = "wiki_embeddings",
+        *,
+        api_key: str | None = None,
+        tenant: str | None = None,
+        database: str | None = None,
+        create: bool = False,
+        timeout: float = 30.0,
+        host: str = CLOUD_HOST,
+        port: int = 443,
+    ) -> Self:
+        """A collection of Chroma Cloud.
+
+        Args:
+            collection: its name; it must exist, unless ``create``.
+            api_key: None means CHROMA_API_KEY.
+            tenant: None means CHROMA_TENANT, or else the one that the key belongs to.
+            database: None means CHROMA_DATABASE, or else the only one that the key opens.
+            create: make the collection when it is missing.
+            timeout: seconds for a whole request.
+            host: of Chroma Cloud, or a whole URL.
+            port: TCP port, with TLS.
+
+        Raises:
+            StoreError: a collection name that Chroma does not take.
+            ConfigurationError: no key, or one that cannot be one.
+        """
+        key = api_key or os.environ.get("CHROMA_API_KEY")
+        if not key:
+            raise ConfigurationError("Chroma Cloud wants a key: set CHROMA_API_KEY, or give api_key")
+        store = cls(
+            host,
+            port,
+            collection,
+            ssl="://" not in host,
+            headers={"X-Chroma-Token": _checked(key, "CHROMA_API_KEY")},
+            tenant=tenant or os.environ.get("CHROMA_TENANT") or None,
+            database=database or os.environ.get("CHROMA_DATABASE") or None,
+            create=create,
+            timeout=timeout,
+        )
+        store.max_requests = CLOUD_REQUESTS
+        store._page = CLOUD_PAGE
+        return store
+
+
+def _url(host: str, port: int, ssl: bool) -> URL:
+    """The server's address up to ``/api/v2``."""
+    try:
+        url = URL(host) if "://" in host else URL.build(scheme="https" if ssl else "http", host=host, port=port)
+    except (ValueError, TypeError):
+        raise ConfigurationError("the Chroma host is no name, address or URL: check it") from None
+    if url.scheme not in ("http", "https") or not url.host:
+        raise ConfigurationError(f"a Chroma server is asked over http or https, not {url.scheme!r}: check the host")
+    path = url.path.rstrip("/").removesuffix("/api/v2")
+    return url.with_path(path).with_query(None).with_fragment(None)
+
+
+def _shown(url: URL, tenant: str | None, database: str | None) -> str:
+    """For people: without a user and password that the URL may hold, and without what is the default."""
+    place = f"{url.host}:{url.port}{url.path.rstrip('/')}"
+    if (tenant, database) == (DEFAULT_TENANT, DEFAULT_DATABASE):
+        return place
+    return f"{place} ({', '.join(f'{kind} {of!r}' for kind, of in (('tenant', tenant), ('database', database)) if of)})"
+
+
+def _checked(secret: str, what: str) -> str:
+    """The secret, which is in no message, as a header can hold it."""
+    stripped = secret.strip()
+    if not stripped or not stripped.isascii() or not stripped.isprintable() or " " in stripped:
+        raise ConfigurationError(f"{what} is no token: it is blank, or holds spaces or characters beyond ASCII")
+    return stripped

@@ -1,0 +1,217 @@
+"""What the Chroma stores share: a collection of a database, looked up once, and again when it was made anew."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
+from uuid import uuid4
+
+import anyio
+import numpy as np
+
+from searchr1_async.episodes.types import Passage
+from searchr1_async.errors import StoreError
+from searchr1_async.search.embedders.base import Vectors
+from searchr1_async.search.faults import RefusedInput
+from searchr1_async.search.stores.base import Found
+from searchr1_async.search.stores.chroma.faults import MissingCollection, malformed
+from searchr1_async.search.stores.chroma.layout import (
+    CollectionModel,
+    check_collection_name,
+    columns_of,
+    read_answer,
+)
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+
+class Database(Protocol):
+    """A Chroma database, in a folder or behind a server: one request a call, tried once.
+
+    Every call raises PassingFault, RefusedInput or StoreError, those with a collection's id MissingCollection too.
+    """
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it can be asked from the running event loop."""
+        ...
+
+    async def open(self) -> None:
+        """Gets ready; asks nothing yet."""
+        ...
+
+    async def look_up(self, collection: str) -> CollectionModel:
+        """The collection by its name."""
+        ...
+
+    async def query(self, collection_id: str, vectors: Vectors, n_results: int) -> Mapping[str, Any]:
+        """The columns of :data:`~searchr1_async.search.stores.chroma.layout.INCLUDE` and the ids, nearest first."""
+        ...
+
+    async def upsert(self, collection_id: str, columns: Mapping[str, Any]) -> None:
+        """Puts rows in, replacing those with the same id."""
+        ...
+
+    async def existing(self, collection_id: str, ids: Sequence[str]) -> Sequence[str]:
+        """Those of the ids that are there."""
+        ...
+
+    async def count(self, collection_id: str) -> int:
+        """Rows of the collection."""
+        ...
+
+    async def aclose(self) -> None:
+        """Lets go of everything; it may be opened again."""
+        ...
+
+
+class ChromaStore:
+    """One collection of a database, as a :class:`~searchr1_async.search.stores.base.Store`.
+
+    Args:
+        name: where it is, for people.
+        database: what holds the collection.
+        collection: its name.
+        page: rows that one request puts in or looks for, at most.
+
+    Raises:
+        StoreError: a collection name that Chroma does not take.
+    """
+
+    def __init__(self, name: str, database: Database, collection: str, page: int) -> None:
+        check_collection_name(collection)
+        self._name = name
+        self._database = database
+        self._collection_name = collection
+        self._page = page
+        self._model: CollectionModel | None = None
+        self._content: str | None = None
+        self._looking_up = anyio.Lock()
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @property
+    def fingerprint(self) -> str:
+        """The collection's own id with the number of its passages when they were last counted (at opening, at least).
+
+        So a collection that is made anew, or has grown, has another one. Rows that another process replaces one for
+        one while the number stays leave it as it is.
+
+        Raises:
+            StoreError: it is not open.
+        """
+        if self._content is None:
+            raise StoreError(f"{self.name} is not open")
+        return self._content
+
+    @property
+    def dimension(self) -> int | None:
+        return self._model.dimension if self._model is not None else None
+
+    async def open(self) -> None:
+        if self._model is not None and self._database.is_open:
+            return
+        self._forget()
+        self._looking_up = anyio.Lock()  # one of the running event loop
+        await self._database.open()
+        try:
+            await self._look_up_again(None)
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await self.aclose()
+            raise
+
+    async def query(self, vectors: Vectors, n_results: int) -> Found:
+        if not len(vectors):
+            return ()
+        if not np.isfinite(vectors).all():
+            raise RefusedInput(f"{self.name}: a query's vector holds numbers that are not finite")
+        answer, model = await self._ask(lambda model: self._query(model, vectors, n_results))
+        try:
+            found = read_answer(answer, model.space)
+        except (KeyError, TypeError, ValueError) as error:
+            raise malformed(self.name) from error
+        if len(found) != len(vectors):
+            raise malformed(self.name)
+        return found
+
+    async def _query(self, model: CollectionModel, vectors: Vectors, n_results: int) -> Any:
+        return await self._database.query(model.id, vectors, n_results), model
+
+    async def add(self, passages: Sequence[Passage], vectors: Vectors) -> None:
+        if len(passages) != len(vectors):
+            raise StoreError(f"{self.name}: {len(vectors)} vectors for {len(passages)} passages")
+        for start in range(0, len(passages), self._page):
+            part = slice(start, start + self._page)
+            columns = columns_of(passages[part], vectors[part])
+            await self._ask_for_good(lambda model, columns=columns: self._database.upsert(model.id, columns))
+            self._grew(vectors.shape[1])
+
+    async def count(self) -> int:
+        async def ask(model: CollectionModel) -> int:
+            count = await self._database.count(model.id)
+            self._content = f"{model.id}-{count}"
+            return count
+
+        return await self._ask_for_good(ask)
+
+    async def missing(self, ids: Sequence[str]) -> frozenset[str]:
+        wanted = list(dict.fromkeys(ids))
+        missing = set(wanted)
+        for start in range(0, len(wanted), self._page):
+            page = wanted[start : start + self._page]
+            missing.difference_update(
+                await self._ask_for_good(lambda model, page=page: self._database.existing(model.id, page))
+            )
+        return frozenset(missing)
+
+    async def aclose(self) -> None:
+        self._forget()
+        await self._database.aclose()
+
+    def _forget(self) -> None:
+        self._model = self._content = None
+
+    def _grew(self, dimension: int) -> None:
+        """What was known before the passages went in holds no more; the next count says how many there are now."""
+        if self._model is not None:
+            if self._model.dimension is None:
+                self._model = CollectionModel(self._model.id, dimension, self._model.space)
+            self._content = f"{self._model.id}-{uuid4().hex}"
+
+    async def _ask(self, request: Callable[[CollectionModel], Awaitable[Result]]) -> Result:
+        """One request about the collection; a second one where it turns out to have been made anew."""
+        model = self._model
+        if model is None:
+            raise StoreError(f"{self.name} is not open")
+        try:
+            return await request(model)
+        except MissingCollection:
+            model = await self._look_up_again(model)
+            return await request(model)
+
+    async def _ask_for_good(self, request: Callable[[CollectionModel], Awaitable[Result]]) -> Result:
+        try:
+            return await self._ask(request)
+        except RefusedInput as error:
+            raise StoreError(str(error)) from error
+
+    async def _look_up_again(self, known: CollectionModel | None) -> CollectionModel:
+        """Of all the requests that find the collection gone, one looks it up."""
+        async with self._looking_up:
+            if self._model is not None and self._model is not known:
+                return self._model
+            try:
+                model = await self._database.look_up(self._collection_name)
+                count = await self._database.count(model.id)
+            except RefusedInput as error:
+                raise StoreError(str(error), is_fatal=True) from error
+            if known is not None:
+                logger.info("%s was made anew: it was looked up again", self.name)
+            self._model, self._content = model, f"{model.id}-{count}"
+            return model
