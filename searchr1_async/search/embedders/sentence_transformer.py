@@ -47,6 +47,9 @@ class SentenceTransformerEmbedder:
     """
 
     max_texts = 4096
+    max_tokens: int | None = None
+    max_requests = 1
+    """Calls queue for the one thread anyway."""
 
     def __init__(
         self,
@@ -174,11 +177,6 @@ def _without_progress_bar() -> Iterator[None]:
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
-
-
-def make_embedder(embedder: str | Path | Any) -> Any:
-    """An embedder by its model's name or folder; an embedder as it is."""
-    return SentenceTransformerEmbedder(embedder) if isinstance(embedder, str | Path) else embedder
 
 
 def _locate(model: str | Path) -> tuple[str, bool]:

@@ -1,0 +1,335 @@
+"""Embeddings of Google's Gemini models, by the Gemini Developer API or by Vertex AI."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import anyio.to_thread
+import numpy as np
+
+from searchr1_async.errors import ConfigurationError, EmbeddingError
+from searchr1_async.search.embedders.base import Vectors
+from searchr1_async.search.embedders.gemini_faults import KEY_REMEDY, classify
+from searchr1_async.search.faults import PassingFault, RefusedInput
+
+if TYPE_CHECKING:
+    from aiohttp import ClientSession
+    from google.auth.credentials import Credentials
+    from google.genai import Client
+    from google.genai.types import EmbedContentConfig
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_MODEL = "gemini-embedding-001"
+_SCOPES = ("https://www.googleapis.com/auth/cloud-platform",)
+_PROBE = "search"
+"""What :meth:`GeminiEmbedder.open` embeds."""
+_MAX_TEXTS = 100
+"""The Developer API refuses more ("at most 100 requests can be in one batch"). Vertex AI takes up to 250 where it takes
+lists, but 20,000 tokens."""
+_VERTEX_TOKENS = 20_000
+_DEVELOPER_REQUESTS, _VERTEX_LIST_REQUESTS, _VERTEX_SINGLE_REQUESTS = 16, 16, 128
+_CLOSING_SECONDS = 5.0
+_IDLE_SECONDS = 60.0
+"""A connection is kept so long: searches come in waves, and a TLS handshake costs two round trips."""
+
+
+class GeminiEmbedder:
+    """A Gemini embedding model behind Google's client, one request a call.
+
+    Vertex AI is asked where ``vertex`` says so; else where a project, a location or credentials are given; else, unless an
+    ``api_key`` is given, where ``GOOGLE_GENAI_USE_VERTEXAI`` is ``true`` or ``1``. Otherwise the Developer API is.
+    Texts of more than 2,048 tokens are cut by the service without a word.
+
+    Args:
+        model: as Google names it. Not those from gemini-embedding-2 on: they know no task types.
+        dimension: numbers a vector: 128 to 3,072 for gemini-embedding-001, where 768, 1,536 and 3,072 are recommended.
+        normalize: scale vectors to length 1. The service does so at 3,072 dimensions only. Off for the prebuilt index of
+            Wikipedia 2018, whose vectors were stored as they came: by Euclidean distance (that collection's) vectors of
+            length 1 would be ranked otherwise.
+        api_key: of the Developer API; else ``GOOGLE_API_KEY`` or ``GEMINI_API_KEY`` (the first wins, as for Google's client).
+        vertex: Vertex AI (True), the Developer API (False), or by the other arguments (None).
+        project: id or number; else ``GCP_VERTEXAI_PROJECT_NUMBER``, ``GOOGLE_CLOUD_PROJECT``, or that of the credentials.
+        location: a region; else ``GCP_VERTEXAI_REGION``, ``GOOGLE_CLOUD_LOCATION``, or ``"global"``.
+        credentials: of google-auth; else application default credentials.
+        vertex_lists: send Vertex AI lists of texts too. Its documentation allows one text a request for
+            gemini-embedding-001; where a list is refused, ``max_texts`` falls to 1.
+        max_requests: at once, at most. None takes 16, or 128 where a request holds one text.
+        timeout: seconds for one request, token refresh included; the caller's own deadline is usually shorter.
+        base_url: of another endpoint (a proxy, a stand-in).
+
+    Raises:
+        ConfigurationError: arguments that exclude one another, or a model that is not supported.
+    """
+
+    def __init__(
+        self,
+        model: str = DEFAULT_MODEL,
+        *,
+        dimension: int = 768,
+        normalize: bool = False,
+        api_key: str | None = None,
+        vertex: bool | None = None,
+        project: str | None = None,
+        location: str | None = None,
+        credentials: Credentials | None = None,
+        vertex_lists: bool = False,
+        max_requests: int | None = None,
+        timeout: float = 60.0,
+        base_url: str | None = None,
+    ) -> None:
+        self._model = _plain_name(model)
+        for name, value in (("dimension", dimension), ("max_requests", max_requests), ("timeout", timeout)):
+            if value is not None and value <= 0:
+                raise ConfigurationError(f"{name} of the Gemini embedder is {value}: it must be over 0")
+        of_vertex = bool(project or location or credentials)
+        if vertex is None:
+            vertex = of_vertex or (api_key is None and _environment_asks_for_vertex())
+        if (vertex and api_key) or (of_vertex and not vertex):
+            raise ConfigurationError(
+                "the Gemini embedder was given what belongs to two services: api_key is of the Developer API; "
+                "project, location and credentials are of Vertex AI"
+            )
+        self._on_vertex = vertex
+        self._api_key = api_key
+        self._project = project
+        self._location = location
+        self._credentials = credentials
+        self._dimension = dimension
+        self._normalize = normalize
+        self._timeout = timeout
+        self._base_url = base_url
+        self._max_texts = _MAX_TEXTS if vertex_lists or not vertex else 1
+        self._lists_are_taken = not vertex
+        self._max_requests = max_requests
+        self._session: ClientSession | None = None
+        self._client: Client | None = None
+        self._secrets: tuple[str, ...] = ()
+        self._configs: dict[str, EmbedContentConfig] = {}
+
+    @property
+    def name(self) -> str:
+        return f"{self._model} ({'Vertex AI' if self._on_vertex else 'Gemini Developer API'})"
+
+    @property
+    def fingerprint(self) -> str:
+        """Of model, dimension and scaling: both services run the same model, so their vectors may be mixed."""
+        return hashlib.sha256(repr(("gemini", self._model, self._dimension, self._normalize)).encode()).hexdigest()[:32]
+
+    @property
+    def dimension(self) -> int:
+        return self._dimension
+
+    @property
+    def max_texts(self) -> int:
+        return self._max_texts
+
+    @property
+    def max_tokens(self) -> int | None:
+        """20,000 on Vertex AI (its quotas page); the Developer API documents no limit for a request."""
+        return _VERTEX_TOKENS if self._on_vertex else None
+
+    @property
+    def max_requests(self) -> int:
+        if self._max_requests is not None:
+            return self._max_requests
+        if not self._on_vertex:
+            return _DEVELOPER_REQUESTS
+        return _VERTEX_LIST_REQUESTS if self._max_texts > 1 else _VERTEX_SINGLE_REQUESTS
+
+    async def open(self) -> None:
+        """Makes the client and embeds one word, so that a key, a model or a dimension that does not do shows here.
+
+        Raises:
+            PassingFault: the service does not answer now.
+            EmbeddingError: no key or credentials, or the service refuses them, the model or the dimension; fatal.
+        """
+        if self._client is not None:
+            return
+        try:
+            with anyio.fail_after(self._timeout):
+                # Google's client reads files and makes three TLS contexts, 0.3 s; finding credentials may ask a server.
+                if self._on_vertex:
+                    await anyio.to_thread.run_sync(self._find_credentials, abandon_on_cancel=True)
+                self._session = _make_session()
+                self._client = await anyio.to_thread.run_sync(self._make_client, self._session)
+            await self._probe()
+        except BaseException as error:
+            await self.aclose()
+            if isinstance(error, Exception):
+                raise self._fault(error) from None
+            raise
+
+    async def embed_queries(self, texts: Sequence[str]) -> Vectors:
+        return await self._embed(texts, "RETRIEVAL_QUERY")
+
+    async def embed_passages(self, texts: Sequence[str]) -> Vectors:
+        return await self._embed(texts, "RETRIEVAL_DOCUMENT")
+
+    async def aclose(self) -> None:
+        session, self._session = self._session, None
+        client, self._client = self._client, None
+        with anyio.move_on_after(_CLOSING_SECONDS, shield=True):
+            if session is not None:
+                await session.close()
+            if client is not None:
+                client.close()
+                await client.aio.aclose()
+
+    async def _embed(self, texts: Sequence[str], task_type: str) -> Vectors:
+        if not texts:
+            return np.empty((0, self._dimension), np.float32)
+        try:
+            vectors = await self._request(texts, task_type)
+        except Exception as error:
+            # The client's own errors hold the whole answer, which may quote key and texts: they are not passed on.
+            raise self._refused_list(error, texts) or self._fault(error, texts) from None
+        self._lists_are_taken = self._lists_are_taken or len(texts) > 1
+        return vectors
+
+    async def _request(self, texts: Sequence[str], task_type: str) -> Vectors:
+        if self._client is None:
+            raise EmbeddingError(f"{self.name} is not open")
+        # A text each in its own Content: gemini-embedding models from 2 on fuse a list of strings into one vector. Plain
+        # dicts cost 0.12 ms of CPU a text less than Content objects, which the client validates again by duck typing.
+        contents: Any = [{"parts": [{"text": text}]} for text in texts]
+        # No deadline in HttpOptions: the client would send it along, and the service refuses those under 10 s with a 400.
+        # This one covers the refresh of the token too.
+        with anyio.fail_after(self._timeout):
+            answer = await self._client.aio.models.embed_content(
+                model=self._model, contents=contents, config=self._configs[task_type]
+            )
+        return self._vectors(answer, len(texts))
+
+    def _vectors(self, answer: Any, count: int) -> Vectors:
+        """The answer's vectors, checked: a wrong number of them would be paired with other texts."""
+        rows = [embedding.values or () for embedding in answer.embeddings or ()]
+        if len(rows) != count:
+            raise PassingFault(f"{self.name}: {len(rows)} vectors for {count} texts", cause="malformed")
+        lengths = {len(row) for row in rows}
+        if lengths != {self._dimension}:
+            raise PassingFault(
+                f"{self.name}: vectors of {sorted(lengths)} numbers where {self._dimension} were asked for",
+                cause="malformed",
+            )
+        vectors = np.array(rows, np.float32)
+        norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+        if not (np.isfinite(norms) & (norms > 0)).all():
+            raise PassingFault(f"{self.name}: a vector of zeros or with a number that is not finite", cause="malformed")
+        return vectors / norms if self._normalize else vectors
+
+    def _refused_list(self, error: Exception, texts: Sequence[str]) -> RefusedInput | None:
+        """What follows where Vertex AI may have refused the texts because they are several: from now on, one a request."""
+        if self._lists_are_taken or len(texts) == 1:
+            return None
+        # A region without the method for lists answers 404 or 501.
+        is_refused = isinstance(self._fault(error), RefusedInput) or getattr(error, "code", None) in (404, 501)
+        if not is_refused and not _client_takes_no_lists(error):
+            return None
+        self._max_texts = 1
+        logger.warning("%s does not take several texts in one request: from now on it gets one each", self.name)
+        return RefusedInput(f"{self.name}: a list of {len(texts)} texts is refused; one text a request is taken")
+
+    def _fault(self, error: Exception, texts: Sequence[str] = ()) -> Exception:
+        return classify(error, where=self.name, on_vertex=self._on_vertex, texts=texts, secrets=self._known_secrets())
+
+    def _known_secrets(self) -> tuple[str, ...]:
+        token = getattr(self._credentials, "token", None)
+        return (*self._secrets, token) if isinstance(token, str) else self._secrets
+
+    async def _probe(self) -> None:
+        try:
+            await self._request([_PROBE], "RETRIEVAL_QUERY")
+        except Exception as error:
+            fault = self._fault(error)
+            if isinstance(fault, RefusedInput):
+                # Nothing is wrong with the word, so it is the model or the dimension that is refused, for every text.
+                raise EmbeddingError(f"{fault}: check model and dimension", is_fatal=True) from None
+            raise fault from None
+
+    def _find_credentials(self) -> None:
+        """In a thread: credentials and project, by file or by the metadata server of a machine of Google's."""
+        import google.auth
+
+        project = (
+            self._project or os.environ.get("GCP_VERTEXAI_PROJECT_NUMBER") or os.environ.get("GOOGLE_CLOUD_PROJECT")
+        )
+        if self._credentials is None:
+            self._credentials, found = google.auth.default(scopes=_SCOPES)
+            project = project or found
+        if not project:
+            raise EmbeddingError(
+                f"{self.name} needs a project: set GCP_VERTEXAI_PROJECT_NUMBER or GOOGLE_CLOUD_PROJECT", is_fatal=True
+            )
+        self._project = project
+
+    def _make_client(self, session: ClientSession) -> Client:
+        """In a thread: imports Google's client (1 s) and makes one."""
+        from google import genai
+        from google.genai import types
+
+        for task_type in ("RETRIEVAL_QUERY", "RETRIEVAL_DOCUMENT"):
+            self._configs[task_type] = types.EmbedContentConfig(
+                task_type=task_type, output_dimensionality=self._dimension
+            )
+        # Without retry options the client itself waits 1 to 10 s and repeats a request whose connection broke.
+        options = types.HttpOptions(
+            base_url=self._base_url, aiohttp_client=session, retry_options=types.HttpRetryOptions(attempts=1)
+        )
+        if self._on_vertex:
+            environment = os.environ
+            location = (
+                self._location
+                or environment.get("GCP_VERTEXAI_REGION")
+                or environment.get("GOOGLE_CLOUD_LOCATION")
+                or "global"
+            )
+            return genai.Client(
+                vertexai=True,
+                project=self._project,
+                location=location,
+                credentials=self._credentials,
+                http_options=options,
+            )
+        key = self._api_key or os.environ.get("GOOGLE_API_KEY") or os.environ.get("GEMINI_API_KEY")
+        if not key or not key.strip():
+            raise EmbeddingError(f"{self.name} needs a key: {KEY_REMEDY}", is_fatal=True)
+        self._secrets = (key.strip(),)
+        return genai.Client(vertexai=False, api_key=key.strip(), http_options=options)
+
+
+def _make_session() -> ClientSession:
+    """The connections. The client would make its own, by a subclass that aiohttp warns of, and closes idle ones after 15 s."""
+    from aiohttp import ClientSession, DummyCookieJar, TCPConnector
+
+    connector = TCPConnector(limit=0, keepalive_timeout=_IDLE_SECONDS)
+    return ClientSession(connector=connector, cookie_jar=DummyCookieJar(), trust_env=True)
+
+
+def _plain_name(model: str) -> str:
+    """The model's own name, without the folder that either service puts it in."""
+    name = model.rsplit("/", 1)[-1]
+    if not name:
+        raise ConfigurationError("the Gemini embedder needs the name of a model")
+    if name.startswith("gemini-") and not name.startswith(("gemini-embedding-001", "gemini-embedding-exp")):
+        raise ConfigurationError(
+            f"the model {name!r} is not supported: it does not tell queries from passages by task type; "
+            f"take {DEFAULT_MODEL!r}"
+        )
+    return name
+
+
+def _environment_asks_for_vertex() -> bool:
+    """As Google's client reads it: the newer name wins."""
+    value = os.environ.get("GOOGLE_GENAI_USE_ENTERPRISE") or os.environ.get("GOOGLE_GENAI_USE_VERTEXAI") or ""
+    return value.lower() in ("true", "1")
+
+
+def _client_takes_no_lists(error: Exception) -> bool:
+    """google-genai before it knew Vertex AI's batchEmbedContents refuses a list before it sends anything."""
+    return type(error) is ValueError and "only supports one content at a time" in str(error)
