@@ -179,6 +179,13 @@ def _without_progress_bar() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+def make_embedder(embedder: str | Path | Any) -> Any:
+    """:func:`searchr1_async.search.embedders.choice.make_embedder`, where it was before."""
+    from searchr1_async.search.embedders import choice
+
+    return choice.make_embedder(embedder)
+
+
 def _locate(model: str | Path) -> tuple[str, bool]:
     """Where the model is, and whether that is a folder on this machine."""
     folder = Path(model).expanduser()
