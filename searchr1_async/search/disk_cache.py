@@ -154,7 +154,8 @@ class DiskCache:
                 self._evict(connection)
         if (excess := _pragma(connection, "page_count") - self._max_bytes // _pragma(connection, "page_size")) > 0:
             # Freed pages stay in the file for reuse; this matters where the bound was larger once.
-            connection.execute(f"PRAGMA incremental_vacuum({excess})").fetchall()
+            # It gives a row without columns for each page, at the first of which `execute` would stop.
+            connection.executescript(f"PRAGMA incremental_vacuum({excess})")
 
     def _flush(self, connection: sqlite3.Connection) -> None:
         """Writes the times of use; those that cannot be written are lost, which costs little."""
