@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from searchr1_async.errors import CheckpointError, RunFolderError
+from searchr1_async.files import write_atomically
 
 _FORMAT = 1
 
@@ -91,17 +91,3 @@ class ResumePoint:
                 "this folder holds a run with other settings (" + "; ".join(changed) + "). Choose another out_dir, or "
                 "start with the same settings to resume."
             )
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file so that a reader, or a process started after a power cut, sees the old one or the new one, whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise

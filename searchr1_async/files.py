@@ -1,0 +1,68 @@
+"""Files and folders shared by processes: replaced whole or not at all, worked on by one process at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import anyio
+from filelock import FileLock, Timeout
+
+logger = logging.getLogger(__name__)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file so that a reader, or a process started after a power cut, sees the old one or the new one, whole.
+
+    Raises:
+        OSError: it cannot be written (a full disk); the old one is as it was, and nothing stays beside it.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Puts the names in a folder on the disk, so that a rename outlives a power cut."""
+    with contextlib.suppress(OSError):  # Windows cannot open a folder; there the rename alone has to do
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextlib.asynccontextmanager
+async def only_one(path: Path, work: str) -> AsyncIterator[None]:
+    """Waits until no other process holds ``<path>.lock``, and holds it.
+
+    Args:
+        path: the file or folder worked on; the lock lies beside it.
+        work: what another process may be doing, for the log: ``"builds the index in …"``.
+    """
+    lock = FileLock(path.with_name(f"{path.name}.lock"), thread_local=False)
+    told = False
+    while True:
+        try:
+            lock.acquire(timeout=0)
+            break
+        except Timeout:
+            if not told:
+                logger.info("another process %s: waiting for it", work)
+                told = True
+            await anyio.sleep(0.25)
+    try:
+        yield
+    finally:
+        lock.release()
