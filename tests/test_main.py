@@ -26,15 +26,23 @@ def test_the_package_is_a_command() -> None:
         env=tiny_world.child_environment(),
     )
     assert found.returncode == 0, found.stderr
-    assert "atlas" in found.stdout
+    for name in ("atlas", "wiki18"):
+        assert name in found.stdout
 
 
-def test_help_names_the_options(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("atlas", "--out-dir --seed --steps --time-limit --held-out --group-size --threads"),
+        ("wiki18", "--folder --keep-archive --repository --archive --revision --endpoint"),
+    ],
+)
+def test_help_names_the_options(command: str, options: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        main(["atlas", "--help"])
+        main([command, "--help"])
     assert ended.value.code == 0
     shown = capsys.readouterr().out
-    for option in ("--out-dir", "--seed", "--steps", "--time-limit", "--held-out", "--group-size", "--threads"):
+    for option in options.split():
         assert option in shown
 
 

@@ -1,0 +1,291 @@
+"""One very large file from the Hugging Face hub: fetched in parts, gone on with after a break, and checked whole.
+
+``hf_hub_download`` is for smaller ones: since huggingface_hub 1.x it writes to a temporary file that it deletes when it is
+interrupted, so a download of hours begins again, and it refuses files over 50 GB without Xet. (huggingface_hub 2.4)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import shutil
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO, TypeVar
+
+import aiohttp
+import anyio
+import anyio.from_thread
+import anyio.to_thread
+
+from searchr1_async.errors import StoreError
+
+logger = logging.getLogger(__name__)
+
+Advance = Callable[[int], None]
+"""Bytes done so far; called from the event loop."""
+
+Result = TypeVar("Result")
+
+PART = 4 << 30
+"""Bytes a request asks for: the hub's servers refuse answers over 50 GB, and the addresses they give expire."""
+BLOCK = 4 << 20
+"""Bytes written at once. These, and what lies in the connection's buffers (under 1 MB), are fetched again after a kill."""
+PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0, 60.0, 120.0)
+"""Seconds between tries; each byte that arrives starts the row anew."""
+_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)
+_GONE = {
+    401: "it asks for a token: set HF_TOKEN",
+    403: "the token may not read it: accept its terms on the hub, or set another HF_TOKEN",
+    404: "it does not exist",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class HubFile:
+    """A large file of a data set on the hub, as the hub described it."""
+
+    repository: str
+    filename: str
+    revision: str
+    """The commit that ``main`` (or whichever revision was asked for) stood at."""
+    url: str
+    size: int
+    """Bytes."""
+    sha256: str
+    headers: dict[str, str] = field(repr=False)
+    """With the user's token if there is one: never shown."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.filename} of {self.repository} on the Hugging Face hub"
+
+
+async def look_up(repository: str, filename: str, revision: str | None = None, endpoint: str | None = None) -> HubFile:
+    """Asks the hub for a file's size and checksum.
+
+    Args:
+        repository: ``org/name`` of a data set.
+        filename: its path in there.
+        revision: a branch, tag or commit; None means ``main``.
+        endpoint: the hub's address; None means ``$HF_ENDPOINT``, or the public hub.
+
+    Raises:
+        StoreError: no such file, no large file, or the hub cannot be reached.
+    """
+    return await anyio.to_thread.run_sync(_look_up, repository, filename, revision, endpoint)
+
+
+def _look_up(repository: str, filename: str, revision: str | None, endpoint: str | None) -> HubFile:
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.utils import build_hf_headers
+
+    name = f"{filename} of the data set {repository}"
+    try:
+        url = hf_hub_url(repository, filename, repo_type="dataset", revision=revision, endpoint=endpoint)
+        found = get_hf_file_metadata(url, timeout=30, endpoint=endpoint)
+        if found.commit_hash:  # from here on that commit: a push to the hub must not change the file half-way
+            url = hf_hub_url(repository, filename, repo_type="dataset", revision=found.commit_hash, endpoint=endpoint)
+    except OfflineModeIsEnabled as error:
+        raise StoreError(
+            f"{name} is not here yet, and HF_HUB_OFFLINE forbids fetching it: unset that variable"
+        ) from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else 0
+        reason = "it does not exist" if isinstance(error, EntryNotFoundError) else _GONE.get(status, f"HTTP {status}")
+        raise StoreError(f"{name} cannot be had from the Hugging Face hub: {reason}") from error
+    except Exception as error:  # httpx's errors up to huggingface_hub 1.x, httpx2's since
+        raise StoreError(
+            f"the Hugging Face hub cannot be reached for {name} ({type(error).__name__}): check the connection and "
+            "HF_ENDPOINT, and try again"
+        ) from error
+    if found.size is None or not re.fullmatch(r"[0-9a-f]{64}", found.etag or ""):
+        raise StoreError(f"{name} has no size and checksum on the hub: it is none of the hub's large files")
+    assert found.etag is not None
+    headers = build_hf_headers() | {"Accept-Encoding": "identity"}
+    revision = found.commit_hash or revision or "main"
+    return HubFile(repository, filename, revision, url, found.size, found.etag, headers)
+
+
+async def fetch_part(file: HubFile, start: int, length: int) -> bytes:
+    """A small part of the file.
+
+    Raises:
+        StoreError: the hub does not answer, or not with that part.
+    """
+    async with _session(file) as session:
+        content = bytearray()
+        await _with_pauses(file, PAUSES[:3], lambda: len(content), lambda: _ask(session, file, start, length, content))
+    return bytes(content)
+
+
+async def _ask(session: aiohttp.ClientSession, file: HubFile, start: int, length: int, content: bytearray) -> bool:
+    content.clear()
+    async with _part(session, file, start, start + length) as response:
+        content += await response.read()
+    if len(content) != length:
+        raise aiohttp.ClientPayloadError(f"{len(content)} of {length} bytes")
+    return True
+
+
+async def download(file: HubFile, target: Path, advance: Advance, pauses: Sequence[float] = PAUSES) -> None:
+    """Fetches what ``target`` lacks of the file, at its end; what is there already is taken as right until it is verified.
+
+    Raises:
+        StoreError: the hub refuses it, or stays away for longer than all the pauses.
+        OSError: it cannot be written.
+    """
+    async with _session(file) as session:
+        with target.open("ab", buffering=0) as output:
+            if output.tell() > file.size:
+                output.truncate(0)
+            advance(output.tell())
+
+            async def one_part() -> bool:
+                start = output.tell()
+                if start < file.size:
+                    await _append_part(session, file, output, min(start + PART, file.size), advance)
+                return output.tell() >= file.size
+
+            await _with_pauses(file, pauses, output.tell, one_part)
+
+
+async def _append_part(
+    session: aiohttp.ClientSession, file: HubFile, output: BinaryIO, end: int, advance: Advance
+) -> None:
+    block = bytearray()
+
+    async def write() -> None:
+        await in_thread(lambda: _write_all(output, block))
+        block.clear()
+        advance(output.tell())
+
+    async with _part(session, file, output.tell(), end) as response:
+        try:
+            async for chunk in response.content.iter_any():
+                block += chunk
+                if len(block) >= BLOCK:
+                    await write()
+        except (aiohttp.ClientError, TimeoutError):
+            await write()  # what came before the break is kept
+            raise
+        await write()
+    if output.tell() < end:
+        raise aiohttp.ClientPayloadError(f"the answer ended {end - output.tell()} bytes early")
+
+
+def _write_all(output: BinaryIO, block: bytearray) -> None:
+    written = 0
+    while written < len(block):  # unbuffered: a nearly full disk takes a part
+        written += output.write(bytes(block[written:]) if written else block)
+
+
+async def _with_pauses(
+    file: HubFile, pauses: Sequence[float], position: Callable[[], int], step: Callable[[], Awaitable[bool]]
+) -> None:
+    """Repeats ``step`` until it says that it is done; a step that brings nothing is followed by the next longer pause."""
+    failures, before = 0, position()
+    while True:
+        try:
+            if await step():
+                return
+        except (aiohttp.ClientError, TimeoutError) as error:
+            failures = 0 if position() > before else failures
+            if failures >= len(pauses):
+                raise StoreError(
+                    f"{file.name} does not come any more ({_reason(error)}), {len(pauses)} tries in a row: check the "
+                    "connection and run the same command again; what has come is kept"
+                ) from error
+            logger.info("%s: %s; going on in %g s", file.name, _reason(error), pauses[failures])
+            await anyio.sleep(pauses[failures])
+            failures += 1
+        before = position()
+
+
+def _reason(error: BaseException) -> str:
+    return f"HTTP {error.status}" if isinstance(error, aiohttp.ClientResponseError) else type(error).__name__
+
+
+@asynccontextmanager
+async def _session(file: HubFile) -> AsyncIterator[aiohttp.ClientSession]:
+    # aiohttp drops the token by itself where the hub redirects to another host.
+    async with aiohttp.ClientSession(
+        timeout=_TIMEOUT, headers=file.headers, trust_env=True, auto_decompress=False
+    ) as session:
+        yield session
+
+
+@asynccontextmanager
+async def _part(
+    session: aiohttp.ClientSession, file: HubFile, start: int, end: int
+) -> AsyncIterator[aiohttp.ClientResponse]:
+    """The answer with the bytes from ``start`` to before ``end``, and no others."""
+    async with session.get(file.url, headers={"Range": f"bytes={start}-{end - 1}"}) as response:
+        if response.status in _GONE:
+            raise StoreError(f"{file.name} cannot be had: {_GONE[response.status]}")
+        response.raise_for_status()
+        whole = start == 0 and end == file.size and response.status == 200
+        if not whole and not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
+            raise StoreError(
+                f"{file.name} comes whole where a part was asked for: a proxy in between, it seems; fetch it another way"
+            )
+        yield response
+
+
+def verify(file: HubFile, path: Path, advance: Advance) -> None:
+    """In a thread: hashes the whole file, and deletes it where its checksum is another one than the hub's.
+
+    Raises:
+        StoreError: it is.
+    """
+    digest, done = hashlib.sha256(), 0
+    with path.open("rb", buffering=0) as content:
+        while block := content.read(BLOCK):
+            digest.update(block)
+            done += len(block)
+            report(advance, done)
+    if digest.hexdigest() != file.sha256:
+        path.unlink()
+        raise StoreError(
+            f"{file.name} came damaged: its SHA-256 is {digest.hexdigest()[:12]}…, where the hub says {file.sha256[:12]}…; "
+            "it is deleted: run the same command again"
+        )
+
+
+def report(advance: Advance, done: int) -> None:
+    """From a thread of :func:`in_thread`: says how far it is, and ends the thread if its caller was cancelled."""
+    anyio.from_thread.check_cancelled()
+    anyio.from_thread.run_sync(advance, done)
+
+
+async def in_thread(function: Callable[[], Result]) -> Result:
+    """Runs a function in a thread and waits for its end even when cancelled, so that nobody else meets its files.
+
+    The task group is what makes a plain ``Task.cancel`` (Ctrl-C) known to the thread, by :func:`report`; alone,
+    ``to_thread.run_sync`` would return at once and leave the thread behind.
+    """
+    results: list[Result] = []
+    failures: list[Exception] = []
+
+    async def work() -> None:
+        try:
+            results.append(await anyio.to_thread.run_sync(function))
+        except Exception as error:
+            failures.append(error)
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(work)
+    if failures:
+        raise failures[0]
+    return results[0]
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes that may be written to the disk of a folder, which may not exist yet."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free

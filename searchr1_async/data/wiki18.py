@@ -1,0 +1,317 @@
+"""The prebuilt index of Wikipedia of 2018 that Search-R1's runs search: fetched, checked and unpacked.
+
+21,015,324 passages of 100 words, embedded by ``gemini-embedding-001`` at 768 dimensions, as a Chroma folder in one
+archive on the Hugging Face hub. Several hours and hundreds of gigabytes: every step goes on where it was interrupted
+or begins anew by itself, and the folder is there whole or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import lzma
+import os
+import shutil
+import sqlite3
+import tarfile
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio.from_thread
+import anyio.to_thread
+
+from searchr1_async.data.cache import cache_folder
+from searchr1_async.data.download import (
+    BLOCK,
+    Advance,
+    HubFile,
+    download,
+    fetch_part,
+    free_bytes,
+    in_thread,
+    look_up,
+    report,
+    verify,
+)
+from searchr1_async.data.xz import BrokenXzError, unpacked_size
+from searchr1_async.errors import StoreError
+from searchr1_async.events import Emit, Notice, PhaseAdvanced, PhaseEnded, PhaseStarted, emit_nothing
+from searchr1_async.files import only_one, write_atomically
+
+logger = logging.getLogger(__name__)
+
+REPOSITORY = "tianyi-thinks/2018-wiki-index"
+ARCHIVE = "chroma_db.tar.xz"
+
+_SPARE = 256 << 20
+"""Bytes that are to stay free."""
+_REPORTED = 16 << 20
+"""Bytes between two reports of the unpacking."""
+
+
+@dataclass(frozen=True, slots=True)
+class Collection:
+    """A collection in a Chroma folder."""
+
+    name: str
+    passages: int
+    dimension: int | None
+
+    @property
+    def memory(self) -> int:
+        """Bytes of memory that a Chroma server takes for it, about: 3.7 KB a vector at 768 dimensions, as measured.
+
+        Its 32-bit floats, and 630 bytes of graph, ids and allocator a vector.
+        """
+        return self.passages * (4 * (self.dimension or 0) + 630)
+
+
+@dataclass(frozen=True, slots=True)
+class PrebuiltIndex:
+    """A Chroma folder on this machine, ready for ``chroma run --path``."""
+
+    path: Path
+    repository: str
+    filename: str
+    revision: str
+    collections: tuple[Collection, ...]
+    """Empty where the folder's layout is not known to this version."""
+    is_new: bool
+    """False where it had been fetched before."""
+
+    @property
+    def memory(self) -> int:
+        """Bytes of memory to serve all of it, about; 0 where nothing is known of it."""
+        return sum(collection.memory for collection in self.collections)
+
+
+async def fetch_index(
+    folder: str | Path | None = None,
+    *,
+    repository: str = REPOSITORY,
+    filename: str = ARCHIVE,
+    revision: str | None = None,
+    keep_archive: bool = False,
+    endpoint: str | None = None,
+    emit: Emit = emit_nothing,
+) -> PrebuiltIndex:
+    """Fetches a prebuilt Chroma folder from the Hugging Face hub; does nothing where it is there already.
+
+    Args:
+        folder: where the archive and the unpacked index go; None means one in the user's cache.
+        repository: the data set, ``org/name``.
+        filename: the archive in it, a ``.tar.xz`` of a Chroma folder.
+        revision: a branch, tag or commit; None means ``main``, and whatever was fetched before.
+        keep_archive: leave the archive beside the index.
+        endpoint: the hub's address; None means ``$HF_ENDPOINT``, or the public hub.
+        emit: told of the phases ``download``, ``verify`` and ``unpack``, in megabytes.
+
+    Raises:
+        StoreError: not to be had, no room for it, damaged, or the folder cannot be written. What has come is kept.
+    """
+    place = _place(folder)
+    fetch = _Fetch(place, repository, filename, revision, keep_archive, endpoint, emit)
+    try:
+        if (found := await in_thread(fetch.whole)) is not None:
+            return found
+        await anyio.to_thread.run_sync(lambda: place.mkdir(parents=True, exist_ok=True))
+        async with only_one(place / "fetch", f"fetches {filename} into {place}"):
+            return await in_thread(fetch.whole) or await fetch.run()
+    except OSError as error:
+        raise StoreError(
+            f"{place} cannot be written: {error.strerror or error} ({free_bytes(place):,} bytes are free); what has come is "
+            "kept: make room, or mend it, and run the same command again"
+        ) from error
+
+
+def _place(folder: str | Path | None) -> Path:
+    return cache_folder() / "wiki18" if folder is None else Path(folder).expanduser().absolute()
+
+
+@dataclass(frozen=True, slots=True)
+class _Fetch:
+    folder: Path
+    repository: str
+    filename: str
+    revision: str | None
+    keep_archive: bool
+    endpoint: str | None
+    emit: Emit
+
+    @property
+    def index(self) -> Path:
+        return self.folder / "chroma"
+
+    @property
+    def record(self) -> Path:
+        return self.folder / "source.json"
+
+    @property
+    def unpacking(self) -> Path:
+        return self.folder / "unpacking"
+
+    def whole(self) -> PrebuiltIndex | None:
+        """In a thread: what was fetched before. The index is in place only since it was whole.
+
+        Raises:
+            StoreError: the folder holds another index.
+        """
+        if not self.index.is_dir():
+            return None
+        try:
+            source = json.loads(self.record.read_text(encoding="utf-8"))
+            same = (source["repository"], source["filename"]) == (self.repository, self.filename)
+            if same and self.revision in (None, source["revision"], source["commit"]):
+                return self._found(str(source["commit"]), collections_in(self.index), is_new=False)
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        raise StoreError(
+            f"{self.index} holds something else than {self.filename} of {self.repository}: give another folder"
+        )
+
+    async def run(self) -> PrebuiltIndex:
+        file = await look_up(self.repository, self.filename, self.revision, self.endpoint)
+        archive = self.folder / f"{Path(self.filename).name}.{file.sha256[:16]}"
+        partial = archive.with_name(f"{archive.name}.partial")
+        await in_thread(lambda: shutil.rmtree(self.unpacking, ignore_errors=True))
+        unpacked = await self._check_room(file, archive, partial)
+        if not archive.exists():
+            await self._download(file, partial)
+            await self._verify(file, partial)
+            partial.replace(archive)
+        async with self._phase("unpack", file.size) as advance:
+            await in_thread(lambda: self._unpack(archive, unpacked, advance))
+        source = {
+            "repository": self.repository,
+            "filename": self.filename,
+            "revision": self.revision or "main",
+            "commit": file.revision,
+            "sha256": file.sha256,
+        }
+        collections = await in_thread(lambda: self._put_in_place(json.dumps(source, indent=1).encode()))
+        if not self.keep_archive:
+            archive.unlink(missing_ok=True)
+        return self._found(file.revision, collections, is_new=True)
+
+    def _found(self, commit: str, collections: tuple[Collection, ...], *, is_new: bool) -> PrebuiltIndex:
+        return PrebuiltIndex(self.index, self.repository, self.filename, commit, collections, is_new)
+
+    async def _check_room(self, file: HubFile, archive: Path, partial: Path) -> int:
+        """Raises StoreError unless archive and index fit; returns the bytes that it unpacks to, as its end tells."""
+        unpacked = await self._unpacked_size(file)
+        have = next((path.stat().st_size for path in (archive, partial) if path.exists()), 0)
+        to_fetch = max(0, file.size - have)
+        needed, free = to_fetch + unpacked + _SPARE, free_bytes(self.folder)
+        words = (
+            f"{_gigabytes(to_fetch)} to fetch and {_gigabytes(unpacked)} unpacked need {_gigabytes(needed)} in "
+            f"{self.folder}, where {_gigabytes(free)} are free"
+        )
+        if needed > free:
+            raise StoreError(f"{words}: free {_gigabytes(needed - free)}, or give a folder on another disk")
+        self.emit(Notice(f"{self.filename} of {self.repository}: {words}"))
+        return unpacked
+
+    async def _unpacked_size(self, file: HubFile) -> int:
+        def read(start: int, length: int) -> bytes:
+            return anyio.from_thread.run(fetch_part, file, start, length)
+
+        try:
+            return await in_thread(lambda: unpacked_size(read, file.size))
+        except BrokenXzError as error:
+            raise StoreError(f"{file.name} is no .tar.xz archive ({error}): name another file") from error
+
+    async def _download(self, file: HubFile, partial: Path) -> None:
+        async with self._phase("download", file.size) as advance:
+            await download(file, partial, advance)
+
+    async def _verify(self, file: HubFile, partial: Path) -> None:
+        async with self._phase("verify", file.size) as advance:
+            await in_thread(lambda: verify(file, partial, advance))
+
+    def _unpack(self, archive: Path, unpacked: int, advance: Advance) -> None:
+        """In a thread. Members that lead out of the folder are refused by tarfile's own filter ``data``."""
+        written = 0
+        try:
+            with (
+                archive.open("rb", buffering=0) as file,
+                lzma.open(io.BufferedReader(_Counted(file, advance), BLOCK)) as content,
+                tarfile.open(fileobj=content, mode="r|", bufsize=1 << 20) as members,
+            ):
+                for member in members:
+                    written += member.size
+                    if written > unpacked:
+                        raise StoreError(f"{archive} holds more than it says: it is not unpacked")
+                    members.extract(member, self.unpacking, filter="data")
+        except BaseException as error:  # cancelled as well: what is half there takes room, and is of no use
+            shutil.rmtree(self.unpacking, ignore_errors=True)
+            if isinstance(error, tarfile.TarError | lzma.LZMAError | EOFError):
+                raise StoreError(f"{archive} cannot be unpacked ({type(error).__name__}: {error})") from error
+            raise
+
+    def _put_in_place(self, source: bytes) -> tuple[Collection, ...]:
+        """In a thread: the Chroma folder, which may lie within others, gets its name only when all is on the disk."""
+        databases = sorted(self.unpacking.rglob("chroma.sqlite3"), key=lambda path: len(path.parts))
+        if not databases:
+            raise StoreError(f"{self.filename} of {self.repository} holds no Chroma folder (no chroma.sqlite3)")
+        found = collections_in(databases[0].parent)
+        if hasattr(os, "sync"):
+            os.sync()
+        write_atomically(self.record, source)
+        databases[0].parent.replace(self.index)
+        shutil.rmtree(self.unpacking, ignore_errors=True)
+        return found
+
+    @asynccontextmanager
+    async def _phase(self, name: str, size: int) -> AsyncIterator[Advance]:
+        began = time.monotonic()
+        self.emit(PhaseStarted(name, _megabytes(size), "MB"))
+        yield lambda done: self.emit(PhaseAdvanced(name, _megabytes(done)))
+        self.emit(PhaseEnded(name, time.monotonic() - began))
+
+
+class _Counted(io.RawIOBase):
+    """A file that says how far it was read, every now and then, from the thread that reads it."""
+
+    def __init__(self, file: io.RawIOBase | io.FileIO, advance: Advance) -> None:
+        super().__init__()
+        self._file, self._advance = file, advance
+        self._done = self._reported = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int | None:
+        size = self._file.readinto(buffer)
+        self._done += size or 0
+        if not size or self._done - self._reported >= _REPORTED:
+            self._reported = self._done
+            report(self._advance, self._done)
+        return size
+
+
+def collections_in(folder: Path) -> tuple[Collection, ...]:
+    """The collections of a Chroma folder, by reading its database; empty where that has another layout."""
+    with contextlib.suppress(sqlite3.Error):
+        database = sqlite3.connect(f"{(folder / 'chroma.sqlite3').as_uri()}?mode=ro", uri=True)
+        with contextlib.closing(database):
+            rows = database.execute(
+                "SELECT c.name, count(e.id), c.dimension FROM collections c JOIN segments s ON s.collection = c.id "
+                "JOIN embeddings e ON e.segment_id = s.id GROUP BY c.id ORDER BY c.name"
+            )
+            return tuple(Collection(str(name), int(count), dimension) for name, count, dimension in rows)
+    return ()
+
+
+def _megabytes(size: int) -> int:
+    return -(-size // 1_000_000)
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"
