@@ -1,4 +1,4 @@
-"""The search tool: passages for queries, gathered from hundreds of episodes into few requests."""
+"""The search tool: passages for queries, gathered from thousands of episodes into few requests."""
 
 from __future__ import annotations
 
@@ -8,46 +8,59 @@ import logging
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, TypedDict, Unpack
 
 import anyio
+import numpy as np
 
 from searchr1_async.data.corpus import Corpus, load_corpus
 from searchr1_async.episodes.types import Passage
-from searchr1_async.errors import ConfigurationError, SearchError
-from searchr1_async.search.embedders.base import Embedder
-from searchr1_async.search.embedders.sentence_transformer import DEFAULT_MODEL, make_embedder
-from searchr1_async.search.gathering import Gathering
+from searchr1_async.errors import ConfigurationError, EmbeddingError, SearchError, StoreError
+from searchr1_async.search.answers import Answer, AnswerCache, AnswerKey
+from searchr1_async.search.cache import LeastRecentlyUsed
+from searchr1_async.search.dispatch import Capacity, Deadline, Dispatcher
+from searchr1_async.search.embedders.base import Embedder, Vectors
+from searchr1_async.search.embedders.choice import make_embedder
+from searchr1_async.search.embedders.sentence_transformer import DEFAULT_MODEL
+from searchr1_async.search.faults import PassingFault
 from searchr1_async.search.indexing import LocalIndex, OnProgress
+from searchr1_async.search.pacing import PacingSettings
 from searchr1_async.search.queries import MAX_QUERY_CHARACTERS, clean_query
-from searchr1_async.search.statistics import SearchStatistics, Tally
+from searchr1_async.search.statistics import SearchStatistics, SearchTally, ServiceTally
 from searchr1_async.search.stores.base import Found, Store
 from searchr1_async.search.stores.chroma import RemoteChroma
 
 logger = logging.getLogger(__name__)
 
 MAX_BATCH = 128
-"""Queries in one batch unless the embedder or the store takes fewer: larger ones gain nothing and keep the first waiting."""
+"""Queries in one request unless the embedder or the store takes fewer: larger ones gain nothing and keep the first waiting."""
+VECTORS_KEPT = 4_096
+"""Query vectors in memory (12 MB at 768 dimensions): a query asked again while the store still looks for its passages."""
 
-_Key = tuple[str, int]
-"""A cleaned query and the number of passages wanted."""
+_Queried = tuple[Vectors, int]
+"""A query's vector, ``[dimension]``, and the number of passages wanted."""
 
 
-@dataclass(eq=False, slots=True)
-class _Waiter:
-    """One call of ``search`` while it waits."""
+class SearchOptions(TypedDict, total=False):
+    """What every :class:`Search` can be given besides its embedder and its store."""
 
-    keys: tuple[_Key, ...]
-    answers: dict[_Key, tuple[Passage, ...]] = field(default_factory=dict)
-    failure: SearchError | None = None
-    wake: anyio.Event = field(default_factory=anyio.Event)
-
-    @property
-    def is_done(self) -> bool:
-        return self.failure is not None or all(key in self.answers for key in self.keys)
+    n_results: int
+    """Passages for each query, 1 to 100; 3 by default, as in the recipe."""
+    max_passage_words: int | None
+    """Passages are cut after so many words; None (the default) leaves them whole."""
+    deadline: float
+    """Seconds from asking to answer, 120 by default, after which a call fails. Put off while a service is down."""
+    cache_entries: int
+    """Answers in memory, 10,000 by default (about 3 KB each); 0 keeps none."""
+    cache_path: str | Path | None
+    """A file for answers that outlives the process and may be shared by several; None (the default) keeps none."""
+    cache_bytes: int
+    """Of that file, 1 GiB by default; what was asked for least recently goes first."""
+    pacing: PacingSettings
+    """How requests to the embedder and to the store are paced, retried and given up."""
 
 
 class Search:
@@ -58,48 +71,66 @@ class Search:
         async with Search.local("atlas") as search:
             (passages,) = await search.search(["capital of Namibia"])
 
-    It runs no task of its own: of all the calls that wait, one sends the next batch for everyone, and the others are
-    woken by its answer (or take over, should it be cancelled). What arrives while a batch is on its way gathers for
-    the next one, and equal queries are answered once. So it may be entered by several users of one event loop at a
-    time, and after it was closed in another event loop.
+    What is asked while requests are on their way gathers for the next ones; equal queries are answered once, and those
+    asked before from a cache. Embedding and looking up overlap, each paced for itself. It runs no task of its own (see
+    :mod:`~searchr1_async.search.dispatch`), so it may be entered by several users of one event loop at a time, and after
+    it was closed in another event loop.
 
     Args:
         embedder: turns queries into vectors.
         store: finds the nearest passages; or a corpus with the folder of its index.
-        n_results: passages for each query, 1 to 100.
-        max_passage_words: passages are cut after so many words; None leaves them whole.
-        deadline: seconds from asking to answer, after which a call fails.
+        options: see :class:`SearchOptions`.
 
     Raises:
         ConfigurationError: a setting out of its range.
     """
 
-    def __init__(
-        self,
-        embedder: Embedder,
-        store: Store | LocalIndex,
-        *,
-        n_results: int = 3,
-        max_passage_words: int | None = None,
-        deadline: float = 60.0,
-    ) -> None:
-        _check_n_results(n_results)
-        if max_passage_words is not None and max_passage_words < 1:
-            raise ConfigurationError(f"max_passage_words is {max_passage_words}: give at least 1, or None")
-        if not deadline > 0:
-            raise ConfigurationError(f"deadline is {deadline} s: give more than 0")
+    def __init__(self, embedder: Embedder, store: Store | LocalIndex, **options: Unpack[SearchOptions]) -> None:
+        self._n_results = options.get("n_results", 3)
+        _check_n_results(self._n_results)
+        self._max_passage_words = options.get("max_passage_words")
+        if self._max_passage_words is not None and self._max_passage_words < 1:
+            raise ConfigurationError(f"max_passage_words is {self._max_passage_words}: give at least 1, or None")
+        self._deadline = options.get("deadline", 120.0)
+        if not self._deadline > 0:
+            raise ConfigurationError(f"deadline is {self._deadline} s: give more than 0")
+        cache_path = options.get("cache_path")
+        self._answers = AnswerCache(
+            options.get("cache_entries", 10_000),
+            None if cache_path is None else Path(cache_path),
+            options.get("cache_bytes", 1 << 30),
+        )
+        self._pacing = options.get("pacing", PacingSettings())
         self._embedder = embedder
         self._source = store
-        self._n_results = n_results
-        self._max_passage_words = max_passage_words
-        self._deadline = deadline
-        self._tally = Tally()
+        self._tally = SearchTally()
+        self._embedding_tally, self._querying_tally = ServiceTally(), ServiceTally()
         self._users = 0
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._begin_afresh()
+
+    def _begin_afresh(self) -> None:
+        """What belongs to one event loop, and to one opening of the store."""
         self._opening = anyio.Lock()
         self._store: Store | None = None
-        self._gathering = self._new_gathering()
-        self._leader: _Waiter | None = None
+        self._vectors: LeastRecentlyUsed[str, Vectors] = LeastRecentlyUsed(VECTORS_KEPT)
+        self._embedding: Dispatcher[str, str, Vectors] = Dispatcher(
+            self._embed,
+            name=self._embedder.name,
+            capacity=self._embedder_capacity,
+            pacing=self._pacing,
+            tally=self._embedding_tally,
+            failure=EmbeddingError,
+            weigh=estimated_tokens,
+        )
+        self._querying: Dispatcher[AnswerKey, _Queried, Answer] = Dispatcher(
+            self._query,
+            name=self._source.corpus.source if isinstance(self._source, LocalIndex) else self._source.name,
+            capacity=self._store_capacity,
+            pacing=self._pacing,
+            tally=self._querying_tally,
+            failure=StoreError,
+        )
 
     @classmethod
     def local(
@@ -108,19 +139,16 @@ class Search:
         *,
         path: str | Path | None = None,
         embedder: str | Path | Embedder = DEFAULT_MODEL,
-        n_results: int = 3,
-        max_passage_words: int | None = None,
-        deadline: float = 60.0,
+        **options: Unpack[SearchOptions],
     ) -> Search:
         """Search over a corpus on this machine; its index is built when it is first opened, and kept.
 
         Args:
             corpus: ``"atlas"`` (built in), a ``.jsonl`` or ``.parquet`` file, passages, or a :class:`Corpus`.
             path: the index's folder; None means one in the user's cache, named by corpus and embedder.
-            embedder: a sentence-transformers model by name or folder, or an :class:`Embedder`.
-            n_results: passages for each query, 1 to 100.
-            max_passage_words: passages are cut after so many words; None leaves them whole.
-            deadline: seconds from asking to answer, after which a call fails.
+            embedder: a sentence-transformers model by name or folder, ``"gemini-embedding-001"``, or an
+                :class:`Embedder`.
+            options: see :class:`SearchOptions`.
 
         Raises:
             CorpusError: no such corpus, or its first row cannot be used.
@@ -128,13 +156,7 @@ class Search:
             ConfigurationError: a setting out of its range.
         """
         index = LocalIndex(load_corpus(corpus), Path(path).expanduser() if path is not None else None)
-        return cls(
-            make_embedder(embedder),
-            index,
-            n_results=n_results,
-            max_passage_words=max_passage_words,
-            deadline=deadline,
-        )
+        return cls(make_embedder(embedder), index, **options)
 
     @classmethod
     def chroma(
@@ -146,36 +168,37 @@ class Search:
         embedder: str | Path | Embedder,
         ssl: bool = False,
         headers: Mapping[str, str] | None = None,
-        n_results: int = 3,
-        max_passage_words: int | None = None,
-        deadline: float = 60.0,
+        token: str | None = None,
+        tenant: str = "default_tenant",
+        database: str = "default_database",
+        **options: Unpack[SearchOptions],
     ) -> Search:
         """Search over a collection that a Chroma server (``chroma run --path <folder>``) serves already.
+
+        For Chroma Cloud give ``Search(embedder, RemoteChroma.cloud(...))``.
 
         Args:
             host: name or address, or a whole URL.
             port: TCP port.
             collection: must exist; its documents are the passages, and ``title`` in the metadata is used if there.
-            embedder: the one that the collection was built with: a sentence-transformers model, or an
-                :class:`Embedder`.
+            embedder: the one that the collection was built with: ``"gemini-embedding-001"`` for the recipe's, a
+                sentence-transformers model, or an :class:`Embedder`.
             ssl: HTTPS.
-            headers: sent with every request (a token, say).
-            n_results: passages for each query, 1 to 100.
-            max_passage_words: passages are cut after so many words; None leaves them whole.
-            deadline: seconds from asking to answer, after which a call fails.
+            headers: sent with every request.
+            token: sent as Chroma's own token header.
+            tenant: of the collection.
+            database: of the collection.
+            options: see :class:`SearchOptions`.
 
         Raises:
             EmbeddingError: the embedder's library is not installed, or its folder does not exist.
             StoreError: a collection name that Chroma does not take.
             ConfigurationError: a setting out of its range.
         """
-        return cls(
-            make_embedder(embedder),
-            RemoteChroma(host, port, collection, ssl=ssl, headers=headers),
-            n_results=n_results,
-            max_passage_words=max_passage_words,
-            deadline=deadline,
+        store = RemoteChroma(
+            host, port, collection, ssl=ssl, headers=headers, token=token, tenant=tenant, database=database
         )
+        return cls(make_embedder(embedder), store, **options)
 
     @property
     def fingerprint(self) -> str:
@@ -191,8 +214,18 @@ class Search:
 
     @property
     def statistics(self) -> SearchStatistics:
-        """Totals since this object was made, over all its openings."""
-        return self._tally.snapshot()
+        """Totals since this object was made, over all its openings, and how its services stand now."""
+        tally = self._tally
+        return SearchStatistics(
+            requests=tally.requests,
+            texts=tally.texts,
+            memory_hits=tally.memory_hits,
+            disk_hits=tally.disk_hits,
+            failed=tally.failed,
+            latency=tally.latency.snapshot(),
+            embedding=self._embedding.statistics,
+            querying=self._querying.statistics,
+        )
 
     @staticmethod
     def clean_query(query: str) -> str | None:
@@ -229,25 +262,46 @@ class Search:
 
         Raises:
             CorpusError: the corpus cannot be used.
-            SearchError: the embedder or the store cannot be opened, or the search is open in another event loop.
+            SearchError: the embedder or the store cannot be opened, their dimensions differ, or the search is open in
+                another event loop.
         """
         self._enter_loop()
         async with self._opening:
             if self._store is None:
-                source = self._source
                 try:
-                    if isinstance(source, LocalIndex):
-                        store = await source.open_store(self._embedder, on_progress)
-                    else:
-                        store = source
-                    self._store = store
-                    await self._embedder.open()
-                    await store.open()
+                    self._store = await self._open_services(on_progress)
                 except BaseException:
-                    if not self._users:
-                        await self._close()
+                    await self._close()
                     raise
             self._users += 1
+
+    async def _open_services(self, on_progress: OnProgress | None) -> Store:
+        source = self._source
+        try:
+            if isinstance(source, LocalIndex):
+                store = await source.open_store(self._embedder, on_progress)
+            else:
+                store = source
+                await store.open()
+        except PassingFault as fault:
+            raise StoreError(str(fault)) from fault
+        try:
+            await self._embedder.open()
+        except BaseException as error:
+            with anyio.CancelScope(shield=True):
+                await store.aclose()
+            if isinstance(error, PassingFault):
+                raise EmbeddingError(str(error)) from error
+            raise
+        if store.dimension not in (None, self._embedder.dimension):
+            with anyio.CancelScope(shield=True):
+                await store.aclose()
+            raise StoreError(
+                f"{store.name} holds vectors of {store.dimension} numbers, {self._embedder.name} makes them of "
+                f"{self._embedder.dimension}: it was built with another embedder, search it with that one",
+                is_fatal=True,
+            )
+        return store
 
     async def aclose(self) -> None:
         """Closes after the last user: calls that still wait fail, connections, files and threads are let go."""
@@ -264,92 +318,74 @@ class Search:
 
         Raises:
             SearchError: not open, a query that cannot be cleaned, no answer within the deadline, or a failure of the
-                embedder (:class:`EmbeddingError`) or the store (:class:`StoreError`).
+                embedder (:class:`EmbeddingError`) or the store (:class:`StoreError`). ``is_fatal`` tells whether later
+                searches can succeed.
+            SearchUnavailableError: a service was down for longer than ``PacingSettings.max_outage``; always fatal.
             ConfigurationError: ``n_results`` out of its range.
         """
         keys = self._keys(queries, n_results)
         if self._store is None:
             raise SearchError("the search is not open: call it within `async with search:`")
-        waiter = _Waiter(keys)
-        asked = self._gathering.ask(keys, waiter)
         self._tally.requests += 1
         self._tally.texts += len(keys)
-        self._tally.joined += asked.joined
         began = time.monotonic()
         try:
-            with anyio.fail_after(self._deadline):
-                await self._until_answered(waiter)
-        except TimeoutError as error:
+            answers = await self._find(keys, self._store)
+        except SearchError:
             self._tally.failed += 1
-            raise SearchError(
-                f"no answer from {self._store.name if self._store else 'the search'} and {self._embedder.name} within "
-                f"{self._deadline:g} s: check that they are up, or give a longer deadline"
-            ) from error
-        finally:
-            self._gathering.leave(keys, waiter)
-            # Whoever leaves hands over, the one who was to take over and was cancelled included.
-            if self._leader is None and (successor := self._gathering.next_waiter()) is not None:
-                successor.wake.set()
-            self._tally.seconds_waiting += time.monotonic() - began
-        if waiter.failure is not None:
-            self._tally.failed += 1
-            raise type(waiter.failure)(str(waiter.failure)) from (waiter.failure.__cause__ or waiter.failure)
-        return tuple(waiter.answers[key] for key in keys)
-
-    async def _until_answered(self, waiter: _Waiter) -> None:
-        """Waits for others to send, or sends for all while nobody else does."""
-        while not waiter.is_done:
-            if self._leader is not None:
-                waiter.wake = anyio.Event()
-                await waiter.wake.wait()
-                continue
-            self._leader = waiter
-            try:
-                while not waiter.is_done:
-                    await self._send_batch()
-            finally:
-                self._leader = None
-
-    async def _send_batch(self) -> None:
-        batch = self._gathering.take()
-        found: Found | SearchError
-        try:
-            found = await self._find(batch)
-        except SearchError as error:
-            found = error
-        except Exception as error:
-            found = SearchError(f"the search failed on {len(batch)} queries ({type(error).__name__}: {error})")
-            found.__cause__ = error
-        except BaseException:  # the sender is cancelled, the others are not: another of them sends this again
-            self._gathering.give_back(batch)
             raise
-        for number, (key, waiters) in enumerate(self._gathering.finish(batch).items()):
-            for waiter in waiters:
-                if isinstance(found, SearchError):
-                    waiter.failure = found
-                else:
-                    waiter.answers[key] = found[number]
-                if waiter.is_done:
-                    waiter.wake.set()
+        self._tally.latency.add(time.monotonic() - began)
+        return tuple(self._trim(answers[key]) for key in keys)
 
-    async def _find(self, batch: Sequence[_Key]) -> Found:
-        """One request to the embedder and one to the store, more only where they take fewer at once."""
-        store, embedder = self._store, self._embedder
-        if store is None:
+    async def _find(self, keys: Sequence[AnswerKey], store: Store) -> Mapping[AnswerKey, Answer]:
+        """From memory, from disk, from the services; and kept for the next time."""
+        index = self._answers_of(store)
+        answers = self._answers.recall(index, keys)
+        self._tally.memory_hits += sum(key in answers for key in keys)
+        if self._answers.is_on_disk and (missing := [key for key in keys if key not in answers]):
+            kept = await self._answers.look_up(index, missing)
+            self._tally.disk_hits += sum(key in kept for key in missing)
+            answers |= kept
+        if missing := [key for key in keys if key not in answers]:
+            found = await self._ask_services(missing)
+            # Under what the store is now: its collection may have been made anew meanwhile.
+            await self._answers.keep(self._answers_of(store), found)
+            answers |= found
+        return answers
+
+    async def _ask_services(self, keys: Sequence[AnswerKey]) -> dict[AnswerKey, Answer]:
+        deadline = Deadline(self._deadline)
+        known = {text: self._vectors.get(text) for text, _ in keys}
+        vectors = {text: vector for text, vector in known.items() if vector is not None}
+        vectors |= await self._embedding.fetch({text: text for text in known if text not in vectors}, deadline)
+        for text, vector in vectors.items():
+            self._vectors.put(text, vector)
+        return await self._querying.fetch({key: (vectors[key[0]], key[1]) for key in keys}, deadline)
+
+    def _answers_of(self, store: Store) -> str:
+        """What cached answers are valid for."""
+        return f"query\0{self._embedder.fingerprint}\0{store.fingerprint}"
+
+    # One request to each service; the dispatchers call these.
+
+    async def _embed(self, texts: Sequence[str]) -> Sequence[Vectors]:
+        vectors = await self._embedder.embed_queries(texts)
+        return [row.copy() for row in vectors]  # a view would keep its whole batch in memory
+
+    async def _query(self, queried: Sequence[_Queried]) -> Sequence[Answer]:
+        if self._store is None:
             raise SearchError("the search was closed while calls were waiting")
-        texts = tuple(dict.fromkeys(text for text, _ in batch))
-        most = max(n_results for _, n_results in batch)
-        began = time.monotonic()
-        vectors = await embedder.embed_queries(texts)
-        embedded = time.monotonic()
-        found = await store.query(vectors, most)
-        self._tally.seconds_embedding += embedded - began
-        self._tally.seconds_querying += time.monotonic() - embedded
-        self._tally.sizes[len(texts)] += 1
-        if len(found) != len(texts):
-            raise SearchError(f"{store.name} answered {len(found)} of {len(texts)} queries")
-        by_text = dict(zip(texts, found, strict=True))
-        return tuple(self._trim(by_text[text][:n_results]) for text, n_results in batch)
+        most = max(n_results for _, n_results in queried)
+        found = await self._store.query(np.stack([vector for vector, _ in queried]), most)
+        return [answer[:n_results] for answer, (_, n_results) in zip(found, queried, strict=False)]
+
+    def _embedder_capacity(self) -> Capacity:
+        embedder = self._embedder
+        return Capacity(min(MAX_BATCH, embedder.max_texts), embedder.max_requests, embedder.max_tokens)
+
+    def _store_capacity(self) -> Capacity:
+        store = self._store
+        return Capacity(1, 1) if store is None else Capacity(min(MAX_BATCH, store.max_queries), store.max_requests)
 
     def _trim(self, passages: Sequence[Passage]) -> tuple[Passage, ...]:
         most = self._max_passage_words
@@ -357,10 +393,10 @@ class Search:
             return tuple(passages)
         return tuple(replace(passage, text=first_words(passage.text, most)) for passage in passages)
 
-    def _keys(self, queries: Sequence[str], n_results: int | None) -> tuple[_Key, ...]:
+    def _keys(self, queries: Sequence[str], n_results: int | None) -> tuple[AnswerKey, ...]:
         wanted = self._n_results if n_results is None else n_results
         _check_n_results(wanted)
-        keys: list[_Key] = []
+        keys: list[AnswerKey] = []
         for query in queries:
             cleaned = clean_query(query)
             if cleaned is None:
@@ -380,27 +416,27 @@ class Search:
             raise SearchError("the search is open in another event loop: close it there, or make another one")
         if self._users:
             logger.warning("the search was left open by an event loop that is gone: it is opened anew")
-        self._loop, self._users, self._store, self._leader = loop, 0, None, None
-        self._opening = anyio.Lock()
-        self._gathering = self._new_gathering()
+        self._loop, self._users = loop, 0
+        self._begin_afresh()
 
     async def _close(self) -> None:
         store, self._store = self._store, None
-        for waiter in self._gathering.clear():
-            waiter.failure = SearchError("the search was closed while calls were waiting")
-            waiter.wake.set()
+        self._embedding.close()
+        self._querying.close()
         with anyio.CancelScope(shield=True):
             try:
                 if store is not None:
                     await store.aclose()
             finally:
-                await self._embedder.aclose()
+                try:
+                    await self._embedder.aclose()
+                finally:
+                    await self._answers.aclose()
 
-    def _new_gathering(self) -> Gathering[_Key, _Waiter]:
-        limits = [MAX_BATCH, self._embedder.max_texts]
-        if not isinstance(self._source, LocalIndex):
-            limits.append(self._source.max_queries)
-        return Gathering(min(limits))
+
+def estimated_tokens(text: str) -> int:
+    """Tokens of a text, seldom too few: one for every three bytes of UTF-8 (English has about four)."""
+    return len(text.encode("utf-8", "surrogatepass")) // 3 + 1
 
 
 def first_words(text: str, count: int) -> str:

@@ -1,63 +1,161 @@
-"""What the search did, counted."""
+"""What the search did, counted: of each service that it asks, and of the whole."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
+
+from searchr1_async.search.latency import Latency, LatencyTally
+
+
+def _none() -> Mapping[int, int]:
+    return MappingProxyType({})
+
+
+def _no_causes() -> Mapping[str, int]:
+    return MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceStatistics:
+    """Requests to one service: the embedder, or the store."""
+
+    requests: int = 0
+    """Sent, those tried again and hedges included."""
+    batch_sizes: Mapping[int, int] = field(default_factory=_none)
+    """How many requests held how many texts."""
+    joined: int = 0
+    """Texts that were waiting or on their way already when they were asked for: sent once for all."""
+    faults: Mapping[str, int] = field(default_factory=_no_causes)
+    """Requests tried again, by cause (``"429"``, ``"503"``, ``"reset"``, ``"timeout"``, …)."""
+    hedged: int = 0
+    """Requests sent a second time because the first was slow."""
+    latency: Latency = field(default_factory=Latency)
+    """Of the requests that were answered."""
+    limit: int = 0
+    """Requests at once, now."""
+    in_flight: int = 0
+    """Requests on their way, now."""
+    waiting: int = 0
+    """Texts that wait for a request, now."""
+    seconds_down: float = 0.0
+    """For how long the service has been down, now; 0 while it is up."""
+
+    @property
+    def texts(self) -> int:
+        """Texts in all requests."""
+        return sum(size * count for size, count in self.batch_sizes.items())
+
+    @property
+    def mean_batch(self) -> float:
+        """Texts a request, 0 before the first."""
+        return self.texts / self.requests if self.requests else 0.0
+
+    def since(self, earlier: ServiceStatistics) -> ServiceStatistics:
+        """What lay between two snapshots; what holds now (limit, in flight, waiting, down) is the later's."""
+        return replace(
+            self,
+            requests=self.requests - earlier.requests,
+            batch_sizes=_difference(self.batch_sizes, earlier.batch_sizes),
+            joined=self.joined - earlier.joined,
+            faults=_difference(self.faults, earlier.faults),
+            hedged=self.hedged - earlier.hedged,
+            latency=self.latency - earlier.latency,
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class SearchStatistics:
-    """Totals since the :class:`~searchr1_async.search.Search` was made. Two snapshots differ by what lay between."""
+    """Totals since the :class:`~searchr1_async.search.Search` was made."""
 
     requests: int = 0
     """Calls of ``search``."""
     texts: int = 0
     """Queries in them."""
-    joined: int = 0
-    """Queries that were on their way already, or given twice: answered without a search of their own."""
+    memory_hits: int = 0
+    """Queries answered from the cache in memory."""
+    disk_hits: int = 0
+    """Queries answered from the cache on disk."""
     failed: int = 0
     """Calls that raised, deadlines included, cancellations not."""
-    batches: int = 0
-    """Requests to the embedder and the store."""
-    batch_sizes: Mapping[int, int] = field(default_factory=lambda: MappingProxyType({}))
-    """How many batches had how many queries."""
-    seconds_embedding: float = 0.0
-    seconds_querying: float = 0.0
-    """In the store."""
-    seconds_waiting: float = 0.0
-    """From asking to answer, summed over the calls."""
+    latency: Latency = field(default_factory=Latency)
+    """Of the calls, from asking to answer; those from the caches included, those that failed not."""
+    embedding: ServiceStatistics = field(default_factory=ServiceStatistics)
+    querying: ServiceStatistics = field(default_factory=ServiceStatistics)
+    """Of the store."""
 
-    @property
-    def mean_batch(self) -> float:
-        """Queries a batch, 0 before the first."""
-        return sum(size * count for size, count in self.batch_sizes.items()) / self.batches if self.batches else 0.0
+    def since(self, earlier: SearchStatistics) -> SearchStatistics:
+        """What lay between two snapshots of one search."""
+        return SearchStatistics(
+            requests=self.requests - earlier.requests,
+            texts=self.texts - earlier.texts,
+            memory_hits=self.memory_hits - earlier.memory_hits,
+            disk_hits=self.disk_hits - earlier.disk_hits,
+            failed=self.failed - earlier.failed,
+            latency=self.latency - earlier.latency,
+            embedding=self.embedding.since(earlier.embedding),
+            querying=self.querying.since(earlier.querying),
+        )
+
+    def metrics(self) -> dict[str, float]:
+        """As numbers by name, for a run's metrics: ``search/queries``, ``search/cache_hit_rate``, ``search/p99``, …"""
+        out = {
+            "search/calls": float(self.requests),
+            "search/queries": float(self.texts),
+            "search/failed": float(self.failed),
+            "search/cache_hit_rate": (self.memory_hits + self.disk_hits) / self.texts if self.texts else 0.0,
+            "search/p50": self.latency.p50,
+            "search/p99": self.latency.p99,
+        }
+        for name, service in (("embedding", self.embedding), ("store", self.querying)):
+            out |= {
+                f"search/{name}/requests": float(service.requests),
+                f"search/{name}/mean_batch": service.mean_batch,
+                f"search/{name}/joined": float(service.joined),
+                f"search/{name}/faults": float(sum(service.faults.values())),
+                f"search/{name}/p50": service.latency.p50,
+                f"search/{name}/p99": service.latency.p99,
+                f"search/{name}/limit": float(service.limit),
+            }
+        return out
+
+
+def _difference(later: Mapping, earlier: Mapping) -> Mapping:
+    return MappingProxyType(
+        {key: count - earlier.get(key, 0) for key, count in later.items() if count != earlier.get(key, 0)}
+    )
 
 
 @dataclass(slots=True)
-class Tally:
-    """The counters behind :class:`SearchStatistics`."""
+class ServiceTally:
+    """The counters behind :class:`ServiceStatistics`."""
+
+    sizes: Counter[int] = field(default_factory=Counter)
+    joined: int = 0
+    faults: Counter[str] = field(default_factory=Counter)
+    hedged: int = 0
+    latency: LatencyTally = field(default_factory=LatencyTally)
+
+    def snapshot(self) -> ServiceStatistics:
+        return ServiceStatistics(
+            requests=self.sizes.total(),
+            batch_sizes=MappingProxyType(dict(sorted(self.sizes.items()))),
+            joined=self.joined,
+            faults=MappingProxyType(dict(sorted(self.faults.items()))),
+            hedged=self.hedged,
+            latency=self.latency.snapshot(),
+        )
+
+
+@dataclass(slots=True)
+class SearchTally:
+    """The counters behind :class:`SearchStatistics`, without the services' own."""
 
     requests: int = 0
     texts: int = 0
-    joined: int = 0
+    memory_hits: int = 0
+    disk_hits: int = 0
     failed: int = 0
-    sizes: Counter[int] = field(default_factory=Counter)
-    seconds_embedding: float = 0.0
-    seconds_querying: float = 0.0
-    seconds_waiting: float = 0.0
-
-    def snapshot(self) -> SearchStatistics:
-        return SearchStatistics(
-            requests=self.requests,
-            texts=self.texts,
-            joined=self.joined,
-            failed=self.failed,
-            batches=self.sizes.total(),
-            batch_sizes=MappingProxyType(dict(sorted(self.sizes.items()))),
-            seconds_embedding=self.seconds_embedding,
-            seconds_querying=self.seconds_querying,
-            seconds_waiting=self.seconds_waiting,
-        )
+    latency: LatencyTally = field(default_factory=LatencyTally)

@@ -11,51 +11,94 @@ from searchr1_async.search.gathering import Asked, Gathering
 
 
 def test_what_arrives_while_a_batch_is_away_makes_the_next() -> None:
-    gathering: Gathering[str, int] = Gathering(10)
+    gathering: Gathering[str, int] = Gathering()
     gathering.ask(["a"], 1)
-    assert gathering.take() == ("a",)
+    assert gathering.take(10) == ("a",)
     gathering.ask(["b", "c"], 2)
     gathering.ask(["c", "d"], 3)
     assert gathering.finish(("a",)) == {"a": {1}}
-    assert gathering.take() == ("b", "c", "d")
+    assert gathering.take(10) == ("b", "c", "d")
     assert gathering.finish(("b", "c", "d")) == {"b": {2}, "c": {2, 3}, "d": {3}}
-    assert gathering.take() == ()
+    assert gathering.take(10) == ()
 
 
 def test_equal_keys_are_asked_once_even_when_on_their_way() -> None:
-    gathering: Gathering[str, int] = Gathering(10)
+    gathering: Gathering[str, int] = Gathering()
     assert gathering.ask(["a", "a"], 1) == Asked(new=1, joined=1)
-    gathering.take()
+    gathering.take(10)
     assert gathering.ask(["a", "b"], 2) == Asked(new=1, joined=1)
-    assert gathering.take() == ("b",)
+    assert gathering.take(10) == ("b",)
     assert gathering.finish(("a",)) == {"a": {1, 2}}
     assert gathering.ask(["a"], 3) == Asked(new=1, joined=0)
 
 
 def test_a_batch_has_a_limit_and_the_oldest_go_first() -> None:
-    gathering: Gathering[str, int] = Gathering(2)
-    gathering.ask("abc", 1)
-    assert gathering.take() == ("a", "b")
+    gathering: Gathering[str, int] = Gathering()
+    for number, key in enumerate("abc"):
+        gathering.ask(key, number)
+    assert gathering.take(2) == ("a", "b")
+    assert gathering.waiters_of(["a", "b"]) == {0, 1}
     gathering.give_back(("a", "b"))
-    assert gathering.next_waiter() == 1
-    assert gathering.take() == ("a", "b")
-    assert gathering.take() == ("c",)
+    assert gathering.everyone() == {0, 1, 2}
+    assert gathering.take(2) == ("a", "b")
+    assert gathering.take(2) == ("c",)
+
+
+def test_weight_bounds_a_batch_and_what_is_too_heavy_goes_alone() -> None:
+    gathering: Gathering[str, int] = Gathering(weigh=len)
+    for number, key in enumerate(["aa", "bb", "cccccc", "d"]):
+        gathering.ask([key], number)
+    assert gathering.take(10, 5) == ("aa", "bb")
+    assert gathering.take(10, 5) == ("cccccc",)
+    assert gathering.take(10, 5) == ("d",)
+
+
+def test_a_call_with_many_keys_takes_turns_with_those_after_it() -> None:
+    gathering: Gathering[str, int] = Gathering()
+    gathering.ask([f"many{number}" for number in range(20)], 1)
+    for number in range(3):
+        gathering.ask([f"single{number}"], 2 + number)
+    assert set(gathering.take(4)) == {"many0", "single0", "single1", "single2"}
+    gathering.ask(["pair0", "pair1"], 9)
+    assert gathering.take(4) == ("many1", "pair0", "many2", "pair1")
+
+
+def test_nobody_waits_for_ever() -> None:
+    gathering: Gathering[str, int] = Gathering()
+    gathering.ask([f"many{number}" for number in range(20)], 0)
+    taken: list[str] = []
+    for number in range(40):  # there is always someone new
+        gathering.ask([f"new{number}"], number + 1)
+        taken += gathering.take(2)
+    assert {f"many{number}" for number in range(20)} <= set(taken)
+
+
+def test_who_joins_a_late_key_gets_it_sooner() -> None:
+    gathering: Gathering[str, int] = Gathering()
+    gathering.ask([f"many{number}" for number in range(20)], 1)
+    gathering.ask(["many19"], 2)
+    assert gathering.take(2) == ("many0", "many19")
+    assert len(gathering.take(30)) == 18
 
 
 def test_what_nobody_waits_for_is_not_sent() -> None:
-    gathering: Gathering[str, int] = Gathering(10)
+    gathering: Gathering[str, int] = Gathering()
     gathering.ask(["a", "b"], 1)
     gathering.ask(["b"], 2)
     gathering.leave(["a", "b"], 1)
-    assert gathering.take() == ("b",)
+    assert gathering.take(10) == ("b",)
     gathering.leave(["b"], 2)
     gathering.give_back(("b",))
-    assert gathering.take() == ()
+    assert gathering.take(10) == ()
+    gathering.ask(["a"], 3)
+    gathering.ask(["a"], 4)
+    gathering.leave(["a"], 3)
+    assert gathering.take(10) == ("a",)
 
 
 def test_a_batch_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="0"):
-        Gathering(0)
+        Gathering().take(0)
 
 
 class GatheringMachine(RuleBasedStateMachine):
@@ -63,7 +106,7 @@ class GatheringMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.gathering: Gathering[int, int] = Gathering(3)
+        self.gathering: Gathering[int, int] = Gathering()
         self.open: dict[int, set[int]] = {}
         """Waiter → keys that it still waits for."""
         self.batches: list[tuple[int, ...]] = []
@@ -86,8 +129,9 @@ class GatheringMachine(RuleBasedStateMachine):
 
     @rule()
     def take(self) -> None:
-        batch = self.gathering.take()
+        batch = self.gathering.take(3)
         assert len(batch) <= 3
+        assert batch or not self.gathering.waiting
         away = {key for other in self.batches for key in other}
         assert not away & set(batch)
         assert set(batch) <= {key for waits in self.open.values() for key in waits}
@@ -116,7 +160,7 @@ class GatheringMachine(RuleBasedStateMachine):
         away = {key for batch in self.batches for key in batch}
         assert self.gathering.sent == len(away)
         assert self.gathering.waiting == len(wanted - away)
-        assert (self.gathering.next_waiter() is None) == (not wanted - away)
+        assert self.gathering.everyone() == {waiter for waiter, waits in self.open.items() if waits}
 
 
 TestGatheringMachine = GatheringMachine.TestCase

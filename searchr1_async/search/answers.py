@@ -1,0 +1,80 @@
+"""Answers that were found before: in memory, and by choice on disk, where they outlive the process."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from searchr1_async.episodes.types import Passage
+from searchr1_async.search.cache import DiskCache, LeastRecentlyUsed, decode_passages, encode_passages
+from searchr1_async.search.threads import OwnThread
+
+Answer = tuple[Passage, ...]
+AnswerKey = tuple[str, int]
+"""A cleaned query and the number of passages wanted."""
+
+
+class AnswerCache:
+    """Answers by query, each valid for one state of one index only.
+
+    Args:
+        max_entries: answers in memory, the least recently used forgotten first. An answer of three passages of 100 words
+            takes about 3 KB.
+        path: file of the cache on disk, which several processes may share; None keeps none.
+        max_bytes: of the values on disk.
+    """
+
+    def __init__(self, max_entries: int, path: Path | None = None, max_bytes: int = 1 << 30) -> None:
+        self._memory: LeastRecentlyUsed[tuple[str, AnswerKey], Answer] = LeastRecentlyUsed(max_entries)
+        self._disk = None if path is None else DiskCache(path, max_bytes=max_bytes)
+        self._thread = OwnThread("searchr1-cache")
+
+    @property
+    def is_on_disk(self) -> bool:
+        return self._disk is not None
+
+    def recall(self, index: str, keys: Iterable[AnswerKey]) -> dict[AnswerKey, Answer]:
+        """Those answers that are in memory.
+
+        Args:
+            index: what identifies the state of the index and everything else that an answer depends on.
+        """
+        found = {key: self._memory.get((index, key)) for key in keys}
+        return {key: answer for key, answer in found.items() if answer is not None}
+
+    async def look_up(self, index: str, keys: Iterable[AnswerKey]) -> dict[AnswerKey, Answer]:
+        """Those answers that are on disk; they are in memory from now on."""
+        if self._disk is None:
+            return {}
+        by_text = {_disk_key(key): key for key in keys}
+        values = await self._thread.run(self._disk.get_many, _namespace(index), list(by_text))
+        found: dict[AnswerKey, Answer] = {}
+        for text, value in values.items():
+            if (answer := decode_passages(value)) is not None:
+                found[by_text[text]] = answer
+                self._memory.put((index, by_text[text]), answer)
+        return found
+
+    async def keep(self, index: str, answers: Mapping[AnswerKey, Answer]) -> None:
+        """Keeps answers, in memory and on disk."""
+        for key, answer in answers.items():
+            self._memory.put((index, key), answer)
+        if self._disk is not None and answers:
+            encoded = {_disk_key(key): encode_passages(answer) for key, answer in answers.items()}
+            await self._thread.run(self._disk.put_many, _namespace(index), encoded)
+
+    async def aclose(self) -> None:
+        """Lets go of the file and the thread; what is in memory stays."""
+        if self._disk is not None:
+            await self._thread.run(self._disk.close)
+        self._thread.close()
+
+
+def _disk_key(key: AnswerKey) -> str:
+    text, n_results = key
+    return f"{n_results}\0{text}"
+
+
+def _namespace(index: str) -> str:
+    return hashlib.sha256(index.encode("utf-8", "surrogatepass")).hexdigest()[:32]

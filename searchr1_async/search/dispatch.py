@@ -1,0 +1,445 @@
+"""Carries what thousands of callers ask of one service to it: gathered into batches, paced, retried, answered once.
+
+The parts that decide are pure and elsewhere (:mod:`gathering`, :mod:`pacing`); this is the I/O around them.
+
+A dispatcher has no task of its own. Every batch is carried by a task within the task group of one of the callers that
+want it, the one that came last, so that nothing outlives its callers and nobody has to own a background task. When that
+caller leaves (cancelled, or its deadline passed), its batches are handed to others who still want them.
+
+A batch in the air holds one of the service's slots. One that backs off holds none: others go out meanwhile, and searches
+that are not in it do not wait for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import logging
+import math
+import time
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Generic, TypeVar
+
+import anyio
+from anyio.abc import TaskGroup
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
+
+from searchr1_async.errors import SearchError, SearchUnavailableError
+from searchr1_async.search.faults import PassingFault, RefusedInput, TooManyRequests
+from searchr1_async.search.gathering import Gathering
+from searchr1_async.search.pacing import Flight, Pacer, PacingSettings
+from searchr1_async.search.statistics import ServiceStatistics, ServiceTally
+
+logger = logging.getLogger(__name__)
+
+Key = TypeVar("Key", bound=Hashable)
+Item = TypeVar("Item")
+Value = TypeVar("Value")
+
+SUSPECT_AFTER = 2
+"""Passing faults of one batch, while others are answered, after which it is split. At random, with one fault in ten, that
+happens to one batch in a hundred, and costs one request more."""
+HEDGE_AFTER_REQUESTS = 50
+"""Requests answered before the slowest of them can be told."""
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What a service takes."""
+
+    items: int
+    """In one request."""
+    requests: int
+    """At once."""
+    weight: int | None = None
+    """Of all items in one request; None where there is no such limit."""
+
+
+def now_in_loop() -> float:
+    """Seconds by the running event loop's clock; outside of one, by the clock that asyncio's loops go by."""
+    try:
+        return asyncio.get_running_loop().time()
+    except RuntimeError:
+        return time.monotonic()
+
+
+class Deadline:
+    """By when a call must be answered. It is put off while a service is down: that time has a limit of its own.
+
+    Args:
+        seconds: from now on.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.at = now_in_loop() + seconds
+
+    def put_off(self) -> None:
+        self.at = now_in_loop() + self.seconds
+
+
+@dataclass(eq=False, slots=True)
+class _Waiter(Generic[Key, Item, Value]):
+    """One call of ``fetch``."""
+
+    number: int
+    items: Mapping[Key, Item]
+    tasks: TaskGroup
+    answers: dict[Key, Value] = field(default_factory=dict)
+    failure: SearchError | None = None
+    done: anyio.Event = field(default_factory=anyio.Event)
+
+    def answer(self, key: Key, value: Value) -> None:
+        self.answers[key] = value
+        if len(self.answers) == len(self.items):
+            self.done.set()
+
+    def fail(self, failure: SearchError) -> None:
+        self.failure = self.failure or failure
+        self.done.set()
+
+
+class Dispatcher(Generic[Key, Item, Value]):
+    """Carries items to one service, many callers' in one request.
+
+    Args:
+        send: one request: the values of some items, in their order. It tries once, and raises as an
+            :class:`~searchr1_async.search.embedders.base.Embedder` does.
+        name: of the service, for messages.
+        capacity: what the service takes; asked anew for each request, since a service may turn out to take less.
+        pacing: see :class:`PacingSettings`.
+        tally: counts on where an earlier dispatcher to the same service ended; None begins at 0.
+        failure: what is raised when retrying does not help.
+        weigh: an item's weight, against ``Capacity.weight``.
+
+    Belongs to one event loop.
+    """
+
+    def __init__(
+        self,
+        send: Callable[[Sequence[Item]], Awaitable[Sequence[Value]]],
+        *,
+        name: str,
+        capacity: Callable[[], Capacity],
+        pacing: PacingSettings | None = None,
+        tally: ServiceTally | None = None,
+        failure: type[SearchError] = SearchError,
+        weigh: Callable[[Key], int] = lambda _: 0,
+    ) -> None:
+        self._send = send
+        self._name = name
+        self._capacity = capacity
+        self._settings = pacing or PacingSettings()
+        self._tally = tally or ServiceTally()
+        self._failure = failure
+        self._gathering: Gathering[Key, _Waiter[Key, Item, Value]] = Gathering(weigh)
+        self._pacer = Pacer(self._settings)
+        self._pause = wait_random_exponential(
+            multiplier=2 * self._settings.first_pause, max=self._settings.longest_pause
+        )
+        self._number = 0
+        self._carriers = 0
+        self._queued = 0
+        self._pump_is_due = False
+        self._freed = anyio.Event()
+        self._answered_at = -math.inf
+
+    @property
+    def statistics(self) -> ServiceStatistics:
+        """Totals, and how it stands now."""
+        return replace(
+            self._tally.snapshot(),
+            limit=min(self._pacer.limit, self._capacity().requests),
+            in_flight=self._pacer.in_flight,
+            waiting=self._gathering.waiting,
+            seconds_down=self._pacer.down_for(now_in_loop()),
+        )
+
+    async def fetch(self, items: Mapping[Key, Item], deadline: Deadline | None = None) -> dict[Key, Value]:
+        """The value of every item, by its key. Equal keys that others wait for are sent once.
+
+        Args:
+            items: what to send, by key; equal keys must stand for equal items.
+            deadline: None waits for as long as retrying makes sense.
+
+        Raises:
+            SearchError: the service failed for good, or the deadline passed.
+            SearchUnavailableError: the service was down for longer than ``PacingSettings.max_outage``.
+        """
+        if not items:
+            return {}
+        self._number += 1
+        tasks = anyio.create_task_group()
+        waiter = _Waiter[Key, Item, Value](self._number, items, tasks)
+        async with tasks:
+            self._tally.joined += self._gathering.ask(items, waiter).joined
+            # At the end of this turn of the event loop, so that all who were woken together go out together.
+            if not self._pump_is_due:
+                self._pump_is_due = True
+                tasks.start_soon(self._pump_when_due)
+            try:
+                await self._until_done(waiter, deadline)
+            finally:
+                self._gathering.leave(items, waiter)
+                tasks.cancel_scope.cancel()
+        if waiter.failure is not None:
+            # Every caller raises one of its own: a shared one would collect the tracebacks of all.
+            raise copy.copy(waiter.failure) from (waiter.failure.__cause__ or waiter.failure)
+        return waiter.answers
+
+    def close(self) -> None:
+        """Fails every call that still waits."""
+        self._fail_everyone(SearchError("the search was closed while calls were waiting"))
+
+    async def _until_done(self, waiter: _Waiter[Key, Item, Value], deadline: Deadline | None) -> None:
+        while not waiter.done.is_set():
+            left = math.inf if deadline is None else deadline.at - now_in_loop()
+            with anyio.move_on_after(left):
+                await waiter.done.wait()
+            if waiter.done.is_set() or deadline is None:
+                continue
+            if self._pacer.down_for(now_in_loop()):
+                deadline.put_off()
+                continue
+            waiter.fail(self._too_late(deadline))
+
+    def _too_late(self, deadline: Deadline) -> SearchError:
+        now = now_in_loop()
+        opens = self._pacer.opens_at(now)
+        asked = "" if opens is None else f"; it asks to be left alone for {opens - now:.0f} s more (a quota?)"
+        return self._failure(
+            f"no answer from {self._name} within {deadline.seconds:g} s{asked}: check that it is up and what it allows, "
+            "or give a longer deadline"
+        )
+
+    # Sending: which batches go out, and in whose task.
+
+    async def _pump_when_due(self) -> None:
+        self._pump_is_due = False
+        self._pump()
+
+    def _pump(self) -> None:
+        """Sends what waits, as far as there is room; those that are tried again go first."""
+        while self._gathering.waiting:
+            now, capacity = now_in_loop(), self._capacity()
+            if not self._queued and self._pacer.may_send(now, capacity.requests):
+                flight = self._pacer.begin(now)
+            elif not self._carriers:
+                flight = None  # the service wants to be left alone: one batch waits for that, or nobody would wake
+            else:
+                return
+            self._launch(list(self._gathering.take(capacity.items, capacity.weight)), flight)
+
+    def _launch(self, batch: list[Key], flight: Flight | None) -> None:
+        # The one that came last: its deadline is the last to pass.
+        carrier = max(self._gathering.waiters_of(batch), key=lambda waiter: waiter.number)
+        self._carriers += 1
+        carrier.tasks.start_soon(self._carry, batch, flight)
+
+    async def _carry(self, batch: list[Key], flight: Flight | None) -> None:
+        """One batch, from its first request until its waiters are answered, or have failed."""
+        try:
+            self._answer(await self._until_answered(batch, flight))
+        except RefusedInput as refused:
+            self._split(batch, refused)
+        except SearchUnavailableError as failure:
+            logger.warning("%s", failure)
+            self._fail_everyone(failure)
+            self._fail(batch, failure)
+        except SearchError as failure:
+            self._fail(batch, failure)
+        except Exception as error:
+            failure = self._failure(
+                f"{self._name} failed on a request of {len(batch)} ({type(error).__name__}: {error})"
+            )
+            failure.__cause__ = error
+            self._fail(batch, failure)
+        except BaseException:  # the carrier leaves: whoever else wants these goes on with them
+            self._gathering.give_back(batch)
+            raise
+        finally:
+            self._carriers -= 1
+            self._pump()
+
+    async def _until_answered(self, batch: list[Key], flight: Flight | None) -> Mapping[Key, Value]:
+        """The values of a batch, tried again and again; keys that nobody wants any more are taken out of it."""
+        began = now_in_loop()
+        retrying = AsyncRetrying(
+            retry=retry_if_exception_type(PassingFault),
+            wait=self._pause_after,
+            stop=lambda state: self._is_hopeless(began) or self._is_suspect(batch, state, began),
+            sleep=anyio.sleep,
+            reraise=True,
+        )
+        values: Mapping[Key, Value] = {}
+        try:
+            async for attempt in retrying:
+                with attempt:
+                    begun, flight = flight or await self._slot(), None
+                    values = await self._attempt(batch, begun)
+        except PassingFault as fault:
+            now = now_in_loop()
+            if len(batch) > 1 and not self._is_hopeless(began):
+                raise RefusedInput(str(fault)) from fault
+            if down := self._pacer.down_for(now):
+                raise SearchUnavailableError(
+                    f"{self._name} has been down for {down:.0f} s ({fault}): bring it back and resume, or let runs "
+                    "wait longer (PacingSettings.max_outage)"
+                ) from fault
+            raise self._failure(f"{self._name} kept failing for {now - began:.0f} s ({fault})") from fault
+        return values
+
+    def _pause_after(self, state: RetryCallState) -> float:
+        error = state.outcome.exception() if state.outcome else None
+        if isinstance(error, TooManyRequests):
+            return 0.0  # the pacer holds everyone back, this batch with them
+        asked = error.retry_after if isinstance(error, PassingFault) else None
+        return max(asked or 0.0, self._pause(state))
+
+    def _is_hopeless(self, began: float) -> bool:
+        now = now_in_loop()
+        if down := self._pacer.down_for(now):
+            return down > self._settings.max_outage
+        return now - max(began, self._pacer.up_since) > self._settings.retry_budget
+
+    def _is_suspect(self, batch: Sequence[Key], state: RetryCallState, began: float) -> bool:
+        """It fails again and again while others are answered: something in it may be to blame, so it is split."""
+        return len(batch) > 1 and state.attempt_number >= SUSPECT_AFTER and self._answered_at > began
+
+    async def _slot(self) -> Flight:
+        """Waits for room, and takes it."""
+        self._queued += 1
+        try:
+            while not self._pacer.may_send(now := now_in_loop(), self._capacity().requests):
+                opens = self._pacer.opens_at(now)
+                with anyio.move_on_after(math.inf if opens is None else opens - now):
+                    await self._freed.wait()
+            flight = self._pacer.begin(now)
+        finally:
+            self._queued -= 1
+        self._pump()  # there may be room for more
+        return flight
+
+    async def _attempt(self, batch: list[Key], flight: Flight) -> Mapping[Key, Value]:
+        """One request, and what it tells about the service."""
+        items = self._items(batch)
+        if not items:
+            self._pacer.abandoned(flight)
+            return {}
+        most = self._capacity().requests
+        is_ended = False
+        try:
+            values = await self._hedged(items)
+            if len(values) != len(batch):
+                raise PassingFault(f"{self._name} answered {len(values)} of {len(batch)}", cause="malformed")
+        except PassingFault as fault:
+            is_ended, now = True, now_in_loop()
+            self._tally.faults[fault.cause] += 1
+            if isinstance(fault, TooManyRequests):
+                self._pacer.pushed_back(flight, now, fault.retry_after)
+            else:
+                self._pacer.failed(flight, now)
+            self._pump()  # this batch backs off; others need not wait for it
+            raise
+        except SearchError:  # the service is up, and refuses
+            is_ended = True
+            self._pacer.succeeded(flight, now_in_loop(), most=most, is_short=False)
+            raise
+        else:
+            is_ended, now = True, now_in_loop()
+            is_short = self._gathering.waiting >= self._capacity().items
+            self._pacer.succeeded(flight, now, most=most, is_short=is_short)
+            self._answered_at = now
+            self._tally.latency.add(now - flight.began)
+            return dict(zip(batch, values, strict=True))
+        finally:
+            if not is_ended:
+                self._pacer.abandoned(flight)
+            self._freed.set()
+            self._freed = anyio.Event()
+
+    async def _hedged(self, items: Sequence[Item]) -> Sequence[Value]:
+        """One request; a second like it where the first is among the slowest and there is room."""
+        delay = self._hedge_delay()
+        if delay is None:
+            return await self._request(items)
+        answers: list[Sequence[Value]] = []
+        errors: list[Exception] = []
+        running = 1
+
+        async def race() -> None:
+            nonlocal running
+            try:
+                answers.append(await self._request(items))
+            except Exception as error:
+                errors.append(error)
+            running -= 1
+            if answers or not running:
+                racers.cancel_scope.cancel()
+
+        async with anyio.create_task_group() as racers:
+            racers.start_soon(race)
+            await anyio.sleep(delay)
+            if self._pacer.may_send(now := now_in_loop(), self._capacity().requests):
+                running += 1
+                self._tally.hedged += 1
+                flight = self._pacer.begin(now)
+                try:
+                    await race()
+                finally:
+                    self._pacer.abandoned(flight)
+        if not answers:
+            raise errors[0]
+        return answers[0]
+
+    def _hedge_delay(self) -> float | None:
+        fraction = self._settings.hedged_fraction
+        latency = self._tally.latency.snapshot() if fraction else None
+        if latency is None or latency.count < HEDGE_AFTER_REQUESTS:
+            return None
+        return latency.quantile(1 - fraction)
+
+    async def _request(self, items: Sequence[Item]) -> Sequence[Value]:
+        self._tally.sizes[len(items)] += 1
+        timeout = self._settings.request_timeout
+        try:
+            with anyio.fail_after(timeout):
+                return await self._send(items)
+        except TimeoutError as error:
+            raise PassingFault(f"{self._name} did not answer within {timeout:g} s", cause="timeout") from error
+
+    # Answering: what becomes of a batch.
+
+    def _items(self, batch: list[Key]) -> list[Item]:
+        """What to send for a batch. Keys that nobody waits for any more are taken out of it first."""
+        waiters = {key: next(iter(self._gathering.waiters_of([key])), None) for key in batch}
+        self._gathering.finish(key for key, waiter in waiters.items() if waiter is None)
+        batch[:] = [key for key, waiter in waiters.items() if waiter is not None]
+        return [waiter.items[key] for key, waiter in waiters.items() if waiter is not None]
+
+    def _answer(self, values: Mapping[Key, Value]) -> None:
+        for key, waiters in self._gathering.finish(values).items():
+            for waiter in waiters:
+                waiter.answer(key, values[key])
+
+    def _fail(self, batch: Iterable[Key], failure: SearchError) -> None:
+        for waiters in self._gathering.finish(batch).values():
+            for waiter in waiters:
+                waiter.fail(failure)
+
+    def _fail_everyone(self, failure: SearchError) -> None:
+        for waiter in self._gathering.everyone():
+            waiter.fail(failure)
+
+    def _split(self, batch: list[Key], refused: RefusedInput) -> None:
+        """A refused batch goes out again in parts, so that one bad item fails alone."""
+        if len(batch) == 1:
+            failure = self._failure(str(refused))
+            failure.__cause__ = refused
+            self._fail(batch, failure)
+            return
+        self._items(batch)
+        size = max(1, min(-(-len(batch) // 2), self._capacity().items))
+        for start in range(0, len(batch), size):
+            self._launch(batch[start : start + size], None)
