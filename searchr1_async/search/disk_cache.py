@@ -237,7 +237,7 @@ class DiskCache:
             self._give_up(f"is damaged and cannot be put aside ({_reason(failure)})")
 
     def _put_aside(self, reason: str) -> None:
-        """Renames it with its log, which would be taken for the new file's; within :meth:`_opening`."""
+        """Renames it, with the log that belongs to it; within :meth:`_opening`."""
         aside = self._path.with_name(f"{self._path.name}.aside-{time.time_ns()}")
         for suffix in ("-wal", "-shm", ""):
             with suppress(FileNotFoundError):

@@ -466,6 +466,30 @@ def test_a_file_damaged_while_it_is_open_is_begun_anew_once_by_all_who_use_it(
     assert len(warnings_of(caplog)) == 1
 
 
+def test_the_log_of_a_damaged_file_is_not_taken_for_the_new_ones(path: Path, tmp_path: Path) -> None:
+    cache = DiskCache(tmp_path / "whole" / path.name)
+    fill(cache, range(50))
+    connection = sqlite3.connect(cache.path)
+    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    connection.close()
+    fill(cache, range(50, 60))
+    path.parent.mkdir()
+    for suffix in ("", "-wal"):  # as a kill leaves them
+        shutil.copy(f"{cache.path}{suffix}", f"{path}{suffix}")
+    cache.close()
+    with path.open("r+b") as file:
+        file.write(os.urandom(path.stat().st_size))
+    cache = DiskCache(path)
+    holds(cache, 60)
+    fill(cache, range(70, 80))
+    assert holds(cache, 80) == list(range(70, 80))
+    cache.close()
+    assert len(asides(path)) == 1
+    connection = sqlite3.connect(path)
+    assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+    connection.close()
+
+
 def test_a_folder_deleted_while_it_is_used_is_made_anew(path: Path) -> None:
     cache = DiskCache(path)
     fill(cache, range(3))
