@@ -39,6 +39,9 @@ from searchr1_async.job import TrainingResult
 from searchr1_async.learn.demonstrations import Demonstration
 from searchr1_async.run import Run
 from searchr1_async.search import Search, SearchStatistics
+from searchr1_async.search.embedders import GeminiEmbedder, SentenceTransformerEmbedder
+from searchr1_async.search.pacing import PacingSettings
+from searchr1_async.search.stores import EmbeddedChroma, RemoteChroma
 
 __all__ = [
     "CheckpointError",
@@ -46,19 +49,23 @@ __all__ = [
     "Corpus",
     "CorpusError",
     "Demonstration",
+    "EmbeddedChroma",
     "EmbeddingError",
     "Episode",
     "EpisodeLimits",
     "Evaluation",
+    "GeminiEmbedder",
     "Group",
     "LearningSettings",
     "LocalOptions",
     "ModelError",
+    "PacingSettings",
     "Passage",
     "PortInUseError",
     "Question",
     "QuestionsError",
     "RecipeReward",
+    "RemoteChroma",
     "RewardError",
     "Run",
     "RunFolderError",
@@ -70,6 +77,7 @@ __all__ = [
     "SearchR1Error",
     "SearchStatistics",
     "SearchUnavailableError",
+    "SentenceTransformerEmbedder",
     "ServiceError",
     "ServiceStartError",
     "ServiceUnavailableError",

@@ -210,6 +210,7 @@ class _Training:
                 break
             step = point.step + 1
             questions = self._order.batch(point.position)
+            searched_before = self._job.search.statistics
             groups = await self._play_and_submit(questions, policy, learner, step)
             sampled_at = anyio.current_time()
             is_last = step == total
@@ -224,6 +225,7 @@ class _Training:
                 "progress/batch": float(step),
                 "progress/done_frac": step / total,
                 **played,
+                **self._job.search.statistics.since(searched_before).metrics(),
                 **finished.metrics,
                 "time/total": now - step_began,
                 "time/sampling": sampled_at - step_began,

@@ -74,5 +74,10 @@ class DictSearch:
 class BrokenSearch(DictSearch):
     """A search that fails for good."""
 
+    def __init__(self, *, is_fatal: bool = False) -> None:
+        super().__init__()
+        self._is_fatal = is_fatal
+
     async def search(self, queries: Sequence[str]) -> Sequence[Sequence[Passage]]:
-        raise SearchError("the store is gone")
+        self.asked.append(tuple(queries))
+        raise SearchError("the store is gone", is_fatal=self._is_fatal)

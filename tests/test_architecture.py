@@ -17,7 +17,8 @@ MODULES = sorted(ROOT.rglob("*.py"))
 
 PUBLIC = """
 train evaluate rollout Run TrainingResult
-Search SearchStatistics Corpus load_corpus load_questions
+Search SearchStatistics PacingSettings GeminiEmbedder SentenceTransformerEmbedder EmbeddedChroma RemoteChroma
+Corpus load_corpus load_questions
 Question Passage Episode Turn SearchCall StopReason Group
 RecipeReward Score Demonstration
 Evaluation compare comparison_table

@@ -18,6 +18,7 @@ import searchr1_async as sr
 from searchr1_async.events import Event, MinibatchSubmitted, StepFinished
 from searchr1_async.learn import checkpoints
 from searchr1_async.learn.checkpoints import ResumePoint
+from searchr1_async.search.faults import PassingFault
 from searchr1_async.watch.records import RunRecords
 from tests import tiny_world
 
@@ -76,38 +77,43 @@ async def test_streaming_in_minibatches_gives_the_weights_of_one_batch(
     assert difference < 0.01 * change
 
 
-class FailingSearch(sr.Search):
-    """A search over the facts whose store goes down when it is told to."""
+class FallibleEmbedder(tiny_world.HashingEmbedder):
+    """Its service goes down when it is told to."""
 
     is_down = False
 
-    async def search(self, queries: Sequence[str], n_results: int | None = None) -> Any:
+    async def embed_queries(self, texts: Sequence[str]) -> Any:
         if self.is_down:
-            raise sr.StoreError("the store is down")
-        return await super().search(queries, n_results)
+            raise PassingFault("the line is dead", cause="reset")
+        return await super().embed_queries(texts)
 
 
-async def test_a_search_that_is_down_stops_the_run_and_is_no_answer(
+async def test_a_search_that_stays_down_stops_the_run_and_is_no_answer(
     start: Callable[..., sr.Run], tmp_path: Path
 ) -> None:
-    search = tiny_world.make_search(tmp_path / "index", search_class=FailingSearch)
+    embedder = FallibleEmbedder()
+    pacing = sr.PacingSettings(max_outage=0.5, first_pause=0.02, longest_pause=0.1)
+    # Without a cache: after one step every query of this small world has been asked.
+    search = tiny_world.make_search(tmp_path / "index", embedder=embedder, pacing=pacing, cache_entries=0)
     warm_up = tiny_world.WARM_UP
 
     def emit(event: Event) -> None:
         if isinstance(event, StepFinished) and event.step == 1:
-            search.is_down = True
+            embedder.is_down = True
 
     settings: dict[str, Any] = {"search": search, "warm_up": warm_up, "steps": 3}
     run = start(emit=emit, **settings)
-    with pytest.raises(sr.TooManyFailuresError, match="the store is down"):
+    with pytest.raises(sr.SearchUnavailableError, match=r"hashed words has been down for .*the line is dead"):
         await run
     assert run.metrics["step"].to_list() == [1]
-    assert "the store is down" not in str(run.episodes().collect().to_dicts())
+    assert "the line is dead" not in str(run.episodes().collect().to_dicts())
 
-    search.is_down = False
+    embedder.is_down = False
     result = await start(resume=True, **settings)
     assert (result.steps, result.reason) == (3, "finished")
     assert run.metrics["step"].to_list() == [1, 2, 3]
+    assert min(run.metrics["search/embedding/requests"]) > 0
+    assert sum(run.metrics["search/queries"]) > sum(run.metrics["search/embedding/requests"])
 
 
 async def test_a_few_failures_are_recorded_and_never_trained_on(start: Callable[..., sr.Run], tmp_path: Path) -> None:

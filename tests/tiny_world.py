@@ -43,6 +43,8 @@ class HashingEmbedder:
     name = "hashed words"
     fingerprint = "hashed-words/512"
     max_texts = 1000
+    max_tokens = None
+    max_requests = 4
     dimension = 512
 
     async def open(self) -> None: ...

@@ -49,7 +49,7 @@ class SearchTool(Protocol):
         """Passages for each query, in the order of the queries.
 
         Raises:
-            SearchError: for good.
+            SearchError: for good; ``is_fatal`` where no later search can succeed either.
         """
         ...
 
@@ -78,6 +78,9 @@ async def play(
 
     A service or search that failed for good gives an episode with stop reason FAILED and the cause in ``error``; whatever
     the model does is an outcome, never an exception.
+
+    Raises:
+        SearchError: a fatal one (``is_fatal``): every other episode would fail of it too, so the run stops.
     """
     began = time.monotonic()
     tokens = list(prompt_tokens if prompt_tokens is not None else dialect.start(question))
@@ -119,6 +122,8 @@ async def play(
             try:
                 call, extension = await _carry_out(call, tokens, sampled.tokens, dialect, search)
             except SearchError as fault:
+                if fault.is_fatal:
+                    raise
                 stop_reason, error, extension = StopReason.FAILED, f"{type(fault).__name__}: {fault}", []
             if extension is None:
                 stop_reason, extension = StopReason.NOT_EXTENDABLE, []

@@ -93,6 +93,7 @@ class RolloutEngine:
 
         Raises:
             TooManyFailuresError: the services failed too often.
+            SearchError: the search failed fatally (``is_fatal``).
             RewardError: the reward function failed.
         """
         budget = FailureBudget(len(questions) * self.group_size, self.max_failed_fraction)

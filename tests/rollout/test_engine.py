@@ -12,7 +12,7 @@ from searchr1_async.episodes.chatml import ChatMLRenderer
 from searchr1_async.episodes.dialect import Dialect, TagsDialect
 from searchr1_async.episodes.reward import RecipeReward
 from searchr1_async.episodes.types import Group, Question
-from searchr1_async.errors import RewardError, TooManyFailuresError
+from searchr1_async.errors import RewardError, SearchError, TooManyFailuresError
 from searchr1_async.rollout.engine import GroupPolicy, RolloutEngine
 from tests.local.tiny import make_tiny_tokenizer
 from tests.players import BrokenPolicy, BrokenSearch, DictSearch, ScriptedPolicy
@@ -115,6 +115,13 @@ async def test_too_many_failures_stop_the_run_and_say_why(dialect: Dialect, caus
     with pytest.raises(ExceptionGroup) as caught:
         await play(broken, policy, 4)
     assert caught.group_contains(TooManyFailuresError, match="of 16 episodes failed.*gone")
+
+
+async def test_a_fatal_fault_of_the_search_stops_the_run_at_once(dialect: Dialect) -> None:
+    search = BrokenSearch(is_fatal=True)
+    with pytest.raises(ExceptionGroup) as caught:
+        await play(engine(dialect, search=search, max_failed_fraction=1.0), searcher(dialect), 2)
+    assert caught.group_contains(SearchError, match="the store is gone")
 
 
 async def test_a_broken_reward_stops_the_run(dialect: Dialect) -> None:
