@@ -134,6 +134,8 @@ class StandInCounts:
     requests_at_once: int = 0
     """The most that it held at a time."""
     methods: Counter[str] = field(default_factory=Counter)
+    places: Counter[str] = field(default_factory=Counter)
+    """``projects/{project}/locations/{location}`` on Vertex AI, empty at the Developer API."""
     statuses: Counter[int] = field(default_factory=Counter)
     faults: Counter[str] = field(default_factory=Counter)
     embedded: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -146,6 +148,7 @@ class StandInCounts:
             "texts": self.texts,
             "requests_at_once": self.requests_at_once,
             "methods": dict(self.methods),
+            "places": dict(self.places),
             "statuses": {str(status): count for status, count in self.statuses.items()},
             "faults": dict(self.faults),
             "texts_embedded": self.embedded.total(),
@@ -179,7 +182,7 @@ class TokenBucket:
 # --- requests and answers -------------------------------------------------------------------------------------------------
 
 _PATH = re.compile(
-    r"/(?P<version>v\w+)/(?:(?P<vertex>projects/[^/]+/locations/[^/]+/publishers/google/)?models/(?P<model>[^/:]+))"
+    r"/(?P<version>v\w+)/(?:(?:(?P<place>projects/[^/]+/locations/[^/]+)/publishers/google/)?models/(?P<model>[^/:]+))"
     r":(?P<method>embedContent|batchEmbedContents|predict)$"
 )
 
@@ -202,7 +205,7 @@ def _text_of(content: dict[str, Any]) -> str:
 
 
 def _read(path: re.Match[str], headers: Mapping[str, str], body: dict[str, Any], default_dimension: int) -> _Asked:
-    method, on_vertex = path["method"], path["vertex"] is not None
+    method, on_vertex = path["method"], path["place"] is not None
     if method == "predict":
         items = [(one.get("content", ""), one.get("task_type", "")) for one in body.get("instances", ())]
         dimension = body.get("parameters", {}).get("outputDimensionality")
@@ -275,6 +278,9 @@ class GeminiStandIn:
         self._vectors = WordVectors()
         self.script: deque[Fault | None] = deque()
         """What happens to the next requests, one each; None is a good answer. The seeded faults follow after it."""
+        self.last_request: tuple[str, dict[str, Any]] = ("", {})
+        """Path and body of the newest."""
+        self._arrival = asyncio.Event()
         self.base_url = ""
         self.settings = settings or StandInSettings()
         self.counts = StandInCounts()
@@ -294,6 +300,12 @@ class GeminiStandIn:
     def forget(self) -> None:
         """Counts from zero again."""
         self.counts = StandInCounts()
+
+    async def until(self, requests: int) -> None:
+        """Waits until so many requests have come."""
+        while self.counts.requests < requests:
+            self._arrival.clear()
+            await self._arrival.wait()
 
     async def __aenter__(self) -> GeminiStandIn:
         application = web.Application(client_max_size=1 << 26)
@@ -322,11 +334,15 @@ class GeminiStandIn:
         path = _PATH.match(request.path)
         if path is None:
             return self._refused(_Refusal(404, "NOT_FOUND", "No such method."))
-        asked = _read(path, request.headers, orjson.loads(await request.read()), self._settings.dimension)
+        body = orjson.loads(await request.read())
+        self.last_request = request.path, body
+        asked = _read(path, request.headers, body, self._settings.dimension)
         self.counts.requests += 1
         self.counts.texts += len(asked.texts)
         self.counts.methods[asked.method] += 1
+        self.counts.places[path["place"] or ""] += 1
         self._at_once += 1
+        self._arrival.set()
         self.counts.requests_at_once = max(self.counts.requests_at_once, self._at_once)
         try:
             return await self._answer_to(request, asked)
