@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import BinaryIO
 
 import anyio
 from filelock import FileLock, Timeout
@@ -31,6 +32,17 @@ def write_atomically(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def write_all(file: BinaryIO, content: bytes | bytearray) -> None:
+    """Writes to an unbuffered file, which takes only a part at once where the disk is nearly full.
+
+    Raises:
+        OSError: it cannot be written; a part of it may be.
+    """
+    written = 0
+    while written < len(content):
+        written += file.write(bytes(content[written:]) if written else content)
 
 
 def sync_folder(folder: Path) -> None:

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO
 
 import aiohttp
 import anyio
@@ -22,13 +22,13 @@ import anyio.from_thread
 import anyio.to_thread
 
 from searchr1_async.errors import StoreError
+from searchr1_async.files import write_all
+from searchr1_async.threads import in_thread
 
 logger = logging.getLogger(__name__)
 
 Advance = Callable[[int], None]
 """Bytes done so far; called from the event loop."""
-
-Result = TypeVar("Result")
 
 PART = 4 << 30
 """Bytes a request asks for: the hub's servers refuse answers over 50 GB, and the addresses they give expire."""
@@ -160,7 +160,7 @@ async def _append_part(
     block = bytearray()
 
     async def write() -> None:
-        await in_thread(lambda: _write_all(output, block))
+        await in_thread(lambda: write_all(output, block))
         block.clear()
         advance(output.tell())
 
@@ -176,12 +176,6 @@ async def _append_part(
         await write()
     if output.tell() < end:
         raise aiohttp.ClientPayloadError(f"the answer ended {end - output.tell()} bytes early")
-
-
-def _write_all(output: BinaryIO, block: bytearray) -> None:
-    written = 0
-    while written < len(block):  # unbuffered: a nearly full disk takes a part
-        written += output.write(bytes(block[written:]) if written else block)
 
 
 async def _with_pauses(
@@ -257,31 +251,9 @@ def verify(file: HubFile, path: Path, advance: Advance) -> None:
 
 
 def report(advance: Advance, done: int) -> None:
-    """From a thread of :func:`in_thread`: says how far it is, and ends the thread if its caller was cancelled."""
+    """From a thread of :func:`~searchr1_async.threads.in_thread`: says how far it is, and ends the thread if its caller was cancelled."""
     anyio.from_thread.check_cancelled()
     anyio.from_thread.run_sync(advance, done)
-
-
-async def in_thread(function: Callable[[], Result]) -> Result:
-    """Runs a function in a thread and waits for its end even when cancelled, so that nobody else meets its files.
-
-    The task group is what makes a plain ``Task.cancel`` (Ctrl-C) known to the thread, by :func:`report`; alone,
-    ``to_thread.run_sync`` would return at once and leave the thread behind.
-    """
-    results: list[Result] = []
-    failures: list[Exception] = []
-
-    async def work() -> None:
-        try:
-            results.append(await anyio.to_thread.run_sync(function))
-        except Exception as error:
-            failures.append(error)
-
-    async with anyio.create_task_group() as group:
-        group.start_soon(work)
-    if failures:
-        raise failures[0]
-    return results[0]
 
 
 def free_bytes(folder: Path) -> int:

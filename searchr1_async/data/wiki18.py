@@ -35,7 +35,6 @@ from searchr1_async.data.download import (
     download,
     fetch_part,
     free_bytes,
-    in_thread,
     look_up,
     report,
     verify,
@@ -44,6 +43,7 @@ from searchr1_async.data.xz import BrokenXzError, unpacked_size
 from searchr1_async.errors import StoreError
 from searchr1_async.events import Emit, Notice, PhaseAdvanced, PhaseEnded, PhaseStarted, emit_nothing
 from searchr1_async.files import only_one, write_atomically
+from searchr1_async.threads import in_thread
 
 logger = logging.getLogger(__name__)
 

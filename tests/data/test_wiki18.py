@@ -24,10 +24,11 @@ from chromadb.config import Settings
 from searchr1_async.__main__ import main
 from searchr1_async.data import download as downloading
 from searchr1_async.data import wiki18
-from searchr1_async.data.download import in_thread, report
+from searchr1_async.data.download import report
 from searchr1_async.data.wiki18 import Collection, PrebuiltIndex, fetch_index
 from searchr1_async.errors import StoreError
 from searchr1_async.events import Event, PhaseEnded, PhaseStarted
+from searchr1_async.threads import in_thread
 from tests.data.hub import COMMIT, Hub, serving
 from tests.tiny_world import child_environment
 
@@ -76,9 +77,9 @@ def fetch(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable
     monkeypatch.setattr(downloading.download, "__defaults__", ((0.0, 0.0, 0.0),))
 
     async def fetch(**changes: Any) -> PrebuiltIndex:
-        return await fetch_index(
-            changes.pop("folder", tmp_path / "wiki"), endpoint=hub.url, **{"repository": hub.repository} | changes
-        )
+        folder = changes.pop("folder", tmp_path / "wiki")
+        settings: dict[str, Any] = {"repository": hub.repository} | changes
+        return await fetch_index(folder, endpoint=hub.url, **settings)
 
     return fetch
 

@@ -1,0 +1,34 @@
+"""Work in a thread that a cancelled caller waits for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import anyio
+import anyio.to_thread
+
+Result = TypeVar("Result")
+
+
+async def in_thread(function: Callable[[], Result]) -> Result:
+    """Runs a function in a thread and waits for its end even when cancelled, so that nobody else meets its files.
+
+    A long function calls ``anyio.from_thread.check_cancelled()`` every now and then, and so ends soon. The task group is
+    what makes a plain ``Task.cancel`` (Ctrl-C) known to it: alone, ``to_thread.run_sync`` would return at once and leave
+    the thread behind.
+    """
+    results: list[Result] = []
+    failures: list[Exception] = []
+
+    async def work() -> None:
+        try:
+            results.append(await anyio.to_thread.run_sync(function))
+        except Exception as error:
+            failures.append(error)
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(work)
+    if failures:
+        raise failures[0]
+    return results[0]
