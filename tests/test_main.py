@@ -26,7 +26,7 @@ def test_the_package_is_a_command() -> None:
         env=tiny_world.child_environment(),
     )
     assert found.returncode == 0, found.stderr
-    for name in ("atlas", "wiki18"):
+    for name in ("atlas", "index", "wiki18"):
         assert name in found.stdout
 
 
@@ -34,6 +34,7 @@ def test_the_package_is_a_command() -> None:
     ("command", "options"),
     [
         ("atlas", "--out-dir --seed --steps --time-limit --held-out --group-size --threads"),
+        ("index", "--path --host --port --ssl --collection --token-from --embedder"),
         ("wiki18", "--folder --keep-archive --repository --archive --revision --endpoint"),
     ],
 )

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +17,9 @@ import pytest
 from searchr1_async.data import load_corpus
 from searchr1_async.episodes.types import Passage
 from searchr1_async.errors import CorpusError, EmbeddingError, StoreError
-from searchr1_async.search import Search, indexing
+from searchr1_async.search import Search, index_builder
 from searchr1_async.search.indexing import LocalIndex, passage_text
+from searchr1_async.search.stores import EmbeddedChroma
 
 pytestmark = pytest.mark.anyio
 
@@ -29,15 +33,21 @@ def many() -> list[Passage]:
 
 @pytest.fixture(autouse=True)
 def _small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(indexing, "WINDOW", 8)
+    monkeypatch.setattr(index_builder, "WINDOW", 8)
+    monkeypatch.setattr(index_builder, "PASSAGES_A_REQUEST", 4)
 
 
 async def test_it_is_built_once_with_progress(many: list[Passage], embedder: Any, tmp_path: Path) -> None:
     steps: list[tuple[int, int]] = []
     search = Search.local(many, path=tmp_path / "index", embedder=embedder, n_results=1)
     await search.build(lambda done, total: steps.append((done, total)))
-    assert steps == [*((done, TOTAL) for done in range(0, TOTAL, 8)), (TOTAL, TOTAL)]
-    assert embedder.passage_batches[0][0] == "Title\nword0 is number 0"
+    assert (steps[0], steps[-1]) == ((0, TOTAL), (TOTAL, TOTAL))
+    assert len(steps) == 8
+    assert all(later[0] - earlier[0] in (8, TOTAL % 8) for earlier, later in pairwise(steps))
+    texts = [text for batch in embedder.passage_batches for text in batch]
+    assert sorted(texts) == sorted(f"Title\nword{number} is number {number}" for number in range(TOTAL))
+    assert max(map(len, embedder.passage_batches)) == 4
+    assert not (tmp_path / "index" / "journal").exists()
     embedder.passage_batches.clear()
     await search.build(lambda done, total: pytest.fail("nothing was to be built"))
     async with search:
@@ -45,40 +55,50 @@ async def test_it_is_built_once_with_progress(many: list[Passage], embedder: Any
     assert embedder.passage_batches == []
 
 
-async def test_what_was_begun_is_continued(
-    many: list[Passage], make_embedder: Callable[..., Any], tmp_path: Path
+@pytest.mark.parametrize("how", ["a failure", "a cancellation"])
+async def test_what_was_begun_is_continued_and_nothing_is_embedded_twice(
+    many: list[Passage], make_embedder: Callable[..., Any], tmp_path: Path, how: str
 ) -> None:
-    failing = make_embedder()
-    search = Search.local(many, path=tmp_path / "index", embedder=failing, n_results=1)
+    first = make_embedder()
+    search = Search.local(many, path=tmp_path / "index", embedder=first, n_results=1)
+    with anyio.CancelScope() as scope:
 
-    def fail_at_32(done: int, total: int) -> None:
-        if done == 32:
-            failing.failure = EmbeddingError("the quota is used up")
+        def stop_at_24(done: int, total: int) -> None:
+            if done >= 24 and how == "a failure":
+                first.failure = EmbeddingError("the quota is used up")
+            elif done >= 24:
+                scope.cancel()
 
-    with pytest.raises(EmbeddingError, match="quota"):
-        await search.build(fail_at_32)
+        with pytest.raises(EmbeddingError, match="quota") if how == "a failure" else nullcontext():
+            await search.build(stop_at_24)
+    assert scope.cancelled_caught == (how == "a cancellation")
     assert not (tmp_path / "index" / "index.json").exists()
     embedder = make_embedder()
     steps: list[int] = []
     search = Search.local(many, path=tmp_path / "index", embedder=embedder, n_results=1)
     await search.build(lambda done, total: steps.append(done))
-    assert steps[0] == 24
-    assert sum(len(batch) for batch in embedder.passage_batches) == TOTAL - 24
+    assert steps[0] >= 24
+    embedded = [text for one in (first, embedder) for batch in one.passage_batches for text in batch]
+    assert len(embedded) == len(set(embedded)) == TOTAL
     async with search:
         for number in (0, 25, 33, TOTAL - 1):
             assert (await search.search([f"word{number}"]))[0][0].id == f"p{number}"
 
 
-async def test_a_cancelled_build_is_never_mistaken_for_whole(
+async def test_an_index_begun_by_an_earlier_version_is_continued(
     many: list[Passage], embedder: Any, tmp_path: Path
 ) -> None:
-    search = Search.local(many, path=tmp_path / "index", embedder=embedder, n_results=1)
-    with anyio.CancelScope() as scope:
-        await search.build(lambda done, total: scope.cancel() if done == 16 else None)
-    assert scope.cancelled_caught
-    assert not (tmp_path / "index" / "index.json").exists()
-    async with search:
+    """Which wrote the passages in their order, and kept no journal."""
+    folder = tmp_path / "index"
+    store = EmbeddedChroma(folder, "passages")
+    await store.open()
+    await store.add(many[:20], embedder.embed([passage_text(passage) for passage in many[:20]]))
+    await store.aclose()
+    identity = LocalIndex(load_corpus(many)).identity(embedder)
+    (folder / "building.json").write_text(json.dumps(asdict(identity)))
+    async with Search.local(many, path=folder, embedder=embedder, n_results=1) as search:
         assert (await search.search(["word49"]))[0][0].id == "p49"
+    assert sum(len(batch) for batch in embedder.passage_batches) == TOTAL - 20
 
 
 async def test_a_damaged_index_is_built_again(many: list[Passage], embedder: Any, tmp_path: Path) -> None:

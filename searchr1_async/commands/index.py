@@ -1,0 +1,52 @@
+"""``index``: embeds a corpus and puts it into an index."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from searchr1_async.errors import ConfigurationError
+from searchr1_async.search.building import build_index
+from searchr1_async.search.embedders.sentence_transformer import DEFAULT_MODEL
+from searchr1_async.search.stores.base import Store
+from searchr1_async.search.stores.chroma import RemoteChroma
+from searchr1_async.watch.progress import ConsoleProgress
+
+if TYPE_CHECKING:
+    from searchr1_async.commands import Parsers
+
+
+def add(commands: Parsers) -> None:
+    index = commands.add_parser("index", help="embed a corpus, into a folder or a Chroma server")
+    index.add_argument("corpus", metavar="CORPUS", help="a .jsonl, .jsonl.gz or .parquet file, or atlas")
+    place = index.add_mutually_exclusive_group()
+    place.add_argument("--path", type=Path, help="the index's folder (one in the user's cache)")
+    place.add_argument("--host", help="a Chroma server, by name or URL, in place of a folder")
+    index.add_argument("--port", type=int, default=8000, help="of the server (%(default)s)")
+    index.add_argument("--ssl", action="store_true", help="HTTPS")
+    index.add_argument("--collection", default="wiki_embeddings", help="of the server; made if missing (%(default)s)")
+    index.add_argument("--token-from", metavar="VARIABLE", help="environment variable that holds the server's token")
+    index.add_argument(
+        "--embedder", default=DEFAULT_MODEL, help="a sentence-transformers model, or gemini-embedding-001 (%(default)s)"
+    )
+    index.set_defaults(run=_run, stopped=_stopped)
+
+
+async def _run(options: argparse.Namespace) -> str:
+    with ConsoleProgress() as progress:
+        target = options.path if options.host is None else _server(options)
+        report = await build_index(options.corpus, target, embedder=options.embedder, emit=progress)
+    return str(report)
+
+
+def _stopped(options: argparse.Namespace) -> str:
+    return "What is embedded is kept; the same command goes on."
+
+
+def _server(options: argparse.Namespace) -> Store:
+    token = None
+    if options.token_from is not None and not (token := os.environ.get(options.token_from)):
+        raise ConfigurationError(f"--token-from names {options.token_from}, which is not set")
+    return RemoteChroma(options.host, options.port, options.collection, ssl=options.ssl, token=token, create=True)
