@@ -88,6 +88,8 @@ class _Waiter(Generic[Key, Item, Value]):
     tasks: TaskGroup
     answers: dict[Key, Value] = field(default_factory=dict)
     failure: SearchError | None = None
+    carrying: int = 0
+    """Batches that its task group carries."""
     done: anyio.Event = field(default_factory=anyio.Event)
 
     def answer(self, key: Key, value: Value) -> None:
@@ -171,7 +173,7 @@ class Dispatcher(Generic[Key, Item, Value]):
             return {}
         self._number += 1
         tasks = anyio.create_task_group()
-        waiter = _Waiter[Key, Item, Value](self._number, items, tasks)
+        waiter: _Waiter[Key, Item, Value] = _Waiter(self._number, items, tasks)
         async with tasks:
             self._tally.joined += self._gathering.ask(items, waiter).joined
             # At the end of this turn of the event loop, so that all who were woken together go out together.
@@ -182,7 +184,8 @@ class Dispatcher(Generic[Key, Item, Value]):
                 await self._until_done(waiter, deadline)
             finally:
                 self._gathering.leave(items, waiter)
-                tasks.cancel_scope.cancel()
+                if waiter.carrying:
+                    tasks.cancel_scope.cancel()
         if waiter.failure is not None:
             # Every caller raises one of its own: a shared one would collect the tracebacks of all.
             raise copy.copy(waiter.failure) from (waiter.failure.__cause__ or waiter.failure)
@@ -235,9 +238,10 @@ class Dispatcher(Generic[Key, Item, Value]):
         # The one that came last: its deadline is the last to pass.
         carrier = max(self._gathering.waiters_of(batch), key=lambda waiter: waiter.number)
         self._carriers += 1
-        carrier.tasks.start_soon(self._carry, batch, flight)
+        carrier.carrying += 1
+        carrier.tasks.start_soon(self._carry, carrier, batch, flight)
 
-    async def _carry(self, batch: list[Key], flight: Flight | None) -> None:
+    async def _carry(self, carrier: _Waiter[Key, Item, Value], batch: list[Key], flight: Flight | None) -> None:
         """One batch, from its first request until its waiters are answered, or have failed."""
         try:
             self._answer(await self._until_answered(batch, flight))
@@ -260,6 +264,7 @@ class Dispatcher(Generic[Key, Item, Value]):
             raise
         finally:
             self._carriers -= 1
+            carrier.carrying -= 1
             self._pump()
 
     async def _until_answered(self, batch: list[Key], flight: Flight | None) -> Mapping[Key, Value]:

@@ -293,11 +293,12 @@ class Search:
             if isinstance(error, PassingFault):
                 raise EmbeddingError(str(error)) from error
             raise
-        if store.dimension not in (None, self._embedder.dimension):
+        held = store.dimension
+        if held not in (None, self._embedder.dimension):
             with anyio.CancelScope(shield=True):
                 await store.aclose()
             raise StoreError(
-                f"{store.name} holds vectors of {store.dimension} numbers, {self._embedder.name} makes them of "
+                f"{store.name} holds vectors of {held} numbers, {self._embedder.name} makes them of "
                 f"{self._embedder.dimension}: it was built with another embedder, search it with that one",
                 is_fatal=True,
             )

@@ -17,6 +17,7 @@ from searchr1_async.errors import ConfigurationError, CorpusError, EmbeddingErro
 from searchr1_async.search import Search
 from searchr1_async.search.embedders import SentenceTransformerEmbedder
 from searchr1_async.search.search import first_words
+from searchr1_async.search.stores import EmbeddedChroma
 
 pytestmark = pytest.mark.anyio
 
@@ -269,6 +270,69 @@ def test_one_search_in_several_event_loops(passages: list[Passage], embedder: An
     assert asyncio.run(use()) == "Egypt/capital"
     asyncio.run(leave_open())
     assert asyncio.run(use()) == "Egypt/capital"
+
+
+async def test_what_was_asked_before_is_remembered(passages: list[Passage], embedder: Any) -> None:
+    async with Search.local(passages, embedder=embedder, n_results=2) as search:
+        first = await search.search(["capital of Egypt", "capital of Chile"])
+        again = await search.search(["  capital of\tEgypt", "capital of Angola", "capital of Chile"])
+        assert again[0] == first[0]
+        assert again[2] == first[1]
+        assert len(await search.search(["capital of Egypt"], 3)) == 1
+    statistics = search.statistics
+    assert embedder.query_batches == [["capital of Egypt", "capital of Chile"], ["capital of Angola"]]
+    assert (statistics.memory_hits, statistics.disk_hits) == (2, 0)
+    assert statistics.querying.texts == 4, "three passages are another question to the store, not to the embedder"
+    async with search:
+        await search.search(["capital of Egypt"])
+    assert search.statistics.memory_hits == 3
+
+
+async def test_no_cache_where_none_is_wanted(passages: list[Passage], embedder: Any) -> None:
+    async with Search.local(passages, embedder=embedder, cache_entries=0) as search:
+        for _ in range(3):
+            await search.search(["capital of Egypt"])
+    assert search.statistics.memory_hits == 0
+    assert search.statistics.querying.requests == 3
+
+
+async def test_the_cache_on_disk_outlives_the_process_and_knows_its_index(
+    passages: list[Passage], make_embedder: Callable[..., Any], tmp_path: Path
+) -> None:
+    def search_of(corpus: list[Passage], **changes: Any) -> tuple[Search, Any]:
+        embedder = make_embedder(**changes)
+        return Search.local(corpus, embedder=embedder, cache_path=tmp_path / "answers.sqlite"), embedder
+
+    queries = ["capital of Egypt", "caf\u00e9 \U0001f30d"]
+    first, embedder = search_of(passages)
+    async with first:
+        answers = await first.search(queries)
+    assert len(embedder.query_batches) == 1
+    for corpus, changes, hits in (
+        (passages, {}, 2),  # as another process would open it
+        (passages[1:], {}, 0),  # another corpus
+        (passages, {"dimension": 256}, 0),  # another embedder
+    ):
+        search, embedder = search_of(corpus, **changes)
+        async with search:
+            found = await search.search(queries)
+            await search.search(queries)
+        assert (search.statistics.disk_hits, len(embedder.query_batches)) == (hits, int(hits == 0))
+        assert search.statistics.memory_hits == 2
+        if hits:
+            assert found == answers
+
+
+async def test_another_dimension_is_refused_before_any_search(
+    passages: list[Passage], embedder: Any, make_embedder: Callable[..., Any], tmp_path: Path
+) -> None:
+    async with Search.local(passages, path=tmp_path, embedder=embedder):
+        pass
+    store = EmbeddedChroma(tmp_path, "passages")
+    search = Search(make_embedder(dimension=64), store)
+    with pytest.raises(StoreError, match=r"1024 numbers.*of 64.*another embedder") as caught:
+        await search.open()
+    assert caught.value.is_fatal
 
 
 async def test_no_task_is_left(passages: list[Passage], embedder: Any) -> None:
