@@ -39,7 +39,9 @@ from searchr1_async.job import TrainingResult
 from searchr1_async.learn.demonstrations import Demonstration
 from searchr1_async.run import Run
 from searchr1_async.search import Search, SearchStatistics
+from searchr1_async.search.building import build_index
 from searchr1_async.search.embedders import GeminiEmbedder, SentenceTransformerEmbedder
+from searchr1_async.search.index_report import IndexReport
 from searchr1_async.search.pacing import PacingSettings
 from searchr1_async.search.stores import EmbeddedChroma, RemoteChroma
 
@@ -56,6 +58,7 @@ __all__ = [
     "Evaluation",
     "GeminiEmbedder",
     "Group",
+    "IndexReport",
     "LearningSettings",
     "LocalOptions",
     "ModelError",
@@ -87,6 +90,7 @@ __all__ = [
     "TrainingResult",
     "Turn",
     "WarmUp",
+    "build_index",
     "compare",
     "comparison_table",
     "evaluate",

@@ -18,6 +18,7 @@ MODULES = sorted(ROOT.rglob("*.py"))
 PUBLIC = """
 train evaluate rollout Run TrainingResult
 Search SearchStatistics PacingSettings GeminiEmbedder SentenceTransformerEmbedder EmbeddedChroma RemoteChroma
+build_index IndexReport
 Corpus load_corpus load_questions
 Question Passage Episode Turn SearchCall StopReason Group
 RecipeReward Score Demonstration
