@@ -132,7 +132,7 @@ async def _ask(session: aiohttp.ClientSession, file: HubFile, start: int, length
     return True
 
 
-async def download(file: HubFile, target: Path, advance: Advance, pauses: Sequence[float] = PAUSES) -> None:
+async def download(file: HubFile, target: Path, advance: Advance) -> None:
     """Fetches what ``target`` lacks of the file, at its end; what is there already is taken as right until it is verified.
 
     Raises:
@@ -151,7 +151,7 @@ async def download(file: HubFile, target: Path, advance: Advance, pauses: Sequen
                     await _append_part(session, file, output, min(start + PART, file.size), advance)
                 return output.tell() >= file.size
 
-            await _with_pauses(file, pauses, output.tell, one_part)
+            await _with_pauses(file, PAUSES, output.tell, one_part)
 
 
 async def _append_part(

@@ -180,7 +180,8 @@ class IndexBuilder:
     async def _carry_all(self) -> None:
         windows = enumerate(self._corpus.batches(WINDOW))
         capacity = self._embedder_capacity()
-        at_once = min(MOST_WINDOWS, 1 + math.ceil(capacity.items * capacity.requests / WINDOW))
+        # Those that fill the embedder's requests, one that is put in, and one that takes its place.
+        at_once = min(MOST_WINDOWS, 2 + math.ceil(capacity.items * capacity.requests / WINDOW))
         room = anyio.Semaphore(at_once)
         failures: list[Exception] = []
 
@@ -194,10 +195,14 @@ class IndexBuilder:
                 room.release()
 
         async with anyio.create_task_group() as tasks:
-            await room.acquire()
-            while window := await anyio.to_thread.run_sync(_next_window, windows):
-                tasks.start_soon(carry, *window)
+            try:
                 await room.acquire()
+                while window := await anyio.to_thread.run_sync(_next_window, windows):
+                    tasks.start_soon(carry, *window)
+                    await room.acquire()
+            except Exception as error:  # the corpus changed since it was checked
+                failures.append(error)
+                tasks.cancel_scope.cancel()
         if failures:
             raise failures[0]
 

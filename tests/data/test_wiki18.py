@@ -68,14 +68,13 @@ async def hub(archive: bytes, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr(downloading, "BLOCK", 64 << 10)
     monkeypatch.setattr(downloading, "PART", 1 << 20)
+    monkeypatch.setattr(downloading, "PAUSES", (0.0, 0.0, 0.0))
     async with serving(Hub({ARCHIVE: archive})) as hub:
         yield hub
 
 
 @pytest.fixture
-def fetch(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    monkeypatch.setattr(downloading.download, "__defaults__", ((0.0, 0.0, 0.0),))
-
+def fetch(hub: Hub, tmp_path: Path) -> Callable[..., Any]:
     async def fetch(**changes: Any) -> PrebuiltIndex:
         folder = changes.pop("folder", tmp_path / "wiki")
         settings: dict[str, Any] = {"repository": hub.repository} | changes

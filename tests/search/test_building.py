@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ import pytest
 
 from benchmarks.gemini_stand_in import Fault, GeminiStandIn, StandInSettings
 from searchr1_async.__main__ import main
+from searchr1_async.data.corpus import MemoryCorpus
 from searchr1_async.episodes.types import Passage
-from searchr1_async.errors import ConfigurationError, EmbeddingError, StoreError
+from searchr1_async.errors import ConfigurationError, CorpusError, EmbeddingError, StoreError
 from searchr1_async.events import Event, Notice, PhaseAdvanced, PhaseEnded, PhaseStarted
 from searchr1_async.search import Search, index_builder
 from searchr1_async.search.building import build_index
@@ -200,6 +202,42 @@ async def test_it_runs_several_requests_at_once_and_keeps_to_the_embedders_limit
     assert most == 3
     assert 200 < heaviest <= 300
     assert max(map(len, embedder.passage_batches)) <= 40
+
+
+class Shrinking(MemoryCorpus):
+    """A corpus whose file is cut while it is read."""
+
+    def batches(self, size: int, start: int = 0) -> Iterator[list[Passage]]:
+        for number, batch in enumerate(super().batches(size, start)):
+            if number == 3:
+                raise CorpusError("the file ends in the middle of a line")
+            yield batch
+
+
+async def test_a_corpus_that_breaks_meanwhile_is_told_as_it_is(embedder: Any, tmp_path: Path) -> None:
+    with pytest.raises(CorpusError, match="in the middle of a line"):
+        await build_index(Shrinking(passages()), tmp_path / "index", embedder=embedder)
+
+
+async def test_control_c_leaves_no_thread_at_work_and_everything_answered(
+    service: GeminiStandIn, tmp_path: Path
+) -> None:
+    """A plain Task.cancel, as asyncio.run makes of it."""
+    embedder, half = gemini(service, max_requests=1), asyncio.Event()
+
+    def tell(done: int, total: int) -> None:
+        if done >= total // 2:
+            half.set()
+
+    building = asyncio.ensure_future(build_index(passages(), tmp_path / "index", embedder=embedder, on_progress=tell))
+    await half.wait()
+    building.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await building
+    answered = len(embedded(service))
+    report = await build_index(passages(), tmp_path / "index", embedder=embedder)
+    assert TOTAL - answered <= report.embedded <= TOTAL - answered + 100
+    assert report.recall == 1.0
 
 
 class Forgetful(EmbeddedChroma):
