@@ -139,7 +139,7 @@ def test_fingerprints_tell_vectors_that_may_not_be_mixed() -> None:
     fingerprint = GeminiEmbedder(api_key=KEY).fingerprint
     assert GeminiEmbedder(api_key="another", base_url="http://elsewhere").fingerprint == fingerprint
     assert GeminiEmbedder("models/gemini-embedding-001", project="p").fingerprint == fingerprint
-    others = [{"dimension": 1_536}, {"normalize": True}, {"model": "text-embedding-005"}]
+    others: list[dict[str, Any]] = [{"dimension": 1_536}, {"normalize": True}, {"model": "text-embedding-005"}]
     assert len({fingerprint} | {GeminiEmbedder(**other).fingerprint for other in others}) == 4
 
 
@@ -391,11 +391,12 @@ def test_it_opens_again_in_another_event_loop() -> None:
 
 
 def test_arguments_that_exclude_one_another() -> None:
-    for options in (
+    contradictions: list[dict[str, Any]] = [
         {"api_key": KEY, "project": "p"},
         {"api_key": KEY, "vertex": True},
         {"vertex": False, "location": "l"},
-    ):
+    ]
+    for options in contradictions:
         with pytest.raises(ConfigurationError, match="two services"):
             GeminiEmbedder(**options)
     with pytest.raises(ConfigurationError, match="gemini-embedding-001"):

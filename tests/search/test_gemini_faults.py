@@ -12,6 +12,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+from aiohttp.client_reqrep import ConnectionKey
 from google.auth import exceptions as google_auth
 from google.genai.errors import APIError, ClientError, ServerError
 from hypothesis import given
@@ -23,7 +24,7 @@ from searchr1_async.search.embedders.gemini_faults import classify, redact, retr
 from searchr1_async.search.faults import PassingFault, RefusedInput, TooManyRequests
 
 NOW = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
-CONNECTION: Any = aiohttp.client_reqrep.ConnectionKey("host", 443, True, True, None, None, None)
+CONNECTION = ConnectionKey("host", 443, True, True, None, None, None)
 
 
 class Answer:

@@ -26,7 +26,7 @@ TEXTS = ["what is the capital of angola", "luanda", "the coast"]
 @pytest.fixture(scope="session")
 def bare_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A transformer that no ``modules.json`` makes a sentence-transformer, in a folder with the name of an E5 model."""
-    from transformers import BertConfig, BertModel, BertTokenizerFast
+    from transformers import BertConfig, BertModel, BertTokenizer
 
     folder = tmp_path_factory.mktemp("models") / "e5-tiny-v2"
     folder.mkdir()
@@ -43,7 +43,7 @@ def bare_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         BertConfig(vocab_size=len(vocabulary), max_position_embeddings=64, initializer_range=0.5, **sizes)
     )
     model.save_pretrained(folder)
-    BertTokenizerFast(vocab={word: number for number, word in enumerate(vocabulary)}).save_pretrained(folder)
+    BertTokenizer(vocab={word: number for number, word in enumerate(vocabulary)}).save_pretrained(folder)
     return folder
 
 
