@@ -8,8 +8,11 @@ a fresh stand-in. The episodes' sampling is a pause. `--data` holds real questio
 (`search_r1_traces.jsonl.gz`) and passages (`corpus.parquet`); without it comparable ones are made. `--work` keeps the index,
 which takes minutes to build.
 
-Asked of ours, beside the recipe's way: at most 1/20 of its embedding requests, at most 1/8 of its client CPU a search, a p99
-latency no worse with 4 episodes at once, and at least 5 times better with 1,024.
+Asked of ours, beside the recipe's way: at most 1/20 of its requests, at most 1/8 of its client CPU a search, a p99 latency no
+worse with 4 episodes at once, and at least 5 times better with 1,024.
+
+The ratio of requests depends on how long 1,024 episodes stay in flight: towards the end of a wave few are left, and each of
+their searches goes out alone. So a wave is measured, and three of them one after another.
 """
 
 from __future__ import annotations
@@ -47,9 +50,20 @@ FAULTS = {
     Fault.SLOW: 0.005,
 }
 """One request in ten meets one. A slow answer comes after 15 s."""
-QUOTA = 50.0
-"""Requests a second: the 3,000 a minute of a paid Gemini key."""
+QUOTA = 5.0
+"""Requests a second; a tenth of the 3,000 a minute of a paid Gemini key, as when ten runs share it. On two cores the recipe's
+way sends about 50, so that the whole quota would not be met."""
 WAYS = ("recipe", "ours", "none")
+ASKED = (
+    ("low", "p99", "p99 latency", 1),
+    ("high", "p99", "p99 latency", 5),
+    ("high", "cpu_ms_a_search", "client CPU a search", 8),
+    ("high", "requests", "requests in all", 20),
+    ("high", "embedding_requests", "embedding requests", 20),
+    ("steady", "requests", "requests in all", 20),
+    ("steady", "embedding_requests", "embedding requests", 20),
+)
+"""Scenario, figure, what it is, and by what factor ours is to be better."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +90,12 @@ class Scenario:
 SCENARIOS = {
     "low": Scenario("4 episodes at once", 16, 4, 0.1),
     "high": Scenario("1,024 episodes at once", 128, 1024, 0.5),
+    "steady": Scenario("1,024 at once, three times as many in all", 384, 1024, 0.5),
     "vertex": Scenario("1,024 at once, Vertex AI (one text a request)", 128, 1024, 0.5, vertex=True),
     "faults": Scenario(
-        f"1,024 at once, {QUOTA:g} requests/s allowed, 10 % faults",
-        128,
-        1024,
+        f"256 at once, {QUOTA:g} requests/s allowed, 10 % faults",
+        32,
+        256,
         0.5,
         dataclasses.replace(SERVICE, requests_per_second=QUOTA, fault_rates=FAULTS, slow_seconds=15.0, seed=1),
     ),
@@ -142,6 +157,7 @@ async def measure(
             own_cpu = row["client_cpu_seconds"] - played["none"]["client_cpu_seconds"]
             row |= {"scenario": name, "title": scenario.title, "repeated": load.repeated, "seed": seed}
             row["cpu_ms_a_search"] = 1000 * own_cpu / row["searches"]
+            row["requests"] = row["embedding_requests"] + row["store_requests"]
             row["searches_a_second"] = row["searches"] / row["seconds"]
             if way != "none":
                 rows.append(row)
@@ -155,14 +171,14 @@ async def measure(
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """One line a scenario and way."""
     lines = [
-        "| load | way | searches | right | embedding requests | texts embedded | store requests | cache hits "
+        "| load | way | searches | right | embedding requests | texts embedded (again) | store requests | cache hits "
         "| client CPU a search | p50 | p90 | p99 | searches/s |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
         lines.append(
             f"| {row['title']} | {row['way']} | {row['searches']:,} | {row['right']:,} | {row['embedding_requests']:,} "
-            f"| {row['texts_embedded']:,} | {row['store_requests']:,} | {row['cache_hits']:,} "
+            f"| {row['texts_embedded']:,} ({row['embedded_again']:,}) | {row['store_requests']:,} | {row['cache_hits']:,} "
             f"| {row['cpu_ms_a_search']:.2f} ms | {row['p50']:.2f} s | {row['p90']:.2f} s | {row['p99']:.2f} s "
             f"| {row['searches_a_second']:.0f} |"
         )
@@ -177,23 +193,20 @@ def asked(rows: Sequence[Mapping[str, Any]]) -> str:
         return by[scenario, "recipe"][figure] / max(by[scenario, "ours"][figure], 1e-9)
 
     figures = [
-        ("embedding requests, 1,024 at once: the recipe's over ours", ratio("high", "embedding_requests"), 20),
-        ("client CPU a search, 1,024 at once: the recipe's over ours", ratio("high", "cpu_ms_a_search"), 8),
-        ("p99 latency, 4 at once: the recipe's over ours", ratio("low", "p99"), 1),
-        ("p99 latency, 1,024 at once: the recipe's over ours", ratio("high", "p99"), 5),
+        (f"{what}, {SCENARIOS[scenario].title}", ratio(scenario, figure), least)
+        for scenario, figure, what, least in ASKED
     ]
-    lines = ["| asked | at least | measured | holds |", "| --- | ---: | ---: | --- |"]
+    lines = ["| the recipe's over ours | at least | measured | holds |", "| --- | ---: | ---: | --- |"]
     lines += [f"| {what} | {least} | {is_:.3g} | {'yes' if is_ >= least else 'NO'} |" for what, is_, least in figures]
     return "\n".join(lines)
 
 
 def notes(rows: Sequence[Mapping[str, Any]], passages: int, is_real: bool) -> str:
     """How it was measured, and what else is to be known of the rows."""
-    repeated = rows[-1]["repeated"]
     lines = [
         f"- {passages:,} passages of 768 dimensions in a `chroma run` process with Chroma's own index settings; queries and "
-        f"passages are {'real' if is_real else 'made'}. {repeated:.0%} of the searches of {rows[-1]['title']} repeat "
-        "an earlier query.",
+        f"passages are {'real' if is_real else 'made'}. Of the searches of a load, "
+        f"{min(row['repeated'] for row in rows):.0%} to {max(row['repeated'] for row in rows):.0%} repeat an earlier query.",
         f"- The embedding service answers after {SERVICE.latency:g} s and {SERVICE.latency_per_text * 1000:g} ms a text, "
         f"± {SERVICE.jitter:.0%}. Server, stand-in and client share the machine's cores.",
         "- Client CPU is that of the client's process, without what playing the episodes takes with no search at all.",
