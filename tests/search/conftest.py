@@ -103,36 +103,62 @@ def passages() -> list[Passage]:
     ]
 
 
+class ChromaProcess:
+    """A real `chroma run` on a port of its own, that can be killed and started again on the same folder."""
+
+    def __init__(self, folder: Path) -> None:
+        command = shutil.which("chroma", path=f"{Path(sys.executable).parent}") or shutil.which("chroma")
+        if command is None:
+            pytest.skip("the command `chroma` is not installed")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port: int = free.getsockname()[1]
+        self._log = folder / "log"
+        where = ["--path", str(folder / "data"), "--host", "127.0.0.1", "--port", str(self.port)]
+        self._command = [command, "run", *where]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Begins; does not wait until it answers."""
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(self._command, stdout=log, stderr=subprocess.STDOUT)
+
+    def wait(self) -> None:
+        give_up = time.monotonic() + 60
+        while not _answers(self.port):
+            if self._process is None or self._process.poll() is not None or time.monotonic() > give_up:
+                pytest.fail(f"chroma run did not come up:\n{self._log.read_text(errors='replace')[-2000:]}")
+            time.sleep(0.05)
+
+    def kill(self) -> None:
+        """At once, as a machine that fails does."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+
 @pytest.fixture(scope="session")
 def chroma_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """The port of a `chroma run` of this session; skipped where the command is missing."""
-    command = shutil.which("chroma", path=f"{Path(sys.executable).parent}") or shutil.which("chroma")
-    if command is None:
-        pytest.skip("the command `chroma` is not installed")
-    folder = tmp_path_factory.mktemp("chroma-server")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(
-            [command, "run", "--path", str(folder / "data"), "--host", "127.0.0.1", "--port", str(port)],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
+    server = ChromaProcess(tmp_path_factory.mktemp("chroma-server"))
+    server.start()
     try:
-        give_up = time.monotonic() + 60
-        while not _answers(port):
-            if process.poll() is not None or time.monotonic() > give_up:
-                pytest.fail(f"chroma run did not come up:\n{(folder / 'log').read_text(errors='replace')[-2000:]}")
-            time.sleep(0.1)
-        yield port
+        server.wait()
+        yield server.port
     finally:
-        process.terminate()
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        server.kill()
+
+
+@pytest.fixture
+def chroma_process(tmp_path: Path) -> Iterator[ChromaProcess]:
+    """A `chroma run` of this test's own."""
+    server = ChromaProcess(tmp_path)
+    server.start()
+    try:
+        server.wait()
+        yield server
+    finally:
+        server.kill()
 
 
 def _answers(port: int) -> bool:

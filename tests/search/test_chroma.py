@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import anyio
+import anyio.to_thread
 import chromadb
 import numpy as np
 import pytest
 from chromadb.config import Settings
 
 from searchr1_async.episodes.types import Passage
-from searchr1_async.errors import StoreError
+from searchr1_async.errors import SearchError, StoreError
 from searchr1_async.search import Search
-from searchr1_async.search.faults import PassingFault
+from searchr1_async.search.faults import RefusedInput
 from searchr1_async.search.stores import EmbeddedChroma, RemoteChroma, Store
 from searchr1_async.search.stores.chroma.layout import check_collection_name, read_answer
 
@@ -70,6 +73,70 @@ async def test_another_dimension_is_named(store: Store, passages: list[Passage],
         await store.query(np.ones((1, 7), np.float32), 1)
 
 
+async def test_which_ids_are_missing(store: Store, passages: list[Passage], embedder: Any) -> None:
+    """Exactly, in pages smaller than what is asked for, with ids given twice."""
+    assert await store.missing(["a", "b", "a"]) == {"a", "b"}
+    await store.add(passages, embedder.embed([passage.text for passage in passages]))
+    ids = [passage.id for passage in passages]
+    store._page = 3  # type: ignore[attr-defined]
+    assert await store.missing(ids) == frozenset()
+    assert await store.missing([*ids, "x", ids[0], "y z", "x"]) == {"x", "y z"}
+    assert await store.missing([]) == frozenset()
+
+
+async def test_adding_in_pages_with_an_id_given_twice(store: Store) -> None:
+    """The last one stays, within a page as over two."""
+    store._page = 4  # type: ignore[attr-defined]
+    vectors = np.eye(10, 10, dtype=np.float32)
+    names = ["a", "b", "a", "c", "d", "e", "f", "b", "g", "h"]
+    passages = [Passage(name, "", f"text {number}") for number, name in enumerate(names)]
+    await store.add(passages, vectors)
+    assert await store.count() == 8
+    found = await store.query(vectors[[2, 7, 3]], 1)
+    assert [(row[0].id, row[0].text) for row in found] == [("a", "text 2"), ("b", "text 7"), ("c", "text 3")]
+
+
+async def test_fingerprint_and_dimension_follow_what_is_in(
+    store: Store, passages: list[Passage], embedder: Any
+) -> None:
+    vectors = embedder.embed([passage.text for passage in passages])
+    assert store.dimension is None
+    seen = [store.fingerprint]
+    await store.add(passages[:3], vectors[:3])
+    assert store.dimension == vectors.shape[1]
+    seen.append(store.fingerprint)
+    await store.add(passages[3:], vectors[3:])
+    seen.append(store.fingerprint)
+    await store.count()
+    seen.append(store.fingerprint)
+    assert len(set(seen)) == 4
+    await store.aclose()
+    with pytest.raises(StoreError, match="not open"):
+        _ = store.fingerprint
+    assert store.dimension is None
+    await store.open()
+    assert store.fingerprint == seen[-1]
+    assert store.dimension == vectors.shape[1]
+
+
+async def test_vectors_that_cannot_be_searched_for(store: Store, passages: list[Passage], embedder: Any) -> None:
+    vectors = embedder.embed([passage.text for passage in passages])
+    await store.add(passages, vectors)
+    broken = vectors[:2].copy()
+    broken[1, 0] = np.nan
+    with pytest.raises(RefusedInput, match="not finite"):
+        await store.query(broken, 1)
+    assert await store.query(vectors[:0], 1) == ()
+
+
+async def test_text_that_is_no_unicode_is_named_and_not_told(store: Store) -> None:
+    with pytest.raises(StoreError) as caught:
+        await store.add([Passage("a", "", "Luanda \ud800")], np.ones((1, 3), np.float32))
+    assert "Luanda" not in str(caught.value)
+    with pytest.raises(StoreError, match="2 vectors for 1 passages"):
+        await store.add([Passage("a", "", "text")], np.ones((2, 3), np.float32))
+
+
 async def test_it_reopens(store: Store, passages: list[Passage], embedder: Any) -> None:
     await store.add(passages, embedder.embed([passage.text for passage in passages]))
     await store.aclose()
@@ -91,7 +158,7 @@ async def test_a_collection_made_anew_is_looked_up_again(
         admin = await chromadb.AsyncHttpClient("127.0.0.1", chroma_port, settings=Settings(anonymized_telemetry=False))
         await admin.delete_collection(collection)
         await writer.add(passages, vectors)
-        assert (await search.search(["capital of Egypt"]))[0][0].id == "Egypt/capital"
+        assert (await search.search(["the capital of Egypt"]))[0][0].id == "Egypt/capital"
         await admin._server.__aexit__(None, None, None)  # type: ignore[attr-defined]
     await writer.aclose()
 
@@ -113,6 +180,31 @@ async def test_documents_without_titles(chroma_port: int, collection: str, embed
     await admin._server.__aexit__(None, None, None)  # type: ignore[attr-defined]
 
 
+async def test_the_layout_of_the_recipe_with_titles_in_the_documents(chroma_port: int, collection: str) -> None:
+    """Chroma's default distance over vectors of any length; the wiki-18 documents, their titles in quotes, no metadata."""
+    admin = await chromadb.AsyncHttpClient("127.0.0.1", chroma_port, settings=Settings(anonymized_telemetry=False))
+    made = await admin.create_collection(collection, embedding_function=None)
+    documents = [
+        '"Luanda"\nThe capital of Angola.',
+        '"An unfinished quotation\nand more',
+        '"Only a title"\n ',
+        "One line",
+    ]
+    vectors = np.array([[3, 0], [0, 5], [1, 1], [2, 2]], np.float32)
+    await made.add(ids=["0", "1", "2", "3"], documents=documents, embeddings=vectors)
+    await admin._server.__aexit__(None, None, None)  # type: ignore[attr-defined]
+    store = RemoteChroma("127.0.0.1", chroma_port, collection)
+    await store.open()
+    (found,) = await store.query(np.array([[3, 0]], np.float32), 4)
+    assert found[0] == Passage("0", "Luanda", "The capital of Angola.", 1.0)
+    assert {passage.id: (passage.title, passage.text) for passage in found[1:]} == {
+        own_id: ("", documents[int(own_id)]) for own_id in "123"
+    }
+    assert found[-1].id == "1"
+    assert {passage.id: passage.score for passage in found} == pytest.approx({"0": 1, "2": -1.5, "3": -1.5, "1": -16})
+    await store.aclose()
+
+
 async def test_a_missing_collection_is_named_at_once(chroma_port: int, embedder: Any) -> None:
     with pytest.raises(StoreError, match=r"'no-such-thing' at 127\.0\.0\.1.*does not exist"):
         async with Search.chroma("127.0.0.1", chroma_port, "no-such-thing", embedder=embedder):
@@ -122,7 +214,7 @@ async def test_a_missing_collection_is_named_at_once(chroma_port: int, embedder:
 async def test_a_server_that_is_not_there(embedder: Any, unused_port: int) -> None:
     search = Search.chroma("127.0.0.1", unused_port, embedder=embedder, headers={"X-Chroma-Token": "secret"})
     for _ in range(2):
-        with pytest.raises(PassingFault, match="does not answer") as caught:
+        with pytest.raises(SearchError, match="does not answer") as caught:
             await search.open()
         assert "secret" not in str(caught.value)
 
@@ -143,7 +235,7 @@ async def test_hundreds_at_once_through_the_server(
 
         for number in range(300):
             group.start_soon(ask, number)
-    assert search.statistics.batches < 10
+    assert search.statistics.querying.requests < 100
 
 
 @pytest.mark.parametrize("name", ["ab", "", "-abc", "abc-", "a b c", "é" * 5, "x" * 513])
@@ -155,6 +247,53 @@ def test_names_that_chroma_does_not_take(name: str) -> None:
 def test_an_answer_without_columns() -> None:
     answer = {"ids": [["a"], []], "documents": None, "metadatas": [[None], []], "distances": [[None], []]}
     assert read_answer(answer, "cosine") == ((Passage("a", "", "", 0.0),), ())
+
+
+def test_a_title_in_the_metadata_leaves_the_document_whole() -> None:
+    document = '"A quotation."\nWhat follows.'
+    for title in ("T", ""):
+        answer = {"ids": [["a"]], "documents": [[document]], "metadatas": [[{"title": title}]], "distances": [[0.25]]}
+        assert read_answer(answer, "cosine") == ((Passage("a", title, document, 0.75),),)
+
+
+@pytest.fixture
+def hold_folder() -> Iterator[Callable[[Path], subprocess.Popen[bytes]]]:
+    """Makes another process hold a Chroma folder until its input ends."""
+    holders: list[subprocess.Popen[bytes]] = []
+
+    def hold(folder: Path) -> subprocess.Popen[bytes]:
+        code = (
+            "import sqlite3, sys; held = sqlite3.connect(sys.argv[1], isolation_level=None); "
+            "held.execute('BEGIN EXCLUSIVE'); print('held', flush=True); sys.stdin.readline()"
+        )
+        command = [sys.executable, "-c", code, str(folder / "chroma.sqlite3")]
+        holders.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+        assert holders[-1].stdout is not None
+        assert holders[-1].stdout.readline() == b"held\n"
+        return holders[-1]
+
+    yield hold
+    for holder in holders:
+        holder.kill()
+        holder.communicate()
+
+
+async def test_a_query_of_a_folder_that_another_process_holds(
+    tmp_path: Path, passages: list[Passage], embedder: Any, hold_folder: Callable[[Path], subprocess.Popen[bytes]]
+) -> None:
+    """Chroma waits and says nothing; the caller's deadline ends the call, and the store goes on when it is let go."""
+    vectors = embedder.embed([passage.text for passage in passages])
+    store = EmbeddedChroma(tmp_path)
+    await store.open()
+    await store.add(passages, vectors)
+    holder = hold_folder(tmp_path)
+    with anyio.move_on_after(0.2) as deadline:
+        await store.query(vectors[:1], 1)
+    assert deadline.cancelled_caught
+    await anyio.to_thread.run_sync(holder.communicate)
+    ((found,),) = await store.query(vectors[:1], 1)
+    assert found.id == passages[0].id
+    await store.aclose()
 
 
 @pytest.fixture

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+
+import anyio
 
 from searchr1_async.errors import StoreError
 from searchr1_async.search.embedders.base import Vectors
@@ -20,12 +23,19 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
+logger = logging.getLogger(__name__)
+
+CLOSE_SECONDS = 10.0
+"""For the last call to end: Chroma waits for many minutes while another process holds the database, and never says so."""
 PAGE = 5_000
 """Rows a call; Chroma itself takes 5,461 with its default SQLite."""
 
 
 class EmbeddedChroma(ChromaStore):
     """A Chroma database in a folder, within this process. Its calls run one after another in a thread of its own.
+
+    While another process writes to the folder, Chroma waits without a word: a query until the caller's deadline, opening
+    and counting with the whole process, for they hold Python's lock (chromadb 1.5.9). Let one process write at a time.
 
     Args:
         path: the folder; made when it is first opened.
@@ -114,13 +124,17 @@ class _FolderDatabase:
 
     async def aclose(self) -> None:
         client, self._client = self._client, None
-        if client is not None:
-            try:
+        if client is None:
+            return
+        try:
+            with anyio.move_on_after(CLOSE_SECONDS) as closing:
                 # ClientAPI does not declare it; every client has it.
                 await self._thread.run(client.close)  # pyright: ignore[reportAttributeAccessIssue]
-            finally:
-                self._collections = {}
-                self._thread.close()
+            if closing.cancelled_caught:
+                logger.warning("%s is held by another process: what it does is left to end alone", self._name)
+        finally:
+            self._collections = {}
+            self._thread.close()
 
     async def _run(self, function: Callable[..., Result], *args: Any) -> Result:
         try:

@@ -81,7 +81,7 @@ def fault_of_answer(where: str, status: int, headers: Mapping[str, str], body: b
         return wrong_dimension(where, int(found[1]), int(found[2]))
     if status in (HTTPStatus.BAD_REQUEST, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.UNPROCESSABLE_ENTITY):
         return RefusedInput(f"{where} refuses a request ({because})")
-    return StoreError(f"{where} failed ({because})", is_fatal=status != HTTPStatus.NOT_IMPLEMENTED)
+    return StoreError(f"{where} failed ({because}): check that it is a Chroma server, and what it logs", is_fatal=True)
 
 
 def fault_of_exception(where: str, error: Exception) -> SearchError:
@@ -90,7 +90,7 @@ def fault_of_exception(where: str, error: Exception) -> SearchError:
     match error:
         case SearchError():
             return error
-        case ssl.SSLError() | aiohttp.ClientSSLError():
+        case ssl.SSLError() | aiohttp.ClientSSLError() if not _is_cut_short(error):
             return StoreError(
                 f"{where}: no trusted TLS connection ({kind}): check ssl, the port and the certificate", is_fatal=True
             )
@@ -98,7 +98,7 @@ def fault_of_exception(where: str, error: Exception) -> SearchError:
             return StoreError(f"{where}: its address is no URL of HTTP: check host and port", is_fatal=True)
         case TimeoutError():  # aiohttp's timeouts are some
             return PassingFault(f"{where} did not answer in time ({kind})", cause="timeout")
-        case aiohttp.ClientConnectorError():
+        case aiohttp.ClientConnectorError() if not isinstance(error, aiohttp.ClientSSLError):
             cause = "name" if isinstance(error, aiohttp.ClientConnectorDNSError) else "refused"
             return PassingFault(
                 f"{where} does not answer ({kind}): check that `chroma run` is up, and where", cause=cause
@@ -113,9 +113,14 @@ def fault_of_exception(where: str, error: Exception) -> SearchError:
             return StoreError(f"{where} failed ({kind})")
 
 
+def _is_cut_short(error: BaseException) -> bool:
+    """A TLS connection that ended too early, as that of a server that stops, where others never come to be."""
+    return isinstance(getattr(error, "os_error", error), ssl.SSLEOFError | ssl.SSLZeroReturnError | ssl.SSLSyscallError)
+
+
 def fault_of_embedded(where: str, error: Exception) -> SearchError:
     """The fault that an exception of Chroma within this process is."""
-    from chromadb.errors import InvalidArgumentError, NotFoundError
+    from chromadb.errors import ChromaError, InvalidArgumentError, NotFoundError
 
     if isinstance(error, SearchError):
         return error
@@ -124,7 +129,8 @@ def fault_of_embedded(where: str, error: Exception) -> SearchError:
         return MissingCollection(f"{where} does not exist")
     if found := _DIMENSIONS.search(text):
         return wrong_dimension(where, int(found[1]), int(found[2]))
-    because = f"{type(error).__name__}: {_without_quotes(text)}"
+    # Exceptions that are not Chroma's own may quote what was put in.
+    because = f"{type(error).__name__}{f': {_without_quotes(text)}' if isinstance(error, ChromaError) else ''}"
     if _DATABASE_BUSY.search(text):
         return PassingFault(f"{where} is held by another process ({because})", cause="locked")
     if isinstance(error, InvalidArgumentError):

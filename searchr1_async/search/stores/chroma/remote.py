@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 from collections.abc import Mapping
 from typing import Self
@@ -27,7 +28,7 @@ class RemoteChroma(ChromaStore):
     """A collection of a Chroma server (``chroma run --path <folder>``), over HTTP.
 
     Args:
-        host: name or address, or a whole URL; ``port`` and ``ssl`` are then the URL's.
+        host: name or address, or a whole URL; ``port`` and ``ssl`` are then the URL's, and so are user and password.
         port: TCP port.
         collection: its name; it must exist, unless ``create``.
         ssl: HTTPS.
@@ -63,12 +64,11 @@ class RemoteChroma(ChromaStore):
     ) -> None:
         if not timeout > 0:
             raise ConfigurationError(f"timeout is {timeout} s: give more than 0")
-        url = _url(host, port, ssl)
+        url, sent = _url(host, port, ssl)
         name = f"Chroma collection {collection!r} at {_shown(url, tenant, database)}"
-        sent = dict(headers or {})
         if token is not None:
             sent["Authorization"] = f"Bearer {_checked(token, 'token')}"
-        address = Address(str(url).rstrip("/"), tenant, database, sent)
+        address = Address(str(url).rstrip("/"), tenant, database, {**sent, **(headers or {})})
         server = ServerDatabase(name, address, create=create, connections=self.max_requests + 2, timeout=timeout)
         super().__init__(name, server, collection, PAGE)
 
@@ -120,24 +120,26 @@ class RemoteChroma(ChromaStore):
         return store
 
 
-def _url(host: str, port: int, ssl: bool) -> URL:
-    """The server's address up to ``/api/v2``."""
+def _url(host: str, port: int, ssl: bool) -> tuple[URL, dict[str, str]]:
+    """The server's address up to ``/api/v2``, and the headers for a user and password that a URL may hold."""
     try:
         url = URL(host) if "://" in host else URL.build(scheme="https" if ssl else "http", host=host, port=port)
+        bare = url.with_user(None).with_query(None).with_fragment(None)
     except (ValueError, TypeError):
         raise ConfigurationError("the Chroma host is no name, address or URL: check it") from None
     if url.scheme not in ("http", "https") or not url.host:
         raise ConfigurationError(f"a Chroma server is asked over http or https, not {url.scheme!r}: check the host")
-    path = url.path.rstrip("/").removesuffix("/api/v2")
-    return url.with_path(path).with_query(None).with_fragment(None)
+    credentials = base64.b64encode(f"{url.user}:{url.password or ''}".encode()).decode()
+    headers = {"Authorization": f"Basic {credentials}"} if url.user else {}
+    return bare.with_path(url.path.rstrip("/").removesuffix("/api/v2")), headers
 
 
 def _shown(url: URL, tenant: str | None, database: str | None) -> str:
-    """For people: without a user and password that the URL may hold, and without what is the default."""
+    """For people; the defaults go without saying."""
     place = f"{url.host}:{url.port}{url.path.rstrip('/')}"
-    if (tenant, database) == (DEFAULT_TENANT, DEFAULT_DATABASE):
-        return place
-    return f"{place} ({', '.join(f'{kind} {of!r}' for kind, of in (('tenant', tenant), ('database', database)) if of)})"
+    named = [f"{kind} {of!r}" for kind, of in (("tenant", tenant), ("database", database)) if of]
+    is_default = (tenant, database) == (DEFAULT_TENANT, DEFAULT_DATABASE)
+    return f"{place} ({', '.join(named)})" if named and not is_default else place
 
 
 def _checked(secret: str, what: str) -> str:

@@ -118,8 +118,8 @@ class ChromaStore:
             return
         self._forget()
         self._looking_up = anyio.Lock()  # one of the running event loop
-        await self._database.open()
         try:
+            await self._database.open()
             await self._look_up_again(None)
         except BaseException:
             with anyio.CancelScope(shield=True):
