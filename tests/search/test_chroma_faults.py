@@ -13,7 +13,7 @@ import orjson
 import pytest
 from aiohttp.client_reqrep import ConnectionKey
 from chromadb import errors as chroma_errors
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from searchr1_async.errors import SearchError, StoreError
@@ -183,6 +183,7 @@ JSON = st.recursive(
 )
 
 
+@settings(max_examples=50)
 @given(st.binary(max_size=200) | JSON.map(lambda value: json.dumps(value).encode()), st.integers(300, 599))
 def test_any_body_of_any_status_is_some_fault(body: bytes, status: int) -> None:
     fault = fault_of_answer("the store", status, {}, body)
