@@ -21,7 +21,7 @@ from searchr1_async.errors import EmbeddingError, StoreError
 from searchr1_async.events import Emit, Notice, PhaseAdvanced, PhaseEnded, PhaseStarted, emit_nothing
 from searchr1_async.search.dispatch import Capacity, Dispatcher
 from searchr1_async.search.embedders.base import Embedder, Vectors
-from searchr1_async.search.faults import PassingFault
+from searchr1_async.search.faults import PassingFault, RefusedInput
 from searchr1_async.search.index_report import RECALL_WITHIN, IndexReport
 from searchr1_async.search.journal import Journal, key_of
 from searchr1_async.search.pacing import PacingSettings
@@ -238,11 +238,19 @@ class IndexBuilder:
     # One request to each service; the dispatchers call these.
 
     async def _embed(self, jobs: Sequence[_Job]) -> Sequence[Vectors]:
-        vectors = await self._embedder.embed_passages([job.text for job in jobs])
+        try:
+            vectors = await self._embedder.embed_passages([job.text for job in jobs])
+        except RefusedInput as refused:
+            if len(jobs) > 1:
+                raise  # it comes again in parts
+            raise EmbeddingError(
+                f"{refused}: the passage {jobs[0].passage.id!r} of {self._corpus.source} is refused; mend it or leave it out"
+            ) from refused
         if vectors.shape != (len(jobs), self._embedder.dimension):
             raise PassingFault(f"{self._embedder.name} answered {vectors.shape} for {len(jobs)}", cause="malformed")
         try:
-            await in_thread(lambda: self._keep(jobs, vectors))
+            with anyio.CancelScope(shield=True):  # what is answered is kept, whatever happens to the build meanwhile
+                await in_thread(lambda: self._keep(jobs, vectors))
         except OSError as error:
             raise StoreError(
                 f"the journal of {self._store.name} cannot be written: {error.strerror or error}"

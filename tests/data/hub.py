@@ -92,7 +92,11 @@ async def serving(hub: Hub) -> AsyncIterator[Hub]:
             await runner.setup()
             runners.append(runner)
             await web.TCPSite(runner, "127.0.0.1", 0).start()
-        hub.url, hub.cdn = (f"http://127.0.0.1:{runner.addresses[0][1]}" for runner in runners)
+        # Another host, not only another port: the hub's client follows redirects within one by itself.
+        hub.url, hub.cdn = (
+            f"http://{host}:{runner.addresses[0][1]}"
+            for host, runner in zip(("127.0.0.1", "localhost"), runners, strict=True)
+        )
         yield hub
     finally:
         for runner in runners:

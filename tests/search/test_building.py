@@ -26,6 +26,7 @@ from searchr1_async.search import Search, index_builder
 from searchr1_async.search.building import build_index
 from searchr1_async.search.embedders.base import Vectors
 from searchr1_async.search.embedders.gemini import GeminiEmbedder
+from searchr1_async.search.faults import RefusedInput
 from searchr1_async.search.index_report import IndexReport
 from searchr1_async.search.pacing import PacingSettings
 from searchr1_async.search.stores import EmbeddedChroma, RemoteChroma
@@ -202,6 +203,27 @@ async def test_it_runs_several_requests_at_once_and_keeps_to_the_embedders_limit
     assert most == 3
     assert 200 < heaviest <= 300
     assert max(map(len, embedder.passage_batches)) <= 40
+
+
+async def test_a_passage_that_is_refused_is_named_and_costs_no_other(
+    embedder: Any, make_embedder: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embed = embedder.embed_passages
+
+    async def refuse(texts: Sequence[str]) -> Vectors:
+        if any("word13 " in text for text in texts):
+            raise RefusedInput("hashing: HTTP 400")
+        return await embed(texts)
+
+    monkeypatch.setattr(embedder, "embed_passages", refuse)
+    with pytest.raises(EmbeddingError, match=r"the passage 'p13' of .* is refused") as failure:
+        await build_index(passages(64), tmp_path / "index", embedder=embedder)
+    assert "word13" not in str(failure.value)
+    rest = make_embedder()
+    await build_index(passages(64), tmp_path / "index", embedder=rest)
+    first, second = ({text for batch in one.passage_batches for text in batch} for one in (embedder, rest))
+    assert not first & second
+    assert len(first | second) == 64
 
 
 class Shrinking(MemoryCorpus):
