@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from typing import Any
 
 from searchr1_async.errors import EmbeddingError, SearchError
-from searchr1_async.search.faults import PassingFault, RefusedInput, TooManyRequests
+from searchr1_async.search.faults import PassingFault, RefusedInput, TooManyRequests, seconds_asked
 
 KEY_REMEDY = "set GEMINI_API_KEY to a key from https://aistudio.google.com/apikey that may use this API"
 CREDENTIALS_REMEDY = (
@@ -137,21 +135,9 @@ def retry_after(
         now: the time of day; for tests.
     """
     header = headers.get("Retry-After")
-    said = [_from_header(header, now or datetime.now(UTC))] if header else []
+    said = [seconds_asked(header, now or datetime.now(UTC))] if header else []
     said += [_from_duration(detail["retryDelay"]) for detail in details if "retryDelay" in detail]
     return max((seconds for seconds in said if seconds is not None), default=None)
-
-
-def _from_header(value: str, now: datetime) -> float | None:
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            date = parsedate_to_datetime(value)
-        except ValueError:
-            return None
-        seconds = max(0.0, (date.replace(tzinfo=date.tzinfo or UTC) - now).total_seconds())
-    return seconds if math.isfinite(seconds) and seconds >= 0 else None
 
 
 def _from_duration(value: object) -> float | None:

@@ -9,14 +9,13 @@ import re
 import ssl
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 
 import aiohttp
 import orjson
 
 from searchr1_async.errors import SearchError, StoreError
-from searchr1_async.search.faults import PassingFault, RefusedInput, TooManyRequests
+from searchr1_async.search.faults import PassingFault, RefusedInput, TooManyRequests, seconds_asked
 
 PASSING_STATUSES = frozenset(
     {
@@ -154,14 +153,8 @@ def malformed(where: str) -> PassingFault:
 
 def retry_after(headers: Mapping[str, str], now: datetime) -> float | None:
     """Seconds that ``Retry-After`` asks to wait, given in seconds or as a date (RFC 9110, 10.2.3); None without."""
-    value = next((value.strip() for name, value in headers.items() if name.lower() == "retry-after"), "")
-    if re.fullmatch(r"\d{1,9}(\.\d+)?", value, re.ASCII):
-        return float(value)
-    try:
-        date = parsedate_to_datetime(value)
-    except ValueError:
-        return None
-    return max(0.0, (date.replace(tzinfo=date.tzinfo or UTC) - now).total_seconds())
+    value = next((value for name, value in headers.items() if name.lower() == "retry-after"), "")
+    return seconds_asked(value, now)
 
 
 def _said(body: bytes) -> tuple[str, str]:
