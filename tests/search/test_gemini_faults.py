@@ -15,7 +15,7 @@ import pytest
 from aiohttp.client_reqrep import ConnectionKey
 from google.auth import exceptions as google_auth
 from google.genai.errors import APIError, ClientError, ServerError
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from multidict import CIMultiDict, CIMultiDictProxy
 
@@ -162,12 +162,14 @@ def test_retry_after_header(header: str, seconds: float | None) -> None:
     assert retry_after({"Retry-After": header}, now=NOW) == seconds
 
 
+@settings(deadline=None)
 @given(st.integers(-10_000, 1_000_000))
 def test_any_date_is_its_distance(seconds: int) -> None:
     date = format_datetime(NOW + timedelta(seconds=seconds), usegmt=True)
     assert retry_after({"Retry-After": date}, now=NOW) == max(0, seconds)
 
 
+@settings(deadline=None)
 @given(st.decimals(0, 10**9, places=9))
 def test_any_duration_is_its_seconds(seconds: Any) -> None:
     assert retry_after({}, [{"retryDelay": f"{seconds:f}s"}]) == float(seconds)
@@ -184,6 +186,7 @@ BODIES = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(st.text(max_size=30), BODIES, st.sampled_from([400, 404, 429, 500, 503]))
 def test_no_answer_breaks_the_classification(header: str, body: Any, code: int) -> None:
     response: Any = Answer({"Retry-After": header})
@@ -200,6 +203,7 @@ TEXTS = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(TEXTS, st.data())
 def test_no_quoted_piece_of_a_text_is_passed_on(texts: list[str], data: st.DataObject) -> None:
     text = data.draw(st.sampled_from(texts))
@@ -212,6 +216,7 @@ def test_no_quoted_piece_of_a_text_is_passed_on(texts: list[str], data: st.DataO
     assert passed.replace("…", "").isascii()
 
 
+@settings(deadline=None)
 @given(st.text(string.ascii_letters + string.digits + "-_", min_size=30, max_size=45), st.data())
 def test_no_piece_of_a_key_is_passed_on(key: str, data: st.DataObject) -> None:
     start = data.draw(st.integers(0, len(key) - 12))

@@ -8,7 +8,7 @@ from typing import Any
 import aiohttp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.gemini_stand_in import Fault, GeminiStandIn, StandInSettings, TokenBucket, counts_of, stand_in_process
@@ -30,6 +30,7 @@ async def ask(base_url: str, *texts: str, key: str = "k") -> tuple[int, dict[str
         return answer.status, await answer.json(content_type=None)
 
 
+@settings(deadline=None)
 @given(st.text(max_size=80), st.sampled_from([128, 768]))
 def test_a_text_has_one_vector_of_a_length_that_is_not_one(text: str, dimension: int) -> None:
     vector = WordVectors().embed(text, dimension)

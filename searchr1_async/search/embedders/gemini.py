@@ -207,7 +207,8 @@ class GeminiEmbedder:
     async def _rows_by_models(self, client: Client, texts: Sequence[str], task_type: str) -> list[Any]:
         """By the client's own ``embed_content``, each text in a Content of its own (a list of strings is one text for some).
 
-        Its models of every Content and vector cost 0.37 ms of CPU a text in lists of 100, and 2 ms a request of one.
+        Its models of every Content and vector cost 0.45 ms of CPU a text in lists of 100, and 1.4 to 1.9 ms a request of
+        one text, all of it in the event loop: 45 ms in one piece.
         """
         from google.genai.types import EmbedContentConfig
 
@@ -217,7 +218,8 @@ class GeminiEmbedder:
         return [embedding.values for embedding in answer.embeddings or ()]
 
     async def _rows_by_transport(self, client: Client, texts: Sequence[str], task_type: str) -> list[Any]:
-        """The same request by the client's transport (address, access, errors) alone: a fifth of the CPU in lists.
+        """The same request by the client's transport (address, access, errors) alone: 0.10 ms of CPU a text in lists of
+        100, 1.2 ms a request of one.
 
         The transport is no public part of the client: :meth:`_probe` finds out whether it is still there.
         """
@@ -283,6 +285,7 @@ class GeminiEmbedder:
     def _find_credentials(self) -> None:
         """In a thread: credentials and project, by file or by the metadata server of a machine of Google's."""
         import google.auth
+        import google.genai.errors
 
         project = (
             self._project or os.environ.get("GCP_VERTEXAI_PROJECT_NUMBER") or os.environ.get("GOOGLE_CLOUD_PROJECT")
