@@ -19,8 +19,9 @@ lint: $(VENV)/.installed
 types: $(VENV)/.installed
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+# Several workers, since much of the time goes into waiting for processes to come up; a file's tests share one.
 unit: $(VENV)/.installed
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile
 
 # Proofs that take minutes: kill tests, whole runs.
 slow: $(VENV)/.installed
