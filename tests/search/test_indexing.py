@@ -35,6 +35,7 @@ def many() -> list[Passage]:
 def _small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index_builder, "WINDOW", 8)
     monkeypatch.setattr(index_builder, "PASSAGES_A_REQUEST", 4)
+    monkeypatch.setattr(index_builder, "PASSAGES_AT_ONCE", 4)
 
 
 async def test_it_is_built_once_with_progress(many: list[Passage], embedder: Any, tmp_path: Path) -> None:
