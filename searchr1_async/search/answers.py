@@ -56,10 +56,13 @@ class AnswerCache:
                 self._memory.put((index, by_text[text]), answer)
         return found
 
-    async def keep(self, index: str, answers: Mapping[AnswerKey, Answer]) -> None:
-        """Keeps answers, in memory and on disk."""
+    def remember(self, index: str, answers: Mapping[AnswerKey, Answer]) -> None:
+        """Keeps answers in memory."""
         for key, answer in answers.items():
             self._memory.put((index, key), answer)
+
+    async def keep(self, index: str, answers: Mapping[AnswerKey, Answer]) -> None:
+        """Keeps answers on disk."""
         if self._disk is not None and answers:
             encoded = {_disk_key(key): encode_passages(answer) for key, answer in answers.items()}
             await self._thread.run(self._disk.put_many, _namespace(index), encoded)

@@ -27,7 +27,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wai
 
 from searchr1_async.errors import SearchError, SearchUnavailableError
 from searchr1_async.search.faults import PassingFault, RefusedInput, TooManyRequests
-from searchr1_async.search.gathering import Gathering
+from searchr1_async.search.gathering import Gathering, is_worth_sending
 from searchr1_async.search.pacing import Flight, Pacer, PacingSettings
 from searchr1_async.search.statistics import ServiceStatistics, ServiceTally
 
@@ -225,14 +225,17 @@ class Dispatcher(Generic[Key, Item, Value]):
     def _pump(self) -> None:
         """Sends what waits, as far as there is room; those that are tried again go first."""
         while self._gathering.waiting:
-            now, capacity = now_in_loop(), self._capacity()
-            if not self._queued and self._pacer.may_send(now, capacity.requests):
-                flight = self._pacer.begin(now)
+            now, capacity, pacer = now_in_loop(), self._capacity(), self._pacer
+            if not self._queued and pacer.may_send(now, capacity.requests):
+                if not is_worth_sending(self._gathering.waiting, pacer.items_in_flight, capacity.items):
+                    return  # what is in flight lands, and this is asked again
+                batch = list(self._gathering.take(capacity.items, capacity.weight))
+                self._launch(batch, pacer.begin(now, len(batch)))
             elif not self._carriers:
-                flight = None  # the service wants to be left alone: one batch waits for that, or nobody would wake
+                # The service wants to be left alone: one batch waits for that, or nobody would wake.
+                self._launch(list(self._gathering.take(capacity.items, capacity.weight)), None)
             else:
                 return
-            self._launch(list(self._gathering.take(capacity.items, capacity.weight)), flight)
 
     def _launch(self, batch: list[Key], flight: Flight | None) -> None:
         # The one that came last: its deadline is the last to pass.
@@ -281,7 +284,7 @@ class Dispatcher(Generic[Key, Item, Value]):
         try:
             async for attempt in retrying:
                 with attempt:
-                    begun, flight = flight or await self._slot(), None
+                    begun, flight = flight or await self._slot(len(batch)), None
                     values = await self._attempt(batch, begun)
         except PassingFault as fault:
             now = now_in_loop()
@@ -312,15 +315,15 @@ class Dispatcher(Generic[Key, Item, Value]):
         """It fails again and again while others are answered: something in it may be to blame, so it is split."""
         return len(batch) > 1 and state.attempt_number >= SUSPECT_AFTER and self._answered_at > began
 
-    async def _slot(self) -> Flight:
-        """Waits for room, and takes it."""
+    async def _slot(self, items: int) -> Flight:
+        """Waits for room for so many items, and takes it."""
         self._queued += 1
         try:
             while not self._pacer.may_send(now := now_in_loop(), self._capacity().requests):
                 opens = self._pacer.opens_at(now)
                 with anyio.move_on_after(math.inf if opens is None else opens - now):
                     await self._freed.wait()
-            flight = self._pacer.begin(now)
+            flight = self._pacer.begin(now, items)
         finally:
             self._queued -= 1
         self._pump()  # there may be room for more

@@ -61,6 +61,8 @@ class Flight:
     """One request on its way."""
 
     began: float
+    items: int = 1
+    """That it carries."""
     is_probe: bool = False
     """It finds out whether a service that was down is back."""
 
@@ -84,6 +86,7 @@ class Pacer:
         self._limit = float(settings.first_limit)
         self._threshold = math.inf
         self._in_flight = 0
+        self._items_in_flight = 0
         self._last_decrease = -math.inf
         self._resume_at = -math.inf
         self._push_backs = 0
@@ -104,6 +107,11 @@ class Pacer:
     def in_flight(self) -> int:
         """Requests that are on their way."""
         return self._in_flight
+
+    @property
+    def items_in_flight(self) -> int:
+        """In all requests that are on their way."""
+        return self._items_in_flight
 
     @property
     def up_since(self) -> float:
@@ -130,12 +138,13 @@ class Pacer:
         """Seconds since the first fault of an outage; 0 while the service is up."""
         return 0.0 if self._down_since is None else max(0.0, now - self._down_since)
 
-    def begin(self, now: float) -> Flight:
-        """A request goes out."""
+    def begin(self, now: float, items: int = 1) -> Flight:
+        """A request goes out, with so many items."""
         self._in_flight += 1
+        self._items_in_flight += items
         is_probe = self._down_since is not None
         self._probing = self._probing or is_probe
-        return Flight(now, is_probe)
+        return Flight(now, items, is_probe)
 
     def succeeded(self, flight: Flight, now: float, *, most: int, is_short: bool) -> None:
         """An answer came, be it that the request itself is refused for good.
@@ -186,6 +195,7 @@ class Pacer:
 
     def _end(self, flight: Flight) -> None:
         self._in_flight -= 1
+        self._items_in_flight -= flight.items
         if flight.is_probe:
             self._probing = False
 

@@ -40,8 +40,8 @@ MAX_BATCH = 128
 VECTORS_KEPT = 4_096
 """Query vectors in memory (12 MB at 768 dimensions): a query asked again while the store still looks for its passages."""
 
-_Queried = tuple[Vectors, int]
-"""A query's vector, ``[dimension]``, and the number of passages wanted."""
+_Queried = tuple[AnswerKey, Vectors]
+"""What is wanted, and the query's vector, ``[dimension]``."""
 
 
 class SearchOptions(TypedDict, total=False):
@@ -349,7 +349,6 @@ class Search:
             answers |= kept
         if missing := [key for key in keys if key not in answers]:
             found = await self._ask_services(missing)
-            # Under what the store is now: its collection may have been made anew meanwhile.
             await self._answers.keep(self._answers_of(store), found)
             answers |= found
         return answers
@@ -359,26 +358,34 @@ class Search:
         known = {text: self._vectors.get(text) for text, _ in keys}
         vectors = {text: vector for text, vector in known.items() if vector is not None}
         vectors |= await self._embedding.fetch({text: text for text in known if text not in vectors}, deadline)
-        for text, vector in vectors.items():
-            self._vectors.put(text, vector)
-        return await self._querying.fetch({key: (vectors[key[0]], key[1]) for key in keys}, deadline)
+        return await self._querying.fetch({key: (key, vectors[key[0]]) for key in keys}, deadline)
 
     def _answers_of(self, store: Store) -> str:
         """What cached answers are valid for."""
         return f"query\0{self._embedder.fingerprint}\0{store.fingerprint}"
 
-    # One request to each service; the dispatchers call these.
+    # One request to each service; the dispatchers call these. What is found is remembered here: by the time that a caller
+    # wakes, others may have asked for the same again.
 
     async def _embed(self, texts: Sequence[str]) -> Sequence[Vectors]:
-        vectors = await self._embedder.embed_queries(texts)
-        return [row.copy() for row in vectors]  # a view would keep its whole batch in memory
+        # Rows of their own: a view would keep its whole batch in memory.
+        vectors = [row.copy() for row in await self._embedder.embed_queries(texts)]
+        if len(vectors) == len(texts):
+            for text, vector in zip(texts, vectors, strict=True):
+                self._vectors.put(text, vector)
+        return vectors
 
     async def _query(self, queried: Sequence[_Queried]) -> Sequence[Answer]:
         if self._store is None:
             raise SearchError("the search was closed while calls were waiting")
-        most = max(n_results for _, n_results in queried)
-        found = await self._store.query(np.stack([vector for vector, _ in queried]), most)
-        return [answer[:n_results] for answer, (_, n_results) in zip(found, queried, strict=False)]
+        most = max(n_results for (_, n_results), _ in queried)
+        found = await self._store.query(np.stack([vector for _, vector in queried]), most)
+        if len(found) != len(queried):
+            raise PassingFault(f"{self._store.name} answered {len(found)} of {len(queried)}", cause="malformed")
+        answers = {key: answer[: key[1]] for answer, (key, _) in zip(found, queried, strict=True)}
+        # Under what the store is now: its collection may have been made anew meanwhile.
+        self._answers.remember(self._answers_of(self._store), answers)
+        return list(answers.values())
 
     def _embedder_capacity(self) -> Capacity:
         embedder = self._embedder

@@ -123,6 +123,23 @@ async def test_what_comes_while_all_slots_are_taken_gathers() -> None:
     assert service.most_at_once == 2
 
 
+async def test_under_load_batches_grow_and_nobody_waits_for_long() -> None:
+    service = Service(capacity=Capacity(items=100, requests=16))
+    dispatcher = service.dispatcher()
+    generator = random.Random(0)
+
+    async def one(number: int) -> None:
+        await anyio.sleep(generator.random() * 5)
+        await ask(dispatcher, f"q{number}")
+
+    async with anyio.create_task_group() as tasks:
+        for number in range(500):
+            tasks.start_soon(one, number)
+    statistics = dispatcher.statistics
+    assert statistics.mean_batch > 3.3, "500 in 5 s, each taking 0.1 s: 10 are in the air at any time, by 2.6 requests"
+    assert statistics.latency.quantile(1) < 0.12
+
+
 async def test_a_call_with_many_shares_the_batches_with_those_after_it() -> None:
     service = Service(capacity=Capacity(items=5, requests=1))
     dispatcher = service.dispatcher(first_limit=1)

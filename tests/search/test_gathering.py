@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from searchr1_async.search.gathering import Asked, Gathering
+from searchr1_async.search.gathering import Asked, Gathering, is_worth_sending
 
 
 def test_what_arrives_while_a_batch_is_away_makes_the_next() -> None:
@@ -42,6 +42,14 @@ def test_a_batch_has_a_limit_and_the_oldest_go_first() -> None:
     assert gathering.everyone() == {0, 1, 2}
     assert gathering.take(2) == ("a", "b")
     assert gathering.take(2) == ("c",)
+
+
+@pytest.mark.parametrize(
+    ("waiting", "in_the_air", "is_worth"),
+    [(1, 0, True), (1, 3, True), (1, 4, False), (2, 4, True), (9, 20, False), (10, 20, True), (30, 1_000, True)],
+)
+def test_a_small_batch_joins_only_a_few_in_the_air(waiting: int, in_the_air: int, is_worth: bool) -> None:
+    assert is_worth_sending(waiting, in_the_air, max_keys=30) is is_worth
 
 
 def test_weight_bounds_a_batch_and_what_is_too_heavy_goes_alone() -> None:
