@@ -65,7 +65,8 @@ def now_in_loop() -> float:
 
 
 class Deadline:
-    """By when a call must be answered. It is put off while a service is down: that time has a limit of its own.
+    """By when a call must be answered. It is put off while a service answers nobody, which has a limit of its own; after an
+    outage everyone has the whole time once more.
 
     Args:
         seconds: from now on.
@@ -75,8 +76,8 @@ class Deadline:
         self.seconds = seconds
         self.at = now_in_loop() + seconds
 
-    def put_off(self) -> None:
-        self.at = now_in_loop() + self.seconds
+    def put_off(self, since: float) -> None:
+        self.at = since + self.seconds
 
 
 @dataclass(eq=False, slots=True)
@@ -202,10 +203,12 @@ class Dispatcher(Generic[Key, Item, Value]):
                 await waiter.done.wait()
             if waiter.done.is_set() or deadline is None:
                 continue
-            if self._pacer.down_for(now_in_loop()):
-                deadline.put_off()
-                continue
-            waiter.fail(self._too_late(deadline))
+            if self._pacer.is_failing:
+                deadline.put_off(now_in_loop())
+            elif self._pacer.up_since + deadline.seconds > now_in_loop():
+                deadline.put_off(self._pacer.up_since)
+            else:
+                waiter.fail(self._too_late(deadline))
 
     def _too_late(self, deadline: Deadline) -> SearchError:
         now = now_in_loop()
@@ -300,7 +303,7 @@ class Dispatcher(Generic[Key, Item, Value]):
 
     def _pause_after(self, state: RetryCallState) -> float:
         error = state.outcome.exception() if state.outcome else None
-        if isinstance(error, TooManyRequests):
+        if isinstance(error, TooManyRequests) or self._pacer.down_for(now_in_loop()):
             return 0.0  # the pacer holds everyone back, this batch with them
         asked = error.retry_after if isinstance(error, PassingFault) else None
         return max(asked or 0.0, self._pause(state))

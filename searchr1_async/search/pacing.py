@@ -134,6 +134,11 @@ class Pacer:
         later = max(times)
         return later if later > now else None
 
+    @property
+    def is_failing(self) -> bool:
+        """Nothing was answered since at least two faults: it may be down, though that is not certain yet."""
+        return self._faults >= 2
+
     def down_for(self, now: float) -> float:
         """Seconds since the first fault of an outage; 0 while the service is up."""
         return 0.0 if self._down_since is None else max(0.0, now - self._down_since)
