@@ -87,7 +87,7 @@ def test_the_lower_floor_does_not_import_the_upper(room: str) -> None:
 def test_the_service_stands_alone() -> None:
     for path in MODULES:
         if is_in(name_of(path), "local"):
-            found = [name for name in imports(path) if not is_in(name, "local", "errors")]
+            found = [name for name in imports(path) if not is_in(name, "local", "errors", "files")]
             assert found == [], f"{path} imports of the engine"
 
 

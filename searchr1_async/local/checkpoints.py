@@ -29,6 +29,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from searchr1_async.errors import CheckpointError
+from searchr1_async.files import write_atomically
 from searchr1_async.local.backend import LoraConfig, State, UserFault
 
 logger = logging.getLogger(__name__)
@@ -128,7 +129,7 @@ class CheckpointStore:
                 place.mkdir(parents=True, exist_ok=True)
                 self._write_arrays(file, state)
                 checkpoint = replace(checkpoint, file=file.name, size_bytes=file.stat().st_size)
-                _write_text(place / _METADATA, json.dumps(asdict(checkpoint)))
+                write_atomically(place / _METADATA, json.dumps(asdict(checkpoint)).encode())
             except (OSError, SafetensorError) as error:
                 with contextlib.suppress(OSError):
                     file.unlink(missing_ok=True)
@@ -171,7 +172,7 @@ class CheckpointStore:
         checkpoint = replace(self.find(id, now), expires_at=expires_at)
         with self._lock:
             try:
-                _write_text(self._place(id) / _METADATA, json.dumps(asdict(checkpoint)))
+                write_atomically(self._place(id) / _METADATA, json.dumps(asdict(checkpoint)).encode())
             except OSError as error:
                 raise self._explain(error, 0) from error
         return checkpoint
@@ -264,31 +265,6 @@ def _id_of(place: Path) -> CheckpointId | None:
 
 def _bytes_needed(state: State) -> int:
     return sum(array.nbytes for array in state.values())
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Atomically and durably."""
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        with partial.open("w") as handle:
-            handle.write(text)
-            handle.flush()
-            os.fsync(handle.fileno())
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    # Windows cannot open a folder; there the rename alone has to do.
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def checkpoint_fields(checkpoint: Checkpoint) -> dict[str, Any]:

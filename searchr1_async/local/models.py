@@ -6,9 +6,7 @@ import contextlib
 import importlib.util
 import json
 import logging
-import os
 import shutil
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from searchr1_async.errors import ModelError
+from searchr1_async.files import cache_folder
 
 logger = logging.getLogger(__name__)
 
@@ -40,19 +39,6 @@ class ModelFiles:
     """The name it was asked for by."""
     folder: Path
     """Holds ``config.json``, the weights and the tokenizer, as ``from_pretrained`` expects them."""
-
-
-def cache_folder() -> Path:
-    """The package's folder in the user's cache: ``$XDG_CACHE_HOME``, else the platform's place for caches."""
-    if explicit := os.environ.get("XDG_CACHE_HOME"):
-        root = Path(explicit)
-    elif sys.platform == "darwin":
-        root = Path.home() / "Library" / "Caches"
-    elif sys.platform == "win32":
-        root = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    else:
-        root = Path.home() / ".cache"
-    return root / "searchr1_async"
 
 
 def resolve_model(name: str) -> ModelFiles:

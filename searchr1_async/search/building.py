@@ -9,12 +9,11 @@ from pathlib import Path
 import anyio
 import anyio.to_thread
 
-from searchr1_async.data.cache import cache_folder
 from searchr1_async.data.corpus import Corpus, load_corpus
 from searchr1_async.episodes.types import Passage
 from searchr1_async.errors import ConfigurationError, StoreError
 from searchr1_async.events import Emit, emit_nothing
-from searchr1_async.files import only_one
+from searchr1_async.files import cache_folder, only_one
 from searchr1_async.search.embedders.base import Embedder
 from searchr1_async.search.embedders.choice import make_embedder
 from searchr1_async.search.embedders.sentence_transformer import DEFAULT_MODEL
@@ -23,12 +22,11 @@ from searchr1_async.search.index_builder import (
     BuildOptions,
     IndexBuilder,
     OnProgress,
-    open_embedder,
-    open_store,
 )
 from searchr1_async.search.index_report import IndexReport
 from searchr1_async.search.indexing import LocalIndex
 from searchr1_async.search.journal import Journal
+from searchr1_async.search.opening import open_embedder, open_store
 from searchr1_async.search.pacing import PacingSettings
 from searchr1_async.search.search import Search
 from searchr1_async.search.stores.base import Store
@@ -64,7 +62,7 @@ async def build_index(
         emit: told of the phase ``index``, of the estimated cost before it, and of an index that loses passages.
 
     Raises:
-        ConfigurationError: a search with another embedder or another corpus than given.
+        ConfigurationError: a search that is open, or has another embedder or another corpus than given.
         CorpusError: the corpus cannot be used.
         EmbeddingError: the embedder failed for good; what is done is kept.
         StoreError: the store failed for good, holds something else, or the disk is full; what is done is kept.
@@ -74,7 +72,9 @@ async def build_index(
     if isinstance(target, Search):
         if embedder is not None:
             raise ConfigurationError("a search has an embedder of its own: give only one of the two")
-        place, chosen = target._source, target._embedder
+        if target.is_open:
+            raise ConfigurationError("the search is open: build its index before it is used, or after it is closed")
+        place, chosen = target.source, target.embedder
         if isinstance(place, LocalIndex) and not await anyio.to_thread.run_sync(_are_equal, place.corpus, corpus):
             raise ConfigurationError(
                 f"the search is over {place.corpus.source}, not over {corpus.source}: give that one"

@@ -13,7 +13,6 @@ import anyio
 import anyio.from_thread
 import anyio.to_thread
 import numpy as np
-from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from searchr1_async.data.corpus import Corpus
 from searchr1_async.episodes.types import Passage
@@ -45,8 +44,6 @@ PASSAGES_AT_ONCE = 512
 2,048 passages took 47 s of CPU in requests of 512, 68 s in requests of 128."""
 QUERIES_A_REQUEST = 50
 SAMPLE = 200
-OPENING_TRIES = 5
-"""About 4 seconds in all, with the default pauses."""
 PACING = PacingSettings(request_timeout=300.0, retry_budget=600.0)
 """Nobody waits for a single answer: more patience than for searches."""
 
@@ -350,40 +347,3 @@ class _Sample:
 
 def _next_window(windows: Iterator[tuple[int, list[Passage]]]) -> tuple[int, list[Passage]] | None:
     return next(windows, None)
-
-
-async def open_embedder(embedder: Embedder, pacing: PacingSettings) -> None:
-    """Opens it, within a few tries: the cause may pass, but it may as well be a wrong address.
-
-    Raises:
-        EmbeddingError: it cannot be opened.
-    """
-    try:
-        await _tried(embedder.open, pacing)
-    except PassingFault as fault:
-        raise EmbeddingError(str(fault)) from fault
-
-
-async def open_store(store: Store, pacing: PacingSettings) -> None:
-    """Opens it, as :func:`open_embedder` does.
-
-    Raises:
-        StoreError: it cannot be opened.
-    """
-    try:
-        await _tried(store.open, pacing)
-    except PassingFault as fault:
-        raise StoreError(str(fault)) from fault
-
-
-async def _tried(request: Callable[[], Awaitable[None]], pacing: PacingSettings) -> None:
-    retrying = AsyncRetrying(
-        retry=retry_if_exception_type(PassingFault),
-        wait=wait_random_exponential(multiplier=2 * pacing.first_pause, max=pacing.longest_pause),
-        stop=stop_after_attempt(OPENING_TRIES),
-        sleep=anyio.sleep,
-        reraise=True,
-    )
-    async for attempt in retrying:
-        with attempt:
-            await request()

@@ -11,14 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TypedDict, Unpack
+from typing import Self, Unpack
 
 import anyio
 import numpy as np
 
 from searchr1_async.data.corpus import Corpus, load_corpus
 from searchr1_async.episodes.types import Passage
-from searchr1_async.errors import ConfigurationError, EmbeddingError, SearchError, StoreError
+from searchr1_async.errors import EmbeddingError, SearchError, StoreError
 from searchr1_async.search.answers import Answer, AnswerCache, AnswerKey
 from searchr1_async.search.cache import LeastRecentlyUsed
 from searchr1_async.search.dispatch import Capacity, Deadline, Dispatcher
@@ -27,7 +27,8 @@ from searchr1_async.search.embedders.choice import make_embedder
 from searchr1_async.search.embedders.sentence_transformer import DEFAULT_MODEL
 from searchr1_async.search.faults import PassingFault
 from searchr1_async.search.indexing import LocalIndex, OnProgress
-from searchr1_async.search.pacing import PacingSettings
+from searchr1_async.search.opening import open_embedder, open_store
+from searchr1_async.search.options import SearchOptions, SearchSettings, check_n_results
 from searchr1_async.search.queries import MAX_QUERY_CHARACTERS, clean_query
 from searchr1_async.search.statistics import SearchStatistics, SearchTally, ServiceTally
 from searchr1_async.search.stores.base import Found, Store
@@ -42,25 +43,6 @@ VECTORS_KEPT = 4_096
 
 _Queried = tuple[AnswerKey, Vectors]
 """What is wanted, and the query's vector, ``[dimension]``."""
-
-
-class SearchOptions(TypedDict, total=False):
-    """What every :class:`Search` can be given besides its embedder and its store."""
-
-    n_results: int
-    """Passages for each query, 1 to 100; 3 by default, as in the recipe."""
-    max_passage_words: int | None
-    """Passages are cut after so many words; None (the default) leaves them whole."""
-    deadline: float
-    """Seconds from asking to answer, 120 by default, after which a call fails. Put off while a service is down."""
-    cache_entries: int
-    """Answers in memory, 10,000 by default (about 3 KB each); 0 keeps none."""
-    cache_path: str | Path | None
-    """A file for answers that outlives the process and may be shared by several; None (the default) keeps none."""
-    cache_bytes: int
-    """Of that file, 1 GiB by default; what was asked for least recently goes first."""
-    pacing: PacingSettings
-    """How requests to the embedder and to the store are paced, retried and given up."""
 
 
 class Search:
@@ -86,21 +68,12 @@ class Search:
     """
 
     def __init__(self, embedder: Embedder, store: Store | LocalIndex, **options: Unpack[SearchOptions]) -> None:
-        self._n_results = options.get("n_results", 3)
-        _check_n_results(self._n_results)
-        self._max_passage_words = options.get("max_passage_words")
-        if self._max_passage_words is not None and self._max_passage_words < 1:
-            raise ConfigurationError(f"max_passage_words is {self._max_passage_words}: give at least 1, or None")
-        self._deadline = options.get("deadline", 120.0)
-        if not self._deadline > 0:
-            raise ConfigurationError(f"deadline is {self._deadline} s: give more than 0")
-        cache_path = options.get("cache_path")
+        settings = SearchSettings(**options)
+        self._settings = settings
+        path = settings.cache_path
         self._answers = AnswerCache(
-            options.get("cache_entries", 10_000),
-            None if cache_path is None else Path(cache_path),
-            options.get("cache_bytes", 1 << 30),
+            settings.cache_entries, None if path is None else Path(path).expanduser(), settings.cache_bytes
         )
-        self._pacing = options.get("pacing", PacingSettings())
         self._embedder = embedder
         self._source = store
         self._tally = SearchTally()
@@ -118,7 +91,7 @@ class Search:
             self._embed,
             name=self._embedder.name,
             capacity=self._embedder_capacity,
-            pacing=self._pacing,
+            pacing=self._settings.pacing,
             tally=self._embedding_tally,
             failure=EmbeddingError,
             weigh=estimated_tokens,
@@ -127,7 +100,7 @@ class Search:
             self._query,
             name=self._source.corpus.source if isinstance(self._source, LocalIndex) else self._source.name,
             capacity=self._store_capacity,
-            pacing=self._pacing,
+            pacing=self._settings.pacing,
             tally=self._querying_tally,
             failure=StoreError,
         )
@@ -201,6 +174,21 @@ class Search:
         return cls(make_embedder(embedder), store, **options)
 
     @property
+    def embedder(self) -> Embedder:
+        """What turns queries into vectors."""
+        return self._embedder
+
+    @property
+    def source(self) -> Store | LocalIndex:
+        """Where the passages are: a store, or a corpus with the folder of its index."""
+        return self._source
+
+    @property
+    def is_open(self) -> bool:
+        """Whether somebody uses it."""
+        return self._users > 0
+
+    @property
     def fingerprint(self) -> str:
         """Equal for searches that give equal answers; reads a corpus file whole the first time (its hash is kept).
 
@@ -209,7 +197,7 @@ class Search:
         """
         source = self._source
         content = source.corpus.fingerprint if isinstance(source, LocalIndex) else source.name
-        parts = (content, self._embedder.fingerprint, self._n_results, self._max_passage_words)
+        parts = (content, self._embedder.fingerprint, self._settings.n_results, self._settings.max_passage_words)
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
     @property
@@ -277,21 +265,16 @@ class Search:
 
     async def _open_services(self, on_progress: OnProgress | None) -> Store:
         source = self._source
+        if isinstance(source, LocalIndex):
+            store = await source.open_store(self._embedder, on_progress)
+        else:
+            store = source
+            await open_store(store, self._settings.pacing)
         try:
-            if isinstance(source, LocalIndex):
-                store = await source.open_store(self._embedder, on_progress)
-            else:
-                store = source
-                await store.open()
-        except PassingFault as fault:
-            raise StoreError(str(fault)) from fault
-        try:
-            await self._embedder.open()
-        except BaseException as error:
+            await open_embedder(self._embedder, self._settings.pacing)
+        except BaseException:
             with anyio.CancelScope(shield=True):
                 await store.aclose()
-            if isinstance(error, PassingFault):
-                raise EmbeddingError(str(error)) from error
             raise
         held = store.dimension
         if held not in (None, self._embedder.dimension):
@@ -354,7 +337,7 @@ class Search:
         return answers
 
     async def _ask_services(self, keys: Sequence[AnswerKey]) -> dict[AnswerKey, Answer]:
-        deadline = Deadline(self._deadline)
+        deadline = Deadline(self._settings.deadline)
         known = {text: self._vectors.get(text) for text, _ in keys}
         vectors = {text: vector for text, vector in known.items() if vector is not None}
         vectors |= await self._embedding.fetch({text: text for text in known if text not in vectors}, deadline)
@@ -396,14 +379,14 @@ class Search:
         return Capacity(1, 1) if store is None else Capacity(min(MAX_BATCH, store.max_queries), store.max_requests)
 
     def _trim(self, passages: Sequence[Passage]) -> tuple[Passage, ...]:
-        most = self._max_passage_words
+        most = self._settings.max_passage_words
         if most is None:
             return tuple(passages)
         return tuple(replace(passage, text=first_words(passage.text, most)) for passage in passages)
 
     def _keys(self, queries: Sequence[str], n_results: int | None) -> tuple[AnswerKey, ...]:
-        wanted = self._n_results if n_results is None else n_results
-        _check_n_results(wanted)
+        wanted = self._settings.n_results if n_results is None else n_results
+        check_n_results(wanted)
         keys: list[AnswerKey] = []
         for query in queries:
             cleaned = clean_query(query)
@@ -455,8 +438,3 @@ def first_words(text: str, count: int) -> str:
             return text[:end]
         end = match.end()
     return text
-
-
-def _check_n_results(n_results: int) -> None:
-    if not 1 <= n_results <= 100:
-        raise ConfigurationError(f"n_results is {n_results}: give 1 to 100")

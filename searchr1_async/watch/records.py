@@ -22,6 +22,7 @@ from pathlib import Path
 import polars as pl
 
 from searchr1_async.episodes.types import Episode, Group
+from searchr1_async.files import sync_folder
 from searchr1_async.watch.rows import (
     EPISODE_SCHEMA,
     episode_from_row,
@@ -176,14 +177,4 @@ def _write(frame: pl.DataFrame, path: Path) -> None:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name != "posix":  # elsewhere a folder cannot be opened
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_folder(path.parent)

@@ -20,6 +20,7 @@ from searchr1_async.episodes.types import Passage
 from searchr1_async.errors import SearchError, StoreError
 from searchr1_async.search import Search
 from searchr1_async.search.faults import RefusedInput
+from searchr1_async.search.pacing import PacingSettings
 from searchr1_async.search.stores import EmbeddedChroma, RemoteChroma, Store
 from searchr1_async.search.stores.chroma.layout import check_collection_name, read_answer
 
@@ -212,7 +213,13 @@ async def test_a_missing_collection_is_named_at_once(chroma_port: int, embedder:
 
 
 async def test_a_server_that_is_not_there(embedder: Any, unused_port: int) -> None:
-    search = Search.chroma("127.0.0.1", unused_port, embedder=embedder, headers={"X-Chroma-Token": "secret"})
+    search = Search.chroma(
+        "127.0.0.1",
+        unused_port,
+        embedder=embedder,
+        headers={"X-Chroma-Token": "secret"},
+        pacing=PacingSettings(first_pause=0.01),
+    )
     for _ in range(2):
         with pytest.raises(SearchError, match="does not answer") as caught:
             await search.open()

@@ -1,0 +1,54 @@
+"""Opening an embedder or a store: within a few tries, and in words where it fails."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+import anyio
+from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
+
+from searchr1_async.errors import EmbeddingError, StoreError
+from searchr1_async.search.embedders.base import Embedder
+from searchr1_async.search.faults import PassingFault
+from searchr1_async.search.pacing import PacingSettings
+from searchr1_async.search.stores.base import Store
+
+OPENING_TRIES = 5
+"""About 4 seconds in all, with the default pauses."""
+
+
+async def open_embedder(embedder: Embedder, pacing: PacingSettings) -> None:
+    """Opens it, within a few tries: the cause may pass, but it may as well be a wrong address.
+
+    Raises:
+        EmbeddingError: it cannot be opened.
+    """
+    try:
+        await _tried(embedder.open, pacing)
+    except PassingFault as fault:
+        raise EmbeddingError(str(fault)) from fault
+
+
+async def open_store(store: Store, pacing: PacingSettings) -> None:
+    """Opens it, as :func:`open_embedder` does.
+
+    Raises:
+        StoreError: it cannot be opened.
+    """
+    try:
+        await _tried(store.open, pacing)
+    except PassingFault as fault:
+        raise StoreError(str(fault)) from fault
+
+
+async def _tried(request: Callable[[], Awaitable[None]], pacing: PacingSettings) -> None:
+    retrying = AsyncRetrying(
+        retry=retry_if_exception_type(PassingFault),
+        wait=wait_random_exponential(multiplier=2 * pacing.first_pause, max=pacing.longest_pause),
+        stop=stop_after_attempt(OPENING_TRIES),
+        sleep=anyio.sleep,
+        reraise=True,
+    )
+    async for attempt in retrying:
+        with attempt:
+            await request()
