@@ -53,6 +53,13 @@ class ServiceStatistics:
         """Texts a request, 0 before the first."""
         return self.texts / self.requests if self.requests else 0.0
 
+    def __str__(self) -> str:
+        faults = ", ".join(f"{count:,} × {cause}" for cause, count in self.faults.items()) or "none"
+        return (
+            f"{self.requests:,} requests of {self.mean_batch:.1f} texts on average, p50 {self.latency.p50:.3f} s, "
+            f"p99 {self.latency.p99:.3f} s, faults: {faults}"
+        )
+
     def since(self, earlier: ServiceStatistics) -> ServiceStatistics:
         """What lay between two snapshots; what holds now (limit, in flight, waiting, down) is the later's."""
         return replace(
@@ -85,6 +92,14 @@ class SearchStatistics:
     embedding: ServiceStatistics = field(default_factory=ServiceStatistics)
     querying: ServiceStatistics = field(default_factory=ServiceStatistics)
     """Of the store."""
+
+    def __str__(self) -> str:
+        hits = (self.memory_hits + self.disk_hits) / self.texts if self.texts else 0.0
+        return (
+            f"{self.texts:,} queries in {self.requests:,} calls, {hits:.0%} from the cache, {self.failed:,} calls failed, "
+            f"p50 {self.latency.p50:.3f} s, p99 {self.latency.p99:.3f} s\n"
+            f"  embedding: {self.embedding}\n  store: {self.querying}"
+        )
 
     def since(self, earlier: SearchStatistics) -> SearchStatistics:
         """What lay between two snapshots of one search."""
