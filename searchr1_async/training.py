@@ -367,7 +367,12 @@ class _Training:
             )
         )
         episodes = await play_demonstrations(
-            tried, dialect=self._engine.dialect, search=self._job.search, limits=self._job.limits
+            tried,
+            dialect=self._engine.dialect,
+            search=self._job.search,
+            limits=self._job.limits,
+            max_failed_fraction=self._job.learning.max_failed_fraction,
+            max_in_flight=self._job.sampling.max_episodes_in_flight,
         )
         if not episodes:
             raise SearchR1Error(

@@ -13,6 +13,7 @@ from searchr1_async.episodes.dialect import Dialect
 from searchr1_async.episodes.play import SampledTurn, SearchTool, play
 from searchr1_async.episodes.reward import normalize_answer
 from searchr1_async.episodes.types import Episode, Question, StopReason
+from searchr1_async.errors import TooManyFailuresError
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,19 +52,43 @@ class DemonstrationPolicy:
 
 
 async def play_demonstrations(
-    demonstrations: Sequence[Demonstration], *, dialect: Dialect, search: SearchTool, limits: EpisodeLimits
+    demonstrations: Sequence[Demonstration],
+    *,
+    dialect: Dialect,
+    search: SearchTool,
+    limits: EpisodeLimits,
+    max_failed_fraction: float = 1.0,
+    max_in_flight: int = 2000,
 ) -> list[Episode]:
-    """Plays all at once; keeps, in order, those that ended with an answer which a passage had really shown."""
+    """Plays them side by side; keeps, in order, those that ended with an answer which a passage had really shown.
+
+    Args:
+        max_failed_fraction: of all, may fail of the search.
+        max_in_flight: at once.
+
+    Raises:
+        TooManyFailuresError: more of them failed.
+    """
     played: list[Episode | None] = [None] * len(demonstrations)
+    slots = anyio.Semaphore(max_in_flight)
 
     async def one(place: int) -> None:
         demonstration = demonstrations[place]
         policy = DemonstrationPolicy(demonstration, dialect)
-        played[place] = await play(demonstration.question, dialect=dialect, policy=policy, search=search, limits=limits)
+        async with slots:
+            played[place] = await play(
+                demonstration.question, dialect=dialect, policy=policy, search=search, limits=limits
+            )
 
     async with anyio.create_task_group() as tasks:
         for place in range(len(demonstrations)):
             tasks.start_soon(one, place)
+    failed = [episode for episode in played if episode is not None and episode.failed]
+    if len(failed) > max_failed_fraction * len(demonstrations):
+        raise TooManyFailuresError(
+            f"{len(failed)} of {len(demonstrations)} demonstrations failed (allowed: {max_failed_fraction:.0%}); the last: "
+            f"{failed[-1].error}. Mend the service and resume."
+        )
     return [episode for episode in played if episode is not None and _is_worth_learning(episode)]
 
 

@@ -91,7 +91,7 @@ class RolloutEngine:
 
         The stream is closed when all are done. Cancelling this cancels every episode in it.
 
-        Raises:
+        Raises, within an exception group:
             TooManyFailuresError: the services failed too often.
             SearchError: the search failed fatally (``is_fatal``).
             RewardError: the reward function failed.

@@ -17,6 +17,7 @@ import copy
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
@@ -40,8 +41,10 @@ Value = TypeVar("Value")
 SUSPECT_AFTER = 2
 """Passing faults of one batch, while others are answered, after which it is split. At random, with one fault in ten, that
 happens to one batch in a hundred, and costs one request more."""
-HEDGE_AFTER_REQUESTS = 50
-"""Requests answered before the slowest of them can be told."""
+LONGEST_HOLD = 0.1
+"""Seconds for which keys wait for company: what is in flight may hang."""
+HEDGE_AFTER_REQUESTS, RECENT_REQUESTS = 50, 400
+"""Requests answered before the slowest of them can be told, and those that still count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +83,13 @@ class Deadline:
         self.at = since + self.seconds
 
 
+def _own_copy(failure: SearchError) -> SearchError:
+    try:
+        return copy.copy(failure)
+    except TypeError:  # of a class whose arguments are not the usual ones
+        return SearchError(str(failure), is_fatal=failure.is_fatal)
+
+
 @dataclass(eq=False, slots=True)
 class _Waiter(Generic[Key, Item, Value]):
     """One call of ``fetch``."""
@@ -90,7 +100,7 @@ class _Waiter(Generic[Key, Item, Value]):
     answers: dict[Key, Value] = field(default_factory=dict)
     failure: SearchError | None = None
     carrying: int = 0
-    """Batches that its task group carries."""
+    """Tasks in its group, which carry batches."""
     done: anyio.Event = field(default_factory=anyio.Event)
 
     def answer(self, key: Key, value: Value) -> None:
@@ -143,10 +153,13 @@ class Dispatcher(Generic[Key, Item, Value]):
         )
         self._number = 0
         self._carriers = 0
+        self._resting = 0
+        self._is_holding = False
         self._queued = 0
         self._pump_is_due = False
         self._freed = anyio.Event()
         self._answered_at = -math.inf
+        self._recent: deque[float] = deque(maxlen=RECENT_REQUESTS)
 
     @property
     def statistics(self) -> ServiceStatistics:
@@ -189,7 +202,7 @@ class Dispatcher(Generic[Key, Item, Value]):
                     tasks.cancel_scope.cancel()
         if waiter.failure is not None:
             # Every caller raises one of its own: a shared one would collect the tracebacks of all.
-            raise copy.copy(waiter.failure) from (waiter.failure.__cause__ or waiter.failure)
+            raise _own_copy(waiter.failure) from (waiter.failure.__cause__ or waiter.failure)
         return waiter.answers
 
     def close(self) -> None:
@@ -225,16 +238,34 @@ class Dispatcher(Generic[Key, Item, Value]):
         self._pump_is_due = False
         self._pump()
 
-    def _pump(self) -> None:
+    def _hold_for_company(self) -> None:
+        if not self._is_holding:
+            self._is_holding = True
+            host = self._gathering.anyone_waiting()
+            host.carrying += 1
+            host.tasks.start_soon(self._hold, host)
+
+    async def _hold(self, host: _Waiter[Key, Item, Value]) -> None:
+        """Sends what waits when it has waited for company for long enough."""
+        try:
+            await anyio.sleep(LONGEST_HOLD)
+        finally:
+            host.carrying -= 1
+            self._is_holding = False
+            self._pump(is_overdue=True)
+
+    def _pump(self, *, is_overdue: bool = False) -> None:
         """Sends what waits, as far as there is room; those that are tried again go first."""
         while self._gathering.waiting:
             now, capacity, pacer = now_in_loop(), self._capacity(), self._pacer
             if not self._queued and pacer.may_send(now, capacity.requests):
-                if not is_worth_sending(self._gathering.waiting, pacer.items_in_flight, capacity.items):
-                    return  # what is in flight lands, and this is asked again
+                waiting = self._gathering.waiting
+                if not is_overdue and not is_worth_sending(waiting, pacer.items_in_flight, capacity.items):
+                    self._hold_for_company()
+                    return
                 batch = list(self._gathering.take(capacity.items, capacity.weight))
                 self._launch(batch, pacer.begin(now, len(batch)))
-            elif not self._carriers:
+            elif self._carriers == self._resting:
                 # The service wants to be left alone: one batch waits for that, or nobody would wake.
                 self._launch(list(self._gathering.take(capacity.items, capacity.weight)), None)
             else:
@@ -260,12 +291,11 @@ class Dispatcher(Generic[Key, Item, Value]):
         except SearchError as failure:
             self._fail(batch, failure)
         except Exception as error:
-            failure = self._failure(
-                f"{self._name} failed on a request of {len(batch)} ({type(error).__name__}: {error})"
-            )
+            failure = self._failure(f"{self._name} failed on a request of {len(batch)} ({type(error).__name__})")
             failure.__cause__ = error
             self._fail(batch, failure)
         except BaseException:  # the carrier leaves: whoever else wants these goes on with them
+            self._gathering.leave(carrier.items, carrier)
             self._gathering.give_back(batch)
             raise
         finally:
@@ -280,7 +310,7 @@ class Dispatcher(Generic[Key, Item, Value]):
             retry=retry_if_exception_type(PassingFault),
             wait=self._pause_after,
             stop=lambda state: self._is_hopeless(began) or self._is_suspect(batch, state, began),
-            sleep=anyio.sleep,
+            sleep=self._rest,
             reraise=True,
         )
         values: Mapping[Key, Value] = {}
@@ -308,6 +338,16 @@ class Dispatcher(Generic[Key, Item, Value]):
         asked = error.retry_after if isinstance(error, PassingFault) else None
         return max(asked or 0.0, self._pause(state))
 
+    async def _rest(self, seconds: float) -> None:
+        """A pause after a fault. Whoever rests wakes nobody: should all do so, one of those that wait looks out."""
+        self._resting += 1
+        try:
+            if seconds:
+                self._pump()
+            await anyio.sleep(seconds)
+        finally:
+            self._resting -= 1
+
     def _is_hopeless(self, began: float) -> bool:
         now = now_in_loop()
         if down := self._pacer.down_for(now):
@@ -316,7 +356,11 @@ class Dispatcher(Generic[Key, Item, Value]):
 
     def _is_suspect(self, batch: Sequence[Key], state: RetryCallState, began: float) -> bool:
         """It fails again and again while others are answered: something in it may be to blame, so it is split."""
-        return len(batch) > 1 and state.attempt_number >= SUSPECT_AFTER and self._answered_at > began
+        if len(batch) == 1 or state.attempt_number < SUSPECT_AFTER:
+            return False
+        error = state.outcome.exception() if state.outcome else None
+        # A batch may also be too large to be answered in time.
+        return self._answered_at > began or (isinstance(error, PassingFault) and error.cause == "timeout")
 
     async def _slot(self, items: int) -> Flight:
         """Waits for room for so many items, and takes it."""
@@ -334,13 +378,11 @@ class Dispatcher(Generic[Key, Item, Value]):
 
     async def _attempt(self, batch: list[Key], flight: Flight) -> Mapping[Key, Value]:
         """One request, and what it tells about the service."""
-        items = self._items(batch)
-        if not items:
-            self._pacer.abandoned(flight)
-            return {}
         most = self._capacity().requests
         is_ended = False
         try:
+            if not (items := self._items(batch)):
+                return {}
             values = await self._hedged(items)
             if len(values) != len(batch):
                 raise PassingFault(f"{self._name} answered {len(values)} of {len(batch)}", cause="malformed")
@@ -363,12 +405,16 @@ class Dispatcher(Generic[Key, Item, Value]):
             self._pacer.succeeded(flight, now, most=most, is_short=is_short)
             self._answered_at = now
             self._tally.latency.add(now - flight.began)
+            self._recent.append(now - flight.began)
             return dict(zip(batch, values, strict=True))
         finally:
             if not is_ended:
                 self._pacer.abandoned(flight)
-            self._freed.set()
-            self._freed = anyio.Event()
+            self._wake_queued()
+
+    def _wake_queued(self) -> None:
+        self._freed.set()
+        self._freed = anyio.Event()
 
     async def _hedged(self, items: Sequence[Item]) -> Sequence[Value]:
         """One request; a second like it where the first is among the slowest and there is room."""
@@ -400,16 +446,20 @@ class Dispatcher(Generic[Key, Item, Value]):
                     await race()
                 finally:
                     self._pacer.abandoned(flight)
+                    self._wake_queued()
+                    self._pump()
         if not answers:
             raise errors[0]
         return answers[0]
 
     def _hedge_delay(self) -> float | None:
+        """Seconds after which a request is among the slowest of late; None where none is to be sent twice."""
         fraction = self._settings.hedged_fraction
-        latency = self._tally.latency.snapshot() if fraction else None
-        if latency is None or latency.count < HEDGE_AFTER_REQUESTS:
+        is_spent = self._tally.hedged >= fraction * self._tally.sizes.total()
+        if not fraction or is_spent or len(self._recent) < HEDGE_AFTER_REQUESTS:
             return None
-        return latency.quantile(1 - fraction)
+        # A little more: where all take the same time, none is slow.
+        return 1.05 * sorted(self._recent)[int((1 - fraction) * len(self._recent))]
 
     async def _request(self, items: Sequence[Item]) -> Sequence[Value]:
         self._tally.sizes[len(items)] += 1

@@ -27,8 +27,8 @@ def is_worth_sending(waiting: int, in_the_air: int, max_keys: int) -> bool:
     """Whether what waits should go out now, given room for a request.
 
     Where few keys are in the air, everything goes at once. Where many are, a batch waits until it is half as large as all
-    of them together, or until one of them lands: with 1,024 episodes that halves the requests and adds a tenth of a
-    second to none.
+    of them together, or until one of them lands: with 1,024 episodes that nearly halves the requests. Whoever asks has to
+    set that waiting a limit, since what is in the air may hang.
 
     Args:
         waiting: keys that wait.
@@ -153,6 +153,10 @@ class Gathering(Generic[Key, Waiter]):
     def waiters_of(self, batch: Iterable[Key]) -> frozenset[Waiter]:
         """Who waits for any key of a batch that is on its way."""
         return frozenset(waiter for key in batch for waiter in self._sent[key].waiters)
+
+    def anyone_waiting(self) -> Waiter:
+        """One who waits for a key that is not on its way; there must be one."""
+        return next(iter(next(iter(self._waiting.values())).waiters))
 
     def everyone(self) -> frozenset[Waiter]:
         """Who waits for anything."""

@@ -92,6 +92,7 @@ class Pacer:
         self._push_backs = 0
         self._faults = 0
         self._faults_since = 0.0
+        self._heard_at = -math.inf
         self._down_since: float | None = None
         self._up_since = -math.inf
         self._probing = False
@@ -175,15 +176,15 @@ class Pacer:
             self._threshold = self._limit
             self._last_decrease = now
             self._push_backs += 1
-        if retry_after is None:
-            retry_after = self._pause(self._push_backs)
-        self._resume_at = max(self._resume_at, now + retry_after)
+        # "At once" is obeyed the first time; a service that says so again and again is not to be hammered.
+        pause = self._pause(self._push_backs) if retry_after is None or self._push_backs > 1 else 0.0
+        self._resume_at = max(self._resume_at, now + max(retry_after or 0.0, pause))
 
     def failed(self, flight: Flight, now: float) -> None:
         """A passing fault."""
         self._end(flight)
         if not self._faults:
-            self._faults_since = flight.began
+            self._faults_since = max(flight.began, self._heard_at)
         self._faults += 1
         is_slow = self._faults >= 2 and now - self._faults_since >= SLOW_TO_FAIL
         if self._down_since is None and (self._faults >= self._settings.faults_until_down or is_slow):
@@ -205,7 +206,7 @@ class Pacer:
             self._probing = False
 
     def _is_up(self, now: float) -> None:
-        self._faults = 0
+        self._faults, self._heard_at = 0, now
         if self._down_since is not None:
             self._down_since, self._up_since = None, now
             # What it bore before it fell says little about what it bears now.

@@ -41,6 +41,8 @@ MAX_BATCH = 128
 VECTORS_KEPT = 4_096
 """Query vectors in memory (12 MB at 768 dimensions): a query asked again while the store still looks for its passages."""
 
+_Found = tuple[str | None, Answer]
+"""An answer, with the state of the index that it is of; None where that changed meanwhile."""
 _Queried = tuple[AnswerKey, Vectors]
 """What is wanted, and the query's vector, ``[dimension]``."""
 
@@ -83,9 +85,13 @@ class Search:
         self._begin_afresh()
 
     def _begin_afresh(self) -> None:
-        """What belongs to one event loop, and to one opening of the store."""
+        """What belongs to one event loop."""
         self._opening = anyio.Lock()
         self._store: Store | None = None
+        self._forget_services()
+
+    def _forget_services(self) -> None:
+        """What belongs to one opening: whoever opens anew has mended what was down, or raised a quota."""
         self._vectors: LeastRecentlyUsed[str, Vectors] = LeastRecentlyUsed(VECTORS_KEPT)
         self._embedding: Dispatcher[str, str, Vectors] = Dispatcher(
             self._embed,
@@ -96,7 +102,7 @@ class Search:
             failure=EmbeddingError,
             weigh=estimated_tokens,
         )
-        self._querying: Dispatcher[AnswerKey, _Queried, Answer] = Dispatcher(
+        self._querying: Dispatcher[AnswerKey, _Queried, _Found] = Dispatcher(
             self._query,
             name=self._source.corpus.source if isinstance(self._source, LocalIndex) else self._source.name,
             capacity=self._store_capacity,
@@ -256,6 +262,7 @@ class Search:
         self._enter_loop()
         async with self._opening:
             if self._store is None:
+                self._forget_services()
                 try:
                     self._store = await self._open_services(on_progress)
                 except BaseException:
@@ -289,9 +296,12 @@ class Search:
 
     async def aclose(self) -> None:
         """Closes after the last user: calls that still wait fail, connections, files and threads are let go."""
-        self._users = max(0, self._users - 1)
-        if not self._users:
-            await self._close()
+        # In turn with those who open: what one closes another may be opening.
+        with anyio.CancelScope(shield=True):
+            async with self._opening:
+                self._users = max(0, self._users - 1)
+                if not self._users:
+                    await self._close()
 
     async def search(self, queries: Sequence[str], n_results: int | None = None) -> Found:
         """The nearest passages of each query, in the order of the queries.
@@ -332,11 +342,12 @@ class Search:
             answers |= kept
         if missing := [key for key in keys if key not in answers]:
             found = await self._ask_services(missing)
-            await self._answers.keep(self._answers_of(store), found)
-            answers |= found
+            for state in {state for state, _ in found.values() if state is not None}:
+                await self._answers.keep(state, {key: answer for key, (of, answer) in found.items() if of == state})
+            answers |= {key: answer for key, (_, answer) in found.items()}
         return answers
 
-    async def _ask_services(self, keys: Sequence[AnswerKey]) -> dict[AnswerKey, Answer]:
+    async def _ask_services(self, keys: Sequence[AnswerKey]) -> dict[AnswerKey, _Found]:
         deadline = Deadline(self._settings.deadline)
         known = {text: self._vectors.get(text) for text, _ in keys}
         vectors = {text: vector for text, vector in known.items() if vector is not None}
@@ -358,17 +369,20 @@ class Search:
                 self._vectors.put(text, vector)
         return vectors
 
-    async def _query(self, queried: Sequence[_Queried]) -> Sequence[Answer]:
+    async def _query(self, queried: Sequence[_Queried]) -> Sequence[_Found]:
         if self._store is None:
             raise SearchError("the search was closed while calls were waiting")
+        store, state = self._store, self._answers_of(self._store)
         most = max(n_results for (_, n_results), _ in queried)
-        found = await self._store.query(np.stack([vector for _, vector in queried]), most)
+        found = await store.query(np.stack([vector for _, vector in queried]), most)
         if len(found) != len(queried):
-            raise PassingFault(f"{self._store.name} answered {len(found)} of {len(queried)}", cause="malformed")
+            raise PassingFault(f"{store.name} answered {len(found)} of {len(queried)}", cause="malformed")
         answers = {key: answer[: key[1]] for answer, (key, _) in zip(found, queried, strict=True)}
-        # Under what the store is now: its collection may have been made anew meanwhile.
-        self._answers.remember(self._answers_of(self._store), answers)
-        return list(answers.values())
+        # Its collection may have been made anew meanwhile: then nobody can tell which one answered.
+        if store is not self._store or state != self._answers_of(store):
+            return [(None, answer) for answer in answers.values()]
+        self._answers.remember(state, answers)
+        return [(state, answer) for answer in answers.values()]
 
     def _embedder_capacity(self) -> Capacity:
         embedder = self._embedder

@@ -8,9 +8,10 @@ from searchr1_async.config import EpisodeLimits
 from searchr1_async.episodes.chatml import ChatMLRenderer
 from searchr1_async.episodes.dialect import Dialect, HermesDialect, TagsDialect
 from searchr1_async.episodes.types import Question
+from searchr1_async.errors import TooManyFailuresError
 from searchr1_async.learn.demonstrations import Demonstration, demonstration_batches, play_demonstrations
 from tests.local.tiny import make_tiny_tokenizer
-from tests.players import DictSearch
+from tests.players import BrokenSearch, DictSearch
 
 pytestmark = pytest.mark.anyio
 
@@ -44,3 +45,11 @@ def test_batches_use_each_before_any_twice() -> None:
     flat = [item for batch in batches for item in batch]
     assert len(batches) == 4
     assert sorted(flat[:5]) == sorted(flat[5:10]) == [1, 2, 3, 4, 5]
+
+
+async def test_a_search_that_fails_is_said_and_not_taken_for_a_poor_corpus(dialect: Dialect) -> None:
+    demonstrations = [Demonstration.of(Question(str(number), "Where?", ("Cairo",))) for number in range(4)]
+    with pytest.raises(TooManyFailuresError, match=r"4 of 4 demonstrations failed.*the store is gone"):
+        await play_demonstrations(
+            demonstrations, dialect=dialect, search=BrokenSearch(), limits=LIMITS, max_failed_fraction=0.2
+        )

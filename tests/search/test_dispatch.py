@@ -400,7 +400,7 @@ async def test_an_outage_that_lasts_too_long_ends_all_that_wait() -> None:
     assert await ask(dispatcher, "back") == {"back": "BACK"}
 
 
-async def test_a_carrier_that_leaves_hands_over() -> None:
+async def test_who_carries_for_others_and_leaves_hands_over() -> None:
     service = Service(seconds=1)
     dispatcher = service.dispatcher()
     answers: dict[str, str] = {}
@@ -417,11 +417,12 @@ async def test_a_carrier_that_leaves_hands_over() -> None:
 
         tasks.start_soon(one, "a")
         tasks.start_soon(one, "b")
-        await anyio.wait_all_tasks_blocked()
-        tasks.start_soon(leaving)  # joins a and b, and carries x; had they not gone out, all three
+        tasks.start_soon(leaving)  # the last to ask in this turn of the loop: it carries the batch of all three
         await anyio.sleep(0.5)
+        assert service.batches == [["a", "b", "x"]]
         leaver.cancel()
     assert answers == {"a": "A", "b": "B"}
+    assert [set(batch) for batch in service.batches] == [{"a", "b", "x"}, {"a", "b"}]
     assert dispatcher.statistics.in_flight == 0
 
 
@@ -466,9 +467,80 @@ async def test_closing_fails_those_who_wait() -> None:
     assert service.at_once == 0
 
 
+async def test_a_request_that_hangs_holds_nobody_up_for_long() -> None:
+    async def before(number: int, texts: Sequence[str]) -> None:
+        if "hang0" in texts:
+            await anyio.sleep(25)
+
+    service = Service(before=before)
+    dispatcher = service.dispatcher()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(ask, dispatcher, *(f"hang{number}" for number in range(10)))
+        await anyio.sleep(1)
+        for number in range(3):
+            began = now()
+            await ask(dispatcher, f"q{number}")
+            assert now() - began < 0.3, "though ten are in the air"
+
+
+@pytest.mark.parametrize("retry_after", [None, 18.0, 3_600.0])
+async def test_whoever_comes_while_all_others_rest_looks_out_alone(retry_after: float | None) -> None:
+    async def before(number: int, texts: Sequence[str]) -> None:
+        if "rests" in texts:
+            raise PassingFault("500", cause="500", retry_after=retry_after)
+        if "leaves" in texts:
+            raise TooManyRequests("slower", retry_after=1.0)
+
+    dispatcher = Service(before=before).dispatcher()
+    resting = asyncio.create_task(ask(dispatcher, "rests"))
+    await anyio.sleep(0.1)
+    leaving = asyncio.create_task(ask(dispatcher, "leaves"))
+    await anyio.sleep(0.1)
+    leaving.cancel()
+    await anyio.sleep(0.1)
+    began = now()
+    assert await ask(dispatcher, "comes") == {"comes": "COMES"}
+    assert now() - began < 1.1
+    resting.cancel()
+    await asyncio.gather(resting, leaving, return_exceptions=True)
+
+
+async def test_retry_after_nothing_is_no_leave_to_hammer() -> None:
+    service = Service(before=failing(TooManyRequests("slower", retry_after=0.0)), seconds=0.01)
+    with pytest.raises(StoreError, match="kept failing"):
+        await ask(service.dispatcher(retry_budget=60), "a")
+    assert len(service.batches) < 15
+
+
+async def test_a_batch_too_large_to_be_answered_in_time_is_split() -> None:
+    async def before(number: int, texts: Sequence[str]) -> None:
+        await anyio.sleep(0.5 * len(texts))
+
+    service = Service(before=before, capacity=Capacity(items=100, requests=1))
+    answers = await ask(service.dispatcher(request_timeout=30), *(f"q{number}" for number in range(100)))
+    assert len(answers) == 100
+    assert max(len(batch) for batch in service.batches[2:]) == 50
+
+
+async def test_old_timeouts_are_no_outage_while_others_are_answered() -> None:
+    async def before(number: int, texts: Sequence[str]) -> None:
+        if texts[0].startswith("hang") and number < 4:
+            await anyio.sleep_forever()
+
+    service = Service(before=before, capacity=Capacity(items=1, requests=8))
+    dispatcher = service.dispatcher(request_timeout=12)
+    async with anyio.create_task_group() as tasks:
+        for number in range(2):
+            tasks.start_soon(ask, dispatcher, f"hang{number}")
+        for number in range(110):
+            await ask(dispatcher, f"q{number}")
+        await anyio.sleep(1.1)
+        assert dispatcher.statistics.seconds_down == 0
+
+
 async def test_hedging_cuts_the_slowest() -> None:
     async def before(number: int, texts: Sequence[str]) -> None:
-        if number > 100 and number % 20 == 0:
+        if number > 100 and number % 40 == 0:
             await anyio.sleep(10)
 
     service = Service(before=before)
@@ -482,6 +554,17 @@ async def test_hedging_cuts_the_slowest() -> None:
     assert 1 <= dispatcher.statistics.hedged <= 30
     assert dispatcher.statistics.requests == 300 + dispatcher.statistics.hedged
     assert service.at_once == 0
+
+
+async def test_hedges_keep_to_their_share_when_everything_slows_down() -> None:
+    service = Service(seconds=0.1)
+    dispatcher = service.dispatcher(hedged_fraction=0.05)
+    for number in range(200):
+        await ask(dispatcher, f"q{number}")
+    service.seconds = 0.4
+    for number in range(200):
+        await ask(dispatcher, f"slow{number}")
+    assert dispatcher.statistics.hedged <= 0.05 * dispatcher.statistics.requests + 1
 
 
 async def test_a_hedge_is_no_second_chance_for_a_fault() -> None:
@@ -523,9 +606,10 @@ def test_whatever_happens_every_call_ends_with_its_own_answers(
         async def one() -> None:
             await anyio.sleep(generator.random() * 20)
             texts = [f"q{generator.randrange(40)}" for _ in range(generator.randrange(1, 5))]
-            with anyio.move_on_after(generator.choice([0.3, 1_000, 1_000])):
-                with contextlib.suppress(StoreError):
-                    assert await ask(dispatcher, *texts) == {text: text.upper() for text in texts}
+            patience = generator.choice([0.3, 1_000, 1_000])
+            with anyio.move_on_after(patience) as scope, contextlib.suppress(StoreError):
+                assert await ask(dispatcher, *texts) == {text: text.upper() for text in texts}
+            assert patience < 1 or not scope.cancelled_caught, "it stalled"
 
         async with anyio.create_task_group() as tasks:
             for _ in range(40):

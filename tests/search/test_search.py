@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,8 @@ from searchr1_async.episodes.types import Passage
 from searchr1_async.errors import ConfigurationError, CorpusError, EmbeddingError, SearchError, StoreError
 from searchr1_async.search import Search
 from searchr1_async.search.embedders import SentenceTransformerEmbedder
+from searchr1_async.search.faults import PassingFault, TooManyRequests
+from searchr1_async.search.pacing import PacingSettings
 from searchr1_async.search.search import first_words
 from searchr1_async.search.stores import EmbeddedChroma
 
@@ -321,6 +324,84 @@ async def test_the_cache_on_disk_outlives_the_process_and_knows_its_index(
         assert search.statistics.memory_hits == 2
         if hits:
             assert found == answers
+
+
+class ChangingStore:
+    """Its collection is made anew while an answer is on its way."""
+
+    name, dimension, max_queries, max_requests = "changing", None, 10, 4
+
+    def __init__(self) -> None:
+        self.version = 1
+        self.gate: anyio.Event | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        return f"version {self.version}"
+
+    async def open(self) -> None: ...
+
+    async def aclose(self) -> None: ...
+
+    async def add(self, passages: Any, vectors: Any) -> None: ...
+
+    async def count(self) -> int:
+        return 1
+
+    async def missing(self, ids: Any) -> frozenset[str]:
+        return frozenset()
+
+    async def query(self, vectors: Any, n_results: int) -> Any:
+        answer = Passage("p", "", f"of version {self.version}", 1.0)
+        if self.gate is not None:
+            await self.gate.wait()
+        return ((answer,),) * len(vectors)
+
+
+async def test_an_answer_of_a_collection_made_anew_meanwhile_is_not_kept(embedder: Any, tmp_path: Path) -> None:
+    store, path = ChangingStore(), tmp_path / "answers.sqlite"
+    async with Search(embedder, store, cache_path=path) as search, anyio.create_task_group() as group:
+        store.gate = anyio.Event()
+        group.start_soon(search.search, ["one"])
+        await reached(lambda: len(embedder.query_batches) == 1)
+        await settle()
+        store.version = 2
+        store.gate.set()
+        await settle()
+        store.gate = None
+        assert (await search.search(["one"]))[0][0].text == "of version 2"
+    async with Search(embedder, store, cache_path=path) as search:
+        assert (await search.search(["one"]))[0][0].text == "of version 2"
+        assert search.statistics.disk_hits == 1
+
+
+async def test_closing_and_opening_at_once_leaves_it_open_or_closed(passages: list[Passage], embedder: Any) -> None:
+    search = Search.local(passages, embedder=embedder)
+    await search.open()
+    for _ in range(5):
+        async with anyio.create_task_group() as group:
+            group.start_soon(search.aclose)
+            group.start_soon(search.open)
+        assert search.is_open
+        assert embedder.is_open
+        assert await search.search(["capital of Egypt"])
+    await search.aclose()
+    assert not embedder.is_open
+
+
+async def test_opening_anew_forgets_an_outage_and_a_quota(passages: list[Passage], embedder: Any) -> None:
+    pacing = PacingSettings(max_outage=0.05, first_pause=0.01, longest_pause=0.02)
+    search = Search.local(passages, embedder=embedder, pacing=pacing, deadline=5)
+    await search.build()
+    for fault in (PassingFault("dead", cause="reset"), TooManyRequests("quota", retry_after=86_400)):
+        embedder.failure = fault
+        async with search:
+            with anyio.move_on_after(0.5), contextlib.suppress(SearchError):
+                await search.search(["capital of Egypt"])
+        embedder.failure = None
+        async with search:
+            with anyio.fail_after(4):
+                assert (await search.search([f"capital of Egypt {fault}"]))[0][0].id == "Egypt/capital"
 
 
 async def test_another_dimension_is_refused_before_any_search(

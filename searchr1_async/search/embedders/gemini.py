@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import logging
 import os
@@ -109,6 +110,7 @@ class GeminiEmbedder:
         self._max_requests = max_requests
         self._session: ClientSession | None = None
         self._client: Client | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._secrets: tuple[str, ...] = ()
         self._sends_itself = self._model.startswith("gemini-") or not vertex
 
@@ -150,7 +152,12 @@ class GeminiEmbedder:
             EmbeddingError: no key or credentials, or the service refuses them, the model or the dimension; fatal.
         """
         if self._client is not None:
-            return
+            if self._loop is asyncio.get_running_loop():
+                return
+            if self._session is not None:  # left open by an event loop that is gone, and its connections with it
+                self._session.detach()
+            self._session = self._client = None
+        self._loop = asyncio.get_running_loop()
         try:
             with anyio.fail_after(self._timeout):
                 # Google's client reads files and makes three TLS contexts, 0.3 s; finding credentials may ask a server.

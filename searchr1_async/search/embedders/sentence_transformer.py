@@ -165,7 +165,7 @@ class SentenceTransformerEmbedder:
             return self._run(self._model, texts)
         except Exception as error:
             raise EmbeddingError(
-                f"the embedder {self.name!r} failed on {len(texts)} texts ({type(error).__name__}: {error})"
+                f"the embedder {self.name!r} failed on {len(texts)} texts ({type(error).__name__})"
             ) from error
 
     def _run(self, model: SentenceTransformer, texts: list[str]) -> Vectors:
