@@ -12,12 +12,9 @@ that are not in it do not wait for it.
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import logging
 import math
-import time
-from collections import deque
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
@@ -27,8 +24,10 @@ from anyio.abc import TaskGroup
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
 from searchr1_async.errors import SearchError, SearchUnavailableError
+from searchr1_async.search.deadline import Deadline, now_in_loop
 from searchr1_async.search.faults import PassingFault, RefusedInput, TooManyRequests
 from searchr1_async.search.gathering import Gathering, is_worth_sending
+from searchr1_async.search.hedging import Slowest, hedged
 from searchr1_async.search.pacing import Flight, Pacer, PacingSettings
 from searchr1_async.search.statistics import ServiceStatistics, ServiceTally
 
@@ -43,8 +42,6 @@ SUSPECT_AFTER = 2
 happens to one batch in a hundred, and costs one request more."""
 LONGEST_HOLD = 0.1
 """Seconds for which keys wait for company: what is in flight may hang."""
-HEDGE_AFTER_REQUESTS, RECENT_REQUESTS = 50, 400
-"""Requests answered before the slowest of them can be told, and those that still count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,30 +54,6 @@ class Capacity:
     """At once."""
     weight: int | None = None
     """Of all items in one request; None where there is no such limit."""
-
-
-def now_in_loop() -> float:
-    """Seconds by the running event loop's clock; outside of one, by the clock that asyncio's loops go by."""
-    try:
-        return asyncio.get_running_loop().time()
-    except RuntimeError:
-        return time.monotonic()
-
-
-class Deadline:
-    """By when a call must be answered. It is put off while a service answers nobody, which has a limit of its own; after an
-    outage everyone has the whole time once more.
-
-    Args:
-        seconds: from now on.
-    """
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-        self.at = now_in_loop() + seconds
-
-    def put_off(self, since: float) -> None:
-        self.at = since + self.seconds
 
 
 def _own_copy(failure: SearchError) -> SearchError:
@@ -159,7 +132,7 @@ class Dispatcher(Generic[Key, Item, Value]):
         self._pump_is_due = False
         self._freed = anyio.Event()
         self._answered_at = -math.inf
-        self._recent: deque[float] = deque(maxlen=RECENT_REQUESTS)
+        self._slowest = Slowest(self._settings.hedged_fraction)
 
     @property
     def statistics(self) -> ServiceStatistics:
@@ -405,7 +378,7 @@ class Dispatcher(Generic[Key, Item, Value]):
             self._pacer.succeeded(flight, now, most=most, is_short=is_short)
             self._answered_at = now
             self._tally.latency.add(now - flight.began)
-            self._recent.append(now - flight.began)
+            self._slowest.add(now - flight.began)
             return dict(zip(batch, values, strict=True))
         finally:
             if not is_ended:
@@ -418,48 +391,22 @@ class Dispatcher(Generic[Key, Item, Value]):
 
     async def _hedged(self, items: Sequence[Item]) -> Sequence[Value]:
         """One request; a second like it where the first is among the slowest and there is room."""
-        delay = self._hedge_delay()
+        delay = self._slowest.delay(sent=self._tally.sizes.total(), hedged=self._tally.hedged)
         if delay is None:
             return await self._request(items)
-        answers: list[Sequence[Value]] = []
-        errors: list[Exception] = []
-        running = 1
+        return await hedged(lambda: self._request(items), delay, self._begin_hedge, self._end_hedge)
 
-        async def race() -> None:
-            nonlocal running
-            try:
-                answers.append(await self._request(items))
-            except Exception as error:
-                errors.append(error)
-            running -= 1
-            if answers or not running:
-                racers.cancel_scope.cancel()
-
-        async with anyio.create_task_group() as racers:
-            racers.start_soon(race)
-            await anyio.sleep(delay)
-            if self._pacer.may_send(now := now_in_loop(), self._capacity().requests):
-                running += 1
-                self._tally.hedged += 1
-                flight = self._pacer.begin(now)
-                try:
-                    await race()
-                finally:
-                    self._pacer.abandoned(flight)
-                    self._wake_queued()
-                    self._pump()
-        if not answers:
-            raise errors[0]
-        return answers[0]
-
-    def _hedge_delay(self) -> float | None:
-        """Seconds after which a request is among the slowest of late; None where none is to be sent twice."""
-        fraction = self._settings.hedged_fraction
-        is_spent = self._tally.hedged >= fraction * self._tally.sizes.total()
-        if not fraction or is_spent or len(self._recent) < HEDGE_AFTER_REQUESTS:
+    def _begin_hedge(self) -> Flight | None:
+        now = now_in_loop()
+        if not self._pacer.may_send(now, self._capacity().requests):
             return None
-        # A little more: where all take the same time, none is slow.
-        return 1.05 * sorted(self._recent)[int((1 - fraction) * len(self._recent))]
+        self._tally.hedged += 1
+        return self._pacer.begin(now)
+
+    def _end_hedge(self, flight: Flight) -> None:
+        self._pacer.abandoned(flight)
+        self._wake_queued()
+        self._pump()
 
     async def _request(self, items: Sequence[Item]) -> Sequence[Value]:
         self._tally.sizes[len(items)] += 1

@@ -21,7 +21,8 @@ from searchr1_async.episodes.types import Passage
 from searchr1_async.errors import EmbeddingError, SearchError, StoreError
 from searchr1_async.search.answers import Answer, AnswerCache, AnswerKey
 from searchr1_async.search.cache import LeastRecentlyUsed
-from searchr1_async.search.dispatch import Capacity, Deadline, Dispatcher
+from searchr1_async.search.deadline import Deadline
+from searchr1_async.search.dispatch import Capacity, Dispatcher
 from searchr1_async.search.embedders.base import Embedder, Vectors
 from searchr1_async.search.embedders.choice import make_embedder
 from searchr1_async.search.embedders.sentence_transformer import DEFAULT_MODEL
