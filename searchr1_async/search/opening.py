@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 import anyio
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
-from searchr1_async.errors import EmbeddingError, StoreError
+from searchr1_async.errors import EmbeddingError, SearchError, StoreError
 from searchr1_async.search.embedders.base import Embedder
 from searchr1_async.search.faults import PassingFault
 from searchr1_async.search.pacing import PacingSettings
@@ -23,10 +23,7 @@ async def open_embedder(embedder: Embedder, pacing: PacingSettings) -> None:
     Raises:
         EmbeddingError: it cannot be opened.
     """
-    try:
-        await _tried(embedder.open, pacing)
-    except PassingFault as fault:
-        raise EmbeddingError(str(fault)) from fault
+    await _opened(embedder.open, pacing, EmbeddingError)
 
 
 async def open_store(store: Store, pacing: PacingSettings) -> None:
@@ -35,13 +32,10 @@ async def open_store(store: Store, pacing: PacingSettings) -> None:
     Raises:
         StoreError: it cannot be opened.
     """
-    try:
-        await _tried(store.open, pacing)
-    except PassingFault as fault:
-        raise StoreError(str(fault)) from fault
+    await _opened(store.open, pacing, StoreError)
 
 
-async def _tried(request: Callable[[], Awaitable[None]], pacing: PacingSettings) -> None:
+async def _opened(request: Callable[[], Awaitable[None]], pacing: PacingSettings, failure: type[SearchError]) -> None:
     retrying = AsyncRetrying(
         retry=retry_if_exception_type(PassingFault),
         wait=wait_random_exponential(multiplier=2 * pacing.first_pause, max=pacing.longest_pause),
@@ -49,6 +43,9 @@ async def _tried(request: Callable[[], Awaitable[None]], pacing: PacingSettings)
         sleep=anyio.sleep,
         reraise=True,
     )
-    async for attempt in retrying:
-        with attempt:
-            await request()
+    try:
+        async for attempt in retrying:
+            with attempt:
+                await request()
+    except PassingFault as fault:
+        raise failure(str(fault)) from fault
