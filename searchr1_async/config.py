@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from searchr1_async.errors import ConfigurationError
 
-LossName = Literal["importance_sampling", "ppo", "cispo", "dro"]
+LossName = Literal["importance_sampling", "ppo", "cispo", "dro", "gspo", "stable_reinforce"]
+AdvantageName = Literal["centred", "scaled", "leave_one_out"]
+NormalizationName = Literal["token", "sequence"]
+ScheduleName = Literal["constant", "linear", "cosine"]
+FirstTurn = Literal["auto", "shared", "split"]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -34,8 +38,15 @@ class EpisodeLimits:
     """Queries one call may hold; more is a malformed call, so that one episode cannot flood the search."""
     malformed_calls: Literal["end", "tell"] = "end"
     """A malformed call ends the episode (the recipe), or the model is told what was wrong and goes on (Search-R1)."""
+    max_seconds: float | None = None
+    """Seconds of wall-clock time an episode, queueing included; None: no limit. A cut episode is never trained on, since
+    what was slow may be the service: this biases what is learned towards short episodes, so set it far out in the tail.
+    Counted in ``env/all/stop/time_limit``."""
 
     def __post_init__(self) -> None:
+        _require(
+            self.max_seconds is None or self.max_seconds > 0, f"max_seconds is {self.max_seconds} s: it must be over 0"
+        )
         for name in ("max_turns", "max_tokens", "max_queries_per_call"):
             _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be at least 1")
         _require(
@@ -55,14 +66,74 @@ class SamplingSettings:
     """Makes each request's seed from this, the question, the member and the turn; None lets the service choose."""
     deadline: float = 1800.0
     """Seconds that one turn may take in all, queueing at the service included; then the episode fails."""
-    max_episodes_in_flight: int = 2000
-    """Episodes at once; 2,000 is where the tinker SDK queues by itself."""
+    max_episodes_in_flight: int = 4096
+    """Episodes at once, all processes together: a bound on memory (at most 60 KB each). How many of them sample at a time is
+    found while they run."""
+    first_turn: FirstTurn = "auto"
+    """The first turns of a group as one request for all members (``shared``: an eighth of the client's work with groups of
+    8, but all members wait for the slowest), one request each (``split``), or what costs less as measured (``auto``)."""
+    workers: int | Literal["auto"] = 1
+    """Processes that play: 1 is this one; more are started beside it; ``auto`` starts them once this one is saturated."""
 
     def __post_init__(self) -> None:
         _require(self.temperature >= 0, f"temperature is {self.temperature}: it must be 0 or more")
         _require(self.deadline > 0, f"deadline is {self.deadline} s: it must be over 0")
         _require(
             self.max_episodes_in_flight >= 1, f"max_episodes_in_flight is {self.max_episodes_in_flight}: at least 1"
+        )
+        _require_one_of("first_turn", self.first_turn, FirstTurn)
+        _require(
+            self.workers == "auto" or (isinstance(self.workers, int) and self.workers >= 1),
+            f"workers is {self.workers!r}: it must be at least 1, or 'auto'",
+        )
+
+
+def _require_one_of(name: str, value: object, kind: Any) -> None:
+    _require(value in get_args(kind), f"unknown {name} {value!r}: choose one of {', '.join(get_args(kind))}")
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineSettings:
+    """How playing and learning overlap, and what becomes of the slowest.
+
+    A batch is ``groups_per_batch`` groups, in the order in which they finish. With ``max_staleness`` k, a group that began
+    under weights of version v (v optimiser batches done) is trained on in batch v + 1 + k at the latest: a batch that holds
+    such groups waits for them, and no group starts that could come too late. So nothing finished is ever thrown away.
+    """
+
+    max_staleness: int = 0
+    """How many batches older than the newest the weights may be that a group was sampled from. 0 is on-policy: nothing samples
+    while the optimiser steps. From 1 on the next batch's episodes start while the last ones finish and while the
+    trainer works."""
+    synchronous: bool = False
+    """Learning begins when the whole batch is played, as in a plain loop; the gradient is the same as with streaming."""
+    switch_weights_in_flight: bool = False
+    """A turn is sampled from the newest weights, so an episode may mix versions (each turn keeps the log-probabilities it was
+    sampled with, so importance ratios stay right). Off: an episode keeps the weights that it began with."""
+    spare_groups: int = 0
+    """Groups started beyond a batch; once a batch is full, the slowest of those that would have to be in it are cancelled, at
+    most this many, and dropped as ``too_slow``. It biases what is learned towards questions that are played quickly."""
+    refill_groups: int = 0
+    """Groups a batch that may be played in place of such with constant reward, which teach nothing (dynamic sampling: Yu et al.,
+    2025, "DAPO"). It biases what is learned towards questions of middling difficulty, which is its purpose."""
+    min_members: int = 2
+    """Finished episodes that a group needs to be trained on; with fewer it is dropped as ``too_few_episodes``. A group
+    cut by ``step_time_limit`` that has as many is trained on without its slowest, which biases it to short episodes."""
+    step_time_limit: float | None = None
+    """Seconds for the playing of a batch, from the moment that its weights are there; then its groups still under way are cut:
+    accepted with the members that they have, or dropped as ``step_time_limit``. None: no limit."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_staleness", "spare_groups", "refill_groups"):
+            _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}: it must be 0 or more")
+        _require(self.min_members >= 2, f"min_members is {self.min_members}: an advantage needs at least 2")
+        _require(
+            self.step_time_limit is None or self.step_time_limit > 0,
+            f"step_time_limit is {self.step_time_limit} s: it must be over 0, or None for none",
+        )
+        _require(
+            not (self.synchronous and self.max_staleness),
+            "synchronous learning is on-policy: choose max_staleness=0, or synchronous=False",
         )
 
 
@@ -96,17 +167,38 @@ class LearningSettings:
     groups_per_batch: int = 512
     """Questions an optimiser step."""
     minibatches: int = 4
-    """Parts in which a batch is sent to the trainer, each as soon as its groups are complete (streaming)."""
+    """Parts in which a batch is sent to the trainer, each as soon as enough groups are complete (streaming); alike in
+    tokens. More go out where the trainer would be idle."""
+    optimizer_steps: int = 1
+    """Optimiser steps a batch, each on an equal share of its groups in the order in which they finished; those after the first
+    learn from weights that many steps older (``num_substeps`` of tinker-cookbook)."""
     learning_rate: float = 4e-5
+    """At its peak."""
+    schedule: ScheduleName = "constant"
+    """Of the learning rate over all batches: constant (the recipe), or falling to 0 in a line or a half cosine."""
+    schedule_warmup: int = 0
+    """Batches in which the learning rate first rises in a line to its peak."""
     lora_rank: int = 32
     beta1: float = 0.9
     beta2: float = 0.95
     epsilon: float = 1e-8
     gradient_clip: float = 0.0
     """Global norm above which gradients are scaled down; 0 is off, as in the recipe."""
-    loss: LossName = "importance_sampling"
+    loss: LossName | None = None
+    """One of the service's. None: ``importance_sampling`` on-policy (the recipe); ``ppo``, which is clipped, where
+    ``max_staleness`` is over 0 or a batch has several optimiser steps. There the ratio of a token's probability under the
+    weights being trained to that under the weights that sampled it leaves 1, and grows without bound in the unclipped loss, so that
+    a few tokens would rule a step (Schulman et al., 2017, "Proximal Policy Optimization Algorithms")."""
     loss_config: Mapping[str, float] = field(default_factory=dict)
     """Passed to the service with every ``forward_backward`` (``clip_low_threshold``, …)."""
+    advantage: AdvantageName = "centred"
+    """``reward - mean`` of the group (the recipe); ``scaled`` divides that by the group's standard deviation (GRPO);
+    ``leave_one_out`` subtracts the mean of the other members (RLOO)."""
+    normalization: NormalizationName = "token"
+    """``token``: every sampled token of a batch counts alike (the recipe). ``sequence``: every episode counts alike, its tokens
+    sharing its weight, so long episodes do not outweigh short ones."""
+    kl_coefficient: float = 0.0
+    """Of a penalty on leaving the base model, added to the advantages token by token; 0 is none. Costs one request an episode."""
     drop_constant_groups: bool = True
     """Leave out groups whose members all earned the same: their advantages are 0, so only their cost would remain."""
     epochs: int = 1
@@ -120,20 +212,36 @@ class LearningSettings:
     """Failed episodes of a batch above which the run stops: a service is broken, and training on the rest would be biased."""
 
     def __post_init__(self) -> None:
-        for name in ("group_size", "groups_per_batch", "minibatches", "lora_rank", "epochs", "checkpoint_every"):
+        counts = (
+            "group_size",
+            "groups_per_batch",
+            "minibatches",
+            "optimizer_steps",
+            "lora_rank",
+            "epochs",
+            "checkpoint_every",
+        )
+        for name in counts:
             _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be at least 1")
         _require(self.group_size >= 2, "group_size is 1: advantages are centred over a group, so it needs at least 2")
         _require(
             self.minibatches <= self.groups_per_batch,
             f"minibatches ({self.minibatches}) must not exceed groups_per_batch ({self.groups_per_batch})",
         )
+        _require(
+            self.optimizer_steps <= self.groups_per_batch,
+            f"optimizer_steps ({self.optimizer_steps}) must not exceed groups_per_batch ({self.groups_per_batch})",
+        )
         _require(self.steps is None or self.steps >= 1, f"steps is {self.steps}: at least 1, or None for whole epochs")
         _require(self.learning_rate > 0, f"learning_rate is {self.learning_rate}: it must be over 0")
         _require(self.gradient_clip >= 0, f"gradient_clip is {self.gradient_clip}: it must be 0 (off) or more")
-        _require(
-            self.loss in get_args(LossName),
-            f"unknown loss {self.loss!r}: choose one of {', '.join(get_args(LossName))}",
-        )
+        _require(self.schedule_warmup >= 0, f"schedule_warmup is {self.schedule_warmup}: it must be 0 or more")
+        _require(self.kl_coefficient >= 0, f"kl_coefficient is {self.kl_coefficient}: it must be 0 or more")
+        if self.loss is not None:
+            _require_one_of("loss", self.loss, LossName)
+        _require_one_of("advantage", self.advantage, AdvantageName)
+        _require_one_of("normalization", self.normalization, NormalizationName)
+        _require_one_of("schedule", self.schedule, ScheduleName)
         _require(0 <= self.max_failed_fraction <= 1, "max_failed_fraction must lie in 0 to 1")
 
 

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+import anyio
+
 from searchr1_async.config import EpisodeLimits
 from searchr1_async.episodes.dialect import Dialect, FinalAnswer, MalformedCall, Reading
 from searchr1_async.episodes.types import Episode, Passage, Question, SearchCall, StopReason, Turn
@@ -68,6 +70,7 @@ async def play(
     first_turn: SampledTurn | None = None,
     prompt_tokens: Sequence[int] | None = None,
     seed: int | None = None,
+    began: float | None = None,
 ) -> Episode:
     """Plays one episode to its end; it has no reward yet.
 
@@ -75,14 +78,16 @@ async def play(
         first_turn: sampled already (a group's first turns are one request); None samples it here.
         prompt_tokens: of the first turn, where the caller has rendered them; None renders them here.
         seed: of the first turn's sample; later turns add their number.
+        began: when the episode began (``time.monotonic()``), where its first turn was sampled before; None is now.
 
     A service or search that failed for good gives an episode with stop reason FAILED and the cause in ``error``; whatever
-    the model does is an outcome, never an exception.
+    the model does is an outcome, never an exception. One over ``limits.max_seconds`` is cut, with the turns that it has.
 
     Raises:
         SearchError: a fatal one (``is_fatal``): every other episode would fail of it too, so the run stops.
     """
-    began = time.monotonic()
+    began = time.monotonic() if began is None else began
+    left = None if limits.max_seconds is None else limits.max_seconds - (time.monotonic() - began)
     tokens = list(prompt_tokens if prompt_tokens is not None else dialect.start(question))
     first_prompt = tuple(tokens)
     turns: list[Turn] = []
@@ -90,47 +95,51 @@ async def play(
     error: str | None = None
     stop_reason: StopReason | None = None
 
-    while stop_reason is None:
-        if len(tokens) + limits.max_tokens > limits.max_trajectory_tokens:
-            stop_reason = StopReason.MAX_TRAJECTORY_TOKENS
-            break
-        try:
-            sampled = (
-                first_turn
-                if first_turn is not None and not turns
-                else await policy.sample(
-                    tokens,
-                    max_tokens=limits.max_tokens,
-                    stop=dialect.stop,
-                    seed=None if seed is None else seed + len(turns),
-                )
-            )
-        except ServiceError as fault:
-            stop_reason, error = StopReason.FAILED, f"{type(fault).__name__}: {fault}"
-            break
-        content, reading = dialect.read(tokens, sampled.tokens)
-        is_last = len(turns) + 1 >= limits.max_turns
-        stop_reason, answer = _outcome(reading, sampled.truncated, is_last, limits)
-        call = None
-        appended: list[int] = []
-        if not sampled.truncated:
-            call = _call_made(reading, search, limits)
-        if call is not None and call.problem is not None and not isinstance(reading, MalformedCall):
-            # The call was well formed, but holds a query that cannot be sent.
-            stop_reason = _malformed_outcome(is_last, limits)
-        if stop_reason is None and call is not None:
+    with anyio.move_on_after(left) as time_limit:
+        while stop_reason is None:
+            if len(tokens) + limits.max_tokens > limits.max_trajectory_tokens:
+                stop_reason = StopReason.MAX_TRAJECTORY_TOKENS
+                break
             try:
-                call, extension = await _carry_out(call, tokens, sampled.tokens, dialect, search)
-            except SearchError as fault:
-                if fault.is_fatal:
-                    raise
-                stop_reason, error, extension = StopReason.FAILED, f"{type(fault).__name__}: {fault}", []
-            if extension is None:
-                stop_reason, extension = StopReason.NOT_EXTENDABLE, []
-            appended = extension
-        turns.append(_turn(sampled, content, dialect, call, appended))
-        tokens += sampled.tokens
-        tokens += appended
+                sampled = (
+                    first_turn
+                    if first_turn is not None and not turns
+                    else await policy.sample(
+                        tokens,
+                        max_tokens=limits.max_tokens,
+                        stop=dialect.stop,
+                        seed=None if seed is None else seed + len(turns),
+                    )
+                )
+            except ServiceError as fault:
+                stop_reason, error = StopReason.FAILED, f"{type(fault).__name__}: {fault}"
+                break
+            content, reading = dialect.read(tokens, sampled.tokens)
+            is_last = len(turns) + 1 >= limits.max_turns
+            stop_reason, answer = _outcome(reading, sampled.truncated, is_last, limits)
+            call = None
+            appended: list[int] = []
+            if not sampled.truncated:
+                call = _call_made(reading, search, limits)
+            if call is not None and call.problem is not None and not isinstance(reading, MalformedCall):
+                # The call was well formed, but holds a query that cannot be sent.
+                stop_reason = _malformed_outcome(is_last, limits)
+            if stop_reason is None and call is not None:
+                try:
+                    call, extension = await _carry_out(call, tokens, sampled.tokens, dialect, search)
+                except SearchError as fault:
+                    if fault.is_fatal:
+                        raise
+                    stop_reason, error, extension = StopReason.FAILED, f"{type(fault).__name__}: {fault}", []
+                if extension is None:
+                    stop_reason, extension = StopReason.NOT_EXTENDABLE, []
+                appended = extension
+            turns.append(_turn(sampled, content, dialect, call, appended))
+            tokens += sampled.tokens
+            tokens += appended
+    if time_limit.cancelled_caught:
+        stop_reason, answer = StopReason.TIME_LIMIT, None
+    assert stop_reason is not None
 
     return Episode(
         question=question,

@@ -70,6 +70,8 @@ class StopReason(StrEnum):
     """The next turn would not fit into ``max_trajectory_tokens`` with its reserve."""
     NOT_EXTENDABLE = "not_extendable"
     """The chat format cannot continue these sampled tokens without changing them (token-exactness comes first)."""
+    TIME_LIMIT = "time_limit"
+    """It took longer than it may, by the clock, and was cut; never trained on, since what was slow may be the service."""
     FAILED = "failed"
     """A service failed for good: the episode is data about the service, and is never trained on."""
 
@@ -134,7 +136,13 @@ class Episode:
 
     @property
     def failed(self) -> bool:
+        """A service failed it."""
         return self.stop_reason is StopReason.FAILED
+
+    @property
+    def is_complete(self) -> bool:
+        """The model ended it, not a fault or a clock: only such episodes are scored and trained on."""
+        return self.stop_reason not in (StopReason.FAILED, StopReason.TIME_LIMIT)
 
     @cached_property
     def tokens(self) -> tuple[int, ...]:
@@ -165,8 +173,9 @@ class Group:
 
     question: Question
     episodes: tuple[Episode, ...]
-    """Finished ones only; failed episodes are in ``failed``."""
+    """Complete ones only."""
     failed: tuple[Episode, ...] = ()
+    """Those that a service failed or a time limit cut."""
 
     @cached_property
     def rewards(self) -> tuple[float, ...]:

@@ -1,0 +1,158 @@
+"""A group's episodes played in this process: the first turns as one request or several, then each member by itself."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import anyio
+
+from searchr1_async.config import EpisodeLimits, FirstTurn
+from searchr1_async.episodes.dialect import Dialect
+from searchr1_async.episodes.play import Policy, SampledTurn, SearchTool, play
+from searchr1_async.episodes.types import Episode, Question, StopReason
+from searchr1_async.errors import ServiceError
+from searchr1_async.rollout.gate import SampleGate
+
+
+class GroupPolicy(Policy, Protocol):
+    """A policy that can also answer a group's first turn in one request."""
+
+    def sample_many(
+        self,
+        prompt_tokens: Sequence[int],
+        count: int,
+        *,
+        max_tokens: int,
+        stop: list[int] | list[str],
+        seed: int | None,
+    ) -> Awaitable[list[SampledTurn]]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class GroupTask:
+    """One group to play."""
+
+    place: int
+    """Of the group among all that a run plays; unique."""
+    question: Question
+    members: tuple[int, ...]
+    """The numbers of the members to play: all of them, but for a group of which some have finished already."""
+    seed: int | None = None
+    """Of the whole group's sampling; None lets the service choose."""
+
+
+Finished = Callable[[int, Episode], Awaitable[None]]
+"""Takes a member's number and its episode, which has no reward yet."""
+
+
+class GroupPlayer(Protocol):
+    """Plays groups, here or in other processes."""
+
+    async def play(self, task: GroupTask, policy: GroupPolicy, finished: Finished) -> None:
+        """Plays a group; ``finished`` gets every member once, each as it ends. Cancelling this cancels every episode.
+
+        Raises:
+            SearchError: a fatal one (``is_fatal``).
+        """
+        ...
+
+
+class LocalPlayer:
+    """Plays groups in this process.
+
+    Args:
+        gate: gives the right to sample, late turns first; see :class:`SampleGate`.
+        first_turn: see :attr:`SamplingSettings.first_turn`.
+    """
+
+    def __init__(
+        self,
+        dialect: Dialect,
+        search: SearchTool,
+        limits: EpisodeLimits,
+        gate: SampleGate,
+        first_turn: FirstTurn = "auto",
+    ) -> None:
+        self._dialect = dialect
+        self._search = search
+        self._limits = limits
+        self._gate = gate
+        self._first_turn: FirstTurn = first_turn
+
+    async def play(self, task: GroupTask, policy: GroupPolicy, finished: Finished) -> None:
+        """See :class:`GroupPlayer`."""
+        began = time.monotonic()
+        prompt = tuple(self._dialect.start(task.question))
+        firsts: Sequence[SampledTurn | None] = [None] * len(task.members)
+        if self._is_shared(task, prompt):
+            try:
+                with anyio.fail_after(self._limits.max_seconds):
+                    async with self._gate.slot(samples=len(task.members)) as slot:
+                        firsts = await policy.sample_many(
+                            prompt,
+                            len(task.members),
+                            max_tokens=self._limits.max_tokens,
+                            stop=self._dialect.stop,
+                            seed=task.seed,
+                        )
+                        slot.finished([len(turn.tokens) for turn in firsts if turn is not None])
+            except (ServiceError, TimeoutError) as fault:
+                await self._none_began(task, prompt, fault, time.monotonic() - began, finished)
+                return
+
+        async def one(member: int, first: SampledTurn | None) -> None:
+            episode = await play(
+                task.question,
+                dialect=self._dialect,
+                policy=_GatedPolicy(policy, self._gate, turn=0 if first is None else 1),
+                search=self._search,
+                limits=self._limits,
+                first_turn=first,
+                prompt_tokens=prompt,
+                # Members must differ in their later turns, and a turn from the next: at most 64 turns apart.
+                seed=None if task.seed is None else task.seed + 64 * (member + 1),
+                began=began,
+            )
+            await finished(member, episode)
+
+        async with anyio.create_task_group() as tasks:
+            for member, first in zip(task.members, firsts, strict=True):
+                tasks.start_soon(one, member, first)
+
+    def _is_shared(self, task: GroupTask, prompt: Sequence[int]) -> bool:
+        if len(prompt) + self._limits.max_tokens > self._limits.max_trajectory_tokens:
+            return False  # no turn fits: each episode ends by itself
+        if self._first_turn == "auto":
+            return self._gate.is_sharing_worth_it(len(task.members))
+        return self._first_turn == "shared"
+
+    async def _none_began(
+        self, task: GroupTask, prompt: tuple[int, ...], fault: Exception, seconds: float, finished: Finished
+    ) -> None:
+        is_slow = isinstance(fault, TimeoutError)
+        reason = StopReason.TIME_LIMIT if is_slow else StopReason.FAILED
+        error = None if is_slow else f"{type(fault).__name__}: {fault}"
+        lost = Episode(task.question, prompt, (), reason, error=error, seconds=seconds)
+        for member in task.members:
+            await finished(member, lost)
+
+
+@dataclass
+class _GatedPolicy:
+    """One episode's way to the sampler: it waits for its slot with the turn that it is at."""
+
+    policy: Policy
+    gate: SampleGate
+    turn: int = 0
+
+    async def sample(
+        self, prompt_tokens: Sequence[int], *, max_tokens: int, stop: list[int] | list[str], seed: int | None
+    ) -> SampledTurn:
+        async with self.gate.slot(turn=self.turn, tokens=len(prompt_tokens)) as slot:
+            sampled = await self.policy.sample(prompt_tokens, max_tokens=max_tokens, stop=stop, seed=seed)
+            slot.finished([len(sampled.tokens)])
+        self.turn += 1
+        return sampled
