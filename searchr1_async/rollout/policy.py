@@ -19,12 +19,12 @@ class TinkerPolicy:
 
     Args:
         client: a sampling client, which keeps the weights that it was made from.
-        version: optimiser steps done before these weights.
+        version: steps done before these weights.
     """
 
     def __init__(self, client: tinker.SamplingClient, version: int, settings: SamplingSettings) -> None:
-        self._client = client
-        self._settings = settings
+        self.client = client
+        self.settings = settings
         self.version = version
 
     async def sample(
@@ -54,15 +54,15 @@ class TinkerPolicy:
         """
         began = time.monotonic()
         params = tinker_types.SamplingParams(
-            max_tokens=max_tokens, temperature=self._settings.temperature, stop=stop, seed=seed
+            max_tokens=max_tokens, temperature=self.settings.temperature, stop=stop, seed=seed
         )
         prompt = tinker_types.ModelInput.from_ints(list(prompt_tokens))
         try:
-            with anyio.fail_after(self._settings.deadline):
-                response = await self._client.sample(prompt, count, params)
+            with anyio.fail_after(self.settings.deadline):
+                response = await self.client.sample(prompt, count, params)
         except TimeoutError as error:
             raise ServiceError(
-                f"the Tinker service gave no sample within {self._settings.deadline:g} s (the sampling deadline)"
+                f"the Tinker service gave no sample within {self.settings.deadline:g} s (the sampling deadline)"
             ) from error
         except (tinker.TinkerError, ValueError) as error:
             raise ServiceError(f"the Tinker service gave no sample: {type(error).__name__}: {error}") from error
@@ -83,3 +83,32 @@ class TinkerPolicy:
         if len(turns) != count:
             raise ServiceError(f"the Tinker service gave {len(turns)} samples where {count} were asked for")
         return turns
+
+
+class LatestPolicy:
+    """The newest weights, whichever they are at the moment that a turn is sampled."""
+
+    def __init__(self, current: TinkerPolicy) -> None:
+        self.current = current
+
+    def switch(self, policy: TinkerPolicy) -> None:
+        """Turns sampled from now on come from ``policy``; those under way end as they began."""
+        self.current = policy
+
+    async def sample(
+        self, prompt_tokens: Sequence[int], *, max_tokens: int, stop: list[int] | list[str], seed: int | None
+    ) -> SampledTurn:
+        """As :meth:`TinkerPolicy.sample`."""
+        return await self.current.sample(prompt_tokens, max_tokens=max_tokens, stop=stop, seed=seed)
+
+    async def sample_many(
+        self,
+        prompt_tokens: Sequence[int],
+        count: int,
+        *,
+        max_tokens: int,
+        stop: list[int] | list[str],
+        seed: int | None,
+    ) -> list[SampledTurn]:
+        """As :meth:`TinkerPolicy.sample_many`."""
+        return await self.current.sample_many(prompt_tokens, count, max_tokens=max_tokens, stop=stop, seed=seed)
