@@ -18,7 +18,8 @@ Nothing here knows of time, tasks or services. Callers tell what happened, then 
 
 from __future__ import annotations
 
-from collections import Counter
+import itertools
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -69,7 +70,9 @@ class Admission:
         self._version = step
         self._again: list[int] = []
         self._running: dict[int, int] = {}
-        self._ready: dict[int, int] = {}
+        # By version, in the order in which they finished: of hundreds of groups each event looks at a few versions only.
+        self._ready: defaultdict[int, deque[int]] = defaultdict(deque)
+        self._runners: Counter[int] = Counter()
         self._taken: list[int] = []
         self._replaced: list[int] = []
 
@@ -77,7 +80,8 @@ class Admission:
 
     def restore(self, finished: Mapping[int, int], lost: Iterable[int]) -> None:
         """An earlier session's groups: finished ones with the version that they began under, and such to play again."""
-        self._ready.update(finished)
+        for place, version in finished.items():
+            self._ready[version].append(place)
         self._again.extend(sorted(lost))
 
     def started(self, place: int) -> None:
@@ -88,14 +92,15 @@ class Admission:
             assert place == self._next, f"place {place} was not next"
             self._next += 1
         self._running[place] = self._version
+        self._runners[self._version] += 1
 
     def finished(self, place: int, *, is_constant: bool = False) -> bool:
         """A group has ended, with enough members or not; whether it is to be replaced by another (dynamic sampling)."""
-        version = self._running.pop(place)
+        version = self._end_of(place)
         if is_constant and len(self._replaced) < self._settings.refill_groups:
             self._replaced.append(place)
             return True
-        self._ready[place] = version
+        self._ready[version].append(place)
         return False
 
     def published(self, version: int) -> None:
@@ -122,7 +127,8 @@ class Admission:
     @property
     def open_places(self) -> tuple[int, ...]:
         """Places started (now, or by an earlier session) and in no closed step."""
-        return tuple(sorted({*self._again, *self._running, *self._ready, *self._taken, *self._replaced}))
+        ready = itertools.chain.from_iterable(self._ready.values())
+        return tuple(sorted({*self._again, *self._running, *ready, *self._taken, *self._replaced}))
 
     @property
     def running(self) -> tuple[int, ...]:
@@ -131,14 +137,14 @@ class Admission:
     @property
     def waiting(self) -> int:
         """Finished groups that no step has taken yet."""
-        return len(self._ready)
+        return sum(map(len, self._ready.values()))
 
     @property
     def is_over(self) -> bool:
         """No step is left to be opened."""
         if self._steps is not None and self._closed >= self._steps:
             return True
-        return not (self._taken or self._replaced or self._running or self._ready or self._left)
+        return not (self._taken or self._replaced or self._running or self.waiting or self._left)
 
     @property
     def _left(self) -> bool:
@@ -152,7 +158,9 @@ class Admission:
         last_step = self._last_step(self._version)
         if self._steps is not None:
             last_step = min(last_step, self._steps)
-        under_way = len(self._taken) + len(self._running) + len(self._ready)
+        if last_step <= self._closed:
+            return None  # it waits for the next weights
+        under_way = len(self._taken) + len(self._running) + self.waiting
         if under_way >= (last_step - self._closed) * self._size + self._settings.spare_groups:
             return None
         return self._again[0] if self._again else self._next
@@ -160,19 +168,21 @@ class Admission:
     def take(self) -> list[int]:
         """Moves what belongs into the open step, oldest weights first; returns those places."""
         taken = []
-        for place, version in sorted(self._ready.items(), key=lambda item: item[1]):
-            if self._belongs(version):
-                del self._ready[place]
-                self._taken.append(place)
-                taken.append(place)
+        for version in sorted(self._ready):
+            while self._ready[version] and self._belongs(version):
+                taken.append(self._ready[version].popleft())
+                self._taken.append(taken[-1])
+            if not self._ready[version]:
+                del self._ready[version]
         return taken
 
     @property
     def is_full(self) -> bool:
         """The open step waits for nothing more."""
         if len(self._taken) >= self._size:
-            return self._must_come() <= self._settings.spare_groups
-        if self._running or self._ready or self.next_start() is not None:
+            slow = sum(count for version, count in self._runners.items() if self._last_step(version) <= self.step)
+            return slow <= self._settings.spare_groups
+        if self._running or self.waiting or self.next_start() is not None:
             return False
         # All places are played. What was replaced in vain is a batch too: it must be written down.
         return not self._left and bool(self._taken or self._replaced)
@@ -186,7 +196,7 @@ class Admission:
         is_last = self._steps is not None and self.step >= self._steps
         cancelled = self.running if is_last else self.must_come()
         for place in cancelled:
-            del self._running[place]
+            self._end_of(place)
         closed = Closed(self.step, tuple(self._taken), tuple(self._replaced), cancelled)
         self._taken, self._replaced = [], []
         self._closed += 1
@@ -197,18 +207,26 @@ class Admission:
     def _last_step(self, version: int) -> int:
         return version + 1 + self._settings.max_staleness
 
-    def _must_come(self) -> int:
-        return len(self.must_come())
+    def _end_of(self, place: int) -> int:
+        """Takes a group from the running ones; the version that it began under."""
+        version = self._running.pop(place)
+        self._runners[version] -= 1
+        if not self._runners[version]:
+            del self._runners[version]
+        return version
 
     def _belongs(self, version: int) -> bool:
+        """Whether a finished group that began under this version goes into the open step."""
         last_step = self._last_step(version)
         if last_step <= self.step:
             return True
         if len(self._taken) >= self._size:
             return False
-        # Those that must be trained on before this one have to fit into the steps up to their own last ones.
-        due = Counter(self._last_step(other) for group in (self._running, self._ready) for other in group.values())
-        earlier = sum(count for step, count in due.items() if step < self.step)
+        # Those that must be trained on before it have to fit, with it, into the steps up to their own last ones.
+        due: Counter[int] = Counter()
+        for other in {*self._runners, *self._ready}:
+            due[max(self.step, self._last_step(other))] += self._runners[other] + len(self._ready.get(other, ()))
+        earlier = 0
         for step in range(self.step, last_step):
             earlier += due[step]
             room = (step - self._closed) * self._size + self._settings.spare_groups
