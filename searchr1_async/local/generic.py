@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from searchr1_async.errors import ModelError
 from searchr1_async.local.backend import Datum
 from searchr1_async.local.lora import LoraAdapter, LoraSite, LoraWeights
-from searchr1_async.local.losses import Loss, Thresholds
+from searchr1_async.local.losses import Loss, Thresholds, with_sequence_ratio
 from searchr1_async.local.runner import Int32Array, Prefilled
 from searchr1_async.local.trainer import MicroBatchResult, loss_and_slope
 
@@ -138,11 +138,13 @@ class GenericTrainer:
             targets = torch.from_numpy(np.asarray(datum.loss_inputs["target_tokens"], np.int64)).to(device)
             inputs = {
                 name: torch.from_numpy(np.asarray(datum.loss_inputs[name], np.float32)).to(device)
-                for name in loss.inputs
+                for name in loss.inputs.fields
             }
             with torch.set_grad_enabled(not forward_only), self._model.using(adapter) as model:
                 logits = model(input_ids=ids.unsqueeze(0), use_cache=False).logits[0].float()
                 lp = logits.gather(1, targets.unsqueeze(1)).squeeze(1) - logits.logsumexp(-1)
+            if loss.inputs.is_sequential:
+                inputs = with_sequence_ratio(inputs, lp, [len(lp)])
             value, slope = loss_and_slope(lp.detach(), inputs, loss, config)
             if not forward_only and math.isfinite(value):
                 torch.autograd.backward(lp, slope)

@@ -9,37 +9,39 @@ target under the weights being trained, ``q`` the one it was sampled with, ``A``
 ``ppo``                 ``-min(r · A, clip(r, 0.8, 1.2) · A)``
 ``cispo``               ``-stop_gradient(clip(r, 0, 4)) · A · lp``
 ``dro``                 ``-(lp · A - β/2 · (lp - q)²)``, β = 0.05
+``gspo``                ``-min(s · A, clip(s, 1 - 3e-4, 1 + 4e-4) · A)``
 ======================  ===============================================
+
+gspo is the token-level variant (GSPO-token) of Zheng et al., 2025, "Group Sequence Policy Optimization": ``s`` has the
+value of the geometric mean of ``r`` over the tokens that ``sequence_ratio_mask`` marks in the sequence, and the gradient
+of the token's own ``lp``. Its documentation gives the formula and no thresholds: the defaults here are the paper's.
+``stable_reinforce`` is refused: it needs what only Tinker's cloud records, and its formula is not published.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from searchr1_async.local.backend import Datum, UserFault
+from searchr1_async.local.loss_inputs import LOSS_INPUTS, RATIO_MASK, LossInputs, Thresholds, check_data, find_inputs
+
+__all__ = ["LOSSES", "Loss", "Thresholds", "TokenInputs", "check_data", "find_loss", "with_sequence_ratio"]
 
 TokenInputs = Mapping[str, Tensor]
-Thresholds = Mapping[str, float]
+_LOG_RATIO = "sequence_log_ratio"
 
 
 @dataclass(frozen=True, slots=True)
 class Loss:
     """A loss that is a sum of one term a token."""
 
-    inputs: tuple[str, ...]
-    """Per-token fields besides ``target_tokens``."""
-    config: Mapping[str, float]
-    """Names that ``loss_fn_config`` may hold, with their defaults."""
+    inputs: LossInputs
     terms: Callable[[Tensor, TokenInputs, Thresholds], Tensor]
-    """The terms [tokens] at log-probabilities [tokens]."""
-    weight: str | None
-    """The field where a zero means that the token has no gradient; None: every token may have one."""
+    """The terms [tokens] at log-probabilities [tokens]; of a sequential loss with the inputs that
+    :func:`with_sequence_ratio` completed."""
 
 
 def _cross_entropy(lp: Tensor, inputs: TokenInputs, config: Thresholds) -> Tensor:
@@ -65,13 +67,22 @@ def _dro(lp: Tensor, inputs: TokenInputs, config: Thresholds) -> Tensor:
     return -(lp * inputs["advantages"] - 0.5 * config["beta"] * (lp - inputs["logprobs"]).square())
 
 
-_RL = ("logprobs", "advantages")
+def _gspo(lp: Tensor, inputs: TokenInputs, config: Thresholds) -> Tensor:
+    ratio = torch.exp(inputs[_LOG_RATIO] + lp - lp.detach())
+    clipped = ratio.clamp(config["clip_low_threshold"], config["clip_high_threshold"])
+    return -torch.minimum(ratio * inputs["advantages"], clipped * inputs["advantages"])
+
+
 LOSSES: Mapping[str, Loss] = {
-    "cross_entropy": Loss(("weights",), {}, _cross_entropy, "weights"),
-    "importance_sampling": Loss(_RL, {}, _importance_sampling, "advantages"),
-    "ppo": Loss(_RL, {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}, _ppo, "advantages"),
-    "cispo": Loss(_RL, {"clip_low_threshold": 0.0, "clip_high_threshold": 4.0}, _cispo, "advantages"),
-    "dro": Loss(_RL, {"beta": 0.05}, _dro, None),
+    name: Loss(LOSS_INPUTS[name], terms)
+    for name, terms in (
+        ("cross_entropy", _cross_entropy),
+        ("importance_sampling", _importance_sampling),
+        ("ppo", _ppo),
+        ("cispo", _cispo),
+        ("dro", _dro),
+        ("gspo", _gspo),
+    )
 }
 
 
@@ -81,52 +92,22 @@ def find_loss(name: str, config: Mapping[str, float]) -> tuple[Loss, Thresholds]
     Raises:
         UserFault: an unknown loss, or an unknown or non-finite entry of its configuration.
     """
-    loss = LOSSES.get(name)
-    if loss is None:
-        raise UserFault(f"Unknown loss_fn {name!r}; known are {', '.join(LOSSES)}.")
-    for key, value in config.items():
-        if key not in loss.config:
-            known = ", ".join(loss.config) or "nothing"
-            raise UserFault(f"loss_fn_config of {name!r} has {key!r}; it may hold {known}.")
-        if not isinstance(value, int | float) or not math.isfinite(value):
-            raise UserFault(f"loss_fn_config[{key!r}] is {value!r}, which is no finite number.")
-    thresholds = {**loss.config, **config}
-    if thresholds.get("clip_low_threshold", 0.0) > thresholds.get("clip_high_threshold", math.inf):
-        raise UserFault(f"loss_fn_config of {name!r}: clip_low_threshold is above clip_high_threshold.")
-    return loss, thresholds
+    _, thresholds = find_inputs(name, config)
+    return LOSSES[name], thresholds
 
 
-def check_data(data: Sequence[Datum], name: str, loss: Loss, vocabulary: int, context: int) -> None:
-    """Refuse data that the loss cannot use.
+def with_sequence_ratio(inputs: TokenInputs, logprobs: Tensor, lengths: list[int]) -> TokenInputs:
+    """The inputs of a sequential loss and, for each token, the log-ratio of its sequence, which has no gradient.
 
-    Raises:
-        UserFault: naming the datum and the field.
+    Args:
+        logprobs: of all tokens [tokens], sequence behind sequence.
+        lengths: tokens of each sequence.
     """
-    if not data:
-        raise UserFault("forward_backward got no data.")
-    wanted = ("target_tokens", *loss.inputs)
-    for index, datum in enumerate(data):
-        where = f"datum {index} of {len(data)}"
-        tokens = datum.tokens
-        if tokens.ndim != 1 or not 1 <= len(tokens) <= context:
-            raise UserFault(f"{where}: model_input has shape {list(tokens.shape)}; wanted 1 to {context} tokens.")
-        for field in wanted:
-            if field not in datum.loss_inputs:
-                raise UserFault(f"{where}: loss_fn {name!r} needs loss_fn_inputs[{field!r}]; it has {_names(datum)}.")
-            values = np.asarray(datum.loss_inputs[field])
-            if values.shape != tokens.shape:
-                raise UserFault(
-                    f"{where}: loss_fn_inputs[{field!r}] has shape {list(values.shape)}, but model_input has "
-                    f"{len(tokens)} tokens."
-                )
-            if field != "target_tokens" and not np.isfinite(values).all():
-                raise UserFault(f"{where}: loss_fn_inputs[{field!r}] is not finite everywhere.")
-        if extra := sorted(set(datum.loss_inputs) - set(wanted)):
-            raise UserFault(f"{where}: loss_fn {name!r} takes {', '.join(wanted)}, not {', '.join(extra)}.")
-        for field, ids in (("model_input", tokens), ("target_tokens", np.asarray(datum.loss_inputs["target_tokens"]))):
-            if ids.min() < 0 or ids.max() >= vocabulary:
-                raise UserFault(f"{where}: {field} holds a token outside 0 to {vocabulary - 1}.")
-
-
-def _names(datum: Datum) -> str:
-    return ", ".join(sorted(datum.loss_inputs)) or "nothing"
+    counts = torch.tensor(lengths, device=logprobs.device)
+    sequence = torch.repeat_interleave(torch.arange(len(lengths), device=logprobs.device), counts)
+    mask = (inputs[RATIO_MASK] != 0).double()
+    # In double precision: a mean of thousands of differences is compared with thresholds 3e-4 away from 1.
+    difference = mask * (logprobs.detach().double() - inputs["logprobs"].double())
+    sums = torch.zeros(2, len(lengths), dtype=torch.float64, device=logprobs.device)
+    sums.index_add_(1, sequence, torch.stack([difference, mask]))
+    return {**inputs, _LOG_RATIO: (sums[0] / sums[1])[sequence].to(logprobs.dtype)}

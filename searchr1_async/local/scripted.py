@@ -38,6 +38,8 @@ from searchr1_async.local.backend import (
     State,
     UserFault,
 )
+from searchr1_async.local.loss_inputs import check_data, find_inputs
+from searchr1_async.local.scripted_losses import loss_and_slope
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +47,6 @@ Reply = Callable[[list[int], random.Random], list[int] | str]
 """Prompt tokens and a source of chance to the new tokens, or to text (then the backend needs a tokenizer)."""
 Result = TypeVar("Result")
 Own = TypeVar("Own")
-
-LOSSES = ("cross_entropy", "importance_sampling", "ppo", "cispo")
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,37 +329,16 @@ def _forward_backward(
     forward_only: bool,
 ) -> ForwardBackwardResult:
     """Tinker's losses, sums over tokens, for the one parameter: d logprob / d bias = -logprob."""
-    if loss_fn not in LOSSES:
-        raise UserFault(f"unknown loss {loss_fn!r}: expected one of {', '.join(LOSSES)}")
-    low, high = (0.0, 4.0) if loss_fn == "cispo" else (0.8, 1.2)
-    low = loss_config.get("clip_low_threshold", low)
-    high = loss_config.get("clip_high_threshold", high)
+    inputs, config = find_inputs(loss_fn, loss_config)
+    check_data(data, loss_fn, inputs)
     loss, gradient, rows = 0.0, 0.0, []
     for datum in data:
-        names = (
-            ("target_tokens", "weights") if loss_fn == "cross_entropy" else ("target_tokens", "logprobs", "advantages")
-        )
-        missing = [name for name in names if name not in datum.loss_inputs]
-        if missing:
-            raise UserFault(f"{loss_fn} needs loss_fn_inputs {', '.join(missing)}")
         logprobs = logprobs_of(datum.loss_inputs["target_tokens"], adapter.weights)
         rows.append(logprobs)
         lp = logprobs.astype(np.float64)
-        if loss_fn == "cross_entropy":
-            terms, slope = lp * datum.loss_inputs["weights"], datum.loss_inputs["weights"]
-        else:
-            advantages = datum.loss_inputs["advantages"]
-            ratio = np.exp(lp - datum.loss_inputs["logprobs"])
-            clipped = np.clip(ratio, low, high)
-            if loss_fn == "importance_sampling":
-                terms, slope = ratio * advantages, ratio * advantages
-            elif loss_fn == "ppo":
-                terms = np.minimum(ratio * advantages, clipped * advantages)
-                slope = np.where(ratio * advantages <= clipped * advantages, ratio * advantages, 0.0)
-            else:
-                terms, slope = clipped * advantages * lp, clipped * advantages
-        loss -= float(np.sum(terms))
-        gradient -= float(np.sum(slope * -lp))
+        value, slope = loss_and_slope(loss_fn, lp, datum.loss_inputs, config)
+        loss += value
+        gradient += float(np.sum(slope * -lp))
     if not forward_only:
         adapter.gradient += gradient
     return ForwardBackwardResult(tuple(rows), {"loss:sum": loss})

@@ -16,7 +16,7 @@ from searchr1_async.local.attention import TreeAttention
 from searchr1_async.local.backend import AdamParams, Datum, Float32Array, ForwardBackwardResult, UserFault
 from searchr1_async.local.kernels import add_low_rank
 from searchr1_async.local.lora import LoraAdapter, SiteWeights
-from searchr1_async.local.losses import Loss, Thresholds, check_data, find_loss
+from searchr1_async.local.losses import Loss, Thresholds, TokenInputs, check_data, find_loss, with_sequence_ratio
 from searchr1_async.local.packing import Packed, micro_batches, pack
 from searchr1_async.local.transformer import LeanTransformer, LoraRows
 
@@ -81,6 +81,8 @@ class _TokenTable:
     pair_target: Tensor
     row_has_gradient: Tensor
     """Bool [rows]"""
+    lengths: list[int]
+    """Tokens of each datum."""
 
     @classmethod
     def build(
@@ -91,10 +93,10 @@ class _TokenTable:
         pairs, pair_of_token = np.unique(row_of_token * vocabulary + target, return_inverse=True)
         inputs = {
             name: np.concatenate([np.asarray(datum.loss_inputs[name], np.float32) for datum in data])
-            for name in loss.inputs
+            for name in loss.inputs.fields
         }
         has_gradient = np.zeros(len(packed.tokens), dtype=bool)
-        active = slice(None) if loss.weight is None else inputs[loss.weight] != 0.0
+        active = slice(None) if loss.inputs.weight is None else inputs[loss.inputs.weight] != 0.0
         has_gradient[row_of_token[active]] = True
 
         def put(array: np.ndarray) -> Tensor:
@@ -106,7 +108,24 @@ class _TokenTable:
             put(pairs // vocabulary),
             put(pairs % vocabulary),
             put(has_gradient),
+            [len(datum.tokens) for datum in data],
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Rows whose logits exist at once, and what is read from them."""
+
+    rows: Tensor
+    tokens: Tensor
+    """Which of all tokens are read from these rows."""
+    pair_rows: Tensor
+    """Place among ``rows`` [pairs]"""
+    targets: Tensor
+    """[pairs]"""
+    pair_of_token: Tensor
+    """Place among the pairs of this piece, for each of ``tokens``."""
+    has_gradient: bool
 
 
 class _Head:
@@ -127,9 +146,34 @@ class _Head:
     @torch.no_grad()
     def run(self, table: _TokenTable, loss: Loss, config: Thresholds) -> tuple[Float32Array, float]:
         """Each token's log-probability, and the sum of the loss."""
-        device = self._hidden.device
-        result = torch.empty(len(table.pair_of_token), dtype=torch.float32, device=device)
+        result = torch.empty(len(table.pair_of_token), dtype=torch.float32, device=self._hidden.device)
         total = 0.0
+        pieces = list(self._pieces(table))
+        loss_inputs = table.inputs
+        if loss.inputs.is_sequential:
+            # A pass of its own: a token's term needs its whole sequence, which lies in several chunks.
+            for piece in pieces:
+                log_softmax = torch.log_softmax(self._logits(self._hidden[piece.rows])[0], -1)
+                result[piece.tokens] = log_softmax[piece.pair_rows, piece.targets][piece.pair_of_token]
+            loss_inputs = with_sequence_ratio(loss_inputs, result, table.lengths)
+        for piece in pieces:
+            states = self._hidden[piece.rows]
+            logits, z = self._logits(states)
+            # Its fused kernel passes over the logits once, logsumexp and a later softmax six times (5 % of a step).
+            log_softmax = torch.log_softmax(logits, -1)
+            pair_logprobs = log_softmax[piece.pair_rows, piece.targets]
+            logprobs = pair_logprobs[piece.pair_of_token]
+            result[piece.tokens] = logprobs
+            inputs = {name: values[piece.tokens] for name, values in loss_inputs.items()}
+            value, slope = loss_and_slope(logprobs, inputs, loss, config)
+            total += value
+            if piece.has_gradient:
+                pair_slope = torch.zeros_like(pair_logprobs).index_add_(0, piece.pair_of_token, slope)
+                self._backward(piece.rows, states, log_softmax, z, piece.pair_rows, piece.targets, pair_slope)
+        return result.cpu().numpy(), total
+
+    def _pieces(self, table: _TokenTable) -> Generator[_Piece, None, None]:
+        device = self._hidden.device
         # Rows that need a gradient come first, so that whole chunks go without.
         order = torch.argsort(table.row_has_gradient.logical_not(), stable=True)
         place_of_row = _inverse(order)
@@ -144,23 +188,14 @@ class _Head:
             pair_from, pair_to = torch.searchsorted(sorted_pairs, edges).tolist()
             token_from, token_to = torch.searchsorted(sorted_tokens, edges).tolist()
             pairs, tokens = by_pair[pair_from:pair_to], by_token[token_from:token_to]
-            rows, pair_rows = order[start:stop], sorted_pairs[pair_from:pair_to] - start
-            states = self._hidden[rows]
-            logits, z = self._logits(states)
-            # Its fused kernel passes over the logits once, logsumexp and a later softmax six times (5 % of a step).
-            log_softmax = torch.log_softmax(logits, -1)
-            targets = table.pair_target[pairs]
-            pair_logprobs = log_softmax[pair_rows, targets]
-            token_pairs = pair_place[table.pair_of_token[tokens]] - pair_from
-            logprobs = pair_logprobs[token_pairs]
-            result[tokens] = logprobs
-            inputs = {name: values[tokens] for name, values in table.inputs.items()}
-            value, slope = loss_and_slope(logprobs, inputs, loss, config)
-            total += value
-            if start < with_gradient:
-                pair_slope = torch.zeros_like(pair_logprobs).index_add_(0, token_pairs, slope)
-                self._backward(rows, states, log_softmax, z, pair_rows, targets, pair_slope)
-        return result.cpu().numpy(), total
+            yield _Piece(
+                rows=order[start:stop],
+                tokens=tokens,
+                pair_rows=sorted_pairs[pair_from:pair_to] - start,
+                targets=table.pair_target[pairs],
+                pair_of_token=pair_place[table.pair_of_token[tokens]] - pair_from,
+                has_gradient=start < with_gradient,
+            )
 
     def _logits(self, states: Tensor) -> tuple[Tensor, Tensor | None]:
         logits = self._head.forward(states)
@@ -209,9 +244,7 @@ def _chunks(with_gradient: int, rows: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(edges))
 
 
-def loss_and_slope(
-    logprobs: Tensor, inputs: Mapping[str, Tensor], loss: Loss, config: Thresholds
-) -> tuple[float, Tensor]:
+def loss_and_slope(logprobs: Tensor, inputs: TokenInputs, loss: Loss, config: Thresholds) -> tuple[float, Tensor]:
     """The sum of the terms at ``logprobs`` [tokens], and its derivative by each of them."""
     with torch.enable_grad():
         leaf = logprobs.detach().requires_grad_()
@@ -255,7 +288,7 @@ def forward_backward(
             adapter's accumulated gradients are cleared.
     """
     loss, config = find_loss(loss_fn, loss_config)
-    check_data(data, loss_fn, loss, trainer.vocabulary, trainer.context)
+    check_data(data, loss_fn, loss.inputs, trainer.vocabulary, trainer.context)
     logprobs: list[Float32Array | None] = [None] * len(data)
     total = 0.0
     if not forward_only:

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from searchr1_async.local.backend import Datum, UserFault
-from searchr1_async.local.losses import LOSSES, check_data, find_loss
+from searchr1_async.local.losses import LOSSES, check_data, find_loss, with_sequence_ratio
+from searchr1_async.local.scripted_losses import loss_and_slope
 
 LP = torch.tensor([-1.0, -0.5, -3.0, -2.0])
 Q = torch.tensor([-1.0, -1.5, -1.0, -2.0])
@@ -47,9 +48,76 @@ def test_cispo_keeps_the_gradient_of_clipped_tokens_and_ppo_does_not() -> None:
     assert float(gradients["ppo"]) == 0.0
 
 
+MASK = torch.tensor([1.0, 1.0, 0.0, 1.0])
+
+
+def gspo(lp: torch.Tensor, **config: float) -> torch.Tensor:
+    """Two sequences of two tokens; in the second one token is in the ratio."""
+    loss, thresholds = find_loss("gspo", config)
+    inputs = with_sequence_ratio({"logprobs": Q, "advantages": A, "sequence_ratio_mask": MASK}, lp, [2, 2])
+    return loss.terms(lp, inputs, thresholds)
+
+
+def test_gspo_has_one_ratio_a_sequence_over_the_marked_tokens() -> None:
+    log_ratio = torch.tensor([0.5, 0.5, 0.0, 0.0])  # the mean of 0 and 1; of the token that is marked alone
+    wide = {"clip_low_threshold": 0.0, "clip_high_threshold": 9.0}
+    torch.testing.assert_close(gspo(LP, **wide), -log_ratio.exp() * A)
+    torch.testing.assert_close(gspo(LP, clip_high_threshold=1.1)[:2], -1.1 * A[:2])
+    torch.testing.assert_close(gspo(LP)[:2], -(1 + 4e-4) * A[:2])
+
+
+def test_gspo_gives_each_token_its_own_gradient_and_none_to_a_clipped_sequence() -> None:
+    lp = LP.clone().requires_grad_()
+    (free,) = torch.autograd.grad(gspo(lp, clip_low_threshold=0.0, clip_high_threshold=9.0).sum(), lp)
+    torch.testing.assert_close(free, -torch.tensor([0.5, 0.5, 0.0, 0.0]).exp() * A)
+    (clipped,) = torch.autograd.grad(gspo(lp).sum(), lp)
+    torch.testing.assert_close(clipped, torch.tensor([0.0, 0.0, 1.0, 0.0]))
+
+
+def test_gspo_is_not_a_function_of_how_long_a_sequence_is() -> None:
+    """Doubling every token leaves the ratio, so terms stay as they are."""
+    loss, thresholds = find_loss("gspo", {"clip_high_threshold": 9.0})
+    once = {"logprobs": Q[:2], "advantages": A[:2], "sequence_ratio_mask": MASK[:2]}
+    twice = {name: values.repeat(2) for name, values in once.items()}
+    short = loss.terms(LP[:2], with_sequence_ratio(once, LP[:2], [2]), thresholds)
+    long = loss.terms(LP[:2].repeat(2), with_sequence_ratio(twice, LP[:2].repeat(2), [4]), thresholds)
+    torch.testing.assert_close(long, short.repeat(2))
+
+
+@pytest.mark.parametrize("name", list(LOSSES))
+def test_the_scripted_model_computes_the_same_losses(name: str) -> None:
+    """In numpy: value and slope of random data, some ratios clipped and some advantages 0, against autograd."""
+    chance = np.random.default_rng(3)
+    q, lp = -chance.uniform(0.1, 3.0, (2, 64))
+    inputs = {
+        "logprobs": q,
+        "advantages": chance.normal(size=64) * (chance.random(64) < 0.8),
+        "weights": chance.normal(size=64),
+        "sequence_ratio_mask": (chance.random(64) < 0.5).astype(float),
+    }
+    for config in ({}, {"clip_low_threshold": 0.3, "clip_high_threshold": 2.5}):
+        known = LOSSES[name].inputs.config
+        loss, thresholds = find_loss(name, {key: number for key, number in config.items() if key in known})
+        leaf = torch.tensor(lp, requires_grad=True)
+        tensors = {key: torch.tensor(values) for key, values in inputs.items()}
+        if loss.inputs.is_sequential:
+            tensors = with_sequence_ratio(tensors, leaf, [64])
+        expected = loss.terms(leaf, tensors, thresholds).sum()
+        (slope,) = torch.autograd.grad(expected, leaf)
+        value, slope_T = loss_and_slope(name, lp, inputs, thresholds)
+        assert value == pytest.approx(expected.item())
+        np.testing.assert_allclose(slope_T, slope.numpy(), rtol=1e-6, atol=1e-9)
+        assert np.abs(slope_T).max() > 0.0 or name == "gspo"
+
+
 def test_a_loss_that_is_not_known_is_refused_by_name() -> None:
-    with pytest.raises(UserFault, match=r"'gspo'.*cross_entropy, importance_sampling, ppo, cispo, dro"):
-        find_loss("gspo", {})
+    with pytest.raises(UserFault, match=r"'reinforce'.*cross_entropy, importance_sampling, ppo, cispo, dro, gspo"):
+        find_loss("reinforce", {})
+
+
+def test_a_loss_that_only_the_cloud_has_is_refused_with_the_reason() -> None:
+    with pytest.raises(UserFault, match=r"'stable_reinforce' learns from what the Tinker cloud records.*Choose one of"):
+        find_loss("stable_reinforce", {})
 
 
 @pytest.mark.parametrize(
@@ -93,6 +161,11 @@ def datum(**changes: np.ndarray | None) -> Datum:
 )
 def test_bad_data_is_refused_by_datum_and_field(bad: Datum, message: str) -> None:
     with pytest.raises(UserFault, match=message):
-        check_data([datum(), bad], "ppo", LOSSES["ppo"], vocabulary=10, context=8)
+        check_data([datum(), bad], "ppo", LOSSES["ppo"].inputs, vocabulary=10, context=8)
     with pytest.raises(UserFault, match="no data"):
-        check_data([], "ppo", LOSSES["ppo"], vocabulary=10, context=8)
+        check_data([], "ppo", LOSSES["ppo"].inputs, vocabulary=10, context=8)
+
+
+def test_a_sequence_without_a_token_in_its_ratio_is_refused() -> None:
+    with pytest.raises(UserFault, match=r"datum 0 of 1: loss_fn_inputs\['sequence_ratio_mask'\] marks no token"):
+        check_data([datum(sequence_ratio_mask=np.zeros(3, np.float32))], "gspo", LOSSES["gspo"].inputs)

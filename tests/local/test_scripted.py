@@ -163,12 +163,13 @@ def test_sampler_and_trainer_agree_at_every_version(backends: list[ScriptedBacke
     assert len(seen) == 3
 
 
-@pytest.mark.parametrize("loss_fn", ["cross_entropy", "importance_sampling", "ppo", "cispo"])
+@pytest.mark.parametrize("loss_fn", ["cross_entropy", "importance_sampling", "ppo", "cispo", "dro"])
 def test_gradients_are_those_of_the_loss(backends: list[ScriptedBackend], loss_fn: str) -> None:
     """The accumulated gradient, read from Adam's report, against a finite difference of the reported loss."""
     backend = make(backends)
     columns = {"weights": [1.0, 0.5, 2.0], "advantages": [1.0, -0.5, 2.0], "logprobs": [-0.9, -1.2, -0.3]}
-    data = [example(**columns)]
+    names = ("weights",) if loss_fn == "cross_entropy" else ("advantages", "logprobs")
+    data = [example(**{name: columns[name] for name in names})]
 
     def loss_at(bias: float) -> float:
         state = {"bias": np.array([bias]), "version": np.array([0])}
@@ -237,7 +238,7 @@ def test_training_runs_in_order_and_takes_its_time(backends: list[ScriptedBacken
 def test_wrong_losses_are_the_users_fault(backends: list[ScriptedBackend]) -> None:
     backend = make(backends)
     adapter = backend.create_adapter(LoraConfig()).result(DEADLINE)
-    for loss_fn, message in (("dro", "unknown loss"), ("ppo", "advantages")):
+    for loss_fn, message in (("reinforce", "Unknown loss_fn"), ("ppo", "'logprobs'")):
         with pytest.raises(UserFault, match=message):
             backend.forward_backward(adapter, [example(weights=[1, 1, 1])], loss_fn, {}, False).result(DEADLINE)
 

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from searchr1_async.local.backend import AdamParams, Datum, ForwardBackwardResult, LoraConfig, UserFault
 from searchr1_async.local.lora import LoraAdapter, LoraLayout
-from searchr1_async.local.losses import LOSSES
+from searchr1_async.local.losses import LOSSES, with_sequence_ratio
 from searchr1_async.local.torch_backend import Engine, load_engine
 from searchr1_async.local.trainer import adam_step, forward_backward
 from tests.local.tiny import make_tiny_model
@@ -75,6 +75,8 @@ def group_data(loss_fn: str, seed: int = 0) -> list[Datum]:
                 inputs["weights"] = weight
             else:
                 inputs |= {"advantages": weight, "logprobs": rng.normal(-6.0, 1.0, length).astype(np.float32)}
+                if loss_fn == "gspo":
+                    inputs["sequence_ratio_mask"] = (weight != 0.0).astype(np.float32)
             data.append(Datum(full[:-1].astype(np.int32), inputs))
     return [*data, data[1]]
 
@@ -109,7 +111,7 @@ def reference(
         weight = model.get_parameter(path + ".weight").detach()
         transposed = isinstance(model.get_submodule(path), Conv1D)
         merged[path + ".weight"] = weight + (update.t() if transposed else update)
-    loss, thresholds = LOSSES[loss_fn], LOSSES[loss_fn].config
+    loss, thresholds = LOSSES[loss_fn], LOSSES[loss_fn].inputs.config
     total, logprobs = torch.zeros(()), []
     # Embeddings tied to the head stay as they are: only the head is adapted.
     embedding = model.get_input_embeddings().weight.detach().clone()
@@ -118,7 +120,9 @@ def reference(
         logits = torch.func.functional_call(model, merged, kwargs={"inputs_embeds": embedded}, tie_weights=False).logits
         targets = torch.from_numpy(datum.loss_inputs["target_tokens"]).long().unsqueeze(1)
         lp = torch.log_softmax(logits[0], -1).gather(1, targets).squeeze(1)
-        inputs = {name: torch.from_numpy(datum.loss_inputs[name]) for name in loss.inputs}
+        inputs = {name: torch.from_numpy(datum.loss_inputs[name]) for name in loss.inputs.fields}
+        if loss.inputs.is_sequential:
+            inputs = with_sequence_ratio(inputs, lp, [len(lp)])
         total = total + loss.terms(lp, inputs, thresholds).sum()
         logprobs.append(lp.detach())
     total.backward()
