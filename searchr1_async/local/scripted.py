@@ -39,11 +39,12 @@ from searchr1_async.local.backend import (
     UserFault,
 )
 from searchr1_async.local.loss_inputs import check_data, find_inputs
+from searchr1_async.local.scripted_log import Served, ServedSequence, TimedReply, write_log
 from searchr1_async.local.scripted_losses import loss_and_slope
 
 logger = logging.getLogger(__name__)
 
-Reply = Callable[[list[int], random.Random], list[int] | str]
+Reply = Callable[[list[int], random.Random], "list[int] | str | TimedReply"]
 """Prompt tokens and a source of chance to the new tokens, or to text (then the backend needs a tokenizer)."""
 Result = TypeVar("Result")
 Own = TypeVar("Own")
@@ -98,6 +99,8 @@ class ScriptedAdapter:
     weights: Weights = field(default_factory=Weights)
     gradient: float = 0.0
     moments: tuple[float, float] = (0.0, 0.0)
+    steps_submitted: int = 0
+    """Optimiser steps asked for, those still waiting for the device included."""
 
 
 def scale_free(tokens: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -131,8 +134,8 @@ class ScriptedBackend:
         seed: int = 0,
         latency_log: Path | None = None,
     ) -> None:
-        self.latencies: list[float] = []
-        """Seconds drawn for each sample request, in order of their start."""
+        self.served: list[Served] = []
+        """Every request, in the order in which they were given their time; written to ``latency_log`` at the end."""
         self._reply = reply
         self._model_name = model_name
         self._tokenizer_path = tokenizer_path
@@ -161,6 +164,11 @@ class ScriptedBackend:
     def max_context_length(self) -> int:
         return self._max_context_length
 
+    @property
+    def latencies(self) -> list[float]:
+        """Seconds drawn for each sample request, in order of their start."""
+        return [request.seconds for request in self.served if request.kind == "sample"]
+
     # -- sampling ------------------------------------------------------------------------------------------------
 
     def sample(self, snapshot: Snapshot | None, request: SampleRequest) -> Future[SampleResult]:
@@ -183,25 +191,35 @@ class ScriptedBackend:
             if future.cancelled():
                 continue
             try:
-                result, seconds = self._play(arrival, weights, request)
+                result, drawn = self._play(arrival, weights, request)
             except Exception as error:
                 _fail(future, error)
                 continue
-            self.latencies.append(seconds)
+            now, seconds = time.monotonic(), max(sequence.seconds for sequence in drawn)
+            self.served.append(
+                Served("sample", now, seconds, weights.version, tokens=len(request.prompt), sequences=drawn)
+            )
             self._running += 1
             # A cancelled sample leaves its place at once; on whatever thread it is cancelled, the timer thread acts.
             future.add_done_callback(lambda _: self._timers.call_at(0.0, self._end_sample))
-            self._timers.call_at(time.monotonic() + seconds, lambda f=future, r=result: _resolve(f, lambda: r), future)
+            self._timers.call_at(now + seconds, lambda f=future, r=result: _resolve(f, lambda: r), future)
 
     def _end_sample(self) -> None:
         self._running -= 1
         self._start_samples()
 
-    def _play(self, arrival: int, weights: Weights, request: SampleRequest) -> tuple[SampleResult, float]:
+    def _play(
+        self, arrival: int, weights: Weights, request: SampleRequest
+    ) -> tuple[SampleResult, tuple[ServedSequence, ...]]:
         prompt = request.prompt.tolist()
         chance = random.Random(f"{self._seed} {request.seed if request.seed is not None else f'nr {arrival}'}")
-        sequences = tuple(self._continue(prompt, weights, request, chance) for _ in range(request.num_samples))
-        seconds = max(self._latency.draw(len(prompt), len(sequence.tokens), chance) for sequence in sequences)
+        played = [self._continue(prompt, weights, request, chance) for _ in range(request.num_samples)]
+        drawn: list[ServedSequence] = []
+        for sequence, reply in played:
+            seconds = reply.seconds
+            if seconds is None:
+                seconds = self._latency.draw(len(prompt), len(sequence.tokens), chance)
+            drawn.append(ServedSequence(reply.label, seconds, len(sequence.tokens)))
         prompt_logprobs = topk_prompt = None
         if request.prompt_logprobs or request.topk_prompt_logprobs:
             prompt_logprobs = logprobs_of(request.prompt, weights)
@@ -211,19 +229,20 @@ class ScriptedBackend:
             topk_prompt[0][0], topk_prompt[1][0] = 0, np.nan
         if not request.prompt_logprobs:
             prompt_logprobs = None
-        return SampleResult(sequences, prompt_logprobs, topk_prompt), seconds
+        return SampleResult(tuple(sequence for sequence, _ in played), prompt_logprobs, topk_prompt), tuple(drawn)
 
     def _continue(
         self, prompt: list[int], weights: Weights, request: SampleRequest, chance: random.Random
-    ) -> SampledSequence:
-        reply = self._reply(prompt, chance)
-        tokens = self._encode(reply) if isinstance(reply, str) else list(reply)
+    ) -> tuple[SampledSequence, TimedReply]:
+        given = self._reply(prompt, chance)
+        reply = given if isinstance(given, TimedReply) else TimedReply(given)
+        tokens = self._encode(reply.content) if isinstance(reply.content, str) else list(reply.content)
         limit = self._max_context_length - len(prompt) if request.max_tokens is None else request.max_tokens
         end = min(self._stop_at(tokens, request), len(tokens))
         stop_reason = "stop" if end <= limit else "length"
         array = np.asarray(tokens[: min(end, limit)], np.int32)
         topk = _topk(array, weights, request.topk_sample_logprobs) if request.topk_sample_logprobs else None
-        return SampledSequence(array, logprobs_of(array, weights), stop_reason, topk)
+        return SampledSequence(array, logprobs_of(array, weights), stop_reason, topk), reply
 
     def _stop_at(self, tokens: list[int], request: SampleRequest) -> int:
         """How many tokens come until the first stop, that one included."""
@@ -254,11 +273,11 @@ class ScriptedBackend:
     # -- training ------------------------------------------------------------------------------------------------
 
     def create_adapter(self, lora: LoraConfig) -> Future[Adapter]:
-        return self._train(0.0, lambda: ScriptedAdapter(lora))
+        return self._train(Served("create", 0.0, 0.0, 0), lambda: ScriptedAdapter(lora))
 
     def snapshot(self, adapter: Adapter) -> Future[Snapshot]:
         own = _own(adapter, ScriptedAdapter)
-        return self._train(self._training.save, lambda: own.weights)
+        return self._train(self._call("snapshot", self._training.save, own), lambda: own.weights)
 
     def forward_backward(
         self,
@@ -268,13 +287,16 @@ class ScriptedBackend:
         loss_config: Mapping[str, float],
         forward_only: bool,
     ) -> Future[ForwardBackwardResult]:
-        seconds = self._training.per_token * sum(len(datum.tokens) for datum in data) / (3 if forward_only else 1)
         own = _own(adapter, ScriptedAdapter)
-        return self._train(seconds, lambda: _forward_backward(own, data, loss_fn, loss_config, forward_only))
+        tokens = sum(len(datum.tokens) for datum in data)
+        seconds = self._training.per_token * tokens / (3 if forward_only else 1)
+        call = self._call("forward" if forward_only else "forward_backward", seconds, own, tokens, len(data))
+        return self._train(call, lambda: _forward_backward(own, data, loss_fn, loss_config, forward_only))
 
     def optim_step(self, adapter: Adapter, params: AdamParams) -> Future[Mapping[str, float]]:
         own = _own(adapter, ScriptedAdapter)
-        return self._train(self._training.optim_step, lambda: _optim_step(own, params))
+        call = self._call("optim_step", self._training.optim_step, own)
+        return self._train(call, lambda: _optim_step(own, params))
 
     def export_adapter(self, adapter: Adapter, optimizer: bool) -> Future[State]:
         own = _own(adapter, ScriptedAdapter)
@@ -283,30 +305,40 @@ class ScriptedBackend:
             state = {"bias": np.array([own.weights.bias]), "version": np.array([own.weights.version])}
             return {**state, "moments": np.array(own.moments)} if optimizer else state
 
-        return self._train(self._training.save, export)
+        return self._train(self._call("export", self._training.save, own), export)
 
     def import_adapter(self, lora: LoraConfig, state: State, optimizer: bool) -> Future[Adapter]:
         def load() -> Adapter:
             first, second = (float(moment) for moment in state["moments"]) if optimizer else (0.0, 0.0)
-            return ScriptedAdapter(lora, _weights_in(state), moments=(first, second))
+            weights = _weights_in(state)
+            return ScriptedAdapter(lora, weights, moments=(first, second), steps_submitted=weights.version)
 
-        return self._train(self._training.save, load)
+        return self._train(Served("import", 0.0, self._training.save, _weights_in(state).version), load)
 
     def import_snapshot(self, lora: LoraConfig, state: State) -> Future[Snapshot]:
-        return self._train(self._training.save, lambda: _weights_in(state))
+        weights = _weights_in(state)
+        return self._train(Served("import", 0.0, self._training.save, weights.version), lambda: weights)
 
-    def _train(self, seconds: float, work: Callable[[], Result]) -> Future[Result]:
+    def _call(self, kind: str, seconds: float, adapter: ScriptedAdapter, tokens: int = 0, examples: int = 0) -> Served:
+        # The calls before it may still be at work, so the adapter itself does not know its version yet.
+        version = adapter.steps_submitted
+        if kind == "optim_step":
+            adapter.steps_submitted += 1
+        return Served(kind, 0.0, seconds, version, tokens, examples)
+
+    def _train(self, call: Served, work: Callable[[], Result]) -> Future[Result]:
         """Work of the training device: its effect happens at the end of its time, in the order of the calls."""
         future: Future[Result] = Future()
-        due = max(time.monotonic(), self._training_free_at) + seconds
-        self._training_free_at = due
+        began = max(time.monotonic(), self._training_free_at)
+        due = self._training_free_at = began + call.seconds
+        self.served.append(replace(call, began=began))
         self._timers.call_at(due, lambda: _resolve(future, work), future)
         return future
 
     def close(self) -> None:
         self._timers.close()
         if self._latency_log is not None:
-            self._latency_log.write_text("".join(f"{seconds!r}\n" for seconds in self.latencies))
+            write_log(self._latency_log, self.served)
 
 
 def _topk(tokens: np.ndarray[Any, Any], weights: Weights, k: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:

@@ -28,6 +28,7 @@ from searchr1_async.errors import (
     ServiceUnavailableError,
 )
 from searchr1_async.local import Scripted, local_service, probe
+from searchr1_async.local.scripted_log import read_log
 from tests.local.serving import free_listener, sdk, until
 
 pytestmark = pytest.mark.anyio
@@ -71,7 +72,7 @@ async def test_it_serves_and_leaves_no_process(tmp_path: Path) -> None:
     assert not is_running(service.pid)
     with pytest.raises(ServiceUnavailableError, match=re.escape(service.url)):
         await probe(service.url)
-    assert await anyio.Path(log).read_text() == "0.01\n"
+    assert [(request.kind, request.seconds) for request in read_log(log)] == [("sample", 0.01)]
     assert service.api_key not in await anyio.Path(tmp_path / "service.log").read_text()
 
 

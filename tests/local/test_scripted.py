@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import math
+import itertools
 import random
 import threading
 import time
@@ -13,6 +13,7 @@ import pytest
 
 from searchr1_async.local.backend import AdamParams, Datum, LoraConfig, SampleRequest, UserFault
 from searchr1_async.local.scripted import Latency, ScriptedBackend, TrainingTimes, Weights, logprobs_of
+from searchr1_async.local.scripted_log import TimedReply, read_log
 from tests.local.serving import successors
 
 PROMPT = np.array([5, 6, 7], np.int32)
@@ -250,5 +251,54 @@ def test_closing_fails_what_is_open_and_writes_the_log(tmp_path: Path) -> None:
     backend.close()
     assert opened.cancelled()
     assert backend.sample(None, SampleRequest(PROMPT)).cancelled()
-    assert [float(line) for line in (tmp_path / "latencies").read_text().split()] == [300.0]
-    assert math.isfinite(backend.latencies[0])
+    assert read_log(tmp_path / "latencies") == backend.served
+    assert backend.latencies == [300.0]
+
+
+def test_a_timed_reply_takes_its_own_time_and_names_its_chain(backends: list[ScriptedBackend]) -> None:
+    chains = itertools.count()
+
+    def reply(prompt: list[int], chance: random.Random) -> TimedReply:
+        number = next(chains)
+        return TimedReply([7] * (number + 1), seconds=0.01 * (number + 1), label=f"chain {number}")
+
+    backend = make(backends, reply, latency=Latency(floor=100.0))
+    began = time.monotonic()
+    result = backend.sample(None, SampleRequest(PROMPT, num_samples=3)).result(DEADLINE)
+    assert [len(sequence.tokens) for sequence in result.sequences] == [1, 2, 3]
+    (request,) = backend.served
+    assert began <= request.began <= time.monotonic() - 0.03
+    assert (request.kind, request.tokens, request.seconds) == ("sample", 3, pytest.approx(0.03))
+    assert [sequence.label for sequence in request.sequences] == ["chain 0", "chain 1", "chain 2"]
+    assert [sequence.seconds for sequence in request.sequences] == pytest.approx([0.01, 0.02, 0.03])
+    assert [sequence.tokens for sequence in request.sequences] == [1, 2, 3]
+
+
+def test_the_log_tells_the_training_device_s_day(backends: list[ScriptedBackend]) -> None:
+    """What is submitted at once runs one after the other, and each call knows the version that it will meet."""
+    backend = make(backends, training=TrainingTimes(per_token=0.001, optim_step=0.02, save=0.03))
+    adapter = backend.create_adapter(LoraConfig()).result(DEADLINE)
+    data = [example(weights=[1, 1, 1])] * 2
+    backend.forward_backward(adapter, data, "cross_entropy", {}, True)
+    backend.forward_backward(adapter, data, "cross_entropy", {}, False)
+    backend.optim_step(adapter, AdamParams())
+    state = backend.export_adapter(adapter, optimizer=True)
+    snapshot = backend.snapshot(adapter).result(DEADLINE)
+    assert backend.sample(snapshot, SampleRequest(PROMPT)).result(DEADLINE)
+    twin = backend.import_adapter(LoraConfig(), state.result(DEADLINE), optimizer=True).result(DEADLINE)
+    backend.optim_step(twin, AdamParams()).result(DEADLINE)
+    told = [(request.kind, request.version, request.tokens, request.examples) for request in backend.served]
+    assert told == [
+        ("create", 0, 0, 0),
+        ("forward", 0, 6, 2),
+        ("forward_backward", 0, 6, 2),
+        ("optim_step", 0, 0, 0),
+        ("export", 1, 0, 0),
+        ("snapshot", 1, 0, 0),
+        ("sample", 1, 3, 0),
+        ("import", 1, 0, 0),
+        ("optim_step", 1, 0, 0),
+    ]
+    assert [request.seconds for request in backend.served[1:6]] == pytest.approx([0.002, 0.006, 0.02, 0.03, 0.03])
+    for before, after in itertools.pairwise(backend.served[1:6]):
+        assert after.began == pytest.approx(before.ended)
