@@ -56,7 +56,7 @@ from searchr1_async.run_folder import (
 from searchr1_async.search import Search
 from searchr1_async.service import Service, check_service, open_service
 from searchr1_async.watch.metrics import group_metrics
-from searchr1_async.watch.records import RunRecords
+from searchr1_async.watch.records import GroupOutcome, RunRecords
 
 logger = logging.getLogger(__name__)
 
@@ -209,7 +209,7 @@ class _Training:
                 self._emit(Notice(f"the time limit is near: reinforcement learning ends after {point.step} steps"))
                 break
             step = point.step + 1
-            questions = self._order.batch(point.position)
+            questions = self._order.batch(point.next_place)
             searched_before = self._job.search.statistics
             groups = await self._play_and_submit(questions, policy, learner, step)
             sampled_at = anyio.current_time()
@@ -267,11 +267,14 @@ class _Training:
         """Writes the step down, records first: a resume point without its records would hide what was trained on."""
         step = point.step + 1
         drop_constant = self._job.learning.drop_constant_groups
-        rows = [(group, drop_reason(group, drop_constant_groups=drop_constant)) for group in groups]
+        rows = [
+            GroupOutcome(place, group, drop_reason(group, drop_constant_groups=drop_constant))
+            for place, group in enumerate(groups, start=point.next_place)
+        ]
         new = replace(
             point,
             step=step,
-            position=point.position + consumed,
+            next_place=point.next_place + consumed,
             state_path=finished.state_path,
             sampler_path=finished.sampler_path or point.sampler_path,
             sampler_step=step if finished.sampler_path else point.sampler_step,
@@ -320,7 +323,7 @@ class _Training:
                 rank=self._job.learning.lora_rank, seed=self._job.learning.seed
             )
         self._records.truncate_after(self._point.step)
-        self._emit(Notice(f"resuming after step {self._point.step} ({self._point.position} questions consumed)"))
+        self._emit(Notice(f"resuming after step {self._point.step} ({self._point.next_place} questions consumed)"))
         return await self._service.restore_training_client(self._point.state_path)
 
     async def _sampling_client(self, client: tinker.TrainingClient) -> tinker.SamplingClient:
@@ -345,7 +348,7 @@ class _Training:
         finished = await learner.finish_step("start", keep=warm_up is not None)
         point = ResumePoint(
             step=0,
-            position=0,
+            next_place=0,
             state_path=finished.state_path,
             sampler_path=finished.sampler_path,
             sampler_step=0 if finished.sampler_path else None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,22 +11,30 @@ from typing import Any
 from searchr1_async.errors import CheckpointError, RunFolderError
 from searchr1_async.files import write_atomically
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True)
 class ResumePoint:
-    """Where a run stands after a finished step. Written whole or not at all, after the service has confirmed the checkpoint."""
+    """Where a run stands after a finished step. Written whole or not at all, after the service has confirmed the checkpoint.
+
+    All questions of a run are one stream of places: place p is question p mod N of epoch p div N. Groups start in that order
+    and end in any, so where a run stands is one number and the few places before it that are still open. There is no
+    random state beside: the shuffles are functions of the seed and the epoch, the seeds of sampling of the seed and the place.
+    """
 
     step: int
     """Optimiser steps finished."""
-    position: int
-    """Questions consumed, over all epochs: the next batch begins behind them."""
+    next_place: int
+    """The first place whose group was never started; each before it is open, or held by a recorded step."""
     state_path: str
     """``tinker://`` path of the weights and the optimiser."""
     order_fingerprint: str
-    """Of the question order that ``position`` counts in."""
+    """Of the question order in which places count."""
     base_model: str
+    open_places: tuple[int, ...] = ()
+    """Places whose group was started and is in no recorded step yet, neither trained on nor dropped: playing, or finished
+    and kept in ``unlearned/``."""
     sampler_path: str | None = None
     """``tinker://`` path of the newest weights kept for sampling."""
     sampler_step: int | None = None
@@ -35,6 +43,10 @@ class ResumePoint:
     """Spent in reinforcement learning so far, all sessions together."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """What the run was started with; a resume with another is refused, naming what changed."""
+
+    def is_open(self, place: int) -> bool:
+        """Whether no recorded step holds the group of this place, so that it must be trained on or dropped yet."""
+        return place >= self.next_place or place in self.open_places
 
     def save(self, folder: Path) -> None:
         """Replaces the run's resume point atomically.
@@ -56,13 +68,18 @@ class ResumePoint:
         """The resume point of a run's folder; None where it has none yet.
 
         Raises:
-            RunFolderError: it cannot be read, or a newer version of the package wrote it.
+            RunFolderError: it cannot be read, or another version of the package wrote it.
         """
         path = folder / "state.json"
         try:
             values = json.loads(path.read_bytes())
-            if values.pop("format") != _FORMAT:
-                raise RunFolderError(f"{path} was written by another version of this package")
+            if (written := values.pop("format")) != _FORMAT:
+                age = "an earlier" if written < _FORMAT else "a newer"
+                raise RunFolderError(
+                    f"{path} was written by {age} version of this package (format {written}, not {_FORMAT}), and cannot be "
+                    "resumed with this one. Choose another out_dir, or resume with the version that began the run."
+                )
+            values["open_places"] = tuple(values["open_places"])
             return cls(**values)
         except FileNotFoundError:
             return None
@@ -79,11 +96,7 @@ class ResumePoint:
         Raises:
             RunFolderError: naming what changed.
         """
-        changed = [
-            f"{key}: {self.settings.get(key)!r} then, {settings.get(key)!r} now"
-            for key in sorted({*self.settings, *settings})
-            if self.settings.get(key) != settings.get(key)
-        ]
+        changed = list(_differences(self.settings, settings))
         if order_fingerprint != self.order_fingerprint:
             changed.append("the questions or their order")
         if changed:
@@ -91,3 +104,20 @@ class ResumePoint:
                 "this folder holds a run with other settings (" + "; ".join(changed) + "). Choose another out_dir, or "
                 "start with the same settings to resume."
             )
+
+
+_ABSENT = object()
+
+
+def _differences(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """What changed, field by field: ``learning.learning_rate: 4e-05 then, 0.0001 now``."""
+    for key in sorted({*then, *now}):
+        before, after = then.get(key, _ABSENT), now.get(key, _ABSENT)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            yield from _differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            yield f"{prefix}{key}: {_shown(before)} then, {_shown(after)} now"
+
+
+def _shown(value: Any) -> str:
+    return "nothing" if value is _ABSENT else repr(value)

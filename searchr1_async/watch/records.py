@@ -3,11 +3,12 @@
 ::
 
     <folder>/episodes/step-000012.parquet      one row for each episode of the step (:data:`.rows.EPISODE_SCHEMA`)
+    <folder>/groups/step-000012.parquet        one row for each of its groups, dropped ones too (:data:`.rows.GROUP_SCHEMA`)
     <folder>/metrics/step-000012.parquet       one row: the step's metrics
     <folder>/evaluations/000-untrained.parquet one row for each episode of an evaluation, in the order they were made
 
 Each file appears whole or not at all (temporary file, fsync, rename, fsync of the folder). A step's metrics are written
-after its episodes, so a step that has metrics has everything. All methods are synchronous and touch the disk: call them
+last, so a step that has metrics has everything. All methods are synchronous and touch the disk: call them
 from a worker thread.
 """
 
@@ -21,16 +22,21 @@ from pathlib import Path
 
 import polars as pl
 
-from searchr1_async.episodes.types import Episode, Group
+from searchr1_async.episodes.types import Episode
 from searchr1_async.files import sync_folder
 from searchr1_async.watch.rows import (
     EPISODE_SCHEMA,
+    GROUP_SCHEMA,
+    GroupOutcome,
     episode_from_row,
     episodes_frame,
     evaluation_rows,
-    group_rows,
+    groups_frame,
+    step_rows,
     storable,
 )
+
+__all__ = ["GroupOutcome", "RunRecords"]
 
 _STEP_FILE = re.compile(r"step-(\d{6,})\.parquet")
 _EVALUATION_FILE = re.compile(r"(\d{3,})-.*\.parquet")
@@ -45,15 +51,16 @@ class RunRecords:
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
         self._episodes = self.folder / "episodes"
+        self._groups = self.folder / "groups"
         self._metrics = self.folder / "metrics"
         self._evaluations = self.folder / "evaluations"
 
-    def write_step(self, step: int, groups: Sequence[tuple[Group, str | None]], metrics: Mapping[str, float]) -> None:
+    def write_step(self, step: int, outcomes: Sequence[GroupOutcome], metrics: Mapping[str, float]) -> None:
         """Record one finished step; written again, it replaces the earlier record.
 
         Args:
             step: optimiser steps finished, this one included (from 1).
-            groups: every group of the step; with None when it was trained on, else with why it was dropped.
+            outcomes: of every group of the step, those dropped too, even without any episode.
             metrics: name to number; a value that is no number raises before anything is written.
 
         Raises:
@@ -61,12 +68,13 @@ class RunRecords:
         """
         numbers = {storable(name): float(value) for name, value in metrics.items() if name != "step"}
         row = pl.DataFrame({"step": [step], **{name: [value] for name, value in numbers.items()}})
-        _write(episodes_frame(group_rows(step, groups)), self._episodes / _step_file(step))
+        _write(episodes_frame(step_rows(step, outcomes)), self._episodes / _step_file(step))
+        _write(groups_frame(step, outcomes), self._groups / _step_file(step))
         _write(row.cast({"step": pl.Int64}), self._metrics / _step_file(step))
 
     def truncate_after(self, step: int) -> None:
         """Remove what was recorded after ``step`` (evaluations too): a resumed run plays those steps again."""
-        for folder in (self._metrics, self._episodes):  # metrics first: a step with metrics is complete
+        for folder in (self._metrics, self._groups, self._episodes):  # metrics first: a step with metrics is complete
             for number, path in _step_files(folder):
                 if number > step:
                     path.unlink(missing_ok=True)
@@ -74,7 +82,7 @@ class RunRecords:
             last = pl.read_parquet(path, columns=["step"])["step"].max()
             if isinstance(last, int) and last > step:
                 path.unlink(missing_ok=True)
-        for folder in (self._metrics, self._episodes, self._evaluations):
+        for folder in (self._metrics, self._groups, self._episodes, self._evaluations):
             for leftover in folder.glob("*.partial"):  # of a process that was killed while it wrote
                 leftover.unlink(missing_ok=True)
 
@@ -87,7 +95,11 @@ class RunRecords:
 
     def episodes(self) -> pl.LazyFrame:
         """Every episode of training, by step, group and member; an empty frame of the same schema if there is none."""
-        return _scan([path for _, path in _step_files(self._episodes)])
+        return _scan([path for _, path in _step_files(self._episodes)], EPISODE_SCHEMA)
+
+    def groups(self) -> pl.LazyFrame:
+        """Every group of training, trained on or dropped, by step; an empty frame of the same schema if there is none."""
+        return _scan([path for _, path in _step_files(self._groups)], GROUP_SCHEMA)
 
     def load_episodes(self, step: int) -> tuple[Episode, ...]:
         """The episodes of one step as values again; empty when the step was not recorded."""
@@ -118,7 +130,7 @@ class RunRecords:
 
     def evaluations(self) -> pl.LazyFrame:
         """The episodes of every evaluation, in the order they were made, told apart by ``label``."""
-        return _scan(list(self._evaluation_files()))
+        return _scan(list(self._evaluation_files()), EPISODE_SCHEMA)
 
     def load_evaluation(self, label: str) -> tuple[Episode, ...]:
         """The episodes of one evaluation as values again; empty when there is none of that label."""
@@ -159,8 +171,8 @@ def _load(path: Path) -> tuple[Episode, ...]:
     return tuple(episode_from_row(row) for row in pl.read_parquet(path).iter_rows(named=True))
 
 
-def _scan(paths: list[Path]) -> pl.LazyFrame:
-    return pl.scan_parquet(paths, glob=False) if paths else pl.LazyFrame(schema=EPISODE_SCHEMA)
+def _scan(paths: list[Path], schema: pl.Schema) -> pl.LazyFrame:
+    return pl.scan_parquet(paths, glob=False) if paths else pl.LazyFrame(schema=schema)
 
 
 def _write(frame: pl.DataFrame, path: Path) -> None:
@@ -169,7 +181,8 @@ def _write(frame: pl.DataFrame, path: Path) -> None:
     partial = path.with_name(path.name + ".partial")
     try:
         with partial.open("wb") as file:
-            frame.write_parquet(file, compression="zstd")
+            # At its default level, 3, it takes twice the time (0.2 ms an episode of 1,500 tokens) for 3 % less.
+            frame.write_parquet(file, compression="zstd", compression_level=1)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)

@@ -1,14 +1,20 @@
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from searchr1_async.errors import CheckpointError, RunFolderError
 from searchr1_async.learn.checkpoints import ResumePoint, write_atomically
 
-POINT = ResumePoint(3, 36, "tinker://run/weights/step-000003", "abc", "model", settings={"seed": 2, "rate": 0.1})
+SETTINGS = {"seed": 2, "learning": {"learning_rate": 4e-5, "beta1": 0.9, "loss_config": {}}, "warm_up": None}
+POINT = ResumePoint(
+    3, 36, "tinker://run/weights/step-000003", "abc", "model", open_places=(31, 34), seconds=1.5, settings=SETTINGS
+)
 
 
 def test_reads_back_what_was_saved(tmp_path: Path) -> None:
@@ -22,13 +28,47 @@ def test_reads_back_what_was_saved(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["state.json"]
 
 
-def test_names_every_changed_setting() -> None:
-    POINT.refuse_changes({"seed": 2, "rate": 0.1}, "abc")
-    with pytest.raises(RunFolderError, match=r"rate: 0\.1 then, 0\.2 now.*questions"):
-        POINT.refuse_changes({"seed": 2, "rate": 0.2}, "xyz")
+def test_knows_which_places_no_recorded_step_holds() -> None:
+    assert [place for place in range(40) if POINT.is_open(place)] == [31, 34, 36, 37, 38, 39]
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"format": 99}', '{"format": 1, "step": 2}'])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 3}, "seed: 2 then, 3 now"),
+        (
+            {"learning": {"learning_rate": 1e-4, "beta1": 0.9, "loss_config": {}}},
+            "learning.learning_rate: 4e-05 then, 0.0001 now",
+        ),
+        (
+            {"learning": {"learning_rate": 4e-5, "beta1": 0.9, "loss_config": {"clip_low_threshold": 0.7}}},
+            "learning.loss_config.clip_low_threshold: nothing then, 0.7 now",
+        ),
+        (
+            {"learning": {"learning_rate": 4e-5, "loss_config": {}}, "warm_up": {"steps": 8}},
+            "learning.beta1: 0.9 then, nothing now; warm_up: None then, {'steps': 8} now",
+        ),
+    ],
+)
+def test_names_the_changed_settings_and_only_those(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(RunFolderError, match=re.escape(f"other settings ({message})")):
+        POINT.refuse_changes(SETTINGS | changes, "abc")
+
+
+def test_refuses_other_questions() -> None:
+    POINT.refuse_changes(SETTINGS, "abc")
+    with pytest.raises(RunFolderError, match="the questions or their order"):
+        POINT.refuse_changes(SETTINGS, "xyz")
+
+
+@pytest.mark.parametrize(("written", "age"), [(1, "an earlier"), (3, "a newer")])
+def test_says_that_another_version_wrote_it(tmp_path: Path, written: int, age: str) -> None:
+    (tmp_path / "state.json").write_text(json.dumps({"format": written, "step": 3, "position": 36}))
+    with pytest.raises(RunFolderError, match=f"{age} version of this package .format {written}, not 2"):
+        ResumePoint.load(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"format": "x"}', '{"format": 2, "step": 2}'])
 def test_refuses_what_is_no_resume_point(tmp_path: Path, content: str) -> None:
     (tmp_path / "state.json").write_text(content)
     with pytest.raises(RunFolderError):

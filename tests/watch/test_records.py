@@ -10,8 +10,15 @@ from hypothesis import strategies as st
 
 from searchr1_async.episodes.types import Episode, Group, Passage, Question, SearchCall, StopReason, Turn
 from searchr1_async.watch import records as records_module
-from searchr1_async.watch.records import RunRecords
-from searchr1_async.watch.rows import EPISODE_SCHEMA, episode_from_row, episode_row, episodes_frame, storable
+from searchr1_async.watch.records import GroupOutcome, RunRecords
+from searchr1_async.watch.rows import (
+    EPISODE_SCHEMA,
+    GROUP_SCHEMA,
+    EpisodeRow,
+    episode_from_row,
+    episodes_frame,
+    storable,
+)
 from tests.watch.builders import HOSTILE, answering_turn, episode, group, malformed_turn, question
 
 
@@ -19,10 +26,17 @@ def test_a_step_is_read_back_row_by_row(tmp_path: Path) -> None:
     records = RunRecords(tmp_path)
     trained = group(question("q1", hop=2), (1.0, 0.0), failed=1)
     dropped = group(question("q2"), (1.0, 1.0))
-    records.write_step(1, [(trained, None), (dropped, "constant_reward")], {"env/all/correct": 0.75})
+    cancelled = Group(question("q3"), ())
+    outcomes = [
+        GroupOutcome(41, trained),
+        GroupOutcome(40, dropped, "constant_reward"),
+        GroupOutcome(39, cancelled, "too_slow"),
+    ]
+    records.write_step(1, outcomes, {"env/all/correct": 0.75})
     frame = records.episodes().collect()
     assert frame.schema == EPISODE_SCHEMA
     assert frame["question_id"].to_list() == ["q1", "q1", "q1", "q2", "q2"]
+    assert frame["place"].to_list() == [41, 41, 41, 40, 40]
     assert frame["group"].to_list() == [0, 0, 0, 1, 1]
     assert frame["member"].to_list() == [0, 1, 2, 0, 1]
     assert frame["advantage"].to_list() == [0.5, -0.5, None, 0.0, 0.0]
@@ -36,6 +50,13 @@ def test_a_step_is_read_back_row_by_row(tmp_path: Path) -> None:
     passages = frame.select(pl.col("turns").list.first().struct.field("passages"))["passages"][0].to_list()
     assert passages == [[{"id": "p1", "title": "France", "text": "Paris is large.", "score": 0.75}]]
     assert records.metrics().to_dicts() == [{"step": 1, "env/all/correct": 0.75}]
+    groups = records.groups().collect()
+    assert groups.schema == GROUP_SCHEMA
+    assert groups.drop("step").rows() == [
+        (41, "q1", "atlas", True, None, 0.5, 1, 2, 2, 1),
+        (40, "q2", "atlas", False, "constant_reward", 1.0, 1, 2, 2, 0),
+        (39, "q3", "atlas", False, "too_slow", None, None, None, 0, 0),
+    ]
 
 
 def test_episodes_come_back_equal(tmp_path: Path) -> None:
@@ -47,7 +68,7 @@ def test_episodes_come_back_equal(tmp_path: Path) -> None:
         episode(asked, turns=(answering_turn(),), parts={"style": 0.25}),
     )
     failed = (episode(asked, stop_reason=StopReason.FAILED, turns=()),)
-    records.write_step(7, [(Group(asked, played, failed), None)], {})
+    records.write_step(7, [GroupOutcome(0, Group(asked, played, failed))], {})
     assert records.load_episodes(7) == (*played, *failed)
     assert records.load_episodes(8) == ()
 
@@ -56,6 +77,7 @@ def test_a_run_without_records_gives_empty_typed_frames(tmp_path: Path) -> None:
     records = RunRecords(tmp_path / "not yet")
     assert records.metrics().columns == ["step"]
     assert records.episodes().collect().schema == EPISODE_SCHEMA
+    assert records.groups().collect().schema == GROUP_SCHEMA
     assert records.evaluations().collect().height == 0
     assert records.evaluation_labels() == ()
     assert records.load_evaluation("untrained") == ()
@@ -65,7 +87,7 @@ def test_a_run_without_records_gives_empty_typed_frames(tmp_path: Path) -> None:
 def test_steps_with_other_metrics_and_without_groups_concatenate(tmp_path: Path) -> None:
     records = RunRecords(tmp_path)
     records.write_step(2, [], {"b": 2})
-    records.write_step(1, [(group(), None)], {"a": 1, "step": 99})
+    records.write_step(1, [GroupOutcome(0, group())], {"a": 1, "step": 99})
     assert records.metrics().to_dicts() == [{"step": 1, "a": 1.0, "b": None}, {"step": 2, "a": None, "b": 2.0}]
     assert records.episodes().collect().height == 2
 
@@ -73,7 +95,7 @@ def test_steps_with_other_metrics_and_without_groups_concatenate(tmp_path: Path)
 def test_a_resumed_run_forgets_what_came_after_its_resume_point(tmp_path: Path) -> None:
     records = RunRecords(tmp_path)
     for step in (1, 2, 3):
-        records.write_step(step, [(group(), None)], {"a": step})
+        records.write_step(step, [GroupOutcome(0, group())], {"a": step})
     records.write_evaluation("untrained", [episode()], step=0)
     records.write_evaluation("midway", [episode()], step=3)
     records.write_evaluation("elsewhere", [episode()])
@@ -81,9 +103,10 @@ def test_a_resumed_run_forgets_what_came_after_its_resume_point(tmp_path: Path) 
     records.truncate_after(2)
     assert records.metrics()["step"].to_list() == [1, 2]
     assert records.episodes().collect()["step"].unique().sort().to_list() == [1, 2]
+    assert records.groups().collect()["step"].to_list() == [1, 2]
     assert records.evaluation_labels() == ("untrained", "elsewhere")
     assert not list(tmp_path.rglob("*.partial"))
-    records.write_step(3, [(group(), None)], {"a": 30})
+    records.write_step(3, [GroupOutcome(0, group())], {"a": 30})
     assert records.metrics()["a"].to_list() == [1, 2, 30]
 
 
@@ -106,7 +129,7 @@ def test_evaluations_keep_their_order_and_replace_their_label(tmp_path: Path) ->
 
 def test_a_write_that_fails_leaves_the_earlier_file_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     records = RunRecords(tmp_path)
-    records.write_step(1, [(group(), None)], {"a": 1})
+    records.write_step(1, [GroupOutcome(0, group())], {"a": 1})
 
     def no_space(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
@@ -122,15 +145,29 @@ def test_a_write_that_fails_leaves_the_earlier_file_whole(tmp_path: Path, monkey
 def test_a_metric_that_is_no_number_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     bad: Any = {"a": "many"}
     with pytest.raises(ValueError, match="many"):
-        RunRecords(tmp_path).write_step(1, [(group(), None)], bad)
+        RunRecords(tmp_path).write_step(1, [GroupOutcome(0, group())], bad)
     assert not list(tmp_path.rglob("*.parquet"))
 
 
 def test_more_rows_than_are_built_at_once() -> None:
-    rows = [{**episode_row(episode()), "member": index} for index in range(100)]
-    frame = episodes_frame(rows)
+    played = [episode(turns=[answering_turn(sampled=index % 3)] * (index % 4)) for index in range(300)]
+    frame = episodes_frame([EpisodeRow(played, member=index) for index, played in enumerate(played)])
     assert frame.schema == EPISODE_SCHEMA
-    assert frame["member"].to_list() == list(range(100))
+    assert frame["member"].to_list() == list(range(300))
+    assert [episode_from_row(row) for row in frame.iter_rows(named=True)] == played
+
+
+def test_lists_that_are_empty_or_missing_stay_apart() -> None:
+    def turn(call: SearchCall | None) -> Turn:
+        return Turn((), (), "", call=call)
+
+    found = (Passage("p", "t", "x", 0.5),)
+    calls = (None, SearchCall(()), SearchCall(("a",)), SearchCall(("a", "b", "c"), ((), found * 2, found)), None)
+    played = [episode(turns=()), episode(turns=[turn(call) for call in calls]), episode(turns=[turn(None)])]
+    frame = episodes_frame([EpisodeRow(episode) for episode in played])
+    assert [episode_from_row(row) for row in frame.iter_rows(named=True)] == played
+    assert frame["turns"].to_list()[1][0]["queries"] is None
+    assert frame["turns"].to_list()[1][1]["queries"] == []
 
 
 def hostile_episode(text: str, number: float) -> Episode:
@@ -161,12 +198,14 @@ def test_no_text_breaks_a_file_and_all_valid_text_comes_back(tmp_path: Path, tex
 
 def test_surrogates_are_joined_or_replaced_and_nul_is_kept(tmp_path: Path) -> None:
     assert storable("\ud83d\ude00 \udcff \x00") == "😀 \ufffd \x00"
-    RunRecords(tmp_path).write_step(1, [(Group(question(), (hostile_episode(HOSTILE, 1.0),)), HOSTILE)], {HOSTILE: 1})
+    RunRecords(tmp_path).write_step(
+        1, [GroupOutcome(0, Group(question(), (hostile_episode(HOSTILE, 1.0),)), HOSTILE)], {HOSTILE: 1}
+    )
     text = RunRecords(tmp_path).episodes().collect()["turns"][0][0]["text"]
     assert "\x00\x1b[31m \u202eevil\u202c 😀 \ufffd" in text
     assert RunRecords(tmp_path).metrics().width == 2
 
 
 def test_a_row_alone_gives_its_episode_back() -> None:
-    (row,) = episodes_frame([episode_row(episode())]).iter_rows(named=True)
+    (row,) = episodes_frame([EpisodeRow(episode())]).iter_rows(named=True)
     assert episode_from_row(row) == episode()
