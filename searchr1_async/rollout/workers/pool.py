@@ -1,0 +1,366 @@
+"""A pool of rollout workers: each group goes to the least busy, what a dead one leaves is played by another."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import anyio
+from anyio.abc import TaskGroup, TaskStatus
+
+from searchr1_async.episodes.play import SearchTool
+from searchr1_async.errors import ConfigurationError, ServiceError
+from searchr1_async.rollout.player import Finished, GroupPolicy, GroupTask
+from searchr1_async.rollout.workers.attempt import Attempt
+from searchr1_async.rollout.workers.channel import ChannelClosedError
+from searchr1_async.rollout.workers.deaths import DeathRecord
+from searchr1_async.rollout.workers.launch import Launched, end, launch
+from searchr1_async.rollout.workers.messages import (
+    Cancel,
+    Ended,
+    Found,
+    FromWorker,
+    Load,
+    Play,
+    Played,
+    SearchAsked,
+    SearchFailed,
+    WorkerSpec,
+)
+from searchr1_async.rollout.workers.policies import PolicyBook, Shared
+from searchr1_async.rollout.workers.samplers import newest
+
+logger = logging.getLogger(__name__)
+
+START_SECONDS = 120.0
+"""For a worker to come up; alone on a machine it takes about 3."""
+LOAD_SECONDS = 1.0
+"""Between two messages on how busy a worker is."""
+SEED_OFFSET = 1_000_003
+"""Added to a group's seed for each time that it is begun again: with the same seed and another number of members, some would
+be sampled as those that have finished already."""
+
+
+@dataclass(eq=False, slots=True)
+class Worker:
+    """One that is up."""
+
+    number: int
+    launched: Launched
+    attempts: dict[int, Attempt] = field(default_factory=dict)
+    load: Load = field(default_factory=Load)
+
+    @property
+    def members(self) -> int:
+        """Episodes under way."""
+        return sum(len(attempt.left) for attempt in self.attempts.values())
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStatistics:
+    """One worker, as it said last."""
+
+    pid: int
+    groups: int
+    members: int
+    """Episodes under way."""
+    load: Load
+
+
+@dataclass(frozen=True, slots=True)
+class PoolStatistics:
+    """How a pool stands."""
+
+    workers: tuple[WorkerStatistics, ...]
+    deaths: int
+    """Workers that died, since the pool was opened."""
+    replayed: int
+    """Episodes begun again for that."""
+
+
+class WorkerPool:
+    """Plays groups in processes of their own, which keep their clients and connections while the pool is open::
+
+        async with WorkerPool(spec, search, count=2) as pool:
+            await pool.play(task, policy, finished)
+
+    The search stays here: workers ask for theirs over their channels, so batches, cache and pacing are shared by all. So do
+    ``finished`` and with it the rewards. What a worker would clean of a query is what
+    :func:`~searchr1_async.search.queries.clean_query` does, whatever ``search.clean_query`` does.
+
+    A worker that dies is replaced, and of its groups the members that had not finished are played again elsewhere.
+
+    Args:
+        spec: how to play; the same as in this process.
+        search: answers the searches of all workers.
+        count: of workers to begin with; :meth:`add_worker` adds more.
+        start_timeout: seconds for a worker to come up.
+        log_path: a file that gets what workers log; None is this process's standard error.
+        deaths: how many are made good.
+        on_load: is told how busy each worker is, about once a second.
+
+    Raises, when it is entered:
+        ServiceError: a worker did not come up.
+    """
+
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        search: SearchTool,
+        *,
+        count: int = 1,
+        start_timeout: float = START_SECONDS,
+        log_path: Path | None = None,
+        deaths: DeathRecord | None = None,
+        on_load: Callable[[Load], None] | None = None,
+    ) -> None:
+        if count < 0:
+            raise ConfigurationError(f"{count} workers: the number must be 0 or more")
+        self._spec = spec
+        self._search = search
+        self._count = count
+        self._start_timeout = start_timeout
+        self._log_path = log_path
+        self._deaths = deaths or DeathRecord()
+        self._on_load = on_load
+        self._replayed = 0
+        self._policies = PolicyBook()
+        self._workers: dict[int, Worker] = {}
+        self._worker_numbers, self._attempt_numbers = itertools.count(), itertools.count()
+        self._failure: ServiceError | None = None
+        self._tasks: TaskGroup | None = None
+        self._changed = anyio.Event()
+
+    # -- opening and closing ---------------------------------------------------------------------------------------------
+
+    async def __aenter__(self) -> Self:
+        if self._tasks is not None:
+            raise ConfigurationError("the worker pool is open already")
+        self._failure = None
+        self._changed = anyio.Event()
+        self._tasks = await anyio.create_task_group().__aenter__()
+        try:
+            async with anyio.create_task_group() as starting:
+                for _ in range(self._count):
+                    starting.start_soon(self.add_worker)
+        except BaseException as error:
+            await self.__aexit__(type(error), error, error.__traceback__)
+            if isinstance(error, ExceptionGroup):
+                raise _first(error) from None
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        assert self._tasks is not None
+        self._fail(ServiceError("the worker pool was closed while groups were being played"))
+        tasks, self._tasks = self._tasks, None
+        # Shielded: processes are ended in a cancelled run too. Each has its deadline.
+        tasks.cancel_scope.shield = True
+        tasks.cancel_scope.cancel()
+        if isinstance(error, anyio.get_cancelled_exc_class()):
+            return await tasks.__aexit__(kind, error, trace)
+        # Not with the error of the block, which would come out of it in a group.
+        return await tasks.__aexit__(None, None, None)
+
+    async def add_worker(self) -> None:
+        """Starts one more, and returns when it can play.
+
+        Raises:
+            ServiceError: it did not come up, or the pool is closed.
+        """
+        if self._tasks is None:
+            raise ServiceError("the worker pool is not open")
+        await self._tasks.start(self._bring_up)
+
+    async def _bring_up(self, *, task_status: TaskStatus[None]) -> None:
+        worker = await self._start()
+        self._workers[worker.number] = worker
+        task_status.started()
+        await self._attend(worker)
+
+    async def _start(self) -> Worker:
+        launched = await launch(
+            self._spec, deadline=self._start_timeout, load_seconds=LOAD_SECONDS, log_path=self._log_path
+        )
+        return Worker(next(self._worker_numbers), launched)
+
+    async def _attend(self, worker: Worker) -> None:
+        """Everything of one worker, and of those that take its place; ends its process when cancelled."""
+        while True:
+            self._workers[worker.number] = worker
+            self._tell_change()
+            lost = 0
+            try:
+                await self._listen(worker)
+            finally:
+                del self._workers[worker.number]
+                self._policies.forget(worker.number)
+                lost = len(worker.attempts)
+                for attempt in worker.attempts.values():
+                    attempt.lose()
+                # Cancelled, it is still there; else it has closed its channel, and is dying.
+                code = await end(worker.launched)
+            logger.warning(
+                "rollout worker %d died (exit code %s) with %d groups under way: they are played again",
+                worker.launched.process.pid,
+                code,
+                lost,
+            )
+            replacement = await self._replace(code)
+            if replacement is None:
+                return
+            worker = replacement
+
+    async def _replace(self, code: int | None) -> Worker | None:
+        cause: ServiceError | None = None
+        while not self._deaths.is_too_many(time.monotonic()):
+            try:
+                return await self._start()
+            except ServiceError as error:
+                cause = error
+                logger.warning("%s", error)
+        self._fail(
+            ServiceError(
+                f"rollout workers died more than {self._deaths.most} times within {self._deaths.seconds:g} s; the last: "
+                f"{cause or f'exit code {code}'}. Is there memory for them? Else play with workers=1, and report what they log"
+            )
+        )
+        return None
+
+    def _fail(self, error: ServiceError) -> None:
+        self._failure = self._failure or error
+        self._tell_change()
+
+    def _tell_change(self) -> None:
+        self._changed.set()
+        self._changed = anyio.Event()
+
+    # -- what workers say ------------------------------------------------------------------------------------------------
+
+    async def _listen(self, worker: Worker) -> None:
+        """Returns when the worker is gone."""
+        channel = worker.launched.channel
+
+        def reply(answer: Found | SearchFailed) -> None:
+            # What is sampled next is sampled from the newest weights, where the policy says so.
+            for message in self._policies.follow(worker.number):
+                channel.post(message)
+            channel.post(answer)
+
+        with suppress(ChannelClosedError):
+            while True:
+                self._take(worker, await channel.receive(), reply)
+
+    def _take(self, worker: Worker, message: FromWorker, reply: Callable[[Found | SearchFailed], None]) -> None:
+        match message:
+            case SearchAsked() | Played() | Ended():
+                # Of a group that was cancelled here, some may still be on the way.
+                attempt = worker.attempts.get(message.group)
+                if attempt is not None:
+                    attempt.receive(message, reply)
+            case Load():
+                worker.load = message
+                for hold in self._policies.follow(worker.number):
+                    worker.launched.channel.post(hold)
+                if self._on_load is not None:
+                    self._on_load(message)
+
+    # -- playing ---------------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def can_play(policy: GroupPolicy) -> bool:
+        """Whether a policy can be sent to other processes."""
+        return newest(policy) is not None
+
+    @property
+    def least_members(self) -> int | None:
+        """Episodes under way at the worker that gets the next group; None while there is no worker."""
+        return min((worker.members for worker in self._workers.values()), default=None)
+
+    @property
+    def statistics(self) -> PoolStatistics:
+        """How it stands now."""
+        return PoolStatistics(
+            workers=tuple(
+                WorkerStatistics(worker.launched.process.pid, len(worker.attempts), worker.members, worker.load)
+                for worker in self._workers.values()
+            ),
+            deaths=self._deaths.count,
+            replayed=self._replayed,
+        )
+
+    async def play(self, task: GroupTask, policy: GroupPolicy, finished: Finished) -> None:
+        """Plays a group on the worker with the fewest episodes under way; see :class:`GroupPlayer`.
+
+        Each call of ``finished`` runs in a task of its own. The question's metadata stays here.
+
+        Raises, within an exception group where they arise beside others:
+            ServiceError: workers died too often, or the pool was closed.
+            SearchError: a fatal one.
+            ConfigurationError: the policy cannot be sent to another process.
+            RuntimeError: something broke in a worker that is no service's fault.
+        """
+        shared = self._policies.begin(policy)
+        try:
+            while True:
+                worker = await self._free_worker()
+                left = await self._attempt(worker, task, shared, finished)
+                if not left:
+                    return
+                self._replayed += len(left)
+                seed = None if task.seed is None else (task.seed + SEED_OFFSET) % 2**31
+                task = replace(task, members=left, seed=seed)
+        finally:
+            for number, messages in self._policies.end(shared).items():
+                for message in messages:
+                    self._workers[number].launched.channel.post(message)
+
+    async def _free_worker(self) -> Worker:
+        """The one with the fewest members; waits while there is none."""
+        while not self._workers:
+            if self._failure is not None:
+                raise self._failure
+            if self._tasks is None:
+                raise ServiceError("the worker pool is not open")
+            await self._changed.wait()
+        return min(self._workers.values(), key=lambda worker: worker.members)
+
+    async def _attempt(self, worker: Worker, task: GroupTask, shared: Shared, finished: Finished) -> tuple[int, ...]:
+        """Plays on one worker; returns the members that had not finished when it died."""
+        channel = worker.launched.channel
+        number = next(self._attempt_numbers)
+        left = task.members
+        async with anyio.create_task_group() as tasks:
+            attempt = Attempt(number, task, self._search, finished, tasks)
+            worker.attempts[number] = attempt
+            try:
+                for message in self._policies.introduce(worker.number, shared):
+                    channel.post(message)
+                # What an episode needs of it: metadata may be anything, and is the user's.
+                question = replace(task.question, metadata={})
+                with suppress(ChannelClosedError):  # then it is lost
+                    await channel.send(Play(number, replace(task, question=question), shared.number))
+                if worker.number in self._workers:
+                    await attempt.over()
+                left = tuple(attempt.left)
+            except BaseException:
+                channel.post(Cancel(number))
+                raise
+            finally:
+                del worker.attempts[number]
+        return left
+
+
+def _first(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
