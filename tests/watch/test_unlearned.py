@@ -1,0 +1,291 @@
+from __future__ import annotations
+
+import logging
+import struct
+import tempfile
+import threading
+import zlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from searchr1_async.episodes.types import Episode, Group, Passage, Question, SearchCall, StopReason, Turn
+from searchr1_async.watch import unlearned
+from searchr1_async.watch.unlearned import UnlearnedGroups
+from tests.watch.builders import answering_turn, episode, group, malformed_turn, question, searching_turn
+
+TEXT = st.text(st.characters() | st.just("\udcff"), max_size=20)
+NUMBER = st.floats(allow_nan=False)
+TOKENS = st.lists(st.integers(0, 2**31 - 1), max_size=5).map(tuple)
+PASSAGES = st.lists(st.builds(Passage, TEXT, TEXT, TEXT, NUMBER), max_size=2).map(tuple)
+CALLS = st.builds(
+    SearchCall,
+    st.lists(TEXT, max_size=2).map(tuple),
+    st.lists(PASSAGES, max_size=2).map(tuple),
+    st.none() | TEXT,
+    NUMBER,
+)
+TURNS = st.builds(
+    Turn,
+    TOKENS,
+    st.lists(st.floats(width=32, allow_nan=False), max_size=5).map(tuple),
+    TEXT,
+    TEXT,
+    st.integers(0, 2**40),
+    st.none() | CALLS,
+    TOKENS,
+    NUMBER,
+    st.booleans(),
+)
+METADATA = st.dictionaries(TEXT, st.none() | TEXT | NUMBER | st.integers() | st.lists(TEXT, max_size=2), max_size=2)
+QUESTIONS = st.builds(Question, TEXT, TEXT.map("?{}".format), st.just(("Paris", "\udcff\x00")), TEXT, METADATA)
+
+
+@st.composite
+def groups(draw: st.DrawFn) -> Group:
+    asked = draw(QUESTIONS)
+    played = st.builds(
+        Episode,
+        st.just(asked),
+        TOKENS,
+        st.lists(TURNS, max_size=2).map(tuple),
+        st.sampled_from(StopReason),
+        st.none() | TEXT,
+        NUMBER,
+        st.dictionaries(TEXT, NUMBER, max_size=2),
+        st.none() | TEXT,
+        NUMBER,
+    )
+    several = st.lists(played, max_size=2).map(tuple)
+    return Group(asked, draw(several), draw(several))
+
+
+@given(written=groups())
+@settings(max_examples=40, deadline=None)
+def test_a_group_comes_back_equal(written: Group) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        UnlearnedGroups(Path(folder)).write([(7, written)])
+        (read,) = UnlearnedGroups(Path(folder)).load().items()
+    assert read == (7, written)
+
+
+def test_every_log_probability_comes_back_exactly(tmp_path: Path) -> None:
+    sampled = np.random.default_rng(1).integers(0, 2**32, 5000, dtype=np.uint64).astype(np.uint32).view(np.float32)
+    logprobs = tuple(sampled[~np.isnan(sampled)].tolist())
+    played = Group(question(), (episode(turns=[replace(answering_turn(), logprobs=(*logprobs, -0.0))]),))
+    UnlearnedGroups(tmp_path).write([(0, played)])
+    (turn,) = UnlearnedGroups(tmp_path).load()[0].episodes[0].turns
+    assert np.array(turn.logprobs, np.float64).tobytes() == np.array((*logprobs, -0.0), np.float64).tobytes()
+
+
+def test_what_json_does_not_know_is_kept_as_far_as_it_can_be(tmp_path: Path) -> None:
+    odd: dict[Any, Any] = {
+        "path": Path("a/b"),
+        "hop": (1, 2),
+        3: "three",
+        "score": np.float64(0.5),
+        "count": np.int64(7),
+    }
+    asked = replace(question(), metadata=odd)
+    turn = replace(searching_turn(), seconds=float("nan"))
+    UnlearnedGroups(tmp_path).write([(1, Group(asked, (episode(asked, turns=[turn]),)))])
+    read = UnlearnedGroups(tmp_path).load()[1]
+    assert read.question.metadata == {"path": "a/b", "hop": [1, 2], "3": "three", "score": 0.5, "count": 7}
+    assert np.isnan(read.episodes[0].turns[0].seconds)
+
+
+def test_only_what_no_step_holds_comes_back(tmp_path: Path) -> None:
+    kept = {place: group(question(f"q{place}"), failed=place % 2) for place in range(6)}
+    store = UnlearnedGroups(tmp_path)
+    store.write([(0, kept[0]), (1, kept[1]), (2, kept[2])])
+    store.forget([1, 0, 99])
+    store.write([(3, kept[3]), (4, kept[4])])
+    # The file of 1 and 0 is still there for 2: whoever reads says what is open.
+    assert UnlearnedGroups(tmp_path).load(lambda place: place >= 2) == {place: kept[place] for place in (2, 3, 4)}
+    assert len(list(tmp_path.iterdir())) == 2
+    store.forget([2])
+    assert UnlearnedGroups(tmp_path).load() == {3: kept[3], 4: kept[4]}
+    store.forget([3, 4])
+    assert list(tmp_path.iterdir()) == []
+    store.write([(5, kept[5])])
+    assert UnlearnedGroups(tmp_path).load() == {5: kept[5]}
+    store.clear()
+    assert UnlearnedGroups(tmp_path).load() == {}
+    store.write([(5, kept[5])])
+    assert UnlearnedGroups(tmp_path).load() == {5: kept[5]}
+
+
+def test_a_folder_that_is_not_there_holds_nothing(tmp_path: Path) -> None:
+    store = UnlearnedGroups(tmp_path / "not yet")
+    assert store.load() == {}
+    store.forget([1])
+    store.write([])
+    store.clear()
+    assert not list(tmp_path.iterdir())
+
+
+class Life(RuleBasedStateMachine):
+    """Sessions of a run that write, record steps and are killed at any moment, the last write cut anywhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scratch = tempfile.TemporaryDirectory()
+        self.folder = Path(self.scratch.name) / "unlearned"
+        self.store = UnlearnedGroups(self.folder)
+        self.open: dict[int, Group] = {}
+        self.recorded: set[int] = set()
+        self.next_place = 0
+
+    @rule(count=st.integers(1, 3), size=st.integers(0, 2))
+    def groups_finish(self, count: int, size: int) -> None:
+        finished = [
+            (self.next_place + i, group(question(f"q{self.next_place + i}"), (1.0,) * size)) for i in range(count)
+        ]
+        self.store.write(finished)
+        self.open.update(finished)
+        self.next_place += count
+
+    @precondition(lambda self: self.open)
+    @rule(data=st.data())
+    def a_step_is_recorded(self, data: st.DataObject) -> None:
+        places = data.draw(st.sets(st.sampled_from(sorted(self.open)), min_size=1))
+        self.recorded |= places
+        for place in places:
+            del self.open[place]
+        if data.draw(st.booleans()):  # else the process is killed before it comes to that
+            self.store.forget(places)
+        else:
+            self.resume()
+
+    @precondition(lambda self: self.folder.is_dir() and any(self.folder.iterdir()))
+    @rule(cut=st.integers(1, 200))
+    def killed_while_it_wrote(self, cut: int) -> None:
+        last = max(self.folder.iterdir())
+        content = last.read_bytes()
+        self.store.write([(self.next_place, group(question("never seen whole")))])
+        newest = max(self.folder.iterdir())
+        whole = newest.read_bytes()
+        before = len(content) if newest == last else 0
+        newest.write_bytes(whole[: max(before, len(whole) - cut)])
+        self.resume()
+
+    @rule()
+    def resume(self) -> None:
+        self.store = UnlearnedGroups(self.folder)
+        assert self.store.load(lambda place: place not in self.recorded) == self.open
+
+    @invariant()
+    def nothing_is_left_where_nothing_is_open(self) -> None:
+        if not self.open and self.folder.is_dir():
+            self.store.forget(self.recorded)
+            assert not list(self.folder.iterdir())
+
+    def teardown(self) -> None:
+        self.scratch.cleanup()
+
+
+TestLife = Life.TestCase
+TestLife.settings = settings(max_examples=40, stateful_step_count=20, deadline=None)
+
+
+@pytest.fixture(scope="module")
+def content() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        UnlearnedGroups(Path(folder)).write([(place, group(question(f"q{place}"))) for place in range(3)])
+        return next(Path(folder).iterdir()).read_bytes()
+
+
+@given(data=st.data())
+@settings(max_examples=150, deadline=None)
+def test_no_damage_raises_or_makes_up_a_group(content: bytes, data: st.DataObject) -> None:
+    damaged = bytearray(content[: data.draw(st.integers(0, len(content)), label="cut at")])
+    for _ in range(data.draw(st.integers(0, 3), label="flips") if damaged else 0):
+        damaged[data.draw(st.integers(0, len(damaged) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "000001.groups").write_bytes(damaged)
+        store = UnlearnedGroups(Path(folder))
+        read = store.load()
+        assert all(read[place] == group(question(f"q{place}")) for place in read)
+        assert list(read) == list(range(len(read))), "the groups before the damage"
+        store.write([(9, group())])  # what comes later is not hidden by the damage
+        assert UnlearnedGroups(Path(folder)).load() == read | {9: group()}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"{}", b"[]", b"7", b"\xff", b'{"complete": 1}', b"[" * 100_000, b'{"id": "q"}\n{"prompt_tokens": 5}'],
+)
+def test_a_record_that_is_whole_and_no_group_is_passed_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, body: bytes
+) -> None:
+    store = UnlearnedGroups(tmp_path)
+    store.write([(1, group())])
+    file = next(tmp_path.iterdir())
+    head = struct.pack("<IIq", len(body), zlib.crc32(body, zlib.crc32(struct.pack("<q", 2))), 2)
+    file.write_bytes(file.read_bytes() + head + body)
+    with caplog.at_level(logging.WARNING):
+        assert UnlearnedGroups(tmp_path).load() == {1: group()}
+    assert "the group of place 2 cannot be read" in caplog.text
+
+
+def test_files_of_another_format_and_of_others_are_passed_over(tmp_path: Path) -> None:
+    UnlearnedGroups(tmp_path).write([(1, group())])
+    newer = tmp_path / "000002.groups"
+    newer.write_bytes(b"SR1GRP02" + (tmp_path / "000001.groups").read_bytes()[8:])
+    (tmp_path / "notes.txt").write_text("mine")
+    assert UnlearnedGroups(tmp_path).load() == {1: group()}
+    assert (tmp_path / "notes.txt").exists()
+
+
+def test_a_full_disk_keeps_what_was_there_and_takes_more_once_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = UnlearnedGroups(tmp_path)
+    store.write([(1, group())])
+
+    def half(file: Any, content: bytes) -> None:
+        file.write(content[: len(content) // 2])
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr(unlearned, "write_all", half)
+        with pytest.raises(OSError, match="No space"):
+            store.write([(2, group()), (3, group())])
+    store.write([(4, group())])
+    assert sorted(UnlearnedGroups(tmp_path).load()) == [1, 4]
+
+
+def test_a_place_written_again_counts_once(tmp_path: Path) -> None:
+    store = UnlearnedGroups(tmp_path)
+    later = group(corrects=(0.0, 0.0))
+    store.write([(1, group())])
+    store.forget([])
+    store.write([(1, later)])
+    assert UnlearnedGroups(tmp_path).load() == {1: later}
+    store.forget([1])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_threads_write_and_forget_side_by_side(tmp_path: Path) -> None:
+    store = UnlearnedGroups(tmp_path)
+    played = Group(question(), (episode(turns=[malformed_turn()]), episode()))
+
+    def work(start: int) -> None:
+        for place in range(start, start + 40):
+            store.write([(place, played)])
+            if place % 2:
+                store.forget([place])
+
+    threads = [threading.Thread(target=work, args=(1000 * number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    even = [1000 * number + place for number in range(4) for place in range(0, 40, 2)]
+    assert UnlearnedGroups(tmp_path).load(lambda place: place % 2 == 0) == dict.fromkeys(even, played)
