@@ -2,31 +2,246 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+import heapq
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import anyio
+
+from searchr1_async.rollout.limit import Cause, Flight, SampleLimit
+from searchr1_async.rollout.pulse import PulseReading
+from searchr1_async.rollout.push_back import PushBackProbe
+from searchr1_async.rollout.sharing import Sharing
+
+LOOK_EVERY = 0.25
+"""Seconds between two looks for a push-back; the SDK backs off for 1 s at least after one, so none is missed."""
+
+
+@dataclass(frozen=True, slots=True)
+class GateStatistics:
+    """What goes through the gate: now, and in all so far."""
+
+    in_flight: int
+    """Samples on their way."""
+    requests: int
+    """That carry them."""
+    waiting: int
+    """Samples that wait for room."""
+    limit: int
+    """Samples in flight at most, now."""
+    cause: Cause
+    """Why no more are in flight."""
+    saturated_seconds: float
+    """For how long this process has been saturated without a break; 0 while it is not."""
+    samples: int
+    """Sampled in all."""
+    tokens: int
+    """In those."""
+    failed: int
+    """Samples that the service failed."""
+    push_backs: int
+    """Looks at which the service had pushed back since the one before."""
+    groups: int
+    """Whose first turns were to be sampled as ``first_turn="auto"`` finds best."""
+    split_groups: int
+    """Of which so many got one request a member."""
+
+    def metrics(self) -> dict[str, float]:
+        """By the names under which a run reports them."""
+        return {
+            "rollout/samples_in_flight": float(self.in_flight),
+            "rollout/samples_waiting": float(self.waiting),
+            "rollout/sample_limit": float(self.limit),
+            **{f"rollout/limited_by/{cause.value}": float(self.cause is cause) for cause in Cause},
+            "rollout/samples": float(self.samples),
+            "rollout/failed_samples": float(self.failed),
+            "rollout/push_backs": float(self.push_backs),
+            "rollout/split_groups": float(self.split_groups),
+        }
 
 
 class Slot:
-    """One request under way."""
+    """The right to send one request: an asynchronous context manager, which waits for it and gives it back. Made by
+    :meth:`SampleGate.slot`; used once."""
+
+    __slots__ = ("_admitted", "_delay", "_flight", "_gate", "_tokens", "_wanted", "samples", "turn")
+
+    def __init__(self, gate: SampleGate, samples: int, turn: int, tokens: int) -> None:
+        self.samples = samples
+        self.turn = turn
+        self._gate = gate
+        self._wanted = tokens
+        self._flight: Flight | None = None
+        self._admitted: anyio.Event | None = None
+        self._delay = 0.0
+        self._tokens = 0
 
     def finished(self, tokens: Sequence[int]) -> None:
         """Tells the gate what was sampled: the number of tokens of each sample of the request."""
+        self._tokens = sum(tokens)
+
+    async def __aenter__(self) -> Slot:
+        # No checkpoint where there is room: the request that follows is one, and it would cost more than all the rest.
+        if not self._gate._enter(self, self._wanted):
+            await self._gate._wait(self)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._gate._leave(self, kind)
 
 
 class SampleGate:
-    """Admits sampling requests; see :class:`~searchr1_async.rollout.limit.SampleLimit` for how many."""
+    """Admits sampling requests; see :class:`~searchr1_async.rollout.limit.SampleLimit` for how many.
 
-    @asynccontextmanager
-    async def slot(self, *, samples: int = 1, turn: int = 0, tokens: int = 0) -> AsyncIterator[Slot]:
+    Those that wait are admitted in order: later turns first, then longer prompts, then first come. An episode near its end
+    completes its group, and learning waits for groups; long prompts take longest. Nothing overtakes what comes before it in
+    that order, so a group's first turns get their places as soon as so many are free.
+
+    To be used in one event loop. A gate is made outside of any.
+
+    Args:
+        limit: how many.
+        sharing: decides :meth:`is_sharing_worth_it`.
+        clock: in seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        limit: SampleLimit | None = None,
+        sharing: Sharing | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._limit = limit or SampleLimit()
+        self._sharing = sharing or Sharing()
+        self._clock = clock
+        self._probe = PushBackProbe()
+        self._looked_at = 0.0
+        self._order = itertools.count()
+        self._queue: list[tuple[int, int, int, Slot]] = []
+        """A heap; it also holds those that were cancelled, until they come up."""
+        self._waiting = 0
+        self._samples = 0
+        self._tokens = 0
+        self._failed = 0
+        self._push_backs = 0
+
+    def slot(self, *, samples: int = 1, turn: int = 0, tokens: int = 0) -> Slot:
         """Waits for the right to send one request, and holds it while the block runs.
 
         Args:
-            samples: that the request asks for.
+            samples: that the request asks for; it takes as many places. Where there never are as many, it goes alone.
             turn: of the episode, from 0; later turns are admitted first.
             tokens: of the prompt; among equal turns longer prompts are admitted first.
         """
-        yield Slot()
+        return Slot(self, samples, turn, tokens)
 
     def is_sharing_worth_it(self, members: int) -> bool:
         """Whether one request for the first turns of so many members costs less than one request each."""
-        return True
+        return self._sharing.is_worth_it(self._clock(), members)
+
+    def watch(self, client: Any) -> None:
+        """Has a sampling client looked at for push-backs of its service, which the SDK hides."""
+        self._probe.watch(client)
+
+    def client_is(self, reading: PulseReading) -> None:
+        """How this process is doing: for :class:`~searchr1_async.rollout.pulse.Pulse` to call."""
+        now = self._clock()
+        self._limit.client_is(now, cpu=reading.cpu, lag=reading.lag_p50)
+        self._sharing.client_is(cpu=reading.cpu, is_saturated=self._limit.is_saturated)
+        self._look(now)
+
+    @property
+    def statistics(self) -> GateStatistics:
+        """How it stands now, and totals."""
+        now, limit, sharing = self._clock(), self._limit, self._sharing
+        return GateStatistics(
+            in_flight=limit.in_flight,
+            requests=limit.requests,
+            waiting=self._waiting,
+            limit=limit.limit,
+            cause=limit.cause(now, self._waiting),
+            saturated_seconds=limit.saturated_for(now),
+            samples=self._samples,
+            tokens=self._tokens,
+            failed=self._failed,
+            push_backs=self._push_backs,
+            groups=sharing.asked,
+            split_groups=sharing.split,
+        )
+
+    def _enter(self, slot: Slot, tokens: int) -> bool:
+        """Lets it in where there is room and nobody before it; else it is put in line."""
+        if not self._waiting and self._limit.may_begin(slot.samples):
+            self._admit(slot, self._clock())
+            return True
+        heapq.heappush(self._queue, (-slot.turn, -tokens, next(self._order), slot))
+        self._waiting += slot.samples
+        slot._admitted = anyio.Event()
+        self._pump()
+        return slot._flight is not None
+
+    async def _wait(self, slot: Slot) -> None:
+        """Until it is let in. One that is cancelled gives up its place in line, or the room that it had just been given."""
+        assert slot._admitted is not None
+        try:
+            await slot._admitted.wait()
+        except BaseException:
+            if slot._flight is None:
+                slot._admitted = None
+                self._waiting -= slot.samples
+            else:
+                self._limit.abandoned(slot._flight)
+            self._pump()
+            raise
+
+    def _admit(self, slot: Slot, now: float) -> None:
+        slot._flight = self._limit.begin(now, slot.samples)
+        slot._delay = self._sharing.began(now, samples=slot.samples, turn=slot.turn)
+
+    def _leave(self, slot: Slot, kind: type[BaseException] | None) -> None:
+        flight = slot._flight
+        assert flight is not None
+        now = self._clock()
+        if now - self._looked_at >= LOOK_EVERY:
+            self._look(now)
+        if kind is None:
+            self._limit.finished(flight, now, is_short=self._waiting > 0)
+            self._sharing.finished(now - flight.began, samples=slot.samples, turn=slot.turn, delay=slot._delay)
+            self._samples += slot.samples
+            self._tokens += slot._tokens
+        elif issubclass(kind, Exception):
+            self._limit.failed(flight)
+            self._failed += slot.samples
+        else:  # cancelled
+            self._limit.abandoned(flight)
+        self._pump()
+
+    def _pump(self) -> None:
+        """Lets in those that come first, as far as there is room."""
+        queue = self._queue
+        if not self._waiting:
+            queue.clear()
+            return
+        now = self._clock()
+        while queue:
+            slot = queue[0][3]
+            if slot._admitted is not None:
+                if not self._limit.may_begin(slot.samples):
+                    return
+                self._waiting -= slot.samples
+                self._admit(slot, now)
+                slot._admitted.set()
+            heapq.heappop(queue)
+
+    def _look(self, now: float) -> None:
+        self._looked_at = now
+        if self._probe.take():
+            self._push_backs += 1
+            self._limit.pushed_back(now)
