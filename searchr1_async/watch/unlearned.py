@@ -1,7 +1,7 @@
 """Finished groups on disk until a recorded step holds them, so that a killed run need not play them again.
 
-One append-only file between two steps, deleted when its last group is in a recorded step. A record is a place, a group as
-lines of JSON, and their CRC-32. JSON, since a run's folder may come from somebody else, and reading it must not run code.
+One append-only file between two steps, deleted with the last of its groups. A record is a place, a group as lines of JSON,
+their CRC-32, and one byte that is changed when the group is forgotten before its file is. JSON, since a run's folder may come from somebody else, and reading it must not run code.
 A group comes back equal to what was written, log-probability for log-probability; only a question's metadata come back as
 their JSON does (a tuple as a list), and two surrogates that are a pair as their character.
 
@@ -20,12 +20,13 @@ import shutil
 import struct
 import threading
 import zlib
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, is_dataclass
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, NamedTuple
 
 import orjson
 
@@ -36,12 +37,21 @@ logger = logging.getLogger(__name__)
 
 _MAGIC = b"SR1GRP01"
 """Begins every file; its last digits are the format's version."""
-_HEAD = struct.Struct("<IIq")
-"""Begins every record: bytes of its body, CRC-32 of its place and body, place."""
+_HEAD = struct.Struct("<IIqB")
+"""Begins every record: bytes of its body, CRC-32 of its place and body, place, kept or forgotten."""
 _PLACE = struct.Struct("<q")
+_KEPT, _FORGOTTEN = 0xA5, 0x5A
+"""No flipped bit makes one of the other."""
 _UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
 """What reading lines raises that are whole and yet no group."""
 _FILE = re.compile(r"(\d{6,})\.groups")
+
+
+class _At(NamedTuple):
+    """Where a record is."""
+
+    file: int
+    offset: int
 
 
 class UnlearnedGroups:
@@ -56,8 +66,7 @@ class UnlearnedGroups:
     def __init__(self, folder: Path) -> None:
         self._folder = Path(folder)
         self._lock = threading.Lock()
-        self._held: dict[int, int] = {}
-        """Place to the number of the file that holds its group."""
+        self._held: dict[int, _At] = {}
         self._files = {number for number, _ in self._listed()}
         # Never appended to what an earlier process left: its end may be torn.
         self._current = max(self._files, default=0) + 1
@@ -76,15 +85,21 @@ class UnlearnedGroups:
         """
         if not groups:
             return
-        records: list[bytes] = []
-        for place, group in groups:
-            body = _encoded(group)
-            records += (_HEAD.pack(len(body), _checksum(place, body), place), body)
+        bodies = [(place, _encoded(group)) for place, group in groups]
+        heads = [_HEAD.pack(len(body), _checksum(place, body), place, _KEPT) for place, body in bodies]
+        records = b"".join(part for head, (_, body) in zip(heads, bodies, strict=True) for part in (head, body))
         with self._lock:
-            self._append(b"".join(records))
-            self._held.update((place, self._current) for place, _ in groups)
+            offset = self._append(records)
+            replaced: list[_At] = []
+            for place, body in bodies:
+                if place in self._held:
+                    replaced.append(self._held[place])
+                self._held[place] = _At(self._current, offset)
+                offset += _HEAD.size + len(body)
+            self._bury(replaced)
 
-    def _append(self, records: bytes) -> None:
+    def _append(self, records: bytes) -> int:
+        """Where in the current file they begin."""
         self._folder.mkdir(parents=True, exist_ok=True)
         with self._path(self._current).open("ab", buffering=0) as file:
             before = file.tell()
@@ -95,6 +110,7 @@ class UnlearnedGroups:
                     file.truncate(before)
                 raise
         self._files.add(self._current)
+        return before or len(_MAGIC)
 
     def load(self, is_open: Callable[[int], bool] = lambda place: True) -> dict[int, Group]:
         """The groups on disk, by place; they are held from now on as those written are. Call it before :meth:`write`.
@@ -103,17 +119,19 @@ class UnlearnedGroups:
 
         Args:
             is_open: whether the group of a place is in no recorded step yet: :meth:`ResumePoint.is_open
-                <searchr1_async.learn.checkpoints.ResumePoint.is_open>`. Without it, groups may come back that a step holds which was
+                <searchr1_async.learn.checkpoints.ResumePoint.is_open>`. The others are forgotten: those that a step holds which was
                 recorded right before a kill.
 
         Raises:
-            OSError: the folder cannot be read.
+            OSError: the folder cannot be read, or written where something is to be forgotten.
         """
         found: dict[int, Group] = {}
         with self._lock:
+            over: list[_At] = []
             for number, path in self._listed():
-                for place, body in _records(path):
+                for place, offset, body in _records(path):
                     if not is_open(place):
+                        over.append(_At(number, offset))
                         continue
                     try:
                         found[place] = _decoded(body)
@@ -121,23 +139,42 @@ class UnlearnedGroups:
                         logger.warning(
                             "%s: the group of place %d cannot be read (%s)", path, place, type(error).__name__
                         )
-                    else:
-                        self._held[place] = number
-            self._delete_empty()
+                        continue
+                    if place in self._held:
+                        over.append(self._held[place])
+                    self._held[place] = _At(number, offset)
+            self._bury(over)
         return found
 
     def forget(self, places: Iterable[int]) -> None:
-        """A recorded step holds the groups of these places now; unknown places are passed over.
+        """A recorded step holds the groups of these places now, or nobody wants them; unknown places are passed over.
 
         A file goes with the last of its groups, so a group that waits long keeps those on disk that were written between the same
-        two steps; :meth:`load` passes over them.
+        two steps.
+
+        Raises:
+            OSError: the folder cannot be written.
         """
         with self._lock:
-            for place in places:
-                self._held.pop(place, None)
+            gone = [self._held.pop(place) for place in places if place in self._held]
             if self._current in self._files:
                 self._current += 1
-            self._delete_empty()
+            self._bury(gone)
+
+    def _bury(self, gone: Iterable[_At]) -> None:
+        """Marks records whose file others need still, so that no later load finds them; deletes the other files."""
+        needed = {at.file for at in self._held.values()}
+        by_file: defaultdict[int, list[int]] = defaultdict(list)
+        for at in gone:
+            by_file[at.file].append(at.offset)
+        for number in needed & set(by_file):
+            with self._path(number).open("r+b", buffering=0) as file:
+                for offset in by_file[number]:
+                    file.seek(offset + _HEAD.size - 1)
+                    file.write(bytes([_FORGOTTEN]))
+        for number in self._files - needed:
+            self._path(number).unlink(missing_ok=True)
+            self._files.discard(number)
 
     def clear(self) -> None:
         """Forgets all: the run begins anew."""
@@ -145,11 +182,6 @@ class UnlearnedGroups:
             self._held.clear()
             self._files.clear()
             shutil.rmtree(self._folder, ignore_errors=True)
-
-    def _delete_empty(self) -> None:
-        for number in self._files - set(self._held.values()):
-            self._path(number).unlink(missing_ok=True)
-            self._files.discard(number)
 
     def _listed(self) -> list[tuple[int, Path]]:
         """In the order in which they were written."""
@@ -166,25 +198,21 @@ def _checksum(place: int, body: bytes) -> int:
     return zlib.crc32(body, zlib.crc32(_PLACE.pack(place)))
 
 
-def _records(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The whole records of a file, up to the first that is not; none of a file of another format."""
+def _records(path: Path) -> Iterator[tuple[int, int, bytes]]:
+    """Place, offset and body of a file's records that are kept, up to the first that is not whole; none of another format."""
     with path.open("rb") as file:
-        left = os.fstat(file.fileno()).st_size - len(_MAGIC)
+        size = os.fstat(file.fileno()).st_size
         if file.read(len(_MAGIC)) != _MAGIC:
             return
-        while (record := _record(file, left)) is not None:
-            yield record
-            left -= _HEAD.size + len(record[1])
-
-
-def _record(file: BinaryIO, left: int) -> tuple[int, bytes] | None:
-    if left < _HEAD.size:
-        return None
-    size, checksum, place = _HEAD.unpack(file.read(_HEAD.size))
-    if size > left - _HEAD.size:  # torn, or no size at all: nothing of that many bytes is to be read
-        return None
-    body = file.read(size)
-    return (place, body) if _checksum(place, body) == checksum else None
+        while (offset := file.tell()) + _HEAD.size <= size:
+            length, checksum, place, state = _HEAD.unpack(file.read(_HEAD.size))
+            if length > size - file.tell():  # torn, or no length at all: nothing of that many bytes is to be read
+                return
+            body = file.read(length)
+            if state not in (_KEPT, _FORGOTTEN) or _checksum(place, body) != checksum:
+                return
+            if state == _KEPT:
+                yield place, offset, body
 
 
 def _encoded(group: Group) -> bytes:
