@@ -6,7 +6,10 @@ from dataclasses import dataclass, field
 
 from searchr1_async.config import EpisodeLimits, FirstTurn, SamplingSettings
 from searchr1_async.episodes.types import Passage, StopReason, Turn
+from searchr1_async.rollout.gate import GateStatistics
+from searchr1_async.rollout.limit import LimitSettings
 from searchr1_async.rollout.player import GroupTask
+from searchr1_async.rollout.pulse import PulseReading
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +26,8 @@ class WorkerSpec:
     renderer_name: str | None = None
     instructions: str | None = None
     first_turn: FirstTurn = "auto"
+    samples: LimitSettings = field(default_factory=LimitSettings)
+    """The bounds of how many samples a worker has in flight."""
 
 
 # -- from the pool --------------------------------------------------------------------------------------------------------
@@ -130,7 +135,7 @@ class SearchAsked:
 
     group: int
     search: int
-    """Its number within the group."""
+    """Its number; unique within a worker."""
     queries: tuple[str, ...]
 
 
@@ -169,20 +174,11 @@ class Ended:
 class Load:
     """How busy a worker is; sent now and then."""
 
-    cpu_seconds: float = 0.0
-    """Of the process since it began."""
-    cpu: float = 0.0
-    """Cores used since the last message; near 1 is saturated, as Python runs one thread at a time."""
-    lag: float = 0.0
-    """Seconds by which the event loop was late, since the last message: the 99th percentile."""
-    lag_max: float = 0.0
-    """The longest of them."""
-    samples: int = 0
-    """Sampling requests under way."""
-    waiting: int = 0
-    """Sampling requests that wait for their turn."""
-    limit: int | None = None
-    """Of samples at once, as found until now; None is none."""
+    cpu_seconds: float
+    """Of the process since it began, all threads."""
+    pulse: PulseReading
+    """Of its event loop, since the last message."""
+    gate: GateStatistics
 
 
 FromWorker = Ready | CannotStart | SearchAsked | Played | Ended | Load

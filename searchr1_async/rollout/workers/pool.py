@@ -55,7 +55,7 @@ class Worker:
     number: int
     launched: Launched
     attempts: dict[int, Attempt] = field(default_factory=dict)
-    load: Load = field(default_factory=Load)
+    load: Load | None = None
 
     @property
     def members(self) -> int:
@@ -71,7 +71,8 @@ class WorkerStatistics:
     groups: int
     members: int
     """Episodes under way."""
-    load: Load
+    load: Load | None
+    """None until it has said something, a second after it came up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +105,6 @@ class WorkerPool:
         start_timeout: seconds for a worker to come up.
         log_path: a file that gets what workers log; None is this process's standard error.
         deaths: how many are made good.
-        on_load: is told how busy each worker is, about once a second.
 
     Raises, when it is entered:
         ServiceError: a worker did not come up.
@@ -119,7 +119,6 @@ class WorkerPool:
         start_timeout: float = START_SECONDS,
         log_path: Path | None = None,
         deaths: DeathRecord | None = None,
-        on_load: Callable[[Load], None] | None = None,
     ) -> None:
         if count < 0:
             raise ConfigurationError(f"{count} workers: the number must be 0 or more")
@@ -129,7 +128,6 @@ class WorkerPool:
         self._start_timeout = start_timeout
         self._log_path = log_path
         self._deaths = deaths or DeathRecord()
-        self._on_load = on_load
         self._replayed = 0
         self._policies = PolicyBook()
         self._workers: dict[int, Worker] = {}
@@ -271,8 +269,6 @@ class WorkerPool:
                 worker.load = message
                 for hold in self._policies.follow(worker.number):
                     worker.launched.channel.post(hold)
-                if self._on_load is not None:
-                    self._on_load(message)
 
     # -- playing ---------------------------------------------------------------------------------------------------------
 
@@ -326,11 +322,13 @@ class WorkerPool:
 
     async def _free_worker(self) -> Worker:
         """The one with the fewest members; waits while there is none."""
-        while not self._workers:
+        while True:
             if self._failure is not None:
                 raise self._failure
             if self._tasks is None:
                 raise ServiceError("the worker pool is not open")
+            if self._workers:
+                break
             await self._changed.wait()
         return min(self._workers.values(), key=lambda worker: worker.members)
 

@@ -125,6 +125,11 @@ class HeldPolicy:
         self._failure = error
 
     @property
+    def client(self) -> tinker.SamplingClient | None:
+        """What the gate watches for push-backs; all of a worker share one connection."""
+        return None if self._current is None else self._current.client
+
+    @property
     def _policy(self) -> TinkerPolicy:
         if self._failure is not None or self._current is None:
             raise self._failure or ServiceError("a rollout worker has no weights to sample from")

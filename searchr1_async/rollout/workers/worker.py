@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import socket
 import time
 import traceback
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from contextvars import ContextVar
+from typing import TYPE_CHECKING
 
 import anyio
 import anyio.to_thread
+from anyio.abc import TaskGroup
 
 from searchr1_async import errors
 from searchr1_async.episodes.dialect import Dialect, make_dialect
 from searchr1_async.episodes.types import Episode, Passage
 from searchr1_async.errors import SearchError, SearchR1Error, ServiceError
 from searchr1_async.rollout.gate import SampleGate
+from searchr1_async.rollout.limit import SampleLimit
 from searchr1_async.rollout.player import LocalPlayer
 from searchr1_async.rollout.policy import TinkerPolicy
 from searchr1_async.rollout.pulse import Pulse, PulseReading
@@ -40,7 +44,7 @@ from searchr1_async.rollout.workers.messages import (
     ToWorker,
     WorkerSpec,
 )
-from searchr1_async.rollout.workers.packing import Packer
+from searchr1_async.rollout.workers.packing import Packer, Results
 from searchr1_async.rollout.workers.samplers import HeldPolicy, SamplingClients
 from searchr1_async.search.queries import clean_query
 
@@ -118,15 +122,14 @@ class Worker:
 
     def __init__(self, channel: WorkerChannel, spec: WorkerSpec, dialect: Dialect, clients: SamplingClients) -> None:
         self.channel = channel
-        self.gate = SampleGate()
-        self._spec = spec
-        self._dialect = dialect
+        self.gate = SampleGate(SampleLimit(spec.samples))
         self._clients = clients
+        self._search = ForwardedSearch(channel)
+        self._player = LocalPlayer(dialect, self._search, spec.limits, self.gate, spec.first_turn)
         self._policies: dict[int, HeldPolicy] = {}
         self._scopes: dict[int, anyio.CancelScope] = {}
-        self._searches: dict[int, ForwardedSearch] = {}
 
-    async def listen(self, tasks: anyio.abc.TaskGroup) -> None:
+    async def listen(self, tasks: TaskGroup) -> None:
         """Does what the pool says, in its order, until it says to stop.
 
         Raises:
@@ -136,12 +139,8 @@ class Worker:
             match await self.channel.receive():
                 case Play() as play:
                     self._begin(play, tasks)
-                case Found(group, search, results):
-                    if group in self._searches:
-                        self._searches[group].found(search, results)
-                case SearchFailed() as failure:
-                    if failure.group in self._searches:
-                        self._searches[failure.group].failed(failure.search, _search_error(failure))
+                case Found() | SearchFailed() as answer:
+                    self._search.answered(answer)
                 case Cancel(group):
                     if group in self._scopes:
                         self._scopes[group].cancel()
@@ -156,18 +155,8 @@ class Worker:
 
     def felt(self, pulse: PulseReading) -> None:
         """Says how busy this process is."""
-        gate: Any = getattr(self.gate, "statistics", None)
-        self.channel.post(
-            Load(
-                cpu_seconds=time.process_time(),
-                cpu=pulse.cpu,
-                lag=pulse.lag_p99,
-                lag_max=pulse.lag_max,
-                samples=getattr(gate, "in_flight", 0),
-                waiting=getattr(gate, "waiting", 0),
-                limit=getattr(gate, "limit", None),
-            )
-        )
+        self.gate.client_is(pulse)
+        self.channel.post(Load(time.process_time(), pulse, self.gate.statistics))
 
     async def _hold(self, hold: HoldPolicy) -> None:
         policy = self._policies.setdefault(hold.policy, HeldPolicy())
@@ -180,66 +169,68 @@ class Worker:
         else:
             policy.switch(TinkerPolicy(client, hold.sampler.version, hold.sampler.settings))
 
-    def _begin(self, play: Play, tasks: anyio.abc.TaskGroup) -> None:
-        packer = Packer(play.group)
-        # Here, not in the task: an answer or a cancellation may be the next message.
-        self._searches[play.group] = ForwardedSearch(self.channel, packer)
+    def _begin(self, play: Play, tasks: TaskGroup) -> None:
+        # Here, not in the task: a cancellation may be the next message.
         self._scopes[play.group] = anyio.CancelScope()
-        tasks.start_soon(self._play, play, self._policies[play.policy], packer)
+        tasks.start_soon(self._play, play, self._policies[play.policy])
 
-    async def _play(self, play: Play, policy: HeldPolicy, packer: Packer) -> None:
+    async def _play(self, play: Play, policy: HeldPolicy) -> None:
+        packer = Packer(play.group)
+        _packer.set(packer)
+
         async def finished(member: int, episode: Episode) -> None:
             await self.channel.send(packer.pack(member, episode))
 
-        player = LocalPlayer(
-            self._dialect, self._searches[play.group], self._spec.limits, self.gate, self._spec.first_turn
-        )
         failure = None
         try:
             with self._scopes[play.group] as scope:
                 try:
-                    await player.play(play.task, policy, finished)
+                    await self._player.play(play.task, policy, finished)
                 except Exception as error:
                     failure = place_of(error)
             if not scope.cancelled_caught:
                 self.channel.post(Ended(play.group, failure))
         finally:
-            del self._scopes[play.group], self._searches[play.group]
+            del self._scopes[play.group]
+
+
+_packer: ContextVar[Packer] = ContextVar("packer")
+"""Of the group that a task plays for: a group's tasks inherit it."""
 
 
 class ForwardedSearch:
-    """The search of one group's episodes: asks the pool, whose search is shared by all."""
+    """The search of a worker's episodes: asks the pool, whose search is shared by all."""
 
-    def __init__(self, channel: WorkerChannel, packer: Packer) -> None:
+    def __init__(self, channel: WorkerChannel) -> None:
         self._channel = channel
-        self._packer = packer
-        self._asked = 0
-        self._waiting: dict[int, asyncio.Future[tuple[tuple[Passage, ...], ...]]] = {}
+        self._asked = itertools.count()
+        self._waiting: dict[int, asyncio.Future[Results]] = {}
 
     async def search(self, queries: Sequence[str]) -> Sequence[Sequence[Passage]]:
         """As :meth:`~searchr1_async.episodes.play.SearchTool.search`; the deadline is that of the pool's search."""
-        number, self._asked = self._asked, self._asked + 1
+        packer, number = _packer.get(), next(self._asked)
         answer = self._waiting[number] = asyncio.get_running_loop().create_future()
         try:
-            await self._channel.send(SearchAsked(self._packer.group, number, tuple(queries)))
-            return await answer
+            await self._channel.send(SearchAsked(packer.group, number, tuple(queries)))
+            results = await answer
         finally:
             del self._waiting[number]
+        packer.learn(number, results)
+        return results
 
     def clean_query(self, query: str) -> str | None:
         """As the pool's search does it, without asking."""
         return clean_query(query)
 
-    def found(self, number: int, results: tuple[tuple[Passage, ...], ...]) -> None:
-        """The answer to a search; of no use to one that was cancelled."""
-        if number in self._waiting and not self._waiting[number].done():
-            self._packer.learn(number, results)
-            self._waiting[number].set_result(results)
-
-    def failed(self, number: int, error: SearchError) -> None:
-        """The failure of a search."""
-        if number in self._waiting and not self._waiting[number].done():
-            self._waiting[number].set_exception(error)
+    def answered(self, answer: Found | SearchFailed) -> None:
+        """What the pool says; of no use to a search that was cancelled."""
+        waiting = self._waiting.get(answer.search)
+        if waiting is None or waiting.done():
+            return
+        if isinstance(answer, Found):
+            waiting.set_result(answer.results)
+        else:
+            waiting.set_exception(_search_error(answer))
 
 
 def _search_error(failure: SearchFailed) -> SearchError:
