@@ -11,7 +11,19 @@ from typing import Literal
 
 import tinker
 
-from searchr1_async.config import EpisodeLimits, LearningSettings, LocalOptions, LossName, SamplingSettings, WarmUp
+from searchr1_async.config import (
+    AdvantageName,
+    EpisodeLimits,
+    FirstTurn,
+    LearningSettings,
+    LocalOptions,
+    LossName,
+    NormalizationName,
+    PipelineSettings,
+    SamplingSettings,
+    ScheduleName,
+    WarmUp,
+)
 from searchr1_async.data import load_questions
 from searchr1_async.episodes.dialect import FORMATS, make_dialect
 from searchr1_async.episodes.reward import RecipeReward, RewardFunction
@@ -24,6 +36,7 @@ from searchr1_async.job import StopRequest, TrainingJob, TrainingResult
 from searchr1_async.learn.checkpoints import ResumePoint
 from searchr1_async.learn.demonstrations import Demonstration
 from searchr1_async.rollout.engine import RolloutEngine
+from searchr1_async.rollout.opening import open_engine
 from searchr1_async.rollout.policy import TinkerPolicy
 from searchr1_async.run import Run
 from searchr1_async.run_folder import find_point, first_error
@@ -58,13 +71,27 @@ def train(
     group_size: int = 8,
     groups_per_batch: int = 512,
     minibatches: int = 4,
+    max_staleness: int = 0,
+    synchronous: bool = False,
+    switch_weights_in_flight: bool = False,
+    spare_groups: int = 0,
+    refill_groups: int = 0,
+    min_members: int = 2,
+    episode_time_limit: float | None = None,
+    step_time_limit: float | None = None,
     steps: int | None = None,
     epochs: int = 1,
     time_limit: float | None = None,
+    optimizer_steps: int = 1,
     learning_rate: float = 4e-5,
+    schedule: ScheduleName = "constant",
+    schedule_warmup: int = 0,
     lora_rank: int = 32,
-    loss: LossName = "importance_sampling",
+    loss: LossName | None = None,
     loss_config: Mapping[str, float] | None = None,
+    advantage: AdvantageName = "centred",
+    normalization: NormalizationName = "token",
+    kl_coefficient: float = 0.0,
     gradient_clip: float = 0.0,
     drop_constant_groups: bool = True,
     max_turns: int = 5,
@@ -75,7 +102,9 @@ def train(
     seed: int = 2,
     checkpoint_every: int = 20,
     max_failed_fraction: float = 0.2,
-    max_episodes_in_flight: int = 2000,
+    max_episodes_in_flight: int = 4096,
+    first_turn: FirstTurn = "auto",
+    workers: int | Literal["auto"] = 1,
     sampling_deadline: float = 1800.0,
     local: LocalOptions | None = None,
     tokenizer: str | None = None,
@@ -104,13 +133,19 @@ def train(
         format: tool-call format, ``"hermes"`` or ``"tags"``.
         renderer: chat format (of the ``renderers`` package, or ``"chatml"``); None chooses by the model's name.
         instructions: the system prompt; None is the format's own.
+        max_staleness: 0 learns on-policy, each group streaming into the step as it finishes; k lets the next batches' episodes start
+            while the last ones finish and the trainer works, on weights at most k steps older.
+        synchronous: learn only when a whole batch is played.
+        workers: processes that play; ``"auto"`` adds them when this one is saturated.
+        episode_time_limit: seconds, ``EpisodeLimits.max_seconds``.
         steps: optimiser steps; None: all batches of ``epochs``.
         time_limit: seconds of reinforcement learning after which no further step is begun.
         progress: show progress on the terminal.
         emit: receives every :class:`~searchr1_async.events.Event`.
 
         The others are fields of :class:`~searchr1_async.config.LearningSettings`,
-        :class:`~searchr1_async.config.EpisodeLimits` and :class:`~searchr1_async.config.SamplingSettings`.
+        :class:`~searchr1_async.config.PipelineSettings`, :class:`~searchr1_async.config.EpisodeLimits` and
+        :class:`~searchr1_async.config.SamplingSettings`, each with its unit, its reason and, where there is one, its bias.
 
     Raises:
         ConfigurationError: bad input; before any work starts, from this call itself.
@@ -131,11 +166,17 @@ def train(
             group_size=group_size,
             groups_per_batch=groups_per_batch,
             minibatches=minibatches,
+            optimizer_steps=optimizer_steps,
             learning_rate=learning_rate,
+            schedule=schedule,
+            schedule_warmup=schedule_warmup,
             lora_rank=lora_rank,
             gradient_clip=gradient_clip,
             loss=loss,
             loss_config=dict(loss_config or {}),
+            advantage=advantage,
+            normalization=normalization,
+            kl_coefficient=kl_coefficient,
             drop_constant_groups=drop_constant_groups,
             epochs=epochs,
             steps=steps,
@@ -143,17 +184,29 @@ def train(
             checkpoint_every=checkpoint_every,
             max_failed_fraction=max_failed_fraction,
         ),
+        pipeline=PipelineSettings(
+            max_staleness=max_staleness,
+            synchronous=synchronous,
+            switch_weights_in_flight=switch_weights_in_flight,
+            spare_groups=spare_groups,
+            refill_groups=refill_groups,
+            min_members=min_members,
+            step_time_limit=step_time_limit,
+        ),
         limits=EpisodeLimits(
             max_turns=max_turns,
             max_tokens=max_tokens,
             max_trajectory_tokens=max_trajectory_tokens,
             malformed_calls=malformed_calls,
+            max_seconds=episode_time_limit,
         ),
         sampling=SamplingSettings(
             temperature=temperature,
             seed=seed,
             deadline=sampling_deadline,
             max_episodes_in_flight=max_episodes_in_flight,
+            first_turn=first_turn,
+            workers=workers,
         ),
         reward=reward or RecipeReward(format_coefficient, strict_recipe),
         model=model,
@@ -357,11 +410,18 @@ async def _playing(
                     renderer_name=renderer,
                     instructions=instructions,
                 )
-                engine = RolloutEngine(
-                    dialect, search, limits, sampling, reward, group_size, max_failed_fraction, watchers
-                )
-                client = await connected.create_sampling_client(found.path)
-                yield _Playing(engine, TinkerPolicy(client, found.step, sampling))
+                async with open_engine(
+                    dialect=dialect,
+                    search=search,
+                    limits=limits,
+                    sampling=sampling,
+                    reward=reward,
+                    group_size=group_size,
+                    max_failed_fraction=max_failed_fraction,
+                    emit=watchers,
+                ) as engine:
+                    client = await connected.create_sampling_client(found.path)
+                    yield _Playing(engine, TinkerPolicy(client, found.step, sampling))
     except* SearchR1Error as group:
         raise first_error(group) from group
 

@@ -11,11 +11,20 @@ from typing import Any
 import anyio
 import tinker
 
-from searchr1_async.config import EpisodeLimits, LearningSettings, LocalOptions, SamplingSettings, WarmUp
+from searchr1_async.config import (
+    EpisodeLimits,
+    LearningSettings,
+    LocalOptions,
+    PipelineSettings,
+    SamplingSettings,
+    WarmUp,
+)
 from searchr1_async.episodes.reward import RewardFunction
 from searchr1_async.episodes.types import Question
 from searchr1_async.evaluation.result import Evaluation
+from searchr1_async.learn.checkpoints import ResumePoint
 from searchr1_async.learn.demonstrations import Demonstration
+from searchr1_async.rollout.order import QuestionOrder
 from searchr1_async.search import Search
 
 
@@ -27,6 +36,7 @@ class TrainingJob:
     search: Search
     out_dir: Path
     learning: LearningSettings
+    pipeline: PipelineSettings
     limits: EpisodeLimits
     sampling: SamplingSettings
     reward: RewardFunction
@@ -62,8 +72,22 @@ class TrainingJob:
             "search": self.search.fingerprint,
             "limits": asdict(self.limits),
             "learning": {**learning, "loss_config": dict(self.learning.loss_config)},
+            "pipeline": asdict(self.pipeline),
             "warm_up": asdict(self.warm_up) if self.warm_up else None,
         }
+
+    def total_steps(self, order: QuestionOrder) -> int:
+        """Optimiser steps in all; where whole epochs are asked for at most so many, since dropped groups may be replaced."""
+        learning = self.learning
+        if learning.steps is not None:
+            return learning.steps
+        return -(-learning.epochs * len(order) // learning.groups_per_batch)
+
+    def is_over(self, point: ResumePoint, order: QuestionOrder) -> bool:
+        """Whether a run that stands there has no step left."""
+        if self.learning.steps is not None:
+            return point.step >= self.learning.steps
+        return point.next_place >= self.learning.epochs * len(order) and not point.open_places
 
 
 @dataclass(frozen=True)

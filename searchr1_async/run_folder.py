@@ -78,9 +78,8 @@ def load_point(job: TrainingJob, identity: Mapping[str, Any], order: QuestionOrd
 def finished_result(job: TrainingJob, point: ResumePoint, order: QuestionOrder) -> TrainingResult | None:
     """The result of a run that has nothing left to do, from its folder alone: no service is started for it."""
     records = RunRecords(job.out_dir)
-    total = job.learning.steps if job.learning.steps is not None else order.steps(job.learning.epochs)
     is_measured = not job.held_out or evaluation_steps(records).get(AFTER_RL) == point.step
-    if point.step < total or point.sampler_step != point.step or not is_measured:
+    if not job.is_over(point, order) or point.sampler_step != point.step or not is_measured:
         return None
     return TrainingResult(
         job.out_dir, point.step, "finished", point.sampler_path, load_evaluations(records), point.seconds

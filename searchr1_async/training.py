@@ -1,18 +1,16 @@
-"""Training: the parts wired together, and the loop that is the algorithm.
+"""Training: the parts wired together.
 
-Read :func:`_Training.run` from top to bottom: open the services, measure the model, warm it up, then for every batch of
-questions play the groups, send minibatches to the trainer as they become complete, step, and write down where the run stands.
+Read :func:`_Training.run` from top to bottom: open the services, measure the model, warm it up, let it learn by itself
+(:mod:`searchr1_async.pipeline`), measure it again.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import random
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import anyio
@@ -20,7 +18,6 @@ import tinker
 
 from searchr1_async.config import WarmUp
 from searchr1_async.episodes.dialect import make_dialect
-from searchr1_async.episodes.types import Group, Question
 from searchr1_async.errors import SearchR1Error, ServiceError
 from searchr1_async.evaluation.evaluate import evaluate_policy
 from searchr1_async.events import (
@@ -31,14 +28,15 @@ from searchr1_async.events import (
     PhaseEnded,
     PhaseStarted,
     RunEnded,
-    StepFinished,
 )
 from searchr1_async.job import StopRequest, TrainingJob, TrainingResult
 from searchr1_async.learn.checkpoints import ResumePoint
 from searchr1_async.learn.demonstrations import Demonstration, demonstration_batches, play_demonstrations
-from searchr1_async.learn.learner import FinishedStep, Learner
-from searchr1_async.learn.minibatches import MinibatchGatherer, drop_reason
+from searchr1_async.learn.learner import Learner
+from searchr1_async.pipeline import Pipeline
+from searchr1_async.recording import Keeper, StepRecorder
 from searchr1_async.rollout.engine import RolloutEngine
+from searchr1_async.rollout.opening import open_engine
 from searchr1_async.rollout.order import QuestionOrder
 from searchr1_async.rollout.policy import TinkerPolicy
 from searchr1_async.run_folder import (
@@ -55,8 +53,7 @@ from searchr1_async.run_folder import (
 )
 from searchr1_async.search import Search
 from searchr1_async.service import Service, check_service, open_service
-from searchr1_async.watch.metrics import group_metrics
-from searchr1_async.watch.records import GroupOutcome, RunRecords
+from searchr1_async.watch.records import RunRecords
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +74,7 @@ async def run_training(job: TrainingJob, emit: Emit, stop: StopRequest) -> Train
 
 
 async def _run(job: TrainingJob, emit: Emit, stop: StopRequest) -> TrainingResult:
-    order = QuestionOrder(job.questions, seed=job.learning.seed, groups_per_batch=job.learning.groups_per_batch)
+    order = QuestionOrder(job.questions, seed=job.learning.seed)
     # In a thread, and first: it reads the corpus whole, and refuses one that cannot be used.
     identity = await anyio.to_thread.run_sync(job.identity)
     point = load_point(job, identity, order)
@@ -108,7 +105,24 @@ async def _opened(
             tokenizer=job.tokenizer,
         ) as service,
     ):
-        yield _Training(job, emit, service, identity, order, point)
+        dialect = make_dialect(
+            job.format_name,
+            service.model_name,
+            service.tokenizer,
+            renderer_name=job.renderer_name,
+            instructions=job.instructions,
+        )
+        async with open_engine(
+            dialect=dialect,
+            search=job.search,
+            limits=job.limits,
+            sampling=job.sampling,
+            reward=job.reward,
+            group_size=job.learning.group_size,
+            max_failed_fraction=job.learning.max_failed_fraction,
+            emit=emit,
+        ) as engine:
+            yield _Training(job, emit, service, engine, identity, order, point)
 
 
 async def open_search(search: Search, emit: Emit) -> None:
@@ -136,37 +150,21 @@ class _Training:
         job: TrainingJob,
         emit: Emit,
         service: Service,
+        engine: RolloutEngine,
         identity: Mapping[str, Any],
         order: QuestionOrder,
         point: ResumePoint | None,
     ) -> None:
-        self._job, self._emit, self._service, self._order = job, emit, service, order
+        self._job, self._emit, self._service, self._engine, self._order = job, emit, service, engine, order
         self._identity, self._point = identity, point
         self._records = RunRecords(job.out_dir)
-        dialect = make_dialect(
-            job.format_name,
-            service.model_name,
-            service.tokenizer,
-            renderer_name=job.renderer_name,
-            instructions=job.instructions,
-        )
-        self._engine = RolloutEngine(
-            dialect=dialect,
-            search=job.search,
-            limits=job.limits,
-            sampling=job.sampling,
-            reward=job.reward,
-            group_size=job.learning.group_size,
-            max_failed_fraction=job.learning.max_failed_fraction,
-            emit=emit,
-        )
 
     async def run(self, stop: StopRequest) -> TrainingResult:
         job = self._job
         reason = "stopped"
         with stop.interruptible():
             client = await self._restore_or_create()
-            learner = Learner(client, job.learning, self._emit)
+            learner = await self._learner(client)
             if self._point is None:
                 await self._measure(
                     UNTRAINED, TinkerPolicy(await self._service.create_sampling_client(), 0, job.sampling)
@@ -175,7 +173,7 @@ class _Training:
             policy = TinkerPolicy(await self._sampling_client(client), self._point.step, job.sampling)
             if job.warm_up is not None and self._point.step == 0:
                 await self._measure(AFTER_WARM_UP, policy)
-            reason, policy = await self._learn(learner, policy)
+            reason, policy = await self._learn(learner, policy, self._point)
             await self._measure(AFTER_RL, policy)
         if stop.requested:
             self._emit(Notice("stopped: every finished step is kept, resume=True goes on from the last"))
@@ -190,111 +188,35 @@ class _Training:
             seconds=point.seconds if point else 0.0,
         )
 
-    async def _learn(self, learner: Learner, policy: TinkerPolicy) -> tuple[str, TinkerPolicy]:
-        """Reinforcement learning, batch by batch, from the resume point on."""
-        point = self._point
-        assert point is not None
-        learning, began, before = self._job.learning, anyio.current_time(), point.seconds
-        total = learning.steps if learning.steps is not None else self._order.steps(learning.epochs)
-        # What a step may take: the longest seen; the mean of earlier sessions where none was seen in this one.
-        longest = before / point.step if point.step else 0.0
-        reason = "finished"
-        limit = None if self._job.time_limit is None else max(0.0, self._job.time_limit - before)
-        self._emit(PhaseStarted("train", total, "steps", seconds_at_most=limit))
-        self._emit(PhaseAdvanced("train", point.step))
-        while point.step < total:
-            step_began = anyio.current_time()
-            if limit is not None and step_began - began + longest > limit:
-                reason = "time_limit"
-                self._emit(Notice(f"the time limit is near: reinforcement learning ends after {point.step} steps"))
-                break
-            step = point.step + 1
-            questions = self._order.batch(point.next_place)
-            searched_before = self._job.search.statistics
-            groups = await self._play_and_submit(questions, policy, learner, step)
-            sampled_at = anyio.current_time()
-            is_last = step == total
-            finished = await learner.finish_step(
-                f"step-{step:06d}", keep=is_last or step % learning.checkpoint_every == 0
-            )
-            now = anyio.current_time()
-            longest = max(longest, now - step_began)
-            # In a thread: 1,024 episodes take 0.1 s.
-            played = await anyio.to_thread.run_sync(partial(group_metrics, groups, policy_version=policy.version))
-            metrics = {
-                "progress/batch": float(step),
-                "progress/done_frac": step / total,
-                **played,
-                **self._job.search.statistics.since(searched_before).metrics(),
-                **finished.metrics,
-                "time/total": now - step_began,
-                "time/sampling": sampled_at - step_began,
-                "time/training_after_sampling": now - sampled_at,
-            }
-            policy = TinkerPolicy(finished.sampling_client, step, self._job.sampling)
-            point = await self._step_is_finished(point, finished, groups, metrics, len(questions), before + now - began)
-            if self._job.evaluate_every and step % self._job.evaluate_every == 0 and not is_last:
-                await self._measure(f"step {step}", policy)
-        self._emit(PhaseEnded("train", anyio.current_time() - began))
-        return reason, policy
-
-    async def _play_and_submit(
-        self, questions: Sequence[Question], policy: TinkerPolicy, learner: Learner, step: int
-    ) -> list[Group]:
-        """Plays one batch; each minibatch goes to the trainer the moment its last group is complete."""
-        gatherer = MinibatchGatherer(len(questions), self._job.learning.minibatches)
-        send, receive = anyio.create_memory_object_stream[Group](math.inf)
-        groups: list[Group] = []
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(partial(self._engine.play_groups, questions, policy, send, step=step))
-            async with receive:
-                async for group in receive:
-                    groups.append(group)
-                    minibatch = gatherer.add(group)
-                    if minibatch is not None:
-                        await learner.submit(minibatch, step)
-        return groups
-
-    async def _step_is_finished(
-        self,
-        point: ResumePoint,
-        finished: FinishedStep,
-        groups: Sequence[Group],
-        metrics: Mapping[str, float],
-        consumed: int,
-        seconds: float,
-    ) -> ResumePoint:
-        """Writes the step down, records first: a resume point without its records would hide what was trained on."""
-        step = point.step + 1
-        drop_constant = self._job.learning.drop_constant_groups
-        rows = [
-            GroupOutcome(place, group, drop_reason(group, drop_constant_groups=drop_constant))
-            for place, group in enumerate(groups, start=point.next_place)
-        ]
-        new = replace(
-            point,
-            step=step,
-            next_place=point.next_place + consumed,
-            state_path=finished.state_path,
-            sampler_path=finished.sampler_path or point.sampler_path,
-            sampler_step=step if finished.sampler_path else point.sampler_step,
-            seconds=seconds,
+    async def _learner(self, client: tinker.TrainingClient) -> Learner:
+        learning = self._job.learning
+        return Learner(
+            client,
+            learning,
+            self._emit,
+            is_off_policy=self._job.pipeline.max_staleness > 0,
+            base=await self._service.create_sampling_client() if learning.kl_coefficient else None,
         )
 
-        def write() -> None:
-            with writing_records(self._job.out_dir):
-                self._records.write_step(step, rows, metrics)
-            new.save(self._job.out_dir)
-
-        # Shielded: a stop must not fall between a step and its record.
-        with anyio.CancelScope(shield=True):
-            await anyio.to_thread.run_sync(write)
-            self._point = new
-        self._emit(CheckpointSaved(step, new.state_path))
-        self._emit(StepFinished(step, metrics))
-        if point.step % self._job.learning.checkpoint_every != 0 or point.step == 0:
-            await self._forget(point.state_path)
-        return new
+    async def _learn(self, learner: Learner, policy: TinkerPolicy, point: ResumePoint) -> tuple[str, TinkerPolicy]:
+        """Reinforcement learning, from the resume point on."""
+        job, total = self._job, self._job.total_steps(self._order)
+        recorder = StepRecorder(job, self._records, self._service, point, total=total, emit=self._emit)
+        pipeline = Pipeline(
+            job,
+            self._order,
+            self._engine,
+            learner,
+            policy,
+            recorder=recorder,
+            keeper=Keeper(job),
+            measure=self._measure,
+            emit=self._emit,
+        )
+        try:
+            return await pipeline.run()
+        finally:
+            self._point = recorder.point
 
     async def _keep_sampler(self) -> None:
         """Keeps the last weights for sampling, where the run ended at a step that was no checkpoint."""
@@ -303,17 +225,10 @@ class _Training:
             return
         # From the resume point: a stop in the middle of a step may have left the trainer's own weights ahead of it.
         client = await self._service.restore_training_client(point.state_path)
-        learner = Learner(client, self._job.learning, self._emit)
+        learner = await self._learner(client)
         path = await learner.keep_sampler(f"step-{point.step:06d}")
         self._point = replace(point, sampler_path=path, sampler_step=point.step)
         await anyio.to_thread.run_sync(self._point.save, self._job.out_dir)
-
-    async def _forget(self, state_path: str) -> None:
-        """Deletes the resume point before the last; one that cannot be deleted costs only room."""
-        try:
-            await self._service.delete_checkpoint(state_path)
-        except ServiceError as error:
-            logger.info("an old resume point was not deleted: %s", error)
 
     async def _restore_or_create(self) -> tinker.TrainingClient:
         if self._point is None:
@@ -345,13 +260,14 @@ class _Training:
                 loss = await learner.supervised_step(batch, rate)
                 self._emit(PhaseAdvanced("warm-up", done + 1, {"loss": loss}))
             self._emit(PhaseEnded("warm-up", anyio.current_time() - began))
-        finished = await learner.finish_step("start", keep=warm_up is not None)
+        total = job.total_steps(self._order)
+        saved = await (await learner.finish_step(0, total, "start", keep=warm_up is not None)).finished()
         point = ResumePoint(
             step=0,
             next_place=0,
-            state_path=finished.state_path,
-            sampler_path=finished.sampler_path,
-            sampler_step=0 if finished.sampler_path else None,
+            state_path=saved.state_path,
+            sampler_path=saved.sampler_path,
+            sampler_step=0 if saved.sampler_path else None,
             order_fingerprint=self._order.fingerprint,
             base_model=self._service.model_name,
             settings=self._identity,

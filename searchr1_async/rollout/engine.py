@@ -1,36 +1,21 @@
-"""Hundreds of episodes at once: groups are played side by side and handed on the moment each is complete."""
+"""Groups of episodes: each played by a player, scored, and handed on the moment it is complete."""
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Awaitable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import anyio
 from anyio.streams.memory import MemoryObjectSendStream
 
-from searchr1_async.config import EpisodeLimits, SamplingSettings
+from searchr1_async.config import SamplingSettings
 from searchr1_async.episodes.dialect import Dialect
-from searchr1_async.episodes.play import Policy, SampledTurn, SearchTool, play
 from searchr1_async.episodes.reward import RewardFunction, score
-from searchr1_async.episodes.types import Episode, Group, Question, StopReason
-from searchr1_async.errors import ServiceError, TooManyFailuresError
+from searchr1_async.episodes.types import Episode, Group, Question
+from searchr1_async.errors import TooManyFailuresError
 from searchr1_async.events import Emit, EpisodeFinished, GroupFinished, emit_nothing
-
-
-class GroupPolicy(Policy, Protocol):
-    """A policy that can also answer a group's first turn in one request."""
-
-    def sample_many(
-        self,
-        prompt_tokens: Sequence[int],
-        count: int,
-        *,
-        max_tokens: int,
-        stop: list[int] | list[str],
-        seed: int | None,
-    ) -> Awaitable[list[SampledTurn]]: ...
+from searchr1_async.rollout.player import GroupPlayer, GroupPolicy, GroupTask
 
 
 @dataclass(slots=True)
@@ -63,6 +48,32 @@ class FailureBudget:
             )
 
 
+@dataclass
+class GroupUnderWay:
+    """A group that is being played; :meth:`cut` ends it with the members that it has."""
+
+    task: GroupTask
+    members: dict[int, Episode] = field(default_factory=dict)
+    """Those that have ended, by their numbers."""
+    cut_reason: str | None = None
+    """Why it was cut, if it was."""
+    scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
+
+    def cut(self, reason: str) -> None:
+        """Cancels the members still under way; the service is told of it."""
+        self.cut_reason = reason
+        self.scope.cancel()
+
+    def group(self) -> Group:
+        """What there is of it."""
+        episodes = [self.members[member] for member in sorted(self.members)]
+        return Group(
+            self.task.question,
+            tuple(episode for episode in episodes if episode.is_complete),
+            tuple(episode for episode in episodes if not episode.is_complete),
+        )
+
+
 @dataclass(frozen=True)
 class RolloutEngine:
     """Plays groups of episodes.
@@ -71,21 +82,20 @@ class RolloutEngine:
     """
 
     dialect: Dialect
-    search: SearchTool
-    limits: EpisodeLimits
+    player: GroupPlayer
     sampling: SamplingSettings
     reward: RewardFunction
     group_size: int
     max_failed_fraction: float = 1.0
     emit: Emit = field(default=emit_nothing)
+    metrics: Callable[[], Mapping[str, float]] = field(default=dict)
+    """How the playing goes (``rollout/…``, ``loop/…``), since it was last asked for."""
 
     async def play_groups(
         self,
         questions: Sequence[Question],
         policy: GroupPolicy,
         finished: MemoryObjectSendStream[Group],
-        *,
-        step: int = 0,
     ) -> None:
         """Plays one group a question, all at once up to the limit, and sends each on the moment it is complete.
 
@@ -96,74 +106,61 @@ class RolloutEngine:
             SearchError: the search failed fatally (``is_fatal``).
             RewardError: the reward function failed.
         """
-        budget = FailureBudget(len(questions) * self.group_size, self.max_failed_fraction)
-        slots = anyio.Semaphore(max(1, self.sampling.max_episodes_in_flight // self.group_size))
+        budget = self.failure_budget(len(questions))
+        slots = anyio.Semaphore(self.groups_in_flight)
 
-        async def one(question: Question) -> None:
+        async def one(place: int, question: Question) -> None:
             try:
-                group = await self.play_group(question, policy, budget, step=step)
+                group = await self.play_group(GroupUnderWay(self.task(place, question, key="0")), policy, budget)
             finally:
                 slots.release()
-            self.emit(GroupFinished(group, step))
+            self.emit(GroupFinished(group, 0))
             await finished.send(group)
 
         async with finished, anyio.create_task_group() as tasks:
-            for question in questions:
+            for place, question in enumerate(questions):
                 await slots.acquire()
-                tasks.start_soon(one, question)
+                tasks.start_soon(one, place, question)
+
+    @property
+    def groups_in_flight(self) -> int:
+        """Groups at once, by the limit of episodes at once."""
+        return max(1, self.sampling.max_episodes_in_flight // self.group_size)
+
+    def failure_budget(self, groups: int) -> FailureBudget:
+        """For so many groups."""
+        return FailureBudget(groups * self.group_size, self.max_failed_fraction)
+
+    def task(self, place: int, question: Question, *, key: str) -> GroupTask:
+        """The group at a place.
+
+        Args:
+            key: what its seed depends on besides the question, so that a group played again is sampled alike.
+        """
+        return GroupTask(place, question, tuple(range(self.group_size)), self._seed(key, question))
 
     async def play_group(
-        self, question: Question, policy: GroupPolicy, budget: FailureBudget, *, step: int = 0
+        self, under_way: GroupUnderWay, policy: GroupPolicy, budget: FailureBudget, *, step: int = 0
     ) -> Group:
-        """All members of one question's group; their first turns are one request."""
-        prompt = self.dialect.start(question)
-        seed = self._seed(question, step)
-        try:
-            firsts: Sequence[SampledTurn | None] = [None] * self.group_size
-            if len(prompt) + self.limits.max_tokens <= self.limits.max_trajectory_tokens:
-                firsts = await policy.sample_many(
-                    prompt, self.group_size, max_tokens=self.limits.max_tokens, stop=self.dialect.stop, seed=seed
-                )
-        except ServiceError as fault:
-            error = f"{type(fault).__name__}: {fault}"
-            lost = Episode(question, tuple(prompt), (), StopReason.FAILED, error=error)
-            for _ in range(self.group_size):
-                self.emit(EpisodeFinished(lost, step))
-                budget.record(lost)
-            return Group(question, (), (lost,) * self.group_size)
+        """All members of one question's group, or those that ended before it was cut.
 
-        members: list[Episode | None] = [None] * self.group_size
+        Args:
+            step: that it is played in, for its events.
+        """
 
-        async def one(member: int) -> None:
-            episode = await play(
-                question,
-                dialect=self.dialect,
-                policy=policy,
-                search=self.search,
-                limits=self.limits,
-                first_turn=firsts[member],
-                prompt_tokens=prompt,
-                # Members must differ in their later turns, and a turn from the next: at most 64 turns apart.
-                seed=None if seed is None else seed + 64 * (member + 1),
-            )
-            if not episode.failed:
+        async def finished(member: int, episode: Episode) -> None:
+            if episode.is_complete:
                 episode = await score(episode, self.reward)
-            members[member] = episode
+            under_way.members[member] = episode
             self.emit(EpisodeFinished(episode, step))
             budget.record(episode)
 
-        async with anyio.create_task_group() as tasks:
-            for member in range(self.group_size):
-                tasks.start_soon(one, member)
-        done = [episode for episode in members if episode is not None]
-        return Group(
-            question,
-            tuple(episode for episode in done if not episode.failed),
-            tuple(episode for episode in done if episode.failed),
-        )
+        with under_way.scope:
+            await self.player.play(under_way.task, policy, finished)
+        return under_way.group()
 
-    def _seed(self, question: Question, step: int) -> int | None:
+    def _seed(self, key: str, question: Question) -> int | None:
         if self.sampling.seed is None:
             return None
         # crc32, since Python's own hash of a string differs from process to process.
-        return (self.sampling.seed * 1_000_003 + zlib.crc32(f"{step}/{question.id}".encode())) % 2**31
+        return (self.sampling.seed * 1_000_003 + zlib.crc32(f"{key}/{question.id}".encode())) % 2**31

@@ -1,4 +1,4 @@
-"""In which order questions are trained on: shuffled once an epoch with the seed, known from the position alone."""
+"""In which order questions are played: one stream of places over all epochs, each epoch shuffled with the seed."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from searchr1_async.errors import QuestionsError
 
 
 class QuestionOrder:
-    """All batches of a run. A batch never crosses the end of an epoch, and an epoch's last, smaller batch is played too.
+    """Every question of every epoch by its place: 0, 1, 2, … over the whole run.
+
+    A place is all that a resume point needs to know of a question, and all that its sampling seed depends on.
 
     Raises:
-        QuestionsError: no questions, or two with one id (a resume point names questions by id).
+        QuestionsError: no questions, or two with one id (records name questions by id).
     """
 
-    def __init__(self, questions: Sequence[Question], *, seed: int, groups_per_batch: int) -> None:
+    def __init__(self, questions: Sequence[Question], *, seed: int) -> None:
         if not questions:
             raise QuestionsError("there are no questions to train on")
         seen: set[str] = set()
@@ -28,8 +30,12 @@ class QuestionOrder:
             seen.add(question.id)
         self._questions = tuple(questions)
         self._seed = seed
-        self._size = groups_per_batch
+        # Two, since groups of one epoch may still be under way when the next begins.
         self._shuffled = lru_cache(maxsize=2)(self._shuffle)
+
+    def __len__(self) -> int:
+        """Questions an epoch."""
+        return len(self._questions)
 
     @property
     def fingerprint(self) -> str:
@@ -39,14 +45,10 @@ class QuestionOrder:
             digest.update(b"\0" + question.id.encode("utf-8", "replace"))
         return digest.hexdigest()[:16]
 
-    def steps(self, epochs: int) -> int:
-        """Batches in ``epochs`` epochs."""
-        return epochs * -(-len(self._questions) // self._size)
-
-    def batch(self, position: int) -> tuple[Question, ...]:
-        """The batch that begins after ``position`` questions were consumed (counted over all epochs)."""
-        epoch, offset = divmod(position, len(self._questions))
-        return self._shuffled(epoch)[offset : offset + self._size]
+    def question(self, place: int) -> Question:
+        """The question at a place; any place is known by itself."""
+        epoch, offset = divmod(place, len(self._questions))
+        return self._shuffled(epoch)[offset]
 
     def _shuffle(self, epoch: int) -> tuple[Question, ...]:
         questions = list(self._questions)

@@ -12,9 +12,10 @@ import anyio
 from searchr1_async.config import EpisodeLimits, FirstTurn
 from searchr1_async.episodes.dialect import Dialect
 from searchr1_async.episodes.play import Policy, SampledTurn, SearchTool, play
-from searchr1_async.episodes.types import Episode, Question, StopReason
+from searchr1_async.episodes.types import Episode, Passage, Question, StopReason
 from searchr1_async.errors import ServiceError
 from searchr1_async.rollout.gate import SampleGate
+from searchr1_async.rollout.turns import LoopTurns
 
 
 class GroupPolicy(Policy, Protocol):
@@ -81,10 +82,13 @@ class LocalPlayer:
         self._limits = limits
         self._gate = gate
         self._first_turn: FirstTurn = first_turn
+        self._turns = LoopTurns()
 
     async def play(self, task: GroupTask, policy: GroupPolicy, finished: Finished) -> None:
         """See :class:`GroupPlayer`."""
         began = time.monotonic()
+        self._gate.watch(getattr(policy, "client", None))
+        await self._turns.turn()
         prompt = tuple(self._dialect.start(task.question))
         firsts: Sequence[SampledTurn | None] = [None] * len(task.members)
         if self._is_shared(task, prompt):
@@ -104,11 +108,13 @@ class LocalPlayer:
                 return
 
         async def one(member: int, first: SampledTurn | None) -> None:
+            if first is not None:
+                await self._turns.turn()
             episode = await play(
                 task.question,
                 dialect=self._dialect,
-                policy=_GatedPolicy(policy, self._gate, turn=0 if first is None else 1),
-                search=self._search,
+                policy=_GatedPolicy(policy, self._gate, self._turns, turn=0 if first is None else 1),
+                search=_SharedSearch(self._search, self._turns),
                 limits=self._limits,
                 first_turn=first,
                 prompt_tokens=prompt,
@@ -146,7 +152,8 @@ class _GatedPolicy:
 
     policy: Policy
     gate: SampleGate
-    turn: int = 0
+    turns: LoopTurns
+    turn: int
 
     async def sample(
         self, prompt_tokens: Sequence[int], *, max_tokens: int, stop: list[int] | list[str], seed: int | None
@@ -155,4 +162,21 @@ class _GatedPolicy:
             sampled = await self.policy.sample(prompt_tokens, max_tokens=max_tokens, stop=stop, seed=seed)
             slot.finished([len(sampled.tokens)])
         self.turn += 1
+        await self.turns.turn()  # it is read next
         return sampled
+
+
+@dataclass(frozen=True, slots=True)
+class _SharedSearch:
+    """The search, whose passages are rendered when the event loop has a turn for it."""
+
+    search_tool: SearchTool
+    turns: LoopTurns
+
+    async def search(self, queries: Sequence[str]) -> Sequence[Sequence[Passage]]:
+        results = await self.search_tool.search(queries)
+        await self.turns.turn()
+        return results
+
+    def clean_query(self, query: str) -> str | None:
+        return self.search_tool.clean_query(query)

@@ -91,6 +91,11 @@ class LatestPolicy:
     def __init__(self, current: TinkerPolicy) -> None:
         self.current = current
 
+    @property
+    def client(self) -> tinker.SamplingClient:
+        """Of the newest weights."""
+        return self.current.client
+
     def switch(self, policy: TinkerPolicy) -> None:
         """Turns sampled from now on come from ``policy``; those under way end as they began."""
         self.current = policy

@@ -7,15 +7,19 @@ and always read 1.0), and a reward part that an episode lacks counts as 0.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 
 from searchr1_async.episodes.reward import normalize_answer
 from searchr1_async.episodes.types import Episode, Group, Passage, StopReason
+from searchr1_async.watch.rows import GroupOutcome
 
 GOOD_REWARD = 0.5
 """A group whose members all got at least this much counts as ``by_group/frac_all_good`` (the recipe's threshold)."""
+
+DROP_REASONS = ("constant_reward", "too_few_episodes", "too_slow", "step_time_limit")
+"""Every reason for which a group is not trained on; a step's metrics have them all, so that curves have no gaps."""
 
 
 def group_metrics(groups: Sequence[Group], failed: int = 0, *, policy_version: int | None = None) -> dict[str, float]:
@@ -168,3 +172,23 @@ def answer_in_passage(episode: Episode) -> bool:
 @lru_cache(maxsize=4096)
 def _searchable(title: str, text: str) -> str:
     return f" {normalize_answer(f'{title} {text}')} "
+
+
+def outcome_metrics(outcomes: Sequence[GroupOutcome]) -> dict[str, float]:
+    """What became of a step's groups: ``groups/trained``, ``groups/dropped/<reason>``, ``groups/cut_members``, and how far
+    apart the weights are that they were sampled from.
+
+    ``groups/version_spread`` is the mean over groups of the newest minus the oldest version within a group (over 0 only where
+    weights switch in flight), ``groups/version_spread_step`` the same over the whole step.
+    """
+    reasons = Counter(outcome.drop_reason for outcome in outcomes)
+    versions = [outcome.group.policy_versions for outcome in outcomes if outcome.group.policy_versions]
+    out = {"groups/trained": float(reasons[None])}
+    out |= {f"groups/dropped/{reason}": float(reasons[reason]) for reason in DROP_REASONS}
+    out["groups/cut_members"] = float(
+        sum(episode.stop_reason is StopReason.TIME_LIMIT for outcome in outcomes for episode in outcome.group.failed)
+    )
+    if versions:
+        out["groups/version_spread"] = sum(own[-1] - own[0] for own in versions) / len(versions)
+        out["groups/version_spread_step"] = float(max(own[-1] for own in versions) - min(own[0] for own in versions))
+    return out

@@ -9,6 +9,8 @@ from searchr1_async.errors import TooManyFailuresError
 from searchr1_async.evaluation.evaluate import evaluate_policy, play_all
 from searchr1_async.events import Event, PhaseAdvanced, PhaseEnded, PhaseStarted
 from searchr1_async.rollout.engine import RolloutEngine
+from searchr1_async.rollout.gate import SampleGate
+from searchr1_async.rollout.player import LocalPlayer
 from tests.players import BrokenSearch, DictSearch, ScriptedPolicy
 
 pytestmark = pytest.mark.anyio
@@ -43,8 +45,9 @@ class TextDialect:
 def make_engine(search: DictSearch, events: list[Event], **changes: object) -> RolloutEngine:
     settings: dict[str, object] = {
         "dialect": TextDialect(),
-        "search": search,
-        "limits": EpisodeLimits(max_turns=2, max_tokens=20, max_trajectory_tokens=200),
+        "player": LocalPlayer(
+            TextDialect(), search, EpisodeLimits(max_turns=2, max_tokens=20, max_trajectory_tokens=200), SampleGate()
+        ),
         "sampling": SamplingSettings(),
         "reward": RecipeReward(),
         "group_size": 8,

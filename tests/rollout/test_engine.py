@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ from searchr1_async.config import EpisodeLimits, SamplingSettings
 from searchr1_async.episodes.chatml import ChatMLRenderer
 from searchr1_async.episodes.dialect import Dialect, TagsDialect
 from searchr1_async.episodes.reward import RecipeReward
-from searchr1_async.episodes.types import Group, Question
+from searchr1_async.episodes.types import Group, Question, StopReason
 from searchr1_async.errors import RewardError, SearchError, TooManyFailuresError
-from searchr1_async.rollout.engine import GroupPolicy, RolloutEngine
+from searchr1_async.rollout.engine import GroupUnderWay, RolloutEngine
+from searchr1_async.rollout.gate import SampleGate
+from searchr1_async.rollout.player import GroupPolicy, LocalPlayer
 from tests.local.tiny import make_tiny_tokenizer
 from tests.players import BrokenPolicy, BrokenSearch, DictSearch, ScriptedPolicy
 
@@ -27,10 +30,11 @@ def dialect(tmp_path_factory: pytest.TempPathFactory) -> Dialect:
 
 
 def engine(dialect: Dialect, **changes: Any) -> RolloutEngine:
+    search = changes.pop("search", None) or DictSearch()
+    limits = changes.pop("limits", None) or EpisodeLimits(max_turns=3, max_tokens=100, max_trajectory_tokens=2000)
     parts: dict[str, Any] = {
         "dialect": dialect,
-        "search": DictSearch(),
-        "limits": EpisodeLimits(max_turns=3, max_tokens=100, max_trajectory_tokens=2000),
+        "player": LocalPlayer(dialect, search, limits, SampleGate(), changes.pop("first_turn", "shared")),
         "sampling": SamplingSettings(),
         "reward": RecipeReward(),
         "group_size": 4,
@@ -154,13 +158,15 @@ async def test_at_most_the_allowed_episodes_are_in_flight(dialect: Dialect) -> N
 
 
 async def test_cancelling_ends_every_episode(dialect: Dialect) -> None:
-    ended = 0
+    began = ended = 0
     waiting = anyio.Event()
 
     class Hanging(DictSearch):
         async def search(self, queries: Any) -> Any:
-            nonlocal ended
-            waiting.set()
+            nonlocal began, ended
+            began += 1
+            if began == 8:
+                waiting.set()
             try:
                 await anyio.sleep_forever()
             finally:
@@ -170,16 +176,60 @@ async def test_cancelling_ends_every_episode(dialect: Dialect) -> None:
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(engine(dialect, search=Hanging()).play_groups, questions(2), searcher(dialect), send)
         await waiting.wait()
-        await anyio.wait_all_tasks_blocked()
         tasks.cancel_scope.cancel()
     assert ended == 8
     _receive.close()
 
 
-def test_seeds_repeat_and_differ_by_question_step_and_run(dialect: Dialect) -> None:
-    def seed(run: int, step: int, question: int) -> int | None:
-        return engine(dialect, sampling=SamplingSettings(seed=run))._seed(questions(9)[question], step)
+async def test_a_cut_group_keeps_the_members_that_have_ended(dialect: Dialect) -> None:
+    """Three of four members wait for their search; the fourth answers at once."""
+    waiting = 0
+    under_way = GroupUnderWay(engine(dialect).task(0, questions(1)[0], key=""))
 
-    assert seed(1, 2, 3) == seed(1, 2, 3)
-    assert len({seed(1, 2, 3), seed(2, 2, 3), seed(1, 3, 3), seed(1, 2, 4)}) == 4
-    assert engine(dialect)._seed(questions(1)[0], 0) is None
+    class Hanging(DictSearch):
+        async def search(self, queries: Any) -> Any:
+            nonlocal waiting
+            waiting += 1
+            if waiting == 3:
+                under_way.cut("too_slow")
+            await anyio.sleep_forever()
+
+    replies = itertools.cycle([dialect.write_answer("yes"), *[dialect.write_call(["x"])] * 3])
+    playing = engine(dialect, search=Hanging())
+    with anyio.fail_after(30):
+        group = await playing.play_group(
+            under_way, ScriptedPolicy(lambda prompt: next(replies)), playing.failure_budget(1)
+        )
+    assert [episode.answer for episode in group.episodes] == ["yes"]
+    assert group.rewards == (1.0,)
+    assert under_way.cut_reason == "too_slow"
+
+
+async def test_an_episode_over_its_time_is_cut_with_its_turns_and_not_scored(dialect: Dialect) -> None:
+    class Hanging(DictSearch):
+        async def search(self, queries: Any) -> Any:
+            await anyio.sleep_forever()
+
+    limits = EpisodeLimits(max_turns=3, max_tokens=100, max_trajectory_tokens=2000, max_seconds=0.05)
+    (group,) = await play(engine(dialect, search=Hanging(), limits=limits), searcher(dialect), 1)
+    assert group.episodes == ()
+    assert [episode.stop_reason for episode in group.failed] == [StopReason.TIME_LIMIT] * 4
+
+
+async def test_a_first_turn_over_its_time_is_cut(dialect: Dialect) -> None:
+    class Silent(ScriptedPolicy):
+        async def sample_many(self, *args: Any, **kwargs: Any) -> Any:
+            await anyio.sleep_forever()
+
+    limits = EpisodeLimits(max_turns=3, max_tokens=100, max_trajectory_tokens=2000, max_seconds=0.05)
+    (group,) = await play(engine(dialect, limits=limits), Silent(lambda prompt: ()), 1)
+    assert [episode.stop_reason for episode in group.failed] == [StopReason.TIME_LIMIT] * 4
+
+
+def test_seeds_repeat_and_differ_by_question_place_and_run(dialect: Dialect) -> None:
+    def seed(run: int, key: str, question: int) -> int | None:
+        return engine(dialect, sampling=SamplingSettings(seed=run)).task(0, questions(9)[question], key=key).seed
+
+    assert seed(1, "2", 3) == seed(1, "2", 3)
+    assert len({seed(1, "2", 3), seed(2, "2", 3), seed(1, "3", 3), seed(1, "2", 4)}) == 4
+    assert engine(dialect).task(0, questions(1)[0], key="").seed is None

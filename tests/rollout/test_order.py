@@ -13,36 +13,33 @@ def questions(count: int) -> list[Question]:
     return [Question(str(i), f"Question {i}?", ("yes",)) for i in range(count)]
 
 
-@given(count=st.integers(1, 40), size=st.integers(1, 12), seed=st.integers(0, 5), epochs=st.integers(1, 3))
-def test_every_epoch_holds_every_question_once(count: int, size: int, seed: int, epochs: int) -> None:
-    order = QuestionOrder(questions(count), seed=seed, groups_per_batch=size)
-    position, batches = 0, []
-    for _ in range(order.steps(epochs)):
-        batches.append(order.batch(position))
-        position += len(batches[-1])
-    assert position == epochs * count
-    flat = [question.id for batch in batches for question in batch]
+@given(count=st.integers(1, 40), seed=st.integers(0, 5), epochs=st.integers(1, 3))
+def test_every_epoch_holds_every_question_once(count: int, seed: int, epochs: int) -> None:
+    order = QuestionOrder(questions(count), seed=seed)
+    assert len(order) == count
     for epoch in range(epochs):
-        assert sorted(flat[epoch * count : (epoch + 1) * count], key=int) == [str(i) for i in range(count)]
+        ids = [order.question(epoch * count + offset).id for offset in range(count)]
+        assert sorted(ids, key=int) == [str(i) for i in range(count)]
 
 
-def test_any_batch_is_known_from_its_position_alone() -> None:
-    walked = QuestionOrder(questions(10), seed=3, groups_per_batch=4)
-    for position in (0, 4, 8, 10, 14, 18):
-        fresh = QuestionOrder(questions(10), seed=3, groups_per_batch=4)
-        assert fresh.batch(position) == walked.batch(position)
+def test_epochs_are_shuffled_apart() -> None:
+    order = QuestionOrder(questions(30), seed=3)
+    assert [order.question(p).id for p in range(30)] != [order.question(30 + p).id for p in range(30)]
+
+
+def test_any_place_is_known_by_itself() -> None:
+    walked = QuestionOrder(questions(10), seed=3)
+    for place in (29, 0, 4, 8, 10, 14, 18):
+        assert QuestionOrder(questions(10), seed=3).question(place) == walked.question(place)
 
 
 def test_the_fingerprint_changes_with_questions_and_seed() -> None:
-    prints = {
-        QuestionOrder(questions(count), seed=seed, groups_per_batch=2).fingerprint
-        for count, seed in ((5, 1), (6, 1), (5, 2))
-    }
+    prints = {QuestionOrder(questions(count), seed=seed).fingerprint for count, seed in ((5, 1), (6, 1), (5, 2))}
     assert len(prints) == 3
 
 
 def test_refuses_no_questions_and_twin_ids() -> None:
     with pytest.raises(QuestionsError, match="no questions"):
-        QuestionOrder([], seed=1, groups_per_batch=1)
+        QuestionOrder([], seed=1)
     with pytest.raises(QuestionsError, match="'0'"):
-        QuestionOrder([*questions(2), *questions(1)], seed=1, groups_per_batch=1)
+        QuestionOrder([*questions(2), *questions(1)], seed=1)

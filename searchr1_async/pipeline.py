@@ -1,0 +1,374 @@
+"""Playing and learning at once: groups stream into minibatches, minibatches into steps, steps into new weights.
+
+One mechanism serves all ways to feed learning; :class:`~searchr1_async.config.PipelineSettings` chooses. Read
+:meth:`Pipeline._train` first: it is the algorithm. Four kinds of tasks run beside it, all in one task group:
+
+- the *starter* starts groups whenever admission lets it, and each *group* plays itself to its end;
+- the *publisher* waits for each step's new weights and lets groups start under them;
+- the *recorder* waits for each step's checkpoint and writes the step down, in order;
+- the *keeper* puts finished groups on disk until a recorded step holds them.
+
+What may start, and what makes up a batch, is decided by :class:`~searchr1_async.rollout.admission.Admission`; which groups go
+to the trainer together by :class:`~searchr1_async.learn.minibatches.MinibatchGatherer`. Both are pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+
+import anyio
+from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
+
+from searchr1_async.episodes.types import Group
+from searchr1_async.events import Emit, GroupDropped, GroupFinished, Notice, PhaseAdvanced, PhaseEnded, PhaseStarted
+from searchr1_async.job import TrainingJob
+from searchr1_async.learn.learner import Learner, StepInProgress
+from searchr1_async.learn.minibatches import Minibatch, MinibatchGatherer, drop_reason
+from searchr1_async.recording import Keeper, StepRecorder, StepToRecord
+from searchr1_async.rollout.admission import Admission, Closed
+from searchr1_async.rollout.engine import FailureBudget, GroupUnderWay, RolloutEngine
+from searchr1_async.rollout.order import QuestionOrder
+from searchr1_async.rollout.policy import LatestPolicy, TinkerPolicy
+from searchr1_async.watch.records import GroupOutcome
+
+TOO_SLOW, STEP_TIME_LIMIT = "too_slow", "step_time_limit"
+"""Why a group was cut."""
+CONSTANT_REWARD = "constant_reward"
+
+
+@dataclass
+class _StepUnderWay:
+    """A batch that is closed: its optimiser step is submitted, its weights and its checkpoint are on their way."""
+
+    to_record: StepToRecord
+    in_progress: StepInProgress
+    published: anyio.Event = field(default_factory=anyio.Event)
+
+
+@dataclass(frozen=True, slots=True)
+class _Finished:
+    group: Group
+    drop_reason: str | None
+
+    @property
+    def learnable(self) -> Group | None:
+        return self.group if self.drop_reason is None else None
+
+
+class Pipeline:
+    """Reinforcement learning of one session, from the resume point on.
+
+    Args:
+        job: what the run was given.
+        order: of the questions.
+        engine: plays groups.
+        learner: trains on them.
+        policy: the weights of the resume point.
+        recorder: writes steps down; it knows the resume point.
+        keeper: puts finished groups on disk.
+        measure: evaluates a policy under a label.
+    """
+
+    def __init__(
+        self,
+        job: TrainingJob,
+        order: QuestionOrder,
+        engine: RolloutEngine,
+        learner: Learner,
+        policy: TinkerPolicy,
+        *,
+        recorder: StepRecorder,
+        keeper: Keeper,
+        measure: Callable[[str, TinkerPolicy], Awaitable[None]],
+        emit: Emit,
+    ) -> None:
+        self._job, self._order, self._engine, self._learner = job, order, engine, learner
+        self._recorder, self._keeper, self._measure, self._emit = recorder, keeper, measure, emit
+        self._policy = LatestPolicy(policy)
+        self._total = job.total_steps(order)
+        point = recorder.point
+        learning = job.learning
+        self._admission = Admission(
+            job.pipeline,
+            learning.groups_per_batch,
+            next_place=point.next_place,
+            end=None if learning.steps is not None else learning.epochs * len(order),
+            steps=learning.steps,
+            step=point.step,
+        )
+        self._under_way: dict[int, GroupUnderWay] = {}
+        self._finished: dict[int, _Finished] = {}
+        self._not_recorded: dict[int, tuple[int, ...]] = {}
+        self._budget = self._fresh_budget()
+        self._cut_step: int | None = None
+        self._mean_tokens: float | None = None
+        self._part = 0
+        # Each is replaced by a fresh one when it has been acted upon.
+        self._changed = anyio.Event()
+        self._may_start = anyio.Event()
+        self._new_weights = anyio.Event()
+
+    async def run(self) -> tuple[str, TinkerPolicy]:
+        """Trains until the steps, the epochs or the time are over; returns why it ended and the last weights.
+
+        Raises, within exception groups, what the engine and the learner raise.
+        """
+        await self._restore()
+        began, reason = anyio.current_time(), ""
+        limit = self._job.time_limit
+        left = None if limit is None else max(0.0, limit - self._recorder.point.seconds)
+        self._emit(PhaseStarted("train", self._total, "steps", seconds_at_most=left))
+        self._emit(PhaseAdvanced("train", self._recorder.point.step))
+        self._recorder.begin(began)
+        async with self._keeper.keeping(), anyio.create_task_group() as tasks:
+            tasks.start_soon(self._start_groups)
+            async with anyio.create_task_group() as finishing:
+                # Of one: a trainer that is further behind holds the loop up, so that a kill costs at most two steps.
+                to_publish, publishing = anyio.create_memory_object_stream[_StepUnderWay](1)
+                to_record, recording = anyio.create_memory_object_stream[_StepUnderWay](1)
+                finishing.start_soon(self._publish_steps, publishing, to_record)
+                finishing.start_soon(self._record_steps, recording)
+                async with to_publish:
+                    reason = await self._train(to_publish, left)
+            tasks.cancel_scope.cancel()  # groups that no step needs any more, where the time was over
+        self._emit(PhaseEnded("train", anyio.current_time() - began))
+        return reason, self._policy.current
+
+    # --- the algorithm ------------------------------------------------------------------------------------------------
+
+    async def _train(self, to_publish: MemoryObjectSendStream[_StepUnderWay], seconds_left: float | None) -> str:
+        learning, began = self._job.learning, anyio.current_time()
+        while not self._admission.is_over:
+            longest = self._recorder.longest_step
+            if seconds_left is not None and anyio.current_time() - began + longest > seconds_left:
+                done = self._admission.step - 1
+                self._emit(Notice(f"the time limit is near: reinforcement learning ends after {done} steps"))
+                return "time_limit"
+            opened = anyio.current_time()
+            searched = self._job.search.statistics
+            closed = await self._gather_batch()
+            step, is_last = closed.step, self._admission.is_over
+            to_record = StepToRecord(
+                step=step,
+                outcomes=self._outcomes(closed),
+                searched=self._job.search.statistics.since(searched),
+                engine=self._engine.metrics(),
+                opened=opened,
+                closed=anyio.current_time(),
+            )
+            self._not_recorded[step] = tuple(outcome.place for outcome in to_record.outcomes)
+            keep = is_last or step % learning.checkpoint_every == 0
+            in_progress = await self._learner.finish_step(step, self._total, f"step-{step:06d}", keep=keep)
+            under_way = _StepUnderWay(to_record, in_progress)
+            await to_publish.send(under_way)
+            is_measured = bool(self._job.evaluate_every) and step % (self._job.evaluate_every or 1) == 0 and not is_last
+            if is_measured or is_last or not self._job.pipeline.max_staleness:
+                await under_way.published.wait()
+            if is_measured:
+                await self._measure(f"step {step}", self._policy.current)
+        return "finished"
+
+    async def _gather_batch(self) -> Closed:
+        """Sends minibatches to the trainer as groups finish, until the open step's batch is complete."""
+        step, groups, parts = (
+            self._admission.step,
+            self._job.learning.groups_per_batch,
+            self._job.learning.optimizer_steps,
+        )
+        gatherer = MinibatchGatherer(
+            groups,
+            self._job.learning.minibatches,
+            optimizer_steps=parts,
+            synchronous=self._job.pipeline.synchronous,
+            mean_tokens=self._mean_tokens,
+        )
+        part_ends, taken, self._part = {groups * part // parts for part in range(1, parts)}, 0, 0
+        async with anyio.create_task_group() as tasks:
+            if self._job.pipeline.step_time_limit is not None:
+                tasks.start_soon(self._cut_when_late, step, self._job.pipeline.step_time_limit)
+            while True:
+                self._changed = anyio.Event()
+                for place in self._admission.take():
+                    taken += 1
+                    group = self._finished[place].learnable
+                    await self._submit([] if group is None else gatherer.add(group), step)
+                    if taken in part_ends:
+                        await self._submit(gatherer.end_part(), step)
+                if self._learner.is_idle:
+                    await self._submit(gatherer.trainer_is_idle(), step)
+                if self._is_complete():
+                    break
+                await self._wait_for_change(is_learner_wanted=gatherer.is_enough)
+            tasks.cancel_scope.cancel()
+        await self._submit(gatherer.end_batch(), step)
+        self._mean_tokens = gatherer.mean_tokens
+        return self._close()
+
+    def _close(self) -> Closed:
+        closed = self._admission.close()
+        for place in closed.cancelled:
+            self._finished[place] = _Finished(self._under_way[place].group(), TOO_SLOW)
+            self._under_way[place].cut(TOO_SLOW)
+            self._drop(self._finished[place], closed.step)
+        self._budget = self._fresh_budget()
+        self._may_start.set()
+        return closed
+
+    async def _submit(self, minibatches: Sequence[Minibatch], step: int) -> None:
+        for minibatch in minibatches:
+            if minibatch.part > self._part:
+                self._part = minibatch.part
+                self._learner.end_part(step, self._total)
+            await self._learner.submit(minibatch.groups, step)
+
+    async def _wait_for_change(self, *, is_learner_wanted: bool) -> None:
+        """Until a group has ended, or the trainer is idle while groups wait for it."""
+        if not is_learner_wanted or self._learner.is_idle:
+            await self._changed.wait()
+            return
+        async with anyio.create_task_group() as tasks:
+
+            async def until_idle() -> None:
+                await self._learner.wait_idle()
+                self._changed.set()
+
+            tasks.start_soon(until_idle)
+            await self._changed.wait()
+            tasks.cancel_scope.cancel()
+
+    def _is_complete(self) -> bool:
+        is_cut = self._cut_step == self._admission.step and not self._admission.must_come()
+        return self._admission.is_full or is_cut
+
+    async def _cut_when_late(self, step: int, seconds: float) -> None:
+        while self._admission.version < step - 1 - self._job.pipeline.max_staleness:
+            await self._new_weights.wait()
+        await anyio.sleep(seconds)
+        self._cut_step = step
+        for place in self._admission.must_come():
+            self._under_way[place].cut(STEP_TIME_LIMIT)
+        self._changed.set()
+
+    # --- the tasks beside it ------------------------------------------------------------------------------------------
+
+    async def _start_groups(self) -> None:
+        async with anyio.create_task_group() as tasks:
+            while True:
+                self._may_start = anyio.Event()
+                while (place := self._next_start()) is not None:
+                    self._admission.started(place)
+                    task = self._engine.task(place, self._order.question(place), key=str(place))
+                    self._under_way[place] = GroupUnderWay(task)
+                    tasks.start_soon(self._play, self._under_way[place])
+                    # One at a time: a prompt is rendered in about a millisecond, and a batch may be 512 of them.
+                    await anyio.lowlevel.checkpoint()
+                await self._may_start.wait()
+
+    def _next_start(self) -> int | None:
+        if len(self._under_way) >= self._engine.groups_in_flight or self._cut_step == self._admission.step:
+            return None
+        return self._admission.next_start()
+
+    async def _play(self, under_way: GroupUnderWay) -> None:
+        place = under_way.task.place
+        policy = self._policy if self._job.pipeline.switch_weights_in_flight else self._policy.current
+        try:
+            group = await self._engine.play_group(under_way, policy, self._budget, step=self._admission.step)
+        finally:
+            del self._under_way[place]
+        if under_way.cut_reason != TOO_SLOW:  # else its step has been closed without it
+            self._ended(place, group, under_way.cut_reason)
+        self._may_start.set()
+
+    def _ended(self, place: int, group: Group, cut_reason: str | None) -> None:
+        finished = self._judge(group, cut_reason)
+        self._finished[place] = finished
+        self._admission.finished(place, is_constant=finished.drop_reason == CONSTANT_REWARD)
+        self._keeper.keep(place, group)
+        self._emit(GroupFinished(group, self._admission.step))
+        if finished.drop_reason is not None:
+            self._drop(finished, self._admission.step)
+        self._changed.set()
+
+    def _judge(self, group: Group, cut_reason: str | None = None) -> _Finished:
+        reason = drop_reason(
+            group,
+            drop_constant_groups=self._job.learning.drop_constant_groups,
+            min_members=self._job.pipeline.min_members,
+        )
+        return _Finished(group, cut_reason if reason == "too_few_episodes" and cut_reason else reason)
+
+    def _drop(self, finished: _Finished, step: int) -> None:
+        assert finished.drop_reason is not None
+        self._emit(GroupDropped(finished.group, step, finished.drop_reason))
+
+    async def _publish_steps(
+        self,
+        publishing: MemoryObjectReceiveStream[_StepUnderWay],
+        to_record: MemoryObjectSendStream[_StepUnderWay],
+    ) -> None:
+        async with publishing, to_record:
+            async for under_way in publishing:
+                client = await under_way.in_progress.published()
+                step = under_way.to_record.step
+                # Without an optimiser step the weights are the same, under a new number.
+                client = self._policy.current.client if client is None else client
+                self._policy.switch(TinkerPolicy(client, step, self._job.sampling))
+                self._admission.published(step)
+                under_way.to_record.published = anyio.current_time()
+                under_way.published.set()
+                self._new_weights.set()
+                self._new_weights = anyio.Event()
+                self._may_start.set()
+                self._changed.set()
+                await to_record.send(under_way)
+
+    async def _record_steps(self, recording: MemoryObjectReceiveStream[_StepUnderWay]) -> None:
+        async with recording:
+            async for under_way in recording:
+                finished = await under_way.in_progress.finished()
+                step = under_way.to_record.step
+                own = set(self._not_recorded.pop(step))
+                later = [place for places in self._not_recorded.values() for place in places]
+                await self._recorder.record(
+                    under_way.to_record,
+                    finished,
+                    next_place=self._admission.next_place,
+                    open_places=tuple(sorted({*self._admission.open_places, *later} - own)),
+                )
+                self._keeper.forget(own)
+                for place in own:
+                    del self._finished[place]
+
+    # --- bookkeeping --------------------------------------------------------------------------------------------------
+
+    async def _restore(self) -> None:
+        """Takes up what an earlier session left open: finished groups of weights that still exist are not played again."""
+        point = self._recorder.point
+        kept = await self._keeper.load()
+        end = max([point.next_place, *(place + 1 for place in kept)])
+        open_places = {*point.open_places, *range(point.next_place, end)}
+        finished: dict[int, int] = {}
+        for place, group in kept.items():
+            versions = group.policy_versions or (point.step,)
+            # Turns of weights that were published but not saved belong to a future that is lost.
+            if place in open_places and versions[-1] <= point.step:
+                finished[place] = versions[0]
+                self._finished[place] = self._judge(group)
+        self._keeper.forget(set(kept) - set(finished))
+        constant = [place for place in finished if self._finished[place].drop_reason == CONSTANT_REWARD]
+        self._admission.restore(finished, open_places - set(finished), constant=constant)
+        if finished:
+            self._emit(
+                Notice(f"{len(finished)} groups were finished before the run was stopped: they are not played again")
+            )
+
+    def _outcomes(self, closed: Closed) -> tuple[GroupOutcome, ...]:
+        places = (*closed.taken, *closed.replaced, *closed.cancelled)
+        return tuple(
+            GroupOutcome(place, self._finished[place].group, self._finished[place].drop_reason) for place in places
+        )
+
+    def _fresh_budget(self) -> FailureBudget:
+        return self._engine.failure_budget(self._job.learning.groups_per_batch)
