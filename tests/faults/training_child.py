@@ -1,43 +1,56 @@
-"""A process that trains in the small world and says what it has done: the one that tests kill."""
+"""A process that trains in the scripted world and says what it does, a line an event: the one that is killed."""
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import anyio
 
 import searchr1_async as sr
-from searchr1_async.events import EpisodeFinished, Event, Notice, StepFinished
-from tests import tiny_world
+from searchr1_async.events import EpisodeFinished, Event, GroupFinished, MinibatchSubmitted, PhaseStarted, StepFinished
+from tests.faults import scripted_world
 
 
-def main(folder: Path, model: str, steps: int) -> None:
-    def tell(event: Event) -> None:
-        # Written at once and whole, as the process may be gone a moment later.
-        if isinstance(event, StepFinished):
-            sys.stdout.write(f"step {event.step}\n")
-        elif isinstance(event, EpisodeFinished):
-            sys.stdout.write(f"episode {event.step}\n")
-        elif isinstance(event, Notice) and "(pid " in event.text:
-            sys.stdout.write(f"service {event.text.partition('(pid ')[2].rstrip(')')}\n")
+def main(folder: Path, service: str, tokenizer: str, count: int, changes: dict[str, Any]) -> None:
+    def say(*words: object) -> None:
+        # At once and whole, as the process may be gone a moment later.
+        sys.stdout.write(" ".join(map(str, words)) + "\n")
         sys.stdout.flush()
+
+    def tell(event: Event) -> None:
+        match event:
+            case PhaseStarted(phase="train"):
+                say("begin")
+            case EpisodeFinished():
+                say("episode", event.episode.question.id)
+            case GroupFinished():
+                say("group", event.group.question.id)
+            case MinibatchSubmitted():
+                say("minibatch", event.step)
+            case StepFinished():
+                say("step", event.step)
 
     async def train() -> None:
         result = await sr.train(
-            tiny_world.make_questions()[0],
-            tiny_world.make_search(folder / "index"),
+            scripted_world.questions()[:count],
+            scripted_world.make_search(folder / "index"),
             out_dir=folder / "run",
-            model=model,
+            service=service,
+            model="scripted",
+            tokenizer=tokenizer,
             resume=True,
-            steps=steps,
+            reward=scripted_world.reward,
             emit=tell,
-            **(tiny_world.SETTINGS | {"group_size": 2, "groups_per_batch": 3, "minibatches": 3, "checkpoint_every": 4}),
+            **(scripted_world.SETTINGS | changes),
         )
-        sys.stdout.write(f"finished {result.steps}\n")
+        say("finished", result.steps)
 
+    say("awake")
     anyio.run(train)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4]), json.loads(sys.argv[5]))
