@@ -7,21 +7,27 @@ them, the new weights and the resume point right behind that.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import anyio
 import numpy as np
 import tinker
+from numpy.typing import NDArray
 from tinker import types as tinker_types
 
-from searchr1_async.config import LearningSettings
+from searchr1_async.config import LearningSettings, LossName
 from searchr1_async.episodes.types import Episode, Group
-from searchr1_async.errors import CheckpointError, ServiceError
-from searchr1_async.events import Emit, GroupDropped, MinibatchSubmitted
-from searchr1_async.learn.advantages import centred_advantages
-from searchr1_async.learn.examples import to_datum, to_supervised_datum
-from searchr1_async.learn.minibatches import drop_reason
+from searchr1_async.errors import CheckpointError, ConfigurationError, ServiceError
+from searchr1_async.events import Emit, MinibatchSubmitted, Notice
+from searchr1_async.learn.advantages import advantages, token_weight
+from searchr1_async.learn.examples import sampled_logprobs, to_datum, to_supervised_datum
+from searchr1_async.learn.figures import LearnedMinibatch, learning_metrics, optimizer_metrics
+from searchr1_async.learn.penalty import base_logprobs, kl_penalties
+from searchr1_async.learn.schedule import learning_rate_at
 
 _RESUME_POINT_TTL = 7 * 24 * 3600
 """Seconds that a service keeps a rolling resume point: a week, so that a run stopped on a Friday resumes on a Monday."""
@@ -31,94 +37,217 @@ TRAINING_DEADLINE = 3600.0
 
 @dataclass(frozen=True, slots=True)
 class FinishedStep:
-    """What an optimiser step gave."""
+    """What a batch's learning gave."""
 
     metrics: dict[str, float]
-    sampling_client: tinker.SamplingClient
-    """Over the new weights."""
     state_path: str
     """``tinker://`` path of the weights and the optimiser after the step."""
     sampler_path: str | None
     """``tinker://`` path of weights kept for sampling, where a checkpoint was asked for."""
 
 
-class Learner:
-    """One training client and what was submitted to it for the step under way."""
+@dataclass(frozen=True, slots=True)
+class _Submitted:
+    """A minibatch that was handed to the SDK."""
 
-    def __init__(self, client: tinker.TrainingClient, settings: LearningSettings, emit: Emit) -> None:
-        self._client = client
-        self._settings = settings
-        self._emit = emit
-        self._pending: list[tuple[tinker.APIFuture[tinker_types.ForwardBackwardOutput], list[Episode]]] = []
-        self.reasons: dict[str, int] = {}
-        """Groups of this step left out of learning, by reason."""
+    future: tinker.APIFuture[tinker_types.ForwardBackwardOutput]
+    episodes: list[Episode]
+    tokens: int
+    kl_base: float | None
 
-    async def submit(self, groups: Sequence[Group], step: int) -> None:
-        """Submits one minibatch; returns as soon as it is handed to the SDK."""
-        trained: list[Group] = []
-        for group in groups:
-            reason = drop_reason(group, drop_constant_groups=self._settings.drop_constant_groups)
-            if reason is None:
-                trained.append(group)
-            else:
-                self.reasons[reason] = self.reasons.get(reason, 0) + 1
-                self._emit(GroupDropped(group, step, reason))
-        if not trained:
-            return
-        # Off the event loop: 1.1 to 6.5 ms a trajectory were seen in the ancestor, 5.4 s in one piece.
-        datums, episodes = await anyio.to_thread.run_sync(_assemble, trained)
-        if not datums:
-            return
-        future = self._client.forward_backward(
-            datums, self._settings.loss, loss_fn_config=dict(self._settings.loss_config) or None
-        )
-        self._pending.append((future, episodes))
-        self._emit(MinibatchSubmitted(step, len(trained), len(datums), sum(len(e.tokens) for e in episodes)))
 
-    async def finish_step(self, name: str, *, keep: bool) -> FinishedStep:
-        """Steps the optimiser over everything submitted, publishes the weights and saves the resume point.
+@dataclass(slots=True)
+class _Batch:
+    """What was submitted for the batch under way."""
 
-        With nothing submitted (every group dropped) no optimiser step is made: the weights stay as they are.
+    minibatches: list[_Submitted] = field(default_factory=list)
+    steps: list[tinker.APIFuture[tinker_types.OptimStepResponse]] = field(default_factory=list)
+    unstepped: bool = False
+    """Whether a minibatch came since the last optimiser step."""
+    learning_rate: float = 0.0
 
-        Args:
-            name: of the checkpoint.
-            keep: also save weights for sampling under this name, for good.
+
+class StepInProgress:
+    """A batch whose calls have all been submitted: its new weights come first, its resume point and figures later."""
+
+    def __init__(
+        self,
+        batch: _Batch,
+        sampler: tinker.APIFuture[tinker.SamplingClient] | None,
+        state: tinker.APIFuture[tinker_types.SaveWeightsResponse],
+        kept: tinker.APIFuture[tinker_types.SaveWeightsForSamplerResponse] | None,
+    ) -> None:
+        self._batch = batch
+        self._sampler = sampler
+        self._state = state
+        self._kept = kept
+
+    async def published(self) -> tinker.SamplingClient | None:
+        """Waits until the new weights can be sampled; None where the weights did not change.
+
+        Raises:
+            ServiceError: a training call failed.
+        """
+        if self._sampler is None:
+            return None
+        with training_faults("an optimiser step"):
+            with anyio.fail_after(TRAINING_DEADLINE):
+                client = await self._sampler
+                # Weights that lack a part of their batch must not be sampled. By now the service is done with all of it.
+                for minibatch in self._batch.minibatches:
+                    await minibatch.future
+                for step in self._batch.steps:
+                    await step
+        return client
+
+    async def finished(self) -> FinishedStep:
+        """Waits until the step is done and its resume point kept by the service.
 
         Raises:
             ServiceError: a training call failed.
             CheckpointError: the checkpoint could not be saved.
         """
-        pending, self._pending = self._pending, []
-        reasons, self.reasons = self.reasons, {}
-        settings = self._settings
-        adam = tinker_types.AdamParams(
-            learning_rate=settings.learning_rate,
-            beta1=settings.beta1,
-            beta2=settings.beta2,
-            eps=settings.epsilon,
-            grad_clip_norm=settings.gradient_clip,
-        )
-        optim = self._client.optim_step(adam) if pending else None
-        sampler = self._client.save_weights_and_get_sampling_client()
-        state = self._client.save_state(name, ttl_seconds=None if keep else _RESUME_POINT_TTL, overwrite=True)
-        kept = self._client.save_weights_for_sampler(name) if keep else None
+        batch = self._batch
         with training_faults("an optimiser step"):
             with anyio.fail_after(TRAINING_DEADLINE):
-                outputs = [(await future, episodes) for future, episodes in pending]
-                optim_result = await optim if optim is not None else None
-                sampling_client = await sampler
+                learned = [
+                    LearnedMinibatch(await one.future, one.episodes, one.tokens, one.kl_base)
+                    for one in batch.minibatches
+                ]
+                steps = [await step for step in batch.steps]
         with training_faults("saving a checkpoint", CheckpointError):
             with anyio.fail_after(TRAINING_DEADLINE):
-                state_path = (await state).path
-                sampler_path = (await kept).path if kept is not None else None
-        metrics = await anyio.to_thread.run_sync(learning_metrics, outputs)
-        metrics["optim/lr"] = settings.learning_rate if optim is not None else 0.0
-        metrics["optim/steps"] = float(optim is not None)
-        for reason in ("constant_reward", "too_few_episodes"):
-            metrics[f"groups/dropped/{reason}"] = float(reasons.get(reason, 0))
-        if optim_result is not None and optim_result.metrics:
-            metrics.update({f"optim/{key}": float(value) for key, value in optim_result.metrics.items()})
-        return FinishedStep(metrics, sampling_client, state_path, sampler_path)
+                state_path = (await self._state).path
+                sampler_path = (await self._kept).path if self._kept is not None else None
+        metrics = optimizer_metrics([step.metrics or {} for step in steps])
+        metrics |= await anyio.to_thread.run_sync(learning_metrics, learned)
+        metrics["optim/lr"] = batch.learning_rate
+        metrics["optim/steps"] = float(len(steps))
+        return FinishedStep(metrics, state_path, sampler_path)
+
+
+class Learner:
+    """One training client, and what was submitted to it for the batch under way. Called from one task.
+
+    Args:
+        is_off_policy: groups may come from older weights than the newest; the loss is then a clipped one, unless the
+            settings name another.
+        base: samples from the base model, for the penalty of ``kl_coefficient``.
+
+    Raises:
+        ConfigurationError: a penalty is asked for without ``base``.
+    """
+
+    def __init__(
+        self,
+        client: tinker.TrainingClient,
+        settings: LearningSettings,
+        emit: Emit,
+        *,
+        is_off_policy: bool = False,
+        base: tinker.SamplingClient | None = None,
+    ) -> None:
+        if settings.kl_coefficient > 0 and base is None:
+            raise ConfigurationError("kl_coefficient needs a sampling client over the base model")
+        self._client = client
+        self._settings = settings
+        self._emit = emit
+        self._base = base if settings.kl_coefficient > 0 else None
+        is_clipped = is_off_policy or settings.optimizer_steps > 1
+        self.loss: LossName = settings.loss or ("ppo" if is_clipped else "importance_sampling")
+        """What is asked of the service."""
+        self._batch = _Batch()
+        self._outstanding: list[tinker.APIFuture[Any]] = []
+
+    async def submit(self, groups: Sequence[Group], step: int) -> None:
+        """Submits one minibatch of groups that are all learned from; returns as soon as it is handed to the SDK.
+
+        With a penalty it first waits for the base model's log-probabilities.
+
+        Raises:
+            ServiceError: the base model's log-probabilities could not be had.
+        """
+        settings = self._settings
+        make = partial(_assemble, settings=settings, with_ratio_mask=self.loss == "gspo")
+        base: list[list[NDArray[np.float64]] | None] = [None] * len(groups)
+        if self._base is not None:
+            base = list(await self._base_logprobs(groups))
+        datums: list[tinker_types.Datum] = []
+        episodes: list[Episode] = []
+        kl_base = 0.0
+        for group, logprobs in zip(groups, base, strict=True):
+            # Off the event loop and a group at a time: 1.1 to 6.5 ms a trajectory were seen in the ancestor, 5.4 s in one
+            # piece.
+            made, learned, kl = await anyio.to_thread.run_sync(make, group, logprobs)
+            datums += made
+            episodes += learned
+            kl_base += kl
+        if not datums:
+            return
+        tokens = sum(datum.model_input.length + 1 for datum in datums)
+        future = self._client.forward_backward(datums, self.loss, loss_fn_config=dict(settings.loss_config) or None)
+        self._watch(future)
+        self._batch.minibatches.append(
+            _Submitted(future, episodes, tokens, kl_base if self._base is not None else None)
+        )
+        self._batch.unstepped = True
+        self._emit(MinibatchSubmitted(step, len(groups), len(datums), tokens))
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing that was submitted is unfinished at the service."""
+        self._outstanding = [future for future in self._outstanding if not future.future().done()]
+        return not self._outstanding
+
+    async def wait_idle(self) -> None:
+        """Waits until :attr:`is_idle`; may be cancelled without harm to what is under way. Errors surface elsewhere.
+
+        Raises:
+            ServiceError: the service was silent past the deadline.
+        """
+        with training_faults("a training call"):
+            with anyio.fail_after(TRAINING_DEADLINE):
+                while not self.is_idle:
+                    await _until_done(self._outstanding[-1])
+
+    def end_part(self, step: int, total: int) -> None:
+        """Steps the optimiser over what was submitted since its last step, if anything was.
+
+        What is submitted later belongs to the next part of the batch.
+
+        Args:
+            step: the batch, counted from 1, of ``total``: they give the learning rate.
+        """
+        batch = self._batch
+        if not batch.unstepped:
+            return
+        batch.unstepped = False
+        batch.learning_rate = learning_rate_at(self._settings, step, total)
+        batch.steps.append(self._client.optim_step(self._adam(batch.learning_rate, self._settings.gradient_clip)))
+        self._watch(batch.steps[-1])
+
+    async def finish_step(self, step: int, total: int, name: str, *, keep: bool) -> StepInProgress:
+        """Steps the optimiser over everything submitted, and asks for new sampling weights and the resume point.
+
+        All is submitted at once, in this order; the next batch's minibatches may be submitted from then on. With nothing
+        submitted (every group dropped) no optimiser step is made: the weights stay as they are, and a notice says so.
+
+        Args:
+            step: the batch, counted from 1, of ``total``; 0 saves the weights that the first batch starts from.
+            name: of the checkpoint.
+            keep: also save weights for sampling under this name, for good.
+        """
+        self.end_part(step, total)
+        batch, self._batch = self._batch, _Batch()
+        if not batch.steps and step > 0:
+            self._emit(Notice(f"step {step}: no group to learn from, so the weights stay as they are", is_warning=True))
+        sampler = self._client.save_weights_and_get_sampling_client() if batch.steps else None
+        state = self._client.save_state(name, ttl_seconds=None if keep else _RESUME_POINT_TTL, overwrite=True)
+        kept = self._client.save_weights_for_sampler(name) if keep else None
+        for future in (sampler, state, kept):
+            if future is not None:
+                self._watch(future)
+        return StepInProgress(batch, sampler, state, kept)
 
     async def keep_sampler(self, name: str) -> str:
         """Saves the weights as they are for sampling, for good; returns their ``tinker://`` path.
@@ -136,22 +265,35 @@ class Learner:
         Raises:
             ServiceError: a training call failed.
         """
-        datums = [to_supervised_datum(episode) for episode in episodes]
+        datums = [await anyio.to_thread.run_sync(to_supervised_datum, episode) for episode in episodes]
         future = self._client.forward_backward(datums, "cross_entropy")
-        optim = self._client.optim_step(
-            tinker_types.AdamParams(
-                learning_rate=learning_rate,
-                beta1=self._settings.beta1,
-                beta2=self._settings.beta2,
-                eps=self._settings.epsilon,
-            )
-        )
+        optim = self._client.optim_step(self._adam(learning_rate, gradient_clip=0.0))
         with training_faults("a warm-up step"):
             with anyio.fail_after(TRAINING_DEADLINE):
                 output = await future
                 await optim
         tokens = sum(episode.action_token_count for episode in episodes)
         return float(output.metrics["loss:sum"]) / max(1, tokens)
+
+    def _adam(self, learning_rate: float, gradient_clip: float) -> tinker_types.AdamParams:
+        settings = self._settings
+        return tinker_types.AdamParams(
+            learning_rate=learning_rate,
+            beta1=settings.beta1,
+            beta2=settings.beta2,
+            eps=settings.epsilon,
+            grad_clip_norm=gradient_clip,
+        )
+
+    def _watch(self, future: tinker.APIFuture[Any]) -> None:
+        self._outstanding.append(future)
+
+    async def _base_logprobs(self, groups: Sequence[Group]) -> list[list[NDArray[np.float64]]]:
+        """For each group, for each member, of its sampled tokens [A]."""
+        assert self._base is not None
+        episodes = [episode for group in groups for episode in group.episodes]
+        found = iter(await base_logprobs(self._base, episodes, deadline=TRAINING_DEADLINE))
+        return [[next(found) for _ in group.episodes] for group in groups]
 
 
 class training_faults:  # noqa: N801
@@ -169,48 +311,40 @@ class training_faults:  # noqa: N801
             raise self._error(f"{self._doing} failed at the Tinker service: {type(error).__name__}: {error}") from error
 
 
-def _assemble(groups: Sequence[Group]) -> tuple[list[tinker_types.Datum], list[Episode]]:
+async def _until_done(future: tinker.APIFuture[Any]) -> None:
+    """Awaiting the future itself would cancel the call when the wait is cancelled, and raise its error here."""
+    loop, done = asyncio.get_running_loop(), asyncio.Event()
+
+    def tell(_: object) -> None:
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(done.set)
+
+    future.future().add_done_callback(tell)
+    await done.wait()
+
+
+def _assemble(
+    group: Group,
+    base: Sequence[NDArray[np.float64]] | None,
+    *,
+    settings: LearningSettings,
+    with_ratio_mask: bool,
+) -> tuple[list[tinker_types.Datum], list[Episode], float]:
+    """A group's examples, the episodes that they are of, and the sum of log p_sampled - log p_base over their tokens."""
+    differences = [
+        sampled_logprobs(episode) - logprobs_A
+        for episode, logprobs_A in zip(group.episodes, base or (), strict=base is not None)
+    ]
+    penalties: list[NDArray[np.float64]] | list[float] = [0.0] * len(group.episodes)
+    if base is not None:
+        penalties = kl_penalties(differences, settings.kl_coefficient)
     datums: list[tinker_types.Datum] = []
     episodes: list[Episode] = []
-    for group in groups:
-        for episode, advantage in zip(group.episodes, centred_advantages(group.rewards), strict=True):
-            if episode.turns:  # an episode whose prompt did not fit has nothing that was sampled
-                datums.append(to_datum(episode, advantage))
-                episodes.append(episode)
-    return datums, episodes
-
-
-def learning_metrics(
-    outputs: Sequence[tuple[tinker_types.ForwardBackwardOutput, Sequence[Episode]]],
-) -> dict[str, float]:
-    """The recipe's optimiser metrics, over all sampled tokens of a step at once (not a mean of minibatch means).
-
-    ``optim/entropy``: mean of -log p(sampled token) under the sampler. ``optim/kl_sample_train_v1``: mean of
-    log p_sampler - log p_trainer; ``v2``: half the mean of its square (Schulman, 2020, "Approximating KL Divergence",
-    estimators k1 and k2). Both are 0 for an exact service before the first step on new data.
-    """
-    sampled: list[np.ndarray] = []
-    trained: list[np.ndarray] = []
-    loss = 0.0
-    for output, episodes in outputs:
-        loss += float(output.metrics.get("loss:sum", 0.0))
-        for record, episode in zip(output.loss_fn_outputs, episodes, strict=True):
-            logprobs_T = np.asarray(record["logprobs"].to_numpy(), dtype=np.float64)
-            position = len(episode.prompt_tokens) - 1
-            for turn in episode.turns:
-                count = len(turn.sampled_tokens)
-                trained.append(logprobs_T[position : position + count])
-                sampled.append(np.asarray(turn.logprobs, dtype=np.float64))
-                position += count + len(turn.appended_tokens)
-    if not sampled:
-        return {"optim/tokens": 0.0}
-    sampled_A, trained_A = np.concatenate(sampled), np.concatenate(trained)
-    difference_A = sampled_A - trained_A
-    return {
-        "optim/loss": loss,
-        "optim/tokens": float(len(sampled_A)),
-        "optim/datums": float(sum(len(episodes) for _, episodes in outputs)),
-        "optim/entropy": float(-sampled_A.mean()),
-        "optim/kl_sample_train_v1": float(difference_A.mean()),
-        "optim/kl_sample_train_v2": float(0.5 * np.square(difference_A).mean()),
-    }
+    for episode, advantage, penalty in zip(
+        group.episodes, advantages(group.rewards, settings.advantage), penalties, strict=True
+    ):
+        if episode.turns:  # an episode whose prompt did not fit has nothing that was sampled
+            weight = token_weight(episode.action_token_count, settings.normalization)
+            datums.append(to_datum(episode, (advantage + penalty) * weight, with_ratio_mask=with_ratio_mask))
+            episodes.append(episode)
+    return datums, episodes, sum(float(values_A.sum()) for values_A in differences)

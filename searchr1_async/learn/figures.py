@@ -1,0 +1,92 @@
+"""The figures of a batch's learning, over all of its tokens at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from tinker import types as tinker_types
+
+from searchr1_async.episodes.types import Episode
+from searchr1_async.learn.examples import at_sampled, sampled_logprobs
+
+
+@dataclass(frozen=True, slots=True)
+class LearnedMinibatch:
+    """A minibatch with what the service answered."""
+
+    output: tinker_types.ForwardBackwardOutput
+    episodes: Sequence[Episode]
+    """One for each of the output's records, in order."""
+    tokens: int
+    """Of its examples, what was only read included."""
+    kl_base: float | None = None
+    """Sum over its sampled tokens of log p_sampled - log p_base; None where it was not asked for."""
+
+
+def learning_metrics(minibatches: Sequence[LearnedMinibatch]) -> dict[str, float]:
+    """The recipe's optimiser metrics, over all sampled tokens of a batch at once (not a mean of minibatch means).
+
+    ``optim/entropy``: mean of -log p(sampled token) under the sampler. ``optim/kl_sample_train_v1``: mean of
+    log p_sampler - log p_trainer; ``v2``: half the mean of its square (Schulman, 2020, "Approximating KL Divergence",
+    estimators k1 and k2). Both are 0 for an exact service before the first step on new data. ``optim/kl_base``: mean of
+    log p_sampler - log p_base, where a penalty asked for it. What the service adds of its own (``name:reduction``) comes
+    as ``optim/name``, reduced as the SDK does: means weighted by examples.
+    """
+    tokens, entropy, first, second, loss = 0, 0.0, 0.0, 0.0, 0.0
+    for minibatch in minibatches:
+        loss += float(minibatch.output.metrics.get("loss:sum", 0.0))
+        for record, episode in zip(minibatch.output.loss_fn_outputs, minibatch.episodes, strict=True):
+            sampled_A = sampled_logprobs(episode)
+            difference_A = sampled_A - at_sampled(episode, record["logprobs"].to_numpy())
+            tokens += len(sampled_A)
+            entropy -= float(sampled_A.sum())
+            first += float(difference_A.sum())
+            second += 0.5 * float(np.square(difference_A).sum())
+    if not tokens:
+        return {"optim/tokens": 0.0}
+    sizes = [minibatch.tokens for minibatch in minibatches]
+    metrics = _service_metrics(minibatches) | {
+        "optim/loss": loss,
+        "optim/tokens": float(tokens),
+        "optim/datums": float(sum(len(minibatch.episodes) for minibatch in minibatches)),
+        "optim/minibatches": float(len(minibatches)),
+        "optim/tokens_per_minibatch_min": float(min(sizes)),
+        "optim/tokens_per_minibatch_max": float(max(sizes)),
+        "optim/entropy": entropy / tokens,
+        "optim/kl_sample_train_v1": first / tokens,
+        "optim/kl_sample_train_v2": second / tokens,
+    }
+    sums = [minibatch.kl_base for minibatch in minibatches if minibatch.kl_base is not None]
+    if len(sums) == len(minibatches):
+        metrics["optim/kl_base"] = sum(sums) / tokens
+    return metrics
+
+
+def _service_metrics(minibatches: Sequence[LearnedMinibatch]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for key in minibatches[0].output.metrics:
+        name, _, reduction = key.partition(":")
+        values = [minibatch.output.metrics.get(key) for minibatch in minibatches]
+        present = [float(value) for value in values if value is not None]
+        if key == "loss:sum" or len(present) != len(minibatches):
+            continue
+        if reduction == "mean":
+            weights = [len(minibatch.episodes) for minibatch in minibatches]
+            found[f"optim/{name}"] = float(np.average(present, weights=weights))
+        elif reduction in _REDUCTIONS:
+            found[f"optim/{name}"] = float(_REDUCTIONS[reduction](present))
+    return found
+
+
+_REDUCTIONS = {"sum": sum, "min": min, "max": max}
+
+
+def optimizer_metrics(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """What the service said of each optimiser step of a batch: of a gradient the mean, of all else the last."""
+    found: dict[str, float] = {}
+    for key in steps[-1] if steps else ():
+        values = [float(step[key]) for step in steps if key in step]
+        found[f"optim/{key}"] = sum(values) / len(values) if "grad" in key else values[-1]
+    return found
