@@ -132,6 +132,7 @@ def test_a_beat_costs_little() -> None:
     """In a busy loop, against one turn of it: 50 beats a second are a few thousandths of what it does."""
 
     async def turns(count: int, pulse: Pulse | None) -> float:
+        seconds = 0.0
         async with anyio.create_task_group() as tasks:
             if pulse is not None:
                 tasks.start_soon(pulse.run)
