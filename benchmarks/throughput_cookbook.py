@@ -1,0 +1,97 @@
+"""tinker-cookbook's search recipe as a contender, in an environment of its own that holds neither this project nor its needs.
+
+    python throughput_cookbook.py SETTINGS.json
+
+Driven through its public entry points: ``recipes.search_tool.search_env.SearchR1DatasetBuilder`` and ``rl.train.main``,
+configured as ``recipes.search_tool.train`` does, with ``stream_minibatch_config`` or ``async_config`` of ``rl.train.Config``. The
+harness has set the environment so that nothing of it needs to be changed: the home folder holds the questions where the recipe
+downloads them to, and Google's own variables name the stand-in for Gemini.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from throughput_monitor import log_to, observing
+
+
+class SteadyTokenizer:
+    """A Hugging Face tokenizer of which no setting is changed while it is used.
+
+    The renderer for Qwen3 encodes now with ``split_special_tokens`` and now without, from several threads at once.
+    ``transformers`` changes the tokenizer for that, which fails ("Already borrowed") while another thread encodes: with 8
+    groups of 8, most groups died so at their first prompt, and the run waited for them for ever. So each way has its own.
+    """
+
+    def __init__(self, folder: str) -> None:
+        from transformers import AutoTokenizer
+
+        self._whole, self._split = (AutoTokenizer.from_pretrained(folder) for _ in range(2))
+
+    def encode(self, text: str, *, split_special_tokens: bool = False, **options: Any) -> list[int]:
+        """As the tokenizer's own."""
+        tokenizer = self._split if split_special_tokens else self._whole
+        return tokenizer.encode(text, split_special_tokens=split_special_tokens, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._whole, name)
+
+
+async def play(settings: dict[str, Any]) -> None:
+    """One run of one mode."""
+    from tinker_cookbook import tokenizer_utils  # pyright: ignore[reportMissingImports]
+    from tinker_cookbook.recipes.search_tool.search_env import SearchR1DatasetBuilder  # pyright: ignore[reportMissingImports]
+    from tinker_cookbook.recipes.search_tool.tools import RetrievalConfig  # pyright: ignore[reportMissingImports]
+    from tinker_cookbook.rl import train  # pyright: ignore[reportMissingImports]
+
+    tokenizer: Any = SteadyTokenizer(settings["tokenizer"])
+    tokenizer_utils.register_tokenizer(settings["model"], lambda: tokenizer)
+    groups, mode = settings["groups"], settings["mode"]
+    builder = SearchR1DatasetBuilder(
+        batch_size=groups,
+        group_size=settings["group_size"],
+        renderer_name=settings["renderer"],
+        model_name_for_tokenizer=settings["model"],
+        chroma_host="127.0.0.1",
+        chroma_port=settings["chroma"],
+        chroma_collection_name=settings["collection"],
+        retrieval_config=RetrievalConfig(n_results=settings["n_results"]),
+        seed=settings["seed"],
+    )
+    streaming = train.StreamMinibatchConfig(groups_per_batch=groups, num_minibatches=settings["minibatches"])
+    config = train.Config(
+        model_name=settings["model"],
+        recipe_name="recipe_search_tool",
+        renderer_name=settings["renderer"],
+        log_path=settings["out"],
+        dataset_builder=builder,
+        learning_rate=4e-5,
+        max_tokens=1024,
+        eval_every=0,
+        base_url=settings["url"],
+        stream_minibatch_config=streaming if mode == "streaming" else None,
+        async_config=(
+            train.AsyncConfig(max_steps_off_policy=settings["staleness"], groups_per_batch=groups)
+            if mode == "asynchronous"
+            else None
+        ),
+        max_steps=settings["steps"],
+    )
+    async with observing(Path(settings["observed"])):
+        await train.main(config)
+
+
+def main() -> None:
+    settings = json.loads(Path(sys.argv[1]).read_text())
+    log_to(Path(settings["log"]))
+    asyncio.run(play(settings))
+
+
+if __name__ == "__main__":
+    main()
