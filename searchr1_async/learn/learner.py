@@ -185,7 +185,10 @@ class Learner:
         if not datums:
             return
         tokens = sum(datum.model_input.length + 1 for datum in datums)
-        future = self._client.forward_backward(datums, self.loss, loss_fn_config=dict(settings.loss_config) or None)
+        # In a thread too: the call took 2.4 ms for 512 examples and 11 for 4,096. Only this task makes calls, so their order
+        # stays.
+        config = dict(settings.loss_config) or None
+        future = await anyio.to_thread.run_sync(self._client.forward_backward, datums, self.loss, config)
         self._watch(future)
         self._batch.minibatches.append(
             _Submitted(future, episodes, tokens, kl_base if self._base is not None else None)
@@ -286,7 +289,8 @@ class Learner:
         )
 
     def _watch(self, future: tinker.APIFuture[Any]) -> None:
-        self._outstanding.append(future)
+        # Not the finished ones: each holds its answer, 6 KB an example.
+        self._outstanding = [one for one in self._outstanding if not one.future().done()] + [future]
 
     async def _base_logprobs(self, groups: Sequence[Group]) -> list[list[NDArray[np.float64]]]:
         """For each group, for each member, of its sampled tokens [A]."""
