@@ -154,7 +154,7 @@ class SampleGate:
         """How this process is doing: for :class:`~searchr1_async.rollout.pulse.Pulse` to call."""
         now = self._clock()
         self._limit.client_is(now, cpu=reading.cpu, lag=reading.lag_p50)
-        self._sharing.client_is(cpu=reading.cpu, is_saturated=self._limit.is_saturated)
+        self._sharing.client_is(seconds=reading.seconds, cpu=reading.cpu, is_saturated=self._limit.is_saturated)
         self._look(now)
 
     @property

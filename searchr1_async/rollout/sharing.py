@@ -9,7 +9,8 @@ each, alone 3.3 ms each. But each member then waits for the slowest of G. What a
 times x_1 <= ... <= x_n of single first turns by the distribution of a maximum: sum of x_i * ((i/n)^G - ((i-1)/n)^G).
 
 What it costs: the SDK has one thread, which handles about 300 requests a second, so all that is sent behind a split group
-waits longer. The delay there is followed as a bucket that fills by each request's cost and empties by one second a second.
+waits longer. The delay there is followed as a bucket that fills by each request's cost and empties by one second a second;
+the cost is the process's CPU a request as measured, since whatever else runs here takes its time from that thread.
 A group is split where all of these hold:
 
 - the gain is at least ``least_gain`` of E[slowest of G]: the tail is long;
@@ -17,8 +18,8 @@ A group is split where all of these hold:
   first ones are split, as many as pay;
 - the process uses less than ``most_cpu`` of a core, and is not saturated.
 
-It begins by sharing. As a request for all tells only how long the slowest took, now and then a group is split to see
-(``first_probes`` groups of 4 at first, then one of 32), while the process has CPU to spare.
+It begins by sharing. As a request for all tells only how long the slowest took, now and then a group is split to see: one of
+four until that gives the 64 first turns that a decision needs, then one of 32; none without CPU to spare.
 """
 
 from __future__ import annotations
@@ -38,9 +39,8 @@ class SharingSettings:
     """
 
     request_seconds: float = 0.0033
-    """CPU of the SDK for one request of one sample (500 prompt tokens; 2.6-3.3 ms measured)."""
-    sample_seconds: float = 0.0
-    """CPU of the SDK for each further sample of a request: too little to be told from none (8 in one: 3.0 ms)."""
+    """CPU of the SDK for one request, of one sample or of eight (500 prompt tokens; 2.6-3.3 ms measured): what it is taken to
+    cost at least, and until it was measured."""
     least_gain: float = 0.25
     """Of E[slowest of G]. Eight times the client's work for less is seldom worth it: that is a lognormal spread under 0.25."""
     margin: float = 4.0
@@ -57,7 +57,7 @@ class SharingSettings:
     """One group of so many afterwards."""
 
     def __post_init__(self) -> None:
-        for name in ("request_seconds", "sample_seconds", "least_gain", "margin", "most_cpu"):
+        for name in ("request_seconds", "least_gain", "margin", "most_cpu"):
             if getattr(self, name) < 0:
                 raise ConfigurationError(f"{name} is {getattr(self, name)}: it must be 0 or more")
         for name in ("enough", "memory", "first_probes", "later_probes"):
@@ -98,6 +98,10 @@ class Sharing:
     second_turns: float = 0.0
     """Begun, weighed alike."""
     _cpu: float = 0.0
+    _cpu_seconds: float = 0.0
+    _requests: float = 0.0
+    _new_requests: int = 0
+    _probed: int = 0
     _is_saturated: bool = False
     _singles: deque[float] = field(default_factory=deque)
     _sorted: list[float] | None = None
@@ -105,8 +109,8 @@ class Sharing:
     def began(self, now: float, *, samples: int, turn: int) -> float:
         """A request goes out; returns the seconds that it waits in the SDK's thread, to be given to :meth:`finished`."""
         delay = self.backlog.at(now)
-        settings = self.settings
-        self.backlog.add(now, settings.request_seconds + (samples - 1) * settings.sample_seconds)
+        self.backlog.add(now, self.request_seconds)
+        self._new_requests += 1
         if turn == 1:
             self.second_turns += samples
         return delay
@@ -126,9 +130,21 @@ class Sharing:
                 self._singles.popleft()
             self._sorted = None
 
-    def client_is(self, *, cpu: float, is_saturated: bool) -> None:
-        """How this process is doing: seconds of CPU a second, and whether it can do no more."""
+    def client_is(self, *, seconds: float, cpu: float, is_saturated: bool) -> None:
+        """How this process did in the last ``seconds``: seconds of CPU a second, and whether it can do no more."""
         self._cpu, self._is_saturated = cpu, is_saturated
+        if self._new_requests:  # without requests, its CPU went into something else
+            self._cpu_seconds = 0.9 * self._cpu_seconds + cpu * seconds
+            self._requests = 0.9 * self._requests + self._new_requests
+            self._new_requests = 0
+
+    @property
+    def request_seconds(self) -> float:
+        """CPU seconds a request, as measured lately; never less than the SDK's own, nor over 10 times as much."""
+        least = self.settings.request_seconds
+        if self._requests < MEASURED_REQUESTS:
+            return least
+        return min(max(self._cpu_seconds / self._requests, least), 10 * least)
 
     @property
     def continuing(self) -> float:
@@ -166,12 +182,16 @@ class Sharing:
 
     def _is_split(self, now: float, members: int) -> bool:
         settings = self.settings
-        delay = self.backlog.at(now) + members * settings.request_seconds
+        delay = self.backlog.at(now) + members * self.request_seconds
         gain, slowest = self.gain(members), self.slowest(members)
         if gain is None or slowest is None:
             # No second turn follows: whatever the tail is, nothing is to be gained, and nothing to be seen.
             is_pointless = self.first_turns >= settings.enough and not self.second_turns
-            return not is_pointless and self.asked % settings.first_probes == 0
+            # Of a burst, no more groups than are needed: they are still under way when the next are asked about.
+            every = settings.first_probes if self._probed < settings.enough else settings.later_probes
+            is_probe = not is_pointless and self.asked % every == 0
+            self._probed += members * is_probe
+            return is_probe
         if gain >= settings.least_gain * slowest and gain >= settings.margin * delay:
             return True
         return self.second_turns > 0 and self.asked % settings.later_probes == 0
@@ -184,5 +204,7 @@ class Sharing:
         return self._sorted
 
 
+MEASURED_REQUESTS = 100
+"""Requests from which on the CPU of one counts as measured."""
 FORGETTING = 4096
 """First turns after which the share of those that go on weighs half: it changes while a model learns to search."""

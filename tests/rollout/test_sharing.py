@@ -41,8 +41,9 @@ def decisions(sharing: Sharing, groups: int, *, members: int = 8, now: float = 1
 
 
 def test_it_begins_by_sharing_and_splits_now_and_then_to_see() -> None:
-    found = decisions(Sharing(), 16)
-    assert found == ([True] * 3 + [False]) * 4
+    found = decisions(Sharing(), 128)
+    assert found[:32] == ([True] * 3 + [False]) * 8, "64 first turns on their own, which a decision needs"
+    assert found[32:].count(False) == 3
 
 
 def test_a_long_tail_is_split_and_a_short_one_shared() -> None:
@@ -80,10 +81,37 @@ def test_single_turn_episodes_are_shared_whatever_the_tail() -> None:
 @pytest.mark.parametrize(("cpu", "is_saturated"), [(0.7, False), (0.2, True)])
 def test_a_client_with_no_cpu_to_spare_shares(cpu: float, is_saturated: bool) -> None:
     sharing = taught(lognormal(10.0, 1.0))
-    sharing.client_is(cpu=cpu, is_saturated=is_saturated)
+    sharing.client_is(seconds=1.0, cpu=cpu, is_saturated=is_saturated)
     assert all(decisions(sharing, 32))
-    sharing.client_is(cpu=0.3, is_saturated=False)
+    sharing.client_is(seconds=1.0, cpu=0.3, is_saturated=False)
     assert not any(decisions(sharing, 4))
+
+
+def test_a_request_costs_what_is_measured_and_no_less_than_the_sdk_takes() -> None:
+    sharing = taught(lognormal(1.0, 1.0))
+    assert sharing.request_seconds == 0.0033
+
+    def second(cpu: float, requests: int) -> None:
+        for _ in range(requests):
+            sharing.began(0.0, samples=1, turn=2)
+        sharing.client_is(seconds=1.0, cpu=cpu, is_saturated=False)
+
+    before = decisions(sharing, 128, now=100.0).count(False)
+    for _ in range(50):
+        second(0.5, 50)
+    assert sharing.request_seconds == pytest.approx(0.01, rel=0.1)
+    assert decisions(sharing, 128, now=200.0).count(False) < before / 2, (
+        "what is sent behind a split group waits longer"
+    )
+    for _ in range(50):
+        second(0.05, 50)
+    assert sharing.request_seconds == 0.0033
+    for _ in range(50):
+        second(0.05, 0)
+    assert sharing.request_seconds == 0.0033
+    for _ in range(50):
+        second(1.0, 1)
+    assert sharing.request_seconds == 0.0033, "too few to tell"
 
 
 def test_the_clients_own_delay_does_not_pass_for_a_tail() -> None:
