@@ -28,6 +28,8 @@ from tests.faults import scripted_world
 KINDS = ("start", "sampling", "learning", "saving", "recording")
 """Moments: while it starts or resumes, while episodes are played, right after examples went to the trainer, a little later,
 and between a step's first record and its resume point."""
+MAX_UNSAVED_SECONDS = 5.0
+"""They gather for 0.2 s and are written in a thread; the rest is for a machine with other work."""
 SESSION_SECONDS = 240.0
 """After so long a session counts as hanging."""
 
@@ -57,6 +59,8 @@ class Session:
         command = [sys.executable, "-m", "tests.faults.training_child", folder, service.url, service.tokenizer_path]
         self.began = time.monotonic()
         self.lines: list[str] = []
+        self._times: list[float] = []
+        self.killed_at = float("inf")
         with (folder / "errors.log").open("ab") as errors:
             self._process = subprocess.Popen(
                 [*command, str(plan.questions), json.dumps(dict(plan.settings))],
@@ -75,6 +79,7 @@ class Session:
             for line in stdout:
                 with self._changed:
                     self.lines.append(line.strip())
+                    self._times.append(time.monotonic())
                     self._changed.notify_all()
         with self._changed:
             self._changed.notify_all()
@@ -95,8 +100,14 @@ class Session:
         """What followed the word, each time."""
         return [rest for first, _, rest in (line.partition(" ") for line in self.lines) if first == word]
 
+    def age(self, line: str) -> float:
+        """Seconds before its kill when it said this; infinite where it never did."""
+        said = [at for at, other in zip(self._times, self.lines, strict=True) if other == line]
+        return self.killed_at - said[-1] if said else float("inf")
+
     def kill(self) -> None:
         """SIGKILL; what it had said is read to its end."""
+        self.killed_at = time.monotonic()
         self._process.kill()
         self._process.wait()
         self._reader.join()
@@ -120,8 +131,12 @@ class Ledger:
     steps_at_kills: list[int] = field(default_factory=list)
     kept: int = 0
     """Groups that a resume found finished, not in any recorded step, and of weights that still exist."""
-    lost: int = 0
-    """Groups that were finished before a kill and had to be played again: not on disk yet, or of weights that were never saved."""
+    unsaved: int = 0
+    """Groups that had finished before a kill and were not on disk yet."""
+    oldest_unsaved: float = 0.0
+    """Seconds before its kill when the oldest of those had finished."""
+    futureless: int = 0
+    """Groups that were on disk, but of weights that were never saved."""
     played: Counter[str] = field(default_factory=Counter)
     """How often each question's group was played to its end."""
     seconds: float = 0.0
@@ -161,9 +176,7 @@ def train_through_kills(
         told = max([told, *map(int, session.said("step"))])
         point = ResumePoint.load(folder / "run")
         ledger.steps_at_kills.append(assert_nothing_is_lost(folder / "run", point, told))
-        kept, lost = _kept(plan, folder / "run", point, ledger.played)
-        ledger.kept += len(kept)
-        ledger.lost += lost
+        kept = _look(plan, folder / "run", point, session, ledger)
     ledger.seconds = time.monotonic() - began
     return ledger
 
@@ -218,25 +231,34 @@ def assert_nothing_is_lost(run: Path, point: ResumePoint | None, told: int) -> i
     return step
 
 
-def _kept(plan: Plan, run: Path, point: ResumePoint | None, played: Mapping[str, int]) -> tuple[set[str], int]:
-    """The questions whose groups a resume need not play, and how many finished ones it has to.
+def _look(plan: Plan, run: Path, point: ResumePoint | None, session: Session, ledger: Ledger) -> set[str]:
+    """What a kill left: the questions whose groups a resume need not play, and into the ledger, how many it has to.
 
     A group sampled from weights that were published and never saved belongs to a future that is lost: it is played again.
     """
     if point is None:
-        return set(), len(played)
+        assert not session.said("group"), "groups were played before there was a resume point"
+        return set()
     order = scripted_world.order(plan.questions)
     with tempfile.TemporaryDirectory() as copy:
         if (run / "unlearned").is_dir():
             shutil.copytree(run / "unlearned", copy, dirs_exist_ok=True)
         groups = UnlearnedGroups(Path(copy)).load(point.is_open)
+    on_disk = {order.question(place).id for place in groups}
     kept = {
         order.question(place).id
         for place, group in groups.items()
         if all(version <= point.step for version in group.policy_versions)
     }
     recorded = set(RunRecords(run).groups().filter(pl.col("step") <= point.step).collect()["question_id"])
-    return kept, len(set(played) - recorded - kept)
+    unsaved = set(session.said("group")) - recorded - on_disk
+    ages = [session.age(f"group {question}") for question in unsaved]
+    assert max(ages, default=0.0) < MAX_UNSAVED_SECONDS, f"finished long before the kill and not on disk: {ages}"
+    ledger.kept += len(kept)
+    ledger.unsaved += len(unsaved)
+    ledger.futureless += len(on_disk - kept)
+    ledger.oldest_unsaved = max([ledger.oldest_unsaved, *ages])
+    return kept
 
 
 def outcome(run: Path) -> dict[str, str | None]:

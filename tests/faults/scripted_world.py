@@ -13,7 +13,7 @@ import searchr1_async as sr
 from searchr1_async.local import LocalService, Scripted, local_service
 from searchr1_async.rollout.order import QuestionOrder
 from tests import tiny_world
-from tests.faults.script import PLACES, RELATIONS, THINGS
+from tests.faults.script import NUMBERS, PLACES, RELATIONS, THINGS
 
 INSTRUCTIONS = "search then answer"
 SEED = 2
@@ -87,7 +87,7 @@ async def service(
 
     tokenizer = folder / "tokenizer"
     if not tokenizer.exists():
-        words = [*INSTRUCTIONS.split(), *RELATIONS, *PLACES, *THINGS]
+        words = [*INSTRUCTIONS.split(), *RELATIONS, *PLACES, *THINGS, *NUMBERS]
         make_tiny_tokenizer(tokenizer, words=words, byte_level=False)
     scripted = Scripted(
         reply, training={"per_token": 2e-5, "optim_step": 0.03, "save": 0.05}, tokenizer_path=str(tokenizer)
