@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, Qwen2Config, Qwen3Config
 from transformers.pytorch_utils import Conv1D
 
+from searchr1_async.local import trainer
 from searchr1_async.local.backend import AdamParams, Datum, ForwardBackwardResult, LoraConfig, UserFault
 from searchr1_async.local.lora import LoraAdapter, LoraLayout
 from searchr1_async.local.losses import LOSSES, with_sequence_ratio
@@ -258,6 +259,22 @@ def test_adam_refuses_parameters_out_of_range(params: AdamParams) -> None:
     adapter = LoraAdapter(layout, layout.initial())
     with pytest.raises(UserFault, match="adam_params"):
         adam_step(adapter, params)
+
+
+def test_a_sequences_ratio_does_not_depend_on_how_its_rows_are_cut(
+    llama: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With logits of three rows at once, every sequence lies in several chunks."""
+    data = group_data("gspo")
+    results = []
+    for rows in (256, 3):
+        monkeypatch.setattr(trainer, "_HEAD_CHUNK", rows)
+        adapter = new_adapter(llama)
+        result = run(llama, adapter, data, "gspo", clip_low_threshold=0.0, clip_high_threshold=100.0)
+        results.append((result.metrics["loss:sum"], adapter.gradient.clone()))
+    assert results[1][0] == pytest.approx(results[0][0], rel=1e-5)
+    assert float(results[0][1].abs().max()) > 1e-3
+    torch.testing.assert_close(results[1][1], results[0][1], rtol=1e-4, atol=1e-5)
 
 
 def test_training_lowers_the_loss(llama: Engine) -> None:
