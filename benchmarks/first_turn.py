@@ -3,8 +3,8 @@
     python benchmarks/first_turn.py
 
 A scripted service in its own process answers through the real tinker SDK; episodes have 1 to 4 turns, each number as likely.
-The time of a sample is drawn: ``short`` is 1.5 s with a lognormal spread of 0.1, ``heavy`` has one of 0.8 (the slowest of 8 then takes
-3 times the median). The three ways take turns within each round; ``auto`` keeps what it learned from round to round, as it does in a run.
+The time of a sample is drawn: ``short`` is 3 s with a lognormal spread of 0.1, ``heavy`` has one of 0.6 (the slowest of 8 then takes
+2.5 times the median). The three ways take turns within each round; ``auto`` keeps what it learned from round to round, as it does in a run.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from searchr1_async.rollout.pulse import Pulse
 
 MEMBERS, PROMPT_TOKENS, PASSAGE_TOKENS, TURN_TOKENS, MOST_TURNS = 8, 300, 150, 40, 4
 END, CALL, ANSWER, RESULT = 2, 3, 4, 5
-SHAPES = {"short": 0.1, "heavy": 0.8}
-SECONDS = 1.5
+SHAPES = {"short": 0.1, "heavy": 0.6}
+SECONDS = 3.0
 ARMS: tuple[FirstTurn, ...] = ("shared", "split", "auto")
 
 
@@ -133,7 +133,7 @@ async def play(
 async def measure(sizes: Sequence[int], rounds: int) -> pl.DataFrame:
     """One row a batch."""
     rows: list[dict[str, object]] = []
-    for shape, jitter in SHAPES.items():
+    for shape, jitter in reversed(SHAPES.items()):
         script = Scripted("benchmarks.first_turn:reply", latency={"floor": SECONDS, "jitter": jitter})
         with tempfile.TemporaryDirectory() as folder:
             async with local_service("scripted", folder=Path(folder), scripted=script) as service:
