@@ -31,6 +31,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import polars as pl
 from aiohttp import web
@@ -239,10 +240,13 @@ async def play(stage: Stage, job: Job) -> dict[str, Any]:
             "groups": job.groups,
             "steps": job.steps,
             "embedding_requests": counts["requests"],
-            "chroma_requests": sum(
-                count for key, count in observed.requests.items() if key.startswith(f"{stage.chroma} ")
-            ),
+            "chroma_requests": _sent_to(observed, stage.chroma),
+            "service_requests": _sent_to(observed, urlsplit(service.url).port),
         }
+
+
+def _sent_to(observed: Observed, port: int | None) -> int:
+    return sum(count for key, count in observed.requests.items() if key.startswith(f"{port} "))
 
 
 async def _contend(
@@ -275,7 +279,7 @@ async def _contend(
     python, script, home = Path(sys.executable), Path(__file__).with_name(f"throughput_{job.contender}.py"), folder
     if job.contender == "cookbook":
         python, home = await cookbook_python(stage.work), folder / "home"
-        environment |= cookbook_home(home, stage, job) | google
+        environment |= {**cookbook_home(home, stage, job), **google}
         environment.pop("PYTHONPATH", None)
     else:
         settings["questions"] = our_questions(folder, stage, job)
@@ -324,7 +328,8 @@ def planned(options: argparse.Namespace) -> list[Job]:
     for size in options.sizes:
         for name in options.runs or PLAN.get(size, (*OURS, *COOKBOOKS)):
             contender, _, mode = name.partition("/")
-            jobs.append(Job(contender, mode, size, options.steps or STEPS[mode]))
+            own = dict(options.ours) if contender == "ours" else {}
+            jobs.append(Job(contender, mode, size, options.steps or STEPS[mode], own))
     return jobs
 
 
@@ -333,7 +338,7 @@ async def run(options: argparse.Namespace, work: Path) -> None:
 
     tokenizer = str(resolve_model(DEFAULT_MODEL).folder)
     if options.in_flight:
-        jobs = [Job("ours", "streaming", options.in_flight // GROUP_SIZE, 1)]
+        jobs = [Job("ours", "streaming", options.in_flight // GROUP_SIZE, 1, dict(options.ours))]
         # Long enough that the first episodes still play when the last begin.
         options.scale *= 4
     else:
@@ -347,8 +352,16 @@ async def run(options: argparse.Namespace, work: Path) -> None:
         await cookbook_python(work)
     async with chroma_server(index) as chroma:
         rows = await measure(Stage(work, world, tokenizer, chroma), jobs)
-    is_whole = not options.in_flight and not options.runs and set(options.sizes) == set(PLAN)
+    is_whole = not (options.in_flight or options.runs or options.ours) and set(options.sizes) == set(PLAN)
     report(rows, keep=is_whole, in_flight=options.in_flight)
+
+
+def _option(text: str) -> tuple[str, Any]:
+    name, _, value = text.partition("=")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 def main() -> None:
@@ -364,6 +377,9 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies all sampling latencies")
     parser.add_argument(
         "--in-flight", type=int, metavar="EPISODES", help="instead: one batch with all of these at once"
+    )
+    parser.add_argument(
+        "--ours", type=_option, nargs="+", default=[], metavar="NAME=VALUE", help="further arguments of `train`, to try"
     )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as once:

@@ -57,7 +57,7 @@ def figures(
         "cpu_ms_an_episode": 1000 * cpu / episodes,
         "memory_peak": max(memory, default=start_memory),
         "in_flight": seen.in_flight,
-        "memory_an_episode": (max(memory, default=start_memory) - start_memory) / seen.in_flight,
+        "memory_growth": max(memory, default=start_memory) - start_memory,
         **_lags(observed, seen.began, seen.ended),
         "sample_requests": seen.sample_requests,
         "samples": seen.samples,

@@ -9,8 +9,10 @@ one thing at a time. Groups whose members all earned the same need no training. 
   in the order of their release, which no schedule of one machine beats.
 - on-policy, synchronous: ``longest release + training of all + optimiser + save``.
 - with weights up to ``k`` batches old: the later of two. The trainer's: the first release, the training of all batches, and their
-  optimiser steps and saves. The sampler's: the groups of batch ``b`` start at the end of batch ``b - 1 - k`` and must be in
-  batch ``b``, so that it ends no earlier than the longest of them, one group's training, optimiser and save after that start.
+  optimiser steps and saves. The sampler's: the groups of batch ``b`` (from 1) start at the end of batch ``b - 1 - k`` and must be
+  in batch ``b``, so that it ends no earlier than the longest of them, that group's training, optimiser and save after this
+  start. The first ``k + 1`` batches start together, and their groups may be in any of them: an earlier one ends when as many
+  groups are released as all batches up to it hold.
 
 Everything else (the network, the client, waiting for company) is 0.
 """
@@ -125,11 +127,16 @@ def pipelined_floor(batches: Sequence[Sequence[GroupCourse]], times: TrainingTim
     behind = times.optim_step + times.save
     groups = list(itertools.chain.from_iterable(batches))
     trainer = min(group.release for group in groups) + sum(group.training for group in groups) + len(batches) * behind
+    together = min(staleness, len(batches) - 1)
+    first = sorted(itertools.chain.from_iterable(batches[: together + 1]), key=lambda group: group.release)
     ends: list[float] = []
     for number, batch in enumerate(batches):
-        start = ends[number - 1 - staleness] if number > staleness else 0.0
-        before = ends[-1] if ends else 0.0
-        ends.append(max(before, max(start + group.release + group.training for group in batch)) + behind)
+        if number < together:
+            ready = first[sum(map(len, batches[: number + 1])) - 1].release
+        else:
+            start = ends[number - 1 - staleness] if number > staleness else 0.0
+            ready = start + max(group.release + group.training for group in (batch if number > together else first))
+        ends.append(max(ready, ends[-1] if ends else 0.0) + behind)
     return max(trainer, ends[-1])
 
 

@@ -1,6 +1,6 @@
 """What a contender costs while it runs: CPU, memory, its event loop's lag, and the HTTP requests that it sends for searches.
 
-Only the standard library is used, since one contender lives in an environment of its own; both run the same code.
+Nothing of this project is used, since one contender lives in an environment of its own; both run the same code.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Observed:
     looks: int = 0
     """How often the loop was looked at; only lags over :data:`LAG_KEPT` are kept."""
     requests: dict[str, int] = field(default_factory=dict)
-    """Sent through httpx, by port of this machine and path."""
+    """Sent through httpx (the SDK, Chroma's client) and aiohttp, by port of this machine and the last part of the path."""
     ended: bool = False
     """The contender did all its work."""
 
@@ -122,18 +122,27 @@ def _children(process: int) -> list[int]:
 
 
 def _count_requests(observed: Observed) -> None:
-    """Counts at httpx, through which the clients of Chroma and Google send; a request of another library is not seen."""
+    """Counts where httpx and aiohttp send; a request of another library is not seen."""
+    import aiohttp
     import httpx
 
-    send = httpx.AsyncClient.send
+    send, request = httpx.AsyncClient.send, aiohttp.ClientSession._request
 
-    async def counted(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        parts = urlsplit(str(request.url))
-        key = f"{parts.port} {parts.path.rpartition('/')[2]}"
+    def count(port: int | None, path: str) -> None:
+        key = f"{port} {path.rpartition('/')[2]}"
         observed.requests[key] = observed.requests.get(key, 0) + 1
-        return await send(self, request, *args, **kwargs)
 
-    httpx.AsyncClient.send = counted  # pyright: ignore[reportAttributeAccessIssue]
+    async def counted_send(self: Any, sent: Any, *args: Any, **kwargs: Any) -> Any:
+        count(sent.url.port, sent.url.path)
+        return await send(self, sent, *args, **kwargs)
+
+    async def counted_request(self: Any, method: str, url: Any, **kwargs: Any) -> Any:
+        parts = urlsplit(str(url))
+        count(parts.port, parts.path)
+        return await request(self, method, url, **kwargs)
+
+    httpx.AsyncClient.send = counted_send  # pyright: ignore[reportAttributeAccessIssue]
+    aiohttp.ClientSession._request = counted_request  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def log_to(path: Path) -> None:

@@ -46,10 +46,17 @@ def test_a_batch_worked_by_hand() -> None:
     assert synchronous_floor([BATCH], TIMES) == [17.0]
     # Two batches: the trainer has 1 + 2 * 5 + 2 * 2 = 15 s of work; both may be played from the start.
     assert pipelined_floor([BATCH, BATCH], TIMES, 1) == 15.0
-    # The third starts when the first is done, which takes 10 + 1 + 2 s, and needs as long again.
-    assert pipelined_floor([BATCH] * 3, TIMES, 1) == 26.0
-    # With all three from the start, the trainer's 1 + 3 * 5 + 3 * 2 s are the limit.
-    assert pipelined_floor([BATCH] * 3, TIMES, 2) == 22.0
+
+
+def test_the_longest_episodes_set_the_floor_where_training_is_quick() -> None:
+    batch = [GroupCourse(1.0, 0.0), GroupCourse(10.0, 0.5), GroupCourse(2.0, 0.0)]
+    assert pipelined_floor([batch] * 3, TIMES, 0) == sum(streaming_floor([batch] * 3, TIMES)) == 3 * 12.5
+    # Of the six that start at once, three are released after 2 s: the third batch starts after 4 s.
+    assert pipelined_floor([batch] * 2, TIMES, 1) == 12.5
+    assert pipelined_floor([batch] * 3, TIMES, 1) == 4 + 12.5
+    # Behind the second batch, whose slowest took 10.5 + 2 s, the fourth starts.
+    assert pipelined_floor([batch] * 4, TIMES, 1) == 12.5 + 12.5
+    assert pipelined_floor([batch] * 3, TIMES, 2) == 12.5
 
 
 def test_a_trainer_that_is_always_busy_sets_the_floor() -> None:
