@@ -176,7 +176,7 @@ def train_through_kills(
         told = max([told, *map(int, session.said("step"))])
         point = ResumePoint.load(folder / "run")
         ledger.steps_at_kills.append(assert_nothing_is_lost(folder / "run", point, told))
-        kept = _look(plan, folder / "run", point, session, ledger)
+        kept = _look(plan, folder / "run", point, session, kept, ledger)
     ledger.seconds = time.monotonic() - began
     return ledger
 
@@ -231,7 +231,9 @@ def assert_nothing_is_lost(run: Path, point: ResumePoint | None, told: int) -> i
     return step
 
 
-def _look(plan: Plan, run: Path, point: ResumePoint | None, session: Session, ledger: Ledger) -> set[str]:
+def _look(
+    plan: Plan, run: Path, point: ResumePoint | None, session: Session, kept_before: set[str], ledger: Ledger
+) -> set[str]:
     """What a kill left: the questions whose groups a resume need not play, and into the ledger, how many it has to.
 
     A group sampled from weights that were published and never saved belongs to a future that is lost: it is played again.
@@ -251,6 +253,7 @@ def _look(plan: Plan, run: Path, point: ResumePoint | None, session: Session, le
         if all(version <= point.step for version in group.policy_versions)
     }
     recorded = set(RunRecords(run).groups().filter(pl.col("step") <= point.step).collect()["question_id"])
+    assert kept_before <= recorded | on_disk, "what an earlier kill left on disk is gone"
     unsaved = set(session.said("group")) - recorded - on_disk
     ages = [session.age(f"group {question}") for question in unsaved]
     assert max(ages, default=0.0) < MAX_UNSAVED_SECONDS, f"finished long before the kill and not on disk: {ages}"
