@@ -25,7 +25,7 @@ from searchr1_async.config import (
     WarmUp,
 )
 from searchr1_async.data import load_questions
-from searchr1_async.episodes.dialect import FORMATS, make_dialect
+from searchr1_async.episodes.dialect import FORMATS
 from searchr1_async.episodes.reward import RecipeReward, RewardFunction
 from searchr1_async.episodes.types import Group, Question
 from searchr1_async.errors import ConfigurationError, ModelError, QuestionsError, RunFolderError, SearchR1Error
@@ -38,6 +38,7 @@ from searchr1_async.learn.demonstrations import Demonstration
 from searchr1_async.rollout.engine import RolloutEngine
 from searchr1_async.rollout.opening import open_engine
 from searchr1_async.rollout.policy import TinkerPolicy
+from searchr1_async.rollout.workers.messages import WorkerSpec
 from searchr1_async.run import Run
 from searchr1_async.run_folder import find_point, first_error
 from searchr1_async.search import Search
@@ -403,17 +404,19 @@ async def _playing(
                     tokenizer=tokenizer,
                 ) as connected,
             ):
-                dialect = make_dialect(
+                spec = WorkerSpec(
                     format_name,
                     connected.model_name,
-                    connected.tokenizer,
+                    connected.tokenizer.name_or_path,
+                    limits,
                     renderer_name=renderer,
                     instructions=instructions,
+                    first_turn=sampling.first_turn,
                 )
                 async with open_engine(
-                    dialect=dialect,
+                    spec,
+                    connected.tokenizer,
                     search=search,
-                    limits=limits,
                     sampling=sampling,
                     reward=reward,
                     group_size=group_size,

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from searchr1_async.errors import ConfigurationError
 
-LossName = Literal["importance_sampling", "ppo", "cispo", "dro", "gspo", "stable_reinforce"]
+LossName = Literal["importance_sampling", "ppo", "cispo", "dro", "gspo"]
 AdvantageName = Literal["centred", "scaled", "leave_one_out"]
 NormalizationName = Literal["token", "sequence"]
 ScheduleName = Literal["constant", "linear", "cosine"]
@@ -73,7 +73,9 @@ class SamplingSettings:
     """The first turns of a group as one request for all members (``shared``: an eighth of the client's work with groups of
     8, but all members wait for the slowest), one request each (``split``), or what costs less as measured (``auto``)."""
     workers: int | Literal["auto"] = 1
-    """Processes that play: 1 is this one; more are started beside it; ``auto`` starts them once this one is saturated."""
+    """Processes that play. 1 is this one. From 2 on so many are started beside it, each with 3 s of CPU and 0.4 GB, and this one
+    only searches, scores and learns. ``auto`` begins with this one and adds others, up to the cores, while all that play are
+    saturated (the SDK takes 3 ms of CPU a sample, on one thread)."""
 
     def __post_init__(self) -> None:
         _require(self.temperature >= 0, f"temperature is {self.temperature}: it must be 0 or more")

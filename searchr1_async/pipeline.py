@@ -195,6 +195,8 @@ class Pipeline:
                     await self._submit([] if group is None else gatherer.add(group), step)
                     if taken in part_ends:
                         await self._submit(gatherer.end_part(), step)
+                        if not self._job.pipeline.synchronous:
+                            self._end_part(step)
                 if self._learner.is_idle:
                     await self._submit(gatherer.trainer_is_idle(), step)
                 if self._is_complete():
@@ -217,10 +219,13 @@ class Pipeline:
 
     async def _submit(self, minibatches: Sequence[Minibatch], step: int) -> None:
         for minibatch in minibatches:
-            if minibatch.part > self._part:
-                self._part = minibatch.part
-                self._learner.end_part(step, self._total)
+            while minibatch.part > self._part:
+                self._end_part(step)
             await self._learner.submit(minibatch.groups, step)
+
+    def _end_part(self, step: int) -> None:
+        self._part += 1
+        self._learner.end_part(step, self._total)
 
     async def _wait_for_change(self, *, is_learner_wanted: bool) -> None:
         """Until a group has ended, or the trainer is idle while groups wait for it."""

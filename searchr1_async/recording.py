@@ -20,7 +20,6 @@ from searchr1_async.learn.learner import FinishedStep
 from searchr1_async.run_folder import writing_records
 from searchr1_async.search.statistics import SearchStatistics
 from searchr1_async.service import Service
-from searchr1_async.threads import in_thread
 from searchr1_async.watch.metrics import group_metrics, outcome_metrics
 from searchr1_async.watch.records import GroupOutcome, RunRecords
 from searchr1_async.watch.unlearned import UnlearnedGroups
@@ -171,8 +170,7 @@ class Keeper:
                 yield
                 tasks.cancel_scope.cancel()
         finally:
-            with anyio.CancelScope(shield=True):
-                await self._write()
+            await self._write()
 
     async def _run(self) -> None:
         while True:
@@ -193,4 +191,6 @@ class Keeper:
                     self._groups.forget(done)
 
         if new or done:
-            await in_thread(write)
+            # Shielded: what was taken from the list must reach the disk, though the run is stopped just now.
+            with anyio.CancelScope(shield=True):
+                await anyio.to_thread.run_sync(write)

@@ -64,6 +64,10 @@ class Run:
         """One row an episode of every finished step, scanned from the run's Parquet files."""
         return RunRecords(self._out_dir).episodes()
 
+    def groups(self) -> pl.LazyFrame:
+        """One row a group of every finished step: trained on, or dropped and why; the weights that it was sampled from."""
+        return RunRecords(self._out_dir).groups()
+
     def __repr__(self) -> str:
         state = "ended" if self.done else "running"
         return f"Run({str(self._out_dir)!r}, {state})"

@@ -17,7 +17,6 @@ import anyio
 import tinker
 
 from searchr1_async.config import WarmUp
-from searchr1_async.episodes.dialect import make_dialect
 from searchr1_async.errors import SearchR1Error, ServiceError
 from searchr1_async.evaluation.evaluate import evaluate_policy
 from searchr1_async.events import (
@@ -39,6 +38,7 @@ from searchr1_async.rollout.engine import RolloutEngine
 from searchr1_async.rollout.opening import open_engine
 from searchr1_async.rollout.order import QuestionOrder
 from searchr1_async.rollout.policy import TinkerPolicy
+from searchr1_async.rollout.workers.messages import WorkerSpec
 from searchr1_async.run_folder import (
     AFTER_RL,
     AFTER_WARM_UP,
@@ -105,17 +105,19 @@ async def _opened(
             tokenizer=job.tokenizer,
         ) as service,
     ):
-        dialect = make_dialect(
+        spec = WorkerSpec(
             job.format_name,
             service.model_name,
-            service.tokenizer,
+            service.tokenizer.name_or_path,
+            job.limits,
             renderer_name=job.renderer_name,
             instructions=job.instructions,
+            first_turn=job.sampling.first_turn,
         )
         async with open_engine(
-            dialect=dialect,
+            spec,
+            service.tokenizer,
             search=job.search,
-            limits=job.limits,
             sampling=job.sampling,
             reward=job.reward,
             group_size=job.learning.group_size,

@@ -1,0 +1,230 @@
+"""Playing and learning at once, in whole runs on a real small model: what streams, what waits, what is cut, what is left."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import anyio
+import polars as pl
+import pytest
+
+import searchr1_async as sr
+from searchr1_async.events import Event, GroupFinished, MinibatchSubmitted, Notice, PhaseStarted, StepFinished
+from tests import tiny_world
+
+pytestmark = pytest.mark.anyio
+
+
+_numbers = itertools.count()
+
+
+async def varied(episode: sr.Episode) -> float:
+    """Tells members apart whatever the model does, so that every group is learned from."""
+    return next(_numbers) % 11 / 11
+
+
+@pytest.fixture
+def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., sr.Run]:
+    monkeypatch.setenv("TINKER_API_KEY", tiny_world.shared_service().api_key)
+
+    def make(questions: int = 12, **changes: Any) -> sr.Run:
+        settings = {"out_dir": tmp_path / "run", "reward": varied} | tiny_world.served_settings(**changes)
+        search = tiny_world.make_search(tmp_path / "index", search_class=settings.pop("search_class", sr.Search))
+        return sr.train(tiny_world.make_questions()[0][:questions], search, **settings)
+
+    return make
+
+
+def assert_every_question_once(run: sr.Run, questions: int) -> pl.DataFrame:
+    groups = run.groups().collect()
+    assert sorted(groups["place"].to_list()) == list(range(questions))
+    assert groups["question_id"].n_unique() == questions
+    assert (groups["trained"] == groups["drop_reason"].is_null()).all()
+    return groups
+
+
+async def test_a_synchronous_step_learns_only_when_all_of_it_is_played(start: Callable[..., sr.Run]) -> None:
+    events: list[Event] = []
+    await start(steps=1, synchronous=True, minibatches=3, emit=events.append)
+    kinds = [type(event) for event in events if isinstance(event, GroupFinished | MinibatchSubmitted)]
+    assert kinds == [GroupFinished] * 6 + [MinibatchSubmitted] * 3
+
+
+async def test_streaming_learns_while_the_last_group_plays(start: Callable[..., sr.Run]) -> None:
+    """One group's reward waits until a minibatch of the others has gone out."""
+    sent = anyio.Event()
+    first = tiny_world.make_questions()[0][0].id
+
+    async def reward(episode: sr.Episode) -> float:
+        if episode.question.id == first:
+            await sent.wait()
+        return await varied(episode)
+
+    def emit(event: Event) -> None:
+        if isinstance(event, MinibatchSubmitted):
+            sent.set()
+
+    run = start(questions=6, epochs=1, reward=reward, emit=emit)
+    with anyio.fail_after(60):
+        assert (await run).steps == 1
+    assert assert_every_question_once(run, 6)["trained"].all()
+
+
+async def test_with_staleness_the_next_batch_plays_while_the_trainer_works(start: Callable[..., sr.Run]) -> None:
+    run = start(questions=24, epochs=1, max_staleness=1)
+    assert (await run).steps == 4
+    groups = assert_every_question_once(run, 24)
+    assert groups["trained"].all()
+    assert groups.group_by("step").len()["len"].to_list() == [6] * 4
+    age = groups["step"] - 1 - groups["policy_version_min"]
+    assert age.max() == 1
+    assert run.metrics["env/all/staleness_max"].max() == 1
+    assert run.metrics["groups/version_spread"].to_list() == [0] * 4
+    # From the second step on the first weights are no longer the newest: the loss is a clipped one by default.
+    assert run.metrics["optim/kl_sample_train_v2"].to_list()[1] > 0
+
+
+async def test_weights_may_switch_within_an_episode(start: Callable[..., sr.Run]) -> None:
+    """The searches of two groups wait until the first step's weights are there; the step is made up of others."""
+    stepped = anyio.Event()
+    is_learning = False
+    held = {str(question.metadata["search_queries"][0]) for question in tiny_world.make_questions()[0][:2]}
+
+    class Slow(sr.Search):
+        async def search(self, queries: Any, n_results: int | None = None) -> Any:
+            if is_learning and held & set(queries):
+                await stepped.wait()
+            return await super().search(queries, n_results)
+
+    def emit(event: Event) -> None:
+        nonlocal is_learning
+        is_learning = is_learning or (isinstance(event, PhaseStarted) and event.phase == "train")
+        if isinstance(event, StepFinished):
+            stepped.set()
+
+    settings: dict[str, Any] = {"max_staleness": 1, "switch_weights_in_flight": True, "warm_up": tiny_world.WARM_UP}
+    run = start(epochs=1, group_size=8, search_class=Slow, emit=emit, **settings)
+    with anyio.fail_after(60):
+        await run
+    assert run.metrics["groups/version_spread_step"].to_list() == [0, 1]
+    assert run.metrics["groups/version_spread"].to_list()[1] > 0
+    episodes = run.episodes().collect()
+    assert episodes["policy_versions"].list.len().max() == 2, "an episode holds turns of both"
+
+
+async def test_spare_groups_end_a_step_without_its_slowest(start: Callable[..., sr.Run]) -> None:
+    slow = {question.id for question in tiny_world.make_questions()[0][:2]}
+
+    async def reward(episode: sr.Episode) -> float:
+        if episode.question.id in slow:
+            await anyio.sleep_forever()
+        return await varied(episode)
+
+    run = start(questions=8, epochs=1, spare_groups=2, reward=reward)
+    with anyio.fail_after(60):
+        assert (await run).steps == 1
+    groups = assert_every_question_once(run, 8)
+    assert set(groups.filter(pl.col("drop_reason") == "too_slow")["question_id"]) == slow
+    assert groups["trained"].sum() == 6
+    assert run.metrics["groups/dropped/too_slow"].to_list() == [2]
+
+
+async def test_a_step_over_its_time_goes_on_with_what_it_has(start: Callable[..., sr.Run]) -> None:
+    """One group never ends; of another two members of four do."""
+    stuck, half = (question.id for question in tiny_world.make_questions()[0][:2])
+    ended = 0
+
+    async def reward(episode: sr.Episode) -> float:
+        nonlocal ended
+        if episode.question.id == stuck:
+            await anyio.sleep_forever()
+        if episode.question.id == half:
+            ended += 1
+            if ended > 2:
+                await anyio.sleep_forever()
+        return await varied(episode) + ended
+
+    run = start(questions=6, epochs=1, step_time_limit=2.0, reward=reward)
+    with anyio.fail_after(60):
+        assert (await run).steps == 1
+    groups = assert_every_question_once(run, 6)
+    by_id = {row["question_id"]: row for row in groups.iter_rows(named=True)}
+    assert by_id[stuck]["drop_reason"] == "step_time_limit"
+    assert by_id[half]["trained"]
+    assert by_id[half]["members"] == 2
+
+
+async def test_groups_of_constant_reward_are_played_for_again(start: Callable[..., sr.Run]) -> None:
+    constant = {question.id for question in tiny_world.make_questions()[0][:4]}
+
+    async def reward(episode: sr.Episode) -> float:
+        return 0.0 if episode.question.id in constant else await varied(episode)
+
+    run = start(questions=12, epochs=1, refill_groups=3, reward=reward)
+    result = await run
+    groups = assert_every_question_once(run, 12)
+    assert set(groups.filter(pl.col("drop_reason") == "constant_reward")["question_id"]) == constant
+    assert groups["trained"].sum() == 8
+    assert result.steps == 2
+    assert groups.filter(step=1)["trained"].sum() >= 5, "at most three of four are replaced in a step"
+
+
+async def test_a_batch_with_nothing_to_learn_makes_no_optimiser_step_and_says_so(start: Callable[..., sr.Run]) -> None:
+    async def reward(episode: sr.Episode) -> float:
+        return 0.5
+
+    events: list[Event] = []
+    run = start(steps=2, reward=reward, emit=events.append)
+    assert (await run).steps == 2
+    assert run.metrics["optim/steps"].to_list() == [0, 0]
+    assert run.metrics["groups/trained"].to_list() == [0, 0]
+    assert run.metrics["groups/dropped/constant_reward"].to_list() == [6, 6]
+    assert sum("no group to learn from" in event.text for event in events if isinstance(event, Notice)) == 2
+
+
+async def test_a_batch_may_have_several_optimiser_steps(start: Callable[..., sr.Run]) -> None:
+    run = start(steps=1, optimizer_steps=3, minibatches=3)
+    await run
+    assert run.metrics["optim/steps"].to_list() == [3]
+
+
+@pytest.mark.parametrize("staleness", [0, 2])
+async def test_a_stopped_run_plays_no_finished_group_again(start: Callable[..., sr.Run], staleness: int) -> None:
+    """Stopped when some groups of the second step have finished: they are trained on after the resume, as they were."""
+    stopped = anyio.Event()
+    played: list[str] = []
+
+    def emit(event: Event) -> None:
+        if isinstance(event, GroupFinished):
+            played.append(event.group.question.id)
+        if isinstance(event, StepFinished) or len(played) >= 9:
+            stopped.set()
+
+    settings: dict[str, Any] = {"questions": 18, "epochs": 1, "max_staleness": staleness, "emit": emit}
+    run = start(**settings)
+    await stopped.wait()
+    first = await run.stop()
+    before = set(played)
+    assert len(before) == len(played)
+    done = set(run.groups().collect()["question_id"])
+    assert len(done) == 6 * first.steps
+    notices: list[str] = []
+    settings["emit"] = lambda event: (emit(event), notices.append(event.text) if isinstance(event, Notice) else None)
+    again = start(resume=True, **settings)
+    assert (await again).steps == 3
+    assert_every_question_once(again, 18)
+    assert len(played) == 18, "no question is played twice"
+    if before - done:
+        assert any(f"{len(before - done)} groups were finished before" in text for text in notices)
+
+
+async def test_groups_are_played_in_other_processes_and_learned_from_here(start: Callable[..., sr.Run]) -> None:
+    run = start(questions=12, epochs=1, workers=2, max_staleness=1, warm_up=tiny_world.WARM_UP)
+    assert (await run).steps == 2
+    assert assert_every_question_once(run, 12)["trained"].all()
+    episodes = run.episodes().collect()
+    assert episodes["turn_count"].max() == 2, "searches are answered here"
+    assert set(episodes["policy_versions"].explode()) <= {0, 1}
