@@ -81,7 +81,7 @@ class PoolStatistics:
 
     workers: tuple[WorkerStatistics, ...]
     deaths: int
-    """Workers that died, since the pool was opened."""
+    """Workers that died, since the pool was made."""
     replayed: int
     """Episodes begun again for that."""
 

@@ -1,0 +1,335 @@
+"""Real worker processes with the real SDK, over a scripted service in this process."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+
+from searchr1_async.config import EpisodeLimits, SamplingSettings
+from searchr1_async.episodes.dialect import make_dialect
+from searchr1_async.episodes.play import SearchTool
+from searchr1_async.episodes.types import Episode, Passage, Question, StopReason
+from searchr1_async.errors import EmbeddingError, SearchError, ServiceError, StoreError
+from searchr1_async.local.backend import SampleRequest, SampleResult, Snapshot
+from searchr1_async.local.scripted import Latency, ScriptedBackend
+from searchr1_async.rollout.gate import SampleGate
+from searchr1_async.rollout.player import GroupPlayer, GroupTask, LocalPlayer
+from searchr1_async.rollout.policy import LatestPolicy, TinkerPolicy
+from searchr1_async.rollout.workers.deaths import DeathRecord
+from searchr1_async.rollout.workers.messages import WorkerSpec
+from searchr1_async.rollout.workers.pool import WorkerPool
+from tests import tiny_world
+from tests.local.serving import raw, sdk, service_thread, until
+from tests.local.tiny import make_tiny_tokenizer
+from tests.players import DictSearch
+
+pytestmark = pytest.mark.anyio
+
+LIMITS = EpisodeLimits(max_turns=4, max_tokens=64, max_trajectory_tokens=2000)
+INSTRUCTIONS = "search then answer"
+SLOW = "slowly"
+"""A question with this word is sampled for a minute."""
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    make_tiny_tokenizer(folder)
+    return folder
+
+
+class Backend(ScriptedBackend):
+    """Searches for what the question asks with some chance, then answers with it; keeps the samples under way."""
+
+    def __init__(self, tokenizer: Any, folder: Path) -> None:
+        super().__init__(self._write, tokenizer_path=str(folder), latency=Latency(floor=0.02))
+        self.futures: list[Future[SampleResult]] = []
+        self._text = tokenizer
+        self._slow = Latency(floor=60.0)
+        self._fast = self._latency
+
+    def sample(self, snapshot: Snapshot | None, request: SampleRequest) -> Future[SampleResult]:
+        future = super().sample(snapshot, request)
+        self.futures.append(future)
+        return future
+
+    def _write(self, prompt: list[int], chance: random.Random) -> str:
+        text = self._text.decode(prompt)
+        name = text.partition("Question ")[2].partition("?")[0]
+        self._latency = self._slow if SLOW in name else self._fast
+        searches = text.count("<information>") - 1  # the instructions may name it
+        if "All about" in text and (searches > 2 or chance.random() < 0.5):
+            return f"<answer>{name}</answer>"
+        return f"<search>{name} {chance.randrange(1000)}</search>"
+
+
+@dataclass
+class World:
+    backend: Backend
+    url: str
+    dialect: Any
+    spec: WorkerSpec
+
+    def local(self, search: SearchTool) -> LocalPlayer:
+        return LocalPlayer(self.dialect, search, LIMITS, SampleGate(), "shared")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Iterator[World]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    backend = Backend(tokenizer, tokenizer_folder)
+    dialect = make_dialect("tags", "scripted", tokenizer, instructions=INSTRUCTIONS)
+    spec = WorkerSpec("tags", "scripted", str(tokenizer_folder), LIMITS, None, INSTRUCTIONS, "shared")
+    with service_thread(tmp_path_factory.mktemp("service"), backend) as served:
+        yield World(backend, served.url, dialect, spec)
+
+
+@asynccontextmanager
+async def policies(world: World, *versions: int) -> AsyncIterator[list[TinkerPolicy]]:
+    async with sdk(world.url) as client:
+        settings = SamplingSettings(seed=1, deadline=60.0)
+        clients = [await client.create_sampling_client(base_model="scripted") for _ in versions]
+        yield [TinkerPolicy(client, version, settings) for client, version in zip(clients, versions, strict=True)]
+
+
+def task(place: int, *, name: str | None = None, members: int = 4) -> GroupTask:
+    question = Question(f"q{place}", f"Question {name or place}?", ("yes",), metadata={"not": lambda: "picklable"})
+    return GroupTask(place, question, tuple(range(members)), seed=1000 + place)
+
+
+Played = dict[tuple[int, int], Episode]
+
+
+async def play_all(
+    player: GroupPlayer, policy: Any, tasks: Sequence[GroupTask], heard: Callable[[], Awaitable[None]] | None = None
+) -> Played:
+    played: Played = {}
+
+    async def one(task: GroupTask) -> None:
+        async def finished(member: int, episode: Episode) -> None:
+            assert (task.place, member) not in played, "told twice"
+            played[task.place, member] = episode
+            if heard is not None:
+                await heard()
+
+        await player.play(task, policy, finished)
+        assert {member for place, member in played if place == task.place} == set(task.members)
+
+    with anyio.fail_after(60):
+        async with anyio.create_task_group() as group:
+            for item in tasks:
+                group.start_soon(one, item)
+    return played
+
+
+def timeless(episode: Episode) -> Episode:
+    """Without what a clock measured."""
+    turns = [
+        replace(turn, seconds=0.0, call=None if turn.call is None else replace(turn.call, seconds=0.0))
+        for turn in episode.turns
+    ]
+    return replace(episode, seconds=0.0, turns=tuple(turns))
+
+
+@dataclass
+class WatchedSearch(DictSearch):
+    """Fails for questions that say so, and calls back before it answers."""
+
+    errors: dict[str, SearchError] = field(default_factory=dict)
+    on_search: Callable[[str], None] = lambda query: None
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    async def search(self, queries: Sequence[str]) -> Sequence[Sequence[Passage]]:
+        self.on_search(queries[0])
+        for word, error in self.errors.items():
+            if word in queries[0]:
+                raise error
+        return await super().search(queries)
+
+
+class OtherStoreError(StoreError):
+    """Of a user: no worker has it."""
+
+
+async def test_what_workers_play_is_what_this_process_would_play(world: World) -> None:
+    search = WatchedSearch()
+    async with policies(world, 3, 4, 5) as (policy, newer, newest):
+        here = await play_all(world.local(search), policy, [task(place) for place in range(12)])
+        assert {len(episode.turns) for episode in here.values()} >= {2, 3}
+        asked_here, search.asked = len(search.asked), []
+
+        async with WorkerPool(world.spec, search, count=2) as pool:
+            there = await play_all(pool, policy, [task(place) for place in range(12)])
+            assert {key: timeless(episode) for key, episode in there.items()} == {
+                key: timeless(episode) for key, episode in here.items()
+            }
+            assert len(search.asked) == asked_here, "every search came here"
+            for place in range(12):
+                assert len({id(there[place, member].prompt_tokens) for member in range(4)}) == 1
+                assert there[place, 0].question.metadata["not"]() == "picklable"
+
+            await _searches_that_fail(pool, policy, search)
+            await _weights_that_change(pool, LatestPolicy(newer), newest, search)
+            await _cancelling(world, pool, policy)
+            await _statistics(pool)
+            async with raw(world.url) as client:
+                listed = await client.ok("sessions", method="GET")
+                assert len(listed["sessions"]) == 1, "workers share the session"
+        with pytest.raises(ServiceError, match="closed"):
+            await pool.play(task(60), policy, _unheard)
+
+
+async def _searches_that_fail(pool: WorkerPool, policy: TinkerPolicy, search: WatchedSearch) -> None:
+    search.errors = {"shaky": EmbeddingError("the embedder is down"), "odd": OtherStoreError("the store is odd")}
+    played = await play_all(pool, policy, [task(20, name="shaky"), task(21, name="odd"), task(22, name="fine")])
+    assert {played[20, member].error for member in range(4)} == {"EmbeddingError: the embedder is down"}
+    assert {played[21, member].error for member in range(4)} == {"StoreError: the store is odd"}
+    assert {played[22, member].stop_reason for member in range(4)} <= {StopReason.ANSWER, StopReason.MAX_TURNS}
+
+    search.errors = {"fatal": StoreError("the collection is gone", is_fatal=True)}
+    with pytest.RaisesGroup(pytest.RaisesExc(StoreError, match="collection"), flatten_subgroups=True):
+        await play_all(pool, policy, [task(23, name="fatal")])
+    search.errors = {}
+
+
+async def _weights_that_change(
+    pool: WorkerPool, latest: LatestPolicy, newest: TinkerPolicy, search: WatchedSearch
+) -> None:
+    search.on_search = lambda query: latest.switch(newest)
+    played = await play_all(pool, latest, [task(30)])
+    for episode in played.values():
+        assert [turn.policy_version for turn in episode.turns] == [4] + [5] * (len(episode.turns) - 1)
+    search.on_search = lambda query: None
+
+
+async def _cancelling(world: World, pool: WorkerPool, policy: TinkerPolicy) -> None:
+    before = len(world.backend.futures)
+
+    async def under_way() -> bool:
+        return len(world.backend.futures) == before + 6
+
+    async def all_cancelled() -> bool:
+        return all(future.cancelled() for future in world.backend.futures[before:])
+
+    async with anyio.create_task_group() as group:
+        for place in range(6):
+            group.start_soon(play_all, pool, policy, [task(40 + place, name=SLOW)])
+        await until(under_way)
+        assert sorted(worker.groups for worker in pool.statistics.workers) == [3, 3], "shared evenly"
+        group.cancel_scope.cancel()
+    assert sum(worker.members for worker in pool.statistics.workers) == 0
+    await until(all_cancelled)
+
+
+async def _statistics(pool: WorkerPool) -> None:
+    async def told() -> bool:
+        return all(worker.load is not None for worker in pool.statistics.workers)
+
+    await until(told)
+    statistics = pool.statistics
+    assert (statistics.deaths, statistics.replayed) == (0, 0)
+    for worker in statistics.workers:
+        assert worker.load is not None
+        assert worker.load.cpu_seconds > 0.5, "it has imported the SDK at least"
+        assert worker.load.gate.samples > 0
+
+
+async def test_a_dead_worker_loses_nothing_but_its_episodes_under_way(world: World) -> None:
+    search = DictSearch()
+    deaths = DeathRecord(most=1)
+    async with policies(world, 0) as (policy,), WorkerPool(world.spec, search, count=2, deaths=deaths) as pool:
+        first = pool.statistics.workers[0].pid
+        told = 0
+
+        async def kill_in_the_middle() -> None:
+            nonlocal told
+            told += 1
+            if told == 8:
+                assert pool.statistics.workers[0].members > 0
+                os.kill(first, signal.SIGKILL)
+
+        played = await play_all(pool, policy, [task(place) for place in range(12)], kill_in_the_middle)
+        assert len(played) == 48
+        assert all(episode.is_complete for episode in played.values())
+        assert pool.statistics.deaths == 1
+        assert 0 < pool.statistics.replayed < 48
+
+        async def replaced() -> bool:
+            return len(pool.statistics.workers) == 2
+
+        await until(replaced)
+        pids = [worker.pid for worker in pool.statistics.workers]
+        assert first not in pids
+        assert len(await play_all(pool, policy, [task(place) for place in range(4)])) == 16
+
+        async with anyio.create_task_group() as group:
+
+            async def play_on_and_fail() -> None:
+                with pytest.RaisesGroup(pytest.RaisesExc(ServiceError, match="died more than 1 times")):
+                    await play_all(pool, policy, [task(50, name=SLOW)])
+
+            group.start_soon(play_on_and_fail)
+
+            async def under_way() -> bool:
+                return sum(worker.members for worker in pool.statistics.workers) > 0
+
+            await until(under_way)
+            for pid in pids:
+                os.kill(pid, signal.SIGKILL)
+
+
+async def _unheard(member: int, episode: Episode) -> None:
+    raise AssertionError("nobody plays")
+
+
+@contextmanager
+def parent(tokenizer_folder: Path) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("parent.py")), str(tokenizer_folder)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=tiny_world.child_environment(),
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_workers_end_with_a_parent_that_is_killed(tokenizer_folder: Path) -> None:
+    with parent(tokenizer_folder) as process:
+        assert process.stdout is not None
+        pids = [int(pid) for pid in process.stdout.readline().split()]
+        assert len(pids) == 1
+        assert all(tiny_world.is_running(pid) for pid in pids)
+        process.kill()
+        assert process.stdout.read() == "", "nothing else on standard output"
+        deadline = time.monotonic() + 20
+        while any(tiny_world.is_running(pid) for pid in pids):
+            assert time.monotonic() < deadline, "a worker outlives its parent"
+            time.sleep(0.05)
+
+
+async def test_a_worker_that_cannot_play_says_why(tmp_path: Path) -> None:
+    spec = WorkerSpec("tags", "scripted", str(tmp_path / "nothing"), LIMITS)
+    with pytest.raises(ServiceError, match=r"no tokenizer could be loaded from .*nothing"):
+        async with WorkerPool(spec, DictSearch(), count=1, log_path=tmp_path / "log"):
+            raise AssertionError("it came up")
