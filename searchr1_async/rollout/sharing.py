@@ -14,8 +14,9 @@ the cost is the process's CPU a request as measured, since whatever else runs he
 A group is split where all of these hold:
 
 - the gain is at least ``least_gain`` of E[slowest of G]: the tail is long;
-- the gain is at least ``margin`` times the delay that the group meets and makes in the SDK's thread: in a burst of groups the
-  first ones are split, as many as pay;
+- the gain is at least ``margin`` times the delay that the group meets in the SDK's thread and makes there: its own, and that of
+  the groups of the same burst behind it, of which as many are expected as the last burst had (with 6.5 ms a request,
+  splitting each of 128 groups took the mean episode from 14 s to 26 s; splitting each of 32 from 13 s to 10 s);
 - the process uses less than ``most_cpu`` of a core, and is not saturated.
 
 It begins by sharing. As a request for all tells only how long the slowest took, now and then a group is split to see: one of
@@ -43,8 +44,8 @@ class SharingSettings:
     cost at least, and until it was measured."""
     least_gain: float = 0.25
     """Of E[slowest of G]. Eight times the client's work for less is seldom worth it: that is a lognormal spread under 0.25."""
-    margin: float = 4.0
-    """The gain over the delay in the SDK's thread."""
+    margin: float = 2.0
+    """The gain over the delay in the SDK's thread. Over 1, since later turns of other groups wait there too."""
     most_cpu: float = 0.6
     """Of one core."""
     enough: int = 64
@@ -102,6 +103,9 @@ class Sharing:
     _requests: float = 0.0
     _new_requests: int = 0
     _probed: int = 0
+    _asked_at: float = 0.0
+    _burst: int = 0
+    _last_burst: int = 0
     _is_saturated: bool = False
     _singles: deque[float] = field(default_factory=deque)
     _sorted: list[float] | None = None
@@ -172,6 +176,9 @@ class Sharing:
     def is_worth_it(self, now: float, members: int) -> bool:
         """Whether one request for the first turns of so many members costs less than one request each."""
         self.asked += 1
+        if now - self._asked_at > BURST_GAP:
+            self._last_burst, self._burst = self._burst, 0
+        self._burst, self._asked_at = self._burst + 1, now
         is_shared = members == 1 or not (self._has_cpu_to_spare and self._is_split(now, members))
         self.split += not is_shared
         return is_shared
@@ -182,7 +189,8 @@ class Sharing:
 
     def _is_split(self, now: float, members: int) -> bool:
         settings = self.settings
-        delay = self.backlog.at(now) + members * self.request_seconds
+        behind = max(0, self._last_burst - self._burst)
+        delay = self.backlog.at(now) + (members + (members - 1) * behind) * self.request_seconds
         gain, slowest = self.gain(members), self.slowest(members)
         if gain is None or slowest is None:
             # No second turn follows: whatever the tail is, nothing is to be gained, and nothing to be seen.
@@ -204,6 +212,8 @@ class Sharing:
         return self._sorted
 
 
+BURST_GAP = 0.5
+"""Seconds without a new group that end a burst of them, as the first of a batch are."""
 MEASURED_REQUESTS = 100
 """Requests from which on the CPU of one counts as measured."""
 FORGETTING = 4096

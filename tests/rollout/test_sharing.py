@@ -58,14 +58,28 @@ def test_a_burst_is_split_as_far_as_the_clients_thread_keeps_up() -> None:
     assert gain is not None
     found = decisions(sharing, 128)
     assert found.index(True) > 5
-    # What waits in the thread then is about a quarter of what a member gains, and what is shared adds little.
-    assert (found.index(True) + 1) * 8 * 0.0033 == pytest.approx(gain / 4, rel=0.2)
+    # What waits in the thread then is about half of what a member gains, and what is shared adds little.
+    assert (found.index(True) + 1) * 8 * 0.0033 == pytest.approx(gain / 2, rel=0.2)
     assert found[64:].count(False) == 2, "to see"
-    assert decisions(sharing, 1, now=200.0) == [False], "once the thread is through with it"
+
+
+def test_a_burst_as_large_as_the_last_is_shared_where_splitting_would_hold_up_those_behind() -> None:
+    small, large = (taught(lognormal(3.0, 0.6)) for _ in range(2))
+    for sharing, groups in ((small, 32), (large, 512)):
+        decisions(sharing, groups)
+        found = decisions(sharing, groups, now=200.0)
+        if groups == 32:
+            assert not any(found), "all are split, and the last of them waits 0.8 s"
+        else:
+            # Those behind would wait for as many requests as all groups have members; near the end there are few of them.
+            assert found[:400].count(False) <= 400 // 32 + 1
+            assert not all(found[-40:])
+    assert decisions(large, 1, now=300.0) == [True], "another burst may be coming"
+    assert decisions(large, 1, now=400.0) == [False], "the last was of one group"
 
 
 def test_turns_so_short_that_the_requests_take_longer_are_shared() -> None:
-    assert decisions(taught(lognormal(0.02, 1.0)), 16) == [True] * 16
+    assert decisions(taught(lognormal(0.01, 1.0)), 16) == [True] * 16
 
 
 def test_single_turn_episodes_are_shared_whatever_the_tail() -> None:
