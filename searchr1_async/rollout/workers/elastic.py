@@ -60,13 +60,12 @@ class ElasticPlayer:
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool | None:
+    ) -> None:
         assert self._tasks is not None
         tasks, self._tasks = self._tasks, None
         tasks.cancel_scope.cancel()
-        if isinstance(error, anyio.get_cancelled_exc_class()):
-            return await tasks.__aexit__(kind, error, trace)
-        return await tasks.__aexit__(None, None, None)
+        # Not with the block's own error: it would come out in a group, or, a cancellation, might not come out at all.
+        await tasks.__aexit__(None, None, None)
 
     async def play(self, task: GroupTask, policy: GroupPolicy, finished: Finished) -> None:
         """See :class:`GroupPlayer`, and :meth:`WorkerPool.play` for what it raises."""

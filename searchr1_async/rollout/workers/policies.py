@@ -97,6 +97,8 @@ class PolicyBook:
         return self._told.get(worker, {}).keys()
 
     def _follow(self, shared: Shared) -> None:
+        if getattr(shared.policy, "current", shared.policy) is shared.weights:
+            return  # asked before every answer to a search: quick where nothing has changed
         weights = newest(shared.policy)
-        if weights is not None and weights is not shared.weights:
+        if weights is not None:
             shared.sampler, shared.weights = self.describe(weights), weights

@@ -157,17 +157,15 @@ class WorkerPool:
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool | None:
+    ) -> None:
         assert self._tasks is not None
         self._fail(ServiceError("the worker pool was closed while groups were being played"))
         tasks, self._tasks = self._tasks, None
         # Shielded: processes are ended in a cancelled run too. Each has its deadline.
         tasks.cancel_scope.shield = True
         tasks.cancel_scope.cancel()
-        if isinstance(error, anyio.get_cancelled_exc_class()):
-            return await tasks.__aexit__(kind, error, trace)
-        # Not with the error of the block, which would come out of it in a group.
-        return await tasks.__aexit__(None, None, None)
+        # Not with the block's own error: it would come out in a group, or, a cancellation, might not come out at all.
+        await tasks.__aexit__(None, None, None)
 
     async def add_worker(self) -> None:
         """Starts one more, and returns when it can play.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import socket
@@ -77,12 +78,12 @@ async def _serve(end: socket.socket) -> None:
         async with anyio.create_task_group() as tasks:
             worker = Worker(channel, setup.spec, dialect, clients)
             tasks.start_soon(_report, worker, setup.load_seconds)
-            try:
+            # A parent that is gone: nobody is left to tell.
+            with contextlib.suppress(ChannelClosedError):
                 await worker.listen(tasks)
-            finally:
-                tasks.cancel_scope.cancel()
+            tasks.cancel_scope.cancel()
     except ChannelClosedError:
-        pass  # the parent is gone, and nobody is left to tell
+        pass  # the same, before it could play
     finally:
         with anyio.CancelScope(shield=True):
             await clients.settle(SETTLE_SECONDS)
