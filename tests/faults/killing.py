@@ -182,21 +182,23 @@ def train_through_kills(
 
 
 def wait_for_moment(kind: str, session: Session, run: Path, chance: random.Random) -> None:
-    """Until the moment has come, or the session has ended."""
+    """Until the moment has come, or the session has ended; but for the start, after up to two further steps."""
+    if kind != "start":
+        session.wait_for("step", chance.randrange(3))
     match kind:
         case "start":
             # Importing and connecting take some seconds; the later half falls into resuming and the first episodes.
             session.wait_for("awake", 1)
             pause = chance.uniform(0.0, 2.0)
         case "sampling":
-            session.wait_for("episode", chance.randrange(1, 60))
+            session.wait_for("episode", len(session.said("episode")) + chance.randrange(1, 30))
             pause = chance.uniform(0.0, 0.1)
         case "learning":
-            session.wait_for("minibatch", chance.randrange(1, 7))
+            session.wait_for("minibatch", len(session.said("minibatch")) + chance.randrange(1, 4))
             pause = chance.uniform(0.0, 0.03)
         case "saving":
-            session.wait_for("minibatch", chance.randrange(1, 7))
-            pause = chance.uniform(0.03, 0.5)
+            session.wait_for("minibatch", len(session.said("minibatch")) + chance.randrange(1, 4))
+            pause = chance.uniform(0.03, 0.8)
         case "recording":
             _wait_for_record(session, run)
             pause = chance.uniform(0.0, 0.03)

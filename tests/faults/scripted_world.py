@@ -89,8 +89,9 @@ async def service(
     if not tokenizer.exists():
         words = [*INSTRUCTIONS.split(), *RELATIONS, *PLACES, *THINGS, *NUMBERS]
         make_tiny_tokenizer(tokenizer, words=words, byte_level=False)
+    # Saving takes long enough for groups to finish on weights that are published and not saved yet.
     scripted = Scripted(
-        reply, training={"per_token": 2e-5, "optim_step": 0.03, "save": 0.05}, tokenizer_path=str(tokenizer)
+        reply, training={"per_token": 2e-5, "optim_step": 0.03, "save": 0.2}, tokenizer_path=str(tokenizer)
     )
     async with local_service("scripted", folder=folder / "service", scripted=scripted, threads=1, **options) as running:
         yield running
