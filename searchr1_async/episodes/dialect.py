@@ -20,6 +20,7 @@ from renderers import Message, Renderer, ToolCallParseStatus, ToolSpec, config_f
 from renderers.base import MODEL_RENDERER_MAP
 
 from searchr1_async.episodes.chatml import ChatMLRenderer
+from searchr1_async.episodes.remembering import RememberingTokenizer
 from searchr1_async.episodes.reward import answer_after_prefix
 from searchr1_async.episodes.types import Passage, Question
 from searchr1_async.errors import ModelError
@@ -394,6 +395,7 @@ def make_dialect(
     """
     if format_name not in FORMATS:
         raise ModelError(f"unknown tool-call format {format_name!r}: choose one of {', '.join(FORMATS)}")
+    tokenizer = RememberingTokenizer(tokenizer)
     renderer = select_renderer(model_name, tokenizer, renderer_name)
     if format_name == "tags":
         return TagsDialect(renderer, tokenizer, instructions or TAGS_INSTRUCTIONS)
