@@ -123,6 +123,7 @@ class StepInProgress:
         metrics |= await anyio.to_thread.run_sync(learning_metrics, learned)
         metrics["optim/lr"] = batch.learning_rate
         metrics["optim/steps"] = float(len(steps))
+        batch.minibatches.clear()  # nobody asks for their episodes again, and there are thousands
         return FinishedStep(metrics, state_path, sampler_path)
 
 

@@ -56,7 +56,9 @@ class TinkerPolicy:
         params = tinker_types.SamplingParams(
             max_tokens=max_tokens, temperature=self.settings.temperature, stop=stop, seed=seed
         )
-        prompt = tinker_types.ModelInput.from_ints(list(prompt_tokens))
+        # Neither checked nor copied: they are tokens, and stay as they are until the answer is there.
+        chunk = tinker_types.EncodedTextChunk.model_construct(tokens=prompt_tokens)
+        prompt = tinker_types.ModelInput(chunks=[chunk])
         try:
             with anyio.fail_after(self.settings.deadline):
                 response = await self.client.sample(prompt, count, params)
