@@ -16,7 +16,7 @@ A group is split where all of these hold:
 - the gain is at least ``least_gain`` of E[slowest of G]: the tail is long;
 - the gain is at least ``margin`` times the delay that the group meets in the SDK's thread and makes there: its own, and that of
   the groups of the same burst behind it, of which as many are expected as the last burst had (with 6.5 ms a request,
-  splitting each of 128 groups took the mean episode from 14 s to 26 s; splitting each of 32 from 13 s to 10 s);
+  splitting each of 128 groups took the mean episode from 19 s to 26 s; splitting each of 32 from 13 s to 10 s);
 - the process uses less than ``most_cpu`` of a core, and is not saturated.
 
 It begins by sharing. As a request for all tells only how long the slowest took, now and then a group is split to see: one of
