@@ -14,6 +14,7 @@ from searchr1_async.events import Emit
 from searchr1_async.rollout.engine import RolloutEngine
 from searchr1_async.rollout.garbage import rare_collections
 from searchr1_async.rollout.gate import SampleGate
+from searchr1_async.rollout.limit import LimitSettings, SampleLimit
 from searchr1_async.rollout.player import GroupPlayer, LocalPlayer
 from searchr1_async.rollout.pulse import Pulse
 from searchr1_async.rollout.workers.elastic import ElasticPlayer
@@ -50,7 +51,7 @@ async def open_engine(
         renderer_name=spec.renderer_name,
         instructions=spec.instructions,
     )
-    gate = SampleGate()
+    gate = SampleGate(SampleLimit(LimitSettings(most=sampling.max_episodes_in_flight)))
     with rare_collections():
         async with (
             Pulse(gate.client_is) as pulse,

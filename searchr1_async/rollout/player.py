@@ -94,7 +94,7 @@ class LocalPlayer:
         if self._is_shared(task, prompt):
             try:
                 with anyio.fail_after(self._limits.max_seconds):
-                    async with self._gate.slot(samples=len(task.members)) as slot:
+                    async with self._gate.slot(samples=len(task.members), tokens=len(prompt)) as slot:
                         firsts = await policy.sample_many(
                             prompt,
                             len(task.members),
