@@ -61,7 +61,8 @@ TIMES = TrainingTimes(per_token=5e-6, optim_step=0.5, save=1.5)
 PASSAGES = 10_000
 MOST_SUBJECTS = 2_048
 HELD = 90.0
-"""Seconds of a first turn with ``--in-flight``: long enough that the first episodes still play when the last begin."""
+"""Seconds of a last turn with ``--in-flight``: long enough that the first episodes still play when the last begin. Not of a first
+one: until the first answers come, the engine does not raise the number of samples that it began with."""
 SEED = 2
 MINIBATCHES = 4
 STEPS = {"synchronous": 2, "streaming": 2, "asynchronous": 4}
@@ -347,7 +348,7 @@ async def run(options: argparse.Namespace, work: Path) -> None:
     subjects = max(MOST_SUBJECTS, *(job.groups * job.steps for job in jobs))
     world = make_world(AutoTokenizer.from_pretrained(tokenizer), subjects, seed=SEED, scale=options.scale)
     if options.in_flight:
-        world = dataclasses.replace(world, first_turn=HELD)
+        world = dataclasses.replace(world, last_turn=HELD)
     index = work / f"chroma-{subjects}-{PASSAGES}"
     await asyncio.to_thread(build_index, index, make_passages(world, PASSAGES))
     if any(job.contender == "cookbook" for job in jobs):

@@ -105,8 +105,8 @@ class World:
     """The tokens of 0 to 9."""
     turn_start: int = 0
     """The token that opens a message."""
-    first_turn: float = 0.0
-    """Seconds that each first turn takes at least, for all episodes of a batch to be in flight together."""
+    last_turn: float = 0.0
+    """Seconds that each last turn takes at least, for all episodes of a batch to be in flight together."""
 
     def save(self, path: Path) -> None:
         """As JSON, for the processes that play it."""
@@ -127,22 +127,22 @@ class World:
 
 
 @lru_cache(maxsize=1 << 15)
-def _plan_of(seed: int, scale: float, first_turn: float, subject: Subject, number: int, member: int) -> EpisodePlan:
+def _plan_of(seed: int, scale: float, last_turn: float, subject: Subject, number: int, member: int) -> EpisodePlan:
     chance = random.Random(f"plan/{seed}/{number}/{member}")
     count = chance.choices(list(TURNS), list(TURNS.values()))[0]
     turns = []
     for turn in range(count):
         tokens = min(TOKENS_MOST, chance.lognormvariate(0, TOKENS_SPREAD) * TOKENS_MEDIAN)
         seconds = scale * (PREFILL + tokens * DECODE) * chance.lognormvariate(0, JITTER)
-        seconds = max(seconds, 0.0 if turn else first_turn)
         is_last = turn == count - 1
+        seconds = max(seconds, last_turn if is_last else 0.0)
         filler = max(6, round(tokens) - (6 if is_last else _CALL_TOKENS))
         turns.append(TurnPlan(seconds, filler, None if is_last else _query(subject, chance)))
     return EpisodePlan(tuple(turns), chance.random() < subject.chance_right)
 
 
 def _plan(world: World, subject: int, member: int) -> EpisodePlan:
-    return _plan_of(world.seed, world.scale, world.first_turn, world.subjects[subject], subject, member)
+    return _plan_of(world.seed, world.scale, world.last_turn, world.subjects[subject], subject, member)
 
 
 def _query(subject: Subject, chance: random.Random) -> str:
