@@ -25,6 +25,7 @@ import anyio
 import anyio.to_thread
 import polars as pl
 import tinker
+from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -32,7 +33,8 @@ from benchmarks.report import write_result
 from searchr1_async.config import EpisodeLimits, SamplingSettings
 from searchr1_async.episodes.dialect import make_dialect
 from searchr1_async.episodes.types import Episode, Passage, Question
-from searchr1_async.local import Scripted, local_service
+from searchr1_async.local import DEFAULT_MODEL, Scripted, local_service
+from searchr1_async.local.models import resolve_model
 from searchr1_async.rollout.gate import SampleGate
 from searchr1_async.rollout.player import GroupPlayer, GroupTask, LocalPlayer
 from searchr1_async.rollout.policy import TinkerPolicy
@@ -43,7 +45,7 @@ from searchr1_async.search.queries import clean_query
 
 MODEL = "canned"
 GROUP_SIZE = 8
-INSTRUCTIONS = "Answer the question with the help of the search tool. " * 25
+INSTRUCTIONS = "Answer the question with the help of the search tool. " * 40
 """Makes prompts of about 500 tokens, as the recipe's are."""
 LIMITS = EpisodeLimits(max_turns=5, max_tokens=256, max_trajectory_tokens=8192)
 SECONDS_A_SAMPLE = 0.5
@@ -54,7 +56,7 @@ class InstantSearch:
     """Three passages of a hundred words, at once: what a cache would answer."""
 
     def __init__(self) -> None:
-        text = "The river rises in the mountains and ends in the sea. " * 5
+        text = "The river rises in the mountains and ends in the sea. " * 9
         self._passages = tuple(Passage(str(number), f"Title {number}", text) for number in range(3))
 
     def clean_query(self, query: str) -> str | None:
@@ -205,13 +207,13 @@ async def run_arms(tokenizer: object, folder: Path, rounds: int, scale: float, f
     return measured
 
 
-async def embedded_cost(tokenizer: object, folder: Path, scale: float) -> float:
+async def embedded_cost(tokenizer: object, folder: Path, scratch: Path, scale: float) -> float:
     """Milliseconds of CPU a sample of the embedded service with its scripted model."""
     script = Scripted(
         "benchmarks.workers:canned_reply", latency={"floor": SECONDS_A_SAMPLE}, tokenizer_path=str(folder)
     )
     async with (
-        local_service(MODEL, folder=folder / "service", threads=1, scripted=script) as service,
+        local_service(MODEL, folder=scratch, threads=1, scripted=script) as service,
         policy_of(service.url, service.api_key) as policy,
     ):
         player = local_player(tokenizer, "split")
@@ -219,7 +221,7 @@ async def embedded_cost(tokenizer: object, folder: Path, scale: float) -> float:
         return (await measure("embedded service", 0, player, policy, service.pid, [], scale / 2)).service_cpu_ms
 
 
-def body_of(table: pl.DataFrame, embedded: float) -> list[str]:
+def body_of(table: pl.DataFrame, embedded: float, load: float) -> list[str]:
     medians = table.group_by("arm", maintain_order=True).agg(pl.exclude("round").median())
     rows = {row["arm"]: row for row in medians.iter_rows(named=True)}
     by_round = table.pivot("arm", index="round", values="samples_a_second")
@@ -244,6 +246,7 @@ def body_of(table: pl.DataFrame, embedded: float) -> list[str]:
         f"sample (split first turns), 64 groups at once, {SECONDS_A_SAMPLE:g} s a sample at the service. Medians over rounds in "
         "which the arms took turns.",
         "\n".join(lines),
+        f"Load average of the machine when it began: {load:.1f} (on a quiet one under 1).",
         f"**2 workers / in process: {ratio:.2f}** ({spread}; asked: at least 1.6); "
         f"2 workers / 1 worker: {statistics.median(single):.2f}.",
         f"The service is canned: raw HTTP over asyncio, answers encoded beforehand, {service:.2f} ms of CPU a sample; the "
@@ -256,14 +259,13 @@ def body_of(table: pl.DataFrame, embedded: float) -> list[str]:
 
 
 async def main(rounds: int, scale: float, first_turn: str) -> None:
-    from tests.local.tiny import make_tiny_tokenizer
-
+    load = os.getloadavg()[0]
+    folder = resolve_model(DEFAULT_MODEL).folder
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        tokenizer = make_tiny_tokenizer(folder)
-        embedded = await embedded_cost(tokenizer, folder, scale)
-        table = pl.DataFrame([asdict(m) for m in await run_arms(tokenizer, folder, rounds, scale, first_turn)])
-        write_result("workers", "Rollout workers where the client is the limit", body_of(table, embedded), table)
+        embedded = await embedded_cost(tokenizer, folder, Path(scratch), scale)
+    table = pl.DataFrame([asdict(m) for m in await run_arms(tokenizer, folder, rounds, scale, first_turn)])
+    write_result("workers", "Rollout workers where the client is the limit", body_of(table, embedded, load), table)
 
 
 if __name__ == "__main__":

@@ -101,16 +101,8 @@ class ElasticPlayer:
 
     def metrics(self) -> dict[str, float]:
         """By the names under which a run reports them; those of this process alone are its gate's and its pulse's."""
-        statistics = self._pool.statistics
-        loads = [worker.load for worker in statistics.workers if worker.load is not None]
-        return {
-            "rollout/workers": float(1 + len(statistics.workers)),
-            "rollout/worker_deaths": float(statistics.deaths),
-            "rollout/replayed_episodes": float(statistics.replayed),
-            "rollout/worker_cpu": max((load.pulse.cpu for load in loads), default=0.0),
-            "rollout/worker_lag_p99": max((load.pulse.lag_p99 for load in loads), default=0.0),
-            "rollout/worker_samples_in_flight": float(sum(load.gate.in_flight for load in loads)),
-        }
+        metrics = self._pool.metrics()
+        return {**metrics, "rollout/processes": 1.0 + metrics["rollout/processes"]}
 
     async def _grow(self) -> None:
         while True:

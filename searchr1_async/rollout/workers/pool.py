@@ -292,6 +292,19 @@ class WorkerPool:
             replayed=self._replayed,
         )
 
+    def metrics(self) -> dict[str, float]:
+        """By the names under which a run reports them; those of the processes as they said last."""
+        statistics = self.statistics
+        loads = [worker.load for worker in statistics.workers if worker.load is not None]
+        return {
+            "rollout/processes": float(len(statistics.workers)),
+            "rollout/worker_deaths": float(statistics.deaths),
+            "rollout/replayed_episodes": float(statistics.replayed),
+            "rollout/worker_cpu": max((load.pulse.cpu for load in loads), default=0.0),
+            "rollout/worker_lag_p99": max((load.pulse.lag_p99 for load in loads), default=0.0),
+            "rollout/worker_samples_in_flight": float(sum(load.gate.in_flight for load in loads)),
+        }
+
     async def play(self, task: GroupTask, policy: GroupPolicy, finished: Finished) -> None:
         """Plays a group on the worker with the fewest episodes under way; see :class:`GroupPlayer`.
 

@@ -21,6 +21,7 @@ from searchr1_async import errors
 from searchr1_async.episodes.dialect import Dialect, make_dialect
 from searchr1_async.episodes.types import Episode, Passage
 from searchr1_async.errors import SearchError, SearchR1Error, ServiceError
+from searchr1_async.rollout.garbage import rare_collections
 from searchr1_async.rollout.gate import SampleGate
 from searchr1_async.rollout.limit import SampleLimit
 from searchr1_async.rollout.player import LocalPlayer
@@ -60,7 +61,8 @@ SETTLE_SECONDS = 2.0
 
 def run(descriptor: int) -> None:
     """Plays what comes over the socket until it is closed."""
-    asyncio.run(_serve(socket.socket(fileno=descriptor)))
+    with rare_collections():
+        asyncio.run(_serve(socket.socket(fileno=descriptor)))
 
 
 async def _serve(end: socket.socket) -> None:

@@ -108,7 +108,7 @@ def test_groups_go_where_the_fewest_episodes_are(workers: int, takes: bool, here
                 local.end.set()
                 pool.player.end.set()
             assert player.loads[0].members == 0
-            assert player.metrics()["rollout/workers"] == 1 + workers
+            assert player.metrics()["rollout/processes"] == 1 + workers
 
     run(main())
 
