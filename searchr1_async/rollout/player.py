@@ -159,6 +159,7 @@ class _GatedPolicy:
         self, prompt_tokens: Sequence[int], *, max_tokens: int, stop: list[int] | list[str], seed: int | None
     ) -> SampledTurn:
         async with self.gate.slot(turn=self.turn, tokens=len(prompt_tokens)) as slot:
+            await self.turns.turn()  # handing a request to the SDK takes about a millisecond of this thread
             sampled = await self.policy.sample(prompt_tokens, max_tokens=max_tokens, stop=stop, seed=seed)
             slot.finished([len(sampled.tokens)])
         self.turn += 1
