@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 from searchr1_async.config import SamplingSettings
@@ -15,9 +16,9 @@ from searchr1_async.rollout.engine import RolloutEngine
 from searchr1_async.rollout.garbage import rare_collections
 from searchr1_async.rollout.gate import SampleGate
 from searchr1_async.rollout.limit import LimitSettings, SampleLimit
-from searchr1_async.rollout.player import GroupPlayer, LocalPlayer
+from searchr1_async.rollout.player import LocalPlayer
 from searchr1_async.rollout.pulse import Pulse
-from searchr1_async.rollout.workers.elastic import ElasticPlayer
+from searchr1_async.rollout.workers.elastic import ElasticPlayer, usable_cores
 from searchr1_async.rollout.workers.messages import WorkerSpec
 from searchr1_async.rollout.workers.pool import WorkerPool
 
@@ -52,16 +53,13 @@ async def open_engine(
         instructions=spec.instructions,
     )
     gate = SampleGate(SampleLimit(LimitSettings(most=sampling.max_episodes_in_flight)))
+    local = LocalPlayer(dialect, search, spec.limits, gate, spec.first_turn)
     with rare_collections():
-        async with (
-            Pulse(gate.client_is) as pulse,
-            _open_player(
-                LocalPlayer(dialect, search, spec.limits, gate, spec.first_turn), gate, spec, search, sampling
-            ) as player,
-        ):
+        async with Pulse(gate.client_is) as pulse, _open_player(local, gate, spec, search, sampling) as player:
 
             def metrics() -> Mapping[str, float]:
-                return {**gate.statistics.metrics(), **pulse.take().metrics()}
+                elsewhere = player.metrics() if isinstance(player, WorkerPool | ElasticPlayer) else {}
+                return {**gate.statistics.metrics(), **pulse.take().metrics(), **elsewhere}
 
             yield RolloutEngine(dialect, player, sampling, reward, group_size, max_failed_fraction, emit, metrics)
 
@@ -69,10 +67,13 @@ async def open_engine(
 @asynccontextmanager
 async def _open_player(
     local: LocalPlayer, gate: SampleGate, spec: WorkerSpec, search: SearchTool, sampling: SamplingSettings
-) -> AsyncIterator[GroupPlayer]:
+) -> AsyncIterator[LocalPlayer | WorkerPool | ElasticPlayer]:
     if sampling.workers == 1:
         yield local
-    elif sampling.workers == "auto":
+        return
+    processes = usable_cores() if sampling.workers == "auto" else sampling.workers
+    spec = replace(spec, samples=LimitSettings(most=max(1, sampling.max_episodes_in_flight // processes)))
+    if sampling.workers == "auto":
         async with WorkerPool(spec, search, count=0) as pool, ElasticPlayer(local, gate, pool, grows=True) as elastic:
             yield elastic
     else:
