@@ -60,9 +60,8 @@ TIMES = TrainingTimes(per_token=5e-6, optim_step=0.5, save=1.5)
 """512 examples of 1,500 tokens in 3.8 s."""
 PASSAGES = 10_000
 MOST_SUBJECTS = 2_048
-HELD = 90.0
-"""Seconds of a last turn with ``--in-flight``: long enough that the first episodes still play when the last begin. Not of a first
-one: until the first answers come, the engine does not raise the number of samples that it began with."""
+STRETCHED = 4.0
+"""What ``--in-flight`` multiplies latencies by, so that the first episodes still play when the last begin."""
 SEED = 2
 MINIBATCHES = 4
 STEPS = {"synchronous": 2, "streaming": 2, "asynchronous": 4}
@@ -344,11 +343,10 @@ async def run(options: argparse.Namespace, work: Path) -> None:
         jobs = [Job("ours", "streaming", options.in_flight // GROUP_SIZE, 1, dict(options.ours))]
     else:
         jobs = planned(options)
+    scale = options.scale * (STRETCHED if options.in_flight else 1.0)
     # The same for all selections, so that an index that was built once serves them all.
     subjects = max(MOST_SUBJECTS, *(job.groups * job.steps for job in jobs))
-    world = make_world(AutoTokenizer.from_pretrained(tokenizer), subjects, seed=SEED, scale=options.scale)
-    if options.in_flight:
-        world = dataclasses.replace(world, last_turn=HELD)
+    world = make_world(AutoTokenizer.from_pretrained(tokenizer), subjects, seed=SEED, scale=scale)
     index = work / f"chroma-{subjects}-{PASSAGES}"
     await asyncio.to_thread(build_index, index, make_passages(world, PASSAGES))
     if any(job.contender == "cookbook" for job in jobs):

@@ -105,8 +105,6 @@ class World:
     """The tokens of 0 to 9."""
     turn_start: int = 0
     """The token that opens a message."""
-    last_turn: float = 0.0
-    """Seconds that each last turn takes at least, for all episodes of a batch to be in flight together."""
 
     def save(self, path: Path) -> None:
         """As JSON, for the processes that play it."""
@@ -127,7 +125,7 @@ class World:
 
 
 @lru_cache(maxsize=1 << 15)
-def _plan_of(seed: int, scale: float, last_turn: float, subject: Subject, number: int, member: int) -> EpisodePlan:
+def _plan_of(seed: int, scale: float, subject: Subject, number: int, member: int) -> EpisodePlan:
     chance = random.Random(f"plan/{seed}/{number}/{member}")
     count = chance.choices(list(TURNS), list(TURNS.values()))[0]
     turns = []
@@ -135,14 +133,13 @@ def _plan_of(seed: int, scale: float, last_turn: float, subject: Subject, number
         tokens = min(TOKENS_MOST, chance.lognormvariate(0, TOKENS_SPREAD) * TOKENS_MEDIAN)
         seconds = scale * (PREFILL + tokens * DECODE) * chance.lognormvariate(0, JITTER)
         is_last = turn == count - 1
-        seconds = max(seconds, last_turn if is_last else 0.0)
         filler = max(6, round(tokens) - (6 if is_last else _CALL_TOKENS))
         turns.append(TurnPlan(seconds, filler, None if is_last else _query(subject, chance)))
     return EpisodePlan(tuple(turns), chance.random() < subject.chance_right)
 
 
 def _plan(world: World, subject: int, member: int) -> EpisodePlan:
-    return _plan_of(world.seed, world.scale, world.last_turn, world.subjects[subject], subject, member)
+    return _plan_of(world.seed, world.scale, world.subjects[subject], subject, member)
 
 
 def _query(subject: Subject, chance: random.Random) -> str:

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 TICK = 0.005
 """Seconds between two looks at the event loop."""
-_USAGE_TICK = 0.1
+_USAGE_TICK = 0.5
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 
