@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-TICK = 0.005
+TICK = 0.01
 """Seconds between two looks at the event loop."""
 _USAGE_TICK = 0.5
 _PAGE = os.sysconf("SC_PAGE_SIZE")

@@ -144,7 +144,7 @@ NOTES = """How it was measured:
   `max_staleness=1`, the later of the trainer's own work and the longest episode that must be in each batch. With all first
   turns of a group in one request, the floor is `floor_first_turn_shared` in the table's file. Groups of constant reward need no
   training in it. A search costs 0.2 s in it where no other episode asks the same, else nothing.
-- The loop is looked at every 5 ms; `of that its own` is the part that the loop's own thread was computing, without waiting for a
+- The loop is looked at every 10 ms; `of that its own` is the part that the loop's own thread was computing, without waiting for a
   core or for the interpreter.
 - What of tinker-cookbook 0.5.8 had to be told, through its configuration and the environment, none of its code changed: a
   tokenizer of this machine is registered under the model's name, one that may be used from several threads (its own stopped every

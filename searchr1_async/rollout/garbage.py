@@ -6,10 +6,10 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_THRESHOLDS = (10_000, 20, 1_000)
-"""New objects until the youngest are looked through (1 ms), how often until the middle ones are (10 ms), and how often these
-until all are. What an episode leaves behind in cycles dies young; a look through all that 1,024 episodes hold stopped the loop
-for 178 ms, 4,096 for 389 ms, and found nothing."""
+_THRESHOLDS = (1_000, 10, 1_000)
+"""New objects until the youngest are looked through, how often until the middle ones are, and how often these until all are.
+What an episode leaves behind in cycles dies young; a look through all that 1,024 episodes hold stopped the loop for 178 ms, 4,096
+for 389 ms, and found nothing. The young ones hold long lists of tokens: 10,000 of them took up to 97 ms."""
 
 _users = 0
 _before = gc.get_threshold()
