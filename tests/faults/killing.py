@@ -60,6 +60,7 @@ class Session:
         self.began = time.monotonic()
         self.lines: list[str] = []
         self._times: list[float] = []
+        self._is_over = False
         self.killed_at = float("inf")
         with (folder / "errors.log").open("ab") as errors:
             self._process = subprocess.Popen(
@@ -82,18 +83,18 @@ class Session:
                     self._times.append(time.monotonic())
                     self._changed.notify_all()
         with self._changed:
+            self._is_over = True
             self._changed.notify_all()
 
     @property
     def has_ended(self) -> bool:
-        return self._process.poll() is not None
+        """It has said its last."""
+        return self._is_over
 
     def wait_for(self, word: str, count: int) -> bool:
         """Until it has said the word so often; False when it has ended before."""
         with self._changed:
-            self._changed.wait_for(
-                lambda: len(self.said(word)) >= count or not self._reader.is_alive() or self.has_ended, SESSION_SECONDS
-            )
+            self._changed.wait_for(lambda: len(self.said(word)) >= count or self._is_over, SESSION_SECONDS)
             return len(self.said(word)) >= count
 
     def said(self, word: str) -> list[str]:
