@@ -10,31 +10,25 @@ import anyio
 import anyio.to_thread
 import pytest
 
+from searchr1_async.local import LocalService
 from tests.faults import scripted_world
 from tests.faults.killing import KINDS, Plan, assert_epoch_is_whole, assert_same_outcome, train_through_kills
 
 pytestmark = pytest.mark.anyio
 
 
-async def survive(plan: Plan, folder: Path, kinds: tuple[str, ...], seed: int) -> None:
-    async with scripted_world.service(folder) as service:
-
-        async def one(name: str, kinds: tuple[str, ...]) -> None:
-            ledger = await anyio.to_thread.run_sync(
-                partial(train_through_kills, plan, folder / name, service, kinds, random.Random(seed))
-            )
-            assert tuple(ledger.kills) == kinds, "the run was over before it could be killed"
-            assert_epoch_is_whole(plan, folder / name / "run")
-
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(one, "killed", kinds)
-            tasks.start_soon(one, "whole", ())
-    assert_same_outcome(plan, folder / "killed" / "run", folder / "whole" / "run")
+async def survive(service: LocalService, plan: Plan, folder: Path, kinds: tuple[str, ...], seed: int) -> None:
+    ledger = await anyio.to_thread.run_sync(
+        partial(train_through_kills, plan, folder, service, kinds, random.Random(seed))
+    )
+    assert tuple(ledger.kills) == kinds, "the run was over before it could be killed"
+    assert_epoch_is_whole(plan, folder / "run")
 
 
-async def test_a_run_killed_while_it_records_ends_as_if_nothing_had_been(tmp_path: Path) -> None:
+async def test_a_run_killed_while_it_records_trains_its_epoch_once(tmp_path: Path) -> None:
     # With staleness, later groups play meanwhile: some have finished, some are under way.
-    await survive(Plan({"max_staleness": 1}, questions=24), tmp_path, ("recording",), seed=1)
+    async with scripted_world.service(tmp_path) as service:
+        await survive(service, Plan({"max_staleness": 1}, questions=24), tmp_path / "killed", ("recording",), seed=1)
 
 
 @pytest.mark.slow
@@ -43,4 +37,7 @@ async def test_a_run_killed_in_everything_that_it_does_ends_as_if_nothing_had_be
     tmp_path: Path, max_staleness: int
 ) -> None:
     plan = Plan({"max_staleness": max_staleness, "refill_groups": 3})
-    await survive(plan, tmp_path, KINDS, seed=max_staleness)
+    async with scripted_world.service(tmp_path) as service, anyio.create_task_group() as tasks:
+        tasks.start_soon(survive, service, plan, tmp_path / "killed", KINDS, max_staleness)
+        tasks.start_soon(survive, service, plan, tmp_path / "whole", (), 0)
+    assert_same_outcome(plan, tmp_path / "killed" / "run", tmp_path / "whole" / "run")
