@@ -157,6 +157,14 @@ def train(
     for name, value in (("evaluate_every", evaluate_every), ("held_out_samples", held_out_samples)):
         if value is not None and value < 1:
             raise ConfigurationError(f"{name} is {value}: it must be at least 1")
+    if min_members > group_size:
+        raise ConfigurationError(
+            f"min_members ({min_members}) is over group_size ({group_size}): no group would be learned from"
+        )
+    if refill_groups and not drop_constant_groups:
+        raise ConfigurationError("refill_groups replaces groups that are dropped: it needs drop_constant_groups=True")
+    if evaluate_every is not None and not held_out:
+        raise ConfigurationError("evaluate_every needs held_out questions to measure on")
     if time_limit is not None and not time_limit > 0:
         raise ConfigurationError(f"time_limit is {time_limit} s: it must be over 0, or None for none")
     job = TrainingJob(

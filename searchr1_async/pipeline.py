@@ -89,25 +89,26 @@ class Pipeline:
         self._total = job.total_steps(order)
         point = recorder.point
         learning = job.learning
+        self._end = None if learning.steps is not None else learning.epochs * len(order)
         self._admission = Admission(
             job.pipeline,
             learning.groups_per_batch,
             next_place=point.next_place,
-            end=None if learning.steps is not None else learning.epochs * len(order),
+            end=self._end,
             steps=learning.steps,
             step=point.step,
         )
         self._under_way: dict[int, GroupUnderWay] = {}
         self._finished: dict[int, _Finished] = {}
         self._not_recorded: dict[int, tuple[int, ...]] = {}
-        self._budget = self._fresh_budget()
+        self._budgets: dict[int, FailureBudget] = {}
         self._cut_step: int | None = None
+        self._cut: set[int] = set()
         self._mean_tokens: float | None = None
         self._part = 0
         # Each is replaced by a fresh one when it has been acted upon.
         self._changed = anyio.Event()
         self._may_start = anyio.Event()
-        self._new_weights = anyio.Event()
 
     async def run(self) -> tuple[str, TinkerPolicy]:
         """Trains until the steps, the epochs or the time are over; returns why it ended and the last weights.
@@ -121,6 +122,11 @@ class Pipeline:
         self._emit(PhaseStarted("train", self._total, "steps", seconds_at_most=left))
         self._emit(PhaseAdvanced("train", self._recorder.point.step))
         self._recorder.begin(began)
+        every, step = self._job.evaluate_every, self._recorder.point.step
+        if every and step and step % every == 0 and not self._admission.is_over:
+            await self._measure(
+                f"step {step}", self._policy.current
+            )  # where it is on disk already, it is not made again
         async with self._keeper.keeping(), anyio.create_task_group() as tasks:
             tasks.start_soon(self._start_groups)
             async with anyio.create_task_group() as finishing:
@@ -139,15 +145,14 @@ class Pipeline:
 
     async def _train(self, to_publish: MemoryObjectSendStream[_StepUnderWay], seconds_left: float | None) -> str:
         learning, began = self._job.learning, anyio.current_time()
+        opened, searched = began, self._job.search.statistics
         while not self._admission.is_over:
             longest = self._recorder.longest_step
             if seconds_left is not None and anyio.current_time() - began + longest > seconds_left:
                 done = self._admission.step - 1
                 self._emit(Notice(f"the time limit is near: reinforcement learning ends after {done} steps"))
                 return "time_limit"
-            opened = anyio.current_time()
-            searched = self._job.search.statistics
-            closed = await self._gather_batch()
+            closed = await self._gather_batch(opened)
             step, is_last = closed.step, self._admission.is_over
             to_record = StepToRecord(
                 step=step,
@@ -157,20 +162,25 @@ class Pipeline:
                 opened=opened,
                 closed=anyio.current_time(),
             )
-            self._not_recorded[step] = tuple(outcome.place for outcome in to_record.outcomes)
             keep = is_last or step % learning.checkpoint_every == 0
             in_progress = await self._learner.finish_step(step, self._total, f"step-{step:06d}", keep=keep)
             under_way = _StepUnderWay(to_record, in_progress)
-            await to_publish.send(under_way)
+            await _hand_on(to_publish, under_way)
             is_measured = bool(self._job.evaluate_every) and step % (self._job.evaluate_every or 1) == 0 and not is_last
             if is_measured or is_last or not self._job.pipeline.max_staleness:
                 await under_way.published.wait()
+            # Before an evaluation, beside which the next batch plays.
+            opened, searched = anyio.current_time(), self._job.search.statistics
             if is_measured:
                 await self._measure(f"step {step}", self._policy.current)
         return "finished"
 
-    async def _gather_batch(self) -> Closed:
-        """Sends minibatches to the trainer as groups finish, until the open step's batch is complete."""
+    async def _gather_batch(self, opened: float) -> Closed:
+        """Sends minibatches to the trainer as groups finish, until the open step's batch is complete.
+
+        Args:
+            opened: when it could begin to play, by the event loop's clock.
+        """
         step, groups, parts = (
             self._admission.step,
             self._job.learning.groups_per_batch,
@@ -186,7 +196,7 @@ class Pipeline:
         part_ends, taken, self._part = {groups * part // parts for part in range(1, parts)}, 0, 0
         async with anyio.create_task_group() as tasks:
             if self._job.pipeline.step_time_limit is not None:
-                tasks.start_soon(self._cut_when_late, step, self._job.pipeline.step_time_limit)
+                tasks.start_soon(self._cut_when_late, step, opened + self._job.pipeline.step_time_limit)
             while True:
                 self._changed = anyio.Event()
                 for place in self._admission.take():
@@ -199,21 +209,25 @@ class Pipeline:
                             self._end_part(step)
                 if self._learner.is_idle:
                     await self._submit(gatherer.trainer_is_idle(), step)
+                if self._changed.is_set():
+                    continue  # groups ended while minibatches were handed over: they may belong into this step
                 if self._is_complete():
+                    # Before anything is awaited: a group that ends meanwhile belongs into the next step.
+                    closed = self._close()
                     break
                 await self._wait_for_change(is_learner_wanted=gatherer.is_enough)
             tasks.cancel_scope.cancel()
         await self._submit(gatherer.end_batch(), step)
         self._mean_tokens = gatherer.mean_tokens
-        return self._close()
+        return closed
 
     def _close(self) -> Closed:
         closed = self._admission.close()
+        self._not_recorded[closed.step] = (*closed.taken, *closed.replaced, *closed.cancelled)
         for place in closed.cancelled:
             self._finished[place] = _Finished(self._under_way[place].group(), TOO_SLOW)
             self._under_way[place].cut(TOO_SLOW)
             self._drop(self._finished[place], closed.step)
-        self._budget = self._fresh_budget()
         self._may_start.set()
         return closed
 
@@ -229,7 +243,7 @@ class Pipeline:
 
     async def _wait_for_change(self, *, is_learner_wanted: bool) -> None:
         """Until a group has ended, or the trainer is idle while groups wait for it."""
-        if not is_learner_wanted or self._learner.is_idle:
+        if not is_learner_wanted:
             await self._changed.wait()
             return
         async with anyio.create_task_group() as tasks:
@@ -243,15 +257,19 @@ class Pipeline:
             tasks.cancel_scope.cancel()
 
     def _is_complete(self) -> bool:
-        is_cut = self._cut_step == self._admission.step and not self._admission.must_come()
-        return self._admission.is_full or is_cut
+        if self._admission.is_full:
+            return True
+        is_cut = self._cut_step == self._admission.step and self._cut.isdisjoint(self._admission.running)
+        return is_cut and not self._admission.is_due
 
-    async def _cut_when_late(self, step: int, seconds: float) -> None:
-        while self._admission.version < step - 1 - self._job.pipeline.max_staleness:
-            await self._new_weights.wait()
-        await anyio.sleep(seconds)
+    async def _cut_when_late(self, step: int, deadline: float) -> None:
+        await anyio.sleep_until(deadline)
         self._cut_step = step
-        for place in self._admission.must_come():
+        must = self._admission.must_come()
+        # With staleness none may be due yet: those that began first are cut, as many as the batch lacks.
+        others = [place for place in self._admission.running if place not in must]
+        self._cut = {*must, *others[: max(0, self._admission.lacking - len(must))]}
+        for place in self._cut:
             self._under_way[place].cut(STEP_TIME_LIMIT)
         self._changed.set()
 
@@ -279,7 +297,7 @@ class Pipeline:
         place = under_way.task.place
         policy = self._policy if self._job.pipeline.switch_weights_in_flight else self._policy.current
         try:
-            group = await self._engine.play_group(under_way, policy, self._budget, step=self._admission.step)
+            group = await self._engine.play_group(under_way, policy, self._budget_of(place), step=self._admission.step)
         finally:
             del self._under_way[place]
         if under_way.cut_reason != TOO_SLOW:  # else its step has been closed without it
@@ -323,11 +341,9 @@ class Pipeline:
                 self._admission.published(step)
                 under_way.to_record.published = anyio.current_time()
                 under_way.published.set()
-                self._new_weights.set()
-                self._new_weights = anyio.Event()
                 self._may_start.set()
                 self._changed.set()
-                await to_record.send(under_way)
+                await _hand_on(to_record, under_way)
 
     async def _record_steps(self, recording: MemoryObjectReceiveStream[_StepUnderWay]) -> None:
         async with recording:
@@ -361,7 +377,9 @@ class Pipeline:
             # Turns of weights that were published but not saved belong to a future that is lost.
             if place in open_places and versions[-1] <= point.step:
                 finished[place] = versions[0]
-                self._finished[place] = self._judge(group)
+                # A group that is not whole was cut by the step's time limit; one that was too slow is not kept.
+                is_cut = len(group.episodes) + len(group.failed) < self._engine.group_size
+                self._finished[place] = self._judge(group, STEP_TIME_LIMIT if is_cut else None)
         self._keeper.forget(set(kept) - set(finished))
         constant = [place for place in finished if self._finished[place].drop_reason == CONSTANT_REWARD]
         self._admission.restore(finished, open_places - set(finished), constant=constant)
@@ -376,8 +394,21 @@ class Pipeline:
             GroupOutcome(place, self._finished[place].group, self._finished[place].drop_reason) for place in places
         )
 
-    def _fresh_budget(self) -> FailureBudget:
-        return self._engine.failure_budget(self._job.learning.groups_per_batch)
+    def _budget_of(self, place: int) -> FailureBudget:
+        """One for each batch's worth of places, however these are spread over steps; smaller for the last."""
+        size = self._job.learning.groups_per_batch
+        window = place // size
+        if window not in self._budgets:
+            groups = size if self._end is None else min(size, self._end - window * size)
+            self._budgets[window] = self._engine.failure_budget(groups)
+        return self._budgets[window]
+
+
+async def _hand_on(stream: MemoryObjectSendStream[_StepUnderWay], under_way: _StepUnderWay) -> None:
+    try:
+        await stream.send(under_way)
+    except anyio.BrokenResourceError:
+        await anyio.sleep_forever()  # its reader has failed: the error that cancels this says why
 
 
 def _let_go(finished: list[_Finished]) -> None:

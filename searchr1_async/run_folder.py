@@ -81,8 +81,18 @@ def finished_result(job: TrainingJob, point: ResumePoint, order: QuestionOrder) 
     is_measured = not job.held_out or evaluation_steps(records).get(AFTER_RL) == point.step
     if not job.is_over(point, order) or point.sampler_step != point.step or not is_measured:
         return None
+    return result_of(job, point, "finished")
+
+
+def result_of(job: TrainingJob, point: ResumePoint | None, reason: str) -> TrainingResult:
+    """What a run has come to, from its folder."""
     return TrainingResult(
-        job.out_dir, point.step, "finished", point.sampler_path, load_evaluations(records), point.seconds
+        out_dir=job.out_dir,
+        steps=point.step if point else 0,
+        reason=reason,
+        checkpoint=point.sampler_path if point else None,
+        evaluations=load_evaluations(RunRecords(job.out_dir)),
+        seconds=point.seconds if point else 0.0,
     )
 
 

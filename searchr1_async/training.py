@@ -47,8 +47,8 @@ from searchr1_async.run_folder import (
     evaluation_steps,
     finished_result,
     first_error,
-    load_evaluations,
     load_point,
+    result_of,
     writing_records,
 )
 from searchr1_async.search import Search
@@ -84,6 +84,10 @@ async def _run(job: TrainingJob, emit: Emit, stop: StopRequest) -> TrainingResul
     with claimed(job.out_dir):
         # Once more, now that nobody else can write it.
         point = load_point(job, identity, order)
+        with stop.interruptible():
+            await open_search(job.search, emit)
+        if stop.requested:
+            return await anyio.to_thread.run_sync(result_of, job, point, "stopped")
         async with _opened(job, emit, identity, order, point) as training:
             return await training.run(stop)
 
@@ -93,7 +97,6 @@ async def _opened(
     job: TrainingJob, emit: Emit, identity: Mapping[str, Any], order: QuestionOrder, point: ResumePoint | None
 ) -> AsyncIterator[_Training]:
     """The services of a run: the Tinker service and the search, closed together whatever happens."""
-    await open_search(job.search, emit)
     async with (
         job.search,
         open_service(
@@ -180,15 +183,7 @@ class _Training:
         if stop.requested:
             self._emit(Notice("stopped: every finished step is kept, resume=True goes on from the last"))
         await self._keep_sampler()
-        point = self._point
-        return TrainingResult(
-            out_dir=job.out_dir,
-            steps=point.step if point else 0,
-            reason=reason,
-            checkpoint=point.sampler_path if point else None,
-            evaluations=load_evaluations(self._records),
-            seconds=point.seconds if point else 0.0,
-        )
+        return await anyio.to_thread.run_sync(result_of, job, self._point, reason)
 
     async def _learner(self, client: tinker.TrainingClient) -> Learner:
         learning = self._job.learning

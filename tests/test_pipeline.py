@@ -228,3 +228,71 @@ async def test_groups_are_played_in_other_processes_and_learned_from_here(start:
     episodes = run.episodes().collect()
     assert episodes["turn_count"].max() == 2, "searches are answered here"
     assert set(episodes["policy_versions"].explode()) <= {0, 1}
+
+
+async def test_with_staleness_a_step_over_its_time_cuts_as_many_as_it_lacks(start: Callable[..., sr.Run]) -> None:
+    """Of two batches under way three groups never end: the first step is cut short, and is not empty."""
+    stuck = {question.id for question in tiny_world.make_questions()[0][:8]}
+
+    async def reward(episode: sr.Episode) -> float:
+        if episode.question.id in stuck:
+            await anyio.sleep_forever()
+        return await varied(episode)
+
+    run = start(questions=12, epochs=1, max_staleness=1, step_time_limit=2.0, reward=reward)
+    with anyio.fail_after(60):
+        await run
+    groups = assert_every_question_once(run, 12)
+    assert groups["trained"].sum() == 4
+    assert set(groups.filter(pl.col("drop_reason") == "step_time_limit")["question_id"]) == stuck
+    assert groups.filter(step=1).height >= 6
+
+
+async def test_a_service_that_fails_every_episode_stops_even_a_short_run(start: Callable[..., sr.Run]) -> None:
+    class Broken(sr.Search):
+        async def search(self, queries: Any, n_results: int | None = None) -> Any:
+            if is_learning:
+                raise sr.StoreError("the store is down")
+            return await super().search(queries, n_results)
+
+    is_learning = False
+
+    def emit(event: Event) -> None:
+        nonlocal is_learning
+        is_learning = is_learning or (isinstance(event, PhaseStarted) and event.phase == "train")
+
+    run = start(questions=4, epochs=1, groups_per_batch=50, search_class=Broken, emit=emit, warm_up=tiny_world.WARM_UP)
+    with pytest.raises(sr.TooManyFailuresError, match="of 16 episodes failed"):
+        await run
+
+
+async def test_a_measurement_that_a_stop_cut_short_is_made_after_the_resume(start: Callable[..., sr.Run]) -> None:
+    measuring = anyio.Event()
+
+    def emit(event: Event) -> None:
+        if isinstance(event, PhaseStarted) and event.label == "step 1":
+            measuring.set()
+
+    settings: dict[str, Any] = {"steps": 2, "held_out": tiny_world.make_questions()[1][:4], "evaluate_every": 1}
+    run = start(emit=emit, **settings)
+    await measuring.wait()
+    await run.stop()
+    result = await start(resume=True, **settings)
+    assert [evaluation.label for evaluation in result.evaluations] == ["untrained", "step 1", "after RL"]
+
+
+async def test_a_stop_ends_the_building_of_an_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    building = anyio.Event()
+
+    class Endless(tiny_world.HashingEmbedder):
+        async def embed_passages(self, texts: Any) -> Any:
+            building.set()
+            await anyio.sleep_forever()
+
+    monkeypatch.setenv("TINKER_API_KEY", tiny_world.shared_service().api_key)
+    search = tiny_world.make_search(tmp_path / "index", embedder=Endless())
+    run = sr.train(tiny_world.make_questions()[0], search, out_dir=tmp_path / "run", **tiny_world.served_settings())
+    with anyio.fail_after(60):
+        await building.wait()
+        result = await run.stop()
+    assert (result.steps, result.reason) == (0, "stopped")

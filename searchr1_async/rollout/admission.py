@@ -166,8 +166,6 @@ class Admission:
         if not self._left:
             return None
         last_step = self._last_step(self._version)
-        if self._steps is not None:
-            last_step = min(last_step, self._steps)
         if last_step <= self._closed:
             return None  # it waits for the next weights
         under_way = len(self._taken) + len(self._running) + self.waiting
@@ -189,6 +187,8 @@ class Admission:
     @property
     def is_full(self) -> bool:
         """The open step waits for nothing more."""
+        if self.is_due:
+            return False
         if len(self._taken) >= self._size:
             slow = sum(count for version, count in self._runners.items() if self._last_step(version) <= self.step)
             return slow <= self._settings.spare_groups
@@ -197,14 +197,23 @@ class Admission:
         # All places are played. What was replaced in vain is a batch too: it must be written down.
         return not self._left and bool(self._taken or self._replaced)
 
+    @property
+    def is_due(self) -> bool:
+        """A finished group has to go into the open step: :meth:`take` it before the step is closed."""
+        return any(group and self._last_step(version) <= self.step for version, group in self._ready.items())
+
+    @property
+    def lacking(self) -> int:
+        """Groups that the open step needs besides the finished ones."""
+        return max(0, self._size - len(self._taken) - self.waiting)
+
     def must_come(self) -> tuple[int, ...]:
         """Places of running groups that the open step has to take."""
         return tuple(place for place, version in self._running.items() if self._last_step(version) <= self.step)
 
     def close(self) -> Closed:
         """Ends the open step's batch; the next one is open then."""
-        is_last = self._steps is not None and self.step >= self._steps
-        cancelled = self.running if is_last else self.must_come()
+        cancelled = self.must_come()
         for place in cancelled:
             self._end_of(place)
         closed = Closed(self.step, tuple(self._taken), tuple(self._replaced), cancelled)
@@ -215,7 +224,8 @@ class Admission:
     # --- the rules ----------------------------------------------------------------------------------------------------
 
     def _last_step(self, version: int) -> int:
-        return version + 1 + self._settings.max_staleness
+        last = version + 1 + self._settings.max_staleness
+        return last if self._steps is None else min(last, self._steps)
 
     def _end_of(self, place: int) -> int:
         """Takes a group from the running ones; the version that it began under."""

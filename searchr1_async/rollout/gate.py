@@ -50,18 +50,25 @@ class GateStatistics:
     split_groups: int
     """Of which so many got one request a member."""
 
-    def metrics(self) -> dict[str, float]:
-        """By the names under which a run reports them."""
-        return {
-            "rollout/samples_in_flight": float(self.in_flight),
-            "rollout/samples_waiting": float(self.waiting),
-            "rollout/sample_limit": float(self.limit),
-            **{f"rollout/limited_by/{cause.value}": float(self.cause is cause) for cause in Cause},
-            "rollout/samples": float(self.samples),
-            "rollout/failed_samples": float(self.failed),
-            "rollout/push_backs": float(self.push_backs),
-            "rollout/split_groups": float(self.split_groups),
-        }
+
+def gate_metrics(gates: Sequence[GateStatistics]) -> dict[str, float]:
+    """Of the gates of all processes that play, by the names under which a run reports them.
+
+    Sums; ``rollout/limited_by/<cause>`` is the fraction of the gates with that cause.
+    """
+    return {
+        "rollout/samples_in_flight": float(sum(gate.in_flight for gate in gates)),
+        "rollout/samples_waiting": float(sum(gate.waiting for gate in gates)),
+        "rollout/sample_limit": float(sum(gate.limit for gate in gates)),
+        **{
+            f"rollout/limited_by/{cause.value}": sum(gate.cause is cause for gate in gates) / max(1, len(gates))
+            for cause in Cause
+        },
+        "rollout/samples": float(sum(gate.samples for gate in gates)),
+        "rollout/failed_samples": float(sum(gate.failed for gate in gates)),
+        "rollout/push_backs": float(sum(gate.push_backs for gate in gates)),
+        "rollout/split_groups": float(sum(gate.split_groups for gate in gates)),
+    }
 
 
 class Slot:

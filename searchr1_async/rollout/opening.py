@@ -14,7 +14,7 @@ from searchr1_async.episodes.reward import RewardFunction
 from searchr1_async.events import Emit
 from searchr1_async.rollout.engine import RolloutEngine
 from searchr1_async.rollout.garbage import rare_collections
-from searchr1_async.rollout.gate import SampleGate
+from searchr1_async.rollout.gate import SampleGate, gate_metrics
 from searchr1_async.rollout.limit import LimitSettings, SampleLimit
 from searchr1_async.rollout.player import LocalPlayer
 from searchr1_async.rollout.pulse import Pulse
@@ -58,8 +58,11 @@ async def open_engine(
         async with Pulse(gate.client_is) as pulse, _open_player(local, gate, spec, search, sampling) as player:
 
             def metrics() -> Mapping[str, float]:
-                elsewhere = player.metrics() if isinstance(player, WorkerPool | ElasticPlayer) else {}
-                return {**gate.statistics.metrics(), **pulse.take().metrics(), **elsewhere}
+                gates = [] if isinstance(player, WorkerPool) else [gate.statistics]
+                elsewhere: Mapping[str, float] = {}
+                if not isinstance(player, LocalPlayer):
+                    gates, elsewhere = [*gates, *player.gates], player.metrics()
+                return {**gate_metrics(gates), **pulse.take().metrics(), **elsewhere}
 
             yield RolloutEngine(dialect, player, sampling, reward, group_size, max_failed_fraction, emit, metrics)
 

@@ -37,6 +37,10 @@ class World:
         for _ in range(10_000):
             self.start_all()
             self.admission.take()
+            has_changed = bool(self.admission.running) and self.draw.draw(st.booleans())
+            if has_changed:
+                # While the caller hands minibatches to the trainer.
+                self.admission.finished(self.draw.draw(st.sampled_from(self.admission.running)))
             if self.admission.is_full:
                 self.closed.append(self.admission.close())
                 self.unpublished.append(self.closed[-1].step)
@@ -45,6 +49,8 @@ class World:
                 continue
             if self.admission.is_over:
                 return
+            if has_changed:
+                continue
             choices = [*self.admission.running, *(["publish"] if self.unpublished else [])]
             assert choices, "nothing runs and nothing is to come: the run would wait for ever"
             choice = self.draw.draw(st.sampled_from(choices))
@@ -78,9 +84,9 @@ def test_every_group_is_taken_once_and_in_time(
         assert len(step.cancelled) <= spare
         assert len(step.replaced) <= refill
         if step is not world.closed[-1]:
-            assert len(step.taken) == size
+            assert size <= len(step.taken) <= size + spare, "spare groups that end just then are taken too"
         if step.cancelled:
-            assert len(step.taken) == size, "nothing is cancelled while its place is free"
+            assert len(step.taken) >= size, "nothing is cancelled while its place is free"
     assert [step.step for step in world.closed] == list(range(1, len(world.closed) + 1))
     assert world.most_running <= size * (staleness + 1) + spare
 
@@ -94,7 +100,7 @@ def test_a_run_of_some_steps_starts_no_more_than_it_trains_on(
     world = World(Admission(pipeline, size, steps=steps), draw, constant=False)
     world.run()
     assert len(world.closed) == steps
-    assert all(len(step.taken) == size for step in world.closed)
+    assert all(size <= len(step.taken) <= size + spare for step in world.closed)
     assert len(world.began) <= steps * (size + spare)
     assert not world.admission.open_places
 

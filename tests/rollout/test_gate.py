@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from searchr1_async.local.scripted import Latency, ScriptedBackend
-from searchr1_async.rollout.gate import SampleGate
+from searchr1_async.rollout.gate import SampleGate, gate_metrics
 from searchr1_async.rollout.limit import Cause, LimitSettings, SampleLimit
 from searchr1_async.rollout.pulse import PulseReading
 from searchr1_async.rollout.sharing import Sharing, SharingSettings
@@ -260,7 +260,7 @@ async def test_it_counts_what_went_through() -> None:
     statistics = gate.statistics
     assert (statistics.samples, statistics.tokens, statistics.failed) == (2, 7, 4)
     assert statistics.cause is Cause.WORK
-    assert statistics.metrics()["rollout/limited_by/work"] == 1.0
+    assert gate_metrics([statistics])["rollout/limited_by/work"] == 1.0
     assert is_empty(gate)
 
 

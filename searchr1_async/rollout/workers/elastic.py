@@ -12,7 +12,7 @@ from anyio.abc import TaskGroup
 
 from searchr1_async.episodes.types import Episode
 from searchr1_async.errors import ConfigurationError, ServiceError
-from searchr1_async.rollout.gate import SampleGate
+from searchr1_async.rollout.gate import GateStatistics, SampleGate
 from searchr1_async.rollout.player import Finished, GroupPlayer, GroupPolicy, GroupTask
 from searchr1_async.rollout.workers.pool import WorkerPool
 from searchr1_async.rollout.workers.scaling import ProcessLoad, wants_more_workers
@@ -98,6 +98,11 @@ class ElasticPlayer:
                 for worker in self._pool.statistics.workers
             ),
         ]
+
+    @property
+    def gates(self) -> list[GateStatistics]:
+        """What goes through the gates of the other processes."""
+        return self._pool.gates
 
     def metrics(self) -> dict[str, float]:
         """By the names under which a run reports them; those of this process alone are its gate's and its pulse's."""

@@ -17,6 +17,7 @@ from anyio.abc import TaskGroup, TaskStatus
 
 from searchr1_async.episodes.play import SearchTool
 from searchr1_async.errors import ConfigurationError, ServiceError
+from searchr1_async.rollout.gate import GateStatistics
 from searchr1_async.rollout.player import Finished, GroupPolicy, GroupTask
 from searchr1_async.rollout.workers.attempt import Attempt
 from searchr1_async.rollout.workers.channel import ChannelClosedError
@@ -43,6 +44,9 @@ START_SECONDS = 120.0
 """For a worker to come up; alone on a machine it takes about 3."""
 LOAD_SECONDS = 1.0
 """Between two messages on how busy a worker is."""
+SILENT_SECONDS = 300.0
+"""Without a word from a worker, which tells how busy it is every second: it hangs, and is ended as if it had died. Long, since
+this process may be held up as well (a laptop that sleeps)."""
 SEED_OFFSET = 1_000_003
 """Added to a group's seed for each time that it is begun again: with the same seed and another number of members, some would
 be sampled as those that have finished already."""
@@ -252,9 +256,11 @@ class WorkerPool:
                 channel.post(message)
             channel.post(answer)
 
-        with suppress(ChannelClosedError):
+        with suppress(ChannelClosedError, TimeoutError):
             while True:
-                self._take(worker, await channel.receive(), reply)
+                with anyio.fail_after(SILENT_SECONDS):
+                    message = await channel.receive()
+                self._take(worker, message, reply)
 
     def _take(self, worker: Worker, message: FromWorker, reply: Callable[[Found | SearchFailed], None]) -> None:
         match message:
@@ -292,6 +298,11 @@ class WorkerPool:
             replayed=self._replayed,
         )
 
+    @property
+    def gates(self) -> list[GateStatistics]:
+        """What goes through the workers' gates, as they said last."""
+        return [worker.load.gate for worker in self.statistics.workers if worker.load is not None]
+
     def metrics(self) -> dict[str, float]:
         """By the names under which a run reports them; those of the processes as they said last."""
         statistics = self.statistics
@@ -302,7 +313,6 @@ class WorkerPool:
             "rollout/replayed_episodes": float(statistics.replayed),
             "rollout/worker_cpu": max((load.pulse.cpu for load in loads), default=0.0),
             "rollout/worker_lag_p99": max((load.pulse.lag_p99 for load in loads), default=0.0),
-            "rollout/worker_samples_in_flight": float(sum(load.gate.in_flight for load in loads)),
         }
 
     async def play(self, task: GroupTask, policy: GroupPolicy, finished: Finished) -> None:
