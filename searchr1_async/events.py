@@ -72,7 +72,7 @@ class GroupDropped(Event):
     group: Group
     step: int
     reason: str
-    """``constant_reward`` or ``too_few_episodes``."""
+    """``constant_reward``, ``too_few_episodes``, ``too_slow`` or ``step_time_limit``."""
 
 
 @dataclass(frozen=True, slots=True)

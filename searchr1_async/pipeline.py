@@ -181,45 +181,49 @@ class Pipeline:
         Args:
             opened: when it could begin to play, by the event loop's clock.
         """
-        step, groups, parts = (
-            self._admission.step,
-            self._job.learning.groups_per_batch,
-            self._job.learning.optimizer_steps,
-        )
+        step, learning = self._admission.step, self._job.learning
         gatherer = MinibatchGatherer(
-            groups,
-            self._job.learning.minibatches,
-            optimizer_steps=parts,
+            learning.groups_per_batch,
+            learning.minibatches,
+            optimizer_steps=learning.optimizer_steps,
             synchronous=self._job.pipeline.synchronous,
             mean_tokens=self._mean_tokens,
         )
-        part_ends, taken, self._part = {groups * part // parts for part in range(1, parts)}, 0, 0
+        closed: Closed | None = None
+        self._part = 0
         async with anyio.create_task_group() as tasks:
             if self._job.pipeline.step_time_limit is not None:
                 tasks.start_soon(self._cut_when_late, step, opened + self._job.pipeline.step_time_limit)
-            while True:
-                self._changed = anyio.Event()
-                for place in self._admission.take():
-                    taken += 1
-                    group = self._finished[place].learnable
-                    await self._submit([] if group is None else gatherer.add(group), step)
-                    if taken in part_ends:
-                        await self._submit(gatherer.end_part(), step)
-                        if not self._job.pipeline.synchronous:
-                            self._end_part(step)
-                if self._learner.is_idle:
-                    await self._submit(gatherer.trainer_is_idle(), step)
-                if self._changed.is_set():
-                    continue  # groups ended while minibatches were handed over: they may belong into this step
-                if self._is_complete():
-                    # Before anything is awaited: a group that ends meanwhile belongs into the next step.
-                    closed = self._close()
-                    break
-                await self._wait_for_change(is_learner_wanted=gatherer.is_enough)
+            await self._fill(gatherer, step)
+            # Before anything else is awaited: a group that ends from here on belongs into the next step.
+            closed = self._close()
             tasks.cancel_scope.cancel()
+        assert closed is not None
         await self._submit(gatherer.end_batch(), step)
         self._mean_tokens = gatherer.mean_tokens
         return closed
+
+    async def _fill(self, gatherer: MinibatchGatherer, step: int) -> None:
+        """Hands the open step's groups over as they finish; returns when it has all."""
+        groups, parts = self._job.learning.groups_per_batch, self._job.learning.optimizer_steps
+        part_ends, taken = {groups * part // parts for part in range(1, parts)}, 0
+        while True:
+            self._changed = anyio.Event()
+            for place in self._admission.take():
+                taken += 1
+                group = self._finished[place].learnable
+                await self._submit([] if group is None else gatherer.add(group), step)
+                if taken in part_ends:
+                    await self._submit(gatherer.end_part(), step)
+                    if not self._job.pipeline.synchronous:
+                        self._end_part(step)
+            if self._learner.is_idle:
+                await self._submit(gatherer.trainer_is_idle(), step)
+            if self._changed.is_set():
+                continue  # groups ended while minibatches were handed over: they may belong into this step
+            if self._is_complete():
+                return
+            await self._wait_for_change(is_learner_wanted=gatherer.is_enough)
 
     def _close(self) -> Closed:
         closed = self._admission.close()

@@ -147,6 +147,10 @@ class Keeper:
         """What an earlier session left, by place."""
         return await anyio.to_thread.run_sync(self._groups.load)
 
+    async def clear(self) -> None:
+        """Forgets what another run may have left in this folder."""
+        await anyio.to_thread.run_sync(self._groups.clear)
+
     def keep(self, place: int, group: Group) -> None:
         """Writes this group soon."""
         self._new.append((place, group))

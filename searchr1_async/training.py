@@ -231,6 +231,7 @@ class _Training:
         if self._point is None:
             # The untrained measurement of an earlier, other attempt in this folder goes too.
             self._records.truncate_after(-1)
+            await Keeper(self._job).clear()
             return await self._service.create_training_client(
                 rank=self._job.learning.lora_rank, seed=self._job.learning.seed
             )
