@@ -157,7 +157,7 @@ def train(
     for name, value in (("evaluate_every", evaluate_every), ("held_out_samples", held_out_samples)):
         if value is not None and value < 1:
             raise ConfigurationError(f"{name} is {value}: it must be at least 1")
-    if min_members > group_size:
+    if min_members > group_size >= 2:
         raise ConfigurationError(
             f"min_members ({min_members}) is over group_size ({group_size}): no group would be learned from"
         )

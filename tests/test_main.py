@@ -68,7 +68,7 @@ import sys
 from pathlib import Path
 import searchr1_async.__main__ as command
 import searchr1_async.atlas_job as job
-from searchr1_async.events import EpisodeFinished
+from searchr1_async.events import StepFinished
 from tests import tiny_world
 
 # The command itself, over the small world: its search, its questions, its model.
@@ -77,8 +77,8 @@ train, world = job.train, Path(sys.argv[1])
 
 def small_train(questions, search, **settings):
     def tell(event):
-        if isinstance(event, EpisodeFinished):
-            print("episode", event.step, flush=True)
+        if isinstance(event, StepFinished):
+            print("step", event.step, flush=True)
 
     settings |= {
         **tiny_world.SETTINGS, "resume": True, "model": sys.argv[2], "warm_up": None, "held_out": (), "emit": tell
@@ -107,7 +107,7 @@ def test_control_c_ends_the_command_cleanly_and_it_can_go_on(tmp_path: Path) -> 
     )
     try:
         assert process.stdout is not None
-        assert any(line.strip() == "episode 2" for line in process.stdout), process.communicate()[1]
+        assert any(line.strip() == "step 1" for line in process.stdout), process.communicate()[1]
         (service,) = tiny_world.service_processes(process.pid)
         began = time.monotonic()
         process.send_signal(signal.SIGINT)

@@ -15,7 +15,7 @@ import tinker
 from tinker import types as tinker_types
 
 import searchr1_async as sr
-from searchr1_async.events import Event, MinibatchSubmitted, StepFinished
+from searchr1_async.events import EpisodeFinished, Event, MinibatchSubmitted, StepFinished
 from searchr1_async.learn import checkpoints
 from searchr1_async.learn.checkpoints import ResumePoint
 from searchr1_async.search.faults import PassingFault
@@ -100,7 +100,8 @@ async def test_a_search_that_stays_down_stops_the_run_and_is_no_answer(
     warm_up = tiny_world.WARM_UP
 
     def emit(event: Event) -> None:
-        if isinstance(event, StepFinished) and event.step == 1:
+        # A step is written down while the next one plays.
+        if isinstance(event, EpisodeFinished) and event.step == 2:
             embedder.is_down = True
 
     settings: dict[str, Any] = {"search": search, "warm_up": warm_up, "steps": 3}
