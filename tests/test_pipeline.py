@@ -68,7 +68,7 @@ async def test_streaming_learns_while_the_last_group_plays(start: Callable[..., 
             sent.set()
 
     run = start(questions=6, epochs=1, reward=reward, emit=emit)
-    with anyio.fail_after(60):
+    with anyio.fail_after(150):
         assert (await run).steps == 1
     assert assert_every_question_once(run, 6)["trained"].all()
 
@@ -107,7 +107,7 @@ async def test_weights_may_switch_within_an_episode(start: Callable[..., sr.Run]
 
     settings: dict[str, Any] = {"max_staleness": 1, "switch_weights_in_flight": True, "warm_up": tiny_world.WARM_UP}
     run = start(epochs=1, group_size=8, search_class=Slow, emit=emit, **settings)
-    with anyio.fail_after(60):
+    with anyio.fail_after(150):
         await run
     assert run.metrics["groups/version_spread_step"].to_list() == [0, 1]
     assert run.metrics["groups/version_spread"].to_list()[1] > 0
@@ -124,7 +124,7 @@ async def test_spare_groups_end_a_step_without_its_slowest(start: Callable[..., 
         return await varied(episode)
 
     run = start(questions=8, epochs=1, spare_groups=2, reward=reward)
-    with anyio.fail_after(60):
+    with anyio.fail_after(150):
         assert (await run).steps == 1
     groups = assert_every_question_once(run, 8)
     assert set(groups.filter(pl.col("drop_reason") == "too_slow")["question_id"]) == slow
@@ -148,7 +148,7 @@ async def test_a_step_over_its_time_goes_on_with_what_it_has(start: Callable[...
         return await varied(episode) + ended
 
     run = start(questions=6, epochs=1, step_time_limit=2.0, reward=reward)
-    with anyio.fail_after(60):
+    with anyio.fail_after(150):
         assert (await run).steps == 1
     groups = assert_every_question_once(run, 6)
     by_id = {row["question_id"]: row for row in groups.iter_rows(named=True)}
@@ -240,7 +240,7 @@ async def test_with_staleness_a_step_over_its_time_cuts_as_many_as_it_lacks(star
         return await varied(episode)
 
     run = start(questions=12, epochs=1, max_staleness=1, step_time_limit=2.0, reward=reward)
-    with anyio.fail_after(60):
+    with anyio.fail_after(150):
         await run
     groups = assert_every_question_once(run, 12)
     assert groups["trained"].sum() == 4
@@ -292,7 +292,7 @@ async def test_a_stop_ends_the_building_of_an_index(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("TINKER_API_KEY", tiny_world.shared_service().api_key)
     search = tiny_world.make_search(tmp_path / "index", embedder=Endless())
     run = sr.train(tiny_world.make_questions()[0], search, out_dir=tmp_path / "run", **tiny_world.served_settings())
-    with anyio.fail_after(60):
+    with anyio.fail_after(150):
         await building.wait()
         result = await run.stop()
     assert (result.steps, result.reason) == (0, "stopped")
