@@ -122,11 +122,9 @@ class Pipeline:
         self._emit(PhaseStarted("train", self._total, "steps", seconds_at_most=left))
         self._emit(PhaseAdvanced("train", self._recorder.point.step))
         self._recorder.begin(began)
-        every, step = self._job.evaluate_every, self._recorder.point.step
-        if every and step and step % every == 0 and not self._admission.is_over:
-            await self._measure(
-                f"step {step}", self._policy.current
-            )  # where it is on disk already, it is not made again
+        # Where a stop cut it short; one that is on disk is not made again.
+        if (step := self._recorder.point.step) and self._is_measured(step):
+            await self._measure(f"step {step}", self._policy.current)
         async with self._keeper.keeping(), anyio.create_task_group() as tasks:
             tasks.start_soon(self._start_groups)
             async with anyio.create_task_group() as finishing:
@@ -166,7 +164,7 @@ class Pipeline:
             in_progress = await self._learner.finish_step(step, self._total, f"step-{step:06d}", keep=keep)
             under_way = _StepUnderWay(to_record, in_progress)
             await _hand_on(to_publish, under_way)
-            is_measured = bool(self._job.evaluate_every) and step % (self._job.evaluate_every or 1) == 0 and not is_last
+            is_measured = self._is_measured(step)
             if is_measured or is_last or not self._job.pipeline.max_staleness:
                 await under_way.published.wait()
             # Before an evaluation, beside which the next batch plays.
@@ -174,6 +172,11 @@ class Pipeline:
             if is_measured:
                 await self._measure(f"step {step}", self._policy.current)
         return "finished"
+
+    def _is_measured(self, step: int) -> bool:
+        """Whether an evaluation follows this step, the last one that is closed; the run's end has one of its own."""
+        every = self._job.evaluate_every
+        return every is not None and step % every == 0 and not self._admission.is_over
 
     async def _gather_batch(self, opened: float) -> Closed:
         """Sends minibatches to the trainer as groups finish, until the open step's batch is complete.

@@ -87,20 +87,17 @@ class TinkerPolicy:
         return turns
 
 
-class LatestPolicy:
-    """The newest weights, whichever they are at the moment that a turn is sampled."""
-
-    def __init__(self, current: TinkerPolicy) -> None:
-        self.current = current
+class ForwardingPolicy:
+    """Samples each turn from the weights that are :attr:`current` when it begins."""
 
     @property
-    def client(self) -> tinker.SamplingClient:
-        """Of the newest weights."""
-        return self.current.client
+    def current(self) -> TinkerPolicy:
+        """The weights of a turn that begins now.
 
-    def switch(self, policy: TinkerPolicy) -> None:
-        """Turns sampled from now on come from ``policy``; those under way end as they began."""
-        self.current = policy
+        Raises:
+            ServiceError: there are none.
+        """
+        raise NotImplementedError
 
     async def sample(
         self, prompt_tokens: Sequence[int], *, max_tokens: int, stop: list[int] | list[str], seed: int | None
@@ -119,3 +116,23 @@ class LatestPolicy:
     ) -> list[SampledTurn]:
         """As :meth:`TinkerPolicy.sample_many`."""
         return await self.current.sample_many(prompt_tokens, count, max_tokens=max_tokens, stop=stop, seed=seed)
+
+
+class LatestPolicy(ForwardingPolicy):
+    """The newest weights, whichever they are at the moment that a turn is sampled."""
+
+    def __init__(self, current: TinkerPolicy) -> None:
+        self._current = current
+
+    @property
+    def current(self) -> TinkerPolicy:
+        return self._current
+
+    @property
+    def client(self) -> tinker.SamplingClient:
+        """Of the newest weights."""
+        return self._current.client
+
+    def switch(self, policy: TinkerPolicy) -> None:
+        """Turns sampled from now on come from ``policy``; those under way end as they began."""
+        self._current = policy

@@ -6,16 +6,14 @@ import asyncio
 import base64
 import contextlib
 import json
-from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import tinker
 from tinker.lib.client_connection_pool_type import ClientConnectionPoolType
 
 from searchr1_async.config import SamplingSettings
-from searchr1_async.episodes.play import SampledTurn
 from searchr1_async.errors import ConfigurationError, ServiceError
-from searchr1_async.rollout.policy import TinkerPolicy
+from searchr1_async.rollout.policy import ForwardingPolicy, TinkerPolicy
 from searchr1_async.rollout.workers.messages import Sampler
 
 
@@ -109,7 +107,7 @@ async def _until_quiet(holder: Any) -> None:
         await asyncio.sleep(0.005)
 
 
-class HeldPolicy:
+class HeldPolicy(ForwardingPolicy):
     """A policy in a worker: samples from the weights that the pool named last."""
 
     def __init__(self) -> None:
@@ -130,25 +128,7 @@ class HeldPolicy:
         return None if self._current is None else self._current.client
 
     @property
-    def _policy(self) -> TinkerPolicy:
+    def current(self) -> TinkerPolicy:
         if self._failure is not None or self._current is None:
             raise self._failure or ServiceError("a rollout worker has no weights to sample from")
         return self._current
-
-    async def sample(
-        self, prompt_tokens: Sequence[int], *, max_tokens: int, stop: list[int] | list[str], seed: int | None
-    ) -> SampledTurn:
-        """As :meth:`TinkerPolicy.sample`."""
-        return await self._policy.sample(prompt_tokens, max_tokens=max_tokens, stop=stop, seed=seed)
-
-    async def sample_many(
-        self,
-        prompt_tokens: Sequence[int],
-        count: int,
-        *,
-        max_tokens: int,
-        stop: list[int] | list[str],
-        seed: int | None,
-    ) -> list[SampledTurn]:
-        """As :meth:`TinkerPolicy.sample_many`."""
-        return await self._policy.sample_many(prompt_tokens, count, max_tokens=max_tokens, stop=stop, seed=seed)
