@@ -8,7 +8,9 @@ them, the new weights and the resume point right behind that.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import concurrent.futures
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -22,7 +24,7 @@ from tinker import types as tinker_types
 from searchr1_async.config import LearningSettings, LossName
 from searchr1_async.episodes.types import Episode, Group
 from searchr1_async.errors import CheckpointError, ConfigurationError, ServiceError
-from searchr1_async.events import Emit, MinibatchSubmitted, Notice
+from searchr1_async.events import Emit, MinibatchLearned, MinibatchSubmitted, Notice
 from searchr1_async.learn.advantages import advantages, token_weight
 from searchr1_async.learn.examples import sampled_logprobs, to_datum, to_supervised_datum
 from searchr1_async.learn.figures import LearnedMinibatch, learning_metrics, optimizer_metrics
@@ -196,6 +198,7 @@ class Learner:
         )
         self._batch.unstepped = True
         self._emit(MinibatchSubmitted(step, len(groups), len(datums), tokens))
+        _when_done(future, lambda: self._emit(MinibatchLearned(step, len(datums), tokens)))
 
     @property
     def is_idle(self) -> bool:
@@ -318,14 +321,22 @@ class training_faults:  # noqa: N801
 
 async def _until_done(future: tinker.APIFuture[Any]) -> None:
     """Awaiting the future itself would cancel the call when the wait is cancelled, and raise its error here."""
-    loop, done = asyncio.get_running_loop(), asyncio.Event()
-
-    def tell(_: object) -> None:
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(done.set)
-
-    future.future().add_done_callback(tell)
+    done = asyncio.Event()
+    _when_done(future, done.set, also_failed=True)
     await done.wait()
+
+
+def _when_done(future: tinker.APIFuture[Any], tell: Callable[[], None], *, also_failed: bool = False) -> None:
+    """Calls ``tell`` in this event loop when the SDK's call has ended; its threads outlive the loop."""
+    loop = asyncio.get_running_loop()
+
+    def ended(inner: concurrent.futures.Future[Any]) -> None:
+        is_good = not inner.cancelled() and inner.exception() is None
+        if (is_good or also_failed) and not loop.is_closed():
+            with suppress(RuntimeError):  # closed between the two
+                loop.call_soon_threadsafe(tell)
+
+    future.future().add_done_callback(ended)
 
 
 def _assemble(

@@ -74,6 +74,18 @@ class GroupUnderWay:
         )
 
 
+@dataclass(slots=True)
+class PlayTally:
+    """What an engine plays, counted."""
+
+    groups: int = 0
+    """Under way."""
+    episodes: int = 0
+    """Under way."""
+    finished: int = 0
+    """Episodes, in all."""
+
+
 @dataclass(frozen=True)
 class RolloutEngine:
     """Plays groups of episodes.
@@ -90,6 +102,7 @@ class RolloutEngine:
     emit: Emit = field(default=emit_nothing)
     metrics: Callable[[], Mapping[str, float]] = field(default=dict)
     """How the playing goes (``rollout/…``, ``loop/…``), since it was last asked for."""
+    tally: PlayTally = field(default_factory=PlayTally)
 
     async def play_groups(
         self,
@@ -148,16 +161,30 @@ class RolloutEngine:
             step: that it is played in, for its events.
         """
 
+        tally, members = self.tally, len(under_way.task.members)
+
         async def finished(member: int, episode: Episode) -> None:
             if episode.is_complete:
                 episode = await score(episode, self.reward)
             under_way.members[member] = episode
+            tally.episodes -= 1
+            tally.finished += 1
             self.emit(EpisodeFinished(episode, step))
             budget.record(episode)
 
-        with under_way.scope:
-            await self.player.play(under_way.task, policy, finished)
+        tally.groups += 1
+        tally.episodes += members
+        try:
+            with under_way.scope:
+                await self.player.play(under_way.task, policy, finished)
+        finally:
+            tally.groups -= 1
+            tally.episodes -= members - len(under_way.members)
         return under_way.group()
+
+    def pause(self, is_paused: bool) -> None:
+        """Asks the sampler for nothing more until it is called again with False; episodes wait where they are."""
+        self.player.pause(is_paused)
 
     def _seed(self, key: str, question: Question) -> int | None:
         if self.sampling.seed is None:

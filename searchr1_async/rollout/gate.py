@@ -41,6 +41,8 @@ class GateStatistics:
     """Sampled in all."""
     tokens: int
     """In those."""
+    prompt_tokens: int
+    """Of all requests that were sent."""
     failed: int
     """Samples that the service failed."""
     push_backs: int
@@ -49,6 +51,8 @@ class GateStatistics:
     """Whose first turns were to be sampled as ``first_turn="auto"`` finds best."""
     split_groups: int
     """Of which so many got one request a member."""
+    is_paused: bool
+    """Nobody is let in."""
 
 
 def gate_metrics(gates: Sequence[GateStatistics]) -> dict[str, float]:
@@ -136,8 +140,10 @@ class SampleGate:
         self._waiting = 0
         self._samples = 0
         self._tokens = 0
+        self._prompt_tokens = 0
         self._failed = 0
         self._push_backs = 0
+        self._is_paused = False
 
     def slot(self, *, samples: int = 1, turn: int = 0, tokens: int = 0) -> Slot:
         """Waits for the right to send one request, and holds it while the block runs.
@@ -164,6 +170,11 @@ class SampleGate:
         self._sharing.client_is(seconds=reading.seconds, cpu=reading.cpu, is_saturated=self._limit.is_saturated)
         self._look(now)
 
+    def pause(self, is_paused: bool) -> None:
+        """Lets nobody in until it is called again with False; requests on their way come to their end."""
+        self._is_paused = is_paused
+        self._pump()
+
     @property
     def statistics(self) -> GateStatistics:
         """How it stands now, and totals."""
@@ -177,15 +188,17 @@ class SampleGate:
             saturated_seconds=limit.saturated_for(now),
             samples=self._samples,
             tokens=self._tokens,
+            prompt_tokens=self._prompt_tokens,
             failed=self._failed,
             push_backs=self._push_backs,
             groups=sharing.asked,
             split_groups=sharing.split,
+            is_paused=self._is_paused,
         )
 
     def _enter(self, slot: Slot, tokens: int) -> bool:
         """Lets it in where there is room and nobody before it; else it is put in line."""
-        if not self._waiting and self._limit.may_begin(slot.samples):
+        if not self._waiting and not self._is_paused and self._limit.may_begin(slot.samples):
             self._admit(slot, self._clock())
             return True
         heapq.heappush(self._queue, (-slot.turn, -tokens, next(self._order), slot))
@@ -209,6 +222,7 @@ class SampleGate:
             raise
 
     def _admit(self, slot: Slot, now: float) -> None:
+        self._prompt_tokens += slot._wanted
         slot._flight = self._limit.begin(now, slot.samples)
         slot._delay = self._sharing.began(now, samples=slot.samples, turn=slot.turn)
 
@@ -235,6 +249,8 @@ class SampleGate:
         queue = self._queue
         if not self._waiting:
             queue.clear()
+            return
+        if self._is_paused:
             return
         now = self._clock()
         while queue:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
+
+import anyio
 
 from searchr1_async.config import SamplingSettings
 from searchr1_async.episodes.dialect import make_dialect
 from searchr1_async.episodes.play import SearchTool
 from searchr1_async.episodes.reward import RewardFunction
 from searchr1_async.events import Emit
-from searchr1_async.rollout.engine import RolloutEngine
+from searchr1_async.rollout.engine import PlayTally, RolloutEngine
 from searchr1_async.rollout.garbage import rare_collections
-from searchr1_async.rollout.gate import SampleGate, gate_metrics
+from searchr1_async.rollout.gate import GateStatistics, SampleGate, gate_metrics
 from searchr1_async.rollout.limit import LimitSettings, SampleLimit
 from searchr1_async.rollout.player import LocalPlayer
-from searchr1_async.rollout.pulse import Pulse
+from searchr1_async.rollout.pulse import Pulse, PulseReading
+from searchr1_async.rollout.sampled import CountedSearch, PlayReading
 from searchr1_async.rollout.workers.elastic import ElasticPlayer, usable_cores
 from searchr1_async.rollout.workers.messages import WorkerSpec
 from searchr1_async.rollout.workers.pool import WorkerPool
@@ -34,12 +37,16 @@ async def open_engine(
     group_size: int,
     max_failed_fraction: float,
     emit: Emit,
+    search_metrics: Callable[[], Mapping[str, float]] = dict,
 ) -> AsyncIterator[RolloutEngine]:
     """An engine that plays in this process, or in others where ``sampling.workers`` says so.
+
+    While it is open it tells how the playing stands, four times a second (:class:`~searchr1_async.events.RolloutSampled`).
 
     Args:
         spec: how to play, here and there.
         tokenizer: the one that ``spec`` names, loaded.
+        search_metrics: totals of the search, to be told with it.
 
     Raises:
         ModelError: an unknown format or renderer.
@@ -53,18 +60,35 @@ async def open_engine(
         instructions=spec.instructions,
     )
     gate = SampleGate(SampleLimit(LimitSettings(most=sampling.max_episodes_in_flight)))
-    local = LocalPlayer(dialect, search, spec.limits, gate, spec.first_turn)
+    counted = CountedSearch(search)
+    local = LocalPlayer(dialect, counted, spec.limits, gate, spec.first_turn)
+    tally = PlayTally()
+    reading = PlayReading(emit, tally, counted, search_metrics)
+
+    def hear(pulse: PulseReading) -> None:
+        gate.client_is(pulse)
+        reading.pulse = pulse
+
     with rare_collections():
-        async with Pulse(gate.client_is) as pulse, _open_player(local, gate, spec, search, sampling) as player:
+        async with (
+            Pulse(hear) as pulse,
+            _open_player(local, gate, spec, counted, sampling) as player,
+            anyio.create_task_group() as tasks,
+        ):
+
+            def gates() -> list[GateStatistics]:
+                here = [] if isinstance(player, WorkerPool) else [gate.statistics]
+                return here if isinstance(player, LocalPlayer) else [*here, *player.gates]
 
             def metrics() -> Mapping[str, float]:
-                gates = [] if isinstance(player, WorkerPool) else [gate.statistics]
-                elsewhere: Mapping[str, float] = {}
-                if not isinstance(player, LocalPlayer):
-                    gates, elsewhere = [*gates, *player.gates], player.metrics()
-                return {**gate_metrics(gates), **pulse.take().metrics(), **elsewhere}
+                elsewhere = {} if isinstance(player, LocalPlayer) else player.metrics()
+                return {**gate_metrics(gates()), **pulse.take().metrics(), **elsewhere}
 
-            yield RolloutEngine(dialect, player, sampling, reward, group_size, max_failed_fraction, emit, metrics)
+            tasks.start_soon(reading.tell, gates)
+            yield RolloutEngine(
+                dialect, player, sampling, reward, group_size, max_failed_fraction, emit, metrics, tally
+            )
+            tasks.cancel_scope.cancel()
 
 
 @asynccontextmanager

@@ -60,6 +60,10 @@ class GroupPlayer(Protocol):
         """
         ...
 
+    def pause(self, is_paused: bool) -> None:
+        """Asks the sampler for nothing more until it is called again with False; episodes wait where they are."""
+        ...
+
 
 class LocalPlayer:
     """Plays groups in this process.
@@ -83,6 +87,10 @@ class LocalPlayer:
         self._gate = gate
         self._first_turn: FirstTurn = first_turn
         self._turns = LoopTurns()
+
+    def pause(self, is_paused: bool) -> None:
+        """See :class:`GroupPlayer`."""
+        self._gate.pause(is_paused)
 
     async def play(self, task: GroupTask, policy: GroupPolicy, finished: Finished) -> None:
         """See :class:`GroupPlayer`."""

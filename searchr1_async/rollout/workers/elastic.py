@@ -87,6 +87,11 @@ class ElasticPlayer:
         finally:
             self._members -= len(left)
 
+    def pause(self, is_paused: bool) -> None:
+        """As :meth:`WorkerPool.pause`, for the other processes and this one."""
+        self._gate.pause(is_paused)
+        self._pool.pause(is_paused)
+
     @property
     def loads(self) -> list[ProcessLoad]:
         """Every process that plays; this one comes first."""

@@ -87,6 +87,13 @@ class Cancel:
 
 
 @dataclass(frozen=True, slots=True)
+class Pause:
+    """Ask the sampler for nothing more, or, with False, go on."""
+
+    is_paused: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Found:
     """The answer to a :class:`SearchAsked`."""
 
@@ -112,7 +119,7 @@ class Stop:
     """Cancel everything and end. A closed channel says the same."""
 
 
-ToWorker = Setup | HoldPolicy | DropPolicy | Play | Cancel | Found | SearchFailed | Stop
+ToWorker = Setup | HoldPolicy | DropPolicy | Play | Cancel | Pause | Found | SearchFailed | Stop
 
 # -- from a worker --------------------------------------------------------------------------------------------------------
 

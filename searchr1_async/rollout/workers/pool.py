@@ -29,6 +29,7 @@ from searchr1_async.rollout.workers.messages import (
     Found,
     FromWorker,
     Load,
+    Pause,
     Play,
     Played,
     SearchAsked,
@@ -133,6 +134,7 @@ class WorkerPool:
         self._log_path = log_path
         self._deaths = deaths or DeathRecord()
         self._replayed = 0
+        self._is_paused = False
         self._policies = PolicyBook()
         self._workers: dict[int, Worker] = {}
         self._worker_numbers, self._attempt_numbers = itertools.count(), itertools.count()
@@ -197,6 +199,8 @@ class WorkerPool:
         """Everything of one worker, and of those that take its place; ends its process when cancelled."""
         while True:
             self._workers[worker.number] = worker
+            if self._is_paused:
+                worker.launched.channel.post(Pause(True))
             self._tell_change()
             lost = 0
             try:
@@ -275,6 +279,12 @@ class WorkerPool:
                     worker.launched.channel.post(hold)
 
     # -- playing ---------------------------------------------------------------------------------------------------------
+
+    def pause(self, is_paused: bool) -> None:
+        """Has no worker ask the sampler for more until it is called again with False."""
+        self._is_paused = is_paused
+        for worker in self._workers.values():
+            worker.launched.channel.post(Pause(is_paused))
 
     @staticmethod
     def can_play(policy: GroupPolicy) -> bool:

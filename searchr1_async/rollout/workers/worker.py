@@ -37,6 +37,7 @@ from searchr1_async.rollout.workers.messages import (
     FromWorker,
     HoldPolicy,
     Load,
+    Pause,
     Play,
     Ready,
     SearchAsked,
@@ -147,6 +148,8 @@ class Worker:
                 case Cancel(group):
                     if group in self._scopes:
                         self._scopes[group].cancel()
+                case Pause(is_paused):
+                    self.gate.pause(is_paused)
                 case HoldPolicy() as hold:
                     await self._hold(hold)
                 case DropPolicy(policy):

@@ -1,0 +1,82 @@
+"""How the playing stands, looked at a few times a second and told as an event."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import anyio
+
+from searchr1_async.episodes.play import SearchTool
+from searchr1_async.episodes.types import Passage
+from searchr1_async.events import Emit, RolloutSampled
+from searchr1_async.rollout.engine import PlayTally
+from searchr1_async.rollout.gate import GateStatistics
+from searchr1_async.rollout.pulse import PulseReading
+
+TELL_EVERY = 0.25
+"""Seconds; a view is drawn no more often. Looking takes 0.1 ms."""
+
+
+class CountedSearch:
+    """A search that knows how many wait for it."""
+
+    def __init__(self, search: SearchTool) -> None:
+        self._search = search
+        self.in_progress = 0
+        """Searches asked for and not answered."""
+
+    async def search(self, queries: Sequence[str]) -> Sequence[Sequence[Passage]]:
+        self.in_progress += 1
+        try:
+            return await self._search.search(queries)
+        finally:
+            self.in_progress -= 1
+
+    def clean_query(self, query: str) -> str | None:
+        return self._search.clean_query(query)
+
+
+class PlayReading:
+    """Tells how the playing stands.
+
+    Args:
+        tally: of the engine.
+        search: what the episodes search with.
+        search_metrics: its totals.
+    """
+
+    def __init__(
+        self, emit: Emit, tally: PlayTally, search: CountedSearch, search_metrics: Callable[[], Mapping[str, float]]
+    ) -> None:
+        self._emit, self._tally, self._search, self._search_metrics = emit, tally, search, search_metrics
+        self.pulse = PulseReading(1.0, 0.0, 0.0, 0.0, 0.0)
+        """The event loop's last second."""
+
+    async def tell(self, gates: Callable[[], Sequence[GateStatistics]]) -> None:
+        """Tells it until cancelled; ``gates`` gives those of all processes that play."""
+        while True:
+            self._emit(self.read(gates()))
+            await anyio.sleep(TELL_EVERY)
+
+    def read(self, gates: Sequence[GateStatistics]) -> RolloutSampled:
+        """How it stands now."""
+        tally, pulse = self._tally, self.pulse
+        # Of several processes the busiest holds the playing up.
+        busiest = max(gates, key=lambda gate: gate.waiting, default=None)
+        return RolloutSampled(
+            episodes=tally.episodes,
+            sampling=sum(gate.in_flight for gate in gates),
+            queued=sum(gate.waiting for gate in gates),
+            searching=self._search.in_progress,
+            groups=tally.groups,
+            finished_episodes=tally.finished,
+            prompt_tokens=sum(gate.prompt_tokens for gate in gates),
+            sampled_tokens=sum(gate.tokens for gate in gates),
+            search=self._search_metrics(),
+            limited_by="" if busiest is None else busiest.cause.value,
+            loop_lag_p50=pulse.lag_p50,
+            loop_lag_p99=pulse.lag_p99,
+            loop_lag_max=pulse.lag_max,
+            cpu=pulse.cpu,
+            is_paused=bool(gates) and all(gate.is_paused for gate in gates),
+        )
