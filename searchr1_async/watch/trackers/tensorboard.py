@@ -1,0 +1,62 @@
+"""TensorBoard: curves and texts in event files, through tensorboardX."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from searchr1_async.episodes.types import Episode
+from searchr1_async.events import RunStarted
+from searchr1_async.watch.trackers.steps import EPISODE_COLUMNS, StepTracker, config_of, episode_row, readable, required
+
+
+class TensorBoardTracker(StepTracker):
+    """Writes event files that ``tensorboard --logdir FOLDER`` shows. A resumed run replaces what it plays again.
+
+    Args:
+        folder: where they go; None is ``tensorboard`` in the run's folder, or the working directory's for a run without one.
+        episodes_every: steps between two lots of episodes.
+        episodes_shown: episodes in a lot; 0 for none.
+
+    Raises:
+        ConfigurationError: the package is not installed.
+    """
+
+    name = "TensorBoard"
+
+    def __init__(self, folder: str | Path | None = None, *, episodes_every: int = 10, episodes_shown: int = 4) -> None:
+        super().__init__(episodes_every=episodes_every, episodes_shown=episodes_shown)
+        self._tensorboard: Any = required("tensorboardX", "tensorboard")
+        self._folder = Path(folder) if folder is not None else None
+        self._writer: Any = None
+
+    def begin(self, started: RunStarted) -> None:
+        folder = self._folder or Path(started.out_dir or ".") / "tensorboard"
+        if self._writer is not None:
+            self._writer.close()
+        purge = {"purge_step": started.step + 1} if started.step else {}
+        self._writer = self._tensorboard.SummaryWriter(logdir=str(folder), flush_secs=5, **purge)
+        self._writer.add_text("settings", _block(json.dumps(config_of(started), indent=2)), started.step)
+
+    def log_numbers(self, step: int, numbers: Mapping[str, float], moment: float) -> None:
+        for name, value in numbers.items():
+            self._writer.add_scalar(name, value, step, walltime=moment)
+
+    def log_episodes(self, step: int, episodes: Sequence[Episode]) -> None:
+        for number, episode in enumerate(episodes, start=1):
+            fields = zip(EPISODE_COLUMNS, episode_row(step, episode), strict=True)
+            self._writer.add_text(f"episode {number}", _block("\n".join(f"{n}: {v}" for n, v in fields)), step)
+
+    def warn(self, text: str) -> None:
+        self._writer.add_text("warnings", _block(readable(text)), self._step)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+def _block(text: str) -> str:
+    """Markdown that shows a text as it is: an indented block, which no line of the text can end, as a fence's can."""
+    return "\n".join(f"    {line}" for line in text.splitlines())
