@@ -1,0 +1,196 @@
+"""Metrics over the optimiser steps: single steps as points, their trend as a line, evaluations with their intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import polars as pl
+
+from searchr1_async.watch.plots.data import METRICS, Metric, metric_named, metric_rows, overall, thinned
+from searchr1_async.watch.plots.theme import (
+    CALLS,
+    HEIGHT,
+    HELD_OUT,
+    MAX_ROWS,
+    SEEN,
+    SERIES,
+    TRAINING,
+    TURNS,
+    WIDTH,
+    axis,
+    empty_chart,
+    heading,
+    legend,
+    plain_text,
+    steps_axis,
+)
+
+if TYPE_CHECKING:
+    import altair as alt
+
+LEARNING = ("reward", "exact_match", "turns", "valid_calls")
+"""The metrics that tell whether a run learns to search."""
+
+_COLOURS = {"reward": SEEN, "exact_match": TRAINING, "turns": TURNS, "valid_calls": CALLS}
+_NO_STEP = "No step has finished yet: there is nothing to draw. Ask again after the first one."
+
+
+def plot_metric(
+    metrics: pl.DataFrame,
+    names: str | Sequence[str],
+    *,
+    evaluations: pl.DataFrame | None = None,
+    smooth: bool = True,
+    title: str | None = None,
+    width: int = WIDTH,
+    height: int = HEIGHT,
+) -> alt.LayerChart | alt.Chart:
+    """One or several metrics over the steps.
+
+    Args:
+        metrics: one row a step, as ``run.metrics`` gives it.
+        names: ``reward``, ``exact_match``, ``turns``, ``valid_calls``, ``searches``, ``answer_in_passage``, ``staleness``, or
+            any column, with or without ``env/all/``. Several share one panel.
+        evaluations: as :func:`searchr1_async.watch.plots.data.evaluation_scores` gives them; drawn where exact match is
+            shown. None leaves them out.
+        smooth: draw the trend (a local mean over a twentieth of the run) and a band of one local standard deviation; without
+            it the points are joined.
+        title: None takes the metric's name.
+        width: of the panel, in pixels.
+        height: the same.
+
+    Raises:
+        ConfigurationError: there is no such metric; says which come close.
+    """
+    wanted = [names] if isinstance(names, str) else list(dict.fromkeys(names))
+    found = [metric_named(name, metrics.columns) for name in wanted]
+    shown = overall(evaluations) if evaluations is not None and any(metric.part for metric in found) else None
+    text = title if title is not None else ", ".join(metric.label for metric in found)
+    rows = [metric_rows(metrics, metric) for metric in found]
+    if not any(frame.height for frame in rows) and (shown is None or not shown.height):
+        reason = f"No finished step has a value of it ({', '.join(metric.column for metric in found)})."
+        return empty_chart(reason if metrics.height else _NO_STEP, title=text)
+    colours = [_COLOURS.get(name, SERIES[place % len(SERIES)]) if len(wanted) == 1 else SERIES[place % len(SERIES)]
+               for place, name in enumerate(wanted)]  # fmt: skip
+    panel = _panel(found, rows, colours, shown, smooth)
+    return panel.properties(width=width, height=height, title=heading(text, _legend_in_words(rows, shown, smooth)))
+
+
+def plot_learning(
+    metrics: pl.DataFrame,
+    *,
+    evaluations: pl.DataFrame | None = None,
+    smooth: bool = True,
+    title: str = "",
+    width: int = 230,
+    height: int = 150,
+) -> alt.VConcatChart | alt.Chart:
+    """Reward, exact match, turns an episode and valid calls, each in a panel of its own; arguments as :func:`plot_metric`'s,
+    ``width`` and ``height`` of one panel."""
+    import altair as alt
+
+    if not metrics.height and (evaluations is None or not evaluations.height):
+        return empty_chart(_NO_STEP, title=title)
+    panels = []
+    for name in LEARNING:
+        metric = METRICS[name]
+        shown = overall(evaluations) if evaluations is not None and metric.part else None
+        rows = metric_rows(metrics, metric)
+        if rows.height or (shown is not None and shown.height):
+            panel = _panel([metric], [rows], [_COLOURS[name]], shown, smooth, most=MAX_ROWS // 4)
+            panels.append(panel.properties(width=width, height=height, title=heading(metric.label)))
+        else:
+            panels.append(empty_chart("No value yet.", title=metric.label).properties(width=width, height=height))
+    grid = alt.vconcat(alt.hconcat(*panels[:2], spacing=24), alt.hconcat(*panels[2:], spacing=24), spacing=18)
+    return grid.properties(title=heading(title)) if title else grid
+
+
+def _panel(
+    found: Sequence[Metric],
+    rows: Sequence[pl.DataFrame],
+    colours: Sequence[str],
+    evaluations: pl.DataFrame | None,
+    smooth: bool,
+    most: int = MAX_ROWS,
+) -> alt.LayerChart:
+    import altair as alt
+
+    labels = [plain_text(metric.label, 60) for metric in found]
+    each = max(2, most // len(found))
+    frame = pl.concat(
+        [
+            thinned(own, each).with_columns(metric=pl.lit(label, dtype=pl.String))
+            for own, label in zip(rows, labels, strict=True)
+        ]
+    )
+    is_share = all(metric.is_share for metric in found)
+    number = ".1%" if is_share else ",.4~g"
+    evaluated = evaluations.height if evaluations is not None else 0
+    last = max([float(frame["step"].max() or 0) if frame.height else 0.0, 1.0])  # type: ignore[arg-type]
+    scale = alt.Scale(domain=[0 if evaluated else min(1.0, last - 1), last], nice=False, padding=6)
+    x = alt.X("step:Q", axis=steps_axis(tickCount=min(8, int(last))), scale=scale)
+    colour = alt.Color(
+        "metric:N", scale=alt.Scale(domain=labels, range=list(colours)), legend=legend() if len(found) > 1 else None
+    )
+    y_axis = axis(labels[0] if len(found) == 1 else None, format=".0%" if is_share else "~g", tickCount=6)
+    base = alt.Chart(alt.Data(values=_values(frame)))
+    y = alt.Y("value:Q", axis=y_axis, scale=alt.Scale(zero=is_share, nice=True))
+    layers: list[alt.Chart] = []
+    if smooth and frame.height > 2 * len(found):
+        layers.append(base.mark_area(opacity=0.15).encode(x=x, y=alt.Y("low:Q"), y2="high:Q", color=colour))
+    tooltips = [
+        alt.Tooltip("metric:N", title="metric"),
+        alt.Tooltip("step:Q", title="step", format=",d"),
+        alt.Tooltip("value:Q", title="this step", format=number),
+        *([alt.Tooltip("smooth:Q", title="trend", format=number)] if smooth else []),
+    ]
+    layers += [
+        base.mark_circle(size=26, opacity=0.4).encode(x=x, y=y, color=colour, tooltip=tooltips),
+        base.mark_line(strokeWidth=2.2).encode(x=x, y=alt.Y("smooth:Q" if smooth else "value:Q"), color=colour),
+    ]
+    if evaluations is not None and evaluated:
+        layers += _evaluation_layers(evaluations, last, x)
+    return alt.layer(*layers)
+
+
+def _evaluation_layers(evaluations: pl.DataFrame, last: float, x: alt.X) -> list[alt.Chart]:
+    import altair as alt
+
+    rows = [
+        {
+            "step": last if row["step"] is None else min(float(row["step"]), last),
+            "label": plain_text(row["label"], 60),
+            "mean": row["mean"], "low": row["low"], "high": row["high"], "questions": row["questions"],
+        }
+        for row in evaluations.iter_rows(named=True)
+    ]  # fmt: skip
+    base = alt.Chart(alt.Data(values=rows))
+    tooltips = [
+        alt.Tooltip("label:N", title="evaluation"),
+        alt.Tooltip("mean:Q", title="exact match", format=".1%"),
+        alt.Tooltip("low:Q", title="95 % from", format=".1%"),
+        alt.Tooltip("high:Q", title="to", format=".1%"),
+        alt.Tooltip("questions:Q", title="questions"),
+    ]
+    return [
+        base.mark_rule(color=HELD_OUT, strokeWidth=1.5, opacity=0.8).encode(x=x, y=alt.Y("low:Q"), y2="high:Q"),
+        base.mark_point(shape="diamond", filled=True, size=75, color=HELD_OUT, opacity=1).encode(
+            x=x, y=alt.Y("mean:Q"), tooltip=tooltips
+        ),
+    ]
+
+
+def _values(frame: pl.DataFrame) -> list[dict[str, object]]:
+    """Rows as the chart's own data, in five significant digits: half the bytes."""
+    rounded = [pl.col(name).round_sig_figs(5) for name in ("value", "smooth", "low", "high") if name in frame.columns]
+    return frame.with_columns(rounded).to_dicts()
+
+
+def _legend_in_words(rows: Sequence[pl.DataFrame], evaluations: pl.DataFrame | None, smooth: bool) -> str:
+    words = []
+    if any(frame.height for frame in rows):
+        words.append("points: single steps" + ("; line and band: trend ± 1 standard deviation" if smooth else ""))
+    if evaluations is not None and evaluations.height:
+        words.append("diamonds: held-out questions, 95 %")
+    return "; ".join(words)

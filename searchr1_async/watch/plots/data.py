@@ -1,0 +1,179 @@
+"""What charts are drawn from: frames in, small tidy frames out. Pure."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import polars as pl
+
+from searchr1_async.errors import ConfigurationError
+from searchr1_async.evaluation.statistics import Z_95, cluster_bootstrap, wilson_interval
+from searchr1_async.watch.curve import smoothed
+from searchr1_async.watch.plots.theme import MAX_ROWS
+
+ALL_SUITES = "all suites"
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A metric that has a name for people."""
+
+    column: str
+    label: str
+    is_share: bool = False
+    part: str | None = None
+    """The reward part that evaluations measure it by."""
+
+
+METRICS = {
+    "reward": Metric("env/all/reward/total", "reward"),
+    "exact_match": Metric("env/all/correct", "exact match", is_share=True, part="correct"),
+    "turns": Metric("env/all/turns_per_episode", "turns per episode"),
+    "valid_calls": Metric("env/all/valid_calls", "tool calls that are valid", is_share=True),
+    "searches": Metric("env/all/searches_per_episode", "searches per episode"),
+    "answer_in_passage": Metric("env/all/answer_in_passage", "episodes shown the answer", is_share=True),
+    "staleness": Metric("env/all/staleness", "staleness (optimiser steps)"),
+}
+"""By friendly name. Every other column has its own name, which may be given without ``env/all/``."""
+
+
+def metric_named(name: str, columns: Sequence[str]) -> Metric:
+    """The metric that a user calls ``name``.
+
+    Args:
+        columns: those that the metrics have so far; a friendly name need not be among them, since a young run has none.
+
+    Raises:
+        ConfigurationError: there is none; says which come close.
+    """
+    if (known := METRICS.get(name)) is not None:
+        return known
+    for column in (name, f"env/all/{name}"):
+        if column in columns and column != "step":
+            return Metric(column, column.removeprefix("env/all/"))
+    raise ConfigurationError(f"there is no metric {name!r}. {_near(name, columns)}")
+
+
+def _near(name: str, columns: Iterable[str]) -> str:
+    names = [*METRICS, *(column.removeprefix("env/all/") for column in columns if column != "step")]
+    near = difflib.get_close_matches(name, names, n=4, cutoff=0.5)
+    near += [other for other in names if name.lower() in other.lower() and other not in near][: 4 - len(near)]
+    known = f"Known by name: {', '.join(METRICS)}; and every column of run.metrics."
+    return f"Near to it: {', '.join(near)}. {known}" if near else known
+
+
+def metric_rows(metrics: pl.DataFrame, metric: Metric) -> pl.DataFrame:
+    """Columns ``step``, ``value``, ``smooth``, ``low`` and ``high`` (the local mean and one local standard deviation around
+    it), where the metric has a finite value."""
+    schema = pl.Schema({name: pl.Float64() for name in ("step", "value", "smooth", "low", "high")})
+    if metric.column not in metrics.columns or "step" not in metrics.columns:
+        return pl.DataFrame(schema=schema)
+    frame = metrics.select(step=pl.col("step").cast(pl.Float64), value=pl.col(metric.column).cast(pl.Float64))
+    frame = frame.filter(pl.col("value").is_finite()).sort("step")
+    mean_n, spread_n = smoothed(frame["value"].to_numpy())
+    low_n, high_n = mean_n - spread_n, mean_n + spread_n
+    if metric.is_share:
+        low_n, high_n = low_n.clip(0, 1), high_n.clip(0, 1)
+    return frame.with_columns(
+        smooth=pl.Series(mean_n, dtype=pl.Float64), low=pl.Series(low_n, dtype=pl.Float64),
+        high=pl.Series(high_n, dtype=pl.Float64),
+    )  # fmt: skip
+
+
+def thinned(frame: pl.DataFrame, most: int = MAX_ROWS) -> pl.DataFrame:
+    """At most so many rows, evenly taken, the first and the last among them."""
+    if frame.height <= most:
+        return frame
+    places = [round(place * (frame.height - 1) / (most - 1)) for place in range(most)]
+    return frame[places]
+
+
+def evaluation_scores(evaluations: pl.LazyFrame, part: str = "correct") -> pl.DataFrame:
+    """One row for each evaluation and suite, and one for all its suites: ``order``, ``label``, ``step``, ``suite``,
+    ``mean``, ``low``, ``high`` (95 %) and ``questions``.
+
+    The figures are those of :class:`searchr1_async.evaluation.result.Evaluation`: a mean over questions of each one's
+    samples, with Wilson's interval for one sample a question and a bootstrap over questions for several.
+
+    Args:
+        evaluations: episodes, as :meth:`searchr1_async.watch.records.RunRecords.evaluations` gives them.
+        part: one of the reward parts that has a column of its own.
+    """
+    questions = (
+        evaluations.with_row_index("row")
+        .filter(pl.col("stop_reason") != "failed")
+        .group_by("label", "data_source", "question_id", "question", maintain_order=True)
+        .agg(
+            pl.col("row").min(),
+            pl.col("step").first(),
+            pl.col(part).fill_null(0.0).mean().alias("score"),
+            pl.len().alias("samples"),
+        )
+        .select("row", "label", "step", "data_source", "score", "samples")
+        .collect()
+        .sort("row")
+    )
+    rows = []
+    for order, ((label,), own) in enumerate(questions.group_by("label", maintain_order=True)):
+        suites = [str(suite) for suite in own["data_source"].unique().sort()]
+        for suite in [ALL_SUITES, *(suites if len(suites) > 1 else [])]:
+            of_suite = own if suite == ALL_SUITES else own.filter(pl.col("data_source") == suite)
+            scores = of_suite["score"].to_list()
+            low, high = _interval(scores, int(of_suite["samples"].max()))  # type: ignore[arg-type]
+            rows.append((order, label, own["step"][0], suite, sum(scores) / len(scores), low, high, len(scores)))
+        if len(suites) == 1:
+            rows[-1] = (*rows[-1][:3], suites[0], *rows[-1][4:])
+    names = ("order", "label", "step", "suite", "mean", "low", "high", "questions")
+    types = (pl.Int64, pl.String, pl.Int64, pl.String, pl.Float64, pl.Float64, pl.Float64, pl.Int64)
+    return pl.DataFrame(rows, schema=dict(zip(names, types, strict=True)), orient="row")
+
+
+def _interval(scores: Sequence[float], samples: int) -> tuple[float, float]:
+    interval = cluster_bootstrap(scores, list(range(len(scores)))) if samples > 1 else None
+    if interval is None or interval.low == interval.high:
+        interval = wilson_interval(min(max(sum(scores), 0.0), float(len(scores))), len(scores))
+    return interval.low, interval.high
+
+
+def overall(scores: pl.DataFrame) -> pl.DataFrame:
+    """Of :func:`evaluation_scores`, one row an evaluation: that of all its suites, or of its only one."""
+    return scores.group_by("order", maintain_order=True).first().sort("order")
+
+
+def reward_by(episodes: pl.LazyFrame, by: str) -> pl.DataFrame:
+    """How training's episodes did, by how many ``turns`` or ``searches`` they took.
+
+    Columns ``n``, ``what`` (``reward``, ``exact match``), ``mean``, ``low``, ``high`` (95 %: Wilson's for exact match, 1.96
+    standard errors for the reward) and ``episodes``. Failed and cut episodes are left out.
+    """
+    count = pl.col("turn_count") if by == "turns" else _searches()
+    grouped = (
+        episodes.filter(~pl.col("stop_reason").is_in(["failed", "time_limit"]))
+        .select(n=count.cast(pl.Int64), reward="reward", correct=pl.col("correct").fill_null(0.0))
+        .group_by("n")
+        .agg(
+            pl.len().alias("episodes"),
+            pl.col("reward").mean().alias("mean"),
+            pl.col("reward").std().fill_null(0.0).alias("deviation"),
+            pl.col("correct").sum().alias("right"),
+        )
+        .sort("n")
+        .collect()
+    )
+    rows = []
+    for row in grouped.iter_rows(named=True):
+        episodes_n = row["episodes"]
+        margin = Z_95 * row["deviation"] / math.sqrt(episodes_n) if episodes_n > 1 else math.nan
+        rows.append((row["n"], "reward", row["mean"], row["mean"] - margin, row["mean"] + margin, episodes_n))
+        right = min(max(row["right"], 0.0), float(episodes_n))
+        rows.append((row["n"], "exact match", right / episodes_n, *wilson_interval(right, episodes_n), episodes_n))
+    schema = {"n": pl.Int64, "what": pl.String, "mean": pl.Float64, "low": pl.Float64, "high": pl.Float64}
+    return pl.DataFrame(rows, schema=schema | {"episodes": pl.Int64}, orient="row").fill_nan(None)
+
+
+def _searches() -> pl.Expr:
+    """Searches that were run in an episode: the result lists of all its calls."""
+    return pl.col("turns").list.eval(pl.element().struct.field("passages").list.len().fill_null(0)).list.sum()

@@ -1,0 +1,187 @@
+"""What episodes came to: by how long they searched, and by suite."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import polars as pl
+
+from searchr1_async.watch.plots.data import ALL_SUITES, reward_by, thinned
+from searchr1_async.watch.plots.theme import (
+    GREY,
+    HEIGHT,
+    SEEN,
+    TRAINING,
+    WIDTH,
+    axis,
+    empty_chart,
+    heading,
+    legend,
+    plain_text,
+    steps_axis,
+)
+
+if TYPE_CHECKING:
+    import altair as alt
+
+MAX_EVALUATIONS = 8
+"""That are drawn beside each other for a suite; of more, the first, the last and some between."""
+
+
+def plot_reward_by_turns(
+    episodes: pl.LazyFrame,
+    *,
+    by: Literal["turns", "searches"] = "turns",
+    first_step: int | None = None,
+    last_step: int | None = None,
+    title: str | None = None,
+    width: int = WIDTH,
+    height: int = HEIGHT,
+) -> alt.VConcatChart | alt.Chart:
+    """Reward and exact match of training's episodes against the number of their turns, with 95 % intervals, and below how
+    many episodes there are of each.
+
+    Args:
+        episodes: as ``run.episodes()`` gives them.
+        by: ``searches`` counts the searches that were run instead.
+        first_step: leave out what was played before it.
+        last_step: leave out what was played after it.
+        title: None says what is drawn.
+        width: in pixels.
+        height: of the upper panel.
+    """
+    import altair as alt
+
+    if first_step is not None:
+        episodes = episodes.filter(pl.col("step") >= first_step)
+    if last_step is not None:
+        episodes = episodes.filter(pl.col("step") <= last_step)
+    frame = thinned(reward_by(episodes, by), 400)
+    text = title if title is not None else f"reward and exact match by {by}"
+    if not frame.height:
+        return empty_chart("No finished step has an episode in this range: there is nothing to draw.", title=text)
+    rows = frame.to_dicts()
+    shift = {"reward": -0.09, "exact match": 0.09}  # so that one interval does not hide the other
+    for row in rows:
+        row["place"] = row["n"] + shift[row["what"]]
+    low, high = int(frame["n"].min()), int(frame["n"].max())  # type: ignore[arg-type]
+    scale = alt.Scale(domain=[low - 0.6, high + 0.6], nice=False)
+    ticks = steps_axis(None, values=list(range(low, high + 1, max(1, (high - low) // 12))))
+    colour = alt.Color(
+        "what:N", scale=alt.Scale(domain=["reward", "exact match"], range=[SEEN, TRAINING]), legend=legend()
+    )
+    base = alt.Chart(alt.Data(values=rows)).encode(x=alt.X("place:Q", axis=ticks, scale=scale), color=colour)
+    y = axis("mean", format="~g", tickCount=6)
+    upper = alt.layer(
+        base.mark_line(strokeWidth=1.2, opacity=0.5).encode(y=alt.Y("mean:Q", axis=y)),
+        base.mark_rule(strokeWidth=1.6).encode(y=alt.Y("low:Q"), y2="high:Q"),
+        base.mark_circle(size=70, opacity=1).encode(y=alt.Y("mean:Q"), tooltip=_tooltips(by)),
+    ).properties(width=width, height=height, title=heading(text, _in_words(frame, by)))
+    counts = (
+        alt.Chart(alt.Data(values=[row for row in rows if row["what"] == "reward"]))
+        .mark_bar(color=GREY, opacity=0.6, size=min(36, max(4, width // (2 * (high - low + 2)))))
+        .encode(
+            x=alt.X("n:Q", axis=steps_axis(f"{by} in the episode", values=ticks["values"]), scale=scale),
+            y=alt.Y("episodes:Q", axis=axis("episodes", tickCount=3, format="~s")),
+            tooltip=[alt.Tooltip("n:Q", title=by), alt.Tooltip("episodes:Q", format=",d")],
+        )
+        .properties(width=width, height=60)
+    )
+    return alt.vconcat(upper, counts, spacing=8)
+
+
+def _tooltips(by: str) -> list[Any]:
+    import altair as alt
+
+    return [
+        alt.Tooltip("what:N", title="what"),
+        alt.Tooltip("n:Q", title=by),
+        alt.Tooltip("mean:Q", title="mean", format=".3f"),
+        alt.Tooltip("low:Q", title="95 % from", format=".3f"),
+        alt.Tooltip("high:Q", title="to", format=".3f"),
+        alt.Tooltip("episodes:Q", title="episodes", format=",d"),
+    ]
+
+
+def _in_words(frame: pl.DataFrame, by: str) -> str:
+    """Where most episodes are, and where exact match is best among counts that have a twentieth of them."""
+    right = frame.filter(pl.col("what") == "exact match")
+    total = int(right["episodes"].sum())
+    common = right.sort("episodes", descending=True).row(0, named=True)
+    best = right.filter(pl.col("episodes") >= total / 20).sort("mean", descending=True).row(0, named=True)
+    noun = by if common["n"] != 1 else by.removesuffix("es" if by == "searches" else "s")
+    return (
+        f"{total:,} episodes; most ({common['episodes'] / total:.0%}) take {common['n']} {noun}; "
+        f"exact match is best at {best['n']} ({best['mean']:.0%})"
+    )
+
+
+def plot_suites(
+    evaluations: pl.DataFrame, *, title: str = "exact match by suite", width: int = WIDTH, height: int = HEIGHT
+) -> alt.LayerChart | alt.Chart:
+    """The suites side by side, each with its evaluations in their order and 95 % intervals.
+
+    Args:
+        evaluations: as :func:`searchr1_async.watch.plots.data.evaluation_scores` gives them.
+        title: stands above.
+        width: in pixels.
+        height: the same.
+    """
+    import altair as alt
+
+    if not evaluations.height:
+        return empty_chart(
+            "No evaluation has been made yet: give held_out questions, or wait for the first.", title=title
+        )
+    chosen = thinned(evaluations.select("order", "label").unique().sort("order"), MAX_EVALUATIONS)
+    frame = evaluations.join(chosen.select("order"), on="order", how="semi").sort("order")
+    labels = [f"{place}. {plain_text(label, 40)}" for place, label in enumerate(chosen["label"], start=1)]
+    named = dict(zip(chosen["order"], labels, strict=True))
+    rows = [
+        {**row, "label": named[row["order"]], "suite": plain_text(row["suite"], 40)}
+        for row in frame.iter_rows(named=True)
+    ]
+    names = list(dict.fromkeys(row["suite"] for row in rows))
+    suites = [*(name for name in names if name == ALL_SUITES), *sorted(name for name in names if name != ALL_SUITES)]
+    colour = alt.Color("label:N", scale=alt.Scale(domain=labels, range=_shades(len(labels))), legend=legend(columns=3))
+    base = alt.Chart(alt.Data(values=rows)).encode(
+        x=alt.X("suite:N", sort=suites, axis=axis(None, grid=False, labelAngle=0, labelLimit=120),
+                scale=alt.Scale(paddingInner=0.25, paddingOuter=0.1)),
+        xOffset=alt.XOffset("label:N", sort=labels),
+        color=colour,
+    )  # fmt: skip
+    y = alt.Y("mean:Q", axis=axis("exact match", format=".0%", tickCount=6), scale=alt.Scale(zero=True, nice=True))
+    tooltips = [
+        alt.Tooltip("label:N", title="evaluation"),
+        alt.Tooltip("suite:N", title="suite"),
+        alt.Tooltip("mean:Q", title="exact match", format=".1%"),
+        alt.Tooltip("low:Q", title="95 % from", format=".1%"),
+        alt.Tooltip("high:Q", title="to", format=".1%"),
+        alt.Tooltip("questions:Q", title="questions", format=",d"),
+    ]
+    layers = (
+        base.mark_bar(opacity=0.9).encode(y=y, tooltip=tooltips),
+        # A colour of its own: that of the bar would hide the half of the interval that lies within it.
+        base.mark_rule(strokeWidth=1.4).encode(y=alt.Y("low:Q"), y2="high:Q", color=alt.value(GREY)),
+    )
+    return alt.layer(*layers).properties(width=width, height=height, title=heading(title, _gain_in_words(frame)))
+
+
+def _gain_in_words(frame: pl.DataFrame) -> str:
+    per_order = frame.group_by("order", maintain_order=True).first().sort("order")
+    first, last = per_order.row(0, named=True), per_order.row(-1, named=True)
+    if per_order.height == 1:
+        return f"{plain_text(first['label'], 40)}: {first['mean']:.1%} of {first['questions']:,} questions; lines: 95 %"
+    return (
+        f"{plain_text(first['label'], 40)} {first['mean']:.1%} → {plain_text(last['label'], 40)} {last['mean']:.1%} "
+        f"over {last['questions']:,} questions; lines: 95 % intervals"
+    )
+
+
+def _shades(count: int) -> list[str]:
+    """From pale to full blue, in the order of the evaluations; readable in grey too."""
+    pale, full = (0xC6, 0xD6, 0xEA), tuple(int(TRAINING[place : place + 2], 16) for place in (1, 3, 5))
+    share = [place / max(count - 1, 1) for place in range(count)] if count > 1 else [1.0]
+    return [
+        "#" + "".join(f"{round(a + (b - a) * part):02x}" for a, b in zip(pale, full, strict=True)) for part in share
+    ]

@@ -1,0 +1,246 @@
+"""Who waited for what in one step: what the engine's events say, as values. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from searchr1_async.watch.trackers.lines import LoggedEvent, session_events, steps_of
+
+STAGES = ("sampling", "queued", "searching", "in between")
+"""Where an episode under way is: at the model, waiting to ask it, at the search, or between two of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A stretch of time in which the trainer did one thing; seconds since the batch was opened."""
+
+    start: float
+    end: float
+    state: str
+    """``idle``, ``learning`` (gradients of minibatches) or ``stepping`` (the optimiser step and its new weights)."""
+
+    @property
+    def seconds(self) -> float:
+        return self.end - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """Something that happened at one moment."""
+
+    second: float
+    what: str
+    """``group finished``, ``group dropped`` or ``weights published``."""
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """One step, from the opening of its batch until its weights are sampled from."""
+
+    step: int
+    seconds: float
+    is_over: bool
+    """Its weights are out; else it is cut off where the events end."""
+    samples: tuple[tuple[float, Mapping[str, float]], ...]
+    """Second, and episodes by stage from then on."""
+    spans: tuple[Span, ...]
+    """What the trainer did, without gaps."""
+    marks: tuple[Mark, ...]
+
+    def trainer_share(self, state: str) -> float:
+        """Of the step's time."""
+        return sum(span.seconds for span in self.spans if span.state == state) / self.seconds if self.seconds else 0.0
+
+    def stage_shares(self) -> dict[str, float]:
+        """Of the time that all episodes together spent in the step; empty if no episode was seen under way."""
+        ends = [second for second, _ in self.samples[1:]] + [self.seconds]
+        spent = dict.fromkeys(STAGES, 0.0)
+        for (start, counts), end in zip(self.samples, ends, strict=True):
+            for stage in STAGES:
+                spent[stage] += counts[stage] * (end - start)
+        total = sum(spent.values())
+        return {stage: value / total for stage, value in spent.items()} if total else {}
+
+
+def timeline_of(events: Iterable[LoggedEvent], step: int | None = None) -> Timeline | None:
+    """A step's timeline; None where the events tell of no such step.
+
+    Args:
+        events: a run's event log, of all its sessions. A step that was played twice, since a resumed run plays again what
+            it had not finished, is told as it was played last.
+        step: counted from 1; None for the last whose weights are out, or the first one while there is none.
+    """
+    log = list(events)
+    session = session_events(log, step)
+    if step is None:
+        published = [event.values["step"] for event in _named(session, "WeightsPublished") if event.values["step"] > 0]
+        steps = [number for number in steps_of(session) if number > 0]
+        step = max((number for number in published if number in steps), default=steps[0] if steps else None)
+    if step is None or not session:
+        return None
+    start = _opened(session, step)
+    if start is None:
+        return None
+    end, is_over = _published(session, step)
+    end = max(end, start)
+    samples = tuple(_samples(session, start, end))
+    return Timeline(
+        step, end - start, is_over, samples, tuple(_spans(session, start, end)), tuple(_marks(session, start, end))
+    )
+
+
+def _named(events: Iterable[LoggedEvent], *names: str) -> list[LoggedEvent]:
+    return [event for event in events if event.name in names]
+
+
+def _opened(session: Sequence[LoggedEvent], step: int) -> float | None:
+    """When the batch was opened: as the pipeline told; else when the one before was closed, or training began."""
+    for event in session:
+        if event.name == "PipelineChanged" and event.values.get("step") == step:
+            return event.time
+    closed = [event.time for event in _named(session, "BatchClosed") if event.values.get("step") == step - 1]
+    if closed:
+        return closed[-1]
+    began = [event.time for event in _named(session, "PhaseStarted") if event.values.get("phase") == "train"]
+    is_first = min(steps_of(session), default=step) == step
+    if is_first and began:
+        return began[-1]
+    return next((event.time for event in session if event.values.get("step") == step), None)
+
+
+def _published(session: Sequence[LoggedEvent], step: int) -> tuple[float, bool]:
+    for name in ("WeightsPublished", "StepFinished"):
+        for event in _named(session, name):
+            if event.values.get("step") == step:
+                return event.time, True
+    return session[-1].time, False
+
+
+def _samples(session: Sequence[LoggedEvent], start: float, end: float) -> Iterable[tuple[float, Mapping[str, float]]]:
+    """Episodes by stage: the last count before the start holds at the start."""
+    before: Mapping[str, float] | None = None
+    begun = False
+    for event in _named(session, "RolloutSampled"):
+        if event.time > end:
+            break
+        counts = _by_stage(event.values)
+        if event.time <= start:
+            before = counts
+            continue
+        if not begun and before is not None:
+            yield 0.0, before
+        begun = True
+        yield event.time - start, counts
+    if not begun and before is not None:
+        yield 0.0, before
+
+
+def _by_stage(values: Mapping[str, float]) -> dict[str, float]:
+    counts = {stage: float(values.get(stage, 0)) for stage in STAGES[:3]}
+    return counts | {"in between": max(0.0, float(values.get("episodes", 0)) - sum(counts.values()))}
+
+
+def _spans(session: Sequence[LoggedEvent], start: float, end: float) -> Iterable[Span]:
+    """The trainer's states between all moments at which one of them begins or ends; equal neighbours are joined."""
+    changes = sorted([*_learning_changes(session), *_stepping_changes(session)])
+    learning = stepping = 0
+    at, state = start, "idle"
+    spans: list[Span] = []
+    for moment, is_learning, change in [*changes, (end, False, 0)]:
+        until = min(max(moment, start), end)
+        if until > at:
+            if spans and spans[-1].state == state:
+                spans[-1] = Span(spans[-1].start, until - start, state)
+            else:
+                spans.append(Span(at - start, until - start, state))
+            at = until
+        learning, stepping = learning + (change if is_learning else 0), stepping + (0 if is_learning else change)
+        state = "learning" if learning > 0 else "stepping" if stepping > 0 else "idle"
+    return spans
+
+
+def _learning_changes(session: Sequence[LoggedEvent]) -> Iterable[tuple[float, bool, int]]:
+    """A minibatch is with the trainer until its gradient is there; one that never came is over when its batch's weights are."""
+    open_of_step: dict[int, int] = {}
+    for event in _named(session, "MinibatchSubmitted", "MinibatchLearned", "WeightsPublished"):
+        step = event.values.get("step", 0)
+        if event.name == "MinibatchSubmitted":
+            open_of_step[step] = open_of_step.get(step, 0) + 1
+            yield event.time, True, 1
+        elif event.name == "MinibatchLearned" and open_of_step.get(step, 0):
+            open_of_step[step] -= 1
+            yield event.time, True, -1
+        elif event.name == "WeightsPublished":
+            for _ in range(open_of_step.pop(step, 0)):
+                yield event.time, True, -1
+
+
+def _stepping_changes(session: Sequence[LoggedEvent]) -> Iterable[tuple[float, bool, int]]:
+    closed: set[int] = set()
+    for event in _named(session, "BatchClosed", "WeightsPublished"):
+        step = event.values.get("step", 0)
+        if event.name == "BatchClosed" and step not in closed:
+            closed.add(step)
+            yield event.time, False, 1
+        elif event.name == "WeightsPublished" and step in closed:
+            closed.remove(step)
+            yield event.time, False, -1
+
+
+def _marks(session: Sequence[LoggedEvent], start: float, end: float) -> Iterable[Mark]:
+    for event in session:
+        if not start <= event.time <= end:
+            continue
+        second, values = event.time - start, event.values
+        if event.name == "GroupFinished":
+            yield Mark(second, "group finished", _versions(values))
+        elif event.name == "GroupDropped":
+            yield Mark(second, "group dropped", str(values.get("reason", "")))
+        elif event.name == "WeightsPublished":
+            yield Mark(second, "weights published", f"after step {values.get('step')}")
+
+
+def _versions(values: Mapping[str, object]) -> str:
+    versions = values.get("policy_versions")
+    return f"weights of step {', '.join(map(str, versions))}" if isinstance(versions, list) and versions else ""
+
+
+def step_in_words(timeline: Timeline) -> list[str]:
+    """Who waited for what, in one or two lines."""
+    seconds = _seconds(timeline.seconds)
+    trainer = f"the trainer was idle {timeline.trainer_share('idle'):.0%} of {seconds}"
+    busy = [
+        f"{doing} {timeline.trainer_share(state):.0%}"
+        for state, doing in (("learning", "learning"), ("stepping", "making new weights"))
+        if timeline.trainer_share(state) >= 0.005
+    ]
+    lines = [", ".join([trainer, *busy]) + ("" if timeline.is_over else " (still under way)")]
+    if shares := timeline.stage_shares():
+        names = {"sampling": "the model", "queued": "their turn at it", "searching": "the search"}
+        waits = [f"{shares[stage]:.0%} for {name}" for stage, name in names.items() if shares[stage] >= 0.005]
+        if waits:
+            lines.append(f"episodes waited {', '.join(waits)}")
+    return lines
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:,.0f} s"
+
+
+def joined(samples: Sequence[tuple[float, Mapping[str, float]]], most: int) -> list[tuple[float, Mapping[str, float]]]:
+    """At most so many samples: of more, neighbours become one that holds the mean over the time that they held."""
+    if len(samples) <= most:
+        return list(samples)
+    size = -(-len(samples) // most)
+    out: list[tuple[float, Mapping[str, float]]] = []
+    for place in range(0, len(samples), size):
+        chunk = samples[place : place + size + 1]
+        held = [max(later - earlier, 1e-9) for (earlier, _), (later, _) in pairwise(chunk)] or [1.0]
+        kept = chunk[: len(held)]
+        total = sum(held)
+        means = {stage: sum(c[stage] * t for (_, c), t in zip(kept, held, strict=True)) / total for stage in STAGES}
+        out.append((chunk[0][0], means))
+    return out

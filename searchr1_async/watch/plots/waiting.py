@@ -1,0 +1,158 @@
+"""The timeline of a step as a chart: episodes by stage above, what the trainer did below."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from searchr1_async.watch.plots.theme import (
+    CALLS,
+    GREY,
+    HELD_OUT,
+    SEEN,
+    TRAINING,
+    TURNS,
+    WIDTH,
+    axis,
+    empty_chart,
+    heading,
+    legend,
+)
+from searchr1_async.watch.plots.timeline import STAGES, Timeline, joined, step_in_words, timeline_of
+from searchr1_async.watch.trackers.lines import LoggedEvent
+
+if TYPE_CHECKING:
+    import altair as alt
+
+_STAGE_COLOURS = (TRAINING, "#a9c3e6", SEEN, "#c9cdd3")
+_TRAINER_COLOURS = {"learning": TURNS, "stepping": CALLS, "idle": "#d5d8dd"}
+_MARK_COLOURS = {"group finished": GREY, "group dropped": HELD_OUT, "weights published": CALLS}
+_MAX_SAMPLES, _MAX_SPANS, _MAX_MARKS = 700, 600, 1200
+"""Four rows a sample: at most 4,600 rows in all."""
+
+
+def plot_timeline(
+    events: Iterable[LoggedEvent],
+    step: int | None = None,
+    *,
+    title: str | None = None,
+    width: int = WIDTH,
+    height: int = 170,
+) -> alt.VConcatChart | alt.Chart:
+    """Who waited for what in one step.
+
+    Args:
+        events: the run's log, as :func:`searchr1_async.watch.trackers.read_events` gives it.
+        step: counted from 1; None for the last whose weights are out.
+        title: None names the step.
+        width: in pixels.
+        height: of the upper panel.
+    """
+    import altair as alt
+
+    timeline = timeline_of(events, step)
+    if timeline is None or timeline.seconds <= 0:
+        which = "No step has begun yet" if step is None else f"The run's event log tells nothing of step {step}"
+        return empty_chart(f"{which}: there is nothing to draw.", title=title or "timeline of a step")
+    text = title if title is not None else f"step {timeline.step}: who waited for what"
+    x = alt.Scale(domain=[0, timeline.seconds], nice=False)
+    upper = _stages(timeline, x).properties(width=width, height=height, title=heading(text, step_in_words(timeline)))
+    lower = _trainer(timeline, x).properties(width=width, height=72)
+    return alt.vconcat(upper, lower, spacing=6).resolve_scale(color="independent", shape="independent")
+
+
+def _stages(timeline: Timeline, x: alt.Scale) -> alt.Chart | alt.LayerChart:
+    import altair as alt
+
+    samples = joined(timeline.samples, _MAX_SAMPLES)
+    if not samples:
+        return empty_chart("The log has no samples of the episodes under way in this step.")
+    samples.append((timeline.seconds, samples[-1][1]))
+    rows: list[dict[str, Any]] = [
+        {"second": round(second, 3), "stage": stage, "order": order, "episodes": round(counts[stage], 2)}
+        for second, counts in samples
+        for order, stage in enumerate(STAGES)
+    ]
+    colour = alt.Color("stage:N", scale=alt.Scale(domain=list(STAGES), range=list(_STAGE_COLOURS)), legend=legend())
+    return (
+        alt.Chart(alt.Data(values=rows))
+        .mark_area(interpolate="step-after", opacity=0.95)
+        .encode(
+            x=alt.X("second:Q", scale=x, axis=axis(None, labels=False, grid=False)),
+            y=alt.Y(
+                "episodes:Q", stack="zero", axis=axis("episodes under way", tickCount=5, tickMinStep=1, format="~s")
+            ),
+            color=colour,
+            order=alt.Order("order:Q"),
+            tooltip=[
+                alt.Tooltip("stage:N", title="stage"),
+                alt.Tooltip("episodes:Q", title="episodes", format=",.4~g"),
+                alt.Tooltip("second:Q", title="second", format=".1f"),
+            ],
+        )
+    )
+
+
+def _trainer(timeline: Timeline, x: alt.Scale) -> alt.LayerChart:
+    import altair as alt
+
+    lanes = ["trainer", "groups", "weights"]
+    y = alt.Y(
+        "lane:N", sort=lanes, scale=alt.Scale(domain=lanes), axis=axis(None, grid=False, domain=False, ticks=False)
+    )
+    spans = [
+        {"lane": "trainer", "start": round(s.start, 3), "end": round(s.end, 3), "state": s.state, "seconds": round(s.seconds, 3)}
+        for s in _longest(timeline)
+    ]  # fmt: skip
+    place = alt.X(
+        "start:Q", scale=x, axis=axis("seconds since the batch was opened", grid=False, tickCount=8, format="~g")
+    )
+    bars = (
+        alt.Chart(alt.Data(values=spans))
+        .mark_bar(height=14)
+        .encode(
+            x=place, x2="end:Q", y=y,
+            color=alt.Color("state:N", legend=legend(title="trainer", titleFontWeight="normal", titleFontSize=11, orient="bottom"),
+                            scale=alt.Scale(domain=list(_TRAINER_COLOURS), range=list(_TRAINER_COLOURS.values()))),
+            tooltip=[
+                alt.Tooltip("state:N", title="trainer"),
+                alt.Tooltip("start:Q", title="from second", format=".2f"),
+                alt.Tooltip("seconds:Q", title="for seconds", format=".2f"),
+            ],
+        )
+    )  # fmt: skip
+    marks = [
+        {"lane": "weights" if mark.what == "weights published" else "groups", "second": round(mark.second, 3),
+         "what": mark.what, "detail": mark.detail}
+        for mark in _some(timeline)
+    ]  # fmt: skip
+    ticks = (
+        alt.Chart(alt.Data(values=marks))
+        .mark_tick(thickness=1.8, size=14, opacity=0.85)
+        .encode(
+            x=alt.X("second:Q", scale=x), y=y,
+            stroke=alt.Stroke("what:N", legend=legend(orient="bottom"),
+                              scale=alt.Scale(domain=list(_MARK_COLOURS), range=list(_MARK_COLOURS.values()))),
+            tooltip=[alt.Tooltip("what:N", title="what"), alt.Tooltip("detail:N", title="of"),
+                     alt.Tooltip("second:Q", title="second", format=".2f")],
+        )
+    )  # fmt: skip
+    return alt.layer(bars, ticks).resolve_scale(color="independent", stroke="independent")
+
+
+def _longest(timeline: Timeline) -> list[Any]:
+    """All spans, or of very many the longest in their order: those left out are thinner than a pixel."""
+    if len(timeline.spans) <= _MAX_SPANS:
+        return list(timeline.spans)
+    kept = sorted(timeline.spans, key=lambda span: span.seconds, reverse=True)[:_MAX_SPANS]
+    return sorted(kept, key=lambda span: span.start)
+
+
+def _some(timeline: Timeline) -> list[Any]:
+    """All marks, or of very many groups every n-th; published weights and dropped groups are rare, and all kept first."""
+    if len(timeline.marks) <= _MAX_MARKS:
+        return list(timeline.marks)
+    rare = [mark for mark in timeline.marks if mark.what == "weights published"][:_MAX_MARKS]
+    others = [mark for mark in timeline.marks if mark.what != "weights published"]
+    every = -(-len(others) // max(1, _MAX_MARKS - len(rare)))
+    return [*rare, *others[::every]]
