@@ -6,13 +6,21 @@ import re
 import unicodedata
 from collections.abc import Iterable
 from html import escape
+from typing import Any
 
-_JOINERS = "\u200c\u200d"
-"""Zero-width joiner and non-joiner: part of correct Persian, Hindi and emoji."""
+_KEPT = "\u200c\u200d\ufe0f"
+"""Zero-width non-joiner and joiner are part of correct Persian, Hindi and emoji; U+FE0F asks for an emoji's coloured form."""
 
-_SUSPECT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f"
-                      r"\u2028-\u202f\u2060-\u206f\u3164\ud800-\udfff\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb"
-                      r"\U000e0000-\U000e0fff]")  # fmt: skip
+SUSPECT_RANGES = (
+    (0x00, 0x08), (0x0B, 0x1F), (0x7F, 0x9F), (0xAD, 0xAD), (0x034F, 0x034F), (0x061C, 0x061C), (0x115F, 0x1160),
+    (0x17B4, 0x17B5), (0x180B, 0x180F), (0x200B, 0x200F), (0x2028, 0x202F), (0x2060, 0x206F), (0x3164, 0x3164),
+    (0xD800, 0xDFFF), (0xFE00, 0xFE0F), (0xFEFF, 0xFEFF), (0xFFA0, 0xFFA0), (0xFFF0, 0xFFFB), (0xE0000, 0xE0FFF),
+)  # fmt: skip
+"""Code points that show nothing or change how others show, first and last; the kept ones among them are let through."""
+
+_SUSPECT = re.compile(
+    f"(?![{_KEPT}])[{''.join(f'{re.escape(chr(a))}-{re.escape(chr(b))}' for a, b in SUSPECT_RANGES)}]"
+)
 
 
 def visible(text: str) -> str:
@@ -26,13 +34,28 @@ def visible(text: str) -> str:
     text = text.replace("\r\n", "\n")
     for match in _SUSPECT.finditer(text):
         char = match[0]
-        if char in _JOINERS or char == "\ufe0f":  # U+FE0F asks for the coloured form of an emoji
-            continue
         out.append(escape(text[end : match.start()]))
         out.append(f'<span class="mark" title="{escape(_name(char))}">{_label(char)}</span>')
         end = match.end()
     out.append(escape(text[end:]))
     return "".join(out)
+
+
+def visible_text(text: str) -> str:
+    """The same for a terminal, a list or a title: plain text, in which a suspect character is its label in brackets."""
+    return _SUSPECT.sub(lambda match: f"[{_label(match[0])}]", text.replace("\r\n", "\n"))
+
+
+def suspect_table() -> dict[str, Any]:
+    """The rule of :func:`visible` as plain values, for a script that shows text itself: ``ranges``, ``kept``, ``names``."""
+    named = {
+        f"{code:X}": name
+        for first, last in SUSPECT_RANGES
+        if first < 0xE0000  # the tags' names would be nine tenths of the table
+        for code in range(first, last + 1)
+        if (name := unicodedata.name(chr(code), ""))
+    }
+    return {"ranges": SUSPECT_RANGES, "kept": _KEPT, "names": named}
 
 
 def _label(char: str) -> str:

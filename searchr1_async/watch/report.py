@@ -10,9 +10,10 @@ from typing import Any
 
 import polars as pl
 
-from searchr1_async.episodes.types import Episode, Question, SearchCall, Turn
-from searchr1_async.watch.html import STYLE, highlighted, isolated, table, visible
+from searchr1_async.episodes.types import Episode
+from searchr1_async.watch.html import STYLE, isolated, table, visible
 from searchr1_async.watch.rows import storable
+from searchr1_async.watch.viewer.parts import golden_html, turn_html, verdict_html
 
 _SECRET = re.compile(r"api_?key|secret|password|credential|authorization", re.IGNORECASE)
 
@@ -147,53 +148,17 @@ def _episodes_section(episodes: Sequence[tuple[str, Episode]]) -> str:
 
 def _question(played: Sequence[tuple[str, Episode]]) -> str:
     question = played[0][1].question
-    golden = " or ".join(isolated(answer) for answer in question.golden_answers)
     articles = "".join(_episode(label, episode) for label, episode in played)
     return (
         f'<section class="question"><h3>{isolated(question.question)}</h3>'
-        f'<div class="soft">golden answer: {golden} · {isolated(question.data_source)} · {isolated(question.id)}</div>'
+        f'<div class="soft">golden answer: {golden_html(question)} · {isolated(question.data_source)} · {isolated(question.id)}</div>'
         f'<div class="pair">{articles}</div></section>'
     )
 
 
 def _episode(label: str, episode: Episode) -> str:
-    turns = "".join(_turn(number, turn, episode.question) for number, turn in enumerate(episode.turns, start=1))
-    return f"<article><h4>{isolated(label)}</h4>{turns}{_verdict(episode)}</article>"
-
-
-def _turn(number: int, turn: Turn, question: Question) -> str:
-    cut = ' · <span class="problem">cut at the token limit</span>' if turn.truncated else ""
-    return (
-        f'<div class="turn"><div class="soft">turn {number} · {len(turn.sampled_tokens)} tokens{cut}</div>'
-        f"{isolated(turn.text, 'pre', 'said')}{_call(turn.call, question)}</div>"
+    turns = "".join(
+        turn_html(number, turn, episode.question, with_kinds=False)
+        for number, turn in enumerate(episode.turns, start=1)
     )
-
-
-def _call(call: SearchCall | None, question: Question) -> str:
-    if call is None:
-        return ""
-    if call.problem is not None:
-        return f'<div class="problem">malformed call: {isolated(call.problem)}</div>'
-    if not call.results:
-        queries = ", ".join(isolated(query) for query in call.queries)
-        return f'<div class="soft">asked for {queries}; the search was not run</div>'
-    return "".join(
-        f"<details><summary>search: {isolated(query)} ({len(found)} passages)</summary>"
-        + "".join(
-            f'<div class="passage" dir="auto"><strong>{isolated(passage.title)}</strong> '
-            f'<span class="soft">{passage.score:.3f}</span><br>{highlighted(passage.text, question.golden_answers)}</div>'
-            for passage in found
-        )
-        + "</details>"
-        for query, found in zip(call.queries, call.results, strict=False)
-    )
-
-
-def _verdict(episode: Episode) -> str:
-    right = episode.reward_parts.get("correct", 0.0) >= 0.5
-    answer = "no answer" if episode.answer is None else f"answer: {isolated(episode.answer)}"
-    verdict = f'<span class="verdict {"right" if right else "wrong"}">{"✓" if right else "✗"} {answer}</span>'
-    parts = ", ".join(f"{visible(name)} {value:.3g}" for name, value in episode.reward_parts.items())
-    details = f"reward {episode.reward:.3g}" + (f" ({parts})" if parts else "") + f" · {episode.stop_reason.value}"
-    error = f'<div class="problem">{isolated(episode.error)}</div>' if episode.error else ""
-    return f'<div>{verdict}<div class="soft">{details}</div>{error}</div>'
+    return f"<article><h4>{isolated(label)}</h4>{turns}{verdict_html(episode)}</article>"

@@ -1,0 +1,44 @@
+"""``view``: writes one HTML page over a run's episodes."""
+
+from __future__ import annotations
+
+import argparse
+import webbrowser
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import anyio.to_thread
+
+from searchr1_async.errors import ConfigurationError
+from searchr1_async.watch.viewer import view_run
+
+if TYPE_CHECKING:
+    from searchr1_async.commands import Parsers
+
+
+def add(commands: Parsers) -> None:
+    view = commands.add_parser("view", help="write a page to read a run's episodes with")
+    view.add_argument("run_folder", metavar="RUN", type=Path, help="the run's folder")
+    view.add_argument("--out", type=Path, help="the page (view.html in the run's folder)")
+    view.add_argument("--open", action="store_true", help="show it in the browser")
+    view.add_argument("--step", type=int, nargs="+", metavar="N", help="these steps of training alone")
+    view.add_argument("--evaluation", nargs="+", metavar="LABEL", help='these evaluations alone ("after RL")')
+    view.add_argument("--limit", type=int, metavar="N", help="episodes at most, a share of every step and evaluation")
+    view.set_defaults(run=_run, stopped=_stopped)
+
+
+async def _run(options: argparse.Namespace) -> str:
+    if options.limit is not None and options.limit < 1:
+        raise ConfigurationError(f"--limit is {options.limit}: it must be at least 1")
+    path = await anyio.to_thread.run_sync(
+        lambda: view_run(
+            options.run_folder, options.out, steps=options.step, labels=options.evaluation, limit=options.limit
+        )
+    )
+    if options.open:
+        await anyio.to_thread.run_sync(webbrowser.open, path.resolve().as_uri())
+    return f"{path}: {path.stat().st_size / 1e6:,.1f} MB; open it in a browser"
+
+
+def _stopped(options: argparse.Namespace) -> str:
+    return "The page is written whole or not at all; the same command writes it."

@@ -1,0 +1,22 @@
+"""Reading episodes: in a notebook's cell, in a terminal, and as one page over a whole run."""
+
+from __future__ import annotations
+
+from searchr1_async.watch.viewer.cell import episode_html, group_html
+from searchr1_async.watch.viewer.page import in_cell, page_of, view_run
+from searchr1_async.watch.viewer.plain import episode_text, group_text
+from searchr1_async.watch.viewer.representations import register_representations
+from searchr1_async.watch.viewer.tokens import remember_tokenizer, token_pieces
+
+__all__ = [
+    "episode_html",
+    "episode_text",
+    "group_html",
+    "group_text",
+    "in_cell",
+    "page_of",
+    "register_representations",
+    "remember_tokenizer",
+    "token_pieces",
+    "view_run",
+]

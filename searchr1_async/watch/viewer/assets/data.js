@@ -1,0 +1,109 @@
+// The page's data: the index in memory, chunks of episodes unpacked when one of theirs is opened.
+
+const KEPT_CHUNKS = 8;
+const chunks = new Map(); // number -> promise; in the order of their last use
+
+async function unpack(name) {
+  const block = document.getElementById(name);
+  const text = atob(block.textContent);
+  const bytes = new Uint8Array(text.length);
+  for (let place = 0; place < text.length; place++) bytes[place] = text.charCodeAt(place);
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+  return JSON.parse(await new Response(stream).text());
+}
+
+async function openEpisode(index, number) {
+  const chunk = Math.floor(number / index.chunk);
+  const found = chunks.get(chunk) || unpack("chunk-" + chunk);
+  chunks.delete(chunk);
+  chunks.set(chunk, found);
+  if (chunks.size > KEPT_CHUNKS) chunks.delete(chunks.keys().next().value);
+  const { strings, episodes } = await found;
+  return { strings, episode: episodes[number % index.chunk] };
+}
+
+const SORTS = {
+  order: ["order played", null],
+  reward: ["reward", (columns, n) => columns.reward[n]],
+  advantage: ["size of advantage", (columns, n) => (columns.advantage[n] === null ? null : Math.abs(columns.advantage[n]))],
+  turns: ["turns", (columns, n) => columns.turns[n]],
+  tokens: ["tokens", (columns, n) => columns.tokens[n]],
+  seconds: ["seconds", (columns, n) => columns.seconds[n]],
+};
+
+// What a list can be asked for; a state is this with changes, and the URL's hash is a state.
+const NOTHING_ASKED = { find: "", only: [], suite: "", from: "", by: "order", down: false, episode: null, with: null };
+
+// Texts in lower case, by question and by episode; made when first searched.
+let haystacks = null;
+
+function makeHaystacks(index) {
+  const questions = index.questions.map(([, , text]) => text.toLowerCase());
+  return index.columns.question.map((question, n) => questions[question] + "\n" + (index.columns.answer[n] || "").toLowerCase());
+}
+
+// The numbers of the episodes that are asked for, in order, and for each flag how many of them there would be with it too.
+function select(index, state) {
+  const { columns, questions, sources } = index;
+  const flagNames = Object.keys(index.flags);
+  const mask = state.only.reduce((sum, name) => sum | (1 << flagNames.indexOf(name)), 0);
+  const suite = state.suite === "" ? null : index.suites.indexOf(state.suite);
+  const words = state.find.toLowerCase().split(/\s+/).filter(Boolean);
+  if (words.length && haystacks === null) haystacks = makeHaystacks(index);
+  const isWanted = sources.map((source, place) =>
+    state.from === "" || (state.from === "training" ? !source.isEvaluation : state.from === "evaluations" ? source.isEvaluation : state.from === String(place)));
+  const counts = flagNames.map(() => 0);
+  const found = [];
+  for (let n = 0; n < columns.flags.length; n++) {
+    if (!isWanted[columns.source[n]]) continue;
+    if (suite !== null && questions[columns.question[n]][1] !== suite) continue;
+    if (words.length && !words.every((word) => haystacks[n].includes(word))) continue;
+    const flags = columns.flags[n];
+    if ((flags & mask) !== mask) continue;
+    found.push(n);
+    for (let place = 0; place < counts.length; place++) if (flags & (1 << place)) counts[place]++;
+  }
+  const key = SORTS[state.by][1];
+  if (key !== null) {
+    const keys = new Map(found.map((n) => [n, key(columns, n)]));
+    const sign = state.down ? -1 : 1;
+    // Those without a value come last, whichever way.
+    found.sort((a, b) => {
+      const x = keys.get(a), y = keys.get(b);
+      if (x === null || y === null) return (x === null) - (y === null) || a - b;
+      return sign * (x - y) || a - b;
+    });
+  } else if (state.down) {
+    found.reverse();
+  }
+  return { found, counts: Object.fromEntries(flagNames.map((name, place) => [name, counts[place]])) };
+}
+
+function toHash(state) {
+  const out = new URLSearchParams();
+  for (const [name, nothing] of Object.entries(NOTHING_ASKED)) {
+    const value = state[name];
+    if (Array.isArray(value) ? value.length : value !== nothing) out.set(name, value === true ? "1" : String(value));
+  }
+  return "#" + out;
+}
+
+// A hash is anybody's: what does not fit this page is left out.
+function fromHash(hash, index) {
+  const given = new URLSearchParams(hash.replace(/^#/, ""));
+  const number = (name) => (/^\d{1,9}$/.test(given.get(name) || "") && Number(given.get(name)) < index.columns.flags.length ? Number(given.get(name)) : null);
+  const from = given.get("from") || "";
+  const { question } = index.columns;
+  const episode = number("episode");
+  const isSame = episode !== null && number("with") !== null && question[episode] === question[number("with")];
+  return {
+    find: (given.get("find") || "").slice(0, 1000),
+    only: [...new Set((given.get("only") || "").split(","))].filter((name) => Object.hasOwn(index.flags, name)),
+    suite: index.suites.includes(given.get("suite")) ? given.get("suite") : "",
+    from: ["training", "evaluations"].includes(from) || (/^\d{1,9}$/.test(from) && Number(from) < index.sources.length) ? from : "",
+    by: Object.hasOwn(SORTS, given.get("by") || "") ? given.get("by") : "order",
+    down: given.get("down") === "1",
+    episode,
+    with: isSame ? number("with") : null,
+  };
+}

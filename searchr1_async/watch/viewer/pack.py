@@ -1,0 +1,262 @@
+"""Episodes as the data of a page: a small index over all of them, and chunks that are unpacked when one is opened.
+
+Everything is JSON, gzipped and in base64, so that no text of an episode is ever text of the page. Lengths are in UTF-16
+code units, as JavaScript counts.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+import math
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from typing import Any
+
+from searchr1_async.episodes.types import Passage, SearchCall, StopReason, Turn
+from searchr1_async.watch.html import suspect_table
+from searchr1_async.watch.rows import EpisodeRow
+from searchr1_async.watch.viewer.parts import MAX_LINE, MAX_PASSAGE, MAX_TEXT
+from searchr1_async.watch.viewer.segments import segments
+from searchr1_async.watch.viewer.tokens import LEVELS, LOG_LEVELS, decoded, joined_logprobs, turn_pieces
+from searchr1_async.watch.viewer.words import (
+    MARKS,
+    STOP_WORDS,
+    TOO_LONG,
+    learning_words,
+    reward_words,
+    source_words,
+    verdict,
+)
+
+CHUNK = 50
+"""Episodes in a chunk: some 150 kB, unpacked in some milliseconds."""
+
+FLAGS: dict[str, str] = {
+    "right": "right",
+    "wrong": "wrong",
+    "nosearch": "no search",
+    "toolong": "too long",
+    "failed": "failed",
+    "malformed": "malformed",
+    "dropped": "not trained on",
+}
+"""What the list can be filtered by, each the bit of its place: name and words."""
+
+_MAX_LISTED = 300
+"""Characters of an answer that the index holds; the whole is in the chunk."""
+
+
+def blocks(rows: Iterable[EpisodeRow], tokenizer: Any, about: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """The page's data as names and contents: ``chunk-0``, ``chunk-1``, …, then ``index``.
+
+    Args:
+        rows: read one by one, never all at once.
+        tokenizer: for the tokens' pieces; None leaves them out.
+        about: what the page says of the whole (``title``, ``notes``).
+    """
+    index = _Index()
+    strings = _Strings()
+    packed: list[dict[str, Any]] = []
+    number = 0
+    prompt_text = lru_cache(maxsize=256)(lambda token_ids: decoded(tokenizer, token_ids))
+    for row in rows:
+        index.add(row)
+        packed.append(_episode(row, tokenizer, prompt_text, strings))
+        if len(packed) == CHUNK:
+            yield f"chunk-{number}", compressed({"strings": strings.values, "episodes": packed})
+            strings, packed, number = _Strings(), [], number + 1
+    if packed:
+        yield f"chunk-{number}", compressed({"strings": strings.values, "episodes": packed})
+    yield "index", compressed({**about, **index.value(), **_rules()})
+
+
+def compressed(value: Any) -> str:
+    """JSON, gzipped, in base64; the same value gives the same text."""
+    # ASCII: a lone surrogate, which no UTF-8 holds, comes through as the escape that JavaScript reads.
+    text = json.dumps(value, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
+    return base64.b64encode(gzip.compress(text.encode("ascii"), 6, mtime=0)).decode("ascii")
+
+
+def _rules() -> dict[str, Any]:
+    """What the script must do as Python does it, from the one place where each is decided."""
+    return {
+        "chunk": CHUNK,
+        "flags": FLAGS,
+        "marks": MARKS,
+        "stops": {reason.value: words for reason, words in STOP_WORDS.items()},
+        "levels": LEVELS,
+        "logLevels": LOG_LEVELS,
+        "suspects": suspect_table(),
+        "limits": {"text": MAX_TEXT, "passage": MAX_PASSAGE, "line": MAX_LINE},
+    }
+
+
+class _Index:
+    """A row of small values for each episode, column by column."""
+
+    def __init__(self) -> None:
+        self._sources: dict[tuple[int | None, str | None], int] = {}
+        self._suites: dict[str, int] = {}
+        self._questions: dict[tuple[str, str, str], int] = {}
+        self._asked: list[list[Any]] = []
+        names = (
+            "question",
+            "source",
+            "answer",
+            "verdict",
+            "flags",
+            "reward",
+            "advantage",
+            "turns",
+            "tokens",
+            "seconds",
+        )
+        self._columns: dict[str, list[Any]] = {name: [] for name in names}
+
+    def add(self, row: EpisodeRow) -> None:
+        episode, question = row.episode, row.episode.question
+        suite = self._suites.setdefault(question.data_source, len(self._suites))
+        text = question.question[:MAX_LINE]
+        key = question.data_source, question.id, question.question
+        asked = self._questions.setdefault(key, len(self._questions))
+        if asked == len(self._asked):
+            self._asked.append([question.id[:_MAX_LISTED], suite, text])
+        source = self._sources.setdefault((row.step, row.label), len(self._sources))
+        values = {
+            "question": asked,
+            "source": source,
+            "answer": None if episode.answer is None else episode.answer[:_MAX_LISTED],
+            "verdict": verdict(episode),
+            "flags": _flags(row),
+            "reward": _number(episode.reward) if episode.is_complete else None,
+            "advantage": _number(row.advantage),
+            "turns": len(episode.turns),
+            "tokens": len(episode.prompt_tokens)
+            + sum(len(turn.sampled_tokens) + len(turn.appended_tokens) for turn in episode.turns),
+            "seconds": _number(episode.seconds, 2),
+        }
+        for name, value in values.items():
+            self._columns[name].append(value)
+
+    def value(self) -> dict[str, Any]:
+        return {
+            "sources": [
+                {"name": source_words(step, label), "isEvaluation": label is not None} for step, label in self._sources
+            ],
+            "suites": list(self._suites),
+            "questions": self._asked,
+            "columns": self._columns,
+        }
+
+
+def _flags(row: EpisodeRow) -> int:
+    episode = row.episode
+    found = {
+        "right": verdict(episode) == "right",
+        "wrong": verdict(episode) == "wrong",
+        "nosearch": not any(call.results for call in episode.calls),
+        "toolong": episode.stop_reason in TOO_LONG,
+        "failed": not episode.is_complete,
+        "malformed": episode.stop_reason is StopReason.MALFORMED_CALL
+        or any(call.problem is not None for call in episode.calls),
+        "dropped": row.trained is False and row.label is None,
+    }
+    return sum(1 << place for place, name in enumerate(FLAGS) if found[name])
+
+
+class _Strings:
+    """Texts of a chunk, each once: the members of a group find much the same passages."""
+
+    def __init__(self) -> None:
+        self.values: list[str] = []
+        self._places: dict[str, int] = {}
+
+    def add(self, text: str) -> int:
+        place = self._places.setdefault(text, len(self.values))
+        if place == len(self.values):
+            self.values.append(text)
+        return place
+
+
+def _episode(row: EpisodeRow, tokenizer: Any, prompt_text: Any, strings: _Strings) -> dict[str, Any]:
+    episode, question = row.episode, row.episode.question
+    is_evaluation = row.label is not None
+    return {
+        "question": strings.add(question.question),
+        "golden": [strings.add(answer) for answer in question.golden_answers],
+        "answer": None if episode.answer is None else strings.add(episode.answer),
+        "rewardWords": strings.add(reward_words(episode)),
+        "stop": episode.stop_reason.value,
+        "error": None if episode.error is None else strings.add(episode.error),
+        "learning": strings.add(
+            learning_words(episode, row.advantage, row.trained, row.drop_reason, is_evaluation=is_evaluation)
+        ),
+        "learned": None if is_evaluation else row.trained,
+        "prompt": _masked(episode.prompt_tokens, prompt_text, strings),
+        "turns": [_turn(turn, tokenizer, prompt_text, strings) for turn in episode.turns],
+        "wrote": episode.action_token_count,
+    }
+
+
+def _turn(turn: Turn, tokenizer: Any, prompt_text: Any, strings: _Strings) -> dict[str, Any]:
+    pieces = turn_pieces(tokenizer, turn.sampled_tokens, turn.text)
+    tokens = None
+    if pieces is not None and len(turn.logprobs) == len(pieces):
+        # Only the shown part is coloured; a turn of 1 MB would have as much again in lengths and numbers.
+        tokens = [[], []]
+        shown = 0
+        for piece, logprob in joined_logprobs(pieces, turn.logprobs):
+            if shown >= MAX_TEXT:
+                break
+            tokens[0].append(_length(piece))
+            tokens[1].append(None if logprob is None else round(-1000 * logprob))
+            shown += tokens[0][-1]
+    at = 0
+    kinds: list[list[Any]] = []
+    for kind, length in segments(turn.text, turn.content):
+        kinds.append([kind, _length(turn.text[at : at + length])])
+        at += length
+    return {
+        "text": strings.add(turn.text),
+        "kinds": kinds,
+        "tokens": tokens,
+        "count": len(turn.sampled_tokens),
+        "version": turn.policy_version,
+        "seconds": _number(turn.seconds, 2),
+        "truncated": turn.truncated,
+        "call": _call(turn.call, strings),
+        "appended": _masked(turn.appended_tokens, prompt_text, strings),
+    }
+
+
+def _call(call: SearchCall | None, strings: _Strings) -> dict[str, Any] | None:
+    if call is None:
+        return None
+    return {
+        "queries": [strings.add(query) for query in call.queries],
+        "results": [[_passage(passage, strings) for passage in found] for found in call.results],
+        "problem": None if call.problem is None else strings.add(call.problem),
+        "seconds": _number(call.seconds, 2),
+    }
+
+
+def _passage(passage: Passage, strings: _Strings) -> list[Any]:
+    return [strings.add(passage.title), strings.add(passage.text), _number(passage.score, 4)]
+
+
+def _masked(token_ids: tuple[int, ...], text_of: Any, strings: _Strings) -> list[Any] | None:
+    """How many tokens the model read, and their text where it is known."""
+    if not token_ids:
+        return None
+    text = text_of(token_ids)
+    return [len(token_ids), None if text is None else strings.add(text)]
+
+
+def _length(text: str) -> int:
+    return len(text) if text.isascii() else len(text) + sum(char > "\uffff" for char in text)
+
+
+def _number(value: float | None, digits: int = 6) -> float | None:
+    return None if value is None or not math.isfinite(value) else round(value, digits)

@@ -1,0 +1,193 @@
+"""One HTML file over many episodes: a list to filter, sort and search, and the episodes to read and to compare.
+
+The file needs nothing beside it and loads nothing. Its policy lets one script run, by its hash, and that script makes
+elements and texts, never markup.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any, TextIO
+
+from searchr1_async.episodes.types import Episode, Group
+from searchr1_async.errors import RunFolderError
+from searchr1_async.watch.html import visible_text
+from searchr1_async.watch.rows import EpisodeRow, GroupOutcome, evaluation_rows, step_rows, storable
+from searchr1_async.watch.viewer.pack import blocks
+from searchr1_async.watch.viewer.source import RunEpisodes, run_episodes
+from searchr1_async.watch.viewer.style import DARK, LIGHT, asset
+from searchr1_async.watch.viewer.tokens import tokenizer_of
+from searchr1_async.watch.viewer.words import counted
+
+_SCRIPTS = ("text.js", "data.js", "episode.js", "list.js", "main.js")
+
+PAGE_NAME = "view.html"
+CELL_HEIGHT = 720
+"""Pixels of a page in a cell."""
+
+
+def view_run(
+    folder: Path | str,
+    out: Path | str | None = None,
+    *,
+    steps: Sequence[int] | None = None,
+    labels: Sequence[str] | None = None,
+    limit: int | None = None,
+) -> Path:
+    """Write one page over a run's episodes and return its path. Synchronous: call it from a worker thread.
+
+    Args:
+        folder: the run's, running or ended. The tokens are shown in colour if it has the model's tokenizer
+            (``<folder>/tokenizer``).
+        out: the page; None is ``view.html`` in the folder. An earlier one is replaced whole.
+        steps: of training that are shown; None is all of them, or none where ``labels`` are given.
+        labels: of evaluations that are shown; None is all of them, or none where ``steps`` are given.
+        limit: episodes at most; every step and evaluation gives its share, of the same questions where it can.
+
+    Raises:
+        RunFolderError: the folder holds no run, not what is asked for, or the page cannot be written.
+    """
+    folder = Path(folder)
+    episodes = run_episodes(folder, steps=steps, labels=labels, limit=limit)
+    path = folder / PAGE_NAME if out is None else Path(out)
+    about = {"title": f"Episodes of {folder.resolve().name}", "notes": _notes(episodes)}
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("w", encoding="utf-8", newline="\n") as file:
+            _write(file, episodes.rows(), load_tokenizer(folder), about)
+        partial.replace(path)
+    except OSError as error:
+        raise RunFolderError(f"the page {path} could not be written: {error.strerror or error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def page_of(
+    episodes: Iterable[Episode | Group | EpisodeRow],
+    *,
+    title: str = "Episodes",
+    label: str | None = None,
+    step: int | None = None,
+    tokenizer: Any = None,
+) -> str:
+    """The same page over episodes in memory, as a text.
+
+    Args:
+        episodes: episodes or groups, from ``rollout`` or an evaluation's ``episodes``; or rows, which know more of
+            themselves.
+        title: heading of the page.
+        label: of the evaluation that they are; None where they are none.
+        step: optimiser steps done before them; None where they belong to no step.
+        tokenizer: the model's; None takes a remembered one that gives the first episode's text.
+    """
+    rows = _as_rows(list(episodes), label, step)
+    if tokenizer is None:
+        tokenizer = next((tokenizer_of(row.episode) for row in rows if row.episode.turns), None)
+    file = io.StringIO()
+    _write(file, rows, tokenizer, {"title": title, "notes": []})
+    return file.getvalue()
+
+
+def in_cell(page_html: str, height: int = CELL_HEIGHT) -> str:
+    """A page as HTML for a cell: a frame that may run the page's script and reach nothing else.
+
+    Args:
+        page_html: as :func:`page_of` gives it.
+        height: of the frame in pixels.
+    """
+    # The frame has the notebook's colour scheme, so that the page's own query for a dark theme is answered by it.
+    style = (
+        "<style>.searchr1-page { width: 100%; border: 1px solid rgb(128 128 128 / .35); border-radius: 6px; } "
+        '[data-jp-theme-light="true"] .searchr1-page { color-scheme: light; } '
+        '[data-jp-theme-light="false"] .searchr1-page { color-scheme: dark; }</style>'
+    )
+    return (
+        f'{style}<iframe class="searchr1-page" title="Episodes" sandbox="allow-scripts" height="{int(height)}" '
+        f'srcdoc="{escape(page_html)}"></iframe>'
+    )
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer that a run has put beside its records; None if there is none, or none that loads."""
+    saved = folder / "tokenizer"
+    if not saved.is_dir():
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(saved), local_files_only=True)
+    except (OSError, ValueError, KeyError):  # the episodes can be read without their tokens' colours
+        return None
+
+
+def _as_rows(episodes: Sequence[Episode | Group | EpisodeRow], label: str | None, step: int | None) -> list[EpisodeRow]:
+    rows: list[EpisodeRow] = []
+    single = [each for each in episodes if isinstance(each, Episode)]
+    groups = [each for each in episodes if isinstance(each, Group)]
+    if label is not None:
+        members = [episode for group in groups for episode in (*group.episodes, *group.failed)]
+        rows += evaluation_rows(label, [*single, *members], step)
+    else:
+        rows += [EpisodeRow(episode, step) for episode in single]
+        for row in step_rows(step or 0, [GroupOutcome(place, group) for place, group in enumerate(groups)]):
+            # Nobody has said that they were trained on.
+            rows.append(EpisodeRow(row.episode, step, None, row.place, row.group, row.member, row.advantage))
+    return rows + [each for each in episodes if isinstance(each, EpisodeRow)]
+
+
+def _notes(episodes: RunEpisodes) -> list[str]:
+    steps = sum(label is None for _, label in episodes.counts)
+    evaluations = len(episodes.counts) - steps
+    parts = [counted(steps, "step") + " of training"] if steps else []
+    parts += [counted(evaluations, "evaluation")] if evaluations else []
+    notes = [f"{counted(episodes.shown, 'episode')} of {' and '.join(parts)}."]
+    if episodes.shown < episodes.total:
+        notes.append(
+            f"Shown are {episodes.shown:,} of {episodes.total:,}: a share of every step and evaluation, of the same "
+            "questions where they have them. For all of them: python -m searchr1_async view RUN"
+        )
+    return notes
+
+
+def _write(file: TextIO, rows: Iterable[EpisodeRow], tokenizer: Any, about: dict[str, Any]) -> None:
+    script = '"use strict";(() => {\n' + "\n".join(asset(name) for name in _SCRIPTS) + "\n})();"
+    style = "\n".join(
+        (
+            f":root {{ color-scheme: light dark; {LIGHT} }}",
+            f"@media (prefers-color-scheme: dark) {{ :root {{ {DARK} }} }}",
+            asset("page.css"),
+            asset("episode.css"),
+        )
+    )
+    title = escape(storable(visible_text(str(about["title"]))))
+    file.write(_HEAD.format(policy=_policy(script, style), title=title, style=style))
+    for name, content in blocks(rows, tokenizer, about):
+        file.write(f'<script type="application/octet-stream" id="{name}">{content}</script>\n')
+    file.write(f"<script>{script}</script>\n</body></html>\n")
+
+
+def _policy(script: str, style: str) -> str:
+    def digest(text: str) -> str:
+        return "sha256-" + base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii")
+
+    return (
+        f"default-src 'none'; script-src '{digest(script)}'; style-src '{digest(style)}'; base-uri 'none'; "
+        "form-action 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
+    )
+
+
+_HEAD = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title><style>{style}</style></head>
+<body><p id="waiting">Reading the episodes …</p>
+<noscript><p>This page unpacks its episodes with JavaScript, which is switched off here.</p></noscript>
+"""

@@ -1,0 +1,155 @@
+"""The parts of a played episode as HTML that shows text and runs nothing: for cells and for reports. Pure.
+
+Text of models, corpora and users goes through :mod:`searchr1_async.watch.html` and no other way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from searchr1_async.episodes.types import Episode, Passage, Question, SearchCall, Turn
+from searchr1_async.watch.html import highlighted, isolated, visible
+from searchr1_async.watch.viewer.segments import Kind, overlaid, segments
+from searchr1_async.watch.viewer.tokens import LEVELS, joined_logprobs, level, turn_pieces
+from searchr1_async.watch.viewer.words import MARKS, STOP_WORDS, reward_words, tokens, verdict
+
+MAX_TEXT = 20_000
+"""Characters of one turn, prompt or result that are shown at once."""
+
+MAX_PASSAGE = 5_000
+MAX_LINE = 2_000
+"""Of what should be a line: a title, a query, an answer."""
+
+
+def clipped(text: str, limit: int = MAX_TEXT) -> tuple[str, int]:
+    """The first ``limit`` characters, and how many are left out."""
+    return text[:limit], max(len(text) - limit, 0)
+
+
+def clipped_note(left_out: int) -> str:
+    """Says that something is left out; nothing where nothing is."""
+    return f'<span class="more"> … {left_out:,} more characters</span>' if left_out else ""
+
+
+def line_html(text: str, tag: str = "bdi", css: str = "") -> str:
+    """A short text, isolated; one that is not short is clipped."""
+    shown, left_out = clipped(text, MAX_LINE)
+    return isolated(shown, tag, css) + clipped_note(left_out)
+
+
+def said_html(text: str) -> str:
+    """A text as it was, in a block of its own."""
+    shown, left_out = clipped(text)
+    return isolated(shown, "pre", "said") + clipped_note(left_out)
+
+
+def turn_html(
+    number: int, turn: Turn, question: Question, *, tokenizer: Any = None, with_kinds: bool = True, between: str = ""
+) -> str:
+    """One turn: its head, what it says (in the colours of its tokens where they are known), its search.
+
+    Args:
+        number: from 1.
+        turn: the turn.
+        question: whose golden answers are marked in the passages.
+        tokenizer: that decoded it; None shows no tokens.
+        with_kinds: thoughts, calls and the answer look different.
+        between: HTML behind the text, ahead of the search.
+    """
+    cut = ' · <span class="problem">cut at the token limit</span>' if turn.truncated else ""
+    text = coloured_html(turn, tokenizer) if with_kinds else said_html(turn.text)
+    head = f"turn {number} · {tokens(len(turn.sampled_tokens))}"
+    if with_kinds:
+        head += f" · weights after step {turn.policy_version} · {turn.seconds:.1f} s"
+    return f'<div class="turn"><div class="head soft">{head}{cut}</div>{text}{call_html(turn.call, question)}{between}</div>'
+
+
+_LABELS: dict[Kind, str] = {"thought": "thought", "call": "tool call", "answer": "answer"}
+
+
+def coloured_html(turn: Turn, tokenizer: Any) -> str:
+    """What a turn says, by kind; each token on the shade of its log probability, which its title gives."""
+    kinds = segments(turn.text, turn.content)
+    pieces = turn_pieces(tokenizer, turn.sampled_tokens, turn.text)
+    if pieces is None or len(turn.logprobs) != len(pieces):
+        coloured: Sequence[tuple[str, float | None]] = [(turn.text, None)]
+    else:
+        coloured = joined_logprobs(pieces, turn.logprobs)
+    body = "".join(
+        f'<span class="stretch {kind}">{_label(kind)}{"".join(_token(text, logprob) for text, logprob in inside)}</span>'
+        for kind, inside in overlaid(turn.text, kinds, coloured, MAX_TEXT)
+    )
+    return f'<pre class="said" dir="auto">{body}</pre>{clipped_note(max(len(turn.text) - MAX_TEXT, 0))}'
+
+
+def _label(kind: Kind) -> str:
+    return f'<span class="tag">{_LABELS[kind]}</span>' if kind in _LABELS else ""
+
+
+def _token(text: str, logprob: float | None) -> str:
+    shade = level(logprob)
+    if shade is None:
+        return visible(text)
+    return f'<span class="t{shade}" title="log-probability {logprob:.3f}">{visible(text)}</span>'
+
+
+def legend_html() -> str:
+    """The shades of the tokens, from certain to surprised."""
+    bounds = [1.0, *LEVELS, 0.0]
+    shades = "".join(
+        f'<span class="t{shade}">{f"≥ {bounds[shade + 1]:.0%}" if bounds[shade + 1] else f"< {bounds[shade]:.0%}"}</span>'
+        for shade in range(len(LEVELS) + 1)
+    )
+    return f'<div class="legend">probability of each token when it was sampled: certain {shades} surprised</div>'
+
+
+def call_html(call: SearchCall | None, question: Question) -> str:
+    """A tool call and what came of it; nothing where there was none."""
+    if call is None:
+        return ""
+    if call.problem is not None:
+        return f'<div class="problem">malformed call: {line_html(call.problem)}</div>'
+    if not call.results:
+        queries = ", ".join(line_html(query) for query in call.queries)
+        return f'<div class="soft">asked for {queries}; the search was not run</div>'
+    return "".join(
+        f'<details class="search"><summary>search: {line_html(query)} ({_count(found)}, {call.seconds:.2f} s)</summary>'
+        + "".join(passage_html(passage, question) for passage in found)
+        + "</details>"
+        for query, found in zip(call.queries, call.results, strict=False)
+    )
+
+
+def _count(found: Sequence[Passage]) -> str:
+    return f"{len(found)} passage{'' if len(found) == 1 else 's'}"
+
+
+def passage_html(passage: Passage, question: Question) -> str:
+    """A passage with its title and score; golden answers in it are marked."""
+    text, left_out = clipped(passage.text, MAX_PASSAGE)
+    return (
+        f'<div class="passage" dir="auto"><strong>{line_html(passage.title)}</strong> '
+        f'<span class="soft">{passage.score:.3f}</span><br>{highlighted(text, question.golden_answers)}'
+        f"{clipped_note(left_out)}</div>"
+    )
+
+
+def verdict_html(episode: Episode) -> str:
+    """The answer with its mark, the reward with its parts, why the episode ended, and the error that ended it."""
+    found = verdict(episode)
+    answer = "no answer" if episode.answer is None else f"answer: {line_html(episode.answer)}"
+    reward = visible(reward_words(episode))
+    stop = STOP_WORDS[episode.stop_reason]
+    error = f'<div class="problem">{line_html(episode.error)}</div>' if episode.error else ""
+    return (
+        f'<div><span class="verdict {found}">{MARKS[found]} {answer}</span>'
+        f'<div class="facts soft">{reward} · stopped ({episode.stop_reason.value}): {stop}</div>{error}</div>'
+    )
+
+
+def golden_html(question: Question) -> str:
+    """The golden answers, any of which is right."""
+    shown = " or ".join(line_html(answer) for answer in question.golden_answers[:20])
+    more = len(question.golden_answers) - 20
+    return shown + (f" or {more} more" if more > 0 else "")

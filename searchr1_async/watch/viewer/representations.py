@@ -1,0 +1,52 @@
+"""How IPython shows episodes and groups, wherever it runs; without it, nothing happens and nothing is imported."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from searchr1_async.episodes.types import Episode, Group
+
+
+def register_representations() -> bool:
+    """Has Jupyter and IPython show episodes and groups to be read: as HTML in a cell, as text elsewhere.
+
+    Returns:
+        Whether an IPython is running, and now does. Called again it changes nothing.
+    """
+    ipython = sys.modules.get("IPython")
+    shell: Any = ipython.get_ipython() if ipython is not None and hasattr(ipython, "get_ipython") else None
+    formatter = getattr(shell, "display_formatter", None)
+    if formatter is None:
+        return False
+    html, plain = formatter.formatters["text/html"], formatter.formatters["text/plain"]
+    html.for_type(Episode, _episode_html)
+    html.for_type(Group, _group_html)
+    plain.for_type(Episode, _episode_plain)
+    plain.for_type(Group, _group_plain)
+    return True
+
+
+def _episode_html(episode: Episode) -> str:
+    from searchr1_async.watch.viewer.cell import episode_html
+
+    return episode_html(episode)
+
+
+def _group_html(group: Group) -> str:
+    from searchr1_async.watch.viewer.cell import group_html
+
+    return group_html(group)
+
+
+def _episode_plain(episode: Episode, printer: Any, cycle: bool) -> None:
+    from searchr1_async.watch.viewer.plain import episode_line, episode_text
+
+    # Within a list the printer's stack holds the list too: there a line each is to be read, not a page.
+    printer.text(episode_text(episode) if len(printer.stack) <= 1 else episode_line(episode))
+
+
+def _group_plain(group: Group, printer: Any, cycle: bool) -> None:
+    from searchr1_async.watch.viewer.plain import group_text
+
+    printer.text(group_text(group))
