@@ -1,0 +1,109 @@
+"""The view of a run that fits where it is called: a widget, rich text, a terminal's live display, or plain lines."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from types import TracebackType
+from typing import Literal, Protocol, Self, get_args
+
+from searchr1_async.errors import ConfigurationError
+from searchr1_async.events import Event
+from searchr1_async.watch.live.view import Controls, LiveView
+from searchr1_async.watch.progress import ConsoleProgress
+
+__all__ = ["Choice", "Controls", "View", "open_view"]
+
+_Named = Literal["auto", "widget", "rich", "terminal", "plain"]
+Choice = bool | _Named
+"""``True`` and ``"auto"`` take what fits, ``False`` shows nothing; the others are one kind by its name."""
+
+
+class View(Protocol):
+    """Shows a run: subscribe it as an emitter, and hold it open while the run goes on."""
+
+    def __call__(self, event: Event) -> None: ...
+    async def __aenter__(self) -> Self: ...
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+def open_view(choice: Choice = True, *, title: str, controls: Controls | None = None) -> View | None:
+    """A view of a run, shown at once: in a notebook call it from the cell whose output it is to stand in.
+
+    ``True`` and ``"auto"`` give a widget in a Jupyter kernel, rich text in one without anywidget, a live display on a terminal,
+    plain lines elsewhere.
+
+    Args:
+        title: of the work, until it says itself what it is.
+        controls: what the widget's buttons do; None for work that cannot be paused.
+
+    Raises:
+        ConfigurationError: ``choice`` is unknown, or cannot be had here.
+    """
+    if choice is False:
+        return None
+    if choice is not True and choice not in get_args(_Named):
+        raise ConfigurationError(
+            f"progress={choice!r} is unknown: choose True, False or one of {', '.join(map(repr, get_args(_Named)))}"
+        )
+    kind = _fitting() if choice is True or choice == "auto" else choice
+    if kind in ("widget", "rich") and not _is_in_kernel():
+        raise ConfigurationError(f"progress={kind!r} needs a Jupyter kernel: use progress=True, which takes what fits")
+    if kind == "widget":
+        return _widget(title, controls)
+    if kind == "rich":
+        from searchr1_async.watch.live.rich_text import RichTextSurface
+
+        return LiveView(RichTextSurface(title), title=title, controls=controls)
+    return ConsoleView({"terminal": True, "plain": False}.get(kind))
+
+
+def _widget(title: str, controls: Controls | None) -> LiveView:
+    if not _has_anywidget():
+        raise ConfigurationError(
+            "progress='widget' needs anywidget, which is not installed: pip install 'searchr1_async[notebook]'"
+        )
+    from searchr1_async.watch.live.widget import WidgetSurface
+
+    surface = WidgetSurface(title, has_controls=controls is not None)
+    view = LiveView(surface, title=title, controls=controls)
+    surface.on_press(view.press)
+    return view
+
+
+class ConsoleView:
+    """:class:`~searchr1_async.watch.progress.ConsoleProgress` as a view."""
+
+    def __init__(self, live: bool | None = None) -> None:
+        self._progress = ConsoleProgress(live=live)
+
+    def __call__(self, event: Event) -> None:
+        self._progress(event)
+
+    async def __aenter__(self) -> Self:
+        self._progress.__enter__()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.__exit__(kind, error, trace)
+
+
+def _fitting() -> str:
+    if not _is_in_kernel():
+        return "console"
+    return "widget" if _has_anywidget() else "rich"
+
+
+def _is_in_kernel() -> bool:
+    # In a kernel IPython is there already; elsewhere it is not imported for the asking.
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None and hasattr(ipython, "get_ipython") else None
+    return getattr(shell, "kernel", None) is not None
+
+
+def _has_anywidget() -> bool:
+    return importlib.util.find_spec("anywidget") is not None

@@ -1,0 +1,198 @@
+"""Draws for the live view, in a process of its own: ``python drawing.py page|picture``, JSON in, bytes out.
+
+Not in the run's process: vl-convert holds the interpreter's lock for all of its work (observed: 1.8 s for Vega's bundle, 1.8 s
+for a first picture), and in a thread would hold the event loop for as long. Importing Altair is 0.7 to 2.4 s of CPU besides.
+This file imports nothing of the package, so that the process begins at once; :mod:`searchr1_async.watch.live.child` starts it.
+
+``page`` takes ``window``, ``from_zero`` and ``with_vega``, and gives one line of JSON, a Vega-Lite chart for each curve; then, if
+it is wanted, Vega itself: an ES module that exports ``vegaEmbed``, gzipped. ``picture`` takes the data and gives a PNG.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import json
+import os
+import sys
+from typing import Any
+
+BLUE, RED, GREY = "#4c86d6", "#e0684b", "#8a93a1"
+"""Seen on white and on black alike, and told apart in the common forms of colour blindness."""
+
+CURVES: dict[str, tuple[str, str, float | None, float | None]] = {
+    "reward": ("Reward", ".2f", None, None),
+    "exact_match": ("Exact match", ".0%", 0.0, 1.0),
+    "turns": ("Turns an episode", ".1f", 1.0, None),
+    "valid_calls": ("Valid calls", ".0%", 0.0, 1.0),
+}
+"""Heading, number format, and the least and greatest value that it can have."""
+
+PICTURE_WIDTH = 380
+"""Of each of the two columns; the whole is 900 wide with axes."""
+
+
+def panel(name: str, window: int, *, from_zero: bool, x_title: str = "step") -> Any:
+    """The chart of one curve, over the named data ``steps``, ``running`` and ``evaluations``.
+
+    Args:
+        window: steps on either side over which the line is the mean and the band one standard deviation.
+        from_zero: the steps' axis begins at 0, where the evaluation of the untrained model stands.
+    """
+    import altair as alt
+
+    heading, number_format, least, greatest = CURVES[name]
+    x = (
+        alt.X("step:Q")
+        .axis(format="d", tickMinStep=1, tickCount=6, title=x_title, titleFontWeight="normal", grid=False)
+        .scale(zero=from_zero, nice=False)
+    )
+    axis = alt.Axis(format=number_format, tickCount=5, title=None, minExtent=38)
+    is_share = name == "valid_calls"
+    limits: dict[str, Any] = {"domain": [0, 1]} if is_share else {}
+    scale = alt.Scale(zero=name == "exact_match", nice=not is_share, **limits)
+    tip = [alt.Tooltip("step:Q", format=".0f"), alt.Tooltip(f"{name}:Q", format=".3f", title=heading)]
+    known = alt.Chart(alt.NamedData(name="steps")).transform_filter(f"isValid(datum.{name})")
+    moving: list[Any] = [{"op": "mean", "field": name, "as": "mean"}, {"op": "stdev", "field": name, "as": "spread"}]
+    smooth = known.transform_window(
+        window=moving, frame=[-window, window], sort=[alt.SortField("step")]
+    ).transform_calculate(
+        low=_bound("datum.mean - datum.spread", least, max), high=_bound("datum.mean + datum.spread", greatest, min)
+    )
+    layers = [
+        smooth.mark_area(opacity=0.16, color=BLUE).encode(x=x, y=alt.Y("low:Q", axis=axis, scale=scale), y2="high:Q"),
+        known.mark_circle(opacity=0.4, size=14, color=BLUE).encode(x=x, y=alt.Y(f"{name}:Q", axis=axis, scale=scale), tooltip=tip),
+        smooth.mark_line(color=BLUE, strokeWidth=2).encode(x=x, y=alt.Y("mean:Q", axis=axis, scale=scale)),
+        alt.Chart(alt.NamedData(name="running"))
+        .transform_filter(f"isValid(datum.{name})")
+        .mark_point(color=BLUE, size=60, strokeWidth=1.5)
+        .encode(x=x, y=alt.Y(f"{name}:Q", axis=axis, scale=scale), tooltip=tip),
+    ]  # fmt: skip
+    if name == "exact_match":
+        layers += _evaluations(x, axis, scale)
+    return alt.layer(*layers)
+
+
+def _bound(expression: str, limit: float | None, choose: Any) -> str:
+    return expression if limit is None else f"{choose.__name__}({expression}, {limit})"
+
+
+def _evaluations(x: Any, axis: Any, scale: Any) -> list[Any]:
+    import altair as alt
+
+    held_out = alt.Chart(alt.NamedData(name="evaluations"))
+    tip = ["label:N", *(alt.Tooltip(f"{name}:Q", format=".1%") for name in ("exact_match", "low", "high"))]
+    return [
+        held_out.mark_rule(color=RED, strokeWidth=1.5).encode(x=x, y=alt.Y("low:Q", axis=axis, scale=scale), y2="high:Q"),
+        held_out.mark_point(color=RED, fill=RED, shape="diamond", size=70, opacity=1).encode(
+            x=x, y=alt.Y("exact_match:Q", axis=axis, scale=scale), tooltip=tip
+        ),
+    ]  # fmt: skip
+
+
+def page_specs(window: int, from_zero: bool) -> dict[str, Any]:
+    """A Vega-Lite chart for each curve, as wide as its place on the page."""
+    specs = {
+        name: panel(name, window, from_zero=from_zero).properties(width="container", height=150).to_dict()
+        for name in CURVES
+    }
+    for spec in specs.values():
+        spec.pop("config", None)
+        spec["autosize"] = {"type": "fit", "contains": "padding"}
+    return specs
+
+
+def picture_spec(task: dict[str, Any]) -> dict[str, Any]:
+    """What a run came to, as one picture: its curves, or an evaluation's suites side by side.
+
+    Args:
+        task: ``title``, ``subtitle`` (lines), ``window``, ``from_zero``, and the rows of ``steps``, ``evaluations`` and ``suites``.
+    """
+    import altair as alt
+
+    if task["steps"]:
+        panels = [
+            panel(name, task["window"], from_zero=task["from_zero"], x_title="optimiser step").properties(
+                width=PICTURE_WIDTH, height=170, title=alt.TitleParams(heading, anchor="start", fontSize=13)
+            )
+            for name, (heading, *_) in CURVES.items()
+        ]
+        chart: Any = alt.concat(*panels, columns=2, spacing=22)
+    else:
+        chart = _suites()
+    chart = chart.properties(
+        title=alt.TitleParams(task["title"], subtitle=task["subtitle"], anchor="start", fontSize=16, offset=14,
+                              subtitleFontSize=12, subtitleColor="#4b5563", subtitlePadding=4)
+    )  # fmt: skip
+    chart = chart.configure(background="white", padding=12, font="sans-serif")
+    chart = chart.configure_view(stroke=None).configure_axis(
+        gridColor="#e5e7eb", domainColor=GREY, tickColor=GREY, labelFontSize=11
+    )
+    spec = chart.to_dict()
+    spec["datasets"] = {name: task[name] for name in ("steps", "evaluations", "suites")} | {"running": []}
+    return spec
+
+
+def _suites() -> Any:
+    import altair as alt
+
+    rows = alt.Chart(alt.NamedData(name="suites"))
+    y = alt.Y("suite:N", sort=None, title=None, axis=alt.Axis(labelLimit=260, ticks=False, domain=False))
+    scale = alt.Scale(domain=[0, 1])
+    share = alt.X("exact_match:Q", title="exact match", scale=scale, axis=alt.Axis(format=".0%"))
+    bars = rows.mark_bar(color=BLUE, height=16).encode(y=y, x=share)
+    intervals = rows.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=2, color=RED)
+    texts = rows.mark_text(align="left", dx=5, dy=-10, fontSize=11).encode(
+        y=y, x=share, text=alt.Text("exact_match:Q", format=".1%")
+    )
+    return alt.layer(bars, intervals.encode(y=y, x=alt.X("low:Q", scale=scale), x2="high:Q"), texts).properties(
+        width=620, height=alt.Step(34)
+    )
+
+
+def vega() -> bytes:
+    """Vega, Vega-Lite and vega-embed as one ES module, gzipped: 0.3 MB."""
+    import vl_convert
+    from altair.utils._importers import vl_version_for_vl_convert
+
+    source = vl_convert.javascript_bundle("export { vegaEmbed };", vl_version=vl_version_for_vl_convert())
+    return gzip.compress(source.encode(), 6)
+
+
+def picture(task: dict[str, Any], scale: float = 2.0) -> bytes:
+    """The picture as PNG, in at most 256 colours: 60 KB where 24 bits a pixel take 150."""
+    import vl_convert
+
+    return _fewer_colours(vl_convert.vegalite_to_png(picture_spec(task), scale=scale))
+
+
+def _fewer_colours(png: bytes) -> bytes:
+    """The same picture, smaller, where Pillow is there (matplotlib brings it)."""
+    with contextlib.suppress(ImportError):
+        import io
+
+        from PIL import Image
+
+        out = io.BytesIO()
+        Image.open(io.BytesIO(png)).convert("RGB").quantize(
+            256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE
+        ).save(out, "PNG", optimize=True)
+        return out.getvalue()
+    return png
+
+
+def main() -> None:
+    # The run comes first: this only draws it.
+    with contextlib.suppress(AttributeError, OSError):
+        os.nice(10)
+    task = json.load(sys.stdin)
+    if sys.argv[1] == "page":
+        out = json.dumps(page_specs(task["window"], task["from_zero"])).encode() + b"\n"
+        out += vega() if task["with_vega"] else b""
+    else:
+        out = picture(task)
+    sys.stdout.buffer.write(out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,246 @@
+"""A live view: folds a run's events, and draws what they come to on a surface, a few times a second."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Protocol
+
+import anyio
+
+from searchr1_async.events import Event
+from searchr1_async.watch.live.child import Charts, Drawer, DrawingError
+from searchr1_async.watch.live.picture import chart_window, evaluation_rows, picture_task
+from searchr1_async.watch.live.series import Mark, Row
+from searchr1_async.watch.live.words import Frame, frame, summary
+from searchr1_async.watch.state import RunState
+
+logger = logging.getLogger(__name__)
+
+SECONDS_TO_END = 15.0
+"""For so long the end of a run may wait for its picture (observed: 3 s, 9 s on a busy machine)."""
+_IDLE_SECONDS = 2.0
+"""Without an event the clock alone moves the view on."""
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """What is new in the curves since a surface was last drawn."""
+
+    first: int
+    """The row that the first of ``rows`` is; what a page has from there on is replaced."""
+    rows: list[Row]
+    evaluations: list[dict[str, Any]]
+    """All of them; few, and seldom new."""
+
+
+class Surface(Protocol):
+    """Where a view is drawn. Methods are called on the event loop's thread, ``draw`` within milliseconds."""
+
+    seconds_between: float
+    """Between two redraws, at least."""
+    has_curves: bool
+    """Takes charts and news."""
+
+    def draw(self, frame: Frame, news: News | None) -> None: ...
+    def add_charts(self, charts: Charts) -> None: ...
+    def close(self, text: str, png: bytes | None) -> None:
+        """Replace what is shown by what remains."""
+
+
+class Controls(Protocol):
+    """What the buttons of a view do."""
+
+    async def pause(self) -> None: ...
+    async def resume(self) -> None: ...
+    def request_stop(self) -> None: ...
+
+
+class LiveView:
+    """Shows a run on a surface.
+
+    Subscribe it as an emitter, and hold it open with ``async with`` while the run goes on; at the end, however it comes, the
+    surface keeps a still picture. Nothing here raises into the run: what fails is logged, once, and left out.
+
+    Args:
+        surface: is drawn on at once.
+        title: of the work, until its kind and model are known.
+        controls: of the run, for :meth:`press`; None where there is nothing to press.
+        drawer: draws charts and pictures.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        surface: Surface,
+        *,
+        title: str = "",
+        controls: Controls | None = None,
+        drawer: Drawer | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._surface, self._title, self._controls = surface, title, controls
+        self._drawer = drawer or _DRAWER
+        self._clock = clock
+        self._state = RunState()
+        self._changed = True
+        self._drawn_at = -_IDLE_SECONDS
+        self._frame: Frame | None = None
+        self._mark, self._seen = Mark(), (0, 0)
+        self._charts: Charts | None = None
+        self._has_asked_for_charts = False
+        self._has_complained = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._draw()
+
+    def __call__(self, event: Event) -> None:
+        """Fold ``event`` in; drawing comes later."""
+        self._state.see(event, self._clock())
+        self._changed = True
+
+    async def __aenter__(self) -> LiveView:
+        self._loop = asyncio.get_running_loop()
+        self._start(self._redraw())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._loop = None
+        self._state.end(_reason(error), self._clock())
+        png: bytes | None = None
+        try:
+            with anyio.CancelScope(shield=True):
+                await self._stop_tasks()
+                self._draw()
+                with anyio.move_on_after(SECONDS_TO_END):
+                    png = await self._picture()
+        except Exception:
+            self._complain("the picture of the run's end")
+        finally:
+            self._close(png)
+
+    def press(self, button: str) -> None:
+        """A button was pressed: ``pause``, ``resume`` or ``stop``; ``hello`` asks for everything anew. From any thread."""
+        loop = self._loop
+        if loop is None:
+            return
+        try:
+            loop.call_soon_threadsafe(self._pressed, button)
+        except RuntimeError:  # the loop has just been closed
+            logger.debug("%s was pressed after the run's end", button)
+
+    def _pressed(self, button: str) -> None:
+        controls = self._controls
+        if self._loop is None:
+            return
+        if button == "hello":
+            self._mark, self._seen, self._changed = Mark(), (0, 0), True
+            if self._charts is not None:
+                self._surface.add_charts(self._charts)
+        elif controls is not None and button == "pause":
+            self._start(self._obey(controls.pause, button))
+        elif controls is not None and button == "resume":
+            self._start(self._obey(controls.resume, button))
+        elif controls is not None and button == "stop":
+            controls.request_stop()
+
+    async def _obey(self, what: Callable[[], Coroutine[Any, Any, None]], button: str) -> None:
+        try:
+            await what()
+        except Exception:
+            logger.warning("%s, asked for with a button, failed; the run goes on", button, exc_info=True)
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        # Of asyncio and not in a task group: a group would stand around the run, and cancel it if this failed.
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _stop_tasks(self) -> None:
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+    async def _redraw(self) -> None:
+        while True:
+            self._draw()
+            if self._wants_charts() and not self._has_asked_for_charts:
+                self._has_asked_for_charts = True
+                self._start(self._add_charts())
+            await asyncio.sleep(self._surface.seconds_between)
+
+    def _wants_charts(self) -> bool:
+        return self._surface.has_curves and self._state.has_started and self._state.kind == "train"
+
+    def _draw(self) -> None:
+        now = self._clock()
+        if not self._changed and now - self._drawn_at < _IDLE_SECONDS:
+            return
+        self._changed, self._drawn_at = False, now
+        try:
+            new = frame(self._state.snapshot(now), self._title)
+            news = self._news()
+            if new != self._frame or news is not None:
+                self._frame = new
+                self._surface.draw(new, news)
+        except Exception:
+            self._complain("the live view")
+
+    def _news(self) -> News | None:
+        state = self._state
+        seen = (state.steps.added, state.evaluated)
+        if not self._surface.has_curves or seen == self._seen:
+            return None
+        self._seen = seen
+        first, rows, self._mark = state.steps.since(self._mark)
+        return News(first, rows, evaluation_rows(state))
+
+    async def _add_charts(self) -> None:
+        try:
+            window = chart_window(self._state.total_steps or 100)
+            charts = await self._drawer.charts(window, from_zero=self._state.first_step == 0)
+            self._charts = charts
+            self._surface.add_charts(charts)
+        except DrawingError as error:
+            logger.warning("the live view goes on without curves: %s", error)
+        except Exception:
+            self._complain("the live view's curves")
+
+    async def _picture(self) -> bytes | None:
+        task = picture_task(self._state, self._clock(), self._title)
+        if task is None:
+            return None
+        try:
+            return await self._drawer.picture(task)
+        except DrawingError as error:
+            logger.warning("the run's last picture is missing: %s", error)
+            return None
+
+    def _close(self, png: bytes | None) -> None:
+        try:
+            self._surface.close(summary(self._state.snapshot(self._clock()), self._title), png)
+        except Exception:
+            self._complain("the end of the live view")
+
+    def _complain(self, what: str) -> None:
+        if not self._has_complained:
+            self._has_complained = True
+            logger.warning("%s could not be drawn; the run goes on", what, exc_info=True)
+
+
+_DRAWER = Drawer()
+"""Shared by all views of this process, so that Vega is bundled once. It is bound to no event loop."""
+
+
+def _reason(error: BaseException | None) -> str:
+    if error is None:
+        return "finished"
+    return "stopped" if isinstance(error, asyncio.CancelledError | KeyboardInterrupt) else "failed"
