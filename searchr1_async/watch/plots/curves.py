@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import polars as pl
 
@@ -18,12 +18,12 @@ from searchr1_async.watch.plots.theme import (
     TRAINING,
     TURNS,
     WIDTH,
-    axis,
     empty_chart,
     heading,
     legend,
     plain_text,
     steps_axis,
+    values_axis,
 )
 
 if TYPE_CHECKING:
@@ -71,8 +71,7 @@ def plot_metric(
     if not any(frame.height for frame in rows) and (shown is None or not shown.height):
         reason = f"No finished step has a value of it ({', '.join(metric.column for metric in found)})."
         return empty_chart(reason if metrics.height else _NO_STEP, title=text)
-    colours = [_COLOURS.get(name, SERIES[place % len(SERIES)]) if len(wanted) == 1 else SERIES[place % len(SERIES)]
-               for place, name in enumerate(wanted)]  # fmt: skip
+    colours = _colours(wanted)
     panel = _panel(found, rows, colours, shown, smooth)
     return panel.properties(width=width, height=height, title=heading(text, _legend_in_words(rows, shown, smooth)))
 
@@ -98,12 +97,20 @@ def plot_learning(
         shown = overall(evaluations) if evaluations is not None and metric.part else None
         rows = metric_rows(metrics, metric)
         if rows.height or (shown is not None and shown.height):
-            panel = _panel([metric], [rows], [_COLOURS[name]], shown, smooth, most=MAX_ROWS // 4)
+            panel = _panel([metric], [rows], [_COLOURS[name]], shown, smooth, most=MAX_ROWS // 4, has_title=False)
             panels.append(panel.properties(width=width, height=height, title=heading(metric.label)))
         else:
             panels.append(empty_chart("No value yet.", title=metric.label).properties(width=width, height=height))
     grid = alt.vconcat(alt.hconcat(*panels[:2], spacing=24), alt.hconcat(*panels[2:], spacing=24), spacing=18)
     return grid.properties(title=heading(title)) if title else grid
+
+
+def _colours(names: Sequence[str]) -> list[str]:
+    """Each metric's own colour where it has one, else the next that none of the others has."""
+    own = [_COLOURS.get(name) for name in names]
+    free = [colour for colour in SERIES if colour not in own] or list(SERIES)
+    taken = iter(free * len(names))
+    return [colour or next(taken) for colour in own]
 
 
 def _panel(
@@ -112,7 +119,9 @@ def _panel(
     colours: Sequence[str],
     evaluations: pl.DataFrame | None,
     smooth: bool,
+    *,
     most: int = MAX_ROWS,
+    has_title: bool = True,
 ) -> alt.LayerChart:
     import altair as alt
 
@@ -124,16 +133,18 @@ def _panel(
             for own, label in zip(rows, labels, strict=True)
         ]
     )
+    y_title = labels[0] if has_title and len(found) == 1 else None
     is_share = all(metric.is_share for metric in found)
     number = ".1%" if is_share else ",.4~g"
     evaluated = evaluations.height if evaluations is not None else 0
     last = max([float(frame["step"].max() or 0) if frame.height else 0.0, 1.0])  # type: ignore[arg-type]
     scale = alt.Scale(domain=[0 if evaluated else min(1.0, last - 1), last], nice=False, padding=6)
     x = alt.X("step:Q", axis=steps_axis(tickCount=min(8, int(last))), scale=scale)
-    colour = alt.Color(
-        "metric:N", scale=alt.Scale(domain=labels, range=list(colours)), legend=legend() if len(found) > 1 else None
-    )
-    y_axis = axis(labels[0] if len(found) == 1 else None, format=".0%" if is_share else "~g", tickCount=6)
+    # One metric's colour is no scale: laid beside another chart, each would take part in the other's.
+    colour: Any = alt.value(colours[0])
+    if len(found) > 1:
+        colour = alt.Color("metric:N", scale=alt.Scale(domain=labels, range=list(colours)), legend=legend())
+    y_axis = values_axis(y_title, format=".0%" if is_share else "~g")
     base = alt.Chart(alt.Data(values=_values(frame)))
     y = alt.Y("value:Q", axis=y_axis, scale=alt.Scale(zero=is_share, nice=True))
     layers: list[alt.Chart] = []
@@ -151,20 +162,18 @@ def _panel(
     ]
     if evaluations is not None and evaluated:
         layers += _evaluation_layers(evaluations, last, x)
-    return alt.layer(*layers)
+    return cast("alt.LayerChart", alt.layer(*layers))
 
 
 def _evaluation_layers(evaluations: pl.DataFrame, last: float, x: alt.X) -> list[alt.Chart]:
     import altair as alt
 
+    places = [last if step is None else min(float(step), last) for step in evaluations["step"]]
     rows = [
-        {
-            "step": last if row["step"] is None else min(float(row["step"]), last),
-            "label": plain_text(row["label"], 60),
-            "mean": row["mean"], "low": row["low"], "high": row["high"], "questions": row["questions"],
-        }
-        for row in evaluations.iter_rows(named=True)
-    ]  # fmt: skip
+        {"step": place, "label": plain_text(row["label"], 60)}
+        | {name: row[name] for name in ("mean", "low", "high", "questions")}
+        for place, row in zip(_set_apart(places, last / 60), evaluations.iter_rows(named=True), strict=True)
+    ]
     base = alt.Chart(alt.Data(values=rows))
     tooltips = [
         alt.Tooltip("label:N", title="evaluation"),
@@ -179,6 +188,15 @@ def _evaluation_layers(evaluations: pl.DataFrame, last: float, x: alt.X) -> list
             x=x, y=alt.Y("mean:Q"), tooltip=tooltips
         ),
     ]
+
+
+def _set_apart(places: Sequence[float], gap: float) -> list[float]:
+    """Evaluations of the same step (untrained, after the warm-up) beside each other, inwards from the chart's ends."""
+    out: list[float] = []
+    for index, place in enumerate(places):
+        before, after = places[:index].count(place), places[index + 1 :].count(place)
+        out.append(place - after * gap if place > max(places) / 2 else place + before * gap)
+    return out
 
 
 def _values(frame: pl.DataFrame) -> list[dict[str, object]]:

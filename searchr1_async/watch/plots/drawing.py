@@ -131,7 +131,7 @@ _KINDS: dict[str, Callable[..., Chart]] = {
     "timeline": _timeline,
     "reward_by_turns": lambda records, **options: plot_reward_by_turns(records.episodes(), **options),
     "reward_by_searches": lambda records, **options: plot_reward_by_turns(
-        records.episodes(), **({"by": "searches"} | options)
+        records.episodes(), **{"by": "searches", **options}
     ),
     "suites": _suites,
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import polars as pl
 
@@ -10,6 +10,7 @@ from searchr1_async.watch.plots.data import ALL_SUITES, reward_by, thinned
 from searchr1_async.watch.plots.theme import (
     GREY,
     HEIGHT,
+    NOTE_COLOUR,
     SEEN,
     TRAINING,
     WIDTH,
@@ -19,6 +20,7 @@ from searchr1_async.watch.plots.theme import (
     legend,
     plain_text,
     steps_axis,
+    values_axis,
 )
 
 if TYPE_CHECKING:
@@ -71,7 +73,7 @@ def plot_reward_by_turns(
         "what:N", scale=alt.Scale(domain=["reward", "exact match"], range=[SEEN, TRAINING]), legend=legend()
     )
     base = alt.Chart(alt.Data(values=rows)).encode(x=alt.X("place:Q", axis=ticks, scale=scale), color=colour)
-    y = axis("mean", format="~g", tickCount=6)
+    y = values_axis("mean", format="~g")
     upper = alt.layer(
         base.mark_line(strokeWidth=1.2, opacity=0.5).encode(y=alt.Y("mean:Q", axis=y)),
         base.mark_rule(strokeWidth=1.6).encode(y=alt.Y("low:Q"), y2="high:Q"),
@@ -82,12 +84,12 @@ def plot_reward_by_turns(
         .mark_bar(color=GREY, opacity=0.6, size=min(36, max(4, width // (2 * (high - low + 2)))))
         .encode(
             x=alt.X("n:Q", axis=steps_axis(f"{by} in the episode", values=ticks["values"]), scale=scale),
-            y=alt.Y("episodes:Q", axis=axis("episodes", tickCount=3, format="~s")),
+            y=alt.Y("episodes:Q", axis=values_axis("episodes", tickCount=3, format="~s")),
             tooltip=[alt.Tooltip("n:Q", title=by), alt.Tooltip("episodes:Q", format=",d")],
         )
         .properties(width=width, height=60)
     )
-    return alt.vconcat(upper, counts, spacing=8)
+    return alt.vconcat(upper, counts, spacing=8).resolve_scale(color="independent")
 
 
 def _tooltips(by: str) -> list[Any]:
@@ -147,10 +149,10 @@ def plot_suites(
     base = alt.Chart(alt.Data(values=rows)).encode(
         x=alt.X("suite:N", sort=suites, axis=axis(None, grid=False, labelAngle=0, labelLimit=120),
                 scale=alt.Scale(paddingInner=0.25, paddingOuter=0.1)),
-        xOffset=alt.XOffset("label:N", sort=labels),
+        xOffset=alt.XOffset("label:N", sort=labels, scale=alt.Scale(paddingInner=0.12)),
         color=colour,
     )  # fmt: skip
-    y = alt.Y("mean:Q", axis=axis("exact match", format=".0%", tickCount=6), scale=alt.Scale(zero=True, nice=True))
+    y = alt.Y("mean:Q", axis=values_axis("exact match", format=".0%"), scale=alt.Scale(zero=True, nice=True))
     tooltips = [
         alt.Tooltip("label:N", title="evaluation"),
         alt.Tooltip("suite:N", title="suite"),
@@ -162,9 +164,10 @@ def plot_suites(
     layers = (
         base.mark_bar(opacity=0.9).encode(y=y, tooltip=tooltips),
         # A colour of its own: that of the bar would hide the half of the interval that lies within it.
-        base.mark_rule(strokeWidth=1.4).encode(y=alt.Y("low:Q"), y2="high:Q", color=alt.value(GREY)),
+        base.mark_rule(strokeWidth=1.4).encode(y=alt.Y("low:Q"), y2="high:Q", color=alt.value(NOTE_COLOUR)),
     )
-    return alt.layer(*layers).properties(width=width, height=height, title=heading(title, _gain_in_words(frame)))
+    chart = cast("alt.LayerChart", alt.layer(*layers))
+    return chart.properties(width=width, height=height, title=heading(title, _gain_in_words(frame)))
 
 
 def _gain_in_words(frame: pl.DataFrame) -> str:

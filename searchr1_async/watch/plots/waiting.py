@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from searchr1_async.watch.plots.theme import (
     CALLS,
@@ -17,6 +17,7 @@ from searchr1_async.watch.plots.theme import (
     empty_chart,
     heading,
     legend,
+    values_axis,
 )
 from searchr1_async.watch.plots.timeline import STAGES, Timeline, joined, step_in_words, timeline_of
 from searchr1_async.watch.trackers.lines import LoggedEvent
@@ -80,7 +81,9 @@ def _stages(timeline: Timeline, x: alt.Scale) -> alt.Chart | alt.LayerChart:
         .encode(
             x=alt.X("second:Q", scale=x, axis=axis(None, labels=False, grid=False)),
             y=alt.Y(
-                "episodes:Q", stack="zero", axis=axis("episodes under way", tickCount=5, tickMinStep=1, format="~s")
+                "episodes:Q",
+                stack="zero",
+                axis=values_axis("episodes under way", minExtent=44, tickCount=5, tickMinStep=1, format="~s"),
             ),
             color=colour,
             order=alt.Order("order:Q"),
@@ -98,7 +101,10 @@ def _trainer(timeline: Timeline, x: alt.Scale) -> alt.LayerChart:
 
     lanes = ["trainer", "groups", "weights"]
     y = alt.Y(
-        "lane:N", sort=lanes, scale=alt.Scale(domain=lanes), axis=axis(None, grid=False, domain=False, ticks=False)
+        "lane:N",
+        sort=lanes,
+        scale=alt.Scale(domain=lanes),
+        axis=axis(None, grid=False, domain=False, ticks=False, minExtent=44),
     )
     spans = [
         {"lane": "trainer", "start": round(s.start, 3), "end": round(s.end, 3), "state": s.state, "seconds": round(s.seconds, 3)}
@@ -112,7 +118,7 @@ def _trainer(timeline: Timeline, x: alt.Scale) -> alt.LayerChart:
         .mark_bar(height=14)
         .encode(
             x=place, x2="end:Q", y=y,
-            color=alt.Color("state:N", legend=legend(title="trainer", titleFontWeight="normal", titleFontSize=11, orient="bottom"),
+            color=alt.Color("state:N", legend=legend(orient="bottom"),
                             scale=alt.Scale(domain=list(_TRAINER_COLOURS), range=list(_TRAINER_COLOURS.values()))),
             tooltip=[
                 alt.Tooltip("state:N", title="trainer"),
@@ -131,13 +137,13 @@ def _trainer(timeline: Timeline, x: alt.Scale) -> alt.LayerChart:
         .mark_tick(thickness=1.8, size=14, opacity=0.85)
         .encode(
             x=alt.X("second:Q", scale=x), y=y,
-            stroke=alt.Stroke("what:N", legend=legend(orient="bottom"),
+            color=alt.Color("what:N", legend=legend(orient="bottom"),
                               scale=alt.Scale(domain=list(_MARK_COLOURS), range=list(_MARK_COLOURS.values()))),
             tooltip=[alt.Tooltip("what:N", title="what"), alt.Tooltip("detail:N", title="of"),
                      alt.Tooltip("second:Q", title="second", format=".2f")],
         )
     )  # fmt: skip
-    return alt.layer(bars, ticks).resolve_scale(color="independent", stroke="independent")
+    return cast("alt.LayerChart", alt.layer(bars, ticks)).resolve_scale(color="independent")
 
 
 def _longest(timeline: Timeline) -> list[Any]:
