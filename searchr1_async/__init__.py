@@ -37,13 +37,16 @@ from searchr1_async.evaluation.result import Evaluation, compare
 from searchr1_async.evaluation.table import comparison_table
 from searchr1_async.job import TrainingResult
 from searchr1_async.learn.demonstrations import Demonstration
-from searchr1_async.run import Run
+from searchr1_async.recorded import RecordedRun
+from searchr1_async.run import Run, open_run
 from searchr1_async.search import Search, SearchStatistics
 from searchr1_async.search.building import build_index
 from searchr1_async.search.embedders import GeminiEmbedder, SentenceTransformerEmbedder
 from searchr1_async.search.index_report import IndexReport
 from searchr1_async.search.pacing import PacingSettings
 from searchr1_async.search.stores import EmbeddedChroma, RemoteChroma
+from searchr1_async.watch.trackers import TensorBoardTracker, TrackioTracker, WandbTracker
+from searchr1_async.watch.viewer import register_representations
 
 __all__ = [
     "CheckpointError",
@@ -68,6 +71,7 @@ __all__ = [
     "Question",
     "QuestionsError",
     "RecipeReward",
+    "RecordedRun",
     "RemoteChroma",
     "RewardError",
     "Run",
@@ -86,9 +90,12 @@ __all__ = [
     "ServiceUnavailableError",
     "StopReason",
     "StoreError",
+    "TensorBoardTracker",
     "TooManyFailuresError",
+    "TrackioTracker",
     "TrainingResult",
     "Turn",
+    "WandbTracker",
     "WarmUp",
     "build_index",
     "compare",
@@ -96,6 +103,9 @@ __all__ = [
     "evaluate",
     "load_corpus",
     "load_questions",
+    "open_run",
     "rollout",
     "train",
 ]
+
+register_representations()  # where this is a notebook: episodes and groups show themselves

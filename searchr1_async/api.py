@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import ExitStack, asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Literal
 
@@ -24,28 +22,24 @@ from searchr1_async.config import (
     ScheduleName,
     WarmUp,
 )
+from searchr1_async.control import RunControl
 from searchr1_async.data import load_questions
-from searchr1_async.episodes.dialect import FORMATS
 from searchr1_async.episodes.reward import RecipeReward, RewardFunction
 from searchr1_async.episodes.types import Group, Question
-from searchr1_async.errors import ConfigurationError, ModelError, QuestionsError, RunFolderError, SearchR1Error
+from searchr1_async.errors import ConfigurationError, QuestionsError
 from searchr1_async.evaluation.evaluate import evaluate_policy, play_all
 from searchr1_async.evaluation.result import Evaluation
 from searchr1_async.events import Emit
-from searchr1_async.job import StopRequest, TrainingJob, TrainingResult
-from searchr1_async.learn.checkpoints import ResumePoint
+from searchr1_async.job import TrainingJob, TrainingResult
 from searchr1_async.learn.demonstrations import Demonstration
-from searchr1_async.rollout.engine import RolloutEngine
-from searchr1_async.rollout.opening import open_engine
-from searchr1_async.rollout.policy import TinkerPolicy
-from searchr1_async.rollout.workers.messages import WorkerSpec
+from searchr1_async.playing import check_format, open_watchers, playing
 from searchr1_async.run import Run
-from searchr1_async.run_folder import find_point, first_error
+from searchr1_async.run_folder import find_point
 from searchr1_async.search import Search
-from searchr1_async.service import check_service, open_service
-from searchr1_async.training import open_search, run_training
-from searchr1_async.watch.fanout import Watchers
-from searchr1_async.watch.progress import ConsoleProgress
+from searchr1_async.training import run_training
+from searchr1_async.watch.dashboard import Choice, open_view
+from searchr1_async.watch.stream import EventStreams
+from searchr1_async.watch.trackers import Tracker, make_trackers
 
 Questions = str | Path | Sequence[Question]
 
@@ -109,7 +103,8 @@ def train(
     sampling_deadline: float = 1800.0,
     local: LocalOptions | None = None,
     tokenizer: str | None = None,
-    progress: bool = True,
+    progress: Choice = True,
+    trackers: Sequence[str | Tracker] = (),
     emit: Emit | None = None,
 ) -> Run:
     """Trains a model by reinforcement learning to answer questions with a search tool.
@@ -141,7 +136,10 @@ def train(
         episode_time_limit: seconds, ``EpisodeLimits.max_seconds``.
         steps: optimiser steps; None: all batches of ``epochs``.
         time_limit: seconds of reinforcement learning after which no further step is begun.
-        progress: show progress on the terminal.
+        progress: True shows the run in the notebook's cell as it happens, or on the terminal; ``"widget"``, ``"rich"``,
+            ``"terminal"`` and ``"plain"`` choose how, False shows nothing.
+        trackers: ``"wandb"``, ``"tensorboard"``, ``"trackio"``, or trackers of one's own; ``events.jsonl`` and the Parquet tables are
+            always written.
         emit: receives every :class:`~searchr1_async.events.Event`.
 
         The others are fields of :class:`~searchr1_async.config.LearningSettings`,
@@ -153,7 +151,7 @@ def train(
         SearchR1Error: from awaiting the run, whatever else went wrong.
     """
     out = Path(out_dir)
-    _check_format(format)
+    check_format(format)
     for name, value in (("evaluate_every", evaluate_every), ("held_out_samples", held_out_samples)):
         if value is not None and value < 1:
             raise ConfigurationError(f"{name} is {value}: it must be at least 1")
@@ -234,18 +232,18 @@ def train(
         time_limit=time_limit,
     )
     find_point(job)  # refuses a folder that holds a run not to be resumed, before the run's task begins
+    opened = make_trackers(trackers, out)
+    run = Run(out)
+    view = open_view(progress, title=f"train {out.name}", controls=run)
 
-    async def work(stop: StopRequest) -> TrainingResult:
-        with ExitStack() as stack:
-            return await run_training(job, _watchers(stack, progress, emit), stop)
+    async def work(control: RunControl, streams: EventStreams) -> TrainingResult:
+        async with AsyncExitStack() as stack:
+            watchers = await open_watchers(stack, view, emit)
+            watchers.subscribe(streams)
+            return await run_training(job, watchers, control, opened)
 
-    return Run(work, out)
-
-
-@dataclass(frozen=True)
-class _Playing:
-    engine: RolloutEngine
-    policy: TinkerPolicy
+    run.begin(work)
+    return run
 
 
 async def evaluate(
@@ -272,7 +270,7 @@ async def evaluate(
     max_failed_fraction: float = 0.2,
     local: LocalOptions | None = None,
     tokenizer: str | None = None,
-    progress: bool = True,
+    progress: Choice = True,
     emit: Emit | None = None,
 ) -> Evaluation:
     """Plays every question and scores it.
@@ -293,7 +291,9 @@ async def evaluate(
     items = _questions(questions)
     sampling = SamplingSettings(temperature=temperature, seed=seed)
     limits = EpisodeLimits(max_turns, max_tokens, max_trajectory_tokens, malformed_calls=malformed_calls)
-    async with _playing(
+    view = open_view(progress, title=f"evaluate {label}")
+    async with playing(
+        "evaluate",
         search,
         model=model,
         checkpoint=checkpoint,
@@ -309,12 +309,10 @@ async def evaluate(
         max_failed_fraction=max_failed_fraction,
         local=local,
         tokenizer=tokenizer,
-        progress=progress,
+        view=view,
         emit=emit,
-    ) as playing:
-        return await evaluate_policy(
-            playing.engine, items, playing.policy, samples=samples, label=label, step=playing.policy.version
-        )
+    ) as (engine, policy):
+        return await evaluate_policy(engine, items, policy, samples=samples, label=label, step=policy.version)
 
 
 async def rollout(
@@ -339,7 +337,7 @@ async def rollout(
     max_failed_fraction: float = 0.2,
     local: LocalOptions | None = None,
     tokenizer: str | None = None,
-    progress: bool = True,
+    progress: Choice = True,
     emit: Emit | None = None,
 ) -> list[Group]:
     """Plays a group of episodes for every question and returns the groups in the order of the questions.
@@ -347,7 +345,9 @@ async def rollout(
     Arguments and errors as in :func:`evaluate`.
     """
     items = _questions(questions)
-    async with _playing(
+    view = open_view(progress, title="rollout")
+    async with playing(
+        "rollout",
         search,
         model=model,
         checkpoint=checkpoint,
@@ -363,103 +363,10 @@ async def rollout(
         max_failed_fraction=max_failed_fraction,
         local=local,
         tokenizer=tokenizer,
-        progress=progress,
+        view=view,
         emit=emit,
-    ) as playing:
-        return await play_all(playing.engine, items, playing.policy, samples=group_size, phase="rollout", label="")
-
-
-@asynccontextmanager
-async def _playing(
-    search: Search,
-    *,
-    model: str | None,
-    checkpoint: str | Path | None,
-    service: str | tinker.ServiceClient | None,
-    service_folder: str | Path | None,
-    reward: RewardFunction,
-    format_name: str,
-    renderer: str | None,
-    instructions: str | None,
-    limits: EpisodeLimits,
-    sampling: SamplingSettings,
-    group_size: int,
-    max_failed_fraction: float,
-    local: LocalOptions | None,
-    tokenizer: str | None,
-    progress: bool,
-    emit: Emit | None,
-) -> AsyncIterator[_Playing]:
-    """A policy and an engine to play with, over services that are closed at the end."""
-    _check_format(format_name)
-    if group_size < 1:
-        raise ConfigurationError(f"{group_size} episodes a question: at least 1")
-    found = _find_checkpoint(checkpoint, service_folder)
-    try:
-        with ExitStack() as stack:
-            watchers = _watchers(stack, progress, emit)
-            folder = found.service_folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="searchr1-")))
-            await check_service(service, model or found.base_model, local or LocalOptions())
-            await open_search(search, watchers)
-            async with (
-                search,
-                open_service(
-                    service,
-                    model or found.base_model,
-                    folder=folder,
-                    local=local or LocalOptions(),
-                    emit=watchers,
-                    tokenizer=tokenizer,
-                ) as connected,
-            ):
-                spec = WorkerSpec(
-                    format_name,
-                    connected.model_name,
-                    connected.tokenizer.name_or_path,
-                    limits,
-                    renderer_name=renderer,
-                    instructions=instructions,
-                    first_turn=sampling.first_turn,
-                )
-                async with open_engine(
-                    spec,
-                    connected.tokenizer,
-                    search=search,
-                    sampling=sampling,
-                    reward=reward,
-                    group_size=group_size,
-                    max_failed_fraction=max_failed_fraction,
-                    emit=watchers,
-                ) as engine:
-                    client = await connected.create_sampling_client(found.path)
-                    yield _Playing(engine, TinkerPolicy(client, found.step, sampling))
-    except* SearchR1Error as group:
-        raise first_error(group) from group
-
-
-@dataclass(frozen=True, slots=True)
-class _Checkpoint:
-    path: str | None = None
-    service_folder: Path | None = None
-    base_model: str | None = None
-    step: int = 0
-
-
-def _find_checkpoint(checkpoint: str | Path | None, service_folder: str | Path | None) -> _Checkpoint:
-    folder = Path(service_folder) if service_folder is not None else None
-    if checkpoint is None:
-        return _Checkpoint(service_folder=folder)
-    if isinstance(checkpoint, str) and checkpoint.startswith("tinker://"):
-        return _Checkpoint(checkpoint, folder)
-    point = ResumePoint.load(Path(checkpoint))
-    if point is None:
-        raise RunFolderError(f"{checkpoint} holds no run: name a run's folder or a tinker:// path")
-    if point.sampler_path is None:
-        raise RunFolderError(f"the run in {checkpoint} has kept no weights yet (checkpoint_every steps, or its end)")
-    own = Path(checkpoint) / "service"
-    return _Checkpoint(
-        point.sampler_path, folder or (own if own.is_dir() else None), point.base_model, point.sampler_step or 0
-    )
+    ) as (engine, policy):
+        return await play_all(engine, items, policy, samples=group_size, phase="rollout", label="")
 
 
 def _questions(questions: Questions) -> tuple[Question, ...]:
@@ -476,17 +383,3 @@ def _questions(questions: Questions) -> tuple[Question, ...]:
             raise QuestionsError(f"two questions have the id {item.id!r}: ids must be unique")
         seen.add(item.id)
     return items
-
-
-def _check_format(name: str) -> None:
-    if name not in FORMATS:
-        raise ModelError(f"unknown tool-call format {name!r}: choose one of {', '.join(FORMATS)}")
-
-
-def _watchers(stack: ExitStack, progress: bool, emit: Emit | None) -> Watchers:
-    watchers = Watchers()
-    if progress:
-        watchers.subscribe(stack.enter_context(ConsoleProgress()))
-    if emit is not None:
-        watchers.subscribe(emit)
-    return watchers

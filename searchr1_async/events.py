@@ -130,7 +130,7 @@ class PipelineChanged(Event):
 
 @dataclass(frozen=True, slots=True)
 class EpisodeFinished(Event):
-    """An episode of training, or of a plain rollout; those of evaluations are told by their phase's progress."""
+    """An episode of training; those of evaluations and of plain rollouts are told by their phase's progress."""
 
     episode: Episode
     step: int

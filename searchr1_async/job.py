@@ -1,14 +1,11 @@
-"""What a run is given, what it comes to, and the word to stop it."""
+"""What a run is given, and what it comes to."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import anyio
 import tinker
 
 from searchr1_async.config import (
@@ -105,25 +102,3 @@ class TrainingResult:
     """On the held-out questions, in the order in which they were made."""
     seconds: float
     """Of reinforcement learning, earlier sessions included."""
-
-
-class StopRequest:
-    """Asks a run to stop at once, cleanly: episodes under way are cancelled, finished steps are kept."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._scope: anyio.CancelScope | None = None
-
-    def request(self) -> None:
-        self.requested = True
-        if self._scope is not None:
-            self._scope.cancel()
-
-    @contextmanager
-    def interruptible(self) -> Iterator[None]:
-        """Work that a stop may cut short; afterwards ``requested`` says whether it did."""
-        with anyio.CancelScope() as self._scope:
-            if self.requested:
-                self._scope.cancel()
-            yield
-        self._scope = None

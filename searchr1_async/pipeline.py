@@ -20,8 +20,20 @@ from dataclasses import dataclass, field
 import anyio
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
+from searchr1_async.control import RunControl
 from searchr1_async.episodes.types import Group
-from searchr1_async.events import Emit, GroupDropped, GroupFinished, Notice, PhaseAdvanced, PhaseEnded, PhaseStarted
+from searchr1_async.events import (
+    BatchClosed,
+    Emit,
+    GroupDropped,
+    GroupFinished,
+    Notice,
+    PhaseAdvanced,
+    PhaseEnded,
+    PhaseStarted,
+    PipelineChanged,
+    WeightsPublished,
+)
 from searchr1_async.job import TrainingJob
 from searchr1_async.learn.learner import Learner, StepInProgress
 from searchr1_async.learn.minibatches import Minibatch, MinibatchGatherer, drop_reason
@@ -35,6 +47,9 @@ from searchr1_async.watch.records import GroupOutcome
 TOO_SLOW, STEP_TIME_LIMIT = "too_slow", "step_time_limit"
 """Why a group was cut."""
 CONSTANT_REWARD = "constant_reward"
+STOP_SECONDS = 60.0
+"""For steps whose optimiser step is at the trainer when the run is stopped: they are waited for and written down. One took
+2 to 17 s on the embedded service; what comes later is learned again after the resume."""
 
 
 @dataclass
@@ -68,6 +83,7 @@ class Pipeline:
         recorder: writes steps down; it knows the resume point.
         keeper: puts finished groups on disk.
         measure: evaluates a policy under a label.
+        control: stops the session, or holds it.
     """
 
     def __init__(
@@ -81,10 +97,13 @@ class Pipeline:
         recorder: StepRecorder,
         keeper: Keeper,
         measure: Callable[[str, TinkerPolicy], Awaitable[None]],
+        control: RunControl,
         emit: Emit,
     ) -> None:
         self._job, self._order, self._engine, self._learner = job, order, engine, learner
         self._recorder, self._keeper, self._measure, self._emit = recorder, keeper, measure, emit
+        self._control = control
+        learner.when_learned = self._tell
         self._policy = LatestPolicy(policy)
         self._total = job.total_steps(order)
         point = recorder.point
@@ -106,47 +125,58 @@ class Pipeline:
         self._cut: set[int] = set()
         self._mean_tokens: float | None = None
         self._part = 0
+        self._stepping = 0
+        self._told: PipelineChanged | None = None
         # Each is replaced by a fresh one when it has been acted upon.
         self._changed = anyio.Event()
         self._may_start = anyio.Event()
 
     async def run(self) -> tuple[str, TinkerPolicy]:
-        """Trains until the steps, the epochs or the time are over; returns why it ended and the last weights.
+        """Trains until the steps, the epochs or the time are over, or it is stopped; returns why it ended and the last weights.
 
         Raises, within exception groups, what the engine and the learner raise.
         """
         await self._restore()
-        began, reason = anyio.current_time(), ""
+        began, reason = self._control.now(), "stopped"
         limit = self._job.time_limit
         left = None if limit is None else max(0.0, limit - self._recorder.point.seconds)
         self._emit(PhaseStarted("train", self._total, "steps", seconds_at_most=left))
         self._emit(PhaseAdvanced("train", self._recorder.point.step))
         self._recorder.begin(began)
+        async with self._keeper.keeping(), anyio.create_task_group() as finishing:
+            # Of one: a trainer that is further behind holds the loop up, so that a kill costs at most two steps.
+            to_publish, publishing = anyio.create_memory_object_stream[_StepUnderWay](1)
+            to_record, recording = anyio.create_memory_object_stream[_StepUnderWay](1)
+            finishing.start_soon(self._publish_steps, publishing, to_record)
+            finishing.start_soon(self._record_steps, recording)
+            async with to_publish:
+                with self._control.interruptible():
+                    reason = await self._play_and_train(to_publish, left)
+            if self._control.stop_requested:
+                finishing.cancel_scope.deadline = anyio.current_time() + STOP_SECONDS
+        self._emit(PhaseEnded("train", self._control.now() - began))
+        return reason, self._policy.current
+
+    async def _play_and_train(self, to_publish: MemoryObjectSendStream[_StepUnderWay], left: float | None) -> str:
         # Where a stop cut it short; one that is on disk is not made again.
         if (step := self._recorder.point.step) and self._is_measured(step):
             await self._measure(f"step {step}", self._policy.current)
-        async with self._keeper.keeping(), anyio.create_task_group() as tasks:
+        reason = ""
+        async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._start_groups)
-            async with anyio.create_task_group() as finishing:
-                # Of one: a trainer that is further behind holds the loop up, so that a kill costs at most two steps.
-                to_publish, publishing = anyio.create_memory_object_stream[_StepUnderWay](1)
-                to_record, recording = anyio.create_memory_object_stream[_StepUnderWay](1)
-                finishing.start_soon(self._publish_steps, publishing, to_record)
-                finishing.start_soon(self._record_steps, recording)
-                async with to_publish:
-                    reason = await self._train(to_publish, left)
+            reason = await self._train(to_publish, left)
             tasks.cancel_scope.cancel()  # groups that no step needs any more, where the time was over
-        self._emit(PhaseEnded("train", anyio.current_time() - began))
-        return reason, self._policy.current
+        return reason
 
     # --- the algorithm ------------------------------------------------------------------------------------------------
 
     async def _train(self, to_publish: MemoryObjectSendStream[_StepUnderWay], seconds_left: float | None) -> str:
-        learning, began = self._job.learning, anyio.current_time()
+        learning, began = self._job.learning, self._control.now()
         opened, searched = began, self._job.search.statistics
         while not self._admission.is_over:
+            await self._control.wait_while_paused()
             longest = self._recorder.longest_step
-            if seconds_left is not None and anyio.current_time() - began + longest > seconds_left:
+            if seconds_left is not None and self._control.now() - began + longest > seconds_left:
                 done = self._admission.step - 1
                 self._emit(Notice(f"the time limit is near: reinforcement learning ends after {done} steps"))
                 return "time_limit"
@@ -158,17 +188,20 @@ class Pipeline:
                 searched=self._job.search.statistics.since(searched),
                 engine=self._engine.metrics(),
                 opened=opened,
-                closed=anyio.current_time(),
+                closed=self._control.now(),
             )
             keep = is_last or step % learning.checkpoint_every == 0
             in_progress = await self._learner.finish_step(step, self._total, f"step-{step:06d}", keep=keep)
             under_way = _StepUnderWay(to_record, in_progress)
+            self._stepping += 1
+            self._emit(BatchClosed(step, len(to_record.outcomes)))
+            self._tell()
             await _hand_on(to_publish, under_way)
             is_measured = self._is_measured(step)
             if is_measured or is_last or not self._job.pipeline.max_staleness:
                 await under_way.published.wait()
             # Before an evaluation, beside which the next batch plays.
-            opened, searched = anyio.current_time(), self._job.search.statistics
+            opened, searched = self._control.now(), self._job.search.statistics
             if is_measured:
                 await self._measure(f"step {step}", self._policy.current)
         return "finished"
@@ -182,7 +215,7 @@ class Pipeline:
         """Sends minibatches to the trainer as groups finish, until the open step's batch is complete.
 
         Args:
-            opened: when it could begin to play, by the event loop's clock.
+            opened: when it could begin to play, by the control's clock.
         """
         step, learning = self._admission.step, self._job.learning
         gatherer = MinibatchGatherer(
@@ -220,6 +253,7 @@ class Pipeline:
                     await self._submit(gatherer.end_part(), step)
                     if not self._job.pipeline.synchronous:
                         self._end_part(step)
+            self._tell()
             if self._learner.is_idle:
                 await self._submit(gatherer.trainer_is_idle(), step)
             if self._changed.is_set():
@@ -270,7 +304,7 @@ class Pipeline:
         return is_cut and not self._admission.is_due
 
     async def _cut_when_late(self, step: int, deadline: float) -> None:
-        await anyio.sleep_until(deadline)
+        await self._control.sleep_until(deadline)
         self._cut_step = step
         must = self._admission.must_come()
         # With staleness none may be due yet: those that began first are cut, as many as the batch lacks.
@@ -346,8 +380,11 @@ class Pipeline:
                 client = self._policy.current.client if client is None else client
                 self._policy.switch(TinkerPolicy(client, step, self._job.sampling))
                 self._admission.published(step)
-                under_way.to_record.published = anyio.current_time()
+                under_way.to_record.published = self._control.now()
                 under_way.published.set()
+                self._stepping -= 1
+                self._emit(WeightsPublished(step))
+                self._tell()
                 self._may_start.set()
                 self._changed.set()
                 await _hand_on(to_record, under_way)
@@ -371,6 +408,21 @@ class Pipeline:
                 await anyio.to_thread.run_sync(_let_go, [self._finished.pop(place) for place in own])
 
     # --- bookkeeping --------------------------------------------------------------------------------------------------
+
+    def _tell(self) -> None:
+        """Says how learning stands, if that has changed."""
+        is_learning = not self._learner.is_idle and not self._stepping
+        now = PipelineChanged(
+            step=self._admission.step,
+            policy_version=self._admission.version,
+            batch_groups=self._job.learning.groups_per_batch,
+            taken_groups=self._admission.taken,
+            waiting_groups=self._admission.waiting,
+            trainer="stepping" if self._stepping else "learning" if is_learning else "idle",
+        )
+        if now != self._told:
+            self._told = now
+            self._emit(now)
 
     async def _restore(self) -> None:
         """Takes up what an earlier session left open: finished groups of weights that still exist are not played again."""
@@ -413,7 +465,10 @@ class Pipeline:
 
 async def _hand_on(stream: MemoryObjectSendStream[_StepUnderWay], under_way: _StepUnderWay) -> None:
     try:
-        await stream.send(under_way)
+        try:
+            stream.send_nowait(under_way)  # where there is room a stop cannot come between the step and its record
+        except anyio.WouldBlock:
+            await stream.send(under_way)
     except anyio.BrokenResourceError:
         await anyio.sleep_forever()  # its reader has failed: the error that cancels this says why
 

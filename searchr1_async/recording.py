@@ -44,7 +44,7 @@ class StepToRecord:
     opened: float
     closed: float
     published: float = math.nan
-    """When its new weights were there; all by the event loop's clock, in seconds."""
+    """When its new weights were there; all in seconds of the clock that stands still while the run is held."""
 
 
 class StepRecorder:
@@ -53,7 +53,14 @@ class StepRecorder:
     """
 
     def __init__(
-        self, job: TrainingJob, records: RunRecords, service: Service, point: ResumePoint, *, total: int, emit: Emit
+        self,
+        job: TrainingJob,
+        records: RunRecords,
+        service: Service,
+        point: ResumePoint,
+        *,
+        total: int,
+        emit: Emit,
     ) -> None:
         self._job, self._records, self._service, self._emit = job, records, service, emit
         self._total = total

@@ -1,73 +1,114 @@
-"""A run in the hand: what ``train()`` gives back at once, to await, to stop and to read."""
+"""A run in the hand: what ``train()`` gives back at once, to await, to watch, to hold, to stop and to read."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import anyio
-import polars as pl
 
-from searchr1_async.job import StopRequest, TrainingResult
-from searchr1_async.watch.records import RunRecords
+from searchr1_async.control import RunControl
+from searchr1_async.events import Event, RolloutSampled
+from searchr1_async.job import TrainingResult
+from searchr1_async.recorded import RecordedRun, recorded_run
+from searchr1_async.watch.stream import EventStreams
+
+INTERRUPT_SECONDS = 90.0
+"""For a run whose awaiting was interrupted to stop cleanly, with its last weights kept; then it is cancelled."""
+
+_under_way: WeakValueDictionary[Path, Run] = WeakValueDictionary()
+"""This process's runs, by their folders."""
 
 
-class Run:
+class Run(RecordedRun):
     """A training run under way.
 
-    It starts at once, in a task of its own; ``await run`` waits for its result. Cancelling that wait (an interrupted cell,
-    Ctrl-C) cancels the run and waits until it has closed everything; finished steps are kept. A run whose result is never
-    awaited is logged by asyncio if it fails, like any task.
+    It starts at once, in a task of its own, and leaves its cell free; ``await run`` waits for its result. Interrupting that wait
+    (a notebook's stop button, Ctrl-C) stops the run as :meth:`stop` does, its checkpoint first, and waits until it has closed
+    everything; a second interrupt leaves out what takes long. A run whose result is never awaited is logged by asyncio if it
+    fails, like any task.
     """
 
-    def __init__(self, work: Callable[[StopRequest], Awaitable[TrainingResult]], out_dir: Path) -> None:
-        self._stop = StopRequest()
-        self._out_dir = out_dir
-        self._task = asyncio.ensure_future(work(self._stop))
+    def __init__(self, out_dir: Path) -> None:
+        super().__init__(out_dir)
+        self.control = RunControl()
+        self._streams = EventStreams()
+        self._task: asyncio.Future[TrainingResult] | None = None
 
-    @property
-    def out_dir(self) -> Path:
-        """The run's folder: settings, resume point, records, checkpoints of the embedded service."""
-        return self._out_dir
+    def begin(self, work: Callable[[RunControl, EventStreams], Awaitable[TrainingResult]]) -> None:
+        """Starts the work, which obeys the run's control and tells its streams of every event; :func:`train` does it."""
+        self._task = asyncio.ensure_future(work(self.control, self._streams))
+        self._task.add_done_callback(lambda _: self._streams.wake())
+        _under_way[self._out_dir.resolve()] = self
 
     @property
     def done(self) -> bool:
-        return self._task.done()
+        return self._task is not None and self._task.done()
 
     def __await__(self) -> Generator[object, None, TrainingResult]:
         # Awaiting a task directly would hand a cancellation on to it and return before it has closed its services.
-        return self._result().__await__()
+        return self._wait().__await__()
 
-    async def _result(self) -> TrainingResult:
+    async def _wait(self) -> TrainingResult:
+        assert self._task is not None, "begin() comes first"
         try:
             return await asyncio.shield(self._task)
         except asyncio.CancelledError:
             if not self._task.done():
-                self._task.cancel()
+                self.control.request_stop()
                 # Shielded: a cancelled anyio scope cancels again at every turn of the loop.
                 with anyio.CancelScope(shield=True):
-                    await asyncio.wait([self._task])
+                    try:
+                        await asyncio.wait([self._task], timeout=INTERRUPT_SECONDS)
+                    finally:
+                        if not self._task.done():
+                            self._task.cancel()
+                            await asyncio.wait([self._task])
             raise
 
     async def stop(self) -> TrainingResult:
-        """Stops at once and cleanly; returns what the run came to. ``train(..., resume=True)`` goes on from there."""
-        self._stop.request()
+        """Stops cleanly and returns what the run came to; ``train(..., resume=True)`` goes on from there.
+
+        Episodes under way are cancelled; a step that is at the trainer is waited for, for a minute at most; the last weights
+        are kept for sampling.
+        """
+        self.control.request_stop()
         return await self
 
-    @property
-    def metrics(self) -> pl.DataFrame:
-        """One row a finished step, with the recipe's metric names as columns."""
-        return RunRecords(self._out_dir).metrics()
+    def request_stop(self) -> None:
+        """As :meth:`stop`, without waiting: for a button."""
+        self.control.request_stop()
 
-    def episodes(self) -> pl.LazyFrame:
-        """One row an episode of every finished step, scanned from the run's Parquet files."""
-        return RunRecords(self._out_dir).episodes()
+    async def pause(self) -> None:
+        """Holds the run: nothing more is asked of the model until :meth:`resume`. Returns when nothing is on its way any more.
 
-    def groups(self) -> pl.LazyFrame:
-        """One row a group of every finished step: trained on, or dropped and why; the weights that it was sampled from."""
-        return RunRecords(self._out_dir).groups()
+        Time limits of the run and of its steps stand still meanwhile, those of episodes do not.
+        """
+        self.control.pause()
+        async for event in self:
+            if isinstance(event, RolloutSampled) and event.is_paused and not event.sampling and not event.searching:
+                return
+            if not self.control.is_paused:
+                return
 
-    def __repr__(self) -> str:
-        state = "ended" if self.done else "running"
-        return f"Run({str(self._out_dir)!r}, {state})"
+    async def resume(self) -> None:
+        """Lets a run that was paused go on."""
+        self.control.resume()
+
+    def __aiter__(self) -> AsyncGenerator[Event, None]:
+        """Events as they happen, from now to the run's end; a run that fails ends the loop, and ``await run`` says why."""
+        return self._streams.events(lambda: self.done)
+
+
+def open_run(path: str | Path) -> RecordedRun:
+    """A run by its folder, after a kernel's restart or from another process: everything that it recorded, running or ended.
+
+    Where the run is under way in this very process, it is the :class:`Run` itself.
+
+    Raises:
+        RunFolderError: the folder holds no run.
+    """
+    run = _under_way.get(Path(path).resolve())
+    return run if run is not None and not run.done else recorded_run(Path(path))

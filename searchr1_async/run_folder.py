@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import anyio
 from filelock import FileLock, Timeout
 
 from searchr1_async.errors import CheckpointError, ConfigurationError, RunFolderError
@@ -19,6 +20,8 @@ from searchr1_async.watch.records import RunRecords
 
 UNTRAINED, AFTER_WARM_UP, AFTER_RL = "untrained", "after warm-up", "after RL"
 """Labels of the measurements that every run with held-out questions makes."""
+_OF_NO_USE = {"run.lock", "service", "events.jsonl", "tokenizer"}
+"""What a folder may hold in which no work was done."""
 
 
 def first_error(error: BaseException) -> BaseException:
@@ -42,11 +45,38 @@ def claimed(folder: Path) -> Iterator[None]:
         yield
     except BaseException as error:
         is_refused = isinstance(first_error(error), ConfigurationError)
-        if is_refused and is_new and {path.name for path in folder.iterdir()} <= {"run.lock", "service"}:
+        if is_refused and is_new and {path.name for path in folder.iterdir()} <= _OF_NO_USE:
             shutil.rmtree(folder, ignore_errors=True)
         raise
     finally:
         lock.release()
+
+
+async def keep_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Keeps the model's tokenizer with the run, so that its episodes can be read token by token wherever the folder is.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
+    """
+
+    def keep() -> None:
+        if not (folder / "tokenizer").is_dir():
+            with writing_records(folder):
+                partial = folder / "tokenizer.partial"
+                tokenizer.save_pretrained(partial)
+                partial.replace(folder / "tokenizer")
+
+    await anyio.to_thread.run_sync(keep)
+
+
+def is_claimed(folder: Path) -> bool:
+    """Whether a run is under way in the folder, in this process or another."""
+    lock = FileLock(folder / "run.lock")
+    try:
+        with lock.acquire(timeout=0):
+            return False
+    except (Timeout, OSError):
+        return (folder / "run.lock").exists()
 
 
 def find_point(job: TrainingJob) -> ResumePoint | None:
@@ -81,17 +111,17 @@ def finished_result(job: TrainingJob, point: ResumePoint, order: QuestionOrder) 
     is_measured = not job.held_out or evaluation_steps(records).get(AFTER_RL) == point.step
     if not job.is_over(point, order) or point.sampler_step != point.step or not is_measured:
         return None
-    return result_of(job, point, "finished")
+    return result_of(job.out_dir, point, "finished")
 
 
-def result_of(job: TrainingJob, point: ResumePoint | None, reason: str) -> TrainingResult:
+def result_of(folder: Path, point: ResumePoint | None, reason: str) -> TrainingResult:
     """What a run has come to, from its folder."""
     return TrainingResult(
-        out_dir=job.out_dir,
+        out_dir=folder,
         steps=point.step if point else 0,
         reason=reason,
         checkpoint=point.sampler_path if point else None,
-        evaluations=load_evaluations(RunRecords(job.out_dir)),
+        evaluations=load_evaluations(RunRecords(folder)),
         seconds=point.seconds if point else 0.0,
     )
 

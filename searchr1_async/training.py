@@ -6,10 +6,11 @@ Read :func:`_Training.run` from top to bottom: open the services, measure the mo
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import random
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,7 @@ import anyio
 import tinker
 
 from searchr1_async.config import WarmUp
+from searchr1_async.control import RunControl
 from searchr1_async.errors import SearchR1Error, ServiceError
 from searchr1_async.evaluation.evaluate import evaluate_policy
 from searchr1_async.events import (
@@ -27,8 +29,9 @@ from searchr1_async.events import (
     PhaseEnded,
     PhaseStarted,
     RunEnded,
+    RunStarted,
 )
-from searchr1_async.job import StopRequest, TrainingJob, TrainingResult
+from searchr1_async.job import TrainingJob, TrainingResult
 from searchr1_async.learn.checkpoints import ResumePoint
 from searchr1_async.learn.demonstrations import Demonstration, demonstration_batches, play_demonstrations
 from searchr1_async.learn.learner import Learner
@@ -47,33 +50,61 @@ from searchr1_async.run_folder import (
     evaluation_steps,
     finished_result,
     first_error,
+    keep_tokenizer,
     load_point,
     result_of,
     writing_records,
 )
 from searchr1_async.search import Search
 from searchr1_async.service import Service, check_service, open_service
+from searchr1_async.watch.fanout import Watchers
 from searchr1_async.watch.records import RunRecords
+from searchr1_async.watch.trackers import Tracker, open_trackers
+from searchr1_async.watch.viewer.tokens import remember_tokenizer
 
 logger = logging.getLogger(__name__)
 
 
-async def run_training(job: TrainingJob, emit: Emit, stop: StopRequest) -> TrainingResult:
+async def run_training(
+    job: TrainingJob, watchers: Watchers, control: RunControl, trackers: Sequence[Tracker] = ()
+) -> TrainingResult:
     """Runs a job to its end, to its time limit or to a stop.
+
+    Args:
+        watchers: get every event.
+        trackers: as well, from the moment on at which the run's folder is its own; they are opened and closed here.
 
     Raises:
         SearchR1Error: whatever went wrong, as one of the package's errors; the run's folder holds a resume point.
     """
-    try:
-        result = await _run(job, emit, stop)
-    except* SearchR1Error as group:
-        emit(RunEnded("failed"))
-        raise first_error(group) from group
-    emit(RunEnded(result.reason))
+    control.emit = watchers
+    async with AsyncExitStack() as opened:
+        reason = "failed"
+        try:
+            result = await _run_or_say_why(job, watchers, control, trackers, opened)
+            reason = result.reason
+        except asyncio.CancelledError:
+            reason = "stopped"
+            raise
+        finally:
+            watchers(RunEnded(reason))
     return result
 
 
-async def _run(job: TrainingJob, emit: Emit, stop: StopRequest) -> TrainingResult:
+async def _run_or_say_why(
+    job: TrainingJob, emit: Watchers, control: RunControl, trackers: Sequence[Tracker], opened: AsyncExitStack
+) -> TrainingResult:
+    try:
+        return await _run(job, emit, control, trackers, opened)
+    except* SearchR1Error as group:
+        cause = first_error(group)
+        emit(Notice(f"{type(cause).__name__}: {cause}", is_warning=True))
+        raise cause from group
+
+
+async def _run(
+    job: TrainingJob, emit: Watchers, control: RunControl, trackers: Sequence[Tracker], opened: AsyncExitStack
+) -> TrainingResult:
     order = QuestionOrder(job.questions, seed=job.learning.seed)
     # In a thread, and first: it reads the corpus whole, and refuses one that cannot be used.
     identity = await anyio.to_thread.run_sync(job.identity)
@@ -82,19 +113,26 @@ async def _run(job: TrainingJob, emit: Emit, stop: StopRequest) -> TrainingResul
         return result
     await check_service(job.service, job.model, job.local)
     with claimed(job.out_dir):
+        for tracker in await opened.enter_async_context(open_trackers(trackers)):
+            emit.subscribe(tracker)
         # Once more, now that nobody else can write it.
         point = load_point(job, identity, order)
-        with stop.interruptible():
+        with control.interruptible():
             await open_search(job.search, emit)
-        if stop.requested:
-            return await anyio.to_thread.run_sync(result_of, job, point, "stopped")
-        async with _opened(job, emit, identity, order, point) as training:
-            return await training.run(stop)
+        if control.stop_requested:
+            return await anyio.to_thread.run_sync(result_of, job.out_dir, point, "stopped")
+        async with _opened(job, emit, control, identity, order, point) as training:
+            return await training.run()
 
 
 @asynccontextmanager
 async def _opened(
-    job: TrainingJob, emit: Emit, identity: Mapping[str, Any], order: QuestionOrder, point: ResumePoint | None
+    job: TrainingJob,
+    emit: Emit,
+    control: RunControl,
+    identity: Mapping[str, Any],
+    order: QuestionOrder,
+    point: ResumePoint | None,
 ) -> AsyncIterator[_Training]:
     """The services of a run: the Tinker service and the search, closed together whatever happens."""
     async with (
@@ -108,6 +146,21 @@ async def _opened(
             tokenizer=job.tokenizer,
         ) as service,
     ):
+        remember_tokenizer(service.tokenizer)
+        emit(
+            RunStarted(
+                "train",
+                service.model_name,
+                is_embedded=service.is_local,
+                embedder=job.search.embedder.name,
+                out_dir=str(job.out_dir),
+                step=point.step if point else 0,
+                total_steps=job.total_steps(order),
+                group_size=job.learning.group_size,
+                groups_per_batch=job.learning.groups_per_batch,
+                settings=identity,
+            )
+        )
         spec = WorkerSpec(
             job.format_name,
             service.model_name,
@@ -126,8 +179,11 @@ async def _opened(
             group_size=job.learning.group_size,
             max_failed_fraction=job.learning.max_failed_fraction,
             emit=emit,
+            search_metrics=lambda: job.search.statistics.metrics(),
         ) as engine:
-            yield _Training(job, emit, service, engine, identity, order, point)
+            await keep_tokenizer(service.tokenizer, job.out_dir)
+            with control.holding(engine.pause):
+                yield _Training(job, emit, control, service, engine, identity, order, point)
 
 
 async def open_search(search: Search, emit: Emit) -> None:
@@ -154,6 +210,7 @@ class _Training:
         self,
         job: TrainingJob,
         emit: Emit,
+        control: RunControl,
         service: Service,
         engine: RolloutEngine,
         identity: Mapping[str, Any],
@@ -161,13 +218,13 @@ class _Training:
         point: ResumePoint | None,
     ) -> None:
         self._job, self._emit, self._service, self._engine, self._order = job, emit, service, engine, order
-        self._identity, self._point = identity, point
+        self._control, self._identity, self._point = control, identity, point
         self._records = RunRecords(job.out_dir)
 
-    async def run(self, stop: StopRequest) -> TrainingResult:
-        job = self._job
+    async def run(self) -> TrainingResult:
+        job, control = self._job, self._control
         reason = "stopped"
-        with stop.interruptible():
+        with control.interruptible():
             client = await self._restore_or_create()
             learner = await self._learner(client)
             if self._point is None:
@@ -179,11 +236,12 @@ class _Training:
             if job.warm_up is not None and self._point.step == 0:
                 await self._measure(AFTER_WARM_UP, policy)
             reason, policy = await self._learn(learner, policy, self._point)
-            await self._measure(AFTER_RL, policy)
-        if stop.requested:
+            if not control.stop_requested:
+                await self._measure(AFTER_RL, policy)
+        if control.stop_requested:
             self._emit(Notice("stopped: every finished step is kept, resume=True goes on from the last"))
         await self._keep_sampler()
-        return await anyio.to_thread.run_sync(result_of, job, self._point, reason)
+        return await anyio.to_thread.run_sync(result_of, job.out_dir, self._point, reason)
 
     async def _learner(self, client: tinker.TrainingClient) -> Learner:
         learning = self._job.learning
@@ -208,6 +266,7 @@ class _Training:
             recorder=recorder,
             keeper=Keeper(job),
             measure=self._measure,
+            control=self._control,
             emit=self._emit,
         )
         try:
@@ -254,6 +313,7 @@ class _Training:
             began = anyio.current_time()
             self._emit(PhaseStarted("warm-up", len(batches), "steps"))
             for done, batch in enumerate(batches):
+                await self._control.wait_while_paused()
                 rate = warm_up.learning_rate * (1 - 0.9 * done / len(batches))
                 loss = await learner.supervised_step(batch, rate)
                 self._emit(PhaseAdvanced("warm-up", done + 1, {"loss": loss}))

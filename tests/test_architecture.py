@@ -16,7 +16,8 @@ PACKAGE = "searchr1_async"
 MODULES = sorted(ROOT.rglob("*.py"))
 
 PUBLIC = """
-train evaluate rollout Run TrainingResult
+train evaluate rollout Run TrainingResult open_run RecordedRun
+WandbTracker TensorBoardTracker TrackioTracker
 Search SearchStatistics PacingSettings GeminiEmbedder SentenceTransformerEmbedder EmbeddedChroma RemoteChroma
 build_index IndexReport
 Corpus load_corpus load_questions

@@ -11,8 +11,21 @@ import anyio
 import pytest
 
 import searchr1_async as sr
-from searchr1_async.events import EpisodeFinished, Event, PhaseStarted, StepFinished
+from searchr1_async.events import (
+    BatchClosed,
+    EpisodeFinished,
+    Event,
+    PhaseStarted,
+    RolloutSampled,
+    RunEnded,
+    RunPaused,
+    RunResumed,
+    RunStarted,
+    StepFinished,
+    WeightsPublished,
+)
 from searchr1_async.learn.checkpoints import ResumePoint
+from searchr1_async.watch.trackers import read_events
 from tests import tiny_world
 
 pytestmark = pytest.mark.anyio
@@ -56,6 +69,11 @@ def finished(step: int) -> Callable[[Event], bool]:
 
 def in_step(step: int) -> Callable[[Event], bool]:
     return lambda event: isinstance(event, EpisodeFinished) and event.step == step
+
+
+async def uneven(episode: sr.Episode) -> float:
+    """Differs within every group, so that there is something to learn from in each step."""
+    return len(episode.turns[0].sampled_tokens) + sum(episode.turns[0].logprobs) / 100
 
 
 def assert_whole(run: sr.Run, steps: int) -> None:
@@ -198,9 +216,148 @@ async def test_the_time_limit_ends_a_run_that_can_go_on(start: Callable[..., sr.
 
 async def test_a_run_says_where_it_is(start: Callable[..., sr.Run], tmp_path: Path) -> None:
     run = start(steps=1)
-    assert repr(run) == f"Run({str(tmp_path / 'run')!r}, running)"
+    assert repr(run) == f"Run({str(tmp_path / 'run')!r}, 0 steps, running)"
     assert run.out_dir == tmp_path / "run"
     assert run.metrics.height == 0
     assert run.episodes().collect().height == 0
     await run
-    assert repr(run).endswith("ended)")
+    assert repr(run).endswith("1 steps, ended)")
+
+
+async def test_its_events_are_a_loop_of_ones_own(start: Callable[..., sr.Run]) -> None:
+    run = start(steps=2)
+    seen = [event async for event in run]
+    result = await run
+    assert isinstance(seen[-1], RunEnded)
+    assert seen[-1].reason == result.reason == "finished"
+    assert [event.step for event in seen if isinstance(event, StepFinished)] == [1, 2]
+    assert sum(isinstance(event, EpisodeFinished) for event in seen) == 2 * 6 * 4
+    assert [event async for event in run] == [], "nothing comes any more"
+
+
+async def test_a_step_is_told_in_its_order(start: Callable[..., sr.Run], tmp_path: Path) -> None:
+    run = start(steps=1, reward=uneven)
+    told = [type(event).__name__ async for event in run]
+    await run
+    order = [
+        "RunStarted",
+        "GroupFinished",
+        "MinibatchSubmitted",
+        "BatchClosed",
+        "WeightsPublished",
+        "StepFinished",
+        "RunEnded",
+    ]
+    assert [told.index(name) for name in order] == sorted(told.index(name) for name in order)
+    assert told.count("MinibatchLearned") == told.count("MinibatchSubmitted") >= 1
+    kept = [event.name for event in read_events(tmp_path / "run" / "events.jsonl")]
+    assert [kept.index(name) for name in order] == sorted(kept.index(name) for name in order)
+
+
+async def test_a_paused_run_asks_for_nothing_and_goes_on(start: Callable[..., sr.Run]) -> None:
+    watch = Watch()
+    run = start(steps=3, emit=watch)
+    await watch.wait_for(in_step(2), run)
+    with anyio.fail_after(60):
+        await run.pause()
+    paused = len(watch.events)
+    with anyio.fail_after(60):  # it looks about, and nothing is under way at the services
+        for _ in range(3):
+            at = len(watch.events)
+            await watch.wait_for(
+                lambda event, at=at: isinstance(event, RolloutSampled) and event in watch.events[at:], run
+            )
+    sampled = [event for event in watch.events[paused:] if isinstance(event, RolloutSampled)]
+    assert all(event.is_paused and event.sampling == event.searching == 0 for event in sampled)
+    assert len({event.sampled_tokens for event in sampled}) == 1
+    assert not run.done
+    await run.resume()
+    result = await run
+    assert (result.steps, result.reason) == (3, "finished")
+    assert_whole(run, 3)
+    assert sum(isinstance(event, RunPaused) for event in watch.events) == 1
+    assert sum(isinstance(event, RunResumed) for event in watch.events) == 1
+
+
+async def test_a_paused_run_can_be_stopped(start: Callable[..., sr.Run]) -> None:
+    watch = Watch()
+    run = start(emit=watch)
+    await watch.wait_for(in_step(1), run)
+    await run.pause()
+    result = await run.stop()
+    assert result.reason == "stopped"
+    assert tiny_world.tasks_left() == set()
+
+
+async def test_a_stop_waits_for_the_step_that_is_at_the_trainer(start: Callable[..., sr.Run]) -> None:
+    watch = Watch()
+    run = start(emit=watch, reward=uneven)
+    await watch.wait_for(lambda event: isinstance(event, BatchClosed) and event.step == 1, run)
+    assert not any(isinstance(event, WeightsPublished) for event in watch.events)
+    result = await run.stop()
+    assert (result.steps, result.reason) == (1, "stopped")
+    assert_whole(run, 1)
+
+
+async def test_an_interrupt_stops_with_a_checkpoint(start: Callable[..., sr.Run]) -> None:
+    watch = Watch()
+    run = start(emit=watch)
+
+    async def cell() -> None:
+        await run
+
+    awaiting = asyncio.create_task(cell())
+    await watch.wait_for(in_step(2), run)
+    awaiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await awaiting
+    point = ResumePoint.load(run.out_dir)
+    assert point is not None
+    assert point.step >= 1
+    assert point.sampler_step == point.step, "its last weights are kept for sampling"
+    assert run.result.checkpoint == point.sampler_path
+    assert watch.events[-1] == RunEnded("stopped")
+
+
+async def test_an_impatient_interrupt_ends_it_too(start: Callable[..., sr.Run]) -> None:
+    watch = Watch()
+    run = start(emit=watch)
+
+    async def cell() -> None:
+        await run
+
+    awaiting = asyncio.create_task(cell())
+    await watch.wait_for(in_step(1), run)
+    awaiting.cancel()
+    for _ in range(3):
+        await anyio.lowlevel.checkpoint()
+    assert run.control.stop_requested
+    awaiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await awaiting
+    assert run.done
+    assert tiny_world.tasks_left() == set()
+
+
+async def test_a_run_is_there_again_by_its_folder(start: Callable[..., sr.Run], tmp_path: Path) -> None:
+    with pytest.raises(sr.RunFolderError, match="holds no run"):
+        sr.open_run(tmp_path / "run")
+    watch = Watch()
+    run = start(steps=2, emit=watch)
+    await watch.wait_for(lambda event: isinstance(event, RunStarted), run)
+    assert sr.open_run(tmp_path / "run") is run, "it is under way in this process"
+    result = await run
+    opened = sr.open_run(tmp_path / "run")
+    assert opened is not run
+    assert opened.done
+    assert opened.step == 2
+    assert opened.metrics.equals(run.metrics)
+    assert opened.episodes().collect().equals(run.episodes().collect())
+    assert opened.settings["learning"]["group_size"] == 4
+    assert (opened.result.steps, opened.result.checkpoint) == (2, result.checkpoint)
+    row = run.episodes().collect().row(7, named=True)
+    episode = opened.episode(row["step"], row["group"], row["member"])
+    assert episode.question.id == row["question_id"]
+    assert episode.reward == row["reward"]
+    with pytest.raises(sr.ConfigurationError, match="no episode 99"):
+        opened.episode(1, 0, 99)

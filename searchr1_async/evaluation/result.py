@@ -88,6 +88,19 @@ class Evaluation:
             return wilson_interval(min(max(sum(means), 0.0), float(len(means))), len(means))
         return interval
 
+    def metrics(self) -> dict[str, float]:
+        """The figures to tell in an event: exact match with the ends of its interval, counts, and each suite's exact match."""
+        low, high = self.exact_match_interval
+        return {
+            "exact_match": self.exact_match,
+            "exact_match_low": low,
+            "exact_match_high": high,
+            "questions": float(self.questions),
+            "episodes": float(len(self.episodes)),
+            "turns_per_episode": self.turns_per_episode,
+            **{f"exact_match/{suite}": part.exact_match for suite, part in self.by_data_source.items()},
+        }
+
     @cached_property
     def f1(self) -> float:
         """Mean token F1 against the best golden answer (reward part ``f1``); NaN when it was not scored."""

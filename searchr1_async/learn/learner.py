@@ -159,6 +159,8 @@ class Learner:
         is_clipped = is_off_policy or settings.optimizer_steps > 1
         self.loss: LossName = settings.loss or ("ppo" if is_clipped else "importance_sampling")
         """What is asked of the service."""
+        self.when_learned: Callable[[], None] = lambda: None
+        """Called when the trainer is done with a minibatch."""
         self._batch = _Batch()
         self._outstanding: list[tinker.APIFuture[Any]] = []
 
@@ -198,7 +200,11 @@ class Learner:
         )
         self._batch.unstepped = True
         self._emit(MinibatchSubmitted(step, len(groups), len(datums), tokens))
-        _when_done(future, lambda: self._emit(MinibatchLearned(step, len(datums), tokens)))
+        _when_done(future, lambda: self._learned(MinibatchLearned(step, len(datums), tokens)))
+
+    def _learned(self, minibatch: MinibatchLearned) -> None:
+        self._emit(minibatch)
+        self.when_learned()
 
     @property
     def is_idle(self) -> bool:

@@ -145,6 +145,11 @@ class Admission:
         return tuple(self._running)
 
     @property
+    def taken(self) -> int:
+        """Groups that the open step has."""
+        return len(self._taken)
+
+    @property
     def waiting(self) -> int:
         """Finished groups that no step has taken yet."""
         return sum(map(len, self._ready.values()))

@@ -106,6 +106,14 @@ class RunRecords:
         path = self._episodes / _step_file(step)
         return _load(path) if path.exists() else ()
 
+    def load_episode(self, step: int, group: int, member: int) -> Episode | None:
+        """One episode of training as a value again; None where there is none."""
+        path = self._episodes / _step_file(step)
+        if not path.exists():
+            return None
+        rows = pl.scan_parquet(path, glob=False).filter(group=group, member=member).collect()
+        return episode_from_row(rows.row(0, named=True)) if rows.height else None
+
     def write_evaluation(self, label: str, episodes: Sequence[Episode], step: int | None = None) -> None:
         """Record one evaluation; the same ``label`` again replaces the earlier one, in its place.
 

@@ -7,7 +7,7 @@ from searchr1_async.episodes.reward import RecipeReward
 from searchr1_async.episodes.types import Question
 from searchr1_async.errors import TooManyFailuresError
 from searchr1_async.evaluation.evaluate import evaluate_policy, play_all
-from searchr1_async.events import Event, PhaseAdvanced, PhaseEnded, PhaseStarted
+from searchr1_async.events import EvaluationFinished, Event, PhaseAdvanced, PhaseEnded, PhaseStarted
 from searchr1_async.rollout.engine import RolloutEngine
 from searchr1_async.rollout.gate import SampleGate
 from searchr1_async.rollout.player import LocalPlayer
@@ -74,13 +74,19 @@ async def test_an_evaluation_has_every_question_in_order_and_its_score() -> None
     assert [episode.question.id for episode in evaluation.episodes] == [q.id for q in QUESTIONS for _ in range(3)]
     assert evaluation.exact_match == 0.5
     assert (evaluation.label, evaluation.step, evaluation.samples_per_question) == ("here", 7, 3)
-    started, *advanced, ended = events
+    started, *advanced, ended, told = events
     assert started == PhaseStarted("evaluate", 6, "questions", "here")
     assert isinstance(ended, PhaseEnded)
     assert [e.done for e in advanced if isinstance(e, PhaseAdvanced)] == [1, 2, 3, 4, 5, 6]
     last = advanced[-1]
     assert isinstance(last, PhaseAdvanced)
     assert last.metrics["correct"] == pytest.approx(0.5)
+    assert last.metrics["turns_per_episode"] == 2
+    assert last.metrics["valid_calls"] == 1
+    assert isinstance(told, EvaluationFinished)
+    assert (told.label, told.step) == ("here", 7)
+    assert told.metrics["exact_match"] == told.metrics["exact_match/unknown"] == 0.5
+    assert told.metrics["exact_match_low"] < 0.5 < told.metrics["exact_match_high"]
 
 
 async def test_episodes_of_an_evaluation_are_not_told_as_training_episodes() -> None:

@@ -340,3 +340,32 @@ async def test_it_sees_a_service_push_back_through_the_sdk(tmp_path: Path) -> No
     assert statistics.push_backs >= 1
     assert statistics.limit <= 0.7 * 24
     assert statistics.cause is Cause.SERVICE
+
+
+async def test_a_paused_gate_lets_nobody_in_and_then_goes_on_in_order() -> None:
+    gate, order = gate_of(2), []
+
+    async def request(name: str, turn: int) -> None:
+        async with gate.slot(turn=turn, tokens=10):
+            order.append(name)
+            await anyio.sleep(1)
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(request, "on its way", 0)
+        await settled()
+        gate.pause(True)
+        for name, turn in (("first turn", 0), ("later turn", 1), ("latest turn", 3)):
+            tasks.start_soon(request, name, turn)
+        await settled()
+        with anyio.move_on_after(0.1):
+            await request("given up", 2)
+        await anyio.sleep(3600)
+        assert order == ["on its way"], "what was on its way came to its end, and nothing began"
+        assert (gate.statistics.in_flight, gate.statistics.waiting, gate.statistics.is_paused) == (0, 3, True)
+        gate.pause(False)
+        await settled()
+        assert order[1:] == ["latest turn", "later turn"]
+        assert not gate.statistics.is_paused
+    assert order[-1] == "first turn"
+    assert gate.statistics.prompt_tokens == 40
+    assert is_empty(gate)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from searchr1_async.watch.viewer.cell import episode_html, group_html
-from searchr1_async.watch.viewer.page import in_cell, page_of, view_run
+from searchr1_async.watch.viewer.page import in_cell, load_tokenizer, page_of, view_run
 from searchr1_async.watch.viewer.plain import episode_text, group_text
 from searchr1_async.watch.viewer.representations import register_representations
 from searchr1_async.watch.viewer.tokens import remember_tokenizer, token_pieces
@@ -14,6 +14,7 @@ __all__ = [
     "group_html",
     "group_text",
     "in_cell",
+    "load_tokenizer",
     "page_of",
     "register_representations",
     "remember_tokenizer",

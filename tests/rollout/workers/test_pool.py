@@ -201,6 +201,7 @@ async def test_what_workers_play_is_what_this_process_would_play(world: World) -
             await _searches_that_fail(pool, policy, search)
             await _weights_that_change(pool, LatestPolicy(newer), newest, search)
             await _cancelling(world, pool, policy)
+            await _pausing(world, pool, policy)
             await _statistics(pool)
             async with raw(world.url) as client:
                 listed = await client.ok("sessions", method="GET")
@@ -234,6 +235,22 @@ async def _weights_that_change(
     for episode in played.values():
         assert [turn.policy_version for turn in episode.turns] == [4] + [5] * (len(episode.turns) - 1)
     search.on_search = lambda query: None
+
+
+async def _pausing(world: World, pool: WorkerPool, policy: TinkerPolicy) -> None:
+    pool.pause(True)
+    asked = len(world.backend.futures)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(play_all, pool, policy, [task(40), task(41)])
+
+        async def all_wait() -> bool:
+            return sum(gate.waiting for gate in pool.gates) == 8
+
+        await until(all_wait, 30)
+        assert all(gate.is_paused for gate in pool.gates)
+        assert len(world.backend.futures) == asked, "nothing was sampled"
+        pool.pause(False)
+    assert len(world.backend.futures) > asked
 
 
 @dataclass

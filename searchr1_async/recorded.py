@@ -1,0 +1,151 @@
+"""A run as it lies in its folder: read, drawn and shown, whether it is running or has ended."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from searchr1_async.episodes.types import Episode
+from searchr1_async.errors import ConfigurationError, RunFolderError
+from searchr1_async.job import TrainingResult
+from searchr1_async.learn.checkpoints import ResumePoint
+from searchr1_async.run_folder import is_claimed, result_of
+from searchr1_async.watch.records import RunRecords
+from searchr1_async.watch.viewer import in_cell, load_tokenizer, remember_tokenizer, view_run
+
+CELL_EPISODES = 200
+"""Episodes in a notebook's own viewer, which are kept in its file."""
+
+
+class CellView:
+    """A page that shows itself in a notebook's cell."""
+
+    def __init__(self, page_html: str) -> None:
+        self.page_html = page_html
+
+    def _repr_html_(self) -> str:
+        return in_cell(self.page_html)
+
+    def __repr__(self) -> str:
+        return 'the episode viewer: look at it in a notebook, or write it as a page with run.view("page.html")'
+
+
+class RecordedRun:
+    """What a run's folder tells. Everything is read anew at each call, so it also follows a run that is under way elsewhere."""
+
+    def __init__(self, out_dir: Path) -> None:
+        self._out_dir = out_dir
+
+    @property
+    def out_dir(self) -> Path:
+        """The run's folder: settings, resume point, records, checkpoints of the embedded service."""
+        return self._out_dir
+
+    @property
+    def done(self) -> bool:
+        """Nobody trains in the folder now."""
+        return not is_claimed(self._out_dir)
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps finished."""
+        point = ResumePoint.load(self._out_dir)
+        return point.step if point else 0
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the run was given, as plain JSON values; empty before its first resume point."""
+        point = ResumePoint.load(self._out_dir)
+        return dict(point.settings) if point else {}
+
+    @property
+    def result(self) -> TrainingResult:
+        """What the run has come to so far; its ``reason`` is ``"running"`` or ``"ended"``."""
+        return result_of(self._out_dir, ResumePoint.load(self._out_dir), "ended" if self.done else "running")
+
+    @property
+    def metrics(self) -> pl.DataFrame:
+        """One row a finished step, with the recipe's metric names as columns."""
+        return RunRecords(self._out_dir).metrics()
+
+    def episodes(self) -> pl.LazyFrame:
+        """One row an episode of every finished step, scanned from the run's Parquet files."""
+        return RunRecords(self._out_dir).episodes()
+
+    def groups(self) -> pl.LazyFrame:
+        """One row a group of every finished step: trained on, or dropped and why; the weights that it was sampled from."""
+        return RunRecords(self._out_dir).groups()
+
+    def evaluations(self) -> pl.LazyFrame:
+        """One row an episode of every evaluation on the held-out questions, told apart by ``label``."""
+        return RunRecords(self._out_dir).evaluations()
+
+    def episode(self, step: int, group: int = 0, member: int = 0) -> Episode:
+        """One episode of training, token for token; in a notebook it shows itself.
+
+        Args:
+            step: optimiser step, from 1.
+            group: number of the group in its step, and
+            member: of the episode in its group, as in :meth:`episodes`.
+
+        Raises:
+            ConfigurationError: there is none.
+        """
+        found = RunRecords(self._out_dir).load_episode(step, group, member)
+        if found is None:
+            raise ConfigurationError(
+                f"step {step} has no episode {member} of group {group}: see run.episodes() for those that there are"
+            )
+        if (tokenizer := load_tokenizer(self._out_dir)) is not None:
+            remember_tokenizer(tokenizer)
+        return found
+
+    def plot(self, kind: str = "learning", **options: Any) -> Any:
+        """A chart of the run, as an Altair object: change it further, or ``.save("chart.png")`` (or ``.svg``).
+
+        Args:
+            kind: ``"learning"``, ``"reward"``, ``"exact_match"``, ``"turns"``, ``"valid_calls"``, ``"timeline"`` (who waited for
+                what in a step; ``step=``), ``"reward_by_turns"``, ``"suites"``, or the name of any metric.
+
+        Raises:
+            ConfigurationError: an unknown kind.
+        """
+        from searchr1_async.watch.plots import draw  # altair: half a second, for those who draw
+
+        return draw(self._out_dir, kind, **options)
+
+    def view(self, path: str | Path | None = None, **options: Any) -> Path | CellView:
+        """The episode viewer: filter, sort, read and compare the run's episodes.
+
+        Args:
+            path: writes one self-contained HTML page there and returns its path; None shows it in the notebook's cell, by default
+                with 200 episodes, a share of every step and evaluation.
+            options: ``steps``, ``labels`` and ``limit`` choose the episodes.
+
+        Raises:
+            RunFolderError: nothing is recorded yet, or not what is asked for.
+        """
+        if path is not None:
+            return view_run(self._out_dir, Path(path), **options)
+        with tempfile.TemporaryDirectory(prefix="searchr1-view-") as scratch:
+            options.setdefault("limit", CELL_EPISODES)
+            page = view_run(self._out_dir, Path(scratch) / "view.html", **options)
+            return CellView(page.read_text(encoding="utf-8"))
+
+    def __repr__(self) -> str:
+        state = "ended" if self.done else "running"
+        return f"{type(self).__name__}({str(self._out_dir)!r}, {self.step} steps, {state})"
+
+
+def recorded_run(path: Path) -> RecordedRun:
+    """The run in a folder.
+
+    Raises:
+        RunFolderError: there is none.
+    """
+    if ResumePoint.load(path) is None and not is_claimed(path):
+        raise RunFolderError(f"{path} holds no run: name the out_dir that a run was given")
+    return RecordedRun(path)

@@ -1,0 +1,104 @@
+"""The hand on a run, in virtual time."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import anyio
+import pytest
+
+from searchr1_async.control import RunControl
+from searchr1_async.events import Event, RunPaused, RunResumed
+from tests.virtual_time import VirtualTimeLoop
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def anyio_backend() -> tuple[str, dict[str, Any]]:
+    return "asyncio", {"debug": True, "loop_factory": VirtualTimeLoop}
+
+
+async def test_a_stop_cuts_the_innermost_work_and_what_is_around_it_ends_by_itself() -> None:
+    control, done = RunControl(), []
+    async with anyio.create_task_group() as tasks:
+
+        async def work() -> None:
+            with control.interruptible():
+                with control.interruptible():
+                    await anyio.sleep_forever()
+                await anyio.sleep(30)
+                done.append("tidied up")
+            done.append("ended")
+
+        tasks.start_soon(work)
+        await anyio.sleep(1)
+        control.request_stop()
+        control.request_stop()
+        await anyio.sleep(1)
+        assert done == []
+    assert done == ["tidied up", "ended"]
+
+
+async def test_what_begins_after_a_stop_is_cut_at_once() -> None:
+    control = RunControl()
+    control.request_stop()
+    with control.interruptible():
+        await anyio.sleep_forever()
+    assert control.stop_requested
+
+
+async def test_a_pause_stops_the_clock_and_every_hold() -> None:
+    control, told, held = RunControl(), list[Event](), list[bool]()
+    control.emit = told.append
+    began = control.now()
+    with control.holding(held.append):
+        await anyio.sleep(10)
+        control.pause()
+        control.pause()
+        with control.holding(held.append):
+            await anyio.sleep(1000)
+            assert control.now() - began == pytest.approx(10)
+            control.resume()
+        control.resume()
+        await anyio.sleep(5)
+    control.pause()
+    assert control.now() - began == pytest.approx(15)
+    assert held == [True, True, False, False]
+    assert told == [RunPaused(), RunResumed(), RunPaused()]
+
+
+async def test_a_deadline_is_put_off_by_as_long_as_the_run_was_held() -> None:
+    control = RunControl()
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    async with anyio.create_task_group() as tasks:
+
+        async def hold() -> None:
+            for _ in range(3):
+                await anyio.sleep(2)
+                control.pause()
+                await anyio.sleep(100)
+                control.resume()
+
+        tasks.start_soon(hold)
+        await control.sleep_until(control.now() + 5)
+        assert loop.time() - began == pytest.approx(2 * 100 + 5, abs=0.5)
+
+
+async def test_whoever_waits_goes_on_with_the_run() -> None:
+    control, passed = RunControl(), []
+    await control.wait_while_paused()
+    control.pause()
+    async with anyio.create_task_group() as tasks:
+
+        async def next_step() -> None:
+            await control.wait_while_paused()
+            passed.append(control.is_paused)
+
+        tasks.start_soon(next_step)
+        await anyio.sleep(60)
+        assert passed == []
+        control.resume()
+    assert passed == [False]
