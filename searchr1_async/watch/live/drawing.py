@@ -1,11 +1,12 @@
-"""Draws for the live view, in a process of its own: ``python drawing.py page|picture``, JSON in, bytes out.
+"""Draws for the live view, in a process of its own: ``python drawing.py charts|vega|picture``, JSON in, bytes out.
 
 Not in the run's process: vl-convert holds the interpreter's lock for all of its work (observed: 1.8 s for Vega's bundle, 1.8 s
 for a first picture), and in a thread would hold the event loop for as long. Importing Altair is 0.7 to 2.4 s of CPU besides.
 This file imports nothing of the package, so that the process begins at once; :mod:`searchr1_async.watch.live.child` starts it.
 
-``page`` takes ``window``, ``from_zero`` and ``with_vega``, and gives one line of JSON, a Vega-Lite chart for each curve; then, if
-it is wanted, Vega itself: an ES module that exports ``vegaEmbed``, gzipped. ``picture`` takes the data and gives a PNG.
+``charts`` takes ``window`` and ``from_zero`` and gives JSON: ``page``, a Vega-Lite chart for each curve, and ``picture``, one of
+them all. ``vega`` gives Vega itself: an ES module that exports ``vegaEmbed``, gzipped. ``picture`` takes what is to be shown, and
+a chart if there is one already, and gives a PNG.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import gzip
 import json
-import os
 import sys
 from typing import Any
 
@@ -102,35 +102,49 @@ def page_specs(window: int, from_zero: bool) -> dict[str, Any]:
     return specs
 
 
-def picture_spec(task: dict[str, Any]) -> dict[str, Any]:
-    """What a run came to, as one picture: its curves, or an evaluation's suites side by side.
-
-    Args:
-        task: ``title``, ``subtitle`` (lines), ``window``, ``from_zero``, and the rows of ``steps``, ``evaluations`` and ``suites``.
-    """
+def picture_spec(window: int, from_zero: bool) -> dict[str, Any]:
+    """All curves as one picture; :func:`filled` gives it its words and its data."""
     import altair as alt
 
-    if task["steps"]:
-        panels = [
-            panel(name, task["window"], from_zero=task["from_zero"], x_title="optimiser step").properties(
-                width=PICTURE_WIDTH, height=170, title=alt.TitleParams(heading, anchor="start", fontSize=13)
-            )
-            for name, (heading, *_) in CURVES.items()
-        ]
-        chart: Any = alt.concat(*panels, columns=2, spacing=22)
-    else:
-        chart = _suites()
-    chart = chart.properties(
-        title=alt.TitleParams(task["title"], subtitle=task["subtitle"], anchor="start", fontSize=16, offset=14,
-                              subtitleFontSize=12, subtitleColor="#4b5563", subtitlePadding=4)
-    )  # fmt: skip
-    chart = chart.configure(background="white", padding=12, font="sans-serif")
+    panels = [
+        panel(name, window, from_zero=from_zero, x_title="optimiser step").properties(
+            width=PICTURE_WIDTH, height=170, title=alt.TitleParams(heading, anchor="start", fontSize=13)
+        )
+        for name, (heading, *_) in CURVES.items()
+    ]
+    return _framed(alt.concat(*panels, columns=2, spacing=22))
+
+
+def suites_spec() -> dict[str, Any]:
+    """An evaluation's suites side by side."""
+    return _framed(_suites())
+
+
+def _framed(chart: Any) -> dict[str, Any]:
+    import altair as alt
+
+    title = alt.TitleParams(
+        "",
+        subtitle=[],
+        anchor="start",
+        fontSize=16,
+        offset=14,
+        subtitleFontSize=12,
+        subtitleColor="#4b5563",
+        subtitlePadding=4,
+    )
+    chart = chart.properties(title=title).configure(background="white", padding=12, font="sans-serif")
     chart = chart.configure_view(stroke=None).configure_axis(
         gridColor="#e5e7eb", domainColor=GREY, tickColor=GREY, labelFontSize=11
     )
-    spec = chart.to_dict()
-    spec["datasets"] = {name: task[name] for name in ("steps", "evaluations", "suites")} | {"running": []}
-    return spec
+    return chart.to_dict()
+
+
+def filled(spec: dict[str, Any], task: dict[str, Any]) -> dict[str, Any]:
+    """The chart with the task's ``title``, ``subtitle`` (lines), and the rows of ``steps``, ``evaluations`` and ``suites``."""
+    title = spec["title"] | {"text": task["title"], "subtitle": task["subtitle"]}
+    rows = {name: task[name] for name in ("steps", "evaluations", "suites")} | {"running": []}
+    return spec | {"title": title, "datasets": rows}
 
 
 def _suites() -> Any:
@@ -153,9 +167,8 @@ def _suites() -> Any:
 def vega() -> bytes:
     """Vega, Vega-Lite and vega-embed as one ES module, gzipped: 0.3 MB."""
     import vl_convert
-    from altair.utils._importers import vl_version_for_vl_convert
 
-    source = vl_convert.javascript_bundle("export { vegaEmbed };", vl_version=vl_version_for_vl_convert())
+    source = vl_convert.javascript_bundle("export { vegaEmbed };")
     return gzip.compress(source.encode(), 6)
 
 
@@ -163,7 +176,8 @@ def picture(task: dict[str, Any], scale: float = 2.0) -> bytes:
     """The picture as PNG, in at most 256 colours: 60 KB where 24 bits a pixel take 150."""
     import vl_convert
 
-    return _fewer_colours(vl_convert.vegalite_to_png(picture_spec(task), scale=scale))
+    spec = task.get("spec") or (picture_spec(task["window"], task["from_zero"]) if task["steps"] else suites_spec())
+    return _fewer_colours(vl_convert.vegalite_to_png(filled(spec, task), scale=scale))
 
 
 def _fewer_colours(png: bytes) -> bytes:
@@ -182,15 +196,12 @@ def _fewer_colours(png: bytes) -> bytes:
 
 
 def main() -> None:
-    # The run comes first: this only draws it.
-    with contextlib.suppress(AttributeError, OSError):
-        os.nice(10)
     task = json.load(sys.stdin)
-    if sys.argv[1] == "page":
-        out = json.dumps(page_specs(task["window"], task["from_zero"])).encode() + b"\n"
-        out += vega() if task["with_vega"] else b""
+    if sys.argv[1] == "charts":
+        window, from_zero = task["window"], task["from_zero"]
+        out = json.dumps({"page": page_specs(window, from_zero), "picture": picture_spec(window, from_zero)}).encode()
     else:
-        out = picture(task)
+        out = vega() if sys.argv[1] == "vega" else picture(task)
     sys.stdout.buffer.write(out)
 
 

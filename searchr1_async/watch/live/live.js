@@ -92,9 +92,9 @@ class Curve {
     this.api.view.width(this.holder.clientWidth).runAsync();
   }
 
-  describe(text, hasData, hasVega) {
+  describe(text, hasData, hasVega, problem) {
     say(this.value, text);
-    say(this.hint, !hasVega ? "the chart is being prepared" : hasData ? "" : "from the first step on");
+    say(this.hint, problem || (!hasVega ? "the chart is being prepared" : hasData ? "" : "from the first step on"));
     this.holder.style.visibility = hasVega && hasData ? "visible" : "hidden";
   }
 
@@ -225,6 +225,7 @@ class View {
     this.rows = [];
     this.evaluations = [];
     this.running = "";
+    this.problem = "";
     this.build();
   }
 
@@ -274,7 +275,7 @@ class View {
     for (const panel of this.panels) {
       const known = (row) => row[panel.name] !== null && row[panel.name] !== undefined;
       const hasData = this.rows.some(known) || (hasRunning && known(frame.running));
-      panel.describe(frame.curves[panel.name] ?? "", hasData, this.charts !== null);
+      panel.describe(frame.curves[panel.name] ?? "", hasData, this.charts !== null, this.problem);
     }
     const running = JSON.stringify(frame.running);
     if (running === this.running) return;
@@ -297,7 +298,12 @@ class View {
         await this.embed();
       } catch (error) {
         console.warn("searchr1_async: the curves cannot be drawn here", error);
+        this.problem = "no chart: this page cannot draw it";
+        this.draw();
       }
+    } else if (message.kind === "no charts") {
+      this.problem = "no chart: the kernel's log says why";
+      this.draw();
     }
   }
 

@@ -30,7 +30,7 @@ class RichTextSurface:
     def draw(self, frame: Frame, news: News | None) -> None:
         self._output.update({"text/html": as_html(frame), "text/plain": as_text(frame)})
 
-    def add_charts(self, charts: Charts) -> None:
+    def add_charts(self, charts: Charts | None) -> None:
         raise NotImplementedError("rich text has no curves")
 
     def close(self, text: str, png: bytes | None) -> None:

@@ -21,8 +21,11 @@ from searchr1_async.watch.state import RunState
 
 logger = logging.getLogger(__name__)
 
-SECONDS_TO_END = 15.0
-"""For so long the end of a run may wait for its picture (observed: 3 s, 9 s on a busy machine)."""
+SECONDS_TO_END = 20.0
+"""For so long the end of a run may wait for its picture (observed: 2 s, 8 s on a machine with three times the work that it can
+do)."""
+SECONDS_TO_STOP = 10.0
+"""The same where somebody interrupts it, and waits."""
 _IDLE_SECONDS = 2.0
 """Without an event the clock alone moves the view on."""
 
@@ -47,7 +50,10 @@ class Surface(Protocol):
     """Takes charts and news."""
 
     def draw(self, frame: Frame, news: News | None) -> None: ...
-    def add_charts(self, charts: Charts) -> None: ...
+    def add_charts(self, charts: Charts | None) -> None:
+        """None: there will be none."""
+        ...
+
     def close(self, text: str, png: bytes | None) -> None:
         """Replace what is shown by what remains."""
 
@@ -118,7 +124,7 @@ class LiveView:
             with anyio.CancelScope(shield=True):
                 await self._stop_tasks()
                 self._draw()
-                with anyio.move_on_after(SECONDS_TO_END):
+                with anyio.move_on_after(SECONDS_TO_END if error is None else SECONDS_TO_STOP):
                     png = await self._picture()
         except Exception:
             self._complain("the picture of the run's end")
@@ -211,6 +217,7 @@ class LiveView:
             self._surface.add_charts(charts)
         except DrawingError as error:
             logger.warning("the live view goes on without curves: %s", error)
+            self._surface.add_charts(None)
         except Exception:
             self._complain("the live view's curves")
 
@@ -219,6 +226,8 @@ class LiveView:
         if task is None:
             return None
         try:
+            if self._charts is not None and task["steps"]:
+                task["spec"] = self._charts.picture
             return await self._drawer.picture(task)
         except DrawingError as error:
             logger.warning("the run's last picture is missing: %s", error)

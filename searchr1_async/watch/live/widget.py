@@ -70,8 +70,11 @@ class WidgetSurface:
             self._widget.send(rows)
         self._widget.frame = dict(frame)
 
-    def add_charts(self, charts: Charts) -> None:
-        self._widget.send({"kind": "charts", "specs": dict(charts.specs)}, buffers=[charts.vega])
+    def add_charts(self, charts: Charts | None) -> None:
+        if charts is None:
+            self._widget.send({"kind": "no charts"})
+        else:
+            self._widget.send({"kind": "charts", "specs": dict(charts.page)}, buffers=[charts.vega])
 
     def close(self, text: str, png: bytes | None) -> None:
         self._output.settle(text, png)

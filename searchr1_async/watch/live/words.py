@@ -221,7 +221,7 @@ def _stacks(snapshot: Snapshot) -> list[Stack]:
     between = max(0, snapshot.episodes - snapshot.sampling - snapshot.queued - snapshot.searching)
     stages = [
         Part(name="sampling", count=snapshot.sampling),
-        Part(name="queued for the model", count=snapshot.queued),
+        Part(name="queued", count=snapshot.queued),
         Part(name="searching", count=snapshot.searching),
         Part(name="in between", count=between),
     ]
@@ -304,8 +304,8 @@ def _sections(snapshot: Snapshot) -> list[Section]:
             for point in reversed(snapshot.evaluations)
         ]
         suites = snapshot.evaluations[-1].suites
-        if len(suites) > 1:
-            rows += [(f"· {shown(suite, 40)}", f"{share:.1%}") for suite, share in suites.items()]
+        if len(suites) > 1:  # of the newest, right below it
+            rows[1:1] = [(f"· {shown(suite, 40)}", f"{share:.1%}") for suite, share in suites.items()]
         sections.append(Section(title="Exact match, 95 % interval", rows=rows))
     return sections
 
