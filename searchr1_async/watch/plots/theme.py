@@ -78,7 +78,7 @@ def legend(**options: Any) -> alt.Legend:
         "orient": "top",
         "labelFontSize": 11,
         "labelLimit": 320,
-        "symbolLimit": 12,
+        "symbolOpacity": 1,
     }
     return alt.Legend(**(settings | options))
 

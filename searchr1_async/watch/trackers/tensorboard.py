@@ -37,7 +37,9 @@ class TensorBoardTracker(StepTracker):
         if self._writer is not None:
             self._writer.close()
         purge = {"purge_step": started.step + 1} if started.step else {}
-        self._writer = self._tensorboard.SummaryWriter(logdir=str(folder), flush_secs=5, **purge)
+        # Files are named by the second: a run that is resumed within it would overwrite its own.
+        suffix = f".from-{started.step:09d}"
+        self._writer = self._tensorboard.SummaryWriter(str(folder), flush_secs=5, filename_suffix=suffix, **purge)
         self._writer.add_text("settings", _block(json.dumps(config_of(started), indent=2)), started.step)
 
     def log_numbers(self, step: int, numbers: Mapping[str, float], moment: float) -> None:

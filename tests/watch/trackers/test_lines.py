@@ -1,0 +1,138 @@
+"""Events as lines, and lines as events again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from searchr1_async import events
+from searchr1_async.events import (
+    BatchClosed,
+    EpisodeFinished,
+    Event,
+    GroupDropped,
+    GroupFinished,
+    PipelineChanged,
+    RunStarted,
+    StepFinished,
+)
+from searchr1_async.watch.trackers.lines import (
+    LoggedEvent,
+    decoded,
+    encoded,
+    event_values,
+    plain,
+    read_events,
+    session_events,
+    sessions,
+    steps_of,
+)
+from tests.watch import builders
+
+
+def test_an_episode_is_told_in_a_few_figures_and_never_by_its_text() -> None:
+    question = builders.question("q7", "atlas")
+    line = encoded(12.3456, EpisodeFinished(builders.episode(question), step=3))
+    row = orjson.loads(line)
+    assert row["time"] == 12.346
+    assert row["event"] == "EpisodeFinished"
+    assert (row["question_id"], row["data_source"], row["step"]) == ("q7", "atlas", 3)
+    assert (row["reward"], row["correct"], row["turns"], row["stop_reason"]) == (1.0, 1.0, 2, "answer")
+    assert row["policy_versions"] == [1, 2]
+    assert question.question.encode() not in line
+    assert b"Paris" not in line
+
+
+def test_a_group_is_told_by_its_mean_and_size() -> None:
+    row = event_values(GroupDropped(builders.group(corrects=(1.0, 0.0, 0.0), failed=2), 4, "constant_reward"))
+    assert (row["episodes"], row["failed"], row["reason"], row["step"]) == (3, 2, "constant_reward", 4)
+    assert row["reward"] == pytest.approx(1 / 3)
+    assert event_values(GroupFinished(builders.group(corrects=()), 1))["reward"] is None
+
+
+def test_hostile_text_and_numbers_that_are_none_make_valid_json() -> None:
+    line = encoded(1.0, StepFinished(1, {builders.HOSTILE: math.nan, "infinite": math.inf, "fine": 0.5}))
+    assert line.count(b"\n") == 1
+    assert json.loads(line)["metrics"]["fine"] == 0.5
+    assert json.loads(line)["metrics"]["infinite"] is None
+    text = encoded(1.0, EpisodeFinished(builders.episode(builders.question("x" * 1_000_000)), 1))
+    assert len(text) < 20_000, "one text of a megabyte does not make a line of one"
+
+
+def test_every_event_of_the_contract_can_be_told() -> None:
+    """A new field of a type that JSON does not know would end the log: each event is made with whatever fits its fields."""
+    values = {
+        "str": "text", "str | None": "text", "int": 1, "int | None": None, "float": 0.5, "float | None": 0.5, "bool": True,
+        "Episode": builders.episode(), "Group": builders.group(), "Mapping[str, float]": {"a": 1.0},
+        "Mapping[str, Any]": {"a": (1, Path("x"))},
+    }  # fmt: skip
+    kinds = [kind for kind in vars(events).values() if isinstance(kind, type) and issubclass(kind, Event)]
+    assert len(kinds) > 15
+    for kind in kinds:
+        made = kind(**{field.name: values.get(str(field.type), "other") for field in dataclasses.fields(kind)})
+        event = decoded(encoded(2.0, made))
+        assert event is not None
+        assert (event.time, event.name) == (2.0, kind.__name__)
+
+
+json_like = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=20),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(st.characters(), max_size=5), inner, max_size=3)
+    ),
+    max_leaves=10,
+)
+
+
+@given(json_like)
+def test_whatever_settings_hold_becomes_a_line_that_reads_back(settings: object) -> None:
+    event = RunStarted("train", "m", True, "hash", settings={"given": settings})
+    read = decoded(encoded(1.0, event))
+    assert read is not None
+    assert read.values["settings"] == plain({"given": settings})
+
+
+@given(st.binary(max_size=200))
+def test_a_line_of_anything_is_an_event_or_nothing(line: bytes) -> None:
+    found = decoded(line)
+    assert found is None or isinstance(found, LoggedEvent)
+
+
+def test_a_torn_last_line_and_foreign_lines_are_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    whole = encoded(1.0, BatchClosed(1, 4))
+    path.write_bytes(
+        whole + b"not json\n" + b'{"time": "x", "event": "A"}\n' + encoded(2.0, BatchClosed(2, 4)) + whole[:-5]
+    )
+    assert [(event.time, event.values["step"]) for event in read_events(path)] == [(1.0, 1), (2.0, 2)]
+    assert list(read_events(tmp_path / "none.jsonl")) == []
+
+
+def logged(*rows: tuple[float, Event]) -> list[LoggedEvent]:
+    return [event for moment, row in rows if (event := decoded(encoded(moment, row))) is not None]
+
+
+def changed(step: int) -> PipelineChanged:
+    return PipelineChanged(step, step - 1, 4, 0, 0, "idle")
+
+
+def test_a_step_played_twice_belongs_to_the_session_that_played_it_last() -> None:
+    started = RunStarted("train", "m", True, "hash")
+    log = logged(
+        (0, started), (1, changed(1)), (2, changed(2)), (3, changed(3)),
+        (10, dataclasses.replace(started, step=1)), (11, changed(2)), (12, changed(3)), (13, changed(4)),
+    )  # fmt: skip
+    assert [len(session) for session in sessions(log)] == [4, 4]
+    assert [event.time for event in session_events(log, 1)] == [0, 1, 2, 3]
+    assert session_events(log, 2)[0].time == 10
+    assert session_events(log)[0].time == 10
+    assert session_events(log, 9) == []
+    assert session_events([], None) == []
+    assert steps_of(session_events(log)) == [2, 3, 4]
