@@ -240,7 +240,7 @@ _events: st.SearchStrategy[Event] = st.one_of(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.tuples(_events, st.floats(0, 5)), max_size=40))
 def test_no_order_of_events_breaks_it(told: list[tuple[Event, float]]) -> None:
     state, now = RunState(), 0.0

@@ -49,7 +49,7 @@ def panel(name: str, window: int, *, from_zero: bool, x_title: str = "step") -> 
     )
     axis = alt.Axis(format=number_format, tickCount=5, title=None, minExtent=38)
     is_share = name == "valid_calls"
-    limits: dict[str, Any] = {"domain": [0, 1]} if is_share else {}
+    limits: dict[str, Any] = {"domain": [0, 1.04]} if is_share else {}
     scale = alt.Scale(zero=name == "exact_match", nice=not is_share, **limits)
     tip = [alt.Tooltip("step:Q", format=".0f"), alt.Tooltip(f"{name}:Q", format=".3f", title=heading)]
     known = alt.Chart(alt.NamedData(name="steps")).transform_filter(f"isValid(datum.{name})")

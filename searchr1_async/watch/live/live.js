@@ -50,7 +50,7 @@ function theme(element) {
   return {
     background: null,
     font,
-    padding: 2,
+    padding: { top: 8, right: 9, bottom: 2, left: 2 },
     view: { stroke: null },
     axis: { labelColor: ink, titleColor: ink, gridColor: soft, domainColor: soft, tickColor: soft, labelFontSize: 10, titleFontSize: 10 },
   };
@@ -277,6 +277,7 @@ class View {
       const hasData = this.rows.some(known) || (hasRunning && known(frame.running));
       panel.describe(frame.curves[panel.name] ?? "", hasData, this.charts !== null, this.problem);
     }
+    if (this.painted === undefined) return this.embed();
     const running = JSON.stringify(frame.running);
     if (running === this.running) return;
     this.running = running;
@@ -307,24 +308,37 @@ class View {
     }
   }
 
+  /** Draws the charts, once there is something to draw: of nothing Vega makes axes without numbers, and warns. */
   async embed() {
-    if (!this.charts || !this.root.isConnected) return;
+    if (!this.charts || !this.root.isConnected || !this.hasData()) return;
     const config = theme(this.root);
     this.painted = JSON.stringify(config);
-    await Promise.all(this.panels.map((panel) => panel.embed(this.vega, structuredClone(this.charts[panel.name]), config)));
+    const datasets = this.data();
+    await Promise.all(
+      this.panels.map((panel) => panel.embed(this.vega, structuredClone({ ...this.charts[panel.name], datasets }), config)),
+    );
     this.feed();
     this.draw();
   }
 
-  feed() {
+  hasData() {
+    const { steps, running } = this.data();
+    return steps.length + running.length > 0;
+  }
+
+  data() {
     const frame = this.model.get("frame");
     const running = frame?.running && Object.keys(frame.running).length ? [frame.running] : [];
-    for (const panel of this.panels) panel.feed({ steps: this.rows, evaluations: this.evaluations, running });
+    return { steps: this.rows, evaluations: this.evaluations, running };
+  }
+
+  feed() {
+    for (const panel of this.panels) panel.feed(this.data());
   }
 
   /** The notebook's theme may have changed. */
   repaint() {
-    if (this.charts && this.root.isConnected && JSON.stringify(theme(this.root)) !== this.painted) this.embed();
+    if (this.painted !== undefined && this.root.isConnected && JSON.stringify(theme(this.root)) !== this.painted) this.embed();
   }
 
   close() {

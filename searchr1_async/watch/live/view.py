@@ -119,6 +119,7 @@ class LiveView:
     ) -> None:
         self._loop = None
         self._state.end(_reason(error), self._clock())
+        self._changed = True
         png: bytes | None = None
         try:
             with anyio.CancelScope(shield=True):

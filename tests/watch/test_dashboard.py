@@ -1,0 +1,319 @@
+"""Which view fits where, and what a live view does with a run: drawn seldom, closed whatever happens, never in the run's way."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+import threading
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import anyio
+import anyio.lowlevel
+import pytest
+
+from searchr1_async.errors import ConfigurationError
+from searchr1_async.events import EpisodeFinished, Event, RunStarted, StepFinished
+from searchr1_async.watch import dashboard
+from searchr1_async.watch.dashboard import ConsoleView, open_view
+from searchr1_async.watch.live.child import Charts, Drawer, DrawingError
+from searchr1_async.watch.live.view import LiveView, News
+from searchr1_async.watch.live.words import Frame
+from tests.watch.builders import episode
+
+pytestmark = pytest.mark.anyio
+
+STARTED = RunStarted("train", "Qwen/Qwen3-8B", False, "e", "runs/a", total_steps=10)
+
+
+class Surface:
+    """Remembers what was drawn on it."""
+
+    seconds_between = 0.01
+    has_curves = True
+
+    def __init__(self) -> None:
+        self.frames: list[Frame] = []
+        self.rows: list[Any] = []
+        self.charts: list[Charts | None] = []
+        self.closed: list[tuple[str, bytes | None]] = []
+        self.drawn = asyncio.Event()
+
+    def draw(self, frame: Frame, news: News | None) -> None:
+        self.frames.append(frame)
+        if news is not None:
+            self.rows[news.first :] = news.rows
+        self.drawn.set()
+
+    def add_charts(self, charts: Charts | None) -> None:
+        self.charts.append(charts)
+        self.drawn.set()
+
+    def close(self, text: str, png: bytes | None) -> None:
+        self.closed.append((text, png))
+
+    async def sees(self, what: str) -> None:
+        """Waits until something is drawn that says so."""
+        with anyio.fail_after(10):
+            while not any(what in str(frame) for frame in self.frames):
+                self.drawn.clear()
+                await self.drawn.wait()
+
+
+class Instantly(Drawer):
+    """Draws nothing, at once."""
+
+    async def charts(self, window: int, *, from_zero: bool) -> Charts:
+        return Charts({"reward": {}}, {"a": "picture"}, b"vega")
+
+    async def picture(self, task: Mapping[str, Any]) -> bytes:
+        return f"{task['title']} {task.get('spec')}".encode()
+
+
+class Controls:
+    def __init__(self) -> None:
+        self.said: list[tuple[str, int]] = []
+        self.pressed = anyio.Event()
+
+    async def pause(self) -> None:
+        self.note("pause")
+
+    async def resume(self) -> None:
+        self.note("resume")
+        raise RuntimeError("cannot resume")
+
+    def request_stop(self) -> None:
+        self.note("stop")
+
+    def note(self, what: str) -> None:
+        self.said.append((what, threading.get_ident()))
+        self.pressed.set()
+
+    async def next(self) -> str:
+        with anyio.fail_after(10):
+            await self.pressed.wait()
+        self.pressed = anyio.Event()
+        return self.said[-1][0]
+
+
+def step(number: int) -> Event:
+    return StepFinished(number, {"env/all/reward/total": 0.1 * number})
+
+
+async def test_a_run_is_drawn_and_leaves_a_picture() -> None:
+    surface = Surface()
+    async with LiveView(surface, drawer=Instantly()) as view:
+        view(STARTED)
+        view(step(1))
+        await surface.sees("Step 1 of 10")
+        view(step(2))
+        await surface.sees("Step 2 of 10")
+    assert [row["step"] for row in surface.rows] == [1, 2]
+    assert surface.charts == [Charts({"reward": {}}, {"a": "picture"}, b"vega")]
+    ((text, png),) = surface.closed
+    assert text.startswith("Trained Qwen/Qwen3-8B: 2 of 10 steps in ")
+    assert png is not None
+    assert png.endswith(b"finished {'a': 'picture'}")
+    assert surface.frames[-1]["standing"] == "ended"
+
+
+async def test_many_events_are_few_drawings() -> None:
+    surface = Surface()
+    surface.seconds_between = 0.25
+    async with LiveView(surface, drawer=Instantly()) as view:
+        for _ in range(1000):
+            view(EpisodeFinished(episode(), 1))
+        before = len(surface.frames)
+        await anyio.lowlevel.checkpoint()
+    assert before == 1, "the first is drawn where the view is made"
+    assert len(surface.frames) <= 3
+    assert surface.frames[-1]["sections"][0]["title"] == "Playing"
+
+
+async def test_nothing_new_is_not_drawn_again() -> None:
+    surface = Surface()
+    view = LiveView(surface, drawer=Instantly(), clock=lambda: 5.0)
+    view(STARTED)
+    view._draw()
+    drawn = len(surface.frames)
+    view(STARTED)
+    view._draw()
+    assert len(surface.frames) == drawn == 2
+
+
+@pytest.mark.parametrize(("error", "reason"), [(asyncio.CancelledError, "stopped"), (ValueError, "failed")])
+async def test_the_end_comes_whatever_ends_the_run(error: type[BaseException], reason: str) -> None:
+    surface = Surface()
+
+    async def run() -> None:
+        async with LiveView(surface, drawer=Instantly()) as view:
+            view(STARTED)
+            view(step(1))
+            raise error
+
+    with pytest.raises(error):
+        await run()
+    ((text, png),) = surface.closed
+    assert reason in text
+    assert png is not None
+
+
+async def test_a_cancelled_run_is_closed_in_full() -> None:
+    """An interrupted cell: the scope is cancelled while the view closes, and stays so."""
+    surface = Surface()
+    with anyio.CancelScope() as scope:
+        async with LiveView(surface, drawer=Instantly()) as view:
+            view(STARTED)
+            view(step(1))
+            scope.cancel()
+            await anyio.sleep_forever()
+    assert scope.cancelled_caught
+    assert surface.closed[0][1] is not None
+
+
+async def test_a_second_interrupt_leaves_the_words_at_least() -> None:
+    class Endless(Instantly):
+        async def picture(self, task: Mapping[str, Any]) -> bytes:
+            began.set()
+            await anyio.sleep_forever()
+            raise AssertionError
+
+    surface, began = Surface(), anyio.Event()
+
+    async def work() -> None:
+        async with LiveView(surface, drawer=Endless()) as view:
+            view(STARTED)
+            view(step(1))
+
+    task = asyncio.create_task(work())
+    with anyio.fail_after(10):
+        await began.wait()
+        task.cancel()
+        await asyncio.wait([task])
+    assert task.cancelled()
+    assert surface.closed[0][1] is None
+    assert surface.closed[0][0].startswith("Trained Qwen/Qwen3-8B")
+
+
+async def test_what_cannot_be_drawn_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    class Failing(Drawer):
+        async def charts(self, window: int, *, from_zero: bool) -> Charts:
+            raise DrawingError("no drawing here")
+
+        async def picture(self, task: Mapping[str, Any]) -> bytes:
+            raise DrawingError("no picture here")
+
+    surface = Surface()
+    async with LiveView(surface, drawer=Failing()) as view:
+        view(STARTED)
+        view(step(1))
+        with anyio.fail_after(10):
+            while not surface.charts:
+                surface.drawn.clear()
+                await surface.drawn.wait()
+    assert surface.charts == [None]
+    assert surface.closed[0][1] is None
+    assert "no drawing here" in caplog.text
+    assert "no picture here" in caplog.text
+
+
+async def test_a_broken_surface_does_not_harm_the_run(caplog: pytest.LogCaptureFixture) -> None:
+    class Broken(Surface):
+        def draw(self, frame: Frame, news: News | None) -> None:
+            self.drawn.set()
+            raise OSError("the page is gone")
+
+        def close(self, text: str, png: bytes | None) -> None:
+            raise OSError("the page is gone")
+
+    surface = Broken()
+    async with LiveView(surface, drawer=Instantly()) as view:
+        view(STARTED)
+        surface.drawn.clear()
+        await surface.drawn.wait()
+        view(step(1))
+    warnings = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warnings) == 1, "said once, however often it fails"
+
+
+async def test_buttons_from_another_thread_act_on_the_loop(caplog: pytest.LogCaptureFixture) -> None:
+    """A kernel with subshells hands a widget's messages to a thread of its own."""
+    controls = Controls()
+    async with LiveView(Surface(), controls=controls, drawer=Instantly()) as view:
+        for button in ("pause", "stop", "resume"):
+            await asyncio.to_thread(view.press, button)
+            assert await controls.next() == button
+        view.press("hello")
+    assert {thread for _, thread in controls.said} == {threading.get_ident()}
+    assert "cannot resume" in caplog.text, "what a button fails at is said, and does not end the run"
+    view.press("stop")
+    await anyio.lowlevel.checkpoint()
+    assert len(controls.said) == 3, "after the end a button does nothing"
+
+
+async def test_a_page_that_says_hello_is_told_everything() -> None:
+    surface = Surface()
+    async with LiveView(surface, drawer=Instantly()) as view:
+        view(STARTED)
+        view(step(1))
+        await surface.sees("Step 1 of 10")
+        surface.rows.clear()
+        surface.frames.clear()
+        view.press("hello")
+        with anyio.fail_after(10):
+            while not surface.rows:
+                surface.drawn.clear()
+                await surface.drawn.wait()
+    assert [row["step"] for row in surface.rows] == [1]
+
+
+async def test_no_task_is_left() -> None:
+    before = asyncio.all_tasks()
+    async with LiveView(Surface(), controls=Controls(), drawer=Instantly()) as view:
+        view(STARTED)
+        view.press("pause")
+        await anyio.lowlevel.checkpoint()
+    assert asyncio.all_tasks() == before
+
+
+# --- which view ---------------------------------------------------------------------------------------------------------
+
+
+def test_no_view() -> None:
+    assert open_view(False, title="a run") is None
+
+
+def test_outside_a_notebook_it_is_the_console() -> None:
+    assert isinstance(open_view(True, title="a run"), ConsoleView)
+    assert isinstance(open_view("auto", title="a run"), ConsoleView)
+
+
+async def test_the_console_as_a_view(capsys: pytest.CaptureFixture[str]) -> None:
+    view = open_view("plain", title="a run")
+    assert view is not None
+    async with view:
+        view(step(3))
+    assert capsys.readouterr().err.startswith("step 3 · reward +0.300")
+
+
+@pytest.mark.parametrize("choice", ["fancy", "", 2, None])
+def test_an_unknown_choice(choice: Any) -> None:
+    with pytest.raises(ConfigurationError, match="choose True, False or one of 'auto', 'widget'"):
+        open_view(choice, title="a run")
+
+
+@pytest.mark.parametrize("choice", ["widget", "rich"])
+def test_what_needs_a_notebook(choice: Any) -> None:
+    with pytest.raises(ConfigurationError, match="needs a Jupyter kernel"):
+        open_view(choice, title="a run")
+
+
+def test_a_widget_without_anywidget(monkeypatch: pytest.MonkeyPatch) -> None:
+    shell = SimpleNamespace(kernel=object())
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))  # type: ignore[arg-type]
+    monkeypatch.setattr(dashboard.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigurationError, match=r"pip install 'searchr1_async\[notebook\]'"):
+        open_view("widget", title="a run")
+    assert dashboard._fitting() == "rich"
