@@ -205,10 +205,10 @@ def _values(frame: pl.DataFrame) -> list[dict[str, object]]:
     return frame.with_columns(rounded).to_dicts()
 
 
-def _legend_in_words(rows: Sequence[pl.DataFrame], evaluations: pl.DataFrame | None, smooth: bool) -> str:
+def _legend_in_words(rows: Sequence[pl.DataFrame], evaluations: pl.DataFrame | None, smooth: bool) -> list[str]:
     words = []
     if any(frame.height for frame in rows):
         words.append("points: single steps" + ("; line and band: trend ± 1 standard deviation" if smooth else ""))
     if evaluations is not None and evaluations.height:
-        words.append("diamonds: held-out questions, 95 %")
-    return "; ".join(words)
+        words.append("diamonds: exact match of held-out questions, 95 % intervals")
+    return words

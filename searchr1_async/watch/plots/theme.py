@@ -25,6 +25,9 @@ SERIES = (TRAINING, SEEN, TURNS, CALLS, GREY, HELD_OUT)
 NOTE_COLOUR = "#808893"
 """Of words within a chart: readable on white (3.6:1) and on the dark theme's #333 (3.5:1)."""
 
+FAINT = "rgba(128, 136, 147, 0.3)"
+"""Of what is there and asks for no attention, on either paper."""
+
 GRID_COLOUR = "#9aa1ab"
 
 MAX_ROWS = 5000

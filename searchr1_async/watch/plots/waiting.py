@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from searchr1_async.watch.plots.theme import (
     CALLS,
-    GREY,
+    FAINT,
     HELD_OUT,
+    NOTE_COLOUR,
     SEEN,
     TRAINING,
     TURNS,
@@ -25,11 +26,11 @@ from searchr1_async.watch.trackers.lines import LoggedEvent
 if TYPE_CHECKING:
     import altair as alt
 
-_STAGE_COLOURS = (TRAINING, "#a9c3e6", SEEN, "#c9cdd3")
-_TRAINER_COLOURS = {"learning": TURNS, "stepping": CALLS, "idle": "#d5d8dd"}
-_MARK_COLOURS = {"group finished": GREY, "group dropped": HELD_OUT, "weights published": CALLS}
-_MAX_SAMPLES, _MAX_SPANS, _MAX_MARKS = 700, 600, 1200
-"""Four rows a sample: at most 4,600 rows in all."""
+_STAGE_COLOURS = (TRAINING, "#a9c3e6", SEEN, FAINT)
+_TRAINER_COLOURS = {"learning": TURNS, "stepping": CALLS, "idle": FAINT}
+_MARK_COLOURS = {"group finished": NOTE_COLOUR, "group dropped": HELD_OUT, "weights published": CALLS}
+_MAX_SAMPLES, _MAX_SPANS, _MAX_MARKS = 500, 600, 1200
+"""Five rows a sample: at most 4,300 rows in all."""
 
 
 def plot_timeline(
@@ -68,32 +69,36 @@ def _stages(timeline: Timeline, x: alt.Scale) -> alt.Chart | alt.LayerChart:
     samples = joined(timeline.samples, _MAX_SAMPLES)
     if not samples:
         return empty_chart("The log has no samples of the episodes under way in this step.")
-    samples.append((timeline.seconds, samples[-1][1]))
+    ends = [second for second, _ in samples[1:]] + [timeline.seconds]
+    held = [
+        {"second": round(second, 3), "end": round(end, 3)} | {stage: round(counts[stage], 2) for stage in STAGES}
+        for (second, counts), end in zip(samples, ends, strict=True)
+    ]
     rows: list[dict[str, Any]] = [
         {"second": round(second, 3), "stage": stage, "order": order, "episodes": round(counts[stage], 2)}
-        for second, counts in samples
+        for second, counts in [*samples, (timeline.seconds, samples[-1][1])]
         for order, stage in enumerate(STAGES)
     ]
     colour = alt.Color("stage:N", scale=alt.Scale(domain=list(STAGES), range=list(_STAGE_COLOURS)), legend=legend())
-    return (
+    y_axis = values_axis("episodes under way", minExtent=44, tickCount=5, tickMinStep=1, format="~s")
+    place = alt.X("second:Q", scale=x, axis=axis(None, labels=False, grid=False))
+    areas = (
         alt.Chart(alt.Data(values=rows))
         .mark_area(interpolate="step-after", opacity=0.95)
+        .encode(x=place, y=alt.Y("episodes:Q", stack="zero", axis=y_axis), color=colour, order=alt.Order("order:Q"))
+    )
+    # An area's own tooltip tells of one stage at some neighbouring moment: these tell of all at this one.
+    tips = (
+        alt.Chart(alt.Data(values=held))
+        .mark_rect(opacity=0)
         .encode(
-            x=alt.X("second:Q", scale=x, axis=axis(None, labels=False, grid=False)),
-            y=alt.Y(
-                "episodes:Q",
-                stack="zero",
-                axis=values_axis("episodes under way", minExtent=44, tickCount=5, tickMinStep=1, format="~s"),
-            ),
-            color=colour,
-            order=alt.Order("order:Q"),
-            tooltip=[
-                alt.Tooltip("stage:N", title="stage"),
-                alt.Tooltip("episodes:Q", title="episodes", format=",.4~g"),
-                alt.Tooltip("second:Q", title="second", format=".1f"),
-            ],
+            x=place,
+            x2="end:Q",
+            tooltip=[alt.Tooltip("second:Q", title="second", format=".1f")]
+            + [alt.Tooltip(f"{stage}:Q", format=",.4~g") for stage in STAGES],
         )
     )
+    return cast("alt.LayerChart", alt.layer(areas, tips))
 
 
 def _trainer(timeline: Timeline, x: alt.Scale) -> alt.LayerChart:

@@ -138,10 +138,10 @@ def episode_row(step: int, episode: Episode) -> tuple[Any, ...]:
     """An episode under :data:`EPISODE_COLUMNS`; texts are cut at 10,000 characters."""
     return (
         step,
-        plain(episode.question.data_source),
-        plain(episode.question.question),
-        plain(" | ".join(episode.question.golden_answers)),
-        plain(episode.answer or ""),
+        readable(episode.question.data_source),
+        readable(episode.question.question),
+        readable(" | ".join(episode.question.golden_answers)),
+        readable(episode.answer or ""),
         float(episode.reward),
         len(episode.turns),
         episode.stop_reason.value,
