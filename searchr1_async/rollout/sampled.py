@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 
 import anyio
@@ -14,7 +15,9 @@ from searchr1_async.rollout.gate import GateStatistics
 from searchr1_async.rollout.pulse import PulseReading
 
 TELL_EVERY = 0.25
-"""Seconds; a view is drawn no more often. Looking takes 0.1 ms."""
+"""Seconds; a view is drawn no more often."""
+SEARCH_EVERY = 4
+"""Of these looks, one at the search: its percentiles take 0.8 ms once it has answered thousands of queries."""
 
 
 class CountedSearch:
@@ -51,10 +54,13 @@ class PlayReading:
         self._emit, self._tally, self._search, self._search_metrics = emit, tally, search, search_metrics
         self.pulse = PulseReading(1.0, 0.0, 0.0, 0.0, 0.0)
         """The event loop's last second."""
+        self._searched: Mapping[str, float] = {}
 
     async def tell(self, gates: Callable[[], Sequence[GateStatistics]]) -> None:
         """Tells it until cancelled; ``gates`` gives those of all processes that play."""
-        while True:
+        for look in itertools.count():
+            if look % SEARCH_EVERY == 0:
+                self._searched = self._search_metrics()
             self._emit(self.read(gates()))
             await anyio.sleep(TELL_EVERY)
 
@@ -72,7 +78,7 @@ class PlayReading:
             finished_episodes=tally.finished,
             prompt_tokens=sum(gate.prompt_tokens for gate in gates),
             sampled_tokens=sum(gate.tokens for gate in gates),
-            search=self._search_metrics(),
+            search=self._searched,
             limited_by="" if busiest is None else busiest.cause.value,
             loop_lag_p50=pulse.lag_p50,
             loop_lag_p99=pulse.lag_p99,

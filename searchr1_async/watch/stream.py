@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
+from weakref import WeakSet
 
 import anyio
 
@@ -17,7 +18,13 @@ class EventStreams:
     """Hands events to any number of readers; subscribe it as an emitter."""
 
     def __init__(self) -> None:
-        self._readers: list[_Reader] = []
+        # Weak: a loop that was left in the middle, or never begun, is forgotten with its iterator.
+        self._readers: WeakSet[_Reader] = WeakSet()
+
+    @property
+    def readers(self) -> int:
+        """Loops that are reading."""
+        return len(self._readers)
 
     def __call__(self, event: Event) -> None:
         for reader in self._readers:
@@ -28,11 +35,14 @@ class EventStreams:
         for reader in self._readers:
             reader.came.set()
 
-    async def events(self, is_over: Callable[[], bool]) -> AsyncGenerator[Event, None]:
+    def events(self, is_over: Callable[[], bool]) -> AsyncGenerator[Event, None]:
         """Every event from now on, until ``is_over`` and none is left. A reader that falls far behind loses the oldest, and is
         told how many."""
         reader = _Reader()
-        self._readers.append(reader)
+        self._readers.add(reader)
+        return self._read(reader, is_over)
+
+    async def _read(self, reader: _Reader, is_over: Callable[[], bool]) -> AsyncGenerator[Event, None]:
         try:
             while True:
                 for event in reader.take():
@@ -42,7 +52,7 @@ class EventStreams:
                         return
                     await reader.came.wait()
         finally:
-            self._readers.remove(reader)
+            self._readers.discard(reader)
 
 
 class _Reader:
@@ -62,5 +72,7 @@ class _Reader:
         self.waiting.clear()
         self._lost = 0
         if lost:
-            taken.insert(0, Notice(f"{lost} events came faster than they were read, and were left out", is_warning=True))
+            taken.insert(
+                0, Notice(f"{lost} events came faster than they were read, and were left out", is_warning=True)
+            )
         return taken

@@ -1,0 +1,87 @@
+"""What is told of the playing, a few times a second."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import anyio
+import pytest
+
+from searchr1_async.events import Event, RolloutSampled
+from searchr1_async.rollout.engine import PlayTally
+from searchr1_async.rollout.gate import SampleGate
+from searchr1_async.rollout.limit import LimitSettings, SampleLimit
+from searchr1_async.rollout.pulse import PulseReading
+from searchr1_async.rollout.sampled import SEARCH_EVERY, TELL_EVERY, CountedSearch, PlayReading
+from tests.players import DictSearch
+from tests.virtual_time import VirtualTimeLoop
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def anyio_backend() -> tuple[str, dict[str, Any]]:
+    return "asyncio", {"debug": True, "loop_factory": VirtualTimeLoop}
+
+
+class SlowSearch(DictSearch):
+    async def search(self, queries: Any) -> Any:
+        await anyio.sleep(10)
+        return await super().search(queries)
+
+
+async def test_it_says_where_every_episode_is() -> None:
+    told: list[Event] = []
+    gate = SampleGate(
+        SampleLimit(LimitSettings(first=2, least=2, most=2)), clock=lambda: asyncio.get_running_loop().time()
+    )
+    search, tally = CountedSearch(SlowSearch()), PlayTally(groups=2, episodes=6, finished=3)
+    searched = [0.0]
+
+    def search_metrics() -> dict[str, float]:
+        searched[0] += 1
+        return {"search/calls": searched[0]}
+
+    reading = PlayReading(told.append, tally, search, search_metrics)
+    reading.pulse = PulseReading(1.0, 0.001, 0.02, 0.03, 0.5)
+
+    async def sample() -> None:
+        async with gate.slot(tokens=100) as slot:
+            await anyio.sleep(10)
+            slot.finished([7])
+
+    async with anyio.create_task_group() as tasks:
+        for _ in range(3):
+            tasks.start_soon(sample)
+        tasks.start_soon(search.search, ["where"])
+        await anyio.sleep(1e-6)
+        tasks.start_soon(reading.tell, lambda: [gate.statistics])
+        await anyio.sleep(TELL_EVERY * SEARCH_EVERY * 1.5)
+        first = told[0]
+        assert isinstance(first, RolloutSampled)
+        assert (first.episodes, first.sampling, first.queued, first.searching, first.groups) == (6, 2, 1, 1, 2)
+        assert (first.finished_episodes, first.prompt_tokens, first.sampled_tokens) == (3, 200, 0)
+        assert (first.loop_lag_p50, first.loop_lag_p99, first.loop_lag_max, first.cpu) == (0.001, 0.02, 0.03, 0.5)
+        assert first.limited_by == "settings"
+        assert not first.is_paused
+        assert len(told) == SEARCH_EVERY * 1.5
+        assert searched == [2.0], "the search is looked at less often"
+        gate.pause(True)
+        await anyio.sleep(15)
+        last = told[-1]
+        assert isinstance(last, RolloutSampled)
+        assert (last.sampling, last.queued, last.searching) == (0, 1, 0)
+        assert (last.prompt_tokens, last.sampled_tokens, last.is_paused) == (200, 14, True)
+        tasks.cancel_scope.cancel()
+
+
+async def test_a_search_that_fails_is_over() -> None:
+    class Broken(DictSearch):
+        async def search(self, queries: Any) -> Any:
+            raise ValueError("broken")
+
+    search = CountedSearch(Broken())
+    with pytest.raises(ValueError, match="broken"):
+        await search.search(["where"])
+    assert search.in_progress == 0

@@ -1,0 +1,66 @@
+"""Events for readers of their own pace."""
+
+from __future__ import annotations
+
+import anyio
+import pytest
+
+from searchr1_async.events import Event, Notice, StepFinished
+from searchr1_async.watch.stream import HELD, EventStreams
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_every_reader_gets_every_event_from_its_beginning_on_to_the_end() -> None:
+    streams, is_over = EventStreams(), False
+    seen: dict[str, list[Event]] = {"early": [], "late": []}
+    began = {name: anyio.Event() for name in seen}
+
+    async def read(name: str) -> None:
+        events = streams.events(lambda: is_over)
+        began[name].set()
+        async for event in events:
+            seen[name].append(event)
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(read, "early")
+        await began["early"].wait()
+        streams(StepFinished(1, {}))
+        await anyio.lowlevel.checkpoint()
+        tasks.start_soon(read, "late")
+        await began["late"].wait()
+        await anyio.lowlevel.checkpoint()
+        streams(StepFinished(2, {}))
+        streams(StepFinished(3, {}))
+        is_over = True
+        streams.wake()
+    assert [event.step for event in seen["early"] if isinstance(event, StepFinished)] == [1, 2, 3]
+    assert [event.step for event in seen["late"] if isinstance(event, StepFinished)] == [2, 3]
+
+
+async def test_a_slow_reader_loses_the_oldest_and_is_told_how_many() -> None:
+    streams = EventStreams()
+    events = streams.events(lambda: True)
+    streams(StepFinished(0, {}))
+    for step in range(1, HELD + 5):
+        streams(StepFinished(step, {}))
+    read = [event async for event in events]
+    assert isinstance(read[0], Notice)
+    assert read[0].is_warning
+    assert "5 events" in read[0].text
+    assert [event.step for event in read[1:] if isinstance(event, StepFinished)] == list(range(5, HELD + 5))
+
+
+async def test_a_reader_that_leaves_is_forgotten() -> None:
+    streams = EventStreams()
+    events = streams.events(lambda: False)
+    streams(StepFinished(1, {}))
+    async for _ in events:
+        break
+    assert streams.readers == 1
+    await events.aclose()
+    assert streams.readers == 0
+    never_begun = streams.events(lambda: False)
+    assert streams.readers == 1
+    del never_begun
+    assert streams.readers == 0
