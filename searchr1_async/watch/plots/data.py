@@ -102,30 +102,29 @@ def evaluation_scores(evaluations: pl.LazyFrame, part: str = "correct") -> pl.Da
         evaluations: episodes, as :meth:`searchr1_async.watch.records.RunRecords.evaluations` gives them.
         part: one of the reward parts that has a column of its own.
     """
-    questions = (
+    finished = pl.col("stop_reason") != "failed"
+    asked = (
         evaluations.with_row_index("row")
-        .filter(pl.col("stop_reason") != "failed")
         .group_by("label", "data_source", "question_id", "question", maintain_order=True)
         .agg(
-            pl.col("row").min(),
+            pl.col("row").filter(finished).min(),
+            pl.col("row").min().alias("asked"),
             pl.col("step").first(),
-            pl.col(part).fill_null(0.0).mean().alias("score"),
+            pl.col(part).filter(finished).fill_null(0.0).mean().alias("score"),
             pl.len().alias("samples"),
         )
-        .select("row", "label", "step", "data_source", "score", "samples")
+        .select("row", "asked", "label", "step", "data_source", "score", "samples")
         .collect()
-        .sort("row")
     )
     rows = []
-    for order, ((label,), own) in enumerate(questions.group_by("label", maintain_order=True)):
+    for order, ((label,), own) in enumerate(asked.sort("asked").group_by("label", maintain_order=True)):
         suites = [str(suite) for suite in own["data_source"].unique().sort()]
-        for suite in [ALL_SUITES, *(suites if len(suites) > 1 else [])]:
+        for suite in [ALL_SUITES, *suites] if len(suites) > 1 else suites:
             of_suite = own if suite == ALL_SUITES else own.filter(pl.col("data_source") == suite)
-            scores = of_suite["score"].to_list()
-            low, high = _interval(scores, int(of_suite["samples"].max()))  # type: ignore[arg-type]
-            rows.append((order, label, own["step"][0], suite, sum(scores) / len(scores), low, high, len(scores)))
-        if len(suites) == 1:
-            rows[-1] = (*rows[-1][:3], suites[0], *rows[-1][4:])
+            scores = of_suite.drop_nulls("score").sort("row")["score"].to_list()
+            if scores:
+                low, high = _interval(scores, max(of_suite["samples"]))
+                rows.append((order, label, own["step"][0], suite, sum(scores) / len(scores), low, high, len(scores)))
     names = ("order", "label", "step", "suite", "mean", "low", "high", "questions")
     types = (pl.Int64, pl.String, pl.Int64, pl.String, pl.Float64, pl.Float64, pl.Float64, pl.Int64)
     return pl.DataFrame(rows, schema=dict(zip(names, types, strict=True)), orient="row")

@@ -20,6 +20,7 @@ from searchr1_async.watch.plots.theme import (
     legend,
     plain_text,
     steps_axis,
+    table,
     values_axis,
 )
 
@@ -61,7 +62,7 @@ def plot_reward_by_turns(
     frame = thinned(reward_by(episodes, by), 400)
     text = title if title is not None else f"reward and exact match by {by}"
     if not frame.height:
-        return empty_chart("No finished step has an episode in this range: there is nothing to draw.", title=text)
+        return empty_chart("No episode of a finished step: nothing to draw.", title=text)
     rows = frame.to_dicts()
     shift = {"reward": -0.09, "exact match": 0.09}  # so that one interval does not hide the other
     for row in rows:
@@ -72,7 +73,7 @@ def plot_reward_by_turns(
     colour = alt.Color(
         "what:N", scale=alt.Scale(domain=["reward", "exact match"], range=[SEEN, TRAINING]), legend=legend()
     )
-    base = alt.Chart(alt.Data(values=rows)).encode(x=alt.X("place:Q", axis=ticks, scale=scale), color=colour)
+    base = alt.Chart(table(rows)).encode(x=alt.X("place:Q", axis=ticks, scale=scale), color=colour)
     y = values_axis("mean", format="~g")
     upper = alt.layer(
         base.mark_line(strokeWidth=1.2, opacity=0.5).encode(y=alt.Y("mean:Q", axis=y)),
@@ -80,7 +81,7 @@ def plot_reward_by_turns(
         base.mark_circle(size=70, opacity=1).encode(y=alt.Y("mean:Q"), tooltip=_tooltips(by)),
     ).properties(width=width, height=height, title=heading(text, _in_words(frame, by)))
     counts = (
-        alt.Chart(alt.Data(values=[row for row in rows if row["what"] == "reward"]))
+        alt.Chart(table([row for row in rows if row["what"] == "reward"]))
         .mark_bar(color=GREY, opacity=0.6, size=min(36, max(4, width // (2 * (high - low + 2)))))
         .encode(
             x=alt.X("n:Q", axis=steps_axis(f"{by} in the episode", values=ticks["values"]), scale=scale),
@@ -146,7 +147,7 @@ def plot_suites(
     names = list(dict.fromkeys(row["suite"] for row in rows))
     suites = [*(name for name in names if name == ALL_SUITES), *sorted(name for name in names if name != ALL_SUITES)]
     colour = alt.Color("label:N", scale=alt.Scale(domain=labels, range=_shades(len(labels))), legend=legend(columns=3))
-    base = alt.Chart(alt.Data(values=rows)).encode(
+    base = alt.Chart(table(rows)).encode(
         x=alt.X("suite:N", sort=suites, axis=axis(None, grid=False, labelAngle=0, labelLimit=120),
                 scale=alt.Scale(paddingInner=0.25, paddingOuter=0.1)),
         xOffset=alt.XOffset("label:N", sort=labels, scale=alt.Scale(paddingInner=0.12)),

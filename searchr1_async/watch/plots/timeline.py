@@ -56,7 +56,7 @@ class Timeline:
 
     def stage_shares(self) -> dict[str, float]:
         """Of the time that all episodes together spent in the step; empty if no episode was seen under way."""
-        ends = [second for second, _ in self.samples[1:]] + [self.seconds]
+        ends = [second for second, _ in (*self.samples, (self.seconds, None))][1:]
         spent = dict.fromkeys(STAGES, 0.0)
         for (start, counts), end in zip(self.samples, ends, strict=True):
             for stage in STAGES:

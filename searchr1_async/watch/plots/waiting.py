@@ -18,6 +18,7 @@ from searchr1_async.watch.plots.theme import (
     empty_chart,
     heading,
     legend,
+    table,
     values_axis,
 )
 from searchr1_async.watch.plots.timeline import STAGES, Timeline, joined, step_in_words, timeline_of
@@ -83,13 +84,13 @@ def _stages(timeline: Timeline, x: alt.Scale) -> alt.Chart | alt.LayerChart:
     y_axis = values_axis("episodes under way", minExtent=44, tickCount=5, tickMinStep=1, format="~s")
     place = alt.X("second:Q", scale=x, axis=axis(None, labels=False, grid=False))
     areas = (
-        alt.Chart(alt.Data(values=rows))
+        alt.Chart(table(rows))
         .mark_area(interpolate="step-after", opacity=0.95)
         .encode(x=place, y=alt.Y("episodes:Q", stack="zero", axis=y_axis), color=colour, order=alt.Order("order:Q"))
     )
     # An area's own tooltip tells of one stage at some neighbouring moment: these tell of all at this one.
     tips = (
-        alt.Chart(alt.Data(values=held))
+        alt.Chart(table(held))
         .mark_rect(opacity=0)
         .encode(
             x=place,
@@ -119,7 +120,7 @@ def _trainer(timeline: Timeline, x: alt.Scale) -> alt.LayerChart:
         "start:Q", scale=x, axis=axis("seconds since the batch was opened", grid=False, tickCount=8, format="~g")
     )
     bars = (
-        alt.Chart(alt.Data(values=spans))
+        alt.Chart(table(spans))
         .mark_bar(height=14)
         .encode(
             x=place, x2="end:Q", y=y,
@@ -138,7 +139,7 @@ def _trainer(timeline: Timeline, x: alt.Scale) -> alt.LayerChart:
         for mark in _some(timeline)
     ]  # fmt: skip
     ticks = (
-        alt.Chart(alt.Data(values=marks))
+        alt.Chart(table(marks))
         .mark_tick(thickness=1.8, size=14, opacity=0.85)
         .encode(
             x=alt.X("second:Q", scale=x), y=y,

@@ -1,0 +1,164 @@
+"""Who waited for what: read from the events, by hand and for any events at all."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from searchr1_async.events import (
+    BatchClosed,
+    Event,
+    GroupDropped,
+    GroupFinished,
+    MinibatchLearned,
+    MinibatchSubmitted,
+    PhaseStarted,
+    PipelineChanged,
+    RolloutSampled,
+    RunStarted,
+    StepFinished,
+    WeightsPublished,
+)
+from searchr1_async.watch.plots.timeline import STAGES, joined, step_in_words, timeline_of
+from searchr1_async.watch.trackers.lines import LoggedEvent, decoded, encoded
+from tests.watch import builders
+
+STARTED = RunStarted("train", "m", True, "hash")
+
+
+def logged(*rows: tuple[float, Event]) -> list[LoggedEvent]:
+    return [event for moment, row in rows if (event := decoded(encoded(moment, row))) is not None]
+
+
+def sample(episodes: int, sampling: int, queued: int, searching: int) -> RolloutSampled:
+    return RolloutSampled(episodes, sampling, queued, searching, 1, 0, 0, 0, {}, "nothing", 0.0, 0.0, 0.0, 0.0)
+
+
+def opened(step: int) -> PipelineChanged:
+    return PipelineChanged(step, step - 1, 4, 0, 0, "idle")
+
+
+STEP_TWO: tuple[tuple[float, Event], ...] = (
+    (100.0, STARTED),
+    (105.0, sample(10, 10, 0, 0)),
+    (110.0, opened(2)),
+    (115.0, sample(8, 4, 0, 2)),
+    (116.0, GroupFinished(builders.group(), 2)),
+    (117.0, MinibatchSubmitted(2, 1, 4, 100)),
+    (118.0, GroupDropped(builders.group(), 2, "constant_reward")),
+    (119.0, MinibatchLearned(2, 4, 100)),
+    (125.0, sample(0, 0, 0, 0)),
+    (126.0, MinibatchSubmitted(2, 1, 4, 100)),
+    (127.0, BatchClosed(2, 4)),
+    (128.0, MinibatchLearned(2, 4, 100)),
+    (130.0, WeightsPublished(2)),
+    (140.0, sample(9, 9, 0, 0)),
+)
+
+
+def test_a_step_by_hand() -> None:
+    timeline = timeline_of(logged(*STEP_TWO))
+    assert timeline is not None
+    assert (timeline.step, timeline.seconds, timeline.is_over) == (2, 20.0, True)
+    assert [(span.start, span.end, span.state) for span in timeline.spans] == [
+        (0, 7, "idle"), (7, 9, "learning"), (9, 16, "idle"), (16, 18, "learning"), (18, 20, "stepping"),
+    ]  # fmt: skip
+    assert timeline.trainer_share("idle") == pytest.approx(14 / 20)
+    assert [second for second, _ in timeline.samples] == [0, 5, 15]
+    # 5 s of 10 at the model, then 10 s of 4 there, 2 at the search and 2 between: 90 and 20 of 130 episode-seconds.
+    assert timeline.stage_shares() == {
+        "sampling": pytest.approx(90 / 130), "queued": 0.0, "searching": pytest.approx(20 / 130),
+        "in between": pytest.approx(20 / 130),
+    }  # fmt: skip
+    assert [(mark.second, mark.what) for mark in timeline.marks] == [
+        (6, "group finished"), (8, "group dropped"), (20, "weights published"),
+    ]  # fmt: skip
+    assert step_in_words(timeline) == [
+        "the trainer was idle 70% of 20 s, learning 20%, making new weights 10%",
+        "episodes waited 69% for the model, 15% for the search",
+    ]
+
+
+def test_a_step_under_way_ends_where_the_events_end() -> None:
+    timeline = timeline_of(logged(*STEP_TWO[:9]), 2)
+    assert timeline is not None
+    assert (timeline.seconds, timeline.is_over) == (15.0, False)
+    assert "still under way" in step_in_words(timeline)[0]
+
+
+def test_without_a_step_it_is_the_last_whose_weights_are_out() -> None:
+    events = logged(*STEP_TWO, (130.5, opened(3)), (135.0, MinibatchSubmitted(3, 1, 1, 1)))
+    timeline = timeline_of(events)
+    assert timeline is not None
+    assert timeline.step == 2
+    later = timeline_of(events, 3)
+    assert later is not None
+    assert (later.seconds, later.is_over) == (4.5, False)
+
+
+def test_a_resumed_step_is_told_as_it_was_played_last() -> None:
+    again = [(moment + 1000, event) for moment, event in STEP_TWO[:8]]
+    timeline = timeline_of(logged(*STEP_TWO, *again), 2)
+    assert timeline is not None
+    assert not timeline.is_over
+    assert timeline.seconds == 9.0
+
+
+def test_the_step_before_still_keeps_the_trainer_when_the_batch_opens() -> None:
+    events = logged(
+        (0, STARTED), (1, opened(1)), (4, MinibatchSubmitted(1, 1, 1, 1)), (5, BatchClosed(1, 4)), (5, opened(2)),
+        (6, MinibatchLearned(1, 1, 1)), (8, WeightsPublished(1)), (10, BatchClosed(2, 4)), (11, WeightsPublished(2)),
+    )  # fmt: skip
+    timeline = timeline_of(events, 2)
+    assert timeline is not None
+    assert [(span.start, span.end, span.state) for span in timeline.spans] == [
+        (0, 1, "learning"), (1, 3, "stepping"), (3, 5, "idle"), (5, 6, "stepping"),
+    ]  # fmt: skip
+
+
+def test_a_log_without_the_pipelines_word_is_read_from_what_there_is() -> None:
+    events = logged(
+        (0, STARTED), (2, PhaseStarted("train", 4, "steps")), (3, MinibatchSubmitted(1, 1, 1, 1)), (4, BatchClosed(1, 4)),
+        (5, StepFinished(1, {})), (7, MinibatchSubmitted(2, 1, 1, 1)),
+    )  # fmt: skip
+    first, second = timeline_of(events, 1), timeline_of(events, 2)
+    assert first is not None
+    assert second is not None
+    assert (first.seconds, second.seconds) == (3.0, 3.0)
+
+
+def test_no_such_step() -> None:
+    assert timeline_of([]) is None
+    assert timeline_of(logged((0, STARTED))) is None
+    assert timeline_of(logged(*STEP_TWO), 7) is None
+
+
+some_events = st.sampled_from(
+    [event for _, event in STEP_TWO] + [opened(1), opened(3), BatchClosed(1, 4), WeightsPublished(1)]
+)
+
+
+@given(st.lists(st.tuples(st.floats(0, 50), some_events), max_size=30), st.sampled_from([None, 1, 2, 3]))
+def test_any_events_give_a_whole_timeline_or_none(rows: list[tuple[float, Event]], step: int | None) -> None:
+    timeline = timeline_of(logged(*sorted(rows, key=lambda row: row[0])), step)
+    if timeline is None:
+        return
+    assert sum(span.seconds for span in timeline.spans) == pytest.approx(timeline.seconds, abs=1e-6)
+    assert all(
+        later.start == pytest.approx(span.end) for span, later in zip(timeline.spans, timeline.spans[1:], strict=False)
+    )
+    assert all(0 <= second <= timeline.seconds for second, _ in timeline.samples)
+    assert all(0 <= mark.second <= timeline.seconds for mark in timeline.marks)
+    shares = timeline.stage_shares()
+    assert not shares or sum(shares.values()) == pytest.approx(1.0)
+    assert step_in_words(timeline)
+
+
+def test_joined_samples_keep_the_time_spent_in_each_stage() -> None:
+    samples = [(float(place), dict.fromkeys(STAGES, float(place % 7))) for place in range(1000)]
+    few = joined(samples, 100)
+    assert len(few) <= 100
+    ends = [second for second, _ in few[1:]] + [999.0]
+    spent = sum(counts["sampling"] * (end - second) for (second, counts), end in zip(few, ends, strict=True))
+    assert spent == pytest.approx(sum(place % 7 for place in range(999)), rel=1e-9)
