@@ -10,6 +10,7 @@ import base64
 import hashlib
 import io
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from html import escape
 from pathlib import Path
 from typing import Any, TextIO
@@ -65,7 +66,8 @@ def view_run(
     except OSError as error:
         raise RunFolderError(f"the page {path} could not be written: {error.strerror or error}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
     return path
 
 
@@ -98,19 +100,15 @@ def page_of(
 def in_cell(page_html: str, height: int = CELL_HEIGHT) -> str:
     """A page as HTML for a cell: a frame that may run the page's script and reach nothing else.
 
+    The page is light or dark as the system is, since a frame cannot see the notebook's theme; its button changes that.
+
     Args:
         page_html: as :func:`page_of` gives it.
         height: of the frame in pixels.
     """
-    # The frame has the notebook's colour scheme, so that the page's own query for a dark theme is answered by it.
-    style = (
-        "<style>.searchr1-page { width: 100%; border: 1px solid rgb(128 128 128 / .35); border-radius: 6px; } "
-        '[data-jp-theme-light="true"] .searchr1-page { color-scheme: light; } '
-        '[data-jp-theme-light="false"] .searchr1-page { color-scheme: dark; }</style>'
-    )
     return (
-        f'{style}<iframe class="searchr1-page" title="Episodes" sandbox="allow-scripts" height="{int(height)}" '
-        f'srcdoc="{escape(page_html)}"></iframe>'
+        '<iframe title="Episodes" sandbox="allow-scripts" style="width: 100%; border: 1px solid rgb(128 128 128 / .35); '
+        f'border-radius: 6px" height="{int(height)}" srcdoc="{escape(page_html)}"></iframe>'
     )
 
 
@@ -162,6 +160,8 @@ def _write(file: TextIO, rows: Iterable[EpisodeRow], tokenizer: Any, about: dict
         (
             f":root {{ color-scheme: light dark; {LIGHT} }}",
             f"@media (prefers-color-scheme: dark) {{ :root {{ {DARK} }} }}",
+            f':root[data-theme="light"] {{ color-scheme: light; {LIGHT} }}',
+            f':root[data-theme="dark"] {{ color-scheme: dark; {DARK} }}',
             asset("page.css"),
             asset("episode.css"),
         )

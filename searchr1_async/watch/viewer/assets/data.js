@@ -42,6 +42,29 @@ function makeHaystacks(index) {
   return index.columns.question.map((question, n) => questions[question] + "\n" + (index.columns.answer[n] || "").toLowerCase());
 }
 
+// Every episode's number in an order; made once for each order that is asked for.
+const orders = new Map();
+
+function order(index, by, down) {
+  const name = by + (down ? " down" : "");
+  if (orders.has(name)) return orders.get(name);
+  const { columns } = index;
+  const value = SORTS[by][1];
+  const numbers = Uint32Array.from(columns.flags.keys());
+  if (value === null) {
+    if (down) numbers.reverse();
+  } else {
+    // Those without a value come last, whichever way.
+    const keys = Float64Array.from(columns.flags, (_, n) => {
+      const found = value(columns, n);
+      return found === null ? Infinity : down ? -found : found;
+    });
+    numbers.sort((a, b) => (keys[a] === keys[b] ? a - b : keys[a] - keys[b]));
+  }
+  orders.set(name, numbers);
+  return numbers;
+}
+
 // The numbers of the episodes that are asked for, in order, and for each flag how many of them there would be with it too.
 function select(index, state) {
   const { columns, questions, sources } = index;
@@ -54,7 +77,7 @@ function select(index, state) {
     state.from === "" || (state.from === "training" ? !source.isEvaluation : state.from === "evaluations" ? source.isEvaluation : state.from === String(place)));
   const counts = flagNames.map(() => 0);
   const found = [];
-  for (let n = 0; n < columns.flags.length; n++) {
+  for (const n of order(index, state.by, state.down)) {
     if (!isWanted[columns.source[n]]) continue;
     if (suite !== null && questions[columns.question[n]][1] !== suite) continue;
     if (words.length && !words.every((word) => haystacks[n].includes(word))) continue;
@@ -62,19 +85,6 @@ function select(index, state) {
     if ((flags & mask) !== mask) continue;
     found.push(n);
     for (let place = 0; place < counts.length; place++) if (flags & (1 << place)) counts[place]++;
-  }
-  const key = SORTS[state.by][1];
-  if (key !== null) {
-    const keys = new Map(found.map((n) => [n, key(columns, n)]));
-    const sign = state.down ? -1 : 1;
-    // Those without a value come last, whichever way.
-    found.sort((a, b) => {
-      const x = keys.get(a), y = keys.get(b);
-      if (x === null || y === null) return (x === null) - (y === null) || a - b;
-      return sign * (x - y) || a - b;
-    });
-  } else if (state.down) {
-    found.reverse();
   }
   return { found, counts: Object.fromEntries(flagNames.map((name, place) => [name, counts[place]])) };
 }

@@ -25,7 +25,7 @@ class Page {
     all.addEventListener("click", () => this.ask({ ...NOTHING_ASKED, episode: this.state.episode, with: this.state.with }));
     this.empty.append(all);
     const side = element("nav", "side", this.controls, this.empty, this.list.box);
-    document.body.append(element("header", "top", title, notes), side, this.detail);
+    document.body.append(element("header", "top", title, notes, this.themeButton()), side, this.detail);
     document.addEventListener("keydown", (event) => this.onKey(event));
     window.addEventListener("hashchange", () => this.fromHash());
   }
@@ -64,6 +64,19 @@ class Page {
     this.count.setAttribute("aria-live", "polite");
     this.controls = element("div", "controls", this.find, element("div", "flags", ...this.flags.values()),
       element("div", "pickers", this.suite, this.from), element("div", "pickers", this.count, this.by, this.down));
+  }
+
+  themeButton() {
+    const button = element("button", "theme", "◐");
+    button.type = "button";
+    button.title = "light or dark";
+    button.setAttribute("aria-label", button.title);
+    button.addEventListener("click", () => {
+      const root = document.documentElement;
+      const isDark = root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+      root.dataset.theme = isDark ? "light" : "dark";
+    });
+    return button;
   }
 
   toggle(name) {
