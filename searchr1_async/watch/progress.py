@@ -26,6 +26,8 @@ from searchr1_async.events import (
     PhaseEnded,
     PhaseStarted,
     RunEnded,
+    RunPaused,
+    RunResumed,
     StepFinished,
 )
 
@@ -178,6 +180,10 @@ class ConsoleProgress:
                 self._count(event, now)
             case StepFinished():
                 self._step(event, now)
+            case RunPaused() | RunResumed():
+                self._line(
+                    "paused: nothing more is asked of the services" if isinstance(event, RunPaused) else "resumed"
+                )
             case RunEnded():
                 self._line(f"run {event.reason}", warning=event.reason == "failed")
             case _:  # a checkpoint is saved in every step: the step's own line stands for it

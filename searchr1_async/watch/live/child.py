@@ -68,30 +68,44 @@ async def run(what: Literal["charts", "vega", "picture"], task: Mapping[str, Any
     """What the drawing process gives for ``task``. Cancelling kills it."""
     if not sys.executable:
         raise DrawingError("this Python does not know its own program, so nothing can be drawn")
-    # A thread and not asyncio's own subprocesses, which a notebook's loop on Windows lacks. -P: the folder of the script holds
-    # modules of ours that are not to be imported by their bare names.
-    command = [sys.executable, "-P", str(_SCRIPT), what]
-    limiter = anyio.CapacityLimiter(1)  # of its own: the engine's threads are not to wait for it
-
-    def start() -> subprocess.Popen[bytes]:
-        pipe = subprocess.PIPE
-        return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, env=_environment())
-
+    drawing = _Drawing(what, json.dumps(task).encode())
     try:
-        process = await anyio.to_thread.run_sync(start, limiter=limiter)
+        # A limiter of its own: the engine's threads are not to wait for it.
+        return await anyio.to_thread.run_sync(drawing.run, limiter=anyio.CapacityLimiter(1), abandon_on_cancel=True)
     except OSError as error:
         raise DrawingError(f"the drawing process did not start: {error}") from error
-    try:
-        out, said = await anyio.to_thread.run_sync(
-            process.communicate, json.dumps(task).encode(), limiter=limiter, abandon_on_cancel=True
-        )
     except BaseException:
-        process.kill()  # the abandoned thread then reads to the end and reaps it
+        drawing.abandon()
         raise
-    if process.returncode:
-        last = said.decode(errors="replace").strip().splitlines()[-1:] or [f"exit code {process.returncode}"]
-        raise DrawingError(f"drawing {what} failed: {last[0]}")
-    return out
+
+
+class _Drawing:
+    """One process, from its start to its end, in a thread: asyncio's own subprocesses a notebook's loop on Windows lacks."""
+
+    def __init__(self, what: str, task: bytes) -> None:
+        # -P: the folder of the script holds modules of ours that are not to be imported by their bare names.
+        self._command = [sys.executable, "-P", str(_SCRIPT), what]
+        self._what, self._task = what, task
+        self._process: subprocess.Popen[bytes] | None = None
+        self._is_abandoned = False
+
+    def run(self) -> bytes:
+        pipe = subprocess.PIPE
+        with subprocess.Popen(self._command, stdin=pipe, stdout=pipe, stderr=pipe, env=_environment()) as process:
+            self._process = process
+            if self._is_abandoned:  # while it was being started
+                process.kill()
+            out, said = process.communicate(self._task)
+        if process.returncode:
+            last = said.decode(errors="replace").strip().splitlines()[-1:] or [f"exit code {process.returncode}"]
+            raise DrawingError(f"drawing {self._what} failed: {last[0]}")
+        return out
+
+    def abandon(self) -> None:
+        """Nobody waits any more; the thread sees the process end, and closes what it held."""
+        self._is_abandoned = True
+        if self._process is not None:
+            self._process.kill()
 
 
 def _environment() -> dict[str, str]:

@@ -60,8 +60,8 @@ def panel(name: str, window: int, *, from_zero: bool, x_title: str = "step") -> 
         low=_bound("datum.mean - datum.spread", least, max), high=_bound("datum.mean + datum.spread", greatest, min)
     )
     layers = [
-        smooth.mark_area(opacity=0.16, color=BLUE).encode(x=x, y=alt.Y("low:Q", axis=axis, scale=scale), y2="high:Q"),
-        known.mark_circle(opacity=0.4, size=14, color=BLUE).encode(x=x, y=alt.Y(f"{name}:Q", axis=axis, scale=scale), tooltip=tip),
+        smooth.mark_area(opacity=0.2, color=BLUE).encode(x=x, y=alt.Y("low:Q", axis=axis, scale=scale), y2="high:Q"),
+        known.mark_circle(opacity=0.5, size=14, color=BLUE).encode(x=x, y=alt.Y(f"{name}:Q", axis=axis, scale=scale), tooltip=tip),
         smooth.mark_line(color=BLUE, strokeWidth=2).encode(x=x, y=alt.Y("mean:Q", axis=axis, scale=scale)),
         alt.Chart(alt.NamedData(name="running"))
         .transform_filter(f"isValid(datum.{name})")

@@ -73,7 +73,7 @@ class Curve {
     const old = this.api;
     const place = make("div", "sr1-fill", { role: "img", "aria-label": `${CURVES[this.name]} over the optimiser's steps` });
     this.holder.replaceChildren(place);
-    this.api = await vega.vegaEmbed(place, spec, { actions: false, renderer: "canvas", config });
+    this.api = await vega.vegaEmbed(place, spec, { actions: false, renderer: "canvas", config, logLevel: 1 });
     old?.finalize();
   }
 
