@@ -188,7 +188,7 @@ def test_hostile_episodes_are_text(browser: Any, page_file: Path, tmp_path: Path
         for details in tab.query_selector_all("article details"):
             details.query_selector("summary").click()
         if attack is not HOSTILE:
-            assert attack in tab.text_content(".turn .said:last-of-type, .turn .said")
+            assert attack in tab.text_content("section.turn >> nth=1 >> pre.said")
             assert tab.text_content("h2") == f"hostile {attack}"
             assert attack in tab.text_content(".passage")
         else:

@@ -94,7 +94,7 @@ function cutPlace(text, limit) {
 function highlighted(parent, text, words) {
   const wanted = [...new Set(words.map((word) => word.trim()).filter(Boolean))].sort((a, b) => b.length - a.length);
   if (!wanted.length) return addVisible(parent, text);
-  const escaped = wanted.map((word) => word.replace(/[\\^$.*+?()[\]{}|/-]/g, "\\$&"));
+  const escaped = wanted.map((word) => word.replace(/[\\^$.*+?()[\]{}|/]/g, "\\$&"));
   const pattern = new RegExp(`(?<![\\p{L}\\p{N}_])(?:${escaped.join("|")})(?![\\p{L}\\p{N}_])`, "giu");
   let end = 0;
   for (const match of text.matchAll(pattern)) {
