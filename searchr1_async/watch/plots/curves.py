@@ -85,7 +85,7 @@ def plot_learning(
     title: str = "",
     width: int = 230,
     height: int = 150,
-) -> alt.VConcatChart | alt.Chart:
+) -> alt.ConcatChart | alt.Chart:
     """Reward, exact match, turns an episode and valid calls, each in a panel of its own; arguments as :func:`plot_metric`'s,
     ``width`` and ``height`` of one panel."""
     import altair as alt
@@ -102,7 +102,7 @@ def plot_learning(
             panels.append(panel.properties(width=width, height=height, title=heading(metric.label)))
         else:
             panels.append(empty_chart("No value yet.", title=metric.label).properties(width=width, height=height))
-    grid = alt.vconcat(alt.hconcat(*panels[:2], spacing=24), alt.hconcat(*panels[2:], spacing=24), spacing=18)
+    grid = alt.concat(*panels, columns=2, spacing={"row": 16, "column": 20})
     return grid.properties(title=heading(title)) if title else grid
 
 
@@ -135,6 +135,7 @@ def _panel(
         ]
     )
     y_title = labels[0] if has_title and len(found) == 1 else None
+    each_shown = frame.height // len(found)
     is_share = all(metric.is_share for metric in found)
     number = ".1%" if is_share else ",.4~g"
     evaluated = evaluations.height if evaluations is not None else 0
@@ -158,7 +159,9 @@ def _panel(
         *([alt.Tooltip("smooth:Q", title="trend", format=number)] if smooth else []),
     ]
     layers += [
-        base.mark_circle(size=26, opacity=0.4).encode(x=x, y=y, color=colour, tooltip=tooltips),
+        base.mark_circle(size=_dot(each_shown), opacity=0.4 if each_shown < 150 else 0.25).encode(
+            x=x, y=y, color=colour, tooltip=tooltips
+        ),
         base.mark_line(strokeWidth=2.2).encode(x=x, y=alt.Y("smooth:Q" if smooth else "value:Q"), color=colour),
     ]
     if evaluations is not None and evaluated:
@@ -198,6 +201,11 @@ def _set_apart(places: Sequence[float], gap: float) -> list[float]:
         before, after = places[:index].count(place), places[index + 1 :].count(place)
         out.append(place - after * gap if place > max(places) / 2 else place + before * gap)
     return out
+
+
+def _dot(count: int) -> int:
+    """Square pixels of a point: of many, each is smaller, so that the trend is seen through them."""
+    return 26 if count < 60 else 16 if count < 400 else 8
 
 
 def _rounded(frame: pl.DataFrame) -> pl.DataFrame:

@@ -22,7 +22,7 @@ from searchr1_async.watch.trackers.lines import read_events
 if TYPE_CHECKING:
     import altair as alt
 
-    Chart = alt.Chart | alt.LayerChart | alt.VConcatChart
+    Chart = alt.Chart | alt.LayerChart | alt.ConcatChart | alt.VConcatChart
 
 
 def draw(run: RunRecords | Path | str, kind: str | Sequence[str] = "learning", **options: Any) -> Chart:

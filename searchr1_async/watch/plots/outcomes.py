@@ -147,8 +147,10 @@ def plot_suites(
     names = list(dict.fromkeys(row["suite"] for row in rows))
     suites = [*(name for name in names if name == ALL_SUITES), *sorted(name for name in names if name != ALL_SUITES)]
     colour = alt.Color("label:N", scale=alt.Scale(domain=labels, range=_shades(len(labels))), legend=legend(columns=3))
+    angle = 0 if len(suites) < 6 else -30
+    names_axis = axis(None, grid=False, labelOverlap=False, labelLimit=120, labelAngle=angle)
     base = alt.Chart(table(rows)).encode(
-        x=alt.X("suite:N", sort=suites, axis=axis(None, grid=False, labelAngle=0, labelLimit=120),
+        x=alt.X("suite:N", sort=suites, axis=names_axis,
                 scale=alt.Scale(paddingInner=0.25, paddingOuter=0.1)),
         xOffset=alt.XOffset("label:N", sort=labels, scale=alt.Scale(paddingInner=0.12)),
         color=colour,
