@@ -348,7 +348,7 @@ def _search(snapshot: Snapshot) -> Section | None:
         ("queries a second", f"{search.queries_a_second:.1f}"),
         ("cache hits", f"{search.cache_hit_rate:.0%}"),
         ("p50 / p99", f"{milliseconds(search.p50)} / {milliseconds(search.p99)}"),
-        ("tried again", f"{search.faults:,}"),
+        ("requests retried", f"{search.faults:,}"),
     ]
     if search.failed:
         rows.append(("failed for good", f"{search.failed:,}"))
