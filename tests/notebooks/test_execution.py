@@ -52,7 +52,7 @@ def test_quickstart(tmp_path: Path) -> None:
     assert text(notebook, "result = await run") == "('finished', 3)"
     table = text(notebook, "print(sr.comparison_table")
     assert all(stage in table for stage in ("untrained", "after warm-up", "after RL"))
-    assert "env/all/reward/total" in text(notebook, "run.metrics")
+    assert "exact_match" in text(notebook, "run.metrics")
     assert has(notebook, "run.plot", "image/png")
     assert has(notebook, "run.episode", "text/html")
     # What a saved notebook shows where the live view was.
