@@ -77,7 +77,8 @@ def isolated(text: str, tag: str = "bdi", css: str = "") -> str:
 
 def highlighted(text: str, words: Iterable[str]) -> str:
     """``text`` made visible, with every occurrence of one of ``words`` (any case, whole words) in ``<mark>``."""
-    wanted = sorted({word.strip() for word in words if word.strip()}, key=len, reverse=True)
+    # A word longer than the text cannot occur; one of 1 MB took seconds to compile.
+    wanted = sorted({word.strip() for word in words if 0 < len(word.strip()) <= len(text)}, key=len, reverse=True)
     if not wanted:
         return visible(text)
     pattern = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, wanted))})(?!\w)", re.IGNORECASE)

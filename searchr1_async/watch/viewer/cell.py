@@ -7,6 +7,7 @@ from typing import Any
 from searchr1_async.episodes.types import Episode, Group
 from searchr1_async.watch.html import visible
 from searchr1_async.watch.viewer.parts import (
+    SHADED,
     golden_html,
     legend_html,
     line_html,
@@ -15,7 +16,7 @@ from searchr1_async.watch.viewer.parts import (
     verdict_html,
 )
 from searchr1_async.watch.viewer.style import cell_style
-from searchr1_async.watch.viewer.tokens import decoded, tokenizer_of, turn_pieces
+from searchr1_async.watch.viewer.tokens import decoded, tokenizer_of
 from searchr1_async.watch.viewer.words import MARKS, counted, learning_words, tokens, verdict
 
 
@@ -95,13 +96,12 @@ def _episode(
     learning = learning_words(episode, advantage, trained, drop_reason)
     css = {True: " trained", False: " dropped", None: ""}[trained]
     facts = f"{counted(len(episode.turns), 'turn')} · {tokens(len(episode.tokens))} · {episode.seconds:.1f} s"
-    is_coloured = any(turn_pieces(tokenizer, turn.sampled_tokens, turn.text) is not None for turn in episode.turns)
     turns = "".join(
         turn_html(number, turn, episode.question, tokenizer=tokenizer, between=_masked(turn.appended_tokens, tokenizer))
         for number, turn in enumerate(episode.turns, start=1)
     )
     prompt = _masked(episode.prompt_tokens, tokenizer, "prompt")
-    legend = legend_html() if is_coloured else ""
+    legend = legend_html() if SHADED in turns else ""
     return (
         f'{verdict_html(episode)}<div class="facts">{facts}</div><div class="learning{css}">{visible(learning)}</div>'
         f'<details class="more-of"{" open" if len(episode.turns) <= 3 else ""}>'

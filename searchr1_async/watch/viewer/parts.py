@@ -22,6 +22,10 @@ MAX_LINE = 2_000
 """Of what should be a line: a title, a query, an answer."""
 
 
+SHADED = 'title="log-probability '
+"""What every token that is shown on its shade has, and no text can have: quotes in it are escaped."""
+
+
 def clipped(text: str, limit: int = MAX_TEXT) -> tuple[str, int]:
     """The first ``limit`` characters, and how many are left out."""
     return text[:limit], max(len(text) - limit, 0)
@@ -91,7 +95,7 @@ def _token(text: str, logprob: float | None) -> str:
     shade = level(logprob)
     if shade is None:
         return visible(text)
-    return f'<span class="t{shade}" title="log-probability {logprob:.3f}">{visible(text)}</span>'
+    return f'<span class="t{shade}" {SHADED}{logprob:.3f}">{visible(text)}</span>'
 
 
 def legend_html() -> str:

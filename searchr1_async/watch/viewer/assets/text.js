@@ -92,7 +92,7 @@ function cutPlace(text, limit) {
 
 // `text` with every whole-word occurrence of one of `words`, in any case, in <mark>.
 function highlighted(parent, text, words) {
-  const wanted = [...new Set(words.map((word) => word.trim()).filter(Boolean))].sort((a, b) => b.length - a.length);
+  const wanted = [...new Set(words.map((word) => word.trim()).filter((word) => word && word.length <= text.length))].sort((a, b) => b.length - a.length);
   if (!wanted.length) return addVisible(parent, text);
   const escaped = wanted.map((word) => word.replace(/[\\^$.*+?()[\]{}|/]/g, "\\$&"));
   const pattern = new RegExp(`(?<![\\p{L}\\p{N}_])(?:${escaped.join("|")})(?![\\p{L}\\p{N}_])`, "giu");
