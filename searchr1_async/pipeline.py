@@ -4,8 +4,8 @@ One mechanism serves all ways to feed learning; :class:`~searchr1_async.config.P
 :meth:`Pipeline._train` first: it is the algorithm. Four kinds of tasks run beside it, all in one task group:
 
 - the *starter* starts groups whenever admission lets it, and each *group* plays itself to its end;
-- the *publisher* waits for each step's new weights and lets groups start under them;
-- the *recorder* waits for each step's checkpoint and writes the step down, in order;
+- the *publisher* and the *recorder* of :class:`~searchr1_async.finishing.StepFinisher` wait for each step's new weights and for
+  its checkpoint;
 - the *keeper* puts finished groups on disk until a recorded step holds them.
 
 What may start, and what makes up a batch, is decided by :class:`~searchr1_async.rollout.admission.Admission`; which groups go
@@ -14,11 +14,11 @@ to the trainer together by :class:`~searchr1_async.learn.minibatches.MinibatchGa
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from dataclasses import dataclass
 
 import anyio
-from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
+import tinker
 
 from searchr1_async.control import RunControl
 from searchr1_async.episodes.types import Group
@@ -34,8 +34,9 @@ from searchr1_async.events import (
     PipelineChanged,
     WeightsPublished,
 )
+from searchr1_async.finishing import ClosedStep, StepFinisher
 from searchr1_async.job import TrainingJob
-from searchr1_async.learn.learner import Learner, StepInProgress
+from searchr1_async.learn.learner import Learner
 from searchr1_async.learn.minibatches import Minibatch, MinibatchGatherer, drop_reason
 from searchr1_async.recording import Keeper, StepRecorder, StepToRecord
 from searchr1_async.rollout.admission import Admission, Closed
@@ -47,18 +48,6 @@ from searchr1_async.watch.records import GroupOutcome
 TOO_SLOW, STEP_TIME_LIMIT = "too_slow", "step_time_limit"
 """Why a group was cut."""
 CONSTANT_REWARD = "constant_reward"
-STOP_SECONDS = 60.0
-"""For steps whose optimiser step is at the trainer when the run is stopped: they are waited for and written down. One took
-2 to 17 s on the embedded service; what comes later is learned again after the resume."""
-
-
-@dataclass
-class _StepUnderWay:
-    """A batch that is closed: its optimiser step is submitted, its weights and its checkpoint are on their way."""
-
-    to_record: StepToRecord
-    in_progress: StepInProgress
-    published: anyio.Event = field(default_factory=anyio.Event)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,13 +108,14 @@ class Pipeline:
         )
         self._under_way: dict[int, GroupUnderWay] = {}
         self._finished: dict[int, _Finished] = {}
-        self._not_recorded: dict[int, tuple[int, ...]] = {}
         self._budgets: dict[int, FailureBudget] = {}
         self._cut_step: int | None = None
         self._cut: set[int] = set()
         self._mean_tokens: float | None = None
         self._part = 0
-        self._stepping = 0
+        self._finisher = StepFinisher(
+            recorder, keeper, self._admission, control, published=self._published, let_go=self._let_go
+        )
         self._told: PipelineChanged | None = None
         # Each is replaced by a fresh one when it has been acted upon.
         self._changed = anyio.Event()
@@ -143,34 +133,26 @@ class Pipeline:
         self._emit(PhaseStarted("train", self._total, "steps", seconds_at_most=left))
         self._emit(PhaseAdvanced("train", self._recorder.point.step))
         self._recorder.begin(began)
-        async with self._keeper.keeping(), anyio.create_task_group() as finishing:
-            # Of one: a trainer that is further behind holds the loop up, so that a kill costs at most two steps.
-            to_publish, publishing = anyio.create_memory_object_stream[_StepUnderWay](1)
-            to_record, recording = anyio.create_memory_object_stream[_StepUnderWay](1)
-            finishing.start_soon(self._publish_steps, publishing, to_record)
-            finishing.start_soon(self._record_steps, recording)
-            async with to_publish:
-                with self._control.interruptible():
-                    reason = await self._play_and_train(to_publish, left)
-            if self._control.stop_requested:
-                finishing.cancel_scope.deadline = anyio.current_time() + STOP_SECONDS
+        async with self._keeper.keeping(), self._finisher.finishing():
+            with self._control.interruptible():
+                reason = await self._play_and_train(left)
         self._emit(PhaseEnded("train", self._control.now() - began))
         return reason, self._policy.current
 
-    async def _play_and_train(self, to_publish: MemoryObjectSendStream[_StepUnderWay], left: float | None) -> str:
+    async def _play_and_train(self, left: float | None) -> str:
         # Where a stop cut it short; one that is on disk is not made again.
         if (step := self._recorder.point.step) and self._is_measured(step):
             await self._measure(f"step {step}", self._policy.current)
         reason = ""
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._start_groups)
-            reason = await self._train(to_publish, left)
+            reason = await self._train(left)
             tasks.cancel_scope.cancel()  # groups that no step needs any more, where the time was over
         return reason
 
     # --- the algorithm ------------------------------------------------------------------------------------------------
 
-    async def _train(self, to_publish: MemoryObjectSendStream[_StepUnderWay], seconds_left: float | None) -> str:
+    async def _train(self, seconds_left: float | None) -> str:
         learning, began = self._job.learning, self._control.now()
         opened, searched = began, self._job.search.statistics
         while not self._admission.is_over:
@@ -192,11 +174,10 @@ class Pipeline:
             )
             keep = is_last or step % learning.checkpoint_every == 0
             in_progress = await self._learner.finish_step(step, self._total, f"step-{step:06d}", keep=keep)
-            under_way = _StepUnderWay(to_record, in_progress)
-            self._stepping += 1
+            under_way = ClosedStep(to_record, in_progress)
             self._emit(BatchClosed(step, len(to_record.outcomes)))
+            await self._finisher.take(under_way)
             self._tell()
-            await _hand_on(to_publish, under_way)
             is_measured = self._is_measured(step)
             if is_measured or is_last or not self._job.pipeline.max_staleness:
                 await under_way.published.wait()
@@ -264,7 +245,7 @@ class Pipeline:
 
     def _close(self) -> Closed:
         closed = self._admission.close()
-        self._not_recorded[closed.step] = (*closed.taken, *closed.replaced, *closed.cancelled)
+        self._finisher.closed(closed.step, closed.places)
         for place in closed.cancelled:
             self._finished[place] = _Finished(self._under_way[place].group(), TOO_SLOW)
             self._under_way[place].cut(TOO_SLOW)
@@ -367,58 +348,18 @@ class Pipeline:
         assert finished.drop_reason is not None
         self._emit(GroupDropped(finished.group, step, finished.drop_reason))
 
-    async def _publish_steps(
-        self,
-        publishing: MemoryObjectReceiveStream[_StepUnderWay],
-        to_record: MemoryObjectSendStream[_StepUnderWay],
-    ) -> None:
-        async with publishing, to_record:
-            async for under_way in publishing:
-                client = await under_way.in_progress.published()
-                step = under_way.to_record.step
-                # Without an optimiser step the weights are the same, under a new number.
-                client = self._policy.current.client if client is None else client
-                self._policy.switch(TinkerPolicy(client, step, self._job.sampling))
-                self._admission.published(step)
-                under_way.to_record.published = self._control.now()
-                under_way.published.set()
-                self._stepping -= 1
-                self._emit(WeightsPublished(step))
-                self._tell()
-                self._may_start.set()
-                self._changed.set()
-                await _hand_on(to_record, under_way)
-
-    async def _record_steps(self, recording: MemoryObjectReceiveStream[_StepUnderWay]) -> None:
-        async with recording:
-            async for under_way in recording:
-                finished = await under_way.in_progress.finished()
-                step = under_way.to_record.step
-                own = set(self._not_recorded.pop(step))
-                later = [place for places in self._not_recorded.values() for place in places]
-                await self._recorder.record(
-                    under_way.to_record,
-                    finished,
-                    next_place=self._admission.next_place,
-                    open_places=tuple(sorted({*self._admission.open_places, *later} - own)),
-                )
-                self._keeper.forget(own)
-                under_way.to_record.outcomes = ()
-                # In a thread, one by one: 4,096 episodes go in 0.27 s, and in one piece they would stop the event loop.
-                await anyio.to_thread.run_sync(_let_go, [self._finished.pop(place) for place in own])
-
     # --- bookkeeping --------------------------------------------------------------------------------------------------
 
     def _tell(self) -> None:
         """Says how learning stands, if that has changed."""
-        is_learning = not self._learner.is_idle and not self._stepping
+        is_learning = not self._learner.is_idle and not self._finisher.is_stepping
         now = PipelineChanged(
             step=self._admission.step,
             policy_version=self._admission.version,
             batch_groups=self._job.learning.groups_per_batch,
             taken_groups=self._admission.taken,
             waiting_groups=self._admission.waiting,
-            trainer="stepping" if self._stepping else "learning" if is_learning else "idle",
+            trainer="stepping" if self._finisher.is_stepping else "learning" if is_learning else "idle",
         )
         if now != self._told:
             self._told = now
@@ -447,10 +388,25 @@ class Pipeline:
                 Notice(f"{len(finished)} groups were finished before the run was stopped: they are not played again")
             )
 
+    def _published(self, client: tinker.SamplingClient | None, step: int) -> None:
+        """The weights after a step are there; without an optimiser step they are the same, under a new number."""
+        client = self._policy.current.client if client is None else client
+        self._policy.switch(TinkerPolicy(client, step, self._job.sampling))
+        self._admission.published(step)
+        self._emit(WeightsPublished(step))
+        self._tell()
+        self._may_start.set()
+        self._changed.set()
+
+    def _let_go(self, places: Collection[int]) -> None:
+        """A recorded step holds the groups of these places. One by one: 4,096 episodes go in 0.27 s."""
+        for place in places:
+            del self._finished[place]
+
     def _outcomes(self, closed: Closed) -> tuple[GroupOutcome, ...]:
-        places = (*closed.taken, *closed.replaced, *closed.cancelled)
         return tuple(
-            GroupOutcome(place, self._finished[place].group, self._finished[place].drop_reason) for place in places
+            GroupOutcome(place, self._finished[place].group, self._finished[place].drop_reason)
+            for place in closed.places
         )
 
     def _budget_of(self, place: int) -> FailureBudget:
@@ -461,18 +417,3 @@ class Pipeline:
             groups = size if self._end is None else min(size, self._end - window * size)
             self._budgets[window] = self._engine.failure_budget(groups)
         return self._budgets[window]
-
-
-async def _hand_on(stream: MemoryObjectSendStream[_StepUnderWay], under_way: _StepUnderWay) -> None:
-    try:
-        try:
-            stream.send_nowait(under_way)  # where there is room a stop cannot come between the step and its record
-        except anyio.WouldBlock:
-            await stream.send(under_way)
-    except anyio.BrokenResourceError:
-        await anyio.sleep_forever()  # its reader has failed: the error that cancels this says why
-
-
-def _let_go(finished: list[_Finished]) -> None:
-    while finished:
-        finished.pop()

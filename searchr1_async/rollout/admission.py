@@ -38,6 +38,11 @@ class Closed:
     cancelled: tuple[int, ...]
     """Places of groups that were too slow: the caller cancels them."""
 
+    @property
+    def places(self) -> tuple[int, ...]:
+        """All of them."""
+        return (*self.taken, *self.replaced, *self.cancelled)
+
 
 class Admission:
     """The state of one run's groups.

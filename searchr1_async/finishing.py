@@ -1,0 +1,138 @@
+"""From a batch that is closed to its end: new weights first, then the record, each step in its turn.
+
+Two tasks, so that the next batch plays and learns meanwhile: the *publisher* waits for each step's new weights and hands them
+on, the *recorder* waits for its checkpoint and writes the step down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Collection
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import anyio
+import tinker
+from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
+
+from searchr1_async.control import RunControl
+from searchr1_async.learn.learner import StepInProgress
+from searchr1_async.recording import Keeper, StepRecorder, StepToRecord
+from searchr1_async.rollout.admission import Admission
+
+STOP_SECONDS = 60.0
+"""For steps whose optimiser step is at the trainer when the run is stopped: they are waited for and written down. One took
+2 to 17 s on the embedded service; what comes later is learned again after the resume."""
+
+
+@dataclass
+class ClosedStep:
+    """A batch that is closed: its optimiser step is submitted, its weights and its checkpoint are on their way."""
+
+    to_record: StepToRecord
+    in_progress: StepInProgress
+    published: anyio.Event = field(default_factory=anyio.Event)
+    """Its weights are there."""
+
+
+class StepFinisher:
+    """Brings closed steps to their end.
+
+    Args:
+        recorder: writes steps down.
+        keeper: has their groups on disk until then.
+        admission: knows which groups belong to no closed step.
+        published: gets each step's new weights (None: as before) and its number.
+        let_go: is told, in a worker thread, of the groups that a recorded step holds.
+    """
+
+    def __init__(
+        self,
+        recorder: StepRecorder,
+        keeper: Keeper,
+        admission: Admission,
+        control: RunControl,
+        *,
+        published: Callable[[tinker.SamplingClient | None, int], None],
+        let_go: Callable[[Collection[int]], None],
+    ) -> None:
+        self._recorder, self._keeper, self._admission, self._control = recorder, keeper, admission, control
+        self._published, self._let_go = published, let_go
+        self._not_recorded: dict[int, set[int]] = {}
+        self._stepping = 0
+        self._to_publish: MemoryObjectSendStream[ClosedStep] | None = None
+
+    @property
+    def is_stepping(self) -> bool:
+        """A closed step's weights are on their way."""
+        return self._stepping > 0
+
+    @asynccontextmanager
+    async def finishing(self) -> AsyncIterator[None]:
+        """Takes steps while the block runs, and ends when the last is written down; after a stop, within a minute.
+
+        Raises, within an exception group:
+            ServiceError: a training call failed.
+            CheckpointError: a checkpoint, or the records, could not be written.
+        """
+        async with anyio.create_task_group() as tasks:
+            # Of one: a trainer that is further behind holds the loop up, so that a kill costs at most two steps.
+            self._to_publish, publishing = anyio.create_memory_object_stream[ClosedStep](1)
+            to_record, recording = anyio.create_memory_object_stream[ClosedStep](1)
+            tasks.start_soon(self._publish, publishing, to_record)
+            tasks.start_soon(self._record, recording)
+            async with self._to_publish:
+                yield
+            if self._control.stop_requested:
+                tasks.cancel_scope.deadline = anyio.current_time() + STOP_SECONDS
+
+    def closed(self, step: int, places: Collection[int]) -> None:
+        """A batch was closed just now: until its own record its groups are open in the records of the steps before it.
+
+        In the moment of closing, since admission does not know them any more: a kill would lose their questions.
+        """
+        self._not_recorded[step] = set(places)
+
+    async def take(self, step: ClosedStep) -> None:
+        """Takes the next closed step, whose calls are submitted; waits while two before it are not done."""
+        assert self._to_publish is not None, "only within finishing()"
+        self._stepping += 1
+        await _hand_on(self._to_publish, step)
+
+    async def _publish(
+        self, publishing: MemoryObjectReceiveStream[ClosedStep], to_record: MemoryObjectSendStream[ClosedStep]
+    ) -> None:
+        async with publishing, to_record:
+            async for step in publishing:
+                client = await step.in_progress.published()
+                step.to_record.published = self._control.now()
+                step.published.set()
+                self._stepping -= 1
+                self._published(client, step.to_record.step)
+                await _hand_on(to_record, step)
+
+    async def _record(self, recording: MemoryObjectReceiveStream[ClosedStep]) -> None:
+        async with recording:
+            async for step in recording:
+                finished = await step.in_progress.finished()
+                own = self._not_recorded.pop(step.to_record.step)
+                later = set[int]().union(*self._not_recorded.values())
+                await self._recorder.record(
+                    step.to_record,
+                    finished,
+                    next_place=self._admission.next_place,
+                    open_places=tuple(sorted({*self._admission.open_places, *later} - own)),
+                )
+                self._keeper.forget(own)
+                step.to_record.outcomes = ()
+                # In a thread: in one piece it would stop the event loop.
+                await anyio.to_thread.run_sync(self._let_go, own)
+
+
+async def _hand_on(stream: MemoryObjectSendStream[ClosedStep], step: ClosedStep) -> None:
+    try:
+        try:
+            stream.send_nowait(step)  # where there is room a stop cannot come between the step and its record
+        except anyio.WouldBlock:
+            await stream.send(step)
+    except anyio.BrokenResourceError:
+        await anyio.sleep_forever()  # its reader has failed: the error that cancels this says why
