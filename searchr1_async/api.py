@@ -7,6 +7,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Literal
 
+import anyio
 import tinker
 
 from searchr1_async.config import (
@@ -34,7 +35,7 @@ from searchr1_async.job import TrainingJob, TrainingResult
 from searchr1_async.learn.demonstrations import Demonstration
 from searchr1_async.playing import check_format, open_watchers, playing
 from searchr1_async.run import Run
-from searchr1_async.run_folder import find_point
+from searchr1_async.run_folder import find_point, past_events
 from searchr1_async.search import Search
 from searchr1_async.training import run_training
 from searchr1_async.watch.dashboard import Choice, open_view
@@ -238,7 +239,8 @@ def train(
 
     async def work(control: RunControl, streams: EventStreams) -> TrainingResult:
         async with AsyncExitStack() as stack:
-            watchers = await open_watchers(stack, view, emit)
+            past = await anyio.to_thread.run_sync(past_events, out) if resume and view is not None else []
+            watchers = await open_watchers(stack, view, emit, past)
             watchers.subscribe(streams)
             return await run_training(job, watchers, control, opened)
 

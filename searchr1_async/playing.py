@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from searchr1_async.config import EpisodeLimits, LocalOptions, SamplingSettings
 from searchr1_async.episodes.dialect import FORMATS
 from searchr1_async.episodes.reward import RewardFunction
 from searchr1_async.errors import ConfigurationError, ModelError, RunFolderError, SearchR1Error
-from searchr1_async.events import Emit, Notice, RunEnded, RunStarted
+from searchr1_async.events import Emit, EvaluationFinished, Notice, RunEnded, RunStarted, StepFinished
 from searchr1_async.learn.checkpoints import ResumePoint
 from searchr1_async.rollout.engine import RolloutEngine
 from searchr1_async.rollout.opening import open_engine
@@ -26,7 +26,7 @@ from searchr1_async.search import Search
 from searchr1_async.service import check_service, open_service
 from searchr1_async.training import open_search
 from searchr1_async.watch.dashboard import View
-from searchr1_async.watch.fanout import Watchers
+from searchr1_async.watch.fanout import Watchers, with_past
 from searchr1_async.watch.viewer.tokens import remember_tokenizer
 
 
@@ -149,11 +149,20 @@ def _ending(emit: Emit) -> Callable[..., None]:
     return end
 
 
-async def open_watchers(stack: AsyncExitStack, view: View | None, emit: Emit | None) -> Watchers:
-    """Whoever watches some work; the view is closed with the stack."""
+async def open_watchers(
+    stack: AsyncExitStack,
+    view: View | None,
+    emit: Emit | None,
+    past: Sequence[StepFinished | EvaluationFinished] = (),
+) -> Watchers:
+    """Whoever watches some work; the view is closed with the stack.
+
+    Args:
+        past: what the view is told besides, of earlier sessions.
+    """
     watchers = Watchers()
     if view is not None:
-        watchers.subscribe(await stack.enter_async_context(view))
+        watchers.subscribe(with_past(await stack.enter_async_context(view), past))
     if emit is not None:
         watchers.subscribe(emit)
     return watchers

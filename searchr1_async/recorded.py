@@ -38,6 +38,7 @@ class RecordedRun:
 
     def __init__(self, out_dir: Path) -> None:
         self._out_dir = out_dir
+        self._tokenizer: Any = None
 
     @property
     def out_dir(self) -> Path:
@@ -99,8 +100,11 @@ class RecordedRun:
             raise ConfigurationError(
                 f"step {step} has no episode {member} of group {group}: see run.episodes() for those that there are"
             )
-        if (tokenizer := load_tokenizer(self._out_dir)) is not None:
-            remember_tokenizer(tokenizer)
+        # Loaded once: it takes about a second.
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self._out_dir)
+        if self._tokenizer is not None:
+            remember_tokenizer(self._tokenizer)
         return found
 
     def plot(self, kind: str = "learning", **options: Any) -> Any:

@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 
 from searchr1_async.errors import CheckpointError, ConfigurationError, RunFolderError
 from searchr1_async.evaluation.result import Evaluation
+from searchr1_async.events import EvaluationFinished, StepFinished
 from searchr1_async.job import TrainingJob, TrainingResult
 from searchr1_async.learn.checkpoints import ResumePoint
 from searchr1_async.rollout.order import QuestionOrder
@@ -150,3 +151,14 @@ def load_evaluations(records: RunRecords) -> tuple[Evaluation, ...]:
         Evaluation(label, records.load_evaluation(label), step) for label, step in evaluation_steps(records).items()
     ]
     return tuple(sorted(loaded, key=lambda evaluation: (evaluation.label != UNTRAINED, evaluation.step or 0)))
+
+
+def past_events(folder: Path) -> list[StepFinished | EvaluationFinished]:
+    """The steps and evaluations that a run has on record, as the events that told of them: for a view of its next session."""
+    records = RunRecords(folder)
+    steps = [
+        StepFinished(row.pop("step"), {name: value for name, value in row.items() if value is not None})
+        for row in records.metrics().iter_rows(named=True)
+    ]
+    measured = [EvaluationFinished(found.label, found.step, found.metrics()) for found in load_evaluations(records)]
+    return [*steps, *measured]

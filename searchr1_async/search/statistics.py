@@ -133,6 +133,7 @@ class SearchStatistics:
                 f"search/{name}/p50": service.latency.p50,
                 f"search/{name}/p99": service.latency.p99,
                 f"search/{name}/limit": float(service.limit),
+                f"search/{name}/seconds_down": service.seconds_down,
             }
         return out
 

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_TRAINING, _HELD_OUT, _TURNS, _CALLS, _SEEN = "#3b6fb6", "#c4472f", "#2f8f6b", "#8a5fb0", "#c98a1b"
+TRAINING, HELD_OUT, TURNS, CALLS, SEEN = "#3b6fb6", "#c4472f", "#2f8f6b", "#8a5fb0", "#c98a1b"
 """Told apart in the common forms of colour blindness, and by line style where two share a panel."""
-_GREY = "#6b7280"
+GREY = "#6b7280"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +73,11 @@ def _draw_exact_match(axes: Axes, metrics: pl.DataFrame, evaluations: Sequence[E
     _style(axes, "exact match", share=True)
     steps_n, values_n = _series(metrics, "env/all/correct")
     if len(steps_n):
-        axes.plot(steps_n, values_n, "o", color=_TRAINING, alpha=0.35, markersize=4, markeredgewidth=0)
+        axes.plot(steps_n, values_n, "o", color=TRAINING, alpha=0.35, markersize=4, markeredgewidth=0)
         smooth_n, spread_n = smoothed(values_n)
         if len(steps_n) > 2:
-            axes.fill_between(steps_n, smooth_n - spread_n, smooth_n + spread_n, color=_TRAINING, alpha=0.12, lw=0)
-        axes.plot(steps_n, smooth_n, color=_TRAINING, lw=2.2, label="training episodes (points: single steps)")
+            axes.fill_between(steps_n, smooth_n - spread_n, smooth_n + spread_n, color=TRAINING, alpha=0.12, lw=0)
+        axes.plot(steps_n, smooth_n, color=TRAINING, lw=2.2, label="training episodes (points: single steps)")
     points = [point for point in evaluations if not math.isnan(point.exact_match)]
     last_step = _last_step(metrics, evaluations)
     places = [float(last_step if point.step is None else point.step) for point in points]
@@ -86,7 +86,7 @@ def _draw_exact_match(axes: Axes, metrics: pl.DataFrame, evaluations: Sequence[E
         means = [point.exact_match for point in points]
         errors = [[p.exact_match - p.low for p in points], [p.high - p.exact_match for p in points]]
         axes.errorbar(
-            places, means, yerr=errors, fmt="D", color=_HELD_OUT, markersize=7, capsize=5, lw=1.6, zorder=5,
+            places, means, yerr=errors, fmt="D", color=HELD_OUT, markersize=7, capsize=5, lw=1.6, zorder=5,
             label="held-out questions, 95 % interval",
         )  # fmt: skip
     highest = max([*values_n.tolist(), *(point.high for point in points)], default=1.0)
@@ -100,22 +100,22 @@ def _draw_turns(axes: Axes, metrics: pl.DataFrame) -> None:
     _style(axes, "turns per episode")
     steps_n, values_n = _series(metrics, "env/all/turns_per_episode")
     if len(steps_n):
-        axes.plot(steps_n, values_n, "o", color=_TURNS, alpha=0.35, markersize=4, markeredgewidth=0)
-        axes.plot(steps_n, smoothed(values_n)[0], color=_TURNS, lw=2.2)
+        axes.plot(steps_n, values_n, "o", color=TURNS, alpha=0.35, markersize=4, markeredgewidth=0)
+        axes.plot(steps_n, smoothed(values_n)[0], color=TURNS, lw=2.2)
         axes.set_ylim(min(1.0, values_n.min()) - 0.05, max(3.0, values_n.max() * 1.08))
     else:
         axes.set_ylim(0.95, 3)
     # Below two turns no search result is ever read: the line where a policy begins to search.
-    axes.axhline(2, color=_GREY, lw=0.9, ls=(0, (4, 3)))
+    axes.axhline(2, color=GREY, lw=0.9, ls=(0, (4, 3)))
     axes.annotate("searches once, then answers", (0.995, 2), xycoords=("axes fraction", "data"), xytext=(0, 3),
-                  textcoords="offset points", ha="right", va="bottom", color=_GREY, fontsize=9)  # fmt: skip
+                  textcoords="offset points", ha="right", va="bottom", color=GREY, fontsize=9)  # fmt: skip
 
 
 def _draw_shares(axes: Axes, metrics: pl.DataFrame) -> None:
     _style(axes, "share", share=True)
     for name, label, colour, line in (
-        ("env/all/valid_calls", "tool calls that are valid", _CALLS, "-"),
-        ("env/all/answer_in_passage", "episodes shown a passage with the answer", _SEEN, (0, (5, 1.5))),
+        ("env/all/valid_calls", "tool calls that are valid", CALLS, "-"),
+        ("env/all/answer_in_passage", "episodes shown a passage with the answer", SEEN, (0, (5, 1.5))),
     ):
         steps_n, values_n = _series(metrics, name)
         if len(steps_n):
@@ -193,9 +193,9 @@ def _label_points(
             side = edge + width * (0.012 if right else -0.012)
             axes.annotate(
                 f"{fill(_plain(point.label), 14)}\n{point.exact_match:.1%}", (place, point.exact_match), xytext=(side, height),
-                ha="left" if right else "right", va="center", color=_HELD_OUT, fontsize=10, fontweight="bold", zorder=6,
+                ha="left" if right else "right", va="center", color=HELD_OUT, fontsize=10, fontweight="bold", zorder=6,
                 linespacing=1.1, bbox={"boxstyle": "round,pad=0.12", "fc": "white", "ec": "none", "alpha": 0.75},
-                arrowprops={"arrowstyle": "-", "color": _HELD_OUT, "lw": 0.7, "alpha": 0.6},
+                arrowprops={"arrowstyle": "-", "color": HELD_OUT, "lw": 0.7, "alpha": 0.6},
             )  # fmt: skip
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from searchr1_async.events import Emit, Event
+from searchr1_async.events import Emit, EvaluationFinished, Event, RunStarted, StepFinished
 
 logger = logging.getLogger(__name__)
 
@@ -46,3 +46,16 @@ class Watchers:
                     type(event).__name__,
                     exc_info=True,
                 )
+
+
+def with_past(see: Emit, past: Sequence[StepFinished | EvaluationFinished]) -> Emit:
+    """``see``, which is also told what earlier sessions of its run told, as far as this one goes on from there."""
+
+    def seen(event: Event) -> None:
+        see(event)
+        if isinstance(event, RunStarted):
+            for earlier in past:
+                if (earlier.step or 0) <= event.step:
+                    see(earlier)
+
+    return seen

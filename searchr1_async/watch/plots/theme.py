@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from searchr1_async.watch.curve import _CALLS, _GREY, _HELD_OUT, _SEEN, _TRAINING, _TURNS
+from searchr1_async.watch.curve import CALLS, GREY, HELD_OUT, SEEN, TRAINING, TURNS
 
 if TYPE_CHECKING:
     import altair as alt
 
-TRAINING, HELD_OUT, TURNS, CALLS, SEEN, GREY = _TRAINING, _HELD_OUT, _TURNS, _CALLS, _SEEN, _GREY
 """Those of the learning curve: told apart in the common forms of colour blindness."""
 
 SERIES = (TRAINING, SEEN, TURNS, CALLS, GREY, HELD_OUT)
