@@ -50,7 +50,7 @@ class Page {
       return made;
     };
     this.suite = picker("suite", "Suite", [option("", "all suites"), ...suites.map((suite) => option(suite, visibleText(suite).slice(0, 60)))]);
-    const all = [option("", "all steps and evaluations")];
+    const all = [option("", "steps and evaluations")];
     if (sources.some((source) => source.isEvaluation) && sources.some((source) => !source.isEvaluation)) {
       all.push(option("training", "training"), option("evaluations", "evaluations"));
     }
