@@ -17,9 +17,11 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import nbformat
 from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionComplete
 from nbformat import NotebookNode
 
 FOLDER = Path(__file__).parent
@@ -66,7 +68,7 @@ def execute(
         nbclient.exceptions.CellExecutionError: a cell raised.
         nbclient.exceptions.CellTimeoutError: a cell took too long.
     """
-    client = NotebookClient(
+    client = _Client(
         notebook,
         kernel_name="python3",
         timeout=cell_timeout,
@@ -76,6 +78,26 @@ def execute(
         coalesce_streams=True,
     )
     client.execute(env=dict(os.environ if environment is None else environment))
+
+
+class _Client(NotebookClient):
+    """Lets a cell's output change while a later cell runs, as every notebook's page does.
+
+    A live view stands in the cell that started the run, and is replaced by its picture while another cell waits for the run.
+    NotebookClient hears only what answers the cell that runs.
+    """
+
+    async def _async_poll_output_msg(self, parent_msg_id: str, cell: NotebookNode, cell_index: int) -> None:
+        assert self.kc is not None
+        is_over = False
+        while not is_over:
+            message: dict[str, Any] = await self.kc.iopub_channel.get_msg(timeout=None)
+            is_answer = message["parent_header"].get("msg_id") == parent_msg_id
+            if is_answer or message["msg_type"] == "update_display_data":
+                try:
+                    self.process_message(message, cell, cell_index)
+                except CellExecutionComplete:
+                    is_over = True
 
 
 def clean(notebook: NotebookNode) -> None:
