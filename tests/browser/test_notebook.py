@@ -167,6 +167,7 @@ FITS = """() => {
     return view.scrollWidth <= view.clientWidth + 1;
 }"""
 """Nothing sticks out of the view at its side."""
+PAGE_FITS = "() => document.documentElement.scrollWidth <= document.documentElement.clientWidth"
 
 
 def interrupt(notebook: NotebookPage, folder: Path) -> None:
@@ -211,6 +212,10 @@ def read_episodes(notebook: NotebookPage, screenshots: Path) -> None:
     notebook.use_theme("JupyterLab Dark")
     page.set_viewport_size({"width": 600, "height": 1000})
     cell.locator("iframe").scroll_into_view_if_needed()
+    handle = cell.locator("iframe").element_handle()
+    inside = handle.content_frame() if handle is not None else None
+    assert inside is not None
+    inside.wait_for_function(PAGE_FITS, timeout=10_000)
     page.screenshot(path=screenshots / "7_viewer_narrow_dark.png")
 
 
