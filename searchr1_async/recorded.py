@@ -14,23 +14,10 @@ from searchr1_async.job import TrainingResult
 from searchr1_async.learn.checkpoints import ResumePoint
 from searchr1_async.run_folder import is_claimed, result_of
 from searchr1_async.watch.records import RunRecords
-from searchr1_async.watch.viewer import in_cell, load_tokenizer, remember_tokenizer, view_run
+from searchr1_async.watch.viewer import CellView, load_tokenizer, remember_tokenizer, view_run
 
 CELL_EPISODES = 200
 """Episodes in a notebook's own viewer, which are kept in its file."""
-
-
-class CellView:
-    """A page that shows itself in a notebook's cell."""
-
-    def __init__(self, page_html: str) -> None:
-        self.page_html = page_html
-
-    def _repr_html_(self) -> str:
-        return in_cell(self.page_html)
-
-    def __repr__(self) -> str:
-        return 'the episode viewer: look at it in a notebook, or write it as a page with run.view("page.html")'
 
 
 class RecordedRun:

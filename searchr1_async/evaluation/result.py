@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -23,6 +24,7 @@ from searchr1_async.evaluation.statistics import (
 from searchr1_async.watch.curve import EvaluationPoint
 from searchr1_async.watch.metrics import answer_in_passage, stop_fractions
 from searchr1_async.watch.rows import episodes_frame, evaluation_rows
+from searchr1_async.watch.viewer import CellView, page_of
 
 QuestionKey = tuple[str, str, str]
 """Suite, identifier and text: an identifier alone may be used by two suites."""
@@ -140,6 +142,21 @@ class Evaluation:
     def point(self) -> EvaluationPoint:
         """Where it stands in the learning curve."""
         return EvaluationPoint(self.label, self.step, self.exact_match, *self.exact_match_interval)
+
+    def view(self, path: str | Path | None = None) -> Path | CellView:
+        """Its episodes in the viewer: filter, sort, read.
+
+        Args:
+            path: writes one self-contained HTML page there and returns its path; None shows it in the notebook's cell.
+
+        Raises:
+            OSError: ``path`` cannot be written.
+        """
+        page = page_of(self.episodes, title=f"Episodes of {self.label}", label=self.label, step=self.step)
+        if path is None:
+            return CellView(page)
+        Path(path).write_text(page, encoding="utf-8", newline="\n")
+        return Path(path)
 
     def to_frame(self) -> pl.DataFrame:
         """One row for each episode, with the columns of :data:`searchr1_async.watch.rows.EPISODE_SCHEMA`."""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 
@@ -108,3 +109,14 @@ def test_the_frame_has_one_row_an_episode() -> None:
     assert frame["label"].to_list() == ["after RL"] * 2
     assert frame["step"].to_list() == [3, 3]
     assert frame["correct"].to_list() == [1.0, 0.0]
+
+
+def test_its_episodes_are_a_page_and_show_themselves_in_a_cell(tmp_path: Path) -> None:
+    found = evaluation("untrained <b>", [1.0, 0.0])
+    path = found.view(tmp_path / "page.html")
+    assert path == tmp_path / "page.html"
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "Episodes of untrained &lt;b&gt;" in page
+    shown = found.view()._repr_html_()  # type: ignore[union-attr]
+    assert shown.startswith("<iframe")
+    assert "<b>" not in shown

@@ -15,7 +15,7 @@ import searchr1_async as sr
 from searchr1_async.learn.checkpoints import ResumePoint
 from tests import tiny_world
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 
 MOUNT = shutil.which("mount")
 

@@ -97,6 +97,19 @@ def page_of(
     return file.getvalue()
 
 
+class CellView:
+    """A page that shows itself in a notebook's cell."""
+
+    def __init__(self, page_html: str) -> None:
+        self.page_html = page_html
+
+    def _repr_html_(self) -> str:
+        return in_cell(self.page_html)
+
+    def __repr__(self) -> str:
+        return 'the episode viewer: look at it in a notebook, or write it as a page with view("page.html")'
+
+
 def in_cell(page_html: str, height: int = CELL_HEIGHT) -> str:
     """A page as HTML for a cell: a frame that may run the page's script and reach nothing else.
 
