@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -151,6 +152,12 @@ def train(
         ConfigurationError: bad input; before any work starts, from this call itself.
         SearchR1Error: from awaiting the run, whatever else went wrong.
     """
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        raise ConfigurationError(
+            "train() starts a task: call it in a notebook's cell or in an async function (asyncio.run(main()))"
+        ) from None
     out = Path(out_dir)
     check_format(format)
     for name, value in (("evaluate_every", evaluate_every), ("held_out_samples", held_out_samples)):
@@ -239,7 +246,7 @@ def train(
 
     async def work(control: RunControl, streams: EventStreams) -> TrainingResult:
         async with AsyncExitStack() as stack:
-            past = await anyio.to_thread.run_sync(past_events, out) if resume and view is not None else []
+            past = await anyio.to_thread.run_sync(past_events, out) if resume and view is not None else ()
             watchers = await open_watchers(stack, view, emit, past)
             watchers.subscribe(streams)
             return await run_training(job, watchers, control, opened)
@@ -293,7 +300,6 @@ async def evaluate(
     items = _questions(questions)
     sampling = SamplingSettings(temperature=temperature, seed=seed)
     limits = EpisodeLimits(max_turns, max_tokens, max_trajectory_tokens, malformed_calls=malformed_calls)
-    view = open_view(progress, title=f"evaluate {label}")
     async with playing(
         "evaluate",
         search,
@@ -311,7 +317,7 @@ async def evaluate(
         max_failed_fraction=max_failed_fraction,
         local=local,
         tokenizer=tokenizer,
-        view=view,
+        progress=progress,
         emit=emit,
     ) as (engine, policy):
         return await evaluate_policy(engine, items, policy, samples=samples, label=label, step=policy.version)
@@ -347,7 +353,6 @@ async def rollout(
     Arguments and errors as in :func:`evaluate`.
     """
     items = _questions(questions)
-    view = open_view(progress, title="rollout")
     async with playing(
         "rollout",
         search,
@@ -365,7 +370,7 @@ async def rollout(
         max_failed_fraction=max_failed_fraction,
         local=local,
         tokenizer=tokenizer,
-        view=view,
+        progress=progress,
         emit=emit,
     ) as (engine, policy):
         return await play_all(engine, items, policy, samples=group_size, phase="rollout", label="")

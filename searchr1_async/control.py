@@ -23,7 +23,7 @@ class RunControl:
         self.is_paused = False
         self.emit: Emit = emit_nothing
         """Is told of pauses."""
-        self._scopes: list[anyio.CancelScope] = []
+        self._cuts: list[Callable[[], None]] = []
         self._holds: list[Callable[[bool], None]] = []
         self._goes_on = anyio.Event()
         self._paused_at = self._paused_seconds = 0.0
@@ -35,8 +35,8 @@ class RunControl:
         if self.stop_requested:
             return
         self.stop_requested = True
-        if self._scopes:
-            self._scopes[-1].cancel()
+        if self._cuts:
+            self._cuts[-1]()
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
@@ -44,14 +44,19 @@ class RunControl:
 
         Where such blocks lie within each other the innermost is cut, and what is around it ends by itself.
         """
-        with anyio.CancelScope() as scope:
-            self._scopes.append(scope)
-            try:
-                if self.stop_requested:
-                    scope.cancel()
-                yield
-            finally:
-                self._scopes.remove(scope)
+        with anyio.CancelScope() as scope, self.ending_with(scope.cancel):
+            if self.stop_requested:
+                scope.cancel()
+            yield
+
+    @contextmanager
+    def ending_with(self, cut: Callable[[], None]) -> Iterator[None]:
+        """While the block runs, a stop calls ``cut`` and leaves alone what is around it: for work that ends in its own way."""
+        self._cuts.append(cut)
+        try:
+            yield
+        finally:
+            self._cuts.remove(cut)
 
     # --- holding ------------------------------------------------------------------------------------------------------
 

@@ -39,6 +39,8 @@ class RunStarted(Event):
     groups_per_batch: int | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     """What the run was given, as plain JSON values; no secret is among them."""
+    is_tinker: bool = False
+    """The model runs in Tinker's own cloud: its prices apply. A service of one's own has prices that nobody here knows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +227,7 @@ class CheckpointSaved(Event):
 @dataclass(frozen=True, slots=True)
 class RunEnded(Event):
     reason: str
-    """``finished``, ``stopped`` or ``failed``."""
+    """``finished``, ``time_limit``, ``stopped`` or ``failed``."""
 
 
 Emit = Callable[[Event], None]

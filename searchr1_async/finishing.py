@@ -74,16 +74,23 @@ class StepFinisher:
             ServiceError: a training call failed.
             CheckpointError: a checkpoint, or the records, could not be written.
         """
-        async with anyio.create_task_group() as tasks:
-            # Of one: a trainer that is further behind holds the loop up, so that a kill costs at most two steps.
-            self._to_publish, publishing = anyio.create_memory_object_stream[ClosedStep](1)
-            to_record, recording = anyio.create_memory_object_stream[ClosedStep](1)
-            tasks.start_soon(self._publish, publishing, to_record)
-            tasks.start_soon(self._record, recording)
-            async with self._to_publish:
-                yield
-            if self._control.stop_requested:
-                tasks.cancel_scope.deadline = anyio.current_time() + STOP_SECONDS
+        scope = anyio.CancelScope()
+
+        def cut() -> None:
+            scope.deadline = anyio.current_time() + STOP_SECONDS
+
+        # Also for a stop that comes when the last batch is closed: nothing but steps is under way then.
+        with self._control.ending_with(cut), scope:
+            async with anyio.create_task_group() as tasks:
+                # Of one: a trainer that is further behind holds the loop up, so that a kill costs at most two steps.
+                self._to_publish, publishing = anyio.create_memory_object_stream[ClosedStep](1)
+                to_record, recording = anyio.create_memory_object_stream[ClosedStep](1)
+                tasks.start_soon(self._publish, publishing, to_record)
+                tasks.start_soon(self._record, recording)
+                async with self._to_publish:
+                    yield
+                if self._control.stop_requested:
+                    cut()
 
     def closed(self, step: int, places: Collection[int]) -> None:
         """A batch was closed just now: until its own record its groups are open in the records of the steps before it.

@@ -25,8 +25,8 @@ from searchr1_async.run_folder import first_error
 from searchr1_async.search import Search
 from searchr1_async.service import check_service, open_service
 from searchr1_async.training import open_search
-from searchr1_async.watch.dashboard import View
-from searchr1_async.watch.fanout import Watchers, with_past
+from searchr1_async.watch.dashboard import Choice, View, open_view
+from searchr1_async.watch.fanout import Watchers
 from searchr1_async.watch.viewer.tokens import remember_tokenizer
 
 
@@ -49,7 +49,7 @@ async def playing(
     max_failed_fraction: float,
     local: LocalOptions | None,
     tokenizer: str | None,
-    view: View | None,
+    progress: Choice,
     emit: Emit | None,
 ) -> AsyncIterator[tuple[RolloutEngine, TinkerPolicy]]:
     """An engine and a policy to play with, over services that are closed at the end; arguments as in :func:`searchr1_async.evaluate`."""
@@ -57,6 +57,7 @@ async def playing(
     if group_size < 1:
         raise ConfigurationError(f"{group_size} episodes a question: at least 1")
     found = _find_checkpoint(checkpoint, service_folder)
+    view = open_view(progress, title=kind)  # after what is refused: a view that was drawn waits for its work
     try:
         async with AsyncExitStack() as stack:
             watchers = await open_watchers(stack, view, emit)
@@ -81,6 +82,7 @@ async def playing(
                         kind,
                         connected.model_name,
                         is_embedded=connected.is_local,
+                        is_tinker=connected.is_tinker,
                         embedder=search.embedder.name,
                         step=found.step,
                         group_size=group_size,
@@ -158,11 +160,12 @@ async def open_watchers(
     """Whoever watches some work; the view is closed with the stack.
 
     Args:
-        past: what the view is told besides, of earlier sessions.
+        past: what earlier sessions of the run told; of use to views that draw curves.
     """
     watchers = Watchers()
     if view is not None:
-        watchers.subscribe(with_past(await stack.enter_async_context(view), past))
+        view.begin_with(past)
+        watchers.subscribe(await stack.enter_async_context(view))
     if emit is not None:
         watchers.subscribe(emit)
     return watchers

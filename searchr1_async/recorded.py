@@ -14,6 +14,7 @@ from searchr1_async.job import TrainingResult
 from searchr1_async.learn.checkpoints import ResumePoint
 from searchr1_async.run_folder import is_claimed, result_of
 from searchr1_async.watch.records import RunRecords
+from searchr1_async.watch.trackers import EVENTS_FILE
 from searchr1_async.watch.viewer import CellView, load_tokenizer, remember_tokenizer, view_run
 
 CELL_EPISODES = 200
@@ -137,6 +138,6 @@ def recorded_run(path: Path) -> RecordedRun:
     Raises:
         RunFolderError: there is none.
     """
-    if ResumePoint.load(path) is None and not is_claimed(path):
+    if ResumePoint.load(path) is None and not is_claimed(path) and not (path / EVENTS_FILE).exists():
         raise RunFolderError(f"{path} holds no run: name the out_dir that a run was given")
     return RecordedRun(path)

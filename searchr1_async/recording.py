@@ -15,6 +15,7 @@ from searchr1_async.episodes.types import Group
 from searchr1_async.errors import ServiceError
 from searchr1_async.events import CheckpointSaved, Emit, StepFinished
 from searchr1_async.job import TrainingJob
+from searchr1_async.learn.advantages import advantages
 from searchr1_async.learn.checkpoints import ResumePoint
 from searchr1_async.learn.learner import FinishedStep
 from searchr1_async.run_folder import writing_records
@@ -113,7 +114,10 @@ class StepRecorder:
 
         def write() -> None:
             with writing_records(self._job.out_dir):
-                self._records.write_step(played.step, played.outcomes, metrics)
+                kind = self._job.learning.advantage
+                self._records.write_step(
+                    played.step, played.outcomes, metrics, lambda rewards: advantages(rewards, kind)
+                )
             new.save(self._job.out_dir)
 
         # Shielded: a stop must not fall between a step and its record.

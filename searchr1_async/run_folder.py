@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import polars as pl
 from filelock import FileLock, Timeout
 
 from searchr1_async.errors import CheckpointError, ConfigurationError, RunFolderError
@@ -19,9 +21,11 @@ from searchr1_async.learn.checkpoints import ResumePoint
 from searchr1_async.rollout.order import QuestionOrder
 from searchr1_async.watch.records import RunRecords
 
+logger = logging.getLogger(__name__)
+
 UNTRAINED, AFTER_WARM_UP, AFTER_RL = "untrained", "after warm-up", "after RL"
 """Labels of the measurements that every run with held-out questions makes."""
-_OF_NO_USE = {"run.lock", "service", "events.jsonl", "tokenizer"}
+_OF_NO_USE = {"run.lock", "service", "events.jsonl", "tokenizer", "tokenizer.partial"}
 """What a folder may hold in which no work was done."""
 
 
@@ -37,7 +41,8 @@ def claimed(folder: Path) -> Iterator[None]:
     lock = FileLock(folder / "run.lock")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
+        # Not at once: somebody who looks whether it is taken holds it for some microseconds.
+        lock.acquire(timeout=0.2, poll_interval=0.02)
     except Timeout:
         raise RunFolderError(f"another run is training in {folder}: stop it, or choose another out_dir") from None
     except OSError as error:
@@ -61,23 +66,43 @@ async def keep_tokenizer(tokenizer: Any, folder: Path) -> None:
     """
 
     def keep() -> None:
-        if not (folder / "tokenizer").is_dir():
+        if (folder / "tokenizer").is_dir():
+            return
+        partial = folder / "tokenizer.partial"
+        try:
             with writing_records(folder):
-                partial = folder / "tokenizer.partial"
                 tokenizer.save_pretrained(partial)
                 partial.replace(folder / "tokenizer")
+        except CheckpointError:
+            raise
+        except Exception as error:  # tokenizers with code of their own: their episodes are read without colours
+            logger.warning("the tokenizer cannot be kept with the run: %s", type(error).__name__)
+            shutil.rmtree(partial, ignore_errors=True)
 
     await anyio.to_thread.run_sync(keep)
 
 
 def is_claimed(folder: Path) -> bool:
-    """Whether a run is under way in the folder, in this process or another."""
-    lock = FileLock(folder / "run.lock")
+    """Whether a run is under way in the folder, in this process or another. Looking changes nothing there."""
+    path = folder / "run.lock"
+    if not path.exists():
+        return False
     try:
-        with lock.acquire(timeout=0):
+        import fcntl
+    except ImportError:  # Windows, where an open file is locked as such
+        try:
+            with FileLock(path).acquire(timeout=0):
+                return False
+        except (Timeout, OSError):
+            return True
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             return False
-    except (Timeout, OSError):
-        return (folder / "run.lock").exists()
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
 
 
 def find_point(job: TrainingJob) -> ResumePoint | None:
@@ -156,9 +181,14 @@ def load_evaluations(records: RunRecords) -> tuple[Evaluation, ...]:
 def past_events(folder: Path) -> list[StepFinished | EvaluationFinished]:
     """The steps and evaluations that a run has on record, as the events that told of them: for a view of its next session."""
     records = RunRecords(folder)
+    try:
+        metrics, evaluations = records.metrics(), load_evaluations(records)
+    except (OSError, pl.exceptions.PolarsError) as error:  # a view lacks its beginning; the run itself will say more
+        logger.warning("what %s has on record cannot be read: %s", folder, error)
+        return []
     steps = [
         StepFinished(row.pop("step"), {name: value for name, value in row.items() if value is not None})
-        for row in records.metrics().iter_rows(named=True)
+        for row in metrics.iter_rows(named=True)
     ]
-    measured = [EvaluationFinished(found.label, found.step, found.metrics()) for found in load_evaluations(records)]
+    measured = [EvaluationFinished(found.label, found.step, found.metrics()) for found in evaluations]
     return [*steps, *measured]

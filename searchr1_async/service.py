@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import anyio
 import tinker
@@ -36,6 +37,9 @@ class Service:
     tokenizer: Any
     """The model's Hugging Face tokenizer."""
     is_local: bool
+    """The embedded one, started here."""
+    is_tinker: bool = False
+    """Tinker's own cloud, as far as its address tells."""
 
     async def create_training_client(self, *, rank: int, seed: int) -> tinker.TrainingClient:
         """A new LoRA adapter.
@@ -100,6 +104,12 @@ def _is_embedded(service: str | tinker.ServiceClient | None) -> bool:
     return service is None and not os.environ.get("TINKER_API_KEY") and not os.environ.get("TINKER_BASE_URL")
 
 
+def _is_tinker(url: str | None) -> bool:
+    """Whether a base URL, or None for the SDK's own choice, is Tinker's cloud."""
+    url = url or os.environ.get("TINKER_BASE_URL")
+    return url is None or (urlsplit(url).hostname or "").endswith(("thinkingmachines.dev", "thinkingmachines.ai"))
+
+
 async def check_service(service: str | tinker.ServiceClient | None, model: str | None, local: LocalOptions) -> None:
     """Refuses, before anything is begun or written, a service that :func:`open_service` could not open.
 
@@ -155,7 +165,9 @@ async def open_service(
     """
     if isinstance(service, tinker.ServiceClient):
         name = model or CLOUD_MODEL
-        yield Service(service, name, await load_tokenizer(tokenizer or name), is_local=False)
+        yield Service(
+            service, name, await load_tokenizer(tokenizer or name), is_local=False, is_tinker=_is_tinker(None)
+        )
         return
     if _is_embedded(service):
         wanted = model or DEFAULT_MODEL
@@ -180,7 +192,7 @@ async def open_service(
         await probe(url, timeout=CONNECT_DEADLINE)
     name = model or CLOUD_MODEL
     async with _client(url, None) as client:
-        yield Service(client, name, await load_tokenizer(tokenizer or name), is_local=False)
+        yield Service(client, name, await load_tokenizer(tokenizer or name), is_local=False, is_tinker=_is_tinker(url))
 
 
 @asynccontextmanager

@@ -88,6 +88,7 @@ async def run_training(
             raise
         finally:
             watchers(RunEnded(reason))
+            watchers.close()
     return result
 
 
@@ -110,19 +111,21 @@ async def _run(
     identity = await anyio.to_thread.run_sync(job.identity)
     point = load_point(job, identity, order)
     if point is not None and (result := await anyio.to_thread.run_sync(finished_result, job, point, order)):
+        emit(_started(job, identity, order, point, point.base_model))
+        emit(Notice(f"nothing is left to do: {point.step} steps are done"))
         return result
     await check_service(job.service, job.model, job.local)
-    with claimed(job.out_dir):
-        for tracker in await opened.enter_async_context(open_trackers(trackers)):
-            emit.subscribe(tracker)
-        # Once more, now that nobody else can write it.
-        point = load_point(job, identity, order)
-        with control.interruptible():
-            await open_search(job.search, emit)
-        if control.stop_requested:
-            return await anyio.to_thread.run_sync(result_of, job.out_dir, point, "stopped")
+    # With the trackers, which are closed before the folder is anybody else's.
+    opened.enter_context(claimed(job.out_dir))
+    for tracker in await opened.enter_async_context(open_trackers(trackers)):
+        emit.subscribe(tracker)
+    # Once more, now that nobody else can write it.
+    point = load_point(job, identity, order)
+    with control.interruptible():
+        await open_search(job.search, emit)
         async with _opened(job, emit, control, identity, order, point) as training:
             return await training.run()
+    return await anyio.to_thread.run_sync(result_of, job.out_dir, point, "stopped")
 
 
 @asynccontextmanager
@@ -147,20 +150,7 @@ async def _opened(
         ) as service,
     ):
         remember_tokenizer(service.tokenizer)
-        emit(
-            RunStarted(
-                "train",
-                service.model_name,
-                is_embedded=service.is_local,
-                embedder=job.search.embedder.name,
-                out_dir=str(job.out_dir),
-                step=point.step if point else 0,
-                total_steps=job.total_steps(order),
-                group_size=job.learning.group_size,
-                groups_per_batch=job.learning.groups_per_batch,
-                settings=identity,
-            )
-        )
+        emit(_started(job, identity, order, point, service.model_name, service))
         spec = WorkerSpec(
             job.format_name,
             service.model_name,
@@ -184,6 +174,29 @@ async def _opened(
             await keep_tokenizer(service.tokenizer, job.out_dir)
             with control.holding(engine.pause):
                 yield _Training(job, emit, control, service, engine, identity, order, point)
+
+
+def _started(
+    job: TrainingJob,
+    identity: Mapping[str, Any],
+    order: QuestionOrder,
+    point: ResumePoint | None,
+    model_name: str,
+    service: Service | None = None,
+) -> RunStarted:
+    return RunStarted(
+        "train",
+        model_name,
+        is_embedded=service is not None and service.is_local,
+        is_tinker=service is not None and service.is_tinker,
+        embedder=job.search.embedder.name,
+        out_dir=str(job.out_dir),
+        step=point.step if point else 0,
+        total_steps=job.total_steps(order),
+        group_size=job.learning.group_size,
+        groups_per_batch=job.learning.groups_per_batch,
+        settings=identity,
+    )
 
 
 async def open_search(search: Search, emit: Emit) -> None:
@@ -223,7 +236,7 @@ class _Training:
 
     async def run(self) -> TrainingResult:
         job, control = self._job, self._control
-        reason = "stopped"
+        reason, is_whole = "stopped", False
         with control.interruptible():
             client = await self._restore_or_create()
             learner = await self._learner(client)
@@ -238,9 +251,13 @@ class _Training:
             reason, policy = await self._learn(learner, policy, self._point)
             if not control.stop_requested:
                 await self._measure(AFTER_RL, policy)
+                is_whole = True
+        if control.stop_requested and not is_whole:
+            reason = "stopped"
         if control.stop_requested:
             self._emit(Notice("stopped: every finished step is kept, resume=True goes on from the last"))
-        await self._keep_sampler()
+        with control.ending_with(lambda: None):  # a stop that comes now changes nothing
+            await self._keep_sampler()
         return await anyio.to_thread.run_sync(result_of, job.out_dir, self._point, reason)
 
     async def _learner(self, client: tinker.TrainingClient) -> Learner:

@@ -209,7 +209,7 @@ async def test_a_folder_in_use_is_refused_and_the_run_in_it_undisturbed(start: C
 
 async def test_the_time_limit_ends_a_run_that_can_go_on(start: Callable[..., sr.Run]) -> None:
     result = await start(time_limit=1e-3)
-    assert (result.steps, result.reason) == (1, "time_limit") if result.steps else (0, "time_limit")
+    assert (result.steps, result.reason) in ((0, "time_limit"), (1, "time_limit"))
     result = await start(resume=True)
     assert (result.steps, result.reason) == (4, "finished")
 
@@ -361,3 +361,37 @@ async def test_a_run_is_there_again_by_its_folder(start: Callable[..., sr.Run], 
     assert episode.reward == row["reward"]
     with pytest.raises(sr.ConfigurationError, match="no episode 99"):
         opened.episode(1, 0, 99)
+
+
+async def test_a_stop_after_the_last_weights_waits_for_their_record(start: Callable[..., sr.Run]) -> None:
+    watch = Watch()
+    run = start(steps=2, emit=watch, reward=uneven)
+    await watch.wait_for(lambda event: isinstance(event, WeightsPublished) and event.step == 2, run)
+    assert not any(finished(2)(event) for event in watch.events)
+    result = await run.stop()
+    assert result.steps == 2
+    assert_whole(run, 2)
+
+
+async def test_a_stop_in_the_last_measurement_is_a_stop(start: Callable[..., sr.Run]) -> None:
+    watch = Watch()
+    run = start(steps=1, emit=watch, held_out=tiny_world.make_questions()[1])
+    await watch.wait_for(lambda event: isinstance(event, PhaseStarted) and event.label == "after RL", run)
+    result = await run.stop()
+    assert (result.steps, result.reason) == (1, "stopped")
+    assert watch.events[-1] == RunEnded("stopped")
+    result = await start(steps=1, resume=True, held_out=tiny_world.make_questions()[1])
+    assert result.reason == "finished"
+    assert [evaluation.label for evaluation in result.evaluations] == ["untrained", "after RL"]
+
+
+def test_looking_at_a_folder_changes_nothing_there(tmp_path: Path) -> None:
+    with pytest.raises(sr.RunFolderError, match="holds no run"):
+        sr.open_run(tmp_path / "no" / "such")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_an_event_loop_it_says_so(tmp_path: Path) -> None:
+    with pytest.raises(sr.ConfigurationError, match="async function"):
+        sr.train("atlas", tiny_world.make_search(tmp_path / "index"), out_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -60,9 +60,11 @@ class _RunningMeans:
     turns: int = 0
     calls: int = 0
     valid: int = 0
+    failed: int = 0
 
     def add(self, group: Group, samples: int) -> None:
         self.questions += 1
+        self.failed += len(group.failed)
         self.right += sum(episode.reward_parts.get("correct", 0.0) for episode in group.episodes) / samples
         for episode in group.episodes:
             self.episodes += 1
@@ -77,4 +79,6 @@ class _RunningMeans:
             out |= {"reward/total": self.rewards / self.episodes, "turns_per_episode": self.turns / self.episodes}
         if self.calls:
             out["valid_calls"] = self.valid / self.calls
+        if self.failed:
+            out["failed_episodes"] = float(self.failed)
         return out

@@ -279,11 +279,14 @@ class Learner:
             ServiceError: a training call failed.
         """
         datums = [await anyio.to_thread.run_sync(to_supervised_datum, episode) for episode in episodes]
+        trained = sum(datum.model_input.length + 1 for datum in datums)
         future = self._client.forward_backward(datums, "cross_entropy")
+        self._emit(MinibatchSubmitted(0, 0, len(datums), trained))
         optim = self._client.optim_step(self._adam(learning_rate, gradient_clip=0.0))
         with training_faults("a warm-up step"):
             with anyio.fail_after(TRAINING_DEADLINE):
                 output = await future
+                self._emit(MinibatchLearned(0, len(datums), trained))
                 await optim
         tokens = sum(episode.action_token_count for episode in episodes)
         return float(output.metrics["loss:sum"]) / max(1, tokens)

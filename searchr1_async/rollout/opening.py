@@ -13,7 +13,7 @@ from searchr1_async.config import SamplingSettings
 from searchr1_async.episodes.dialect import make_dialect
 from searchr1_async.episodes.play import SearchTool
 from searchr1_async.episodes.reward import RewardFunction
-from searchr1_async.events import Emit
+from searchr1_async.events import Emit, RolloutSampled
 from searchr1_async.rollout.engine import PlayTally, RolloutEngine
 from searchr1_async.rollout.garbage import rare_collections
 from searchr1_async.rollout.gate import GateStatistics, SampleGate, gate_metrics
@@ -84,11 +84,17 @@ async def open_engine(
                 elsewhere = {} if isinstance(player, LocalPlayer) else player.metrics()
                 return {**gate_metrics(gates()), **pulse.take().metrics(), **elsewhere}
 
-            tasks.start_soon(reading.tell, gates)
+            def look() -> RolloutSampled:
+                gone = (0, 0) if isinstance(player, LocalPlayer) else player.gone_tokens
+                return reading.read(gates(), gone)
+
+            tasks.start_soon(reading.tell, look)
             yield RolloutEngine(
                 dialect, player, sampling, reward, group_size, max_failed_fraction, emit, metrics, tally
             )
             tasks.cancel_scope.cancel()
+            reading.look_at_search()
+            emit(look())  # the totals, at the last
 
 
 @asynccontextmanager

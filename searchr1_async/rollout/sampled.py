@@ -56,16 +56,25 @@ class PlayReading:
         """The event loop's last second."""
         self._searched: Mapping[str, float] = {}
 
-    async def tell(self, gates: Callable[[], Sequence[GateStatistics]]) -> None:
-        """Tells it until cancelled; ``gates`` gives those of all processes that play."""
-        for look in itertools.count():
-            if look % SEARCH_EVERY == 0:
-                self._searched = self._search_metrics()
-            self._emit(self.read(gates()))
+    async def tell(self, look: Callable[[], RolloutSampled]) -> None:
+        """Tells it until cancelled; ``look`` reads it."""
+        for turn in itertools.count():
+            if turn % SEARCH_EVERY == 0:
+                self.look_at_search()
+            self._emit(look())
             await anyio.sleep(TELL_EVERY)
 
-    def read(self, gates: Sequence[GateStatistics]) -> RolloutSampled:
-        """How it stands now."""
+    def look_at_search(self) -> None:
+        """Takes its totals, for :meth:`read`."""
+        self._searched = self._search_metrics()
+
+    def read(self, gates: Sequence[GateStatistics], gone_tokens: tuple[int, int] = (0, 0)) -> RolloutSampled:
+        """How it stands now.
+
+        Args:
+            gates: of all processes that play.
+            gone_tokens: prompt and sampled tokens of processes that played and are gone.
+        """
         tally, pulse = self._tally, self.pulse
         # Of several processes the busiest holds the playing up.
         busiest = max(gates, key=lambda gate: gate.waiting, default=None)
@@ -76,8 +85,8 @@ class PlayReading:
             searching=self._search.in_progress,
             groups=tally.groups,
             finished_episodes=tally.finished,
-            prompt_tokens=sum(gate.prompt_tokens for gate in gates),
-            sampled_tokens=sum(gate.tokens for gate in gates),
+            prompt_tokens=gone_tokens[0] + sum(gate.prompt_tokens for gate in gates),
+            sampled_tokens=gone_tokens[1] + sum(gate.tokens for gate in gates),
             search=self._searched,
             limited_by="" if busiest is None else busiest.cause.value,
             loop_lag_p50=pulse.lag_p50,

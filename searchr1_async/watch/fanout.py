@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
-from searchr1_async.events import Emit, EvaluationFinished, Event, RunStarted, StepFinished
+from searchr1_async.events import Emit, Event
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +33,10 @@ class Watchers:
         """Remove ``subscriber``; no error when it is not there (it may have been dropped)."""
         self._subscribers = tuple(other for other in self._subscribers if other != subscriber)
 
+    def close(self) -> None:
+        """The run has ended: what comes late, from a call that nobody waits for any more, is told to nobody."""
+        self._subscribers = ()
+
     def __call__(self, event: Event) -> None:
         # The tuple is replaced and never changed, so a subscriber may subscribe or unsubscribe while it is called.
         for subscriber in self._subscribers:
@@ -46,16 +50,3 @@ class Watchers:
                     type(event).__name__,
                     exc_info=True,
                 )
-
-
-def with_past(see: Emit, past: Sequence[StepFinished | EvaluationFinished]) -> Emit:
-    """``see``, which is also told what earlier sessions of its run told, as far as this one goes on from there."""
-
-    def seen(event: Event) -> None:
-        see(event)
-        if isinstance(event, RunStarted):
-            for earlier in past:
-                if (earlier.step or 0) <= event.step:
-                    see(earlier)
-
-    return seen

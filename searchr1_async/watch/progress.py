@@ -52,6 +52,9 @@ class Estimate:
     seconds_at_most: float | None = None
     """The phase ends by then at the latest."""
     _history: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=20))
+    _held_at: float | None = None
+    _held: float = 0.0
+    """Seconds in which the run was held; they count neither for the pace nor for the limit."""
 
     def __post_init__(self) -> None:
         self._history.append((self.started, self.done))
@@ -62,6 +65,7 @@ class Estimate:
         What is reported within a second of the start was done before: a resumed run begins at 60 of 100, and must not
         look as if it did 60 steps in an instant.
         """
+        now = self._worked(now)
         if len(self._history) == 1 and now - self.started < 1.0:
             self._history.clear()
         self.done = done
@@ -71,11 +75,27 @@ class Estimate:
         """None before anything is known of the pace, where no limit is known either."""
         if self.done >= self.total:
             return 0.0
+        now = self._worked(now)
         by_pace = self._by_pace(now)
         if self.seconds_at_most is None:
             return by_pace
         by_limit = max(0.0, self.started + self.seconds_at_most - now)
         return by_limit if by_pace is None else min(by_pace, by_limit)
+
+    def hold(self, now: float) -> None:
+        """The run is held from now on."""
+        if self._held_at is None:
+            self._held_at = now
+
+    def go_on(self, now: float) -> None:
+        """It goes on."""
+        if self._held_at is not None:
+            self._held += now - self._held_at
+            self._held_at = None
+
+    def _worked(self, now: float) -> float:
+        """``now`` by a clock that stands still while the run is held."""
+        return (now if self._held_at is None else self._held_at) - self._held
 
     def _by_pace(self, now: float) -> float | None:
         then, before = self._history[0]
@@ -181,6 +201,8 @@ class ConsoleProgress:
             case StepFinished():
                 self._step(event, now)
             case RunPaused() | RunResumed():
+                for phase in self._phases.values():
+                    (phase.estimate.hold if isinstance(event, RunPaused) else phase.estimate.go_on)(now)
                 self._line(
                     "paused: nothing more is asked of the services" if isinstance(event, RunPaused) else "resumed"
                 )

@@ -27,7 +27,9 @@ from searchr1_async.files import sync_folder
 from searchr1_async.watch.rows import (
     EPISODE_SCHEMA,
     GROUP_SCHEMA,
+    Advantages,
     GroupOutcome,
+    centred,
     episode_from_row,
     episodes_frame,
     evaluation_rows,
@@ -55,20 +57,27 @@ class RunRecords:
         self._metrics = self.folder / "metrics"
         self._evaluations = self.folder / "evaluations"
 
-    def write_step(self, step: int, outcomes: Sequence[GroupOutcome], metrics: Mapping[str, float]) -> None:
+    def write_step(
+        self,
+        step: int,
+        outcomes: Sequence[GroupOutcome],
+        metrics: Mapping[str, float],
+        advantages: Advantages = centred,
+    ) -> None:
         """Record one finished step; written again, it replaces the earlier record.
 
         Args:
             step: optimiser steps finished, this one included (from 1).
             outcomes: of every group of the step, those dropped too, even without any episode.
             metrics: name to number; a value that is no number raises before anything is written.
+            advantages: of a group's rewards, as they were learned from.
 
         Raises:
             OSError: the folder cannot be written.
         """
         numbers = {storable(name): float(value) for name, value in metrics.items() if name != "step"}
         row = pl.DataFrame({"step": [step], **{name: [value] for name, value in numbers.items()}})
-        _write(episodes_frame(step_rows(step, outcomes)), self._episodes / _step_file(step))
+        _write(episodes_frame(step_rows(step, outcomes, advantages)), self._episodes / _step_file(step))
         _write(groups_frame(step, outcomes), self._groups / _step_file(step))
         _write(row.cast({"step": pl.Int64}), self._metrics / _step_file(step))
 

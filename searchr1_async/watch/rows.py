@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,7 +58,7 @@ EPISODE_SCHEMA = pl.Schema(
         "format": pl.Float64,
         "f1": pl.Float64,
         "reward_parts": pl.List(REWARD_PART),  # all of them, by name
-        "advantage": pl.Float64,  # reward - mean reward of the group; null for failed episodes and in evaluations
+        "advantage": pl.Float64,  # as it was learned from; null for failed episodes and in evaluations
         "trained": pl.Boolean,
         "drop_reason": pl.String,  # null when trained
         "turn_count": pl.Int64,
@@ -135,20 +135,32 @@ def storable(text: str) -> str:
     return text
 
 
-def step_rows(step: int, outcomes: Iterable[GroupOutcome]) -> list[EpisodeRow]:
+Advantages = Callable[[Sequence[float]], Sequence[float]]
+"""Of a group's rewards, in their order."""
+
+
+def centred(rewards: Sequence[float]) -> list[float]:
+    """Each reward less the group's mean."""
+    mean = sum(rewards) / len(rewards) if rewards else 0.0
+    return [reward - mean for reward in rewards]
+
+
+def step_rows(step: int, outcomes: Iterable[GroupOutcome], advantages: Advantages = centred) -> list[EpisodeRow]:
     """The rows of a step: for each group its finished episodes, then its failed ones.
 
     Args:
         step: optimiser step, counted from 1.
         outcomes: every group of the step.
+        advantages: as they are learned from.
     """
     rows: list[EpisodeRow] = []
     for index, outcome in enumerate(outcomes):
         group, reason = outcome.group, outcome.drop_reason
-        mean = sum(group.rewards) / len(group.rewards) if group.rewards else 0.0
         rows += [
-            EpisodeRow(episode, step, None, outcome.place, index, member, episode.reward - mean, reason is None, reason)
-            for member, episode in enumerate(group.episodes)
+            EpisodeRow(episode, step, None, outcome.place, index, member, float(advantage), reason is None, reason)
+            for member, (episode, advantage) in enumerate(
+                zip(group.episodes, advantages(group.rewards) if group.rewards else (), strict=True)
+            )
         ]
         rows += [
             EpisodeRow(episode, step, None, outcome.place, index, member, None, False, "failed")

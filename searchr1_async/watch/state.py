@@ -234,8 +234,12 @@ class RunState:
                 self._checkpoint = event.path[:_LONGEST_TEXT]
             case RunPaused():
                 self._is_paused = True
+                for phase in self._phases.values():
+                    phase.estimate.hold(now)
             case RunResumed():
                 self._is_paused = False
+                for phase in self._phases.values():
+                    phase.estimate.go_on(now)
             case RunEnded():
                 self.end(event.reason, now)
             case _:
@@ -255,7 +259,6 @@ class RunState:
 
     def _sampled(self, event: RolloutSampled, now: float) -> None:
         self._rollout = event
-        self._is_paused = event.is_paused
         for total, value in zip(
             self._tokens, (event.prompt_tokens, event.sampled_tokens, event.finished_episodes), strict=True
         ):
@@ -329,6 +332,8 @@ class RunState:
             kind=run.kind,
             model=run.model[:200],
             is_embedded=run.is_embedded,
+            is_tinker=run.is_tinker,
+            is_resumed=run.step > 0 and run.kind == "train",
             embedder=run.embedder[:200],
             out_dir=run.out_dir,
             group_size=run.group_size,

@@ -56,12 +56,12 @@ async def test_it_says_where_every_episode_is() -> None:
             tasks.start_soon(sample)
         tasks.start_soon(search.search, ["where"])
         await anyio.sleep(1e-6)
-        tasks.start_soon(reading.tell, lambda: [gate.statistics])
+        tasks.start_soon(reading.tell, lambda: reading.read([gate.statistics], (1000, 2000)))
         await anyio.sleep(TELL_EVERY * SEARCH_EVERY * 1.5)
         first = told[0]
         assert isinstance(first, RolloutSampled)
         assert (first.episodes, first.sampling, first.queued, first.searching, first.groups) == (6, 2, 1, 1, 2)
-        assert (first.finished_episodes, first.prompt_tokens, first.sampled_tokens) == (3, 200, 0)
+        assert (first.finished_episodes, first.prompt_tokens, first.sampled_tokens) == (3, 1200, 2000)
         assert (first.loop_lag_p50, first.loop_lag_p99, first.loop_lag_max, first.cpu) == (0.001, 0.02, 0.03, 0.5)
         assert first.limited_by == "settings"
         assert not first.is_paused
@@ -72,7 +72,7 @@ async def test_it_says_where_every_episode_is() -> None:
         last = told[-1]
         assert isinstance(last, RolloutSampled)
         assert (last.sampling, last.queued, last.searching) == (0, 1, 0)
-        assert (last.prompt_tokens, last.sampled_tokens, last.is_paused) == (200, 14, True)
+        assert (last.prompt_tokens, last.sampled_tokens, last.is_paused) == (1200, 2014, True)
         tasks.cancel_scope.cancel()
 
 

@@ -94,6 +94,7 @@ class _Telling:
                 script.steps,
                 script.group_size,
                 script.groups,
+                is_tinker=True,
             ),
         )
         if not script.first_step:

@@ -25,7 +25,7 @@ from tests.watch.builders import episode
 
 pytestmark = pytest.mark.anyio
 
-STARTED = RunStarted("train", "Qwen/Qwen3-8B", False, "e", "runs/a", total_steps=10)
+STARTED = RunStarted("train", "Qwen/Qwen3-8B", False, "e", "runs/a", total_steps=10, is_tinker=True)
 
 
 class Surface:

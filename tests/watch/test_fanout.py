@@ -4,8 +4,8 @@ import logging
 
 import pytest
 
-from searchr1_async.events import EvaluationFinished, Event, Notice, RunStarted, StepFinished
-from searchr1_async.watch.fanout import Watchers, with_past
+from searchr1_async.events import Event, Notice
+from searchr1_async.watch.fanout import Watchers
 
 
 def test_every_subscriber_sees_every_event_in_order() -> None:
@@ -60,11 +60,10 @@ def test_subscribers_may_come_and_go_while_an_event_is_told() -> None:
     watchers.unsubscribe(once)  # no longer there: no error
 
 
-def test_a_view_of_a_later_session_is_told_the_steps_before_it() -> None:
+def test_after_its_end_a_run_tells_nobody_anything() -> None:
     seen: list[Event] = []
-    past = [StepFinished(step, {}) for step in (1, 2, 3)] + [EvaluationFinished("untrained", 0, {})]
-    see = with_past(seen.append, past)
-    notice, started = Notice("building"), RunStarted("train", "m", True, "e", step=2)
-    for event in (notice, started, StepFinished(3, {})):
-        see(event)
-    assert seen == [notice, started, past[0], past[1], past[3], StepFinished(3, {})]
+    watchers = Watchers([seen.append])
+    watchers(Notice("before"))
+    watchers.close()
+    watchers(Notice("too late"))
+    assert seen == [Notice("before")]

@@ -219,3 +219,17 @@ def test_a_limit_bounds_the_time_left() -> None:
     assert bounded.seconds_left(60.0) == 240.0
     bounded.advance(39, 100.0)
     assert (bounded.seconds_left(100.0) or 0) < 60
+
+
+def test_a_pause_counts_neither_for_the_pace_nor_for_the_limit() -> None:
+    estimate = Estimate(total=100, started=0.0, seconds_at_most=600.0)
+    estimate.advance(10, 60.0)
+    assert estimate.seconds_left(60.0) == pytest.approx(540.0)
+    estimate.hold(60.0)
+    estimate.hold(70.0)
+    assert estimate.seconds_left(660.0) == pytest.approx(540.0)
+    estimate.go_on(660.0)
+    estimate.go_on(670.0)
+    assert estimate.seconds_left(660.0) == pytest.approx(540.0)
+    estimate.advance(20, 720.0)
+    assert estimate.seconds_left(720.0) == pytest.approx(480.0)

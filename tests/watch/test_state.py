@@ -127,7 +127,7 @@ def test_pausing() -> None:
     state.see(RunResumed(), 0)
     assert state.snapshot(0).standing == "running"
     state.see(sampled(is_paused=True), 0)
-    assert state.snapshot(0).standing == "paused"
+    assert state.snapshot(0).standing == "running", "processes that play say it late: the run's own word counts"
 
 
 def test_equal_warnings_are_one() -> None:

@@ -109,6 +109,11 @@ class ElasticPlayer:
         """What goes through the gates of the other processes."""
         return self._pool.gates
 
+    @property
+    def gone_tokens(self) -> tuple[int, int]:
+        """As :attr:`WorkerPool.gone_tokens`."""
+        return self._pool.gone_tokens
+
     def metrics(self) -> dict[str, float]:
         """By the names under which a run reports them; those of this process alone are its gate's and its pulse's."""
         metrics = self._pool.metrics()

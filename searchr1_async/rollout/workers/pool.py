@@ -135,6 +135,7 @@ class WorkerPool:
         self._deaths = deaths or DeathRecord()
         self._replayed = 0
         self._is_paused = False
+        self._gone_tokens = (0, 0)
         self._policies = PolicyBook()
         self._workers: dict[int, Worker] = {}
         self._worker_numbers, self._attempt_numbers = itertools.count(), itertools.count()
@@ -207,6 +208,9 @@ class WorkerPool:
                 await self._listen(worker)
             finally:
                 del self._workers[worker.number]
+                if worker.load is not None:
+                    prompt, sampled = self._gone_tokens
+                    self._gone_tokens = (prompt + worker.load.gate.prompt_tokens, sampled + worker.load.gate.tokens)
                 self._policies.forget(worker.number)
                 lost = len(worker.attempts)
                 for attempt in worker.attempts.values():
@@ -312,6 +316,11 @@ class WorkerPool:
     def gates(self) -> list[GateStatistics]:
         """What goes through the workers' gates, as they said last."""
         return [worker.load.gate for worker in self.statistics.workers if worker.load is not None]
+
+    @property
+    def gone_tokens(self) -> tuple[int, int]:
+        """Prompt and sampled tokens of workers that are gone, as they said last."""
+        return self._gone_tokens
 
     def metrics(self) -> dict[str, float]:
         """By the names under which a run reports them; those of the processes as they said last."""

@@ -94,6 +94,9 @@ class Snapshot:
     kind: str
     model: str
     is_embedded: bool
+    is_tinker: bool
+    is_resumed: bool
+    """Its counts of episodes and tokens are those of this session."""
     embedder: str
     out_dir: str | None
     group_size: int

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol
 
 import anyio
 
-from searchr1_async.events import Event
+from searchr1_async.events import EvaluationFinished, Event, RunStarted, StepFinished
 from searchr1_async.watch.live.child import Charts, Drawer, DrawingError
 from searchr1_async.watch.live.picture import chart_window, evaluation_rows, picture_task
 from searchr1_async.watch.live.series import Mark, Row
@@ -93,6 +93,7 @@ class LiveView:
         self._drawer = drawer or _DRAWER
         self._clock = clock
         self._state = RunState()
+        self._past: Sequence[StepFinished | EvaluationFinished] = ()
         self._changed = True
         self._drawn_at = -_IDLE_SECONDS
         self._frame: Frame | None = None
@@ -104,10 +105,19 @@ class LiveView:
         self._tasks: set[asyncio.Task[None]] = set()
         self._draw()
 
+    def begin_with(self, past: Sequence[StepFinished | EvaluationFinished]) -> None:
+        """What earlier sessions of the run told; shown as far as this one goes on from there."""
+        self._past = past
+
     def __call__(self, event: Event) -> None:
         """Fold ``event`` in; drawing comes later."""
         self._state.see(event, self._clock())
         self._changed = True
+        if isinstance(event, RunStarted):
+            for earlier in self._past:
+                if (earlier.step or 0) <= event.step:
+                    self._state.see(earlier, self._clock())
+            self._past = ()
 
     async def __aenter__(self) -> LiveView:
         self._loop = asyncio.get_running_loop()

@@ -129,7 +129,8 @@ def summary(snapshot: Snapshot, title: str = "") -> str:
         )
     if snapshot.finished_episodes:
         tokens = f"{compact(snapshot.sampled_tokens)} tokens sampled"
-        said.append(f"{snapshot.finished_episodes:,} episodes, {tokens}, cost: {cost(snapshot)}.")
+        session = "In this session: " if snapshot.is_resumed else ""
+        said.append(f"{session}{snapshot.finished_episodes:,} episodes, {tokens}, cost: {cost(snapshot)}.")
     if snapshot.out_dir:
         said.append(f"Kept in {shown(snapshot.out_dir)}.")
     if snapshot.warnings:
@@ -204,12 +205,22 @@ def _main_phase(snapshot: Snapshot) -> PhaseState | None:
     return next((phase for phase in snapshot.phases if phase.name == "train"), next(iter(snapshot.phases), None))
 
 
+_PHASE_METRICS = {
+    "correct": "exact match {:.1%}",
+    "reward/total": "reward {:+.3f}",
+    "turns_per_episode": "{:.2f} turns an episode",
+    "valid_calls": "{:.0%} of calls valid",
+    "failed_episodes": "{:.0f} episodes FAILED",
+}
+"""Of an evaluation or a rollout, so far."""
+
+
 def _bar(phase: PhaseState) -> Bar:
     name = f"{shown(phase.name)} ({shown(phase.label)})" if phase.label else shown(phase.name)
     text = f"{phase.done:,} of {phase.total:,} {shown(phase.unit)}"
-    right = phase.metrics.get("correct")
-    if right is not None:
-        text += f", exact match {right:.1%}"
+    for metric, words in _PHASE_METRICS.items():
+        if (value := phase.metrics.get(metric)) is not None:
+            text += ", " + words.format(value)
     if phase.seconds_left is not None:
         text += f", {duration(phase.seconds_left)} left"
     return Bar(name=name, text=text, share=min(1.0, max(0.0, phase.done / phase.total)) if phase.total > 0 else 0.0)
@@ -357,8 +368,8 @@ def _search(snapshot: Snapshot) -> Section | None:
 
 def cost(snapshot: Snapshot) -> str:
     """Of the tokens so far, in words."""
-    if not snapshot.model:
-        return "unknown"
+    if not snapshot.model or not (snapshot.is_embedded or snapshot.is_tinker):
+        return "unknown"  # a service of one's own has its own prices
     found = cost_of(
         snapshot.model,
         snapshot.is_embedded,

@@ -97,7 +97,14 @@ def _named(events: Iterable[LoggedEvent], *names: str) -> list[LoggedEvent]:
 
 
 def _opened(session: Sequence[LoggedEvent], step: int) -> float | None:
-    """When the batch was opened: as the pipeline told; else when the one before was closed, or training began."""
+    """When the batch was opened: as the pipeline told; else when the one before was closed, or training began.
+
+    Without staleness nothing of it plays before the weights of the step before are out: it begins with these.
+    """
+    if _staleness(session) == 0:
+        for event in _named(session, "WeightsPublished"):
+            if event.values.get("step") == step - 1:
+                return event.time
     for event in session:
         if event.name == "PipelineChanged" and event.values.get("step") == step:
             return event.time
@@ -109,6 +116,13 @@ def _opened(session: Sequence[LoggedEvent], step: int) -> float | None:
     if is_first and began:
         return began[-1]
     return next((event.time for event in session if event.values.get("step") == step), None)
+
+
+def _staleness(session: Sequence[LoggedEvent]) -> object:
+    """``max_staleness`` of the run; None where it is not told."""
+    settings = next((event.values.get("settings") for event in _named(session, "RunStarted")), None)
+    pipeline = settings.get("pipeline") if isinstance(settings, Mapping) else None
+    return pipeline.get("max_staleness") if isinstance(pipeline, Mapping) else None
 
 
 def _published(session: Sequence[LoggedEvent], step: int) -> tuple[float, bool]:

@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 
 from searchr1_async.episodes.types import Episode, Group
-from searchr1_async.events import Event, RunStarted
+from searchr1_async.events import Event, RunEnded, RunStarted, WeightsPublished
 from searchr1_async.watch.rows import storable
 
 Values = dict[str, Any]
@@ -128,12 +128,21 @@ def decoded(line: bytes) -> LoggedEvent | None:
 
 
 def sessions(events: Iterable[LoggedEvent]) -> list[list[LoggedEvent]]:
-    """The events of each process that worked on the run, oldest first; each but perhaps the first begins with ``RunStarted``."""
+    """The events of each process that worked on the run, oldest first.
+
+    One ends with ``RunEnded``; after a kill the next begins with ``RunStarted``, before which it may have told of little more
+    than its search's index.
+    """
     out: list[list[LoggedEvent]] = []
+    is_over, has_begun = True, False
     for event in events:
-        if event.name == RunStarted.__name__ or not out:
+        begins = event.name == RunStarted.__name__
+        if is_over or (begins and has_begun):
             out.append([])
+            has_begun = False
         out[-1].append(event)
+        has_begun |= begins
+        is_over = event.name == RunEnded.__name__
     return out
 
 
@@ -142,11 +151,12 @@ def session_events(events: Iterable[LoggedEvent], step: int | None = None) -> li
     the last. Empty where none did.
 
     Args:
-        step: None for the last session, whatever it played.
+        step: None for the last session that came to new weights; where none did, the last that played.
     """
     played = sessions(events)
     if step is None:
-        return played[-1] if played else []
+        published = [session for session in played if any(event.name == WeightsPublished.__name__ for event in session)]
+        return (published or [session for session in played if steps_of(session)] or [[]])[-1]
     return next((session for session in reversed(played) if step in steps_of(session)), [])
 
 

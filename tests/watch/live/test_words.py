@@ -15,7 +15,7 @@ from searchr1_async.watch.state import RunState
 from tests.watch.builders import HOSTILE, episode
 from tests.watch.event_stream import Script
 
-STARTED = RunStarted("train", "Qwen/Qwen3-8B", False, "e", "runs/a", total_steps=10, group_size=8)
+STARTED = RunStarted("train", "Qwen/Qwen3-8B", False, "e", "runs/a", total_steps=10, group_size=8, is_tinker=True)
 
 
 def sampled(
@@ -91,9 +91,9 @@ def test_notices_that_warn_are_seen_for_a_while() -> None:
 
 
 def test_the_cost() -> None:
-    def cost(model: str, is_embedded: bool) -> str:
+    def cost(model: str, is_embedded: bool, is_tinker: bool = True) -> str:
         state = RunState()
-        state.see(RunStarted("evaluate", model, is_embedded, "e"), 0.0)
+        state.see(RunStarted("evaluate", model, is_embedded, "e", is_tinker=is_tinker), 0.0)
         state.see(sampled(), 1.0)
         tokens = next(section for section in frame(state.snapshot(1.0))["sections"] if section["title"] == "Tokens")
         return dict(tokens["rows"])["cost"]
@@ -101,6 +101,7 @@ def test_the_cost() -> None:
     assert cost("nobody/knows", False) == "unknown"
     assert cost("nobody/knows", True).startswith("nothing")
     assert cost("Qwen/Qwen3-8B", False).startswith("$0.00")
+    assert cost("Qwen/Qwen3-8B", False, is_tinker=False) == "unknown", "a server of one's own has its own prices"
 
 
 def test_the_parts_of_a_stack_fit() -> None:

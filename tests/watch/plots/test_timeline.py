@@ -13,9 +13,11 @@ from searchr1_async.events import (
     GroupFinished,
     MinibatchLearned,
     MinibatchSubmitted,
+    Notice,
     PhaseStarted,
     PipelineChanged,
     RolloutSampled,
+    RunEnded,
     RunStarted,
     StepFinished,
     WeightsPublished,
@@ -115,6 +117,27 @@ def test_the_step_before_still_keeps_the_trainer_when_the_batch_opens() -> None:
     assert [(span.start, span.end, span.state) for span in timeline.spans] == [
         (0, 1, "learning"), (1, 3, "stepping"), (3, 5, "idle"), (5, 6, "stepping"),
     ]  # fmt: skip
+
+
+def test_on_policy_a_step_begins_with_the_weights_that_it_waits_for() -> None:
+    started = RunStarted("train", "m", True, "hash", settings={"pipeline": {"max_staleness": 0}})
+    events = logged(
+        (0, started), (1, opened(1)), (5, BatchClosed(1, 4)), (5, opened(2)), (8, WeightsPublished(1)),
+        (10, BatchClosed(2, 4)), (11, WeightsPublished(2)),
+    )  # fmt: skip
+    timeline = timeline_of(events, 2)
+    assert timeline is not None
+    assert timeline.seconds == 3.0
+
+
+def test_before_a_resumed_run_has_come_to_anything_it_is_the_step_before() -> None:
+    resumed = [(86_000.0, Notice("starting the service")), (86_010.0, STARTED), (86_020.0, opened(3))]
+    timeline = timeline_of(logged(*STEP_TWO, (141.0, RunEnded("stopped")), *resumed))
+    assert timeline is not None
+    assert timeline.step == 2
+    cut = timeline_of(logged(*STEP_TWO[:8], (131.0, RunEnded("stopped")), *resumed), 2)
+    assert cut is not None
+    assert cut.seconds == 21.0, "a step that a stop cut short ends with its session"
 
 
 def test_a_log_without_the_pipelines_word_is_read_from_what_there_is() -> None:

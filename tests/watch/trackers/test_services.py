@@ -31,7 +31,7 @@ pytestmark = pytest.mark.anyio
 def a_run(out_dir: Path, first: int = 1, last: int = 3) -> list[Event]:
     settings = {"learning_rate": 1e-3, "search": {"n_results": 3}}
     events: list[Event] = [
-        RunStarted("train", "the/model", True, "hash", str(out_dir), step=first - 1, settings=settings)
+        RunStarted("train", "the/model", True, "hash", out_dir=str(out_dir), step=first - 1, settings=settings)
     ]
     for step in range(first, last + 1):
         asked = builders.question(builders.HOSTILE)
