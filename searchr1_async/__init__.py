@@ -33,6 +33,7 @@ from searchr1_async.errors import (
     StoreError,
     TooManyFailuresError,
 )
+from searchr1_async.evaluation.charts import plot_suites
 from searchr1_async.evaluation.result import Evaluation, compare
 from searchr1_async.evaluation.table import comparison_table
 from searchr1_async.job import TrainingResult
@@ -104,6 +105,7 @@ __all__ = [
     "load_corpus",
     "load_questions",
     "open_run",
+    "plot_suites",
     "rollout",
     "train",
 ]

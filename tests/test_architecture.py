@@ -23,7 +23,7 @@ build_index IndexReport
 Corpus load_corpus load_questions
 Question Passage Episode Turn SearchCall StopReason Group
 RecipeReward Score Demonstration
-Evaluation compare comparison_table
+Evaluation compare comparison_table plot_suites
 EpisodeLimits LearningSettings LocalOptions SamplingSettings WarmUp
 SearchR1Error ConfigurationError QuestionsError CorpusError ModelError RunFolderError
 ServiceError ServiceUnavailableError ServiceStartError PortInUseError

@@ -117,7 +117,7 @@ def _trainer(timeline: Timeline, x: alt.Scale) -> alt.LayerChart:
         for s in _longest(timeline)
     ]  # fmt: skip
     place = alt.X(
-        "start:Q", scale=x, axis=axis("seconds since the batch was opened", grid=False, tickCount=8, format="~g")
+        "start:Q", scale=x, axis=axis("seconds since the batch was opened", grid=False, tickCount=8, format=",.4~g")
     )
     bars = (
         alt.Chart(table(spans))
