@@ -85,8 +85,7 @@ class Run(RecordedRun):
     async def pause(self) -> None:
         """Holds the run: nothing more is asked of the model until :meth:`resume`. Returns when nothing is on its way any more.
 
-        Time limits of the run and of its steps stand still meanwhile, those of episodes do not: with ``episode_time_limit`` a
-        long pause cuts the episodes that it holds.
+        Every time limit stands still meanwhile.
         """
         if self.done:
             return

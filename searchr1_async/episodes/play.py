@@ -6,7 +6,8 @@ Nothing here knows of batches, retries, processes or weights; the policy and the
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -71,6 +72,7 @@ async def play(
     prompt_tokens: Sequence[int] | None = None,
     seed: int | None = None,
     began: float | None = None,
+    time_limit: Callable[[float | None], AbstractContextManager[anyio.CancelScope]] = anyio.move_on_after,
 ) -> Episode:
     """Plays one episode to its end; it has no reward yet.
 
@@ -79,6 +81,7 @@ async def play(
         prompt_tokens: of the first turn, where the caller has rendered them; None renders them here.
         seed: of the first turn's sample; later turns add their number.
         began: when the episode began (``time.monotonic()``), where its first turn was sampled before; None is now.
+        time_limit: cuts the episode after so many seconds; another clock than the event loop's may be meant.
 
     A service or search that failed for good gives an episode with stop reason FAILED and the cause in ``error``; whatever
     the model does is an outcome, never an exception. One over ``limits.max_seconds`` is cut, with the turns that it has.
@@ -95,7 +98,7 @@ async def play(
     error: str | None = None
     stop_reason: StopReason | None = None
 
-    with anyio.move_on_after(left) as time_limit:
+    with time_limit(left) as scope:
         while stop_reason is None:
             if len(tokens) + limits.max_tokens > limits.max_trajectory_tokens:
                 stop_reason = StopReason.MAX_TRAJECTORY_TOKENS
@@ -137,7 +140,7 @@ async def play(
             turns.append(_turn(sampled, content, dialect, call, appended))
             tokens += sampled.tokens
             tokens += appended
-    if time_limit.cancelled_caught:
+    if scope.cancelled_caught:
         stop_reason, answer = StopReason.TIME_LIMIT, None
     assert stop_reason is not None
 

@@ -14,6 +14,7 @@ from searchr1_async.episodes.dialect import Dialect
 from searchr1_async.episodes.play import Policy, SampledTurn, SearchTool, play
 from searchr1_async.episodes.types import Episode, Passage, Question, StopReason
 from searchr1_async.errors import ServiceError
+from searchr1_async.rollout.deadlines import PausableDeadlines
 from searchr1_async.rollout.gate import SampleGate
 from searchr1_async.rollout.turns import LoopTurns
 
@@ -87,21 +88,23 @@ class LocalPlayer:
         self._gate = gate
         self._first_turn: FirstTurn = first_turn
         self._turns = LoopTurns()
+        self._deadlines = PausableDeadlines()
 
     def pause(self, is_paused: bool) -> None:
-        """See :class:`GroupPlayer`."""
+        """See :class:`GroupPlayer`; the episodes' time limits stand still as well."""
         self._gate.pause(is_paused)
+        self._deadlines.pause(is_paused)
 
     async def play(self, task: GroupTask, policy: GroupPolicy, finished: Finished) -> None:
         """See :class:`GroupPlayer`."""
-        began = time.monotonic()
+        began, held = time.monotonic(), self._deadlines.held
         self._gate.watch(getattr(policy, "client", None))
         await self._turns.turn()
         prompt = tuple(self._dialect.start(task.question))
         firsts: Sequence[SampledTurn | None] = [None] * len(task.members)
         if self._is_shared(task, prompt):
             try:
-                with anyio.fail_after(self._limits.max_seconds):
+                with self._deadlines.limit(self._limits.max_seconds) as scope:
                     async with self._gate.slot(samples=len(task.members), tokens=len(prompt)) as slot:
                         firsts = await policy.sample_many(
                             prompt,
@@ -111,9 +114,13 @@ class LocalPlayer:
                             seed=task.seed,
                         )
                         slot.finished([len(turn.tokens) for turn in firsts if turn is not None])
+                if scope.cancelled_caught:
+                    raise TimeoutError
             except (ServiceError, TimeoutError) as fault:
                 await self._none_began(task, prompt, fault, time.monotonic() - began, finished)
                 return
+
+        began += self._deadlines.held - held  # what is left of their time limit
 
         async def one(member: int, first: SampledTurn | None) -> None:
             if first is not None:
@@ -129,6 +136,7 @@ class LocalPlayer:
                 # Members must differ in their later turns, and a turn from the next: at most 64 turns apart.
                 seed=None if task.seed is None else task.seed + 64 * (member + 1),
                 began=began,
+                time_limit=self._deadlines.limit,
             )
             await finished(member, episode)
 

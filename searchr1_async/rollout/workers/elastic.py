@@ -89,7 +89,7 @@ class ElasticPlayer:
 
     def pause(self, is_paused: bool) -> None:
         """As :meth:`WorkerPool.pause`, for the other processes and this one."""
-        self._gate.pause(is_paused)
+        self._local.pause(is_paused)
         self._pool.pause(is_paused)
 
     @property

@@ -149,7 +149,7 @@ class Worker:
                     if group in self._scopes:
                         self._scopes[group].cancel()
                 case Pause(is_paused):
-                    self.gate.pause(is_paused)
+                    self._player.pause(is_paused)
                 case HoldPolicy() as hold:
                     await self._hold(hold)
                 case DropPolicy(policy):
