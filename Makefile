@@ -19,9 +19,10 @@ lint: $(VENV)/.installed
 types: $(VENV)/.installed
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-# Several workers, since much of the time goes into waiting for processes to come up; a file's tests share one.
+# Several workers, since much of the time goes into waiting for processes to come up; a file's tests share one. In the
+# order of tests/conftest.py.
 unit: $(VENV)/.installed
-	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # Proofs that take minutes: kill tests, whole runs.
 slow: $(VENV)/.installed

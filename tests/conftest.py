@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,3 +23,13 @@ for name in ("TINKER_API_KEY", "TINKER_BASE_URL"):
 @pytest.fixture
 def anyio_backend() -> tuple[str, dict[str, Any]]:
     return "asyncio", {"debug": True}
+
+
+LONG = {"faults", "notebooks"}
+"""Rooms of tests with whole runs, besides this folder's own files."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole runs first: begun last, the longest files would leave one core idle for two minutes."""
+    here = Path(__file__).parent
+    items.sort(key=lambda item: item.path.parent != here and item.path.parent.name not in LONG)
