@@ -77,7 +77,7 @@ def check_evaluate(notebook: NotebookNode, folder: Path) -> None:
     table = text(notebook, "print(sr.comparison_table")
     assert "12 × 2" in table
     assert "untrained → trained" in table
-    assert has(notebook, "plot_suites", "image/png")
+    assert has(notebook, "sr.plot_suites", "image/png")
     assert "Windhoek" in text(notebook, "own_file")
     assert has(notebook, "own.episodes[0]", "text/html")
 
