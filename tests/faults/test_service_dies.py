@@ -14,7 +14,7 @@ from searchr1_async.events import Event, MinibatchSubmitted
 from searchr1_async.learn.checkpoints import ResumePoint
 from tests import tiny_world
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 
 
 async def test_a_run_whose_service_dies_ends_with_its_cause_and_can_go_on(tmp_path: Path) -> None:
