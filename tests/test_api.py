@@ -43,6 +43,7 @@ RECIPE_COLUMNS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.anyio
 async def test_a_run_learns_and_leaves_everything_behind_but_processes(tmp_path: Path) -> None:
     questions, held_out = tiny_world.make_questions()
