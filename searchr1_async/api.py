@@ -40,6 +40,7 @@ from searchr1_async.run_folder import find_point, past_events
 from searchr1_async.search import Search
 from searchr1_async.training import run_training
 from searchr1_async.watch.dashboard import Choice, open_view
+from searchr1_async.watch.live.view import LiveView
 from searchr1_async.watch.stream import EventStreams
 from searchr1_async.watch.trackers import Tracker, make_trackers
 
@@ -246,8 +247,9 @@ def train(
 
     async def work(control: RunControl, streams: EventStreams) -> TrainingResult:
         async with AsyncExitStack() as stack:
-            past = await anyio.to_thread.run_sync(past_events, out) if resume and view is not None else ()
-            watchers = await open_watchers(stack, view, emit, past)
+            if resume and isinstance(view, LiveView):  # a console has printed its lines already
+                view.begin_with(await anyio.to_thread.run_sync(past_events, out))
+            watchers = await open_watchers(stack, view, emit)
             watchers.subscribe(streams)
             return await run_training(job, watchers, control, opened)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from searchr1_async.config import EpisodeLimits, LocalOptions, SamplingSettings
 from searchr1_async.episodes.dialect import FORMATS
 from searchr1_async.episodes.reward import RewardFunction
 from searchr1_async.errors import ConfigurationError, ModelError, RunFolderError, SearchR1Error
-from searchr1_async.events import Emit, EvaluationFinished, Notice, RunEnded, RunStarted, StepFinished
+from searchr1_async.events import Emit, Notice, RunEnded, RunStarted
 from searchr1_async.learn.checkpoints import ResumePoint
 from searchr1_async.rollout.engine import RolloutEngine
 from searchr1_async.rollout.opening import open_engine
@@ -151,20 +151,10 @@ def _ending(emit: Emit) -> Callable[..., None]:
     return end
 
 
-async def open_watchers(
-    stack: AsyncExitStack,
-    view: View | None,
-    emit: Emit | None,
-    past: Sequence[StepFinished | EvaluationFinished] = (),
-) -> Watchers:
-    """Whoever watches some work; the view is closed with the stack.
-
-    Args:
-        past: what earlier sessions of the run told; of use to views that draw curves.
-    """
+async def open_watchers(stack: AsyncExitStack, view: View | None, emit: Emit | None) -> Watchers:
+    """Whoever watches some work; the view is closed with the stack."""
     watchers = Watchers()
     if view is not None:
-        view.begin_with(past)
         watchers.subscribe(await stack.enter_async_context(view))
     if emit is not None:
         watchers.subscribe(emit)

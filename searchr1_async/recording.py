@@ -54,14 +54,7 @@ class StepRecorder:
     """
 
     def __init__(
-        self,
-        job: TrainingJob,
-        records: RunRecords,
-        service: Service,
-        point: ResumePoint,
-        *,
-        total: int,
-        emit: Emit,
+        self, job: TrainingJob, records: RunRecords, service: Service, point: ResumePoint, *, total: int, emit: Emit
     ) -> None:
         self._job, self._records, self._service, self._emit = job, records, service, emit
         self._total = total

@@ -71,6 +71,11 @@ def in_step(step: int) -> Callable[[Event], bool]:
     return lambda event: isinstance(event, EpisodeFinished) and event.step == step
 
 
+async def cell(run: sr.Run) -> None:
+    """A notebook's, which waits for the run."""
+    await run
+
+
 async def uneven(episode: sr.Episode) -> float:
     """Differs within every group, so that there is something to learn from in each step."""
     return len(episode.turns[0].sampled_tokens) + sum(episode.turns[0].logprobs) / 100
@@ -134,11 +139,7 @@ async def test_a_run_stopped_before_its_first_step_begins_anew(start: Callable[.
 async def test_cancelling_whoever_awaits_closes_everything_first(start: Callable[..., sr.Run]) -> None:
     watch = Watch()
     run = start(emit=watch)
-
-    async def cell() -> None:
-        await run
-
-    awaiting = asyncio.create_task(cell())
+    awaiting = asyncio.create_task(cell(run))
     await watch.wait_for(in_step(2), run)
     awaiting.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -302,11 +303,7 @@ async def test_a_stop_waits_for_the_step_that_is_at_the_trainer(start: Callable[
 async def test_an_interrupt_stops_with_a_checkpoint(start: Callable[..., sr.Run]) -> None:
     watch = Watch()
     run = start(emit=watch)
-
-    async def cell() -> None:
-        await run
-
-    awaiting = asyncio.create_task(cell())
+    awaiting = asyncio.create_task(cell(run))
     await watch.wait_for(in_step(2), run)
     awaiting.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -322,11 +319,7 @@ async def test_an_interrupt_stops_with_a_checkpoint(start: Callable[..., sr.Run]
 async def test_an_impatient_interrupt_ends_it_too(start: Callable[..., sr.Run]) -> None:
     watch = Watch()
     run = start(emit=watch)
-
-    async def cell() -> None:
-        await run
-
-    awaiting = asyncio.create_task(cell())
+    awaiting = asyncio.create_task(cell(run))
     await watch.wait_for(in_step(1), run)
     awaiting.cancel()
     for _ in range(3):

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Sequence
 from types import TracebackType
 from typing import Literal, Protocol, Self, get_args
 
 from searchr1_async.errors import ConfigurationError
-from searchr1_async.events import EvaluationFinished, Event, StepFinished
+from searchr1_async.events import Event
 from searchr1_async.watch.live.view import Controls, LiveView
 from searchr1_async.watch.progress import ConsoleProgress
 
@@ -22,10 +21,6 @@ Choice = bool | _Named
 
 class View(Protocol):
     """Shows a run: subscribe it as an emitter, and hold it open while the run goes on."""
-
-    def begin_with(self, past: Sequence[StepFinished | EvaluationFinished]) -> None:
-        """What earlier sessions of the run told, before any of its own events."""
-        ...
 
     def __call__(self, event: Event) -> None: ...
     async def __aenter__(self) -> Self: ...
@@ -83,9 +78,6 @@ class ConsoleView:
 
     def __init__(self, live: bool | None = None) -> None:
         self._progress = ConsoleProgress(live=live)
-
-    def begin_with(self, past: Sequence[StepFinished | EvaluationFinished]) -> None:
-        """Lines that were printed before are not printed again."""
 
     def __call__(self, event: Event) -> None:
         self._progress(event)

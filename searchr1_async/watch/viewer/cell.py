@@ -6,6 +6,7 @@ from typing import Any
 
 from searchr1_async.episodes.types import Episode, Group
 from searchr1_async.watch.html import visible
+from searchr1_async.watch.rows import centred
 from searchr1_async.watch.viewer.parts import (
     SHADED,
     golden_html,
@@ -52,11 +53,12 @@ def group_html(
     """
     members = [*group.episodes, *group.failed]
     mean = sum(group.rewards) / len(group.rewards) if group.rewards else 0.0
+    advantages = centred(group.rewards)
     rows: list[str] = []
     bodies: list[str] = []
     for number, episode in enumerate(members, start=1):
         is_finished = number <= len(group.episodes)
-        advantage = episode.reward - mean if is_finished else None
+        advantage = advantages[number - 1] if is_finished else None
         reason = drop_reason if is_finished else "failed"
         rows.append(_member_row(number, episode, advantage))
         body = _episode(episode, tokenizer, advantage, trained if is_finished else False, reason)
