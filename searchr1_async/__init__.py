@@ -9,7 +9,7 @@
     result = await run
 """
 
-from searchr1_async.api import evaluate, rollout, train
+from searchr1_async.api import rollout, train
 from searchr1_async.config import EpisodeLimits, LearningSettings, LocalOptions, SamplingSettings, WarmUp
 from searchr1_async.data import Corpus, load_corpus, load_questions
 from searchr1_async.episodes.reward import RecipeReward, Score
@@ -34,6 +34,7 @@ from searchr1_async.errors import (
     TooManyFailuresError,
 )
 from searchr1_async.evaluation.charts import plot_suites
+from searchr1_async.evaluation.evaluate import evaluate
 from searchr1_async.evaluation.result import Evaluation, compare
 from searchr1_async.evaluation.table import comparison_table
 from searchr1_async.job import TrainingResult

@@ -1,4 +1,4 @@
-"""The public functions: ``train``, ``evaluate`` and ``rollout``."""
+"""The public functions ``train`` and ``rollout``."""
 
 from __future__ import annotations
 
@@ -25,12 +25,11 @@ from searchr1_async.config import (
     WarmUp,
 )
 from searchr1_async.control import RunControl
-from searchr1_async.data import load_questions
+from searchr1_async.data.questions import Questions, checked_questions
 from searchr1_async.episodes.reward import RecipeReward, RewardFunction
-from searchr1_async.episodes.types import Group, Question
-from searchr1_async.errors import ConfigurationError, QuestionsError
-from searchr1_async.evaluation.evaluate import evaluate_policy, play_all
-from searchr1_async.evaluation.result import Evaluation
+from searchr1_async.episodes.types import Group
+from searchr1_async.errors import ConfigurationError
+from searchr1_async.evaluation.measure import play_all
 from searchr1_async.events import Emit
 from searchr1_async.job import TrainingJob, TrainingResult
 from searchr1_async.learn.demonstrations import Demonstration
@@ -43,8 +42,6 @@ from searchr1_async.watch.dashboard import Choice, open_view
 from searchr1_async.watch.live.view import LiveView
 from searchr1_async.watch.stream import EventStreams
 from searchr1_async.watch.trackers import Tracker, make_trackers
-
-Questions = str | Path | Sequence[Question]
 
 
 def train(
@@ -175,7 +172,7 @@ def train(
     if time_limit is not None and not time_limit > 0:
         raise ConfigurationError(f"time_limit is {time_limit} s: it must be over 0, or None for none")
     job = TrainingJob(
-        questions=_questions(questions),
+        questions=checked_questions(questions),
         search=search,
         out_dir=out,
         learning=LearningSettings(
@@ -234,7 +231,7 @@ def train(
         instructions=instructions,
         warm_up=warm_up,
         demonstrations=tuple(demonstrations),
-        held_out=_questions(held_out) if held_out else (),
+        held_out=checked_questions(held_out) if held_out else (),
         held_out_samples=held_out_samples,
         evaluate_every=evaluate_every,
         resume=resume,
@@ -255,74 +252,6 @@ def train(
 
     run.begin(work)
     return run
-
-
-async def evaluate(
-    questions: Questions,
-    search: Search,
-    *,
-    model: str | None = None,
-    checkpoint: str | Path | None = None,
-    service: str | tinker.ServiceClient | None = None,
-    service_folder: str | Path | None = None,
-    samples: int = 1,
-    label: str = "evaluation",
-    reward: RewardFunction | None = None,
-    strict_recipe: bool = False,
-    format: str = "hermes",
-    renderer: str | None = None,
-    instructions: str | None = None,
-    max_turns: int = 5,
-    max_tokens: int = 1024,
-    max_trajectory_tokens: int = 32 * 1024,
-    malformed_calls: Literal["end", "tell"] = "end",
-    temperature: float = 1.0,
-    seed: int | None = 0,
-    max_failed_fraction: float = 0.2,
-    local: LocalOptions | None = None,
-    tokenizer: str | None = None,
-    progress: Choice = True,
-    emit: Emit | None = None,
-) -> Evaluation:
-    """Plays every question and scores it.
-
-    Args:
-        model: the base model, for an untrained measurement; with ``checkpoint`` only where it is not the default.
-        checkpoint: a run's folder (its last kept weights), or a ``tinker://…/sampler_weights/…`` path.
-        service_folder: the embedded service's folder that holds a ``tinker://`` checkpoint; a run's folder knows its own.
-        samples: episodes a question; several narrow the interval.
-        temperature: 1 samples as training does, 0 is greedy.
-
-        The others as in :func:`train`.
-
-    Raises:
-        ConfigurationError: bad input, before any work starts.
-        TooManyFailuresError: over ``max_failed_fraction`` of the episodes failed.
-    """
-    items = _questions(questions)
-    sampling = SamplingSettings(temperature=temperature, seed=seed)
-    limits = EpisodeLimits(max_turns, max_tokens, max_trajectory_tokens, malformed_calls=malformed_calls)
-    async with playing(
-        "evaluate",
-        search,
-        model=model,
-        checkpoint=checkpoint,
-        service=service,
-        service_folder=service_folder,
-        reward=reward or RecipeReward(strict_recipe=strict_recipe),
-        format_name=format,
-        renderer=renderer,
-        instructions=instructions,
-        limits=limits,
-        sampling=sampling,
-        group_size=samples,
-        max_failed_fraction=max_failed_fraction,
-        local=local,
-        tokenizer=tokenizer,
-        progress=progress,
-        emit=emit,
-    ) as (engine, policy):
-        return await evaluate_policy(engine, items, policy, samples=samples, label=label, step=policy.version)
 
 
 async def rollout(
@@ -352,9 +281,9 @@ async def rollout(
 ) -> list[Group]:
     """Plays a group of episodes for every question and returns the groups in the order of the questions.
 
-    Arguments and errors as in :func:`evaluate`.
+    Arguments and errors as in :func:`searchr1_async.evaluate`.
     """
-    items = _questions(questions)
+    items = checked_questions(questions)
     async with playing(
         "rollout",
         search,
@@ -376,19 +305,3 @@ async def rollout(
         emit=emit,
     ) as (engine, policy):
         return await play_all(engine, items, policy, samples=group_size, phase="rollout", label="")
-
-
-def _questions(questions: Questions) -> tuple[Question, ...]:
-    items = load_questions(questions) if isinstance(questions, str | Path) else tuple(questions)
-    if not items:
-        raise QuestionsError("there are no questions")
-    seen: set[str] = set()
-    for place, item in enumerate(items, start=1):
-        if not isinstance(item, Question):
-            raise QuestionsError(
-                f"question {place} is a {type(item).__name__}: give Question(id, question, golden_answers), or a file's name"
-            )
-        if item.id in seen:
-            raise QuestionsError(f"two questions have the id {item.id!r}: ids must be unique")
-        seen.add(item.id)
-    return items

@@ -20,7 +20,7 @@ import tinker
 from searchr1_async.config import WarmUp
 from searchr1_async.control import RunControl
 from searchr1_async.errors import SearchR1Error, ServiceError
-from searchr1_async.evaluation.evaluate import evaluate_policy
+from searchr1_async.evaluation.measure import evaluate_policy
 from searchr1_async.events import (
     CheckpointSaved,
     Emit,

@@ -16,6 +16,9 @@ from searchr1_async.data.hub import HUB_NAME, SUITES, fetch_questions_file
 from searchr1_async.episodes.types import Question
 from searchr1_async.errors import CorpusError, QuestionsError
 
+Questions = str | Path | Sequence[Question]
+"""A suite's name, a file, or questions; see :func:`load_questions`."""
+
 ATLAS_SPLITS = ("train", "held_out")
 _OWN_COLUMNS = frozenset({"id", "question", "golden_answers", "data_source"})
 _NOT_KEPT = frozenset({*_OWN_COLUMNS, "prompt", "reward_model", "metadata"})
@@ -50,6 +53,27 @@ def load_questions(
         random.Random(seed).shuffle(shuffled)
         questions = tuple(shuffled)
     return questions[:limit]
+
+
+def checked_questions(questions: Questions) -> tuple[Question, ...]:
+    """The questions, read where they are named.
+
+    Raises:
+        QuestionsError: there are none, something else is among them, or two have one id.
+    """
+    items = load_questions(questions) if isinstance(questions, str | Path) else tuple(questions)
+    if not items:
+        raise QuestionsError("there are no questions")
+    seen: set[str] = set()
+    for place, item in enumerate(items, start=1):
+        if not isinstance(item, Question):
+            raise QuestionsError(
+                f"question {place} is a {type(item).__name__}: give Question(id, question, golden_answers), or a file's name"
+            )
+        if item.id in seen:
+            raise QuestionsError(f"two questions have the id {item.id!r}: ids must be unique")
+        seen.add(item.id)
+    return items
 
 
 def _load(name_or_path: str | Path, split: str | None) -> tuple[Question, ...]:

@@ -1,84 +1,86 @@
-"""Playing questions without learning from them: evaluation and plain rollouts."""
+"""The public function ``evaluate``."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
 
-import anyio
+import tinker
 
-from searchr1_async.episodes.types import Group, Question
+from searchr1_async.config import EpisodeLimits, LocalOptions, SamplingSettings
+from searchr1_async.data.questions import Questions, checked_questions
+from searchr1_async.episodes.reward import RecipeReward, RewardFunction
+from searchr1_async.evaluation.measure import evaluate_policy
 from searchr1_async.evaluation.result import Evaluation
-from searchr1_async.events import EvaluationFinished, PhaseAdvanced, PhaseEnded, PhaseStarted, emit_nothing
-from searchr1_async.rollout.engine import RolloutEngine
-from searchr1_async.rollout.player import GroupPolicy
+from searchr1_async.events import Emit
+from searchr1_async.playing import playing
+from searchr1_async.search import Search
+from searchr1_async.watch.dashboard import Choice
 
 
-async def play_all(
-    engine: RolloutEngine, questions: Sequence[Question], policy: GroupPolicy, *, samples: int, phase: str, label: str
-) -> list[Group]:
-    """All questions' groups, in the order of the questions, with progress told as a phase."""
-    groups: dict[str, Group] = {}
-    means = _RunningMeans()
-    emit, began = engine.emit, anyio.current_time()
-    # An evaluation's episodes are no training episodes: the phase's progress stands for them.
-    engine = replace(engine, group_size=samples, emit=emit_nothing)
-    emit(PhaseStarted(phase, len(questions), "questions", label))
-    send, receive = anyio.create_memory_object_stream[Group](math.inf)
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(engine.play_groups, questions, policy, send)
-        async with receive:
-            async for group in receive:
-                groups[group.question.id] = group
-                means.add(group, samples)
-                emit(PhaseAdvanced(phase, len(groups), means.metrics()))
-    emit(PhaseEnded(phase, anyio.current_time() - began))
-    return [groups[question.id] for question in questions]
-
-
-async def evaluate_policy(
-    engine: RolloutEngine, questions: Sequence[Question], policy: GroupPolicy, *, samples: int, label: str, step: int
+async def evaluate(
+    questions: Questions,
+    search: Search,
+    *,
+    model: str | None = None,
+    checkpoint: str | Path | None = None,
+    service: str | tinker.ServiceClient | None = None,
+    service_folder: str | Path | None = None,
+    samples: int = 1,
+    label: str = "evaluation",
+    reward: RewardFunction | None = None,
+    strict_recipe: bool = False,
+    format: str = "hermes",
+    renderer: str | None = None,
+    instructions: str | None = None,
+    max_turns: int = 5,
+    max_tokens: int = 1024,
+    max_trajectory_tokens: int = 32 * 1024,
+    malformed_calls: Literal["end", "tell"] = "end",
+    temperature: float = 1.0,
+    seed: int | None = 0,
+    max_failed_fraction: float = 0.2,
+    local: LocalOptions | None = None,
+    tokenizer: str | None = None,
+    progress: Choice = True,
+    emit: Emit | None = None,
 ) -> Evaluation:
-    """One evaluation of one policy."""
-    groups = await play_all(engine, questions, policy, samples=samples, phase="evaluate", label=label)
-    episodes = tuple(episode for group in groups for episode in (*group.episodes, *group.failed))
-    evaluation = Evaluation(label, episodes, step)
-    # In a thread: the interval of several samples a question is a bootstrap.
-    engine.emit(EvaluationFinished(label, step, await anyio.to_thread.run_sync(evaluation.metrics)))
-    return evaluation
+    """Plays every question and scores it.
 
+    Args:
+        model: the base model, for an untrained measurement; with ``checkpoint`` only where it is not the default.
+        checkpoint: a run's folder (its last kept weights), or a ``tinker://…/sampler_weights/…`` path.
+        service_folder: the embedded service's folder that holds a ``tinker://`` checkpoint; a run's folder knows its own.
+        samples: episodes a question; several narrow the interval.
+        temperature: 1 samples as training does, 0 is greedy.
 
-@dataclass(slots=True)
-class _RunningMeans:
-    """Of the groups so far, for people who watch; the evaluation's own figures are exact about failures."""
+        The others as in :func:`searchr1_async.train`.
 
-    questions: int = 0
-    right: float = 0.0
-    episodes: int = 0
-    rewards: float = 0.0
-    turns: int = 0
-    calls: int = 0
-    valid: int = 0
-    failed: int = 0
-
-    def add(self, group: Group, samples: int) -> None:
-        self.questions += 1
-        self.failed += len(group.failed)
-        self.right += sum(episode.reward_parts.get("correct", 0.0) for episode in group.episodes) / samples
-        for episode in group.episodes:
-            self.episodes += 1
-            self.rewards += episode.reward
-            self.turns += len(episode.turns)
-            self.calls += len(episode.calls)
-            self.valid += sum(call.problem is None for call in episode.calls)
-
-    def metrics(self) -> dict[str, float]:
-        out = {"correct": self.right / self.questions}
-        if self.episodes:
-            out |= {"reward/total": self.rewards / self.episodes, "turns_per_episode": self.turns / self.episodes}
-        if self.calls:
-            out["valid_calls"] = self.valid / self.calls
-        if self.failed:
-            out["failed_episodes"] = float(self.failed)
-        return out
+    Raises:
+        ConfigurationError: bad input, before any work starts.
+        TooManyFailuresError: over ``max_failed_fraction`` of the episodes failed.
+    """
+    items = checked_questions(questions)
+    sampling = SamplingSettings(temperature=temperature, seed=seed)
+    limits = EpisodeLimits(max_turns, max_tokens, max_trajectory_tokens, malformed_calls=malformed_calls)
+    async with playing(
+        "evaluate",
+        search,
+        model=model,
+        checkpoint=checkpoint,
+        service=service,
+        service_folder=service_folder,
+        reward=reward or RecipeReward(strict_recipe=strict_recipe),
+        format_name=format,
+        renderer=renderer,
+        instructions=instructions,
+        limits=limits,
+        sampling=sampling,
+        group_size=samples,
+        max_failed_fraction=max_failed_fraction,
+        local=local,
+        tokenizer=tokenizer,
+        progress=progress,
+        emit=emit,
+    ) as (engine, policy):
+        return await evaluate_policy(engine, items, policy, samples=samples, label=label, step=policy.version)

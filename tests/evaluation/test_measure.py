@@ -6,7 +6,7 @@ from searchr1_async.config import EpisodeLimits, SamplingSettings
 from searchr1_async.episodes.reward import RecipeReward
 from searchr1_async.episodes.types import Question
 from searchr1_async.errors import TooManyFailuresError
-from searchr1_async.evaluation.evaluate import evaluate_policy, play_all
+from searchr1_async.evaluation.measure import evaluate_policy, play_all
 from searchr1_async.events import EvaluationFinished, Event, PhaseAdvanced, PhaseEnded, PhaseStarted
 from searchr1_async.rollout.engine import RolloutEngine
 from searchr1_async.rollout.gate import SampleGate

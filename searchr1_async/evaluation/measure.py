@@ -1,0 +1,84 @@
+"""Playing questions without learning from them: evaluation and plain rollouts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import anyio
+
+from searchr1_async.episodes.types import Group, Question
+from searchr1_async.evaluation.result import Evaluation
+from searchr1_async.events import EvaluationFinished, PhaseAdvanced, PhaseEnded, PhaseStarted, emit_nothing
+from searchr1_async.rollout.engine import RolloutEngine
+from searchr1_async.rollout.player import GroupPolicy
+
+
+async def play_all(
+    engine: RolloutEngine, questions: Sequence[Question], policy: GroupPolicy, *, samples: int, phase: str, label: str
+) -> list[Group]:
+    """All questions' groups, in the order of the questions, with progress told as a phase."""
+    groups: dict[str, Group] = {}
+    means = _RunningMeans()
+    emit, began = engine.emit, anyio.current_time()
+    # An evaluation's episodes are no training episodes: the phase's progress stands for them.
+    engine = replace(engine, group_size=samples, emit=emit_nothing)
+    emit(PhaseStarted(phase, len(questions), "questions", label))
+    send, receive = anyio.create_memory_object_stream[Group](math.inf)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(engine.play_groups, questions, policy, send)
+        async with receive:
+            async for group in receive:
+                groups[group.question.id] = group
+                means.add(group, samples)
+                emit(PhaseAdvanced(phase, len(groups), means.metrics()))
+    emit(PhaseEnded(phase, anyio.current_time() - began))
+    return [groups[question.id] for question in questions]
+
+
+async def evaluate_policy(
+    engine: RolloutEngine, questions: Sequence[Question], policy: GroupPolicy, *, samples: int, label: str, step: int
+) -> Evaluation:
+    """One evaluation of one policy."""
+    groups = await play_all(engine, questions, policy, samples=samples, phase="evaluate", label=label)
+    episodes = tuple(episode for group in groups for episode in (*group.episodes, *group.failed))
+    evaluation = Evaluation(label, episodes, step)
+    # In a thread: the interval of several samples a question is a bootstrap.
+    engine.emit(EvaluationFinished(label, step, await anyio.to_thread.run_sync(evaluation.metrics)))
+    return evaluation
+
+
+@dataclass(slots=True)
+class _RunningMeans:
+    """Of the groups so far, for people who watch; the evaluation's own figures are exact about failures."""
+
+    questions: int = 0
+    right: float = 0.0
+    episodes: int = 0
+    rewards: float = 0.0
+    turns: int = 0
+    calls: int = 0
+    valid: int = 0
+    failed: int = 0
+
+    def add(self, group: Group, samples: int) -> None:
+        self.questions += 1
+        self.failed += len(group.failed)
+        self.right += sum(episode.reward_parts.get("correct", 0.0) for episode in group.episodes) / samples
+        for episode in group.episodes:
+            self.episodes += 1
+            self.rewards += episode.reward
+            self.turns += len(episode.turns)
+            self.calls += len(episode.calls)
+            self.valid += sum(call.problem is None for call in episode.calls)
+
+    def metrics(self) -> dict[str, float]:
+        out = {"correct": self.right / self.questions}
+        if self.episodes:
+            out |= {"reward/total": self.rewards / self.episodes, "turns_per_episode": self.turns / self.episodes}
+        if self.calls:
+            out["valid_calls"] = self.valid / self.calls
+        if self.failed:
+            out["failed_episodes"] = float(self.failed)
+        return out
