@@ -1,0 +1,112 @@
+"""What an evaluation was: everything that another person needs to repeat it or to judge it, as one JSON file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from searchr1_async.errors import RunFolderError
+from searchr1_async.files import write_atomically
+
+MANIFEST_NAME = "manifest.json"
+_FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class SuiteRecord:
+    """A suite, and which of its questions were asked."""
+
+    name: str
+    source: str
+    """Where it came from: a hub data set with its commit, a file, ``atlas``, ``memory``."""
+    sha256: str | None
+    """Of that file; None of questions that came from memory."""
+    total: int
+    """Questions that the source has."""
+    split: str | None
+    limit: int | None
+    seed: int | None
+    question_ids: tuple[str, ...]
+    """Those asked, in their order."""
+
+
+@dataclass(frozen=True, slots=True)
+class SystemRecord:
+    """What was measured: weights, and the way they were used."""
+
+    label: str
+    method: str
+    """``search``, ``direct``, ``rag`` or ``recipe``."""
+    model: str
+    """The base model, as the service calls it."""
+    checkpoint: str | None = None
+    """``tinker://`` path of its weights; None is the base model."""
+    step: int | None = None
+    """Optimiser steps done before these weights."""
+    run: str | None = None
+    """The folder of the run that they come from."""
+    format: str = "hermes"
+    renderer: str | None = None
+    instructions: str | None = None
+    """None: the method's own."""
+    overlap: Mapping[str, int] | None = None
+    """Questions of each suite that its training saw too; None: what it was trained on is not known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """One evaluation."""
+
+    created: str
+    """UTC, ISO 8601."""
+    versions: Mapping[str, str]
+    """Of the packages that matter, and of Python."""
+    service: Mapping[str, Any]
+    """``embedded``, ``tinker``, and the address where one was given."""
+    search: Mapping[str, Any] | None
+    """``fingerprint``, ``embedder``, ``source``, ``n_results``, ``max_passage_words``; None: nothing was searched for."""
+    settings: Mapping[str, Any]
+    """``samples``, ``temperature``, ``seed``, ``max_turns``, ``max_tokens``, …"""
+    suites: tuple[SuiteRecord, ...]
+    systems: tuple[SystemRecord, ...]
+    questions_sha256: str
+    """Of the questions themselves, which lie beside it."""
+    judge: Mapping[str, Any] | None = None
+    notes: tuple[str, ...] = field(default=())
+
+    def save(self, folder: Path) -> None:
+        """Writes ``manifest.json``, whole or not at all.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        text = json.dumps({"format": _FORMAT, **asdict(self)}, indent=1, ensure_ascii=False)
+        write_atomically(folder / MANIFEST_NAME, text.encode("utf-8", "replace"))
+
+    @classmethod
+    def load(cls, path: Path) -> Manifest | None:
+        """The manifest in a folder, or in the file itself; None where there is none.
+
+        Raises:
+            RunFolderError: it cannot be read, or another version of the package wrote it.
+        """
+        path = path / MANIFEST_NAME if path.is_dir() else path
+        try:
+            values = json.loads(path.read_bytes())
+            if (written := values.pop("format")) != _FORMAT:
+                raise RunFolderError(f"{path} has format {written}, and this version of the package reads {_FORMAT}")
+            unknown = set(values) - {each.name for each in fields(cls)}
+            if unknown:
+                raise ValueError(f"unknown fields {', '.join(sorted(unknown))}")
+            suites = tuple(SuiteRecord(**{**s, "question_ids": tuple(s["question_ids"])}) for s in values.pop("suites"))
+            systems = tuple(SystemRecord(**s) for s in values.pop("systems"))
+            return cls(**{**values, "suites": suites, "systems": systems, "notes": tuple(values.get("notes", ()))})
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise RunFolderError(f"{path} cannot be read: {error.strerror or error}") from error
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise RunFolderError(f"{path} is no evaluation's manifest: {error}") from error
