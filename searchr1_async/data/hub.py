@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from searchr1_async.errors import QuestionsError
@@ -19,46 +22,110 @@ SUITES = {
 """FlashRAG's suites that the field reports, each with the split that it is reported on."""
 
 HUB_NAME = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
+_REFERENCE = re.compile(rf"(?P<name>{HUB_NAME}|{'|'.join(SUITES)})(?:@(?P<revision>[\w.-]+)(?:/(?P<filename>[^#]+))?)?")
 
 
-def fetch_questions_file(name: str, split: str | None) -> Path:
+@dataclass(frozen=True, slots=True)
+class HubReference:
+    """What a text asks of the hub."""
+
+    name: str
+    """A key of :data:`SUITES`, or ``"org/name"``."""
+    revision: str | None = None
+    """A commit, branch or tag; None is the newest."""
+    filename: str | None = None
+    """One file of it; None is the split's."""
+
+
+@dataclass(frozen=True, slots=True)
+class HubQuestions:
+    """A file of questions, fetched."""
+
+    path: Path
+    repository: str
+    commit: str
+    """What the revision that was asked for stood at."""
+    filename: str
+
+    @property
+    def source(self) -> str:
+        """Names these very bytes to :func:`read_reference`, whatever the hub is given later."""
+        return f"{self.repository}@{self.commit}/{self.filename}"
+
+
+def read_reference(text: str) -> HubReference | None:
+    """``"nq"``, ``"org/name"``, either with ``@revision``, and then with ``/file``; None for any other text."""
+    found = _REFERENCE.fullmatch(text)
+    if not found or ".." in (found["filename"] or "").split("/"):  # a manifest may come from a stranger
+        return None
+    return HubReference(found["name"], found["revision"], found["filename"])
+
+
+def split_of(reference: HubReference, split: str | None) -> str:
+    """The split that is read: the file's own, the one asked for, the suite's usual one, or ``"train"``."""
+    if reference.filename:
+        return reference.filename.rsplit("/", 1)[-1].split(".")[0]
+    return split or SUITES.get(reference.name, "train")
+
+
+def fetch_questions_file(reference: HubReference, split: str | None) -> HubQuestions:
     """Downloads (or finds in the hub's own cache) the file of one split.
 
     Args:
-        name: a key of :data:`SUITES`, or ``"org/name"`` of any data set with ``<split>.parquet`` or ``<split>.jsonl``.
+        reference: one of :data:`SUITES`, or any data set with ``<split>.parquet`` or ``<split>.jsonl``.
         split: None means the suite's usual split, ``"train"`` for any other data set.
 
     Raises:
-        QuestionsError: no such data set or split, or the hub cannot be reached.
+        QuestionsError: no such data set, revision or split, or the hub cannot be reached.
     """
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    repository = FLASHRAG if name in SUITES else name
-    split = split or SUITES.get(name, "train")
-    stem = f"{name}/{split}" if name in SUITES else split
-    suffixes = ("jsonl",) if name in SUITES else ("parquet", "jsonl")
-    for candidate in (*(f"{stem}.{suffix}" for suffix in suffixes), *(f"data/{stem}.{s}" for s in suffixes)):
-        try:
-            return Path(hf_hub_download(repository, candidate, repo_type="dataset"))
-        except LocalEntryNotFoundError as error:
-            raise QuestionsError(
-                f"the Hugging Face hub cannot be reached for {repository} ({candidate}), and it is not in the hub's "
-                "cache: connect, or download the file yourself and give its path, or take the built-in 'atlas'"
-            ) from error
-        except EntryNotFoundError:
-            continue
-        except RepositoryNotFoundError as error:
-            raise QuestionsError(
-                f"the Hugging Face hub has no data set {repository!r} that you may read: check its name, "
-                "or log in with `hf auth login` if it is private"
-            ) from error
-        except Exception as error:  # the hub's client raises whatever its transport does
-            raise QuestionsError(
-                f"{candidate} of the Hugging Face data set {repository} cannot be downloaded "
-                f"({type(error).__name__}): download it yourself and give its path, or take the built-in 'atlas'"
-            ) from error
+    repository = FLASHRAG if reference.name in SUITES else reference.name
+    split = split_of(reference, split)
+    stem = f"{reference.name}/{split}" if reference.name in SUITES else split
+    suffixes = ("jsonl",) if reference.name in SUITES else ("parquet", "jsonl")
+    tried = tuple(f"{folder}{stem}.{suffix}" for folder in ("", "data/") for suffix in suffixes)
+    for filename in (reference.filename,) if reference.filename else tried:
+        if path := _fetch(repository, filename, reference.revision):
+            # …/snapshots/<commit>/<filename>
+            return HubQuestions(path, repository, path.parents[filename.count("/")].name, filename)
     raise QuestionsError(
-        f"the Hugging Face data set {repository} has no file {stem}.parquet or {stem}.jsonl: "
+        f"the Hugging Face data set {repository} has no file {reference.filename or ' or '.join(tried)}: "
         "name another split, or download the file you mean and give its path"
     )
+
+
+def _fetch(repository: str, filename: str, revision: str | None) -> Path | None:
+    """The file in the hub's cache; None where the data set has none of that name."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    endpoint = os.environ.get("HF_ENDPOINT") or None
+    try:
+        return Path(
+            hf_hub_download(repository, filename, repo_type="dataset", revision=revision, endpoint=endpoint),
+        )
+    except LocalEntryNotFoundError as error:
+        raise QuestionsError(
+            f"the Hugging Face hub cannot be reached for {repository} ({filename}), and it is not in the hub's "
+            "cache: connect, or download the file yourself and give its path, or take the built-in 'atlas'"
+        ) from error
+    except EntryNotFoundError:
+        return None
+    except RevisionNotFoundError as error:
+        raise QuestionsError(
+            f"the Hugging Face data set {repository} has no revision {revision!r}: give a commit, a branch or a tag of it"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise QuestionsError(
+            f"the Hugging Face hub has no data set {repository!r} that you may read: check its name, "
+            "or log in with `hf auth login` if it is private"
+        ) from error
+    except Exception as error:  # the hub's client raises whatever its transport does
+        raise QuestionsError(
+            f"{filename} of the Hugging Face data set {repository} cannot be downloaded "
+            f"({type(error).__name__}): download it yourself and give its path, or take the built-in 'atlas'"
+        ) from error

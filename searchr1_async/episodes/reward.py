@@ -1,4 +1,4 @@
-"""What an episode is worth: exact match and F1 with SQuAD normalisation, and the recipe's formula over them.
+"""What an episode is worth: exact match, F1 and cover match with SQuAD normalisation, and the recipe's formula over them.
 
 A reward is any ``async def reward(episode) -> float`` (or a float with named parts, see :class:`Score`); the engine calls it
 once, when the episode has ended.
@@ -23,6 +23,9 @@ _ANSWER_PREFIX = re.compile(r"answer\s*:", re.IGNORECASE)
 
 def normalize_answer(text: str) -> str:
     """Lower case, without punctuation, articles and extra white space.
+
+    As published, so that scores can be compared: punctuation is that of ASCII alone, and Unicode is not normalised. A curly
+    quote or a decomposed accent makes another answer, and "well-known" becomes "wellknown".
 
     Source: the official SQuAD evaluation script (Rajpurkar et al., 2016, "SQuAD: 100,000+ Questions").
     """
@@ -50,6 +53,21 @@ def f1_score(answer: str | None, golden_answers: tuple[str, ...]) -> float:
         if overlap:
             best = max(best, 2 * overlap / (len(answer_words) + len(golden_words)))
     return best
+
+
+def cover_match(answer: str | None, golden_answers: tuple[str, ...]) -> float:
+    """1.0 where any normalised golden answer stands in the normalised answer as whole words, else 0.0.
+
+    What exact match refuses only for the words around it: "it was Mount Etna in Sicily" covers "Etna". An answer that lists
+    every guess covers too, so it is read beside exact match and never trained on by itself. FlashRAG's ``sub_em`` takes any
+    part of the text, where "party" covers "art", and a golden answer that normalises to nothing is covered by every answer;
+    here by none. What covers here covers there as well, so this is never the larger one.
+    """
+    if answer is None:
+        return 0.0
+    words = f" {normalize_answer(answer)} "
+    normalised = (normalize_answer(golden) for golden in golden_answers)
+    return float(any(golden and f" {golden} " in words for golden in normalised))
 
 
 def answer_after_prefix(text: str) -> str | None:
@@ -82,6 +100,9 @@ class Score:
     parts: Mapping[str, float] = field(default_factory=dict)
 
 
+STANDARD_PARTS = frozenset({"correct", "format", "f1", "cover"})
+"""What is measured of every episode: exact match, whether an answer could be read, F1, and cover match."""
+
 RewardFunction = Callable[[Episode], Awaitable[float | Score]]
 
 
@@ -89,7 +110,8 @@ RewardFunction = Callable[[Episode], Awaitable[float | Score]]
 class RecipeReward:
     """``format_coefficient * (format - 1) + correct``: -0.1, 0 or 1 with the defaults.
 
-    ``correct`` is exact match; ``format`` is 1 where an answer could be read. ``f1`` is measured beside them.
+    ``correct`` is exact match; ``format`` is 1 where an answer could be read. ``f1`` and ``cover`` (cover match) are measured
+    beside them.
     """
 
     format_coefficient: float = 0.1
@@ -110,11 +132,12 @@ class RecipeReward:
         else:
             correct = exact_match(answer, golden)
         reward = self.format_coefficient * (format_ok - 1) + correct
-        return Score(reward, {"correct": correct, "format": format_ok, "f1": f1_score(answer, golden)})
+        parts = {"correct": correct, "format": format_ok}
+        return Score(reward, {**parts, "f1": f1_score(answer, golden), "cover": cover_match(answer, golden)})
 
 
 async def score(episode: Episode, reward: RewardFunction) -> Episode:
-    """The episode with its reward. ``correct``, ``format`` and ``f1`` are always among its parts, whatever the reward function.
+    """The episode with its reward. :data:`STANDARD_PARTS` are always among its parts, whatever the reward function.
 
     Raises:
         RewardError: the function raised, or returned no finite number.
@@ -131,6 +154,6 @@ async def score(episode: Episode, reward: RewardFunction) -> Episode:
             f"the reward function returned {result.reward!r} for question {episode.question.id!r}: return a finite number"
         )
     parts = dict(result.parts)
-    if not parts.keys() >= {"correct", "format", "f1"}:
+    if not parts.keys() >= STANDARD_PARTS:
         parts = {**(await RecipeReward()(episode)).parts, **parts}
     return replace(episode, reward=float(result.reward), reward_parts=parts)
