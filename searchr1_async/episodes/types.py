@@ -133,6 +133,9 @@ class Episode:
     error: str | None = None
     """The cause, when ``stop_reason`` is FAILED."""
     seconds: float = 0.0
+    given: SearchCall | None = None
+    """A search that was made for the model before its first turn, whose passages stand in the prompt; see
+    :data:`~searchr1_async.episodes.methods.Method`. It is no call of the model's."""
 
     @property
     def failed(self) -> bool:

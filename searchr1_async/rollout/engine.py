@@ -58,6 +58,8 @@ class GroupUnderWay:
     cut_reason: str | None = None
     """Why it was cut, if it was."""
     scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
+    on_finished: Callable[[int, Episode], None] | None = None
+    """Called with a member's number and its scored episode the moment it has ended; it must not block."""
 
     def cut(self, reason: str) -> None:
         """Cancels the members still under way; the service is told of it."""
@@ -144,13 +146,24 @@ class RolloutEngine:
         """For so many groups."""
         return FailureBudget(groups * self.group_size, self.max_failed_fraction)
 
-    def task(self, place: int, question: Question, *, key: str) -> GroupTask:
+    def task(
+        self,
+        place: int,
+        question: Question,
+        *,
+        key: str,
+        members: Sequence[int] | None = None,
+        yields: bool = False,
+    ) -> GroupTask:
         """The group at a place.
 
         Args:
             key: what its seed depends on besides the question, so that a group played again is sampled alike.
+            members: the numbers of those still to play; None is all.
+            yields: see :attr:`GroupTask.yields`.
         """
-        return GroupTask(place, question, tuple(range(self.group_size)), self._seed(key, question))
+        members = range(self.group_size) if members is None else members
+        return GroupTask(place, question, tuple(members), self._seed(key, question), yields)
 
     async def play_group(
         self, under_way: GroupUnderWay, policy: GroupPolicy, budget: FailureBudget, *, step: int = 0
@@ -167,6 +180,8 @@ class RolloutEngine:
             if episode.is_complete:
                 episode = await score(episode, self.reward)
             under_way.members[member] = episode
+            if under_way.on_finished is not None:
+                under_way.on_finished(member, episode)
             tally.episodes -= 1
             tally.finished += 1
             self.emit(EpisodeFinished(episode, step))

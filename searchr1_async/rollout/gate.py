@@ -79,11 +79,12 @@ class Slot:
     """The right to send one request: an asynchronous context manager, which waits for it and gives it back. Made by
     :meth:`SampleGate.slot`; used once."""
 
-    __slots__ = ("_admitted", "_delay", "_flight", "_gate", "_tokens", "_wanted", "samples", "turn")
+    __slots__ = ("_admitted", "_delay", "_flight", "_gate", "_tokens", "_wanted", "samples", "turn", "yields")
 
-    def __init__(self, gate: SampleGate, samples: int, turn: int, tokens: int) -> None:
+    def __init__(self, gate: SampleGate, samples: int, turn: int, tokens: int, yields: bool) -> None:
         self.samples = samples
         self.turn = turn
+        self.yields = yields
         self._gate = gate
         self._wanted = tokens
         self._flight: Flight | None = None
@@ -114,6 +115,9 @@ class SampleGate:
     completes its group, and learning waits for groups; long prompts take longest. Nothing overtakes what comes before it in
     that order, so a group's first turns get their places as soon as so many are free.
 
+    Those that yield (an evaluation beside training) come behind all others, whatever their turns: they get the room that
+    nobody else waits for.
+
     To be used in one event loop. A gate is made outside of any.
 
     Args:
@@ -135,7 +139,7 @@ class SampleGate:
         self._probe = PushBackProbe()
         self._looked_at = 0.0
         self._order = itertools.count()
-        self._queue: list[tuple[int, int, int, Slot]] = []
+        self._queue: list[tuple[bool, int, int, int, Slot]] = []
         """A heap; it also holds those that were cancelled, until they come up."""
         self._waiting = 0
         self._samples = 0
@@ -145,15 +149,16 @@ class SampleGate:
         self._push_backs = 0
         self._is_paused = False
 
-    def slot(self, *, samples: int = 1, turn: int = 0, tokens: int = 0) -> Slot:
+    def slot(self, *, samples: int = 1, turn: int = 0, tokens: int = 0, yields: bool = False) -> Slot:
         """Waits for the right to send one request, and holds it while the block runs.
 
         Args:
             samples: that the request asks for; it takes as many places. Where there never are as many, it goes alone.
             turn: of the episode, from 0; later turns are admitted first.
             tokens: of the prompt; among equal turns longer prompts are admitted first.
+            yields: to every request that does not; among those that yield the order is the same.
         """
-        return Slot(self, samples, turn, tokens)
+        return Slot(self, samples, turn, tokens, yields)
 
     def is_sharing_worth_it(self, members: int) -> bool:
         """Whether one request for the first turns of so many members costs less than one request each."""
@@ -201,7 +206,7 @@ class SampleGate:
         if not self._waiting and not self._is_paused and self._limit.may_begin(slot.samples):
             self._admit(slot, self._clock())
             return True
-        heapq.heappush(self._queue, (-slot.turn, -tokens, next(self._order), slot))
+        heapq.heappush(self._queue, (slot.yields, -slot.turn, -tokens, next(self._order), slot))
         self._waiting += slot.samples
         slot._admitted = anyio.Event()
         self._pump()
@@ -254,7 +259,7 @@ class SampleGate:
             return
         now = self._clock()
         while queue:
-            slot = queue[0][3]
+            slot = queue[0][-1]
             if slot._admitted is not None:
                 if not self._limit.may_begin(slot.samples):
                     return

@@ -44,6 +44,8 @@ class GroupTask:
     """The numbers of the members to play: all of them, but for a group of which some have finished already."""
     seed: int | None = None
     """Of the whole group's sampling; None lets the service choose."""
+    yields: bool = False
+    """Its samples wait behind those of every group that does not yield: it is played with what others leave."""
 
 
 Finished = Callable[[int, Episode], Awaitable[None]]
@@ -105,7 +107,9 @@ class LocalPlayer:
         if self._is_shared(task, prompt):
             try:
                 with self._deadlines.limit(self._limits.max_seconds) as scope:
-                    async with self._gate.slot(samples=len(task.members), tokens=len(prompt)) as slot:
+                    async with self._gate.slot(
+                        samples=len(task.members), tokens=len(prompt), yields=task.yields
+                    ) as slot:
                         firsts = await policy.sample_many(
                             prompt,
                             len(task.members),
@@ -128,7 +132,7 @@ class LocalPlayer:
             episode = await play(
                 task.question,
                 dialect=self._dialect,
-                policy=_GatedPolicy(policy, self._gate, self._turns, turn=0 if first is None else 1),
+                policy=_GatedPolicy(policy, self._gate, self._turns, 0 if first is None else 1, task.yields),
                 search=_SharedSearch(self._search, self._turns),
                 limits=self._limits,
                 first_turn=first,
@@ -170,11 +174,12 @@ class _GatedPolicy:
     gate: SampleGate
     turns: LoopTurns
     turn: int
+    yields: bool
 
     async def sample(
         self, prompt_tokens: Sequence[int], *, max_tokens: int, stop: list[int] | list[str], seed: int | None
     ) -> SampledTurn:
-        async with self.gate.slot(turn=self.turn, tokens=len(prompt_tokens)) as slot:
+        async with self.gate.slot(turn=self.turn, tokens=len(prompt_tokens), yields=self.yields) as slot:
             await self.turns.turn()  # handing a request to the SDK takes about a millisecond of this thread
             sampled = await self.policy.sample(prompt_tokens, max_tokens=max_tokens, stop=stop, seed=seed)
             slot.finished([len(sampled.tokens)])

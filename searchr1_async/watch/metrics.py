@@ -141,14 +141,9 @@ def stop_fractions(episodes: Sequence[Episode], failed: int = 0) -> dict[str, fl
 
 
 def passages_shown(episode: Episode) -> tuple[Passage, ...]:
-    """The passages that the model read, in order: those of every call that another turn followed."""
-    return tuple(
-        passage
-        for turn in episode.turns[:-1]
-        if turn.call is not None
-        for found in turn.call.results
-        for passage in found
-    )
+    """The passages that the model read, in order: those given with the question, and of every call that another turn followed."""
+    calls = [episode.given, *(turn.call for turn in episode.turns[:-1])]
+    return tuple(passage for call in calls if call is not None for found in call.results for passage in found)
 
 
 def answer_in_passage(episode: Episode) -> bool:

@@ -16,6 +16,7 @@ from searchr1_async.episodes.types import Group, Question, StopReason
 from searchr1_async.errors import RewardError, SearchError, TooManyFailuresError
 from searchr1_async.rollout.engine import GroupUnderWay, RolloutEngine
 from searchr1_async.rollout.gate import SampleGate
+from searchr1_async.rollout.limit import LimitSettings, SampleLimit
 from searchr1_async.rollout.player import GroupPolicy, LocalPlayer
 from tests.local.tiny import make_tiny_tokenizer
 from tests.players import BrokenPolicy, BrokenSearch, DictSearch, ScriptedPolicy
@@ -224,6 +225,35 @@ async def test_a_first_turn_over_its_time_is_cut(dialect: Dialect) -> None:
     limits = EpisodeLimits(max_turns=3, max_tokens=100, max_trajectory_tokens=2000, max_seconds=0.05)
     (group,) = await play(engine(dialect, limits=limits), Silent(lambda prompt: ()), 1)
     assert [episode.stop_reason for episode in group.failed] == [StopReason.TIME_LIMIT] * 4
+
+
+async def test_members_can_be_chosen_and_each_is_told_of_scored_the_moment_it_has_ended(dialect: Dialect) -> None:
+    playing = engine(dialect)
+    (question,) = questions(1)
+    seen: list[tuple[int, float, int]] = []
+    under_way = GroupUnderWay(playing.task(7, question, key="0", members=(1, 3)))
+    under_way.on_finished = lambda member, episode: seen.append((member, episode.reward, len(under_way.members)))
+    group = await playing.play_group(under_way, searcher(dialect), playing.failure_budget(1))
+    assert sorted(member for member, _, _ in seen) == [1, 3]
+    assert [reward for _, reward, _ in seen] == [1.0, 1.0]
+    assert [known for _, _, known in seen] == [1, 2], "told one by one, not at the end"
+    assert len(group.episodes) == 2
+    assert playing.task(7, question, key="0").members == (0, 1, 2, 3)
+
+
+async def test_groups_that_yield_sample_only_what_the_others_leave(dialect: Dialect) -> None:
+    gate = SampleGate(SampleLimit(LimitSettings(first=1, least=1, most=1)))
+    limits = EpisodeLimits(max_turns=3, max_tokens=100, max_trajectory_tokens=2000)
+    playing = engine(dialect, group_size=1, player=LocalPlayer(dialect, DictSearch(), limits, gate, "split"))
+    ended: list[bool] = []
+    async with anyio.create_task_group() as tasks:
+        for place, question in enumerate(questions(8)):
+            yields = place < 4
+            under_way = GroupUnderWay(playing.task(place, question, key="0", yields=yields))
+            under_way.on_finished = lambda member, episode, yields=yields: ended.append(yields)
+            tasks.start_soon(playing.play_group, under_way, searcher(dialect), playing.failure_budget(1))
+    # The first of those that yield found nobody before it; all its later turns stood behind the others.
+    assert ended == [False] * 4 + [True] * 4
 
 
 def test_seeds_repeat_and_differ_by_question_place_and_run(dialect: Dialect) -> None:

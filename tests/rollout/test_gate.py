@@ -75,6 +75,50 @@ async def test_those_that_wait_are_let_in_later_turns_first_then_longer_prompts_
     assert is_empty(gate)
 
 
+async def test_those_that_yield_are_let_in_behind_all_others_and_get_through_when_nobody_else_waits() -> None:
+    gate, order = gate_of(1), []
+
+    async def request(name: str, turn: int, yields: bool) -> None:
+        async with gate.slot(turn=turn, yields=yields):
+            order.append(name)
+            await anyio.sleep(1)
+
+    async with anyio.create_task_group() as tasks:
+        for name, turn, yields in (
+            ("yields, with nobody there", 0, True),
+            ("yields, first turn", 0, True),
+            ("yields, late turn", 4, True),
+            ("first turn", 0, False),
+            ("second turn", 1, False),
+        ):
+            tasks.start_soon(request, name, turn, yields)
+            await settled()
+    assert order == [
+        "yields, with nobody there",
+        "second turn",
+        "first turn",
+        "yields, late turn",
+        "yields, first turn",
+    ]
+    assert is_empty(gate)
+
+
+async def test_a_large_request_that_yields_holds_up_nobody_who_does_not() -> None:
+    gate, began = gate_of(4), {}
+
+    async def request(name: str, samples: int, yields: bool) -> None:
+        async with gate.slot(samples=samples, yields=yields):
+            began[name] = round(now() - start)
+            await anyio.sleep(3)
+
+    start = now()
+    async with anyio.create_task_group() as tasks:
+        for name, samples, yields in (("first", 2, False), ("large, yields", 4, True), ("single", 1, False)):
+            tasks.start_soon(request, name, samples, yields)
+            await settled()
+    assert began == {"first": 0, "single": 0, "large, yields": 3}
+
+
 async def test_a_group_takes_as_many_places_as_samples_and_nothing_overtakes_it() -> None:
     gate, began = gate_of(10), {}
 
@@ -167,6 +211,7 @@ EVENT = st.fixed_dictionaries(
         "samples": st.sampled_from([1, 1, 1, 3, 8, 20]),
         "turn": st.integers(0, 3),
         "tokens": st.integers(0, 3),
+        "yields": st.booleans(),
         "seconds": st.integers(0, 5),
         "cancelled_after": st.none() | st.integers(0, 8),
         "cancelled_as": st.sampled_from(["scope", "task"]),
@@ -186,7 +231,7 @@ def test_in_every_interleaving_nothing_is_lost_and_nothing_overtakes(events: lis
 class Request:
     """One request's way, in virtual time."""
 
-    key: tuple[int, int, int]
+    key: tuple[bool, int, int, int]
     asked: float = math.inf
     entered: float = math.inf
     left: float = math.inf
@@ -202,10 +247,11 @@ async def _check(events: list[dict[str, Any]], places: int) -> None:
     async def request(event: dict[str, Any]) -> None:
         await anyio.sleep(event["at"])
         number = next(numbers)
-        mine = Request((-event["turn"], -event["tokens"], number), asked=now())
+        mine = Request((event["yields"], -event["turn"], -event["tokens"], number), asked=now())
         requests.append(mine)
         try:
-            async with gate.slot(samples=event["samples"], turn=event["turn"], tokens=event["tokens"]):
+            asked = {name: event[name] for name in ("samples", "turn", "tokens", "yields")}
+            async with gate.slot(**asked):
                 mine.entered = now()
                 inside[number] = event["samples"]
                 try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from searchr1_async.config import EpisodeLimits, FirstTurn, SamplingSettings
+from searchr1_async.episodes.methods import Method
 from searchr1_async.episodes.types import Passage, StopReason, Turn
 from searchr1_async.rollout.gate import GateStatistics
 from searchr1_async.rollout.limit import LimitSettings
@@ -28,6 +29,7 @@ class WorkerSpec:
     first_turn: FirstTurn = "auto"
     samples: LimitSettings = field(default_factory=LimitSettings)
     """The bounds of how many samples a worker has in flight."""
+    method: Method = "search"
 
 
 # -- from the pool --------------------------------------------------------------------------------------------------------
