@@ -13,7 +13,7 @@ def evaluation(label: str, corrects: list[float]) -> Evaluation:
         episode(question(f"q{index}", "nq" if index % 2 else "hotpot"), correct=correct)
         for index, correct in enumerate(corrects)
     ]
-    return Evaluation(label, tuple(episodes))
+    return Evaluation.of(label, tuple(episodes))
 
 
 def test_suites_of_several_evaluations_side_by_side() -> None:

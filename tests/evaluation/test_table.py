@@ -9,7 +9,7 @@ from tests.watch.builders import answering_turn, episode, question
 
 
 def evaluation(label: str, right: int, of: int = 20) -> Evaluation:
-    return Evaluation(label, tuple(episode(question(f"q{i}"), correct=float(i < right)) for i in range(of)))
+    return Evaluation.of(label, tuple(episode(question(f"q{i}"), correct=float(i < right)) for i in range(of)))
 
 
 def test_the_table_is_aligned_and_ends_with_the_paired_difference() -> None:
@@ -22,7 +22,7 @@ def test_the_table_is_aligned_and_ends_with_the_paired_difference() -> None:
     assert "10.0% [2.8, 30.1]" in lines[2]
     assert len({line.index("2.00") for line in lines[2:5]}) == 1, "columns stand below each other"
     assert lines[5].startswith("warm-up → after RL: +50.0 points [+")
-    assert "p = 0.002 (mcnemar-exact); 10 better and 0 worse of 20 questions" in lines[5]
+    assert "p = 0.00098 (mcnemar-midp); 10 better and 0 worse of 20 questions" in lines[5]
 
 
 def test_one_evaluation_has_no_difference_and_none_has_no_table() -> None:
@@ -41,8 +41,8 @@ def test_other_questions_are_said_to_be_other_questions() -> None:
 
 
 def test_what_was_not_measured_is_a_dash_and_null_not_a_nan() -> None:
-    silent = Evaluation("silent", (episode(turns=(answering_turn(),)),))
-    lost = Evaluation("lost", (episode(stop_reason=StopReason.FAILED, turns=()),))
+    silent = Evaluation.of("silent", (episode(turns=(answering_turn(),)),))
+    lost = Evaluation.of("lost", (episode(stop_reason=StopReason.FAILED, turns=()),))
     assert "nan" not in comparison_table([silent, lost])
     rows = comparison_rows([silent, lost])
     assert rows[0]["valid calls"] == "–"
@@ -52,6 +52,6 @@ def test_what_was_not_measured_is_a_dash_and_null_not_a_nan() -> None:
 
 
 def test_samples_of_a_question_are_told_apart_from_questions() -> None:
-    sampled = Evaluation("x", tuple(episode(question(f"q{i}")) for i in range(3) for _ in range(4)))
+    sampled = Evaluation.of("x", tuple(episode(question(f"q{i}")) for i in range(3) for _ in range(4)))
     assert comparison_rows([sampled])[0]["questions"] == "3 × 4"
     assert comparison_frame([sampled]).select("questions", "episodes").row(0) == (3, 12)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import polars as pl
 
 from searchr1_async.errors import ConfigurationError
-from searchr1_async.evaluation.statistics import Z_95, cluster_bootstrap, wilson_interval
+from searchr1_async.evaluation.statistics import Z_95, mean_interval, wilson_interval
 from searchr1_async.watch.curve import smoothed
 from searchr1_async.watch.plots.theme import MAX_ROWS
 
@@ -96,7 +96,7 @@ def evaluation_scores(evaluations: pl.LazyFrame, part: str = "correct") -> pl.Da
     ``mean``, ``low``, ``high`` (95 %) and ``questions``.
 
     The figures are those of :class:`searchr1_async.evaluation.result.Evaluation`: a mean over questions of each one's
-    samples, with Wilson's interval for one sample a question and a bootstrap over questions for several.
+    samples, with Wilson's interval, of the effective number of questions where they have several samples.
 
     Args:
         evaluations: episodes, as :meth:`searchr1_async.watch.records.RunRecords.evaluations` gives them.
@@ -111,9 +111,8 @@ def evaluation_scores(evaluations: pl.LazyFrame, part: str = "correct") -> pl.Da
             pl.col("row").min().alias("asked"),
             pl.col("step").first(),
             pl.col(part).filter(finished).fill_null(0.0).mean().alias("score"),
-            pl.len().alias("samples"),
         )
-        .select("row", "asked", "label", "step", "data_source", "score", "samples")
+        .select("row", "asked", "label", "step", "data_source", "score")
         .collect()
     )
     rows = []
@@ -123,18 +122,11 @@ def evaluation_scores(evaluations: pl.LazyFrame, part: str = "correct") -> pl.Da
             of_suite = own if suite == ALL_SUITES else own.filter(pl.col("data_source") == suite)
             scores = of_suite.drop_nulls("score").sort("row")["score"].to_list()
             if scores:
-                low, high = _interval(scores, max(of_suite["samples"]))
+                low, high = mean_interval(scores)
                 rows.append((order, label, own["step"][0], suite, sum(scores) / len(scores), low, high, len(scores)))
     names = ("order", "label", "step", "suite", "mean", "low", "high", "questions")
     types = (pl.Int64, pl.String, pl.Int64, pl.String, pl.Float64, pl.Float64, pl.Float64, pl.Int64)
     return pl.DataFrame(rows, schema=dict(zip(names, types, strict=True)), orient="row")
-
-
-def _interval(scores: Sequence[float], samples: int) -> tuple[float, float]:
-    interval = cluster_bootstrap(scores, list(range(len(scores)))) if samples > 1 else None
-    if interval is None or interval.low == interval.high:
-        interval = wilson_interval(min(max(sum(scores), 0.0), float(len(scores))), len(scores))
-    return interval.low, interval.high
 
 
 def overall(scores: pl.DataFrame) -> pl.DataFrame:

@@ -144,7 +144,7 @@ def test_the_evaluations_figures_are_those_of_the_evaluation(folder: Path) -> No
     scores = evaluation_scores(RunRecords(folder).evaluations())
     assert scores["order"].unique().to_list() == [0, 1, 2]
     for order, samples in ((0, 1), (2, 3)):
-        expected = Evaluation("it", tuple(evaluated(samples)))
+        expected = Evaluation.of("it", tuple(evaluated(samples)))
         own = scores.filter(pl.col("order") == order)
         assert own["suite"].to_list() == [ALL_SUITES, "atlas", "rivers"]
         low, high = expected.exact_match_interval
