@@ -31,9 +31,10 @@ from searchr1_async.episodes.types import Group
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.evaluation.measure import play_all
 from searchr1_async.events import Emit
+from searchr1_async.held_out import refuse_overlap
 from searchr1_async.job import TrainingJob, TrainingResult
 from searchr1_async.learn.demonstrations import Demonstration
-from searchr1_async.playing import check_format, open_watchers, playing
+from searchr1_async.playing import PlaySettings, ServiceChoice, check_format, open_watchers, playing
 from searchr1_async.run import Run
 from searchr1_async.run_folder import find_point, past_events
 from searchr1_async.search import Search
@@ -55,6 +56,7 @@ def train(
     held_out: Questions = (),
     held_out_samples: int = 1,
     evaluate_every: int | None = None,
+    keep_best: bool = False,
     warm_up: WarmUp | None = None,
     demonstrations: Sequence[Demonstration] = (),
     reward: RewardFunction | None = None,
@@ -120,9 +122,15 @@ def train(
         service: base URL or client of a Tinker service. None: the cloud where ``TINKER_API_KEY`` or ``TINKER_BASE_URL`` is
             set; otherwise the embedded service is started, and stopped with the run.
         resume: go on with the run in ``out_dir`` from its last finished step; a fresh start where there is none.
-        held_out: questions to measure on: untrained, after the warm-up, after reinforcement learning.
+        held_out: questions to measure on: untrained, after the warm-up, after reinforcement learning. None of them may be
+            trained on.
         held_out_samples: episodes a held-out question.
-        evaluate_every: steps between further measurements; None for none.
+        evaluate_every: steps between further measurements, on the weights of just those steps; None for none. They are played
+            beside the training, whose requests go first; training waits only where three have not begun, and at its end. The
+            searches and samples of a step's figures contain theirs.
+        keep_best: of the steps that are measured the weights with the highest exact match stay (of equal ones the earliest), beside
+            those of ``checkpoint_every``; see ``result.best``. The best of many is chosen on the held-out questions, so its
+            figure there is too high: measure it on others.
         warm_up: a supervised warm-up on demonstrations; None for none.
         demonstrations: for the warm-up; by default made from the questions (their ``search_queries``, else themselves).
         reward: ``async def reward(episode) -> float``; None is the recipe's, with ``format_coefficient`` and ``strict_recipe``.
@@ -135,7 +143,8 @@ def train(
         workers: processes that play; ``"auto"`` adds them when this one is saturated.
         episode_time_limit: seconds, ``EpisodeLimits.max_seconds``.
         steps: optimiser steps; None: all batches of ``epochs``.
-        time_limit: seconds of reinforcement learning after which no further step is begun.
+        time_limit: seconds of reinforcement learning after which no further step is begun. A measurement under way is brought to
+            its end, one that waits is left out, and the last weights are measured.
         progress: True shows the run in the notebook's cell as it happens, or on the terminal; ``"widget"``, ``"rich"``,
             ``"terminal"`` and ``"plain"`` choose how, False shows nothing.
         trackers: ``"wandb"``, ``"tensorboard"``, ``"trackio"``, or trackers of one's own; ``events.jsonl`` and the Parquet tables are
@@ -169,6 +178,8 @@ def train(
         raise ConfigurationError("refill_groups replaces groups that are dropped: it needs drop_constant_groups=True")
     if evaluate_every is not None and not held_out:
         raise ConfigurationError("evaluate_every needs held_out questions to measure on")
+    if keep_best and evaluate_every is None:
+        raise ConfigurationError("keep_best needs evaluate_every: the best is chosen among the steps that are measured")
     if time_limit is not None and not time_limit > 0:
         raise ConfigurationError(f"time_limit is {time_limit} s: it must be over 0, or None for none")
     job = TrainingJob(
@@ -234,9 +245,11 @@ def train(
         held_out=checked_questions(held_out) if held_out else (),
         held_out_samples=held_out_samples,
         evaluate_every=evaluate_every,
+        keep_best=keep_best,
         resume=resume,
         time_limit=time_limit,
     )
+    refuse_overlap(job.questions, job.held_out)
     find_point(job)  # refuses a folder that holds a run not to be resumed, before the run's task begins
     opened = make_trackers(trackers, out)
     run = Run(out)
@@ -284,23 +297,22 @@ async def rollout(
     Arguments and errors as in :func:`searchr1_async.evaluate`.
     """
     items = checked_questions(questions)
-    async with playing(
-        "rollout",
-        search,
-        model=model,
-        checkpoint=checkpoint,
-        service=service,
-        service_folder=service_folder,
+    play = PlaySettings(
         reward=reward or RecipeReward(),
-        format_name=format,
-        renderer=renderer,
-        instructions=instructions,
         limits=EpisodeLimits(max_turns, max_tokens, max_trajectory_tokens, malformed_calls=malformed_calls),
         sampling=SamplingSettings(temperature=temperature, seed=seed),
+        format_name=format,
+        renderer_name=renderer,
+        instructions=instructions,
         group_size=group_size,
         max_failed_fraction=max_failed_fraction,
-        local=local,
-        tokenizer=tokenizer,
+    )
+    async with playing(
+        search,
+        play,
+        ServiceChoice(service, model, local or LocalOptions(), tokenizer),
+        checkpoint=checkpoint,
+        service_folder=service_folder,
         progress=progress,
         emit=emit,
     ) as (engine, policy):

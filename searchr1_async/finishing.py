@@ -43,6 +43,7 @@ class StepFinisher:
         admission: knows which groups belong to no closed step.
         published: gets each step's new weights (None: as before) and its number.
         let_go: is told, in a worker thread, of the groups that a recorded step holds.
+        recorded: is told of each step that is on disk, and the ``tinker://`` path of its weights where they are kept.
     """
 
     def __init__(
@@ -54,9 +55,10 @@ class StepFinisher:
         *,
         published: Callable[[tinker.SamplingClient | None, int], None],
         let_go: Callable[[Collection[int]], None],
+        recorded: Callable[[int, str | None], None],
     ) -> None:
         self._recorder, self._keeper, self._admission, self._control = recorder, keeper, admission, control
-        self._published, self._let_go = published, let_go
+        self._published, self._let_go, self._recorded = published, let_go, recorded
         self._not_recorded: dict[int, set[int]] = {}
         self._stepping = 0
         self._to_publish: MemoryObjectSendStream[ClosedStep] | None = None
@@ -129,6 +131,7 @@ class StepFinisher:
                     next_place=self._admission.next_place,
                     open_places=tuple(sorted({*self._admission.open_places, *later} - own)),
                 )
+                self._recorded(step.to_record.step, finished.sampler_path)
                 self._keeper.forget(own)
                 step.to_record.outcomes = ()
                 # In a thread: in one piece it would stop the event loop.

@@ -19,7 +19,7 @@ from searchr1_async.config import (
 from searchr1_async.episodes.reward import RewardFunction
 from searchr1_async.episodes.types import Question
 from searchr1_async.evaluation.result import Evaluation
-from searchr1_async.learn.checkpoints import ResumePoint
+from searchr1_async.learn.checkpoints import KeptCheckpoint, ResumePoint
 from searchr1_async.learn.demonstrations import Demonstration
 from searchr1_async.rollout.order import QuestionOrder
 from searchr1_async.search import Search
@@ -49,6 +49,7 @@ class TrainingJob:
     held_out: tuple[Question, ...] = ()
     held_out_samples: int = 1
     evaluate_every: int | None = None
+    keep_best: bool = False
     resume: bool = False
     time_limit: float | None = None
 
@@ -102,3 +103,6 @@ class TrainingResult:
     """On the held-out questions, in the order in which they were made."""
     seconds: float
     """Of reinforcement learning, earlier sessions included."""
+    best: KeptCheckpoint | None = None
+    """The kept weights with the highest exact match on the held-out questions; None where none were measured. Their figure is the
+    highest of several, so it is too high: measure them on other questions."""

@@ -1,12 +1,13 @@
 """Playing and learning at once: groups stream into minibatches, minibatches into steps, steps into new weights.
 
 One mechanism serves all ways to feed learning; :class:`~searchr1_async.config.PipelineSettings` chooses. Read
-:meth:`Pipeline._train` first: it is the algorithm. Four kinds of tasks run beside it, all in one task group:
+:meth:`Pipeline._train` first: it is the algorithm. Five kinds of tasks run beside it:
 
 - the *starter* starts groups whenever admission lets it, and each *group* plays itself to its end;
 - the *publisher* and the *recorder* of :class:`~searchr1_async.finishing.StepFinisher` wait for each step's new weights and for
   its checkpoint;
-- the *keeper* puts finished groups on disk until a recorded step holds them.
+- the *keeper* puts finished groups on disk until a recorded step holds them;
+- :class:`~searchr1_async.measuring.Measuring` plays the held-out questions on the weights of recorded steps.
 
 What may start, and what makes up a batch, is decided by :class:`~searchr1_async.rollout.admission.Admission`; which groups go
 to the trainer together by :class:`~searchr1_async.learn.minibatches.MinibatchGatherer`. Both are pure.
@@ -14,7 +15,7 @@ to the trainer together by :class:`~searchr1_async.learn.minibatches.MinibatchGa
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import anyio
@@ -38,6 +39,7 @@ from searchr1_async.finishing import ClosedStep, StepFinisher
 from searchr1_async.job import TrainingJob
 from searchr1_async.learn.learner import Learner
 from searchr1_async.learn.minibatches import Minibatch, MinibatchGatherer, drop_reason
+from searchr1_async.measuring import Measuring
 from searchr1_async.recording import Keeper, StepRecorder, StepToRecord
 from searchr1_async.rollout.admission import Admission, Closed
 from searchr1_async.rollout.engine import FailureBudget, GroupUnderWay, RolloutEngine
@@ -71,7 +73,7 @@ class Pipeline:
         policy: the weights of the resume point.
         recorder: writes steps down; it knows the resume point.
         keeper: puts finished groups on disk.
-        measure: evaluates a policy under a label.
+        measuring: measures steps on the held-out questions.
         control: stops the session, or holds it.
     """
 
@@ -85,12 +87,12 @@ class Pipeline:
         *,
         recorder: StepRecorder,
         keeper: Keeper,
-        measure: Callable[[str, TinkerPolicy], Awaitable[None]],
+        measuring: Measuring,
         control: RunControl,
         emit: Emit,
     ) -> None:
         self._job, self._order, self._engine, self._learner = job, order, engine, learner
-        self._recorder, self._keeper, self._measure, self._emit = recorder, keeper, measure, emit
+        self._recorder, self._keeper, self._measuring, self._emit = recorder, keeper, measuring, emit
         self._control = control
         learner.when_learned = self._tell
         self._policy = LatestPolicy(policy)
@@ -114,7 +116,13 @@ class Pipeline:
         self._mean_tokens: float | None = None
         self._part = 0
         self._finisher = StepFinisher(
-            recorder, keeper, self._admission, control, published=self._published, let_go=self._let_go
+            recorder,
+            keeper,
+            self._admission,
+            control,
+            published=self._published,
+            let_go=self._let_go,
+            recorded=measuring.recorded,
         )
         self._told: PipelineChanged | None = None
         # Each is replaced by a fresh one when it has been acted upon.
@@ -127,22 +135,20 @@ class Pipeline:
         Raises, within exception groups, what the engine and the learner raise.
         """
         await self._restore()
-        began, reason = self._control.now(), "stopped"
-        limit = self._job.time_limit
+        began, reason, limit = self._control.now(), "stopped", self._job.time_limit
         left = None if limit is None else max(0.0, limit - self._recorder.point.seconds)
         self._emit(PhaseStarted("train", self._total, "steps", seconds_at_most=left))
         self._emit(PhaseAdvanced("train", self._recorder.point.step))
         self._recorder.begin(began)
-        async with self._keeper.keeping(), self._finisher.finishing():
-            with self._control.interruptible():
-                reason = await self._play_and_train(left)
-        self._emit(PhaseEnded("train", self._control.now() - began))
+        async with self._measuring.beside(self._policy.current, is_over=self._admission.is_over):
+            async with self._keeper.keeping(), self._finisher.finishing():
+                with self._control.interruptible():
+                    reason = await self._play_and_train(left)
+                self._measuring.training_ended(reason)
+            self._emit(PhaseEnded("train", self._control.now() - began))
         return reason, self._policy.current
 
     async def _play_and_train(self, left: float | None) -> str:
-        # Where a stop cut it short; one that is on disk is not made again.
-        if (step := self._recorder.point.step) and self._is_measured(step):
-            await self._measure(f"step {step}", self._policy.current)
         reason = ""
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._start_groups)
@@ -164,33 +170,27 @@ class Pipeline:
                 return "time_limit"
             closed = await self._gather_batch(opened)
             step, is_last = closed.step, self._admission.is_over
+            is_checkpoint = is_last or step % learning.checkpoint_every == 0
+            is_measured = self._measuring.closed(step, is_last=is_last)
             to_record = StepToRecord(
                 step=step,
                 outcomes=self._outcomes(closed),
                 searched=self._job.search.statistics.since(searched),
-                engine=self._engine.metrics(),
+                engine={**self._engine.metrics(), **self._measuring.metrics()},
                 opened=opened,
                 closed=self._control.now(),
+                is_checkpoint=is_checkpoint,
             )
-            keep = is_last or step % learning.checkpoint_every == 0
-            in_progress = await self._learner.finish_step(step, self._total, f"step-{step:06d}", keep=keep)
-            under_way = ClosedStep(to_record, in_progress)
+            name, keep = f"step-{step:06d}", is_checkpoint
+            in_progress = await self._learner.finish_step(step, self._total, name, keep=keep, is_measured=is_measured)
             self._emit(BatchClosed(step, len(to_record.outcomes)))
-            await self._finisher.take(under_way)
+            await self._finisher.take(under_way := ClosedStep(to_record, in_progress))
             self._tell()
-            is_measured = self._is_measured(step)
-            if is_measured or is_last or not self._job.pipeline.max_staleness:
+            if is_last or not self._job.pipeline.max_staleness:
                 await under_way.published.wait()
-            # Before an evaluation, beside which the next batch plays.
             opened, searched = self._control.now(), self._job.search.statistics
-            if is_measured:
-                await self._measure(f"step {step}", self._policy.current)
+            await self._measuring.wait_for_room()
         return "finished"
-
-    def _is_measured(self, step: int) -> bool:
-        """Whether an evaluation follows this step, the last one that is closed; the run's end has one of its own."""
-        every = self._job.evaluate_every
-        return every is not None and step % every == 0 and not self._admission.is_over
 
     async def _gather_batch(self, opened: float) -> Closed:
         """Sends minibatches to the trainer as groups finish, until the open step's batch is complete.

@@ -11,7 +11,7 @@ import polars as pl
 from searchr1_async.episodes.types import Episode
 from searchr1_async.errors import ConfigurationError, RunFolderError
 from searchr1_async.job import TrainingResult
-from searchr1_async.learn.checkpoints import ResumePoint
+from searchr1_async.learn.checkpoints import KeptCheckpoint, ResumePoint, best_checkpoint, kept_checkpoints
 from searchr1_async.run_folder import is_claimed, result_of
 from searchr1_async.watch.records import RunRecords
 from searchr1_async.watch.trackers import EVENTS_FILE
@@ -54,6 +54,19 @@ class RecordedRun:
     def result(self) -> TrainingResult:
         """What the run has come to so far; its ``reason`` is ``"running"`` or ``"ended"``."""
         return result_of(self._out_dir, ResumePoint.load(self._out_dir), "ended" if self.done else "running")
+
+    @property
+    def checkpoints(self) -> tuple[KeptCheckpoint, ...]:
+        """The weights that are kept for sampling, by step, with what they scored on the held-out questions."""
+        return kept_checkpoints(self._out_dir)
+
+    @property
+    def best(self) -> KeptCheckpoint | None:
+        """The kept weights with the highest exact match on the held-out questions; None where none were measured yet.
+
+        Chosen *on* those questions, so their figure there is too high: measure them on others.
+        """
+        return best_checkpoint(self._out_dir)
 
     @property
     def metrics(self) -> pl.DataFrame:

@@ -16,7 +16,7 @@ from searchr1_async.errors import ServiceError
 from searchr1_async.events import CheckpointSaved, Emit, StepFinished
 from searchr1_async.job import TrainingJob
 from searchr1_async.learn.advantages import advantages
-from searchr1_async.learn.checkpoints import ResumePoint
+from searchr1_async.learn.checkpoints import CheckpointList, ResumePoint
 from searchr1_async.learn.learner import FinishedStep
 from searchr1_async.run_folder import writing_records
 from searchr1_async.search.statistics import SearchStatistics
@@ -39,11 +39,13 @@ class StepToRecord:
     outcomes: tuple[GroupOutcome, ...]
     """Every group that became of it, dropped ones too."""
     searched: SearchStatistics
-    """Of the searches from its opening to its closing."""
+    """Of the searches from its opening to its closing; those of a measurement beside it cannot be told apart."""
     engine: Mapping[str, float]
-    """The engine's metrics at its closing."""
+    """The engine's metrics at its closing, those of a measurement beside it likewise."""
     opened: float
     closed: float
+    is_checkpoint: bool = False
+    """Its weights are kept for good."""
     published: float = math.nan
     """When its new weights were there; all in seconds of the clock that stands still while the run is held."""
 
@@ -54,10 +56,18 @@ class StepRecorder:
     """
 
     def __init__(
-        self, job: TrainingJob, records: RunRecords, service: Service, point: ResumePoint, *, total: int, emit: Emit
+        self,
+        job: TrainingJob,
+        records: RunRecords,
+        service: Service,
+        point: ResumePoint,
+        kept: CheckpointList,
+        *,
+        total: int,
+        emit: Emit,
     ) -> None:
         self._job, self._records, self._service, self._emit = job, records, service, emit
-        self._total = total
+        self._kept, self._total = kept, total
         self.point = point
         """Where the run stands on disk."""
         # The mean of earlier sessions, where none was seen in this one.
@@ -93,15 +103,16 @@ class StepRecorder:
             "time/sampling": played.closed - played.opened,
             "time/training_after_sampling": played.published - played.closed,
         }
-        before = self.point
+        before, sampler_path = self.point, finished.sampler_path
+        is_newest = sampler_path is not None and played.is_checkpoint
         new = replace(
             before,
             step=played.step,
             next_place=next_place,
             open_places=open_places,
             state_path=finished.state_path,
-            sampler_path=finished.sampler_path or before.sampler_path,
-            sampler_step=played.step if finished.sampler_path else before.sampler_step,
+            sampler_path=sampler_path if is_newest else before.sampler_path,
+            sampler_step=played.step if is_newest else before.sampler_step,
             seconds=self._before + played.published - self._began,
         )
 
@@ -111,6 +122,8 @@ class StepRecorder:
                 self._records.write_step(
                     played.step, played.outcomes, metrics, lambda rewards: advantages(rewards, kind)
                 )
+                if sampler_path is not None:
+                    self._kept.add(played.step, sampler_path, for_good=played.is_checkpoint)
             new.save(self._job.out_dir)
 
         # Shielded: a stop must not fall between a step and its record.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ import anyio
 import polars as pl
 from filelock import FileLock, Timeout
 
+from searchr1_async.episodes.types import Question
 from searchr1_async.errors import CheckpointError, ConfigurationError, RunFolderError
 from searchr1_async.evaluation.result import Evaluation
 from searchr1_async.events import EvaluationFinished, StepFinished
+from searchr1_async.files import write_atomically
 from searchr1_async.job import TrainingJob, TrainingResult
-from searchr1_async.learn.checkpoints import ResumePoint
+from searchr1_async.learn.checkpoints import ResumePoint, best_checkpoint
 from searchr1_async.rollout.order import QuestionOrder
 from searchr1_async.watch.records import RunRecords
 
@@ -25,7 +28,11 @@ logger = logging.getLogger(__name__)
 
 UNTRAINED, AFTER_WARM_UP, AFTER_RL = "untrained", "after warm-up", "after RL"
 """Labels of the measurements that every run with held-out questions makes."""
-_OF_NO_USE = {"run.lock", "service", "events.jsonl", "tokenizer", "tokenizer.partial"}
+_QUESTIONS_FILE = "questions.parquet"
+_QUESTIONS_SCHEMA = pl.Schema(
+    {"id": pl.String, "question": pl.String, "golden_answers": pl.List(pl.String), "data_source": pl.String}
+)
+_OF_NO_USE = {"run.lock", "service", "events.jsonl", "tokenizer", "tokenizer.partial", _QUESTIONS_FILE}
 """What a folder may hold in which no work was done."""
 
 
@@ -80,6 +87,44 @@ async def keep_tokenizer(tokenizer: Any, folder: Path) -> None:
             shutil.rmtree(partial, ignore_errors=True)
 
     await anyio.to_thread.run_sync(keep)
+
+
+def keep_questions(questions: Sequence[Question], folder: Path) -> None:
+    """Keeps what a run is trained on with it, so that later evaluations can tell what they have in common. Written once.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
+    """
+    path = folder / _QUESTIONS_FILE
+    if path.exists():
+        return
+    rows = [(one.id, one.question, list(one.golden_answers), one.data_source) for one in questions]
+    content = io.BytesIO()
+    pl.DataFrame(rows, schema=_QUESTIONS_SCHEMA, orient="row").write_parquet(content)
+    with writing_records(folder):
+        write_atomically(path, content.getvalue())
+
+
+def training_questions(folder: Path) -> tuple[Question, ...] | None:
+    """The questions that the run in a folder is trained on. None where nothing tells.
+
+    Of a folder that an earlier version of the package wrote: those of its recorded episodes.
+
+    Raises:
+        RunFolderError: they cannot be read.
+    """
+    path = folder / _QUESTIONS_FILE
+    names = ["question_id", "question", "golden_answers", "data_source"]
+    try:
+        if path.exists():
+            rows = pl.read_parquet(path).select(_QUESTIONS_SCHEMA.names())
+        else:
+            played = RunRecords(folder).episodes().select(names)
+            rows = played.unique(["data_source", "question_id"], keep="first", maintain_order=True).collect()
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise RunFolderError(f"the training questions of {folder} cannot be read: {error}") from error
+    found = tuple(Question(id, question, tuple(answers), source) for id, question, answers, source in rows.iter_rows())
+    return found or None
 
 
 def is_claimed(folder: Path) -> bool:
@@ -149,6 +194,7 @@ def result_of(folder: Path, point: ResumePoint | None, reason: str) -> TrainingR
         checkpoint=point.sampler_path if point else None,
         evaluations=load_evaluations(RunRecords(folder)),
         seconds=point.seconds if point else 0.0,
+        best=best_checkpoint(folder),
     )
 
 
@@ -172,10 +218,13 @@ def evaluation_steps(records: RunRecords) -> dict[str, int | None]:
 
 def load_evaluations(records: RunRecords) -> tuple[Evaluation, ...]:
     """The evaluations of a run, read back from its folder by their steps."""
-    loaded = [
-        Evaluation(label, records.load_evaluation(label), step) for label, step in evaluation_steps(records).items()
-    ]
+    loaded = [load_evaluation(records, label, step) for label, step in evaluation_steps(records).items()]
     return tuple(sorted(loaded, key=lambda evaluation: (evaluation.label != UNTRAINED, evaluation.step or 0)))
+
+
+def load_evaluation(records: RunRecords, label: str, step: int | None) -> Evaluation:
+    """One evaluation of a run, read back from its folder."""
+    return Evaluation.of(label, records.load_evaluation(label), step)
 
 
 def past_events(folder: Path) -> list[StepFinished | EvaluationFinished]:

@@ -20,7 +20,6 @@ import tinker
 from searchr1_async.config import WarmUp
 from searchr1_async.control import RunControl
 from searchr1_async.errors import SearchR1Error, ServiceError
-from searchr1_async.evaluation.measure import evaluate_policy
 from searchr1_async.events import (
     CheckpointSaved,
     Emit,
@@ -31,10 +30,12 @@ from searchr1_async.events import (
     RunEnded,
     RunStarted,
 )
+from searchr1_async.held_out import tell_near_overlap
 from searchr1_async.job import TrainingJob, TrainingResult
-from searchr1_async.learn.checkpoints import ResumePoint
+from searchr1_async.learn.checkpoints import CheckpointList, ResumePoint
 from searchr1_async.learn.demonstrations import Demonstration, demonstration_batches, play_demonstrations
 from searchr1_async.learn.learner import Learner
+from searchr1_async.measuring import Measuring
 from searchr1_async.pipeline import Pipeline
 from searchr1_async.recording import Keeper, StepRecorder
 from searchr1_async.rollout.engine import RolloutEngine
@@ -47,9 +48,9 @@ from searchr1_async.run_folder import (
     AFTER_WARM_UP,
     UNTRAINED,
     claimed,
-    evaluation_steps,
     finished_result,
     first_error,
+    keep_questions,
     keep_tokenizer,
     load_point,
     result_of,
@@ -122,6 +123,7 @@ async def _run(
     # Once more, now that nobody else can write it.
     point = load_point(job, identity, order)
     with control.interruptible():
+        await tell_near_overlap(job.questions, job.held_out, emit)
         await open_search(job.search, emit)
         async with _opened(job, emit, control, identity, order, point) as training:
             return await training.run()
@@ -172,6 +174,7 @@ async def _opened(
             search_metrics=lambda: job.search.statistics.metrics(),
         ) as engine:
             await keep_tokenizer(service.tokenizer, job.out_dir)
+            await anyio.to_thread.run_sync(keep_questions, job.questions, job.out_dir)
             with control.holding(engine.pause):
                 yield _Training(job, emit, control, service, engine, identity, order, point)
 
@@ -233,24 +236,24 @@ class _Training:
         self._job, self._emit, self._service, self._engine, self._order = job, emit, service, engine, order
         self._control, self._identity, self._point = control, identity, point
         self._records = RunRecords(job.out_dir)
+        self._kept = CheckpointList(job.out_dir, keep_best=job.keep_best)
+        self._measuring = Measuring(job, service, engine, self._records, self._kept, control=control, emit=emit)
 
     async def run(self) -> TrainingResult:
         job, control = self._job, self._control
-        reason, is_whole = "stopped", False
+        measure, reason, is_whole = self._measuring.measure, "stopped", False
         with control.interruptible():
             client = await self._restore_or_create()
             learner = await self._learner(client)
             if self._point is None:
-                await self._measure(
-                    UNTRAINED, TinkerPolicy(await self._service.create_sampling_client(), 0, job.sampling)
-                )
+                await measure(UNTRAINED, TinkerPolicy(await self._service.create_sampling_client(), 0, job.sampling))
                 self._point = await self._warm_up(learner)
             policy = TinkerPolicy(await self._sampling_client(client), self._point.step, job.sampling)
             if job.warm_up is not None and self._point.step == 0:
-                await self._measure(AFTER_WARM_UP, policy)
+                await measure(AFTER_WARM_UP, policy)
             reason, policy = await self._learn(learner, policy, self._point)
             if not control.stop_requested:
-                await self._measure(AFTER_RL, policy)
+                await measure(AFTER_RL, policy)
                 is_whole = True
         if control.stop_requested and not is_whole:
             reason = "stopped"
@@ -273,7 +276,7 @@ class _Training:
     async def _learn(self, learner: Learner, policy: TinkerPolicy, point: ResumePoint) -> tuple[str, TinkerPolicy]:
         """Reinforcement learning, from the resume point on."""
         job, total = self._job, self._job.total_steps(self._order)
-        recorder = StepRecorder(job, self._records, self._service, point, total=total, emit=self._emit)
+        recorder = StepRecorder(job, self._records, self._service, point, self._kept, total=total, emit=self._emit)
         pipeline = Pipeline(
             job,
             self._order,
@@ -282,7 +285,7 @@ class _Training:
             policy,
             recorder=recorder,
             keeper=Keeper(job),
-            measure=self._measure,
+            measuring=self._measuring,
             control=self._control,
             emit=self._emit,
         )
@@ -296,17 +299,32 @@ class _Training:
         point = self._point
         if point is None or point.sampler_step == point.step:
             return
-        # From the resume point: a stop in the middle of a step may have left the trainer's own weights ahead of it.
-        client = await self._service.restore_training_client(point.state_path)
-        learner = await self._learner(client)
-        path = await learner.keep_sampler(f"step-{point.step:06d}")
-        self._point = replace(point, sampler_path=path, sampler_step=point.step)
-        await anyio.to_thread.run_sync(self._point.save, self._job.out_dir)
+        # Those that were kept to be measured will do.
+        path = next((one.sampler_path for one in self._kept.checkpoints if one.step == point.step), None)
+        if path is None:
+            # From the resume point: a stop in the middle of a step may have left the trainer's own weights ahead of it.
+            client = await self._service.restore_training_client(point.state_path)
+            learner = await self._learner(client)
+            path = await learner.keep_sampler(f"step-{point.step:06d}")
+        await self._save_kept(replace(point, sampler_path=path, sampler_step=point.step))
+
+    async def _save_kept(self, point: ResumePoint) -> None:
+        """Writes down a resume point whose weights are kept, if any are."""
+        self._point = point
+
+        def save() -> None:
+            if point.sampler_path is not None and point.sampler_step is not None:
+                with writing_records(self._job.out_dir):
+                    self._kept.add(point.sampler_step, point.sampler_path, for_good=True)
+            point.save(self._job.out_dir)
+
+        await anyio.to_thread.run_sync(save)
 
     async def _restore_or_create(self) -> tinker.TrainingClient:
         if self._point is None:
             # The untrained measurement of an earlier, other attempt in this folder goes too.
             self._records.truncate_after(-1)
+            await anyio.to_thread.run_sync(self._kept.clear)
             await Keeper(self._job).clear()
             return await self._service.create_training_client(
                 rank=self._job.learning.lora_rank, seed=self._job.learning.seed
@@ -347,7 +365,7 @@ class _Training:
             base_model=self._service.model_name,
             settings=self._identity,
         )
-        await anyio.to_thread.run_sync(point.save, job.out_dir)
+        await self._save_kept(point)
         self._emit(CheckpointSaved(0, point.state_path))
         return point
 
@@ -376,24 +394,3 @@ class _Training:
         return demonstration_batches(
             episodes, steps=warm_up.steps, batch_size=warm_up.batch_size, seed=self._job.learning.seed
         )
-
-    async def _measure(self, label: str, policy: TinkerPolicy) -> None:
-        """Evaluates on the held-out questions, unless an earlier session of the run has done so at this step."""
-        job = self._job
-        if not job.held_out or evaluation_steps(self._records).get(label) == policy.version:
-            return
-        evaluation = await evaluate_policy(
-            self._engine,
-            job.held_out,
-            policy,
-            samples=job.held_out_samples,
-            label=label,
-            step=policy.version,
-        )
-
-        def write() -> None:
-            with writing_records(job.out_dir):
-                self._records.write_evaluation(label, evaluation.episodes, policy.version)
-
-        await anyio.to_thread.run_sync(write)
-        self._emit(Notice(f"{label}: {evaluation}"))

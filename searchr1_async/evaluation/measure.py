@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import anyio
@@ -11,46 +10,86 @@ import anyio
 from searchr1_async.episodes.types import Group, Question
 from searchr1_async.evaluation.result import Evaluation
 from searchr1_async.events import EvaluationFinished, PhaseAdvanced, PhaseEnded, PhaseStarted, emit_nothing
-from searchr1_async.rollout.engine import RolloutEngine
+from searchr1_async.rollout.engine import GroupUnderWay, RolloutEngine
 from searchr1_async.rollout.player import GroupPolicy
 
 
 async def play_all(
-    engine: RolloutEngine, questions: Sequence[Question], policy: GroupPolicy, *, samples: int, phase: str, label: str
+    engine: RolloutEngine,
+    questions: Sequence[Question],
+    policy: GroupPolicy,
+    *,
+    samples: int,
+    phase: str,
+    label: str,
+    yields: bool = False,
+    on_question: Callable[[], None] = lambda: None,
 ) -> list[Group]:
-    """All questions' groups, in the order of the questions, with progress told as a phase."""
-    groups: dict[str, Group] = {}
-    means = _RunningMeans()
+    """All questions' groups, in the order of the questions, with progress told as a phase.
+
+    Args:
+        yields: others play on the same engine and go first.
+        on_question: called when all samples of a question have ended.
+
+    Raises, within an exception group, what :meth:`RolloutEngine.play_group` raises.
+    """
+    groups: dict[int, Group] = {}
+    means = RunningMeans()
     emit, began = engine.emit, anyio.current_time()
     # An evaluation's episodes are no training episodes: the phase's progress stands for them.
     engine = replace(engine, group_size=samples, emit=emit_nothing)
     emit(PhaseStarted(phase, len(questions), "questions", label))
-    send, receive = anyio.create_memory_object_stream[Group](math.inf)
+    budget, slots = engine.failure_budget(len(questions)), anyio.Semaphore(engine.groups_in_flight)
+
+    async def one(place: int, question: Question) -> None:
+        try:
+            task = engine.task(place, question, key="0", yields=yields)
+            group = groups[place] = await engine.play_group(GroupUnderWay(task), policy, budget)
+        finally:
+            slots.release()
+        means.add(group, samples)
+        on_question()
+        emit(PhaseAdvanced(phase, len(groups), means.metrics()))
+
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(engine.play_groups, questions, policy, send)
-        async with receive:
-            async for group in receive:
-                groups[group.question.id] = group
-                means.add(group, samples)
-                emit(PhaseAdvanced(phase, len(groups), means.metrics()))
+        for place, question in enumerate(questions):
+            await slots.acquire()
+            tasks.start_soon(one, place, question)
     emit(PhaseEnded(phase, anyio.current_time() - began))
-    return [groups[question.id] for question in questions]
+    return [groups[place] for place in range(len(questions))]
 
 
 async def evaluate_policy(
-    engine: RolloutEngine, questions: Sequence[Question], policy: GroupPolicy, *, samples: int, label: str, step: int
+    engine: RolloutEngine,
+    questions: Sequence[Question],
+    policy: GroupPolicy,
+    *,
+    samples: int,
+    label: str,
+    step: int,
+    yields: bool = False,
+    on_question: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """One evaluation of one policy."""
-    groups = await play_all(engine, questions, policy, samples=samples, phase="evaluate", label=label)
+    """One evaluation of one policy; arguments and errors as in :func:`play_all`."""
+    groups = await play_all(
+        engine,
+        questions,
+        policy,
+        samples=samples,
+        phase="evaluate",
+        label=label,
+        yields=yields,
+        on_question=on_question,
+    )
     episodes = tuple(episode for group in groups for episode in (*group.episodes, *group.failed))
-    evaluation = Evaluation(label, episodes, step)
+    evaluation = Evaluation.of(label, episodes, step)
     # In a thread: the interval of several samples a question is a bootstrap.
     engine.emit(EvaluationFinished(label, step, await anyio.to_thread.run_sync(evaluation.metrics)))
     return evaluation
 
 
 @dataclass(slots=True)
-class _RunningMeans:
+class RunningMeans:
     """Of the groups so far, for people who watch; the evaluation's own figures are exact about failures."""
 
     questions: int = 0

@@ -1,10 +1,14 @@
-"""The resume point: one small file that says exactly where a run stands."""
+"""What a run can be taken up from: its resume point, one small file that says exactly where it stands, and the weights that it
+has kept for sampling.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+import math
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,8 @@ from searchr1_async.errors import CheckpointError, RunFolderError
 from searchr1_async.files import write_atomically
 
 _FORMAT = 2
+_KEPT_FORMAT = 1
+_KEPT_FILE = "checkpoints.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,3 +127,178 @@ def _differences(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = 
 
 def _shown(value: Any) -> str:
     return "nothing" if value is _ABSENT else repr(value)
+
+
+@dataclass(frozen=True, slots=True)
+class KeptCheckpoint:
+    """Weights of a run that a service keeps for sampling."""
+
+    step: int
+    """Optimiser steps done before them."""
+    sampler_path: str
+    """Their ``tinker://`` path."""
+    exact_match: float | None = None
+    """On the run's held-out questions; None until it is measured there, if it ever is."""
+    questions: int | None = None
+    """Held-out questions that it was measured on; None until it is."""
+    for_good: bool = True
+    """Asked for by ``checkpoint_every``, or the last of a session. The others are there to be measured, and go afterwards unless
+    they are the best of a run with ``keep_best``."""
+
+    @property
+    def is_measured(self) -> bool:
+        return self.questions is not None
+
+
+def kept_checkpoints(folder: Path) -> tuple[KeptCheckpoint, ...]:
+    """The weights that the run in a folder has kept for sampling, by step. Cheap: it reads two small files.
+
+    Of a folder that an earlier version of the package wrote, those that its resume point knows: the last ones.
+
+    Raises:
+        RunFolderError: a file cannot be read, or a newer version of the package wrote it.
+    """
+    point = ResumePoint.load(folder)
+    found = _read_kept(folder / _KEPT_FILE)
+    # What comes after the resume point is of steps that a resume makes anew.
+    kept = {one.step: one for one in found if point is None or one.step <= point.step}
+    if point is not None and point.sampler_path is not None:
+        last = point.sampler_step or 0
+        kept.setdefault(last, KeptCheckpoint(last, point.sampler_path))
+    return tuple(kept[step] for step in sorted(kept))
+
+
+def best_checkpoint(folder: Path) -> KeptCheckpoint | None:
+    """The kept weights with the highest exact match on the run's held-out questions, of equal ones the earliest.
+
+    None where none were measured. The best of many is chosen *on* the held-out questions, so its figure there is too high:
+    measure it on others.
+
+    Raises:
+        RunFolderError: as :func:`kept_checkpoints`.
+    """
+    return best_of(kept_checkpoints(folder))
+
+
+def best_of(checkpoints: Iterable[KeptCheckpoint]) -> KeptCheckpoint | None:
+    """The one with the highest exact match, of equal ones the earliest; None where none was measured."""
+    measured = [(one.exact_match, -one.step, one) for one in checkpoints if one.exact_match is not None]
+    return max(measured, key=lambda scored: scored[:2])[2] if measured else None
+
+
+class CheckpointList:
+    """The one writer of a run's ``checkpoints.json``. Its methods may be called from any thread: each writes a small file.
+
+    Args:
+        folder: the run's.
+        keep_best: the best measured weights stay, though nothing else asks for them.
+
+    Raises:
+        RunFolderError: the list there cannot be read.
+    """
+
+    def __init__(self, folder: Path, *, keep_best: bool = False) -> None:
+        self._path = folder / _KEPT_FILE
+        self._keep_best = keep_best
+        self._lock = threading.Lock()
+        self._kept = {one.step: one for one in kept_checkpoints(folder)}
+        # A resume makes these steps anew; what is left of them is told apart from what is kept.
+        self._lost = tuple(one for one in _read_kept(self._path) if self._kept.get(one.step) != one)
+        self._scores: dict[int, tuple[float | None, int]] = {}
+
+    @property
+    def checkpoints(self) -> tuple[KeptCheckpoint, ...]:
+        """By step."""
+        with self._lock:
+            return tuple(self._kept[step] for step in sorted(self._kept))
+
+    def clear(self) -> tuple[KeptCheckpoint, ...]:
+        """Forgets what another attempt has left in this folder.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        with self._lock:
+            gone = (*self._lost, *self._kept.values())
+            self._kept, self._lost, self._scores = {}, (), {}
+            self._path.unlink(missing_ok=True)
+        return gone
+
+    def add(self, step: int, sampler_path: str, *, for_good: bool) -> None:
+        """A step's weights are kept from now on; they take the place of those of this step that were kept before.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        with self._lock:
+            old = self._kept.get(step)
+            exact_match, questions = self._scores.get(step, (None, None))
+            if old is not None:
+                if questions is None:
+                    exact_match, questions = old.exact_match, old.questions
+                if old.sampler_path != sampler_path:
+                    self._lost = (*self._lost, old)
+            self._kept[step] = KeptCheckpoint(step, sampler_path, exact_match, questions, for_good)
+            self._save()
+
+    def measured(self, step: int, exact_match: float, questions: int) -> None:
+        """The weights after a step were measured on the held-out questions, whether they are kept already or will be.
+
+        Args:
+            exact_match: NaN where no episode came to its end.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        with self._lock:
+            known = exact_match if math.isfinite(exact_match) else None
+            self._scores[step] = (known, questions)
+            if step in self._kept:
+                self._kept[step] = replace(self._kept[step], exact_match=known, questions=questions)
+                self._save()
+
+    def take_unwanted(self, waiting: Iterable[int] = ()) -> tuple[KeptCheckpoint, ...]:
+        """Takes what nobody wants any more from the list, for the caller to delete at the service.
+
+        From the list first: a kill in between leaves weights that no list names, instead of a list that names no weights.
+
+        Args:
+            waiting: steps that are to be measured yet.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        with self._lock:
+            best = best_of(self._kept.values()) if self._keep_best else None
+            kept_steps = {*waiting} if best is None else {*waiting, best.step}
+            gone = [one for step, one in self._kept.items() if not one.for_good and step not in kept_steps]
+            for one in gone:
+                del self._kept[one.step]
+            lost, self._lost = self._lost, ()
+            if gone or lost:
+                self._save()
+        return (*lost, *gone)
+
+    def _save(self) -> None:
+        rows = [asdict(self._kept[step]) for step in sorted(self._kept)]
+        content = json.dumps({"format": _KEPT_FORMAT, "checkpoints": rows}, indent=1)
+        write_atomically(self._path, content.encode())
+
+
+def _read_kept(path: Path) -> tuple[KeptCheckpoint, ...]:
+    try:
+        values = json.loads(path.read_bytes())
+        if (written := values["format"]) != _KEPT_FORMAT:
+            raise RunFolderError(
+                f"{path} was written by another version of this package (format {written}, not {_KEPT_FORMAT}): read it with "
+                "that version."
+            )
+        return tuple(KeptCheckpoint(**row) for row in values["checkpoints"])
+    except FileNotFoundError:
+        return ()
+    except OSError as error:
+        raise RunFolderError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise RunFolderError(
+            f"{path} is no list of checkpoints: {error}. Delete it, and the last weights are known."
+        ) from error

@@ -45,7 +45,7 @@ class FinishedStep:
     state_path: str
     """``tinker://`` path of the weights and the optimiser after the step."""
     sampler_path: str | None
-    """``tinker://`` path of weights kept for sampling, where a checkpoint was asked for."""
+    """``tinker://`` path of weights kept for sampling, where a checkpoint or a measurement was asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +239,9 @@ class Learner:
         batch.steps.append(self._client.optim_step(self._adam(batch.learning_rate, self._settings.gradient_clip)))
         self._watch(batch.steps[-1])
 
-    async def finish_step(self, step: int, total: int, name: str, *, keep: bool) -> StepInProgress:
+    async def finish_step(
+        self, step: int, total: int, name: str, *, keep: bool, is_measured: bool = False
+    ) -> StepInProgress:
         """Steps the optimiser over everything submitted, and asks for new sampling weights and the resume point.
 
         All is submitted at once, in this order; the next batch's minibatches may be submitted from then on. With nothing
@@ -248,7 +250,9 @@ class Learner:
         Args:
             step: the batch, counted from 1, of ``total``; 0 saves the weights that the first batch starts from.
             name: of the checkpoint.
-            keep: also save weights for sampling under this name, for good.
+            keep: the checkpoint stays for good, with weights for sampling under this name.
+            is_measured: weights for sampling are saved at any rate: the unsaved ones that are sampled from next may be gone when
+                a measurement comes to them (the embedded service holds the 16 that were used last).
         """
         self.end_part(step, total)
         batch, self._batch = self._batch, _Batch()
@@ -256,7 +260,7 @@ class Learner:
             self._emit(Notice(f"step {step}: no group to learn from, so the weights stay as they are", is_warning=True))
         sampler = self._client.save_weights_and_get_sampling_client() if batch.steps else None
         state = self._client.save_state(name, ttl_seconds=None if keep else _RESUME_POINT_TTL, overwrite=True)
-        kept = self._client.save_weights_for_sampler(name) if keep else None
+        kept = self._client.save_weights_for_sampler(name) if keep or is_measured else None
         for future in (sampler, state, kept):
             if future is not None:
                 self._watch(future)

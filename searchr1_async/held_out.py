@@ -1,0 +1,67 @@
+"""Held-out questions: training must not see them, nor nearly."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+
+import anyio
+import polars as pl
+
+from searchr1_async.data.overlap import find_overlap
+from searchr1_async.episodes.types import Question
+from searchr1_async.errors import ConfigurationError
+from searchr1_async.events import Emit, Notice
+
+_LONGEST = 120
+"""Characters of a question that are shown."""
+
+
+def refuse_overlap(training: Sequence[Question], held_out: Sequence[Question]) -> None:
+    """Refuses held-out questions that are asked in training as well: what is measured on them is partly memory.
+
+    The same is what :func:`~searchr1_async.data.overlap.find_overlap` says. Quick enough for the call that starts a run.
+
+    Raises:
+        ConfigurationError: how many they are, the first of them, and what to do.
+    """
+    if not held_out:
+        return
+    # Only what has the same letters and digits can be the same: a quick look leaves a few for the exact one.
+    texts = {_letters(question.question) for question in held_out}
+    alike = [question for question in training if _letters(question.question) in texts]
+    if not alike:
+        return
+    seen = find_overlap(alike, held_out).filter(pl.col("kind") == "same")
+    if seen.height:
+        first = seen.row(0, named=True)
+        raise ConfigurationError(
+            f"{seen.height} of {len(held_out)} held-out questions are trained on as well; the first: "
+            f"{_shown(first['question'])} (held out as {_shown(first['question_id'])}, trained on as "
+            f"{_shown(first['training_id'])}). Training must not see what it is measured on: take them out of one of the two."
+        )
+
+
+async def tell_near_overlap(training: Sequence[Question], held_out: Sequence[Question], emit: Emit) -> None:
+    """Tells of held-out questions that are nearly those of training: whether that spoils the measurement is for people to judge."""
+    if not held_out:
+        return
+    found = await anyio.to_thread.run_sync(find_overlap, training, held_out)
+    near = found.filter(pl.col("kind") == "near")
+    if near.height:
+        first = near.row(0, named=True)
+        emit(
+            Notice(
+                f"{near.height} of {len(held_out)} held-out questions are nearly asked in training; the first: "
+                f"{_shown(first['question'])}, beside {_shown(first['training_question'])}",
+                is_warning=True,
+            )
+        )
+
+
+def _letters(question: str) -> str:
+    return "".join(filter(str.isalnum, unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", question).casefold())))
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= _LONGEST else text[:_LONGEST] + "…")

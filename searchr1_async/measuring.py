@@ -1,0 +1,265 @@
+"""Measuring on the held-out questions: what is due, played beside the training, written down with its weights.
+
+A step of ``evaluate_every`` is measured when it is recorded, on its own weights, which the service keeps until the measurement is
+recorded too: the unsaved weights that training samples from may be gone by then. Measurements are played one at a time, in the
+order of their steps, and their groups yield to those of training: a request of theirs waits while one of training's does.
+Training waits for them in two places only: where more than :data:`MOST_WAITING` have not begun, and at the run's end.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import anyio
+
+from searchr1_async.control import RunControl
+from searchr1_async.errors import ServiceError
+from searchr1_async.evaluation.measure import evaluate_policy
+from searchr1_async.events import Emit, Notice
+from searchr1_async.job import TrainingJob
+from searchr1_async.learn.checkpoints import CheckpointList, KeptCheckpoint
+from searchr1_async.rollout.engine import RolloutEngine
+from searchr1_async.rollout.policy import TinkerPolicy
+from searchr1_async.run_folder import UNTRAINED, evaluation_steps, load_evaluation, writing_records
+from searchr1_async.service import Service
+from searchr1_async.watch.records import RunRecords
+
+logger = logging.getLogger(__name__)
+
+MOST_WAITING = 2
+"""Measurements that have not begun, above which training waits: each holds weights at the service, and a curve that lags
+behind by more tells a user too late. With so many waiting they take longer than ``evaluate_every`` steps anyway."""
+
+
+@dataclass(slots=True)
+class _Due:
+    """A measurement to be made."""
+
+    step: int
+    policy: TinkerPolicy | None = None
+    """Its weights, where they are at hand."""
+    sampler_path: str | None = None
+    """Where the service keeps them otherwise; None until the step is recorded."""
+
+    @property
+    def is_ready(self) -> bool:
+        return self.policy is not None or self.sampler_path is not None
+
+
+class Measuring:
+    """The measurements of one session of a run.
+
+    Args:
+        job: what the run was given.
+        service: keeps the weights.
+        engine: plays the questions.
+        records: where measurements are written.
+        kept: the run's kept weights, which are told what they scored.
+        control: stops the session, or holds it.
+    """
+
+    def __init__(
+        self,
+        job: TrainingJob,
+        service: Service,
+        engine: RolloutEngine,
+        records: RunRecords,
+        kept: CheckpointList,
+        *,
+        control: RunControl,
+        emit: Emit,
+    ) -> None:
+        self._job, self._service, self._engine, self._records = job, service, engine, records
+        self._kept, self._control, self._emit = kept, control, emit
+        self._waiting: deque[_Due] = deque()
+        self._under_way: _Due | None = None
+        self._scope = anyio.CancelScope()
+        self._changed = anyio.Event()  # replaced by a fresh one at each change
+        self._episodes = 0
+        self._has_said_why = False
+
+    # --- one measurement ----------------------------------------------------------------------------------------------
+
+    async def measure(self, label: str, policy: TinkerPolicy, *, yields: bool = False) -> None:
+        """Evaluates on the held-out questions, unless an earlier session of the run has done so at this step.
+
+        Args:
+            yields: training plays beside it and goes first.
+
+        Raises, within exception groups:
+            TooManyFailuresError: the services failed too often.
+            SearchError: the search failed fatally.
+            CheckpointError: the folder cannot be written.
+        """
+        job, step = self._job, policy.version
+        if not job.held_out or (await anyio.to_thread.run_sync(evaluation_steps, self._records)).get(label) == step:
+            return
+        evaluation = await evaluate_policy(
+            self._engine,
+            job.held_out,
+            policy,
+            samples=job.held_out_samples,
+            label=label,
+            step=step,
+            yields=yields,
+            on_question=self._count,
+        )
+
+        def write() -> None:
+            with writing_records(job.out_dir):
+                self._records.write_evaluation(label, evaluation.episodes, step)
+                if label != UNTRAINED:
+                    self._kept.measured(step, evaluation.exact_match, evaluation.questions)
+
+        await anyio.to_thread.run_sync(write)
+        self._emit(Notice(f"{label}: {evaluation}"))
+        await self.delete_unwanted()
+
+    async def delete_unwanted(self) -> None:
+        """Deletes weights at the service that were kept only to be measured, and are; what cannot be deleted costs only room."""
+        waiting = [due.step for due in self._all()]
+
+        def take() -> tuple[KeptCheckpoint, ...]:
+            with writing_records(self._job.out_dir):
+                return self._kept.take_unwanted(waiting)
+
+        for one in await anyio.to_thread.run_sync(take):
+            try:
+                await self._service.delete_checkpoint(one.sampler_path)
+            except ServiceError as error:
+                logger.info("weights of step %d were not deleted: %s", one.step, error)
+
+    def _count(self) -> None:
+        self._episodes += self._job.held_out_samples
+
+    def _all(self) -> Iterable[_Due]:
+        return self._waiting if self._under_way is None else (self._under_way, *self._waiting)
+
+    # --- what training tells ------------------------------------------------------------------------------------------
+
+    def closed(self, step: int, *, is_last: bool) -> bool:
+        """A step's batch is closed; whether it will be measured when it is recorded. The run's end has a measurement of its own."""
+        if is_last or not self._is_due(step):
+            return False
+        self._waiting.append(_Due(step))
+        return True
+
+    def recorded(self, step: int, sampler_path: str | None) -> None:
+        """A step is on disk, and its weights, where they are kept, are at the service."""
+        for due in self._waiting:
+            if due.step == step:
+                due.sampler_path = sampler_path
+        self._tell()
+
+    async def wait_for_room(self) -> None:
+        """Returns when no more measurements wait than may: at once, unless they take longer than the steps between them."""
+        if len(self._waiting) <= MOST_WAITING:
+            return
+        if not self._has_said_why:
+            self._has_said_why = True
+            self._emit(
+                Notice(
+                    f"measuring takes longer than {self._job.evaluate_every} steps: training waits for it from time to time. "
+                    "A larger evaluate_every, or fewer held-out questions or samples, would keep it going.",
+                    is_warning=True,
+                )
+            )
+        await self._wait_until(lambda: len(self._waiting) <= MOST_WAITING)
+
+    def training_ended(self, reason: str) -> None:
+        """No step follows. After a stop nothing more is measured. At the time limit what is under way is brought to its end, but
+        nothing more is begun, so that the run does not go on for long: the last weights are measured at any rate.
+        """
+        if self._control.stop_requested:
+            self._scope.cancel()
+            self._waiting.clear()
+        elif reason == "time_limit" and self._waiting:
+            steps = ", ".join(str(due.step) for due in self._waiting)
+            self._emit(Notice(f"the time limit was reached before step {steps} could be measured: left out"))
+            self._waiting.clear()
+        self._tell()
+
+    def metrics(self) -> dict[str, float]:
+        """How many held-out episodes have ended since it was last asked: a step's searches and samples contain theirs."""
+        episodes, self._episodes = self._episodes, 0
+        return {} if self._job.evaluate_every is None else {"evaluation/episodes_beside": float(episodes)}
+
+    # --- the task beside training -------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def beside(self, policy: TinkerPolicy, *, is_over: bool) -> AsyncIterator[None]:
+        """Measures beside the block what becomes due in it, and at its end what is left, unless the run is stopped.
+
+        Args:
+            policy: of the step that the session begins with.
+            is_over: that step is the run's last.
+
+        Raises, within exception groups, what :meth:`measure` raises.
+        """
+        if self._job.held_out:
+            await self._take_up(policy, is_over)
+        await self.delete_unwanted()
+        self._episodes = 0
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._run)
+            yield
+            with self._control.interruptible():
+                await self._wait_until(lambda: not self._waiting and self._under_way is None)
+            tasks.cancel_scope.cancel()
+
+    async def _run(self) -> None:
+        with self._scope:
+            while True:
+                await self._wait_until(lambda: bool(self._waiting) and self._waiting[0].is_ready)
+                await self._control.wait_while_paused()
+                if not self._waiting:
+                    continue  # left out meanwhile
+                self._under_way = due = self._waiting.popleft()
+                self._tell()
+                if (policy := due.policy or await self._open(due)) is not None:
+                    await self.measure(f"step {due.step}", policy, yields=True)
+                self._under_way = None
+                self._tell()
+
+    async def _open(self, due: _Due) -> TinkerPolicy | None:
+        try:
+            client = await self._service.create_sampling_client(due.sampler_path)
+        except ServiceError as error:
+            self._emit(Notice(f"step {due.step} is not measured: {error}", is_warning=True))
+            return None
+        return TinkerPolicy(client, due.step, self._job.sampling)
+
+    async def _take_up(self, policy: TinkerPolicy, is_over: bool) -> None:
+        """What an earlier session left to be measured: its weights are kept, and nothing later is measured."""
+        measured, now = await anyio.to_thread.run_sync(self._adopt), policy.version
+        paths = {one.step: one.sampler_path for one in self._kept.checkpoints if not one.is_measured}
+        for step in sorted({*paths, now}):
+            if step > measured and self._is_due(step) and not (is_over and step == now):
+                self._waiting.append(_Due(step, policy if step == now else None, paths.get(step)))
+
+    def _adopt(self) -> int:
+        """Tells the kept weights of measurements that were written just before a kill; the newest step that is measured."""
+        steps = {label: step for label, step in evaluation_steps(self._records).items() if label != UNTRAINED}
+        for one in self._kept.checkpoints:
+            label = next((label for label, step in steps.items() if step == one.step), None)
+            if label is not None and not one.is_measured:
+                found = load_evaluation(self._records, label, one.step)
+                with writing_records(self._job.out_dir):
+                    self._kept.measured(one.step, found.exact_match, found.questions)
+        return max((step or 0 for step in steps.values()), default=0)
+
+    def _is_due(self, step: int) -> bool:
+        every = self._job.evaluate_every
+        return every is not None and step > 0 and step % every == 0
+
+    def _tell(self) -> None:
+        self._changed.set()
+        self._changed = anyio.Event()
+
+    async def _wait_until(self, is_so: Callable[[], bool]) -> None:
+        while not is_so():
+            await self._changed.wait()

@@ -1,0 +1,229 @@
+"""Measuring beside the training, in whole runs on a real small model: what is measured, on which weights, and what of them stays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+import tinker
+
+import searchr1_async as sr
+from searchr1_async.events import BatchClosed, Event, Notice, PhaseEnded, PhaseStarted, StepFinished
+from searchr1_async.learn.checkpoints import kept_checkpoints
+from searchr1_async.run_folder import training_questions
+from tests import tiny_world
+
+pytestmark = pytest.mark.anyio
+
+HELD_OUT = tiny_world.make_questions()[1]
+
+
+async def varied(episode: sr.Episode) -> float:
+    """Tells members apart, so that every group is learned from, and the same way in every run."""
+    return sum(episode.tokens) % 7 / 7
+
+
+@pytest.fixture
+def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., sr.Run]:
+    monkeypatch.setenv("TINKER_API_KEY", tiny_world.shared_service().api_key)
+
+    def make(**changes: Any) -> sr.Run:
+        settings = {"out_dir": tmp_path / "run", "reward": varied, "held_out": HELD_OUT, "evaluate_every": 1}
+        settings |= tiny_world.served_settings(groups_per_batch=3) | changes
+        search = tiny_world.make_search(tmp_path / "index", search_class=settings.pop("search_class", sr.Search))
+        return sr.train(tiny_world.make_questions()[0][:18], search, **settings)
+
+    return make
+
+
+def is_measured(episode: sr.Episode) -> bool:
+    """Whether it is a held-out one of trained weights."""
+    return episode.question in HELD_OUT and any(turn.policy_version for turn in episode.turns)
+
+
+class Held:
+    """A reward that keeps back the held-out episodes of trained weights until it is opened."""
+
+    def __init__(self) -> None:
+        self.opened, self.arrived = anyio.Event(), anyio.Event()
+
+    async def __call__(self, episode: sr.Episode) -> float:
+        if is_measured(episode):
+            self.arrived.set()
+            await self.opened.wait()
+        return await varied(episode)
+
+
+def steps_measured(run: sr.Run) -> dict[str, set[int]]:
+    """By label, the weights that its turns were sampled from."""
+    rows = run.evaluations().select("label", "policy_versions").collect().iter_rows()
+    out: dict[str, set[int]] = {}
+    for label, versions in rows:
+        out.setdefault(label, set()).update(versions)
+    return out
+
+
+async def on_service(path: str) -> bool:
+    """Whether a sampler checkpoint is still there."""
+    service = await anyio.to_thread.run_sync(lambda: tinker.ServiceClient(base_url=tiny_world.shared_service().url))
+    try:
+        await (await anyio.to_thread.run_sync(lambda: service.create_sampling_client(model_path=path)))
+    except ValueError:
+        return False
+    except tinker.TinkerError:
+        return False
+    finally:
+        await service.close("success")
+    return True
+
+
+@pytest.mark.parametrize("way", [{"max_staleness": 1}, {}, {"synchronous": True}], ids=["async", "on-policy", "sync"])
+async def test_each_measurement_is_of_its_own_steps_weights(start: Callable[..., sr.Run], way: dict[str, Any]) -> None:
+    paths: dict[int, str] = {}
+    run = start(steps=3, evaluate_every=1, emit=lambda event: look(event), **way)
+
+    def look(event: Event) -> None:
+        paths.update({one.step: one.sampler_path for one in run.checkpoints if not one.for_good})
+
+    result = await run
+    labels = [(evaluation.label, evaluation.step) for evaluation in result.evaluations]
+    assert labels == [("untrained", 0), ("step 1", 1), ("step 2", 2), ("after RL", 3)]
+    assert steps_measured(run) == {"untrained": {0}, "step 1": {1}, "step 2": {2}, "after RL": {3}}
+    assert [one.step for one in kept_checkpoints(run.out_dir)] == [3], "what was kept to be measured is gone"
+    assert result.checkpoint is not None
+    assert await on_service(result.checkpoint)
+    assert set(paths) == {1, 2}
+    for path in paths.values():
+        assert not await on_service(path)
+
+
+async def test_training_goes_on_while_a_step_is_measured(start: Callable[..., sr.Run]) -> None:
+    """The measurement of step 2 ends only when step 4 is on disk."""
+    held, events = Held(), list[Event]()
+
+    def emit(event: Event) -> None:
+        events.append(event)
+        if isinstance(event, StepFinished) and event.step == 4:
+            held.opened.set()
+
+    with anyio.fail_after(150):
+        result = await start(steps=4, evaluate_every=2, reward=held, emit=emit)
+    assert [evaluation.label for evaluation in result.evaluations] == ["untrained", "step 2", "after RL"]
+    named = [(event.phase, event.label) for event in events if isinstance(event, PhaseStarted)]
+    assert named[1:] == [("evaluate", "untrained"), ("train", ""), ("evaluate", "step 2"), ("evaluate", "after RL")]
+    ended = [event.phase for event in events if isinstance(event, PhaseEnded)]
+    assert ended[:2] == ["evaluate", "train"], "the measurement is the last to end"
+    beside = [event.metrics["evaluation/episodes_beside"] for event in events if isinstance(event, StepFinished)]
+    assert sum(beside) == 0, "none of its episodes had ended when the last step closed"
+
+
+async def test_training_waits_where_measurements_fall_behind_and_says_why(start: Callable[..., sr.Run]) -> None:
+    """One is under way, two wait, and the third is one too many."""
+    held, closed = Held(), list[int]()
+
+    def emit(event: Event) -> None:
+        if isinstance(event, BatchClosed):
+            closed.append(event.step)
+        if isinstance(event, Notice) and "measuring takes longer than 1 steps" in event.text:
+            assert event.is_warning
+            assert held.arrived.is_set()
+            assert closed == [1, 2, 3, 4]
+            held.opened.set()
+
+    with anyio.fail_after(150):
+        result = await start(steps=6, reward=held, emit=emit)
+    assert held.opened.is_set()
+    assert [evaluation.step for evaluation in result.evaluations] == [0, 1, 2, 3, 4, 5, 6]
+
+
+async def test_training_is_the_same_with_measurements_and_without(start: Callable[..., sr.Run], tmp_path: Path) -> None:
+    played = {}
+    for every in (None, 1):
+        run = start(steps=3, evaluate_every=every, out_dir=tmp_path / f"every-{every}", first_turn="shared")
+        await run
+        rows = run.episodes().sort("step", "question_id", "member")
+        played[every] = rows.select("step", "question_id", "member", "reward", "transcript").collect()
+    assert played[1].equals(played[None])
+
+
+async def test_a_stop_in_the_middle_of_a_measurement_keeps_its_weights_for_the_resume(
+    start: Callable[..., sr.Run],
+) -> None:
+    held = Held()
+    run = start(steps=3, reward=held)
+    with anyio.fail_after(150):
+        await held.arrived.wait()
+        stopped = await run.stop()
+    assert stopped.reason == "stopped"
+    waiting = {one.step: one for one in run.checkpoints if not one.is_measured}
+    assert 1 in waiting
+    assert await on_service(waiting[1].sampler_path)
+    held.opened.set()
+    again = start(steps=3, reward=held, resume=True)
+    result = await again
+    assert steps_measured(again) == {"untrained": {0}, "step 1": {1}, "step 2": {2}, "after RL": {3}}
+    assert [evaluation.step for evaluation in result.evaluations] == [0, 1, 2, 3]
+    assert not await on_service(waiting[1].sampler_path) or waiting[1].for_good
+
+
+async def test_the_best_weights_stay_and_the_others_go(start: Callable[..., sr.Run]) -> None:
+    paths: dict[int, str] = {}
+    run = start(steps=4, keep_best=True, checkpoint_every=2, emit=lambda event: look(event))
+
+    def look(event: Event) -> None:
+        paths.update({one.step: one.sampler_path for one in run.checkpoints})
+
+    result = await run
+    found = {evaluation.step: evaluation.exact_match for evaluation in result.evaluations if evaluation.step}
+    best = max(found, key=lambda step: (found[step], -step))
+    kept = {one.step: one for one in run.checkpoints}
+    assert set(kept) == {2, 4, best}
+    assert {step: one.exact_match for step, one in kept.items()} == {step: found[step] for step in kept}
+    assert result.best == run.best == kept[best]
+    assert [step for step, path in sorted(paths.items()) if await on_service(path)] == sorted(kept)
+
+
+async def test_a_measurement_that_fails_for_good_ends_the_run(start: Callable[..., sr.Run]) -> None:
+    async def reward(episode: sr.Episode) -> float:
+        if is_measured(episode):
+            raise ZeroDivisionError("no reward")
+        return await varied(episode)
+
+    run = start(steps=6, evaluate_every=2, reward=reward)
+    with anyio.fail_after(150), pytest.raises(sr.RewardError, match="no reward"):
+        await run
+
+
+async def test_held_out_questions_that_are_trained_on_are_refused_at_once(
+    start: Callable[..., sr.Run], tmp_path: Path
+) -> None:
+    trained = tiny_world.make_questions()[0][3]
+    same = sr.Question("other-id", trained.question.upper() + " ?!", ("x",), "elsewhere")
+    with pytest.raises(
+        sr.ConfigurationError, match=r"1 of 13 held-out questions are trained on as well.*other-id.*" + trained.id
+    ):
+        start(held_out=[*HELD_OUT, same])
+    assert not (tmp_path / "run").exists()
+
+
+async def test_the_best_needs_measurements(start: Callable[..., sr.Run]) -> None:
+    with pytest.raises(sr.ConfigurationError, match="keep_best needs evaluate_every"):
+        start(keep_best=True, evaluate_every=None)
+
+
+async def test_a_run_keeps_its_questions(start: Callable[..., sr.Run]) -> None:
+    run = start(steps=1, evaluate_every=None, held_out=())
+    await run
+    asked = tiny_world.make_questions()[0][:18]
+    found = training_questions(run.out_dir)
+    assert found is not None
+    fields = [(one.id, one.question, one.golden_answers, one.data_source) for one in asked]
+    assert [(one.id, one.question, one.golden_answers, one.data_source) for one in found] == fields
+    (run.out_dir / "questions.parquet").unlink()  # as an earlier version left it: what was played is known
+    played = training_questions(run.out_dir)
+    assert played is not None
+    assert {one.id for one in played} == set(run.episodes().collect()["question_id"])
+    assert training_questions(run.out_dir / "nowhere") is None
