@@ -256,14 +256,14 @@ def _percent(name: str) -> pl.Expr:
     return pl.col(name).map_elements(lambda value: f"{100 * value:.1f}", return_dtype=pl.String)
 
 
-def _coverages(table: pl.DataFrame, section: str, keys: Sequence[str], named: Sequence[str] = ()) -> str:
+def _coverages(table: pl.DataFrame, section: str, keys: Sequence[str]) -> str:
     own = table.filter((pl.col("section") == section) & (pl.col("kind") == "coverage"))
     wide = own.pivot(on="method", index=[*keys], values="rate", aggregate_function="first")
     methods = [column for column in wide.columns if column not in keys]
     widths = own.filter(method="ours").select(*keys, width=_percent("width"))
     wide = wide.with_columns(_percent(name) for name in methods).join(widths, on=list(keys), maintain_order="left")
     wide = wide.with_columns(pl.col(name).round(3) for name in keys if name == "share")
-    return _markdown(wide.rename({"width": "our width, points", **dict(named)}))
+    return _markdown(wide.rename({"width": "our width, points"}))
 
 
 def _tests(table: pl.DataFrame) -> str:

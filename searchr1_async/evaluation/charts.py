@@ -7,29 +7,54 @@ from typing import Any
 import polars as pl
 
 from searchr1_async.errors import ConfigurationError
+from searchr1_async.evaluation.figures import ALL_SUITES, MACRO
 from searchr1_async.evaluation.result import Evaluation
-from searchr1_async.watch.rows import EPISODE_SCHEMA
+
+_SCHEMA = pl.Schema(
+    {"order": pl.Int64, "label": pl.String, "step": pl.Int64, "suite": pl.String}
+    | {"mean": pl.Float64, "low": pl.Float64, "high": pl.Float64, "questions": pl.Int64}
+)
 
 
-def plot_suites(*evaluations: Evaluation, **options: Any) -> Any:
-    """Exact match suite by suite, the evaluations side by side with their 95 % intervals: an Altair chart.
+def plot_suites(*evaluations: Evaluation, metric: str = "exact_match", **options: Any) -> Any:
+    """A score suite by suite, the evaluations side by side with their 95 % intervals: an Altair chart.
 
-    Change it further, or ``.save("suites.png")`` (or ``.svg``).
+    With several suites also over all their questions alike, and the unweighted mean over suites. Change it further, or
+    ``.save("suites.png")`` (or ``.svg``).
 
     Args:
         evaluations: in the order in which they are to stand; their labels tell them apart.
+        metric: ``exact_match``, ``f1``, ``cover_match``, ``format``, or ``judged``.
         options: ``title``, ``width`` and ``height`` (pixels).
 
     Raises:
-        ConfigurationError: two have one label.
+        ConfigurationError: two have one label, or there is no such score.
     """
     from searchr1_async.watch import plots  # altair: half a second, for those who draw
 
     labels = [evaluation.label for evaluation in evaluations]
     if len(set(labels)) < len(labels):
         raise ConfigurationError(
-            f"two evaluations have one label ({', '.join(labels)}): give each its own with evaluate(…, label=…)"
+            f"two evaluations have one label ({', '.join(labels)}): give each its own with evaluate(…, systems={{…}})"
         )
     plots.enable_renderer()
-    episodes = pl.concat([pl.DataFrame(schema=EPISODE_SCHEMA), *(evaluation.to_frame() for evaluation in evaluations)])
-    return plots.plot_suites(plots.evaluation_scores(episodes.lazy()), **options)
+    return plots.plot_suites(suite_rows(evaluations, metric), metric=metric.replace("_", " "), **options)
+
+
+def suite_rows(evaluations: tuple[Evaluation, ...], metric: str) -> pl.DataFrame:
+    """What is drawn: a row for each evaluation and suite that has a finished question."""
+    from searchr1_async.watch.plots.data import ALL_SUITES as ALL_NAMED
+    from searchr1_async.watch.plots.data import MACRO_AVERAGE
+
+    named = {ALL_SUITES: ALL_NAMED, MACRO: MACRO_AVERAGE}
+    rows = []
+    for order, evaluation in enumerate(evaluations):
+        values = evaluation.values_of(metric)
+        over = [ALL_SUITES, MACRO] if len(values) > 1 else []
+        for suite in [*over, *(name for name in evaluation.suites if values[name].size)]:
+            questions = values[suite].size if suite in values else sum(own.size for own in values.values())
+            name = suite if suite in values else named[suite]
+            if questions:
+                estimate = evaluation.estimate(metric, suite)
+                rows.append((order, evaluation.label, evaluation.step, name, *estimate, questions))
+    return pl.DataFrame(rows, schema=_SCHEMA, orient="row")

@@ -116,7 +116,7 @@ class Evaluation:
         Raises:
             ConfigurationError: no such figure or suite.
         """
-        return estimate_of(self._values(metric), suite, self.label)
+        return estimate_of(self.values_of(metric), suite, self.label)
 
     def pass_at(self, k: int, suite: str | None = None) -> Estimate:
         """The chance that one of k samples is right: pass@k, unbiased (:func:`.statistics.pass_at_k`), over questions.
@@ -150,6 +150,11 @@ class Evaluation:
         """Exact match averaged over all samples of each question."""
         return self.estimate("exact_match")
 
+    def values_of(self, metric: str) -> dict[str, Floats]:
+        """What an estimate is made from: by suite each question's mean, of those that have one."""
+        check_metric(metric)
+        return by_suite(self.by_question.select("suite", value=metric), self.suites)
+
     def summary(self) -> pl.DataFrame:
         """Columns ``suite``, ``metric``, ``mean``, ``low``, ``high`` (95 %), ``questions`` and ``episodes`` (with a score).
 
@@ -160,7 +165,7 @@ class Evaluation:
         over = [ALL_SUITES, MACRO] if len(self.suites) > 1 else []
         rows = []
         for metric in metrics:
-            values = self._values(metric)
+            values = self.values_of(metric)
             scored = self.scores.filter(pl.col(metric).is_not_null() & ~pl.col("failed"))
             counts = {str(suite): count for suite, count in scored.group_by("suite").len().iter_rows()}
             for suite in self.suites:
@@ -330,10 +335,6 @@ class Evaluation:
     def _mean_of_episodes(self, column: str) -> float:
         mean = self._finished_scores[column].cast(pl.Float64).mean()
         return math.nan if mean is None else float(mean)  # type: ignore[arg-type]
-
-    def _values(self, metric: str) -> dict[str, Floats]:
-        check_metric(metric)
-        return by_suite(self.by_question.select("suite", value=metric), self.suites)
 
     def _check_samples(self, k: int) -> None:
         if not 1 <= k <= max(self.samples_per_question, 1):

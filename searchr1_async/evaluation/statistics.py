@@ -203,7 +203,7 @@ def cluster_bootstrap(
         return Interval(math.nan, math.nan)
     places: dict[object, int] = {}
     index_n = np.array([places.setdefault(cluster, len(places)) for cluster in clusters])
-    sums_k = np.bincount(index_n, weights=values_n)
+    sums_k = np.bincount(index_n, weights=values_n).astype(np.float64)
     sizes_k = np.bincount(index_n).astype(np.float64)
     sums_r, sizes_r = resampled_sums(np.column_stack([sums_k, sizes_k]), resamples, np.random.default_rng(seed)).T
     low, high = np.percentile(sums_r / sizes_r, [2.5, 97.5])
@@ -321,9 +321,9 @@ def macro_difference_intervals(suites: Sequence[Floats]) -> tuple[Floats, Floats
         suites: for each suite its questions' differences, shape ``[…, questions]``; none empty.
     """
     parts = [_centre_and_half(own) for own in suites]
-    centre = sum(centre for centre, _ in parts) / len(suites)
-    half = np.sqrt(sum(half**2 for _, half in parts)) / len(suites)
-    mean = np.asarray(sum(own.mean(axis=-1) for own in suites) / len(suites))
+    centre = np.mean([centre for centre, _ in parts], axis=0)
+    half = np.sqrt(np.sum([half**2 for _, half in parts], axis=0)) / len(suites)
+    mean = np.mean([own.mean(axis=-1) for own in suites], axis=0)
     return _within(np.concatenate([own.ravel() for own in suites]), centre, half, mean)
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from searchr1_async.episodes.types import StopReason
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.evaluation.charts import plot_suites
 from searchr1_async.evaluation.result import Evaluation
@@ -32,3 +33,23 @@ def test_none_is_an_empty_chart_and_one_label_twice_is_refused() -> None:
     assert "No evaluation" in str(plot_suites().to_dict())
     with pytest.raises(ConfigurationError, match="label"):
         plot_suites(evaluation("same", [1.0]), evaluation("same", [0.0]))
+
+
+def test_other_scores_and_the_averages_over_suites_without_the_episodes() -> None:
+    after = evaluation("after", [1.0, 0.0, 1.0, 1.0, 1.0])
+    spec = plot_suites(Evaluation("after", after.scores), metric="f1").to_dict()
+    shown = {row["suite"]: row for row in next(iter(spec["datasets"].values()))}
+    assert list(shown) == ["all suites", "macro average", "hotpot", "nq"]
+    assert shown["all suites"]["mean"] == after.f1 == 0.8
+    assert shown["macro average"]["mean"] == after.estimate("f1", "macro").mean == 0.75
+    assert shown["all suites"]["questions"] == 5
+    assert "f1 by suite" in str(spec["title"])
+    with pytest.raises(ConfigurationError, match="no figure"):
+        plot_suites(after, metric="reward")
+
+
+def test_a_suite_of_failures_alone_has_no_bar() -> None:
+    lost = episode(question("q9", "lost"), stop_reason=StopReason.FAILED, turns=())
+    found = Evaluation.of("x", [*evaluation("x", [1.0, 1.0]).episodes, lost])
+    rows = next(iter(plot_suites(found).to_dict()["datasets"].values()))
+    assert [row["suite"] for row in rows] == ["all suites", "macro average", "hotpot", "nq"]

@@ -15,6 +15,7 @@ from searchr1_async.watch.curve import smoothed
 from searchr1_async.watch.plots.theme import MAX_ROWS
 
 ALL_SUITES = "all suites"
+MACRO_AVERAGE = "macro average"
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import polars as pl
 
-from searchr1_async.watch.plots.data import ALL_SUITES, reward_by, thinned
+from searchr1_async.watch.plots.data import ALL_SUITES, MACRO_AVERAGE, reward_by, thinned
 from searchr1_async.watch.plots.theme import (
     GREY,
     HEIGHT,
@@ -120,18 +120,25 @@ def _in_words(frame: pl.DataFrame, by: str) -> str:
 
 
 def plot_suites(
-    evaluations: pl.DataFrame, *, title: str = "exact match by suite", width: int = WIDTH, height: int = HEIGHT
+    evaluations: pl.DataFrame,
+    *,
+    title: str | None = None,
+    metric: str = "exact match",
+    width: int = WIDTH,
+    height: int = HEIGHT,
 ) -> alt.LayerChart | alt.Chart:
     """The suites side by side, each with its evaluations in their order and 95 % intervals.
 
     Args:
         evaluations: as :func:`searchr1_async.watch.plots.data.evaluation_scores` gives them.
-        title: stands above.
+        title: stands above; None says what is shown.
+        metric: what they are measured by, in words.
         width: in pixels.
         height: the same.
     """
     import altair as alt
 
+    title = f"{metric} by suite" if title is None else title
     if not evaluations.height:
         return empty_chart(
             "No evaluation has been made yet: give held_out questions, or wait for the first.", title=title
@@ -145,7 +152,8 @@ def plot_suites(
         for row in frame.iter_rows(named=True)
     ]
     names = list(dict.fromkeys(row["suite"] for row in rows))
-    suites = [*(name for name in names if name == ALL_SUITES), *sorted(name for name in names if name != ALL_SUITES)]
+    over = (ALL_SUITES, MACRO_AVERAGE)
+    suites = [*(name for name in over if name in names), *sorted(name for name in names if name not in over)]
     colour = alt.Color("label:N", scale=alt.Scale(domain=labels, range=_shades(len(labels))), legend=legend(columns=3))
     angle = 0 if len(suites) < 6 else -30
     names_axis = axis(None, grid=False, labelOverlap=False, labelLimit=120, labelAngle=angle)
@@ -155,11 +163,11 @@ def plot_suites(
         xOffset=alt.XOffset("label:N", sort=labels, scale=alt.Scale(paddingInner=0.12)),
         color=colour,
     )  # fmt: skip
-    y = alt.Y("mean:Q", axis=values_axis("exact match", format=".0%"), scale=alt.Scale(zero=True, nice=True))
+    y = alt.Y("mean:Q", axis=values_axis(metric, format=".0%"), scale=alt.Scale(zero=True, nice=True))
     tooltips = [
         alt.Tooltip("label:N", title="evaluation"),
         alt.Tooltip("suite:N", title="suite"),
-        alt.Tooltip("mean:Q", title="exact match", format=".1%"),
+        alt.Tooltip("mean:Q", title=metric, format=".1%"),
         alt.Tooltip("low:Q", title="95 % from", format=".1%"),
         alt.Tooltip("high:Q", title="to", format=".1%"),
         alt.Tooltip("questions:Q", title="questions", format=",d"),
