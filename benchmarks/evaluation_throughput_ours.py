@@ -1,0 +1,71 @@
+"""This project as a contender of the evaluation benchmark, through its public functions.
+
+    python evaluation_throughput_ours.py SETTINGS.json
+
+``pool`` evaluates all suites by one call; ``suites`` by one call a suite, each begun when the one before has returned.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks.evaluation_throughput_shared import marking, save_weights
+from benchmarks.throughput_monitor import log_to, observing
+
+
+async def evaluated(settings: dict[str, Any], weights: str, suites: Mapping[str, str], out: str) -> int:
+    """Questions that were answered right, of the suites in these files."""
+    import searchr1_async as sr
+    from benchmarks.throughput_load import INSTRUCTIONS
+
+    search = sr.Search(
+        sr.GeminiEmbedder(api_key=settings["gemini_key"], base_url=settings["gemini"]),
+        sr.RemoteChroma("127.0.0.1", settings["chroma"], settings["collection"]),
+        n_results=settings["n_results"],
+    )
+    report = await sr.evaluate(
+        suites,
+        search,
+        systems={"evaluated": weights},
+        out_dir=out,
+        model=settings["model"],
+        service=settings["url"],
+        tokenizer=settings["tokenizer"],
+        renderer=settings["renderer"],
+        instructions=INSTRUCTIONS,
+        progress=False,
+    )
+    return round(report["evaluated"].scores["exact_match"].sum())
+
+
+async def play(settings: dict[str, Any]) -> None:
+    """One evaluation."""
+    import searchr1_async  # noqa: F401 - imported before the time is taken
+
+    weights = await asyncio.to_thread(save_weights, settings["url"], settings["model"])
+    suites: dict[str, str] = settings["suites"]
+    parts = [suites] if settings["mode"] == "pool" else [{name: path} for name, path in suites.items()]
+    async with observing(Path(settings["observed"])):
+        with marking(Path(settings["marks"])) as marks:
+            rights = [
+                await evaluated(settings, weights, part, f"{settings['out']}/{number}")
+                for number, part in enumerate(parts)
+            ]
+            marks.right = sum(rights)
+
+
+def main() -> None:
+    settings = json.loads(Path(sys.argv[1]).read_text())
+    log_to(Path(settings["log"]))
+    asyncio.run(play(settings))
+
+
+if __name__ == "__main__":
+    main()
