@@ -11,30 +11,20 @@ https://arxiv.org/abs/2503.09516): the whole episode is one assistant message, i
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
-from renderers import Message, Renderer, ToolCallParseStatus, ToolSpec, config_from_name, create_renderer
-from renderers.base import MODEL_RENDERER_MAP
+from renderers import Message, Renderer, ToolCallParseStatus, ToolSpec
 
-from searchr1_async.episodes.chatml import ChatMLRenderer
+from searchr1_async.episodes.methods import INSTRUCTIONS, METHODS, WITHOUT_TOOL, Method
+from searchr1_async.episodes.plain_text import PlainText, passage_lines
+from searchr1_async.episodes.recipe import load_recipe_prompt, recipe_passages
 from searchr1_async.episodes.remembering import RememberingTokenizer
+from searchr1_async.episodes.rendering import select_renderer
 from searchr1_async.episodes.reward import answer_after_prefix
-from searchr1_async.episodes.types import Passage, Question
+from searchr1_async.episodes.types import Passage, Question, SearchCall
 from searchr1_async.errors import ModelError
-
-HERMES_INSTRUCTIONS = (
-    "You answer questions with the help of a search tool over an encyclopedia.\n"
-    "Think about what you need to know, then call the tool with one or more queries. Read the passages it returns. "
-    "Search again with better queries while something is missing, using what you have found. "
-    'When you know the answer, write it after "Answer:" in one to five words.'
-)
-TAGS_INSTRUCTIONS = (
-    "Answer the question. Search with <search>query</search>; "
-    "what is found comes back in <information>. Then give the short answer: <answer>answer</answer>"
-)
 
 SEARCH_TOOL: ToolSpec = {
     "name": "search",
@@ -88,8 +78,8 @@ class Dialect(Protocol):
         """What ends a turn, as Tinker's ``stop`` sampling parameter takes it."""
         ...
 
-    def start(self, question: Question) -> list[int]:
-        """The tokens of the first prompt."""
+    def start(self, question: Question, given: SearchCall | None = None) -> list[int]:
+        """The tokens of the first prompt; the passages of ``given`` stand in it, before the question."""
         ...
 
     def read(self, prompt_tokens: Sequence[int], sampled_tokens: Sequence[int]) -> tuple[str, Reading]:
@@ -123,66 +113,47 @@ class Dialect(Protocol):
         ...
 
 
-_MARKUP = tuple(
-    f"<{slash}{tag}>"
-    for tag in ("search", "information", "answer", "tool_call", "tool_response", "think")
-    for slash in ("", "/")
-)
-"""Markup of both formats: defused wherever text that is not ours is shown to the model."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Plain:
-    """Encodes text that is not ours so that nothing in it can pass for markup."""
-
-    tokenizer: Any
-    markup: re.Pattern[str]
-
-    @classmethod
-    def of(cls, tokenizer: Any) -> _Plain:
-        added = [str(token) for token in tokenizer.get_added_vocab()]
-        words = sorted({*added, *_MARKUP} - {""}, key=len, reverse=True)
-        return cls(tokenizer, re.compile("|".join(map(re.escape, words))))
-
-    def defuse(self, text: str) -> str:
-        """The text with every special token and tag broken by a space: a passage cannot end its message or fake a call."""
-        text = text.encode("utf-8", "replace").decode("utf-8")  # lone surrogates have no tokens
-        return self.markup.sub(lambda match: match.group()[0] + " " + match.group()[1:], text)
-
-    def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False)
-
-
-def _passage_lines(plain: _Plain, passages: Sequence[Passage]) -> str:
-    """Passages as the model reads them: title and text, numbered only where there are several."""
-    lines = []
-    for number, passage in enumerate(passages, 1):
-        text = (
-            f"{passage.title}: {passage.text}" if passage.title and passage.title not in passage.text else passage.text
-        )
-        text = " ".join(plain.defuse(text).split())
-        lines.append(f"({number}) {text}" if len(passages) > 1 else text)
-    return "\n".join(lines) if lines else "Nothing was found."
+def _asked(plain: PlainText, question: Question, given: SearchCall | None) -> str:
+    """What the user says."""
+    asked = plain.defuse(question.question)
+    if given is None:
+        return asked
+    found = [passage for passages in given.results for passage in passages]
+    return f"{passage_lines(plain, found)}\n\nQuestion: {asked}"
 
 
 class TagsDialect:
-    """Search-R1's tags, inside one assistant message."""
+    """Search-R1's tags, inside one assistant message.
+
+    Args:
+        instructions: the system prompt.
+        has_tool: a call is read as one; else whatever the model writes is its answer, or none.
+    """
 
     name = "tags"
     stop: list[int] | list[str]
 
-    def __init__(self, renderer: Renderer, tokenizer: Any, instructions: str = TAGS_INSTRUCTIONS) -> None:
+    def __init__(
+        self,
+        renderer: Renderer,
+        tokenizer: Any,
+        instructions: str = INSTRUCTIONS["tags", "search"],
+        *,
+        has_tool: bool = True,
+    ) -> None:
         self._renderer, self._tokenizer, self._instructions = renderer, tokenizer, instructions
-        self._plain = _Plain.of(tokenizer)
+        self._has_tool = has_tool
+        self._plain = PlainText.of(tokenizer)
         self._stop_tokens = frozenset(renderer.get_stop_token_ids())
         # The chat's own end still ends generation: a service adds its end-of-text tokens to stop strings only if told so,
         # hence their texts stand beside the tags.
-        self.stop = ["</search>", "</answer>", *(tokenizer.decode([token]) for token in renderer.get_stop_token_ids())]
+        tags = ["</search>", "</answer>"] if has_tool else ["</answer>"]
+        self.stop = [*tags, *(tokenizer.decode([token]) for token in renderer.get_stop_token_ids())]
 
-    def start(self, question: Question) -> list[int]:
+    def start(self, question: Question, given: SearchCall | None = None) -> list[int]:
         messages: list[Message] = [
             {"role": "system", "content": self._instructions},
-            {"role": "user", "content": self._plain.defuse(question.question)},
+            {"role": "user", "content": _asked(self._plain, question, given)},
         ]
         return self._renderer.render_ids(messages, add_generation_prompt=True)
 
@@ -193,7 +164,7 @@ class TagsDialect:
         kept = [token for token in sampled_tokens if token not in self._stop_tokens]
         text = self._tokenizer.decode(kept)
         content = text.rpartition("</think>")[2].strip()
-        return content, read_tags(content)
+        return content, read_tags(content) if self._has_tool else FinalAnswer(_tagged_answer(content))
 
     def extend(
         self,
@@ -202,7 +173,7 @@ class TagsDialect:
         queries: Sequence[str],
         results: Sequence[Sequence[Passage]],
     ) -> list[int] | None:
-        found = "\n".join(_passage_lines(self._plain, passages) for passages in results)
+        found = "\n".join(passage_lines(self._plain, passages) for passages in results)
         return self._append(sampled_tokens, f"\n<information>{found}</information>\n")
 
     def tell(self, prompt_tokens: Sequence[int], sampled_tokens: Sequence[int], problem: str) -> list[int] | None:
@@ -233,32 +204,53 @@ def read_tags(content: str) -> Reading:
         query = content[start + len("<search>") : search_end].strip()
         return SearchRequest((query,)) if query else MalformedCall("an empty query")
     if answer_end >= 0:
-        start = content.rfind("<answer>", 0, answer_end)
-        answer = content[start + len("<answer>") : answer_end].strip() if start >= 0 else ""
-        return FinalAnswer(answer or None)
+        return FinalAnswer(_tagged_answer(content))
     if "<search>" in content:
         return MalformedCall("<search> without </search>")
     return FinalAnswer(None)
 
 
+def _tagged_answer(content: str) -> str | None:
+    """What the last closed answer tag encloses."""
+    end = content.rfind("</answer>")
+    start = content.rfind("<answer>", 0, max(end, 0))
+    return content[start + len("<answer>") : end].strip() or None if start >= 0 else None
+
+
 class HermesDialect:
-    """Hermes JSON calls and tool messages, framed by a renderer."""
+    """Hermes JSON calls and tool messages, framed by a renderer.
+
+    Args:
+        instructions: the system prompt.
+        tool: as it is declared to the model; None: there is none, and whatever the model writes is its answer, or none.
+        passages: how the passages of one query are shown.
+    """
 
     name = "hermes"
     stop: list[int] | list[str]
 
-    def __init__(self, renderer: Renderer, tokenizer: Any, instructions: str = HERMES_INSTRUCTIONS) -> None:
+    def __init__(
+        self,
+        renderer: Renderer,
+        tokenizer: Any,
+        instructions: str = INSTRUCTIONS["hermes", "search"],
+        *,
+        tool: ToolSpec | None = SEARCH_TOOL,
+        passages: Callable[[PlainText, Sequence[Passage]], str] = passage_lines,
+    ) -> None:
         self._renderer, self._tokenizer, self._instructions = renderer, tokenizer, instructions
-        self._plain = _Plain.of(tokenizer)
+        self._tools = None if tool is None else [tool]
+        self._passages = passages
+        self._plain = PlainText.of(tokenizer)
         self.stop = renderer.get_stop_token_ids()
         self._empty_prompt = renderer.render_ids([{"role": "user", "content": "?"}], add_generation_prompt=True)
 
-    def start(self, question: Question) -> list[int]:
+    def start(self, question: Question, given: SearchCall | None = None) -> list[int]:
         messages: list[Message] = [
             {"role": "system", "content": self._instructions},
-            {"role": "user", "content": self._plain.defuse(question.question)},
+            {"role": "user", "content": _asked(self._plain, question, given)},
         ]
-        return self._renderer.render_ids(messages, tools=[SEARCH_TOOL], add_generation_prompt=True)
+        return self._renderer.render_ids(messages, tools=self._tools, add_generation_prompt=True)
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self._tokenizer.decode(list(tokens))
@@ -266,12 +258,14 @@ class HermesDialect:
     def read(self, prompt_tokens: Sequence[int], sampled_tokens: Sequence[int]) -> tuple[str, Reading]:
         try:
             parsed = self._renderer.parse_response(
-                list(sampled_tokens), tools=[SEARCH_TOOL], prompt_ids=list(prompt_tokens)
+                list(sampled_tokens), tools=self._tools, prompt_ids=list(prompt_tokens)
             )
         except Exception as error:  # renderers differ in what hostile output makes them raise
+            if self._tools is None:
+                return "", FinalAnswer(None)
             return "", MalformedCall(f"the turn could not be parsed ({type(error).__name__})")
         content = parsed.content if isinstance(parsed.content, str) else ""
-        if parsed.tool_calls:
+        if parsed.tool_calls and self._tools is not None:
             return content, _read_calls(parsed.tool_calls)
         return content, FinalAnswer(answer_after_prefix(content))
 
@@ -283,7 +277,7 @@ class HermesDialect:
         results: Sequence[Sequence[Passage]],
     ) -> list[int] | None:
         blocks = [
-            f"Query: {self._plain.defuse(query)}\n{_passage_lines(self._plain, passages)}"
+            f"Query: {self._plain.defuse(query)}\n{self._passages(self._plain, passages)}"
             for query, passages in zip(queries, results, strict=True)
         ]
         return self._bridge(prompt_tokens, sampled_tokens, "\n\n".join(blocks))
@@ -294,7 +288,7 @@ class HermesDialect:
     def _bridge(self, prompt_tokens: Sequence[int], sampled_tokens: Sequence[int], content: str) -> list[int] | None:
         message: Message = {"role": "tool", "name": "search", "content": content}
         rendered = self._renderer.bridge_to_next_turn(
-            list(prompt_tokens), list(sampled_tokens), [message], tools=[SEARCH_TOOL]
+            list(prompt_tokens), list(sampled_tokens), [message], tools=self._tools
         )
         before = [*prompt_tokens, *sampled_tokens]
         if rendered is None or rendered.token_ids[: len(before)] != before:
@@ -346,30 +340,6 @@ def _read_calls(calls: Sequence[Any]) -> Reading:
     return SearchRequest(tuple(queries)) if queries else MalformedCall(problem)
 
 
-def select_renderer(model_name: str, tokenizer: Any, renderer_name: str | None = None) -> Renderer:
-    """The renderer for a model: the one named, else the package's for this model, else ChatML where the tokenizer speaks it.
-
-    Raises:
-        ModelError: no renderer is known for the model, or the one named does not exist or does not suit its tokenizer.
-    """
-    if renderer_name == "chatml":
-        return ChatMLRenderer(tokenizer)
-    known = renderer_name or MODEL_RENDERER_MAP.get(model_name)
-    if known is not None:
-        try:
-            return create_renderer(tokenizer, cast(Any, config_from_name(known)))
-        except Exception as error:
-            raise ModelError(
-                f"renderer {known!r} cannot be used with the tokenizer of {model_name!r}: {type(error).__name__}: {error}"
-            ) from error
-    vocabulary = tokenizer.get_added_vocab()
-    if "<|im_start|>" in vocabulary and "<|im_end|>" in vocabulary:
-        return ChatMLRenderer(tokenizer)
-    raise ModelError(
-        f"no chat format is known for {model_name!r}: name one with renderer=… (the names of the renderers package, or 'chatml')"
-    )
-
-
 FORMATS = ("hermes", "tags")
 
 
@@ -380,6 +350,7 @@ def make_dialect(
     *,
     renderer_name: str | None = None,
     instructions: str | None = None,
+    method: Method = "search",
 ) -> Dialect:
     """The dialect for a model.
 
@@ -388,15 +359,36 @@ def make_dialect(
         model_name: as the Tinker service calls it; chooses the renderer.
         tokenizer: its Hugging Face tokenizer.
         renderer_name: a renderer of the ``renderers`` package, or ``"chatml"``; None chooses by the model's name.
-        instructions: the system prompt; None is the format's own.
+        instructions: the system prompt; None is that of the format and the method.
+        method: how the question is put to the model; see :data:`~searchr1_async.episodes.methods.Method`.
 
     Raises:
-        ModelError: unknown format, or no renderer for the model.
+        ModelError: an unknown format or method, no renderer for the model, or, with ``recipe``, no prompt of the recipe, or one
+            that would not be used as it is.
     """
     if format_name not in FORMATS:
         raise ModelError(f"unknown tool-call format {format_name!r}: choose one of {', '.join(FORMATS)}")
+    if method not in METHODS:
+        raise ModelError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
+    if method == "recipe":
+        _check_recipe(format_name, instructions)
     tokenizer = RememberingTokenizer(tokenizer)
     renderer = select_renderer(model_name, tokenizer, renderer_name)
+    if method == "recipe":
+        recipe = load_recipe_prompt()
+        return HermesDialect(renderer, tokenizer, recipe.instructions, tool=recipe.tool, passages=recipe_passages)
+    instructions = instructions or INSTRUCTIONS[format_name, method]
+    has_tool = method not in WITHOUT_TOOL
     if format_name == "tags":
-        return TagsDialect(renderer, tokenizer, instructions or TAGS_INSTRUCTIONS)
-    return HermesDialect(renderer, tokenizer, instructions or HERMES_INSTRUCTIONS)
+        return TagsDialect(renderer, tokenizer, instructions, has_tool=has_tool)
+    return HermesDialect(renderer, tokenizer, instructions, tool=SEARCH_TOOL if has_tool else None)
+
+
+def _check_recipe(format_name: str, instructions: str | None) -> None:
+    if format_name != "hermes":
+        raise ModelError(
+            f'the prompt of the method "recipe" asks for calls as <tool_call> JSON and for "Answer:", which the format '
+            f'{format_name!r} does not read: choose the format "hermes" for it'
+        )
+    if instructions is not None:
+        raise ModelError('the method "recipe" has the recipe\'s own prompt: leave instructions out')

@@ -70,6 +70,7 @@ async def play(
     limits: EpisodeLimits,
     first_turn: SampledTurn | None = None,
     prompt_tokens: Sequence[int] | None = None,
+    given: SearchCall | None = None,
     seed: int | None = None,
     began: float | None = None,
     time_limit: Callable[[float | None], AbstractContextManager[anyio.CancelScope]] = anyio.move_on_after,
@@ -79,6 +80,7 @@ async def play(
     Args:
         first_turn: sampled already (a group's first turns are one request); None samples it here.
         prompt_tokens: of the first turn, where the caller has rendered them; None renders them here.
+        given: a search whose passages stand in these ``prompt_tokens``; kept with the episode.
         seed: of the first turn's sample; later turns add their number.
         began: when the episode began (``time.monotonic()``), where its first turn was sampled before; None is now.
         time_limit: cuts the episode after so many seconds; another clock than the event loop's may be meant.
@@ -152,6 +154,7 @@ async def play(
         answer=answer,
         error=error,
         seconds=time.monotonic() - began,
+        given=given,
     )
 
 

@@ -58,10 +58,11 @@ async def open_engine(
         tokenizer,
         renderer_name=spec.renderer_name,
         instructions=spec.instructions,
+        method=spec.method,
     )
     gate = SampleGate(SampleLimit(LimitSettings(most=sampling.max_episodes_in_flight)))
     counted = CountedSearch(search)
-    local = LocalPlayer(dialect, counted, spec.limits, gate, spec.first_turn)
+    local = LocalPlayer(dialect, counted, spec.limits, gate, spec.first_turn, spec.method)
     tally = PlayTally()
     reading = PlayReading(emit, tally, counted, search_metrics)
 

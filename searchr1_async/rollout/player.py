@@ -11,9 +11,10 @@ import anyio
 
 from searchr1_async.config import EpisodeLimits, FirstTurn
 from searchr1_async.episodes.dialect import Dialect
+from searchr1_async.episodes.methods import Method, limits_for
 from searchr1_async.episodes.play import Policy, SampledTurn, SearchTool, play
-from searchr1_async.episodes.types import Episode, Passage, Question, StopReason
-from searchr1_async.errors import ServiceError
+from searchr1_async.episodes.types import Episode, Passage, Question, SearchCall, StopReason
+from searchr1_async.errors import SearchError, ServiceError
 from searchr1_async.rollout.deadlines import PausableDeadlines
 from searchr1_async.rollout.gate import SampleGate
 from searchr1_async.rollout.turns import LoopTurns
@@ -74,6 +75,7 @@ class LocalPlayer:
     Args:
         gate: gives the right to sample, late turns first; see :class:`SampleGate`.
         first_turn: see :attr:`SamplingSettings.first_turn`.
+        method: how questions are put to the model; ``dialect`` must have been made for it.
     """
 
     def __init__(
@@ -83,10 +85,12 @@ class LocalPlayer:
         limits: EpisodeLimits,
         gate: SampleGate,
         first_turn: FirstTurn = "auto",
+        method: Method = "search",
     ) -> None:
         self._dialect = dialect
         self._search = search
-        self._limits = limits
+        self._limits = limits_for(method, limits)
+        self._method: Method = method
         self._gate = gate
         self._first_turn: FirstTurn = first_turn
         self._turns = LoopTurns()
@@ -101,28 +105,23 @@ class LocalPlayer:
         """See :class:`GroupPlayer`."""
         began, held = time.monotonic(), self._deadlines.held
         self._gate.watch(getattr(policy, "client", None))
-        await self._turns.turn()
-        prompt = tuple(self._dialect.start(task.question))
+        prompt: tuple[int, ...] = ()
+        given: SearchCall | None = None
         firsts: Sequence[SampledTurn | None] = [None] * len(task.members)
-        if self._is_shared(task, prompt):
-            try:
-                with self._deadlines.limit(self._limits.max_seconds) as scope:
-                    async with self._gate.slot(
-                        samples=len(task.members), tokens=len(prompt), yields=task.yields
-                    ) as slot:
-                        firsts = await policy.sample_many(
-                            prompt,
-                            len(task.members),
-                            max_tokens=self._limits.max_tokens,
-                            stop=self._dialect.stop,
-                            seed=task.seed,
-                        )
-                        slot.finished([len(turn.tokens) for turn in firsts if turn is not None])
-                if scope.cancelled_caught:
-                    raise TimeoutError
-            except (ServiceError, TimeoutError) as fault:
-                await self._none_began(task, prompt, fault, time.monotonic() - began, finished)
-                return
+        try:
+            with self._deadlines.limit(self._limits.max_seconds) as scope:
+                given = await self._retrieve(task.question) if self._method == "rag" else None
+                await self._turns.turn()
+                prompt = self._prompt(task.question, given)
+                if self._is_shared(task, prompt):
+                    firsts = await self._sample_firsts(task, policy, prompt)
+            if scope.cancelled_caught:
+                raise TimeoutError
+        except (ServiceError, SearchError, TimeoutError) as fault:
+            if isinstance(fault, SearchError) and fault.is_fatal:
+                raise
+            await self._none_began(task, prompt, given, fault, time.monotonic() - began, finished)
+            return
 
         began += self._deadlines.held - held  # what is left of their time limit
 
@@ -137,6 +136,7 @@ class LocalPlayer:
                 limits=self._limits,
                 first_turn=first,
                 prompt_tokens=prompt,
+                given=given,
                 # Members must differ in their later turns, and a turn from the next: at most 64 turns apart.
                 seed=None if task.seed is None else task.seed + 64 * (member + 1),
                 began=began,
@@ -148,6 +148,30 @@ class LocalPlayer:
             for member, first in zip(task.members, firsts, strict=True):
                 tasks.start_soon(one, member, first)
 
+    async def _retrieve(self, question: Question) -> SearchCall:
+        """One search with the question itself, for the whole group."""
+        query = self._search.clean_query(question.question)
+        if query is None:
+            return SearchCall((), problem="the question cannot be searched for (too long or unreadable)")
+        began = time.monotonic()
+        results = tuple(tuple(passages) for passages in await self._search.search((query,)))
+        return SearchCall((query,), results, seconds=time.monotonic() - began)
+
+    def _prompt(self, question: Question, given: SearchCall | None) -> tuple[int, ...]:
+        start = self._dialect.start
+        return tuple(start(question) if given is None else start(question, given))
+
+    async def _sample_firsts(
+        self, task: GroupTask, policy: GroupPolicy, prompt: tuple[int, ...]
+    ) -> Sequence[SampledTurn]:
+        members = len(task.members)
+        async with self._gate.slot(samples=members, tokens=len(prompt), yields=task.yields) as slot:
+            firsts = await policy.sample_many(
+                prompt, members, max_tokens=self._limits.max_tokens, stop=self._dialect.stop, seed=task.seed
+            )
+            slot.finished([len(turn.tokens) for turn in firsts])
+        return firsts
+
     def _is_shared(self, task: GroupTask, prompt: Sequence[int]) -> bool:
         if len(prompt) + self._limits.max_tokens > self._limits.max_trajectory_tokens:
             return False  # no turn fits: each episode ends by itself
@@ -156,12 +180,18 @@ class LocalPlayer:
         return self._first_turn == "shared"
 
     async def _none_began(
-        self, task: GroupTask, prompt: tuple[int, ...], fault: Exception, seconds: float, finished: Finished
+        self,
+        task: GroupTask,
+        prompt: tuple[int, ...],
+        given: SearchCall | None,
+        fault: Exception,
+        seconds: float,
+        finished: Finished,
     ) -> None:
         is_slow = isinstance(fault, TimeoutError)
         reason = StopReason.TIME_LIMIT if is_slow else StopReason.FAILED
         error = None if is_slow else f"{type(fault).__name__}: {fault}"
-        lost = Episode(task.question, prompt, (), reason, error=error, seconds=seconds)
+        lost = Episode(task.question, prompt, (), reason, error=error, seconds=seconds, given=given)
         for member in task.members:
             await finished(member, lost)
 

@@ -105,7 +105,8 @@ def _call_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
         out["valid_calls"] = valid / len(calls)
         out["malformed_call"] = (len(calls) - valid) / len(calls)
     if episodes:
-        out["searches_per_episode"] = sum(len(call.results) for call in calls) / len(episodes)
+        made = [*calls, *(episode.given for episode in episodes if episode.given is not None)]
+        out["searches_per_episode"] = sum(len(call.results) for call in made) / len(episodes)
         out["answer_in_passage"] = sum(answer_in_passage(episode) for episode in episodes) / len(episodes)
     return out
 
@@ -142,7 +143,7 @@ def stop_fractions(episodes: Sequence[Episode], failed: int = 0) -> dict[str, fl
 
 def passages_shown(episode: Episode) -> tuple[Passage, ...]:
     """The passages that the model read, in order: those given with the question, and of every call that another turn followed."""
-    calls = [episode.given, *(turn.call for turn in episode.turns[:-1])]
+    calls = [episode.given, *(turn.call for turn in episode.turns[:-1])] if episode.turns else []
     return tuple(passage for call in calls if call is not None for found in call.results for passage in found)
 
 

@@ -189,7 +189,10 @@ def _load(path: Path) -> tuple[Episode, ...]:
 
 
 def _scan(paths: list[Path], schema: pl.Schema) -> pl.LazyFrame:
-    return pl.scan_parquet(paths, glob=False) if paths else pl.LazyFrame(schema=schema)
+    if not paths:
+        return pl.LazyFrame(schema=schema)
+    # A file that was written before there was a column has nulls in it.
+    return pl.scan_parquet(paths, glob=False, schema=dict(schema), missing_columns="insert")
 
 
 def _write(frame: pl.DataFrame, path: Path) -> None:

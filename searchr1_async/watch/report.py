@@ -13,7 +13,7 @@ import polars as pl
 from searchr1_async.episodes.types import Episode
 from searchr1_async.watch.html import STYLE, isolated, table, visible
 from searchr1_async.watch.rows import storable
-from searchr1_async.watch.viewer.parts import golden_html, turn_html, verdict_html
+from searchr1_async.watch.viewer.parts import given_html, golden_html, turn_html, verdict_html
 
 _SECRET = re.compile(r"api_?key|secret|password|credential|authorization", re.IGNORECASE)
 
@@ -161,4 +161,4 @@ def _episode(label: str, episode: Episode) -> str:
         turn_html(number, turn, episode.question, with_kinds=False)
         for number, turn in enumerate(episode.turns, start=1)
     )
-    return f"<article><h4>{isolated(label)}</h4>{turns}{verdict_html(episode)}</article>"
+    return f"<article><h4>{isolated(label)}</h4>{given_html(episode)}{turns}{verdict_html(episode)}</article>"

@@ -22,14 +22,18 @@ REWARD_PART = pl.Struct({"name": pl.String, "value": pl.Float64})
 
 PASSAGE = pl.Struct({"id": pl.String, "title": pl.String, "text": pl.String, "score": pl.Float64})
 
+CALL: dict[str, Any] = {
+    "queries": pl.List(pl.String),  # null: the turn made no call; empty: a malformed one
+    "passages": pl.List(pl.List(PASSAGE)),  # for each query; null or empty when the search was not run
+    "problem": pl.String,
+    "search_seconds": pl.Float64,
+}
+
 TURN = pl.Struct(
     {
         "text": pl.String,
         "content": pl.String,
-        "queries": pl.List(pl.String),  # null: the turn made no call; empty: a malformed one
-        "passages": pl.List(pl.List(PASSAGE)),  # for each query; null or empty when the search was not run
-        "problem": pl.String,
-        "search_seconds": pl.Float64,
+        **CALL,
         "sampled_tokens": pl.List(pl.Int32),
         "logprobs": pl.List(pl.Float32),
         "appended_tokens": pl.List(pl.Int32),
@@ -71,6 +75,9 @@ EPISODE_SCHEMA = pl.Schema(
         "error": pl.String,
         "prompt_tokens": pl.List(pl.Int32),
         "turns": pl.List(TURN),
+        # A search made for the model, its passages in the prompt; null queries: none. The last column, since files of
+        # earlier versions lack it.
+        "given": pl.Struct(CALL),
     }
 )
 
@@ -261,22 +268,16 @@ def _frame(rows: Sequence[EpisodeRow]) -> pl.DataFrame:
             _turns([turn for episode in episodes for turn in episode.turns]),
             [len(episode.turns) for episode in episodes],
         ),
+        "given": pl.DataFrame(_calls([episode.given for episode in episodes]), schema=CALL).to_struct(),
     }
     return pl.DataFrame({name: pl.Series(name, columns[name], dtype=dtype) for name, dtype in EPISODE_SCHEMA.items()})
 
 
 def _turns(turns: Sequence[Turn]) -> pl.Series:
-    calls = [turn.call for turn in turns]
     columns: dict[str, list[Any] | pl.Series] = {
         "text": _storable(turn.text for turn in turns),
         "content": _storable(turn.content for turn in turns),
-        "queries": _texts([None if call is None else call.queries for call in calls]),
-        "passages": _nested(
-            _passages([found for call in calls if call is not None for found in call.results]),
-            [None if call is None else len(call.results) for call in calls],
-        ),
-        "problem": _storable(None if call is None else call.problem for call in calls),
-        "search_seconds": [None if call is None else float(call.seconds) for call in calls],
+        **_calls([turn.call for turn in turns]),
         "sampled_tokens": _numbers([turn.sampled_tokens for turn in turns], "i", pl.Int32()),
         "logprobs": _numbers([turn.logprobs for turn in turns], "f", pl.Float32()),
         "appended_tokens": _numbers([turn.appended_tokens for turn in turns], "i", pl.Int32()),
@@ -285,6 +286,18 @@ def _turns(turns: Sequence[Turn]) -> pl.Series:
         "truncated": [turn.truncated for turn in turns],
     }
     return pl.DataFrame(columns, schema=_fields(TURN)).to_struct()
+
+
+def _calls(calls: Sequence[SearchCall | None]) -> dict[str, list[Any] | pl.Series]:
+    return {
+        "queries": _texts([None if call is None else call.queries for call in calls]),
+        "passages": _nested(
+            _passages([found for call in calls if call is not None for found in call.results]),
+            [None if call is None else len(call.results) for call in calls],
+        ),
+        "problem": _storable(None if call is None else call.problem for call in calls),
+        "search_seconds": [None if call is None else float(call.seconds) for call in calls],
+    }
 
 
 def _passages(found: Sequence[Sequence[Passage]]) -> pl.Series:
@@ -339,20 +352,25 @@ def _storable(texts: Iterable[str | None]) -> list[str | None]:
 def transcript(episode: Episode) -> str:
     """The whole episode as plain text: question, each turn's text, each search's passages, answer. For people."""
     lines = [f"[question] {episode.question.question}"]
+    if episode.given is not None:
+        lines += ["[given with the question]", *_call_lines(episode.given, "nothing")]
     for number, turn in enumerate(episode.turns, start=1):
         lines.append(f"[turn {number}] {turn.text}")
-        if turn.call is None:
-            continue
-        if turn.call.problem is not None:
-            lines.append(f"[malformed call] {turn.call.problem}")
-        for query, found in zip(turn.call.queries, turn.call.results, strict=False):
-            lines.append(f"[search] {query}")
-            lines.extend(f"[passage] {passage.title}: {passage.text}" for passage in found)
+        if turn.call is not None:
+            lines += _call_lines(turn.call)
     lines.append(f"[{episode.stop_reason.value}] {episode.answer or ''}".rstrip())
     lines.append(f"[golden] {' | '.join(episode.question.golden_answers)}")
     if episode.error:
         lines.append(f"[error] {episode.error}")
     return "\n".join(lines)
+
+
+def _call_lines(call: SearchCall, problem: str = "malformed call") -> list[str]:
+    lines = [] if call.problem is None else [f"[{problem}] {call.problem}"]
+    for query, found in zip(call.queries, call.results, strict=False):
+        lines.append(f"[search] {query}")
+        lines.extend(f"[passage] {passage.title}: {passage.text}" for passage in found)
+    return lines
 
 
 def episode_from_row(row: Mapping[str, Any]) -> Episode:
@@ -373,25 +391,29 @@ def episode_from_row(row: Mapping[str, Any]) -> Episode:
         reward_parts={part["name"]: part["value"] for part in row["reward_parts"]},
         error=row["error"],
         seconds=row["seconds"],
+        given=_call_from_row(row.get("given")),
+    )
+
+
+def _call_from_row(row: Mapping[str, Any] | None) -> SearchCall | None:
+    if row is None or row["queries"] is None:
+        return None
+    return SearchCall(
+        queries=tuple(row["queries"]),
+        results=tuple(tuple(Passage(**passage) for passage in found) for found in row["passages"] or ()),
+        problem=row["problem"],
+        seconds=row["search_seconds"],
     )
 
 
 def _turn_from_row(row: Mapping[str, Any]) -> Turn:
-    call = None
-    if row["queries"] is not None:
-        call = SearchCall(
-            queries=tuple(row["queries"]),
-            results=tuple(tuple(Passage(**passage) for passage in found) for found in row["passages"] or ()),
-            problem=row["problem"],
-            seconds=row["search_seconds"],
-        )
     return Turn(
         sampled_tokens=tuple(row["sampled_tokens"]),
         logprobs=tuple(row["logprobs"]),
         text=row["text"],
         content=row["content"],
         policy_version=row["policy_version"],
-        call=call,
+        call=_call_from_row(row),
         appended_tokens=tuple(row["appended_tokens"]),
         seconds=row["seconds"],
         truncated=row["truncated"],

@@ -234,6 +234,7 @@ def _episode_line(episode: Episode) -> bytes:
         "reward_parts": episode.reward_parts,
         "error": episode.error,
         "seconds": episode.seconds,
+        "given": episode.given,
     }
     # orjson writes null for what is no finite number, which is no log-probability but might be a score.
     return _line(values) if math.isfinite(_sum(episode)) else _slow_line(values)
@@ -244,8 +245,9 @@ def _sum(episode: Episode) -> float:
     total = episode.reward + sum(episode.reward_parts.values()) + episode.seconds
     for turn in episode.turns:
         total += sum(turn.logprobs) + turn.seconds
-        if turn.call is not None:
-            total += turn.call.seconds + sum(passage.score for found in turn.call.results for passage in found)
+    for call in (episode.given, *episode.calls):
+        if call is not None:
+            total += call.seconds + sum(passage.score for found in call.results for passage in found)
     return total
 
 
@@ -294,14 +296,20 @@ def _episode(question: Question, row: dict[str, Any]) -> Episode:
     row["prompt_tokens"] = tuple(row["prompt_tokens"])
     row["turns"] = tuple(map(_turn, row["turns"]))
     row["stop_reason"] = StopReason(row["stop_reason"])
+    row["given"] = _call(row.get("given"))
     return Episode(question, **row)
 
 
 def _turn(row: dict[str, Any]) -> Turn:
     for name in ("sampled_tokens", "logprobs", "appended_tokens"):
         row[name] = tuple(row[name])
-    if (call := row["call"]) is not None:
-        call["queries"] = tuple(call["queries"])
-        call["results"] = tuple(tuple(Passage(**passage) for passage in found) for found in call["results"])
-        row["call"] = SearchCall(**call)
+    row["call"] = _call(row["call"])
     return Turn(**row)
+
+
+def _call(row: dict[str, Any] | None) -> SearchCall | None:
+    if row is None:
+        return None
+    row["queries"] = tuple(row["queries"])
+    row["results"] = tuple(tuple(Passage(**passage) for passage in found) for found in row["results"])
+    return SearchCall(**row)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from searchr1_async.config import EpisodeLimits, FirstTurn, SamplingSettings
 from searchr1_async.episodes.methods import Method
-from searchr1_async.episodes.types import Passage, StopReason, Turn
+from searchr1_async.episodes.types import Passage, SearchCall, StopReason, Turn
 from searchr1_async.rollout.gate import GateStatistics
 from searchr1_async.rollout.limit import LimitSettings
 from searchr1_async.rollout.player import GroupTask
@@ -30,6 +30,7 @@ class WorkerSpec:
     samples: LimitSettings = field(default_factory=LimitSettings)
     """The bounds of how many samples a worker has in flight."""
     method: Method = "search"
+    """How questions are put to the model."""
 
 
 # -- from the pool --------------------------------------------------------------------------------------------------------
@@ -168,6 +169,9 @@ class Played:
     answer: str | None
     error: str | None
     seconds: float
+    given: SearchCall | None = None
+    """Without its results."""
+    given_found: tuple[Reference | tuple[Passage, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from searchr1_async.episodes.types import Episode, Passage, Question, Turn
+from searchr1_async.episodes.types import Episode, Passage, Question, SearchCall, Turn
 from searchr1_async.rollout.workers.messages import Played, Reference
 
 Results = tuple[tuple[Passage, ...], ...]
@@ -38,16 +38,18 @@ class Packer:
             group=self.group,
             member=member,
             prompt_tokens=None if is_known else episode.prompt_tokens,
-            turns=tuple(_without_results(turn) for turn in episode.turns),
-            found=tuple(
-                tuple(self._reference(passages) for passages in turn.call.results) if turn.call is not None else ()
-                for turn in episode.turns
-            ),
+            turns=tuple(_turn_with(turn, _without_results(turn.call)) for turn in episode.turns),
+            found=tuple(self._references(turn.call) for turn in episode.turns),
             stop_reason=episode.stop_reason,
             answer=episode.answer,
             error=episode.error,
             seconds=episode.seconds,
+            given=_without_results(episode.given),
+            given_found=self._references(episode.given),
         )
+
+    def _references(self, call: SearchCall | None) -> tuple[Reference | tuple[Passage, ...], ...]:
+        return () if call is None else tuple(map(self._reference, call.results))
 
     def _reference(self, passages: tuple[Passage, ...]) -> Reference | tuple[Passage, ...]:
         known = self._known.get(id(passages))
@@ -71,24 +73,30 @@ class Unpacker:
             question=self.question,
             prompt_tokens=self._prompt,
             turns=tuple(
-                _with_results(turn, found, self.found) for turn, found in zip(played.turns, played.found, strict=True)
+                _turn_with(turn, _with_results(turn.call, found, self.found))
+                for turn, found in zip(played.turns, played.found, strict=True)
             ),
             stop_reason=played.stop_reason,
             answer=played.answer,
             error=played.error,
             seconds=played.seconds,
+            given=_with_results(played.given, played.given_found, self.found),
         )
 
 
-def _without_results(turn: Turn) -> Turn:
-    if turn.call is None or not turn.call.results:
-        return turn
-    return replace(turn, call=replace(turn.call, results=()))
+def _turn_with(turn: Turn, call: SearchCall | None) -> Turn:
+    return turn if call is turn.call else replace(turn, call=call)
 
 
-def _with_results(turn: Turn, found: Sequence[Reference | tuple[Passage, ...]], known: Mapping[int, Results]) -> Turn:
-    if turn.call is None or not found:
-        return turn
+def _without_results(call: SearchCall | None) -> SearchCall | None:
+    return call if call is None or not call.results else replace(call, results=())
+
+
+def _with_results(
+    call: SearchCall | None, found: Sequence[Reference | tuple[Passage, ...]], known: Mapping[int, Results]
+) -> SearchCall | None:
+    if call is None or not found:
+        return call
     results = []
     for item in found:
         match item:
@@ -96,4 +104,4 @@ def _with_results(turn: Turn, found: Sequence[Reference | tuple[Passage, ...]], 
                 results.append(known[search][place])
             case _:
                 results.append(item)
-    return replace(turn, call=replace(turn.call, results=tuple(results)))
+    return replace(call, results=tuple(results))

@@ -114,6 +114,7 @@ def load_dialect(spec: WorkerSpec) -> Dialect:
         tokenizer,
         renderer_name=spec.renderer_name,
         instructions=spec.instructions,
+        method=spec.method,
     )
 
 
@@ -129,7 +130,7 @@ class Worker:
         self.gate = SampleGate(SampleLimit(spec.samples))
         self._clients = clients
         self._search = ForwardedSearch(channel)
-        self._player = LocalPlayer(dialect, self._search, spec.limits, self.gate, spec.first_turn)
+        self._player = LocalPlayer(dialect, self._search, spec.limits, self.gate, spec.first_turn, spec.method)
         self._policies: dict[int, HeldPolicy] = {}
         self._scopes: dict[int, anyio.CancelScope] = {}
 

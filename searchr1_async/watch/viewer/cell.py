@@ -9,6 +9,7 @@ from searchr1_async.watch.html import visible
 from searchr1_async.watch.rows import centred
 from searchr1_async.watch.viewer.parts import (
     SHADED,
+    given_html,
     golden_html,
     legend_html,
     line_html,
@@ -107,7 +108,7 @@ def _episode(
     return (
         f'{verdict_html(episode)}<div class="facts">{facts}</div><div class="learning{css}">{visible(learning)}</div>'
         f'<details class="more-of"{" open" if len(episode.turns) <= 3 else ""}>'
-        f"<summary>{counted(len(episode.turns), 'turn')}</summary>{legend}{prompt}{turns}</details>"
+        f"<summary>{counted(len(episode.turns), 'turn')}</summary>{legend}{given_html(episode)}{prompt}{turns}</details>"
     )
 
 

@@ -44,8 +44,8 @@ FLAGS: dict[str, str] = {
 }
 """What the list can be filtered by, each the bit of its place: name and words."""
 
-_MAX_LISTED = 300
-"""Characters of an answer that the index holds; the whole is in the chunk."""
+MAX_LISTED = 300
+"""Characters of an answer, or of a question's identifier, that the index holds; the whole is in the chunk."""
 
 
 def blocks(rows: Iterable[EpisodeRow], tokenizer: Any, about: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -112,6 +112,7 @@ class _Index:
             "turns",
             "tokens",
             "seconds",
+            "member",
         )
         self._columns: dict[str, list[Any]] = {name: [] for name in names}
 
@@ -122,12 +123,12 @@ class _Index:
         key = question.data_source, question.id, question.question
         asked = self._questions.setdefault(key, len(self._questions))
         if asked == len(self._asked):
-            self._asked.append([question.id[:_MAX_LISTED], suite, text])
+            self._asked.append([question.id[:MAX_LISTED], suite, text])
         source = self._sources.setdefault((row.step, row.label), len(self._sources))
         values = {
             "question": asked,
             "source": source,
-            "answer": None if episode.answer is None else episode.answer[:_MAX_LISTED],
+            "answer": None if episode.answer is None else episode.answer[:MAX_LISTED],
             "verdict": verdict(episode),
             "flags": _flags(row),
             "reward": _number(episode.reward) if episode.is_complete else None,
@@ -136,6 +137,7 @@ class _Index:
             "tokens": len(episode.prompt_tokens)
             + sum(len(turn.sampled_tokens) + len(turn.appended_tokens) for turn in episode.turns),
             "seconds": _number(episode.seconds, 2),
+            "member": row.member,
         }
         for name, value in values.items():
             self._columns[name].append(value)
@@ -143,7 +145,8 @@ class _Index:
     def value(self) -> dict[str, Any]:
         return {
             "sources": [
-                {"name": source_words(step, label), "isEvaluation": label is not None} for step, label in self._sources
+                {"name": source_words(step, label), "label": label, "isEvaluation": label is not None}
+                for step, label in self._sources
             ],
             "suites": list(self._suites),
             "questions": self._asked,
@@ -156,7 +159,7 @@ def _flags(row: EpisodeRow) -> int:
     found = {
         "right": verdict(episode) == "right",
         "wrong": verdict(episode) == "wrong",
-        "nosearch": not any(call.results for call in episode.calls),
+        "nosearch": not any(call is not None and call.results for call in (episode.given, *episode.calls)),
         "toolong": episode.stop_reason in TOO_LONG,
         "failed": not episode.is_complete,
         "malformed": episode.stop_reason is StopReason.MALFORMED_CALL
@@ -194,6 +197,7 @@ def _episode(row: EpisodeRow, tokenizer: Any, prompt_text: Any, strings: _String
             learning_words(episode, row.advantage, row.trained, row.drop_reason, is_evaluation=is_evaluation)
         ),
         "learned": None if is_evaluation else row.trained,
+        "given": _call(episode.given, strings),
         "prompt": _masked(episode.prompt_tokens, prompt_text, strings),
         "turns": [_turn(turn, tokenizer, prompt_text, strings) for turn in episode.turns],
         "wrote": episode.action_token_count,

@@ -125,6 +125,19 @@ def call_html(call: SearchCall | None, question: Question) -> str:
     )
 
 
+def given_html(episode: Episode) -> str:
+    """The passages that stood in the prompt with the question; nothing where there were none."""
+    if episode.given is None:
+        return ""
+    problem = episode.given.problem
+    found = (
+        call_html(episode.given, episode.question)
+        if problem is None
+        else f'<div class="problem">nothing: {line_html(problem)}</div>'
+    )
+    return f'<div class="turn"><div class="head soft">given with the question</div>{found}</div>'
+
+
 def _count(found: Sequence[Passage]) -> str:
     return f"{len(found)} passage{'' if len(found) == 1 else 's'}"
 

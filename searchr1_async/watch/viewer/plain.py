@@ -12,6 +12,10 @@ def episode_text(episode: Episode) -> str:
     """The whole episode, readable: question, turns, searches with their passages, answer, reward."""
     question = episode.question
     lines = [f"question: {_line(question.question)}", f"golden answer: {_golden(episode)}", ""]
+    if episode.given is not None:
+        problem = episode.given.problem
+        found = _call_lines(episode.given) if problem is None else [f"  nothing: {_line(problem)}"]
+        lines += ["given with the question:", *found, ""]
     for number, turn in enumerate(episode.turns, start=1):
         cut = ", cut at the token limit" if turn.truncated else ""
         lines += [f"turn {number} ({tokens(len(turn.sampled_tokens))}{cut}):", _shown(turn.text, MAX_TEXT)]

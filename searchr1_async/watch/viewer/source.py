@@ -17,10 +17,10 @@ from searchr1_async.watch.rows import EpisodeRow, episode_from_row
 _ROWS_AT_ONCE = 512
 """Episodes whose steps are read together; one step's or evaluation's are never read in parts."""
 
-_KNOWN = ("step", "label", "advantage", "trained", "drop_reason")
+_KNOWN = ("step", "label", "member", "advantage", "trained", "drop_reason")
 _COLUMNS = [  # those of an episode, and what is known of it beside
     *(*_KNOWN, "question_id", "question", "golden_answers", "data_source", "metadata", "prompt_tokens", "turns"),
-    *("stop_reason", "answer", "reward", "reward_parts", "error", "seconds"),
+    *("stop_reason", "answer", "reward", "reward_parts", "error", "seconds", "given"),
 ]
 
 SourceKey = tuple[int | None, str | None]

@@ -38,6 +38,7 @@ function episodeElement(index, number, { strings, episode }) {
   const learned = { true: " trained", false: " dropped", null: "" }[String(episode.learned)];
   made.append(element("div", "learning" + learned, line(strings[episode.learning], limit)));
   if (episode.turns.some((turn) => turn.tokens !== null)) made.append(legend(index));
+  if (episode.given !== null) made.append(givenElement(index, strings, episode.given, golden));
   made.append(masked(index, strings, episode.prompt, "prompt"));
   episode.turns.forEach((turn, place) => made.append(turnElement(index, strings, turn, place + 1, golden)));
   return made;
@@ -96,6 +97,14 @@ function addToken(index, parent, text, thousandths) {
   span.title = `log-probability ${logprob.toFixed(3)}, probability ${(100 * Math.exp(logprob)).toFixed(1)} %`;
   parent.append(span);
   return parent;
+}
+
+// The passages that stood in the prompt.
+function givenElement(index, strings, given, golden) {
+  const found = given.problem === null
+    ? callElements(index, strings, given, golden)
+    : [element("div", "problem", "nothing: ", line(strings[given.problem], index.limits.line))];
+  return element("section", "turn", element("div", "head", "given with the question"), ...found);
 }
 
 function callElements(index, strings, call, golden) {

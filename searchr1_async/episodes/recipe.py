@@ -1,0 +1,105 @@
+"""The prompt of the ancestor recipe, as the installed ``tinker_cookbook`` has it: read from its source, never imported.
+
+Importing the recipe brings in Chroma's and Google's clients, pandas and its whole training loop; what is wanted of it are a
+system prompt and a tool's description, which stand in its source as literals.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from renderers import ToolSpec
+
+from searchr1_async.episodes.plain_text import PlainText
+from searchr1_async.episodes.types import Passage
+from searchr1_async.errors import ModelError
+
+_PACKAGE = "tinker_cookbook"
+_FOLDER = "recipes/search_tool"
+_PROMPT = ("search_env.py", "SEARCH_TASK_INSTRUCTIONS")
+_TOOL = ("tools.py", "search", "query_list")
+
+
+@dataclass(frozen=True, slots=True)
+class RecipePrompt:
+    """What the recipe tells a model before the question."""
+
+    instructions: str
+    """The system prompt, word for word."""
+    tool: ToolSpec
+    """The search tool, as the recipe declares it."""
+
+
+def load_recipe_prompt() -> RecipePrompt:
+    """The prompt of the installed recipe.
+
+    Raises:
+        ModelError: ``tinker_cookbook`` is not installed, or the installed version has no such prompt.
+    """
+    spec = importlib.util.find_spec(_PACKAGE)  # of a package at the top: looks for it and runs nothing
+    folders = [Path(place) / _FOLDER for place in (spec.submodule_search_locations or ())] if spec else []
+    folder = next((folder for folder in folders if folder.is_dir()), None)
+    if folder is None:
+        raise ModelError(
+            'the method "recipe" takes its prompt from the recipe itself, which is not installed: pip install tinker-cookbook'
+        )
+    try:
+        return RecipePrompt(_constant(_parsed(folder, _PROMPT[0])), _tool(_parsed(folder, _TOOL[0])))
+    except (OSError, SyntaxError, ValueError, LookupError) as error:
+        raise ModelError(
+            f'the installed tinker_cookbook has no search prompt that the method "recipe" could take ({error}): '
+            "pip install tinker-cookbook==0.5.8 has one"
+        ) from error
+
+
+def recipe_passages(plain: PlainText, passages: Sequence[Passage]) -> str:
+    """Passages as the recipe shows them: each a numbered document on lines of its own, its title first."""
+    lines: list[str] = []
+    for number, passage in enumerate(passages, 1):
+        title = [passage.title] if passage.title and passage.title not in passage.text else []
+        lines += [f"Document {number}:", *map(plain.defuse, [*title, passage.text])]
+    return "\n".join(lines)
+
+
+def _parsed(folder: Path, name: str) -> ast.Module:
+    return ast.parse((folder / name).read_text(encoding="utf-8"), name)
+
+
+def _constant(module: ast.Module) -> str:
+    name = _PROMPT[1]
+    for node in module.body:
+        targets = (
+            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        )
+        if any(isinstance(target, ast.Name) and target.id == name for target in targets):
+            value = ast.literal_eval(cast(ast.Assign, node).value)
+            if isinstance(value, str) and value.strip():
+                return value
+    raise LookupError(f"no text {name} in {_PROMPT[0]}")
+
+
+def _tool(module: ast.Module) -> ToolSpec:
+    """The tool's declaration, from its docstring and its argument's annotation: as pydantic makes the recipe's schema of it."""
+    _, name, argument = _TOOL
+    for node in ast.walk(module):
+        if not isinstance(node, ast.AsyncFunctionDef | ast.FunctionDef) or node.name != name:
+            continue
+        notes = {arg.arg: arg.annotation for arg in node.args.args}
+        annotation, description = notes.get(argument), ast.get_docstring(node, clean=False)
+        if description and isinstance(annotation, ast.Subscript) and isinstance(annotation.slice, ast.Tuple):
+            about = ast.literal_eval(annotation.slice.elts[-1])
+            if isinstance(about, str):
+                return _declaration(name, description, argument, about)
+    raise LookupError(f"no tool {name}({argument}) in {_TOOL[0]}")
+
+
+def _declaration(name: str, description: str, argument: str, about: str) -> ToolSpec:
+    title = argument.replace("_", " ").title()
+    values = {"description": about, "items": {"type": "string"}, "title": title, "type": "array"}
+    schema = {"properties": {argument: values}, "required": [argument], "title": f"{name}_params", "type": "object"}
+    return {"name": name, "description": description, "parameters": schema}
