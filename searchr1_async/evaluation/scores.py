@@ -1,6 +1,6 @@
 """One row for each episode of an evaluation: the compact truth that every figure is computed from. Pure.
 
-A row is some 500 bytes where the episode itself is 50,000: full suites of 50,000 episodes are held as scores, and the
+A row is some 250 bytes where the episode itself is 50,000: full suites of 50,000 episodes are held as scores, and the
 episodes stay on disk.
 """
 
@@ -73,7 +73,7 @@ def score_frame(system: str, episodes: Iterable[tuple[int, Episode]], step: int 
     """The scores of a system's episodes, as a frame of exactly :data:`SCORE_SCHEMA`.
 
     Scores are the episode's reward parts ``correct``, ``f1``, ``cover`` and ``format``; a part that is missing, or no finite
-    number, is computed from the answer. 0.3 ms an episode of three turns.
+    number, is computed from the answer. It takes 0.12 ms an episode of 1,500 tokens.
 
     Args:
         system: label of what was measured.
