@@ -60,7 +60,8 @@ async def tell_near_overlap(training: Sequence[Question], held_out: Sequence[Que
 
 
 def _letters(question: str) -> str:
-    return "".join(filter(str.isalnum, unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", question).casefold())))
+    folded = unicodedata.normalize("NFKC", question).casefold()
+    return "".join(filter(str.isalnum, unicodedata.normalize("NFKC", folded)))
 
 
 def _shown(text: str) -> str:

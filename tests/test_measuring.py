@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
@@ -11,9 +12,12 @@ import pytest
 import tinker
 
 import searchr1_async as sr
+from searchr1_async.control import RunControl
 from searchr1_async.events import BatchClosed, Event, Notice, PhaseEnded, PhaseStarted, StepFinished
-from searchr1_async.learn.checkpoints import kept_checkpoints
+from searchr1_async.learn.checkpoints import CheckpointList, kept_checkpoints
+from searchr1_async.measuring import Measuring
 from searchr1_async.run_folder import training_questions
+from searchr1_async.watch.records import RunRecords
 from tests import tiny_world
 
 pytestmark = pytest.mark.anyio
@@ -80,7 +84,14 @@ async def on_service(path: str) -> bool:
     return True
 
 
-@pytest.mark.parametrize("way", [{"max_staleness": 1}, {}, {"synchronous": True}], ids=["async", "on-policy", "sync"])
+@pytest.mark.parametrize(
+    "way",
+    [
+        pytest.param({"max_staleness": 1}, id="asynchronous"),
+        pytest.param({}, id="on-policy", marks=pytest.mark.slow),
+        pytest.param({"synchronous": True}, id="synchronous", marks=pytest.mark.slow),
+    ],
+)
 async def test_each_measurement_is_of_its_own_steps_weights(start: Callable[..., sr.Run], way: dict[str, Any]) -> None:
     paths: dict[int, str] = {}
     run = start(steps=3, evaluate_every=1, emit=lambda event: look(event), **way)
@@ -101,12 +112,12 @@ async def test_each_measurement_is_of_its_own_steps_weights(start: Callable[...,
 
 
 async def test_training_goes_on_while_a_step_is_measured(start: Callable[..., sr.Run]) -> None:
-    """The measurement of step 2 ends only when step 4 is on disk."""
+    """The measurement of step 2 ends only when the last step is on disk."""
     held, events = Held(), list[Event]()
 
     def emit(event: Event) -> None:
         events.append(event)
-        if isinstance(event, StepFinished) and event.step == 4:
+        if isinstance(event, PhaseEnded) and event.phase == "train":
             held.opened.set()
 
     with anyio.fail_after(150):
@@ -115,7 +126,7 @@ async def test_training_goes_on_while_a_step_is_measured(start: Callable[..., sr
     named = [(event.phase, event.label) for event in events if isinstance(event, PhaseStarted)]
     assert named[1:] == [("evaluate", "untrained"), ("train", ""), ("evaluate", "step 2"), ("evaluate", "after RL")]
     ended = [event.phase for event in events if isinstance(event, PhaseEnded)]
-    assert ended[:2] == ["evaluate", "train"], "the measurement is the last to end"
+    assert ended[1:3] == ["evaluate", "train"], "the measurement is the last to end"
     beside = [event.metrics["evaluation/episodes_beside"] for event in events if isinstance(event, StepFinished)]
     assert sum(beside) == 0, "none of its episodes had ended when the last step closed"
 
@@ -139,6 +150,7 @@ async def test_training_waits_where_measurements_fall_behind_and_says_why(start:
     assert [evaluation.step for evaluation in result.evaluations] == [0, 1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 async def test_training_is_the_same_with_measurements_and_without(start: Callable[..., sr.Run], tmp_path: Path) -> None:
     played = {}
     for every in (None, 1):
@@ -169,6 +181,7 @@ async def test_a_stop_in_the_middle_of_a_measurement_keeps_its_weights_for_the_r
     assert not await on_service(waiting[1].sampler_path) or waiting[1].for_good
 
 
+@pytest.mark.slow
 async def test_the_best_weights_stay_and_the_others_go(start: Callable[..., sr.Run]) -> None:
     paths: dict[int, str] = {}
     run = start(steps=4, keep_best=True, checkpoint_every=2, emit=lambda event: look(event))
@@ -186,6 +199,7 @@ async def test_the_best_weights_stay_and_the_others_go(start: Callable[..., sr.R
     assert [step for step, path in sorted(paths.items()) if await on_service(path)] == sorted(kept)
 
 
+@pytest.mark.slow
 async def test_a_measurement_that_fails_for_good_ends_the_run(start: Callable[..., sr.Run]) -> None:
     async def reward(episode: sr.Episode) -> float:
         if is_measured(episode):
@@ -214,6 +228,7 @@ async def test_the_best_needs_measurements(start: Callable[..., sr.Run]) -> None
         start(keep_best=True, evaluate_every=None)
 
 
+@pytest.mark.slow
 async def test_a_run_keeps_its_questions(start: Callable[..., sr.Run]) -> None:
     run = start(steps=1, evaluate_every=None, held_out=())
     await run
@@ -227,3 +242,29 @@ async def test_a_run_keeps_its_questions(start: Callable[..., sr.Run]) -> None:
     assert played is not None
     assert {one.id for one in played} == set(run.episodes().collect()["question_id"])
     assert training_questions(run.out_dir / "nowhere") is None
+
+
+async def test_at_the_time_limit_nothing_more_is_begun(tmp_path: Path) -> None:
+    """What waits is left out and said; nothing of it is begun, though its weights are there."""
+    notices: list[Event] = []
+    job: Any = SimpleNamespace(held_out=HELD_OUT, held_out_samples=1, evaluate_every=2, out_dir=tmp_path)
+    nothing: Any = None
+    measuring = Measuring(
+        job,
+        nothing,  # a service or an engine that is asked for anything raises
+        nothing,
+        RunRecords(tmp_path),
+        CheckpointList(tmp_path),
+        control=RunControl(),
+        emit=notices.append,
+    )
+    policy: Any = SimpleNamespace(version=0)
+    with anyio.fail_after(20):
+        async with measuring.beside(policy, is_over=False):
+            assert [measuring.closed(step, is_last=step == 6) for step in (1, 2, 3, 4, 5, 6)] == [
+                *(False, True, False, True),
+                *(False, False),
+            ]
+            measuring.training_ended("time_limit")
+            measuring.recorded(2, "tinker://run/sampler_weights/step-000002")
+    assert notices == [Notice("the time limit was reached before step 2, 4 could be measured: left out")]
