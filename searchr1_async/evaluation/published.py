@@ -1,0 +1,299 @@
+"""Published exact match of search-trained models, and what differs between them and a report of ours. Pure.
+
+Each row holds only what its source says; what a source does not say is None and is called "not stated". No row is ever ranked
+against ours: the figures stand beside each other, with what differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+
+from searchr1_async.evaluation.manifest import Manifest, SystemRecord
+
+if TYPE_CHECKING:
+    from searchr1_async.evaluation.report import Report
+
+_PAPER = "https://arxiv.org/abs/2503.09516"
+_RECIPE = "https://github.com/thinking-machines-lab/tinker-cookbook/tree/main/tinker_cookbook/recipes/search_tool"
+
+NOT_STATED = "not stated"
+NOT_RECORDED = "not recorded"
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedRow:
+    """One published line of results. None where its source does not say."""
+
+    name: str
+    scores: Mapping[str, float]
+    """Exact match by suite, from 0 to 1."""
+    source: str
+    """Where the figures stand."""
+    model: str | None = None
+    training: str | None = None
+    corpus: str | None = None
+    index: str | None = None
+    embedder: str | None = None
+    n_results: int | None = None
+    prompt: str | None = None
+    max_turns: int | None = None
+    questions: str | None = None
+    """A suite's, in words."""
+    samples: int | None = None
+    temperature: float | None = None
+    remarks: tuple[str, ...] = field(default=())
+    """What a reader must know of it besides, in sentences."""
+
+
+def _scores(nq: float, triviaqa: float, hotpotqa: float, two_wiki: float) -> dict[str, float]:
+    return {"nq": nq, "triviaqa": triviaqa, "hotpotqa": hotpotqa, "2wikimultihopqa": two_wiki}
+
+
+_RECIPE_SEARCH: dict[str, Any] = {
+    "corpus": "Wikipedia of 2018 (wiki-18)",
+    "index": "Chroma, tianyi-thinks/2018-wiki-index",
+    "embedder": "gemini-embedding-001",
+    "n_results": 3,
+    "prompt": "recipe",
+    "max_turns": 5,
+}
+_RECIPE_QUESTIONS = (
+    "Its source does not say on how many questions it was measured. The recipe's own script takes 100 of each suite (seed 42) "
+    "unless it is told otherwise; on 100 questions a share of one half has an interval of about ±10 points."
+)
+
+PUBLISHED: tuple[PublishedRow, ...] = (
+    PublishedRow(
+        "Search-R1 paper",
+        _scores(0.429, 0.623, 0.386, 0.346),
+        f"{_PAPER}, as cited in {_RECIPE}",
+        model="Qwen2.5-7B-Instruct",
+        training="reinforcement learning on NQ and HotpotQA",
+        corpus="Wikipedia of 2018 (wiki-18)",
+        embedder="E5",
+        n_results=3,
+        prompt="Search-R1's own",
+        remarks=(
+            "The paper's Table 2 gives other figures for the instruct model of this size: 39.3 / 61.0 / 37.0 / 41.4. The ones here "
+            "are those that the recipe compares itself with.",
+        ),
+    ),
+    PublishedRow(
+        "Tinker replication",
+        _scores(0.516, 0.673, 0.497, 0.428),
+        _RECIPE,
+        model="Qwen2.5-7B-Instruct",
+        training="the recipe's: importance-sampling loss, synchronous rollouts",
+        remarks=(_RECIPE_QUESTIONS, "Its source says that the model is not available on Tinker."),
+        **_RECIPE_SEARCH,
+    ),
+    PublishedRow(
+        "tinker-cookbook",
+        _scores(0.518, 0.702, 0.520, 0.477),
+        _RECIPE,
+        model="Qwen3-4B-Instruct-2507",
+        training="the recipe's defaults",
+        remarks=(_RECIPE_QUESTIONS, "The model was taken off Tinker on 2026-06-12."),
+        **_RECIPE_SEARCH,
+    ),
+)
+"""The paper's search set-up is from its section on the experiments; the recipe's from its README and its code (0.5.8)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """Ours and the published, beside each other."""
+
+    frame: pl.DataFrame
+    """``row``, ``kind`` (``ours``, ``published``), ``suite``, ``exact_match``, ``low``, ``high``, ``questions`` (null where not
+    stated): the suites that a published row has and ours asked."""
+    conditions: pl.DataFrame
+    """``condition``, then a column for each row: what each was measured with, in words."""
+    notes: tuple[str, ...]
+    """What differs, in sentences."""
+
+
+def beside_published(report: Report, published: Sequence[PublishedRow] | None = None) -> Beside:
+    """See :meth:`Report.beside`."""
+    rows = tuple(PUBLISHED if published is None else published)
+    suites = [suite for suite in report.suites if any(suite in row.scores for row in rows)]
+    rows = tuple(row for row in rows if any(suite in row.scores for suite in suites))
+    return Beside(_frame(report, rows, suites), _conditions(report, rows, suites), _notes(report, rows, suites))
+
+
+def _frame(report: Report, rows: Sequence[PublishedRow], suites: Sequence[str]) -> pl.DataFrame:
+    cells = []
+    for label, evaluation in report.items():
+        for suite in (suite for suite in suites if suite in evaluation.suites):
+            finished = evaluation.by_question.filter((pl.col("suite") == suite) & (pl.col("finished") > 0)).height
+            cells.append((label, "ours", suite, *evaluation.estimate("exact_match", suite), finished))
+    cells += [
+        (row.name, "published", suite, row.scores[suite], None, None, None)
+        for row in rows
+        for suite in suites
+        if suite in row.scores
+    ]
+    schema = {"row": pl.String, "kind": pl.String, "suite": pl.String}
+    schema |= dict.fromkeys(("exact_match", "low", "high"), pl.Float64) | {"questions": pl.Int64}
+    return pl.DataFrame(cells, schema=schema, orient="row").with_columns(pl.col(pl.Float64).fill_nan(None))
+
+
+# --- what differs -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Condition:
+    """Something that results depend on."""
+
+    name: str
+    ours: Callable[[Manifest, SystemRecord], str | None]
+    theirs: Callable[[PublishedRow], str | None]
+    is_same: Callable[[str, str], bool] = lambda ours, theirs: ours == theirs
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _searches(record: SystemRecord) -> bool:
+    return record.method != "direct"
+
+
+def _of_search(name: str) -> Callable[[Manifest, SystemRecord], str | None]:
+    def read(manifest: Manifest, record: SystemRecord) -> str | None:
+        return _text((manifest.search or {}).get(name)) if _searches(record) else "none"
+
+    return read
+
+
+def _corpus(manifest: Manifest, record: SystemRecord) -> str | None:
+    if not _searches(record):
+        return "none"
+    search = manifest.search or {}
+    passages = search.get("passages")
+    # A path tells another person nothing but its last name.
+    name = str(search.get("source", "")).replace("\\", "/").rstrip("/").rpartition("/")[2]
+    count = "" if not isinstance(passages, int) else f" ({passages:,} passages)"
+    return f"{name}{count}" if name else None
+
+
+def _turns(manifest: Manifest, record: SystemRecord) -> str | None:
+    if record.method in ("direct", "rag"):
+        return "1"
+    return _text((manifest.settings.get("limits") or {}).get("max_turns"))
+
+
+def _ends_alike(ours: str, theirs: str) -> bool:
+    """``Qwen/Qwen2.5-7B-Instruct`` and ``Qwen2.5-7B-Instruct``."""
+    return ours.rpartition("/")[2].lower() == theirs.rpartition("/")[2].lower()
+
+
+def _training(_: Manifest, record: SystemRecord) -> str | None:
+    if record.checkpoint is None:
+        return "none: the base model"
+    return "a run of ours" + (f", step {record.step}" if record.step is not None else "")
+
+
+_METHOD_WORDS = {
+    "search": "ours, with the search tool",
+    "direct": "ours, without search",
+    "rag": "ours, one search with the question itself",
+    "recipe": "recipe",
+}
+
+CONDITIONS: tuple[_Condition, ...] = (
+    _Condition("model", lambda _, record: record.model, lambda row: row.model, _ends_alike),
+    _Condition("training", _training, lambda row: row.training),
+    _Condition("prompt", lambda _, r: r.instructions or _METHOD_WORDS.get(r.method, r.method), lambda row: row.prompt),
+    _Condition("corpus", _corpus, lambda row: row.corpus),
+    _Condition("embedder", _of_search("embedder"), lambda row: row.embedder, lambda a, b: b.lower() in a.lower()),
+    _Condition("passages a search", _of_search("n_results"), lambda row: _text(row.n_results)),
+    _Condition("turns at most", _turns, lambda row: _text(row.max_turns)),
+    _Condition("samples a question", lambda m, _: _text(m.settings.get("samples")), lambda row: _text(row.samples)),
+    _Condition("temperature", lambda m, _: _text(m.settings.get("temperature")), lambda row: _text(row.temperature)),
+)
+
+
+def _questions(report: Report, suites: Sequence[str]) -> str:
+    """``nq 500 of 3,610``, …"""
+    totals = {} if report.manifest is None else {suite.name: suite.total for suite in report.manifest.suites}
+    asked = {
+        suite: max(own.by_question.filter(pl.col("suite") == suite).height for own in report.values())
+        for suite in suites
+    }
+    return ", ".join(
+        f"{suite} {count:,}" + (f" of {totals[suite]:,}" if totals.get(suite, count) > count else "")
+        for suite, count in asked.items()
+    )
+
+
+def _conditions(report: Report, rows: Sequence[PublishedRow], suites: Sequence[str]) -> pl.DataFrame:
+    columns: dict[str, list[str]] = {"condition": [*(each.name for each in CONDITIONS), "questions"]}
+    for label in report:
+        columns[label] = [
+            *(_ours(report, label, each) or NOT_RECORDED for each in CONDITIONS),
+            _questions(report, suites),
+        ]
+    for row in rows:
+        name = row.name if row.name not in columns else f"{row.name} (published)"
+        columns[name] = [
+            *(each.theirs(row) or NOT_STATED for each in CONDITIONS),
+            row.questions or NOT_STATED,
+        ]
+    return pl.DataFrame(columns)
+
+
+def _ours(report: Report, label: str, condition: _Condition) -> str | None:
+    record = report.record(label)
+    if report.manifest is None or record is None:
+        return None
+    return condition.ours(report.manifest, record)
+
+
+def _notes(report: Report, rows: Sequence[PublishedRow], suites: Sequence[str]) -> tuple[str, ...]:
+    if not rows or not report:
+        return ()
+    if report.manifest is None:
+        return (
+            "What ours was measured with is not recorded (there is no manifest), so nothing can be said of how it differs from "
+            "the published rows: the figures rank nothing.",
+        )
+    notes = [_note(report, row, suites) for row in rows]
+    notes += [f"{row.name}: {remark}" for row in rows for remark in row.remarks]
+    return tuple(dict.fromkeys(notes))
+
+
+def _note(report: Report, row: PublishedRow, suites: Sequence[str]) -> str:
+    differing, unknown = [], []
+    for condition in CONDITIONS:
+        theirs = condition.theirs(row)
+        ours = {label: _ours(report, label, condition) for label in report}
+        if theirs is None:
+            unknown.append(condition.name)
+            continue
+        others = {
+            label: value for label, value in ours.items() if value is None or not condition.is_same(value, theirs)
+        }
+        if not others:
+            continue
+        shown = " / ".join(dict.fromkeys(_short(value or NOT_RECORDED) for value in others.values()))
+        some = "" if len(others) == len(ours) else f" for {', '.join(map(_short, others))}"
+        differing.append(f"{condition.name} ({shown}{some}; theirs: {_short(theirs)})")
+    if row.questions is None:
+        unknown.append("number of questions")
+    elif row.questions != _questions(report, suites):
+        differing.append(f"questions ({_questions(report, suites)}; theirs: {row.questions})")
+    parts = [f"ours differs in {'; '.join(differing)}" if differing else "nothing is known to differ"]
+    if unknown:
+        parts.append(f"its source does not state {', '.join(unknown)}")
+    # Only where nothing differs and nothing is unknown could the figures be ranked.
+    verdict = "." if not differing and not unknown else ". The figures stand beside each other and rank nothing."
+    return f"{row.name}: {'. '.join(part[:1].upper() + part[1:] for part in parts)}{verdict}"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:59]}…"

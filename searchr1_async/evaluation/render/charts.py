@@ -1,0 +1,122 @@
+"""A report as charts: Altair objects, changed further and saved like any other."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from searchr1_async.evaluation.figures import ALL_SUITES, MACRO, check_metric
+from searchr1_async.evaluation.render.tables import one_line
+from searchr1_async.evaluation.render.words import OUTCOME_MEANINGS, OUTCOME_WORDS, metric_words
+from searchr1_async.evaluation.scores import OUTCOMES
+
+if TYPE_CHECKING:
+    from searchr1_async.evaluation.report import Report
+
+OUTCOME_COLOURS: dict[str, str] = {
+    "right_seen": "#2f8f5b",
+    "right_unseen": "#9ccfae",
+    "reading_failed": "#e0a03b",
+    "search_failed": "#c2554a",
+    "no_search": "#8d6aa8",
+    "no_answer": "#8a929e",
+    "failed": "#c9ced6",
+}
+"""Told apart in the common forms of colour blindness by their lightness; the page has the same."""
+
+SHARES = ("exact_match", "f1", "cover_match", "format", "judged", "answer_in_passage", "gold_recall")
+
+
+def plot_figure(
+    report: Report, metric: str, *, title: str | None = None, width: int | None = None, height: int = 260
+) -> Any:
+    """See :meth:`Report.plot`."""
+    import altair as alt
+
+    from searchr1_async.watch.plots import enable_renderer
+    from searchr1_async.watch.plots.theme import SERIES, axis, empty_chart, heading, legend, table, values_axis
+
+    check_metric(metric)
+    enable_renderer()
+    words = metric_words(metric)
+    text = title if title is not None else f"{words} by suite"
+    labels = {label: one_line(label, 40) for label in report}
+    rows = _figure_rows(report, metric, labels)
+    if not rows:
+        return empty_chart("Nothing was measured.", title=text)
+    shown = [one_line(column, 40) for column in report.columns]
+    form = ".0%" if metric in SHARES else "~g"
+    colours = [SERIES[place % len(SERIES)] for place in range(len(labels))]
+    # Bars of 12 pixels at least: seven suites and five systems need more than a default width.
+    wide = width or min(max(460, len(shown) * (len(labels) * 14 + 24)), 1100)
+    base = alt.Chart(table(rows)).encode(
+        x=alt.X("suite:N", sort=shown, axis=axis(None, grid=False, labelOverlap=False, labelLimit=120,
+                                                 labelAngle=0 if len(shown) * 80 <= wide else -30),
+                scale=alt.Scale(paddingInner=0.22, paddingOuter=0.1)),
+        xOffset=alt.XOffset("system:N", sort=list(labels.values()), scale=alt.Scale(paddingInner=0.12)),
+        color=alt.Color("system:N", sort=list(labels.values()),
+                        scale=alt.Scale(domain=list(labels.values()), range=colours), legend=legend(columns=3)),
+    )  # fmt: skip
+    tooltips = [
+        alt.Tooltip("system:N"),
+        alt.Tooltip("suite:N"),
+        alt.Tooltip("mean:Q", title=words, format=".1%" if form == ".0%" else ".3~g"),
+        alt.Tooltip("low:Q", title="95 % from", format=".1%" if form == ".0%" else ".3~g"),
+        alt.Tooltip("high:Q", title="to", format=".1%" if form == ".0%" else ".3~g"),
+    ]
+    y = alt.Y("mean:Q", axis=values_axis(words, format=form), scale=alt.Scale(zero=True, nice=True))
+    bars = base.mark_bar(opacity=0.85).encode(y=y, tooltip=tooltips)
+    # A colour of its own: that of the bar would hide the half of the interval that lies within it.
+    lines = base.mark_rule(strokeWidth=1.5).encode(y=alt.Y("low:Q"), y2="high:Q", color=alt.value("#555d69"))
+    return alt.layer(bars, lines).properties(width=wide, height=height, title=heading(text, "lines: 95 % intervals"))
+
+
+def _figure_rows(report: Report, metric: str, labels: dict[str, str]) -> list[dict[str, Any]]:
+    rows = []
+    for label, evaluation in report.items():
+        for column in report.columns:
+            if column not in evaluation.suites and column not in (ALL_SUITES, MACRO):
+                continue
+            mean, low, high = evaluation.estimate(metric, column)
+            if mean == mean:
+                rows.append(
+                    {"system": labels[label], "suite": one_line(column, 40), "mean": mean, "low": low, "high": high}
+                )
+    return rows
+
+
+def plot_outcomes(report: Report, *, title: str | None = None, width: int = 560, height: int | None = None) -> Any:
+    """See :meth:`Report.plot_outcomes`."""
+    import altair as alt
+
+    from searchr1_async.watch.plots import enable_renderer
+    from searchr1_async.watch.plots.theme import axis, empty_chart, heading, legend, table
+
+    enable_renderer()
+    text = title if title is not None else "where it went wrong"
+    frame = report.outcomes()
+    rows = []
+    for label, evaluation in report.items():
+        suite = ALL_SUITES if len(evaluation.suites) > 1 else next(iter(evaluation.suites), "")
+        for row in frame.filter(system=label, suite=suite).iter_rows(named=True):
+            if row["share"] is not None and row["share"] > 0:
+                words = OUTCOME_WORDS[row["outcome"]]
+                rows.append({"system": one_line(label, 40), "outcome": words, "order": OUTCOMES.index(row["outcome"]),
+                             "share": row["share"], "episodes": row["episodes"], "meaning": OUTCOME_MEANINGS[row["outcome"]]})  # fmt: skip
+    if not rows:
+        return empty_chart("No episode was finished.", title=text)
+    shown = [outcome for outcome in OUTCOMES if outcome != "failed"]
+    labels = [one_line(label, 40) for label in report]
+    chart = (
+        alt.Chart(table(rows))
+        .mark_bar(height={"band": 0.7})
+        .encode(
+            y=alt.Y("system:N", sort=labels, axis=axis(None, grid=False, labelLimit=220)),
+            x=alt.X("share:Q", stack="zero", axis=axis("of the finished episodes", format=".0%"), scale=alt.Scale(domain=[0, 1])),
+            order=alt.Order("order:Q"),
+            color=alt.Color("outcome:N", sort=[OUTCOME_WORDS[outcome] for outcome in shown],
+                            scale=alt.Scale(domain=[OUTCOME_WORDS[outcome] for outcome in shown],
+                                            range=[OUTCOME_COLOURS[outcome] for outcome in shown]), legend=legend(columns=3)),
+            tooltip=["system:N", "outcome:N", "meaning:N", alt.Tooltip("share:Q", format=".1%"), alt.Tooltip("episodes:Q", format=",d")],
+        )
+    )  # fmt: skip
+    return chart.properties(width=width, height=height or 34 * len(labels), title=heading(text))

@@ -1,0 +1,96 @@
+"""A report as Markdown and as LaTeX. Pure."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from searchr1_async.evaluation.render.parts import (
+    comparison_table_of,
+    condition_table,
+    cost_table,
+    flip_rows,
+    metrics_table,
+    outcome_table,
+    published_table,
+    result_table,
+)
+from searchr1_async.evaluation.render.text import latex_table, latex_text, markdown_table, markdown_text
+from searchr1_async.evaluation.render.words import OUTCOME_MEANINGS, OUTCOME_WORDS
+from searchr1_async.evaluation.scores import OUTCOMES
+
+if TYPE_CHECKING:
+    from searchr1_async.evaluation.report import Report
+
+_FLIPS = 20
+"""Questions whose score changed that a document lists; the page lists more."""
+
+
+def markdown_report(report: Report) -> str:
+    """See :meth:`Report.markdown`."""
+    if not report:
+        return "# Evaluation\n\nNo system was measured.\n"
+    comparisons, found = report.comparisons(), report.beside()
+    parts = ["# Evaluation", markdown_table(result_table(report)), _notes(report.notes())]
+    if comparisons.height:
+        parts += ["## Differences", markdown_table(comparison_table_of(comparisons)), *_flips(report)]
+    parts += ["## All scores", markdown_table(metrics_table(report))]
+    parts += ["## Where it went wrong", markdown_table(outcome_table(report)), _meanings()]
+    parts += ["## What it took", markdown_table(cost_table(report))]
+    if (found.frame["kind"] == "published").any():
+        parts += ["## Beside published results", markdown_table(published_table(found))]
+        parts += [markdown_table(condition_table(found)), _notes(found.notes)]
+    if (manifest := report.manifest) is not None:
+        search = manifest.search or {}
+        index = f"- index: {markdown_text(str(search.get('fingerprint')))}" if search else "- nothing was searched for"
+        facts = [
+            *(f"- {markdown_text(name)}: {markdown_text(value)}" for name, value in manifest.versions.items()),
+            *(
+                f"- {markdown_text(s.name)}: {markdown_text(s.source)}, sha256 {s.sha256 or 'none'}"
+                for s in manifest.suites
+            ),
+            index,
+            f"- questions: sha256 {markdown_text(manifest.questions_sha256)}",
+        ]
+        parts += [
+            "## To repeat it",
+            "`manifest.json` beside this file holds everything: `await evaluate(manifest)`.",
+            "\n".join(facts),
+        ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _notes(notes: tuple[str, ...]) -> str:
+    return "\n".join(f"- {markdown_text(note, 2000)}" for note in notes)
+
+
+def _meanings() -> str:
+    return "\n".join(f"- {OUTCOME_WORDS[outcome]}: {OUTCOME_MEANINGS[outcome]}" for outcome in OUTCOMES)
+
+
+def _flips(report: Report) -> list[str]:
+    parts = []
+    for before, after in report.pairs():
+        if not report.is_paired(before, after):
+            continue
+        flips = report.flips(before, after)
+        if flips.height:
+            shown = min(flips.height, _FLIPS)
+            title = f"### {markdown_text(before)} → {markdown_text(after)}: {flips.height:,} questions changed"
+            parts += [
+                f"{title}, {shown} of them here" if shown < flips.height else title,
+                markdown_table(flip_rows(flips.head(_FLIPS))),
+            ]
+    return parts
+
+
+def latex_report(report: Report) -> str:
+    """See :meth:`Report.latex`."""
+    tables = {"exact-match": result_table(report)} if report else {}
+    if report:
+        comparisons = report.comparisons()
+        if comparisons.height:
+            tables["differences"] = comparison_table_of(comparisons)
+        tables |= {"scores": metrics_table(report), "outcomes": outcome_table(report)}
+    body = "\n".join(latex_table(table, label=f"tab:{name}") for name, table in tables.items())
+    notes = "".join(f"% {latex_text(note, 2000)}\n" for note in report.notes())
+    return f"% \\usepackage{{booktabs}}; where a label is not in Latin letters, XeLaTeX or LuaLaTeX.\n{notes}\n{body}"

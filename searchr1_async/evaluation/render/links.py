@@ -1,0 +1,187 @@
+"""Which episodes a report's page links to, and their addresses in the episodes' page."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlencode
+
+import polars as pl
+
+from searchr1_async.errors import RunFolderError
+from searchr1_async.evaluation.scores import OUTCOMES
+from searchr1_async.watch.rows import EpisodeRow, episode_from_row, storable
+from searchr1_async.watch.viewer.pack import MAX_LISTED
+
+if TYPE_CHECKING:
+    from searchr1_async.evaluation.report import Report
+
+EPISODES_NAME = "episodes.html"
+MAX_FLIPS = 100
+"""Questions whose score changed that a page lists for each two systems: 100 of 5 systems are 800 episodes, 3 MB."""
+OF_AN_OUTCOME = 4
+"""Episodes of each outcome that a page lists for each system."""
+
+EpisodeKey = tuple[str, str, str, int]
+"""System, suite, question and sample."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The episodes that a page shows. Pure to choose: only scores are read."""
+
+    flips: Mapping[tuple[str, str], pl.DataFrame]
+    """By pair of systems: the first flips, both directions alike."""
+    flip_counts: Mapping[tuple[str, str], int]
+    """How many there are of each pair."""
+    outcomes: Mapping[tuple[str, str], pl.DataFrame]
+    """By system and outcome: rows of scores."""
+    keys: frozenset[EpisodeKey] = field(default=frozenset())
+
+
+def choose(report: Report) -> Chosen:
+    """What the page lists: flips between the systems that are compared, and some episodes of every outcome."""
+    flips, counts = {}, {}
+    for before, after in report.pairs():
+        if report.is_paired(before, after):
+            found = report.flips(before, after)
+            counts[before, after] = found.height
+            flips[before, after] = _both_directions(found)
+    outcomes = {}
+    for label, evaluation in report.items():
+        for outcome in OUTCOMES:
+            rows = evaluation.scores.filter(outcome=outcome)
+            if rows.height:
+                outcomes[label, outcome] = _spread(rows)
+    keys = {key for (before, after), own in flips.items() for key in _flip_keys(before, after, own)}
+    for (label, _), own in outcomes.items():
+        keys |= {(label, *row) for row in own.select("suite", "question_id", "sample").iter_rows()}
+    return Chosen(flips, counts, outcomes, frozenset(keys))
+
+
+def _both_directions(flips: pl.DataFrame) -> pl.DataFrame:
+    """So many, half of them improved and half worsened where there are enough of both; in the order of ``flips``."""
+    if flips.height <= MAX_FLIPS:
+        return flips
+    numbered = flips.with_row_index("row")
+    better, worse = (numbered.filter(direction=direction) for direction in ("improved", "worsened"))
+    half = MAX_FLIPS // 2
+    of_better = max(half, MAX_FLIPS - worse.height)
+    kept = pl.concat([better.head(of_better), worse.head(MAX_FLIPS - min(of_better, better.height))])
+    return kept.sort("row").drop("row")
+
+
+def _spread(rows: pl.DataFrame) -> pl.DataFrame:
+    """Some rows, from as many suites as there are."""
+    first = rows.with_columns(pl.int_range(pl.len()).over("suite").alias("turn")).sort("turn", maintain_order=True)
+    return first.head(OF_AN_OUTCOME).drop("turn")
+
+
+def _flip_keys(before: str, after: str, flips: pl.DataFrame) -> Iterator[EpisodeKey]:
+    for row in flips.iter_rows(named=True):
+        for label, side in ((before, "before"), (after, "after")):
+            if row[f"{side}_sample"] is not None:
+                yield label, row["suite"], row["question_id"], row[f"{side}_sample"]
+
+
+def href(key: EpisodeKey, beside: EpisodeKey | None = None) -> str:
+    """The address of an episode in the page, with another of the same question beside it."""
+    label, suite, question, sample = key
+    given = {"system": label, "in": suite, "question": question[:MAX_LISTED], "sample": str(sample)}
+    if beside is not None:
+        given |= {"beside": beside[0], "beside-sample": str(beside[3])}
+    return f"{EPISODES_NAME}#{urlencode({name: storable(value) for name, value in given.items()})}"
+
+
+def flip_links(
+    before: str, after: str, flips: pl.DataFrame, there: frozenset[EpisodeKey]
+) -> dict[tuple[str, str, str], str]:
+    """For each side of each flip the address of the pair, that side first."""
+    links = {}
+    for row in flips.iter_rows(named=True):
+        keys = {
+            side: (label, row["suite"], row["question_id"], row[f"{side}_sample"])
+            for label, side in ((before, "before"), (after, "after"))
+        }
+        for side, other in (("before", "after"), ("after", "before")):
+            if keys[side] in there:
+                beside = keys[other] if keys[other] in there else None
+                links[row["suite"], row["question_id"], side] = href(keys[side], beside)
+    return links
+
+
+# --- reading them -----------------------------------------------------------------------------------------------------
+
+
+def chosen_rows(report: Report, keys: frozenset[EpisodeKey]) -> list[EpisodeRow]:
+    """The episodes of these keys that were kept, by system, in the order of their questions.
+
+    Of a folder only these are read, whatever it holds; of an evaluation in memory they are taken from it.
+
+    Raises:
+        RunFolderError: the folder's episodes cannot be read.
+    """
+    rows: list[EpisodeRow] = []
+    for label, evaluation in report.items():
+        wanted = {key[1:] for key in keys if key[0] == label}
+        if not wanted:
+            continue
+        if report.folder is not None and (report.folder / "episodes").is_dir():
+            found = _from_folder(report.folder, label, wanted)
+        elif evaluation.load is not None:
+            found = _from_memory(label, evaluation.step, evaluation.episodes, wanted)
+        else:
+            continue
+        rows += found
+    return rows
+
+
+def _from_folder(folder: Path, label: str, wanted: set[tuple[str, str, int]]) -> list[EpisodeRow]:
+    from searchr1_async.evaluation.store import EpisodeStore
+
+    keys = pl.DataFrame(
+        list(wanted), schema={"data_source": pl.String, "question_id": pl.String, "member": pl.Int64}, orient="row"
+    )
+    try:
+        found = (
+            EpisodeStore(folder)
+            .frame()
+            .filter((pl.col("label") == storable(label)) & pl.col("question_id").is_in(keys["question_id"].to_list()))
+            .collect()
+        )
+    except (pl.exceptions.PolarsError, OSError) as error:
+        cause = str(error).partition("\n")[0]
+        raise RunFolderError(f"the episodes in {folder} cannot be read: {cause}") from error
+    found = found.join(keys, on=keys.columns, how="semi", maintain_order="left")
+    # Of two records of one sample the later counts: a failed one may have been played again.
+    found = found.unique(keys.columns, keep="last", maintain_order=True).sort("group", "member")
+    return [
+        EpisodeRow(episode_from_row(row), row["step"], label, group=row["group"], member=row["member"])
+        for row in found.iter_rows(named=True)
+    ]
+
+
+def _from_memory(
+    label: str, step: int | None, episodes: Sequence[object], wanted: set[tuple[str, str, int]]
+) -> list[EpisodeRow]:
+    from searchr1_async.episodes.types import Episode
+
+    seen: Counter[tuple[str, str]] = Counter()
+    rows = []
+    for episode in episodes:
+        assert isinstance(episode, Episode)
+        question = episode.question.data_source, episode.question.id
+        sample = seen[question]
+        seen[question] += 1
+        if (storable(question[0]), storable(question[1]), sample) in wanted:
+            rows.append(EpisodeRow(episode, step, label, member=sample))
+    return rows
+
+
+def key_of(row: EpisodeRow) -> EpisodeKey:
+    """The key of an episode that was read."""
+    question = row.episode.question
+    return row.label or "", storable(question.data_source), storable(question.id), row.member or 0

@@ -1,0 +1,192 @@
+"""The tables of a report. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+
+from searchr1_async.evaluation.compared import SIGNIFICANT
+from searchr1_async.evaluation.figures import ALL_SUITES, MACRO
+from searchr1_async.evaluation.published import Beside
+from searchr1_async.evaluation.render.tables import (
+    MISSING,
+    Cell,
+    Table,
+    counted,
+    interval,
+    number,
+    p_value,
+    percent,
+    points,
+    table_of,
+)
+from searchr1_async.evaluation.render.words import OUTCOME_WORDS, metric_words
+from searchr1_async.evaluation.scores import OUTCOMES
+
+if TYPE_CHECKING:
+    from searchr1_async.evaluation.report import Report
+
+
+def result_table(report: Report, metric: str = "exact_match") -> Table:
+    """Systems by suites: means in percent with their 95 % intervals; the best marked where it is better than the next."""
+    best = report.best(metric)
+    rows = []
+    for label, evaluation in report.items():
+        cells = [Cell(label)]
+        for column in report.columns:
+            if column not in evaluation.suites and column not in (ALL_SUITES, MACRO):
+                cells.append(Cell(MISSING))
+                continue
+            mean, low, high = evaluation.estimate(metric, column)
+            cells.append(Cell(percent(mean), interval(low, high), is_best=best.get(column) == label))
+        rows.append(cells)
+    caption = f"{metric_words(metric)[:1].upper() + metric_words(metric)[1:]} in percent, with 95 % intervals."
+    if best:
+        caption += " Marked: better than the next (p < 0.05, paired by question, adjusted over the columns)."
+    return table_of([Cell("system"), *(_column(report, column) for column in report.columns)], rows, caption)
+
+
+def _column(report: Report, column: str) -> Cell:
+    if column == MACRO:
+        return Cell(column, f"{len(report.suites)} suites")
+    asked = [own for own in report.values() if column in own.suites or column == ALL_SUITES]
+    counts = {
+        own.questions if column == ALL_SUITES else own.by_question.filter(pl.col("suite") == column).height
+        for own in asked
+    }
+    return Cell(column, counted(counts.pop(), "question") if len(counts) == 1 else "")
+
+
+def metrics_table(report: Report) -> Table:
+    """Systems by scores, over all questions; and pass@k where there are several samples."""
+    column = ALL_SUITES if len(report.suites) > 1 else next(iter(report.suites), ALL_SUITES)
+    most = min((own.samples_per_question for own in report.values()), default=0)
+    rows = []
+    for label, evaluation in report.items():
+        estimates = [evaluation.estimate(metric, column) for metric in report.metrics]
+        if most > 1:
+            estimates.append(evaluation.pass_at(most))
+        rows.append([label, *(Cell(percent(mean), interval(low, high)) for mean, low, high in estimates)])
+    headings = ["system", *map(metric_words, report.metrics), *([f"pass@{most}"] if most > 1 else [])]
+    return table_of(headings, rows, "All scores over all questions, in percent, with 95 % intervals.")
+
+
+def comparison_table_of(frame: pl.DataFrame) -> Table:
+    """A comparison frame: :meth:`Report.comparisons`."""
+    rows = []
+    for row in frame.iter_rows(named=True):
+        is_sure = row["p_holm"] is not None and row["p_holm"] < SIGNIFICANT
+        rows.append(
+            (
+                Cell(f"{row['before']} → {row['after']}"),
+                Cell(row["suite"]),
+                Cell(points(row["difference"]), interval(row["low"], row["high"], signed=True), is_best=is_sure),
+                Cell(p_value(row["p_value"])),
+                Cell(p_value(row["p_holm"])),
+                Cell(number(row["better"])),
+                Cell(number(row["worse"])),
+                Cell(number(row["questions"])),
+            )
+        )
+    headings = ["systems", "suite", "difference", "p", "p (Holm)", "better", "worse", "questions"]
+    caption = "Differences in points of exact match, paired by question, with 95 % intervals."
+    if any(row[2].is_best for row in rows):
+        caption += " Marked: p (Holm) < 0.05."
+    return table_of(headings, rows, caption)
+
+
+def outcome_table(report: Report) -> Table:
+    """Systems by outcomes, over all suites: shares of the finished episodes, and how many they are."""
+    frame = report.outcomes()
+    shown = [outcome for outcome in OUTCOMES if outcome != "failed"]
+    rows = []
+    for label, evaluation in report.items():
+        suite = ALL_SUITES if len(evaluation.suites) > 1 else next(iter(evaluation.suites), "")
+        own = frame.filter((pl.col("system") == label) & (pl.col("suite") == suite))
+        found = {row["outcome"]: row for row in own.iter_rows(named=True)}
+        cells = [
+            Cell(percent(found[o]["share"]), number(found[o]["episodes"])) if o in found else Cell(MISSING)
+            for o in shown
+        ]
+        rows.append([Cell(label), *cells, Cell(number(evaluation.failed))])
+    headings = ["system", *(OUTCOME_WORDS[outcome] for outcome in shown), "failed"]
+    return table_of(
+        headings, rows, "What became of the episodes: percent of those that no service ended, and their number."
+    )
+
+
+def cost_table(report: Report) -> Table:
+    """Systems by what a question took, over all suites."""
+    rows = []
+    for label, own in report.costs().group_by("system", maintain_order=True):
+        row: Mapping[str, Any] = own.row(-1, named=True)  # the last is that of all suites
+        dollars = "" if row["dollars"] is None else f"${row['dollars']:,.4f}" if row["dollars"] else ""
+        rows.append(
+            (
+                Cell(str(label[0])),
+                *(Cell(number(row[name], 2)) for name in ("turns", "searches")),
+                *(Cell(number(row[name])) for name in ("prompt_tokens", "sampled_tokens")),
+                *(Cell(number(row[name], 2)) for name in ("seconds", "sampling_seconds", "search_seconds")),
+                Cell(dollars or MISSING, row["cost"]),
+            )
+        )
+    headings = [
+        *(
+            "system",
+            "turns",
+            "searches",
+            "tokens read",
+            "tokens written",
+            "seconds",
+            "of them sampling",
+            "of them search",
+        ),
+        Cell("dollars", "total"),
+    ]
+    return table_of(
+        headings,
+        rows,
+        "What a question took, all its samples together: means over the finished ones. Tokens read are every turn's whole prompt. "
+        "Seconds are those of one episode by itself while others were played beside it.",
+    )
+
+
+def flip_rows(flips: pl.DataFrame, links: Mapping[tuple[str, str, str], str] | None = None) -> Table:
+    """A frame of flips; ``links`` are addresses by (suite, question, side), side ``before`` or ``after``."""
+    links = links or {}
+    rows = []
+    for row in flips.iter_rows(named=True):
+        sides = [
+            Cell(
+                "no answer" if row[f"{side}_answer"] is None else row[f"{side}_answer"],
+                percent(row[side]) if 0 < row[side] < 1 else "",
+                href=links.get((row["suite"], row["question_id"], side)),
+            )
+            for side in ("before", "after")
+        ]
+        golden = Cell(" / ".join(row["golden_answers"] or [])[:200])
+        rows.append((Cell(row["question"]), Cell(row["suite"]), Cell(row["direction"]), *sides, golden))
+    return table_of(["question", "suite", "", "before", "after", "golden answers"], rows)
+
+
+def published_table(found: Beside) -> Table:
+    """Ours and the published by suite."""
+    suites = found.frame["suite"].unique(maintain_order=True).to_list()
+    rows = []
+    for (row, kind), own in found.frame.group_by("row", "kind", maintain_order=True):
+        cells = {each["suite"]: each for each in own.iter_rows(named=True)}
+        shown = [
+            Cell(percent(cells[suite]["exact_match"]), interval(cells[suite]["low"], cells[suite]["high"]))
+            if suite in cells
+            else Cell(MISSING)
+            for suite in suites
+        ]
+        rows.append([Cell(str(row)), Cell(str(kind)), *shown])
+    return table_of(["row", "", *suites], rows, "Exact match in percent. Published rows are given without intervals.")
+
+
+def condition_table(found: Beside) -> Table:
+    """What each of them was measured with: rows and columns changed, since there are more conditions than a page is wide."""
+    return table_of(found.conditions.columns, [list(map(str, row)) for row in found.conditions.iter_rows()])

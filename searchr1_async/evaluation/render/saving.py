@@ -1,0 +1,79 @@
+"""A report's files."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+
+from searchr1_async.errors import RunFolderError
+from searchr1_async.evaluation.render.document import latex_report, markdown_report
+from searchr1_async.evaluation.render.links import EPISODES_NAME, choose, chosen_rows, key_of
+from searchr1_async.evaluation.render.page import episodes_title, report_page
+from searchr1_async.evaluation.scores import SCORE_SCHEMA
+from searchr1_async.files import write_atomically
+from searchr1_async.watch.rows import storable
+from searchr1_async.watch.viewer import load_tokenizer, page_of
+
+if TYPE_CHECKING:
+    from searchr1_async.evaluation.report import Report
+
+REPORT_NAME = "report.html"
+
+
+def save_report(report: Report, folder: Path) -> Path:
+    """See :meth:`Report.save`. The page comes last: where it is new, everything that it links to is there."""
+    chosen = choose(report)
+    rows = chosen_rows(report, chosen.keys)
+    there = frozenset(map(key_of, rows))
+    files: dict[str, bytes] = {}
+    if rows:
+        tokenizer = load_tokenizer(report.folder) if report.folder is not None else None
+        page = page_of(rows, title=episodes_title(report), tokenizer=tokenizer)
+        files[EPISODES_NAME] = storable(page).encode("utf-8")
+    files |= {
+        "scores.parquet": _parquet(report),
+        "report.md": storable(markdown_report(report)).encode("utf-8"),
+        "report.tex": storable(latex_report(report)).encode("utf-8"),
+        **_figures(report),
+        REPORT_NAME: report_page(report, chosen, there).encode("utf-8"),
+    }
+    try:
+        (folder / "figures").mkdir(parents=True, exist_ok=True)
+        if not rows:
+            (folder / EPISODES_NAME).unlink(missing_ok=True)  # of an earlier report
+        for name, content in files.items():
+            write_atomically(folder / name, content)
+    except OSError as error:
+        raise RunFolderError(f"the report could not be written to {folder}: {error.strerror or error}") from error
+    return folder / REPORT_NAME
+
+
+def _parquet(report: Report) -> bytes:
+    columns = list(SCORE_SCHEMA)
+    frame = pl.concat([pl.DataFrame(schema=SCORE_SCHEMA), *(own.scores.select(columns) for own in report.values())])
+    buffer = io.BytesIO()
+    frame.write_parquet(buffer, compression="zstd")
+    return buffer.getvalue()
+
+
+def _figures(report: Report) -> dict[str, bytes]:
+    if not report:
+        return {}
+    files = {}
+    for name, chart in (("exact_match", report.plot()), ("outcomes", report.plot_outcomes())):
+        for kind, content in _drawn(chart).items():
+            files[f"figures/{name}.{kind}"] = content
+    return files
+
+
+def _drawn(chart: Any) -> dict[str, bytes]:
+    import vl_convert
+
+    spec = chart.to_dict()
+    return {
+        "svg": vl_convert.vegalite_to_svg(spec).encode("utf-8"),
+        "png": vl_convert.vegalite_to_png(spec, scale=2),
+    }
