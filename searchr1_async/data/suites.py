@@ -133,7 +133,7 @@ def load_suites(
 
     Args:
         sources: one source of :func:`load_suite` or several; ``"benchmarks"`` for the seven of FlashRAG that the field
-            reports; a folder: its files that are named after these seven (``nq.jsonl``, ``nq/test.jsonl``), or every data file
+            reports (a folder of that name is ``"./benchmarks"``); a folder: its files that are named after these seven (``nq.jsonl``, ``nq/test.jsonl``), or every data file
             in it where there is none; ``{name: source}``.
         split: of every suite.
         limit: at most so many questions of each suite.
@@ -188,7 +188,9 @@ def _each(sources: Suites, split: str | None, limit: int | None, seed: int | Non
 def _named(source: str | Path) -> Iterator[tuple[str | None, str | Path]]:
     """What a text or a path stands for; with a name where the file itself has none."""
     path = Path(source).expanduser()
-    if source == BENCHMARKS and not path.exists():
+    if (
+        source == BENCHMARKS
+    ):  # the word, even where a folder is called so: what is asked must not hang on where one stands
         yield from ((None, name) for name in SUITES)
     elif source != "" and path.is_dir():
         yield from _files(path)

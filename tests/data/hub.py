@@ -43,8 +43,9 @@ class Hub:
         self.tokens.append(("hub", request.headers.get("Authorization")))
         content = self.files.get(request.match_info["filename"])
         known = request.match_info["repository"] == self.repository
-        if content is None or not known:
-            code = "EntryNotFound" if known else "RepoNotFound"
+        revision_known = request.match_info["revision"] in ("main", COMMIT)
+        if content is None or not known or not revision_known:
+            code = "RepoNotFound" if not known else "EntryNotFound" if revision_known else "RevisionNotFound"
             return web.Response(status=404, headers={"X-Error-Code": code, "X-Error-Message": "no such thing"})
         digest = self.checksum or hashlib.sha256(content).hexdigest()
         headers = {
@@ -60,6 +61,9 @@ class Hub:
         if self.failures:
             return web.Response(status=self.failures.pop(0))
         content = self.files[request.match_info["filename"]]
+        if "Range" not in request.headers:  # the hub's own client asks for a small file whole
+            self.answers.setdefault(request.match_info["filename"], []).append((0, len(content)))
+            return web.Response(body=content)
         asked = re.fullmatch(r"bytes=(\d+)-(\d+)", request.headers["Range"])
         assert asked, request.headers["Range"]
         start, end = int(asked[1]), min(int(asked[2]) + 1, len(content))
@@ -83,8 +87,8 @@ class Hub:
 @asynccontextmanager
 async def serving(hub: Hub) -> AsyncIterator[Hub]:
     site, cdn = web.Application(), web.Application()
-    site.router.add_route("*", "/datasets/{repository:[^/]+/[^/]+}/resolve/{revision}/{filename}", hub.describe)
-    cdn.router.add_get("/blob/{filename}", hub.give)
+    site.router.add_route("*", "/datasets/{repository:[^/]+/[^/]+}/resolve/{revision}/{filename:.+}", hub.describe)
+    cdn.router.add_get("/blob/{filename:.+}", hub.give)
     runners: list[web.AppRunner] = []
     try:
         for app in (site, cdn):

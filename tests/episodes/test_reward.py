@@ -102,7 +102,13 @@ async def test_a_users_number_gets_the_standard_parts_beside_it() -> None:
 
     scored = await score(episode("Paris"), length)
     assert scored.reward == 0.25
-    assert scored.reward_parts["correct"] == 1.0
+    assert scored.reward_parts == {"correct": 1.0, "format": 1.0, "f1": 1.0, "cover": 1.0}
+
+
+async def test_cover_is_measured_beside_what_is_rewarded() -> None:
+    given_back = await RecipeReward()(episode("It is Paris, I think"))
+    assert (given_back.reward, given_back.parts["correct"], given_back.parts["cover"]) == (0.0, 0.0, 1.0)
+    assert (await RecipeReward()(episode(None))).parts["cover"] == 0.0
 
 
 async def test_a_users_own_parts_are_kept() -> None:
