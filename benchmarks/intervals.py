@@ -293,7 +293,7 @@ def body_of(table: pl.DataFrame) -> list[str]:
         f"An interval that takes 8 samples a question for independent covers {naive.min():.0%} to {naive.max():.0%}.",
         "## Cells outside 95 ± 1.5 %",
         "They are listed as they are. The number of right answers is whole, so that coverage moves in steps: with 50 questions "
-        "by several points, and no interval of one right-or-wrong sample can do better. At 2 % hardly a question is ever right, "
+        "by several points, which no interval for one right-or-wrong sample escapes everywhere. At 2 % hardly a question is ever right, "
         "and little is known of how they differ. Where the same weights are compared with themselves few questions change: such "
         "intervals are wider than they need to be."
         if stray.height
