@@ -18,7 +18,7 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +115,7 @@ def awaiting() -> Callable[[], None]:
     return undo
 
 
-async def measure(rounds: int, steps: int) -> pl.DataFrame:
+async def measure(rounds: int, steps: int, modes: Sequence[str]) -> pl.DataFrame:
     """All arms in turns, so that what else this machine does meets each of them."""
     from tests.faults import scripted_world
 
@@ -125,7 +125,7 @@ async def measure(rounds: int, steps: int) -> pl.DataFrame:
         async with scripted_world.service(world, "benchmarks.evaluate_beside:reply") as service:
             os.environ["TINKER_API_KEY"] = service.api_key
             for number in range(rounds):
-                for mode in MODES:
+                for mode in modes:
                     for room in ROOMS:
                         for arm in ARMS:
                             undo = awaiting() if arm == "awaited" else None
@@ -171,8 +171,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
     options = parser.parse_args()
-    write(asyncio.run(measure(options.rounds, options.steps)), options.steps)
+    write(asyncio.run(measure(options.rounds, options.steps, options.modes)), options.steps)
 
 
 if __name__ == "__main__":

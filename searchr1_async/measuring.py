@@ -239,7 +239,9 @@ class Measuring:
         paths = {one.step: one.sampler_path for one in self._kept.checkpoints if not one.is_measured}
         for step in sorted({*paths, now}):
             if step > measured and self._is_due(step) and not (is_over and step == now):
-                self._waiting.append(_Due(step, policy if step == now else None, paths.get(step)))
+                # Weights that are kept may be opened whenever their turn comes; those at hand are all there is without.
+                path = paths.get(step)
+                self._waiting.append(_Due(step, policy if path is None else None, path))
 
     def _adopt(self) -> int:
         """Tells the kept weights of measurements that were written just before a kill; the newest step that is measured."""

@@ -1,0 +1,55 @@
+"""Held-out questions that training sees are refused; those that it nearly sees are told of."""
+
+from __future__ import annotations
+
+import pytest
+
+import searchr1_async as sr
+from searchr1_async.events import Event, Notice
+from searchr1_async.held_out import refuse_overlap, tell_near_overlap
+
+pytestmark = pytest.mark.anyio
+
+TRAINING = [
+    sr.Question("t0", "Which river flows through the capital of Slovenia?", ("Ljubljanica",), "nq"),
+    sr.Question("t1", "What is C++ used for?", ("programs",), "nq"),
+    sr.Question("t2", "When did the second emperor of the northern dynasty die?", ("never",), "nq"),
+]
+
+
+def asked(text: str) -> sr.Question:
+    return sr.Question("h0", text, ("x",), "popqa")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Which river flows through the capital of Slovenia?",
+        "  which RIVER flows, through the Capital of Slovenia",
+        "\uff37hich river flows through the capital of Slovenia\uff1f",  # full-width
+    ],
+)
+async def test_the_same_question_is_refused_however_it_is_written(text: str) -> None:
+    with pytest.raises(sr.ConfigurationError, match=r"1 of 2 held-out questions are trained on as well.*'h0'.*'t0'"):
+        refuse_overlap(TRAINING, [asked("Who sails there?"), asked(text)])
+
+
+@pytest.mark.parametrize("text", ["What is C used for?", "Which river flows through the capital of Slovakia?", "???"])
+async def test_another_question_is_not(text: str) -> None:
+    refuse_overlap(TRAINING, [asked(text)])
+    refuse_overlap(TRAINING, [])
+
+
+async def test_nearly_the_same_is_told_of_and_a_long_one_is_cut() -> None:
+    told: list[Event] = []
+    long = "When did the second emperor of the northern dynasty really die?"
+    await tell_near_overlap(TRAINING, [asked("Who sails there?"), asked(long)], told.append)
+    (notice,) = told
+    assert isinstance(notice, Notice)
+    assert notice.is_warning
+    assert "1 of 2 held-out questions are nearly asked in training" in notice.text
+    assert long in notice.text
+    told.clear()
+    await tell_near_overlap([asked("a " * 100_000)], [asked("a " * 99_999 + "a b")], told.append)
+    await tell_near_overlap(TRAINING, [], told.append)
+    assert all(isinstance(event, Notice) and len(event.text) < 1000 for event in told)
