@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,43 @@ def test_episodes_come_back_equal(tmp_path: Path) -> None:
     records.write_step(7, [GroupOutcome(0, Group(asked, played, failed))], {})
     assert records.load_episodes(7) == (*played, *failed)
     assert records.load_episodes(8) == ()
+
+
+def test_what_was_given_with_the_question_comes_back(tmp_path: Path) -> None:
+    passages = (Passage("1", "Etna", "It burns.", 0.5), Passage("2", "", HOSTILE, 0.25))
+    given = [
+        SearchCall(("Which?",), (passages,), None, 0.25),
+        SearchCall(("Which?",), ((),), None, 0.5),
+        SearchCall((), problem="too long"),
+        None,
+    ]
+    played = [replace(episode(question(f"q{place}")), given=call) for place, call in enumerate(given)]
+    RunRecords(tmp_path).write_evaluation("rag", played)
+    read = RunRecords(tmp_path).load_evaluation("rag")
+    assert [each.given for each in read[1:]] == given[1:]
+    first = read[0].given
+    assert first is not None
+    assert first.results[0][0] == passages[0]
+    assert first.results[0][1].text == storable(HOSTILE)
+    transcripts = RunRecords(tmp_path).evaluations().collect()["transcript"]
+    assert "[given with the question]\n[search] Which?\n[passage] Etna: It burns." in transcripts[0]
+    assert "[nothing] too long" in transcripts[2]
+    assert "[given" not in transcripts[3]
+
+
+def test_files_of_before_there_was_a_column_are_read_beside_new_ones(tmp_path: Path) -> None:
+    records = RunRecords(tmp_path)
+    for step in (1, 2, 3):
+        records.write_step(step, [GroupOutcome(step, group(question(f"q{step}")))], {})
+        if step != 2:  # the first and the last
+            path = tmp_path / "episodes" / f"step-{step:06d}.parquet"
+            pl.read_parquet(path).drop("given").write_parquet(path)
+    frame = records.episodes().collect()
+    assert frame.schema == EPISODE_SCHEMA
+    assert frame["step"].to_list() == [1, 1, 2, 2, 3, 3]
+    assert [episode_from_row(row).given for row in frame.iter_rows(named=True)] == [None] * 6
+    assert records.load_episodes(1) == group(question("q1")).episodes
+    assert records.load_episode(3, 0, 1) == group(question("q3")).episodes[1]
 
 
 def test_a_run_without_records_gives_empty_typed_frames(tmp_path: Path) -> None:

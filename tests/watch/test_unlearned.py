@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import json
 import logging
 import struct
 import tempfile
 import threading
 import zlib
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,26 @@ def test_a_group_comes_back_equal(written: Group) -> None:
         UnlearnedGroups(Path(folder)).write([(7, written)])
         (read,) = UnlearnedGroups(Path(folder)).load().items()
     assert read == (7, written)
+
+
+def test_what_was_given_comes_back_and_groups_of_before_there_was_such_a_thing_are_read(tmp_path: Path) -> None:
+    given = SearchCall(("Which?",), ((Passage("1", "Etna", "It burns.", 0.5),), ()), None, 0.25)
+    played = Group(question(), (replace(episode(), given=given), episode()))
+    UnlearnedGroups(tmp_path / "new").write([(3, played)])
+    assert UnlearnedGroups(tmp_path / "new").load() == {3: played}
+    odd = replace(episode(), given=replace(given, seconds=float("inf")))
+    UnlearnedGroups(tmp_path / "odd").write([(3, Group(question(), (odd,)))])
+    assert UnlearnedGroups(tmp_path / "odd").load()[3].episodes == (odd,)
+
+    def without_given(values: Any) -> bytes:
+        return json.dumps({name: values[name] for name in values if name != "given"}, default=asdict).encode()
+
+    plain = Group(question(), (episode(),))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(unlearned, "_line", without_given)
+        UnlearnedGroups(tmp_path / "old").write([(3, plain)])
+    assert b"given" not in next((tmp_path / "old").iterdir()).read_bytes()
+    assert UnlearnedGroups(tmp_path / "old").load() == {3: plain}
 
 
 def test_every_log_probability_comes_back_exactly(tmp_path: Path) -> None:

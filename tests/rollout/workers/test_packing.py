@@ -61,6 +61,7 @@ def groups(draw: st.DrawFn) -> tuple[list[Episode], dict[int, Any]]:
                 draw(st.none() | st.just("answer")),
                 error=draw(st.none() | st.just("StoreError: gone")),
                 seconds=2.0,
+                given=draw(calls(searches)),
             )
         )
     return episodes, searches

@@ -81,6 +81,7 @@ class Backend(ScriptedBackend):
 class World:
     backend: Backend
     url: str
+    tokenizer: Any
     dialect: Any
     spec: WorkerSpec
 
@@ -97,7 +98,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> I
     dialect = make_dialect("tags", "scripted", tokenizer, instructions=INSTRUCTIONS)
     spec = WorkerSpec("tags", "scripted", str(tokenizer_folder), LIMITS, None, INSTRUCTIONS, "shared")
     with service_thread(tmp_path_factory.mktemp("service"), backend) as served:
-        yield World(backend, served.url, dialect, spec)
+        yield World(backend, served.url, tokenizer, dialect, spec)
 
 
 @asynccontextmanager
@@ -155,7 +156,8 @@ def timeless(episode: Episode) -> Episode:
         replace(turn, seconds=0.0, call=None if turn.call is None else replace(turn.call, seconds=0.0))
         for turn in episode.turns
     ]
-    return replace(episode, seconds=0.0, turns=tuple(turns))
+    given = None if episode.given is None else replace(episode.given, seconds=0.0)
+    return replace(episode, seconds=0.0, turns=tuple(turns), given=given)
 
 
 @dataclass
@@ -211,6 +213,24 @@ async def test_what_workers_play_is_what_this_process_would_play(world: World) -
             await _until_known(pool, policy, samples)
         # Before the workers end, what is under way is cancelled at the service.
         assert await samples.are_cancelled()
+
+
+async def test_workers_retrieve_for_the_question_through_the_search_of_the_pool(world: World) -> None:
+    search = WatchedSearch(errors={"shaky": EmbeddingError("the embedder is down")})
+    dialect = make_dialect("tags", "scripted", world.tokenizer, method="rag")
+    spec = replace(world.spec, method="rag", instructions=None)
+    tasks = [*(task(place) for place in range(6)), task(6, name="shaky")]
+    async with policies(world, 3) as (policy,), WorkerPool(spec, search, count=1) as pool:
+        here = await play_all(LocalPlayer(dialect, search, LIMITS, SampleGate(), "shared", "rag"), policy, tasks)
+        there = await play_all(pool, policy, tasks)
+    assert {key: timeless(episode) for key, episode in there.items()} == {
+        key: timeless(episode) for key, episode in here.items()
+    }
+    assert sorted(search.asked) == sorted([(f"Question {place}?",) for place in range(6)] * 2), "one a group"
+    given = [there[0, member].given for member in range(4)]
+    assert all(call is not None and call.results[0][0].text == "All about Question 0?." for call in given)
+    assert {there[6, member].error for member in range(4)} == {"EmbeddingError: the embedder is down"}
+    assert {len(episode.turns) for (place, _), episode in there.items() if place < 6} == {1}
 
 
 async def _searches_that_fail(pool: WorkerPool, policy: TinkerPolicy, search: WatchedSearch) -> None:

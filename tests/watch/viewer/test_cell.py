@@ -3,6 +3,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -120,6 +121,23 @@ def test_the_plain_text_is_a_transcript() -> None:
         "✓ answer: Paris",
     ):
         assert expected in text
+
+
+def test_passages_given_with_the_question_are_shown_before_the_turns() -> None:
+    found = (Passage("1", "<b>Etna</b>", "Etna burns in Paris." + HOSTILE, 0.5),)
+    played = replace(episode(turns=[answering_turn()]), given=SearchCall(("Which?",), (found,), None, 0.25))
+    page = Page(episode_html(played))
+    assert page.text.index("given with the question") < page.text.index("search: Which?") < page.text.index("turn 1")
+    assert "<b>Etna</b>" in page.text
+    assert ("mark", "Paris") in page.words
+    assert not re.search(UNSEEN, episode_html(played))
+    text = episode_text(played)
+    assert text.index("given with the question:") < text.index("search: Which?") < text.index("turn 1")
+    assert not re.search(UNSEEN, text.replace("\n", ""))
+    unasked = replace(played, given=SearchCall((), problem="too long"))
+    assert "nothing: too long" in Page(episode_html(unasked)).text
+    assert "nothing: too long" in episode_text(unasked)
+    assert "given" not in Page(episode_html(episode())).text
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+from dataclasses import replace
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from searchr1_async.episodes.types import Episode, Question, StopReason
+from searchr1_async.episodes.types import Episode, Passage, Question, SearchCall, StopReason
 from searchr1_async.errors import RunFolderError
 from searchr1_async.watch.records import GroupOutcome, RunRecords
 from searchr1_async.watch.rows import EpisodeRow
@@ -170,6 +171,17 @@ def test_every_outcome_can_be_filtered_by() -> None:
     ]
     assert flags_of(dropped) == {"right", "dropped"}
     assert flags_of(measured) == {"right"}
+
+
+def test_what_was_given_with_the_question_is_on_the_page_and_is_a_search() -> None:
+    found = (Passage("1", "Etna", "</script>It burns.", 0.5),)
+    played = replace(episode(turns=[spoken("x")]), given=SearchCall(("Which?",), (found,), None, 0.25))
+    data = data_of(page_of([played, episode(turns=[spoken("x")])]))
+    (first, second), strings = data["chunk-0"]["episodes"], data["chunk-0"]["strings"]
+    assert [strings[place] for place in first["given"]["queries"]] == ["Which?"]
+    assert [strings[place] for place in first["given"]["results"][0][0][:2]] == ["Etna", "</script>It burns."]
+    assert second["given"] is None
+    assert [flags_of(flags) for flags in data["index"]["columns"]["flags"]] == [{"right"}, {"right", "nosearch"}]
 
 
 def test_groups_and_evaluations_can_be_shown_without_a_folder() -> None:
