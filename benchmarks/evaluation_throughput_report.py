@@ -40,7 +40,7 @@ def report(rows: Sequence[Row], *, keep: bool) -> None:
     write_result(
         "evaluation_throughput",
         "Evaluation at the service's own speed",
-        ["![wall, floor and places in use](evaluation_throughput.svg)", *body],
+        ["![places in use, with the floor](evaluation_throughput.svg)", CAPTION, *body],
         pl.DataFrame(list(rows)),
     )
 
@@ -102,6 +102,7 @@ def asked(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+CAPTION = "The areas are the places in use from the call to its return; the black line is the floor."
 NOTES = """How it was measured:
 
 - Every run evaluates the same episodes, each in a process of its own against a fresh service. What a turn says and how long it takes
@@ -122,82 +123,48 @@ NOTES = """How it was measured:
 
 
 def picture(rows: Sequence[Row], path: Path) -> None:
-    """The wall of each run with the floor as a line on it, and the places in use over time."""
+    """A row a way, a column a size: the places in use from the call to its return, with the floor as a line."""
     import altair as alt
 
     sizes = list(dict.fromkeys((row["places"], row["questions"]) for row in rows))
-    scale = alt.Scale(domain=list(COLORS), range=list(COLORS.values()))
     columns = []
     for places, questions in sizes:
         shown = [row for row in rows if (row["places"], row["questions"]) == (places, questions)]
-        most = max(row["wall"] for row in shown)
-        time_axis = alt.Scale(domain=[0, 1.12 * most], nice=False)
-        columns.append(
-            alt.vconcat(_walls(shown, scale, time_axis), _use(shown, scale, time_axis), spacing=14).properties(
-                title=f"{places} places, 7 x {questions} questions"
-            )
-        )
+        seconds = alt.Scale(domain=[0, 1.02 * max(row["wall"] for row in shown)], nice=False)
+        panels = [_use(row, seconds, is_last=number == len(shown) - 1) for number, row in enumerate(shown)]
+        title = alt.Title(f"{places} places, 7 x {questions} questions", fontSize=13, anchor="start")
+        columns.append(alt.vconcat(*panels, spacing=10).properties(title=title))
     chart = (
-        alt.hconcat(*columns, spacing=26)
-        .resolve_scale(x="independent", y="independent", color="shared")
+        alt.hconcat(*columns, spacing=24)
         .configure(background="white", font="sans-serif")
         .configure_view(stroke=None)
-        .configure_legend(orient="bottom", title=None, labelLimit=300, direction="horizontal")
-        .configure_title(fontSize=12)
+        .configure_axis(grid=False)
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     chart.save(str(path))
 
 
-def _walls(rows: Sequence[Row], colors: Any, seconds: Any) -> Any:
+def _use(row: Row, seconds: Any, *, is_last: bool) -> Any:
+    """One run: an area that ends where the call returned."""
     import altair as alt
 
-    frame = pl.DataFrame(
-        {
-            "way": [name_of(row) for row in rows],
-            "wall": [row["wall"] for row in rows],
-            "floor": [row["floor"] for row in rows],
-            "said": [f"{row['wall']:.0f} s, {row['wall'] / row['floor']:.2f} x floor" for row in rows],
-        }
-    )
-    base = alt.Chart(frame).encode(y=alt.Y("way:N", title=None, axis=None, sort=list(COLORS)))
-    bars = base.mark_bar(height=16).encode(
-        x=alt.X("wall:Q", scale=seconds, title=None, axis=None), color=alt.Color("way:N", scale=colors)
-    )
-    lines = base.mark_tick(color="black", thickness=2, size=22).encode(x=alt.X("floor:Q", scale=seconds))
-    words = base.mark_text(align="left", dx=5, baseline="bottom", dy=-9, fontSize=10).encode(
-        x=alt.datum(0), text="said:N"
-    )
-    return (bars + lines + words).properties(width=270, height=36 * len(rows))
-
-
-def _use(rows: Sequence[Row], colors: Any, seconds: Any) -> Any:
-    import altair as alt
-
-    frame = pl.concat(
-        [
-            pl.DataFrame(
-                {
-                    "way": [name_of(row)] * len(row["use_over_time"]),
-                    "seconds": [
-                        row["wall"] * (place + 0.5) / len(row["use_over_time"])
-                        for place in range(len(row["use_over_time"]))
-                    ],
-                    "use": row["use_over_time"],
-                }
-            )
-            for row in rows
-        ]
-    )
-    return (
+    use = row["use_over_time"]
+    step = row["wall"] / len(use)
+    frame = pl.DataFrame({"seconds": [step * number for number in range(len(use) + 1)], "use": [*use, use[-1]]})
+    said = f"{name_of(row)}: {row['wall']:.0f} s, {row['wall'] / row['floor']:.2f} x floor"
+    area = (
         alt.Chart(frame)
-        .mark_line(strokeWidth=1.4)
+        .mark_area(interpolate="step-after", color=COLORS[name_of(row)])
         .encode(
-            x=alt.X("seconds:Q", scale=seconds, title="seconds"),
+            x=alt.X("seconds:Q", scale=seconds, title="seconds" if is_last else None, axis=alt.Axis(labels=is_last)),
             y=alt.Y(
-                "use:Q", title="places in use", scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(format=".0%", tickCount=5)
+                "use:Q",
+                title="places in use" if is_last else None,
+                scale=alt.Scale(domain=[0, 1]),
+                axis=alt.Axis(format=".0%", values=[0, 0.5, 1]),
             ),
-            color=alt.Color("way:N", scale=colors),
         )
-        .properties(width=270, height=150)
     )
+    line = alt.Chart().mark_rule(color="black", strokeWidth=1.5).encode(x=alt.datum(row["floor"]))
+    title = alt.Title(said, fontSize=11, fontWeight="normal", anchor="start", offset=3)
+    return (area + line).properties(width=270, height=70, title=title)
