@@ -18,8 +18,8 @@ from typing import Any, Protocol
 from renderers import Message, Renderer, ToolCallParseStatus, ToolSpec
 
 from searchr1_async.episodes.methods import INSTRUCTIONS, METHODS, WITHOUT_TOOL, Method
-from searchr1_async.episodes.plain_text import PlainText, passage_lines
-from searchr1_async.episodes.recipe import load_recipe_prompt, recipe_passages
+from searchr1_async.episodes.plain_text import PlainText, passage_lines, query_blocks
+from searchr1_async.episodes.recipe import load_recipe_prompt, recipe_results
 from searchr1_async.episodes.remembering import RememberingTokenizer
 from searchr1_async.episodes.rendering import select_renderer
 from searchr1_async.episodes.reward import answer_after_prefix
@@ -223,7 +223,7 @@ class HermesDialect:
     Args:
         instructions: the system prompt.
         tool: as it is declared to the model; None: there is none, and whatever the model writes is its answer, or none.
-        passages: how the passages of one query are shown.
+        layout: how queries and their passages are shown.
     """
 
     name = "hermes"
@@ -236,11 +236,11 @@ class HermesDialect:
         instructions: str = INSTRUCTIONS["hermes", "search"],
         *,
         tool: ToolSpec | None = SEARCH_TOOL,
-        passages: Callable[[PlainText, Sequence[Passage]], str] = passage_lines,
+        layout: Callable[[PlainText, Sequence[str], Sequence[Sequence[Passage]]], str] = query_blocks,
     ) -> None:
         self._renderer, self._tokenizer, self._instructions = renderer, tokenizer, instructions
         self._tools = None if tool is None else [tool]
-        self._passages = passages
+        self._layout = layout
         self._plain = PlainText.of(tokenizer)
         self.stop = renderer.get_stop_token_ids()
         self._empty_prompt = renderer.render_ids([{"role": "user", "content": "?"}], add_generation_prompt=True)
@@ -256,10 +256,9 @@ class HermesDialect:
         return self._tokenizer.decode(list(tokens))
 
     def read(self, prompt_tokens: Sequence[int], sampled_tokens: Sequence[int]) -> tuple[str, Reading]:
+        tools = None if self._tools is None else [SEARCH_TOOL]  # whoever declares it: it has the same argument
         try:
-            parsed = self._renderer.parse_response(
-                list(sampled_tokens), tools=self._tools, prompt_ids=list(prompt_tokens)
-            )
+            parsed = self._renderer.parse_response(list(sampled_tokens), tools=tools, prompt_ids=list(prompt_tokens))
         except Exception as error:  # renderers differ in what hostile output makes them raise
             if self._tools is None:
                 return "", FinalAnswer(None)
@@ -276,11 +275,7 @@ class HermesDialect:
         queries: Sequence[str],
         results: Sequence[Sequence[Passage]],
     ) -> list[int] | None:
-        blocks = [
-            f"Query: {self._plain.defuse(query)}\n{self._passages(self._plain, passages)}"
-            for query, passages in zip(queries, results, strict=True)
-        ]
-        return self._bridge(prompt_tokens, sampled_tokens, "\n\n".join(blocks))
+        return self._bridge(prompt_tokens, sampled_tokens, self._layout(self._plain, queries, results))
 
     def tell(self, prompt_tokens: Sequence[int], sampled_tokens: Sequence[int], problem: str) -> list[int] | None:
         return self._bridge(prompt_tokens, sampled_tokens, f"That call was not valid: {problem}.")
@@ -376,7 +371,7 @@ def make_dialect(
     renderer = select_renderer(model_name, tokenizer, renderer_name)
     if method == "recipe":
         recipe = load_recipe_prompt()
-        return HermesDialect(renderer, tokenizer, recipe.instructions, tool=recipe.tool, passages=recipe_passages)
+        return HermesDialect(renderer, tokenizer, recipe.instructions, tool=recipe.tool, layout=recipe_results)
     instructions = instructions or INSTRUCTIONS[format_name, method]
     has_tool = method not in WITHOUT_TOOL
     if format_name == "tags":

@@ -41,6 +41,15 @@ class PlainText:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
 
+def query_blocks(plain: PlainText, queries: Sequence[str], results: Sequence[Sequence[Passage]]) -> str:
+    """The results of several queries as the model reads them: each query with its passages below it."""
+    blocks = [
+        f"Query: {plain.defuse(query)}\n{passage_lines(plain, passages)}"
+        for query, passages in zip(queries, results, strict=True)
+    ]
+    return "\n\n".join(blocks)
+
+
 def passage_lines(plain: PlainText, passages: Sequence[Passage]) -> str:
     """Passages as the model reads them: title and text, numbered only where there are several."""
     lines = []

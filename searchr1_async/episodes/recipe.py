@@ -32,7 +32,7 @@ class RecipePrompt:
     instructions: str
     """The system prompt, word for word."""
     tool: ToolSpec
-    """The search tool, as the recipe declares it."""
+    """The search tool, as the recipe declares it: in the envelope that it puts around."""
 
 
 def load_recipe_prompt() -> RecipePrompt:
@@ -57,13 +57,15 @@ def load_recipe_prompt() -> RecipePrompt:
         ) from error
 
 
-def recipe_passages(plain: PlainText, passages: Sequence[Passage]) -> str:
-    """Passages as the recipe shows them: each a numbered document on lines of its own, its title first."""
+def recipe_results(plain: PlainText, queries: Sequence[str], results: Sequence[Sequence[Passage]]) -> str:
+    """Results as the recipe shows them: each passage a numbered document on lines of its own, its title first."""
     lines: list[str] = []
-    for number, passage in enumerate(passages, 1):
-        title = [passage.title] if passage.title and passage.title not in passage.text else []
-        lines += [f"Document {number}:", *map(plain.defuse, [*title, passage.text])]
-    return "\n".join(lines)
+    for query, passages in zip(queries, results, strict=True):
+        lines.append(f"Query: {plain.defuse(query)}")
+        for number, passage in enumerate(passages, 1):
+            title = [passage.title] if passage.title and passage.title not in passage.text else []
+            lines += [f"Document {number}:", *map(plain.defuse, [*title, passage.text])]
+    return "".join(f"{line}\n" for line in lines)
 
 
 def _parsed(folder: Path, name: str) -> ast.Module:
@@ -102,4 +104,6 @@ def _declaration(name: str, description: str, argument: str, about: str) -> Tool
     title = argument.replace("_", " ").title()
     values = {"description": about, "items": {"type": "string"}, "title": title, "type": "array"}
     schema = {"properties": {argument: values}, "required": [argument], "title": f"{name}_params", "type": "object"}
-    return {"name": name, "description": description, "parameters": schema}
+    tool = {"name": name, "description": description, "parameters": schema}
+    # Every renderer takes both, but some write a tool as they got it, and the recipe writes the envelope.
+    return cast(ToolSpec, {"type": "function", "function": tool})
