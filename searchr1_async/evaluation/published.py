@@ -263,8 +263,11 @@ def _notes(report: Report, rows: Sequence[PublishedRow], suites: Sequence[str]) 
             "the published rows: the figures rank nothing.",
         )
     notes = [_note(report, row, suites) for row in rows]
-    notes += [f"{row.name}: {remark}" for row in rows for remark in row.remarks]
-    return tuple(dict.fromkeys(notes))
+    remarks: dict[str, list[str]] = {}
+    for row in rows:
+        for remark in row.remarks:
+            remarks.setdefault(remark, []).append(row.name)
+    return (*notes, *(f"{', '.join(names)}: {remark}" for remark, names in remarks.items()))
 
 
 def _note(report: Report, row: PublishedRow, suites: Sequence[str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from searchr1_async.evaluation.priced import priced_costs
 from searchr1_async.evaluation.published import Beside, PublishedRow, beside_published
 from searchr1_async.evaluation.result import Evaluation, flips
 from searchr1_async.evaluation.scores import METRICS
+from searchr1_async.watch.rows import storable
 
 
 class Report(Mapping[str, Evaluation]):
@@ -40,7 +41,9 @@ class Report(Mapping[str, Evaluation]):
     def __init__(
         self, evaluations: Sequence[Evaluation], manifest: Manifest | None = None, folder: Path | None = None
     ) -> None:
-        self._evaluations = {evaluation.label: evaluation for evaluation in evaluations}
+        # A label as a file can hold it: a lone surrogate in it would fail in every frame.
+        named = [replace(evaluation, label=storable(evaluation.label)) for evaluation in evaluations]
+        self._evaluations = {evaluation.label: evaluation for evaluation in named}
         if len(self._evaluations) < len(evaluations):
             labels = ", ".join(repr(evaluation.label) for evaluation in evaluations)
             raise ConfigurationError(f"two evaluations have one label ({labels}): give each system its own")

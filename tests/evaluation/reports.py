@@ -94,7 +94,7 @@ def played(
     label: str, share: float, *, of: int = 40, suites: Sequence[str] = ("nq", "hotpotqa"), said: str = "", seed: int = 0
 ) -> Evaluation:
     """An evaluation with its episodes in memory; ``said`` stands in every text of theirs."""
-    rng = random.Random(f"{label} {seed}")
+    rng = random.Random(repr((label, seed)))
     episodes = []
     for suite in suites:
         for number in range(of):

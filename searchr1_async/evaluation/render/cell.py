@@ -20,7 +20,7 @@ th, td { text-align: right; padding: .25em .8em; border-bottom: 1px solid var(--
   color: var(--ink); vertical-align: top; }
 th:first-child { text-align: left; padding-left: .2em; max-width: 24em; white-space: normal; overflow-wrap: anywhere; }
 thead th { color: var(--soft); font-weight: 600; } .detail { display: block; font-size: .82em; font-weight: 400; color: var(--soft); }
-tbody th { font-weight: 500; } .best { font-weight: 700; color: var(--good); } p { margin: .4em 0; max-width: 62rem; }
+tbody th { font-weight: 500; } .better { font-weight: 700; color: var(--good); } p { margin: .4em 0; max-width: 62rem; }
 .soft { color: var(--soft); } details > summary { cursor: pointer; color: var(--accent); } ul { margin: .4em 0; padding-left: 1.3em; }
 .mark { font: .75em ui-monospace, monospace; color: var(--bad); border: 1px solid currentColor; border-radius: .2rem; }
 """

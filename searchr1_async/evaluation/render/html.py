@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from html import escape
 
 from searchr1_async.evaluation.render.tables import Cell, Table
+from searchr1_async.evaluation.statistics import Estimate
 from searchr1_async.watch.html import isolated
 
 _LONGEST = 300
@@ -18,7 +19,7 @@ def paragraph(text: str, tag: str = "p", css: str = "") -> str:
 
 
 def table_html(table: Table, css: str = "") -> str:
-    """A table; what is marked as best is bold and coloured, and says so to a screen reader."""
+    """A table; what is marked is bold and coloured."""
     head = "".join(f'<th scope="col">{_content(cell)}</th>' for cell in table.headings)
     body = "".join(
         "<tr>" + "".join(_element(place, cell) for place, cell in enumerate(row)) + "</tr>" for row in table.rows
@@ -34,8 +35,8 @@ def _element(place: int, cell: Cell) -> str:
 
 def _content(cell: Cell) -> str:
     text = isolated(_cut(cell.text))
-    if cell.is_best:
-        text = f'<strong class="best" title="better than the others can explain by chance">{text}</strong>'
+    if cell.mark:
+        text = f'<strong class="{cell.mark}" title="more than chance">{text}</strong>'
     if cell.href is not None:
         text = f'<a href="{escape(cell.href)}">{text}</a>'
     return text + (isolated(_cut(cell.detail), "span", "detail") if cell.detail else "")
@@ -45,14 +46,14 @@ def _cut(text: str, longest: int = _LONGEST) -> str:
     return text if len(text) <= longest else f"{text[: longest - 1]}…"
 
 
-def interval_bars(rows: Sequence[tuple[str, float, float, float]]) -> str:
+def interval_bars(rows: Sequence[tuple[str, Estimate]]) -> str:
     """Means as bars with their intervals as lines: label, mean, low and high, each from 0 to 1. NaN draws nothing."""
     parts = [
         f'<div class="bar-label">{isolated(_cut(label, 80))}</div>'
         f'<svg class="bar" viewBox="0 0 1000 20" preserveAspectRatio="none" role="img" aria-label="{_percents(mean, low, high)}">'
         f'<rect class="track" width="1000" height="20"/>{_bar(mean, low, high)}</svg>'
         f'<div class="bar-figure">{_percents(mean, low, high)}</div>'
-        for label, mean, low, high in rows
+        for label, (mean, low, high) in rows
     ]
     return f'<div class="bars">{"".join(parts)}</div>'
 

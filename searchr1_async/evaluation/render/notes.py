@@ -75,11 +75,14 @@ def _overlap(report: Report) -> Iterator[str]:
 
 
 def _questions(report: Report) -> Iterator[str]:
+    parts = []
     for suite in report.manifest.suites if report.manifest is not None else ():
         asked = len(suite.question_ids)
         if asked < suite.total:
-            how = "the first ones" if suite.seed is None else f"seed {suite.seed}"
-            yield f"{one_line(suite.name)}: {asked:,} of {suite.total:,} questions, {how}."
+            how = "the first" if suite.seed is None else f"seed {suite.seed}"
+            parts.append(f"{one_line(suite.name)} {asked:,} of {suite.total:,} ({how})")
+    if parts:
+        yield f"Not every question was asked: {', '.join(parts)}."
 
 
 def _samples(report: Report) -> Iterator[str]:

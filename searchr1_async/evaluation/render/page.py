@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+import polars as pl
+
 from searchr1_async.evaluation.figures import ALL_SUITES, MACRO
 from searchr1_async.evaluation.render.charts import OUTCOME_COLOURS
 from searchr1_async.evaluation.render.html import interval_bars, paragraph, stacked_bar, table_html
@@ -39,10 +41,10 @@ _STYLE = (
     STYLE
     + """
 a { color: var(--accent); } .detail { display: block; font-size: .82em; font-weight: 400; color: var(--soft); }
-.best { color: var(--good); } p { max-width: 62rem; } ul { padding-left: 1.2rem; max-width: 62rem; } li { margin: .3rem 0; }
+.better { color: var(--good); } .worse { color: var(--bad); } p { max-width: 62rem; } ul { padding-left: 1.2rem; max-width: 62rem; } li { margin: .3rem 0; } p, li, summary { overflow-wrap: anywhere; }
 td, th { vertical-align: top; }
-.bars { display: grid; grid-template-columns: minmax(6rem, 14rem) 1fr 10rem; gap: .3rem .8rem; align-items: center; margin: .3rem 0 1rem; }
-.stacks { display: grid; grid-template-columns: minmax(6rem, 14rem) 1fr; gap: .3rem .8rem; align-items: center; margin: .5rem 0; }
+.bars { display: grid; grid-template-columns: minmax(4rem, 8rem) 1fr 9rem; gap: .3rem .8rem; align-items: center; margin: .3rem 0 1rem; }
+.stacks { display: grid; grid-template-columns: minmax(4rem, 10rem) 1fr; gap: .3rem .8rem; align-items: center; margin: .5rem 0; }
 .bar { width: 100%; height: 1.25rem; display: block; } .bar-label { overflow-wrap: anywhere; }
 .bar-figure { font-variant-numeric: tabular-nums; color: var(--soft); font-size: .9rem; }
 .track { fill: var(--card); } .mean { fill: var(--accent); opacity: .75; } .interval { fill: var(--ink); }
@@ -53,8 +55,8 @@ table.flips td, table.flips th { white-space: normal; overflow-wrap: anywhere; t
 table.conditions td, table.conditions th { white-space: normal; overflow-wrap: anywhere; text-align: left; min-width: 7rem; max-width: 16rem; }
 table.settings th { white-space: nowrap; } pre { white-space: pre-wrap; overflow-wrap: anywhere; }
 @media (max-width: 40rem) { body { padding: 1rem .75rem 3rem; } th, td { padding: .35rem .5rem; }
-  .bars { grid-template-columns: minmax(0, 1fr) auto; } .bars .bar { grid-column: 1 / -1; grid-row: auto; }
-  .bars .bar-label { grid-column: 1; } .bars .bar-figure { grid-column: 2; order: 0; }
+  .bars { grid-template-columns: minmax(0, 1fr) auto; grid-auto-flow: dense; gap: .1rem .8rem; } .bars .bar { grid-column: 1 / -1; margin-bottom: .5rem; }
+  .bars .bar-label { grid-column: 1; } .bars .bar-figure { grid-column: 2; }
   .stacks { grid-template-columns: 1fr; } }
 """
     + "".join(f".{outcome} {{ fill: {colour}; background: {colour}; }} " for outcome, colour in OUTCOME_COLOURS.items())
@@ -101,7 +103,7 @@ def _result(report: Report) -> str:
     parts = []
     for column in report.columns:
         rows = [
-            (label, *own.estimate("exact_match", column))
+            (label, own.estimate("exact_match", column))
             for label, own in report.items()
             if column in own.suites or column in (ALL_SUITES, MACRO)
         ]
@@ -125,7 +127,7 @@ def _differences(report: Report, chosen: Chosen, there: frozenset[EpisodeKey]) -
     comparisons = report.comparisons()
     if not comparisons.height:
         return ""
-    parts = [table_html(comparison_table_of(comparisons))]
+    parts = _comparisons(comparisons)
     for (before, after), flips in chosen.flips.items():
         total = chosen.flip_counts[before, after]
         if not total:
@@ -140,6 +142,18 @@ def _differences(report: Report, chosen: Chosen, there: frozenset[EpisodeKey]) -
             f"<details><summary>{isolated(title)}</summary><p class='soft'>{counts}{how}</p>{table_html(table, 'flips')}</details>"
         )
     return _section("Differences", *parts)
+
+
+def _comparisons(frame: pl.DataFrame) -> list[str]:
+    """All questions first; suite by suite to be opened, since seven suites and five systems are 36 rows."""
+    overall = frame.filter(pl.col("suite").is_in([ALL_SUITES, MACRO]))
+    if not overall.height:
+        return [table_html(comparison_table_of(frame))]
+    single = comparison_table_of(frame.filter(~pl.col("suite").is_in([ALL_SUITES, MACRO])))
+    return [
+        table_html(comparison_table_of(overall)),
+        f"<details><summary>Suite by suite</summary>{table_html(single)}</details>",
+    ]
 
 
 def _scores(report: Report) -> str:

@@ -40,7 +40,7 @@ def result_table(report: Report, metric: str = "exact_match") -> Table:
                 cells.append(Cell(MISSING))
                 continue
             mean, low, high = evaluation.estimate(metric, column)
-            cells.append(Cell(percent(mean), interval(low, high), is_best=best.get(column) == label))
+            cells.append(Cell(percent(mean), interval(low, high), mark="better" if best.get(column) == label else ""))
         rows.append(cells)
     caption = f"{metric_words(metric)[:1].upper() + metric_words(metric)[1:]} in percent, with 95 % intervals."
     if best:
@@ -77,12 +77,12 @@ def comparison_table_of(frame: pl.DataFrame) -> Table:
     """A comparison frame: :meth:`Report.comparisons`."""
     rows = []
     for row in frame.iter_rows(named=True):
-        is_sure = row["p_holm"] is not None and row["p_holm"] < SIGNIFICANT
+        mark = "" if row["p_holm"] >= SIGNIFICANT else "better" if row["difference"] > 0 else "worse"
         rows.append(
             (
                 Cell(f"{row['before']} → {row['after']}"),
                 Cell(row["suite"]),
-                Cell(points(row["difference"]), interval(row["low"], row["high"], signed=True), is_best=is_sure),
+                Cell(points(row["difference"]), interval(row["low"], row["high"], signed=True), mark),
                 Cell(p_value(row["p_value"])),
                 Cell(p_value(row["p_holm"])),
                 Cell(number(row["better"])),
@@ -92,7 +92,7 @@ def comparison_table_of(frame: pl.DataFrame) -> Table:
         )
     headings = ["systems", "suite", "difference", "p", "p (Holm)", "better", "worse", "questions"]
     caption = "Differences in points of exact match, paired by question, with 95 % intervals."
-    if any(row[2].is_best for row in rows):
+    if any(row[2].mark for row in rows):
         caption += " Marked: p (Holm) < 0.05."
     return table_of(headings, rows, caption)
 
@@ -122,7 +122,7 @@ def cost_table(report: Report) -> Table:
     rows = []
     for label, own in report.costs().group_by("system", maintain_order=True):
         row: Mapping[str, Any] = own.row(-1, named=True)  # the last is that of all suites
-        dollars = "" if row["dollars"] is None else f"${row['dollars']:,.4f}" if row["dollars"] else ""
+        dollars = f"${row['dollars']:.2g}" if row["dollars"] else ""
         rows.append(
             (
                 Cell(str(label[0])),

@@ -72,8 +72,5 @@ def _figures(report: Report) -> dict[str, bytes]:
 def _drawn(chart: Any) -> dict[str, bytes]:
     import vl_convert
 
-    spec = chart.to_dict()
-    return {
-        "svg": vl_convert.vegalite_to_svg(spec).encode("utf-8"),
-        "png": vl_convert.vegalite_to_png(spec, scale=2),
-    }
+    svg = vl_convert.vegalite_to_svg(chart.to_dict())
+    return {"svg": svg.encode("utf-8"), "png": vl_convert.svg_to_png(svg, scale=2)}

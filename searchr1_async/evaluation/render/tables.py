@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from searchr1_async.watch.html import visible_text
 
@@ -18,7 +19,8 @@ class Cell:
     text: str
     detail: str = ""
     """Stands below or behind the text, smaller: an interval, a count."""
-    is_best: bool = False
+    mark: Literal["", "better", "worse"] = ""
+    """It is told apart from chance."""
     href: str | None = None
     """Relative address; made by this package, never by a user."""
 
@@ -33,9 +35,9 @@ class Table:
     """What is read from it, in one or two sentences."""
 
     @property
-    def has_best(self) -> bool:
+    def has_marks(self) -> bool:
         """Some cell is marked."""
-        return any(cell.is_best for row in self.rows for cell in row)
+        return any(cell.mark for row in self.rows for cell in row)
 
 
 def table_of(headings: Sequence[Cell | str], rows: Sequence[Sequence[Cell | str]], caption: str = "") -> Table:

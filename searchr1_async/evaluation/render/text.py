@@ -61,7 +61,7 @@ def markdown_table(table: Table) -> str:
 
 def _markdown_cell(cell: Cell) -> str:
     text = markdown_text(cell.text)
-    if cell.is_best:
+    if cell.mark:
         text = f"**{text}**"
     return f"{text} {markdown_text(cell.detail)}".strip()
 
@@ -106,7 +106,7 @@ def _latex_row(cells: tuple[Cell, ...], texts: list[str]) -> str:
 
 def _latex_cell(cell: Cell) -> str:
     text = latex_text(cell.text)
-    if cell.is_best:
+    if cell.mark:
         text = f"\\textbf{{{text}}}"
     return f"{text} {_small(cell.detail)}" if cell.detail else text
 
@@ -116,7 +116,7 @@ def _small(text: str) -> str:
 
 
 def plain_table(table: Table) -> str:
-    """Aligned text; what is marked as best has a star."""
+    """Aligned text; what is marked has a star."""
     lines = [[_plain_cell(cell) for cell in row] for row in (table.headings, *table.rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     aligned = [
@@ -128,5 +128,5 @@ def plain_table(table: Table) -> str:
 
 
 def _plain_cell(cell: Cell) -> str:
-    text = one_line(cell.text) + ("*" if cell.is_best else "")
+    text = one_line(cell.text) + ("*" if cell.mark else "")
     return f"{text} {one_line(cell.detail)}".rstrip()

@@ -32,7 +32,7 @@ const SORTS = {
 };
 
 // What a list can be asked for; a state is this with changes, and the URL's hash is a state.
-const NOTHING_ASKED = { find: "", only: [], suite: "", from: "", by: "order", down: false, episode: null, with: null };
+const NOTHING_ASKED = { find: "", only: [], suite: "", from: "", by: "order", down: false, episode: null, with: null, isMissing: false };
 
 // Texts in lower case, by question and by episode; made when first searched.
 let haystacks = null;
@@ -98,9 +98,36 @@ function toHash(state) {
   return "#" + out;
 }
 
+// As an address can hold it: a lone surrogate, which a model's bytes may give, is U+FFFD there.
+function wellFormed(text) {
+  return text.replace(/[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]/g, "\ufffd");
+}
+
+// The number of the episode that an address from outside names: its evaluation, suite, question and sample; null if it is not
+// here. Numbers are this page's own, and a page that is written again may have others.
+function named(index, { system, suite, question, sample }) {
+  const { columns, questions, sources, suites } = index;
+  const isAsked = questions.map(([id, of]) => wellFormed(id) === question && wellFormed(suites[of]) === suite);
+  const isFrom = sources.map(({ label }) => label !== null && wellFormed(label) === system);
+  for (let n = 0; n < columns.question.length; n++) {
+    if (isAsked[columns.question[n]] && isFrom[columns.source[n]] && String(columns.member[n] ?? 0) === sample) return n;
+  }
+  return null;
+}
+
+function namedInHash(given, index) {
+  if (!given.has("system") || !given.has("question")) return null;
+  const asked = { system: given.get("system"), suite: given.get("in"), question: given.get("question"), sample: given.get("sample") || "0" };
+  const episode = named(index, asked);
+  const beside = { ...asked, system: given.get("beside"), sample: given.get("beside-sample") || "0" };
+  return { ...NOTHING_ASKED, only: [], episode, with: episode === null || !given.has("beside") ? null : named(index, beside), isMissing: episode === null };
+}
+
 // A hash is anybody's: what does not fit this page is left out.
 function fromHash(hash, index) {
   const given = new URLSearchParams(hash.replace(/^#/, ""));
+  const found = namedInHash(given, index);
+  if (found !== null) return found;
   const number = (name) => (/^\d{1,9}$/.test(given.get(name) || "") && Number(given.get(name)) < index.columns.flags.length ? Number(given.get(name)) : null);
   const from = given.get("from") || "";
   const { question } = index.columns;
@@ -115,5 +142,6 @@ function fromHash(hash, index) {
     down: given.get("down") === "1",
     episode,
     with: isSame ? number("with") : null,
+    isMissing: false,
   };
 }

@@ -90,7 +90,7 @@ class Page {
   }
 
   ask(changes) {
-    this.set({ ...this.state, ...changes });
+    this.set({ ...this.state, isMissing: false, ...changes });
     try {
       history.replaceState(null, "", toHash(this.state));
     } catch {
@@ -104,7 +104,7 @@ class Page {
     const isAsked = (name) => String(before[name]) !== String(state[name]);
     if (!this.result || ["find", "only", "suite", "from", "by", "down"].some(isAsked)) this.showList();
     else this.list.choose(state.episode);
-    if (isAsked("episode") || isAsked("with")) this.showDetail();
+    if (isAsked("episode") || isAsked("with") || isAsked("isMissing")) this.showDetail();
   }
 
   showList() {
@@ -134,7 +134,8 @@ class Page {
     const { state, index } = this;
     const opening = ++this.opening;
     if (state.episode === null) {
-      this.detail.replaceChildren(element("p", "hint", "Choose an episode in the list."));
+      const missing = "This page does not hold the episode that the address names. ";
+      this.detail.replaceChildren(element("p", "hint", (state.isMissing ? missing : "") + "Choose an episode in the list."));
       return;
     }
     const isPair = state.with !== null && state.with !== state.episode;
@@ -211,7 +212,7 @@ async function begin() {
   const page = new Page(index);
   page.fromHash();
   if (page.state.episode === null) {
-    if (page.result.found.length) page.set({ ...page.state, episode: page.result.found[0] });
+    if (page.result.found.length && !page.state.isMissing) page.set({ ...page.state, episode: page.result.found[0] });
     else page.showDetail();
   }
   document.body.dataset.ready = "yes";

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import dataclasses
+
+from searchr1_async.evaluation.manifest import SystemRecord
+from searchr1_async.evaluation.published import NOT_RECORDED, NOT_STATED, PUBLISHED, PublishedRow
+from searchr1_async.evaluation.report import Report
+from tests.evaluation.reports import manifest, report, rows_of
+
+
+def ours(*suites: str, **changes: object) -> Report:
+    bare = report(ours=[row for suite in suites for row in rows_of(suite, 30, 100)])
+    return Report(list(bare.values()), manifest(bare, **changes))
+
+
+def test_the_published_rows_are_those_of_their_source() -> None:
+    percents = {row.name: [round(100 * score, 1) for score in row.scores.values()] for row in PUBLISHED}
+    assert percents == {
+        "Search-R1 paper": [42.9, 62.3, 38.6, 34.6],
+        "Tinker replication": [51.6, 67.3, 49.7, 42.8],
+        "tinker-cookbook": [51.8, 70.2, 52.0, 47.7],
+    }
+    assert all(list(row.scores) == ["nq", "triviaqa", "hotpotqa", "2wikimultihopqa"] for row in PUBLISHED)
+    assert all(row.source.startswith("https://") for row in PUBLISHED)
+
+
+def test_only_the_suites_that_both_have_stand_beside_each_other() -> None:
+    frame = ours("nq", "popqa").beside().frame
+    assert frame["suite"].unique().to_list() == ["nq"]
+    assert frame.row(0, named=True)["kind"] == "ours"
+    assert frame.filter(kind="published")["low"].null_count() == 3
+    assert ours("popqa").beside().frame.height == 0
+    assert ours("popqa").beside().notes == ()
+
+
+def test_the_notes_say_what_differs_and_what_nobody_states() -> None:
+    found = ours("nq").beside()
+    note = next(note for note in found.notes if note.startswith("Search-R1 paper: Ours differs"))
+    for part in (
+        "model (tiny/tiny-1M; theirs: Qwen2.5-7B-Instruct)",
+        "embedder (minilm; theirs: E5)",
+        "54,909 passages",
+    ):
+        assert part in note
+    assert "passages a search" not in note  # three on both sides
+    assert "does not state turns at most, samples a question, temperature, number of questions" in note
+    assert note.endswith("rank nothing.")
+    conditions = {row[0]: row[1:] for row in found.conditions.iter_rows()}
+    assert conditions["passages a search"] == ("3", "3", "3", "3")
+    assert conditions["temperature"] == ("0", NOT_STATED, NOT_STATED, NOT_STATED)
+
+
+def test_a_difference_of_one_system_names_it() -> None:
+    bare = report(with_search=rows_of("nq", 3, 9), without=rows_of("nq", 1, 9))
+    records = (SystemRecord("with search", "recipe", "tiny/tiny-1M"), SystemRecord("without", "direct", "tiny/tiny-1M"))
+    found = Report(list(bare.values()), manifest(bare, systems=records)).beside()
+    note = next(note for note in found.notes if note.startswith("tinker-cookbook"))
+    assert "prompt (ours, without search for without; theirs: recipe)" in note
+    assert "passages a search (none for without; theirs: 3)" in note
+
+
+def test_without_a_manifest_nothing_is_claimed() -> None:
+    found = report(ours=rows_of("nq", 30, 100)).beside()
+    assert len(found.notes) == 1
+    assert "not recorded" in found.notes[0]
+    assert set(found.conditions["ours"].to_list()[:-1]) == {NOT_RECORDED}
+
+
+def test_only_where_everything_is_known_and_alike_may_a_figure_be_ranked() -> None:
+    twin = PublishedRow(
+        "twin", {"nq": 0.3}, "https://example.org", model="tiny-1M", training="none: the base model",
+        corpus="corpus.parquet (54,909 passages)", embedder="minilm", n_results=3, prompt="ours, with the search tool",
+        max_turns=5, questions="nq 100", samples=1, temperature=0.0,
+    )  # fmt: skip
+    assert ours("nq").beside([twin]).notes == ("twin: Nothing is known to differ.",)
+    other = dataclasses.replace(twin, questions="nq 3,610")
+    assert "rank nothing" in ours("nq").beside([other]).notes[0]
+    silent = dataclasses.replace(twin, samples=None)
+    assert ours("nq").beside([silent]).notes[0].endswith("rank nothing.")
