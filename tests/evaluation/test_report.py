@@ -141,6 +141,9 @@ def test_notes_say_what_a_careful_reader_must_know() -> None:
     assert "Holm" in text
     assert "untrained was wrong in 135 episodes: 135 (100%) no search showed a golden answer." in text
     assert notes[-1] == "It was hot."
+    clean = dataclasses.replace(systems[1], overlap={"nq": 0, "hotpotqa": 0})
+    told = Report(list(bare.values()), dataclasses.replace(whole, systems=(systems[0], clean))).notes()
+    assert any(note.startswith("after RL: no question asked here is among those of its training") for note in told)
     unknown = dataclasses.replace(systems[1], overlap=None)
     told = Report(list(bare.values()), dataclasses.replace(whole, systems=(systems[0], unknown))).notes()
     assert any(note.startswith("What after RL was trained on is not known") for note in told)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -13,12 +14,15 @@ from urllib.parse import parse_qs, urlsplit
 import polars as pl
 import pytest
 
+from searchr1_async.episodes.types import StopReason
 from searchr1_async.errors import RunFolderError
-from searchr1_async.evaluation.render.links import choose
+from searchr1_async.evaluation.render.links import choose, chosen_rows, key_of
 from searchr1_async.evaluation.render.tables import table_of
 from searchr1_async.evaluation.render.text import latex_table, latex_text, markdown_table, markdown_text
 from searchr1_async.evaluation.report import Report
+from searchr1_async.evaluation.result import Evaluation
 from searchr1_async.evaluation.scores import SCORE_SCHEMA
+from searchr1_async.evaluation.store import EpisodeStore
 from tests.evaluation.reports import manifest, played
 from tests.watch.builders import HOSTILE
 
@@ -218,3 +222,22 @@ def test_a_link_opens_its_episode_in_a_browser(saved: Path, tmp_path: Path, widt
 def test_figures_of_hostile_labels_are_plain_json() -> None:
     values = json.loads(hostile_report().figures())
     assert len(values["flips"]) == 1
+
+
+def test_of_a_folder_only_the_episodes_that_are_linked_to_are_read(tmp_path: Path) -> None:
+    """As the evaluation leaves them on disk; a sample that a service failed at first was played again."""
+    before, after = played("before", 0.2, of=20, suites=("nq",)), played("after", 0.8, of=20, suites=("nq",))
+    store = EpisodeStore(tmp_path)
+    failed = dataclasses.replace(before.episodes[0], stop_reason=StopReason.FAILED, answer=None)
+    store.write([(("before", 0, 0), None, failed)])
+    for own in (before, after):
+        store.write([((own.label, place, 0), None, episode) for place, episode in enumerate(own.episodes)])
+    report = Report([Evaluation(own.label, own.scores) for own in (before, after)], folder=tmp_path)
+    keys = choose(report).keys
+    assert len(keys) < 40
+    rows = chosen_rows(report, keys)
+    assert {key_of(row) for row in rows} == keys
+    assert len(rows) == len(keys)
+    assert not any(row.episode.failed for row in rows)
+    links = Page(report.save().read_text(encoding="utf-8")).links
+    assert len(links) >= 2 * report.flips("before", "after").height

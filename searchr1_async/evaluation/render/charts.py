@@ -29,11 +29,20 @@ SHARES = ("exact_match", "f1", "cover_match", "format", "judged", "answer_in_pas
 def plot_figure(
     report: Report, metric: str, *, title: str | None = None, width: int | None = None, height: int = 260
 ) -> Any:
-    """See :meth:`Report.plot`."""
+    """See :meth:`Report.plot`. Each system has a colour of its own: unlike the evaluations of a run, they are no order of stages."""
     import altair as alt
 
     from searchr1_async.watch.plots import enable_renderer
-    from searchr1_async.watch.plots.theme import SERIES, axis, empty_chart, heading, legend, table, values_axis
+    from searchr1_async.watch.plots.theme import (
+        NOTE_COLOUR,
+        SERIES,
+        axis,
+        empty_chart,
+        heading,
+        legend,
+        table,
+        values_axis,
+    )
 
     check_metric(metric)
     enable_renderer()
@@ -66,7 +75,7 @@ def plot_figure(
     y = alt.Y("mean:Q", axis=values_axis(words, format=form), scale=alt.Scale(zero=True, nice=True))
     bars = base.mark_bar(opacity=0.85).encode(y=y, tooltip=tooltips)
     # A colour of its own: that of the bar would hide the half of the interval that lies within it.
-    lines = base.mark_rule(strokeWidth=1.5).encode(y=alt.Y("low:Q"), y2="high:Q", color=alt.value("#555d69"))
+    lines = base.mark_rule(strokeWidth=1.5).encode(y=alt.Y("low:Q"), y2="high:Q", color=alt.value(NOTE_COLOUR))
     return alt.layer(bars, lines).properties(width=wide, height=height, title=heading(text, "lines: 95 % intervals"))
 
 

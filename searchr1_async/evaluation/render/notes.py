@@ -52,13 +52,15 @@ def _overlap(report: Report) -> Iterator[str]:
     if report.manifest is None:
         return
     asked = {suite.name: len(suite.question_ids) for suite in report.manifest.suites}
-    unknown = []
+    unknown, clean = [], []
     for record in report.manifest.systems:
         if record.overlap is None:
             if record.checkpoint is not None:
                 unknown.append(one_line(record.label))
             continue
         seen = {suite: count for suite, count in record.overlap.items() if count}
+        if not seen:
+            clean.append(one_line(record.label))
         if seen:
             shares = ", ".join(
                 f"{count:,} of {asked.get(suite, 0):,} in {one_line(suite)}" for suite, count in seen.items()
@@ -67,6 +69,8 @@ def _overlap(report: Report) -> Iterator[str]:
                 f"{one_line(record.label)} was trained on questions that are asked here ({shares}): on these its score is no "
                 "measure of what it can do with new ones."
             )
+    if clean:
+        yield f"{_listed(clean)}: no question asked here is among those of its training, word for word or nearly so."
     if unknown:
         yield (
             f"What {_listed(unknown)} was trained on is not known here, so nobody has looked whether questions asked here were "
@@ -104,12 +108,14 @@ def _comparisons(report: Report) -> Iterator[str]:
     if unpaired:
         first = one_line(pairs[0].before.label)
         yield f"{_listed(unpaired)} was asked other questions than {first}: not compared with it."
-    suites = sum(len(pair.before.suites) for pair in pairs if pair.is_paired)
+    paired = [pair for pair in pairs if pair.is_paired]
+    suites = sum(len(pair.before.suites) for pair in paired)
     if suites > 1:
-        overall = sum(pair.is_paired for pair in pairs)
+        several = any(len(pair.before.suites) > 1 for pair in paired)
+        counts = f"{counted(len(paired), 'comparison')} over all questions, " if several else ""
         yield (
             "Differences are paired by question. Where there are several comparisons the p-values are adjusted by Holm's method: "
-            f"{counted(overall, 'comparison')} over all questions, {suites:,} of single suites."
+            f"{counts}{suites:,} of single suites."
         )
 
 

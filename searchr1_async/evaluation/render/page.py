@@ -42,7 +42,7 @@ _STYLE = (
     + """
 a { color: var(--accent); } .detail { display: block; font-size: .82em; font-weight: 400; color: var(--soft); }
 .better { color: var(--good); } .worse { color: var(--bad); } p { max-width: 62rem; } ul { padding-left: 1.2rem; max-width: 62rem; } li { margin: .3rem 0; } p, li, summary { overflow-wrap: anywhere; }
-td, th { vertical-align: top; }
+td, th { vertical-align: top; } tbody th { white-space: normal; overflow-wrap: anywhere; min-width: 6rem; max-width: 18rem; }
 .bars { display: grid; grid-template-columns: minmax(4rem, 8rem) 1fr 9rem; gap: .3rem .8rem; align-items: center; margin: .3rem 0 1rem; }
 .stacks { display: grid; grid-template-columns: minmax(4rem, 10rem) 1fr; gap: .3rem .8rem; align-items: center; margin: .5rem 0; }
 .bar { width: 100%; height: 1.25rem; display: block; } .bar-label { overflow-wrap: anywhere; }
