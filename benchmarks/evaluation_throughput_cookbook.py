@@ -16,7 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from evaluation_throughput_shared import marking, save_weights
+from evaluation_throughput_shared import import_all, marking, prepare_service
 from throughput_cookbook import SteadyTokenizer
 from throughput_monitor import log_to, observing
 
@@ -26,9 +26,10 @@ async def play(settings: dict[str, Any]) -> None:
     from tinker_cookbook import tokenizer_utils  # pyright: ignore[reportMissingImports]
     from tinker_cookbook.recipes.search_tool import offline_eval, tools  # pyright: ignore[reportMissingImports]
 
+    imports = import_all(settings["tokenizer"])
     tokenizer: Any = SteadyTokenizer(settings["tokenizer"])
     tokenizer_utils.register_tokenizer(settings["model"], lambda: tokenizer)
-    weights = await asyncio.to_thread(save_weights, settings["url"], settings["model"])
+    weights = await asyncio.to_thread(prepare_service, settings["url"], settings["model"])
     evaluate_one_dataset = offline_eval.evaluate_one_dataset
     rights: list[int] = []
 
@@ -53,7 +54,7 @@ async def play(settings: dict[str, Any]) -> None:
         tinker_checkpoint_url=weights,
     )
     async with observing(Path(settings["observed"])):
-        with marking(Path(settings["marks"])) as marks:
+        with marking(Path(settings["marks"]), imports) as marks:
             await offline_eval.cli_main(config)
             marks.right = sum(rights)
 

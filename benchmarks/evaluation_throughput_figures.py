@@ -10,6 +10,7 @@ import numpy as np
 
 from benchmarks.evaluation_throughput_floor import chain_of, floor, in_turn, list_schedule
 from benchmarks.evaluation_throughput_load import SuiteWorld
+from benchmarks.evaluation_throughput_model import WARM_UP
 from benchmarks.evaluation_throughput_shared import Marks
 from benchmarks.throughput_figures import _at, _lags  # the measures of the other throughput benchmark
 from benchmarks.throughput_floor import episodes_seen
@@ -37,7 +38,7 @@ def figures(
             another number of right answers than were given.
     """
     asked = list(itertools.chain.from_iterable(suites.values()))
-    samples = [request for request in served if request.kind == "sample"]
+    samples = [each for each in served if each.kind == "sample" and each.sequences[0].label != WARM_UP]
     _check(world, asked, samples, marks)
     chains = [[chain_of(world, subject, search_seconds) for subject in suite] for suite in suites.values()]
     together = list(itertools.chain.from_iterable(chains))
@@ -67,6 +68,7 @@ def figures(
         **_lags(observed, marks.began, marks.ended),
         "turns": len(samples),
         "right": marks.right,
+        "imports": marks.imports,
     }
 
 

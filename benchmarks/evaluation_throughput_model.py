@@ -17,6 +17,8 @@ from searchr1_async.local.scripted_log import TimedReply
 
 WORLD_VARIABLE = "SEARCHR1_EVALUATION_WORLD"
 """The environment variable that names the world's file."""
+WARM_UP = "warm-up"
+"""The label of what is said to a prompt that holds no question: what a contender sends before its time is taken."""
 _MESSAGES_AT_FIRST = 3
 """System, user, and the opened reply."""
 
@@ -30,9 +32,11 @@ def reply(prompt: list[int], chance: random.Random) -> TimedReply:
     """The turn that follows, with its time and ``question/0/turn`` as its label.
 
     Raises:
-        ValueError: the prompt holds no question of this world, or its episode has ended.
+        ValueError: the prompt holds no whole number of a question, or its episode has ended.
     """
     world = _world()
+    if world.marker not in prompt:
+        return TimedReply("ready", 0.0, WARM_UP)
     first = prompt.index(world.marker)
     behind = prompt[first + 1 : first + 4 + QUESTION_DIGITS]
     digits = [world.digits.index(token) for token in behind if token in world.digits][:QUESTION_DIGITS]

@@ -16,7 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.evaluation_throughput_shared import marking, save_weights
+from benchmarks.evaluation_throughput_shared import import_all, marking, prepare_service
 from benchmarks.throughput_monitor import log_to, observing
 
 
@@ -47,13 +47,14 @@ async def evaluated(settings: dict[str, Any], weights: str, suites: Mapping[str,
 
 async def play(settings: dict[str, Any]) -> None:
     """One evaluation."""
-    import searchr1_async  # noqa: F401 - imported before the time is taken
+    import searchr1_async  # noqa: F401
 
-    weights = await asyncio.to_thread(save_weights, settings["url"], settings["model"])
+    imports = import_all(settings["tokenizer"])
+    weights = await asyncio.to_thread(prepare_service, settings["url"], settings["model"])
     suites: dict[str, str] = settings["suites"]
     parts = [suites] if settings["mode"] == "pool" else [{name: path} for name, path in suites.items()]
     async with observing(Path(settings["observed"])):
-        with marking(Path(settings["marks"])) as marks:
+        with marking(Path(settings["marks"]), imports) as marks:
             rights = [
                 await evaluated(settings, weights, part, f"{settings['out']}/{number}")
                 for number, part in enumerate(parts)

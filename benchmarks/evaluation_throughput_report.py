@@ -109,7 +109,8 @@ NOTES = """How it was measured:
   depends on the question alone; that each episode was played once and to its end is checked in the service's log, and that the
   contender counted as many right answers as were given. All processes share the machine's cores.
 - `places` are the samples that the service serves at a time; whatever else it is sent waits in its line, first come first served.
-- `wall` is the whole call: connecting, playing, scoring, the files and the report of ours; what the recipe's command does.
+- `wall` is the whole call: connecting, playing, scoring, the files and the report of ours; what the recipe's command does. A fresh
+  process imports torch (with the tokenizer), tinker, Chroma's client and Gemini's before; those seconds are in the table's file.
 - `floor` is what no schedule of the drawn turns and searches on so many places beats, with all suites at once
   (benchmarks/evaluation_throughput_floor.py has the proof). `ideal client` is a simulated one that loses no time at all but does not
   know how long turns will take, in one pool or suite by suite: what it needs beyond the floor is the wait for the last episodes.

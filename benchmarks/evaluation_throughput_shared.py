@@ -19,6 +19,8 @@ class Marks:
     ended: float = 0.0
     right: int = -1
     """Questions answered right, by its own scoring."""
+    imports: float = 0.0
+    """Seconds that a fresh process took before to import what both use."""
 
     @staticmethod
     def read(path: Path) -> Marks:
@@ -26,18 +28,42 @@ class Marks:
         return Marks(**json.loads(path.read_text()))
 
 
+def import_all(tokenizer: str) -> float:
+    """Imports what both contenders use: the seconds that it took.
+
+    Before the time is taken: a notebook does so once, and it is no matter of how evaluation goes. Reading a tokenizer brings torch
+    into the process (3 s of CPU), and chromadb's schemas compile a grammar of URIs where JupyterLab is installed (4 s of CPU).
+    """
+    began = time.monotonic()
+    import chromadb  # noqa: F401
+    import google.genai  # noqa: F401
+    import tinker  # noqa: F401
+    from transformers import AutoTokenizer
+
+    AutoTokenizer.from_pretrained(tokenizer)
+    return time.monotonic() - began
+
+
 @contextmanager
-def marking(path: Path) -> Iterator[Marks]:
+def marking(path: Path, imports: float) -> Iterator[Marks]:
     """Takes the time of the block; writes ``path`` if it ends well."""
-    marks = Marks(began=time.monotonic())
+    marks = Marks(began=time.monotonic(), imports=imports)
     yield marks
     marks.ended = time.monotonic()
     path.write_text(json.dumps(asdict(marks)))
 
 
-def save_weights(url: str, model: str) -> str:
-    """Weights for sampling on a fresh service: the ``tinker://`` path of what is evaluated. Not part of what is timed."""
+def prepare_service(url: str, model: str) -> str:
+    """Saves what is evaluated on a fresh service: its ``tinker://`` path. Not part of what is timed.
+
+    It also samples once, since the scripted model reads its tokenizer and its world then (5 to 14 s while the machine is busy).
+    """
     import tinker
 
-    training: Any = tinker.ServiceClient(base_url=url).create_lora_training_client(base_model=model, rank=8)
-    return training.save_weights_for_sampler(name="evaluated").result().path
+    service = tinker.ServiceClient(base_url=url)
+    training: Any = service.create_lora_training_client(base_model=model, rank=8)
+    path: str = training.save_weights_for_sampler(name="evaluated").result().path
+    sampling: Any = service.create_sampling_client(model_path=path)
+    prompt, parameters = tinker.ModelInput.from_ints([1]), tinker.SamplingParams(max_tokens=1)
+    sampling.sample(prompt=prompt, num_samples=1, sampling_params=parameters).result()
+    return path
