@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from renderers import Message, Renderer, ToolCallParseStatus, ToolSpec
 
+from searchr1_async.episodes.asking import prefixed, tagged, with_tool, without_tool
 from searchr1_async.episodes.methods import INSTRUCTIONS, METHODS, WITHOUT_TOOL, Method
 from searchr1_async.episodes.plain_text import PlainText, passage_lines, query_blocks
 from searchr1_async.episodes.recipe import load_recipe_prompt, recipe_results
@@ -113,15 +114,6 @@ class Dialect(Protocol):
         ...
 
 
-def _asked(plain: PlainText, question: Question, given: SearchCall | None) -> str:
-    """What the user says."""
-    asked = plain.defuse(question.question)
-    if given is None:
-        return asked
-    found = [passage for passages in given.results for passage in passages]
-    return f"{passage_lines(plain, found)}\n\nQuestion: {asked}"
-
-
 class TagsDialect:
     """Search-R1's tags, inside one assistant message.
 
@@ -151,10 +143,10 @@ class TagsDialect:
         self.stop = [*tags, *(tokenizer.decode([token]) for token in renderer.get_stop_token_ids())]
 
     def start(self, question: Question, given: SearchCall | None = None) -> list[int]:
-        messages: list[Message] = [
-            {"role": "system", "content": self._instructions},
-            {"role": "user", "content": _asked(self._plain, question, given)},
-        ]
+        if not self._has_tool:
+            messages = without_tool(self._plain, self._instructions, question, given, tagged)
+        else:
+            messages = with_tool(self._plain, self._instructions, question)
         return self._renderer.render_ids(messages, add_generation_prompt=True)
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -188,7 +180,7 @@ class TagsDialect:
         return self._plain.encode(f"<search>{self._plain.defuse(queries[0])}</search>")
 
     def write_answer(self, answer: str) -> list[int]:
-        return self._plain.encode(f"<answer>{self._plain.defuse(answer)}</answer>")
+        return self._plain.encode(tagged(self._plain.defuse(answer)))
 
 
 def read_tags(content: str) -> Reading:
@@ -246,10 +238,10 @@ class HermesDialect:
         self._empty_prompt = renderer.render_ids([{"role": "user", "content": "?"}], add_generation_prompt=True)
 
     def start(self, question: Question, given: SearchCall | None = None) -> list[int]:
-        messages: list[Message] = [
-            {"role": "system", "content": self._instructions},
-            {"role": "user", "content": _asked(self._plain, question, given)},
-        ]
+        if self._tools is None:
+            messages = without_tool(self._plain, self._instructions, question, given, prefixed)
+        else:
+            messages = with_tool(self._plain, self._instructions, question)
         return self._renderer.render_ids(messages, tools=self._tools, add_generation_prompt=True)
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -301,7 +293,7 @@ class HermesDialect:
         return self._write({"role": "assistant", "content": "", "tool_calls": [call]})
 
     def write_answer(self, answer: str) -> list[int]:
-        return self._write({"role": "assistant", "content": f"Answer: {self._plain.defuse(answer)}"})
+        return self._write({"role": "assistant", "content": prefixed(self._plain.defuse(answer))})
 
     def _write(self, message: Message) -> list[int]:
         """What the model would sample for this message: everything behind the generation prompt, its stop token included."""

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Literal, get_args
 
 from searchr1_async.config import EpisodeLimits
+from searchr1_async.episodes.types import Passage, Question, SearchCall
 
 Method = Literal["search", "direct", "rag", "recipe"]
 """How a question is put to a model.
@@ -49,6 +50,33 @@ INSTRUCTIONS: Mapping[tuple[str, str], str] = {
     ),
 }
 """The system prompt of each tool-call format and method; that of ``recipe`` is read from the recipe."""
+
+
+EXAMPLES: tuple[tuple[Question, SearchCall], ...] = (
+    (
+        Question("example-1", "Which is the highest mountain on Earth?", ("Mount Everest",)),
+        SearchCall(
+            ("Which is the highest mountain on Earth?",),
+            (
+                (
+                    Passage("e1", "Mount Everest", "The peak of Mount Everest is the highest point above sea level."),
+                    Passage("e2", "K2", "K2 is second in height, and harder to climb."),
+                ),
+            ),
+        ),
+    ),
+    (
+        Question("example-2", "What colour is an emerald?", ("green",)),
+        SearchCall(
+            ("What colour is an emerald?",),
+            ((Passage("e3", "Emerald", "An emerald is a gem, a beryl that chromium makes green."),),),
+        ),
+    ),
+)
+"""Worked examples that stand before the question where there is no tool; their passages where passages are given.
+
+Told in words alone, in the system prompt or behind the question, SmolLM2-135M-Instruct kept to either format for 0 of 18
+questions, so that the baseline would have measured that; with these examples for 18 (``hermes``) and 16 (``tags``)."""
 
 
 def limits_for(method: Method, limits: EpisodeLimits) -> EpisodeLimits:

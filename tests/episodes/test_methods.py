@@ -11,7 +11,7 @@ import pytest
 
 from searchr1_async.config import EpisodeLimits
 from searchr1_async.episodes.dialect import FinalAnswer, MalformedCall, SearchRequest, make_dialect
-from searchr1_async.episodes.methods import INSTRUCTIONS, METHODS, limits_for
+from searchr1_async.episodes.methods import EXAMPLES, INSTRUCTIONS, METHODS, limits_for
 from searchr1_async.episodes.recipe import load_recipe_prompt
 from searchr1_async.episodes.types import Passage, Question, SearchCall
 from searchr1_async.errors import ModelError
@@ -67,12 +67,26 @@ def test_a_direct_answer_is_asked_for_without_a_word_of_a_tool(tokenizer: Any, f
 @pytest.mark.parametrize("format_name", FORMATS)
 def test_what_was_found_stands_before_the_question_and_cannot_pass_for_markup(tokenizer: Any, format_name: str) -> None:
     text = text_of(make_dialect(format_name, "m", tokenizer, method="rag"), GIVEN)
-    user = text.partition("<|im_start|>user\n")[2]
+    user = text.rpartition("<|im_start|>user\n")[2]
     assert user.index("(1) Etna: It burns.") < user.index("(2) Vesuvius: Near Naples.") < user.index("mountain?")
     assert user.count("<|im_end|>") == 1
     assert "</information>" not in user
     assert "search" not in text.lower()
     assert "tool" not in text.lower()
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_worked_examples_are_answered_as_the_format_reads_them(tokenizer: Any, format_name: str) -> None:
+    for method, given in (("direct", None), ("rag", GIVEN)):
+        dialect = make_dialect(format_name, "m", tokenizer, method=method)  # type: ignore[arg-type]
+        for example, found in EXAMPLES:
+            question, answer = f"Question: {example.question}<|im_end|>", example.golden_answers[0]
+            behind = (
+                text_of(dialect, given).partition(question)[2].partition("assistant\n")[2].partition("<|im_end|>")[0]
+            )
+            tokens = tokenizer.encode(behind, add_special_tokens=False)
+            assert dialect.read(dialect.start(ASKED), tokens)[1] == FinalAnswer(answer)
+            assert (found.results[0][0].text in text_of(dialect, given)) is (given is not None)
 
 
 @pytest.mark.parametrize("format_name", FORMATS)
