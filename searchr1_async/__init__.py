@@ -12,6 +12,8 @@
 from searchr1_async.api import rollout, train
 from searchr1_async.config import EpisodeLimits, LearningSettings, LocalOptions, SamplingSettings, WarmUp
 from searchr1_async.data import Corpus, load_corpus, load_questions
+from searchr1_async.data.overlap import find_overlap
+from searchr1_async.data.suites import Suite, load_suite, load_suites
 from searchr1_async.episodes.reward import RecipeReward, Score
 from searchr1_async.episodes.types import Episode, Group, Passage, Question, SearchCall, StopReason, Turn
 from searchr1_async.errors import (
@@ -35,7 +37,12 @@ from searchr1_async.errors import (
 )
 from searchr1_async.evaluation.charts import plot_suites
 from searchr1_async.evaluation.evaluate import evaluate
-from searchr1_async.evaluation.result import Evaluation, compare
+from searchr1_async.evaluation.judge import Judge
+from searchr1_async.evaluation.manifest import Manifest
+from searchr1_async.evaluation.reading import open_report
+from searchr1_async.evaluation.report import Report
+from searchr1_async.evaluation.result import Evaluation, compare, flips
+from searchr1_async.evaluation.systems import System
 from searchr1_async.evaluation.table import comparison_table
 from searchr1_async.job import TrainingResult
 from searchr1_async.learn.demonstrations import Demonstration
@@ -64,8 +71,10 @@ __all__ = [
     "GeminiEmbedder",
     "Group",
     "IndexReport",
+    "Judge",
     "LearningSettings",
     "LocalOptions",
+    "Manifest",
     "ModelError",
     "PacingSettings",
     "Passage",
@@ -75,6 +84,7 @@ __all__ = [
     "RecipeReward",
     "RecordedRun",
     "RemoteChroma",
+    "Report",
     "RewardError",
     "Run",
     "RunFolderError",
@@ -92,6 +102,8 @@ __all__ = [
     "ServiceUnavailableError",
     "StopReason",
     "StoreError",
+    "Suite",
+    "System",
     "TensorBoardTracker",
     "TooManyFailuresError",
     "TrackioTracker",
@@ -103,8 +115,13 @@ __all__ = [
     "compare",
     "comparison_table",
     "evaluate",
+    "find_overlap",
+    "flips",
     "load_corpus",
     "load_questions",
+    "load_suite",
+    "load_suites",
+    "open_report",
     "open_run",
     "plot_suites",
     "rollout",

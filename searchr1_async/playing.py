@@ -1,11 +1,11 @@
-"""Playing without learning: the services of an evaluation or of a plain rollout, opened together and closed again."""
+"""Playing without learning: what watches, the service, and the engine of an evaluation or of a plain rollout."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -13,130 +13,192 @@ import tinker
 
 from searchr1_async.config import EpisodeLimits, LocalOptions, SamplingSettings
 from searchr1_async.episodes.dialect import FORMATS
+from searchr1_async.episodes.methods import Method
 from searchr1_async.episodes.reward import RewardFunction
-from searchr1_async.errors import ConfigurationError, ModelError, RunFolderError, SearchR1Error
+from searchr1_async.episodes.types import Passage
+from searchr1_async.errors import ConfigurationError, ModelError, SearchError, SearchR1Error
 from searchr1_async.events import Emit, Notice, RunEnded, RunStarted
-from searchr1_async.learn.checkpoints import ResumePoint
 from searchr1_async.rollout.engine import RolloutEngine
 from searchr1_async.rollout.opening import open_engine
 from searchr1_async.rollout.policy import TinkerPolicy
 from searchr1_async.rollout.workers.messages import WorkerSpec
 from searchr1_async.run_folder import first_error
 from searchr1_async.search import Search
-from searchr1_async.service import check_service, open_service
+from searchr1_async.search.queries import clean_query
+from searchr1_async.service import Service, check_service, open_service
 from searchr1_async.training import open_search
 from searchr1_async.watch.dashboard import Choice, View, open_view
 from searchr1_async.watch.fanout import Watchers
 from searchr1_async.watch.viewer.tokens import remember_tokenizer
+from searchr1_async.weights import Weights, find_weights
+
+
+@dataclass(frozen=True, slots=True)
+class PlaySettings:
+    """How episodes are played and scored.
+
+    Raises:
+        ModelError: an unknown tool-call format.
+        ConfigurationError: a number out of its range.
+    """
+
+    reward: RewardFunction
+    limits: EpisodeLimits
+    sampling: SamplingSettings
+    format_name: str = "hermes"
+    renderer_name: str | None = None
+    instructions: str | None = None
+    """The system prompt; None is the method's own."""
+    group_size: int = 1
+    """Episodes a question."""
+    max_failed_fraction: float = 0.2
+    """Failed episodes above which the work stops: a service is broken."""
+
+    def __post_init__(self) -> None:
+        check_format(self.format_name)
+        if self.group_size < 1:
+            raise ConfigurationError(f"{self.group_size} episodes a question: at least 1")
+        if not 0 <= self.max_failed_fraction <= 1:
+            raise ConfigurationError(f"max_failed_fraction is {self.max_failed_fraction}: it must lie in 0 to 1")
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceChoice:
+    """Which Tinker service, and which model on it; see :func:`searchr1_async.service.open_service`."""
+
+    service: str | tinker.ServiceClient | None = None
+    model: str | None = None
+    local: LocalOptions = field(default_factory=LocalOptions)
+    tokenizer: str | None = None
 
 
 @asynccontextmanager
-async def playing(
-    kind: Literal["evaluate", "rollout"],
-    search: Search,
-    *,
-    model: str | None,
-    checkpoint: str | Path | None,
-    service: str | tinker.ServiceClient | None,
-    service_folder: str | Path | None,
-    reward: RewardFunction,
-    format_name: str,
-    renderer: str | None,
-    instructions: str | None,
-    limits: EpisodeLimits,
-    sampling: SamplingSettings,
-    group_size: int,
-    max_failed_fraction: float,
-    local: LocalOptions | None,
-    tokenizer: str | None,
-    progress: Choice,
-    emit: Emit | None,
-) -> AsyncIterator[tuple[RolloutEngine, TinkerPolicy]]:
-    """An engine and a policy to play with, over services that are closed at the end; arguments as in :func:`searchr1_async.evaluate`."""
-    check_format(format_name)
-    if group_size < 1:
-        raise ConfigurationError(f"{group_size} episodes a question: at least 1")
-    found = _find_checkpoint(checkpoint, service_folder)
-    view = open_view(progress, title=kind)  # after what is refused: a view that was drawn waits for its work
+async def watching(title: str, progress: Choice, emit: Emit | None) -> AsyncIterator[Watchers]:
+    """Whoever watches some work: told how it ends. Of an exception group the first error of the package is raised."""
+    view = open_view(progress, title=title)  # after what is refused: a view that was drawn waits for its work
     try:
         async with AsyncExitStack() as stack:
             watchers = await open_watchers(stack, view, emit)
             stack.push(_ending(watchers))
-            folder = found.service_folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="searchr1-")))
-            await check_service(service, model or found.base_model, local or LocalOptions())
-            await open_search(search, watchers)
-            async with (
-                search,
-                open_service(
-                    service,
-                    model or found.base_model,
-                    folder=folder,
-                    local=local or LocalOptions(),
-                    emit=watchers,
-                    tokenizer=tokenizer,
-                ) as connected,
-            ):
-                remember_tokenizer(connected.tokenizer)
-                watchers(
-                    RunStarted(
-                        kind,
-                        connected.model_name,
-                        is_embedded=connected.is_local,
-                        is_tinker=connected.is_tinker,
-                        embedder=search.embedder.name,
-                        step=found.step,
-                        group_size=group_size,
-                    )
-                )
-                spec = WorkerSpec(
-                    format_name,
-                    connected.model_name,
-                    connected.tokenizer.name_or_path,
-                    limits,
-                    renderer_name=renderer,
-                    instructions=instructions,
-                    first_turn=sampling.first_turn,
-                )
-                async with open_engine(
-                    spec,
-                    connected.tokenizer,
-                    search=search,
-                    sampling=sampling,
-                    reward=reward,
-                    group_size=group_size,
-                    max_failed_fraction=max_failed_fraction,
-                    emit=watchers,
-                    search_metrics=lambda: search.statistics.metrics(),
-                ) as engine:
-                    client = await connected.create_sampling_client(found.path)
-                    yield engine, TinkerPolicy(client, found.step, sampling)
+            yield watchers
     except* SearchR1Error as group:
         raise first_error(group) from group
 
 
-@dataclass(frozen=True, slots=True)
-class _Checkpoint:
-    path: str | None = None
-    service_folder: Path | None = None
-    base_model: str | None = None
-    step: int = 0
+@asynccontextmanager
+async def opened_service(choice: ServiceChoice, folder: Path | None, emit: Emit) -> AsyncIterator[Service]:
+    """The service, connected.
+
+    Args:
+        folder: of the embedded service's checkpoints; None is one that goes with it.
+    """
+    async with AsyncExitStack() as stack:
+        folder = folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="searchr1-")))
+        service = await stack.enter_async_context(
+            open_service(
+                choice.service, choice.model, folder=folder, local=choice.local, emit=emit, tokenizer=choice.tokenizer
+            )
+        )
+        remember_tokenizer(service.tokenizer)
+        yield service
 
 
-def _find_checkpoint(checkpoint: str | Path | None, service_folder: str | Path | None) -> _Checkpoint:
-    folder = Path(service_folder) if service_folder is not None else None
-    if checkpoint is None:
-        return _Checkpoint(service_folder=folder)
-    if isinstance(checkpoint, str) and checkpoint.startswith("tinker://"):
-        return _Checkpoint(checkpoint, folder)
-    point = ResumePoint.load(Path(checkpoint))
-    if point is None:
-        raise RunFolderError(f"{checkpoint} holds no run: name a run's folder or a tinker:// path")
-    if point.sampler_path is None:
-        raise RunFolderError(f"the run in {checkpoint} has kept no weights yet (checkpoint_every steps, or its end)")
-    own = Path(checkpoint) / "service"
-    return _Checkpoint(
-        point.sampler_path, folder or (own if own.is_dir() else None), point.base_model, point.sampler_step or 0
+def worker_spec(service: Service, play: PlaySettings, method: Method = "search") -> WorkerSpec:
+    """How a model's episodes are played; equal specs can be played by one engine."""
+    return WorkerSpec(
+        play.format_name,
+        service.model_name,
+        service.tokenizer.name_or_path,
+        play.limits,
+        renderer_name=play.renderer_name,
+        instructions=play.instructions,
+        first_turn=play.sampling.first_turn,
+        method=method,
     )
+
+
+@asynccontextmanager
+async def opened_engine(
+    service: Service, spec: WorkerSpec, search: Search | None, play: PlaySettings, emit: Emit
+) -> AsyncIterator[RolloutEngine]:
+    """An engine that plays so on this service."""
+    async with open_engine(
+        spec,
+        service.tokenizer,
+        search=search or NoSearch(),
+        sampling=play.sampling,
+        reward=play.reward,
+        group_size=play.group_size,
+        max_failed_fraction=play.max_failed_fraction,
+        emit=emit,
+        search_metrics=(lambda: search.statistics.metrics()) if search is not None else dict,
+    ) as engine:
+        yield engine
+
+
+def started(
+    kind: Literal["evaluate", "rollout"], service: Service, search: Search | None, play: PlaySettings, step: int | None
+) -> RunStarted:
+    """The event of work that begins."""
+    return RunStarted(
+        kind,
+        service.model_name,
+        is_embedded=service.is_local,
+        is_tinker=service.is_tinker,
+        embedder="none" if search is None else search.embedder.name,
+        step=step or 0,
+        group_size=play.group_size,
+    )
+
+
+@asynccontextmanager
+async def playing(
+    search: Search,
+    play: PlaySettings,
+    choice: ServiceChoice,
+    *,
+    checkpoint: str | Path | None = None,
+    service_folder: str | Path | None = None,
+    progress: Choice = True,
+    emit: Emit | None = None,
+) -> AsyncIterator[tuple[RolloutEngine, TinkerPolicy]]:
+    """An engine and a policy for a plain rollout, over services that are closed at the end; arguments as in
+    :func:`searchr1_async.rollout`."""
+    weights = find_weights(checkpoint, service_folder=service_folder)
+    choice = with_model(choice, weights)
+    async with watching("rollout", progress, emit) as watchers:
+        await check_service(choice.service, choice.model, choice.local)
+        await open_search(search, watchers)
+        async with search, opened_service(choice, weights.service_folder, watchers) as service:
+            watchers(started("rollout", service, search, play, weights.step))
+            async with opened_engine(service, worker_spec(service, play), search, play, watchers) as engine:
+                yield engine, await policy_of(service, weights, play.sampling)
+
+
+def with_model(choice: ServiceChoice, weights: Weights) -> ServiceChoice:
+    """The choice, with the model that the weights were trained from where none was named."""
+    return ServiceChoice(choice.service, choice.model or weights.base_model, choice.local, choice.tokenizer)
+
+
+async def policy_of(service: Service, weights: Weights, sampling: SamplingSettings) -> TinkerPolicy:
+    """A policy of these weights.
+
+    Raises:
+        ServiceError: they are gone, or no answer.
+    """
+    return TinkerPolicy(await service.create_sampling_client(weights.path), weights.step or 0, sampling)
+
+
+class NoSearch:
+    """The search of work that never searches."""
+
+    async def search(self, queries: Sequence[str]) -> Sequence[Sequence[Passage]]:
+        """Raises :class:`SearchError`, fatal."""
+        raise SearchError("an episode searched though no search was given: give evaluate() a search", is_fatal=True)
+
+    def clean_query(self, query: str) -> str | None:
+        """As :func:`~searchr1_async.search.queries.clean_query`."""
+        return clean_query(query)
 
 
 def _ending(emit: Emit) -> Callable[..., None]:

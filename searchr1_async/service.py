@@ -63,8 +63,10 @@ class Service:
             lambda: self.client.create_training_client_from_state_with_optimizer(state_path),
         )
 
-    async def create_sampling_client(self, sampler_path: str | None = None) -> tinker.SamplingClient:
-        """Over saved weights, or over the base model.
+    async def create_sampling_client(
+        self, sampler_path: str | None = None, *, base_model: str | None = None
+    ) -> tinker.SamplingClient:
+        """Over saved weights, or over a base model: this service's, or another that it serves.
 
         Raises:
             ServiceError: refused, or no answer.
@@ -73,9 +75,8 @@ class Service:
             return await _wait(
                 f"opening {sampler_path}", lambda: self.client.create_sampling_client(model_path=sampler_path)
             )
-        return await _wait(
-            f"opening {self.model_name}", lambda: self.client.create_sampling_client(base_model=self.model_name)
-        )
+        model = base_model or self.model_name
+        return await _wait(f"opening {model}", lambda: self.client.create_sampling_client(base_model=model))
 
     async def delete_checkpoint(self, path: str) -> None:
         """Deletes a checkpoint that is no longer needed.
@@ -100,8 +101,14 @@ async def _wait(doing: str, submit: Any) -> Any:
         raise ServiceError(f"{doing} failed at the Tinker service: {type(error).__name__}: {error}") from error
 
 
-def _is_embedded(service: str | tinker.ServiceClient | None) -> bool:
+def is_embedded(service: str | tinker.ServiceClient | None) -> bool:
+    """Whether the embedded service would be started: no service is named, and no Tinker endpoint is set."""
     return service is None and not os.environ.get("TINKER_API_KEY") and not os.environ.get("TINKER_BASE_URL")
+
+
+def default_model(service: str | tinker.ServiceClient | None) -> str:
+    """The model that is meant where none is named."""
+    return DEFAULT_MODEL if is_embedded(service) else CLOUD_MODEL
 
 
 def _is_tinker(url: str | None) -> bool:
@@ -122,7 +129,7 @@ async def check_service(service: str | tinker.ServiceClient | None, model: str |
     """
     if isinstance(service, tinker.ServiceClient):
         return
-    if not _is_embedded(service):
+    if not is_embedded(service):
         url = service or os.environ.get("TINKER_BASE_URL")
         if url is not None:
             await probe(url, timeout=CONNECT_DEADLINE)
@@ -136,7 +143,7 @@ async def check_service(service: str | tinker.ServiceClient | None, model: str |
                 raise PortInUseError(
                     f"port {local.port} on 127.0.0.1 cannot be used ({error.strerror}): choose another, or 0 for a free one"
                 ) from None
-    await anyio.to_thread.run_sync(resolve_model, model or DEFAULT_MODEL)
+    await anyio.to_thread.run_sync(resolve_model, model or default_model(service))
 
 
 @asynccontextmanager
@@ -164,13 +171,13 @@ async def open_service(
         ModelError: the model or its tokenizer is not to be had.
     """
     if isinstance(service, tinker.ServiceClient):
-        name = model or CLOUD_MODEL
+        name = model or default_model(service)
         yield Service(
             service, name, await load_tokenizer(tokenizer or name), is_local=False, is_tinker=_is_tinker(None)
         )
         return
-    if _is_embedded(service):
-        wanted = model or DEFAULT_MODEL
+    if is_embedded(service):
+        wanted = model or default_model(service)
         emit(Notice(f"no Tinker endpoint is set: starting the embedded service with {wanted} on this machine"))
         async with local_service(
             wanted,
@@ -190,7 +197,7 @@ async def open_service(
     url = service or os.environ.get("TINKER_BASE_URL")
     if url is not None:
         await probe(url, timeout=CONNECT_DEADLINE)
-    name = model or CLOUD_MODEL
+    name = model or default_model(service)
     async with _client(url, None) as client:
         yield Service(client, name, await load_tokenizer(tokenizer or name), is_local=False, is_tinker=_is_tinker(url))
 

@@ -23,7 +23,8 @@ build_index IndexReport
 Corpus load_corpus load_questions
 Question Passage Episode Turn SearchCall StopReason Group
 RecipeReward Score Demonstration
-Evaluation compare comparison_table plot_suites
+Evaluation compare flips comparison_table plot_suites
+Suite load_suite load_suites find_overlap System Judge Report Manifest open_report
 EpisodeLimits LearningSettings LocalOptions SamplingSettings WarmUp
 SearchR1Error ConfigurationError QuestionsError CorpusError ModelError RunFolderError
 ServiceError ServiceUnavailableError ServiceStartError PortInUseError

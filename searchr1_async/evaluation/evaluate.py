@@ -2,32 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
+import anyio
 import tinker
 
 from searchr1_async.config import EpisodeLimits, LocalOptions, SamplingSettings
 from searchr1_async.data.questions import Questions, checked_questions
+from searchr1_async.data.suites import Suites, load_suites
+from searchr1_async.episodes.methods import Method
 from searchr1_async.episodes.reward import RecipeReward, RewardFunction
-from searchr1_async.evaluation.measure import evaluate_policy
-from searchr1_async.evaluation.result import Evaluation
+from searchr1_async.errors import ConfigurationError
+from searchr1_async.evaluation.job import EvaluationJob
+from searchr1_async.evaluation.judge import Judge
+from searchr1_async.evaluation.manifest import Manifest
+from searchr1_async.evaluation.repeating import repeated_job, repeats
+from searchr1_async.evaluation.report import Report
+from searchr1_async.evaluation.running import run_evaluation
+from searchr1_async.evaluation.systems import System, SystemSource, find_systems, with_baselines
 from searchr1_async.events import Emit
-from searchr1_async.playing import playing
+from searchr1_async.playing import PlaySettings, ServiceChoice, watching
 from searchr1_async.search import Search
 from searchr1_async.watch.dashboard import Choice
 
 
 async def evaluate(
-    questions: Questions,
-    search: Search,
+    suites: Suites | Manifest | Report,
+    search: Search | None = None,
     *,
+    systems: Mapping[str, SystemSource] | None = None,
+    baselines: Sequence[Method] = (),
     model: str | None = None,
     checkpoint: str | Path | None = None,
+    label: str = "evaluation",
     service: str | tinker.ServiceClient | None = None,
     service_folder: str | Path | None = None,
+    out_dir: str | Path | None = None,
+    resume: bool = False,
+    split: str | None = None,
+    limit: int | None = None,
+    question_seed: int = 0,
     samples: int = 1,
-    label: str = "evaluation",
+    judge: Judge | None = None,
+    training_questions: Questions = (),
     reward: RewardFunction | None = None,
     strict_recipe: bool = False,
     format: str = "hermes",
@@ -40,47 +60,96 @@ async def evaluate(
     temperature: float = 1.0,
     seed: int | None = 0,
     max_failed_fraction: float = 0.2,
+    max_episodes_in_flight: int = 4096,
+    workers: int | Literal["auto"] = 1,
+    sampling_deadline: float = 1800.0,
     local: LocalOptions | None = None,
     tokenizer: str | None = None,
     progress: Choice = True,
     emit: Emit | None = None,
-) -> Evaluation:
-    """Plays every question and scores it.
+) -> Report:
+    """Asks one or several systems every question of one or several suites, and scores what they answer.
+
+    All suites are one pool of episodes: no suite waits for another's slowest. Systems that are played alike (the same method,
+    format and prompt, over one service) share it too; the others follow one another.
 
     Args:
-        model: the base model, for an untrained measurement; with ``checkpoint`` only where it is not the default.
+        suites: names of benchmarks (``"nq"``, or ``"benchmarks"`` for all seven), files, folders, frames, questions, or several;
+            see :func:`searchr1_async.load_suites`. Or an earlier evaluation, which is repeated: its folder, its
+            ``manifest.json``, its :class:`Report` or :class:`Manifest`; then only where, how and as what it is to be kept may
+            be given besides.
+        search: the tool; may be left out where every system answers directly, and for a repetition whose manifest describes it.
+        systems: what is measured, by label: a run or its folder (its last weights), a ``tinker://`` path, None (the base model),
+            or a :class:`System`. None: the one of ``model`` and ``checkpoint``, under ``label``.
+        baselines: the base model besides, used otherwise: ``"direct"``, ``"rag"``, ``"recipe"``; see :class:`System`.
+        model: the base model; with ``checkpoint`` only where it is not the default.
         checkpoint: a run's folder (its last kept weights), or a ``tinker://…/sampler_weights/…`` path.
         service_folder: the embedded service's folder that holds a ``tinker://`` checkpoint; a run's folder knows its own.
-        samples: episodes a question; several narrow the interval.
+        out_dir: keeps every episode there soon after it has ended; None keeps them as long as the report lives.
+        resume: go on with the evaluation in ``out_dir``: only what has not finished, or was failed by a service, is played.
+        split: of every suite; None is the one that the field reports.
+        limit: at most so many questions of each suite.
+        question_seed: which ones: the same everywhere, and a larger limit contains a smaller one.
+        samples: episodes a question; several narrow the interval, and give pass@k.
+        judge: has every answer judged by a model too, reported beside exact match.
+        training_questions: what the systems were trained on, besides what their runs' folders tell: overlap is reported.
         temperature: 1 samples as training does, 0 is greedy.
+        seed: of the sampling; None lets the service choose.
 
         The others as in :func:`searchr1_async.train`.
 
     Raises:
         ConfigurationError: bad input, before any work starts.
-        TooManyFailuresError: over ``max_failed_fraction`` of the episodes failed.
+        TooManyFailuresError: over ``max_failed_fraction`` of a system's episodes failed; what was played is kept.
     """
-    items = checked_questions(questions)
-    sampling = SamplingSettings(temperature=temperature, seed=seed)
-    limits = EpisodeLimits(max_turns, max_tokens, max_trajectory_tokens, malformed_calls=malformed_calls)
-    async with playing(
-        "evaluate",
-        search,
-        model=model,
-        checkpoint=checkpoint,
-        service=service,
-        service_folder=service_folder,
-        reward=reward or RecipeReward(strict_recipe=strict_recipe),
-        format_name=format,
-        renderer=renderer,
-        instructions=instructions,
-        limits=limits,
-        sampling=sampling,
-        group_size=samples,
-        max_failed_fraction=max_failed_fraction,
-        local=local,
-        tokenizer=tokenizer,
-        progress=progress,
-        emit=emit,
-    ) as (engine, policy):
-        return await evaluate_policy(engine, items, policy, samples=samples, label=label, step=policy.version)
+    choice = ServiceChoice(service, model, local or LocalOptions(), tokenizer)
+    sampling = SamplingSettings(
+        temperature=temperature,
+        seed=seed,
+        deadline=sampling_deadline,
+        max_episodes_in_flight=max_episodes_in_flight,
+        # Each sample by itself, so that one that a kill has lost is played again as it would have been.
+        first_turn="split",
+        workers=workers,
+    )
+    kept = None if out_dir is None else Path(out_dir)
+    if repeats(suites):
+        if systems is not None or baselines or checkpoint is not None or limit is not None or split is not None:
+            raise ConfigurationError(
+                "an evaluation is repeated as it was: leave systems, baselines, checkpoint, split and limit out"
+            )
+        job = await anyio.to_thread.run_sync(
+            lambda: repeated_job(suites, search, choice, sampling, out_dir=kept, resume=resume, reward=reward)
+        )
+    else:
+        loaded = await anyio.to_thread.run_sync(
+            lambda: load_suites(
+                cast(Suites, suites), split=split, limit=limit, seed=None if limit is None else question_seed
+            )
+        )
+        if systems is not None and (checkpoint is not None or service_folder is not None):
+            raise ConfigurationError("give systems, or the checkpoint of the one system, not both")
+        sources = systems or {label: System(checkpoint, service_folder=service_folder)}
+        job = EvaluationJob(
+            suites=loaded,
+            systems=find_systems(with_baselines(sources, tuple(baselines))),
+            search=search,
+            play=PlaySettings(
+                reward=reward or RecipeReward(strict_recipe=strict_recipe),
+                limits=EpisodeLimits(max_turns, max_tokens, max_trajectory_tokens, malformed_calls=malformed_calls),
+                sampling=sampling,
+                format_name=format,
+                renderer_name=renderer,
+                instructions=instructions,
+                group_size=samples,
+                max_failed_fraction=max_failed_fraction,
+            ),
+            choice=choice,
+            out_dir=kept,
+            resume=resume,
+            judge=judge,
+            training_questions=checked_questions(training_questions) if training_questions else (),
+        )
+    async with AsyncExitStack() as opened, watching("evaluate", progress, emit) as watchers:
+        return await run_evaluation(job, watchers, opened)
+    raise AssertionError("watching() hides no exception")

@@ -48,6 +48,8 @@ class SystemRecord:
     """Optimiser steps done before these weights."""
     run: str | None = None
     """The folder of the run that they come from."""
+    service_folder: str | None = None
+    """Of the embedded service that holds them, where it was named."""
     format: str = "hermes"
     renderer: str | None = None
     instructions: str | None = None

@@ -11,14 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Self, Unpack
+from typing import Any, Self, Unpack
 
 import anyio
 import numpy as np
 
 from searchr1_async.data.corpus import Corpus, load_corpus
 from searchr1_async.episodes.types import Passage
-from searchr1_async.errors import EmbeddingError, SearchError, StoreError
+from searchr1_async.errors import ConfigurationError, EmbeddingError, SearchError, StoreError
 from searchr1_async.search.answers import Answer, AnswerCache, AnswerKey
 from searchr1_async.search.cache import LeastRecentlyUsed
 from searchr1_async.search.deadline import Deadline
@@ -83,6 +83,7 @@ class Search:
         self._embedding_tally, self._querying_tally = ServiceTally(), ServiceTally()
         self._users = 0
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._description: dict[str, Any] | None = None
         self._begin_afresh()
 
     def _begin_afresh(self) -> None:
@@ -136,7 +137,16 @@ class Search:
             ConfigurationError: a setting out of its range.
         """
         index = LocalIndex(load_corpus(corpus), Path(path).expanduser() if path is not None else None)
-        return cls(make_embedder(embedder), index, **options)
+        search = cls(make_embedder(embedder), index, **options)
+        if isinstance(corpus, str | Path) and isinstance(embedder, str | Path):
+            is_file = Path(corpus).expanduser().is_file()
+            search._description = {
+                "kind": "local",
+                "corpus": str(Path(corpus).expanduser().absolute()) if is_file else str(corpus),
+                "path": None if path is None else str(Path(path).expanduser().absolute()),
+                "embedder": str(embedder),
+            }
+        return search
 
     @classmethod
     def chroma(
@@ -178,7 +188,54 @@ class Search:
         store = RemoteChroma(
             host, port, collection, ssl=ssl, headers=headers, token=token, tenant=tenant, database=database
         )
-        return cls(make_embedder(embedder), store, **options)
+        search = cls(make_embedder(embedder), store, **options)
+        # What holds a secret is not described.
+        if isinstance(embedder, str | Path) and headers is None and token is None:
+            search._description = {
+                "kind": "chroma",
+                "host": host,
+                "port": port,
+                "collection": collection,
+                "embedder": str(embedder),
+                "ssl": ssl,
+                "tenant": tenant,
+                "database": database,
+            }
+        return search
+
+    @property
+    def description(self) -> dict[str, Any] | None:
+        """How to make a search with equal answers, as plain JSON values for :meth:`from_description`; None where parts of it are
+        objects in memory or secrets.
+        """
+        if self._description is None:
+            return None
+        settings = self._settings
+        return {
+            **self._description,
+            "n_results": settings.n_results,
+            "max_passage_words": settings.max_passage_words,
+        }
+
+    @classmethod
+    def from_description(cls, description: Mapping[str, Any]) -> Search:
+        """The search that was described; nothing is opened.
+
+        Raises:
+            ConfigurationError: it describes no search.
+            CorpusError, EmbeddingError, StoreError: as :meth:`local` and :meth:`chroma`.
+        """
+        arguments = dict(description)
+        kind = arguments.pop("kind", None)
+        makers = {"local": cls.local, "chroma": cls.chroma}
+        if kind not in makers:
+            raise ConfigurationError(
+                f"a search of kind {kind!r} cannot be made from its description: give the search itself"
+            )
+        try:
+            return makers[kind](**arguments)
+        except TypeError as error:
+            raise ConfigurationError(f"the description of a search does not fit: {error}") from error
 
     @property
     def embedder(self) -> Embedder:
@@ -189,6 +246,11 @@ class Search:
     def source(self) -> Store | LocalIndex:
         """Where the passages are: a store, or a corpus with the folder of its index."""
         return self._source
+
+    @property
+    def settings(self) -> SearchSettings:
+        """What it was given besides its embedder and its store."""
+        return self._settings
 
     @property
     def is_open(self) -> bool:

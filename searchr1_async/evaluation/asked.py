@@ -1,0 +1,88 @@
+"""The questions of an evaluation: every suite's in one fixed order, as a table that lies beside its manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import polars as pl
+
+from searchr1_async.data.suites import Suite
+from searchr1_async.episodes.types import Question
+from searchr1_async.errors import RunFolderError
+
+QUESTIONS_NAME = "questions.parquet"
+_SCHEMA = pl.Schema(
+    {
+        "suite": pl.String,
+        "id": pl.String,
+        "question": pl.String,
+        "golden_answers": pl.List(pl.String),
+        "metadata": pl.String,  # JSON
+    }
+)
+
+
+def asked_questions(suites: Sequence[Suite]) -> tuple[Question, ...]:
+    """All suites' questions, one suite after the other: a question's place in it is its number everywhere."""
+    return tuple(question for suite in suites for question in suite.questions)
+
+
+def interleaved(suites: Sequence[Suite]) -> list[int]:
+    """The places in the order in which they are played: all suites spread evenly, as long as each is.
+
+    So every suite's running score is one of a part of it from the start, and no suite's slowest questions come together at the end.
+    """
+    first = 0
+    places: list[tuple[float, int]] = []
+    for suite in suites:
+        count = len(suite.questions)
+        places += [((number + 0.5) / count, first + number) for number in range(count)]
+        first += count
+    return [place for _, place in sorted(places)]
+
+
+def questions_frame(questions: Sequence[Question]) -> pl.DataFrame:
+    """Questions as a table, in their order."""
+    return pl.DataFrame(
+        {
+            "suite": [question.data_source for question in questions],
+            "id": [question.id for question in questions],
+            "question": [question.question for question in questions],
+            "golden_answers": [list(question.golden_answers) for question in questions],
+            "metadata": [json.dumps(dict(question.metadata), default=str) for question in questions],
+        },
+        schema=_SCHEMA,
+    )
+
+
+def questions_digest(frame: pl.DataFrame) -> str:
+    """SHA-256 of a table of questions, the same on every machine."""
+    digest = hashlib.sha256()
+    for row in frame.iter_rows():
+        digest.update(json.dumps(row, ensure_ascii=True).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def read_questions(folder: Path) -> pl.DataFrame:
+    """The questions in an evaluation's folder.
+
+    Raises:
+        RunFolderError: there are none, or they cannot be read.
+    """
+    path = folder / QUESTIONS_NAME
+    try:
+        return pl.read_parquet(path)
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise RunFolderError(f"the evaluation's questions cannot be read from {path}: {error}") from error
+
+
+def questions_of(frame: pl.DataFrame) -> dict[str, tuple[Question, ...]]:
+    """The questions of a table, by suite."""
+    out: dict[str, list[Question]] = {}
+    for suite, identifier, text, golden, metadata in frame.iter_rows():
+        question = Question(identifier, text, tuple(golden), suite, json.loads(metadata))
+        out.setdefault(suite, []).append(question)
+    return {suite: tuple(questions) for suite, questions in out.items()}

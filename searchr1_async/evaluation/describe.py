@@ -1,0 +1,185 @@
+"""The manifest of an evaluation: made from what it is given, and compared with that of an earlier session."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, is_dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import polars as pl
+
+from searchr1_async.data.overlap import find_overlap
+from searchr1_async.data.suites import Suite
+from searchr1_async.episodes.types import Question
+from searchr1_async.errors import RunFolderError
+from searchr1_async.evaluation.asked import asked_questions, questions_digest
+from searchr1_async.evaluation.job import EvaluationJob
+from searchr1_async.evaluation.manifest import Manifest, SuiteRecord, SystemRecord
+from searchr1_async.evaluation.systems import MeasuredSystem
+from searchr1_async.run_folder import training_questions
+from searchr1_async.search import Search
+from searchr1_async.search.indexing import LocalIndex
+from searchr1_async.service import default_model, is_embedded
+
+_PACKAGES = ("searchr1_async", "tinker", "renderers", "transformers", "torch", "chromadb", "google-genai", "polars")
+_NOT_COMPARED = ("created", "versions", "notes")
+"""What may differ between two sessions of one evaluation."""
+
+
+def describe(job: EvaluationJob, questions: pl.DataFrame) -> Manifest:
+    """The manifest of a job. Reads the corpus and the training questions whole: call it in a worker thread.
+
+    Args:
+        questions: all that are asked, as :func:`~searchr1_async.evaluation.asked.questions_frame` gives them.
+
+    Raises:
+        CorpusError: the search's corpus cannot be used.
+    """
+    return Manifest(
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        versions=_versions(),
+        service=_service(job),
+        search=None if job.search is None else _search(job.search),
+        settings=_settings(job),
+        suites=tuple(map(_suite, job.suites)),
+        systems=_systems(job),
+        questions_sha256=questions_digest(questions),
+        judge=None if job.judge is None else _plain(job.judge.describe()),
+    )
+
+
+def refuse_changes(then: Manifest, now: Manifest, folder: Path, *, resume: bool) -> None:
+    """Refuses to write into a folder that holds an evaluation, unless it is this one and it is to go on.
+
+    Raises:
+        RunFolderError: naming what changed.
+    """
+    if not resume:
+        raise RunFolderError(
+            f"{folder} holds an evaluation: pass resume=True to go on with it, or choose another out_dir"
+        )
+    before, after = (_compared(manifest) for manifest in (then, now))
+    changed = [name for name in before if before[name] != after[name]]
+    if changed:
+        raise RunFolderError(
+            f"{folder} holds another evaluation ({', '.join(changed)} differ): choose another out_dir, or give what it was "
+            "begun with to go on"
+        )
+
+
+def _compared(manifest: Manifest) -> dict[str, Any]:
+    values = _plain(asdict(manifest))
+    for system in values["systems"]:
+        del system["overlap"]
+    return {name: value for name, value in values.items() if name not in _NOT_COMPARED}
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _service(job: EvaluationJob) -> dict[str, Any]:
+    service = job.choice.service
+    host = urlsplit(service).hostname if isinstance(service, str) else None
+    return {"embedded": is_embedded(service), "host": host}
+
+
+def _search(search: Search) -> dict[str, Any]:
+    source = search.source
+    return {
+        "fingerprint": search.fingerprint,
+        "embedder": search.embedder.name,
+        "source": source.corpus.source if isinstance(source, LocalIndex) else source.name,
+        "passages": len(source.corpus) if isinstance(source, LocalIndex) else None,
+        "n_results": search.settings.n_results,
+        "max_passage_words": search.settings.max_passage_words,
+        "description": search.description,
+    }
+
+
+def _settings(job: EvaluationJob) -> dict[str, Any]:
+    play = job.play
+    reward = play.reward
+    return _plain(
+        {
+            "samples": job.samples,
+            "temperature": play.sampling.temperature,
+            "seed": play.sampling.seed,
+            "format": play.format_name,
+            "renderer": play.renderer_name,
+            "instructions": play.instructions,
+            "limits": asdict(play.limits),
+            "reward": {"kind": type(reward).__name__, **(asdict(reward) if is_dataclass(reward) else {})},
+            "max_failed_fraction": play.max_failed_fraction,
+        }
+    )
+
+
+def _suite(suite: Suite) -> SuiteRecord:
+    ids = tuple(question.id for question in suite.questions)
+    return SuiteRecord(suite.name, suite.source, suite.sha256, suite.total, suite.split, suite.limit, suite.seed, ids)
+
+
+def _systems(job: EvaluationJob) -> tuple[SystemRecord, ...]:
+    asked = asked_questions(job.suites)
+    known: dict[Path | None, Mapping[str, int] | None] = {}
+    records = []
+    for measured in job.systems:
+        run = measured.weights.run
+        if run not in known:
+            known[run] = _overlap(job, run, asked)
+        records.append(_system(job, measured, known[run]))
+    return tuple(records)
+
+
+def _system(job: EvaluationJob, measured: MeasuredSystem, overlap: Mapping[str, int] | None) -> SystemRecord:
+    system, weights, play = measured.system, measured.weights, job.settings_of(measured)
+    return SystemRecord(
+        label=measured.label,
+        method=system.method,
+        model=job.choice_of(measured).model or default_model(job.choice.service),
+        checkpoint=weights.path,
+        step=weights.step,
+        run=None if weights.run is None else str(weights.run.absolute()),
+        service_folder=None if system.service_folder is None else str(Path(system.service_folder).absolute()),
+        format=play.format_name,
+        renderer=play.renderer_name,
+        instructions=play.instructions,
+        overlap=overlap if weights.path is not None or job.training_questions else None,
+    )
+
+
+def _overlap(job: EvaluationJob, run: Path | None, asked: Sequence[Question]) -> Mapping[str, int] | None:
+    """Questions of each suite that these weights were trained on; None where nobody knows on what they were."""
+    trained = None if run is None else training_questions(run)
+    if trained is None and not job.training_questions:
+        return None
+    found = find_overlap([*(trained or ()), *job.training_questions], asked)
+    counts = Counter(found.select("suite", "question_id").unique()["suite"].to_list())
+    return {suite.name: counts[suite.name] for suite in job.suites}
+
+
+def _plain(value: Any) -> Any:
+    """As JSON gives it back, so that a manifest equals the one that was read."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(each) for each in value]
+    return value if value is None or isinstance(value, str | int | float | bool) else str(value)
+
+
+def with_notes(manifest: Manifest, notes: Sequence[str]) -> Manifest:
+    """The manifest, with what was found while it was carried out."""
+    return replace(manifest, notes=tuple(dict.fromkeys([*manifest.notes, *notes])))

@@ -1,0 +1,98 @@
+"""What an evaluation is given, and the order in which it is done. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from searchr1_async.data.suites import Suite
+from searchr1_async.episodes.types import Question
+from searchr1_async.errors import ConfigurationError
+from searchr1_async.evaluation.judge import Judge
+from searchr1_async.evaluation.systems import MeasuredSystem
+from searchr1_async.playing import PlaySettings, ServiceChoice
+from searchr1_async.search import Search
+
+
+@dataclass(frozen=True)
+class EvaluationJob:
+    """Everything an evaluation is given; checked already."""
+
+    suites: tuple[Suite, ...]
+    systems: tuple[MeasuredSystem, ...]
+    search: Search | None
+    play: PlaySettings
+    """``group_size`` is the number of samples a question."""
+    choice: ServiceChoice = field(default_factory=ServiceChoice)
+    out_dir: Path | None = None
+    """None keeps the episodes as long as the report lives."""
+    resume: bool = False
+    judge: Judge | None = None
+    training_questions: tuple[Question, ...] = ()
+    """What the models were trained on, besides what their runs' folders tell."""
+
+    def __post_init__(self) -> None:
+        searching = [each.label for each in self.systems if each.system.method != "direct"]
+        if self.search is None and searching:
+            raise ConfigurationError(f"{', '.join(map(repr, searching))} searches: give evaluate() a search")
+        if self.resume and self.out_dir is None:
+            raise ConfigurationError("resume=True goes on with what is in out_dir: name it")
+
+    @property
+    def samples(self) -> int:
+        """Episodes a question and system."""
+        return self.play.group_size
+
+    def settings_of(self, measured: MeasuredSystem) -> PlaySettings:
+        """How a system's episodes are played."""
+        system = measured.system
+        return replace(
+            self.play,
+            format_name=system.format or self.play.format_name,
+            instructions=system.instructions if system.instructions is not None else self._instructions(measured),
+        )
+
+    def _instructions(self, measured: MeasuredSystem) -> str | None:
+        # Those of the evaluation are for the search tool; a baseline has its own.
+        return self.play.instructions if measured.system.method == "search" else None
+
+    def choice_of(self, measured: MeasuredSystem) -> ServiceChoice:
+        """The service and the model that it is measured on."""
+        known = (measured.system.model, self.choice.model, measured.weights.base_model, self._trained_model)
+        return replace(self.choice, model=next((model for model in known if model is not None), None))
+
+    @property
+    def _trained_model(self) -> str | None:
+        """What runs among the systems were trained from: the base model that is meant where none is named."""
+        models = (each.weights.base_model for each in self.systems)
+        return next((model for model in models if model is not None), None)
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceStage:
+    """Systems that are measured over one service."""
+
+    choice: ServiceChoice
+    folder: Path | None
+    """Of the embedded service, where one of them has its weights there."""
+    systems: tuple[MeasuredSystem, ...]
+
+
+def service_stages(job: EvaluationJob, systems: Sequence[MeasuredSystem]) -> list[ServiceStage]:
+    """The services to open, one after the other, each with its systems in their order.
+
+    One for each model and each folder of weights: an embedded service knows its own folder alone, and two at once would share
+    the machine's cores. A base model is measured over the service of the first weights that were trained from it.
+    """
+    stages: dict[tuple[str | None, Path | None], list[MeasuredSystem]] = {}
+    for measured in sorted(systems, key=lambda each: each.weights.service_folder is None):
+        model, folder = job.choice_of(measured).model, measured.weights.service_folder
+        key = (model, folder)
+        if folder is None:
+            key = next((other for other in stages if other[0] == model), key)
+        stages.setdefault(key, []).append(measured)
+    return [
+        ServiceStage(replace(job.choice, model=model), folder, tuple(sorted(own, key=systems.index)))
+        for (model, folder), own in stages.items()
+    ]

@@ -1,0 +1,45 @@
+"""An evaluation's folder, read back as a report."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import polars as pl
+
+from searchr1_async.errors import RunFolderError
+from searchr1_async.evaluation.manifest import Manifest
+from searchr1_async.evaluation.report import Report
+from searchr1_async.evaluation.result import Evaluation
+from searchr1_async.evaluation.store import EpisodeStore
+from searchr1_async.watch.viewer import load_tokenizer, remember_tokenizer
+
+
+def open_report(folder: str | Path) -> Report:
+    """The report on an evaluation by its folder, finished or not: what has been played so far. Reads all of its episodes.
+
+    Raises:
+        RunFolderError: the folder holds no evaluation, or it cannot be read.
+    """
+    path = Path(folder)
+    manifest = Manifest.load(path)
+    if manifest is None:
+        raise RunFolderError(f"{path} holds no evaluation: name the out_dir that evaluate() was given")
+    store = EpisodeStore(path)
+    store.load()
+    if (tokenizer := load_tokenizer(path)) is not None:
+        remember_tokenizer(tokenizer)
+    return make_report(store, manifest)
+
+
+def make_report(store: EpisodeStore, manifest: Manifest) -> Report:
+    """The report on what is in a store, the systems in the manifest's order."""
+    scores = store.scores()
+    evaluations = [evaluation_of(system.label, scores, system.step, store) for system in manifest.systems]
+    return Report(evaluations, manifest, store.folder if store.is_kept else None)
+
+
+def evaluation_of(label: str, scores: pl.DataFrame, step: int | None, store: EpisodeStore | None = None) -> Evaluation:
+    """One system's part of the scores; without a store its episodes cannot be loaded."""
+    own = scores.filter(system=label)
+    return Evaluation(label, own, step, None if store is None else partial(store.episodes, label))

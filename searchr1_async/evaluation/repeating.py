@@ -1,0 +1,161 @@
+"""An earlier evaluation, to be done once more: its manifest and its questions turned into a job."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, cast
+
+from searchr1_async.config import EpisodeLimits, SamplingSettings
+from searchr1_async.data.suites import Suite, load_suite
+from searchr1_async.episodes.methods import Method
+from searchr1_async.episodes.reward import RecipeReward, RewardFunction
+from searchr1_async.errors import ConfigurationError, RunFolderError
+from searchr1_async.evaluation.asked import questions_digest, questions_of, read_questions
+from searchr1_async.evaluation.job import EvaluationJob
+from searchr1_async.evaluation.judge import Judge
+from searchr1_async.evaluation.manifest import MANIFEST_NAME, Manifest, SuiteRecord, SystemRecord
+from searchr1_async.evaluation.report import Report
+from searchr1_async.evaluation.systems import MeasuredSystem, System
+from searchr1_async.playing import PlaySettings, ServiceChoice
+from searchr1_async.search import Search
+from searchr1_async.weights import Weights
+
+
+def repeats(source: object) -> bool:
+    """Whether what is to be evaluated is an earlier evaluation."""
+    if isinstance(source, Manifest | Report):
+        return True
+    if not isinstance(source, str | Path):
+        return False
+    path = Path(source)
+    return path.name == MANIFEST_NAME or (path / MANIFEST_NAME).is_file()
+
+
+def repeated_job(
+    source: object,
+    search: Search | None,
+    choice: ServiceChoice,
+    sampling: SamplingSettings,
+    *,
+    out_dir: Path | None = None,
+    resume: bool = False,
+    reward: RewardFunction | None = None,
+) -> EvaluationJob:
+    """The job of an earlier evaluation. Synchronous: call it in a worker thread.
+
+    Args:
+        source: what :func:`repeats` says yes to.
+        search: None is made as the manifest describes it.
+        choice: the service; a model is taken from the manifest.
+        sampling: how many at once, and where; temperature and seed are the manifest's.
+
+    Raises:
+        RunFolderError: there is no manifest, or its questions are not those that it was of.
+        ConfigurationError: it needs a search or a reward that it cannot describe, or they are not the ones it was of.
+        QuestionsError: a suite's file is another now.
+    """
+    manifest, folder = _found(source)
+    settings = manifest.settings
+    return EvaluationJob(
+        suites=_suites(manifest, folder),
+        systems=tuple(map(_measured, manifest.systems)),
+        search=_same_search(search, manifest.search),
+        play=PlaySettings(
+            reward=reward or _reward(settings["reward"]),
+            limits=EpisodeLimits(**settings["limits"]),
+            sampling=replace(sampling, temperature=settings["temperature"], seed=settings["seed"]),
+            format_name=settings["format"],
+            renderer_name=settings["renderer"],
+            instructions=settings["instructions"],
+            group_size=settings["samples"],
+            max_failed_fraction=settings["max_failed_fraction"],
+        ),
+        choice=choice,
+        out_dir=out_dir,
+        resume=resume,
+        judge=None if manifest.judge is None else Judge(**manifest.judge),
+    )
+
+
+def _found(source: object) -> tuple[Manifest, Path | None]:
+    if isinstance(source, Report):
+        if source.manifest is None:
+            raise ConfigurationError("this report has no manifest: it was made of evaluations in memory")
+        return source.manifest, source.folder
+    if isinstance(source, Manifest):
+        return source, None
+    path = Path(cast(str, source))
+    manifest = Manifest.load(path)
+    if manifest is None:
+        raise RunFolderError(f"there is no manifest {path}")
+    return manifest, path if path.is_dir() else path.parent
+
+
+def _suites(manifest: Manifest, folder: Path | None) -> tuple[Suite, ...]:
+    """From the questions beside the manifest; without a folder from where they came."""
+    if folder is None:
+        return tuple(map(_loaded, manifest.suites))
+    asked = read_questions(folder)
+    if questions_digest(asked) != manifest.questions_sha256:
+        raise RunFolderError(f"the questions in {folder} are not those that its manifest is of")
+    questions = questions_of(asked)
+    return tuple(
+        Suite(each.name, questions[each.name], each.source, each.sha256, each.total, each.split, each.limit, each.seed)
+        for each in manifest.suites
+    )
+
+
+def _loaded(record: SuiteRecord) -> Suite:
+    suite = load_suite(
+        record.source,
+        name=record.name,
+        split=record.split,
+        limit=record.limit,
+        seed=record.seed,
+        sha256=record.sha256,
+    )
+    if tuple(question.id for question in suite.questions) != record.question_ids:
+        raise RunFolderError(f"suite {record.name!r} of {record.source} does not have the questions of the manifest")
+    return suite
+
+
+def _measured(record: SystemRecord) -> MeasuredSystem:
+    run = None if record.run is None else Path(record.run)
+    service = None if run is None or not (run / "service").is_dir() else run / "service"
+    system = System(
+        checkpoint=record.checkpoint,
+        model=record.model,
+        method=cast(Method, record.method),
+        format=record.format,
+        instructions=record.instructions,
+        service_folder=record.service_folder or service,
+    )
+    base = record.model if record.checkpoint is not None else None
+    folder = None if system.service_folder is None else Path(system.service_folder)
+    return MeasuredSystem(record.label, system, Weights(record.checkpoint, record.step, base, folder, run))
+
+
+def _same_search(search: Search | None, record: Mapping[str, Any] | None) -> Search | None:
+    if record is None:
+        return search
+    if search is None:
+        if record["description"] is None:
+            raise ConfigurationError(
+                f"the manifest cannot describe its search ({record['source']}, {record['embedder']}): give the search"
+            )
+        search = Search.from_description(record["description"])
+    if search.fingerprint != record["fingerprint"]:
+        raise ConfigurationError(
+            f"the search gives other answers than that of the manifest ({record['source']}, {record['embedder']}, "
+            f"{record['n_results']} results): give the same corpus, embedder and number of results"
+        )
+    return search
+
+
+def _reward(record: Mapping[str, Any]) -> RewardFunction:
+    values = dict(record)
+    if values.pop("kind") != RecipeReward.__name__:
+        raise ConfigurationError(f"the manifest cannot describe its reward ({record['kind']}): give reward=…")
+    return RecipeReward(**{field.name: values[field.name] for field in fields(RecipeReward) if field.name in values})

@@ -1,0 +1,145 @@
+"""Carrying an evaluation out: its folder claimed, what is open played and judged, and the report made."""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack
+
+import anyio
+import polars as pl
+
+from searchr1_async.evaluation.asked import QUESTIONS_NAME, asked_questions, interleaved, questions_frame
+from searchr1_async.evaluation.describe import describe, refuse_changes
+from searchr1_async.evaluation.job import EvaluationJob, ServiceStage, service_stages
+from searchr1_async.evaluation.judging import judge_samples
+from searchr1_async.evaluation.manifest import Manifest
+from searchr1_async.evaluation.pool import EpisodeWriter, Pool, PoolProgress
+from searchr1_async.evaluation.reading import evaluation_of, make_report
+from searchr1_async.evaluation.report import Report
+from searchr1_async.evaluation.store import EpisodeStore, SampleKey, write_parquet
+from searchr1_async.evaluation.systems import MeasuredSystem
+from searchr1_async.events import EvaluationFinished, Notice, PhaseAdvanced, PhaseEnded, PhaseStarted
+from searchr1_async.playing import opened_engine, opened_service, policy_of, started, worker_spec
+from searchr1_async.rollout.policy import TinkerPolicy
+from searchr1_async.rollout.workers.messages import WorkerSpec
+from searchr1_async.run_folder import claimed, keep_tokenizer, writing_records
+from searchr1_async.service import Service, check_service
+from searchr1_async.training import open_search
+from searchr1_async.watch.fanout import Watchers
+from searchr1_async.watch.trackers import make_trackers, open_trackers
+
+
+async def run_evaluation(job: EvaluationJob, watchers: Watchers, opened: AsyncExitStack) -> Report:
+    """Plays what is open, has it judged, and reports on all of it.
+
+    Args:
+        opened: gets the folder's lock and its event log, which outlive the last event.
+
+    Raises, also within exception groups:
+        SearchR1Error: whatever went wrong, as one of the package's errors; what was played is kept in ``out_dir``.
+    """
+    asked = questions_frame(asked_questions(job.suites))
+    # In a thread: it reads the corpus and what the runs were trained on whole.
+    manifest = await anyio.to_thread.run_sync(describe, job, asked)
+    if job.out_dir is not None:
+        opened.enter_context(claimed(job.out_dir))
+        for tracker in await opened.enter_async_context(open_trackers(make_trackers((), job.out_dir))):
+            watchers.subscribe(tracker)
+    store = EpisodeStore(job.out_dir)
+    done = await anyio.to_thread.run_sync(_begin, job, store, manifest, asked)
+    await _Evaluation(job, store, watchers, done).run()
+    with writing_records(store.folder):
+        await anyio.to_thread.run_sync(store.finish)
+    return await anyio.to_thread.run_sync(make_report, store, manifest)
+
+
+def _begin(job: EvaluationJob, store: EpisodeStore, manifest: Manifest, asked: pl.DataFrame) -> set[SampleKey]:
+    """The samples that an earlier session has played; the manifest and the questions are written before the first episode."""
+    earlier = Manifest.load(store.folder)
+    if earlier is not None:
+        refuse_changes(earlier, manifest, store.folder, resume=job.resume)
+        return store.load()
+    with writing_records(store.folder):
+        write_parquet(store.folder / QUESTIONS_NAME, asked)
+        manifest.save(store.folder)
+    return set()
+
+
+class _Evaluation:
+    """One session of an evaluation."""
+
+    def __init__(self, job: EvaluationJob, store: EpisodeStore, watchers: Watchers, done: set[SampleKey]) -> None:
+        self._job, self._store, self._emit = job, store, watchers
+        questions = asked_questions(job.suites)
+        self._writer = EpisodeWriter(store)
+        self._pool = Pool(questions, interleaved(job.suites), job.samples, done, self._writer)
+        total = len(questions) * job.samples * len(job.systems)
+        self._open = {each.label: self._pool.count_open(each.label) for each in job.systems}
+        self._total = total
+        self._progress = PoolProgress(job.samples, watchers, total - sum(self._open.values()))
+        self._is_told = False
+
+    async def run(self) -> None:
+        """Plays and judges what is open; opens no service where nothing is."""
+        job = self._job
+        judges = job.judge is not None and await anyio.to_thread.run_sync(self._is_unjudged)
+        wanted = [each for each in job.systems if self._open[each.label] or judges]
+        if not wanted:
+            self._emit(Notice(f"nothing is left to do: all {self._total:,} episodes are played"))
+            return
+        if self._progress.done:
+            self._emit(Notice(f"going on: {self._progress.done:,} of {self._total:,} episodes are played"))
+        stages = service_stages(job, wanted)
+        for stage in stages:
+            await check_service(stage.choice.service, stage.choice.model, stage.choice.local)
+        async with AsyncExitStack() as stack:
+            if job.search is not None and any(each.system.method != "direct" for each in wanted):
+                await open_search(job.search, self._emit)
+                await stack.enter_async_context(job.search)
+            for stage in stages:
+                await self._play_stage(stage)
+
+    def _is_unjudged(self) -> bool:
+        # Episodes that are still to be played are.
+        return any(self._open.values()) or not self._store.unjudged().is_empty()
+
+    async def _play_stage(self, stage: ServiceStage) -> None:
+        job = self._job
+        async with opened_service(stage.choice, stage.folder, self._emit) as service:
+            if not self._is_told:
+                self._is_told = True
+                self._emit(started("evaluate", service, job.search, job.play, stage.systems[0].weights.step))
+            if job.out_dir is not None:
+                await keep_tokenizer(service.tokenizer, job.out_dir)
+            await self._play_systems(service, [each for each in stage.systems if self._open[each.label]])
+            if job.judge is not None:
+                await judge_samples(job.judge, self._store, stage.systems, service, self._emit)
+
+    async def _play_systems(self, service: Service, systems: list[MeasuredSystem]) -> None:
+        """Those that play alike share an engine, and so a pool."""
+        by_spec: dict[WorkerSpec, list[MeasuredSystem]] = {}
+        for measured in systems:
+            spec = worker_spec(service, self._job.settings_of(measured), measured.system.method)
+            by_spec.setdefault(spec, []).append(measured)
+        for spec, own in by_spec.items():
+            policies = [(each, await policy_of(service, each.weights, self._job.play.sampling)) for each in own]
+            await self._play_pool(service, spec, policies)
+            for measured in own:
+                figures = await anyio.to_thread.run_sync(self._figures_of, measured)
+                self._emit(EvaluationFinished(measured.label, measured.weights.step, figures))
+
+    def _figures_of(self, measured: MeasuredSystem) -> dict[str, float]:
+        return evaluation_of(measured.label, self._store.scores(), measured.weights.step).metrics()
+
+    async def _play_pool(
+        self, service: Service, spec: WorkerSpec, policies: list[tuple[MeasuredSystem, TinkerPolicy]]
+    ) -> None:
+        began, labels = anyio.current_time(), ", ".join(measured.label for measured, _ in policies)
+        self._emit(PhaseStarted("evaluate", self._total, "episodes", labels))
+        self._emit(PhaseAdvanced("evaluate", self._progress.done))
+        play = self._job.settings_of(policies[0][0])
+        async with (
+            self._writer.writing(),
+            opened_engine(service, spec, self._job.search, play, self._emit) as engine,
+        ):
+            await self._pool.play(engine, policies, self._progress)
+        self._emit(PhaseEnded("evaluate", anyio.current_time() - began))

@@ -1,0 +1,230 @@
+"""An evaluation's folder: every episode on disk soon after it has ended, so that a kill costs only those under way.
+
+::
+
+    <folder>/manifest.json          what is measured (:mod:`.manifest`)
+    <folder>/questions.parquet      the questions, suite after suite
+    <folder>/episodes/000012.parquet   episodes in the order in which they ended (:data:`~searchr1_async.watch.rows.EPISODE_SCHEMA`:
+                                    ``label`` is the system, ``group`` the question's place, ``member`` the sample)
+    <folder>/judgements.parquet     the judge's verdicts, where there is one
+
+Each file appears whole or not at all. Of two records of one sample the later counts, so an episode that a service failed may
+be played again. Methods that touch the disk are synchronous: call them in a worker thread.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import shutil
+import tempfile
+import threading
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import polars as pl
+
+from searchr1_async.episodes.types import Episode
+from searchr1_async.errors import RunFolderError
+from searchr1_async.evaluation.scores import SCORE_SCHEMA, score_frame
+from searchr1_async.files import write_atomically
+from searchr1_async.watch.rows import EPISODE_SCHEMA, EpisodeRow, episode_from_row, episodes_frame
+
+_PART = re.compile(r"(\d{6,})\.parquet")
+JUDGEMENTS_NAME = "judgements.parquet"
+_KEY = ["system", "place", "sample"]
+_JUDGEMENTS = pl.Schema({"system": pl.String, "place": pl.Int64, "sample": pl.Int64, "judged": pl.Float64})
+_MERGED_ROWS = 4096
+"""Episodes a file at the end: about 10 MB each, where an evaluation of an hour had written thousands of small ones."""
+
+SampleKey = tuple[str, int, int]
+"""System, the question's place among all that are asked, and the sample's number."""
+PlayedSample = tuple[SampleKey, int | None, Episode]
+"""A sample, the optimiser steps done before the weights that played it, and its episode."""
+
+
+class EpisodeStore:
+    """The episodes of one evaluation, on disk, and their scores in memory.
+
+    Args:
+        folder: the evaluation's; None is one of its own that goes with this object.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self.is_kept = folder is not None
+        if folder is None:
+            folder = Path(tempfile.mkdtemp(prefix="searchr1-evaluation-"))
+            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        self.folder = folder
+        self._episodes = folder / "episodes"
+        self._lock = threading.Lock()
+        self._next = 1
+        self._scores: list[pl.DataFrame] = []
+        self._judgements = pl.DataFrame(schema=_JUDGEMENTS)
+
+    # --- writing ------------------------------------------------------------------------------------------------------
+
+    def load(self) -> set[SampleKey]:
+        """What an earlier session left: the samples that need not be played again. Call it before :meth:`write`.
+
+        Raises:
+            RunFolderError: a file cannot be read.
+        """
+        with self._lock, _reading(self.folder):
+            parts = self._parts()
+            self._next = max((number for number, _ in parts), default=0) + 1
+            for leftover in self._episodes.glob(".*.parquet.*"):  # of a process that was killed while it wrote
+                leftover.unlink(missing_ok=True)
+            self._scores = [_scores_of(pl.read_parquet(path)) for _, path in parts]
+            if (path := self.folder / JUDGEMENTS_NAME).exists():
+                self._judgements = pl.read_parquet(path)
+        scores = self._latest()
+        rows = scores.filter(~pl.col("failed")).select(_KEY).iter_rows()
+        return {(system, place, sample) for system, place, sample in rows}
+
+    def write(self, played: Sequence[PlayedSample]) -> None:
+        """Records finished episodes, failed ones too.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        if not played:
+            return
+        rows = [
+            EpisodeRow(episode, step, label, group=place, member=sample, trained=False)
+            for (label, place, sample), step, episode in played
+        ]
+        with self._lock:
+            self._write_part(episodes_frame(rows))
+            self._scores.append(_scored(played))
+
+    def finish(self) -> None:
+        """Merges the many files into few, each sample once; a kill meanwhile loses nothing.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        with self._lock, _reading(self.folder):
+            parts = self._parts()
+            if len(parts) <= 1:
+                return
+            frame = _each_once(pl.concat([pl.read_parquet(path) for _, path in parts], rechunk=False))
+            for rows in frame.iter_slices(_MERGED_ROWS):
+                self._write_part(rows)
+            for _, path in parts:
+                path.unlink(missing_ok=True)
+
+    def _write_part(self, frame: pl.DataFrame) -> None:
+        self._episodes.mkdir(parents=True, exist_ok=True)
+        write_parquet(self._episodes / f"{self._next:06d}.parquet", frame)
+        self._next += 1
+
+    # --- reading ------------------------------------------------------------------------------------------------------
+
+    def scores(self) -> pl.DataFrame:
+        """A row a sample, by system, question and sample: the columns of ``SCORE_SCHEMA``, and ``place``."""
+        with self._lock:
+            judgements, latest = self._judgements, self._latest()
+        return (
+            latest.drop("judged")
+            .join(judgements, on=_KEY, how="left")
+            .select(*SCORE_SCHEMA, "place")
+            .sort("system", "place", "sample")
+        )
+
+    def unjudged(self, systems: Sequence[str] | None = None) -> pl.DataFrame:
+        """The finished samples that no judge was asked about, of all systems or of these."""
+        with self._lock:
+            left = self._latest().filter(~pl.col("failed")).join(self._judgements, on=_KEY, how="anti")
+        return left if systems is None else left.filter(pl.col("system").is_in(list(systems)))
+
+    def write_judgements(self, verdicts: Mapping[SampleKey, float | None]) -> None:
+        """Keeps a judge's verdicts: 1 right, 0 wrong, None where it gave none.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        rows = [(*key, verdict) for key, verdict in verdicts.items()]
+        with self._lock:
+            self._judgements = pl.concat([self._judgements, pl.DataFrame(rows, schema=_JUDGEMENTS, orient="row")])
+            write_parquet(self.folder / JUDGEMENTS_NAME, self._judgements)
+
+    def episodes(self, system: str) -> tuple[Episode, ...]:
+        """A system's episodes in the order of the questions.
+
+        Raises:
+            RunFolderError: they cannot be read.
+        """
+        with self._lock, _reading(self.folder):
+            parts = [pl.read_parquet(path).filter(label=system) for _, path in self._parts()]
+        if not parts:
+            return ()
+        frame = _each_once(pl.concat(parts)).sort("group", "member")
+        return tuple(episode_from_row(row) for row in frame.iter_rows(named=True))
+
+    def frame(self) -> pl.LazyFrame:
+        """Every record of an episode, scanned from the files."""
+        paths = [path for _, path in self._parts()]
+        if not paths:
+            return pl.LazyFrame(schema=EPISODE_SCHEMA)
+        return pl.scan_parquet(paths, glob=False, missing_columns="insert")
+
+    def _latest(self) -> pl.DataFrame:
+        empty = pl.DataFrame(schema={**SCORE_SCHEMA, "place": pl.Int64})
+        return pl.concat([empty, *self._scores]).unique(_KEY, keep="last", maintain_order=True)
+
+    def _parts(self) -> list[tuple[int, Path]]:
+        if not self._episodes.is_dir():
+            return []
+        named = ((_PART.fullmatch(path.name), path) for path in self._episodes.iterdir())
+        return sorted((int(name[1]), path) for name, path in named if name)
+
+
+def _each_once(frame: pl.DataFrame) -> pl.DataFrame:
+    return frame.unique(["label", "group", "member"], keep="last", maintain_order=True)
+
+
+def _scored(played: Sequence[PlayedSample]) -> pl.DataFrame:
+    """Scores of episodes, by system, each with its question's place."""
+    by_system: dict[tuple[str, int | None], list[tuple[int, int, Episode]]] = {}
+    for (label, place, sample), step, episode in played:
+        by_system.setdefault((label, step), []).append((place, sample, episode))
+    return pl.concat(
+        [
+            score_frame(label, [(sample, episode) for _, sample, episode in own], step).with_columns(
+                pl.Series("place", [place for place, _, _ in own], dtype=pl.Int64)
+            )
+            for (label, step), own in by_system.items()
+        ]
+    )
+
+
+def _scores_of(frame: pl.DataFrame) -> pl.DataFrame:
+    return _scored(
+        [
+            ((row["label"], row["group"], row["member"]), row["step"], episode_from_row(row))
+            for row in frame.iter_rows(named=True)
+        ]
+    )
+
+
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    """A file that cannot be read becomes an error that names the folder."""
+    try:
+        yield
+    except pl.exceptions.PolarsError as error:
+        raise RunFolderError(f"an episode file in {folder} cannot be read: {error}") from error
+
+
+def write_parquet(path: Path, frame: pl.DataFrame) -> None:
+    """Writes a table so that the path holds all of it or is untouched.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    buffer = io.BytesIO()
+    frame.write_parquet(buffer, compression="zstd", compression_level=1)
+    write_atomically(path, buffer.getvalue())

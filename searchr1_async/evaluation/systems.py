@@ -1,0 +1,97 @@
+"""What is measured: weights, and a way to use them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from searchr1_async.episodes.methods import METHODS, Method
+from searchr1_async.errors import ConfigurationError
+from searchr1_async.recorded import RecordedRun
+from searchr1_async.weights import Step, Weights, find_weights
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    """Weights and a way to use them.
+
+    ``System()`` is the base model with the search tool; ``System(method="direct")`` the same without one.
+
+    Raises:
+        ConfigurationError: an unknown method.
+    """
+
+    checkpoint: str | Path | RecordedRun | None = None
+    """A run or its folder, a ``tinker://`` path; None is the base model."""
+    step: Step = "last"
+    """Of a run's kept weights: ``"last"``, ``"best"`` on its held-out questions, or after so many optimiser steps."""
+    model: str | None = None
+    """The base model; None is that of the run, or of the evaluation."""
+    method: Method = "search"
+    """``search``, or a baseline: ``direct`` (no search), ``rag`` (one search with the question itself), ``recipe`` (the
+    ancestor's own prompt)."""
+    format: str | None = None
+    """Tool-call format; None is the evaluation's."""
+    instructions: str | None = None
+    """The system prompt; None is the method's own."""
+    service_folder: str | Path | None = None
+    """The embedded service's folder that holds a ``tinker://`` checkpoint; a run knows its own."""
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ConfigurationError(f"unknown method {self.method!r}: choose one of {', '.join(METHODS)}")
+
+
+SystemSource = System | str | Path | RecordedRun | None
+"""A system; a run or its folder, or a ``tinker://`` path, with the search tool; None is the base model."""
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredSystem:
+    """A system under its label, its weights found."""
+
+    label: str
+    system: System
+    weights: Weights = field(default_factory=Weights)
+
+    @property
+    def model(self) -> str | None:
+        """The base model, where it is known."""
+        return self.system.model or self.weights.base_model
+
+
+def find_systems(sources: Mapping[str, SystemSource]) -> tuple[MeasuredSystem, ...]:
+    """The systems, their weights looked up.
+
+    Raises:
+        ConfigurationError: none, or a blank label.
+        RunFolderError: a folder holds no run, or not these weights.
+    """
+    if not sources:
+        raise ConfigurationError("there is no system to measure: give systems={label: run, …}, or leave systems out")
+    return tuple(_find(label, source) for label, source in sources.items())
+
+
+def _find(label: str, source: SystemSource) -> MeasuredSystem:
+    if not isinstance(label, str) or not label.strip():
+        raise ConfigurationError(f"a system's label is {label!r}: give it some text")
+    system = source if isinstance(source, System) else System(checkpoint=source)
+    checkpoint = system.checkpoint.out_dir if isinstance(system.checkpoint, RecordedRun) else system.checkpoint
+    return MeasuredSystem(label, system, find_weights(checkpoint, system.step, service_folder=system.service_folder))
+
+
+def with_baselines(sources: Mapping[str, SystemSource], methods: tuple[Method, ...]) -> dict[str, SystemSource]:
+    """The systems, and the base model used in these other ways.
+
+    Raises:
+        ConfigurationError: a system has a baseline's label.
+    """
+    out = dict(sources)
+    for method in methods:
+        if method in out:
+            raise ConfigurationError(
+                f"a system and a baseline are both called {method!r}: give the system another label"
+            )
+        out[method] = System(method=method)
+    return out

@@ -1,0 +1,77 @@
+"""Which weights a user means: a run's last, best or numbered ones, a ``tinker://`` path, or the base model's own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from searchr1_async.errors import RunFolderError
+from searchr1_async.learn.checkpoints import KeptCheckpoint, ResumePoint, best_checkpoint, kept_checkpoints
+
+Step = int | Literal["last", "best"]
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Weights to sample from, and where they lie."""
+
+    path: str | None = None
+    """``tinker://`` path; None is the base model."""
+    step: int | None = 0
+    """Optimiser steps done before them; None where nobody knows."""
+    base_model: str | None = None
+    """The model that they were trained from; None where nobody knows."""
+    service_folder: Path | None = None
+    """Of the embedded service that holds them; None where it is not the embedded one's, or any will do."""
+    run: Path | None = None
+    """The folder of the run that they come from."""
+
+
+def find_weights(
+    checkpoint: str | Path | None, step: Step = "last", *, service_folder: str | Path | None = None
+) -> Weights:
+    """The weights under a name. Reads small files of the run's folder alone.
+
+    Args:
+        checkpoint: a run's folder, a ``tinker://…/sampler_weights/…`` path, or None for the base model.
+        step: of a run: its last kept weights, the best on its held-out questions, or those after so many optimiser steps.
+        service_folder: the embedded service's folder that holds a ``tinker://`` checkpoint; a run's folder knows its own.
+
+    Raises:
+        RunFolderError: the folder holds no run, or the run has not kept these weights.
+    """
+    folder = Path(service_folder) if service_folder is not None else None
+    if checkpoint is None:
+        return Weights(service_folder=folder)
+    if isinstance(checkpoint, str) and checkpoint.startswith("tinker://"):
+        return Weights(checkpoint, None, None, folder)
+    run = Path(checkpoint)
+    point = ResumePoint.load(run)
+    if point is None:
+        raise RunFolderError(f"{checkpoint} holds no run: name a run's folder or a tinker:// path")
+    own = run / "service"
+    folder = folder or (own if own.is_dir() else None)
+    if step == "last":
+        if point.sampler_path is None:
+            raise RunFolderError(
+                f"the run in {checkpoint} has kept no weights yet (checkpoint_every steps, or its end)"
+            )
+        return Weights(point.sampler_path, point.sampler_step or 0, point.base_model, folder, run)
+    kept = _kept(run, step)
+    return Weights(kept.sampler_path, kept.step, point.base_model, folder, run)
+
+
+def _kept(run: Path, step: Step) -> KeptCheckpoint:
+    if step == "best":
+        best = best_checkpoint(run)
+        if best is None:
+            raise RunFolderError(
+                f"the run in {run} has no best weights: it keeps them with train(held_out=…, evaluate_every=…, keep_best=True)"
+            )
+        return best
+    kept = {checkpoint.step: checkpoint for checkpoint in kept_checkpoints(run)}
+    if step not in kept:
+        there = ", ".join(map(str, sorted(kept))) or "none"
+        raise RunFolderError(f"the run in {run} has kept no weights of step {step}; kept: {there}")
+    return kept[int(step)]
