@@ -157,6 +157,7 @@ def _system(job: EvaluationJob, measured: MeasuredSystem, overlap: Mapping[str, 
         format=play.format_name,
         renderer=play.renderer_name,
         instructions=play.instructions,
+        limits=None if system.limits is None else _plain(asdict(system.limits)),
         overlap=overlap if weights.path is not None or job.training_questions else None,
     )
 

@@ -49,6 +49,7 @@ class EvaluationJob:
         system = measured.system
         return replace(
             self.play,
+            limits=system.limits or self.play.limits,
             format_name=system.format or self.play.format_name,
             instructions=system.instructions if system.instructions is not None else self._instructions(measured),
         )

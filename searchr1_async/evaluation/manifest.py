@@ -54,6 +54,8 @@ class SystemRecord:
     renderer: str | None = None
     instructions: str | None = None
     """None: the method's own."""
+    limits: Mapping[str, Any] | None = None
+    """Where its episodes may become longer or shorter than the others'; fields of ``EpisodeLimits``."""
     overlap: Mapping[str, int] | None = None
     """Questions of each suite that its training saw too; None: what it was trained on is not known."""
 

@@ -130,6 +130,7 @@ def _measured(record: SystemRecord) -> MeasuredSystem:
         method=cast(Method, record.method),
         format=record.format,
         instructions=record.instructions,
+        limits=None if record.limits is None else EpisodeLimits(**record.limits),
         service_folder=record.service_folder or service,
     )
     base = record.model if record.checkpoint is not None else None

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from searchr1_async.config import EpisodeLimits
 from searchr1_async.episodes.methods import METHODS, Method
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.recorded import RecordedRun
@@ -35,6 +36,8 @@ class System:
     """Tool-call format; None is the evaluation's."""
     instructions: str | None = None
     """The system prompt; None is the method's own."""
+    limits: EpisodeLimits | None = None
+    """How long its episodes may become; None is as the evaluation says. A prompt that asks for thoughts needs room for them."""
     service_folder: str | Path | None = None
     """The embedded service's folder that holds a ``tinker://`` checkpoint; a run knows its own."""
 
