@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import dataclasses
 import itertools
 import json
 import os
@@ -41,7 +42,16 @@ from benchmarks.evaluation_throughput_report import report
 from benchmarks.evaluation_throughput_shared import Marks
 from benchmarks.gemini_stand_in import counts_of, stand_in_process
 from benchmarks.search_index import COLLECTION, N_RESULTS, build_index, chroma_server
-from benchmarks.throughput import GEMINI, GEMINI_KEY, MODEL, PASSAGES, RENDERERS, cookbook_python, google_account
+from benchmarks.throughput import (
+    GEMINI,
+    GEMINI_KEY,
+    MODEL,
+    PASSAGES,
+    RENDERERS,
+    _option,
+    cookbook_python,
+    google_account,
+)
 from benchmarks.throughput_load import make_passages, make_world
 from benchmarks.throughput_monitor import Observed
 from searchr1_async.local import LocalService, Scripted, local_service
@@ -75,6 +85,8 @@ class Job:
     mode: str
     places: int
     questions: int
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Further arguments of ours."""
 
     @property
     def suites(self) -> dict[str, range]:
@@ -151,6 +163,7 @@ async def _contend(
         "log": str(folder / "contender.log"),
         "observed": str(folder / "observed.json"),
         "marks": str(folder / "marks.json"),
+        "options": dict(job.options),
     }
     environment = {
         **os.environ,
@@ -245,7 +258,8 @@ def planned(options: argparse.Namespace) -> list[Job]:
         for name in runs:
             contender, _, mode = name.partition("/")
             if not options.runs or name in options.runs:
-                jobs.append(Job(contender, mode, places, questions))
+                own = dict(options.ours) if contender == "ours" else {}
+                jobs.append(Job(contender, mode, places, questions, own))
     return jobs
 
 
@@ -264,7 +278,7 @@ async def run(options: argparse.Namespace, work: Path) -> None:
         await cookbook_python(work)
     async with chroma_server(index) as chroma:
         rows = await measure(Stage(work, world, tokenizer, chroma), jobs)
-    is_whole = not (options.places or options.questions or options.runs) and options.scale == 1
+    is_whole = not (options.places or options.questions or options.runs or options.ours) and options.scale == 1
     report(rows, keep=is_whole)
 
 
@@ -279,6 +293,14 @@ def main() -> None:
     )
     parser.add_argument("--runs", nargs="+", choices=RUNS, help="which ones; all of each size by default")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies all sampling latencies")
+    parser.add_argument(
+        "--ours",
+        type=_option,
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="further arguments of `evaluate`, to try",
+    )
     options = parser.parse_args()
     if any(not 1 <= questions <= MOST_QUESTIONS for questions in options.questions or ()):
         parser.error(f"--questions: 1 to {MOST_QUESTIONS}")

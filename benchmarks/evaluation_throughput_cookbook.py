@@ -47,7 +47,8 @@ async def play(settings: dict[str, Any]) -> None:
         return result
 
     offline_eval.ChromaTool, offline_eval.evaluate_one_dataset = Chroma, counted
-    config = offline_eval.CLIConfig(
+    make_config: Any = offline_eval.CLIConfig
+    config = make_config(
         max_eval_samples=settings["questions"],
         base_model=settings["model"],
         renderer_name=settings["renderer"],

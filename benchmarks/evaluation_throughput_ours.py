@@ -41,6 +41,7 @@ async def evaluated(settings: dict[str, Any], weights: str, suites: Mapping[str,
         renderer=settings["renderer"],
         instructions=INSTRUCTIONS,
         progress=False,
+        **settings["options"],
     )
     return round(report["evaluated"].scores["exact_match"].sum())
 

@@ -89,9 +89,8 @@ def asked(rows: Sequence[Row]) -> str:
         if (contender, mode) != ("ours", "pool"):
             continue
         ratio = row["wall"] / row["floor"]
-        if (
-            questions == MOST_QUESTIONS
-        ):  # with fewer even a client that loses no time waits longer for the last episodes
+        # With fewer even a client that takes no time waits longer for the last episodes.
+        if questions == MOST_QUESTIONS:
             lines.append(
                 f"| one pool within 10 % of the floor | {places} | 7 x {questions} | {ratio - 1:+.1%} | {'yes' if ratio <= ASKED else 'NO'} |"
             )
