@@ -60,7 +60,7 @@ async def evaluate(
     temperature: float = 1.0,
     seed: int | None = 0,
     max_failed_fraction: float = 0.2,
-    max_episodes_in_flight: int = 4096,
+    max_episodes_in_flight: int = 1024,
     workers: int | Literal["auto"] = 1,
     sampling_deadline: float = 1800.0,
     local: LocalOptions | None = None,
@@ -95,6 +95,8 @@ async def evaluate(
         training_questions: what the systems were trained on, besides what their runs' folders tell: overlap is reported.
         temperature: 1 samples as training does, 0 is greedy.
         seed: of the sampling; None lets the service choose.
+        max_episodes_in_flight: at once. A service that takes fewer is asked for fewer as soon as it pushes back; with one that lets
+            them stand in its line, more only cost memory, and a kill loses them.
 
         The others as in :func:`searchr1_async.train`.
 

@@ -17,8 +17,9 @@ from searchr1_async.events import Emit, PhaseAdvanced, emit_nothing
 from searchr1_async.rollout.engine import FailureBudget, GroupUnderWay, RolloutEngine
 from searchr1_async.rollout.policy import TinkerPolicy
 
-_GATHERING = 0.25
-"""Seconds in which finished episodes gather for one file: what a kill may cost beside what is under way."""
+_GATHERING = 1.0
+"""Seconds in which finished episodes gather for one file: what a kill may cost beside what is under way. In 0.25 s 4 gathered,
+which took 4.0 ms of CPU each; 16 take 1.1 ms each."""
 
 
 class EpisodeWriter:
