@@ -12,6 +12,7 @@ import polars as pl
 from searchr1_async.data.suites import Suite
 from searchr1_async.episodes.types import Question
 from searchr1_async.errors import RunFolderError
+from searchr1_async.watch.rows import storable
 
 QUESTIONS_NAME = "questions.parquet"
 _SCHEMA = pl.Schema(
@@ -45,13 +46,13 @@ def interleaved(suites: Sequence[Suite]) -> list[int]:
 
 
 def questions_frame(questions: Sequence[Question]) -> pl.DataFrame:
-    """Questions as a table, in their order."""
+    """Questions as a table, in their order; a lone surrogate, which no file holds, as U+FFFD."""
     return pl.DataFrame(
         {
-            "suite": [question.data_source for question in questions],
-            "id": [question.id for question in questions],
-            "question": [question.question for question in questions],
-            "golden_answers": [list(question.golden_answers) for question in questions],
+            "suite": [storable(question.data_source) for question in questions],
+            "id": [storable(question.id) for question in questions],
+            "question": [storable(question.question) for question in questions],
+            "golden_answers": [list(map(storable, question.golden_answers)) for question in questions],
             "metadata": [json.dumps(dict(question.metadata), default=str) for question in questions],
         },
         schema=_SCHEMA,

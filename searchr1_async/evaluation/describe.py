@@ -26,6 +26,7 @@ from searchr1_async.run_folder import training_questions
 from searchr1_async.search import Search
 from searchr1_async.search.indexing import LocalIndex
 from searchr1_async.service import default_model, is_embedded
+from searchr1_async.watch.rows import storable
 
 _PACKAGES = ("searchr1_async", "tinker", "renderers", "transformers", "torch", "chromadb", "google-genai", "polars")
 _NOT_COMPARED = ("created", "versions", "notes")
@@ -128,8 +129,9 @@ def _settings(job: EvaluationJob) -> dict[str, Any]:
 
 
 def _suite(suite: Suite) -> SuiteRecord:
-    ids = tuple(question.id for question in suite.questions)
-    return SuiteRecord(suite.name, suite.source, suite.sha256, suite.total, suite.split, suite.limit, suite.seed, ids)
+    # As the table beside it names them.
+    name, ids = storable(suite.name), tuple(storable(question.id) for question in suite.questions)
+    return SuiteRecord(name, suite.source, suite.sha256, suite.total, suite.split, suite.limit, suite.seed, ids)
 
 
 def _systems(job: EvaluationJob) -> tuple[SystemRecord, ...]:
@@ -169,7 +171,7 @@ def _overlap(job: EvaluationJob, run: Path | None, asked: Sequence[Question]) ->
         return None
     found = find_overlap([*(trained or ()), *job.training_questions], asked)
     counts = Counter(found.select("suite", "question_id").unique()["suite"].to_list())
-    return {suite.name: counts[suite.name] for suite in job.suites}
+    return {storable(suite.name): counts[suite.name] for suite in job.suites}
 
 
 def _plain(value: Any) -> Any:

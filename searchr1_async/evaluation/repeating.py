@@ -20,6 +20,7 @@ from searchr1_async.evaluation.report import Report
 from searchr1_async.evaluation.systems import MeasuredSystem, System
 from searchr1_async.playing import PlaySettings, ServiceChoice
 from searchr1_async.search import Search
+from searchr1_async.watch.rows import storable
 from searchr1_async.weights import Weights
 
 
@@ -116,14 +117,15 @@ def _loaded(record: SuiteRecord) -> Suite:
         seed=record.seed,
         sha256=record.sha256,
     )
-    if tuple(question.id for question in suite.questions) != record.question_ids:
+    if tuple(storable(question.id) for question in suite.questions) != record.question_ids:
         raise RunFolderError(f"suite {record.name!r} of {record.source} does not have the questions of the manifest")
     return suite
 
 
 def _measured(record: SystemRecord) -> MeasuredSystem:
     run = None if record.run is None else Path(record.run)
-    service = None if run is None or not (run / "service").is_dir() else run / "service"
+    inside = None if run is None or not (run / "service").is_dir() else run / "service"
+    folder = inside if record.service_folder is None else Path(record.service_folder)
     system = System(
         checkpoint=record.checkpoint,
         model=record.model,
@@ -131,10 +133,9 @@ def _measured(record: SystemRecord) -> MeasuredSystem:
         format=record.format,
         instructions=record.instructions,
         limits=None if record.limits is None else EpisodeLimits(**record.limits),
-        service_folder=record.service_folder or service,
+        service_folder=record.service_folder,  # what was named: its own manifest must be the same
     )
     base = record.model if record.checkpoint is not None else None
-    folder = None if system.service_folder is None else Path(system.service_folder)
     return MeasuredSystem(record.label, system, Weights(record.checkpoint, record.step, base, folder, run))
 
 

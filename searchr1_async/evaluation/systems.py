@@ -10,6 +10,7 @@ from searchr1_async.config import EpisodeLimits
 from searchr1_async.episodes.methods import METHODS, Method
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.recorded import RecordedRun
+from searchr1_async.watch.rows import storable
 from searchr1_async.weights import Step, Weights, find_weights
 
 
@@ -81,7 +82,8 @@ def _find(label: str, source: SystemSource) -> MeasuredSystem:
         raise ConfigurationError(f"a system's label is {label!r}: give it some text")
     system = source if isinstance(source, System) else System(checkpoint=source)
     checkpoint = system.checkpoint.out_dir if isinstance(system.checkpoint, RecordedRun) else system.checkpoint
-    return MeasuredSystem(label, system, find_weights(checkpoint, system.step, service_folder=system.service_folder))
+    weights = find_weights(checkpoint, system.step, service_folder=system.service_folder)
+    return MeasuredSystem(storable(label), system, weights)  # as its episodes' files will name it
 
 
 def with_baselines(sources: Mapping[str, SystemSource], methods: tuple[Method, ...]) -> dict[str, SystemSource]:

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from searchr1_async.data.suites import Suite
+from searchr1_async.episodes.types import Question
+from searchr1_async.errors import RunFolderError
+from searchr1_async.evaluation.asked import (
+    QUESTIONS_NAME,
+    asked_questions,
+    interleaved,
+    questions_digest,
+    questions_frame,
+    questions_of,
+    read_questions,
+)
+from searchr1_async.evaluation.store import write_parquet
+from tests.watch.builders import HOSTILE
+
+
+def suite(name: str, count: int) -> Suite:
+    return Suite(name, tuple(Question(f"q{n}", f"{name} {n}?", ("yes",), name) for n in range(count)))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=6))
+def test_all_suites_are_spread_evenly(sizes: list[int]) -> None:
+    suites = [suite(f"s{number}", size) for number, size in enumerate(sizes)]
+    order, asked = interleaved(suites), asked_questions(suites)
+    assert sorted(order) == list(range(len(asked)))
+    for each in suites:
+        own = [asked[place] for place in order if asked[place].data_source == each.name]
+        assert own == list(each.questions), "a suite keeps its order"
+    for begun in range(len(order) + 1):
+        for each in suites:
+            have = sum(asked[place].data_source == each.name for place in order[:begun])
+            # Each of the others may be half a question ahead or behind.
+            fair = begun * len(each.questions) / len(asked)
+            assert abs(have - fair) <= 0.5 + len(suites) * len(each.questions) / len(asked)
+
+
+def test_a_small_suite_does_not_wait_for_a_large_one() -> None:
+    order = interleaved([suite("large", 100), suite("small", 2)])
+    assert [number for number, place in enumerate(order) if place >= 100] == [25, 76]
+
+
+text = st.text(max_size=20)
+questions = st.lists(
+    st.builds(
+        Question,
+        id=st.text(min_size=1, max_size=8),
+        question=st.text(min_size=1, max_size=20).filter(str.strip),
+        golden_answers=st.lists(st.text(min_size=1, max_size=8), min_size=1, max_size=3).map(tuple),
+        data_source=st.sampled_from(["a", "b"]),
+        metadata=st.dictionaries(text, st.one_of(st.none(), st.integers(-9, 9), text, st.lists(text, max_size=2))),
+    ),
+    max_size=6,
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(questions)
+def test_the_table_gives_the_questions_back(asked: list[Question]) -> None:
+    back = questions_of(questions_frame(asked))
+    for source in {question.data_source for question in asked}:
+        assert back[source] == tuple(question for question in asked if question.data_source == source)
+
+
+def test_the_digest_tells_every_change_and_survives_the_disk(tmp_path: Path) -> None:
+    asked = (Question("1", "who?", ("me", "I"), "a", {"hops": 2}), Question("2", HOSTILE, ("é",), "a"))
+    frame = questions_frame(asked)
+    digest = questions_digest(frame)
+    changed = (
+        questions_frame(asked[::-1]),
+        questions_frame(asked[:1]),
+        *(
+            frame.with_columns(pl.when(pl.col("id") == "1").then(value).otherwise(pl.col(name)).alias(name))
+            for name, value in (
+                ("question", pl.lit("who? ")),
+                ("suite", pl.lit("b")),
+                ("metadata", pl.lit('{"hops": 3}')),
+                ("golden_answers", pl.lit(["I", "me"])),
+            )
+        ),
+    )
+    assert len({digest, *map(questions_digest, changed)}) == 1 + len(changed)
+    write_parquet(tmp_path / QUESTIONS_NAME, frame)
+    assert questions_digest(read_questions(tmp_path)) == digest
+
+
+def test_a_folder_without_them_is_told(tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match="questions cannot be read from"):
+        read_questions(tmp_path)
+    (tmp_path / QUESTIONS_NAME).write_bytes(b"PAR1 torn")
+    with pytest.raises(RunFolderError, match="questions cannot be read from"):
+        read_questions(tmp_path)

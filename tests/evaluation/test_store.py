@@ -1,0 +1,229 @@
+from __future__ import annotations
+
+import gc
+import tempfile
+import threading
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from searchr1_async.episodes.types import StopReason
+from searchr1_async.errors import RunFolderError
+from searchr1_async.evaluation import store as store_module
+from searchr1_async.evaluation.store import EpisodeStore, PlayedSample, SampleKey
+from searchr1_async.watch.rows import storable
+from tests.watch.builders import HOSTILE, answering_turn, episode, question
+
+
+def played(system: str, place: int, sample: int, correct: float | None = 1.0, text: str = "") -> PlayedSample:
+    """A sample; None of an episode that failed."""
+    asked = question(f"q{place}", "a")
+    if correct is None:
+        return (system, place, sample), 3, episode(asked, stop_reason=StopReason.FAILED, turns=())
+    turns = (answering_turn(text),) if text else None
+    return (system, place, sample), 3, episode(asked, correct=correct, turns=turns)
+
+
+def parts(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "episodes").iterdir())
+
+
+def test_what_was_written_is_there_in_a_new_session(tmp_path: Path) -> None:
+    first = EpisodeStore(tmp_path)
+    assert first.load() == set()
+    first.write([played("a", 1, 0), played("b", 0, 1, 0.0)])
+    first.write([played("a", 0, 0, None)])
+    first.write([])
+    assert parts(tmp_path) == ["000001.parquet", "000002.parquet"]
+    second = EpisodeStore(tmp_path)
+    assert second.load() == {("a", 1, 0), ("b", 0, 1)}, "a failed one is to be played again"
+    assert second.scores().equals(first.scores())
+    assert second.scores().select("system", "place", "sample", "failed").rows() == [
+        ("a", 0, 0, True),
+        ("a", 1, 0, False),
+        ("b", 0, 1, False),
+    ]
+    assert [each.question.id for each in second.episodes("a")] == ["q0", "q1"]
+    assert second.episodes("a")[1] == played("a", 1, 0)[2]
+    assert second.frame().collect().height == 3
+
+
+def test_of_two_records_the_later_counts(tmp_path: Path) -> None:
+    first = EpisodeStore(tmp_path)
+    first.write([played("a", 0, 0, None)])
+    second = EpisodeStore(tmp_path)
+    second.load()
+    second.write([played("a", 0, 0, 1.0)])
+    for store in (second, EpisodeStore(tmp_path)):
+        store.load()
+        assert store.scores()["failed"].to_list() == [False]
+        assert [each.failed for each in store.episodes("a")] == [False]
+    second.finish()
+    assert second.frame().collect()["stop_reason"].to_list() == ["answer"]
+
+
+def test_a_process_that_was_killed_while_it_wrote_leaves_nothing_that_counts(tmp_path: Path) -> None:
+    first = EpisodeStore(tmp_path)
+    first.write([played("a", 0, 0)])
+    torn = tmp_path / "episodes" / ".000002.parquet.abcd"
+    torn.write_bytes(b"PAR1 torn")
+    (tmp_path / "episodes" / "notes.txt").write_text("of somebody else")
+    second = EpisodeStore(tmp_path)
+    assert second.load() == {("a", 0, 0)}
+    assert parts(tmp_path) == ["000001.parquet", "notes.txt"]
+
+
+def test_a_file_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+    first = EpisodeStore(tmp_path)
+    first.write([played("a", 0, 0)])
+    (tmp_path / "episodes" / "000001.parquet").write_bytes(b"no table")
+    for read in (first.load, lambda: first.episodes("a")):
+        with pytest.raises(RunFolderError, match=str(tmp_path)):
+            read()
+
+
+@pytest.mark.parametrize("killed_after", [0, 1, 2, 3])
+def test_a_kill_while_merging_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_after: int) -> None:
+    """Killed after so many of its deletions; a kill between its files' writing is that of 0."""
+    store = EpisodeStore(tmp_path)
+    store.write([played("a", 0, 0, None)])
+    store.write([played("a", 0, 0, 1.0), played("a", 1, 0)])
+    store.write([played("a", 2, 0), played("b", 2, 0)])
+    whole = store.scores()
+    monkeypatch.setattr(store_module, "_MERGED_ROWS", 2)
+    unlink, done = Path.unlink, iter(range(killed_after))
+
+    def until_killed(path: Path, missing_ok: bool = False) -> None:
+        if next(done, None) is None:
+            raise KeyboardInterrupt
+        unlink(path, missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", until_killed)
+        if killed_after < 3:
+            with pytest.raises(KeyboardInterrupt):
+                store.finish()
+        else:
+            store.finish()
+    again = EpisodeStore(tmp_path)
+    assert again.load() == {("a", 0, 0), ("a", 1, 0), ("a", 2, 0), ("b", 2, 0)}
+    assert again.scores().equals(whole)
+    again.finish()
+    assert again.frame().collect().height == 4
+    last = EpisodeStore(tmp_path)
+    last.load()
+    assert last.scores().equals(whole)
+
+
+def test_verdicts_are_kept_and_asked_for_once(tmp_path: Path) -> None:
+    store = EpisodeStore(tmp_path)
+    store.write([played("a", 0, 0), played("a", 1, 0), played("b", 0, 0), played("b", 1, 0, None)])
+    assert store.unjudged().height == 3, "one that failed has no answer to judge"
+    assert store.unjudged(["a"])["question_id"].sort().to_list() == ["q0", "q1"]
+    store.write_judgements({("a", 0, 0): 1.0, ("a", 1, 0): None})
+    again = EpisodeStore(tmp_path)
+    again.load()
+    for each in (store, again):
+        assert each.unjudged().select("system", "place").rows() == [("b", 0)]
+        assert each.scores()["judged"].to_list() == [1.0, None, None, None]
+    again.write_judgements({("b", 0, 0): 0.0})
+    assert again.unjudged().is_empty()
+    assert again.scores()["judged"].to_list() == [1.0, None, 0.0, None]
+
+
+def test_without_a_folder_it_goes_with_the_object() -> None:
+    store = EpisodeStore(None)
+    folder = store.folder
+    store.write([played("a", 0, 0)])
+    assert not store.is_kept
+    assert parts(folder) == ["000001.parquet"]
+    del store
+    gc.collect()
+    assert not folder.exists()
+
+
+def test_hostile_text_comes_back_as_it_was(tmp_path: Path) -> None:
+    sample = played(storable(HOSTILE), 0, 0, text=HOSTILE)
+    store = EpisodeStore(tmp_path)
+    store.write([sample])
+    again = EpisodeStore(tmp_path)
+    assert again.load() == {sample[0]}
+    assert again.episodes(sample[0][0])[0].turns[0].text == storable(HOSTILE)
+
+
+def test_many_threads_write_side_by_side(tmp_path: Path) -> None:
+    store = EpisodeStore(tmp_path)
+
+    def write(number: int) -> None:
+        for place in range(8):
+            store.write([played(f"s{number}", place, 0)])
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    again = EpisodeStore(tmp_path)
+    assert len(again.load()) == 32
+    assert again.scores().equals(store.scores())
+
+
+KEYS = st.tuples(st.sampled_from(["a", "b"]), st.integers(0, 3), st.integers(0, 1))
+CORRECT = st.sampled_from([None, 0.0, 1.0])
+
+
+class StoreMachine(RuleBasedStateMachine):
+    """Sessions that write, merge, judge, and are followed by others: the newest record of each sample stays, whatever the order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._scratch = tempfile.TemporaryDirectory()
+        self._folder = Path(self._scratch.name)
+        self._store = EpisodeStore(self._folder)
+        self._newest: dict[SampleKey, float | None] = {}
+        self._verdicts: dict[SampleKey, float | None] = {}
+
+    @rule(samples=st.dictionaries(KEYS, CORRECT, max_size=4))
+    def write(self, samples: dict[SampleKey, float | None]) -> None:
+        self._store.write([played(*key, correct) for key, correct in samples.items()])
+        self._newest |= samples
+
+    @rule()
+    def finish(self) -> None:
+        self._store.finish()
+
+    @rule()
+    def begin_a_session(self) -> None:
+        self._store = EpisodeStore(self._folder)
+        assert self._store.load() == {key for key, correct in self._newest.items() if correct is not None}
+        self._holds_its_episodes()
+
+    @rule(verdict=st.sampled_from([None, 0.0, 1.0]))
+    def judge(self, verdict: float | None) -> None:
+        left = self._store.unjudged()
+        keys = {(row["system"], row["place"], row["sample"]) for row in left.iter_rows(named=True)}
+        assert keys == {key for key, correct in self._newest.items() if correct is not None} - set(self._verdicts)
+        self._store.write_judgements(dict.fromkeys(keys, verdict))
+        self._verdicts |= dict.fromkeys(keys, verdict)
+
+    @invariant()
+    def holds_the_newest(self) -> None:
+        columns = ("system", "place", "sample", "exact_match", "judged")
+        found = {tuple(row[:3]): row[3:] for row in self._store.scores().select(columns).iter_rows()}
+        assert found == {key: (correct, self._verdicts.get(key)) for key, correct in self._newest.items()}
+
+    def _holds_its_episodes(self) -> None:
+        for system in "ab":
+            told = [each.reward_parts.get("correct") for each in self._store.episodes(system)]
+            own = sorted((key, correct) for key, correct in self._newest.items() if key[0] == system)
+            assert told == [correct for _, correct in own]
+
+    def teardown(self) -> None:
+        self._scratch.cleanup()
+
+
+TestInterleavings = StoreMachine.TestCase
+TestInterleavings.settings = settings(max_examples=12, stateful_step_count=12, deadline=None)
