@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import hashlib
+import re
 import sys
 from pathlib import Path
 
@@ -110,14 +111,22 @@ async def measure(options: argparse.Namespace, result: sr.TrainingResult) -> sr.
 
 
 def body_of(report: sr.Report, result: sr.TrainingResult) -> list[str]:
-    """What is kept: the report as Markdown."""
+    """What is kept: what was learned, and the report as Markdown without the questions themselves."""
     run = (
         f"The run: SmolLM2-135M-Instruct, warm-up of 10 steps, {result.steps} steps of reinforcement learning in "
         f"{result.seconds / 60:.0f} minutes, on questions of NQ (dev), PopQA (the half that is not asked), 2WikiMultihopQA and "
         "HotpotQA (train). TriviaQA was never trained on. Search: all 54,909 passages, WordLlama vectors, the closest passage "
         "cut to 40 words: it holds a golden answer for about a third of the questions, an upper bound for one search."
     )
-    return [run, report.markdown()]
+    gain = sr.compare(report["warmed up"], report["after RL"])
+    low, high = gain.interval
+    learned = (
+        f"What reinforcement learning added to the warm-up, over all questions: {100 * gain.mean:+.1f} points "
+        f"[{100 * low:+.1f}, {100 * high:+.1f}], p = {gain.p_value:.2g} ({gain.method}), {gain.improved} better and "
+        f"{gain.worsened} worse. " + ("" if gain.p_value < 0.05 else "That may be chance: nothing is claimed for it.")
+    )
+    sections = re.split(r"^(?=##+ )", report.markdown(), flags=re.MULTILINE)
+    return [run, learned, "".join(part for part in sections if "questions changed" not in part.partition("\n")[0])]
 
 
 def main() -> None:
