@@ -109,13 +109,14 @@ async def test_a_run_learns_and_leaves_everything_behind_but_processes(tmp_path:
     assert tiny_world.tasks_left() == set()
 
     # What was learned is in the folder: measured from there, in a new service, it is as good again.
-    again = await sr.evaluate(
+    report = await sr.evaluate(
         held_out,
         tiny_world.make_search(tmp_path / "index"),
         checkpoint=tmp_path / "run",
         samples=8,
         **tiny_world.PLAYING,
     )
+    again = report.only
     assert again.step == steps
     assert again.exact_match >= warm.exact_match + 0.1
     assert tiny_world.service_processes() == []

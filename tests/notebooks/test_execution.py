@@ -72,14 +72,17 @@ def check_tinker(notebook: NotebookNode, folder: Path) -> None:
 
 
 def check_evaluate(notebook: NotebookNode, folder: Path) -> None:
-    assert "questions=12" in text(notebook, "untrained = await")
-    assert "questions=12" in text(notebook, "trained = await")
-    table = text(notebook, "print(sr.comparison_table")
-    assert "12 × 2" in table
-    assert "untrained → trained" in table
-    assert has(notebook, "sr.plot_suites", "image/png")
+    table = text(notebook, "report = await sr.evaluate")
+    assert "12 questions" in table
+    assert all(label in table for label in ("untrained", "trained", "direct", "rag"))
+    assert "2 samples a question" in text(notebook, "print(*report.notes()")
+    assert has(notebook, "report.plot()", "image/png")
+    assert has(notebook, "report.plot_outcomes()", "image/png")
+    assert "untrained" in text(notebook, "differences = report.comparisons")
+    assert has(notebook, "changed = ", "text/html")
     assert "Windhoek" in text(notebook, "own_file")
-    assert has(notebook, "own.episodes[0]", "text/html")
+    assert "report.html" in text(notebook, "report.save()")
+    assert "trained" in text(notebook, "again = await sr.evaluate")
 
 
 def check_corpus(notebook: NotebookNode, folder: Path) -> None:

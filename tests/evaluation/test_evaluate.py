@@ -1,0 +1,294 @@
+"""Whole evaluations of a tiny model over a real service."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import anyio
+import polars as pl
+import pytest
+
+import searchr1_async as sr
+from searchr1_async.config import EpisodeLimits
+from searchr1_async.episodes.methods import Method
+from searchr1_async.errors import ConfigurationError, QuestionsError, RunFolderError
+from searchr1_async.evaluation import running
+from searchr1_async.evaluation.evaluate import evaluate
+from searchr1_async.evaluation.judge import Judge
+from searchr1_async.evaluation.manifest import Manifest
+from searchr1_async.evaluation.reading import open_report
+from searchr1_async.evaluation.report import Report
+from searchr1_async.evaluation.store import EpisodeStore
+from searchr1_async.evaluation.systems import System
+from searchr1_async.events import Event, PhaseAdvanced
+from tests import tiny_world
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture(autouse=True)
+def _key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TINKER_API_KEY", tiny_world.shared_service().api_key)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps behind a warm-up, which keeps the weights of each."""
+    folder = tmp_path_factory.mktemp("trained")
+
+    async def train() -> None:
+        await sr.train(
+            tiny_world.make_questions()[0],
+            tiny_world.make_search(folder / "index"),
+            out_dir=folder / "run",
+            steps=2,
+            checkpoint_every=1,
+            warm_up=tiny_world.WARM_UP,
+            **tiny_world.served_settings(),
+        )
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TINKER_API_KEY", tiny_world.shared_service().api_key)
+        anyio.run(train)
+    return folder / "run"
+
+
+@pytest.fixture
+def search(run: Path) -> sr.Search:
+    return tiny_world.make_search(run.parent / "index")
+
+
+def playing(**changes: Any) -> dict[str, Any]:
+    settings = {**tiny_world.PLAYING, **tiny_world.served(), "samples": 2, **changes}
+    del settings["local"]
+    return settings
+
+
+def suites() -> dict[str, list[sr.Question]]:
+    """Six questions that were trained on, and four others with the same ids in both suites."""
+    train, held_out = tiny_world.make_questions()
+    return {
+        "seen": [replace(question, id=str(n), data_source="seen") for n, question in enumerate(train[:6])],
+        "new": [replace(question, id=str(n), data_source="new") for n, question in enumerate(held_out[:4])],
+    }
+
+
+def used(run: Path, method: Method) -> System:
+    # Its prompt alone is longer than an episode of this world may be.
+    return System(run, method=method, instructions=tiny_world.INSTRUCTIONS, limits=EpisodeLimits(2, 12, 250))
+
+
+def systems(run: Path) -> dict[str, Any]:
+    return {"first": System(run, step=1), "last": run, "rag": used(run, "rag")}
+
+
+async def test_systems_over_suites_in_one_folder(run: Path, search: sr.Search, tmp_path: Path) -> None:
+    report = await evaluate(
+        suites(), search, systems=systems(run), baselines=["direct"], out_dir=tmp_path / "e", **playing()
+    )
+    assert list(report) == ["first", "last", "rag", "direct"]
+    assert report.suites == ("seen", "new")
+    assert [(each.step, each.questions, each.scores.height) for each in report.values()] == [
+        (1, 10, 20), (2, 10, 20), (2, 10, 20), (0, 10, 20),
+    ]  # fmt: skip
+    assert report["last"].exact_match > 0, "the warm-up taught it to answer"
+    assert report["direct"].scores["searches"].sum() == 0
+    prompts = [len(episode.prompt_tokens) for episode in report["rag"].episodes]
+    assert report["rag"].scores["turns"].unique().to_list() == [1], prompts
+    assert report.manifest is not None
+    assert [each.overlap for each in report.manifest.systems] == [{"seen": 6, "new": 0}] * 3 + [None]
+    assert any("6" in note and "seen" in note for note in report.notes())
+    # Ids that two suites share stay apart, and each episode is of its own question.
+    asked = {(q.data_source, q.id): q.question for own in suites().values() for q in own}
+    for label in report:
+        episodes = report[label].episodes
+        assert [(e.question.data_source, e.question.id) for e in episodes[::2]] == list(asked)
+        assert all(asked[e.question.data_source, e.question.id] == e.question.question for e in episodes)
+    assert open_report(tmp_path / "e").figures() == report.figures()
+    assert tiny_world.tasks_left() == set()
+
+
+async def stop_after(advances: int, *arguments: Any, **options: Any) -> None:
+    """An evaluation that is cancelled when so many questions have been played."""
+    seen = 0
+    with anyio.CancelScope() as scope:
+
+        def emit(event: Event) -> None:
+            nonlocal seen
+            if isinstance(event, PhaseAdvanced) and event.phase == "evaluate":
+                seen += 1
+                if seen > advances:
+                    scope.cancel()
+
+        await evaluate(*arguments, emit=emit, **options)
+    assert scope.cancelled_caught
+
+
+def on_disk(folder: Path) -> dict[tuple[Any, ...], Any]:
+    """All that is recorded of each sample."""
+    frame = EpisodeStore(folder).frame().collect()
+    rows = [((row["label"], row["group"], row["member"]), str(row)) for row in frame.iter_rows(named=True)]
+    assert len(dict(rows)) == len(rows), "a sample was played twice"
+    return dict(rows)
+
+
+async def test_a_resume_keeps_what_was_played_and_comes_to_the_same(
+    run: Path, search: sr.Search, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"systems": systems(run), **playing(max_episodes_in_flight=4)}
+    whole = await evaluate(suites(), search, out_dir=tmp_path / "whole", **options)
+    kept: dict[tuple[Any, ...], Any] = {}
+    for advances in (3, 9):
+        await stop_after(advances, suites(), search, out_dir=tmp_path / "e", resume=bool(kept), **options)
+        now = on_disk(tmp_path / "e")
+        assert len(now) > len(kept)
+        assert kept.items() <= now.items()
+        kept = now
+    assert len(kept) < 60
+    report = await evaluate(suites(), search, out_dir=tmp_path / "e", resume=True, **options)
+    last = on_disk(tmp_path / "e")
+    assert len(last) == 60
+    assert kept.items() <= last.items()
+    assert report.figures() == whole.figures()
+
+
+async def test_nothing_is_opened_where_nothing_is_left_and_changes_are_refused_by_name(
+    run: Path, search: sr.Search, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {
+        "systems": {"last": run},
+        "out_dir": tmp_path / "e",
+        **playing(judge=Judge(instructions="river")),
+    }
+    report = await evaluate(suites(), search, **options)
+    judged = on_file(tmp_path / "e" / "judgements.parquet")
+
+    def refuse(*arguments: Any, **named: Any) -> Any:
+        raise AssertionError("a finished evaluation opens no service and asks no judge")
+
+    for name in ("opened_service", "judge_samples", "check_service", "open_search"):
+        monkeypatch.setattr(running, name, refuse)
+    again = await evaluate(suites(), search, resume=True, **options)
+    assert again.figures() == report.figures()
+    assert on_file(tmp_path / "e" / "judgements.parquet") == judged
+    with pytest.raises(RunFolderError, match="pass resume=True"):
+        await evaluate(suites(), search, **options)
+    fewer = {name: questions[:2] for name, questions in suites().items()}
+    others: list[tuple[str, Any, dict[str, Any]]] = [
+        ("settings", suites(), {"samples": 3}),
+        ("settings", suites(), {"temperature": 0.5}),
+        ("suites, questions_sha256", fewer, {}),
+        ("systems", suites(), {"systems": {"other": run}}),
+        ("systems", suites(), {"systems": {"last": System(run, step=1)}}),
+        ("judge", suites(), {"judge": None}),
+    ]
+    for named, asked, changes in others:
+        with pytest.raises(RunFolderError, match=rf"another evaluation \({named} differ\)"):
+            await evaluate(asked, search, resume=True, **(options | changes))
+    other = tiny_world.make_search(run.parent / "index", n_results=2)
+    with pytest.raises(RunFolderError, match=r"\(search differ\)"):
+        await evaluate(suites(), other, resume=True, **options)
+
+
+def on_file(path: Path) -> bytes:
+    return path.read_bytes()
+
+
+async def test_an_evaluation_is_repeated_from_all_that_tells_of_it(
+    run: Path, search: sr.Search, tmp_path: Path
+) -> None:
+    files = []
+    for name, questions in suites().items():
+        rows = [{"id": q.id, "question": q.question, "golden_answers": list(q.golden_answers)} for q in questions]
+        files.append(tmp_path / f"{name}.parquet")
+        pl.DataFrame(rows).write_parquet(files[-1])
+    report = await evaluate(files, search, systems={"last": run}, out_dir=tmp_path / "e", **playing(limit=3))
+    where: dict[str, Any] = {name: value for name, value in tiny_world.served().items() if name != "model"} | {
+        "progress": False
+    }
+    manifest = Manifest.load(tmp_path / "e")
+    assert manifest is not None
+    for source in (tmp_path / "e", str(tmp_path / "e" / "manifest.json"), report, manifest):
+        again = await evaluate(source, search, **where)
+        assert again.figures() == report.figures()
+    finished = await evaluate(tmp_path / "e", search, out_dir=tmp_path / "e", resume=True, **where)
+    assert finished.figures() == report.figures(), "its folder alone is enough to go on with it"
+    other = tiny_world.make_search(run.parent / "index", n_results=2)
+    with pytest.raises(ConfigurationError, match="the search gives other answers"):
+        await evaluate(tmp_path / "e", other, **where)
+    with pytest.raises(ConfigurationError, match="cannot describe its search"):
+        await evaluate(tmp_path / "e", **where)
+    with pytest.raises(ConfigurationError, match="repeated as it was"):
+        await evaluate(tmp_path / "e", search, systems={"last": run}, **where)
+    pl.read_parquet(files[0]).with_columns(question=pl.lit("another?")).write_parquet(files[0])
+    with pytest.raises(QuestionsError):
+        await evaluate(manifest, search, **where)
+    questions = pl.read_parquet(tmp_path / "e" / "questions.parquet")
+    questions.with_columns(question=pl.lit("another?")).write_parquet(tmp_path / "e" / "questions.parquet")
+    with pytest.raises(RunFolderError, match="not those that its manifest is of"):
+        await evaluate(tmp_path / "e", search, **where)
+
+
+class FlakySearch(sr.Search):
+    """Has no answer while it is down."""
+
+    down: Callable[[str], bool] = staticmethod(lambda query: False)
+
+    async def search(self, queries: Sequence[str], *arguments: Any, **options: Any) -> Any:
+        if any(map(self.down, queries)):
+            raise sr.SearchError("the store is busy")
+        return await super().search(queries, *arguments, **options)
+
+
+async def test_what_a_service_failed_is_played_again(run: Path, tmp_path: Path) -> None:
+    search = tiny_world.make_search(run.parent / "index", search_class=FlakySearch)
+    asked = suites()
+    unlucky = asked["new"][1].question
+    options: dict[str, Any] = {"systems": {"rag": used(run, "rag")}, **playing()}
+    search.down = lambda query: query == unlucky
+    report = await evaluate(asked, search, out_dir=tmp_path / "e", **options)
+    assert report.only.scores.filter("failed").select("suite", "question_id").unique().rows() == [("new", "1")]
+    before = on_disk(tmp_path / "e")
+    search.down = lambda query: False
+    report = await evaluate(asked, search, out_dir=tmp_path / "e", resume=True, **options)
+    assert report.only.failed == 0
+    after = on_disk(tmp_path / "e")
+    assert {key for key in before if before[key] != after[key]} == {("rag", 7, 0), ("rag", 7, 1)}
+    whole = await evaluate(asked, search, out_dir=tmp_path / "whole", **options)
+    assert report.figures() == whole.figures()
+
+
+async def test_a_search_is_only_needed_by_those_that_search(run: Path, tmp_path: Path) -> None:
+    direct = {"direct": used(run, "direct")}
+    report = await evaluate(suites(), systems=direct, **playing())
+    assert isinstance(report, Report)
+    assert report.only.scores["searches"].sum() == 0
+    with pytest.raises(ConfigurationError, match="'last' searches: give evaluate"):
+        await evaluate(suites(), systems=direct | {"last": run}, out_dir=tmp_path / "e", **playing())
+    assert not (tmp_path / "e").exists()
+
+
+async def test_what_cannot_be_is_refused_before_any_folder_is_made(
+    run: Path, search: sr.Search, tmp_path: Path
+) -> None:
+    bad: list[tuple[str, dict[str, Any]]] = [
+        ("no system", {"systems": {"": run}}),
+        ("step 9", {"systems": {"x": System(run, step=9)}}),
+        ("best", {"systems": {"x": System(run, step="best")}}),
+        ("holds no run", {"systems": {"x": tmp_path / "nothing"}}),
+        ("not both", {"systems": {"x": run}, "checkpoint": run}),
+        ("both called 'direct'", {"systems": {"direct": run}, "baselines": ["direct"]}),
+        ("at least 1", {"samples": 0}),
+        ("max_failed_fraction", {"max_failed_fraction": 2.0}),
+        ("tool-call format", {"format": "none"}),
+    ]
+    bad[0] = ("a system's label", {"systems": {"": run}})
+    for named, changes in bad:
+        with pytest.raises(ConfigurationError, match=named):
+            await evaluate(suites(), search, out_dir=tmp_path / "e", **(playing() | changes))
+    with pytest.raises(ConfigurationError, match="resume=True"):
+        await evaluate(suites(), search, resume=True, **playing())
+    assert not (tmp_path / "e").exists()
