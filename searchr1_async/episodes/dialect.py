@@ -358,7 +358,7 @@ def make_dialect(
     if method not in METHODS:
         raise ModelError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
     if method == "recipe":
-        _check_recipe(format_name, instructions)
+        check_recipe(format_name, instructions)
     tokenizer = RememberingTokenizer(tokenizer)
     renderer = select_renderer(model_name, tokenizer, renderer_name)
     if method == "recipe":
@@ -371,7 +371,12 @@ def make_dialect(
     return HermesDialect(renderer, tokenizer, instructions, tool=SEARCH_TOOL if has_tool else None)
 
 
-def _check_recipe(format_name: str, instructions: str | None) -> None:
+def check_recipe(format_name: str, instructions: str | None) -> None:
+    """Refuses what the recipe's prompt cannot be used with.
+
+    Raises:
+        ModelError: another format than ``hermes``, instructions of one's own, or the recipe's package is not installed.
+    """
     if format_name != "hermes":
         raise ModelError(
             f'the prompt of the method "recipe" asks for calls as <tool_call> JSON and for "Answer:", which the format '
@@ -379,3 +384,4 @@ def _check_recipe(format_name: str, instructions: str | None) -> None:
         )
     if instructions is not None:
         raise ModelError('the method "recipe" has the recipe\'s own prompt: leave instructions out')
+    load_recipe_prompt()

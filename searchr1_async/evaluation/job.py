@@ -7,12 +7,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from searchr1_async.data.suites import Suite
+from searchr1_async.episodes.dialect import check_recipe
 from searchr1_async.episodes.types import Question
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.evaluation.judge import Judge
 from searchr1_async.evaluation.systems import MeasuredSystem
 from searchr1_async.playing import PlaySettings, ServiceChoice
 from searchr1_async.search import Search
+from searchr1_async.service import default_model, is_embedded
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,23 @@ class EvaluationJob:
         searching = [each.label for each in self.systems if each.system.method != "direct"]
         if self.search is None and searching:
             raise ConfigurationError(f"{', '.join(map(repr, searching))} searches: give evaluate() a search")
+        for each in self.systems:
+            if each.system.method == "recipe":
+                play = self.settings_of(each)
+                check_recipe(play.format_name, play.instructions)
+        self._check_judge()
         if self.resume and self.out_dir is None:
             raise ConfigurationError("resume=True goes on with what is in out_dir: name it")
+
+    def _check_judge(self) -> None:
+        if self.judge is None or self.judge.model is None or not is_embedded(self.choice.service):
+            return
+        held = {self.choice_of(each).model or default_model(self.choice.service) for each in self.systems}
+        if held != {self.judge.model}:
+            raise ConfigurationError(
+                f"an embedded service holds one model, here {', '.join(sorted(held))}, so {self.judge.model} cannot judge: leave "
+                "the judge's model out, or evaluate on a service that has both"
+            )
 
     @property
     def samples(self) -> int:

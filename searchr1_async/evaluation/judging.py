@@ -8,7 +8,6 @@ import anyio
 import polars as pl
 
 from searchr1_async.episodes.types import Question
-from searchr1_async.errors import ConfigurationError
 from searchr1_async.evaluation.judge import Judge, judge_answers
 from searchr1_async.evaluation.store import EpisodeStore
 from searchr1_async.evaluation.systems import MeasuredSystem
@@ -25,15 +24,9 @@ async def judge_samples(
     """Has the finished answers of these systems judged, and keeps the verdicts.
 
     Raises:
-        ConfigurationError: another model is to judge than the embedded service holds.
         ServiceError: too many verdicts failed.
         CheckpointError: the folder cannot be written.
     """
-    if service.is_local and judge.model not in (None, service.model_name):
-        raise ConfigurationError(
-            f"the embedded service holds {service.model_name} alone, so {judge.model} cannot judge there: leave the judge's "
-            "model out, or evaluate on a service that has both"
-        )
     left = await anyio.to_thread.run_sync(store.unjudged, [each.label for each in systems])
     if left.is_empty():
         return

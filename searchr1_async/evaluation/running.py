@@ -40,6 +40,7 @@ async def run_evaluation(job: EvaluationJob, watchers: Watchers, opened: AsyncEx
     asked = questions_frame(asked_questions(job.suites))
     # In a thread: it reads the corpus and what the runs were trained on whole.
     manifest = await anyio.to_thread.run_sync(describe, job, asked)
+    await _refuse(job, manifest)
     if job.out_dir is not None:
         opened.enter_context(claimed(job.out_dir))
         for tracker in await opened.enter_async_context(open_trackers(make_trackers((), job.out_dir))):
@@ -50,6 +51,16 @@ async def run_evaluation(job: EvaluationJob, watchers: Watchers, opened: AsyncEx
     with writing_records(store.folder):
         await anyio.to_thread.run_sync(store.finish)
     return await anyio.to_thread.run_sync(make_report, store, manifest)
+
+
+async def _refuse(job: EvaluationJob, manifest: Manifest) -> None:
+    """What cannot be carried out, before anything is written."""
+    earlier = None if job.out_dir is None else await anyio.to_thread.run_sync(Manifest.load, job.out_dir)
+    if earlier is not None and job.out_dir is not None:
+        refuse_changes(earlier, manifest, job.out_dir, resume=job.resume)
+        return  # it may have nothing left to do, and then needs no service
+    for stage in service_stages(job, job.systems):
+        await check_service(stage.choice.service, stage.choice.model, stage.choice.local)
 
 
 def _begin(job: EvaluationJob, store: EpisodeStore, manifest: Manifest, asked: pl.DataFrame) -> set[SampleKey]:
