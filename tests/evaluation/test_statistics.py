@@ -289,6 +289,7 @@ def test_holms_correction_of_several_comparisons() -> None:
 # --- the simulation, a few cells of it --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # 8 s; benchmarks/intervals.py is the whole of it
 def test_intervals_hold_the_truth_and_tests_are_wrong_as_often_as_they_say() -> None:
     """`benchmarks/intervals.py` has all cells; here those that a plain bootstrap or an unclustered interval fails."""
     simulation = intervals.Simulation(4000, bootstrap=False)
