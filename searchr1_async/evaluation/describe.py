@@ -6,7 +6,7 @@ import datetime
 import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, is_dataclass, replace
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import polars as pl
 
 from searchr1_async.data.overlap import find_overlap
 from searchr1_async.data.suites import Suite
+from searchr1_async.episodes.reward import RecipeReward
 from searchr1_async.episodes.types import Question
 from searchr1_async.errors import RunFolderError
 from searchr1_async.evaluation.asked import asked_questions, questions_digest
@@ -122,7 +123,8 @@ def _settings(job: EvaluationJob) -> dict[str, Any]:
             "renderer": play.renderer_name,
             "instructions": play.instructions,
             "limits": asdict(play.limits),
-            "reward": {"kind": type(reward).__name__, **(asdict(reward) if is_dataclass(reward) else {})},
+            # A reward of one's own may hold anything, a key too: it is named, and given again for a repetition.
+            "reward": {"kind": type(reward).__name__, **(asdict(reward) if isinstance(reward, RecipeReward) else {})},
             "max_failed_fraction": play.max_failed_fraction,
         }
     )
@@ -160,7 +162,7 @@ def _system(job: EvaluationJob, measured: MeasuredSystem, overlap: Mapping[str, 
         renderer=play.renderer_name,
         instructions=play.instructions,
         limits=None if system.limits is None else _plain(asdict(system.limits)),
-        overlap=overlap if weights.path is not None or job.training_questions else None,
+        overlap=overlap if weights.path is not None else None,  # the base model saw none of it
     )
 
 

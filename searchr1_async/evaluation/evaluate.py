@@ -131,7 +131,7 @@ async def evaluate(
         )
         if systems is not None and (checkpoint is not None or service_folder is not None):
             raise ConfigurationError("give systems, or the checkpoint of the one system, not both")
-        sources = systems or {label: System(checkpoint, service_folder=service_folder)}
+        sources = {label: System(checkpoint, service_folder=service_folder)} if systems is None else systems
         job = EvaluationJob(
             suites=loaded,
             systems=find_systems(with_baselines(sources, tuple(baselines))),

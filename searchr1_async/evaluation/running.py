@@ -7,6 +7,7 @@ from contextlib import AsyncExitStack
 import anyio
 import polars as pl
 
+from searchr1_async.errors import RunFolderError
 from searchr1_async.evaluation.asked import QUESTIONS_NAME, asked_questions, interleaved, questions_frame
 from searchr1_async.evaluation.describe import describe, refuse_changes
 from searchr1_async.evaluation.job import EvaluationJob, ServiceStage, service_stages
@@ -26,6 +27,8 @@ from searchr1_async.service import Service, check_service
 from searchr1_async.training import open_search
 from searchr1_async.watch.fanout import Watchers
 from searchr1_async.watch.trackers import make_trackers, open_trackers
+
+_OF_A_RUN = ("state.json", "checkpoints.json", "metrics", "evaluations", "unlearned")
 
 
 async def run_evaluation(job: EvaluationJob, watchers: Watchers, opened: AsyncExitStack) -> Report:
@@ -59,8 +62,17 @@ async def _refuse(job: EvaluationJob, manifest: Manifest) -> None:
     if earlier is not None and job.out_dir is not None:
         refuse_changes(earlier, manifest, job.out_dir, resume=job.resume)
         return  # it may have nothing left to do, and then needs no service
+    _refuse_run(job)
     for stage in service_stages(job, job.systems):
         await check_service(stage.choice.service, stage.choice.model, stage.choice.local)
+
+
+def _refuse_run(job: EvaluationJob) -> None:
+    """A training run's folder has files of the same names: its questions would be lost."""
+    if job.out_dir is not None and any((job.out_dir / name).exists() for name in _OF_A_RUN):
+        raise RunFolderError(
+            f"{job.out_dir} holds a training run: choose another out_dir, such as {job.out_dir}/evaluation"
+        )
 
 
 def _begin(job: EvaluationJob, store: EpisodeStore, manifest: Manifest, asked: pl.DataFrame) -> set[SampleKey]:
@@ -69,6 +81,7 @@ def _begin(job: EvaluationJob, store: EpisodeStore, manifest: Manifest, asked: p
     if earlier is not None:
         refuse_changes(earlier, manifest, store.folder, resume=job.resume)
         return store.load()
+    _refuse_run(job)
     with writing_records(store.folder):
         write_parquet(store.folder / QUESTIONS_NAME, asked)
         manifest.save(store.folder)

@@ -292,3 +292,18 @@ async def test_what_cannot_be_is_refused_before_any_folder_is_made(
     with pytest.raises(ConfigurationError, match="resume=True"):
         await evaluate(suites(), search, resume=True, **playing())
     assert not (tmp_path / "e").exists()
+
+
+async def test_the_folder_of_a_training_run_is_refused_and_stays_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "metrics").mkdir()
+    (tmp_path / "questions.parquet").write_bytes(b"of the run")
+    search = tiny_world.make_search(tmp_path / "index")
+    with pytest.raises(sr.RunFolderError, match="holds a training run"):
+        await sr.evaluate(
+            tiny_world.make_questions()[1],
+            search,
+            out_dir=tmp_path,
+            **{**tiny_world.PLAYING, "model": str(tiny_world.model_folder())},
+        )
+    assert (tmp_path / "questions.parquet").read_bytes() == b"of the run"
+    assert not (tmp_path / "manifest.json").exists()
