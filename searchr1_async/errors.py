@@ -102,3 +102,8 @@ class CheckpointError(SearchR1Error):
 
 class TooManyFailuresError(SearchR1Error):
     """More than the allowed fraction of episodes failed: the services are at fault, not the model."""
+
+
+def first_error(error: BaseException) -> BaseException:
+    """The first real exception in a tree of groups: what the user should read."""
+    return first_error(error.exceptions[0]) if isinstance(error, BaseExceptionGroup) else error

@@ -6,15 +6,19 @@ Below everything, the embedded service too.
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import anyio
 from filelock import FileLock, Timeout
+
+if TYPE_CHECKING:
+    import polars as pl
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +56,23 @@ def write_atomically(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def parquet_bytes(frame: pl.DataFrame) -> bytes:
+    """A table as the content of a Parquet file."""
+    buffer = io.BytesIO()
+    # At its default level, 3, it takes twice the time for 3 % less.
+    frame.write_parquet(buffer, compression="zstd", compression_level=1)
+    return buffer.getvalue()
+
+
+def write_parquet(path: Path, frame: pl.DataFrame) -> None:
+    """Writes a table as :func:`write_atomically` does.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    write_atomically(path, parquet_bytes(frame))
 
 
 def write_all(file: BinaryIO, content: bytes | bytearray) -> None:

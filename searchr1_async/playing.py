@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -16,13 +16,12 @@ from searchr1_async.episodes.dialect import FORMATS
 from searchr1_async.episodes.methods import Method
 from searchr1_async.episodes.reward import RewardFunction
 from searchr1_async.episodes.types import Passage
-from searchr1_async.errors import ConfigurationError, ModelError, SearchError, SearchR1Error
+from searchr1_async.errors import ConfigurationError, ModelError, SearchError, SearchR1Error, first_error
 from searchr1_async.events import Emit, Notice, RunEnded, RunStarted
 from searchr1_async.rollout.engine import RolloutEngine
 from searchr1_async.rollout.opening import open_engine
 from searchr1_async.rollout.policy import TinkerPolicy
 from searchr1_async.rollout.workers.messages import WorkerSpec
-from searchr1_async.run_folder import first_error
 from searchr1_async.search import Search
 from searchr1_async.search.queries import clean_query
 from searchr1_async.service import Service, check_service, open_service
@@ -177,7 +176,7 @@ async def playing(
 
 def with_model(choice: ServiceChoice, weights: Weights) -> ServiceChoice:
     """The choice, with the model that the weights were trained from where none was named."""
-    return ServiceChoice(choice.service, choice.model or weights.base_model, choice.local, choice.tokenizer)
+    return replace(choice, model=choice.model or weights.base_model)
 
 
 async def policy_of(service: Service, weights: Weights, sampling: SamplingSettings) -> TinkerPolicy:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import AsyncIterator, Collection, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Collection, Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -14,6 +14,7 @@ import anyio
 from searchr1_async.episodes.types import Group
 from searchr1_async.errors import ServiceError
 from searchr1_async.events import CheckpointSaved, Emit, StepFinished
+from searchr1_async.gathered import GatheredWriting
 from searchr1_async.job import TrainingJob
 from searchr1_async.learn.advantages import advantages
 from searchr1_async.learn.checkpoints import CheckpointList, ResumePoint
@@ -158,7 +159,7 @@ class Keeper:
         self._groups = UnlearnedGroups(job.out_dir / "unlearned")
         self._new: list[tuple[int, Group]] = []
         self._done: set[int] = set()
-        self._wanted = anyio.Event()
+        self._gathered = GatheredWriting(self._write, _GATHERING)
 
     async def load(self) -> dict[int, Group]:
         """What an earlier session left, by place."""
@@ -171,34 +172,20 @@ class Keeper:
     def keep(self, place: int, group: Group) -> None:
         """Writes this group soon."""
         self._new.append((place, group))
-        self._wanted.set()
+        self._gathered.want()
 
     def forget(self, places: Collection[int]) -> None:
         """Recorded steps hold these, or nobody wants them: they may go."""
         self._done.update(places)
-        self._wanted.set()
+        self._gathered.want()
 
-    @asynccontextmanager
-    async def keeping(self) -> AsyncIterator[None]:
+    def keeping(self) -> AbstractAsyncContextManager[None]:
         """Writes while the block runs, and what is left at its end, however that comes.
 
         Raises, within an exception group:
             CheckpointError: the folder cannot be written.
         """
-        try:
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(self._run)
-                yield
-                tasks.cancel_scope.cancel()
-        finally:
-            await self._write()
-
-    async def _run(self) -> None:
-        while True:
-            await self._wanted.wait()
-            await anyio.sleep(_GATHERING)
-            self._wanted = anyio.Event()
-            await self._write()
+        return self._gathered.writing()
 
     async def _write(self) -> None:
         new, self._new = self._new, []

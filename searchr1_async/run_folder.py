@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,10 +14,10 @@ import polars as pl
 from filelock import FileLock, Timeout
 
 from searchr1_async.episodes.types import Question
-from searchr1_async.errors import CheckpointError, ConfigurationError, RunFolderError
+from searchr1_async.errors import CheckpointError, ConfigurationError, RunFolderError, first_error
 from searchr1_async.evaluation.result import Evaluation
 from searchr1_async.events import EvaluationFinished, StepFinished
-from searchr1_async.files import write_atomically
+from searchr1_async.files import write_parquet
 from searchr1_async.job import TrainingJob, TrainingResult
 from searchr1_async.learn.checkpoints import ResumePoint, best_checkpoint
 from searchr1_async.rollout.order import QuestionOrder
@@ -34,11 +33,6 @@ _QUESTIONS_SCHEMA = pl.Schema(
 )
 _OF_NO_USE = {"run.lock", "service", "events.jsonl", "tokenizer", "tokenizer.partial", _QUESTIONS_FILE}
 """What a folder may hold in which no work was done."""
-
-
-def first_error(error: BaseException) -> BaseException:
-    """The first real exception in a tree of groups: what the user should read."""
-    return first_error(error.exceptions[0]) if isinstance(error, BaseExceptionGroup) else error
 
 
 @contextmanager
@@ -99,10 +93,8 @@ def keep_questions(questions: Sequence[Question], folder: Path) -> None:
     if path.exists():
         return
     rows = [(one.id, one.question, list(one.golden_answers), one.data_source) for one in questions]
-    content = io.BytesIO()
-    pl.DataFrame(rows, schema=_QUESTIONS_SCHEMA, orient="row").write_parquet(content)
     with writing_records(folder):
-        write_atomically(path, content.getvalue())
+        write_parquet(path, pl.DataFrame(rows, schema=_QUESTIONS_SCHEMA, orient="row"))
 
 
 def training_questions(folder: Path) -> tuple[Question, ...] | None:

@@ -19,7 +19,7 @@ import tinker
 
 from searchr1_async.config import WarmUp
 from searchr1_async.control import RunControl
-from searchr1_async.errors import SearchR1Error, ServiceError
+from searchr1_async.errors import SearchR1Error, ServiceError, first_error
 from searchr1_async.events import (
     CheckpointSaved,
     Emit,
@@ -49,7 +49,6 @@ from searchr1_async.run_folder import (
     UNTRAINED,
     claimed,
     finished_result,
-    first_error,
     keep_questions,
     keep_tokenizer,
     load_point,

@@ -6,7 +6,7 @@ import datetime
 import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -183,8 +183,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [_plain(each) for each in value]
     return value if value is None or isinstance(value, str | int | float | bool) else str(value)
-
-
-def with_notes(manifest: Manifest, notes: Sequence[str]) -> Manifest:
-    """The manifest, with what was found while it was carried out."""
-    return replace(manifest, notes=tuple(dict.fromkeys([*manifest.notes, *notes])))

@@ -22,7 +22,7 @@ from searchr1_async.config import SamplingSettings
 from searchr1_async.episodes.plain_text import PlainText
 from searchr1_async.episodes.rendering import select_renderer
 from searchr1_async.episodes.types import Question
-from searchr1_async.errors import ConfigurationError, ServiceError
+from searchr1_async.errors import ConfigurationError, ServiceError, first_error
 from searchr1_async.rollout.gate import SampleGate
 from searchr1_async.rollout.player import GroupPolicy
 from searchr1_async.rollout.turns import LoopTurns
@@ -203,7 +203,7 @@ class _Asking:
                 for _ in range(min(self._judge.at_once, len(asked))):
                     tasks.start_soon(self._work, left)
         except* ServiceError as group:
-            raise _first(group) from group
+            raise first_error(group) from group
         if self._failed or self._unreadable:
             logger.warning(
                 "of %d answers asked about, the judge's verdict could not be read for %d, and the service gave none for %d",
@@ -261,11 +261,3 @@ class _Asking:
     def _told(self, judged: int) -> None:
         if self._on_judged is not None and judged:
             self._on_judged(judged)
-
-
-def _first(group: BaseExceptionGroup[ServiceError]) -> ServiceError:
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    assert isinstance(error, ServiceError)
-    return error

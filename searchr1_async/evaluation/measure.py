@@ -83,7 +83,7 @@ async def evaluate_policy(
     )
     episodes = tuple(episode for group in groups for episode in (*group.episodes, *group.failed))
     evaluation = Evaluation.of(label, episodes, step)
-    # In a thread: the interval of several samples a question is a bootstrap.
+    # In a thread: it groups every score by its question.
     engine.emit(EvaluationFinished(label, step, await anyio.to_thread.run_sync(evaluation.metrics)))
     return evaluation
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection, Iterable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
 
 import anyio
@@ -14,6 +14,7 @@ from searchr1_async.evaluation.measure import RunningMeans
 from searchr1_async.evaluation.store import EpisodeStore, PlayedSample, SampleKey
 from searchr1_async.evaluation.systems import MeasuredSystem
 from searchr1_async.events import Emit, PhaseAdvanced, emit_nothing
+from searchr1_async.gathered import GatheredWriting
 from searchr1_async.rollout.engine import FailureBudget, GroupUnderWay, RolloutEngine
 from searchr1_async.rollout.policy import TinkerPolicy
 
@@ -28,34 +29,20 @@ class EpisodeWriter:
     def __init__(self, store: EpisodeStore) -> None:
         self._store = store
         self._pending: list[PlayedSample] = []
-        self._wanted = anyio.Event()
+        self._gathered = GatheredWriting(self._write, _GATHERING)
 
     def take(self, played: PlayedSample) -> None:
         """Writes this one soon."""
         self._pending.append(played)
-        self._wanted.set()
+        self._gathered.want()
 
-    @asynccontextmanager
-    async def writing(self) -> AsyncIterator[None]:
+    def writing(self) -> AbstractAsyncContextManager[None]:
         """Writes while the block runs, and what is left at its end, however that comes.
 
         Raises, within an exception group:
             CheckpointError: the folder cannot be written.
         """
-        try:
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(self._run)
-                yield
-                tasks.cancel_scope.cancel()
-        finally:
-            await self._write()
-
-    async def _run(self) -> None:
-        while True:
-            await self._wanted.wait()
-            await anyio.sleep(_GATHERING)
-            self._wanted = anyio.Event()
-            await self._write()
+        return self._gathered.writing()
 
     async def _write(self) -> None:
         pending, self._pending = self._pending, []

@@ -16,9 +16,10 @@ from searchr1_async.evaluation.manifest import Manifest
 from searchr1_async.evaluation.pool import EpisodeWriter, Pool, PoolProgress
 from searchr1_async.evaluation.reading import evaluation_of, make_report
 from searchr1_async.evaluation.report import Report
-from searchr1_async.evaluation.store import EpisodeStore, SampleKey, write_parquet
+from searchr1_async.evaluation.store import EpisodeStore, SampleKey
 from searchr1_async.evaluation.systems import MeasuredSystem
 from searchr1_async.events import EvaluationFinished, Notice, PhaseAdvanced, PhaseEnded, PhaseStarted
+from searchr1_async.files import write_parquet
 from searchr1_async.playing import opened_engine, opened_service, policy_of, started, worker_spec
 from searchr1_async.rollout.policy import TinkerPolicy
 from searchr1_async.rollout.workers.messages import WorkerSpec
@@ -147,12 +148,13 @@ class _Evaluation:
         for spec, own in by_spec.items():
             policies = [(each, await policy_of(service, each.weights, self._job.play.sampling)) for each in own]
             await self._play_pool(service, spec, policies)
-            for measured in own:
-                figures = await anyio.to_thread.run_sync(self._figures_of, measured)
-                self._emit(EvaluationFinished(measured.label, measured.weights.step, figures))
+            for event in await anyio.to_thread.run_sync(self._finished, own):
+                self._emit(event)
 
-    def _figures_of(self, measured: MeasuredSystem) -> dict[str, float]:
-        return evaluation_of(measured.label, self._store.scores(), measured.weights.step).metrics()
+    def _finished(self, systems: list[MeasuredSystem]) -> list[EvaluationFinished]:
+        scores = self._store.scores()
+        found = [evaluation_of(each.label, scores, each.weights.step) for each in systems]
+        return [EvaluationFinished(each.label, each.step, each.metrics()) for each in found]
 
     async def _play_pool(
         self, service: Service, spec: WorkerSpec, policies: list[tuple[MeasuredSystem, TinkerPolicy]]

@@ -14,7 +14,6 @@ be played again. Methods that touch the disk are synchronous: call them in a wor
 
 from __future__ import annotations
 
-import io
 import re
 import shutil
 import tempfile
@@ -29,7 +28,7 @@ import polars as pl
 from searchr1_async.episodes.types import Episode
 from searchr1_async.errors import RunFolderError
 from searchr1_async.evaluation.scores import SCORE_SCHEMA, score_frame
-from searchr1_async.files import write_atomically
+from searchr1_async.files import write_parquet
 from searchr1_async.watch.rows import EPISODE_SCHEMA, EpisodeRow, episode_from_row, episodes_frame
 
 _PART = re.compile(r"(\d{6,})\.parquet")
@@ -217,14 +216,3 @@ def _reading(folder: Path) -> Iterator[None]:
         yield
     except pl.exceptions.PolarsError as error:
         raise RunFolderError(f"an episode file in {folder} cannot be read: {error}") from error
-
-
-def write_parquet(path: Path, frame: pl.DataFrame) -> None:
-    """Writes a table so that the path holds all of it or is untouched.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    buffer = io.BytesIO()
-    frame.write_parquet(buffer, compression="zstd", compression_level=1)
-    write_atomically(path, buffer.getvalue())

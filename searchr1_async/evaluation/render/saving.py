@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,7 @@ from searchr1_async.evaluation.render.document import latex_report, markdown_rep
 from searchr1_async.evaluation.render.links import EPISODES_NAME, choose, chosen_rows, key_of
 from searchr1_async.evaluation.render.page import episodes_title, report_page
 from searchr1_async.evaluation.scores import SCORE_SCHEMA
-from searchr1_async.files import write_atomically
+from searchr1_async.files import parquet_bytes, write_atomically
 from searchr1_async.watch.rows import storable
 from searchr1_async.watch.viewer import load_tokenizer, page_of
 
@@ -53,10 +52,9 @@ def save_report(report: Report, folder: Path) -> Path:
 
 def _parquet(report: Report) -> bytes:
     columns = list(SCORE_SCHEMA)
-    frame = pl.concat([pl.DataFrame(schema=SCORE_SCHEMA), *(own.scores.select(columns) for own in report.values())])
-    buffer = io.BytesIO()
-    frame.write_parquet(buffer, compression="zstd")
-    return buffer.getvalue()
+    return parquet_bytes(
+        pl.concat([pl.DataFrame(schema=SCORE_SCHEMA), *(own.scores.select(columns) for own in report.values())])
+    )
 
 
 def _figures(report: Report) -> dict[str, bytes]:

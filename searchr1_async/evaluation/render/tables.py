@@ -34,11 +34,6 @@ class Table:
     caption: str = ""
     """What is read from it, in one or two sentences."""
 
-    @property
-    def has_marks(self) -> bool:
-        """Some cell is marked."""
-        return any(cell.mark for row in self.rows for cell in row)
-
 
 def table_of(headings: Sequence[Cell | str], rows: Sequence[Sequence[Cell | str]], caption: str = "") -> Table:
     """A table of cells, plain texts among them."""

@@ -16,7 +16,7 @@ import anyio
 from anyio.abc import TaskGroup, TaskStatus
 
 from searchr1_async.episodes.play import SearchTool
-from searchr1_async.errors import ConfigurationError, ServiceError
+from searchr1_async.errors import ConfigurationError, ServiceError, first_error
 from searchr1_async.rollout.gate import GateStatistics
 from searchr1_async.rollout.player import Finished, GroupPolicy, GroupTask
 from searchr1_async.rollout.workers.attempt import Attempt
@@ -158,7 +158,7 @@ class WorkerPool:
         except BaseException as error:
             await self.__aexit__(type(error), error, error.__traceback__)
             if isinstance(error, ExceptionGroup):
-                raise _first(error) from None
+                raise first_error(error) from None
             raise
         return self
 
@@ -396,9 +396,3 @@ class WorkerPool:
             finally:
                 del worker.attempts[number]
         return left
-
-
-def _first(error: BaseException) -> BaseException:
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
