@@ -29,12 +29,12 @@ from searchr1_async.search.journal import Journal
 from searchr1_async.search.opening import open_embedder, open_store
 from searchr1_async.search.pacing import PacingSettings
 from searchr1_async.search.search import Search
-from searchr1_async.search.stores.base import Store
+from searchr1_async.search.stores.base import WritableStore, is_writable
 
 
 async def build_index(
     corpus: str | Path | Sequence[Passage] | Corpus,
-    target: Search | Store | str | Path | None = None,
+    target: Search | WritableStore | str | Path | None = None,
     *,
     embedder: str | Path | Embedder | None = None,
     pacing: PacingSettings = PACING,
@@ -85,13 +85,15 @@ async def build_index(
     try:
         if isinstance(place, LocalIndex):
             return await place.build(chosen, options)
+        if not is_writable(place):
+            raise ConfigurationError(f"{place.name} is read-only: build into a folder or a Chroma collection")
         return await _build_into(place, corpus, chosen, options)
     finally:
         with anyio.CancelScope(shield=True):
             await chosen.aclose()
 
 
-async def _build_into(store: Store, corpus: Corpus, embedder: Embedder, options: BuildOptions) -> IndexReport:
+async def _build_into(store: WritableStore, corpus: Corpus, embedder: Embedder, options: BuildOptions) -> IndexReport:
     """Into a store that others may use, and that may hold more than this corpus."""
     journal_folder = await anyio.to_thread.run_sync(_journal_folder, store, corpus, embedder)
     try:
@@ -116,6 +118,6 @@ def _folder(target: str | Path | None) -> Path | None:
     return None if target is None else Path(target).expanduser()
 
 
-def _journal_folder(store: Store, corpus: Corpus, embedder: Embedder) -> Path:
+def _journal_folder(store: WritableStore, corpus: Corpus, embedder: Embedder) -> Path:
     key = hashlib.sha256("\0".join((store.name, corpus.fingerprint, embedder.fingerprint)).encode()).hexdigest()
     return cache_folder() / "journals" / key[:24]

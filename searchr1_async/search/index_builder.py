@@ -25,7 +25,7 @@ from searchr1_async.search.index_report import RECALL_WITHIN, IndexReport
 from searchr1_async.search.journal import Journal, key_of
 from searchr1_async.search.pacing import PacingSettings
 from searchr1_async.search.prices import BYTES_A_TOKEN, Price, estimated_cost, price_of
-from searchr1_async.search.stores.base import Store
+from searchr1_async.search.stores.base import WritableStore
 from searchr1_async.threads import in_thread
 
 OnProgress = Callable[[int, int], None]
@@ -98,7 +98,7 @@ class IndexBuilder:
     """
 
     def __init__(
-        self, corpus: Corpus, embedder: Embedder, store: Store, journal: Journal, options: BuildOptions
+        self, corpus: Corpus, embedder: Embedder, store: WritableStore, journal: Journal, options: BuildOptions
     ) -> None:
         self._corpus = corpus
         self._embedder = embedder

@@ -19,7 +19,7 @@ from searchr1_async.search.index_report import IndexReport
 from searchr1_async.search.journal import Journal
 from searchr1_async.search.opening import open_embedder, open_store
 from searchr1_async.search.prices import price_of
-from searchr1_async.search.stores.base import Store
+from searchr1_async.search.stores.base import Store, WritableStore
 from searchr1_async.search.stores.chroma import EmbeddedChroma
 
 logger = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ class LocalIndex:
         folder: IndexFolder,
         identity: IndexIdentity,
         embedder: Embedder,
-        store: Store,
+        store: WritableStore,
         options: BuildOptions,
     ) -> IndexReport | None:
         folder.path.parent.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, TypeGuard
 
 from searchr1_async.episodes.types import Passage
 from searchr1_async.search.embedders.base import Vectors
@@ -64,20 +64,28 @@ class Store(Protocol):
         """
         ...
 
-    async def add(self, passages: Sequence[Passage], vectors: Vectors) -> None:
-        """Puts passages in, replacing those with the same id.
-
-        Raises:
-            PassingFault: this time; some of them may be in.
-            StoreError: for good.
-        """
-        ...
-
     async def count(self) -> int:
         """Passages it holds.
 
         Raises:
             PassingFault: this time.
+            StoreError: for good.
+        """
+        ...
+
+    async def aclose(self) -> None:
+        """Lets go of connections, files and threads; it may be opened again."""
+        ...
+
+
+class WritableStore(Store, Protocol):
+    """A store that passages can be put into."""
+
+    async def add(self, passages: Sequence[Passage], vectors: Vectors) -> None:
+        """Puts passages in, replacing those with the same id.
+
+        Raises:
+            PassingFault: this time; some of them may be in.
             StoreError: for good.
         """
         ...
@@ -91,6 +99,7 @@ class Store(Protocol):
         """
         ...
 
-    async def aclose(self) -> None:
-        """Lets go of connections, files and threads; it may be opened again."""
-        ...
+
+def is_writable(store: Store) -> TypeGuard[WritableStore]:
+    """Whether passages can be put into it."""
+    return callable(getattr(store, "add", None))
