@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import anyio
 
 from searchr1_async.episodes.types import Group, Question
 from searchr1_async.evaluation.result import Evaluation
 from searchr1_async.events import EvaluationFinished, PhaseAdvanced, PhaseEnded, PhaseStarted, emit_nothing
-from searchr1_async.rollout.engine import GroupUnderWay, RolloutEngine
+from searchr1_async.rollout.engine import GroupToPlay, RolloutEngine
 from searchr1_async.rollout.player import GroupPolicy
 
 
@@ -31,7 +32,7 @@ async def play_all(
         yields: others play on the same engine and go first.
         on_question: called when all samples of a question have ended.
 
-    Raises, within an exception group, what :meth:`RolloutEngine.play_group` raises.
+    Raises, within an exception group, what :meth:`RolloutEngine.play_groups` raises.
     """
     groups: dict[int, Group] = {}
     means = RunningMeans()
@@ -39,22 +40,18 @@ async def play_all(
     # An evaluation's episodes are no training episodes: the phase's progress stands for them.
     engine = replace(engine, group_size=samples, emit=emit_nothing)
     emit(PhaseStarted(phase, len(questions), "questions", label))
-    budget, slots = engine.failure_budget(len(questions)), anyio.Semaphore(engine.groups_in_flight)
+    budget = engine.failure_budget(len(questions))
 
-    async def one(place: int, question: Question) -> None:
-        try:
-            task = engine.task(place, question, key="0", yields=yields)
-            group = groups[place] = await engine.play_group(GroupUnderWay(task), policy, budget)
-        finally:
-            slots.release()
+    def finished(place: int, group: Group) -> None:
+        groups[place] = group
         means.add(group, samples)
         on_question()
         emit(PhaseAdvanced(phase, len(groups), means.metrics()))
 
-    async with anyio.create_task_group() as tasks:
-        for place, question in enumerate(questions):
-            await slots.acquire()
-            tasks.start_soon(one, place, question)
+    await engine.play_groups(
+        GroupToPlay(engine.task(place, question, key="0", yields=yields), policy, budget, partial(finished, place))
+        for place, question in enumerate(questions)
+    )
     emit(PhaseEnded(phase, anyio.current_time() - began))
     return [groups[place] for place in range(len(questions))]
 

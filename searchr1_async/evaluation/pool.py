@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import anyio
 
@@ -15,7 +16,7 @@ from searchr1_async.evaluation.store import EpisodeStore, PlayedSample, SampleKe
 from searchr1_async.evaluation.systems import MeasuredSystem
 from searchr1_async.events import Emit, PhaseAdvanced, emit_nothing
 from searchr1_async.gathered import GatheredWriting
-from searchr1_async.rollout.engine import FailureBudget, GroupUnderWay, RolloutEngine
+from searchr1_async.rollout.engine import GroupToPlay, RolloutEngine
 from searchr1_async.rollout.policy import TinkerPolicy
 
 _GATHERING = 1.0
@@ -116,28 +117,21 @@ class Pool:
         """
         # An evaluation's episodes are no training episodes: the phase's progress stands for them.
         engine = replace(engine, group_size=self.samples, emit=emit_nothing)
-        slots = anyio.Semaphore(engine.groups_in_flight)
+        await engine.play_groups(self._groups(engine, systems, progress))
 
-        async def one(
-            measured: MeasuredSystem,
-            policy: TinkerPolicy,
-            budget: FailureBudget,
-            place: int,
-            samples: tuple[int, ...],
-        ) -> None:
-            def finished(sample: int, episode: Episode) -> None:
-                self.writer.take(((measured.label, place, sample), measured.weights.step, episode))
+    def _groups(
+        self, engine: RolloutEngine, systems: Sequence[tuple[MeasuredSystem, TinkerPolicy]], progress: PoolProgress
+    ) -> Iterator[GroupToPlay]:
+        for measured, policy in systems:
+            budget = engine.failure_budget(len(self.questions))
+            for place, samples in self.open_samples(measured.label):
+                yield GroupToPlay(
+                    engine.task(place, self.questions[place], key="0", members=samples),
+                    policy,
+                    budget,
+                    partial(progress.add, measured.label, episodes=len(samples)),
+                    partial(self._take, measured, place),
+                )
 
-            task = engine.task(place, self.questions[place], key="0", members=samples)
-            try:
-                group = await engine.play_group(GroupUnderWay(task, on_finished=finished), policy, budget)
-            finally:
-                slots.release()
-            progress.add(measured.label, group, len(samples))
-
-        async with anyio.create_task_group() as tasks:
-            for measured, policy in systems:
-                budget = engine.failure_budget(len(self.questions))
-                for place, samples in self.open_samples(measured.label):
-                    await slots.acquire()
-                    tasks.start_soon(one, measured, policy, budget, place, samples)
+    def _take(self, measured: MeasuredSystem, place: int, sample: int, episode: Episode) -> None:
+        self.writer.take(((measured.label, place, sample), measured.weights.step, episode))

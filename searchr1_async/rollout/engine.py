@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import anyio
-from anyio.streams.memory import MemoryObjectSendStream
 
 from searchr1_async.config import SamplingSettings
 from searchr1_async.episodes.dialect import Dialect
 from searchr1_async.episodes.reward import RewardFunction, score
 from searchr1_async.episodes.types import Episode, Group, Question
 from searchr1_async.errors import TooManyFailuresError
-from searchr1_async.events import Emit, EpisodeFinished, GroupFinished, emit_nothing
+from searchr1_async.events import Emit, EpisodeFinished, emit_nothing
 from searchr1_async.rollout.player import GroupPlayer, GroupPolicy, GroupTask
 
 
@@ -76,6 +75,20 @@ class GroupUnderWay:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class GroupToPlay:
+    """A group that is to be played, by whom, and who is told."""
+
+    task: GroupTask
+    policy: GroupPolicy
+    budget: FailureBudget
+    """Counts its failed episodes; several groups may share one."""
+    on_finished: Callable[[Group], None]
+    """Called with the whole group when all its members have ended; it must not block."""
+    on_episode: Callable[[int, Episode], None] | None = None
+    """See :attr:`GroupUnderWay.on_finished`."""
+
+
 @dataclass(slots=True)
 class PlayTally:
     """What an engine plays, counted."""
@@ -106,36 +119,33 @@ class RolloutEngine:
     """How the playing goes (``rollout/…``, ``loop/…``), since it was last asked for."""
     tally: PlayTally = field(default_factory=PlayTally)
 
-    async def play_groups(
-        self,
-        questions: Sequence[Question],
-        policy: GroupPolicy,
-        finished: MemoryObjectSendStream[Group],
-    ) -> None:
-        """Plays one group a question, all at once up to the limit, and sends each on the moment it is complete.
+    async def play_groups(self, groups: Iterable[GroupToPlay]) -> None:
+        """Plays groups in this order, as many at once as the limit allows; each is told of the moment it is complete.
 
-        The stream is closed when all are done. Cancelling this cancels every episode in it.
+        Cancelling this cancels every episode in it.
+
+        Args:
+            groups: asked for the next one when there is room for it.
 
         Raises, within an exception group:
             TooManyFailuresError: the services failed too often.
             SearchError: the search failed fatally (``is_fatal``).
             RewardError: the reward function failed.
         """
-        budget = self.failure_budget(len(questions))
         slots = anyio.Semaphore(self.groups_in_flight)
 
-        async def one(place: int, question: Question) -> None:
+        async def one(group: GroupToPlay) -> None:
+            under_way = GroupUnderWay(group.task, on_finished=group.on_episode)
             try:
-                group = await self.play_group(GroupUnderWay(self.task(place, question, key="0")), policy, budget)
+                played = await self.play_group(under_way, group.policy, group.budget)
             finally:
                 slots.release()
-            self.emit(GroupFinished(group, 0))
-            await finished.send(group)
+            group.on_finished(played)
 
-        async with finished, anyio.create_task_group() as tasks:
-            for place, question in enumerate(questions):
+        async with anyio.create_task_group() as tasks:
+            for group in groups:
                 await slots.acquire()
-                tasks.start_soon(one, place, question)
+                tasks.start_soon(one, group)
 
     @property
     def groups_in_flight(self) -> int:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import itertools
-import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from searchr1_async.episodes.dialect import Dialect, TagsDialect
 from searchr1_async.episodes.reward import RecipeReward
 from searchr1_async.episodes.types import Group, Question, StopReason
 from searchr1_async.errors import RewardError, SearchError, TooManyFailuresError
-from searchr1_async.rollout.engine import GroupUnderWay, RolloutEngine
+from searchr1_async.rollout.engine import GroupToPlay, GroupUnderWay, RolloutEngine
 from searchr1_async.rollout.gate import SampleGate
 from searchr1_async.rollout.limit import LimitSettings, SampleLimit
 from searchr1_async.rollout.player import GroupPolicy, LocalPlayer
@@ -47,12 +47,19 @@ def questions(count: int) -> list[Question]:
     return [Question(str(i), f"Question {i}?", ("yes",)) for i in range(count)]
 
 
+def groups_of(
+    engine: RolloutEngine, policy: GroupPolicy, count: int, finished: Callable[[Group], None]
+) -> list[GroupToPlay]:
+    budget = engine.failure_budget(count)
+    tasks = (engine.task(place, question, key="0") for place, question in enumerate(questions(count)))
+    return [GroupToPlay(task, policy, budget, finished) for task in tasks]
+
+
 async def play(engine: RolloutEngine, policy: GroupPolicy, count: int) -> list[Group]:
-    send, receive = anyio.create_memory_object_stream[Group](math.inf)
-    async with receive:
-        with anyio.fail_after(30):
-            await engine.play_groups(questions(count), policy, send)
-        return [group async for group in receive]
+    groups: list[Group] = []
+    with anyio.fail_after(30):
+        await engine.play_groups(groups_of(engine, policy, count, groups.append))
+    return groups
 
 
 def searcher(dialect: Dialect) -> ScriptedPolicy:
@@ -91,18 +98,16 @@ async def test_a_finished_group_does_not_wait_for_a_slow_one(dialect: Dialect) -
             return dialect.write_answer("yes")
         return dialect.write_call(["slow" if "Question 0" in text else "fast"])
 
-    send, receive = anyio.create_memory_object_stream[Group](math.inf)
     seen: list[str] = []
+
+    def finished(group: Group) -> None:
+        seen.append(group.question.id)
+        if len(seen) == 3:
+            release.set()
+
+    playing = engine(dialect, search=SlowForOne())
     with anyio.fail_after(30):
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(
-                engine(dialect, search=SlowForOne()).play_groups, questions(4), ScriptedPolicy(reply), send
-            )
-            async with receive:
-                async for group in receive:
-                    seen.append(group.question.id)
-                    if len(seen) == 3:
-                        release.set()
+        await playing.play_groups(groups_of(playing, ScriptedPolicy(reply), 4, finished))
     assert seen[-1] == "0"
     assert sorted(seen) == ["0", "1", "2", "3"]
 
@@ -173,13 +178,14 @@ async def test_cancelling_ends_every_episode(dialect: Dialect) -> None:
             finally:
                 ended += 1
 
-    send, _receive = anyio.create_memory_object_stream[Group](math.inf)
+    groups: list[Group] = []
+    playing = engine(dialect, search=Hanging())
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(engine(dialect, search=Hanging()).play_groups, questions(2), searcher(dialect), send)
+        tasks.start_soon(playing.play_groups, groups_of(playing, searcher(dialect), 2, groups.append))
         await waiting.wait()
         tasks.cancel_scope.cancel()
     assert ended == 8
-    _receive.close()
+    assert groups == []
 
 
 async def test_a_cut_group_keeps_the_members_that_have_ended(dialect: Dialect) -> None:
