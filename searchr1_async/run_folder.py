@@ -37,7 +37,7 @@ _OF_NO_USE = {"run.lock", "service", "events.jsonl", "tokenizer", "tokenizer.par
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """The folder for this run alone. One that was made for it and is of no use, since the input was refused, goes again."""
+    """The folder for this run, or this evaluation, alone. One that was made for it and is of no use, since the input was refused, goes again."""
     is_new = not folder.exists()
     lock = FileLock(folder / "run.lock")
     try:
@@ -45,9 +45,11 @@ def claimed(folder: Path) -> Iterator[None]:
         # Not at once: somebody who looks whether it is taken holds it for some microseconds.
         lock.acquire(timeout=0.2, poll_interval=0.02)
     except Timeout:
-        raise RunFolderError(f"another run is training in {folder}: stop it, or choose another out_dir") from None
+        raise RunFolderError(
+            f"{folder} is in use by another run or evaluation: wait for its end, stop it, or choose another out_dir"
+        ) from None
     except OSError as error:
-        raise RunFolderError(f"{folder} cannot be used as a run's folder: {error.strerror or error}") from error
+        raise RunFolderError(f"{folder} cannot be used as out_dir: {error.strerror or error}") from error
     try:
         yield
     except BaseException as error:

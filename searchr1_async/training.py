@@ -32,7 +32,7 @@ from searchr1_async.events import (
 )
 from searchr1_async.held_out import tell_near_overlap
 from searchr1_async.job import TrainingJob, TrainingResult
-from searchr1_async.learn.checkpoints import CheckpointList, ResumePoint
+from searchr1_async.learn.checkpoints import CheckpointList, KeptCheckpoint, ResumePoint
 from searchr1_async.learn.demonstrations import Demonstration, demonstration_batches, play_demonstrations
 from searchr1_async.learn.learner import Learner
 from searchr1_async.measuring import Measuring
@@ -321,16 +321,30 @@ class _Training:
 
     async def _restore_or_create(self) -> tinker.TrainingClient:
         if self._point is None:
-            # The untrained measurement of an earlier, other attempt in this folder goes too.
-            self._records.truncate_after(-1)
-            await anyio.to_thread.run_sync(self._kept.clear)
-            await Keeper(self._job).clear()
+            await self._forget_attempt()
             return await self._service.create_training_client(
                 rank=self._job.learning.lora_rank, seed=self._job.learning.seed
             )
         self._records.truncate_after(self._point.step)
         self._emit(Notice(f"resuming after step {self._point.step} ({self._point.next_place} questions consumed)"))
         return await self._service.restore_training_client(self._point.state_path)
+
+    async def _forget_attempt(self) -> None:
+        """What an earlier attempt in this folder has left, which came to no resume point: its untrained measurement and its
+        weights at the service too. What cannot be deleted there costs only room."""
+
+        def forget() -> tuple[KeptCheckpoint, ...]:
+            with writing_records(self._job.out_dir):
+                self._records.truncate_after(-1)
+                return self._kept.clear()
+
+        gone = await anyio.to_thread.run_sync(forget)
+        await Keeper(self._job).clear()
+        for one in gone:
+            try:
+                await self._service.delete_checkpoint(one.sampler_path)
+            except ServiceError as error:
+                logger.info("weights of an earlier attempt were not deleted: %s", error)
 
     async def _sampling_client(self, client: tinker.TrainingClient) -> tinker.SamplingClient:
         try:

@@ -40,7 +40,9 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., sr.R
 async def logprobs_of(checkpoint: str | None, tokens: Sequence[int]) -> list[float]:
     service = await anyio.to_thread.run_sync(lambda: tinker.ServiceClient(base_url=tiny_world.shared_service().url))
     try:
-        weights = {"model_path": checkpoint} if checkpoint else {"base_model": str(tiny_world.model_folder())}
+        weights: dict[str, Any] = (
+            {"model_path": checkpoint} if checkpoint else {"base_model": str(tiny_world.model_folder())}
+        )
         client = await (await anyio.to_thread.run_sync(lambda: service.create_sampling_client(**weights)))
         logprobs = await client.compute_logprobs(tinker_types.ModelInput.from_ints(list(tokens)))
         return [value for value in logprobs if value is not None]
@@ -176,3 +178,24 @@ async def test_a_reward_that_fails_ends_the_run_by_its_name(start: Callable[...,
 
     with pytest.raises(sr.RewardError, match="missing"):
         await start(reward=reward)
+
+
+@pytest.mark.slow
+async def test_the_weights_of_an_attempt_without_a_resume_point_are_deleted(
+    start: Callable[..., sr.Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a kill leaves them that comes before the first resume point, or a resume point that was lost."""
+    old = (await start()).checkpoint
+    assert old is not None
+    assert await logprobs_of(old, range(4, 9))
+    (tmp_path / "run" / "state.json").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints.CheckpointList, "clear", full_disk)
+        with pytest.raises(sr.CheckpointError, match="No space left"):
+            await start()
+    again = start()
+    new = (await again).checkpoint
+    assert [one.sampler_path for one in again.checkpoints] == [new]
+    assert await logprobs_of(new, range(4, 9))
+    with pytest.raises((tinker.TinkerError, ValueError)):
+        await logprobs_of(old, range(4, 9))

@@ -184,7 +184,8 @@ def _corpus(manifest: Manifest, record: SystemRecord) -> str | None:
 def _turns(manifest: Manifest, record: SystemRecord) -> str | None:
     if record.method in ("direct", "rag"):
         return "1"
-    return _text((manifest.settings.get("limits") or {}).get("max_turns"))
+    # Where a system has limits of its own, the evaluation's are not those that it was played with.
+    return _text((record.limits or manifest.settings.get("limits") or {}).get("max_turns"))
 
 
 def _ends_alike(ours: str, theirs: str) -> bool:

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import dataclasses
 
+import polars as pl
+
 from searchr1_async.evaluation.manifest import SystemRecord
 from searchr1_async.evaluation.published import NOT_RECORDED, NOT_STATED, PUBLISHED, PublishedRow
 from searchr1_async.evaluation.report import Report
@@ -57,6 +59,18 @@ def test_a_difference_of_one_system_names_it() -> None:
     note = next(note for note in found.notes if note.startswith("tinker-cookbook"))
     assert "prompt (ours, without search for without; theirs: recipe)" in note
     assert "passages a search (none for without; theirs: 3)" in note
+
+
+def test_turns_are_those_that_each_system_may_take() -> None:
+    bare = report(**{name: rows_of("nq", 3, 9) for name in ("common", "own", "direct")})
+    records = (
+        SystemRecord("common", "search", "tiny/tiny-1M"),
+        SystemRecord("own", "search", "tiny/tiny-1M", limits={"max_turns": 9, "max_tokens": 64}),
+        SystemRecord("direct", "direct", "tiny/tiny-1M", limits={"max_turns": 9, "max_tokens": 64}),
+    )
+    conditions = Report(list(bare.values()), manifest(bare, systems=records)).beside().conditions
+    turns = conditions.row(by_predicate=pl.col("condition") == "turns at most", named=True)
+    assert [turns[label] for label in bare] == ["5", "9", "1"]
 
 
 def test_without_a_manifest_nothing_is_claimed() -> None:
