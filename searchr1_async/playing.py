@@ -7,15 +7,15 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tinker
 
 from searchr1_async.config import EpisodeLimits, LocalOptions, SamplingSettings
-from searchr1_async.episodes.dialect import FORMATS
+from searchr1_async.episodes.dialect import FORMATS, make_dialect
 from searchr1_async.episodes.methods import Method
 from searchr1_async.episodes.reward import RewardFunction
-from searchr1_async.episodes.types import Passage
+from searchr1_async.episodes.types import Passage, Question, SearchCall
 from searchr1_async.errors import ConfigurationError, ModelError, SearchError, SearchR1Error, first_error
 from searchr1_async.events import Emit, Notice, RunEnded, RunStarted
 from searchr1_async.rollout.engine import RolloutEngine
@@ -114,6 +114,33 @@ def worker_spec(service: Service, play: PlaySettings, method: Method = "search")
         first_turn=play.sampling.first_turn,
         method=method,
     )
+
+
+def check_prompt(label: str, model_name: str, tokenizer: Any, play: PlaySettings, method: Method = "search") -> None:
+    """Refuses what could not play a single turn. Call it in a worker thread.
+
+    Args:
+        label: whose prompt it is, for the message.
+
+    Raises:
+        ModelError: no renderer for the model, or one that does not suit its tokenizer.
+        ConfigurationError: the prompt leaves no room for a turn.
+    """
+    dialect = make_dialect(
+        play.format_name,
+        model_name,
+        tokenizer,
+        renderer_name=play.renderer_name,
+        instructions=play.instructions,
+        method=method,
+    )
+    given = SearchCall(("?",), ((),)) if method == "rag" else None
+    needed = len(dialect.start(Question("", "?", ("?",)), given)) + play.limits.max_tokens
+    if needed > play.limits.max_trajectory_tokens:
+        raise ConfigurationError(
+            f"{label!r} could not play a turn: its prompt and max_tokens={play.limits.max_tokens} come to {needed} tokens without "
+            f"a question, and max_trajectory_tokens is {play.limits.max_trajectory_tokens}: raise that, or lower max_tokens"
+        )
 
 
 @asynccontextmanager

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
+import json
 import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,22 +19,29 @@ import polars as pl
 
 from searchr1_async.data.overlap import find_overlap
 from searchr1_async.data.suites import Suite
+from searchr1_async.episodes.dialect import SEARCH_TOOL
+from searchr1_async.episodes.methods import EXAMPLES, INSTRUCTIONS, WITHOUT_TOOL, Method
+from searchr1_async.episodes.recipe import load_recipe_prompt
 from searchr1_async.episodes.reward import RecipeReward
 from searchr1_async.episodes.types import Question
-from searchr1_async.errors import RunFolderError
+from searchr1_async.errors import ConfigurationError, RunFolderError
 from searchr1_async.evaluation.asked import asked_questions, questions_digest
 from searchr1_async.evaluation.job import EvaluationJob
+from searchr1_async.evaluation.judging import judge_digest
 from searchr1_async.evaluation.manifest import Manifest, SuiteRecord, SystemRecord
 from searchr1_async.evaluation.systems import MeasuredSystem
+from searchr1_async.playing import PlaySettings
 from searchr1_async.run_folder import training_questions
 from searchr1_async.search import Search
 from searchr1_async.search.indexing import LocalIndex
-from searchr1_async.service import default_model, is_embedded
+from searchr1_async.service import is_embedded
 from searchr1_async.watch.rows import storable
 
-_PACKAGES = ("searchr1_async", "tinker", "renderers", "transformers", "torch", "chromadb", "google-genai", "polars")
-_NOT_COMPARED = ("created", "versions", "notes")
-"""What may differ between two sessions of one evaluation."""
+_PACKAGES = (
+    "searchr1_async", "tinker", "tinker_cookbook", "renderers", "transformers", "torch", "chromadb", "google-genai", "polars",
+)  # fmt: skip
+_NOT_COMPARED = ("created", "versions", "notes", "judge")
+"""What may differ between two sessions of one evaluation; another judge only judges again."""
 
 
 def describe(job: EvaluationJob, questions: pl.DataFrame) -> Manifest:
@@ -42,17 +52,19 @@ def describe(job: EvaluationJob, questions: pl.DataFrame) -> Manifest:
 
     Raises:
         CorpusError: the search's corpus cannot be used.
+        ConfigurationError: a repeated system's prompt is not the one that it had.
     """
+    search, judge = job.used_search, job.found_judge
     return Manifest(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         versions=_versions(),
         service=_service(job),
-        search=None if job.search is None else _search(job.search),
+        search=None if search is None else _search(search),
         settings=_settings(job),
         suites=tuple(map(_suite, job.suites)),
         systems=_systems(job),
         questions_sha256=questions_digest(questions),
-        judge=None if job.judge is None else _plain(job.judge.describe()),
+        judge=None if judge is None else _plain(judge.describe()),
     )
 
 
@@ -73,6 +85,27 @@ def refuse_changes(then: Manifest, now: Manifest, folder: Path, *, resume: bool)
             f"{folder} holds another evaluation ({', '.join(changed)} differ): choose another out_dir, or give what it was "
             "begun with to go on"
         )
+
+
+def continued(then: Manifest, now: Manifest) -> Manifest:
+    """The manifest of an evaluation that goes on: as it was begun, with this session's judge, what is known now of its systems'
+    training, and notes of what else changed."""
+    notes = list(then.notes)
+    if then.versions != now.versions:
+        names = sorted({*then.versions, *now.versions})
+        changes = [
+            f"{name} {now.versions.get(name, 'missing')} after {then.versions.get(name, 'missing')}"
+            for name in names
+            if then.versions.get(name) != now.versions.get(name)
+        ]
+        notes.append(f"Gone on with under other versions: {', '.join(changes)}.")
+    if then.judge is not None and (now.judge is None or judge_digest(then.judge) != judge_digest(now.judge)):
+        notes.append(f"A judge of before, {then.judge['model']}, is left out; its verdicts are kept aside.")
+    systems = tuple(
+        before if after.overlap is None else replace(before, overlap=after.overlap)
+        for before, after in zip(then.systems, now.systems, strict=True)
+    )
+    return replace(then, judge=now.judge, systems=systems, notes=tuple(dict.fromkeys(notes)))
 
 
 def _compared(manifest: Manifest) -> dict[str, Any]:
@@ -150,10 +183,18 @@ def _systems(job: EvaluationJob) -> tuple[SystemRecord, ...]:
 
 def _system(job: EvaluationJob, measured: MeasuredSystem, overlap: Mapping[str, int] | None) -> SystemRecord:
     system, weights, play = measured.system, measured.weights, job.settings_of(measured)
+    prompt, digest = _prompt(play, system.method)
+    if (record := measured.record) is not None:
+        overlap = record.overlap if overlap is None else overlap
+        if record.prompt_sha256 not in (None, digest):
+            raise ConfigurationError(
+                f"{measured.label!r} had another prompt ({record.prompt!r}) than its method {system.method!r} has in the versions "
+                "installed here: install those that the manifest names, or measure it as a new evaluation"
+            )
     return SystemRecord(
         label=measured.label,
         method=system.method,
-        model=job.choice_of(measured).model or default_model(job.choice.service),
+        model=job.model_of(measured),
         checkpoint=weights.path,
         step=weights.step,
         run=None if weights.run is None else str(weights.run.absolute()),
@@ -161,9 +202,24 @@ def _system(job: EvaluationJob, measured: MeasuredSystem, overlap: Mapping[str, 
         format=play.format_name,
         renderer=play.renderer_name,
         instructions=play.instructions,
+        prompt=prompt,
+        prompt_sha256=digest,
         limits=None if system.limits is None else _plain(asdict(system.limits)),
         overlap=overlap if weights.path is not None else None,  # the base model saw none of it
     )
+
+
+def _prompt(play: PlaySettings, method: Method) -> tuple[str, str]:
+    """The system prompt, and the SHA-256 of it with the tool and the worked examples."""
+    if method == "recipe":
+        recipe = load_recipe_prompt()
+        prompt, besides = recipe.instructions, recipe.tool
+    else:
+        prompt = play.instructions or INSTRUCTIONS[play.format_name, method]
+        besides = (
+            [(asdict(asked), asdict(found)) for asked, found in EXAMPLES] if method in WITHOUT_TOOL else SEARCH_TOOL
+        )
+    return prompt, hashlib.sha256(json.dumps([prompt, besides], sort_keys=True).encode()).hexdigest()
 
 
 def _overlap(job: EvaluationJob, run: Path | None, asked: Sequence[Question]) -> Mapping[str, int] | None:
@@ -182,4 +238,8 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(each) for key, each in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [_plain(each) for each in value]
-    return value if value is None or isinstance(value, str | int | float | bool) else str(value)
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        return int(value)
+    if isinstance(value, Real) and not isinstance(value, bool):
+        return float(value)
+    return value if value is None or isinstance(value, str | bool) else str(value)

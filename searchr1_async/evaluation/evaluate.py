@@ -19,6 +19,7 @@ from searchr1_async.errors import ConfigurationError
 from searchr1_async.evaluation.job import EvaluationJob
 from searchr1_async.evaluation.judge import Judge
 from searchr1_async.evaluation.manifest import Manifest
+from searchr1_async.evaluation.numeric import number, whole
 from searchr1_async.evaluation.repeating import repeated_job, repeats
 from searchr1_async.evaluation.report import Report
 from searchr1_async.evaluation.running import run_evaluation
@@ -82,7 +83,7 @@ async def evaluate(
         systems: what is measured, by label: a run or its folder (its last weights), a ``tinker://`` path, None (the base model),
             or a :class:`System`. None: the one of ``model`` and ``checkpoint``, under ``label``.
         baselines: the base model besides, used otherwise: ``"direct"``, ``"rag"``, ``"recipe"``; see :class:`System`.
-        model: the base model; with ``checkpoint`` only where it is not the default.
+        model: the base model of every system that names none and is no run; with ``checkpoint`` only where it is not the default.
         checkpoint: a run's folder (its last kept weights), or a ``tinker://…/sampler_weights/…`` path.
         service_folder: the embedded service's folder that holds a ``tinker://`` checkpoint; a run's folder knows its own.
         out_dir: keeps every episode there soon after it has ended; None keeps them as long as the report lives.
@@ -91,7 +92,8 @@ async def evaluate(
         limit: at most so many questions of each suite.
         question_seed: which ones: the same everywhere, and a larger limit contains a smaller one.
         samples: episodes a question; several narrow the interval, and give pass@k.
-        judge: has every answer judged by a model too, reported beside exact match.
+        judge: has every answer judged by a model too, reported beside exact match. A resume may have another judge, or none: the
+            verdicts of one are never mixed with another's, and are there again when it is.
         training_questions: what the systems were trained on, besides what their runs' folders tell: overlap is reported.
         temperature: 1 samples as training does, 0 is greedy.
         seed: of the sampling; None lets the service choose.
@@ -101,18 +103,28 @@ async def evaluate(
         The others as in :func:`searchr1_async.train`.
 
     Raises:
-        ConfigurationError: bad input, before any work starts.
+        ConfigurationError: bad input, before any work starts and before anything is written.
+        ServiceError: the service is away, or does not have a model or weights that are asked for.
         TooManyFailuresError: over ``max_failed_fraction`` of a system's episodes failed; what was played is kept.
     """
+    limit = None if limit is None else whole("limit", limit)
+    question_seed, samples = whole("question_seed", question_seed), whole("samples", samples)
+    max_failed_fraction = number("max_failed_fraction", max_failed_fraction)
+    limits = EpisodeLimits(
+        whole("max_turns", max_turns),
+        whole("max_tokens", max_tokens),
+        whole("max_trajectory_tokens", max_trajectory_tokens),
+        malformed_calls=malformed_calls,
+    )
     choice = ServiceChoice(service, model, local or LocalOptions(), tokenizer)
     sampling = SamplingSettings(
-        temperature=temperature,
-        seed=seed,
-        deadline=sampling_deadline,
-        max_episodes_in_flight=max_episodes_in_flight,
+        temperature=number("temperature", temperature),
+        seed=None if seed is None else whole("seed", seed),
+        deadline=number("sampling_deadline", sampling_deadline),
+        max_episodes_in_flight=whole("max_episodes_in_flight", max_episodes_in_flight),
         # Each sample by itself, so that one that a kill has lost is played again as it would have been.
         first_turn="split",
-        workers=workers,
+        workers="auto" if workers == "auto" else whole("workers", workers),
     )
     kept = None if out_dir is None else Path(out_dir)
     if repeats(suites):
@@ -131,14 +143,16 @@ async def evaluate(
         )
         if systems is not None and (checkpoint is not None or service_folder is not None):
             raise ConfigurationError("give systems, or the checkpoint of the one system, not both")
-        sources = {label: System(checkpoint, service_folder=service_folder)} if systems is None else systems
+        # What is named beside one checkpoint is its own base model; beside several systems, that of those which name none.
+        own = System(checkpoint, model=None if checkpoint is None else model, service_folder=service_folder)
+        sources = {label: own} if systems is None else systems
         job = EvaluationJob(
             suites=loaded,
             systems=find_systems(with_baselines(sources, tuple(baselines))),
             search=search,
             play=PlaySettings(
                 reward=reward or RecipeReward(strict_recipe=strict_recipe),
-                limits=EpisodeLimits(max_turns, max_tokens, max_trajectory_tokens, malformed_calls=malformed_calls),
+                limits=limits,
                 sampling=sampling,
                 format_name=format,
                 renderer_name=renderer,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 from searchr1_async.data.suites import Suite
@@ -11,6 +12,7 @@ from searchr1_async.episodes.dialect import check_recipe
 from searchr1_async.episodes.types import Question
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.evaluation.judge import Judge
+from searchr1_async.evaluation.judging import FoundJudge, find_judge
 from searchr1_async.evaluation.systems import MeasuredSystem
 from searchr1_async.playing import PlaySettings, ServiceChoice
 from searchr1_async.search import Search
@@ -42,19 +44,22 @@ class EvaluationJob:
             if each.system.method == "recipe":
                 play = self.settings_of(each)
                 check_recipe(play.format_name, play.instructions)
-        self._check_judge()
+        _ = self.found_judge  # one that cannot be is refused here
         if self.resume and self.out_dir is None:
             raise ConfigurationError("resume=True goes on with what is in out_dir: name it")
 
-    def _check_judge(self) -> None:
-        if self.judge is None or self.judge.model is None or not is_embedded(self.choice.service):
-            return
-        held = {self.choice_of(each).model or default_model(self.choice.service) for each in self.systems}
-        if held != {self.judge.model}:
-            raise ConfigurationError(
-                f"an embedded service holds one model, here {', '.join(sorted(held))}, so {self.judge.model} cannot judge: leave "
-                "the judge's model out, or evaluate on a service that has both"
-            )
+    @cached_property
+    def found_judge(self) -> FoundJudge | None:
+        """Who judges, with the model and the weights that are meant."""
+        if self.judge is None:
+            return None
+        held = {self.model_of(each) for each in self.systems}
+        return find_judge(self.judge, held, is_embedded=is_embedded(self.choice.service))
+
+    @property
+    def used_search(self) -> Search | None:
+        """The search; None where every system answers directly, whatever was given."""
+        return self.search if any(each.system.method != "direct" for each in self.systems) else None
 
     @property
     def samples(self) -> int:
@@ -77,8 +82,13 @@ class EvaluationJob:
 
     def choice_of(self, measured: MeasuredSystem) -> ServiceChoice:
         """The service and the model that it is measured on."""
-        known = (measured.system.model, self.choice.model, measured.weights.base_model, self._trained_model)
+        # What a run was trained from is a fact; the evaluation's model is for those that know of none.
+        known = (measured.system.model, measured.weights.base_model, self.choice.model, self._trained_model)
         return replace(self.choice, model=next((model for model in known if model is not None), None))
+
+    def model_of(self, measured: MeasuredSystem) -> str:
+        """The base model that it is measured on."""
+        return self.choice_of(measured).model or default_model(self.choice.service)
 
     @property
     def _trained_model(self) -> str | None:
@@ -100,12 +110,13 @@ class ServiceStage:
 def service_stages(job: EvaluationJob, systems: Sequence[MeasuredSystem]) -> list[ServiceStage]:
     """The services to open, one after the other, each with its systems in their order.
 
-    One for each model and each folder of weights: an embedded service knows its own folder alone, and two at once would share
-    the machine's cores. A base model is measured over the service of the first weights that were trained from it.
+    One for each model and, embedded, each folder of weights: an embedded service knows its own folder alone, and two at once would
+    share the machine's cores; any other has all weights, wherever a run of it has kept its files. A base model is measured over the service of the first weights that were trained from it.
     """
     stages: dict[tuple[str | None, Path | None], list[MeasuredSystem]] = {}
+    has_folders = is_embedded(job.choice.service)
     for measured in sorted(systems, key=lambda each: each.weights.service_folder is None):
-        model, folder = job.choice_of(measured).model, measured.weights.service_folder
+        model, folder = job.choice_of(measured).model, measured.weights.service_folder if has_folders else None
         key = (model, folder)
         if folder is None:
             key = next((other for other in stages if other[0] == model), key)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from searchr1_async.episodes.plain_text import PlainText
 from searchr1_async.episodes.rendering import select_renderer
 from searchr1_async.episodes.types import Question
 from searchr1_async.errors import ConfigurationError, ServiceError, first_error
+from searchr1_async.evaluation.numeric import number, whole
 from searchr1_async.rollout.gate import SampleGate
 from searchr1_async.rollout.player import GroupPolicy
 from searchr1_async.rollout.turns import LoopTurns
@@ -58,7 +59,7 @@ class Judge:
     """
 
     model: str | None = None
-    """Its base model, as the service calls it; None is that of the evaluation."""
+    """Its base model, as the service calls it; None is that of its run, or the one that all systems have."""
     checkpoint: str | Path | None = None
     """Its weights: a ``tinker://`` path or a run's folder; None is the base model."""
     instructions: str | None = None
@@ -77,7 +78,9 @@ class Judge:
             value = getattr(self, name)
             if value is not None and not str(value).strip():
                 raise ConfigurationError(f"the judge's {name} is blank: give it some text, or leave it out")
+        object.__setattr__(self, "deadline", number("the judge's deadline", self.deadline))
         for name in ("max_tokens", "at_once"):
+            object.__setattr__(self, name, whole(f"the judge's {name}", getattr(self, name)))
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"the judge's {name} is {getattr(self, name)}: it must be at least 1")
         if not self.deadline > 0:
@@ -136,9 +139,10 @@ async def judge_answers(
     *,
     model_name: str,
     gate: SampleGate | None = None,
-    on_judged: Callable[[int], None] | None = None,
-) -> list[float | None]:
-    """A verdict for each answer: 1.0 right, 0.0 wrong, None where none could be read or the service gave none.
+    on_judged: Callable[[Mapping[int, float | None]], None] | None = None,
+) -> dict[int, float | None]:
+    """A verdict for each answer, by its place: 1.0 right, 0.0 wrong, None where none could be read. Where the service gave none
+    the place is missing: it may be asked again.
 
     Equal answers to equal questions are asked for once; blank ones are wrong unasked. Many are asked at a time.
 
@@ -149,21 +153,21 @@ async def judge_answers(
         tokenizer: of its model.
         model_name: as the service calls it; chooses the chat format.
         gate: the right to sample, where others sample too; None is one of its own.
-        on_judged: called with the number of items that have just been judged.
+        on_judged: called with the verdicts as they come.
 
     Raises:
         ModelError: no chat format is known for the model.
         ServiceError: over :data:`MAX_FAILED_FRACTION` of the requests failed.
     """
-    asking = _Asking(judge, policy, tokenizer, model_name, gate or SampleGate(), len(items), on_judged)
-    return await asking.ask(_without_repeats(items, asking.verdicts))
+    asking = _Asking(judge, policy, tokenizer, model_name, gate or SampleGate(), on_judged)
+    asking.keep([place for place, (_, answer) in enumerate(items) if not answer.strip()], False)
+    return await asking.ask(_without_repeats(items))
 
 
-def _without_repeats(items: Sequence[tuple[Question, str]], verdicts: list[float | None]) -> list[_Asked]:
+def _without_repeats(items: Sequence[tuple[Question, str]]) -> list[_Asked]:
     asked: dict[tuple[str, tuple[str, ...], str], _Asked] = {}
     for place, (question, answer) in enumerate(items):
         if not answer.strip():
-            verdicts[place] = 0.0
             continue
         key = (question.question, question.golden_answers, answer)
         asked.setdefault(key, _Asked(question, answer)).places.append(place)
@@ -180,10 +184,9 @@ class _Asking:
         tokenizer: Any,
         model_name: str,
         gate: SampleGate,
-        items: int,
-        on_judged: Callable[[int], None] | None,
+        on_judged: Callable[[Mapping[int, float | None]], None] | None,
     ) -> None:
-        self.verdicts: list[float | None] = [None] * items
+        self._verdicts: dict[int, float | None] = {}
         self._judge, self._policy, self._gate, self._on_judged = judge, policy, gate, on_judged
         self._tokenizer = tokenizer
         self._renderer = select_renderer(model_name, tokenizer, judge.renderer)
@@ -193,10 +196,9 @@ class _Asking:
         self._failed = 0
         self._unreadable = 0
 
-    async def ask(self, asked: Sequence[_Asked]) -> list[float | None]:
+    async def ask(self, asked: Sequence[_Asked]) -> dict[int, float | None]:
         self._allowed = max(1.0, MAX_FAILED_FRACTION * len(asked))
         self._gate.watch(getattr(self._policy, "client", None))
-        self._told(len(self.verdicts) - sum(len(each.places) for each in asked))
         left = iter(asked)
         try:
             async with anyio.create_task_group() as tasks:
@@ -211,7 +213,7 @@ class _Asking:
                 self._unreadable,
                 self._failed,
             )
-        return self.verdicts
+        return self._verdicts
 
     async def _work(self, left: Iterator[_Asked]) -> None:
         for asked in left:
@@ -219,7 +221,6 @@ class _Asking:
                 verdict = self._judge.read(await self._said(asked))
                 self._unreadable += verdict is None
             except (ServiceError, TimeoutError) as error:
-                verdict = None
                 self._failed += 1
                 if self._failed > self._allowed:
                     cause = error if isinstance(error, ServiceError) else f"no answer in {self._judge.deadline:g} s"
@@ -227,9 +228,8 @@ class _Asking:
                         f"{self._failed} of the judge's verdicts failed; the last: {cause}. Mend the service and judge "
                         "again, or leave the judge out: all other figures stand without it."
                     ) from error
-            for place in asked.places:
-                self.verdicts[place] = None if verdict is None else float(verdict)
-            self._told(len(asked.places))
+            else:
+                self.keep(asked.places, verdict)
 
     async def _said(self, asked: _Asked) -> str:
         """What the judge says; special tokens and tags in what it is shown are broken."""
@@ -258,6 +258,9 @@ class _Asking:
             return ""
         return parsed.content if isinstance(parsed.content, str) else ""
 
-    def _told(self, judged: int) -> None:
-        if self._on_judged is not None and judged:
-            self._on_judged(judged)
+    def keep(self, places: Iterable[int], verdict: bool | None) -> None:
+        """The verdict on all answers at these places."""
+        found = dict.fromkeys(places, None if verdict is None else float(verdict))
+        self._verdicts |= found
+        if self._on_judged is not None and found:
+            self._on_judged(found)

@@ -54,6 +54,10 @@ class SystemRecord:
     renderer: str | None = None
     instructions: str | None = None
     """None: the method's own."""
+    prompt: str | None = None
+    """The system prompt that was used, written out."""
+    prompt_sha256: str | None = None
+    """Of it with all that every question is asked with: the tool's description, the worked examples."""
     limits: Mapping[str, Any] | None = None
     """Where its episodes may become longer or shorter than the others'; fields of ``EpisodeLimits``."""
     overlap: Mapping[str, int] | None = None
@@ -79,7 +83,9 @@ class Manifest:
     questions_sha256: str
     """Of the questions themselves, which lie beside it."""
     judge: Mapping[str, Any] | None = None
+    """Who judged, or judges: fields of ``Judge``, its model named."""
     notes: tuple[str, ...] = field(default=())
+    """What changed from one session to the next: the packages, the judge."""
 
     def save(self, folder: Path) -> None:
         """Writes ``manifest.json``, whole or not at all.

@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-from contextlib import AsyncExitStack
+import shutil
+from collections.abc import Iterator
+from contextlib import AsyncExitStack, contextmanager
 
 import anyio
 import polars as pl
 
 from searchr1_async.errors import RunFolderError
 from searchr1_async.evaluation.asked import QUESTIONS_NAME, asked_questions, interleaved, questions_frame
-from searchr1_async.evaluation.describe import describe, refuse_changes
+from searchr1_async.evaluation.describe import continued, describe, refuse_changes
 from searchr1_async.evaluation.job import EvaluationJob, ServiceStage, service_stages
-from searchr1_async.evaluation.judging import judge_samples
-from searchr1_async.evaluation.manifest import Manifest
+from searchr1_async.evaluation.judging import judge_samples, lay_verdicts
+from searchr1_async.evaluation.manifest import MANIFEST_NAME, Manifest
+from searchr1_async.evaluation.opening import OpenedStage, open_stages
 from searchr1_async.evaluation.pool import EpisodeWriter, Pool, PoolProgress
 from searchr1_async.evaluation.reading import evaluation_of, make_report
 from searchr1_async.evaluation.report import Report
 from searchr1_async.evaluation.store import EpisodeStore, SampleKey
 from searchr1_async.evaluation.systems import MeasuredSystem
-from searchr1_async.events import EvaluationFinished, Notice, PhaseAdvanced, PhaseEnded, PhaseStarted
+from searchr1_async.events import Emit, EvaluationFinished, Notice, PhaseAdvanced, PhaseEnded, PhaseStarted
 from searchr1_async.files import write_parquet
 from searchr1_async.playing import opened_engine, opened_service, policy_of, started, worker_spec
 from searchr1_async.rollout.policy import TinkerPolicy
 from searchr1_async.rollout.workers.messages import WorkerSpec
 from searchr1_async.run_folder import claimed, keep_tokenizer, writing_records
-from searchr1_async.service import Service, check_service
+from searchr1_async.service import Service
 from searchr1_async.training import open_search
 from searchr1_async.watch.fanout import Watchers
 from searchr1_async.watch.trackers import make_trackers, open_trackers
@@ -44,28 +47,46 @@ async def run_evaluation(job: EvaluationJob, watchers: Watchers, opened: AsyncEx
     asked = questions_frame(asked_questions(job.suites))
     # In a thread: it reads the corpus and what the runs were trained on whole.
     manifest = await anyio.to_thread.run_sync(describe, job, asked)
-    await _refuse(job, manifest)
-    if job.out_dir is not None:
-        opened.enter_context(claimed(job.out_dir))
-        for tracker in await opened.enter_async_context(open_trackers(make_trackers((), job.out_dir))):
-            watchers.subscribe(tracker)
-    store = EpisodeStore(job.out_dir)
-    done = await anyio.to_thread.run_sync(_begin, job, store, manifest, asked)
-    await _Evaluation(job, store, watchers, done).run()
+    async with AsyncExitStack() as services:
+        stages = await _refuse(job, manifest, services, watchers)
+        if job.out_dir is not None:
+            opened.enter_context(claimed(job.out_dir))
+            for tracker in await opened.enter_async_context(open_trackers(make_trackers((), job.out_dir))):
+                watchers.subscribe(tracker)
+        store = EpisodeStore(job.out_dir)
+        with _begun(store):
+            manifest, done = await anyio.to_thread.run_sync(_begin, job, store, manifest, asked)
+            await _Evaluation(job, store, watchers, done).run(stages, services)
     with writing_records(store.folder):
         await anyio.to_thread.run_sync(store.finish)
     return await anyio.to_thread.run_sync(make_report, store, manifest)
 
 
-async def _refuse(job: EvaluationJob, manifest: Manifest) -> None:
-    """What cannot be carried out, before anything is written."""
+async def _refuse(
+    job: EvaluationJob, manifest: Manifest, services: AsyncExitStack, emit: Emit
+) -> list[OpenedStage] | None:
+    """What cannot be carried out, before anything is written. The services opened for it; None where an evaluation goes on: it
+    may have nothing left to do, and then needs none."""
     earlier = None if job.out_dir is None else await anyio.to_thread.run_sync(Manifest.load, job.out_dir)
     if earlier is not None and job.out_dir is not None:
         refuse_changes(earlier, manifest, job.out_dir, resume=job.resume)
-        return  # it may have nothing left to do, and then needs no service
+        return None
     _refuse_run(job)
-    for stage in service_stages(job, job.systems):
-        await check_service(stage.choice.service, stage.choice.model, stage.choice.local)
+    return await open_stages(job, service_stages(job, job.systems), services, emit)
+
+
+@contextmanager
+def _begun(store: EpisodeStore) -> Iterator[None]:
+    """An evaluation that ends by an error before its first episode leaves nothing that would refuse the corrected one."""
+    is_new = not (store.folder / MANIFEST_NAME).exists()
+    try:
+        yield
+    except BaseException:
+        if is_new and not store.frame().head(1).collect().height:
+            for name in (MANIFEST_NAME, QUESTIONS_NAME):  # the manifest first: without it there is no evaluation
+                (store.folder / name).unlink(missing_ok=True)
+            shutil.rmtree(store.folder / "tokenizer", ignore_errors=True)
+        raise
 
 
 def _refuse_run(job: EvaluationJob) -> None:
@@ -76,17 +97,26 @@ def _refuse_run(job: EvaluationJob) -> None:
         )
 
 
-def _begin(job: EvaluationJob, store: EpisodeStore, manifest: Manifest, asked: pl.DataFrame) -> set[SampleKey]:
-    """The samples that an earlier session has played; the manifest and the questions are written before the first episode."""
+def _begin(
+    job: EvaluationJob, store: EpisodeStore, manifest: Manifest, asked: pl.DataFrame
+) -> tuple[Manifest, set[SampleKey]]:
+    """The evaluation's manifest, and the samples that an earlier session has played; the manifest and the questions are written
+    before the first episode."""
     earlier = Manifest.load(store.folder)
     if earlier is not None:
         refuse_changes(earlier, manifest, store.folder, resume=job.resume)
-        return store.load()
+        manifest = continued(earlier, manifest)
+        with writing_records(store.folder):
+            lay_verdicts(store.folder, earlier.judge, manifest.judge)
+            if manifest != earlier:
+                manifest.save(store.folder)
+            lay_verdicts(store.folder, manifest.judge, manifest.judge)
+        return manifest, store.load()
     _refuse_run(job)
     with writing_records(store.folder):
         write_parquet(store.folder / QUESTIONS_NAME, asked)
         manifest.save(store.folder)
-    return set()
+    return manifest, set()
 
 
 class _Evaluation:
@@ -103,8 +133,13 @@ class _Evaluation:
         self._progress = PoolProgress(job.samples, watchers, total - sum(self._open.values()))
         self._is_told = False
 
-    async def run(self) -> None:
-        """Plays and judges what is open; opens no service where nothing is."""
+    async def run(self, stages: list[OpenedStage] | None, services: AsyncExitStack) -> None:
+        """Plays and judges what is open; opens no service where nothing is.
+
+        Args:
+            stages: opened already, of all systems; None: not yet.
+            services: closes those that are opened here.
+        """
         job = self._job
         judges = job.judge is not None and await anyio.to_thread.run_sync(self._is_unjudged)
         wanted = [each for each in job.systems if self._open[each.label] or judges]
@@ -113,31 +148,33 @@ class _Evaluation:
             return
         if self._progress.done:
             self._emit(Notice(f"going on: {self._progress.done:,} of {self._total:,} episodes are played"))
-        stages = service_stages(job, wanted)
-        for stage in stages:
-            await check_service(stage.choice.service, stage.choice.model, stage.choice.local)
+        if stages is None:
+            stages = await open_stages(job, service_stages(job, wanted), services, self._emit)
         async with AsyncExitStack() as stack:
             if job.search is not None and any(each.system.method != "direct" for each in wanted):
                 await open_search(job.search, self._emit)
                 await stack.enter_async_context(job.search)
-            for stage in stages:
-                await self._play_stage(stage)
+            for stage, service in stages:
+                if service is not None:
+                    await self._play_stage(stage, service)
+                    continue
+                async with opened_service(stage.choice, stage.folder, self._emit) as started_here:
+                    await self._play_stage(stage, started_here)
 
     def _is_unjudged(self) -> bool:
         # Episodes that are still to be played are.
         return any(self._open.values()) or not self._store.unjudged().is_empty()
 
-    async def _play_stage(self, stage: ServiceStage) -> None:
+    async def _play_stage(self, stage: ServiceStage, service: Service) -> None:
         job = self._job
-        async with opened_service(stage.choice, stage.folder, self._emit) as service:
-            if not self._is_told:
-                self._is_told = True
-                self._emit(started("evaluate", service, job.search, job.play, stage.systems[0].weights.step))
-            if job.out_dir is not None:
-                await keep_tokenizer(service.tokenizer, job.out_dir)
-            await self._play_systems(service, [each for each in stage.systems if self._open[each.label]])
-            if job.judge is not None:
-                await judge_samples(job.judge, self._store, stage.systems, service, self._emit)
+        if not self._is_told:
+            self._is_told = True
+            self._emit(started("evaluate", service, job.used_search, job.play, stage.systems[0].weights.step))
+        if job.out_dir is not None:
+            await keep_tokenizer(service.tokenizer, job.out_dir)
+        await self._play_systems(service, [each for each in stage.systems if self._open[each.label]])
+        if job.found_judge is not None:
+            await judge_samples(job.found_judge, self._store, stage.systems, service, self._emit)
 
     async def _play_systems(self, service: Service, systems: list[MeasuredSystem]) -> None:
         """Those that play alike share an engine, and so a pool."""
@@ -165,7 +202,7 @@ class _Evaluation:
         play = self._job.settings_of(policies[0][0])
         async with (
             self._writer.writing(),
-            opened_engine(service, spec, self._job.search, play, self._emit) as engine,
+            opened_engine(service, spec, self._job.used_search, play, self._emit) as engine,
         ):
             await self._pool.play(engine, policies, self._progress)
         self._emit(PhaseEnded("evaluate", anyio.current_time() - began))

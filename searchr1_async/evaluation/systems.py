@@ -9,6 +9,7 @@ from pathlib import Path
 from searchr1_async.config import EpisodeLimits
 from searchr1_async.episodes.methods import METHODS, Method
 from searchr1_async.errors import ConfigurationError
+from searchr1_async.evaluation.manifest import SystemRecord
 from searchr1_async.recorded import RecordedRun
 from searchr1_async.watch.rows import storable
 from searchr1_async.weights import Step, Weights, find_weights
@@ -58,6 +59,8 @@ class MeasuredSystem:
     label: str
     system: System
     weights: Weights = field(default_factory=Weights)
+    record: SystemRecord | None = None
+    """Of the earlier evaluation that is repeated: its prompt must be the same, and what its training saw stands there."""
 
     @property
     def model(self) -> str | None:
@@ -69,7 +72,7 @@ def find_systems(sources: Mapping[str, SystemSource]) -> tuple[MeasuredSystem, .
     """The systems, their weights looked up.
 
     Raises:
-        ConfigurationError: none, or a blank label.
+        ConfigurationError: none, a blank label, or a run of one model asked for as another.
         RunFolderError: a folder holds no run, or not these weights.
     """
     if not sources:
@@ -83,6 +86,10 @@ def _find(label: str, source: SystemSource) -> MeasuredSystem:
     system = source if isinstance(source, System) else System(checkpoint=source)
     checkpoint = system.checkpoint.out_dir if isinstance(system.checkpoint, RecordedRun) else system.checkpoint
     weights = find_weights(checkpoint, system.step, service_folder=system.service_folder)
+    if system.model is not None and weights.base_model not in (None, system.model):
+        raise ConfigurationError(
+            f"{label!r} was trained from {weights.base_model} and cannot be measured as {system.model}: leave its model out"
+        )
     return MeasuredSystem(storable(label), system, weights)  # as its episodes' files will name it
 
 

@@ -87,7 +87,12 @@ def systems(run: Path) -> dict[str, Any]:
 
 async def test_systems_over_suites_in_one_folder(run: Path, search: sr.Search, tmp_path: Path) -> None:
     report = await evaluate(
-        suites(), search, systems=systems(run), baselines=["direct"], out_dir=tmp_path / "e", **playing()
+        suites(),
+        search,
+        systems=systems(run),
+        baselines=["direct"],
+        out_dir=tmp_path / "e",
+        **playing(max_trajectory_tokens=250),
     )
     assert list(report) == ["first", "last", "rag", "direct"]
     assert report.suites == ("seen", "new")
@@ -169,7 +174,7 @@ async def test_nothing_is_opened_where_nothing_is_left_and_changes_are_refused_b
     def refuse(*arguments: Any, **named: Any) -> Any:
         raise AssertionError("a finished evaluation opens no service and asks no judge")
 
-    for name in ("opened_service", "judge_samples", "check_service", "open_search"):
+    for name in ("opened_service", "judge_samples", "open_stages", "open_search"):
         monkeypatch.setattr(running, name, refuse)
     again = await evaluate(suites(), search, resume=True, **options)
     assert again.figures() == report.figures()
@@ -183,7 +188,6 @@ async def test_nothing_is_opened_where_nothing_is_left_and_changes_are_refused_b
         ("suites, questions_sha256", fewer, {}),
         ("systems", suites(), {"systems": {"other": run}}),
         ("systems", suites(), {"systems": {"last": System(run, step=1)}}),
-        ("judge", suites(), {"judge": None}),
     ]
     for named, asked, changes in others:
         with pytest.raises(RunFolderError, match=rf"another evaluation \({named} differ\)"):

@@ -136,13 +136,13 @@ async def test_each_answer_gets_its_verdict_and_equal_ones_are_asked_for_once(to
     policy = JudgingPolicy(tokenizer, says_yes_to_etna)
     other = Question("r", QUESTION.question, QUESTION.golden_answers, "another suite")
     items = [(QUESTION, "Etna"), (QUESTION, "Fuji"), (other, "Etna"), (QUESTION, " "), (QUESTION, "perhaps")]
-    judged: list[int] = []
+    judged: dict[int, float | None] = {}
     verdicts = await judge_answers(
-        Judge(max_tokens=9), items, policy, tokenizer, model_name="m", on_judged=judged.append
+        Judge(max_tokens=9), items, policy, tokenizer, model_name="m", on_judged=judged.update
     )
-    assert verdicts == [1.0, 0.0, 1.0, 0.0, None]
+    assert verdicts == {0: 1.0, 1: 0.0, 2: 1.0, 3: 0.0, 4: None}
     assert policy.requests == 3
-    assert sum(judged) == len(items)
+    assert judged == verdicts, "they are told as they come"
     assert all(JUDGE_INSTRUCTIONS in text for text in policy.texts)
     assert {(asked["max_tokens"], asked["seed"]) for asked in policy.asked} == {(9, 0)}
     assert (Judge().sampling.temperature, Judge(deadline=7).sampling.deadline) == (0.0, 7)
@@ -151,7 +151,9 @@ async def test_each_answer_gets_its_verdict_and_equal_ones_are_asked_for_once(to
 async def test_no_answer_ends_the_message_that_it_stands_in(tokenizer: Any) -> None:
     policy = JudgingPolicy(tokenizer, lambda text: "no")
     items = [(Question(str(n), injected + "?", (injected + "x",)), injected) for n, injected in enumerate(INJECTIONS)]
-    assert await judge_answers(Judge(), items, policy, tokenizer, model_name="m") == [0.0] * len(items)
+    assert await judge_answers(Judge(), items, policy, tokenizer, model_name="m") == dict.fromkeys(
+        range(len(items)), 0.0
+    )
     assert len(policy.texts) == len(INJECTIONS)
     for text in policy.texts:
         assert text.count("<|im_start|>") == 3
@@ -162,9 +164,11 @@ async def test_no_answer_ends_the_message_that_it_stands_in(tokenizer: Any) -> N
 async def test_many_are_asked_at_a_time_and_no_more_than_allowed(tokenizer: Any) -> None:
     policy = JudgingPolicy(tokenizer, says_yes_to_etna)
     items = [(QUESTION, f"answer {number}") for number in range(60)]
-    assert await judge_answers(Judge(at_once=7), items, policy, tokenizer, model_name="m") == [0.0] * 60
+    assert await judge_answers(Judge(at_once=7), items, policy, tokenizer, model_name="m") == dict.fromkeys(
+        range(60), 0.0
+    )
     assert policy.most == 7
-    assert await judge_answers(Judge(), [], policy, tokenizer, model_name="m") == []
+    assert await judge_answers(Judge(), [], policy, tokenizer, model_name="m") == {}
 
 
 async def test_a_service_that_fails_now_and_then_leaves_gaps_and_a_broken_one_ends_the_judging(tokenizer: Any) -> None:
@@ -182,7 +186,7 @@ async def test_a_service_that_fails_now_and_then_leaves_gaps_and_a_broken_one_en
     verdicts = await judge_answers(
         Judge(at_once=1), items, Shaky(tokenizer, says_yes_to_etna), tokenizer, model_name="m"
     )
-    assert sorted(map(str, verdicts)) == sorted(["0.0"] * 17 + ["None"] * 3)
+    assert verdicts == {place: 0.0 for place in range(20) if (place + 1) % 6}, "what has failed is no verdict"
     every = 1
     with pytest.raises(ServiceError, match="it is gone"):
         await judge_answers(Judge(), items, Shaky(tokenizer, says_yes_to_etna), tokenizer, model_name="m")
@@ -197,7 +201,7 @@ async def test_a_verdict_that_does_not_come_is_given_up_at_its_deadline(tokenize
     policy = Hanging(tokenizer, says_yes_to_etna)
     with anyio.fail_after(20):
         verdicts = await judge_answers(Judge(deadline=0.05), [(QUESTION, "Etna")], policy, tokenizer, model_name="m")
-    assert verdicts == [None]
+    assert verdicts == {}, "it may be asked again"
 
 
 def test_what_cannot_be_meant_is_refused() -> None:
@@ -209,6 +213,9 @@ def test_what_cannot_be_meant_is_refused() -> None:
         {"at_once": 0},
         {"deadline": 0},
         {"deadline": math.nan},
+        {"max_tokens": "8"},
+        {"at_once": 2.5},
+        {"deadline": "600"},
     ):
         with pytest.raises(ConfigurationError, match="the judge's"):
             Judge(**wrong)  # type: ignore[arg-type]
