@@ -95,16 +95,16 @@ async def build_index(
 
 async def _build_into(store: WritableStore, corpus: Corpus, embedder: Embedder, options: BuildOptions) -> IndexReport:
     """Into a store that others may use, and that may hold more than this corpus."""
-    journal_folder = await anyio.to_thread.run_sync(_journal_folder, store, corpus, embedder)
+    folder = await anyio.to_thread.run_sync(journal_folder, store.name, corpus, embedder)
     try:
-        await anyio.to_thread.run_sync(lambda: journal_folder.parent.mkdir(parents=True, exist_ok=True))
-        async with only_one(journal_folder, f"builds {store.name}"):
+        await anyio.to_thread.run_sync(lambda: folder.parent.mkdir(parents=True, exist_ok=True))
+        async with only_one(folder, f"builds {store.name}"):
             await open_embedder(embedder, options.pacing)
             await open_store(store, options.pacing)
-            journal = Journal(journal_folder, embedder.fingerprint, embedder.dimension)
+            journal = Journal(folder, embedder.fingerprint, embedder.dimension)
             return await IndexBuilder(corpus, embedder, store, journal, options).build()
     except OSError as error:
-        raise StoreError(f"the journal folder {journal_folder} cannot be written: {error}") from error
+        raise StoreError(f"the journal folder {folder} cannot be written: {error}") from error
     finally:
         with anyio.CancelScope(shield=True):
             await store.aclose()
@@ -118,6 +118,7 @@ def _folder(target: str | Path | None) -> Path | None:
     return None if target is None else Path(target).expanduser()
 
 
-def _journal_folder(store: WritableStore, corpus: Corpus, embedder: Embedder) -> Path:
-    key = hashlib.sha256("\0".join((store.name, corpus.fingerprint, embedder.fingerprint)).encode()).hexdigest()
+def journal_folder(target: str, corpus: Corpus, embedder: Embedder) -> Path:
+    """Where vectors lie that ``target`` does not hold yet. Reads the whole corpus the first time: call it in a worker thread."""
+    key = hashlib.sha256("\0".join((target, corpus.fingerprint, embedder.fingerprint)).encode()).hexdigest()
     return cache_folder() / "journals" / key[:24]

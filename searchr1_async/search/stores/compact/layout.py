@@ -47,7 +47,7 @@ class CompactSettings:
     vectors: VectorType = "float16"
     """What the full vectors are kept as: ``"float16"`` (2 bytes a number, 32 GB for 21 million of 768) or ``"int8"`` (half)."""
     lists: int | None = None
-    """Inverted lists; None: 8 for each square root of the passages, at most 65,536. More are finer and take longer to make."""
+    """Inverted lists; None: see :func:`~searchr1_async.search.stores.compact.lists.lists_for`. More are finer, and each costs a query."""
     recall: float = 0.95
     """Of the exact ``recall_at`` nearest, the share that a search shall find: probes and candidates are chosen for it."""
     recall_at: int = 3
@@ -131,7 +131,7 @@ class CompactManifest:
     files: Mapping[str, FileRecord]
     calibration: Calibration
     versions: Mapping[str, str] = field(default_factory=dict)
-    """Of faiss, numpy and this package."""
+    """Of faiss and numpy."""
 
     def save(self, folder: Path) -> None:
         """Writes ``manifest.json``, whole or not at all; with it the index is whole.

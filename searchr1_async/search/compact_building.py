@@ -1,0 +1,239 @@
+"""Making a compact index on purpose: from a corpus, a Chroma collection or vectors, into a folder, with a report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import anyio
+import anyio.to_thread
+import numpy as np
+from numpy.typing import NDArray
+
+from searchr1_async.data.corpus import Corpus, load_corpus
+from searchr1_async.data.download import free_bytes
+from searchr1_async.episodes.types import Passage
+from searchr1_async.errors import ConfigurationError, EmbeddingError, StoreError
+from searchr1_async.events import Emit, Notice, emit_nothing
+from searchr1_async.files import only_one
+from searchr1_async.search.building import journal_folder
+from searchr1_async.search.dispatch import Capacity, Dispatcher
+from searchr1_async.search.embedders.base import Embedder, Vectors
+from searchr1_async.search.embedders.choice import make_embedder
+from searchr1_async.search.embedders.sentence_transformer import DEFAULT_MODEL
+from searchr1_async.search.index_builder import PACING, BuildOptions, OnProgress
+from searchr1_async.search.opening import open_embedder
+from searchr1_async.search.pacing import PacingSettings
+from searchr1_async.search.queries import clean_query
+from searchr1_async.search.sources.base import SourceFacts, VectorSource
+from searchr1_async.search.sources.embedded import EmbeddedCorpus
+from searchr1_async.search.stores.compact.build import CompactBuilder
+from searchr1_async.search.stores.compact.layout import MANIFEST_NAME, CompactManifest, CompactSettings
+from searchr1_async.search.stores.compact.vector_file import row_bytes
+
+Queries = Sequence[str] | NDArray[np.floating]
+"""Texts, or vectors ``[queries, dimension]``."""
+
+PASSAGE_BYTES = 750
+"""Of a line of JSON for a passage of 100 words, with the title and the id."""
+_SPARE = 1 << 30
+QUERIES_A_REQUEST = 100
+
+
+@dataclass(frozen=True, slots=True)
+class CompactReport:
+    """What making a compact index came to."""
+
+    folder: Path
+    manifest: CompactManifest
+    seconds: float
+    """Of this call; 0 where the index was there."""
+
+    @property
+    def bytes(self) -> int:
+        """On disk."""
+        return sum(record.bytes for record in self.manifest.files.values())
+
+    @property
+    def warning(self) -> str | None:
+        """What is wrong with the index, in words; None where nothing is."""
+        chosen = self.manifest.calibration
+        if chosen.recall >= chosen.asked:
+            return None
+        return (
+            f"the index finds {chosen.recall:.1%} of the {chosen.recall_at} nearest passages where {chosen.asked:.1%} were asked "
+            "for, whatever is probed: make it with fewer lists, or ask for less"
+        )
+
+    def __str__(self) -> str:
+        manifest, chosen = self.manifest, self.manifest.calibration
+        return (
+            f"{manifest.passages:,} passages in {self.folder}, {self.bytes / 1e9:,.2f} GB, made in {self.seconds:,.0f} s; "
+            f"{chosen.probes} of {manifest.lists:,} lists and {chosen.candidates} candidates find {chosen.recall:.1%} of the "
+            f"{chosen.recall_at} nearest for {chosen.queries} {chosen.origin}"
+        )
+
+
+async def build_compact_index(
+    source: str | Path | Sequence[Passage] | Corpus | VectorSource,
+    folder: str | Path,
+    *,
+    embedder: str | Path | Embedder | None = None,
+    queries: Queries | None = None,
+    settings: CompactSettings | None = None,
+    pacing: PacingSettings = PACING,
+    on_progress: OnProgress | None = None,
+    emit: Emit = emit_nothing,
+) -> CompactReport:
+    """Makes a compact index; goes on with what was begun, and does nothing where it is whole.
+
+    ::
+
+        report = await sr.build_compact_index("wiki18.jsonl", "wiki18.index", embedder="intfloat/e5-base-v2", queries=questions)
+        search = await sr.Search.open("wiki18.index")
+
+    Memory is bounded: some 115 bytes a passage at 768 dimensions, and 1.5 GB while lists are learnt. A call after a kill repeats
+    a few minutes at most, embeds nothing twice but what was in the air, and ends with the same files.
+
+    Args:
+        source: a corpus as :func:`~searchr1_async.search.building.build_index` takes it, which is embedded; or passages with their
+            vectors: :class:`ChromaFolder`, :class:`ChromaServer`, :class:`VectorFiles`.
+        folder: of the index: new, empty, or with what was begun.
+        embedder: of a corpus; of other sources whatever made their vectors (for ``queries`` that are texts, and for whoever opens
+            the index). None means ``"all-MiniLM-L6-v2"`` for a corpus.
+        queries: real ones, some hundreds, as texts or vectors: how many lists are probed is chosen by them. None takes
+            passages of the index, which are easier to find than real queries' answers.
+        settings: how it is made, and the recall asked for.
+        pacing: of the requests to the embedder.
+        on_progress: called with passages done and in all.
+        emit: told of the phases, of the room that is needed, and of a recall that is not reached.
+
+    Raises:
+        ConfigurationError: queries that are texts without an embedder, or that cannot be cleaned.
+        CorpusError: the corpus cannot be used.
+        EmbeddingError: the embedder failed for good; what is done is kept.
+        StoreError: the source cannot be read, the folder holds something else, or the disk is full; what is done is kept.
+    """
+    settings = settings or CompactSettings()
+    place = await anyio.to_thread.run_sync(lambda: Path(folder).expanduser().absolute())
+    options = BuildOptions(pacing, on_progress, emit)
+    own, chosen = await _source_of(source, embedder, options)
+    began = time.monotonic()
+    try:
+        facts = await own.open()
+        try:
+            await anyio.to_thread.run_sync(lambda: place.parent.mkdir(parents=True, exist_ok=True))
+            async with only_one(place, f"builds the index in {place}"):
+                if (found := await anyio.to_thread.run_sync(_whole, place, facts, settings)) is not None:
+                    return CompactReport(place, found, 0.0)
+                await anyio.to_thread.run_sync(_check_room, place, facts, settings, emit)
+                vectors = await _query_vectors(queries, chosen, facts, pacing)
+                builder = CompactBuilder(place, own, _named(facts, embedder, chosen), settings, emit, on_progress)
+                manifest = await builder.build(vectors)
+        except OSError as error:
+            raise StoreError(
+                f"the index {place} cannot be written: {error.strerror or error} ({free_bytes(place.parent):,} bytes are free); "
+                "what is done is kept: mend it, and run the same command again"
+            ) from error
+    finally:
+        with anyio.CancelScope(shield=True):
+            await own.aclose()
+            if chosen is not None:
+                await chosen.aclose()
+    report = CompactReport(place, manifest, time.monotonic() - began)
+    if report.warning is not None:
+        emit(Notice(report.warning, is_warning=True))
+    return report
+
+
+async def _source_of(
+    source: str | Path | Sequence[Passage] | Corpus | VectorSource,
+    embedder: str | Path | Embedder | None,
+    options: BuildOptions,
+) -> tuple[VectorSource, Embedder | None]:
+    if not isinstance(source, str | Path | Sequence | Corpus):
+        return source, None if embedder is None else make_embedder(embedder)
+    corpus = await anyio.to_thread.run_sync(load_corpus, source)
+    chosen = make_embedder(DEFAULT_MODEL if embedder is None else embedder)
+    journal = await anyio.to_thread.run_sync(journal_folder, "compact", corpus, chosen)
+    return EmbeddedCorpus(corpus, chosen, journal, options), chosen
+
+
+def _named(facts: SourceFacts, embedder: str | Path | Embedder | None, chosen: Embedder | None) -> SourceFacts:
+    """With what the user says of the embedder where the source does not know it."""
+    if chosen is None or facts.embedder is not None:
+        return facts
+    name = str(embedder) if isinstance(embedder, str | Path) else chosen.name
+    return replace(facts, embedder=name, embedder_fingerprint=chosen.fingerprint)
+
+
+def _whole(place: Path, facts: SourceFacts, settings: CompactSettings) -> CompactManifest | None:
+    """The index that is there already.
+
+    Raises:
+        StoreError: it is of something else, or the folder holds other files.
+    """
+    if (place / MANIFEST_NAME).exists():
+        found = CompactManifest.load(place)
+        if (found.source_fingerprint, found.vectors) != (facts.fingerprint, settings.vectors):
+            raise StoreError(
+                f"{place} holds the compact index of {found.source} ({found.vectors}), not of {facts.name} ({settings.vectors}): "
+                "give another folder, or delete that one"
+            )
+        return found
+    if place.is_dir() and any(place.iterdir()) and not (place / "building").is_dir():
+        raise StoreError(f"{place} holds files that are no compact index: give an empty or a new folder")
+    place.mkdir(parents=True, exist_ok=True)
+    return None
+
+
+def needed_bytes(count: int, dimension: int, settings: CompactSettings, passage_bytes: int = PASSAGE_BYTES) -> int:
+    """Of disk while an index is made; afterwards a copy of the codes less."""
+    codes = count * (dimension // 8 + 20)
+    return count * (row_bytes(dimension, settings.vectors) + passage_bytes + 8) + 2 * codes
+
+
+def _check_room(place: Path, facts: SourceFacts, settings: CompactSettings, emit: Emit) -> None:
+    there = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
+    needed = max(0, needed_bytes(facts.count, facts.dimension, settings) - there)
+    free = free_bytes(place)
+    words = f"the index of {facts.name} takes about {needed / 1e9:,.1f} GB more in {place}, where {free / 1e9:,.1f} GB are free"
+    if needed + min(_SPARE, needed) > free:
+        raise StoreError(f"{words}: make room, choose vectors='int8', or give a folder on another disk")
+
+
+async def _query_vectors(
+    queries: Queries | None, embedder: Embedder | None, facts: SourceFacts, pacing: PacingSettings
+) -> Vectors | None:
+    if queries is None or not len(queries):
+        return None
+    if isinstance(queries, np.ndarray):
+        if queries.ndim != 2 or queries.shape[1] != facts.dimension or not np.isfinite(queries).all():
+            raise ConfigurationError(f"queries are {queries.shape}: give finite vectors [queries, {facts.dimension}]")
+        return np.ascontiguousarray(queries, np.float32)
+    if embedder is None:
+        raise ConfigurationError(f"queries are texts: name the embedder that made the vectors of {facts.name}")
+    texts = [text for text in (clean_query(query) for query in queries) if text is not None]
+    if not texts:
+        raise ConfigurationError("none of the queries can be searched for: give texts with letters or digits")
+    await open_embedder(embedder, pacing)
+    if embedder.dimension != facts.dimension:
+        raise StoreError(
+            f"{facts.name} holds vectors of {facts.dimension} numbers, {embedder.name} makes them of {embedder.dimension}: name "
+            "the embedder that made them"
+        )
+    return await _embedded(embedder, texts, pacing)
+
+
+async def _embedded(embedder: Embedder, texts: Sequence[str], pacing: PacingSettings) -> Vectors:
+    async def embed(part: Sequence[str]) -> Sequence[Vectors]:
+        return [row.copy() for row in await embedder.embed_queries(part)]
+
+    capacity = Capacity(min(QUERIES_A_REQUEST, embedder.max_texts), embedder.max_requests, embedder.max_tokens)
+    embedding: Dispatcher[int, str, Vectors] = Dispatcher(
+        embed, name=embedder.name, capacity=lambda: capacity, pacing=pacing, failure=EmbeddingError
+    )
+    found = await embedding.fetch(dict(enumerate(texts)))
+    return np.stack([found[number] for number in range(len(texts))])

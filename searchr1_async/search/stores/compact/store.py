@@ -1,0 +1,169 @@
+"""A compact index as a store: opened read-only, by any number of processes, which share what the system holds of its files."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import anyio
+import anyio.from_thread
+import anyio.to_thread
+import numpy as np
+
+from searchr1_async.errors import ConfigurationError, StoreError
+from searchr1_async.search.embedders.base import Vectors
+from searchr1_async.search.faults import RefusedInput
+from searchr1_async.search.stores.base import Found
+from searchr1_async.search.stores.compact.checksums import refuse_other
+from searchr1_async.search.stores.compact.codes import Codes, load_codes
+from searchr1_async.search.stores.compact.index import CompactIndex, Ranked, ready_vectors
+from searchr1_async.search.stores.compact.layout import CODES_NAME, CompactManifest
+from searchr1_async.search.stores.compact.passage_file import PassageFile
+from searchr1_async.search.stores.compact.vector_file import VectorFile
+from searchr1_async.search.threads import OwnThread
+from searchr1_async.threads import in_thread
+
+READERS = 16
+"""Threads that read vectors from the disk at once: with one, 50 rows that no process had read before took 6 ms."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    index: CompactIndex
+    passages: PassageFile
+    readers: ThreadPoolExecutor
+
+
+class CompactStore:
+    """An index made by :func:`~searchr1_async.search.compact_building.build_compact_index`.
+
+    Codes are compared in one thread of its own (with faiss's threads beneath it), candidates are ranked in others: while the disk
+    is asked for one batch, the codes of the next are compared.
+
+    Args:
+        folder: of the index.
+        probes: inverted lists that a query looks through; None: as calibrated.
+        candidates: passages ranked again by their vectors; None: as calibrated.
+        threads: of faiss in a search; None: one for each core.
+
+    Raises:
+        StoreError: there is no such index, or it is not finished.
+        ConfigurationError: a number below 1.
+    """
+
+    max_queries = 256
+    max_requests = 2
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        probes: int | None = None,
+        candidates: int | None = None,
+        threads: int | None = None,
+    ) -> None:
+        for name, value in (("probes", probes), ("candidates", candidates), ("threads", threads)):
+            if value is not None and value < 1:
+                raise ConfigurationError(f"{name} is {value}: give at least 1, or None")
+        self.folder = Path(folder).expanduser().absolute()
+        self.manifest = CompactManifest.load(self.folder)
+        self.probes = min(probes or self.manifest.calibration.probes, self.manifest.lists)
+        self.candidates = candidates or self.manifest.calibration.candidates
+        self._threads = threads or usable_cores()
+        self._thread = OwnThread("searchr1-codes")
+        self._opened: _Opened | None = None
+
+    @property
+    def name(self) -> str:
+        return f"compact index {self.folder}"
+
+    @property
+    def fingerprint(self) -> str:
+        return f"{self.manifest.fingerprint}-{self.probes}-{self.candidates}"
+
+    @property
+    def dimension(self) -> int | None:
+        return self.manifest.dimension
+
+    async def open(self) -> None:
+        """Looks at its files and reads the codes once, so that they are in the system's memory: 2 s for 21 million passages."""
+        if self._opened is None:
+            await in_thread(self._refuse_others)
+            self._opened = await self._thread.run(self._open)
+
+    def _refuse_others(self) -> None:
+        for name, record in self.manifest.files.items():
+            refuse_other(self.folder / name, record, check=anyio.from_thread.check_cancelled)
+        with (self.folder / CODES_NAME).open("rb", buffering=0) as file:
+            while file.read(1 << 24):
+                anyio.from_thread.check_cancelled()
+
+    def _open(self) -> _Opened:
+        manifest = self.manifest
+        index = load_codes(self.folder / CODES_NAME, mapped=True)
+        if (index.ntotal, index.d, index.nlist) != (manifest.passages, manifest.dimension, manifest.lists):
+            raise StoreError(
+                f"{self.folder / CODES_NAME} is not that of this index: copy the whole folder again", is_fatal=True
+            )
+        readers = ThreadPoolExecutor(READERS, thread_name_prefix="searchr1-vectors")
+        vectors = VectorFile(
+            self.folder, manifest.passages, manifest.dimension, manifest.vectors, readers=(readers, READERS)
+        )
+        passages = PassageFile(self.folder, manifest.passages)
+        return _Opened(CompactIndex(Codes(index, self._threads), vectors, manifest.metric), passages, readers)
+
+    async def query(self, vectors: Vectors, n_results: int) -> Found:
+        opened = self._opened
+        if opened is None:
+            raise StoreError(f"{self.name} is not open")
+        if not len(vectors):
+            return ()
+        if vectors.shape[1] != self.manifest.dimension:
+            raise StoreError(
+                f"{self.name} was built with another embedder (its vectors have {self.manifest.dimension} numbers, these "
+                f"{vectors.shape[1]}): search it with the one it was built with",
+                is_fatal=True,
+            )
+        if not np.isfinite(vectors).all():
+            raise RefusedInput(f"{self.name}: a query's vector holds numbers that are not finite")
+        ready = ready_vectors(vectors, self.manifest.metric)
+        candidates = max(self.candidates, n_results)
+        rows = await self._thread.run(opened.index.candidates, ready, candidates, self.probes)
+        return await anyio.to_thread.run_sync(
+            lambda: _passages(opened.index.rank(ready, rows, n_results), opened.passages), abandon_on_cancel=True
+        )
+
+    async def count(self) -> int:
+        return self.manifest.passages
+
+    async def verify(self) -> None:
+        """Compares every byte of its files with the checksums of the manifest: about a second a gigabyte.
+
+        Raises:
+            StoreError: a file is missing, another one, or broken.
+        """
+        for name, record in self.manifest.files.items():
+            check = anyio.from_thread.check_cancelled
+            await in_thread(partial(refuse_other, self.folder / name, record, whole=True, check=check))
+
+    async def aclose(self) -> None:
+        opened, self._opened = self._opened, None
+        if opened is not None:
+            self._thread.close()
+            await anyio.to_thread.run_sync(lambda: opened.readers.shutdown(cancel_futures=True))
+            opened.passages.close()
+
+
+def _passages(ranked: Ranked, passages: PassageFile) -> Found:
+    return tuple(
+        tuple(passages.read(int(row), float(score)) for row, score in zip(rows, scores, strict=True) if row >= 0)
+        for rows, scores in zip(ranked.rows, ranked.scores, strict=True)
+    )
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
