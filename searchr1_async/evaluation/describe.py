@@ -27,7 +27,6 @@ from searchr1_async.episodes.types import Question
 from searchr1_async.errors import ConfigurationError, RunFolderError
 from searchr1_async.evaluation.asked import asked_questions, questions_digest
 from searchr1_async.evaluation.job import EvaluationJob
-from searchr1_async.evaluation.judging import judge_digest
 from searchr1_async.evaluation.manifest import Manifest, SuiteRecord, SystemRecord
 from searchr1_async.evaluation.systems import MeasuredSystem
 from searchr1_async.playing import PlaySettings
@@ -89,7 +88,7 @@ def refuse_changes(then: Manifest, now: Manifest, folder: Path, *, resume: bool)
 
 def continued(then: Manifest, now: Manifest) -> Manifest:
     """The manifest of an evaluation that goes on: as it was begun, with this session's judge, what is known now of its systems'
-    training, and notes of what else changed."""
+    training, and a note of packages that changed."""
     notes = list(then.notes)
     if then.versions != now.versions:
         names = sorted({*then.versions, *now.versions})
@@ -99,8 +98,6 @@ def continued(then: Manifest, now: Manifest) -> Manifest:
             if then.versions.get(name) != now.versions.get(name)
         ]
         notes.append(f"Gone on with under other versions: {', '.join(changes)}.")
-    if then.judge is not None and (now.judge is None or judge_digest(then.judge) != judge_digest(now.judge)):
-        notes.append(f"A judge of before, {then.judge['model']}, is left out; its verdicts are kept aside.")
     systems = tuple(
         before if after.overlap is None else replace(before, overlap=after.overlap)
         for before, after in zip(then.systems, now.systems, strict=True)

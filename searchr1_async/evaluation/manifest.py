@@ -85,7 +85,7 @@ class Manifest:
     judge: Mapping[str, Any] | None = None
     """Who judged, or judges: fields of ``Judge``, its model named."""
     notes: tuple[str, ...] = field(default=())
-    """What changed from one session to the next: the packages, the judge."""
+    """Versions of packages that changed from one session to the next."""
 
     def save(self, folder: Path) -> None:
         """Writes ``manifest.json``, whole or not at all.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import numpy as np
 import polars as pl
 import pytest
 
@@ -15,6 +16,7 @@ import searchr1_async as sr
 from searchr1_async.config import EpisodeLimits
 from searchr1_async.episodes.methods import Method
 from searchr1_async.errors import ConfigurationError, QuestionsError, RunFolderError
+from searchr1_async.evaluation import describe as describing
 from searchr1_async.evaluation import running
 from searchr1_async.evaluation.evaluate import evaluate
 from searchr1_async.evaluation.judge import Judge
@@ -311,3 +313,98 @@ async def test_the_folder_of_a_training_run_is_refused_and_stays_as_it_was(tmp_p
         )
     assert (tmp_path / "questions.parquet").read_bytes() == b"of the run"
     assert not (tmp_path / "manifest.json").exists()
+
+
+async def test_what_the_service_does_not_have_is_refused_before_any_folder_is_made(
+    run: Path, search: sr.Search, tmp_path: Path
+) -> None:
+    out = tmp_path / "e"
+    bad: list[tuple[type[Exception], str, dict[str, Any]]] = [
+        (sr.SearchR1Error, "opening no/model", {"systems": {"x": System(model="no/model")}}),
+        (sr.SearchR1Error, "opening no/model", {"model": "no/model"}),
+        (sr.SearchR1Error, "opening tinker://", {"checkpoint": "tinker://gone/sampler_weights/1"}),
+        (ConfigurationError, "renderer 'none'", {"renderer": "none"}),
+        (ConfigurationError, "renderer 'none'", {"judge": Judge(renderer="none")}),
+        (ConfigurationError, "no tokenizer", {"judge": Judge(model=str(tmp_path / "no-model"))}),
+        (sr.SearchR1Error, "opening tinker://", {"judge": Judge(checkpoint="tinker://gone/sampler_weights/1")}),
+        (ConfigurationError, "was trained from", {"systems": {"x": System(run, model="another")}}),
+        (ConfigurationError, "could not play a turn", {"baselines": ["rag"]}),
+    ]
+    for kind, named, changes in bad:
+        with pytest.raises(kind, match=named):
+            await evaluate(suites(), search, out_dir=out, **(playing() | changes))
+        assert not out.exists(), named
+    await evaluate(suites(), search, out_dir=out, **playing(samples=1))
+
+
+async def test_an_error_before_the_first_episode_leaves_nothing_that_refuses_the_corrected_call(
+    run: Path, search: sr.Search, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(*arguments: Any, **named: Any) -> Any:
+        raise sr.ServiceError("the service has just gone")
+
+    out = tmp_path / "e"
+    with monkeypatch.context() as patch:
+        patch.setattr(running, "policy_of", fail)
+        with pytest.raises(sr.ServiceError, match="has just gone"):
+            await evaluate(suites(), search, out_dir=out, **playing(samples=3))
+    assert not {"manifest.json", "questions.parquet"} & {path.name for path in out.iterdir()}
+    report = await evaluate(suites(), search, out_dir=out, **playing(samples=1))
+    assert report.only.scores.height == 10
+
+
+async def test_a_resume_may_have_another_judge_and_plays_nothing_again(
+    run: Path, search: sr.Search, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"systems": {"last": run}, "out_dir": tmp_path / "e", **playing(samples=1)}
+    verdicts = tmp_path / "e" / "judgements.parquet"
+    first = await evaluate(suites(), search, judge=Judge(instructions="river"), **options)
+    played, judged = on_disk(tmp_path / "e"), verdicts.read_bytes()
+    assert first.manifest is not None
+    assert (first.manifest.judge or {})["model"] == playing()["model"], "it is named, though nobody named it"
+    none = await evaluate(suites(), search, resume=True, **options)
+    assert none.manifest is not None
+    assert (none.manifest.judge, verdicts.exists()) == (None, False)
+    await evaluate(suites(), search, resume=True, judge=Judge(instructions="capital"), **options)
+    assert pl.read_parquet(verdicts).height == 10
+    again = await evaluate(suites(), search, resume=True, judge=Judge(instructions="river"), **options)
+    assert verdicts.read_bytes() == judged
+    assert again.figures() == first.figures()
+    assert on_disk(tmp_path / "e") == played
+    assert open_report(tmp_path / "e").manifest == again.manifest
+
+
+async def test_numbers_of_numpy_are_numbers_and_texts_are_none(run: Path, search: sr.Search, tmp_path: Path) -> None:
+    given = {"samples": np.int64(2), "limit": np.int64(2), "temperature": np.float32(0.5), "seed": np.int32(3)}
+    report = await evaluate(suites(), search, out_dir=tmp_path / "e", **playing(**given))
+    assert report.only.scores.height == 8
+    manifest = Manifest.load(tmp_path / "e")
+    assert manifest is not None
+    assert (manifest.settings["temperature"], manifest.settings["samples"], manifest.settings["seed"]) == (0.5, 2, 3)
+    for name, value in (("samples", "2"), ("limit", 2.5), ("temperature", "0.5"), ("max_turns", None), ("seed", 1.5)):
+        with pytest.raises(ConfigurationError, match=name):
+            await evaluate(suites(), search, out_dir=tmp_path / "f", **playing(**{name: value}))
+    assert not (tmp_path / "f").exists()
+
+
+async def test_a_search_that_nobody_uses_is_not_asked_for_again(run: Path, search: sr.Search, tmp_path: Path) -> None:
+    direct = {"direct": used(run, "direct")}
+    report = await evaluate(suites(), search, systems=direct, out_dir=tmp_path / "e", **playing(samples=1))
+    assert report.manifest is not None
+    assert report.manifest.search is None
+    where: dict[str, Any] = {key: value for key, value in tiny_world.served().items() if key != "model"}
+    again = await evaluate(tmp_path / "e", progress=False, **where)
+    assert again.figures() == report.figures()
+
+
+async def test_a_prompt_that_has_changed_is_another_evaluation(
+    run: Path, search: sr.Search, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    direct = {"direct": used(run, "direct")}
+    options: dict[str, Any] = {"systems": direct, "out_dir": tmp_path / "e", **playing(samples=1)}
+    report = await evaluate(suites(), search, **options)
+    assert report.manifest is not None
+    assert report.manifest.systems[0].prompt == tiny_world.INSTRUCTIONS
+    monkeypatch.setattr(describing, "EXAMPLES", ())
+    with pytest.raises(RunFolderError, match=r"\(systems differ\)"):
+        await evaluate(suites(), search, resume=True, **options)

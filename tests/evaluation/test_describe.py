@@ -1,0 +1,32 @@
+"""What a manifest becomes when its evaluation goes on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from searchr1_async.evaluation.describe import continued
+from searchr1_async.evaluation.manifest import Manifest, SystemRecord
+
+THEN = Manifest(
+    created="2026-01-01T00:00:00+00:00",
+    versions={"python": "3.11.9", "tinker": "1.0"},
+    service={},
+    search=None,
+    settings={},
+    suites=(),
+    systems=(SystemRecord("a", "search", "m", overlap={"nq": 3}), SystemRecord("b", "search", "m")),
+    questions_sha256="0",
+)
+
+
+def test_an_evaluation_that_goes_on_keeps_what_it_was_and_notes_other_versions_once() -> None:
+    systems = (SystemRecord("a", "search", "m"), SystemRecord("b", "search", "m", overlap={"nq": 5}))
+    now = replace(
+        THEN, created="later", versions={"python": "3.11.9", "tinker": "1.1"}, systems=systems, judge={"m": 1}
+    )
+    found = continued(THEN, now)
+    assert (found.created, found.versions, found.judge) == (THEN.created, THEN.versions, {"m": 1})
+    assert [each.overlap for each in found.systems] == [{"nq": 3}, {"nq": 5}], "what is known of either session"
+    assert found.notes == ("Gone on with under other versions: tinker 1.1 after 1.0.",)
+    assert continued(found, now) == found
+    assert continued(THEN, replace(THEN, created="later")) == THEN
