@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any, Self, Unpack
 
 import anyio
+import anyio.to_thread
 import numpy as np
 
 from searchr1_async.data.corpus import Corpus, load_corpus
@@ -30,10 +31,12 @@ from searchr1_async.search.faults import PassingFault
 from searchr1_async.search.indexing import LocalIndex, OnProgress
 from searchr1_async.search.opening import open_embedder, open_store
 from searchr1_async.search.options import SearchOptions, SearchSettings, check_n_results
+from searchr1_async.search.places import compact_place, look_up
 from searchr1_async.search.queries import MAX_QUERY_CHARACTERS, clean_query
 from searchr1_async.search.statistics import SearchStatistics, SearchTally, ServiceTally
 from searchr1_async.search.stores.base import Found, Store
 from searchr1_async.search.stores.chroma import RemoteChroma
+from searchr1_async.search.stores.compact.store import CompactStore
 
 logger = logging.getLogger(__name__)
 
@@ -203,6 +206,70 @@ class Search:
             }
         return search
 
+    @classmethod
+    async def open(
+        cls,
+        place: str | Path,
+        *,
+        embedder: str | Path | Embedder | None = None,
+        collection: str | None = None,
+        token: str | None = None,
+        **options: Unpack[SearchOptions],
+    ) -> Search:
+        """Search over what is there, whatever it is; nothing is connected yet.
+
+        ::
+
+            search = await Search.open("wiki18.index")               # a compact index
+            search = await Search.open("http://192.168.0.7:8200")    # `python -m searchr1_async serve`
+
+        Args:
+            place: the folder of a compact index, of an index that :meth:`local` built, or of a Chroma database; a corpus
+                (as :meth:`local` takes it); the address of ``searchr1_async serve``, or with ``collection`` of a Chroma server.
+            embedder: of the index's vectors; None: as the index says itself, or as is served (which embeds there).
+            collection: of a Chroma folder or server; None is the only one of a folder.
+            token: of a server.
+            options: see :class:`SearchOptions`.
+
+        Raises:
+            ConfigurationError: the embedder is not known and not given, or another one is given; several collections.
+            CorpusError: no such corpus.
+            EmbeddingError: the embedder's library or folder is missing.
+            StoreError: nothing that can be searched, an index that is not finished, or nobody answers there.
+        """
+        found = await look_up(place, embedder, collection, token)
+        if found is None:
+            return await anyio.to_thread.run_sync(
+                lambda: cls.local(place, embedder=DEFAULT_MODEL if embedder is None else embedder, **options)
+            )
+        search = cls(found.embedder, found.store, **options)
+        if isinstance(found.store, CompactStore):
+            search._describe_compact(found.store.folder, embedder)
+        return search
+
+    @classmethod
+    def compact(
+        cls, folder: str | Path, *, embedder: str | Path | Embedder | None = None, **options: Unpack[SearchOptions]
+    ) -> Search:
+        """Search over a compact index; see :meth:`open`, which finds out what it is given.
+
+        Raises:
+            ConfigurationError, EmbeddingError, StoreError: as :meth:`open`.
+        """
+        path = Path(folder).expanduser().absolute()
+        found = compact_place(path, embedder)
+        search = cls(found.embedder, found.store, **options)
+        search._describe_compact(path, embedder)
+        return search
+
+    def _describe_compact(self, folder: Path, embedder: str | Path | Embedder | None) -> None:
+        if embedder is None or isinstance(embedder, str | Path):
+            self._description = {
+                "kind": "compact",
+                "folder": str(folder),
+                "embedder": None if embedder is None else str(embedder),
+            }
+
     @property
     def description(self) -> dict[str, Any] | None:
         """How to make a search with equal answers, as plain JSON values for :meth:`from_description`; None where parts of it are
@@ -227,7 +294,7 @@ class Search:
         """
         arguments = dict(description)
         kind = arguments.pop("kind", None)
-        makers = {"local": cls.local, "chroma": cls.chroma}
+        makers = {"local": cls.local, "chroma": cls.chroma, "compact": cls.compact}
         if kind not in makers:
             raise ConfigurationError(
                 f"a search of kind {kind!r} cannot be made from its description: give the search itself"
@@ -265,7 +332,13 @@ class Search:
             CorpusError: the corpus cannot be used.
         """
         source = self._source
-        content = source.corpus.fingerprint if isinstance(source, LocalIndex) else source.name
+        match source:
+            case LocalIndex():
+                content = source.corpus.fingerprint
+            case CompactStore():
+                content = source.fingerprint
+            case _:
+                content = source.name
         parts = (content, self._embedder.fingerprint, self._settings.n_results, self._settings.max_passage_words)
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
@@ -304,7 +377,7 @@ class Search:
             await store.aclose()
 
     async def __aenter__(self) -> Self:
-        await self.open()
+        await self.connect()
         return self
 
     async def __aexit__(
@@ -312,10 +385,10 @@ class Search:
     ) -> None:
         await self.aclose()
 
-    async def open(self, on_progress: OnProgress | None = None) -> None:
+    async def connect(self, on_progress: OnProgress | None = None) -> None:
         """Opens the embedder and the store, building the index first if there is none. Prefer ``async with search:``.
 
-        Every ``open`` wants its ``aclose``; the last one closes.
+        Every ``connect`` wants its ``aclose``; the last one closes.
 
         Raises:
             CorpusError: the corpus cannot be used.

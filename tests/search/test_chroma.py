@@ -222,7 +222,7 @@ async def test_a_server_that_is_not_there(embedder: Any, unused_port: int) -> No
     )
     for _ in range(2):
         with pytest.raises(SearchError, match="does not answer") as caught:
-            await search.open()
+            await search.connect()
         assert "secret" not in str(caught.value)
 
 

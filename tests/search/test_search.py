@@ -267,7 +267,7 @@ def test_one_search_in_several_event_loops(passages: list[Passage], embedder: An
             return (await search.search(["capital of Egypt"]))[0][0].id
 
     async def leave_open() -> None:
-        await search.open()
+        await search.connect()
         await search.search(["one"])
 
     assert asyncio.run(use()) == "Egypt/capital"
@@ -377,7 +377,7 @@ async def test_an_answer_of_a_collection_made_anew_meanwhile_is_not_kept(embedde
 
 async def test_closing_and_opening_at_once_leaves_it_open_or_closed(passages: list[Passage], embedder: Any) -> None:
     search = Search.local(passages, embedder=embedder)
-    await search.open()
+    await search.connect()
     for _ in range(5):
         async with anyio.create_task_group() as group:
             group.start_soon(search.aclose)
@@ -412,7 +412,7 @@ async def test_another_dimension_is_refused_before_any_search(
     store = EmbeddedChroma(tmp_path, "passages")
     search = Search(make_embedder(dimension=64), store)
     with pytest.raises(StoreError, match=r"1024 numbers.*of 64.*another embedder") as caught:
-        await search.open()
+        await search.connect()
     assert caught.value.is_fatal
 
 
@@ -426,7 +426,7 @@ async def test_no_task_is_left(passages: list[Passage], embedder: Any) -> None:
 
 async def test_waiting_calls_fail_when_it_is_closed_under_them(passages: list[Passage], embedder: Any) -> None:
     search = Search.local(passages, embedder=embedder)
-    await search.open()
+    await search.connect()
     embedder.gate = anyio.Event()
     failures: list[SearchError] = []
 

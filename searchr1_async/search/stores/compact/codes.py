@@ -105,10 +105,11 @@ class Codes:
 
         faiss.omp_set_num_threads(self._threads)  # of the calling thread alone
         made: Any = faiss  # its wrappers have no types
-        parameters = made.IVFRaBitQSearchParameters(nprobe=probes, qb=_QUERY_BITS)
+        # A graph returns no more lists than it keeps in view. The variable keeps it alive: faiss holds a bare pointer to it.
+        graph = None
         if hasattr(made.downcast_index(self._index.quantizer), "hnsw"):
-            # It returns no more lists than it keeps in view.
-            parameters.quantizer_params = made.SearchParametersHNSW(efSearch=max(2 * probes, 64))
+            graph = made.SearchParametersHNSW(efSearch=max(2 * probes, 64))
+        parameters = made.IVFRaBitQSearchParameters(nprobe=probes, qb=_QUERY_BITS, quantizer_params=graph)
         return self._index.search(np.ascontiguousarray(vectors), candidates, params=parameters)[1]
 
 

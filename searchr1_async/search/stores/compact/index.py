@@ -70,7 +70,8 @@ class CompactIndex:
     """Codes and vectors of one index."""
 
     def __init__(self, codes: Codes, vectors: VectorFile, metric: Metric) -> None:
-        self._codes, self._vectors, self._metric = codes, vectors, metric
+        self._codes, self._vectors = codes, vectors
+        self._metric: Metric = metric
 
     def candidates(self, queries: Vectors, candidates: int, probes: int) -> Rows:
         """The rows nearest by their codes; all calls from one thread."""

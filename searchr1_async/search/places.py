@@ -1,0 +1,134 @@
+"""What a path or an address holds that can be searched, and with which embedder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import anyio
+import anyio.to_thread
+
+from searchr1_async.data.files import is_data_file
+from searchr1_async.data.wiki18 import collections_in
+from searchr1_async.errors import ConfigurationError, EmbeddingError, StoreError
+from searchr1_async.search.embedders.base import Embedder
+from searchr1_async.search.embedders.choice import make_embedder
+from searchr1_async.search.index_folder import IndexFolder
+from searchr1_async.search.indexing import COLLECTION
+from searchr1_async.search.stores.base import Store
+from searchr1_async.search.stores.chroma import EmbeddedChroma, RemoteChroma
+from searchr1_async.search.stores.compact.layout import BUILDING_NAME, MANIFEST_NAME
+from searchr1_async.search.stores.compact.store import CompactStore
+
+CHROMA_DATABASE = "chroma.sqlite3"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What was found: a store, and the embedder that its vectors are of."""
+
+    embedder: Embedder
+    store: Store
+
+
+EmbedderChoice = str | Path | Embedder | None
+"""As the user names it; None: as the place says itself."""
+
+
+async def look_up(
+    place: str | Path, embedder: EmbedderChoice, collection: str | None, token: str | None
+) -> Place | None:
+    """What the place holds; None for a corpus, which is no index yet.
+
+    Args:
+        place: a folder, a file, a corpus's name, or an address that begins with ``http://`` or ``https://``.
+        embedder: see :data:`EmbedderChoice`.
+        collection: of a Chroma folder or server; None is the only one of a folder.
+        token: of a server.
+
+    Raises:
+        ConfigurationError: the embedder is not known and not given, or another one is given; several collections.
+        EmbeddingError: the embedder's library or folder is missing.
+        StoreError: nothing that can be searched, or nobody answers there.
+    """
+    if is_address(place):
+        return await _served(str(place), embedder, collection, token)
+    return await anyio.to_thread.run_sync(_on_disk, place, embedder, collection)
+
+
+def is_address(place: str | Path) -> bool:
+    """Whether it is a URL."""
+    return isinstance(place, str) and place.startswith(("http://", "https://"))
+
+
+def compact_place(folder: Path, embedder: EmbedderChoice) -> Place:
+    """A compact index with its embedder. Reads a file: call it in a worker thread.
+
+    Raises:
+        ConfigurationError, EmbeddingError, StoreError: as :func:`look_up`.
+    """
+    store = CompactStore(folder)
+    manifest = store.manifest
+    return Place(_embedder(str(folder), embedder, manifest.embedder, manifest.embedder_fingerprint), store)
+
+
+def _on_disk(place: str | Path, embedder: EmbedderChoice, collection: str | None) -> Place | None:
+    path = Path(place).expanduser()
+    if not path.exists() or path.is_file():
+        return None
+    if (path / MANIFEST_NAME).is_file() or (path / BUILDING_NAME).is_dir():
+        return compact_place(path, embedder)
+    if (path / CHROMA_DATABASE).is_file():
+        index = IndexFolder(path).whole
+        if index is not None:
+            own = _embedder(str(path), embedder, index.embedder_name, index.embedder)
+            return Place(own, EmbeddedChroma(path, collection or COLLECTION))
+        return Place(_embedder(str(path), embedder, None, None), EmbeddedChroma(path, collection or _only_one(path)))
+    files = sorted(each.name for each in path.iterdir() if is_data_file(each))
+    advice = f"; name a file in it, such as {files[0]}" if files else ""
+    raise StoreError(f"{path} holds no index: neither {MANIFEST_NAME} nor {CHROMA_DATABASE} is in it{advice}")
+
+
+def _only_one(path: Path) -> str:
+    names = [each.name for each in collections_in(path)]
+    if len(names) != 1:
+        raise ConfigurationError(f"{path} holds the collections {', '.join(names) or '(none)'}: name one, collection=…")
+    return names[0]
+
+
+def _embedder(place: str, given: EmbedderChoice, name: str | None, fingerprint: str | None) -> Embedder:
+    """The one given, or the one that the index names; refused where it is another than the index's."""
+    if given is None and name is None:
+        raise ConfigurationError(f"{place} does not say what its vectors were made with: name it, embedder=…")
+    try:
+        made = make_embedder(name if given is None and name is not None else given)  # type: ignore[arg-type]
+    except EmbeddingError as error:
+        if given is not None:
+            raise
+        raise EmbeddingError(f"{place} was made with {name!r}, which cannot be had here: {error}") from error
+    if fingerprint is not None and made.fingerprint != fingerprint:
+        if given is None:
+            raise ConfigurationError(
+                f"{place} was made with an embedder that calls itself {name!r}, and {made.name} is another one: give the one "
+                "it was made with, embedder=…"
+            )
+        raise ConfigurationError(
+            f"{place} was made with the embedder {name or 'of another fingerprint'}, not with {made.name}: their vectors "
+            "cannot be compared"
+        )
+    return made
+
+
+async def _served(url: str, embedder: EmbedderChoice, collection: str | None, token: str | None) -> Place:
+    from searchr1_async.search.served import ServedEmbedder, ServedStore, look_at
+
+    if collection is not None:
+        if embedder is None:
+            raise ConfigurationError(f"{url} does not say what its vectors were made with: name it, embedder=…")
+        own = await anyio.to_thread.run_sync(make_embedder, embedder)
+        return Place(own, RemoteChroma(url, collection=collection, token=token))
+    facts = await look_at(url, token=token)
+    own = ServedEmbedder(facts, token=token)
+    if embedder is not None:
+        own = await anyio.to_thread.run_sync(_embedder, url, embedder, facts.embedder, facts.embedder_fingerprint)
+    return Place(own, ServedStore(facts, token=token))
