@@ -2,85 +2,35 @@
 
 from __future__ import annotations
 
-import math
 import random
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
 import anyio
-import anyio.from_thread
 import anyio.to_thread
 import numpy as np
 
 from searchr1_async.data.corpus import Corpus
 from searchr1_async.episodes.types import Passage
-from searchr1_async.errors import EmbeddingError, StoreError
-from searchr1_async.events import Emit, Notice, PhaseAdvanced, PhaseEnded, PhaseStarted, emit_nothing
+from searchr1_async.errors import StoreError
+from searchr1_async.events import Notice, PhaseAdvanced, PhaseEnded, PhaseStarted
 from searchr1_async.search.dispatch import Capacity, Dispatcher
 from searchr1_async.search.embedders.base import Embedder, Vectors
-from searchr1_async.search.faults import PassingFault, RefusedInput
 from searchr1_async.search.index_report import RECALL_WITHIN, IndexReport
-from searchr1_async.search.journal import Journal, key_of
-from searchr1_async.search.pacing import PacingSettings
-from searchr1_async.search.prices import BYTES_A_TOKEN, Price, estimated_cost, price_of
+from searchr1_async.search.journal import Journal
+from searchr1_async.search.passage_embedding import PACING as PACING
+from searchr1_async.search.passage_embedding import WINDOW, BuildOptions, PassageEmbedder, say_cost
+from searchr1_async.search.passage_embedding import OnProgress as OnProgress
+from searchr1_async.search.passage_embedding import passage_text as passage_text
+from searchr1_async.search.prices import BYTES_A_TOKEN, Price, price_of
 from searchr1_async.search.stores.base import WritableStore
 from searchr1_async.threads import in_thread
 
-OnProgress = Callable[[int, int], None]
-"""Passages done, passages in all."""
-
 Result = TypeVar("Result")
 
-WINDOW = 512
-"""Passages that are looked for, put in and reported together."""
-MOST_WINDOWS = 8
-"""At work at once: 25 MB of vectors at 1,536 dimensions."""
-PASSAGES_A_REQUEST = 128
-"""To a service, at most: larger ones gain nothing."""
-PASSAGES_AT_ONCE = 512
-"""To an embedder that takes one request at a time. Such a one computes here, and sorts by length what it gets together:
-2,048 passages took 47 s of CPU in requests of 512, 68 s in requests of 128."""
 QUERIES_A_REQUEST = 50
 SAMPLE = 200
-PACING = PacingSettings(request_timeout=300.0, retry_budget=600.0)
-"""Nobody waits for a single answer: more patience than for searches."""
-
-
-def passage_text(passage: Passage) -> str:
-    """What is embedded of a passage: its title in front, unless the text names it at its beginning anyway."""
-    if not passage.title or passage.title.casefold() in passage.text[: 2 * len(passage.title) + 80].casefold():
-        return passage.text
-    return f"{passage.title}\n{passage.text}"
-
-
-@dataclass(frozen=True, slots=True)
-class BuildOptions:
-    """How a build is paced and watched."""
-
-    pacing: PacingSettings = PACING
-    on_progress: OnProgress | None = None
-    """Called from the event loop, first with what is there already."""
-    emit: Emit = emit_nothing
-    """Told of the phase ``index``, of the estimated cost before it, and of an index that loses passages."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """A passage to be embedded."""
-
-    passage: Passage
-    text: str
-    window: int
-
-    @property
-    def size(self) -> int:
-        return len(self.text.encode("utf-8", "surrogatepass"))
-
-
-_JobKey = tuple[int, int]
-"""A passage's number in the corpus, and its weight in tokens."""
 
 
 class IndexBuilder:
@@ -105,20 +55,12 @@ class IndexBuilder:
         self._store = store
         self._journal = journal
         self._options = options
-        self._embedding: Dispatcher[_JobKey, _Job, Vectors] = Dispatcher(
-            self._embed,
-            name=embedder.name,
-            capacity=self._embedder_capacity,
-            pacing=options.pacing,
-            failure=EmbeddingError,
-            weigh=lambda key: key[1],
-        )
+        self._embedding = PassageEmbedder(store.name, corpus.source, embedder, journal, options.pacing)
         self._adding: Dispatcher[int, tuple[Passage, Vectors], None] = Dispatcher(
             self._add, name=store.name, capacity=self._store_capacity, pacing=options.pacing, failure=StoreError
         )
-        self._recalled: dict[bytes, Vectors] = {}
         self._sample = _Sample(SAMPLE)
-        self._total = self._done = self._embedded = self._bytes = 0
+        self._total = self._done = 0
         self._was_empty = True
 
     async def build(self) -> IndexReport:
@@ -134,13 +76,12 @@ class IndexBuilder:
         count = await self._patiently(self._store.count)
         self._was_empty = count == 0
         self._done = min(count, self._total)
-        price = price_of(self._embedder)
-        await self._say_cost(price)
+        await say_cost(self._corpus, self._total, self._embedder, self._done, self._options.emit)
         self._options.emit(PhaseStarted("index", self._total, "passages"))
         began = time.monotonic()
         try:
             self._advance(0)
-            self._recalled = await in_thread(self._journal.recall)
+            await self._embedding.recall()
             await self._carry_all()
             await in_thread(self._journal.clear)
         except OSError as error:
@@ -149,24 +90,7 @@ class IndexBuilder:
             ) from error
         finally:
             self._options.emit(PhaseEnded("index", time.monotonic() - began))
-        return await self._verified(price, time.monotonic() - began)
-
-    async def _say_cost(self, price: Price | None) -> None:
-        """Before it starts; where embedding is free it is not worth the reading."""
-        if price is not None and not price.dollars:
-            return
-        tokens = await in_thread(self._count_tokens)
-        there = f", less what is there already ({self._done:,} of them)" if self._done else ""
-        cost = estimated_cost(tokens, price)
-        self._options.emit(Notice(f"embedding {self._total:,} passages with {self._embedder.name}: {cost}{there}"))
-
-    def _count_tokens(self) -> int:
-        size = 0
-        for number, passage in enumerate(self._corpus.passages()):
-            size += len(passage_text(passage).encode("utf-8", "surrogatepass"))
-            if number % 10_000 == 0:
-                anyio.from_thread.check_cancelled()
-        return size // BYTES_A_TOKEN
+        return await self._verified(price_of(self._embedder), time.monotonic() - began)
 
     def _refuse_other_dimension(self) -> None:
         if self._store.dimension not in (None, self._embedder.dimension):
@@ -179,10 +103,7 @@ class IndexBuilder:
 
     async def _carry_all(self) -> None:
         windows = enumerate(self._corpus.batches(WINDOW))
-        capacity = self._embedder_capacity()
-        # Those that fill the embedder's requests, one that is put in, and one that takes its place.
-        at_once = min(MOST_WINDOWS, 2 + math.ceil(capacity.items * capacity.requests / WINDOW))
-        room = anyio.Semaphore(at_once)
+        room = anyio.Semaphore(self._embedding.windows_at_once(WINDOW))
         failures: list[Exception] = []
 
         async def carry(number: int, passages: list[Passage]) -> None:
@@ -208,17 +129,9 @@ class IndexBuilder:
 
     async def _carry(self, number: int, passages: list[Passage]) -> None:
         missing = passages if self._was_empty else await self._missing(passages)
-        jobs = [_Job(passage, passage_text(passage), number) for passage in missing]
-        vectors: dict[int, Vectors] = {}
-        to_embed: dict[_JobKey, _Job] = {}
-        for place, job in enumerate(jobs, start=number * WINDOW):
-            if (known := self._recalled.pop(key_of(job.passage.id, job.text), None)) is not None:
-                vectors[place] = known
-            else:
-                to_embed[place, job.size // 3 + 1] = job
-        fetched = await self._embedding.fetch(to_embed)
-        vectors |= {place: vector for (place, _), vector in fetched.items()}
-        items = {place: (job.passage, vectors[place]) for place, job in enumerate(jobs, start=number * WINDOW)}
+        place = number * WINDOW
+        vectors = await self._embedding.embed(number, place, missing)
+        items = dict(enumerate(zip(missing, vectors, strict=True), start=place))
         await self._adding.fetch(items)
         await anyio.to_thread.run_sync(self._journal.forget, number)
         for passage, vector in items.values():
@@ -235,35 +148,7 @@ class IndexBuilder:
         if self._options.on_progress is not None:
             self._options.on_progress(self._done, self._total)
 
-    # One request to each service; the dispatchers call these.
-
-    async def _embed(self, jobs: Sequence[_Job]) -> Sequence[Vectors]:
-        try:
-            vectors = await self._embedder.embed_passages([job.text for job in jobs])
-        except RefusedInput as refused:
-            if len(jobs) > 1:
-                raise  # it comes again in parts
-            raise EmbeddingError(
-                f"{refused}: the passage {jobs[0].passage.id!r} of {self._corpus.source} is refused; mend it or leave it out"
-            ) from refused
-        if vectors.shape != (len(jobs), self._embedder.dimension):
-            raise PassingFault(f"{self._embedder.name} answered {vectors.shape} for {len(jobs)}", cause="malformed")
-        try:
-            with anyio.CancelScope(shield=True):  # what is answered is kept, whatever happens to the build meanwhile
-                await in_thread(lambda: self._keep(jobs, vectors))
-        except OSError as error:
-            raise StoreError(
-                f"the journal of {self._store.name} cannot be written: {error.strerror or error}"
-            ) from error
-        self._embedded += len(jobs)
-        self._bytes += sum(job.size for job in jobs)
-        return [row.copy() for row in vectors]  # a view would keep its whole request in memory
-
-    def _keep(self, jobs: Sequence[_Job], vectors: Vectors) -> None:
-        for window in sorted({job.window for job in jobs}):
-            rows = [row for row, job in enumerate(jobs) if job.window == window]
-            keys = [key_of(jobs[row].passage.id, jobs[row].text) for row in rows]
-            self._journal.append(window, keys, vectors[rows])
+    # One request to the store; the dispatchers call these.
 
     async def _add(self, items: Sequence[tuple[Passage, Vectors]]) -> Sequence[None]:
         await self._store.add([passage for passage, _ in items], np.stack([vector for _, vector in items]))
@@ -272,11 +157,6 @@ class IndexBuilder:
     async def _query(self, vectors: Sequence[Vectors]) -> Sequence[frozenset[str]]:
         found = await self._store.query(np.stack(vectors), RECALL_WITHIN)
         return [frozenset(passage.id for passage in passages) for passages in found]
-
-    def _embedder_capacity(self) -> Capacity:
-        embedder = self._embedder
-        most = PASSAGES_A_REQUEST if embedder.max_requests > 1 else PASSAGES_AT_ONCE
-        return Capacity(min(most, embedder.max_texts), embedder.max_requests, embedder.max_tokens)
 
     def _store_capacity(self) -> Capacity:
         return Capacity(WINDOW, self._store.max_requests)
@@ -305,10 +185,9 @@ class IndexBuilder:
                 f"{self._store.name} holds {count} passages where {self._total} were put in: delete it and build it again"
             )
         recall = await self._recall()
-        tokens = self._bytes // BYTES_A_TOKEN
-        report = IndexReport(
-            self._store.name, self._total, self._embedded, seconds, tokens, price, recall, len(self._sample.kept)
-        )
+        tokens = self._embedding.bytes // BYTES_A_TOKEN
+        embedded, sampled = self._embedding.embedded, len(self._sample.kept)
+        report = IndexReport(self._store.name, self._total, embedded, seconds, tokens, price, recall, sampled)
         if report.warning is not None:
             self._options.emit(Notice(report.warning, is_warning=True))
         return report

@@ -1,0 +1,145 @@
+"""A corpus whose passages are embedded on the way into a compact index."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections import deque
+from collections.abc import AsyncGenerator, Collection, Iterator
+from pathlib import Path
+
+import anyio
+import anyio.to_thread
+import numpy as np
+
+from searchr1_async.data.corpus import Corpus
+from searchr1_async.episodes.types import Passage
+from searchr1_async.errors import StoreError
+from searchr1_async.search.embedders.base import Embedder
+from searchr1_async.search.journal import Journal
+from searchr1_async.search.opening import open_embedder
+from searchr1_async.search.passage_embedding import WINDOW, BuildOptions, PassageEmbedder, say_cost
+from searchr1_async.search.sources.base import Block, SourceFacts
+from searchr1_async.threads import in_thread
+
+
+class EmbeddedCorpus:
+    """The passages of a corpus, in its order, with the vectors that an embedder gives them.
+
+    Several windows of 512 passages are embedded at once, ahead of the one that is asked for. Every vector is in a journal as
+    soon as it is answered, until :meth:`kept`: a kill embeds nothing twice but what was in the air.
+
+    Args:
+        corpus: what is embedded.
+        embedder: opened here, and closed.
+        journal_folder: for this corpus and this embedder alone; made when it is first needed.
+        options: how requests are paced; the estimated cost is said before the first one.
+    """
+
+    def __init__(self, corpus: Corpus, embedder: Embedder, journal_folder: Path, options: BuildOptions) -> None:
+        self._corpus = corpus
+        self._embedder = embedder
+        self._folder = journal_folder
+        self._options = options
+        self._facts: SourceFacts | None = None
+        self._journal: Journal | None = None
+        self._forgotten = 0
+        """Windows before this one are not in the journal."""
+        # Tasks of asyncio, since a generator may not yield out of a task group.
+        self._ahead: deque[asyncio.Task[Block]] = deque()
+
+    async def open(self) -> SourceFacts:
+        if self._facts is None:
+            count, fingerprint = await anyio.to_thread.run_sync(lambda: (len(self._corpus), self._corpus.fingerprint))
+            await open_embedder(self._embedder, self._options.pacing)
+            key = f"{fingerprint}\0{self._embedder.fingerprint}".encode()
+            dimension = self._embedder.dimension
+            self._journal = Journal(self._folder, self._embedder.fingerprint, dimension)
+            self._facts = SourceFacts(
+                f"{self._corpus.source}, embedded by {self._embedder.name}",
+                f"embedded-{hashlib.blake2b(key, digest_size=16).hexdigest()}",
+                count,
+                dimension,
+                "cosine",
+                embedder_fingerprint=self._embedder.fingerprint,
+            )
+        return self._facts
+
+    async def blocks(self, start: int) -> AsyncGenerator[Block, None]:
+        """See :meth:`~searchr1_async.search.sources.base.VectorSource.blocks`."""
+        facts, journal = self._opened()
+        if start >= facts.count:
+            return
+        await say_cost(self._corpus, facts.count, self._embedder, start, self._options.emit)
+        own = PassageEmbedder(facts.name, self._corpus.source, self._embedder, journal, self._options.pacing)
+        first = start // WINDOW
+        windows = enumerate(self._corpus.batches(WINDOW, first * WINDOW), start=first)
+        await self._stop()
+        ahead = self._ahead
+        try:
+            await self._forget(first)
+            await own.recall()
+            at_once = own.windows_at_once(WINDOW)
+            skipped = start % WINDOW
+            while True:
+                while len(ahead) < at_once and (window := await anyio.to_thread.run_sync(_next_window, windows)):
+                    ahead.append(asyncio.create_task(_embedded(own, *window, skipped)))
+                    skipped = 0
+                if not ahead:
+                    return
+                yield await ahead[0]
+                ahead.popleft()
+        except OSError as error:
+            raise StoreError(f"the journal of {facts.name} cannot be read: {error.strerror or error}") from error
+        finally:
+            await _stopped(ahead)
+
+    async def kept(self, rows: int) -> None:
+        facts, journal = self._opened()
+        if rows >= facts.count:
+            await in_thread(journal.clear)
+        else:
+            await self._forget(rows // WINDOW)
+
+    async def aclose(self) -> None:
+        await self._stop()  # whoever left a loop over the blocks has not closed them
+        self._facts = self._journal = None
+        self._forgotten = 0
+        await self._embedder.aclose()
+
+    async def _stop(self) -> None:
+        ahead, self._ahead = self._ahead, deque()
+        await _stopped(ahead)
+
+    async def _forget(self, before: int) -> None:
+        _, journal = self._opened()
+
+        def forget() -> None:
+            for window in range(self._forgotten, before):
+                journal.forget(window)
+
+        await in_thread(forget)
+        self._forgotten = max(self._forgotten, before)
+
+    def _opened(self) -> tuple[SourceFacts, Journal]:
+        if self._facts is None or self._journal is None:
+            raise StoreError(f"{self._corpus.source} is not open")
+        return self._facts, self._journal
+
+
+async def _stopped(tasks: Collection[asyncio.Task[Block]]) -> None:
+    for task in tasks:
+        task.cancel()
+    with anyio.CancelScope(shield=True):
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _embedded(embedder: PassageEmbedder, number: int, passages: list[Passage], skipped: int) -> Block:
+    """A window without those of its passages that are in the index already."""
+    wanted = passages[skipped:]
+    vectors = await embedder.embed(number, number * WINDOW + skipped, wanted)
+    return wanted, np.stack(vectors)
+
+
+def _next_window(windows: Iterator[tuple[int, list[Passage]]]) -> tuple[int, list[Passage]] | None:
+    return next(windows, None)
