@@ -38,7 +38,9 @@ def plot_suites(*evaluations: Evaluation, metric: str = "exact_match", **options
             f"two evaluations have one label ({', '.join(labels)}): give each its own with evaluate(…, systems={{…}})"
         )
     plots.enable_renderer()
-    return plots.plot_suites(suite_rows(evaluations, metric), metric=metric.replace("_", " "), **options)
+    return plots.plot_suites(
+        suite_rows(evaluations, metric), metric=metric.replace("_", " "), are_stages=False, **options
+    )
 
 
 def suite_rows(evaluations: tuple[Evaluation, ...], metric: str) -> pl.DataFrame:

@@ -182,7 +182,7 @@ def _system(job: EvaluationJob, measured: MeasuredSystem, overlap: Mapping[str, 
     system, weights, play = measured.system, measured.weights, job.settings_of(measured)
     prompt, digest = _prompt(play, system.method)
     if (record := measured.record) is not None:
-        overlap = record.overlap if overlap is None else overlap
+        overlap = overlap if record.overlap is None else record.overlap
         if record.prompt_sha256 not in (None, digest):
             raise ConfigurationError(
                 f"{measured.label!r} had another prompt ({record.prompt!r}) than its method {system.method!r} has in the versions "

@@ -20,7 +20,7 @@ from searchr1_async.evaluation.job import EvaluationJob
 from searchr1_async.evaluation.judge import Judge
 from searchr1_async.evaluation.manifest import Manifest
 from searchr1_async.evaluation.numeric import number, whole
-from searchr1_async.evaluation.repeating import repeated_job, repeats
+from searchr1_async.evaluation.repeating import refuse_besides, repeated_job, repeats
 from searchr1_async.evaluation.report import Report
 from searchr1_async.evaluation.running import run_evaluation
 from searchr1_async.evaluation.systems import System, SystemSource, find_systems, with_baselines
@@ -107,6 +107,8 @@ async def evaluate(
         ServiceError: the service is away, or does not have a model or weights that are asked for.
         TooManyFailuresError: over ``max_failed_fraction`` of a system's episodes failed; what was played is kept.
     """
+    if repeats(suites):
+        refuse_besides(evaluate, locals())
     limit = None if limit is None else whole("limit", limit)
     question_seed, samples = whole("question_seed", question_seed), whole("samples", samples)
     max_failed_fraction = number("max_failed_fraction", max_failed_fraction)
@@ -128,10 +130,6 @@ async def evaluate(
     )
     kept = None if out_dir is None else Path(out_dir)
     if repeats(suites):
-        if systems is not None or baselines or checkpoint is not None or limit is not None or split is not None:
-            raise ConfigurationError(
-                "an evaluation is repeated as it was: leave systems, baselines, checkpoint, split and limit out"
-            )
         job = await anyio.to_thread.run_sync(
             lambda: repeated_job(suites, search, choice, sampling, out_dir=kept, resume=resume, reward=reward)
         )

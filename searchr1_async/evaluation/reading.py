@@ -8,6 +8,7 @@ from pathlib import Path
 import polars as pl
 
 from searchr1_async.errors import RunFolderError
+from searchr1_async.evaluation.asked import read_questions
 from searchr1_async.evaluation.manifest import Manifest
 from searchr1_async.evaluation.report import Report
 from searchr1_async.evaluation.result import Evaluation
@@ -36,7 +37,12 @@ def make_report(store: EpisodeStore, manifest: Manifest) -> Report:
     """The report on what is in a store, the systems in the manifest's order."""
     scores = store.scores()
     evaluations = [evaluation_of(system.label, scores, system.step, store) for system in manifest.systems]
-    return Report(evaluations, manifest, store.folder if store.is_kept else None)
+    return Report(evaluations, manifest, store.folder if store.is_kept else None, partial(_questions, store))
+
+
+def _questions(store: EpisodeStore) -> pl.DataFrame:
+    # By the store: a folder of its own goes with it.
+    return read_questions(store.folder)
 
 
 def evaluation_of(label: str, scores: pl.DataFrame, step: int | None, store: EpisodeStore | None = None) -> Evaluation:

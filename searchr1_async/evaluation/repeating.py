@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, cast
 
+import polars as pl
+
 from searchr1_async.config import EpisodeLimits, SamplingSettings
-from searchr1_async.data.suites import Suite, load_suite
+from searchr1_async.data.suites import MEMORY, Suite, load_suite
 from searchr1_async.episodes.methods import Method
 from searchr1_async.episodes.reward import RecipeReward, RewardFunction
 from searchr1_async.errors import ConfigurationError, RunFolderError
@@ -34,6 +37,44 @@ def repeats(source: object) -> bool:
     return path.name == MANIFEST_NAME or (path / MANIFEST_NAME).is_file()
 
 
+_MAY_BE_GIVEN = frozenset(
+    [
+        *("suites", "search", "service", "local", "tokenizer", "out_dir", "resume", "reward"),
+        *("max_episodes_in_flight", "workers", "sampling_deadline", "progress", "emit"),
+    ]
+)
+"""Where and how a repetition is played, and what a manifest may not be able to describe."""
+
+
+def refuse_besides(evaluate: Callable[..., object], given: Mapping[str, Any]) -> None:
+    """Refuses what would change a repetition: the manifest says it, and what is given besides would be ignored.
+
+    Args:
+        evaluate: its signature has the defaults.
+        given: the values of all of its parameters, by name.
+
+    Raises:
+        ConfigurationError: naming what is not at its default.
+    """
+    parameters = inspect.signature(evaluate).parameters
+    changed = [
+        name
+        for name, parameter in parameters.items()
+        if name not in _MAY_BE_GIVEN and not _is_default(given[name], parameter.default)
+    ]
+    if changed:
+        raise ConfigurationError(
+            f"an earlier evaluation is repeated as it was: leave {', '.join(changed)} out, or evaluate the suites anew"
+        )
+
+
+def _is_default(value: Any, default: Any) -> bool:
+    if isinstance(default, tuple) and isinstance(value, list | tuple):
+        return tuple(value) == default
+    # A frame of training questions has no truth.
+    return value is default or (isinstance(value, str | int | float) and value == default)
+
+
 def repeated_job(
     source: object,
     search: Search | None,
@@ -54,13 +95,13 @@ def repeated_job(
 
     Raises:
         RunFolderError: there is no manifest, or its questions are not those that it was of.
-        ConfigurationError: it needs a search or a reward that it cannot describe, or they are not the ones it was of.
+        ConfigurationError: it needs a search, a reward or questions that it cannot describe, or they are not the ones it was of.
         QuestionsError: a suite's file is another now.
     """
-    manifest, folder = _found(source)
+    manifest, asked = _found(source)
     settings = manifest.settings
     return EvaluationJob(
-        suites=_suites(manifest, folder),
+        suites=_suites(manifest, asked),
         systems=tuple(map(_measured, manifest.systems)),
         search=_same_search(search, manifest.search),
         play=PlaySettings(
@@ -80,27 +121,27 @@ def repeated_job(
     )
 
 
-def _found(source: object) -> tuple[Manifest, Path | None]:
+def _found(source: object) -> tuple[Manifest, pl.DataFrame | None]:
+    """The manifest, and its questions where they are kept with it."""
     if isinstance(source, Report):
         if source.manifest is None:
             raise ConfigurationError("this report has no manifest: it was made of evaluations in memory")
-        return source.manifest, source.folder
+        return source.manifest, source.load_questions() if source.load_questions is not None else None
     if isinstance(source, Manifest):
         return source, None
     path = Path(cast(str, source))
     manifest = Manifest.load(path)
     if manifest is None:
         raise RunFolderError(f"there is no manifest {path}")
-    return manifest, path if path.is_dir() else path.parent
+    return manifest, read_questions(path if path.is_dir() else path.parent)
 
 
-def _suites(manifest: Manifest, folder: Path | None) -> tuple[Suite, ...]:
-    """From the questions beside the manifest; without a folder from where they came."""
-    if folder is None:
+def _suites(manifest: Manifest, asked: pl.DataFrame | None) -> tuple[Suite, ...]:
+    """From the questions beside the manifest; without them from where they came."""
+    if asked is None:
         return tuple(map(_loaded, manifest.suites))
-    asked = read_questions(folder)
     if questions_digest(asked) != manifest.questions_sha256:
-        raise RunFolderError(f"the questions in {folder} are not those that its manifest is of")
+        raise RunFolderError("the questions that lie beside the manifest are not those that its manifest is of")
     questions = questions_of(asked)
     return tuple(
         Suite(each.name, questions[each.name], each.source, each.sha256, each.total, each.split, each.limit, each.seed)
@@ -109,6 +150,11 @@ def _suites(manifest: Manifest, folder: Path | None) -> tuple[Suite, ...]:
 
 
 def _loaded(record: SuiteRecord) -> Suite:
+    if record.source.partition("#")[0] == MEMORY:
+        raise ConfigurationError(
+            f"suite {record.name!r} was given in memory, and a manifest alone does not hold its questions: repeat the report, or "
+            "the evaluation's folder"
+        )
     suite = load_suite(
         record.source,
         name=record.name,
@@ -136,7 +182,7 @@ def _measured(record: SystemRecord) -> MeasuredSystem:
         service_folder=record.service_folder,  # what was named: its own manifest must be the same
     )
     base = record.model if record.checkpoint is not None else None
-    return MeasuredSystem(record.label, system, Weights(record.checkpoint, record.step, base, folder, run))
+    return MeasuredSystem(record.label, system, Weights(record.checkpoint, record.step, base, folder, run), record)
 
 
 def _same_search(search: Search | None, record: Mapping[str, Any] | None) -> Search | None:

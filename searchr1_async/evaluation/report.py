@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -33,13 +33,19 @@ class Report(Mapping[str, Evaluation]):
         evaluations: one for each system; their labels differ.
         manifest: what was measured and how; None where nobody wrote it down.
         folder: of the evaluation, where its episodes lie; None where it has none.
+        load_questions: gives the table of the questions that were asked (:mod:`searchr1_async.evaluation.asked`), with which the
+            evaluation can be repeated; None where nobody kept them.
 
     Raises:
         ConfigurationError: two evaluations have one label.
     """
 
     def __init__(
-        self, evaluations: Sequence[Evaluation], manifest: Manifest | None = None, folder: Path | None = None
+        self,
+        evaluations: Sequence[Evaluation],
+        manifest: Manifest | None = None,
+        folder: Path | None = None,
+        load_questions: Callable[[], pl.DataFrame] | None = None,
     ) -> None:
         # A label as a file can hold it: a lone surrogate in it would fail in every frame.
         named = [replace(evaluation, label=storable(evaluation.label)) for evaluation in evaluations]
@@ -49,6 +55,7 @@ class Report(Mapping[str, Evaluation]):
             raise ConfigurationError(f"two evaluations have one label ({labels}): give each system its own")
         self.manifest = manifest
         self.folder = folder
+        self.load_questions = load_questions
         self._best: dict[str, dict[str, str]] = {}
 
     # --- the evaluations ----------------------------------------------------------------------------------------------
@@ -286,14 +293,16 @@ class Report(Mapping[str, Evaluation]):
         """Writes the report and returns the path of its page. Synchronous: call it from a worker thread.
 
         ``report.html`` (one page, which links to ``episodes.html`` beside it where episodes were kept), ``report.md``,
-        ``report.tex``, ``scores.parquet`` and ``figures/``. Each file is replaced whole or not at all.
+        ``report.tex``, ``scores.parquet`` and ``figures/``; in another folder than the evaluation's own ``manifest.json`` and
+        ``questions.parquet`` too, so that ``evaluate(folder)`` repeats it. Each file is replaced whole or not at all.
 
         Args:
             folder: made if need be; None is the evaluation's own.
 
         Raises:
             ConfigurationError: no folder is given, and the evaluation has none.
-            RunFolderError: it cannot be written, or the episodes cannot be read.
+            RunFolderError: it cannot be written, it is the folder of a run or of another evaluation, or the episodes or
+                questions cannot be read.
         """
         from searchr1_async.evaluation.render.saving import save_report
 

@@ -53,3 +53,12 @@ def test_a_suite_of_failures_alone_has_no_bar() -> None:
     found = Evaluation.of("x", [*evaluation("x", [1.0, 1.0]).episodes, lost])
     rows = next(iter(plot_suites(found).to_dict()["datasets"].values()))
     assert [row["suite"] for row in rows] == ["all suites", "macro average", "hotpot", "nq"]
+
+
+def test_the_words_below_tell_each_ones_mean_and_no_gain_from_a_baseline_to_another() -> None:
+    found = [evaluation("untrained", [0.0, 0.0]), evaluation("after RL", [1.0, 1.0]), evaluation("direct", [0.0, 1.0])]
+    said = plot_suites(*found).to_dict()["title"]["subtitle"]
+    assert "untrained 0.0%, after RL 100.0%, direct 50.0% over 2 questions" in str(said)
+    assert "→" not in str(said)
+    many = [evaluation(f"system {number}", [1.0]) for number in range(6)]
+    assert "6 evaluations over 1 questions" in str(plot_suites(*many).to_dict()["title"])

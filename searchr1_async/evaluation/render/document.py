@@ -51,11 +51,12 @@ def markdown_report(report: Report) -> str:
             index,
             f"- questions: sha256 {markdown_text(manifest.questions_sha256)}",
         ]
-        parts += [
-            "## To repeat it",
-            "`manifest.json` beside this file holds everything: `await evaluate(manifest)`.",
-            "\n".join(facts),
-        ]
+        kept = (
+            ""
+            if report.load_questions is None
+            else "`manifest.json` and `questions.parquet` beside this file hold everything: `await evaluate(folder)`."
+        )
+        parts += ["## To repeat it", kept, "\n".join(facts)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

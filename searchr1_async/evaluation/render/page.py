@@ -36,6 +36,10 @@ if TYPE_CHECKING:
 
 _MAX_IDS = 50
 """Question identifiers of a suite that the page shows; manifest.json has all of them."""
+_REPEATED = (
+    "<p>manifest.json and questions.parquet beside this page hold all of this; evaluate() takes their folder and asks the same "
+    "again.</p>"
+)
 
 _STYLE = (
     STYLE
@@ -260,7 +264,7 @@ def _repeat(report: Report) -> str:
     )  # fmt: skip
     return _section(
         "To repeat it",
-        "<p>manifest.json beside this page holds all of this; evaluate() takes it and asks the same again.</p>",
+        *([] if report.load_questions is None else [_REPEATED]),
         f"<details open><summary>Systems</summary>{table_html(systems, 'conditions')}</details>",
         f"<details><summary>Suites</summary>{table_html(suites, 'conditions')}</details>",
         *tables,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from searchr1_async.errors import RunFolderError
+from searchr1_async.evaluation.asked import QUESTIONS_NAME
 from searchr1_async.evaluation.render.document import latex_report, markdown_report
 from searchr1_async.evaluation.render.links import EPISODES_NAME, choose, chosen_rows, key_of
 from searchr1_async.evaluation.render.page import episodes_title, report_page
@@ -24,6 +25,9 @@ REPORT_NAME = "report.html"
 
 def save_report(report: Report, folder: Path) -> Path:
     """See :meth:`Report.save`. The page comes last: where it is new, everything that it links to is there."""
+    is_own = report.folder is not None and report.folder.resolve() == folder.resolve()
+    if not is_own:
+        _refuse_taken(folder)
     chosen = choose(report)
     rows = chosen_rows(report, chosen.keys)
     there = frozenset(map(key_of, rows))
@@ -39,15 +43,29 @@ def save_report(report: Report, folder: Path) -> Path:
         **_figures(report),
         REPORT_NAME: report_page(report, chosen, there).encode("utf-8"),
     }
+    if not is_own and report.manifest is not None and report.load_questions is not None:
+        files[QUESTIONS_NAME] = parquet_bytes(report.load_questions())
     try:
         (folder / "figures").mkdir(parents=True, exist_ok=True)
         if not rows:
             (folder / EPISODES_NAME).unlink(missing_ok=True)  # of an earlier report
+        last = files.pop(REPORT_NAME)
         for name, content in files.items():
             write_atomically(folder / name, content)
+        if QUESTIONS_NAME in files and report.manifest is not None:
+            report.manifest.save(folder)
+        write_atomically(folder / REPORT_NAME, last)
     except OSError as error:
         raise RunFolderError(f"the report could not be written to {folder}: {error.strerror or error}") from error
     return folder / REPORT_NAME
+
+
+def _refuse_taken(folder: Path) -> None:
+    """A run's questions and an evaluation's manifest have the names of those that a report brings along."""
+    if any((folder / name).exists() for name in ("run.lock", "state.json", "episodes")):
+        raise RunFolderError(
+            f"{folder} is the folder of a run or of another evaluation: save the report elsewhere, such as in {folder}/report"
+        )
 
 
 def _parquet(report: Report) -> bytes:

@@ -124,6 +124,7 @@ def plot_suites(
     *,
     title: str | None = None,
     metric: str = "exact match",
+    are_stages: bool = True,
     width: int = WIDTH,
     height: int = HEIGHT,
 ) -> alt.LayerChart | alt.Chart:
@@ -133,6 +134,7 @@ def plot_suites(
         evaluations: as :func:`searchr1_async.watch.plots.data.evaluation_scores` gives them.
         title: stands above; None says what is shown.
         metric: what they are measured by, in words.
+        are_stages: of one run, so that the words below the title tell what lies between the first and the last.
         width: in pixels.
         height: the same.
     """
@@ -178,7 +180,8 @@ def plot_suites(
         base.mark_rule(strokeWidth=1.4).encode(y=alt.Y("low:Q"), y2="high:Q", color=alt.value(NOTE_COLOUR)),
     )
     chart = cast("alt.LayerChart", alt.layer(*layers))
-    return chart.properties(width=width, height=height, title=heading(title, _gain_in_words(frame)))
+    words = _gain_in_words(frame) if are_stages or len(labels) == 1 else _means_in_words(frame)
+    return chart.properties(width=width, height=height, title=heading(title, words))
 
 
 def _gain_in_words(frame: pl.DataFrame) -> str:
@@ -190,6 +193,17 @@ def _gain_in_words(frame: pl.DataFrame) -> str:
         f"{plain_text(first['label'], 40)} {first['mean']:.1%} → {plain_text(last['label'], 40)} {last['mean']:.1%} "
         f"over {last['questions']:,} questions; lines: 95 % intervals"
     )
+
+
+def _means_in_words(frame: pl.DataFrame) -> str:
+    """Of few evaluations each one's mean, in their order: among baselines the last is no result of the first."""
+    per_order = frame.group_by("order", maintain_order=True).first().sort("order")
+    counts = per_order["questions"].unique().to_list()
+    asked = f" over {counts[0]:,} questions" if len(counts) == 1 else ""
+    if per_order.height > 4:
+        return f"{per_order.height} evaluations{asked}; lines: 95 % intervals"
+    means = ", ".join(f"{plain_text(row['label'], 24)} {row['mean']:.1%}" for row in per_order.iter_rows(named=True))
+    return f"{means}{asked}; lines: 95 % intervals"
 
 
 def _shades(count: int) -> list[str]:

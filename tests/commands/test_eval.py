@@ -1,0 +1,101 @@
+"""The command that evaluates, over the tiny world: its search, its questions, its model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+from searchr1_async.__main__ import main
+from searchr1_async.commands import eval as command
+from searchr1_async.errors import ConfigurationError
+from searchr1_async.evaluation.reading import open_report
+from searchr1_async.search import search as searches
+from tests import tiny_world
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a corpus and two suites; embedders of any name are those of the tiny world."""
+    monkeypatch.setenv("TINKER_API_KEY", tiny_world.shared_service().api_key)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(searches, "make_embedder", lambda embedder: tiny_world.HashingEmbedder())
+    facts = tiny_world.make_facts().items()
+    passages = [
+        {"id": f"{kind}-{place}", "title": "", "text": f"{kind} {place} {thing}"} for (kind, place), thing in facts
+    ]
+    write(tmp_path / "corpus.jsonl", passages)
+    train, held_out = tiny_world.make_questions()
+    for name, questions in (("seen", train[:4]), ("new", held_out[:3])):
+        rows = [{"id": q.id, "question": q.question, "golden_answers": list(q.golden_answers)} for q in questions]
+        write(tmp_path / "suites" / f"{name}.jsonl", rows)
+    return tmp_path
+
+
+def write(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+
+def arguments(world: Path, *more: str) -> list[str]:
+    served = tiny_world.served()
+    return [
+        *("eval", str(world / "suites"), "--out-dir", str(world / "e")),
+        *("--service", served["service"], "--model", served["model"], "--corpus", str(world / "corpus.jsonl")),
+        *("--format", "tags", "--max-tokens", "4", "--max-turns", "2", "--limit", "2", "--samples", "2", *more),
+    ]
+
+
+def test_a_folder_of_suites_is_measured_reported_and_repeated(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments(world, "--baselines", "direct")) == 0
+    told = capsys.readouterr().out
+    assert f"report with its episodes: {world / 'e' / 'report.html'}" in told
+    report = open_report(world / "e")
+    assert list(report) == ["untrained", "direct"]
+    assert sorted(report.suites) == ["new", "seen"]
+    assert [own.scores.height for own in report.values()] == [8, 8]
+    assert report["untrained"].failed == 0
+    assert (world / "e" / "report.html").stat().st_size > 5_000
+    for note in report.notes():
+        assert note in told
+
+    # Its folder alone repeats it: the search is made as its manifest describes it.
+    again = ["eval", str(world / "e"), "--out-dir", str(world / "again"), "--service", tiny_world.served()["service"]]
+    assert main(again) == 0
+    assert open_report(world / "again").figures() == report.figures()
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (("--system", "nameless"), "ConfigurationError: --system 'nameless': give LABEL=WEIGHTS"),
+        (("--chroma", "somewhere"), "ConfigurationError: --chroma 'somewhere': give HOST:PORT"),
+        (("--system", "x=runs/nowhere"), "RunFolderError: "),
+        (("--samples", "0"), "ConfigurationError: 0 episodes a question: at least 1"),
+    ],
+)
+def test_an_error_is_one_line_and_leaves_nothing(
+    world: Path, capsys: pytest.CaptureFixture[str], more: tuple[str, ...], told: str
+) -> None:
+    assert main(arguments(world, *more)) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(told)
+    assert len(said.splitlines()) == 1
+    assert not (world / "e").exists()
+
+
+def test_systems_are_told_by_their_labels() -> None:
+    parser = argparse.ArgumentParser()
+    command.add(parser.add_subparsers())
+
+    def systems(*more: str) -> dict[str, object]:
+        return dict(command._systems(parser.parse_args(["eval", "nq", "--out-dir", "e", *more])))
+
+    assert systems() == {"untrained": None}
+    assert systems("--system", "a=runs/a", "--system", "b=tinker://x=y") == {"a": "runs/a", "b": "tinker://x=y"}
+    assert systems("--system", "a=runs/a", "--untrained") == {"untrained": None, "a": "runs/a"}
+    with pytest.raises(ConfigurationError, match="two systems are called 'a'"):
+        systems("--system", "a=runs/a", "--system", "a=runs/b")
