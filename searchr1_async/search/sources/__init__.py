@@ -1,5 +1,18 @@
 """Where a compact index takes its passages and vectors from."""
 
 from searchr1_async.search.sources.base import Block, Metric, SourceFacts, VectorSource
+from searchr1_async.search.sources.chroma_folder import ChromaFolder
+from searchr1_async.search.sources.chroma_server import ChromaServer
+from searchr1_async.search.sources.embedded import EmbeddedCorpus
+from searchr1_async.search.sources.files import VectorFiles
 
-__all__ = ["Block", "Metric", "SourceFacts", "VectorSource"]
+__all__ = [
+    "Block",
+    "ChromaFolder",
+    "ChromaServer",
+    "EmbeddedCorpus",
+    "Metric",
+    "SourceFacts",
+    "VectorFiles",
+    "VectorSource",
+]

@@ -1,0 +1,19 @@
+"""What a source whose vectors are made says of the embedder that made them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from searchr1_async.search.embedders.base import Embedder
+from searchr1_async.search.embedders.choice import make_embedder
+
+
+def named_embedder(embedder: str | Path | Embedder | None) -> tuple[str | None, str | None]:
+    """Its name, where it can be made again by it, and its fingerprint; None and None where it is not known.
+
+    Raises:
+        ConfigurationError, EmbeddingError: as :func:`~searchr1_async.search.embedders.choice.make_embedder`.
+    """
+    if embedder is None:
+        return None, None
+    return str(embedder) if isinstance(embedder, str | Path) else None, make_embedder(embedder).fingerprint
