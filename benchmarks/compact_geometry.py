@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--parts", type=int, nargs="+", default=list(PARTS))
     parser.add_argument("--keep", action="store_true", help="write the result to benchmarks/results/")
     options = parser.parse_args()
-    real = asyncio.run(real_vectors(options.data, options.work, compute=not options.as_is))
+    real = asyncio.run(real_vectors(options.data, options.work, limit=10**6 if options.as_is else None))
     queries = real.queries[:: max(1, len(real.queries) // 1000)]
     count = min(50_000, len(real.vectors))
     vectors = real.vectors[np.random.default_rng(2).permutation(len(real.vectors))[:count]]

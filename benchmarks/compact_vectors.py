@@ -73,7 +73,7 @@ class _Parts:
 
 
 async def real_vectors(
-    data: Path, work: Path, *, weights: Sequence[float] = WEIGHTS, compute: bool = True
+    data: Path, work: Path, *, weights: Sequence[float] = WEIGHTS, limit: int | None = None
 ) -> RealVectors:
     """All real passages and questions; computes what `work` does not hold yet.
 
@@ -81,10 +81,11 @@ async def real_vectors(
         data: folder of passages and questions.
         work: keeps vectors, in its folder ``real``.
         weights: of the three parts.
-        compute: False leaves MiniLM alone, and takes the passages whose vectors are there.
+        limit: passages, at most, of those whose vectors `work` holds; None takes all, and computes what it does not hold.
     """
-    passages, questions, of_passages, of_questions = await _parts(data, work, compute=compute)
-    return RealVectors(passages, of_passages.joined(weights), questions, of_questions.joined(weights))
+    passages, questions, of_passages, of_questions = await _parts(data, work, compute=limit is None)
+    joined = of_passages.joined(weights)[:limit]
+    return RealVectors(passages[:limit], joined, questions, of_questions.joined(weights))
 
 
 async def _parts(data: Path, work: Path, *, compute: bool) -> tuple[list[Passage], list[sr.Question], _Parts, _Parts]:
