@@ -20,7 +20,7 @@ EXACT_RESULTS = 10
 BATCH = 128
 _RANKING_COST = 60
 """Codes that are compared in the time in which a candidate is ranked again: 60 million codes a second, a microsecond a candidate."""
-_LIST_COST = 200
+_LIST_COST = 450
 """Codes that are compared in the time which a list takes beside those that are in it."""
 
 
