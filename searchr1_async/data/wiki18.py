@@ -130,6 +130,53 @@ async def fetch_index(
         ) from error
 
 
+@dataclass(frozen=True, slots=True)
+class FetchSizes:
+    """What is still to be done of :func:`fetch_index`, in bytes; all 0 where the index is there."""
+
+    there: int
+    """Of the archive, here already."""
+    to_fetch: int
+    unpacked: int
+
+
+async def fetch_sizes(
+    folder: str | Path | None = None,
+    *,
+    repository: str = REPOSITORY,
+    filename: str = ARCHIVE,
+    revision: str | None = None,
+    endpoint: str | None = None,
+) -> FetchSizes:
+    """What :func:`fetch_index` would fetch and unpack; asks the hub, and writes nothing.
+
+    Raises:
+        StoreError: the hub has no such file, or the folder holds another index.
+    """
+    fetch = _Fetch(_place(folder), repository, filename, revision, False, endpoint, emit_nothing)
+    if await in_thread(fetch.whole) is not None:
+        return FetchSizes(0, 0, 0)
+    file = await look_up(repository, filename, revision, endpoint)
+    return await fetch.sizes(file)
+
+
+def delete_index(folder: str | Path | None = None, filename: str = ARCHIVE, *, keep_archive: bool = False) -> None:
+    """In a thread: the unpacked index, and its archive, in an order after which half of an index is never taken for whole.
+
+    Raises:
+        OSError: they cannot be deleted.
+    """
+    place = _place(folder)
+    fetch = _Fetch(place, "", filename, None, False, None, emit_nothing)
+    if fetch.index.is_dir():
+        shutil.rmtree(fetch.unpacking, ignore_errors=True)
+        fetch.index.replace(fetch.unpacking)
+    if fetch.unpacking.is_dir():
+        shutil.rmtree(fetch.unpacking)
+    for archive in () if keep_archive else place.glob(f"{Path(filename).name}.*"):
+        archive.unlink()
+
+
 def _place(folder: str | Path | None) -> Path:
     return cache_folder() / "wiki18" if folder is None else Path(folder).expanduser().absolute()
 
@@ -177,10 +224,9 @@ class _Fetch:
 
     async def run(self) -> PrebuiltIndex:
         file = await look_up(self.repository, self.filename, self.revision, self.endpoint)
-        archive = self.folder / f"{Path(self.filename).name}.{file.sha256[:16]}"
-        partial = archive.with_name(f"{archive.name}.partial")
+        archive, partial = self._archive(file)
         await in_thread(lambda: shutil.rmtree(self.unpacking, ignore_errors=True))
-        unpacked = await self._check_room(file, archive, partial)
+        unpacked = await self._check_room(file)
         if not archive.exists():
             await self._download(file, partial)
             await self._verify(file, partial)
@@ -202,18 +248,27 @@ class _Fetch:
     def _found(self, commit: str, collections: tuple[Collection, ...], *, is_new: bool) -> PrebuiltIndex:
         return PrebuiltIndex(self.index, self.repository, self.filename, commit, collections, is_new)
 
-    async def _check_room(self, file: HubFile, archive: Path, partial: Path) -> int:
-        """Raises StoreError unless archive and index fit; returns the bytes that it unpacks to, as its end tells."""
-        unpacked = await self._unpacked_size(file)
-        have = next((path.stat().st_size for path in (archive, partial) if path.exists()), 0)
-        to_fetch = max(0, file.size - have)
+    def _archive(self, file: HubFile) -> tuple[Path, Path]:
+        """Where it lies when it is whole, and before."""
+        archive = self.folder / f"{Path(self.filename).name}.{file.sha256[:16]}"
+        return archive, archive.with_name(f"{archive.name}.partial")
+
+    async def sizes(self, file: HubFile) -> FetchSizes:
+        """With the bytes that it unpacks to, as its end tells."""
+        have = next((path.stat().st_size for path in self._archive(file) if path.exists()), 0)
+        return FetchSizes(have, max(0, file.size - have), await self._unpacked_size(file))
+
+    async def _check_room(self, file: HubFile) -> int:
+        """Raises StoreError unless archive and index fit; returns the bytes that it unpacks to."""
+        sizes = await self.sizes(file)
+        to_fetch, unpacked = sizes.to_fetch, sizes.unpacked
         needed, free = to_fetch + unpacked + _SPARE, free_bytes(self.folder)
         words = (
-            f"{_gigabytes(to_fetch)} to fetch and {_gigabytes(unpacked)} unpacked need {_gigabytes(needed)} in "
-            f"{self.folder}, where {_gigabytes(free)} are free"
+            f"{gigabytes(to_fetch)} to fetch and {gigabytes(unpacked)} unpacked need {gigabytes(needed)} in "
+            f"{self.folder}, where {gigabytes(free)} are free"
         )
         if needed > free:
-            raise StoreError(f"{words}: free {_gigabytes(needed - free)}, or give a folder on another disk")
+            raise StoreError(f"{words}: free {gigabytes(needed - free)}, or give a folder on another disk")
         self.emit(Notice(f"{self.filename} of {self.repository}: {words}"))
         return unpacked
 
@@ -312,5 +367,6 @@ def _megabytes(size: int) -> int:
     return -(-size // 1_000_000)
 
 
-def _gigabytes(size: int) -> str:
+def gigabytes(size: int) -> str:
+    """For people."""
     return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"

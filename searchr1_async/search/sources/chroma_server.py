@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Self, cast, get_args
+from typing import Any, Self, TypeVar, cast, get_args
 
 import numpy as np
 
@@ -18,9 +19,14 @@ from searchr1_async.search.sources.named import named_embedder
 from searchr1_async.search.stores.chroma import RemoteChroma
 from searchr1_async.search.stores.chroma.faults import malformed
 from searchr1_async.search.stores.chroma.layout import CollectionModel, read_answer
+from searchr1_async.search.stores.chroma.remote import PAGE
 from searchr1_async.search.stores.chroma.server import ServerDatabase
 from searchr1_async.threads import in_thread
 
+Result = TypeVar("Result")
+
+LISTED = 50_000
+"""Ids a request; Chroma Cloud takes no more than a page."""
 _INCLUDE = ("documents", "metadatas", "embeddings")
 
 
@@ -76,7 +82,7 @@ class ChromaServer:
             store = self._store
             await open_store(store, PACING)
             model = store.model
-            count = int(await self._patiently(count=True))
+            count = await self._patiently(store.count)
             if not count or model.dimension is None:
                 raise StoreError(f"{store.name} holds no passages")
             if model.space not in get_args(Metric):
@@ -91,12 +97,15 @@ class ChromaServer:
         if (facts := self._facts) is None:
             raise StoreError(f"{self._store.name} is not open")
         while start < facts.count:
-            answer = await self._patiently(offset=start)
-            block = await in_thread(lambda answer=answer: _block(facts, answer))
-            if not block[0]:
+            listed = await self._patiently(partial(self._store.listed, start))
+            if not listed:
                 raise StoreError(f"{facts.name} ends at row {start:,} of {facts.count:,}: it has changed since")
-            start += len(block[0])
-            yield block
+            for first in range(0, len(listed), self._store.page):
+                ids = listed[first : first + self._store.page]
+                answer = await self._patiently(lambda ids=ids: self._store.rows(ids))
+                block = await in_thread(lambda ids=ids, answer=answer: _block(facts, ids, answer))
+                start += len(ids)
+                yield block
 
     async def kept(self, rows: int) -> None:
         """Nothing is remembered of them."""
@@ -105,13 +114,13 @@ class ChromaServer:
         self._facts = None
         await self._store.aclose()
 
-    async def _patiently(self, *, count: bool = False, offset: int = 0) -> Any:
+    async def _patiently(self, request: Callable[[], Awaitable[Result]]) -> Result:
         """One request, tried again as others are."""
 
-        async def send(_: Sequence[None]) -> Sequence[Any]:
-            return [await (self._store.count() if count else self._store.rows(offset))]
+        async def send(_: Sequence[None]) -> Sequence[Result]:
+            return [await request()]
 
-        once: Dispatcher[str, None, Any] = Dispatcher(
+        once: Dispatcher[str, None, Result] = Dispatcher(
             send, name=self._store.name, capacity=lambda: Capacity(1, 1), pacing=PACING, failure=StoreError
         )
         return (await once.fetch({"once": None}))["once"]
@@ -126,13 +135,31 @@ class _Reader(RemoteChroma):
             raise StoreError(f"{self.name} is not open")
         return self._model
 
-    async def rows(self, offset: int) -> Mapping[str, Any]:
-        """A page of rows, in the order of their insertion.
+    @property
+    def page(self) -> int:
+        """Rows a request."""
+        return self._page
 
-        By offset, though the server then counts its way there: MEASURED
+    async def listed(self, offset: int) -> list[str]:
+        """The next ids in the order of the rows.
+
+        Many at once, since the server counts its way to an offset, 1.3 us a row: a page of 1,000 whole rows took 0.08 s at the
+        beginning and 0.21 s at row 99,000 (chromadb 1.5.9), where rows asked for by their ids took 0.06 to 0.09 s anywhere.
         """
+        answer = await self._get(
+            {"limit": LISTED if self._page == PAGE else self._page, "offset": offset, "include": ()}
+        )
+        ids = answer.get("ids")
+        if not isinstance(ids, list):
+            raise malformed(self.name)
+        return [str(own_id) for own_id in ids]
+
+    async def rows(self, ids: Sequence[str]) -> Mapping[str, Any]:
+        """The columns of rows, in any order."""
+        return await self._get({"ids": ids, "limit": len(ids), "include": _INCLUDE})
+
+    async def _get(self, asked: Mapping[str, Any]) -> Mapping[str, Any]:
         server = cast(ServerDatabase, self._database)
-        asked = {"limit": self._page, "offset": offset, "include": _INCLUDE}
 
         async def ask(model: CollectionModel) -> Any:
             return await server._request("POST", await server._of(model.id, "get"), asked)
@@ -141,12 +168,17 @@ class _Reader(RemoteChroma):
         return answer if isinstance(answer, dict) else {}
 
 
-def _block(facts: SourceFacts, answer: Mapping[str, Any]) -> Block:
+def _block(facts: SourceFacts, ids: Sequence[str], answer: Mapping[str, Any]) -> Block:
+    """The rows in the order of the ids."""
     try:
-        ids = answer["ids"]
-        columns = {name: [answer.get(name) or [None] * len(ids)] for name in ("documents", "metadatas")}
-        (passages,) = read_answer({"ids": [ids], **columns}, facts.metric)
-        vectors = np.array(answer["embeddings"], np.float32).reshape(len(ids), facts.dimension)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        place = {str(own_id): row for row, own_id in enumerate(answer["ids"])}
+        if missing := next((own_id for own_id in ids if own_id not in place), None):
+            raise StoreError(f"{facts.name} holds no passage {missing!r} any more: it has changed since")
+        order = [place[own_id] for own_id in ids]
+        vectors = np.array(answer["embeddings"], np.float32).reshape(-1, facts.dimension)[order]
+        columns = {name: answer.get(name) or [None] * len(place) for name in ("documents", "metadatas")}
+        ordered = {name: [[column[row] for row in order]] for name, column in columns.items()}
+        (passages,) = read_answer({"ids": [ids], **ordered}, facts.metric)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise StoreError(str(malformed(facts.name))) from error
     return list(passages), vectors

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import mmap
 from collections.abc import AsyncIterator, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -122,7 +123,7 @@ def _next(vectors: Iterator[Vectors], passages: Iterator[Passage]) -> Block | No
     part = next(vectors, None)
     if part is None:
         return None
-    own = [passage for passage, _ in zip(passages, range(len(part)), strict=False)]
+    own = list(islice(passages, len(part)))
     return (own, part[: len(own)]) if own else None
 
 
@@ -197,13 +198,13 @@ class _File:
         for batch in frame.collect_batches(chunk_size=ROWS):
             column = batch.to_series()
             lengths = column.arr.len() if isinstance(column.dtype, pl.Array) else column.list.len()
-            wrong = (lengths.fill_null(0) != self.dimension).arg_true()
+            wrong = ((lengths.fill_null(0) != self.dimension) | column.is_null()).arg_true()
             inner = column.explode()
-            if len(wrong) or column.null_count() or inner.null_count():
-                row = int(wrong[0]) if len(wrong) else 0
+            if len(wrong) or inner.null_count():
+                row = start + (wrong[0] if len(wrong) else inner.is_null().arg_true()[0] // self.dimension)
                 raise StoreError(
-                    f"{self.path}, row {start + row:,} (counted from 0) or one close by holds no vector of {self.dimension} "
-                    "numbers: mend it, or leave out it and its passage"
+                    f"{self.path}, row {row:,} (counted from 0) holds no vector of {self.dimension} numbers: mend it, or leave "
+                    "out it and its passage"
                 )
             start += len(column)
             for first in range(0, len(column), ROWS):
