@@ -17,6 +17,7 @@ import datetime
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -278,6 +279,8 @@ def main() -> None:
     parser.add_argument("--keep-indexes", action="store_true")
     parser.add_argument("--keep", action="store_true", help="write the result to benchmarks/results/")
     options = parser.parse_args()
+    # Else a stage and its memory group would outlive the command.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     options.work.mkdir(parents=True, exist_ok=True)
     failures = measure_all(options)
     report(kept_rows(options.work), keep=options.keep)
