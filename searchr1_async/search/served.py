@@ -1,0 +1,229 @@
+"""A search that another process or machine serves, as an embedder and a store: each call one request, tried once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+from urllib.parse import unquote
+
+import anyio
+import numpy as np
+
+from searchr1_async.errors import EmbeddingError, StoreError
+from searchr1_async.search.embedders.base import Vectors
+from searchr1_async.search.faults import PassingFault, RefusedInput
+from searchr1_async.search.serving.connection import Connection
+from searchr1_async.search.serving.wire import (
+    DIMENSION_HEADER,
+    EMBEDDER_HEADER,
+    ServedFacts,
+    dumps,
+    loads,
+    pack_vectors,
+    unpack_found,
+    unpack_vectors,
+)
+from searchr1_async.search.stores.base import Found
+from searchr1_async.search.stores.chroma import faults as http_faults
+
+LONGEST_PAUSE = 2.0
+
+
+async def look_at(url: str, token: str | None = None, deadline: float = 10.0) -> ServedFacts:
+    """What is served at an address; waits for a service that is just coming up.
+
+    Args:
+        url: as ``python -m searchr1_async serve`` says it.
+        token: that the service wants; never logged.
+        deadline: seconds.
+
+    Raises:
+        StoreError: nobody answers within the deadline, it is another service, or it wants another token.
+        ConfigurationError: an address or a token that cannot be one.
+    """
+    connection = Connection(url, token, StoreError, timeout=deadline)
+    await connection.open()
+    fault: PassingFault | None = None
+    pause = 0.1
+    try:
+        with anyio.move_on_after(deadline):
+            while True:
+                try:
+                    return await connection.look()
+                except PassingFault as error:
+                    fault = error
+                await anyio.sleep(pause)
+                pause = min(2 * pause, LONGEST_PAUSE)
+    finally:
+        with anyio.CancelScope(shield=True):
+            await connection.aclose()
+    raise StoreError(str(fault or f"{connection.name} did not answer within {deadline:g} s")) from fault
+
+
+class ServedStore:
+    """The store of a search that is served, as a :class:`~searchr1_async.search.stores.base.Store`.
+
+    Args:
+        place: its address, or what :func:`look_at` said of it.
+        token: that it wants; never logged.
+        timeout: seconds for a whole request.
+
+    Raises:
+        ConfigurationError: an address or a token that cannot be one.
+    """
+
+    def __init__(self, place: str | ServedFacts, token: str | None = None, *, timeout: float = 60.0) -> None:
+        self._facts = place if isinstance(place, ServedFacts) else None
+        self._connection = Connection(_url_of(place), token, StoreError, timeout=timeout)
+        self._content: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self._connection.name
+
+    @property
+    def fingerprint(self) -> str:
+        """That of the store there, as it was told last: with every answer, so that another one is noticed."""
+        if self._content is None:
+            raise StoreError(f"{self.name} is not open")
+        return self._content
+
+    @property
+    def dimension(self) -> int | None:
+        return None if self._content is None or self._facts is None else self._facts.dimension
+
+    @property
+    def max_queries(self) -> int:
+        return 1 if self._facts is None else self._facts.max_queries
+
+    @property
+    def max_requests(self) -> int:
+        return 1 if self._facts is None else self._facts.query_requests
+
+    async def open(self) -> None:
+        if self._content is not None and self._connection.is_open:
+            return
+        self._content = None
+        self._facts = await self._connection.open_and_look()
+        self._content = self._facts.store_fingerprint
+
+    async def query(self, vectors: Vectors, n_results: int) -> Found:
+        if not len(vectors):
+            return ()
+        if not np.isfinite(vectors).all():
+            raise RefusedInput(f"{self.name}: a query's vector holds numbers that are not finite")
+        asked = {"dimension": str(vectors.shape[1]), "n_results": str(n_results)}
+        body, _ = await self._connection.request("POST", "query", pack_vectors(vectors), asked)
+        try:
+            answer = loads(body)
+            found, content = unpack_found(answer["found"]), str(answer["store"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise http_faults.malformed(self.name) from error
+        if len(found) != len(vectors):
+            raise http_faults.malformed(self.name)
+        self._content = content
+        return found
+
+    async def count(self) -> int:
+        self._facts = await self._connection.look()
+        self._content = self._facts.store_fingerprint
+        return self._facts.passages
+
+    async def aclose(self) -> None:
+        self._content = None
+        await self._connection.aclose()
+
+
+class ServedEmbedder:
+    """The embedder of a search that is served, as an :class:`~searchr1_async.search.embedders.base.Embedder`.
+
+    Args:
+        place: its address, or what :func:`look_at` said of it: with that its fingerprint is known before it is open.
+        token: that it wants; never logged.
+        timeout: seconds for a whole request.
+
+    Raises:
+        ConfigurationError: an address or a token that cannot be one.
+    """
+
+    def __init__(self, place: str | ServedFacts, token: str | None = None, *, timeout: float = 60.0) -> None:
+        self._facts = place if isinstance(place, ServedFacts) else None
+        self._connection = Connection(_url_of(place), token, EmbeddingError, timeout=timeout)
+
+    @property
+    def name(self) -> str:
+        return self._connection.name if self._facts is None else f"{self._facts.embedder} at {self._connection.url}"
+
+    @property
+    def fingerprint(self) -> str:
+        """That of the embedder there: vectors made here and there may be mixed.
+
+        Raises:
+            EmbeddingError: it is not known yet.
+        """
+        return self._known.embedder_fingerprint
+
+    @property
+    def dimension(self) -> int:
+        return self._known.dimension
+
+    @property
+    def max_texts(self) -> int:
+        return 1 if self._facts is None else self._facts.max_texts
+
+    @property
+    def max_tokens(self) -> int | None:
+        return None if self._facts is None else self._facts.max_tokens
+
+    @property
+    def max_requests(self) -> int:
+        return 1 if self._facts is None else self._facts.embed_requests
+
+    @property
+    def _known(self) -> ServedFacts:
+        if self._facts is None:
+            raise EmbeddingError(
+                f"what {self.name} embeds with is not known: open it, or make it from `await look_at(url)`"
+            )
+        return self._facts
+
+    async def open(self) -> None:
+        if self._connection.is_open:
+            return
+        facts = await self._connection.open_and_look()
+        if self._facts is not None and facts.embedder_fingerprint != self._facts.embedder_fingerprint:
+            with anyio.CancelScope(shield=True):
+                await self._connection.aclose()
+            raise self._another()
+        self._facts = facts
+
+    async def embed_queries(self, texts: Sequence[str]) -> Vectors:
+        return await self._embed(texts, "query")
+
+    async def embed_passages(self, texts: Sequence[str]) -> Vectors:
+        return await self._embed(texts, "passage")
+
+    async def _embed(self, texts: Sequence[str], kind: Literal["query", "passage"]) -> Vectors:
+        facts = self._known
+        if not len(texts):
+            return np.empty((0, facts.dimension), np.float32)
+        body, headers = await self._connection.request("POST", "embed", dumps({"texts": list(texts), "kind": kind}))
+        if unquote(headers.get(EMBEDDER_HEADER, "")) != facts.embedder_fingerprint:
+            raise self._another()
+        try:
+            vectors = unpack_vectors(body, int(headers.get(DIMENSION_HEADER, "")))
+        except ValueError as error:
+            raise http_faults.malformed(self.name) from error
+        if vectors.shape != (len(texts), facts.dimension):
+            raise http_faults.malformed(self.name)
+        return vectors
+
+    def _another(self) -> EmbeddingError:
+        return EmbeddingError(f"{self.name} embeds with another model than before: open the search anew", is_fatal=True)
+
+    async def aclose(self) -> None:
+        await self._connection.aclose()
+
+
+def _url_of(place: str | ServedFacts) -> str:
+    return place.url if isinstance(place, ServedFacts) else place
