@@ -129,7 +129,8 @@ class Bench:
         finally:
             for process in processes:
                 process.communicate("\n")
-        return {"two_rss": sum(each["Rss"] for each in kept), "two_pss": sum(each["Pss"] for each in kept)}
+        names = {"two_rss": "Rss", "two_pss": "Pss", "two_pss_file": "Pss_File"}
+        return {name: sum(each[field] for each in kept) for name, field in names.items()}
 
     def limited(self) -> dict[str, Any]:
         """Served where process and page cache have 8 GB together; a note where that cannot be set."""
