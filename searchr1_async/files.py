@@ -52,16 +52,33 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Removes the halves of tables that processes left in a folder when they were killed in :func:`write_parquet`.
+
+    Nobody else may be writing there.
+
+    Raises:
+        OSError: one cannot be removed.
+    """
+    for leftover in folder.glob(".*.parquet.*"):
+        leftover.unlink(missing_ok=True)
+
+
 def parquet_bytes(frame: pl.DataFrame) -> bytes:
-    """A table as the content of a Parquet file."""
+    """A table as the content of a Parquet file.
+
+    In memory, where 1,024 long episodes are 19 MB: polars tells of a full disk that it writes to itself by an error which is
+    no OSError.
+    """
     buffer = io.BytesIO()
-    # At its default level, 3, it takes twice the time for 3 % less.
+    # At its default level, 3, it takes twice the time (0.2 ms an episode of 1,500 tokens) for 3 % less.
     frame.write_parquet(buffer, compression="zstd", compression_level=1)
     return buffer.getvalue()
 

@@ -22,6 +22,7 @@ from searchr1_async.job import TrainingJob, TrainingResult
 from searchr1_async.learn.checkpoints import ResumePoint, best_checkpoint
 from searchr1_async.rollout.order import QuestionOrder
 from searchr1_async.watch.records import RunRecords
+from searchr1_async.watch.rows import storable
 
 logger = logging.getLogger(__name__)
 
@@ -88,13 +89,23 @@ async def keep_tokenizer(tokenizer: Any, folder: Path) -> None:
 def keep_questions(questions: Sequence[Question], folder: Path) -> None:
     """Keeps what a run is trained on with it, so that later evaluations can tell what they have in common. Written once.
 
+    A lone surrogate, which no file holds, is kept as U+FFFD.
+
     Raises:
         CheckpointError: the folder cannot be written.
     """
     path = folder / _QUESTIONS_FILE
     if path.exists():
         return
-    rows = [(one.id, one.question, list(one.golden_answers), one.data_source) for one in questions]
+    rows = [
+        (
+            storable(one.id),
+            storable(one.question),
+            list(map(storable, one.golden_answers)),
+            storable(one.data_source),
+        )
+        for one in questions
+    ]
     with writing_records(folder):
         write_parquet(path, pl.DataFrame(rows, schema=_QUESTIONS_SCHEMA, orient="row"))
 

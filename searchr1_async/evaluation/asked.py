@@ -12,6 +12,7 @@ import polars as pl
 from searchr1_async.data.suites import Suite
 from searchr1_async.episodes.types import Question
 from searchr1_async.errors import RunFolderError
+from searchr1_async.watch.metadata import metadata_json
 from searchr1_async.watch.rows import storable
 
 QUESTIONS_NAME = "questions.parquet"
@@ -53,7 +54,7 @@ def questions_frame(questions: Sequence[Question]) -> pl.DataFrame:
             "id": [storable(question.id) for question in questions],
             "question": [storable(question.question) for question in questions],
             "golden_answers": [list(map(storable, question.golden_answers)) for question in questions],
-            "metadata": [json.dumps(dict(question.metadata), default=str) for question in questions],
+            "metadata": [metadata_json(question.metadata) for question in questions],
         },
         schema=_SCHEMA,
     )

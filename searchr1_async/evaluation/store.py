@@ -21,6 +21,7 @@ import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
@@ -28,15 +29,18 @@ import polars as pl
 from searchr1_async.episodes.types import Episode
 from searchr1_async.errors import RunFolderError
 from searchr1_async.evaluation.scores import SCORE_SCHEMA, score_frame
-from searchr1_async.files import write_parquet
+from searchr1_async.files import remove_leftovers, write_parquet
 from searchr1_async.watch.rows import EPISODE_SCHEMA, EpisodeRow, episode_from_row, episodes_frame
 
 _PART = re.compile(r"(\d{6,})\.parquet")
 JUDGEMENTS_NAME = "judgements.parquet"
 _KEY = ["system", "place", "sample"]
+_RECORD_KEY = ["label", "group", "member"]
+"""The same in the files."""
 _JUDGEMENTS = pl.Schema({"system": pl.String, "place": pl.Int64, "sample": pl.Int64, "judged": pl.Float64})
-_MERGED_ROWS = 4096
-"""Episodes a file at the end: about 10 MB each, where an evaluation of an hour had written thousands of small ones."""
+_MERGED_ROWS = 1024
+"""Episodes a file at the end, where an evaluation of an hour had written thousands of small ones. Merging holds as many: long
+ones took 280 MB for a file of 19 MB, and 320 MB for four of them."""
 
 SampleKey = tuple[str, int, int]
 """System, the question's place among all that are asked, and the sample's number."""
@@ -74,8 +78,7 @@ class EpisodeStore:
         with self._lock, _reading(self.folder):
             parts = self._parts()
             self._next = max((number for number, _ in parts), default=0) + 1
-            for leftover in self._episodes.glob(".*.parquet.*"):  # of a process that was killed while it wrote
-                leftover.unlink(missing_ok=True)
+            remove_leftovers(self._episodes)
             self._scores = [_scores_of(pl.read_parquet(path)) for _, path in parts]
             if (path := self.folder / JUDGEMENTS_NAME).exists():
                 self._judgements = pl.read_parquet(path)
@@ -96,29 +99,27 @@ class EpisodeStore:
             for (label, place, sample), step, episode in played
         ]
         with self._lock:
-            self._write_part(episodes_frame(rows))
+            self._episodes.mkdir(parents=True, exist_ok=True)
+            write_parquet(self._episodes / f"{self._next:06d}.parquet", episodes_frame(rows))
+            self._next += 1
             self._scores.append(_scored(played))
 
     def finish(self) -> None:
         """Merges the many files into few, each sample once; a kill meanwhile loses nothing.
 
+        Files that are full already are left as they are, and no more than one such file's episodes are held at once.
+
         Raises:
             OSError: the folder cannot be written.
+            RunFolderError: a file cannot be read.
         """
         with self._lock, _reading(self.folder):
-            parts = self._parts()
-            if len(parts) <= 1:
-                return
-            frame = _each_once(pl.concat([pl.read_parquet(path) for _, path in parts], rechunk=False))
-            for rows in frame.iter_slices(_MERGED_ROWS):
-                self._write_part(rows)
-            for _, path in parts:
-                path.unlink(missing_ok=True)
-
-    def _write_part(self, frame: pl.DataFrame) -> None:
-        self._episodes.mkdir(parents=True, exist_ok=True)
-        write_parquet(self._episodes / f"{self._next:06d}.parquet", frame)
-        self._next += 1
+            parts = _read_parts([path for _, path in self._parts()])
+            for part in parts:
+                if part.latest.is_empty():  # later files hold all that is in it
+                    part.path.unlink(missing_ok=True)
+            for batch in _batches([part for part in parts if not part.latest.is_empty()]):
+                _merge(batch)
 
     # --- reading ------------------------------------------------------------------------------------------------------
 
@@ -181,8 +182,65 @@ class EpisodeStore:
         return sorted((int(name[1]), path) for name, path in named if name)
 
 
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A file of episodes."""
+
+    path: Path
+    rows: int
+    latest: pl.Series
+    """Numbers of its rows of which no later row, in it or in a later file, is a record of the same sample."""
+
+    @property
+    def is_each_once(self) -> bool:
+        return len(self.latest) == self.rows
+
+
+def _read_parts(paths: Sequence[Path]) -> list[_Part]:
+    """Reads the key columns alone."""
+    frames = [pl.read_parquet(path, columns=_RECORD_KEY) for path in paths]
+    numbered = [
+        frame.with_row_index("row").with_columns(pl.lit(number, pl.UInt32).alias("part"))
+        for number, frame in enumerate(frames)
+    ]
+    latest = _each_once(pl.concat(numbered)).partition_by("part", as_dict=True) if numbered else {}
+    none = pl.Series("row", dtype=pl.UInt32)
+    return [
+        _Part(path, frame.height, latest[number,]["row"] if (number,) in latest else none)
+        for number, (path, frame) in enumerate(zip(paths, frames, strict=True))
+    ]
+
+
+def _batches(parts: Sequence[_Part]) -> Iterator[list[_Part]]:
+    """Neighbours that fit into one file together, in their order; cut again after they were merged, they are one a batch."""
+    batch: list[_Part] = []
+    rows = 0
+    for part in parts:
+        if batch and rows + len(part.latest) > _MERGED_ROWS:
+            yield batch
+            batch, rows = [], 0
+        batch.append(part)
+        rows += len(part.latest)
+    if batch:
+        yield batch
+
+
+def _merge(batch: Sequence[_Part]) -> None:
+    """Makes one file of several, each sample once.
+
+    It takes the place of the last: later than all that the others held, and no later than what came after them. They go when
+    it is there, so that of a kill between nothing stays but earlier records of the same samples.
+    """
+    *earlier, last = batch
+    if not earlier and last.is_each_once:
+        return
+    write_parquet(last.path, pl.concat([pl.read_parquet(part.path)[part.latest] for part in batch]))
+    for part in earlier:
+        part.path.unlink(missing_ok=True)
+
+
 def _each_once(frame: pl.DataFrame) -> pl.DataFrame:
-    return frame.unique(["label", "group", "member"], keep="last", maintain_order=True)
+    return frame.unique(_RECORD_KEY, keep="last", maintain_order=True)
 
 
 def _scored(played: Sequence[PlayedSample]) -> pl.DataFrame:

@@ -17,6 +17,7 @@ import numpy as np
 import polars as pl
 
 from searchr1_async.episodes.types import Episode, Group, Passage, Question, SearchCall, StopReason, Turn
+from searchr1_async.watch.metadata import metadata_json
 
 REWARD_PART = pl.Struct({"name": pl.String, "value": pl.Float64})
 
@@ -233,9 +234,7 @@ def _frame(rows: Sequence[EpisodeRow]) -> pl.DataFrame:
         "question": _storable(question.question for question in questions),
         "golden_answers": _texts([question.golden_answers for question in questions]),
         "data_source": _storable(question.data_source for question in questions),
-        "metadata": [
-            json.dumps(dict(q.metadata), default=str, skipkeys=True) if q.metadata else "{}" for q in questions
-        ],
+        "metadata": [metadata_json(question.metadata) for question in questions],
         "place": [row.place for row in rows],
         "group": [row.group for row in rows],
         "member": [row.member for row in rows],

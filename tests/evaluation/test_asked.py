@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
@@ -20,6 +22,7 @@ from searchr1_async.evaluation.asked import (
     read_questions,
 )
 from searchr1_async.evaluation.store import write_parquet
+from searchr1_async.watch.rows import storable
 from tests.watch.builders import HOSTILE
 
 
@@ -99,3 +102,25 @@ def test_a_folder_without_them_is_told(tmp_path: Path) -> None:
     (tmp_path / QUESTIONS_NAME).write_bytes(b"PAR1 torn")
     with pytest.raises(RunFolderError, match="questions cannot be read from"):
         read_questions(tmp_path)
+
+
+def test_lone_surrogates_are_kept_as_what_a_file_can_hold(tmp_path: Path) -> None:
+    asked = [Question(f"id{HOSTILE}", f"who? {HOSTILE}", (HOSTILE, "a"), f"s{HOSTILE}", {HOSTILE: [HOSTILE]})]
+    write_parquet(tmp_path / QUESTIONS_NAME, questions_frame(asked))
+    read = questions_of(read_questions(tmp_path))
+    kept = storable(HOSTILE)
+    metadata = {joined(HOSTILE): [joined(HOSTILE)]}
+    assert read == {f"s{kept}": (Question(f"id{kept}", f"who? {kept}", (kept, "a"), f"s{kept}", metadata),)}
+
+
+def joined(text: str) -> str:
+    return json.loads(json.dumps(text))
+
+
+def test_what_is_asked_is_the_same_after_the_disk_where_metadata_hold_sets_and_odd_keys(tmp_path: Path) -> None:
+    metadata: dict[Any, Any] = {"gold_passages": {"p2", "p1"}, ("a", 1): "x"}
+    asked = [Question("1", "who?", ("me",), "a", metadata)]
+    write_parquet(tmp_path / QUESTIONS_NAME, questions_frame(asked))
+    (read,) = questions_of(read_questions(tmp_path))["a"]
+    assert read.metadata == {"gold_passages": ["p1", "p2"], '["a", 1]': "x"}
+    assert questions_digest(questions_frame([read])) == questions_digest(questions_frame(asked))

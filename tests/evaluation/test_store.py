@@ -1,10 +1,16 @@
 from __future__ import annotations
 
 import gc
+import os
 import tempfile
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+import polars as pl
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -85,37 +91,144 @@ def test_a_file_that_cannot_be_read_is_told(tmp_path: Path) -> None:
             read()
 
 
-@pytest.mark.parametrize("killed_after", [0, 1, 2, 3])
-def test_a_kill_while_merging_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_after: int) -> None:
-    """Killed after so many of its deletions; a kill between its files' writing is that of 0."""
-    store = EpisodeStore(tmp_path)
-    store.write([played("a", 0, 0, None)])
-    store.write([played("a", 0, 0, 1.0), played("a", 1, 0)])
-    store.write([played("a", 2, 0), played("b", 2, 0)])
-    whole = store.scores()
-    monkeypatch.setattr(store_module, "_MERGED_ROWS", 2)
-    unlink, done = Path.unlink, iter(range(killed_after))
+class Killed(BaseException):
+    """The end of a process, in the midst of its work."""
 
-    def until_killed(path: Path, missing_ok: bool = False) -> None:
-        if next(done, None) is None:
-            raise KeyboardInterrupt
-        unlink(path, missing_ok)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "unlink", until_killed)
-        if killed_after < 3:
-            with pytest.raises(KeyboardInterrupt):
-                store.finish()
-        else:
-            store.finish()
+@contextmanager
+def killed_after(operations: int) -> Iterator[None]:
+    """Does so many of what changes the disk, then nothing any more, as a process does that was killed."""
+    left = iter(range(operations))
+
+    def until_killed(operation: Callable[..., Any]) -> Callable[..., Any]:
+        def operate(*arguments: Any, **named: Any) -> Any:
+            if next(left, None) is None:
+                raise Killed
+            return operation(*arguments, **named)
+
+        return operate
+
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in ((os, "fsync"), (Path, "replace"), (Path, "unlink")):
+            patch.setattr(owner, name, until_killed(getattr(owner, name)))
+        yield
+
+
+def rows_of(folder: Path) -> list[int]:
+    """Of each file, in their order."""
+    return [pl.read_parquet(folder / "episodes" / name).height for name in parts(folder)]
+
+
+def states(folder: Path) -> dict[str, tuple[int, int]]:
+    """What tells a file from one that was written in its place."""
+    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in (folder / "episodes").iterdir()}
+
+
+def write_session(folder: Path) -> EpisodeStore:
+    """Failed episodes that were played again, within a file, in the next and in a later one."""
+    store = EpisodeStore(folder)
+    store.write([played("a", 0, 0, None), played("a", 4, 0)])
+    store.write([played("a", 0, 0, 1.0), played("a", 1, 0, None), played("a", 1, 0, 0.0)])
+    store.write([played("a", 2, 0, None), played("b", 2, 0)])
+    store.write([played("a", 3, 0, None)])
+    store.write([played("b", 0, 0)])
+    store.write([played("a", 2, 0, 0.0), played("a", 3, 0)])
+    return store
+
+
+def test_merged_files_hold_each_sample_once_and_no_neighbours_fit_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "_MERGED_ROWS", 3)
+    store = write_session(tmp_path)
+    whole, episodes = store.scores(), store.episodes("a")
+    store.finish()
+    assert parts(tmp_path) == ["000002.parquet", "000005.parquet", "000006.parquet"], (
+        "the fourth held nothing that counts"
+    )
+    assert rows_of(tmp_path) == [3, 2, 2]
+    store.write([played("a", 4, 0, 0.0)])
+    assert parts(tmp_path)[-1] == "000007.parquet", "what is written after it is later than all"
     again = EpisodeStore(tmp_path)
-    assert again.load() == {("a", 0, 0), ("a", 1, 0), ("a", 2, 0), ("b", 2, 0)}
-    assert again.scores().equals(whole)
+    again.load()
+    assert again.scores().filter(place=4)["exact_match"].to_list() == [0.0]
+    assert again.scores().filter(pl.col("place") != 4).equals(whole.filter(pl.col("place") != 4))
+    assert again.episodes("a")[:-1] == episodes[:-1]
+
+
+def test_files_that_are_full_are_not_touched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "_MERGED_ROWS", 4)
+    store = EpisodeStore(tmp_path)
+    for place in range(10):
+        store.write([played("a", place, 0, None if place == 9 else 1.0)])
+    store.finish()
+    assert rows_of(tmp_path) == [4, 4, 2]
+    before = states(tmp_path)
+    store.finish()
+    assert states(tmp_path) == before
+    again = EpisodeStore(tmp_path)
+    again.load()
+    again.write([played("a", 9, 0, 1.0), played("a", 10, 0)])
     again.finish()
-    assert again.frame().collect().height == 4
-    last = EpisodeStore(tmp_path)
-    last.load()
-    assert last.scores().equals(whole)
+    assert parts(tmp_path) == ["000004.parquet", "000008.parquet", "000011.parquet"]
+    now = states(tmp_path)
+    assert {name for name in now if now[name] == before.get(name)} == {"000004.parquet", "000008.parquet"}
+    assert rows_of(tmp_path) == [4, 4, 3]
+    again.write([played("a", 0, 0, 0.0)])
+    again.finish()
+    assert rows_of(tmp_path) == [3, 4, 4], "the record that it replaced is gone"
+
+
+def test_merging_holds_no_more_than_one_files_episodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted where it is most, in front of each writing, over all tables that are alive; the merged one is a second."""
+    monkeypatch.setattr(store_module, "_MERGED_ROWS", 8)
+    store = EpisodeStore(tmp_path)
+    for first in range(0, 28, 2):
+        store.write([played("a", first, 0), played("a", first + 1, 0)])
+    held: list[int] = []
+    write = store_module.write_parquet
+
+    def counting(path: Path, frame: pl.DataFrame) -> None:
+        alive = [each for each in gc.get_objects() if type(each) is pl.DataFrame]
+        held.append(sum(each.height for each in alive if "transcript" in each.columns))
+        write(path, frame)
+
+    monkeypatch.setattr(store_module, "write_parquet", counting)
+    store.finish()
+    assert rows_of(tmp_path) == [8, 8, 8, 4]
+    assert len(held) == 4
+    assert 8 <= max(held) <= 2 * 8
+
+
+def test_a_kill_while_merging_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After each of its operations in turn, and again in the merging that follows."""
+    monkeypatch.setattr(store_module, "_MERGED_ROWS", 3)
+    whole = write_session(tmp_path / "whole")
+    samples = {("a", place, 0) for place in range(5)} | {("b", 0, 0), ("b", 2, 0)}
+    was_killed, operations = True, 0
+    while was_killed:
+        folder = tmp_path / str(operations)
+        store, was_killed = write_session(folder), False
+        for _ in range(2):
+            try:
+                with killed_after(operations):
+                    store.finish()
+            except Killed:
+                was_killed = True
+            store = EpisodeStore(folder)
+            assert store.load() == samples
+            assert store.scores().equals(whole.scores())
+            assert store.episodes("a") == whole.episodes("a")
+        store.finish()
+        assert rows_of(folder) == [3, 2, 2]
+        assert not list((folder / "episodes").glob(".*"))
+        last = EpisodeStore(folder)
+        assert last.load() == samples
+        assert last.scores().equals(whole.scores())
+        operations += 1
+    assert operations == 10, (
+        "two files, each written, put in place and followed by its neighbour's end, and one that only goes"
+    )
 
 
 def test_verdicts_are_kept_and_asked_for_once(tmp_path: Path) -> None:
@@ -176,12 +289,15 @@ CORRECT = st.sampled_from([None, 0.0, 1.0])
 
 
 class StoreMachine(RuleBasedStateMachine):
-    """Sessions that write, merge, judge, and are followed by others: the newest record of each sample stays, whatever the order."""
+    """Sessions that write, merge, judge, are killed, and are followed by others: the newest record of each sample stays, whatever
+    the order."""
 
     def __init__(self) -> None:
         super().__init__()
         self._scratch = tempfile.TemporaryDirectory()
         self._folder = Path(self._scratch.name)
+        self._patch = pytest.MonkeyPatch()
+        self._patch.setattr(store_module, "_MERGED_ROWS", 3)
         self._store = EpisodeStore(self._folder)
         self._newest: dict[SampleKey, float | None] = {}
         self._verdicts: dict[SampleKey, float | None] = {}
@@ -194,6 +310,18 @@ class StoreMachine(RuleBasedStateMachine):
     @rule()
     def finish(self) -> None:
         self._store.finish()
+        if not self._newest:
+            return
+        self._holds_each_once()
+        before = states(self._folder)
+        self._store.finish()
+        assert states(self._folder) == before
+
+    @rule(operations=st.integers(0, 9))
+    def is_killed_while_it_merges(self, operations: int) -> None:
+        with suppress(Killed), killed_after(operations):
+            self._store.finish()
+        self.begin_a_session()
 
     @rule()
     def begin_a_session(self) -> None:
@@ -215,6 +343,12 @@ class StoreMachine(RuleBasedStateMachine):
         found = {tuple(row[:3]): row[3:] for row in self._store.scores().select(columns).iter_rows()}
         assert found == {key: (correct, self._verdicts.get(key)) for key, correct in self._newest.items()}
 
+    def _holds_each_once(self) -> None:
+        frame = self._store.frame().select("label", "group", "member").collect()
+        assert sorted(frame.iter_rows()) == sorted(self._newest)
+        rows = rows_of(self._folder)
+        assert all(left + right > 3 for left, right in pairwise(rows)), rows
+
     def _holds_its_episodes(self) -> None:
         for system in "ab":
             told = [each.reward_parts.get("correct") for each in self._store.episodes(system)]
@@ -222,8 +356,9 @@ class StoreMachine(RuleBasedStateMachine):
             assert told == [correct for _, correct in own]
 
     def teardown(self) -> None:
+        self._patch.undo()
         self._scratch.cleanup()
 
 
 TestInterleavings = StoreMachine.TestCase
-TestInterleavings.settings = settings(max_examples=12, stateful_step_count=12, deadline=None)
+TestInterleavings.settings = settings(max_examples=12, stateful_step_count=14, deadline=None)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import resource
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from searchr1_async.episodes.types import Episode, Group, Passage, Question, SearchCall, StopReason, Turn
-from searchr1_async.watch import records as records_module
 from searchr1_async.watch.records import GroupOutcome, RunRecords
 from searchr1_async.watch.rows import (
     EPISODE_SCHEMA,
@@ -137,13 +137,16 @@ def test_a_resumed_run_forgets_what_came_after_its_resume_point(tmp_path: Path) 
     records.write_evaluation("untrained", [episode()], step=0)
     records.write_evaluation("midway", [episode()], step=3)
     records.write_evaluation("elsewhere", [episode()])
-    (tmp_path / "episodes" / "step-000009.parquet.partial").write_bytes(b"half")
+    (tmp_path / "episodes" / ".step-000003.parquet.4711").write_bytes(b"half")
     records.truncate_after(2)
     assert records.metrics()["step"].to_list() == [1, 2]
     assert records.episodes().collect()["step"].unique().sort().to_list() == [1, 2]
     assert records.groups().collect()["step"].to_list() == [1, 2]
     assert records.evaluation_labels() == ("untrained", "elsewhere")
-    assert not list(tmp_path.rglob("*.partial"))
+    assert sorted(path.name for path in (tmp_path / "episodes").iterdir()) == [
+        "step-000001.parquet",
+        "step-000002.parquet",
+    ]
     records.write_step(3, [GroupOutcome(0, group())], {"a": 30})
     assert records.metrics()["a"].to_list() == [1, 2, 30]
 
@@ -165,19 +168,20 @@ def test_evaluations_keep_their_order_and_replace_their_label(tmp_path: Path) ->
     assert list(zip(rows["group"], rows["member"], strict=True)) == [(0, 0), (1, 0), (0, 1)]
 
 
-def test_a_write_that_fails_leaves_the_earlier_file_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_earlier_file_whole(tmp_path: Path) -> None:
+    """An error of the system's, which is told as one, and nothing beside the file."""
     records = RunRecords(tmp_path)
     records.write_step(1, [GroupOutcome(0, group())], {"a": 1})
-
-    def no_space(descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(records_module.os, "fsync", no_space)
-    with pytest.raises(OSError, match="No space"):
-        records.write_step(1, [], {"a": 2})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            records.write_step(1, [GroupOutcome(0, group(corrects=[1.0] * 9))], {"a": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert records.metrics()["a"].to_list() == [1]
     assert records.episodes().collect().height == 2
-    assert not list(tmp_path.rglob("*.partial"))
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {"step-000001.parquet"}
 
 
 def test_a_metric_that_is_no_number_is_refused_before_anything_is_written(tmp_path: Path) -> None:
