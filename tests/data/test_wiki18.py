@@ -22,6 +22,7 @@ import pytest
 from chromadb.config import Settings
 
 from searchr1_async.__main__ import main
+from searchr1_async.commands.wiki18 import plan_of
 from searchr1_async.data import download as downloading
 from searchr1_async.data import wiki18
 from searchr1_async.data.download import report
@@ -209,7 +210,7 @@ async def test_too_little_room_is_said_before_anything_is_fetched(
     with pytest.raises(StoreError) as failure:
         await fetch()
     for size in (len(archive), unpacked, free, 30_000_000):
-        assert wiki18._gigabytes(size) in str(failure.value)
+        assert wiki18.gigabytes(size) in str(failure.value)
     assert hub.answers == {}
 
 
@@ -341,3 +342,77 @@ def test_the_memory_is_said_as_it_was_measured() -> None:
     """3.7 KB a vector at 768 dimensions; 78 GB for the whole of Wikipedia's 21 million passages."""
     assert Collection("wiki_embeddings", 1, 768).memory == pytest.approx(3_700, rel=0.01)
     assert Collection("wiki_embeddings", 21_015_324, 768).memory == pytest.approx(78e9, rel=0.01)
+
+
+@pytest.mark.slow
+async def test_a_compact_index_is_made_all_the_way_and_the_rest_deleted(
+    hub: Hub, fetch: Callable[..., Any], archive: bytes, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "a folder"
+    arguments = ["wiki18", "--compact", "--folder", str(folder), "--repository", hub.repository, "--endpoint", hub.url]
+    assert await anyio.to_thread.run_sync(main, [*arguments, "--keep"]) == 0
+    told = capfd.readouterr()
+    assert names_in(folder) == {"chroma", "compact", "source.json"}
+    assert told.err.index(" at its peak it takes ") < told.err.index("download: ")
+    assert f"{PASSAGES:,} passages, {DIMENSION} dimensions" in told.out
+    assert f"python -m searchr1_async serve '{folder / 'compact'}'" in told.out
+    asked = hub.requests
+    assert await anyio.to_thread.run_sync(main, arguments) == 0
+    assert hub.requests == asked
+    assert names_in(folder) == {"compact", "source.json"}
+    assert capfd.readouterr().out == told.out
+    assert await anyio.to_thread.run_sync(main, [*arguments, "--vectors", "int8"]) == 1
+    assert "holds float16 vectors" in capfd.readouterr().err
+
+
+async def test_a_compact_index_that_does_not_fit_is_said_before_anything_is_fetched(
+    hub: Hub,
+    fetch: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    free = 1_000_000_000
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12 - free, free))  # type: ignore[attr-defined]
+    arguments = [
+        "wiki18",
+        "--compact",
+        "--folder",
+        str(tmp_path),
+        "--repository",
+        hub.repository,
+        "--endpoint",
+        hub.url,
+    ]
+    assert await anyio.to_thread.run_sync(main, arguments) == 1
+    assert "where 1.0 GB are free: free " in capfd.readouterr().err
+    assert hub.answers == {}
+    assert names_in(tmp_path) == set()
+
+
+async def test_half_a_deleted_index_is_not_taken_for_whole(
+    hub: Hub, fetch: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await fetch()
+
+    def killed(path: Path, **_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda path, **options: None if options else killed(path))
+        with pytest.raises(KeyboardInterrupt):
+            wiki18.delete_index(tmp_path / "wiki")
+    assert (await fetch()).is_new
+
+
+def test_the_peak_is_that_of_the_larger_step() -> None:
+    gigabyte = 10**9
+    sizes = wiki18.FetchSizes(there=0, to_fetch=52 * gigabyte, unpacked=140 * gigabyte)
+    index = 50 * gigabyte
+    spare = 1 << 30
+    assert plan_of(sizes, index, is_kept=False).peak == (140 + 52) * gigabyte + spare
+    assert plan_of(sizes, 60 * gigabyte, is_kept=False).peak == (140 + 60) * gigabyte + spare
+    assert plan_of(sizes, index, is_kept=True).peak == (140 + 52 + 50) * gigabyte + spare
+    there = wiki18.FetchSizes(there=52 * gigabyte, to_fetch=0, unpacked=140 * gigabyte)
+    assert plan_of(there, index, is_kept=False).peak == 140 * gigabyte + spare
+    assert plan_of(wiki18.FetchSizes(0, 0, 0), index, is_kept=False).peak == index + spare

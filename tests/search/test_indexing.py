@@ -17,7 +17,7 @@ import pytest
 from searchr1_async.data import load_corpus
 from searchr1_async.episodes.types import Passage
 from searchr1_async.errors import CorpusError, EmbeddingError, StoreError
-from searchr1_async.search import Search, index_builder
+from searchr1_async.search import Search, index_builder, passage_embedding
 from searchr1_async.search.indexing import LocalIndex, passage_text
 from searchr1_async.search.stores import EmbeddedChroma
 
@@ -34,8 +34,8 @@ def many() -> list[Passage]:
 @pytest.fixture(autouse=True)
 def _small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index_builder, "WINDOW", 8)
-    monkeypatch.setattr(index_builder, "PASSAGES_A_REQUEST", 4)
-    monkeypatch.setattr(index_builder, "PASSAGES_AT_ONCE", 4)
+    monkeypatch.setattr(passage_embedding, "PASSAGES_A_REQUEST", 4)
+    monkeypatch.setattr(passage_embedding, "PASSAGES_AT_ONCE", 4)
 
 
 async def test_it_is_built_once_with_progress(many: list[Passage], embedder: Any, tmp_path: Path) -> None:
@@ -124,11 +124,11 @@ async def test_another_index_or_foreign_files_are_not_touched(
         Search.local(many, path=tmp_path / "index", embedder=make_embedder(dimension=64)),
     ):
         with pytest.raises(StoreError, match="give another path"):
-            await other.open()
+            await other.connect()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     with pytest.raises(StoreError, match="no index of this package"):
-        await Search.local(many, path=tmp_path / "mine", embedder=embedder).open()
+        await Search.local(many, path=tmp_path / "mine", embedder=embedder).connect()
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
 
 
@@ -159,14 +159,14 @@ async def test_a_bad_corpus_is_refused_before_anything_is_embedded(embedder: Any
     rows = [{"id": str(number % 30), "title": "", "text": "words"} for number in range(31)]
     file.write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(CorpusError, match=r"line 31 has the same id '0' as .*line 1"):
-        await Search.local(file, embedder=embedder).open()
+        await Search.local(file, embedder=embedder).connect()
     assert embedder.passage_batches == []
 
 
 async def test_a_folder_that_cannot_be_written(many: list[Passage], embedder: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="cannot be written"):
-        await Search.local(many, path=tmp_path / "file" / "index", embedder=embedder).open()
+        await Search.local(many, path=tmp_path / "file" / "index", embedder=embedder).connect()
 
 
 def test_the_title_stands_in_front_unless_the_text_names_it() -> None:

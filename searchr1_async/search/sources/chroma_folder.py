@@ -151,8 +151,9 @@ class _Opened:
     def _read_segment(self, own_id: str) -> int:
         """The HNSW files and what is in the log only; the number of the last change."""
         folder = self._folder / own_id
-        # Before the first 1,000 rows, by default, nothing is written but the log.
-        self._segment = HnswSegment(folder, self._dimension) if (folder / "header.bin").exists() else None
+        # Before the first 1,000 changes, by default, all is in the log only, though the other files lie there already.
+        is_written = (folder / "index_metadata.pickle").exists()
+        self._segment = HnswSegment(folder, self._dimension) if is_written else None
         changes = {str(row[0]): _number(row[1]) for row in self._all("SELECT segment_id, seq_id FROM max_seq_id")}
         ((logged,),) = self._all("SELECT max(seq_id) FROM embeddings_queue WHERE topic LIKE ?", self._topic)
         passages = changes.get(self._metadata, 0)
