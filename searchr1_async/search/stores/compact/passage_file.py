@@ -39,7 +39,11 @@ class PassageWriter:
             self._end = int(np.fromfile(folder / OFFSETS_NAME, "<u8", 1, offset=OFFSET_BYTES * rows)[0])
         else:
             self._offsets.write(bytes(OFFSET_BYTES))
-        self._lines = AppendedFile(folder / PASSAGES_NAME, self._end)
+        try:
+            self._lines = AppendedFile(folder / PASSAGES_NAME, self._end)
+        except OSError:
+            self._offsets.close()
+            raise
 
     def append(self, passages: Sequence[Passage]) -> None:
         """Writes passages; they are safe from a kill, not from a power cut before :meth:`sync`."""

@@ -56,7 +56,11 @@ class VectorWriter:
     def __init__(self, folder: Path, dimension: int, kind: VectorType, rows: int) -> None:
         self._kind = kind
         self._vectors = AppendedFile(folder / VECTORS_NAME, rows * dimension * (2 if kind == "float16" else 1))
-        self._scales = AppendedFile(folder / SCALES_NAME, 4 * rows) if kind == "int8" else None
+        try:
+            self._scales = AppendedFile(folder / SCALES_NAME, 4 * rows) if kind == "int8" else None
+        except OSError:
+            self._vectors.close()
+            raise
 
     def append(self, vectors: Vectors) -> None:
         """Writes rows ``[rows, dimension]``; they are safe from a kill, not from a power cut before :meth:`sync`."""

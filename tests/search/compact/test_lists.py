@@ -1,0 +1,170 @@
+"""Inverted lists: how many, where their centres lie, and codes that are put into them."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from searchr1_async.errors import StoreError
+from searchr1_async.search.embedders.base import Vectors
+from searchr1_async.search.sources.base import Metric
+from searchr1_async.search.stores.compact.codes import Codes, empty_codes, load_codes, save_codes
+from searchr1_async.search.stores.compact.index import ready_vectors
+from searchr1_async.search.stores.compact.lists import (
+    MOST_LISTS,
+    MOST_SAMPLED,
+    learn_centres,
+    lists_for,
+    quantiser_of,
+    sample_size,
+    shared_out,
+)
+from tests.search.compact.arrays import clustered, scores_of
+
+MANY = 1_100
+"""Lists, so many that a graph finds the nearest."""
+
+
+@given(sizes=st.lists(st.integers(0, 1_000), min_size=1, max_size=40), share=st.floats(0, 1))
+def test_shares_sum_to_the_total_and_none_is_above_its_size(sizes: list[int], share: float) -> None:
+    sizes[0] += 1
+    total = int(share * sum(sizes))
+    shares = shared_out(total, sizes)
+    assert sum(shares) == total
+    assert all(0 <= own <= size for own, size in zip(shares, sizes, strict=True))
+    wanted = [total * size / sum(sizes) for size in sizes]
+    assert all(abs(own - exact) < 1 + 1e-9 for own, exact in zip(shares, wanted, strict=True)), "in proportion"
+
+
+@given(count=st.integers(1, 10**9))
+def test_lists_and_samples_fit_any_count(count: int) -> None:
+    lists = lists_for(count)
+    assert 1 <= lists <= min(MOST_LISTS, count)
+    assert lists <= lists_for(count + 1)
+    size = sample_size(count, lists)
+    assert min(lists, MOST_SAMPLED) <= size <= min(count, MOST_SAMPLED)
+
+
+def test_lists_of_all_of_wikipedia() -> None:
+    count = 21_015_324
+    lists = lists_for(count)
+    assert math.sqrt(count) < lists <= MOST_LISTS
+    assert sample_size(count, lists) == MOST_SAMPLED
+
+
+@pytest.mark.parametrize("lists", [1, 7, 300, MANY])
+def test_centres_are_those_of_the_sample_and_come_out_equal(lists: int) -> None:
+    sample = clustered(5_000, 16)
+    centres = learn_centres(sample, lists, 3)
+    assert centres.shape == (lists, 16)
+    assert centres.dtype == np.float32
+    assert np.isfinite(centres).all()
+    np.testing.assert_array_equal(centres, learn_centres(sample, lists, 3))
+    if lists == 1:
+        np.testing.assert_allclose(centres[0], sample[:512].mean(axis=0), atol=0.1)
+    # Clusters, and not any rows: they lie nearer to the vectors than as many rows drawn by chance.
+    else:
+        drawn = sample[np.random.default_rng(0).choice(5_000, lists, replace=False)]
+        assert errors(sample, centres) < 0.95 * errors(sample, drawn)
+
+
+def errors(vectors: Vectors, centres: Vectors) -> float:
+    """Mean squared distance to the nearest centre."""
+    lengths = (centres.astype(np.float64) ** 2).sum(axis=1)
+    distances = (vectors.astype(np.float64) ** 2).sum(axis=1)[:, None] + lengths - 2 * vectors @ centres.T
+    return float(distances.min(axis=1).mean())
+
+
+@pytest.mark.parametrize("sample", [np.zeros((40, 16), np.float32), np.ones((40, 16), np.float32), clustered(5, 16)])
+def test_a_sample_of_one_point_or_of_few_has_centres(sample: Vectors) -> None:
+    centres = learn_centres(sample, 5, 1)
+    assert centres.shape == (5, 16)
+    assert np.isfinite(centres).all()
+
+
+@pytest.mark.parametrize("metric", ["l2", "ip"])
+@pytest.mark.parametrize("lists", [50, MANY])
+def test_the_nearest_list_is_found(lists: int, metric: Metric) -> None:
+    centres, vectors = clustered(lists, 16), clustered(300, 16, seed=1)
+    quantiser: Any = quantiser_of(centres, metric)
+    assert hasattr(quantiser, "hnsw") == (lists == MANY)
+    found = quantiser.search(vectors, 1)[1][:, 0]
+    share = (found == scores_of(vectors, centres, metric).argmax(axis=1)).mean()
+    assert share > (0.999 if lists == 50 else 0.8)
+
+
+def codes_of(vectors: Vectors, lists: int, metric: Metric) -> Any:
+    vectors = ready_vectors(vectors, metric)
+    index = empty_codes(learn_centres(vectors, lists, 1), vectors[:1_000], metric)
+    for part in np.array_split(vectors, 4):
+        index.add(part)
+    return index
+
+
+@pytest.mark.parametrize("metric", ["cosine", "l2", "ip"])
+@pytest.mark.parametrize("lists", [20, MANY])
+def test_codes_find_most_of_the_nearest(metric: Metric, lists: int) -> None:
+    vectors = clustered(6_000)
+    codes = Codes(codes_of(vectors, lists, metric), threads=1)
+    assert codes.count == codes.list_sizes().sum() == len(vectors)
+    assert len(codes.list_sizes()) == lists
+    queries = vectors[::200] + 0.02 * np.random.default_rng(2).standard_normal((30, 64)).astype(np.float32)
+    exact = np.argsort(-scores_of(queries, vectors, metric), axis=1)[:, :3]
+    found = codes.search(ready_vectors(queries, metric), 100, lists)
+    assert found.shape == (30, 100)
+    assert (exact[:, :, None] == found[:, None]).any(axis=2).mean() > 0.95
+    for row in codes.search(ready_vectors(queries, metric), 400, 1):
+        real = row[row >= 0]
+        assert len(set(real.tolist())) == len(real)
+        assert (row[len(real) :] == -1).all(), "a list holds fewer than were asked for: the rest is none"
+
+
+def test_a_search_is_the_same_in_any_number_of_threads() -> None:
+    vectors = clustered(3_000)
+    index = codes_of(vectors, 30, "l2")
+    one, two = (Codes(index, threads).search(vectors[:64], 50, 5) for threads in (1, 2))
+    np.testing.assert_array_equal(one, two)
+
+
+def test_saved_codes_go_on_growing_as_if_nothing_had_been(tmp_path: Path) -> None:
+    vectors = clustered(3_000)
+    centres = learn_centres(vectors, MANY, 1)
+    whole, begun = empty_codes(centres, vectors, "l2"), empty_codes(centres, vectors[:500], "l2")
+    whole.add(vectors)
+    begun.add(vectors[:1_000])
+    save_codes(begun, tmp_path / "begun")
+    resumed = load_codes(tmp_path / "begun", mapped=False)
+    resumed.add(vectors[1_000:])
+    save_codes(whole, tmp_path / "whole")
+    save_codes(resumed, tmp_path / "resumed")
+    assert (tmp_path / "whole").read_bytes() == (tmp_path / "resumed").read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"begun", "whole", "resumed"}
+    mapped = Codes(load_codes(tmp_path / "whole", mapped=True), 1)
+    np.testing.assert_array_equal(mapped.search(vectors[:50], 20, 30), Codes(whole, 1).search(vectors[:50], 20, 30))
+
+
+def test_what_is_no_file_of_faiss_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "codes.faiss"
+    save_codes(codes_of(clustered(500), 3, "l2"), path)
+    content = path.read_bytes()
+    for broken in (b"", b"no index at all", content[:100], content[: len(content) // 2]):
+        path.write_bytes(broken)
+        for mapped in (False, True):
+            with pytest.raises(StoreError, match=r"codes\.faiss is no file that faiss reads"):
+                load_codes(path, mapped=mapped)
+
+
+def test_codes_that_cannot_be_written_leave_nothing(tmp_path: Path) -> None:
+    index = codes_of(clustered(500), 3, "l2")
+    with pytest.raises(OSError, match=r"faiss cannot write .*codes\.faiss"):
+        save_codes(index, tmp_path / "missing" / "codes.faiss")
+    (tmp_path / "codes.faiss").mkdir()
+    with pytest.raises(OSError, match=r"codes\.faiss"):
+        save_codes(index, tmp_path / "codes.faiss")
+    assert [path.name for path in tmp_path.iterdir()] == ["codes.faiss"]

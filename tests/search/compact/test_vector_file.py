@@ -1,0 +1,223 @@
+"""Vectors on disk, compared with candidates and with all, held against plain NumPy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from searchr1_async.search.embedders.base import Vectors
+from searchr1_async.search.sources.base import Metric
+from searchr1_async.search.stores.compact import vector_file
+from searchr1_async.search.stores.compact.appended import AppendedFile
+from searchr1_async.search.stores.compact.index import exact_nearest, rank, ready_vectors
+from searchr1_async.search.stores.compact.layout import SCALES_NAME, VECTORS_NAME, VectorType
+from searchr1_async.search.stores.compact.vector_file import Rows, VectorFile, VectorWriter, quantised, row_bytes
+from tests.search.compact.arrays import clustered, scores_of
+
+COUNT, DIMENSION = 700, 24
+KINDS: tuple[VectorType, ...] = ("float16", "int8")
+METRICS: tuple[Metric, ...] = ("cosine", "l2", "ip")
+
+
+def write(folder: Path, vectors: Vectors, kind: VectorType, rows: int = 0) -> None:
+    writer = VectorWriter(folder, vectors.shape[1], kind, rows)
+    for part in np.array_split(vectors, 3):
+        writer.append(part)
+    writer.sync()
+    writer.close()
+
+
+@pytest.fixture(scope="module")
+def readers() -> Iterator[tuple[ThreadPoolExecutor, int]]:
+    with ThreadPoolExecutor(4) as pool:
+        yield pool, 4
+
+
+def kept(folder: Path, vectors: Vectors, kind: VectorType, readers: tuple[ThreadPoolExecutor, int]) -> VectorFile:
+    write(folder, vectors, kind)
+    return VectorFile(folder, len(vectors), vectors.shape[1], kind, readers)
+
+
+numbers = st.floats(-1e3, 1e3, width=32).filter(lambda number: number == 0 or abs(number) > 1e-20)
+
+
+@settings(max_examples=100, deadline=None)
+@given(arrays.arrays(np.float32, st.tuples(st.integers(1, 5), st.integers(1, 8)), elements=numbers))
+def test_8_bit_numbers_err_by_half_a_step_at_most(vectors: Vectors) -> None:
+    rows, scales = quantised(vectors)
+    assert (rows.dtype, scales.dtype) == (np.int8, np.float32)
+    errors = np.abs(rows.astype(np.float64) * scales[:, None] - vectors)
+    assert (errors <= 0.5001 * scales[:, None]).all()
+    largest = np.abs(vectors).max(axis=1)
+    np.testing.assert_allclose(np.abs(rows).max(axis=1), np.where(largest > 0, 127, 0), atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_come_back_from_anywhere(
+    tmp_path: Path, kind: VectorType, readers: tuple[ThreadPoolExecutor, int]
+) -> None:
+    vectors = clustered(COUNT, DIMENSION)
+    file = kept(tmp_path, vectors, kind, readers)
+    assert len(file) == COUNT
+    size = sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert size == COUNT * row_bytes(DIMENSION, kind)
+    step = np.abs(vectors).max(axis=1, keepdims=True) * (2**-11 if kind == "float16" else 0.51 / 127)
+    chosen = np.random.default_rng(1).integers(COUNT, size=300)
+    for rows in (chosen, chosen[:1], np.arange(COUNT)):
+        assert (np.abs(file.gather(rows) - vectors[rows]) <= step[rows]).all()
+    slabs = list(file.slabs(start=3, size=64))
+    assert [first for first, _ in slabs] == list(range(3, COUNT, 64))
+    np.testing.assert_array_equal(np.concatenate([slab for _, slab in slabs]), file.gather(np.arange(3, COUNT)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_resumed_file_is_that_of_one_writing(tmp_path: Path, kind: VectorType) -> None:
+    vectors = clustered(90, DIMENSION)
+    write(tmp_path, vectors, kind)
+    whole = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for rows in (0, 1, 30, 89):
+        write(tmp_path, vectors[rows:], kind, rows)  # what stands behind goes, whole rows and halves
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == whole
+    for name in whole:
+        content = whole[name]
+        (tmp_path / name).write_bytes(content[:-1])
+        with pytest.raises(OSError, match="is shorter than what was written to it: delete the folder and begin again"):
+            VectorWriter(tmp_path, DIMENSION, kind, 90)
+        (tmp_path / name).write_bytes(content)
+
+
+@settings(max_examples=50, deadline=None)
+@given(parts=st.lists(st.tuples(st.binary(max_size=9), st.booleans()), max_size=8))
+def test_an_appended_file_goes_on_from_what_was_noted(
+    parts: list[tuple[bytes, bool]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Some notes are made, then the process is gone and begins again at the last one."""
+    path = tmp_path_factory.mktemp("appended") / "file"
+    noted, file = b"", AppendedFile(path, 0)
+    written = noted
+    for content, is_kill in parts:
+        file.write(content)
+        written += content
+        assert path.read_bytes() == written, "a kill of the process loses nothing"
+        if is_kill:
+            file.close()
+            file = AppendedFile(path, len(noted))
+            written = noted
+        else:
+            noted = written
+    file.close()
+    assert path.read_bytes() == written
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mapped", [1 << 30, 1], ids=["kept in memory", "let go each time"])
+def test_products_are_those_of_the_kept_rows(
+    tmp_path: Path,
+    kind: VectorType,
+    mapped: int,
+    readers: tuple[ThreadPoolExecutor, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(vector_file, "_MAPPED_BYTES", mapped)
+    file = kept(tmp_path, clustered(COUNT, DIMENSION), kind, readers)
+    queries = clustered(7, DIMENSION, seed=1)
+    rows: Rows = np.random.default_rng(2).integers(COUNT, size=(7, 50))
+    products, lengths = file.products(queries, rows)
+    own = file.gather(rows.ravel()).reshape(7, 50, DIMENSION).astype(np.float64)
+    np.testing.assert_allclose(products, np.einsum("qd,qcd->qc", queries.astype(np.float64), own), atol=1e-5)
+    np.testing.assert_allclose(lengths, (own**2).sum(axis=2), rtol=1e-5)
+    alone = VectorFile(tmp_path, COUNT, DIMENSION, kind).products(queries, rows)
+    np.testing.assert_array_equal(np.stack(alone), np.stack([products, lengths]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("metric", METRICS)
+def test_the_nearest_of_all_are_those_of_a_plain_sort(
+    tmp_path: Path,
+    kind: VectorType,
+    metric: Metric,
+    readers: tuple[ThreadPoolExecutor, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(VectorFile.slabs, "__defaults__", (0, None, 128))
+    file = kept(tmp_path, ready_vectors(clustered(COUNT, DIMENSION), metric), kind, readers)
+    queries = ready_vectors(clustered(40, DIMENSION, seed=1), metric)
+    own_rows = np.arange(0, COUNT, COUNT // 40)[:40]
+    queries[::2] = file.gather(own_rows[::2])  # half of them are rows, which would find themselves
+    own = file.gather(np.arange(COUNT))
+    if metric == "cosine":
+        scores = queries.astype(np.float64) @ own.T.astype(np.float64)  # rows as kept, whose lengths are nearly 1
+    else:
+        scores = scores_of(queries, own, metric)
+    advanced: list[int] = []
+    found = exact_nearest(queries, file, metric, 10, advance=advanced.append)
+    assert advanced == [*range(128, COUNT, 128), COUNT]
+    assert_nearest(found, scores)
+    without = exact_nearest(queries, file, metric, 10, own_rows)
+    assert not (without == own_rows[:, None]).any()
+    scores[np.arange(40), own_rows] = -np.inf
+    assert_nearest(without, scores)
+    # Ranked again, all of them give the same.
+    everything = np.tile(np.random.default_rng(3).permutation(COUNT), (40, 1))
+    ranked = rank(queries, everything, file, metric, 10)
+    assert_nearest(ranked.rows, scores_with(scores, own_rows, queries, own, metric))
+    assert (np.diff(ranked.scores, axis=1) <= 0).all()
+
+
+def assert_nearest(found: Rows, scores: Vectors) -> None:
+    """The scores of what was found are the best ones, in their order, but for rounding."""
+    best = np.sort(scores, axis=1)[:, ::-1][:, : found.shape[1]]
+    np.testing.assert_allclose(np.take_along_axis(scores, found, 1), best, atol=1e-5)
+    assert all(len(set(row)) == len(row) for row in found.tolist())
+
+
+def scores_with(scores: Vectors, own_rows: Rows, queries: Vectors, own: Vectors, metric: Metric) -> Vectors:
+    """With those of each query's own row again."""
+    scores = scores.copy()
+    theirs = own[own_rows].astype(np.float64)
+    products = np.einsum("qd,qd->q", queries.astype(np.float64), theirs)
+    distances = ((queries - theirs) ** 2).sum(axis=1)
+    scores[np.arange(len(own_rows)), own_rows] = 1 - distances / 2 if metric == "l2" else products
+    return scores
+
+
+def test_fewer_rows_than_wanted_and_missing_candidates(tmp_path: Path) -> None:
+    vectors = clustered(3, DIMENSION)
+    write(tmp_path, vectors, "float16")
+    file = VectorFile(tmp_path, 3, DIMENSION, "float16")
+    assert sorted(exact_nearest(vectors[:1], file, "ip", 10)[0].tolist()) == [0, 1, 2]
+    ranked = rank(vectors[:2], np.array([[-1, 2, -1], [0, -1, 1]]), file, "ip", 3)
+    assert ranked.rows[0].tolist() == [2, -1, -1]
+    assert sorted(ranked.rows[1].tolist()) == [-1, 0, 1]
+    assert ranked.rows[1, 2] == -1
+    assert np.isneginf(ranked.scores[ranked.rows < 0]).all()
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_equal_vectors_come_in_the_order_of_their_rows(tmp_path: Path, metric: Metric) -> None:
+    vectors = np.repeat(ready_vectors(clustered(4, DIMENSION), metric), 5, axis=0)
+    write(tmp_path, vectors, "float16")
+    file = VectorFile(tmp_path, 20, DIMENSION, "float16")
+    shuffled = np.tile(np.random.default_rng(1).permutation(20), (4, 1))
+    ranked = rank(vectors[::5], shuffled, file, metric, 5)
+    assert (np.diff(ranked.rows, axis=1) == 1).all()
+
+
+def test_a_file_that_is_too_short_is_not_opened(tmp_path: Path) -> None:
+    write(tmp_path, clustered(9, DIMENSION), "float16")
+    with pytest.raises((OSError, ValueError)):
+        VectorFile(tmp_path, 10, DIMENSION, "float16")
+    (tmp_path / VECTORS_NAME).unlink()
+    with pytest.raises(OSError, match=VECTORS_NAME):
+        VectorFile(tmp_path, 9, DIMENSION, "float16")
+    write(tmp_path, clustered(9, DIMENSION), "int8")
+    (tmp_path / SCALES_NAME).unlink()
+    with pytest.raises(OSError, match=SCALES_NAME):
+        VectorFile(tmp_path, 9, DIMENSION, "int8")
