@@ -108,7 +108,7 @@ class Codes:
         # A graph returns no more lists than it keeps in view. The variable keeps it alive: faiss holds a bare pointer to it.
         graph = None
         if hasattr(made.downcast_index(self._index.quantizer), "hnsw"):
-            graph = made.SearchParametersHNSW(efSearch=max(3 * probes // 2, 64))
+            graph = made.SearchParametersHNSW(efSearch=max(probes, 64))
         parameters = made.IVFRaBitQSearchParameters(nprobe=probes, qb=_QUERY_BITS, quantizer_params=graph)
         return self._index.search(np.ascontiguousarray(vectors), candidates, params=parameters)[1]
 
