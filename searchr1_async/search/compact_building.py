@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -30,7 +31,7 @@ from searchr1_async.search.queries import clean_query
 from searchr1_async.search.sources.base import SourceFacts, VectorSource
 from searchr1_async.search.sources.embedded import EmbeddedCorpus
 from searchr1_async.search.stores.compact.build import CompactBuilder
-from searchr1_async.search.stores.compact.layout import MANIFEST_NAME, CompactManifest, CompactSettings
+from searchr1_async.search.stores.compact.layout import BUILDING_NAME, MANIFEST_NAME, CompactManifest, CompactSettings
 from searchr1_async.search.stores.compact.vector_file import row_bytes
 
 Queries = Sequence[str] | NDArray[np.floating]
@@ -111,7 +112,7 @@ async def build_compact_index(
         emit: told of the phases, of the room that is needed, and of a recall that is not reached.
 
     Raises:
-        ConfigurationError: queries that are texts without an embedder, or that cannot be cleaned.
+        ConfigurationError: queries that are texts without an embedder, or that cannot be cleaned; another embedder than the source's.
         CorpusError: the corpus cannot be used.
         EmbeddingError: the embedder failed for good; what is done is kept.
         StoreError: the source cannot be read, the folder holds something else, or the disk is full; what is done is kept.
@@ -128,9 +129,10 @@ async def build_compact_index(
             async with only_one(place, f"builds the index in {place}"):
                 if (found := await anyio.to_thread.run_sync(_whole, place, facts, settings)) is not None:
                     return CompactReport(place, found, 0.0)
-                await anyio.to_thread.run_sync(_check_room, place, facts, settings, emit)
+                emit(Notice(await anyio.to_thread.run_sync(_check_room, place, facts, settings)))
+                facts = _named(facts, embedder, chosen)
                 vectors = await _query_vectors(queries, chosen, facts, pacing)
-                builder = CompactBuilder(place, own, _named(facts, embedder, chosen), settings, emit, on_progress)
+                builder = CompactBuilder(place, own, facts, settings, emit, on_progress)
                 manifest = await builder.build(vectors)
         except OSError as error:
             raise StoreError(
@@ -162,8 +164,18 @@ async def _source_of(
 
 
 def _named(facts: SourceFacts, embedder: str | Path | Embedder | None, chosen: Embedder | None) -> SourceFacts:
-    """With what the user says of the embedder where the source does not know it."""
-    if chosen is None or facts.embedder is not None:
+    """With what the user says of the embedder where the source does not know it.
+
+    Raises:
+        ConfigurationError: the source's vectors are of another one.
+    """
+    if chosen is None:
+        return facts
+    if facts.embedder_fingerprint not in (None, chosen.fingerprint):
+        raise ConfigurationError(
+            f"the vectors of {facts.name} were made with {facts.embedder or 'another embedder'}, not with {chosen.name}: name that one"
+        )
+    if facts.embedder is not None:
         return facts
     name = str(embedder) if isinstance(embedder, str | Path) else chosen.name
     return replace(facts, embedder=name, embedder_fingerprint=chosen.fingerprint)
@@ -182,8 +194,11 @@ def _whole(place: Path, facts: SourceFacts, settings: CompactSettings) -> Compac
                 f"{place} holds the compact index of {found.source} ({found.vectors}), not of {facts.name} ({settings.vectors}): "
                 "give another folder, or delete that one"
             )
+        shutil.rmtree(
+            place / BUILDING_NAME, ignore_errors=True
+        )  # of a session that was killed right after the manifest
         return found
-    if place.is_dir() and any(place.iterdir()) and not (place / "building").is_dir():
+    if place.is_dir() and any(place.iterdir()) and not (place / BUILDING_NAME).is_dir():
         raise StoreError(f"{place} holds files that are no compact index: give an empty or a new folder")
     place.mkdir(parents=True, exist_ok=True)
     return None
@@ -195,13 +210,19 @@ def needed_bytes(count: int, dimension: int, settings: CompactSettings, passage_
     return count * (row_bytes(dimension, settings.vectors) + passage_bytes + 8) + 2 * codes
 
 
-def _check_room(place: Path, facts: SourceFacts, settings: CompactSettings, emit: Emit) -> None:
+def _check_room(place: Path, facts: SourceFacts, settings: CompactSettings) -> str:
+    """The room that is needed and there is, in words.
+
+    Raises:
+        StoreError: there is too little.
+    """
     there = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
     needed = max(0, needed_bytes(facts.count, facts.dimension, settings) - there)
     free = free_bytes(place)
     words = f"the index of {facts.name} takes about {needed / 1e9:,.1f} GB more in {place}, where {free / 1e9:,.1f} GB are free"
     if needed + min(_SPARE, needed) > free:
         raise StoreError(f"{words}: make room, choose vectors='int8', or give a folder on another disk")
+    return words
 
 
 async def _query_vectors(

@@ -21,6 +21,7 @@ import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -44,6 +45,7 @@ from searchr1_async.search.stores.compact.index import CompactIndex, exact_neare
 from searchr1_async.search.stores.compact.layout import (
     BUILDING_NAME,
     CODES_NAME,
+    MANIFEST_NAME,
     OFFSETS_NAME,
     PASSAGES_NAME,
     SCALES_NAME,
@@ -108,7 +110,8 @@ class CompactBuilder:
             CorpusError, EmbeddingError, StoreError: a row cannot be had.
             OSError: the folder cannot be written; what is done is kept.
         """
-        self._refuse_other_build()
+        await in_thread(self._refuse_other_build)
+        await in_thread(self._remove_leftovers)
         await self._copy_rows()
         return await in_thread(lambda: self._finish(queries))
 
@@ -138,6 +141,12 @@ class CompactBuilder:
                 "differ): give another folder, or delete that one"
             )
 
+    def _remove_leftovers(self) -> None:
+        """What processes that were killed while they wrote a file left beside it: of codes, gigabytes."""
+        for folder, name in ((self._folder, CODES_NAME), (self._folder, MANIFEST_NAME), (self._building, "")):
+            for path in folder.glob(f".{name}*"):
+                path.unlink(missing_ok=True)
+
     # Rows: the only step that waits for others.
 
     async def _copy_rows(self) -> None:
@@ -145,8 +154,6 @@ class CompactBuilder:
         done = int(json.loads(path.read_bytes())["rows"]) if path.exists() else 0
         if done == facts.count:
             return
-        vectors = VectorWriter(self._folder, facts.dimension, self._settings.vectors, done)
-        passages = PassageWriter(self._folder, done)
         synced = done
 
         def keep() -> None:
@@ -154,31 +161,35 @@ class CompactBuilder:
             passages.sync()
             write_atomically(path, json.dumps({"rows": done}).encode())
 
-        with _Phase(self._emit, "rows", facts.count, "passages") as phase:
+        with (
+            closing(VectorWriter(self._folder, facts.dimension, self._settings.vectors, done)) as vectors,
+            closing(PassageWriter(self._folder, done)) as passages,
+            _Phase(self._emit, "rows", facts.count, "passages") as phase,
+        ):
             phase.advance(done)
-            try:
-                async for block, numbers in self._source.blocks(done):
-                    ready = self._checked(len(block), numbers, done)
-                    await in_thread(partial(_append, vectors, passages, ready, block))
-                    done += len(block)
-                    phase.advance(done)
-                    if self._on_progress is not None:
-                        self._on_progress(done, facts.count)
-                    if done - synced >= _SYNC_ROWS or done == facts.count:
-                        await in_thread(keep)
-                        await self._source.kept(done)
-                        synced = done
-            finally:
-                vectors.close()
-                passages.close()
+            async for block, numbers in self._source.blocks(done):
+                ready = self._checked(len(block), numbers, done)
+                await in_thread(partial(_append, vectors, passages, ready, block))
+                done += len(block)
+                phase.advance(done)
+                if self._on_progress is not None:
+                    self._on_progress(done, facts.count)
+                if done - synced >= _SYNC_ROWS or done == facts.count:
+                    await in_thread(keep)
+                    await self._source.kept(done)
+                    synced = done
         if done != facts.count:
             raise StoreError(f"{facts.name} gave {done:,} rows where it had said {facts.count:,}: it changed meanwhile")
 
     def _checked(self, passages: int, vectors: Vectors, start: int) -> Vectors:
         facts = self._facts
-        if vectors.shape != (passages, facts.dimension) or start + passages > facts.count:
+        if vectors.shape != (passages, facts.dimension):
             raise StoreError(
-                f"{facts.name} gave vectors of shape {vectors.shape} for {passages} passages of dimension {facts.dimension}"
+                f"{facts.name}, row {start:,}: vectors of shape {vectors.shape} for {passages} passages of dimension {facts.dimension}"
+            )
+        if start + passages > facts.count:
+            raise StoreError(
+                f"{facts.name} gave a row {facts.count:,} where it had said {facts.count:,} rows, counted from 0: it changed meanwhile"
             )
         if not np.isfinite(vectors).all():
             row = start + int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])
@@ -268,8 +279,9 @@ class CompactBuilder:
         settings, facts = self._settings, self._facts
         origin, own_rows = "queries", None
         if queries is None:
-            own_rows = np.sort(_chosen(len(vectors), SAMPLE_QUERIES, settings.seed + 1))
-            origin, queries = "passages", vectors.gather(own_rows)
+            rows = np.sort(_chosen(len(vectors), SAMPLE_QUERIES, settings.seed + 1))
+            origin, queries = "passages", vectors.gather(rows)
+            own_rows = rows if len(vectors) > 1 else None  # a passage alone has no other one to find
         queries = ready_vectors(queries, facts.metric)
         results = min(max(EXACT_RESULTS, settings.recall_at), max(1, len(vectors) - 1))
         exact = self._exact(vectors, queries, results, own_rows)
@@ -291,7 +303,12 @@ class CompactBuilder:
                 if np.array_equal(kept["queries"], queries) and kept["rows"].shape[1] == results:
                     return kept["rows"]
         with self._phase("exact", len(vectors), "passages") as phase:
-            rows = exact_nearest(queries, vectors, self._facts.metric, results, own_rows, phase.advance)
+
+            def advance(done: int) -> None:
+                anyio.from_thread.check_cancelled()
+                phase.advance(done)
+
+            rows = exact_nearest(queries, vectors, self._facts.metric, results, own_rows, advance)
         write_atomically(path, _archive_bytes(queries=queries, rows=rows))
         return rows
 
