@@ -166,7 +166,9 @@ class CompactManifest:
             files = {name: FileRecord(**record) for name, record in values.pop("files").items()}
             chosen = values.pop("calibration")
             curve = tuple(CurvePoint(**point) for point in chosen.pop("curve"))
-            return cls(**values, files=files, calibration=Calibration(**chosen, curve=curve))
+            found = cls(**values, files=files, calibration=Calibration(**chosen, curve=curve))
+            found._refuse_nonsense()
+            return found
         except FileNotFoundError as error:
             begun = (folder / BUILDING_NAME).is_dir()
             raise StoreError(
@@ -179,6 +181,18 @@ class CompactManifest:
             raise StoreError(f"{path} cannot be read: {error.strerror or error}", is_fatal=True) from error
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise StoreError(f"{path} is broken ({type(error).__name__}: {error})", is_fatal=True) from error
+
+    def _refuse_nonsense(self) -> None:
+        chosen = self.calibration
+        numbers = (self.passages, self.dimension, self.lists, chosen.probes, chosen.candidates)
+        sizes = [record.bytes for record in self.files.values()]
+        if not all(isinstance(number, int) and number >= 1 for number in (*numbers, *sizes)):
+            raise ValueError("a number in it is none, or below 1")
+        if self.vectors not in ("float16", "int8") or self.metric not in ("cosine", "l2", "ip"):
+            raise ValueError(f"vectors are {self.vectors!r}, the metric is {self.metric!r}")
+        names = {CODES_NAME, VECTORS_NAME, PASSAGES_NAME, OFFSETS_NAME}
+        if missing := sorted((names | ({SCALES_NAME} if self.vectors == "int8" else set())) - self.files.keys()):
+            raise ValueError(f"it does not tell of {', '.join(missing)}")
 
     @property
     def fingerprint(self) -> str:

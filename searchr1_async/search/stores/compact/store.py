@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -92,7 +93,8 @@ class CompactStore:
         """Looks at its files and reads the codes once, so that they are in the system's memory: 2 s for 21 million passages."""
         if self._opened is None:
             await in_thread(self._refuse_others)
-            self._opened = await self._thread.run(self._open)
+            with anyio.CancelScope(shield=True):  # some milliseconds; whoever had gone would leave its files open
+                self._opened = await self._thread.run(self._open)
 
     def _refuse_others(self) -> None:
         for name, record in self.manifest.files.items():
@@ -109,10 +111,16 @@ class CompactStore:
                 f"{self.folder / CODES_NAME} is not that of this index: copy the whole folder again", is_fatal=True
             )
         readers = ThreadPoolExecutor(READERS, thread_name_prefix="searchr1-vectors")
-        vectors = VectorFile(
-            self.folder, manifest.passages, manifest.dimension, manifest.vectors, readers=(readers, READERS)
-        )
-        passages = PassageFile(self.folder, manifest.passages)
+        try:
+            vectors = VectorFile(
+                self.folder, manifest.passages, manifest.dimension, manifest.vectors, readers=(readers, READERS)
+            )
+            passages = PassageFile(self.folder, manifest.passages)
+        except (OSError, ValueError) as error:
+            raise StoreError(
+                f"the files in {self.folder} are not those of its manifest ({error}): copy the whole folder again",
+                is_fatal=True,
+            ) from error
         return _Opened(CompactIndex(Codes(index, self._threads), vectors, manifest.metric), passages, readers)
 
     async def query(self, vectors: Vectors, n_results: int) -> Found:
@@ -131,10 +139,17 @@ class CompactStore:
             raise RefusedInput(f"{self.name}: a query's vector holds numbers that are not finite")
         ready = ready_vectors(vectors, self.manifest.metric)
         candidates = max(self.candidates, n_results)
-        rows = await self._thread.run(opened.index.candidates, ready, candidates, self.probes)
-        return await anyio.to_thread.run_sync(
-            lambda: _passages(opened.index.rank(ready, rows, n_results), opened.passages), abandon_on_cancel=True
-        )
+        try:
+            rows = await self._thread.run(opened.index.candidates, ready, candidates, self.probes)
+            return await anyio.to_thread.run_sync(
+                lambda: _passages(opened.index.rank(ready, rows, n_results), opened.passages), abandon_on_cancel=True
+            )
+        except (Exception, asyncio.CancelledError) as error:
+            # Closing drops what waits for the thread, which looks as if this task were cancelled.
+            task = asyncio.current_task()
+            if self._opened is opened or (task is not None and task.cancelling()):
+                raise
+            raise StoreError(f"{self.name} was closed while it was asked") from error
 
     async def count(self) -> int:
         return self.manifest.passages
