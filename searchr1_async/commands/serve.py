@@ -30,7 +30,7 @@ def add(commands: Parsers) -> None:
     serve.add_argument("--embedder", help="of the index's vectors (as the index says)")
     serve.add_argument("--collection", help="of a Chroma folder or server that holds several")
     serve.add_argument("--results", type=int, default=3, help="passages that /retrieve gives by itself (%(default)s)")
-    serve.add_argument("--requests", type=int, default=ServingLimits.requests, help="at work at once (%(default)s)")
+    serve.add_argument("--requests", type=int, default=ServingLimits().requests, help="at work at once (%(default)s)")
     serve.set_defaults(run=_run, stopped=_stopped)
 
 
