@@ -50,15 +50,24 @@ from searchr1_async.recorded import RecordedRun
 from searchr1_async.run import Run, open_run
 from searchr1_async.search import Search, SearchStatistics
 from searchr1_async.search.building import build_index
+from searchr1_async.search.compact_building import CompactReport, build_compact_index
 from searchr1_async.search.embedders import GeminiEmbedder, SentenceTransformerEmbedder
 from searchr1_async.search.index_report import IndexReport
 from searchr1_async.search.pacing import PacingSettings
-from searchr1_async.search.stores import EmbeddedChroma, RemoteChroma
+from searchr1_async.search.served import ServedEmbedder, ServedStore
+from searchr1_async.search.serving import serve_search
+from searchr1_async.search.sources import ChromaFolder, ChromaServer, VectorFiles
+from searchr1_async.search.stores import CompactSettings, CompactStore, EmbeddedChroma, RemoteChroma
 from searchr1_async.watch.trackers import TensorBoardTracker, TrackioTracker, WandbTracker
 from searchr1_async.watch.viewer import register_representations
 
 __all__ = [
     "CheckpointError",
+    "ChromaFolder",
+    "ChromaServer",
+    "CompactReport",
+    "CompactSettings",
+    "CompactStore",
     "ConfigurationError",
     "Corpus",
     "CorpusError",
@@ -97,6 +106,8 @@ __all__ = [
     "SearchStatistics",
     "SearchUnavailableError",
     "SentenceTransformerEmbedder",
+    "ServedEmbedder",
+    "ServedStore",
     "ServiceError",
     "ServiceStartError",
     "ServiceUnavailableError",
@@ -109,8 +120,10 @@ __all__ = [
     "TrackioTracker",
     "TrainingResult",
     "Turn",
+    "VectorFiles",
     "WandbTracker",
     "WarmUp",
+    "build_compact_index",
     "build_index",
     "compare",
     "comparison_table",
@@ -125,6 +138,7 @@ __all__ = [
     "open_run",
     "plot_suites",
     "rollout",
+    "serve_search",
     "train",
 ]
 

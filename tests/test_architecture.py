@@ -19,7 +19,8 @@ PUBLIC = """
 train evaluate rollout Run TrainingResult open_run RecordedRun
 WandbTracker TensorBoardTracker TrackioTracker
 Search SearchStatistics PacingSettings GeminiEmbedder SentenceTransformerEmbedder EmbeddedChroma RemoteChroma
-build_index IndexReport
+build_index IndexReport build_compact_index CompactReport CompactSettings CompactStore
+ChromaFolder ChromaServer VectorFiles serve_search ServedEmbedder ServedStore
 Corpus load_corpus load_questions
 Question Passage Episode Turn SearchCall StopReason Group
 RecipeReward Score Demonstration

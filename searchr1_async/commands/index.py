@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.search.building import build_index
 from searchr1_async.search.embedders.sentence_transformer import DEFAULT_MODEL
-from searchr1_async.search.stores.base import Store
+from searchr1_async.search.stores.base import WritableStore
 from searchr1_async.search.stores.chroma import RemoteChroma
 from searchr1_async.watch.progress import ConsoleProgress
 
@@ -45,7 +45,7 @@ def _stopped(options: argparse.Namespace) -> str:
     return "What is embedded is kept; the same command goes on."
 
 
-def _server(options: argparse.Namespace) -> Store:
+def _server(options: argparse.Namespace) -> WritableStore:
     token = None
     if options.token_from is not None and not (token := os.environ.get(options.token_from)):
         raise ConfigurationError(f"--token-from names {options.token_from}, which is not set")
