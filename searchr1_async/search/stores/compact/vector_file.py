@@ -20,6 +20,8 @@ Rows = NDArray[np.int64]
 
 SLAB_ROWS = 65_536
 """Rows that are read together where all are: 200 MB as float32 at 768 dimensions."""
+_QUERIES_TOGETHER = 8
+"""Ranked together: their 400 candidates, 1.2 MB as float32, stay in the processor's cache."""
 _ROWS_A_READ = 16
 """A thread's share of rows, at least: fewer are read sooner than they are handed over."""
 _MAPPED_BYTES = 1 << 30
@@ -139,10 +141,13 @@ class VectorFile:
         Returns:
             Two arrays ``[queries, candidates]``, float32.
         """
-        flat = rows.ravel()
-        numbers = self._read(flat).astype(np.float32).reshape(*rows.shape, -1)
-        products = np.matmul(numbers, queries[:, :, None])[:, :, 0]
-        lengths = np.einsum("qcd,qcd->qc", numbers, numbers)
+        kept = self._read(rows.ravel()).reshape(*rows.shape, -1)
+        products, lengths = np.empty(rows.shape, np.float32), np.empty(rows.shape, np.float32)
+        for first in range(0, len(rows), _QUERIES_TOGETHER):
+            part = slice(first, first + _QUERIES_TOGETHER)
+            numbers = kept[part].astype(np.float32)
+            np.matmul(numbers, queries[part, :, None], out=products[part, :, None])
+            np.einsum("qcd,qcd->qc", numbers, numbers, out=lengths[part])
         if self._scales is not None:
             scales = self._scales[rows]
             products, lengths = products * scales, lengths * scales**2
