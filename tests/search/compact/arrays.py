@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from searchr1_async.episodes.types import Passage
 from searchr1_async.errors import StoreError
@@ -71,7 +72,7 @@ def clustered(count: int, dimension: int = 64, *, seed: int = 0) -> Vectors:
     return vectors.astype(np.float32)
 
 
-def scores_of(queries: Vectors, vectors: Vectors, metric: Metric) -> Vectors:
+def scores_of(queries: Vectors, vectors: Vectors, metric: Metric) -> NDArray[np.float64]:
     """Of each query with each vector, in float64, by the definition of the metric."""
     ours, theirs = queries.astype(np.float64), vectors.astype(np.float64)
     if metric == "l2":

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from numpy.typing import NDArray
 
 from searchr1_async.search.embedders.base import Vectors
 from searchr1_async.search.sources.base import Metric
@@ -171,14 +172,16 @@ def test_the_nearest_of_all_are_those_of_a_plain_sort(
     assert (np.diff(ranked.scores, axis=1) <= 0).all()
 
 
-def assert_nearest(found: Rows, scores: Vectors) -> None:
+def assert_nearest(found: Rows, scores: NDArray[np.floating]) -> None:
     """The scores of what was found are the best ones, in their order, but for rounding."""
     best = np.sort(scores, axis=1)[:, ::-1][:, : found.shape[1]]
     np.testing.assert_allclose(np.take_along_axis(scores, found, 1), best, atol=1e-5)
     assert all(len(set(row)) == len(row) for row in found.tolist())
 
 
-def scores_with(scores: Vectors, own_rows: Rows, queries: Vectors, own: Vectors, metric: Metric) -> Vectors:
+def scores_with(
+    scores: NDArray[np.floating], own_rows: Rows, queries: Vectors, own: Vectors, metric: Metric
+) -> NDArray[np.floating]:
     """With those of each query's own row again."""
     scores = scores.copy()
     theirs = own[own_rows].astype(np.float64)

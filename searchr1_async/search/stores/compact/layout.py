@@ -188,6 +188,8 @@ class CompactManifest:
         sizes = [record.bytes for record in self.files.values()]
         if not all(isinstance(number, int) and number >= 1 for number in (*numbers, *sizes)):
             raise ValueError("a number in it is none, or below 1")
+        if not all(isinstance(record.blocks, str) for record in self.files.values()):
+            raise ValueError("checksums in it are none")
         if self.vectors not in ("float16", "int8") or self.metric not in ("cosine", "l2", "ip"):
             raise ValueError(f"vectors are {self.vectors!r}, the metric is {self.metric!r}")
         names = {CODES_NAME, VECTORS_NAME, PASSAGES_NAME, OFFSETS_NAME}
