@@ -35,7 +35,10 @@ def test_the_package_is_a_command() -> None:
     [
         ("atlas", "--out-dir --seed --steps --time-limit --held-out --group-size --threads"),
         ("index", "--path --host --port --ssl --collection --token-from --embedder"),
-        ("wiki18", "--folder --keep-archive --repository --archive --revision --endpoint --compact --embedder --vectors --recall --keep"),
+        (
+            "wiki18",
+            "--folder --keep-archive --repository --archive --revision --endpoint --compact --embedder --vectors --recall --keep",
+        ),
     ],
 )
 def test_help_names_the_options(command: str, options: str, capsys: pytest.CaptureFixture[str]) -> None:
