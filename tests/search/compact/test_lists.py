@@ -114,7 +114,7 @@ def test_codes_find_most_of_the_nearest(metric: Metric, lists: int) -> None:
     codes = Codes(codes_of(vectors, lists, metric), threads=1)
     assert codes.count == codes.list_sizes().sum() == len(vectors)
     assert len(codes.list_sizes()) == lists
-    queries = vectors[::200] + 0.02 * np.random.default_rng(2).standard_normal((30, 64)).astype(np.float32)
+    queries = vectors[::200] + np.random.default_rng(2).normal(0, 0.02, (30, 64)).astype(np.float32)
     exact = np.argsort(-scores_of(queries, vectors, metric), axis=1)[:, :3]
     found = codes.search(ready_vectors(queries, metric), 100, lists)
     assert found.shape == (30, 100)

@@ -39,7 +39,7 @@ def queries_near(vectors: Vectors, count: int = 200, seed: int = 7) -> Vectors:
     """As questions are: not far from some of the passages, and none of them."""
     random = np.random.default_rng(seed)
     rows = random.choice(len(vectors), count)
-    return vectors[rows] + 0.05 * random.standard_normal((count, vectors.shape[1])).astype(np.float32)
+    return vectors[rows] + random.normal(0, 0.05, (count, vectors.shape[1])).astype(np.float32)
 
 
 async def make(
@@ -409,6 +409,7 @@ anyio.run(main)
 """
 
 
+@pytest.mark.slow  # two processes import the package
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="the system does not say what is shared")
 async def test_processes_share_the_codes(large: Path) -> None:
     environment = dict(os.environ) | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
