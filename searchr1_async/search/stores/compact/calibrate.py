@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from searchr1_async.search.embedders.base import Vectors
 from searchr1_async.search.stores.compact.index import CompactIndex
 from searchr1_async.search.stores.compact.layout import Calibration, CurvePoint
 from searchr1_async.search.stores.compact.vector_file import Rows
+
+Number = TypeVar("Number", np.float32, np.int64)
 
 CANDIDATES = (20, 50, 100, 200)
 """Tried with every number of probes."""
@@ -63,15 +67,17 @@ def measure(
     """
     curve: list[CurvePoint] = []
     for probes in probe_steps(lists):
+        began = clock()
         found = np.concatenate([index.candidates(part, CANDIDATES[-1] + 1, probes) for part in _batches(queries)])
+        searching = clock() - began
         if own_rows is not None:
             found = _without(found, own_rows)
         for candidates in CANDIDATES:
+            best = np.ascontiguousarray(found[:, :candidates])
             began = clock()
-            for part in _batches(queries):
-                index.rank(part, index.candidates(part, candidates, probes), recall_at)
-            seconds = max(clock() - began, 1e-9)
-            best = found[:, :candidates]
+            for part, rows in zip(_batches(queries), _batches(best), strict=True):
+                index.rank(part, rows, recall_at)
+            seconds = max(searching + clock() - began, 1e-9)
             curve.append(
                 CurvePoint(
                     probes,
@@ -126,8 +132,8 @@ def calibration_of(
     return Calibration(queries, origin, chosen.probes, chosen.candidates, chosen.recall, asked, recall_at, tuple(curve))
 
 
-def _batches(queries: Vectors) -> list[Vectors]:
-    return [queries[first : first + BATCH] for first in range(0, len(queries), BATCH)]
+def _batches(rows: NDArray[Number]) -> list[NDArray[Number]]:
+    return [rows[first : first + BATCH] for first in range(0, len(rows), BATCH)]
 
 
 def _without(found: Rows, own_rows: Rows) -> Rows:
