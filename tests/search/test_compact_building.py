@@ -1,0 +1,192 @@
+"""Making a compact index on purpose: from a corpus or from vectors, with queries, with what is refused before it begins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from searchr1_async.episodes.types import Passage
+from searchr1_async.errors import ConfigurationError, EmbeddingError, StoreError
+from searchr1_async.events import Event, Notice
+from searchr1_async.search import Search, compact_building
+from searchr1_async.search.compact_building import build_compact_index, needed_bytes
+from searchr1_async.search.sources import embedded
+from searchr1_async.search.stores.compact import CompactSettings, CompactStore
+from tests.search.compact.arrays import Arrays, clustered, contents
+
+pytestmark = pytest.mark.anyio
+
+CORPUS = [Passage(f"p{number}", f"Title {number}", f"word{number} of number {number}") for number in range(700)]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+async def test_a_corpus_is_embedded_and_nothing_twice(tmp_path: Path, make_embedder: Callable[..., Any]) -> None:
+    embedder, folder = make_embedder(dimension=256), tmp_path / "index"
+    steps: list[tuple[int, int]] = []
+    report = await build_compact_index(
+        CORPUS, folder, embedder=embedder, on_progress=lambda done, total: steps.append((done, total))
+    )
+    assert steps[-1] == (700, 700)
+    assert [done for done, _ in steps] == sorted(done for done, _ in steps)
+    assert sum(len(batch) for batch in embedder.passage_batches) == 700
+    assert not embedder.is_open
+    assert (report.manifest.passages, report.manifest.metric) == (700, "cosine")
+    assert (report.manifest.embedder, report.manifest.embedder_fingerprint) == ("hashing", embedder.fingerprint)
+    assert report.bytes == sum(len(content) for name, content in contents(folder).items() if name != "manifest.json")
+    assert "700 passages in" in str(report)
+    assert not list((tmp_path / "cache").rglob("*.vectors*")), "the journal is empty: the index holds what was in it"
+    embedder.passage_batches.clear()
+    before = contents(folder)
+    again = await build_compact_index(CORPUS, folder, embedder=embedder)
+    assert again.seconds == 0
+    assert again.manifest == report.manifest
+    assert embedder.passage_batches == []
+    assert contents(folder) == before
+    async with await Search.open(folder, embedder=embedder, n_results=1) as search:
+        found = await search.search([f"word{number} title {number} of number" for number in range(0, 700, 50)])
+    assert [answer[0].id for answer in found] == [f"p{number}" for number in range(0, 700, 50)]
+
+
+async def test_a_quota_that_is_used_up_loses_nothing(
+    tmp_path: Path, make_embedder: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedded, "WINDOW", 64)
+    embedder, folder = make_embedder(dimension=64), tmp_path / "index"
+    embedder.max_texts, embedder.max_requests = 100, 1
+
+    def stop(done: int, total: int) -> None:
+        embedder.failure = EmbeddingError("the quota is used up")
+
+    with pytest.raises(EmbeddingError, match="the quota is used up"):
+        await build_compact_index(CORPUS, folder, embedder=embedder, on_progress=stop)
+    first = [text for batch in embedder.passage_batches for text in batch]
+    with pytest.raises(StoreError, match="not finished"):
+        await Search.open(folder, embedder=embedder)
+    embedder.failure = None
+    embedder.passage_batches.clear()
+    report = await build_compact_index(CORPUS, folder, embedder=embedder)
+    assert report.manifest.passages == 700
+    second = [text for batch in embedder.passage_batches for text in batch]
+    assert 64 <= len(first) < 700
+    assert not set(first) & set(second)
+    assert len(first) + len(second) == 700
+
+
+async def test_queries_are_texts_or_vectors_or_none(tmp_path: Path, make_embedder: Callable[..., Any]) -> None:
+    embedder = make_embedder(dimension=32)
+    source = Arrays(clustered(300, 32))
+    texts = [f"question {number}?" for number in range(150)]
+    asked = await build_compact_index(source, tmp_path / "texts", embedder=embedder, queries=[*texts, " ", "?"])
+    assert (asked.manifest.calibration.queries, asked.manifest.calibration.origin) == (150, "queries")
+    assert sorted(text for batch in embedder.query_batches for text in batch) == sorted(texts)
+    assert asked.manifest.embedder == "hashing"
+    given = await build_compact_index(source, tmp_path / "vectors", queries=embedder.embed(texts).astype(np.float64))
+    assert given.manifest.embedder is None
+    ours, theirs = given.manifest.calibration, asked.manifest.calibration
+    assert (ours.probes, ours.candidates, ours.recall) == (theirs.probes, theirs.candidates, theirs.recall)
+    none = await build_compact_index(source, tmp_path / "none", queries=[])
+    assert (none.manifest.calibration.queries, none.manifest.calibration.origin) == (300, "passages")
+
+
+async def test_queries_that_cannot_be_used(tmp_path: Path, make_embedder: Callable[..., Any]) -> None:
+    source, folder = Arrays(clustered(100, 32)), tmp_path / "index"
+    with pytest.raises(ConfigurationError, match="name the embedder that made the vectors of arrays"):
+        await build_compact_index(source, folder, queries=["who"])
+    with pytest.raises(ConfigurationError, match="none of the queries can be searched for"):
+        await build_compact_index(source, folder, queries=["?", ""], embedder=make_embedder(dimension=32))
+    with pytest.raises(StoreError, match="arrays holds vectors of 32 numbers, hashing makes them of 64"):
+        await build_compact_index(source, folder, queries=["who"], embedder=make_embedder(dimension=64))
+    for queries in (np.zeros((3, 31)), np.zeros(32), np.full((2, 32), np.nan)):
+        with pytest.raises(ConfigurationError, match=r"give finite vectors \[queries, 32\]"):
+            await build_compact_index(source, folder, queries=queries)
+    assert contents(folder) == {}
+    assert not source.is_open
+
+
+async def test_another_embedder_than_the_sources_is_refused(tmp_path: Path, make_embedder: Callable[..., Any]) -> None:
+    source = Arrays(clustered(100, 32))
+    source.embedder, source.embedder_fingerprint = "theirs", "theirs-32"
+    with pytest.raises(ConfigurationError, match="made with theirs, not with hashing"):
+        await build_compact_index(source, tmp_path / "index", embedder=make_embedder(dimension=32))
+    report = await build_compact_index(source, tmp_path / "index")
+    assert (report.manifest.embedder, report.manifest.embedder_fingerprint) == ("theirs", "theirs-32")
+
+
+async def test_a_folder_that_holds_something_else(tmp_path: Path) -> None:
+    source, folder = Arrays(clustered(100, 32)), tmp_path / "index"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(StoreError, match="holds files that are no compact index: give an empty or a new folder"):
+        await build_compact_index(source, folder)
+    (folder / "manifest.json").write_text('{"name": "an application"}')
+    with pytest.raises(StoreError, match="not that of a compact index"):
+        await build_compact_index(source, folder)
+    assert set(contents(folder)) == {"notes.txt", "manifest.json"}
+    whole = tmp_path / "whole"
+    await build_compact_index(source, whole)
+    before = contents(whole)
+    with pytest.raises(StoreError, match=r"holds the compact index of arrays \(float16\), not of others \(float16\)"):
+        await build_compact_index(Arrays(source.vectors, name="others"), whole)
+    with pytest.raises(StoreError, match=r"not of arrays \(int8\): give another folder, or delete that one"):
+        await build_compact_index(source, whole, settings=CompactSettings("int8"))
+    assert contents(whole) == before
+    # Killed between its manifest and the end.
+    (whole / "building").mkdir()
+    (whole / "building" / "exact.npz").write_bytes(b"x")
+    assert (await build_compact_index(source, whole)).seconds == 0
+    assert contents(whole) == before
+
+
+async def test_too_little_room_is_said_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, folder = Arrays(clustered(100, 32)), tmp_path / "index"
+    source.claimed = 21_015_324
+    needed = needed_bytes(21_015_324, 32, CompactSettings())
+    assert needed > 21_015_324 * (2 * 32 + 500)
+    monkeypatch.setattr(compact_building, "free_bytes", lambda folder: needed)
+    words = f"takes about {needed / 1e9:,.1f} GB more in .*index, where {needed / 1e9:,.1f} GB are free: make room"
+    with pytest.raises(StoreError, match=words):
+        await build_compact_index(source, folder)
+    assert contents(folder) == {}
+    assert source.begun_at == []
+    monkeypatch.setattr(compact_building, "free_bytes", lambda folder: needed + (2 << 30))
+    events: list[Event] = []
+    with pytest.raises(StoreError, match="gave 100 rows where it had said 21,015,324"):
+        await build_compact_index(source, folder, emit=events.append)
+    assert any(isinstance(event, Notice) and "GB are free" in event.text for event in events)
+
+
+async def test_a_disk_that_fails_is_said_with_what_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from searchr1_async.search.stores.compact import build
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    source, folder = Arrays(clustered(100, 32)), tmp_path / "index"
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "save_codes", full)
+        with pytest.raises(StoreError, match=r"cannot be written: No space left on device \([\d,]+ bytes are free\)"):
+            await build_compact_index(source, folder)
+    assert not source.is_open
+    report = await build_compact_index(source, folder)
+    assert source.begun_at == [0], "the rows were on the disk"
+    assert CompactStore(folder).fingerprint.startswith(report.manifest.fingerprint)
+
+
+async def test_a_recall_that_is_not_reached_is_told(tmp_path: Path) -> None:
+    vectors = np.random.default_rng(0).standard_normal((2_000, 32)).astype(np.float32)
+    vectors = np.repeat(vectors[:4], 500, axis=0)  # more equal ones than are ever ranked again
+    events: list[Event] = []
+    report = await build_compact_index(Arrays(vectors), tmp_path / "index", emit=events.append)
+    assert report.warning is not None
+    assert "where 95.0% were asked for" in report.warning
+    assert Notice(report.warning, is_warning=True) in events
