@@ -244,4 +244,27 @@ async def load_tokenizer(source: str) -> Any:
         ) from error
 
 
-__all__ = ["CLOUD_MODEL", "Service", "ServiceUnavailableError", "check_service", "load_tokenizer", "open_service"]
+async def load_embedded_tokenizer(model: str, tokenizer: str | None) -> Any:
+    """The tokenizer that goes with a model of the embedded service, which need not run for it.
+
+    Downloads or converts the model, where that was not done before.
+
+    Args:
+        tokenizer: a folder or name to be taken instead; the model's files must be there all the same.
+
+    Raises:
+        ModelError: the model or the tokenizer is not to be had.
+    """
+    files = await anyio.to_thread.run_sync(resolve_model, model)
+    return await load_tokenizer(tokenizer or str(files.folder))
+
+
+__all__ = [
+    "CLOUD_MODEL",
+    "Service",
+    "ServiceUnavailableError",
+    "check_service",
+    "load_embedded_tokenizer",
+    "load_tokenizer",
+    "open_service",
+]

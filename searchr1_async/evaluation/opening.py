@@ -13,9 +13,8 @@ from searchr1_async.errors import ConfigurationError
 from searchr1_async.evaluation.job import EvaluationJob, ServiceStage
 from searchr1_async.evaluation.judging import open_judge
 from searchr1_async.events import Emit
-from searchr1_async.local.models import resolve_model
 from searchr1_async.playing import check_prompt, opened_service, policy_of
-from searchr1_async.service import Service, check_service, default_model, is_embedded, load_tokenizer
+from searchr1_async.service import Service, check_service, default_model, is_embedded, load_embedded_tokenizer
 
 OpenedStage = tuple[ServiceStage, Service | None]
 """A stage and its service; None of an embedded one, which is started when its turn comes."""
@@ -53,8 +52,7 @@ async def _check_embedded(job: EvaluationJob, stage: ServiceStage) -> None:
     choice = stage.choice
     await check_service(choice.service, choice.model, choice.local)
     model = choice.model or default_model(choice.service)
-    files = await anyio.to_thread.run_sync(resolve_model, model)
-    tokenizer = await load_tokenizer(choice.tokenizer or str(files.folder))
+    tokenizer = await load_embedded_tokenizer(model, choice.tokenizer)
     await _check_prompts(job, stage, model, tokenizer)
     if (found := job.found_judge) is None:
         return

@@ -1,15 +1,28 @@
-"""Verdicts on disk: those of one judge are never among another's, whenever it is killed."""
+"""Verdicts on disk: those of one judge are never among another's, whenever it is killed, and what is missing is asked again."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import anyio
 import pytest
 
+from searchr1_async.episodes.play import SampledTurn
+from searchr1_async.errors import ServiceError
+from searchr1_async.evaluation import judging
 from searchr1_async.evaluation.judge import Judge
-from searchr1_async.evaluation.judging import judge_digest, lay_verdicts
-from searchr1_async.evaluation.store import JUDGEMENTS_NAME
+from searchr1_async.evaluation.judging import FoundJudge, OpenJudge, judge_digest, judge_samples, lay_verdicts
+from searchr1_async.evaluation.store import JUDGEMENTS_NAME, EpisodeStore
+from searchr1_async.evaluation.systems import System, find_systems
+from searchr1_async.events import Event, PhaseAdvanced
+from searchr1_async.service import Service
+from searchr1_async.weights import Weights
+from tests.local.tiny import make_tiny_tokenizer
+from tests.players import ScriptedPolicy
+from tests.watch.builders import episode, question
 
 ONE, OTHER = Judge("one").describe(), Judge("other").describe()
 
@@ -54,3 +67,115 @@ def test_a_judge_is_the_same_whatever_its_patience() -> None:
     patient = Judge("one", deadline=7, at_once=3).describe()
     assert judge_digest(patient) == judge_digest(ONE)
     assert len({judge_digest(each) for each in (ONE, OTHER, Judge("one", max_tokens=9).describe())}) == 3
+
+
+ANSWERS = tuple(f"answer {number}" for number in range(10))
+
+
+@dataclass
+class Judging:
+    """Judges what is open in a folder, as a session that begins now."""
+
+    folder: Path
+    tokenizer: Any
+    asked: list[str] = field(default_factory=list)
+    """Answers that the judge was asked about, in all sessions."""
+    before: Callable[[str], None] | None = None
+    """Called with an answer before its verdict is given: a fault of the service."""
+    most: int | None = None
+    """Verdicts that the service gives before it falls silent."""
+    given: int = 0
+    judged: int = 0
+    on_judged: Callable[[int], None] | None = None
+
+    async def open(self, found: FoundJudge, service: Service) -> OpenJudge:
+        judging_, tokens = self, self.tokenizer.encode("no<|im_end|>", add_special_tokens=False)
+
+        class Policy(ScriptedPolicy):
+            async def sample_many(self, prompt_tokens: Sequence[int], count: int, **asked: Any) -> list[SampledTurn]:
+                text = judging_.tokenizer.decode(prompt_tokens)
+                answer = text.rpartition('Candidate answer: "')[2].partition('"')[0]
+                judging_.asked.append(answer)
+                if judging_.before is not None:
+                    judging_.before(answer)
+                if judging_.given == judging_.most:
+                    await anyio.sleep_forever()
+                judging_.given += 1
+                return await super().sample_many(prompt_tokens, count, **asked)
+
+        return OpenJudge(cast(Any, Policy(lambda prompt: tokens)), self.tokenizer)
+
+    async def __call__(self) -> EpisodeStore:
+        store = EpisodeStore(self.folder)
+        store.load()
+
+        def emit(event: Event) -> None:
+            if isinstance(event, PhaseAdvanced):
+                self.judged = int(event.done)
+                if self.on_judged is not None:
+                    self.on_judged(self.judged)
+
+        systems = find_systems({"a": System(method="direct")})
+        found = FoundJudge(Judge(at_once=2), "m", Weights())
+        await judge_samples(found, store, systems, cast(Service, None), emit)
+        return store
+
+
+@pytest.fixture
+def judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Judging:
+    """Ten finished answers, each of its own words, and a judge that finds all wrong."""
+    rows = [
+        (("a", place, 0), 0, replace(episode(question(f"q{place}")), answer=answer))
+        for place, answer in enumerate(ANSWERS)
+    ]
+    EpisodeStore(tmp_path / "e").write(rows)
+    session = Judging(tmp_path / "e", make_tiny_tokenizer(tmp_path / "tokenizer"))
+    monkeypatch.setattr(judging, "open_judge", session.open)
+    return session
+
+
+def verdicts(folder: Path) -> dict[str, float]:
+    """On disk, by the answers."""
+    store = EpisodeStore(folder)
+    store.load()
+    return {
+        answer: verdict for answer, verdict in store.scores().select("answer", "judged").rows() if verdict is not None
+    }
+
+
+@pytest.mark.anyio
+async def test_a_verdict_that_the_service_failed_is_asked_for_again_at_the_next_session(judged: Judging) -> None:
+    def fail(answer: str) -> None:
+        if answer in ANSWERS[3:5]:
+            raise ServiceError("it is gone")
+
+    judged.before = fail
+    await judged()
+    assert verdicts(judged.folder) == dict.fromkeys((*ANSWERS[:3], *ANSWERS[5:]), 0.0)
+    assert sorted(judged.asked) == sorted(ANSWERS)
+    judged.before = None
+    judged.asked.clear()
+    store = await judged()
+    assert sorted(judged.asked) == list(ANSWERS[3:5]), "those that have their verdict are not asked about again"
+    assert verdicts(judged.folder) == dict.fromkeys(ANSWERS, 0.0)
+    assert store.unjudged().is_empty()
+    judged.asked.clear()
+    await judged()
+    assert judged.asked == []
+
+
+@pytest.mark.anyio
+async def test_verdicts_outlive_a_cancellation_in_the_middle(judged: Judging) -> None:
+    """They gather for a second before they are written: those that wait then must reach the disk."""
+    judged.most = 6
+    with anyio.fail_after(20), anyio.CancelScope() as scope:
+        judged.on_judged = lambda done: scope.cancel() if done == judged.most else None
+        await judged()
+    assert scope.cancelled_caught
+    kept = verdicts(judged.folder)
+    assert kept == dict.fromkeys(ANSWERS[:6], 0.0)
+    judged.most = judged.on_judged = None
+    judged.asked.clear()
+    await judged()
+    assert sorted(judged.asked) == sorted(set(ANSWERS) - set(kept))
+    assert verdicts(judged.folder) == dict.fromkeys(ANSWERS, 0.0)
