@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 from searchr1_async.episodes.types import Passage
 from searchr1_async.errors import ConfigurationError, CorpusError, EmbeddingError, StoreError
-from searchr1_async.search import Search
+from searchr1_async.search import Search, served
 from searchr1_async.search.compact_building import build_compact_index
 from searchr1_async.search.indexing import LocalIndex
 from searchr1_async.search.places import look_up
@@ -75,7 +76,8 @@ async def test_a_compact_index_is_described_and_made_again(tmp_path: Path, monke
     monkeypatch.chdir(tmp_path)
     relative = await Search.open("index", embedder="gemini-embedding-001", n_results=4)
     assert relative.description == search.description
-    assert relative.source.name == search.source.name if isinstance(search.source, CompactStore) else False
+    assert isinstance(relative.source, CompactStore)
+    assert relative.source.folder == folder
 
 
 async def test_an_unfinished_and_a_broken_compact_index(tmp_path: Path, embedder: Any) -> None:
@@ -111,7 +113,8 @@ async def test_an_index_of_this_package_and_chroma_folders(tmp_path: Path, make_
     ):
         await Search.open(tmp_path / "chroma", embedder=own)
     search = await Search.open(tmp_path / "chroma", embedder=own, collection="other")
-    assert "'other'" in search.source.name if isinstance(search.source, EmbeddedChroma) else False
+    assert isinstance(search.source, EmbeddedChroma)
+    assert "'other'" in search.source.name
 
 
 async def test_a_folder_without_an_index(tmp_path: Path, embedder: Any) -> None:
@@ -144,7 +147,9 @@ async def test_a_chroma_server_wants_its_collection_and_embedder(embedder: Any) 
         await Search.open("http://localhost:9", collection="wiki")
 
 
-async def test_nobody_answers(embedder: Any) -> None:
+async def test_nobody_answers(embedder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    # It waits ten seconds for a service that is just coming up.
+    monkeypatch.setattr(served, "look_at", partial(served.look_at, deadline=0.3))
     with pytest.raises(StoreError, match="localhost:9"):
         await Search.open("http://localhost:9", embedder=embedder)
 

@@ -106,8 +106,7 @@ async def test_it_finds_what_an_exact_search_finds(large: Path) -> None:
         assert [passage.score for passage in answer] == sorted((each.score for each in answer), reverse=True)
 
 
-@pytest.mark.parametrize("kind", ["float16", "int8"])
-@pytest.mark.parametrize("metric", ["cosine", "l2", "ip"])
+@pytest.mark.parametrize(("metric", "kind"), [("cosine", "float16"), ("l2", "int8"), ("ip", "float16")])
 async def test_small_indexes_find_everything(tmp_path: Path, metric: Metric, kind: VectorType) -> None:
     for count in (1, 2, 31, 33, 300):
         vectors, folder = clustered(count, 32), tmp_path / str(count)
