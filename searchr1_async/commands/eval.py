@@ -47,11 +47,12 @@ def add(commands: Parsers) -> None:
     what.add_argument("--service", help="URL of a Tinker service")
     what.add_argument("--threads", type=int, help="CPU threads of the embedded service")
     where = parser.add_argument_group("where it searches")
-    where.add_argument("--corpus", default="atlas", help="atlas, or a file of passages (%(default)s)")
+    # No defaults: a repetition searches as its manifest says, unless it is told where.
+    where.add_argument("--corpus", help="atlas, or a file of passages (atlas)")
     where.add_argument("--chroma", metavar="HOST:PORT", help="a Chroma server instead")
-    where.add_argument("--collection", default="wiki_embeddings", help="on that server (%(default)s)")
+    where.add_argument("--collection", help="on that server (wiki_embeddings)")
     where.add_argument("--embedder", help="of the index (all-MiniLM-L6-v2; with --chroma gemini-embedding-001)")
-    where.add_argument("--results", type=int, default=3, help="passages a query (%(default)s)")
+    where.add_argument("--results", type=int, help="passages a query (3)")
     where.add_argument("--passage-words", type=int, help="words a passage is cut at")
     how = parser.add_argument_group("how")
     how.add_argument("--split", help="of every suite")
@@ -68,36 +69,36 @@ def add(commands: Parsers) -> None:
 
 
 async def _run(options: argparse.Namespace) -> str:
-    shared = {
-        "out_dir": options.out_dir,
-        "resume": (options.out_dir / "manifest.json").exists(),
-        "service": options.service,
-        "local": LocalOptions(threads=options.threads),
-    }
-    if len(options.suites) == 1 and repeats(options.suites[0]):
-        report = await evaluate(options.suites[0], **shared)
-    else:
-        report = await evaluate(
-            options.suites,
-            _search(options),
-            systems=_systems(options),
-            baselines=options.baselines,
-            model=options.model,
-            split=options.split,
-            limit=options.limit,
-            question_seed=options.question_seed,
-            samples=options.samples,
-            temperature=options.temperature,
-            seed=options.seed,
-            format=options.format,
-            max_turns=options.max_turns,
-            max_tokens=options.max_tokens,
-            judge=Judge() if options.judge else None,
-            **shared,
-        )
+    is_repetition = len(options.suites) == 1 and repeats(options.suites[0])
+    # What a repetition may not be given is refused by evaluate(), by name.
+    report = await evaluate(
+        options.suites[0] if is_repetition else options.suites,
+        None if is_repetition and not _names_search(options) else _search(options),
+        systems=None if is_repetition and not _names_systems(options) else _systems(options),
+        baselines=options.baselines,
+        model=options.model,
+        service=options.service,
+        out_dir=options.out_dir,
+        resume=(options.out_dir / "manifest.json").exists(),
+        split=options.split,
+        limit=options.limit,
+        question_seed=options.question_seed,
+        samples=options.samples,
+        judge=Judge() if options.judge else None,
+        format=options.format,
+        max_turns=options.max_turns,
+        max_tokens=options.max_tokens,
+        temperature=options.temperature,
+        seed=options.seed,
+        local=LocalOptions(threads=options.threads),
+    )
     page = await anyio.to_thread.run_sync(report.save)
     notes = "\n".join(f"- {note}" for note in report.notes())
     return f"\n{report}\n\n{notes}\n\nreport with its episodes: {page}"
+
+
+def _names_systems(options: argparse.Namespace) -> bool:
+    return options.untrained or bool(options.system)
 
 
 def _systems(options: argparse.Namespace) -> dict[str, SystemSource]:
@@ -112,16 +113,29 @@ def _systems(options: argparse.Namespace) -> dict[str, SystemSource]:
     return systems
 
 
+def _names_search(options: argparse.Namespace) -> bool:
+    named = (
+        options.corpus,
+        options.chroma,
+        options.collection,
+        options.embedder,
+        options.results,
+        options.passage_words,
+    )
+    return any(each is not None for each in named)
+
+
 def _search(options: argparse.Namespace) -> Search:
-    settings = {"n_results": options.results, "max_passage_words": options.passage_words}
+    results = 3 if options.results is None else options.results
+    settings = {"n_results": results, "max_passage_words": options.passage_words}
     if options.chroma is None:
         embedder = {} if options.embedder is None else {"embedder": options.embedder}
-        return Search.local(options.corpus, **embedder, **settings)
+        return Search.local("atlas" if options.corpus is None else options.corpus, **embedder, **settings)
     host, _, port = options.chroma.rpartition(":")
     if not host or not port.isdecimal():
         raise ConfigurationError(f"--chroma {options.chroma!r}: give HOST:PORT, such as localhost:8000")
-    embedder = options.embedder or "gemini-embedding-001"
-    return Search.chroma(host, int(port), options.collection, embedder=embedder, **settings)
+    embedder, collection = options.embedder or "gemini-embedding-001", options.collection or "wiki_embeddings"
+    return Search.chroma(host, int(port), collection, embedder=embedder, **settings)
 
 
 def _stopped(options: argparse.Namespace) -> str:

@@ -67,6 +67,22 @@ def test_a_folder_of_suites_is_measured_reported_and_repeated(world: Path, capsy
     assert main(again) == 0
     assert open_report(world / "again").figures() == report.figures()
 
+    # What it would not follow is refused by name, and another search than its own.
+    again[3] = str(world / "other")
+    corpus = str(world / "corpus.jsonl")
+    for more, told in (
+        (("--samples", "3", "--judge"), "repeated as it was: leave samples, judge out"),
+        (("--untrained", "--limit", "1", "--max-tokens", "9"), "leave systems, limit, max_tokens out"),
+        (("--corpus", corpus, "--results", "1"), "the search gives other answers than that of the manifest"),
+    ):
+        capsys.readouterr()
+        assert main([*again, *more]) == 1
+        said = capsys.readouterr().err
+        assert said.startswith("ConfigurationError: "), said
+        assert told in said
+        assert not (world / "other").exists()
+    assert main([*again, "--corpus", corpus]) == 0, "the same corpus may be named"
+
 
 @pytest.mark.parametrize(
     ("more", "told"),
