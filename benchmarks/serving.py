@@ -33,7 +33,7 @@ from searchr1_async.search.serving import serve_search
 
 AT_ONCE = 64
 SECONDS = 4.0
-"""Of each measurement, after a second to warm up."""
+"""Of each measurement, after a first request."""
 WAYS = ("in process", "served store and embedder", "/retrieve, one query a request", "/retrieve, 64 queries a request")
 
 Search = Callable[[list[str]], Awaitable[object]]
@@ -77,14 +77,20 @@ async def measure(search: Search, texts: list[str], at_once: int, batch: int) ->
     """Queries a second, and the 99th percentile of a request's seconds."""
     numbers = itertools.count()
     latencies: list[float] = []
-    begin = time.monotonic() + 1.0
-    end = begin + SECONDS
+
+    async def once() -> None:
+        began = time.monotonic()
+        await search([f"{texts[n % len(texts)]} {n}" for n in itertools.islice(numbers, batch)])
+        latencies.append(time.monotonic() - began)
 
     async def ask() -> None:
-        while (began := time.monotonic()) < end:
-            await search([f"{texts[n % len(texts)]} {n}" for n in itertools.islice(numbers, batch)])
-            if began >= begin:
-                latencies.append(time.monotonic() - began)
+        while time.monotonic() < end:
+            await once()
+
+    await once()  # connects, and has Chroma read its index
+    latencies.clear()
+    begin = time.monotonic()
+    end = begin + SECONDS
 
     async with anyio.create_task_group() as tasks:
         for _ in range(at_once):
