@@ -1,4 +1,4 @@
-"""An evaluation killed in the middle and resumed gives the report of one that was not."""
+"""An evaluation killed in the middle and resumed gives the report of one that was not, but for what rounding draws otherwise."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import polars as pl
 import pytest
 
 import searchr1_async as sr
@@ -19,6 +20,12 @@ pytestmark = pytest.mark.slow
 
 QUESTIONS, SAMPLES, SYSTEMS = 48, 12, 3
 EPISODES = QUESTIONS * SAMPLES * SYSTEMS
+TIMES = ("seconds", "sampling_seconds", "search_seconds")
+MOST_FLIPS = 3
+"""Episodes of which a token may be drawn otherwise. The service computes a sequence's logits in batches of whoever is there and
+with whatever it remembers of its prompt, so that they differ by up to 5e-6, by the shape of the products. Of 23 million tokens
+drawn from this model's logits of sequences alone and again in batches of 4 or 16, 117 were others: 0.1 of the 20,700 that this
+test compares. More than three of them have a chance of 4 in a million."""
 
 
 def say(event: Event) -> None:
@@ -69,21 +76,47 @@ def played(process: subprocess.Popen[str], most: int | None) -> bool:
     return process.wait(timeout=60) == 0
 
 
+def is_flipped(one: sr.Episode, other: sr.Episode) -> bool:
+    """Whether a token of a sample was drawn otherwise; fails where anything but such a draw tells the two apart."""
+    assert (one.question, one.prompt_tokens) == (other.question, other.prompt_tokens)
+    for mine, its in zip(one.turns, other.turns, strict=False):
+        drawn = list(zip(mine.sampled_tokens, its.sampled_tokens, strict=False))
+        alike = next((place for place, (token, another) in enumerate(drawn) if token != another), len(drawn))
+        assert mine.logprobs[:alike] == pytest.approx(its.logprobs[:alike], abs=1e-4), "drawn from the same"
+        if alike < len(drawn):
+            return True
+        assert (mine.sampled_tokens, mine.truncated) == (its.sampled_tokens, its.truncated)
+        assert mine.appended_tokens == its.appended_tokens, "found and told the same"
+    assert len(one.turns) == len(other.turns)
+    assert (one.stop_reason, one.answer, one.reward) == (other.stop_reason, other.answer, other.reward)
+    return False
+
+
+def flips(whole: sr.Report, killed: sr.Report, system: str) -> list[bool]:
+    """Of each sample of a system, by question and number; all that did not flip have the same scores to the last bit."""
+    episodes, others = (tuple(report[system].episodes) for report in (whole, killed))
+    found = [is_flipped(one, other) for one, other in zip(episodes, others, strict=True)]
+    scores, other_scores = (report[system].scores.drop(TIMES) for report in (whole, killed))
+    assert scores["question_id"].to_list() == [episode.question.id for episode in episodes]
+    same = ~pl.Series(found, dtype=pl.Boolean)
+    assert scores.filter(same).equals(other_scores.filter(same))
+    return found
+
+
 def test_killed_twice_it_reports_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, killed, index = tmp_path / "whole", tmp_path / "killed", tmp_path / "index"
     assert played(start(whole, index), None)
     for questions in (40, 70):
         assert not played(start(killed, index), questions), "killed before its end"
     assert played(start(killed, index), None)
-    one, other = (json.loads(sr.open_report(folder).figures()) for folder in (whole, killed))
-    assert one == other
-    scores = [sr.open_report(folder)["search"].scores for folder in (whole, killed)]
-    assert (
-        scores[0]
-        .drop("seconds", "sampling_seconds", "search_seconds")
-        .equals(scores[1].drop("seconds", "sampling_seconds", "search_seconds"))
-    )
-    assert sum(evaluation.scores.height for evaluation in sr.open_report(killed).values()) == EPISODES
+    one, other = sr.open_report(whole), sr.open_report(killed)
+    assert list(one) == list(other)
+    flipped = sum(sum(flips(one, other, system)) for system in one)
+    assert flipped <= MOST_FLIPS
+    if not flipped:
+        assert json.loads(one.figures()) == json.loads(other.figures())
+    assert not sum(evaluation.failed for evaluation in other.values())
+    assert sum(evaluation.scores.height for evaluation in other.values()) == EPISODES
 
 
 if __name__ == "__main__":
