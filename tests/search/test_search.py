@@ -248,7 +248,7 @@ async def test_the_last_user_closes(passages: list[Passage], embedder: Any) -> N
     search = Search.local(passages, embedder=embedder)
     async with anyio.create_task_group() as group:
         for _ in range(5):
-            group.start_soon(search.open)
+            group.start_soon(search.connect)
     async with search:
         pass
     assert len(embedder.passage_batches) == 1
@@ -381,7 +381,7 @@ async def test_closing_and_opening_at_once_leaves_it_open_or_closed(passages: li
     for _ in range(5):
         async with anyio.create_task_group() as group:
             group.start_soon(search.aclose)
-            group.start_soon(search.open)
+            group.start_soon(search.connect)
         assert search.is_open
         assert embedder.is_open
         assert await search.search(["capital of Egypt"])
