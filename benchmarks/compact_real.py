@@ -34,7 +34,7 @@ from benchmarks.wordllama_embedder import WordLlamaEmbedder
 from searchr1_async.episodes.types import Passage
 from searchr1_async.search.compact_building import build_compact_index
 from searchr1_async.search.embedders.base import Vectors
-from searchr1_async.search.index_builder import passage_text
+from searchr1_async.search.passage_embedding import passage_text
 from searchr1_async.search.stores.base import Found
 from searchr1_async.search.stores.compact.store import CompactStore
 

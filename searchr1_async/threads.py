@@ -1,7 +1,8 @@
-"""Work in a thread that a cancelled caller waits for."""
+"""Work in threads: one that a cancelled caller waits for, and how many there may usefully be."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -32,3 +33,8 @@ async def in_thread(function: Callable[[], Result]) -> Result:
     if failures:
         raise failures[0]
     return results[0]
+
+
+def usable_cores() -> int:
+    """Of the machine, as far as this process may use them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from searchr1_async.evaluation.judge import Judge, judge_answers
 from searchr1_async.evaluation.store import JUDGEMENTS_NAME, EpisodeStore, SampleKey
 from searchr1_async.evaluation.systems import MeasuredSystem
 from searchr1_async.events import Emit, PhaseAdvanced, PhaseEnded, PhaseStarted
-from searchr1_async.gathered import GatheredWriting
+from searchr1_async.gathered import GatheredItems
 from searchr1_async.rollout.policy import TinkerPolicy
 from searchr1_async.run_folder import writing_records
 from searchr1_async.service import Service, load_tokenizer
@@ -93,34 +92,20 @@ async def open_judge(found: FoundJudge, service: Service) -> OpenJudge:
     return OpenJudge(TinkerPolicy(client, found.weights.step or 0, found.judge.sampling), tokenizer)
 
 
-class VerdictWriter:
-    """Takes verdicts as they come and puts them on disk, many at a time, in a worker thread."""
+class VerdictWriter(GatheredItems[Mapping[SampleKey, float | None]]):
+    """Takes verdicts as they come and puts them on disk, many at a time, in a worker thread.
+
+    :meth:`writing` raises CheckpointError where the folder cannot be written, within an exception group.
+    """
 
     def __init__(self, store: EpisodeStore) -> None:
+        super().__init__(self._put, _GATHERING)
         self._store = store
-        self._pending: dict[SampleKey, float | None] = {}
-        self._gathered = GatheredWriting(self._write, _GATHERING)
 
-    def take(self, verdicts: Mapping[SampleKey, float | None]) -> None:
-        """Writes these soon."""
-        self._pending |= verdicts
-        self._gathered.want()
-
-    def writing(self) -> AbstractAsyncContextManager[None]:
-        """Writes while the block runs, and what is left at its end, however that comes.
-
-        Raises, within an exception group:
-            CheckpointError: the folder cannot be written.
-        """
-        return self._gathered.writing()
-
-    async def _write(self) -> None:
-        pending, self._pending = self._pending, {}
-        if not pending:
-            return
-        # Shielded: what was taken must reach the disk, though the evaluation is stopped just now.
-        with anyio.CancelScope(shield=True), writing_records(self._store.folder):
-            await anyio.to_thread.run_sync(self._store.write_judgements, pending)
+    async def _put(self, verdicts: list[Mapping[SampleKey, float | None]]) -> None:
+        together = {key: verdict for each in verdicts for key, verdict in each.items()}
+        with writing_records(self._store.folder):
+            await anyio.to_thread.run_sync(self._store.write_judgements, together)
 
 
 async def judge_samples(

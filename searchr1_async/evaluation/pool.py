@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -15,7 +14,7 @@ from searchr1_async.evaluation.measure import RunningMeans
 from searchr1_async.evaluation.store import EpisodeStore, PlayedSample, SampleKey
 from searchr1_async.evaluation.systems import MeasuredSystem
 from searchr1_async.events import Emit, PhaseAdvanced, emit_nothing
-from searchr1_async.gathered import GatheredWriting
+from searchr1_async.gathered import GatheredItems
 from searchr1_async.rollout.engine import GroupToPlay, RolloutEngine
 from searchr1_async.rollout.policy import TinkerPolicy
 
@@ -24,40 +23,24 @@ _GATHERING = 1.0
 which took 4.0 ms of CPU each; 16 take 1.1 ms each."""
 
 
-class EpisodeWriter:
-    """Takes episodes as they end and puts them on disk, many at a time, in a worker thread."""
+class EpisodeWriter(GatheredItems[PlayedSample]):
+    """Takes episodes as they end and puts them on disk, many at a time, in a worker thread.
+
+    :meth:`writing` raises CheckpointError where the folder cannot be written, within an exception group.
+    """
 
     def __init__(self, store: EpisodeStore) -> None:
+        super().__init__(self._put, _GATHERING)
         self._store = store
-        self._pending: list[PlayedSample] = []
-        self._gathered = GatheredWriting(self._write, _GATHERING)
 
-    def take(self, played: PlayedSample) -> None:
-        """Writes this one soon."""
-        self._pending.append(played)
-        self._gathered.want()
-
-    def writing(self) -> AbstractAsyncContextManager[None]:
-        """Writes while the block runs, and what is left at its end, however that comes.
-
-        Raises, within an exception group:
-            CheckpointError: the folder cannot be written.
-        """
-        return self._gathered.writing()
-
-    async def _write(self) -> None:
-        pending, self._pending = self._pending, []
-        if not pending:
-            return
-        # Shielded: what was taken from the list must reach the disk, though the evaluation is stopped just now.
-        with anyio.CancelScope(shield=True):
-            try:
-                await anyio.to_thread.run_sync(self._store.write, pending)
-            except OSError as error:
-                raise CheckpointError(
-                    f"the episodes could not be written to {self._store.folder}: {error.strerror or error}. What was written "
-                    "before is whole: make room and resume."
-                ) from error
+    async def _put(self, played: list[PlayedSample]) -> None:
+        try:
+            await anyio.to_thread.run_sync(self._store.write, played)
+        except OSError as error:
+            raise CheckpointError(
+                f"the episodes could not be written to {self._store.folder}: {error.strerror or error}. What was written "
+                "before is whole: make room and resume."
+            ) from error
 
 
 @dataclass

@@ -21,9 +21,10 @@ from searchr1_async.rollout.limit import LimitSettings, SampleLimit
 from searchr1_async.rollout.player import LocalPlayer
 from searchr1_async.rollout.pulse import Pulse, PulseReading
 from searchr1_async.rollout.sampled import CountedSearch, PlayReading
-from searchr1_async.rollout.workers.elastic import ElasticPlayer, usable_cores
+from searchr1_async.rollout.workers.elastic import ElasticPlayer
 from searchr1_async.rollout.workers.messages import WorkerSpec
 from searchr1_async.rollout.workers.pool import WorkerPool
+from searchr1_async.threads import usable_cores
 
 
 @asynccontextmanager

@@ -17,17 +17,13 @@ from searchr1_async.files import cache_folder, only_one
 from searchr1_async.search.embedders.base import Embedder
 from searchr1_async.search.embedders.choice import make_embedder
 from searchr1_async.search.embedders.sentence_transformer import DEFAULT_MODEL
-from searchr1_async.search.index_builder import (
-    PACING,
-    BuildOptions,
-    IndexBuilder,
-    OnProgress,
-)
+from searchr1_async.search.index_builder import IndexBuilder
 from searchr1_async.search.index_report import IndexReport
 from searchr1_async.search.indexing import LocalIndex
 from searchr1_async.search.journal import Journal
 from searchr1_async.search.opening import open_embedder, open_store
 from searchr1_async.search.pacing import PacingSettings
+from searchr1_async.search.passage_embedding import PACING, BuildOptions, OnProgress
 from searchr1_async.search.search import Search
 from searchr1_async.search.stores.base import WritableStore, is_writable
 

@@ -24,9 +24,9 @@ from searchr1_async.search.dispatch import Capacity, Dispatcher
 from searchr1_async.search.embedders.base import Embedder, Vectors
 from searchr1_async.search.embedders.choice import make_embedder
 from searchr1_async.search.embedders.sentence_transformer import DEFAULT_MODEL
-from searchr1_async.search.index_builder import PACING, BuildOptions, OnProgress
 from searchr1_async.search.opening import open_embedder
 from searchr1_async.search.pacing import PacingSettings
+from searchr1_async.search.passage_embedding import PACING, BuildOptions, OnProgress
 from searchr1_async.search.queries import clean_query
 from searchr1_async.search.sources.base import SourceFacts, VectorSource
 from searchr1_async.search.sources.embedded import EmbeddedCorpus

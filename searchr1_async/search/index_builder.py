@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
 import anyio
@@ -19,10 +19,7 @@ from searchr1_async.search.dispatch import Capacity, Dispatcher
 from searchr1_async.search.embedders.base import Embedder, Vectors
 from searchr1_async.search.index_report import RECALL_WITHIN, IndexReport
 from searchr1_async.search.journal import Journal
-from searchr1_async.search.passage_embedding import PACING as PACING
-from searchr1_async.search.passage_embedding import WINDOW, BuildOptions, PassageEmbedder, say_cost
-from searchr1_async.search.passage_embedding import OnProgress as OnProgress
-from searchr1_async.search.passage_embedding import passage_text as passage_text
+from searchr1_async.search.passage_embedding import WINDOW, BuildOptions, PassageEmbedder, next_window, say_cost
 from searchr1_async.search.prices import BYTES_A_TOKEN, Price, price_of
 from searchr1_async.search.stores.base import WritableStore
 from searchr1_async.threads import in_thread
@@ -118,7 +115,7 @@ class IndexBuilder:
         async with anyio.create_task_group() as tasks:
             try:
                 await room.acquire()
-                while window := await anyio.to_thread.run_sync(_next_window, windows):
+                while window := await anyio.to_thread.run_sync(next_window, windows):
                     tasks.start_soon(carry, *window)
                     await room.acquire()
             except Exception as error:  # the corpus changed since it was checked
@@ -222,7 +219,3 @@ class _Sample:
             self.kept.append((own_id, vector))
         elif (place := self._random.randrange(self._offered)) < self._size:
             self.kept[place] = (own_id, vector)
-
-
-def _next_window(windows: Iterator[tuple[int, list[Passage]]]) -> tuple[int, list[Passage]] | None:
-    return next(windows, None)

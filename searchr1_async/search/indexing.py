@@ -12,12 +12,13 @@ from searchr1_async.data.corpus import Corpus
 from searchr1_async.errors import StoreError
 from searchr1_async.files import only_one
 from searchr1_async.search.embedders.base import Embedder
-from searchr1_async.search.index_builder import BuildOptions, IndexBuilder, OnProgress
-from searchr1_async.search.index_builder import passage_text as passage_text
+from searchr1_async.search.index_builder import IndexBuilder
 from searchr1_async.search.index_folder import IndexFolder, IndexIdentity, default_index_folder
 from searchr1_async.search.index_report import IndexReport
 from searchr1_async.search.journal import Journal
 from searchr1_async.search.opening import open_embedder, open_store
+from searchr1_async.search.passage_embedding import BuildOptions, OnProgress
+from searchr1_async.search.passage_embedding import passage_text as passage_text
 from searchr1_async.search.prices import price_of
 from searchr1_async.search.stores.base import Store, WritableStore
 from searchr1_async.search.stores.chroma import EmbeddedChroma

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import anyio
@@ -196,3 +196,8 @@ class PassageEmbedder:
             rows = [row for row, job in enumerate(jobs) if job.window == window]
             keys = [key_of(jobs[row].passage.id, jobs[row].text) for row in rows]
             self._journal.append(window, keys, vectors[rows])
+
+
+def next_window(windows: Iterator[tuple[int, list[Passage]]]) -> tuple[int, list[Passage]] | None:
+    """The next window of a corpus, with its number; None behind the last. Reads a file: call it in a worker thread."""
+    return next(windows, None)

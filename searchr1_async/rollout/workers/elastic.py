@@ -16,6 +16,7 @@ from searchr1_async.rollout.gate import GateStatistics, SampleGate
 from searchr1_async.rollout.player import Finished, GroupPlayer, GroupPolicy, GroupTask
 from searchr1_async.rollout.workers.pool import WorkerPool
 from searchr1_async.rollout.workers.scaling import ProcessLoad, wants_more_workers
+from searchr1_async.threads import usable_cores
 
 logger = logging.getLogger(__name__)
 
@@ -131,11 +132,6 @@ class ElasticPlayer:
             except ServiceError as error:
                 logger.warning("playing goes on with the %d processes that there are: %s", len(loads), error)
                 return
-
-
-def usable_cores() -> int:
-    """Of the machine, as far as this process may use them."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def machine_load() -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Mapping
 from io import BytesIO
 from typing import Literal
@@ -11,7 +10,6 @@ from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 import anyio
-import orjson
 from yarl import URL
 
 from searchr1_async.errors import ConfigurationError, SearchError
@@ -151,7 +149,8 @@ class Connection:
     def _fault_of(self, status: int, headers: Mapping[str, str], body: bytes) -> SearchError:
         """The fault that an answer without success is."""
         fault = http_faults.fault_of_answer(self.name, status, headers, b"")
-        kind, said = _said(body)
+        kind, said = http_faults.error_in(body)
+        said = " ".join(said.split())[:300]
         because = f"{self.name}: {said or 'no reason given'} ({status}{f' {kind}' if kind else ''})"
         match fault:
             case TooManyRequests():
@@ -184,17 +183,6 @@ class Connection:
                 await session.close()
             else:  # left open by an event loop that is gone, and its connections with it
                 session.detach()
-
-
-def _said(body: bytes) -> tuple[str, str]:
-    """Kind and words of the service's own error; both empty for anything else, such as a gateway's page."""
-    try:
-        found = orjson.loads(body)
-    except orjson.JSONDecodeError:
-        return "", ""
-    if not isinstance(found, dict) or not re.fullmatch(r"\w{1,60}", str(found.get("error", "")), re.ASCII):
-        return "", ""
-    return str(found["error"]), " ".join(str(found.get("message", "")).split())[:300]
 
 
 def _base(url: str) -> URL:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections import deque
-from collections.abc import AsyncGenerator, Collection, Iterator
+from collections.abc import AsyncGenerator, Collection
 from pathlib import Path
 
 import anyio
@@ -18,7 +18,7 @@ from searchr1_async.errors import StoreError
 from searchr1_async.search.embedders.base import Embedder
 from searchr1_async.search.journal import Journal
 from searchr1_async.search.opening import open_embedder
-from searchr1_async.search.passage_embedding import WINDOW, BuildOptions, PassageEmbedder, say_cost
+from searchr1_async.search.passage_embedding import WINDOW, BuildOptions, PassageEmbedder, next_window, say_cost
 from searchr1_async.search.sources.base import Block, SourceFacts
 from searchr1_async.threads import in_thread
 
@@ -82,7 +82,7 @@ class EmbeddedCorpus:
             at_once = own.windows_at_once(WINDOW)
             skipped = start % WINDOW
             while True:
-                while len(ahead) < at_once and (window := await anyio.to_thread.run_sync(_next_window, windows)):
+                while len(ahead) < at_once and (window := await anyio.to_thread.run_sync(next_window, windows)):
                     ahead.append(asyncio.create_task(_embedded(own, *window, skipped)))
                     skipped = 0
                 if not ahead:
@@ -139,7 +139,3 @@ async def _embedded(embedder: PassageEmbedder, number: int, passages: list[Passa
     wanted = passages[skipped:]
     vectors = await embedder.embed(number, number * WINDOW + skipped, wanted)
     return wanted, np.stack(vectors)
-
-
-def _next_window(windows: Iterator[tuple[int, list[Passage]]]) -> tuple[int, list[Passage]] | None:
-    return next(windows, None)

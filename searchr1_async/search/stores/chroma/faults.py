@@ -51,7 +51,8 @@ def fault_of_answer(where: str, status: int, headers: Mapping[str, str], body: b
         headers: ``Retry-After`` is read, in seconds or as a date.
         body: Chroma's is ``{"error": "<kind>", "message": "<text>"}``; a gateway's may be anything.
     """
-    kind, said = _said(body)
+    kind, said = error_in(body)
+    said = _without_quotes(said)
     because = f"{status}{f' {kind}' if kind else ''}{f': {said}' if said else ''}"
     wait = retry_after(headers, datetime.now(UTC))
     if status == HTTPStatus.TOO_MANY_REQUESTS or (status == HTTPStatus.SERVICE_UNAVAILABLE and wait is not None):
@@ -157,15 +158,15 @@ def retry_after(headers: Mapping[str, str], now: datetime) -> float | None:
     return seconds_asked(value, now)
 
 
-def _said(body: bytes) -> tuple[str, str]:
-    """The kind and the text of Chroma's own error; both empty for anything else."""
+def error_in(body: bytes) -> tuple[str, str]:
+    """The kind and the text of an answer ``{"error": …, "message": …}``; both empty for anything else, such as a gateway's page."""
     try:
         found = orjson.loads(body)
     except orjson.JSONDecodeError:
         return "", ""
     if not isinstance(found, dict) or not re.fullmatch(r"\w{1,60}", str(found.get("error", "")), re.ASCII):
         return "", ""
-    return str(found["error"]), _without_quotes(str(found.get("message", "")))
+    return str(found["error"]), str(found.get("message", ""))
 
 
 def _without_quotes(text: str) -> str:

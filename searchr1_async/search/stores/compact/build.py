@@ -56,9 +56,9 @@ from searchr1_async.search.stores.compact.layout import (
 )
 from searchr1_async.search.stores.compact.lists import learn_centres, lists_for, sample_size
 from searchr1_async.search.stores.compact.passage_file import PassageWriter
-from searchr1_async.search.stores.compact.store import READERS, usable_cores
+from searchr1_async.search.stores.compact.store import READERS
 from searchr1_async.search.stores.compact.vector_file import Rows, VectorFile, VectorWriter
-from searchr1_async.threads import in_thread
+from searchr1_async.threads import in_thread, usable_cores
 
 _SYNC_ROWS = 65_536
 """Rows between two notes of what is on the disk."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +24,7 @@ from searchr1_async.search.stores.compact.layout import CODES_NAME, CompactManif
 from searchr1_async.search.stores.compact.passage_file import PassageFile
 from searchr1_async.search.stores.compact.vector_file import VectorFile
 from searchr1_async.search.threads import OwnThread
-from searchr1_async.threads import in_thread
+from searchr1_async.threads import in_thread, usable_cores
 
 READERS = 16
 """Threads that read vectors from the disk at once: with one, 50 rows that no process had read before took 6 ms."""
@@ -177,8 +176,3 @@ def _passages(ranked: Ranked, passages: PassageFile) -> Found:
         tuple(passages.read(int(row), float(score)) for row, score in zip(rows, scores, strict=True) if row >= 0)
         for rows, scores in zip(ranked.rows, ranked.scores, strict=True)
     )
-
-
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
