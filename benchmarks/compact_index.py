@@ -150,9 +150,12 @@ class Bench:
 
 def build_compact(bench: Bench, rows: int, options: argparse.Namespace) -> dict[str, Any]:
     """Builds one index, or takes the one that is there."""
-    needed = needed_bytes(rows, 768, CompactSettings(vectors=options.vectors), _PASSAGE_BYTES)
+    there = sum(path.stat().st_size for path in bench._index.rglob("*") if path.is_file())  # a build that was begun
+    needed = needed_bytes(rows, 768, CompactSettings(vectors=options.vectors), _PASSAGE_BYTES) - there
     if (free := shutil.disk_usage(options.work).free) < needed and not (bench._index / "manifest.json").exists():
-        raise Failed(f"{rows:,} rows take {needed / 1e9:.0f} GB in {options.work}, where {free / 1e9:.0f} GB are free")
+        raise Failed(
+            f"{rows:,} rows take {needed / 1e9:.0f} GB more in {options.work}, where {free / 1e9:.0f} GB are free"
+        )
     kept = options.work / f"{bench._index.name}.build.json"
     if (bench._index / "manifest.json").exists() and kept.exists():
         return json.loads(kept.read_text())

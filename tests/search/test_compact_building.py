@@ -183,10 +183,10 @@ async def test_a_disk_that_fails_is_said_with_what_is_free(tmp_path: Path, monke
 
 
 async def test_a_recall_that_is_not_reached_is_told(tmp_path: Path) -> None:
-    vectors = np.random.default_rng(0).standard_normal((2_000, 32)).astype(np.float32)
-    vectors = np.repeat(vectors[:4], 500, axis=0)  # more equal ones than are ever ranked again
+    vectors = np.random.default_rng(0).standard_normal((4_000, 8)).astype(np.float32)  # of 256 codes at most in a list
     events: list[Event] = []
-    report = await build_compact_index(Arrays(vectors), tmp_path / "index", emit=events.append)
+    settings = CompactSettings(recall=1.0, lists=1)
+    report = await build_compact_index(Arrays(vectors), tmp_path / "index", settings=settings, emit=events.append)
     assert report.warning is not None
-    assert "where 95.0% were asked for" in report.warning
+    assert "where 100.0% were asked for" in report.warning
     assert Notice(report.warning, is_warning=True) in events

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,10 +23,11 @@ from searchr1_async.search.stores.compact.calibrate import (
     recall,
     standard_error,
 )
-from searchr1_async.search.stores.compact.codes import Codes, empty_codes
+from searchr1_async.search.stores.compact.codes import Codes, add_codes, empty_codes, searched_codes
 from searchr1_async.search.stores.compact.index import CompactIndex, exact_nearest
 from searchr1_async.search.stores.compact.layout import CurvePoint
-from searchr1_async.search.stores.compact.lists import learn_centres
+from searchr1_async.search.stores.compact.lists import ListAssigner, learn_centres
+from searchr1_async.search.stores.compact.probing import Probing
 from searchr1_async.search.stores.compact.vector_file import VectorFile, VectorWriter
 from tests.search.compact.arrays import clustered
 
@@ -33,6 +35,8 @@ shares = st.integers(0, 100).map(lambda percent: percent / 100)
 points = st.builds(
     CurvePoint,
     st.integers(1, 64),
+    st.just(256),
+    st.none() | st.floats(0, 1),
     st.sampled_from(CANDIDATES),
     shares,
     shares,
@@ -89,9 +93,13 @@ def test_the_cheapest_that_surely_reaches_what_is_asked_is_chosen(
 
 
 def test_a_small_sample_wants_a_wider_margin() -> None:
-    curve = [CurvePoint(probes, 50, share, share, share, 1.0) for probes, share in ((1, 0.952), (2, 0.97), (4, 1.0))]
+    curve = [
+        CurvePoint(probes, 4 * probes, 0.1, 50, share, share, share, 1.0)
+        for probes, share in ((1, 0.952), (2, 0.97), (4, 1.0))
+    ]
     assert [choose(curve, 0.95, 100, queries).probes for queries in (100_000, 500, 20)] == [1, 2, 4]
     found = calibration_of(curve, 0.95, 3, 100, 500, "queries")
+    assert (found.most_probes, found.margin) == (8, 0.1)
     assert (found.probes, found.candidates, found.recall, found.asked) == (2, 50, 0.97, 0.95)
     assert (found.queries, found.origin, found.recall_at, found.curve) == (500, "queries", 3, tuple(curve))
 
@@ -102,9 +110,10 @@ def test_the_measured_recall_is_that_of_a_search(tmp_path: Path) -> None:
     writer.append(vectors)
     writer.close()
     file = VectorFile(tmp_path, 2_000, 64, "float16")
-    codes = empty_codes(learn_centres(vectors, lists, 1), vectors, "l2")
-    codes.add(vectors)
-    index = CompactIndex(Codes(codes, 1), file, "l2")
+    centres = learn_centres(vectors, lists, 1)
+    codes = empty_codes(centres, "l2")
+    add_codes(codes, vectors, ListAssigner(centres, "l2", 1).nearest(vectors))
+    index = CompactIndex(Codes(searched_codes(codes), 1, "l2"), file, "l2")
     own_rows = np.arange(0, 2_000, 10)
     queries = file.gather(own_rows)
     ticks = itertools.count()
@@ -117,7 +126,8 @@ def test_the_measured_recall_is_that_of_a_search(tmp_path: Path) -> None:
         assert {point.queries_per_second for point in curve} == {100.0}, "a tick for the search, one for the ranking"
         for point in curve[:: len(curve) // 5]:
             beside = 0 if own is None else 1
-            rows = index.candidates(queries, point.candidates + beside, point.probes)
+            probing = Probing(math.inf if point.margin is None else point.margin, point.most_probes)
+            rows = index.candidates(queries, point.candidates + beside, probing)
             ranked = index.rank(queries, rows, 10 + beside).rows
             found = ranked if own is None else _without(ranked, own)[:, :10]
             assert point.recall_at_10 == pytest.approx(recall(found, exact, 10), abs=0.005)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -27,6 +28,7 @@ from searchr1_async.search.stores.base import Found, is_writable
 from searchr1_async.search.stores.chroma import EmbeddedChroma
 from searchr1_async.search.stores.compact import CompactSettings, CompactStore
 from searchr1_async.search.stores.compact.layout import VectorType
+from searchr1_async.search.stores.compact.probing import Probing
 from tests.search.compact.arrays import Arrays, clustered, passage_of, scores_of
 
 pytestmark = pytest.mark.anyio
@@ -91,7 +93,8 @@ async def test_it_finds_what_an_exact_search_finds(large: Path) -> None:
     chosen = store.manifest.calibration
     assert chosen.origin == "queries"
     assert chosen.recall >= 0.95
-    assert 1 <= store.probes < store.manifest.lists
+    assert 1 <= chosen.probes <= chosen.most_probes <= store.manifest.lists
+    assert store.probing == Probing(math.inf if chosen.margin is None else chosen.margin, chosen.most_probes)
     found = await answers_of(large, queries, 3)
     assert recall_of(found, queries, vectors, "cosine", 3) >= 0.95
     everything = await answers_of(large, queries[:50], 10, probes=10**6, candidates=ROWS)
@@ -234,9 +237,9 @@ async def test_numbers_below_1_are_refused(large: Path, name: str) -> None:
         (b"", r"manifest\.json is broken"),
         (b'{"kind": "searchr1_async compact', r"manifest\.json is broken"),
         (b"[]", r"manifest\.json is broken"),
-        (b'{"kind": "searchr1_async compact index", "format": 1}', r"manifest\.json is broken"),
+        (b'{"kind": "searchr1_async compact index", "format": 2}', r"manifest\.json is broken"),
         (b'{"name": "a web application"}', "not that of a compact index: name the folder"),
-        (b'{"kind": "searchr1_async compact index", "format": 2}', "format 2, and this version of the package reads 1"),
+        (b'{"kind": "searchr1_async compact index", "format": 3}', "format 3, and this version of the package reads 2"),
         (b"\xff\xfe", r"manifest\.json is broken"),
     ],
 )
@@ -334,7 +337,7 @@ async def test_it_may_be_opened_again_and_twice(large: Path) -> None:
     await store.open()
     assert await store.query(queries, 3) == first
     await store.aclose()
-    assert CompactStore(large, probes=store.probes + 1).fingerprint != store.fingerprint
+    assert CompactStore(large, probes=store.probing.most).fingerprint != store.fingerprint
 
 
 async def test_a_query_that_is_left_leaves_it_usable(large: Path) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+import os
 from pathlib import Path
 
 import numpy as np
@@ -35,15 +34,9 @@ def write(folder: Path, vectors: Vectors, kind: VectorType, rows: int = 0) -> No
     writer.close()
 
 
-@pytest.fixture(scope="module")
-def readers() -> Iterator[tuple[ThreadPoolExecutor, int]]:
-    with ThreadPoolExecutor(4) as pool:
-        yield pool, 4
-
-
-def kept(folder: Path, vectors: Vectors, kind: VectorType, readers: tuple[ThreadPoolExecutor, int]) -> VectorFile:
+def kept(folder: Path, vectors: Vectors, kind: VectorType) -> VectorFile:
     write(folder, vectors, kind)
-    return VectorFile(folder, len(vectors), vectors.shape[1], kind, readers)
+    return VectorFile(folder, len(vectors), vectors.shape[1], kind)
 
 
 numbers = st.floats(-1e3, 1e3, width=32).filter(lambda number: number == 0 or abs(number) > 1e-20)
@@ -61,17 +54,15 @@ def test_8_bit_numbers_err_by_half_a_step_at_most(vectors: Vectors) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_come_back_from_anywhere(
-    tmp_path: Path, kind: VectorType, readers: tuple[ThreadPoolExecutor, int]
-) -> None:
+def test_rows_come_back_from_anywhere(tmp_path: Path, kind: VectorType) -> None:
     vectors = clustered(COUNT, DIMENSION)
-    file = kept(tmp_path, vectors, kind, readers)
+    file = kept(tmp_path, vectors, kind)
     assert len(file) == COUNT
     size = sum(path.stat().st_size for path in tmp_path.iterdir())
     assert size == COUNT * row_bytes(DIMENSION, kind)
     step = np.abs(vectors).max(axis=1, keepdims=True) * (2**-11 if kind == "float16" else 0.51 / 127)
     chosen = np.random.default_rng(1).integers(COUNT, size=300)
-    for rows in (chosen, chosen[:1], np.arange(COUNT)):
+    for rows in (chosen, chosen[:1], chosen[:0], np.arange(COUNT)):
         assert (np.abs(file.gather(rows) - vectors[rows]) <= step[rows]).all()
     slabs = list(file.slabs(start=3, size=64))
     assert [first for first, _ in slabs] == list(range(3, COUNT, 64))
@@ -118,24 +109,44 @@ def test_an_appended_file_goes_on_from_what_was_noted(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("mapped", [1 << 30, 1], ids=["kept in memory", "let go each time"])
+@pytest.mark.parametrize("together", [16_384, 1])
 def test_products_are_those_of_the_kept_rows(
     tmp_path: Path,
     kind: VectorType,
-    mapped: int,
-    readers: tuple[ThreadPoolExecutor, int],
+    together: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(vector_file, "_MAPPED_BYTES", mapped)
-    file = kept(tmp_path, clustered(COUNT, DIMENSION), kind, readers)
+    monkeypatch.setattr(vector_file, "_ASKED_TOGETHER", together)
+    file = kept(tmp_path, clustered(COUNT, DIMENSION), kind)
     queries = clustered(7, DIMENSION, seed=1)
     rows: Rows = np.random.default_rng(2).integers(COUNT, size=(7, 50))
     products, lengths = file.products(queries, rows)
     own = file.gather(rows.ravel()).reshape(7, 50, DIMENSION).astype(np.float64)
     np.testing.assert_allclose(products, np.einsum("qd,qcd->qc", queries.astype(np.float64), own), atol=1e-5)
     np.testing.assert_allclose(lengths, (own**2).sum(axis=2), rtol=1e-5)
-    alone = VectorFile(tmp_path, COUNT, DIMENSION, kind).products(queries, rows)
-    np.testing.assert_array_equal(np.stack(alone), np.stack([products, lengths]))
+
+
+def test_the_file_is_closed_with_the_last_that_reads_it_and_no_sooner(tmp_path: Path) -> None:
+    def opened() -> int:
+        return sum(tmp_path in each.resolve().parents for each in Path("/proc/self/fd").iterdir())
+
+    vectors = clustered(COUNT, DIMENSION)
+    file = kept(tmp_path, vectors, "float16")
+    read = file.gather
+    del file
+    assert opened() == 1
+    np.testing.assert_allclose(read(np.array([3])), vectors[3:4], atol=1e-2)
+    del read
+    assert opened() == 0
+
+
+def test_a_file_that_is_cut_off_while_it_is_read_is_an_error(tmp_path: Path) -> None:
+    file = kept(tmp_path, clustered(COUNT, DIMENSION), "float16")
+    os.truncate(tmp_path / VECTORS_NAME, 10 * DIMENSION * 2 + 5)
+    assert file.gather(np.array([9])).shape == (1, DIMENSION)
+    for row in (10, COUNT - 1):
+        with pytest.raises(OSError, match="became shorter"):
+            file.gather(np.array([row]))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -144,11 +155,10 @@ def test_the_nearest_of_all_are_those_of_a_plain_sort(
     tmp_path: Path,
     kind: VectorType,
     metric: Metric,
-    readers: tuple[ThreadPoolExecutor, int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(VectorFile.slabs, "__defaults__", (0, None, 128))
-    file = kept(tmp_path, ready_vectors(clustered(COUNT, DIMENSION), metric), kind, readers)
+    file = kept(tmp_path, ready_vectors(clustered(COUNT, DIMENSION), metric), kind)
     queries = ready_vectors(clustered(40, DIMENSION, seed=1), metric)
     own_rows = np.arange(0, COUNT, COUNT // 40)[:40]
     queries[::2] = file.gather(own_rows[::2])  # half of them are rows, which would find themselves

@@ -20,7 +20,6 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from datetime import UTC, datetime
 from functools import partial
@@ -40,7 +39,14 @@ from searchr1_async.search.embedders.base import Vectors
 from searchr1_async.search.sources.base import SourceFacts, VectorSource
 from searchr1_async.search.stores.compact.calibrate import EXACT_RESULTS, calibration_of, measure
 from searchr1_async.search.stores.compact.checksums import record_of
-from searchr1_async.search.stores.compact.codes import Codes, empty_codes, load_codes, save_codes
+from searchr1_async.search.stores.compact.codes import (
+    Codes,
+    add_codes,
+    empty_codes,
+    load_codes,
+    save_codes,
+    searched_codes,
+)
 from searchr1_async.search.stores.compact.index import CompactIndex, exact_nearest, ready_vectors
 from searchr1_async.search.stores.compact.layout import (
     BUILDING_NAME,
@@ -54,9 +60,8 @@ from searchr1_async.search.stores.compact.layout import (
     CompactManifest,
     CompactSettings,
 )
-from searchr1_async.search.stores.compact.lists import learn_centres, lists_for, sample_size
+from searchr1_async.search.stores.compact.lists import ListAssigner, learn_centres, lists_for, sample_size
 from searchr1_async.search.stores.compact.passage_file import PassageWriter
-from searchr1_async.search.stores.compact.store import READERS
 from searchr1_async.search.stores.compact.vector_file import Rows, VectorFile, VectorWriter
 from searchr1_async.threads import in_thread, usable_cores
 
@@ -213,32 +218,32 @@ class CompactBuilder:
         if self._settings.threads is not None:
             faiss.omp_set_num_threads(self._settings.threads)
         facts = self._facts
-        with ThreadPoolExecutor(READERS) as pool:
-            readers = (pool, READERS)
-            vectors = VectorFile(self._folder, facts.count, facts.dimension, self._settings.vectors, readers)
-            self._write_codes(vectors)
-            calibration = self._calibrate(vectors, queries)
-        return self._seal(calibration)
+        vectors = VectorFile(self._folder, facts.count, facts.dimension, self._settings.vectors)
+        self._write_codes(vectors)
+        return self._seal(self._calibrate(vectors, queries))
 
     def _write_codes(self, vectors: VectorFile) -> None:
         target = self._folder / CODES_NAME
         if target.exists():
             return
+        metric = self._facts.metric
+        centres = self._centres(vectors)
+        assigner = ListAssigner(centres, metric, self._settings.seed)
         index, done = self._begun_codes()
         if index is None:
-            index = self._empty_codes(vectors)
+            index = empty_codes(centres, metric)
         with self._phase("codes", len(vectors), "passages") as phase:
             phase.advance(done)
             since = 0
             for first, slab in vectors.slabs(done, size=_CODE_ROWS):
                 anyio.from_thread.check_cancelled()
-                index.add(slab)
+                add_codes(index, slab, assigner.nearest(slab))
                 phase.advance(first + len(slab))
                 since += 1
                 if since == _CODE_BLOCKS_KEPT and index.ntotal < len(vectors):
                     self._keep_codes(index)
                     since = 0
-        save_codes(index, target)
+        save_codes(searched_codes(index), target)
         for path in self._code_files():
             path.unlink()
 
@@ -258,24 +263,22 @@ class CompactBuilder:
     def _code_files(self) -> list[Path]:
         return sorted(self._building.glob("codes-*.faiss"))
 
-    def _empty_codes(self, vectors: VectorFile) -> Any:
+    def _centres(self, vectors: VectorFile) -> Vectors:
+        """Of the lists; kept."""
+        path = self._building / "centres.npy"
+        if path.exists():
+            return np.load(path)
         count, seed = len(vectors), self._settings.seed
-        size = sample_size(count, self._lists)
         with self._phase("lists", self._lists, "lists") as phase:
-            chosen = np.sort(np.random.default_rng(seed).choice(count, size, replace=False))
-            sample = vectors.gather(chosen)
-            path = self._building / "centres.npy"
-            if path.exists():
-                centres = np.load(path)
-            else:
-                # In no order: neighbouring rows are alike.
-                np.random.default_rng(seed).shuffle(sample)
-                # Of length 1 too where vectors are: longer centres, which are of narrower lists, would draw queries away from wide
-                # ones. The nearest of 95 % of questions stood in 0.58 times the codes so.
-                centres = ready_vectors(learn_centres(sample, self._lists, seed), self._facts.metric)
-                write_atomically(path, _array_bytes(centres))
+            sample = vectors.gather(np.sort(_chosen(count, sample_size(count, self._lists), seed)))
+            # In no order: neighbouring rows are alike.
+            np.random.default_rng(seed).shuffle(sample)
+            # Of length 1 too where vectors are: longer centres, which are of narrower lists, would draw queries away from wide
+            # ones. The nearest of 95 % of questions stood in 0.58 times the codes so.
+            centres = ready_vectors(learn_centres(sample, self._lists, seed), self._facts.metric)
+            write_atomically(path, _array_bytes(centres))
             phase.advance(self._lists)
-        return empty_codes(centres, sample[: 1 << 16], self._facts.metric)
+        return centres
 
     def _calibrate(self, vectors: VectorFile, queries: Vectors | None) -> Calibration:
         settings, facts = self._settings, self._facts
@@ -290,7 +293,7 @@ class CompactBuilder:
         index = load_codes(self._folder / CODES_NAME, mapped=True)
         threads = settings.threads or usable_cores()
         with self._phase("calibrate", 1, "curves") as phase:
-            reader = CompactIndex(Codes(index, threads), vectors, facts.metric)
+            reader = CompactIndex(Codes(index, threads, facts.metric), vectors, facts.metric)
             at = min(settings.recall_at, results)
             enough = min(settings.recall + _BEYOND, 0.995)
             curve = measure(reader, queries, exact, self._lists, at, own_rows=own_rows, enough=enough)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from searchr1_async.search.embedders.base import Vectors
 from searchr1_async.search.stores.compact.index import CompactIndex
 from searchr1_async.search.stores.compact.layout import Calibration, CurvePoint
+from searchr1_async.search.stores.compact.probing import MOST_OF_MEAN, Probing, margin_of
 from searchr1_async.search.stores.compact.vector_file import Rows
 
 Number = TypeVar("Number", np.float32, np.int64)
@@ -29,7 +30,7 @@ _LIST_COST = 450
 
 
 def probe_steps(lists: int) -> list[int]:
-    """Numbers of probes to try: each some 1.4 times the one before, up to all lists."""
+    """Mean numbers of probes to try: each some 1.4 times the one before, up to all lists."""
     steps = {min(lists, round(2 ** (half / 2))) for half in range(2 * math.ceil(math.log2(max(lists, 1))) + 1)}
     return sorted({*steps, lists})
 
@@ -66,9 +67,11 @@ def measure(
         clock: seconds.
     """
     curve: list[CurvePoint] = []
+    gap = np.sort(np.concatenate([index.gaps(part) for part in _batches(queries)]), axis=1)
     for probes in probe_steps(lists):
+        probing = probing_of(gap, probes)
         began = clock()
-        found = np.concatenate([index.candidates(part, CANDIDATES[-1] + 1, probes) for part in _batches(queries)])
+        found = np.concatenate([index.candidates(part, CANDIDATES[-1] + 1, probing) for part in _batches(queries)])
         searching = clock() - began
         if own_rows is not None:
             found = _without(found, own_rows)
@@ -81,6 +84,8 @@ def measure(
             curve.append(
                 CurvePoint(
                     probes,
+                    probing.most,
+                    None if math.isinf(probing.margin) else probing.margin,
                     candidates,
                     round(recall(best, exact, 3), 4),
                     round(recall(best, exact, 10), 4),
@@ -91,6 +96,14 @@ def measure(
         if curve[-1].recall >= enough:
             break
     return curve
+
+
+def probing_of(gap: Vectors, probes: int) -> Probing:
+    """How far to look for so many lists on average; ``gap`` is ``[queries, lists]``, each row in ascending order."""
+    most = min(MOST_OF_MEAN * probes, gap.shape[1])
+    if probes == gap.shape[1]:
+        return Probing.fixed(most)
+    return Probing(margin_of(gap, probes, most), most)
 
 
 def choose(curve: Sequence[CurvePoint], asked: float, mean_list: float, queries: int) -> CurvePoint:
@@ -129,7 +142,8 @@ def calibration_of(
 ) -> Calibration:
     """What the manifest says of the choice."""
     chosen = choose(curve, asked, mean_list, queries)
-    return Calibration(queries, origin, chosen.probes, chosen.candidates, chosen.recall, asked, recall_at, tuple(curve))
+    probing = (chosen.probes, chosen.most_probes, chosen.margin)
+    return Calibration(queries, origin, *probing, chosen.candidates, chosen.recall, asked, recall_at, tuple(curve))
 
 
 def _batches(rows: NDArray[Number]) -> list[NDArray[Number]]:

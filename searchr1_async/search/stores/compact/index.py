@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from searchr1_async.search.embedders.base import Vectors
 from searchr1_async.search.sources.base import Metric
 from searchr1_async.search.stores.compact.codes import Codes
+from searchr1_async.search.stores.compact.probing import Probing
 from searchr1_async.search.stores.compact.vector_file import Rows, VectorFile
 
 
@@ -73,9 +74,13 @@ class CompactIndex:
         self._codes, self._vectors = codes, vectors
         self._metric: Metric = metric
 
-    def candidates(self, queries: Vectors, candidates: int, probes: int) -> Rows:
+    def gaps(self, queries: Vectors) -> Vectors:
+        """How much farther each list is than the nearest one, ``[queries, lists]``."""
+        return self._codes.gaps(queries)
+
+    def candidates(self, queries: Vectors, candidates: int, probing: Probing) -> Rows:
         """The rows nearest by their codes; all calls from one thread."""
-        return self._codes.search(queries, min(candidates, self._codes.count), probes)
+        return self._codes.search(queries, min(candidates, self._codes.count), probing)
 
     def rank(self, queries: Vectors, candidates: Rows, n_results: int) -> Ranked:
         """See :func:`rank`; from any thread."""
@@ -100,17 +105,18 @@ def exact_nearest(
         own_rows: ``[queries]``, a row that does not count for each query; None: all count.
         advance: called with the rows compared so far.
     """
+    import faiss
+
     rows = np.empty((len(queries), 0), np.int64)
     scores = np.empty((len(queries), 0), np.float32)
-    own_lengths = np.einsum("qd,qd->q", queries, queries)[:, None]
+    kind, sign = (faiss.METRIC_L2, -1) if metric == "l2" else (faiss.METRIC_INNER_PRODUCT, 1)
+    beside = 0 if own_rows is None else 1
     for first, slab in vectors.slabs():
-        found = similarities(queries @ slab.T, np.einsum("rd,rd->r", slab, slab), own_lengths, metric)
+        found, places = faiss.knn(queries, slab, min(n_results + beside, len(slab)), metric=kind)
+        found, places = sign * found, places + first
         if own_rows is not None:
-            inside = np.flatnonzero((own_rows >= first) & (own_rows < first + len(slab)))
-            found[inside, own_rows[inside] - first] = -np.inf
-        best = np.argpartition(-found, min(n_results, found.shape[1] - 1), axis=1)[:, :n_results]
-        rows = np.concatenate([rows, best + first], axis=1)
-        scores = np.concatenate([scores, np.take_along_axis(found, best, 1)], axis=1)
+            found[places == own_rows[:, None]] = -np.inf
+        rows, scores = np.concatenate([rows, places], axis=1), np.concatenate([scores, found], axis=1)
         order = np.lexsort((rows, -scores), axis=1)[:, :n_results]
         rows, scores = np.take_along_axis(rows, order, 1), np.take_along_axis(scores, order, 1)
         if advance is not None:

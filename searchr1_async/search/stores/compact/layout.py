@@ -24,7 +24,7 @@ from searchr1_async.files import write_atomically
 from searchr1_async.search.sources.base import Metric
 
 COMPACT_KIND = "searchr1_async compact index"
-COMPACT_FORMAT = 1
+COMPACT_FORMAT = 2
 MANIFEST_NAME = "manifest.json"
 CODES_NAME = "codes.faiss"
 VECTORS_NAME = "vectors.bin"
@@ -83,6 +83,10 @@ class CurvePoint:
     """What one choice of probes and candidates came to on the sample of queries."""
 
     probes: int
+    """Inverted lists that a query looks through, on average."""
+    most_probes: int
+    margin: float | None
+    """As in :class:`Calibration`."""
     candidates: int
     recall_at_3: float
     recall_at_10: float
@@ -101,7 +105,12 @@ class Calibration:
     origin: str
     """``"queries"`` that the user gave, or ``"passages"`` of the index, each sought without itself: easier than real queries."""
     probes: int
-    """Inverted lists that a query looks through."""
+    """Inverted lists that a query looks through, on average."""
+    most_probes: int
+    """That a query looks through at most."""
+    margin: float | None
+    """How much farther than the nearest centre a list's may be to be looked through, as
+    :func:`~searchr1_async.search.stores.compact.probing.gaps` counts it; None: any."""
     candidates: int
     """Passages, the nearest by their codes, that are ranked again by their vectors."""
     recall: float
@@ -184,10 +193,12 @@ class CompactManifest:
 
     def _refuse_nonsense(self) -> None:
         chosen = self.calibration
-        numbers = (self.passages, self.dimension, self.lists, chosen.probes, chosen.candidates)
+        numbers = (self.passages, self.dimension, self.lists, chosen.probes, chosen.most_probes, chosen.candidates)
         sizes = [record.bytes for record in self.files.values()]
         if not all(isinstance(number, int) and number >= 1 for number in (*numbers, *sizes)):
             raise ValueError("a number in it is none, or below 1")
+        if chosen.margin is not None and not chosen.margin >= 0:
+            raise ValueError(f"the margin is {chosen.margin!r}")
         if not all(isinstance(record.blocks, str) for record in self.files.values()):
             raise ValueError("checksums in it are none")
         if self.vectors not in ("float16", "int8") or self.metric not in ("cosine", "l2", "ip"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from concurrent.futures import ThreadPoolExecutor
+import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,19 +22,16 @@ from searchr1_async.search.stores.compact.codes import Codes, load_codes
 from searchr1_async.search.stores.compact.index import CompactIndex, Ranked, ready_vectors
 from searchr1_async.search.stores.compact.layout import CODES_NAME, CompactManifest
 from searchr1_async.search.stores.compact.passage_file import PassageFile
+from searchr1_async.search.stores.compact.probing import Probing
 from searchr1_async.search.stores.compact.vector_file import VectorFile
 from searchr1_async.search.threads import OwnThread
 from searchr1_async.threads import in_thread, usable_cores
-
-READERS = 16
-"""Threads that read vectors from the disk at once: with one, 50 rows that no process had read before took 6 ms."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Opened:
     index: CompactIndex
     passages: PassageFile
-    readers: ThreadPoolExecutor
 
 
 class CompactStore:
@@ -45,7 +42,7 @@ class CompactStore:
 
     Args:
         folder: of the index.
-        probes: inverted lists that a query looks through; None: as calibrated.
+        probes: inverted lists that every query looks through; None: as calibrated, by each query's own need.
         candidates: passages ranked again by their vectors; None: as calibrated.
         threads: of faiss in a search; None: one for each core.
 
@@ -70,8 +67,10 @@ class CompactStore:
                 raise ConfigurationError(f"{name} is {value}: give at least 1, or None")
         self.folder = Path(folder).expanduser().absolute()
         self.manifest = CompactManifest.load(self.folder)
-        self.probes = min(probes or self.manifest.calibration.probes, self.manifest.lists)
-        self.candidates = candidates or self.manifest.calibration.candidates
+        chosen = self.manifest.calibration
+        margin = math.inf if chosen.margin is None else chosen.margin
+        self.probing = Probing(margin, chosen.most_probes) if probes is None else Probing.fixed(probes)
+        self.candidates = candidates or chosen.candidates
         self._threads = threads or usable_cores()
         self._thread = OwnThread("searchr1-codes")
         self._opened: _Opened | None = None
@@ -82,7 +81,7 @@ class CompactStore:
 
     @property
     def fingerprint(self) -> str:
-        return f"{self.manifest.fingerprint}-{self.probes}-{self.candidates}"
+        return f"{self.manifest.fingerprint}-{self.probing.margin:g}-{self.probing.most}-{self.candidates}"
 
     @property
     def dimension(self) -> int | None:
@@ -109,18 +108,15 @@ class CompactStore:
             raise StoreError(
                 f"{self.folder / CODES_NAME} is not that of this index: copy the whole folder again", is_fatal=True
             )
-        readers = ThreadPoolExecutor(READERS, thread_name_prefix="searchr1-vectors")
         try:
-            vectors = VectorFile(
-                self.folder, manifest.passages, manifest.dimension, manifest.vectors, readers=(readers, READERS)
-            )
+            vectors = VectorFile(self.folder, manifest.passages, manifest.dimension, manifest.vectors)
             passages = PassageFile(self.folder, manifest.passages)
         except (OSError, ValueError) as error:
             raise StoreError(
                 f"the files in {self.folder} are not those of its manifest ({error}): copy the whole folder again",
                 is_fatal=True,
             ) from error
-        return _Opened(CompactIndex(Codes(index, self._threads), vectors, manifest.metric), passages, readers)
+        return _Opened(CompactIndex(Codes(index, self._threads, manifest.metric), vectors, manifest.metric), passages)
 
     async def query(self, vectors: Vectors, n_results: int) -> Found:
         opened = self._opened
@@ -139,7 +135,7 @@ class CompactStore:
         ready = ready_vectors(vectors, self.manifest.metric)
         candidates = max(self.candidates, n_results)
         try:
-            rows = await self._thread.run(opened.index.candidates, ready, candidates, self.probes)
+            rows = await self._thread.run(opened.index.candidates, ready, candidates, self.probing)
             return await anyio.to_thread.run_sync(
                 lambda: _passages(opened.index.rank(ready, rows, n_results), opened.passages), abandon_on_cancel=True
             )
@@ -167,7 +163,6 @@ class CompactStore:
         opened, self._opened = self._opened, None
         if opened is not None:
             self._thread.close()
-            await anyio.to_thread.run_sync(lambda: opened.readers.shutdown(cancel_futures=True))
             opened.passages.close()
 
 
