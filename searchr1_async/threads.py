@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import anyio
 import anyio.to_thread
 
 Result = TypeVar("Result")
+Item = TypeVar("Item")
 
 
 async def in_thread(function: Callable[[], Result]) -> Result:
@@ -33,6 +35,22 @@ async def in_thread(function: Callable[[], Result]) -> Result:
     if failures:
         raise failures[0]
     return results[0]
+
+
+def prepared_ahead(items: Iterator[Item]) -> Generator[Item]:
+    """The same items, each made in a thread while the one before it is used: a disk is read while something is computed."""
+    with ThreadPoolExecutor(1, "searchr1-ahead") as pool:
+        coming = pool.submit(_next_of, items)
+        while found := coming.result():
+            coming = pool.submit(_next_of, items)
+            yield found[0]
+
+
+def _next_of(items: Iterator[Item]) -> tuple[Item] | None:
+    try:
+        return (next(items),)
+    except StopIteration:
+        return None
 
 
 def usable_cores() -> int:

@@ -37,7 +37,7 @@ def test_the_package_is_a_command() -> None:
         ("index", "--path --host --port --ssl --collection --token-from --embedder"),
         (
             "wiki18",
-            "--folder --keep-archive --repository --archive --revision --endpoint --compact --embedder --vectors --recall --keep",
+            "--folder --keep-archive --repository --archive --revision --endpoint --compact --embedder --vectors --recall --questions --keep",
         ),
     ],
 )

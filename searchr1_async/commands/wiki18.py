@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from searchr1_async.data.download import free_bytes
+from searchr1_async.data.questions import load_questions
 from searchr1_async.data.wiki18 import (
     ARCHIVE,
     REPOSITORY,
@@ -25,6 +26,7 @@ from searchr1_async.files import cache_folder
 from searchr1_async.search.compact_building import build_compact_index, needed_bytes
 from searchr1_async.search.embedders.gemini import DEFAULT_MODEL
 from searchr1_async.search.sources import ChromaFolder
+from searchr1_async.search.stores.compact.build import SAMPLE_QUERIES
 from searchr1_async.search.stores.compact.layout import MANIFEST_NAME, CompactManifest, CompactSettings
 from searchr1_async.threads import in_thread
 from searchr1_async.watch.progress import ConsoleProgress
@@ -65,6 +67,11 @@ def add(commands: Parsers) -> None:
         help="of --compact: how they are kept (%(default)s)",
     )
     wiki18.add_argument("--recall", type=float, default=0.95, help="of --compact: the share to be found (%(default)s)")
+    wiki18.add_argument(
+        "--questions",
+        help="of --compact: a suite or a file of real ones, which --recall is measured by; they are embedded first "
+        "(passages of the index, which are easier to find)",
+    )
     wiki18.add_argument("--keep", action="store_true", help="of --compact: leave what was fetched beside the index")
     wiki18.set_defaults(run=_run, stopped=_stopped)
 
@@ -93,6 +100,7 @@ async def _compact(options: argparse.Namespace, emit: Emit) -> str:
     place = (options.folder or cache_folder() / "wiki18").expanduser().absolute()
     index = place / "compact"
     settings = CompactSettings(vectors=options.vectors, recall=options.recall)
+    questions = await in_thread(lambda: _questions(options.questions))  # refused before anything is fetched
     if not (index / MANIFEST_NAME).exists():
         sizes = await fetch_sizes(
             place,
@@ -113,7 +121,9 @@ async def _compact(options: argparse.Namespace, emit: Emit) -> str:
             )
         found = await _fetched(options, emit)
         source = ChromaFolder(found.path, embedder=options.embedder)
-        await build_compact_index(source, index, settings=settings, emit=emit)
+        await build_compact_index(
+            source, index, embedder=questions and options.embedder, queries=questions, settings=settings, emit=emit
+        )
     manifest = await in_thread(lambda: CompactManifest.load(index))
     if manifest.vectors != options.vectors:
         raise StoreError(
@@ -125,6 +135,12 @@ async def _compact(options: argparse.Namespace, emit: Emit) -> str:
         except OSError as error:
             raise StoreError(f"the index {index} is whole, but {error.filename} cannot be deleted: {error}") from error
     return describe_compact(index, manifest)
+
+
+def _questions(suite: str | None) -> list[str] | None:
+    if suite is None:
+        return None
+    return [question.question for question in load_questions(suite, limit=SAMPLE_QUERIES, seed=1)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -128,6 +128,13 @@ async def build_compact_index(
             await anyio.to_thread.run_sync(lambda: place.parent.mkdir(parents=True, exist_ok=True))
             async with only_one(place, f"builds the index in {place}"):
                 if (found := await anyio.to_thread.run_sync(_whole, place, facts, settings)) is not None:
+                    if differs := _differing(found, settings):
+                        emit(
+                            Notice(
+                                f"{place} is whole, and was made with {differs}: delete it to make it otherwise",
+                                is_warning=True,
+                            )
+                        )
                     return CompactReport(place, found, 0.0)
                 emit(Notice(await anyio.to_thread.run_sync(_check_room, place, facts, settings)))
                 facts = _named(facts, embedder, chosen)
@@ -179,6 +186,18 @@ def _named(facts: SourceFacts, embedder: str | Path | Embedder | None, chosen: E
         return facts
     name = str(embedder) if isinstance(embedder, str | Path) else chosen.name
     return replace(facts, embedder=name, embedder_fingerprint=chosen.fingerprint)
+
+
+def _differing(found: CompactManifest, settings: CompactSettings) -> str:
+    """What the index was made with where something else is asked for now; empty where nothing differs."""
+    chosen = found.calibration
+    kept = {
+        "recall": (chosen.asked, settings.recall),
+        "recall_at": (chosen.recall_at, settings.recall_at),
+        "lists": (found.lists, settings.lists or found.lists),
+        "seed": (found.seed, settings.seed),
+    }
+    return ", ".join(f"{name} {own}, not {asked}" for name, (own, asked) in kept.items() if own != asked)
 
 
 def _whole(place: Path, facts: SourceFacts, settings: CompactSettings) -> CompactManifest | None:

@@ -182,6 +182,22 @@ async def test_a_disk_that_fails_is_said_with_what_is_free(tmp_path: Path, monke
     assert CompactStore(folder).fingerprint.startswith(report.manifest.fingerprint)
 
 
+async def test_a_whole_index_says_what_it_was_made_with_where_something_else_is_asked_for(tmp_path: Path) -> None:
+    source, folder, events = Arrays(clustered(200, 32)), tmp_path / "index", list[Event]()
+    first = await build_compact_index(source, folder)
+    again = await build_compact_index(
+        source, folder, settings=CompactSettings(recall=0.99, lists=50), emit=events.append
+    )
+    assert again.manifest == first.manifest
+    (notice,) = [event for event in events if isinstance(event, Notice)]
+    assert notice.is_warning
+    assert "was made with recall 0.95, not 0.99, lists" in notice.text
+    assert "delete it" in notice.text
+    events.clear()
+    await build_compact_index(source, folder, emit=events.append)
+    assert not events
+
+
 async def test_a_recall_that_is_not_reached_is_told(tmp_path: Path) -> None:
     vectors = np.random.default_rng(0).standard_normal((4_000, 8)).astype(np.float32)  # of 256 codes at most in a list
     events: list[Event] = []

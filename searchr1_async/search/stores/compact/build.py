@@ -63,7 +63,7 @@ from searchr1_async.search.stores.compact.layout import (
 from searchr1_async.search.stores.compact.lists import ListAssigner, learn_centres, lists_for, sample_size
 from searchr1_async.search.stores.compact.passage_file import PassageWriter
 from searchr1_async.search.stores.compact.vector_file import Rows, VectorFile, VectorWriter
-from searchr1_async.threads import in_thread, usable_cores
+from searchr1_async.threads import in_thread, prepared_ahead, usable_cores
 
 _SYNC_ROWS = 65_536
 """Rows between two notes of what is on the disk."""
@@ -74,7 +74,7 @@ _CODE_BLOCKS_KEPT = 32
 _BEYOND = 0.03
 """Recall above what is asked up to which the curve is measured: the last hundredths take as long as all before."""
 SAMPLE_QUERIES = 500
-"""Passages that stand for queries where none are given."""
+"""As many show what a recall is to a hundredth: passages of the index, where no queries are given."""
 
 
 OnRows = Callable[[int, int], None]
@@ -228,14 +228,14 @@ class CompactBuilder:
             return
         metric = self._facts.metric
         centres = self._centres(vectors)
-        assigner = ListAssigner(centres, metric, self._settings.seed)
+        assigner = ListAssigner(centres, metric, self._settings.seed, self._settings.threads or usable_cores())
         index, done = self._begun_codes()
         if index is None:
             index = empty_codes(centres, metric)
         with self._phase("codes", len(vectors), "passages") as phase:
             phase.advance(done)
             since = 0
-            for first, slab in vectors.slabs(done, size=_CODE_ROWS):
+            for first, slab in prepared_ahead(vectors.slabs(done, size=_CODE_ROWS)):
                 anyio.from_thread.check_cancelled()
                 add_codes(index, slab, assigner.nearest(slab))
                 phase.advance(first + len(slab))

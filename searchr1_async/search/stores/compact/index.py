@@ -13,6 +13,7 @@ from searchr1_async.search.sources.base import Metric
 from searchr1_async.search.stores.compact.codes import Codes
 from searchr1_async.search.stores.compact.probing import Probing
 from searchr1_async.search.stores.compact.vector_file import Rows, VectorFile
+from searchr1_async.threads import prepared_ahead
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +112,7 @@ def exact_nearest(
     scores = np.empty((len(queries), 0), np.float32)
     kind, sign = (faiss.METRIC_L2, -1) if metric == "l2" else (faiss.METRIC_INNER_PRODUCT, 1)
     beside = 0 if own_rows is None else 1
-    for first, slab in vectors.slabs():
+    for first, slab in prepared_ahead(vectors.slabs()):
         found, places = faiss.knn(queries, slab, min(n_results + beside, len(slab)), metric=kind)
         found, places = sign * found, places + first
         if own_rows is not None:

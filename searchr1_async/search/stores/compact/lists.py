@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +27,10 @@ _GROUPS_AT_LEAST = 8
 _GROUPS_LOOKED_THROUGH = 1 / 12
 """Of all groups. Among 36,673 centres 97 % of vectors came into the nearest list so, 13,000 a second; 95 % by a sixteenth. faiss's
 graph (HNSW) puts 83 % there at 23,000 a second, 94 % at 9,700; a query has to look through many more lists for those that it loses."""
+
+
+_COMPARED_TOGETHER = 16_384
+"""Vectors that a thread takes: whatever the number of threads, the same ones come together, and so into the same lists."""
 
 
 def lists_for(count: int) -> int:
@@ -84,11 +89,12 @@ class ListAssigner:
     Args:
         centres: ``[lists, dimension]``.
         metric: how near a centre is.
-        seed: of the groups; the same seed and number of threads give the same lists.
+        seed: of the groups; the same seed gives the same lists.
+        threads: in which vectors are compared.
     """
 
-    def __init__(self, centres: Vectors, metric: Metric, seed: int) -> None:
-        self._centres = centres
+    def __init__(self, centres: Vectors, metric: Metric, seed: int, threads: int = 1) -> None:
+        self._centres, self._threads = centres, threads
         self._metric: Metric = metric
         self._groups: list[Lists] = []
         if len(centres) >= _GROUPED_FROM:
@@ -99,6 +105,11 @@ class ListAssigner:
 
     def nearest(self, vectors: Vectors) -> Lists:
         """The list of each vector, ``[vectors]``."""
+        parts = [vectors[first : first + _COMPARED_TOGETHER] for first in range(0, len(vectors), _COMPARED_TOGETHER)]
+        with ThreadPoolExecutor(self._threads, "searchr1-lists", _in_one_thread) as pool:
+            return np.concatenate([np.empty(0, np.int64), *pool.map(self._nearest, parts)])
+
+    def _nearest(self, vectors: Vectors) -> Lists:
         if not self._groups:
             return _exact(self._centres, self._metric).search(vectors, 1)[1][:, 0]
         near = _exact(self._heads, self._metric).search(vectors, self._looked_through)[1]
@@ -112,6 +123,13 @@ class ListAssigner:
             nearer = distances < best[here]
             best[here[nearer]], lists[here[nearer]] = distances[nearer], own[places[nearer]]
         return lists
+
+
+def _in_one_thread() -> None:
+    """faiss compares in the calling thread alone from now on: several of its own had to wait for what lies between two calls."""
+    import faiss
+
+    faiss.omp_set_num_threads(1)
 
 
 def _nearest_of(vectors: Vectors, centres: Vectors, metric: Metric) -> tuple[Vectors, Lists]:
