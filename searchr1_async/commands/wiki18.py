@@ -23,7 +23,7 @@ from searchr1_async.data.wiki18 import (
 from searchr1_async.errors import StoreError
 from searchr1_async.events import Emit, Notice
 from searchr1_async.files import cache_folder
-from searchr1_async.search.compact_building import build_compact_index, needed_bytes
+from searchr1_async.search.compact_building import build_compact_index, differing, needed_bytes
 from searchr1_async.search.embedders.gemini import DEFAULT_MODEL
 from searchr1_async.search.sources import ChromaFolder
 from searchr1_async.search.stores.compact.build import SAMPLE_QUERIES
@@ -122,9 +122,18 @@ async def _compact(options: argparse.Namespace, emit: Emit) -> str:
         found = await _fetched(options, emit)
         source = ChromaFolder(found.path, embedder=options.embedder)
         await build_compact_index(
-            source, index, embedder=questions and options.embedder, queries=questions, settings=settings, emit=emit
+            source,
+            index,
+            embedder=options.embedder if questions else None,
+            queries=questions,
+            settings=settings,
+            emit=emit,
         )
     manifest = await in_thread(lambda: CompactManifest.load(index))
+    if differs := differing(manifest, settings, has_queries=questions is not None):
+        raise StoreError(
+            f"{index} is whole, and was made with {differs}: take it as it is, or delete it and run the command again"
+        )
     if manifest.vectors != options.vectors:
         raise StoreError(
             f"{index} holds {manifest.vectors} vectors: take those, or delete it and run the command again"

@@ -65,14 +65,14 @@ class CompactReport:
             return None
         return (
             f"the index finds {chosen.recall:.1%} of the {chosen.recall_at} nearest passages where {chosen.asked:.1%} were asked "
-            "for, whatever is probed: make it with fewer lists, or ask for less"
+            "for, however many lists are looked through: ask for less"
         )
 
     def __str__(self) -> str:
         manifest, chosen = self.manifest, self.manifest.calibration
         return (
             f"{manifest.passages:,} passages in {self.folder}, {self.bytes / 1e9:,.2f} GB, made in {self.seconds:,.0f} s; "
-            f"{chosen.probes} of {manifest.lists:,} lists and {chosen.candidates} candidates find {chosen.recall:.1%} of the "
+            f"{chosen.probes} of {manifest.lists:,} lists on average and {chosen.candidates} candidates find {chosen.recall:.1%} of the "
             f"{chosen.recall_at} nearest for {chosen.queries} {chosen.origin}"
         )
 
@@ -95,7 +95,7 @@ async def build_compact_index(
         report = await sr.build_compact_index("wiki18.jsonl", "wiki18.index", embedder="intfloat/e5-base-v2", queries=questions)
         search = await sr.Search.open("wiki18.index")
 
-    Memory is bounded: some 115 bytes a passage at 768 dimensions, and 1.5 GB while lists are learnt. A call after a kill repeats
+    Memory is bounded: some 240 bytes a passage at 768 dimensions, and 1.5 GB while lists are learnt. A call after a kill repeats
     a few minutes at most, embeds nothing twice but what was in the air, and ends with the same files.
 
     Args:
@@ -128,7 +128,7 @@ async def build_compact_index(
             await anyio.to_thread.run_sync(lambda: place.parent.mkdir(parents=True, exist_ok=True))
             async with only_one(place, f"builds the index in {place}"):
                 if (found := await anyio.to_thread.run_sync(_whole, place, facts, settings)) is not None:
-                    if differs := _differing(found, settings):
+                    if differs := differing(found, settings, has_queries=queries is not None):
                         emit(
                             Notice(
                                 f"{place} is whole, and was made with {differs}: delete it to make it otherwise",
@@ -188,14 +188,15 @@ def _named(facts: SourceFacts, embedder: str | Path | Embedder | None, chosen: E
     return replace(facts, embedder=name, embedder_fingerprint=chosen.fingerprint)
 
 
-def _differing(found: CompactManifest, settings: CompactSettings) -> str:
-    """What the index was made with where something else is asked for now; empty where nothing differs."""
+def differing(found: CompactManifest, settings: CompactSettings, *, has_queries: bool) -> str:
+    """What an index was made with where something else is asked for now, in words; empty where nothing differs."""
     chosen = found.calibration
     kept = {
         "recall": (chosen.asked, settings.recall),
         "recall_at": (chosen.recall_at, settings.recall_at),
-        "lists": (found.lists, settings.lists or found.lists),
+        "lists": (found.lists, min(settings.lists or found.lists, found.passages)),
         "seed": (found.seed, settings.seed),
+        "a sample of": (chosen.origin, "queries" if has_queries else chosen.origin),
     }
     return ", ".join(f"{name} {own}, not {asked}" for name, (own, asked) in kept.items() if own != asked)
 

@@ -17,7 +17,7 @@ from tests.search.compact.arrays import Arrays, clustered
 
 ROWS, DIMENSION = 60_000, 64
 LISTS = 1_100
-"""So many that a graph finds the nearest."""
+"""So many that a vector is compared with those of some groups."""
 SYNCED = 4_000
 MOMENT = 0.01
 """Seconds that each event takes, so that even the shortest phase can be met."""
@@ -57,7 +57,7 @@ def main(folder: Path, vectors: Any, metric: Any) -> None:
     for name, value in (("_SYNC_ROWS", SYNCED), ("_CODE_ROWS", 2_500), ("_CODE_BLOCKS_KEPT", 2)):
         assert hasattr(build, name)
         setattr(build, name, value)
-    VectorFile.slabs.__defaults__ = (0, None, 10_000)
+    VectorFile.slabs.__defaults__ = (0, 10_000)
     source = TellingArrays(clustered(ROWS, DIMENSION), metric, block=1_000)
     settings = CompactSettings(vectors=vectors, lists=LISTS)
 

@@ -173,7 +173,7 @@ async def test_a_disk_that_fails_is_said_with_what_is_free(tmp_path: Path, monke
 
     source, folder = Arrays(clustered(100, 32)), tmp_path / "index"
     with monkeypatch.context() as patch:
-        patch.setattr(build, "save_codes", full)
+        patch.setattr(build, "write_codes", full)
         with pytest.raises(StoreError, match=r"cannot be written: No space left on device \([\d,]+ bytes are free\)"):
             await build_compact_index(source, folder)
     assert not source.is_open

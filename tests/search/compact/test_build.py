@@ -37,7 +37,7 @@ def small_steps(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(build, "_CODE_ROWS", 100)
     patch.setattr(build, "_CODE_BLOCKS_KEPT", 3)
     patch.setattr(build, "SAMPLE_QUERIES", 60)
-    patch.setattr(VectorFile.slabs, "__defaults__", (0, None, 300))
+    patch.setattr(VectorFile.slabs, "__defaults__", (0, 300))
 
 
 def ignore(event: Event) -> None:
@@ -163,7 +163,7 @@ async def test_whatever_ends_it_it_goes_on_to_the_same_files(
 
 
 @pytest.mark.parametrize(
-    "name", ["save_codes", "write_atomically", "exact_nearest", "measure", "record_of", "learn_centres"]
+    "name", ["save_codes", "write_codes", "write_atomically", "exact_nearest", "measure", "record_of", "learn_centres"]
 )
 async def test_a_step_that_fails_is_done_again(
     tmp_path: Path, undisturbed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, name: str
@@ -195,7 +195,7 @@ async def test_what_killed_processes_left_half_written_is_taken_away(
     arrays.fails_at = 500
     with pytest.raises(StoreError):
         await make(folder, arrays)
-    for name in (".codes.faiss.77", ".manifest.json.77", "building/.codes-000000000300.faiss.77"):
+    for name in (".codes.faiss.77", ".lists.bin.77", ".manifest.json.77", "building/.codes-000000000300.faiss.77"):
         (folder / name).write_bytes(b"half")
     arrays.fails_at = None
     await make(folder, arrays)

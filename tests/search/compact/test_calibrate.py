@@ -18,12 +18,13 @@ from searchr1_async.search.stores.compact.calibrate import (
     calibration_of,
     choose,
     cost,
+    is_enough,
     measure,
     probe_steps,
     recall,
     standard_error,
 )
-from searchr1_async.search.stores.compact.codes import Codes, add_codes, empty_codes, searched_codes
+from searchr1_async.search.stores.compact.codes import Codes, add_codes, empty_codes, write_codes
 from searchr1_async.search.stores.compact.index import CompactIndex, exact_nearest
 from searchr1_async.search.stores.compact.layout import CurvePoint
 from searchr1_async.search.stores.compact.lists import ListAssigner, learn_centres
@@ -92,6 +93,16 @@ def test_the_cheapest_that_surely_reaches_what_is_asked_is_chosen(
     assert replace(chosen, queries_per_second=1.0) == again
 
 
+@given(reached=shares, asked=shares, queries=st.integers(1, 1_000))
+def test_a_curve_ends_where_what_is_asked_can_be_chosen(reached: float, asked: float, queries: int) -> None:
+    if is_enough(reached, asked, queries):
+        point = CurvePoint(1, 4, 0.1, 50, reached, reached, reached, 1.0)
+        assert choose([point], asked, 100, queries).recall - standard_error(reached, queries) >= asked
+        assert reached >= min(asked + 0.03, 0.995)
+    assert is_enough(1.0, asked, queries)
+    assert not is_enough(0.996, 0.995, 500), "so much may be chance"
+
+
 def test_a_small_sample_wants_a_wider_margin() -> None:
     curve = [
         CurvePoint(probes, 4 * probes, 0.1, 50, share, share, share, 1.0)
@@ -113,13 +124,14 @@ def test_the_measured_recall_is_that_of_a_search(tmp_path: Path) -> None:
     centres = learn_centres(vectors, lists, 1)
     codes = empty_codes(centres, "l2")
     add_codes(codes, vectors, ListAssigner(centres, "l2", 1).nearest(vectors))
-    index = CompactIndex(Codes(searched_codes(codes), 1, "l2"), file, "l2")
+    write_codes(codes, tmp_path)
+    index = CompactIndex(Codes(tmp_path, 1, "l2"), file, "l2")
     own_rows = np.arange(0, 2_000, 10)
     queries = file.gather(own_rows)
     ticks = itertools.count()
     for own in (None, own_rows):
         exact = exact_nearest(queries, file, "l2", 10, own)
-        curve = measure(index, queries, exact, lists, 5, own_rows=own, enough=2.0, clock=lambda: float(next(ticks)))
+        curve = measure(index, queries, exact, lists, 5, own_rows=own, asked=2.0, clock=lambda: float(next(ticks)))
         assert [(point.probes, point.candidates) for point in curve] == list(
             itertools.product(probe_steps(lists), CANDIDATES)
         )
@@ -136,6 +148,6 @@ def test_the_measured_recall_is_that_of_a_search(tmp_path: Path) -> None:
         assert curve[-1].recall == 1.0
         by_candidates = [point.recall for point in curve if point.probes == lists]
         assert by_candidates == sorted(by_candidates)
-    stopped = measure(index, queries, exact, lists, 5, own_rows=own_rows, enough=0.9)
-    assert stopped[-1].recall >= 0.9
-    assert all(point.recall < 0.9 for point in stopped[3:-4:4])
+    stopped = measure(index, queries, exact, lists, 5, own_rows=own_rows, asked=0.9)
+    assert is_enough(stopped[-1].recall, 0.9, len(queries))
+    assert not any(is_enough(point.recall, 0.9, len(queries)) for point in stopped[3:-4:4])

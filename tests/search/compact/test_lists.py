@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import faiss
 import numpy as np
 import pytest
 from hypothesis import given
@@ -20,7 +21,7 @@ from searchr1_async.search.stores.compact.codes import (
     empty_codes,
     load_codes,
     save_codes,
-    searched_codes,
+    write_codes,
 )
 from searchr1_async.search.stores.compact.index import ready_vectors
 from searchr1_async.search.stores.compact.lists import (
@@ -118,21 +119,23 @@ def test_centres_that_are_all_alike_have_a_list_for_everything() -> None:
     assert ((found >= 0) & (found < MANY)).all()
 
 
-def codes_of(vectors: Vectors, lists: int, metric: Metric) -> Any:
+def write(folder: Path, vectors: Vectors, lists: int, metric: Metric) -> None:
     vectors = ready_vectors(vectors, metric)
     centres = learn_centres(vectors, lists, 1)
     assigner = ListAssigner(centres, metric, 1)
     index = empty_codes(centres, metric)
     for part in np.array_split(vectors, 4):
         add_codes(index, part, assigner.nearest(part))
-    return searched_codes(index)
+    folder.mkdir(exist_ok=True)
+    write_codes(index, folder)
 
 
 @pytest.mark.parametrize("metric", ["cosine", "l2", "ip"])
 @pytest.mark.parametrize("lists", [20, MANY])
-def test_codes_find_most_of_the_nearest(metric: Metric, lists: int) -> None:
+def test_codes_find_most_of_the_nearest(tmp_path: Path, metric: Metric, lists: int) -> None:
     vectors = clustered(6_000)
-    codes = Codes(codes_of(vectors, lists, metric), 1, metric)
+    write(tmp_path, vectors, lists, metric)
+    codes = Codes(tmp_path, 1, metric)
     assert codes.count == codes.list_sizes().sum() == len(vectors)
     assert len(codes.list_sizes()) == lists
     queries = vectors[::200] + np.random.default_rng(2).normal(0, 0.02, (30, 64)).astype(np.float32)
@@ -146,10 +149,10 @@ def test_codes_find_most_of_the_nearest(metric: Metric, lists: int) -> None:
         assert (row[len(real) :] == -1).all(), "a list holds fewer than were asked for: the rest is none"
 
 
-def test_a_search_is_the_same_in_any_number_of_threads() -> None:
+def test_a_search_is_the_same_in_any_number_of_threads(tmp_path: Path) -> None:
     vectors = clustered(3_000)
-    index = codes_of(vectors, 30, "l2")
-    one, two = (Codes(index, threads, "l2").search(vectors[:64], 50, Probing.fixed(5)) for threads in (1, 2))
+    write(tmp_path, vectors, 30, "l2")
+    one, two = (Codes(tmp_path, threads, "l2").search(vectors[:64], 50, Probing.fixed(5)) for threads in (1, 2))
     np.testing.assert_array_equal(one, two)
 
 
@@ -161,31 +164,63 @@ def test_saved_codes_go_on_growing_as_if_nothing_had_been(tmp_path: Path) -> Non
     add_codes(whole, vectors, lists)
     add_codes(begun, vectors[:1_000], lists[:1_000])
     save_codes(begun, tmp_path / "begun")
-    resumed = load_codes(tmp_path / "begun", mapped=False)
+    resumed = load_codes(tmp_path / "begun")
     add_codes(resumed, vectors[1_000:], lists[1_000:])
-    save_codes(searched_codes(whole), tmp_path / "whole")
-    save_codes(searched_codes(resumed), tmp_path / "resumed")
-    assert (tmp_path / "whole").read_bytes() == (tmp_path / "resumed").read_bytes()
-    assert {path.name for path in tmp_path.iterdir()} == {"begun", "whole", "resumed"}
-    mapped = Codes(load_codes(tmp_path / "whole", mapped=True), 1, "l2")
-    there = Codes(searched_codes(whole), 1, "l2")
-    found = [codes.search(vectors[:50], 20, Probing.fixed(30)) for codes in (mapped, there)]
-    np.testing.assert_array_equal(found[0], found[1])
+    for name, index in (("whole", whole), ("resumed", resumed)):
+        (tmp_path / name).mkdir()
+        write_codes(index, tmp_path / name)
+    kept = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("whole", "resumed")]
+    assert kept[0] == kept[1]
+    assert kept[0].keys() == {"codes.faiss", "lists.bin", "lists.sizes"}
+
+
+@pytest.mark.parametrize("dimension", [1, 7, 64, 100])
+@pytest.mark.parametrize("metric", ["l2", "ip"])
+def test_mapped_codes_are_searched_as_faiss_searches_its_own(tmp_path: Path, dimension: int, metric: Metric) -> None:
+    vectors = clustered(2_000, dimension)
+    centres = learn_centres(vectors, 40, 1)
+    centres[7] = 1e6  # of a list in which nothing is
+    lists = ListAssigner(centres, metric, 1).nearest(vectors)
+    lists[lists == 7] = 8
+    index = empty_codes(centres, metric)
+    add_codes(index, vectors, lists)
+    write_codes(index, tmp_path)
+    codes = Codes(tmp_path, 1, metric)
+    assert (codes.count, codes.dimension) == (2_000, dimension)
+    np.testing.assert_array_equal(codes.list_sizes(), np.bincount(lists, minlength=40))
+    own: Any = faiss
+    theirs = own.IndexIVFRaBitQFastScan(index)
+    theirs.qb, theirs.nprobe = 8, 40
+    expected = theirs.search(vectors[:50], 20)[1]
+    np.testing.assert_array_equal(codes.search(vectors[:50], 20, Probing.fixed(40)), expected)
+
+
+def test_lists_of_another_index_are_refused(tmp_path: Path) -> None:
+    for name, count in (("one", 500), ("two", 600)):
+        write(tmp_path / name, clustered(count), 3, "l2")
+    for name in ("lists.bin", "lists.sizes"):
+        (tmp_path / "mixed").mkdir(exist_ok=True)
+        for path in (tmp_path / "one").iterdir():
+            (tmp_path / "mixed" / path.name).write_bytes(path.read_bytes())
+        (tmp_path / "mixed" / name).write_bytes((tmp_path / "two" / name).read_bytes())
+        with pytest.raises(StoreError, match=r"lists\.bin is not that of this index: copy the whole folder again"):
+            Codes(tmp_path / "mixed", 1, "l2")
 
 
 def test_what_is_no_file_of_faiss_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, clustered(500), 3, "l2")
     path = tmp_path / "codes.faiss"
-    save_codes(codes_of(clustered(500), 3, "l2"), path)
     content = path.read_bytes()
     for broken in (b"", b"no index at all", content[:100], content[: len(content) // 2]):
         path.write_bytes(broken)
-        for mapped in (False, True):
-            with pytest.raises(StoreError, match=r"codes\.faiss is no file that faiss reads"):
-                load_codes(path, mapped=mapped)
+        with pytest.raises(StoreError, match=r"codes\.faiss is no file that faiss reads"):
+            load_codes(path)
+        with pytest.raises(StoreError, match=r"codes\.faiss is no file that faiss reads"):
+            Codes(tmp_path, 1, "l2")
 
 
 def test_codes_that_cannot_be_written_leave_nothing(tmp_path: Path) -> None:
-    index = codes_of(clustered(500), 3, "l2")
+    index = empty_codes(clustered(3), "l2")
     with pytest.raises(OSError, match=r"faiss cannot write .*codes\.faiss"):
         save_codes(index, tmp_path / "missing" / "codes.faiss")
     (tmp_path / "codes.faiss").mkdir()

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 
+from searchr1_async.search.embedders.base import Vectors
 from searchr1_async.search.sources.base import Metric
 from searchr1_async.search.stores.compact.index import ready_vectors
 from searchr1_async.search.stores.compact.probing import (
@@ -20,6 +21,7 @@ from searchr1_async.search.stores.compact.probing import (
     chosen_lists,
     gaps,
     margin_of,
+    squared_lengths,
 )
 from tests.search.compact.arrays import clustered, scores_of
 
@@ -28,23 +30,27 @@ gap_tables = arrays.arrays(
 )
 
 
+def gaps_of(queries: Vectors, centres: Vectors, metric: Metric) -> Vectors:
+    return gaps(centre_distances(queries, centres, squared_lengths(centres), metric), queries, metric)
+
+
 @pytest.mark.parametrize("metric", ["cosine", "l2", "ip"])
 def test_gaps_are_in_the_order_of_the_metric_and_of_no_unit(metric: Metric) -> None:
     queries, centres = (ready_vectors(clustered(count, 16, seed=count), metric) for count in (9, 40))
-    found = gaps(centre_distances(queries, centres, metric), queries, metric)
+    found = gaps_of(queries, centres, metric)
     assert found.shape == (9, 40)
     np.testing.assert_array_equal(found.min(axis=1), 0)
     best = np.argsort(-scores_of(queries, centres, metric), axis=1)
     assert (np.diff(np.take_along_axis(found, best, 1), axis=1) >= -1e-5).all()
     if metric == "ip":  # a query may be of any length, which says nothing about what is near
         longer = 7 * queries
-        np.testing.assert_allclose(gaps(centre_distances(longer, centres, metric), longer, metric), found, atol=1e-4)
+        np.testing.assert_allclose(gaps_of(longer, centres, metric), found, atol=1e-4)
 
 
 def test_a_query_of_zeros_has_gaps() -> None:
     queries, centres = np.zeros((1, 4), np.float32), clustered(5, 4)
     for metric in ("l2", "ip"):
-        assert np.isfinite(gaps(centre_distances(queries, centres, metric), queries, metric)).all()
+        assert np.isfinite(gaps_of(queries, centres, metric)).all()
 
 
 @given(gap=gap_tables, margin=st.floats(0, 5), most=st.integers(1, 30))

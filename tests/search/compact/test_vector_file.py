@@ -157,7 +157,7 @@ def test_the_nearest_of_all_are_those_of_a_plain_sort(
     metric: Metric,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(VectorFile.slabs, "__defaults__", (0, None, 128))
+    monkeypatch.setattr(VectorFile.slabs, "__defaults__", (0, 128))
     file = kept(tmp_path, ready_vectors(clustered(COUNT, DIMENSION), metric), kind)
     queries = ready_vectors(clustered(40, DIMENSION, seed=1), metric)
     own_rows = np.arange(0, COUNT, COUNT // 40)[:40]

@@ -4,7 +4,7 @@
 
     rows        passages and vectors go to their files, block by block; ``building/progress.json`` says how many are on the disk
     lists       centres are learnt from a sample: ``building/centres.npy``
-    codes       vectors are put into lists, a million rows after another: ``building/codes-<rows>.faiss``
+    codes       vectors are put into lists, two million rows after another: ``building/codes-<rows>.faiss``
     exact       the nearest of the sample's queries by comparing with all: ``building/exact.npz``
     calibrate   probes and candidates are tried and chosen
     checksums   of all files; then the manifest, with which the index is whole
@@ -45,20 +45,18 @@ from searchr1_async.search.stores.compact.codes import (
     empty_codes,
     load_codes,
     save_codes,
-    searched_codes,
+    write_codes,
 )
-from searchr1_async.search.stores.compact.index import CompactIndex, exact_nearest, ready_vectors
+from searchr1_async.search.stores.compact.index import CompactIndex, are_usable, exact_nearest, ready_vectors
 from searchr1_async.search.stores.compact.layout import (
     BUILDING_NAME,
     CODES_NAME,
+    COMPACT_FORMAT,
     MANIFEST_NAME,
-    OFFSETS_NAME,
-    PASSAGES_NAME,
-    SCALES_NAME,
-    VECTORS_NAME,
     Calibration,
     CompactManifest,
     CompactSettings,
+    file_names,
 )
 from searchr1_async.search.stores.compact.lists import ListAssigner, learn_centres, lists_for, sample_size
 from searchr1_async.search.stores.compact.passage_file import PassageWriter
@@ -71,8 +69,6 @@ _CODE_ROWS = 65_536
 """Put into lists together."""
 _CODE_BLOCKS_KEPT = 32
 """Blocks of codes between two files that a kill may go on from: 2 million rows, some three minutes' work, for 0.2 to 2.6 GB written."""
-_BEYOND = 0.03
-"""Recall above what is asked up to which the curve is measured: the last hundredths take as long as all before."""
 SAMPLE_QUERIES = 500
 """As many show what a recall is to a hundredth: passages of the index, where no queries are given."""
 
@@ -106,6 +102,7 @@ class CompactBuilder:
         self._settings, self._emit, self._on_progress = settings, emit, on_progress
         self._building = folder / BUILDING_NAME
         self._lists = min(settings.lists or lists_for(facts.count), facts.count)
+        self._threads = settings.threads or usable_cores()
 
     async def build(self, queries: Vectors | None) -> CompactManifest:
         """Does what is not done yet.
@@ -125,6 +122,7 @@ class CompactBuilder:
     def _refuse_other_build(self) -> None:
         """Raises StoreError where the folder holds a build from something else, or with other settings."""
         identity = {
+            "format": COMPACT_FORMAT,
             "source": self._facts.fingerprint,
             "rows": self._facts.count,
             "dimension": self._facts.dimension,
@@ -150,8 +148,9 @@ class CompactBuilder:
 
     def _remove_leftovers(self) -> None:
         """What processes that were killed while they wrote a file left beside it: of codes, gigabytes."""
-        for folder, name in ((self._folder, CODES_NAME), (self._folder, MANIFEST_NAME), (self._building, "")):
-            for path in folder.glob(f".{name}*"):
+        names = [*file_names(self._settings.vectors), MANIFEST_NAME]
+        for folder, begins in ((self._folder, names), (self._building, [""])):
+            for path in (path for begin in begins for path in folder.glob(f".{begin}*")):
                 path.unlink(missing_ok=True)
 
     # Rows: the only step that waits for others.
@@ -198,9 +197,9 @@ class CompactBuilder:
             raise StoreError(
                 f"{facts.name} gave a row {facts.count:,} where it had said {facts.count:,} rows, counted from 0: it changed meanwhile"
             )
-        if not np.isfinite(vectors).all():
-            row = start + int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])
-            raise StoreError(f"{facts.name}: the vector of row {row:,} holds numbers that are not finite")
+        if not (usable := are_usable(vectors)).all():
+            row = start + int(np.flatnonzero(~usable)[0])
+            raise StoreError(f"{facts.name}: the vector of row {row:,} holds numbers that are not finite, or too large")
         ready = ready_vectors(vectors, facts.metric)
         # What float16 cannot hold: an inner product's vectors may have any length.
         if self._settings.vectors == "float16" and np.abs(ready).max(initial=0) > np.finfo(np.float16).max:
@@ -215,8 +214,7 @@ class CompactBuilder:
     def _finish(self, queries: Vectors | None) -> CompactManifest:
         import faiss
 
-        if self._settings.threads is not None:
-            faiss.omp_set_num_threads(self._settings.threads)
+        faiss.omp_set_num_threads(self._threads)
         facts = self._facts
         vectors = VectorFile(self._folder, facts.count, facts.dimension, self._settings.vectors)
         self._write_codes(vectors)
@@ -228,7 +226,7 @@ class CompactBuilder:
             return
         metric = self._facts.metric
         centres = self._centres(vectors)
-        assigner = ListAssigner(centres, metric, self._settings.seed, self._settings.threads or usable_cores())
+        assigner = ListAssigner(centres, metric, self._settings.seed, self._threads)
         index, done = self._begun_codes()
         if index is None:
             index = empty_codes(centres, metric)
@@ -243,14 +241,14 @@ class CompactBuilder:
                 if since == _CODE_BLOCKS_KEPT and index.ntotal < len(vectors):
                     self._keep_codes(index)
                     since = 0
-        save_codes(searched_codes(index), target)
+        write_codes(index, self._folder)
         for path in self._code_files():
             path.unlink()
 
     def _begun_codes(self) -> tuple[Any, int]:
         """The codes that an earlier session kept."""
         for path in reversed(self._code_files()):
-            index = load_codes(path, mapped=False)
+            index = load_codes(path)
             return index, int(index.ntotal)
         return None, 0
 
@@ -290,13 +288,19 @@ class CompactBuilder:
         queries = ready_vectors(queries, facts.metric)
         results = min(max(EXACT_RESULTS, settings.recall_at), max(1, len(vectors) - 1))
         exact = self._exact(vectors, queries, results, own_rows)
-        index = load_codes(self._folder / CODES_NAME, mapped=True)
-        threads = settings.threads or usable_cores()
         with self._phase("calibrate", 1, "curves") as phase:
-            reader = CompactIndex(Codes(index, threads, facts.metric), vectors, facts.metric)
+            reader = CompactIndex(Codes(self._folder, self._threads, facts.metric), vectors, facts.metric)
             at = min(settings.recall_at, results)
-            enough = min(settings.recall + _BEYOND, 0.995)
-            curve = measure(reader, queries, exact, self._lists, at, own_rows=own_rows, enough=enough)
+            curve = measure(
+                reader,
+                queries,
+                exact,
+                self._lists,
+                at,
+                own_rows=own_rows,
+                asked=settings.recall,
+                check=anyio.from_thread.check_cancelled,
+            )
             phase.advance(1)
         mean_list = len(vectors) / self._lists
         return calibration_of(curve, settings.recall, settings.recall_at, mean_list, len(queries), origin)
@@ -322,9 +326,7 @@ class CompactBuilder:
         import faiss
 
         facts, settings = self._facts, self._settings
-        names = [CODES_NAME, VECTORS_NAME, PASSAGES_NAME, OFFSETS_NAME]
-        if settings.vectors == "int8":
-            names.append(SCALES_NAME)
+        names = file_names(settings.vectors)
         with self._phase("checksums", len(names), "files") as phase:
             files = {}
             for number, name in enumerate(names, start=1):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +16,23 @@ from searchr1_async.errors import StoreError
 from searchr1_async.files import sync_folder
 from searchr1_async.search.embedders.base import Vectors
 from searchr1_async.search.sources.base import Metric
+from searchr1_async.search.stores.compact.layout import CODES_NAME, LISTS_NAME, SIZES_NAME
 from searchr1_async.search.stores.compact.lists import faiss_metric
-from searchr1_async.search.stores.compact.probing import Lists, Probing, alike, centre_distances, chosen_lists, gaps
+from searchr1_async.search.stores.compact.probing import (
+    Lists,
+    Probing,
+    alike,
+    centre_distances,
+    chosen_lists,
+    gaps,
+    squared_lengths,
+)
 from searchr1_async.search.stores.compact.vector_file import Rows
 
 _QUERY_BITS = 8
 """Of each number of a query while codes are compared."""
+_ALIGNED = 64
+"""Bytes: a list begins at a multiple, as memory's lines do."""
 
 
 def empty_codes(centres: Vectors, metric: Metric) -> Any:
@@ -53,16 +67,6 @@ def add_codes(index: Any, vectors: Vectors, lists: Lists) -> None:
     index.add_core(len(vectors), made.swig_ptr(vectors), None, made.swig_ptr(lists))
 
 
-def searched_codes(index: Any) -> Any:
-    """The same codes in the order in which a search reads 32 of them at once; half a second for 200,000."""
-    import faiss
-
-    found: Any = faiss.IndexIVFRaBitQFastScan(index)
-    found.qb = _QUERY_BITS
-    found.referenced_objects = [index]  # whose centres it uses and does not own
-    return found
-
-
 def save_codes(index: Any, path: Path) -> None:
     """Writes faiss's own file, whole or not at all.
 
@@ -71,12 +75,72 @@ def save_codes(index: Any, path: Path) -> None:
     """
     import faiss
 
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with _replacing(path) as temporary:
         try:
             faiss.write_index(index, str(temporary))
         except RuntimeError as error:  # faiss's own words for a full disk
             raise OSError(f"faiss cannot write {path}: {_first_line(error)}") from error
+
+
+def load_codes(path: Path) -> Any:
+    """Reads what :func:`save_codes` wrote, to go on.
+
+    Raises:
+        StoreError: faiss cannot read the file.
+    """
+    return _read_index(path, 0)
+
+
+def write_codes(index: Any, folder: Path) -> None:
+    """Writes the codes as they are searched, 32 of a list side by side; :data:`CODES_NAME` last.
+
+    Args:
+        index: that :func:`add_codes` filled. For half a second each 200,000 of its codes are in memory a second time.
+        folder: of the index.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    import faiss
+
+    made: Any = faiss
+    found = made.IndexIVFRaBitQFastScan(index)
+    lists = made.downcast_InvertedLists(found.invlists)
+    sizes = np.array([lists.list_size(number) for number in range(index.nlist)], np.int64)
+    with _replacing(folder / LISTS_NAME) as path, path.open("wb") as file:
+        for number, (size, bytes_) in enumerate(zip(sizes.tolist(), _code_bytes(sizes, found).tolist(), strict=True)):
+            if size:
+                file.write(made.rev_swig_ptr(lists.get_codes(number), bytes_).tobytes())
+                file.write(made.rev_swig_ptr(lists.get_ids(number), size).tobytes())
+                file.write(bytes(-file.tell() % _ALIGNED))
+    with _replacing(folder / SIZES_NAME) as path:
+        path.write_bytes(sizes.astype("<i8").tobytes())
+    empty = made.IndexIVFRaBitQFastScan(index.quantizer, index.d, index.nlist, index.metric_type)
+    empty.qb = _QUERY_BITS
+    empty.is_trained = True
+    save_codes(empty, folder / CODES_NAME)
+
+
+def _code_bytes(sizes: NDArray[np.int64], index: Any) -> NDArray[np.int64]:
+    """Of the codes of lists of these sizes: in blocks of 32, the last one filled up."""
+    return -(-sizes // index.bbs) * index.bbs * index.code_size
+
+
+def _read_index(path: Path, flags: int) -> Any:
+    import faiss
+
+    try:
+        return faiss.read_index(str(path), flags)
+    except RuntimeError as error:
+        raise StoreError(f"{path} is no file that faiss reads ({_first_line(error)})", is_fatal=True) from error
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A file to be written, which takes the place of the other one whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -86,55 +150,57 @@ def save_codes(index: Any, path: Path) -> None:
     sync_folder(path.parent)
 
 
-def load_codes(path: Path, *, mapped: bool) -> Any:
-    """Reads them; mapped they stay in the file, and processes that search them share its memory.
-
-    Raises:
-        StoreError: faiss cannot read the file.
-    """
-    import faiss
-
-    try:
-        return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if mapped else 0)
-    except RuntimeError as error:
-        raise StoreError(f"{path} is no file that faiss reads ({_first_line(error)})", is_fatal=True) from error
-
-
 class Codes:
-    """The codes of an index.
+    """The codes of an index, in files that are mapped into memory: processes that search them share it.
 
     All calls come from one thread.
 
     Args:
-        index: of :func:`load_codes` or :func:`searched_codes`.
-        threads: of faiss in a search.
+        folder: of the index.
+        threads: of faiss while codes are compared; centres are compared by NumPy in its own.
         metric: of the index.
+
+    Raises:
+        StoreError: the files are not those of :func:`write_codes`.
     """
 
-    def __init__(self, index: Any, threads: int, metric: Metric) -> None:
+    def __init__(self, folder: Path, threads: int, metric: Metric) -> None:
         import faiss
 
-        self._index, self._threads = index, threads
-        self._metric: Metric = metric
         made: Any = faiss
+        self._threads = threads
+        self._metric: Metric = metric
+        index = self._index = _read_index(folder / CODES_NAME, made.IO_FLAG_MMAP_IFC)
+        self._sizes = np.fromfile(folder / SIZES_NAME, "<i8")
+        self._lists = _mapped_lists(index, folder / LISTS_NAME, self._sizes)
+        index.replace_invlists(self._lists, False)
+        index.ntotal = int(self._sizes.sum())
         flat = made.downcast_index(index.quantizer)
         # A copy, 113 MB for 21 million passages: in the mapped file they begin at any byte, and NumPy copied them at each search.
         self._centres: Vectors = np.array(made.rev_swig_ptr(flat.get_xb(), index.nlist * index.d), np.float32)
         self._centres = self._centres.reshape(index.nlist, index.d)
+        self._lengths = squared_lengths(self._centres)
 
     @property
     def count(self) -> int:
         """Vectors in it."""
         return int(self._index.ntotal)
 
+    @property
+    def dimension(self) -> int:
+        """Of the vectors."""
+        return int(self._index.d)
+
     def list_sizes(self) -> NDArray[np.int64]:
         """Codes in each list."""
-        lists = self._index.invlists
-        return np.array([lists.list_size(number) for number in range(self._index.nlist)])
+        return self._sizes
+
+    def _distances(self, vectors: Vectors) -> Vectors:
+        return centre_distances(vectors, self._centres, self._lengths, self._metric)
 
     def gaps(self, vectors: Vectors) -> Vectors:
         """See :func:`~searchr1_async.search.stores.compact.probing.gaps`; ``[vectors, lists]``."""
-        return gaps(centre_distances(vectors, self._centres, self._metric), vectors, self._metric)
+        return gaps(self._distances(vectors), vectors, self._metric)
 
     def search(self, vectors: Vectors, candidates: int, probing: Probing) -> Rows:
         """The rows nearest by their codes, ``[vectors, candidates]``; -1 where the lists looked through hold fewer."""
@@ -142,7 +208,7 @@ class Codes:
 
         faiss.omp_set_num_threads(self._threads)  # of the calling thread alone
         vectors = np.ascontiguousarray(vectors)
-        distances = centre_distances(vectors, self._centres, self._metric)
+        distances = self._distances(vectors)
         lists = chosen_lists(gaps(distances, vectors, self._metric), probing)
         found = np.empty((len(vectors), candidates), np.int64)
         for group in alike([len(own) for own in lists]):
@@ -155,6 +221,32 @@ class Codes:
             self._index.nprobe = most
             found[group] = self._index.search_preassigned(vectors[group], candidates, numbers, near)[1]
         return found
+
+
+def _mapped_lists(index: Any, path: Path, sizes: NDArray[np.int64]) -> Any:
+    """faiss's own lists on disk, told where each one lies.
+
+    faiss reads lists of this kind from its own file into memory of the process, mapped or not: 2.6 GB in each that searches 21
+    million passages.
+    """
+    import faiss
+
+    codes = _code_bytes(sizes, index)
+    ends = np.cumsum(-(-(codes + 8 * sizes) // _ALIGNED) * _ALIGNED)
+    if len(sizes) != index.nlist or path.stat().st_size != ends[-1]:
+        raise StoreError(f"{path} is not that of this index: copy the whole folder again", is_fatal=True)
+    made: Any = faiss
+    lists = made.OnDiskInvertedLists()
+    lists.nlist, lists.code_size, lists.read_only = index.nlist, index.code_size, True
+    lists.filename, lists.totsize, lists.prefetch_nthread = str(path), int(ends[-1]), 0
+    lists.lists.resize(index.nlist)
+    # Of each list: codes in it, codes that there is room for, the byte at which it begins.
+    memory = (ctypes.c_size_t * (3 * index.nlist)).from_address(int(lists.lists.data().this))
+    records = np.ctypeslib.as_array(memory).reshape(-1, 3)
+    records[:, 0], records[:, 1], records[:, 2] = sizes, codes // index.code_size, np.r_[0, ends[:-1]]
+    if ends[-1]:
+        lists.do_mmap()
+    return lists
 
 
 def _first_line(error: RuntimeError) -> str:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from searchr1_async.search.embedders.base import Vectors
 from searchr1_async.search.sources.base import Metric
 from searchr1_async.search.stores.compact.codes import Codes
-from searchr1_async.search.stores.compact.probing import Probing
+from searchr1_async.search.stores.compact.probing import Probing, squared_lengths
 from searchr1_async.search.stores.compact.vector_file import Rows, VectorFile
 from searchr1_async.threads import prepared_ahead
 
@@ -34,6 +34,12 @@ def ready_vectors(vectors: Vectors, metric: Metric) -> Vectors:
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     lengths[lengths == 0] = 1
     return (vectors / lengths).astype(np.float32, copy=False)
+
+
+def are_usable(vectors: Vectors) -> NDArray[np.bool_]:
+    """Whether each vector's numbers, and its squared length as float32, are finite; ``[vectors]``."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.isfinite(squared_lengths(np.asarray(vectors, np.float32)))
 
 
 def similarities(products: Vectors, lengths: Vectors, own_lengths: Vectors, metric: Metric) -> Vectors:

@@ -3,7 +3,9 @@
 ::
 
     <folder>/manifest.json      what it is, what it was made of, and the checksums of the other files
-    <folder>/codes.faiss        inverted lists of 1-bit codes (RaBitQ), a file of faiss's own, mapped into memory
+    <folder>/codes.faiss        centres of inverted lists, a file of faiss's own
+    <folder>/lists.bin          for each list its codes of 1 bit a number (RaBitQ) and their rows; mapped into memory
+    <folder>/lists.sizes        codes in each list: int64, little-endian
     <folder>/vectors.bin        the vectors, row after row, float16 or 8-bit: the best candidates are ranked again by them
     <folder>/scales.bin         of 8-bit vectors: a float32 for each
     <folder>/passages.jsonl     the passages, one ``["id", "title", "text"]`` a line
@@ -27,6 +29,8 @@ COMPACT_KIND = "searchr1_async compact index"
 COMPACT_FORMAT = 2
 MANIFEST_NAME = "manifest.json"
 CODES_NAME = "codes.faiss"
+LISTS_NAME = "lists.bin"
+SIZES_NAME = "lists.sizes"
 VECTORS_NAME = "vectors.bin"
 SCALES_NAME = "scales.bin"
 PASSAGES_NAME = "passages.jsonl"
@@ -34,6 +38,12 @@ OFFSETS_NAME = "passages.offsets"
 BUILDING_NAME = "building"
 
 VectorType = Literal["float16", "int8"]
+
+
+def file_names(vectors: VectorType) -> list[str]:
+    """Of all files of an index beside its manifest."""
+    names = [CODES_NAME, LISTS_NAME, SIZES_NAME, VECTORS_NAME, PASSAGES_NAME, OFFSETS_NAME]
+    return [*names, SCALES_NAME] if vectors == "int8" else names
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,8 +213,7 @@ class CompactManifest:
             raise ValueError("checksums in it are none")
         if self.vectors not in ("float16", "int8") or self.metric not in ("cosine", "l2", "ip"):
             raise ValueError(f"vectors are {self.vectors!r}, the metric is {self.metric!r}")
-        names = {CODES_NAME, VECTORS_NAME, PASSAGES_NAME, OFFSETS_NAME}
-        if missing := sorted((names | ({SCALES_NAME} if self.vectors == "int8" else set())) - self.files.keys()):
+        if missing := sorted(set(file_names(self.vectors)) - self.files.keys()):
             raise ValueError(f"it does not tell of {', '.join(missing)}")
 
     @property

@@ -29,7 +29,7 @@ _GROUPS_LOOKED_THROUGH = 1 / 12
 graph (HNSW) puts 83 % there at 23,000 a second, 94 % at 9,700; a query has to look through many more lists for those that it loses."""
 
 
-_COMPARED_TOGETHER = 16_384
+_COMPARED_TOGETHER = 8_192
 """Vectors that a thread takes: whatever the number of threads, the same ones come together, and so into the same lists."""
 
 
@@ -98,7 +98,10 @@ class ListAssigner:
         self._metric: Metric = metric
         self._groups: list[Lists] = []
         if len(centres) >= _GROUPED_FROM:
-            self._heads = _clusters(centres, round(math.sqrt(len(centres))), seed, per_cluster=len(centres))
+            heads = round(math.sqrt(len(centres)))
+            # In one thread: whoever goes on with a build may have another number of them, and needs the same groups.
+            with ThreadPoolExecutor(1, "searchr1-lists", _in_one_thread) as alone:
+                self._heads = alone.submit(_clusters, centres, heads, seed, len(centres)).result()
             own = _exact(self._heads).search(centres, 1)[1][:, 0]
             self._groups = [np.flatnonzero(own == group) for group in range(len(self._heads))]
             self._looked_through = max(_GROUPS_AT_LEAST, math.ceil(len(self._heads) * _GROUPS_LOOKED_THROUGH))

@@ -43,18 +43,29 @@ class Probing:
         return cls(math.inf, probes)
 
 
-def centre_distances(queries: Vectors, centres: Vectors, metric: Metric) -> Vectors:
+def squared_lengths(vectors: Vectors) -> Vectors:
+    """Of vectors ``[vectors, dimension]``."""
+    return np.einsum("vd,vd->v", vectors, vectors)
+
+
+def centre_distances(queries: Vectors, centres: Vectors, lengths: Vectors, metric: Metric) -> Vectors:
     """As faiss counts them, ``[queries, lists]``: inner products for ``"ip"``, squared distances for the others.
 
     By comparing with all: 0.56 ms a query in batches for 36,673 centres of 768 numbers, exactly, where faiss's graph (HNSW) took
     1.2 ms for the nearest 512 and missed every twentieth of them.
+
+    Args:
+        queries: ``[queries, dimension]``.
+        centres: ``[lists, dimension]``.
+        lengths: ``[lists]``, squared, of the centres.
+        metric: of the index.
     """
     products = queries @ centres.T
     if metric == "ip":
         return products
     products *= -2
-    products += np.einsum("qd,qd->q", queries, queries)[:, None]
-    products += np.einsum("ld,ld->l", centres, centres)
+    products += squared_lengths(queries)[:, None]
+    products += lengths
     return products
 
 

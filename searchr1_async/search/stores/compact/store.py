@@ -11,16 +11,15 @@ from pathlib import Path
 import anyio
 import anyio.from_thread
 import anyio.to_thread
-import numpy as np
 
 from searchr1_async.errors import ConfigurationError, StoreError
 from searchr1_async.search.embedders.base import Vectors
 from searchr1_async.search.faults import RefusedInput
 from searchr1_async.search.stores.base import Found
 from searchr1_async.search.stores.compact.checksums import refuse_other
-from searchr1_async.search.stores.compact.codes import Codes, load_codes
-from searchr1_async.search.stores.compact.index import CompactIndex, Ranked, ready_vectors
-from searchr1_async.search.stores.compact.layout import CODES_NAME, CompactManifest
+from searchr1_async.search.stores.compact.codes import Codes
+from searchr1_async.search.stores.compact.index import CompactIndex, Ranked, are_usable, ready_vectors
+from searchr1_async.search.stores.compact.layout import LISTS_NAME, CompactManifest
 from searchr1_async.search.stores.compact.passage_file import PassageFile
 from searchr1_async.search.stores.compact.probing import Probing
 from searchr1_async.search.stores.compact.vector_file import VectorFile
@@ -44,7 +43,7 @@ class CompactStore:
         folder: of the index.
         probes: inverted lists that every query looks through; None: as calibrated, by each query's own need.
         candidates: passages ranked again by their vectors; None: as calibrated.
-        threads: of faiss in a search; None: one for each core.
+        threads: of faiss while codes are compared; None: one for each core. Centres are compared by NumPy in its own.
 
     Raises:
         StoreError: there is no such index, or it is not finished.
@@ -97,18 +96,14 @@ class CompactStore:
     def _refuse_others(self) -> None:
         for name, record in self.manifest.files.items():
             refuse_other(self.folder / name, record, check=anyio.from_thread.check_cancelled)
-        with (self.folder / CODES_NAME).open("rb", buffering=0) as file:
+        with (self.folder / LISTS_NAME).open("rb", buffering=0) as file:
             while file.read(1 << 24):
                 anyio.from_thread.check_cancelled()
 
     def _open(self) -> _Opened:
         manifest = self.manifest
-        index = load_codes(self.folder / CODES_NAME, mapped=True)
-        if (index.ntotal, index.d, index.nlist) != (manifest.passages, manifest.dimension, manifest.lists):
-            raise StoreError(
-                f"{self.folder / CODES_NAME} is not that of this index: copy the whole folder again", is_fatal=True
-            )
         try:
+            codes = Codes(self.folder, self._threads, manifest.metric)
             vectors = VectorFile(self.folder, manifest.passages, manifest.dimension, manifest.vectors)
             passages = PassageFile(self.folder, manifest.passages)
         except (OSError, ValueError) as error:
@@ -116,7 +111,15 @@ class CompactStore:
                 f"the files in {self.folder} are not those of its manifest ({error}): copy the whole folder again",
                 is_fatal=True,
             ) from error
-        return _Opened(CompactIndex(Codes(index, self._threads, manifest.metric), vectors, manifest.metric), passages)
+        if (codes.count, codes.dimension, len(codes.list_sizes())) != (
+            manifest.passages,
+            manifest.dimension,
+            manifest.lists,
+        ):
+            raise StoreError(
+                f"the codes in {self.folder} are not those of its manifest: copy the whole folder again", is_fatal=True
+            )
+        return _Opened(CompactIndex(codes, vectors, manifest.metric), passages)
 
     async def query(self, vectors: Vectors, n_results: int) -> Found:
         opened = self._opened
@@ -130,8 +133,8 @@ class CompactStore:
                 f"{vectors.shape[1]}): search it with the one it was built with",
                 is_fatal=True,
             )
-        if not np.isfinite(vectors).all():
-            raise RefusedInput(f"{self.name}: a query's vector holds numbers that are not finite")
+        if not are_usable(vectors).all():
+            raise RefusedInput(f"{self.name}: a query's vector holds numbers that are not finite, or too large")
         ready = ready_vectors(vectors, self.manifest.metric)
         candidates = max(self.candidates, n_results)
         try:
@@ -139,6 +142,10 @@ class CompactStore:
             return await anyio.to_thread.run_sync(
                 lambda: _passages(opened.index.rank(ready, rows, n_results), opened.passages), abandon_on_cancel=True
             )
+        except OSError as error:
+            raise StoreError(
+                f"{self.name} cannot be read ({error}): copy the whole folder again", is_fatal=True
+            ) from error
         except (Exception, asyncio.CancelledError) as error:
             # Closing drops what waits for the thread, which looks as if this task were cancelled.
             task = asyncio.current_task()

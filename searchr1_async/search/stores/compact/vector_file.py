@@ -126,11 +126,10 @@ class VectorFile:
             out[first : first + len(part)] = self._as_numbers(self._read(part), part)
         return out
 
-    def slabs(self, start: int = 0, stop: int | None = None, size: int = SLAB_ROWS) -> Iterator[tuple[int, Vectors]]:
+    def slabs(self, start: int = 0, size: int = SLAB_ROWS) -> Iterator[tuple[int, Vectors]]:
         """All rows in their order, some at a time, each slab with the number of its first row."""
-        stop = len(self) if stop is None else stop
-        for first in range(start, stop, size):
-            count = min(size, stop - first)
+        for first in range(start, len(self), size):
+            count = min(size, len(self) - first)
             # By a file of its own: the other one was told that nothing is read in order.
             part = np.fromfile(self._path, self._dtype, count * self._dimension, offset=first * self._row_bytes)
             yield first, self._as_numbers(part.reshape(count, self._dimension), np.arange(first, first + count))
@@ -145,13 +144,15 @@ class VectorFile:
         Returns:
             Two arrays ``[queries, candidates]``, float32.
         """
-        kept = self._read(rows.ravel()).reshape(*rows.shape, -1)
         products, lengths = np.empty(rows.shape, np.float32), np.empty(rows.shape, np.float32)
-        for first in range(0, len(rows), _QUERIES_TOGETHER):
-            part = slice(first, first + _QUERIES_TOGETHER)
-            numbers = kept[part].astype(np.float32)
-            np.matmul(numbers, queries[part, :, None], out=products[part, :, None])
-            np.einsum("qcd,qcd->qc", numbers, numbers, out=lengths[part])
+        asked = max(1, _ASKED_TOGETHER // max(1, rows.shape[1]))
+        for begin in range(0, len(rows), asked):
+            kept = self._read(rows[begin : begin + asked].ravel()).reshape(-1, rows.shape[1], self._dimension)
+            for first in range(0, len(kept), _QUERIES_TOGETHER):
+                numbers = kept[first : first + _QUERIES_TOGETHER].astype(np.float32)
+                part = slice(begin + first, begin + first + len(numbers))
+                np.matmul(numbers, queries[part, :, None], out=products[part, :, None])
+                np.einsum("qcd,qcd->qc", numbers, numbers, out=lengths[part])
         if self._scales is not None:
             scales = self._scales[rows]
             products, lengths = products * scales, lengths * scales**2
