@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from searchr1_async.search.stores.compact.calibrate import (
+    AFFORDABLE,
     CANDIDATES,
     _without,  # pyright: ignore[reportPrivateUsage]
     calibration_of,
@@ -77,13 +78,19 @@ def test_a_querys_own_row_is_taken_out(found: list[int], own: int) -> None:
     mean_list=st.floats(1, 1e5),
     queries=st.integers(1, 10_000),
 )
-def test_the_cheapest_that_surely_reaches_what_is_asked_is_chosen(
+def test_what_surely_reaches_what_is_asked_is_chosen_and_more_where_it_is_cheap(
     curve: list[CurvePoint], asked: float, mean_list: float, queries: int
 ) -> None:
     chosen = choose(curve, asked, mean_list, queries)
     assert chosen in curve
     able = [point for point in curve if point.recall - standard_error(point.recall, queries) >= asked]
-    if able:
+    affordable = [point for point in able if cost(point, mean_list) <= AFFORDABLE]
+    if affordable:
+        assert chosen in affordable
+        best = max(point.recall for point in affordable)
+        assert chosen.recall >= best - 0.001
+        assert all(cost(chosen, mean_list) <= cost(point, mean_list) for point in affordable if point.recall == best)
+    elif able:
         assert chosen in able
         assert all(cost(chosen, mean_list) <= cost(point, mean_list) for point in able)
     else:
@@ -93,23 +100,30 @@ def test_the_cheapest_that_surely_reaches_what_is_asked_is_chosen(
     assert replace(chosen, queries_per_second=1.0) == again
 
 
-@given(reached=shares, asked=shares, queries=st.integers(1, 1_000))
-def test_a_curve_ends_where_what_is_asked_can_be_chosen(reached: float, asked: float, queries: int) -> None:
-    if is_enough(reached, asked, queries):
-        point = CurvePoint(1, 4, 0.1, 50, reached, reached, reached, 1.0)
+@given(reached=shares, asked=shares, queries=st.integers(1, 1_000), mean_list=st.floats(1, 1e5))
+def test_a_curve_ends_where_what_is_asked_can_be_chosen(
+    reached: float, asked: float, queries: int, mean_list: float
+) -> None:
+    def at(recall: float) -> CurvePoint:
+        return CurvePoint(100, 400, 0.1, 50, recall, recall, recall, 1.0)
+
+    point = at(reached)
+    if is_enough(point, asked, mean_list, queries):
+        assert reached == 1 or cost(point, mean_list) >= AFFORDABLE, "more is not to be had, or is too dear"
         assert choose([point], asked, 100, queries).recall - standard_error(reached, queries) >= asked
         assert reached >= min(asked + 0.03, 0.995)
-    assert is_enough(1.0, asked, queries)
-    assert not is_enough(0.996, 0.995, 500), "so much may be chance"
+    assert is_enough(at(1.0), asked, mean_list, queries)
+    assert not is_enough(at(0.996), 0.995, 1e9, 500), "so much may be chance"
 
 
 def test_a_small_sample_wants_a_wider_margin() -> None:
+    mean_list = 1e6  # so dear that no more is taken than is asked
     curve = [
         CurvePoint(probes, 4 * probes, 0.1, 50, share, share, share, 1.0)
         for probes, share in ((1, 0.952), (2, 0.97), (4, 1.0))
     ]
-    assert [choose(curve, 0.95, 100, queries).probes for queries in (100_000, 500, 20)] == [1, 2, 4]
-    found = calibration_of(curve, 0.95, 3, 100, 500, "queries")
+    assert [choose(curve, 0.95, mean_list, queries).probes for queries in (100_000, 500, 20)] == [1, 2, 4]
+    found = calibration_of(curve, 0.95, 3, mean_list, 500, "queries")
     assert (found.most_probes, found.margin) == (8, 0.1)
     assert (found.probes, found.candidates, found.recall, found.asked) == (2, 50, 0.97, 0.95)
     assert (found.queries, found.origin, found.recall_at, found.curve) == (500, "queries", 3, tuple(curve))
@@ -131,7 +145,7 @@ def test_the_measured_recall_is_that_of_a_search(tmp_path: Path) -> None:
     ticks = itertools.count()
     for own in (None, own_rows):
         exact = exact_nearest(queries, file, "l2", 10, own)
-        curve = measure(index, queries, exact, lists, 5, own_rows=own, asked=2.0, clock=lambda: float(next(ticks)))
+        curve = measure(index, queries, exact, lists, 100, 5, own_rows=own, asked=2.0, clock=lambda: float(next(ticks)))
         assert [(point.probes, point.candidates) for point in curve] == list(
             itertools.product(probe_steps(lists), CANDIDATES)
         )
@@ -148,6 +162,6 @@ def test_the_measured_recall_is_that_of_a_search(tmp_path: Path) -> None:
         assert curve[-1].recall == 1.0
         by_candidates = [point.recall for point in curve if point.probes == lists]
         assert by_candidates == sorted(by_candidates)
-    stopped = measure(index, queries, exact, lists, 5, own_rows=own_rows, asked=0.9)
-    assert is_enough(stopped[-1].recall, 0.9, len(queries))
-    assert not any(is_enough(point.recall, 0.9, len(queries)) for point in stopped[3:-4:4])
+    stopped = measure(index, queries, exact, lists, 100, 5, own_rows=own_rows, asked=0.9)
+    assert stopped[-1].probes == lists or is_enough(stopped[-1], 0.9, 100, len(queries))
+    assert not any(is_enough(point, 0.9, 100, len(queries)) for point in stopped[3:-4:4])

@@ -288,6 +288,7 @@ class CompactBuilder:
         queries = ready_vectors(queries, facts.metric)
         results = min(max(EXACT_RESULTS, settings.recall_at), max(1, len(vectors) - 1))
         exact = self._exact(vectors, queries, results, own_rows)
+        mean_list = len(vectors) / self._lists
         with self._phase("calibrate", 1, "curves") as phase:
             reader = CompactIndex(Codes(self._folder, self._threads, facts.metric), vectors, facts.metric)
             at = min(settings.recall_at, results)
@@ -296,13 +297,13 @@ class CompactBuilder:
                 queries,
                 exact,
                 self._lists,
+                mean_list,
                 at,
                 own_rows=own_rows,
                 asked=settings.recall,
                 check=anyio.from_thread.check_cancelled,
             )
             phase.advance(1)
-        mean_list = len(vectors) / self._lists
         return calibration_of(curve, settings.recall, settings.recall_at, mean_list, len(queries), origin)
 
     def _exact(self, vectors: VectorFile, queries: Vectors, results: int, own_rows: Rows | None) -> Rows:

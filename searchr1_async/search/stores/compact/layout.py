@@ -59,7 +59,8 @@ class CompactSettings:
     lists: int | None = None
     """Inverted lists; None: see :func:`~searchr1_async.search.stores.compact.lists.lists_for`. More are finer, and each costs a query."""
     recall: float = 0.95
-    """Of the exact ``recall_at`` nearest, the share that a search shall find: probes and candidates are chosen for it."""
+    """Of the exact ``recall_at`` nearest, the share that a search shall find at least: probes and candidates are chosen for it, and for
+    more where that leaves hundreds of queries a second."""
     recall_at: int = 3
     """As many as a search usually asks for."""
     threads: int | None = None
