@@ -29,6 +29,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.compact_report import report
+from searchr1_async.files import folder_bytes
 from searchr1_async.search.compact_building import needed_bytes
 from searchr1_async.search.stores.compact.layout import CompactSettings
 
@@ -150,8 +151,8 @@ class Bench:
 
 def build_compact(bench: Bench, rows: int, options: argparse.Namespace) -> dict[str, Any]:
     """Builds one index, or takes the one that is there."""
-    there = sum(path.stat().st_size for path in bench._index.rglob("*") if path.is_file())  # a build that was begun
-    needed = needed_bytes(rows, 768, CompactSettings(vectors=options.vectors), _PASSAGE_BYTES) - there
+    needed = needed_bytes(rows, 768, CompactSettings(vectors=options.vectors), _PASSAGE_BYTES)
+    needed -= folder_bytes(bench._index)  # of a build that was begun
     if (free := shutil.disk_usage(options.work).free) < needed and not (bench._index / "manifest.json").exists():
         raise Failed(
             f"{rows:,} rows take {needed / 1e9:.0f} GB more in {options.work}, where {free / 1e9:.0f} GB are free"
@@ -188,7 +189,7 @@ def measure(contender: str, rows: int, options: argparse.Namespace) -> dict[str,
     else:
         figures = bench.run(contender)
         if contender == "chroma":
-            figures["bytes"] = sum(path.stat().st_size for path in bench._index.rglob("*") if path.is_file())
+            figures["bytes"] = folder_bytes(bench._index)
     if not options.keep_indexes:
         shutil.rmtree(bench._index, ignore_errors=True)
     return {

@@ -10,7 +10,7 @@ import io
 import logging
 import os
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -39,17 +39,18 @@ def cache_folder() -> Path:
     return base / "searchr1_async"
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file so that a reader, or a process started after a power cut, sees the old one or the new one, whole.
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Another file to write, which then takes the place of this one: a reader, or a process started after a power cut, sees the old
+    one or the new one, whole.
 
     Raises:
         OSError: it cannot be written (a full disk); the old one is as it was, and nothing stays beside it.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
+        yield temporary
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException:
@@ -57,6 +58,21 @@ def write_atomically(path: Path, content: bytes) -> None:
             temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file as :func:`replacing` does.
+
+    Raises:
+        OSError: it cannot be written (a full disk); the old one is as it was, and nothing stays beside it.
+    """
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def folder_bytes(folder: Path) -> int:
+    """Of all files in a folder and its folders; 0 where there is none."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -22,7 +22,7 @@ from searchr1_async.data.wiki18 import (
 )
 from searchr1_async.errors import StoreError
 from searchr1_async.events import Emit, Notice
-from searchr1_async.files import cache_folder
+from searchr1_async.files import cache_folder, folder_bytes
 from searchr1_async.search.compact_building import build_compact_index, differing, needed_bytes
 from searchr1_async.search.embedders.gemini import DEFAULT_MODEL
 from searchr1_async.search.sources import ChromaFolder
@@ -110,7 +110,7 @@ async def _compact(options: argparse.Namespace, emit: Emit) -> str:
             endpoint=options.endpoint,
         )
         is_kept = options.keep or options.keep_archive
-        there = sum(file.stat().st_size for file in index.rglob("*") if file.is_file())
+        there = folder_bytes(index)
         plan = plan_of(sizes, max(0, _index_bytes(options.repository, sizes, settings) - there), is_kept=is_kept)
         free = free_bytes(place)
         emit(Notice(f"{plan} in {place}, where {gigabytes(free)} are free"))
@@ -133,10 +133,6 @@ async def _compact(options: argparse.Namespace, emit: Emit) -> str:
     if differs := differing(manifest, settings, has_queries=questions is not None):
         raise StoreError(
             f"{index} is whole, and was made with {differs}: take it as it is, or delete it and run the command again"
-        )
-    if manifest.vectors != options.vectors:
-        raise StoreError(
-            f"{index} holds {manifest.vectors} vectors: take those, or delete it and run the command again"
         )
     if not options.keep:
         try:

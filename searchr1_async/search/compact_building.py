@@ -18,7 +18,7 @@ from searchr1_async.data.download import free_bytes
 from searchr1_async.episodes.types import Passage
 from searchr1_async.errors import ConfigurationError, EmbeddingError, StoreError
 from searchr1_async.events import Emit, Notice, emit_nothing
-from searchr1_async.files import only_one
+from searchr1_async.files import folder_bytes, only_one
 from searchr1_async.search.building import journal_folder
 from searchr1_async.search.dispatch import Capacity, Dispatcher
 from searchr1_async.search.embedders.base import Embedder, Vectors
@@ -192,6 +192,7 @@ def differing(found: CompactManifest, settings: CompactSettings, *, has_queries:
     """What an index was made with where something else is asked for now, in words; empty where nothing differs."""
     chosen = found.calibration
     kept = {
+        "vectors": (found.vectors, settings.vectors),
         "recall": (chosen.asked, settings.recall),
         "recall_at": (chosen.recall_at, settings.recall_at),
         "lists": (found.lists, min(settings.lists or found.lists, found.passages)),
@@ -236,7 +237,7 @@ def _check_room(place: Path, facts: SourceFacts, settings: CompactSettings) -> s
     Raises:
         StoreError: there is too little.
     """
-    there = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
+    there = folder_bytes(place)
     needed = max(0, needed_bytes(facts.count, facts.dimension, settings) - there)
     free = free_bytes(place)
     words = f"the index of {facts.name} takes about {needed / 1e9:,.1f} GB more in {place}, where {free / 1e9:,.1f} GB are free"

@@ -145,7 +145,7 @@ def test_the_measured_recall_is_that_of_a_search(tmp_path: Path) -> None:
     ticks = itertools.count()
     for own in (None, own_rows):
         exact = exact_nearest(queries, file, "l2", 10, own)
-        curve = measure(index, queries, exact, lists, 100, 5, own_rows=own, asked=2.0, clock=lambda: float(next(ticks)))
+        curve = measure(index, queries, exact, 5, own_rows=own, asked=2.0, clock=lambda: float(next(ticks)))
         assert [(point.probes, point.candidates) for point in curve] == list(
             itertools.product(probe_steps(lists), CANDIDATES)
         )
@@ -162,6 +162,6 @@ def test_the_measured_recall_is_that_of_a_search(tmp_path: Path) -> None:
         assert curve[-1].recall == 1.0
         by_candidates = [point.recall for point in curve if point.probes == lists]
         assert by_candidates == sorted(by_candidates)
-    stopped = measure(index, queries, exact, lists, 100, 5, own_rows=own_rows, asked=0.9)
+    stopped = measure(index, queries, exact, 5, own_rows=own_rows, asked=0.9)
     assert stopped[-1].probes == lists or is_enough(stopped[-1], 0.9, 100, len(queries))
     assert not any(is_enough(point, 0.9, 100, len(queries)) for point in stopped[3:-4:4])

@@ -288,7 +288,6 @@ class CompactBuilder:
         queries = ready_vectors(queries, facts.metric)
         results = min(max(EXACT_RESULTS, settings.recall_at), max(1, len(vectors) - 1))
         exact = self._exact(vectors, queries, results, own_rows)
-        mean_list = len(vectors) / self._lists
         with self._phase("calibrate", 1, "curves") as phase:
             reader = CompactIndex(Codes(self._folder, self._threads, facts.metric), vectors, facts.metric)
             at = min(settings.recall_at, results)
@@ -296,15 +295,13 @@ class CompactBuilder:
                 reader,
                 queries,
                 exact,
-                self._lists,
-                mean_list,
                 at,
                 own_rows=own_rows,
                 asked=settings.recall,
                 check=anyio.from_thread.check_cancelled,
             )
             phase.advance(1)
-        return calibration_of(curve, settings.recall, settings.recall_at, mean_list, len(queries), origin)
+        return calibration_of(curve, settings.recall, settings.recall_at, reader.mean_list, len(queries), origin)
 
     def _exact(self, vectors: VectorFile, queries: Vectors, results: int, own_rows: Rows | None) -> Rows:
         """Kept, with the queries that it is of: others may be given when the build goes on."""

@@ -52,8 +52,6 @@ def measure(
     index: CompactIndex,
     queries: Vectors,
     exact: Rows,
-    lists: int,
-    mean_list: float,
     recall_at: int,
     *,
     own_rows: Rows | None = None,
@@ -69,8 +67,6 @@ def measure(
         index: to be searched.
         queries: ``[queries, dimension]``.
         exact: ``[queries, results]``, the nearest of all.
-        lists: of the index.
-        mean_list: codes in a list, on average.
         recall_at: results that recall is asked for.
         own_rows: ``[queries]``, a row that does not count for each query.
         asked: recall of ``recall_at``.
@@ -79,7 +75,7 @@ def measure(
     """
     curve: list[CurvePoint] = []
     gap = np.sort(np.concatenate([index.gaps(part) for part in _batches(queries)]), axis=1)
-    for probes in probe_steps(lists):
+    for probes in probe_steps(gap.shape[1]):
         probing = probing_of(gap, probes)
         began = clock()
         parts: list[Rows] = []
@@ -109,7 +105,7 @@ def measure(
                     round(len(queries) / seconds, 1),
                 )
             )
-        if is_enough(curve[-1], asked, mean_list, len(queries)):
+        if is_enough(curve[-1], asked, index.mean_list, len(queries)):
             break
     return curve
 
@@ -144,7 +140,7 @@ def choose(curve: Sequence[CurvePoint], asked: float, mean_list: float, queries:
     def cheapest(points: list[CurvePoint]) -> CurvePoint:
         return min(points, key=lambda point: (cost(point, mean_list), point.probes))
 
-    able = [point for point in curve if point.recall - standard_error(point.recall, queries) >= asked]
+    able = [point for point in curve if surely_reaches(point.recall, asked, queries)]
     if not able:
         most = max(point.recall for point in curve)
         return cheapest([point for point in curve if point.recall == most])
@@ -157,10 +153,13 @@ def choose(curve: Sequence[CurvePoint], asked: float, mean_list: float, queries:
 def is_enough(point: CurvePoint, asked: float, mean_list: float, queries: int) -> bool:
     """Whether more probes need not be tried: what is asked is surely reached, the curve shows a little more than that, and more is
     not to be had or not affordable."""
-    shows = (
-        point.recall >= min(asked + _BEYOND, 0.995) and point.recall - standard_error(point.recall, queries) >= asked
-    )
+    shows = point.recall >= min(asked + _BEYOND, 0.995) and surely_reaches(point.recall, asked, queries)
     return shows and (point.recall >= 1 - _NO_DIFFERENCE or cost(point, mean_list) >= AFFORDABLE)
+
+
+def surely_reaches(reached: float, asked: float, queries: int) -> bool:
+    """Whether a recall over so many queries is a standard error above what is asked."""
+    return reached - standard_error(reached, queries) >= asked
 
 
 def standard_error(share: float, queries: int) -> float:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from searchr1_async.errors import StoreError
-from searchr1_async.files import sync_folder
+from searchr1_async.files import replacing, write_atomically
 from searchr1_async.search.embedders.base import Vectors
 from searchr1_async.search.sources.base import Metric
 from searchr1_async.search.stores.compact.layout import CODES_NAME, LISTS_NAME, SIZES_NAME
@@ -60,9 +57,7 @@ def add_codes(index: Any, vectors: Vectors, lists: Lists) -> None:
         vectors: ``[vectors, dimension]``.
         lists: ``[vectors]``.
     """
-    import faiss
-
-    made: Any = faiss  # its wrappers have no types
+    made = _faiss()
     vectors, lists = np.ascontiguousarray(vectors, np.float32), np.ascontiguousarray(lists, np.int64)
     index.add_core(len(vectors), made.swig_ptr(vectors), None, made.swig_ptr(lists))
 
@@ -75,7 +70,7 @@ def save_codes(index: Any, path: Path) -> None:
     """
     import faiss
 
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         try:
             faiss.write_index(index, str(temporary))
         except RuntimeError as error:  # faiss's own words for a full disk
@@ -101,20 +96,17 @@ def write_codes(index: Any, folder: Path) -> None:
     Raises:
         OSError: they cannot be written.
     """
-    import faiss
-
-    made: Any = faiss
+    made = _faiss()
     found = made.IndexIVFRaBitQFastScan(index)
     lists = made.downcast_InvertedLists(found.invlists)
     sizes = np.array([lists.list_size(number) for number in range(index.nlist)], np.int64)
-    with _replacing(folder / LISTS_NAME) as path, path.open("wb") as file:
+    with replacing(folder / LISTS_NAME) as path, path.open("wb") as file:
         for number, (size, bytes_) in enumerate(zip(sizes.tolist(), _code_bytes(sizes, found).tolist(), strict=True)):
             if size:
                 file.write(made.rev_swig_ptr(lists.get_codes(number), bytes_).tobytes())
                 file.write(made.rev_swig_ptr(lists.get_ids(number), size).tobytes())
                 file.write(bytes(-file.tell() % _ALIGNED))
-    with _replacing(folder / SIZES_NAME) as path:
-        path.write_bytes(sizes.astype("<i8").tobytes())
+    write_atomically(folder / SIZES_NAME, sizes.astype("<i8").tobytes())
     empty = made.IndexIVFRaBitQFastScan(index.quantizer, index.d, index.nlist, index.metric_type)
     empty.qb = _QUERY_BITS
     empty.is_trained = True
@@ -135,21 +127,6 @@ def _read_index(path: Path, flags: int) -> Any:
         raise StoreError(f"{path} is no file that faiss reads ({_first_line(error)})", is_fatal=True) from error
 
 
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A file to be written, which takes the place of the other one whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
 class Codes:
     """The codes of an index, in files that are mapped into memory: processes that search them share it.
 
@@ -165,9 +142,7 @@ class Codes:
     """
 
     def __init__(self, folder: Path, threads: int, metric: Metric) -> None:
-        import faiss
-
-        made: Any = faiss
+        made = _faiss()
         self._threads = threads
         self._metric: Metric = metric
         index = self._index = _read_index(folder / CODES_NAME, made.IO_FLAG_MMAP_IFC)
@@ -229,13 +204,12 @@ def _mapped_lists(index: Any, path: Path, sizes: NDArray[np.int64]) -> Any:
     faiss reads lists of this kind from its own file into memory of the process, mapped or not: 2.6 GB in each that searches 21
     million passages.
     """
-    import faiss
 
     codes = _code_bytes(sizes, index)
     ends = np.cumsum(-(-(codes + 8 * sizes) // _ALIGNED) * _ALIGNED)
     if len(sizes) != index.nlist or path.stat().st_size != ends[-1]:
         raise StoreError(f"{path} is not that of this index: copy the whole folder again", is_fatal=True)
-    made: Any = faiss
+    made = _faiss()
     lists = made.OnDiskInvertedLists()
     lists.nlist, lists.code_size, lists.read_only = index.nlist, index.code_size, True
     lists.filename, lists.totsize, lists.prefetch_nthread = str(path), int(ends[-1]), 0
@@ -247,6 +221,13 @@ def _mapped_lists(index: Any, path: Path, sizes: NDArray[np.int64]) -> Any:
     if ends[-1]:
         lists.do_mmap()
     return lists
+
+
+def _faiss() -> Any:
+    """Its wrappers have no types."""
+    import faiss
+
+    return faiss
 
 
 def _first_line(error: RuntimeError) -> str:

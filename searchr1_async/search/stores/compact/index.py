@@ -47,7 +47,7 @@ def similarities(products: Vectors, lengths: Vectors, own_lengths: Vectors, metr
 
     Args:
         products: ``[queries, candidates]``, inner products.
-        lengths: ``[queries, candidates]`` or ``[candidates]``, squared, of the candidates.
+        lengths: ``[queries, candidates]``, squared, of the candidates.
         own_lengths: ``[queries, 1]``, squared, of the queries.
         metric: of the index.
     """
@@ -67,7 +67,7 @@ def rank(queries: Vectors, candidates: Rows, vectors: VectorFile, metric: Metric
         n_results: how many of the best.
     """
     products, lengths = vectors.products(queries, np.maximum(candidates, 0))
-    scores = similarities(products, lengths, np.einsum("qd,qd->q", queries, queries)[:, None], metric)
+    scores = similarities(products, lengths, squared_lengths(queries)[:, None], metric)
     scores[candidates < 0] = -np.inf
     # Equal ones by their row, so that the order does not hang on how they were found.
     order = np.lexsort((candidates, -scores), axis=1)[:, :n_results]
@@ -80,6 +80,11 @@ class CompactIndex:
     def __init__(self, codes: Codes, vectors: VectorFile, metric: Metric) -> None:
         self._codes, self._vectors = codes, vectors
         self._metric: Metric = metric
+
+    @property
+    def mean_list(self) -> float:
+        """Codes in a list, on average."""
+        return self._codes.count / len(self._codes.list_sizes())
 
     def gaps(self, queries: Vectors) -> Vectors:
         """How much farther each list is than the nearest one, ``[queries, lists]``."""

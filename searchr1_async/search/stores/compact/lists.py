@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import math
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from searchr1_async.search.embedders.base import Vectors
 from searchr1_async.search.sources.base import Metric
 from searchr1_async.search.stores.compact.probing import Lists
-
-if TYPE_CHECKING:
-    import faiss
 
 MOST_LISTS = 65_536
 SAMPLE_A_LIST = 40
@@ -62,7 +59,7 @@ def learn_centres(sample: Vectors, lists: int, seed: int) -> Vectors:
     if lists <= 256 or len(sample) < 4 * lists:
         return _clusters(sample, lists, seed)
     first = _clusters(sample[: 512 * coarse], coarse, seed)
-    nearest = _exact(first).search(sample, 1)[1][:, 0]
+    nearest = _nearest_of(sample, first, 1, "l2")[1][:, 0]
     shares = shared_out(lists, np.bincount(nearest, minlength=coarse).tolist())
     # One part at a time: all at once would be the sample a second time.
     found = [_clusters(sample[nearest == part], share, seed) for part, share in enumerate(shares) if share]
@@ -102,8 +99,9 @@ class ListAssigner:
             # In one thread: whoever goes on with a build may have another number of them, and needs the same groups.
             with ThreadPoolExecutor(1, "searchr1-lists", _in_one_thread) as alone:
                 self._heads = alone.submit(_clusters, centres, heads, seed, len(centres)).result()
-            own = _exact(self._heads).search(centres, 1)[1][:, 0]
+            own = _nearest_of(centres, self._heads, 1, "l2")[1][:, 0]
             self._groups = [np.flatnonzero(own == group) for group in range(len(self._heads))]
+            self._members = [centres[group] for group in self._groups]
             self._looked_through = max(_GROUPS_AT_LEAST, math.ceil(len(self._heads) * _GROUPS_LOOKED_THROUGH))
 
     def nearest(self, vectors: Vectors) -> Lists:
@@ -114,17 +112,17 @@ class ListAssigner:
 
     def _nearest(self, vectors: Vectors) -> Lists:
         if not self._groups:
-            return _exact(self._centres, self._metric).search(vectors, 1)[1][:, 0]
-        near = _exact(self._heads, self._metric).search(vectors, self._looked_through)[1]
+            return _nearest_of(vectors, self._centres, 1, self._metric)[1][:, 0]
+        near = _nearest_of(vectors, self._heads, self._looked_through, self._metric)[1]
         vector_of = np.argsort(near, axis=None, kind="stable") // near.shape[1]
         parts = np.split(vector_of, np.cumsum(np.bincount(near.ravel(), minlength=len(self._groups)))[:-1])
         best, lists = np.full(len(vectors), np.inf, np.float32), np.zeros(len(vectors), np.int64)
-        for own, here in zip(self._groups, parts, strict=True):
+        for own, centres, here in zip(self._groups, self._members, parts, strict=True):
             if not len(own) or not len(here):
                 continue
-            distances, places = _nearest_of(vectors[here], self._centres[own], self._metric)
-            nearer = distances < best[here]
-            best[here[nearer]], lists[here[nearer]] = distances[nearer], own[places[nearer]]
+            distances, places = _nearest_of(vectors[here], centres, 1, self._metric)
+            nearer = distances[:, 0] < best[here]
+            best[here[nearer]], lists[here[nearer]] = distances[nearer, 0], own[places[nearer, 0]]
         return lists
 
 
@@ -135,12 +133,12 @@ def _in_one_thread() -> None:
     faiss.omp_set_num_threads(1)
 
 
-def _nearest_of(vectors: Vectors, centres: Vectors, metric: Metric) -> tuple[Vectors, Lists]:
-    """Of each vector the distance to the nearest centre, the smaller the nearer, and which it is."""
+def _nearest_of(vectors: Vectors, centres: Vectors, count: int, metric: Metric) -> tuple[Vectors, Lists]:
+    """Of each vector the distances to the nearest centres, the smaller the nearer, and which they are; ``[vectors, count]``."""
     import faiss
 
-    distances, places = faiss.knn(vectors, centres, 1, metric=faiss_metric(metric))
-    return (-distances if metric == "ip" else distances)[:, 0], places[:, 0]
+    distances, places = faiss.knn(vectors, centres, count, metric=faiss_metric(metric))
+    return (-distances if metric == "ip" else distances), places
 
 
 def faiss_metric(metric: Metric) -> int:
@@ -166,11 +164,3 @@ def _clusters(sample: Vectors, count: int, seed: int, per_cluster: int = 512) ->
     clustering.train(np.ascontiguousarray(sample))
     centres: Any = clustering.centroids
     return centres
-
-
-def _exact(centres: Vectors, metric: Metric = "l2") -> faiss.IndexFlat:
-    import faiss
-
-    flat = faiss.IndexFlat(centres.shape[1], faiss_metric(metric))
-    flat.add(np.ascontiguousarray(centres))
-    return flat
