@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 # A fallback for machines whose python3 has no ensurepip: virtualenv from PyPI does without it.
 MAKE_VENV := $(PYTHON) -m venv $(VENV) || ($(PYTHON) -m pip install --user virtualenv && $(PYTHON) -m virtualenv $(VENV))
 
+# Of another environment that happens to be active: IPython warns of it, and warnings are errors in the tests.
+unexport VIRTUAL_ENV
+
 .PHONY: run test lint types unit slow browser notebook clean
 
 run: $(VENV)/.installed
