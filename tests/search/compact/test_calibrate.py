@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -152,7 +151,7 @@ def test_the_measured_recall_is_that_of_a_search(tmp_path: Path) -> None:
         assert {point.queries_per_second for point in curve} == {100.0}, "a tick for the search, one for the ranking"
         for point in curve[:: len(curve) // 5]:
             beside = 0 if own is None else 1
-            probing = Probing(math.inf if point.margin is None else point.margin, point.most_probes)
+            probing = Probing(point.margin, point.most_probes)
             rows = index.candidates(queries, point.candidates + beside, probing)
             ranked = index.rank(queries, rows, 10 + beside).rows
             found = ranked if own is None else _without(ranked, own)[:, :10]

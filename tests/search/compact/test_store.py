@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import subprocess
@@ -94,7 +93,7 @@ async def test_it_finds_what_an_exact_search_finds(large: Path) -> None:
     assert chosen.origin == "queries"
     assert chosen.recall >= 0.95
     assert 1 <= chosen.probes <= chosen.most_probes <= store.manifest.lists
-    assert store.probing == Probing(math.inf if chosen.margin is None else chosen.margin, chosen.most_probes)
+    assert store.probing == Probing(chosen.margin, chosen.most_probes)
     found = await answers_of(large, queries, 3)
     assert recall_of(found, queries, vectors, "cosine", 3) >= 0.95
     everything = await answers_of(large, queries[:50], 10, probes=10**6, candidates=ROWS)

@@ -97,7 +97,7 @@ def measure(
                 CurvePoint(
                     probes,
                     probing.most,
-                    None if math.isinf(probing.margin) else probing.margin,
+                    probing.margin,
                     candidates,
                     round(recall(best, exact, 3), 4),
                     round(recall(best, exact, 10), 4),

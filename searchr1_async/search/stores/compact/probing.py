@@ -7,7 +7,6 @@ stood in 464,000 codes where each looked through as many lists, in 324,000 where
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,15 +31,15 @@ _SAME = 16
 class Probing:
     """How far a query looks."""
 
-    margin: float
-    """A list is looked through whose gap (:func:`gaps`) is no larger; infinite: as many lists as there may be."""
+    margin: float | None
+    """A list is looked through whose gap (:func:`gaps`) is no larger; None: as many lists as there may be."""
     most: int
     """Lists, at most: the nearest."""
 
     @classmethod
     def fixed(cls, probes: int) -> Probing:
         """So many lists for every query."""
-        return cls(math.inf, probes)
+        return cls(None, probes)
 
 
 def squared_lengths(vectors: Vectors) -> Vectors:
@@ -89,23 +88,23 @@ def chosen_lists(gap: Vectors, probing: Probing) -> list[Lists]:
     most = min(probing.most, gap.shape[1])
     chosen: list[Lists] = []
     for row in gap:
-        near = np.flatnonzero(row <= probing.margin)
+        near = np.arange(len(row)) if probing.margin is None else np.flatnonzero(row <= probing.margin)
         if len(near) > most:
             near = near[np.argpartition(row[near], most - 1)[:most]]
         chosen.append(near)
     return chosen
 
 
-def margin_of(gap: Vectors, mean: int, most: int) -> float:
+def margin_of(gap: Vectors, mean: int, most: int) -> float | None:
     """The margin with which these queries look through ``mean`` lists on average, each through ``most`` at most.
 
     Args:
         gap: ``[queries, lists]``, each row in ascending order.
         mean: lists.
-        most: lists; with as many as the mean, each query looks through all of them.
+        most: lists; with as many as the mean, each query looks through all of them, whatever their gap (None).
     """
     if most <= mean:
-        return math.inf
+        return None
     within = gap[:, :most].ravel()
     place = min(mean * len(gap), within.size) - 1
     return float(np.partition(within, place)[place])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -67,8 +66,7 @@ class CompactStore:
         self.folder = Path(folder).expanduser().absolute()
         self.manifest = CompactManifest.load(self.folder)
         chosen = self.manifest.calibration
-        margin = math.inf if chosen.margin is None else chosen.margin
-        self.probing = Probing(margin, chosen.most_probes) if probes is None else Probing.fixed(probes)
+        self.probing = Probing(chosen.margin, chosen.most_probes) if probes is None else Probing.fixed(probes)
         self.candidates = candidates or chosen.candidates
         self._threads = threads or usable_cores()
         self._thread = OwnThread("searchr1-codes")
@@ -80,7 +78,7 @@ class CompactStore:
 
     @property
     def fingerprint(self) -> str:
-        return f"{self.manifest.fingerprint}-{self.probing.margin:g}-{self.probing.most}-{self.candidates}"
+        return f"{self.manifest.fingerprint}-{self.probing.margin}-{self.probing.most}-{self.candidates}"
 
     @property
     def dimension(self) -> int | None:
