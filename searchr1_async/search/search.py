@@ -315,6 +315,11 @@ class Search:
         return self._source
 
     @property
+    def store(self) -> Store | None:
+        """What is asked while the search is open, of a corpus the one that opening it made; None while it is closed."""
+        return self._store
+
+    @property
     def settings(self) -> SearchSettings:
         """What it was given besides its embedder and its store."""
         return self._settings

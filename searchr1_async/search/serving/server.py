@@ -108,7 +108,8 @@ async def serve_search(
                 f"{host}:{port} cannot be listened at ({error}): give another host or port"
             ) from error
         async with search:
-            service.begin(_store_of(search), search.embedder)
+            assert search.store is not None, "an open search has a store"
+            service.begin(search.store, search.embedder)
             try:
                 bound = runner.addresses[0][1]
                 yield str(URL.build(scheme="http", host=_reachable(host), port=bound)).rstrip("/")
@@ -281,12 +282,6 @@ class _Service:
         queries = [query for query in asked.queries if query is not None]
         found = await self._search.search(queries, asked.n_results) if queries else ()
         return _json(retrieved(iter(found), asked))
-
-
-def _store_of(search: Search) -> Store:
-    store = search._store  # of a corpus, the one that opening it made
-    assert store is not None, "an open search has a store"
-    return store
 
 
 def _json(value: Any) -> web.Response:

@@ -160,12 +160,7 @@ class _Reader(RemoteChroma):
 
     async def _get(self, asked: Mapping[str, Any]) -> Mapping[str, Any]:
         server = cast(ServerDatabase, self._database)
-
-        async def ask(model: CollectionModel) -> Any:
-            return await server._request("POST", await server._of(model.id, "get"), asked)
-
-        answer = await self._ask_for_good(ask)
-        return answer if isinstance(answer, dict) else {}
+        return await self._ask_for_good(lambda model: server.get(model.id, asked))
 
 
 def _block(facts: SourceFacts, ids: Sequence[str], answer: Mapping[str, Any]) -> Block:

@@ -115,9 +115,13 @@ class ServerDatabase:
     async def upsert(self, collection_id: str, columns: Mapping[str, Any]) -> None:
         await self._request("POST", await self._of(collection_id, "upsert"), columns)
 
-    async def existing(self, collection_id: str, ids: Sequence[str]) -> Sequence[str]:
-        asked = {"ids": ids, "limit": len(ids), "include": ()}
+    async def get(self, collection_id: str, asked: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Rows by their ids or their places, as Chroma's ``get`` takes them."""
         answer = await self._request("POST", await self._of(collection_id, "get"), asked)
+        return answer if isinstance(answer, dict) else {}
+
+    async def existing(self, collection_id: str, ids: Sequence[str]) -> Sequence[str]:
+        answer = await self.get(collection_id, {"ids": ids, "limit": len(ids), "include": ()})
         try:
             return [str(own_id) for own_id in answer["ids"]]
         except (KeyError, TypeError) as error:
