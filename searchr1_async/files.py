@@ -12,10 +12,12 @@ import os
 import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import anyio
+import numpy as np
 from filelock import FileLock, Timeout
+from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     import polars as pl
@@ -68,6 +70,17 @@ def write_atomically(path: Path, content: bytes) -> None:
     """
     with replacing(path) as temporary:
         temporary.write_bytes(content)
+
+
+def write_arrays(path: Path, **arrays: NDArray[Any]) -> None:
+    """Writes arrays as :func:`replacing` does, into one file that ``numpy.load`` gives back by their names.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)  # pyright: ignore[reportArgumentType]  # numpy's own flag, of the same call, is a bool
+    write_atomically(path, buffer.getvalue())
 
 
 def folder_bytes(folder: Path) -> int:

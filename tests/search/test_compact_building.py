@@ -206,3 +206,64 @@ async def test_a_recall_that_is_not_reached_is_told(tmp_path: Path) -> None:
     assert report.warning is not None
     assert "where 100.0% were asked for" in report.warning
     assert Notice(report.warning, is_warning=True) in events
+
+
+async def test_queries_are_embedded_once_however_often_the_build_goes_on(
+    tmp_path: Path, make_embedder: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from searchr1_async.search.stores.compact import build
+
+    embedder, source, folder = make_embedder(dimension=32), Arrays(clustered(200, 32)), tmp_path / "index"
+    texts = [f"question {number}?" for number in range(30)]
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "write_codes", full)
+        with pytest.raises(StoreError, match="No space left"):
+            await build_compact_index(source, folder, embedder=embedder, queries=texts)
+    assert sorted(text for batch in embedder.query_batches for text in batch) == sorted(texts)
+    embedder.query_batches.clear()
+    other = [*texts[:-1], "another?"]
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "write_codes", full)
+        with pytest.raises(StoreError, match="No space left"):
+            await build_compact_index(source, folder, embedder=embedder, queries=other)
+    assert sorted(text for batch in embedder.query_batches for text in batch) == sorted(other), "others were asked for"
+    embedder.query_batches.clear()
+    report = await build_compact_index(source, folder, embedder=embedder, queries=other)
+    assert embedder.query_batches == []
+    given = await build_compact_index(source, tmp_path / "given", queries=embedder.embed(other))
+    assert report.manifest.calibration.recall == given.manifest.calibration.recall
+    assert report.manifest.calibration.margin == given.manifest.calibration.margin
+
+
+async def test_of_very_many_queries_enough_are_drawn_the_same_at_each_call(
+    tmp_path: Path, make_embedder: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compact_building, "MOST_QUERIES", 40)
+    source, embedder = Arrays(clustered(100, 32)), make_embedder(dimension=32)
+    texts = [f"question {number}?" for number in range(90)]
+    asked = await build_compact_index(source, tmp_path / "texts", embedder=embedder, queries=texts)
+    drawn = [text for batch in embedder.query_batches for text in batch]
+    assert len(drawn) == len(set(drawn)) == asked.manifest.calibration.queries == 40
+    assert max(texts.index(text) for text in drawn) >= 45, "of all of them, not the first"
+    given = await build_compact_index(source, tmp_path / "vectors", queries=embedder.embed(texts))
+    ours, theirs = given.manifest.calibration, asked.manifest.calibration
+    assert (ours.queries, ours.recall, ours.margin) == (40, theirs.recall, theirs.margin)
+
+
+async def test_texts_are_embedded_by_the_embedder_that_the_source_names(
+    tmp_path: Path, make_embedder: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embedder, source = make_embedder(dimension=32), Arrays(clustered(100, 32))
+    source.embedder, source.embedder_fingerprint = "theirs", embedder.fingerprint
+    names: list[str] = []
+    monkeypatch.setattr(compact_building, "make_embedder", lambda name: (names.append(name), embedder)[1])
+    report = await build_compact_index(source, tmp_path / "index", queries=["who?", "where?"])
+    assert names == ["theirs"]
+    assert (report.manifest.calibration.queries, report.manifest.calibration.origin) == (2, "queries")
+    assert not embedder.is_open
+    await build_compact_index(source, tmp_path / "other")
+    assert names == ["theirs"], "not asked for without texts"

@@ -8,6 +8,14 @@ from searchr1_async.search.embedders.base import Embedder
 from searchr1_async.search.embedders.choice import make_embedder
 
 
+def lasting_name(embedder: str | Path | Embedder | None) -> str | None:
+    """By which it can be made again, whatever the folder that is worked in; None where it is no name."""
+    if not isinstance(embedder, str | Path):
+        return None
+    place = Path(embedder).expanduser()
+    return str(place.absolute()) if place.is_dir() else str(embedder)
+
+
 def named_embedder(embedder: str | Path | Embedder | None) -> tuple[str | None, str | None]:
     """Its name, where it can be made again by it, and its fingerprint; None and None where it is not known.
 
@@ -16,4 +24,4 @@ def named_embedder(embedder: str | Path | Embedder | None) -> tuple[str | None, 
     """
     if embedder is None:
         return None, None
-    return str(embedder) if isinstance(embedder, str | Path) else None, make_embedder(embedder).fingerprint
+    return lasting_name(embedder), make_embedder(embedder).fingerprint

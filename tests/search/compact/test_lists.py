@@ -90,6 +90,21 @@ def errors(vectors: Vectors, centres: Vectors) -> float:
     return float(distances.min(axis=1).mean())
 
 
+def test_learning_ends_where_its_check_raises() -> None:
+    class Cancelled(Exception):
+        pass
+
+    left = [3]
+
+    def check() -> None:
+        left[0] -= 1
+        if not left[0]:
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        learn_centres(clustered(3_000, 16), 300, 1, check)
+
+
 @pytest.mark.parametrize("sample", [np.zeros((40, 16), np.float32), np.ones((40, 16), np.float32), clustered(5, 16)])
 def test_a_sample_of_one_point_or_of_few_has_centres(sample: Vectors) -> None:
     centres = learn_centres(sample, 5, 1)

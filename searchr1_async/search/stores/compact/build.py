@@ -3,7 +3,7 @@
 ::
 
     rows        passages and vectors go to their files, block by block; ``building/progress.json`` says how many are on the disk
-    lists       centres are learnt from a sample: ``building/centres.npy``
+    lists       centres are learnt from a sample: ``building/centres.npz``
     codes       vectors are put into lists, two million rows after another: ``building/codes-<rows>.faiss``
     exact       the nearest of the sample's queries by comparing with all: ``building/exact.npz``
     calibrate   probes and candidates are tried and chosen
@@ -15,7 +15,6 @@ blocks of a fixed size. Each step is a pure function of the files before it. Eve
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 import time
@@ -34,7 +33,7 @@ import numpy as np
 from searchr1_async.episodes.types import Passage
 from searchr1_async.errors import StoreError
 from searchr1_async.events import Emit, PhaseAdvanced, PhaseEnded, PhaseStarted
-from searchr1_async.files import write_atomically
+from searchr1_async.files import write_arrays, write_atomically
 from searchr1_async.search.embedders.base import Vectors
 from searchr1_async.search.sources.base import SourceFacts, VectorSource
 from searchr1_async.search.stores.compact.calibrate import EXACT_RESULTS, calibration_of, measure
@@ -263,18 +262,20 @@ class CompactBuilder:
 
     def _centres(self, vectors: VectorFile) -> Vectors:
         """Of the lists; kept."""
-        path = self._building / "centres.npy"
+        path = self._building / "centres.npz"
         if path.exists():
-            return np.load(path)
+            with np.load(path) as kept:
+                return kept["centres"]
         count, seed = len(vectors), self._settings.seed
         with self._phase("lists", self._lists, "lists") as phase:
-            sample = vectors.gather(np.sort(_chosen(count, sample_size(count, self._lists), seed)))
+            check = anyio.from_thread.check_cancelled
+            sample = vectors.gather(np.sort(_chosen(count, sample_size(count, self._lists), seed)), check)
             # In no order: neighbouring rows are alike.
             np.random.default_rng(seed).shuffle(sample)
             # Of length 1 too where vectors are: longer centres, which are of narrower lists, would draw queries away from wide
             # ones. The nearest of 95 % of questions stood in 0.58 times the codes so.
-            centres = ready_vectors(learn_centres(sample, self._lists, seed), self._facts.metric)
-            write_atomically(path, _array_bytes(centres))
+            centres = ready_vectors(learn_centres(sample, self._lists, seed, check), self._facts.metric)
+            write_arrays(path, centres=centres)
             phase.advance(self._lists)
         return centres
 
@@ -317,7 +318,7 @@ class CompactBuilder:
                 phase.advance(done)
 
             rows = exact_nearest(queries, vectors, self._facts.metric, results, own_rows, advance)
-        write_atomically(path, _archive_bytes(queries=queries, rows=rows))
+        write_arrays(path, queries=queries, rows=rows)
         return rows
 
     def _seal(self, calibration: Calibration) -> CompactManifest:
@@ -376,15 +377,3 @@ def _append(vectors: VectorWriter, passages: PassageWriter, numbers: Vectors, bl
 
 def _chosen(count: int, size: int, seed: int) -> Rows:
     return np.random.default_rng(seed).choice(count, min(size, count), replace=False)
-
-
-def _array_bytes(array: Vectors) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, array)
-    return buffer.getvalue()
-
-
-def _archive_bytes(**arrays: Any) -> bytes:
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
-    return buffer.getvalue()

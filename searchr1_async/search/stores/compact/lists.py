@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -44,7 +45,7 @@ def sample_size(count: int, lists: int) -> int:
     return min(count, max(SAMPLE_A_LIST * lists, 10_000), MOST_SAMPLED)
 
 
-def learn_centres(sample: Vectors, lists: int, seed: int) -> Vectors:
+def learn_centres(sample: Vectors, lists: int, seed: int, check: Callable[[], object] = lambda: None) -> Vectors:
     """Centres ``[lists, dimension]`` of the sample, by k-means in two steps: first coarse clusters, then each by itself.
 
     One step of k-means with 16,384 centres compares each vector with all of them, a thousand seconds on two cores; two steps
@@ -54,6 +55,7 @@ def learn_centres(sample: Vectors, lists: int, seed: int) -> Vectors:
         sample: ``[vectors, dimension]``, at least as many as lists.
         lists: how many.
         seed: of the first centres.
+        check: called between clusters; ends it by raising.
     """
     coarse = max(1, round(math.sqrt(lists)))
     if lists <= 256 or len(sample) < 4 * lists:
@@ -62,7 +64,11 @@ def learn_centres(sample: Vectors, lists: int, seed: int) -> Vectors:
     nearest = _nearest_of(sample, first, 1, "l2")[1][:, 0]
     shares = shared_out(lists, np.bincount(nearest, minlength=coarse).tolist())
     # One part at a time: all at once would be the sample a second time.
-    found = [_clusters(sample[nearest == part], share, seed) for part, share in enumerate(shares) if share]
+    found: list[Vectors] = []
+    for part, share in enumerate(shares):
+        check()
+        if share:
+            found.append(_clusters(sample[nearest == part], share, seed))
     return np.concatenate(found)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -118,10 +118,11 @@ class VectorFile:
     def __len__(self) -> int:
         return self._rows
 
-    def gather(self, rows: Rows) -> Vectors:
-        """The vectors of these rows, float32."""
+    def gather(self, rows: Rows, check: Callable[[], object] = lambda: None) -> Vectors:
+        """The vectors of these rows, float32; ``check`` is called before every few thousand, and ends it by raising."""
         out = np.empty((len(rows), self._dimension), np.float32)
         for first in range(0, len(rows), _ASKED_TOGETHER):
+            check()
             part = rows[first : first + _ASKED_TOGETHER]
             out[first : first + len(part)] = self._as_numbers(self._read(part), part)
         return out
