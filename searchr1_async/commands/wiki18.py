@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import anyio
+
 from searchr1_async.data.download import free_bytes
 from searchr1_async.data.questions import load_questions
 from searchr1_async.data.wiki18 import (
@@ -24,7 +26,11 @@ from searchr1_async.errors import StoreError
 from searchr1_async.events import Emit, Notice
 from searchr1_async.files import cache_folder, folder_bytes
 from searchr1_async.search.compact_building import build_compact_index, differing, needed_bytes
+from searchr1_async.search.embedders.choice import make_embedder
 from searchr1_async.search.embedders.gemini import DEFAULT_MODEL
+from searchr1_async.search.faults import PassingFault
+from searchr1_async.search.opening import open_embedder
+from searchr1_async.search.passage_embedding import PACING
 from searchr1_async.search.sources import ChromaFolder
 from searchr1_async.search.stores.compact.build import SAMPLE_QUERIES
 from searchr1_async.search.stores.compact.layout import MANIFEST_NAME, CompactManifest, CompactSettings
@@ -102,6 +108,8 @@ async def _compact(options: argparse.Namespace, emit: Emit) -> str:
     settings = CompactSettings(vectors=options.vectors, recall=options.recall)
     questions = await in_thread(lambda: _questions(options.questions))  # refused before anything is fetched
     if not (index / MANIFEST_NAME).exists():
+        if questions:
+            await _try_embedder(options.embedder, questions[0])
         sizes = await fetch_sizes(
             place,
             repository=options.repository,
@@ -124,7 +132,6 @@ async def _compact(options: argparse.Namespace, emit: Emit) -> str:
         await build_compact_index(
             source,
             index,
-            embedder=options.embedder if questions else None,
             queries=questions,
             settings=settings,
             emit=emit,
@@ -146,6 +153,24 @@ def _questions(suite: str | None) -> list[str] | None:
     if suite is None:
         return None
     return [question.question for question in load_questions(suite, limit=SAMPLE_QUERIES, seed=1)]
+
+
+async def _try_embedder(name: str, question: str) -> None:
+    """Asks it once, before hours of download: a key may be missing.
+
+    Raises:
+        ConfigurationError, EmbeddingError: it cannot be made, or fails.
+    """
+    embedder = make_embedder(name)
+    try:
+        await open_embedder(embedder, PACING)
+        try:
+            await embedder.embed_queries([question])
+        except PassingFault:  # it is there; what asks it in earnest has more patience
+            return
+    finally:
+        with anyio.CancelScope(shield=True):
+            await embedder.aclose()
 
 
 @dataclass(frozen=True, slots=True)

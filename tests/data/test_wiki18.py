@@ -390,6 +390,19 @@ async def test_a_compact_index_that_does_not_fit_is_said_before_anything_is_fetc
     assert names_in(tmp_path) == set()
 
 
+async def test_an_embedder_that_is_not_to_be_had_is_said_before_anything_is_fetched(
+    hub: Hub, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text('{"id": "1", "question": "Who wrote it?", "golden_answers": ["She"], "data_source": "own"}\n')
+    arguments = ["wiki18", "--compact", "--folder", str(tmp_path / "wiki"), "--repository", hub.repository]
+    asked = ["--questions", str(questions), "--embedder", str(tmp_path / "none")]
+    assert await anyio.to_thread.run_sync(main, [*arguments, "--endpoint", hub.url, *asked]) == 1
+    assert "there is no folder" in capfd.readouterr().err
+    assert hub.answers == {}
+    assert not (tmp_path / "wiki").exists()
+
+
 async def test_half_a_deleted_index_is_not_taken_for_whole(
     hub: Hub, fetch: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
