@@ -227,7 +227,7 @@ def _recall(rows: Sequence[Row]) -> Any:
         alt.Chart().mark_rule(color="#9aa1ab", strokeDash=[4, 3]).encode(y=alt.YDatum(0.95, scale=scale)),
         base.mark_point(filled=True, size=70, opacity=1).encode(x=x, y=y, color=color),
         base.transform_filter(alt.datum.store != NAMES["compact"])
-        .mark_text(align="right", dx=-8, fontSize=10.5)
+        .mark_text(dy=-10, fontSize=10.5)
         .encode(x=x, y=y, text="label:N"),
     ]
     if curves:
