@@ -28,6 +28,8 @@ from searchr1_async.search.stores.compact.vector_file import Rows
 
 _QUERY_BITS = 8
 """Of each number of a query while codes are compared."""
+_CONVERTED_CODES = 1 << 20
+"""Codes that are in memory a second time while they are brought into the order in which they are searched; all of 21 million took 2.5 GB."""
 _ALIGNED = 64
 """Bytes: a list begins at a multiple, as memory's lines do."""
 
@@ -90,27 +92,46 @@ def write_codes(index: Any, folder: Path) -> None:
     """Writes the codes as they are searched, 32 of a list side by side; :data:`CODES_NAME` last.
 
     Args:
-        index: that :func:`add_codes` filled. For half a second each 200,000 of its codes are in memory a second time.
+        index: that :func:`add_codes` filled.
         folder: of the index.
 
     Raises:
         OSError: they cannot be written.
     """
     made = _faiss()
-    found = made.IndexIVFRaBitQFastScan(index)
-    lists = made.downcast_InvertedLists(found.invlists)
-    sizes = np.array([lists.list_size(number) for number in range(index.nlist)], np.int64)
+    sizes = np.array([index.invlists.list_size(number) for number in range(index.nlist)], np.int64)
     with replacing(folder / LISTS_NAME) as path, path.open("wb") as file:
-        for number, (size, bytes_) in enumerate(zip(sizes.tolist(), _code_bytes(sizes, found).tolist(), strict=True)):
-            if size:
+        for part in _together(sizes):
+            found = _side_by_side(index, part)
+            lists = made.downcast_InvertedLists(found.invlists)
+            for number, bytes_ in zip(part.tolist(), _code_bytes(sizes[part], found).tolist(), strict=True):
                 file.write(made.rev_swig_ptr(lists.get_codes(number), bytes_).tobytes())
-                file.write(made.rev_swig_ptr(lists.get_ids(number), size).tobytes())
+                file.write(made.rev_swig_ptr(lists.get_ids(number), int(sizes[number])).tobytes())
                 file.write(bytes(-file.tell() % _ALIGNED))
     write_atomically(folder / SIZES_NAME, sizes.astype("<i8").tobytes())
     empty = made.IndexIVFRaBitQFastScan(index.quantizer, index.d, index.nlist, index.metric_type)
     empty.qb = _QUERY_BITS
     empty.is_trained = True
     save_codes(empty, folder / CODES_NAME)
+
+
+def _together(sizes: NDArray[np.int64]) -> list[Lists]:
+    """The lists that hold anything, in their order, some at a time."""
+    held = np.flatnonzero(sizes)
+    begins = np.searchsorted(np.cumsum(sizes[held]), np.arange(0, sizes.sum(), _CONVERTED_CODES), side="right")
+    return [part for part in np.split(held, np.unique(begins)) if len(part)]
+
+
+def _side_by_side(index: Any, lists: Lists) -> Any:
+    """An index of these lists alone, under their own numbers, as faiss searches them."""
+    made = _faiss()
+    part = made.IndexIVFRaBitQ(index.quantizer, index.d, index.nlist, index.metric_type)
+    part.is_trained = True
+    own, kept = part.invlists, index.invlists
+    for number in lists.tolist():
+        own.add_entries(number, kept.list_size(number), kept.get_ids(number), kept.get_codes(number))
+    part.ntotal = own.compute_ntotal()
+    return made.IndexIVFRaBitQFastScan(part)
 
 
 def _code_bytes(sizes: NDArray[np.int64], index: Any) -> NDArray[np.int64]:
