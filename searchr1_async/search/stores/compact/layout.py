@@ -104,7 +104,7 @@ class CurvePoint:
     recall: float
     """Of the ``recall_at`` asked for."""
     queries_per_second: float
-    """In batches, on the machine that built it."""
+    """In batches, on the machine that built it, with what is read in the page cache."""
 
 
 @dataclass(frozen=True, slots=True)
