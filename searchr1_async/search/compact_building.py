@@ -103,7 +103,7 @@ async def build_compact_index(
         report = await sr.build_compact_index("wiki18.jsonl", "wiki18.index", embedder="intfloat/e5-base-v2", queries=questions)
         search = await sr.Search.open("wiki18.index")
 
-    Memory is bounded: some 240 bytes a passage at 768 dimensions, and 1.5 GB while lists are learnt. A call after a kill repeats
+    Memory is bounded: some 220 bytes a passage at 768 dimensions, and 1.5 GB while lists are learnt. A call after a kill repeats
     a few minutes at most, embeds nothing twice but what was in the air, and ends with the same files.
 
     Args:
