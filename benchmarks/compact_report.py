@@ -204,11 +204,11 @@ def _recall(rows: Sequence[Row]) -> Any:
             "recall": figure(row, "recall_at_3"),
             "speed": figure(row, "batched_per_second"),
             "store": NAMES[row["contender"]],
-            "label": f"{NAMES[row['contender']].split(',')[0]} {_size(row['rows'])}",
+            "label": _size(row["rows"]),
         }
         for row in measured
     ]
-    scale = alt.Scale(domain=[LEAST, 1.03], clamp=True, nice=False, zero=False)
+    scale = alt.Scale(domain=[LEAST, 1.07], clamp=True, nice=False, zero=False)
     curves = [point for point in curves if point["recall"] >= LEAST]
     x = alt.X(
         "speed:Q",
@@ -216,7 +216,7 @@ def _recall(rows: Sequence[Row]) -> Any:
         axis=alt.Axis(values=[1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000]),
         title="queries/s in batches of 128, warm, 2 cores",
     )
-    y = alt.Y("recall:Q", scale=scale, axis=alt.Axis(format=".2f"), title="recall@3")
+    y = alt.Y("recall:Q", scale=scale, axis=alt.Axis(format=".2f", values=[LEAST, 0.7, 0.8, 0.9, 1]), title="recall@3")
     color = alt.Color(
         "store:N",
         scale=alt.Scale(domain=[NAMES[name] for name in COLORS], range=list(COLORS.values())),
@@ -226,10 +226,12 @@ def _recall(rows: Sequence[Row]) -> Any:
     layers: list[Any] = [
         alt.Chart().mark_rule(color="#9aa1ab", strokeDash=[4, 3]).encode(y=alt.YDatum(0.95, scale=scale)),
         base.mark_point(filled=True, size=70, opacity=1).encode(x=x, y=y, color=color),
-        base.transform_filter(alt.datum.store != NAMES["compact"])
-        .mark_text(dy=-10, fontSize=10.5)
-        .encode(x=x, y=y, text="label:N"),
     ]
+    beside = sorted((point for point in points if point["store"] != NAMES["compact"]), key=lambda point: point["speed"])
+    for height, named in ((-10, beside[::2]), (-21, beside[1::2])):  # neighbours' sizes would stand upon one another
+        if named:
+            words = alt.Chart(pl.DataFrame(named)).mark_text(dy=height, fontSize=10.5)
+            layers.append(words.encode(x=x, y=y, text="label:N", color=color))
     if curves:
         line = alt.Chart(pl.DataFrame(curves)).mark_line(color=COLORS["compact"], strokeWidth=1.3, opacity=0.6)
         layers.insert(1, line.encode(x=x, y=y, detail=["series:N", "vectors:N"]))
@@ -237,7 +239,7 @@ def _recall(rows: Sequence[Row]) -> Any:
         named = [
             {**end, "label": size + (" int8" if vectors == "int8" else "")} for (size, vectors), end in ends.items()
         ]
-        words = alt.Chart(pl.DataFrame(named)).mark_text(dy=11, fontSize=11, color=COLORS["compact"])
+        words = alt.Chart(pl.DataFrame(named)).mark_text(align="left", dx=4, dy=-6, fontSize=11, color=COLORS["compact"])
         layers.append(words.encode(x=x, y=y, text="label:N"))
     title = alt.Title("Recall and speed; lines: other numbers of lists probed", fontSize=12.5, anchor="start")
     return alt.layer(*layers).properties(width=380, height=230, title=title)
