@@ -239,7 +239,9 @@ def _recall(rows: Sequence[Row]) -> Any:
         named = [
             {**end, "label": size + (" int8" if vectors == "int8" else "")} for (size, vectors), end in ends.items()
         ]
-        words = alt.Chart(pl.DataFrame(named)).mark_text(align="left", dx=4, dy=-6, fontSize=11, color=COLORS["compact"])
+        words = alt.Chart(pl.DataFrame(named)).mark_text(
+            align="left", dx=4, dy=-6, fontSize=11, color=COLORS["compact"]
+        )
         layers.append(words.encode(x=x, y=y, text="label:N"))
     title = alt.Title("Recall and speed; lines: other numbers of lists probed", fontSize=12.5, anchor="start")
     return alt.layer(*layers).properties(width=380, height=230, title=title)
