@@ -50,7 +50,7 @@ DOWNLOAD_RATE = 20e6
 UNPACK_RATE = 25e6
 """Unpacked bytes a second: xz on one core, measured of a Chroma folder that it makes a quarter smaller."""
 COMPACT_RATE = 10_000.0
-"""Passages of 768 numbers a second, from the Chroma folder to the index, on 2 cores: 21 million were made of vectors at 15,400, and a
+"""Passages of 768 numbers a second, from the Chroma folder to the index, on 2 cores: 21 million were made of vectors at 13,700, and a
 folder of 500,000 is read at 45,000."""
 _SPARE = 1 << 30
 
