@@ -29,6 +29,10 @@ class SampledTurn:
     """It ended for length, not at a stop."""
     policy_version: int
     seconds: float = 0.0
+    sequence_id: str | None = None
+    """See :attr:`Turn.sequence_id`."""
+    cached_prompt_tokens: int = 0
+    """See :attr:`Turn.cached_prompt_tokens`."""
 
 
 class Policy(Protocol):
@@ -216,6 +220,8 @@ def _turn(
         appended_tokens=tuple(appended),
         seconds=sampled.seconds,
         truncated=sampled.truncated,
+        sequence_id=sampled.sequence_id,
+        cached_prompt_tokens=sampled.cached_prompt_tokens,
     )
 
 

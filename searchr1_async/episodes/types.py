@@ -111,6 +111,12 @@ class Turn:
     """From asking the sampler to its answer."""
     truncated: bool = False
     """The sampler stopped for length."""
+    sequence_id: str | None = None
+    """The service's name for ``sampled_tokens``, known in the session that sampled them; None where it gave none. The turn's
+    prompt goes by it too (see :func:`searchr1_async.learn.examples.to_datum`)."""
+    cached_prompt_tokens: int = 0
+    """Tokens of the turn's prompt that were billed at the price of a cache hit. Of a first turn that members share, one is
+    billed as the service answered, and the others' prompts are cached whole."""
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from searchr1_async.episodes.types import Episode
 from searchr1_async.errors import RunFolderError
 from searchr1_async.evaluation.scores import SCORE_SCHEMA, score_frame
 from searchr1_async.files import remove_leftovers, write_parquet
+from searchr1_async.watch.records import scan_rows
 from searchr1_async.watch.rows import EPISODE_SCHEMA, EpisodeRow, episode_from_row, episodes_frame
 
 _PART = re.compile(r"(\d{6,})\.parquet")
@@ -158,18 +159,13 @@ class EpisodeStore:
             RunFolderError: they cannot be read.
         """
         with self._lock, _reading(self.folder):
-            parts = [pl.read_parquet(path).filter(label=system) for _, path in self._parts()]
-        if not parts:
-            return ()
-        frame = _each_once(pl.concat(parts)).sort("group", "member")
+            frame = self.frame().filter(label=system).collect()
+        frame = _each_once(frame).sort("group", "member")
         return tuple(episode_from_row(row) for row in frame.iter_rows(named=True))
 
     def frame(self) -> pl.LazyFrame:
         """Every record of an episode, scanned from the files."""
-        paths = [path for _, path in self._parts()]
-        if not paths:
-            return pl.LazyFrame(schema=EPISODE_SCHEMA)
-        return pl.scan_parquet(paths, glob=False, missing_columns="insert")
+        return scan_rows([path for _, path in self._parts()], EPISODE_SCHEMA)
 
     def _latest(self) -> pl.DataFrame:
         empty = pl.DataFrame(schema={**SCORE_SCHEMA, "place": pl.Int64})
@@ -234,7 +230,8 @@ def _merge(batch: Sequence[_Part]) -> None:
     *earlier, last = batch
     if not earlier and last.is_each_once:
         return
-    write_parquet(last.path, pl.concat([pl.read_parquet(part.path)[part.latest] for part in batch]))
+    frames = [scan_rows([part.path], EPISODE_SCHEMA).collect()[part.latest] for part in batch]
+    write_parquet(last.path, pl.concat(frames))
     for part in earlier:
         part.path.unlink(missing_ok=True)
 

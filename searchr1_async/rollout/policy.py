@@ -69,7 +69,7 @@ class TinkerPolicy:
         except (tinker.TinkerError, ValueError) as error:
             raise ServiceError(f"the Tinker service gave no sample: {type(error).__name__}: {error}") from error
         seconds = time.monotonic() - began
-        turns = []
+        turns: list[SampledTurn] = []
         for sequence in response.sequences:
             if sequence.logprobs is None:
                 raise ServiceError("the Tinker service sampled without log-probabilities, which learning needs")
@@ -80,6 +80,9 @@ class TinkerPolicy:
                     truncated=sequence.stop_reason == "length",
                     policy_version=self.version,
                     seconds=seconds,
+                    sequence_id=sequence.sequence_id,
+                    # The prompt is read once: of the other samples it is billed as cached whole.
+                    cached_prompt_tokens=len(prompt_tokens) if turns else response.prompt_cache_hit_tokens,
                 )
             )
         if len(turns) != count:

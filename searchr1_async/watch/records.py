@@ -36,7 +36,7 @@ from searchr1_async.watch.rows import (
     storable,
 )
 
-__all__ = ["GroupOutcome", "RunRecords"]
+__all__ = ["GroupOutcome", "RunRecords", "scan_rows"]
 
 _STEP_FILE = re.compile(r"step-(\d{6,})\.parquet")
 _EVALUATION_FILE = re.compile(r"(\d{3,})-.*\.parquet")
@@ -101,11 +101,11 @@ class RunRecords:
 
     def episodes(self) -> pl.LazyFrame:
         """Every episode of training, by step, group and member; an empty frame of the same schema if there is none."""
-        return _scan([path for _, path in _step_files(self._episodes)], EPISODE_SCHEMA)
+        return scan_rows([path for _, path in _step_files(self._episodes)], EPISODE_SCHEMA)
 
     def groups(self) -> pl.LazyFrame:
         """Every group of training, trained on or dropped, by step; an empty frame of the same schema if there is none."""
-        return _scan([path for _, path in _step_files(self._groups)], GROUP_SCHEMA)
+        return scan_rows([path for _, path in _step_files(self._groups)], GROUP_SCHEMA)
 
     def load_episodes(self, step: int) -> tuple[Episode, ...]:
         """The episodes of one step as values again; empty when the step was not recorded."""
@@ -144,7 +144,7 @@ class RunRecords:
 
     def evaluations(self) -> pl.LazyFrame:
         """The episodes of every evaluation, in the order they were made, told apart by ``label``."""
-        return _scan(list(self._evaluation_files()), EPISODE_SCHEMA)
+        return scan_rows(list(self._evaluation_files()), EPISODE_SCHEMA)
 
     def load_evaluation(self, label: str) -> tuple[Episode, ...]:
         """The episodes of one evaluation as values again; empty when there is none of that label."""
@@ -185,11 +185,20 @@ def _load(path: Path) -> tuple[Episode, ...]:
     return tuple(episode_from_row(row) for row in pl.read_parquet(path).iter_rows(named=True))
 
 
-def _scan(paths: list[Path], schema: pl.Schema) -> pl.LazyFrame:
+def scan_rows(paths: Sequence[Path], schema: pl.Schema) -> pl.LazyFrame:
+    """The rows of several files of one schema; of no file, an empty frame.
+
+    A column, or a field of a turn, that a file of an earlier version lacks is null.
+    """
     if not paths:
         return pl.LazyFrame(schema=schema)
-    # A file that was written before there was a column has nulls in it.
-    return pl.scan_parquet(paths, glob=False, schema=dict(schema), missing_columns="insert")
+    return pl.scan_parquet(
+        list(paths),
+        glob=False,
+        schema=dict(schema),
+        missing_columns="insert",
+        cast_options=pl.ScanCastOptions(missing_struct_fields="insert"),
+    )
 
 
 def _write(frame: pl.DataFrame, path: Path) -> None:

@@ -41,6 +41,9 @@ TURN = pl.Struct(
         "policy_version": pl.Int64,
         "seconds": pl.Float64,
         "truncated": pl.Boolean,
+        # The last fields: files of earlier versions lack them.
+        "sequence_id": pl.String,
+        "cached_prompt_tokens": pl.Int64,
     }
 )
 
@@ -283,6 +286,8 @@ def _turns(turns: Sequence[Turn]) -> pl.Series:
         "policy_version": [turn.policy_version for turn in turns],
         "seconds": [float(turn.seconds) for turn in turns],
         "truncated": [turn.truncated for turn in turns],
+        "sequence_id": [turn.sequence_id for turn in turns],
+        "cached_prompt_tokens": [turn.cached_prompt_tokens for turn in turns],
     }
     return pl.DataFrame(columns, schema=_fields(TURN)).to_struct()
 
@@ -416,4 +421,6 @@ def _turn_from_row(row: Mapping[str, Any]) -> Turn:
         appended_tokens=tuple(row["appended_tokens"]),
         seconds=row["seconds"],
         truncated=row["truncated"],
+        sequence_id=row.get("sequence_id"),
+        cached_prompt_tokens=row.get("cached_prompt_tokens") or 0,
     )

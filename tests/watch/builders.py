@@ -23,6 +23,8 @@ def searching_turn(passage_text: str = "Paris is large.", *, sampled: int = 3, a
         call=SearchCall(("capital",), ((Passage("p1", "France", passage_text, 0.75),),), None, 0.25),
         appended_tokens=tuple(range(100, 100 + appended)),
         seconds=1.5,
+        sequence_id="request-1:0",
+        cached_prompt_tokens=4,
     )
 
 

@@ -15,6 +15,7 @@ from searchr1_async.watch.records import GroupOutcome, RunRecords
 from searchr1_async.watch.rows import (
     EPISODE_SCHEMA,
     GROUP_SCHEMA,
+    TURN,
     EpisodeRow,
     episode_from_row,
     episodes_frame,
@@ -109,6 +110,21 @@ def test_files_of_before_there_was_a_column_are_read_beside_new_ones(tmp_path: P
     assert [episode_from_row(row).given for row in frame.iter_rows(named=True)] == [None] * 6
     assert records.load_episodes(1) == group(question("q1")).episodes
     assert records.load_episode(3, 0, 1) == group(question("q3")).episodes[1]
+
+
+def test_a_step_written_before_turns_named_their_sequences_is_read_beside_newer_ones(tmp_path: Path) -> None:
+    records = RunRecords(tmp_path)
+    for step in (1, 2):
+        records.write_step(step, [GroupOutcome(step, group())], {})
+    path = tmp_path / "episodes" / "step-000001.parquet"
+    earlier = [field.name for field in TURN.fields if field.name not in ("sequence_id", "cached_prompt_tokens")]
+    frame = pl.read_parquet(path)
+    frame = frame.with_columns(pl.col("turns").list.eval(pl.struct(pl.element().struct.field(earlier))))
+    frame.write_parquet(path)
+    first = [episode_from_row(row).turns[0] for row in records.episodes().collect().iter_rows(named=True)]
+    assert [turn.sequence_id for turn in first] == [None, None, "request-1:0", "request-1:0"]
+    assert [turn.cached_prompt_tokens for turn in first] == [0, 0, 4, 4]
+    assert records.load_episodes(1)[0].turns[0].sequence_id is None
 
 
 def test_a_run_without_records_gives_empty_typed_frames(tmp_path: Path) -> None:
