@@ -7,6 +7,7 @@ One sequence at a time and without reuse of prefixes: right rather than fast, fo
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -83,6 +84,9 @@ class GenericRunner:
 
     def __init__(self, model: HookedModel) -> None:
         self._model = model
+        # transformers 5.24 renamed the keyword and the output's field, for one architecture after the other.
+        names = inspect.signature(model.model.forward).parameters
+        self._cache_name = "cache" if "cache" in names else "past_key_values"
 
     def cached(self, owner: LoraWeights | None, prompt: Int32Array) -> int:
         return 0
@@ -113,8 +117,8 @@ class GenericRunner:
     def _run(self, owner: LoraWeights | None, tokens: Int32Array, past: Any) -> tuple[Tensor, Any]:
         ids = torch.from_numpy(tokens.astype(np.int64)).to(self._model.device).unsqueeze(0)
         with self._model.using(owner) as model:
-            output = model(input_ids=ids, past_key_values=past, use_cache=True)
-        return output.logits[0].float(), output.past_key_values
+            output = model(input_ids=ids, use_cache=True, **{self._cache_name: past})
+        return output.logits[0].float(), output[self._cache_name]
 
 
 class GenericTrainer:
