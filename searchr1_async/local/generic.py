@@ -22,7 +22,7 @@ from searchr1_async.errors import ModelError
 from searchr1_async.local.backend import Datum
 from searchr1_async.local.lora import LoraAdapter, LoraSite, LoraWeights
 from searchr1_async.local.losses import Loss, Thresholds, with_sequence_ratio
-from searchr1_async.local.runner import Int32Array, Prefilled
+from searchr1_async.local.runner import Int32Array, Owner, Prefilled, weights_of
 from searchr1_async.local.trainer import MicroBatchResult, loss_and_slope
 
 
@@ -84,12 +84,12 @@ class GenericRunner:
     def __init__(self, model: HookedModel) -> None:
         self._model = model
 
-    def cached(self, owner: LoraWeights | None, prompt: Int32Array) -> int:
+    def cached(self, owner: Owner, prompt: Int32Array) -> int:
         return 0
 
     @torch.no_grad()
     def prefill(
-        self, owner: LoraWeights | None, prompts: Sequence[Int32Array], copies: Sequence[int], all_logits: bool
+        self, owner: Owner, prompts: Sequence[Int32Array], copies: Sequence[int], all_logits: bool
     ) -> list[Prefilled]:
         results = []
         for prompt, count in zip(prompts, copies, strict=True):
@@ -100,19 +100,19 @@ class GenericRunner:
         return results
 
     @torch.no_grad()
-    def decode(self, handles: Sequence[_Handle], tokens: Sequence[int], owners: Sequence[LoraWeights | None]) -> Tensor:
+    def decode(self, handles: Sequence[_Handle], tokens: Sequence[int], owners: Sequence[Owner]) -> Tensor:
         rows = []
         for handle, token, owner in zip(handles, tokens, owners, strict=True):
             logits, handle.past = self._run(owner, np.array([token], np.int32), handle.past)
             rows.append(logits[-1])
         return torch.stack(rows)
 
-    def finish(self, handle: _Handle, owner: LoraWeights | None, tokens: Int32Array | None) -> None:
+    def finish(self, handle: _Handle, owner: Owner, tokens: Int32Array | None) -> None:
         handle.past = None
 
-    def _run(self, owner: LoraWeights | None, tokens: Int32Array, past: Any) -> tuple[Tensor, Any]:
+    def _run(self, owner: Owner, tokens: Int32Array, past: Any) -> tuple[Tensor, Any]:
         ids = torch.from_numpy(tokens.astype(np.int64)).to(self._model.device).unsqueeze(0)
-        with self._model.using(owner) as model:
+        with self._model.using(weights_of(owner)) as model:
             output = model(input_ids=ids, past_key_values=past, use_cache=True)
         return output.logits[0].float(), output.past_key_values
 

@@ -391,6 +391,8 @@ class Service:
         sampling_kind = str(fields.get("kind") or "snapshot")
 
         def publish(model: Model, snapshot: Snapshot) -> str:
+            if sampling_kind not in ("snapshot", "inflight"):
+                raise UserFault(f"kind: must be snapshot or inflight, not {sampling_kind!r:.80}")
             id = sampler_id(session.id, number)
             if session.finished:
                 raise UserFault("the session has ended")

@@ -147,6 +147,39 @@ async def test_stable_reinforce_learns_from_recorded_sequences(tmp_path: Path, m
             assert (await trainer.forward([bare], "stable_reinforce")).metrics.keys() == forward.metrics.keys()
 
 
+@pytest.mark.parametrize("make_backend", [scripted, tiny_model])
+async def test_in_flight_samplers_share_weights_that_move_and_keep_their_own_cache(
+    tmp_path: Path, make_backend: Any
+) -> None:
+    backend = await anyio.to_thread.run_sync(make_backend, tmp_path / "model")
+    with service_thread(tmp_path / "store", backend) as served:
+        async with sdk(served.url) as service:
+            trainer = await service.create_lora_training_client(base_model=backend.model_name, rank=4, seed=0)
+
+            async def save(kind: Any) -> tinker.SamplingClient:
+                return await trainer.save_weights_and_get_sampling_client(record_stability_info=True, kind=kind)
+
+            async def hits(sampler: tinker.SamplingClient, samples: int = 1) -> int:
+                # Another beginning than that of the prompts whose log-probabilities are computed.
+                prompt = types.ModelInput.from_ints([9, 8, 7])
+                return (await sampler.sample(prompt, samples, PARAMS)).prompt_cache_hit_tokens
+
+            first, snapshot = await save("inflight"), await save("snapshot")
+            before = await first.compute_logprobs(PROMPT)
+            assert before == await snapshot.compute_logprobs(PROMPT)
+            assert [await hits(first, 3) for _ in range(2)] == [0, 2], "counted once, however many samples"
+            await train(trainer, 2)
+            assert await first.compute_logprobs(PROMPT) == before, "weights move when they are saved"
+            second, third = await save("inflight"), await save("inflight")
+            after = [await sampler.compute_logprobs(PROMPT) for sampler in (first, second, third)]
+            assert after[0] == after[1] == after[2] != before
+            assert await snapshot.compute_logprobs(PROMPT) == before
+            assert await hits(first) == 2, "the cache is kept while the weights move on"
+            assert [await hits(sampler) for sampler in (second, third, snapshot)] == [0, 0, 0], "each has its own"
+            (turns,) = await play(second, [5, 6, 7], [[9]])
+            await trainer.forward_backward([datum_of(turns)], "stable_reinforce")
+
+
 async def test_what_was_not_recorded_in_this_session_is_refused(served: Served, service: tinker.ServiceClient) -> None:
     trainer = await service.create_lora_training_client(base_model="scripted")
     (unrecorded,) = await play(await trainer.save_weights_and_get_sampling_client(), [5, 6], [])

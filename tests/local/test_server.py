@@ -210,12 +210,16 @@ async def test_wrong_work_fails_in_its_future_and_leaves_no_hole(client: Raw) ->
             "load_weights", {"model_id": model, "seq_id": 5, "path": "tinker://x/weights/y", "optimizer": True}
         ),
         await client.ok("save_weights_external", {"model_id": model, "seq_id": 6, "path": "a"}),
+        await client.ok(
+            "save_weights_for_sampler",
+            {"model_id": model, "seq_id": 7, "sampling_session_seq_id": 0, "kind": "other"},
+        ),
     ]
     for future in wrong:
         answer = await client.result(future)
         assert answer["category"] == "user"
         assert answer["error"]
-    assert "metrics" in await client.result(await step(client, model, 7))
+    assert "metrics" in await client.result(await step(client, model, 8))
 
 
 async def test_wrong_models_fail_in_their_future(client: Raw) -> None:
