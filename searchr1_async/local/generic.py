@@ -93,7 +93,7 @@ class GenericRunner:
     ) -> list[Prefilled]:
         results = []
         for prompt, count in zip(prompts, copies, strict=True):
-            logits, past = self._run(owner, prompt, None)
+            logits, past = self._run(weights_of(owner), prompt, None)
             handles = [_Handle(past), *(_Handle(copy.deepcopy(past)) for _ in range(count - 1))]
             every = (lambda start, stop, logits=logits: logits[start:stop]) if all_logits else None
             results.append(Prefilled(tuple(handles[:count]), logits[-1], 0, every))
@@ -103,16 +103,16 @@ class GenericRunner:
     def decode(self, handles: Sequence[_Handle], tokens: Sequence[int], owners: Sequence[Owner]) -> Tensor:
         rows = []
         for handle, token, owner in zip(handles, tokens, owners, strict=True):
-            logits, handle.past = self._run(owner, np.array([token], np.int32), handle.past)
+            logits, handle.past = self._run(weights_of(owner), np.array([token], np.int32), handle.past)
             rows.append(logits[-1])
         return torch.stack(rows)
 
     def finish(self, handle: _Handle, owner: Owner, tokens: Int32Array | None) -> None:
         handle.past = None
 
-    def _run(self, owner: Owner, tokens: Int32Array, past: Any) -> tuple[Tensor, Any]:
+    def _run(self, owner: LoraWeights | None, tokens: Int32Array, past: Any) -> tuple[Tensor, Any]:
         ids = torch.from_numpy(tokens.astype(np.int64)).to(self._model.device).unsqueeze(0)
-        with self._model.using(weights_of(owner)) as model:
+        with self._model.using(owner) as model:
             output = model(input_ids=ids, past_key_values=past, use_cache=True)
         return output.logits[0].float(), output.past_key_values
 
