@@ -5,7 +5,6 @@ The formulas are those of :mod:`searchr1_async.local.losses`, whose torch ones t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,16 +33,26 @@ def loss_and_slope(
         value = float((0.5 * beta * np.square(difference_T) - advantages_T * logprobs_T).sum())
         return value, beta * difference_T - advantages_T
     ratio_T = _ratios(name, logprobs_T, inputs)
+    factor_T = _factors(name, ratio_T, advantages_T, config)
+    slope_T = -factor_T * advantages_T
+    if name in ("cispo", STABLE_REINFORCE):
+        return float((slope_T * logprobs_T).sum()), slope_T
     if name == "importance_sampling":
-        return float(-(ratio_T * advantages_T).sum()), -ratio_T * advantages_T
-    if name == STABLE_REINFORCE:
-        weight_T = np.where(advantages_T > 0, ratio_T.clip(config["alpha"], 1.0), ratio_T.clip(0.0, 1.0))
-        return float(-(weight_T * advantages_T * logprobs_T).sum()), -weight_T * advantages_T
+        return float(slope_T.sum()), slope_T
     clipped_T = ratio_T.clip(config["clip_low_threshold"], config["clip_high_threshold"])
+    return float(-np.minimum(ratio_T * advantages_T, clipped_T * advantages_T).sum()), slope_T
+
+
+def _factors(name: str, ratio_T: Float64Array, advantages_T: Float64Array, config: Thresholds) -> Float64Array:
+    """What a loss puts for the ratio in the gradient -ratio · advantage [T]: the ratio itself where it does not clip."""
+    if name == STABLE_REINFORCE:
+        return np.where(advantages_T > 0, ratio_T.clip(config["alpha"], 1.0), ratio_T.clip(0.0, 1.0))
+    if name not in _CLIPPING:
+        return ratio_T
+    low, high = config["clip_low_threshold"], config["clip_high_threshold"]
     if name == "cispo":
-        return float(-(clipped_T * advantages_T * logprobs_T).sum()), -clipped_T * advantages_T
-    free_T, held_T = ratio_T * advantages_T, clipped_T * advantages_T
-    return float(-np.minimum(free_T, held_T).sum()), -np.where(free_T <= held_T, free_T, 0.0)
+        return ratio_T.clip(low, high)
+    return np.where(np.where(advantages_T > 0, ratio_T <= high, ratio_T >= low), ratio_T, 0.0)
 
 
 def _ratios(name: str, logprobs_T: Float64Array, inputs: Mapping[str, NDArray[Any]]) -> Float64Array:
@@ -71,20 +80,14 @@ def ratio_metrics(
     """
     if not data or "advantages" not in data[0].loss_inputs:
         return {}
-    low, high, clipped, tokens = math.inf, -math.inf, 0, 0
-    for datum, logprobs_T in zip(data, logprobs, strict=True):
-        has_signal_T = datum.loss_inputs["advantages"] != 0
-        if not has_signal_T.any():
-            continue
-        exact_T = logprobs_T.astype(np.float64)
-        ratio_T = _ratios(name, exact_T, datum.loss_inputs)
-        low, high = min(low, float(ratio_T[has_signal_T].min())), max(high, float(ratio_T[has_signal_T].max()))
-        tokens += int(has_signal_T.sum())
-        if name in _CLIPPING:
-            _, slope_T = loss_and_slope(name, exact_T, datum.loss_inputs, config)
-            plain_T = -ratio_T * datum.loss_inputs["advantages"]
-            clipped += int((~np.isclose(slope_T, plain_T, atol=0.0))[has_signal_T].sum())
-    if not tokens:
+    pairs = list(zip(data, logprobs, strict=True))
+    ratio_T = np.concatenate([_ratios(name, rows_T.astype(np.float64), datum.loss_inputs) for datum, rows_T in pairs])
+    advantages_T = np.concatenate([datum.loss_inputs["advantages"] for datum in data]).astype(np.float64)
+    has_signal_T = advantages_T != 0
+    if not has_signal_T.any():
         return {}
-    metrics = {"ratio_min:min": low, "ratio_max:max": high}
-    return {**metrics, "clipped_fraction:mean": clipped / tokens} if name in _CLIPPING else metrics
+    ratio_T, advantages_T = ratio_T[has_signal_T], advantages_T[has_signal_T]
+    metrics = {"ratio_min:min": float(ratio_T.min()), "ratio_max:max": float(ratio_T.max())}
+    if name in _CLIPPING:
+        metrics["clipped_fraction:mean"] = float((_factors(name, ratio_T, advantages_T, config) != ratio_T).mean())
+    return metrics
