@@ -93,6 +93,7 @@ class SampleResult:
     topk_prompt: tuple[Int32Array, Float32Array] | None = None
     """Ids and log-probabilities, each [P, k]; row 0 is (0, NaN)."""
     prompt_cache_hit_tokens: int = 0
+    """Tokens of the prompt that were in the prefix cache; counted once, whatever ``num_samples`` is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +125,26 @@ class Snapshot(Protocol):
     """Immutable sampler weights; opaque to the server. Freed when nothing refers to it."""
 
 
+class InflightTarget(Protocol):
+    """The weights that all in-flight sampling clients of one model share; each save replaces them."""
+
+    @property
+    def snapshot(self) -> Snapshot | None:
+        """The newest weights; never None while a sample runs."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+class InflightClient:
+    """One in-flight sampling client: a cache namespace of its own over weights that move on.
+
+    A running sample computes each token with the weights that ``target`` has at that moment. What is cached under a client
+    stays when the weights are replaced, and is shared with no other client. Compared by identity.
+    """
+
+    target: InflightTarget
+
+
 State = Mapping[str, NDArray[Any]]
 """Named arrays, as they go into one safetensors file."""
 
@@ -150,8 +171,11 @@ class Backend(Protocol):
         """The adapter's weights as they are after all calls made before this one."""
         ...
 
-    def sample(self, snapshot: Snapshot | None, request: SampleRequest) -> Future[SampleResult]:
-        """None samples the base model. Cancelling the future takes the request out of the running batch."""
+    def sample(self, weights: Snapshot | InflightClient | None, request: SampleRequest) -> Future[SampleResult]:
+        """None samples the base model. Cancelling the future takes the request out of the running batch.
+
+        Prefixes are cached by ``weights``: nothing is shared between two snapshots or two in-flight clients.
+        """
         ...
 
     def forward_backward(

@@ -23,7 +23,7 @@ from searchr1_async.errors import ModelError
 from searchr1_async.local.backend import Datum
 from searchr1_async.local.lora import LoraAdapter, LoraSite, LoraWeights
 from searchr1_async.local.losses import Loss, Thresholds, with_sequence_ratio
-from searchr1_async.local.runner import Int32Array, Prefilled
+from searchr1_async.local.runner import Int32Array, Owner, Prefilled, weights_of
 from searchr1_async.local.trainer import MicroBatchResult, loss_and_slope
 
 
@@ -88,30 +88,30 @@ class GenericRunner:
         names = inspect.signature(model.model.forward).parameters
         self._cache_name = "cache" if "cache" in names else "past_key_values"
 
-    def cached(self, owner: LoraWeights | None, prompt: Int32Array) -> int:
+    def cached(self, owner: Owner, prompt: Int32Array) -> int:
         return 0
 
     @torch.no_grad()
     def prefill(
-        self, owner: LoraWeights | None, prompts: Sequence[Int32Array], copies: Sequence[int], all_logits: bool
+        self, owner: Owner, prompts: Sequence[Int32Array], copies: Sequence[int], all_logits: bool
     ) -> list[Prefilled]:
         results = []
         for prompt, count in zip(prompts, copies, strict=True):
-            logits, past = self._run(owner, prompt, None)
+            logits, past = self._run(weights_of(owner), prompt, None)
             handles = [_Handle(past), *(_Handle(copy.deepcopy(past)) for _ in range(count - 1))]
             every = (lambda start, stop, logits=logits: logits[start:stop]) if all_logits else None
             results.append(Prefilled(tuple(handles[:count]), logits[-1], 0, every))
         return results
 
     @torch.no_grad()
-    def decode(self, handles: Sequence[_Handle], tokens: Sequence[int], owners: Sequence[LoraWeights | None]) -> Tensor:
+    def decode(self, handles: Sequence[_Handle], tokens: Sequence[int], owners: Sequence[Owner]) -> Tensor:
         rows = []
         for handle, token, owner in zip(handles, tokens, owners, strict=True):
-            logits, handle.past = self._run(owner, np.array([token], np.int32), handle.past)
+            logits, handle.past = self._run(weights_of(owner), np.array([token], np.int32), handle.past)
             rows.append(logits[-1])
         return torch.stack(rows)
 
-    def finish(self, handle: _Handle, owner: LoraWeights | None, tokens: Int32Array | None) -> None:
+    def finish(self, handle: _Handle, owner: Owner, tokens: Int32Array | None) -> None:
         handle.past = None
 
     def _run(self, owner: LoraWeights | None, tokens: Int32Array, past: Any) -> tuple[Tensor, Any]:

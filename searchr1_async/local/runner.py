@@ -12,12 +12,25 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from searchr1_async.local.attention import TreeAttention
+from searchr1_async.local.backend import InflightClient
 from searchr1_async.local.kv_cache import DecodeCache, PrefixStore, Slot
 from searchr1_async.local.lora import LoraWeights
 from searchr1_async.local.packing import PackedPrefix, pack
 from searchr1_async.local.transformer import LeanTransformer, LoraRows
 
 Int32Array = NDArray[np.int32]
+Owner = LoraWeights | InflightClient | None
+"""Whose weights a sequence runs on, and under whom its keys and values are cached; None is the base model."""
+
+
+def weights_of(owner: Owner) -> LoraWeights | None:
+    """The weights of this moment: an in-flight client's are those of the newest save."""
+    if not isinstance(owner, InflightClient):
+        return owner
+    snapshot = owner.target.snapshot
+    if not isinstance(snapshot, LoraWeights):
+        raise TypeError(f"an in-flight client without weights of this backend: {snapshot!r:.100}")
+    return snapshot
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,21 +50,21 @@ class Prefilled:
 class Runner(Protocol):
     """A model with the keys and values of the sequences that it runs."""
 
-    def cached(self, owner: LoraWeights | None, prompt: Int32Array) -> int:
+    def cached(self, owner: Owner, prompt: Int32Array) -> int:
         """How many tokens of ``prompt`` are known."""
         ...
 
     def prefill(
-        self, owner: LoraWeights | None, prompts: Sequence[Int32Array], copies: Sequence[int], all_logits: bool
+        self, owner: Owner, prompts: Sequence[Int32Array], copies: Sequence[int], all_logits: bool
     ) -> list[Prefilled]:
         """Run ``prompts`` together and open ``copies[i]`` running sequences of each."""
         ...
 
-    def decode(self, handles: Sequence[Any], tokens: Sequence[int], owners: Sequence[LoraWeights | None]) -> Tensor:
+    def decode(self, handles: Sequence[Any], tokens: Sequence[int], owners: Sequence[Owner]) -> Tensor:
         """Append a token to every running sequence (all of them): logits of the next, [len(handles), vocabulary]."""
         ...
 
-    def finish(self, handle: Any, owner: LoraWeights | None, tokens: Int32Array | None) -> None:
+    def finish(self, handle: Any, owner: Owner, tokens: Int32Array | None) -> None:
         """End a sequence, remembering what it knows of ``tokens`` (None: its state is of no use)."""
         ...
 
@@ -64,13 +77,13 @@ class LeanRunner:
         self._cache = DecodeCache(model.shape, model.embedding)
         self._store = PrefixStore(model.shape, cache_bytes, model.embedding.dtype)
 
-    def cached(self, owner: LoraWeights | None, prompt: Int32Array) -> int:
+    def cached(self, owner: Owner, prompt: Int32Array) -> int:
         # The last token is always run: its logits are wanted.
         return min(self._store.match(owner, prompt), len(prompt) - 1)
 
     @torch.no_grad()
     def prefill(
-        self, owner: LoraWeights | None, prompts: Sequence[Int32Array], copies: Sequence[int], all_logits: bool
+        self, owner: Owner, prompts: Sequence[Int32Array], copies: Sequence[int], all_logits: bool
     ) -> list[Prefilled]:
         known = [0 if all_logits else self.cached(owner, prompt) for prompt in prompts]
         packed = pack(prompts, known)
@@ -94,7 +107,7 @@ class LeanRunner:
             if handles:
                 self._store.insert(owner, prompt, self._cache.read(handles[0]))
             states = hidden[torch.from_numpy(rows[index]).to(device)] if all_logits else None
-            results.append(Prefilled(handles, logits[index], path.past_length, self._prompt_logits(states, lora)))
+            results.append(Prefilled(handles, logits[index], known[index], self._prompt_logits(states, lora)))
         return results
 
     def _open(self, prompt: Int32Array, path: PackedPrefix, past: dict[int, Tensor], kv: Tensor) -> Slot:
@@ -113,7 +126,7 @@ class LeanRunner:
         return lambda start, stop: self._model.logits(states[start:stop], lora)
 
     @torch.no_grad()
-    def decode(self, handles: Sequence[Slot], tokens: Sequence[int], owners: Sequence[LoraWeights | None]) -> Tensor:
+    def decode(self, handles: Sequence[Slot], tokens: Sequence[int], owners: Sequence[Owner]) -> Tensor:
         self._cache.make_room(handles)
         row_of = {slot: row for row, slot in enumerate(self._cache.batch_order())}
         order = sorted(range(len(handles)), key=lambda i: row_of[handles[i]])
@@ -132,19 +145,20 @@ class LeanRunner:
             return logits
         return logits[torch.tensor([row_of[slot] for slot in handles], device=device)]
 
-    def finish(self, handle: Slot, owner: LoraWeights | None, tokens: Int32Array | None) -> None:
+    def finish(self, handle: Slot, owner: Owner, tokens: Int32Array | None) -> None:
         if tokens is not None:
             self._store.insert(owner, tokens[: handle.length], self._cache.read(handle)[:, :, : len(tokens)])
         self._cache.close(handle, wipe=tokens is None)
 
 
-def _lora_rows(owners: Sequence[LoraWeights | None], device: torch.device | None = None) -> list[LoraRows]:
+def _lora_rows(owners: Sequence[Owner], device: torch.device | None = None) -> list[LoraRows]:
     """Rows by adapter; rows of the base model are in none."""
     groups: dict[LoraWeights, list[int]] = {}
     for row, owner in enumerate(owners):
-        if owner is not None:
-            groups.setdefault(owner, []).append(row)
+        weights = weights_of(owner)
+        if weights is not None:
+            groups.setdefault(weights, []).append(row)
     return [
-        LoraRows(owner, None if len(rows) == len(owners) else torch.tensor(rows, device=device))
-        for owner, rows in groups.items()
+        LoraRows(weights, None if len(rows) == len(owners) else torch.tensor(rows, device=device))
+        for weights, rows in groups.items()
     ]

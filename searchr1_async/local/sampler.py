@@ -21,8 +21,7 @@ from searchr1_async.local.backend import (
     UserFault,
 )
 from searchr1_async.local.choice import ChoiceRule, choose
-from searchr1_async.local.lora import LoraWeights
-from searchr1_async.local.runner import Prefilled, Runner
+from searchr1_async.local.runner import Owner, Prefilled, Runner
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +39,7 @@ class _Job:
     """A request on its way."""
 
     request: SampleRequest
-    owner: LoraWeights | None
+    owner: Owner
     future: Future[SampleResult]
     max_tokens: int
     stop_tokens: frozenset[int]
@@ -113,7 +112,7 @@ class Sampler:
         """Sequences in the batch."""
         return len(self._running)
 
-    def submit(self, owner: LoraWeights | None, request: SampleRequest, future: Future[SampleResult]) -> None:
+    def submit(self, owner: Owner, request: SampleRequest, future: Future[SampleResult]) -> None:
         """Queue a request; a bad one fails its future at once."""
         try:
             max_tokens = self._check(request)
@@ -181,9 +180,9 @@ class Sampler:
         self._running.remove(item)
 
     def _admit(self) -> None:
-        """Start waiting requests, first come first served, those of one adapter together."""
+        """Start waiting requests, first come first served, those of one owner together."""
         room = self._max_batch - len(self._running)
-        groups: dict[tuple[LoraWeights | None, bool], list[tuple[_Job, int]]] = {}
+        groups: dict[tuple[Owner, bool], list[tuple[_Job, int]]] = {}
         budget = self._prefill_tokens
         for job in list(self._waiting):
             if room < 1 or budget < 1:
@@ -196,7 +195,7 @@ class Sampler:
         for (owner, all_logits), members in groups.items():
             self._prefill(owner, all_logits, members)
 
-    def _prefill(self, owner: LoraWeights | None, all_logits: bool, members: list[tuple[_Job, int]]) -> None:
+    def _prefill(self, owner: Owner, all_logits: bool, members: list[tuple[_Job, int]]) -> None:
         prompts = [job.request.prompt for job, _ in members]
         prefilled = self._runner.prefill(owner, prompts, [count for _, count in members], all_logits)
         started: list[_Running] = []

@@ -14,10 +14,11 @@ import anyio
 import anyio.to_thread
 
 from searchr1_async.local import protocol
-from searchr1_async.local.backend import Backend, Snapshot, UserFault
+from searchr1_async.local.backend import Backend, InflightClient, Snapshot, UserFault
 from searchr1_async.local.checkpoints import CheckpointId, CheckpointStore
 from searchr1_async.local.jobs import Jobs, offload, result_of
 from searchr1_async.local.promises import CompletionLog, Promise, Reply
+from searchr1_async.local.sequences import SequenceStore
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +33,10 @@ class TooManySamples(Exception):
 
 @dataclass(slots=True, eq=False)
 class Weights:
-    """What a sampler uses. Several samplers may share one (``inflight`` samplers of a model, or one checkpoint)."""
+    """What a sampler uses. Several samplers may share one: those of one checkpoint, and all in-flight ones of a model.
+
+    Of the latter ``snapshot`` is replaced by every in-flight save (an :class:`~searchr1_async.local.backend.InflightTarget`).
+    """
 
     snapshot: Snapshot | None
     """None: not in memory."""
@@ -48,6 +52,8 @@ class Sampler:
     weights: Weights | None
     """None: the base model."""
     model_path: str | None = None
+    inflight: InflightClient | None = None
+    """Set for an in-flight sampler: its own cache namespace over the shared weights, kept until its session ends."""
 
 
 def sampler_id(session_id: str, sampling_session_seq_id: int) -> str:
@@ -57,15 +63,24 @@ def sampler_id(session_id: str, sampling_session_seq_id: int) -> str:
 class Sampling:
     """All samplers. At most ``max_snapshots`` adapters' weights stay in memory: the least recently used go first.
 
-    Weights with a checkpoint are read again when needed; those without are lost to their sampler, which says so.
+    Weights with a checkpoint are read again when needed; those without are lost to their sampler, which says so. The weights
+    of in-flight samplers, one adapter's a model, are not counted: they stay until their session ends.
     """
 
     def __init__(
-        self, backend: Backend, checkpoints: CheckpointStore, jobs: Jobs, *, max_snapshots: int, max_samples: int
+        self,
+        backend: Backend,
+        checkpoints: CheckpointStore,
+        jobs: Jobs,
+        sequences: SequenceStore,
+        *,
+        max_snapshots: int,
+        max_samples: int,
     ) -> None:
         self._backend = backend
         self._checkpoints = checkpoints
         self._jobs = jobs
+        self._sequences = sequences
         self._max_snapshots = max_snapshots
         self._max_samples = max_samples
         self._open_samples = 0
@@ -91,14 +106,19 @@ class Sampling:
         return self.samplers[id]
 
     def publish(self, id: str, session_id: str, model_id: str, kind: str, snapshot: Snapshot) -> str:
-        """A sampler of weights that live in memory only; returns its id."""
+        """A sampler of weights that live in memory only; returns its id.
+
+        ``kind`` "inflight": every in-flight sampler of the model goes on with these weights, samples that run included, and the
+        new sampler has a prefix cache of its own. Saves of a model must be published in their order.
+        """
         if kind == "inflight":
             weights = self._inflight.setdefault(model_id, Weights(None))
             weights.snapshot = snapshot
+            self.samplers[id] = Sampler(id, session_id, weights, inflight=InflightClient(weights))
         else:
             weights = Weights(snapshot)
-        self.samplers[id] = Sampler(id, session_id, weights)
-        self._use(weights)
+            self.samplers[id] = Sampler(id, session_id, weights)
+            self._use(weights)
         return id
 
     def close(self, session_id: str, model_ids: set[str]) -> None:
@@ -109,8 +129,9 @@ class Sampling:
         for id in model_ids:
             self._inflight.pop(id, None)
         used = {sampler.weights for sampler in self.samplers.values()}
+        # Not dropped but let go of: the backend may be in the middle of a step with them.
         for weights in [weights for weights in self._resident if weights not in used]:
-            self._drop(weights)
+            del self._resident[weights]
         self._by_checkpoint = {key: weights for key, weights in self._by_checkpoint.items() if weights in used}
 
     async def _weights_for(self, fields: Mapping[str, Any]) -> tuple[Weights | None, str | None]:
@@ -196,15 +217,23 @@ class Sampling:
     ) -> None:
         async def work() -> Reply:
             call = await offload(size, protocol.decode_sample, fields)
+            if call.record and sampler is None:
+                raise UserFault("record_stability_info: sample through a sampling session, whose sequences are kept")
             weights = await self._current(sampler, fields)
             if weights is None:
                 result = await result_of(self._backend.sample(None, call.request))
             else:
                 weights.running += 1
                 try:
-                    result = await result_of(self._backend.sample(weights.snapshot, call.request))
+                    source = weights.snapshot if sampler is None else sampler.inflight or weights.snapshot
+                    result = await result_of(self._backend.sample(source, call.request))
                 finally:
                     weights.running -= 1
+            # A sampler that is gone belongs to a session that has ended meanwhile.
+            if call.record and sampler is not None and sampler.id in self.samplers:
+                self._sequences.record(
+                    sampler.session_id, promise.request_id, call.request.prompt, result.sequences, time.monotonic()
+                )
             tokens = sum(len(sequence.tokens) for sequence in result.sequences)
             return await offload(8 * tokens, protocol.encode_sample, result, call.prompt_logprobs_last_n)
 
@@ -231,7 +260,8 @@ class Sampling:
                 f"the weights of sampler {sampler.id} are no longer in memory: only the {self._max_snapshots} most recently "
                 "used are kept; to keep weights for longer, save them with save_weights_for_sampler(name=...)"
             )
-        self._use(weights)
+        if sampler.inflight is None:
+            self._use(weights)
         return weights
 
     def cancel_session(self, session_id: str, now: float) -> None:

@@ -8,12 +8,10 @@ version, different from version to version, and a checkpoint round-trip can be c
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import logging
 import math
 import random
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +19,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -30,6 +29,7 @@ from searchr1_async.local.backend import (
     Datum,
     Float32Array,
     ForwardBackwardResult,
+    InflightClient,
     LoraConfig,
     SampledSequence,
     SampleRequest,
@@ -39,8 +39,10 @@ from searchr1_async.local.backend import (
     UserFault,
 )
 from searchr1_async.local.loss_inputs import check_data, find_inputs
+from searchr1_async.local.numpy_losses import loss_and_slope
+from searchr1_async.local.scripted_cache import PrefixCache
 from searchr1_async.local.scripted_log import Served, ServedSequence, TimedReply, write_log
-from searchr1_async.local.scripted_losses import loss_and_slope
+from searchr1_async.local.timers import TimerThread
 
 logger = logging.getLogger(__name__)
 
@@ -82,9 +84,9 @@ class TrainingTimes:
     """Exporting weights or taking a snapshot."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Weights:
-    """An immutable version: what a snapshot is."""
+    """An immutable version: what a snapshot is. Compared by identity, since each snapshot has a prefix cache of its own."""
 
     bias: float = 0.0
     version: int = 0
@@ -147,7 +149,9 @@ class ScriptedBackend:
         self._latency_log = latency_log
         self._tokenizer: Any = None
         self._arrivals = itertools.count()
-        self._queue: deque[tuple[int, Weights, SampleRequest, Future[SampleResult]]] = deque()
+        self._queue: deque[tuple[int, Any, SampleRequest, Future[SampleResult]]] = deque()
+        self._base = Weights()
+        self._caches: WeakKeyDictionary[Any, PrefixCache] = WeakKeyDictionary()
         self._running = 0
         self._training_free_at = 0.0
         self._timers = TimerThread("scripted-backend")
@@ -171,27 +175,36 @@ class ScriptedBackend:
 
     # -- sampling ------------------------------------------------------------------------------------------------
 
-    def sample(self, snapshot: Snapshot | None, request: SampleRequest) -> Future[SampleResult]:
+    def sample(self, weights: Snapshot | InflightClient | None, request: SampleRequest) -> Future[SampleResult]:
+        """A whole sample is of the weights that its source has when it starts."""
         future: Future[SampleResult] = Future()
         arrival = next(self._arrivals)
-        weights = Weights() if snapshot is None else _own(snapshot, Weights)
-        self._timers.call_at(0.0, lambda: self._enqueue(arrival, weights, request, future), future)
+        source = self._base if weights is None else weights
+        self._timers.call_at(0.0, lambda: self._enqueue(arrival, source, request, future), future)
         return future
 
-    def _enqueue(self, arrival: int, weights: Weights, request: SampleRequest, future: Future[SampleResult]) -> None:
+    def _enqueue(
+        self, arrival: int, source: Snapshot | InflightClient, request: SampleRequest, future: Future[SampleResult]
+    ) -> None:
         if len(request.prompt) > self._max_context_length:
             _fail(future, UserFault(f"prompt: {len(request.prompt)} tokens exceed {self._max_context_length}"))
             return
-        self._queue.append((arrival, weights, request, future))
+        self._queue.append((arrival, source, request, future))
         self._start_samples()
 
     def _start_samples(self) -> None:
         while self._queue and self._running < self._max_concurrent:
-            arrival, weights, request, future = self._queue.popleft()
+            arrival, source, request, future = self._queue.popleft()
             if future.cancelled():
                 continue
             try:
+                weights = _own(source.target.snapshot if isinstance(source, InflightClient) else source, Weights)
                 result, drawn = self._play(arrival, weights, request)
+                cache = self._caches.setdefault(source, PrefixCache())
+                # Log-probabilities of a prompt are computed for all of it.
+                if not (request.prompt_logprobs or request.topk_prompt_logprobs):
+                    result = replace(result, prompt_cache_hit_tokens=cache.hits(request.prompt))
+                cache.add(request.prompt, [sequence.tokens for sequence in result.sequences])
             except Exception as error:
                 _fail(future, error)
                 continue
@@ -277,7 +290,7 @@ class ScriptedBackend:
 
     def snapshot(self, adapter: Adapter) -> Future[Snapshot]:
         own = _own(adapter, ScriptedAdapter)
-        return self._train(self._call("snapshot", self._training.save, own), lambda: own.weights)
+        return self._train(self._call("snapshot", self._training.save, own), lambda: replace(own.weights))
 
     def forward_backward(
         self,
@@ -410,53 +423,3 @@ def _resolve(future: Future[Result], work: Callable[[], Result]) -> None:
 def _fail(future: Future[Any], error: Exception) -> None:
     if future.set_running_or_notify_cancel():
         future.set_exception(error)
-
-
-class TimerThread:
-    """Calls functions at their time on one daemon thread, in order of time and then of submission."""
-
-    def __init__(self, name: str) -> None:
-        self._heap: list[tuple[float, int, Callable[[], None], Future[Any] | None]] = []
-        self._order = itertools.count()
-        self._changed = threading.Condition()
-        self._closed = False
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
-
-    def call_at(self, due: float, function: Callable[[], None], future: Future[Any] | None = None) -> None:
-        """``due`` in :func:`time.monotonic` seconds. ``future`` is cancelled if the thread closes before."""
-        with self._changed:
-            if not self._closed:
-                heapq.heappush(self._heap, (due, next(self._order), function, future))
-                self._changed.notify()
-                return
-        if future is not None:
-            future.cancel()
-
-    def close(self) -> None:
-        """Ends the thread and cancels the futures still open."""
-        with self._changed:
-            self._closed = True
-            waiting, self._heap = self._heap, []
-            self._changed.notify()
-        for _, _, _, future in waiting:
-            if future is not None:
-                future.cancel()
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
-
-    def _run(self) -> None:
-        while True:
-            with self._changed:
-                while not self._closed:
-                    wait = self._heap[0][0] - time.monotonic() if self._heap else None
-                    if wait is not None and wait <= 0:
-                        break
-                    self._changed.wait(wait)
-                if self._closed:
-                    return
-                _, _, function, _ = heapq.heappop(self._heap)
-            try:
-                function()
-            except Exception:
-                logger.exception("a timer failed")

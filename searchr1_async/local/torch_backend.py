@@ -21,6 +21,7 @@ from searchr1_async.local.backend import (
     Adapter,
     Datum,
     ForwardBackwardResult,
+    InflightClient,
     LoraConfig,
     SampleRequest,
     SampleResult,
@@ -31,7 +32,7 @@ from searchr1_async.local.backend import (
 from searchr1_async.local.kernels import onednn_available
 from searchr1_async.local.lora import LoraAdapter, LoraLayout, LoraSite, LoraWeights
 from searchr1_async.local.models import resolve_model
-from searchr1_async.local.runner import LeanRunner, Runner
+from searchr1_async.local.runner import LeanRunner, Owner, Runner
 from searchr1_async.local.sampler import Decoder, Sampler, settle
 from searchr1_async.local.trainer import LeanTrainer, Trainer, adam_step, forward_backward
 from searchr1_async.local.transformer import LeanTransformer, is_lean, read_safetensors
@@ -88,7 +89,7 @@ class TorchBackend:
             max_batch=max_batch,
         )
         self._arrived = threading.Condition()
-        self._samples: deque[tuple[LoraWeights | None, SampleRequest, Future[SampleResult]]] = deque()
+        self._samples: deque[tuple[Owner, SampleRequest, Future[SampleResult]]] = deque()
         self._work: deque[_Work] = deque()
         self._closing = False
         self._thread = threading.Thread(target=self._loop, name="torch-backend", daemon=True)
@@ -147,12 +148,12 @@ class TorchBackend:
     def snapshot(self, adapter: Adapter) -> Future[Snapshot]:
         return self._call(_own(adapter).frozen_copy)
 
-    def sample(self, snapshot: Snapshot | None, request: SampleRequest) -> Future[SampleResult]:
+    def sample(self, weights: Snapshot | InflightClient | None, request: SampleRequest) -> Future[SampleResult]:
         future: Future[SampleResult] = Future()
         with self._arrived:
             if self._refuses(future):
                 return future
-            self._samples.append((cast("LoraWeights | None", snapshot), request, future))
+            self._samples.append((cast("Owner", weights), request, future))
             self._arrived.notify()
         return future
 

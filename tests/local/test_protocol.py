@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tinker
 from hypothesis import given
 from hypothesis import strategies as st
 from tinker import types
@@ -25,6 +26,7 @@ from searchr1_async.local.backend import (
     UserFault,
 )
 from searchr1_async.local.protocol import Body, MalformedRequest
+from searchr1_async.local.provenance import Provenance, Span
 from tests.local.serving import datum
 
 tokens = st.lists(st.integers(0, 2**31 - 1), min_size=2, max_size=20)
@@ -149,6 +151,27 @@ def test_sparse_tensors_are_filled_with_zeros() -> None:
 def test_broken_tensors_are_named(broken: pb.Tensor, message: str) -> None:
     with pytest.raises(UserFault, match=message):
         protocol.decode_tensor(broken, "data[0]")
+
+
+def test_spans_arrive_as_the_sdk_sent_them() -> None:
+    spans = [
+        tinker.PromptProvenanceSpan(sequence_id="a:0", offset=4, length=1),
+        tinker.SampledProvenanceSpan(sequence_id="b:1", length=1),
+    ]
+    plain = datum([1, 2, 3], logprobs=[0.0, 0.0], advantages=[0.0, 1.0])
+    sent = plain.with_provenance(model_input=spans, loss_fn_inputs=spans[::-1])
+    call = protocol.decode_forward_backward(
+        protocol.parse_forward_backward(fwdbwd_body([sent, plain], "stable_reinforce"))
+    )
+    expected = (Span(False, "a:0", 4, 1), Span(True, "b:1", 0, 1))
+    assert call.provenance == (Provenance(expected, expected[::-1]), Provenance((), ()))
+
+
+def test_a_span_of_nothing_is_refused() -> None:
+    message = protocol.parse_forward_backward(fwdbwd_body([datum([1, 2], weights=[1.0])]))
+    message.data[0].loss_fn_input_spans.add()
+    with pytest.raises(UserFault, match=r"data\[0\]\.loss_fn_input_spans\[0\]: a span must be of prompt_tokens or of"):
+        protocol.decode_forward_backward(message)
 
 
 def test_wrong_training_data_is_refused_in_words() -> None:

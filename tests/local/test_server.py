@@ -210,12 +210,28 @@ async def test_wrong_work_fails_in_its_future_and_leaves_no_hole(client: Raw) ->
             "load_weights", {"model_id": model, "seq_id": 5, "path": "tinker://x/weights/y", "optimizer": True}
         ),
         await client.ok("save_weights_external", {"model_id": model, "seq_id": 6, "path": "a"}),
+        await client.ok(
+            "save_weights_for_sampler",
+            {"model_id": model, "seq_id": 7, "sampling_session_seq_id": 0, "kind": "other"},
+        ),
     ]
     for future in wrong:
         answer = await client.result(future)
         assert answer["category"] == "user"
         assert answer["error"]
-    assert "metrics" in await client.result(await step(client, model, 7))
+    assert "metrics" in await client.result(await step(client, model, 8))
+
+
+async def test_only_the_samples_of_a_session_are_recorded(client: Raw) -> None:
+    sampler = await client.sampler(await client.session())
+    fields = {**sample_fields(sampler), "record_stability_info": True}
+    future = await client.ok("asample", {**fields, "num_samples": 3})
+    assert len(set(future["sample_sequence_ids"])) == 3
+    assert len(deserialize_sample_response(await client.result(future)).sequences) == 3
+    del fields["sampling_session_id"]
+    answer = await client.result(await client.ok("asample", {**fields, "base_model": "scripted"}))
+    assert answer["category"] == "user"
+    assert "sample through a sampling session" in answer["error"]
 
 
 async def test_wrong_models_fail_in_their_future(client: Raw) -> None:
