@@ -12,6 +12,7 @@ from tinker import types as tinker_types
 
 from searchr1_async.episodes.types import Episode
 from searchr1_async.errors import ServiceError
+from searchr1_async.usage import TokenUsage
 
 _AT_ONCE = 64
 """Requests to the base model under way: enough to keep it busy, few enough that samples do not queue behind them."""
@@ -76,11 +77,24 @@ async def base_logprobs(
     return found
 
 
-async def _sampled_base_logprobs(client: tinker.SamplingClient, episode: Episode) -> NDArray[np.float64]:
+def base_usage(episodes: Sequence[Episode]) -> TokenUsage:
+    """What :func:`base_logprobs` asks for: a prompt for each episode with a turn, and the one token that the SDK has sampled
+    after it. The SDK does not say what of it was billed as cached."""
+    asked = [len(_scored_tokens(episode)) for episode in episodes if episode.turns]
+    return TokenUsage(prompt=sum(asked), sampled=len(asked))
+
+
+def _scored_tokens(episode: Episode) -> list[int]:
+    """The episode up to its last sampled token."""
     tokens = list(episode.prompt_tokens)
     for turn in episode.turns[:-1]:
         tokens += turn.sampled_tokens + turn.appended_tokens
     tokens += episode.turns[-1].sampled_tokens
+    return tokens
+
+
+async def _sampled_base_logprobs(client: tinker.SamplingClient, episode: Episode) -> NDArray[np.float64]:
+    tokens = _scored_tokens(episode)
     # Of the prompt nothing is asked, so the service may serve it from its prefix cache.
     last = len(tokens) - len(episode.prompt_tokens)
     logprobs = await client.compute_logprobs(tinker_types.ModelInput.from_ints(tokens), prompt_logprobs_last_n=last)
