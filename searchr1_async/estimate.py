@@ -303,7 +303,7 @@ def _training(shape: RunShape, episode: EpisodeTokens, trained: float) -> TokenU
     """Of all episodes that are trained on, or dropped."""
     episodes = shape.groups * shape.group_size
     learned = trained * episodes
-    used = replace(episode.played(episodes), trained=round(learned * episode.length))
+    used = replace(episode.played(episodes), trained=round(learned * (episode.length - 1)))
     if shape.has_penalty:
         used += TokenUsage(prompt=round(learned * episode.length), sampled=round(learned))
     return used
@@ -313,7 +313,7 @@ def _besides(shape: RunShape, episode: EpisodeTokens, held_out: EpisodeTokens) -
     """Of the measurements and the warm-up."""
     used = held_out.played(shape.measurements * shape.held_out * shape.held_out_samples)
     if shape.warm_up is not None:
-        used += TokenUsage(trained=round(shape.warm_up.steps * shape.warm_up.batch_size * episode.length))
+        used += TokenUsage(trained=round(shape.warm_up.steps * shape.warm_up.batch_size * (episode.length - 1)))
     return used
 
 

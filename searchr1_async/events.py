@@ -177,11 +177,13 @@ class MinibatchSubmitted(Event):
 
 @dataclass(frozen=True, slots=True)
 class BaseModelAsked(Event):
-    """The base model is asked for log-probabilities of a minibatch, for the penalty on leaving it."""
+    """The base model gave log-probabilities of a minibatch, for the penalty on leaving it."""
 
     prompt_tokens: int
+    cached_prompt_tokens: int
+    """Among ``prompt_tokens``, those billed as cache hits."""
     sampled_tokens: int
-    """One a request, which the SDK samples beside them."""
+    """One a request, which is sampled beside them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ class TokenUsage:
     sampled: int = 0
     """Tokens written by the model."""
     trained: int = 0
-    """Tokens in forward-backward passes; prompt and answer count alike."""
+    """Tokens of the inputs of forward-backward passes; prompt and answer count alike. An input lacks its example's last token."""
 
     @property
     def fresh(self) -> int:

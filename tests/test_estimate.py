@@ -35,7 +35,7 @@ def test_by_hand() -> None:
     episodes = 10 * 4
     assert found.steps == 2
     assert found.tokens == TokenUsage(
-        episodes * prompt, episodes * (100 + 100 * 3 // 4), episodes * 100, episodes * length
+        episodes * prompt, episodes * (100 + 100 * 3 // 4), episodes * 100, episodes * (length - 1)
     )
     assert found.dollars == pytest.approx(Billing(PRICE).dollars(found.tokens))
     assert found.dollars_per_step == pytest.approx((found.dollars or 0) / 2)
@@ -53,14 +53,14 @@ def test_measurements_warm_up_and_penalty_are_in_it() -> None:
     assert more.prompt == episodes * 400 + 40 * length
     assert more.cached == episodes * 100, "a question that is asked once shares no prompt"
     assert more.sampled == episodes * 100 + 40
-    assert more.trained == 3 * 2 * length
+    assert more.trained == 3 * 2 * (length - 1)
     assert (found.dollars_per_step or 0) > (plain.dollars_per_step or 0)
 
 
 def test_shares_can_be_stated() -> None:
     found = estimated(**BY_HAND, cached=0.5, trained=0.25)
     assert found.tokens.cached == found.tokens.prompt / 2
-    assert found.tokens.trained == 10 * 350
+    assert found.tokens.trained == 10 * 349
     assert "25% of the episodes are trained on, the others dropped." in found.assumptions
 
 

@@ -167,7 +167,7 @@ async def test_the_cost_of_a_run_is_what_its_records_say(start: Callable[..., sr
     assert cost.tokens.prompt == prompts
     assert cost.tokens.cached == rows["env/all/total_cached_ob_tokens"].sum()
     assert cost.tokens.sampled == rows["env/all/total_ac_tokens"].sum() + read.sampled
-    assert cost.tokens.trained == sum(len(one.tokens) for one in played)
+    assert cost.tokens.trained == sum(len(one.tokens) - 1 for one in played), "an input lacks its example's last token"
     for name in ("prompt", "cached_prompt", "sampled", "trained"):
         counted = getattr(cost.tokens, name.removesuffix("_prompt"))
         assert rows[f"cost/{name}_tokens"].sum() == counted, "no token belongs to no step"

@@ -214,9 +214,10 @@ class RunState:
             case GroupDropped():
                 self._dropped[event.reason[:80]] += 1
             case MinibatchLearned():
-                self._learning += TokenUsage(trained=max(0, event.tokens))
-            case BaseModelAsked():
-                self._learning += TokenUsage(prompt=event.prompt_tokens, sampled=event.sampled_tokens)
+                # Billed is an example's input, which lacks its last token.
+                self._learning += TokenUsage(trained=max(0, event.tokens - event.datums))
+            case BaseModelAsked(prompt, cached, sampled):
+                self._learning += TokenUsage(prompt, cached, sampled)
             case StepFinished():
                 self._finished_step(event, now)
             case _:
