@@ -10,6 +10,7 @@
 """
 
 from searchr1_async.api import rollout, train
+from searchr1_async.billing import Cost
 from searchr1_async.config import EpisodeLimits, LearningSettings, LocalOptions, SamplingSettings, WarmUp
 from searchr1_async.data import Corpus, load_corpus, load_questions
 from searchr1_async.data.overlap import find_overlap
@@ -35,6 +36,7 @@ from searchr1_async.errors import (
     StoreError,
     TooManyFailuresError,
 )
+from searchr1_async.estimate import CostEstimate, estimate_cost
 from searchr1_async.evaluation.charts import plot_suites
 from searchr1_async.evaluation.evaluate import evaluate
 from searchr1_async.evaluation.judge import Judge
@@ -58,6 +60,7 @@ from searchr1_async.search.served import ServedEmbedder, ServedStore
 from searchr1_async.search.serving import serve_search
 from searchr1_async.search.sources import ChromaFolder, ChromaServer, VectorFiles
 from searchr1_async.search.stores import CompactSettings, CompactStore, EmbeddedChroma, RemoteChroma
+from searchr1_async.watch.prices import Price
 from searchr1_async.watch.trackers import TensorBoardTracker, TrackioTracker, WandbTracker
 from searchr1_async.watch.viewer import register_representations
 
@@ -71,6 +74,8 @@ __all__ = [
     "ConfigurationError",
     "Corpus",
     "CorpusError",
+    "Cost",
+    "CostEstimate",
     "Demonstration",
     "EmbeddedChroma",
     "EmbeddingError",
@@ -88,6 +93,7 @@ __all__ = [
     "PacingSettings",
     "Passage",
     "PortInUseError",
+    "Price",
     "Question",
     "QuestionsError",
     "RecipeReward",
@@ -127,6 +133,7 @@ __all__ = [
     "build_index",
     "compare",
     "comparison_table",
+    "estimate_cost",
     "evaluate",
     "find_overlap",
     "flips",

@@ -38,9 +38,12 @@ from searchr1_async.playing import PlaySettings, ServiceChoice, check_format, op
 from searchr1_async.run import Run
 from searchr1_async.run_folder import find_point, past_events
 from searchr1_async.search import Search
+from searchr1_async.service import billing_on
+from searchr1_async.spending import check_max_cost
 from searchr1_async.training import run_training
 from searchr1_async.watch.dashboard import Choice, open_view
 from searchr1_async.watch.live.view import LiveView
+from searchr1_async.watch.prices import Price
 from searchr1_async.watch.stream import EventStreams
 from searchr1_async.watch.trackers import Tracker, make_trackers
 
@@ -79,6 +82,8 @@ def train(
     steps: int | None = None,
     epochs: int = 1,
     time_limit: float | None = None,
+    max_cost: float | None = None,
+    price: Price | None = None,
     optimizer_steps: int = 1,
     learning_rate: float = 4e-5,
     schedule: ScheduleName = "constant",
@@ -145,6 +150,11 @@ def train(
         steps: optimiser steps; None: all batches of ``epochs``.
         time_limit: seconds of reinforcement learning after which no further step is begun. A measurement under way is brought to
             its end, one that waits is left out, and the last weights are measured.
+        max_cost: US dollars, earlier sessions of the run included. No step is begun that would cross them, if it cost as much as the
+            dearest so far (the first: as estimated) with the measurement of the last weights; the step under way is finished, and
+            the run ends with its resume point. ``resume=True`` with a higher limit goes on. What is measured before the first
+            step, and the warm-up, are counted but not held back. The embedded service costs nothing, and never reaches it.
+        price: US dollars a million tokens, where the table of prices does not know the model or the service is not Tinker's.
         progress: True shows the run in the notebook's cell as it happens, or on the terminal; ``"widget"``, ``"rich"``,
             ``"terminal"`` and ``"plain"`` choose how, False shows nothing.
         trackers: ``"wandb"``, ``"tensorboard"``, ``"trackio"``, or trackers of one's own; ``events.jsonl`` and the Parquet tables are
@@ -182,6 +192,7 @@ def train(
         raise ConfigurationError("keep_best needs evaluate_every: the best is chosen among the steps that are measured")
     if time_limit is not None and not time_limit > 0:
         raise ConfigurationError(f"time_limit is {time_limit} s: it must be over 0, or None for none")
+    check_max_cost(max_cost, billing_on(service, model, price))
     job = TrainingJob(
         questions=checked_questions(questions),
         search=search,
@@ -248,6 +259,8 @@ def train(
         keep_best=keep_best,
         resume=resume,
         time_limit=time_limit,
+        max_cost=max_cost,
+        price=price,
     )
     refuse_overlap(job.questions, job.held_out)
     find_point(job)  # refuses a folder that holds a run not to be resumed, before the run's task begins

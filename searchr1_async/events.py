@@ -8,9 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from searchr1_async.episodes.types import Episode, Group
+from searchr1_async.usage import TokenUsage
+
+if TYPE_CHECKING:
+    from searchr1_async.watch.prices import Price
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +45,12 @@ class RunStarted(Event):
     """What the run was given, as plain JSON values; no secret is among them."""
     is_tinker: bool = False
     """The model runs in Tinker's own cloud: its prices apply. A service of one's own has prices that nobody here knows."""
+    price: Price | None = None
+    """What the user says that the model's tokens cost; None where the table of prices tells."""
+    used: TokenUsage = field(default_factory=TokenUsage)
+    """Tokens of the run's earlier sessions."""
+    spent: float | None = 0.0
+    """US dollars that these cost; None where it is not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +106,8 @@ class RolloutSampled(Event):
     finished_episodes: int
     """Since the engine was opened, evaluations included."""
     prompt_tokens: int
-    """Sent to the model since the engine was opened: each turn's whole prompt, also where the service has its beginning cached."""
+    """Sent to the model since the engine was opened: each turn's whole prompt, also where the service has its beginning cached, and
+    a shared one for each of its samples."""
     sampled_tokens: int
     """Since the engine was opened."""
     search: Mapping[str, float]
@@ -110,6 +121,8 @@ class RolloutSampled(Event):
     cpu: float
     """Seconds of CPU a second of this process in the last second."""
     is_paused: bool = False
+    cached_prompt_tokens: int = 0
+    """Among ``prompt_tokens``, those billed as cache hits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +173,17 @@ class MinibatchSubmitted(Event):
     groups: int
     datums: int
     tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModelAsked(Event):
+    """The base model gave log-probabilities of a minibatch, for the penalty on leaving it."""
+
+    prompt_tokens: int
+    cached_prompt_tokens: int
+    """Among ``prompt_tokens``, those billed as cache hits."""
+    sampled_tokens: int
+    """One a request, which is sampled beside them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +251,7 @@ class CheckpointSaved(Event):
 @dataclass(frozen=True, slots=True)
 class RunEnded(Event):
     reason: str
-    """``finished``, ``time_limit``, ``stopped`` or ``failed``."""
+    """``finished``, ``time_limit``, ``max_cost``, ``stopped`` or ``failed``."""
 
 
 Emit = Callable[[Event], None]

@@ -8,6 +8,7 @@ from typing import Any
 
 import tinker
 
+from searchr1_async.billing import Cost
 from searchr1_async.config import (
     EpisodeLimits,
     LearningSettings,
@@ -18,11 +19,13 @@ from searchr1_async.config import (
 )
 from searchr1_async.episodes.reward import RewardFunction
 from searchr1_async.episodes.types import Question
+from searchr1_async.estimate import CostEstimate, RunShape, mean_letters
 from searchr1_async.evaluation.result import Evaluation
 from searchr1_async.learn.checkpoints import KeptCheckpoint, ResumePoint
 from searchr1_async.learn.demonstrations import Demonstration
 from searchr1_async.rollout.order import QuestionOrder
 from searchr1_async.search import Search
+from searchr1_async.watch.prices import Price
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ class TrainingJob:
     keep_best: bool = False
     resume: bool = False
     time_limit: float | None = None
+    max_cost: float | None = None
+    price: Price | None = None
 
     def identity(self) -> dict[str, Any]:
         """The settings that make the steps before and after a resume one run, as plain JSON values.
@@ -81,6 +86,27 @@ class TrainingJob:
             return learning.steps
         return -(-learning.epochs * len(order) // learning.groups_per_batch)
 
+    @property
+    def shape(self) -> RunShape:
+        """How much it plays and trains."""
+        learning = self.learning
+        return RunShape(
+            questions=len(self.questions),
+            question_letters=mean_letters(self.questions),
+            group_size=learning.group_size,
+            groups_per_batch=learning.groups_per_batch,
+            steps=learning.steps,
+            epochs=learning.epochs,
+            limits=self.limits,
+            format_name=self.format_name,
+            search_results=self.search.n_results,
+            held_out=len(self.held_out),
+            held_out_samples=self.held_out_samples,
+            evaluate_every=self.evaluate_every,
+            warm_up=self.warm_up,
+            has_penalty=learning.kl_coefficient > 0,
+        )
+
     def is_over(self, point: ResumePoint, order: QuestionOrder) -> bool:
         """Whether a run that stands there has no step left."""
         if self.learning.steps is not None:
@@ -96,7 +122,7 @@ class TrainingResult:
     steps: int
     """Optimiser steps finished, earlier sessions of the run included."""
     reason: str
-    """``finished``, ``time_limit`` or ``stopped``."""
+    """``finished``, ``time_limit``, ``max_cost`` or ``stopped``."""
     checkpoint: str | None
     """``tinker://`` path of the last weights kept for sampling."""
     evaluations: tuple[Evaluation, ...]
@@ -106,3 +132,7 @@ class TrainingResult:
     best: KeptCheckpoint | None = None
     """The kept weights with the highest exact match on the held-out questions; None where none were measured. Their figure is the
     highest of several, so it is too high: measure them on other questions."""
+    cost: Cost | None = None
+    """What the run cost so far, earlier sessions included: dollars, tokens by kind, and both in words."""
+    estimated_cost: CostEstimate | None = None
+    """What the whole run was expected to cost; None of a run that is read from its folder."""

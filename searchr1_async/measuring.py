@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import anyio
 
 from searchr1_async.control import RunControl
+from searchr1_async.episodes.types import Episode
 from searchr1_async.errors import ServiceError
 from searchr1_async.evaluation.measure import evaluate_policy
 from searchr1_async.events import Emit, Notice
@@ -26,6 +27,7 @@ from searchr1_async.rollout.engine import RolloutEngine
 from searchr1_async.rollout.policy import TinkerPolicy
 from searchr1_async.run_folder import UNTRAINED, evaluation_steps, load_evaluation, writing_records
 from searchr1_async.service import Service
+from searchr1_async.usage import TokenUsage, sampling_usage, total_usage
 from searchr1_async.watch.records import RunRecords
 
 logger = logging.getLogger(__name__)
@@ -81,6 +83,8 @@ class Measuring:
         self._changed = anyio.Event()  # replaced by a fresh one at each change
         self._episodes = 0
         self._has_said_why = False
+        self._used = TokenUsage()
+        """By the measurement that was made last."""
 
     # --- one measurement ----------------------------------------------------------------------------------------------
 
@@ -110,6 +114,7 @@ class Measuring:
         )
 
         def write() -> None:
+            self._used = _usage_of(evaluation.episodes)
             with writing_records(job.out_dir):
                 self._records.write_evaluation(label, evaluation.episodes, step)
                 if label != UNTRAINED:
@@ -132,6 +137,14 @@ class Measuring:
                 await self._service.delete_checkpoint(one.sampler_path)
             except ServiceError as error:
                 logger.info("weights of step %d were not deleted: %s", one.step, error)
+
+    @property
+    def to_come(self) -> TokenUsage:
+        """What is measured at any rate though no step follows: the last weights, and what is under way. Each is expected to use
+        what the last measurement did."""
+        if not self._job.held_out:
+            return TokenUsage()
+        return self._used if self._under_way is None else self._used + self._used
 
     def _count(self) -> None:
         self._episodes += self._job.held_out_samples
@@ -171,15 +184,16 @@ class Measuring:
         await self._wait_until(lambda: len(self._waiting) <= MOST_WAITING)
 
     def training_ended(self, reason: str) -> None:
-        """No step follows. After a stop nothing more is measured. At the time limit what is under way is brought to its end, but
+        """No step follows. After a stop nothing more is measured. At the limit of time or cost what is under way is brought to its end, but
         nothing more is begun, so that the run does not go on for long: the last weights are measured at any rate.
         """
         if self._control.stop_requested:
             self._scope.cancel()
             self._waiting.clear()
-        elif reason == "time_limit" and self._waiting:
+        elif reason in ("time_limit", "max_cost") and self._waiting:
             steps = ", ".join(str(due.step) for due in self._waiting)
-            self._emit(Notice(f"the time limit was reached before step {steps} could be measured: left out"))
+            what = "time" if reason == "time_limit" else "cost"
+            self._emit(Notice(f"the {what} limit was reached before step {steps} could be measured: left out"))
             self._waiting.clear()
         self._tell()
 
@@ -236,6 +250,8 @@ class Measuring:
     async def _take_up(self, policy: TinkerPolicy, is_over: bool) -> None:
         """What an earlier session left to be measured: its weights are kept, and nothing later is measured."""
         measured, now = await anyio.to_thread.run_sync(self._adopt), policy.version
+        if self._used == TokenUsage():
+            self._used = await anyio.to_thread.run_sync(self._used_earlier)
         paths = {one.step: one.sampler_path for one in self._kept.checkpoints if not one.is_measured}
         for step in sorted({*paths, now}):
             if step > measured and self._is_due(step) and not (is_over and step == now):
@@ -254,6 +270,11 @@ class Measuring:
                     self._kept.measured(one.step, found.exact_match, found.questions)
         return max((step or 0 for step in steps.values()), default=0)
 
+    def _used_earlier(self) -> TokenUsage:
+        """By the first measurement that an earlier session made."""
+        label = next(iter(self._records.evaluation_labels()), None)
+        return TokenUsage() if label is None else _usage_of(self._records.load_evaluation(label))
+
     def _is_due(self, step: int) -> bool:
         every = self._job.evaluate_every
         return every is not None and step > 0 and step % every == 0
@@ -265,3 +286,7 @@ class Measuring:
     async def _wait_until(self, is_so: Callable[[], bool]) -> None:
         while not is_so():
             await self._changed.wait()
+
+
+def _usage_of(episodes: Iterable[Episode]) -> TokenUsage:
+    return total_usage(map(sampling_usage, episodes))

@@ -130,7 +130,7 @@ class Pipeline:
         self._may_start = anyio.Event()
 
     async def run(self) -> tuple[str, TinkerPolicy]:
-        """Trains until the steps, the epochs or the time are over, or it is stopped; returns why it ended and the last weights.
+        """Trains until the steps, the epochs, the time or the money are over, or it is stopped; returns why it ended and the last weights.
 
         Raises, within exception groups, what the engine and the learner raise.
         """
@@ -168,6 +168,10 @@ class Pipeline:
                 done = self._admission.step - 1
                 self._emit(Notice(f"the time limit is near: reinforcement learning ends after {done} steps"))
                 return "time_limit"
+            if (problem := self._recorder.spending.problem(self._measuring.to_come)) is not None:
+                done = self._admission.step - 1
+                self._emit(Notice(f"{problem}: reinforcement learning ends after {done} steps"))
+                return "max_cost"
             closed = await self._gather_batch(opened)
             step, is_last = closed.step, self._admission.is_over
             is_checkpoint = is_last or step % learning.checkpoint_every == 0

@@ -22,6 +22,7 @@ from searchr1_async.learn.learner import FinishedStep
 from searchr1_async.run_folder import writing_records
 from searchr1_async.search.statistics import SearchStatistics
 from searchr1_async.service import Service
+from searchr1_async.spending import Spending
 from searchr1_async.watch.metrics import group_metrics, outcome_metrics
 from searchr1_async.watch.records import GroupOutcome, RunRecords
 from searchr1_async.watch.unlearned import UnlearnedGroups
@@ -65,8 +66,11 @@ class StepRecorder:
         kept: CheckpointList,
         *,
         total: int,
+        spending: Spending,
         emit: Emit,
     ) -> None:
+        self.spending = spending
+        """What the run used and spent so far."""
         self._job, self._records, self._service, self._emit = job, records, service, emit
         self._kept, self._total = kept, total
         self.point = point
@@ -80,6 +84,7 @@ class StepRecorder:
     def begin(self, now: float) -> None:
         """The first step begins."""
         self._began = self._last_published = now
+        self.spending.begin()
 
     async def record(
         self, played: StepToRecord, finished: FinishedStep, *, next_place: int, open_places: tuple[int, ...]
@@ -100,6 +105,7 @@ class StepRecorder:
             **played.searched.metrics(),
             **played.engine,
             **finished.metrics,
+            **self.spending.step_recorded(),
             "time/total": total,
             "time/sampling": played.closed - played.opened,
             "time/training_after_sampling": played.published - played.closed,
@@ -107,7 +113,7 @@ class StepRecorder:
         before, sampler_path = self.point, finished.sampler_path
         is_newest = sampler_path is not None and played.is_checkpoint
         new = replace(
-            before,
+            self.spending.written_into(before),
             step=played.step,
             next_place=next_place,
             open_places=open_places,

@@ -13,6 +13,7 @@ import anyio
 import polars as pl
 from filelock import FileLock, Timeout
 
+from searchr1_async.billing import Billing, Cost, find_price
 from searchr1_async.episodes.types import Question
 from searchr1_async.errors import CheckpointError, ConfigurationError, RunFolderError, first_error
 from searchr1_async.evaluation.result import Evaluation
@@ -21,6 +22,7 @@ from searchr1_async.files import write_parquet
 from searchr1_async.job import TrainingJob, TrainingResult
 from searchr1_async.learn.checkpoints import ResumePoint, best_checkpoint
 from searchr1_async.rollout.order import QuestionOrder
+from searchr1_async.usage import TokenUsage
 from searchr1_async.watch.records import RunRecords
 from searchr1_async.watch.rows import storable
 
@@ -200,7 +202,14 @@ def result_of(folder: Path, point: ResumePoint | None, reason: str) -> TrainingR
         evaluations=load_evaluations(RunRecords(folder)),
         seconds=point.seconds if point else 0.0,
         best=best_checkpoint(folder),
+        cost=None if point is None else _cost_of(point),
     )
+
+
+def _cost_of(point: ResumePoint) -> Cost:
+    price = find_price(point.base_model)
+    billing = Billing(price, is_free=point.dollars == 0.0 and point.tokens != TokenUsage())
+    return billing.cost_of(point.dollars, point.tokens)
 
 
 @contextmanager

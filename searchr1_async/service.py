@@ -14,11 +14,13 @@ from urllib.parse import urlsplit
 import anyio
 import tinker
 
+from searchr1_async.billing import Billing, billing_of, is_tinker_host
 from searchr1_async.config import LocalOptions
 from searchr1_async.errors import ConfigurationError, ModelError, PortInUseError, ServiceError, ServiceUnavailableError
 from searchr1_async.events import Emit, Notice
 from searchr1_async.local import DEFAULT_MODEL, local_service, probe
 from searchr1_async.local.models import resolve_model
+from searchr1_async.watch.prices import Price
 
 CLOUD_MODEL = "Qwen/Qwen3-4B-Instruct-2507"
 """The default where a Tinker key is set: the model of the ancestor's published results."""
@@ -114,7 +116,23 @@ def default_model(service: str | tinker.ServiceClient | None) -> str:
 def _is_tinker(url: str | None) -> bool:
     """Whether a base URL, or None for the SDK's own choice, is Tinker's cloud."""
     url = url or os.environ.get("TINKER_BASE_URL")
-    return url is None or (urlsplit(url).hostname or "").endswith(("thinkingmachines.dev", "thinkingmachines.ai"))
+    return is_tinker_host(None if url is None else urlsplit(url).hostname or "")
+
+
+def billing_on(service: str | tinker.ServiceClient | None, model: str | None, price: Price | None = None) -> Billing:
+    """How the tokens of a model are billed on a service that need not be open.
+
+    Args:
+        service: as :func:`open_service` takes it.
+        model: None is the default there.
+        price: what the user says that it costs.
+    """
+    return billing_of(
+        model or default_model(service),
+        is_embedded=is_embedded(service),
+        is_tinker=_is_tinker(service if isinstance(service, str) else None),
+        price=price,
+    )
 
 
 async def check_service(service: str | tinker.ServiceClient | None, model: str | None, local: LocalOptions) -> None:

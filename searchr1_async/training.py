@@ -20,6 +20,7 @@ import tinker
 from searchr1_async.config import WarmUp
 from searchr1_async.control import RunControl
 from searchr1_async.errors import SearchR1Error, ServiceError, first_error
+from searchr1_async.estimate import estimate
 from searchr1_async.events import (
     CheckpointSaved,
     Emit,
@@ -56,7 +57,9 @@ from searchr1_async.run_folder import (
     writing_records,
 )
 from searchr1_async.search import Search
-from searchr1_async.service import Service, check_service, open_service
+from searchr1_async.service import Service, billing_on, check_service, open_service
+from searchr1_async.spending import keep_spending, spending_of, tell_estimate, with_cost
+from searchr1_async.usage import TokenUsage
 from searchr1_async.watch.fanout import Watchers
 from searchr1_async.watch.records import RunRecords
 from searchr1_async.watch.trackers import Tracker, open_trackers
@@ -113,7 +116,7 @@ async def _run(
     if point is not None and (result := await anyio.to_thread.run_sync(finished_result, job, point, order)):
         emit(_started(job, identity, order, point, point.base_model))
         emit(Notice(f"nothing is left to do: {point.step} steps are done"))
-        return result
+        return replace(result, estimated_cost=estimate(job.shape, billing_on(job.service, job.model, job.price)))
     await check_service(job.service, job.model, job.local)
     # With the trackers, which are closed before the folder is anybody else's.
     opened.enter_context(claimed(job.out_dir))
@@ -198,6 +201,9 @@ def _started(
         group_size=job.learning.group_size,
         groups_per_batch=job.learning.groups_per_batch,
         settings=identity,
+        price=job.price,
+        used=point.tokens if point else TokenUsage(),
+        spent=point.dollars if point else 0.0,
     )
 
 
@@ -234,11 +240,28 @@ class _Training:
     ) -> None:
         self._job, self._emit, self._service, self._engine, self._order = job, emit, service, engine, order
         self._control, self._identity, self._point = control, identity, point
+        self._spending = spending_of(job, service, point)
+        self._spending.count(engine.usage)
         self._records = RunRecords(job.out_dir)
         self._kept = CheckpointList(job.out_dir, keep_best=job.keep_best)
         self._measuring = Measuring(job, service, engine, self._records, self._kept, control=control, emit=emit)
 
     async def run(self) -> TrainingResult:
+        """Runs the session, and keeps what it cost however it ends.
+
+        Raises:
+            SearchR1Error: what went wrong, within exception groups.
+        """
+        tell_estimate(self._spending, self._point, self._emit)
+        try:
+            reason = await self._run()
+        finally:
+            if self._point is not None:
+                self._point = await keep_spending(self._spending, self._point, self._job.out_dir, self._emit)
+        result = await anyio.to_thread.run_sync(result_of, self._job.out_dir, self._point, reason)
+        return with_cost(result, self._spending, self._emit)
+
+    async def _run(self) -> str:
         job, control = self._job, self._control
         measure, reason, is_whole = self._measuring.measure, "stopped", False
         with control.interruptible():
@@ -260,22 +283,29 @@ class _Training:
             self._emit(Notice("stopped: every finished step is kept, resume=True goes on from the last"))
         with control.ending_with(lambda: None):  # a stop that comes now changes nothing
             await self._keep_sampler()
-        return await anyio.to_thread.run_sync(result_of, job.out_dir, self._point, reason)
+        return reason
 
     async def _learner(self, client: tinker.TrainingClient) -> Learner:
         learning = self._job.learning
-        return Learner(
+        learner = Learner(
             client,
             learning,
             self._emit,
             is_off_policy=self._job.pipeline.max_staleness > 0,
             base=await self._service.create_sampling_client() if learning.kl_coefficient else None,
         )
+        self._spending.count(lambda: learner.usage)
+        return learner
 
     async def _learn(self, learner: Learner, policy: TinkerPolicy, point: ResumePoint) -> tuple[str, TinkerPolicy]:
         """Reinforcement learning, from the resume point on."""
         job, total = self._job, self._job.total_steps(self._order)
-        recorder = StepRecorder(job, self._records, self._service, point, self._kept, total=total, emit=self._emit)
+        recorder = StepRecorder(
+            *(job, self._records, self._service, point, self._kept),
+            total=total,
+            spending=self._spending,
+            emit=self._emit,
+        )
         pipeline = Pipeline(
             job,
             self._order,
@@ -309,7 +339,7 @@ class _Training:
 
     async def _save_kept(self, point: ResumePoint) -> None:
         """Writes down a resume point whose weights are kept, if any are."""
-        self._point = point
+        self._point = point = self._spending.written_into(point)
 
         def save() -> None:
             if point.sampler_path is not None and point.sampler_step is not None:

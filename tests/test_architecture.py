@@ -17,6 +17,7 @@ MODULES = sorted(ROOT.rglob("*.py"))
 
 PUBLIC = """
 train evaluate rollout Run TrainingResult open_run RecordedRun
+estimate_cost CostEstimate Cost Price
 WandbTracker TensorBoardTracker TrackioTracker
 Search SearchStatistics PacingSettings GeminiEmbedder SentenceTransformerEmbedder EmbeddedChroma RemoteChroma
 build_index IndexReport build_compact_index CompactReport CompactSettings CompactStore

@@ -12,7 +12,10 @@ from searchr1_async.errors import ConfigurationError
 from searchr1_async.evaluation.scores import METRICS, OUTCOMES, RIGHT
 from searchr1_async.evaluation.statistics import Estimate, Floats, macro_interval, mean_interval
 
-COSTS = ("turns", "searches", "prompt_tokens", "sampled_tokens", "seconds", "sampling_seconds", "search_seconds")
+COSTS = (
+    *("turns", "searches", "prompt_tokens", "cached_prompt_tokens", "sampled_tokens"),
+    *("seconds", "sampling_seconds", "search_seconds"),
+)
 """What a question takes; seconds of one episode by itself, while others are played beside it."""
 FIGURES = (*METRICS, "judged", "answer_in_passage", "gold_recall", "calls", "malformed_calls", *COSTS)
 """Columns of a scores frame that have a mean."""

@@ -247,7 +247,7 @@ class _Asking:
             async with self._gate.slot(tokens=len(prompt)) as slot:
                 stop = self._renderer.get_stop_token_ids()
                 sampled = await self._policy.sample(prompt, max_tokens=self._judge.max_tokens, stop=stop, seed=0)
-                slot.finished([len(sampled.tokens)])
+                slot.finished([len(sampled.tokens)], sampled.cached_prompt_tokens)
         return self._content(prompt, sampled.tokens)
 
     def _content(self, prompt: list[int], sampled: Sequence[int]) -> str:

@@ -6,17 +6,18 @@ from collections.abc import Sequence
 
 import polars as pl
 
-from searchr1_async.evaluation.figures import COSTS
+from searchr1_async.billing import Billing, billing_of, is_tinker_host
+from searchr1_async.evaluation.figures import ALL_SUITES, COSTS
 from searchr1_async.evaluation.manifest import Manifest, SystemRecord
 from searchr1_async.evaluation.result import Evaluation
-from searchr1_async.watch.prices import Cost, cost_of
+from searchr1_async.usage import TokenUsage
 
 COST_SCHEMA = pl.Schema(
     {
         "system": pl.String,
         "suite": pl.String,  # with several suites also "all"
         "questions": pl.Int64,
-        "episodes": pl.Int64,  # finished ones: the others are not counted
+        "episodes": pl.Int64,  # finished ones: the others count in the dollars alone
         **dict.fromkeys(COSTS, pl.Float64),  # means of a question, all its samples together
         "seconds_p95": pl.Float64,  # of one episode
         "dollars": pl.Float64,  # a question; null where the price is not known
@@ -30,11 +31,10 @@ def priced_costs(systems: Sequence[tuple[Evaluation, SystemRecord | None]], mani
     """A row for each system and suite, as a frame of exactly :data:`COST_SCHEMA`."""
     rows = []
     for evaluation, record in systems:
-        costs = evaluation.costs()
+        costs, billing = evaluation.costs(), _billing(record, manifest)
         for (suite,), own in costs.group_by("suite", maintain_order=True):
             by_cost = {row["cost"]: row for row in own.iter_rows(named=True)}
-            total = {name: int(by_cost[name]["total"] or 0) for name in ("prompt_tokens", "sampled_tokens")}
-            price = _price(record, manifest, total)
+            cost = billing.cost(_used(evaluation.scores, str(suite)))
             questions = own["questions"][0]
             rows.append(
                 {
@@ -44,16 +44,26 @@ def priced_costs(systems: Sequence[tuple[Evaluation, SystemRecord | None]], mani
                     "episodes": own["episodes"][0],
                     **{name: by_cost[name]["question_mean"] for name in COSTS},
                     "seconds_p95": by_cost["seconds"]["p95"],
-                    "dollars": None if price is None or not questions else price.dollars / questions,
-                    "dollars_total": None if price is None else price.dollars,
-                    "cost": "not known" if price is None else price.text,
+                    "dollars": None if cost.dollars is None or not questions else cost.dollars / questions,
+                    "dollars_total": cost.dollars,
+                    "cost": "not known" if cost.dollars is None else cost.text,
                 }
             )
     return pl.DataFrame(rows, schema=COST_SCHEMA)
 
 
-def _price(record: SystemRecord | None, manifest: Manifest | None, total: dict[str, int]) -> Cost | None:
+def _used(scores: pl.DataFrame, suite: str) -> TokenUsage:
+    """The tokens of a suite's episodes, failed ones too: their turns are billed like others'."""
+    is_all = suite == ALL_SUITES and suite not in scores["suite"]
+    own = scores if is_all else scores.filter(suite=suite)
+    prompt, cached, sampled = own.select(pl.col("prompt_tokens", "cached_prompt_tokens", "sampled_tokens").sum()).row(0)
+    return TokenUsage(prompt or 0, cached or 0, sampled or 0)
+
+
+def _billing(record: SystemRecord | None, manifest: Manifest | None) -> Billing:
     if record is None or manifest is None:
-        return None
-    is_embedded = bool(manifest.service.get("embedded"))
-    return cost_of(record.model, is_embedded, **total, trained_tokens=0)
+        return Billing(reason="nothing tells which model played on which service")
+    service = manifest.service
+    return billing_of(
+        record.model, is_embedded=bool(service.get("embedded")), is_tinker=is_tinker_host(service.get("host"))
+    )

@@ -223,7 +223,7 @@ class Report(Mapping[str, Evaluation]):
     def figures(self) -> str:
         """Every figure, as JSON: the same text for an evaluation that was interrupted and one that was not.
 
-        Measured times, dates, versions and prices of the day are left out.
+        Measured times, dates, versions, prices of the day and what the service had cached are left out.
         """
         costs = self.costs()
         values: dict[str, Any] = {
@@ -235,7 +235,7 @@ class Report(Mapping[str, Evaluation]):
                 if self.is_paired(before, after)
             ],
             "outcomes": self.outcomes().rows(named=True),
-            "costs": costs.select(c for c in costs.columns if "second" not in c and "dollar" not in c and c != "cost").rows(named=True),
+            "costs": costs.select(name for name in costs.columns if not _is_of_the_day(name)).rows(named=True),
             "notes": list(self.notes()),
         }  # fmt: skip
         if self.manifest is not None:
@@ -310,3 +310,8 @@ class Report(Mapping[str, Evaluation]):
         if target is None:
             raise ConfigurationError("this report has no folder of its own: name one, report.save(folder)")
         return save_report(self, target)
+
+
+def _is_of_the_day(cost: str) -> bool:
+    """Whether a column of the costs differs between two evaluations whose episodes are the same."""
+    return cost == "cost" or any(word in cost for word in ("second", "dollar", "cached"))

@@ -14,6 +14,7 @@ import polars as pl
 
 from searchr1_async.episodes.reward import cover_match, exact_match, f1_score
 from searchr1_async.episodes.types import Episode
+from searchr1_async.usage import sampling_usage
 from searchr1_async.watch.metrics import answer_in_passage, passages_shown
 from searchr1_async.watch.rows import storable
 
@@ -52,7 +53,8 @@ SCORE_SCHEMA = pl.Schema(
         "searches": pl.Int64,  # queries that were run, and passages given with the question as one
         "calls": pl.Int64,  # tool calls of the model, malformed ones too
         "malformed_calls": pl.Int64,
-        "prompt_tokens": pl.Int64,  # every turn's whole prompt, as sent: what a service charges for reading
+        "prompt_tokens": pl.Int64,  # every turn's whole prompt, as sent
+        "cached_prompt_tokens": pl.Int64,  # among these, billed as cache hits
         "sampled_tokens": pl.Int64,
         "seconds": pl.Float64,  # from the episode's start to its end
         "sampling_seconds": pl.Float64,  # of these, waited for the sampler
@@ -137,17 +139,15 @@ def _outcome(episode: Episode, scores: Mapping[str, float], seen: bool) -> Outco
 
 def _costs(episode: Episode) -> dict[str, Any]:
     calls, given = episode.calls, episode.given
-    prompt_tokens, length = 0, len(episode.prompt_tokens)
-    for turn in episode.turns:
-        prompt_tokens += length
-        length += len(turn.sampled_tokens) + len(turn.appended_tokens)
+    used = sampling_usage(episode)
     return {
         "turns": len(episode.turns),
         "searches": sum(len(call.results) for call in calls) + (given is not None),
         "calls": len(calls),
         "malformed_calls": sum(call.problem is not None for call in calls),
-        "prompt_tokens": prompt_tokens,
-        "sampled_tokens": episode.action_token_count,
+        "prompt_tokens": used.prompt,
+        "cached_prompt_tokens": used.cached,
+        "sampled_tokens": used.sampled,
         "seconds": float(episode.seconds),
         "sampling_seconds": float(sum(turn.seconds for turn in episode.turns)),
         "search_seconds": float(sum(call.seconds for call in calls) + (given.seconds if given is not None else 0.0)),

@@ -14,6 +14,7 @@ from typing import Any
 
 from searchr1_async.errors import CheckpointError, RunFolderError
 from searchr1_async.files import write_atomically
+from searchr1_async.usage import TokenUsage
 
 _FORMAT = 2
 _KEPT_FORMAT = 1
@@ -47,6 +48,12 @@ class ResumePoint:
     """The step that ``sampler_path`` belongs to."""
     seconds: float = 0.0
     """Spent in reinforcement learning so far, all sessions together."""
+    tokens: TokenUsage = field(default_factory=TokenUsage)
+    """Asked of the service so far, all sessions together; none in the files of versions that did not count them."""
+    dollars: float | None = None
+    """US dollars that these cost, each session at the prices of its time; None where that is not known."""
+    dearest_step: float | None = None
+    """US dollars of the dearest step so far; None before one is recorded, or where that is not known."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """What the run was started with; a resume with another is refused, naming what changed."""
 
@@ -86,6 +93,7 @@ class ResumePoint:
                     "resumed with this one. Choose another out_dir, or resume with the version that began the run."
                 )
             values["open_places"] = tuple(values["open_places"])
+            values["tokens"] = TokenUsage(**values.get("tokens", {}))
             return cls(**values)
         except FileNotFoundError:
             return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import anyio
 import numpy as np
@@ -12,6 +12,7 @@ from tinker import types as tinker_types
 
 from searchr1_async.episodes.types import Episode
 from searchr1_async.errors import ServiceError
+from searchr1_async.usage import TokenUsage
 
 _AT_ONCE = 64
 """Requests to the base model under way: enough to keep it busy, few enough that samples do not queue behind them."""
@@ -34,7 +35,11 @@ def kl_penalties(differences: Sequence[NDArray[np.float64]], coefficient: float)
 
 
 async def base_logprobs(
-    client: tinker.SamplingClient, episodes: Sequence[Episode], *, deadline: float
+    client: tinker.SamplingClient,
+    episodes: Sequence[Episode],
+    *,
+    deadline: float,
+    count: Callable[[TokenUsage], None] = lambda usage: None,
 ) -> list[NDArray[np.float64]]:
     """Log-probabilities of each episode's sampled tokens [A] under the model behind ``client``.
 
@@ -42,6 +47,8 @@ async def base_logprobs(
 
     Args:
         deadline: seconds for all of them together.
+        count: gets the tokens of each request as they become known: its prompt when it is asked, what of it was cached and the
+            one token that is sampled beside it when it is answered.
 
     Raises:
         ServiceError: the service refused, failed for good, or was silent past the deadline.
@@ -53,7 +60,7 @@ async def base_logprobs(
     async def one(place: int, stop: anyio.CancelScope) -> None:
         async with slots:
             try:
-                found[place] = await _sampled_base_logprobs(client, episodes[place])
+                found[place] = await _sampled_base_logprobs(client, episodes[place], count)
             except (tinker.TinkerError, ValueError) as error:
                 failures.append(error)
                 stop.cancel()
@@ -76,14 +83,32 @@ async def base_logprobs(
     return found
 
 
-async def _sampled_base_logprobs(client: tinker.SamplingClient, episode: Episode) -> NDArray[np.float64]:
+def _scored_tokens(episode: Episode) -> list[int]:
+    """The episode up to its last sampled token."""
     tokens = list(episode.prompt_tokens)
     for turn in episode.turns[:-1]:
         tokens += turn.sampled_tokens + turn.appended_tokens
     tokens += episode.turns[-1].sampled_tokens
-    # Of the prompt nothing is asked, so the service may serve it from its prefix cache.
-    last = len(tokens) - len(episode.prompt_tokens)
-    logprobs = await client.compute_logprobs(tinker_types.ModelInput.from_ints(tokens), prompt_logprobs_last_n=last)
+    return tokens
+
+
+async def _sampled_base_logprobs(
+    client: tinker.SamplingClient, episode: Episode, count: Callable[[TokenUsage], None]
+) -> NDArray[np.float64]:
+    tokens = _scored_tokens(episode)
+    count(TokenUsage(prompt=len(tokens)))
+    # As the SDK's own compute_logprobs, which does not say what was cached. Of the prompt nothing is asked, so the service may
+    # serve it from its prefix cache.
+    answer = await client.sample(
+        tinker_types.ModelInput.from_ints(tokens),
+        1,
+        tinker_types.SamplingParams(max_tokens=1),
+        include_prompt_logprobs=True,
+        prompt_logprobs_last_n=len(tokens) - len(episode.prompt_tokens),
+    )
+    sampled = sum(len(sequence.tokens) for sequence in answer.sequences)
+    count(TokenUsage(cached=answer.prompt_cache_hit_tokens, sampled=sampled))
+    logprobs = answer.prompt_logprobs or []
     if len(logprobs) != len(tokens):
         raise ValueError(f"{len(logprobs)} log-probabilities for {len(tokens)} tokens")
     values: list[float] = []

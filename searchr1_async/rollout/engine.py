@@ -15,6 +15,7 @@ from searchr1_async.episodes.types import Episode, Group, Question
 from searchr1_async.errors import TooManyFailuresError
 from searchr1_async.events import Emit, EpisodeFinished, emit_nothing
 from searchr1_async.rollout.player import GroupPlayer, GroupPolicy, GroupTask
+from searchr1_async.usage import TokenUsage
 
 
 @dataclass(slots=True)
@@ -118,6 +119,9 @@ class RolloutEngine:
     metrics: Callable[[], Mapping[str, float]] = field(default=dict)
     """How the playing goes (``rollout/…``, ``loop/…``), since it was last asked for."""
     tally: PlayTally = field(default_factory=PlayTally)
+    usage: Callable[[], TokenUsage] = field(default=TokenUsage)
+    """The tokens asked of the service since the engine was opened, evaluations included. Of other processes that play it is as
+    they said last: at most a second ago, and exact once they play nothing."""
 
     async def play_groups(self, groups: Iterable[GroupToPlay]) -> None:
         """Plays groups in this order, as many at once as the limit allows; each is told of the moment it is complete.

@@ -16,6 +16,7 @@ from searchr1_async.rollout.limit import Cause, Flight, SampleLimit
 from searchr1_async.rollout.pulse import PulseReading
 from searchr1_async.rollout.push_back import PushBackProbe
 from searchr1_async.rollout.sharing import Sharing
+from searchr1_async.usage import TokenUsage
 
 LOOK_EVERY = 0.25
 """Seconds between two looks for a push-back; the SDK backs off for 1 s at least after one, so none is missed."""
@@ -42,7 +43,10 @@ class GateStatistics:
     tokens: int
     """In those."""
     prompt_tokens: int
-    """Of all requests that were sent."""
+    """Of all requests that were sent, a shared prompt once for each of its samples."""
+    cached_prompt_tokens: int
+    """Among ``prompt_tokens``, those billed as cache hits: what the service answered, and the prompt of every further sample of
+    a request. Of a request that failed or was cancelled the service's count is not known, and taken as 0."""
     failed: int
     """Samples that the service failed."""
     push_backs: int
@@ -53,6 +57,11 @@ class GateStatistics:
     """Of which so many got one request a member."""
     is_paused: bool
     """Nobody is let in."""
+
+    @property
+    def usage(self) -> TokenUsage:
+        """The tokens that a service bills for what went through the gate."""
+        return TokenUsage(self.prompt_tokens, self.cached_prompt_tokens, self.tokens)
 
 
 def gate_metrics(gates: Sequence[GateStatistics]) -> dict[str, float]:
@@ -79,7 +88,18 @@ class Slot:
     """The right to send one request: an asynchronous context manager, which waits for it and gives it back. Made by
     :meth:`SampleGate.slot`; used once."""
 
-    __slots__ = ("_admitted", "_delay", "_flight", "_gate", "_tokens", "_wanted", "samples", "turn", "yields")
+    __slots__ = (
+        "_admitted",
+        "_cached",
+        "_delay",
+        "_flight",
+        "_gate",
+        "_tokens",
+        "_wanted",
+        "samples",
+        "turn",
+        "yields",
+    )
 
     def __init__(self, gate: SampleGate, samples: int, turn: int, tokens: int, yields: bool) -> None:
         self.samples = samples
@@ -91,10 +111,17 @@ class Slot:
         self._admitted: anyio.Event | None = None
         self._delay = 0.0
         self._tokens = 0
+        self._cached = 0
 
-    def finished(self, tokens: Sequence[int]) -> None:
-        """Tells the gate what was sampled: the number of tokens of each sample of the request."""
+    def finished(self, tokens: Sequence[int], cached_prompt_tokens: int = 0) -> None:
+        """Tells the gate what the service answered.
+
+        Args:
+            tokens: the number of tokens of each sample of the request.
+            cached_prompt_tokens: prompt tokens billed as cache hits, counted on one prompt as the service does.
+        """
         self._tokens = sum(tokens)
+        self._cached = cached_prompt_tokens
 
     async def __aenter__(self) -> Slot:
         # No checkpoint where there is room: the request that follows is one, and it would cost more than all the rest.
@@ -145,6 +172,7 @@ class SampleGate:
         self._samples = 0
         self._tokens = 0
         self._prompt_tokens = 0
+        self._cached_prompt_tokens = 0
         self._failed = 0
         self._push_backs = 0
         self._is_paused = False
@@ -194,6 +222,7 @@ class SampleGate:
             samples=self._samples,
             tokens=self._tokens,
             prompt_tokens=self._prompt_tokens,
+            cached_prompt_tokens=self._cached_prompt_tokens,
             failed=self._failed,
             push_backs=self._push_backs,
             groups=sharing.asked,
@@ -227,7 +256,9 @@ class SampleGate:
             raise
 
     def _admit(self, slot: Slot, now: float) -> None:
-        self._prompt_tokens += slot._wanted
+        # One prompt is read for all samples of a request; the others' are billed as cache hits.
+        self._prompt_tokens += slot._wanted * slot.samples
+        self._cached_prompt_tokens += slot._wanted * (slot.samples - 1)
         slot._flight = self._limit.begin(now, slot.samples)
         slot._delay = self._sharing.began(now, samples=slot.samples, turn=slot.turn)
 
@@ -242,6 +273,7 @@ class SampleGate:
             self._sharing.finished(now - flight.began, samples=slot.samples, turn=slot.turn, delay=slot._delay)
             self._samples += slot.samples
             self._tokens += slot._tokens
+            self._cached_prompt_tokens += slot._cached
         elif issubclass(kind, Exception):
             self._limit.failed(flight)
             self._failed += slot.samples

@@ -20,11 +20,12 @@ from searchr1_async.rollout.gate import GateStatistics, SampleGate, gate_metrics
 from searchr1_async.rollout.limit import LimitSettings, SampleLimit
 from searchr1_async.rollout.player import LocalPlayer
 from searchr1_async.rollout.pulse import Pulse, PulseReading
-from searchr1_async.rollout.sampled import CountedSearch, PlayReading
+from searchr1_async.rollout.sampled import CountedSearch, PlayReading, usage_of_gates
 from searchr1_async.rollout.workers.elastic import ElasticPlayer
 from searchr1_async.rollout.workers.messages import WorkerSpec
 from searchr1_async.rollout.workers.pool import WorkerPool
 from searchr1_async.threads import usable_cores
+from searchr1_async.usage import TokenUsage
 
 
 @asynccontextmanager
@@ -86,13 +87,24 @@ async def open_engine(
                 elsewhere = {} if isinstance(player, LocalPlayer) else player.metrics()
                 return {**gate_metrics(gates()), **pulse.take().metrics(), **elsewhere}
 
+            def gone() -> TokenUsage:
+                return TokenUsage() if isinstance(player, LocalPlayer) else player.gone
+
             def look() -> RolloutSampled:
-                gone = (0, 0) if isinstance(player, LocalPlayer) else player.gone_tokens
-                return reading.read(gates(), gone)
+                return reading.read(gates(), gone())
 
             tasks.start_soon(reading.tell, look)
             yield RolloutEngine(
-                dialect, player, sampling, reward, group_size, max_failed_fraction, emit, metrics, tally
+                dialect,
+                player,
+                sampling,
+                reward,
+                group_size,
+                max_failed_fraction,
+                emit,
+                metrics,
+                tally,
+                usage=lambda: usage_of_gates(gates(), gone()),
             )
             tasks.cancel_scope.cancel()
             reading.look_at_search()

@@ -169,7 +169,7 @@ class LocalPlayer:
             firsts = await policy.sample_many(
                 prompt, members, max_tokens=self._limits.max_tokens, stop=self._dialect.stop, seed=task.seed
             )
-            slot.finished([len(turn.tokens) for turn in firsts])
+            slot.finished([len(turn.tokens) for turn in firsts], firsts[0].cached_prompt_tokens)
         return firsts
 
     def _is_shared(self, task: GroupTask, prompt: Sequence[int]) -> bool:
@@ -212,7 +212,7 @@ class _GatedPolicy:
         async with self.gate.slot(turn=self.turn, tokens=len(prompt_tokens), yields=self.yields) as slot:
             await self.turns.turn()  # handing a request to the SDK takes about a millisecond of this thread
             sampled = await self.policy.sample(prompt_tokens, max_tokens=max_tokens, stop=stop, seed=seed)
-            slot.finished([len(sampled.tokens)])
+            slot.finished([len(sampled.tokens)], sampled.cached_prompt_tokens)
         self.turn += 1
         await self.turns.turn()  # it is read next
         return sampled

@@ -13,11 +13,18 @@ from searchr1_async.events import Emit, RolloutSampled
 from searchr1_async.rollout.engine import PlayTally
 from searchr1_async.rollout.gate import GateStatistics
 from searchr1_async.rollout.pulse import PulseReading
+from searchr1_async.usage import TokenUsage, total_usage
 
+NOTHING = TokenUsage()
 TELL_EVERY = 0.25
 """Seconds; a view is drawn no more often."""
 SEARCH_EVERY = 4
 """Of these looks, one at the search: its percentiles take 0.8 ms once it has answered thousands of queries."""
+
+
+def usage_of_gates(gates: Sequence[GateStatistics], gone: TokenUsage = NOTHING) -> TokenUsage:
+    """The tokens of all that was asked through these gates, and what processes used that are ``gone``."""
+    return total_usage((gone, *(gate.usage for gate in gates)))
 
 
 class CountedSearch:
@@ -68,14 +75,15 @@ class PlayReading:
         """Takes its totals, for :meth:`read`."""
         self._searched = self._search_metrics()
 
-    def read(self, gates: Sequence[GateStatistics], gone_tokens: tuple[int, int] = (0, 0)) -> RolloutSampled:
+    def read(self, gates: Sequence[GateStatistics], gone: TokenUsage = NOTHING) -> RolloutSampled:
         """How it stands now.
 
         Args:
             gates: of all processes that play.
-            gone_tokens: prompt and sampled tokens of processes that played and are gone.
+            gone: what processes used that played and are gone.
         """
         tally, pulse = self._tally, self.pulse
+        used = usage_of_gates(gates, gone)
         # Of several processes the busiest holds the playing up.
         busiest = max(gates, key=lambda gate: gate.waiting, default=None)
         return RolloutSampled(
@@ -85,8 +93,9 @@ class PlayReading:
             searching=self._search.in_progress,
             groups=tally.groups,
             finished_episodes=tally.finished,
-            prompt_tokens=gone_tokens[0] + sum(gate.prompt_tokens for gate in gates),
-            sampled_tokens=gone_tokens[1] + sum(gate.tokens for gate in gates),
+            prompt_tokens=used.prompt,
+            sampled_tokens=used.sampled,
+            cached_prompt_tokens=used.cached,
             search=self._searched,
             limited_by="" if busiest is None else busiest.cause.value,
             loop_lag_p50=pulse.lag_p50,

@@ -271,6 +271,11 @@ class Search:
             }
 
     @property
+    def n_results(self) -> int:
+        """Passages that a query brings, where a call does not say."""
+        return self._settings.n_results
+
+    @property
     def description(self) -> dict[str, Any] | None:
         """How to make a search with equal answers, as plain JSON values for :meth:`from_description`; None where parts of it are
         objects in memory or secrets.

@@ -8,11 +8,12 @@ and always read 1.0), and a reward part that an episode lacks counts as 0.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 from searchr1_async.episodes.reward import normalize_answer
 from searchr1_async.episodes.types import Episode, Group, Passage, StopReason
+from searchr1_async.usage import prompt_lengths
 from searchr1_async.watch.rows import GroupOutcome
 
 GOOD_REWARD = 0.5
@@ -36,6 +37,7 @@ def group_metrics(groups: Sequence[Group], failed: int = 0, *, policy_version: i
     episodes, failed ones too, as their denominator; they sum to 1.
 
     ``ob_tokens`` counts, as in the recipe, the whole prompt of every turn: what the model was given to read.
+    ``total_cached_ob_tokens`` are those of them that the service billed as cache hits, ``cached_ob_frac`` their share.
     """
     by_source: dict[str, list[Group]] = defaultdict(list)
     for group in groups:
@@ -68,22 +70,21 @@ def _metrics_of(groups: Sequence[Group], failed: int, policy_version: int | None
 def _token_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
     turns = sum(len(episode.turns) for episode in episodes)
     ac_tokens = sum(episode.action_token_count for episode in episodes)
-    ob_tokens = sum(sum(_prompt_lengths(episode)) for episode in episodes)
-    out = {"total_turns": float(turns), "total_ac_tokens": float(ac_tokens), "total_ob_tokens": float(ob_tokens)}
+    ob_tokens = sum(sum(prompt_lengths(episode)) for episode in episodes)
+    cached = sum(turn.cached_prompt_tokens for episode in episodes for turn in episode.turns)
+    out = {
+        "total_turns": float(turns),
+        "total_ac_tokens": float(ac_tokens),
+        "total_ob_tokens": float(ob_tokens),
+        "total_cached_ob_tokens": float(cached),
+    }
     if episodes:
         out["turns_per_episode"] = turns / len(episodes)
     if turns:
         out["ac_tokens_per_turn"] = ac_tokens / turns
         out["ob_tokens_per_turn"] = ob_tokens / turns
+        out["cached_ob_frac"] = cached / ob_tokens
     return out
-
-
-def _prompt_lengths(episode: Episode) -> Iterable[int]:
-    """The number of tokens that the model was given at each of its turns."""
-    length = len(episode.prompt_tokens)
-    for turn in episode.turns:
-        yield length
-        length += len(turn.sampled_tokens) + len(turn.appended_tokens)
 
 
 def _reward_metrics(episodes: Sequence[Episode]) -> dict[str, float]:

@@ -1,7 +1,6 @@
-"""What a run's tokens cost at the Tinker service, as far as its prices are known. Pure.
+"""The prices of Tinker's cloud, as far as they are known. Pure data.
 
 The table holds only what a dated source says word for word; a model that is not in it has no cost, and is shown as unknown.
-Running on the embedded service costs nothing, whatever the model.
 """
 
 from __future__ import annotations
@@ -12,10 +11,9 @@ SOURCE = "https://tinker-docs.thinkingmachines.ai/tinker/models/"
 """The page that every price was transcribed from, at the date of its entry."""
 
 CACHED_PREFILL_DISCOUNT = 0.8
-"""Of the prefill price, for the beginning of a prompt that the service has cached (2026-10-07). The service does not say
-which tokens it found cached, so that no cost here assumes any."""
+"""Of the prefill price, for the beginning of a prompt that the service has cached (2026-10-07)."""
 
-_LAST_RISE = "2026-07-17"
+LAST_RISE = "2026-07-17"
 """Prices rose on that day, most of them by half: an older price is no upper bound of today's."""
 
 
@@ -25,22 +23,11 @@ class Price:
 
     prefill: float
     sample: float
-    train: float | None
-    """None where the sources give only what sampling costs."""
-    as_of: str
-    """The day on which the page said so, ``YYYY-MM-DD``."""
+    train: float | None = None
+    """None where the source gives only what sampling costs."""
+    as_of: str = ""
+    """The day on which the source said so, ``YYYY-MM-DD``."""
     remark: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Cost:
-    """What tokens came to."""
-
-    dollars: float
-    text: str
-    """``$1.23 at most``, ``about $1.23`` where the price is old, ``nothing: this machine``."""
-    note: str
-    """What the figure rests on, in a sentence or two."""
 
 
 _DISCOUNTED = "a limited-time price, half of the list price"
@@ -72,36 +59,3 @@ PRICES: dict[str, Price] = {
 }
 """By the name that the service knows the model by. ``<model>:peft:<length>`` is the same model with a longer context, at a
 price of its own: it never falls back to the model's."""
-
-
-def cost_of(
-    model: str, is_embedded: bool, *, prompt_tokens: int, sampled_tokens: int, trained_tokens: int
-) -> Cost | None:
-    """What these tokens cost; None where the price is not known.
-
-    Args:
-        model: as the service calls it, with its ``:peft:`` suffix if it has one.
-        is_embedded: it runs on this machine.
-        prompt_tokens: sent to be sampled from, each turn's whole prompt.
-        sampled_tokens: written by the model.
-        trained_tokens: in forward-backward passes; prompt and answer count alike.
-    """
-    if is_embedded:
-        return Cost(0.0, "nothing: this machine", "The model runs in the embedded service on this machine.")
-    price = PRICES.get(model)
-    if price is None or (price.train is None and trained_tokens):
-        return None
-    millionths = price.prefill * prompt_tokens + price.sample * sampled_tokens + (price.train or 0.0) * trained_tokens
-    dollars = millionths / 1e6
-    amount = f"${dollars:,.2f}"
-    return Cost(dollars, f"{amount} at most" if price.as_of >= _LAST_RISE else f"about {amount}", _note(price))
-
-
-def _note(price: Price) -> str:
-    train = "" if price.train is None else f", training ${price.train:g}"
-    note = (
-        f"Prefill ${price.prefill:g}, sampling ${price.sample:g}{train} for a million tokens, as of {price.as_of}"
-        f"{f' ({price.remark})' if price.remark else ''}. Every turn's whole prompt is counted at the full price, while the "
-        f"service takes {CACHED_PREFILL_DISCOUNT:.0%} off what it has cached. Checkpoint storage and the search are not in it."
-    )
-    return note if price.as_of >= _LAST_RISE else f"{note} Prices have risen since, on {_LAST_RISE}."

@@ -7,8 +7,10 @@ from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from searchr1_async.billing import Billing, Cost, billing_of
 from searchr1_async.episodes.types import Episode
 from searchr1_async.events import (
+    BaseModelAsked,
     BatchClosed,
     CheckpointSaved,
     EpisodeFinished,
@@ -30,6 +32,7 @@ from searchr1_async.events import (
     StepFinished,
     WeightsPublished,
 )
+from searchr1_async.usage import TokenUsage
 from searchr1_async.watch.live.series import Series, finite
 from searchr1_async.watch.live.snapshot import (
     RATE_SECONDS,
@@ -146,9 +149,11 @@ class RunState:
         self._dropped: Counter[str] = Counter()
         self._finished_groups = 0
         self._constant_in_a_row = 0
+        self._finished_episodes = _Total()
         self._tokens = (_Total(), _Total(), _Total())
-        """Prompt and sampled tokens, and finished episodes."""
-        self._trained_tokens = 0
+        """Prompt tokens, those of them that were cached, and sampled tokens, of the engines of this session."""
+        self._learning = TokenUsage()
+        """What learning used in this session."""
         self._told: deque[tuple[float, int, float, float]] = deque(maxlen=128)
         """Time, episodes, queries and failed calls, for rates."""
         self._late_since: float | None = None
@@ -209,7 +214,10 @@ class RunState:
             case GroupDropped():
                 self._dropped[event.reason[:80]] += 1
             case MinibatchLearned():
-                self._trained_tokens += max(0, event.tokens)
+                # Billed is an example's input, which lacks its last token.
+                self._learning += TokenUsage(trained=max(0, event.tokens - event.datums))
+            case BaseModelAsked(prompt, cached, sampled):
+                self._learning += TokenUsage(prompt, cached, sampled)
             case StepFinished():
                 self._finished_step(event, now)
             case _:
@@ -259,12 +267,12 @@ class RunState:
 
     def _sampled(self, event: RolloutSampled, now: float) -> None:
         self._rollout = event
-        for total, value in zip(
-            self._tokens, (event.prompt_tokens, event.sampled_tokens, event.finished_episodes), strict=True
-        ):
+        self._finished_episodes.see(event.finished_episodes)
+        counts = (event.prompt_tokens, event.cached_prompt_tokens, event.sampled_tokens)
+        for total, value in zip(self._tokens, counts, strict=True):
             total.see(value)
         queries, failed = _number(event.search, "search/queries"), _number(event.search, "search/failed")
-        self._told.append((now, self._tokens[2].value, queries, failed))
+        self._told.append((now, self._finished_episodes.value, queries, failed))
         if event.loop_lag_p50 < LATE_SECONDS:
             self._late_since = None
         elif self._late_since is None:
@@ -325,6 +333,7 @@ class RunState:
         rollout = self._rollout if self._ended_at is None else None
         began = now if self._began is None else self._began
         then, episodes_then, *_ = self._since(now)
+        session = TokenUsage(*(total.value for total in self._tokens)) + self._learning
         return Snapshot(
             standing=self._standing(),
             reason=self._reason,
@@ -345,8 +354,8 @@ class RunState:
             queued=rollout.queued if rollout else 0,
             searching=rollout.searching if rollout else 0,
             groups=rollout.groups if rollout else 0,
-            finished_episodes=self._tokens[2].value,
-            episodes_a_second=max(0, self._tokens[2].value - episodes_then) / max(now - then, 1.0),
+            finished_episodes=self._finished_episodes.value,
+            episodes_a_second=max(0, self._finished_episodes.value - episodes_then) / max(now - then, 1.0),
             limited_by=rollout.limited_by if rollout else "",
             batch=self._tally.frozen(),
             step_of_batch=pipeline.step if pipeline else 0,
@@ -360,9 +369,8 @@ class RunState:
             finished_groups=self._finished_groups,
             constant_groups_in_a_row=self._constant_in_a_row,
             search=self._search(now),
-            prompt_tokens=self._tokens[0].value,
-            sampled_tokens=self._tokens[1].value,
-            trained_tokens=self._trained_tokens,
+            used=run.used + session,
+            cost=self._cost(session),
             loop_lag_p50=rollout.loop_lag_p50 if rollout else 0.0,
             loop_lag_p99=rollout.loop_lag_p99 if rollout else 0.0,
             late_for=0.0 if self._late_since is None or rollout is None else now - self._late_since,
@@ -402,7 +410,17 @@ class RunState:
         for reading in self._told:
             if now - reading[0] <= RATE_SECONDS:
                 return reading
-        return self._told[-1] if self._told else (now, self._tokens[2].value, 0.0, 0.0)
+        return self._told[-1] if self._told else (now, self._finished_episodes.value, 0.0, 0.0)
+
+    def _cost(self, session: TokenUsage) -> Cost:
+        """What the run cost so far, if this session used so much."""
+        run = self._run
+        if not run.model:
+            return Billing(reason="nothing has begun").cost(session)
+        billing = billing_of(run.model, is_embedded=run.is_embedded, is_tinker=run.is_tinker, price=run.price)
+        dollars = billing.dollars(session)
+        known = None if run.spent is None or dollars is None else run.spent + dollars
+        return billing.cost_of(known, run.used + session)
 
     def _search(self, now: float) -> SearchState | None:
         if self._rollout is None or not self._rollout.search:

@@ -116,6 +116,14 @@ def test_costs_are_priced_by_the_model_where_its_price_is_known() -> None:
     assert row["dollars_total"] == pytest.approx(150 * (1000 * 0.195 + 100 * 0.60) / 1e6)
     assert row["dollars"] == pytest.approx(row["dollars_total"] / 150)
     assert (row["turns"], row["searches"], row["prompt_tokens"]) == (2, 1, 1000)
+    lost = evaluation("a", [*two_suites(10, 5), ("nq", "lost", None)], cached_prompt_tokens=800)
+    row = Report([lost], dataclasses.replace(cloud, systems=(system,))).costs().row(-1, named=True)
+    assert row["episodes"] == 150
+    billed = 151 * (200 * 0.195 + 800 * 0.039 + 100 * 0.60)
+    assert row["dollars_total"] == pytest.approx(billed / 1e6), "a failed episode's turns are billed too"
+    assert "cached" not in Report([lost]).figures(), "what was cached is of the day"
+    own = dataclasses.replace(cloud, systems=(system,), service={"embedded": False, "host": "127.0.0.1"})
+    assert Report([lost], own).costs()["dollars"].null_count() == 3, "a server of one's own has its own prices"
     unknown = dataclasses.replace(cloud, systems=(dataclasses.replace(system, model="nobody/knows"),))
     assert Report(list(bare.values()), unknown).costs()["dollars"].null_count() == 3
 

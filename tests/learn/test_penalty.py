@@ -21,6 +21,7 @@ from searchr1_async.learn.advantages import NOMINAL_TOKENS
 from searchr1_async.learn.learner import Learner
 from searchr1_async.learn.penalty import base_logprobs, kl_penalties
 from searchr1_async.local.scripted import scale_free
+from searchr1_async.usage import TokenUsage, total_usage
 from tests.local.serving import KEY, Served, service_thread
 
 pytestmark = pytest.mark.anyio
@@ -101,8 +102,11 @@ async def test_base_logprobs_are_those_of_the_sampled_tokens(service: tinker.Ser
     base = await service.create_sampling_client(base_model="scripted")
     unplayed = Episode(GROUPS[0].question, (1,), (), StopReason.MAX_TRAJECTORY_TOKENS)
     episodes = [*GROUPS[0].episodes, unplayed, *GROUPS[1].episodes]
-    found = await base_logprobs(base, episodes, deadline=30)
+    used: list[TokenUsage] = []
+    found = await base_logprobs(base, episodes, deadline=30, count=used.append)
     assert len(found[4]) == 0
+    total = total_usage(used)
+    assert total == TokenUsage(sum(len(one.tokens) for one in episodes if one.turns), total.cached, 8)
     for values_A, episode in zip(found, episodes, strict=True):
         if episode.turns:
             np.testing.assert_allclose(values_A, sampled(episode)[1], rtol=1e-6)

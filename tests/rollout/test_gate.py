@@ -21,6 +21,7 @@ from searchr1_async.rollout.gate import SampleGate, gate_metrics
 from searchr1_async.rollout.limit import Cause, LimitSettings, SampleLimit
 from searchr1_async.rollout.pulse import PulseReading
 from searchr1_async.rollout.sharing import Sharing, SharingSettings
+from searchr1_async.usage import TokenUsage
 from tests.local.serving import sdk, service_thread, successors
 from tests.virtual_time import VirtualTimeLoop
 
@@ -295,15 +296,17 @@ async def _check(events: list[dict[str, Any]], places: int) -> None:
 
 async def test_it_counts_what_went_through() -> None:
     gate = gate_of(8)
-    async with gate.slot(samples=2) as slot:
-        slot.finished([3, 4])
+    async with gate.slot(samples=2, tokens=100) as slot:
+        slot.finished([3, 4], 64)
     with pytest.raises(RuntimeError):
-        async with gate.slot(samples=4):
+        async with gate.slot(samples=4, tokens=10):
             raise RuntimeError("the service failed it")
     with anyio.move_on_after(1):
-        async with gate.slot():
+        async with gate.slot(tokens=1):
             await anyio.sleep_forever()
     statistics = gate.statistics
+    # A request's prompt is read once and cached for its other samples; what was asked for counts, answered or not.
+    assert statistics.usage == TokenUsage(prompt=2 * 100 + 4 * 10 + 1, cached=64 + 100 + 3 * 10, sampled=7)
     assert (statistics.samples, statistics.tokens, statistics.failed) == (2, 7, 4)
     assert statistics.cause is Cause.WORK
     assert gate_metrics([statistics])["rollout/limited_by/work"] == 1.0

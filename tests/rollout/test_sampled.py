@@ -14,6 +14,7 @@ from searchr1_async.rollout.gate import SampleGate
 from searchr1_async.rollout.limit import LimitSettings, SampleLimit
 from searchr1_async.rollout.pulse import PulseReading
 from searchr1_async.rollout.sampled import SEARCH_EVERY, TELL_EVERY, CountedSearch, PlayReading
+from searchr1_async.usage import TokenUsage
 from tests.players import DictSearch
 from tests.virtual_time import VirtualTimeLoop
 
@@ -49,14 +50,14 @@ async def test_it_says_where_every_episode_is() -> None:
     async def sample() -> None:
         async with gate.slot(tokens=100) as slot:
             await anyio.sleep(10)
-            slot.finished([7])
+            slot.finished([7], 40)
 
     async with anyio.create_task_group() as tasks:
         for _ in range(3):
             tasks.start_soon(sample)
         tasks.start_soon(search.search, ["where"])
         await anyio.sleep(1e-6)
-        tasks.start_soon(reading.tell, lambda: reading.read([gate.statistics], (1000, 2000)))
+        tasks.start_soon(reading.tell, lambda: reading.read([gate.statistics], TokenUsage(1000, 300, 2000)))
         await anyio.sleep(TELL_EVERY * SEARCH_EVERY * 1.5)
         first = told[0]
         assert isinstance(first, RolloutSampled)
@@ -73,6 +74,7 @@ async def test_it_says_where_every_episode_is() -> None:
         assert isinstance(last, RolloutSampled)
         assert (last.sampling, last.queued, last.searching) == (0, 1, 0)
         assert (last.prompt_tokens, last.sampled_tokens, last.is_paused) == (1200, 2014, True)
+        assert (first.cached_prompt_tokens, last.cached_prompt_tokens) == (300, 380)
         tasks.cancel_scope.cancel()
 
 

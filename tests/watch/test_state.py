@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from searchr1_async.episodes.types import StopReason
 from searchr1_async.events import (
+    BaseModelAsked,
     BatchClosed,
     CheckpointSaved,
     EpisodeFinished,
@@ -35,9 +36,11 @@ from searchr1_async.events import (
     StepFinished,
     WeightsPublished,
 )
+from searchr1_async.usage import TokenUsage
 from searchr1_async.watch.live.series import CURVES, Mark, Series
 from searchr1_async.watch.live.snapshot import Snapshot
 from searchr1_async.watch.live.words import frame, summary
+from searchr1_async.watch.prices import Price
 from searchr1_async.watch.state import MOST_EVALUATIONS, RunState
 from tests.watch.builders import HOSTILE, episode, group, malformed_turn
 from tests.watch.event_stream import Script
@@ -70,7 +73,7 @@ def test_a_whole_run() -> None:
     assert len(state.steps) == 30
     assert snapshot.finished_groups == 120
     assert snapshot.finished_episodes == 960
-    assert snapshot.trained_tokens == 0, "groups of 4 fill no minibatch of 8"
+    assert snapshot.used.trained == 0, "groups of 4 fill no minibatch of 8"
     assert snapshot.policy_version == 30
     assert snapshot.phases == ()
 
@@ -96,7 +99,18 @@ def test_failed_episodes_count_and_have_no_values() -> None:
 def test_counts_go_on_over_a_second_engine() -> None:
     """Each engine counts from 0."""
     snapshot = seen(sampled(10, 100), sampled(20, 200), sampled(5, 50)).snapshot(0)
-    assert (snapshot.finished_episodes, snapshot.sampled_tokens, snapshot.prompt_tokens) == (25, 250, 1750)
+    assert (snapshot.finished_episodes, snapshot.used.sampled, snapshot.used.prompt) == (25, 250, 1750)
+
+
+def test_the_cost_is_that_of_all_sessions_and_of_the_penalty() -> None:
+    earlier = TokenUsage(prompt=10_000, cached=4_000, sampled=500, trained=2_000)
+    begun = RunStarted("train", "m", False, "e", step=3, price=Price(1.0, 2.0, 3.0), used=earlier, spent=5.0)
+    snapshot = seen(begun, sampled(10, 100), BaseModelAsked(1_000, 250, 8), MinibatchLearned(4, 2, 602)).snapshot(0)
+    session = TokenUsage(prompt=700 + 1_000, cached=250, sampled=100 + 8, trained=600)
+    assert snapshot.used == earlier + session
+    assert snapshot.cost.dollars == pytest.approx(5.0 + (1_450 + 0.2 * 250 + 2 * 108 + 3 * 600) / 1e6)
+    unknown = seen(dataclasses.replace(begun, spent=None), sampled(10, 100)).snapshot(0)
+    assert unknown.cost.text == "unknown"
 
 
 def test_rates_are_over_the_last_while() -> None:
@@ -254,8 +268,9 @@ def test_no_order_of_events_breaks_it(told: list[tuple[Event, float]]) -> None:
 
 def _is_sane(snapshot: Snapshot, state: RunState) -> None:
     json.dumps(dataclasses.asdict(dataclasses.replace(snapshot, phases=())), allow_nan=False)
-    for name in ("seconds", "finished_episodes", "prompt_tokens", "trained_tokens", "episodes_a_second", "late_for"):
+    for name in ("seconds", "finished_episodes", "episodes_a_second", "late_for"):
         assert getattr(snapshot, name) >= 0, name
+    assert min(snapshot.used.prompt, snapshot.used.sampled, snapshot.used.trained) >= 0
     assert snapshot.batch.failed <= snapshot.batch.episodes
     assert snapshot.constant_groups_in_a_row <= snapshot.finished_groups
     steps = [row["step"] or 0.0 for row in state.steps.rows()]

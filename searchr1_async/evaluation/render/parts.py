@@ -127,7 +127,8 @@ def cost_table(report: Report) -> Table:
             (
                 Cell(str(label[0])),
                 *(Cell(number(row[name], 2)) for name in ("turns", "searches")),
-                *(Cell(number(row[name])) for name in ("prompt_tokens", "sampled_tokens")),
+                Cell(number(row["prompt_tokens"]), f"of them {number(row['cached_prompt_tokens'])} cached"),
+                Cell(number(row["sampled_tokens"])),
                 *(Cell(number(row[name], 2)) for name in ("seconds", "sampling_seconds", "search_seconds")),
                 Cell(dollars or MISSING, row["cost"]),
             )

@@ -17,6 +17,7 @@ from searchr1_async.rollout.player import Finished, GroupPlayer, GroupPolicy, Gr
 from searchr1_async.rollout.workers.pool import WorkerPool
 from searchr1_async.rollout.workers.scaling import ProcessLoad, wants_more_workers
 from searchr1_async.threads import usable_cores
+from searchr1_async.usage import TokenUsage
 
 logger = logging.getLogger(__name__)
 
@@ -111,9 +112,9 @@ class ElasticPlayer:
         return self._pool.gates
 
     @property
-    def gone_tokens(self) -> tuple[int, int]:
-        """As :attr:`WorkerPool.gone_tokens`."""
-        return self._pool.gone_tokens
+    def gone(self) -> TokenUsage:
+        """As :attr:`WorkerPool.gone`."""
+        return self._pool.gone
 
     def metrics(self) -> dict[str, float]:
         """By the names under which a run reports them; those of this process alone are its gate's and its pulse's."""

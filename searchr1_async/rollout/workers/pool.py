@@ -38,6 +38,7 @@ from searchr1_async.rollout.workers.messages import (
 )
 from searchr1_async.rollout.workers.policies import PolicyBook, Shared
 from searchr1_async.rollout.workers.samplers import newest
+from searchr1_async.usage import TokenUsage
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +136,7 @@ class WorkerPool:
         self._deaths = deaths or DeathRecord()
         self._replayed = 0
         self._is_paused = False
-        self._gone_tokens = (0, 0)
+        self._gone = TokenUsage()
         self._policies = PolicyBook()
         self._workers: dict[int, Worker] = {}
         self._worker_numbers, self._attempt_numbers = itertools.count(), itertools.count()
@@ -209,8 +210,7 @@ class WorkerPool:
             finally:
                 del self._workers[worker.number]
                 if worker.load is not None:
-                    prompt, sampled = self._gone_tokens
-                    self._gone_tokens = (prompt + worker.load.gate.prompt_tokens, sampled + worker.load.gate.tokens)
+                    self._gone += worker.load.gate.usage
                 self._policies.forget(worker.number)
                 lost = len(worker.attempts)
                 for attempt in worker.attempts.values():
@@ -318,9 +318,9 @@ class WorkerPool:
         return [worker.load.gate for worker in self.statistics.workers if worker.load is not None]
 
     @property
-    def gone_tokens(self) -> tuple[int, int]:
-        """Prompt and sampled tokens of workers that are gone, as they said last."""
-        return self._gone_tokens
+    def gone(self) -> TokenUsage:
+        """What workers used that are gone, as they said last."""
+        return self._gone
 
     def metrics(self) -> dict[str, float]:
         """By the names under which a run reports them; those of the processes as they said last."""

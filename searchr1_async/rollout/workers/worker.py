@@ -133,6 +133,7 @@ class Worker:
         self._player = LocalPlayer(dialect, self._search, spec.limits, self.gate, spec.first_turn, spec.method)
         self._policies: dict[int, HeldPolicy] = {}
         self._scopes: dict[int, anyio.CancelScope] = {}
+        self._pulse = PulseReading(1.0, 0.0, 0.0, 0.0, 0.0)
 
     async def listen(self, tasks: TaskGroup) -> None:
         """Does what the pool says, in its order, until it says to stop.
@@ -163,7 +164,11 @@ class Worker:
     def felt(self, pulse: PulseReading) -> None:
         """Says how busy this process is."""
         self.gate.client_is(pulse)
-        self.channel.post(Load(time.process_time(), pulse, self.gate.statistics))
+        self._pulse = pulse
+        self._tell_load()
+
+    def _tell_load(self) -> None:
+        self.channel.post(Load(time.process_time(), self._pulse, self.gate.statistics))
 
     async def _hold(self, hold: HoldPolicy) -> None:
         policy = self._policies.setdefault(hold.policy, HeldPolicy())
@@ -195,6 +200,8 @@ class Worker:
                     await self._player.play(play.task, policy, finished)
                 except Exception as error:
                     failure = place_of(error)
+            if len(self._scopes) == 1:
+                self._tell_load()  # the last group for now: what it used must not wait for the next report
             if not scope.cancelled_caught:
                 self.channel.post(Ended(play.group, failure))
         finally:

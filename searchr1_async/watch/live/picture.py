@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from searchr1_async.watch.live.snapshot import EvaluationState, Snapshot
-from searchr1_async.watch.live.words import compact, cost, counted_steps, heading, shown
+from searchr1_async.watch.live.words import compact, counted_steps, heading, shown
 from searchr1_async.watch.progress import duration
 from searchr1_async.watch.state import RunState
 
@@ -53,8 +53,8 @@ def _subtitle(snapshot: Snapshot, evaluations: list[EvaluationState]) -> list[st
         texts = [f"{shown(e.label, 40)} {e.exact_match:.1%} [{e.low:.1%}, {e.high:.1%}]" for e in ends]
         lines.append(f"Held-out exact match, 95 % interval: {' → '.join(texts)}")
     if snapshot.finished_episodes:
-        counts = f"{snapshot.finished_episodes:,} episodes · {compact(snapshot.sampled_tokens)} tokens sampled"
-        lines.append(f"{counts} · cost: {cost(snapshot)}")
+        counts = f"{snapshot.finished_episodes:,} episodes · {compact(snapshot.used.sampled)} tokens sampled"
+        lines.append(f"{counts} · cost: {shown(snapshot.cost.text, 60)}")
     return lines
 
 

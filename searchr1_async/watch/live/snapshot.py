@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from searchr1_async.billing import Cost
+from searchr1_async.usage import TokenUsage
+
 RATE_SECONDS = 10.0
 """Rates are over this last while."""
 
@@ -132,9 +135,10 @@ class Snapshot:
     constant_groups_in_a_row: int
     """The last so many groups differed in no reward; 0 where a group is one episode."""
     search: SearchState | None
-    prompt_tokens: int
-    sampled_tokens: int
-    trained_tokens: int
+    used: TokenUsage
+    """Tokens asked of the service, earlier sessions of the run included."""
+    cost: Cost
+    """What those cost."""
     loop_lag_p50: float
     loop_lag_p99: float
     late_for: float

@@ -11,7 +11,6 @@ from typing import Literal, TypedDict
 
 from searchr1_async.watch.live.series import CURVES
 from searchr1_async.watch.live.snapshot import PhaseState, Snapshot
-from searchr1_async.watch.prices import cost_of
 from searchr1_async.watch.progress import _one_line, duration
 
 LATE_FOR = 2.0
@@ -128,9 +127,10 @@ def summary(snapshot: Snapshot, title: str = "") -> str:
             f"{shown(point.label, 60)}: exact match {point.exact_match:.1%} ({point.low:.1%} to {point.high:.1%})."
         )
     if snapshot.finished_episodes:
-        tokens = f"{compact(snapshot.sampled_tokens)} tokens sampled"
-        session = "In this session: " if snapshot.is_resumed else ""
-        said.append(f"{session}{snapshot.finished_episodes:,} episodes, {tokens}, cost: {cost(snapshot)}.")
+        tokens = f"{compact(snapshot.used.sampled)} tokens sampled"
+        episodes = f"{snapshot.finished_episodes:,} episodes"
+        whole = f"In this session: {episodes}. In all: " if snapshot.is_resumed else f"{episodes}, "
+        said.append(f"{whole}{tokens}, cost: {shown(snapshot.cost.text, 60)}.")
     if snapshot.out_dir:
         said.append(f"Kept in {shown(snapshot.out_dir)}.")
     if snapshot.warnings:
@@ -288,7 +288,7 @@ def _rounded(value: float | None) -> float | None:
 
 
 def _sections(snapshot: Snapshot) -> list[Section]:
-    sections = [_playing(snapshot)]
+    sections, used = [_playing(snapshot)], snapshot.used
     if snapshot.kind == "train":
         sections.append(_learning(snapshot))
     if (search := _search(snapshot)) is not None:
@@ -297,10 +297,11 @@ def _sections(snapshot: Snapshot) -> list[Section]:
         Section(
             title="Tokens",
             rows=[
-                ("read", compact(snapshot.prompt_tokens)),
-                ("sampled", compact(snapshot.sampled_tokens)),
-                *([("trained", compact(snapshot.trained_tokens))] if snapshot.kind == "train" else []),
-                ("cost", cost(snapshot)),
+                ("read", compact(used.prompt)),
+                ("of them cached", compact(used.cached)),
+                ("sampled", compact(used.sampled)),
+                *([("trained", compact(used.trained))] if snapshot.kind == "train" else []),
+                ("cost", shown(snapshot.cost.text, 60)),
             ],
         )
     )
@@ -364,20 +365,6 @@ def _search(snapshot: Snapshot) -> Section | None:
     if search.failed:
         rows.append(("failed for good", f"{search.failed:,}"))
     return Section(title="Search", rows=rows)
-
-
-def cost(snapshot: Snapshot) -> str:
-    """Of the tokens so far, in words."""
-    if not snapshot.model or not (snapshot.is_embedded or snapshot.is_tinker):
-        return "unknown"  # a service of one's own has its own prices
-    found = cost_of(
-        snapshot.model,
-        snapshot.is_embedded,
-        prompt_tokens=snapshot.prompt_tokens,
-        sampled_tokens=snapshot.sampled_tokens,
-        trained_tokens=snapshot.trained_tokens,
-    )
-    return "unknown" if found is None else shown(found.text, 60)
 
 
 def _alerts(snapshot: Snapshot) -> Iterator[Alert]:

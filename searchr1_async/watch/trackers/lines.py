@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,8 @@ def plain(value: Any) -> Any:
         return storable(str(value)[:LONGEST_TEXT])
     if isinstance(value, Mapping):
         return {storable(str(name)): plain(item) for name, item in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, list | tuple | set | frozenset):
         return [plain(item) for item in value]
     return storable(str(value)[:LONGEST_TEXT])

@@ -1,0 +1,441 @@
+"""What a training run will cost, estimated from its settings: tokens by kind, dollars, and the assumptions in words.
+
+Nothing here asks a service or loads a tokenizer.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import polars as pl
+import tinker
+
+from searchr1_async.billing import Billing
+from searchr1_async.config import EpisodeLimits, WarmUp
+from searchr1_async.data.questions import Questions, checked_questions
+from searchr1_async.episodes.types import Question
+from searchr1_async.errors import ConfigurationError, RunFolderError
+from searchr1_async.search.options import check_n_results
+from searchr1_async.service import billing_on
+from searchr1_async.usage import TokenUsage
+from searchr1_async.watch.prices import Price
+from searchr1_async.watch.records import RunRecords
+
+TURNS = 3.0
+"""Turns an episode: what the Search-R1 recipe of tinker-cookbook states of Qwen3.5-4B from its first step on."""
+TOKENS_PER_TURN = 100.0
+"""Sampled tokens a turn. Published Search-R1 episodes of a 3B model have 36; instruct models write more."""
+PASSAGE_TOKENS = 150.0
+"""Tokens of a passage of 100 words: 148 in the mean of 1,000 Wikipedia passages, with SmolLM2's tokenizer."""
+INSTRUCTION_TOKENS = {"hermes": 285.0, "tags": 50.0}
+"""Tokens of the prompt before the question, by tool-call format, with SmolLM2's tokenizer."""
+_MARKUP_TOKENS = 30.0
+"""Between one turn and the next, around the passages."""
+_LETTERS_PER_TOKEN = 4.0
+
+
+@dataclass(frozen=True, slots=True)
+class Assumed:
+    """What is assumed of an episode; None takes the default, or what :func:`measured_in` found in a past run."""
+
+    turns: float | None = None
+    tokens_per_turn: float | None = None
+    prompt_tokens: float | None = None
+    passage_tokens: float | None = None
+    cached: float | None = None
+    trained: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("turns", "tokens_per_turn", "prompt_tokens", "passage_tokens"):
+            value = getattr(self, name)
+            if value is not None and not (0 < value < math.inf):
+                raise ConfigurationError(f"{name} is {value}: it must be over 0")
+        for name in ("cached", "trained"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ConfigurationError(f"{name} is {value}: it is a share, from 0 to 1")
+
+
+@dataclass(frozen=True, slots=True)
+class RunShape:
+    """How much a run plays and trains."""
+
+    questions: int
+    """Trained on, each once an epoch."""
+    question_letters: float
+    """Of a question, in the mean."""
+    group_size: int
+    groups_per_batch: int
+    steps: int | None
+    """Optimiser steps; None: all batches of ``epochs``."""
+    epochs: int
+    limits: EpisodeLimits
+    format_name: str = "hermes"
+    search_results: int = 3
+    held_out: int = 0
+    """Questions."""
+    held_out_samples: int = 1
+    evaluate_every: int | None = None
+    warm_up: WarmUp | None = None
+    has_penalty: bool = False
+    """``kl_coefficient`` is over 0: the base model reads every trained episode."""
+
+    @property
+    def groups(self) -> int:
+        return self.epochs * self.questions if self.steps is None else self.steps * self.groups_per_batch
+
+    @property
+    def total_steps(self) -> int:
+        return -(-self.groups // self.groups_per_batch)
+
+    @property
+    def measurements(self) -> int:
+        """On the held-out questions: untrained, after the warm-up, after reinforcement learning, and on the way there."""
+        if not self.held_out:
+            return 0
+        beside = 0 if self.evaluate_every is None else max(0, self.total_steps - 1) // self.evaluate_every
+        return 2 + (self.warm_up is not None) + beside
+
+
+@dataclass(frozen=True, slots=True)
+class EpisodeTokens:
+    """The mean tokens of one episode."""
+
+    prompt: float
+    """Over all its turns."""
+    cached: float
+    """Of these."""
+    sampled: float
+    length: float
+    """Of the whole sequence, as it is trained on."""
+
+    def played(self, times: float) -> TokenUsage:
+        return TokenUsage(round(times * self.prompt), round(times * self.cached), round(times * self.sampled))
+
+
+@dataclass(frozen=True, slots=True)
+class CostEstimate:
+    """What a run is expected to cost. ``print`` it, or show it in a notebook's cell."""
+
+    dollars: float | None
+    """US dollars, expected; None where the price is not known."""
+    high_dollars: float | None
+    """US dollars if every episode were as long as its limits allow, and nothing were cached."""
+    dollars_per_step: float | None
+    """Expected, of the training alone: without the warm-up and the measurements."""
+    tokens: TokenUsage
+    """Expected, by kind."""
+    high_tokens: TokenUsage
+    """The same for ``high_dollars``."""
+    steps: int
+    """Optimiser steps."""
+    assumptions: tuple[str, ...]
+    """What the figures rest on, in sentences."""
+    text: str
+    """In one line."""
+
+    def __str__(self) -> str:
+        return "\n".join([f"Estimated cost: {self.text}.", *(f"  - {sentence}" for sentence in self.assumptions)])
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td>{name}</td><td style='text-align:right'>{expected:,}</td>"
+            f"<td style='text-align:right'>{high:,}</td></tr>"
+            for name, expected, high in (
+                ("prompt tokens", self.tokens.prompt, self.high_tokens.prompt),
+                ("of them cached", self.tokens.cached, self.high_tokens.cached),
+                ("sampled tokens", self.tokens.sampled, self.high_tokens.sampled),
+                ("trained tokens", self.tokens.trained, self.high_tokens.trained),
+            )
+        )
+        items = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in self.assumptions)
+        return (
+            f"<div><p><b>Estimated cost:</b> {html.escape(self.text)}.</p>"
+            f"<table><tr><th></th><th>expected</th><th>at the limits</th></tr>{rows}</table><ul>{items}</ul></div>"
+        )
+
+
+def estimate_cost(
+    questions: Questions,
+    *,
+    model: str | None = None,
+    service: str | tinker.ServiceClient | None = None,
+    price: Price | None = None,
+    held_out: Questions = (),
+    held_out_samples: int = 1,
+    evaluate_every: int | None = None,
+    warm_up: WarmUp | None = None,
+    format: str = "hermes",
+    group_size: int = 8,
+    groups_per_batch: int = 512,
+    steps: int | None = None,
+    epochs: int = 1,
+    kl_coefficient: float = 0.0,
+    max_turns: int = 5,
+    max_tokens: int = 1024,
+    max_trajectory_tokens: int = 32 * 1024,
+    search_results: int = 3,
+    turns: float | None = None,
+    tokens_per_turn: float | None = None,
+    prompt_tokens: float | None = None,
+    passage_tokens: float | None = None,
+    cached: float | None = None,
+    trained: float | None = None,
+    like: str | Path | None = None,
+) -> CostEstimate:
+    """What :func:`train` with these settings is expected to cost. It asks no service and takes no time.
+
+    Args:
+        questions: as :func:`train` takes them; so are all that have its names, with its defaults.
+        search_results: passages that a search shows.
+        turns: sampled turns an episode, in the mean; None: 3, or ``max_turns`` where that is less.
+        tokens_per_turn: sampled tokens a turn, in the mean; None: 100, or ``max_tokens`` where that is less.
+        prompt_tokens: tokens of an episode's first prompt; None: by the format and the length of the questions.
+        passage_tokens: tokens of a passage; None: 150, of 100 words.
+        cached: share of the prompt tokens that is billed as cache hits, 0 to 1; None: a turn's prompt is cached as far as the
+            turn before it, and a group's first prompt for all members but one.
+        trained: share of the episodes that is trained on, 0 to 1; None: all.
+        like: a past run's folder. Its mean episode, its share of cache hits and of trained episodes are taken, in place of the
+            six before.
+
+    Raises:
+        ConfigurationError: a setting out of its range, or ``like`` and what it tells together.
+        QuestionsError: the questions cannot be read.
+        RunFolderError: the past run has no finished step.
+    """
+    for name, value in (("group_size", group_size), ("groups_per_batch", groups_per_batch), ("epochs", epochs)):
+        if value < 1:
+            raise ConfigurationError(f"{name} is {value}: it must be at least 1")
+    for name, value in (("steps", steps), ("evaluate_every", evaluate_every), ("held_out_samples", held_out_samples)):
+        if value is not None and value < 1:
+            raise ConfigurationError(f"{name} is {value}: it must be at least 1")
+    check_n_results(search_results)
+    items = checked_questions(questions)
+    shape = RunShape(
+        questions=len(items),
+        question_letters=mean_letters(items),
+        group_size=group_size,
+        groups_per_batch=groups_per_batch,
+        steps=steps,
+        epochs=epochs,
+        limits=EpisodeLimits(max_turns, max_tokens, max_trajectory_tokens),
+        format_name=format,
+        search_results=search_results,
+        held_out=len(checked_questions(held_out)) if held_out else 0,
+        held_out_samples=held_out_samples,
+        evaluate_every=evaluate_every,
+        warm_up=warm_up,
+        has_penalty=kl_coefficient > 0,
+    )
+    assumed = Assumed(turns, tokens_per_turn, prompt_tokens, passage_tokens, cached, trained)
+    return estimate(shape, billing_on(service, model, price), assumed, None if like is None else Path(like))
+
+
+def mean_letters(questions: Sequence[Question]) -> float:
+    """Letters of a question, in the mean."""
+    return sum(len(question.question) for question in questions) / len(questions)
+
+
+def estimate(
+    shape: RunShape, billing: Billing, assumed: Assumed | None = None, like: Path | None = None
+) -> CostEstimate:
+    """What a run of this shape is expected to cost.
+
+    Args:
+        like: the folder of a past run, whose mean episode is taken.
+
+    Raises:
+        ConfigurationError: both a past run and what it tells are given.
+        RunFolderError: the past run has no finished step.
+    """
+    assumed = assumed or Assumed()
+    if like is None:
+        trained = 1.0 if assumed.trained is None else assumed.trained
+        played = [_expected(shape, assumed, samples) for samples in (shape.group_size, shape.held_out_samples)]
+        sentences = list(_assumptions(shape, assumed, trained))
+    else:
+        if assumed != Assumed():
+            raise ConfigurationError("like= takes turns, tokens and shares from a past run: leave the others out")
+        own, trained = measured_in(like)
+        played = [own, own]
+        sentences = list(_measured_assumptions(like, own, trained))
+    own, held_out = played
+    expected = _training(shape, own, trained) + _besides(shape, own, held_out)
+    longest = _longest(shape, assumed)
+    high = _training(shape, longest, 1.0) + _besides(shape, longest, longest)
+    sentences += _scope(shape)
+    sentences.append(billing.note or ("Nothing is billed." if billing.is_free else f"No dollars: {billing.problem}."))
+    return _priced(shape, billing, expected, high, _training(shape, own, trained), tuple(sentences))
+
+
+def _priced(
+    shape: RunShape,
+    billing: Billing,
+    expected: TokenUsage,
+    high: TokenUsage,
+    training: TokenUsage,
+    sentences: tuple[str, ...],
+) -> CostEstimate:
+    steps = shape.total_steps
+    dollars, most, in_training = (billing.dollars(tokens) for tokens in (expected, high, training))
+    by_step = None if in_training is None else in_training / steps
+    if billing.is_free:
+        text = f"nothing, on this machine; {expected}"
+    elif dollars is None or most is None or by_step is None:
+        text = f"unknown, since {billing.problem}; {expected}"
+    else:
+        count = f"{steps:,} step" + ("s" if steps != 1 else "")
+        text = (
+            f"{billing.amount(dollars)} for {count} ({billing.amount(by_step)} a step), {billing.amount(most)} if every "
+            f"episode were as long as its limits allow; {expected}"
+        )
+    return CostEstimate(dollars, most, by_step, expected, high, steps, sentences, text)
+
+
+# --- tokens -----------------------------------------------------------------------------------------------------------
+
+
+def _training(shape: RunShape, episode: EpisodeTokens, trained: float) -> TokenUsage:
+    """Of all episodes that are trained on, or dropped."""
+    episodes = shape.groups * shape.group_size
+    learned = trained * episodes
+    used = replace(episode.played(episodes), trained=round(learned * (episode.length - 1)))
+    if shape.has_penalty:
+        used += TokenUsage(prompt=round(learned * episode.length), sampled=round(learned))
+    return used
+
+
+def _besides(shape: RunShape, episode: EpisodeTokens, held_out: EpisodeTokens) -> TokenUsage:
+    """Of the measurements and the warm-up."""
+    used = held_out.played(shape.measurements * shape.held_out * shape.held_out_samples)
+    if shape.warm_up is not None:
+        used += TokenUsage(trained=round(shape.warm_up.steps * shape.warm_up.batch_size * (episode.length - 1)))
+    return used
+
+
+def _turns(shape: RunShape, assumed: Assumed) -> float:
+    return min(assumed.turns or TURNS, float(shape.limits.max_turns))
+
+
+def _first_prompt(shape: RunShape, assumed: Assumed) -> float:
+    instructions = INSTRUCTION_TOKENS.get(shape.format_name, INSTRUCTION_TOKENS["hermes"])
+    return assumed.prompt_tokens or instructions + shape.question_letters / _LETTERS_PER_TOKEN
+
+
+def _found(shape: RunShape, assumed: Assumed) -> float:
+    """Tokens between two turns."""
+    return shape.search_results * (assumed.passage_tokens or PASSAGE_TOKENS) + _MARKUP_TOKENS
+
+
+def _expected(shape: RunShape, assumed: Assumed, samples: int) -> EpisodeTokens:
+    """The mean episode of a group of so many; a fractional number of turns is between its neighbours."""
+    turns = _turns(shape, assumed)
+    sampled = min(assumed.tokens_per_turn or TOKENS_PER_TURN, float(shape.limits.max_tokens))
+    found, first = _found(shape, assumed), _first_prompt(shape, assumed)
+    below = math.floor(turns)
+    low, high = (_with_turns(count, sampled, found, first, samples) for count in (below, below + 1))
+    share = turns - below
+    mean = EpisodeTokens(
+        *(
+            (1 - share) * getattr(low, name) + share * getattr(high, name)
+            for name in ("prompt", "cached", "sampled", "length")
+        )
+    )
+    return mean if assumed.cached is None else replace(mean, cached=assumed.cached * mean.prompt)
+
+
+def _with_turns(turns: int, sampled: float, found: float, first: float, samples: int) -> EpisodeTokens:
+    prompts = [first + number * (sampled + found) for number in range(turns)]
+    shared = first * (samples - 1) / samples if turns else 0.0
+    length = first + turns * sampled + max(0, turns - 1) * found
+    return EpisodeTokens(sum(prompts), shared + sum(prompts[:-1]), turns * sampled, length)
+
+
+def _longest(shape: RunShape, assumed: Assumed) -> EpisodeTokens:
+    """An episode of as many and as long turns as the limits allow, each but the last with a search of one query."""
+    limits, found = shape.limits, _found(shape, assumed)
+    length, prompt, sampled, turns = _first_prompt(shape, assumed), 0.0, 0.0, 0
+    while turns < limits.max_turns and length + limits.max_tokens <= limits.max_trajectory_tokens:
+        prompt += length
+        sampled += limits.max_tokens
+        length += limits.max_tokens + found
+        turns += 1
+    return EpisodeTokens(prompt, 0.0, sampled, length - (found if turns else 0.0))
+
+
+def measured_in(folder: Path) -> tuple[EpisodeTokens, float]:
+    """The mean finished episode of a past run, and the share of its episodes that were trained on.
+
+    Raises:
+        RunFolderError: it has no finished step with an episode, or cannot be read.
+    """
+    records = RunRecords(folder)
+    try:
+        metrics = records.metrics()
+        names = ("total_episodes", "total_ob_tokens", "total_cached_ob_tokens", "total_ac_tokens")
+        sums = {
+            name: float(metrics[column].fill_null(0).sum()) if (column := f"env/all/{name}") in metrics.columns else 0.0
+            for name in names
+        }
+        lengths = records.episodes().select(
+            pl.col("token_count").filter("trained").mean().alias("trained"),
+            pl.col("token_count").mean().alias("all"),
+            pl.col("trained").mean().alias("share"),
+        )
+        length = lengths.collect().row(0, named=True)
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise RunFolderError(f"what {folder} has on record cannot be read: {error}") from error
+    episodes = sums["total_episodes"]
+    if not episodes:
+        raise RunFolderError(f"{folder} has no finished step to take an estimate from: name the out_dir of a past run")
+    prompt, cached, sampled = (sums[name] / episodes for name in names[1:])
+    return EpisodeTokens(prompt, cached, sampled, length["trained"] or length["all"]), float(length["share"] or 0.0)
+
+
+# --- words ------------------------------------------------------------------------------------------------------------
+
+
+def _assumptions(shape: RunShape, assumed: Assumed, trained: float) -> Iterator[str]:
+    turns = _turns(shape, assumed)
+    sampled = min(assumed.tokens_per_turn or TOKENS_PER_TURN, float(shape.limits.max_tokens))
+    passage, first = assumed.passage_tokens or PASSAGE_TOKENS, _first_prompt(shape, assumed)
+    yield f"An episode has {turns:.3g} turns of {sampled:.4g} sampled tokens each."
+    yield f"Its first prompt has {first:,.0f} tokens; a search shows {shape.search_results} passages of {passage:,.0f} tokens."
+    if assumed.cached is None:
+        yield (
+            "The service finds a turn's prompt cached as far as the turn before it, and the first prompt of a group for all "
+            "members but one."
+        )
+    else:
+        yield f"{assumed.cached:.0%} of the prompt tokens are billed as cache hits."
+    if trained == 1:
+        yield "Every group is trained on; those that are dropped (all rewards equal) save their training."
+    else:
+        yield f"{trained:.0%} of the episodes are trained on, the others dropped."
+
+
+def _measured_assumptions(folder: Path, episode: EpisodeTokens, trained: float) -> Iterator[str]:
+    yield (
+        f"Episodes are like those of {folder}: in the mean {episode.prompt:,.0f} prompt tokens over all turns, "
+        f"{episode.sampled:,.0f} sampled tokens, {episode.length:,.0f} tokens trained on."
+    )
+    yield f"As there, {episode.cached / episode.prompt if episode.prompt else 0:.0%} of the prompt tokens are billed as cache hits."
+    yield f"As there, {trained:.0%} of the episodes are trained on, the others dropped."
+
+
+def _scope(shape: RunShape) -> Sequence[str]:
+    episodes = shape.groups * shape.group_size
+    said = [f"{episodes:,} episodes are played in training: {shape.groups:,} groups of {shape.group_size}."]
+    if shape.held_out:
+        count = shape.measurements * shape.held_out * shape.held_out_samples
+        said.append(f"{count:,} more are played in {shape.measurements} measurements on the held-out questions.")
+    if shape.warm_up is not None:
+        said.append(f"The warm-up trains on {shape.warm_up.steps * shape.warm_up.batch_size:,} demonstrations.")
+    if shape.has_penalty:
+        said.append("The base model reads every trained episode once more, for the penalty on leaving it.")
+    said.append("Spare and refilled groups, failed requests and the search's own services are not in it.")
+    return said

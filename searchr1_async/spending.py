@@ -1,0 +1,194 @@
+"""What a run uses and spends: the one owner of both, and of the decision when ``max_cost`` ends it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import anyio
+
+from searchr1_async.billing import Billing, Cost, billing_of
+from searchr1_async.errors import CheckpointError, ConfigurationError
+from searchr1_async.estimate import CostEstimate, estimate
+from searchr1_async.events import Emit, Notice
+from searchr1_async.job import TrainingJob, TrainingResult
+from searchr1_async.learn.checkpoints import ResumePoint
+from searchr1_async.service import Service
+from searchr1_async.usage import TokenUsage, total_usage
+
+
+def check_max_cost(limit: float | None, billing: Billing) -> None:
+    """Refuses a limit of cost that cannot be kept.
+
+    Raises:
+        ConfigurationError: it is not over 0, or the price is not known.
+    """
+    if limit is None:
+        return
+    if not 0 < limit < math.inf:
+        raise ConfigurationError(f"max_cost is {limit} US dollars: it must be over 0, or None for none")
+    if not billing.is_free and billing.problem:
+        raise ConfigurationError(f"max_cost needs a known price: {billing.problem}")
+
+
+class Spending:
+    """The tokens of a run and their cost, all its sessions together.
+
+    Counted are the tokens that were asked for: those of measurements, of dropped and of cancelled groups too. What a killed
+    session used after its last recorded step is not known to the next one.
+
+    Args:
+        billing: how the service bills the model.
+        estimate: what the whole run is expected to cost, and each step before one has been seen.
+        limit: US dollars, as ``max_cost`` of :func:`searchr1_async.train`; None for none.
+        used: by earlier sessions.
+        spent: US dollars that these cost; None where that was not recorded.
+        dearest_step: US dollars of their dearest step; None where there was none.
+    """
+
+    def __init__(
+        self,
+        billing: Billing,
+        estimate: CostEstimate,
+        *,
+        limit: float | None = None,
+        used: TokenUsage | None = None,
+        spent: float | None = 0.0,
+        dearest_step: float | None = None,
+    ) -> None:
+        self.estimate = estimate
+        self._billing, self._limit = billing, limit
+        self._before = used or TokenUsage()
+        self._spent_before = billing.dollars(self._before) if spent is None else spent
+        self._sources: list[Callable[[], TokenUsage]] = []
+        self._dearest_step = dearest_step
+        self._at_last_step: tuple[TokenUsage, float | None] = (self.tokens, self.dollars)
+
+    def count(self, source: Callable[[], TokenUsage]) -> None:
+        """Counts what ``source`` says that it used in this session."""
+        self._sources.append(source)
+
+    @property
+    def _session(self) -> TokenUsage:
+        return total_usage(source() for source in self._sources)
+
+    @property
+    def tokens(self) -> TokenUsage:
+        """Of all sessions, up to now."""
+        return self._before + self._session
+
+    @property
+    def dollars(self) -> float | None:
+        """Of all sessions, up to now; None where a price is not known."""
+        dollars = self._billing.dollars(self._session)
+        return None if dollars is None or self._spent_before is None else self._spent_before + dollars
+
+    @property
+    def cost(self) -> Cost:
+        """Of all sessions, up to now, in words."""
+        return self._billing.cost_of(self.dollars, self.tokens)
+
+    @property
+    def is_billed(self) -> bool:
+        """The service is not the embedded one."""
+        return not self._billing.is_free
+
+    def written_into(self, point: ResumePoint) -> ResumePoint:
+        """The resume point with what is used and spent by now."""
+        return replace(point, tokens=self.tokens, dollars=self.dollars, dearest_step=self._dearest_step)
+
+    def begin(self) -> None:
+        """The first step of the session begins: what was used before belongs to none."""
+        self._at_last_step = (self.tokens, self.dollars)
+
+    def step_recorded(self) -> dict[str, float]:
+        """A step is recorded: what was asked for since the one before, and the totals, by the names of its metrics.
+
+        ``cost/dollars`` and ``cost/total_dollars`` are left out where nothing is billed or no price is known.
+        """
+        tokens, dollars = self.tokens, self.dollars
+        tokens_before, dollars_before = self._at_last_step
+        self._at_last_step = (tokens, dollars)
+        new = tokens - tokens_before
+        metrics = {
+            "cost/prompt_tokens": float(new.prompt),
+            "cost/cached_prompt_tokens": float(new.cached),
+            "cost/sampled_tokens": float(new.sampled),
+            "cost/trained_tokens": float(new.trained),
+        }
+        if dollars is not None and dollars_before is not None and self.is_billed:
+            own = dollars - dollars_before
+            self._dearest_step = max(self._dearest_step or 0.0, own)
+            metrics |= {"cost/dollars": own, "cost/total_dollars": dollars}
+        return metrics
+
+    def problem(self, to_come: TokenUsage) -> str | None:
+        """Why no further step may begin, in words; None where one may.
+
+        A step is expected to cost as much as the dearest so far, and the first as was estimated.
+
+        Args:
+            to_come: what is used at any rate, after the last step and beside it.
+        """
+        spent = self.dollars
+        if self._limit is None or spent is None or not self.is_billed:
+            return None
+        step = self.estimate.dollars_per_step if self._dearest_step is None else self._dearest_step
+        needed = (step or 0.0) + (self._billing.dollars(to_come) or 0.0)
+        if spent < self._limit and spent + needed <= self._limit:
+            return None
+        amount = self._billing.amount
+        return (
+            f"the cost limit is near: {amount(spent)} of ${self._limit:,.2f} are spent, and a further step with the "
+            f"measurements that follow may cost {amount(needed)}"
+        )
+
+
+def spending_of(job: TrainingJob, service: Service, point: ResumePoint | None) -> Spending:
+    """The spending of a run that stands at ``point`` (None: at its beginning).
+
+    Raises:
+        ConfigurationError: ``max_cost`` where the price of the service's model is not known.
+    """
+    billing = billing_of(service.model_name, is_embedded=service.is_local, is_tinker=service.is_tinker, price=job.price)
+    check_max_cost(job.max_cost, billing)
+    expected = estimate(job.shape, billing)
+    if point is None:
+        return Spending(billing, expected, limit=job.max_cost)
+    return Spending(
+        *(billing, expected),
+        limit=job.max_cost,
+        used=point.tokens,
+        spent=point.dollars,
+        dearest_step=point.dearest_step,
+    )
+
+
+def tell_estimate(spending: Spending, point: ResumePoint | None, emit: Emit) -> None:
+    """Says what the run is expected to cost, where anything is billed."""
+    if not spending.is_billed:
+        return
+    emit(Notice(f"estimated cost: {spending.estimate.text}"))
+    if point is not None and point.step and point.tokens == TokenUsage():
+        emit(Notice("what earlier sessions used was not recorded: the cost counts from here", is_warning=True))
+
+
+async def keep_spending(spending: Spending, point: ResumePoint, folder: Path, emit: Emit) -> ResumePoint:
+    """Writes down what the session used since the resume point, which is returned with it; cannot be cancelled."""
+    kept = spending.written_into(point)
+    with anyio.CancelScope(shield=True):
+        try:
+            await anyio.to_thread.run_sync(kept.save, folder)
+        except CheckpointError as error:  # the run itself is whole: only its cost is counted too low after a resume
+            emit(Notice(f"what was used since the last step is not written down: {error}", is_warning=True))
+    return kept
+
+
+def with_cost(result: TrainingResult, spending: Spending, emit: Emit) -> TrainingResult:
+    """The result with its cost and the estimate; says both, where anything is billed."""
+    cost = spending.cost
+    if spending.is_billed:
+        emit(Notice(f"cost: {cost} ({cost.tokens}); estimated: {spending.estimate.text}"))
+    return replace(result, cost=cost, estimated_cost=spending.estimate)
