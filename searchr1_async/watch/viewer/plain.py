@@ -11,7 +11,8 @@ from searchr1_async.watch.viewer.words import MARKS, STOP_WORDS, counted, reward
 def episode_text(episode: Episode) -> str:
     """The whole episode, readable: question, turns, searches with their passages, answer, reward."""
     question = episode.question
-    lines = [f"question: {_line(question.question)}", f"golden answer: {_golden(episode)}", ""]
+    golden = [f"golden answer: {_golden(episode)}"] if question.golden_answers else []
+    lines = [f"question: {_line(question.question)}", *golden, ""]
     if episode.given is not None:
         problem = episode.given.problem
         found = _call_lines(episode.given) if problem is None else [f"  nothing: {_line(problem)}"]
