@@ -9,7 +9,9 @@
     result = await run
 """
 
+from searchr1_async.answer import Answer
 from searchr1_async.api import rollout, train
+from searchr1_async.asking import ask
 from searchr1_async.config import EpisodeLimits, LearningSettings, LocalOptions, SamplingSettings, WarmUp
 from searchr1_async.data import Corpus, load_corpus, load_questions
 from searchr1_async.data.overlap import find_overlap
@@ -62,6 +64,7 @@ from searchr1_async.watch.trackers import TensorBoardTracker, TrackioTracker, Wa
 from searchr1_async.watch.viewer import register_representations
 
 __all__ = [
+    "Answer",
     "CheckpointError",
     "ChromaFolder",
     "ChromaServer",
@@ -123,6 +126,7 @@ __all__ = [
     "VectorFiles",
     "WandbTracker",
     "WarmUp",
+    "ask",
     "build_compact_index",
     "build_index",
     "compare",

@@ -16,7 +16,7 @@ PACKAGE = "searchr1_async"
 MODULES = sorted(ROOT.rglob("*.py"))
 
 PUBLIC = """
-train evaluate rollout Run TrainingResult open_run RecordedRun
+train evaluate rollout ask Answer Run TrainingResult open_run RecordedRun
 WandbTracker TensorBoardTracker TrackioTracker
 Search SearchStatistics PacingSettings GeminiEmbedder SentenceTransformerEmbedder EmbeddedChroma RemoteChroma
 build_index IndexReport build_compact_index CompactReport CompactSettings CompactStore
