@@ -128,6 +128,11 @@ class RunControl:
             for scope in self._asked:
                 scope.cancel()
 
+    @property
+    def is_answering(self) -> bool:
+        """Whether :meth:`ask` need not wait for the run's services."""
+        return self._answers is not None
+
     def end(self) -> None:
         """The run is over: nobody waits for it to answer any more."""
         self._is_over = True

@@ -156,7 +156,8 @@ class Run(RecordedRun):
                 return await answers.answer(asked, sampling, search=search, limits=limits, weights=weights)
 
             async with watching("ask", progress, emit) as watchers:
-                watchers(Notice("the run has no weights yet: its services are being opened"))
+                if not self.control.is_answering:
+                    watchers(Notice("the run has no weights yet: its services are being opened"))
                 answer = await self.control.ask(ask_live)
             if answer is not None:
                 return answer

@@ -5,7 +5,7 @@ from __future__ import annotations
 from searchr1_async.episodes.types import Episode, Group, SearchCall
 from searchr1_async.watch.html import visible_text
 from searchr1_async.watch.viewer.parts import MAX_LINE, MAX_PASSAGE, MAX_TEXT, clipped
-from searchr1_async.watch.viewer.words import MARKS, STOP_WORDS, counted, reward_words, tokens, verdict
+from searchr1_async.watch.viewer.words import MARKS, STOP_WORDS, counted, marked, reward_words, tokens, verdict
 
 
 def episode_text(episode: Episode) -> str:
@@ -24,7 +24,7 @@ def episode_text(episode: Episode) -> str:
         lines.append("")
     answer = "no answer" if episode.answer is None else f"answer: {_line(episode.answer)}"
     lines += [
-        f"{MARKS[verdict(episode)]} {answer}",
+        marked(episode, answer),
         f"{_line(reward_words(episode))}; stopped ({episode.stop_reason.value}): {STOP_WORDS[episode.stop_reason]}",
     ]
     if episode.error:

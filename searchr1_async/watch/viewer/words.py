@@ -42,6 +42,11 @@ def verdict(episode: Episode) -> Verdict:
 MARKS: dict[Verdict, str] = {"right": "✓", "wrong": "✗", "unscored": "–"}
 
 
+def marked(episode: Episode, answer: str) -> str:
+    """The answer behind the mark of its verdict; of a question without a golden answer just that."""
+    return f"{MARKS[verdict(episode)]} {answer}" if episode.question.golden_answers else answer
+
+
 def drop_words(reason: str) -> str:
     """A reason for not training on an episode, in words; one that is not known is given as it is."""
     return DROP_WORDS.get(reason, reason)
@@ -66,7 +71,7 @@ def learning_words(
     """
     wrote, read = tokens(episode.action_token_count), tokens(episode.observation_token_count)
     if not episode.question.golden_answers:
-        return f"Not trained on: it was asked without a golden answer. The model wrote {wrote} and read {read} (grey)."
+        return f"The model wrote {wrote} and read {read} (grey)."
     if is_evaluation:
         return f"Not trained on: it was played to measure. The model wrote {wrote} and read {read} (grey)."
     if trained is False:
