@@ -142,27 +142,23 @@ class Run(RecordedRun):
         Raises:
             ConfigurationError, ServiceError, SearchError: as :func:`searchr1_async.ask`.
         """
-        sampling = SamplingSettings(temperature=temperature, seed=seed, deadline=sampling_deadline)
-        asked, limits = asked_question(question), {"max_turns": max_turns, "max_tokens": max_tokens}
         if not self.done:
             if (service, local, tokenizer) != (None, None, None):
                 raise ConfigurationError(
                     "service, local and tokenizer are for a run that has ended: this one answers with its own service"
                 )
 
-            async def ask_live(answers: LiveAnswers) -> Answer:
-                watchers(Notice("the run's own service is answering, beside the training"))
-                weights = None if step == "last" else find_weights(self._out_dir, step)
-                return await answers.answer(asked, sampling, search=search, limits=limits, weights=weights)
+            async def put(answers: LiveAnswers) -> Answer:
+                return await answers.answer(
+                    asked_question(question),
+                    SamplingSettings(temperature=temperature, seed=seed, deadline=sampling_deadline),
+                    search=search,
+                    limits={"max_turns": max_turns, "max_tokens": max_tokens},
+                    weights=None if step == "last" else find_weights(self._out_dir, step),
+                )
 
-            async with watching("ask", progress, emit) as watchers:
-                if not self.control.is_answering:
-                    watchers(Notice("the run has no weights yet: its services are being opened"))
-                answer = await self.control.ask(ask_live)
-            if answer is not None:
+            if (answer := await self._ask_live(put, progress, emit)) is not None:
                 return answer
-            if self._task is not None:
-                await asyncio.wait([self._task])  # until its services are closed: two would share a folder or a port
         return await super().ask(
             question,
             search or self._search,
@@ -178,6 +174,24 @@ class Run(RecordedRun):
             progress=progress,
             emit=emit,
         )
+
+    async def _ask_live(
+        self, put: Callable[[LiveAnswers], Awaitable[Answer]], progress: Choice, emit: Emit | None
+    ) -> Answer | None:
+        """Asks the run under way; None where it ends before the answer is there, after it has closed its services."""
+
+        async def answering(answers: LiveAnswers) -> Answer:
+            watchers(Notice("the run's own service is answering, beside the training"))
+            return await put(answers)
+
+        async with watching("ask", progress, emit) as watchers:
+            if not self.control.is_answering:
+                watchers(Notice("the run has no weights yet: its services are being opened"))
+            answer = await self.control.ask(answering)
+            if answer is None and self._task is not None:
+                watchers(Notice("the run is ending: its last weights are asked when its services are closed"))
+                await asyncio.wait([self._task])  # two services would share a folder or a port
+        return answer
 
     def __aiter__(self) -> AsyncGenerator[Event, None]:
         """Events as they happen, from now to the run's end; a run that fails ends the loop, and ``await run`` says why."""

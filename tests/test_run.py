@@ -317,6 +317,34 @@ async def test_a_held_run_answers_and_stays_held(start: Callable[..., sr.Run]) -
     assert_whole(run, 3)
 
 
+class LateSearch(sr.Search):
+    """Opens when it is told to."""
+
+    may_open: asyncio.Event
+
+    async def connect(self, on_progress: Any = None) -> None:
+        await self.may_open.wait()
+        await super().connect(on_progress)
+
+
+async def test_a_run_that_ends_before_the_answer_is_asked_with_its_last_weights(
+    start: Callable[..., sr.Run], tmp_path: Path
+) -> None:
+    watch = Watch()
+    run = start(steps=1, emit=watch, reward=uneven)
+    await watch.wait_for(in_step(1), run)
+    search = tiny_world.make_search(tmp_path / "another", search_class=LateSearch)
+    search.may_open = asyncio.Event()
+    asking = asyncio.ensure_future(run.ask("river of mirin?", search))
+    result = await run
+    assert not asking.done()
+    search.may_open.set()
+    with anyio.fail_after(60):
+        answer = await asking
+    assert (answer.step, answer.checkpoint) == (1, result.checkpoint)
+    assert tiny_world.tasks_left() == set()
+
+
 async def test_a_run_that_has_ended_is_asked_with_its_last_weights(start: Callable[..., sr.Run]) -> None:
     run = start(steps=2, reward=uneven)
     result = await run
