@@ -9,7 +9,9 @@
     result = await run
 """
 
+from searchr1_async.answer import Answer
 from searchr1_async.api import rollout, train
+from searchr1_async.asking import ask
 from searchr1_async.billing import Cost
 from searchr1_async.config import EpisodeLimits, LearningSettings, LocalOptions, SamplingSettings, WarmUp
 from searchr1_async.data import Corpus, load_corpus, load_questions
@@ -65,6 +67,7 @@ from searchr1_async.watch.trackers import TensorBoardTracker, TrackioTracker, Wa
 from searchr1_async.watch.viewer import register_representations
 
 __all__ = [
+    "Answer",
     "CheckpointError",
     "ChromaFolder",
     "ChromaServer",
@@ -129,6 +132,7 @@ __all__ = [
     "VectorFiles",
     "WandbTracker",
     "WarmUp",
+    "ask",
     "build_compact_index",
     "build_index",
     "compare",

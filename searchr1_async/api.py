@@ -265,7 +265,7 @@ def train(
     refuse_overlap(job.questions, job.held_out)
     find_point(job)  # refuses a folder that holds a run not to be resumed, before the run's task begins
     opened = make_trackers(trackers, out)
-    run = Run(out)
+    run = Run(out, search, ServiceChoice(service, model, job.local, tokenizer))
     view = open_view(progress, title=f"train {out.name}", controls=run)
 
     async def work(control: RunControl, streams: EventStreams) -> TrainingResult:

@@ -1,12 +1,14 @@
-"""The hand on a run: stop it, hold it, let it go on."""
+"""The hand on a run: stop it, hold it, let it go on, ask it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 
 import anyio
 
+from searchr1_async.answer import Answer
+from searchr1_async.answering import LiveAnswers
 from searchr1_async.events import Emit, RunPaused, RunResumed, emit_nothing
 
 
@@ -27,6 +29,10 @@ class RunControl:
         self._holds: list[Callable[[bool], None]] = []
         self._goes_on = anyio.Event()
         self._paused_at = self._paused_seconds = 0.0
+        self._answers: LiveAnswers | None = None
+        self._is_over = False
+        self._answers_changed = anyio.Event()  # replaced by a fresh one at each change
+        self._asked: set[anyio.CancelScope] = set()
 
     # --- stopping -----------------------------------------------------------------------------------------------------
 
@@ -107,3 +113,49 @@ class RunControl:
         while (left := deadline - self.now()) > 0:
             await self.wait_while_paused()
             await anyio.sleep(left)  # a pause that begins meanwhile puts the deadline off
+
+    # --- asking -------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def answering(self, answers: LiveAnswers) -> Iterator[None]:
+        """While the block runs questions are answered by ``answers``; those under way at its end are cut."""
+        self._answers = answers
+        self._answers_change()
+        try:
+            yield
+        finally:
+            self._answers = None
+            for scope in self._asked:
+                scope.cancel()
+
+    @property
+    def is_answering(self) -> bool:
+        """Whether :meth:`ask` need not wait for the run's services."""
+        return self._answers is not None
+
+    def end(self) -> None:
+        """The run is over: nobody waits for it to answer any more."""
+        self._is_over = True
+        self._answers_change()
+
+    async def ask(self, ask: Callable[[LiveAnswers], Awaitable[Answer]]) -> Answer | None:
+        """Waits until the run can answer, and asks it; None where the run ends before the answer is there.
+
+        Raises:
+            SearchR1Error: what ``ask`` raises.
+        """
+        while self._answers is None:
+            if self._is_over:
+                return None
+            await self._answers_changed.wait()
+        with anyio.CancelScope() as scope:
+            self._asked.add(scope)
+            try:
+                return await ask(self._answers)
+            finally:
+                self._asked.discard(scope)
+        return None
+
+    def _answers_change(self) -> None:
+        self._answers_changed.set()
+        self._answers_changed = anyio.Event()

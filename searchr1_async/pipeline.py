@@ -70,7 +70,7 @@ class Pipeline:
         order: of the questions.
         engine: plays groups.
         learner: trains on them.
-        policy: the weights of the resume point.
+        newest: the weights of the resume point; switched to those of each step when they are published.
         recorder: writes steps down; it knows the resume point.
         keeper: puts finished groups on disk.
         measuring: measures steps on the held-out questions.
@@ -83,7 +83,7 @@ class Pipeline:
         order: QuestionOrder,
         engine: RolloutEngine,
         learner: Learner,
-        policy: TinkerPolicy,
+        newest: LatestPolicy,
         *,
         recorder: StepRecorder,
         keeper: Keeper,
@@ -95,7 +95,7 @@ class Pipeline:
         self._recorder, self._keeper, self._measuring, self._emit = recorder, keeper, measuring, emit
         self._control = control
         learner.when_learned = self._tell
-        self._policy = LatestPolicy(policy)
+        self._policy = newest
         self._total = job.total_steps(order)
         point = recorder.point
         learning = job.learning
@@ -129,8 +129,8 @@ class Pipeline:
         self._changed = anyio.Event()
         self._may_start = anyio.Event()
 
-    async def run(self) -> tuple[str, TinkerPolicy]:
-        """Trains until the steps, the epochs, the time or the money are over, or it is stopped; returns why it ended and the last weights.
+    async def run(self) -> str:
+        """Trains until the steps, the epochs, the time or the money are over, or it is stopped; returns why it ended.
 
         Raises, within exception groups, what the engine and the learner raise.
         """
@@ -146,7 +146,7 @@ class Pipeline:
                     reason = await self._play_and_train(left)
                 self._measuring.training_ended(reason)
             self._emit(PhaseEnded("train", self._control.now() - began))
-        return reason, self._policy.current
+        return reason
 
     async def _play_and_train(self, left: float | None) -> str:
         reason = ""

@@ -29,7 +29,7 @@ from searchr1_async.training import open_search
 from searchr1_async.watch.dashboard import Choice, View, open_view
 from searchr1_async.watch.fanout import Watchers
 from searchr1_async.watch.viewer.tokens import remember_tokenizer
-from searchr1_async.weights import Weights, find_weights
+from searchr1_async.weights import Step, Weights, find_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,13 +184,14 @@ async def playing(
     choice: ServiceChoice,
     *,
     checkpoint: str | Path | None = None,
+    step: Step = "last",
     service_folder: str | Path | None = None,
     progress: Choice = True,
     emit: Emit | None = None,
 ) -> AsyncIterator[tuple[RolloutEngine, TinkerPolicy]]:
     """An engine and a policy for a plain rollout, over services that are closed at the end; arguments as in
-    :func:`searchr1_async.rollout`."""
-    weights = find_weights(checkpoint, service_folder=service_folder)
+    :func:`searchr1_async.rollout` and :func:`searchr1_async.ask`."""
+    weights = find_weights(checkpoint, step, service_folder=service_folder)
     choice = with_model(choice, weights)
     async with watching("rollout", progress, emit) as watchers:
         await check_service(choice.service, choice.model, choice.local)

@@ -7,15 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+import tinker
 
+from searchr1_async.answer import Answer
+from searchr1_async.asking import SAMPLING_DEADLINE, ask
+from searchr1_async.config import LocalOptions
 from searchr1_async.episodes.types import Episode
 from searchr1_async.errors import ConfigurationError, RunFolderError
+from searchr1_async.events import Emit
 from searchr1_async.job import TrainingResult
 from searchr1_async.learn.checkpoints import KeptCheckpoint, ResumePoint, best_checkpoint, kept_checkpoints
 from searchr1_async.run_folder import is_claimed, result_of
+from searchr1_async.search import Search
+from searchr1_async.watch.dashboard import Choice
 from searchr1_async.watch.records import RunRecords
 from searchr1_async.watch.trackers import EVENTS_FILE
 from searchr1_async.watch.viewer import CellView, load_tokenizer, remember_tokenizer, view_run
+from searchr1_async.weights import Step
 
 CELL_EPISODES = 200
 """Episodes in a notebook's own viewer, which are kept in its file."""
@@ -107,6 +115,53 @@ class RecordedRun:
         if self._tokenizer is not None:
             remember_tokenizer(self._tokenizer)
         return found
+
+    async def ask(
+        self,
+        question: str,
+        search: Search | None = None,
+        *,
+        step: Step = "last",
+        temperature: float = 0.0,
+        seed: int | None = None,
+        max_turns: int | None = None,
+        max_tokens: int | None = None,
+        service: str | tinker.ServiceClient | None = None,
+        local: LocalOptions | None = None,
+        tokenizer: str | None = None,
+        sampling_deadline: float = SAMPLING_DEADLINE,
+        progress: Choice = "quiet",
+        emit: Emit | None = None,
+    ) -> Answer:
+        """Asks the trained model one question; the answer shows itself in a notebook's cell, and printed in a terminal.
+
+        It is asked as it was trained: the same prompt, format and limits. Nothing is written into the run's folder.
+
+        Args:
+            search: the tool; None is the run's own.
+            step: which of the kept weights: ``"last"``, ``"best"``, or a number of steps (see :attr:`checkpoints`).
+
+            The others as in :func:`searchr1_async.ask`.
+
+        Raises:
+            ConfigurationError, ServiceError, SearchError: as :func:`searchr1_async.ask`.
+        """
+        return await ask(
+            question,
+            search,
+            checkpoint=self._out_dir,
+            step=step,
+            temperature=temperature,
+            seed=seed,
+            max_turns=max_turns,
+            max_tokens=max_tokens,
+            service=service,
+            local=local,
+            tokenizer=tokenizer,
+            sampling_deadline=sampling_deadline,
+            progress=progress,
+            emit=emit,
+        )
 
     def plot(self, kind: str = "learning", **options: Any) -> Any:
         """A chart of the run, as an Altair object: change it further, or ``.save("chart.png")`` (or ``.svg``).

@@ -9,12 +9,22 @@ from pathlib import Path
 from weakref import WeakValueDictionary
 
 import anyio
+import tinker
 
+from searchr1_async.answer import Answer
+from searchr1_async.answering import LiveAnswers, asked_question
+from searchr1_async.asking import SAMPLING_DEADLINE
+from searchr1_async.config import LocalOptions, SamplingSettings
 from searchr1_async.control import RunControl
-from searchr1_async.events import Event, RolloutSampled
+from searchr1_async.errors import ConfigurationError
+from searchr1_async.events import Emit, Event, Notice, RolloutSampled
 from searchr1_async.job import TrainingResult
+from searchr1_async.playing import ServiceChoice, watching
 from searchr1_async.recorded import RecordedRun, recorded_run
+from searchr1_async.search import Search
+from searchr1_async.watch.dashboard import Choice
 from searchr1_async.watch.stream import EventStreams
+from searchr1_async.weights import Step, find_weights
 
 INTERRUPT_SECONDS = 90.0
 """For a run whose awaiting was interrupted to stop cleanly, with its last weights kept; then it is cancelled."""
@@ -32,8 +42,9 @@ class Run(RecordedRun):
     fails, like any task.
     """
 
-    def __init__(self, out_dir: Path) -> None:
+    def __init__(self, out_dir: Path, search: Search | None = None, choice: ServiceChoice | None = None) -> None:
         super().__init__(out_dir)
+        self._search, self._choice = search, choice or ServiceChoice()
         self.control = RunControl()
         self._streams = EventStreams()
         self._task: asyncio.Future[TrainingResult] | None = None
@@ -42,6 +53,7 @@ class Run(RecordedRun):
         """Starts the work, which obeys the run's control and tells its streams of every event; :func:`train` does it."""
         self._task = asyncio.ensure_future(work(self.control, self._streams))
         self._task.add_done_callback(lambda _: self._streams.wake())
+        self._task.add_done_callback(lambda _: self.control.end())
         _under_way[self._out_dir.resolve()] = self
 
     @property
@@ -83,9 +95,9 @@ class Run(RecordedRun):
         self.control.request_stop()
 
     async def pause(self) -> None:
-        """Holds the run: nothing more is asked of the model until :meth:`resume`. Returns when nothing is on its way any more.
+        """Holds the run: it asks nothing more of the model until :meth:`resume`. Returns when nothing is on its way any more.
 
-        Every time limit stands still meanwhile.
+        Every time limit stands still meanwhile. :meth:`ask` is answered all the same.
         """
         if self.done:
             return
@@ -100,6 +112,86 @@ class Run(RecordedRun):
     async def resume(self) -> None:
         """Lets a run that was paused go on."""
         self.control.resume()
+
+    async def ask(
+        self,
+        question: str,
+        search: Search | None = None,
+        *,
+        step: Step = "last",
+        temperature: float = 0.0,
+        seed: int | None = None,
+        max_turns: int | None = None,
+        max_tokens: int | None = None,
+        service: str | tinker.ServiceClient | None = None,
+        local: LocalOptions | None = None,
+        tokenizer: str | None = None,
+        sampling_deadline: float = SAMPLING_DEADLINE,
+        progress: Choice = "quiet",
+        emit: Emit | None = None,
+    ) -> Answer:
+        """Asks the model one question, while it is trained or afterwards.
+
+        While the run is under way, held or not, its own service answers beside the training, with the newest weights for
+        ``step="last"``; before its first step these are the untrained ones. The run's records, episodes, samples and limits are
+        left alone; searches with the run's own search are counted in its search figures. Where the run ends before the answer is
+        there, and after its end, it is :meth:`RecordedRun.ask`, with the search and the service that the run was given.
+
+        Args: as :meth:`RecordedRun.ask`. ``service``, ``local`` and ``tokenizer`` are for a run that has ended.
+
+        Raises:
+            ConfigurationError, ServiceError, SearchError: as :func:`searchr1_async.ask`.
+        """
+        if not self.done:
+            if (service, local, tokenizer) != (None, None, None):
+                raise ConfigurationError(
+                    "service, local and tokenizer are for a run that has ended: this one answers with its own service"
+                )
+
+            async def put(answers: LiveAnswers) -> Answer:
+                return await answers.answer(
+                    asked_question(question),
+                    SamplingSettings(temperature=temperature, seed=seed, deadline=sampling_deadline),
+                    search=search,
+                    limits={"max_turns": max_turns, "max_tokens": max_tokens},
+                    weights=None if step == "last" else find_weights(self._out_dir, step),
+                )
+
+            if (answer := await self._ask_live(put, progress, emit)) is not None:
+                return answer
+        return await super().ask(
+            question,
+            search or self._search,
+            step=step,
+            temperature=temperature,
+            seed=seed,
+            max_turns=max_turns,
+            max_tokens=max_tokens,
+            service=service or self._choice.service,
+            local=local or self._choice.local,
+            tokenizer=tokenizer or self._choice.tokenizer,
+            sampling_deadline=sampling_deadline,
+            progress=progress,
+            emit=emit,
+        )
+
+    async def _ask_live(
+        self, put: Callable[[LiveAnswers], Awaitable[Answer]], progress: Choice, emit: Emit | None
+    ) -> Answer | None:
+        """Asks the run under way; None where it ends before the answer is there, after it has closed its services."""
+
+        async def answering(answers: LiveAnswers) -> Answer:
+            watchers(Notice("the run's own service is answering, beside the training"))
+            return await put(answers)
+
+        async with watching("ask", progress, emit) as watchers:
+            if not self.control.is_answering:
+                watchers(Notice("the run has no weights yet: its services are being opened"))
+            answer = await self.control.ask(answering)
+            if answer is None and self._task is not None:
+                watchers(Notice("the run is ending: its last weights are asked when its services are closed"))
+                await asyncio.wait([self._task])  # two services would share a folder or a port
+        return answer
 
     def __aiter__(self) -> AsyncGenerator[Event, None]:
         """Events as they happen, from now to the run's end; a run that fails ends the loop, and ``await run`` says why."""

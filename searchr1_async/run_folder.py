@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,10 +19,12 @@ from searchr1_async.episodes.types import Question
 from searchr1_async.errors import CheckpointError, ConfigurationError, RunFolderError, first_error
 from searchr1_async.evaluation.result import Evaluation
 from searchr1_async.events import EvaluationFinished, StepFinished
-from searchr1_async.files import write_parquet
+from searchr1_async.files import write_atomically, write_parquet
 from searchr1_async.job import TrainingJob, TrainingResult
 from searchr1_async.learn.checkpoints import ResumePoint, best_checkpoint
 from searchr1_async.rollout.order import QuestionOrder
+from searchr1_async.search import Search
+from searchr1_async.search.record import record_of, search_of
 from searchr1_async.usage import TokenUsage
 from searchr1_async.watch.records import RunRecords
 from searchr1_async.watch.rows import storable
@@ -31,10 +34,11 @@ logger = logging.getLogger(__name__)
 UNTRAINED, AFTER_WARM_UP, AFTER_RL = "untrained", "after warm-up", "after RL"
 """Labels of the measurements that every run with held-out questions makes."""
 _QUESTIONS_FILE = "questions.parquet"
+_SEARCH_FILE = "search.json"
 _QUESTIONS_SCHEMA = pl.Schema(
     {"id": pl.String, "question": pl.String, "golden_answers": pl.List(pl.String), "data_source": pl.String}
 )
-_OF_NO_USE = {"run.lock", "service", "events.jsonl", "tokenizer", "tokenizer.partial", _QUESTIONS_FILE}
+_OF_NO_USE = {"run.lock", "service", "events.jsonl", "tokenizer", "tokenizer.partial", _QUESTIONS_FILE, _SEARCH_FILE}
 """What a folder may hold in which no work was done."""
 
 
@@ -110,6 +114,41 @@ def keep_questions(questions: Sequence[Question], folder: Path) -> None:
     ]
     with writing_records(folder):
         write_parquet(path, pl.DataFrame(rows, schema=_QUESTIONS_SCHEMA, orient="row"))
+
+
+def keep_search(search: Search, folder: Path) -> None:
+    """Keeps how the run's search is made with it, so that the trained model can be asked with the search that it was trained with.
+
+    Written by every session: a resume may have moved the index.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
+    """
+    with writing_records(folder):
+        write_atomically(folder / _SEARCH_FILE, json.dumps(record_of(search), indent=1).encode())
+
+
+def kept_search(folder: Path) -> Search:
+    """The search of the run in a folder, made anew. Reads a corpus whole: call it in a worker thread.
+
+    Raises:
+        ConfigurationError: it cannot be had; the message says to pass ``search=``.
+        CorpusError, EmbeddingError, StoreError: as :meth:`Search.from_description`.
+    """
+    path = folder / _SEARCH_FILE
+    try:
+        record = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ConfigurationError(
+            f"the run in {folder} has not kept how its search is made (an earlier version began it): pass search=…, such as "
+            "Search.local('atlas')"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise RunFolderError(f"the search in {path} cannot be read: {error}. Pass search=…") from error
+    try:
+        return search_of(record, None, f"the run in {folder}")
+    except ConfigurationError as error:
+        raise type(error)(f"{error}, or pass search=…, which may be another") from error
 
 
 def training_questions(folder: Path) -> tuple[Question, ...] | None:

@@ -17,6 +17,7 @@ from typing import Any
 import anyio
 import tinker
 
+from searchr1_async.answering import LiveAnswers
 from searchr1_async.config import WarmUp
 from searchr1_async.control import RunControl
 from searchr1_async.errors import SearchR1Error, ServiceError, first_error
@@ -42,7 +43,7 @@ from searchr1_async.recording import Keeper, StepRecorder
 from searchr1_async.rollout.engine import RolloutEngine
 from searchr1_async.rollout.opening import open_engine
 from searchr1_async.rollout.order import QuestionOrder
-from searchr1_async.rollout.policy import TinkerPolicy
+from searchr1_async.rollout.policy import LatestPolicy, TinkerPolicy
 from searchr1_async.rollout.workers.messages import WorkerSpec
 from searchr1_async.run_folder import (
     AFTER_RL,
@@ -51,6 +52,7 @@ from searchr1_async.run_folder import (
     claimed,
     finished_result,
     keep_questions,
+    keep_search,
     keep_tokenizer,
     load_point,
     result_of,
@@ -177,6 +179,7 @@ async def _opened(
         ) as engine:
             await keep_tokenizer(service.tokenizer, job.out_dir)
             await anyio.to_thread.run_sync(keep_questions, job.questions, job.out_dir)
+            await anyio.to_thread.run_sync(keep_search, job.search, job.out_dir)
             with control.holding(engine.pause):
                 yield _Training(job, emit, control, service, engine, identity, order, point)
 
@@ -267,16 +270,18 @@ class _Training:
         with control.interruptible():
             client = await self._restore_or_create()
             learner = await self._learner(client)
-            if self._point is None:
-                await measure(UNTRAINED, TinkerPolicy(await self._service.create_sampling_client(), 0, job.sampling))
-                self._point = await self._warm_up(learner)
-            policy = TinkerPolicy(await self._sampling_client(client), self._point.step, job.sampling)
-            if job.warm_up is not None and self._point.step == 0:
-                await measure(AFTER_WARM_UP, policy)
-            reason, policy = await self._learn(learner, policy, self._point)
-            if not control.stop_requested:
-                await measure(AFTER_RL, policy)
-                is_whole = True
+            newest = LatestPolicy(await self._first_policy(client))
+            with control.answering(LiveAnswers(self._service, self._engine.dialect, job.search, job.limits, newest)):
+                if self._point is None:
+                    await measure(UNTRAINED, newest.current)
+                    self._point = await self._warm_up(learner)
+                    newest.switch(TinkerPolicy(await self._sampling_client(client), 0, job.sampling))
+                if job.warm_up is not None and self._point.step == 0:
+                    await measure(AFTER_WARM_UP, newest.current)
+                reason = await self._learn(learner, newest, self._point)
+                if not control.stop_requested:
+                    await measure(AFTER_RL, newest.current)
+                    is_whole = True
         if control.stop_requested and not is_whole:
             reason = "stopped"
         if control.stop_requested:
@@ -297,8 +302,14 @@ class _Training:
         self._spending.count(lambda: learner.usage)
         return learner
 
-    async def _learn(self, learner: Learner, policy: TinkerPolicy, point: ResumePoint) -> tuple[str, TinkerPolicy]:
-        """Reinforcement learning, from the resume point on."""
+    async def _first_policy(self, client: tinker.TrainingClient) -> TinkerPolicy:
+        """The weights that the session begins with: the base model's, or those of its resume point."""
+        if self._point is None:
+            return TinkerPolicy(await self._service.create_sampling_client(), 0, self._job.sampling)
+        return TinkerPolicy(await self._sampling_client(client), self._point.step, self._job.sampling)
+
+    async def _learn(self, learner: Learner, newest: LatestPolicy, point: ResumePoint) -> str:
+        """Reinforcement learning, from the resume point on; returns why it ended."""
         job, total = self._job, self._job.total_steps(self._order)
         recorder = StepRecorder(
             *(job, self._records, self._service, point, self._kept),
@@ -311,7 +322,7 @@ class _Training:
             self._order,
             self._engine,
             learner,
-            policy,
+            newest,
             recorder=recorder,
             keeper=Keeper(job),
             measuring=self._measuring,

@@ -16,7 +16,7 @@ PACKAGE = "searchr1_async"
 MODULES = sorted(ROOT.rglob("*.py"))
 
 PUBLIC = """
-train evaluate rollout Run TrainingResult open_run RecordedRun
+train evaluate rollout ask Answer Run TrainingResult open_run RecordedRun
 estimate_cost CostEstimate Cost Price
 WandbTracker TensorBoardTracker TrackioTracker
 Search SearchStatistics PacingSettings GeminiEmbedder SentenceTransformerEmbedder EmbeddedChroma RemoteChroma

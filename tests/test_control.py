@@ -102,3 +102,37 @@ async def test_whoever_waits_goes_on_with_the_run() -> None:
         assert passed == []
         control.resume()
     assert passed == [False]
+
+
+async def test_a_run_is_asked_when_it_can_answer_and_not_beyond_its_end() -> None:
+    control, told = RunControl(), []
+    answers: Any = object()
+
+    async def at_once(given: Any) -> Any:
+        assert given is answers
+        return "an answer"
+
+    async def never(given: Any) -> Any:
+        await anyio.sleep_forever()
+
+    async def ask(put: Any) -> None:
+        told.append(await control.ask(put))
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(ask, at_once)
+        tasks.start_soon(ask, never)
+        await anyio.sleep(1)
+        assert told == []
+        assert not control.is_answering
+        with control.answering(answers):
+            assert control.is_answering
+            await anyio.sleep(1)
+            assert told == ["an answer"]
+        await anyio.sleep(1)
+        assert told == ["an answer", None], "what was under way is cut"
+        tasks.start_soon(ask, at_once)
+        await anyio.sleep(1)
+        assert len(told) == 2
+        control.end()
+    assert told == ["an answer", None, None]
+    assert await control.ask(at_once) is None

@@ -280,6 +280,90 @@ async def test_a_paused_run_asks_for_nothing_and_goes_on(start: Callable[..., sr
     assert sum(isinstance(event, RunResumed) for event in watch.events) == 1
 
 
+async def test_a_run_under_way_is_asked_with_its_newest_weights_and_undisturbed(start: Callable[..., sr.Run]) -> None:
+    watch = Watch()
+    run = start(steps=3, emit=watch, reward=uneven, checkpoint_every=1)
+    first = await run.ask("river of mirin?")  # it waits for the services
+    assert first.checkpoint is None
+    await watch.wait_for(in_step(2), run)
+    newest, kept = await run.ask("river of mirin?"), await run.ask("river of mirin?", step=1, max_turns=1)
+    assert newest.step is not None
+    assert (first.step or 0) <= newest.step >= 1
+    assert kept.checkpoint is not None
+    assert kept.checkpoint.endswith("step-000001")
+    assert (kept.step, len(kept.episode.turns), kept.episode.turns[0].policy_version) == (1, 1, 1)
+    with pytest.raises(sr.ConfigurationError, match="answers with its own service"):
+        await run.ask("river of mirin?", service="http://127.0.0.1:9")
+    assert (await run).reason == "finished"
+    assert_whole(run, 3)
+    played = [event.episode for event in watch.events if isinstance(event, EpisodeFinished)]
+    assert len(played) == 3 * 6 * 4
+    assert "asked" not in {episode.question.data_source for episode in played}
+    assert run.metrics["rollout/samples"][-1] == sum(len(episode.turns) for episode in played)
+
+
+async def test_a_held_run_answers_and_stays_held(start: Callable[..., sr.Run]) -> None:
+    watch = Watch()
+    run = start(steps=3, emit=watch)
+    await watch.wait_for(in_step(2), run)
+    with anyio.fail_after(60):
+        await run.pause()
+        paused = len(watch.events)
+        answer = await run.ask("river of mirin?")
+    assert answer.episode.turns
+    assert not any(isinstance(event, EpisodeFinished | RunResumed) for event in watch.events[paused:])
+    await run.resume()
+    assert (await run).steps == 3
+    assert_whole(run, 3)
+
+
+class LateSearch(sr.Search):
+    """Opens when it is told to."""
+
+    may_open: asyncio.Event
+
+    async def connect(self, on_progress: Any = None) -> None:
+        await self.may_open.wait()
+        await super().connect(on_progress)
+
+
+async def test_a_run_that_ends_before_the_answer_is_asked_with_its_last_weights(
+    start: Callable[..., sr.Run], tmp_path: Path
+) -> None:
+    watch = Watch()
+    run = start(steps=1, emit=watch, reward=uneven)
+    await watch.wait_for(in_step(1), run)
+    search = tiny_world.make_search(tmp_path / "another", search_class=LateSearch)
+    search.may_open = asyncio.Event()
+    asking = asyncio.ensure_future(run.ask("river of mirin?", search))
+    result = await run
+    assert not asking.done()
+    search.may_open.set()
+    with anyio.fail_after(60):
+        answer = await asking
+    assert (answer.step, answer.checkpoint) == (1, result.checkpoint)
+    assert tiny_world.tasks_left() == set()
+
+
+async def test_a_run_that_has_ended_is_asked_with_its_last_weights(start: Callable[..., sr.Run]) -> None:
+    run = start(steps=2, reward=uneven)
+    result = await run
+    answer = await run.ask("river of mirin?")  # its search was made in memory, and its service named
+    assert (answer.step, answer.checkpoint) == (2, result.checkpoint)
+    with pytest.raises(sr.ConfigurationError, match="pass search="):
+        await sr.open_run(run.out_dir).ask("river of mirin?", service=tiny_world.served()["service"])
+    assert tiny_world.tasks_left() == set()
+
+
+async def test_a_run_that_ends_before_it_has_weights_cannot_answer(start: Callable[..., sr.Run]) -> None:
+    run = start()
+    asking = asyncio.ensure_future(run.ask("river of mirin?"))
+    await run.stop()
+    with pytest.raises(sr.RunFolderError, match="holds no run"):
+        await asking
+    assert tiny_world.tasks_left() == set()
+
+
 async def test_a_paused_run_can_be_stopped(start: Callable[..., sr.Run]) -> None:
     watch = Watch()
     run = start(emit=watch)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import anyio.to_thread
 
+from searchr1_async.commands.searching import add_search, named_search, search_of
 from searchr1_async.config import LocalOptions
 from searchr1_async.episodes.dialect import FORMATS
 from searchr1_async.episodes.methods import METHODS
@@ -16,7 +17,6 @@ from searchr1_async.evaluation.evaluate import evaluate
 from searchr1_async.evaluation.judge import Judge
 from searchr1_async.evaluation.repeating import repeats
 from searchr1_async.evaluation.systems import SystemSource
-from searchr1_async.search import Search
 
 if TYPE_CHECKING:
     from searchr1_async.commands import Parsers
@@ -46,14 +46,7 @@ def add(commands: Parsers) -> None:
     what.add_argument("--model", help="the base model")
     what.add_argument("--service", help="URL of a Tinker service")
     what.add_argument("--threads", type=int, help="CPU threads of the embedded service")
-    where = parser.add_argument_group("where it searches")
-    # No defaults: a repetition searches as its manifest says, unless it is told where.
-    where.add_argument("--corpus", help="atlas, or a file of passages (atlas)")
-    where.add_argument("--chroma", metavar="HOST:PORT", help="a Chroma server instead")
-    where.add_argument("--collection", help="on that server (wiki_embeddings)")
-    where.add_argument("--embedder", help="of the index (all-MiniLM-L6-v2; with --chroma gemini-embedding-001)")
-    where.add_argument("--results", type=int, help="passages a query (3)")
-    where.add_argument("--passage-words", type=int, help="words a passage is cut at")
+    add_search(parser.add_argument_group("where it searches"))
     how = parser.add_argument_group("how")
     how.add_argument("--split", help="of every suite")
     how.add_argument("--limit", type=int, help="questions a suite")
@@ -73,7 +66,7 @@ async def _run(options: argparse.Namespace) -> str:
     # What a repetition may not be given is refused by evaluate(), by name.
     report = await evaluate(
         options.suites[0] if is_repetition else options.suites,
-        None if is_repetition and not _names_search(options) else _search(options),
+        named_search(options) if is_repetition else search_of(options),
         systems=None if is_repetition and not _names_systems(options) else _systems(options),
         baselines=options.baselines,
         model=options.model,
@@ -111,31 +104,6 @@ def _systems(options: argparse.Namespace) -> dict[str, SystemSource]:
             raise ConfigurationError(f"two systems are called {label!r}: give each its own label")
         systems[label] = weights
     return systems
-
-
-def _names_search(options: argparse.Namespace) -> bool:
-    named = (
-        options.corpus,
-        options.chroma,
-        options.collection,
-        options.embedder,
-        options.results,
-        options.passage_words,
-    )
-    return any(each is not None for each in named)
-
-
-def _search(options: argparse.Namespace) -> Search:
-    results = 3 if options.results is None else options.results
-    settings = {"n_results": results, "max_passage_words": options.passage_words}
-    if options.chroma is None:
-        embedder = {} if options.embedder is None else {"embedder": options.embedder}
-        return Search.local("atlas" if options.corpus is None else options.corpus, **embedder, **settings)
-    host, _, port = options.chroma.rpartition(":")
-    if not host or not port.isdecimal():
-        raise ConfigurationError(f"--chroma {options.chroma!r}: give HOST:PORT, such as localhost:8000")
-    embedder, collection = options.embedder or "gemini-embedding-001", options.collection or "wiki_embeddings"
-    return Search.chroma(host, int(port), collection, embedder=embedder, **settings)
 
 
 def _stopped(options: argparse.Namespace) -> str:

@@ -74,7 +74,7 @@ def checked_questions(questions: Questions) -> tuple[Question, ...]:
     """The questions, read where they are named.
 
     Raises:
-        QuestionsError: there are none, something else is among them, or two have one id.
+        QuestionsError: there are none, something else is among them, one has no golden answer, or two have one id.
     """
     items = load_questions(questions) if isinstance(questions, str | Path) else tuple(questions)
     if not items:
@@ -85,6 +85,7 @@ def checked_questions(questions: Questions) -> tuple[Question, ...]:
             raise QuestionsError(
                 f"question {place} is a {type(item).__name__}: give Question(id, question, golden_answers), or a file's name"
             )
+        item.check_scorable()
         if item.id in seen:
             raise QuestionsError(f"two questions have the id {item.id!r}: ids must be unique")
         seen.add(item.id)

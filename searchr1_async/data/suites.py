@@ -32,7 +32,8 @@ class Suite:
     """The questions of one suite, in the order in which they are asked.
 
     Raises:
-        QuestionsError: no name, a reserved one, no questions, two of one id, or one of another ``data_source``.
+        QuestionsError: no name, a reserved one, no questions, two of one id, one of another ``data_source``, or one without a
+            golden answer.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Suite:
             object.__setattr__(self, "total", len(self.questions))
         seen: set[str] = set()
         for question in self.questions:
+            question.check_scorable()
             if question.data_source != self.name:
                 raise QuestionsError(
                     f"suite {self.name!r} holds question {question.id!r} of {question.data_source!r}: "

@@ -19,14 +19,15 @@ class Question:
     """One question with its golden answers.
 
     Raises:
-        QuestionsError: the question is blank, or no golden answer has any text.
+        QuestionsError: the question is blank, or golden answers are given and none has any text.
     """
 
     id: str
     """Unique within its suite; the resume point of a run names questions by it."""
     question: str
-    golden_answers: tuple[str, ...]
-    """Any one of them is right."""
+    golden_answers: tuple[str, ...] = ()
+    """Any one of them is right. Empty where the answer is not known: such a question can be asked
+    (:func:`searchr1_async.ask`), but not trained on or measured with, since no reward can be computed."""
     data_source: str = "unknown"
     """The suite it comes from; metrics are kept by it (``env/<data_source>/…``)."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
@@ -35,6 +36,15 @@ class Question:
     def __post_init__(self) -> None:
         if not self.question.strip():
             raise QuestionsError(f"question {self.id!r} of {self.data_source!r} has no text")
+        if self.golden_answers:
+            self.check_scorable()
+
+    def check_scorable(self) -> None:
+        """Refuses a question without a golden answer, for work that scores its episodes.
+
+        Raises:
+            QuestionsError: no golden answer has any text.
+        """
         if not any(answer.strip() for answer in self.golden_answers):
             raise QuestionsError(
                 f"question {self.id!r} of {self.data_source!r} has no golden answer: "

@@ -31,8 +31,7 @@ from searchr1_async.evaluation.manifest import Manifest, SuiteRecord, SystemReco
 from searchr1_async.evaluation.systems import MeasuredSystem
 from searchr1_async.playing import PlaySettings
 from searchr1_async.run_folder import training_questions
-from searchr1_async.search import Search
-from searchr1_async.search.indexing import LocalIndex
+from searchr1_async.search.record import record_of
 from searchr1_async.service import is_embedded
 from searchr1_async.watch.rows import storable
 
@@ -58,7 +57,7 @@ def describe(job: EvaluationJob, questions: pl.DataFrame) -> Manifest:
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         versions=_versions(),
         service=_service(job),
-        search=None if search is None else _search(search),
+        search=None if search is None else record_of(search),
         settings=_settings(job),
         suites=tuple(map(_suite, job.suites)),
         systems=_systems(job),
@@ -126,19 +125,6 @@ def _service(job: EvaluationJob) -> dict[str, Any]:
     service = job.choice.service
     host = urlsplit(service).hostname if isinstance(service, str) else None
     return {"embedded": is_embedded(service), "host": host}
-
-
-def _search(search: Search) -> dict[str, Any]:
-    source = search.source
-    return {
-        "fingerprint": search.fingerprint,
-        "embedder": search.embedder.name,
-        "source": source.corpus.source if isinstance(source, LocalIndex) else source.name,
-        "passages": len(source.corpus) if isinstance(source, LocalIndex) else None,
-        "n_results": search.settings.n_results,
-        "max_passage_words": search.settings.max_passage_words,
-        "description": search.description,
-    }
 
 
 def _settings(job: EvaluationJob) -> dict[str, Any]:

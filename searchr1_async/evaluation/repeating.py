@@ -23,6 +23,7 @@ from searchr1_async.evaluation.report import Report
 from searchr1_async.evaluation.systems import MeasuredSystem, System
 from searchr1_async.playing import PlaySettings, ServiceChoice
 from searchr1_async.search import Search
+from searchr1_async.search.record import search_of
 from searchr1_async.watch.rows import storable
 from searchr1_async.weights import Weights
 
@@ -103,7 +104,7 @@ def repeated_job(
     return EvaluationJob(
         suites=_suites(manifest, asked),
         systems=tuple(map(_measured, manifest.systems)),
-        search=_same_search(search, manifest.search),
+        search=search if manifest.search is None else search_of(manifest.search, search, "the manifest"),
         play=PlaySettings(
             reward=reward or _reward(settings["reward"]),
             limits=EpisodeLimits(**settings["limits"]),
@@ -183,23 +184,6 @@ def _measured(record: SystemRecord) -> MeasuredSystem:
     )
     base = record.model if record.checkpoint is not None else None
     return MeasuredSystem(record.label, system, Weights(record.checkpoint, record.step, base, folder, run), record)
-
-
-def _same_search(search: Search | None, record: Mapping[str, Any] | None) -> Search | None:
-    if record is None:
-        return search
-    if search is None:
-        if record["description"] is None:
-            raise ConfigurationError(
-                f"the manifest cannot describe its search ({record['source']}, {record['embedder']}): give the search"
-            )
-        search = Search.from_description(record["description"])
-    if search.fingerprint != record["fingerprint"]:
-        raise ConfigurationError(
-            f"the search gives other answers than that of the manifest ({record['source']}, {record['embedder']}, "
-            f"{record['n_results']} results): give the same corpus, embedder and number of results"
-        )
-    return search
 
 
 def _reward(record: Mapping[str, Any]) -> RewardFunction:

@@ -18,10 +18,17 @@ from searchr1_async.errors import TooManyFailuresError
 
 @dataclass(frozen=True, slots=True)
 class Demonstration:
-    """How a question is well played: these searches, one a turn, then a golden answer that one of them showed."""
+    """How a question is well played: these searches, one a turn, then a golden answer that one of them showed.
+
+    Raises:
+        QuestionsError: the question has no golden answer.
+    """
 
     question: Question
     searches: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        self.question.check_scorable()
 
     @classmethod
     def of(cls, question: Question) -> Demonstration:

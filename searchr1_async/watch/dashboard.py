@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import sys
 from types import TracebackType
 from typing import Literal, Protocol, Self, get_args
 
 from searchr1_async.errors import ConfigurationError
-from searchr1_async.events import Event
+from searchr1_async.events import Event, Notice, PhaseAdvanced, PhaseEnded, PhaseStarted
 from searchr1_async.watch.live.view import Controls, LiveView
 from searchr1_async.watch.progress import ConsoleProgress
 
 __all__ = ["Choice", "Controls", "View", "open_view"]
 
-_Named = Literal["auto", "widget", "rich", "terminal", "plain"]
+_Named = Literal["auto", "widget", "rich", "terminal", "plain", "quiet"]
 Choice = bool | _Named
-"""``True`` and ``"auto"`` take what fits, ``False`` shows nothing; the others are one kind by its name."""
+"""``True`` and ``"auto"`` take what fits, ``False`` shows nothing; the others are one kind by its name. ``"quiet"`` shows nothing
+of work that takes under :data:`QUIET_SECONDS`, and plain lines of what longer work is waiting for."""
+
+QUIET_SECONDS = 5.0
+"""After which a person who waits is told what for."""
 
 
 class View(Protocol):
@@ -57,6 +62,8 @@ def open_view(choice: Choice = True, *, title: str, controls: Controls | None = 
         from searchr1_async.watch.live.rich_text import RichTextSurface
 
         return LiveView(RichTextSurface(title), title=title, controls=controls)
+    if kind == "quiet":
+        return QuietView()
     return ConsoleView({"terminal": True, "plain": False}.get(kind))
 
 
@@ -89,6 +96,47 @@ class ConsoleView:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._progress.__exit__(kind, error, trace)
+
+
+class QuietView:
+    """Says nothing for some seconds, then what is going on, as plain lines: for work that is short as a rule.
+
+    Args:
+        progress: where it says it; None is plain lines on ``sys.stderr``.
+        seconds: of silence.
+    """
+
+    def __init__(self, progress: ConsoleProgress | None = None, seconds: float = QUIET_SECONDS) -> None:
+        self._progress = progress or ConsoleProgress(live=False)
+        self._seconds = seconds
+        self._last: Event | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._is_speaking = False
+
+    def __call__(self, event: Event) -> None:
+        if not isinstance(event, Notice | PhaseStarted | PhaseAdvanced | PhaseEnded):
+            return
+        if self._is_speaking:
+            self._progress(event)
+        elif isinstance(event, Notice | PhaseStarted):
+            self._last = event
+
+    def _speak(self) -> None:
+        self._is_speaking = True
+        if self._last is not None:
+            self._progress(self._last)
+
+    async def __aenter__(self) -> Self:
+        self._progress.__enter__()
+        self._timer = asyncio.get_running_loop().call_later(self._seconds, self._speak)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._timer is not None
+        self._timer.cancel()
         self._progress.__exit__(kind, error, trace)
 
 

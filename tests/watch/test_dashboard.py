@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import logging
 import sys
 import threading
@@ -15,12 +16,13 @@ import anyio.lowlevel
 import pytest
 
 from searchr1_async.errors import ConfigurationError
-from searchr1_async.events import EpisodeFinished, Event, RunStarted, StepFinished
+from searchr1_async.events import EpisodeFinished, Event, Notice, PhaseAdvanced, PhaseStarted, RunStarted, StepFinished
 from searchr1_async.watch import dashboard
-from searchr1_async.watch.dashboard import ConsoleView, open_view
+from searchr1_async.watch.dashboard import ConsoleView, QuietView, open_view
 from searchr1_async.watch.live.child import Charts, Drawer, DrawingError
 from searchr1_async.watch.live.view import LiveView, News
 from searchr1_async.watch.live.words import Frame
+from searchr1_async.watch.progress import ConsoleProgress
 from tests.watch.builders import episode
 
 pytestmark = pytest.mark.anyio
@@ -317,3 +319,27 @@ def test_a_widget_without_anywidget(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigurationError, match=r"pip install 'searchr1_async\[notebook\]'"):
         open_view("widget", title="a run")
     assert dashboard._fitting() == "rich"
+
+
+async def test_a_quiet_view_says_nothing_of_short_work(capsys: pytest.CaptureFixture[str]) -> None:
+    view = open_view("quiet", title="ask")
+    assert isinstance(view, QuietView)
+    async with view:
+        for event in (STARTED, Notice("starting"), PhaseStarted("index", 2, "passages")):
+            view(event)
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "")
+
+
+async def test_a_quiet_view_says_what_longer_work_waits_for() -> None:
+    stream = io.StringIO()
+    async with QuietView(ConsoleProgress(stream, live=False), seconds=0.01) as view:
+        for event in (Notice("looking"), Notice("starting the service"), STARTED):
+            view(event)
+        with anyio.fail_after(10):
+            while "starting the service" not in stream.getvalue():
+                await anyio.lowlevel.checkpoint()
+        view(PhaseAdvanced("index", 1))  # of a phase that it has not told of
+        view(Notice("the service is up"))
+    assert "looking" not in stream.getvalue()
+    assert stream.getvalue().index("starting the service") < stream.getvalue().index("the service is up")

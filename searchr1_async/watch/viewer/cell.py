@@ -85,9 +85,11 @@ def _framed(body: str) -> str:
 
 def _asked(episode: Episode) -> str:
     question = episode.question
+    text = line_html(question.question, "div", "question-text")
+    if not question.golden_answers:
+        return text
     return (
-        f"{line_html(question.question, 'div', 'question-text')}"
-        f'<div class="facts">golden answer: {golden_html(question)} · {line_html(question.data_source)} · '
+        f'{text}<div class="facts">golden answer: {golden_html(question)} · {line_html(question.data_source)} · '
         f"{line_html(question.id)}</div>"
     )
 

@@ -12,7 +12,7 @@ from searchr1_async.episodes.types import Episode, Passage, Question, SearchCall
 from searchr1_async.watch.html import highlighted, isolated, visible
 from searchr1_async.watch.viewer.segments import Kind, overlaid, segments
 from searchr1_async.watch.viewer.tokens import LEVELS, joined_logprobs, level, turn_pieces
-from searchr1_async.watch.viewer.words import MARKS, STOP_WORDS, reward_words, tokens, verdict
+from searchr1_async.watch.viewer.words import STOP_WORDS, marked, reward_words, tokens, verdict
 
 MAX_TEXT = 20_000
 """Characters of one turn, prompt or result that are shown at once."""
@@ -109,7 +109,8 @@ def legend_html() -> str:
 
 
 def call_html(call: SearchCall | None, question: Question) -> str:
-    """A tool call and what came of it; nothing where there was none."""
+    """A tool call and what came of it; nothing where there was none. Of a question without a golden answer the passages are shown at
+    once: there they are what the answer is judged by."""
     if call is None:
         return ""
     if call.problem is not None:
@@ -117,8 +118,9 @@ def call_html(call: SearchCall | None, question: Question) -> str:
     if not call.results:
         queries = ", ".join(line_html(query) for query in call.queries)
         return f'<div class="soft">asked for {queries}; the search was not run</div>'
+    is_open = "" if question.golden_answers else " open"
     return "".join(
-        f'<details class="search"><summary>search: {line_html(query)} ({_count(found)}, {call.seconds:.2f} s)</summary>'
+        f'<details class="search"{is_open}><summary>search: {line_html(query)} ({_count(found)}, {call.seconds:.2f} s)</summary>'
         + "".join(passage_html(passage, question) for passage in found)
         + "</details>"
         for query, found in zip(call.queries, call.results, strict=False)
@@ -154,13 +156,13 @@ def passage_html(passage: Passage, question: Question) -> str:
 
 def verdict_html(episode: Episode) -> str:
     """The answer with its mark, the reward with its parts, why the episode ended, and the error that ended it."""
-    found = verdict(episode)
+    css = f" {verdict(episode)}" if episode.question.golden_answers else ""
     answer = "no answer" if episode.answer is None else f"answer: {line_html(episode.answer)}"
     reward = visible(reward_words(episode))
     stop = STOP_WORDS[episode.stop_reason]
     error = f'<div class="problem">{line_html(episode.error)}</div>' if episode.error else ""
     return (
-        f'<div><span class="verdict {found}">{MARKS[found]} {answer}</span>'
+        f'<div><span class="verdict{css}">{marked(episode, answer)}</span>'
         f'<div class="facts soft">{reward} · stopped ({episode.stop_reason.value}): {stop}</div>{error}</div>'
     )
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from searchr1_async.episodes.types import Episode, Group, SearchCall
 from searchr1_async.watch.html import visible_text
 from searchr1_async.watch.viewer.parts import MAX_LINE, MAX_PASSAGE, MAX_TEXT, clipped
-from searchr1_async.watch.viewer.words import MARKS, STOP_WORDS, counted, reward_words, tokens, verdict
+from searchr1_async.watch.viewer.words import MARKS, STOP_WORDS, counted, marked, reward_words, tokens, verdict
 
 
 def episode_text(episode: Episode) -> str:
     """The whole episode, readable: question, turns, searches with their passages, answer, reward."""
     question = episode.question
-    lines = [f"question: {_line(question.question)}", f"golden answer: {_golden(episode)}", ""]
+    golden = [f"golden answer: {_golden(episode)}"] if question.golden_answers else []
+    lines = [f"question: {_line(question.question)}", *golden, ""]
     if episode.given is not None:
         problem = episode.given.problem
         found = _call_lines(episode.given) if problem is None else [f"  nothing: {_line(problem)}"]
@@ -23,7 +24,7 @@ def episode_text(episode: Episode) -> str:
         lines.append("")
     answer = "no answer" if episode.answer is None else f"answer: {_line(episode.answer)}"
     lines += [
-        f"{MARKS[verdict(episode)]} {answer}",
+        marked(episode, answer),
         f"{_line(reward_words(episode))}; stopped ({episode.stop_reason.value}): {STOP_WORDS[episode.stop_reason]}",
     ]
     if episode.error:

@@ -33,13 +33,18 @@ TOO_LONG = (StopReason.MAX_TURNS, StopReason.MAX_TURN_TOKENS, StopReason.MAX_TRA
 
 
 def verdict(episode: Episode) -> Verdict:
-    """Whether its answer is right. Nothing is said of an episode that a fault or a clock ended."""
-    if not episode.is_complete:
+    """Whether its answer is right. Nothing is said of an episode that a fault or a clock ended, or without a golden answer."""
+    if not episode.is_complete or not episode.question.golden_answers:
         return "unscored"
     return "right" if episode.reward_parts.get("correct", 0.0) >= 0.5 else "wrong"
 
 
 MARKS: dict[Verdict, str] = {"right": "✓", "wrong": "✗", "unscored": "–"}
+
+
+def marked(episode: Episode, answer: str) -> str:
+    """The answer behind the mark of its verdict; of a question without a golden answer just that."""
+    return f"{MARKS[verdict(episode)]} {answer}" if episode.question.golden_answers else answer
 
 
 def drop_words(reason: str) -> str:
@@ -65,6 +70,8 @@ def learning_words(
         is_evaluation: it was played to measure.
     """
     wrote, read = tokens(episode.action_token_count), tokens(episode.observation_token_count)
+    if not episode.question.golden_answers:
+        return f"The model wrote {wrote} and read {read} (grey)."
     if is_evaluation:
         return f"Not trained on: it was played to measure. The model wrote {wrote} and read {read} (grey)."
     if trained is False:
@@ -96,7 +103,7 @@ def source_words(step: int | None, label: str | None) -> str:
 
 def reward_words(episode: Episode) -> str:
     """The reward and its parts: ``reward 1.1 (correct 1, format 1)``; of an episode that was not scored, that."""
-    if not episode.is_complete:
+    if not episode.is_complete or not episode.question.golden_answers:
         return "not scored"
     parts = ", ".join(f"{name} {value:.3g}" for name, value in episode.reward_parts.items())
     return f"reward {episode.reward:.3g}" + (f" ({parts})" if parts else "")

@@ -36,6 +36,21 @@ def test_everything_of_an_episode_is_there() -> None:
     assert ("mark", "Paris") in page.words
 
 
+def test_a_question_without_a_golden_answer_gets_no_verdict_and_shows_its_passages() -> None:
+    asked = replace(episode(), question=Question("asked", "What is the capital?"), reward=0.0, reward_parts={})
+    page, text = Page(episode_html(asked)), episode_text(asked)
+    for shown in (page.text, text):
+        assert "What is the capital?" in shown
+        assert "answer: Paris" in shown
+        assert "not scored" in shown
+        assert not any(foreign in shown for foreign in ("✓", "✗", "golden", "reward", "– answer"))
+    opened = [attrs for _, attrs in page.tags if attrs.get("class") == "search"]
+    assert opened
+    assert all("open" in attrs for attrs in opened)
+    scored = [attrs for _, attrs in Page(episode_html(episode())).tags if attrs.get("class") == "search"]
+    assert not any("open" in attrs for attrs in scored)
+
+
 @pytest.mark.parametrize("reason", list(StopReason))
 def test_why_it_ended_is_told_in_words(reason: StopReason) -> None:
     assert STOP_WORDS[reason] in Page(episode_html(episode(stop_reason=reason))).text

@@ -1,0 +1,170 @@
+"""The public function ``ask``: one question to a model that need not be training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Literal
+
+import anyio
+import tinker
+
+from searchr1_async.answer import Answer
+from searchr1_async.answering import asked_limits, asked_question, play_asked
+from searchr1_async.config import EpisodeLimits, LocalOptions, SamplingSettings
+from searchr1_async.episodes.reward import RecipeReward
+from searchr1_async.errors import ConfigurationError
+from searchr1_async.events import Emit
+from searchr1_async.learn.checkpoints import ResumePoint
+from searchr1_async.playing import PlaySettings, ServiceChoice, playing
+from searchr1_async.run_folder import kept_search
+from searchr1_async.search import Search
+from searchr1_async.service import is_embedded
+from searchr1_async.watch.dashboard import Choice
+from searchr1_async.weights import Step, Weights, find_weights
+
+SAMPLING_DEADLINE = 600.0
+"""Seconds that one turn may take: less than in training, since a person waits."""
+
+
+async def ask(
+    question: str,
+    search: Search | None = None,
+    *,
+    checkpoint: str | Path | None = None,
+    step: Step = "last",
+    model: str | None = None,
+    service: str | tinker.ServiceClient | None = None,
+    service_folder: str | Path | None = None,
+    format: str | None = None,
+    renderer: str | None = None,
+    instructions: str | None = None,
+    max_turns: int | None = None,
+    max_tokens: int | None = None,
+    max_trajectory_tokens: int | None = None,
+    malformed_calls: Literal["end", "tell"] | None = None,
+    temperature: float = 0.0,
+    seed: int | None = None,
+    sampling_deadline: float = SAMPLING_DEADLINE,
+    local: LocalOptions | None = None,
+    tokenizer: str | None = None,
+    progress: Choice = "quiet",
+    emit: Emit | None = None,
+) -> Answer:
+    """Asks a model one question: plays one episode with the search and returns it with its answer.
+
+    ::
+
+        await sr.ask("Which river flows through Bamako?", checkpoint="runs/first")
+
+    No golden answer is needed, and no reward is computed. The weights of a run are asked as they were trained: what is None here is
+    taken from the run's settings (the prompt, the format, the limits), from what it kept of its search, and its tokenizer.
+
+    Args:
+        question: as a person asks it.
+        search: the tool; None is the search of the run in ``checkpoint``, made again as the run's folder describes it.
+        checkpoint: a run's folder, a ``tinker://…/sampler_weights/…`` path, or None for the base model.
+        step: of a run: its last kept weights, the best on its held-out questions (``"best"``), or those after so many steps.
+        model: the base model; None is that of the run, else the service's default.
+        service: base URL or client of a Tinker service; None as in :func:`searchr1_async.train`. The embedded service opens
+            a run's weights in the run's folder.
+        service_folder: the embedded service's folder that holds a ``tinker://`` checkpoint; a run's folder knows its own.
+        format: tool-call format; None is the run's, else ``"hermes"``.
+        renderer: chat format; None is the run's, else chosen by the model's name.
+        instructions: the system prompt; None is the run's, else the format's own.
+        max_turns, max_tokens, max_trajectory_tokens, malformed_calls: limits of the episode; None is the run's, else the default of
+            :class:`~searchr1_async.config.EpisodeLimits`. A run's time limit for episodes does not apply.
+        temperature: 0 is greedy; 1 samples as training does.
+        seed: of the sampling; None lets the service choose.
+        sampling_deadline: seconds that one turn may take.
+        local: how the embedded service is started.
+        tokenizer: a folder or name; None is the one that the run kept, else the model's own.
+        progress: ``"quiet"`` says what it waits for after 5 seconds; see :func:`searchr1_async.train` for the others.
+        emit: receives the events of opening the services.
+
+    Returns:
+        The answer, which shows itself. An episode that ended without one (the model ran out of turns, its call could not be
+        read) is returned with ``answer=None``.
+
+    Raises:
+        ConfigurationError: bad input, no such weights, or a search that cannot be had, before any work starts.
+        ServiceError: the service is away, does not have these weights, or gave no sample.
+        SearchError: the search cannot be opened, or a search failed.
+    """
+    asked = asked_question(question)
+    weights = find_weights(checkpoint, step, service_folder=service_folder)
+    _check_place(weights, service)
+    point = None if weights.run is None else ResumePoint.load(weights.run)
+    settings = {} if point is None else point.settings
+    play = PlaySettings(
+        reward=RecipeReward(),
+        limits=asked_limits(
+            _limits_of(settings),
+            {
+                "max_turns": max_turns,
+                "max_tokens": max_tokens,
+                "max_trajectory_tokens": max_trajectory_tokens,
+                "malformed_calls": malformed_calls,
+            },
+        ),
+        sampling=SamplingSettings(temperature=temperature, seed=seed, deadline=sampling_deadline),
+        format_name=format or settings.get("format") or "hermes",
+        renderer_name=renderer or settings.get("renderer"),
+        instructions=instructions or settings.get("instructions"),
+    )
+    search = search or await _search_of(weights)
+    async with playing(
+        search,
+        play,
+        ServiceChoice(service, model, local or LocalOptions(), tokenizer or _tokenizer_of(weights)),
+        checkpoint=checkpoint,
+        step=step,
+        service_folder=service_folder,
+        progress=progress,
+        emit=emit,
+    ) as (engine, policy):
+        episode = await play_asked(
+            asked, dialect=engine.dialect, policy=policy, search=search, limits=play.limits, seed=seed
+        )
+        return Answer(episode, weights.path, weights.step)
+    raise AssertionError("playing() hides no exception")
+
+
+def _check_place(weights: Weights, service: str | tinker.ServiceClient | None) -> None:
+    """Refuses a run whose weights are on another kind of service than the one that would be opened.
+
+    Raises:
+        ConfigurationError: so.
+    """
+    if weights.run is None or service is not None:
+        return
+    if is_embedded(None) and weights.service_folder is None:
+        raise ConfigurationError(
+            f"the weights of {weights.run} are not in its folder but on the service that trained it: pass that service=…, or set "
+            "TINKER_API_KEY"
+        )
+    if not is_embedded(None) and weights.service_folder is not None:
+        raise ConfigurationError(
+            f"the weights of {weights.run} are in its folder, for the embedded service, and TINKER_API_KEY or TINKER_BASE_URL "
+            "chooses another: unset them, or pass service=… if that one has the weights"
+        )
+
+
+def _limits_of(settings: Mapping[str, Any]) -> EpisodeLimits:
+    """A run's limits; the defaults for those that an earlier version did not know."""
+    kept = settings.get("limits", {})
+    return EpisodeLimits(**{field.name: kept[field.name] for field in fields(EpisodeLimits) if field.name in kept})
+
+
+async def _search_of(weights: Weights) -> Search:
+    if weights.run is None:
+        raise ConfigurationError(
+            "there is no search: give the one to use, such as ask(question, Search.local('atlas'))"
+        )
+    return await anyio.to_thread.run_sync(kept_search, weights.run)
+
+
+def _tokenizer_of(weights: Weights) -> str | None:
+    folder = None if weights.run is None else weights.run / "tokenizer"
+    return str(folder) if folder is not None and folder.is_dir() else None

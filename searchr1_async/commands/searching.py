@@ -1,0 +1,45 @@
+"""The options of a command that say where it searches."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from searchr1_async.errors import ConfigurationError
+from searchr1_async.search import Search
+
+_NAMES = ("corpus", "chroma", "collection", "embedder", "results", "passage_words")
+
+
+def add_search(group: Any) -> None:
+    """Adds them to a parser, or to a group of one. They have no defaults: what was recorded applies where none is given."""
+    group.add_argument("--corpus", help="atlas, or a file of passages (atlas)")
+    group.add_argument("--chroma", metavar="HOST:PORT", help="a Chroma server instead")
+    group.add_argument("--collection", help="on that server (wiki_embeddings)")
+    group.add_argument("--embedder", help="of the index (all-MiniLM-L6-v2; with --chroma gemini-embedding-001)")
+    group.add_argument("--results", type=int, help="passages a query (3)")
+    group.add_argument("--passage-words", type=int, help="words a passage is cut at")
+
+
+def named_search(options: argparse.Namespace) -> Search | None:
+    """The search that the options name; None where they name none.
+
+    Raises:
+        ConfigurationError: they do not fit each other.
+        CorpusError, EmbeddingError, StoreError: as :meth:`Search.local` and :meth:`Search.chroma`.
+    """
+    return search_of(options) if any(getattr(options, name) is not None for name in _NAMES) else None
+
+
+def search_of(options: argparse.Namespace) -> Search:
+    """The search that the options name, with the defaults for what they leave out; errors as :func:`named_search`."""
+    results = 3 if options.results is None else options.results
+    settings = {"n_results": results, "max_passage_words": options.passage_words}
+    if options.chroma is None:
+        embedder = {} if options.embedder is None else {"embedder": options.embedder}
+        return Search.local("atlas" if options.corpus is None else options.corpus, **embedder, **settings)
+    host, _, port = options.chroma.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ConfigurationError(f"--chroma {options.chroma!r}: give HOST:PORT, such as localhost:8000")
+    embedder, collection = options.embedder or "gemini-embedding-001", options.collection or "wiki_embeddings"
+    return Search.chroma(host, int(port), collection, embedder=embedder, **settings)
