@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio.to_thread
+import numpy as np
 import pytest
 import tinker
 from tinker import types
@@ -178,6 +179,36 @@ async def test_in_flight_samplers_share_weights_that_move_and_keep_their_own_cac
             assert [await hits(sampler) for sampler in (second, third, snapshot)] == [0, 0, 0], "each has its own"
             (turns,) = await play(second, [5, 6, 7], [[9]])
             await trainer.forward_backward([datum_of(turns)], "stable_reinforce")
+
+
+async def test_a_running_sample_goes_on_with_the_weights_that_are_saved_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torch")
+    # A save takes its turn after the next token, not after a second of sampling.
+    monkeypatch.setattr("searchr1_async.local.torch_backend.SAMPLING_QUANTUM_SECONDS", 0.0)
+    backend = await anyio.to_thread.run_sync(tiny_model, tmp_path / "model")
+    with service_thread(tmp_path / "store", backend) as served:
+        async with sdk(served.url) as service:
+            trainer = await service.create_lora_training_client(base_model=backend.model_name, rank=4, seed=0)
+            await train(trainer)
+            moving = await trainer.save_weights_and_get_sampling_client(record_stability_info=True, kind="inflight")
+            still = await trainer.save_weights_and_get_sampling_client()
+            await train(trainer)
+            long = types.SamplingParams(max_tokens=300, stop=[], seed=3)
+            running = asyncio.ensure_future(moving.sample(PROMPT, 1, long))
+            await still.sample(PROMPT, 1, PARAMS)  # its turn comes after the long one has begun
+            await trainer.save_weights_and_get_sampling_client(kind="inflight")
+            assert not running.done()
+            sequence = (await running).sequences[0]
+            text = [5, 6, 7, *sequence.tokens]
+            old = (await still.compute_logprobs(types.ModelInput.from_ints(text)))[3:]
+            difference = np.abs(np.array(old, np.float32) - np.array(sequence.logprobs, np.float32))
+            assert difference[0] < 1e-3
+            assert difference[-50:].max() > 0.1
+            turn = PlayedTurn(sequence.sequence_id, [5, 6, 7], sequence.tokens, sequence.logprobs or [])
+            result = await trainer.forward([datum_of([turn])], "stable_reinforce")
+            assert result.metrics["ratio_min:min"] < 0.9, "what is recorded are the log-probabilities of both weights"
 
 
 async def test_what_was_not_recorded_in_this_session_is_refused(served: Served, service: tinker.ServiceClient) -> None:
