@@ -6,7 +6,8 @@ import datetime as dt
 
 import pytest
 
-from searchr1_async.watch.prices import PRICES, cost_of
+from searchr1_async.models import known_prices
+from searchr1_async.watch.prices import cost_of
 
 
 def test_tokens_by_their_prices() -> None:
@@ -40,7 +41,9 @@ def test_a_known_suffix_has_its_own_price() -> None:
 
 
 def test_without_a_price_of_training_only_sampling_has_a_cost() -> None:
-    assert cost_of("Qwen/Qwen3.8-27B", False, prompt_tokens=1, sampled_tokens=1, trained_tokens=1) is None
+    model = "Qwen/Qwen3.8-27B:peft:262144"
+    assert cost_of(model, False, prompt_tokens=1, sampled_tokens=1, trained_tokens=1) is None
+    assert cost_of(model, False, prompt_tokens=1, sampled_tokens=1, trained_tokens=0) is not None
 
 
 def test_an_old_price_is_no_upper_bound() -> None:
@@ -51,7 +54,7 @@ def test_an_old_price_is_no_upper_bound() -> None:
 
 
 def test_the_table_is_dated_and_in_order() -> None:
-    for price in PRICES.values():
+    for price in known_prices().values():
         dt.date.fromisoformat(price.as_of)
         assert 0 < price.prefill < price.sample
         assert price.train is None or price.train > 0
