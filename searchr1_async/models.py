@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib import resources
+from pathlib import Path
 from typing import Any
 
 Thinking = bool | str | None
@@ -196,7 +196,7 @@ class _Table:
 
 @cache
 def _table() -> _Table:
-    data = json.loads(resources.files("searchr1_async").joinpath("models.json").read_text(encoding="utf-8"))
+    data = json.loads(Path(__file__).with_name("models.json").read_text(encoding="utf-8"))
     formats = {
         name: ChatFormat(
             name,

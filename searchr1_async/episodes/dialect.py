@@ -26,6 +26,7 @@ from searchr1_async.episodes.rendering import select_renderer
 from searchr1_async.episodes.reward import answer_after_prefix
 from searchr1_async.episodes.types import Passage, Question, SearchCall
 from searchr1_async.errors import ModelError
+from searchr1_async.models import Thinking
 
 SEARCH_TOOL: ToolSpec = {
     "name": "search",
@@ -336,6 +337,7 @@ def make_dialect(
     tokenizer: Any,
     *,
     renderer_name: str | None = None,
+    thinking: Thinking = None,
     instructions: str | None = None,
     method: Method = "search",
 ) -> Dialect:
@@ -346,12 +348,13 @@ def make_dialect(
         model_name: as the Tinker service calls it; chooses the renderer.
         tokenizer: its Hugging Face tokenizer.
         renderer_name: a renderer of the ``renderers`` package, or ``"chatml"``; None chooses by the model's name.
+        thinking: whether and how hard the model thinks; see :data:`~searchr1_async.models.Thinking`.
         instructions: the system prompt; None is that of the format and the method.
         method: how the question is put to the model; see :data:`~searchr1_async.episodes.methods.Method`.
 
     Raises:
-        ModelError: an unknown format or method, no renderer for the model, or, with ``recipe``, no prompt of the recipe, or one
-            that would not be used as it is.
+        ModelError: an unknown format or method, no renderer for the model, a value of ``thinking`` that it does not have, or, with
+            ``recipe``, no prompt of the recipe, or one that would not be used as it is.
     """
     if format_name not in FORMATS:
         raise ModelError(f"unknown tool-call format {format_name!r}: choose one of {', '.join(FORMATS)}")
@@ -360,7 +363,7 @@ def make_dialect(
     if method == "recipe":
         check_recipe(format_name, instructions)
     tokenizer = RememberingTokenizer(tokenizer)
-    renderer = select_renderer(model_name, tokenizer, renderer_name)
+    renderer = select_renderer(model_name, tokenizer, renderer_name, thinking)
     if method == "recipe":
         recipe = load_recipe_prompt()
         return HermesDialect(renderer, tokenizer, recipe.instructions, tool=recipe.tool, layout=recipe_results)
