@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from renderers import Message, Renderer, ToolCallParseStatus, ToolSpec
 
@@ -232,11 +232,13 @@ class HermesDialect:
         layout: Callable[[PlainText, Sequence[str], Sequence[Sequence[Passage]]], str] = query_blocks,
     ) -> None:
         self._renderer, self._tokenizer, self._instructions = renderer, tokenizer, instructions
-        self._tools = None if tool is None else [tool]
+        # As chat templates are given it: those of Qwen and Llama print it as it is.
+        self._tools = None if tool is None else [cast(ToolSpec, {"type": "function", "function": tool})]
         self._layout = layout
         self._plain = PlainText.of(tokenizer)
         self.stop = renderer.get_stop_token_ids()
-        self._empty_prompt = renderer.render_ids([{"role": "user", "content": "?"}], add_generation_prompt=True)
+        self._empty_prompt = renderer.render_ids([_ASKED], add_generation_prompt=True)
+        self._has_call_ids = _shows_call_ids(renderer)
 
     def start(self, question: Question, given: SearchCall | None = None) -> list[int]:
         if self._tools is None:
@@ -275,6 +277,8 @@ class HermesDialect:
 
     def _bridge(self, prompt_tokens: Sequence[int], sampled_tokens: Sequence[int], content: str) -> list[int] | None:
         message: Message = {"role": "tool", "name": "search", "content": content}
+        if self._has_call_ids and (called := self._call_id(prompt_tokens, sampled_tokens)) is not None:
+            message["tool_call_id"] = called
         rendered = self._renderer.bridge_to_next_turn(
             list(prompt_tokens), list(sampled_tokens), [message], tools=self._tools
         )
@@ -283,26 +287,68 @@ class HermesDialect:
             return None
         return rendered.token_ids[len(before) :]
 
+    def _call_id(self, prompt_tokens: Sequence[int], sampled_tokens: Sequence[int]) -> str | None:
+        """The identifier that the model gave to its call, for formats in which the result names it."""
+        try:
+            parsed = self._renderer.parse_response(
+                list(sampled_tokens), tools=self._tools, prompt_ids=list(prompt_tokens)
+            )
+        except Exception:  # what cannot be parsed has no identifier
+            return None
+        return next((call.id for call in parsed.tool_calls if call.id), None)
+
     def write_call(self, queries: Sequence[str]) -> list[int]:
         call: Any = {
             "type": "function",
+            "id": _CALL_ID,
             "function": {
                 "name": "search",
                 "arguments": {"query_list": [self._plain.defuse(query) for query in queries]},
             },
         }
-        return self._write({"role": "assistant", "content": "", "tool_calls": [call]})
+        result: Message = {"role": "tool", "name": "search", "tool_call_id": _CALL_ID, "content": "?"}
+        return self._write(
+            {"role": "assistant", "content": "", "tool_calls": [call]}, "I should search for this.", result
+        )
 
     def write_answer(self, answer: str) -> list[int]:
-        return self._write({"role": "assistant", "content": prefixed(self._plain.defuse(answer))})
+        message: Message = {"role": "assistant", "content": prefixed(self._plain.defuse(answer))}
+        return self._write(message, "I can answer this now.", _ASKED)
 
-    def _write(self, message: Message) -> list[int]:
-        """What the model would sample for this message: everything behind the generation prompt, its stop token included."""
-        whole = self._renderer.render_ids([{"role": "user", "content": "?"}, message])
-        tokens = whole[len(self._empty_prompt) :]
-        while tokens and tokens[-1] not in self.stop:
-            tokens.pop()
-        return tokens
+    def _write(self, message: Message, thought: str, following: Message) -> list[int]:
+        """What the model would sample for this message: everything behind the generation prompt, its stop token included.
+
+        Args:
+            thought: what it thinks before, in formats whose prompt opens a thought that no empty one can close.
+            following: what would come next, for formats in which only that ends a message.
+
+        Raises:
+            ModelError: the format's prompt is no beginning of such a message.
+        """
+        for written in (message, cast(Message, {**message, "reasoning_content": thought})):
+            for behind in ((), (following,)):
+                whole = self._renderer.render_ids([_ASKED, written, *behind])
+                tokens = whole[len(self._empty_prompt) :]
+                ends = [place for place, token in enumerate(tokens) if token in self.stop]
+                if whole[: len(self._empty_prompt)] == self._empty_prompt and ends:
+                    return tokens[: ends[0] + 1]
+        raise ModelError("demonstrations cannot be written in this model's chat format: leave the warm-up out")
+
+
+_ASKED: Message = {"role": "user", "content": "?"}
+_CALL_ID = "functions.search:0"
+"""The identifier of a first call as Kimi's models write it; other formats do not show it."""
+
+
+def _shows_call_ids(renderer: Renderer) -> bool:
+    """Whether a tool's result names the call that it answers."""
+    call: Any = {"type": "function", "id": _CALL_ID, "function": {"name": "search", "arguments": {"query_list": ["?"]}}}
+    asked: list[Message] = [_ASKED, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    first, second = (
+        renderer.render_ids([*asked, {"role": "tool", "name": "search", "tool_call_id": called, "content": "?"}])
+        for called in (_CALL_ID, "functions.search:1")
+    )
+    return first != second
 
 
 def _read_calls(calls: Sequence[Any]) -> Reading:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, cast
 
-from renderers import Renderer, config_from_name, create_renderer
+from renderers import Message, RenderedTokens, Renderer, ToolSpec, config_from_name, create_renderer
 from renderers.base import MODEL_RENDERER_MAP
 
 from searchr1_async.episodes.chatml import ChatMLRenderer
@@ -44,9 +44,14 @@ def select_renderer(
     options = thinking_options(chat, thinking, model_name)
     if chat.renderer == CHATML:
         return ChatMLRenderer(tokenizer)
+    named = _Named(tokenizer, plain_name(model_name))
     try:
-        config = type(config_from_name(cast(str, chat.renderer)))(**options)
-        return create_renderer(_Named(tokenizer, plain_name(model_name)), cast(Any, config))
+        kind: Any = type(config_from_name(cast(str, chat.renderer)))
+        renderer = create_renderer(named, kind(**options))
+        if _EFFORT_HINTS.isdisjoint(options):
+            return renderer
+        unhinted = {name: value for name, value in options.items() if name not in _EFFORT_HINTS}
+        return cast(Renderer, _EffortRenderer(renderer, create_renderer(named, kind(**unhinted))))
     except Exception as error:
         raise ModelError(
             f"renderer {chat.renderer!r} cannot be used with the tokenizer of {model_name!r}: {type(error).__name__}: {error}"
@@ -159,6 +164,39 @@ def _template_is_chatml(tokenizer: Any) -> bool:
         if str(written).rstrip("\n") != expected.rstrip("\n"):
             return False
     return True
+
+
+_EFFORT_HINTS = frozenset({"low_effort", "medium_effort"})
+"""Options of Nemotron's renderers that put a hint behind the last message of the user."""
+
+
+class _EffortRenderer:
+    """A renderer that hints at an effort behind the user's last message, and goes on after a tool's result.
+
+    The renderers with such a hint extend no conversation, since a new message of the user would take the hint with it. The result
+    of a tool is no such message: what comes behind it is the same with the hint and without.
+    """
+
+    def __init__(self, renderer: Renderer, unhinted: Renderer) -> None:
+        self._renderer, self._unhinted = renderer, unhinted
+
+    def bridge_to_next_turn(
+        self,
+        previous_prompt_ids: list[int],
+        previous_completion_ids: list[int],
+        new_messages: list[Message],
+        *,
+        tools: list[ToolSpec] | None = None,
+    ) -> RenderedTokens | None:
+        """As the renderer's own without the hint; None where a message is the user's."""
+        if any(message.get("role") == "user" for message in new_messages):
+            return None
+        return self._unhinted.bridge_to_next_turn(
+            previous_prompt_ids, previous_completion_ids, new_messages, tools=tools
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._renderer, name)
 
 
 class _Named:
