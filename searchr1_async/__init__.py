@@ -50,6 +50,7 @@ from searchr1_async.evaluation.systems import System
 from searchr1_async.evaluation.table import comparison_table
 from searchr1_async.job import TrainingResult
 from searchr1_async.learn.demonstrations import Demonstration
+from searchr1_async.models import Price
 from searchr1_async.recorded import RecordedRun
 from searchr1_async.run import Run, open_run
 from searchr1_async.search import Search, SearchStatistics
@@ -62,7 +63,6 @@ from searchr1_async.search.served import ServedEmbedder, ServedStore
 from searchr1_async.search.serving import serve_search
 from searchr1_async.search.sources import ChromaFolder, ChromaServer, VectorFiles
 from searchr1_async.search.stores import CompactSettings, CompactStore, EmbeddedChroma, RemoteChroma
-from searchr1_async.watch.prices import Price
 from searchr1_async.watch.trackers import TensorBoardTracker, TrackioTracker, WandbTracker
 from searchr1_async.watch.viewer import register_representations
 

@@ -26,6 +26,7 @@ from searchr1_async.config import (
 )
 from searchr1_async.control import RunControl
 from searchr1_async.data.questions import Questions, checked_questions
+from searchr1_async.episodes.rendering import check_thinking
 from searchr1_async.episodes.reward import RecipeReward, RewardFunction
 from searchr1_async.episodes.types import Group
 from searchr1_async.errors import ConfigurationError
@@ -34,6 +35,7 @@ from searchr1_async.events import Emit
 from searchr1_async.held_out import refuse_overlap
 from searchr1_async.job import TrainingJob, TrainingResult
 from searchr1_async.learn.demonstrations import Demonstration
+from searchr1_async.models import Price, Thinking
 from searchr1_async.playing import PlaySettings, ServiceChoice, check_format, open_watchers, playing
 from searchr1_async.run import Run
 from searchr1_async.run_folder import find_point, past_events
@@ -43,7 +45,6 @@ from searchr1_async.spending import check_max_cost
 from searchr1_async.training import run_training
 from searchr1_async.watch.dashboard import Choice, open_view
 from searchr1_async.watch.live.view import LiveView
-from searchr1_async.watch.prices import Price
 from searchr1_async.watch.stream import EventStreams
 from searchr1_async.watch.trackers import Tracker, make_trackers
 
@@ -67,6 +68,7 @@ def train(
     format_coefficient: float = 0.1,
     format: str = "hermes",
     renderer: str | None = None,
+    thinking: Thinking = None,
     instructions: str | None = None,
     group_size: int = 8,
     groups_per_batch: int = 512,
@@ -123,7 +125,9 @@ def train(
         questions: a suite's name, a file, or questions; see :func:`load_questions`.
         search: the tool; see :class:`Search`.
         out_dir: the run's folder.
-        model: the base model; None is SmolLM2-135M-Instruct on the embedded service, Qwen3-4B-Instruct-2507 elsewhere.
+        model: the base model, as the service calls it; None is SmolLM2-135M-Instruct on the embedded service and Qwen3.5-4B
+            elsewhere, or the nearest of its family that the service offers. Other services than the embedded one are asked what they
+            offer before any work starts: a model that is named and not offered is refused.
         service: base URL or client of a Tinker service. None: the cloud where ``TINKER_API_KEY`` or ``TINKER_BASE_URL`` is
             set; otherwise the embedded service is started, and stopped with the run.
         resume: go on with the run in ``out_dir`` from its last finished step; a fresh start where there is none.
@@ -140,7 +144,11 @@ def train(
         demonstrations: for the warm-up; by default made from the questions (their ``search_queries``, else themselves).
         reward: ``async def reward(episode) -> float``; None is the recipe's, with ``format_coefficient`` and ``strict_recipe``.
         format: tool-call format, ``"hermes"`` or ``"tags"``.
-        renderer: chat format (of the ``renderers`` package, or ``"chatml"``); None chooses by the model's name.
+        renderer: chat format (of the ``renderers`` package, or ``"chatml"``); None is the model's own, by its name, or ChatML where
+            its chat template is ChatML. A model of another format is refused.
+        thinking: whether the model thinks before it answers: True, False, or an effort such as ``"low"``, as far as its chat format
+            has them. None: no thinking where it can be switched off, else the lowest effort. ``"template"``: as the chat template
+            has it where nothing is said.
         instructions: the system prompt; None is the format's own.
         max_staleness: 0 learns on-policy, each group streaming into the step as it finishes; k lets the next batches' episodes start
             while the last ones finish and the trainer works, on weights at most k steps older.
@@ -177,6 +185,7 @@ def train(
         ) from None
     out = Path(out_dir)
     check_format(format)
+    check_thinking(model, renderer, thinking)
     for name, value in (("evaluate_every", evaluate_every), ("held_out_samples", held_out_samples)):
         if value is not None and value < 1:
             raise ConfigurationError(f"{name} is {value}: it must be at least 1")
@@ -250,6 +259,7 @@ def train(
         tokenizer=tokenizer,
         format_name=format,
         renderer_name=renderer,
+        thinking=thinking,
         instructions=instructions,
         warm_up=warm_up,
         demonstrations=tuple(demonstrations),
@@ -292,6 +302,7 @@ async def rollout(
     reward: RewardFunction | None = None,
     format: str = "hermes",
     renderer: str | None = None,
+    thinking: Thinking = None,
     instructions: str | None = None,
     max_turns: int = 5,
     max_tokens: int = 1024,
@@ -310,12 +321,14 @@ async def rollout(
     Arguments and errors as in :func:`searchr1_async.evaluate`.
     """
     items = checked_questions(questions)
+    check_thinking(model, renderer, thinking)
     play = PlaySettings(
         reward=reward or RecipeReward(),
         limits=EpisodeLimits(max_turns, max_tokens, max_trajectory_tokens, malformed_calls=malformed_calls),
         sampling=SamplingSettings(temperature=temperature, seed=seed),
         format_name=format,
         renderer_name=renderer,
+        thinking=thinking,
         instructions=instructions,
         group_size=group_size,
         max_failed_fraction=max_failed_fraction,

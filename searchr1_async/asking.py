@@ -13,10 +13,12 @@ import tinker
 from searchr1_async.answer import Answer
 from searchr1_async.answering import asked_limits, asked_question, play_asked
 from searchr1_async.config import EpisodeLimits, LocalOptions, SamplingSettings
+from searchr1_async.episodes.rendering import AS_TEMPLATE
 from searchr1_async.episodes.reward import RecipeReward
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.events import Emit
 from searchr1_async.learn.checkpoints import ResumePoint
+from searchr1_async.models import Thinking
 from searchr1_async.playing import PlaySettings, ServiceChoice, playing
 from searchr1_async.run_folder import kept_search
 from searchr1_async.search import Search
@@ -39,6 +41,7 @@ async def ask(
     service_folder: str | Path | None = None,
     format: str | None = None,
     renderer: str | None = None,
+    thinking: Thinking = None,
     instructions: str | None = None,
     max_turns: int | None = None,
     max_tokens: int | None = None,
@@ -72,6 +75,7 @@ async def ask(
         service_folder: the embedded service's folder that holds a ``tinker://`` checkpoint; a run's folder knows its own.
         format: tool-call format; None is the run's, else ``"hermes"``.
         renderer: chat format; None is the run's, else chosen by the model's name.
+        thinking: as in :func:`searchr1_async.train`; None is the run's, else the format's default.
         instructions: the system prompt; None is the run's, else the format's own.
         max_turns, max_tokens, max_trajectory_tokens, malformed_calls: limits of the episode; None is the run's, else the default of
             :class:`~searchr1_async.config.EpisodeLimits`. A run's time limit for episodes does not apply.
@@ -111,6 +115,7 @@ async def ask(
         sampling=SamplingSettings(temperature=temperature, seed=seed, deadline=sampling_deadline),
         format_name=format or settings.get("format") or "hermes",
         renderer_name=renderer or settings.get("renderer"),
+        thinking=settings.get("thinking", AS_TEMPLATE) if thinking is None and point is not None else thinking,
         instructions=instructions or settings.get("instructions"),
     )
     search = search or await _search_of(weights)

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from searchr1_async.models import Price, known_prices
 from searchr1_async.usage import TokenUsage
-from searchr1_async.watch.prices import CACHED_PREFILL_DISCOUNT, LAST_RISE, PRICES, Price
+
+CACHED_PREFILL_DISCOUNT = 0.8
+"""Of the prefill price, for the beginning of a prompt that the service has cached (2026-10-07)."""
+LAST_RISE = "2026-07-17"
+"""Prices rose on that day, most of them by half: an older price is no upper bound of today's."""
 
 _TINKER_HOSTS = ("thinkingmachines.dev", "thinkingmachines.ai")
 
@@ -99,7 +104,7 @@ class Billing:
 
 def find_price(model: str) -> Price | None:
     """Tinker's price of a model by its exact name, with its ``:peft:`` suffix if it has one; None where it is not known."""
-    return PRICES.get(model)
+    return known_prices().get(model)
 
 
 def billing_of(model: str, *, is_embedded: bool, is_tinker: bool, price: Price | None = None) -> Billing:

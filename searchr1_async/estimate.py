@@ -19,10 +19,10 @@ from searchr1_async.config import EpisodeLimits, WarmUp
 from searchr1_async.data.questions import Questions, checked_questions
 from searchr1_async.episodes.types import Question
 from searchr1_async.errors import ConfigurationError, RunFolderError
+from searchr1_async.models import Price
 from searchr1_async.search.options import check_n_results
 from searchr1_async.service import billing_on
 from searchr1_async.usage import TokenUsage
-from searchr1_async.watch.prices import Price
 from searchr1_async.watch.records import RunRecords
 
 TURNS = 3.0

@@ -14,7 +14,7 @@ from searchr1_async.episodes.types import Episode, Group
 from searchr1_async.usage import TokenUsage
 
 if TYPE_CHECKING:
-    from searchr1_async.watch.prices import Price
+    from searchr1_async.models import Price
 
 
 @dataclass(frozen=True, slots=True)

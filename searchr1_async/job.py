@@ -23,9 +23,9 @@ from searchr1_async.estimate import CostEstimate, RunShape, mean_letters
 from searchr1_async.evaluation.result import Evaluation
 from searchr1_async.learn.checkpoints import KeptCheckpoint, ResumePoint
 from searchr1_async.learn.demonstrations import Demonstration
+from searchr1_async.models import Price, Thinking
 from searchr1_async.rollout.order import QuestionOrder
 from searchr1_async.search import Search
-from searchr1_async.watch.prices import Price
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class TrainingJob:
     tokenizer: str | None = None
     format_name: str = "hermes"
     renderer_name: str | None = None
+    thinking: Thinking = None
     instructions: str | None = None
     warm_up: WarmUp | None = None
     demonstrations: tuple[Demonstration, ...] = ()
@@ -70,6 +71,7 @@ class TrainingJob:
             "model": self.model,
             "format": self.format_name,
             "renderer": self.renderer_name,
+            "thinking": self.thinking,
             "instructions": self.instructions,
             "temperature": self.sampling.temperature,
             "search": self.search.fingerprint,

@@ -14,17 +14,19 @@ import tinker
 from searchr1_async.config import EpisodeLimits, LocalOptions, SamplingSettings
 from searchr1_async.episodes.dialect import FORMATS, make_dialect
 from searchr1_async.episodes.methods import Method
+from searchr1_async.episodes.rendering import check_thinking
 from searchr1_async.episodes.reward import RewardFunction
 from searchr1_async.episodes.types import Passage, Question, SearchCall
 from searchr1_async.errors import ConfigurationError, ModelError, SearchError, SearchR1Error, first_error
 from searchr1_async.events import Emit, Notice, RunEnded, RunStarted
+from searchr1_async.models import Thinking
 from searchr1_async.rollout.engine import RolloutEngine
 from searchr1_async.rollout.opening import open_engine
 from searchr1_async.rollout.policy import TinkerPolicy
 from searchr1_async.rollout.workers.messages import WorkerSpec
 from searchr1_async.search import Search
 from searchr1_async.search.queries import clean_query
-from searchr1_async.service import Service, check_service, open_service
+from searchr1_async.service import Service, check_chat_format, check_service, open_service
 from searchr1_async.training import open_search
 from searchr1_async.watch.dashboard import Choice, View, open_view
 from searchr1_async.watch.fanout import Watchers
@@ -37,7 +39,7 @@ class PlaySettings:
     """How episodes are played and scored.
 
     Raises:
-        ModelError: an unknown tool-call format.
+        ModelError: an unknown tool-call format, or a value of ``thinking`` that there is not.
         ConfigurationError: a number out of its range.
     """
 
@@ -46,6 +48,8 @@ class PlaySettings:
     sampling: SamplingSettings
     format_name: str = "hermes"
     renderer_name: str | None = None
+    thinking: Thinking = None
+    """Whether and how hard the model thinks; None is the default of its chat format."""
     instructions: str | None = None
     """The system prompt; None is the method's own."""
     group_size: int = 1
@@ -55,6 +59,7 @@ class PlaySettings:
 
     def __post_init__(self) -> None:
         check_format(self.format_name)
+        check_thinking(None, self.renderer_name, self.thinking)
         if self.group_size < 1:
             raise ConfigurationError(f"{self.group_size} episodes a question: at least 1")
         if not 0 <= self.max_failed_fraction <= 1:
@@ -110,6 +115,7 @@ def worker_spec(service: Service, play: PlaySettings, method: Method = "search")
         service.tokenizer.name_or_path,
         play.limits,
         renderer_name=play.renderer_name,
+        thinking=play.thinking,
         instructions=play.instructions,
         first_turn=play.sampling.first_turn,
         method=method,
@@ -131,6 +137,7 @@ def check_prompt(label: str, model_name: str, tokenizer: Any, play: PlaySettings
         model_name,
         tokenizer,
         renderer_name=play.renderer_name,
+        thinking=play.thinking,
         instructions=play.instructions,
         method=method,
     )
@@ -194,7 +201,10 @@ async def playing(
     weights = find_weights(checkpoint, step, service_folder=service_folder)
     choice = with_model(choice, weights)
     async with watching("rollout", progress, emit) as watchers:
-        await check_service(choice.service, choice.model, choice.local)
+        model = await check_service(choice.service, choice.model, choice.local)
+        await check_chat_format(
+            choice.service, model, choice.tokenizer, renderer_name=play.renderer_name, thinking=play.thinking
+        )
         await open_search(search, watchers)
         async with search, opened_service(choice, weights.service_folder, watchers) as service:
             watchers(started("rollout", service, search, play, weights.step))

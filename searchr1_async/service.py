@@ -16,14 +16,15 @@ import tinker
 
 from searchr1_async.billing import Billing, billing_of, is_tinker_host
 from searchr1_async.config import LocalOptions
-from searchr1_async.errors import ConfigurationError, ModelError, PortInUseError, ServiceError, ServiceUnavailableError
+from searchr1_async.episodes.rendering import check_thinking, known_format, select_renderer
+from searchr1_async.episodes.tokenizers import load_pretrained_tokenizer
+from searchr1_async.errors import ConfigurationError, PortInUseError, ServiceError, ServiceUnavailableError
 from searchr1_async.events import Emit, Notice
 from searchr1_async.local import DEFAULT_MODEL, local_service, probe
 from searchr1_async.local.models import resolve_model
-from searchr1_async.watch.prices import Price
+from searchr1_async.models import Price, Thinking, default_cloud_model
+from searchr1_async.offered import Offered, ask_offered, choose_model
 
-CLOUD_MODEL = "Qwen/Qwen3-4B-Instruct-2507"
-"""The default where a Tinker key is set: the model of the ancestor's published results."""
 CONNECT_DEADLINE = 10.0
 """Seconds in which a service must answer; the SDK itself would try for minutes."""
 _SETUP_DEADLINE = 300.0
@@ -42,6 +43,8 @@ class Service:
     """The embedded one, started here."""
     is_tinker: bool = False
     """Tinker's own cloud, as far as its address tells."""
+    offered: Offered = None
+    """The models that it lists; None where it has no list."""
 
     async def create_training_client(self, *, rank: int, seed: int) -> tinker.TrainingClient:
         """A new LoRA adapter.
@@ -109,8 +112,8 @@ def is_embedded(service: str | tinker.ServiceClient | None) -> bool:
 
 
 def default_model(service: str | tinker.ServiceClient | None) -> str:
-    """The model that is meant where none is named."""
-    return DEFAULT_MODEL if is_embedded(service) else CLOUD_MODEL
+    """The model that is meant where none is named; a service that does not offer it may have another used in its place."""
+    return DEFAULT_MODEL if is_embedded(service) else default_cloud_model()
 
 
 def _is_tinker(url: str | None) -> bool:
@@ -135,23 +138,26 @@ def billing_on(service: str | tinker.ServiceClient | None, model: str | None, pr
     )
 
 
-async def check_service(service: str | tinker.ServiceClient | None, model: str | None, local: LocalOptions) -> None:
+async def check_service(
+    service: str | tinker.ServiceClient | None, model: str | None, local: LocalOptions, *, trains: bool = False
+) -> str:
     """Refuses, before anything is begun or written, a service that :func:`open_service` could not open.
 
-    Downloads or converts the embedded service's model, where that was not done before.
+    Downloads or converts the embedded service's model, where that was not done before. Another service is asked what it offers.
+
+    Args:
+        trains: the model is to be trained, not only sampled from.
+
+    Returns:
+        The name of the model that will be used.
 
     Raises:
-        ServiceUnavailableError: no answer within 10 s, naming the URL.
-        ModelError: the embedded service's model is not to be had.
+        ServiceUnavailableError: no answer within 10 s, naming the URL, or none within 30 s about what it offers.
+        ModelError: the embedded service's model is not to be had, or the service does not offer the model.
         PortInUseError: the embedded service's port is taken.
     """
-    if isinstance(service, tinker.ServiceClient):
-        return
     if not is_embedded(service):
-        url = service or os.environ.get("TINKER_BASE_URL")
-        if url is not None:
-            await probe(url, timeout=CONNECT_DEADLINE)
-        return
+        return choose_model(model, await _ask(service, trains=trains))[0]
     if local.port:
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -161,7 +167,29 @@ async def check_service(service: str | tinker.ServiceClient | None, model: str |
                 raise PortInUseError(
                     f"port {local.port} on 127.0.0.1 cannot be used ({error.strerror}): choose another, or 0 for a free one"
                 ) from None
-    await anyio.to_thread.run_sync(resolve_model, model or default_model(service))
+    wanted = model or default_model(service)
+    await anyio.to_thread.run_sync(resolve_model, wanted)
+    return wanted
+
+
+async def choose_service_model(service: str | tinker.ServiceClient | None, model: str | None) -> tuple[str, str | None]:
+    """The model to sample from on a service that is not the embedded one, and what there is to say about the choice.
+
+    Raises:
+        ServiceUnavailableError: no answer.
+        ModelError: the service does not offer it.
+    """
+    return choose_model(model, await _ask(service, trains=False))
+
+
+async def _ask(service: str | tinker.ServiceClient | None, *, trains: bool) -> Offered:
+    """What a service that is not embedded offers."""
+    if isinstance(service, tinker.ServiceClient):
+        return await ask_offered(lambda: tinker.RestClient(service.holder), trains=trains)
+    url = service or os.environ.get("TINKER_BASE_URL")
+    if url is not None:
+        await probe(url, timeout=CONNECT_DEADLINE)
+    return await ask_offered(lambda: tinker.RestClient(base_url=url), trains=trains)
 
 
 @asynccontextmanager
@@ -173,51 +201,53 @@ async def open_service(
     local: LocalOptions,
     emit: Emit,
     tokenizer: str | None = None,
+    trains: bool = False,
 ) -> AsyncIterator[Service]:
-    """Connects, and disconnects at the end.
+    """Connects, and disconnects at the end. Every service but the embedded one is asked what it offers before.
 
     Args:
         service: a base URL, or a client of the user's (left open at the end); None takes the cloud where ``TINKER_API_KEY``
             or ``TINKER_BASE_URL`` is set, and starts the embedded service otherwise.
-        model: None is SmolLM2-135M-Instruct on the embedded service and Qwen3-4B-Instruct-2507 elsewhere.
+        model: None is SmolLM2-135M-Instruct on the embedded service and Qwen3.5-4B elsewhere, or the nearest of its family that
+            the service offers.
         folder: where the embedded service keeps its checkpoints and its log.
         tokenizer: a folder or name, where the model's own name does not load one.
+        trains: the model is to be trained, not only sampled from.
 
     Raises:
-        ServiceUnavailableError: no answer within 10 s, naming the URL.
+        ServiceUnavailableError: no answer within 10 s, naming the URL, or none within 30 s about what it offers.
         ServiceStartError, PortInUseError: the embedded service did not come up.
         ModelError: the model or its tokenizer is not to be had.
     """
-    if isinstance(service, tinker.ServiceClient):
-        name = model or default_model(service)
-        yield Service(
-            service, name, await load_tokenizer(tokenizer or name), is_local=False, is_tinker=_is_tinker(None)
-        )
+    if not is_embedded(service):
+        offered = await _ask(service, trains=trains)
+        name, note = choose_model(model, offered)
+        if note is not None:
+            emit(Notice(note))
+        loaded = await load_tokenizer(tokenizer or name)
+        if isinstance(service, tinker.ServiceClient):
+            yield Service(service, name, loaded, is_local=False, is_tinker=_is_tinker(None), offered=offered)
+            return
+        url = service or os.environ.get("TINKER_BASE_URL")
+        async with _client(url, None) as client:
+            yield Service(client, name, loaded, is_local=False, is_tinker=_is_tinker(url), offered=offered)
         return
-    if is_embedded(service):
-        wanted = model or default_model(service)
-        emit(Notice(f"no Tinker endpoint is set: starting the embedded service with {wanted} on this machine"))
-        async with local_service(
-            wanted,
-            folder=folder,
-            port=local.port,
-            threads=local.threads,
-            dtype=local.dtype,
-            device=local.device,
-            start_timeout=local.start_timeout,
-            log_path=folder / "service.log",
-        ) as started:
-            emit(Notice(f"the embedded service answers at {started.url} (pid {started.pid})"))
-            async with _client(started.url, started.api_key) as client:
-                loaded = await load_tokenizer(tokenizer or started.tokenizer_path)
-                yield Service(client, started.model_name, loaded, is_local=True)
-        return
-    url = service or os.environ.get("TINKER_BASE_URL")
-    if url is not None:
-        await probe(url, timeout=CONNECT_DEADLINE)
-    name = model or default_model(service)
-    async with _client(url, None) as client:
-        yield Service(client, name, await load_tokenizer(tokenizer or name), is_local=False, is_tinker=_is_tinker(url))
+    wanted = model or default_model(service)
+    emit(Notice(f"no Tinker endpoint is set: starting the embedded service with {wanted} on this machine"))
+    async with local_service(
+        wanted,
+        folder=folder,
+        port=local.port,
+        threads=local.threads,
+        dtype=local.dtype,
+        device=local.device,
+        start_timeout=local.start_timeout,
+        log_path=folder / "service.log",
+    ) as started:
+        emit(Notice(f"the embedded service answers at {started.url} (pid {started.pid})"))
+        async with _client(started.url, started.api_key) as client:
+            loaded = await load_tokenizer(tokenizer or started.tokenizer_path)
+            yield Service(client, started.model_name, loaded, is_local=True)
 
 
 @asynccontextmanager
@@ -243,23 +273,36 @@ async def _client(url: str | None, api_key: str | None) -> AsyncIterator[tinker.
 
 
 async def load_tokenizer(source: str) -> Any:
-    """The Hugging Face tokenizer in a folder or under a name, loaded in a worker thread.
+    """The Hugging Face tokenizer in a folder or under a model's name, loaded in a worker thread.
 
     Raises:
         ModelError: there is none.
     """
+    return await anyio.to_thread.run_sync(load_pretrained_tokenizer, source)
 
-    def load() -> Any:
-        from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(source)
+async def check_chat_format(
+    service: str | tinker.ServiceClient | None,
+    model: str,
+    tokenizer: str | None,
+    *,
+    renderer_name: str | None,
+    thinking: Thinking,
+) -> None:
+    """Refuses a model whose chat format is not known, or that does not have this value of ``thinking``.
 
-    try:
-        return await anyio.to_thread.run_sync(load)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"no tokenizer could be loaded from {source!r} ({type(error).__name__}): name a folder or a model with tokenizer=…"
-        ) from error
+    Args:
+        model: as :func:`check_service` returned it. Its tokenizer is loaded only where its name does not tell.
+        tokenizer: a folder or name to be taken instead of the model's own.
+
+    Raises:
+        ModelError: so, or the tokenizer is not to be had.
+    """
+    check_thinking(model, renderer_name, thinking)
+    if known_format(model, renderer_name) is None:
+        load = load_embedded_tokenizer(model, tokenizer) if is_embedded(service) else load_tokenizer(tokenizer or model)
+        loaded = await load
+        await anyio.to_thread.run_sync(select_renderer, model, loaded, renderer_name, thinking)
 
 
 async def load_embedded_tokenizer(model: str, tokenizer: str | None) -> Any:
@@ -278,10 +321,11 @@ async def load_embedded_tokenizer(model: str, tokenizer: str | None) -> Any:
 
 
 __all__ = [
-    "CLOUD_MODEL",
     "Service",
     "ServiceUnavailableError",
+    "check_chat_format",
     "check_service",
+    "choose_service_model",
     "load_embedded_tokenizer",
     "load_tokenizer",
     "open_service",

@@ -20,6 +20,7 @@ import tinker
 from searchr1_async.answering import LiveAnswers
 from searchr1_async.config import WarmUp
 from searchr1_async.control import RunControl
+from searchr1_async.episodes.rendering import AS_TEMPLATE
 from searchr1_async.errors import SearchR1Error, ServiceError, first_error
 from searchr1_async.estimate import estimate
 from searchr1_async.events import (
@@ -59,7 +60,7 @@ from searchr1_async.run_folder import (
     writing_records,
 )
 from searchr1_async.search import Search
-from searchr1_async.service import Service, billing_on, check_service, open_service
+from searchr1_async.service import Service, billing_on, check_chat_format, check_service, open_service
 from searchr1_async.spending import keep_spending, spending_of, tell_estimate, with_cost
 from searchr1_async.usage import TokenUsage
 from searchr1_async.watch.fanout import Watchers
@@ -119,19 +120,31 @@ async def _run(
         emit(_started(job, identity, order, point, point.base_model))
         emit(Notice(f"nothing is left to do: {point.step} steps are done"))
         return replace(result, estimated_cost=estimate(job.shape, billing_on(job.service, job.model, job.price)))
-    await check_service(job.service, job.model, job.local)
+    # What a run was begun with is a fact, even where it was the default of its day.
+    job = _as_begun(job, point)
+    model = await check_service(job.service, job.model, job.local, trains=True)
+    await check_chat_format(job.service, model, job.tokenizer, renderer_name=job.renderer_name, thinking=job.thinking)
     # With the trackers, which are closed before the folder is anybody else's.
     opened.enter_context(claimed(job.out_dir))
     for tracker in await opened.enter_async_context(open_trackers(trackers)):
         emit.subscribe(tracker)
     # Once more, now that nobody else can write it.
     point = load_point(job, identity, order)
+    job = _as_begun(job, point)
     with control.interruptible():
         await tell_near_overlap(job.questions, job.held_out, emit)
         await open_search(job.search, emit)
         async with _opened(job, emit, control, identity, order, point) as training:
             return await training.run()
     return await anyio.to_thread.run_sync(result_of, job.out_dir, point, "stopped")
+
+
+def _as_begun(job: TrainingJob, point: ResumePoint | None) -> TrainingJob:
+    """The job, with the model of the run that it goes on with, and thinking as that run had it."""
+    if point is None:
+        return job
+    thinking = job.thinking if "thinking" in point.settings else AS_TEMPLATE
+    return replace(job, model=job.model or point.base_model, thinking=thinking)
 
 
 @asynccontextmanager
@@ -153,6 +166,7 @@ async def _opened(
             local=job.local,
             emit=emit,
             tokenizer=job.tokenizer,
+            trains=True,
         ) as service,
     ):
         remember_tokenizer(service.tokenizer)
@@ -163,6 +177,7 @@ async def _opened(
             service.tokenizer.name_or_path,
             job.limits,
             renderer_name=job.renderer_name,
+            thinking=job.thinking,
             instructions=job.instructions,
             first_turn=job.sampling.first_turn,
         )

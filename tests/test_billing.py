@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from searchr1_async.billing import Billing, billing_of, is_tinker_host
+from searchr1_async.models import Price
 from searchr1_async.usage import TokenUsage
-from searchr1_async.watch.prices import Price
 
 MILLION = 1_000_000
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from renderers import Message, Renderer, ToolCallParseStatus, ToolSpec
 
@@ -26,6 +26,7 @@ from searchr1_async.episodes.rendering import select_renderer
 from searchr1_async.episodes.reward import answer_after_prefix
 from searchr1_async.episodes.types import Passage, Question, SearchCall
 from searchr1_async.errors import ModelError
+from searchr1_async.models import Thinking
 
 SEARCH_TOOL: ToolSpec = {
     "name": "search",
@@ -231,11 +232,13 @@ class HermesDialect:
         layout: Callable[[PlainText, Sequence[str], Sequence[Sequence[Passage]]], str] = query_blocks,
     ) -> None:
         self._renderer, self._tokenizer, self._instructions = renderer, tokenizer, instructions
-        self._tools = None if tool is None else [tool]
+        # As chat templates are given it: those of Qwen and Llama print it as it is.
+        self._tools = None if tool is None else [cast(ToolSpec, {"type": "function", "function": tool})]
         self._layout = layout
         self._plain = PlainText.of(tokenizer)
         self.stop = renderer.get_stop_token_ids()
-        self._empty_prompt = renderer.render_ids([{"role": "user", "content": "?"}], add_generation_prompt=True)
+        self._empty_prompt = renderer.render_ids([_ASKED], add_generation_prompt=True)
+        self._has_call_ids = _shows_call_ids(renderer)
 
     def start(self, question: Question, given: SearchCall | None = None) -> list[int]:
         if self._tools is None:
@@ -274,6 +277,8 @@ class HermesDialect:
 
     def _bridge(self, prompt_tokens: Sequence[int], sampled_tokens: Sequence[int], content: str) -> list[int] | None:
         message: Message = {"role": "tool", "name": "search", "content": content}
+        if self._has_call_ids and (called := self._call_id(prompt_tokens, sampled_tokens)) is not None:
+            message["tool_call_id"] = called
         rendered = self._renderer.bridge_to_next_turn(
             list(prompt_tokens), list(sampled_tokens), [message], tools=self._tools
         )
@@ -282,26 +287,68 @@ class HermesDialect:
             return None
         return rendered.token_ids[len(before) :]
 
+    def _call_id(self, prompt_tokens: Sequence[int], sampled_tokens: Sequence[int]) -> str | None:
+        """The identifier that the model gave to its call, for formats in which the result names it."""
+        try:
+            parsed = self._renderer.parse_response(
+                list(sampled_tokens), tools=self._tools, prompt_ids=list(prompt_tokens)
+            )
+        except Exception:  # what cannot be parsed has no identifier
+            return None
+        return next((call.id for call in parsed.tool_calls if call.id), None)
+
     def write_call(self, queries: Sequence[str]) -> list[int]:
         call: Any = {
             "type": "function",
+            "id": _CALL_ID,
             "function": {
                 "name": "search",
                 "arguments": {"query_list": [self._plain.defuse(query) for query in queries]},
             },
         }
-        return self._write({"role": "assistant", "content": "", "tool_calls": [call]})
+        result: Message = {"role": "tool", "name": "search", "tool_call_id": _CALL_ID, "content": "?"}
+        return self._write(
+            {"role": "assistant", "content": "", "tool_calls": [call]}, "I should search for this.", result
+        )
 
     def write_answer(self, answer: str) -> list[int]:
-        return self._write({"role": "assistant", "content": prefixed(self._plain.defuse(answer))})
+        message: Message = {"role": "assistant", "content": prefixed(self._plain.defuse(answer))}
+        return self._write(message, "I can answer this now.", _ASKED)
 
-    def _write(self, message: Message) -> list[int]:
-        """What the model would sample for this message: everything behind the generation prompt, its stop token included."""
-        whole = self._renderer.render_ids([{"role": "user", "content": "?"}, message])
-        tokens = whole[len(self._empty_prompt) :]
-        while tokens and tokens[-1] not in self.stop:
-            tokens.pop()
-        return tokens
+    def _write(self, message: Message, thought: str, following: Message) -> list[int]:
+        """What the model would sample for this message: everything behind the generation prompt, its stop token included.
+
+        Args:
+            thought: what it thinks before, in formats whose prompt opens a thought that no empty one can close.
+            following: what would come next, for formats in which only that ends a message.
+
+        Raises:
+            ModelError: the format's prompt is no beginning of such a message.
+        """
+        for written in (message, cast(Message, {**message, "reasoning_content": thought})):
+            for behind in ((), (following,)):
+                whole = self._renderer.render_ids([_ASKED, written, *behind])
+                tokens = whole[len(self._empty_prompt) :]
+                ends = [place for place, token in enumerate(tokens) if token in self.stop]
+                if whole[: len(self._empty_prompt)] == self._empty_prompt and ends:
+                    return tokens[: ends[0] + 1]
+        raise ModelError("demonstrations cannot be written in this model's chat format: leave the warm-up out")
+
+
+_ASKED: Message = {"role": "user", "content": "?"}
+_CALL_ID = "functions.search:0"
+"""The identifier of a first call as Kimi's models write it; other formats do not show it."""
+
+
+def _shows_call_ids(renderer: Renderer) -> bool:
+    """Whether a tool's result names the call that it answers."""
+    call: Any = {"type": "function", "id": _CALL_ID, "function": {"name": "search", "arguments": {"query_list": ["?"]}}}
+    asked: list[Message] = [_ASKED, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    first, second = (
+        renderer.render_ids([*asked, {"role": "tool", "name": "search", "tool_call_id": called, "content": "?"}])
+        for called in (_CALL_ID, "functions.search:1")
+    )
+    return first != second
 
 
 def _read_calls(calls: Sequence[Any]) -> Reading:
@@ -336,6 +383,7 @@ def make_dialect(
     tokenizer: Any,
     *,
     renderer_name: str | None = None,
+    thinking: Thinking = None,
     instructions: str | None = None,
     method: Method = "search",
 ) -> Dialect:
@@ -346,12 +394,13 @@ def make_dialect(
         model_name: as the Tinker service calls it; chooses the renderer.
         tokenizer: its Hugging Face tokenizer.
         renderer_name: a renderer of the ``renderers`` package, or ``"chatml"``; None chooses by the model's name.
+        thinking: whether and how hard the model thinks; see :data:`~searchr1_async.models.Thinking`.
         instructions: the system prompt; None is that of the format and the method.
         method: how the question is put to the model; see :data:`~searchr1_async.episodes.methods.Method`.
 
     Raises:
-        ModelError: an unknown format or method, no renderer for the model, or, with ``recipe``, no prompt of the recipe, or one
-            that would not be used as it is.
+        ModelError: an unknown format or method, no renderer for the model, a value of ``thinking`` that it does not have, or, with
+            ``recipe``, no prompt of the recipe, or one that would not be used as it is.
     """
     if format_name not in FORMATS:
         raise ModelError(f"unknown tool-call format {format_name!r}: choose one of {', '.join(FORMATS)}")
@@ -360,7 +409,7 @@ def make_dialect(
     if method == "recipe":
         check_recipe(format_name, instructions)
     tokenizer = RememberingTokenizer(tokenizer)
-    renderer = select_renderer(model_name, tokenizer, renderer_name)
+    renderer = select_renderer(model_name, tokenizer, renderer_name, thinking)
     if method == "recipe":
         recipe = load_recipe_prompt()
         return HermesDialect(renderer, tokenizer, recipe.instructions, tool=recipe.tool, layout=recipe_results)

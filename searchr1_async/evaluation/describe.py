@@ -22,6 +22,7 @@ from searchr1_async.data.suites import Suite
 from searchr1_async.episodes.dialect import SEARCH_TOOL
 from searchr1_async.episodes.methods import EXAMPLES, INSTRUCTIONS, WITHOUT_TOOL, Method
 from searchr1_async.episodes.recipe import load_recipe_prompt
+from searchr1_async.episodes.rendering import AS_TEMPLATE
 from searchr1_async.episodes.reward import RecipeReward
 from searchr1_async.episodes.types import Question
 from searchr1_async.errors import ConfigurationError, RunFolderError
@@ -106,6 +107,7 @@ def continued(then: Manifest, now: Manifest) -> Manifest:
 
 def _compared(manifest: Manifest) -> dict[str, Any]:
     values = _plain(asdict(manifest))
+    values["settings"].setdefault("thinking", AS_TEMPLATE)  # of an evaluation begun before there was a choice
     for system in values["systems"]:
         del system["overlap"]
     return {name: value for name, value in values.items() if name not in _NOT_COMPARED}
@@ -137,6 +139,7 @@ def _settings(job: EvaluationJob) -> dict[str, Any]:
             "seed": play.sampling.seed,
             "format": play.format_name,
             "renderer": play.renderer_name,
+            "thinking": play.thinking,
             "instructions": play.instructions,
             "limits": asdict(play.limits),
             # A reward of one's own may hold anything, a key too: it is named, and given again for a repetition.

@@ -14,6 +14,7 @@ from searchr1_async.config import EpisodeLimits, LocalOptions, SamplingSettings
 from searchr1_async.data.questions import Questions, checked_questions
 from searchr1_async.data.suites import Suites, load_suites
 from searchr1_async.episodes.methods import Method
+from searchr1_async.episodes.rendering import check_thinking
 from searchr1_async.episodes.reward import RecipeReward, RewardFunction
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.evaluation.job import EvaluationJob
@@ -25,6 +26,7 @@ from searchr1_async.evaluation.report import Report
 from searchr1_async.evaluation.running import run_evaluation
 from searchr1_async.evaluation.systems import System, SystemSource, find_systems, with_baselines
 from searchr1_async.events import Emit
+from searchr1_async.models import Thinking
 from searchr1_async.playing import PlaySettings, ServiceChoice, watching
 from searchr1_async.search import Search
 from searchr1_async.watch.dashboard import Choice
@@ -53,6 +55,7 @@ async def evaluate(
     strict_recipe: bool = False,
     format: str = "hermes",
     renderer: str | None = None,
+    thinking: Thinking = None,
     instructions: str | None = None,
     max_turns: int = 5,
     max_tokens: int = 1024,
@@ -109,6 +112,7 @@ async def evaluate(
     """
     if repeats(suites):
         refuse_besides(evaluate, locals())
+    check_thinking(model, renderer, thinking)
     limit = None if limit is None else whole("limit", limit)
     question_seed, samples = whole("question_seed", question_seed), whole("samples", samples)
     max_failed_fraction = number("max_failed_fraction", max_failed_fraction)
@@ -154,6 +158,7 @@ async def evaluate(
                 sampling=sampling,
                 format_name=format,
                 renderer_name=renderer,
+                thinking=thinking,
                 instructions=instructions,
                 group_size=samples,
                 max_failed_fraction=max_failed_fraction,

@@ -20,6 +20,7 @@ from searchr1_async.evaluation.store import JUDGEMENTS_NAME, EpisodeStore, Sampl
 from searchr1_async.evaluation.systems import MeasuredSystem
 from searchr1_async.events import Emit, PhaseAdvanced, PhaseEnded, PhaseStarted
 from searchr1_async.gathered import GatheredItems
+from searchr1_async.offered import choose_model
 from searchr1_async.rollout.policy import TinkerPolicy
 from searchr1_async.run_folder import writing_records
 from searchr1_async.service import Service, load_tokenizer
@@ -82,10 +83,11 @@ async def open_judge(found: FoundJudge, service: Service) -> OpenJudge:
     """The judge on a service that has it.
 
     Raises:
-        ModelError: its tokenizer or its chat format is not to be had.
-        ServiceError: the service has no such model or weights, or no answer.
+        ModelError: the service does not offer its model, or its tokenizer or its chat format is not to be had.
+        ServiceError: the service has no such weights, or no answer.
     """
     is_same = found.model == service.model_name
+    choose_model(found.model, service.offered)  # refuses one that the service does not offer
     tokenizer = service.tokenizer if is_same else await load_tokenizer(found.model)
     await anyio.to_thread.run_sync(select_renderer, found.model, tokenizer, found.judge.renderer)
     client = await service.create_sampling_client(found.weights.path, base_model=found.model)

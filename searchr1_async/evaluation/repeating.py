@@ -13,6 +13,7 @@ import polars as pl
 from searchr1_async.config import EpisodeLimits, SamplingSettings
 from searchr1_async.data.suites import MEMORY, Suite, load_suite
 from searchr1_async.episodes.methods import Method
+from searchr1_async.episodes.rendering import AS_TEMPLATE
 from searchr1_async.episodes.reward import RecipeReward, RewardFunction
 from searchr1_async.errors import ConfigurationError, RunFolderError
 from searchr1_async.evaluation.asked import questions_digest, questions_of, read_questions
@@ -111,6 +112,7 @@ def repeated_job(
             sampling=replace(sampling, temperature=settings["temperature"], seed=settings["seed"]),
             format_name=settings["format"],
             renderer_name=settings["renderer"],
+            thinking=settings.get("thinking", AS_TEMPLATE),
             instructions=settings["instructions"],
             group_size=settings["samples"],
             max_failed_fraction=settings["max_failed_fraction"],

@@ -19,6 +19,7 @@ from searchr1_async.evaluation.opening import OpenedStage, open_stages
 from searchr1_async.evaluation.pool import EpisodeWriter, Pool, PoolProgress
 from searchr1_async.evaluation.reading import evaluation_of, make_report
 from searchr1_async.evaluation.report import Report
+from searchr1_async.evaluation.settling import settled
 from searchr1_async.evaluation.store import EpisodeStore, SampleKey
 from searchr1_async.evaluation.systems import MeasuredSystem
 from searchr1_async.events import Emit, EvaluationFinished, Notice, PhaseAdvanced, PhaseEnded, PhaseStarted
@@ -44,6 +45,7 @@ async def run_evaluation(job: EvaluationJob, watchers: Watchers, opened: AsyncEx
     Raises, also within exception groups:
         SearchR1Error: whatever went wrong, as one of the package's errors; what was played is kept in ``out_dir``.
     """
+    job = await settled(job, watchers)
     asked = questions_frame(asked_questions(job.suites))
     # In a thread: it reads the corpus and what the runs were trained on whole.
     manifest = await anyio.to_thread.run_sync(describe, job, asked)

@@ -124,12 +124,15 @@ _ABSENT = object()
 
 
 def _differences(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """What changed, field by field: ``learning.learning_rate: 4e-05 then, 0.0001 now``."""
+    """What changed, field by field: ``learning.learning_rate: 4e-05 then, 0.0001 now``.
+
+    A setting that did not exist yet when the run was begun is the same as None.
+    """
     for key in sorted({*then, *now}):
         before, after = then.get(key, _ABSENT), now.get(key, _ABSENT)
         if isinstance(before, Mapping) and isinstance(after, Mapping):
             yield from _differences(before, after, f"{prefix}{key}.")
-        elif before != after:
+        elif (None if before is _ABSENT else before) != (None if after is _ABSENT else after):
             yield f"{prefix}{key}: {_shown(before)} then, {_shown(after)} now"
 
 

@@ -59,6 +59,7 @@ async def open_engine(
         spec.model_name,
         tokenizer,
         renderer_name=spec.renderer_name,
+        thinking=spec.thinking,
         instructions=spec.instructions,
         method=spec.method,
     )

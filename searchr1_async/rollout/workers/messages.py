@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from searchr1_async.config import EpisodeLimits, FirstTurn, SamplingSettings
 from searchr1_async.episodes.methods import Method
 from searchr1_async.episodes.types import Passage, SearchCall, StopReason, Turn
+from searchr1_async.models import Thinking
 from searchr1_async.rollout.gate import GateStatistics
 from searchr1_async.rollout.limit import LimitSettings
 from searchr1_async.rollout.player import GroupTask
@@ -31,6 +32,8 @@ class WorkerSpec:
     """The bounds of how many samples a worker has in flight."""
     method: Method = "search"
     """How questions are put to the model."""
+    thinking: Thinking = None
+    """Whether and how hard it thinks before it answers."""
 
 
 # -- from the pool --------------------------------------------------------------------------------------------------------

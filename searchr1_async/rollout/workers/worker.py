@@ -19,6 +19,7 @@ from anyio.abc import TaskGroup
 
 from searchr1_async import errors
 from searchr1_async.episodes.dialect import Dialect, make_dialect
+from searchr1_async.episodes.tokenizers import load_pretrained_tokenizer
 from searchr1_async.episodes.types import Episode, Passage
 from searchr1_async.errors import SearchError, SearchR1Error, ServiceError
 from searchr1_async.rollout.garbage import rare_collections
@@ -99,20 +100,13 @@ def load_dialect(spec: WorkerSpec) -> Dialect:
     Raises:
         ModelError: no tokenizer is there, or no renderer suits it.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(spec.tokenizer)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise errors.ModelError(
-            f"no tokenizer could be loaded from {spec.tokenizer!r} in a rollout worker ({type(error).__name__}): "
-            "it must be a folder or a name that AutoTokenizer loads"
-        ) from error
+    tokenizer = load_pretrained_tokenizer(spec.tokenizer)
     return make_dialect(
         spec.format_name,
         spec.model_name,
         tokenizer,
         renderer_name=spec.renderer_name,
+        thinking=spec.thinking,
         instructions=spec.instructions,
         method=spec.method,
     )

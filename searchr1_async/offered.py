@@ -1,0 +1,125 @@
+"""What a service offers, and which of it is meant: asked before any work starts."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+
+import anyio
+import tinker
+
+from searchr1_async.errors import ConfigurationError, ModelError, ServiceError, ServiceUnavailableError
+from searchr1_async.models import (
+    default_cloud_model,
+    find_model,
+    nearest_names,
+    nearest_of_family,
+    replacements_for,
+)
+
+logger = logging.getLogger(__name__)
+
+ASK_DEADLINE = 30.0
+"""Seconds in which a service must say what it offers; the SDK itself would try for minutes."""
+_SHOWN = 8
+"""Names in a message."""
+
+Offered = tuple[str, ...] | None
+"""Names of models; None where the service has no list of them."""
+
+
+async def ask_offered(connect: Callable[[], tinker.RestClient], *, trains: bool = False) -> Offered:
+    """The models that a service lists.
+
+    Args:
+        connect: makes the client; called in a worker thread, since it may block.
+        trains: leave out what can only be sampled from; else what can only be trained.
+
+    Returns:
+        None where the service has no such list: an older one, or another program that speaks the protocol.
+
+    Raises:
+        ServiceUnavailableError: no answer within :data:`ASK_DEADLINE` seconds.
+        ServiceError: it refused to answer.
+        ConfigurationError: no client can be made, such as for a key that is none.
+    """
+    try:
+        with anyio.fail_after(ASK_DEADLINE):
+            future = await anyio.to_thread.run_sync(lambda: connect().get_server_capabilities(), abandon_on_cancel=True)
+            answer = await future
+    except TimeoutError:
+        raise ServiceUnavailableError(
+            f"the Tinker service did not say within {ASK_DEADLINE:g} s which models it offers"
+        ) from None
+    except (tinker.NotFoundError, tinker.APIResponseValidationError) as error:
+        logger.info("the service does not list its models: %s", type(error).__name__)
+        return None
+    except tinker.APIStatusError as error:
+        if error.status_code in (405, 501):
+            return None
+        raise ServiceError(
+            f"the Tinker service refused to say which models it offers: {type(error).__name__}: {error}"
+        ) from error
+    except tinker.APIError as error:
+        raise ServiceUnavailableError(
+            f"the Tinker service could not be asked which models it offers: {type(error).__name__}: {error}"
+        ) from error
+    except tinker.TinkerError as error:
+        raise ConfigurationError(f"no Tinker client could be made (is TINKER_API_KEY right?): {error}") from error
+    listed = getattr(answer, "supported_models", None) or ()
+    names = [
+        model.model_name
+        for model in listed
+        if model.model_name and (model.trainable if trains else model.sampleable) is not False
+    ]
+    return tuple(dict.fromkeys(names)) or None
+
+
+def choose_model(named: str | None, offered: Offered) -> tuple[str, str | None]:
+    """The model to use on a service other than the embedded one, and what there is to say about the choice. Pure.
+
+    Args:
+        named: by the user, or by the run that goes on; None takes the default, or the offered model that is nearest to it.
+        offered: by the service.
+
+    Raises:
+        ModelError: the service does not offer it; the message names what it offers instead.
+    """
+    wanted = named or default_cloud_model()
+    if offered is None:
+        return wanted, f"the service has no list of its models: {wanted} is taken to be one of them"
+    if wanted in offered:
+        return wanted, None
+    if named is not None:
+        raise ModelError(_refusal(named, offered))
+    nearest = nearest_of_family(wanted, offered)
+    if nearest is None:
+        raise ModelError(
+            f"no model was named, and the service offers neither the default, {wanted}, nor another of its family that can "
+            f"stand in for it: name one with model=…. It offers {_list(offered)}"
+        )
+    return (
+        nearest,
+        f"the service does not offer the default model, {wanted}: {nearest} is used, the nearest of its family",
+    )
+
+
+def _refusal(named: str, offered: Sequence[str]) -> str:
+    model = find_model(named)
+    near = _list(nearest_names(named, offered), len(offered))
+    if model is None or model.retired is None:
+        return f"the service does not offer {named!r}. The nearest that it offers: {near}"
+    note = f" ({model.replacement_note})" if model.replacement_note else ""
+    retired = f"the service does not offer {named!r}: Tinker retired it on {model.retired}"
+    if here := replacements_for(named, offered):
+        return f"{retired} and recommends {' or '.join(here)}{note} in its place, which the service offers"
+    return (
+        f"{retired} and recommends {' or '.join(replacements_for(named))}{note}, which this service does not offer either. "
+        f"The nearest that it offers: {near}"
+    )
+
+
+def _list(names: Sequence[str], total: int | None = None) -> str:
+    total = len(names) if total is None else total
+    more = total - len(names[:_SHOWN])
+    return ", ".join(names[:_SHOWN]) + (f" (and {more} more)" if more > 0 else "")
