@@ -174,11 +174,16 @@ async def _tried(what: str, attempt: Callable[[], Awaitable[None]]) -> str | Non
             raise ServiceError(
                 f"trying {what} failed at the Tinker service: {type(error).__name__}: {error}"
             ) from error
-        return str(error)
+        return _words(error)
     except TimeoutError as error:
         raise ServiceError(f"trying {what}: the Tinker service did not answer within {TRY_SECONDS:g} s") from error
     except (tinker.RequestFailedError, ValueError, AssertionError) as error:
-        return str(error)
+        return _words(error)
     except tinker.TinkerError as error:
         raise ServiceError(f"trying {what} failed at the Tinker service: {type(error).__name__}: {error}") from error
     return None
+
+
+def _words(error: Exception) -> str:
+    """What the service said, without what the SDK puts around it."""
+    return str(error).removeprefix("Request failed: ").partition(" for self.request_id=")[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -24,8 +23,8 @@ class LearnedMinibatch:
     """Of its examples, what was only read included."""
     kl_base: float | None = None
     """Sum over its sampled tokens of log p_sampled - log p_base; None where it was not asked for."""
-    loss: str = ""
-    """The service's name of what was computed."""
+    is_fallback: bool | None = None
+    """Whether it had another loss than the run's, which could not take it; None where the run's takes everything."""
 
 
 def learning_metrics(minibatches: Sequence[LearnedMinibatch]) -> dict[str, float]:
@@ -38,7 +37,7 @@ def learning_metrics(minibatches: Sequence[LearnedMinibatch]) -> dict[str, float
     as ``optim/name``, reduced as the SDK does: means weighted by examples, over the minibatches that have it.
 
     A batch may hold minibatches of two losses (see :class:`~searchr1_async.learn.learner.Learner`): ``optim/loss`` is then
-    the sum of both, and ``optim/datums_<loss>`` says how many examples each had.
+    the sum of both, and ``optim/fallback_datums`` says how many examples had the other loss.
     """
     tokens, entropy, first, second, loss = 0, 0.0, 0.0, 0.0, 0.0
     for minibatch in minibatches:
@@ -64,11 +63,9 @@ def learning_metrics(minibatches: Sequence[LearnedMinibatch]) -> dict[str, float
         "optim/kl_sample_train_v1": first / tokens,
         "optim/kl_sample_train_v2": second / tokens,
     }
-    losses = Counter[str]()
-    for minibatch in minibatches:
-        losses[minibatch.loss] += len(minibatch.episodes)
-    if len(losses) > 1:
-        metrics |= {f"optim/datums_{name}": float(count) for name, count in losses.items()}
+    if any(minibatch.is_fallback is not None for minibatch in minibatches):
+        others = sum(len(minibatch.episodes) for minibatch in minibatches if minibatch.is_fallback)
+        metrics["optim/fallback_datums"] = float(others)
     sums = [minibatch.kl_base for minibatch in minibatches if minibatch.kl_base is not None]
     if len(sums) == len(minibatches):
         metrics["optim/kl_base"] = sum(sums) / tokens

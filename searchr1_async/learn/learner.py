@@ -65,9 +65,9 @@ class _Submitted:
     """Examples that were handed to the SDK in one request."""
 
     future: tinker.APIFuture[tinker_types.ForwardBackwardOutput]
-    loss: LossName
     examples: list[_Example]
     has_penalty: bool
+    is_fallback: bool | None
 
     async def learned(self) -> LearnedMinibatch:
         """With the service's answer, once it is there."""
@@ -76,7 +76,7 @@ class _Submitted:
             [one.episode for one in self.examples],
             _tokens(self.examples),
             sum(one.kl_base for one in self.examples) if self.has_penalty else None,
-            self.loss,
+            self.is_fallback,
         )
 
 
@@ -216,7 +216,8 @@ class Learner:
             datums = [one.datum for one in those]
             future = await anyio.to_thread.run_sync(self._client.forward_backward, datums, loss, config)
             self._watch(future)
-            self._batch.minibatches.append(_Submitted(future, loss, those, self._base is not None))
+            is_fallback = loss != self.loss if self.loss == "stable_reinforce" else None
+            self._batch.minibatches.append(_Submitted(future, those, self._base is not None, is_fallback))
         self._batch.unstepped = True
         count, tokens = len(examples), _tokens(examples)
         self._emit(MinibatchSubmitted(step, len(groups), count, tokens))

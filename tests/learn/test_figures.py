@@ -74,13 +74,13 @@ def test_a_batch_of_two_losses_has_the_figures_of_each() -> None:
     others = output(FIRST_LOGPROBS, SECOND_LOGPROBS, loss__sum=-0.5, clipped__mean=0.2, ratio__max=1.5, worst__max=4.0)
     for order in (1, -1):
         minibatches = [
-            LearnedMinibatch(recorded, [SECOND], 4, loss="stable_reinforce"),
-            LearnedMinibatch(others, [FIRST, SECOND], 12, loss="ppo"),
+            LearnedMinibatch(recorded, [SECOND], 4, is_fallback=False),
+            LearnedMinibatch(others, [FIRST, SECOND], 12, is_fallback=True),
         ]
         metrics = learning_metrics(minibatches[::order])
         assert metrics["optim/loss"] == 1.5
         assert metrics["optim/datums"] == 3
-        assert (metrics["optim/datums_stable_reinforce"], metrics["optim/datums_ppo"]) == (1, 2)
+        assert metrics["optim/fallback_datums"] == 2
         assert metrics["optim/clipped"] == pytest.approx((0.5 + 2 * 0.2) / 3)
         assert metrics["optim/masked"] == 0.25
         assert (metrics["optim/ratio"], metrics["optim/worst"]) == (1.5, 4.0)
