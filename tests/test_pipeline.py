@@ -119,11 +119,9 @@ async def test_running_episodes_keep_their_client_while_the_service_moves_its_we
     run = start(epochs=1, group_size=8, search_class=Slow, emit=emit, **settings)
     with anyio.fail_after(300):
         await run
-    assert run.metrics["groups/version_spread_step"].to_list() == [0, 1]
     # A turn goes by the weights of its episode's beginning, so that the age is an upper bound.
     assert run.metrics["groups/version_spread"].to_list() == [0, 0]
     assert run.metrics["env/all/staleness_max"].to_list() == [0, 1]
-    # The weights that sampled the held episodes' last turns are those that are trained, but for the service's numerics.
     episodes = run.episodes().collect()
     assert episodes["policy_versions"].list.len().max() == 1
     assert episodes.filter(pl.col("step") == 2)["trained"].any()

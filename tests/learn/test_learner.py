@@ -295,12 +295,16 @@ async def test_stable_reinforce_learns_from_what_the_service_recorded(
     """The service proves every span; a step on other weights than those that sampled is what the loss is for."""
     base = {"base": world.base} if "kl_coefficient" in settings else {}
     learner, _ = await world.learner(loss="stable_reinforce", weights_in_flight=weights_in_flight, **settings, **base)
-    groups = await sampled_groups(await learner.publish(), world.groups)
+    sampler = await learner.publish()
+    groups = await sampled_groups(sampler, world.groups)
     before = await world.logprobs(world.base)
     one, two = cut(groups, 4, 6)
     first, client = await learn(learner, [one])
     second, _ = await learn(learner, [two, one], step=2)
     assert np.abs(await world.logprobs(client) - before).mean() > 1e-4
+    # A client that is there already goes on with the newer weights, or stays with its own.
+    has_moved = np.abs(await world.logprobs(sampler) - before).mean() > 1e-4
+    assert has_moved == (weights_in_flight == "inflight")
     for finished in (first, second):
         assert np.isfinite(list(finished.metrics.values())).all()
         assert finished.metrics["optim/fallback_datums"] == 0
