@@ -12,7 +12,7 @@ from searchr1_async.episodes.dialect import Dialect
 from searchr1_async.episodes.play import Policy, SampledTurn, SearchTool, play
 from searchr1_async.episodes.types import Episode, Passage, Question
 from searchr1_async.errors import QuestionsError, SearchError, ServiceError
-from searchr1_async.rollout.policy import ForwardingPolicy, LatestPolicy, TinkerPolicy
+from searchr1_async.rollout.policy import NewestWeights, TinkerPolicy
 from searchr1_async.search import Search
 from searchr1_async.service import Service
 from searchr1_async.weights import Weights
@@ -110,7 +110,7 @@ class LiveAnswers:
     """
 
     def __init__(
-        self, service: Service, dialect: Dialect, search: Search, limits: EpisodeLimits, newest: LatestPolicy
+        self, service: Service, dialect: Dialect, search: Search, limits: EpisodeLimits, newest: NewestWeights
     ) -> None:
         self._service, self._dialect, self._search, self._limits = service, dialect, search, limits
         self._newest = newest
@@ -150,13 +150,15 @@ class LiveAnswers:
         return Answer(episode, None, max((turn.policy_version for turn in episode.turns), default=None))
 
 
-class _NewestPolicy(ForwardingPolicy):
+class _NewestPolicy:
     """A run's newest weights, sampled with other settings than its episodes."""
 
-    def __init__(self, newest: LatestPolicy, sampling: SamplingSettings) -> None:
+    def __init__(self, newest: NewestWeights, sampling: SamplingSettings) -> None:
         self._newest, self._sampling = newest, sampling
 
-    @property
-    def current(self) -> TinkerPolicy:
+    async def sample(
+        self, prompt_tokens: Sequence[int], *, max_tokens: int, stop: list[int] | list[str], seed: int | None
+    ) -> SampledTurn:
         now = self._newest.current
-        return TinkerPolicy(now.client, now.version, self._sampling)
+        policy = TinkerPolicy(now.client, now.version, self._sampling)
+        return await policy.sample(prompt_tokens, max_tokens=max_tokens, stop=stop, seed=seed)

@@ -17,8 +17,9 @@ from typing import Any
 import anyio
 import tinker
 
+from searchr1_async.abilities import choose_loss
 from searchr1_async.answering import LiveAnswers
-from searchr1_async.config import WarmUp
+from searchr1_async.config import LossName, WarmUp
 from searchr1_async.control import RunControl
 from searchr1_async.episodes.rendering import AS_TEMPLATE
 from searchr1_async.errors import SearchR1Error, ServiceError, first_error
@@ -44,7 +45,7 @@ from searchr1_async.recording import Keeper, StepRecorder
 from searchr1_async.rollout.engine import RolloutEngine
 from searchr1_async.rollout.opening import open_engine
 from searchr1_async.rollout.order import QuestionOrder
-from searchr1_async.rollout.policy import LatestPolicy, TinkerPolicy
+from searchr1_async.rollout.policy import NewestWeights, TinkerPolicy
 from searchr1_async.rollout.workers.messages import WorkerSpec
 from searchr1_async.run_folder import (
     AFTER_RL,
@@ -260,6 +261,7 @@ class _Training:
         self._control, self._identity, self._point = control, identity, point
         self._spending = spending_of(job, service, point)
         self._spending.count(engine.usage)
+        self._loss: LossName | None = None
         self._records = RunRecords(job.out_dir)
         self._kept = CheckpointList(job.out_dir, keep_best=job.keep_best)
         self._measuring = Measuring(job, service, engine, self._records, self._kept, control=control, emit=emit)
@@ -284,13 +286,14 @@ class _Training:
         measure, reason, is_whole = self._measuring.measure, "stopped", False
         with control.interruptible():
             client = await self._restore_or_create()
+            self._loss = await choose_loss(self._service, client, job, self._point, self._emit)
             learner = await self._learner(client)
-            newest = LatestPolicy(await self._first_policy(client))
+            newest = NewestWeights(await self._first_policy(learner))
             with control.answering(LiveAnswers(self._service, self._engine.dialect, job.search, job.limits, newest)):
                 if self._point is None:
                     await measure(UNTRAINED, newest.current)
                     self._point = await self._warm_up(learner)
-                    newest.switch(TinkerPolicy(await self._sampling_client(client), 0, job.sampling))
+                    newest.current = TinkerPolicy(await self._published(learner), 0, job.sampling)
                 if job.warm_up is not None and self._point.step == 0:
                     await measure(AFTER_WARM_UP, newest.current)
                 reason = await self._learn(learner, newest, self._point)
@@ -311,19 +314,20 @@ class _Training:
             client,
             learning,
             self._emit,
-            is_off_policy=self._job.pipeline.max_staleness > 0,
+            loss=self._loss,
+            weights_in_flight=self._job.pipeline.weights_in_flight,
             base=await self._service.create_sampling_client() if learning.kl_coefficient else None,
         )
         self._spending.count(lambda: learner.usage)
         return learner
 
-    async def _first_policy(self, client: tinker.TrainingClient) -> TinkerPolicy:
+    async def _first_policy(self, learner: Learner) -> TinkerPolicy:
         """The weights that the session begins with: the base model's, or those of its resume point."""
         if self._point is None:
             return TinkerPolicy(await self._service.create_sampling_client(), 0, self._job.sampling)
-        return TinkerPolicy(await self._sampling_client(client), self._point.step, self._job.sampling)
+        return TinkerPolicy(await self._published(learner), self._point.step, self._job.sampling)
 
-    async def _learn(self, learner: Learner, newest: LatestPolicy, point: ResumePoint) -> str:
+    async def _learn(self, learner: Learner, newest: NewestWeights, point: ResumePoint) -> str:
         """Reinforcement learning, from the resume point on; returns why it ended."""
         job, total = self._job, self._job.total_steps(self._order)
         recorder = StepRecorder(
@@ -402,10 +406,10 @@ class _Training:
             except ServiceError as error:
                 logger.info("weights of an earlier attempt were not deleted: %s", error)
 
-    async def _sampling_client(self, client: tinker.TrainingClient) -> tinker.SamplingClient:
+    async def _published(self, learner: Learner) -> tinker.SamplingClient:
         try:
             with anyio.fail_after(300):
-                return await client.save_weights_and_get_sampling_client()
+                return await learner.publish()
         except (tinker.TinkerError, ValueError, TimeoutError) as error:
             raise ServiceError(f"the weights could not be published: {type(error).__name__}: {error}") from error
 
@@ -433,6 +437,7 @@ class _Training:
             order_fingerprint=self._order.fingerprint,
             base_model=self._service.model_name,
             settings=self._identity,
+            loss=learner.loss,
         )
         await self._save_kept(point)
         self._emit(CheckpointSaved(0, point.state_path))
