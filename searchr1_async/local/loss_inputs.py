@@ -29,6 +29,8 @@ class LossInputs:
 
 RATIO_MASK = "sequence_ratio_mask"
 """Of gspo: not 0 where a token belongs to its sequence's ratio."""
+STABLE_REINFORCE = "stable_reinforce"
+"""The loss whose data must carry its provenance; the service puts the recorded ``logprobs`` in."""
 _RL = ("logprobs", "advantages")
 LOSS_INPUTS: Mapping[str, LossInputs] = {
     "cross_entropy": LossInputs(("weights",), {}, "weights"),
@@ -44,6 +46,7 @@ LOSS_INPUTS: Mapping[str, LossInputs] = {
         "advantages",
         is_sequential=True,
     ),
+    STABLE_REINFORCE: LossInputs(_RL, {"alpha": 1.0}, "advantages"),
 }
 
 
@@ -51,14 +54,9 @@ def find_inputs(name: str, config: Mapping[str, float]) -> tuple[LossInputs, Thr
     """What a loss takes, and its configuration with defaults filled in.
 
     Raises:
-        UserFault: an unknown loss, or an unknown or non-finite entry of its configuration.
+        UserFault: an unknown loss, or an entry of its configuration that is unknown, not finite or out of range.
     """
     known_losses = ", ".join(LOSS_INPUTS)
-    if name == "stable_reinforce":
-        raise UserFault(
-            "loss_fn 'stable_reinforce' learns from what the Tinker cloud records while it samples, and its formula is "
-            f"not published: this service cannot compute it. Choose one of {known_losses}."
-        )
     inputs = LOSS_INPUTS.get(name)
     if inputs is None:
         raise UserFault(f"Unknown loss_fn {name!r}; known are {known_losses}.")
@@ -71,6 +69,8 @@ def find_inputs(name: str, config: Mapping[str, float]) -> tuple[LossInputs, Thr
     thresholds = {**inputs.config, **config}
     if thresholds.get("clip_low_threshold", 0.0) > thresholds.get("clip_high_threshold", math.inf):
         raise UserFault(f"loss_fn_config of {name!r}: clip_low_threshold is above clip_high_threshold.")
+    if not 0.0 <= thresholds.get("alpha", 0.0) <= 1.0:
+        raise UserFault(f"loss_fn_config of {name!r}: alpha is {thresholds['alpha']:g}; it must lie in [0, 1].")
     return inputs, thresholds
 
 

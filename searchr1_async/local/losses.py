@@ -10,12 +10,24 @@ target under the weights being trained, ``q`` the one it was sampled with, ``A``
 ``cispo``               ``-stop_gradient(clip(r, 0, 4)) · A · lp``
 ``dro``                 ``-(lp · A - β/2 · (lp - q)²)``, β = 0.05
 ``gspo``                ``-min(s · A, clip(s, 1 - 3e-4, 1 + 4e-4) · A)``
+``stable_reinforce``    ``-stop_gradient(w) · A · lp``
 ======================  ===============================================
 
 gspo is the token-level variant (GSPO-token) of Zheng et al., 2025, "Group Sequence Policy Optimization": ``s`` has the
 value of the geometric mean of ``r`` over the tokens that ``sequence_ratio_mask`` marks in the sequence, and the gradient
 of the token's own ``lp``. Its documentation gives the formula and no thresholds: the defaults here are the paper's.
-``stable_reinforce`` is refused: it needs what only Tinker's cloud records, and its formula is not published.
+
+The formula of Tinker's ``stable_reinforce`` is not published. The one here is our own choice and does not claim to be it:
+the tapered off-policy REINFORCE (TOPR) of Le Roux et al., 2025, "Tapered Off-Policy REINFORCE: Stable and efficient
+reinforcement learning for LLMs", with its weight taken token by token:
+``w = clip(r, α, 1)`` where ``A > 0`` and ``w = min(r, 1)`` where ``A < 0``. ``q`` is what the service recorded when it sampled.
+It was chosen because every weight lies in [0, 1], so that no stale token can move the weights by more than a fresh one
+(plain importance sampling multiplies by ``r`` without bound), and because the two signs fail differently off-policy.
+A token that was wrong and has become unlikely is left alone: pushing it down further has no bound and is what breaks
+plain REINFORCE. A token that was right and has become unlikely keeps at least the weight α (default 1, TOPR's own
+choice): with sparse rewards it is the rare success that must not be lost, and a push up is bounded by ``lp <= 0``. α = 0 is
+importance sampling truncated at 1 for both signs. At ``r = 1`` the gradient is that of ``importance_sampling``. PPO's clip
+gives a stale token no gradient at all, in both directions.
 """
 
 from __future__ import annotations
@@ -26,7 +38,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from searchr1_async.local.loss_inputs import LOSS_INPUTS, RATIO_MASK, LossInputs, Thresholds, check_data, find_inputs
+from searchr1_async.local.loss_inputs import (
+    LOSS_INPUTS,
+    RATIO_MASK,
+    STABLE_REINFORCE,
+    LossInputs,
+    Thresholds,
+    check_data,
+    find_inputs,
+)
 
 __all__ = ["LOSSES", "Loss", "Thresholds", "TokenInputs", "check_data", "find_loss", "with_sequence_ratio"]
 
@@ -73,6 +93,14 @@ def _gspo(lp: Tensor, inputs: TokenInputs, config: Thresholds) -> Tensor:
     return -torch.minimum(ratio * inputs["advantages"], clipped * inputs["advantages"])
 
 
+def _stable_reinforce(lp: Tensor, inputs: TokenInputs, config: Thresholds) -> Tensor:
+    advantages = inputs["advantages"]
+    ratio = torch.exp(lp.detach() - inputs["logprobs"])
+    weight = ratio.clamp(max=1.0)
+    weight = torch.where(advantages > 0, weight.clamp(min=config["alpha"]), weight)
+    return -weight * advantages * lp
+
+
 LOSSES: Mapping[str, Loss] = {
     name: Loss(LOSS_INPUTS[name], terms)
     for name, terms in (
@@ -82,6 +110,7 @@ LOSSES: Mapping[str, Loss] = {
         ("cispo", _cispo),
         ("dro", _dro),
         ("gspo", _gspo),
+        (STABLE_REINFORCE, _stable_reinforce),
     )
 }
 
@@ -90,7 +119,7 @@ def find_loss(name: str, config: Mapping[str, float]) -> tuple[Loss, Thresholds]
     """The loss and its configuration with defaults filled in.
 
     Raises:
-        UserFault: an unknown loss, or an unknown or non-finite entry of its configuration.
+        UserFault: an unknown loss, or an entry of its configuration that is unknown, not finite or out of range.
     """
     _, thresholds = find_inputs(name, config)
     return LOSSES[name], thresholds

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -33,6 +33,7 @@ from searchr1_async.local.backend import (
     UserFault,
 )
 from searchr1_async.local.promises import Reply
+from searchr1_async.local.provenance import Provenance, Span
 
 PROTOBUF = "application/x-protobuf"
 EMPTY_LOGPROB = -99999.0
@@ -166,6 +167,8 @@ class SampleCall:
     request: SampleRequest
     prompt_logprobs_last_n: int | None
     """Only the last this many prompt positions were asked for."""
+    record: bool = False
+    """Whether its sequences are to be kept for training on them (``record_stability_info``)."""
 
 
 def decode_sample(fields: Mapping[str, Any]) -> SampleCall:
@@ -202,7 +205,7 @@ def decode_sample(fields: Mapping[str, Any]) -> SampleCall:
         topk_prompt_logprobs=_at_least(optional(fields, "topk_prompt_logprobs", int, 0), 0, "topk_prompt_logprobs"),
         topk_sample_logprobs=_at_least(optional(fields, "topk_sample_logprobs", int, 0), 0, "topk_sample_logprobs"),
     )
-    return SampleCall(request, last_n)
+    return SampleCall(request, last_n, optional(fields, "record_stability_info", bool, False))
 
 
 def _at_least(value: _Value, least: Any, name: str) -> _Value:
@@ -255,6 +258,8 @@ class ForwardBackwardCall:
     """A ``forward_backward``, decoded."""
 
     data: tuple[Datum, ...]
+    provenance: tuple[Provenance, ...]
+    """The spans of each datum; empty ones where it carries none."""
     loss_fn: str
     loss_config: Mapping[str, float]
     forward_only: bool
@@ -284,7 +289,25 @@ def decode_forward_backward(message: pb.ForwardBackwardRequest) -> ForwardBackwa
             raise UserFault(f"loss_fn_config.{name}: a number is required, not {value.text!r:.80}")
         config[name] = float(value.number)
     data = tuple(_decode_datum(datum, index) for index, datum in enumerate(message.data))
-    return ForwardBackwardCall(data, message.loss_fn, config, message.forward_only)
+    provenance = tuple(
+        Provenance(
+            _decode_spans(datum.model_input_spans, f"data[{index}].model_input_spans"),
+            _decode_spans(datum.loss_fn_input_spans, f"data[{index}].loss_fn_input_spans"),
+        )
+        for index, datum in enumerate(message.data)
+    )
+    return ForwardBackwardCall(data, provenance, message.loss_fn, config, message.forward_only)
+
+
+def _decode_spans(spans: Iterable[pb.ProvenanceSpan], place: str) -> tuple[Span, ...]:
+    decoded: list[Span] = []
+    for number, span in enumerate(spans):
+        kind = span.WhichOneof("span")
+        if kind is None:
+            raise UserFault(f"{place}[{number}]: a span must be of prompt_tokens or of sampled_tokens")
+        run = span.sampled_tokens if kind == "sampled_tokens" else span.prompt_tokens
+        decoded.append(Span(kind == "sampled_tokens", run.sequence_id, run.offset, run.length))
+    return tuple(decoded)
 
 
 def _decode_datum(datum: pb.Datum, index: int) -> Datum:

@@ -18,6 +18,7 @@ from searchr1_async.local.backend import Backend, Snapshot, UserFault
 from searchr1_async.local.checkpoints import CheckpointId, CheckpointStore
 from searchr1_async.local.jobs import Jobs, offload, result_of
 from searchr1_async.local.promises import CompletionLog, Promise, Reply
+from searchr1_async.local.sequences import SequenceStore
 
 logger = logging.getLogger(__name__)
 
@@ -61,11 +62,19 @@ class Sampling:
     """
 
     def __init__(
-        self, backend: Backend, checkpoints: CheckpointStore, jobs: Jobs, *, max_snapshots: int, max_samples: int
+        self,
+        backend: Backend,
+        checkpoints: CheckpointStore,
+        jobs: Jobs,
+        sequences: SequenceStore,
+        *,
+        max_snapshots: int,
+        max_samples: int,
     ) -> None:
         self._backend = backend
         self._checkpoints = checkpoints
         self._jobs = jobs
+        self._sequences = sequences
         self._max_snapshots = max_snapshots
         self._max_samples = max_samples
         self._open_samples = 0
@@ -196,6 +205,8 @@ class Sampling:
     ) -> None:
         async def work() -> Reply:
             call = await offload(size, protocol.decode_sample, fields)
+            if call.record and sampler is None:
+                raise UserFault("record_stability_info: sample through a sampling session, whose sequences are kept")
             weights = await self._current(sampler, fields)
             if weights is None:
                 result = await result_of(self._backend.sample(None, call.request))
@@ -205,6 +216,11 @@ class Sampling:
                     result = await result_of(self._backend.sample(weights.snapshot, call.request))
                 finally:
                     weights.running -= 1
+            # A sampler that is gone belongs to a session that has ended meanwhile.
+            if call.record and sampler is not None and sampler.id in self.samplers:
+                self._sequences.record(
+                    sampler.session_id, promise.request_id, call.request.prompt, result.sequences, time.monotonic()
+                )
             tokens = sum(len(sequence.tokens) for sequence in result.sequences)
             return await offload(8 * tokens, protocol.encode_sample, result, call.prompt_logprobs_last_n)
 

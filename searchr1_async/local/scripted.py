@@ -39,8 +39,8 @@ from searchr1_async.local.backend import (
     UserFault,
 )
 from searchr1_async.local.loss_inputs import check_data, find_inputs
+from searchr1_async.local.numpy_losses import loss_and_slope
 from searchr1_async.local.scripted_log import Served, ServedSequence, TimedReply, write_log
-from searchr1_async.local.scripted_losses import loss_and_slope
 
 logger = logging.getLogger(__name__)
 

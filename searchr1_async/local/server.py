@@ -32,6 +32,7 @@ from searchr1_async.local.listings import Listings, Session
 from searchr1_async.local.promises import Failure, Promise, PromiseStore, UnknownPromise
 from searchr1_async.local.protocol import Body, MalformedRequest
 from searchr1_async.local.sampling import Sampler, Sampling, TooManySamples, sampler_id
+from searchr1_async.local.sequences import DAY, SequenceStore, sequence_id
 from searchr1_async.local.training import Model, Training, model_id
 
 logger = logging.getLogger(__name__)
@@ -62,6 +63,11 @@ class ServiceOptions:
     """A session without a heartbeat for this long has ended (the SDK sends one every 10 s)."""
     result_grace: float = 60.0
     """How long a fetched result is kept, in case the answer got lost."""
+    sequence_life: float = DAY
+    """How long a recorded sequence can be trained on after its last use."""
+    sequence_bytes: int = 1 << 30
+    """Memory of all recorded sequences; beyond it the least recently used are dropped. A sequence takes 4 bytes a prompt
+    token and 8 bytes a sampled one."""
     use_retrieve_futures: bool = False
     """Has the SDK wait for all samples of a sampler in one request; else it holds one connection for each.
 
@@ -191,9 +197,15 @@ class Service:
         self._promises = jobs.promises
         self._promises.grace = options.result_grace
         self._checkpoints = checkpoints
-        self.training = Training(backend, checkpoints, jobs, gap_patience=options.gap_patience)
+        self._sequences = SequenceStore(life=options.sequence_life, most_bytes=options.sequence_bytes)
+        self.training = Training(backend, checkpoints, jobs, self._sequences, gap_patience=options.gap_patience)
         self.sampling = Sampling(
-            backend, checkpoints, jobs, max_snapshots=options.max_snapshots, max_samples=options.max_samples
+            backend,
+            checkpoints,
+            jobs,
+            self._sequences,
+            max_snapshots=options.max_snapshots,
+            max_samples=options.max_samples,
         )
 
     def posts(self) -> dict[str, Handler]:
@@ -222,11 +234,12 @@ class Service:
         }
 
     async def keep_house(self) -> None:
-        """Forgets old results, expired checkpoints and silent sessions; ends waiting that has no hope."""
+        """Forgets old results, expired checkpoints, expired sequences and silent sessions; ends waiting that has no hope."""
         next_checkpoint_sweep = 0.0
         while True:
             now = time.monotonic()
             self._promises.sweep(now)
+            self._sequences.sweep(now)
             self.training.give_up_gaps(now)
             for session in list(self.sessions.values()):
                 if not session.finished and now - session.heartbeat_at > self.options.session_idle:
@@ -309,6 +322,7 @@ class Service:
             if model is not None:
                 self.training.remove(model, "its session has ended")
         self.sampling.close(session.id, set(session.model_ids))
+        self._sequences.forget(session.id)
 
     # -- training ------------------------------------------------------------------------------------------------
 
@@ -436,7 +450,7 @@ class Service:
         promise = self.sampling.submit(sampler, seq_id, body.fields, len(raw))
         count = body.fields.get("num_samples")
         count = count if isinstance(count, int) and 1 <= count <= protocol.MAX_SAMPLES else 1
-        ids = [f"{promise.request_id}:{index}" for index in range(count)]
+        ids = [sequence_id(promise.request_id, index) for index in range(count)]
         return _json(request_id=promise.request_id, sample_sequence_ids=ids)
 
     # -- futures -------------------------------------------------------------------------------------------------

@@ -17,11 +17,15 @@ from typing import Any
 
 import anyio.to_thread
 
-from searchr1_async.local import protocol
-from searchr1_async.local.backend import Adapter, Backend, LoraConfig, Snapshot, UserFault
+from searchr1_async.local import protocol, provenance
+from searchr1_async.local.backend import Adapter, Backend, ForwardBackwardResult, LoraConfig, Snapshot, UserFault
 from searchr1_async.local.checkpoints import Checkpoint, CheckpointId, CheckpointStore, Kind
 from searchr1_async.local.jobs import Jobs, failure_of, offload, result_of
+from searchr1_async.local.loss_inputs import STABLE_REINFORCE, find_inputs
+from searchr1_async.local.numpy_losses import ratio_metrics
 from searchr1_async.local.promises import Failure, Promise, Reply
+from searchr1_async.local.protocol import ForwardBackwardCall
+from searchr1_async.local.sequences import SequenceStore
 from searchr1_async.local.sequencing import AlreadyTaken, Sequence
 
 logger = logging.getLogger(__name__)
@@ -67,10 +71,19 @@ def model_id(session_id: str, model_seq_id: int) -> str:
 class Training:
     """All models of the service."""
 
-    def __init__(self, backend: Backend, checkpoints: CheckpointStore, jobs: Jobs, *, gap_patience: float) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        checkpoints: CheckpointStore,
+        jobs: Jobs,
+        sequences: SequenceStore,
+        *,
+        gap_patience: float,
+    ) -> None:
         self._backend = backend
         self._checkpoints = checkpoints
         self._jobs = jobs
+        self._sequences = sequences
         self._gap_patience = gap_patience
         self.models: dict[str, Model] = {}
 
@@ -199,13 +212,18 @@ class Training:
     async def forward_backward(self, message: Any, size: int, model: Model, promise: Promise) -> None:
         """``message`` is the protobuf request of ``size`` bytes."""
         call = await offload(size, protocol.decode_forward_backward, message)
+        if call.loss_fn == STABLE_REINFORCE:
+            ids = {id for each in call.provenance for id in each.ids()}
+            recorded = self._sequences.use(model.session_id, ids, time.monotonic())
+            why_missing = self._sequences.why_missing()
+            data = await offload(size, provenance.check, call.data, call.provenance, recorded, why_missing)
+            call = replace(call, data=data)
         future = self._backend.forward_backward(
             model.trained(), call.data, call.loss_fn, call.loss_config, call.forward_only
         )
 
         async def answer() -> Reply:
-            result = await result_of(future)
-            return await offload(size, protocol.encode_forward_backward, result)
+            return await offload(size, _encode_with_ratios, call, await result_of(future))
 
         self._jobs.start(promise, answer)
 
@@ -292,3 +310,9 @@ class Training:
             return protocol.json_reply({"sampling_session_id": sampler_id, "type": "save_weights_for_sampler"})
 
         self._jobs.start(promise, answer)
+
+
+def _encode_with_ratios(call: ForwardBackwardCall, result: ForwardBackwardResult) -> Reply:
+    _, config = find_inputs(call.loss_fn, call.loss_config)
+    ratios = ratio_metrics(call.loss_fn, config, call.data, result.logprobs)
+    return protocol.encode_forward_backward(replace(result, metrics={**result.metrics, **ratios}))

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
 
 from searchr1_async.local.backend import Datum, UserFault
 from searchr1_async.local.losses import LOSSES, check_data, find_loss, with_sequence_ratio
-from searchr1_async.local.scripted_losses import loss_and_slope
+from searchr1_async.local.numpy_losses import loss_and_slope, ratio_metrics
 
 LP = torch.tensor([-1.0, -0.5, -3.0, -2.0])
 Q = torch.tensor([-1.0, -1.5, -1.0, -2.0])
@@ -46,6 +48,89 @@ def test_cispo_keeps_the_gradient_of_clipped_tokens_and_ppo_does_not() -> None:
         (gradients[name],) = torch.autograd.grad(loss.terms(lp, inputs, config).sum(), lp)
     assert float(gradients["cispo"]) == -4.0
     assert float(gradients["ppo"]) == 0.0
+
+
+def stable_slope(log_ratio: float, advantage: float, **config: float) -> float:
+    """The derivative by the log-probability of one token."""
+    lp = torch.tensor([-2.0 + log_ratio], dtype=torch.float64, requires_grad=True)
+    loss, thresholds = find_loss("stable_reinforce", config)
+    inputs = {"logprobs": torch.tensor([-2.0]), "advantages": torch.tensor([advantage])}
+    (slope,) = torch.autograd.grad(loss.terms(lp, inputs, thresholds).sum(), lp)
+    return float(slope)
+
+
+@pytest.mark.parametrize("advantage", [2.0, -2.0])
+def test_stable_reinforce_on_policy_is_importance_sampling(advantage: float) -> None:
+    assert stable_slope(0.0, advantage) == stable_slope(0.0, advantage, alpha=0.0) == -advantage
+
+
+@pytest.mark.parametrize("log_ratio", [-200.0, -1.0, 1.0, 200.0])
+def test_stable_reinforce_tapers_the_two_signs_differently(log_ratio: float) -> None:
+    truncated = min(math.exp(log_ratio), 1.0)
+    assert stable_slope(log_ratio, -2.0) == pytest.approx(2.0 * truncated)
+    assert stable_slope(log_ratio, 2.0) == -2.0, "what was right keeps its whole weight"
+    assert stable_slope(log_ratio, 2.0, alpha=0.25) == pytest.approx(-2.0 * max(0.25, truncated))
+    assert stable_slope(log_ratio, 2.0, alpha=0.0) == pytest.approx(-2.0 * truncated)
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if name not in ("gspo", "cispo", "stable_reinforce")])
+def test_gradients_are_finite_differences(name: str) -> None:
+    _check_gradient(name, LP.double(), None)
+
+
+@pytest.mark.parametrize("name", ["cispo", "stable_reinforce"])
+def test_gradients_with_a_held_weight_are_finite_differences(name: str) -> None:
+    """The weight is a constant in the gradient: it is held while the log-probability moves."""
+    loss, thresholds = find_loss(name, {})
+    lp = LP.double()
+    weight = loss.terms(lp, {"logprobs": Q, "advantages": A}, thresholds) / lp
+    _check_gradient(name, lp, weight)
+
+
+def _check_gradient(name: str, lp: torch.Tensor, held: torch.Tensor | None) -> None:
+    loss, thresholds = find_loss(name, {})
+    inputs = {"logprobs": Q.double(), "advantages": A.double(), "weights": A.double()}
+
+    def total(at: torch.Tensor) -> torch.Tensor:
+        return (loss.terms(at, inputs, thresholds) if held is None else held * at).sum()
+
+    leaf = lp.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(loss.terms(leaf, inputs, thresholds).sum(), leaf)
+    for index in range(len(lp)):
+        step = torch.zeros_like(lp)
+        step[index] = 1e-5
+        difference = (total(lp + step) - total(lp - step)) / 2e-5
+        assert float(slope[index]) == pytest.approx(float(difference), abs=1e-6)
+
+
+def rl_datum(q: list[float], advantages: list[float]) -> Datum:
+    columns = {"logprobs": np.array(q, np.float32), "advantages": np.array(advantages, np.float32)}
+    return Datum(np.arange(len(q), dtype=np.int32), {"target_tokens": np.arange(len(q)), **columns})
+
+
+def test_the_ratios_of_a_request_are_reported() -> None:
+    data = [rl_datum([-1.0, -1.0, -1.0], [1.0, -1.0, 0.0]), rl_datum([-1.0], [0.0]), rl_datum([-3.0], [2.0])]
+    logprobs = [np.array([-2.0, 0.0, -9.0], np.float32), np.array([5.0], np.float32), np.array([-3.0], np.float32)]
+    for name, clipped in {
+        "importance_sampling": None,
+        "dro": None,
+        "ppo": 0.0,  # its clip holds back neither a good token that fell nor a bad one that rose
+        "cispo": 0.0,
+        "stable_reinforce": 2 / 3,
+    }.items():
+        metrics = ratio_metrics(name, find_loss(name, {})[1], data, logprobs)
+        assert metrics["ratio_min:min"] == pytest.approx(math.exp(-1.0))
+        assert metrics["ratio_max:max"] == pytest.approx(math.exp(1.0))
+        assert metrics.get("clipped_fraction:mean") == clipped, name
+    narrow = find_loss("cispo", {"clip_high_threshold": 1.5})[1]
+    assert ratio_metrics("cispo", narrow, data, logprobs)["clipped_fraction:mean"] == pytest.approx(1 / 3)
+
+
+def test_ratios_beyond_all_measure_are_reported_as_finite_numbers() -> None:
+    for name in ("importance_sampling", "ppo", "stable_reinforce"):
+        metrics = ratio_metrics(name, find_loss(name, {})[1], [rl_datum([-5000.0], [1.0])], [np.zeros(1, np.float32)])
+        assert all(math.isfinite(value) for value in metrics.values())
+    assert ratio_metrics("ppo", find_loss("ppo", {})[1], [rl_datum([-1.0], [0.0])], [np.zeros(1, np.float32)]) == {}
 
 
 MASK = torch.tensor([1.0, 1.0, 0.0, 1.0])
@@ -115,11 +200,6 @@ def test_a_loss_that_is_not_known_is_refused_by_name() -> None:
         find_loss("reinforce", {})
 
 
-def test_a_loss_that_only_the_cloud_has_is_refused_with_the_reason() -> None:
-    with pytest.raises(UserFault, match=r"'stable_reinforce' learns from what the Tinker cloud records.*Choose one of"):
-        find_loss("stable_reinforce", {})
-
-
 @pytest.mark.parametrize(
     ("name", "config", "message"),
     [
@@ -127,6 +207,8 @@ def test_a_loss_that_only_the_cloud_has_is_refused_with_the_reason() -> None:
         ("ppo", {"beta": 1.0}, "clip_low_threshold, clip_high_threshold"),
         ("dro", {"beta": float("nan")}, "no finite number"),
         ("ppo", {"clip_low_threshold": 1.5}, "above clip_high_threshold"),
+        ("stable_reinforce", {"alpha": 1.5}, r"alpha is 1.5; it must lie in \[0, 1\]"),
+        ("stable_reinforce", {"beta": 1.0}, "it may hold alpha"),
     ],
 )
 def test_a_bad_configuration_is_refused(name: str, config: dict[str, float], message: str) -> None:

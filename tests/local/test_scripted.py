@@ -164,7 +164,7 @@ def test_sampler_and_trainer_agree_at_every_version(backends: list[ScriptedBacke
     assert len(seen) == 3
 
 
-@pytest.mark.parametrize("loss_fn", ["cross_entropy", "importance_sampling", "ppo", "cispo", "dro"])
+@pytest.mark.parametrize("loss_fn", ["cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "stable_reinforce"])
 def test_gradients_are_those_of_the_loss(backends: list[ScriptedBackend], loss_fn: str) -> None:
     """The accumulated gradient, read from Adam's report, against a finite difference of the reported loss."""
     backend = make(backends)
@@ -180,11 +180,14 @@ def test_gradients_are_those_of_the_loss(backends: list[ScriptedBackend], loss_f
     adapter = backend.create_adapter(LoraConfig()).result(DEADLINE)
     backend.forward_backward(adapter, data, loss_fn, {}, False)
     reported = backend.optim_step(adapter, AdamParams()).result(DEADLINE)["unclipped_grad_l2"]
-    if loss_fn == "cispo":
-        # The clipped ratio is a constant in CISPO's gradient.
+    if loss_fn in ("cispo", "stable_reinforce"):
+        # Their weight is a constant in the gradient.
         lp = logprobs_of(data[0].loss_inputs["target_tokens"], Weights()).astype(float)
-        ratio = np.clip(np.exp(lp - np.array(columns["logprobs"])), 0, 4)
-        expected = abs(float(np.sum(ratio * np.array(columns["advantages"]) * lp)))
+        advantages = np.array(columns["advantages"])
+        weight = np.clip(np.exp(lp - np.array(columns["logprobs"])), 0, 4)
+        if loss_fn == "stable_reinforce":
+            weight = np.where(advantages > 0, 1.0, np.minimum(weight, 1.0))
+        expected = abs(float(np.sum(weight * advantages * lp)))
     else:
         expected = abs(loss_at(1e-2) - loss_at(-1e-2)) / 2e-2
     assert reported == pytest.approx(expected, rel=2e-3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import shutil
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -18,6 +19,7 @@ from searchr1_async.local import checkpoints
 from searchr1_async.local.backend import Backend
 from searchr1_async.local.checkpoints import CheckpointStore
 from searchr1_async.local.scripted import Latency, ScriptedBackend
+from tests.local.provenance_data import PlayedTurn, datum_of
 from tests.local.serving import KEY, Served, datum, sdk, service_thread, successors, until
 
 pytestmark = pytest.mark.anyio
@@ -84,6 +86,94 @@ async def test_every_loss(service: tinker.ServiceClient, loss_fn: Any) -> None:
     assert "loss:sum" in result.metrics
     assert [len(output["logprobs"].data) for output in result.loss_fn_outputs] == [3, 3]
     assert (await trainer.optim_step(types.AdamParams())).metrics
+
+
+def scripted(folder: Path) -> Backend:
+    return ScriptedBackend(successors)
+
+
+def tiny_model(folder: Path) -> Backend:
+    pytest.importorskip("torch")
+    from searchr1_async.local.torch_backend import TorchBackend
+    from tests.local.tiny import make_tiny_model
+
+    if not (folder / "config.json").exists():
+        make_tiny_model(folder)
+    return TorchBackend.load(str(folder), threads=1, dtype="float32")
+
+
+async def play(
+    sampler: tinker.SamplingClient, prompt: list[int], appended: list[list[int]], samples: int = 1
+) -> list[list[PlayedTurn]]:
+    """Episodes that share their first prompt: a turn, then one more after each appended run."""
+    episodes: list[list[PlayedTurn]] = []
+    first = await sampler.sample(types.ModelInput.from_ints(prompt), samples, PARAMS)
+    for sequence in first.sequences:
+        turns = [PlayedTurn(sequence.sequence_id, prompt, sequence.tokens, sequence.logprobs or [])]
+        for run in appended:
+            text = [*turns[-1].prompt, *turns[-1].tokens, *run]
+            (more,) = (await sampler.sample(types.ModelInput.from_ints(text), 1, PARAMS)).sequences
+            turns.append(PlayedTurn(more.sequence_id, text, more.tokens, more.logprobs or []))
+        episodes.append(turns)
+    return episodes
+
+
+@pytest.mark.parametrize("make_backend", [scripted, tiny_model])
+async def test_stable_reinforce_learns_from_recorded_sequences(tmp_path: Path, make_backend: Any) -> None:
+    """Two episodes of three turns that share their first prompt; on policy the gradient is that of importance sampling."""
+    backend = await anyio.to_thread.run_sync(make_backend, tmp_path / "model")
+    with service_thread(tmp_path / "store", backend) as served:
+        async with sdk(served.url) as service:
+            trainer = await service.create_lora_training_client(base_model=backend.model_name, rank=4, seed=0)
+            await train(trainer)
+            sampler = await trainer.save_weights_and_get_sampling_client(record_stability_info=True)
+            episodes = await play(sampler, [5, 6, 7], [[9, 10], []], samples=2)
+            data = [datum_of(turns, advantage) for turns, advantage in zip(episodes, (1.0, -0.5), strict=True)]
+            norms = {}
+            for loss_fn in ("importance_sampling", "stable_reinforce"):
+                result = await trainer.forward_backward(data, loss_fn)
+                assert result.metrics["ratio_min:min"] == pytest.approx(1.0, abs=1e-3)
+                assert result.metrics["ratio_max:max"] == pytest.approx(1.0, abs=1e-3)
+                step = await trainer.optim_step(types.AdamParams(learning_rate=0.0))
+                assert step.metrics is not None
+                norms[loss_fn] = step.metrics["grad_norm" if "grad_norm" in step.metrics else "unclipped_grad_l2"]
+            assert norms["stable_reinforce"] == pytest.approx(norms["importance_sampling"], rel=1e-3)
+            assert norms["stable_reinforce"] > 0.0
+            forward = await trainer.forward(data, "stable_reinforce", {"alpha": 0.5})
+            assert "loss:sum" in forward.metrics
+            bare = dataclasses.replace(
+                data[0], loss_fn_inputs={k: v for k, v in data[0].loss_fn_inputs.items() if k != "logprobs"}
+            )
+            assert (await trainer.forward([bare], "stable_reinforce")).metrics.keys() == forward.metrics.keys()
+
+
+async def test_what_was_not_recorded_in_this_session_is_refused(served: Served, service: tinker.ServiceClient) -> None:
+    trainer = await service.create_lora_training_client(base_model="scripted")
+    (unrecorded,) = await play(await trainer.save_weights_and_get_sampling_client(), [5, 6], [])
+    recording = await trainer.save_weights_and_get_sampling_client(record_stability_info=True)
+    (recorded,) = await play(recording, [5, 6], [])
+    async with sdk(served.url) as other:
+        stranger = await other.create_sampling_client(base_model="scripted", record_stability_info=True)
+        (foreign,) = await play(stranger, [5, 6], [])
+        for turns in (unrecorded, foreign):
+            with pytest.raises(tinker.RequestFailedError) as refused:
+                await trainer.forward_backward([datum_of(recorded), datum_of(turns)], "stable_reinforce")
+            assert refused.value.category == types.RequestErrorCategory.User
+            assert f"data[1].model_input_spans[0]: sequence '{turns[0].sequence_id}'" in str(refused.value)
+            assert "was not recorded: sample with record_stability_info=True" in str(refused.value)
+    with pytest.raises(tinker.RequestFailedError, match=r"data\[0\].model_input_spans: missing"):
+        await trainer.forward_backward([RL_EXAMPLE], "stable_reinforce")
+    await trainer.forward_backward([datum_of(recorded)], "stable_reinforce")
+
+
+async def test_recorded_sequences_expire(tmp_path: Path) -> None:
+    with service_thread(tmp_path, sequence_life=0.0) as served:
+        async with sdk(served.url) as service:
+            trainer = await service.create_lora_training_client(base_model="scripted")
+            sampler = await trainer.save_weights_and_get_sampling_client(record_stability_info=True)
+            (turns,) = await play(sampler, [5, 6], [])
+            with pytest.raises(tinker.RequestFailedError, match="within 0 hours of its last use"):
+                await trainer.forward_backward([datum_of(turns)], "stable_reinforce")
 
 
 async def test_a_loss_of_ones_own(service: tinker.ServiceClient) -> None:
@@ -180,20 +270,6 @@ async def test_back_pressure_is_no_error(tmp_path: Path) -> None:
             sampler = await service.create_sampling_client(base_model="scripted")
             responses = await asyncio.gather(*[sampler.sample(PROMPT, 1, PARAMS) for _ in range(24)])
             assert len(responses) == 24
-
-
-def scripted(folder: Path) -> Backend:
-    return ScriptedBackend(successors)
-
-
-def tiny_model(folder: Path) -> Backend:
-    pytest.importorskip("torch")
-    from searchr1_async.local.torch_backend import TorchBackend
-    from tests.local.tiny import make_tiny_model
-
-    if not (folder / "config.json").exists():
-        make_tiny_model(folder)
-    return TorchBackend.load(str(folder), threads=1)
 
 
 @pytest.mark.parametrize("make_backend", [scripted, tiny_model])

@@ -143,7 +143,8 @@ def test_loss_logprobs_and_gradients_equal_the_reference(case: tuple[Path, Engin
     result = run(engine, adapter, data, loss_fn)
 
     loss, logprobs, gradients = reference(folder, adapter, data, loss_fn)
-    assert result.metrics["loss:sum"] == pytest.approx(loss, rel=1e-4)
+    # The terms of both signs almost cancel: an absolute tolerance is for what rounding leaves.
+    assert result.metrics["loss:sum"] == pytest.approx(loss, rel=1e-4, abs=1e-4)
     for ours, theirs in zip(result.logprobs, logprobs, strict=True):
         np.testing.assert_allclose(ours, theirs.numpy(), atol=1e-4)
     ours_by_name = adapter.layout.to_state(adapter.gradient)
