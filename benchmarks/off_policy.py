@@ -143,8 +143,8 @@ class Runs:
         """
         folder = self._work / way.name
         kept = folder / "row.json"
-        if kept.exists() and (row := json.loads(kept.read_text()))["steps"] == self._steps:
-            return row
+        if kept.exists():
+            return json.loads(kept.read_text())
         start, before = await self._warmed_up(way.seed)
         load, began = os.getloadavg()[0], time.monotonic()
         shutil.rmtree(folder, ignore_errors=True)
@@ -212,10 +212,23 @@ class Runs:
         return report.only.exact_match
 
 
+def claim(work: Path, settings: dict[str, Any]) -> None:
+    """Makes the work folder one of runs with these settings.
+
+    Raises:
+        SystemExit: it holds runs with others, which could not be compared.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    path = work / "settings.json"
+    if path.exists() and (then := json.loads(path.read_text())) != settings:
+        sys.exit(f"{work} holds runs with {then}, not {settings}: choose another --work folder")
+    path.write_text(json.dumps(settings))
+
+
 async def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     """The rows of all planned runs that did not fail."""
     work = options.work.resolve()
-    work.mkdir(parents=True, exist_ok=True)
+    claim(work, {name: getattr(options, name) for name in ("model", "steps", "questions")})
     world = tiny_world(options.questions, work) if options.model == "tiny" else atlas_world(options.questions)
     rows = []
     async with local_service(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import polars as pl
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.off_policy import planned
+from benchmarks.off_policy import claim, planned
 from benchmarks.off_policy_report import each_run, in_flight_table, learning_table, prompt_tokens
 from searchr1_async.episodes.types import Episode, Question, StopReason, Turn
 
@@ -68,6 +70,13 @@ def test_every_seed_runs_all_bounds_and_losses_and_in_flight_with_the_last_loss(
     ways = planned(options)
     assert len(ways) == len({way.name for way in ways}) == 2 * (2 * 2 + 1)
     assert {(way.staleness, way.loss) for way in ways if way.weights == "inflight"} == {(4, "stable_reinforce")}
+
+
+def test_a_folder_of_runs_with_other_settings_is_refused(tmp_path: Path) -> None:
+    claim(tmp_path / "work", {"steps": 12})
+    claim(tmp_path / "work", {"steps": 12})
+    with pytest.raises(SystemExit, match="choose another --work folder"):
+        claim(tmp_path / "work", {"steps": 6})
 
 
 def test_a_line_holds_the_mean_over_the_seeds_and_the_extremes() -> None:
