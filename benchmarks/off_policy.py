@@ -85,7 +85,7 @@ def atlas_world(questions: int) -> World:
         search=lambda: sr.Search.local("atlas", n_results=1, max_passage_words=30),
         playing={"format": "tags", "max_turns": 2, "max_tokens": 28, "max_trajectory_tokens": 1024},
         learning={"group_size": 6, "groups_per_batch": 4, "minibatches": 2, "learning_rate": 1.5e-4, "lora_rank": 16},
-        warm_up=sr.WarmUp(steps=6),
+        warm_up=sr.WarmUp(steps=10),
     )
 
 
