@@ -152,6 +152,7 @@ NOTES = """How it was measured:
 - KL is `optim/kl_sample_train_v2`: half the mean over sampled tokens of the squared difference between the log-probability under the
   weights that sampled a token and under those that learn from it, as a mean over the steps; v1 is the mean difference.
 - The ratio is that of the two probabilities of a token, trainer over sampler; the lowest and the highest of all tokens and steps.
+  It is not 1 at staleness 0 either: where the service samples and trains in bfloat16, the two passes round differently.
 - A turn's staleness is that of its group's batch; with in-flight weights it is an upper bound.
 - Seconds are those of the steps (`time/total`): playing, learning and publishing, without warm-up and held-out questions.
 - Prompt tokens are those of all episodes that the steps' batches held, dropped groups included; each turn's whole prompt counts.
