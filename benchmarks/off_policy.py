@@ -104,10 +104,13 @@ def tiny_world(questions: int, groups: int, work: Path) -> World:
     """The small world of the tests, to try the benchmark itself in a minute."""
     from tests import tiny_world as tiny
 
+    model = work / "model"  # its checkpoints name it, and the tests' own is another at each start
+    if not model.exists():
+        shutil.copytree(tiny.model_folder(), model)
     training, held_out = tiny.make_questions()
     playing = {key: value for key, value in tiny.PLAYING.items() if key not in ("local", "progress")}
     return World(
-        model=str(tiny.model_folder()),
+        model=str(model),
         training=lambda seed: training,
         held_out=held_out[:questions],
         search=lambda: tiny.make_search(work / "index"),
