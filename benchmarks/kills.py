@@ -47,7 +47,7 @@ PLANS: Mapping[str, Mapping[str, Any]] = {
     "staleness 1, refills": {"max_staleness": 1, "refill_groups": 3},
     "staleness 1, spare groups": {"max_staleness": 1, "spare_groups": 2},
     "staleness 2": {"max_staleness": 2},
-    "staleness 2, weights switched in flight": {"max_staleness": 2, "switch_weights_in_flight": True},
+    "staleness 2, weights in flight": {"max_staleness": 2, "weights_in_flight": "inflight"},
 }
 KILLS_A_RUN = 5
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -23,6 +24,7 @@ from searchr1_async.config import (
     SamplingSettings,
     ScheduleName,
     WarmUp,
+    WeightsInFlight,
 )
 from searchr1_async.control import RunControl
 from searchr1_async.data.questions import Questions, checked_questions
@@ -70,7 +72,8 @@ def train(
     minibatches: int = 4,
     max_staleness: int = 0,
     synchronous: bool = False,
-    switch_weights_in_flight: bool = False,
+    weights_in_flight: WeightsInFlight = "snapshot",
+    switch_weights_in_flight: bool | None = None,
     spare_groups: int = 0,
     refill_groups: int = 0,
     min_members: int = 2,
@@ -138,8 +141,16 @@ def train(
         renderer: chat format (of the ``renderers`` package, or ``"chatml"``); None chooses by the model's name.
         instructions: the system prompt; None is the format's own.
         max_staleness: 0 learns on-policy, each group streaming into the step as it finishes; k lets the next batches' episodes start
-            while the last ones finish and the trainer works, on weights at most k steps older.
+            while the last ones finish and the trainer works, on weights at most k steps older. Learning is then off-policy, and
+            the default loss another (see ``loss``).
+        weights_in_flight: ``"snapshot"``: an episode keeps the weights that it began with. ``"inflight"``: running episodes go
+            on with newer weights as soon as these are there, and keep their key/value cache. Where the service cannot do
+            it, the run is refused at the start.
+        switch_weights_in_flight: deprecated: True is ``weights_in_flight="inflight"``.
         synchronous: learn only when a whole batch is played.
+        loss: one of the service's losses. None is ``"importance_sampling"`` on-policy. Off-policy it is
+            ``"stable_reinforce"`` if the service has it and otherwise ``"ppo"``, which is clipped; the run says which, and why. A loss
+            that you name and that the service does not have is refused at the start, with the losses that it has.
         workers: processes that play; ``"auto"`` adds them when this one is saturated.
         episode_time_limit: seconds, ``EpisodeLimits.max_seconds``.
         steps: optimiser steps; None: all batches of ``epochs``.
@@ -165,6 +176,13 @@ def train(
         raise ConfigurationError(
             "train() starts a task: call it in a notebook's cell or in an async function (asyncio.run(main()))"
         ) from None
+    if switch_weights_in_flight is not None:
+        warnings.warn(
+            'switch_weights_in_flight is deprecated: use weights_in_flight="inflight" or "snapshot"',
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        weights_in_flight = "inflight" if switch_weights_in_flight else weights_in_flight
     out = Path(out_dir)
     check_format(format)
     for name, value in (("evaluate_every", evaluate_every), ("held_out_samples", held_out_samples)):
@@ -211,7 +229,7 @@ def train(
         pipeline=PipelineSettings(
             max_staleness=max_staleness,
             synchronous=synchronous,
-            switch_weights_in_flight=switch_weights_in_flight,
+            weights_in_flight=weights_in_flight,
             spare_groups=spare_groups,
             refill_groups=refill_groups,
             min_members=min_members,

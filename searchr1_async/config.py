@@ -8,7 +8,8 @@ from typing import Any, Literal, get_args
 
 from searchr1_async.errors import ConfigurationError
 
-LossName = Literal["importance_sampling", "ppo", "cispo", "dro", "gspo"]
+LossName = Literal["importance_sampling", "ppo", "cispo", "dro", "gspo", "stable_reinforce"]
+WeightsInFlight = Literal["snapshot", "inflight"]
 AdvantageName = Literal["centred", "scaled", "leave_one_out"]
 NormalizationName = Literal["token", "sequence"]
 ScheduleName = Literal["constant", "linear", "cosine"]
@@ -109,9 +110,13 @@ class PipelineSettings:
     trainer works."""
     synchronous: bool = False
     """Learning begins when the whole batch is played, as in a plain loop; the gradient is the same as with streaming."""
-    switch_weights_in_flight: bool = False
-    """A turn is sampled from the newest weights, so an episode may mix versions (each turn keeps the log-probabilities it was
-    sampled with, so importance ratios stay right). Off: an episode keeps the weights that it began with."""
+    weights_in_flight: WeightsInFlight = "snapshot"
+    """``snapshot``: an episode keeps the weights that it began with. ``inflight``: running episodes go on with newer weights as
+    these are published, and keep their key/value cache; each token keeps the log-probability it was sampled with, so importance
+    ratios stay right. The service does not say which weights sampled a token, only that they are those of the episode's
+    beginning or newer. So the version on a turn, and with it every figure of staleness and the rule of ``max_staleness``,
+    is that of the episode's beginning: an upper bound of how old the weights were. With ``max_staleness=0`` nothing is
+    published while episodes run, and the two are the same."""
     spare_groups: int = 0
     """Groups started beyond a batch; once a batch is full, the slowest of those that would have to be in it are cancelled, at
     most this many, and dropped as ``too_slow``. It biases what is learned towards questions that are played quickly."""
@@ -137,6 +142,12 @@ class PipelineSettings:
             not (self.synchronous and self.max_staleness),
             "synchronous learning is on-policy: choose max_staleness=0, or synchronous=False",
         )
+        _require_one_of("weights_in_flight", self.weights_in_flight, WeightsInFlight)
+
+    @property
+    def is_off_policy(self) -> bool:
+        """Groups may be sampled from older weights than those that are trained, or from changing ones."""
+        return self.max_staleness > 0 or self.weights_in_flight == "inflight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,12 +198,21 @@ class LearningSettings:
     gradient_clip: float = 0.0
     """Global norm above which gradients are scaled down; 0 is off, as in the recipe."""
     loss: LossName | None = None
-    """One of the service's. None: ``importance_sampling`` on-policy (the recipe); ``ppo``, which is clipped, where
-    ``max_staleness`` is over 0 or a batch has several optimiser steps. There the ratio of a token's probability under the
-    weights being trained to that under the weights that sampled it leaves 1, and grows without bound in the unclipped loss, so that
-    a few tokens would rule a step (Schulman et al., 2017, "Proximal Policy Optimization Algorithms")."""
+    """One of the service's. None chooses, and the run says what it chose: ``importance_sampling`` on-policy (the recipe);
+    ``stable_reinforce`` where ``max_staleness`` is over 0 or ``weights_in_flight`` is ``inflight``, if the service has it;
+    else, and where ``loss_config`` is given or only ``optimizer_steps`` is over 1, ``ppo``, which is clipped. Off-policy the ratio
+    of a token's probability under the weights being trained to that under the weights that sampled it leaves 1, and grows without
+    bound in the unclipped loss, so that a few tokens would rule a step (Schulman et al., 2017, "Proximal Policy Optimization
+    Algorithms"). The second optimiser step of a batch is the case that clipping was made for, so it needs nothing that is
+    recorded. A resumed run keeps the loss it began with.
+
+    ``stable_reinforce`` takes only what the service recorded in the same session and not more than a day ago. Groups that
+    finished before a resume, or 20 hours before they are trained on, are therefore trained on with ``ppo`` in the same optimiser
+    step, and are not played again. That costs a request more for each minibatch that holds both kinds; ``optim/fallback_datums``
+    counts the examples."""
     loss_config: Mapping[str, float] = field(default_factory=dict)
-    """Passed to the service with every ``forward_backward`` (``clip_low_threshold``, …)."""
+    """Passed to the service with the loss (``clip_low_threshold``, …); not with the ``ppo`` that stands in for
+    ``stable_reinforce``."""
     advantage: AdvantageName = "centred"
     """``reward - mean`` of the group (the recipe); ``scaled`` divides that by the group's standard deviation (GRPO);
     ``leave_one_out`` subtracts the mean of the other members (RLOO)."""

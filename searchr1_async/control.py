@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -23,6 +24,8 @@ class RunControl:
         self.is_paused = False
         self.emit: Emit = emit_nothing
         """Is told of pauses."""
+        self.wall_clock: Callable[[], float] = time.time
+        """Seconds that go on while the run is held and while the machine sleeps, as a service's own do."""
         self._cuts: list[Callable[[], None]] = []
         self._holds: list[Callable[[bool], None]] = []
         self._goes_on = anyio.Event()

@@ -37,25 +37,31 @@ from searchr1_async.events import (
 )
 from searchr1_async.finishing import ClosedStep, StepFinisher
 from searchr1_async.job import TrainingJob
-from searchr1_async.learn.learner import Learner
+from searchr1_async.learn.examples import without_sequence_ids
+from searchr1_async.learn.learner import FALLBACK_LOSS, Learner
 from searchr1_async.learn.minibatches import Minibatch, MinibatchGatherer, drop_reason
 from searchr1_async.measuring import Measuring
 from searchr1_async.recording import Keeper, StepRecorder, StepToRecord
 from searchr1_async.rollout.admission import Admission, Closed
 from searchr1_async.rollout.engine import FailureBudget, GroupUnderWay, RolloutEngine
 from searchr1_async.rollout.order import QuestionOrder
-from searchr1_async.rollout.policy import LatestPolicy, TinkerPolicy
+from searchr1_async.rollout.policy import TinkerPolicy
 from searchr1_async.watch.records import GroupOutcome
 
 TOO_SLOW, STEP_TIME_LIMIT = "too_slow", "step_time_limit"
 """Why a group was cut."""
 CONSTANT_REWARD = "constant_reward"
+SEQUENCE_SECONDS = 20 * 3600.0
+"""For which the sequences of a group are taken to be known to the service. It forgets them after a day; the rest is for the
+time that a minibatch waits at the trainer."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Finished:
     group: Group
     drop_reason: str | None
+    began: float
+    """When its first turn could be sampled, by the wall clock: none of its sequence ids is older."""
 
     @property
     def learnable(self) -> Group | None:
@@ -95,7 +101,7 @@ class Pipeline:
         self._recorder, self._keeper, self._measuring, self._emit = recorder, keeper, measuring, emit
         self._control = control
         learner.when_learned = self._tell
-        self._policy = LatestPolicy(policy)
+        self._policy = policy
         self._total = job.total_steps(order)
         point = recorder.point
         learning = job.learning
@@ -140,13 +146,13 @@ class Pipeline:
         self._emit(PhaseStarted("train", self._total, "steps", seconds_at_most=left))
         self._emit(PhaseAdvanced("train", self._recorder.point.step))
         self._recorder.begin(began)
-        async with self._measuring.beside(self._policy.current, is_over=self._admission.is_over):
+        async with self._measuring.beside(self._policy, is_over=self._admission.is_over):
             async with self._keeper.keeping(), self._finisher.finishing():
                 with self._control.interruptible():
                     reason = await self._play_and_train(left)
                 self._measuring.training_ended(reason)
             self._emit(PhaseEnded("train", self._control.now() - began))
-        return reason, self._policy.current
+        return reason, self._policy
 
     async def _play_and_train(self, left: float | None) -> str:
         reason = ""
@@ -247,8 +253,9 @@ class Pipeline:
         closed = self._admission.close()
         self._finisher.closed(closed.step, closed.places)
         for place in closed.cancelled:
-            self._finished[place] = _Finished(self._under_way[place].group(), TOO_SLOW)
-            self._under_way[place].cut(TOO_SLOW)
+            under_way = self._under_way[place]
+            self._finished[place] = _Finished(under_way.group(), TOO_SLOW, under_way.began)
+            under_way.cut(TOO_SLOW)
             self._drop(self._finished[place], closed.step)
         self._may_start.set()
         return closed
@@ -257,7 +264,13 @@ class Pipeline:
         for minibatch in minibatches:
             while minibatch.part > self._part:
                 self._end_part(step)
-            await self._learner.submit(minibatch.groups, step)
+            await self._learner.submit(self._with_known_ids(minibatch.groups), step)
+
+    def _with_known_ids(self, groups: Sequence[Group]) -> list[Group]:
+        """The groups; those that the service may have begun to forget are without their sequence ids."""
+        forgotten = self._control.wall_clock() - SEQUENCE_SECONDS
+        old = {id(one.group) for one in self._finished.values() if one.began < forgotten}
+        return [without_sequence_ids(group) if id(group) in old else group for group in groups]
 
     def _end_part(self, step: int) -> None:
         self._part += 1
@@ -304,7 +317,7 @@ class Pipeline:
                 while (place := self._next_start()) is not None:
                     self._admission.started(place)
                     task = self._engine.task(place, self._order.question(place), key=str(place))
-                    self._under_way[place] = GroupUnderWay(task)
+                    self._under_way[place] = GroupUnderWay(task, began=self._control.wall_clock())
                     tasks.start_soon(self._play, self._under_way[place])
                     # One at a time: a prompt is rendered in about a millisecond, and a batch may be 512 of them.
                     await anyio.lowlevel.checkpoint()
@@ -317,17 +330,18 @@ class Pipeline:
 
     async def _play(self, under_way: GroupUnderWay) -> None:
         place = under_way.task.place
-        policy = self._policy if self._job.pipeline.switch_weights_in_flight else self._policy.current
+        # For good, also where its weights move on: the service keeps a key/value cache for each client.
+        policy = self._policy
         try:
             group = await self._engine.play_group(under_way, policy, self._budget_of(place), step=self._admission.step)
         finally:
             del self._under_way[place]
         if under_way.cut_reason != TOO_SLOW:  # else its step has been closed without it
-            self._ended(place, group, under_way.cut_reason)
+            self._ended(place, group, under_way)
         self._may_start.set()
 
-    def _ended(self, place: int, group: Group, cut_reason: str | None) -> None:
-        finished = self._judge(group, cut_reason)
+    def _ended(self, place: int, group: Group, under_way: GroupUnderWay) -> None:
+        finished = self._judge(group, under_way.began, under_way.cut_reason)
         self._finished[place] = finished
         self._admission.finished(place, is_constant=finished.drop_reason == CONSTANT_REWARD)
         self._keeper.keep(place, group)
@@ -336,13 +350,13 @@ class Pipeline:
             self._drop(finished, self._admission.step)
         self._changed.set()
 
-    def _judge(self, group: Group, cut_reason: str | None = None) -> _Finished:
+    def _judge(self, group: Group, began: float, cut_reason: str | None = None) -> _Finished:
         reason = drop_reason(
             group,
             drop_constant_groups=self._job.learning.drop_constant_groups,
             min_members=self._job.pipeline.min_members,
         )
-        return _Finished(group, cut_reason if reason == "too_few_episodes" and cut_reason else reason)
+        return _Finished(group, cut_reason if reason == "too_few_episodes" and cut_reason else reason, began)
 
     def _drop(self, finished: _Finished, step: int) -> None:
         assert finished.drop_reason is not None
@@ -366,8 +380,13 @@ class Pipeline:
             self._emit(now)
 
     async def _restore(self) -> None:
-        """Takes up what an earlier session left open: finished groups of weights that still exist are not played again."""
-        point = self._recorder.point
+        """Takes up what an earlier session left open: finished groups of weights that still exist are not played again.
+
+        Their sequence ids name nothing in this session. With ``stable_reinforce`` they are trained on with another loss (see
+        :class:`~searchr1_async.learn.learner.Learner`), which costs a request more in the batches that hold some, where
+        playing them again would cost all their samples and searches.
+        """
+        point, now = self._recorder.point, self._control.wall_clock()
         kept = await self._keeper.load()
         end = max([point.next_place, *(place + 1 for place in kept)])
         open_places = {*point.open_places, *range(point.next_place, end)}
@@ -379,19 +398,21 @@ class Pipeline:
                 finished[place] = versions[0]
                 # A group that is not whole was cut by the step's time limit; one that was too slow is not kept.
                 is_cut = len(group.episodes) + len(group.failed) < self._engine.group_size
-                self._finished[place] = self._judge(group, STEP_TIME_LIMIT if is_cut else None)
+                self._finished[place] = self._judge(
+                    without_sequence_ids(group), now, STEP_TIME_LIMIT if is_cut else None
+                )
         self._keeper.forget(set(kept) - set(finished))
         constant = [place for place in finished if self._finished[place].drop_reason == CONSTANT_REWARD]
         self._admission.restore(finished, open_places - set(finished), constant=constant)
         if finished:
-            self._emit(
-                Notice(f"{len(finished)} groups were finished before the run was stopped: they are not played again")
-            )
+            text = f"{len(finished)} groups were finished before the run was stopped: they are not played again"
+            if self._learner.loss == "stable_reinforce":
+                text += f", and trained on with {FALLBACK_LOSS}, since another session of the service sampled them"
+            self._emit(Notice(text))
 
     def _published(self, client: tinker.SamplingClient | None, step: int) -> None:
         """The weights after a step are there; without an optimiser step they are the same, under a new number."""
-        client = self._policy.current.client if client is None else client
-        self._policy.switch(TinkerPolicy(client, step, self._job.sampling))
+        self._policy = TinkerPolicy(client or self._policy.client, step, self._job.sampling)
         self._admission.published(step)
         self._emit(WeightsPublished(step))
         self._tell()

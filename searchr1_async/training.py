@@ -17,7 +17,8 @@ from typing import Any
 import anyio
 import tinker
 
-from searchr1_async.config import WarmUp
+from searchr1_async.abilities import choose_loss
+from searchr1_async.config import LossName, WarmUp
 from searchr1_async.control import RunControl
 from searchr1_async.errors import SearchR1Error, ServiceError, first_error
 from searchr1_async.events import (
@@ -234,6 +235,7 @@ class _Training:
     ) -> None:
         self._job, self._emit, self._service, self._engine, self._order = job, emit, service, engine, order
         self._control, self._identity, self._point = control, identity, point
+        self._loss: LossName | None = None
         self._records = RunRecords(job.out_dir)
         self._kept = CheckpointList(job.out_dir, keep_best=job.keep_best)
         self._measuring = Measuring(job, service, engine, self._records, self._kept, control=control, emit=emit)
@@ -243,11 +245,12 @@ class _Training:
         measure, reason, is_whole = self._measuring.measure, "stopped", False
         with control.interruptible():
             client = await self._restore_or_create()
+            self._loss = await choose_loss(self._service, client, job, self._point, self._emit)
             learner = await self._learner(client)
             if self._point is None:
                 await measure(UNTRAINED, TinkerPolicy(await self._service.create_sampling_client(), 0, job.sampling))
                 self._point = await self._warm_up(learner)
-            policy = TinkerPolicy(await self._sampling_client(client), self._point.step, job.sampling)
+            policy = TinkerPolicy(await self._published(learner), self._point.step, job.sampling)
             if job.warm_up is not None and self._point.step == 0:
                 await measure(AFTER_WARM_UP, policy)
             reason, policy = await self._learn(learner, policy, self._point)
@@ -268,7 +271,8 @@ class _Training:
             client,
             learning,
             self._emit,
-            is_off_policy=self._job.pipeline.max_staleness > 0,
+            loss=self._loss,
+            weights_in_flight=self._job.pipeline.weights_in_flight,
             base=await self._service.create_sampling_client() if learning.kl_coefficient else None,
         )
 
@@ -346,10 +350,10 @@ class _Training:
             except ServiceError as error:
                 logger.info("weights of an earlier attempt were not deleted: %s", error)
 
-    async def _sampling_client(self, client: tinker.TrainingClient) -> tinker.SamplingClient:
+    async def _published(self, learner: Learner) -> tinker.SamplingClient:
         try:
             with anyio.fail_after(300):
-                return await client.save_weights_and_get_sampling_client()
+                return await learner.publish()
         except (tinker.TinkerError, ValueError, TimeoutError) as error:
             raise ServiceError(f"the weights could not be published: {type(error).__name__}: {error}") from error
 
@@ -377,6 +381,7 @@ class _Training:
             order_fingerprint=self._order.fingerprint,
             base_model=self._service.model_name,
             settings=self._identity,
+            loss=learner.loss,
         )
         await self._save_kept(point)
         self._emit(CheckpointSaved(0, point.state_path))

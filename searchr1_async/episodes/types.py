@@ -103,7 +103,7 @@ class Turn:
     content: str = ""
     """``text`` without chat markup and reasoning: what the turn says."""
     policy_version: int = 0
-    """Optimiser steps done before the weights that sampled this turn."""
+    """Optimiser steps done before the weights that sampled this turn; with weights in flight they may be newer."""
     call: SearchCall | None = None
     appended_tokens: tuple[int, ...] = ()
     """What the renderer put between this turn and the next: the turn's close, the tool result, the next header."""

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from searchr1_async.config import LossName
 from searchr1_async.errors import CheckpointError, RunFolderError
 from searchr1_async.files import write_atomically
 
@@ -49,6 +50,8 @@ class ResumePoint:
     """Spent in reinforcement learning so far, all sessions together."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """What the run was started with; a resume with another is refused, naming what changed."""
+    loss: LossName | None = None
+    """What the run learns with, which may have been chosen by what its service has; None in files of earlier versions."""
 
     def is_open(self, place: int) -> bool:
         """Whether no recorded step holds the group of this place, so that it must be trained on or dropped yet."""
@@ -86,6 +89,7 @@ class ResumePoint:
                     "resumed with this one. Choose another out_dir, or resume with the version that began the run."
                 )
             values["open_places"] = tuple(values["open_places"])
+            _rename_old_settings(values["settings"])
             return cls(**values)
         except FileNotFoundError:
             return None
@@ -110,6 +114,13 @@ class ResumePoint:
                 "this folder holds a run with other settings (" + "; ".join(changed) + "). Choose another out_dir, or "
                 "start with the same settings to resume."
             )
+
+
+def _rename_old_settings(settings: dict[str, Any]) -> None:
+    """Settings as today's version names them, of a run that an earlier one began."""
+    pipeline = settings.get("pipeline")
+    if isinstance(pipeline, dict) and "switch_weights_in_flight" in pipeline:
+        pipeline["weights_in_flight"] = "inflight" if pipeline.pop("switch_weights_in_flight") else "snapshot"
 
 
 _ABSENT = object()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 from tinker import types as tinker_types
 
-from searchr1_async.episodes.types import Episode
+from searchr1_async.episodes.types import Episode, Group
+
+Span = tinker_types.PromptProvenanceSpan | tinker_types.SampledProvenanceSpan
 
 
 def sampled_places(episode: Episode) -> Iterator[slice]:
@@ -44,8 +47,56 @@ def _shifted(episode: Episode) -> tuple[tinker_types.ModelInput, NDArray[np.int6
     return tinker_types.ModelInput(chunks=[chunk]), tokens[1:].astype(np.int64)
 
 
+def provenance(episode: Episode) -> tuple[list[Span], list[Span]] | None:
+    """Where each input token and each target token of an episode's example came from, as runs in the order of the tokens.
+
+    The prompt of turn n is everything before its sampled tokens. So the tokens that were appended before turn n are positions
+    of turn n's own request prompt, and they go by its sequence id: the episode's prompt by that of the first turn, a
+    tool result by that of the turn after it. Inputs are all tokens but the last, targets all but the first. Empty runs
+    are left out.
+
+    Returns:
+        The runs of the inputs and of the targets, each tiling T positions; None where a turn has no sequence id, or where
+        nothing was sampled.
+    """
+    spans: list[Span] = []
+    position, new_tokens = 0, len(episode.prompt_tokens)
+    for turn in episode.turns:
+        if turn.sequence_id is None:
+            return None
+        if new_tokens:
+            spans.append(
+                tinker_types.PromptProvenanceSpan(sequence_id=turn.sequence_id, offset=position, length=new_tokens)
+            )
+        if turn.sampled_tokens:
+            spans.append(
+                tinker_types.SampledProvenanceSpan(sequence_id=turn.sequence_id, length=len(turn.sampled_tokens))
+            )
+        position += new_tokens + len(turn.sampled_tokens)
+        new_tokens = len(turn.appended_tokens)
+    if not episode.action_token_count:
+        return None
+    first, last = spans[0], spans[-1]
+    inputs = [*spans[:-1], replace(last, length=last.length - 1)]
+    targets = [replace(first, offset=first.offset + 1, length=first.length - 1), *spans[1:]]
+    return [span for span in inputs if span.length], [span for span in targets if span.length]
+
+
+def without_sequence_ids(group: Group) -> Group:
+    """The group with no turn named at the service, so that its examples have no provenance."""
+
+    def unnamed(episode: Episode) -> Episode:
+        return replace(episode, turns=tuple(replace(turn, sequence_id=None) for turn in episode.turns))
+
+    return Group(group.question, tuple(map(unnamed, group.episodes)), tuple(map(unnamed, group.failed)))
+
+
 def to_datum(
-    episode: Episode, advantage: float | NDArray[np.floating], *, with_ratio_mask: bool = False
+    episode: Episode,
+    advantage: float | NDArray[np.floating],
+    *,
+    with_ratio_mask: bool = False,
+    with_provenance: bool = False,
 ) -> tinker_types.Datum:
     """The example for the policy-gradient losses, of an episode that has a turn.
 
@@ -56,6 +107,8 @@ def to_datum(
     Args:
         advantage: of the episode, or of each of its sampled tokens [A].
         with_ratio_mask: adds ``sequence_ratio_mask``, 1 at sampled tokens, which the loss ``gspo`` needs.
+        with_provenance: adds where each token came from, which the loss ``stable_reinforce`` needs, if :func:`provenance`
+            knows it.
     """
     inputs, targets_T = _shifted(episode)
     mask_T = np.zeros(len(targets_T), dtype=np.float32)
@@ -68,7 +121,9 @@ def to_datum(
     tensors = {"target_tokens": targets_T, "logprobs": logprobs_T, "advantages": advantages_T}
     if with_ratio_mask:
         tensors["sequence_ratio_mask"] = mask_T
-    return _datum(inputs, tensors)
+    datum = _datum(inputs, tensors)
+    spans = provenance(episode) if with_provenance else None
+    return datum if spans is None else datum.with_provenance(model_input=spans[0], loss_fn_inputs=spans[1])
 
 
 def to_supervised_datum(episode: Episode) -> tinker_types.Datum:

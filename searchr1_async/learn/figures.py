@@ -23,6 +23,8 @@ class LearnedMinibatch:
     """Of its examples, what was only read included."""
     kl_base: float | None = None
     """Sum over its sampled tokens of log p_sampled - log p_base; None where it was not asked for."""
+    is_fallback: bool | None = None
+    """Whether it had another loss than the run's, which could not take it; None where the run's takes everything."""
 
 
 def learning_metrics(minibatches: Sequence[LearnedMinibatch]) -> dict[str, float]:
@@ -32,7 +34,10 @@ def learning_metrics(minibatches: Sequence[LearnedMinibatch]) -> dict[str, float
     log p_sampler - log p_trainer; ``v2``: half the mean of its square (Schulman, 2020, "Approximating KL Divergence",
     estimators k1 and k2). Both are 0 for an exact service before the first step on new data. ``optim/kl_base``: mean of
     log p_sampler - log p_base, where a penalty asked for it. What the service adds of its own (``name:reduction``) comes
-    as ``optim/name``, reduced as the SDK does: means weighted by examples.
+    as ``optim/name``, reduced as the SDK does: means weighted by examples, over the minibatches that have it.
+
+    A batch may hold minibatches of two losses (see :class:`~searchr1_async.learn.learner.Learner`): ``optim/loss`` is then
+    the sum of both, and ``optim/fallback_datums`` says how many examples had the other loss.
     """
     tokens, entropy, first, second, loss = 0, 0.0, 0.0, 0.0, 0.0
     for minibatch in minibatches:
@@ -58,6 +63,9 @@ def learning_metrics(minibatches: Sequence[LearnedMinibatch]) -> dict[str, float
         "optim/kl_sample_train_v1": first / tokens,
         "optim/kl_sample_train_v2": second / tokens,
     }
+    if any(minibatch.is_fallback is not None for minibatch in minibatches):
+        others = sum(len(minibatch.episodes) for minibatch in minibatches if minibatch.is_fallback)
+        metrics["optim/fallback_datums"] = float(others)
     sums = [minibatch.kl_base for minibatch in minibatches if minibatch.kl_base is not None]
     if len(sums) == len(minibatches):
         metrics["optim/kl_base"] = sum(sums) / tokens
@@ -66,14 +74,15 @@ def learning_metrics(minibatches: Sequence[LearnedMinibatch]) -> dict[str, float
 
 def _service_metrics(minibatches: Sequence[LearnedMinibatch]) -> dict[str, float]:
     found: dict[str, float] = {}
-    for key in minibatches[0].output.metrics:
+    keys = dict.fromkeys(key for minibatch in minibatches for key in minibatch.output.metrics)
+    for key in keys:
         name, _, reduction = key.partition(":")
-        values = [minibatch.output.metrics.get(key) for minibatch in minibatches]
-        present = [float(value) for value in values if value is not None]
-        if key == "loss:sum" or len(present) != len(minibatches):
+        those = [minibatch for minibatch in minibatches if key in minibatch.output.metrics]
+        present = [float(minibatch.output.metrics[key]) for minibatch in those]
+        if key == "loss:sum":
             continue
         if reduction == "mean":
-            weights = [len(minibatch.episodes) for minibatch in minibatches]
+            weights = [len(minibatch.episodes) for minibatch in those]
             found[f"optim/{name}"] = float(np.average(present, weights=weights))
         elif reduction in _REDUCTIONS:
             found[f"optim/{name}"] = float(_REDUCTIONS[reduction](present))

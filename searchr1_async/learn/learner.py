@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,7 +21,7 @@ import tinker
 from numpy.typing import NDArray
 from tinker import types as tinker_types
 
-from searchr1_async.config import LearningSettings, LossName
+from searchr1_async.config import LearningSettings, LossName, WeightsInFlight
 from searchr1_async.episodes.types import Episode, Group
 from searchr1_async.errors import CheckpointError, ConfigurationError, ServiceError
 from searchr1_async.events import Emit, MinibatchLearned, MinibatchSubmitted, Notice
@@ -33,6 +33,8 @@ from searchr1_async.learn.schedule import learning_rate_at
 
 _RESUME_POINT_TTL = 7 * 24 * 3600
 """Seconds that a service keeps a rolling resume point: a week, so that a run stopped on a Friday resumes on a Monday."""
+FALLBACK_LOSS: LossName = "ppo"
+"""For episodes that ``stable_reinforce`` cannot take."""
 TRAINING_DEADLINE = 3600.0
 """Seconds for one step's training calls in all; a service that needs longer is taken for dead."""
 
@@ -49,13 +51,33 @@ class FinishedStep:
 
 
 @dataclass(frozen=True, slots=True)
+class _Example:
+    """One episode as the trainer gets it."""
+
+    datum: tinker_types.Datum
+    episode: Episode
+    kl_base: float
+    """Sum over its sampled tokens of log p_sampled - log p_base; 0 without a penalty."""
+
+
+@dataclass(frozen=True, slots=True)
 class _Submitted:
-    """A minibatch that was handed to the SDK."""
+    """Examples that were handed to the SDK in one request."""
 
     future: tinker.APIFuture[tinker_types.ForwardBackwardOutput]
-    episodes: list[Episode]
-    tokens: int
-    kl_base: float | None
+    examples: list[_Example]
+    has_penalty: bool
+    is_fallback: bool | None
+
+    async def learned(self) -> LearnedMinibatch:
+        """With the service's answer, once it is there."""
+        return LearnedMinibatch(
+            await self.future,
+            [one.episode for one in self.examples],
+            _tokens(self.examples),
+            sum(one.kl_base for one in self.examples) if self.has_penalty else None,
+            self.is_fallback,
+        )
 
 
 @dataclass(slots=True)
@@ -112,10 +134,7 @@ class StepInProgress:
         batch = self._batch
         with training_faults("an optimiser step"):
             with anyio.fail_after(TRAINING_DEADLINE):
-                learned = [
-                    LearnedMinibatch(await one.future, one.episodes, one.tokens, one.kl_base)
-                    for one in batch.minibatches
-                ]
+                learned = [await one.learned() for one in batch.minibatches]
                 steps = [await step for step in batch.steps]
         with training_faults("saving a checkpoint", CheckpointError):
             with anyio.fail_after(TRAINING_DEADLINE):
@@ -132,9 +151,14 @@ class StepInProgress:
 class Learner:
     """One training client, and what was submitted to it for the batch under way. Called from one task.
 
+    ``stable_reinforce`` takes only episodes whose every turn the service recorded in this session. The others of a batch
+    (finished before a resume, or held for longer than the service remembers them) are trained on with ``ppo``, in a request of
+    their own before the same optimiser step: the gradients add up, since both losses are sums over tokens.
+
     Args:
-        is_off_policy: groups may come from older weights than the newest; the loss is then a clipped one, unless the
-            settings name another.
+        loss: what is asked of the service; None is the one that the settings name, else ``importance_sampling``.
+        weights_in_flight: which sampling clients :meth:`publish` makes; see
+            :attr:`~searchr1_async.config.PipelineSettings.weights_in_flight`.
         base: samples from the base model, for the penalty of ``kl_coefficient``.
 
     Raises:
@@ -147,7 +171,8 @@ class Learner:
         settings: LearningSettings,
         emit: Emit,
         *,
-        is_off_policy: bool = False,
+        loss: LossName | None = None,
+        weights_in_flight: WeightsInFlight = "snapshot",
         base: tinker.SamplingClient | None = None,
     ) -> None:
         if settings.kl_coefficient > 0 and base is None:
@@ -156,8 +181,8 @@ class Learner:
         self._settings = settings
         self._emit = emit
         self._base = base if settings.kl_coefficient > 0 else None
-        is_clipped = is_off_policy or settings.optimizer_steps > 1
-        self.loss: LossName = settings.loss or ("ppo" if is_clipped else "importance_sampling")
+        self._kind: WeightsInFlight = weights_in_flight
+        self.loss: LossName = loss or settings.loss or "importance_sampling"
         """What is asked of the service."""
         self.when_learned: Callable[[], None] = lambda: None
         """Called when the trainer is done with a minibatch."""
@@ -173,34 +198,44 @@ class Learner:
             ServiceError: the base model's log-probabilities could not be had.
         """
         settings = self._settings
-        make = partial(_assemble, settings=settings, with_ratio_mask=self.loss == "gspo")
+        make = partial(_assemble, settings=settings, loss=self.loss)
         base: list[list[NDArray[np.float64]] | None] = [None] * len(groups)
         if self._base is not None:
             base = list(await self._base_logprobs(groups))
-        datums: list[tinker_types.Datum] = []
-        episodes: list[Episode] = []
-        kl_base = 0.0
+        examples: list[_Example] = []
         for group, logprobs in zip(groups, base, strict=True):
             # Off the event loop and a group at a time: 1.1 to 6.5 ms a trajectory were seen in the ancestor, 5.4 s in one
             # piece.
-            made, learned, kl = await anyio.to_thread.run_sync(make, group, logprobs)
-            datums += made
-            episodes += learned
-            kl_base += kl
-        if not datums:
+            examples += await anyio.to_thread.run_sync(make, group, logprobs)
+        if not examples:
             return
-        tokens = sum(datum.model_input.length + 1 for datum in datums)
-        # In a thread too: the call took 2.4 ms for 512 examples and 11 for 4,096. Only this task makes calls, so their order
-        # stays.
-        config = dict(settings.loss_config) or None
-        future = await anyio.to_thread.run_sync(self._client.forward_backward, datums, self.loss, config)
-        self._watch(future)
-        self._batch.minibatches.append(
-            _Submitted(future, episodes, tokens, kl_base if self._base is not None else None)
-        )
+        for loss, those in self._by_loss(examples):
+            # In a thread too: the call took 2.4 ms for 512 examples and 11 for 4,096. Only this task makes calls, so their
+            # order stays.
+            config = (dict(settings.loss_config) or None) if loss == self.loss else None
+            datums = [one.datum for one in those]
+            future = await anyio.to_thread.run_sync(self._client.forward_backward, datums, loss, config)
+            self._watch(future)
+            is_fallback = loss != self.loss if self.loss == "stable_reinforce" else None
+            self._batch.minibatches.append(_Submitted(future, those, self._base is not None, is_fallback))
         self._batch.unstepped = True
-        self._emit(MinibatchSubmitted(step, len(groups), len(datums), tokens))
-        _when_done(future, lambda: self._learned(MinibatchLearned(step, len(datums), tokens)))
+        count, tokens = len(examples), _tokens(examples)
+        self._emit(MinibatchSubmitted(step, len(groups), count, tokens))
+        # The service carries requests out in their order: with the last, all are done.
+        last = self._batch.minibatches[-1].future
+        _when_done(last, lambda: self._learned(MinibatchLearned(step, count, tokens)))
+
+    def _by_loss(self, examples: list[_Example]) -> Iterator[tuple[LossName, list[_Example]]]:
+        """The examples of each request, with its loss."""
+        if self.loss != "stable_reinforce":
+            yield self.loss, examples
+            return
+        recorded = [one for one in examples if one.datum.loss_fn_input_spans is not None]
+        others = [one for one in examples if one.datum.loss_fn_input_spans is None]
+        if recorded:
+            yield self.loss, recorded
+        if others:
+            yield FALLBACK_LOSS, others
 
     def _learned(self, minibatch: MinibatchLearned) -> None:
         self._emit(minibatch)
@@ -258,13 +293,19 @@ class Learner:
         batch, self._batch = self._batch, _Batch()
         if not batch.steps and step > 0:
             self._emit(Notice(f"step {step}: no group to learn from, so the weights stay as they are", is_warning=True))
-        sampler = self._client.save_weights_and_get_sampling_client() if batch.steps else None
+        sampler = self.publish() if batch.steps else None
         state = self._client.save_state(name, ttl_seconds=None if keep else _RESUME_POINT_TTL, overwrite=True)
         kept = self._client.save_weights_for_sampler(name) if keep or is_measured else None
         for future in (sampler, state, kept):
             if future is not None:
                 self._watch(future)
         return StepInProgress(batch, sampler, state, kept)
+
+    def publish(self) -> tinker.APIFuture[tinker.SamplingClient]:
+        """Asks for a client that samples from the weights as they are, to play groups with that are trained on."""
+        return self._client.save_weights_and_get_sampling_client(
+            record_stability_info=self.loss == "stable_reinforce", kind=self._kind
+        )
 
     async def keep_sampler(self, name: str) -> str:
         """Saves the weights as they are for sampling, for good; returns their ``tinker://`` path.
@@ -357,23 +398,34 @@ def _assemble(
     base: Sequence[NDArray[np.float64]] | None,
     *,
     settings: LearningSettings,
-    with_ratio_mask: bool,
-) -> tuple[list[tinker_types.Datum], list[Episode], float]:
-    """A group's examples, the episodes that they are of, and the sum of log p_sampled - log p_base over their tokens."""
+    loss: LossName,
+) -> list[_Example]:
+    """A group's examples for this loss."""
     differences = [
         sampled_logprobs(episode) - logprobs_A
         for episode, logprobs_A in zip(group.episodes, base or (), strict=base is not None)
     ]
     penalties: list[NDArray[np.float64]] | list[float] = [0.0] * len(group.episodes)
+    kl_base = [0.0] * len(group.episodes)
     if base is not None:
         penalties = kl_penalties(differences, settings.kl_coefficient)
-    datums: list[tinker_types.Datum] = []
-    episodes: list[Episode] = []
-    for episode, advantage, penalty in zip(
-        group.episodes, advantages(group.rewards, settings.advantage), penalties, strict=True
+        kl_base = [float(values_A.sum()) for values_A in differences]
+    examples: list[_Example] = []
+    for episode, advantage, penalty, kl in zip(
+        group.episodes, advantages(group.rewards, settings.advantage), penalties, kl_base, strict=True
     ):
         if episode.turns:  # an episode whose prompt did not fit has nothing that was sampled
             weight = token_weight(episode.action_token_count, settings.normalization)
-            datums.append(to_datum(episode, (advantage + penalty) * weight, with_ratio_mask=with_ratio_mask))
-            episodes.append(episode)
-    return datums, episodes, sum(float(values_A.sum()) for values_A in differences)
+            datum = to_datum(
+                episode,
+                (advantage + penalty) * weight,
+                with_ratio_mask=loss == "gspo",
+                with_provenance=loss == "stable_reinforce",
+            )
+            examples.append(_Example(datum, episode, kl))
+    return examples
+
+
+def _tokens(examples: Sequence[_Example]) -> int:
+    """Of all of them, what was only read included."""
+    return sum(one.datum.model_input.length + 1 for one in examples)

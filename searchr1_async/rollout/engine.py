@@ -52,6 +52,8 @@ class GroupUnderWay:
     """A group that is being played; :meth:`cut` ends it with the members that it has."""
 
     task: GroupTask
+    began: float = 0.0
+    """When, by the caller's clock."""
     members: dict[int, Episode] = field(default_factory=dict)
     """Those that have ended, by their numbers."""
     cut_reason: str | None = None

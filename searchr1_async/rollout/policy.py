@@ -15,11 +15,11 @@ from searchr1_async.errors import ServiceError
 
 
 class TinkerPolicy:
-    """Samples turns from one version of the weights.
+    """Samples turns from one version of the weights, or, by an in-flight client, from these and newer ones.
 
     Args:
-        client: a sampling client, which keeps the weights that it was made from.
-        version: steps done before these weights.
+        client: a sampling client.
+        version: steps done before the weights that it was made from.
     """
 
     def __init__(self, client: tinker.SamplingClient, version: int, settings: SamplingSettings) -> None:
@@ -88,54 +88,3 @@ class TinkerPolicy:
         if len(turns) != count:
             raise ServiceError(f"the Tinker service gave {len(turns)} samples where {count} were asked for")
         return turns
-
-
-class ForwardingPolicy:
-    """Samples each turn from the weights that are :attr:`current` when it begins."""
-
-    @property
-    def current(self) -> TinkerPolicy:
-        """The weights of a turn that begins now.
-
-        Raises:
-            ServiceError: there are none.
-        """
-        raise NotImplementedError
-
-    async def sample(
-        self, prompt_tokens: Sequence[int], *, max_tokens: int, stop: list[int] | list[str], seed: int | None
-    ) -> SampledTurn:
-        """As :meth:`TinkerPolicy.sample`."""
-        return await self.current.sample(prompt_tokens, max_tokens=max_tokens, stop=stop, seed=seed)
-
-    async def sample_many(
-        self,
-        prompt_tokens: Sequence[int],
-        count: int,
-        *,
-        max_tokens: int,
-        stop: list[int] | list[str],
-        seed: int | None,
-    ) -> list[SampledTurn]:
-        """As :meth:`TinkerPolicy.sample_many`."""
-        return await self.current.sample_many(prompt_tokens, count, max_tokens=max_tokens, stop=stop, seed=seed)
-
-
-class LatestPolicy(ForwardingPolicy):
-    """The newest weights, whichever they are at the moment that a turn is sampled."""
-
-    def __init__(self, current: TinkerPolicy) -> None:
-        self._current = current
-
-    @property
-    def current(self) -> TinkerPolicy:
-        return self._current
-
-    @property
-    def client(self) -> tinker.SamplingClient:
-        """Of the newest weights."""
-        return self._current.client
-
-    def switch(self, policy: TinkerPolicy) -> None:
-        """Turns sampled from now on come from ``policy``; those under way end as they began."""
-        self._current = policy

@@ -29,7 +29,8 @@ def group_metrics(groups: Sequence[Group], failed: int = 0, *, policy_version: i
         groups: every group that was played, trained on or not.
         failed: failed episodes that belong to no group in ``groups``; ``Group.failed`` is counted by itself.
         policy_version: optimiser steps done before the weights that are being trained; gives ``staleness`` (mean over
-            turns of how many optimiser steps older the sampling weights were) and ``staleness_max``.
+            turns of how many optimiser steps older the sampling weights were) and ``staleness_max``. With weights in flight
+            both are upper bounds: a turn goes by the weights that its episode began with.
 
     Means are over finished episodes. A mean of nothing is left out rather than given as a number: ``valid_calls`` of
     episodes without a call, every mean of a step in which every episode failed. Fractions ``stop/<reason>`` have all
@@ -174,8 +175,9 @@ def outcome_metrics(outcomes: Sequence[GroupOutcome]) -> dict[str, float]:
     """What became of a step's groups: ``groups/trained``, ``groups/dropped/<reason>``, ``groups/cut_members``, and how far
     apart the weights are that they were sampled from.
 
-    ``groups/version_spread`` is the mean over groups of the newest minus the oldest version within a group (over 0 only where
-    weights switch in flight), ``groups/version_spread_step`` the same over the whole step.
+    ``groups/version_spread`` is the mean over groups of the newest minus the oldest version within a group (0, as a group keeps
+    its sampling client; over 0 in runs of earlier versions whose weights switched in flight), ``groups/version_spread_step``
+    the same over the whole step.
     """
     reasons = Counter(outcome.drop_reason for outcome in outcomes)
     versions = [outcome.group.policy_versions for outcome in outcomes if outcome.group.policy_versions]

@@ -11,6 +11,7 @@ import anyio.to_thread
 import pytest
 
 from searchr1_async.local import LocalService
+from searchr1_async.watch.records import RunRecords
 from tests.faults import scripted_world
 from tests.faults.killing import KINDS, Plan, assert_epoch_is_whole, assert_same_outcome, train_through_kills
 
@@ -29,6 +30,19 @@ async def test_a_run_killed_while_it_records_trains_its_epoch_once(tmp_path: Pat
     # With staleness, later groups play meanwhile: some have finished, some are under way.
     async with scripted_world.service(tmp_path) as service:
         await survive(service, Plan({"max_staleness": 1}, questions=24), tmp_path / "killed", ("recording",), seed=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weights_in_flight", ["snapshot", "inflight"])
+async def test_a_run_killed_while_it_learns_from_recorded_sequences_trains_its_epoch_once(
+    tmp_path: Path, weights_in_flight: str
+) -> None:
+    """What is left of the session before is learned with another loss: never an error, and nothing is played twice."""
+    settings = {"max_staleness": 2, "loss": "stable_reinforce", "weights_in_flight": weights_in_flight}
+    async with scripted_world.service(tmp_path) as service:
+        await survive(service, Plan(settings, questions=36), tmp_path / "killed", ("sampling", "learning"), seed=3)
+    metrics = RunRecords(tmp_path / "killed" / "run").metrics()
+    assert 0 < metrics["optim/fallback_datums"].sum() < metrics["optim/datums"].sum()
 
 
 @pytest.mark.slow

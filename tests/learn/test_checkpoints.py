@@ -55,6 +55,20 @@ def test_names_the_changed_settings_and_only_those(changes: dict[str, Any], mess
         POINT.refuse_changes(SETTINGS | changes, "abc")
 
 
+@pytest.mark.parametrize(("switched", "named"), [(True, "inflight"), (False, "snapshot")])
+def test_a_run_that_was_begun_under_the_old_name_of_a_setting_goes_on(
+    tmp_path: Path, switched: bool, named: str
+) -> None:
+    old = {"pipeline": {"max_staleness": 2, "switch_weights_in_flight": switched}}
+    replace(POINT, settings=old).save(tmp_path)
+    point = ResumePoint.load(tmp_path)
+    assert point is not None
+    point.refuse_changes({"pipeline": {"max_staleness": 2, "weights_in_flight": named}}, point.order_fingerprint)
+    other = "snapshot" if named == "inflight" else "inflight"
+    with pytest.raises(RunFolderError, match=f"pipeline.weights_in_flight: '{named}' then, '{other}' now"):
+        point.refuse_changes({"pipeline": {"max_staleness": 2, "weights_in_flight": other}}, point.order_fingerprint)
+
+
 def test_refuses_other_questions() -> None:
     POINT.refuse_changes(SETTINGS, "abc")
     with pytest.raises(RunFolderError, match="the questions or their order"):

@@ -68,6 +68,24 @@ def test_what_the_service_measures_is_reduced_by_its_name() -> None:
     assert "optim/kl_base" not in metrics
 
 
+def test_a_batch_of_two_losses_has_the_figures_of_each() -> None:
+    """What only one of them measures is a figure of its own examples."""
+    recorded = output(SECOND_LOGPROBS, loss__sum=2.0, clipped__mean=0.5, masked__mean=0.25, worst__max=3.0)
+    others = output(FIRST_LOGPROBS, SECOND_LOGPROBS, loss__sum=-0.5, clipped__mean=0.2, ratio__max=1.5, worst__max=4.0)
+    for order in (1, -1):
+        minibatches = [
+            LearnedMinibatch(recorded, [SECOND], 4, is_fallback=False),
+            LearnedMinibatch(others, [FIRST, SECOND], 12, is_fallback=True),
+        ]
+        metrics = learning_metrics(minibatches[::order])
+        assert metrics["optim/loss"] == 1.5
+        assert metrics["optim/datums"] == 3
+        assert metrics["optim/fallback_datums"] == 2
+        assert metrics["optim/clipped"] == pytest.approx((0.5 + 2 * 0.2) / 3)
+        assert metrics["optim/masked"] == 0.25
+        assert (metrics["optim/ratio"], metrics["optim/worst"]) == (1.5, 4.0)
+
+
 def test_nothing_trained_has_no_figures_of_learning() -> None:
     assert learning_metrics([]) == {"optim/tokens": 0.0}
     assert optimizer_metrics([]) == {}

@@ -14,11 +14,13 @@ import pytest
 import tinker
 from tinker import types as tinker_types
 
-from searchr1_async.config import LearningSettings, LossName
+from searchr1_async.config import LearningSettings, LossName, SamplingSettings
 from searchr1_async.episodes.types import Episode, Group, Question, StopReason, Turn
 from searchr1_async.errors import ConfigurationError, ServiceError
 from searchr1_async.events import Event, MinibatchSubmitted, Notice
+from searchr1_async.learn.examples import without_sequence_ids
 from searchr1_async.learn.learner import FinishedStep, Learner
+from searchr1_async.rollout.policy import TinkerPolicy
 from tests.tiny_world import model_folder, shared_service
 
 pytestmark = pytest.mark.anyio
@@ -36,7 +38,7 @@ class World:
         self.service, self.base, self.groups = service, base, groups
 
     async def learner(self, **settings: Any) -> tuple[Learner, list[Event]]:
-        options = {name: settings.pop(name) for name in ("is_off_policy", "base") if name in settings}
+        options = {name: settings.pop(name) for name in ("weights_in_flight", "base") if name in settings}
         client = await self.service.create_lora_training_client(str(model_folder()), rank=4, seed=7)
         events: list[Event] = []
         learning = LearningSettings(**{"groups_per_batch": 64, "learning_rate": RATE} | settings)
@@ -183,8 +185,7 @@ async def test_a_penalty_pulls_back_to_the_base_model(world: World) -> None:
 
 
 async def test_parts_are_optimiser_steps_of_their_own(world: World) -> None:
-    learner, _ = await world.learner(optimizer_steps=2, schedule="linear")
-    assert learner.loss == "ppo"
+    learner, _ = await world.learner(optimizer_steps=2, schedule="linear", loss="ppo")
     first, second, nothing = cut(world.groups, 4, 6, 0)
     await learner.submit(first, 2)
     learner.end_part(2, 4)
@@ -195,7 +196,7 @@ async def test_parts_are_optimiser_steps_of_their_own(world: World) -> None:
     assert finished.metrics["optim/lr"] == pytest.approx(0.75 * RATE)
     assert finished.metrics["optim/step"] == 2
     # Another step, so other weights than after one step on all.
-    at_once, _ = await world.learner(optimizer_steps=2, schedule="linear")
+    at_once, _ = await world.learner(optimizer_steps=2, schedule="linear", loss="ppo")
     whole, _ = await learn(at_once, [world.groups], step=2)
     assert whole.metrics["optim/weight_norm"] != finished.metrics["optim/weight_norm"]
     assert whole.metrics["optim/tokens"] == finished.metrics["optim/tokens"]
@@ -261,16 +262,91 @@ async def test_a_refused_minibatch_surfaces_at_the_end_and_before_its_weights_ar
         await in_progress.finished()
 
 
-async def test_the_loss_follows_from_how_groups_come(world: World) -> None:
-    for settings, loss in (
-        ({}, "importance_sampling"),
-        ({"is_off_policy": True}, "ppo"),
-        ({"optimizer_steps": 2}, "ppo"),
-        ({"is_off_policy": True, "loss": "cispo"}, "cispo"),
-    ):
-        assert (await world.learner(**settings))[0].loss == loss
+async def test_a_penalty_needs_the_base_model(world: World) -> None:
     with pytest.raises(ConfigurationError, match="base model"):
         await world.learner(kl_coefficient=0.1)
+
+
+async def sampled_groups(client: tinker.SamplingClient, groups: Sequence[Group]) -> list[Group]:
+    """The groups played anew: their prompts and what was appended, with turns that this client really samples."""
+    policy = TinkerPolicy(client, 0, SamplingSettings(seed=3))
+
+    async def played(episode: Episode, prompt: tuple[int, ...]) -> Episode:
+        turns: list[Turn] = []
+        for number, turn in enumerate(episode.turns):
+            one = await policy.sample(prompt, max_tokens=len(turn.sampled_tokens), stop=[], seed=number)
+            turns.append(replace(turn, sampled_tokens=one.tokens, logprobs=one.logprobs, sequence_id=one.sequence_id))
+            prompt += one.tokens + turn.appended_tokens
+        return replace(episode, turns=tuple(turns))
+
+    return [
+        replace(group, episodes=tuple([await played(one, one.prompt_tokens) for one in group.episodes]))
+        for group in groups
+    ]
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"kl_coefficient": 0.1, "normalization": "sequence"}, {"loss_config": {"alpha": 0.5}}]
+)
+@pytest.mark.parametrize("weights_in_flight", ["snapshot", "inflight"])
+async def test_stable_reinforce_learns_from_what_the_service_recorded(
+    world: World, weights_in_flight: str, settings: dict[str, Any]
+) -> None:
+    """The service proves every span; a step on other weights than those that sampled is what the loss is for."""
+    base = {"base": world.base} if "kl_coefficient" in settings else {}
+    learner, _ = await world.learner(loss="stable_reinforce", weights_in_flight=weights_in_flight, **settings, **base)
+    groups = await sampled_groups(await learner.publish(), world.groups)
+    before = await world.logprobs(world.base)
+    one, two = cut(groups, 4, 6)
+    first, client = await learn(learner, [one])
+    second, _ = await learn(learner, [two, one], step=2)
+    assert np.abs(await world.logprobs(client) - before).mean() > 1e-4
+    for finished in (first, second):
+        assert np.isfinite(list(finished.metrics.values())).all()
+        assert finished.metrics["optim/fallback_datums"] == 0
+        assert ("optim/kl_base" in finished.metrics) == bool(base)
+    assert second.metrics["optim/datums"] == 40
+
+
+async def test_what_the_service_did_not_record_is_learned_with_the_clipped_loss(world: World) -> None:
+    """Whole groups of another session, and single members: their gradients add up with those of the others."""
+    learner, events = await world.learner(loss="stable_reinforce")
+    groups = await sampled_groups(await learner.publish(), world.groups)
+    partly = replace(groups[0], episodes=(groups[0].episodes[0], *without_sequence_ids(groups[0]).episodes[1:]))
+    mixed = [partly, *groups[1:5], *map(without_sequence_ids, groups[5:])]
+    finished, client = await learn(learner, cut(mixed, 1, 6, 3))
+    assert finished.metrics["optim/datums"] == 40
+    assert finished.metrics["optim/fallback_datums"] == 23
+    assert finished.metrics["optim/minibatches"] == 5, "two requests where a minibatch holds both kinds"
+    assert finished.metrics["optim/steps"] == 1
+    assert [event.datums for event in events if isinstance(event, MinibatchSubmitted)] == [4, 24, 12]
+
+    # On fresh samples all ratios are 1, so both losses have the gradient of plain REINFORCE.
+    plain, _ = await world.learner(loss="importance_sampling")
+    _, other = await learn(plain, [mixed])
+    before = await world.logprobs(world.base)
+    moved = await world.logprobs(client) - before
+    assert np.abs(moved).mean() > 1e-3
+    assert np.abs(await world.logprobs(other) - before - moved).max() < 0.01 * np.abs(moved).max()
+
+
+async def test_a_sequence_of_another_session_is_refused_by_the_service(world: World) -> None:
+    """Which is why groups that a resume brings back lose their ids."""
+    learner, _ = await world.learner(loss="stable_reinforce")
+    foreign = [
+        replace(
+            group,
+            episodes=tuple(
+                replace(one, turns=tuple(replace(turn, sequence_id="elsewhere:0") for turn in one.turns))
+                for one in group.episodes
+            ),
+        )
+        for group in world.groups
+    ]
+    await learner.submit(foreign, 1)
+    in_progress = await learner.finish_step(1, 4, "foreign", keep=False)
+    with pytest.raises(ServiceError, match="'elsewhere:0' was not recorded"):
+        await in_progress.finished()
 
 
 async def test_demonstrations_are_learned(world: World) -> None:

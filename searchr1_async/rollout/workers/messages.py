@@ -47,7 +47,7 @@ class Setup:
 
 @dataclass(frozen=True, slots=True)
 class Sampler:
-    """One version of the weights, as a process can take it."""
+    """A sampling client, as a process can take it."""
 
     handle: str
     """Of ``SamplingClient.get_sampler_handle``: names the sampler and the service, holds no credential."""
@@ -59,7 +59,7 @@ class Sampler:
 
 @dataclass(frozen=True, slots=True)
 class HoldPolicy:
-    """Policy ``policy`` samples from ``sampler`` from now on: a new one, or one that has switched its weights."""
+    """A new policy, ``policy``, samples from ``sampler``."""
 
     policy: int
     sampler: Sampler

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,18 +25,16 @@ from searchr1_async.rollout.workers.launch import Launched, end, launch
 from searchr1_async.rollout.workers.messages import (
     Cancel,
     Ended,
-    Found,
     FromWorker,
     Load,
     Pause,
     Play,
     Played,
     SearchAsked,
-    SearchFailed,
     WorkerSpec,
 )
 from searchr1_async.rollout.workers.policies import PolicyBook, Shared
-from searchr1_async.rollout.workers.samplers import newest
+from searchr1_async.rollout.workers.samplers import Sendable
 
 logger = logging.getLogger(__name__)
 
@@ -257,30 +254,21 @@ class WorkerPool:
     async def _listen(self, worker: Worker) -> None:
         """Returns when the worker is gone."""
         channel = worker.launched.channel
-
-        def reply(answer: Found | SearchFailed) -> None:
-            # What is sampled next is sampled from the newest weights, where the policy says so.
-            for message in self._policies.follow(worker.number):
-                channel.post(message)
-            channel.post(answer)
-
         with suppress(ChannelClosedError, TimeoutError):
             while True:
                 with anyio.fail_after(SILENT_SECONDS):
                     message = await channel.receive()
-                self._take(worker, message, reply)
+                self._take(worker, message)
 
-    def _take(self, worker: Worker, message: FromWorker, reply: Callable[[Found | SearchFailed], None]) -> None:
+    def _take(self, worker: Worker, message: FromWorker) -> None:
         match message:
             case SearchAsked() | Played() | Ended():
                 # Of a group that was cancelled here, some may still be on the way.
                 attempt = worker.attempts.get(message.group)
                 if attempt is not None:
-                    attempt.receive(message, reply)
+                    attempt.receive(message, worker.launched.channel.post)
             case Load():
                 worker.load = message
-                for hold in self._policies.follow(worker.number):
-                    worker.launched.channel.post(hold)
 
     # -- playing ---------------------------------------------------------------------------------------------------------
 
@@ -293,7 +281,7 @@ class WorkerPool:
     @staticmethod
     def can_play(policy: GroupPolicy) -> bool:
         """Whether a policy can be sent to other processes."""
-        return newest(policy) is not None
+        return isinstance(policy, Sendable)
 
     @property
     def least_members(self) -> int | None:

@@ -6,14 +6,15 @@ import asyncio
 import base64
 import contextlib
 import json
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import tinker
 from tinker.lib.client_connection_pool_type import ClientConnectionPoolType
 
 from searchr1_async.config import SamplingSettings
+from searchr1_async.episodes.play import SampledTurn
 from searchr1_async.errors import ConfigurationError, ServiceError
-from searchr1_async.rollout.policy import ForwardingPolicy, TinkerPolicy
 from searchr1_async.rollout.workers.messages import Sampler
 
 
@@ -24,15 +25,6 @@ class Sendable(Protocol):
     client: tinker.SamplingClient
     version: int
     settings: SamplingSettings
-
-
-def newest(policy: object) -> Sendable | None:
-    """The weights that a turn begun now is sampled from; None where they cannot be sent to another process.
-
-    A :class:`~searchr1_async.rollout.policy.LatestPolicy` has them as ``current``.
-    """
-    policy = getattr(policy, "current", policy)
-    return policy if isinstance(policy, Sendable) else None
 
 
 def sampler_of(policy: Sendable) -> Sampler:
@@ -107,28 +99,16 @@ async def _until_quiet(holder: Any) -> None:
         await asyncio.sleep(0.005)
 
 
-class HeldPolicy(ForwardingPolicy):
-    """A policy in a worker: samples from the weights that the pool named last."""
+@dataclass(frozen=True, slots=True)
+class UnopenedPolicy:
+    """A policy in a worker whose sampler could not be opened: whatever is sampled from it fails."""
 
-    def __init__(self) -> None:
-        self._current: TinkerPolicy | None = None
-        self._failure: ServiceError | None = None
+    error: ServiceError
 
-    def switch(self, policy: TinkerPolicy) -> None:
-        """Turns begun from now on are sampled from these weights."""
-        self._current, self._failure = policy, None
+    async def sample(self, *args: object, **kwargs: object) -> SampledTurn:
+        """Raises the error."""
+        raise self.error
 
-    def fail(self, error: ServiceError) -> None:
-        """The weights could not be opened: what would be sampled from them fails."""
-        self._failure = error
-
-    @property
-    def client(self) -> tinker.SamplingClient | None:
-        """What the gate watches for push-backs; all of a worker share one connection."""
-        return None if self._current is None else self._current.client
-
-    @property
-    def current(self) -> TinkerPolicy:
-        if self._failure is not None or self._current is None:
-            raise self._failure or ServiceError("a rollout worker has no weights to sample from")
-        return self._current
+    async def sample_many(self, *args: object, **kwargs: object) -> list[SampledTurn]:
+        """Raises the error."""
+        raise self.error

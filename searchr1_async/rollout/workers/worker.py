@@ -24,7 +24,7 @@ from searchr1_async.errors import SearchError, SearchR1Error, ServiceError
 from searchr1_async.rollout.garbage import rare_collections
 from searchr1_async.rollout.gate import SampleGate
 from searchr1_async.rollout.limit import SampleLimit
-from searchr1_async.rollout.player import LocalPlayer
+from searchr1_async.rollout.player import GroupPolicy, LocalPlayer
 from searchr1_async.rollout.policy import TinkerPolicy
 from searchr1_async.rollout.pulse import Pulse, PulseReading
 from searchr1_async.rollout.workers.channel import Channel, ChannelClosedError
@@ -48,7 +48,7 @@ from searchr1_async.rollout.workers.messages import (
     WorkerSpec,
 )
 from searchr1_async.rollout.workers.packing import Packer, Results
-from searchr1_async.rollout.workers.samplers import HeldPolicy, SamplingClients
+from searchr1_async.rollout.workers.samplers import SamplingClients, UnopenedPolicy
 from searchr1_async.search.queries import clean_query
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ class Worker:
         self._clients = clients
         self._search = ForwardedSearch(channel)
         self._player = LocalPlayer(dialect, self._search, spec.limits, self.gate, spec.first_turn, spec.method)
-        self._policies: dict[int, HeldPolicy] = {}
+        self._policies: dict[int, GroupPolicy] = {}
         self._scopes: dict[int, anyio.CancelScope] = {}
 
     async def listen(self, tasks: TaskGroup) -> None:
@@ -166,22 +166,21 @@ class Worker:
         self.channel.post(Load(time.process_time(), pulse, self.gate.statistics))
 
     async def _hold(self, hold: HoldPolicy) -> None:
-        policy = self._policies.setdefault(hold.policy, HeldPolicy())
         try:
             # In turn, before what follows: those messages play it. It takes milliseconds.
             client = await anyio.to_thread.run_sync(self._clients.open, hold.sampler)
         except ServiceError as error:
             logger.warning("%s", error)
-            policy.fail(error)
+            self._policies[hold.policy] = UnopenedPolicy(error)
         else:
-            policy.switch(TinkerPolicy(client, hold.sampler.version, hold.sampler.settings))
+            self._policies[hold.policy] = TinkerPolicy(client, hold.sampler.version, hold.sampler.settings)
 
     def _begin(self, play: Play, tasks: TaskGroup) -> None:
         # Here, not in the task: a cancellation may be the next message.
         self._scopes[play.group] = anyio.CancelScope()
         tasks.start_soon(self._play, play, self._policies[play.policy])
 
-    async def _play(self, play: Play, policy: HeldPolicy) -> None:
+    async def _play(self, play: Play, policy: GroupPolicy) -> None:
         packer = Packer(play.group)
         _packer.set(packer)
 

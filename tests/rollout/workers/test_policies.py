@@ -1,4 +1,4 @@
-"""Which worker is told of which policy, and when: under every order of groups, switches and deaths."""
+"""Which worker is told of which policy, and when: under every order of groups and deaths."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from searchr1_async.config import SamplingSettings
 from searchr1_async.errors import ConfigurationError
-from searchr1_async.rollout.policy import LatestPolicy
 from searchr1_async.rollout.workers.messages import DropPolicy, HoldPolicy, Sampler
 from searchr1_async.rollout.workers.policies import PolicyBook, Shared
 from tests.players import ScriptedPolicy
@@ -61,15 +60,9 @@ class Model(RuleBasedStateMachine):
                 assert isinstance(message, DropPolicy)
                 del self.workers[worker][message.policy]
 
-    @rule(follows=st.booleans())
-    def make_policy(self, follows: bool) -> None:
-        self.policies.append(LatestPolicy(self.weights()) if follows else self.weights())
-
-    @precondition(lambda self: any(isinstance(policy, LatestPolicy) for policy in self.policies))
-    @rule(data=st.data())
-    def switch(self, data: st.DataObject) -> None:
-        followers = [policy for policy in self.policies if isinstance(policy, LatestPolicy)]
-        data.draw(st.sampled_from(followers)).switch(self.weights())
+    @rule()
+    def make_policy(self) -> None:
+        self.policies.append(self.weights())
 
     @precondition(lambda self: self.policies)
     @rule(data=st.data())
@@ -78,8 +71,7 @@ class Model(RuleBasedStateMachine):
         worker = data.draw(st.sampled_from(sorted(self.workers)))
         shared = self.book.begin(policy)
         self.tell(worker, self.book.introduce(worker, shared))
-        current = policy.current if isinstance(policy, LatestPolicy) else policy
-        assert self.workers[worker][shared.number] == current.version
+        assert self.workers[worker][shared.number] == policy.version
         self.groups.append((worker, shared))
 
     @precondition(lambda self: self.groups)
@@ -88,14 +80,6 @@ class Model(RuleBasedStateMachine):
         _, shared = self.groups.pop(data.draw(st.integers(0, len(self.groups) - 1)))
         for worker, messages in self.book.end(shared).items():
             self.tell(worker, messages)
-
-    @rule(data=st.data())
-    def answer_a_search(self, data: st.DataObject) -> None:
-        worker = data.draw(st.sampled_from(sorted(self.workers)))
-        self.tell(worker, self.book.follow(worker))
-        for where, shared in self.groups:
-            if where == worker and isinstance(shared.policy, LatestPolicy):
-                assert self.workers[worker][shared.number] == shared.policy.current.version
 
     @rule(data=st.data())
     def lose_a_worker(self, data: st.DataObject) -> None:

@@ -27,7 +27,7 @@ from searchr1_async.local.backend import SampleRequest, SampleResult, Snapshot
 from searchr1_async.local.scripted import Latency, ScriptedBackend
 from searchr1_async.rollout.gate import SampleGate
 from searchr1_async.rollout.player import GroupPlayer, GroupTask, LocalPlayer
-from searchr1_async.rollout.policy import LatestPolicy, TinkerPolicy
+from searchr1_async.rollout.policy import TinkerPolicy
 from searchr1_async.rollout.workers.deaths import DeathRecord
 from searchr1_async.rollout.workers.messages import WorkerSpec
 from searchr1_async.rollout.workers.pool import WorkerPool
@@ -187,7 +187,7 @@ class OtherStoreError(StoreError):
 
 async def test_what_workers_play_is_what_this_process_would_play(world: World) -> None:
     search = WatchedSearch()
-    async with policies(world, 3, 4, 5) as (policy, newer, newest):
+    async with policies(world, 3) as (policy,):
         here = await play_all(world.local(search), policy, [task(place) for place in range(12)])
         assert {len(episode.turns) for episode in here.values()} >= {2, 3}
         asked_here, search.asked = len(search.asked), []
@@ -204,7 +204,6 @@ async def test_what_workers_play_is_what_this_process_would_play(world: World) -
                 assert there[place, 0].question.metadata["not"]() == "picklable"
 
             await _searches_that_fail(pool, policy, search)
-            await _weights_that_change(pool, LatestPolicy(newer), newest, search)
             await _cancelling(world, pool, policy)
             await _pausing(world, pool, policy)
             await _statistics(pool)
@@ -248,16 +247,6 @@ async def _searches_that_fail(pool: WorkerPool, policy: TinkerPolicy, search: Wa
         await play_all(pool, policy, [task(23, name="fatal")])
     assert {str(error) for error in leaves(caught.value, StoreError)} == {"the collection is gone"}
     search.errors = {}
-
-
-async def _weights_that_change(
-    pool: WorkerPool, latest: LatestPolicy, newest: TinkerPolicy, search: WatchedSearch
-) -> None:
-    search.on_search = lambda query: latest.switch(newest)
-    played = await play_all(pool, latest, [task(30)])
-    for episode in played.values():
-        assert [turn.policy_version for turn in episode.turns] == [4] + [5] * (len(episode.turns) - 1)
-    search.on_search = lambda query: None
 
 
 async def _pausing(world: World, pool: WorkerPool, policy: TinkerPolicy) -> None:
