@@ -193,7 +193,7 @@ class Runs:
             steps=self._steps,
             max_staleness=way.staleness,
             loss=way.loss,
-            **({} if way.weights == "snapshot" else {"weights_in_flight": way.weights}),
+            weights_in_flight=way.weights,
             **starting_from(start, self._served["service"]),
         )
         wall = time.monotonic() - began
