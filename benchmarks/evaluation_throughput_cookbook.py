@@ -17,7 +17,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 from evaluation_throughput_shared import import_all, marking, prepare_service
-from throughput_cookbook import SteadyTokenizer
 from throughput_monitor import log_to, observing
 
 
@@ -25,9 +24,10 @@ async def play(settings: dict[str, Any]) -> None:
     """One evaluation."""
     from tinker_cookbook import tokenizer_utils  # pyright: ignore[reportMissingImports]
     from tinker_cookbook.recipes.search_tool import offline_eval, tools  # pyright: ignore[reportMissingImports]
+    from transformers import AutoTokenizer
 
     imports = import_all(settings["tokenizer"])
-    tokenizer: Any = SteadyTokenizer(settings["tokenizer"])
+    tokenizer = AutoTokenizer.from_pretrained(settings["tokenizer"])
     tokenizer_utils.register_tokenizer(settings["model"], lambda: tokenizer)
     weights = await asyncio.to_thread(prepare_service, settings["url"], settings["model"])
     evaluate_one_dataset = offline_eval.evaluate_one_dataset

@@ -123,7 +123,7 @@ NOTES = """How it was measured:
 - How long the suites' episodes are is a model of such questions (benchmarks/evaluation_throughput_load.py): bamboogle's have 2
   turns, those of musique 3 to 5. Suites have 500 questions each here, though bamboogle itself has 125.
 - The loop is looked at every 10 ms; `of that its own` is the part that the loop's own thread was computing.
-- tinker-cookbook 0.5.8 runs its recipe's `offline_eval.cli_main`. It was told where Chroma is, which it writes out as
+- tinker-cookbook 0.6.1 runs its recipe's `offline_eval.cli_main`. It was told where Chroma is, which it writes out as
   `localhost:8000`; otherwise what benchmarks/results/throughput.md says of it holds here too. It keeps no episodes and draws no
   intervals; ours does both within the time."""
 

@@ -2,6 +2,8 @@
 
     python benchmarks/throughput.py --work FOLDER
     python benchmarks/throughput.py --work FOLDER --sizes 8 16 --runs ours/streaming cookbook/streaming
+    python benchmarks/throughput.py --work FOLDER --sizes 32 64 --keep \
+        --runs ours/streaming ours/asynchronous cookbook/streaming cookbook/asynchronous
     python benchmarks/throughput.py --work FOLDER --in-flight 4096
 
 The embedded service with a scripted model (benchmarks/throughput_model.py) in a process of its own, a real `chroma run`, and a
@@ -50,8 +52,9 @@ from searchr1_async.local.models import DEFAULT_MODEL, resolve_model
 from searchr1_async.local.scripted import TrainingTimes
 from searchr1_async.local.scripted_log import read_log
 
-MODEL = "Qwen/Qwen3-4B-Instruct-2507"
-COOKBOOK = "tinker-cookbook[vector-search]==0.5.8"
+MODEL = "Qwen/Qwen3.5-4B"
+"""The name that both contenders ask for. The scripted model answers under it, with a ChatML tokenizer of this machine."""
+COOKBOOK = "0.6.1"
 SDK = "tinker==0.38.0"
 CHROMA = "chromadb==1.5.9"
 GEMINI = StandInSettings(latency=0.2, latency_per_text=0.001)
@@ -74,6 +77,17 @@ PLAN = {64: (*OURS, *COOKBOOKS), 128: (*OURS, "cookbook/streaming"), 256: PIPELI
 TIMEOUT = 900.0
 """Seconds a run may take."""
 RENDERERS = {"ours": "chatml", "cookbook": "qwen3_instruct"}
+_WRITE_NEEDS = """
+import sys
+from importlib.metadata import requires
+from pathlib import Path
+from pip._vendor.packaging.requirements import Requirement
+needs = [need for need in map(Requirement, requires("tinker-cookbook"))
+         if need.marker is None or need.marker.evaluate({"extra": "vector-search"})]
+Path(sys.argv[1]).write_text("".join(
+    f"{need.name}{'' if need.name == 'tml-renderers' else need.specifier}\\n" for need in needs))
+"""
+"""A program for the cookbook's interpreter: the requirements of the package and its extra, for pip."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +108,8 @@ class Job:
     mode: str
     groups: int
     steps: int
+    loss: str | None = None
+    """Of the asynchronous ways; None is each contender's own default. The others learn on-policy by theirs."""
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
@@ -108,16 +124,22 @@ class Job:
 async def cookbook_python(work: Path) -> Path:
     """The interpreter of tinker-cookbook's own environment, which is made at the first call; that takes minutes.
 
+    The package is installed without its dependencies, and then what its metadata asks for, except that any version of
+    ``tml-renderers`` is taken: 0.6.1 asks for 0.4.1, which not every index has, and uses it for the Inkling models only.
+
     Raises:
         RuntimeError: pip failed; what it said stands above.
     """
-    folder = work / "cookbook"
-    python, done = folder / "bin" / "python", folder / "complete"
+    folder = work / f"cookbook-{COOKBOOK}"
+    python, done, needs = folder / "bin" / "python", folder / "complete", folder / "needs.txt"
     if not done.exists():
         shutil.rmtree(folder, ignore_errors=True)
+        install = [str(python), "-m", "pip", "install", "--quiet"]
         for command in (
             [sys.executable, "-m", "venv", str(folder)],
-            [str(python), "-m", "pip", "install", "--quiet", COOKBOOK, SDK, CHROMA],
+            [*install, "--no-deps", f"tinker-cookbook=={COOKBOOK}"],
+            [str(python), "-c", _WRITE_NEEDS, str(needs)],
+            [*install, "--requirement", str(needs), SDK, CHROMA],
         ):
             process = await asyncio.create_subprocess_exec(*command)
             if await process.wait():
@@ -210,6 +232,7 @@ async def play(stage: Stage, job: Job) -> dict[str, Any]:
     Raises:
         RuntimeError: it failed, took too long, or trained on other than the planned steps; its log is named.
     """
+    load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(dir=stage.work, prefix="run-") as name:
         folder = Path(name)
         drawn = folder / "drawn.jsonl"
@@ -242,6 +265,8 @@ async def play(stage: Stage, job: Job) -> dict[str, Any]:
             "mode": job.mode,
             "groups": job.groups,
             "steps": job.steps,
+            "loss": job.loss if job.mode == "asynchronous" else None,
+            "load_before": load,
             "embedding_requests": counts["requests"],
             "chroma_requests": _sent_to(observed, stage.chroma),
             "service_requests": _sent_to(observed, urlsplit(service.url).port),
@@ -263,6 +288,7 @@ async def _contend(
         "steps": job.steps,
         "minibatches": MINIBATCHES,
         "staleness": 1,
+        "loss": job.loss,
         "seed": SEED,
         "model": MODEL,
         "renderer": RENDERERS[job.contender],
@@ -332,7 +358,7 @@ def planned(options: argparse.Namespace) -> list[Job]:
         for name in options.runs or PLAN.get(size, (*OURS, *COOKBOOKS)):
             contender, _, mode = name.partition("/")
             own = dict(options.ours) if contender == "ours" else {}
-            jobs.append(Job(contender, mode, size, options.steps or STEPS[mode], own))
+            jobs.append(Job(contender, mode, size, options.steps or STEPS[mode], options.loss, own))
     return jobs
 
 
@@ -341,7 +367,7 @@ async def run(options: argparse.Namespace, work: Path) -> None:
 
     tokenizer = str(resolve_model(DEFAULT_MODEL).folder)
     if options.in_flight:
-        jobs = [Job("ours", "streaming", options.in_flight // GROUP_SIZE, 1, dict(options.ours))]
+        jobs = [Job("ours", "streaming", options.in_flight // GROUP_SIZE, 1, options=dict(options.ours))]
     else:
         jobs = planned(options)
     scale = options.scale * (STRETCHED if options.in_flight else 1.0)
@@ -355,7 +381,7 @@ async def run(options: argparse.Namespace, work: Path) -> None:
     async with chroma_server(index) as chroma:
         rows = await measure(Stage(work, world, tokenizer, chroma), jobs)
     is_whole = not (options.in_flight or options.runs or options.ours) and set(options.sizes) == set(PLAN)
-    report(rows, keep=is_whole, in_flight=options.in_flight)
+    report(rows, keep=is_whole or options.keep, in_flight=options.in_flight, note=options.note)
 
 
 def _option(text: str) -> tuple[str, Any]:
@@ -376,6 +402,9 @@ def main() -> None:
         "--runs", nargs="+", choices=(*OURS, *COOKBOOKS), help="which ones; all of each size by default"
     )
     parser.add_argument("--steps", type=int, help="optimiser steps a run; by default as each way needs")
+    parser.add_argument("--loss", help="of the asynchronous ways; by default each contender's own")
+    parser.add_argument("--keep", action="store_true", help="writes the result of a selection, as that of all runs is")
+    parser.add_argument("--note", default="", help="a sentence for the result, such as what else ran on the machine")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies all sampling latencies")
     parser.add_argument(
         "--in-flight", type=int, metavar="EPISODES", help="instead: one batch with all of these at once"

@@ -21,36 +21,15 @@ sys.path.insert(0, str(Path(__file__).parent))
 from throughput_monitor import log_to, observing
 
 
-class SteadyTokenizer:
-    """A Hugging Face tokenizer of which no setting is changed while it is used.
-
-    The renderer for Qwen3 encodes now with ``split_special_tokens`` and now without, from several threads at once.
-    ``transformers`` changes the tokenizer for that, which fails ("Already borrowed") while another thread encodes: with 8
-    groups of 8, most groups died so at their first prompt, and the run waited for them for ever. So each way has its own.
-    """
-
-    def __init__(self, folder: str) -> None:
-        from transformers import AutoTokenizer
-
-        self._whole, self._split = (AutoTokenizer.from_pretrained(folder) for _ in range(2))
-
-    def encode(self, text: str, *, split_special_tokens: bool = False, **options: Any) -> list[int]:
-        """As the tokenizer's own."""
-        tokenizer = self._split if split_special_tokens else self._whole
-        return tokenizer.encode(text, split_special_tokens=split_special_tokens, **options)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._whole, name)
-
-
 async def play(settings: dict[str, Any]) -> None:
     """One run of one mode."""
     from tinker_cookbook import tokenizer_utils  # pyright: ignore[reportMissingImports]
     from tinker_cookbook.recipes.search_tool.search_env import SearchR1DatasetBuilder  # pyright: ignore[reportMissingImports]
     from tinker_cookbook.recipes.search_tool.tools import RetrievalConfig  # pyright: ignore[reportMissingImports]
     from tinker_cookbook.rl import train  # pyright: ignore[reportMissingImports]
+    from transformers import AutoTokenizer
 
-    tokenizer: Any = SteadyTokenizer(settings["tokenizer"])
+    tokenizer = AutoTokenizer.from_pretrained(settings["tokenizer"])
     tokenizer_utils.register_tokenizer(settings["model"], lambda: tokenizer)
     groups, mode = settings["groups"], settings["mode"]
     builder = SearchR1DatasetBuilder(
@@ -65,6 +44,7 @@ async def play(settings: dict[str, Any]) -> None:
         seed=settings["seed"],
     )
     streaming = train.StreamMinibatchConfig(groups_per_batch=groups, num_minibatches=settings["minibatches"])
+    loss = {"loss_fn": settings["loss"]} if settings["loss"] else {}
     config = train.Config(
         model_name=settings["model"],
         recipe_name="recipe_search_tool",
@@ -77,7 +57,7 @@ async def play(settings: dict[str, Any]) -> None:
         base_url=settings["url"],
         stream_minibatch_config=streaming if mode == "streaming" else None,
         async_config=(
-            train.AsyncConfig(max_steps_off_policy=settings["staleness"], groups_per_batch=groups)
+            train.AsyncConfig(max_steps_off_policy=settings["staleness"], groups_per_batch=groups, **loss)
             if mode == "asynchronous"
             else None
         ),

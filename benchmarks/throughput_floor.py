@@ -171,17 +171,21 @@ class RunSeen:
 def run_seen(served: Sequence[Served], steps: int) -> RunSeen:
     """What the log tells of a run of so many steps; what came behind the last one's weights is left out.
 
+    A step ends when its weights can be sampled from. A last step whose weights are only saved as a checkpoint (the
+    cookbook's asynchronous way, which samples no more) ends with the first such checkpoint.
+
     Raises:
         ValueError: the log holds fewer steps.
     """
-    snapshots = {}
+    saved: dict[str, dict[int, float]] = {"snapshot": {}, "export": {}}
     for request in served:
-        if request.kind == "snapshot":
-            snapshots.setdefault(request.version, request.ended)
-    missing = [step for step in range(1, steps + 1) if step not in snapshots]
+        if request.kind in saved:
+            saved[request.kind].setdefault(request.version, request.ended)
+    published = {step: end for step, end in saved["export"].items() if step == steps} | saved["snapshot"]
+    missing = [step for step in range(1, steps + 1) if step not in published]
     if missing:
         raise ValueError(f"no weights were saved for sampling behind steps {missing}: the run ended early")
-    ends = tuple(snapshots[step] for step in range(1, steps + 1))
+    ends = tuple(published[step] for step in range(1, steps + 1))
     within = [request for request in served if request.began < ends[-1]]
     samples = [request for request in within if request.kind == "sample"]
     trained = [request for request in within if request.kind == "forward_backward"]

@@ -32,6 +32,7 @@ async def play(settings: dict[str, Any]) -> None:
         sr.RemoteChroma("127.0.0.1", settings["chroma"], settings["collection"]),
         n_results=settings["n_results"],
     )
+    loss = {"loss": settings["loss"]} if settings["mode"] == "asynchronous" else {}
     async with observing(Path(settings["observed"])):
         await sr.train(
             sr.load_questions(settings["questions"]),
@@ -49,6 +50,7 @@ async def play(settings: dict[str, Any]) -> None:
             seed=settings["seed"],
             progress=False,
             **MODES[settings["mode"]],
+            **loss,
             **settings["options"],
         )
 

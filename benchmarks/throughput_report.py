@@ -23,18 +23,27 @@ NAMES = {
 COLORS = {"ours": "#2a6fbb", "cookbook": "#c9803a"}
 
 
-def report(rows: Sequence[Row], *, keep: bool, in_flight: int | None) -> None:
-    """Prints what was measured; with ``keep`` also writes it to benchmarks/results/, with the picture."""
+def report(rows: Sequence[Row], *, keep: bool, in_flight: int | None, note: str = "") -> None:
+    """Prints what was measured; with ``keep`` also writes it to benchmarks/results/, with the picture and the note."""
     if in_flight:
         print(in_flight_line(rows, in_flight))
         return
-    body = [table(rows), requests_table(rows), asked(rows), NOTES]
+    body = [table(rows), requests_table(rows), asked(rows), f"{NOTES}\n{_conditions(rows, note)}"]
     if not keep:
         print("\n\n".join(body))
         return
     picture(rows, RESULTS / "throughput.svg")
     title = "Training at the service's own speed"
     write_result("throughput", title, ["![wall a step](throughput.svg)", *body], pl.DataFrame(list(rows)))
+
+
+def _conditions(rows: Sequence[Row], note: str) -> str:
+    """The losses of the asynchronous ways and what else the machine did, as lines of the notes."""
+    losses = sorted({row["loss"] or "each contender's own default" for row in rows if row["mode"] == "asynchronous"})
+    load = ", ".join(f"{row['load_before']:.1f}" for row in rows)
+    lines = [f"- Loss of the asynchronous ways: {', '.join(losses)}."] if losses else []
+    lines.append(f"- Load average of the last minute before each run, in the order of the first table: {load}.")
+    return "\n".join([*lines, *([f"- {note}"] if note else [])])
 
 
 def in_flight_line(rows: Sequence[Row], wanted: int) -> str:
@@ -107,6 +116,11 @@ def asked(rows: Sequence[Row]) -> str:
                 f"{ratio:.2f}",
                 ratio >= 2,
             )
+        if pipelined and (other := by.get(("cookbook", "asynchronous", size))):
+            rate = pipelined["episodes_a_second"] / other["episodes_a_second"]
+            cpu = other["cpu_ms_an_episode"] / pipelined["cpu_ms_an_episode"]
+            what = "`max_staleness=1`: faster than the cookbook's asynchronous way, with less client CPU an episode"
+            line(what, f"{size} x 8", f"{rate:.2f} times, 1/{cpu:.1f} of the CPU", rate > 1 and cpu > 1)
         for ours in (streaming, pipelined):
             if ours and peer:
                 ratio = ours["cpu_ms_an_episode"] / peer["cpu_ms_an_episode"]
@@ -136,8 +150,8 @@ NOTES = """How it was measured:
 - Every run trains the same episodes in the same batches, in a process of its own against a fresh service. What a turn says and how
   long it takes depends on the question and the episode alone. All processes share the machine's cores.
 - A run is measured from the service's first sample to the moment when the weights behind the last optimiser step can be
-  sampled from; CPU, memory and the loop's lateness are those of that time. CPU and memory are the contender's own and those of its
-  children.
+  sampled from (the cookbook's asynchronous way publishes none behind its last step: to its final checkpoint there); CPU, memory
+  and the loop's lateness are those of that time. CPU and memory are the contender's own and those of its children.
 - The floor is computed from what the service drew, for each way by its own formula (benchmarks/throughput_floor.py): on-policy,
   each batch's groups, released when their last member has played its drawn turns and searches (each sampled singly), go through a
   trainer that does one thing at a time, then optimiser and save; synchronous, training follows the last release;
@@ -146,13 +160,11 @@ NOTES = """How it was measured:
   training in it. A search costs 0.2 s in it where no other episode asks the same, else nothing.
 - The loop is looked at every 10 ms; `of that its own` is the part that the loop's own thread was computing, without waiting for a
   core or for the interpreter.
-- What of tinker-cookbook 0.5.8 had to be told, through its configuration and the environment, none of its code changed: a
-  tokenizer of this machine is registered under the model's name, one that may be used from several threads (its own stopped every
-  run: benchmarks/throughput_cookbook.py); the questions lie where the recipe
-  downloads them to; `GOOGLE_VERTEX_BASE_URL` names the stand-in and `GOOGLE_APPLICATION_CREDENTIALS` a service account whose tokens
-  come from this machine. Its other settings are the recipe's; it speaks Vertex AI and ours the Developer API.
-- The scripted model writes a call as Qwen3's chat template does, on a line of its own behind the thinking. The cookbook renders it
-  again with one more line break, so that each of its episodes becomes one example a turn.
+- What tinker-cookbook 0.6.1 was given, through its configuration and the environment, with none of its code changed: a
+  tokenizer of this machine is registered under the model's name; the questions lie where the recipe downloads them to;
+  `GOOGLE_VERTEX_BASE_URL` names the stand-in and `GOOGLE_APPLICATION_CREDENTIALS` a service account whose tokens come from this
+  machine. Its other settings are the recipe's; it speaks Vertex AI and ours the Developer API. Its chat format is `qwen3_instruct`,
+  plain ChatML without thinking, as ours.
 - The recipe trains on groups of constant reward too; ours leaves them out, as is its default."""
 
 

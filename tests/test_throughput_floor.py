@@ -141,6 +141,15 @@ def test_a_run_is_read_off_the_log() -> None:
     assert (episodes[0, 0].began, episodes[0, 0].ended) == (2.0, 7.0)
 
 
+def test_a_last_step_that_is_only_saved_ends_with_its_checkpoint() -> None:
+    checkpoint = Served("export", 30.0, 1.5, 2)
+    without = [request for request in LOG if (request.kind, request.version) not in {("snapshot", 2), ("export", 2)}]
+    assert run_seen([*without, checkpoint], 2).step_ends == (11.5, 31.5)
+    assert run_seen([*LOG, checkpoint], 2).step_ends == (11.5, 19.0), "weights that were published count"
+    with pytest.raises(ValueError, match=r"steps \[2\]"):
+        run_seen([*without, checkpoint, Served("snapshot", 40.0, 1.5, 3)], 3)
+
+
 def test_a_run_that_ended_early_is_no_result() -> None:
     with pytest.raises(ValueError, match=r"steps \[2, 3\]"):
         run_seen(LOG[:9], 3)

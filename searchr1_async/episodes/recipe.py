@@ -46,14 +46,15 @@ def load_recipe_prompt() -> RecipePrompt:
     folder = next((folder for folder in folders if folder.is_dir()), None)
     if folder is None:
         raise ModelError(
-            'the method "recipe" takes its prompt from the recipe itself, which is not installed: pip install tinker-cookbook'
+            'the method "recipe" takes its prompt from the recipe itself, which is not installed: pip install tinker-cookbook (or, '
+            "since it is only read, pip install --no-deps tinker-cookbook)"
         )
     try:
         return RecipePrompt(_constant(_parsed(folder, _PROMPT[0])), _tool(_parsed(folder, _TOOL[0])))
     except (OSError, SyntaxError, ValueError, LookupError) as error:
         raise ModelError(
             f'the installed tinker_cookbook has no search prompt that the method "recipe" could take ({error}): '
-            "pip install tinker-cookbook==0.5.8 has one"
+            "pip install --no-deps tinker-cookbook==0.6.1 has one (it is read, not imported)"
         ) from error
 
 
