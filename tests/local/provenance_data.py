@@ -64,7 +64,6 @@ def datum_of(turns: Sequence[PlayedTurn], advantage: float = 1.0) -> types.Datum
     """An episode with its provenance."""
     last, spans = turns[-1], spans_of(turns)
     text = [*last.prompt, *last.tokens]
-    datum = types.Datum(
-        model_input=types.ModelInput.from_ints(text[:-1]), loss_fn_inputs=dict(columns_of(turns, advantage))
-    )
+    columns = {name: types.TensorData.from_numpy(values) for name, values in columns_of(turns, advantage).items()}
+    datum = types.Datum(model_input=types.ModelInput.from_ints(text[:-1]), loss_fn_inputs=columns)
     return datum.with_provenance(model_input=without_last(spans), loss_fn_inputs=without_first(spans))
