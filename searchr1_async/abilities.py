@@ -1,7 +1,7 @@
 """What a run asks of a Tinker service beyond the plain: found out before work starts, refused by name where it is missing.
 
-Tinker's own cloud and the embedded service are known to have all of it. Other servers of the protocol are asked by trying:
-what is tried leaves the weights, the gradients and the optimiser as they are. Nothing is tried for a plain run.
+The embedded service is known to have all of it. Others are asked by trying, Tinker's cloud too, where an account may lack what
+is new there: what is tried leaves the weights, the gradients and the optimiser as they are. Nothing is tried for a plain run.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ async def choose_loss(
     if point is not None:
         wanted = (_loss_of(point, learning, pipeline),)
     refusals: dict[LossName, str] = {}
-    if not (service.is_local or service.is_tinker):
+    if not service.is_local:
         await _refuse_missing(service, client, job)
         if wanted != ("importance_sampling",):
             refusals = await _refusals(client, wanted, learning.loss_config)

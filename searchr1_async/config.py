@@ -209,7 +209,7 @@ class LearningSettings:
     ``stable_reinforce`` takes only what the service recorded in the same session and not more than a day ago. Groups that
     finished before a resume, or 20 hours before they are trained on, are therefore trained on with ``ppo`` in the same optimiser
     step, and are not played again. That costs a request more for each minibatch that holds both kinds. Of a run of six batches with
-    ``max_staleness=2`` that was killed twice, 28 of 92 examples had it: all in two batches and 12 of 20 in a third.
+    ``max_staleness=2`` that was killed twice, 36 of 92 examples had it: all in two batches and 12 of 20 in a third.
     ``optim/fallback_datums`` counts them."""
     loss_config: Mapping[str, float] = field(default_factory=dict)
     """Passed to the service with the loss (``clip_low_threshold``, …); not with the ``ppo`` that stands in for
