@@ -55,7 +55,7 @@ async def ask_offered(connect: Callable[[], tinker.RestClient], *, trains: bool 
         logger.info("the service does not list its models: %s", type(error).__name__)
         return None
     except tinker.APIStatusError as error:
-        if error.status_code in (405, 501):
+        if error.status_code == 405:
             return None
         raise ServiceError(
             f"the Tinker service refused to say which models it offers: {type(error).__name__}: {error}"

@@ -55,6 +55,9 @@ def add(commands: Parsers) -> None:
     how.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (%(default)s)")
     how.add_argument("--seed", type=int, default=0, help="of the sampling (%(default)s)")
     how.add_argument("--format", default="hermes", choices=FORMATS, help="tool-call format (%(default)s)")
+    how.add_argument(
+        "--thinking", type=_thinking, help="on, off, or an effort such as low, as far as the model has them"
+    )
     how.add_argument("--max-turns", type=int, default=5, help="(%(default)s)")
     how.add_argument("--max-tokens", type=int, default=1024, help="new tokens a turn (%(default)s)")
     how.add_argument("--judge", action="store_true", help="have the base model judge every answer, beside exact match")
@@ -79,6 +82,7 @@ async def _run(options: argparse.Namespace) -> str:
         samples=options.samples,
         judge=Judge() if options.judge else None,
         format=options.format,
+        thinking=options.thinking,
         max_turns=options.max_turns,
         max_tokens=options.max_tokens,
         temperature=options.temperature,
@@ -88,6 +92,10 @@ async def _run(options: argparse.Namespace) -> str:
     page = await anyio.to_thread.run_sync(report.save)
     notes = "\n".join(f"- {note}" for note in report.notes())
     return f"\n{report}\n\n{notes}\n\nreport with its episodes: {page}"
+
+
+def _thinking(text: str) -> bool | str:
+    return {"on": True, "off": False}.get(text, text)
 
 
 def _names_systems(options: argparse.Namespace) -> bool:

@@ -74,6 +74,8 @@ class ServiceOptions:
     For clients with few file descriptors. It costs two more round trips a sample: 19 ms instead of 8 ms alone, at the
     same throughput.
     """
+    listed: tuple[str, ...] = ()
+    """Models that it says it offers, to stand in for another service; it has its own all the same. Empty: its own alone."""
 
 
 def check_loopback(host: str) -> None:
@@ -272,13 +274,9 @@ class Service:
         return _json(status="accepted")
 
     async def get_server_capabilities(self, request: web.Request) -> web.Response:
-        model = {
-            "model_name": self.backend.model_name,
-            "max_context_length": self.backend.max_context_length,
-            "trainable": True,
-            "sampleable": True,
-        }
-        return _json(supported_models=[model])
+        able = {"max_context_length": self.backend.max_context_length, "trainable": True, "sampleable": True}
+        names = self.options.listed or (self.backend.model_name,)
+        return _json(supported_models=[{"model_name": name, **able} for name in names])
 
     async def create_session(self, request: web.Request) -> web.Response:
         fields = Body.parse(await request.read()).fields
