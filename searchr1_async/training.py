@@ -259,7 +259,7 @@ class _Training:
         if control.stop_requested:
             self._emit(Notice("stopped: every finished step is kept, resume=True goes on from the last"))
         with control.ending_with(lambda: None):  # a stop that comes now changes nothing
-            await self._keep_sampler()
+            await self._keep_last()
         return await anyio.to_thread.run_sync(result_of, job.out_dir, self._point, reason)
 
     async def _learner(self, client: tinker.TrainingClient) -> Learner:
@@ -293,19 +293,21 @@ class _Training:
         finally:
             self._point = recorder.point
 
-    async def _keep_sampler(self) -> None:
-        """Keeps the last weights for sampling, where the run ended at a step that was no checkpoint."""
+    async def _keep_last(self) -> None:
+        """Keeps the last weights for good, where the run ended at a step that was no checkpoint."""
         point = self._point
         if point is None or point.sampler_step == point.step:
             return
         # Those that were kept to be measured will do.
         path = next((one.sampler_path for one in self._kept.checkpoints if one.step == point.step), None)
+        state_path = point.state_path
         if path is None:
-            # From the resume point: a stop in the middle of a step may have left the trainer's own weights ahead of it.
-            client = await self._service.restore_training_client(point.state_path)
+            # From the resume point: a stop in the middle of a step may have left the trainer's own weights ahead of it. Its
+            # state is saved again, since that of a resume point expires.
+            client = await self._service.restore_training_client(state_path)
             learner = await self._learner(client)
-            path = await learner.keep_sampler(f"step-{point.step:06d}")
-        await self._save_kept(replace(point, sampler_path=path, sampler_step=point.step))
+            state_path, path = await learner.keep_weights(f"step-{point.step:06d}")
+        await self._save_kept(replace(point, state_path=state_path, sampler_path=path, sampler_step=point.step))
 
     async def _save_kept(self, point: ResumePoint) -> None:
         """Writes down a resume point whose weights are kept, if any are."""
@@ -314,7 +316,8 @@ class _Training:
         def save() -> None:
             if point.sampler_path is not None and point.sampler_step is not None:
                 with writing_records(self._job.out_dir):
-                    self._kept.add(point.sampler_step, point.sampler_path, for_good=True)
+                    state = point.state_path if point.sampler_step == point.step else None
+                    self._kept.add(point.sampler_step, point.sampler_path, for_good=True, state_path=state)
             point.save(self._job.out_dir)
 
         await anyio.to_thread.run_sync(save)
@@ -340,9 +343,9 @@ class _Training:
 
         gone = await anyio.to_thread.run_sync(forget)
         await Keeper(self._job).clear()
-        for one in gone:
+        for path in [path for one in gone for path in one.paths]:
             try:
-                await self._service.delete_checkpoint(one.sampler_path)
+                await self._service.delete_checkpoint(path)
             except ServiceError as error:
                 logger.info("weights of an earlier attempt were not deleted: %s", error)
 
