@@ -21,6 +21,7 @@ from searchr1_async.errors import (
     ConfigurationError,
     CorpusError,
     EmbeddingError,
+    ExportError,
     ModelError,
     PortInUseError,
     QuestionsError,
@@ -44,6 +45,7 @@ from searchr1_async.evaluation.report import Report
 from searchr1_async.evaluation.result import Evaluation, compare, flips
 from searchr1_async.evaluation.systems import System
 from searchr1_async.evaluation.table import comparison_table
+from searchr1_async.exporting.export import export
 from searchr1_async.job import TrainingResult
 from searchr1_async.learn.demonstrations import Demonstration
 from searchr1_async.recorded import RecordedRun
@@ -77,6 +79,7 @@ __all__ = [
     "Episode",
     "EpisodeLimits",
     "Evaluation",
+    "ExportError",
     "GeminiEmbedder",
     "Group",
     "IndexReport",
@@ -128,6 +131,7 @@ __all__ = [
     "compare",
     "comparison_table",
     "evaluate",
+    "export",
     "find_overlap",
     "flips",
     "load_corpus",

@@ -174,8 +174,9 @@ async def _opened(
         ) as engine:
             await keep_tokenizer(service.tokenizer, job.out_dir)
             await anyio.to_thread.run_sync(keep_questions, job.questions, job.out_dir)
-            with control.holding(engine.pause):
-                yield _Training(job, emit, control, service, engine, identity, order, point)
+            async with control.serving(service):
+                with control.holding(engine.pause):
+                    yield _Training(job, emit, control, service, engine, identity, order, point)
 
 
 def _started(

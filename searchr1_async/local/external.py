@@ -30,14 +30,20 @@ from searchr1_async.local.backend import Backend, LoraConfig, State, UserFault
 from searchr1_async.local.checkpoints import Checkpoint, CheckpointId, CheckpointStore
 from searchr1_async.local.jobs import result_of
 from searchr1_async.local.models import published_name
-from searchr1_async.local.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LORA_ALPHA, adapter_config, lora_parts
+from searchr1_async.local.peft_files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    IMPORT_ROUTE,
+    LORA_ALPHA,
+    adapter_config,
+    lora_parts,
+)
 from searchr1_async.local.protocol import Body, optional
 
 SIGNED_ROUTE = "signed"
 """Name of the one route besides ``healthz`` that is served without the API key."""
 URL_SECONDS = 3600
 """How long a signed URL is valid."""
-IMPORT_ROUTE = "import_weights"
 
 
 class External:

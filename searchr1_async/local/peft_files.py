@@ -9,6 +9,8 @@ from typing import Any
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 LORA_ALPHA = 32.0
 """Updates are scaled by ``alpha / rank``. Tinker's exported adapters name 32 whatever the rank, so it is 32 here too."""
+IMPORT_ROUTE = "import_weights"
+"""The one route that only the embedded service has: it copies an adapter of this machine into its checkpoints."""
 _MATRIX = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 
 
