@@ -23,6 +23,7 @@ from searchr1_async.learn.checkpoints import KeptCheckpoint, ResumePoint
 from searchr1_async.learn.demonstrations import Demonstration
 from searchr1_async.rollout.order import QuestionOrder
 from searchr1_async.search import Search
+from searchr1_async.starting import Start
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class TrainingJob:
     keep_best: bool = False
     resume: bool = False
     time_limit: float | None = None
+    start: Start | None = None
 
     def identity(self) -> dict[str, Any]:
         """The settings that make the steps before and after a resume one run, as plain JSON values.
@@ -62,6 +64,7 @@ class TrainingJob:
         for name in ("steps", "epochs", "checkpoint_every", "max_failed_fraction"):
             del learning[name]
         return {
+            **({"start_from": self.start.name} if self.start is not None else {}),
             "model": self.model,
             "format": self.format_name,
             "renderer": self.renderer_name,

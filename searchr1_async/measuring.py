@@ -24,7 +24,7 @@ from searchr1_async.job import TrainingJob
 from searchr1_async.learn.checkpoints import CheckpointList, ResumePoint
 from searchr1_async.rollout.engine import RolloutEngine
 from searchr1_async.rollout.policy import TinkerPolicy
-from searchr1_async.run_folder import UNTRAINED, evaluation_steps, load_evaluation, writing_records
+from searchr1_async.run_folder import OF_NO_STEP, evaluation_steps, load_evaluation, writing_records
 from searchr1_async.service import Service
 from searchr1_async.watch.records import RunRecords
 
@@ -112,7 +112,7 @@ class Measuring:
         def write() -> None:
             with writing_records(job.out_dir):
                 self._records.write_evaluation(label, evaluation.episodes, step)
-                if label != UNTRAINED:
+                if label not in OF_NO_STEP:
                     self._kept.measured(step, evaluation.exact_match, evaluation.questions)
 
         await anyio.to_thread.run_sync(write)
@@ -252,7 +252,7 @@ class Measuring:
 
     def _adopt(self) -> int:
         """Tells the kept weights of measurements that were written just before a kill; the newest step that is measured."""
-        steps = {label: step for label, step in evaluation_steps(self._records).items() if label != UNTRAINED}
+        steps = {label: step for label, step in evaluation_steps(self._records).items() if label not in OF_NO_STEP}
         for one in self._kept.checkpoints:
             label = next((label for label, step in steps.items() if step == one.step), None)
             if label is not None and not one.is_measured:

@@ -46,6 +46,7 @@ from searchr1_async.rollout.workers.messages import WorkerSpec
 from searchr1_async.run_folder import (
     AFTER_RL,
     AFTER_WARM_UP,
+    AT_START,
     UNTRAINED,
     claimed,
     finished_result,
@@ -57,6 +58,7 @@ from searchr1_async.run_folder import (
 )
 from searchr1_async.search import Search
 from searchr1_async.service import Service, check_service, open_service
+from searchr1_async.starting import open_start
 from searchr1_async.watch.fanout import Watchers
 from searchr1_async.watch.records import RunRecords
 from searchr1_async.watch.trackers import Tracker, open_trackers
@@ -235,6 +237,7 @@ class _Training:
     ) -> None:
         self._job, self._emit, self._service, self._engine, self._order = job, emit, service, engine, order
         self._control, self._identity, self._point = control, identity, point
+        self._started_from: Mapping[str, Any] | None = None
         self._records = RunRecords(job.out_dir)
         self._kept = CheckpointList(job.out_dir, keep_best=job.keep_best)
         self._measuring = Measuring(job, service, engine, self._records, self._kept, control=control, emit=emit)
@@ -246,7 +249,7 @@ class _Training:
             client = await self._restore_or_create()
             learner = await self._learner(client)
             if self._point is None:
-                await measure(UNTRAINED, TinkerPolicy(await self._service.create_sampling_client(), 0, job.sampling))
+                await self._measure_first(client)
                 self._point = await self._warm_up(learner)
             policy = TinkerPolicy(await self._sampling_client(client), self._point.step, job.sampling)
             if job.warm_up is not None and self._point.step == 0:
@@ -262,6 +265,15 @@ class _Training:
         with control.ending_with(lambda: None):  # a stop that comes now changes nothing
             await self._keep_last()
         return await anyio.to_thread.run_sync(result_of, job.out_dir, self._point, reason)
+
+    async def _measure_first(self, client: tinker.TrainingClient) -> None:
+        """The weights that the run begins with: the base model's, or those that it starts from."""
+        job = self._job
+        is_untrained = job.start is None
+        if not job.held_out:
+            return
+        first = await (self._service.create_sampling_client() if is_untrained else self._sampling_client(client))
+        await self._measuring.measure(UNTRAINED if is_untrained else AT_START, TinkerPolicy(first, 0, job.sampling))
 
     async def _learner(self, client: tinker.TrainingClient) -> Learner:
         learning = self._job.learning
@@ -326,6 +338,11 @@ class _Training:
     async def _restore_or_create(self) -> tinker.TrainingClient:
         if self._point is None:
             await self._forget_attempt()
+            if self._job.start is not None:
+                client, self._started_from = await open_start(
+                    self._job.start, self._service, self._job.learning.lora_rank, self._emit
+                )
+                return client
             return await self._service.create_training_client(
                 rank=self._job.learning.lora_rank, seed=self._job.learning.seed
             )
@@ -363,6 +380,8 @@ class _Training:
         if warm_up is not None:
             batches = await self._demonstration_batches(warm_up)
             began = anyio.current_time()
+            if job.start is not None:
+                self._emit(Notice("the warm-up goes on from the weights that the run starts from"))
             self._emit(PhaseStarted("warm-up", len(batches), "steps"))
             for done, batch in enumerate(batches):
                 await self._control.wait_while_paused()
@@ -381,6 +400,7 @@ class _Training:
             order_fingerprint=self._order.fingerprint,
             base_model=self._service.model_name,
             settings=self._identity,
+            started_from=self._started_from,
         )
         await self._save_kept(point)
         self._emit(CheckpointSaved(0, point.state_path))

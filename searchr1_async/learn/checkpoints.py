@@ -49,6 +49,8 @@ class ResumePoint:
     """Spent in reinforcement learning so far, all sessions together."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """What the run was started with; a resume with another is refused, naming what changed."""
+    started_from: Mapping[str, Any] | None = None
+    """With ``start_from``: the weights that it meant (``name``, ``path``, ``step``, ``base_model``)."""
 
     def is_open(self, place: int) -> bool:
         """Whether no recorded step holds the group of this place, so that it must be trained on or dropped yet."""
