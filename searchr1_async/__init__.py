@@ -24,6 +24,7 @@ from searchr1_async.errors import (
     ConfigurationError,
     CorpusError,
     EmbeddingError,
+    ExportError,
     ModelError,
     PortInUseError,
     QuestionsError,
@@ -48,6 +49,7 @@ from searchr1_async.evaluation.report import Report
 from searchr1_async.evaluation.result import Evaluation, compare, flips
 from searchr1_async.evaluation.systems import System
 from searchr1_async.evaluation.table import comparison_table
+from searchr1_async.exporting.export import export
 from searchr1_async.job import TrainingResult
 from searchr1_async.learn.demonstrations import Demonstration
 from searchr1_async.models import Price
@@ -85,6 +87,7 @@ __all__ = [
     "Episode",
     "EpisodeLimits",
     "Evaluation",
+    "ExportError",
     "GeminiEmbedder",
     "Group",
     "IndexReport",
@@ -139,6 +142,7 @@ __all__ = [
     "comparison_table",
     "estimate_cost",
     "evaluate",
+    "export",
     "find_overlap",
     "flips",
     "load_corpus",

@@ -6,7 +6,7 @@ import argparse
 import asyncio
 import sys
 
-from searchr1_async.commands import ask, atlas, eval, index, serve, view, wiki18
+from searchr1_async.commands import ask, atlas, eval, export, index, serve, view, wiki18
 from searchr1_async.errors import SearchR1Error
 
 
@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m searchr1_async", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for command in (ask, atlas, eval, index, serve, view, wiki18):
+    for command in (ask, atlas, eval, export, index, serve, view, wiki18):
         command.add(commands)
     return parser
 

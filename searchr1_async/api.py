@@ -36,6 +36,7 @@ from searchr1_async.evaluation.measure import play_all
 from searchr1_async.events import Emit
 from searchr1_async.held_out import refuse_overlap
 from searchr1_async.job import TrainingJob, TrainingResult
+from searchr1_async.learn.checkpoints import ResumePoint
 from searchr1_async.learn.demonstrations import Demonstration
 from searchr1_async.models import Price, Thinking
 from searchr1_async.playing import PlaySettings, ServiceChoice, check_format, open_watchers, playing
@@ -44,6 +45,7 @@ from searchr1_async.run_folder import find_point, past_events
 from searchr1_async.search import Search
 from searchr1_async.service import billing_on
 from searchr1_async.spending import check_max_cost
+from searchr1_async.starting import chosen_model, chosen_rank, find_start, resumed_start
 from searchr1_async.training import run_training
 from searchr1_async.watch.dashboard import Choice, open_view
 from searchr1_async.watch.live.view import LiveView
@@ -59,6 +61,7 @@ def train(
     model: str | None = None,
     service: str | tinker.ServiceClient | None = None,
     resume: bool = False,
+    start_from: str | Path | None = None,
     held_out: Questions = (),
     held_out_samples: int = 1,
     evaluate_every: int | None = None,
@@ -93,7 +96,7 @@ def train(
     learning_rate: float = 4e-5,
     schedule: ScheduleName = "constant",
     schedule_warmup: int = 0,
-    lora_rank: int = 32,
+    lora_rank: int | None = None,
     loss: LossName | None = None,
     loss_config: Mapping[str, float] | None = None,
     advantage: AdvantageName = "centred",
@@ -134,6 +137,10 @@ def train(
         service: base URL or client of a Tinker service. None: the cloud where ``TINKER_API_KEY`` or ``TINKER_BASE_URL`` is
             set; otherwise the embedded service is started, and stopped with the run.
         resume: go on with the run in ``out_dir`` from its last finished step; a fresh start where there is none.
+        start_from: weights to start from, with a new optimizer: another run's folder (its last kept weights; ``"runs/first@best"``
+            and ``"runs/first@40"`` are those of a step), a ``tinker://RUN/weights/NAME`` path, or, on the embedded service, a PEFT
+            adapter's folder. The run has their rank and, without ``model``, their base model. A warm-up goes on from them; the
+            penalty of ``kl_coefficient`` still is towards the base model. A resume must be given the same, and does not need it.
         held_out: questions to measure on: untrained, after the warm-up, after reinforcement learning. None of them may be
             trained on.
         held_out_samples: episodes a held-out question.
@@ -219,6 +226,11 @@ def train(
         raise ConfigurationError("keep_best needs evaluate_every: the best is chosen among the steps that are measured")
     if time_limit is not None and not time_limit > 0:
         raise ConfigurationError(f"time_limit is {time_limit} s: it must be over 0, or None for none")
+    start = None
+    if start_from is not None:
+        point = ResumePoint.load(out) if resume else None
+        start = find_start(start_from, service, out) if point is None else resumed_start(start_from, point)
+        model = chosen_model(model, start)
     check_max_cost(max_cost, billing_on(service, model, price))
     job = TrainingJob(
         questions=checked_questions(questions),
@@ -232,7 +244,7 @@ def train(
             learning_rate=learning_rate,
             schedule=schedule,
             schedule_warmup=schedule_warmup,
-            lora_rank=lora_rank,
+            lora_rank=chosen_rank(lora_rank, start),
             gradient_clip=gradient_clip,
             loss=loss,
             loss_config=dict(loss_config or {}),
@@ -289,6 +301,7 @@ def train(
         time_limit=time_limit,
         max_cost=max_cost,
         price=price,
+        start=start,
     )
     refuse_overlap(job.questions, job.held_out)
     find_point(job)  # refuses a folder that holds a run not to be resumed, before the run's task begins

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import TYPE_CHECKING
 
 import anyio
 
 from searchr1_async.answer import Answer
 from searchr1_async.answering import LiveAnswers
+from searchr1_async.errors import ServiceError
 from searchr1_async.events import Emit, RunPaused, RunResumed, emit_nothing
+
+if TYPE_CHECKING:
+    from searchr1_async.service import Service
 
 
 class RunControl:
@@ -28,6 +33,9 @@ class RunControl:
         """Is told of pauses."""
         self.wall_clock: Callable[[], float] = time.time
         """Seconds that go on while the run is held and while the machine sleeps, as a service's own do."""
+        self._service: Service | None = None
+        self._users: list[anyio.CancelScope] = []
+        self._user_left = anyio.Event()
         self._cuts: list[Callable[[], None]] = []
         self._holds: list[Callable[[bool], None]] = []
         self._goes_on = anyio.Event()
@@ -85,6 +93,48 @@ class RunControl:
             self._goes_on.set()
             self._hold(False)
             self.emit(RunResumed())
+
+    # --- sharing the run's service ------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def serving(self, service: Service) -> AsyncIterator[None]:
+        """While the block runs others may use the run's service; at its end the run waits for them.
+
+        A run that fails, is cancelled, or is stopped during that wait does not: it cancels them.
+        """
+        self._service = service
+        try:
+            yield
+            self._service = None
+            while self._users:
+                self._user_left = anyio.Event()
+                await self._user_left.wait()
+        finally:
+            self._service = None
+            for scope in self._users:
+                scope.cancel()
+
+    @contextmanager
+    def using_service(self) -> Iterator[Service | None]:
+        """The run's service for the length of the block; None where it is not open.
+
+        Raises:
+            ServiceError: the run ended before the block, and its service with it.
+        """
+        if self._service is None:
+            yield None
+            return
+        with anyio.CancelScope() as scope:
+            self._users.append(scope)
+            try:
+                yield self._service
+            finally:
+                self._users.remove(scope)
+                self._user_left.set()
+        if scope.cancelled_caught:
+            raise ServiceError(
+                "the run was ended, and its service with it: use its folder instead, which starts another"
+            )
 
     @contextmanager
     def holding(self, hold: Callable[[bool], None]) -> Iterator[None]:

@@ -18,6 +18,7 @@
     │   └── SearchUnavailableError a service of the search stayed away for longer than a run waits
     ├── RewardError                a user's reward function failed or returned no finite number
     ├── CheckpointError            a checkpoint that cannot be written or read
+    ├── ExportError                trained weights that cannot be exported
     └── TooManyFailuresError       too large a fraction of the episodes failed
 
 Every message says what happened, where, and what to do; none holds a key or a token.
@@ -98,6 +99,10 @@ class RewardError(SearchR1Error):
 
 class CheckpointError(SearchR1Error):
     """A checkpoint that cannot be written or read."""
+
+
+class ExportError(SearchR1Error):
+    """Trained weights that cannot be downloaded, merged or uploaded."""
 
 
 class TooManyFailuresError(SearchR1Error):

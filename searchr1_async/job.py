@@ -26,6 +26,7 @@ from searchr1_async.learn.demonstrations import Demonstration
 from searchr1_async.models import Price, Thinking
 from searchr1_async.rollout.order import QuestionOrder
 from searchr1_async.search import Search
+from searchr1_async.starting import Start
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class TrainingJob:
     time_limit: float | None = None
     max_cost: float | None = None
     price: Price | None = None
+    start: Start | None = None
 
     def identity(self) -> dict[str, Any]:
         """The settings that make the steps before and after a resume one run, as plain JSON values.
@@ -68,6 +70,7 @@ class TrainingJob:
         for name in ("steps", "epochs", "checkpoint_every", "max_failed_fraction"):
             del learning[name]
         return {
+            **({"start_from": self.start.name} if self.start is not None else {}),
             "model": self.model,
             "format": self.format_name,
             "renderer": self.renderer_name,

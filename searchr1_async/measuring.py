@@ -22,10 +22,10 @@ from searchr1_async.errors import ServiceError
 from searchr1_async.evaluation.measure import evaluate_policy
 from searchr1_async.events import Emit, Notice
 from searchr1_async.job import TrainingJob
-from searchr1_async.learn.checkpoints import CheckpointList, KeptCheckpoint
+from searchr1_async.learn.checkpoints import CheckpointList, ResumePoint
 from searchr1_async.rollout.engine import RolloutEngine
 from searchr1_async.rollout.policy import TinkerPolicy
-from searchr1_async.run_folder import UNTRAINED, evaluation_steps, load_evaluation, writing_records
+from searchr1_async.run_folder import OF_NO_STEP, evaluation_steps, load_evaluation, writing_records
 from searchr1_async.service import Service
 from searchr1_async.usage import TokenUsage, sampling_usage, total_usage
 from searchr1_async.watch.records import RunRecords
@@ -117,7 +117,7 @@ class Measuring:
             self._used = _usage_of(evaluation.episodes)
             with writing_records(job.out_dir):
                 self._records.write_evaluation(label, evaluation.episodes, step)
-                if label != UNTRAINED:
+                if label not in OF_NO_STEP:
                     self._kept.measured(step, evaluation.exact_match, evaluation.questions)
 
         await anyio.to_thread.run_sync(write)
@@ -128,15 +128,22 @@ class Measuring:
         """Deletes weights at the service that were kept only to be measured, and are; what cannot be deleted costs only room."""
         waiting = [due.step for due in self._all()]
 
-        def take() -> tuple[KeptCheckpoint, ...]:
+        def take() -> list[str]:
             with writing_records(self._job.out_dir):
-                return self._kept.take_unwanted(waiting)
+                gone = self._kept.take_unwanted(waiting)
+            # Read after the list has changed: the recorder looks at the list after it has moved the resume point on, so that
+            # one of the two deletes the state.
+            point = ResumePoint.load(self._job.out_dir) if gone else None
+            spared = {point.state_path} if point is not None else set[str]()
+            return [
+                path for one in gone for path in one.paths if path not in spared and not self._kept.holds_state(path)
+            ]
 
-        for one in await anyio.to_thread.run_sync(take):
+        for path in await anyio.to_thread.run_sync(take):
             try:
-                await self._service.delete_checkpoint(one.sampler_path)
+                await self._service.delete_checkpoint(path)
             except ServiceError as error:
-                logger.info("weights of step %d were not deleted: %s", one.step, error)
+                logger.info("%s was not deleted: %s", path, error)
 
     @property
     def to_come(self) -> TokenUsage:
@@ -261,7 +268,7 @@ class Measuring:
 
     def _adopt(self) -> int:
         """Tells the kept weights of measurements that were written just before a kill; the newest step that is measured."""
-        steps = {label: step for label, step in evaluation_steps(self._records).items() if label != UNTRAINED}
+        steps = {label: step for label, step in evaluation_steps(self._records).items() if label not in OF_NO_STEP}
         for one in self._kept.checkpoints:
             label = next((label for label, step in steps.items() if step == one.step), None)
             if label is not None and not one.is_measured:

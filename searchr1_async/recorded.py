@@ -195,6 +195,18 @@ class RecordedRun:
             page = view_run(self._out_dir, Path(scratch) / "view.html", **options)
             return CellView(page.read_text(encoding="utf-8"))
 
+    async def export(self, folder: str | Path, **options: Any) -> Path:
+        """Takes the run's weights out of their service into a folder: a PEFT adapter, or merged weights.
+
+        Args:
+            folder: must not exist, or be empty.
+            options: ``step``, ``format``, ``push_to_hub`` and the others of :func:`searchr1_async.export`, which also says what it
+                raises.
+        """
+        from searchr1_async.exporting.export import export  # which opens services, and imports this module
+
+        return await export(self, folder, **options)
+
     def __repr__(self) -> str:
         state = "ended" if self.done else "running"
         return f"{type(self).__name__}({str(self._out_dir)!r}, {self.step} steps, {state})"

@@ -130,7 +130,9 @@ class StepRecorder:
                     played.step, played.outcomes, metrics, lambda rewards: advantages(rewards, kind)
                 )
                 if sampler_path is not None:
-                    self._kept.add(played.step, sampler_path, for_good=played.is_checkpoint)
+                    self._kept.add(
+                        played.step, sampler_path, for_good=played.is_checkpoint, state_path=finished.state_path
+                    )
             new.save(self._job.out_dir)
 
         # Shielded: a stop must not fall between a step and its record.
@@ -139,7 +141,7 @@ class StepRecorder:
             self.point = new
         self._emit(CheckpointSaved(played.step, new.state_path))
         self._emit(StepFinished(played.step, metrics))
-        if before.step and before.step % self._job.learning.checkpoint_every != 0:
+        if before.step and not self._kept.holds_state(before.state_path):
             await self._forget(before.state_path)
 
     def _played_metrics(self, played: StepToRecord) -> Mapping[str, float]:

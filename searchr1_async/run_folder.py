@@ -33,6 +33,10 @@ logger = logging.getLogger(__name__)
 
 UNTRAINED, AFTER_WARM_UP, AFTER_RL = "untrained", "after warm-up", "after RL"
 """Labels of the measurements that every run with held-out questions makes."""
+AT_START = "at the start"
+"""In place of :data:`UNTRAINED` where a run starts from weights."""
+OF_NO_STEP = (UNTRAINED, AT_START)
+"""Measurements before the run's own training: they belong to none of its kept weights."""
 _QUESTIONS_FILE = "questions.parquet"
 _SEARCH_FILE = "search.json"
 _QUESTIONS_SCHEMA = pl.Schema(
@@ -272,7 +276,7 @@ def evaluation_steps(records: RunRecords) -> dict[str, int | None]:
 def load_evaluations(records: RunRecords) -> tuple[Evaluation, ...]:
     """The evaluations of a run, read back from its folder by their steps."""
     loaded = [load_evaluation(records, label, step) for label, step in evaluation_steps(records).items()]
-    return tuple(sorted(loaded, key=lambda evaluation: (evaluation.label != UNTRAINED, evaluation.step or 0)))
+    return tuple(sorted(loaded, key=lambda evaluation: (evaluation.label not in OF_NO_STEP, evaluation.step or 0)))
 
 
 def load_evaluation(records: RunRecords, label: str, step: int | None) -> Evaluation:

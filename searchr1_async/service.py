@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import secrets
 import socket
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import anyio
 import tinker
+from tinker.lib.client_connection_pool_type import ClientConnectionPoolType
+from tinker.types import ExternalWeightsUrlsResponse, WeightsInfoResponse
 
 from searchr1_async.billing import Billing, billing_of, is_tinker_host
 from searchr1_async.config import LocalOptions
@@ -21,7 +24,8 @@ from searchr1_async.episodes.tokenizers import load_pretrained_tokenizer
 from searchr1_async.errors import ConfigurationError, PortInUseError, ServiceError, ServiceUnavailableError
 from searchr1_async.events import Emit, Notice
 from searchr1_async.local import DEFAULT_MODEL, local_service, probe
-from searchr1_async.local.models import resolve_model
+from searchr1_async.local.models import published_name, resolve_model
+from searchr1_async.local.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, IMPORT_ROUTE, lora_parts
 from searchr1_async.models import Price, Thinking, default_cloud_model
 from searchr1_async.offered import Offered, ask_offered, choose_model
 
@@ -29,6 +33,8 @@ CONNECT_DEADLINE = 10.0
 """Seconds in which a service must answer; the SDK itself would try for minutes."""
 _SETUP_DEADLINE = 300.0
 """Seconds for creating a session, a training client or a sampling client."""
+_EXTERNAL_DEADLINE = 1800.0
+"""Seconds for saving external weights: a large model's adapter is some gigabytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +51,19 @@ class Service:
     """Tinker's own cloud, as far as its address tells."""
     offered: Offered = None
     """The models that it lists; None where it has no list."""
+    model_folder: Path | None = None
+    """Where the weights of the embedded service's model are; None elsewhere."""
+    connect: Callable[[], AbstractAsyncContextManager[tinker.ServiceClient]] | None = field(default=None, repr=False)
+    """Opens another session; None where the client is the user's own."""
+
+    @asynccontextmanager
+    async def session(self) -> AsyncIterator[Service]:
+        """The same service in a session of its own: the models that are opened in it are gone when the block ends."""
+        if self.connect is None:
+            yield self
+            return
+        async with self.connect() as client:
+            yield replace(self, client=client)
 
     async def create_training_client(self, *, rank: int, seed: int) -> tinker.TrainingClient:
         """A new LoRA adapter.
@@ -68,6 +87,76 @@ class Service:
             lambda: self.client.create_training_client_from_state_with_optimizer(state_path),
         )
 
+    async def load_weights(self, state_path: str) -> tinker.TrainingClient:
+        """A training client with the weights saved under a ``tinker://…/weights/…`` path and a new optimizer.
+
+        Raises:
+            ServiceError: they are gone (expired, another folder), or no answer.
+        """
+        return await _wait(f"loading {state_path}", lambda: self.client.create_training_client_from_state(state_path))
+
+    async def save_external(self, client: tinker.TrainingClient, name: str, *, ttl_seconds: int) -> str:
+        """Saves a model's adapter for download; returns its ``tinker://…/external_weights/…`` path.
+
+        Args:
+            ttl_seconds: after which the service deletes it; Tinker takes 3,600 or more.
+
+        Raises:
+            ServiceError: refused (an older service does not offer it), or no answer.
+        """
+        saved = await _wait(
+            "saving external weights",
+            lambda: client.save_weights_external(name, ttl_seconds=ttl_seconds),
+            deadline=_EXTERNAL_DEADLINE,
+        )
+        return saved.path
+
+    async def external_urls(self, path: str) -> ExternalWeightsUrlsResponse:
+        """Signed URLs of the files of external weights.
+
+        Raises:
+            ServiceError: there are none, or no answer.
+        """
+        rest = await self._rest()
+        return await _wait(f"asking for the files of {path}", lambda: rest.get_external_weights_urls(path))
+
+    async def weights_info(self, path: str) -> WeightsInfoResponse:
+        """The base model and the LoRA rank of saved weights.
+
+        Raises:
+            ServiceError: there are none, or no answer.
+        """
+        rest = await self._rest()
+        return await _wait(f"asking about {path}", lambda: rest.get_weights_info_by_tinker_path(path))
+
+    async def import_weights(self, folder: Path, *, tinker_path: str | None = None) -> str:
+        """Has an embedded service copy weights of this machine into its own checkpoints; returns their ``tinker://`` path.
+
+        Args:
+            folder: a PEFT adapter, or with ``tinker_path`` the folder of the embedded service that holds that path.
+
+        Raises:
+            ServiceError: the weights do not fit the model, or this is no embedded service.
+        """
+        holder = self.client.holder
+        fields = {"folder": str(await anyio.Path(folder).resolve())}
+        fields |= {"tinker_path": tinker_path} if tinker_path else {"name": secrets.token_hex(8)}
+
+        async def send() -> Any:
+            with holder.aclient(ClientConnectionPoolType.TRAIN) as client:
+                return await client.post(f"/api/v1/{IMPORT_ROUTE}", body=fields, cast_to=object)
+
+        try:
+            answer = await _wait(f"importing {folder}", lambda: holder.run_coroutine_threadsafe(send()))
+        except ServiceError as error:
+            if isinstance(error.__cause__, tinker.NotFoundError) and "does not exist" not in str(error):
+                raise ServiceError(
+                    f"{folder} cannot be imported: only the embedded service takes weights from a folder, and the one at hand "
+                    "is another. Name a tinker:// path of this service."
+                ) from error
+            raise
+        return answer["path"]
+
     async def create_sampling_client(
         self, sampler_path: str | None = None, *, base_model: str | None = None
     ) -> tinker.SamplingClient:
@@ -89,19 +178,22 @@ class Service:
         Raises:
             ServiceError: it could not be deleted.
         """
-        # Over the session's own connections, which are closed with it; its first use of an address blocks.
-        rest = await anyio.to_thread.run_sync(lambda: tinker.RestClient(self.client.holder))
+        rest = await self._rest()
         await _wait(f"deleting {path}", lambda: rest.delete_checkpoint_from_tinker_path(path))
 
+    async def _rest(self) -> tinker.RestClient:
+        # Over the session's own connections, which are closed with it; its first use of an address blocks.
+        return await anyio.to_thread.run_sync(lambda: tinker.RestClient(self.client.holder))
 
-async def _wait(doing: str, submit: Any) -> Any:
+
+async def _wait(doing: str, submit: Any, deadline: float = _SETUP_DEADLINE) -> Any:
     """Runs a call of the SDK that may block (it starts its session at the first) and waits for its result."""
     try:
-        with anyio.fail_after(_SETUP_DEADLINE):
+        with anyio.fail_after(deadline):
             future = await anyio.to_thread.run_sync(submit, abandon_on_cancel=True)
             return await future
     except TimeoutError as error:
-        raise ServiceError(f"{doing}: the Tinker service did not answer within {_SETUP_DEADLINE:g} s") from error
+        raise ServiceError(f"{doing}: the Tinker service did not answer within {deadline:g} s") from error
     except (tinker.TinkerError, ValueError) as error:
         raise ServiceError(f"{doing} failed at the Tinker service: {type(error).__name__}: {error}") from error
 
@@ -114,6 +206,40 @@ def is_embedded(service: str | tinker.ServiceClient | None) -> bool:
 def default_model(service: str | tinker.ServiceClient | None) -> str:
     """The model that is meant where none is named; a service that does not offer it may have another used in its place."""
     return DEFAULT_MODEL if is_embedded(service) else default_cloud_model()
+
+
+async def base_model_of(path: str, service: str | tinker.ServiceClient | None) -> str:
+    """The base model of weights under a ``tinker://`` path of a service that is not the embedded one.
+
+    Raises:
+        ServiceError: there are no such weights, or no answer.
+    """
+    if isinstance(service, tinker.ServiceClient):
+        return (await Service(service, "", None, is_local=False).weights_info(path)).base_model
+    url = service or os.environ.get("TINKER_BASE_URL")
+    if url is not None:
+        await probe(url, timeout=CONNECT_DEADLINE)
+    async with _client(url, None) as client:
+        return (await Service(client, "", None, is_local=False).weights_info(path)).base_model
+
+
+def published_base(model: str) -> str:
+    """The name by which others find a base model: without a suffix such as ``:peft:262144``, and of a folder its last part."""
+    return published_name(model).partition(":")[0]
+
+
+async def base_folder(model: str) -> Path:
+    """The folder with the weights of a base model: a folder itself, or a model that is downloaded or converted at most once.
+
+    Raises:
+        ModelError: it is not to be had.
+    """
+
+    def resolve() -> Path:
+        is_folder = Path(model).expanduser().is_dir()
+        return resolve_model(model if is_folder else published_base(model)).folder
+
+    return await anyio.to_thread.run_sync(resolve)
 
 
 def _is_tinker(url: str | None) -> bool:
@@ -230,7 +356,15 @@ async def open_service(
             return
         url = service or os.environ.get("TINKER_BASE_URL")
         async with _client(url, None) as client:
-            yield Service(client, name, loaded, is_local=False, is_tinker=_is_tinker(url), offered=offered)
+            yield Service(
+                client,
+                name,
+                loaded,
+                is_local=False,
+                is_tinker=_is_tinker(url),
+                offered=offered,
+                connect=lambda: _client(url, None),
+            )
         return
     wanted = model or default_model(service)
     emit(Notice(f"no Tinker endpoint is set: starting the embedded service with {wanted} on this machine"))
@@ -247,7 +381,14 @@ async def open_service(
         emit(Notice(f"the embedded service answers at {started.url} (pid {started.pid})"))
         async with _client(started.url, started.api_key) as client:
             loaded = await load_tokenizer(tokenizer or started.tokenizer_path)
-            yield Service(client, started.model_name, loaded, is_local=True)
+            yield Service(
+                client,
+                started.model_name,
+                loaded,
+                is_local=True,
+                model_folder=Path(started.tokenizer_path),
+                connect=lambda: _client(started.url, started.api_key),
+            )
 
 
 @asynccontextmanager
@@ -321,12 +462,19 @@ async def load_embedded_tokenizer(model: str, tokenizer: str | None) -> Any:
 
 
 __all__ = [
+    "ADAPTER_CONFIG",
+    "ADAPTER_WEIGHTS",
     "Service",
     "ServiceUnavailableError",
+    "base_folder",
+    "base_model_of",
     "check_chat_format",
     "check_service",
     "choose_service_model",
+    "is_embedded",
     "load_embedded_tokenizer",
     "load_tokenizer",
+    "lora_parts",
     "open_service",
+    "published_base",
 ]

@@ -50,6 +50,7 @@ from searchr1_async.rollout.workers.messages import WorkerSpec
 from searchr1_async.run_folder import (
     AFTER_RL,
     AFTER_WARM_UP,
+    AT_START,
     UNTRAINED,
     claimed,
     finished_result,
@@ -63,6 +64,7 @@ from searchr1_async.run_folder import (
 from searchr1_async.search import Search
 from searchr1_async.service import Service, billing_on, check_chat_format, check_service, open_service
 from searchr1_async.spending import keep_spending, spending_of, tell_estimate, with_cost
+from searchr1_async.starting import open_start
 from searchr1_async.usage import TokenUsage
 from searchr1_async.watch.fanout import Watchers
 from searchr1_async.watch.records import RunRecords
@@ -196,8 +198,9 @@ async def _opened(
             await keep_tokenizer(service.tokenizer, job.out_dir)
             await anyio.to_thread.run_sync(keep_questions, job.questions, job.out_dir)
             await anyio.to_thread.run_sync(keep_search, job.search, job.out_dir)
-            with control.holding(engine.pause):
-                yield _Training(job, emit, control, service, engine, identity, order, point)
+            async with control.serving(service):
+                with control.holding(engine.pause):
+                    yield _Training(job, emit, control, service, engine, identity, order, point)
 
 
 def _started(
@@ -262,6 +265,7 @@ class _Training:
         self._spending = spending_of(job, service, point)
         self._spending.count(engine.usage)
         self._loss: LossName | None = None
+        self._started_from: Mapping[str, Any] | None = None
         self._records = RunRecords(job.out_dir)
         self._kept = CheckpointList(job.out_dir, keep_best=job.keep_best)
         self._measuring = Measuring(job, service, engine, self._records, self._kept, control=control, emit=emit)
@@ -291,7 +295,7 @@ class _Training:
             newest = NewestWeights(await self._first_policy(learner))
             with control.answering(LiveAnswers(self._service, self._engine.dialect, job.search, job.limits, newest)):
                 if self._point is None:
-                    await measure(UNTRAINED, newest.current)
+                    await measure(UNTRAINED if job.start is None else AT_START, newest.current)
                     self._point = await self._warm_up(learner)
                     newest.current = TinkerPolicy(await self._published(learner), 0, job.sampling)
                 if job.warm_up is not None and self._point.step == 0:
@@ -305,7 +309,7 @@ class _Training:
         if control.stop_requested:
             self._emit(Notice("stopped: every finished step is kept, resume=True goes on from the last"))
         with control.ending_with(lambda: None):  # a stop that comes now changes nothing
-            await self._keep_sampler()
+            await self._keep_last()
         return reason
 
     async def _learner(self, client: tinker.TrainingClient) -> Learner:
@@ -322,10 +326,11 @@ class _Training:
         return learner
 
     async def _first_policy(self, learner: Learner) -> TinkerPolicy:
-        """The weights that the session begins with: the base model's, or those of its resume point."""
-        if self._point is None:
+        """The weights that the session begins with: the base model's, those that it starts from, or its resume point's."""
+        if self._point is None and self._job.start is None:
             return TinkerPolicy(await self._service.create_sampling_client(), 0, self._job.sampling)
-        return TinkerPolicy(await self._published(learner), self._point.step, self._job.sampling)
+        step = self._point.step if self._point else 0
+        return TinkerPolicy(await self._published(learner), step, self._job.sampling)
 
     async def _learn(self, learner: Learner, newest: NewestWeights, point: ResumePoint) -> str:
         """Reinforcement learning, from the resume point on; returns why it ended."""
@@ -353,19 +358,21 @@ class _Training:
         finally:
             self._point = recorder.point
 
-    async def _keep_sampler(self) -> None:
-        """Keeps the last weights for sampling, where the run ended at a step that was no checkpoint."""
+    async def _keep_last(self) -> None:
+        """Keeps the last weights for good, where the run ended at a step that was no checkpoint."""
         point = self._point
         if point is None or point.sampler_step == point.step:
             return
         # Those that were kept to be measured will do.
         path = next((one.sampler_path for one in self._kept.checkpoints if one.step == point.step), None)
+        state_path = point.state_path
         if path is None:
-            # From the resume point: a stop in the middle of a step may have left the trainer's own weights ahead of it.
-            client = await self._service.restore_training_client(point.state_path)
+            # From the resume point: a stop in the middle of a step may have left the trainer's own weights ahead of it. Its
+            # state is saved again, since that of a resume point expires.
+            client = await self._service.restore_training_client(state_path)
             learner = await self._learner(client)
-            path = await learner.keep_sampler(f"step-{point.step:06d}")
-        await self._save_kept(replace(point, sampler_path=path, sampler_step=point.step))
+            state_path, path = await learner.keep_weights(f"step-{point.step:06d}")
+        await self._save_kept(replace(point, state_path=state_path, sampler_path=path, sampler_step=point.step))
 
     async def _save_kept(self, point: ResumePoint) -> None:
         """Writes down a resume point whose weights are kept, if any are."""
@@ -374,7 +381,8 @@ class _Training:
         def save() -> None:
             if point.sampler_path is not None and point.sampler_step is not None:
                 with writing_records(self._job.out_dir):
-                    self._kept.add(point.sampler_step, point.sampler_path, for_good=True)
+                    state = point.state_path if point.sampler_step == point.step else None
+                    self._kept.add(point.sampler_step, point.sampler_path, for_good=True, state_path=state)
             point.save(self._job.out_dir)
 
         await anyio.to_thread.run_sync(save)
@@ -382,6 +390,11 @@ class _Training:
     async def _restore_or_create(self) -> tinker.TrainingClient:
         if self._point is None:
             await self._forget_attempt()
+            if self._job.start is not None:
+                client, self._started_from = await open_start(
+                    self._job.start, self._service, self._job.learning.lora_rank, self._emit
+                )
+                return client
             return await self._service.create_training_client(
                 rank=self._job.learning.lora_rank, seed=self._job.learning.seed
             )
@@ -400,9 +413,9 @@ class _Training:
 
         gone = await anyio.to_thread.run_sync(forget)
         await Keeper(self._job).clear()
-        for one in gone:
+        for path in [path for one in gone for path in one.paths]:
             try:
-                await self._service.delete_checkpoint(one.sampler_path)
+                await self._service.delete_checkpoint(path)
             except ServiceError as error:
                 logger.info("weights of an earlier attempt were not deleted: %s", error)
 
@@ -419,6 +432,8 @@ class _Training:
         if warm_up is not None:
             batches = await self._demonstration_batches(warm_up)
             began = anyio.current_time()
+            if job.start is not None:
+                self._emit(Notice("the warm-up goes on from the weights that the run starts from"))
             self._emit(PhaseStarted("warm-up", len(batches), "steps"))
             for done, batch in enumerate(batches):
                 await self._control.wait_while_paused()
@@ -438,6 +453,7 @@ class _Training:
             base_model=self._service.model_name,
             settings=self._identity,
             loss=learner.loss,
+            started_from=self._started_from,
         )
         await self._save_kept(point)
         self._emit(CheckpointSaved(0, point.state_path))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from searchr1_async.errors import RunFolderError
+from searchr1_async.errors import ConfigurationError, RunFolderError
 from searchr1_async.learn.checkpoints import KeptCheckpoint, ResumePoint, best_checkpoint, kept_checkpoints
 
 Step = int | Literal["last", "best"]
@@ -60,6 +60,45 @@ def find_weights(
         return Weights(point.sampler_path, point.sampler_step or 0, point.base_model, folder, run)
     kept = _kept(run, step)
     return Weights(kept.sampler_path, kept.step, point.base_model, folder, run)
+
+
+def find_state(source: str | Path, step: Step = "last", *, service_folder: str | Path | None = None) -> Weights:
+    """The training state under a name: what is exported, and what another run starts from. Reads small files alone.
+
+    Args:
+        source: a run's folder, or a ``tinker://…/weights/…`` path.
+        step: of a run, as in :func:`find_weights`; ``"last"`` is the resume point's where no weights are kept yet.
+        service_folder: as in :func:`find_weights`.
+
+    Raises:
+        RunFolderError: the folder holds no run, or the run has not kept this step's state.
+        ConfigurationError: a ``tinker://`` path of another kind.
+    """
+    folder = Path(service_folder) if service_folder is not None else None
+    if isinstance(source, str) and source.startswith("tinker://"):
+        if source.removeprefix("tinker://").split("/")[1:2] != ["weights"]:
+            raise ConfigurationError(
+                f"{source} is no training state: name a path of the form tinker://RUN/weights/NAME. Weights that were saved for "
+                "sampling alone cannot be loaded for training, and so cannot be exported."
+            )
+        return Weights(source, None, None, folder)
+    run = Path(source)
+    point = ResumePoint.load(run)
+    if point is None:
+        raise RunFolderError(f"{source} holds no run: name a run's folder or a tinker:// path")
+    own = run / "service"
+    folder = folder or (own if own.is_dir() else None)
+    kept = kept_checkpoints(run)
+    last = kept[-1] if kept and kept[-1].state_path else None
+    found = last if step == "last" else _kept(run, step)
+    if found is None:
+        return Weights(point.state_path, point.step, point.base_model, folder, run)
+    if found.state_path is None:
+        raise RunFolderError(
+            f"the run in {run} has kept the weights of step {found.step} for sampling alone, as earlier versions of this "
+            f"package did. Its last state can be had: step='last' (step {point.step}, {point.state_path})."
+        )
+    return Weights(found.state_path, found.step, point.base_model, folder, run)
 
 
 def _kept(run: Path, step: Step) -> KeptCheckpoint:

@@ -16,7 +16,7 @@ PACKAGE = "searchr1_async"
 MODULES = sorted(ROOT.rglob("*.py"))
 
 PUBLIC = """
-train evaluate rollout ask Answer Run TrainingResult open_run RecordedRun
+train evaluate rollout ask Answer export Run TrainingResult open_run RecordedRun
 estimate_cost CostEstimate Cost Price
 WandbTracker TensorBoardTracker TrackioTracker
 Search SearchStatistics PacingSettings GeminiEmbedder SentenceTransformerEmbedder EmbeddedChroma RemoteChroma
@@ -30,7 +30,7 @@ Suite load_suite load_suites find_overlap System Judge Report Manifest open_repo
 EpisodeLimits LearningSettings LocalOptions SamplingSettings WarmUp
 SearchR1Error ConfigurationError QuestionsError CorpusError ModelError RunFolderError
 ServiceError ServiceUnavailableError ServiceStartError PortInUseError
-SearchError EmbeddingError StoreError SearchUnavailableError RewardError CheckpointError TooManyFailuresError
+SearchError EmbeddingError StoreError SearchUnavailableError RewardError CheckpointError ExportError TooManyFailuresError
 """.split()  # noqa: SIM905
 
 ENGINE_ROOMS = ("episodes", "search", "data", "rollout", "learn")

@@ -71,16 +71,12 @@ def steps_measured(run: sr.Run) -> dict[str, set[int]]:
 
 
 async def on_service(path: str) -> bool:
-    """Whether a sampler checkpoint is still there."""
-    service = await anyio.to_thread.run_sync(lambda: tinker.ServiceClient(base_url=tiny_world.shared_service().url))
+    """Whether a checkpoint is still there."""
+    client = await anyio.to_thread.run_sync(lambda: tinker.RestClient(base_url=tiny_world.shared_service().url))
     try:
-        await (await anyio.to_thread.run_sync(lambda: service.create_sampling_client(model_path=path)))
-    except ValueError:
+        await client.get_weights_info_by_tinker_path(path)
+    except tinker.NotFoundError:
         return False
-    except tinker.TinkerError:
-        return False
-    finally:
-        await service.close("success")
     return True
 
 
@@ -93,21 +89,24 @@ async def on_service(path: str) -> bool:
     ],
 )
 async def test_each_measurement_is_of_its_own_steps_weights(start: Callable[..., sr.Run], way: dict[str, Any]) -> None:
-    paths: dict[int, str] = {}
+    paths: dict[int, tuple[str, ...]] = {}
     run = start(steps=3, evaluate_every=1, emit=lambda event: look(event), **way)
 
     def look(event: Event) -> None:
-        paths.update({one.step: one.sampler_path for one in run.checkpoints if not one.for_good})
+        paths.update({one.step: one.paths for one in run.checkpoints if not one.for_good})
 
     result = await run
     labels = [(evaluation.label, evaluation.step) for evaluation in result.evaluations]
     assert labels == [("untrained", 0), ("step 1", 1), ("step 2", 2), ("after RL", 3)]
     assert steps_measured(run) == {"untrained": {0}, "step 1": {1}, "step 2": {2}, "after RL": {3}}
-    assert [one.step for one in kept_checkpoints(run.out_dir)] == [3], "what was kept to be measured is gone"
-    assert result.checkpoint is not None
-    assert await on_service(result.checkpoint)
+    (last,) = kept_checkpoints(run.out_dir)
+    assert last.step == 3, "what was kept to be measured is gone"
+    assert last.sampler_path == result.checkpoint
+    assert len(last.paths) == 2, "the weights to sample from, and the state to export"
     assert set(paths) == {1, 2}
-    for path in paths.values():
+    for path in last.paths:
+        assert await on_service(path)
+    for path in [path for both in paths.values() for path in both]:
         assert not await on_service(path)
 
 
@@ -183,11 +182,11 @@ async def test_a_stop_in_the_middle_of_a_measurement_keeps_its_weights_for_the_r
 
 @pytest.mark.slow
 async def test_the_best_weights_stay_and_the_others_go(start: Callable[..., sr.Run]) -> None:
-    paths: dict[int, str] = {}
+    paths: dict[int, tuple[str, ...]] = {}
     run = start(steps=4, keep_best=True, checkpoint_every=2, emit=lambda event: look(event))
 
     def look(event: Event) -> None:
-        paths.update({one.step: one.sampler_path for one in run.checkpoints})
+        paths.update({one.step: one.paths for one in run.checkpoints})
 
     result = await run
     found = {evaluation.step: evaluation.exact_match for evaluation in result.evaluations if evaluation.step}
@@ -196,7 +195,8 @@ async def test_the_best_weights_stay_and_the_others_go(start: Callable[..., sr.R
     assert set(kept) == {2, 4, best}
     assert {step: one.exact_match for step, one in kept.items()} == {step: found[step] for step in kept}
     assert result.best == run.best == kept[best]
-    assert [step for step, path in sorted(paths.items()) if await on_service(path)] == sorted(kept)
+    for step, both in paths.items():
+        assert [await on_service(path) for path in both] == [step in kept] * 2
 
 
 @pytest.mark.slow

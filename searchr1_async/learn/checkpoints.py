@@ -59,6 +59,8 @@ class ResumePoint:
     """What the run was started with; a resume with another is refused, naming what changed."""
     loss: LossName | None = None
     """What the run learns with, which may have been chosen by what its service has; None in files of earlier versions."""
+    started_from: Mapping[str, Any] | None = None
+    """With ``start_from``: the weights that it meant (``name``, ``path``, ``step``, ``base_model``)."""
 
     def is_open(self, place: int) -> bool:
         """Whether no recorded step holds the group of this place, so that it must be trained on or dropped yet."""
@@ -153,7 +155,7 @@ def _shown(value: Any) -> str:
 
 @dataclass(frozen=True, slots=True)
 class KeptCheckpoint:
-    """Weights of a run that a service keeps for sampling."""
+    """Weights of a run that a service keeps, for sampling and as a training state that can be exported."""
 
     step: int
     """Optimiser steps done before them."""
@@ -166,6 +168,14 @@ class KeptCheckpoint:
     for_good: bool = True
     """Asked for by ``checkpoint_every``, or the last of a session. The others are there to be measured, and go afterwards unless
     they are the best of a run with ``keep_best``."""
+    state_path: str | None = None
+    """``tinker://`` path of the training state of the same step: what is exported, and what another run starts from. None in a
+    folder that an earlier version of the package wrote, for all steps but that of its resume point."""
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Every checkpoint that the service holds for these weights."""
+        return (self.sampler_path,) if self.state_path is None else (self.sampler_path, self.state_path)
 
     @property
     def is_measured(self) -> bool:
@@ -187,6 +197,8 @@ def kept_checkpoints(folder: Path) -> tuple[KeptCheckpoint, ...]:
     if point is not None and point.sampler_path is not None:
         last = point.sampler_step or 0
         kept.setdefault(last, KeptCheckpoint(last, point.sampler_path))
+    if point is not None and point.step in kept and kept[point.step].state_path is None:
+        kept[point.step] = replace(kept[point.step], state_path=point.state_path)
     return tuple(kept[step] for step in sorted(kept))
 
 
@@ -225,7 +237,8 @@ class CheckpointList:
         self._lock = threading.Lock()
         self._kept = {one.step: one for one in kept_checkpoints(folder)}
         # A resume makes these steps anew; what is left of them is told apart from what is kept.
-        self._lost = tuple(one for one in _read_kept(self._path) if self._kept.get(one.step) != one)
+        known = {one.sampler_path for one in self._kept.values()}
+        self._lost = tuple(one for one in _read_kept(self._path) if one.sampler_path not in known)
         self._scores: dict[int, tuple[float | None, int]] = {}
 
     @property
@@ -246,8 +259,16 @@ class CheckpointList:
             self._path.unlink(missing_ok=True)
         return gone
 
-    def add(self, step: int, sampler_path: str, *, for_good: bool) -> None:
+    def holds_state(self, state_path: str) -> bool:
+        """Whether a kept step names this training state, so that it must not be deleted."""
+        with self._lock:
+            return any(one.state_path == state_path for one in self._kept.values())
+
+    def add(self, step: int, sampler_path: str, *, for_good: bool, state_path: str | None = None) -> None:
         """A step's weights are kept from now on; they take the place of those of this step that were kept before.
+
+        Args:
+            state_path: the training state of the same step.
 
         Raises:
             OSError: the folder cannot be written.
@@ -260,7 +281,7 @@ class CheckpointList:
                     exact_match, questions = old.exact_match, old.questions
                 if old.sampler_path != sampler_path:
                     self._lost = (*self._lost, old)
-            self._kept[step] = KeptCheckpoint(step, sampler_path, exact_match, questions, for_good)
+            self._kept[step] = KeptCheckpoint(step, sampler_path, exact_match, questions, for_good, state_path)
             self._save()
 
     def measured(self, step: int, exact_match: float, questions: int) -> None:
@@ -282,7 +303,8 @@ class CheckpointList:
     def take_unwanted(self, waiting: Iterable[int] = ()) -> tuple[KeptCheckpoint, ...]:
         """Takes what nobody wants any more from the list, for the caller to delete at the service.
 
-        From the list first: a kill in between leaves weights that no list names, instead of a list that names no weights.
+        From the list first: a kill in between leaves weights that no list names, instead of a list that names no weights. The
+        caller spares a state that the resume point still names: the recorder deletes it after the next step.
 
         Args:
             waiting: steps that are to be measured yet.

@@ -291,15 +291,17 @@ class Learner:
             name: of the checkpoint.
             keep: the checkpoint stays for good, with weights for sampling under this name.
             is_measured: weights for sampling are saved at any rate: the unsaved ones that are sampled from next may be gone when
-                a measurement comes to them (the embedded service holds the 16 that were used last).
+                a measurement comes to them (the embedded service holds the 16 that were used last). The state has no expiry
+                either, since these weights may turn out to be the best.
         """
         self.end_part(step, total)
         batch, self._batch = self._batch, _Batch()
         if not batch.steps and step > 0:
             self._emit(Notice(f"step {step}: no group to learn from, so the weights stay as they are", is_warning=True))
         sampler = self.publish() if batch.steps else None
-        state = self._client.save_state(name, ttl_seconds=None if keep else _RESUME_POINT_TTL, overwrite=True)
-        kept = self._client.save_weights_for_sampler(name) if keep or is_measured else None
+        is_kept = keep or is_measured
+        state = self._client.save_state(name, ttl_seconds=None if is_kept else _RESUME_POINT_TTL, overwrite=True)
+        kept = self._client.save_weights_for_sampler(name) if is_kept else None
         for future in (sampler, state, kept):
             if future is not None:
                 self._watch(future)
@@ -311,15 +313,17 @@ class Learner:
             record_stability_info=self.loss == "stable_reinforce", kind=self._kind
         )
 
-    async def keep_sampler(self, name: str) -> str:
-        """Saves the weights as they are for sampling, for good; returns their ``tinker://`` path.
+    async def keep_weights(self, name: str) -> tuple[str, str]:
+        """Saves the weights as they are for good; returns the ``tinker://`` paths of the training state and for sampling.
 
         Raises:
             CheckpointError: they could not be saved.
         """
         with training_faults("saving a checkpoint", CheckpointError):
             with anyio.fail_after(TRAINING_DEADLINE):
-                return (await self._client.save_weights_for_sampler(name)).path
+                state = self._client.save_state(name, overwrite=True)
+                sampler = self._client.save_weights_for_sampler(name)
+                return (await state).path, (await sampler).path
 
     async def supervised_step(self, episodes: Sequence[Episode], learning_rate: float) -> float:
         """One cross-entropy step on demonstrations; returns the mean loss a token.

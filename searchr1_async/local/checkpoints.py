@@ -3,7 +3,8 @@
 ``checkpoint.json`` names its safetensors file and is replaced atomically after that file is safely on disk: it is the
 point at which a checkpoint exists or is replaced. A crash at any moment leaves the old checkpoint or the new one, and at
 worst a safetensors file that nothing names, which goes at the next start. Clients name a checkpoint by its path
-``tinker://RUN/weights/NAME`` (training state) or ``tinker://RUN/sampler_weights/NAME``.
+``tinker://RUN/weights/NAME`` (training state), ``tinker://RUN/sampler_weights/NAME`` or ``tinker://RUN/external_weights/NAME``
+(an adapter to be downloaded: :mod:`searchr1_async.local.external`).
 
 All functions block on the disk; call them in a worker thread. The store is thread-safe.
 """
@@ -34,8 +35,10 @@ from searchr1_async.local.backend import LoraConfig, State, UserFault
 
 logger = logging.getLogger(__name__)
 
-Kind = Literal["weights", "sampler_weights"]
+Kind = Literal["weights", "sampler_weights", "external_weights"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+_TYPES: dict[Kind, str] = {"weights": "training", "sampler_weights": "sampler", "external_weights": "external"}
+"""What the protocol calls the kinds in its listings."""
 _SCHEME = "tinker://"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_:-]{0,127}")
@@ -144,7 +147,7 @@ class CheckpointStore:
         """Raises :class:`NoSuchCheckpoint` if there is none or it has expired, :class:`CheckpointError` if it is damaged."""
         checkpoint = self.find(id, now)
         try:
-            return checkpoint, load_file(self._place(id) / checkpoint.file)
+            return checkpoint, load_file(self.file_of(checkpoint))
         except FileNotFoundError:
             raise NoSuchCheckpoint(f"{id.path} was deleted") from None
         except (OSError, SafetensorError) as error:
@@ -160,6 +163,10 @@ class CheckpointStore:
                 self._remove(id)
                 raise NoSuchCheckpoint(f"{id.path} has expired: its time to live is over")
             return checkpoint
+
+    def file_of(self, checkpoint: Checkpoint) -> Path:
+        """The safetensors file of a checkpoint that was found."""
+        return self._place(checkpoint.id) / checkpoint.file
 
     def delete(self, id: CheckpointId, now: float) -> None:
         """Raises :class:`NoSuchCheckpoint` if there is none."""
@@ -271,7 +278,7 @@ def checkpoint_fields(checkpoint: Checkpoint) -> dict[str, Any]:
     """As the protocol lists it."""
     return {
         "checkpoint_id": f"{checkpoint.id.kind}/{checkpoint.id.name}",
-        "checkpoint_type": "training" if checkpoint.id.kind == "weights" else "sampler",
+        "checkpoint_type": _TYPES[checkpoint.id.kind],
         "time": _iso(checkpoint.created_at),
         "tinker_path": checkpoint.id.path,
         "size_bytes": checkpoint.size_bytes,

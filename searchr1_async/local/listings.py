@@ -113,9 +113,13 @@ class Listings:
         for checkpoint in await self._listing(run):
             id = checkpoint.id.run
             fields = runs.setdefault(id, _run(id, checkpoint.base_model, checkpoint.lora.rank, checkpoint.created_at))
-            kind = "last_checkpoint" if checkpoint.id.kind == "weights" else "last_sampler_checkpoint"
-            fields[kind] = checkpoint_fields(checkpoint)
+            if checkpoint.id.kind in _LAST:
+                fields[_LAST[checkpoint.id.kind]] = checkpoint_fields(checkpoint)
         return sorted(runs.values(), key=lambda fields: fields["last_request_time"], reverse=True)
+
+
+_LAST = {"weights": "last_checkpoint", "sampler_weights": "last_sampler_checkpoint"}
+"""Under which field a run shows its newest checkpoint of a kind; the protocol has none for external weights."""
 
 
 def _run(id: str, base_model: str, rank: int, at: float) -> dict[str, Any]:

@@ -15,9 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from searchr1_async.local.backend import LoraConfig, UserFault
-
-LORA_ALPHA = 32.0
-"""Updates are scaled by ``alpha / rank``. Tinker's exported adapters name 32 whatever the rank, so it is 32 here too."""
+from searchr1_async.local.peft_files import LORA_ALPHA, matrix_name
 
 _MEAN, _SQUARE, _STEP = "optimizer.mean.", "optimizer.square.", "optimizer.step"
 
@@ -65,7 +63,7 @@ class LoraLayout:
             shapes = [(path, "A", (config.rank, site.in_features)) for path, _ in site.parts]
             shapes += [(path, "B", (out, config.rank)) for path, out in site.parts]
             for path, letter, shape in shapes:
-                self.names[f"base_model.model.{path}.lora_{letter}.weight"] = (offset, shape)
+                self.names[matrix_name(path, letter)] = (offset, shape)
                 offset += shape[0] * shape[1]
         self.size = offset
 

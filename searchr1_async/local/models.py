@@ -66,6 +66,14 @@ def resolve_model(name: str) -> ModelFiles:
     return ModelFiles(name, _from_hub(DEFAULT_MODEL if name in _DEFAULT_MODEL_NAMES else name))
 
 
+def published_name(name: str) -> str:
+    """The name under which others find a model: on the hub, or the last part of a local folder's path."""
+    if name in _DEFAULT_MODEL_NAMES:
+        return DEFAULT_MODEL
+    path = Path(name).expanduser()
+    return path.resolve().name if path.is_absolute() or path.is_dir() else name
+
+
 def _wheel_gguf() -> Path | None:
     # find_spec, not import: importing the wheel's module pulls in llama-cpp-python.
     spec = importlib.util.find_spec(_WHEEL_MODULE)

@@ -27,6 +27,7 @@ from searchr1_async.errors import CheckpointError, ConfigurationError
 from searchr1_async.local import protocol
 from searchr1_async.local.backend import Backend, Snapshot, UserFault
 from searchr1_async.local.checkpoints import CheckpointStore, Kind, NoSuchCheckpoint
+from searchr1_async.local.external import SIGNED_ROUTE, External
 from searchr1_async.local.jobs import Jobs, offload
 from searchr1_async.local.listings import Listings, Session
 from searchr1_async.local.promises import Failure, Promise, PromiseStore, UnknownPromise
@@ -44,6 +45,13 @@ _KEEP_ALIVE_SECONDS = 3600.0
 _MAX_BODY_BYTES = 512 << 20
 _ANNOUNCED_BYTES = 1 << 20
 """Results above this are announced first, so that the client can bound what it takes in at once."""
+_SAVES: dict[Kind, str] = {
+    "weights": "SaveWeights",
+    "sampler_weights": "SaveWeightsForSampler",
+    "external_weights": "SaveWeightsExternal",
+}
+_WITHOUT_KEY = {"healthz", SIGNED_ROUTE}
+"""Names of the routes that ask for no API key."""
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -125,11 +133,12 @@ async def serve(
 def make_app(service: Service, checkpoints: CheckpointStore, api_key: str) -> web.Application:
     """All routes, behind the key and with every error as JSON."""
     app = web.Application(client_max_size=_MAX_BODY_BYTES, middlewares=[_errors_as_json, _key_check(api_key)])
-    app.router.add_get(f"{API}/healthz", service.healthz)
+    app.router.add_get(f"{API}/healthz", service.healthz, name="healthz")
     for path, handler in service.posts().items():
         app.router.add_post(f"{API}/{path}", handler)
     app.router.add_get(f"{API}/get_server_capabilities", service.get_server_capabilities)
     app.router.add_get(f"{API}/samplers/{{sampler}}", service.get_sampler)
+    External(service.backend, checkpoints).add_routes(app, API)
     Listings(service.sessions, service.training, checkpoints).add_routes(app, API)
     return app
 
@@ -140,7 +149,8 @@ def _key_check(api_key: str) -> Any:
     @web.middleware
     async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
         given = request.headers.get("X-API-Key") or request.headers.get("Authorization", "").removeprefix("Bearer ")
-        if request.path != f"{API}/healthz" and not hmac.compare_digest(given.encode("utf-8", "replace"), expected):
+        is_open = request.match_info.route.name in _WITHOUT_KEY
+        if not is_open and not hmac.compare_digest(given.encode("utf-8", "replace"), expected):
             refusal = _json(401, detail="the API key is missing or wrong: this service was started with another one")
             refusal.force_close()
             return refusal
@@ -225,7 +235,7 @@ class Service:
             "optim_step": self.optim_step,
             "save_weights": functools.partial(self.save, "weights"),
             "save_weights_for_sampler": functools.partial(self.save, "sampler_weights"),
-            "save_weights_external": functools.partial(self.refuse, "save_weights_external"),
+            "save_weights_external": functools.partial(self.save, "external_weights"),
             "load_weights": self.load_weights,
             "create_sampling_session": self.create_sampling_session,
             "asample": self.asample,
@@ -381,7 +391,7 @@ class Service:
         if kind == "sampler_weights" and fields.get("path") is None:
             return self._submit(model, seq_id, "SaveWeightsForSampler", self._begin_snapshot(model, fields))
         begin = functools.partial(self.training.save, kind, fields, seq_id)
-        return self._submit(model, seq_id, "SaveWeights" if kind == "weights" else "SaveWeightsForSampler", begin)
+        return self._submit(model, seq_id, _SAVES[kind], begin)
 
     def _begin_snapshot(self, model: Model, fields: Mapping[str, Any]) -> Any:
         session = self._session(model.session_id)
@@ -406,15 +416,6 @@ class Service:
         model = self._model(body.text("model_id"))
         begin = functools.partial(self.training.load, body.fields)
         return self._submit(model, body.optional_number("seq_id"), "LoadWeights", begin)
-
-    async def refuse(self, what: str, request: web.Request) -> web.Response:
-        """A request in sequence that is not offered: it takes its number, and fails."""
-        model, seq_id, _ = await self._request_of_model(request)
-
-        async def begin(model: Model, promise: Promise) -> None:
-            raise UserFault(f"the embedded service does not offer {what}")
-
-        return self._submit(model, seq_id, what, begin)
 
     async def _request_of_model(self, request: web.Request) -> tuple[Model, int | None, Mapping[str, Any]]:
         body = Body.parse(await request.read())

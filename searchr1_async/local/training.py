@@ -30,6 +30,12 @@ from searchr1_async.local.sequencing import AlreadyTaken, Sequence
 
 logger = logging.getLogger(__name__)
 
+_SAVE_TYPES: dict[Kind, str] = {
+    "weights": "save_weights",
+    "sampler_weights": "save_weights_for_sampler",
+    "external_weights": "save_weights_external",
+}
+
 
 @dataclass(slots=True)
 class Job:
@@ -263,7 +269,11 @@ class Training:
     async def save(
         self, kind: Kind, fields: Mapping[str, Any], seq_id: int | None, model: Model, promise: Promise
     ) -> None:
-        """``save_weights``, and ``save_weights_for_sampler`` with a name: a checkpoint on disk."""
+        """``save_weights``, ``save_weights_external``, and ``save_weights_for_sampler`` with a name: a checkpoint on disk."""
+        if fields.get("age_encryption_recipients"):
+            raise UserFault(
+                "the embedded service does not encrypt: call save_weights_external without age_encryption_recipients"
+            )
         name = protocol.optional(fields, "path", str, f"{seq_id or 0:06d}")
         id = CheckpointId.of(model.id, kind, name)
         ttl = fields.get("ttl_seconds")
@@ -296,8 +306,7 @@ class Training:
                 await anyio.to_thread.run_sync(write)
             finally:
                 written.set()
-            type = "save_weights" if kind == "weights" else "save_weights_for_sampler"
-            return protocol.json_reply({"path": id.path, "type": type})
+            return protocol.json_reply({"path": id.path, "type": _SAVE_TYPES[kind]})
 
         self._jobs.start(promise, write)
 

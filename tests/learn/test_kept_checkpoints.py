@@ -95,6 +95,27 @@ def test_a_folder_of_an_earlier_version_has_what_its_resume_point_knows(tmp_path
     assert best_checkpoint(tmp_path) is None
 
 
+def test_weights_are_kept_with_their_state(tmp_path: Path) -> None:
+    kept, state = CheckpointList(tmp_path), "tinker://run/weights/step-000006"
+    kept.add(5, path_of(5), for_good=False, state_path="tinker://run/weights/step-000005")
+    assert kept.holds_state("tinker://run/weights/step-000005")
+    assert not kept.holds_state(state)
+    kept.measured(5, 0.5, 10)
+    (gone,) = kept.take_unwanted()
+    assert gone.paths == (path_of(5), "tinker://run/weights/step-000005")
+    assert not kept.holds_state("tinker://run/weights/step-000005")
+
+
+def test_a_step_of_an_earlier_version_has_the_state_of_the_resume_point_alone(tmp_path: Path) -> None:
+    rows = [{"step": step, "sampler_path": path_of(step)} for step in (3, 6)]
+    (tmp_path / "checkpoints.json").write_text(json.dumps({"format": 1, "checkpoints": rows}))
+    POINT.save(tmp_path)
+    assert [one.state_path for one in kept_checkpoints(tmp_path)] == [None, POINT.state_path]
+    again = CheckpointList(tmp_path)
+    assert again.holds_state(POINT.state_path), "so a resumed run does not delete it"
+    assert again.take_unwanted() == (), "and nothing is taken for lost"
+
+
 def test_another_attempt_in_the_folder_is_forgotten(tmp_path: Path) -> None:
     kept = CheckpointList(tmp_path)
     kept.add(3, path_of(3), for_good=True)

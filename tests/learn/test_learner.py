@@ -359,4 +359,5 @@ async def test_demonstrations_are_learned(world: World) -> None:
     losses = [await learner.supervised_step(episodes, 5e-3) for _ in range(4)]
     assert losses[0] == pytest.approx(-(await world.logprobs(world.base)).mean(), abs=1e-4)
     assert losses[-1] < 0.9 * losses[0]
-    assert (await learner.keep_sampler("kept")).startswith("tinker://")
+    state, sampler = await learner.keep_weights("kept")
+    assert ("/weights/kept" in state, "/sampler_weights/kept" in sampler) == (True, True)

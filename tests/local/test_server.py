@@ -209,7 +209,7 @@ async def test_wrong_work_fails_in_its_future_and_leaves_no_hole(client: Raw) ->
         await client.ok(
             "load_weights", {"model_id": model, "seq_id": 5, "path": "tinker://x/weights/y", "optimizer": True}
         ),
-        await client.ok("save_weights_external", {"model_id": model, "seq_id": 6, "path": "a"}),
+        await client.ok("save_weights_external", {"model_id": model, "seq_id": 6, "path": ".."}),
         await client.ok(
             "save_weights_for_sampler",
             {"model_id": model, "seq_id": 7, "sampling_session_seq_id": 0, "kind": "other"},

@@ -1,0 +1,276 @@
+"""``export``: trained weights out of a service, as a PEFT adapter or as merged weights."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import anyio
+import anyio.from_thread
+import anyio.to_thread
+import tinker
+
+from searchr1_async.config import LocalOptions
+from searchr1_async.errors import ConfigurationError, ExportError, RunFolderError, SearchR1Error, first_error
+from searchr1_async.events import Emit, Notice, emit_nothing
+from searchr1_async.exporting.card import CardFacts, model_card
+from searchr1_async.exporting.download import download_adapter
+from searchr1_async.exporting.hub import check_hub_name, push
+from searchr1_async.exporting.merging import merge, read_adapter
+from searchr1_async.playing import ServiceChoice, opened_service
+from searchr1_async.recorded import RecordedRun
+from searchr1_async.run import Run, open_run
+from searchr1_async.run_folder import is_claimed
+from searchr1_async.service import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    Service,
+    base_folder,
+    base_model_of,
+    check_service,
+    is_embedded,
+    lora_parts,
+    published_base,
+)
+from searchr1_async.threads import in_thread
+from searchr1_async.weights import Step, Weights, find_state
+
+Format = Literal["peft", "merged"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Order:
+    """What is to be made."""
+
+    folder: Path
+    format: Format
+    base_model: str | None
+
+
+async def export(
+    run: RecordedRun | str | Path,
+    folder: str | Path,
+    *,
+    step: Step = "last",
+    format: Format = "peft",
+    base_model: str | None = None,
+    push_to_hub: str | None = None,
+    private: bool = True,
+    service: str | tinker.ServiceClient | None = None,
+    service_folder: str | Path | None = None,
+    local: LocalOptions | None = None,
+    emit: Emit | None = None,
+) -> Path:
+    """Takes trained weights out of their service, into a folder that other software loads.
+
+    The service saves the adapter as temporary external weights, which are downloaded and deleted. It is the run's own service
+    where the run is under way in this process; for a finished run of the embedded service, that is started on the run's folder.
+
+    Args:
+        run: a run, a run's folder, or a ``tinker://RUN/weights/NAME`` path.
+        folder: where to write; it must not exist, or be empty. It appears whole or not at all.
+        step: of a run: its last kept weights, the best on its held-out questions, or those after so many optimiser steps.
+        format: ``"peft"`` is a LoRA adapter for transformers + peft, vLLM and SGLang, with tokenizer and model card;
+            ``"merged"`` is a Hugging Face folder with the adapter added to the base model's weights, in their precision. An output
+            head that is tied to the embedding is untied there if the adapter changes it. Needs torch.
+        base_model: the base model's name on the hub, or a folder with its weights. By default what the run was trained from; the
+            embedded service's own copy is merged into.
+        push_to_hub: ``"organisation/name"`` of a repository on the Hugging Face hub to upload the folder to (with ``HF_TOKEN``).
+        private: whether a repository that is created is private.
+        service: as in :func:`searchr1_async.train`; not needed for a run that is under way here.
+        service_folder: the embedded service's folder that holds a ``tinker://`` path; a run's folder knows its own.
+        local: how the embedded service is started.
+        emit: receives events in words.
+
+    Returns:
+        ``folder``.
+
+    Raises:
+        ConfigurationError: bad input, or a folder that is not empty; before any work.
+        RunFolderError: no run there, this step was not kept (the message names those that were), or another process trains it.
+        ServiceError: the service lacks the weights, or does not offer external weights.
+        ExportError: the download, the merging or the upload failed.
+    """
+    target = Path(folder)
+    source = run.out_dir if isinstance(run, RecordedRun) else run
+    _check(target, format, push_to_hub)
+    await anyio.to_thread.run_sync(_check_target, target)
+    weights = await anyio.to_thread.run_sync(partial(find_state, source, step, service_folder=service_folder))
+    order, emit = _Order(target, format, base_model), emit or emit_nothing
+    model = weights.base_model
+    if model is None and weights.path is not None and not is_embedded(service):
+        model = await base_model_of(weights.path, service)
+    tokenizer = await anyio.to_thread.run_sync(_tokenizer_of, weights, base_model)
+    choice = ServiceChoice(service, model or base_model, local or LocalOptions(), tokenizer)
+    try:
+        async with _service_of(run, weights, choice, emit) as opened:
+            await _export(opened, weights, order, emit)
+    except* SearchR1Error as group:
+        raise first_error(group) from group
+    if push_to_hub is not None:
+        address = await anyio.to_thread.run_sync(partial(push, target, push_to_hub, private=private))
+        emit(Notice(f"uploaded to {address}"))
+    return target
+
+
+def _check(target: Path, format: str, push_to_hub: str | None) -> None:
+    if format not in get_args(Format):
+        raise ConfigurationError(f"format is {format!r}: choose 'peft' or 'merged'")
+    if push_to_hub is not None:
+        check_hub_name(push_to_hub)
+    if format == "merged" and importlib.util.find_spec("torch") is None:
+        raise ConfigurationError("format='merged' needs torch: pip install torch, or export with format='peft'")
+    if target.name in ("", "..", "."):
+        raise ConfigurationError(f"{target} cannot be exported to: name a new folder")
+
+
+def _check_target(target: Path) -> None:
+    if target.exists() and not (target.is_dir() and next(target.iterdir(), None) is None):
+        raise ConfigurationError(f"{target} is there already and not empty: choose another folder")
+
+
+def _tokenizer_of(weights: Weights, base_model: str | None) -> str | None:
+    """A folder with the tokenizer, where there is one at hand: no hub is asked then."""
+    if weights.run is not None and (weights.run / "tokenizer").is_dir():
+        return str(weights.run / "tokenizer")
+    return base_model if base_model is not None and Path(base_model).expanduser().is_dir() else None
+
+
+@asynccontextmanager
+async def _service_of(
+    run: RecordedRun | str | Path, weights: Weights, choice: ServiceChoice, emit: Emit
+) -> AsyncIterator[Service]:
+    """The service of a run that is under way here, else one that is opened."""
+    if weights.run is not None and choice.service is None:
+        under_way = run if isinstance(run, Run) else open_run(weights.run)
+        if isinstance(under_way, Run) and not under_way.done:
+            with under_way.control.using_service() as live:
+                if live is not None:
+                    yield live
+                    return
+        if weights.service_folder is not None and await anyio.to_thread.run_sync(is_claimed, weights.run):
+            raise RunFolderError(
+                f"the run in {weights.run} is under way, and its service is not open to this process now: export from the process "
+                "that trains, or when the run has ended"
+            )
+    await check_service(choice.service, choice.model, choice.local)
+    async with opened_service(choice, weights.service_folder, emit) as service:
+        yield service
+
+
+async def _export(service: Service, weights: Weights, order: _Order, emit: Emit) -> None:
+    assert weights.path is not None
+    base = order.base_model or weights.base_model or service.model_name
+    emit(Notice(f"downloading the adapter of {weights.path}"))
+    with _scratch(order.folder) as scratch:
+        adapter, merged = scratch / "adapter", scratch / "merged"
+        await anyio.to_thread.run_sync(adapter.mkdir)
+        await download_adapter(service, weights.path, adapter)
+        name = _base_name(base, service)
+        config = await anyio.to_thread.run_sync(_finish_config, adapter, name)
+        facts = CardFacts(
+            name=order.folder.name,
+            base_model=name,
+            format=order.format,
+            rank=int(config["r"]),
+            step=weights.step,
+            is_head_adapted=any(
+                module.endswith(("lm_head", "unembed_tokens")) for module in config.get("target_modules") or ()
+            ),
+            note=_note(service),
+        )
+        done = adapter
+        if order.format == "merged":
+            done = merged
+            base_weights = await _base_weights(order, service, base)
+            emit(Notice(f"merging the adapter into {name}"))
+            await in_thread(lambda: _merge(base_weights, adapter, merged))
+        await in_thread(lambda: _finish(done, service.tokenizer, facts, weights.run, order.folder))
+    emit(Notice(f"exported to {order.folder}"))
+
+
+@contextmanager
+def _scratch(target: Path) -> Iterator[Path]:
+    """A folder beside the target, on the same disk, that is gone at the end."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise ExportError(f"{target} cannot be written: {error.strerror or error}") from error
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _base_name(base: str, service: Service) -> str:
+    """What others call the base model: a folder that the user names holds a copy of the run's."""
+    return published_base(service.model_name if Path(base).expanduser().is_dir() else base)
+
+
+def _note(service: Service) -> str:
+    if service.model_folder is None or "q4_1" not in service.model_folder.name:
+        return ""
+    return (
+        "The embedded service trained on a float32 copy of the base model's 4-bit (Q4_1) release, so with the hub's own weights "
+        "the log-probabilities differ a little; merged weights contain that copy."
+    )
+
+
+def _finish_config(adapter: Path, base: str) -> dict[str, Any]:
+    """Completes ``adapter_config.json`` with what loaders ask for; what the service says stays, but for the base model's name."""
+    try:
+        config = json.loads((adapter / ADAPTER_CONFIG).read_bytes())
+        int(config["r"])
+        names = _matrix_names(adapter / ADAPTER_WEIGHTS)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        came = ", ".join(sorted(path.name for path in adapter.iterdir())) or "nothing"
+        raise ExportError(f"the service sent no PEFT adapter that can be read ({error}); it sent: {came}") from error
+    modules = sorted({parts[0].rpartition(".")[2] for name in names if (parts := lora_parts(name))})
+    defaults = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "lora_dropout": 0.0, "bias": "none"}
+    config = defaults | {"target_modules": modules, "inference_mode": True} | config | {"base_model_name_or_path": base}
+    (adapter / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
+    return config
+
+
+def _matrix_names(path: Path) -> list[str]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as file:
+            return list(file.keys())
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
+
+
+async def _base_weights(order: _Order, service: Service, base: str) -> Path:
+    if order.base_model is None and service.model_folder is not None:
+        return service.model_folder
+    return await base_folder(base)
+
+
+def _merge(base: Path, adapter: Path, merged: Path) -> None:
+    try:
+        merge(base, read_adapter(adapter), merged, check=anyio.from_thread.check_cancelled)
+    except OSError as error:
+        raise ExportError(f"the merged weights cannot be written: {error.strerror or error}") from error
+
+
+def _finish(done: Path, tokenizer: Any, facts: CardFacts, run: Path | None, target: Path) -> None:
+    """Adds the tokenizer and the card, and moves the folder to its place."""
+    try:
+        tokenizer.save_pretrained(done)
+        (done / "README.md").write_text(model_card(facts, run), encoding="utf-8")
+        if target.exists():
+            target.rmdir()  # it was empty: fails if that has changed
+        done.replace(target)
+    except OSError as error:
+        raise ExportError(f"{target} cannot be written: {error.strerror or error}") from error

@@ -1,0 +1,246 @@
+"""A LoRA adapter merged into its base model: W + alpha / r · B A, one weights file of the base at a time.
+
+The formula is LoRA's (Hu et al. 2021, equation 3). A tied head that the adapter changes is untied first: the head is the
+embedding plus the update, and the embedding stays as it is. (PEFT 0.21 adds the head's update to the embedding as well.)
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from searchr1_async.errors import ExportError
+from searchr1_async.service import ADAPTER_CONFIG, ADAPTER_WEIGHTS, lora_parts
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+_HEADS = {"lm_head": "lm_head", "model.unembed_tokens": "lm_head", "unembed_tokens": "lm_head"}
+"""Paths of the output head, as PEFT and as Tinker name it, and the name in a Hugging Face folder."""
+_TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+"""Model types whose projections are stored as [in, out]."""
+_NOT_COPIED = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".md"}
+_UNSUPPORTED = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save")
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """A LoRA adapter in memory."""
+
+    updates: Mapping[str, tuple[Tensor, Tensor]]
+    """A [rank, in] and B [out, rank] by the path of their module."""
+    scale: float
+    """alpha / r."""
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """Reads a PEFT folder.
+
+    Raises:
+        ExportError: it is damaged, or a kind of adapter that is not merged here.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        config = json.loads((folder / ADAPTER_CONFIG).read_bytes())
+        state = load_file(folder / ADAPTER_WEIGHTS)
+        scale = float(config["lora_alpha"]) / int(config["r"])
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError, SafetensorError) as error:
+        raise ExportError(f"the adapter in {folder} cannot be read: {type(error).__name__}: {error}") from error
+    if used := [name for name in _UNSUPPORTED if config.get(name)]:
+        raise ExportError(f"the adapter uses {used[0]}, which cannot be merged here: export it with format='peft'")
+    halves: dict[str, dict[str, Tensor]] = {}
+    for name, matrix in state.items():
+        parts = lora_parts(name)
+        if parts is None or matrix.ndim != 2:
+            raise ExportError(
+                f"{name} of the adapter is no LoRA matrix of a linear layer (experts have matrices of their own form): export it "
+                "with format='peft', or merge it with the tool of its model's family"
+            )
+        halves.setdefault(parts[0], {})[parts[1]] = matrix
+    if odd := [path for path, pair in halves.items() if set(pair) != {"A", "B"}]:
+        raise ExportError(f"the adapter lacks one of the two matrices of {odd[0]}")
+    if not halves:
+        raise ExportError("the adapter has no matrices")
+    return Adapter({path: (pair["A"], pair["B"]) for path, pair in halves.items()}, scale)
+
+
+def merge(base: Path, adapter: Adapter, folder: Path, *, check: Callable[[], None] = lambda: None) -> None:
+    """Writes a Hugging Face folder with merged weights, in the base's precision.
+
+    In memory are the adapter and one weights file of the base. Call it in a thread.
+
+    Args:
+        base: a Hugging Face folder with safetensors; its other files (configuration, tokenizer) are copied.
+        folder: where to write; it is created.
+        check: called after each weight; may raise to end the work.
+
+    Raises:
+        ExportError: a matrix of the adapter fits no weight of the base, or the base has no safetensors.
+        OSError: the folder cannot be written.
+    """
+    files = _weights_files(base)
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    targets = _targets(adapter, {name for names in files.values() for name in names})
+    head = next((path for path, name in targets.items() if name is None), None)
+    source = _embedding(files) if head is not None else None
+    is_head_adapted = any(path in _HEADS for path in targets)
+    folder.mkdir(parents=True, exist_ok=True)
+    by_weight = {name: path for path, name in targets.items() if name is not None}
+    merger = _Merger(adapter, by_weight, is_transposed=config.get("model_type") in _TRANSPOSED, check=check)
+    added = 0
+    for file, names in files.items():
+        tensors = merger.merged(base / file, names)
+        if head is not None and source in names:
+            # From the base's file: the embedding itself may not be changed by now, but an update of it would be wrong here.
+            tensors["lm_head.weight"] = merger.update(merger.read(base / file, source), head, "lm_head.weight")
+            added = tensors["lm_head.weight"].nbytes
+        merger.write(tensors, folder / file)
+        del tensors
+    _copy_others(base, folder)
+    if (base / _INDEX).is_file():
+        _write_index(base, folder, files, source, added)
+    if is_head_adapted:
+        _untie(config)
+    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+
+def _weights_files(base: Path) -> dict[str, tuple[str, ...]]:
+    """The base's safetensors files and the names of the weights in each."""
+    from safetensors import safe_open
+
+    if (base / _INDEX).is_file():
+        index = json.loads((base / _INDEX).read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(index.values()))
+    else:
+        names = [_SINGLE]
+    if missing := [name for name in names if not (base / name).is_file()]:
+        raise ExportError(
+            f"the base model in {base.name} has no {missing[0]}: merging needs its weights as safetensors; name another copy "
+            "with base_model="
+        )
+    found: dict[str, tuple[str, ...]] = {}
+    for name in names:
+        with safe_open(base / name, framework="pt") as file:
+            found[name] = tuple(file.keys())
+    return found
+
+
+def _targets(adapter: Adapter, names: Iterable[str]) -> dict[str, str | None]:
+    """For each module of the adapter the base's weight; None for a head that the base keeps as its embedding.
+
+    Raises:
+        ExportError: there is none.
+    """
+    known, found, lost = set(names), dict[str, str | None](), list[str]()
+    for path in adapter.updates:
+        weight = f"{_HEADS.get(path, path)}.weight"
+        if weight in known:
+            found[path] = weight
+        elif path in _HEADS:
+            found[path] = None
+        else:
+            lost.append(path)
+    if lost:
+        raise ExportError(
+            f"the base model has no weight for {lost[0]} ({len(lost)} of the adapter's {len(adapter.updates)} modules fit "
+            "nothing): it is another model, or names its weights in another way. Check base_model=, or export with format='peft'."
+        )
+    if len(set(found.values())) < len(found):
+        raise ExportError("two modules of the adapter change the same weight")
+    return found
+
+
+def _embedding(files: Mapping[str, tuple[str, ...]]) -> str:
+    """The weight that a tied head shares."""
+    names = [name for found in files.values() for name in found]
+    for ending in ("embed_tokens.weight", "wte.weight", "embed_in.weight"):
+        if len(matching := [name for name in names if name.endswith(ending)]) == 1:
+            return matching[0]
+    raise ExportError(
+        "the adapter changes the output head, and the base model has neither a head nor one embedding to take"
+    )
+
+
+class _Merger:
+    """Applies updates to the weights of one file after another."""
+
+    def __init__(
+        self, adapter: Adapter, by_weight: Mapping[str, str], *, is_transposed: bool, check: Callable[[], None]
+    ) -> None:
+        self._adapter, self._by_weight = adapter, by_weight
+        self._is_transposed, self._check = is_transposed, check
+
+    def merged(self, path: Path, names: Iterable[str]) -> dict[str, Tensor]:
+        from safetensors import safe_open
+
+        tensors: dict[str, Tensor] = {}
+        with safe_open(path, framework="pt") as file:
+            for name in names:
+                self._check()
+                weight, module = file.get_tensor(name), self._by_weight.get(name)
+                tensors[name] = weight if module is None else self.update(weight, module, name)
+        return tensors
+
+    def read(self, path: Path, name: str) -> Tensor:
+        from safetensors import safe_open
+
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor(name)
+
+    def update(self, weight: Tensor, module: str, name: str) -> Tensor:
+        """W + alpha / r · B A, added in float32 and kept in the weight's own precision.
+
+        Raises:
+            ExportError: the shapes do not agree.
+        """
+        import torch
+
+        a, b = (matrix.to(torch.float32) for matrix in self._adapter.updates[module])
+        transposed = self._is_transposed and module not in _HEADS
+        shape = (b.shape[0], a.shape[1])
+        if a.shape[0] != b.shape[1] or tuple(weight.shape) != (shape[::-1] if transposed else shape):
+            raise ExportError(
+                f"the adapter's matrices for {module} make a [{shape[0]}, {shape[1]}] update, and {name} of the base model is "
+                f"{list(weight.shape)}: it is another model"
+            )
+        change = (b @ a).mul_(self._adapter.scale)
+        return (change.T if transposed else change).add(weight.to(torch.float32)).to(weight.dtype).contiguous()
+
+    def write(self, tensors: dict[str, Tensor], path: Path) -> None:
+        from safetensors.torch import save_file
+
+        save_file(tensors, path, metadata={"format": "pt"})
+
+
+def _copy_others(base: Path, folder: Path) -> None:
+    for path in base.iterdir():
+        if path.is_file() and path.suffix not in _NOT_COPIED and path.name != _INDEX and not path.name.startswith("."):
+            shutil.copyfile(path, folder / path.name)
+
+
+def _write_index(
+    base: Path, folder: Path, files: Mapping[str, tuple[str, ...]], source: str | None, added: int
+) -> None:
+    index = json.loads((base / _INDEX).read_text(encoding="utf-8"))
+    if source is not None:
+        index["weight_map"]["lm_head.weight"] = next(file for file, names in files.items() if source in names)
+        size = index.get("metadata", {}).get("total_size")
+        if isinstance(size, int | float) and math.isfinite(size):
+            index["metadata"]["total_size"] = int(size) + added
+    (folder / _INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def _untie(config: dict[str, Any]) -> None:
+    """Wherever the configuration may say it: a default of "tied" must not win."""
+    config["tie_word_embeddings"] = False
+    for inner in ("text_config", "llm_config"):
+        if isinstance(config.get(inner), dict):
+            config[inner]["tie_word_embeddings"] = False

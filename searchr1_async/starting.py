@@ -1,0 +1,171 @@
+"""What a run starts from instead of new weights: another run's, a service's, or a PEFT adapter's."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tinker
+
+from searchr1_async.errors import ConfigurationError, RunFolderError
+from searchr1_async.events import Emit, Notice
+from searchr1_async.learn.checkpoints import ResumePoint
+from searchr1_async.service import ADAPTER_CONFIG, Service, is_embedded, published_base
+from searchr1_async.weights import Step, Weights, find_state
+
+DEFAULT_RANK = 32
+"""Of an adapter with new weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Weights to start from. The optimizer always starts anew."""
+
+    name: str
+    """As the user wrote it; a resume must be given the same."""
+    state: Weights | None = None
+    """A run's state, or a ``tinker://`` path; None for an adapter, and for a run that is resumed, which needs neither."""
+    adapter: Path | None = None
+    """A PEFT folder."""
+    rank: int | None = None
+    """LoRA rank; None where only the service knows it."""
+    base_model: str | None = None
+    """What they were trained from; None where only the service knows it."""
+
+
+def find_start(start_from: str | Path, service: str | tinker.ServiceClient | None, out_dir: Path) -> Start:
+    """What ``start_from`` means. Reads small files alone.
+
+    Args:
+        start_from: a run's folder (its last kept weights; ``"runs/first@best"`` and ``"runs/first@40"`` are those of a step), a
+            ``tinker://RUN/weights/NAME`` path, or a PEFT adapter's folder.
+        service: that the run is to use.
+        out_dir: the run's folder.
+
+    Raises:
+        ConfigurationError: it is none of these, or the service cannot have these weights.
+        RunFolderError: the run has not kept this step.
+    """
+    name = str(start_from)
+    if name.startswith("tinker://"):
+        return Start(name, find_state(name))
+    folder, step = _folder_and_step(name)
+    if folder.resolve() == out_dir.resolve():
+        raise ConfigurationError(f"start_from names the run's own folder {out_dir}: pass resume=True to go on with it")
+    if (folder / ADAPTER_CONFIG).is_file():
+        if service is None and not is_embedded(service):
+            raise ConfigurationError(
+                f"start_from={name!r} is a PEFT adapter, which only the embedded service takes: name a tinker:// path instead"
+            )
+        rank, base_model = _read_config(folder)
+        return Start(name, adapter=folder, rank=rank, base_model=base_model)
+    point = ResumePoint.load(folder)
+    if point is None:
+        raise ConfigurationError(
+            f"start_from={name!r} is no run's folder and no PEFT adapter's: name one of these, or a tinker:// path"
+        )
+    state = find_state(folder, step)
+    if state.service_folder is None and is_embedded(service):
+        raise RunFolderError(
+            f"the weights of {folder} lie at a Tinker service, and this run would use the embedded one"
+        )
+    if state.service_folder is not None and service is None and not is_embedded(service):
+        raise RunFolderError(
+            f"the weights of {folder} lie in its embedded service, and this run would use the service of TINKER_API_KEY or "
+            "TINKER_BASE_URL: unset them"
+        )
+    return Start(name, state, rank=_rank_of(point), base_model=point.base_model)
+
+
+def resumed_start(start_from: str | Path, point: ResumePoint) -> Start:
+    """For a run that is resumed: what it started from is in its own weights by now, and need not exist any more."""
+    return Start(str(start_from), rank=_rank_of(point), base_model=point.settings.get("model"))
+
+
+def chosen_rank(lora_rank: int | None, start: Start | None) -> int:
+    """The rank to train with.
+
+    Raises:
+        ConfigurationError: the user names one, and the weights have another.
+    """
+    if start is None or start.rank is None:
+        return DEFAULT_RANK if lora_rank is None else lora_rank
+    if lora_rank not in (None, start.rank):
+        raise ConfigurationError(
+            f"lora_rank is {lora_rank}, and the weights of start_from={start.name!r} have rank {start.rank}: leave lora_rank out"
+        )
+    return start.rank
+
+
+def chosen_model(model: str | None, start: Start | None) -> str | None:
+    """The base model to train.
+
+    Raises:
+        ConfigurationError: the user names one, and the weights were trained from another.
+    """
+    found = start.base_model if start is not None else None
+    if model is not None and found is not None and published_base(model) != published_base(found):
+        raise ConfigurationError(
+            f"model is {model!r}, and the weights to start from were trained from {found!r}: leave model out"
+        )
+    # An adapter names its base as others do; whether the service has it under this name, only the user can say.
+    return model if model is not None or start is None or start.adapter is not None else found
+
+
+async def open_start(
+    start: Start, service: Service, rank: int, emit: Emit
+) -> tuple[tinker.TrainingClient, dict[str, Any]]:
+    """A training client with these weights and a new optimizer, and what is written down of them.
+
+    Raises:
+        ConfigurationError: their rank or base model is another than the run's.
+        ServiceError: the service does not have them, or cannot take them.
+    """
+    state = start.state
+    if start.adapter is not None:
+        path = await service.import_weights(start.adapter)
+    else:
+        assert state is not None, "a run that is resumed opens its own state"
+        assert state.path is not None
+        path = state.path
+        if state.service_folder is not None:
+            path = await service.import_weights(state.service_folder, tinker_path=path)
+    info = await service.weights_info(path)
+    if info.lora_rank is not None and info.lora_rank != rank:
+        raise ConfigurationError(
+            f"the weights of start_from={start.name!r} have rank {info.lora_rank}, and the run trains with {rank}: pass "
+            f"lora_rank={info.lora_rank}"
+        )
+    if published_base(info.base_model) != published_base(service.model_name):
+        raise ConfigurationError(
+            f"the weights of start_from={start.name!r} were trained from {info.base_model!r}, and the run trains "
+            f"{service.model_name!r}: pass model={info.base_model!r}"
+        )
+    client = await service.load_weights(path)
+    step = state.step if state is not None else None
+    emit(Notice(f"starting from {start.name}{'' if step is None else f' (step {step})'}, with a new optimizer"))
+    return client, {"name": start.name, "path": path, "step": step, "base_model": info.base_model}
+
+
+def _folder_and_step(name: str) -> tuple[Path, Step]:
+    if not Path(name).exists() and "@" in name:
+        folder, _, step = name.rpartition("@")
+        if step == "last" or step == "best":
+            return Path(folder), step
+        if step.isdecimal():
+            return Path(folder), int(step)
+    return Path(name), "last"
+
+
+def _rank_of(point: ResumePoint) -> int | None:
+    return (point.settings.get("learning") or {}).get("lora_rank")
+
+
+def _read_config(folder: Path) -> tuple[int, str | None]:
+    try:
+        config = json.loads((folder / ADAPTER_CONFIG).read_bytes())
+        return int(config["r"]), config.get("base_model_name_or_path")
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ConfigurationError(f"{folder / ADAPTER_CONFIG} cannot be read: {error}") from error

@@ -1,0 +1,163 @@
+"""Runs that start from weights: another run's, a service's, or an adapter's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import searchr1_async as sr
+from searchr1_async.events import Notice, RunStarted
+from searchr1_async.learn.checkpoints import ResumePoint
+from searchr1_async.starting import Start, chosen_model, chosen_rank, find_start, resumed_start
+from tests import tiny_world
+
+pytestmark = pytest.mark.anyio
+
+
+def make_run(folder: Path, *, model: str = "org/model", rank: int = 8, embedded: bool = False) -> Path:
+    folder.mkdir(parents=True)
+    settings = {"model": model, "learning": {"lora_rank": rank}}
+    ResumePoint(4, 40, "tinker://run/weights/step-000004", "order", model, settings=settings).save(folder)
+    rows = [
+        {
+            "step": step,
+            "sampler_path": f"tinker://run/sampler_weights/{step}",
+            "state_path": f"tinker://run/weights/{step}",
+            "exact_match": 1 / step,
+            "questions": 4,
+        }
+        for step in (2, 4)
+    ]
+    (folder / "checkpoints.json").write_text(json.dumps({"format": 1, "checkpoints": rows}))
+    if embedded:
+        (folder / "service").mkdir()
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def no_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TINKER_API_KEY", raising=False)
+    monkeypatch.delenv("TINKER_BASE_URL", raising=False)
+
+
+def path_of(start: Start) -> str | None:
+    assert start.state is not None
+    return start.state.path
+
+
+def test_a_run_gives_its_last_weights_or_those_of_a_step(tmp_path: Path) -> None:
+    run, out = make_run(tmp_path / "first", embedded=True), tmp_path / "second"
+    start = find_start(run, None, out)
+    assert (path_of(start), start.rank, start.base_model) == ("tinker://run/weights/4", 8, "org/model")
+    assert path_of(find_start(f"{run}@best", None, out)) == "tinker://run/weights/2"
+    assert path_of(find_start(f"{run}@2", None, out)) == "tinker://run/weights/2"
+    assert path_of(find_start(f"{run}@last", None, out)) == "tinker://run/weights/4"
+    with pytest.raises(sr.RunFolderError, match="no weights of step 3; kept: 2, 4"):
+        find_start(f"{run}@3", None, out)
+
+
+def test_weights_that_the_service_cannot_have_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "second"
+    cloud, embedded = make_run(tmp_path / "cloud"), make_run(tmp_path / "embedded", embedded=True)
+    with pytest.raises(sr.RunFolderError, match="would use the embedded one"):
+        find_start(cloud, None, out)
+    with pytest.raises(sr.ConfigurationError, match="no run's folder and no PEFT adapter's"):
+        find_start(tmp_path / "nothing", None, out)
+    with pytest.raises(sr.ConfigurationError, match="pass resume=True"):
+        find_start(embedded, None, embedded)
+    with pytest.raises(sr.ConfigurationError, match="no training state"):
+        find_start("tinker://run/sampler_weights/4", None, out)
+    monkeypatch.setenv("TINKER_API_KEY", "tml-key")
+    assert path_of(find_start(cloud, None, out)) == "tinker://run/weights/4"
+    with pytest.raises(sr.RunFolderError, match="unset them"):
+        find_start(embedded, None, out)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"r": 8, "base_model_name_or_path": "org/model"}')
+    with pytest.raises(sr.ConfigurationError, match="only the embedded service takes"):
+        find_start(adapter, None, out)
+    assert find_start(adapter, "http://localhost:1", out).rank == 8
+
+
+def test_contradictions_are_refused_by_name(tmp_path: Path) -> None:
+    start = find_start(make_run(tmp_path / "first", embedded=True), None, tmp_path / "second")
+    assert (chosen_rank(None, start), chosen_rank(8, start), chosen_rank(None, None), chosen_rank(4, None)) == (
+        8,
+        8,
+        32,
+        4,
+    )
+    with pytest.raises(sr.ConfigurationError, match=r"lora_rank is 16, .*have rank 8"):
+        chosen_rank(16, start)
+    assert (chosen_model(None, start), chosen_model("org/model", start)) == ("org/model", "org/model")
+    assert chosen_model("org/model:peft:262144", start) == "org/model:peft:262144"
+    assert (chosen_model(None, None), chosen_model("org/other", None)) == (None, "org/other")
+    with pytest.raises(sr.ConfigurationError, match=r"model is 'org/other', .*'org/model'"):
+        chosen_model("org/other", start)
+
+
+def test_a_resume_needs_nothing_of_what_the_run_started_from(tmp_path: Path) -> None:
+    point = ResumePoint.load(make_run(tmp_path / "second"))
+    assert point is not None
+    start = resumed_start("runs/first", point)
+    assert (start.name, chosen_rank(None, start), chosen_model(None, start)) == ("runs/first", 8, "org/model")
+
+
+@pytest.fixture
+def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., sr.Run]:
+    monkeypatch.setenv("TINKER_API_KEY", tiny_world.shared_service().api_key)
+    monkeypatch.setenv("TINKER_BASE_URL", tiny_world.shared_service().url)
+
+    def make(name: str, **changes: Any) -> sr.Run:
+        settings = tiny_world.served_settings(steps=1, learning_rate=1e-5, lora_rank=None) | changes
+        questions, held_out = tiny_world.make_questions()
+        search = tiny_world.make_search(tmp_path / "index")
+        return sr.train(questions, search, out_dir=tmp_path / name, held_out=held_out, **settings)
+
+    return make
+
+
+async def test_a_run_starts_where_another_ended(train: Callable[..., sr.Run], tmp_path: Path) -> None:
+    first = await train("first", warm_up=tiny_world.WARM_UP)
+    events: list[Any] = []
+    settings = {"start_from": tmp_path / "first", "emit": events.append}
+    second = train("second", **settings)
+    result = await second
+    before, after = first.evaluations[-1], result.evaluations[0]
+    assert (after.label, after.step) == ("at the start", 0)
+    assert after.exact_match == pytest.approx(before.exact_match, abs=0.35), "not the untrained model's"
+    assert before.exact_match > 0.1
+    point = ResumePoint.load(second.out_dir)
+    assert point is not None
+    assert point.started_from is not None
+    assert (point.started_from["step"], point.started_from["name"]) == (1, str(tmp_path / "first"))
+    assert point.started_from["path"].endswith("/weights/step-000001")
+    assert second.settings["start_from"] == str(tmp_path / "first")
+    (began,) = [event for event in events if isinstance(event, RunStarted)]
+    assert began.settings["start_from"] == str(tmp_path / "first")
+    assert any(isinstance(event, Notice) and "starting from" in event.text for event in events)
+    (tmp_path / "first").rename(tmp_path / "moved")
+    again = await train("second", resume=True, **settings | {"steps": 2})
+    assert again.steps == 2
+    with pytest.raises(sr.RunFolderError, match="start_from"):
+        await train("second", resume=True, steps=3)
+
+
+async def test_a_run_starts_from_an_adapter_and_from_a_path(train: Callable[..., sr.Run], tmp_path: Path) -> None:
+    first = train("first", warm_up=tiny_world.WARM_UP)
+    await first
+    adapter = await first.export(tmp_path / "adapter")
+    state = first.checkpoints[-1].state_path
+    scores = {}
+    for name, start_from in {"adapter": adapter, "path": state}.items():
+        result = await train(f"from-{name}", start_from=start_from)
+        scores[name] = result.evaluations[0].exact_match
+    assert scores["adapter"] == scores["path"]
+    with pytest.raises(sr.ConfigurationError, match="pass lora_rank=32"):
+        await train("other", start_from=state, lora_rank=16)
+    with pytest.raises(sr.ConfigurationError, match="have rank 32: leave lora_rank out"):
+        train("other", start_from=adapter, lora_rank=16)
