@@ -144,6 +144,7 @@ def train(
         format: tool-call format, ``"hermes"`` or ``"tags"``.
         renderer: chat format (of the ``renderers`` package, or ``"chatml"``); None chooses by the model's name.
         instructions: the system prompt; None is the format's own.
+        lora_rank: of the adapter; None is that of ``start_from``, else 32.
         max_staleness: 0 learns on-policy, each group streaming into the step as it finishes; k lets the next batches' episodes start
             while the last ones finish and the trainer works, on weights at most k steps older.
         synchronous: learn only when a whole batch is played.
