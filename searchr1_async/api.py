@@ -160,6 +160,7 @@ def train(
             has them. None: no thinking where it can be switched off, else the lowest effort. ``"template"``: as the chat template
             has it where nothing is said.
         instructions: the system prompt; None is the format's own.
+        lora_rank: of the adapter; None is that of ``start_from``, else 32.
         max_staleness: 0 learns on-policy, each group streaming into the step as it finishes; k lets the next batches' episodes start
             while the last ones finish and the trainer works, on weights at most k steps older. Learning is then off-policy, and
             the default loss another (see ``loss``).

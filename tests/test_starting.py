@@ -161,3 +161,28 @@ async def test_a_run_starts_from_an_adapter_and_from_a_path(train: Callable[...,
         await train("other", start_from=state, lora_rank=16)
     with pytest.raises(sr.ConfigurationError, match="have rank 32: leave lora_rank out"):
         train("other", start_from=adapter, lora_rank=16)
+
+
+@pytest.mark.slow
+async def test_a_run_of_the_embedded_service_starts_from_another_ones_folder(tmp_path: Path) -> None:
+    """Each has a service of its own: the weights are copied from one's checkpoints to the other's."""
+    questions = tiny_world.make_questions()[0]
+    settings: dict[str, Any] = tiny_world.SETTINGS | {
+        "group_size": 4,
+        "groups_per_batch": 6,
+        "minibatches": 2,
+        "steps": 1,
+    }
+    settings |= {"model": str(tiny_world.model_folder()), "lora_rank": 4}
+    search = tiny_world.make_search(tmp_path / "index")
+    first = sr.train(questions, search, out_dir=tmp_path / "first", warm_up=tiny_world.WARM_UP, **settings)
+    await first
+    settings |= {"lora_rank": None, "start_from": f"{tmp_path / 'first'}@1"}
+    search = tiny_world.make_search(tmp_path / "index")
+    second = sr.train(questions, search, out_dir=tmp_path / "second", **settings)
+    assert (await second).steps == 1
+    assert second.settings["learning"]["lora_rank"] == 4
+    point = ResumePoint.load(tmp_path / "second")
+    assert point is not None
+    assert point.started_from is not None
+    assert point.started_from["path"] == first.checkpoints[-1].state_path
