@@ -251,7 +251,8 @@ def result_of(folder: Path, point: ResumePoint | None, reason: str) -> TrainingR
 
 def _cost_of(point: ResumePoint) -> Cost:
     price = find_price(point.base_model)
-    billing = Billing(price, is_free=point.dollars == 0.0 and point.tokens != TokenUsage())
+    is_free = point.dollars == 0.0 and point.tokens != TokenUsage()
+    billing = Billing(price, is_free, "" if price else f"the price of {point.base_model} is not known")
     return billing.cost_of(point.dollars, point.tokens)
 
 

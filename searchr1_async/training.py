@@ -122,7 +122,9 @@ async def _run(
     if point is not None and (result := await anyio.to_thread.run_sync(finished_result, job, point, order)):
         emit(_started(job, identity, order, point, point.base_model))
         emit(Notice(f"nothing is left to do: {point.step} steps are done"))
-        return replace(result, estimated_cost=estimate(job.shape, billing_on(job.service, job.model, job.price)))
+        billing = billing_on(job.service, job.model or point.base_model, job.price)
+        cost = billing.cost_of(point.dollars, point.tokens)
+        return replace(result, cost=cost, estimated_cost=estimate(job.shape, billing))
     # What a run was begun with is a fact, even where it was the default of its day.
     job = _as_begun(job, point)
     model = await check_service(job.service, job.model, job.local, trains=True)

@@ -320,12 +320,12 @@ async def test_what_the_service_does_not_have_is_refused_before_any_folder_is_ma
 ) -> None:
     out = tmp_path / "e"
     bad: list[tuple[type[Exception], str, dict[str, Any]]] = [
-        (sr.SearchR1Error, "opening no/model", {"systems": {"x": System(model="no/model")}}),
-        (sr.SearchR1Error, "opening no/model", {"model": "no/model"}),
+        (sr.SearchR1Error, "does not offer 'no/model'", {"systems": {"x": System(model="no/model")}}),
+        (sr.SearchR1Error, "does not offer 'no/model'", {"model": "no/model"}),
         (sr.SearchR1Error, "opening tinker://", {"checkpoint": "tinker://gone/sampler_weights/1"}),
         (ConfigurationError, "renderer 'none'", {"renderer": "none"}),
         (ConfigurationError, "renderer 'none'", {"judge": Judge(renderer="none")}),
-        (ConfigurationError, "no tokenizer", {"judge": Judge(model=str(tmp_path / "no-model"))}),
+        (ConfigurationError, "does not offer", {"judge": Judge(model=str(tmp_path / "no-model"))}),
         (sr.SearchR1Error, "opening tinker://", {"judge": Judge(checkpoint="tinker://gone/sampler_weights/1")}),
         (ConfigurationError, "was trained from", {"systems": {"x": System(run, model="another")}}),
         (ConfigurationError, "could not play a turn", {"baselines": ["rag"]}),

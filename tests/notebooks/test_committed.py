@@ -9,6 +9,8 @@ import pytest
 
 import searchr1_async as sr
 from notebooks import execute
+from searchr1_async.models import find_model
+from searchr1_async.starting import DEFAULT_RANK
 from tests.notebooks import small
 
 
@@ -42,6 +44,11 @@ def test_the_cloud_settings_are_the_defaults_as_the_notebook_says() -> None:
     cloud = given["cloud"]
     assert isinstance(cloud, dict)
     defaults = {name: parameter.default for name, parameter in inspect.signature(sr.train).parameters.items()}
+    model = find_model(cloud["model"])
+    assert model is not None
+    # What train() leaves to the model and to the weights that a run starts from.
+    assert (defaults["thinking"], defaults["lora_rank"]) == (None, None)
+    defaults |= {"thinking": model.format.default != "off", "lora_rank": DEFAULT_RANK}
     assert {name: defaults[name] for name in cloud if name != "model"} == {
         name: value for name, value in cloud.items() if name != "model"
     }

@@ -151,11 +151,15 @@ def leaves(error: BaseException, kind: type[Exception]) -> list[BaseException]:
 
 
 def timeless(episode: Episode) -> Episode:
-    """Without what a clock measured, and the names that a service gives anew to each sequence."""
+    """Without what a clock measured, the names that a service gives anew to each sequence, and what its cache held by chance."""
     assert all(turn.sequence_id for turn in episode.turns), "a turn lost its sequence's name on the way"
     turns = [
         replace(
-            turn, seconds=0.0, sequence_id=None, call=None if turn.call is None else replace(turn.call, seconds=0.0)
+            turn,
+            seconds=0.0,
+            sequence_id=None,
+            cached_prompt_tokens=0,
+            call=None if turn.call is None else replace(turn.call, seconds=0.0),
         )
         for turn in episode.turns
     ]
