@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -170,8 +171,6 @@ async def test_a_variant_is_named_whole_to_the_service_and_rendered_as_the_plain
 async def test_a_run_begun_before_thinking_could_be_chosen_goes_on_as_its_template_had_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import json
-
     with stand_in_service(tmp_path, monkeypatch, "Qwen/Qwen3-8B", TODAY) as service:
         await train(service, tmp_path, model="Qwen/Qwen3-8B", thinking="template")
         path = tmp_path / "run" / "state.json"
@@ -182,6 +181,42 @@ async def test_a_run_begun_before_thinking_could_be_chosen_goes_on_as_its_templa
         assert (await train(service, tmp_path, model="Qwen/Qwen3-8B", steps=2, resume=True)).steps == 2
         assert service.prompts
         assert all(prompt.endswith("<|im_start|>assistant\n") for prompt in service.prompts)
+
+
+async def test_a_run_is_measured_and_played_with_the_thinking_that_it_was_trained_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    questions, run = [sr.Question("q", "Who wrote it?", ("Austen",))], tmp_path / "run"
+    on, off = "<|im_start|>assistant\n<think>\n", "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    with stand_in_service(tmp_path, monkeypatch, "Qwen/Qwen3.5-4B", TODAY) as service:
+        await train(service, tmp_path, thinking=True)
+        search = tiny_world.make_search(tmp_path / "index")
+        settings: dict[str, Any] = {"tokenizer": service.tokenizer, "progress": False, "emit": service.events.append}
+
+        async def ends(suites: Any, **options: Any) -> list[bool]:
+            """Of each prompt, in their order: whether it lets the model think."""
+            service.prompts.clear()
+            await sr.evaluate(suites, search, **(settings | options))
+            assert all(prompt.endswith((on, off)) for prompt in service.prompts)
+            return [prompt.endswith(on) for prompt in service.prompts]
+
+        systems: dict[str, Any] = {"trained": run, "base": None}
+        assert sorted(await ends(questions, systems=systems, out_dir=tmp_path / "e")) == [False, True]
+        assert "'trained' is measured with thinking=True, as it was trained" in service.notices
+        service.events.clear()
+        assert sorted(await ends(tmp_path / "e")) == [False, True], "a repetition is played as the evaluation was"
+        assert await ends(questions, systems=systems, thinking=False) == [False, False]
+        assert await ends(questions, systems={"trained": sr.System(run, thinking=False)}) == [False]
+        assert not any("as it was trained" in text for text in service.notices)
+        service.prompts.clear()
+        await sr.rollout(questions, search, checkpoint=run, group_size=1, **settings)
+        assert all(prompt.endswith(on) for prompt in service.prompts)
+        assert service.prompts
+        # A run begun before there was a choice left it to the template.
+        state = json.loads((run / "state.json").read_text())
+        del state["settings"]["thinking"]
+        (run / "state.json").write_text(json.dumps(state))
+        assert await ends(questions, checkpoint=run) == [True], "as the template of Qwen3.5 has it"
 
 
 async def test_an_evaluation_and_a_client_of_ones_own_are_asked_too(

@@ -52,6 +52,8 @@ class SystemRecord:
     """Of the embedded service that holds them, where it was named."""
     format: str = "hermes"
     renderer: str | None = None
+    thinking: bool | str | None = None
+    """Where it is another than the evaluation's, such as that which a run was trained with."""
     instructions: str | None = None
     """None: the method's own."""
     prompt: str | None = None

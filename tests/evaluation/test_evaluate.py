@@ -320,8 +320,8 @@ async def test_what_the_service_does_not_have_is_refused_before_any_folder_is_ma
 ) -> None:
     out = tmp_path / "e"
     bad: list[tuple[type[Exception], str, dict[str, Any]]] = [
-        (sr.SearchR1Error, "opening no/model", {"systems": {"x": System(model="no/model")}}),
-        (sr.SearchR1Error, "opening no/model", {"model": "no/model"}),
+        (sr.SearchR1Error, "does not offer 'no/model'", {"systems": {"x": System(model="no/model")}}),
+        (sr.SearchR1Error, "does not offer 'no/model'", {"model": "no/model"}),
         (sr.SearchR1Error, "opening tinker://", {"checkpoint": "tinker://gone/sampler_weights/1"}),
         (ConfigurationError, "renderer 'none'", {"renderer": "none"}),
         (ConfigurationError, "renderer 'none'", {"judge": Judge(renderer="none")}),
