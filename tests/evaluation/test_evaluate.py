@@ -325,7 +325,7 @@ async def test_what_the_service_does_not_have_is_refused_before_any_folder_is_ma
         (sr.SearchR1Error, "opening tinker://", {"checkpoint": "tinker://gone/sampler_weights/1"}),
         (ConfigurationError, "renderer 'none'", {"renderer": "none"}),
         (ConfigurationError, "renderer 'none'", {"judge": Judge(renderer="none")}),
-        (ConfigurationError, "no tokenizer", {"judge": Judge(model=str(tmp_path / "no-model"))}),
+        (ConfigurationError, "does not offer", {"judge": Judge(model=str(tmp_path / "no-model"))}),
         (sr.SearchR1Error, "opening tinker://", {"judge": Judge(checkpoint="tinker://gone/sampler_weights/1")}),
         (ConfigurationError, "was trained from", {"systems": {"x": System(run, model="another")}}),
         (ConfigurationError, "could not play a turn", {"baselines": ["rag"]}),
