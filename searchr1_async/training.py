@@ -62,7 +62,15 @@ from searchr1_async.run_folder import (
     writing_records,
 )
 from searchr1_async.search import Search
-from searchr1_async.service import Service, billing_on, check_chat_format, check_service, open_service
+from searchr1_async.service import (
+    Service,
+    billing_on,
+    check_chat_format,
+    check_service,
+    is_embedded,
+    is_tinker_cloud,
+    open_service,
+)
 from searchr1_async.spending import keep_spending, spending_of, tell_estimate, with_cost
 from searchr1_async.starting import open_start
 from searchr1_async.usage import TokenUsage
@@ -122,7 +130,7 @@ async def _run(
     if point is not None and (result := await anyio.to_thread.run_sync(finished_result, job, point, order)):
         emit(_started(job, identity, order, point, point.base_model))
         emit(Notice(f"nothing is left to do: {point.step} steps are done"))
-        return replace(result, estimated_cost=estimate(job.shape, billing_on(job.service, job.model, job.price)))
+        return replace(result, estimated_cost=estimate(job.shape, billing_on(job.service, point.base_model, job.price)))
     # What a run was begun with is a fact, even where it was the default of its day.
     job = _as_begun(job, point)
     model = await check_service(job.service, job.model, job.local, trains=True)
@@ -173,7 +181,7 @@ async def _opened(
         ) as service,
     ):
         remember_tokenizer(service.tokenizer)
-        emit(_started(job, identity, order, point, service.model_name, service))
+        emit(_started(job, identity, order, point, service.model_name))
         spec = WorkerSpec(
             job.format_name,
             service.model_name,
@@ -209,13 +217,13 @@ def _started(
     order: QuestionOrder,
     point: ResumePoint | None,
     model_name: str,
-    service: Service | None = None,
 ) -> RunStarted:
+    embedded = is_embedded(job.service)
     return RunStarted(
         "train",
         model_name,
-        is_embedded=service is not None and service.is_local,
-        is_tinker=service is not None and service.is_tinker,
+        is_embedded=embedded,
+        is_tinker=not embedded and is_tinker_cloud(job.service),
         embedder=job.search.embedder.name,
         out_dir=str(job.out_dir),
         step=point.step if point else 0,
