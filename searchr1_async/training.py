@@ -301,7 +301,9 @@ class _Training:
             self._loss = await choose_loss(self._service, client, job, self._point, self._emit)
             learner = await self._learner(client)
             newest = NewestWeights(await self._first_policy(learner))
-            with control.answering(LiveAnswers(self._service, self._engine.dialect, job.search, job.limits, newest)):
+            answers = LiveAnswers(self._service, self._engine.dialect, job.search, job.limits, newest, self._emit)
+            self._spending.count(lambda: answers.usage)
+            with control.answering(answers):
                 if self._point is None:
                     await measure(UNTRAINED if job.start is None else AT_START, newest.current)
                     self._point = await self._warm_up(learner)
