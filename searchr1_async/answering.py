@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,9 +12,11 @@ from searchr1_async.episodes.dialect import Dialect
 from searchr1_async.episodes.play import Policy, SampledTurn, SearchTool, play
 from searchr1_async.episodes.types import Episode, Passage, Question
 from searchr1_async.errors import QuestionsError, SearchError, ServiceError
+from searchr1_async.events import BesideSampled, Emit
 from searchr1_async.rollout.policy import NewestWeights, TinkerPolicy
 from searchr1_async.search import Search
 from searchr1_async.service import Service
+from searchr1_async.usage import TokenUsage
 from searchr1_async.weights import Weights
 
 ASKED = "asked"
@@ -43,18 +45,26 @@ def asked_limits(limits: EpisodeLimits, changes: Mapping[str, Any]) -> EpisodeLi
 
 
 async def play_asked(
-    question: Question, *, dialect: Dialect, policy: Policy, search: SearchTool, limits: EpisodeLimits, seed: int | None
+    question: Question,
+    *,
+    dialect: Dialect,
+    policy: Policy,
+    search: SearchTool,
+    limits: EpisodeLimits,
+    seed: int | None,
+    sampled: Callable[[TokenUsage], None] = lambda usage: None,
 ) -> Episode:
     """One unscored episode. It need not end with an answer, but it never ends with a fault.
 
     Args:
         seed: of the first turn's sample; later turns add their number. None lets the service choose.
+        sampled: is called with what each turn used, as soon as it is sampled.
 
     Raises:
         ServiceError: the service gave no sample.
         SearchError: a search failed.
     """
-    services = _Services(policy, search)
+    services = _Services(policy, search, sampled)
     fault: ServiceError | SearchError | None
     try:
         episode = await play(question, dialect=dialect, policy=services, search=services, limits=limits, seed=seed)
@@ -70,18 +80,20 @@ async def play_asked(
 class _Services:
     """The policy and the search of one episode. Keeps the error that :func:`play` turns into a failed episode."""
 
-    def __init__(self, policy: Policy, search: SearchTool) -> None:
-        self._policy, self._search = policy, search
+    def __init__(self, policy: Policy, search: SearchTool, sampled: Callable[[TokenUsage], None]) -> None:
+        self._policy, self._search, self._sampled = policy, search, sampled
         self.fault: ServiceError | SearchError | None = None
 
     async def sample(
         self, prompt_tokens: Sequence[int], *, max_tokens: int, stop: list[int] | list[str], seed: int | None
     ) -> SampledTurn:
         try:
-            return await self._policy.sample(prompt_tokens, max_tokens=max_tokens, stop=stop, seed=seed)
+            turn = await self._policy.sample(prompt_tokens, max_tokens=max_tokens, stop=stop, seed=seed)
         except ServiceError as fault:
             self.fault = fault
             raise
+        self._sampled(TokenUsage(len(prompt_tokens), turn.cached_prompt_tokens, len(turn.tokens)))
+        return turn
 
     async def search(self, queries: Sequence[str]) -> Sequence[Sequence[Passage]]:
         try:
@@ -99,7 +111,7 @@ class LiveAnswers:
 
     It does not sample through the engine's gate: there one question would wait behind thousands of episodes, and for ever while
     the run is held. So a held run answers too, and nothing of it is counted in the run's samples, episodes or failures. Its searches
-    are counted in those of the run where they go to the run's search.
+    are counted in those of the run where they go to the run's search, and its tokens in the run's cost.
 
     Args:
         service: the run's, open.
@@ -107,13 +119,22 @@ class LiveAnswers:
         search: the run's.
         limits: of the run's episodes.
         newest: the newest weights, at any time.
+        emit: is told of each turn's tokens.
     """
 
     def __init__(
-        self, service: Service, dialect: Dialect, search: Search, limits: EpisodeLimits, newest: NewestWeights
+        self,
+        service: Service,
+        dialect: Dialect,
+        search: Search,
+        limits: EpisodeLimits,
+        newest: NewestWeights,
+        emit: Emit,
     ) -> None:
         self._service, self._dialect, self._search, self._limits = service, dialect, search, limits
-        self._newest = newest
+        self._newest, self._emit = newest, emit
+        self.usage = TokenUsage()
+        """What the answers used so far."""
 
     async def answer(
         self,
@@ -143,11 +164,21 @@ class LiveAnswers:
             policy = TinkerPolicy(client, weights.step or 0, sampling)
         async with search or self._search as tool:
             episode = await play_asked(
-                question, dialect=self._dialect, policy=policy, search=tool, limits=changed, seed=sampling.seed
+                question,
+                dialect=self._dialect,
+                policy=policy,
+                search=tool,
+                limits=changed,
+                seed=sampling.seed,
+                sampled=self._count,
             )
         if weights is not None:
             return Answer(episode, weights.path, weights.step)
         return Answer(episode, None, max((turn.policy_version for turn in episode.turns), default=None))
+
+    def _count(self, used: TokenUsage) -> None:
+        self.usage += used
+        self._emit(BesideSampled(used.prompt, used.cached, used.sampled))
 
 
 class _NewestPolicy:

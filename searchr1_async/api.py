@@ -350,7 +350,7 @@ async def rollout(
 ) -> list[Group]:
     """Plays a group of episodes for every question and returns the groups in the order of the questions.
 
-    Arguments and errors as in :func:`searchr1_async.evaluate`.
+    Arguments and errors as in :func:`searchr1_async.evaluate`; ``thinking=None`` too is as a run's weights were trained.
     """
     items = checked_questions(questions)
     check_thinking(model, renderer, thinking)

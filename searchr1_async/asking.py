@@ -13,7 +13,6 @@ import tinker
 from searchr1_async.answer import Answer
 from searchr1_async.answering import asked_limits, asked_question, play_asked
 from searchr1_async.config import EpisodeLimits, LocalOptions, SamplingSettings
-from searchr1_async.episodes.rendering import AS_TEMPLATE
 from searchr1_async.episodes.reward import RecipeReward
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.events import Emit
@@ -115,7 +114,7 @@ async def ask(
         sampling=SamplingSettings(temperature=temperature, seed=seed, deadline=sampling_deadline),
         format_name=format or settings.get("format") or "hermes",
         renderer_name=renderer or settings.get("renderer"),
-        thinking=settings.get("thinking", AS_TEMPLATE) if thinking is None and point is not None else thinking,
+        thinking=thinking,
         instructions=instructions or settings.get("instructions"),
     )
     search = search or await _search_of(weights)

@@ -176,14 +176,15 @@ class MinibatchSubmitted(Event):
 
 
 @dataclass(frozen=True, slots=True)
-class BaseModelAsked(Event):
-    """The base model gave log-probabilities of a minibatch, for the penalty on leaving it."""
+class BesideSampled(Event):
+    """A service read and sampled beside the episodes: log-probabilities of the base model for the penalty on leaving it, or a turn
+    of a question that :meth:`~searchr1_async.run.Run.ask` asks."""
 
     prompt_tokens: int
     cached_prompt_tokens: int
     """Among ``prompt_tokens``, those billed as cache hits."""
     sampled_tokens: int
-    """One a request, which is sampled beside them."""
+    """For log-probabilities one a request."""
 
 
 @dataclass(frozen=True, slots=True)

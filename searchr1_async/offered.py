@@ -41,6 +41,7 @@ async def ask_offered(connect: Callable[[], tinker.RestClient], *, trains: bool 
     Raises:
         ServiceUnavailableError: no answer within :data:`ASK_DEADLINE` seconds.
         ServiceError: it refused to answer.
+        ModelError: all that it lists is left out.
         ConfigurationError: no client can be made, such as for a key that is none.
     """
     try:
@@ -66,12 +67,13 @@ async def ask_offered(connect: Callable[[], tinker.RestClient], *, trains: bool 
         ) from error
     except tinker.TinkerError as error:
         raise ConfigurationError(f"no Tinker client could be made (is TINKER_API_KEY right?): {error}") from error
-    listed = getattr(answer, "supported_models", None) or ()
-    names = [
-        model.model_name
-        for model in listed
-        if model.model_name and (model.trainable if trains else model.sampleable) is not False
-    ]
+    listed = [model for model in getattr(answer, "supported_models", None) or () if model.model_name]
+    names = [model.model_name for model in listed if (model.trainable if trains else model.sampleable) is not False]
+    if listed and not names:
+        use = "trained" if trains else "sampled from"
+        raise ModelError(
+            f"the service offers no model that can be {use}, only {_list([model.model_name for model in listed])}"
+        )
     return tuple(dict.fromkeys(names)) or None
 
 

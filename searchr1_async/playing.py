@@ -49,7 +49,7 @@ class PlaySettings:
     format_name: str = "hermes"
     renderer_name: str | None = None
     thinking: Thinking = None
-    """Whether and how hard the model thinks; None is the default of its chat format."""
+    """Whether and how hard the model thinks; None is as its weights were trained, else the default of its chat format."""
     instructions: str | None = None
     """The system prompt; None is the method's own."""
     group_size: int = 1
@@ -200,6 +200,8 @@ async def playing(
     :func:`searchr1_async.rollout` and :func:`searchr1_async.ask`."""
     weights = find_weights(checkpoint, step, service_folder=service_folder)
     choice = with_model(choice, weights)
+    if play.thinking is None:
+        play = replace(play, thinking=weights.thinking)
     async with watching("rollout", progress, emit) as watchers:
         model = await check_service(choice.service, choice.model, choice.local)
         await check_chat_format(

@@ -134,7 +134,7 @@ class Run(RecordedRun):
 
         While the run is under way, held or not, its own service answers beside the training, with the newest weights for
         ``step="last"``; before its first step these are the untrained ones. The run's records, episodes, samples and limits are
-        left alone; searches with the run's own search are counted in its search figures. Where the run ends before the answer is
+        left alone; searches with the run's own search are counted in its search figures, and tokens in its cost. Where the run ends before the answer is
         there, and after its end, it is :meth:`RecordedRun.ask`, with the search and the service that the run was given.
 
         Args: as :meth:`RecordedRun.ask`. ``service``, ``local`` and ``tokenizer`` are for a run that has ended.

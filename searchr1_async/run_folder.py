@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -253,6 +254,9 @@ def _cost_of(point: ResumePoint) -> Cost:
     price = find_price(point.base_model)
     is_free = point.dollars == 0.0 and point.tokens != TokenUsage()
     billing = Billing(price, is_free, "" if price else f"the price of {point.base_model} is not known")
+    today = billing.dollars(point.tokens)
+    if point.dollars is not None and (today is None or not math.isclose(today, point.dollars, rel_tol=1e-6)):
+        billing = Billing()  # at a price that its user stated, or of another day: that of the table did not make it
     return billing.cost_of(point.dollars, point.tokens)
 
 

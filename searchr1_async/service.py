@@ -242,9 +242,12 @@ async def base_folder(model: str) -> Path:
     return await anyio.to_thread.run_sync(resolve)
 
 
-def _is_tinker(url: str | None) -> bool:
-    """Whether a base URL, or None for the SDK's own choice, is Tinker's cloud."""
-    url = url or os.environ.get("TINKER_BASE_URL")
+def is_tinker_cloud(service: str | tinker.ServiceClient | None) -> bool:
+    """Whether a service that is not the embedded one is Tinker's cloud, as far as its address tells."""
+    if isinstance(service, tinker.ServiceClient):
+        url = service.holder.shadow_config.base_url
+    else:
+        url = service or os.environ.get("TINKER_BASE_URL")
     return is_tinker_host(None if url is None else urlsplit(url).hostname or "")
 
 
@@ -259,7 +262,7 @@ def billing_on(service: str | tinker.ServiceClient | None, model: str | None, pr
     return billing_of(
         model or default_model(service),
         is_embedded=is_embedded(service),
-        is_tinker=_is_tinker(service if isinstance(service, str) else None),
+        is_tinker=is_tinker_cloud(service),
         price=price,
     )
 
@@ -352,7 +355,7 @@ async def open_service(
             emit(Notice(note))
         loaded = await load_tokenizer(tokenizer or name)
         if isinstance(service, tinker.ServiceClient):
-            yield Service(service, name, loaded, is_local=False, is_tinker=_is_tinker(None), offered=offered)
+            yield Service(service, name, loaded, is_local=False, is_tinker=is_tinker_cloud(service), offered=offered)
             return
         url = service or os.environ.get("TINKER_BASE_URL")
         async with _client(url, None) as client:
@@ -361,7 +364,7 @@ async def open_service(
                 name,
                 loaded,
                 is_local=False,
-                is_tinker=_is_tinker(url),
+                is_tinker=is_tinker_cloud(url),
                 offered=offered,
                 connect=lambda: _client(url, None),
             )
@@ -472,6 +475,7 @@ __all__ = [
     "check_service",
     "choose_service_model",
     "is_embedded",
+    "is_tinker_cloud",
     "load_embedded_tokenizer",
     "load_tokenizer",
     "lora_parts",

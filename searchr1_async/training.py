@@ -62,7 +62,15 @@ from searchr1_async.run_folder import (
     writing_records,
 )
 from searchr1_async.search import Search
-from searchr1_async.service import Service, billing_on, check_chat_format, check_service, open_service
+from searchr1_async.service import (
+    Service,
+    billing_on,
+    check_chat_format,
+    check_service,
+    is_embedded,
+    is_tinker_cloud,
+    open_service,
+)
 from searchr1_async.spending import keep_spending, spending_of, tell_estimate, with_cost
 from searchr1_async.starting import open_start
 from searchr1_async.usage import TokenUsage
@@ -122,7 +130,7 @@ async def _run(
     if point is not None and (result := await anyio.to_thread.run_sync(finished_result, job, point, order)):
         emit(_started(job, identity, order, point, point.base_model))
         emit(Notice(f"nothing is left to do: {point.step} steps are done"))
-        billing = billing_on(job.service, job.model or point.base_model, job.price)
+        billing = billing_on(job.service, point.base_model, job.price)
         cost = billing.cost_of(point.dollars, point.tokens)
         return replace(result, cost=cost, estimated_cost=estimate(job.shape, billing))
     # What a run was begun with is a fact, even where it was the default of its day.
@@ -175,7 +183,7 @@ async def _opened(
         ) as service,
     ):
         remember_tokenizer(service.tokenizer)
-        emit(_started(job, identity, order, point, service.model_name, service))
+        emit(_started(job, identity, order, point, service.model_name))
         spec = WorkerSpec(
             job.format_name,
             service.model_name,
@@ -211,13 +219,13 @@ def _started(
     order: QuestionOrder,
     point: ResumePoint | None,
     model_name: str,
-    service: Service | None = None,
 ) -> RunStarted:
+    embedded = is_embedded(job.service)
     return RunStarted(
         "train",
         model_name,
-        is_embedded=service is not None and service.is_local,
-        is_tinker=service is not None and service.is_tinker,
+        is_embedded=embedded,
+        is_tinker=not embedded and is_tinker_cloud(job.service),
         embedder=job.search.embedder.name,
         out_dir=str(job.out_dir),
         step=point.step if point else 0,
@@ -295,7 +303,9 @@ class _Training:
             self._loss = await choose_loss(self._service, client, job, self._point, self._emit)
             learner = await self._learner(client)
             newest = NewestWeights(await self._first_policy(learner))
-            with control.answering(LiveAnswers(self._service, self._engine.dialect, job.search, job.limits, newest)):
+            answers = LiveAnswers(self._service, self._engine.dialect, job.search, job.limits, newest, self._emit)
+            self._spending.count(lambda: answers.usage)
+            with control.answering(answers):
                 if self._point is None:
                     await measure(UNTRAINED if job.start is None else AT_START, newest.current)
                     self._point = await self._warm_up(learner)

@@ -8,6 +8,7 @@ from typing import Literal
 
 from searchr1_async.errors import ConfigurationError, RunFolderError
 from searchr1_async.learn.checkpoints import KeptCheckpoint, ResumePoint, best_checkpoint, kept_checkpoints
+from searchr1_async.models import Thinking
 
 Step = int | Literal["last", "best"]
 
@@ -26,6 +27,8 @@ class Weights:
     """Of the embedded service that holds them; None where it is not the embedded one's, or any will do."""
     run: Path | None = None
     """The folder of the run that they come from."""
+    thinking: Thinking = None
+    """The value that they were trained with; None is the default of the chat format, or not known."""
 
 
 def find_weights(
@@ -57,9 +60,9 @@ def find_weights(
             raise RunFolderError(
                 f"the run in {checkpoint} has kept no weights yet (checkpoint_every steps, or its end)"
             )
-        return Weights(point.sampler_path, point.sampler_step or 0, point.base_model, folder, run)
+        return Weights(point.sampler_path, point.sampler_step or 0, point.base_model, folder, run, point.thinking)
     kept = _kept(run, step)
-    return Weights(kept.sampler_path, kept.step, point.base_model, folder, run)
+    return Weights(kept.sampler_path, kept.step, point.base_model, folder, run, point.thinking)
 
 
 def find_state(source: str | Path, step: Step = "last", *, service_folder: str | Path | None = None) -> Weights:

@@ -48,7 +48,7 @@ def test_a_known_suffix_has_its_own_price() -> None:
 
 def test_without_a_price_of_training_only_sampling_has_a_cost() -> None:
     assert in_the_cloud("Qwen/Qwen3.8-27B:peft:262144", prompt=1, trained=1)[0] is None
-    assert in_the_cloud("Qwen/Qwen3.8-27B:peft:262144", prompt=MILLION)[0] == pytest.approx(2.48)
+    assert in_the_cloud("Qwen/Qwen3.8-27B:peft:262144", sampled=MILLION)[0] == pytest.approx(7.46)
 
 
 def test_an_old_price_says_so() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from searchr1_async.local.scripted import ScriptedBackend
 from searchr1_async.local.server import Service
 from searchr1_async.models import known_models
 from searchr1_async.offered import ask_offered, choose_model
+from searchr1_async.service import is_tinker_cloud
+from searchr1_async.watch.state import RunState
 from tests import tiny_world
 from tests.episodes.stand_in import stand_in
 from tests.local.serving import KEY, sdk, service_thread
@@ -109,6 +112,12 @@ async def test_on_the_list_of_spring_the_nearest_of_the_family_is_used_and_said(
         assert (await train(service, tmp_path, steps=2, resume=True)).steps == 2
         assert service.started.model == "Qwen/Qwen3-4B-Instruct-2507"
         assert not any("offer" in text for text in service.notices)
+        # Where nothing is left to do, the estimate is that of its model too.
+        state = RunState()
+        again = await train(service, tmp_path, steps=2, resume=True, emit=lambda event: state.see(event, 0.0))
+        assert again.estimated_cost is not None
+        assert "the price of Qwen/Qwen3-4B-Instruct-2507 on a server of one's own" in again.estimated_cost.text
+        assert "Qwen/Qwen3-4B-Instruct-2507 on a server of one's own" in state.snapshot(0.0).cost.note
     # And is refused with its replacement where that model is gone.
     with (
         stand_in_service(tmp_path / "later", monkeypatch, "Qwen/Qwen3.5-4B", TODAY) as service,
@@ -170,8 +179,6 @@ async def test_a_variant_is_named_whole_to_the_service_and_rendered_as_the_plain
 async def test_a_run_begun_before_thinking_could_be_chosen_goes_on_as_its_template_had_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import json
-
     with stand_in_service(tmp_path, monkeypatch, "Qwen/Qwen3-8B", TODAY) as service:
         await train(service, tmp_path, model="Qwen/Qwen3-8B", thinking="template")
         path = tmp_path / "run" / "state.json"
@@ -182,6 +189,42 @@ async def test_a_run_begun_before_thinking_could_be_chosen_goes_on_as_its_templa
         assert (await train(service, tmp_path, model="Qwen/Qwen3-8B", steps=2, resume=True)).steps == 2
         assert service.prompts
         assert all(prompt.endswith("<|im_start|>assistant\n") for prompt in service.prompts)
+
+
+async def test_a_run_is_measured_and_played_with_the_thinking_that_it_was_trained_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    questions, run = [sr.Question("q", "Who wrote it?", ("Austen",))], tmp_path / "run"
+    on, off = "<|im_start|>assistant\n<think>\n", "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    with stand_in_service(tmp_path, monkeypatch, "Qwen/Qwen3.5-4B", TODAY) as service:
+        await train(service, tmp_path, thinking=True)
+        search = tiny_world.make_search(tmp_path / "index")
+        settings: dict[str, Any] = {"tokenizer": service.tokenizer, "progress": False, "emit": service.events.append}
+
+        async def ends(suites: Any, **options: Any) -> list[bool]:
+            """Of each prompt, in their order: whether it lets the model think."""
+            service.prompts.clear()
+            await sr.evaluate(suites, search, **(settings | options))
+            assert all(prompt.endswith((on, off)) for prompt in service.prompts)
+            return [prompt.endswith(on) for prompt in service.prompts]
+
+        systems: dict[str, Any] = {"trained": run, "base": None}
+        assert sorted(await ends(questions, systems=systems, out_dir=tmp_path / "e")) == [False, True]
+        assert "'trained' is measured with thinking=True, as it was trained" in service.notices
+        service.events.clear()
+        assert sorted(await ends(tmp_path / "e")) == [False, True], "a repetition is played as the evaluation was"
+        assert await ends(questions, systems=systems, thinking=False) == [False, False]
+        assert await ends(questions, systems={"trained": sr.System(run, thinking=False)}) == [False]
+        assert not any("as it was trained" in text for text in service.notices)
+        service.prompts.clear()
+        await sr.rollout(questions, search, checkpoint=run, group_size=1, **settings)
+        assert all(prompt.endswith(on) for prompt in service.prompts)
+        assert service.prompts
+        # A run begun before there was a choice left it to the template.
+        state = json.loads((run / "state.json").read_text())
+        del state["settings"]["thinking"]
+        (run / "state.json").write_text(json.dumps(state))
+        assert await ends(questions, checkpoint=run) == [True], "as the template of Qwen3.5 has it"
 
 
 async def test_an_evaluation_and_a_client_of_ones_own_are_asked_too(
@@ -195,9 +238,14 @@ async def test_an_evaluation_and_a_client_of_ones_own_are_asked_too(
         assert report.manifest is not None
         assert [record.model for record in report.manifest.systems] == ["Qwen/Qwen3-4B-Instruct-2507"]
         assert sum("is used, the nearest of its family" in text for text in service.notices) == 1
+        assert report.manifest.service["tinker"] is False
+        assert report.costs()["dollars"].null_count() == 1, "a server of one's own has its own prices"
         again = await sr.evaluate(questions, search, out_dir=tmp_path / "evaluation", resume=True, **settings)
         assert again.manifest == report.manifest
         async with sdk(service.url) as client:
+            monkeypatch.delenv("TINKER_BASE_URL")
+            assert not is_tinker_cloud(client)
+            assert is_tinker_cloud(None)
             groups = await sr.rollout(questions, search, service=client, group_size=2, **settings)
             assert len(groups) == 1
             with pytest.raises(ModelError, match="does not offer 'openai/gpt-oss-20b'"):
@@ -263,3 +311,8 @@ async def test_what_can_only_be_sampled_from_is_not_trained(tmp_path: Path, monk
         connect = lambda: tinker.RestClient(base_url=url, api_key=KEY)  # noqa: E731
         assert await ask_offered(connect) == ("a", "b")
         assert await ask_offered(connect, trains=True) == ("b",)
+    body = b'{"supported_models": [{"model_name": "a", "trainable": false}]}'
+    with answering(tmp_path, monkeypatch, 200, body) as url:
+        connect = lambda: tinker.RestClient(base_url=url, api_key=KEY)  # noqa: E731
+        with pytest.raises(ModelError, match=r"offers no model that can be trained, only a$"):
+            await ask_offered(connect, trains=True)

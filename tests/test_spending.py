@@ -16,7 +16,8 @@ from searchr1_async.estimate import CostEstimate
 from searchr1_async.events import Event, Notice, RunStarted
 from searchr1_async.learn.checkpoints import ResumePoint
 from searchr1_async.spending import Spending
-from searchr1_async.usage import TokenUsage
+from searchr1_async.usage import TokenUsage, sampling_usage, total_usage
+from searchr1_async.watch.state import RunState
 from tests import tiny_world
 
 PRICE = sr.Price(prefill=1000.0, sample=2000.0, train=3000.0)
@@ -178,6 +179,25 @@ async def test_the_cost_of_a_run_is_what_its_records_say(start: Callable[..., sr
 def _episodes(run: sr.Run, step: int) -> list[sr.Episode]:
     rows = run.episodes().filter(step=step).select("group", "member").collect()
     return [run.episode(step, group, member) for group, member in rows.iter_rows()]
+
+
+@pytest.mark.anyio
+async def test_what_is_asked_of_a_run_belongs_to_its_cost_and_a_live_view_says_the_same(
+    start: Callable[..., sr.Run],
+) -> None:
+    state = RunState()
+    run = start(steps=1, reward=by_length, emit=lambda event: state.see(event, 0.0))
+    answers = [await run.ask("river of mirin?"), await run.ask("river of mirin?", max_turns=1)]
+    cost = (await run).cost
+    assert cost is not None
+    asked = total_usage(sampling_usage(answer.episode) for answer in answers)
+    assert asked.sampled
+    rows = run.metrics
+    assert cost.tokens.prompt == rows["env/all/total_ob_tokens"].sum() + asked.prompt
+    assert cost.tokens.cached == rows["env/all/total_cached_ob_tokens"].sum() + asked.cached
+    assert cost.tokens.sampled == rows["env/all/total_ac_tokens"].sum() + asked.sampled
+    shown = state.snapshot(0.0)
+    assert (shown.used, shown.cost.text) == (cost.tokens, cost.text)
 
 
 @pytest.mark.anyio

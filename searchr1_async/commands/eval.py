@@ -56,7 +56,9 @@ def add(commands: Parsers) -> None:
     how.add_argument("--seed", type=int, default=0, help="of the sampling (%(default)s)")
     how.add_argument("--format", default="hermes", choices=FORMATS, help="tool-call format (%(default)s)")
     how.add_argument(
-        "--thinking", type=_thinking, help="on, off, or an effort such as low, as far as the model has them"
+        "--thinking",
+        type=_thinking,
+        help="on, off, or an effort such as low, as far as the model has them (as a run was trained, else off)",
     )
     how.add_argument("--max-turns", type=int, default=5, help="(%(default)s)")
     how.add_argument("--max-tokens", type=int, default=1024, help="new tokens a turn (%(default)s)")

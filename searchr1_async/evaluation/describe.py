@@ -33,7 +33,7 @@ from searchr1_async.evaluation.systems import MeasuredSystem
 from searchr1_async.playing import PlaySettings
 from searchr1_async.run_folder import training_questions
 from searchr1_async.search.record import record_of
-from searchr1_async.service import is_embedded
+from searchr1_async.service import is_embedded, is_tinker_cloud
 from searchr1_async.watch.rows import storable
 
 _PACKAGES = (
@@ -108,6 +108,7 @@ def continued(then: Manifest, now: Manifest) -> Manifest:
 def _compared(manifest: Manifest) -> dict[str, Any]:
     values = _plain(asdict(manifest))
     values["settings"].setdefault("thinking", AS_TEMPLATE)  # of an evaluation begun before there was a choice
+    values["service"].pop("tinker", None)  # earlier versions did not write it down
     for system in values["systems"]:
         del system["overlap"]
     return {name: value for name, value in values.items() if name not in _NOT_COMPARED}
@@ -126,7 +127,8 @@ def _versions() -> dict[str, str]:
 def _service(job: EvaluationJob) -> dict[str, Any]:
     service = job.choice.service
     host = urlsplit(service).hostname if isinstance(service, str) else None
-    return {"embedded": is_embedded(service), "host": host}
+    embedded = is_embedded(service)
+    return {"embedded": embedded, "tinker": not embedded and is_tinker_cloud(service), "host": host}
 
 
 def _settings(job: EvaluationJob) -> dict[str, Any]:
@@ -187,6 +189,7 @@ def _system(job: EvaluationJob, measured: MeasuredSystem, overlap: Mapping[str, 
         service_folder=None if system.service_folder is None else str(Path(system.service_folder).absolute()),
         format=play.format_name,
         renderer=play.renderer_name,
+        thinking=None if play.thinking == job.play.thinking else play.thinking,
         instructions=play.instructions,
         prompt=prompt,
         prompt_sha256=digest,

@@ -97,6 +97,8 @@ async def evaluate(
         samples: episodes a question; several narrow the interval, and give pass@k.
         judge: has every answer judged by a model too, reported beside exact match. A resume may have another judge, or none: the
             verdicts of one are never mixed with another's, and are there again when it is.
+        thinking: whether the models think, as in :func:`searchr1_async.train`. None: a run's weights as they were trained, others as
+            their chat format has it by default. See :class:`System` for one system's own.
         training_questions: what the systems were trained on, besides what their runs' folders tell: overlap is reported.
         temperature: 1 samples as training does, 0 is greedy.
         seed: of the sampling; None lets the service choose.

@@ -14,6 +14,7 @@ from searchr1_async.errors import ConfigurationError
 from searchr1_async.evaluation.judge import Judge
 from searchr1_async.evaluation.judging import FoundJudge, find_judge
 from searchr1_async.evaluation.systems import MeasuredSystem
+from searchr1_async.models import Thinking
 from searchr1_async.playing import PlaySettings, ServiceChoice
 from searchr1_async.search import Search
 from searchr1_async.service import default_model, is_embedded
@@ -73,8 +74,14 @@ class EvaluationJob:
             self.play,
             limits=system.limits or self.play.limits,
             format_name=system.format or self.play.format_name,
+            thinking=self._thinking(measured),
             instructions=system.instructions if system.instructions is not None else self._instructions(measured),
         )
+
+    def _thinking(self, measured: MeasuredSystem) -> Thinking:
+        # What nobody names is as the run was trained: with another prompt its weights would be measured too low.
+        named = (measured.system.thinking, self.play.thinking)
+        return next((value for value in named if value is not None), measured.weights.thinking)
 
     def _instructions(self, measured: MeasuredSystem) -> str | None:
         # Those of the evaluation are for the search tool; a baseline has its own.

@@ -52,6 +52,8 @@ class SystemRecord:
     """Of the embedded service that holds them, where it was named."""
     format: str = "hermes"
     renderer: str | None = None
+    thinking: bool | str | None = None
+    """Where it is another than the evaluation's, such as that which a run was trained with."""
     instructions: str | None = None
     """None: the method's own."""
     prompt: str | None = None
@@ -73,7 +75,7 @@ class Manifest:
     versions: Mapping[str, str]
     """Of the packages that matter, and of Python."""
     service: Mapping[str, Any]
-    """``embedded``, ``tinker``, and the address where one was given."""
+    """``embedded``, ``tinker`` (its own cloud), and the ``host`` where an address was given."""
     search: Mapping[str, Any] | None
     """``fingerprint``, ``embedder``, ``source``, ``n_results``, ``max_passage_words``; None: nothing was searched for."""
     settings: Mapping[str, Any]

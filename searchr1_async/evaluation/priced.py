@@ -64,6 +64,6 @@ def _billing(record: SystemRecord | None, manifest: Manifest | None) -> Billing:
     if record is None or manifest is None:
         return Billing(reason="nothing tells which model played on which service")
     service = manifest.service
-    return billing_of(
-        record.model, is_embedded=bool(service.get("embedded")), is_tinker=is_tinker_host(service.get("host"))
-    )
+    # Earlier versions wrote down only an address that was given.
+    is_tinker = service.get("tinker", is_tinker_host(service.get("host")))
+    return billing_of(record.model, is_embedded=bool(service.get("embedded")), is_tinker=is_tinker)

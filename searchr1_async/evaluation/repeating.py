@@ -180,6 +180,7 @@ def _measured(record: SystemRecord) -> MeasuredSystem:
         model=record.model,
         method=cast(Method, record.method),
         format=record.format,
+        thinking=record.thinking,
         instructions=record.instructions,
         limits=None if record.limits is None else EpisodeLimits(**record.limits),
         service_folder=record.service_folder,  # what was named: its own manifest must be the same

@@ -10,6 +10,7 @@ from searchr1_async.config import EpisodeLimits
 from searchr1_async.episodes.methods import METHODS, Method
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.evaluation.manifest import SystemRecord
+from searchr1_async.models import Thinking
 from searchr1_async.recorded import RecordedRun
 from searchr1_async.watch.rows import storable
 from searchr1_async.weights import Step, Weights, find_weights
@@ -36,6 +37,8 @@ class System:
     ancestor's own prompt)."""
     format: str | None = None
     """Tool-call format; None is the evaluation's."""
+    thinking: Thinking = None
+    """Whether the model thinks; None is the evaluation's, and where that says nothing either, as the run was trained."""
     instructions: str | None = None
     """The system prompt; None is the method's own."""
     limits: EpisodeLimits | None = None

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from searchr1_async.config import LossName
+from searchr1_async.episodes.rendering import AS_TEMPLATE
 from searchr1_async.errors import CheckpointError, RunFolderError
 from searchr1_async.files import write_atomically
+from searchr1_async.models import Thinking
 from searchr1_async.usage import TokenUsage
 
 _FORMAT = 2
@@ -61,6 +63,11 @@ class ResumePoint:
     """What the run learns with, which may have been chosen by what its service has; None in files of earlier versions."""
     started_from: Mapping[str, Any] | None = None
     """With ``start_from``: the weights that it meant (``name``, ``path``, ``step``, ``base_model``)."""
+
+    @property
+    def thinking(self) -> Thinking:
+        """The value that the run is trained with; runs begun before there was a choice left it to the chat template."""
+        return self.settings.get("thinking", AS_TEMPLATE)
 
     def is_open(self, place: int) -> bool:
         """Whether no recorded step holds the group of this place, so that it must be trained on or dropped yet."""

@@ -24,7 +24,7 @@ from tinker import types as tinker_types
 from searchr1_async.config import LearningSettings, LossName, WeightsInFlight
 from searchr1_async.episodes.types import Episode, Group
 from searchr1_async.errors import CheckpointError, ConfigurationError, ServiceError
-from searchr1_async.events import BaseModelAsked, Emit, MinibatchLearned, MinibatchSubmitted, Notice
+from searchr1_async.events import BesideSampled, Emit, MinibatchLearned, MinibatchSubmitted, Notice
 from searchr1_async.learn.advantages import advantages, token_weight
 from searchr1_async.learn.examples import sampled_logprobs, to_datum, to_supervised_datum
 from searchr1_async.learn.figures import LearnedMinibatch, learning_metrics, optimizer_metrics
@@ -374,7 +374,7 @@ class Learner:
         before = self.usage
         found = iter(await base_logprobs(self._base, episodes, deadline=TRAINING_DEADLINE, count=self._count))
         read = self.usage - before  # this task alone asks for learning
-        self._emit(BaseModelAsked(read.prompt, read.cached, read.sampled))
+        self._emit(BesideSampled(read.prompt, read.cached, read.sampled))
         return [[next(found) for _ in group.episodes] for group in groups]
 
 

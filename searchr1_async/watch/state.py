@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from searchr1_async.billing import Billing, Cost, billing_of
 from searchr1_async.episodes.types import Episode
 from searchr1_async.events import (
-    BaseModelAsked,
     BatchClosed,
+    BesideSampled,
     CheckpointSaved,
     EpisodeFinished,
     EvaluationFinished,
@@ -152,8 +152,8 @@ class RunState:
         self._finished_episodes = _Total()
         self._tokens = (_Total(), _Total(), _Total())
         """Prompt tokens, those of them that were cached, and sampled tokens, of the engines of this session."""
-        self._learning = TokenUsage()
-        """What learning used in this session."""
+        self._besides = TokenUsage()
+        """What learning and asked questions used in this session."""
         self._told: deque[tuple[float, int, float, float]] = deque(maxlen=128)
         """Time, episodes, queries and failed calls, for rates."""
         self._late_since: float | None = None
@@ -215,9 +215,9 @@ class RunState:
                 self._dropped[event.reason[:80]] += 1
             case MinibatchLearned():
                 # Billed is an example's input, which lacks its last token.
-                self._learning += TokenUsage(trained=max(0, event.tokens - event.datums))
-            case BaseModelAsked(prompt, cached, sampled):
-                self._learning += TokenUsage(prompt, cached, sampled)
+                self._besides += TokenUsage(trained=max(0, event.tokens - event.datums))
+            case BesideSampled(prompt, cached, sampled):
+                self._besides += TokenUsage(prompt, cached, sampled)
             case StepFinished():
                 self._finished_step(event, now)
             case _:
@@ -333,7 +333,7 @@ class RunState:
         rollout = self._rollout if self._ended_at is None else None
         began = now if self._began is None else self._began
         then, episodes_then, *_ = self._since(now)
-        session = TokenUsage(*(total.value for total in self._tokens)) + self._learning
+        session = TokenUsage(*(total.value for total in self._tokens)) + self._besides
         return Snapshot(
             standing=self._standing(),
             reason=self._reason,

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from searchr1_async.episodes.types import StopReason
 from searchr1_async.events import (
-    BaseModelAsked,
     BatchClosed,
+    BesideSampled,
     CheckpointSaved,
     EpisodeFinished,
     EvaluationFinished,
@@ -105,7 +105,7 @@ def test_counts_go_on_over_a_second_engine() -> None:
 def test_the_cost_is_that_of_all_sessions_and_of_the_penalty() -> None:
     earlier = TokenUsage(prompt=10_000, cached=4_000, sampled=500, trained=2_000)
     begun = RunStarted("train", "m", False, "e", step=3, price=Price(1.0, 2.0, 3.0), used=earlier, spent=5.0)
-    snapshot = seen(begun, sampled(10, 100), BaseModelAsked(1_000, 250, 8), MinibatchLearned(4, 2, 602)).snapshot(0)
+    snapshot = seen(begun, sampled(10, 100), BesideSampled(1_000, 250, 8), MinibatchLearned(4, 2, 602)).snapshot(0)
     session = TokenUsage(prompt=700 + 1_000, cached=250, sampled=100 + 8, trained=600)
     assert snapshot.used == earlier + session
     assert snapshot.cost.dollars == pytest.approx(5.0 + (1_450 + 0.2 * 250 + 2 * 108 + 3 * 600) / 1e6)
