@@ -15,6 +15,7 @@ from searchr1_async.config import LocalOptions
 from searchr1_async.episodes.types import Episode
 from searchr1_async.errors import ConfigurationError, RunFolderError
 from searchr1_async.events import Emit
+from searchr1_async.exporting.export import export
 from searchr1_async.job import TrainingResult
 from searchr1_async.learn.checkpoints import KeptCheckpoint, ResumePoint, best_checkpoint, kept_checkpoints
 from searchr1_async.run_folder import is_claimed, result_of
@@ -203,8 +204,6 @@ class RecordedRun:
             options: ``step``, ``format``, ``push_to_hub`` and the others of :func:`searchr1_async.export`, which also says what it
                 raises.
         """
-        from searchr1_async.exporting.export import export  # which opens services, and imports this module
-
         return await export(self, folder, **options)
 
     def __repr__(self) -> str:

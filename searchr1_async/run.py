@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from contextlib import aclosing
 from pathlib import Path
-from weakref import WeakValueDictionary
 
 import anyio
 import tinker
@@ -15,7 +14,7 @@ from searchr1_async.answer import Answer
 from searchr1_async.answering import LiveAnswers, asked_question
 from searchr1_async.asking import SAMPLING_DEADLINE
 from searchr1_async.config import LocalOptions, SamplingSettings
-from searchr1_async.control import RunControl
+from searchr1_async.control import RunControl, register, run_under_way
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.events import Emit, Event, Notice, RolloutSampled
 from searchr1_async.job import TrainingResult
@@ -28,9 +27,6 @@ from searchr1_async.weights import Step, find_weights
 
 INTERRUPT_SECONDS = 90.0
 """For a run whose awaiting was interrupted to stop cleanly, with its last weights kept; then it is cancelled."""
-
-_under_way: WeakValueDictionary[Path, Run] = WeakValueDictionary()
-"""This process's runs, by their folders."""
 
 
 class Run(RecordedRun):
@@ -54,7 +50,7 @@ class Run(RecordedRun):
         self._task = asyncio.ensure_future(work(self.control, self._streams))
         self._task.add_done_callback(lambda _: self._streams.wake())
         self._task.add_done_callback(lambda _: self.control.end())
-        _under_way[self._out_dir.resolve()] = self
+        register(self)
 
     @property
     def done(self) -> bool:
@@ -206,5 +202,5 @@ def open_run(path: str | Path) -> RecordedRun:
     Raises:
         RunFolderError: the folder holds no run.
     """
-    run = _under_way.get(Path(path).resolve())
-    return run if run is not None and not run.done else recorded_run(Path(path))
+    run = run_under_way(Path(path))
+    return run if isinstance(run, Run) else recorded_run(Path(path))

@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import anyio
 import anyio.from_thread
@@ -19,6 +19,7 @@ import anyio.to_thread
 import tinker
 
 from searchr1_async.config import LocalOptions
+from searchr1_async.control import run_under_way
 from searchr1_async.errors import ConfigurationError, ExportError, RunFolderError, SearchR1Error, first_error
 from searchr1_async.events import Emit, Notice, emit_nothing
 from searchr1_async.exporting.card import CardFacts, model_card
@@ -26,8 +27,6 @@ from searchr1_async.exporting.download import download_adapter
 from searchr1_async.exporting.hub import check_hub_name, push
 from searchr1_async.exporting.merging import merge, read_adapter
 from searchr1_async.playing import ServiceChoice, opened_service
-from searchr1_async.recorded import RecordedRun
-from searchr1_async.run import Run, open_run
 from searchr1_async.run_folder import is_claimed
 from searchr1_async.service import (
     ADAPTER_CONFIG,
@@ -46,6 +45,13 @@ from searchr1_async.weights import Step, Weights, find_state
 Format = Literal["peft", "merged"]
 
 
+class RunWithFolder(Protocol):
+    """A :class:`~searchr1_async.recorded.RecordedRun`; that module imports this one."""
+
+    @property
+    def out_dir(self) -> Path: ...
+
+
 @dataclass(frozen=True, slots=True)
 class _Order:
     """What is to be made."""
@@ -56,7 +62,7 @@ class _Order:
 
 
 async def export(
-    run: RecordedRun | str | Path,
+    run: RunWithFolder | str | Path,
     folder: str | Path,
     *,
     step: Step = "last",
@@ -100,7 +106,7 @@ async def export(
         ExportError: the download, the merging or the upload failed.
     """
     target = Path(folder)
-    source = run.out_dir if isinstance(run, RecordedRun) else run
+    source = run if isinstance(run, str | Path) else run.out_dir
     _check(target, format, push_to_hub)
     await anyio.to_thread.run_sync(_check_target, target)
     weights = await anyio.to_thread.run_sync(partial(find_state, source, step, service_folder=service_folder))
@@ -111,7 +117,7 @@ async def export(
     tokenizer = await anyio.to_thread.run_sync(_tokenizer_of, weights, base_model)
     choice = ServiceChoice(service, model or base_model, local or LocalOptions(), tokenizer)
     try:
-        async with _service_of(run, weights, choice, emit) as opened:
+        async with _service_of(weights, choice, emit) as opened:
             await _export(opened, weights, order, emit)
     except* SearchR1Error as group:
         raise first_error(group) from group
@@ -145,13 +151,10 @@ def _tokenizer_of(weights: Weights, base_model: str | None) -> str | None:
 
 
 @asynccontextmanager
-async def _service_of(
-    run: RecordedRun | str | Path, weights: Weights, choice: ServiceChoice, emit: Emit
-) -> AsyncIterator[Service]:
+async def _service_of(weights: Weights, choice: ServiceChoice, emit: Emit) -> AsyncIterator[Service]:
     """The service of a run that is under way here, else one that is opened."""
     if weights.run is not None and choice.service is None:
-        under_way = run if isinstance(run, Run) else open_run(weights.run)
-        if isinstance(under_way, Run) and not under_way.done:
+        if (under_way := run_under_way(weights.run)) is not None:
             with under_way.control.using_service() as live:
                 if live is not None:
                     yield live
