@@ -13,6 +13,7 @@ import searchr1_async as sr
 from searchr1_async.events import Notice, RunStarted
 from searchr1_async.learn.checkpoints import ResumePoint
 from searchr1_async.starting import Start, chosen_model, chosen_rank, find_start, resumed_start
+from searchr1_async.weights import find_state
 from tests import tiny_world
 
 pytestmark = pytest.mark.anyio
@@ -58,6 +59,15 @@ def test_a_run_gives_its_last_weights_or_those_of_a_step(tmp_path: Path) -> None
     assert path_of(find_start(f"{run}@last", None, out)) == "tinker://run/weights/4"
     with pytest.raises(sr.RunFolderError, match="no weights of step 3; kept: 2, 4"):
         find_start(f"{run}@3", None, out)
+
+
+def test_the_last_weights_are_none_that_a_run_under_way_deletes_after_measuring(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "first", embedded=True)
+    kept = json.loads((run / "checkpoints.json").read_text())
+    kept["checkpoints"][1]["for_good"] = False
+    (run / "checkpoints.json").write_text(json.dumps(kept))
+    assert find_state(run).path == "tinker://run/weights/2"
+    assert find_state(run, 4).path == "tinker://run/weights/4", "named, it is had as long as it is there"
 
 
 def test_weights_that_the_service_cannot_have_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
