@@ -6,7 +6,7 @@ import importlib.util
 import json
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +20,14 @@ import tinker
 
 from searchr1_async.config import LocalOptions
 from searchr1_async.control import run_under_way
-from searchr1_async.errors import ConfigurationError, ExportError, RunFolderError, SearchR1Error, first_error
+from searchr1_async.errors import (
+    ConfigurationError,
+    ExportError,
+    RunFolderError,
+    SearchR1Error,
+    ServiceError,
+    first_error,
+)
 from searchr1_async.events import Emit, Notice, emit_nothing
 from searchr1_async.exporting.card import CardFacts, model_card
 from searchr1_async.exporting.download import download_adapter
@@ -59,6 +66,8 @@ class _Order:
     folder: Path
     format: Format
     base_model: str | None
+    find: Callable[[], Weights]
+    """Which weights: of a run under way, others after each step."""
 
 
 async def export(
@@ -109,8 +118,9 @@ async def export(
     source = run if isinstance(run, str | Path) else run.out_dir
     _check(target, format, push_to_hub)
     await anyio.to_thread.run_sync(_check_target, target)
-    weights = await anyio.to_thread.run_sync(partial(find_state, source, step, service_folder=service_folder))
-    order, emit = _Order(target, format, base_model), emit or emit_nothing
+    find = partial(find_state, source, step, service_folder=service_folder)
+    weights = await anyio.to_thread.run_sync(find)
+    order, emit = _Order(target, format, base_model, find), emit or emit_nothing
     model = weights.base_model
     if model is None and weights.path is not None and not is_embedded(service):
         model = await base_model_of(weights.path, service)
@@ -170,13 +180,11 @@ async def _service_of(weights: Weights, choice: ServiceChoice, emit: Emit) -> As
 
 
 async def _export(service: Service, weights: Weights, order: _Order, emit: Emit) -> None:
-    assert weights.path is not None
     base = order.base_model or weights.base_model or service.model_name
-    emit(Notice(f"downloading the adapter of {weights.path}"))
     with _scratch(order.folder) as scratch:
         adapter, merged = scratch / "adapter", scratch / "merged"
         await anyio.to_thread.run_sync(adapter.mkdir)
-        await download_adapter(service, weights.path, adapter)
+        weights = await _download(service, weights, order, adapter, emit)
         name = _base_name(base, service)
         config = await anyio.to_thread.run_sync(_finish_config, adapter, name)
         facts = CardFacts(
@@ -198,6 +206,23 @@ async def _export(service: Service, weights: Weights, order: _Order, emit: Emit)
             await in_thread(lambda: _merge(base_weights, adapter, merged))
         await in_thread(lambda: _finish(done, service.tokenizer, facts, weights.run, order.folder))
     emit(Notice(f"exported to {order.folder}"))
+
+
+async def _download(service: Service, weights: Weights, order: _Order, adapter: Path, emit: Emit) -> Weights:
+    """Downloads the adapter; returns which weights it has. A run under way deletes the state of its resume point after the next
+    step: then it is that step's."""
+    while True:
+        assert weights.path is not None
+        emit(Notice(f"downloading the adapter of {weights.path}"))
+        try:
+            await download_adapter(service, weights.path, adapter)
+        except ServiceError:
+            newer = await anyio.to_thread.run_sync(order.find)
+            if newer.path == weights.path:
+                raise
+            weights = newer
+        else:
+            return weights
 
 
 @contextmanager
