@@ -64,7 +64,7 @@ def find_start(start_from: str | Path, service: str | tinker.ServiceClient | Non
             )
         rank, base_model = _read_config(folder)
         return Start(name, adapter=folder, rank=rank, base_model=base_model)
-    point = ResumePoint.load(folder)
+    point = ResumePoint.load(folder) if folder.is_dir() else None
     if point is None:
         raise ConfigurationError(
             f"start_from={name!r} is no run's folder and no PEFT adapter's: name one of these, or a tinker:// path"
@@ -196,6 +196,13 @@ def _rank_of(point: ResumePoint) -> int | None:
 def _read_config(folder: Path) -> tuple[int, str | None]:
     try:
         config = json.loads((folder / ADAPTER_CONFIG).read_bytes())
-        return int(config["r"]), config.get("base_model_name_or_path")
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ConfigurationError(f"{folder / ADAPTER_CONFIG} cannot be read: {error}") from error
+        rank, base_model = config["r"], config.get("base_model_name_or_path")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ConfigurationError(
+            f"{folder / ADAPTER_CONFIG} is no adapter's configuration: {type(error).__name__}: {error}"
+        ) from error
+    if type(rank) is not int or rank < 1 or not isinstance(base_model, str | None):
+        raise ConfigurationError(
+            f"{folder / ADAPTER_CONFIG} is no LoRA adapter's: r is {rank!r}, base_model_name_or_path {base_model!r}"
+        )
+    return rank, base_model

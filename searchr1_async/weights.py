@@ -105,7 +105,7 @@ def find_state(source: str | Path, step: Step = "last", *, service_folder: str |
 
 def _opened(run: Path) -> tuple[ResumePoint, Path | None]:
     """A run's resume point, and the folder of its embedded service, if it had one."""
-    point = ResumePoint.load(run)
+    point = ResumePoint.load(run) if run.is_dir() else None
     if point is None:
         raise RunFolderError(f"{run} holds no run: name a run's folder or a tinker:// path")
     own = run / "service"
@@ -123,5 +123,5 @@ def _kept(run: Path, step: Step) -> KeptCheckpoint:
     kept = {checkpoint.step: checkpoint for checkpoint in kept_checkpoints(run)}
     if step not in kept:
         there = ", ".join(map(str, sorted(kept))) or "none"
-        raise RunFolderError(f"the run in {run} has kept no weights of step {step}; kept: {there}")
+        raise RunFolderError(f"the run in {run} has kept no weights of step {step!r}; kept: {there}")
     return kept[int(step)]

@@ -93,6 +93,26 @@ def test_weights_that_the_service_cannot_have_are_refused(tmp_path: Path, monkey
     assert find_start(adapter, "http://localhost:1", out).rank == 8
 
 
+@pytest.mark.parametrize(
+    "content", ["[]", "{", '{"r": null}', '{"r": 0}', '{"r": 1e400}', '{"r": 8, "base_model_name_or_path": 3}']
+)
+def test_an_adapter_that_is_none_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "adapter_config.json").write_text(content)
+    with pytest.raises(sr.ConfigurationError, match=r"adapter_config\.json is no .*adapter's"):
+        find_start(tmp_path, None, tmp_path / "second")
+
+
+def test_a_file_and_a_step_of_another_type_are_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(sr.ConfigurationError, match="no run's folder and no PEFT adapter's"):
+        find_start(tmp_path / "file", None, tmp_path / "second")
+    with pytest.raises(sr.RunFolderError, match="holds no run: name a run's folder"):
+        find_state(tmp_path / "file")
+    step: Any = "2"
+    with pytest.raises(sr.RunFolderError, match="no weights of step '2'; kept: 2, 4"):
+        find_state(make_run(tmp_path / "first"), step)
+
+
 def test_contradictions_are_refused_by_name(tmp_path: Path) -> None:
     start = find_start(make_run(tmp_path / "first", embedded=True), None, tmp_path / "second")
     assert (chosen_rank(None, start), chosen_rank(8, start), chosen_rank(None, None), chosen_rank(4, None)) == (
