@@ -1,11 +1,13 @@
-"""The hand on a run: stop it, hold it, let it go on, ask it."""
+"""The hand on a run: stop it, hold it, let it go on, ask it. And which runs this process trains."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+from weakref import WeakValueDictionary
 
 import anyio
 
@@ -212,3 +214,29 @@ class RunControl:
     def _answers_change(self) -> None:
         self._answers_changed.set()
         self._answers_changed = anyio.Event()
+
+
+class RunUnderWay(Protocol):
+    """A run that this process trains."""
+
+    control: RunControl
+
+    @property
+    def out_dir(self) -> Path: ...
+
+    @property
+    def done(self) -> bool: ...
+
+
+_runs: WeakValueDictionary[Path, RunUnderWay] = WeakValueDictionary()
+
+
+def register(run: RunUnderWay) -> None:
+    """The run is found by its folder from now on."""
+    _runs[run.out_dir.resolve()] = run
+
+
+def run_under_way(folder: Path) -> RunUnderWay | None:
+    """The run that this process trains in a folder; None where it trains none there, or none any more."""
+    run = _runs.get(folder.resolve())
+    return None if run is None or run.done else run

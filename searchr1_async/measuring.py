@@ -264,7 +264,12 @@ class Measuring:
             if step > measured and self._is_due(step) and not (is_over and step == now):
                 # Weights that are kept may be opened whenever their turn comes; those at hand are all there is without.
                 path = paths.get(step)
-                self._waiting.append(_Due(step, policy if path is None else None, path))
+                if path is None and self._job.pipeline.weights_in_flight == "inflight":
+                    # The first step of this session would change what is measured beside it.
+                    with self._control.interruptible():
+                        await self.measure(f"step {step}", policy)
+                else:
+                    self._waiting.append(_Due(step, policy if path is None else None, path))
 
     def _adopt(self) -> int:
         """Tells the kept weights of measurements that were written just before a kill; the newest step that is measured."""

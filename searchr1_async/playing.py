@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import anyio
 import tinker
 
 from searchr1_async.config import EpisodeLimits, LocalOptions, SamplingSettings
@@ -18,7 +19,7 @@ from searchr1_async.episodes.rendering import check_thinking
 from searchr1_async.episodes.reward import RewardFunction
 from searchr1_async.episodes.types import Passage, Question, SearchCall
 from searchr1_async.errors import ConfigurationError, ModelError, SearchError, SearchR1Error, first_error
-from searchr1_async.events import Emit, Notice, RunEnded, RunStarted
+from searchr1_async.events import Emit, Notice, PhaseAdvanced, PhaseEnded, PhaseStarted, RunEnded, RunStarted
 from searchr1_async.models import Thinking
 from searchr1_async.rollout.engine import RolloutEngine
 from searchr1_async.rollout.opening import open_engine
@@ -27,7 +28,6 @@ from searchr1_async.rollout.workers.messages import WorkerSpec
 from searchr1_async.search import Search
 from searchr1_async.search.queries import clean_query
 from searchr1_async.service import Service, check_chat_format, check_service, open_service
-from searchr1_async.training import open_search
 from searchr1_async.watch.dashboard import Choice, View, open_view
 from searchr1_async.watch.fanout import Watchers
 from searchr1_async.watch.viewer.tokens import remember_tokenizer
@@ -182,6 +182,23 @@ def started(
         step=step or 0,
         group_size=play.group_size,
     )
+
+
+async def open_search(search: Search, emit: Emit) -> None:
+    """Builds the search's index where there is none yet, showing progress."""
+    started = False
+    began = anyio.current_time()
+
+    def on_progress(done: int, total: int) -> None:
+        nonlocal started
+        if not started:
+            started = True
+            emit(PhaseStarted("index", total, "passages"))
+        emit(PhaseAdvanced("index", done))
+
+    await search.build(on_progress)
+    if started:
+        emit(PhaseEnded("index", anyio.current_time() - began))
 
 
 @asynccontextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +11,23 @@ import polars as pl
 import tinker
 
 from searchr1_async.answer import Answer
+from searchr1_async.answering import LiveAnswers, asked_question
 from searchr1_async.asking import SAMPLING_DEADLINE, ask
-from searchr1_async.config import LocalOptions
+from searchr1_async.config import LocalOptions, SamplingSettings
 from searchr1_async.episodes.types import Episode
 from searchr1_async.errors import ConfigurationError, RunFolderError
 from searchr1_async.events import Emit
+from searchr1_async.exporting.export import export
 from searchr1_async.job import TrainingResult
 from searchr1_async.learn.checkpoints import KeptCheckpoint, ResumePoint, best_checkpoint, kept_checkpoints
+from searchr1_async.playing import ServiceChoice
 from searchr1_async.run_folder import is_claimed, result_of
 from searchr1_async.search import Search
 from searchr1_async.watch.dashboard import Choice
 from searchr1_async.watch.records import RunRecords
 from searchr1_async.watch.trackers import EVENTS_FILE
 from searchr1_async.watch.viewer import CellView, load_tokenizer, remember_tokenizer, view_run
-from searchr1_async.weights import Step
+from searchr1_async.weights import Step, find_weights
 
 CELL_EPISODES = 200
 """Episodes in a notebook's own viewer, which are kept in its file."""
@@ -34,6 +38,8 @@ class RecordedRun:
 
     def __init__(self, out_dir: Path) -> None:
         self._out_dir = out_dir
+        self._search: Search | None = None
+        self._choice = ServiceChoice()
         self._tokenizer: Any = None
 
     @property
@@ -137,31 +143,67 @@ class RecordedRun:
 
         It is asked as it was trained: the same prompt, format and limits. Nothing is written into the run's folder.
 
+        A run under way in this process, held or not, answers with its own service beside the training, for ``step="last"`` with
+        the newest weights; before its first step these are the untrained ones. Its records, episodes, samples and limits are left
+        alone; searches with its own search are counted in its search figures. If it ends before the answer is there, its last
+        kept weights are asked.
+
         Args:
             search: the tool; None is the run's own.
             step: which of the kept weights: ``"last"``, ``"best"``, or a number of steps (see :attr:`checkpoints`).
+            service, local, tokenizer: only for a run that has ended; None is what the run was given, where this is its handle.
 
             The others as in :func:`searchr1_async.ask`.
 
         Raises:
             ConfigurationError, ServiceError, SearchError: as :func:`searchr1_async.ask`.
         """
+        asked = asked_question(question)
+        sampling = SamplingSettings(temperature=temperature, seed=seed, deadline=sampling_deadline)
+
+        async def put(answers: LiveAnswers) -> Answer:
+            return await answers.answer(
+                asked,
+                sampling,
+                search=search,
+                limits={"max_turns": max_turns, "max_tokens": max_tokens},
+                weights=None if step == "last" else find_weights(self._out_dir, step),
+            )
+
+        if self._is_live:
+            if (service, local, tokenizer) != (None, None, None):
+                raise ConfigurationError(
+                    "service, local and tokenizer are for a run that has ended: this one answers with its own service"
+                )
+            if (answer := await self._ask_live(put, progress, emit)) is not None:
+                return answer
         return await ask(
             question,
-            search,
+            search or self._search,
             checkpoint=self._out_dir,
             step=step,
             temperature=temperature,
             seed=seed,
             max_turns=max_turns,
             max_tokens=max_tokens,
-            service=service,
-            local=local,
-            tokenizer=tokenizer,
+            service=service or self._choice.service,
+            local=local or self._choice.local,
+            tokenizer=tokenizer or self._choice.tokenizer,
             sampling_deadline=sampling_deadline,
             progress=progress,
             emit=emit,
         )
+
+    @property
+    def _is_live(self) -> bool:
+        """This is the handle of a run that this process trains."""
+        return False
+
+    async def _ask_live(
+        self, put: Callable[[LiveAnswers], Awaitable[Answer]], progress: Choice, emit: Emit | None
+    ) -> Answer | None:
+        """Asks the run under way; None where there is none, or where it ends before the answer is there."""
+        return None
 
     def plot(self, kind: str = "learning", **options: Any) -> Any:
         """A chart of the run, as an Altair object: change it further, or ``.save("chart.png")`` (or ``.svg``).
@@ -203,8 +245,6 @@ class RecordedRun:
             options: ``step``, ``format``, ``push_to_hub`` and the others of :func:`searchr1_async.export`, which also says what it
                 raises.
         """
-        from searchr1_async.exporting.export import export  # which opens services, and imports this module
-
         return await export(self, folder, **options)
 
     def __repr__(self) -> str:

@@ -6,17 +6,12 @@ import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from contextlib import aclosing
 from pathlib import Path
-from weakref import WeakValueDictionary
 
 import anyio
-import tinker
 
 from searchr1_async.answer import Answer
-from searchr1_async.answering import LiveAnswers, asked_question
-from searchr1_async.asking import SAMPLING_DEADLINE
-from searchr1_async.config import LocalOptions, SamplingSettings
-from searchr1_async.control import RunControl
-from searchr1_async.errors import ConfigurationError
+from searchr1_async.answering import LiveAnswers
+from searchr1_async.control import RunControl, register, run_under_way
 from searchr1_async.events import Emit, Event, Notice, RolloutSampled
 from searchr1_async.job import TrainingResult
 from searchr1_async.playing import ServiceChoice, watching
@@ -24,13 +19,9 @@ from searchr1_async.recorded import RecordedRun, recorded_run
 from searchr1_async.search import Search
 from searchr1_async.watch.dashboard import Choice
 from searchr1_async.watch.stream import EventStreams
-from searchr1_async.weights import Step, find_weights
 
 INTERRUPT_SECONDS = 90.0
 """For a run whose awaiting was interrupted to stop cleanly, with its last weights kept; then it is cancelled."""
-
-_under_way: WeakValueDictionary[Path, Run] = WeakValueDictionary()
-"""This process's runs, by their folders."""
 
 
 class Run(RecordedRun):
@@ -54,7 +45,7 @@ class Run(RecordedRun):
         self._task = asyncio.ensure_future(work(self.control, self._streams))
         self._task.add_done_callback(lambda _: self._streams.wake())
         self._task.add_done_callback(lambda _: self.control.end())
-        _under_way[self._out_dir.resolve()] = self
+        register(self)
 
     @property
     def done(self) -> bool:
@@ -113,67 +104,9 @@ class Run(RecordedRun):
         """Lets a run that was paused go on."""
         self.control.resume()
 
-    async def ask(
-        self,
-        question: str,
-        search: Search | None = None,
-        *,
-        step: Step = "last",
-        temperature: float = 0.0,
-        seed: int | None = None,
-        max_turns: int | None = None,
-        max_tokens: int | None = None,
-        service: str | tinker.ServiceClient | None = None,
-        local: LocalOptions | None = None,
-        tokenizer: str | None = None,
-        sampling_deadline: float = SAMPLING_DEADLINE,
-        progress: Choice = "quiet",
-        emit: Emit | None = None,
-    ) -> Answer:
-        """Asks the model one question, while it is trained or afterwards.
-
-        While the run is under way, held or not, its own service answers beside the training, with the newest weights for
-        ``step="last"``; before its first step these are the untrained ones. The run's records, episodes, samples and limits are
-        left alone; searches with the run's own search are counted in its search figures, and tokens in its cost. Where the run ends before the answer is
-        there, and after its end, it is :meth:`RecordedRun.ask`, with the search and the service that the run was given.
-
-        Args: as :meth:`RecordedRun.ask`. ``service``, ``local`` and ``tokenizer`` are for a run that has ended.
-
-        Raises:
-            ConfigurationError, ServiceError, SearchError: as :func:`searchr1_async.ask`.
-        """
-        if not self.done:
-            if (service, local, tokenizer) != (None, None, None):
-                raise ConfigurationError(
-                    "service, local and tokenizer are for a run that has ended: this one answers with its own service"
-                )
-
-            async def put(answers: LiveAnswers) -> Answer:
-                return await answers.answer(
-                    asked_question(question),
-                    SamplingSettings(temperature=temperature, seed=seed, deadline=sampling_deadline),
-                    search=search,
-                    limits={"max_turns": max_turns, "max_tokens": max_tokens},
-                    weights=None if step == "last" else find_weights(self._out_dir, step),
-                )
-
-            if (answer := await self._ask_live(put, progress, emit)) is not None:
-                return answer
-        return await super().ask(
-            question,
-            search or self._search,
-            step=step,
-            temperature=temperature,
-            seed=seed,
-            max_turns=max_turns,
-            max_tokens=max_tokens,
-            service=service or self._choice.service,
-            local=local or self._choice.local,
-            tokenizer=tokenizer or self._choice.tokenizer,
-            sampling_deadline=sampling_deadline,
-            progress=progress,
-            emit=emit,
-        )
+    @property
+    def _is_live(self) -> bool:
+        return not self.done
 
     async def _ask_live(
         self, put: Callable[[LiveAnswers], Awaitable[Answer]], progress: Choice, emit: Emit | None
@@ -206,5 +139,5 @@ def open_run(path: str | Path) -> RecordedRun:
     Raises:
         RunFolderError: the folder holds no run.
     """
-    run = _under_way.get(Path(path).resolve())
-    return run if run is not None and not run.done else recorded_run(Path(path))
+    run = run_under_way(Path(path))
+    return run if isinstance(run, Run) else recorded_run(Path(path))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -14,13 +13,12 @@ from urllib.parse import urlsplit
 
 import anyio
 import tinker
-from tinker.lib.client_connection_pool_type import ClientConnectionPoolType
 from tinker.types import ExternalWeightsUrlsResponse, WeightsInfoResponse
 
 from searchr1_async.billing import Billing, billing_of, is_tinker_host
 from searchr1_async.config import LocalOptions
 from searchr1_async.episodes.rendering import check_thinking, known_format, select_renderer
-from searchr1_async.episodes.tokenizers import load_pretrained_tokenizer
+from searchr1_async.episodes.tokenizers import load_tokenizer
 from searchr1_async.errors import ConfigurationError, PortInUseError, ServiceError, ServiceUnavailableError
 from searchr1_async.events import Emit, Notice
 from searchr1_async.local import DEFAULT_MODEL, local_service, probe
@@ -71,7 +69,7 @@ class Service:
         Raises:
             ServiceError: refused, or no answer.
         """
-        return await _wait(
+        return await wait_for(
             "creating a training client",
             lambda: self.client.create_lora_training_client(self.model_name, rank=rank, seed=seed),
         )
@@ -82,7 +80,7 @@ class Service:
         Raises:
             ServiceError: it is gone (expired, another folder), or no answer.
         """
-        return await _wait(
+        return await wait_for(
             f"restoring {state_path}",
             lambda: self.client.create_training_client_from_state_with_optimizer(state_path),
         )
@@ -93,7 +91,9 @@ class Service:
         Raises:
             ServiceError: they are gone (expired, another folder), or no answer.
         """
-        return await _wait(f"loading {state_path}", lambda: self.client.create_training_client_from_state(state_path))
+        return await wait_for(
+            f"loading {state_path}", lambda: self.client.create_training_client_from_state(state_path)
+        )
 
     async def save_external(self, client: tinker.TrainingClient, name: str, *, ttl_seconds: int) -> str:
         """Saves a model's adapter for download; returns its ``tinker://…/external_weights/…`` path.
@@ -104,7 +104,7 @@ class Service:
         Raises:
             ServiceError: refused (an older service does not offer it), or no answer.
         """
-        saved = await _wait(
+        saved = await wait_for(
             "saving external weights",
             lambda: client.save_weights_external(name, ttl_seconds=ttl_seconds),
             deadline=_EXTERNAL_DEADLINE,
@@ -118,7 +118,7 @@ class Service:
             ServiceError: there are none, or no answer.
         """
         rest = await self._rest()
-        return await _wait(f"asking for the files of {path}", lambda: rest.get_external_weights_urls(path))
+        return await wait_for(f"asking for the files of {path}", lambda: rest.get_external_weights_urls(path))
 
     async def weights_info(self, path: str) -> WeightsInfoResponse:
         """The base model and the LoRA rank of saved weights.
@@ -127,35 +127,7 @@ class Service:
             ServiceError: there are none, or no answer.
         """
         rest = await self._rest()
-        return await _wait(f"asking about {path}", lambda: rest.get_weights_info_by_tinker_path(path))
-
-    async def import_weights(self, folder: Path, *, tinker_path: str | None = None) -> str:
-        """Has an embedded service copy weights of this machine into its own checkpoints; returns their ``tinker://`` path.
-
-        Args:
-            folder: a PEFT adapter, or with ``tinker_path`` the folder of the embedded service that holds that path.
-
-        Raises:
-            ServiceError: the weights do not fit the model, or this is no embedded service.
-        """
-        holder = self.client.holder
-        fields = {"folder": str(await anyio.Path(folder).resolve())}
-        fields |= {"tinker_path": tinker_path} if tinker_path else {"name": secrets.token_hex(8)}
-
-        async def send() -> Any:
-            with holder.aclient(ClientConnectionPoolType.TRAIN) as client:
-                return await client.post(f"/api/v1/{IMPORT_ROUTE}", body=fields, cast_to=object)
-
-        try:
-            answer = await _wait(f"importing {folder}", lambda: holder.run_coroutine_threadsafe(send()))
-        except ServiceError as error:
-            if isinstance(error.__cause__, tinker.NotFoundError) and "does not exist" not in str(error):
-                raise ServiceError(
-                    f"{folder} cannot be imported: only the embedded service takes weights from a folder, and the one at hand "
-                    "is another. Name a tinker:// path of this service."
-                ) from error
-            raise
-        return answer["path"]
+        return await wait_for(f"asking about {path}", lambda: rest.get_weights_info_by_tinker_path(path))
 
     async def create_sampling_client(
         self, sampler_path: str | None = None, *, base_model: str | None = None
@@ -166,11 +138,11 @@ class Service:
             ServiceError: refused, or no answer.
         """
         if sampler_path is not None:
-            return await _wait(
+            return await wait_for(
                 f"opening {sampler_path}", lambda: self.client.create_sampling_client(model_path=sampler_path)
             )
         model = base_model or self.model_name
-        return await _wait(f"opening {model}", lambda: self.client.create_sampling_client(base_model=model))
+        return await wait_for(f"opening {model}", lambda: self.client.create_sampling_client(base_model=model))
 
     async def delete_checkpoint(self, path: str) -> None:
         """Deletes a checkpoint that is no longer needed.
@@ -179,15 +151,19 @@ class Service:
             ServiceError: it could not be deleted.
         """
         rest = await self._rest()
-        await _wait(f"deleting {path}", lambda: rest.delete_checkpoint_from_tinker_path(path))
+        await wait_for(f"deleting {path}", lambda: rest.delete_checkpoint_from_tinker_path(path))
 
     async def _rest(self) -> tinker.RestClient:
         # Over the session's own connections, which are closed with it; its first use of an address blocks.
         return await anyio.to_thread.run_sync(lambda: tinker.RestClient(self.client.holder))
 
 
-async def _wait(doing: str, submit: Any, deadline: float = _SETUP_DEADLINE) -> Any:
-    """Runs a call of the SDK that may block (it starts its session at the first) and waits for its result."""
+async def wait_for(doing: str, submit: Callable[[], Any], deadline: float = _SETUP_DEADLINE) -> Any:
+    """Runs a call of the SDK that may block (it starts its session at the first) and waits ``deadline`` seconds for its result.
+
+    Raises:
+        ServiceError: refused, or no answer; ``doing`` says what was being done.
+    """
     try:
         with anyio.fail_after(deadline):
             future = await anyio.to_thread.run_sync(submit, abandon_on_cancel=True)
@@ -416,15 +392,6 @@ async def _client(url: str | None, api_key: str | None) -> AsyncIterator[tinker.
                 del error
 
 
-async def load_tokenizer(source: str) -> Any:
-    """The Hugging Face tokenizer in a folder or under a model's name, loaded in a worker thread.
-
-    Raises:
-        ModelError: there is none.
-    """
-    return await anyio.to_thread.run_sync(load_pretrained_tokenizer, source)
-
-
 async def check_chat_format(
     service: str | tinker.ServiceClient | None,
     model: str,
@@ -467,6 +434,7 @@ async def load_embedded_tokenizer(model: str, tokenizer: str | None) -> Any:
 __all__ = [
     "ADAPTER_CONFIG",
     "ADAPTER_WEIGHTS",
+    "IMPORT_ROUTE",
     "Service",
     "ServiceUnavailableError",
     "base_folder",
@@ -477,8 +445,8 @@ __all__ = [
     "is_embedded",
     "is_tinker_cloud",
     "load_embedded_tokenizer",
-    "load_tokenizer",
     "lora_parts",
     "open_service",
     "published_base",
+    "wait_for",
 ]

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import anyio
 import tinker
+from tinker.lib.client_connection_pool_type import ClientConnectionPoolType
 
-from searchr1_async.errors import ConfigurationError, RunFolderError
+from searchr1_async.errors import ConfigurationError, RunFolderError, ServiceError
 from searchr1_async.events import Emit, Notice
 from searchr1_async.learn.checkpoints import ResumePoint
-from searchr1_async.service import ADAPTER_CONFIG, Service, is_embedded, published_base
-from searchr1_async.weights import Step, Weights, find_state
+from searchr1_async.service import ADAPTER_CONFIG, IMPORT_ROUTE, Service, is_embedded, published_base, wait_for
+from searchr1_async.weights import Step, Weights, find_state, parse_step
 
 DEFAULT_RANK = 32
 """Of an adapter with new weights."""
@@ -61,7 +64,7 @@ def find_start(start_from: str | Path, service: str | tinker.ServiceClient | Non
             )
         rank, base_model = _read_config(folder)
         return Start(name, adapter=folder, rank=rank, base_model=base_model)
-    point = ResumePoint.load(folder)
+    point = ResumePoint.load(folder) if folder.is_dir() else None
     if point is None:
         raise ConfigurationError(
             f"start_from={name!r} is no run's folder and no PEFT adapter's: name one of these, or a tinker:// path"
@@ -125,13 +128,13 @@ async def open_start(
     """
     state = start.state
     if start.adapter is not None:
-        path = await service.import_weights(start.adapter)
+        path = await _import_weights(service, start.adapter)
     else:
         assert state is not None, "a run that is resumed opens its own state"
         assert state.path is not None
         path = state.path
         if state.service_folder is not None:
-            path = await service.import_weights(state.service_folder, tinker_path=path)
+            path = await _import_weights(service, state.service_folder, tinker_path=path)
     info = await service.weights_info(path)
     if info.lora_rank is not None and info.lora_rank != rank:
         raise ConfigurationError(
@@ -149,13 +152,40 @@ async def open_start(
     return client, {"name": start.name, "path": path, "step": step, "base_model": info.base_model}
 
 
+async def _import_weights(service: Service, folder: Path, *, tinker_path: str | None = None) -> str:
+    """Has an embedded service copy weights of this machine into its own checkpoints; returns their ``tinker://`` path.
+
+    Args:
+        folder: a PEFT adapter, or with ``tinker_path`` the folder of the embedded service that holds that path.
+
+    Raises:
+        ServiceError: the weights do not fit the model, or this is no embedded service.
+    """
+    holder = service.client.holder
+    fields = {"folder": str(await anyio.Path(folder).resolve())}
+    fields |= {"tinker_path": tinker_path} if tinker_path else {"name": secrets.token_hex(8)}
+
+    async def send() -> Any:
+        with holder.aclient(ClientConnectionPoolType.TRAIN) as client:
+            return await client.post(f"/api/v1/{IMPORT_ROUTE}", body=fields, cast_to=object)
+
+    try:
+        answer = await wait_for(f"importing {folder}", lambda: holder.run_coroutine_threadsafe(send()))
+    except ServiceError as error:
+        if isinstance(error.__cause__, tinker.NotFoundError) and "does not exist" not in str(error):
+            raise ServiceError(
+                f"{folder} cannot be imported: only the embedded service takes weights from a folder, and the one at hand "
+                "is another. Name a tinker:// path of this service."
+            ) from error
+        raise
+    return answer["path"]
+
+
 def _folder_and_step(name: str) -> tuple[Path, Step]:
     if not Path(name).exists() and "@" in name:
-        folder, _, step = name.rpartition("@")
-        if step == "last" or step == "best":
+        folder, _, text = name.rpartition("@")
+        if (step := parse_step(text)) is not None:
             return Path(folder), step
-        if step.isdecimal():
-            return Path(folder), int(step)
     return Path(name), "last"
 
 
@@ -166,6 +196,13 @@ def _rank_of(point: ResumePoint) -> int | None:
 def _read_config(folder: Path) -> tuple[int, str | None]:
     try:
         config = json.loads((folder / ADAPTER_CONFIG).read_bytes())
-        return int(config["r"]), config.get("base_model_name_or_path")
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ConfigurationError(f"{folder / ADAPTER_CONFIG} cannot be read: {error}") from error
+        rank, base_model = config["r"], config.get("base_model_name_or_path")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ConfigurationError(
+            f"{folder / ADAPTER_CONFIG} is no adapter's configuration: {type(error).__name__}: {error}"
+        ) from error
+    if type(rank) is not int or rank < 1 or not isinstance(base_model, str | None):
+        raise ConfigurationError(
+            f"{folder / ADAPTER_CONFIG} is no LoRA adapter's: r is {rank!r}, base_model_name_or_path {base_model!r}"
+        )
+    return rank, base_model

@@ -7,7 +7,6 @@ Read :func:`_Training.run` from top to bottom: open the services, measure the mo
 from __future__ import annotations
 
 import asyncio
-import logging
 import random
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -36,12 +35,13 @@ from searchr1_async.events import (
 )
 from searchr1_async.held_out import tell_near_overlap
 from searchr1_async.job import TrainingJob, TrainingResult
-from searchr1_async.learn.checkpoints import CheckpointList, KeptCheckpoint, ResumePoint
+from searchr1_async.learn.checkpoints import CheckpointList, ResumePoint
 from searchr1_async.learn.demonstrations import Demonstration, demonstration_batches, play_demonstrations
 from searchr1_async.learn.learner import Learner
 from searchr1_async.measuring import Measuring
 from searchr1_async.pipeline import Pipeline
-from searchr1_async.recording import Keeper, StepRecorder
+from searchr1_async.playing import open_search
+from searchr1_async.recording import Keeper, StepRecorder, forget_attempt
 from searchr1_async.rollout.engine import RolloutEngine
 from searchr1_async.rollout.opening import open_engine
 from searchr1_async.rollout.order import QuestionOrder
@@ -61,7 +61,6 @@ from searchr1_async.run_folder import (
     result_of,
     writing_records,
 )
-from searchr1_async.search import Search
 from searchr1_async.service import (
     Service,
     billing_on,
@@ -78,8 +77,6 @@ from searchr1_async.watch.fanout import Watchers
 from searchr1_async.watch.records import RunRecords
 from searchr1_async.watch.trackers import Tracker, open_trackers
 from searchr1_async.watch.viewer.tokens import remember_tokenizer
-
-logger = logging.getLogger(__name__)
 
 
 async def run_training(
@@ -239,23 +236,6 @@ def _started(
     )
 
 
-async def open_search(search: Search, emit: Emit) -> None:
-    """Builds the search's index where there is none yet, showing progress."""
-    started = False
-    began = anyio.current_time()
-
-    def on_progress(done: int, total: int) -> None:
-        nonlocal started
-        if not started:
-            started = True
-            emit(PhaseStarted("index", total, "passages"))
-        emit(PhaseAdvanced("index", done))
-
-    await search.build(on_progress)
-    if started:
-        emit(PhaseEnded("index", anyio.current_time() - began))
-
-
 class _Training:
     """One session of a run: from its start, or from its resume point, to its end."""
 
@@ -401,7 +381,7 @@ class _Training:
 
     async def _restore_or_create(self) -> tinker.TrainingClient:
         if self._point is None:
-            await self._forget_attempt()
+            await forget_attempt(self._job, self._records, self._kept, self._service)
             if self._job.start is not None:
                 client, self._started_from = await open_start(
                     self._job.start, self._service, self._job.learning.lora_rank, self._emit
@@ -413,23 +393,6 @@ class _Training:
         self._records.truncate_after(self._point.step)
         self._emit(Notice(f"resuming after step {self._point.step} ({self._point.next_place} questions consumed)"))
         return await self._service.restore_training_client(self._point.state_path)
-
-    async def _forget_attempt(self) -> None:
-        """What an earlier attempt in this folder has left, which came to no resume point: its untrained measurement and its
-        weights at the service too. What cannot be deleted there costs only room."""
-
-        def forget() -> tuple[KeptCheckpoint, ...]:
-            with writing_records(self._job.out_dir):
-                self._records.truncate_after(-1)
-                return self._kept.clear()
-
-        gone = await anyio.to_thread.run_sync(forget)
-        await Keeper(self._job).clear()
-        for path in [path for one in gone for path in one.paths]:
-            try:
-                await self._service.delete_checkpoint(path)
-            except ServiceError as error:
-                logger.info("weights of an earlier attempt were not deleted: %s", error)
 
     async def _published(self, learner: Learner) -> tinker.SamplingClient:
         try:

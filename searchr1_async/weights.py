@@ -13,6 +13,13 @@ from searchr1_async.models import Thinking
 Step = int | Literal["last", "best"]
 
 
+def parse_step(text: str) -> Step | None:
+    """A step as it is written in a command or behind a folder's ``@``; None where it is none."""
+    if text == "last" or text == "best":
+        return text
+    return int(text) if text.isdecimal() else None
+
+
 @dataclass(frozen=True, slots=True)
 class Weights:
     """Weights to sample from, and where they lie."""
@@ -50,11 +57,8 @@ def find_weights(
     if isinstance(checkpoint, str) and checkpoint.startswith("tinker://"):
         return Weights(checkpoint, None, None, folder)
     run = Path(checkpoint)
-    point = ResumePoint.load(run)
-    if point is None:
-        raise RunFolderError(f"{checkpoint} holds no run: name a run's folder or a tinker:// path")
-    own = run / "service"
-    folder = folder or (own if own.is_dir() else None)
+    point, own = _opened(run)
+    folder = folder or own
     if step == "last":
         if point.sampler_path is None:
             raise RunFolderError(
@@ -86,12 +90,10 @@ def find_state(source: str | Path, step: Step = "last", *, service_folder: str |
             )
         return Weights(source, None, None, folder)
     run = Path(source)
-    point = ResumePoint.load(run)
-    if point is None:
-        raise RunFolderError(f"{source} holds no run: name a run's folder or a tinker:// path")
-    own = run / "service"
-    folder = folder or (own if own.is_dir() else None)
-    kept = kept_checkpoints(run)
+    point, own = _opened(run)
+    folder = folder or own
+    # Not those that are there to be measured: a run under way deletes them afterwards.
+    kept = [one for one in kept_checkpoints(run) if one.for_good]
     last = kept[-1] if kept and kept[-1].state_path else None
     found = last if step == "last" else _kept(run, step)
     if found is None:
@@ -102,6 +104,15 @@ def find_state(source: str | Path, step: Step = "last", *, service_folder: str |
             f"package did. Its last state can be had: step='last' (step {point.step}, {point.state_path})."
         )
     return Weights(found.state_path, found.step, point.base_model, folder, run)
+
+
+def _opened(run: Path) -> tuple[ResumePoint, Path | None]:
+    """A run's resume point, and the folder of its embedded service, if it had one."""
+    point = ResumePoint.load(run) if run.is_dir() else None
+    if point is None:
+        raise RunFolderError(f"{run} holds no run: name a run's folder or a tinker:// path")
+    own = run / "service"
+    return point, own if own.is_dir() else None
 
 
 def _kept(run: Path, step: Step) -> KeptCheckpoint:
@@ -115,5 +126,5 @@ def _kept(run: Path, step: Step) -> KeptCheckpoint:
     kept = {checkpoint.step: checkpoint for checkpoint in kept_checkpoints(run)}
     if step not in kept:
         there = ", ".join(map(str, sorted(kept))) or "none"
-        raise RunFolderError(f"the run in {run} has kept no weights of step {step}; kept: {there}")
+        raise RunFolderError(f"the run in {run} has kept no weights of step {step!r}; kept: {there}")
     return kept[int(step)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +14,8 @@ import tinker
 
 import searchr1_async as sr
 from searchr1_async.control import RunControl
-from searchr1_async.events import BatchClosed, Event, Notice, PhaseEnded, PhaseStarted, StepFinished
-from searchr1_async.learn.checkpoints import CheckpointList, kept_checkpoints
+from searchr1_async.events import BatchClosed, Event, GroupFinished, Notice, PhaseEnded, PhaseStarted, StepFinished
+from searchr1_async.learn.checkpoints import CheckpointList, ResumePoint, kept_checkpoints
 from searchr1_async.measuring import Measuring
 from searchr1_async.run_folder import training_questions
 from searchr1_async.watch.records import RunRecords
@@ -268,3 +269,22 @@ async def test_at_the_time_limit_nothing_more_is_begun(tmp_path: Path) -> None:
             measuring.training_ended("time_limit")
             measuring.recorded(2, "tinker://run/sampler_weights/step-000002")
     assert notices == [Notice("the time limit was reached before step 2, 4 could be measured: left out")]
+
+
+async def test_in_flight_the_weights_at_hand_are_measured_before_they_move(
+    start: Callable[..., sr.Run], tmp_path: Path
+) -> None:
+    """A run that was killed after a step whose weights were not kept, and is resumed with evaluate_every."""
+    await start(steps=1, weights_in_flight="inflight", held_out=(), evaluate_every=None)
+    point = ResumePoint.load(tmp_path / "run")
+    assert point is not None
+    replace(point, sampler_path=None, sampler_step=None).save(tmp_path / "run")
+    (tmp_path / "run" / "checkpoints.json").unlink()
+    events: list[Event] = []
+    run = start(steps=3, weights_in_flight="inflight", resume=True, emit=events.append)
+    await run
+    assert {"step 1", "step 2", "after RL"} <= steps_measured(run).keys()
+    measured = next(
+        place for place, event in enumerate(events) if isinstance(event, Notice) and event.text.startswith("step 1: ")
+    )
+    assert not any(isinstance(event, GroupFinished | StepFinished) for event in events[:measured])

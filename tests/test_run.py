@@ -294,6 +294,10 @@ async def test_a_run_under_way_is_asked_with_its_newest_weights_and_undisturbed(
     assert (kept.step, len(kept.episode.turns), kept.episode.turns[0].policy_version) == (1, 1, 1)
     with pytest.raises(sr.ConfigurationError, match="answers with its own service"):
         await run.ask("river of mirin?", service="http://127.0.0.1:9")
+    with pytest.raises(sr.QuestionsError, match="is no question"):
+        await run.ask(" ")
+    with pytest.raises(sr.ConfigurationError, match="temperature is -1"):
+        await run.ask("river of mirin?", temperature=-1)
     assert (await run).reason == "finished"
     assert_whole(run, 3)
     played = [event.episode for event in watch.events if isinstance(event, EpisodeFinished)]

@@ -13,6 +13,7 @@ import searchr1_async as sr
 from searchr1_async.events import Notice, RunStarted
 from searchr1_async.learn.checkpoints import ResumePoint
 from searchr1_async.starting import Start, chosen_model, chosen_rank, find_start, resumed_start
+from searchr1_async.weights import find_state
 from tests import tiny_world
 
 pytestmark = pytest.mark.anyio
@@ -60,6 +61,15 @@ def test_a_run_gives_its_last_weights_or_those_of_a_step(tmp_path: Path) -> None
         find_start(f"{run}@3", None, out)
 
 
+def test_the_last_weights_are_none_that_a_run_under_way_deletes_after_measuring(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "first", embedded=True)
+    kept = json.loads((run / "checkpoints.json").read_text())
+    kept["checkpoints"][1]["for_good"] = False
+    (run / "checkpoints.json").write_text(json.dumps(kept))
+    assert find_state(run).path == "tinker://run/weights/2"
+    assert find_state(run, 4).path == "tinker://run/weights/4", "named, it is had as long as it is there"
+
+
 def test_weights_that_the_service_cannot_have_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "second"
     cloud, embedded = make_run(tmp_path / "cloud"), make_run(tmp_path / "embedded", embedded=True)
@@ -81,6 +91,26 @@ def test_weights_that_the_service_cannot_have_are_refused(tmp_path: Path, monkey
     with pytest.raises(sr.ConfigurationError, match="only the embedded service takes"):
         find_start(adapter, None, out)
     assert find_start(adapter, "http://localhost:1", out).rank == 8
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "{", '{"r": null}', '{"r": 0}', '{"r": 1e400}', '{"r": 8, "base_model_name_or_path": 3}']
+)
+def test_an_adapter_that_is_none_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "adapter_config.json").write_text(content)
+    with pytest.raises(sr.ConfigurationError, match=r"adapter_config\.json is no .*adapter's"):
+        find_start(tmp_path, None, tmp_path / "second")
+
+
+def test_a_file_and_a_step_of_another_type_are_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(sr.ConfigurationError, match="no run's folder and no PEFT adapter's"):
+        find_start(tmp_path / "file", None, tmp_path / "second")
+    with pytest.raises(sr.RunFolderError, match="holds no run: name a run's folder"):
+        find_state(tmp_path / "file")
+    step: Any = "2"
+    with pytest.raises(sr.RunFolderError, match="no weights of step '2'; kept: 2, 4"):
+        find_state(make_run(tmp_path / "first"), step)
 
 
 def test_contradictions_are_refused_by_name(tmp_path: Path) -> None:

@@ -8,21 +8,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from searchr1_async.asking import ask
-from searchr1_async.commands.searching import add_search, named_search
+from searchr1_async.commands.searching import add_search, named_search, step_argument
 from searchr1_async.config import LocalOptions
 from searchr1_async.watch.rows import storable
 
 if TYPE_CHECKING:
     from searchr1_async.answer import Answer
     from searchr1_async.commands import Parsers
-    from searchr1_async.weights import Step
 
 
 def add(commands: Parsers) -> None:
     parser = commands.add_parser("ask", help="ask a trained model one question")
     parser.add_argument("run_folder", metavar="RUN", type=Path, help="the run's folder")
     parser.add_argument("question", help="in quotes")
-    parser.add_argument("--step", type=_step, default="last", help="last, best, or a number of steps (%(default)s)")
+    parser.add_argument(
+        "--step", type=step_argument, default="last", help="last, best, or a number of steps (%(default)s)"
+    )
     parser.add_argument("--service", help="URL of the Tinker service that has the weights")
     parser.add_argument("--threads", type=int, help="CPU threads of the embedded service")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy, 1 as in training (%(default)s)")
@@ -32,14 +33,6 @@ def add(commands: Parsers) -> None:
     parser.add_argument("--json", action="store_true", help="question, answer, searches and passages as JSON")
     add_search(parser.add_argument_group("where it searches, if not as in training"))
     parser.set_defaults(run=_run, stopped=_stopped)
-
-
-def _step(text: str) -> Step:
-    if text in ("last", "best"):
-        return text
-    if text.isdecimal():
-        return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r}: give last, best, or a number of steps")
 
 
 async def _run(options: argparse.Namespace) -> str:

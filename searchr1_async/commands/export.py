@@ -6,11 +6,10 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from searchr1_async.commands.searching import step_argument
 from searchr1_async.config import LocalOptions
-from searchr1_async.errors import ConfigurationError
 from searchr1_async.exporting.export import export
 from searchr1_async.watch.progress import ConsoleProgress
-from searchr1_async.weights import Step
 
 if TYPE_CHECKING:
     from searchr1_async.commands import Parsers
@@ -21,7 +20,12 @@ def add(commands: Parsers) -> None:
     add_argument = parser.add_argument
     add_argument("source", metavar="RUN", help="a run's folder, or a tinker://RUN/weights/NAME path")
     add_argument("folder", type=Path, metavar="FOLDER", help="where to write; must not exist, or be empty")
-    add_argument("--step", default="last", help="of a run: last, best, or a number of optimiser steps (%(default)s)")
+    add_argument(
+        "--step",
+        type=step_argument,
+        default="last",
+        help="of a run: last, best, or a number of optimiser steps (%(default)s)",
+    )
     add_argument(
         "--format", choices=("peft", "merged"), default="peft", help="a LoRA adapter, or the whole model (%(default)s)"
     )
@@ -41,7 +45,7 @@ async def _run(options: argparse.Namespace) -> str:
         folder = await export(
             options.source,
             options.folder,
-            step=_step(options.step),
+            step=options.step,
             format=options.format,
             base_model=options.base_model,
             push_to_hub=options.push_to_hub,
@@ -52,14 +56,6 @@ async def _run(options: argparse.Namespace) -> str:
             emit=progress,
         )
     return f"{folder} holds the weights; its README.md says how to load them."
-
-
-def _step(text: str) -> Step:
-    if text == "last" or text == "best":
-        return text
-    if text.isdecimal():
-        return int(text)
-    raise ConfigurationError(f"--step is {text!r}: give last, best, or a number of optimiser steps")
 
 
 def _stopped(options: argparse.Namespace) -> str:

@@ -1,4 +1,4 @@
-"""The options of a command that say where it searches."""
+"""The options of commands that say where they search, and with which weights."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.search import Search
+from searchr1_async.weights import Step, parse_step
 
 _NAMES = ("corpus", "chroma", "collection", "embedder", "results", "passage_words")
 
@@ -43,3 +44,10 @@ def search_of(options: argparse.Namespace) -> Search:
         raise ConfigurationError(f"--chroma {options.chroma!r}: give HOST:PORT, such as localhost:8000")
     embedder, collection = options.embedder or "gemini-embedding-001", options.collection or "wiki_embeddings"
     return Search.chroma(host, int(port), collection, embedder=embedder, **settings)
+
+
+def step_argument(text: str) -> Step:
+    """The type of an option ``--step``."""
+    if (step := parse_step(text)) is None:
+        raise argparse.ArgumentTypeError(f"{text!r}: give last, best, or a number of steps")
+    return step

@@ -13,6 +13,7 @@ import anyio
 import polars as pl
 
 from searchr1_async.episodes.rendering import select_renderer
+from searchr1_async.episodes.tokenizers import load_tokenizer
 from searchr1_async.episodes.types import Question
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.evaluation.judge import Judge, judge_answers
@@ -23,7 +24,7 @@ from searchr1_async.gathered import GatheredItems
 from searchr1_async.offered import choose_model
 from searchr1_async.rollout.policy import TinkerPolicy
 from searchr1_async.run_folder import writing_records
-from searchr1_async.service import Service, load_tokenizer
+from searchr1_async.service import Service
 from searchr1_async.weights import Weights, find_weights
 
 _GATHERING = 1.0

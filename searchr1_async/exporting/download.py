@@ -65,7 +65,7 @@ class _Download:
             raise ExportError(f"{self._path} has no files")
         for name in self._urls:
             parts = PurePosixPath(name).parts
-            if not parts or name.startswith("/") or ".." in parts or "\\" in name or ":" in name:
+            if not parts or name.startswith("/") or ".." in parts or set(name) & {"\\", ":", "\0"}:
                 raise ExportError(f"the service names a file {name!r}, which would lie outside of the folder")
         # No API key: the URLs may lead to another host.
         async with aiohttp.ClientSession(timeout=_TIMEOUT, trust_env=True, auto_decompress=False) as session:
@@ -83,6 +83,8 @@ class _Download:
 
     async def _sign(self) -> None:
         answer = await self._service.external_urls(self._path)
+        if missing := set(self._urls) - set(answer.urls):
+            raise ExportError(f"the service signs {min(missing)} of {self._path} no more: export again")
         self._urls, self._expires = dict(answer.urls), answer.expires
 
     async def _file(self, session: aiohttp.ClientSession, name: str, target: Path) -> None:

@@ -6,12 +6,12 @@ import importlib.util
 import json
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import anyio
 import anyio.from_thread
@@ -19,15 +19,21 @@ import anyio.to_thread
 import tinker
 
 from searchr1_async.config import LocalOptions
-from searchr1_async.errors import ConfigurationError, ExportError, RunFolderError, SearchR1Error, first_error
+from searchr1_async.control import run_under_way
+from searchr1_async.errors import (
+    ConfigurationError,
+    ExportError,
+    RunFolderError,
+    SearchR1Error,
+    ServiceError,
+    first_error,
+)
 from searchr1_async.events import Emit, Notice, emit_nothing
 from searchr1_async.exporting.card import CardFacts, model_card
 from searchr1_async.exporting.download import download_adapter
 from searchr1_async.exporting.hub import check_hub_name, push
 from searchr1_async.exporting.merging import merge, read_adapter
 from searchr1_async.playing import ServiceChoice, opened_service
-from searchr1_async.recorded import RecordedRun
-from searchr1_async.run import Run, open_run
 from searchr1_async.run_folder import is_claimed
 from searchr1_async.service import (
     ADAPTER_CONFIG,
@@ -46,6 +52,13 @@ from searchr1_async.weights import Step, Weights, find_state
 Format = Literal["peft", "merged"]
 
 
+class RunWithFolder(Protocol):
+    """A :class:`~searchr1_async.recorded.RecordedRun`; that module imports this one."""
+
+    @property
+    def out_dir(self) -> Path: ...
+
+
 @dataclass(frozen=True, slots=True)
 class _Order:
     """What is to be made."""
@@ -53,10 +66,12 @@ class _Order:
     folder: Path
     format: Format
     base_model: str | None
+    find: Callable[[], Weights]
+    """Which weights: of a run under way, others after each step."""
 
 
 async def export(
-    run: RecordedRun | str | Path,
+    run: RunWithFolder | str | Path,
     folder: str | Path,
     *,
     step: Step = "last",
@@ -100,18 +115,19 @@ async def export(
         ExportError: the download, the merging or the upload failed.
     """
     target = Path(folder)
-    source = run.out_dir if isinstance(run, RecordedRun) else run
+    source = run if isinstance(run, str | Path) else run.out_dir
     _check(target, format, push_to_hub)
     await anyio.to_thread.run_sync(_check_target, target)
-    weights = await anyio.to_thread.run_sync(partial(find_state, source, step, service_folder=service_folder))
-    order, emit = _Order(target, format, base_model), emit or emit_nothing
+    find = partial(find_state, source, step, service_folder=service_folder)
+    weights = await anyio.to_thread.run_sync(find)
+    order, emit = _Order(target, format, base_model, find), emit or emit_nothing
     model = weights.base_model
     if model is None and weights.path is not None and not is_embedded(service):
         model = await base_model_of(weights.path, service)
     tokenizer = await anyio.to_thread.run_sync(_tokenizer_of, weights, base_model)
     choice = ServiceChoice(service, model or base_model, local or LocalOptions(), tokenizer)
     try:
-        async with _service_of(run, weights, choice, emit) as opened:
+        async with _service_of(weights, choice, emit) as opened:
             await _export(opened, weights, order, emit)
     except* SearchR1Error as group:
         raise first_error(group) from group
@@ -145,13 +161,10 @@ def _tokenizer_of(weights: Weights, base_model: str | None) -> str | None:
 
 
 @asynccontextmanager
-async def _service_of(
-    run: RecordedRun | str | Path, weights: Weights, choice: ServiceChoice, emit: Emit
-) -> AsyncIterator[Service]:
+async def _service_of(weights: Weights, choice: ServiceChoice, emit: Emit) -> AsyncIterator[Service]:
     """The service of a run that is under way here, else one that is opened."""
     if weights.run is not None and choice.service is None:
-        under_way = run if isinstance(run, Run) else open_run(weights.run)
-        if isinstance(under_way, Run) and not under_way.done:
+        if (under_way := run_under_way(weights.run)) is not None:
             with under_way.control.using_service() as live:
                 if live is not None:
                     yield live
@@ -167,13 +180,11 @@ async def _service_of(
 
 
 async def _export(service: Service, weights: Weights, order: _Order, emit: Emit) -> None:
-    assert weights.path is not None
     base = order.base_model or weights.base_model or service.model_name
-    emit(Notice(f"downloading the adapter of {weights.path}"))
     with _scratch(order.folder) as scratch:
         adapter, merged = scratch / "adapter", scratch / "merged"
         await anyio.to_thread.run_sync(adapter.mkdir)
-        await download_adapter(service, weights.path, adapter)
+        weights = await _download(service, weights, order, adapter, emit)
         name = _base_name(base, service)
         config = await anyio.to_thread.run_sync(_finish_config, adapter, name)
         facts = CardFacts(
@@ -195,6 +206,23 @@ async def _export(service: Service, weights: Weights, order: _Order, emit: Emit)
             await in_thread(lambda: _merge(base_weights, adapter, merged))
         await in_thread(lambda: _finish(done, service.tokenizer, facts, weights.run, order.folder))
     emit(Notice(f"exported to {order.folder}"))
+
+
+async def _download(service: Service, weights: Weights, order: _Order, adapter: Path, emit: Emit) -> Weights:
+    """Downloads the adapter; returns which weights it has. A run under way deletes the state of its resume point after the next
+    step: then it is that step's."""
+    while True:
+        assert weights.path is not None
+        emit(Notice(f"downloading the adapter of {weights.path}"))
+        try:
+            await download_adapter(service, weights.path, adapter)
+        except ServiceError:
+            newer = await anyio.to_thread.run_sync(order.find)
+            if newer.path == weights.path:
+                raise
+            weights = newer
+        else:
+            return weights
 
 
 @contextmanager

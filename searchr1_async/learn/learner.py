@@ -7,10 +7,7 @@ them, the new weights and the resume point right behind that.
 
 from __future__ import annotations
 
-import asyncio
-import concurrent.futures
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -23,9 +20,10 @@ from tinker import types as tinker_types
 
 from searchr1_async.config import LearningSettings, LossName, WeightsInFlight
 from searchr1_async.episodes.types import Episode, Group
-from searchr1_async.errors import CheckpointError, ConfigurationError, ServiceError
+from searchr1_async.errors import CheckpointError, ConfigurationError
 from searchr1_async.events import BesideSampled, Emit, MinibatchLearned, MinibatchSubmitted, Notice
 from searchr1_async.learn.advantages import advantages, token_weight
+from searchr1_async.learn.calls import TRAINING_DEADLINE, training_faults, until_done, when_done
 from searchr1_async.learn.examples import sampled_logprobs, to_datum, to_supervised_datum
 from searchr1_async.learn.figures import LearnedMinibatch, learning_metrics, optimizer_metrics
 from searchr1_async.learn.penalty import base_logprobs, kl_penalties
@@ -36,8 +34,6 @@ _RESUME_POINT_TTL = 7 * 24 * 3600
 """Seconds that a service keeps a rolling resume point: a week, so that a run stopped on a Friday resumes on a Monday."""
 FALLBACK_LOSS: LossName = "ppo"
 """For episodes that ``stable_reinforce`` cannot take."""
-TRAINING_DEADLINE = 3600.0
-"""Seconds for one step's training calls in all; a service that needs longer is taken for dead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +223,7 @@ class Learner:
         self._emit(MinibatchSubmitted(step, len(groups), count, tokens))
         # The service carries requests out in their order: with the last, all are done.
         last = self._batch.minibatches[-1].future
-        _when_done(last, lambda: self._learned(MinibatchLearned(step, count, tokens)))
+        when_done(last, lambda: self._learned(MinibatchLearned(step, count, tokens)))
 
     def _by_loss(self, examples: list[_Example]) -> Iterator[tuple[LossName, list[_Example]]]:
         """The examples of each request, with its loss."""
@@ -260,7 +256,7 @@ class Learner:
         with training_faults("a training call"):
             with anyio.fail_after(TRAINING_DEADLINE):
                 while not self.is_idle:
-                    await _until_done(self._outstanding[-1])
+                    await until_done(self._outstanding[-1])
 
     def end_part(self, step: int, total: int) -> None:
         """Steps the optimiser over what was submitted since its last step, if anything was.
@@ -376,41 +372,6 @@ class Learner:
         read = self.usage - before  # this task alone asks for learning
         self._emit(BesideSampled(read.prompt, read.cached, read.sampled))
         return [[next(found) for _ in group.episodes] for group in groups]
-
-
-class training_faults:  # noqa: N801
-    """Names what was being done when the SDK fails, as one of our own errors."""
-
-    def __init__(self, doing: str, error: type[Exception] = ServiceError) -> None:
-        self._doing, self._error = doing, error
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, TimeoutError):
-            raise self._error(f"{self._doing} took over {TRAINING_DEADLINE:g} s at the Tinker service") from error
-        if isinstance(error, tinker.TinkerError | ValueError | KeyError):
-            raise self._error(f"{self._doing} failed at the Tinker service: {type(error).__name__}: {error}") from error
-
-
-async def _until_done(future: tinker.APIFuture[Any]) -> None:
-    """Awaiting the future itself would cancel the call when the wait is cancelled, and raise its error here."""
-    done = asyncio.Event()
-    _when_done(future, done.set, also_failed=True)
-    await done.wait()
-
-
-def _when_done(future: tinker.APIFuture[Any], tell: Callable[[], None], *, also_failed: bool = False) -> None:
-    """Calls ``tell`` in this event loop when the SDK's call has ended; its threads outlive the loop."""
-    loop = asyncio.get_running_loop()
-
-    def ended(inner: concurrent.futures.Future[Any]) -> None:
-        is_good = not inner.cancelled() and inner.exception() is None
-        if (is_good or also_failed) and not loop.is_closed():
-            with suppress(RuntimeError):  # closed between the two
-                loop.call_soon_threadsafe(tell)
-
-    future.future().add_done_callback(ended)
 
 
 def _assemble(

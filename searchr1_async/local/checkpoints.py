@@ -44,6 +44,8 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_:-]{0,127}")
 _METADATA = "checkpoint.json"
 _SLACK_BYTES = 1 << 20
+_LEFT_SECONDS = 600.0
+"""An unfinished file that was last written longer ago belongs to a process that is gone: writing one takes seconds."""
 
 
 class NoSuchCheckpoint(UserFault):
@@ -198,13 +200,16 @@ class CheckpointStore:
                 self._remove(id)
         return len(expired)
 
-    def clean(self) -> None:
-        """Removes what a killed process left half-written. Call before anything else uses the folder."""
+    def clean(self, now: float) -> None:
+        """Removes what a killed process left half-written.
+
+        Another process may be writing: of a run under way elsewhere, whose weights are asked here. So what is young stays.
+        """
         with self._lock:
             for file in [*self.folder.glob("*/*/*/state-*.safetensors"), *self.folder.glob("*/*/*/*.partial")]:
                 id = _id_of(file.parent)
                 checkpoint = None if id is None else self._read(id)
-                if id is not None and (checkpoint is None or checkpoint.file != file.name):
+                if id is not None and (checkpoint is None or checkpoint.file != file.name) and _is_left(file, now):
                     logger.info("removing the unfinished file %s", file)
                     file.unlink(missing_ok=True)
                     self._remove_if_empty(file.parent)
@@ -268,6 +273,13 @@ def _id_of(place: Path) -> CheckpointId | None:
         return CheckpointId.of(place.parent.parent.name.replace(".", ":"), place.parent.name, place.name)
     except UserFault:
         return None
+
+
+def _is_left(file: Path, now: float) -> bool:
+    try:
+        return now - file.stat().st_mtime > _LEFT_SECONDS
+    except FileNotFoundError:  # it was finished, or removed, just now
+        return False
 
 
 def _bytes_needed(state: State) -> int:

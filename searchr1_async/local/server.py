@@ -111,7 +111,7 @@ async def serve(
     check_loopback(host)
     async with anyio.create_task_group() as tasks:
         service = Service(backend, checkpoints, Jobs(PromiseStore(), tasks), options or ServiceOptions())
-        await anyio.to_thread.run_sync(checkpoints.clean)
+        await anyio.to_thread.run_sync(checkpoints.clean, time.time())
         tasks.start_soon(service.keep_house)
         runner = web.AppRunner(
             make_app(service, checkpoints, api_key),

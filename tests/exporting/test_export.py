@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import searchr1_async as sr
 from searchr1_async.__main__ import main
-from searchr1_async.events import StepFinished
-from searchr1_async.learn.checkpoints import KeptCheckpoint
+from searchr1_async.events import Event, Notice, StepFinished
+from searchr1_async.learn.checkpoints import KeptCheckpoint, ResumePoint
 from tests import tiny_world
 
 pytestmark = pytest.mark.anyio
@@ -199,6 +201,27 @@ async def test_bad_input_is_refused_before_any_work(finished: sr.RecordedRun, tm
     assert not (tmp_path / "new").exists()
 
 
+async def test_a_resume_point_that_is_replaced_meanwhile_is_followed(finished: sr.RecordedRun, tmp_path: Path) -> None:
+    """As a run under way does after each step, whose state of the step before is deleted."""
+    run = tmp_path / "run"
+    shutil.copytree(finished.out_dir, run)
+    (run / "checkpoints.json").unlink()
+    point = ResumePoint.load(run)
+    assert point is not None
+    newer = replace(point, sampler_path=None, sampler_step=None)
+    replace(newer, step=2, state_path="tinker://gone/weights/step-000002").save(run)
+
+    def emit(event: Event) -> None:
+        if isinstance(event, Notice) and event.text.endswith("gone/weights/step-000002"):
+            newer.save(run)
+
+    folder = await sr.export(run, tmp_path / "new", emit=emit)
+    assert "after 3 optimiser steps" in (folder / "README.md").read_text()
+    replace(newer, state_path="tinker://gone/weights/step-000003").save(run)
+    with pytest.raises(sr.ServiceError, match="gone/weights/step-000003"):
+        await sr.export(run, tmp_path / "another")
+
+
 async def test_a_base_of_another_shape_is_refused(finished: sr.RecordedRun, tmp_path: Path) -> None:
     from tests.local.tiny import make_tiny_model
 
@@ -238,8 +261,6 @@ async def test_the_command(finished: sr.RecordedRun, tmp_path: Path, capsys: pyt
     assert done.returncode == 0, done.stderr
     assert b"README.md says how to load them" in done.stdout
     assert (tmp_path / "adapter" / "adapter_config.json").is_file()
-    wrong = await anyio.to_thread.run_sync(
-        lambda: main(["export", str(finished.out_dir), str(tmp_path / "x"), "--step", "two"])
-    )
-    assert wrong == 1
-    assert "--step is 'two'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["export", str(finished.out_dir), str(tmp_path / "x"), "--step", "two"])
+    assert "'two': give last, best, or a number of steps" in capsys.readouterr().err

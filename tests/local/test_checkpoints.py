@@ -213,7 +213,10 @@ def test_a_start_removes_what_a_killed_process_left(tmp_path: Path) -> None:
     (place / "two").mkdir()
     (place / "two" / "state-eeee.safetensors").write_bytes(b"the first write was cut short")
     assert [item.id.name for item in store.listing(200.0)] == ["one"]
-    store.clean()
+    written = (place / "two" / "state-eeee.safetensors").stat().st_mtime
+    store.clean(written + 60)
+    assert len(files(tmp_path)) == 5, "another process may be writing them"
+    store.clean(written + 3600)
     assert len(files(tmp_path)) == 2
     store.load(saved.id, 200.0)
 
