@@ -180,7 +180,7 @@ def train(
         max_cost: US dollars, earlier sessions of the run included. No step is begun that would cross them, if it cost as much as the
             dearest so far (the first: as estimated) with the measurement of the last weights; the step under way is finished, and
             the run ends with its resume point. ``resume=True`` with a higher limit goes on. What is measured before the first
-            step, and the warm-up, are counted but not held back. The embedded service costs nothing, and never reaches it.
+            step, the warm-up, and questions asked of the run are counted but not held back. The embedded service costs nothing, and never reaches it.
         price: US dollars a million tokens, where the table of prices does not know the model or the service is not Tinker's.
         progress: True shows the run in the notebook's cell as it happens, or on the terminal; ``"widget"``, ``"rich"``,
             ``"terminal"`` and ``"plain"`` choose how, False shows nothing.
