@@ -1,12 +1,13 @@
-"""Do exported weights say what the service says? Log-probabilities of real episodes, by the service and by transformers.
+"""Do exported weights say what the service says? A run is trained, exported, and its episodes are scored by both.
 
-    PYTHONPATH=FOLDER_WITH_PEFT python benchmarks/export_agreement.py --episodes 50
+    PYTHONPATH=FOLDER_WITH_PEFT python benchmarks/export_agreement.py
 
-An adapter of SmolLM2-135M is trained for a few supervised steps on the embedded service, plays episodes on atlas questions, and is
-taken away in three ways: `export(format="peft")`, `export(format="merged")` and the SDK's `tinker checkpoint download`. Every
-token of every episode is then scored by the service, by transformers + peft over the adapter and by transformers over the
-merged weights, in float32. peft and accelerate are needed beside the package (`pip install --target FOLDER --no-deps peft
-accelerate`).
+SmolLM2-135M learns to search on atlas questions: a warm-up and two steps of reinforcement learning on the embedded service, in
+float32. The finished run plays held-out questions with the real search, answers a question, and is taken away in three ways:
+``run.export`` (PEFT), ``sr.export`` (merged) and the SDK's ``tinker checkpoint download``. Every token of every episode is then
+scored by the service, by transformers + peft, by transformers on the merged folder, and by the base model. It fails where an
+exported folder is further than 1e-3 from the service, or where most episodes show no passage. Needs peft and accelerate
+(``pip install --target FOLDER_WITH_PEFT --no-deps peft accelerate``).
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,82 +31,70 @@ import tinker
 import torch
 from safetensors.numpy import load_file
 from tinker import types
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import searchr1_async as sr
+from benchmarks.off_policy import World, atlas_world
 from benchmarks.report import write_result
-from searchr1_async.local import DEFAULT_MODEL, LocalService, local_service
+from searchr1_async.events import StepFinished
+from searchr1_async.local import DEFAULT_MODEL, local_service
 
-WARM_UP = (
-    "<|im_start|>user\nWhat is the capital of Chile?<|im_end|>\n<|im_start|>assistant\n<search>capital of Chile</search>",
-    "<|im_start|>user\nWhich river flows through Vienna?<|im_end|>\n<|im_start|>assistant\n<answer>Danube</answer>",
-)
+WARM_UP = sr.WarmUp(steps=6, batch_size=8)
+STEPS, GROUPS, GROUP_SIZE = 2, 3, 4
 TOLERANCE = 1e-3
+"""In nats; of the largest difference."""
+QUESTION = "What is the capital of Namibia?"
+WHEN = ("by `run.ask` while the run was under way", "by `sr.ask` on the finished run's folder")
 
 
-async def trained(client: tinker.ServiceClient, service: LocalService, steps: int) -> tinker.TrainingClient:
-    """An adapter after a few supervised steps: none of its matrices is zero any more."""
-    tokenizer = await anyio.to_thread.run_sync(AutoTokenizer.from_pretrained, service.tokenizer_path)
-    trainer = await client.create_lora_training_client(service.model_name, rank=16, seed=1)
-    datums: list[types.Datum] = []
-    for text in WARM_UP:
-        tokens = tokenizer.encode(text, add_special_tokens=False)
-        count = len(tokens) - 1
-        inputs = {
-            "target_tokens": types.TensorData(data=tokens[1:], dtype="int64", shape=[count]),
-            "weights": types.TensorData(data=[1.0] * count, dtype="float32", shape=[count]),
-        }
-        datums.append(types.Datum(model_input=types.ModelInput.from_ints(tokens[:-1]), loss_fn_inputs=inputs))
-    for _ in range(steps):
-        await trainer.forward_backward(datums, "cross_entropy")
-        await trainer.optim_step(types.AdamParams(learning_rate=1e-3))
-    return trainer
-
-
-async def play(service: LocalService, checkpoint: str, count: int) -> list[list[int]]:
-    """The tokens of one episode of each of so many questions."""
-    groups = await sr.rollout(
-        sr.load_questions("atlas", split="held_out")[:count],
-        sr.Search.local("atlas", n_results=1, max_passage_words=40),
-        checkpoint=checkpoint,
-        service=service.url,
-        model=service.model_name,
-        tokenizer=service.tokenizer_path,
-        group_size=1,
-        format="tags",
-        max_turns=2,
-        max_tokens=32,
-        max_trajectory_tokens=512,
-        seed=1,
-        progress=False,
+async def learn(world: World, out_dir: Path, local: sr.LocalOptions) -> tuple[sr.Run, list[sr.Answer]]:
+    """A finished run, and what it answered to the question after its first step and after its end."""
+    run = sr.train(
+        world.training(1),
+        world.search(),
+        out_dir=out_dir,
+        model=world.model,
+        warm_up=WARM_UP,
+        steps=STEPS,
+        local=local,
+        refill_groups=2 * GROUPS,  # so that no step is without a group to learn from
+        **world.playing,
+        **(world.learning | {"group_size": GROUP_SIZE}),
     )
-    return [list(episode.tokens) for group in groups for episode in group.episodes]
+    answers: list[sr.Answer] = []
+    async for event in run:
+        if isinstance(event, StepFinished) and event.step == 1:
+            answers.append(await run.ask(QUESTION))
+    await run
+    answers.append(await sr.ask(QUESTION, checkpoint=out_dir, local=local))
+    return run, answers
 
 
-def scored_by(load: Callable[[], Any], episodes: Sequence[Sequence[int]]) -> list[np.ndarray]:
-    """Log-probabilities of every token but the first, by a model of transformers."""
-    model = load().eval()
-    out = []
-    for tokens in episodes:
-        ids_T = torch.tensor(list(tokens))
-        with torch.inference_mode():
-            logprobs_TV = model(input_ids=ids_T[None]).logits[0, :-1].log_softmax(-1)
-        out.append(logprobs_TV.gather(1, ids_T[1:, None])[:, 0].numpy())
-    return out
+async def scored_by_service(run: sr.Run, episodes: Sequence[sr.Episode], threads: int) -> tuple[np.ndarray, str, Path]:
+    """Log-probabilities of every token but the first by the run's last weights; the base model's folder, and the adapter as
+    ``tinker checkpoint download`` brings it."""
+    kept = run.checkpoints[-1]
+    assert kept.state_path is not None
+    async with local_service(folder=run.out_dir / "service", threads=threads, dtype="float32", device="cpu") as service:
+        connect = partial(tinker.ServiceClient, base_url=service.url, api_key=service.api_key)
+        client = await anyio.to_thread.run_sync(connect)
+        sampler = await (await anyio.to_thread.run_sync(client.create_sampling_client, kept.sampler_path))
+        found = [await sampler.compute_logprobs(types.ModelInput.from_ints(list(e.tokens))) for e in episodes]
+        await client.close("success")
+        environment = os.environ | {"TINKER_BASE_URL": service.url, "TINKER_API_KEY": service.api_key}
+        download = partial(downloaded, kept.state_path, run.out_dir.parent / "downloaded", environment)
+        adapter = await anyio.to_thread.run_sync(download)
+    expected = np.array([value for logprobs in found for value in logprobs[1:]], dtype=np.float64)
+    return expected, service.tokenizer_path, adapter
 
 
-def with_peft(base: str, adapter: Path) -> Any:
-    from peft import PeftModel
-
-    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), str(adapter))
-
-
-def downloaded(path: str, folder: Path) -> Path:
+def downloaded(state_path: str, folder: Path, environment: dict[str, str]) -> Path:
     """The adapter as the SDK's command line downloads it."""
-    command = [str(Path(sys.executable).with_name("tinker")), "checkpoint", "download", path, "--output", str(folder)]
-    subprocess.run(command, check=True, capture_output=True)
+    tinker_command = str(Path(sys.executable).with_name("tinker"))
+    command = [tinker_command, "checkpoint", "download", state_path, "--output", str(folder)]
+    subprocess.run(command, check=True, capture_output=True, env=environment)
     return next(folder.rglob("adapter_model.safetensors"))
 
 
@@ -113,72 +103,116 @@ def is_same(one: Path, other: Path) -> bool:
     return left.keys() == right.keys() and all(np.array_equal(left[name], right[name]) for name in left)
 
 
-async def measure(episodes: int, steps: int, threads: int, scratch: Path) -> pl.DataFrame:
-    async with local_service(folder=scratch / "service", threads=threads, dtype="float32", device="cpu") as service:
-        os.environ.update(TINKER_BASE_URL=service.url, TINKER_API_KEY=service.api_key)
-        client = await anyio.to_thread.run_sync(tinker.ServiceClient)
-        await anyio.to_thread.run_sync(lambda: client.holder)
-        trainer = await trained(client, service, steps)
-        state = (await trainer.save_state("agreement")).path
-        weights = (await trainer.save_weights_for_sampler("agreement")).path
-        sampler = await client.create_sampling_client(weights)
-        played = await play(service, weights, episodes)
-        expected = []
-        for tokens in played:
-            values = await sampler.compute_logprobs(types.ModelInput.from_ints(tokens))
-            expected.append(np.array(values[1:], dtype=np.float64))
-        base = service.tokenizer_path
-        # The tokenizer lies with the weights: no hub is asked for it.
-        peft = await sr.export(state, scratch / "peft", base_model=base)
-        merged = await sr.export(state, scratch / "merged", format="merged", base_model=base)
-        same = is_same(downloaded(state, scratch / "cli"), peft / "adapter_model.safetensors")
-        await client.close("success")
+def with_peft(base: str, adapter: Path) -> Any:
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), str(adapter))
+
+
+def scored_by_transformers(load: Callable[[], Any], episodes: Sequence[sr.Episode]) -> list[np.ndarray]:
+    """Log-probabilities of every token but the first."""
+    model, found = load().eval(), []
+    for episode in episodes:
+        ids_T = torch.tensor(episode.tokens)
+        with torch.inference_mode():
+            logprobs_TV = model(input_ids=ids_T[None]).logits[0, :-1].log_softmax(-1)
+        found.append(logprobs_TV.gather(1, ids_T[1:, None])[:, 0].numpy())
+    return found
+
+
+def distances(
+    ways: Mapping[str, Callable[[], Any]], episodes: Sequence[sr.Episode], expected: np.ndarray
+) -> pl.DataFrame:
+    """One row a way to load weights: how far its log-probabilities are from those expected, in nats."""
     rows = []
-    for name, load in (
-        ("transformers + peft, exported adapter", partial(with_peft, base, peft)),
-        ("transformers, merged folder", partial(AutoModelForCausalLM.from_pretrained, merged, dtype=torch.float32)),
-        ("transformers, base model alone", partial(AutoModelForCausalLM.from_pretrained, base, dtype=torch.float32)),
-    ):
-        found = await anyio.to_thread.run_sync(scored_by, load, played)
-        differences = np.abs(np.concatenate(found) - np.concatenate(expected))
-        row = {"way": name, "episodes": len(played), "tokens": differences.size}
-        rows.append(row | {"largest": float(differences.max()), "mean": float(differences.mean())})
-    print(f"tinker checkpoint download gives the same matrices: {same}")
-    return pl.DataFrame(rows).with_columns(download_is_same=pl.lit(same))
+    for way, load in ways.items():
+        differences = np.abs(np.concatenate(scored_by_transformers(load, episodes)) - expected)
+        rows.append((way, differences.size, float(differences.max()), float(differences.mean())))
+    return pl.DataFrame(rows, schema=["way", "tokens", "largest", "mean"], orient="row")
+
+
+async def prove(count: int, threads: int, folder: Path) -> bool:
+    """Writes the result; whether it is as it should be."""
+    world = atlas_world(count, GROUPS)
+    local = sr.LocalOptions(threads=threads, dtype="float32", device="cpu")
+    run, answers = await learn(world, folder / "run", local)
+    groups = await sr.rollout(
+        world.held_out[:count],
+        world.search(),
+        checkpoint=run.out_dir,
+        group_size=1,
+        seed=1,
+        local=local,
+        **world.playing,
+    )
+    episodes = [episode for group in groups for episode in group.episodes]
+    adapter = await run.export(folder / "adapter", local=local)
+    merged = await sr.export(run.out_dir, folder / "merged", format="merged", local=local)
+    expected, base, download = await scored_by_service(run, episodes, threads)
+    same = is_same(download, adapter / "adapter_model.safetensors")
+    from_folder = partial(AutoModelForCausalLM.from_pretrained, dtype=torch.float32)
+    ways = {
+        "transformers + peft, exported adapter": partial(with_peft, base, adapter),
+        "transformers, merged folder": partial(from_folder, merged),
+        "transformers, base model alone": partial(from_folder, base),
+    }
+    table = await anyio.to_thread.run_sync(distances, ways, episodes, expected)
+    shown = sum(any(passages for call in one.calls for passages in call.results) for one in episodes)
+    write_result(
+        "export", "Exported weights against the service", body(run, answers, episodes, shown, table, same), table
+    )
+    *exported, untrained = table["largest"]
+    return same and len(episodes) == count and shown > count / 2 and max(exported) < TOLERANCE < untrained
+
+
+def body(
+    run: sr.Run,
+    answers: Sequence[sr.Answer],
+    episodes: Sequence[sr.Episode],
+    shown: int,
+    table: pl.DataFrame,
+    same: bool,
+) -> list[str]:
+    """The result in Markdown."""
+    groups = " and ".join(f"{count:.0f}" for count in run.metrics["groups/trained"])
+    turns = sum(len(episode.turns) for episode in episodes)
+    sampled = sum(episode.action_token_count for episode in episodes)
+    right = sum(episode.reward_parts["correct"] == 1 for episode in episodes)
+    lines = [
+        "| Against the service's log-probabilities | Tokens | Largest difference | Mean difference |",
+        "|---|---:|---:|---:|",
+        *(f"| {way} | {tokens:,} | {largest:.1e} | {mean:.1e} |" for way, tokens, largest, mean in table.iter_rows()),
+    ]
+    return [
+        f"The run: `sr.train` of {DEFAULT_MODEL} on atlas questions with the embedded service in float32, a LoRA adapter of rank "
+        f"{run.settings['learning']['lora_rank']} (the tied output head adapted too); a warm-up of {WARM_UP.steps} steps of "
+        f"{WARM_UP.batch_size} demonstrations, then {run.step} steps of reinforcement learning, which trained on {groups} groups of "
+        f"{GROUP_SIZE} episodes.",
+        f"The episodes: {len(episodes)} held-out questions played by `sr.rollout(checkpoint=RUN)` with the local search. {shown} of "
+        f"them made a search and were shown a passage; {right} answered right. {turns} turns, "
+        f"{sum(len(episode.tokens) for episode in episodes):,} tokens, {sampled:,} of them sampled.",
+        "\n".join(lines),
+        "Absolute differences in nats over every token but the first of each episode, prompts and passages included, by peft "
+        f"{version('peft')} and transformers in float32 over the service's own copy of the base model. The last row says how far "
+        "the training went.",
+        f"The matrices that `tinker checkpoint download` brings are {'equal' if same else 'NOT equal'} to those of `run.export`.",
+        *(
+            f"## Asked after step {answer.step}, {when}\n\n```\n{answer}\n```"
+            for answer, when in zip(answers, WHEN, strict=True)
+        ),
+    ]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--episodes", type=int, default=50)
-    parser.add_argument("--steps", type=int, default=3, help="supervised steps (%(default)s)")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1, help="of the service and of transformers (%(default)s)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    with tempfile.TemporaryDirectory(prefix="export-agreement-") as scratch:
-        table = asyncio.run(measure(options.episodes, options.steps, options.threads, Path(scratch)))
-    lines = [
-        "| Against the service's log-probabilities | Episodes | Tokens | Largest difference | Mean difference |",
-        "|---|---:|---:|---:|---:|",
-        *(
-            f"| {row['way']} | {row['episodes']} | {row['tokens']:,} | {row['largest']:.1e} | {row['mean']:.1e} |"
-            for row in table.iter_rows(named=True)
-        ),
-    ]
-    same = bool(table["download_is_same"][0])
-    write_result(
-        "export",
-        "Exported weights against the service",
-        [
-            f"{DEFAULT_MODEL}, a LoRA adapter of rank 16 after {options.steps} supervised steps (the output "
-            "head, which is tied, adapted too), float32 everywhere. Absolute differences in nats over every token of the "
-            "episodes, prompts and passages included. The last row says how far the adapter is from the base model.",
-            "\n".join(lines),
-            f"The matrices that `tinker checkpoint download` brings are {'equal' if same else 'NOT equal'} to those of `export`.",
-        ],
-        table,
-    )
-    agreed = table.filter(~pl.col("way").str.contains("alone"))["largest"].max()
-    return 0 if same and isinstance(agreed, float) and agreed < TOLERANCE else 1
+    for name in ("TINKER_API_KEY", "TINKER_BASE_URL"):  # they would choose another service than the embedded one
+        os.environ.pop(name, None)
+    with tempfile.TemporaryDirectory(prefix="export-agreement-") as folder:
+        return 0 if asyncio.run(prove(options.episodes, options.threads, Path(folder))) else 1
 
 
 if __name__ == "__main__":

@@ -133,6 +133,22 @@ def keep_search(search: Search, folder: Path) -> None:
         write_atomically(folder / _SEARCH_FILE, json.dumps(record_of(search), indent=1).encode())
 
 
+def search_record(folder: Path) -> dict[str, Any] | None:
+    """What the run in a folder has kept of its search (:func:`~searchr1_async.search.record.record_of`); None where an earlier
+    version of the package began it.
+
+    Raises:
+        RunFolderError: it cannot be read.
+    """
+    path = folder / _SEARCH_FILE
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise RunFolderError(f"the search in {path} cannot be read: {error}. Pass search=…") from error
+
+
 def kept_search(folder: Path) -> Search:
     """The search of the run in a folder, made anew. Reads a corpus whole: call it in a worker thread.
 
@@ -140,16 +156,12 @@ def kept_search(folder: Path) -> Search:
         ConfigurationError: it cannot be had; the message says to pass ``search=``.
         CorpusError, EmbeddingError, StoreError: as :meth:`Search.from_description`.
     """
-    path = folder / _SEARCH_FILE
-    try:
-        record = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    record = search_record(folder)
+    if record is None:
         raise ConfigurationError(
             f"the run in {folder} has not kept how its search is made (an earlier version began it): pass search=…, such as "
             "Search.local('atlas')"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise RunFolderError(f"the search in {path} cannot be read: {error}. Pass search=…") from error
+        )
     try:
         return search_of(record, None, f"the run in {folder}")
     except ConfigurationError as error:

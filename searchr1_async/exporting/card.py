@@ -11,10 +11,17 @@ from typing import Any
 
 import polars as pl
 
+from searchr1_async.episodes.dialect import make_dialect
+from searchr1_async.episodes.rendering import AS_TEMPLATE
+from searchr1_async.episodes.types import Passage, Question
+from searchr1_async.errors import ModelError
 from searchr1_async.evaluation.result import Evaluation
 from searchr1_async.learn.checkpoints import ResumePoint
-from searchr1_async.run_folder import load_evaluations, training_questions
+from searchr1_async.run_folder import load_evaluations, search_record, training_questions
 from searchr1_async.watch.records import RunRecords
+
+_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM takes as ``--max-lora-rank`` (``vllm/config/lora.py``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,22 +42,24 @@ class CardFacts:
     """On the base weights, where they are not those that the hub has under this name."""
 
 
-def model_card(facts: CardFacts, run: Path | None) -> str:
-    """The card as Markdown with the hub's YAML header. No path of this machine is in it.
+def model_card(facts: CardFacts, run: Path | None, tokenizer: Any) -> str:
+    """The card as Markdown with the hub's YAML header. No path and no address of this machine is in it.
 
     Args:
         run: the run's folder, for its data, settings and scores; None where the weights are of no run at hand.
+        tokenizer: the model's, for its prompt.
 
     Raises:
         RunFolderError: a file of the run cannot be read.
     """
-    lines = [*_header(facts), "", f"# {facts.name}", "", *_summary(facts), ""]
-    if run is not None:
-        point = ResumePoint.load(run)
-        lines += ["## Data", "", *_data(run), "", "## Scores", "", *_scores(run, facts.step), ""]
-        lines += ["## Settings", "", *_settings(point.settings if point is not None else {}), ""]
+    point = None if run is None else ResumePoint.load(run)
+    settings: Mapping[str, Any] = {} if point is None else point.settings
+    lines = [*_header(facts), "", f"# {facts.name}", "", *_summary(facts, settings), ""]
     lines += ["## Loading", "", *_loading(facts), ""]
-    return "\n".join(lines)
+    if run is not None and point is not None:
+        lines += ["## Prompt", "", *_prompt(point, tokenizer), "", "## Data", "", *_data(run), "", *_search(run), ""]
+        lines += ["## Scores", "", *_scores(run, facts.step), "", "## Settings", "", *_settings(point), ""]
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def _header(facts: CardFacts) -> list[str]:
@@ -65,14 +74,40 @@ def _header(facts: CardFacts) -> list[str]:
     ]
 
 
-def _summary(facts: CardFacts) -> list[str]:
-    kind = "A LoRA adapter" if facts.format == "peft" else "Merged weights of a LoRA adapter"
-    after = "" if facts.step is None else f" after {facts.step} optimiser steps of reinforcement learning"
+def _summary(facts: CardFacts, settings: Mapping[str, Any]) -> list[str]:
+    made = f"A LoRA adapter (rank {facts.rank}) for `{facts.base_model}`"
+    if facts.format == "merged":
+        made = f"`{facts.base_model}` with a LoRA adapter (rank {facts.rank}) merged into it"
+    warm_up = settings.get("warm_up")
+    stages = [f"a supervised warm-up of {warm_up['steps']} steps on demonstrations"] if warm_up else []
+    if facts.step is not None:
+        stages.append(f"{facts.step} optimiser steps of reinforcement learning")
     lines = [
-        f"{kind} (rank {facts.rank}) for `{facts.base_model}`{after}: the model answers questions with a search tool. "
+        f"{made}, trained to answer questions with a search tool{': ' if stages else ''}{', then '.join(stages)}. "
         f"Trained with searchr1_async, exported on {date.today().isoformat()}."
     ]
     return [*lines, "", facts.note] if facts.note else lines
+
+
+def _prompt(point: ResumePoint, tokenizer: Any) -> list[str]:
+    """One episode with placeholders, in the run's chat and tool-call format."""
+    settings = point.settings
+    try:
+        dialect = make_dialect(
+            settings.get("format") or "hermes",
+            point.base_model,
+            tokenizer,
+            renderer_name=settings.get("renderer"),
+            thinking=settings.get("thinking", AS_TEMPLATE),
+            instructions=settings.get("instructions"),
+        )
+        prompt, call = dialect.start(Question("", "QUESTION")), dialect.write_call(["QUERY"])
+        found = dialect.extend(prompt, call, ["QUERY"], [[Passage("", "TITLE", "PASSAGE")]]) or []
+        text = dialect.decode([*prompt, *call, *found, *dialect.write_answer("ANSWER")])
+    except ModelError as error:  # no reason to keep the weights back
+        return [f"It cannot be shown: {error}"]
+    written = "An episode with one search. The model writes the search and the answer; the rest is given to it."
+    return [written, "", "````text", text, "````"]
 
 
 def _data(run: Path) -> list[str]:
@@ -81,7 +116,27 @@ def _data(run: Path) -> list[str]:
         return ["The run has no questions on record."]
     counts = Counter(question.data_source or "unnamed" for question in questions)
     rows = [f"| {_cell(source)} | {count:,} |" for source, count in sorted(counts.items())]
-    return [f"{len(questions):,} questions to train on:", "", "| Source | Questions |", "|---|---:|", *rows]
+    return [
+        f"Reinforcement learning draws from {len(questions):,} questions:",
+        "",
+        "| Source | Questions |",
+        "|---|---:|",
+        *rows,
+    ]
+
+
+def _search(run: Path) -> list[str]:
+    """What searches show. Of an index that is not built from a corpus no name is told: it may be an address."""
+    record = search_record(run)
+    if record is None:
+        return []
+    count, words = record["n_results"], record["max_passage_words"]
+    shown = "the closest passage" if count == 1 else f"the {count} closest passages"
+    cut = "" if words is None else f", {'' if count == 1 else 'each '}cut at {words} words"
+    where = ""
+    if record["passages"] is not None:
+        where = f" of the {record['passages']:,} in `{_shown(record['source'])}`, embedded by `{_shown(record['embedder'])}`"
+    return [f"A query shows {shown}{where}{cut}."]
 
 
 def _scores(run: Path, step: int | None) -> list[str]:
@@ -110,8 +165,12 @@ def _score_rows(evaluation: Evaluation, *, is_this: bool) -> Iterator[str]:
         yield f"| {label} | {step} | {name} | {questions} | {bold}{one.mean:.3f}{bold} | {interval} |"
 
 
-def _settings(settings: Mapping[str, Any]) -> list[str]:
-    rows = [f"| {name} | {_cell(_shown(value))} |" for name, value in _flat(settings) if name != "search"]
+def _settings(point: ResumePoint) -> list[str]:
+    settings = dict(_flat(point.settings))
+    settings.pop("search", None)  # a fingerprint
+    if point.loss is not None:  # the one that the run chose, where none was named
+        settings["learning.loss"] = point.loss
+    rows = [f"| {name} | {_cell(_shown(value))} |" for name, value in settings.items()]
     return ["| Setting | Value |", "|---|---|", *rows] if rows else ["The run has no settings on record."]
 
 
@@ -126,7 +185,7 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 def _shown(value: Any) -> str:
     """As text; of a path only its last part, since the rest is of the machine that trained."""
     if not isinstance(value, str):
-        return "default" if value is None else str(value)
+        return "default" if value in (None, {}) else str(value)
     is_path = PurePosixPath(value).is_absolute() or PureWindowsPath(value).is_absolute() or value.startswith(("~", "."))
     return PureWindowsPath(value).name if is_path and "\n" not in value else value
 
@@ -145,6 +204,7 @@ def _loading(facts: CardFacts) -> list[str]:
             f'model = AutoModelForCausalLM.from_pretrained("{name}")',
             f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
         ) + _code("sh", f"vllm serve {name}", f"python -m sglang.launch_server --model-path {name}")
+    max_rank = next((rank for rank in _VLLM_RANKS if rank >= facts.rank), facts.rank)
     lines = _code(
         "python",
         "from peft import PeftModel",
@@ -155,13 +215,14 @@ def _loading(facts: CardFacts) -> list[str]:
         f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
     ) + _code(
         "sh",
-        f"vllm serve {base} --enable-lora --max-lora-rank {facts.rank} --lora-modules search={name}",
+        f"vllm serve {base} --enable-lora --max-lora-rank {max_rank} --lora-modules search={name}",
         f"python -m sglang.launch_server --model-path {base} --enable-lora --lora-paths search={name}",
     )
     if facts.is_head_adapted:
         lines += [
             "The adapter changes the output head. Where the base model ties its head to its embedding, do not merge it with PEFT's "
-            '`merge_and_unload`, which changes the embedding too: export it again with `format="merged"`.',
+            '`merge_and_unload`, which changes the embedding too: export it again with `format="merged"`. Do so too for a server that '
+            "does not adapt the head.",
         ]
     return lines
 

@@ -296,7 +296,7 @@ def _finish(done: Path, tokenizer: Any, facts: CardFacts, run: Path | None, targ
     """Adds the tokenizer and the card, and moves the folder to its place."""
     try:
         tokenizer.save_pretrained(done)
-        (done / "README.md").write_text(model_card(facts, run), encoding="utf-8")
+        (done / "README.md").write_text(model_card(facts, run, tokenizer), encoding="utf-8")
         if target.exists():
             target.rmdir()  # it was empty: fails if that has changed
         done.replace(target)

@@ -218,6 +218,7 @@ class _Merger:
         from safetensors.torch import save_file
 
         save_file(tensors, path, metadata={"format": "pt"})
+        path.chmod(0o644)  # written for its owner alone, and a server may be another user
 
 
 def _copy_others(base: Path, folder: Path) -> None:

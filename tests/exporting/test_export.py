@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import shutil
 import sys
 import warnings
@@ -103,6 +104,7 @@ async def test_merged_weights_say_what_the_service_says(finished: sr.RecordedRun
     assert base.config.tie_word_embeddings
     assert largest_difference(transformers_logprobs(base, texts), expected) > 0.1, "the weights were trained"
     assert not model.config.tie_word_embeddings
+    assert (folder / "model.safetensors").stat().st_mode & 0o044 == 0o044, "a server of another user can read it"
     torch.testing.assert_close(model.get_input_embeddings().weight, base.get_input_embeddings().weight)
     assert AutoTokenizer.from_pretrained(folder).encode("answer") == AutoTokenizer.from_pretrained(
         tiny_world.model_folder()
@@ -155,7 +157,11 @@ async def test_an_adapter_of_a_step_is_a_peft_folder(finished: sr.RecordedRun, t
     assert len(load_file(folder / "adapter_model.safetensors")) == 2 * (2 * 7 + 1)
     card = (folder / "README.md").read_text()
     wanted = {"last": finished.checkpoints[-1].step, "best": finished.best and finished.best.step}.get(step, step)
-    assert f"after {wanted} optimiser steps" in card
+    assert f"on demonstrations, then {wanted} optimiser steps of reinforcement learning" in card
+    assert "<|im_start|>system\nsearch then answer<|im_end|>" in card, "the run's own instructions"
+    assert re.search(r"<search>.+</search>\n<information>.+</information>\n<answer>.+</answer>\n````", card)
+    assert re.search(r"A query shows the closest passage of the \d+ in `passages`, embedded by `", card)
+    assert "| learning.loss | importance_sampling |" in card, "the one that was chosen"
     assert "| world | 36 |" in card
     assert "learning.learning_rate | 0.001" in card
     assert f"| after RL | {finished.step} | world | 4 |" in card
