@@ -285,7 +285,7 @@ async def test_a_run_under_way_is_asked_with_its_newest_weights_and_undisturbed(
     run = start(steps=3, emit=watch, reward=uneven, checkpoint_every=1)
     first = await run.ask("river of mirin?")  # it waits for the services
     assert first.checkpoint is None
-    await watch.wait_for(in_step(2), run)
+    await watch.wait_for(finished(1), run)
     newest, kept = await run.ask("river of mirin?"), await run.ask("river of mirin?", step=1, max_turns=1)
     assert newest.step is not None
     assert (first.step or 0) <= newest.step >= 1

@@ -58,7 +58,7 @@ questions = st.lists(
         Question,
         id=st.text(min_size=1, max_size=8),
         question=st.text(min_size=1, max_size=20).filter(str.strip),
-        golden_answers=st.lists(st.text(min_size=1, max_size=8), min_size=1, max_size=3).map(tuple),
+        golden_answers=st.lists(st.text(min_size=1, max_size=8).filter(str.strip), min_size=1, max_size=3).map(tuple),
         data_source=st.sampled_from(["a", "b"]),
         metadata=st.dictionaries(text, st.one_of(st.none(), st.integers(-9, 9), text, st.lists(text, max_size=2))),
     ),

@@ -222,7 +222,7 @@ async def test_a_resume_point_that_is_replaced_meanwhile_is_followed(finished: s
             newer.save(run)
 
     folder = await sr.export(run, tmp_path / "new", emit=emit)
-    assert "after 3 optimiser steps" in (folder / "README.md").read_text()
+    assert "3 optimiser steps of reinforcement learning" in (folder / "README.md").read_text()
     replace(newer, state_path="tinker://gone/weights/step-000003").save(run)
     with pytest.raises(sr.ServiceError, match="gone/weights/step-000003"):
         await sr.export(run, tmp_path / "another")
