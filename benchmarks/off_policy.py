@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import inspect
 import json
 import os
 import shutil
@@ -29,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
-import tinker
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -136,25 +134,6 @@ def planned(options: argparse.Namespace) -> list[Way]:
     return ways
 
 
-class _StartingFrom(tinker.ServiceClient):
-    """A client whose new adapters have the weights of a checkpoint: for a ``train`` without ``start_from``."""
-
-    start = ""
-
-    def create_lora_training_client(self, *arguments: Any, **options: Any) -> Any:
-        """As the client's own, from the checkpoint."""
-        return self.create_training_client_from_state(self.start)
-
-
-def starting_from(path: str, url: str) -> dict[str, Any]:
-    """The arguments of ``train`` that begin a run with the weights of a checkpoint, without its optimiser."""
-    if "start_from" in inspect.signature(sr.train).parameters:
-        return {"start_from": path}
-    client = _StartingFrom(base_url=url)
-    client.start = path
-    return {"service": client}
-
-
 class Runs:
     """The runs of one command, over one embedded service.
 
@@ -194,7 +173,7 @@ class Runs:
             max_staleness=way.staleness,
             loss=way.loss,
             weights_in_flight=way.weights,
-            **starting_from(start, self._served["service"]),
+            start_from=start,
         )
         wall = time.monotonic() - began
         after = await self._measure(result.checkpoint)
