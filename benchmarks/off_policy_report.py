@@ -9,6 +9,7 @@ import polars as pl
 
 from benchmarks.report import write_result
 from searchr1_async.episodes.types import Episode
+from searchr1_async.usage import sampling_usage, total_usage
 from searchr1_async.watch.records import RunRecords
 
 _LAST_STEPS = 3
@@ -24,14 +25,8 @@ _MEANS = {
 
 def prompt_tokens(episodes: Iterable[Episode]) -> tuple[int, int]:
     """Prompt tokens of all turns, each turn's whole prompt counted, and those of them that were no cache hits."""
-    prompts = fresh = 0
-    for episode in episodes:
-        length = len(episode.prompt_tokens)
-        for turn in episode.turns:
-            prompts += length
-            fresh += length - turn.cached_prompt_tokens
-            length += len(turn.sampled_tokens) + len(turn.appended_tokens)
-    return prompts, fresh
+    used = total_usage(map(sampling_usage, episodes))
+    return used.prompt, used.fresh
 
 
 def row_of(records: RunRecords) -> dict[str, Any]:
