@@ -1,4 +1,4 @@
-"""Files and folders shared by processes: where they are kept, replaced whole or not at all, worked on by one at a time.
+"""Files and folders shared by processes: replaced whole or not at all, worked on by one at a time.
 
 Below everything, the embedded service too.
 """
@@ -9,7 +9,6 @@ import contextlib
 import io
 import logging
 import os
-import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -23,22 +22,6 @@ if TYPE_CHECKING:
     import polars as pl
 
 logger = logging.getLogger(__name__)
-
-
-def cache_folder() -> Path:
-    """The package's folder in the user's cache, which may not exist yet.
-
-    ``searchr1_async`` within ``$XDG_CACHE_HOME`` if that is set, else within the platform's place for caches.
-    """
-    if explicit := os.environ.get("XDG_CACHE_HOME"):
-        base = Path(explicit)
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    elif sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    else:
-        base = Path.home() / ".cache"
-    return base / "searchr1_async"
 
 
 @contextlib.contextmanager

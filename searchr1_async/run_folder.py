@@ -16,6 +16,7 @@ import polars as pl
 from filelock import FileLock, Timeout
 
 from searchr1_async.billing import Billing, Cost, find_price
+from searchr1_async.boundary.tables import read_parquet
 from searchr1_async.episodes.types import Question
 from searchr1_async.errors import CheckpointError, ConfigurationError, RunFolderError, first_error
 from searchr1_async.evaluation.result import Evaluation
@@ -180,7 +181,7 @@ def training_questions(folder: Path) -> tuple[Question, ...] | None:
     names = ["question_id", "question", "golden_answers", "data_source"]
     try:
         if path.exists():
-            rows = pl.read_parquet(path).select(_QUESTIONS_SCHEMA.names())
+            rows = read_parquet(path).select(_QUESTIONS_SCHEMA.names())
         else:
             played = RunRecords(folder).episodes().select(names)
             rows = played.unique(["data_source", "question_id"], keep="first", maintain_order=True).collect()

@@ -91,7 +91,7 @@ def test_the_lower_floor_does_not_import_the_upper(room: str) -> None:
 def test_the_service_stands_alone() -> None:
     for path in MODULES:
         if is_in(name_of(path), "local"):
-            found = [name for name in imports(path) if not is_in(name, "local", "errors", "files")]
+            found = [name for name in imports(path) if not is_in(name, "local", "boundary", "errors", "files")]
             assert found == [], f"{path} imports of the engine"
 
 
@@ -129,3 +129,17 @@ def test_nothing_is_bound_to_an_event_loop_at_import(path: Path) -> None:
             bound = called.split(".")[0] in ("anyio", "asyncio") and called.split(".")[-1] in WAITING
             assert not bound, f"{path}:{node.lineno}: {called}"
         waiting.extend(ast.iter_child_nodes(node))
+
+
+def test_the_boundary_lies_below_everything() -> None:
+    for path in MODULES:
+        if is_in(name_of(path), "boundary"):
+            assert [name for name in imports(path) if not is_in(name, "boundary", "errors")] == [], path
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if name_of(p) != f"{PACKAGE}.boundary.tables"], ids=name_of)
+def test_tables_have_one_reader(path: Path) -> None:
+    """polars expands wildcards in the paths that it reads."""
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.Attribute):
+            assert not re.fullmatch(r"pl\.(read|scan)_\w+", ast.unparse(node)), f"{path}:{node.lineno}"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import anyio
 
+from searchr1_async.boundary.paths import cache_folder
 from searchr1_async.data.download import free_bytes
 from searchr1_async.data.questions import load_questions
 from searchr1_async.data.wiki18 import (
@@ -24,7 +25,7 @@ from searchr1_async.data.wiki18 import (
 )
 from searchr1_async.errors import StoreError
 from searchr1_async.events import Emit, Notice
-from searchr1_async.files import cache_folder, folder_bytes
+from searchr1_async.files import folder_bytes
 from searchr1_async.search.compact_building import build_compact_index, differing, needed_bytes
 from searchr1_async.search.embedders.choice import make_embedder
 from searchr1_async.search.embedders.gemini import DEFAULT_MODEL

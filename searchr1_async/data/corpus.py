@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from searchr1_async.boundary.paths import cache_folder
 from searchr1_async.data.files import UnreadableFileError, is_data_file, read_rows
 from searchr1_async.episodes.types import Passage
 from searchr1_async.errors import CorpusError
-from searchr1_async.files import cache_folder
 
 logger = logging.getLogger(__name__)
 

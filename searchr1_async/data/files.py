@@ -10,6 +10,8 @@ from typing import Any
 
 import polars as pl
 
+from searchr1_async.boundary.tables import scan_parquet
+
 JSONL_SUFFIXES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
 PARQUET_SUFFIXES = (".parquet",)
 
@@ -67,7 +69,7 @@ def _json_object(path: Path, number: int, line: str) -> dict[str, Any]:
 
 def _parquet_rows(path: Path, columns: frozenset[str] | None, slice_rows: int = 10_000) -> Iterator[Row]:
     try:
-        frame = pl.scan_parquet(path)
+        frame = scan_parquet(path)
         schema = frame.collect_schema()
         if columns is not None:
             frame = frame.select([name for name in schema.names() if name in columns])

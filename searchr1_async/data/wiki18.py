@@ -27,6 +27,7 @@ import anyio
 import anyio.from_thread
 import anyio.to_thread
 
+from searchr1_async.boundary.paths import cache_folder
 from searchr1_async.data.download import (
     BLOCK,
     Advance,
@@ -41,7 +42,7 @@ from searchr1_async.data.download import (
 from searchr1_async.data.xz import BrokenXzError, unpacked_size
 from searchr1_async.errors import StoreError
 from searchr1_async.events import Emit, Notice, PhaseAdvanced, PhaseEnded, PhaseStarted, emit_nothing
-from searchr1_async.files import cache_folder, only_one, write_atomically
+from searchr1_async.files import only_one, write_atomically
 from searchr1_async.threads import in_thread
 
 logger = logging.getLogger(__name__)

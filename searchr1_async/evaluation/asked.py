@@ -9,6 +9,7 @@ from pathlib import Path
 
 import polars as pl
 
+from searchr1_async.boundary.tables import read_parquet
 from searchr1_async.data.suites import Suite
 from searchr1_async.episodes.types import Question
 from searchr1_async.errors import RunFolderError
@@ -76,7 +77,7 @@ def read_questions(folder: Path) -> pl.DataFrame:
     """
     path = folder / QUESTIONS_NAME
     try:
-        return pl.read_parquet(path)
+        return read_parquet(path)
     except (OSError, pl.exceptions.PolarsError) as error:
         raise RunFolderError(f"the evaluation's questions cannot be read from {path}: {error}") from error
 

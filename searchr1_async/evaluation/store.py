@@ -26,11 +26,11 @@ from pathlib import Path
 
 import polars as pl
 
+from searchr1_async.boundary.tables import read_parquet, scan_rows
 from searchr1_async.episodes.types import Episode
 from searchr1_async.errors import RunFolderError
 from searchr1_async.evaluation.scores import SCORE_SCHEMA, score_frame
 from searchr1_async.files import remove_leftovers, write_parquet
-from searchr1_async.watch.records import scan_rows
 from searchr1_async.watch.rows import EPISODE_SCHEMA, EpisodeRow, episode_from_row, episodes_frame
 
 _PART = re.compile(r"(\d{6,})\.parquet")
@@ -80,9 +80,9 @@ class EpisodeStore:
             parts = self._parts()
             self._next = max((number for number, _ in parts), default=0) + 1
             remove_leftovers(self._episodes)
-            self._scores = [_scores_of(pl.read_parquet(path)) for _, path in parts]
+            self._scores = [_scores_of(read_parquet(path)) for _, path in parts]
             if (path := self.folder / JUDGEMENTS_NAME).exists():
-                self._judgements = pl.read_parquet(path)
+                self._judgements = read_parquet(path)
         scores = self._latest()
         rows = scores.filter(~pl.col("failed")).select(_KEY).iter_rows()
         return {(system, place, sample) for system, place, sample in rows}
@@ -194,7 +194,7 @@ class _Part:
 
 def _read_parts(paths: Sequence[Path]) -> list[_Part]:
     """Reads the key columns alone."""
-    frames = [pl.read_parquet(path, columns=_RECORD_KEY) for path in paths]
+    frames = [read_parquet(path, columns=_RECORD_KEY) for path in paths]
     numbered = [
         frame.with_row_index("row").with_columns(pl.lit(number, pl.UInt32).alias("part"))
         for number, frame in enumerate(frames)

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from searchr1_async.boundary.paths import cache_folder
 from searchr1_async.errors import ModelError
-from searchr1_async.files import cache_folder
 
 logger = logging.getLogger(__name__)
 

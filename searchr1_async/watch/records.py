@@ -20,6 +20,7 @@ from pathlib import Path
 
 import polars as pl
 
+from searchr1_async.boundary.tables import read_parquet, scan_parquet, scan_rows
 from searchr1_async.episodes.types import Episode
 from searchr1_async.files import remove_leftovers, write_parquet
 from searchr1_async.watch.rows import (
@@ -36,7 +37,7 @@ from searchr1_async.watch.rows import (
     storable,
 )
 
-__all__ = ["GroupOutcome", "RunRecords", "scan_rows"]
+__all__ = ["GroupOutcome", "RunRecords"]
 
 _STEP_FILE = re.compile(r"step-(\d{6,})\.parquet")
 _EVALUATION_FILE = re.compile(r"(\d{3,})-.*\.parquet")
@@ -86,7 +87,7 @@ class RunRecords:
                 if number > step:
                     path.unlink(missing_ok=True)
         for path in self._evaluation_files():
-            last = pl.read_parquet(path, columns=["step"])["step"].max()
+            last = read_parquet(path, columns=["step"])["step"].max()
             if isinstance(last, int) and last > step:
                 path.unlink(missing_ok=True)
         for folder in (self._metrics, self._groups, self._episodes, self._evaluations):
@@ -94,7 +95,7 @@ class RunRecords:
 
     def metrics(self) -> pl.DataFrame:
         """One row for each finished step, in order; metrics that a step lacks are null. No steps: no rows."""
-        frames = [pl.read_parquet(path) for _, path in _step_files(self._metrics)]
+        frames = [read_parquet(path) for _, path in _step_files(self._metrics)]
         if not frames:
             return pl.DataFrame(schema={"step": pl.Int64})
         return pl.concat(frames, how="diagonal")
@@ -117,7 +118,7 @@ class RunRecords:
         path = self._episodes / _step_file(step)
         if not path.exists():
             return None
-        rows = pl.scan_parquet(path, glob=False).filter(group=group, member=member).collect()
+        rows = scan_parquet(path).filter(group=group, member=member).collect()
         return episode_from_row(rows.row(0, named=True)) if rows.height else None
 
     def write_evaluation(self, label: str, episodes: Sequence[Episode], step: int | None = None) -> None:
@@ -178,27 +179,11 @@ def _step_files(folder: Path) -> list[tuple[int, Path]]:
 
 
 def _label(path: Path) -> str:
-    return pl.read_parquet(path, columns=["label"], n_rows=1)["label"][0]
+    return read_parquet(path, columns=["label"], n_rows=1)["label"][0]
 
 
 def _load(path: Path) -> tuple[Episode, ...]:
-    return tuple(episode_from_row(row) for row in pl.read_parquet(path).iter_rows(named=True))
-
-
-def scan_rows(paths: Sequence[Path], schema: pl.Schema) -> pl.LazyFrame:
-    """The rows of several files of one schema; of no file, an empty frame.
-
-    A column, or a field of a turn, that a file of an earlier version lacks is null.
-    """
-    if not paths:
-        return pl.LazyFrame(schema=schema)
-    return pl.scan_parquet(
-        list(paths),
-        glob=False,
-        schema=dict(schema),
-        missing_columns="insert",
-        cast_options=pl.ScanCastOptions(missing_struct_fields="insert"),
-    )
+    return tuple(episode_from_row(row) for row in read_parquet(path).iter_rows(named=True))
 
 
 def _write(frame: pl.DataFrame, path: Path) -> None:

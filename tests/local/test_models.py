@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from searchr1_async.boundary.paths import cache_folder
 from searchr1_async.errors import ModelError
-from searchr1_async.files import cache_folder
 from searchr1_async.local import models
 from searchr1_async.local.models import convert_llama_gguf, resolve_model
 from tests.local.tiny import make_tiny_model

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from searchr1_async.boundary.tables import scan_parquet
 from searchr1_async.data.corpus import Corpus, load_corpus
 from searchr1_async.episodes.types import Passage
 from searchr1_async.errors import StoreError
@@ -175,7 +176,7 @@ class _File:
             yield part
 
     def _parquet_shape(self) -> tuple[int, int]:
-        frame = pl.scan_parquet(self.path)
+        frame = scan_parquet(self.path)
         names = frame.collect_schema().names()
         self._column = next((name for name in _COLUMNS if name in names), "")
         if not self._column:
@@ -193,7 +194,7 @@ class _File:
         return rows, len(first[0]) if rows and first[0] is not None else 0
 
     def _parquet_parts(self, start: int) -> Iterator[Vectors]:
-        frame = pl.scan_parquet(self.path).select(self._column).slice(start)
+        frame = scan_parquet(self.path).select(self._column).slice(start)
         # Not slice by slice, each of which reads its whole row group again: 15 s against 5 s for 200,000 vectors of 384.
         for batch in frame.collect_batches(chunk_size=ROWS):
             column = batch.to_series()

@@ -1,0 +1,61 @@
+"""The one reader of Parquet tables: a path is the name of one file, whatever characters it holds.
+
+polars expands ``*``, ``?`` and ``[…]`` in plain paths, and reads all files of a folder; no other module reads tables by polars.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import polars as pl
+
+
+def read_parquet(path: Path, columns: Sequence[str] | None = None, n_rows: int | None = None) -> pl.DataFrame:
+    """The rows of one file.
+
+    Args:
+        columns: those to read; None for all.
+        n_rows: those at the beginning; None for all.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read.
+        polars.exceptions.PolarsError: it is no whole Parquet file, or lacks a column.
+    """
+    _refuse_folder(path)
+    return pl.read_parquet(path, columns=None if columns is None else list(columns), n_rows=n_rows, glob=False)
+
+
+def scan_parquet(path: Path) -> pl.LazyFrame:
+    """The rows of one file, read when they are collected.
+
+    Raises:
+        OSError: it is a folder.
+        OSError, polars.exceptions.PolarsError: when the rows are collected, as :func:`read_parquet`.
+    """
+    _refuse_folder(path)
+    return pl.scan_parquet(path, glob=False)
+
+
+def scan_rows(paths: Sequence[Path], schema: pl.Schema) -> pl.LazyFrame:
+    """The rows of several files of one schema, in the order of the files; of no file, an empty frame.
+
+    A column, or a field of a struct, that a file of an earlier version lacks is null.
+
+    Raises:
+        OSError, polars.exceptions.PolarsError: when the rows are collected, as :func:`read_parquet`.
+    """
+    if not paths:
+        return pl.LazyFrame(schema=schema)
+    return pl.scan_parquet(
+        list(paths),
+        glob=False,
+        schema=dict(schema),
+        missing_columns="insert",
+        cast_options=pl.ScanCastOptions(missing_struct_fields="insert"),
+    )
+
+
+def _refuse_folder(path: Path) -> None:
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, not a Parquet file")

@@ -1,0 +1,57 @@
+"""Waits in virtual time: bounded, and told once."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import anyio
+import pytest
+
+from searchr1_async.boundary.waits import bounded_wait, pause
+from tests.virtual_time import VirtualTimeLoop
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def anyio_backend() -> tuple[str, dict[str, Any]]:
+    return "asyncio", {"debug": True, "loop_factory": VirtualTimeLoop}
+
+
+async def test_a_short_wait_is_not_told() -> None:
+    told: list[str] = []
+    with bounded_wait("the service is starting", told.append, at_most=60):
+        await anyio.sleep(4.9)
+    await pause(4.9, "the service asked for it", told.append)
+    await anyio.sleep(60)
+    assert told == []
+
+
+async def test_a_long_wait_is_told_once_while_it_lasts() -> None:
+    told: list[str] = []
+    began = anyio.current_time()
+    with bounded_wait("the service is starting", told.append, at_most=60):
+        await anyio.sleep(5.1)
+        assert len(told) == 1
+        await anyio.sleep(30)
+    assert len(told) == 1
+    assert anyio.current_time() - began == pytest.approx(35.1)
+    assert re.fullmatch(r"the service is starting: waiting for at most 55 s more, until (\S+ )?\d\d:\d\d:\d\d", told[0])
+
+
+async def test_a_wait_ends_at_its_bound() -> None:
+    told: list[str] = []
+    began = anyio.current_time()
+    with pytest.raises(TimeoutError), bounded_wait("the service does not answer", told.append, at_most=60):
+        await anyio.sleep_forever()
+    assert anyio.current_time() - began == pytest.approx(60)
+
+
+async def test_a_pause_is_told_at_its_beginning_with_the_day_where_it_is_another() -> None:
+    told: list[str] = []
+    await pause(3 * 86_400, "the service asked for it", told.append)
+    (sentence,) = told
+    assert re.fullmatch(
+        r"the service asked for it: waiting for at most 259,200 s more, until \d{4}-\d\d-\d\d .*", sentence
+    )
