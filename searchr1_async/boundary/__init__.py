@@ -2,6 +2,7 @@
 
 - :mod:`.paths`: paths as users give them.
 - :mod:`.tables`: files of rows, and tables in memory.
+- :mod:`.values`: numbers, flags and texts as users and files give them.
 - :mod:`.waits`: waiting for services: bounded, and told.
 
 Inside the package these values are trusted. Everything else may import this room; it imports only the errors.

@@ -10,6 +10,7 @@ from typing import Literal, cast
 import anyio
 import tinker
 
+from searchr1_async.boundary.values import as_integer, as_number
 from searchr1_async.config import EpisodeLimits, LocalOptions, SamplingSettings
 from searchr1_async.data.questions import Questions, checked_questions
 from searchr1_async.data.suites import Suites, load_suites
@@ -20,7 +21,6 @@ from searchr1_async.errors import ConfigurationError
 from searchr1_async.evaluation.job import EvaluationJob
 from searchr1_async.evaluation.judge import Judge
 from searchr1_async.evaluation.manifest import Manifest
-from searchr1_async.evaluation.numeric import number, whole
 from searchr1_async.evaluation.repeating import refuse_besides, repeated_job, repeats
 from searchr1_async.evaluation.report import Report
 from searchr1_async.evaluation.running import run_evaluation
@@ -115,24 +115,24 @@ async def evaluate(
     if repeats(suites):
         refuse_besides(evaluate, locals())
     check_thinking(model, renderer, thinking)
-    limit = None if limit is None else whole("limit", limit)
-    question_seed, samples = whole("question_seed", question_seed), whole("samples", samples)
-    max_failed_fraction = number("max_failed_fraction", max_failed_fraction)
+    limit = None if limit is None else as_integer("limit", limit)
+    question_seed, samples = as_integer("question_seed", question_seed), as_integer("samples", samples)
+    max_failed_fraction = as_number("max_failed_fraction", max_failed_fraction)
     limits = EpisodeLimits(
-        whole("max_turns", max_turns),
-        whole("max_tokens", max_tokens),
-        whole("max_trajectory_tokens", max_trajectory_tokens),
+        as_integer("max_turns", max_turns),
+        as_integer("max_tokens", max_tokens),
+        as_integer("max_trajectory_tokens", max_trajectory_tokens),
         malformed_calls=malformed_calls,
     )
     choice = ServiceChoice(service, model, local or LocalOptions(), tokenizer)
     sampling = SamplingSettings(
-        temperature=number("temperature", temperature),
-        seed=None if seed is None else whole("seed", seed),
-        deadline=number("sampling_deadline", sampling_deadline),
-        max_episodes_in_flight=whole("max_episodes_in_flight", max_episodes_in_flight),
+        temperature=as_number("temperature", temperature),
+        seed=None if seed is None else as_integer("seed", seed),
+        deadline=as_number("sampling_deadline", sampling_deadline),
+        max_episodes_in_flight=as_integer("max_episodes_in_flight", max_episodes_in_flight),
         # Each sample by itself, so that one that a kill has lost is played again as it would have been.
         first_turn="split",
-        workers="auto" if workers == "auto" else whole("workers", workers),
+        workers="auto" if workers == "auto" else as_integer("workers", workers),
     )
     kept = None if out_dir is None else Path(out_dir)
     if repeats(suites):

@@ -18,12 +18,12 @@ from typing import Any
 
 import anyio
 
+from searchr1_async.boundary.values import as_integer, as_number
 from searchr1_async.config import SamplingSettings
 from searchr1_async.episodes.plain_text import PlainText
 from searchr1_async.episodes.rendering import select_renderer
 from searchr1_async.episodes.types import Question
 from searchr1_async.errors import ConfigurationError, ServiceError, first_error
-from searchr1_async.evaluation.numeric import number, whole
 from searchr1_async.rollout.gate import SampleGate
 from searchr1_async.rollout.player import GroupPolicy
 from searchr1_async.rollout.turns import LoopTurns
@@ -78,9 +78,9 @@ class Judge:
             value = getattr(self, name)
             if value is not None and not str(value).strip():
                 raise ConfigurationError(f"the judge's {name} is blank: give it some text, or leave it out")
-        object.__setattr__(self, "deadline", number("the judge's deadline", self.deadline))
+        object.__setattr__(self, "deadline", as_number("the judge's deadline", self.deadline))
         for name in ("max_tokens", "at_once"):
-            object.__setattr__(self, name, whole(f"the judge's {name}", getattr(self, name)))
+            object.__setattr__(self, name, as_integer(f"the judge's {name}", getattr(self, name)))
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"the judge's {name} is {getattr(self, name)}: it must be at least 1")
         if not self.deadline > 0:
