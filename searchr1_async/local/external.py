@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 
 from searchr1_async.errors import CheckpointError
+from searchr1_async.local.answers import SIGNED_ROUTE, json_answer
 from searchr1_async.local.backend import Backend, LoraConfig, State, UserFault
 from searchr1_async.local.checkpoints import Checkpoint, CheckpointId, CheckpointStore
 from searchr1_async.local.jobs import result_of
@@ -40,8 +41,6 @@ from searchr1_async.local.peft_files import (
 )
 from searchr1_async.local.protocol import Body, optional
 
-SIGNED_ROUTE = "signed"
-"""Name of the one route besides ``healthz`` that is served without the API key."""
 URL_SECONDS = 3600
 """How long a signed URL is valid."""
 
@@ -77,8 +76,7 @@ class External:
             file: f"{base}/{file}?expires={expires}&signature={self._sign(id.run, id.name, file, expires)}"
             for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
         }
-        fields = {"urls": urls, "expires": datetime.fromtimestamp(expires, UTC).isoformat()}
-        return web.Response(body=json.dumps(fields).encode(), content_type="application/json")
+        return json_answer(urls=urls, expires=datetime.fromtimestamp(expires, UTC).isoformat())
 
     async def download(self, request: web.Request) -> web.StreamResponse:
         """One file of a checkpoint, to whoever has its signed URL; 403 where that is wrong or has expired."""
@@ -139,8 +137,7 @@ class External:
                 f"the weights in {folder} adapt {unknown[0]}, which this model does not have ({len(unknown)} such matrices)"
             )
         await anyio.to_thread.run_sync(lambda: self._checkpoints.save(checkpoint, state, overwrite=True))
-        fields = {"path": id.path, "lora_rank": checkpoint.lora.rank}
-        return web.Response(body=json.dumps(fields).encode(), content_type="application/json")
+        return json_answer(path=id.path, lora_rank=checkpoint.lora.rank)
 
 
 def _config_of(checkpoint: Checkpoint, path: Path) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from typing import Any
 import anyio.to_thread
 from aiohttp import web
 
+from searchr1_async.local.answers import json_answer
 from searchr1_async.local.checkpoints import Checkpoint, CheckpointId, CheckpointStore, checkpoint_fields
 from searchr1_async.local.protocol import Body, MalformedRequest
 from searchr1_async.local.training import Training
@@ -54,13 +54,13 @@ class Listings:
 
     async def list_sessions(self, request: web.Request) -> web.Response:
         page, _ = _page(request, [session.id for session in self._sessions.values() if not session.finished])
-        return _json(sessions=page)
+        return json_answer(sessions=page)
 
     async def get_session(self, request: web.Request) -> web.Response:
         session = self._sessions.get(request.match_info["session"])
         if session is None:
-            return _json(404, detail=f"no session {request.match_info['session']!r}")
-        return _json(
+            return json_answer(404, detail=f"no session {request.match_info['session']!r}")
+        return json_answer(
             training_run_ids=session.model_ids,
             sampler_ids=session.sampler_ids,
             user_metadata=session.user_metadata,
@@ -69,18 +69,18 @@ class Listings:
 
     async def list_runs(self, request: web.Request) -> web.Response:
         page, cursor = _page(request, await self._runs())
-        return _json(training_runs=page, cursor=cursor)
+        return json_answer(training_runs=page, cursor=cursor)
 
     async def get_run(self, request: web.Request) -> web.Response:
         runs = await self._runs(request.match_info["run"])
         if not runs:
-            return _json(404, detail=f"no training run {request.match_info['run']!r}")
-        return _json(**runs[0])
+            return json_answer(404, detail=f"no training run {request.match_info['run']!r}")
+        return json_answer(**runs[0])
 
     async def list_checkpoints(self, request: web.Request) -> web.Response:
         listing = await self._listing(request.match_info.get("run"))
         page, cursor = _page(request, [checkpoint_fields(checkpoint) for checkpoint in listing], limit=1000)
-        return _json(checkpoints=page, cursor=cursor)
+        return json_answer(checkpoints=page, cursor=cursor)
 
     async def delete_checkpoint(self, request: web.Request) -> web.Response:
         await anyio.to_thread.run_sync(self._checkpoints.delete, _id(request), time.time())
@@ -96,7 +96,7 @@ class Listings:
     async def weights_info(self, request: web.Request) -> web.Response:
         id = CheckpointId.parse(Body.parse(await request.read()).text("tinker_path"))
         checkpoint = await anyio.to_thread.run_sync(self._checkpoints.find, id, time.time())
-        return _json(
+        return json_answer(
             base_model=checkpoint.base_model, is_lora=True, lora_rank=checkpoint.lora.rank, **_parts(checkpoint)
         )
 
@@ -150,7 +150,3 @@ def _page(request: web.Request, items: list[Any], limit: int = 20) -> tuple[list
     except ValueError:
         raise MalformedRequest("limit and offset must be integers") from None
     return items[offset : offset + limit], {"offset": offset, "limit": limit, "total_count": len(items)}
-
-
-def _json(status: int = 200, /, **fields: Any) -> web.Response:
-    return web.Response(status=status, body=json.dumps(fields).encode(), content_type="application/json")

@@ -14,6 +14,7 @@ import anyio
 import anyio.to_thread
 
 from searchr1_async.local import protocol
+from searchr1_async.local.answers import NotFound, TooManySamples
 from searchr1_async.local.backend import Backend, InflightClient, Snapshot, UserFault
 from searchr1_async.local.checkpoints import CheckpointId, CheckpointStore
 from searchr1_async.local.jobs import Jobs, offload, result_of
@@ -25,10 +26,6 @@ logger = logging.getLogger(__name__)
 
 CLONE_NUMBERS = 1_000_000_000
 """The copies of a sampling client number their requests from clone id times this."""
-
-
-class TooManySamples(Exception):
-    """The queue is full: the client should wait and submit again (429)."""
 
 
 @dataclass(slots=True, eq=False)
@@ -133,6 +130,13 @@ class Sampling:
         for weights in [weights for weights in self._resident if weights not in used]:
             del self._resident[weights]
         self._by_checkpoint = {key: weights for key, weights in self._by_checkpoint.items() if weights in used}
+
+    def find(self, id: str) -> Sampler:
+        """Raises :class:`NotFound`."""
+        sampler = self.samplers.get(id)
+        if sampler is None:
+            raise NotFound(f"no sampler {id!r}: its session has ended, or the service was restarted since")
+        return sampler
 
     async def _weights_for(self, fields: Mapping[str, Any]) -> tuple[Weights | None, str | None]:
         path = protocol.optional(fields, "model_path", str, "")

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hmac
 import ipaddress
-import json
 import logging
 import secrets
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,16 +21,18 @@ import anyio
 import anyio.to_thread
 from aiohttp import web
 
-from searchr1_async.errors import CheckpointError, ConfigurationError
+from searchr1_async.errors import ConfigurationError
 from searchr1_async.local import protocol
+from searchr1_async.local.answers import Gone, Handler, NotFound, errors_as_json, json_answer, key_check
 from searchr1_async.local.backend import Backend, Snapshot, UserFault
-from searchr1_async.local.checkpoints import CheckpointStore, Kind, NoSuchCheckpoint
-from searchr1_async.local.external import SIGNED_ROUTE, External
+from searchr1_async.local.checkpoints import CheckpointStore, Kind
+from searchr1_async.local.external import External
+from searchr1_async.local.futures import Futures
 from searchr1_async.local.jobs import Jobs, offload
 from searchr1_async.local.listings import Listings, Session
-from searchr1_async.local.promises import Failure, Promise, PromiseStore, UnknownPromise
-from searchr1_async.local.protocol import Body, MalformedRequest
-from searchr1_async.local.sampling import Sampler, Sampling, TooManySamples, sampler_id
+from searchr1_async.local.promises import Promise, PromiseStore
+from searchr1_async.local.protocol import Body
+from searchr1_async.local.sampling import Sampling, sampler_id
 from searchr1_async.local.sequences import DAY, SequenceStore, sequence_id
 from searchr1_async.local.training import Model, Training, model_id
 
@@ -43,16 +43,11 @@ _SWEEP_SECONDS = 5.0
 _KEEP_ALIVE_SECONDS = 3600.0
 """Longer than any pause of a client, so that no request meets a connection that is just being closed."""
 _MAX_BODY_BYTES = 512 << 20
-_ANNOUNCED_BYTES = 1 << 20
-"""Results above this are announced first, so that the client can bound what it takes in at once."""
 _SAVES: dict[Kind, str] = {
     "weights": "SaveWeights",
     "sampler_weights": "SaveWeightsForSampler",
     "external_weights": "SaveWeightsExternal",
 }
-_WITHOUT_KEY = {"healthz", SIGNED_ROUTE}
-"""Names of the routes that ask for no API key."""
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,71 +127,16 @@ async def serve(
 
 def make_app(service: Service, checkpoints: CheckpointStore, api_key: str) -> web.Application:
     """All routes, behind the key and with every error as JSON."""
-    app = web.Application(client_max_size=_MAX_BODY_BYTES, middlewares=[_errors_as_json, _key_check(api_key)])
+    app = web.Application(client_max_size=_MAX_BODY_BYTES, middlewares=[errors_as_json, key_check(api_key)])
     app.router.add_get(f"{API}/healthz", service.healthz, name="healthz")
     for path, handler in service.posts().items():
         app.router.add_post(f"{API}/{path}", handler)
     app.router.add_get(f"{API}/get_server_capabilities", service.get_server_capabilities)
     app.router.add_get(f"{API}/samplers/{{sampler}}", service.get_sampler)
     External(service.backend, checkpoints).add_routes(app, API)
+    Futures(service.promises, service.sampling, service.sessions, poll=service.options.poll).add_routes(app, API)
     Listings(service.sessions, service.training, checkpoints).add_routes(app, API)
     return app
-
-
-def _key_check(api_key: str) -> Any:
-    expected = api_key.encode()
-
-    @web.middleware
-    async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
-        given = request.headers.get("X-API-Key") or request.headers.get("Authorization", "").removeprefix("Bearer ")
-        is_open = request.match_info.route.name in _WITHOUT_KEY
-        if not is_open and not hmac.compare_digest(given.encode("utf-8", "replace"), expected):
-            refusal = _json(401, detail="the API key is missing or wrong: this service was started with another one")
-            refusal.force_close()
-            return refusal
-        return await handler(request)
-
-    return check
-
-
-@web.middleware
-async def _errors_as_json(request: web.Request, handler: Handler) -> web.StreamResponse:
-    try:
-        return await handler(request)
-    except MalformedRequest as error:
-        return _json(error.status, detail=str(error))
-    except NoSuchCheckpoint as error:
-        return _json(404, detail=str(error))
-    except UserFault as error:
-        return _json(400, detail=str(error))
-    except NotFound as error:
-        return _json(404, detail=str(error))
-    except Gone as error:
-        return _json(410, detail=str(error))
-    except CheckpointError as error:
-        # Not 5xx: clients would submit it again for minutes.
-        return _json(422, detail=str(error))
-    except TooManySamples:
-        return _json(429, detail="too many samples are queued")
-    except web.HTTPNotFound:
-        return _json(404, detail=f"the embedded service does not offer {request.method} {request.path}")
-    except web.HTTPException as error:
-        return _json(error.status, detail=error.reason)
-    except Exception as error:
-        logger.exception("%s %s failed", request.method, request.path)
-        return _json(500, detail=f"{type(error).__name__}: {error}")
-
-
-def _json(status: int = 200, /, **fields: Any) -> web.Response:
-    return web.Response(status=status, body=json.dumps(fields).encode(), content_type="application/json")
-
-
-class NotFound(LookupError):
-    """No such session, model, sampler or promise; its message goes out with 404."""
-
-
-class Gone(LookupError):
-    """It existed and is over; its message goes out with 410."""
 
 
 class Service:
@@ -206,8 +146,8 @@ class Service:
         self.backend = backend
         self.options = options
         self.sessions: dict[str, Session] = {}
-        self._promises = jobs.promises
-        self._promises.grace = options.result_grace
+        self.promises = jobs.promises
+        self.promises.grace = options.result_grace
         self._checkpoints = checkpoints
         self._sequences = SequenceStore(life=options.sequence_life, most_bytes=options.sequence_bytes)
         self.training = Training(backend, checkpoints, jobs, self._sequences, gap_patience=options.gap_patience)
@@ -239,10 +179,7 @@ class Service:
             "load_weights": self.load_weights,
             "create_sampling_session": self.create_sampling_session,
             "asample": self.asample,
-            "retrieve_future": self.retrieve_future,
-            "retrieve_futures": self.retrieve_futures,
             "join_sampling_session": self.join_sampling_session,
-            "cancel_future": self.cancel_future,
         }
 
     async def keep_house(self) -> None:
@@ -250,7 +187,7 @@ class Service:
         next_checkpoint_sweep = 0.0
         while True:
             now = time.monotonic()
-            self._promises.sweep(now)
+            self.promises.sweep(now)
             self._sequences.sweep(now)
             self.training.give_up_gaps(now)
             for session in list(self.sessions.values()):
@@ -268,25 +205,25 @@ class Service:
     # -- the service and its sessions ----------------------------------------------------------------------------
 
     async def healthz(self, request: web.Request) -> web.Response:
-        return _json(status="ok")
+        return json_answer(status="ok")
 
     async def client_config(self, request: web.Request) -> web.Response:
-        response = _json(sample_use_retrieve_futures=self.options.use_retrieve_futures)
+        response = json_answer(sample_use_retrieve_futures=self.options.use_retrieve_futures)
         # The SDK asks this once, through a connection that it never closes.
         response.force_close()
         return response
 
     async def client_dynamic_config(self, request: web.Request) -> web.Response:
-        return _json(sample_cancel_enabled=True)
+        return json_answer(sample_cancel_enabled=True)
 
     async def telemetry(self, request: web.Request) -> web.Response:
         await request.read()
-        return _json(status="accepted")
+        return json_answer(status="accepted")
 
     async def get_server_capabilities(self, request: web.Request) -> web.Response:
         able = {"max_context_length": self.backend.max_context_length, "trainable": True, "sampleable": True}
         names = self.options.listed or (self.backend.model_name,)
-        return _json(supported_models=[{"model_name": name, **able} for name in names])
+        return json_answer(supported_models=[{"model_name": name, **able} for name in names])
 
     async def create_session(self, request: web.Request) -> web.Response:
         fields = Body.parse(await request.read()).fields
@@ -299,11 +236,11 @@ class Service:
             heartbeat_at=time.monotonic(),
         )
         self.sessions[session.id] = session
-        return _json(session_id=session.id, type="create_session")
+        return json_answer(session_id=session.id, type="create_session")
 
     async def session_heartbeat(self, request: web.Request) -> web.Response:
         self._session(Body.parse(await request.read()).text("session_id")).heartbeat_at = time.monotonic()
-        return _json(type="session_heartbeat")
+        return json_answer(type="session_heartbeat")
 
     async def finish_session(self, request: web.Request) -> web.Response:
         session = self.sessions.get(request.match_info["session"])
@@ -345,7 +282,7 @@ class Service:
         id = model_id(session.id, number)
         if id not in session.model_ids:
             session.model_ids.append(id)
-        return _json(request_id=promise.request_id, model_id=id)
+        return json_answer(request_id=promise.request_id, model_id=id)
 
     async def get_info(self, request: web.Request) -> web.Response:
         model = self._model(Body.parse(await request.read()).text("model_id"))
@@ -354,7 +291,7 @@ class Service:
             "model_name": self.backend.model_name,
             "tokenizer_id": self.backend.tokenizer_path or None,
         }
-        return _json(
+        return json_answer(
             type="get_info",
             model_id=model.id,
             model_data=data,
@@ -371,7 +308,7 @@ class Service:
 
     def _submit(self, model: Model, seq_id: int | None, kind: str, begin: Any) -> web.Response:
         promise = self.training.submit(model, seq_id, kind, begin)
-        return _json(request_id=promise.request_id, model_id=model.id)
+        return json_answer(request_id=promise.request_id, model_id=model.id)
 
     async def forward_backward(self, request: web.Request) -> web.Response:
         body = await request.read()
@@ -429,17 +366,11 @@ class Service:
         sampler = await self.sampling.create(session.id, body.number("sampling_session_seq_id"), body.fields)
         if sampler.id not in session.sampler_ids:
             session.sampler_ids.append(sampler.id)
-        return _json(sampling_session_id=sampler.id, type="create_sampling_session")
+        return json_answer(sampling_session_id=sampler.id, type="create_sampling_session")
 
     async def get_sampler(self, request: web.Request) -> web.Response:
-        sampler = self._sampler(request.match_info["sampler"])
-        return _json(sampler_id=sampler.id, base_model=self.backend.model_name, model_path=sampler.model_path)
-
-    def _sampler(self, id: str) -> Sampler:
-        sampler = self.sampling.samplers.get(id)
-        if sampler is None:
-            raise NotFound(f"no sampler {id!r}: its session has ended, or the service was restarted since")
-        return sampler
+        sampler = self.sampling.find(request.match_info["sampler"])
+        return json_answer(sampler_id=sampler.id, base_model=self.backend.model_name, model_path=sampler.model_path)
 
     async def asample(self, request: web.Request) -> web.Response:
         raw = await request.read()
@@ -447,66 +378,13 @@ class Service:
         seq_id = body.optional_number("seq_id")
         sampler = None
         if body.fields.get("sampling_session_id") is not None:
-            sampler = self._sampler(body.text("sampling_session_id"))
+            sampler = self.sampling.find(body.text("sampling_session_id"))
         promise = self.sampling.submit(sampler, seq_id, body.fields, len(raw))
         count = body.fields.get("num_samples")
         count = count if isinstance(count, int) and 1 <= count <= protocol.MAX_SAMPLES else 1
         ids = [sequence_id(promise.request_id, index) for index in range(count)]
-        return _json(request_id=promise.request_id, sample_sequence_ids=ids)
-
-    # -- futures -------------------------------------------------------------------------------------------------
-
-    async def retrieve_future(self, request: web.Request) -> web.Response:
-        body = Body.parse(await request.read())
-        promise = self._promise(body.text("request_id"))
-        outcome = await self._promises.wait(promise, self.options.poll)
-        if outcome is None:
-            return _json(408, type="try_again", request_id=promise.request_id, queue_state="active")
-        if isinstance(outcome, Failure):
-            self._promises.fetched(promise, time.monotonic())
-            return _json(error=outcome.error, category=outcome.category)
-        if body.fields.get("allow_metadata_only") is True and len(outcome.body) > _ANNOUNCED_BYTES:
-            return _json(status="complete_metadata", response_payload_size=len(outcome.body))
-        self._promises.fetched(promise, time.monotonic())
-        return web.Response(body=outcome.body, content_type=outcome.content_type)
-
-    async def retrieve_futures(self, request: web.Request) -> web.Response:
-        """Which requests of a sampling client are settled; their results are fetched one by one."""
-        fields = Body.parse(await request.read()).fields
-        target = Body(protocol.optional(fields, "target", dict, {}))
-        clone = target.optional_number("cloned_sampler_id") or 0
-        id = target.text("sampling_session_id")
-        seen = Body(fields).optional_number("prev_cursor") or 0
-        seconds = min(max(protocol.optional(fields, "timeout", float, self.options.poll), 0.0), self.options.poll)
-        session = self.sessions.get(id.partition(":")[0])
-        if session is not None and session.finished:
-            # A client that closes polls on for a moment; an error would make it log one.
-            await anyio.sleep(min(seconds, 1.0))
-            return _json(completions=[], cursor=seen)
-        settled, cursor = await self.sampling.log_of(self._sampler(id), clone).after(seen, seconds)
-        completions = [
-            {
-                "state": "failed" if isinstance(promise.outcome, Failure) else "finished",
-                "request_id": promise.request_id,
-            }
-            for promise in settled
-        ]
-        return _json(completions=completions, cursor=cursor)
+        return json_answer(request_id=promise.request_id, sample_sequence_ids=ids)
 
     async def join_sampling_session(self, request: web.Request) -> web.Response:
-        sampler = self._sampler(Body.parse(await request.read()).text("sampling_session_id"))
-        return _json(client_counter=self.sampling.join(sampler), type="join_sampling_session")
-
-    def _promise(self, request_id: str) -> Promise:
-        try:
-            return self._promises.get(request_id)
-        except UnknownPromise as error:
-            if error.expired:
-                raise Gone(f"the result of request {request_id!r} was fetched and is kept no longer") from None
-            raise NotFound(f"no request {request_id!r}: the service was restarted since, or never knew it") from None
-
-    async def cancel_future(self, request: web.Request) -> web.Response:
-        """Stops a sample. Training requests run on: they have their place in a sequence."""
-        promise = self._promise(Body.parse(await request.read()).text("request_id"))
-        self._promises.cancel(promise, time.monotonic())
-        return web.Response(status=204)
+        sampler = self.sampling.find(Body.parse(await request.read()).text("sampling_session_id"))
+        return json_answer(client_counter=self.sampling.join(sampler), type="join_sampling_session")
