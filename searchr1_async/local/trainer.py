@@ -320,6 +320,9 @@ _NOT_FINITE = (
 def adam_step(adapter: LoraAdapter, params: AdamParams) -> dict[str, float]:
     """Adam with decoupled weight decay (Loshchilov and Hutter, 2019) on the accumulated gradients, which are cleared.
 
+    Returns what only the service knows. Clients put it into rows of their own, so no name may be one that they use for
+    themselves: ``step``, ``learning_rate``.
+
     Raises:
         UserFault: a parameter is out of range.
     """
@@ -340,8 +343,7 @@ def adam_step(adapter: LoraAdapter, params: AdamParams) -> dict[str, float]:
     return {
         "grad_norm": norm,
         "grad_clipped": float(clipped),
-        "learning_rate": params.learning_rate,
-        "step": float(adapter.step),
+        "optimizer_steps": float(adapter.step),
         "weight_norm": float(torch.linalg.vector_norm(adapter.flat, dtype=torch.float64)),
     }
 

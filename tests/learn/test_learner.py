@@ -194,7 +194,7 @@ async def test_parts_are_optimiser_steps_of_their_own(world: World) -> None:
     finished, _ = await learn(learner, [second], step=2)
     assert finished.metrics["optim/steps"] == 2
     assert finished.metrics["optim/lr"] == pytest.approx(0.75 * RATE)
-    assert finished.metrics["optim/step"] == 2
+    assert finished.metrics["optim/optimizer_steps"] == 2
     # Another step, so other weights than after one step on all.
     at_once, _ = await world.learner(optimizer_steps=2, schedule="linear", loss="ppo")
     whole, _ = await learn(at_once, [world.groups], step=2)
@@ -227,7 +227,7 @@ async def test_the_next_batch_may_be_submitted_while_the_last_is_saved(world: Wo
     await learner.submit(two, 2)
     second = await learner.finish_step(2, 4, "overlap-2", keep=True)
     ends = [await second.finished(), await first.finished()]
-    assert [end.metrics["optim/step"] for end in ends] == [2, 1]
+    assert [end.metrics["optim/optimizer_steps"] for end in ends] == [2, 1]
     assert ends[0].metrics["optim/datums"] == ends[1].metrics["optim/datums"] == 20
     assert ends[0].state_path != ends[1].state_path
     clients = [await first.published(), await second.published()]

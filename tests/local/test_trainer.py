@@ -231,7 +231,7 @@ def test_adam_is_torchs_adamw_with_global_clipping() -> None:
     expected = torch.nn.Parameter(adapter.flat.clone())
     params = AdamParams(learning_rate=0.01, beta1=0.8, beta2=0.9, eps=1e-8, weight_decay=0.1, grad_clip_norm=1.0)
     optimizer = torch.optim.AdamW([expected], lr=0.01, betas=(0.8, 0.9), eps=1e-8, weight_decay=0.1)
-    for factor in (10.0, 0.001, 1.0):
+    for steps, factor in enumerate((10.0, 0.001, 1.0), 1):
         gradient = torch.randn(layout.size, generator=generator) * factor
         adapter.gradient.copy_(gradient)
         expected.grad = gradient.clone()
@@ -242,7 +242,7 @@ def test_adam_is_torchs_adamw_with_global_clipping() -> None:
 
         torch.testing.assert_close(adapter.flat, expected.detach(), atol=1e-6, rtol=1e-5)
         assert metrics["grad_norm"] == pytest.approx(float(gradient.norm()), rel=1e-5)
-        assert metrics["learning_rate"] == 0.01
+        assert metrics["optimizer_steps"] == steps
         assert not adapter.gradient.any()
 
 

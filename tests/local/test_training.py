@@ -1,0 +1,52 @@
+"""What clients get back from training requests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import anyio.to_thread
+import pytest
+from tinker import types
+
+from searchr1_async.local.backend import Backend
+from searchr1_async.local.scripted import ScriptedBackend
+from searchr1_async.local.torch_backend import TorchBackend
+from tests.local.serving import datum, sdk, service_thread, successors
+from tests.local.tiny import make_tiny_model
+
+pytestmark = pytest.mark.anyio
+
+COLUMNS = """
+step epoch batch progress learning_rate num_sequences num_tokens num_loss_tokens train_mean_nll train_mean_bpb time_total
+progress/batch progress/done_frac optim/lr optim/entropy time/total reward/total total_loss
+"""
+"""What the loops of tinker-cookbook 0.5.8 and 0.6.1 set themselves in the rows that they then update with our metrics."""
+RESERVED = "_step _runtime _timestamp _wandb project run timestamp time metrics"
+"""What the trackers Weights & Biases and Trackio keep for themselves."""
+
+
+def scripted(folder: Path) -> Backend:
+    return ScriptedBackend(successors)
+
+
+def tiny_model(folder: Path) -> Backend:
+    return TorchBackend.load(str(make_tiny_model(folder)), threads=1, dtype="float32", device="cpu", max_batch=4)
+
+
+@pytest.mark.parametrize("make_backend", [scripted, tiny_model])
+async def test_no_metric_has_a_name_that_clients_use_for_themselves(tmp_path: Path, make_backend: Any) -> None:
+    """A client writes one row a step: its own columns, then all metrics of the service over them."""
+    backend = await anyio.to_thread.run_sync(make_backend, tmp_path / "model")
+    example = datum([1, 2, 3, 4], logprobs=[-1.0, -1.0, -1.0], advantages=[1.0, -0.5, 0.5])
+    with service_thread(tmp_path / "store", backend) as served:
+        async with sdk(served.url) as service:
+            trainer = await service.create_lora_training_client(base_model=backend.model_name, rank=4)
+            for loss_fn in ("importance_sampling", "ppo"):
+                gradient = await trainer.forward_backward([example], loss_fn)
+                step = await trainer.optim_step(types.AdamParams(learning_rate=0.1))
+                names = {*gradient.metrics, *(step.metrics or {})}
+                assert names
+                assert names & {*COLUMNS.split(), *RESERVED.split()} == set()
+                # A name that the SDK can reduce over the chunks of a batch.
+                assert all(":" in name for name in gradient.metrics)
