@@ -21,6 +21,9 @@ from searchr1_async.local.sequences import RecordedSequence
 LOGPROB_TOLERANCE = 1e-3
 """Nats by which a log-probability that the client sends may differ from the recorded one: files may round."""
 
+_PADDING = 0
+"""What stands at targets that were not sampled in the data of clients that do not care for them."""
+
 
 @dataclass(frozen=True, slots=True)
 class Span:
@@ -67,7 +70,7 @@ def check(
     Raises:
         UserFault: a datum without spans; spans that do not tile its input or its targets; a sequence that is not recorded; a span
             beyond what was prompted or sampled; tokens that differ from it; targets that are not the input shifted by
-            one; a sampled target after other tokens than it was sampled after; log-probabilities that are not the
+            one (a target that was not sampled may be 0 instead: clients pad with it, and nothing is learnt from it); a sampled target after other tokens than it was sampled after; log-probabilities that are not the
             recorded ones; an advantage at a target that was not sampled.
     """
     known = _Known(recorded, why_missing)
@@ -81,17 +84,17 @@ def _check_datum(place: str, datum: Datum, spans: Provenance, known: _Known) -> 
     if "target_tokens" not in datum.loss_inputs:
         raise UserFault(f"{place}: loss_fn 'stable_reinforce' needs loss_fn_inputs['target_tokens']")
     targets_T = datum.loss_inputs["target_tokens"]
-    _check_claims(f"{place}.model_input_spans", "model_input", datum.tokens, spans.inputs, known)
-    _check_claims(f"{place}.loss_fn_input_spans", "target_tokens", targets_T, spans.targets, known)
-    wrong = np.flatnonzero(datum.tokens[1:] != targets_T[:-1])
+    _check_claims(f"{place}.model_input_spans", "model_input", datum.tokens, spans.inputs, known, padding=None)
+    _check_claims(f"{place}.loss_fn_input_spans", "target_tokens", targets_T, spans.targets, known, padding=_PADDING)
+    is_padding_T = ~_sampled(spans.targets) & (targets_T == _PADDING)
+    wrong = np.flatnonzero((datum.tokens[1:] != targets_T[:-1]) & ~is_padding_T[:-1])
     if len(wrong):
         at = int(wrong[0])
         raise UserFault(
             f"{place}: target_tokens[{at}] is {targets_T[at]}, but model_input[{at + 1}] is {datum.tokens[at + 1]}: "
             "position i of the input predicts token i + 1, so the targets must be the input shifted by one"
         )
-    recorded_T = np.zeros(len(targets_T), np.float32)
-    sampled_T = np.zeros(len(targets_T), bool)
+    recorded_T, sampled_T = np.zeros(len(targets_T), np.float32), _sampled(spans.targets)
     start = 0
     for number, span in enumerate(spans.targets):
         stop = start + span.length
@@ -99,14 +102,23 @@ def _check_datum(place: str, datum: Datum, spans: Provenance, known: _Known) -> 
             sequence = known.sequences[span.sequence_id]
             _check_context(f"{place}.loss_fn_input_spans[{number}]", datum.tokens[: start + 1], span, sequence)
             recorded_T[start:stop] = sequence.logprobs[span.offset : span.offset + span.length]
-            sampled_T[start:stop] = True
         start = stop
     _check_columns(place, datum, recorded_T, sampled_T)
     return replace(datum, loss_inputs={**datum.loss_inputs, "logprobs": recorded_T})
 
 
-def _check_claims(place: str, field: str, tokens_T: NDArray[Any], spans: Sequence[Span], known: _Known) -> None:
-    """Every span names tokens that were prompted or sampled, and together they tile the field."""
+def _sampled(spans: Sequence[Span]) -> NDArray[np.bool_]:
+    """Which positions of a field were sampled."""
+    return np.repeat([span.sampled for span in spans], [span.length for span in spans]).astype(bool)
+
+
+def _check_claims(
+    place: str, field: str, tokens_T: NDArray[Any], spans: Sequence[Span], known: _Known, *, padding: int | None
+) -> None:
+    """Every span names tokens that were prompted or sampled, and together they tile the field.
+
+    Prompted ones may be ``padding`` instead.
+    """
     if not spans:
         raise UserFault(
             f"{place}: missing; loss_fn 'stable_reinforce' needs the provenance of every token: attach it with "
@@ -129,7 +141,11 @@ def _check_claims(place: str, field: str, tokens_T: NDArray[Any], spans: Sequenc
                 f"{place}[{number}]: claims positions {span.offset} to {end} of the tokens {verb} in sequence "
                 f"{span.sequence_id!r}, which are {len(source)}"
             )
-        wrong = np.flatnonzero(tokens_T[start : start + span.length] != source[span.offset : end])
+        claimed_T = tokens_T[start : start + span.length]
+        is_wrong_T = claimed_T != source[span.offset : end]
+        if padding is not None and not span.sampled:
+            is_wrong_T &= claimed_T != padding
+        wrong = np.flatnonzero(is_wrong_T)
         if len(wrong):
             at = int(wrong[0])
             raise UserFault(

@@ -166,6 +166,24 @@ def test_targets_must_be_the_input_shifted_by_one() -> None:
     assert "shifted by one" in text
 
 
+def test_what_was_not_sampled_may_be_padding() -> None:
+    datum, provenance = example(two_turns())
+    sequences = recorded(two_turns())
+
+    def with_target(at: int, token: int) -> Datum:
+        targets = datum.loss_inputs["target_tokens"].copy()
+        targets[at] = token
+        return replace(datum, loss_inputs={**datum.loss_inputs, "target_tokens": targets})
+
+    padded = with_target(0, 0)
+    assert (padded.loss_inputs["target_tokens"] == [0, 3, 4, 5, 6, 7]).all()
+    proven(padded, provenance, sequences)
+    assert "target_tokens[0] is 9, but token 1 prompted" in refusal(with_target(0, 9), provenance, sequences)
+    assert "target_tokens[1] is 0, but token 0 sampled" in refusal(with_target(1, 0), provenance, sequences)
+    inputs = replace(datum, tokens=np.array([0, *datum.tokens[1:]], np.int32))
+    assert "model_input[0] is 0, but token 0 prompted" in refusal(inputs, provenance, sequences)
+
+
 def test_a_sampled_target_must_stand_after_what_it_was_sampled_after() -> None:
     """The second turn alone: its tokens are the recorded ones, but without the turn before their odds were others."""
     sequences = recorded(two_turns())

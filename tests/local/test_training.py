@@ -7,7 +7,7 @@ from typing import Any
 
 import anyio.to_thread
 import pytest
-from tinker import types
+from tinker import PromptProvenanceSpan, SampledProvenanceSpan, types
 
 from searchr1_async.local.backend import Backend
 from searchr1_async.local.scripted import ScriptedBackend
@@ -50,3 +50,41 @@ async def test_no_metric_has_a_name_that_clients_use_for_themselves(tmp_path: Pa
                 assert names & {*COLUMNS.split(), *RESERVED.split()} == set()
                 # A name that the SDK can reduce over the chunks of a batch.
                 assert all(":" in name for name in gradient.metrics)
+
+
+@pytest.mark.parametrize("make_backend", [scripted, tiny_model])
+async def test_prompts_padded_with_zeros_learn_the_same(tmp_path: Path, make_backend: Any) -> None:
+    """tinker-cookbook's loop of reinforcement learning pads the targets that were not sampled, and names where they come from."""
+    backend = await anyio.to_thread.run_sync(make_backend, tmp_path / "model")
+    prompt, losses = [5, 6, 7, 8], []
+    with service_thread(tmp_path / "store", backend) as served:
+        async with sdk(served.url) as service:
+            trainer = await service.create_lora_training_client(base_model=backend.model_name, rank=4, seed=0)
+            sampler = await trainer.save_weights_and_get_sampling_client(record_stability_info=True)
+            params = types.SamplingParams(max_tokens=6, seed=1)
+            (sequence,) = (await sampler.sample(types.ModelInput.from_ints(prompt), 1, params)).sequences
+            sampled, name = list(sequence.tokens), sequence.sequence_id
+            for padded in (False, True):
+                before = [0] * (len(prompt) - 1) if padded else prompt[1:]
+                columns = {
+                    "target_tokens": types.TensorData(data=[*before, *sampled], dtype="int64"),
+                    "logprobs": types.TensorData(
+                        data=[0.0] * len(before) + list(sequence.logprobs or []), dtype="float32"
+                    ),
+                    "advantages": types.TensorData(data=[0.0] * len(before) + [0.5] * len(sampled), dtype="float32"),
+                }
+                example = types.Datum(
+                    model_input=types.ModelInput.from_ints([*prompt, *sampled[:-1]]), loss_fn_inputs=columns
+                ).with_provenance(
+                    model_input=[
+                        PromptProvenanceSpan(sequence_id=name, length=len(prompt)),
+                        SampledProvenanceSpan(sequence_id=name, length=len(sampled) - 1),
+                    ],
+                    loss_fn_inputs=[
+                        PromptProvenanceSpan(sequence_id=name, offset=1, length=len(prompt) - 1),
+                        SampledProvenanceSpan(sequence_id=name, length=len(sampled)),
+                    ],
+                )
+                losses.append((await trainer.forward([example], "stable_reinforce")).metrics["loss:sum"])
+    assert losses[0] != 0.0
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
