@@ -5,7 +5,8 @@ from __future__ import annotations
 import hmac
 import json
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 from aiohttp import web
@@ -17,6 +18,18 @@ from searchr1_async.local.protocol import MalformedRequest
 
 logger = logging.getLogger(__name__)
 
+_REFUSED = {
+    "GET /sessions/{session}/trace_export": "the embedded service records no trace of a session's requests",
+    "GET /billing/usage/events": "the embedded service bills nothing: it computes on this machine",
+    "GET /billing/usage/checkpoints/current": "the embedded service bills nothing: the size of every checkpoint stands in "
+    "its listing (tinker checkpoint list)",
+    "GET /audit": "the embedded service has one user and keeps no audit log: its log is its standard error",
+    "GET /auth/apikey/me": "the embedded service has one key, which it prints when it starts: export it as "
+    "TINKER_API_KEY instead of logging in",
+    "DELETE /auth/apikey/me": "the key of the embedded service ends with it: unset TINKER_API_KEY instead of logging out",
+    "POST /auth/token": "the embedded service exchanges no tokens: send its key as X-API-Key",
+}
+"""What clients can ask a service for that has no sense for one user on one machine, each with its reason."""
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 SIGNED_ROUTE = "signed"
 """Name of the one route besides ``healthz`` that is served without the API key."""
@@ -39,6 +52,49 @@ class TooManySamples(Exception):
 def json_answer(status: int = 200, /, **fields: Any) -> web.Response:
     """A JSON object as the answer to a request."""
     return web.Response(status=status, body=json.dumps(fields).encode(), content_type="application/json")
+
+
+def page_of(request: web.Request, items: Sequence[Any], limit: int = 20) -> tuple[list[Any], dict[str, int]]:
+    """The part of a listing that a request asks for with ``limit`` and ``offset``, and the cursor that says so.
+
+    Raises :class:`MalformedRequest` for a limit, an offset or an ``access_scope`` that the protocol does not have.
+    """
+    try:
+        limit, offset = int(request.query.get("limit", limit)), int(request.query.get("offset", 0))
+    except ValueError:
+        raise MalformedRequest("limit and offset must be integers") from None
+    if limit < 0 or offset < 0:
+        raise MalformedRequest(f"limit and offset must be at least 0, got {limit} and {offset}")
+    scope = request.query.get("access_scope", "owned")
+    if scope not in ("owned", "accessible"):
+        raise MalformedRequest(f"access_scope: must be owned or accessible, not {scope!r:.80}")
+    return list(items[offset : offset + limit]), {"offset": offset, "limit": limit, "total_count": len(items)}
+
+
+def timestamp(seconds: float) -> str:
+    """Seconds since the epoch as the protocol writes a time."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat()
+
+
+def texts(metadata: Mapping[str, Any] | None) -> dict[str, str] | None:
+    """User metadata as the protocol lists it: every value a text."""
+    if metadata is None:
+        return None
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
+
+
+def refuse_routes(app: web.Application, prefix: str) -> None:
+    """Adds the routes below ``prefix`` that are refused with a reason of their own (404)."""
+
+    def refusing(reason: str) -> Handler:
+        async def refuse(request: web.Request) -> web.StreamResponse:
+            raise NotFound(reason)
+
+        return refuse
+
+    for route, reason in _REFUSED.items():
+        method, path = route.split()
+        app.router.add_route(method, prefix + path, refusing(reason))
 
 
 def key_check(api_key: str) -> Any:

@@ -22,9 +22,8 @@ import shutil
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
@@ -37,8 +36,6 @@ logger = logging.getLogger(__name__)
 
 Kind = Literal["weights", "sampler_weights", "external_weights"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-_TYPES: dict[Kind, str] = {"weights": "training", "sampler_weights": "sampler", "external_weights": "external"}
-"""What the protocol calls the kinds in its listings."""
 _SCHEME = "tinker://"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_:-]{0,127}")
@@ -101,6 +98,8 @@ class Checkpoint:
     user_metadata: Mapping[str, str] | None = None
     file: str = ""
     """The safetensors file in its folder."""
+    public: bool = False
+    """Whether it is published, which shows in listings: there is nobody else who could load it."""
 
     def is_expired(self, now: float) -> bool:
         return self.expires_at is not None and now >= self.expires_at
@@ -134,7 +133,7 @@ class CheckpointStore:
                 place.mkdir(parents=True, exist_ok=True)
                 self._write_arrays(file, state)
                 checkpoint = replace(checkpoint, file=file.name, size_bytes=file.stat().st_size)
-                write_atomically(place / _METADATA, json.dumps(asdict(checkpoint)).encode())
+                self._write_metadata(checkpoint)
             except (OSError, SafetensorError) as error:
                 with contextlib.suppress(OSError):
                     file.unlink(missing_ok=True)
@@ -178,13 +177,40 @@ class CheckpointStore:
 
     def set_expiry(self, id: CheckpointId, expires_at: float | None, now: float) -> Checkpoint:
         """Raises :class:`NoSuchCheckpoint` if there is none and :class:`CheckpointError` if the disk cannot be written."""
-        checkpoint = replace(self.find(id, now), expires_at=expires_at)
+        return self._change(replace(self.find(id, now), expires_at=expires_at))
+
+    def set_public(self, id: CheckpointId, public: bool, now: float) -> Checkpoint:
+        """Raises :class:`NoSuchCheckpoint` if there is none and :class:`CheckpointError` if the disk cannot be written."""
+        return self._change(replace(self.find(id, now), public=public))
+
+    def _change(self, checkpoint: Checkpoint) -> Checkpoint:
         with self._lock:
             try:
-                write_atomically(self._place(id) / _METADATA, json.dumps(asdict(checkpoint)).encode())
+                self._write_metadata(checkpoint)
             except OSError as error:
                 raise self._explain(error, 0) from error
         return checkpoint
+
+    def copy(self, source: CheckpointId, to: CheckpointId, expires_at: float | None, now: float) -> Checkpoint:
+        """A copy under another id, which outlives its source. Its arrays take no space of their own where the disk allows that.
+
+        Raises :class:`NoSuchCheckpoint` if there is no source and :class:`CheckpointError` if the disk cannot be written.
+        """
+        found = self.find(source, now)
+        copy = replace(found, id=to, created_at=now, expires_at=expires_at, public=False)
+        with self._lock:
+            place = self._place(to)
+            try:
+                place.mkdir(parents=True, exist_ok=True)
+                _link(self.file_of(found), self.file_of(copy))
+                self._write_metadata(copy)
+            except FileNotFoundError:
+                self._remove_if_empty(place)
+                raise NoSuchCheckpoint(f"{source.path} was deleted") from None
+            except OSError as error:
+                shutil.rmtree(place, ignore_errors=True)
+                raise self._explain(error, found.size_bytes) from error
+        return copy
 
     def listing(self, now: float, run: str | None = None) -> list[Checkpoint]:
         """All that have not expired, oldest first; those of one run if ``run`` is given."""
@@ -236,6 +262,9 @@ class CheckpointStore:
             logger.warning("ignoring the damaged checkpoint %s: %s", path.parent, error)
             return None
 
+    def _write_metadata(self, checkpoint: Checkpoint) -> None:
+        write_atomically(self._place(checkpoint.id) / _METADATA, json.dumps(asdict(checkpoint)).encode())
+
     def _write_arrays(self, file: Path, state: State) -> None:
         missing = _bytes_needed(state) + _SLACK_BYTES - shutil.disk_usage(file.parent).free
         if missing > 0:
@@ -275,6 +304,15 @@ def _id_of(place: Path) -> CheckpointId | None:
         return None
 
 
+def _link(file: Path, other: Path) -> None:
+    try:
+        os.link(file, other)
+    except FileNotFoundError:
+        raise
+    except OSError:  # not every disk has links
+        shutil.copyfile(file, other)
+
+
 def _is_left(file: Path, now: float) -> bool:
     try:
         return now - file.stat().st_mtime > _LEFT_SECONDS
@@ -284,21 +322,3 @@ def _is_left(file: Path, now: float) -> bool:
 
 def _bytes_needed(state: State) -> int:
     return sum(array.nbytes for array in state.values())
-
-
-def checkpoint_fields(checkpoint: Checkpoint) -> dict[str, Any]:
-    """As the protocol lists it."""
-    return {
-        "checkpoint_id": f"{checkpoint.id.kind}/{checkpoint.id.name}",
-        "checkpoint_type": _TYPES[checkpoint.id.kind],
-        "time": _iso(checkpoint.created_at),
-        "tinker_path": checkpoint.id.path,
-        "size_bytes": checkpoint.size_bytes,
-        "public": False,
-        "user_metadata": checkpoint.user_metadata,
-        "expires_at": None if checkpoint.expires_at is None else _iso(checkpoint.expires_at),
-    }
-
-
-def _iso(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).isoformat()

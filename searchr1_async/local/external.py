@@ -14,7 +14,6 @@ import json
 import secrets
 import time
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -26,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 
 from searchr1_async.errors import CheckpointError
-from searchr1_async.local.answers import SIGNED_ROUTE, json_answer
+from searchr1_async.local.answers import SIGNED_ROUTE, json_answer, timestamp
 from searchr1_async.local.backend import Backend, LoraConfig, State, UserFault
 from searchr1_async.local.checkpoints import Checkpoint, CheckpointId, CheckpointStore
 from searchr1_async.local.jobs import result_of
@@ -40,6 +39,7 @@ from searchr1_async.local.peft_files import (
     lora_parts,
 )
 from searchr1_async.local.protocol import Body, optional
+from searchr1_async.local.records import RecordStore, RunRecord
 
 URL_SECONDS = 3600
 """How long a signed URL is valid."""
@@ -51,11 +51,13 @@ class External:
     Args:
         backend: computes; checks that an imported adapter fits its model.
         checkpoints: where everything is stored.
+        records: what is known of the runs.
     """
 
-    def __init__(self, backend: Backend, checkpoints: CheckpointStore) -> None:
+    def __init__(self, backend: Backend, checkpoints: CheckpointStore, records: RecordStore) -> None:
         self._backend = backend
         self._checkpoints = checkpoints
+        self._records = records
         self._secret = secrets.token_bytes(32)
 
     def add_routes(self, app: web.Application, prefix: str) -> None:
@@ -76,7 +78,7 @@ class External:
             file: f"{base}/{file}?expires={expires}&signature={self._sign(id.run, id.name, file, expires)}"
             for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
         }
-        return json_answer(urls=urls, expires=datetime.fromtimestamp(expires, UTC).isoformat())
+        return json_answer(urls=urls, expires=timestamp(expires))
 
     async def download(self, request: web.Request) -> web.StreamResponse:
         """One file of a checkpoint, to whoever has its signed URL; 403 where that is wrong or has expired."""
@@ -119,9 +121,10 @@ class External:
             if id.kind != "weights":
                 raise UserFault(f"{source} cannot be imported: only training weights (tinker://RUN/weights/NAME) can")
             found = await anyio.to_thread.run_sync(_read_checkpoint, folder, id, now)
+            run = await anyio.to_thread.run_sync(_read_run, folder, id)
         else:
             id = CheckpointId.of("imported", "weights", body.text("name"))
-            found = await anyio.to_thread.run_sync(_read_adapter, folder, id, now)
+            found, run = await anyio.to_thread.run_sync(_read_adapter, folder, id, now), None
         checkpoint, state = found
         if published_name(checkpoint.base_model) != published_name(self._backend.model_name):
             raise UserFault(
@@ -137,6 +140,9 @@ class External:
                 f"the weights in {folder} adapt {unknown[0]}, which this model does not have ({len(unknown)} such matrices)"
             )
         await anyio.to_thread.run_sync(lambda: self._checkpoints.save(checkpoint, state, overwrite=True))
+        if run is not None:
+            self._records.note(run)
+            await self._records.flush()
         return json_answer(path=id.path, lora_rank=checkpoint.lora.rank)
 
 
@@ -156,6 +162,13 @@ def _read_checkpoint(folder: Path, id: CheckpointId, now: float) -> tuple[Checkp
     checkpoint, state = CheckpointStore(folder / "checkpoints").load(id, now)
     weights = {name: array for name, array in state.items() if not name.startswith("optimizer.")}
     return replace(checkpoint, has_optimizer=False), weights
+
+
+def _read_run(folder: Path, id: CheckpointId) -> RunRecord | None:
+    """What the other service knows of the run of its checkpoint."""
+    records = RecordStore(folder / "checkpoints")
+    records.read()
+    return records.runs.get(id.run)
 
 
 def _read_adapter(folder: Path, id: CheckpointId, now: float) -> tuple[Checkpoint, State]:

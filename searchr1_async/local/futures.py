@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 
 import anyio
 from aiohttp import web
 
 from searchr1_async.local import protocol
 from searchr1_async.local.answers import Gone, NotFound, json_answer
-from searchr1_async.local.listings import Session
 from searchr1_async.local.promises import Failure, Promise, PromiseStore, UnknownPromise
 from searchr1_async.local.protocol import Body
 from searchr1_async.local.sampling import Sampling
+from searchr1_async.local.sessions import Sessions
 
 _ANNOUNCED_BYTES = 1 << 20
 """Results above this are announced first, so that the client can bound what it takes in at once."""
@@ -25,13 +24,11 @@ class Futures:
     Args:
         promises: all of them.
         sampling: names the requests of one sampler.
-        sessions: by their ids.
+        sessions: say which ones have ended.
         poll: how long a request for a result is held, in seconds.
     """
 
-    def __init__(
-        self, promises: PromiseStore, sampling: Sampling, sessions: Mapping[str, Session], *, poll: float
-    ) -> None:
+    def __init__(self, promises: PromiseStore, sampling: Sampling, sessions: Sessions, *, poll: float) -> None:
         self._promises = promises
         self._sampling = sampling
         self._sessions = sessions
@@ -65,7 +62,7 @@ class Futures:
         id = target.text("sampling_session_id")
         seen = Body(fields).optional_number("prev_cursor") or 0
         seconds = min(max(protocol.optional(fields, "timeout", float, self._poll), 0.0), self._poll)
-        session = self._sessions.get(id.partition(":")[0])
+        session = self._sessions.known.get(id.partition(":")[0])
         if session is not None and session.finished:
             # A client that closes polls on for a moment; an error would make it log one.
             await anyio.sleep(min(seconds, 1.0))

@@ -1,96 +1,108 @@
-"""What the protocol lets clients list and change apart from training: sessions, training runs and their checkpoints."""
+"""What the protocol lets clients list and change apart from training: training runs and their checkpoints."""
 
 from __future__ import annotations
 
 import functools
+import secrets
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from dataclasses import replace
+from datetime import datetime
 from typing import Any
 
 import anyio.to_thread
 from aiohttp import web
 
-from searchr1_async.local.answers import json_answer
-from searchr1_async.local.checkpoints import Checkpoint, CheckpointId, CheckpointStore, checkpoint_fields
-from searchr1_async.local.protocol import Body, MalformedRequest
-from searchr1_async.local.training import Training
+from searchr1_async.local.answers import NotFound, json_answer, page_of, texts, timestamp
+from searchr1_async.local.backend import UserFault
+from searchr1_async.local.checkpoints import Checkpoint, CheckpointId, CheckpointStore, Kind
+from searchr1_async.local.protocol import Body
+from searchr1_async.local.records import RecordStore, RunRecord
+from searchr1_async.local.sessions import OWNER, Sessions
+from searchr1_async.local.training import Training, model_id
 
+_SHORTEST_TTL, _LONGEST_TTL = 3600, 10 * 366 * 86400
+"""Seconds: an hour and ten years, the bounds of a time to live that is set or given to a copy."""
 
-@dataclass(slots=True)
-class Session:
-    """One ``ServiceClient``. ``heartbeat_at`` is monotonic time in seconds."""
-
-    id: str
-    user_metadata: Mapping[str, Any] | None
-    display_name: str | None
-    heartbeat_at: float
-    model_ids: list[str] = field(default_factory=list)
-    sampler_ids: list[str] = field(default_factory=list)
-    finished: bool = False
+_TYPES: dict[Kind, str] = {"weights": "training", "sampler_weights": "sampler", "external_weights": "external"}
+"""What the protocol calls the kinds of checkpoints in its listings."""
+_LAST = {"weights": "last_checkpoint", "sampler_weights": "last_sampler_checkpoint"}
+"""Under which field a run shows its newest checkpoint of a kind; the protocol has none for external weights."""
 
 
 class Listings:
-    """The routes of ``tinker.RestClient`` that make sense on one machine."""
+    """The routes of ``tinker.RestClient`` about runs and checkpoints.
 
-    def __init__(self, sessions: Mapping[str, Session], training: Training, checkpoints: CheckpointStore) -> None:
+    Args:
+        records: training runs, those of this process and of earlier ones.
+        sessions: know the projects of runs.
+        training: the runs under way.
+        checkpoints: all of them.
+    """
+
+    def __init__(
+        self, records: RecordStore, sessions: Sessions, training: Training, checkpoints: CheckpointStore
+    ) -> None:
+        self._records = records
         self._sessions = sessions
         self._training = training
         self._checkpoints = checkpoints
+        self._copies: dict[str, str] = {}
 
     def add_routes(self, app: web.Application, prefix: str) -> None:
+        """Adds the routes below ``prefix``."""
         run = f"{prefix}/training_runs/{{run}}"
         checkpoint = f"{run}/checkpoints/{{kind}}/{{name}}"
-        app.router.add_get(f"{prefix}/sessions", self.list_sessions)
-        app.router.add_get(f"{prefix}/sessions/{{session}}", self.get_session)
         app.router.add_get(f"{prefix}/training_runs", self.list_runs)
         app.router.add_get(run, self.get_run)
-        app.router.add_get(f"{run}/checkpoints", self.list_checkpoints)
+        app.router.add_get(f"{run}/checkpoints", self.list_checkpoints_of_run)
         app.router.add_get(f"{prefix}/checkpoints", self.list_checkpoints)
         app.router.add_delete(checkpoint, self.delete_checkpoint)
         app.router.add_put(f"{checkpoint}/ttl", self.set_ttl)
+        app.router.add_post(f"{checkpoint}/publish", functools.partial(self.publish, True))
+        app.router.add_delete(f"{checkpoint}/publish", functools.partial(self.publish, False))
         app.router.add_post(f"{prefix}/weights_info", self.weights_info)
-
-    async def list_sessions(self, request: web.Request) -> web.Response:
-        page, _ = _page(request, [session.id for session in self._sessions.values() if not session.finished])
-        return json_answer(sessions=page)
-
-    async def get_session(self, request: web.Request) -> web.Response:
-        session = self._sessions.get(request.match_info["session"])
-        if session is None:
-            return json_answer(404, detail=f"no session {request.match_info['session']!r}")
-        return json_answer(
-            training_run_ids=session.model_ids,
-            sampler_ids=session.sampler_ids,
-            user_metadata=session.user_metadata,
-            display_name=session.display_name,
-        )
+        app.router.add_post(f"{prefix}/copy_weights", self.copy_weights)
 
     async def list_runs(self, request: web.Request) -> web.Response:
-        page, cursor = _page(request, await self._runs())
+        """One page of all runs, the last used first; with ``project_id`` those of a project."""
+        project = request.query.get("project_id")
+        runs = [
+            fields
+            for fields in await self._runs()
+            if project in (None, self._sessions.project_of(fields["training_run_id"].partition(":")[0]))
+        ]
+        page, cursor = page_of(request, runs)
         return json_answer(training_runs=page, cursor=cursor)
 
     async def get_run(self, request: web.Request) -> web.Response:
         runs = await self._runs(request.match_info["run"])
         if not runs:
-            return json_answer(404, detail=f"no training run {request.match_info['run']!r}")
+            raise NotFound(f"no training run {request.match_info['run']!r}")
         return json_answer(**runs[0])
 
     async def list_checkpoints(self, request: web.Request) -> web.Response:
-        listing = await self._listing(request.match_info.get("run"))
-        page, cursor = _page(request, [checkpoint_fields(checkpoint) for checkpoint in listing], limit=1000)
+        """One page of all checkpoints, newest first."""
+        page, cursor = page_of(request, await self._newest_first(), limit=100)
         return json_answer(checkpoints=page, cursor=cursor)
+
+    async def list_checkpoints_of_run(self, request: web.Request) -> web.Response:
+        """All checkpoints of a run, newest first. The SDK asks for no pages here."""
+        return json_answer(checkpoints=await self._newest_first(request.match_info["run"]))
 
     async def delete_checkpoint(self, request: web.Request) -> web.Response:
         await anyio.to_thread.run_sync(self._checkpoints.delete, _id(request), time.time())
         return web.Response(status=204)
 
     async def set_ttl(self, request: web.Request) -> web.Response:
-        ttl = Body.parse(await request.read()).optional_number("ttl_seconds")
         now = time.time()
-        expires_at = None if ttl is None else now + ttl
+        expires_at = _expiry(Body.parse(await request.read()), now)
         await anyio.to_thread.run_sync(self._checkpoints.set_expiry, _id(request), expires_at, now)
+        return web.Response(status=204)
+
+    async def publish(self, public: bool, request: web.Request) -> web.Response:
+        """Publishes or unpublishes. One that is so already stays so: the SDK repeats a 409 for five minutes."""
+        await anyio.to_thread.run_sync(self._checkpoints.set_public, _id(request), public, time.time())
         return web.Response(status=204)
 
     async def weights_info(self, request: web.Request) -> web.Response:
@@ -100,53 +112,85 @@ class Listings:
             base_model=checkpoint.base_model, is_lora=True, lora_rank=checkpoint.lora.rank, **_parts(checkpoint)
         )
 
+    async def copy_weights(self, request: web.Request) -> web.Response:
+        """A copy of a checkpoint in a session of its own, which has ended: nobody can train on. Repeated, it is the same copy."""
+        body, now = Body.parse(await request.read()), time.time()
+        source, project = CheckpointId.parse(body.text("source_path")), body.text("destination_project_id")
+        key = request.headers.get("X-Idempotency-Key") or secrets.token_hex(8)
+        if key not in self._copies:
+            expires_at = _expiry(body, now)
+            session = secrets.token_hex(8)
+            to = replace(source, run=model_id(session, 0))
+            copied = await anyio.to_thread.run_sync(self._checkpoints.copy, source, to, expires_at, now)
+            self._sessions.add_ended(session, f"copy of {source.path}"[:200], project, to.run)
+            self._records.note(RunRecord(to.run, copied.base_model, copied.lora.rank, now, copied.user_metadata))
+            await self._records.flush()
+            self._copies[key] = to.path
+        return json_answer(tinker_path=self._copies[key])
+
+    async def _newest_first(self, run: str | None = None) -> list[dict[str, Any]]:
+        return [_fields(checkpoint) for checkpoint in reversed(await self._listing(run))]
+
     async def _listing(self, run: str | None = None) -> list[Checkpoint]:
         return await anyio.to_thread.run_sync(functools.partial(self._checkpoints.listing, time.time(), run))
 
     async def _runs(self, run: str | None = None) -> list[dict[str, Any]]:
-        """Runs of this process and those of earlier ones that left checkpoints, latest first."""
-        runs: dict[str, dict[str, Any]] = {}
-        for model in self._training.models.values():
-            if run in (None, model.id):
-                runs[model.id] = _run(model.id, model.base_model, model.lora.rank, model.last_request_at)
-                runs[model.id]["user_metadata"] = model.user_metadata
-        for checkpoint in await self._listing(run):
+        """All runs that are known, and those of which only checkpoints are left, the last used first."""
+        self._training.note()
+        listing = await self._listing(run)
+        runs = {record.id: _run(record) for record in self._records.runs.values() if run in (None, record.id)}
+        recorded = set(runs)
+        for checkpoint in listing:
             id = checkpoint.id.run
-            fields = runs.setdefault(id, _run(id, checkpoint.base_model, checkpoint.lora.rank, checkpoint.created_at))
+            if id not in recorded:
+                record = RunRecord(id, checkpoint.base_model, checkpoint.lora.rank, checkpoint.created_at)
+                runs[id] = {**runs.get(id, {}), **_run(record)}
             if checkpoint.id.kind in _LAST:
-                fields[_LAST[checkpoint.id.kind]] = checkpoint_fields(checkpoint)
-        return sorted(runs.values(), key=lambda fields: fields["last_request_time"], reverse=True)
+                runs[id][_LAST[checkpoint.id.kind]] = _fields(checkpoint)
+        return sorted(
+            runs.values(), key=lambda fields: datetime.fromisoformat(fields["last_request_time"]), reverse=True
+        )
 
 
-_LAST = {"weights": "last_checkpoint", "sampler_weights": "last_sampler_checkpoint"}
-"""Under which field a run shows its newest checkpoint of a kind; the protocol has none for external weights."""
-
-
-def _run(id: str, base_model: str, rank: int, at: float) -> dict[str, Any]:
+def _run(record: RunRecord) -> dict[str, Any]:
     return {
-        "training_run_id": id,
-        "base_model": base_model,
-        "model_owner": "local",
+        "training_run_id": record.id,
+        "base_model": record.base_model,
+        "model_owner": OWNER,
         "is_lora": True,
-        "lora_rank": rank,
-        "last_request_time": datetime.fromtimestamp(at, UTC).isoformat(),
+        "lora_rank": record.lora_rank,
+        "last_request_time": timestamp(record.last_request_at),
+        "user_metadata": texts(record.user_metadata),
     }
 
 
-def _parts(checkpoint: Checkpoint) -> dict[str, bool]:
+def _fields(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {
+        "checkpoint_id": f"{checkpoint.id.kind}/{checkpoint.id.name}",
+        "checkpoint_type": _TYPES[checkpoint.id.kind],
+        "time": timestamp(checkpoint.created_at),
+        "tinker_path": checkpoint.id.path,
+        "size_bytes": checkpoint.size_bytes,
+        "public": checkpoint.public,
+        "user_metadata": texts(checkpoint.user_metadata),
+        "expires_at": None if checkpoint.expires_at is None else timestamp(checkpoint.expires_at),
+    }
+
+
+def _expiry(body: Body, now: float) -> float | None:
+    """When something expires by its ``ttl_seconds``; None: never. Raises :class:`UserFault` for one out of range."""
+    ttl = body.optional_number("ttl_seconds")
+    if ttl is None:
+        return None
+    if not _SHORTEST_TTL <= ttl <= _LONGEST_TTL:
+        raise UserFault(f"ttl_seconds: must be between {_SHORTEST_TTL} (an hour) and ten years, got {ttl}")
+    return now + ttl
+
+
+def _parts(checkpoint: Checkpoint) -> Mapping[str, bool]:
     lora = checkpoint.lora
     return {"train_unembed": lora.train_unembed, "train_mlp": lora.train_mlp, "train_attn": lora.train_attn}
 
 
 def _id(request: web.Request) -> CheckpointId:
     return CheckpointId.of(request.match_info["run"], request.match_info["kind"], request.match_info["name"])
-
-
-def _page(request: web.Request, items: list[Any], limit: int = 20) -> tuple[list[Any], dict[str, int]]:
-    """Raises :class:`MalformedRequest` for a limit or offset that is no number."""
-    try:
-        limit = max(int(request.query.get("limit", limit)), 0)
-        offset = max(int(request.query.get("offset", 0)), 0)
-    except ValueError:
-        raise MalformedRequest("limit and offset must be integers") from None
-    return items[offset : offset + limit], {"offset": offset, "limit": limit, "total_count": len(items)}

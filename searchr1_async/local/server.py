@@ -9,7 +9,6 @@ import contextlib
 import functools
 import ipaddress
 import logging
-import secrets
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -23,17 +22,19 @@ from aiohttp import web
 
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.local import protocol
-from searchr1_async.local.answers import Gone, Handler, NotFound, errors_as_json, json_answer, key_check
+from searchr1_async.local.answers import Handler, NotFound, errors_as_json, json_answer, key_check, refuse_routes
 from searchr1_async.local.backend import Backend, Snapshot, UserFault
 from searchr1_async.local.checkpoints import CheckpointStore, Kind
 from searchr1_async.local.external import External
 from searchr1_async.local.futures import Futures
 from searchr1_async.local.jobs import Jobs, offload
-from searchr1_async.local.listings import Listings, Session
+from searchr1_async.local.listings import Listings
 from searchr1_async.local.promises import Promise, PromiseStore
 from searchr1_async.local.protocol import Body
+from searchr1_async.local.records import RecordStore
 from searchr1_async.local.sampling import Sampling, sampler_id
 from searchr1_async.local.sequences import DAY, SequenceStore, sequence_id
+from searchr1_async.local.sessions import Session, Sessions
 from searchr1_async.local.training import Model, Training, model_id
 
 logger = logging.getLogger(__name__)
@@ -107,6 +108,7 @@ async def serve(
     async with anyio.create_task_group() as tasks:
         service = Service(backend, checkpoints, Jobs(PromiseStore(), tasks), options or ServiceOptions())
         await anyio.to_thread.run_sync(checkpoints.clean, time.time())
+        await anyio.to_thread.run_sync(service.records.read)
         tasks.start_soon(service.keep_house)
         runner = web.AppRunner(
             make_app(service, checkpoints, api_key),
@@ -123,6 +125,7 @@ async def serve(
             tasks.cancel_scope.cancel()
             with anyio.CancelScope(shield=True):
                 await runner.cleanup()
+                await service.keep_records()
 
 
 def make_app(service: Service, checkpoints: CheckpointStore, api_key: str) -> web.Application:
@@ -133,9 +136,11 @@ def make_app(service: Service, checkpoints: CheckpointStore, api_key: str) -> we
         app.router.add_post(f"{API}/{path}", handler)
     app.router.add_get(f"{API}/get_server_capabilities", service.get_server_capabilities)
     app.router.add_get(f"{API}/samplers/{{sampler}}", service.get_sampler)
-    External(service.backend, checkpoints).add_routes(app, API)
+    External(service.backend, checkpoints, service.records).add_routes(app, API)
     Futures(service.promises, service.sampling, service.sessions, poll=service.options.poll).add_routes(app, API)
-    Listings(service.sessions, service.training, checkpoints).add_routes(app, API)
+    service.sessions.add_routes(app, API)
+    Listings(service.records, service.sessions, service.training, checkpoints).add_routes(app, API)
+    refuse_routes(app, API)
     return app
 
 
@@ -145,12 +150,15 @@ class Service:
     def __init__(self, backend: Backend, checkpoints: CheckpointStore, jobs: Jobs, options: ServiceOptions) -> None:
         self.backend = backend
         self.options = options
-        self.sessions: dict[str, Session] = {}
+        self.records = RecordStore(checkpoints.folder)
+        self.sessions = Sessions(self.records, checkpoints)
         self.promises = jobs.promises
         self.promises.grace = options.result_grace
         self._checkpoints = checkpoints
         self._sequences = SequenceStore(life=options.sequence_life, most_bytes=options.sequence_bytes)
-        self.training = Training(backend, checkpoints, jobs, self._sequences, gap_patience=options.gap_patience)
+        self.training = Training(
+            backend, checkpoints, jobs, self._sequences, self.records, gap_patience=options.gap_patience
+        )
         self.sampling = Sampling(
             backend,
             checkpoints,
@@ -190,7 +198,7 @@ class Service:
             self.promises.sweep(now)
             self._sequences.sweep(now)
             self.training.give_up_gaps(now)
-            for session in list(self.sessions.values()):
+            for session in list(self.sessions.known.values()):
                 if not session.finished and now - session.heartbeat_at > self.options.session_idle:
                     logger.info("session %s has sent no heartbeat for %.0f s", session.id, now - session.heartbeat_at)
                     self._end(session)
@@ -200,7 +208,14 @@ class Service:
                     await anyio.to_thread.run_sync(self._checkpoints.sweep, time.time())
                 except OSError:
                     logger.warning("cannot look for expired checkpoints", exc_info=True)
+                await self.keep_records()
             await anyio.sleep(min(_SWEEP_SECONDS, self.options.gap_patience / 4))
+
+    async def keep_records(self) -> None:
+        """Writes what is to stay known of the sessions and runs under way."""
+        self.sessions.note()
+        self.training.note()
+        await self.records.flush()
 
     # -- the service and its sessions ----------------------------------------------------------------------------
 
@@ -226,36 +241,25 @@ class Service:
         return json_answer(supported_models=[{"model_name": name, **able} for name in names])
 
     async def create_session(self, request: web.Request) -> web.Response:
-        fields = Body.parse(await request.read()).fields
-        metadata, name = fields.get("user_metadata"), fields.get("display_name")
-        # Random, so that it never meets the id of an earlier process whose checkpoints lie in the same folder.
-        session = Session(
-            id=secrets.token_hex(8),
-            user_metadata=metadata if isinstance(metadata, dict) else None,
-            display_name=name if isinstance(name, str) else None,
-            heartbeat_at=time.monotonic(),
-        )
-        self.sessions[session.id] = session
+        session = self.sessions.open(Body.parse(await request.read()).fields)
+        await self.records.flush()
         return json_answer(session_id=session.id, type="create_session")
 
     async def session_heartbeat(self, request: web.Request) -> web.Response:
-        self._session(Body.parse(await request.read()).text("session_id")).heartbeat_at = time.monotonic()
+        self.sessions.get(Body.parse(await request.read()).text("session_id")).heartbeat_at = time.monotonic()
         return json_answer(type="session_heartbeat")
 
     async def finish_session(self, request: web.Request) -> web.Response:
-        session = self.sessions.get(request.match_info["session"])
+        session = self.sessions.known.get(request.match_info["session"])
         if session is None:
             raise NotFound(f"no session {request.match_info['session']!r}")
+        fields = Body.parse(await request.read()).fields
+        reason, detail = fields.get("reason"), fields.get("detail")
+        if not session.finished and isinstance(reason, dict):
+            session.status = {"type": "client_finished", "reason": reason, "detail": detail}
         self._end(session)
+        await self.records.flush()
         return web.Response(status=204)
-
-    def _session(self, id: str) -> Session:
-        session = self.sessions.get(id)
-        if session is None:
-            raise NotFound(f"no session {id!r}: the service was restarted since, or never knew it")
-        if session.finished:
-            raise Gone(f"session {id!r} has ended")
-        return session
 
     def _end(self, session: Session) -> None:
         if session.finished:
@@ -268,6 +272,7 @@ class Service:
                 self.training.remove(model, "its session has ended")
         self.sampling.close(session.id, set(session.model_ids))
         self._sequences.forget(session.id)
+        self.records.note(session.record())
 
     # -- training ------------------------------------------------------------------------------------------------
 
@@ -276,12 +281,13 @@ class Service:
         return self._open_model(body, self.training.create)
 
     def _open_model(self, body: Body, create: Callable[[str, int, Mapping[str, Any]], Promise]) -> web.Response:
-        session = self._session(body.text("session_id"))
+        session = self.sessions.get(body.text("session_id"))
         number = body.number("model_seq_id")
         promise = create(session.id, number, body.fields)
         id = model_id(session.id, number)
         if id not in session.model_ids:
             session.model_ids.append(id)
+            self.records.note(session.record())
         return json_answer(request_id=promise.request_id, model_id=id)
 
     async def get_info(self, request: web.Request) -> web.Response:
@@ -331,7 +337,7 @@ class Service:
         return self._submit(model, seq_id, _SAVES[kind], begin)
 
     def _begin_snapshot(self, model: Model, fields: Mapping[str, Any]) -> Any:
-        session = self._session(model.session_id)
+        session = self.sessions.get(model.session_id)
         number = Body(fields).number("sampling_session_seq_id")
         sampling_kind = str(fields.get("kind") or "snapshot")
 
@@ -341,7 +347,7 @@ class Service:
             id = sampler_id(session.id, number)
             if session.finished:
                 raise UserFault("the session has ended")
-            session.sampler_ids.append(id)
+            session.samplers[id] = None
             return self.sampling.publish(id, session.id, model.id, sampling_kind, snapshot)
 
         return functools.partial(self.training.snapshot, publish)
@@ -362,15 +368,16 @@ class Service:
 
     async def create_sampling_session(self, request: web.Request) -> web.Response:
         body = Body.parse(await request.read())
-        session = self._session(body.text("session_id"))
+        session = self.sessions.get(body.text("session_id"))
         sampler = await self.sampling.create(session.id, body.number("sampling_session_seq_id"), body.fields)
-        if sampler.id not in session.sampler_ids:
-            session.sampler_ids.append(sampler.id)
+        session.samplers[sampler.id] = sampler.model_path
         return json_answer(sampling_session_id=sampler.id, type="create_sampling_session")
 
     async def get_sampler(self, request: web.Request) -> web.Response:
-        sampler = self.sampling.find(request.match_info["sampler"])
-        return json_answer(sampler_id=sampler.id, base_model=self.backend.model_name, model_path=sampler.model_path)
+        id = request.match_info["sampler"]
+        sampler = self.sampling.samplers.get(id)
+        path = self.sessions.sampler(id) if sampler is None else sampler.model_path
+        return json_answer(sampler_id=id, base_model=self.backend.model_name, model_path=path)
 
     async def asample(self, request: web.Request) -> web.Response:
         raw = await request.read()

@@ -25,6 +25,7 @@ from searchr1_async.local.loss_inputs import STABLE_REINFORCE, find_inputs
 from searchr1_async.local.numpy_losses import ratio_metrics
 from searchr1_async.local.promises import Failure, Promise, Reply
 from searchr1_async.local.protocol import ForwardBackwardCall
+from searchr1_async.local.records import RecordStore, RunRecord
 from searchr1_async.local.sequences import SequenceStore
 from searchr1_async.local.sequencing import AlreadyTaken, Sequence
 
@@ -68,6 +69,10 @@ class Model:
             raise UserFault(f"model {self.id} has no weights: {self.gone or 'it was not created'}")
         return self.adapter
 
+    def record(self) -> RunRecord:
+        """What stays known of it."""
+        return RunRecord(self.id, self.base_model, self.lora.rank, self.last_request_at, self.user_metadata)
+
 
 def model_id(session_id: str, model_seq_id: int) -> str:
     """The SDK computes the same id when it creates a model from a checkpoint."""
@@ -83,6 +88,7 @@ class Training:
         checkpoints: CheckpointStore,
         jobs: Jobs,
         sequences: SequenceStore,
+        records: RecordStore,
         *,
         gap_patience: float,
     ) -> None:
@@ -90,6 +96,7 @@ class Training:
         self._checkpoints = checkpoints
         self._jobs = jobs
         self._sequences = sequences
+        self._records = records
         self._gap_patience = gap_patience
         self.models: dict[str, Model] = {}
 
@@ -155,6 +162,8 @@ class Training:
 
         async def create() -> Reply:
             model.adapter = await build(model)
+            self._records.note(model.record())
+            await self._records.flush()
             return answer
 
         await self._jobs.run(promise, create)
@@ -171,10 +180,18 @@ class Training:
         if name != self._backend.model_name:
             raise UserFault(f"unknown base model {name!r:.200}: this service has {self._backend.model_name!r} only")
 
+    def note(self) -> None:
+        """Brings the records of all models up to date."""
+        for model in self.models.values():
+            if model.adapter is not None:
+                self._records.note(model.record())
+
     def remove(self, model: Model, reason: str) -> None:
         """Ends a model: what waits for its turn fails, what the backend has already runs to its end."""
         if model.gone is not None:
             return
+        if model.adapter is not None:
+            self._records.note(model.record())
         model.gone = reason
         self.models.pop(model.id, None)
         for job in model.sequence.drain():

@@ -18,7 +18,6 @@ from searchr1_async.local.checkpoints import (
     CheckpointId,
     CheckpointStore,
     NoSuchCheckpoint,
-    checkpoint_fields,
 )
 
 RUN = "0123abcd:train:0"
@@ -59,10 +58,6 @@ def test_paths_name_checkpoints(tmp_path: Path) -> None:
     id = CheckpointId.parse(f"tinker://{RUN}/sampler_weights/step-000010")
     assert id == CheckpointId(RUN, "sampler_weights", "step-000010")
     assert CheckpointId.parse(id.path) == id
-    fields = checkpoint_fields(checkpoint(expires=160.0))
-    assert fields["checkpoint_id"] == "weights/one"
-    assert fields["checkpoint_type"] == "training"
-    assert fields["expires_at"] == "1970-01-01T00:02:40+00:00"
 
 
 @pytest.mark.parametrize(
@@ -123,6 +118,34 @@ def test_the_time_to_live_can_be_changed(tmp_path: Path) -> None:
     assert store.find(id, 1e12).expires_at is None
     with pytest.raises(NoSuchCheckpoint):
         store.set_expiry(CheckpointId(RUN, "weights", "other"), None, now=0.0)
+
+
+def test_publishing_outlives_the_process(tmp_path: Path) -> None:
+    id = CheckpointStore(tmp_path).save(checkpoint(), STATE, overwrite=False).id
+    assert not CheckpointStore(tmp_path).find(id, 200.0).public
+    CheckpointStore(tmp_path).set_public(id, True, now=200.0)
+    assert CheckpointStore(tmp_path).find(id, 200.0).public
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_a_copy_outlives_its_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_links: bool) -> None:
+    store = CheckpointStore(tmp_path)
+    source = store.save(checkpoint(expires=300.0), STATE, overwrite=False)
+    to = CheckpointId("copied:train:0", "weights", "one")
+    if not has_links:
+
+        def refuse(*_: object) -> None:
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+        monkeypatch.setattr(os, "link", refuse)
+    store.copy(source.id, to, None, 200.0)
+    store.delete(source.id, 200.0)
+    found, state = store.load(to, now=1e12)
+    assert (found.created_at, found.user_metadata, found.has_optimizer) == (200.0, {"step": "3"}, True)
+    np.testing.assert_array_equal(state["a.weight"], STATE["a.weight"])
+    with pytest.raises(NoSuchCheckpoint):
+        store.copy(source.id, CheckpointId("other:train:0", "weights", "one"), None, 200.0)
+    assert all(name.startswith("copied") for name in files(tmp_path))
 
 
 def test_deleting(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ async def test_only_the_key_opens(served: Served) -> None:
 
 
 async def test_unknown_paths_and_methods_are_json(client: Raw) -> None:
-    for path, method, status in (("unknown", "GET", 404), ("copy_weights", "POST", 404), ("asample", "GET", 405)):
+    for path, method, status in (("unknown", "GET", 404), ("unload_model", "POST", 404), ("asample", "GET", 405)):
         got, answer = await client.ask(path, method=method)
         assert got == status
         assert answer["detail"]
@@ -375,10 +375,13 @@ async def test_a_silent_session_ends(tmp_path: Path) -> None:
             session = await client.session()
 
             async def ended() -> bool:
-                return not (await client.ok("sessions", method="GET"))["sessions"]
+                found = await client.ok("sessions/search", {"statuses": [{"type": "active"}]})
+                return not found["sessions"]
 
             await until(ended)
             assert (await client.ask("session_heartbeat", {"session_id": session}))[0] == 410
+            (left,) = (await client.ok("sessions/search", {}))["sessions"]
+            assert (left["session_id"], left["status"]) == (session, None), "nobody said how it ended"
 
 
 async def snapshot(client: Raw, model: str, seq_id: int, **more: Any) -> str:

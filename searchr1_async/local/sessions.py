@@ -1,0 +1,271 @@
+"""Sessions of clients: opened, found while they live, and listed and searched for good.
+
+There is one user, ``local``, and a project is a name that sessions carry: nobody has to create it.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from typing import Any
+
+import anyio.to_thread
+from aiohttp import web
+
+from searchr1_async.local.answers import Gone, NotFound, json_answer, page_of, texts, timestamp
+from searchr1_async.local.checkpoints import Checkpoint, CheckpointStore
+from searchr1_async.local.protocol import Body, MalformedRequest, optional
+from searchr1_async.local.records import DEFAULT_PROJECT, RecordStore, SessionRecord
+
+OWNER = "local"
+"""Who owns everything."""
+_ACTIVE = {"type": "active"}
+_MOST_FOUND = 200
+"""Sessions on one page of a search."""
+
+
+@dataclass(slots=True)
+class Session:
+    """One ``ServiceClient``. ``heartbeat_at`` is monotonic time in seconds, ``created_at`` seconds since the epoch."""
+
+    id: str
+    created_at: float
+    user_metadata: Mapping[str, Any] | None
+    display_name: str | None
+    project_id: str
+    heartbeat_at: float
+    model_ids: list[str] = field(default_factory=list)
+    samplers: dict[str, str | None] = field(default_factory=dict)
+    """Sampler ids, each with the path of its checkpoint, if it has one."""
+    finished: bool = False
+    status: Mapping[str, Any] | None = None
+    """How it ended, as its client said."""
+
+    def record(self) -> SessionRecord:
+        """What stays known of it."""
+        return SessionRecord(
+            id=self.id,
+            created_at=self.created_at,
+            user_metadata=self.user_metadata,
+            display_name=self.display_name,
+            project_id=self.project_id,
+            run_ids=tuple(self.model_ids),
+            samplers=dict(self.samplers),
+            status=self.status,
+        )
+
+
+class Sessions:
+    """All sessions: those of this process, and the records of earlier ones.
+
+    Args:
+        records: keeps what is known of a session when it is over.
+        checkpoints: counted in searches.
+    """
+
+    def __init__(self, records: RecordStore, checkpoints: CheckpointStore) -> None:
+        self.known: dict[str, Session] = {}
+        """Those of this process by id, the finished ones included."""
+        self._records = records
+        self._checkpoints = checkpoints
+
+    def add_routes(self, app: web.Application, prefix: str) -> None:
+        """Adds the routes below ``prefix``."""
+        app.router.add_get(f"{prefix}/sessions", self.list_sessions)
+        app.router.add_post(f"{prefix}/sessions/search", self.search)
+        app.router.add_get(f"{prefix}/sessions/{{session}}", self.get_session)
+        app.router.add_put(f"{prefix}/sessions/{{session}}/project", self.assign_project)
+
+    def open(self, fields: Mapping[str, Any]) -> Session:
+        """A new session, from the fields of ``create_session``."""
+        metadata, name, project = (fields.get(key) for key in ("user_metadata", "display_name", "project_id"))
+        # Random, so that it never meets the id of an earlier process whose checkpoints lie in the same folder.
+        session = Session(
+            id=secrets.token_hex(8),
+            created_at=time.time(),
+            user_metadata=metadata if isinstance(metadata, dict) else None,
+            display_name=name if isinstance(name, str) else None,
+            project_id=project if isinstance(project, str) and project else DEFAULT_PROJECT,
+            heartbeat_at=time.monotonic(),
+        )
+        self.known[session.id] = session
+        self._records.note(session.record())
+        return session
+
+    def get(self, id: str) -> Session:
+        """A session that lives.
+
+        Raises :class:`NotFound` for one that this process does not know, and :class:`Gone` for one that has ended.
+        """
+        session = self.known.get(id)
+        if session is None:
+            raise NotFound(f"no session {id!r}: the service was restarted since, or never knew it")
+        if session.finished:
+            raise Gone(f"session {id!r} has ended")
+        return session
+
+    def add_ended(self, id: str, display_name: str, project_id: str, run_id: str) -> None:
+        """Adds the record of a session that did its one thing and is over."""
+        status = {"type": "client_finished", "reason": {"type": "success"}}
+        self._records.note(
+            SessionRecord(
+                id, time.time(), display_name=display_name, project_id=project_id, run_ids=(run_id,), status=status
+            )
+        )
+
+    def note(self) -> None:
+        """Brings the records of the living sessions up to date."""
+        for session in self.known.values():
+            if not session.finished:
+                self._records.note(session.record())
+
+    def sampler(self, id: str) -> str | None:
+        """The checkpoint of a sampler whose session is over, or None where it had none. Raises :class:`NotFound`."""
+        record = self._records.sessions.get(id.partition(":")[0])
+        if record is None or id not in (record.samplers or {}):
+            raise NotFound(f"no sampler {id!r}: the service never knew it")
+        return (record.samplers or {})[id]
+
+    def project_of(self, session_id: str) -> str:
+        """The project of a session, or of a run by its session."""
+        record = self._records.sessions.get(session_id)
+        return DEFAULT_PROJECT if record is None else record.project_id
+
+    # -- routes --------------------------------------------------------------------------------------------------
+
+    async def list_sessions(self, request: web.Request) -> web.Response:
+        """All ids, newest first."""
+        page, _ = page_of(request, [record.id for record in self._newest_first()])
+        return json_answer(sessions=page)
+
+    async def get_session(self, request: web.Request) -> web.Response:
+        record = self._record(request.match_info["session"])
+        return json_answer(
+            training_run_ids=record.run_ids,
+            sampler_ids=list(record.samplers or {}),
+            user_metadata=texts(record.user_metadata),
+            display_name=record.display_name,
+        )
+
+    async def assign_project(self, request: web.Request) -> web.Response:
+        record = self._record(request.match_info["session"])
+        project = Body.parse(await request.read()).fields.get("project_id")
+        if not isinstance(project, str) or not project:
+            raise MalformedRequest("project_id: a string is required", status=400)
+        session = self.known.get(record.id)
+        if session is not None:
+            session.project_id = project
+        self._records.note(replace(record, project_id=project))
+        await self._records.flush()
+        return web.Response(status=204)
+
+    async def search(self, request: web.Request) -> web.Response:
+        """``SessionSearchRequest``: one page of the sessions that match, newest first."""
+        body = Body.parse(await request.read())
+        limit = optional(body.fields, "limit", int, 50)
+        if not 1 <= limit <= _MOST_FOUND:
+            raise MalformedRequest(f"limit: must be between 1 and {_MOST_FOUND}, got {limit}")
+        query = _Query.parse(body.fields)
+        found = [record for record in self._newest_first() if query.fits(record, self._status(record))]
+        if body.fields.get("cursor") is not None:
+            last = _cursor(body.fields["cursor"])
+            found = [record for record in found if _place(record) < last]
+        page = found[:limit]
+        cursor = None
+        if len(found) > limit:
+            cursor = {"last_created_at": timestamp(page[-1].created_at), "last_session_id": page[-1].id}
+        listing = await anyio.to_thread.run_sync(self._checkpoints.listing, time.time())
+        return json_answer(sessions=list(self._summaries(page, listing)), next_cursor=cursor)
+
+    def _record(self, id: str) -> SessionRecord:
+        self.note()
+        record = self._records.sessions.get(id)
+        if record is None:
+            raise NotFound(f"no session {id!r}")
+        return record
+
+    def _newest_first(self) -> list[SessionRecord]:
+        self.note()
+        return sorted(self._records.sessions.values(), key=_place, reverse=True)
+
+    def _status(self, record: SessionRecord) -> Mapping[str, Any] | None:
+        session = self.known.get(record.id)
+        return _ACTIVE if session is not None and not session.finished else record.status
+
+    def _summaries(self, page: Sequence[SessionRecord], listing: Sequence[Checkpoint]) -> Iterator[dict[str, Any]]:
+        for record in page:
+            sizes = [item.size_bytes for item in listing if item.id.run.partition(":")[0] == record.id]
+            yield {
+                "session_id": record.id,
+                "created_at": timestamp(record.created_at),
+                "owner": OWNER,
+                "project_id": record.project_id,
+                "status": self._status(record),
+                "checkpoints_count": len(sizes),
+                "display_name": record.display_name,
+                "user_metadata": texts(record.user_metadata),
+                "checkpoint_storage_bytes": sum(sizes),
+            }
+
+
+def _place(record: SessionRecord) -> tuple[datetime, str]:
+    """Where it stands among all, by the time that clients see."""
+    return datetime.fromtimestamp(record.created_at, UTC), record.id
+
+
+def _cursor(cursor: Any) -> tuple[datetime, str]:
+    try:
+        at = datetime.fromisoformat(cursor["last_created_at"])
+        return at.astimezone(UTC), str(cursor["last_session_id"])
+    except (TypeError, KeyError, ValueError):
+        raise MalformedRequest("cursor: pass next_cursor of the last page unchanged") from None
+
+
+@dataclass(frozen=True, slots=True)
+class _Query:
+    """The filters of a search. A session fits if all of them hold."""
+
+    session_id: str | None
+    words: tuple[str, ...]
+    """All of them stand in the display name, in any case. With a session id, either may hold."""
+    projects: list[Any] | None
+    owners: list[Any] | None
+    user_metadata: Mapping[str, Any]
+    statuses: list[Any] | None
+
+    @classmethod
+    def parse(cls, fields: Mapping[str, Any]) -> _Query:
+        """Raises :class:`UserFault` for a field of a wrong type."""
+        owner = optional(fields, "owner", dict, {})
+        return cls(
+            session_id=optional(fields, "session_id", str, "") or None,
+            words=tuple(optional(fields, "display_name", str, "").casefold().split()),
+            projects=optional(fields, "project_ids", list, []) if fields.get("project_ids") is not None else None,
+            owners=optional(owner, "owner_urns", list, []) if owner.get("type") == "user" else None,
+            user_metadata=optional(fields, "user_metadata", dict, {}),
+            statuses=optional(fields, "statuses", list, []) if fields.get("statuses") is not None else None,
+        )
+
+    def fits(self, record: SessionRecord, status: Mapping[str, Any] | None) -> bool:
+        name = (record.display_name or "").casefold()
+        is_named = bool(self.words) and all(word in name for word in self.words)
+        if (self.session_id or self.words) and record.id != self.session_id and not is_named:
+            return False
+        if self.projects is not None and record.project_id not in self.projects:
+            return False
+        if self.owners is not None and OWNER not in self.owners:
+            return False
+        metadata = texts(record.user_metadata) or {}
+        if any(metadata.get(key) != value for key, value in self.user_metadata.items()):
+            return False
+        return self.statuses is None or any(_has_status(status, wanted) for wanted in self.statuses)
+
+
+def _has_status(status: Mapping[str, Any] | None, wanted: Any) -> bool:
+    if status is None or not isinstance(wanted, dict) or status.get("type") != wanted.get("type"):
+        return False
+    reasons = wanted.get("reasons")
+    return reasons is None or (status.get("reason") or {}).get("type") in reasons
