@@ -68,39 +68,45 @@ class RecordStore:
 
     def __init__(self, checkpoints: Path) -> None:
         self._folder = checkpoints / FOLDER
-        self._records: dict[str, Record] = {}
+        self._runs: dict[str, RunRecord] = {}
+        self._sessions: dict[str, SessionRecord] = {}
         self._unwritten: dict[str, Record] = {}
         self._writing = threading.Lock()
+        self._is_told = False
 
     @property
     def runs(self) -> Mapping[str, RunRecord]:
         """By id."""
-        return {id: record for id, record in self._records.items() if isinstance(record, RunRecord)}
+        return self._runs
 
     @property
     def sessions(self) -> Mapping[str, SessionRecord]:
         """By id."""
-        return {id: record for id, record in self._records.items() if isinstance(record, SessionRecord)}
+        return self._sessions
 
     def read(self) -> None:
         """Reads what earlier processes wrote. A damaged file is named in the log and ignored."""
         for path in self._folder.glob("*.json"):
             try:
                 fields = json.loads(path.read_text())
-                record = RunRecord(**fields) if ":" in fields["id"] else _session(fields)
+                self._put(RunRecord(**fields) if ":" in fields["id"] else _session(fields))
             except (OSError, ValueError, TypeError, KeyError) as error:
                 logger.warning("ignoring the damaged record %s: %s", path, error)
-                continue
-            self._records.setdefault(record.id, record)
 
     def note(self, record: Record) -> None:
         """Adds a record, or replaces the one of the same id; :meth:`flush` writes it."""
-        if self._records.get(record.id) != record:
-            self._records[record.id] = record
+        if self._runs.get(record.id, self._sessions.get(record.id)) != record:
+            self._put(record)
             self._unwritten[record.id] = record
 
+    def _put(self, record: Record) -> None:
+        if isinstance(record, RunRecord):
+            self._runs[record.id] = record
+        else:
+            self._sessions[record.id] = record
+
     async def flush(self) -> None:
-        """Writes what has changed. What cannot be written is named in the log and tried again the next time."""
+        """Writes what has changed. What cannot be written is told once in the log and tried again the next time."""
         if self._unwritten:
             batch, self._unwritten = self._unwritten, {}
             left = await anyio.to_thread.run_sync(self._write, batch)
@@ -109,12 +115,21 @@ class RecordStore:
     def _write(self, batch: Mapping[str, Record]) -> dict[str, Record]:
         left: dict[str, Record] = {}
         with self._writing:
-            for id, record in batch.items():
+            for id in batch:
+                # As it is by now: a batch that was taken later may have been written before this one.
+                record = self._runs.get(id) or self._sessions[id]
                 try:
                     self._folder.mkdir(parents=True, exist_ok=True)
                     write_atomically(self._folder / f"{id.replace(':', '.')}.json", json.dumps(asdict(record)).encode())
                 except OSError as error:
-                    logger.warning("cannot write the record of %s: %s", id, error)
+                    # Once: the folder may be one that is only read, and nothing else fails for it.
+                    logger.log(
+                        logging.DEBUG if self._is_told else logging.WARNING,
+                        "cannot write the record of %s: %s",
+                        id,
+                        error,
+                    )
+                    self._is_told = True
                     left[id] = record
         return left
 

@@ -63,9 +63,11 @@ async def rest(served: Served) -> tinker.RestClient:
     return await anyio.to_thread.run_sync(lambda: tinker.RestClient(base_url=served.url, api_key=KEY))
 
 
-async def trained(service: tinker.ServiceClient, model: Path, rank: int = RANK) -> tinker.TrainingClient:
+async def trained(service: tinker.ServiceClient, model: Path, **metadata: str) -> tinker.TrainingClient:
     """An adapter whose B's are not zero any more."""
-    trainer = await service.create_lora_training_client(base_model=str(model), rank=rank, seed=1)
+    trainer = await service.create_lora_training_client(
+        base_model=str(model), rank=RANK, seed=1, user_metadata=metadata or None
+    )
     await trainer.forward_backward([datum([5, 6, 7, 8], weights=[1.0, 1.0, 1.0])], "cross_entropy")
     await trainer.optim_step(types.AdamParams(learning_rate=0.05))
     return trainer
@@ -227,7 +229,7 @@ async def test_a_checkpoint_of_another_service_is_copied_under_its_name(
     def elsewhere() -> tuple[str, list[float]]:
         async def work(url: str) -> tuple[str, list[float]]:
             async with sdk(url) as service:
-                trainer = await trained(service, model)
+                trainer = await trained(service, model, renderer_name="qwen3")
                 return (await trainer.save_state("first")).path, await logprobs(trainer)
 
         with service_thread(tmp_path / "elsewhere" / "checkpoints", backend(model)) as other:
@@ -238,6 +240,8 @@ async def test_a_checkpoint_of_another_service_is_copied_under_its_name(
     assert await client.ok(external.IMPORT_ROUTE, request) == {"path": path, "lora_rank": RANK}
     again = await service.create_training_client_from_state(path)
     assert await logprobs(again) == pytest.approx(expected, abs=1e-6)
+    run = await (await rest(served)).get_training_run_by_tinker_path(path)
+    assert (run.user_metadata, run.lora_rank) == ({"renderer_name": "qwen3"}, RANK)
     status, answer = await client.ask(external.IMPORT_ROUTE, request | {"tinker_path": path.replace("first", "second")})
     assert (status, "does not exist" in answer["detail"]) == (404, True)
     sampler = request | {"tinker_path": path.replace("/weights/", "/sampler_weights/")}
