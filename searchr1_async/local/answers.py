@@ -29,7 +29,7 @@ _REFUSED = {
     "DELETE /auth/apikey/me": "the key of the embedded service ends with it: unset TINKER_API_KEY instead of logging out",
     "POST /auth/token": "the embedded service exchanges no tokens: send its key as X-API-Key",
 }
-"""What clients can ask a service for that has no sense for one user on one machine, each with its reason."""
+"""What clients can ask a service for that makes no sense for one user on one machine, each with its reason."""
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 SIGNED_ROUTE = "signed"
 """Name of the one route besides ``healthz`` that is served without the API key."""

@@ -218,7 +218,7 @@ async def test_a_copy_stands_in_its_project_and_outlives_its_source(
         await client.copy_weights(source, "archive")
 
 
-# -- what has no sense on one machine -----------------------------------------------------------------------------------
+# -- what makes no sense on one machine -----------------------------------------------------------------------------------
 
 
 async def test_the_rest_is_refused_with_its_reason(served: Served, service: tinker.ServiceClient) -> None:
