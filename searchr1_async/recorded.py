@@ -231,7 +231,7 @@ class RecordedRun:
             RunFolderError: nothing is recorded yet, or not what is asked for.
         """
         if path is not None:
-            return view_run(self._out_dir, Path(path), **options)
+            return view_run(self._out_dir, path, **options)
         with tempfile.TemporaryDirectory(prefix="searchr1-view-") as scratch:
             options.setdefault("limit", CELL_EPISODES)
             page = view_run(self._out_dir, Path(scratch) / "view.html", **options)
