@@ -112,7 +112,7 @@ async def ask(
             {name: given[name] for name in ("max_turns", "max_tokens", "max_trajectory_tokens", "malformed_calls")},
         ),
         sampling=settings_of(SamplingSettings, given, deadline=given["sampling_deadline"]),
-        format_name=format or settings.get("format") or "hermes",
+        format_name=settings.get("format") or "hermes" if format is None else format,
         renderer_name=renderer or settings.get("renderer"),
         thinking=thinking,
         instructions=instructions or settings.get("instructions"),

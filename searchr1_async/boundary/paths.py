@@ -38,6 +38,12 @@ def absolute_path(path: str | os.PathLike[str], name: str = "path") -> Path:
     if not text.strip() or "\0" in text:
         raise ConfigurationError(f"{name} is {text!r}: give the path of a file or a folder")
     try:
+        os.fsencode(text)
+    except UnicodeEncodeError as error:
+        raise ConfigurationError(
+            f"{name} is {text!r}, which holds half a character (a lone surrogate) at {error.start}: no file has such a name"
+        ) from None
+    try:
         return Path(text).expanduser().absolute()
     except (RuntimeError, OSError) as error:  # no such user, no HOME; a current folder that was deleted
         raise ConfigurationError(
