@@ -249,11 +249,10 @@ def work_in(folder: Path, point: ResumePoint) -> str:
     """What a run has come to that a new one in its folder would lose, in words; empty where a start failed at once."""
     if point.step:
         return f"{point.step} steps"
-    unlearned = folder / "unlearned"
     parts = {
         "kept weights": point.sampler_path is not None,
-        "measurements": bool(RunRecords(folder).evaluation_labels()),
-        "finished groups": unlearned.is_dir() and any(unlearned.iterdir()),
+        "measurements": any((folder / "evaluations").glob("*.parquet")),
+        "finished groups": any((folder / "unlearned").glob("*")),
     }
     found = [name for name, is_there in parts.items() if is_there]
     return f"0 steps, but {' and '.join(found)}" if found else ""

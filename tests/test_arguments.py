@@ -53,7 +53,7 @@ TAKES_TEXT = {
         "service_folder",
         "thinking",
     ),
-    *("base_model", "push_to_hub"),
+    *("folder", "base_model", "push_to_hub"),
 }
 OF_DATA = {"questions", "held_out", "suites", "training_questions"}
 """Checked where questions are read."""

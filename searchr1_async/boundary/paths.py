@@ -71,18 +71,21 @@ FilePath = Annotated[str | Path, as_path]
 def as_name_or_folder(name: str, value: Any) -> str:
     """The name of a model or of a tokenizer, or the absolute path of its folder on this machine.
 
-    Text is a folder where there is one of this name, or where it begins as a path does: ``~``, ``./``, ``../``.
+    Text is a folder where there is one of this name, or where it begins as a path does: ``~``, ``/``, ``./``, ``../``.
 
     Raises:
-        ConfigurationError: it is blank, or neither text nor a path.
+        ConfigurationError: it is blank, neither text nor a path, or the path of no folder.
     """
-    if isinstance(value, os.PathLike):
-        return str(absolute_path(value, name))
-    text = as_text(name, value)
-    if not text.strip():
-        raise ConfigurationError(f"{name} is {value!r}: give a name or a folder, or leave it out")
-    is_path = text.startswith(("~", "./", "../")) or (_is_folder(text))
-    return str(absolute_path(text, name)) if is_path else text
+    if not isinstance(value, os.PathLike):
+        value = as_text(name, value)
+        if not value.strip():
+            raise ConfigurationError(f"{name} is {value!r}: give a name or a folder, or leave it out")
+        if not value.startswith(("~", "/", "./", "../")) and not _is_folder(value):
+            return value
+    folder = absolute_path(value, name)
+    if not folder.is_dir():
+        raise ConfigurationError(f"{name} is {os.fspath(value)!r}, and there is no folder {folder}")
+    return str(folder)
 
 
 def _is_folder(text: str) -> bool:

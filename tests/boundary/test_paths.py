@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import searchr1_async
 from searchr1_async import ConfigurationError
 from searchr1_async.boundary.paths import absolute_path, as_name_or_folder, cache_folder, is_same_place
 
@@ -58,7 +59,8 @@ def test_the_cache_folder_is_absolute(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_name_that_is_a_folder_is_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    (tmp_path / "org" / "tiny").mkdir(parents=True)
+    for folder in ("org/tiny", "home/tiny", "elsewhere"):
+        (tmp_path / folder).mkdir(parents=True)
     assert as_name_or_folder("model", "org/tiny") == str(tmp_path / "org" / "tiny")
     assert as_name_or_folder("model", "~/tiny") == str(tmp_path / "home" / "tiny")
     assert as_name_or_folder("model", Path("elsewhere")) == str(tmp_path / "elsewhere")
@@ -67,11 +69,17 @@ def test_a_name_that_is_a_folder_is_made_absolute(tmp_path: Path, monkeypatch: p
     for blank in ("", "  "):
         with pytest.raises(ConfigurationError, match="model is"):
             as_name_or_folder("model", blank)
+    for missing in ("./tiny", "~/none", Path("none"), str(tmp_path / "none")):
+        with pytest.raises(ConfigurationError, match=r"model is .* there is no folder"):
+            as_name_or_folder("model", missing)
     assert is_same_place("org/tiny", str(tmp_path / "org" / "tiny"))
     assert not is_same_place("Qwen/Qwen3-8B", "Qwen/Qwen3-4B")
 
 
 _USE_THE_CACHE = """
+import sys, types
+package = sys.modules["searchr1_async"] = types.ModuleType("searchr1_async")  # its own module imports all of it
+package.__path__ = [sys.argv[1]]
 from searchr1_async.boundary.paths import cache_folder
 folder = cache_folder()
 (folder / "written").touch()
@@ -80,16 +88,15 @@ print(folder, cache_folder() == folder)
 
 
 def run_with(environment: dict[str, str], *before: str) -> subprocess.CompletedProcess[str]:
-    root = str(Path(__file__).parents[2])
     kept = {
         name: value for name, value in os.environ.items() if name not in ("HOME", "XDG_CACHE_HOME", "USER", "LOGNAME")
     }
     return subprocess.run(
-        [*before, sys.executable, "-c", _USE_THE_CACHE],
+        [*before, sys.executable, "-c", _USE_THE_CACHE, str(Path(searchr1_async.__file__).parent)],
         capture_output=True,
         text=True,
         check=False,
-        env=kept | {"PYTHONPATH": root} | environment,
+        env=kept | environment,
     )
 
 
