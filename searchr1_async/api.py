@@ -7,20 +7,21 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import anyio
 import tinker
 
+from searchr1_async.arguments import GivenSearch, GivenWeights, model_name
+from searchr1_async.boundary.paths import FilePath, NameOrFolder
+from searchr1_async.boundary.settings import Count, Seconds, checked_arguments, list_of, settings_of
 from searchr1_async.config import (
     AdvantageName,
     EpisodeLimits,
     FirstTurn,
-    LearningSettings,
     LocalOptions,
     LossName,
     NormalizationName,
-    PipelineSettings,
     SamplingSettings,
     ScheduleName,
     WarmUp,
@@ -34,19 +35,14 @@ from searchr1_async.episodes.types import Group
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.evaluation.measure import play_all
 from searchr1_async.events import Emit
-from searchr1_async.held_out import refuse_overlap
-from searchr1_async.job import TrainingJob, TrainingResult
-from searchr1_async.learn.checkpoints import ResumePoint
+from searchr1_async.job import TrainingResult
 from searchr1_async.learn.demonstrations import Demonstration
 from searchr1_async.models import Price, Thinking
-from searchr1_async.playing import PlaySettings, ServiceChoice, check_format, open_watchers, playing
+from searchr1_async.playing import PlaySettings, ServiceChoice, open_watchers, playing
 from searchr1_async.run import Run
-from searchr1_async.run_folder import find_point, past_events
-from searchr1_async.search import Search
-from searchr1_async.service import billing_on
-from searchr1_async.spending import check_max_cost
-from searchr1_async.starting import chosen_model, chosen_rank, find_start, resumed_start
+from searchr1_async.run_folder import past_events
 from searchr1_async.training import run_training
+from searchr1_async.training_job import training_job
 from searchr1_async.watch.dashboard import Choice, open_view
 from searchr1_async.watch.live.view import LiveView
 from searchr1_async.watch.stream import EventStreams
@@ -55,19 +51,19 @@ from searchr1_async.watch.trackers import Tracker, make_trackers
 
 def train(
     questions: Questions,
-    search: Search,
+    search: GivenSearch,
     *,
-    out_dir: str | Path,
-    model: str | None = None,
+    out_dir: FilePath,
+    model: str | Path | None = None,
     service: str | tinker.ServiceClient | None = None,
     resume: bool = False,
-    start_from: str | Path | None = None,
+    start_from: GivenWeights | None = None,
     held_out: Questions = (),
-    held_out_samples: int = 1,
-    evaluate_every: int | None = None,
+    held_out_samples: Count = 1,
+    evaluate_every: Count | None = None,
     keep_best: bool = False,
     warm_up: WarmUp | None = None,
-    demonstrations: Sequence[Demonstration] = (),
+    demonstrations: Annotated[Sequence[Demonstration], list_of(Demonstration)] = (),
     reward: RewardFunction | None = None,
     strict_recipe: bool = False,
     format_coefficient: float = 0.1,
@@ -85,11 +81,11 @@ def train(
     spare_groups: int = 0,
     refill_groups: int = 0,
     min_members: int = 2,
-    episode_time_limit: float | None = None,
+    episode_time_limit: Seconds | None = None,
     step_time_limit: float | None = None,
     steps: int | None = None,
     epochs: int = 1,
-    time_limit: float | None = None,
+    time_limit: Seconds | None = None,
     max_cost: float | None = None,
     price: Price | None = None,
     optimizer_steps: int = 1,
@@ -115,9 +111,9 @@ def train(
     max_episodes_in_flight: int = 4096,
     first_turn: FirstTurn = "auto",
     workers: int | Literal["auto"] = 1,
-    sampling_deadline: float = 1800.0,
+    sampling_deadline: Seconds = 1800.0,
     local: LocalOptions | None = None,
-    tokenizer: str | None = None,
+    tokenizer: NameOrFolder | None = None,
     progress: Choice = True,
     trackers: Sequence[str | Tracker] = (),
     emit: Emit | None = None,
@@ -130,7 +126,7 @@ def train(
     Args:
         questions: a suite's name, a file, or questions; see :func:`load_questions`.
         search: the tool; see :class:`Search`.
-        out_dir: the run's folder.
+        out_dir: the run's folder. Like every path it is made absolute at the call, with ``~`` expanded.
         model: the base model, as the service calls it; None is SmolLM2-135M-Instruct on the embedded service and Qwen3.5-4B
             elsewhere, or the nearest of its family that the service offers. Other services than the embedded one are asked what they
             offer before any work starts: a model that is named and not offered is refused.
@@ -152,7 +148,9 @@ def train(
             figure there is too high: measure it on others.
         warm_up: a supervised warm-up on demonstrations; None for none.
         demonstrations: for the warm-up; by default made from the questions (their ``search_queries``, else themselves).
-        reward: ``async def reward(episode) -> float``; None is the recipe's, with ``format_coefficient`` and ``strict_recipe``.
+        reward: ``async def reward(episode) -> float``, or a plain ``def``, which is called in a worker thread so that it may block
+            (for several episodes at once); True and False count as 1 and 0. A :class:`Score` names the parts of a reward. None is
+            the recipe's, with ``format_coefficient`` and ``strict_recipe``.
         format: tool-call format, ``"hermes"`` or ``"tags"``.
         renderer: chat format (of the ``renderers`` package, or ``"chatml"``); None is the model's own, by its name, or ChatML where
             its chat template is ChatML. A model of another format is refused.
@@ -196,124 +194,24 @@ def train(
         ConfigurationError: bad input; before any work starts, from this call itself.
         SearchR1Error: from awaiting the run, whatever else went wrong.
     """
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        raise ConfigurationError(
-            "train() starts a task: call it in a notebook's cell or in an async function (asyncio.run(main()))"
-        ) from None
+    given = checked_arguments(train, locals())
+    _refuse_without_loop()
     if switch_weights_in_flight is not None:
         warnings.warn(
             'switch_weights_in_flight is deprecated: use weights_in_flight="inflight" or "snapshot"',
             DeprecationWarning,
             stacklevel=2,
         )
-        weights_in_flight = "inflight" if switch_weights_in_flight else weights_in_flight
-    out = Path(out_dir)
-    check_format(format)
-    check_thinking(model, renderer, thinking)
-    for name, value in (("evaluate_every", evaluate_every), ("held_out_samples", held_out_samples)):
-        if value is not None and value < 1:
-            raise ConfigurationError(f"{name} is {value}: it must be at least 1")
-    if min_members > group_size >= 2:
-        raise ConfigurationError(
-            f"min_members ({min_members}) is over group_size ({group_size}): no group would be learned from"
-        )
-    if refill_groups and not drop_constant_groups:
-        raise ConfigurationError("refill_groups replaces groups that are dropped: it needs drop_constant_groups=True")
-    if evaluate_every is not None and not held_out:
-        raise ConfigurationError("evaluate_every needs held_out questions to measure on")
-    if keep_best and evaluate_every is None:
-        raise ConfigurationError("keep_best needs evaluate_every: the best is chosen among the steps that are measured")
-    if time_limit is not None and not time_limit > 0:
-        raise ConfigurationError(f"time_limit is {time_limit} s: it must be over 0, or None for none")
-    start = None
-    if start_from is not None:
-        point = ResumePoint.load(out) if resume else None
-        start = find_start(start_from, service, out) if point is None else resumed_start(start_from, point)
-        model = chosen_model(model, start)
-    check_max_cost(max_cost, billing_on(service, model, price))
-    job = TrainingJob(
-        questions=checked_questions(questions),
-        search=search,
-        out_dir=out,
-        learning=LearningSettings(
-            group_size=group_size,
-            groups_per_batch=groups_per_batch,
-            minibatches=minibatches,
-            optimizer_steps=optimizer_steps,
-            learning_rate=learning_rate,
-            schedule=schedule,
-            schedule_warmup=schedule_warmup,
-            lora_rank=chosen_rank(lora_rank, start),
-            gradient_clip=gradient_clip,
-            loss=loss,
-            loss_config=dict(loss_config or {}),
-            advantage=advantage,
-            normalization=normalization,
-            kl_coefficient=kl_coefficient,
-            drop_constant_groups=drop_constant_groups,
-            epochs=epochs,
-            steps=steps,
-            seed=seed,
-            checkpoint_every=checkpoint_every,
-            max_failed_fraction=max_failed_fraction,
-        ),
-        pipeline=PipelineSettings(
-            max_staleness=max_staleness,
-            synchronous=synchronous,
-            weights_in_flight=weights_in_flight,
-            spare_groups=spare_groups,
-            refill_groups=refill_groups,
-            min_members=min_members,
-            step_time_limit=step_time_limit,
-        ),
-        limits=EpisodeLimits(
-            max_turns=max_turns,
-            max_tokens=max_tokens,
-            max_trajectory_tokens=max_trajectory_tokens,
-            malformed_calls=malformed_calls,
-            max_seconds=episode_time_limit,
-        ),
-        sampling=SamplingSettings(
-            temperature=temperature,
-            seed=seed,
-            deadline=sampling_deadline,
-            max_episodes_in_flight=max_episodes_in_flight,
-            first_turn=first_turn,
-            workers=workers,
-        ),
-        reward=reward or RecipeReward(format_coefficient, strict_recipe),
-        model=model,
-        service=service,
-        local=local or LocalOptions(),
-        tokenizer=tokenizer,
-        format_name=format,
-        renderer_name=renderer,
-        thinking=thinking,
-        instructions=instructions,
-        warm_up=warm_up,
-        demonstrations=tuple(demonstrations),
-        held_out=checked_questions(held_out) if held_out else (),
-        held_out_samples=held_out_samples,
-        evaluate_every=evaluate_every,
-        keep_best=keep_best,
-        resume=resume,
-        time_limit=time_limit,
-        max_cost=max_cost,
-        price=price,
-        start=start,
-    )
-    refuse_overlap(job.questions, job.held_out)
-    find_point(job)  # refuses a folder that holds a run not to be resumed, before the run's task begins
-    opened = make_trackers(trackers, out)
-    run = Run(out, search, ServiceChoice(service, model, job.local, tokenizer))
-    view = open_view(progress, title=f"train {out.name}", controls=run)
+        given["weights_in_flight"] = "inflight" if switch_weights_in_flight else weights_in_flight
+    job = training_job(given)
+    opened = make_trackers(trackers, job.out_dir)
+    run = Run(job.out_dir, search, ServiceChoice(service, job.model, job.local, job.tokenizer))
+    view = open_view(progress, title=f"train {job.out_dir.name}", controls=run)
 
     async def work(control: RunControl, streams: EventStreams) -> TrainingResult:
         async with AsyncExitStack() as stack:
             if resume and isinstance(view, LiveView):  # a console has printed its lines already
-                view.begin_with(await anyio.to_thread.run_sync(past_events, out))
+                view.begin_with(await anyio.to_thread.run_sync(past_events, job.out_dir))
             watchers = await open_watchers(stack, view, emit)
             watchers.subscribe(streams)
             return await run_training(job, watchers, control, opened)
@@ -324,13 +222,13 @@ def train(
 
 async def rollout(
     questions: Questions,
-    search: Search,
+    search: GivenSearch,
     *,
-    model: str | None = None,
-    checkpoint: str | Path | None = None,
+    model: str | Path | None = None,
+    checkpoint: GivenWeights | None = None,
     service: str | tinker.ServiceClient | None = None,
-    service_folder: str | Path | None = None,
-    group_size: int = 8,
+    service_folder: FilePath | None = None,
+    group_size: Count = 8,
     reward: RewardFunction | None = None,
     format: str = "hermes",
     renderer: str | None = None,
@@ -344,7 +242,7 @@ async def rollout(
     seed: int | None = None,
     max_failed_fraction: float = 0.2,
     local: LocalOptions | None = None,
-    tokenizer: str | None = None,
+    tokenizer: NameOrFolder | None = None,
     progress: Choice = True,
     emit: Emit | None = None,
 ) -> list[Group]:
@@ -352,26 +250,35 @@ async def rollout(
 
     Arguments and errors as in :func:`searchr1_async.evaluate`; ``thinking=None`` too is as a run's weights were trained.
     """
-    items = checked_questions(questions)
-    check_thinking(model, renderer, thinking)
-    play = PlaySettings(
+    given = checked_arguments(rollout, locals())
+    model = model_name(model, service)
+    play = settings_of(
+        PlaySettings,
+        given,
         reward=reward or RecipeReward(),
-        limits=EpisodeLimits(max_turns, max_tokens, max_trajectory_tokens, malformed_calls=malformed_calls),
-        sampling=SamplingSettings(temperature=temperature, seed=seed),
+        limits=settings_of(EpisodeLimits, given),
+        sampling=settings_of(SamplingSettings, given),
         format_name=format,
         renderer_name=renderer,
-        thinking=thinking,
-        instructions=instructions,
-        group_size=group_size,
-        max_failed_fraction=max_failed_fraction,
     )
+    check_thinking(model, renderer, thinking)
+    items = checked_questions(questions)
     async with playing(
         search,
         play,
-        ServiceChoice(service, model, local or LocalOptions(), tokenizer),
-        checkpoint=checkpoint,
-        service_folder=service_folder,
+        ServiceChoice(service, model, local or LocalOptions(), given["tokenizer"]),
+        checkpoint=given["checkpoint"],
+        service_folder=given["service_folder"],
         progress=progress,
         emit=emit,
     ) as (engine, policy):
-        return await play_all(engine, items, policy, samples=group_size, phase="rollout", label="")
+        return await play_all(engine, items, policy, samples=play.group_size, phase="rollout", label="")
+
+
+def _refuse_without_loop() -> None:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        raise ConfigurationError(
+            "train() starts a task: call it in a notebook's cell or in an async function (asyncio.run(main()))"
+        ) from None

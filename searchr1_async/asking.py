@@ -12,6 +12,9 @@ import tinker
 
 from searchr1_async.answer import Answer
 from searchr1_async.answering import asked_limits, asked_question, play_asked
+from searchr1_async.arguments import GivenSearch, GivenWeights, model_name
+from searchr1_async.boundary.paths import FilePath, NameOrFolder
+from searchr1_async.boundary.settings import Seconds, checked_arguments, settings_of
 from searchr1_async.config import EpisodeLimits, LocalOptions, SamplingSettings
 from searchr1_async.episodes.reward import RecipeReward
 from searchr1_async.errors import ConfigurationError
@@ -31,13 +34,13 @@ SAMPLING_DEADLINE = 600.0
 
 async def ask(
     question: str,
-    search: Search | None = None,
+    search: GivenSearch | None = None,
     *,
-    checkpoint: str | Path | None = None,
+    checkpoint: GivenWeights | None = None,
     step: Step = "last",
-    model: str | None = None,
+    model: str | Path | None = None,
     service: str | tinker.ServiceClient | None = None,
-    service_folder: str | Path | None = None,
+    service_folder: FilePath | None = None,
     format: str | None = None,
     renderer: str | None = None,
     thinking: Thinking = None,
@@ -48,9 +51,9 @@ async def ask(
     malformed_calls: Literal["end", "tell"] | None = None,
     temperature: float = 0.0,
     seed: int | None = None,
-    sampling_deadline: float = SAMPLING_DEADLINE,
+    sampling_deadline: Seconds = SAMPLING_DEADLINE,
     local: LocalOptions | None = None,
-    tokenizer: str | None = None,
+    tokenizer: NameOrFolder | None = None,
     progress: Choice = "quiet",
     emit: Emit | None = None,
 ) -> Answer:
@@ -95,7 +98,9 @@ async def ask(
         ServiceError: the service is away, does not have these weights, or gave no sample.
         SearchError: the search cannot be opened, or a search failed.
     """
-    asked = asked_question(question)
+    given = checked_arguments(ask, locals())
+    asked = asked_question(given["question"])
+    checkpoint, step, service_folder = given["checkpoint"], given["step"], given["service_folder"]
     weights = find_weights(checkpoint, step, service_folder=service_folder)
     _check_place(weights, service)
     point = None if weights.run is None else ResumePoint.load(weights.run)
@@ -104,15 +109,10 @@ async def ask(
         reward=RecipeReward(),
         limits=asked_limits(
             _limits_of(settings),
-            {
-                "max_turns": max_turns,
-                "max_tokens": max_tokens,
-                "max_trajectory_tokens": max_trajectory_tokens,
-                "malformed_calls": malformed_calls,
-            },
+            {name: given[name] for name in ("max_turns", "max_tokens", "max_trajectory_tokens", "malformed_calls")},
         ),
-        sampling=SamplingSettings(temperature=temperature, seed=seed, deadline=sampling_deadline),
-        format_name=format or settings.get("format") or "hermes",
+        sampling=settings_of(SamplingSettings, given, deadline=given["sampling_deadline"]),
+        format_name=settings.get("format") or "hermes" if format is None else format,
         renderer_name=renderer or settings.get("renderer"),
         thinking=thinking,
         instructions=instructions or settings.get("instructions"),
@@ -121,7 +121,9 @@ async def ask(
     async with playing(
         search,
         play,
-        ServiceChoice(service, model, local or LocalOptions(), tokenizer or _tokenizer_of(weights)),
+        ServiceChoice(
+            service, model_name(model, service), local or LocalOptions(), given["tokenizer"] or _tokenizer_of(weights)
+        ),
         checkpoint=checkpoint,
         step=step,
         service_folder=service_folder,
@@ -129,7 +131,7 @@ async def ask(
         emit=emit,
     ) as (engine, policy):
         episode = await play_asked(
-            asked, dialect=engine.dialect, policy=policy, search=search, limits=play.limits, seed=seed
+            asked, dialect=engine.dialect, policy=policy, search=search, limits=play.limits, seed=play.sampling.seed
         )
         return Answer(episode, weights.path, weights.step)
     raise AssertionError("playing() hides no exception")

@@ -4,8 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Annotated, Literal
 
+from searchr1_async.boundary.settings import (
+    Count,
+    Natural,
+    NotNegative,
+    Positive,
+    Range,
+    Seconds,
+    Share,
+    check_settings,
+)
 from searchr1_async.errors import ConfigurationError
 
 LossName = Literal["importance_sampling", "ppo", "cispo", "dro", "gspo", "stable_reinforce"]
@@ -29,27 +39,23 @@ class EpisodeLimits:
         ConfigurationError: a limit below 1, or a trajectory that cannot hold one turn.
     """
 
-    max_turns: int = 5
+    max_turns: Count = 5
     """Sampled turns an episode; a search asked for in the last is not run, since nothing could use it."""
-    max_tokens: int = 1024
+    max_tokens: Count = 1024
     """New tokens a turn."""
-    max_trajectory_tokens: int = 32 * 1024
+    max_trajectory_tokens: Count = 32 * 1024
     """Tokens of the whole episode; a turn begins only if ``max_tokens`` more would fit, so none is cut by it."""
-    max_queries_per_call: int = 20
+    max_queries_per_call: Count = 20
     """Queries one call may hold; more is a malformed call, so that one episode cannot flood the search."""
     malformed_calls: Literal["end", "tell"] = "end"
     """A malformed call ends the episode (the recipe), or the model is told what was wrong and goes on (Search-R1)."""
-    max_seconds: float | None = None
+    max_seconds: Seconds | None = None
     """Seconds of wall-clock time an episode, queueing included; None: no limit. A cut episode is never trained on, since
     what was slow may be the service: this biases what is learned towards short episodes, so set it far out in the tail.
     Counted in ``env/all/stop/time_limit``."""
 
     def __post_init__(self) -> None:
-        _require(
-            self.max_seconds is None or self.max_seconds > 0, f"max_seconds is {self.max_seconds} s: it must be over 0"
-        )
-        for name in ("max_turns", "max_tokens", "max_queries_per_call"):
-            _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be at least 1")
+        check_settings(self)
         _require(
             self.max_trajectory_tokens > self.max_tokens,
             f"max_trajectory_tokens ({self.max_trajectory_tokens}) must be over max_tokens ({self.max_tokens}): "
@@ -61,38 +67,25 @@ class EpisodeLimits:
 class SamplingSettings:
     """How turns are sampled."""
 
-    temperature: float = 1.0
+    temperature: NotNegative = 1.0
     """1 keeps the log-probabilities those of the policy itself, which the losses assume; 0 is greedy (evaluation)."""
     seed: int | None = None
     """Makes each request's seed from this, the question, the member and the turn; None lets the service choose."""
-    deadline: float = 1800.0
+    deadline: Seconds = 1800.0
     """Seconds that one turn may take in all, queueing at the service included; then the episode fails."""
-    max_episodes_in_flight: int = 4096
+    max_episodes_in_flight: Count = 4096
     """Episodes at once, all processes together: a bound on memory (at most 60 KB each). How many of them sample at a time is
     found while they run."""
     first_turn: FirstTurn = "auto"
     """The first turns of a group as one request for all members (``shared``: an eighth of the client's work with groups of
     8, but all members wait for the slowest), one request each (``split``), or what costs less as measured (``auto``)."""
-    workers: int | Literal["auto"] = 1
+    workers: Count | Literal["auto"] = 1
     """Processes that play. 1 is this one. From 2 on so many are started beside it, each with 3 s of CPU and 0.4 GB, and this one
     only searches, scores and learns. ``auto`` begins with this one and adds others, up to the cores, while all that play are
     saturated (the SDK takes 3 ms of CPU a sample, on one thread)."""
 
     def __post_init__(self) -> None:
-        _require(self.temperature >= 0, f"temperature is {self.temperature}: it must be 0 or more")
-        _require(self.deadline > 0, f"deadline is {self.deadline} s: it must be over 0")
-        _require(
-            self.max_episodes_in_flight >= 1, f"max_episodes_in_flight is {self.max_episodes_in_flight}: at least 1"
-        )
-        _require_one_of("first_turn", self.first_turn, FirstTurn)
-        _require(
-            self.workers == "auto" or (isinstance(self.workers, int) and self.workers >= 1),
-            f"workers is {self.workers!r}: it must be at least 1, or 'auto'",
-        )
-
-
-def _require_one_of(name: str, value: object, kind: Any) -> None:
-    _require(value in get_args(kind), f"unknown {name} {value!r}: choose one of {', '.join(get_args(kind))}")
+        check_settings(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +97,7 @@ class PipelineSettings:
     such groups waits for them, and no group starts that could come too late. So nothing finished is ever thrown away.
     """
 
-    max_staleness: int = 0
+    max_staleness: Natural = 0
     """How many batches older than the newest the weights may be that a group was sampled from. 0 is on-policy: nothing samples
     while the optimiser steps. From 1 on the next batch's episodes start while the last ones finish and while the
     trainer works."""
@@ -117,32 +110,25 @@ class PipelineSettings:
     beginning or newer. So the version on a turn, and with it every figure of staleness and the rule of ``max_staleness``,
     is that of the episode's beginning: an upper bound of how old the weights were. With ``max_staleness=0`` nothing is
     published while episodes run, and the two are the same."""
-    spare_groups: int = 0
+    spare_groups: Natural = 0
     """Groups started beyond a batch; once a batch is full, the slowest of those that would have to be in it are cancelled, at
     most this many, and dropped as ``too_slow``. It biases what is learned towards questions that are played quickly."""
-    refill_groups: int = 0
+    refill_groups: Natural = 0
     """Groups a batch that may be played in place of such with constant reward, which teach nothing (dynamic sampling: Yu et al.,
     2025, "DAPO"). It biases what is learned towards questions of middling difficulty, which is its purpose."""
-    min_members: int = 2
-    """Finished episodes that a group needs to be trained on; with fewer it is dropped as ``too_few_episodes``. A group
+    min_members: Annotated[int, Range(at_least=2)] = 2
+    """Finished episodes that a group needs to be trained on, at least 2 for an advantage; with fewer it is dropped as ``too_few_episodes``. A group
     cut by ``step_time_limit`` that has as many is trained on without its slowest, which biases it to short episodes."""
-    step_time_limit: float | None = None
+    step_time_limit: Seconds | None = None
     """Seconds for the playing of a batch, from the moment that its weights are there; then its groups still under way are cut:
     accepted with the members that they have, or dropped as ``step_time_limit``. None: no limit."""
 
     def __post_init__(self) -> None:
-        for name in ("max_staleness", "spare_groups", "refill_groups"):
-            _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}: it must be 0 or more")
-        _require(self.min_members >= 2, f"min_members is {self.min_members}: an advantage needs at least 2")
-        _require(
-            self.step_time_limit is None or self.step_time_limit > 0,
-            f"step_time_limit is {self.step_time_limit} s: it must be over 0, or None for none",
-        )
+        check_settings(self)
         _require(
             not (self.synchronous and self.max_staleness),
             "synchronous learning is on-policy: choose max_staleness=0, or synchronous=False",
         )
-        _require_one_of("weights_in_flight", self.weights_in_flight, WeightsInFlight)
 
     @property
     def is_off_policy(self) -> bool:
@@ -158,44 +144,42 @@ class WarmUp:
     those in which a golden answer was really seen are learned from, so that the model is never taught to guess.
     """
 
-    steps: int = 8
+    steps: Count = 8
     """Optimiser steps."""
-    batch_size: int = 16
+    batch_size: Count = 16
     """Demonstrations a step. 6 to 15 steps of 16 taught a 135M model 95 to 99 % valid calls."""
-    learning_rate: float = 1e-3
+    learning_rate: Positive = 1e-3
     """Peak, with a linear decay to a tenth; 25 times that of reinforcement learning, since the target is certain."""
 
     def __post_init__(self) -> None:
-        _require(self.steps >= 1, f"warm-up steps is {self.steps}: at least 1 (or warm_up=None for none)")
-        _require(self.batch_size >= 1, f"warm-up batch_size is {self.batch_size}: at least 1")
-        _require(self.learning_rate > 0, f"warm-up learning_rate is {self.learning_rate}: over 0")
+        check_settings(self, "the warm-up's ")
 
 
 @dataclass(frozen=True, slots=True)
 class LearningSettings:
     """How groups become optimiser steps."""
 
-    group_size: int = 8
-    """Episodes a question; advantages are centred over them."""
-    groups_per_batch: int = 512
+    group_size: Annotated[int, Range(at_least=2)] = 8
+    """Episodes a question, at least 2: advantages are centred over them."""
+    groups_per_batch: Count = 512
     """Questions an optimiser step."""
-    minibatches: int = 4
+    minibatches: Count = 4
     """Parts in which a batch is sent to the trainer, each as soon as enough groups are complete (streaming); alike in
     tokens. More go out where the trainer would be idle."""
-    optimizer_steps: int = 1
+    optimizer_steps: Count = 1
     """Optimiser steps a batch, each on an equal share of its groups in the order in which they finished; those after the first
     learn from weights that many steps older (``num_substeps`` of tinker-cookbook)."""
-    learning_rate: float = 4e-5
+    learning_rate: Positive = 4e-5
     """At its peak."""
     schedule: ScheduleName = "constant"
     """Of the learning rate over all batches: constant (the recipe), or falling to 0 in a line or a half cosine."""
-    schedule_warmup: int = 0
+    schedule_warmup: Natural = 0
     """Batches in which the learning rate first rises in a line to its peak."""
-    lora_rank: int = 32
-    beta1: float = 0.9
-    beta2: float = 0.95
-    epsilon: float = 1e-8
-    gradient_clip: float = 0.0
+    lora_rank: Count = 32
+    beta1: Share = 0.9
+    beta2: Share = 0.95
+    epsilon: Positive = 1e-8
+    gradient_clip: NotNegative = 0.0
     """Global norm above which gradients are scaled down; 0 is off, as in the recipe."""
     loss: LossName | None = None
     """One of the service's. None chooses, and the run says what it chose: ``importance_sampling`` on-policy (the recipe);
@@ -220,33 +204,22 @@ class LearningSettings:
     normalization: NormalizationName = "token"
     """``token``: every sampled token of a batch counts alike (the recipe). ``sequence``: every episode counts alike, its tokens
     sharing its weight, so long episodes do not outweigh short ones."""
-    kl_coefficient: float = 0.0
+    kl_coefficient: NotNegative = 0.0
     """Of a penalty on leaving the base model, added to the advantages token by token; 0 is none. Costs one request an episode."""
     drop_constant_groups: bool = True
     """Leave out groups whose members all earned the same: their advantages are 0, so only their cost would remain."""
-    epochs: int = 1
+    epochs: Count = 1
     """Passes over the questions when ``steps`` is None; each is shuffled anew with the seed and its number."""
-    steps: int | None = None
+    steps: Count | None = None
     """Optimiser steps in all; None: until the epochs are over, the last partial batch included."""
     seed: int = 2
-    checkpoint_every: int = 20
+    checkpoint_every: Count = 20
     """Steps between checkpoints that are kept for good; the resume point is written after every step besides."""
-    max_failed_fraction: float = 0.2
+    max_failed_fraction: Share = 0.2
     """Failed episodes of a batch above which the run stops: a service is broken, and training on the rest would be biased."""
 
     def __post_init__(self) -> None:
-        counts = (
-            "group_size",
-            "groups_per_batch",
-            "minibatches",
-            "optimizer_steps",
-            "lora_rank",
-            "epochs",
-            "checkpoint_every",
-        )
-        for name in counts:
-            _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be at least 1")
-        _require(self.group_size >= 2, "group_size is 1: advantages are centred over a group, so it needs at least 2")
+        check_settings(self)
         _require(
             self.minibatches <= self.groups_per_batch,
             f"minibatches ({self.minibatches}) must not exceed groups_per_batch ({self.groups_per_batch})",
@@ -255,35 +228,22 @@ class LearningSettings:
             self.optimizer_steps <= self.groups_per_batch,
             f"optimizer_steps ({self.optimizer_steps}) must not exceed groups_per_batch ({self.groups_per_batch})",
         )
-        _require(self.steps is None or self.steps >= 1, f"steps is {self.steps}: at least 1, or None for whole epochs")
-        _require(self.learning_rate > 0, f"learning_rate is {self.learning_rate}: it must be over 0")
-        _require(self.gradient_clip >= 0, f"gradient_clip is {self.gradient_clip}: it must be 0 (off) or more")
-        _require(self.schedule_warmup >= 0, f"schedule_warmup is {self.schedule_warmup}: it must be 0 or more")
-        _require(self.kl_coefficient >= 0, f"kl_coefficient is {self.kl_coefficient}: it must be 0 or more")
-        if self.loss is not None:
-            _require_one_of("loss", self.loss, LossName)
-        _require_one_of("advantage", self.advantage, AdvantageName)
-        _require_one_of("normalization", self.normalization, NormalizationName)
-        _require_one_of("schedule", self.schedule, ScheduleName)
-        _require(0 <= self.max_failed_fraction <= 1, "max_failed_fraction must lie in 0 to 1")
 
 
 @dataclass(frozen=True, slots=True)
 class LocalOptions:
     """How the embedded Tinker service runs, where it is used."""
 
-    port: int = 0
+    port: Annotated[int, Range(at_least=0, at_most=65_535)] = 0
     """0 takes a free one."""
-    threads: int | None = None
+    threads: Count | None = None
     """CPU threads of the model; None: all cores."""
     dtype: str = "auto"
     """``float32``, ``bfloat16`` or ``auto``: bfloat16 only where the machine is fast at it."""
     device: str = "auto"
     """``cpu``, ``cuda``, ``mps`` or ``auto``."""
-    start_timeout: float = 180.0
+    start_timeout: Seconds = 180.0
     """Seconds for loading the model; its first conversion takes about 20 s."""
 
     def __post_init__(self) -> None:
-        _require(0 <= self.port <= 65535, f"port is {self.port}: it must lie in 0 to 65535")
-        _require(self.threads is None or self.threads >= 1, f"threads is {self.threads}: at least 1, or None for all")
-        _require(self.start_timeout > 0, f"start_timeout is {self.start_timeout} s: it must be over 0")
+        check_settings(self)

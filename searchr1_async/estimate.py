@@ -10,17 +10,30 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 import polars as pl
 import tinker
 
+from searchr1_async.arguments import has_questions, model_name
 from searchr1_async.billing import Billing
+from searchr1_async.boundary.paths import FilePath
+from searchr1_async.boundary.settings import (
+    Count,
+    NotNegative,
+    Positive,
+    Range,
+    Share,
+    check_settings,
+    checked_arguments,
+    settings_of,
+)
 from searchr1_async.config import EpisodeLimits, WarmUp
 from searchr1_async.data.questions import Questions, checked_questions
 from searchr1_async.episodes.types import Question
 from searchr1_async.errors import ConfigurationError, RunFolderError
 from searchr1_async.models import Price
-from searchr1_async.search.options import check_n_results
+from searchr1_async.playing import check_format
 from searchr1_async.service import billing_on
 from searchr1_async.usage import TokenUsage
 from searchr1_async.watch.records import RunRecords
@@ -42,22 +55,15 @@ _LETTERS_PER_TOKEN = 4.0
 class Assumed:
     """What is assumed of an episode; None takes the default, or what :func:`measured_in` found in a past run."""
 
-    turns: float | None = None
-    tokens_per_turn: float | None = None
-    prompt_tokens: float | None = None
-    passage_tokens: float | None = None
-    cached: float | None = None
-    trained: float | None = None
+    turns: Positive | None = None
+    tokens_per_turn: Positive | None = None
+    prompt_tokens: Positive | None = None
+    passage_tokens: Positive | None = None
+    cached: Share | None = None
+    trained: Share | None = None
 
     def __post_init__(self) -> None:
-        for name in ("turns", "tokens_per_turn", "prompt_tokens", "passage_tokens"):
-            value = getattr(self, name)
-            if value is not None and not (0 < value < math.inf):
-                raise ConfigurationError(f"{name} is {value}: it must be over 0")
-        for name in ("cached", "trained"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise ConfigurationError(f"{name} is {value}: it is a share, from 0 to 1")
+        check_settings(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,30 +168,30 @@ class CostEstimate:
 def estimate_cost(
     questions: Questions,
     *,
-    model: str | None = None,
+    model: str | Path | None = None,
     service: str | tinker.ServiceClient | None = None,
     price: Price | None = None,
     held_out: Questions = (),
-    held_out_samples: int = 1,
-    evaluate_every: int | None = None,
+    held_out_samples: Count = 1,
+    evaluate_every: Count | None = None,
     warm_up: WarmUp | None = None,
     format: str = "hermes",
-    group_size: int = 8,
-    groups_per_batch: int = 512,
-    steps: int | None = None,
-    epochs: int = 1,
-    kl_coefficient: float = 0.0,
+    group_size: Count = 8,
+    groups_per_batch: Count = 512,
+    steps: Count | None = None,
+    epochs: Count = 1,
+    kl_coefficient: NotNegative = 0.0,
     max_turns: int = 5,
     max_tokens: int = 1024,
     max_trajectory_tokens: int = 32 * 1024,
-    search_results: int = 3,
+    search_results: Annotated[int, Range(at_least=1, at_most=100)] = 3,
     turns: float | None = None,
     tokens_per_turn: float | None = None,
     prompt_tokens: float | None = None,
     passage_tokens: float | None = None,
     cached: float | None = None,
     trained: float | None = None,
-    like: str | Path | None = None,
+    like: FilePath | None = None,
 ) -> CostEstimate:
     """What :func:`train` with these settings is expected to cost. It asks no service and takes no time.
 
@@ -207,32 +213,21 @@ def estimate_cost(
         QuestionsError: the questions cannot be read.
         RunFolderError: the past run has no finished step.
     """
-    for name, value in (("group_size", group_size), ("groups_per_batch", groups_per_batch), ("epochs", epochs)):
-        if value < 1:
-            raise ConfigurationError(f"{name} is {value}: it must be at least 1")
-    for name, value in (("steps", steps), ("evaluate_every", evaluate_every), ("held_out_samples", held_out_samples)):
-        if value is not None and value < 1:
-            raise ConfigurationError(f"{name} is {value}: it must be at least 1")
-    check_n_results(search_results)
+    given = checked_arguments(estimate_cost, locals())
+    check_format(format)
     items = checked_questions(questions)
-    shape = RunShape(
+    shape = settings_of(
+        RunShape,
+        given,
         questions=len(items),
         question_letters=mean_letters(items),
-        group_size=group_size,
-        groups_per_batch=groups_per_batch,
-        steps=steps,
-        epochs=epochs,
-        limits=EpisodeLimits(max_turns, max_tokens, max_trajectory_tokens),
+        limits=settings_of(EpisodeLimits, given),
         format_name=format,
-        search_results=search_results,
-        held_out=len(checked_questions(held_out)) if held_out else 0,
-        held_out_samples=held_out_samples,
-        evaluate_every=evaluate_every,
-        warm_up=warm_up,
-        has_penalty=kl_coefficient > 0,
+        held_out=len(checked_questions(held_out)) if has_questions(held_out) else 0,
+        has_penalty=given["kl_coefficient"] > 0,
     )
-    assumed = Assumed(turns, tokens_per_turn, prompt_tokens, passage_tokens, cached, trained)
-    return estimate(shape, billing_on(service, model, price), assumed, None if like is None else Path(like))
+    billing = billing_on(service, model_name(model, service), price)
+    return estimate(shape, billing, settings_of(Assumed, given), given["like"])
 
 
 def mean_letters(questions: Sequence[Question]) -> float:

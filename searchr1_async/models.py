@@ -15,6 +15,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from searchr1_async.boundary.settings import NotNegative, check_settings
+
 Thinking = bool | str | None
 """Whether and how hard a model thinks before it answers: True, False, an effort such as ``"low"``, or None for the default of
 its format: off where it can be off, else the lowest effort."""
@@ -22,15 +24,22 @@ its format: off where it can be off, else the lowest effort."""
 
 @dataclass(frozen=True, slots=True)
 class Price:
-    """US dollars per million tokens."""
+    """US dollars per million tokens.
 
-    prefill: float
-    sample: float
-    train: float | None = None
+    Raises:
+        ConfigurationError: no number, or one under 0.
+    """
+
+    prefill: NotNegative
+    sample: NotNegative
+    train: NotNegative | None = None
     """None where the sources give only what sampling costs."""
     as_of: str = ""
     """The day on which the source said so, ``YYYY-MM-DD``."""
     remark: str = ""
+
+    def __post_init__(self) -> None:
+        check_settings(self, "the price's ")
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import anyio
 import tinker
 
+from searchr1_async.boundary.settings import Count, Share, check_settings
 from searchr1_async.config import EpisodeLimits, LocalOptions, SamplingSettings
 from searchr1_async.episodes.dialect import FORMATS, make_dialect
 from searchr1_async.episodes.methods import Method
@@ -52,18 +53,15 @@ class PlaySettings:
     """Whether and how hard the model thinks; None is as its weights were trained, else the default of its chat format."""
     instructions: str | None = None
     """The system prompt; None is the method's own."""
-    group_size: int = 1
+    group_size: Count = 1
     """Episodes a question."""
-    max_failed_fraction: float = 0.2
+    max_failed_fraction: Share = 0.2
     """Failed episodes above which the work stops: a service is broken."""
 
     def __post_init__(self) -> None:
+        check_settings(self)
         check_format(self.format_name)
         check_thinking(None, self.renderer_name, self.thinking)
-        if self.group_size < 1:
-            raise ConfigurationError(f"{self.group_size} episodes a question: at least 1")
-        if not 0 <= self.max_failed_fraction <= 1:
-            raise ConfigurationError(f"max_failed_fraction is {self.max_failed_fraction}: it must lie in 0 to 1")
 
 
 @dataclass(frozen=True, slots=True)

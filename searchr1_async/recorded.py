@@ -13,6 +13,7 @@ import tinker
 from searchr1_async.answer import Answer
 from searchr1_async.answering import LiveAnswers, asked_question
 from searchr1_async.asking import SAMPLING_DEADLINE, ask
+from searchr1_async.boundary.paths import absolute_path
 from searchr1_async.config import LocalOptions, SamplingSettings
 from searchr1_async.episodes.types import Episode
 from searchr1_async.errors import ConfigurationError, RunFolderError
@@ -36,8 +37,8 @@ CELL_EPISODES = 200
 class RecordedRun:
     """What a run's folder tells. Everything is read anew at each call, so it also follows a run that is under way elsewhere."""
 
-    def __init__(self, out_dir: Path) -> None:
-        self._out_dir = out_dir
+    def __init__(self, out_dir: str | Path) -> None:
+        self._out_dir = absolute_path(out_dir, "out_dir")
         self._search: Search | None = None
         self._choice = ServiceChoice()
         self._tokenizer: Any = None
@@ -231,7 +232,7 @@ class RecordedRun:
             RunFolderError: nothing is recorded yet, or not what is asked for.
         """
         if path is not None:
-            return view_run(self._out_dir, Path(path), **options)
+            return view_run(self._out_dir, path, **options)
         with tempfile.TemporaryDirectory(prefix="searchr1-view-") as scratch:
             options.setdefault("limit", CELL_EPISODES)
             page = view_run(self._out_dir, Path(scratch) / "view.html", **options)

@@ -17,7 +17,7 @@ from searchr1_async.events import CheckpointSaved, Emit, StepFinished
 from searchr1_async.gathered import GatheredWriting
 from searchr1_async.job import TrainingJob
 from searchr1_async.learn.advantages import advantages
-from searchr1_async.learn.checkpoints import CheckpointList, KeptCheckpoint, ResumePoint
+from searchr1_async.learn.checkpoints import CheckpointList, ResumePoint
 from searchr1_async.learn.learner import FinishedStep
 from searchr1_async.run_folder import writing_records
 from searchr1_async.search.statistics import SearchStatistics
@@ -213,21 +213,24 @@ class Keeper:
 
 
 async def forget_attempt(job: TrainingJob, records: RunRecords, kept: CheckpointList, service: Service) -> None:
-    """Deletes what an earlier attempt in the run's folder has left that came to no resume point: its untrained measurement, its
-    finished groups, and its weights at the service. What cannot be deleted there costs only room.
+    """Deletes what an earlier attempt in the run's folder has left that came to no step: its untrained measurement, its finished
+    groups, its resume point, and its weights at the service. What cannot be deleted there costs only room.
 
     Raises:
         CheckpointError: the folder cannot be written.
     """
 
-    def forget() -> tuple[KeptCheckpoint, ...]:
+    def forget() -> list[str]:
+        point = ResumePoint.load(job.out_dir)
         with writing_records(job.out_dir):
             records.truncate_after(-1)
-            return kept.clear()
+            paths = [path for one in kept.clear() for path in one.paths]
+            ResumePoint.forget(job.out_dir)
+        return paths if point is None else [*paths, point.state_path]
 
     gone = await anyio.to_thread.run_sync(forget)
     await Keeper(job).clear()
-    for path in [path for one in gone for path in one.paths]:
+    for path in gone:
         try:
             await service.delete_checkpoint(path)
         except ServiceError as error:

@@ -11,6 +11,7 @@ import anyio
 
 from searchr1_async.answer import Answer
 from searchr1_async.answering import LiveAnswers
+from searchr1_async.boundary.paths import absolute_path
 from searchr1_async.control import RunControl, register, run_under_way
 from searchr1_async.events import Emit, Event, Notice, RolloutSampled
 from searchr1_async.job import TrainingResult
@@ -139,5 +140,6 @@ def open_run(path: str | Path) -> RecordedRun:
     Raises:
         RunFolderError: the folder holds no run.
     """
-    run = run_under_way(Path(path))
-    return run if isinstance(run, Run) else recorded_run(Path(path))
+    folder = absolute_path(path)
+    run = run_under_way(folder)
+    return run if isinstance(run, Run) else recorded_run(folder)

@@ -19,6 +19,7 @@ from searchr1_async.billing import Billing, Cost, find_price
 from searchr1_async.boundary.tables import read_parquet
 from searchr1_async.episodes.types import Question
 from searchr1_async.errors import CheckpointError, ConfigurationError, RunFolderError, first_error
+from searchr1_async.evaluation.manifest import MANIFEST_NAME
 from searchr1_async.evaluation.result import Evaluation
 from searchr1_async.events import EvaluationFinished, StepFinished
 from searchr1_async.files import write_atomically, write_parquet
@@ -44,7 +45,10 @@ _SEARCH_FILE = "search.json"
 _QUESTIONS_SCHEMA = pl.Schema(
     {"id": pl.String, "question": pl.String, "golden_answers": pl.List(pl.String), "data_source": pl.String}
 )
-_OF_NO_USE = {"run.lock", "service", "events.jsonl", "tokenizer", "tokenizer.partial", _QUESTIONS_FILE, _SEARCH_FILE}
+_LOCK_FILE, _TOKENIZER = "run.lock", "tokenizer"
+_LOGS = {_LOCK_FILE, "service", "events.jsonl", "tensorboard", "wandb"}
+_OWN_FILES = {_QUESTIONS_FILE, _SEARCH_FILE, _TOKENIZER, "checkpoints.json"}
+_OF_NO_USE = {*_LOGS, *_OWN_FILES, "tokenizer.partial"}
 """What a folder may hold in which no work was done."""
 
 
@@ -52,7 +56,7 @@ _OF_NO_USE = {"run.lock", "service", "events.jsonl", "tokenizer", "tokenizer.par
 def claimed(folder: Path) -> Iterator[None]:
     """The folder for this run, or this evaluation, alone. One that was made for it and is of no use, since the input was refused, goes again."""
     is_new = not folder.exists()
-    lock = FileLock(folder / "run.lock")
+    lock = FileLock(folder / _LOCK_FILE)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # Not at once: somebody who looks whether it is taken holds it for some microseconds.
@@ -74,21 +78,26 @@ def claimed(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-async def keep_tokenizer(tokenizer: Any, folder: Path) -> None:
+async def keep_tokenizer(tokenizer: Any, folder: Path, *, anew: bool = False) -> None:
     """Keeps the model's tokenizer with the run, so that its episodes can be read token by token wherever the folder is.
+
+    Args:
+        anew: in place of one that an earlier attempt left there.
 
     Raises:
         CheckpointError: the folder cannot be written.
     """
 
     def keep() -> None:
-        if (folder / "tokenizer").is_dir():
-            return
+        if (folder / _TOKENIZER).is_dir():
+            if not anew:
+                return
+            shutil.rmtree(folder / _TOKENIZER, ignore_errors=True)
         partial = folder / "tokenizer.partial"
         try:
             with writing_records(folder):
                 tokenizer.save_pretrained(partial)
-                partial.replace(folder / "tokenizer")
+                partial.replace(folder / _TOKENIZER)
         except CheckpointError:
             raise
         except Exception as error:  # tokenizers with code of their own: their episodes are read without colours
@@ -98,16 +107,19 @@ async def keep_tokenizer(tokenizer: Any, folder: Path) -> None:
     await anyio.to_thread.run_sync(keep)
 
 
-def keep_questions(questions: Sequence[Question], folder: Path) -> None:
+def keep_questions(questions: Sequence[Question], folder: Path, *, anew: bool = False) -> None:
     """Keeps what a run is trained on with it, so that later evaluations can tell what they have in common. Written once.
 
     A lone surrogate, which no file holds, is kept as U+FFFD.
+
+    Args:
+        anew: in place of those that an earlier attempt left there.
 
     Raises:
         CheckpointError: the folder cannot be written.
     """
     path = folder / _QUESTIONS_FILE
-    if path.exists():
+    if path.exists() and not anew:
         return
     rows = [
         (
@@ -215,17 +227,46 @@ def is_claimed(folder: Path) -> bool:
 
 
 def find_point(job: TrainingJob) -> ResumePoint | None:
-    """The resume point in the job's folder; None where there is none. Cheap: it reads one small file.
+    """The resume point in the job's folder; None where there is none, or where a job that is not to resume would lose nothing
+    by its own beginning. Cheap: it reads small files.
 
     Raises:
-        RunFolderError: there is one and the job is not to resume, or it cannot be read.
+        RunFolderError: the folder holds a run's work and the job is not to resume, or it holds something else, or cannot be read.
     """
     point = ResumePoint.load(job.out_dir)
-    if point is not None and not job.resume:
-        raise RunFolderError(
-            f"{job.out_dir} holds a run ({point.step} steps): pass resume=True to go on with it, or choose another out_dir"
-        )
+    if point is None:
+        _refuse_others_files(job.out_dir)
+    elif not job.resume:
+        if work := work_in(job.out_dir, point):
+            raise RunFolderError(
+                f"{job.out_dir} holds a run ({work}): pass resume=True to go on with it, or choose another out_dir"
+            )
+        return None
     return point
+
+
+def work_in(folder: Path, point: ResumePoint) -> str:
+    """What a run has come to that a new one in its folder would lose, in words; empty where a start failed at once."""
+    if point.step:
+        return f"{point.step} steps"
+    parts = {
+        "kept weights": point.sampler_path is not None,
+        "measurements": any((folder / "evaluations").glob("*.parquet")),
+        "finished groups": any((folder / "unlearned").glob("*")),
+    }
+    found = [name for name, is_there in parts.items() if is_there]
+    return f"0 steps, but {' and '.join(found)}" if found else ""
+
+
+def _refuse_others_files(folder: Path) -> None:
+    """Refuses a folder in which a run would write over files that are not a run's."""
+    if (folder / MANIFEST_NAME).exists():
+        raise RunFolderError(f"{folder} holds an evaluation: choose another out_dir")
+    theirs = sorted(name for name in _OWN_FILES if (folder / name).exists())
+    if theirs and not (folder / _LOCK_FILE).exists():  # after its first claim they are of an attempt that failed
+        raise RunFolderError(
+            f"{folder} holds {', '.join(theirs)}, which a run would write over: choose another out_dir"
+        )
 
 
 def load_point(job: TrainingJob, identity: Mapping[str, Any], order: QuestionOrder) -> ResumePoint | None:
@@ -235,8 +276,14 @@ def load_point(job: TrainingJob, identity: Mapping[str, Any], order: QuestionOrd
         RunFolderError: there is one and it is not to be resumed, or has other settings or questions.
     """
     point = find_point(job)
-    if point is not None:
+    if point is None:
+        return None
+    try:
         point.refuse_changes(identity, order.fingerprint)
+    except RunFolderError:
+        if work_in(job.out_dir, point):
+            raise
+        return None  # a start that failed, and is corrected
     return point
 
 

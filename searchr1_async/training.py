@@ -11,6 +11,7 @@ import random
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import anyio
@@ -202,8 +203,8 @@ async def _opened(
             emit=emit,
             search_metrics=lambda: job.search.statistics.metrics(),
         ) as engine:
-            await keep_tokenizer(service.tokenizer, job.out_dir)
-            await anyio.to_thread.run_sync(keep_questions, job.questions, job.out_dir)
+            await keep_tokenizer(service.tokenizer, job.out_dir, anew=point is None)
+            await anyio.to_thread.run_sync(partial(keep_questions, job.questions, job.out_dir, anew=point is None))
             await anyio.to_thread.run_sync(keep_search, job.search, job.out_dir)
             async with control.serving(service):
                 with control.holding(engine.pause):

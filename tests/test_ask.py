@@ -117,9 +117,11 @@ async def test_the_base_model_is_asked_with_settings_of_ones_own(tmp_path: Path)
         await sr.ask("river of mirin?", **untrained())
 
 
-@pytest.mark.parametrize("question", ["", " \n", None])
-async def test_no_question_is_refused(trained: TrainedRun, question: Any) -> None:
-    with pytest.raises(sr.QuestionsError, match="is no question"):
+@pytest.mark.parametrize(
+    ("question", "problem"), [("", "is no question"), (" \n", "is no question"), (None, "question is None")]
+)
+async def test_no_question_is_refused(trained: TrainedRun, question: Any, problem: str) -> None:
+    with pytest.raises(sr.ConfigurationError, match=problem):
         await sr.ask(question, checkpoint=trained.folder, service=url())
 
 

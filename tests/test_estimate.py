@@ -129,7 +129,7 @@ def test_the_limits_bound_what_is_expected(
         ({"cached": 1.5}, "cached is 1.5"),
         ({"steps": 0}, "steps is 0"),
         ({"group_size": 0}, "group_size is 0"),
-        ({"search_results": 0}, "n_results"),
+        ({"search_results": 0}, "search_results is 0"),
         ({"turns": 2, "like": "somewhere"}, "leave the others out"),
     ],
 )

@@ -1,13 +1,18 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
+import searchr1_async as sr
 from searchr1_async.billing import Billing, find_price
 from searchr1_async.episodes.types import Question
 from searchr1_async.learn.checkpoints import ResumePoint
-from searchr1_async.run_folder import keep_questions, result_of, training_questions
+from searchr1_async.run_folder import claimed, keep_questions, result_of, training_questions, work_in
 from searchr1_async.usage import TokenUsage
 from searchr1_async.watch.rows import storable
+from tests import tiny_world
 from tests.watch.builders import HOSTILE
 
 
@@ -35,3 +40,57 @@ def test_the_cost_in_a_folder_is_explained_by_the_table_only_where_its_price_mad
         cost = result_of(tmp_path, point, "ended").cost
         assert cost is not None
         assert (cost.dollars, cost.tokens, cost.note[: len("Prefill $0.195")]) == (spent, tokens, note)
+
+
+@pytest.mark.parametrize(
+    ("prepare", "told"),
+    [
+        (lambda folder: None, ""),
+        (lambda folder: (folder / "events.jsonl").touch(), ""),
+        (lambda folder: (folder / "unlearned").mkdir(), ""),
+        (lambda folder: [(folder / "unlearned").mkdir(), (folder / "unlearned" / "groups").touch()], "finished groups"),
+        (
+            lambda folder: [
+                (folder / "evaluations").mkdir(),
+                (folder / "evaluations" / "0000-untrained.parquet").touch(),
+            ],
+            "measurements",
+        ),
+    ],
+)
+def test_what_would_be_lost_with_a_run_that_made_no_step(
+    prepare: Callable[[Path], object], told: str, tmp_path: Path
+) -> None:
+    prepare(tmp_path)
+    point = ResumePoint(0, 0, "tinker://run/weights/start", "order", "model")
+    assert work_in(tmp_path, point) == (f"0 steps, but {told}" if told else "")
+    assert "kept weights" in work_in(tmp_path, ResumePoint(0, 0, "state", "order", "model", sampler_path="weights"))
+    assert work_in(tmp_path, ResumePoint(3, 0, "state", "order", "model")) == "3 steps"
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("name", ["questions.parquet", "tokenizer", "search.json", "manifest.json"])
+async def test_files_of_others_are_not_written_over(name: str, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / name).write_text("mine")
+    questions = tiny_world.make_questions()[0][:2]
+    with pytest.raises(sr.RunFolderError, match="choose another out_dir"):
+        sr.train(questions, tiny_world.make_search(tmp_path / "index"), out_dir=tmp_path / "mine", progress=False)
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == [name]
+    assert (tmp_path / "mine" / name).read_text() == "mine"
+
+
+def test_a_folder_of_a_refused_start_goes_and_others_stay(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "mine.txt").write_text("mine")
+
+    def refused(folder: Path) -> None:
+        with claimed(folder):
+            (folder / "tensorboard").mkdir()
+            raise sr.ConfigurationError("no")
+
+    for name in ("new", "there"):
+        with pytest.raises(sr.ConfigurationError, match="no"):
+            refused(tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+    assert (tmp_path / "there" / "mine.txt").read_text() == "mine"

@@ -18,6 +18,7 @@ import searchr1_async as sr
 from searchr1_async.events import EpisodeFinished, Event, MinibatchSubmitted, StepFinished
 from searchr1_async.learn import checkpoints
 from searchr1_async.learn.checkpoints import ResumePoint
+from searchr1_async.run_folder import training_questions
 from searchr1_async.search.faults import PassingFault
 from searchr1_async.watch.records import RunRecords
 from tests import tiny_world
@@ -178,6 +179,31 @@ async def test_a_reward_that_fails_ends_the_run_by_its_name(start: Callable[...,
 
     with pytest.raises(sr.RewardError, match="missing"):
         await start(reward=reward)
+
+
+async def test_a_start_that_failed_does_not_stand_in_the_way(start: Callable[..., sr.Run], tmp_path: Path) -> None:
+    """Neither its resume point of step 0 nor its settings, its questions or its tokenizer: nothing would be lost with them."""
+
+    def broken(episode: sr.Episode) -> float:
+        raise KeyError("missing")
+
+    questions, folder = tiny_world.make_questions()[0], tmp_path / "run"
+    with pytest.raises(sr.RewardError, match="missing"):
+        await start(reward=broken, questions=questions[:6])
+    failed = ResumePoint.load(folder)
+    assert failed is not None
+    assert failed.step == 0
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(sr.RewardError, match="missing"):  # with settings that a run could not be resumed with
+        await start(reward=broken, questions=questions[:6], learning_rate=2e-3, resume=True)
+    result = await start(questions=questions[6:18], learning_rate=3e-3)
+    assert (result.steps, result.reason) == (1, "finished")
+    kept = training_questions(folder)
+    assert kept is not None
+    assert [question.id for question in kept] == [question.id for question in questions[6:18]]
+    assert (folder / "notes.txt").read_text() == "mine"
+    with pytest.raises(sr.RunFolderError, match=r"holds a run \(1 steps\): pass resume=True"):
+        start()
 
 
 @pytest.mark.slow

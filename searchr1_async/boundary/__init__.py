@@ -1,6 +1,7 @@
 """What comes in from outside, checked once: each module here is the only owner of one kind.
 
 - :mod:`.paths`: paths as users give them.
+- :mod:`.settings`: the kinds and bounds of settings and arguments, as their annotations declare them.
 - :mod:`.tables`: files of rows, and tables in memory.
 - :mod:`.values`: numbers, flags and texts as users and files give them.
 - :mod:`.waits`: waiting for services: bounded, and told.

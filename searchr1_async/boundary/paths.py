@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
+import logging
 import os
+import stat
 import sys
+import tempfile
+from functools import cache
 from pathlib import Path
+from typing import Annotated, Any
 
+from searchr1_async.boundary.values import as_text, shown_with_kind
 from searchr1_async.errors import ConfigurationError
+
+logger = logging.getLogger(__name__)
 
 
 def absolute_path(path: str | os.PathLike[str], name: str = "path") -> Path:
@@ -22,12 +31,18 @@ def absolute_path(path: str | os.PathLike[str], name: str = "path") -> Path:
         ConfigurationError: no path, an empty one, or one whose home folder or current folder is not known.
     """
     if not isinstance(path, str | os.PathLike):
-        raise ConfigurationError(f"{name} is {path!r}, a {type(path).__name__}: give a path as text or as a Path")
+        raise ConfigurationError(f"{name} is {shown_with_kind(path)}: give a path as text or as a Path")
     text = os.fspath(path)
     if not isinstance(text, str):
         raise ConfigurationError(f"{name} is {text!r}, which is bytes: give a path as text or as a Path")
     if not text.strip() or "\0" in text:
         raise ConfigurationError(f"{name} is {text!r}: give the path of a file or a folder")
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError as error:
+        raise ConfigurationError(
+            f"{name} is {text!r}, which holds half a character (a lone surrogate) at {error.start}: no file has such a name"
+        ) from None
     try:
         return Path(text).expanduser().absolute()
     except (RuntimeError, OSError) as error:  # no such user, no HOME; a current folder that was deleted
@@ -36,26 +51,112 @@ def absolute_path(path: str | os.PathLike[str], name: str = "path") -> Path:
         ) from error
 
 
-def cache_folder() -> Path:
-    """The package's folder in the user's cache, which may not exist yet.
+def as_path(name: str, value: Any) -> Path:
+    """:func:`absolute_path` as the check of an annotation (:mod:`~searchr1_async.boundary.settings`)."""
+    return absolute_path(value, name)
 
-    ``searchr1_async`` within ``$XDG_CACHE_HOME`` if that is set, else within the platform's place for caches.
+
+def path_argument(text: str) -> Path:
+    """:func:`absolute_path` as the type of a command's option."""
+    try:
+        return absolute_path(text)
+    except ConfigurationError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+FilePath = Annotated[str | Path, as_path]
+"""Of a file or a folder."""
+
+
+def as_name_or_folder(name: str, value: Any) -> str:
+    """The name of a model or of a tokenizer, or the absolute path of its folder on this machine.
+
+    Text is a folder where there is one of this name, or where it begins as a path does: ``~``, ``/``, ``./``, ``../``.
 
     Raises:
-        ConfigurationError: the user's home folder is not known.
+        ConfigurationError: it is blank, neither text nor a path, or the path of no folder.
+    """
+    if not isinstance(value, os.PathLike):
+        value = as_text(name, value)
+        if not value.strip():
+            raise ConfigurationError(f"{name} is {value!r}: give a name or a folder, or leave it out")
+        if not value.startswith(("~", "/", "./", "../")) and not _is_folder(value):
+            return value
+    folder = absolute_path(value, name)
+    if not folder.is_dir():
+        raise ConfigurationError(f"{name} is {os.fspath(value)!r}, and there is no folder {folder}")
+    return str(folder)
+
+
+def _is_folder(text: str) -> bool:
+    try:
+        return Path(text).is_dir()
+    except (OSError, ValueError):  # too long for a path, or with a null character in it
+        return False
+
+
+NameOrFolder = Annotated[str | Path, as_name_or_folder]
+
+
+def is_same_place(one: str, other: str) -> bool:
+    """Whether two texts are the same path from the current folder, or the same name."""
+    return one == other or absolute_path(one) == absolute_path(other)
+
+
+def cache_folder() -> Path:
+    """The package's folder in the user's cache, made if need be.
+
+    It is ``searchr1_async`` within ``$XDG_CACHE_HOME`` if that is set, else within the platform's place for caches. Without a home
+    folder that can be written it is one for this user among the temporary files; that is said once.
+
+    Raises:
+        ConfigurationError: no folder can be made there.
     """
     if explicit := os.environ.get("XDG_CACHE_HOME"):
-        return absolute_path(explicit, "XDG_CACHE_HOME") / "searchr1_async"
+        folder = absolute_path(explicit, "XDG_CACHE_HOME") / "searchr1_async"
+        if problem := _problem_of(folder):
+            raise ConfigurationError(
+                f"XDG_CACHE_HOME is {explicit!r}, where no folder can be made ({problem}): set it to one that can be written"
+            )
+        return folder
     try:
-        home = Path.home()
-    except RuntimeError as error:
-        raise ConfigurationError(
-            "the user's home folder is not known, and with it the folder for caches: set HOME, or XDG_CACHE_HOME"
-        ) from error
+        folder = _platform_cache() / "searchr1_async"
+    except RuntimeError:
+        return _temporary_cache("the user's home folder is not known")
+    problem = _problem_of(folder)
+    return folder if problem is None else _temporary_cache(f"{folder} cannot be made ({problem})")
+
+
+def _platform_cache() -> Path:
+    home = Path.home()
     if sys.platform == "darwin":
-        base = home / "Library" / "Caches"
-    elif sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local")
-    else:
-        base = home / ".cache"
-    return base / "searchr1_async"
+        return home / "Library" / "Caches"
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local")
+    return home.absolute() / ".cache"
+
+
+def _problem_of(folder: Path) -> str | None:
+    """Why a folder is not to be had. One that is there and cannot be written still serves what it holds."""
+    try:
+        if not folder.is_dir():
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
+@cache
+def _temporary_cache(reason: str) -> Path:
+    owner = os.getuid() if hasattr(os, "getuid") else "cache"
+    advice = "set XDG_CACHE_HOME to a folder that stays and can be written"
+    try:
+        folder = Path(tempfile.gettempdir()).absolute() / f"searchr1_async-{owner}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        status = folder.lstat()
+    except OSError as error:
+        raise ConfigurationError(f"there is no folder for caches: {reason}, nor {error}: {advice}") from error
+    if not stat.S_ISDIR(status.st_mode) or (hasattr(os, "getuid") and status.st_uid != owner):
+        raise ConfigurationError(f"there is no folder for caches: {reason}, and {folder} is another user's: {advice}")
+    logger.warning("%s: indexes and models are kept in %s, which may not last: %s", reason, folder, advice)
+    return folder

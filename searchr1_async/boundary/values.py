@@ -32,7 +32,7 @@ def as_integer(name: str, value: Any, *, at_least: int | None = None, at_most: i
     found = plain(value)
     if isinstance(found, bool) or not isinstance(found, numbers.Integral):
         raise ConfigurationError(
-            f"{name} is {shown(value)}{_kind(value)}: give a whole number, such as {_example(at_least)}"
+            f"{name} is {shown_with_kind(value)}: give a whole number, such as {_example(at_least)}"
         )
     _check_bounds(name, int(found), at_least, None, at_most)
     return int(found)
@@ -48,7 +48,7 @@ def as_number(
     """
     found = plain(value)
     if isinstance(found, bool) or not isinstance(found, numbers.Real):
-        raise ConfigurationError(f"{name} is {shown(value)}{_kind(value)}: give a number")
+        raise ConfigurationError(f"{name} is {shown_with_kind(value)}: give a number")
     try:
         found = float(found)
     except OverflowError:
@@ -67,7 +67,7 @@ def as_flag(name: str, value: Any) -> bool:
     """
     found = plain(value)
     if not isinstance(found, bool):
-        raise ConfigurationError(f"{name} is {shown(value)}{_kind(value)}: give True or False")
+        raise ConfigurationError(f"{name} is {shown_with_kind(value)}: give True or False")
     return found
 
 
@@ -79,7 +79,7 @@ def as_text(name: str, value: Any) -> str:
     """
     found = plain(value)
     if not isinstance(found, str):
-        raise ConfigurationError(f"{name} is {shown(value)}{_kind(value)}: give text")
+        raise ConfigurationError(f"{name} is {shown_with_kind(value)}: give text")
     try:
         found.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -96,7 +96,7 @@ def as_choice(name: str, value: Any, choices: Sequence[str]) -> str:
         ConfigurationError: it is none of them.
     """
     if not isinstance(value, str) or value not in choices:
-        raise ConfigurationError(f"unknown {name} {shown(value)}: choose one of {', '.join(choices)}")
+        raise ConfigurationError(f"{name} is {shown(value)}: choose one of {', '.join(choices)}")
     return value
 
 
@@ -106,8 +106,9 @@ def shown(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:99]}…"
 
 
-def _kind(value: Any) -> str:
-    return "" if value is None else f" ({type(value).__name__})"
+def shown_with_kind(value: Any) -> str:
+    """As :func:`shown`, with the name of its class: ``8.0 (float)``."""
+    return shown(value) if value is None else f"{shown(value)} ({type(value).__name__})"
 
 
 def _example(at_least: int | None) -> int:

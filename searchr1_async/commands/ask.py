@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from searchr1_async.asking import ask
+from searchr1_async.boundary.paths import path_argument
 from searchr1_async.commands.searching import add_search, named_search, step_argument
 from searchr1_async.config import LocalOptions
 from searchr1_async.watch.rows import storable
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def add(commands: Parsers) -> None:
     parser = commands.add_parser("ask", help="ask a trained model one question")
-    parser.add_argument("run_folder", metavar="RUN", type=Path, help="the run's folder")
+    parser.add_argument("run_folder", metavar="RUN", type=path_argument, help="the run's folder")
     parser.add_argument("question", help="in quotes")
     parser.add_argument(
         "--step", type=step_argument, default="last", help="last, best, or a number of steps (%(default)s)"

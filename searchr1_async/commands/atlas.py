@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from searchr1_async.atlas_job import AtlasSettings, run_atlas
+from searchr1_async.boundary.paths import path_argument
 
 if TYPE_CHECKING:
     from searchr1_async.commands import Parsers
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def add(commands: Parsers) -> None:
     atlas = commands.add_parser("atlas", help="train a small model to search the Factbook on this machine")
     defaults = AtlasSettings()
-    atlas.add_argument("--out-dir", type=Path, default=defaults.out_dir, help="the run's folder (%(default)s)")
+    atlas.add_argument("--out-dir", type=path_argument, default=defaults.out_dir, help="the run's folder (%(default)s)")
     atlas.add_argument("--seed", type=int, default=defaults.seed)
     atlas.add_argument("--steps", type=int, default=defaults.steps, help="optimiser steps at most (%(default)s)")
     atlas.add_argument("--time-limit", type=float, default=defaults.time_limit, help="seconds of RL (%(default)s)")

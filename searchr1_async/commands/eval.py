@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import anyio.to_thread
 
+from searchr1_async.boundary.paths import path_argument
 from searchr1_async.commands.searching import add_search, named_search, search_of
 from searchr1_async.config import LocalOptions
 from searchr1_async.episodes.dialect import FORMATS
@@ -31,7 +31,7 @@ def add(commands: Parsers) -> None:
         help="suites: names (nq, hotpotqa, …, benchmarks: all seven), files or folders; or the folder of an evaluation to repeat",
     )
     add_argument(
-        "--out-dir", type=Path, required=True, help="the evaluation's folder; the same command goes on with it"
+        "--out-dir", type=path_argument, required=True, help="the evaluation's folder; the same command goes on with it"
     )
     what = parser.add_argument_group("what is measured")
     what.add_argument(

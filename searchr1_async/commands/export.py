@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from searchr1_async.boundary.paths import path_argument
 from searchr1_async.commands.searching import step_argument
 from searchr1_async.config import LocalOptions
 from searchr1_async.exporting.export import export
@@ -19,7 +19,7 @@ def add(commands: Parsers) -> None:
     parser = commands.add_parser("export", help="take a run's weights away: a PEFT adapter or merged weights")
     add_argument = parser.add_argument
     add_argument("source", metavar="RUN", help="a run's folder, or a tinker://RUN/weights/NAME path")
-    add_argument("folder", type=Path, metavar="FOLDER", help="where to write; must not exist, or be empty")
+    add_argument("folder", type=path_argument, metavar="FOLDER", help="where to write; must not exist, or be empty")
     add_argument(
         "--step",
         type=step_argument,
@@ -35,7 +35,9 @@ def add(commands: Parsers) -> None:
     add_argument("--push-to-hub", metavar="NAME", help="upload to this Hugging Face repository as well")
     add_argument("--public", action="store_true", help="a repository that is created is public")
     add_argument("--service", help="URL of a Tinker service")
-    add_argument("--service-folder", type=Path, help="the embedded service's folder that holds a tinker:// path")
+    add_argument(
+        "--service-folder", type=path_argument, help="the embedded service's folder that holds a tinker:// path"
+    )
     add_argument("--threads", type=int, help="CPU threads of the embedded service")
     parser.set_defaults(run=_run, stopped=_stopped)
 

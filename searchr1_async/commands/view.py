@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import webbrowser
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import anyio.to_thread
 
+from searchr1_async.boundary.paths import path_argument
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.watch.viewer import view_run
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 def add(commands: Parsers) -> None:
     view = commands.add_parser("view", help="write a page to read a run's episodes with")
-    view.add_argument("run_folder", metavar="RUN", type=Path, help="the run's folder")
-    view.add_argument("--out", type=Path, help="the page (view.html in the run's folder)")
+    view.add_argument("run_folder", metavar="RUN", type=path_argument, help="the run's folder")
+    view.add_argument("--out", type=path_argument, help="the page (view.html in the run's folder)")
     view.add_argument("--open", action="store_true", help="show it in the browser")
     view.add_argument("--step", type=int, nargs="+", metavar="N", help="these steps of training alone")
     view.add_argument("--evaluation", nargs="+", metavar="LABEL", help='these evaluations alone ("after RL")')

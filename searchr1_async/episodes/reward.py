@@ -1,20 +1,28 @@
 """What an episode is worth: exact match, F1 and cover match with SQuAD normalisation, and the recipe's formula over them.
 
 A reward is any ``async def reward(episode) -> float`` (or a float with named parts, see :class:`Score`); the engine calls it
-once, when the episode has ended.
+once, when the episode has ended. A plain ``def`` is called in a worker thread, so that it may block; of several episodes it may
+be called at once.
 """
 
 from __future__ import annotations
 
-import math
+import inspect
 import re
 import string
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Annotated, Any
 
+import anyio
+import anyio.to_thread
+from anyio.lowlevel import RunVar
+
+from searchr1_async.boundary.settings import check_settings
+from searchr1_async.boundary.values import as_number, plain, shown, shown_with_kind
 from searchr1_async.episodes.types import Episode, Turn
-from searchr1_async.errors import RewardError
+from searchr1_async.errors import ConfigurationError, RewardError
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -94,16 +102,43 @@ def strict_recipe_answer(text: str) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """A reward and the named parts that explain it."""
+    """A reward and the named parts that explain it. True and False count as 1 and 0."""
 
     reward: float
     parts: Mapping[str, float] = field(default_factory=dict)
+    """A part that does not apply to an episode is left out."""
 
 
 STANDARD_PARTS = frozenset({"correct", "format", "f1", "cover"})
 """What is measured of every episode: exact match, whether an answer could be read, F1, and cover match."""
 
-RewardFunction = Callable[[Episode], Awaitable[float | Score]]
+
+def as_reward(name: str, value: Any) -> Any:
+    """A function, or an object that can be called, which takes an episode.
+
+    Raises:
+        ConfigurationError: it is none.
+    """
+    if isinstance(value, type):
+        raise ConfigurationError(f"{name} is the class {value.__name__}: give an object of it, {value.__name__}()")
+    if not callable(value):
+        raise ConfigurationError(
+            f"{name} is {shown_with_kind(value)}: give a function, such as `async def reward(episode): return 1.0`"
+        )
+    try:
+        inspect.signature(value).bind(None)
+    except TypeError as error:
+        raise ConfigurationError(f"{name} cannot be called with one argument, the episode: {error}") from None
+    except ValueError:  # of a function that is written in C nothing is known
+        pass
+    return value
+
+
+RewardFunction = Annotated[Callable[[Episode], Awaitable[float | Score] | float | Score], as_reward]
+"""Async or plain; see the module's docstring."""
+REWARD_THREADS = 32
+"""Calls of a plain reward function at once."""
+_threads: RunVar[anyio.CapacityLimiter] = RunVar("threads of plain reward functions")
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +152,9 @@ class RecipeReward:
     format_coefficient: float = 0.1
     strict_recipe: bool = False
     """Score exactly as the ancestor does: its answer rule on the text of the last turn, in the "Answer:" format only."""
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
     async def __call__(self, episode: Episode) -> Score:
         answer = episode.answer
@@ -140,20 +178,43 @@ async def score(episode: Episode, reward: RewardFunction) -> Episode:
     """The episode with its reward. :data:`STANDARD_PARTS` are always among its parts, whatever the reward function.
 
     Raises:
-        RewardError: the function raised, or returned no finite number.
+        RewardError: the function raised, or the reward or a part of it is no finite number.
     """
     try:
-        given = await reward(episode)
+        given = await _called(reward, episode)
     except Exception as error:
         raise RewardError(
             f"the reward function failed on question {episode.question.id!r}: {type(error).__name__}: {error}"
         ) from error
     result = given if isinstance(given, Score) else Score(given)
-    if not isinstance(result.reward, int | float) or not math.isfinite(result.reward):
+    if not isinstance(result.parts, Mapping):
         raise RewardError(
-            f"the reward function returned {result.reward!r} for question {episode.question.id!r}: return a finite number"
+            f"the reward function returned the parts {shown_with_kind(result.parts)} for question {episode.question.id!r}: "
+            "return a dict of finite numbers by name"
         )
-    parts = dict(result.parts)
+    total = _finite(result.reward, "", episode)
+    parts = {name: _finite(value, f" as its part {name!r}", episode) for name, value in result.parts.items()}
     if not parts.keys() >= STANDARD_PARTS:
         parts = {**(await RecipeReward()(episode)).parts, **parts}
-    return replace(episode, reward=float(result.reward), reward_parts=parts)
+    return replace(episode, reward=total, reward_parts=parts)
+
+
+async def _called(reward: Callable[[Episode], Any], episode: Episode) -> Any:
+    if inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(getattr(reward, "__call__", None)):  # noqa: B004
+        return await reward(episode)
+    try:
+        threads = _threads.get()
+    except LookupError:
+        _threads.set(threads := anyio.CapacityLimiter(REWARD_THREADS))
+    given = await anyio.to_thread.run_sync(reward, episode, limiter=threads, abandon_on_cancel=True)
+    return await given if inspect.isawaitable(given) else given
+
+
+def _finite(value: Any, place: str, episode: Episode) -> float:
+    found = plain(value)
+    try:
+        return float(found) if isinstance(found, bool) else as_number("reward", found)
+    except ConfigurationError:
+        raise RewardError(
+            f"the reward function returned {shown(value)}{place} for question {episode.question.id!r}: return a finite number"
+        ) from None

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import anyio
 import tinker
 
-from searchr1_async.boundary.values import as_integer, as_number
+from searchr1_async.arguments import GivenSearch, GivenWeights, has_questions, model_name
+from searchr1_async.boundary.paths import FilePath, NameOrFolder
+from searchr1_async.boundary.settings import Count, Seconds, checked_arguments, list_of, settings_of
 from searchr1_async.config import EpisodeLimits, LocalOptions, SamplingSettings
 from searchr1_async.data.questions import Questions, checked_questions
 from searchr1_async.data.suites import Suites, load_suites
@@ -28,27 +30,26 @@ from searchr1_async.evaluation.systems import System, SystemSource, find_systems
 from searchr1_async.events import Emit
 from searchr1_async.models import Thinking
 from searchr1_async.playing import PlaySettings, ServiceChoice, watching
-from searchr1_async.search import Search
 from searchr1_async.watch.dashboard import Choice
 
 
 async def evaluate(
     suites: Suites | Manifest | Report,
-    search: Search | None = None,
+    search: GivenSearch | None = None,
     *,
     systems: Mapping[str, SystemSource] | None = None,
-    baselines: Sequence[Method] = (),
-    model: str | None = None,
-    checkpoint: str | Path | None = None,
+    baselines: Annotated[Sequence[Method], list_of(Method)] = (),
+    model: str | Path | None = None,
+    checkpoint: GivenWeights | None = None,
     label: str = "evaluation",
     service: str | tinker.ServiceClient | None = None,
-    service_folder: str | Path | None = None,
-    out_dir: str | Path | None = None,
+    service_folder: FilePath | None = None,
+    out_dir: FilePath | None = None,
     resume: bool = False,
     split: str | None = None,
-    limit: int | None = None,
+    limit: Count | None = None,
     question_seed: int = 0,
-    samples: int = 1,
+    samples: Count = 1,
     judge: Judge | None = None,
     training_questions: Questions = (),
     reward: RewardFunction | None = None,
@@ -66,9 +67,9 @@ async def evaluate(
     max_failed_fraction: float = 0.2,
     max_episodes_in_flight: int = 1024,
     workers: int | Literal["auto"] = 1,
-    sampling_deadline: float = 1800.0,
+    sampling_deadline: Seconds = 1800.0,
     local: LocalOptions | None = None,
-    tokenizer: str | None = None,
+    tokenizer: NameOrFolder | None = None,
     progress: Choice = True,
     emit: Emit | None = None,
 ) -> Report:
@@ -112,65 +113,63 @@ async def evaluate(
         ServiceError: the service is away, or does not have a model or weights that are asked for.
         TooManyFailuresError: over ``max_failed_fraction`` of a system's episodes failed; what was played is kept.
     """
+    given = checked_arguments(evaluate, locals())
     if repeats(suites):
-        refuse_besides(evaluate, locals())
+        refuse_besides(evaluate, given)
+    model = model_name(model, service)
     check_thinking(model, renderer, thinking)
-    limit = None if limit is None else as_integer("limit", limit)
-    question_seed, samples = as_integer("question_seed", question_seed), as_integer("samples", samples)
-    max_failed_fraction = as_number("max_failed_fraction", max_failed_fraction)
-    limits = EpisodeLimits(
-        as_integer("max_turns", max_turns),
-        as_integer("max_tokens", max_tokens),
-        as_integer("max_trajectory_tokens", max_trajectory_tokens),
-        malformed_calls=malformed_calls,
-    )
-    choice = ServiceChoice(service, model, local or LocalOptions(), tokenizer)
-    sampling = SamplingSettings(
-        temperature=as_number("temperature", temperature),
-        seed=None if seed is None else as_integer("seed", seed),
-        deadline=as_number("sampling_deadline", sampling_deadline),
-        max_episodes_in_flight=as_integer("max_episodes_in_flight", max_episodes_in_flight),
+    choice = ServiceChoice(service, model, local or LocalOptions(), given["tokenizer"])
+    play = settings_of(
+        PlaySettings,
+        given,
+        reward=reward or settings_of(RecipeReward, given),
+        limits=settings_of(EpisodeLimits, given),
         # Each sample by itself, so that one that a kill has lost is played again as it would have been.
-        first_turn="split",
-        workers="auto" if workers == "auto" else as_integer("workers", workers),
+        sampling=settings_of(SamplingSettings, given, deadline=given["sampling_deadline"], first_turn="split"),
+        format_name=format,
+        renderer_name=renderer,
+        group_size=given["samples"],
     )
-    kept = None if out_dir is None else Path(out_dir)
     if repeats(suites):
         job = await anyio.to_thread.run_sync(
-            lambda: repeated_job(suites, search, choice, sampling, out_dir=kept, resume=resume, reward=reward)
-        )
-    else:
-        loaded = await anyio.to_thread.run_sync(
-            lambda: load_suites(
-                cast(Suites, suites), split=split, limit=limit, seed=None if limit is None else question_seed
+            lambda: repeated_job(
+                suites, search, choice, play.sampling, out_dir=given["out_dir"], resume=given["resume"], reward=reward
             )
         )
-        if systems is not None and (checkpoint is not None or service_folder is not None):
-            raise ConfigurationError("give systems, or the checkpoint of the one system, not both")
-        # What is named beside one checkpoint is its own base model; beside several systems, that of those which name none.
-        own = System(checkpoint, model=None if checkpoint is None else model, service_folder=service_folder)
-        sources = {label: own} if systems is None else systems
-        job = EvaluationJob(
-            suites=loaded,
-            systems=find_systems(with_baselines(sources, tuple(baselines))),
-            search=search,
-            play=PlaySettings(
-                reward=reward or RecipeReward(strict_recipe=strict_recipe),
-                limits=limits,
-                sampling=sampling,
-                format_name=format,
-                renderer_name=renderer,
-                thinking=thinking,
-                instructions=instructions,
-                group_size=samples,
-                max_failed_fraction=max_failed_fraction,
-            ),
-            choice=choice,
-            out_dir=kept,
-            resume=resume,
-            judge=judge,
-            training_questions=checked_questions(training_questions) if training_questions else (),
-        )
+    else:
+        job = await _new_job(given, play, choice)
     async with AsyncExitStack() as opened, watching("evaluate", progress, emit) as watchers:
         return await run_evaluation(job, watchers, opened)
     raise AssertionError("watching() hides no exception")
+
+
+async def _new_job(given: Mapping[str, Any], play: PlaySettings, choice: ServiceChoice) -> EvaluationJob:
+    """The job of suites that are evaluated anew.
+
+    Raises:
+        ConfigurationError: systems that cannot be measured so, or suites that cannot be used.
+    """
+    limit, checkpoint, service_folder = given["limit"], given["checkpoint"], given["service_folder"]
+    suites = await anyio.to_thread.run_sync(
+        lambda: load_suites(
+            cast(Suites, given["suites"]),
+            split=given["split"],
+            limit=limit,
+            seed=None if limit is None else given["question_seed"],
+        )
+    )
+    if given["systems"] is not None and (checkpoint is not None or service_folder is not None):
+        raise ConfigurationError("give systems, or the checkpoint of the one system, not both")
+    # What is named beside one checkpoint is its own base model; beside several systems, that of those which name none.
+    own = System(checkpoint, model=None if checkpoint is None else choice.model, service_folder=service_folder)
+    sources = {given["label"]: own} if given["systems"] is None else given["systems"]
+    training = given["training_questions"]
+    return settings_of(
+        EvaluationJob,
+        given,
+        suites=suites,
+        systems=find_systems(with_baselines(sources, given["baselines"])),
+        play=play,
+        choice=choice,
+        training_questions=checked_questions(training) if has_questions(training) else (),
+    )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
+from searchr1_async.arguments import model_name
 from searchr1_async.data.suites import Suite
 from searchr1_async.episodes.dialect import check_recipe
 from searchr1_async.episodes.types import Question
@@ -91,7 +92,8 @@ class EvaluationJob:
         """The service and the model that it is measured on."""
         # What a run was trained from is a fact; the evaluation's model is for those that know of none.
         known = (measured.system.model, measured.weights.base_model, self.choice.model, self._trained_model)
-        return replace(self.choice, model=next((model for model in known if model is not None), None))
+        model = next((model for model in known if model is not None), None)
+        return replace(self.choice, model=model_name(model, self.choice.service))
 
     def model_of(self, measured: MeasuredSystem) -> str:
         """The base model that it is measured on."""

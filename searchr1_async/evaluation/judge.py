@@ -13,12 +13,12 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import anyio
 
-from searchr1_async.boundary.values import as_integer, as_number
+from searchr1_async.arguments import GivenWeights
+from searchr1_async.boundary.settings import Count, Seconds, check_settings
 from searchr1_async.config import SamplingSettings
 from searchr1_async.episodes.plain_text import PlainText
 from searchr1_async.episodes.rendering import select_renderer
@@ -60,31 +60,25 @@ class Judge:
 
     model: str | None = None
     """Its base model, as the service calls it; None is that of its run, or the one that all systems have."""
-    checkpoint: str | Path | None = None
+    checkpoint: GivenWeights | None = None
     """Its weights: a ``tinker://`` path or a run's folder; None is the base model."""
     instructions: str | None = None
     """The system prompt, which must ask for a yes or a no; None is :data:`JUDGE_INSTRUCTIONS`."""
-    max_tokens: int = 8
+    max_tokens: Count = 8
     """Of a verdict. One that thinks aloud needs room for its thoughts: what is no verdict by then counts as unreadable."""
-    deadline: float = 600.0
+    deadline: Seconds = 600.0
     """Seconds that a verdict may take, queueing at the service included."""
-    at_once: int = 256
+    at_once: Count = 256
     """Answers that wait for their verdicts at a time, at most; as many are sent as the service carries."""
     renderer: str | None = None
     """Of its chat format; None chooses by the model's name."""
 
     def __post_init__(self) -> None:
+        check_settings(self, "the judge's ")
         for name in ("model", "checkpoint", "instructions", "renderer"):
             value = getattr(self, name)
             if value is not None and not str(value).strip():
                 raise ConfigurationError(f"the judge's {name} is blank: give it some text, or leave it out")
-        object.__setattr__(self, "deadline", as_number("the judge's deadline", self.deadline))
-        for name in ("max_tokens", "at_once"):
-            object.__setattr__(self, name, as_integer(f"the judge's {name}", getattr(self, name)))
-            if getattr(self, name) < 1:
-                raise ConfigurationError(f"the judge's {name} is {getattr(self, name)}: it must be at least 1")
-        if not self.deadline > 0:
-            raise ConfigurationError(f"the judge's deadline is {self.deadline} s: it must be over 0")
 
     @property
     def sampling(self) -> SamplingSettings:

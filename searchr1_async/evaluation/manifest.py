@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from searchr1_async.boundary.paths import absolute_path
 from searchr1_async.errors import RunFolderError
 from searchr1_async.files import write_atomically
 
@@ -99,12 +100,13 @@ class Manifest:
         write_atomically(folder / MANIFEST_NAME, text.encode("utf-8", "replace"))
 
     @classmethod
-    def load(cls, path: Path) -> Manifest | None:
+    def load(cls, path: str | Path) -> Manifest | None:
         """The manifest in a folder, or in the file itself; None where there is none.
 
         Raises:
             RunFolderError: it cannot be read, or another version of the package wrote it.
         """
+        path = absolute_path(path)
         path = path / MANIFEST_NAME if path.is_dir() else path
         try:
             values = json.loads(path.read_bytes())

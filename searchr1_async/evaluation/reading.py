@@ -7,6 +7,7 @@ from pathlib import Path
 
 import polars as pl
 
+from searchr1_async.boundary.paths import absolute_path
 from searchr1_async.errors import RunFolderError
 from searchr1_async.evaluation.asked import read_questions
 from searchr1_async.evaluation.manifest import Manifest
@@ -22,7 +23,7 @@ def open_report(folder: str | Path) -> Report:
     Raises:
         RunFolderError: the folder holds no evaluation, or it cannot be read.
     """
-    path = Path(folder)
+    path = absolute_path(folder, "folder")
     manifest = Manifest.load(path)
     if manifest is None:
         raise RunFolderError(f"{path} holds no evaluation: name the out_dir that evaluate() was given")

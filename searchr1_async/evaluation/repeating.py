@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import polars as pl
 
+from searchr1_async.boundary.paths import absolute_path
 from searchr1_async.config import EpisodeLimits, SamplingSettings
 from searchr1_async.data.suites import MEMORY, Suite, load_suite
 from searchr1_async.episodes.methods import Method
@@ -35,7 +36,7 @@ def repeats(source: object) -> bool:
         return True
     if not isinstance(source, str | Path):
         return False
-    path = Path(source)
+    path = absolute_path(source, "suites") if str(source).strip() else Path(source)
     return path.name == MANIFEST_NAME or (path / MANIFEST_NAME).is_file()
 
 
@@ -132,7 +133,7 @@ def _found(source: object) -> tuple[Manifest, pl.DataFrame | None]:
         return source.manifest, source.load_questions() if source.load_questions is not None else None
     if isinstance(source, Manifest):
         return source, None
-    path = Path(cast(str, source))
+    path = absolute_path(cast(str, source), "suites")
     manifest = Manifest.load(path)
     if manifest is None:
         raise RunFolderError(f"there is no manifest {path}")

@@ -12,6 +12,7 @@ from typing import Any
 
 import polars as pl
 
+from searchr1_async.boundary.paths import absolute_path
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.evaluation.compared import ComparisonOf, best_systems, comparison_frame
 from searchr1_async.evaluation.figures import ALL_SUITES, MACRO, check_metric
@@ -306,7 +307,7 @@ class Report(Mapping[str, Evaluation]):
         """
         from searchr1_async.evaluation.render.saving import save_report
 
-        target = Path(folder) if folder is not None else self.folder
+        target = absolute_path(folder, "folder") if folder is not None else self.folder
         if target is None:
             raise ConfigurationError("this report has no folder of its own: name one, report.save(folder)")
         return save_report(self, target)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import polars as pl
 
+from searchr1_async.boundary.paths import absolute_path
 from searchr1_async.episodes.types import Episode, StopReason
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.evaluation import comparison
@@ -312,11 +313,12 @@ class Evaluation:
             ConfigurationError: the episodes were not kept.
             OSError: ``path`` cannot be written.
         """
+        target = None if path is None else absolute_path(path)
         page = page_of(self.episodes, title=f"Episodes of {self.label}", label=self.label, step=self.step)
-        if path is None:
+        if target is None:
             return CellView(page)
-        Path(path).write_text(page, encoding="utf-8", newline="\n")
-        return Path(path)
+        target.write_text(page, encoding="utf-8", newline="\n")
+        return target
 
     def to_frame(self) -> pl.DataFrame:
         """One row for each episode, with the columns of :data:`searchr1_async.watch.rows.EPISODE_SCHEMA`.

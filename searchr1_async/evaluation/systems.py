@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from searchr1_async.arguments import GivenWeights
+from searchr1_async.boundary.paths import FilePath, is_same_place
+from searchr1_async.boundary.settings import check_settings
 from searchr1_async.config import EpisodeLimits
-from searchr1_async.episodes.methods import METHODS, Method
+from searchr1_async.episodes.methods import Method
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.evaluation.manifest import SystemRecord
 from searchr1_async.models import Thinking
@@ -26,7 +29,7 @@ class System:
         ConfigurationError: an unknown method.
     """
 
-    checkpoint: str | Path | RecordedRun | None = None
+    checkpoint: GivenWeights | RecordedRun | None = None
     """A run or its folder, a ``tinker://`` path; None is the base model."""
     step: Step = "last"
     """Of a run's kept weights: ``"last"``, ``"best"`` on its held-out questions, or after so many optimiser steps."""
@@ -43,12 +46,11 @@ class System:
     """The system prompt; None is the method's own."""
     limits: EpisodeLimits | None = None
     """How long its episodes may become; None is as the evaluation says. A prompt that asks for thoughts needs room for them."""
-    service_folder: str | Path | None = None
+    service_folder: FilePath | None = None
     """The embedded service's folder that holds a ``tinker://`` checkpoint; a run knows its own."""
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ConfigurationError(f"unknown method {self.method!r}: choose one of {', '.join(METHODS)}")
+        check_settings(self)
 
 
 SystemSource = System | str | Path | RecordedRun | None
@@ -87,11 +89,12 @@ def _find(label: str, source: SystemSource) -> MeasuredSystem:
     if not isinstance(label, str) or not label.strip():
         raise ConfigurationError(f"a system's label is {label!r}: give it some text")
     system = source if isinstance(source, System) else System(checkpoint=source)
-    checkpoint = system.checkpoint.out_dir if isinstance(system.checkpoint, RecordedRun) else system.checkpoint
-    weights = find_weights(checkpoint, system.step, service_folder=system.service_folder)
-    if system.model is not None and weights.base_model not in (None, system.model):
+    assert not isinstance(system.checkpoint, RecordedRun), "a run is its folder from its making on"
+    weights = find_weights(system.checkpoint, system.step, service_folder=system.service_folder)
+    base = weights.base_model
+    if system.model is not None and base is not None and not is_same_place(system.model, base):
         raise ConfigurationError(
-            f"{label!r} was trained from {weights.base_model} and cannot be measured as {system.model}: leave its model out"
+            f"{label!r} was trained from {base} and cannot be measured as {system.model}: leave its model out"
         )
     return MeasuredSystem(storable(label), system, weights)  # as its episodes' files will name it
 

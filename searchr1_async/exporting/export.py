@@ -11,13 +11,16 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Annotated, Any, Literal, Protocol
 
 import anyio
 import anyio.from_thread
 import anyio.to_thread
 import tinker
 
+from searchr1_async.arguments import as_weights
+from searchr1_async.boundary.paths import FilePath, NameOrFolder
+from searchr1_async.boundary.settings import checked_arguments
 from searchr1_async.config import LocalOptions
 from searchr1_async.control import run_under_way
 from searchr1_async.errors import (
@@ -71,16 +74,16 @@ class _Order:
 
 
 async def export(
-    run: RunWithFolder | str | Path,
-    folder: str | Path,
+    run: Annotated[RunWithFolder | str | Path, as_weights],
+    folder: FilePath,
     *,
     step: Step = "last",
     format: Format = "peft",
-    base_model: str | None = None,
+    base_model: NameOrFolder | None = None,
     push_to_hub: str | None = None,
     private: bool = True,
     service: str | tinker.ServiceClient | None = None,
-    service_folder: str | Path | None = None,
+    service_folder: FilePath | None = None,
     local: LocalOptions | None = None,
     emit: Emit | None = None,
 ) -> Path:
@@ -114,18 +117,19 @@ async def export(
         ServiceError: the service lacks the weights, or does not offer external weights.
         ExportError: the download, the merging or the upload failed.
     """
-    target = Path(folder)
-    source = run if isinstance(run, str | Path) else run.out_dir
+    given = checked_arguments(export, locals())
+    target: Path = given["folder"]
+    base: str | None = given["base_model"]
     _check(target, format, push_to_hub)
     await anyio.to_thread.run_sync(_check_target, target)
-    find = partial(find_state, source, step, service_folder=service_folder)
+    find = partial(find_state, given["run"], given["step"], service_folder=given["service_folder"])
     weights = await anyio.to_thread.run_sync(find)
-    order, emit = _Order(target, format, base_model, find), emit or emit_nothing
+    order, emit = _Order(target, format, base, find), emit or emit_nothing
     model = weights.base_model
     if model is None and weights.path is not None and not is_embedded(service):
         model = await base_model_of(weights.path, service)
-    tokenizer = await anyio.to_thread.run_sync(_tokenizer_of, weights, base_model)
-    choice = ServiceChoice(service, model or base_model, local or LocalOptions(), tokenizer)
+    tokenizer = await anyio.to_thread.run_sync(_tokenizer_of, weights, base)
+    choice = ServiceChoice(service, model or base, local or LocalOptions(), tokenizer)
     try:
         async with _service_of(weights, choice, emit) as opened:
             await _export(opened, weights, order, emit)
@@ -138,8 +142,6 @@ async def export(
 
 
 def _check(target: Path, format: str, push_to_hub: str | None) -> None:
-    if format not in get_args(Format):
-        raise ConfigurationError(f"format is {format!r}: choose 'peft' or 'merged'")
     if push_to_hub is not None:
         check_hub_name(push_to_hub)
     if format == "merged" and importlib.util.find_spec("torch") is None:
@@ -157,7 +159,7 @@ def _tokenizer_of(weights: Weights, base_model: str | None) -> str | None:
     """A folder with the tokenizer, where there is one at hand: no hub is asked then."""
     if weights.run is not None and (weights.run / "tokenizer").is_dir():
         return str(weights.run / "tokenizer")
-    return base_model if base_model is not None and Path(base_model).expanduser().is_dir() else None
+    return base_model if base_model is not None and Path(base_model).is_dir() else None
 
 
 @asynccontextmanager
@@ -241,7 +243,7 @@ def _scratch(target: Path) -> Iterator[Path]:
 
 def _base_name(base: str, service: Service) -> str:
     """What others call the base model: a folder that the user names holds a copy of the run's."""
-    return published_base(service.model_name if Path(base).expanduser().is_dir() else base)
+    return published_base(service.model_name if Path(base).is_dir() else base)
 
 
 def _note(service: Service) -> str:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from searchr1_async.boundary.paths import is_same_place
 from searchr1_async.config import LossName
 from searchr1_async.episodes.rendering import AS_TEMPLATE
 from searchr1_async.errors import CheckpointError, RunFolderError
@@ -117,13 +118,27 @@ class ResumePoint:
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise RunFolderError(f"{path} is no resume point: {error}. Choose another out_dir.") from error
 
+    @staticmethod
+    def forget(folder: Path) -> None:
+        """Takes the resume point out of a folder whose run begins anew.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        (folder / "state.json").unlink(missing_ok=True)
+
     def refuse_changes(self, settings: Mapping[str, Any], order_fingerprint: str) -> None:
         """Refuses to go on with other settings or questions, since the steps before and after would not be one run.
 
         Raises:
             RunFolderError: naming what changed.
         """
-        changed = list(_differences(self.settings, settings))
+        then = dict(self.settings)
+        for name in ("model", "start_from"):  # earlier versions kept a relative path as it was given
+            before, now = then.get(name), settings.get(name)
+            if isinstance(before, str) and isinstance(now, str) and is_same_place(before, now):
+                then[name] = now
+        changed = list(_differences(then, settings))
         if order_fingerprint != self.order_fingerprint:
             changed.append("the questions or their order")
         if changed:

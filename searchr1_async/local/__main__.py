@@ -23,6 +23,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+from searchr1_async.boundary.paths import path_argument
 from searchr1_async.errors import ConfigurationError, ModelError, PortInUseError, SearchR1Error
 from searchr1_async.local.backend import Backend
 from searchr1_async.local.process import DEFAULT_MODEL
@@ -48,7 +49,9 @@ def run_child() -> NoReturn:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m searchr1_async.local", description="The embedded Tinker service.")
     parser.add_argument("--model", default=DEFAULT_MODEL, help="a folder or a hub name (default: %(default)s)")
-    parser.add_argument("--folder", type=Path, default=Path("runs/service"), help="keeps the checkpoints (%(default)s)")
+    parser.add_argument(
+        "--folder", type=path_argument, default="runs/service", help="keeps the checkpoints (%(default)s)"
+    )
     parser.add_argument("--port", type=int, default=0, help="default: a free one")
     parser.add_argument("--threads", type=int, help="the model's compute threads (default: all processors)")
     parser.add_argument("--dtype", default="auto")

@@ -105,8 +105,14 @@ def _from_hub(name: str) -> Path:
 
 def _convert_once(gguf_file: Path, target: Path) -> Path:
     """Convert beside ``target`` and rename: several processes may race, each sees a whole copy or none."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise ModelError(
+            f"The model cannot be converted into {target.parent} ({error.strerror or error}): set XDG_CACHE_HOME to a folder "
+            "that can be written."
+        ) from error
     try:
         logger.info("Converting %s into %s (once, about 10 s)", gguf_file.name, target)
         convert_llama_gguf(gguf_file, scratch)

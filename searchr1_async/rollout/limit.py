@@ -20,7 +20,7 @@ import math
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from searchr1_async.errors import ConfigurationError
+from searchr1_async.boundary.settings import Count, check_settings
 
 
 class Cause(StrEnum):
@@ -48,21 +48,19 @@ class LimitSettings:
         ConfigurationError: a bound below 1, or the least over the most.
     """
 
-    first: int = 2048
+    first: Count = 2048
     """Samples in flight to begin with: half of what the ancestor's recipe sends at once (512 groups of 8), and twice a batch of
     128 groups of 8. It doubles with each round trip while more are wanted."""
-    least: int = 8
+    least: Count = 8
     """A group's first turns."""
-    most: int = 4096
+    most: Count = 4096
     """``SamplingSettings.max_episodes_in_flight``, or this process's share of it: an episode samples one turn at a time."""
-    most_requests: int = 1900
+    most_requests: Count = 1900
     """Requests in flight. From 2,000 on a sampling client the SDK queues them itself, first come first served; what is left is
     for evaluation and for log-probabilities, which use the same client."""
 
     def __post_init__(self) -> None:
-        for name in ("first", "least", "most", "most_requests"):
-            if getattr(self, name) < 1:
-                raise ConfigurationError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        check_settings(self)
 
 
 @dataclass(eq=False, frozen=True, slots=True)

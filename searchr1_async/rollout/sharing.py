@@ -28,6 +28,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
+from searchr1_async.boundary.settings import Count, NotNegative, check_settings
 from searchr1_async.errors import ConfigurationError
 
 
@@ -39,31 +40,26 @@ class SharingSettings:
         ConfigurationError: a value out of its range.
     """
 
-    request_seconds: float = 0.0033
+    request_seconds: NotNegative = 0.0033
     """CPU of the SDK for one request, of one sample or of eight (500 prompt tokens; 2.6-3.3 ms measured): what it is taken to
     cost at least, and until it was measured."""
-    least_gain: float = 0.25
+    least_gain: NotNegative = 0.25
     """Of E[slowest of G]. Eight times the client's work for less is seldom worth it: that is a lognormal spread under 0.25."""
-    margin: float = 2.0
+    margin: NotNegative = 2.0
     """The gain over the delay in the SDK's thread. Over 1, since later turns of other groups wait there too."""
-    most_cpu: float = 0.6
+    most_cpu: NotNegative = 0.6
     """Of one core."""
-    enough: int = 64
+    enough: Count = 64
     """Single first turns seen before anything is split for gain: the slowest of 8 is then known from 8 groups' worth."""
-    memory: int = 512
+    memory: Count = 512
     """Single first turns kept."""
-    first_probes: int = 4
+    first_probes: Count = 4
     """One group of so many is split to see, until enough were seen."""
-    later_probes: int = 32
+    later_probes: Count = 32
     """One group of so many afterwards."""
 
     def __post_init__(self) -> None:
-        for name in ("request_seconds", "least_gain", "margin", "most_cpu"):
-            if getattr(self, name) < 0:
-                raise ConfigurationError(f"{name} is {getattr(self, name)}: it must be 0 or more")
-        for name in ("enough", "memory", "first_probes", "later_probes"):
-            if getattr(self, name) < 1:
-                raise ConfigurationError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        check_settings(self)
         if self.memory < self.enough:
             raise ConfigurationError(f"memory is {self.memory}: it must be at least enough ({self.enough})")
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypedDict
+from typing import Annotated, TypedDict
 
+from searchr1_async.boundary.settings import Count, Natural, Range, Seconds, check_settings
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.search.pacing import PacingSettings
 
@@ -37,20 +38,16 @@ class SearchSettings:
         ConfigurationError: a setting out of its range.
     """
 
-    n_results: int = 3
-    max_passage_words: int | None = None
-    deadline: float = 120.0
-    cache_entries: int = 10_000
+    n_results: Annotated[int, Range(at_least=1, at_most=100)] = 3
+    max_passage_words: Count | None = None
+    deadline: Seconds = 120.0
+    cache_entries: Natural = 10_000
     cache_path: str | Path | None = None
-    cache_bytes: int = 1 << 30
+    cache_bytes: Count = 1 << 30
     pacing: PacingSettings = field(default_factory=PacingSettings)
 
     def __post_init__(self) -> None:
-        check_n_results(self.n_results)
-        if self.max_passage_words is not None and self.max_passage_words < 1:
-            raise ConfigurationError(f"max_passage_words is {self.max_passage_words}: give at least 1, or None")
-        if not self.deadline > 0:
-            raise ConfigurationError(f"deadline is {self.deadline} s: give more than 0")
+        check_settings(self)
 
 
 def check_n_results(n_results: int) -> None:

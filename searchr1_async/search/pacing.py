@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
-from searchr1_async.errors import ConfigurationError
+from searchr1_async.boundary.settings import Count, Range, Seconds, check_settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,35 +26,27 @@ class PacingSettings:
         ConfigurationError: a setting out of its range.
     """
 
-    request_timeout: float = 30.0
+    request_timeout: Seconds = 30.0
     """Seconds for one request; one that takes longer is tried again."""
-    retry_budget: float = 120.0
+    retry_budget: Seconds = 120.0
     """Seconds for which one batch is tried again, outages not counted; then its searches fail."""
-    first_pause: float = 0.25
+    first_pause: Seconds = 0.25
     """Seconds; the mean of the first pause after a fault. It doubles with every further one, with full jitter."""
-    longest_pause: float = 20.0
+    longest_pause: Seconds = 20.0
     """Seconds; no pause is longer, unless the service itself asks for more."""
-    max_outage: float = 300.0
+    max_outage: Seconds = 300.0
     """Seconds for which searches wait for a service that is down; then the run stops with its last checkpoint."""
-    faults_until_down: int = 5
+    faults_until_down: Count = 5
     """Faults in a row after which a service counts as down. Of requests that fail at random one time in ten, five in a
     row are one in 100,000; and a false alarm costs one probe."""
-    first_limit: int = 4
+    first_limit: Count = 4
     """Requests at once to begin with. With fewer, a lone search waits behind another; with more, batches stay small."""
-    hedged_fraction: float = 0.0
+    hedged_fraction: Annotated[float, Range(at_least=0, at_most=0.2)] = 0.0
     """Of the requests: the slowest are sent a second time, and the first answer counts. 0.05 makes the slowest 5 % about as
     fast as the others for 5 % more requests; 0 is off, since a quota pays for them."""
 
     def __post_init__(self) -> None:
-        for name in ("request_timeout", "retry_budget", "first_pause", "longest_pause", "max_outage"):
-            value = getattr(self, name)
-            if not value > 0:
-                raise ConfigurationError(f"{name} is {value} s: give more than 0")
-        for name in ("faults_until_down", "first_limit"):
-            if getattr(self, name) < 1:
-                raise ConfigurationError(f"{name} is {getattr(self, name)}: give at least 1")
-        if not 0 <= self.hedged_fraction <= 0.2:
-            raise ConfigurationError(f"hedged_fraction is {self.hedged_fraction}: give 0 (off) to 0.2")
+        check_settings(self)
 
 
 @dataclass(eq=False, frozen=True, slots=True)

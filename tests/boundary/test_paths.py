@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+import searchr1_async
 from searchr1_async import ConfigurationError
-from searchr1_async.boundary.paths import absolute_path, cache_folder
+from searchr1_async.boundary.paths import absolute_path, as_name_or_folder, cache_folder, is_same_place
 
 
 def test_a_later_chdir_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,7 +34,7 @@ def test_links_and_parents_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert absolute_path("link/../x").resolve() == tmp_path / "disk" / "x"
 
 
-@pytest.mark.parametrize("given", [None, 3, b"runs", "", "  ", "a\0b", "~nobody-of-that-name/run"])
+@pytest.mark.parametrize("given", [None, 3, b"runs", "", "  ", "a\0b", "half \ud83d", "~nobody-of-that-name/run"])
 def test_what_is_no_path_is_refused_by_the_name_of_its_argument(given: object) -> None:
     with pytest.raises(ConfigurationError, match="out_dir"):
         absolute_path(given, "out_dir")  # pyright: ignore[reportArgumentType]
@@ -49,3 +54,96 @@ def test_the_cache_folder_is_absolute(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", "caches")
     assert cache_folder() == tmp_path / "caches" / "searchr1_async"
+
+
+def test_a_name_that_is_a_folder_is_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for folder in ("org/tiny", "home/tiny", "elsewhere"):
+        (tmp_path / folder).mkdir(parents=True)
+    assert as_name_or_folder("model", "org/tiny") == str(tmp_path / "org" / "tiny")
+    assert as_name_or_folder("model", "~/tiny") == str(tmp_path / "home" / "tiny")
+    assert as_name_or_folder("model", Path("elsewhere")) == str(tmp_path / "elsewhere")
+    for name in ("Qwen/Qwen3-8B", "SmolLM2-135M-Instruct", "x" * 5000):
+        assert as_name_or_folder("model", name) == name
+    for blank in ("", "  "):
+        with pytest.raises(ConfigurationError, match="model is"):
+            as_name_or_folder("model", blank)
+    for missing in ("./tiny", "~/none", Path("none"), str(tmp_path / "none")):
+        with pytest.raises(ConfigurationError, match=r"model is .* there is no folder"):
+            as_name_or_folder("model", missing)
+    assert is_same_place("org/tiny", str(tmp_path / "org" / "tiny"))
+    assert not is_same_place("Qwen/Qwen3-8B", "Qwen/Qwen3-4B")
+
+
+_USE_THE_CACHE = """
+import sys, types
+package = sys.modules["searchr1_async"] = types.ModuleType("searchr1_async")  # its own module imports all of it
+package.__path__ = [sys.argv[1]]
+from searchr1_async.boundary.paths import cache_folder
+folder = cache_folder()
+(folder / "written").touch()
+print(folder, cache_folder() == folder)
+"""
+
+
+def run_with(environment: dict[str, str], *before: str) -> subprocess.CompletedProcess[str]:
+    kept = {
+        name: value for name, value in os.environ.items() if name not in ("HOME", "XDG_CACHE_HOME", "USER", "LOGNAME")
+    }
+    return subprocess.run(
+        [*before, sys.executable, "-c", _USE_THE_CACHE, str(Path(searchr1_async.__file__).parent)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=kept | environment,
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the platform's place for caches")
+@pytest.mark.parametrize("home", ["a file", "/proc/nowhere"])
+def test_without_a_home_that_can_be_written_the_cache_is_elsewhere_and_that_is_said(home: str, tmp_path: Path) -> None:
+    """A file in place of the folder and a file system that takes none: permissions say nothing to root."""
+    if home == "a file":
+        home = str(tmp_path / "home")
+        Path(home).touch()
+    ended = run_with({"HOME": home, "TMPDIR": str(tmp_path)})
+    assert ended.returncode == 0, ended.stderr
+    folder = tmp_path / f"searchr1_async-{os.getuid()}"
+    assert ended.stdout.split() == [str(folder), "True"]
+    assert (folder.stat().st_mode & 0o777, (folder / "written").is_file()) == (0o700, True)
+    assert ended.stderr.count("set XDG_CACHE_HOME to a folder that stays") == 1
+    assert f"{home}/.cache/searchr1_async cannot be made" in ended.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the platform's place for caches")
+def test_a_cache_that_was_asked_for_and_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    ended = run_with({"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "file")})
+    assert ended.returncode == 1
+    told = ended.stderr.strip().splitlines()[-1]
+    assert "ConfigurationError: XDG_CACHE_HOME is " in told
+    assert "set it to one that can be written" in told
+
+
+@pytest.mark.skipif(
+    not shutil.which("setpriv") or os.getuid() != 0, reason="only root may become a user that nobody knows"
+)
+def test_a_user_without_a_home_is_served(tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    for parent in tmp_path.parents:
+        if not os.access(parent, os.X_OK) or not parent.stat().st_mode & 0o001:
+            pytest.skip(f"another user cannot enter {parent}")
+    ended = run_with({"TMPDIR": str(tmp_path)}, "setpriv", "--reuid=54321", "--clear-groups")
+    assert ended.returncode == 0, ended.stderr
+    assert "the user's home folder is not known" in ended.stderr
+    assert (tmp_path / "searchr1_async-54321" / "written").is_file()
+
+
+def test_a_folder_of_another_user_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / f"searchr1_async-{os.getuid()}").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "home").touch()
+    ended = run_with({"HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path)})
+    assert ended.returncode == 1
+    assert "is another user's: set XDG_CACHE_HOME" in ended.stderr

@@ -90,7 +90,7 @@ def test_a_folder_of_suites_is_measured_reported_and_repeated(world: Path, capsy
         (("--system", "nameless"), "ConfigurationError: --system 'nameless': give LABEL=WEIGHTS"),
         (("--chroma", "somewhere"), "ConfigurationError: --chroma 'somewhere': give HOST:PORT"),
         (("--system", "x=runs/nowhere"), "RunFolderError: "),
-        (("--samples", "0"), "ConfigurationError: 0 episodes a question: at least 1"),
+        (("--samples", "0"), "ConfigurationError: samples is 0: it must be at least 1"),
     ],
 )
 def test_an_error_is_one_line_and_leaves_nothing(

@@ -1,5 +1,11 @@
 from __future__ import annotations
 
+import threading
+from functools import partial
+from typing import Any
+
+import anyio
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -8,6 +14,7 @@ from searchr1_async.episodes.reward import (
     RecipeReward,
     Score,
     answer_after_prefix,
+    as_reward,
     exact_match,
     f1_score,
     normalize_answer,
@@ -15,7 +22,7 @@ from searchr1_async.episodes.reward import (
     strict_recipe_answer,
 )
 from searchr1_async.episodes.types import Episode, Question, SearchCall, StopReason, Turn
-from searchr1_async.errors import RewardError
+from searchr1_async.errors import ConfigurationError, RewardError
 
 pytestmark = pytest.mark.anyio
 
@@ -133,3 +140,72 @@ async def test_a_failing_reward_names_the_question() -> None:
 
     with pytest.raises(RewardError, match=r"'q'.*KeyError"):
         await score(episode("Paris"), broken)
+
+
+@pytest.mark.parametrize(
+    ("given_back", "expected"),
+    [(True, 1.0), (False, 0.0), (np.bool_(True), 1.0), (np.float32(0.5), 0.5), (np.array(2), 2.0), (3, 3.0)],
+)
+async def test_numbers_and_flags_of_any_library_are_rewards(given_back: Any, expected: float) -> None:
+    scored = await score(episode("Paris"), lambda episode: Score(given_back, {"own": given_back}))
+    assert (scored.reward, scored.reward_parts["own"]) == (expected, expected)
+    assert type(scored.reward) is type(scored.reward_parts["own"]) is float
+
+
+@pytest.mark.parametrize("part", [None, "1", float("nan"), float("inf"), [1.0], np.zeros(2)])
+async def test_a_part_that_is_no_number_is_named(part: Any) -> None:
+    with pytest.raises(RewardError, match=r"as its part 'brevity' for question 'q': return a finite number"):
+        await score(episode("Paris"), lambda episode: Score(1.0, {"brevity": part}))
+    with pytest.raises(RewardError, match="dict of finite numbers"):
+        await score(episode("Paris"), lambda episode: Score(1.0, [part]))  # pyright: ignore[reportArgumentType]
+
+
+async def test_plain_functions_run_beside_the_loop() -> None:
+    """All of them block until all are called: on the loop, or one after the other, they would never end."""
+    together = threading.Barrier(4, timeout=20)
+
+    def blocking(episode: Episode, *, bonus: float = 0.0) -> float:
+        together.wait()
+        return 0.5 + bonus
+
+    class Blocking:
+        def __call__(self, episode: Episode) -> float:
+            return blocking(episode)
+
+    rewards: list[Any] = []
+
+    async def add(reward: Any) -> None:
+        rewards.append((await score(episode("Paris"), reward)).reward)
+
+    async with anyio.create_task_group() as tasks:
+        for reward in (blocking, Blocking(), partial(blocking, bonus=0.25), lambda episode: blocking(episode)):
+            tasks.start_soon(add, reward)
+    assert sorted(rewards) == [0.5, 0.5, 0.5, 0.75]
+
+
+async def test_what_gives_a_coroutine_is_awaited() -> None:
+    async def reward(episode: Episode, bonus: float = 0.0) -> float:
+        return 0.25 + bonus
+
+    class Reward:
+        async def __call__(self, episode: Episode) -> float:
+            return await reward(episode)
+
+    for each, expected in ((Reward(), 0.25), (partial(reward, bonus=0.5), 0.75), (lambda one: reward(one), 0.25)):
+        assert (await score(episode("Paris"), each)).reward == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (None, "reward is None: give a function"),
+        ("exact_match", r"reward is 'exact_match' \(str\): give a function"),
+        (RecipeReward, r"give an object of it, RecipeReward\(\)"),
+        (lambda: 1.0, "with one argument, the episode"),
+        (lambda episode, answer: 1.0, "with one argument, the episode"),
+    ],
+)
+def test_what_is_no_reward_is_refused(given: Any, told: str) -> None:
+    with pytest.raises(ConfigurationError, match=told):
+        as_reward("reward", given)
+    assert as_reward("reward", len) is len

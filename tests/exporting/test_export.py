@@ -194,7 +194,7 @@ async def test_bad_input_is_refused_before_any_work(finished: sr.RecordedRun, tm
     (tmp_path / "full" / "file").touch()
     with pytest.raises(sr.ConfigurationError, match="not empty"):
         await finished.export(tmp_path / "full")
-    with pytest.raises(sr.ConfigurationError, match="'peft' or 'merged'"):
+    with pytest.raises(sr.ConfigurationError, match="choose one of peft, merged"):
         await finished.export(tmp_path / "new", format="gguf")
     with pytest.raises(sr.ConfigurationError, match="push_to_hub"):
         await finished.export(tmp_path / "new", push_to_hub="a/b/c")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import Annotated
 
-from searchr1_async.errors import ConfigurationError
+from searchr1_async.boundary.settings import Count, Range, Seconds, check_settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,26 +16,22 @@ class ServingLimits:
         ConfigurationError: a limit out of its range.
     """
 
-    body_bytes: int = 8 << 20
+    body_bytes: Count = 8 << 20
     """Of a request; larger ones get 413. A request of 256 vectors of 3,072 numbers has 4.2 MB."""
-    texts: int = 256
+    texts: Count = 256
     """To embed, in one request."""
-    vectors: int = 256
+    vectors: Count = 256
     """To look up, in one request."""
-    queries: int = 4_096
+    queries: Count = 4_096
     """Of one ``/retrieve``: the original asks for all episodes of a batch at once, 2,560 by its own settings."""
-    results: int = 100
+    results: Annotated[int, Range(at_least=1, at_most=100)] = 100
     """Passages for each query, 1 to 100."""
-    requests: int = 64
+    requests: Count = 64
     """At work at once; others get 429 with ``Retry-After``."""
-    seconds: float = 120.0
+    seconds: Seconds = 120.0
     """For one request, the reading of its body included; then it gets 504."""
-    grace: float = 5.0
+    grace: Seconds = 5.0
     """Seconds that requests in the air have to be finished in when the service stops."""
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            if not getattr(self, field.name) > 0:
-                raise ConfigurationError(f"the limit {field.name} is {getattr(self, field.name)}: give more than 0")
-        if self.results > 100:
-            raise ConfigurationError(f"the limit results is {self.results}: give 1 to 100")
+        check_settings(self, "the limit ")

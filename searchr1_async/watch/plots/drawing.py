@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
+from searchr1_async.boundary.paths import absolute_path
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.watch.plots.curves import plot_learning, plot_metric
 from searchr1_async.watch.plots.data import METRICS, evaluation_scores, metric_named
@@ -42,7 +43,7 @@ def draw(run: RunRecords | Path | str, kind: str | Sequence[str] = "learning", *
     Raises:
         ConfigurationError: an unknown kind or metric, or an option that the chart does not take.
     """
-    records = run if isinstance(run, RunRecords) else RunRecords(Path(run))
+    records = run if isinstance(run, RunRecords) else RunRecords(absolute_path(run, "run"))
     if in_notebook():
         enable_renderer()
     if isinstance(kind, str) and (drawn := _KINDS.get(kind)) is not None:

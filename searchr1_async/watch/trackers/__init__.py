@@ -10,6 +10,7 @@ import difflib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from searchr1_async.boundary.values import shown_with_kind
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.watch.trackers.base import QueuedTracker, Tracker, open_trackers
 from searchr1_async.watch.trackers.jsonl import EVENTS_FILE, JsonlTracker
@@ -55,6 +56,8 @@ def make_trackers(choice: str | Tracker | Iterable[str | Tracker], out_dir: Path
     Raises:
         ConfigurationError: an unknown name, something that is no tracker, or a package that is not installed.
     """
+    if not (isinstance(choice, str | Iterable) or callable(choice)):
+        raise ConfigurationError(f"trackers is {shown_with_kind(choice)}: give a list of names and trackers")
     chosen = [choice] if isinstance(choice, str) or callable(choice) else list(choice)
     out: list[Tracker] = [JsonlTracker(out_dir / EVENTS_FILE)] if out_dir is not None else []
     for item in chosen:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+from searchr1_async.boundary.paths import absolute_path
 from searchr1_async.events import Event, PhaseAdvanced, PhaseEnded, RolloutSampled
 from searchr1_async.files import write_all
 from searchr1_async.watch.trackers.base import QueuedTracker, Timed
@@ -33,9 +34,9 @@ class JsonlTracker(QueuedTracker):
 
     name = "the event log"
 
-    def __init__(self, path: Path, *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, path: str | Path, *, clock: Callable[[], float] = time.time) -> None:
         super().__init__(close_within=5.0, clock=clock)
-        self._path = Path(path)
+        self._path = absolute_path(path)
         self._file: BinaryIO | None = None
         self._sampled_at = float("-inf")
         self._advanced_at: dict[str, float] = {}

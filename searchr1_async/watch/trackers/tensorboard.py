@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from searchr1_async.boundary.paths import absolute_path
 from searchr1_async.episodes.types import Episode
 from searchr1_async.events import RunStarted
 from searchr1_async.watch.trackers.steps import EPISODE_COLUMNS, StepTracker, config_of, episode_row, readable, required
@@ -29,7 +30,7 @@ class TensorBoardTracker(StepTracker):
     def __init__(self, folder: str | Path | None = None, *, episodes_every: int = 10, episodes_shown: int = 4) -> None:
         super().__init__(episodes_every=episodes_every, episodes_shown=episodes_shown)
         self._tensorboard: Any = required("tensorboardX", "tensorboard")
-        self._folder = Path(folder) if folder is not None else None
+        self._folder = absolute_path(folder, "folder") if folder is not None else None
         self._writer: Any = None
 
     def begin(self, started: RunStarted) -> None:

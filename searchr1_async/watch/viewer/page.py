@@ -15,6 +15,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, TextIO
 
+from searchr1_async.boundary.paths import absolute_path
 from searchr1_async.episodes.types import Episode, Group
 from searchr1_async.errors import RunFolderError
 from searchr1_async.watch.html import visible_text
@@ -53,9 +54,9 @@ def view_run(
     Raises:
         RunFolderError: the folder holds no run, not what is asked for, or the page cannot be written.
     """
-    folder = Path(folder)
+    folder = absolute_path(folder, "folder")
+    path = folder / PAGE_NAME if out is None else absolute_path(out, "out")
     episodes = run_episodes(folder, steps=steps, labels=labels, limit=limit)
-    path = folder / PAGE_NAME if out is None else Path(out)
     about = {"title": f"Episodes of {folder.resolve().name}", "notes": _notes(episodes)}
     partial = path.with_name(path.name + ".partial")
     try:

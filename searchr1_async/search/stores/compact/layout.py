@@ -19,9 +19,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from searchr1_async.errors import ConfigurationError, StoreError
+from searchr1_async.boundary.settings import Count, Range, check_settings
+from searchr1_async.errors import StoreError
 from searchr1_async.files import write_atomically
 from searchr1_async.search.sources.base import Metric
 
@@ -56,28 +57,20 @@ class CompactSettings:
 
     vectors: VectorType = "float16"
     """What the full vectors are kept as: ``"float16"`` (2 bytes a number, 32 GB for 21 million of 768) or ``"int8"`` (half)."""
-    lists: int | None = None
+    lists: Count | None = None
     """Inverted lists; None: see :func:`~searchr1_async.search.stores.compact.lists.lists_for`. More are finer, and each costs a query."""
-    recall: float = 0.95
+    recall: Annotated[float, Range(over=0, at_most=1)] = 0.95
     """Of the exact ``recall_at`` nearest, the share that a search shall find at least: probes and candidates are chosen for it, and for
     more where that leaves hundreds of queries a second."""
-    recall_at: int = 3
+    recall_at: Annotated[int, Range(at_least=1, at_most=100)] = 3
     """As many as a search usually asks for."""
-    threads: int | None = None
+    threads: Count | None = None
     """Of faiss while it builds; None: one for each core."""
     seed: int = 1
     """Of samples and clusters."""
 
     def __post_init__(self) -> None:
-        if self.vectors not in ("float16", "int8"):
-            raise ConfigurationError(f"vectors are {self.vectors!r}: choose 'float16' or 'int8'")
-        if not 0 < self.recall <= 1:
-            raise ConfigurationError(f"recall is {self.recall}: give more than 0, at most 1")
-        if not 1 <= self.recall_at <= 100:
-            raise ConfigurationError(f"recall_at is {self.recall_at}: give 1 to 100")
-        for name in ("lists", "threads"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ConfigurationError(f"{name} is {value}: give at least 1, or None")
+        check_settings(self)
 
 
 @dataclass(frozen=True, slots=True)

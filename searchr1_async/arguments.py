@@ -1,0 +1,69 @@
+"""What the arguments of the public functions may be, besides numbers, texts and paths: annotations with their checks."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Annotated, Any
+
+import tinker
+
+from searchr1_async.boundary.paths import absolute_path, as_name_or_folder
+from searchr1_async.boundary.values import as_text, shown_with_kind
+from searchr1_async.errors import ConfigurationError
+from searchr1_async.search import Search
+from searchr1_async.service import is_embedded
+
+TINKER_PATH = "tinker://"
+
+
+def as_search(name: str, value: Any) -> Search:
+    """A search, which is made or opened before.
+
+    Raises:
+        ConfigurationError: it is none.
+    """
+    if isinstance(value, Search):
+        return value
+    if inspect.iscoroutine(value):
+        value.close()
+        raise ConfigurationError(f"{name} is a coroutine: await it first, {name} = await Search.open(…)")
+    example = repr(str(value)) if isinstance(value, str | Path) else "'atlas'"
+    raise ConfigurationError(
+        f"{name} is {shown_with_kind(value)}: give a Search, such as Search.local({example}) or await Search.open({example})"
+    )
+
+
+GivenSearch = Annotated[Search, as_search]
+
+
+def as_weights(name: str, value: Any) -> str | Path:
+    """A ``tinker://`` path as it is, a run as its folder, and a folder made absolute.
+
+    Raises:
+        ConfigurationError: it is none of these.
+    """
+    if isinstance(value, str) and value.startswith(TINKER_PATH):
+        return value
+    return absolute_path(getattr(value, "out_dir", value), name)
+
+
+GivenWeights = Annotated[str | Path, as_weights]
+
+
+def model_name(model: str | Path | None, service: str | tinker.ServiceClient | None) -> str | None:
+    """The name of a model; on the embedded service, where it may be a folder, the absolute path of one.
+
+    Raises:
+        ConfigurationError: it is blank, or a folder that is given to another service.
+    """
+    if model is None or is_embedded(service):
+        return None if model is None else as_name_or_folder("model", model)
+    if not (text := as_text("model", model)).strip():
+        raise ConfigurationError(f"model is {model!r}: give a name, or leave it out")
+    return text
+
+
+def has_questions(questions: Any) -> bool:
+    """Whether an argument that may be left out names questions: a frame of them has no truth value."""
+    return questions is not None and not (hasattr(questions, "__len__") and len(questions) == 0)

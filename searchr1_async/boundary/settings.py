@@ -1,0 +1,189 @@
+"""Settings and arguments declare their kinds and bounds once, in their annotations; here they are checked and coerced.
+
+``Count``, ``Seconds`` and the like are annotations with bounds. An annotation may also name its own check:
+``Annotated[str | Path, as_path]``, where ``as_path(name, value)`` returns the value to use or raises.
+"""
+
+from __future__ import annotations
+
+import inspect
+import numbers
+from collections import abc
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from functools import cache, partial
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from searchr1_async.boundary.values import as_choice, as_flag, as_integer, as_number, as_text, plain, shown_with_kind
+from searchr1_async.errors import ConfigurationError
+
+Check = Callable[[str, Any], Any]
+"""Takes the name and the value of an argument; returns the value to use, or raises :class:`ConfigurationError`."""
+Settings = TypeVar("Settings")
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Bounds of a number, each None where there is none."""
+
+    at_least: float | None = None
+    over: float | None = None
+    at_most: float | None = None
+
+
+Count = Annotated[int, Range(at_least=1)]
+Natural = Annotated[int, Range(at_least=0)]
+Seconds = Annotated[float, Range(over=0)]
+Positive = Annotated[float, Range(over=0)]
+NotNegative = Annotated[float, Range(at_least=0)]
+Share = Annotated[float, Range(at_least=0, at_most=1)]
+
+
+def check_settings(settings: Any, prefix: str = "") -> None:
+    """Checks a dataclass's fields by their annotations, and coerces them in place: call it in ``__post_init__``.
+
+    Args:
+        settings: an instance of a dataclass, which may be frozen.
+        prefix: before the names in messages: ``"the judge's "``.
+
+    Raises:
+        ConfigurationError: naming the field.
+    """
+    for name, check in _checks_of(type(settings)).items():
+        value = getattr(settings, name)
+        checked = check(prefix + name, value)
+        if checked is not value:
+            object.__setattr__(settings, name, checked)
+
+
+def checked_arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call, checked and coerced by the annotations of the function: call it first, with ``locals()``.
+
+    Raises:
+        ConfigurationError: naming the argument.
+    """
+    return {name: check(name, given[name]) for name, check in _checks_of(function).items()}
+
+
+def settings_of(kind: type[Settings], given: Mapping[str, Any], **changed: Any) -> Settings:
+    """A settings value from the arguments that have its fields' names, and from ``changed``."""
+    names = [field.name for field in fields(kind) if field.name in given]  # pyright: ignore[reportArgumentType]
+    return kind(**{name: given[name] for name in names} | changed)
+
+
+def list_of(annotation: Any) -> Check:
+    """A check of a list, each of whose items is of this kind: ``Annotated[Sequence[int], list_of(int)]``. It returns a tuple."""
+    check = _check_for(annotation)
+
+    def as_list(name: str, value: Any) -> tuple[Any, ...]:
+        if isinstance(value, str | bytes | Mapping) or not isinstance(value, abc.Iterable):
+            raise ConfigurationError(f"{name} is {shown_with_kind(value)}: give a list")
+        return tuple(check(f"{name}[{place}]", item) for place, item in enumerate(value))
+
+    return as_list
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """One alternative of an annotation."""
+
+    wants: str
+    """What to give, in words; empty where everything is taken."""
+    fits: Callable[[Any], bool]
+    """Whether a value is of this kind, in or out of its bounds."""
+    check: Check
+
+
+@cache
+def _checks_of(owner: Any) -> dict[str, Check]:
+    """The check of each field of a dataclass, or of each parameter of a function."""
+    hints = get_type_hints(owner, include_extras=True)
+    names = (
+        [field.name for field in fields(owner)] if is_dataclass(owner) else list(inspect.signature(owner).parameters)
+    )
+    return {name: _check_for(hints[name]) for name in names if name in hints}
+
+
+def _check_for(annotation: Any) -> Check:
+    members = _members(annotation)
+    kinds = [_kind_of(member) for member in members if member is not NoneType]
+    is_optional = len(kinds) < len(members)
+    if any(not kind.wants for kind in kinds):  # a kind that is checked elsewhere
+        return lambda name, value: _first_fitting(kinds, name, value)
+    wants = " or ".join([kind.wants for kind in kinds] + ["None"] * is_optional)
+
+    def check(name: str, value: Any) -> Any:
+        if value is None and is_optional:
+            return None
+        if len(kinds) > 1 and not any(kind.fits(value) for kind in kinds):
+            raise ConfigurationError(f"{name} is {shown_with_kind(value)}: give {wants}")
+        return _first_fitting(kinds, name, value)
+
+    return check
+
+
+def _first_fitting(kinds: list[_Kind], name: str, value: Any) -> Any:
+    return next((kind for kind in kinds if kind.fits(value)), kinds[-1]).check(name, value)
+
+
+def _members(annotation: Any) -> list[Any]:
+    is_union = get_origin(annotation) in (Union, UnionType)
+    return [inner for member in get_args(annotation) for inner in _members(member)] if is_union else [annotation]
+
+
+def _kind_of(annotation: Any) -> _Kind:
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        base, *marks = get_args(annotation)
+        for mark in marks:
+            if isinstance(mark, Range):
+                bounds = {name: value for name in Range.__slots__ if (value := getattr(mark, name)) is not None}
+                kind = _NUMBERS[base]
+                return _Kind(kind.wants, kind.fits, partial(kind.check, **bounds))
+            if callable(mark):
+                return _Kind("another value", lambda value: value is not None, mark)
+        return _kind_of(base)
+    if annotation in _NUMBERS:
+        return _NUMBERS[annotation]
+    if origin is Literal:
+        choices = get_args(annotation)
+        wants = f"one of {', '.join(map(repr, choices))}" if len(choices) > 1 else repr(choices[0])
+        return _Kind(
+            wants, lambda value: isinstance(value, str) and value in choices, partial(as_choice, choices=choices)
+        )
+    if origin is abc.Callable:
+        return _Kind("a function", callable, partial(_instance, callable, "a function"))
+    if origin is abc.Mapping:
+        is_mapping = partial(_is_instance, Mapping)
+        check = _numbers if annotation == Mapping[str, float] else partial(_instance, is_mapping, "a dict")
+        return _Kind("a dict", is_mapping, check)
+    if isinstance(annotation, type) and annotation is not Any and not getattr(annotation, "_is_protocol", False):
+        wants = f"an object of {annotation.__name__}"
+        is_one = partial(_is_instance, annotation)
+        return _Kind(wants, is_one, partial(_instance, is_one, wants))
+    return _Kind("", lambda value: True, lambda name, value: value)
+
+
+_NUMBERS: dict[Any, _Kind] = {
+    bool: _Kind("True or False", lambda value: isinstance(plain(value), bool), as_flag),
+    int: _Kind("a whole number", lambda value: isinstance(plain(value), numbers.Integral), as_integer),
+    float: _Kind("a number", lambda value: isinstance(plain(value), numbers.Real), as_number),
+    str: _Kind("text", lambda value: isinstance(plain(value), str), as_text),
+}
+
+
+def _is_instance(kind: type, value: Any) -> bool:
+    return isinstance(value, kind)
+
+
+def _instance(is_one: Callable[[Any], bool], wants: str, name: str, value: Any) -> Any:
+    if not is_one(value):
+        raise ConfigurationError(f"{name} is {shown_with_kind(value)}: give {wants}")
+    return value
+
+
+def _numbers(name: str, value: Any) -> dict[str, float]:
+    if not isinstance(value, Mapping):
+        raise ConfigurationError(f"{name} is {shown_with_kind(value)}: give a dict of numbers by name")
+    return {as_text(f"a name in {name}", key): as_number(f"{name}[{key!r}]", each) for key, each in value.items()}

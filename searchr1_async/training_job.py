@@ -1,0 +1,88 @@
+"""The arguments of ``train`` checked against each other and made into a job, before anything is started or written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from searchr1_async.arguments import has_questions, model_name
+from searchr1_async.boundary.settings import settings_of
+from searchr1_async.config import EpisodeLimits, LearningSettings, LocalOptions, PipelineSettings, SamplingSettings
+from searchr1_async.data.questions import checked_questions
+from searchr1_async.episodes.rendering import check_thinking
+from searchr1_async.episodes.reward import RecipeReward
+from searchr1_async.errors import ConfigurationError
+from searchr1_async.held_out import refuse_overlap
+from searchr1_async.job import TrainingJob
+from searchr1_async.learn.checkpoints import ResumePoint
+from searchr1_async.playing import check_format
+from searchr1_async.run_folder import find_point
+from searchr1_async.service import billing_on
+from searchr1_async.spending import check_max_cost
+from searchr1_async.starting import Start, chosen_model, chosen_rank, find_start, resumed_start
+
+
+def training_job(given: Mapping[str, Any]) -> TrainingJob:
+    """The job of a run. Reads the questions and small files of the folders that are named.
+
+    Args:
+        given: the arguments of :func:`searchr1_async.train`, each checked by itself.
+
+    Raises:
+        ConfigurationError: arguments that do not go together, or a folder, a run or questions that cannot be used.
+    """
+    _check_relations(given)
+    service, out_dir = given["service"], given["out_dir"]
+    check_format(given["format"])
+    model = model_name(given["model"], service)
+    check_thinking(model, given["renderer"], given["thinking"])
+    start = _start_of(given)
+    model = chosen_model(model, start)
+    check_max_cost(given["max_cost"], billing_on(service, model, given["price"]))
+    job = settings_of(
+        TrainingJob,
+        given,
+        questions=checked_questions(given["questions"]),
+        out_dir=out_dir,
+        learning=settings_of(
+            LearningSettings,
+            given,
+            lora_rank=chosen_rank(given["lora_rank"], start),
+            loss_config=given["loss_config"] or {},
+        ),
+        pipeline=settings_of(PipelineSettings, given),
+        limits=settings_of(EpisodeLimits, given, max_seconds=given["episode_time_limit"]),
+        sampling=settings_of(SamplingSettings, given, deadline=given["sampling_deadline"]),
+        reward=given["reward"] or settings_of(RecipeReward, given),
+        model=model,
+        local=given["local"] or LocalOptions(),
+        format_name=given["format"],
+        renderer_name=given["renderer"],
+        held_out=checked_questions(given["held_out"]) if has_questions(given["held_out"]) else (),
+        start=start,
+    )
+    refuse_overlap(job.questions, job.held_out)
+    find_point(job)  # refuses a folder that holds a run not to be resumed
+    return job
+
+
+def _check_relations(given: Mapping[str, Any]) -> None:
+    min_members, group_size = given["min_members"], given["group_size"]
+    if min_members > group_size >= 2:
+        raise ConfigurationError(
+            f"min_members ({min_members}) is over group_size ({group_size}): no group would be learned from"
+        )
+    if given["refill_groups"] and not given["drop_constant_groups"]:
+        raise ConfigurationError("refill_groups replaces groups that are dropped: it needs drop_constant_groups=True")
+    if given["evaluate_every"] is not None and not has_questions(given["held_out"]):
+        raise ConfigurationError("evaluate_every needs held_out questions to measure on")
+    if given["keep_best"] and given["evaluate_every"] is None:
+        raise ConfigurationError("keep_best needs evaluate_every: the best is chosen among the steps that are measured")
+
+
+def _start_of(given: Mapping[str, Any]) -> Start | None:
+    start_from, out_dir = given["start_from"], given["out_dir"]
+    if start_from is None:
+        return None
+    point = ResumePoint.load(out_dir) if given["resume"] else None
+    return find_start(start_from, given["service"], out_dir) if point is None else resumed_start(start_from, point)

@@ -1,0 +1,254 @@
+"""What users give to the public functions: taken and coerced, or refused by the call with the argument's name."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import warnings
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import anyio
+import numpy as np
+import pytest
+
+import searchr1_async as sr
+from searchr1_async.__main__ import _parser, main
+from searchr1_async.exporting.export import export
+from searchr1_async.learn.checkpoints import ResumePoint
+from tests import tiny_world
+
+pytestmark = pytest.mark.anyio
+
+AWAY = "http://127.0.0.1:9"
+"""Nobody listens there: what is accepted ends with a ServiceUnavailableError before anything is written."""
+NONSENSE = [
+    object(),
+    math.nan,
+    math.inf,
+    b"x",
+    1j,
+    [object()],
+    np.zeros(2),
+    "half \ud83d",
+    "",
+    "x",
+    -1,
+    8.5,
+    "1e-4",
+    True,
+]
+TAKES_TEXT = {
+    *(
+        "model",
+        "instructions",
+        "renderer",
+        "tokenizer",
+        "label",
+        "split",
+        "question",
+        "out_dir",
+        "service_folder",
+        "thinking",
+    ),
+    *("folder", "base_model", "push_to_hub"),
+}
+OF_DATA = {"questions", "held_out", "suites", "training_questions"}
+"""Checked where questions are read."""
+
+Call = Callable[..., Any]
+
+
+@functools.cache
+def small_questions() -> list[sr.Question]:
+    return tiny_world.make_questions()[0][:4]
+
+
+async def train(**given: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        run = sr.train(**given)  # what is refused is refused here
+    return await run
+
+
+@pytest.fixture
+def search(tmp_path_factory: pytest.TempPathFactory) -> sr.Search:
+    return tiny_world.make_search(tmp_path_factory.mktemp("index"))
+
+
+@pytest.fixture
+def given(search: sr.Search, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Call], dict[str, Any]]:
+    """The arguments of a call that does nothing but find its service away."""
+    monkeypatch.chdir(tmp_path)
+
+    def arguments(function: Call) -> dict[str, Any]:
+        common: dict[str, Any] = {"service": AWAY}
+        own: dict[Call, dict[str, Any]] = {
+            sr.train: {"questions": small_questions(), "search": search, "out_dir": "run", "progress": False},
+            sr.rollout: {"questions": small_questions(), "search": search, "progress": False},
+            sr.evaluate: {"suites": small_questions(), "search": search, "progress": False},
+            sr.ask: {"question": "who?", "search": search, "progress": False},
+            export: {"run": "tinker://run/weights/1", "folder": "exported"},
+            sr.estimate_cost: {"questions": small_questions()},
+        }
+        return common | own[function]
+
+    return arguments
+
+
+async def outcome(function: Call, given: dict[str, Any]) -> Exception | None:
+    called = train if function is sr.train else function
+    try:
+        found = called(**given)
+        if isinstance(found, Awaitable):
+            await found
+    except Exception as error:
+        return error
+    return None
+
+
+def nothing_in(folder: Path) -> bool:
+    return not any(folder.iterdir())
+
+
+FUNCTIONS = [sr.train, sr.rollout, sr.evaluate, sr.ask, export, sr.estimate_cost]
+EACH = [
+    pytest.param(function, name, id=f"{function.__name__}-{name}")
+    for function in FUNCTIONS
+    for name in inspect.signature(function).parameters
+    if name not in OF_DATA
+]
+
+
+@pytest.mark.parametrize(("function", "name"), EACH)
+async def test_nonsense_is_refused_by_the_name_of_its_argument(
+    function: Call, name: str, given: Callable[[Call], dict[str, Any]], tmp_path: Path
+) -> None:
+    usual = given(function)
+    for value in NONSENSE:
+        if name == "service" and isinstance(value, str):
+            continue  # an address is checked where it is connected to
+        error = await outcome(function, usual | {name: value})
+        if error is None or isinstance(error, sr.ServiceUnavailableError):
+            assert isinstance(value, int | float | str | bool), f"{value!r} was taken"
+            assert not isinstance(value, str) or name in TAKES_TEXT or value == "x", f"{value!r} was taken"
+            assert not isinstance(value, float) or math.isfinite(value), f"{value!r} was taken"
+        else:
+            assert isinstance(error, sr.ConfigurationError), f"{value!r}: {error!r}"
+            told = str(error)
+            assert name in told or name.removesuffix("s") in told or repr(value)[1:-1] in told, f"{value!r}: {told}"
+    assert nothing_in(tmp_path), "nothing is created"
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+async def test_numbers_of_numpy_and_torch_are_numbers(
+    function: Call, given: Callable[[Call], dict[str, Any]], tmp_path: Path
+) -> None:
+    torch = pytest.importorskip("torch")
+    usual = given(function)
+    parameters = inspect.signature(function).parameters.values()
+    numbers = {each.name: each.default for each in parameters if type(each.default) in (int, float, bool)}
+    numbers.pop("progress", None)
+    assert numbers or function is export
+    for make in (np.array, torch.tensor, lambda value: np.array(value)[()]):
+        changed = {name: make(value) for name, value in numbers.items()}
+        error = await outcome(function, usual | changed)
+        assert error is None or isinstance(error, sr.ServiceUnavailableError), error
+    assert nothing_in(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (
+            {"search": "atlas"},
+            r"search is 'atlas' \(str\): give a Search, such as Search.local\('atlas'\) or await Search.open",
+        ),
+        ({"search": None}, "search is None: give a Search"),
+        ({"reward": sr.RecipeReward}, r"reward is the class RecipeReward: give an object of it, RecipeReward\(\)"),
+        ({"reward": lambda episode, answer: 1.0}, "reward cannot be called with one argument, the episode"),
+        ({"learning_rate": "1e-4"}, r"learning_rate is '1e-4' \(str\): give a number"),
+        ({"group_size": 8.0}, r"group_size is 8.0 \(float\): give a whole number"),
+        ({"max_cost": "5"}, "max_cost is '5'"),
+        ({"warm_up": True}, "warm_up is True"),
+        ({"demonstrations": ["a"]}, r"demonstrations\[0\] is 'a'"),
+        ({"trackers": 5}, "trackers is 5"),
+        ({"progress": 5}, "progress is 5"),
+        ({"resume": 1}, r"resume is 1 \(int\): give True or False"),
+        ({"episode_time_limit": -1}, "episode_time_limit is -1.0: it must be over 0"),
+        ({"sampling_deadline": 0}, "sampling_deadline is 0.0: it must be over 0"),
+    ],
+)
+async def test_train_refuses_at_the_call(
+    changes: dict[str, Any], told: str, given: Callable[[Call], dict[str, Any]], tmp_path: Path
+) -> None:
+    with pytest.raises(sr.ConfigurationError, match=told):
+        sr.train(**(given(sr.train) | changes))
+    assert nothing_in(tmp_path)
+
+
+async def test_a_search_that_was_not_awaited_is_told(given: Callable[[Call], dict[str, Any]]) -> None:
+    with pytest.raises(sr.ConfigurationError, match="await it first"):
+        sr.train(**(given(sr.train) | {"search": sr.Search.open("atlas")}))
+
+
+async def test_a_run_goes_where_it_was_told_at_the_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, search: sr.Search
+) -> None:
+    """numpy's numbers, a plain reward, a relative folder and a change of the current folder right after the call."""
+    monkeypatch.setenv("TINKER_API_KEY", tiny_world.shared_service().api_key)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+    def reward(episode: sr.Episode) -> sr.Score:
+        anyio.from_thread.check_cancelled()  # which only a worker thread may ask
+        return sr.Score(np.bool_(len(episode.turns[0].sampled_tokens) % 2), {"short": np.float32(0.5), "right": True})
+
+    settings = tiny_world.served_settings(learning_rate=np.float32(1e-3), group_size=np.int64(4), seed=np.int64(3))
+    run = sr.train(tiny_world.make_questions()[0], search, out_dir="runs/first", steps=1, reward=reward, **settings)
+    monkeypatch.chdir(tmp_path / "there")
+    result = await run
+    assert result.out_dir == tmp_path / "here" / "runs" / "first"
+    assert (result.out_dir / "state.json").is_file()
+    assert nothing_in(tmp_path / "there")
+    assert run.settings["learning"]["group_size"] == 4
+    for row in run.episodes().select("reward", "reward_parts").collect().iter_rows(named=True):
+        parts = {part["name"]: part["value"] for part in row["reward_parts"]}
+        assert (parts["short"], parts["right"]) == (0.5, 1.0)
+        assert row["reward"] in (0.0, 1.0)
+    # Named from where it is, in each of its spellings.
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("HOME", str(tmp_path / "here"))
+    assert sr.open_run("runs/first").step == sr.open_run("~/runs/first").step == 1
+    assert sr.System("runs/first").checkpoint == sr.System(run).checkpoint == result.out_dir
+    assert sr.Judge(checkpoint="~/runs/first").checkpoint == result.out_dir
+    page = await anyio.to_thread.run_sync(lambda: run.view("~/page.html"))
+    assert page == tmp_path / "here" / "page.html"
+    assert await anyio.to_thread.run_sync(main, ["view", "~/runs/first", "--out", "~/other.html"]) == 0
+    assert (tmp_path / "here" / "other.html").is_file()
+    assert not (tmp_path / "here" / "~").exists()
+
+
+async def test_a_run_that_was_begun_with_relative_paths_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An earlier version kept a relative model folder and start as they were given."""
+    monkeypatch.chdir(tmp_path)
+    then = {"model": "models/tiny", "start_from": "runs/zero@best"}
+    old = ResumePoint(4, 40, "tinker://run/weights/4", "order", "models/tiny", settings=then)
+    now = {**then, "model": str(tmp_path / "models" / "tiny"), "start_from": str(tmp_path / "runs" / "zero@best")}
+    old.refuse_changes(now, "order")
+    with pytest.raises(sr.RunFolderError, match="model: 'models/tiny' then"):
+        old.refuse_changes({**now, "model": str(tmp_path / "other")}, "order")
+
+
+def test_the_command_line_expands_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell does not expand ``--out-dir=~/x``."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for command in (["eval", "nq", "--out-dir=~/x"], ["atlas", "--out-dir=~/x"]):
+        assert _parser().parse_args(command).out_dir == tmp_path / "x"
+    assert _parser().parse_args(["ask", "~/x", "who?"]).run_folder == tmp_path / "x"
+    assert _parser().parse_args(["export", "run", "~/x"]).folder == tmp_path / "x"
