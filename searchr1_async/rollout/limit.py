@@ -17,9 +17,10 @@ A service that is slow by nature, whatever the load, holds nothing down.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
+from searchr1_async.boundary.open_files import OpenFiles
 from searchr1_async.errors import ConfigurationError
 
 
@@ -63,6 +64,11 @@ class LimitSettings:
         for name in ("first", "least", "most", "most_requests"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"{name} is {getattr(self, name)}: it must be at least 1")
+
+    def within(self, files: OpenFiles) -> LimitSettings:
+        """These bounds, as far as this process may open connections: each request holds one, on which it waits."""
+        requests = files.requests
+        return self if requests is None else replace(self, most_requests=min(self.most_requests, requests))
 
 
 @dataclass(eq=False, frozen=True, slots=True)
