@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from searchr1_async.boundary.values import as_number
 from searchr1_async.errors import ConfigurationError
 
 LossName = Literal["importance_sampling", "ppo", "cispo", "dro", "gspo", "stable_reinforce"]
@@ -14,6 +15,18 @@ AdvantageName = Literal["centred", "scaled", "leave_one_out"]
 NormalizationName = Literal["token", "sequence"]
 ScheduleName = Literal["constant", "linear", "cosine"]
 FirstTurn = Literal["auto", "shared", "split"]
+
+MAX_SERVICE_OUTAGE = 3600.0
+"""Seconds for which work waits for a Tinker service that does not answer."""
+
+
+def checked_outage(seconds: float) -> float:
+    """``max_service_outage`` as a user gives it, in seconds.
+
+    Raises:
+        ConfigurationError: it is no number over 0.
+    """
+    return as_number("max_service_outage", seconds, over=0)
 
 
 def _require(condition: bool, message: str) -> None:
@@ -233,6 +246,9 @@ class LearningSettings:
     """Steps between checkpoints that are kept for good; the resume point is written after every step besides."""
     max_failed_fraction: float = 0.2
     """Failed episodes of a batch above which the run stops: a service is broken, and training on the rest would be biased."""
+    training_deadline: float = 3600.0
+    """Seconds that one step's training calls may take at a service that answers; more for one that pauses training for capacity.
+    Time in which it does not answer at all is ``max_service_outage``'s."""
 
     def __post_init__(self) -> None:
         counts = (
@@ -256,6 +272,7 @@ class LearningSettings:
             f"optimizer_steps ({self.optimizer_steps}) must not exceed groups_per_batch ({self.groups_per_batch})",
         )
         _require(self.steps is None or self.steps >= 1, f"steps is {self.steps}: at least 1, or None for whole epochs")
+        _require(self.training_deadline > 0, f"training_deadline is {self.training_deadline} s: it must be over 0")
         _require(self.learning_rate > 0, f"learning_rate is {self.learning_rate}: it must be over 0")
         _require(self.gradient_clip >= 0, f"gradient_clip is {self.gradient_clip}: it must be 0 (off) or more")
         _require(self.schedule_warmup >= 0, f"schedule_warmup is {self.schedule_warmup}: it must be 0 or more")

@@ -11,7 +11,7 @@ import anyio
 import tinker
 
 from searchr1_async.boundary.values import as_integer, as_number
-from searchr1_async.config import EpisodeLimits, LocalOptions, SamplingSettings
+from searchr1_async.config import MAX_SERVICE_OUTAGE, EpisodeLimits, LocalOptions, SamplingSettings
 from searchr1_async.data.questions import Questions, checked_questions
 from searchr1_async.data.suites import Suites, load_suites
 from searchr1_async.episodes.methods import Method
@@ -67,6 +67,7 @@ async def evaluate(
     max_episodes_in_flight: int = 1024,
     workers: int | Literal["auto"] = 1,
     sampling_deadline: float = 1800.0,
+    max_service_outage: float = MAX_SERVICE_OUTAGE,
     local: LocalOptions | None = None,
     tokenizer: str | None = None,
     progress: Choice = True,
@@ -124,7 +125,7 @@ async def evaluate(
         as_integer("max_trajectory_tokens", max_trajectory_tokens),
         malformed_calls=malformed_calls,
     )
-    choice = ServiceChoice(service, model, local or LocalOptions(), tokenizer)
+    choice = ServiceChoice(service, model, local or LocalOptions(), tokenizer, max_service_outage)
     sampling = SamplingSettings(
         temperature=as_number("temperature", temperature),
         seed=None if seed is None else as_integer("seed", seed),
