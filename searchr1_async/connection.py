@@ -13,7 +13,7 @@ import tinker
 from tinker.types import ExternalWeightsUrlsResponse, WeightsInfoResponse
 
 from searchr1_async.boundary.sdk import SDK_FAULTS, fault_text
-from searchr1_async.boundary.waits import Tell, bounded_wait, say_nothing
+from searchr1_async.boundary.waits import PausableDeadlines, Tell, bounded_wait, say_nothing
 from searchr1_async.endpoint import address_of
 from searchr1_async.errors import ServiceError
 from searchr1_async.offered import Offered
@@ -153,7 +153,7 @@ class Service:
         await self._wait(f"deleting {path}", lambda: rest.delete_checkpoint_from_tinker_path(path))
 
     async def _wait(self, doing: str, submit: Callable[[], Any], deadline: float = _SETUP_DEADLINE) -> Any:
-        return await wait_for(doing, submit, deadline, self.tell)
+        return await wait_for(doing, submit, deadline, self.tell, None if self.watch is None else self.watch.deadlines)
 
     async def _rest(self) -> tinker.RestClient:
         # Over the session's own connections, which are closed with it; its first use of an address blocks.
@@ -161,7 +161,11 @@ class Service:
 
 
 async def wait_for(
-    doing: str, submit: Callable[[], Any], deadline: float = _SETUP_DEADLINE, tell: Tell = say_nothing
+    doing: str,
+    submit: Callable[[], Any],
+    deadline: float = _SETUP_DEADLINE,
+    tell: Tell = say_nothing,
+    deadlines: PausableDeadlines | None = None,
 ) -> Any:
     """Runs a call of the SDK that may block (it starts its session at the first) and waits for its result.
 
@@ -169,12 +173,13 @@ async def wait_for(
         doing: what is being done, for messages.
         deadline: seconds.
         tell: is told of a wait over 5 seconds.
+        deadlines: the time stands still while these are held.
 
     Raises:
         ServiceError: refused, or no answer.
     """
     try:
-        with bounded_wait(f"{doing}: the Tinker service has not answered yet", tell, deadline):
+        with bounded_wait(f"{doing}: the Tinker service has not answered yet", tell, deadline, deadlines):
             future = await anyio.to_thread.run_sync(submit, abandon_on_cancel=True)
             return await future
     except TimeoutError as error:

@@ -17,7 +17,7 @@ import anyio
 
 from searchr1_async.boundary.network import health_client, health_problem
 from searchr1_async.boundary.sdk import PASSING_FAULTS, SDK_FAULTS
-from searchr1_async.boundary.waits import clock_time
+from searchr1_async.boundary.waits import PausableDeadlines, clock_time
 from searchr1_async.config import MAX_SERVICE_OUTAGE
 from searchr1_async.errors import ServiceUnavailableError
 from searchr1_async.events import (
@@ -105,7 +105,9 @@ class ServiceWatch:
     def __init__(self, url: str, max_outage: float, emit: Emit, then: str = "the run ends, resumable") -> None:
         self._url, self._max_outage, self._emit, self._then = url, max_outage, emit, then
         self._outage = Outage(0.0)
-        self._holds: list[Callable[[bool], None]] = []
+        self.deadlines = PausableDeadlines()
+        """They stand still during an outage."""
+        self._holds: list[Callable[[bool], None]] = [self.deadlines.pause]
         self._told: tuple[int, int] | None = None
         self._answers = 0
 

@@ -183,6 +183,7 @@ async def _opened(
         ) as service,
         watching_service(service.client, service.url, emit, job.max_service_outage) as watch,
     ):
+        service = replace(service, watch=watch)
         remember_tokenizer(service.tokenizer)
         emit(_started(job, identity, order, point, service.model_name))
         spec = WorkerSpec(

@@ -12,7 +12,7 @@ import ipaddress
 import json
 import os
 from urllib.parse import SplitResult, urlsplit
-from urllib.request import getproxies, getproxies_environment
+from urllib.request import getproxies, getproxies_environment, proxy_bypass
 
 import anyio
 import httpx
@@ -82,6 +82,25 @@ def prepare_proxies(url: str) -> None:
             # Set in the system (macOS, Windows): one variable would hide all of them from Python.
             os.environ.update({f"{scheme}_proxy": proxy for scheme, proxy in used.items()})
         _exclude(host)
+
+
+def proxy_for(url: str) -> str | None:
+    """The proxy through which the environment wants a URL to be asked for; None for none, and for a loopback address.
+
+    For clients that know no SOCKS (aiohttp): a proxy of that kind counts as none.
+    """
+    found, parts = getproxies(), urlsplit(url)
+    proxy, host = found.get(parts.scheme) or found.get("all"), parts.hostname or ""
+    excluded = [entry.strip() for entry in found.get("no", "").split(",") if entry.strip()]
+    if (
+        not proxy
+        or proxy.lower().startswith("socks")
+        or is_loopback(host)
+        or proxy_bypass(host)
+        or any(_is_within(host, entry) for entry in excluded)
+    ):
+        return None
+    return proxy if "://" in proxy else f"http://{proxy}"
 
 
 async def probe(url: str, timeout: float = 10.0) -> None:
@@ -169,11 +188,7 @@ def _exclude(host: str) -> None:
 
 def _way(url: str) -> str:
     """Through which proxy it was asked, without a password."""
-    found, parts = getproxies(), urlsplit(url)
-    proxy = found.get(parts.scheme) or found.get("all")
-    host = parts.hostname or ""
-    excluded = [entry.strip() for entry in found.get("no", "").split(",") if entry.strip()]
-    if not proxy or any(entry == "*" or host.endswith(entry) for entry in excluded):
+    if (proxy := proxy_for(url)) is None:
         return ""
-    through = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    through = urlsplit(proxy)
     return f" (asked through the proxy {through.hostname}:{through.port or 80} of the environment)"

@@ -26,13 +26,14 @@ def say_nothing(text: str) -> None:
 
 
 @contextmanager
-def bounded_wait(reason: str, tell: Tell, at_most: float) -> Iterator[None]:
+def bounded_wait(reason: str, tell: Tell, at_most: float, deadlines: PausableDeadlines | None = None) -> Iterator[None]:
     """A block that waits for something outside. Costs a timer, no task.
 
     Args:
         reason: what is waited for, and why: ``"the Tinker service does not answer"``.
         tell: gets the reason and the end of the wait, :data:`TOLD_AFTER` seconds from now, if the block still runs then.
         at_most: seconds after which the block is cut.
+        deadlines: the time stands still while these are held.
 
     Raises:
         TimeoutError: the block took longer than ``at_most`` seconds.
@@ -40,8 +41,10 @@ def bounded_wait(reason: str, tell: Tell, at_most: float) -> Iterator[None]:
     loop = asyncio.get_running_loop()
     timer = loop.call_later(TOLD_AFTER, lambda: tell(_sentence(reason, at_most - TOLD_AFTER)))
     try:
-        with anyio.fail_after(at_most):
+        with anyio.move_on_after(at_most) if deadlines is None else deadlines.limit(at_most) as scope:
             yield
+        if scope.cancelled_caught:
+            raise TimeoutError
     finally:
         timer.cancel()
 
