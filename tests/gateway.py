@@ -42,8 +42,10 @@ class Gateway:
         self._loop.call_soon_threadsafe(cut)
 
     def run(self) -> None:
-        asyncio.set_event_loop(self._loop)
-        self._loop.run_until_complete(self._serve())
+        try:
+            self._loop.run_until_complete(self._serve())
+        finally:
+            self._loop.close()
 
     def end(self) -> None:
         self._loop.call_soon_threadsafe(self._end.set)

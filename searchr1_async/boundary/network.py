@@ -1,7 +1,7 @@
 """How services are reached: the proxies of the environment, loopback addresses, and whether a Tinker service answers.
 
 The SDK has two HTTP clients, httpx and reqwest. Both read ``HTTP_PROXY``, ``HTTPS_PROXY``, ``ALL_PROXY`` and ``NO_PROXY``, and
-read ``NO_PROXY`` differently: httpx knows no networks (``127.0.0.0/8``). What the SDK is to reach directly is therefore written
+read ``NO_PROXY`` differently: httpx knows no networks (``127.0.0.0/8``), and ``*`` is no address for reqwest. What the SDK is to reach directly is therefore written
 into ``NO_PROXY`` by its host, which both understand.
 """
 
@@ -72,12 +72,14 @@ def prepare_proxies(url: str) -> None:
     found = getproxies()
     used = {scheme: found[scheme] for scheme in _SCHEMES if found.get(scheme)}
     excluded = [entry.strip() for entry in found.get("no", "").split(",") if entry.strip()]
-    if not used or "*" in excluded:
+    if not used:
         return
-    for scheme, proxy in used.items():
+    is_everything = "*" in excluded
+    for scheme, proxy in () if is_everything else used.items():
         _check_proxy(f"{scheme.upper()}_PROXY", proxy)
     host = urlsplit(url).hostname or ""
-    if host not in excluded and (is_loopback(host) or any(_is_within(host, entry) for entry in excluded)):
+    is_direct = is_everything or is_loopback(host) or any(_is_within(host, entry) for entry in excluded)
+    if is_direct and host not in excluded:
         if not any(getproxies_environment().get(scheme) for scheme in _SCHEMES):
             # Set in the system (macOS, Windows): one variable would hide all of them from Python.
             os.environ.update({f"{scheme}_proxy": proxy for scheme, proxy in used.items()})

@@ -45,7 +45,7 @@ asyncio.run(main(*sys.argv[1:]))
 
 def limited(soft: int, hard: int | str, code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Runs Python with such limits of open files."""
-    script = f'ulimit -Hn {hard} && ulimit -Sn {soft} && exec "$0" -c "$@"'
+    script = f'ulimit -Sn {soft} && ulimit -Hn {hard} && exec "$0" -c "$@"'
     return subprocess.run(
         ["bash", "-c", script, sys.executable, code, *arguments],
         env=tiny_world.child_environment() | {"TINKER_API_KEY": KEY},
