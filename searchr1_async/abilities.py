@@ -13,6 +13,7 @@ import anyio
 import tinker
 from tinker import types as tinker_types
 
+from searchr1_async.boundary.sdk import SDK_FAULTS, fault_text, fault_words
 from searchr1_async.config import LearningSettings, LossName, PipelineSettings
 from searchr1_async.episodes.types import Episode, Question, StopReason, Turn
 from searchr1_async.errors import ConfigurationError, ServiceError
@@ -171,19 +172,12 @@ async def _tried(what: str, attempt: Callable[[], Awaitable[None]]) -> str | Non
             await attempt()
     except tinker.APIStatusError as error:
         if error.status_code not in _REFUSING:
-            raise ServiceError(
-                f"trying {what} failed at the Tinker service: {type(error).__name__}: {error}"
-            ) from error
-        return _words(error)
+            raise ServiceError(f"trying {what} failed at the Tinker service: {fault_text(error)}") from error
+        return fault_words(error)
     except TimeoutError as error:
         raise ServiceError(f"trying {what}: the Tinker service did not answer within {TRY_SECONDS:g} s") from error
     except (tinker.RequestFailedError, ValueError, AssertionError) as error:
-        return _words(error)
-    except tinker.TinkerError as error:
-        raise ServiceError(f"trying {what} failed at the Tinker service: {type(error).__name__}: {error}") from error
+        return fault_words(error)
+    except SDK_FAULTS as error:
+        raise ServiceError(f"trying {what} failed at the Tinker service: {fault_text(error)}") from error
     return None
-
-
-def _words(error: Exception) -> str:
-    """What the service said, without what the SDK puts around it."""
-    return str(error).removeprefix("Request failed: ").partition(" for self.request_id=")[0]

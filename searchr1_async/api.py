@@ -16,6 +16,7 @@ from searchr1_async.arguments import GivenSearch, GivenWeights, model_name
 from searchr1_async.boundary.paths import FilePath, NameOrFolder
 from searchr1_async.boundary.settings import Count, Seconds, checked_arguments, list_of, settings_of
 from searchr1_async.config import (
+    MAX_SERVICE_OUTAGE,
     AdvantageName,
     EpisodeLimits,
     FirstTurn,
@@ -112,6 +113,8 @@ def train(
     first_turn: FirstTurn = "auto",
     workers: int | Literal["auto"] = 1,
     sampling_deadline: Seconds = 1800.0,
+    training_deadline: Seconds = 3600.0,
+    max_service_outage: Seconds = MAX_SERVICE_OUTAGE,
     local: LocalOptions | None = None,
     tokenizer: NameOrFolder | None = None,
     progress: Choice = True,
@@ -130,8 +133,9 @@ def train(
         model: the base model, as the service calls it; None is SmolLM2-135M-Instruct on the embedded service and Qwen3.5-4B
             elsewhere, or the nearest of its family that the service offers. Other services than the embedded one are asked what they
             offer before any work starts: a model that is named and not offered is refused.
-        service: base URL or client of a Tinker service. None: the cloud where ``TINKER_API_KEY`` or ``TINKER_BASE_URL`` is
-            set; otherwise the embedded service is started, and stopped with the run.
+        service: base URL or client of a Tinker service, or ``"embedded"``. None: the service of ``TINKER_BASE_URL``, else Tinker's
+            cloud where the SDK has credentials (``TINKER_API_KEY``, ``TINKER_CREDENTIAL_CMD``, ``tinker auth login``), else the embedded
+            service, which is started, and stopped with the run. The run's first line says which, and why.
         resume: go on with the run in ``out_dir`` from its last finished step; a fresh start where there is none.
         start_from: weights to start from, with a new optimizer: another run's folder (its last kept weights; ``"runs/first@best"``
             and ``"runs/first@40"`` are those of a step), a ``tinker://RUN/weights/NAME`` path, or, on the embedded service, a PEFT
@@ -180,6 +184,8 @@ def train(
             the run ends with its resume point. ``resume=True`` with a higher limit goes on. What is measured before the first
             step, the warm-up, and questions asked of the run are counted but not held back. The embedded service costs nothing, and never reaches it.
         price: US dollars a million tokens, where the table of prices does not know the model or the service is not Tinker's.
+        max_service_outage: seconds for which the run waits for a Tinker service that does not answer. An outage is told within 15 s;
+            meanwhile the run is held, and none of its time limits runs out. Then it ends with its resume point.
         progress: True shows the run in the notebook's cell as it happens, or on the terminal; ``"widget"``, ``"rich"``,
             ``"terminal"`` and ``"plain"`` choose how, False shows nothing.
         trackers: ``"wandb"``, ``"tensorboard"``, ``"trackio"``, or trackers of one's own; ``events.jsonl`` and the Parquet tables are
@@ -241,6 +247,7 @@ async def rollout(
     temperature: float = 1.0,
     seed: int | None = None,
     max_failed_fraction: float = 0.2,
+    max_service_outage: Seconds = MAX_SERVICE_OUTAGE,
     local: LocalOptions | None = None,
     tokenizer: NameOrFolder | None = None,
     progress: Choice = True,
@@ -266,7 +273,7 @@ async def rollout(
     async with playing(
         search,
         play,
-        ServiceChoice(service, model, local or LocalOptions(), given["tokenizer"]),
+        ServiceChoice(service, model, local or LocalOptions(), given["tokenizer"], given["max_service_outage"]),
         checkpoint=given["checkpoint"],
         service_folder=given["service_folder"],
         progress=progress,

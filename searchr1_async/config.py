@@ -25,6 +25,9 @@ NormalizationName = Literal["token", "sequence"]
 ScheduleName = Literal["constant", "linear", "cosine"]
 FirstTurn = Literal["auto", "shared", "split"]
 
+MAX_SERVICE_OUTAGE = 3600.0
+"""Seconds for which work waits for a Tinker service that does not answer."""
+
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
@@ -217,6 +220,9 @@ class LearningSettings:
     """Steps between checkpoints that are kept for good; the resume point is written after every step besides."""
     max_failed_fraction: Share = 0.2
     """Failed episodes of a batch above which the run stops: a service is broken, and training on the rest would be biased."""
+    training_deadline: Seconds = 3600.0
+    """Seconds that one step's training calls may take at a service that answers; more for one that pauses training for capacity.
+    Time in which it does not answer at all is ``max_service_outage``'s."""
 
     def __post_init__(self) -> None:
         check_settings(self)

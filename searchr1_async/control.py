@@ -41,6 +41,7 @@ class RunControl:
         self._cuts: list[Callable[[], None]] = []
         self._holds: list[Callable[[bool], None]] = []
         self._goes_on = anyio.Event()
+        self._held_by: set[str] = set()
         self._paused_at = self._paused_seconds = 0.0
         self._answers: LiveAnswers | None = None
         self._is_over = False
@@ -82,19 +83,20 @@ class RunControl:
     def pause(self) -> None:
         """Holds the run; no effect on one that is held."""
         if not self.is_paused:
-            self.is_paused, self._goes_on = True, anyio.Event()
-            self._paused_at = anyio.current_time()
-            self._hold(True)
+            self.is_paused = True
+            self._hold("pause", True)
             self.emit(RunPaused())
 
     def resume(self) -> None:
         """Lets the run go on; no effect on one that does."""
         if self.is_paused:
-            self._paused_seconds += anyio.current_time() - self._paused_at
             self.is_paused = False
-            self._goes_on.set()
-            self._hold(False)
+            self._hold("pause", False)
             self.emit(RunResumed())
+
+    def wait_for_service(self, is_silent: bool) -> None:
+        """Holds the run while its Tinker service does not answer; the run's clock stands still."""
+        self._hold("service", is_silent)
 
     # --- sharing the run's service ------------------------------------------------------------------------------------
 
@@ -143,24 +145,34 @@ class RunControl:
         """While the block runs ``hold`` is called with True when the run is to be held, with False when it is to go on."""
         self._holds.append(hold)
         try:
-            if self.is_paused:
+            if self._held_by:
                 hold(True)
             yield
         finally:
             self._holds.remove(hold)
 
-    def _hold(self, is_paused: bool) -> None:
+    def _hold(self, reason: str, is_held: bool) -> None:
+        """Holds the run for a reason, or lets that reason go; the run goes on when none is left."""
+        was_held = bool(self._held_by)
+        self._held_by = self._held_by | {reason} if is_held else self._held_by - {reason}
+        if bool(self._held_by) == was_held:
+            return
+        if is_held:
+            self._goes_on, self._paused_at = anyio.Event(), anyio.current_time()
+        else:
+            self._paused_seconds += anyio.current_time() - self._paused_at
+            self._goes_on.set()
         for hold in self._holds:
-            hold(is_paused)
+            hold(is_held)
 
     async def wait_while_paused(self) -> None:
         """Returns when the run is not held; at once where it is not."""
-        while self.is_paused:
+        while self._held_by:
             await self._goes_on.wait()
 
     def now(self) -> float:
         """Seconds of a clock that stands still while the run is held: what it takes and may take is measured by it."""
-        now = self._paused_at if self.is_paused else anyio.current_time()
+        now = self._paused_at if self._held_by else anyio.current_time()
         return now - self._paused_seconds
 
     async def sleep_until(self, deadline: float) -> None:

@@ -243,6 +243,16 @@ class RunResumed(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class ServiceSilent(Event):
+    """The Tinker service does not answer: the run is held until it does, or until it has waited for long enough."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceAnswers(Event):
+    """The Tinker service answers again."""
+
+
+@dataclass(frozen=True, slots=True)
 class CheckpointSaved(Event):
     step: int
     path: str

@@ -10,6 +10,7 @@ import tinker
 
 from searchr1_async.billing import Cost
 from searchr1_async.config import (
+    MAX_SERVICE_OUTAGE,
     EpisodeLimits,
     LearningSettings,
     LocalOptions,
@@ -60,6 +61,7 @@ class TrainingJob:
     max_cost: float | None = None
     price: Price | None = None
     start: Start | None = None
+    max_service_outage: float = MAX_SERVICE_OUTAGE
 
     def identity(self) -> dict[str, Any]:
         """The settings that make the steps before and after a resume one run, as plain JSON values.
@@ -67,7 +69,7 @@ class TrainingJob:
         How long to go on and how often to look are not among them: those may change.
         """
         learning = asdict(self.learning)
-        for name in ("steps", "epochs", "checkpoint_every", "max_failed_fraction"):
+        for name in ("steps", "epochs", "checkpoint_every", "max_failed_fraction", "training_deadline"):
             del learning[name]
         return {
             **({"start_from": self.start.name} if self.start is not None else {}),

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import anyio
 import tinker
 
+from searchr1_async.boundary.sdk import SDK_FAULTS, fault_text
 from searchr1_async.errors import ConfigurationError, ModelError, ServiceError, ServiceUnavailableError
 from searchr1_async.models import (
     default_cloud_model,
@@ -55,18 +56,22 @@ async def ask_offered(connect: Callable[[], tinker.RestClient], *, trains: bool 
     except (tinker.NotFoundError, tinker.APIResponseValidationError) as error:
         logger.info("the service does not list its models: %s", type(error).__name__)
         return None
+    except (tinker.AuthenticationError, tinker.PermissionDeniedError) as error:
+        raise ServiceError(
+            f"the Tinker service refuses the key ({fault_text(error)}): set TINKER_API_KEY to a key of this service"
+        ) from error
     except tinker.APIStatusError as error:
         if error.status_code == 405:
             return None
-        raise ServiceError(
-            f"the Tinker service refused to say which models it offers: {type(error).__name__}: {error}"
-        ) from error
+        raise ServiceError(f"the Tinker service refused to say which models it offers: {fault_text(error)}") from error
     except tinker.APIError as error:
         raise ServiceUnavailableError(
-            f"the Tinker service could not be asked which models it offers: {type(error).__name__}: {error}"
+            f"the Tinker service could not be asked which models it offers: {fault_text(error)}"
         ) from error
-    except tinker.TinkerError as error:
-        raise ConfigurationError(f"no Tinker client could be made (is TINKER_API_KEY right?): {error}") from error
+    except SDK_FAULTS as error:
+        raise ConfigurationError(
+            f"no Tinker client could be made (is TINKER_API_KEY right?): {fault_text(error)}"
+        ) from error
     listed = [model for model in getattr(answer, "supported_models", None) or () if model.model_name]
     names = [model.model_name for model in listed if (model.trainable if trains else model.sampleable) is not False]
     if listed and not names:
@@ -81,7 +86,8 @@ def choose_model(named: str | None, offered: Offered) -> tuple[str, str | None]:
     """The model to use on a service other than the embedded one, and what there is to say about the choice. Pure.
 
     Args:
-        named: by the user, or by the run that goes on; None takes the default, or the offered model that is nearest to it.
+        named: by the user, or by the run that goes on; None takes the default, the offered model that is nearest to it, or the only
+            one that is offered.
         offered: by the service.
 
     Raises:
@@ -95,6 +101,8 @@ def choose_model(named: str | None, offered: Offered) -> tuple[str, str | None]:
     if named is not None:
         raise ModelError(_refusal(named, offered))
     nearest = nearest_of_family(wanted, offered)
+    if nearest is None and len(offered) == 1:
+        return offered[0], f"no model was named, and the service offers one alone: {offered[0]} is used"
     if nearest is None:
         raise ModelError(
             f"no model was named, and the service offers neither the default, {wanted}, nor another of its family that can "

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import anyio
-import tinker
 
-from searchr1_async.boundary.settings import Count, Share, check_settings
-from searchr1_async.config import EpisodeLimits, LocalOptions, SamplingSettings
+from searchr1_async.boundary.settings import Count, Seconds, Share, check_settings
+from searchr1_async.config import MAX_SERVICE_OUTAGE, EpisodeLimits, LocalOptions, SamplingSettings
+from searchr1_async.endpoint import ServiceName, find_endpoint
 from searchr1_async.episodes.dialect import FORMATS, make_dialect
 from searchr1_async.episodes.methods import Method
 from searchr1_async.episodes.rendering import check_thinking
@@ -22,6 +22,7 @@ from searchr1_async.episodes.types import Passage, Question, SearchCall
 from searchr1_async.errors import ConfigurationError, ModelError, SearchError, SearchR1Error, first_error
 from searchr1_async.events import Emit, Notice, PhaseAdvanced, PhaseEnded, PhaseStarted, RunEnded, RunStarted
 from searchr1_async.models import Thinking
+from searchr1_async.reachability import watching_service
 from searchr1_async.rollout.engine import RolloutEngine
 from searchr1_async.rollout.opening import open_engine
 from searchr1_async.rollout.policy import TinkerPolicy
@@ -68,10 +69,17 @@ class PlaySettings:
 class ServiceChoice:
     """Which Tinker service, and which model on it; see :func:`searchr1_async.service.open_service`."""
 
-    service: str | tinker.ServiceClient | None = None
+    service: ServiceName = None
     model: str | None = None
     local: LocalOptions = field(default_factory=LocalOptions)
     tokenizer: str | None = None
+    max_service_outage: Seconds = MAX_SERVICE_OUTAGE
+    """Seconds for which work waits for a service that does not answer."""
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        if self.service is not None:
+            find_endpoint(self.service)
 
 
 @asynccontextmanager
@@ -102,7 +110,10 @@ async def opened_service(choice: ServiceChoice, folder: Path | None, emit: Emit)
             )
         )
         remember_tokenizer(service.tokenizer)
-        yield service
+        watch = await stack.enter_async_context(
+            watching_service(service.client, service.url, emit, choice.max_service_outage, "the work ends")
+        )
+        yield replace(service, watch=watch)
 
 
 def worker_spec(service: Service, play: PlaySettings, method: Method = "search") -> WorkerSpec:
@@ -153,6 +164,7 @@ async def opened_engine(
     service: Service, spec: WorkerSpec, search: Search | None, play: PlaySettings, emit: Emit
 ) -> AsyncIterator[RolloutEngine]:
     """An engine that plays so on this service."""
+    watch = service.watch
     async with open_engine(
         spec,
         service.tokenizer,
@@ -161,10 +173,11 @@ async def opened_engine(
         reward=play.reward,
         group_size=play.group_size,
         max_failed_fraction=play.max_failed_fraction,
-        emit=emit,
+        emit=emit if watch is None else watch.hearing(emit),
         search_metrics=(lambda: search.statistics.metrics()) if search is not None else dict,
     ) as engine:
-        yield engine
+        with nullcontext() if watch is None else watch.holding(engine.pause):
+            yield engine
 
 
 def started(
@@ -218,7 +231,8 @@ async def playing(
     if play.thinking is None:
         play = replace(play, thinking=weights.thinking)
     async with watching("rollout", progress, emit) as watchers:
-        model = await check_service(choice.service, choice.model, choice.local)
+        watchers(Notice(find_endpoint(choice.service).text))
+        model = await check_service(choice.service, choice.model, choice.local, emit=watchers)
         await check_chat_format(
             choice.service, model, choice.tokenizer, renderer_name=play.renderer_name, thinking=play.thinking
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -21,8 +21,9 @@ from searchr1_async.abilities import choose_loss
 from searchr1_async.answering import LiveAnswers
 from searchr1_async.config import LossName, WarmUp
 from searchr1_async.control import RunControl
+from searchr1_async.endpoint import find_endpoint
 from searchr1_async.episodes.rendering import AS_TEMPLATE
-from searchr1_async.errors import SearchR1Error, ServiceError, first_error
+from searchr1_async.errors import SearchR1Error, first_error
 from searchr1_async.estimate import estimate
 from searchr1_async.events import (
     CheckpointSaved,
@@ -42,6 +43,7 @@ from searchr1_async.learn.learner import Learner
 from searchr1_async.measuring import Measuring
 from searchr1_async.pipeline import Pipeline
 from searchr1_async.playing import open_search
+from searchr1_async.reachability import watching_service
 from searchr1_async.recording import Keeper, StepRecorder, forget_attempt
 from searchr1_async.rollout.engine import RolloutEngine
 from searchr1_async.rollout.opening import open_engine
@@ -133,7 +135,8 @@ async def _run(
         return replace(result, cost=cost, estimated_cost=estimate(job.shape, billing))
     # What a run was begun with is a fact, even where it was the default of its day.
     job = _as_begun(job, point)
-    model = await check_service(job.service, job.model, job.local, trains=True)
+    emit(Notice(find_endpoint(job.service).text))
+    model = await check_service(job.service, job.model, job.local, trains=True, emit=emit)
     await check_chat_format(job.service, model, job.tokenizer, renderer_name=job.renderer_name, thinking=job.thinking)
     # With the trackers, which are closed before the folder is anybody else's.
     opened.enter_context(claimed(job.out_dir))
@@ -179,7 +182,9 @@ async def _opened(
             tokenizer=job.tokenizer,
             trains=True,
         ) as service,
+        watching_service(service.client, service.url, emit, job.max_service_outage) as watch,
     ):
+        service = replace(service, watch=watch)
         remember_tokenizer(service.tokenizer)
         emit(_started(job, identity, order, point, service.model_name))
         spec = WorkerSpec(
@@ -200,14 +205,14 @@ async def _opened(
             reward=job.reward,
             group_size=job.learning.group_size,
             max_failed_fraction=job.learning.max_failed_fraction,
-            emit=emit,
+            emit=(emit := watch.hearing(emit)),
             search_metrics=lambda: job.search.statistics.metrics(),
         ) as engine:
             await keep_tokenizer(service.tokenizer, job.out_dir, anew=point is None)
             await anyio.to_thread.run_sync(partial(keep_questions, job.questions, job.out_dir, anew=point is None))
             await anyio.to_thread.run_sync(keep_search, job.search, job.out_dir)
             async with control.serving(service):
-                with control.holding(engine.pause):
+                with control.holding(engine.pause), watch.holding(control.wait_for_service):
                     yield _Training(job, emit, control, service, engine, identity, order, point)
 
 
@@ -255,6 +260,8 @@ class _Training:
         self._control, self._identity, self._point = control, identity, point
         self._spending = spending_of(job, service, point)
         self._spending.count(engine.usage)
+        self._held = ExitStack()
+        """What is held with the run while its session lasts."""
         self._loss: LossName | None = None
         self._started_from: Mapping[str, Any] | None = None
         self._records = RunRecords(job.out_dir)
@@ -269,7 +276,8 @@ class _Training:
         """
         tell_estimate(self._spending, self._point, self._emit)
         try:
-            reason = await self._run()
+            with self._held:
+                reason = await self._run()
         finally:
             if self._point is not None:
                 self._point = await keep_spending(self._spending, self._point, self._job.out_dir, self._emit)
@@ -290,7 +298,7 @@ class _Training:
                 if self._point is None:
                     await measure(UNTRAINED if job.start is None else AT_START, newest.current)
                     self._point = await self._warm_up(learner)
-                    newest.current = TinkerPolicy(await self._published(learner), 0, job.sampling)
+                    newest.current = TinkerPolicy(await learner.published(), 0, job.sampling)
                 if job.warm_up is not None and self._point.step == 0:
                     await measure(AFTER_WARM_UP, newest.current)
                 reason = await self._learn(learner, newest, self._point)
@@ -316,6 +324,7 @@ class _Training:
             base=await self._service.create_sampling_client() if learning.kl_coefficient else None,
         )
         self._spending.count(lambda: learner.usage)
+        self._held.enter_context(self._control.holding(learner.pause))
         return learner
 
     async def _first_policy(self, learner: Learner) -> TinkerPolicy:
@@ -323,7 +332,7 @@ class _Training:
         if self._point is None and self._job.start is None:
             return TinkerPolicy(await self._service.create_sampling_client(), 0, self._job.sampling)
         step = self._point.step if self._point else 0
-        return TinkerPolicy(await self._published(learner), step, self._job.sampling)
+        return TinkerPolicy(await learner.published(), step, self._job.sampling)
 
     async def _learn(self, learner: Learner, newest: NewestWeights, point: ResumePoint) -> str:
         """Reinforcement learning, from the resume point on; returns why it ended."""
@@ -394,13 +403,6 @@ class _Training:
         self._records.truncate_after(self._point.step)
         self._emit(Notice(f"resuming after step {self._point.step} ({self._point.next_place} questions consumed)"))
         return await self._service.restore_training_client(self._point.state_path)
-
-    async def _published(self, learner: Learner) -> tinker.SamplingClient:
-        try:
-            with anyio.fail_after(300):
-                return await learner.publish()
-        except (tinker.TinkerError, ValueError, TimeoutError) as error:
-            raise ServiceError(f"the weights could not be published: {type(error).__name__}: {error}") from error
 
     async def _warm_up(self, learner: Learner) -> ResumePoint:
         """Supervised steps on demonstrations, where asked for, and the run's first resume point."""

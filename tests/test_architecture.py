@@ -78,7 +78,11 @@ def test_every_error_is_public_and_drawn_in_the_tree() -> None:
 
 @pytest.mark.parametrize("path", [p for p in MODULES if is_in(name_of(p), *ENGINE_ROOMS)], ids=name_of)
 def test_the_engine_does_not_know_who_watches_or_serves(path: Path) -> None:
-    assert [name for name in imports(path) if is_in(name, "watch", "local", "api", "training", "run", "service")] == []
+    assert [
+        name
+        for name in imports(path)
+        if is_in(name, "watch", "local", "api", "training", "run", "service", "connection")
+    ] == []
 
 
 @pytest.mark.parametrize("room", ["episodes", "search", "data"])
@@ -143,3 +147,17 @@ def test_tables_have_one_reader(path: Path) -> None:
     for node in ast.walk(parse(path)):
         if isinstance(node, ast.Attribute):
             assert not re.fullmatch(r"pl\.(read|scan)_\w+", ast.unparse(node)), f"{path}:{node.lineno}"
+
+
+OWNERS = {
+    r"RLIMIT_": ("boundary.open_files",),
+    r"\bproxy_bypass\b|NO_PROXY": ("boundary.network",),
+    r"tinker\.TinkerError\b": ("boundary.sdk", "endpoint"),
+    r'get\("(TINKER_BASE_URL|TINKER_CREDENTIAL_CMD)"': ("endpoint",),
+}
+
+
+@pytest.mark.parametrize(("text", "owners"), OWNERS.items())
+def test_what_comes_from_the_system_and_the_sdk_has_one_owner(text: str, owners: tuple[str, ...]) -> None:
+    users = {name_of(path) for path in MODULES if re.search(text, path.read_text(encoding="utf-8"))}
+    assert users == {f"{PACKAGE}.{owner}" for owner in owners}

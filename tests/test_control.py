@@ -136,3 +136,22 @@ async def test_a_run_is_asked_when_it_can_answer_and_not_beyond_its_end() -> Non
         control.end()
     assert told == ["an answer", None, None]
     assert await control.ask(at_once) is None
+
+
+async def test_a_run_is_held_for_as_long_as_there_is_a_reason() -> None:
+    """Paused by hand and without its service: whatever ends first, it goes on when both have ended."""
+    for first in ("pause", "service"):
+        control, held = RunControl(), list[bool]()
+        with control.holding(held.append):
+            control.pause()
+            control.wait_for_service(True)
+            control.wait_for_service(True)
+            at = control.now()
+            (control.resume if first == "pause" else lambda one=control: one.wait_for_service(False))()
+            with anyio.move_on_after(0.02) as scope:
+                await control.wait_while_paused()
+            assert scope.cancelled_caught
+            assert control.now() == at
+            (control.resume if first == "service" else lambda one=control: one.wait_for_service(False))()
+            await control.wait_while_paused()
+        assert held == [True, False]

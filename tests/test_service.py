@@ -165,7 +165,7 @@ async def test_a_corpus_that_goes_bad_in_a_later_row_is_refused_before_anything_
 
 
 async def test_an_unknown_model_is_refused_before_anything_is_begun(search: sr.Search, tmp_path: Path) -> None:
-    with pytest.raises(sr.ModelError, match="no-such-model"):
+    with pytest.raises(sr.ConfigurationError, match="no-such-model"):
         await start(search, tmp_path / "run", model=str(tmp_path / "no-such-model"))
     with pytest.raises(sr.ModelError, match="no-such-model"):
         await sr.evaluate(tiny_world.make_questions()[1], search, model="no-such-model", **tiny_world.PLAYING)

@@ -147,7 +147,7 @@ def _kind_of(annotation: Any) -> _Kind:
     if annotation in _NUMBERS:
         return _NUMBERS[annotation]
     if origin is Literal:
-        choices = get_args(annotation)
+        choices = list(get_args(annotation))
         wants = f"one of {', '.join(map(repr, choices))}" if len(choices) > 1 else repr(choices[0])
         return _Kind(
             wants, lambda value: isinstance(value, str) and value in choices, partial(as_choice, choices=choices)

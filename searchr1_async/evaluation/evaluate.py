@@ -13,7 +13,7 @@ import tinker
 from searchr1_async.arguments import GivenSearch, GivenWeights, has_questions, model_name
 from searchr1_async.boundary.paths import FilePath, NameOrFolder
 from searchr1_async.boundary.settings import Count, Seconds, checked_arguments, list_of, settings_of
-from searchr1_async.config import EpisodeLimits, LocalOptions, SamplingSettings
+from searchr1_async.config import MAX_SERVICE_OUTAGE, EpisodeLimits, LocalOptions, SamplingSettings
 from searchr1_async.data.questions import Questions, checked_questions
 from searchr1_async.data.suites import Suites, load_suites
 from searchr1_async.episodes.methods import Method
@@ -68,6 +68,7 @@ async def evaluate(
     max_episodes_in_flight: int = 1024,
     workers: int | Literal["auto"] = 1,
     sampling_deadline: Seconds = 1800.0,
+    max_service_outage: Seconds = MAX_SERVICE_OUTAGE,
     local: LocalOptions | None = None,
     tokenizer: NameOrFolder | None = None,
     progress: Choice = True,
@@ -118,7 +119,7 @@ async def evaluate(
         refuse_besides(evaluate, given)
     model = model_name(model, service)
     check_thinking(model, renderer, thinking)
-    choice = ServiceChoice(service, model, local or LocalOptions(), given["tokenizer"])
+    choice = ServiceChoice(service, model, local or LocalOptions(), given["tokenizer"], given["max_service_outage"])
     play = settings_of(
         PlaySettings,
         given,

@@ -43,7 +43,7 @@ def repeats(source: object) -> bool:
 _MAY_BE_GIVEN = frozenset(
     [
         *("suites", "search", "service", "local", "tokenizer", "out_dir", "resume", "reward"),
-        *("max_episodes_in_flight", "workers", "sampling_deadline", "progress", "emit"),
+        *("max_episodes_in_flight", "workers", "sampling_deadline", "max_service_outage", "progress", "emit"),
     ]
 )
 """Where and how a repetition is played, and what a manifest may not be able to describe."""

@@ -9,6 +9,7 @@ from contextlib import AsyncExitStack, contextmanager
 import anyio
 import polars as pl
 
+from searchr1_async.endpoint import find_endpoint
 from searchr1_async.errors import RunFolderError
 from searchr1_async.evaluation.asked import QUESTIONS_NAME, asked_questions, interleaved, questions_frame
 from searchr1_async.evaluation.describe import continued, describe, refuse_changes
@@ -44,6 +45,7 @@ async def run_evaluation(job: EvaluationJob, watchers: Watchers, opened: AsyncEx
     Raises, also within exception groups:
         SearchR1Error: whatever went wrong, as one of the package's errors; what was played is kept in ``out_dir``.
     """
+    watchers(Notice(find_endpoint(job.choice.service).text))
     job = await settled(job, watchers)
     asked = questions_frame(asked_questions(job.suites))
     # In a thread: it reads the corpus and what the runs were trained on whole.

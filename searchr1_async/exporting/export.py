@@ -23,6 +23,7 @@ from searchr1_async.boundary.paths import FilePath, NameOrFolder
 from searchr1_async.boundary.settings import checked_arguments
 from searchr1_async.config import LocalOptions
 from searchr1_async.control import run_under_way
+from searchr1_async.endpoint import find_endpoint
 from searchr1_async.errors import (
     ConfigurationError,
     ExportError,
@@ -176,7 +177,8 @@ async def _service_of(weights: Weights, choice: ServiceChoice, emit: Emit) -> As
                 f"the run in {weights.run} is under way, and its service is not open to this process now: export from the process "
                 "that trains, or when the run has ended"
             )
-    await check_service(choice.service, choice.model, choice.local)
+    emit(Notice(find_endpoint(choice.service).text))
+    await check_service(choice.service, choice.model, choice.local, emit=emit)
     async with opened_service(choice, weights.service_folder, emit) as service:
         yield service
 

@@ -4,31 +4,52 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import tinker
 
-from searchr1_async.errors import ServiceError
+from searchr1_async.boundary.sdk import SDK_FAULTS, fault_text
+from searchr1_async.boundary.waits import PausableDeadlines
+from searchr1_async.errors import SearchR1Error, ServiceError
 
-TRAINING_DEADLINE = 3600.0
-"""Seconds for one step's training calls in all; a service that needs longer is taken for dead."""
 
+class TrainingCalls:
+    """The time limit of training calls, which stands still while the run is held, and the names of their errors.
 
-class training_faults:  # noqa: N801
-    """Names what was being done when the SDK fails, as one of our own errors."""
+    Args:
+        deadline: seconds for one step's training calls in all; a service that needs longer is taken for dead.
+    """
 
-    def __init__(self, doing: str, error: type[Exception] = ServiceError) -> None:
-        self._doing, self._error = doing, error
+    def __init__(self, deadline: float) -> None:
+        self.deadline = deadline
+        self._deadlines = PausableDeadlines()
 
-    def __enter__(self) -> None: ...
+    def pause(self, is_paused: bool) -> None:
+        """Holds the time of calls under way, or lets it go on."""
+        self._deadlines.pause(is_paused)
 
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, TimeoutError):
-            raise self._error(f"{self._doing} took over {TRAINING_DEADLINE:g} s at the Tinker service") from error
-        if isinstance(error, tinker.TinkerError | ValueError | KeyError):
-            raise self._error(f"{self._doing} failed at the Tinker service: {type(error).__name__}: {error}") from error
+    @contextmanager
+    def waiting(self, doing: str, error: type[SearchR1Error] = ServiceError) -> Iterator[None]:
+        """A block that waits for the service.
+
+        Args:
+            doing: what is being done, for the message.
+            error: what is raised when it fails or takes too long.
+        """
+        try:
+            with self._deadlines.limit(self.deadline) as scope:
+                yield
+        except SearchR1Error:
+            raise
+        except SDK_FAULTS as fault:
+            raise error(f"{doing} failed at the Tinker service: {fault_text(fault)}") from fault
+        if scope.cancelled_caught:
+            raise error(
+                f"{doing} took over {self.deadline:g} s at the Tinker service: if it is only slow, or paused for capacity, wait "
+                "longer (training_deadline)"
+            )
 
 
 async def until_done(future: tinker.APIFuture[Any]) -> None:

@@ -23,7 +23,7 @@ from searchr1_async.episodes.types import Episode, Group
 from searchr1_async.errors import CheckpointError, ConfigurationError
 from searchr1_async.events import BesideSampled, Emit, MinibatchLearned, MinibatchSubmitted, Notice
 from searchr1_async.learn.advantages import advantages, token_weight
-from searchr1_async.learn.calls import TRAINING_DEADLINE, training_faults, until_done, when_done
+from searchr1_async.learn.calls import TrainingCalls, until_done, when_done
 from searchr1_async.learn.examples import sampled_logprobs, to_datum, to_supervised_datum
 from searchr1_async.learn.figures import LearnedMinibatch, learning_metrics, optimizer_metrics
 from searchr1_async.learn.penalty import base_logprobs, kl_penalties
@@ -97,11 +97,13 @@ class StepInProgress:
         sampler: tinker.APIFuture[tinker.SamplingClient] | None,
         state: tinker.APIFuture[tinker_types.SaveWeightsResponse],
         kept: tinker.APIFuture[tinker_types.SaveWeightsForSamplerResponse] | None,
+        calls: TrainingCalls,
     ) -> None:
         self._batch = batch
         self._sampler = sampler
         self._state = state
         self._kept = kept
+        self._calls = calls
 
     async def published(self) -> tinker.SamplingClient | None:
         """Waits until the new weights can be sampled; None where the weights did not change.
@@ -111,14 +113,13 @@ class StepInProgress:
         """
         if self._sampler is None:
             return None
-        with training_faults("an optimiser step"):
-            with anyio.fail_after(TRAINING_DEADLINE):
-                client = await self._sampler
-                # Weights that lack a part of their batch must not be sampled. By now the service is done with all of it.
-                for minibatch in self._batch.minibatches:
-                    await minibatch.future
-                for step in self._batch.steps:
-                    await step
+        with self._calls.waiting("an optimiser step"):
+            client = await self._sampler
+            # Weights that lack a part of their batch must not be sampled. By now the service is done with all of it.
+            for minibatch in self._batch.minibatches:
+                await minibatch.future
+            for step in self._batch.steps:
+                await step
         return client
 
     async def finished(self) -> FinishedStep:
@@ -129,14 +130,12 @@ class StepInProgress:
             CheckpointError: the checkpoint could not be saved.
         """
         batch = self._batch
-        with training_faults("an optimiser step"):
-            with anyio.fail_after(TRAINING_DEADLINE):
-                learned = [await one.learned() for one in batch.minibatches]
-                steps = [await step for step in batch.steps]
-        with training_faults("saving a checkpoint", CheckpointError):
-            with anyio.fail_after(TRAINING_DEADLINE):
-                state_path = (await self._state).path
-                sampler_path = (await self._kept).path if self._kept is not None else None
+        with self._calls.waiting("an optimiser step"):
+            learned = [await one.learned() for one in batch.minibatches]
+            steps = [await step for step in batch.steps]
+        with self._calls.waiting("saving a checkpoint", CheckpointError):
+            state_path = (await self._state).path
+            sampler_path = (await self._kept).path if self._kept is not None else None
         metrics = optimizer_metrics([step.metrics or {} for step in steps])
         metrics |= await anyio.to_thread.run_sync(learning_metrics, learned)
         metrics["optim/lr"] = batch.learning_rate
@@ -179,6 +178,7 @@ class Learner:
         self._emit = emit
         self._base = base if settings.kl_coefficient > 0 else None
         self._kind: WeightsInFlight = weights_in_flight
+        self._calls = TrainingCalls(settings.training_deadline)
         self.loss: LossName = loss or settings.loss or "importance_sampling"
         """What is asked of the service."""
         self.when_learned: Callable[[], None] = lambda: None
@@ -253,10 +253,9 @@ class Learner:
         Raises:
             ServiceError: the service was silent past the deadline.
         """
-        with training_faults("a training call"):
-            with anyio.fail_after(TRAINING_DEADLINE):
-                while not self.is_idle:
-                    await until_done(self._outstanding[-1])
+        with self._calls.waiting("a training call"):
+            while not self.is_idle:
+                await until_done(self._outstanding[-1])
 
     def end_part(self, step: int, total: int) -> None:
         """Steps the optimiser over what was submitted since its last step, if anything was.
@@ -301,7 +300,7 @@ class Learner:
         for future in (sampler, state, kept):
             if future is not None:
                 self._watch(future)
-        return StepInProgress(batch, sampler, state, kept)
+        return StepInProgress(batch, sampler, state, kept, self._calls)
 
     def publish(self) -> tinker.APIFuture[tinker.SamplingClient]:
         """Asks for a client that samples from the weights as they are, to play groups with that are trained on."""
@@ -309,17 +308,25 @@ class Learner:
             record_stability_info=self.loss == "stable_reinforce", kind=self._kind
         )
 
+    async def published(self) -> tinker.SamplingClient:
+        """The client of :meth:`publish`, once it is there.
+
+        Raises:
+            ServiceError: the weights could not be published.
+        """
+        with self._calls.waiting("publishing the weights"):
+            return await self.publish()
+
     async def keep_weights(self, name: str) -> tuple[str, str]:
         """Saves the weights as they are for good; returns the ``tinker://`` paths of the training state and for sampling.
 
         Raises:
             CheckpointError: they could not be saved.
         """
-        with training_faults("saving a checkpoint", CheckpointError):
-            with anyio.fail_after(TRAINING_DEADLINE):
-                state = self._client.save_state(name, overwrite=True)
-                sampler = self._client.save_weights_for_sampler(name)
-                return (await state).path, (await sampler).path
+        with self._calls.waiting("saving a checkpoint", CheckpointError):
+            state = self._client.save_state(name, overwrite=True)
+            sampler = self._client.save_weights_for_sampler(name)
+            return (await state).path, (await sampler).path
 
     async def supervised_step(self, episodes: Sequence[Episode], learning_rate: float) -> float:
         """One cross-entropy step on demonstrations; returns the mean loss a token.
@@ -332,13 +339,16 @@ class Learner:
         future = self._client.forward_backward(datums, "cross_entropy")
         self._emit(MinibatchSubmitted(0, 0, len(datums), trained))
         optim = self._client.optim_step(self._adam(learning_rate, gradient_clip=0.0))
-        with training_faults("a warm-up step"):
-            with anyio.fail_after(TRAINING_DEADLINE):
-                output = await future
-                self._emit(MinibatchLearned(0, len(datums), trained))
-                await optim
+        with self._calls.waiting("a warm-up step"):
+            output = await future
+            self._emit(MinibatchLearned(0, len(datums), trained))
+            await optim
         tokens = sum(episode.action_token_count for episode in episodes)
         return float(output.metrics["loss:sum"]) / max(1, tokens)
+
+    def pause(self, is_paused: bool) -> None:
+        """Holds the time limits of training calls, or lets them go on; the calls themselves go on."""
+        self._calls.pause(is_paused)
 
     def _count(self, usage: TokenUsage) -> None:
         self.usage += usage
@@ -368,7 +378,7 @@ class Learner:
         assert self._base is not None
         episodes = [episode for group in groups for episode in group.episodes]
         before = self.usage
-        found = iter(await base_logprobs(self._base, episodes, deadline=TRAINING_DEADLINE, count=self._count))
+        found = iter(await base_logprobs(self._base, episodes, self._calls, count=self._count))
         read = self.usage - before  # this task alone asks for learning
         self._emit(BesideSampled(read.prompt, read.cached, read.sampled))
         return [[next(found) for _ in group.episodes] for group in groups]

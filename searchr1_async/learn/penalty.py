@@ -10,8 +10,10 @@ import tinker
 from numpy.typing import NDArray
 from tinker import types as tinker_types
 
+from searchr1_async.boundary.sdk import SDK_FAULTS, fault_text
 from searchr1_async.episodes.types import Episode
 from searchr1_async.errors import ServiceError
+from searchr1_async.learn.calls import TrainingCalls
 from searchr1_async.usage import TokenUsage
 
 _AT_ONCE = 64
@@ -37,8 +39,8 @@ def kl_penalties(differences: Sequence[NDArray[np.float64]], coefficient: float)
 async def base_logprobs(
     client: tinker.SamplingClient,
     episodes: Sequence[Episode],
+    calls: TrainingCalls,
     *,
-    deadline: float,
     count: Callable[[TokenUsage], None] = lambda usage: None,
 ) -> list[NDArray[np.float64]]:
     """Log-probabilities of each episode's sampled tokens [A] under the model behind ``client``.
@@ -46,7 +48,7 @@ async def base_logprobs(
     One request an episode, of which up to 64 are under way.
 
     Args:
-        deadline: seconds for all of them together.
+        calls: the time limit for all of them together.
         count: gets the tokens of each request as they become known: its prompt when it is asked, what of it was cached and the
             one token that is sampled beside it when it is answered.
 
@@ -61,24 +63,19 @@ async def base_logprobs(
         async with slots:
             try:
                 found[place] = await _sampled_base_logprobs(client, episodes[place], count)
-            except (tinker.TinkerError, ValueError) as error:
+            except SDK_FAULTS as error:
                 failures.append(error)
                 stop.cancel()
 
-    try:
-        with anyio.fail_after(deadline):
-            async with anyio.create_task_group() as tasks:
-                for place, episode in enumerate(episodes):
-                    if episode.turns:
-                        tasks.start_soon(one, place, tasks.cancel_scope)
-    except TimeoutError as error:
-        raise ServiceError(
-            f"the base model's log-probabilities took over {deadline:g} s at the Tinker service"
-        ) from error
+    with calls.waiting("asking for the base model's log-probabilities"):
+        async with anyio.create_task_group() as tasks:
+            for place, episode in enumerate(episodes):
+                if episode.turns:
+                    tasks.start_soon(one, place, tasks.cancel_scope)
     if failures:
         error = failures[0]
         raise ServiceError(
-            f"the Tinker service gave no log-probabilities of the base model: {type(error).__name__}: {error}"
+            f"the Tinker service gave no log-probabilities of the base model: {fault_text(error)}"
         ) from error
     return found
 

@@ -6,6 +6,6 @@ Reached only through the ``tinker`` SDK, like the cloud: start it with :func:`lo
 
 from __future__ import annotations
 
-from searchr1_async.local.process import DEFAULT_MODEL, LocalService, Scripted, local_service, probe
+from searchr1_async.local.process import DEFAULT_MODEL, LocalService, Scripted, local_service
 
-__all__ = ["DEFAULT_MODEL", "LocalService", "Scripted", "local_service", "probe"]
+__all__ = ["DEFAULT_MODEL", "LocalService", "Scripted", "local_service"]

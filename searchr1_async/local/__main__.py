@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import importlib
 import json
 import logging
@@ -23,6 +22,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+from searchr1_async.boundary.open_files import raise_limit
 from searchr1_async.boundary.paths import path_argument
 from searchr1_async.errors import ConfigurationError, ModelError, PortInUseError, SearchR1Error
 from searchr1_async.local.backend import Backend
@@ -151,7 +151,7 @@ async def _serve(
     from searchr1_async.local.checkpoints import CheckpointStore
     from searchr1_async.local.server import ServiceOptions, serve
 
-    _allow_connections()
+    raise_limit()
     loop = asyncio.get_running_loop()
     for number in signals:
         loop.add_signal_handler(number, stop.set)
@@ -170,17 +170,6 @@ async def _serve(
             await stop.wait()
     finally:
         backend.close()
-
-
-def _allow_connections() -> None:
-    """Raises the limit of open files, which is 256 or 1024 on most systems, to what this process may have."""
-    with contextlib.suppress(ImportError, OSError, ValueError):
-        import resource
-
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        wanted = 65536 if hard == resource.RLIM_INFINITY else min(65536, hard)
-        if soft < wanted:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 async def _until(stop: asyncio.Event, loading: Any) -> Any:

@@ -58,12 +58,21 @@ def resolve_model(name: str) -> ModelFiles:
             raise ModelError(f"The folder {name!r} holds no config.json, so it is no Hugging Face model.")
         return ModelFiles(name, folder.resolve())
     if name in _DEFAULT_MODEL_NAMES:
-        converted = cache_folder() / "models" / f"SmolLM2-135M-Instruct-q4_1-{_CONVERSION_VERSION}"
+        converted = _converted_folder()
         if (converted / "config.json").is_file():
             return ModelFiles(name, converted)
         if (gguf_file := _wheel_gguf()) is not None:
             return ModelFiles(name, _convert_once(gguf_file, converted))
     return ModelFiles(name, _from_hub(DEFAULT_MODEL if name in _DEFAULT_MODEL_NAMES else name))
+
+
+def local_copy(name: str) -> Path | None:
+    """The folder of a model that needs no download: a local folder, or the default model where it is installed; None elsewhere."""
+    if name in _DEFAULT_MODEL_NAMES:
+        is_here = (_converted_folder() / "config.json").is_file() or _wheel_gguf() is not None
+    else:
+        is_here = (Path(name).expanduser() / "config.json").is_file()
+    return resolve_model(name).folder if is_here else None
 
 
 def published_name(name: str) -> str:
@@ -72,6 +81,10 @@ def published_name(name: str) -> str:
         return DEFAULT_MODEL
     path = Path(name).expanduser()
     return path.resolve().name if path.is_absolute() or path.is_dir() else name
+
+
+def _converted_folder() -> Path:
+    return cache_folder() / "models" / f"SmolLM2-135M-Instruct-q4_1-{_CONVERSION_VERSION}"
 
 
 def _wheel_gguf() -> Path | None:

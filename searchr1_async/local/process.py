@@ -19,19 +19,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import anyio
 import anyio.to_thread
 from anyio.abc import Process
 
-from searchr1_async.errors import (
-    ConfigurationError,
-    ModelError,
-    PortInUseError,
-    ServiceError,
-    ServiceStartError,
-    ServiceUnavailableError,
-)
+from searchr1_async.boundary.waits import Tell, bounded_wait, say_nothing
+from searchr1_async.errors import ConfigurationError, ModelError, PortInUseError, ServiceError, ServiceStartError
 
 logger = logging.getLogger(__name__)
 
@@ -88,13 +81,15 @@ async def local_service(
     log_path: Path | None = None,
     options: Mapping[str, Any] | None = None,
     backend_options: Mapping[str, Any] | None = None,
+    tell: Tell = say_nothing,
 ) -> AsyncIterator[LocalService]:
     """Runs the embedded service in a process of its own until the block ends.
 
     ``folder`` keeps its checkpoints, across processes. ``port`` 0 takes a free one. ``threads`` is the number of the
     model's compute threads (default: all processors). ``log_path`` (default ``<folder>/service.log``) gets what the
     child logs. ``options`` are fields of :class:`~searchr1_async.local.server.ServiceOptions`, ``backend_options`` further
-    arguments of ``TorchBackend.load``. ``scripted`` replaces the model by a script; ``model`` is then only a name.
+    arguments of ``TorchBackend.load``. ``scripted`` replaces the model by a script; ``model`` is then only a name. ``tell`` is
+    told of a start that takes over 5 seconds.
 
     Raises :class:`ModelError` for an unknown model, :class:`PortInUseError`, :class:`ConfigurationError` for other
     settings that the child refuses, and :class:`ServiceStartError` when it does not come up within ``start_timeout``
@@ -119,7 +114,7 @@ async def local_service(
     }
     async with _child(log_path, threads) as process:
         try:
-            with anyio.fail_after(start_timeout):
+            with bounded_wait(f"the embedded service loads {model}", tell, start_timeout):
                 ready = await _handshake(process, settings)
         except TimeoutError:
             raise ServiceStartError(
@@ -217,30 +212,3 @@ def _tail(log_path: Path) -> str:
     except OSError:
         lines = []
     return f"the end of its log {log_path}:\n" + "\n".join(lines or ["(empty)"])
-
-
-async def probe(url: str, timeout: float = 10.0) -> None:
-    """Asks a Tinker service whether it is there.
-
-    Raises :class:`ServiceUnavailableError`, naming the URL, within ``timeout`` seconds: the SDK itself would try a dead
-    address for minutes. A service that answers 401 or 403 without a key is there.
-    """
-    address = f"{url.rstrip('/')}/api/v1/healthz"
-    try:
-        async with (
-            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=timeout)) as session,
-            session.get(address) as response,
-        ):
-            body = await response.content.read(4096)
-            status = response.status
-            if status in (401, 403):
-                return
-            answer = json.loads(body)
-    except TimeoutError:
-        raise ServiceUnavailableError(f"the Tinker service at {url} did not answer within {timeout:g} s") from None
-    except (aiohttp.ClientError, OSError) as error:
-        raise ServiceUnavailableError(f"the Tinker service at {url} cannot be reached: {error}") from error
-    except ValueError:
-        answer, status = None, "no JSON"
-    if not isinstance(answer, dict) or answer.get("status") != "ok":
-        raise ServiceUnavailableError(f"what answers at {url} is no Tinker service (GET {address}: {status})")

@@ -17,9 +17,10 @@ A service that is slow by nature, whatever the load, holds nothing down.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
+from searchr1_async.boundary.open_files import OpenFiles
 from searchr1_async.boundary.settings import Count, check_settings
 
 
@@ -61,6 +62,11 @@ class LimitSettings:
 
     def __post_init__(self) -> None:
         check_settings(self)
+
+    def within(self, files: OpenFiles) -> LimitSettings:
+        """These bounds, as far as this process may open connections: each request holds one, on which it waits."""
+        requests = files.requests
+        return self if requests is None else replace(self, most_requests=min(self.most_requests, requests))
 
 
 @dataclass(eq=False, frozen=True, slots=True)

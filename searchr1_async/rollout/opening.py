@@ -9,11 +9,12 @@ from typing import Any
 
 import anyio
 
+from searchr1_async.boundary.open_files import raise_limit
 from searchr1_async.config import SamplingSettings
 from searchr1_async.episodes.dialect import make_dialect
 from searchr1_async.episodes.play import SearchTool
 from searchr1_async.episodes.reward import RewardFunction
-from searchr1_async.events import Emit, RolloutSampled
+from searchr1_async.events import Emit, Notice, RolloutSampled
 from searchr1_async.rollout.engine import PlayTally, RolloutEngine
 from searchr1_async.rollout.garbage import rare_collections
 from searchr1_async.rollout.gate import GateStatistics, SampleGate, gate_metrics
@@ -63,7 +64,10 @@ async def open_engine(
         instructions=spec.instructions,
         method=spec.method,
     )
-    gate = SampleGate(SampleLimit(LimitSettings(most=sampling.max_episodes_in_flight)))
+    files, bounds = raise_limit(), LimitSettings(most=sampling.max_episodes_in_flight)
+    if (warning := files.warning(min(bounds.most, bounds.most_requests))) is not None:
+        emit(Notice(warning, is_warning=True))
+    gate = SampleGate(SampleLimit(bounds.within(files)))
     counted = CountedSearch(search)
     local = LocalPlayer(dialect, counted, spec.limits, gate, spec.first_turn, spec.method)
     tally = PlayTally()

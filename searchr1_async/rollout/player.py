@@ -9,13 +9,13 @@ from typing import Protocol
 
 import anyio
 
+from searchr1_async.boundary.waits import PausableDeadlines
 from searchr1_async.config import EpisodeLimits, FirstTurn
 from searchr1_async.episodes.dialect import Dialect
 from searchr1_async.episodes.methods import Method, limits_for
 from searchr1_async.episodes.play import Policy, SampledTurn, SearchTool, play
 from searchr1_async.episodes.types import Episode, Passage, Question, SearchCall, StopReason
 from searchr1_async.errors import SearchError, ServiceError
-from searchr1_async.rollout.deadlines import PausableDeadlines
 from searchr1_async.rollout.gate import SampleGate
 from searchr1_async.rollout.turns import LoopTurns
 
@@ -131,7 +131,9 @@ class LocalPlayer:
             episode = await play(
                 task.question,
                 dialect=self._dialect,
-                policy=_GatedPolicy(policy, self._gate, self._turns, 0 if first is None else 1, task.yields),
+                policy=_GatedPolicy(
+                    policy, self._gate, self._turns, self._deadlines, 0 if first is None else 1, task.yields
+                ),
                 search=_SharedSearch(self._search, self._turns),
                 limits=self._limits,
                 first_turn=first,
@@ -166,9 +168,10 @@ class LocalPlayer:
     ) -> Sequence[SampledTurn]:
         members = len(task.members)
         async with self._gate.slot(samples=members, tokens=len(prompt), yields=task.yields) as slot:
-            firsts = await policy.sample_many(
-                prompt, members, max_tokens=self._limits.max_tokens, stop=self._dialect.stop, seed=task.seed
-            )
+            with self._deadlines.governing():
+                firsts = await policy.sample_many(
+                    prompt, members, max_tokens=self._limits.max_tokens, stop=self._dialect.stop, seed=task.seed
+                )
             slot.finished([len(turn.tokens) for turn in firsts], firsts[0].cached_prompt_tokens)
         return firsts
 
@@ -203,6 +206,7 @@ class _GatedPolicy:
     policy: Policy
     gate: SampleGate
     turns: LoopTurns
+    deadlines: PausableDeadlines
     turn: int
     yields: bool
 
@@ -211,7 +215,8 @@ class _GatedPolicy:
     ) -> SampledTurn:
         async with self.gate.slot(turn=self.turn, tokens=len(prompt_tokens), yields=self.yields) as slot:
             await self.turns.turn()  # handing a request to the SDK takes about a millisecond of this thread
-            sampled = await self.policy.sample(prompt_tokens, max_tokens=max_tokens, stop=stop, seed=seed)
+            with self.deadlines.governing():
+                sampled = await self.policy.sample(prompt_tokens, max_tokens=max_tokens, stop=stop, seed=seed)
             slot.finished([len(sampled.tokens)], sampled.cached_prompt_tokens)
         self.turn += 1
         await self.turns.turn()  # it is read next

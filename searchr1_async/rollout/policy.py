@@ -6,10 +6,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import anyio
 import tinker
 from tinker import types as tinker_types
 
+from searchr1_async.boundary.sdk import SDK_FAULTS, fault_text
+from searchr1_async.boundary.waits import time_limit
 from searchr1_async.config import SamplingSettings
 from searchr1_async.episodes.play import SampledTurn
 from searchr1_async.errors import ServiceError
@@ -60,15 +61,16 @@ class TinkerPolicy:
         # Neither checked nor copied: they are tokens, and stay as they are until the answer is there.
         chunk = tinker_types.EncodedTextChunk.model_construct(tokens=prompt_tokens)
         prompt = tinker_types.ModelInput(chunks=[chunk])
+        response: tinker_types.SampleResponse | None = None
         try:
-            with anyio.fail_after(self.settings.deadline):
+            with time_limit(self.settings.deadline):
                 response = await self.client.sample(prompt, count, params)
-        except TimeoutError as error:
+        except SDK_FAULTS as error:
+            raise ServiceError(f"the Tinker service gave no sample: {fault_text(error)}") from error
+        if response is None:
             raise ServiceError(
                 f"the Tinker service gave no sample within {self.settings.deadline:g} s (the sampling deadline)"
-            ) from error
-        except (tinker.TinkerError, ValueError) as error:
-            raise ServiceError(f"the Tinker service gave no sample: {type(error).__name__}: {error}") from error
+            )
         seconds = time.monotonic() - began
         turns: list[SampledTurn] = []
         for sequence in response.sequences:

@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TextIO
@@ -28,6 +28,8 @@ from searchr1_async.events import (
     RunEnded,
     RunPaused,
     RunResumed,
+    ServiceAnswers,
+    ServiceSilent,
     StepFinished,
 )
 
@@ -107,6 +109,29 @@ class Estimate:
 
 
 @dataclass(slots=True)
+class Holds:
+    """Why a run is held, from its events: it is paused, its Tinker service does not answer, or both."""
+
+    reasons: set[str] = field(default_factory=set)
+
+    def see(
+        self, event: RunPaused | RunResumed | ServiceSilent | ServiceAnswers, estimates: Iterable[Estimate], now: float
+    ) -> None:
+        """Holds the estimates, or lets them go on."""
+        reason = "pause" if isinstance(event, RunPaused | RunResumed) else "service"
+        if isinstance(event, RunPaused | ServiceSilent):
+            self.reasons.add(reason)
+        else:
+            self.reasons.discard(reason)
+        for estimate in estimates:
+            self.apply(estimate, now)
+
+    def apply(self, estimate: Estimate, now: float) -> None:
+        """Holds an estimate, or lets it go on, as the run stands."""
+        (estimate.hold if self.reasons else estimate.go_on)(now)
+
+
+@dataclass(slots=True)
 class _Phase:
     event: PhaseStarted
     estimate: Estimate
@@ -159,6 +184,7 @@ class ConsoleProgress:
         self._progress: Progress | None = None
         self._phases: dict[str, _Phase] = {}
         self._tally = _Tally(since=clock())
+        self._holds = Holds()
 
     def __enter__(self) -> ConsoleProgress:
         if self._live_wanted:
@@ -200,12 +226,11 @@ class ConsoleProgress:
                 self._count(event, now)
             case StepFinished():
                 self._step(event, now)
-            case RunPaused() | RunResumed():
-                for phase in self._phases.values():
-                    (phase.estimate.hold if isinstance(event, RunPaused) else phase.estimate.go_on)(now)
-                self._line(
-                    "paused: nothing more is asked of the services" if isinstance(event, RunPaused) else "resumed"
-                )
+            case RunPaused() | RunResumed() | ServiceSilent() | ServiceAnswers():
+                self._holds.see(event, [phase.estimate for phase in self._phases.values()], now)
+                if isinstance(event, RunPaused | RunResumed):  # of the service there is a notice
+                    is_paused = isinstance(event, RunPaused)
+                    self._line("paused: nothing more is asked of the services" if is_paused else "resumed")
             case RunEnded():
                 self._line(f"run {event.reason}", warning=event.reason == "failed")
             case _:  # a checkpoint is saved in every step: the step's own line stands for it
@@ -213,6 +238,7 @@ class ConsoleProgress:
 
     def _start(self, event: PhaseStarted, now: float) -> None:
         estimate = Estimate(event.total, now, seconds_at_most=event.seconds_at_most)
+        self._holds.apply(estimate, now)
         phase = _Phase(event, estimate, line_due=now + SECONDS_BETWEEN_LINES)
         if event.phase in self._phases:
             self._hide(self._phases.pop(event.phase))

@@ -29,6 +29,8 @@ from searchr1_async.events import (
     RunPaused,
     RunResumed,
     RunStarted,
+    ServiceAnswers,
+    ServiceSilent,
     StepFinished,
     WeightsPublished,
 )
@@ -44,7 +46,7 @@ from searchr1_async.watch.live.snapshot import (
     Snapshot,
     Standing,
 )
-from searchr1_async.watch.progress import Estimate
+from searchr1_async.watch.progress import Estimate, Holds
 
 LATE_SECONDS = 0.02
 """Median lag from which the event loop counts as late; an idle one is under 1 ms."""
@@ -140,7 +142,7 @@ class RunState:
         self._reason = ""
         self._run = RunStarted("train", "", False, "")
         self._step = 0
-        self._is_paused = False
+        self._held = Holds()
         self._phases: dict[str, _Phase] = {}
         self._tally = _Tally()
         self._rollout: RolloutSampled | None = None
@@ -240,14 +242,8 @@ class RunState:
                 self._evaluated(event)
             case CheckpointSaved():
                 self._checkpoint = event.path[:_LONGEST_TEXT]
-            case RunPaused():
-                self._is_paused = True
-                for phase in self._phases.values():
-                    phase.estimate.hold(now)
-            case RunResumed():
-                self._is_paused = False
-                for phase in self._phases.values():
-                    phase.estimate.go_on(now)
+            case RunPaused() | RunResumed() | ServiceSilent() | ServiceAnswers():
+                self._held.see(event, [phase.estimate for phase in self._phases.values()], now)
             case RunEnded():
                 self.end(event.reason, now)
             case _:
@@ -257,7 +253,9 @@ class RunState:
         if isinstance(event, PhaseStarted):
             if event.phase not in self._phases and len(self._phases) >= 8:
                 self._phases.pop(next(iter(self._phases)))
-            self._phases[event.phase] = _Phase(event, Estimate(event.total, now, seconds_at_most=event.seconds_at_most))
+            estimate = Estimate(event.total, now, seconds_at_most=event.seconds_at_most)
+            self._held.apply(estimate, now)
+            self._phases[event.phase] = _Phase(event, estimate)
         elif isinstance(event, PhaseEnded):
             self._phases.pop(event.phase, None)
         elif (phase := self._phases.get(event.phase)) is not None:
@@ -387,7 +385,7 @@ class RunState:
     def _standing(self) -> Standing:
         if self._ended_at is not None:
             return "ended"
-        if self._is_paused:
+        if "pause" in self._held.reasons:
             return "paused"
         return "running" if self._run.model or self._phases or self._rollout else "starting"
 

@@ -18,6 +18,7 @@ from searchr1_async.episodes.types import Episode, Group, Question, StopReason, 
 from searchr1_async.errors import ServiceError
 from searchr1_async.events import emit_nothing
 from searchr1_async.learn.advantages import NOMINAL_TOKENS
+from searchr1_async.learn.calls import TrainingCalls
 from searchr1_async.learn.learner import Learner
 from searchr1_async.learn.penalty import base_logprobs, kl_penalties
 from searchr1_async.local.scripted import scale_free
@@ -103,7 +104,7 @@ async def test_base_logprobs_are_those_of_the_sampled_tokens(service: tinker.Ser
     unplayed = Episode(GROUPS[0].question, (1,), (), StopReason.MAX_TRAJECTORY_TOKENS)
     episodes = [*GROUPS[0].episodes, unplayed, *GROUPS[1].episodes]
     used: list[TokenUsage] = []
-    found = await base_logprobs(base, episodes, deadline=30, count=used.append)
+    found = await base_logprobs(base, episodes, TrainingCalls(30), count=used.append)
     assert len(found[4]) == 0
     total = total_usage(used)
     assert total == TokenUsage(sum(len(one.tokens) for one in episodes if one.turns), total.cached, 8)
@@ -116,9 +117,9 @@ async def test_a_service_that_refuses_or_hangs_is_named(service: tinker.ServiceC
     base = await service.create_sampling_client(base_model="scripted")
     long = Episode(GROUPS[0].question, (1,) * 40_000, GROUPS[0].episodes[0].turns, StopReason.ANSWER)
     with pytest.raises(ServiceError, match=r"no log-probabilities of the base model: .*exceed"):
-        await base_logprobs(base, [*GROUPS[0].episodes, long], deadline=30)
+        await base_logprobs(base, [*GROUPS[0].episodes, long], TrainingCalls(30))
     with pytest.raises(ServiceError, match="took over 0 s"):
-        await base_logprobs(base, GROUPS[0].episodes, deadline=0)
+        await base_logprobs(base, GROUPS[0].episodes, TrainingCalls(0))
 
 
 @given(st.lists(st.lists(st.floats(-5, 5), max_size=20), min_size=1, max_size=8), st.floats(0, 2))

@@ -9,11 +9,11 @@ from typing import Any
 import anyio
 import pytest
 
+from searchr1_async.boundary.waits import PausableDeadlines
 from searchr1_async.config import EpisodeLimits
 from searchr1_async.episodes.chatml import ChatMLRenderer
 from searchr1_async.episodes.dialect import TagsDialect
 from searchr1_async.episodes.types import Episode, Question, StopReason
-from searchr1_async.rollout.deadlines import PausableDeadlines
 from searchr1_async.rollout.gate import SampleGate
 from searchr1_async.rollout.player import GroupTask, LocalPlayer
 from tests.local.tiny import make_tiny_tokenizer

@@ -18,9 +18,13 @@ from searchr1_async.events import (
     PhaseEnded,
     PhaseStarted,
     RunEnded,
+    RunPaused,
+    RunResumed,
+    ServiceAnswers,
+    ServiceSilent,
     StepFinished,
 )
-from searchr1_async.watch.progress import ConsoleProgress, Estimate, duration
+from searchr1_async.watch.progress import ConsoleProgress, Estimate, Holds, duration
 from tests.watch.builders import episode, group
 
 STEP = {
@@ -233,3 +237,19 @@ def test_a_pause_counts_neither_for_the_pace_nor_for_the_limit() -> None:
     assert estimate.seconds_left(660.0) == pytest.approx(540.0)
     estimate.advance(20, 720.0)
     assert estimate.seconds_left(720.0) == pytest.approx(480.0)
+
+
+def test_the_estimate_stands_still_while_the_service_is_away() -> None:
+    """Also where a pause by hand overlaps the outage, and for a phase that begins in it."""
+    estimates = [Estimate(10, 0.0)]
+    holds = Holds()
+    for done in range(1, 5):
+        estimates[0].advance(done, 10.0 * done)
+    before = estimates[0].seconds_left(41.0)
+    holds.see(ServiceSilent(), estimates, 41.0)
+    assert estimates[0].seconds_left(500.0) == before
+    holds.see(RunPaused(), estimates, 600.0)
+    holds.see(ServiceAnswers(), estimates, 700.0)
+    assert estimates[0].seconds_left(900.0) == before
+    holds.see(RunResumed(), estimates, 1000.0)
+    assert estimates[0].seconds_left(1002.0) == before - 2

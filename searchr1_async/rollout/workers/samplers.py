@@ -12,6 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import tinker
 from tinker.lib.client_connection_pool_type import ClientConnectionPoolType
 
+from searchr1_async.boundary.sdk import SDK_FAULTS
 from searchr1_async.config import SamplingSettings
 from searchr1_async.episodes.play import SampledTurn
 from searchr1_async.errors import ConfigurationError, ServiceError
@@ -68,7 +69,7 @@ class SamplingClients:
             fields["holder"] = self._connections.setdefault(session, fields["holder"])
             handle = base64.urlsafe_b64encode(json.dumps(fields).encode()).decode()
             client = tinker.SamplingClient.from_sampler_handle(handle, api_key=sampler.api_key)
-        except (tinker.TinkerError, ValueError, KeyError, TypeError) as error:
+        except (*SDK_FAULTS, TypeError) as error:
             raise ServiceError(
                 f"a rollout worker could not open a sampler from its handle ({type(error).__name__})"
             ) from error

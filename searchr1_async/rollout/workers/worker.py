@@ -18,6 +18,7 @@ import anyio.to_thread
 from anyio.abc import TaskGroup
 
 from searchr1_async import errors
+from searchr1_async.boundary.open_files import raise_limit
 from searchr1_async.episodes.dialect import Dialect, make_dialect
 from searchr1_async.episodes.tokenizers import load_pretrained_tokenizer
 from searchr1_async.episodes.types import Episode, Passage
@@ -121,7 +122,7 @@ class Worker:
 
     def __init__(self, channel: WorkerChannel, spec: WorkerSpec, dialect: Dialect, clients: SamplingClients) -> None:
         self.channel = channel
-        self.gate = SampleGate(SampleLimit(spec.samples))
+        self.gate = SampleGate(SampleLimit(spec.samples.within(raise_limit())))
         self._clients = clients
         self._search = ForwardedSearch(channel)
         self._player = LocalPlayer(dialect, self._search, spec.limits, self.gate, spec.first_turn, spec.method)

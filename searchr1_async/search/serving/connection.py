@@ -6,12 +6,12 @@ import asyncio
 from collections.abc import Mapping
 from io import BytesIO
 from typing import Literal
-from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 import anyio
 from yarl import URL
 
+from searchr1_async.boundary.network import proxy_for
 from searchr1_async.errors import ConfigurationError, SearchError
 from searchr1_async.search.faults import PassingFault, RefusedInput, TooManyRequests
 from searchr1_async.search.serving.wire import PROTOCOL, SERVICE, ServedFacts, loads
@@ -58,7 +58,7 @@ class Connection:
             return
         await self.aclose()
         self._loop = asyncio.get_running_loop()
-        self._proxy = None if proxy_bypass(self._url.host or "") else getproxies().get(self._url.scheme)
+        self._proxy = proxy_for(str(self._url))
         self._session = aiohttp.ClientSession(
             # No limit of its own: its user keeps to what the service takes.
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_SECONDS),

@@ -8,12 +8,11 @@ from dataclasses import dataclass, field
 from io import BytesIO
 from typing import Any, Literal
 from urllib.parse import quote
-from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 import orjson
-from yarl import URL
 
+from searchr1_async.boundary.network import proxy_for
 from searchr1_async.errors import SearchError, StoreError
 from searchr1_async.search.embedders.base import Vectors
 from searchr1_async.search.faults import RefusedInput
@@ -83,7 +82,8 @@ class ServerDatabase:
         if self._session is not None:  # left open by an event loop that is gone, and its connections with it
             self._session.detach()
         self._loop, self._root = asyncio.get_running_loop(), None
-        self._proxy = _proxy(URL(self._address.url))
+        # aiohttp's "trust_env" would look in a thread at each request: 0.5 ms.
+        self._proxy = proxy_for(self._address.url)
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=self._connections, keepalive_timeout=IDLE_SECONDS),
             timeout=aiohttp.ClientTimeout(total=self._timeout, sock_connect=CONNECT_SECONDS),
@@ -199,11 +199,6 @@ class ServerDatabase:
             return encoded if len(encoded) <= WHOLE_BYTES else BytesIO(encoded)
         except orjson.JSONEncodeError as error:
             raise RefusedInput(f"{self._name}: a request cannot be sent: it holds text that is no Unicode") from error
-
-
-def _proxy(url: URL) -> str | None:
-    """The environment's proxy for the server. aiohttp's ``trust_env`` would look in a thread at each request: 0.5 ms."""
-    return None if proxy_bypass(url.host or "") else getproxies().get(url.scheme)
 
 
 def _only_database(name: str, identity: Any, tenant: str | None, database: str | None) -> tuple[str, str]:

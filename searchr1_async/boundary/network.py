@@ -1,0 +1,196 @@
+"""How services are reached: the proxies of the environment, loopback addresses, and whether a Tinker service answers.
+
+The SDK has two HTTP clients, httpx and reqwest. Both read ``HTTP_PROXY``, ``HTTPS_PROXY``, ``ALL_PROXY`` and ``NO_PROXY``, and
+read ``NO_PROXY`` differently: httpx knows no networks (``127.0.0.0/8``), and ``*`` is no address for reqwest. What the SDK is to reach directly is therefore written
+into ``NO_PROXY`` by its host, which both understand.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import ipaddress
+import json
+import os
+from urllib.parse import SplitResult, urlsplit
+from urllib.request import getproxies, getproxies_environment, proxy_bypass
+
+import anyio
+import httpx
+
+from searchr1_async.boundary.values import shown
+from searchr1_async.errors import ConfigurationError, ServiceUnavailableError
+
+_SCHEMES = ("http", "https", "all")
+_NOT_HEALTHY = "answers, but not as a Tinker service"
+
+
+def checked_url(url: str, name: str) -> str:
+    """A service's base URL, without a slash at its end.
+
+    Args:
+        name: of the argument or the variable that holds it, for messages.
+
+    Raises:
+        ConfigurationError: it is no ``http://`` or ``https://`` URL with a host.
+    """
+    text = url.strip()
+    try:
+        parts = urlsplit(text)
+        is_good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        httpx.URL(text)
+    except (ValueError, httpx.InvalidURL):  # a port that is no number, half an IPv6 address
+        parts, is_good = SplitResult("", "", "", "", ""), False
+    if is_good:
+        return text.rstrip("/")
+    hint = f": did you mean {f'http://{text}'!r}?" if text and "://" not in text else ""
+    raise ConfigurationError(
+        f"{name} is {shown(url)}, which is no URL of a service{hint or ': give one such as http://127.0.0.1:8000'}"
+    )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host, a name or an address, is this machine itself."""
+    name = host.strip("[]").rstrip(".").lower()
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    try:
+        address = ipaddress.ip_address(name.partition("%")[0])
+    except ValueError:
+        return False
+    mapped = getattr(address, "ipv4_mapped", None) or address
+    return mapped.is_loopback or mapped.is_unspecified
+
+
+def prepare_proxies(url: str) -> None:
+    """Makes the SDK's clients in this process and its children reach ``url`` as the environment's proxies mean it.
+
+    A loopback address, and a host within a network of ``NO_PROXY``, is added to ``NO_PROXY``. Call it before a client is made.
+
+    Raises:
+        ConfigurationError: a proxy that no client could use: a SOCKS proxy without the library for it, or no URL.
+    """
+    found = getproxies()
+    used = {scheme: found[scheme] for scheme in _SCHEMES if found.get(scheme)}
+    excluded = [entry.strip() for entry in found.get("no", "").split(",") if entry.strip()]
+    if not used:
+        return
+    is_everything = "*" in excluded
+    for scheme, proxy in () if is_everything else used.items():
+        _check_proxy(f"{scheme.upper()}_PROXY", proxy)
+    host = urlsplit(url).hostname or ""
+    is_direct = is_everything or is_loopback(host) or any(_is_within(host, entry) for entry in excluded)
+    if is_direct and host not in excluded:
+        if not any(getproxies_environment().get(scheme) for scheme in _SCHEMES):
+            # Set in the system (macOS, Windows): one variable would hide all of them from Python.
+            os.environ.update({f"{scheme}_proxy": proxy for scheme, proxy in used.items()})
+        _exclude(host)
+
+
+def proxy_for(url: str) -> str | None:
+    """The proxy through which the environment wants a URL to be asked for; None for none, and for a loopback address.
+
+    For clients that know no SOCKS (aiohttp): a proxy of that kind counts as none.
+    """
+    found, parts = getproxies(), urlsplit(url)
+    proxy, host = found.get(parts.scheme) or found.get("all"), parts.hostname or ""
+    excluded = [entry.strip() for entry in found.get("no", "").split(",") if entry.strip()]
+    if (
+        not proxy
+        or proxy.lower().startswith("socks")
+        or is_loopback(host)
+        or proxy_bypass(host)
+        or any(_is_within(host, entry) for entry in excluded)
+    ):
+        return None
+    return proxy if "://" in proxy else f"http://{proxy}"
+
+
+async def probe(url: str, timeout: float = 10.0) -> None:
+    """Asks a Tinker service for its health, on the way that the SDK takes. One that wants a key for that is there.
+
+    Args:
+        timeout: seconds.
+
+    Raises:
+        ServiceUnavailableError: no answer in time, an error, or an answer of something else; the message names the URL.
+        ConfigurationError: see :func:`prepare_proxies`.
+    """
+    if (problem := await health_problem(url, timeout)) is not None:
+        raise ServiceUnavailableError(f"the Tinker service at {url} {problem}{_way(url)}")
+
+
+def health_client() -> httpx.AsyncClient:
+    """For :func:`health_problem`, where it is asked again and again: a client costs 20 ms. Use it as a context manager."""
+    return httpx.AsyncClient(timeout=None, follow_redirects=True)
+
+
+async def health_problem(url: str, timeout: float, client: httpx.AsyncClient | None = None) -> str | None:
+    """What is wrong with a Tinker service, after "the service at … "; None where it answers.
+
+    Args:
+        timeout: seconds.
+        client: of :func:`health_client`; None makes one.
+
+    Raises:
+        ConfigurationError: see :func:`prepare_proxies`.
+    """
+    if client is None:
+        prepare_proxies(url)
+        async with health_client() as client:
+            return await health_problem(url, timeout, client)
+    address = f"{url.rstrip('/')}/api/v1/healthz"
+    try:
+        with anyio.fail_after(timeout):
+            response = await client.get(address)
+    except TimeoutError:
+        return f"did not answer within {timeout:g} s"
+    except (httpx.HTTPError, OSError) as error:
+        return f"cannot be reached: {type(error).__name__}: {str(error) or repr(error.__cause__)}"
+    if response.status_code in (401, 403, 429):
+        return None
+    status = f"GET {address}: {response.status_code} {response.reason_phrase}".rstrip()
+    if response.status_code >= 500:
+        return f"answers with an error ({status}): it, or a proxy before it, is down"
+    try:
+        answer = json.loads(response.content)
+    except ValueError:
+        return f"{_NOT_HEALTHY}: what is there is no Tinker service ({status}, no JSON)"
+    if not isinstance(answer, dict) or answer.get("status") != "ok":
+        return f"{_NOT_HEALTHY}: what is there is no Tinker service ({status})"
+    return None
+
+
+def _check_proxy(name: str, proxy: str) -> None:
+    try:
+        httpx.Proxy(proxy if "://" in proxy else f"http://{proxy}")
+    except (ValueError, httpx.InvalidURL):
+        raise ConfigurationError(
+            f"{name} is set, and is no proxy that can be used: give http://host:port, or unset it"
+        ) from None
+    if proxy.lower().startswith("socks") and importlib.util.find_spec("socksio") is None:
+        raise ConfigurationError(
+            f"{name} names a SOCKS proxy, and the library for it is not installed, so that the Tinker SDK cannot make a client: "
+            f'pip install "httpx[socks]", or unset {name}'
+        )
+
+
+def _is_within(host: str, network: str) -> bool:
+    try:
+        return "/" in network and ipaddress.ip_address(host) in ipaddress.ip_network(network, strict=False)
+    except ValueError:
+        return False
+
+
+def _exclude(host: str) -> None:
+    # Where both spellings are set, httpx and reqwest each read another one.
+    for name in [name for name in ("no_proxy", "NO_PROXY") if os.environ.get(name)] or ["NO_PROXY"]:
+        entries = [entry.strip() for entry in os.environ.get(name, "").split(",") if entry.strip()]
+        os.environ[name] = ",".join([*entries, host]) if host not in entries else ",".join(entries)
+
+
+def _way(url: str) -> str:
+    """Through which proxy it was asked, without a password."""
+    if (proxy := proxy_for(url)) is None:
+        return ""
+    through = urlsplit(proxy)
+    return f" (asked through the proxy {through.hostname}:{through.port or 80} of the environment)"

@@ -1,0 +1,188 @@
+"""A connected Tinker service: training clients, sampling clients and checkpoints, each call with its deadline."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import anyio
+import tinker
+from tinker.types import ExternalWeightsUrlsResponse, WeightsInfoResponse
+
+from searchr1_async.boundary.sdk import SDK_FAULTS, fault_text
+from searchr1_async.boundary.waits import PausableDeadlines, Tell, bounded_wait, say_nothing
+from searchr1_async.endpoint import address_of
+from searchr1_async.errors import ServiceError
+from searchr1_async.offered import Offered
+from searchr1_async.reachability import ServiceWatch
+
+_SETUP_DEADLINE = 300.0
+"""Seconds for creating a session, a training client or a sampling client."""
+_EXTERNAL_DEADLINE = 1800.0
+"""Seconds for saving external weights: a large model's adapter is some gigabytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """A connected Tinker service and the model used on it."""
+
+    client: tinker.ServiceClient
+    model_name: str
+    tokenizer: Any
+    """The model's Hugging Face tokenizer."""
+    is_local: bool
+    """The embedded one, started here."""
+    is_tinker: bool = False
+    """Tinker's own cloud, as far as its address tells."""
+    offered: Offered = None
+    """The models that it lists; None where it has no list."""
+    model_folder: Path | None = None
+    """Where the weights of the embedded service's model are; None elsewhere."""
+    connect: Callable[[], AbstractAsyncContextManager[tinker.ServiceClient]] | None = field(default=None, repr=False)
+    """Opens another session; None where the client is the user's own."""
+    watch: ServiceWatch | None = field(default=None, repr=False)
+    """Watches whether it answers, while work uses it."""
+    tell: Tell = field(default=say_nothing, repr=False)
+    """Is told of waits over 5 seconds."""
+
+    @property
+    def url(self) -> str:
+        """Its base URL."""
+        return address_of(self.client)
+
+    @asynccontextmanager
+    async def session(self) -> AsyncIterator[Service]:
+        """The same service in a session of its own: the models that are opened in it are gone when the block ends."""
+        if self.connect is None:
+            yield self
+            return
+        async with self.connect() as client:
+            yield replace(self, client=client)
+
+    async def create_training_client(self, *, rank: int, seed: int) -> tinker.TrainingClient:
+        """A new LoRA adapter.
+
+        Raises:
+            ServiceError: refused, or no answer.
+        """
+        return await self._wait(
+            "creating a training client",
+            lambda: self.client.create_lora_training_client(self.model_name, rank=rank, seed=seed),
+        )
+
+    async def restore_training_client(self, state_path: str) -> tinker.TrainingClient:
+        """The weights and the optimiser saved under a ``tinker://`` path.
+
+        Raises:
+            ServiceError: it is gone (expired, another folder), or no answer.
+        """
+        return await self._wait(
+            f"restoring {state_path}",
+            lambda: self.client.create_training_client_from_state_with_optimizer(state_path),
+        )
+
+    async def load_weights(self, state_path: str) -> tinker.TrainingClient:
+        """A training client with the weights saved under a ``tinker://…/weights/…`` path and a new optimizer.
+
+        Raises:
+            ServiceError: they are gone (expired, another folder), or no answer.
+        """
+        return await self._wait(
+            f"loading {state_path}", lambda: self.client.create_training_client_from_state(state_path)
+        )
+
+    async def save_external(self, client: tinker.TrainingClient, name: str, *, ttl_seconds: int) -> str:
+        """Saves a model's adapter for download; returns its ``tinker://…/external_weights/…`` path.
+
+        Args:
+            ttl_seconds: after which the service deletes it; Tinker takes 3,600 or more.
+
+        Raises:
+            ServiceError: refused (an older service does not offer it), or no answer.
+        """
+        saved = await self._wait(
+            "saving external weights",
+            lambda: client.save_weights_external(name, ttl_seconds=ttl_seconds),
+            deadline=_EXTERNAL_DEADLINE,
+        )
+        return saved.path
+
+    async def external_urls(self, path: str) -> ExternalWeightsUrlsResponse:
+        """Signed URLs of the files of external weights.
+
+        Raises:
+            ServiceError: there are none, or no answer.
+        """
+        rest = await self._rest()
+        return await self._wait(f"asking for the files of {path}", lambda: rest.get_external_weights_urls(path))
+
+    async def weights_info(self, path: str) -> WeightsInfoResponse:
+        """The base model and the LoRA rank of saved weights.
+
+        Raises:
+            ServiceError: there are none, or no answer.
+        """
+        rest = await self._rest()
+        return await self._wait(f"asking about {path}", lambda: rest.get_weights_info_by_tinker_path(path))
+
+    async def create_sampling_client(
+        self, sampler_path: str | None = None, *, base_model: str | None = None
+    ) -> tinker.SamplingClient:
+        """Over saved weights, or over a base model: this service's, or another that it serves.
+
+        Raises:
+            ServiceError: refused, or no answer.
+        """
+        if sampler_path is not None:
+            return await self._wait(
+                f"opening {sampler_path}", lambda: self.client.create_sampling_client(model_path=sampler_path)
+            )
+        model = base_model or self.model_name
+        return await self._wait(f"opening {model}", lambda: self.client.create_sampling_client(base_model=model))
+
+    async def delete_checkpoint(self, path: str) -> None:
+        """Deletes a checkpoint that is no longer needed.
+
+        Raises:
+            ServiceError: it could not be deleted.
+        """
+        rest = await self._rest()
+        await self._wait(f"deleting {path}", lambda: rest.delete_checkpoint_from_tinker_path(path))
+
+    async def _wait(self, doing: str, submit: Callable[[], Any], deadline: float = _SETUP_DEADLINE) -> Any:
+        return await wait_for(doing, submit, deadline, self.tell, None if self.watch is None else self.watch.deadlines)
+
+    async def _rest(self) -> tinker.RestClient:
+        # Over the session's own connections, which are closed with it; its first use of an address blocks.
+        return await anyio.to_thread.run_sync(lambda: tinker.RestClient(self.client.holder))
+
+
+async def wait_for(
+    doing: str,
+    submit: Callable[[], Any],
+    deadline: float = _SETUP_DEADLINE,
+    tell: Tell = say_nothing,
+    deadlines: PausableDeadlines | None = None,
+) -> Any:
+    """Runs a call of the SDK that may block (it starts its session at the first) and waits for its result.
+
+    Args:
+        doing: what is being done, for messages.
+        deadline: seconds.
+        tell: is told of a wait over 5 seconds.
+        deadlines: the time stands still while these are held.
+
+    Raises:
+        ServiceError: refused, or no answer.
+    """
+    try:
+        with bounded_wait(f"{doing}: the Tinker service has not answered yet", tell, deadline, deadlines):
+            future = await anyio.to_thread.run_sync(submit, abandon_on_cancel=True)
+            return await future
+    except TimeoutError as error:
+        raise ServiceError(f"{doing}: the Tinker service did not answer within {deadline:g} s") from error
+    except SDK_FAULTS as error:
+        raise ServiceError(f"{doing} failed at the Tinker service: {fault_text(error)}") from error

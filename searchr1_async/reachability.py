@@ -1,0 +1,254 @@
+"""Whether the Tinker service answers while a run uses it: an outage is told within 15 seconds, waited out, and bounded.
+
+The SDK asks a service that is gone again and again, for minutes or for ever, and tells nobody. So whenever nothing was heard of
+the service for some seconds it is asked for its health, on the way that the SDK takes. An outage is told once, with the time at
+which the run gives up; meanwhile the run is held: nothing new is asked, and no time limit of its own runs out.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any
+
+import anyio
+
+from searchr1_async.boundary.network import health_client, health_problem
+from searchr1_async.boundary.sdk import PASSING_FAULTS, SDK_FAULTS
+from searchr1_async.boundary.waits import PausableDeadlines, clock_time
+from searchr1_async.config import MAX_SERVICE_OUTAGE
+from searchr1_async.errors import ServiceUnavailableError
+from searchr1_async.events import (
+    Emit,
+    Event,
+    MinibatchLearned,
+    Notice,
+    RolloutSampled,
+    ServiceAnswers,
+    ServiceSilent,
+    StepFinished,
+    WeightsPublished,
+)
+
+logger = logging.getLogger(__name__)
+
+CHECK_EVERY = 3.0
+"""Seconds without an answer after which the service is asked for its health, and again after each good answer to that."""
+CHECK_TIMEOUT = 4.0
+"""Seconds for one such question."""
+CHECK_AGAIN = 1.0
+"""Seconds after one that failed."""
+SILENT_AFTER = 6.0
+"""Seconds without any answer, and two failed checks, after which the service counts as down. With the above an outage is known
+after 6 s where connections are refused, after 12 s where nothing comes back."""
+LATE = 2.0
+"""Seconds by which a check may overrun its time; more, and this process was busy or the machine asleep: it says nothing."""
+_RETRIES = "execute_with_retries"
+AFTERWARDS = 60.0
+"""Seconds after an outage in which the SDK may still give up on a call that it tried during the outage."""
+
+
+class Outage:
+    """Whether a service is down, from what was heard of it. No clock, no task; the caller passes the time in.
+
+    Args:
+        now: seconds of one monotonic clock, as everywhere below. The service answers at that time.
+    """
+
+    def __init__(self, now: float) -> None:
+        self.heard_at = now
+        """When it answered last."""
+        self.since: float | None = None
+        """When it answered last before the outage; None while it answers."""
+        self.ended_at: float | None = None
+        """When the last outage ended."""
+        self.problem = ""
+        """Why the last check failed, in words."""
+        self._failures = 0
+
+    def heard(self, now: float) -> bool:
+        """The service answered something. Returns whether an outage ends by it."""
+        was_down = self.since is not None
+        self.heard_at, self.since, self._failures = now, None, 0
+        if was_down:
+            self.ended_at = now
+        return was_down
+
+    def failed(self, began: float, now: float, problem: str) -> bool:
+        """A health check failed. Returns whether an outage is known by it."""
+        if now - began > CHECK_TIMEOUT + LATE or self.heard_at > began:
+            return False
+        self._failures += 1
+        self.problem = problem
+        if self.since is not None or self._failures < 2 or now - self.heard_at < SILENT_AFTER:
+            return False
+        self.since = self.heard_at
+        return True
+
+    def pause(self) -> float:
+        """Seconds until the next check."""
+        return CHECK_AGAIN if self._failures and self.since is None else CHECK_EVERY
+
+
+class ServiceWatch:
+    """Watches one service for a run.
+
+    Args:
+        url: its base URL.
+        max_outage: seconds for which the run waits for it.
+        emit: is told of outages.
+        then: what becomes of the run after that, in words.
+    """
+
+    def __init__(self, url: str, max_outage: float, emit: Emit, then: str = "the run ends, resumable") -> None:
+        self._url, self._max_outage, self._emit, self._then = url, max_outage, emit, then
+        self._outage = Outage(0.0)
+        self.deadlines = PausableDeadlines()
+        """They stand still during an outage."""
+        self._holds: list[Callable[[bool], None]] = [self.deadlines.pause]
+        self._told: tuple[int, int] | None = None
+        self._answers = 0
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether the service is down."""
+        return self._outage.since is not None
+
+    def hearing(self, emit: Emit) -> Emit:
+        """``emit``, of whose events those are noticed that only a service that answers makes possible."""
+
+        def hear(event: Event) -> None:
+            if isinstance(event, RolloutSampled):
+                told = (event.sampled_tokens, event.finished_episodes)
+                is_answer, self._told = self._told is not None and told[0] != self._told[0], told
+            else:
+                is_answer = isinstance(event, MinibatchLearned | WeightsPublished | StepFinished)
+            self._answers += is_answer  # may be called outside of any task: the watching task does what follows
+            emit(event)
+
+        return hear
+
+    @contextmanager
+    def holding(self, hold: Callable[[bool], None]) -> Iterator[None]:
+        """While the block runs ``hold`` is called with True when an outage begins, and with False when it ends."""
+        self._holds.append(hold)
+        try:
+            if self.is_silent:
+                hold(True)
+            yield
+        finally:
+            self._holds.remove(hold)
+
+    async def run(self) -> None:
+        """Watches until it is cancelled. A service that says nothing of its health when this begins is not watched.
+
+        Raises:
+            ServiceUnavailableError: it was down for longer than the run waits.
+        """
+        async with health_client() as client:
+            if problem := await health_problem(self._url, 3 * CHECK_TIMEOUT, client):
+                logger.info("the Tinker service at %s %s: it is not watched", self._url, problem)
+                return
+            self._outage.heard(anyio.current_time())
+            answers, began = self._answers, 0.0
+            while True:
+                await anyio.sleep(self._outage.pause())
+                if self._answers == answers:
+                    began = anyio.current_time()
+                    problem = await health_problem(self._url, CHECK_TIMEOUT, client)
+                if self._answers != answers or problem is None:
+                    answers = self._answers
+                    self._heard()
+                elif self._outage.failed(began, anyio.current_time(), problem):
+                    self._begin()
+                self._give_up_when_due()
+
+    def may_wait(self) -> bool:
+        """Whether a call that the SDK gives up on is to be tried again: the service is down, or was until just now."""
+        ended = self._outage.ended_at
+        return self.is_silent or (ended is not None and self._outage.heard_at - ended < AFTERWARDS)
+
+    def _heard(self) -> None:
+        now, since = anyio.current_time(), self._outage.since
+        if self._outage.heard(now) and since is not None:
+            self._emit(Notice(f"the Tinker service answers again, after {now - since:.0f} s: the run goes on"))
+            self._emit(ServiceAnswers())
+            for hold in self._holds:
+                hold(False)
+
+    def _begin(self) -> None:
+        now, since = anyio.current_time(), self._outage.since
+        assert since is not None
+        self._emit(
+            Notice(
+                f"the Tinker service at {self._url} has not answered since {clock_time(since - now)}: it "
+                f"{self._outage.problem}. The run waits for it until {clock_time(since + self._max_outage - now)} "
+                f"(max_service_outage={self._max_outage:g} s); then {self._then}",
+                is_warning=True,
+            )
+        )
+        self._emit(ServiceSilent())
+        for hold in self._holds:
+            hold(True)
+
+    def _give_up_when_due(self) -> None:
+        if self._outage.since is None:
+            return
+        down = anyio.current_time() - self._outage.since
+        if down > self._max_outage:
+            raise ServiceUnavailableError(
+                f"the Tinker service at {self._url} has been down for {down:.0f} s (it {self._outage.problem}): bring it back "
+                "and resume, or let runs wait longer (max_service_outage)"
+            )
+
+
+@asynccontextmanager
+async def watching_service(
+    client: Any, url: str, emit: Emit, max_outage: float = MAX_SERVICE_OUTAGE, then: str = "the run ends, resumable"
+) -> AsyncIterator[ServiceWatch]:
+    """Watches a service while the block runs; arguments as of :class:`ServiceWatch`.
+
+    Args:
+        client: the SDK's service client, whose calls are tried for as long as an outage is waited out.
+
+    Raises, within an exception group:
+        ServiceUnavailableError: it was down for longer than ``max_outage``.
+    """
+    watch = ServiceWatch(url, max_outage, emit, then)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(watch.run)
+        tasks.start_soon(_outlast, client, watch)
+        yield watch
+        tasks.cancel_scope.cancel()
+
+
+async def _outlast(client: Any, watch: ServiceWatch) -> None:
+    """Lets the SDK try calls for as long as the run waits; by itself it gives up after 5 minutes, which ends a training run.
+
+    Internal to the SDK: where another version lacks it, its own limit holds.
+    """
+    try:
+        holder = await anyio.to_thread.run_sync(lambda: getattr(client, "holder", None), abandon_on_cancel=True)
+    except SDK_FAULTS:  # whoever makes the first call hears of it
+        return
+    original = getattr(holder, _RETRIES, None)
+    if holder is None or original is None or _RETRIES in vars(holder):
+        return
+
+    async def persevering(
+        given: Callable[..., Awaitable[Any]], func: Callable[..., Awaitable[Any]], *args: Any, **kwargs: Any
+    ) -> Any:
+        while True:
+            try:
+                return await given(func, *args, **kwargs)
+            except PASSING_FAULTS:
+                if not watch.may_wait():
+                    raise
+
+    vars(holder)[_RETRIES] = functools.partial(persevering, original)
+    try:
+        await anyio.sleep_forever()
+    finally:
+        vars(holder).pop(_RETRIES, None)  # the client may be the user's own, and outlive the run
