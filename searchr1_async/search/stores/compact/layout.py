@@ -23,7 +23,8 @@ from typing import Any, Literal
 
 from searchr1_async.errors import ConfigurationError, StoreError
 from searchr1_async.files import write_atomically
-from searchr1_async.search.sources.base import Metric
+from searchr1_async.search.stores.base import Metric
+from searchr1_async.search.stores.checksums import FileRecord
 
 COMPACT_KIND = "searchr1_async compact index"
 COMPACT_FORMAT = 2
@@ -78,15 +79,6 @@ class CompactSettings:
         for name in ("lists", "threads"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigurationError(f"{name} is {value}: give at least 1, or None")
-
-
-@dataclass(frozen=True, slots=True)
-class FileRecord:
-    """A file of the index."""
-
-    bytes: int
-    blocks: str
-    """BLAKE2b of 8 bytes for each :data:`~searchr1_async.search.stores.compact.checksums.BLOCK_BYTES`, in hexadecimal, one after another."""
 
 
 @dataclass(frozen=True, slots=True)
