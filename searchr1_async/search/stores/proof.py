@@ -15,7 +15,7 @@ from searchr1_async.search.stores.base import Metric, Store
 
 logger = logging.getLogger(__name__)
 
-SAMPLE = 48
+SAMPLE = 16
 """Vectors of the index that are searched for when it is opened."""
 WITHIN = 10
 """A vector counts as found if a passage at its own place is among so many nearest ones."""
@@ -63,7 +63,12 @@ async def refuse_unproven(store: Store, vectors: Vectors, metric: Metric, advice
     found = 0
     for start in range(0, len(vectors), store.max_queries):
         part = slice(start, start + store.max_queries)
-        answers = await store.query(vectors[part], WITHIN)
+        try:
+            answers = await store.query(vectors[part], WITHIN)
+        except StoreError as error:
+            raise DamagedIndexError(
+                f"{store.name} is damaged: it fails on its own vectors ({error})", advice
+            ) from error
         best = [max((passage.score for passage in passages), default=-np.inf) for passages in answers]
         found += int((np.array(best) >= own[part] - _TOLERANCE * np.maximum(1, np.abs(own[part]))).sum())
     share = found / len(vectors)

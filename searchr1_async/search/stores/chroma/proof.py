@@ -136,8 +136,9 @@ def _proven_vectors(tables: ChromaTables, segment: HnswSegment | None) -> Vector
     is_small = (tables.segment_folder / ROWS_NAME).stat().st_size <= WHOLE_BYTES
     count = min(len(unchanged), SAMPLE if is_small else SPOTS)
     chosen = unchanged[np.linspace(0, len(unchanged) - 1, count).astype(int)] if count else unchanged
-    vectors = [segment.vectors(np.array([label])) for label in chosen]
-    return np.concatenate(vectors) if vectors else np.empty((0, tables.dimension), np.float32)
+    if is_small or not count:
+        return segment.vectors(chosen)
+    return np.concatenate([segment.vectors(np.array([label])) for label in chosen])  # each near its own place
 
 
 def _state(folder: Path) -> list[tuple[str, int, int]]:
