@@ -248,6 +248,7 @@ async def _with_pauses(waits: _Waits, position: Callable[[], int], step: Callabl
                     f"{file.name} does not come any more ({_reason(error)}), {len(pauses)} tries in a row: check the "
                     "connection and run the same command again; what has come is kept"
                 ) from error
+            logger.info("%s does not come (%s): it is tried again", file.name, _reason(error))
             await pause(
                 waits.after(error, failures), f"{file.name} does not come ({_reason(error)})", waits.patience.tell
             )

@@ -333,6 +333,11 @@ def make_old(folder: Path, vectors: Any, metadata: dict[str, str] | None, config
         client.close()  # pyright: ignore[reportAttributeAccessIssue]
     with sqlite3.connect(folder / "chroma.sqlite3") as database:
         database.execute("UPDATE collections SET schema_str = NULL, config_json_str = ?", [configuration])
+        database.execute(
+            "INSERT INTO segment_metadata (segment_id, key, str_value) "
+            "SELECT s.id, m.key, m.str_value FROM segments s JOIN collection_metadata m ON m.collection_id = s.collection "
+            "WHERE s.scope = 'VECTOR'"
+        )
 
 
 @pytest.mark.parametrize("configuration", [OLD_CONFIGURATION, None], ids=["0.5", "0.4"])

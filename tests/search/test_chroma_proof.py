@@ -173,7 +173,7 @@ async def test_a_whole_index_opens_again_and_again(index: Path) -> None:
     before = {path.name: path.read_bytes() for path in segment(index).iterdir()}
     for _ in range(2):
         async with own_search(index) as search:
-            assert (await search.search(["id500"]))[0][0].id == "p500"
+            assert (await search.search([passages()[500].text]))[0][0].score > 0.999
     assert {path.name: path.read_bytes() for path in segment(index).iterdir()} == before
 
 

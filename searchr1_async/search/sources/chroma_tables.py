@@ -76,8 +76,9 @@ class ChromaTables:
     @property
     def space(self) -> str:
         """The distance that the collection measures."""
-        query = "SELECT str_value FROM collection_metadata WHERE collection_id = ? AND key = 'hnsw:space'"
-        metadata = {"hnsw:space": next((row[0] for row in self.all(query, self.id)), None)}
+        # Of the segment, to which Chroma copied it: users may have replaced the collection's own metadata since.
+        query = "SELECT str_value FROM segment_metadata WHERE segment_id = ? AND key = 'hnsw:space'"
+        metadata = {"hnsw:space": next((row[0] for row in self.all(query, self.vector_segment)), None)}
         columns = self._collection.keys()
         schema = _json(self._collection["schema_str"]) if "schema_str" in columns else {}
         configuration = _json(self._collection["config_json_str"]) if "config_json_str" in columns else {}

@@ -109,11 +109,9 @@ class CompactStore:
             return
         await in_thread(self._refuse_others)
         with anyio.CancelScope(shield=True):  # some milliseconds; whoever had gone would leave its files open
-            self._opened = opened = await self._thread.run(self._open)
+            self._opened = await self._thread.run(self._open)
         try:
-            await refuse_unproven(
-                self, await in_thread(lambda: self._sample(opened)), self.manifest.metric, self._advice
-            )
+            await refuse_unproven(self, await in_thread(self._sample), self.manifest.metric, self._advice)
         except BaseException:
             with anyio.CancelScope(shield=True):
                 await self.aclose()
@@ -126,8 +124,10 @@ class CompactStore:
             f"await sr.build_compact_index(source, {str(self.folder)!r})"
         )
 
-    def _sample(self, opened: _Opened) -> Vectors:
+    def _sample(self) -> Vectors:
         """Vectors that a search must find; of length 1 where they are compared so."""
+        if (opened := self._opened) is None:
+            raise StoreError(f"{self.name} was closed while it was opened")
         rows = np.unique(np.linspace(0, self.manifest.passages - 1, SAMPLE).astype(np.int64))
         vectors = opened.vectors.gather(rows)
         return ready_vectors(vectors[vectors.any(axis=1)], self.manifest.metric)
