@@ -49,10 +49,15 @@ def bounded_wait(reason: str, tell: Tell, at_most: float, deadlines: PausableDea
         timer.cancel()
 
 
-async def pause(seconds: float, reason: str, tell: Tell) -> None:
-    """Sleeps; a sleep over :data:`TOLD_AFTER` seconds is told at its beginning. The caller bounds ``seconds``."""
+def tell_of(seconds: float, reason: str, tell: Tell) -> None:
+    """Tells of a wait that somebody else makes, where it is over :data:`TOLD_AFTER` seconds. The caller bounds ``seconds``."""
     if seconds > TOLD_AFTER:
         tell(_sentence(reason, seconds))
+
+
+async def pause(seconds: float, reason: str, tell: Tell) -> None:
+    """Sleeps; a sleep over :data:`TOLD_AFTER` seconds is told at its beginning. The caller bounds ``seconds``."""
+    tell_of(seconds, reason, tell)
     await anyio.sleep(seconds)
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.search.building import build_index
 from searchr1_async.search.embedders.sentence_transformer import DEFAULT_MODEL
+from searchr1_async.search.passage_embedding import PACING
 from searchr1_async.search.stores.base import WritableStore
 from searchr1_async.search.stores.chroma import RemoteChroma
 from searchr1_async.watch.progress import ConsoleProgress
@@ -31,13 +33,21 @@ def add(commands: Parsers) -> None:
     index.add_argument(
         "--embedder", default=DEFAULT_MODEL, help="a sentence-transformers model, or gemini-embedding-001 (%(default)s)"
     )
+    index.add_argument(
+        "--longest-wait",
+        type=float,
+        default=PACING.longest_wait,
+        metavar="SECONDS",
+        help="that the embedder or the server may ask to be left alone (%(default)g)",
+    )
     index.set_defaults(run=_run, stopped=_stopped)
 
 
 async def _run(options: argparse.Namespace) -> str:
     with ConsoleProgress() as progress:
         target = options.path if options.host is None else _server(options)
-        report = await build_index(options.corpus, target, embedder=options.embedder, emit=progress)
+        pacing = replace(PACING, longest_wait=options.longest_wait)
+        report = await build_index(options.corpus, target, embedder=options.embedder, pacing=pacing, emit=progress)
     return str(report)
 
 

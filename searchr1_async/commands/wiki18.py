@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import anyio
 
-from searchr1_async.boundary.paths import cache_folder
-from searchr1_async.data.download import free_bytes
+from searchr1_async.boundary.paths import absolute_path, cache_folder
+from searchr1_async.data.download import LONGEST_WAIT, free_bytes
 from searchr1_async.data.questions import load_questions
 from searchr1_async.data.wiki18 import (
     ARCHIVE,
@@ -64,6 +64,13 @@ def add(commands: Parsers) -> None:
     wiki18.add_argument("--archive", default=ARCHIVE, help="file in it, a .tar.xz of a Chroma folder (%(default)s)")
     wiki18.add_argument("--revision", help="branch, tag or commit (main)")
     wiki18.add_argument("--endpoint", help="another hub's address, a mirror say ($HF_ENDPOINT)")
+    wiki18.add_argument(
+        "--longest-wait",
+        type=float,
+        default=LONGEST_WAIT,
+        metavar="SECONDS",
+        help="that the hub may ask to be left alone (%(default)g)",
+    )
     wiki18.add_argument("--compact", action="store_true", help="make a compact index of it, for under 8 GB of memory")
     wiki18.add_argument(
         "--embedder", default=DEFAULT_MODEL, help="of --compact: what made the vectors, for searching (%(default)s)"
@@ -99,13 +106,14 @@ async def _fetched(options: argparse.Namespace, emit: Emit) -> PrebuiltIndex:
         revision=options.revision,
         keep_archive=options.keep_archive,
         endpoint=options.endpoint,
+        longest_wait=options.longest_wait,
         emit=emit,
     )
 
 
 async def _compact(options: argparse.Namespace, emit: Emit) -> str:
     """All the way; a call after a kill goes on at the step that it met, and after the last one says how to serve it."""
-    place = (options.folder or cache_folder() / "wiki18").expanduser().absolute()
+    place = absolute_path(options.folder or cache_folder() / "wiki18", "--folder")
     index = place / "compact"
     settings = CompactSettings(vectors=options.vectors, recall=options.recall)
     questions = await in_thread(lambda: _questions(options.questions))  # refused before anything is fetched

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,6 +22,8 @@ import anyio
 import anyio.from_thread
 import anyio.to_thread
 
+from searchr1_async.boundary.retry_after import refused_wait, seconds_asked
+from searchr1_async.boundary.waits import Tell, pause
 from searchr1_async.errors import StoreError
 from searchr1_async.files import write_all
 from searchr1_async.threads import in_thread
@@ -36,6 +39,8 @@ BLOCK = 4 << 20
 """Bytes written at once. These, and what lies in the connection's buffers (under 1 MB), are fetched again after a kill."""
 PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0, 60.0, 120.0)
 """Seconds between tries; each byte that arrives starts the row anew."""
+LONGEST_WAIT = 600.0
+"""Seconds that the hub may ask to be left alone, by default."""
 _TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)
 _GONE = {
     401: "it asks for a token: set HF_TOKEN",
@@ -62,6 +67,16 @@ class HubFile:
     @property
     def name(self) -> str:
         return f"{self.filename} of {self.repository} on the Hugging Face hub"
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long the hub is waited for, and who is told."""
+
+    longest_wait: float = LONGEST_WAIT
+    """Seconds that the hub may ask to be left alone (``Retry-After``); if it asks for more, the download ends at once."""
+    tell: Tell = logger.warning
+    """Gets every wait over 5 seconds, with its reason and its end."""
 
 
 async def look_up(repository: str, filename: str, revision: str | None = None, endpoint: str | None = None) -> HubFile:
@@ -111,15 +126,22 @@ def _look_up(repository: str, filename: str, revision: str | None, endpoint: str
     return HubFile(repository, filename, revision, url, found.size, found.etag, headers)
 
 
-async def fetch_part(file: HubFile, start: int, length: int) -> bytes:
+async def fetch_part(file: HubFile, start: int, length: int, patience: Patience | None = None) -> bytes:
     """A small part of the file.
+
+    Args:
+        patience: None: the default one.
 
     Raises:
         StoreError: the hub does not answer, or not with that part.
     """
     async with _session(file) as session:
         content = bytearray()
-        await _with_pauses(file, PAUSES[:3], lambda: len(content), lambda: _ask(session, file, start, length, content))
+        await _with_pauses(
+            _Waits(file, PAUSES[:3], patience or Patience()),
+            lambda: len(content),
+            lambda: _ask(session, file, start, length, content),
+        )
     return bytes(content)
 
 
@@ -132,11 +154,17 @@ async def _ask(session: aiohttp.ClientSession, file: HubFile, start: int, length
     return True
 
 
-async def download(file: HubFile, target: Path, advance: Advance) -> None:
+async def download(file: HubFile, target: Path, advance: Advance, patience: Patience | None = None) -> None:
     """Fetches what ``target`` lacks of the file, at its end; what is there already is taken as right until it is verified.
 
+    Args:
+        file: what is fetched.
+        target: made where there is none.
+        advance: told of the bytes that are there.
+        patience: None: the default one.
+
     Raises:
-        StoreError: the hub refuses it, or stays away for longer than all the pauses.
+        StoreError: the hub refuses it, stays away for longer than all the pauses, or asks for a longer one than is allowed.
         OSError: it cannot be written.
     """
     async with _session(file) as session:
@@ -151,7 +179,7 @@ async def download(file: HubFile, target: Path, advance: Advance) -> None:
                     await _append_part(session, file, output, min(start + PART, file.size), advance)
                 return output.tell() >= file.size
 
-            await _with_pauses(file, PAUSES, output.tell, one_part)
+            await _with_pauses(_Waits(file, PAUSES, patience or Patience()), output.tell, one_part)
 
 
 async def _append_part(
@@ -178,10 +206,36 @@ async def _append_part(
         raise aiohttp.ClientPayloadError(f"the answer ended {end - output.tell()} bytes early")
 
 
-async def _with_pauses(
-    file: HubFile, pauses: Sequence[float], position: Callable[[], int], step: Callable[[], Awaitable[bool]]
-) -> None:
+@dataclass(frozen=True, slots=True)
+class _Waits:
+    """Which pause follows a failure."""
+
+    file: HubFile
+    pauses: Sequence[float]
+    patience: Patience
+
+    def after(self, error: BaseException, failures: int) -> float:
+        """Seconds after so many failures in a row, or as many as the hub asks for if those are more.
+
+        Raises:
+            StoreError: it asks for more than is allowed.
+        """
+        asked = _asked(error)
+        if asked > self.patience.longest_wait:
+            raise StoreError(refused_wait(self.file.name, asked, self.patience.longest_wait, "longest_wait")) from error
+        return max(asked, self.pauses[failures])
+
+
+def _asked(error: BaseException) -> float:
+    """Seconds that an answer asks to wait; 0 where it does not."""
+    if not isinstance(error, aiohttp.ClientResponseError) or error.headers is None:
+        return 0.0
+    return seconds_asked(error.headers.get("Retry-After", ""), datetime.now(UTC)) or 0.0
+
+
+async def _with_pauses(waits: _Waits, position: Callable[[], int], step: Callable[[], Awaitable[bool]]) -> None:
     """Repeats ``step`` until it says that it is done; a step that brings nothing is followed by the next longer pause."""
+    file, pauses = waits.file, waits.pauses
     failures, before = 0, position()
     while True:
         try:
@@ -194,8 +248,10 @@ async def _with_pauses(
                     f"{file.name} does not come any more ({_reason(error)}), {len(pauses)} tries in a row: check the "
                     "connection and run the same command again; what has come is kept"
                 ) from error
-            logger.info("%s: %s; going on in %g s", file.name, _reason(error), pauses[failures])
-            await anyio.sleep(pauses[failures])
+            logger.info("%s does not come (%s): it is tried again", file.name, _reason(error))
+            await pause(
+                waits.after(error, failures), f"{file.name} does not come ({_reason(error)})", waits.patience.tell
+            )
             failures += 1
         before = position()
 

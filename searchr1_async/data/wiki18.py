@@ -27,11 +27,14 @@ import anyio
 import anyio.from_thread
 import anyio.to_thread
 
-from searchr1_async.boundary.paths import cache_folder
+from searchr1_async.boundary.paths import absolute_path, cache_folder
+from searchr1_async.boundary.values import as_number
 from searchr1_async.data.download import (
     BLOCK,
+    LONGEST_WAIT,
     Advance,
     HubFile,
+    Patience,
     download,
     fetch_part,
     free_bytes,
@@ -100,6 +103,7 @@ async def fetch_index(
     revision: str | None = None,
     keep_archive: bool = False,
     endpoint: str | None = None,
+    longest_wait: float = LONGEST_WAIT,
     emit: Emit = emit_nothing,
 ) -> PrebuiltIndex:
     """Fetches a prebuilt Chroma folder from the Hugging Face hub; does nothing where it is there already.
@@ -111,13 +115,16 @@ async def fetch_index(
         revision: a branch, tag or commit; None means ``main``, and whatever was fetched before.
         keep_archive: leave the archive beside the index.
         endpoint: the hub's address; None means ``$HF_ENDPOINT``, or the public hub.
-        emit: told of the phases ``download``, ``verify`` and ``unpack``, in megabytes.
+        longest_wait: seconds that the hub may ask to be left alone (``Retry-After``); if it asks for more, the fetching ends.
+        emit: told of the phases ``download``, ``verify`` and ``unpack``, in megabytes, and of every wait over 5 seconds.
 
     Raises:
+        ConfigurationError: a folder or a wait that is none.
         StoreError: not to be had, no room for it, damaged, or the folder cannot be written. What has come is kept.
     """
     place = _place(folder)
-    fetch = _Fetch(place, repository, filename, revision, keep_archive, endpoint, emit)
+    longest_wait = as_number("longest_wait", longest_wait, over=0)
+    fetch = _Fetch(place, repository, filename, revision, keep_archive, endpoint, emit, longest_wait)
     try:
         if (found := await in_thread(fetch.whole)) is not None:
             return found
@@ -179,7 +186,7 @@ def delete_index(folder: str | Path | None = None, filename: str = ARCHIVE, *, k
 
 
 def _place(folder: str | Path | None) -> Path:
-    return cache_folder() / "wiki18" if folder is None else Path(folder).expanduser().absolute()
+    return cache_folder() / "wiki18" if folder is None else absolute_path(folder, "folder")
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +198,11 @@ class _Fetch:
     keep_archive: bool
     endpoint: str | None
     emit: Emit
+    longest_wait: float = LONGEST_WAIT
+
+    @property
+    def patience(self) -> Patience:
+        return Patience(self.longest_wait, lambda text: self.emit(Notice(text, is_warning=True)))
 
     @property
     def index(self) -> Path:
@@ -275,7 +287,7 @@ class _Fetch:
 
     async def _unpacked_size(self, file: HubFile) -> int:
         def read(start: int, length: int) -> bytes:
-            return anyio.from_thread.run(fetch_part, file, start, length)
+            return anyio.from_thread.run(fetch_part, file, start, length, self.patience)
 
         try:
             return await in_thread(lambda: unpacked_size(read, file.size))
@@ -284,7 +296,7 @@ class _Fetch:
 
     async def _download(self, file: HubFile, partial: Path) -> None:
         async with self._phase("download", file.size) as advance:
-            await download(file, partial, advance)
+            await download(file, partial, advance, self.patience)
 
     async def _verify(self, file: HubFile, partial: Path) -> None:
         async with self._phase("verify", file.size) as advance:

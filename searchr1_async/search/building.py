@@ -9,7 +9,7 @@ from pathlib import Path
 import anyio
 import anyio.to_thread
 
-from searchr1_async.boundary.paths import cache_folder
+from searchr1_async.boundary.paths import absolute_path, cache_folder
 from searchr1_async.data.corpus import Corpus, load_corpus
 from searchr1_async.episodes.types import Passage
 from searchr1_async.errors import ConfigurationError, StoreError
@@ -112,7 +112,7 @@ def _are_equal(one: Corpus, other: Corpus) -> bool:
 
 
 def _folder(target: str | Path | None) -> Path | None:
-    return None if target is None else Path(target).expanduser()
+    return None if target is None else absolute_path(target, "target")
 
 
 def journal_folder(target: str, corpus: Corpus, embedder: Embedder) -> Path:

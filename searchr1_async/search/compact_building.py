@@ -10,10 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import anyio
+import anyio.from_thread
 import anyio.to_thread
 import numpy as np
 from numpy.typing import NDArray
 
+from searchr1_async.boundary.paths import absolute_path
 from searchr1_async.data.corpus import Corpus, load_corpus
 from searchr1_async.data.download import free_bytes
 from searchr1_async.episodes.types import Passage
@@ -23,6 +25,7 @@ from searchr1_async.files import folder_bytes, only_one, write_arrays
 from searchr1_async.search.building import journal_folder
 from searchr1_async.search.dispatch import Capacity, Dispatcher
 from searchr1_async.search.embedders.base import Embedder, Vectors
+from searchr1_async.search.embedders.checked import checked_vectors
 from searchr1_async.search.embedders.choice import make_embedder
 from searchr1_async.search.embedders.sentence_transformer import DEFAULT_MODEL
 from searchr1_async.search.opening import open_embedder
@@ -34,7 +37,9 @@ from searchr1_async.search.sources.embedded import EmbeddedCorpus
 from searchr1_async.search.sources.named import lasting_name
 from searchr1_async.search.stores.compact.build import CompactBuilder
 from searchr1_async.search.stores.compact.layout import BUILDING_NAME, MANIFEST_NAME, CompactManifest, CompactSettings
+from searchr1_async.search.stores.compact.store import refuse_changed
 from searchr1_async.search.stores.compact.vector_file import row_bytes
+from searchr1_async.search.stores.proof import DamagedIndexError
 from searchr1_async.threads import in_thread
 
 Queries = Sequence[str] | NDArray[np.floating]
@@ -127,7 +132,7 @@ async def build_compact_index(
         StoreError: the source cannot be read, the folder holds something else, or the disk is full; what is done is kept.
     """
     settings = settings or CompactSettings()
-    place = await anyio.to_thread.run_sync(lambda: Path(folder).expanduser().absolute())
+    place = absolute_path(folder, "folder")
     options = BuildOptions(pacing, on_progress, emit)
     own, chosen = await _source_of(source, embedder, options)
     began = time.monotonic()
@@ -136,7 +141,7 @@ async def build_compact_index(
         try:
             await anyio.to_thread.run_sync(lambda: place.parent.mkdir(parents=True, exist_ok=True))
             async with only_one(place, f"builds the index in {place}"):
-                if (found := await anyio.to_thread.run_sync(_whole, place, facts, settings)) is not None:
+                if (found := await in_thread(lambda: _whole(place, facts, settings, emit))) is not None:
                     if differs := differing(found, settings, has_queries=queries is not None):
                         emit(
                             Notice(
@@ -149,7 +154,7 @@ async def build_compact_index(
                 if chosen is None and facts.embedder is not None and _are_texts(queries):
                     chosen = make_embedder(facts.embedder)
                 facts = _named(facts, embedder, chosen)
-                vectors = await _query_vectors(queries, chosen, facts, pacing, place / BUILDING_NAME / _QUERIES_NAME)
+                vectors = await _query_vectors(queries, chosen, facts, options, place / BUILDING_NAME / _QUERIES_NAME)
                 builder = CompactBuilder(place, own, facts, settings, emit, on_progress)
                 manifest = await builder.build(vectors)
         except OSError as error:
@@ -212,8 +217,8 @@ def differing(found: CompactManifest, settings: CompactSettings, *, has_queries:
     return ", ".join(f"{name} {own}, not {asked}" for name, (own, asked) in kept.items() if own != asked)
 
 
-def _whole(place: Path, facts: SourceFacts, settings: CompactSettings) -> CompactManifest | None:
-    """The index that is there already.
+def _whole(place: Path, facts: SourceFacts, settings: CompactSettings, emit: Emit) -> CompactManifest | None:
+    """The index that is there already; one whose files are damaged is deleted, and so made again.
 
     Raises:
         StoreError: it is of something else, or the folder holds other files.
@@ -228,6 +233,14 @@ def _whole(place: Path, facts: SourceFacts, settings: CompactSettings) -> Compac
         shutil.rmtree(
             place / BUILDING_NAME, ignore_errors=True
         )  # of a session that was killed right after the manifest
+        try:
+            refuse_changed(place, found)
+        except DamagedIndexError as damaged:
+            anyio.from_thread.run_sync(emit, Notice(f"{damaged.fault}: the index is made again", is_warning=True))
+            (place / BUILDING_NAME).mkdir()  # what marks the folder as one that is begun
+            for name in (MANIFEST_NAME, *found.files):
+                (place / name).unlink(missing_ok=True)
+            return None
         return found
     if place.is_dir() and any(place.iterdir()) and not (place / BUILDING_NAME).is_dir():
         raise StoreError(f"{place} holds files that are no compact index: give an empty or a new folder")
@@ -261,7 +274,7 @@ def _are_texts(queries: Queries | None) -> bool:
 
 
 async def _query_vectors(
-    queries: Queries | None, embedder: Embedder | None, facts: SourceFacts, pacing: PacingSettings, kept: Path
+    queries: Queries | None, embedder: Embedder | None, facts: SourceFacts, options: BuildOptions, kept: Path
 ) -> Vectors | None:
     if queries is None or not len(queries):
         return None
@@ -278,13 +291,13 @@ async def _query_vectors(
     identity = hashlib.blake2b("\0".join([embedder.fingerprint, *texts]).encode(), digest_size=16).hexdigest()
     if (found := await in_thread(lambda: _kept_vectors(kept, identity))) is not None:
         return found
-    await open_embedder(embedder, pacing)
+    await open_embedder(embedder, options.pacing)
     if embedder.dimension != facts.dimension:
         raise StoreError(
             f"{facts.name} holds vectors of {facts.dimension} numbers, {embedder.name} makes them of {embedder.dimension}: name "
             "the embedder that made them"
         )
-    vectors = await _embedded(embedder, texts, pacing)
+    vectors = await _embedded(embedder, texts, options)
 
     def keep() -> None:
         kept.parent.mkdir(parents=True, exist_ok=True)
@@ -309,13 +322,14 @@ def _kept_vectors(path: Path, identity: str) -> Vectors | None:
         return kept["vectors"] if str(kept["identity"]) == identity else None
 
 
-async def _embedded(embedder: Embedder, texts: Sequence[str], pacing: PacingSettings) -> Vectors:
+async def _embedded(embedder: Embedder, texts: Sequence[str], options: BuildOptions) -> Vectors:
     async def embed(part: Sequence[str]) -> Sequence[Vectors]:
-        return [row.copy() for row in await embedder.embed_queries(part)]
+        return [row.copy() for row in checked_vectors(await embedder.embed_queries(part), len(part), embedder)]
 
     capacity = Capacity(min(QUERIES_A_REQUEST, embedder.max_texts), embedder.max_requests, embedder.max_tokens)
     embedding: Dispatcher[int, str, Vectors] = Dispatcher(
-        embed, name=embedder.name, capacity=lambda: capacity, pacing=pacing, failure=EmbeddingError
+        embed, name=embedder.name, capacity=lambda: capacity, pacing=options.pacing, failure=EmbeddingError
     )
+    embedding.waits.tell = options.tell
     found = await embedding.fetch(dict(enumerate(texts)))
     return np.stack([found[number] for number in range(len(texts))])

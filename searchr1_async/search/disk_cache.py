@@ -15,6 +15,7 @@ from typing import TypeVar
 
 from filelock import FileLock, Timeout
 
+from searchr1_async.boundary.paths import absolute_path
 from searchr1_async.errors import ConfigurationError
 
 logger = logging.getLogger(__name__)
@@ -79,7 +80,7 @@ class DiskCache:
     def __init__(self, path: str | Path, max_bytes: int = 2 << 30) -> None:
         if max_bytes < MIN_BYTES:
             raise ConfigurationError(f"max_bytes of a cache is {max_bytes}: give at least {MIN_BYTES:,}")
-        self._path = Path(path).expanduser().absolute()
+        self._path = absolute_path(path, "path of a cache")
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
         self._connection: sqlite3.Connection | None = None

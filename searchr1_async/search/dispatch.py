@@ -16,6 +16,7 @@ import copy
 import logging
 import math
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
@@ -23,6 +24,7 @@ import anyio
 from anyio.abc import TaskGroup
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
+from searchr1_async.boundary.waits import bounded_wait
 from searchr1_async.errors import SearchError, SearchUnavailableError
 from searchr1_async.search.deadline import Deadline, now_in_loop
 from searchr1_async.search.faults import PassingFault, RefusedInput, TooManyRequests
@@ -30,6 +32,7 @@ from searchr1_async.search.gathering import Gathering, is_worth_sending
 from searchr1_async.search.hedging import Slowest, hedged
 from searchr1_async.search.pacing import Flight, Pacer, PacingSettings
 from searchr1_async.search.statistics import ServiceStatistics, ServiceTally
+from searchr1_async.search.telling import Telling
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +103,9 @@ class Dispatcher(Generic[Key, Item, Value]):
         weigh: an item's weight, against ``Capacity.weight``.
 
     Belongs to one event loop.
+
+    Attributes:
+        waits: for the service; set its ``tell`` to have them told.
     """
 
     def __init__(
@@ -121,6 +127,7 @@ class Dispatcher(Generic[Key, Item, Value]):
         self._failure = failure
         self._gathering: Gathering[Key, _Waiter[Key, Item, Value]] = Gathering(weigh)
         self._pacer = Pacer(self._settings)
+        self.waits = Telling(name, self._settings, self._pacer)
         self._pause = wait_random_exponential(
             multiplier=2 * self._settings.first_pause, max=self._settings.longest_pause
         )
@@ -154,7 +161,8 @@ class Dispatcher(Generic[Key, Item, Value]):
 
         Raises:
             SearchError: the service failed for good, or the deadline passed.
-            SearchUnavailableError: the service was down for longer than ``PacingSettings.max_outage``.
+            SearchUnavailableError: the service was down for longer than ``PacingSettings.max_outage``, or asks to be left alone
+                for longer than ``PacingSettings.longest_wait``.
         """
         if not items:
             return {}
@@ -366,6 +374,8 @@ class Dispatcher(Generic[Key, Item, Value]):
                 self._pacer.pushed_back(flight, now, fault.retry_after)
             else:
                 self._pacer.failed(flight, now)
+            self.waits.refuse_long(fault)
+            self.waits.failed(fault, now)
             self._pump()  # this batch backs off; others need not wait for it
             raise
         except SearchError:  # the service is up, and refuses
@@ -376,6 +386,7 @@ class Dispatcher(Generic[Key, Item, Value]):
             is_ended, now = True, now_in_loop()
             is_short = self._gathering.waiting >= self._capacity().items
             self._pacer.succeeded(flight, now, most=most, is_short=is_short)
+            self.waits.answered()
             self._answered_at = now
             self._tally.latency.add(now - flight.began)
             self._slowest.add(now - flight.began)
@@ -411,11 +422,21 @@ class Dispatcher(Generic[Key, Item, Value]):
     async def _request(self, items: Sequence[Item]) -> Sequence[Value]:
         self._tally.sizes[len(items)] += 1
         timeout = self._settings.request_timeout
+        began = now_in_loop()
+        # What takes one request at a time computes here, which may take long.
+        is_watched = self.waits.tell is not None and self._capacity().requests > 1
         try:
-            with anyio.fail_after(timeout):
+            with self._watched(began, timeout) if is_watched else anyio.fail_after(timeout):
                 return await self._send(items)
         except TimeoutError as error:
             raise PassingFault(f"{self._name} did not answer within {timeout:g} s", cause="timeout") from error
+
+    def _watched(self, began: float, timeout: float) -> AbstractContextManager[None]:
+        def tell(text: str) -> None:
+            if self._answered_at < began:
+                self.waits.hangs(text, began + timeout)
+
+        return bounded_wait(f"{self._name} has not answered", tell, timeout)
 
     # Answering: what becomes of a batch.
 

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
-
 from searchr1_async.errors import SearchError
 
 
@@ -33,23 +29,3 @@ class TooManyRequests(PassingFault):
 
 class RefusedInput(SearchError):
     """The service takes none of this request because of something in it; its parts may fare better alone."""
-
-
-def seconds_asked(retry_after: str, now: datetime) -> float | None:
-    """What the header ``Retry-After`` asks to wait (RFC 9110, 10.2.3): seconds, or an HTTP date; 0 for a time gone by.
-
-    Args:
-        retry_after: the header's value.
-        now: the time of day, with its zone.
-
-    Returns:
-        Seconds; None for a value that is neither.
-    """
-    value = retry_after.strip()
-    if re.fullmatch(r"\d{1,9}(\.\d+)?", value, re.ASCII):
-        return float(value)
-    try:
-        date = parsedate_to_datetime(value)
-    except (ValueError, OverflowError):
-        return None
-    return max(0.0, (date.replace(tzinfo=date.tzinfo or UTC) - now).total_seconds())

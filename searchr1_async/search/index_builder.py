@@ -52,10 +52,11 @@ class IndexBuilder:
         self._store = store
         self._journal = journal
         self._options = options
-        self._embedding = PassageEmbedder(store.name, corpus.source, embedder, journal, options.pacing)
+        self._embedding = PassageEmbedder(store.name, corpus.source, embedder, journal, options)
         self._adding: Dispatcher[int, tuple[Passage, Vectors], None] = Dispatcher(
             self._add, name=store.name, capacity=self._store_capacity, pacing=options.pacing, failure=StoreError
         )
+        self._adding.waits.tell = options.tell
         self._sample = _Sample(SAMPLE)
         self._total = self._done = 0
         self._was_empty = True
@@ -171,6 +172,7 @@ class IndexBuilder:
             pacing=self._options.pacing,
             failure=StoreError,
         )
+        once.waits.tell = self._options.tell
         return (await once.fetch({"once": None}))["once"]
 
     # Afterwards.
@@ -200,6 +202,7 @@ class IndexBuilder:
             pacing=self._options.pacing,
             failure=StoreError,
         )
+        querying.waits.tell = self._options.tell
         found = await querying.fetch({number: vector for number, (_, vector) in enumerate(sample)})
         return sum(own_id in found[number] for number, (own_id, _) in enumerate(sample)) / len(sample)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -64,6 +65,17 @@ class IndexFolder:
         (self.path / "index.json").unlink(missing_ok=True)
         (self.path / "building.json").unlink(missing_ok=True)
 
+    def clear(self) -> None:
+        """Deletes what the store has here of an index that is begun again; vectors in the journal stay.
+
+        Raises:
+            OSError: it cannot be deleted.
+        """
+        (self.path / "index.json").unlink(missing_ok=True)
+        for path in self.path.iterdir():
+            if path not in (self.journal, self.path / "building.json"):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
     def refuse_others(self, identity: IndexIdentity) -> None:
         """Raises StoreError where the folder holds something else than this index, whole or begun."""
         found = self.whole or self.begun
@@ -76,6 +88,16 @@ class IndexFolder:
             raise StoreError(
                 f"{self.path} holds files that are no index of this package: give an empty or a new folder"
             )
+
+
+def building_call(path: Path) -> str | None:
+    """The Python call that builds the index of a folder again, where it is one of this package's; None for any other folder."""
+    folder = IndexFolder(path)
+    if (found := folder.whole or folder.begun) is None:
+        return None
+    is_named = found.source == "atlas" or Path(found.source).is_file()
+    corpus = repr(found.source) if is_named else "corpus"
+    return f"await sr.build_index({corpus}, {str(path)!r}, embedder={found.embedder_name!r})"
 
 
 def default_index_folder(corpus: Corpus, embedder: Embedder) -> Path:

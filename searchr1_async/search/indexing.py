@@ -10,6 +10,7 @@ import anyio.to_thread
 
 from searchr1_async.data.corpus import Corpus
 from searchr1_async.errors import StoreError
+from searchr1_async.events import Event, Notice
 from searchr1_async.files import only_one
 from searchr1_async.search.embedders.base import Embedder
 from searchr1_async.search.index_builder import IndexBuilder
@@ -20,8 +21,9 @@ from searchr1_async.search.opening import open_embedder, open_store
 from searchr1_async.search.passage_embedding import BuildOptions, OnProgress
 from searchr1_async.search.passage_embedding import passage_text as passage_text
 from searchr1_async.search.prices import price_of
-from searchr1_async.search.stores.base import Store, WritableStore
+from searchr1_async.search.stores.base import Store
 from searchr1_async.search.stores.chroma import EmbeddedChroma
+from searchr1_async.search.stores.proof import DamagedIndexError
 
 logger = logging.getLogger(__name__)
 
@@ -57,23 +59,22 @@ class LocalIndex:
 
         Raises:
             CorpusError: the corpus cannot be used.
+            DamagedIndexError: its files are not what they were; its message names the call that builds it again.
             StoreError: the folder holds something else, or cannot be written.
             EmbeddingError: the embedder failed; what is done is kept.
         """
-        store, report = await self._open(embedder, BuildOptions(on_progress=on_progress))
-        if report is not None and report.warning is not None:
-            logger.warning("%s", report.warning)
+        store, _ = await self._open(embedder, BuildOptions(on_progress=on_progress, emit=log_notices), mends=False)
         return store
 
     async def build(self, embedder: Embedder, options: BuildOptions) -> IndexReport:
-        """Builds what is not there yet; tells what that came to.
+        """Builds what is not there yet, and a damaged index again; tells what that came to.
 
         Raises:
             CorpusError: the corpus cannot be used.
             StoreError: the folder holds something else, or cannot be written.
             EmbeddingError: the embedder failed; what is done is kept.
         """
-        store, report = await self._open(embedder, options)
+        store, report = await self._open(embedder, options, mends=True)
         with anyio.CancelScope(shield=True):
             await store.aclose()
         if report is not None:
@@ -81,20 +82,29 @@ class LocalIndex:
         passages = await anyio.to_thread.run_sync(len, self.corpus)
         return IndexReport(store.name, passages, 0, 0.0, 0, price_of(embedder), None, 0)
 
-    async def _open(self, embedder: Embedder, options: BuildOptions) -> tuple[Store, IndexReport | None]:
-        """The open store, and the report where something was built."""
+    async def _open(
+        self, embedder: Embedder, options: BuildOptions, *, mends: bool
+    ) -> tuple[Store, IndexReport | None]:
+        """The open store, and the report where something was built; ``mends`` builds a damaged index again."""
         identity = await anyio.to_thread.run_sync(self.identity, embedder)
         folder = await anyio.to_thread.run_sync(self.folder, embedder)
         folder.refuse_others(identity)
         store = EmbeddedChroma(folder.path, COLLECTION)
         try:
             if folder.whole is not None:
-                await open_store(store, options.pacing)
-                if (count := await store.count()) == identity.passages:
-                    return store, None
-                logger.warning("%s holds %d of %d passages: it is built again", store.name, count, identity.passages)
-                folder.forget()
-            return store, await self._ensure(folder, identity, embedder, store, options)
+                try:
+                    await open_store(store, options.pacing)
+                    count = await store.count()
+                except DamagedIndexError:
+                    if not mends:
+                        raise
+                else:
+                    if count == identity.passages:
+                        return store, None
+                    lost = f"{store.name} holds {count} of {identity.passages} passages: it is built again"
+                    options.emit(Notice(lost, is_warning=True))
+                    folder.forget()
+            return store, await self._ensure(folder, identity, embedder, store, options, mends=mends)
         except BaseException as error:
             with anyio.CancelScope(shield=True):
                 await store.aclose()
@@ -107,17 +117,28 @@ class LocalIndex:
         folder: IndexFolder,
         identity: IndexIdentity,
         embedder: Embedder,
-        store: WritableStore,
+        store: EmbeddedChroma,
         options: BuildOptions,
+        *,
+        mends: bool,
     ) -> IndexReport | None:
         folder.path.parent.mkdir(parents=True, exist_ok=True)
         async with only_one(folder.path, f"builds the index in {folder.path}"):
-            if folder.whole is not None:
+            if folder.whole is None:
+                folder.begin(identity)
+                await open_embedder(embedder, options.pacing)
+            try:
                 await open_store(store, options.pacing)
+            except DamagedIndexError as damaged:
+                if not mends:
+                    raise
+                options.emit(Notice(f"{damaged.fault}: it is built again", is_warning=True))
+                folder.begin(identity)
+                await open_embedder(embedder, options.pacing)
+                await anyio.to_thread.run_sync(folder.clear)
+                await open_store(store, options.pacing)
+            if folder.whole is not None:
                 return None
-            folder.begin(identity)
-            await open_embedder(embedder, options.pacing)
-            await open_store(store, options.pacing)
             journal = Journal(folder.journal, embedder.fingerprint, embedder.dimension)
             report = await IndexBuilder(self.corpus, embedder, store, journal, options).build()
             if (count := await store.count()) != identity.passages:
@@ -125,5 +146,12 @@ class LocalIndex:
                     f"{store.name} holds {count} passages where {identity.passages} were put in: delete it and build it "
                     "again"
                 )
+            await store.record()
             folder.finish(identity)
             return report
+
+
+def log_notices(event: Event) -> None:
+    """Where nobody watches, warnings are logged."""
+    if isinstance(event, Notice):
+        logger.log(logging.WARNING if event.is_warning else logging.INFO, "%s", event.text)

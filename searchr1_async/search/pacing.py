@@ -4,7 +4,7 @@ The caller passes the time and what it observed; :class:`Pacer` decides. Three m
 
 - *Additive increase, multiplicative decrease* of the requests at once, with slow start, as in TCP (RFC 5681). The limit
   grows only where more requests would help: while a whole batch is waiting. So under load batches grow first.
-- *Pauses*: after "too many requests" nothing is sent until ``Retry-After`` has passed, or a pause that doubles.
+- *Pauses*: after "too many requests" nothing is sent until ``Retry-After`` has passed (within a bound), or a pause that doubles.
 - A *circuit breaker*: after faults in a row with no success between them the service counts as down; one probe at a time
   goes out, in growing intervals, until one is answered.
 """
@@ -44,6 +44,9 @@ class PacingSettings:
     hedged_fraction: Annotated[float, Range(at_least=0, at_most=0.2)] = 0.0
     """Of the requests: the slowest are sent a second time, and the first answer counts. 0.05 makes the slowest 5 % about as
     fast as the others for 5 % more requests; 0 is off, since a quota pays for them."""
+    longest_wait: Seconds = 300.0
+    """Seconds that a service may ask to be left alone (``Retry-After``): so long it is waited for. If it asks for more, whoever
+    waits fails at once, since asking earlier would only be refused again."""
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -171,7 +174,8 @@ class Pacer:
             self._push_backs += 1
         # "At once" is obeyed the first time; a service that says so again and again is not to be hammered.
         pause = self._pause(self._push_backs) if retry_after is None or self._push_backs > 1 else 0.0
-        self._resume_at = max(self._resume_at, now + max(retry_after or 0.0, pause))
+        asked = min(retry_after or 0.0, self._settings.longest_wait)
+        self._resume_at = max(self._resume_at, now + max(asked, pause))
 
     def failed(self, flight: Flight, now: float) -> None:
         """A passing fault."""

@@ -15,7 +15,8 @@ from searchr1_async.errors import EmbeddingError, StoreError
 from searchr1_async.events import Emit, Notice, emit_nothing
 from searchr1_async.search.dispatch import Capacity, Dispatcher
 from searchr1_async.search.embedders.base import Embedder, Vectors
-from searchr1_async.search.faults import PassingFault, RefusedInput
+from searchr1_async.search.embedders.checked import checked_vectors
+from searchr1_async.search.faults import RefusedInput
 from searchr1_async.search.journal import Journal, key_of
 from searchr1_async.search.pacing import PacingSettings
 from searchr1_async.search.prices import BYTES_A_TOKEN, estimated_cost, price_of
@@ -33,7 +34,7 @@ PASSAGES_A_REQUEST = 128
 PASSAGES_AT_ONCE = 512
 """To an embedder that takes one request at a time. Such a one computes here, and sorts by length what it gets together:
 2,048 passages took 47 s of CPU in requests of 512, 68 s in requests of 128."""
-PACING = PacingSettings(request_timeout=300.0, retry_budget=600.0)
+PACING = PacingSettings(request_timeout=300.0, retry_budget=600.0, longest_wait=600.0)
 """Nobody waits for a single answer: more patience than for searches."""
 
 
@@ -52,7 +53,12 @@ class BuildOptions:
     on_progress: OnProgress | None = None
     """Called from the event loop, first with what is there already."""
     emit: Emit = emit_nothing
-    """Told of the phase ``index``, of the estimated cost before it, and of an index that loses passages."""
+    """Told of the phase ``index``, of the estimated cost before it, of every wait over 5 seconds, and of an index that loses
+    passages."""
+
+    def tell(self, text: str) -> None:
+        """Emits a warning."""
+        self.emit(Notice(text, is_warning=True))
 
 
 async def say_cost(corpus: Corpus, total: int, embedder: Embedder, done: int, emit: Emit) -> None:
@@ -106,10 +112,10 @@ class PassageEmbedder:
         source: of the corpus; both for messages.
         embedder: open.
         journal: keeps vectors until :meth:`Journal.forget`, which is the caller's.
-        pacing: of the requests.
+        options: how requests are paced, and who is told of waits.
     """
 
-    def __init__(self, name: str, source: str, embedder: Embedder, journal: Journal, pacing: PacingSettings) -> None:
+    def __init__(self, name: str, source: str, embedder: Embedder, journal: Journal, options: BuildOptions) -> None:
         self.embedded = 0
         """Passages whose vectors were answered here, and so not found in the journal."""
         self.bytes = 0
@@ -123,10 +129,11 @@ class PassageEmbedder:
             self._send,
             name=embedder.name,
             capacity=self._capacity,
-            pacing=pacing,
+            pacing=options.pacing,
             failure=EmbeddingError,
             weigh=lambda key: key[1],
         )
+        self._requests.waits.tell = options.tell
 
     async def recall(self) -> None:
         """Reads what is in the journal; none of that is embedded again.
@@ -173,15 +180,14 @@ class PassageEmbedder:
     async def _send(self, jobs: Sequence[_Job]) -> Sequence[Vectors]:
         """One request; the dispatcher calls it."""
         try:
-            vectors = await self._embedder.embed_passages([job.text for job in jobs])
+            answer = await self._embedder.embed_passages([job.text for job in jobs])
+            vectors = checked_vectors(answer, len(jobs), self._embedder)
         except RefusedInput as refused:
             if len(jobs) > 1:
                 raise  # it comes again in parts
             raise EmbeddingError(
                 f"{refused}: the passage {jobs[0].passage.id!r} of {self._source} is refused; mend it or leave it out"
             ) from refused
-        if vectors.shape != (len(jobs), self._embedder.dimension):
-            raise PassingFault(f"{self._embedder.name} answered {vectors.shape} for {len(jobs)}", cause="malformed")
         try:
             with anyio.CancelScope(shield=True):  # what is answered is kept, whatever happens to the build meanwhile
                 await in_thread(lambda: self._keep(jobs, vectors))

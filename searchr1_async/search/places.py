@@ -8,12 +8,13 @@ from pathlib import Path
 import anyio
 import anyio.to_thread
 
+from searchr1_async.boundary.paths import absolute_path
 from searchr1_async.data.files import is_data_file
 from searchr1_async.data.wiki18 import collections_in
 from searchr1_async.errors import ConfigurationError, EmbeddingError, StoreError
 from searchr1_async.search.embedders.base import Embedder
 from searchr1_async.search.embedders.choice import make_embedder
-from searchr1_async.search.index_folder import IndexFolder
+from searchr1_async.search.index_folder import IndexFolder, building_call
 from searchr1_async.search.indexing import COLLECTION
 from searchr1_async.search.stores.base import Store
 from searchr1_async.search.stores.chroma import EmbeddedChroma, RemoteChroma
@@ -73,13 +74,17 @@ def compact_place(folder: Path, embedder: EmbedderChoice) -> Place:
 
 
 def _on_disk(place: str | Path, embedder: EmbedderChoice, collection: str | None) -> Place | None:
-    path = Path(place).expanduser()
+    path = absolute_path(place, "place")
     if not path.exists() or path.is_file():
         return None
     if (path / MANIFEST_NAME).is_file() or (path / BUILDING_NAME).is_dir():
         return compact_place(path, embedder)
     if (path / CHROMA_DATABASE).is_file():
-        index = IndexFolder(path).whole
+        folder = IndexFolder(path)
+        if (index := folder.whole) is None and folder.begun is not None:
+            raise StoreError(
+                f"{path} holds an index that is not finished: {building_call(path)} goes on", is_fatal=True
+            )
         if index is not None:
             own = _embedder(str(path), embedder, index.embedder_name, index.embedder)
             return Place(own, EmbeddedChroma(path, collection or COLLECTION))

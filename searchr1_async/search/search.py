@@ -17,6 +17,7 @@ import anyio
 import anyio.to_thread
 import numpy as np
 
+from searchr1_async.boundary.paths import absolute_path
 from searchr1_async.data.corpus import Corpus, load_corpus
 from searchr1_async.episodes.types import Passage
 from searchr1_async.errors import ConfigurationError, EmbeddingError, SearchError, StoreError
@@ -25,14 +26,17 @@ from searchr1_async.search.cache import LeastRecentlyUsed
 from searchr1_async.search.deadline import Deadline
 from searchr1_async.search.dispatch import Capacity, Dispatcher
 from searchr1_async.search.embedders.base import Embedder, Vectors
+from searchr1_async.search.embedders.checked import checked_vectors
 from searchr1_async.search.embedders.choice import make_embedder
 from searchr1_async.search.embedders.sentence_transformer import DEFAULT_MODEL
 from searchr1_async.search.faults import PassingFault
-from searchr1_async.search.indexing import LocalIndex, OnProgress
+from searchr1_async.search.indexing import LocalIndex, OnProgress, log_notices
 from searchr1_async.search.opening import open_embedder, open_store
 from searchr1_async.search.options import SearchOptions, SearchSettings, check_n_results
-from searchr1_async.search.places import compact_place, look_up
+from searchr1_async.search.passage_embedding import BuildOptions
+from searchr1_async.search.places import compact_place, is_address, look_up
 from searchr1_async.search.queries import MAX_QUERY_CHARACTERS, clean_query
+from searchr1_async.search.sources.named import lasting_name
 from searchr1_async.search.statistics import SearchStatistics, SearchTally, ServiceTally
 from searchr1_async.search.stores.base import Found, Store
 from searchr1_async.search.stores.chroma import RemoteChroma
@@ -78,7 +82,7 @@ class Search:
         self._settings = settings
         path = settings.cache_path
         self._answers = AnswerCache(
-            settings.cache_entries, None if path is None else Path(path).expanduser(), settings.cache_bytes
+            settings.cache_entries, None if path is None else absolute_path(path, "cache_path"), settings.cache_bytes
         )
         self._embedder = embedder
         self._source = store
@@ -139,15 +143,16 @@ class Search:
             EmbeddingError: the embedder's library is not installed, or its folder does not exist.
             ConfigurationError: a setting out of its range.
         """
-        index = LocalIndex(load_corpus(corpus), Path(path).expanduser() if path is not None else None)
+        place = None if path is None else absolute_path(path, "path")
+        index = LocalIndex(load_corpus(corpus), place)
         search = cls(make_embedder(embedder), index, **options)
         if isinstance(corpus, str | Path) and isinstance(embedder, str | Path):
-            is_file = Path(corpus).expanduser().is_file()
+            file = absolute_path(corpus, "corpus")
             search._description = {
                 "kind": "local",
-                "corpus": str(Path(corpus).expanduser().absolute()) if is_file else str(corpus),
-                "path": None if path is None else str(Path(path).expanduser().absolute()),
-                "embedder": str(embedder),
+                "corpus": str(file) if file.is_file() else str(corpus),
+                "path": None if place is None else str(place),
+                "embedder": lasting_name(embedder),
             }
         return search
 
@@ -199,7 +204,7 @@ class Search:
                 "host": host,
                 "port": port,
                 "collection": collection,
-                "embedder": str(embedder),
+                "embedder": lasting_name(embedder),
                 "ssl": ssl,
                 "tenant": tenant,
                 "database": database,
@@ -237,6 +242,10 @@ class Search:
             EmbeddingError: the embedder's library or folder is missing.
             StoreError: nothing that can be searched, an index that is not finished, or nobody answers there.
         """
+        if not is_address(place):
+            # A built-in corpus has a name, which is no file.
+            there = absolute_path(place, "place")
+            place = there if there.exists() else place
         found = await look_up(place, embedder, collection, token)
         if found is None:
             return await anyio.to_thread.run_sync(
@@ -256,7 +265,7 @@ class Search:
         Raises:
             ConfigurationError, EmbeddingError, StoreError: as :meth:`open`.
         """
-        path = Path(folder).expanduser().absolute()
+        path = absolute_path(folder, "folder")
         found = compact_place(path, embedder)
         search = cls(found.embedder, found.store, **options)
         search._describe_compact(path, embedder)
@@ -267,7 +276,7 @@ class Search:
             self._description = {
                 "kind": "compact",
                 "folder": str(folder),
-                "embedder": None if embedder is None else str(embedder),
+                "embedder": lasting_name(embedder),
             }
 
     @property
@@ -373,7 +382,9 @@ class Search:
         return clean_query(query)
 
     async def build(self, on_progress: OnProgress | None = None) -> None:
-        """Makes the index where there is none yet; opening does so as well, so this is only for showing progress.
+        """Makes the index where there is none yet, and makes a damaged one again.
+
+        Opening makes it as well where there is none, so this is for showing progress, and for an index that opening refuses.
 
         Args:
             on_progress: called with passages done and in all; not at all where nothing is to be built.
@@ -383,8 +394,7 @@ class Search:
             SearchError: the embedder or the store failed.
         """
         if isinstance(self._source, LocalIndex) and not self._users:
-            store = await self._source.open_store(self._embedder, on_progress)
-            await store.aclose()
+            await self._source.build(self._embedder, BuildOptions(on_progress=on_progress, emit=log_notices))
 
     async def __aenter__(self) -> Self:
         await self.connect()
@@ -460,7 +470,8 @@ class Search:
             SearchError: not open, a query that cannot be cleaned, no answer within the deadline, or a failure of the
                 embedder (:class:`EmbeddingError`) or the store (:class:`StoreError`). ``is_fatal`` tells whether later
                 searches can succeed.
-            SearchUnavailableError: a service was down for longer than ``PacingSettings.max_outage``; always fatal.
+            SearchUnavailableError: a service was down for longer than ``PacingSettings.max_outage``, or asks to be left alone
+                for longer than ``PacingSettings.longest_wait``; always fatal.
             ConfigurationError: ``n_results`` out of its range.
         """
         keys = self._keys(queries, n_results)
@@ -509,10 +520,10 @@ class Search:
 
     async def _embed(self, texts: Sequence[str]) -> Sequence[Vectors]:
         # Rows of their own: a view would keep its whole batch in memory.
-        vectors = [row.copy() for row in await self._embedder.embed_queries(texts)]
-        if len(vectors) == len(texts):
-            for text, vector in zip(texts, vectors, strict=True):
-                self._vectors.put(text, vector)
+        answer = await self._embedder.embed_queries(texts)
+        vectors = [row.copy() for row in checked_vectors(answer, len(texts), self._embedder)]
+        for text, vector in zip(texts, vectors, strict=True):
+            self._vectors.put(text, vector)
         return vectors
 
     async def _query(self, queried: Sequence[_Queried]) -> Sequence[_Found]:

@@ -26,6 +26,8 @@ class Hub:
     """Each large answer ends after so many bytes, until the list is used up."""
     failures: list[int] = field(default_factory=list)
     """Statuses of the next answers of the CDN."""
+    retry_after: str | None = None
+    """Sent with each of those."""
     hold_after: int | None = None
     """The next large answer stays unfinished after so many bytes."""
     url: str = ""
@@ -59,7 +61,8 @@ class Hub:
     async def give(self, request: web.Request) -> web.StreamResponse:
         self.tokens.append(("cdn", request.headers.get("Authorization")))
         if self.failures:
-            return web.Response(status=self.failures.pop(0))
+            headers = {} if self.retry_after is None else {"Retry-After": self.retry_after}
+            return web.Response(status=self.failures.pop(0), headers=headers)
         content = self.files[request.match_info["filename"]]
         if "Range" not in request.headers:  # the hub's own client asks for a small file whole
             self.answers.setdefault(request.match_info["filename"], []).append((0, len(content)))

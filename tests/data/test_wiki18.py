@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import pytest
 from chromadb.config import Settings
 
 from searchr1_async.__main__ import main
+from searchr1_async.boundary import waits
 from searchr1_async.commands.wiki18 import plan_of
 from searchr1_async.data import download as downloading
 from searchr1_async.data import wiki18
@@ -301,6 +303,27 @@ async def test_what_the_hub_refuses_is_said_in_words(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(StoreError, match="HF_HUB_OFFLINE"):
         await fetch()
+
+
+@pytest.mark.parametrize("status", [429, 503])
+async def test_a_hub_that_asks_for_a_day_is_not_waited_for(hub: Hub, fetch: Callable[..., Any], status: int) -> None:
+    hub.failures, hub.retry_after = [status] * 20, "86399"
+    with anyio.fail_after(20), pytest.raises(StoreError, match=r"left alone for 86,399 s, until 20.* longest_wait=600"):
+        await fetch()
+    with anyio.fail_after(20), pytest.raises(StoreError, match="longest_wait=86000"):
+        await fetch(longest_wait=86_000)
+
+
+async def test_a_wait_that_the_hub_asks_for_is_made_and_told(
+    hub: Hub, fetch: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(waits, "TOLD_AFTER", 0.05)
+    hub.failures, hub.retry_after = [503, 429], "0.2"
+    told: list[str] = []
+    began = time.monotonic()
+    assert (await fetch(emit=lambda event: told.append(getattr(event, "text", "")))).is_new
+    assert time.monotonic() - began >= 0.4
+    assert len([text for text in told if "does not come (HTTP" in text and "waiting for at most" in text]) == 2
 
 
 async def test_the_token_goes_to_the_hub_alone(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import subprocess
 import sys
 import uuid
@@ -23,6 +24,7 @@ from searchr1_async.search.faults import RefusedInput
 from searchr1_async.search.pacing import PacingSettings
 from searchr1_async.search.stores import EmbeddedChroma, RemoteChroma, Store
 from searchr1_async.search.stores.chroma.layout import check_collection_name, read_answer
+from tests.search.conftest import ChromaProcess
 
 pytestmark = pytest.mark.anyio
 
@@ -310,3 +312,85 @@ def unused_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
+
+
+# Collections of earlier versions, whose distance is in their metadata.
+
+OLD_CONFIGURATION = (
+    '{"hnsw_configuration": {"space": "l2", "ef_search": 10, "M": 16, "_type": "HNSWConfigurationInternal"}}'
+)
+"""As chromadb 0.5.23 writes it beside the metadata, whatever the collection measures."""
+
+
+def make_old(folder: Path, vectors: Any, metadata: dict[str, str] | None, configuration: str | None) -> None:
+    """A folder as chromadb 0.5 (with a configuration) or 0.4 (without) leaves it."""
+    client = chromadb.PersistentClient(folder, settings=Settings(anonymized_telemetry=False))
+    try:
+        collection = client.create_collection("passages", embedding_function=None, metadata=metadata)
+        ids = [f"p{number}" for number in range(len(vectors))]
+        collection.add(ids=ids, embeddings=vectors, documents=ids)
+    finally:
+        client.close()  # pyright: ignore[reportAttributeAccessIssue]
+    with sqlite3.connect(folder / "chroma.sqlite3") as database:
+        database.execute("UPDATE collections SET schema_str = NULL, config_json_str = ?", [configuration])
+        database.execute(
+            "INSERT INTO segment_metadata (segment_id, key, str_value) "
+            "SELECT s.id, m.key, m.str_value FROM segments s JOIN collection_metadata m ON m.collection_id = s.collection "
+            "WHERE s.scope = 'VECTOR'"
+        )
+
+
+@pytest.mark.parametrize("configuration", [OLD_CONFIGURATION, None], ids=["0.5", "0.4"])
+@pytest.mark.parametrize("space", ["cosine", "ip", "l2", None])
+async def test_scores_of_an_old_folder_are_of_its_own_distance(
+    tmp_path: Path, space: str | None, configuration: str | None
+) -> None:
+    vectors = np.random.default_rng(3).standard_normal((40, 8)).astype(np.float32)
+    make_old(tmp_path, vectors, None if space is None else {"hnsw:space": space}, configuration)
+    store = EmbeddedChroma(tmp_path)
+    await store.open()
+    ((best, *others),) = await store.query(vectors[:1], 5)
+    await store.aclose()
+    for passage in (best, *others):
+        one, other = vectors[0], vectors[int(passage.id[1:])]
+        cosine = one @ other / (np.linalg.norm(one) * np.linalg.norm(other))
+        expected = {"cosine": cosine, "ip": one @ other}.get(space or "l2", 1 - ((one - other) ** 2).sum() / 2)
+        assert passage.score == pytest.approx(expected, abs=1e-4)
+
+
+async def test_scores_of_an_old_collection_behind_a_server_are_the_cosine(tmp_path: Path) -> None:
+    vectors = np.random.default_rng(3).standard_normal((40, 8)).astype(np.float32)
+    make_old(tmp_path / "data", vectors, {"hnsw:space": "cosine"}, OLD_CONFIGURATION)
+    server = ChromaProcess(tmp_path)
+    server.start()
+    store = RemoteChroma("127.0.0.1", server.port, "passages")
+    try:
+        await anyio.to_thread.run_sync(server.wait)
+        await store.open()
+        ((_, second),) = await store.query(vectors[:1], 2)
+    finally:
+        await store.aclose()
+        server.kill()
+    one, other = vectors[0], vectors[int(second.id[1:])]
+    cosine = one @ other / (np.linalg.norm(one) * np.linalg.norm(other))
+    assert second.score == pytest.approx(cosine, abs=1e-4)
+
+
+async def test_what_a_new_collection_was_configured_for_wins_over_its_metadata(tmp_path: Path) -> None:
+    vectors = np.random.default_rng(3).standard_normal((40, 8)).astype(np.float32)
+    for name, configured in {"one": "ip", "two": "l2", "three": "cosine"}.items():
+        client = chromadb.PersistentClient(tmp_path / name, settings=Settings(anonymized_telemetry=False))
+        try:
+            settings: Any = {"hnsw": {"space": configured}}
+            client.create_collection(
+                "passages", embedding_function=None, metadata={"hnsw:space": "cosine"}, configuration=settings
+            ).add(ids=[f"p{number}" for number in range(40)], embeddings=vectors)
+        finally:
+            client.close()  # pyright: ignore[reportAttributeAccessIssue]
+        store = EmbeddedChroma(tmp_path / name)
+        await store.open()
+        ((best,),) = await store.query(vectors[:1], 1)
+        await store.aclose()
+        other = vectors[int(best.id[1:])]
+        expected = {"ip": vectors[0] @ other}.get(configured, 1.0)
+        assert best.score == pytest.approx(expected, abs=1e-4)

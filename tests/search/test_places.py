@@ -13,6 +13,7 @@ import pytest
 from searchr1_async.episodes.types import Passage
 from searchr1_async.errors import ConfigurationError, CorpusError, EmbeddingError, StoreError
 from searchr1_async.search import Search, served
+from searchr1_async.search.building import build_index
 from searchr1_async.search.compact_building import build_compact_index
 from searchr1_async.search.indexing import LocalIndex
 from searchr1_async.search.places import look_up
@@ -163,3 +164,12 @@ async def test_a_broken_chroma_folder(tmp_path: Path, embedder: Any) -> None:
     (tmp_path / "chroma.sqlite3").touch()
     with pytest.raises((StoreError, ConfigurationError), match=str(tmp_path)):
         await Search.open(tmp_path, embedder=embedder)
+
+
+async def test_an_index_that_is_not_finished_is_not_searched(
+    passages: list[Passage], embedder: Any, tmp_path: Path
+) -> None:
+    await build_index(passages, tmp_path / "index", embedder=embedder)
+    (tmp_path / "index" / "index.json").rename(tmp_path / "index" / "building.json")
+    with pytest.raises(StoreError, match=r"not finished: await sr\.build_index\(corpus, '.*', embedder='hashing'\)"):
+        await Search.open(tmp_path / "index", embedder=embedder)

@@ -8,8 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from searchr1_async.boundary.retry_after import seconds_asked
 from searchr1_async.errors import EmbeddingError, SearchError
-from searchr1_async.search.faults import PassingFault, RefusedInput, TooManyRequests, seconds_asked
+from searchr1_async.search.faults import PassingFault, RefusedInput, TooManyRequests
 
 KEY_REMEDY = "set GEMINI_API_KEY to a key from https://aistudio.google.com/apikey that may use this API"
 CREDENTIALS_REMEDY = (

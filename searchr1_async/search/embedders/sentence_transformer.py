@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from searchr1_async.boundary.paths import absolute_path
 from searchr1_async.errors import EmbeddingError
 from searchr1_async.search.embedders.base import Vectors
 from searchr1_async.search.threads import OwnThread
@@ -203,7 +204,7 @@ def _is_e5(location: str) -> bool:
 
 def _locate(model: str | Path) -> tuple[str, bool]:
     """Where the model is, and whether that is a folder on this machine."""
-    folder = Path(model).expanduser()
+    folder = absolute_path(model, "embedder")
     if folder.is_dir():
         return str(folder), True
     package = _PACKAGED.get(str(model))

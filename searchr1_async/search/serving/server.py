@@ -21,6 +21,7 @@ from yarl import URL
 
 from searchr1_async.errors import ConfigurationError, SearchError, SearchUnavailableError
 from searchr1_async.search.embedders.base import Embedder
+from searchr1_async.search.embedders.checked import checked_vectors
 from searchr1_async.search.faults import PassingFault, RefusedInput, TooManyRequests
 from searchr1_async.search.serving.limits import ServingLimits
 from searchr1_async.search.serving.wire import (
@@ -257,7 +258,7 @@ class _Service:
         made = [np.empty((0, embedder.dimension), np.float32)]
         for texts in parts_of(asked.texts, embedder.max_texts, embedder.max_tokens):
             async with opened.embedding:
-                made.append(await embed(texts))
+                made.append(checked_vectors(await embed(texts), len(texts), embedder))
         return web.Response(
             body=pack_vectors(np.concatenate(made)),
             content_type="application/octet-stream",

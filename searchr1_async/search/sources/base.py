@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 from searchr1_async.episodes.types import Passage
 from searchr1_async.search.embedders.base import Vectors
-
-Metric = Literal["cosine", "l2", "ip"]
-"""How near two vectors are: ``"cosine"``, squared distance ``"l2"``, or inner product ``"ip"``; Chroma's names."""
+from searchr1_async.search.stores.base import Metric as Metric
 
 Block = tuple[list[Passage], Vectors]
 """Passages and their vectors ``[passages, dimension]``, float32, row by row."""

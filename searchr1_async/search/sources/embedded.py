@@ -71,7 +71,7 @@ class EmbeddedCorpus:
         if start >= facts.count:
             return
         await say_cost(self._corpus, facts.count, self._embedder, start, self._options.emit)
-        own = PassageEmbedder(facts.name, self._corpus.source, self._embedder, journal, self._options.pacing)
+        own = PassageEmbedder(facts.name, self._corpus.source, self._embedder, journal, self._options)
         first = start // WINDOW
         windows = enumerate(self._corpus.batches(WINDOW, first * WINDOW), start=first)
         await self._stop()

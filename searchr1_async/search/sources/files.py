@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from searchr1_async.boundary.paths import absolute_path
 from searchr1_async.boundary.tables import scan_parquet
 from searchr1_async.data.corpus import Corpus, load_corpus
 from searchr1_async.episodes.types import Passage
@@ -51,7 +52,7 @@ class VectorFiles:
         embedder: str | Path | Embedder | None = None,
     ) -> None:
         paths = [vectors] if isinstance(vectors, str | Path) else list(vectors)
-        self._paths = [Path(path).expanduser().absolute() for path in paths]
+        self._paths = [absolute_path(path, "vectors") for path in paths]
         if not paths or any(path.suffix.lower() not in (".npy", ".parquet") for path in self._paths):
             raise StoreError(f"vectors are in .npy or .parquet files, not in {', '.join(map(str, paths)) or 'none'}")
         self._corpus = load_corpus(corpus)

@@ -25,9 +25,12 @@ from numpy.typing import NDArray
 
 from searchr1_async.search.embedders.base import Vectors
 
+LABELS_NAME = "index_metadata.pickle"
 _HEADER = struct.Struct("<i6QiI3QdQ")
-"""Version, offset of layer 0, room, rows, bytes a row, offset of the label, offset of the vector, layers, entry, and settings."""
+"""Version, offset of layer 0, room, rows, bytes a row, offset of the label, offset of the vector, top layer, entry, links of a row
+above the lowest layer and in it, and settings."""
 _VERSION = 1
+MOST_LAYERS = 64
 SCANNED_ROWS = 16_384
 """Rows whose labels are read together: 52 MB of file at 768 dimensions. Their vectors are wanted next."""
 _HASH_BYTES = 8
@@ -51,6 +54,54 @@ _SKIPPED = {
 
 class BrokenSegmentError(Exception):
     """Files that are no HNSW index of a layout known here; its message is meant for the caller's typed error."""
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What ``header.bin`` says of the other files."""
+
+    rows: int
+    row_bytes: int
+    label: int
+    """Where it is in a row, in bytes; so with the vector."""
+    vector: int
+    top_layer: int
+    entry: int
+    """The row at which every search begins, in the top layer."""
+    upper_links: int
+    """Of a row at most, in each layer above the lowest."""
+    lowest_links: int
+
+    @classmethod
+    def read(cls, path: Path, dimension: int) -> Header:
+        """The header of an index of such vectors.
+
+        Raises:
+            BrokenSegmentError: it is of another version, of other vectors, or broken.
+            OSError: it cannot be read.
+        """
+        content = path.read_bytes()
+        if len(content) != _HEADER.size or (values := _HEADER.unpack(content))[0] != _VERSION:
+            raise BrokenSegmentError(f"{path} is not one of a version known here")
+        _, first, room, rows, size, label, vector, top, entry, upper, lowest, *_ = values
+        if first != 0 or vector != 4 * (lowest + 1) or label != vector + 4 * dimension or size != label + 8:
+            raise BrokenSegmentError(f"{path} is not that of vectors of {dimension} numbers")
+        if not (0 < rows <= room and entry < rows and 0 <= top <= MOST_LAYERS and upper > 0):
+            raise BrokenSegmentError(
+                f"{path} is broken: {rows:,} rows in room for {room:,}, entry {entry:,} in layer {top}"
+            )
+        return cls(rows, size, label, vector, top, entry, upper, lowest)
+
+    def row_type(self, dimension: int) -> np.dtype:
+        """A row of ``data_level0.bin``; the lower half of its first link is the number of the others."""
+        return np.dtype(
+            {
+                "names": ["links", "vector", "label"],
+                "formats": [("<u4", (self.lowest_links + 1,)), ("<f4", (dimension,)), "<u8"],
+                "offsets": [0, self.vector, self.label],
+                "itemsize": self.row_bytes,
+            }
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +207,7 @@ class HnswSegment:
     """
 
     def __init__(self, folder: Path, dimension: int) -> None:
-        self.labels = read_labels(folder / "index_metadata.pickle")
+        self.labels = read_labels(folder / LABELS_NAME)
         self._path = folder / "data_level0.bin"
         self._map, self._rows = _mapped(folder / "header.bin", self._path, dimension)
         most = int(self.labels.labels.max(initial=0))
@@ -202,27 +253,14 @@ def let_go(mapped: mmap.mmap) -> None:
 
 
 def _mapped(header: Path, path: Path, dimension: int) -> tuple[mmap.mmap, np.ndarray]:
-    content = header.read_bytes()
-    if len(content) != _HEADER.size or (values := _HEADER.unpack(content))[0] != _VERSION:
-        raise BrokenSegmentError(f"{header} is not one of a version known here")
-    _, first, _, count, size, label, vector, *_ = values
-    if first != 0 or label - vector != 4 * dimension or size != label + 8:
-        raise BrokenSegmentError(f"{header} is not that of vectors of {dimension} numbers")
-    if not count or path.stat().st_size < count * size:
+    found = Header.read(header, dimension)
+    if path.stat().st_size < found.rows * found.row_bytes:
         raise BrokenSegmentError(
-            f"{path} holds {path.stat().st_size:,} bytes where {count * size:,} are told: cut short"
+            f"{path} holds {path.stat().st_size:,} bytes where {found.rows * found.row_bytes:,} are told: cut short"
         )
-    layout = np.dtype(
-        {
-            "names": ["vector", "label"],
-            "formats": [("<f4", (dimension,)), "<u8"],
-            "offsets": [vector, label],
-            "itemsize": size,
-        }
-    )
     with path.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    return mapped, np.frombuffer(mapped, layout, count)
+    return mapped, np.frombuffer(mapped, found.row_type(dimension), found.rows)
 
 
 def stacked(vectors: Iterable[bytes], dimension: int) -> Vectors:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from searchr1_async.boundary.paths import absolute_path
 from searchr1_async.search.embedders.base import Embedder
 from searchr1_async.search.embedders.choice import make_embedder
 
@@ -12,8 +13,8 @@ def lasting_name(embedder: str | Path | Embedder | None) -> str | None:
     """By which it can be made again, whatever the folder that is worked in; None where it is no name."""
     if not isinstance(embedder, str | Path):
         return None
-    place = Path(embedder).expanduser()
-    return str(place.absolute()) if place.is_dir() else str(embedder)
+    place = absolute_path(embedder, "embedder")
+    return str(place) if place.is_dir() else str(embedder)
 
 
 def named_embedder(embedder: str | Path | Embedder | None) -> tuple[str | None, str | None]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, TypeGuard
+from typing import Literal, Protocol, TypeGuard
 
 from searchr1_async.episodes.types import Passage
 from searchr1_async.search.embedders.base import Vectors
+
+Metric = Literal["cosine", "l2", "ip"]
+"""How near two vectors are: ``"cosine"``, squared distance ``"l2"``, or inner product ``"ip"``; Chroma's names."""
 
 Found = tuple[tuple[Passage, ...], ...]
 """For each query its passages, nearest first."""

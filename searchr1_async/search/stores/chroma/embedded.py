@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import logging
+import sqlite3
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args
 
 import anyio
 
+from searchr1_async.boundary.paths import absolute_path
 from searchr1_async.errors import StoreError
 from searchr1_async.search.embedders.base import Vectors
 from searchr1_async.search.faults import PassingFault
+from searchr1_async.search.stores.base import Metric
 from searchr1_async.search.stores.chroma.faults import fault_of_embedded
 from searchr1_async.search.stores.chroma.layout import INCLUDE, NEW_COLLECTION, CollectionModel
 from searchr1_async.search.stores.chroma.store import ChromaStore
+from searchr1_async.search.stores.proof import refuse_unproven
 from searchr1_async.search.threads import OwnThread
+from searchr1_async.threads import in_thread
 
 if TYPE_CHECKING:
     from chromadb.api import ClientAPI
@@ -49,9 +55,47 @@ class EmbeddedChroma(ChromaStore):
     max_requests = 1
 
     def __init__(self, path: str | Path, collection: str = "passages") -> None:
-        folder = Path(path).expanduser().absolute()
-        name = f"Chroma collection {collection!r} in {folder}"
-        super().__init__(name, _FolderDatabase(name, folder), collection, PAGE)
+        self._folder = absolute_path(path, "path")
+        name = f"Chroma collection {collection!r} in {self._folder}"
+        super().__init__(name, _FolderDatabase(name, self._folder), collection, PAGE)
+
+    async def open(self) -> None:
+        """Opens the folder, after a look at its files, and searches for some of its own vectors (see :mod:`..proof`).
+
+        Raises:
+            DamagedIndexError: files are missing, cut short or broken, or its own vectors are not found.
+            PassingFault: another process writes to it.
+            StoreError: it cannot be opened.
+        """
+        from searchr1_async.search.stores.chroma.proof import advice_for, look_at  # they read this room's layout
+
+        if self._model is not None and self._database.is_open:
+            return
+        looked = await in_thread(lambda: look_at(self._folder, self._collection_name))
+        await super().open()
+        if looked is None or self._model is None:
+            return
+        self._model = replace(self._model, space=looked.space)
+        try:
+            if looked.space in get_args(Metric):
+                await refuse_unproven(self, looked.sample, cast(Metric, looked.space), advice_for(self._folder))
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await self.aclose()
+            raise
+
+    async def record(self) -> None:
+        """Keeps sizes and checksums of its files in the folder, by which the next opening proves them.
+
+        Raises:
+            StoreError: they cannot be read, or the record not be written.
+        """
+        from searchr1_async.search.stores.chroma.proof import record_files
+
+        try:
+            await in_thread(lambda: record_files(self._folder, self._collection_name))
+        except (OSError, sqlite3.Error) as error:
+            raise StoreError(f"the files of {self.name} cannot be recorded ({error})") from error
 
 
 class _FolderDatabase:
@@ -98,7 +142,7 @@ class _FolderDatabase:
         found = self._client.get_or_create_collection(name, embedding_function=None, configuration=settings)
         self._collections = {str(found.id): found}
         model = found._model  # the dimension has no public name
-        return CollectionModel.of(found.id, model.dimension, found.configuration_json)
+        return CollectionModel.of(found.id, model.dimension, found.configuration_json, found.metadata)
 
     async def query(self, collection_id: str, vectors: Vectors, n_results: int) -> Mapping[str, Any]:
         include: Any = list(INCLUDE)

@@ -14,8 +14,9 @@ from http import HTTPStatus
 import aiohttp
 import orjson
 
+from searchr1_async.boundary.retry_after import seconds_asked
 from searchr1_async.errors import SearchError, StoreError
-from searchr1_async.search.faults import PassingFault, RefusedInput, TooManyRequests, seconds_asked
+from searchr1_async.search.faults import PassingFault, RefusedInput, TooManyRequests
 
 PASSING_STATUSES = frozenset(
     {

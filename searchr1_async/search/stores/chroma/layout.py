@@ -37,16 +37,44 @@ class CollectionModel:
     """The distance it measures: ``"l2"`` (squared), ``"cosine"`` or ``"ip"``."""
 
     @classmethod
-    def of(cls, own_id: object, dimension: object, configuration: Mapping[str, Any] | None) -> CollectionModel:
-        """From the fields of Chroma's answer; without settings the distance is Chroma's default, ``"l2"``."""
-        return cls(str(own_id), int(dimension) if isinstance(dimension, int) else None, _space(configuration or {}))
+    def of(
+        cls,
+        own_id: object,
+        dimension: object,
+        configuration: Mapping[str, Any] | None,
+        metadata: Mapping[str, Any] | None,
+    ) -> CollectionModel:
+        """From the fields of Chroma's answer.
+
+        Of a collection that was made by a version before 1.0 Chroma says ``"l2"`` here, whatever it measures: the distance of
+        such a one is in its metadata.
+        """
+        space = space_of({}, {}, configuration or {})
+        if space == "l2":
+            space = space_of({}, metadata or {}, {})
+        return cls(str(own_id), int(dimension) if isinstance(dimension, int) else None, space)
 
 
-def _space(configuration: Mapping[str, Any]) -> str:
-    for kind in ("hnsw", "spann"):
-        if isinstance(part := configuration.get(kind), Mapping) and part.get("space"):
-            return str(part["space"])
-    return "l2"
+def space_of(schema: Mapping[str, Any], metadata: Mapping[str, Any], configuration: Mapping[str, Any]) -> str:
+    """The distance that a collection measures, as its version wrote it down; ``"l2"``, Chroma's default, where nothing says it.
+
+    Newer versions keep a schema, which decides. Before it the metadata did, beside which the configuration of 0.5 says ``"l2"``
+    in any case.
+    """
+    found = (
+        _within(schema, "keys", "#embedding", "float_list", "vector_index", "config", "space"),
+        metadata.get("hnsw:space"),
+        _within(configuration, "hnsw", "space"),
+        _within(configuration, "spann", "space"),
+        _within(configuration, "hnsw_configuration", "space"),
+    )
+    return str(next((space for space in found if space), "l2"))
+
+
+def _within(values: Any, *path: str) -> Any:
+    for name in path:
+        values = values.get(name) if isinstance(values, Mapping) else None
+    return values
 
 
 def check_collection_name(name: str) -> None:

@@ -103,7 +103,9 @@ class ServerDatabase:
             await self._check_database(root)
             raise
         try:
-            return CollectionModel.of(answer["id"], answer.get("dimension"), answer.get("configuration_json"))
+            return CollectionModel.of(
+                answer["id"], answer.get("dimension"), answer.get("configuration_json"), answer.get("metadata")
+            )
         except (KeyError, TypeError, AttributeError) as error:
             raise malformed(self._name) from error
 

@@ -36,8 +36,8 @@ from searchr1_async.events import Emit, PhaseAdvanced, PhaseEnded, PhaseStarted
 from searchr1_async.files import write_arrays, write_atomically
 from searchr1_async.search.embedders.base import Vectors
 from searchr1_async.search.sources.base import SourceFacts, VectorSource
+from searchr1_async.search.stores.checksums import record_of
 from searchr1_async.search.stores.compact.calibrate import EXACT_RESULTS, calibration_of, measure
-from searchr1_async.search.stores.compact.checksums import record_of
 from searchr1_async.search.stores.compact.codes import (
     Codes,
     add_codes,

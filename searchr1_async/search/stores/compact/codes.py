@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from searchr1_async.errors import StoreError
 from searchr1_async.files import replacing, write_atomically
 from searchr1_async.search.embedders.base import Vectors
-from searchr1_async.search.sources.base import Metric
+from searchr1_async.search.stores.base import Metric
 from searchr1_async.search.stores.compact.layout import CODES_NAME, LISTS_NAME, SIZES_NAME
 from searchr1_async.search.stores.compact.lists import faiss_metric
 from searchr1_async.search.stores.compact.probing import (

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from searchr1_async.search.embedders.base import Vectors
-from searchr1_async.search.sources.base import Metric
+from searchr1_async.search.stores.base import Metric
 from searchr1_async.search.stores.compact.codes import Codes
 from searchr1_async.search.stores.compact.probing import Probing, squared_lengths
 from searchr1_async.search.stores.compact.vector_file import Rows, VectorFile

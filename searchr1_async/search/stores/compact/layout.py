@@ -24,7 +24,8 @@ from typing import Annotated, Any, Literal
 from searchr1_async.boundary.settings import Count, Range, check_settings
 from searchr1_async.errors import StoreError
 from searchr1_async.files import write_atomically
-from searchr1_async.search.sources.base import Metric
+from searchr1_async.search.stores.base import Metric
+from searchr1_async.search.stores.checksums import FileRecord
 
 COMPACT_KIND = "searchr1_async compact index"
 COMPACT_FORMAT = 2
@@ -71,15 +72,6 @@ class CompactSettings:
 
     def __post_init__(self) -> None:
         check_settings(self)
-
-
-@dataclass(frozen=True, slots=True)
-class FileRecord:
-    """A file of the index."""
-
-    bytes: int
-    blocks: str
-    """BLAKE2b of 8 bytes for each :data:`~searchr1_async.search.stores.compact.checksums.BLOCK_BYTES`, in hexadecimal, one after another."""
 
 
 @dataclass(frozen=True, slots=True)

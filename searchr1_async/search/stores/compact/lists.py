@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from searchr1_async.search.embedders.base import Vectors
-from searchr1_async.search.sources.base import Metric
+from searchr1_async.search.stores.base import Metric
 from searchr1_async.search.stores.compact.probing import Lists
 
 MOST_LISTS = 65_536

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from searchr1_async.search.embedders.base import Vectors
-from searchr1_async.search.sources.base import Metric
+from searchr1_async.search.stores.base import Metric
 
 Lists = NDArray[np.int64]
 """Numbers of lists, counted from 0."""
