@@ -27,7 +27,7 @@ from searchr1_async.config import (
     WeightsInFlight,
 )
 from searchr1_async.control import RunControl
-from searchr1_async.data.questions import Questions, checked_questions
+from searchr1_async.data.questions import Questions, checked_questions, optional_questions
 from searchr1_async.episodes.rendering import check_thinking
 from searchr1_async.episodes.reward import RecipeReward, RewardFunction
 from searchr1_async.episodes.types import Group
@@ -128,7 +128,7 @@ def train(
     which ``await`` turns into a :class:`TrainingResult`. Defaults are those of the Search-R1 recipe of tinker-cookbook.
 
     Args:
-        questions: a suite's name, a file, or questions; see :func:`load_questions`.
+        questions: a suite's name, a file, questions, a frame or a list of dicts; see :func:`load_questions`.
         search: the tool; see :class:`Search`.
         out_dir: the run's folder.
         model: the base model, as the service calls it; None is SmolLM2-135M-Instruct on the embedded service and Qwen3.5-4B
@@ -221,7 +221,8 @@ def train(
         )
     if refill_groups and not drop_constant_groups:
         raise ConfigurationError("refill_groups replaces groups that are dropped: it needs drop_constant_groups=True")
-    if evaluate_every is not None and not held_out:
+    held_out_questions = optional_questions(held_out)
+    if evaluate_every is not None and not held_out_questions:
         raise ConfigurationError("evaluate_every needs held_out questions to measure on")
     if keep_best and evaluate_every is None:
         raise ConfigurationError("keep_best needs evaluate_every: the best is chosen among the steps that are measured")
@@ -294,7 +295,7 @@ def train(
         instructions=instructions,
         warm_up=warm_up,
         demonstrations=tuple(demonstrations),
-        held_out=checked_questions(held_out) if held_out else (),
+        held_out=held_out_questions,
         held_out_samples=held_out_samples,
         evaluate_every=evaluate_every,
         keep_best=keep_best,

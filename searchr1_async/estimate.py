@@ -16,7 +16,7 @@ import tinker
 
 from searchr1_async.billing import Billing
 from searchr1_async.config import EpisodeLimits, WarmUp
-from searchr1_async.data.questions import Questions, checked_questions
+from searchr1_async.data.questions import Questions, checked_questions, optional_questions
 from searchr1_async.episodes.types import Question
 from searchr1_async.errors import ConfigurationError, RunFolderError
 from searchr1_async.models import Price
@@ -225,7 +225,7 @@ def estimate_cost(
         limits=EpisodeLimits(max_turns, max_tokens, max_trajectory_tokens),
         format_name=format,
         search_results=search_results,
-        held_out=len(checked_questions(held_out)) if held_out else 0,
+        held_out=len(optional_questions(held_out)),
         held_out_samples=held_out_samples,
         evaluate_every=evaluate_every,
         warm_up=warm_up,

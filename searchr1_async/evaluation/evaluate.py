@@ -12,7 +12,7 @@ import tinker
 
 from searchr1_async.boundary.values import as_integer, as_number
 from searchr1_async.config import EpisodeLimits, LocalOptions, SamplingSettings
-from searchr1_async.data.questions import Questions, checked_questions
+from searchr1_async.data.questions import Questions, optional_questions
 from searchr1_async.data.suites import Suites, load_suites
 from searchr1_async.episodes.methods import Method
 from searchr1_async.episodes.rendering import check_thinking
@@ -169,7 +169,7 @@ async def evaluate(
             out_dir=kept,
             resume=resume,
             judge=judge,
-            training_questions=checked_questions(training_questions) if training_questions else (),
+            training_questions=optional_questions(training_questions),
         )
     async with AsyncExitStack() as opened, watching("evaluate", progress, emit) as watchers:
         return await run_evaluation(job, watchers, opened)

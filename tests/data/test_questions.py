@@ -146,12 +146,12 @@ def test_files_that_are_no_data(tmp_path: Path) -> None:
     (tmp_path / "latin.jsonl").write_bytes(b'{"question": "caf\xe9", "golden_answers": ["a"]}')
     (tmp_path / "fake.parquet").write_bytes(b"not parquet at all")
     (tmp_path / "q.jsonl.gz").write_bytes(b"not gzip")
-    (tmp_path / "q.csv").write_text("question,answer")
+    (tmp_path / "q.txt").write_text("question,answer")
     for name, message in {
         "latin.jsonl": "UTF-8",
         "fake.parquet": "Parquet",
         "q.jsonl.gz": "cannot be read",
-        "q.csv": "neither JSONL nor Parquet",
+        "q.txt": "neither JSONL nor Parquet",
         "missing.jsonl": "there is no question file",
         "": "is a folder",
     }.items():
