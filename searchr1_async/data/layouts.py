@@ -55,7 +55,7 @@ _WRITTEN = re.compile(r"\s*(\[.*\]|\{.*\})\s*", re.DOTALL)
 _NUMPY = re.compile(r"\barray\(\[")
 
 
-class LayoutError(ValueError):
+class LayoutError(Exception):
     """What is wrong with a row: the predicate of a sentence whose subject is the row's place."""
 
 

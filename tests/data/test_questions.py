@@ -230,3 +230,15 @@ def test_real_suites(name: str, count: int) -> None:
     questions = load_questions(path)
     assert len(questions) == count
     assert {question.data_source for question in questions} == {name}
+
+
+@pytest.mark.parametrize(("name", "other"), [("nq[1]", "nq1"), ("nq?", "nqx"), ("nq*", "nq-all")])
+def test_no_character_of_a_file_s_name_is_a_wildcard(tmp_path: Path, name: str, other: str) -> None:
+    for each in (other, name):
+        frame = pl.DataFrame({"id": [each], "question": ["q"], "golden_answers": [["a word"]]})
+        with (tmp_path / f"{each}.parquet").open("wb") as file:
+            frame.write_parquet(file)
+    assert [question.id for question in load_questions(tmp_path / f"{name}.parquet")] == [name]
+    (tmp_path / f"{name}.parquet").unlink()
+    with pytest.raises(QuestionsError, match="there is no question file"):
+        load_questions(tmp_path / f"{name}.parquet")
