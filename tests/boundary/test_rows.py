@@ -89,7 +89,9 @@ def _pandas(rows: list[dict[str, Any]]) -> Any:
 
 
 def _dataset(rows: list[dict[str, Any]]) -> Any:
-    return pytest.importorskip("datasets").Dataset.from_list(rows)
+    names = list(dict.fromkeys(name for row in rows for name in row))  # the library takes only those of the first row
+    filled = [{name: row.get(name) for name in names} for row in rows]
+    return pytest.importorskip("datasets").Dataset.from_list(filled)
 
 
 TABLES: dict[str, Callable[[list[dict[str, Any]]], Any]] = {
