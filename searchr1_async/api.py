@@ -127,7 +127,7 @@ def train(
     which ``await`` turns into a :class:`TrainingResult`. Defaults are those of the Search-R1 recipe of tinker-cookbook.
 
     Args:
-        questions: a suite's name, a file, or questions; see :func:`load_questions`.
+        questions: a suite's name, a file, questions, a frame or a list of dicts; see :func:`load_questions`.
         search: the tool; see :class:`Search`.
         out_dir: the run's folder. Like every path it is made absolute at the call, with ``~`` expanded.
         model: the base model, as the service calls it; None is SmolLM2-135M-Instruct on the embedded service and Qwen3.5-4B

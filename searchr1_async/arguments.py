@@ -62,8 +62,3 @@ def model_name(model: str | Path | None, service: str | tinker.ServiceClient | N
     if not (text := as_text("model", model)).strip():
         raise ConfigurationError(f"model is {model!r}: give a name, or leave it out")
     return text
-
-
-def has_questions(questions: Any) -> bool:
-    """Whether an argument that may be left out names questions: a frame of them has no truth value."""
-    return questions is not None and not (hasattr(questions, "__len__") and len(questions) == 0)

@@ -15,7 +15,7 @@ from typing import Annotated
 import polars as pl
 import tinker
 
-from searchr1_async.arguments import has_questions, model_name
+from searchr1_async.arguments import model_name
 from searchr1_async.billing import Billing
 from searchr1_async.boundary.paths import FilePath
 from searchr1_async.boundary.settings import (
@@ -29,7 +29,7 @@ from searchr1_async.boundary.settings import (
     settings_of,
 )
 from searchr1_async.config import EpisodeLimits, WarmUp
-from searchr1_async.data.questions import Questions, checked_questions
+from searchr1_async.data.questions import Questions, checked_questions, optional_questions
 from searchr1_async.episodes.types import Question
 from searchr1_async.errors import ConfigurationError, RunFolderError
 from searchr1_async.models import Price
@@ -223,7 +223,7 @@ def estimate_cost(
         question_letters=mean_letters(items),
         limits=settings_of(EpisodeLimits, given),
         format_name=format,
-        held_out=len(checked_questions(held_out)) if has_questions(held_out) else 0,
+        held_out=len(optional_questions(held_out)),
         has_penalty=given["kl_coefficient"] > 0,
     )
     billing = billing_on(service, model_name(model, service), price)

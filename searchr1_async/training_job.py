@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from searchr1_async.arguments import has_questions, model_name
+from searchr1_async.arguments import model_name
 from searchr1_async.boundary.settings import settings_of
 from searchr1_async.config import EpisodeLimits, LearningSettings, LocalOptions, PipelineSettings, SamplingSettings
-from searchr1_async.data.questions import checked_questions
+from searchr1_async.data.questions import checked_questions, optional_questions
 from searchr1_async.episodes.rendering import check_thinking
 from searchr1_async.episodes.reward import RecipeReward
 from searchr1_async.errors import ConfigurationError
@@ -36,6 +36,9 @@ def training_job(given: Mapping[str, Any]) -> TrainingJob:
     check_format(given["format"])
     model = model_name(given["model"], service)
     check_thinking(model, given["renderer"], given["thinking"])
+    held_out = optional_questions(given["held_out"])
+    if given["evaluate_every"] is not None and not held_out:
+        raise ConfigurationError("evaluate_every needs held_out questions to measure on")
     start = _start_of(given)
     model = chosen_model(model, start)
     check_max_cost(given["max_cost"], billing_on(service, model, given["price"]))
@@ -58,7 +61,7 @@ def training_job(given: Mapping[str, Any]) -> TrainingJob:
         local=given["local"] or LocalOptions(),
         format_name=given["format"],
         renderer_name=given["renderer"],
-        held_out=checked_questions(given["held_out"]) if has_questions(given["held_out"]) else (),
+        held_out=held_out,
         start=start,
     )
     refuse_overlap(job.questions, job.held_out)
@@ -74,8 +77,6 @@ def _check_relations(given: Mapping[str, Any]) -> None:
         )
     if given["refill_groups"] and not given["drop_constant_groups"]:
         raise ConfigurationError("refill_groups replaces groups that are dropped: it needs drop_constant_groups=True")
-    if given["evaluate_every"] is not None and not has_questions(given["held_out"]):
-        raise ConfigurationError("evaluate_every needs held_out questions to measure on")
     if given["keep_best"] and given["evaluate_every"] is None:
         raise ConfigurationError("keep_best needs evaluate_every: the best is chosen among the steps that are measured")
 

@@ -1,6 +1,7 @@
 """The one reader of Parquet tables: a path is the name of one file, whatever characters it holds.
 
-polars expands ``*``, ``?`` and ``[…]`` in plain paths, and reads all files of a folder; no other module reads tables by polars.
+polars expands ``*``, ``?`` and ``[…]`` in plain paths, takes a folder ``~`` for the user's home and ``file:`` for a URL, reads all
+files of a folder, and makes columns of folders called ``name=value``; no other module reads tables by polars.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ def read_parquet(path: Path, columns: Sequence[str] | None = None, n_rows: int |
         OSError: there is no such file, or it cannot be read.
         polars.exceptions.PolarsError: it is no whole Parquet file, or lacks a column.
     """
-    _refuse_folder(path)
-    return pl.read_parquet(path, columns=None if columns is None else list(columns), n_rows=n_rows, glob=False)
+    names = None if columns is None else list(columns)
+    return pl.read_parquet(_one_file(path), columns=names, n_rows=n_rows, glob=False, hive_partitioning=False)
 
 
 def scan_parquet(path: Path) -> pl.LazyFrame:
@@ -33,8 +34,7 @@ def scan_parquet(path: Path) -> pl.LazyFrame:
         OSError: it is a folder.
         OSError, polars.exceptions.PolarsError: when the rows are collected, as :func:`read_parquet`.
     """
-    _refuse_folder(path)
-    return pl.scan_parquet(path, glob=False)
+    return pl.scan_parquet(_one_file(path), glob=False, hive_partitioning=False)
 
 
 def scan_rows(paths: Sequence[Path], schema: pl.Schema) -> pl.LazyFrame:
@@ -48,14 +48,17 @@ def scan_rows(paths: Sequence[Path], schema: pl.Schema) -> pl.LazyFrame:
     if not paths:
         return pl.LazyFrame(schema=schema)
     return pl.scan_parquet(
-        list(paths),
+        [path.absolute() for path in paths],
         glob=False,
+        hive_partitioning=False,
         schema=dict(schema),
         missing_columns="insert",
         cast_options=pl.ScanCastOptions(missing_struct_fields="insert"),
     )
 
 
-def _refuse_folder(path: Path) -> None:
+def _one_file(path: Path) -> Path:
+    """The path, which begins with no character that polars takes for more than a name."""
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder, not a Parquet file")
+    return path.absolute()

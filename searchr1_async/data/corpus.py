@@ -6,23 +6,36 @@ import hashlib
 import json
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
-from searchr1_async.boundary.paths import cache_folder
-from searchr1_async.data.files import UnreadableFileError, is_data_file, read_rows
+from searchr1_async.boundary.paths import absolute_path, cache_folder
+from searchr1_async.boundary.rows import (
+    FORMATS,
+    ArrowTable,
+    Columns,
+    MemoryRows,
+    UnreadableFileError,
+    is_data_file,
+    read_rows,
+    renamed,
+)
+from searchr1_async.boundary.values import shown
+from searchr1_async.data.layouts import PASSAGE_COLUMNS, LayoutError, passage_of
 from searchr1_async.episodes.types import Passage
 from searchr1_async.errors import CorpusError
 
 logger = logging.getLogger(__name__)
 
-_COLUMNS = frozenset({"id", "title", "text", "contents"})
+_COLUMNS = frozenset(PASSAGE_COLUMNS)
+_READER = "2"
+"""Of what a file's passages are made of; counted up where the same file would give others, so that no old fingerprint is taken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +86,15 @@ class Corpus(ABC):
         """
         _ = self._content
 
+    def check_first(self) -> None:
+        """Looks at the first passage alone.
+
+        Raises:
+            CorpusError: there is none, or it cannot be used.
+        """
+        if next(self._passages(), None) is None:
+            raise CorpusError(f"{self.source} holds no passages")
+
     def passages(self, start: int = 0) -> Iterator[Passage]:
         """Every passage from number ``start`` (counted from 0) on."""
         for _, passage in islice(self._passages(), start, None):
@@ -95,21 +117,51 @@ class Corpus(ABC):
 
 
 class MemoryCorpus(Corpus):
-    """Passages that are in memory already."""
+    """Passages, or rows of a table, that are in memory already.
 
-    def __init__(self, passages: Sequence[Passage], source: str = "passages") -> None:
-        super().__init__(source)
-        self._kept = tuple(passages)
+    Args:
+        passages: passages, or a table whose rows are those of a corpus file.
+        source: for messages; None for the table's kind.
+        columns: as :func:`load_corpus`.
+
+    Raises:
+        CorpusError: it is no table.
+    """
+
+    def __init__(
+        self,
+        passages: Iterable[Passage] | Iterable[Mapping[str, Any]] | ArrowTable,
+        source: str | None = None,
+        columns: Columns | None = None,
+    ) -> None:
+        try:
+            self._table = MemoryRows(passages)
+            self._are_passages = isinstance(self._table.first(), Passage)
+        except UnreadableFileError as error:
+            raise CorpusError(str(error)) from error
+        super().__init__(
+            source or ("passages" if self._are_passages or self._table.kind == "rows" else self._table.name)
+        )
+        self._columns = columns
+        self.is_large = self._table.kind == "dataset"
+        """It may be larger than the memory."""
 
     def _passages(self) -> Iterator[tuple[str, Passage]]:
-        for number, passage in enumerate(self._kept, start=1):
+        return self._given() if self._are_passages else _read_passages(self.source, self._table.rows, self._columns)
+
+    def _given(self) -> Iterator[tuple[str, Passage]]:
+        for number, (_, passage) in enumerate(self._table, start=1):
+            if not isinstance(passage, Passage):
+                raise CorpusError(
+                    f"{self.source}, passage {number} is a {type(passage).__name__}: give Passage(…) for each"
+                )
             if not passage.id or not passage.text.strip():
                 raise CorpusError(f"{self.source}, passage {number} has no {'text' if passage.id else 'id'}")
             yield f"passage {number}", passage
 
 
 class FileCorpus(Corpus):
-    """A JSONL or Parquet file with the columns ``id``, ``title`` and ``text``; other columns are left unread.
+    """A file with the columns ``id``, ``title`` and ``text``; other columns are left unread.
 
     The file of Search-R1 and FlashRAG, which has ``contents`` (the title in quotes, a newline, the text) in place of
     ``title`` and ``text``, is read as well.
@@ -118,23 +170,22 @@ class FileCorpus(Corpus):
         CorpusError: the file cannot be read, or its first row lacks a column.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, columns: Columns | None = None) -> None:
         super().__init__(str(path))
         self._path = path
-        if next(self._passages(), None) is None:
-            raise CorpusError(f"{path} holds no passages")
+        self._columns = columns
+        self.check_first()
 
     def _passages(self) -> Iterator[tuple[str, Passage]]:
-        try:
-            for place, row in read_rows(self._path, _COLUMNS):
-                yield place, _passage(f"{self.source}, {place}", row)
-        except UnreadableFileError as error:
-            raise CorpusError(str(error)) from error
+        # Every column where one is named, so that the message about a misspelt one can list them.
+        wanted = None if self._columns else _COLUMNS
+        return _read_passages(self.source, lambda: read_rows(self._path, wanted), self._columns)
 
     @cached_property
     def _content(self) -> _Content:
         status = self._path.stat()
-        state = f"{self._path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
+        named = json.dumps(dict(self._columns or {}), sort_keys=True)
+        state = f"{self._path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\0{_READER}\0{named}"
         kept = cache_folder() / "corpora" / f"{hashlib.sha256(state.encode()).hexdigest()[:32]}.json"
         try:
             found = json.loads(kept.read_text(encoding="utf-8"))
@@ -150,11 +201,21 @@ class FileCorpus(Corpus):
         return content
 
 
-def load_corpus(name_or_path: str | Path | Sequence[Passage] | Corpus) -> Corpus:
-    """A corpus by name (``"atlas"``, built in), from a ``.jsonl``, ``.jsonl.gz`` or ``.parquet`` file, or from passages.
+CorpusSource: TypeAlias = str | Path | Corpus | Iterable[Passage] | Iterable[Mapping[str, Any]] | ArrowTable
+"""A name, a file, a corpus, passages, or a table in memory; see :func:`load_corpus`."""
 
-    The first row is looked at here; the rest is read and checked by :meth:`Corpus.check`, ``len`` or
+
+def load_corpus(name_or_path: CorpusSource, *, columns: Columns | None = None) -> Corpus:
+    """A corpus by name, from a file, from a table in memory, or from passages.
+
+    The first row of a file or of a ``Dataset`` is looked at here; the rest is read and checked by :meth:`Corpus.check`, ``len`` or
     :attr:`Corpus.fingerprint`, whichever comes first, and in any case before anything is embedded.
+
+    Args:
+        name_or_path: ``"atlas"`` (built in); a JSONL, JSON, CSV, TSV (each also with ``.gz``) or Parquet file with ``id``,
+            ``title`` and ``text``; a frame of polars or pandas, a ``datasets.Dataset`` or a list of dicts with the same
+            columns; passages; or a corpus, which is taken as it is.
+        columns: what the source calls its columns: ``{"id": "_id", "text": "passage"}``.
 
     Raises:
         CorpusError: no such file or name, not readable, empty, or without the columns.
@@ -162,69 +223,51 @@ def load_corpus(name_or_path: str | Path | Sequence[Passage] | Corpus) -> Corpus
     if isinstance(name_or_path, Corpus):
         return name_or_path
     if not isinstance(name_or_path, str | Path):
-        corpus = MemoryCorpus(name_or_path)
-        corpus.check()
+        corpus = MemoryCorpus(name_or_path, columns=columns)
+        if corpus.is_large:
+            corpus.check_first()
+        else:
+            corpus.check()
         return corpus
-    path = Path(name_or_path).expanduser()
+    name = str(name_or_path)
+    path = absolute_path(name_or_path, "corpus") if name.strip() else Path(name)
     if path.is_file():
-        return FileCorpus(path)
-    if str(name_or_path) == "atlas":
+        return FileCorpus(path, columns)
+    if name == "atlas":
         from searchr1_async.data.atlas import atlas_passages
 
         return MemoryCorpus(atlas_passages(), "atlas")
     if path.is_dir():
         raise CorpusError(f"{path} is a folder: name the file within it")
     if is_data_file(path):
-        raise CorpusError(f"there is no corpus file {path} (looked in {path.absolute().parent})")
-    raise CorpusError(f"unknown corpus {str(name_or_path)!r}: give 'atlas', or a .jsonl or .parquet file")
+        raise CorpusError(f"there is no corpus file {path} (looked in {path.parent})")
+    raise CorpusError(f"unknown corpus {name!r}: give 'atlas', or a file ({FORMATS})")
 
 
-def _passage(place: str, row: Mapping[str, Any]) -> Passage:
-    missing = {"id", "text"} - row.keys()
-    if missing == {"text"} and "contents" in row:
-        title, text = split_contents(_text(place, row, "contents"))
-    elif missing:
-        raise CorpusError(
-            f"{place} has no column {' and no column '.join(map(repr, sorted(missing)))}: "
-            f"a corpus has 'id', 'title' and 'text' (this one: {', '.join(map(str, row))})"
-        )
-    else:
-        title, text = str(row.get("title") or ""), _text(place, row, "text")
-    own_id = row["id"]
-    if own_id is None or own_id == "":
-        raise CorpusError(f"{place} has no 'id': give every passage one of its own")
-    return Passage(str(own_id), title, text)
-
-
-def _text(place: str, row: Mapping[str, Any], column: str) -> str:
-    text = row[column]
-    if not isinstance(text, str) or not text.strip():
-        state = "null" if text is None else "blank" if isinstance(text, str) else f"a {type(text).__name__}"
-        raise CorpusError(f"{place} has a {column!r} that is {state}: leave the row out, or give it text")
-    return text
-
-
-def split_contents(contents: str, *, only_quoted: bool = False) -> tuple[str, str]:
-    """The first line without its quotes as the title, and the text below it; no title where nothing stands below.
-
-    Args:
-        contents: title, newline, text.
-        only_quoted: a first line that is not in quotes is no title.
-    """
-    line, newline, text = contents.partition("\n")
-    line = line.strip()
-    is_quoted = len(line) > 2 and line[0] == line[-1] == '"'
-    if not newline or not text.strip() or (only_quoted and not is_quoted):
-        return "", contents
-    return line.strip('"'), text
+def _read_passages(
+    source: str, rows: Callable[[], Iterator[tuple[str, dict[str, Any]]]], columns: Columns | None
+) -> Iterator[tuple[str, Passage]]:
+    place = "row 1"
+    try:
+        for place, row in renamed(rows(), columns, PASSAGE_COLUMNS, source):
+            yield place, passage_of(row)
+    except LayoutError as error:
+        raise CorpusError(f"{source}, {place} {error}") from None
+    except UnreadableFileError as error:
+        raise CorpusError(str(error)) from error
 
 
 def _read_whole(source: str, passages: Callable[[], Iterator[tuple[str, Passage]]]) -> _Content:
     """One pass that counts, hashes, and finds ids given twice; 8 bytes of memory a passage."""
     digest = hashlib.blake2b(digest_size=16)
     id_hashes = bytearray()
-    for _, passage in passages():
-        encoded = [field.encode("utf-8", "surrogatepass") for field in (passage.id, passage.title, passage.text)]
+    for place, passage in passages():
+        try:
+            encoded = [field.encode() for field in (passage.id, passage.title, passage.text)]
+        except UnicodeEncodeError as error:
+            raise CorpusError(
+                f"{source}, {place} holds half a character (a lone surrogate) in {shown(error.object)}: read its file as UTF-8"
+            ) from None
         digest.update(b"".join(len(field).to_bytes(8, "little") + field for field in encoded))
         id_hashes += _id_hash(passage)
     if not id_hashes:

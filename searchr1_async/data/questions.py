@@ -3,49 +3,77 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from searchr1_async.data.files import Row, UnreadableFileError, is_data_file, read_rows
+from searchr1_async.boundary.paths import absolute_path
+from searchr1_async.boundary.rows import (
+    FORMATS,
+    ArrowTable,
+    Columns,
+    MemoryRows,
+    Row,
+    UnreadableFileError,
+    is_data_file,
+    read_rows,
+    renamed,
+)
 from searchr1_async.data.hub import SUITES, fetch_questions_file, read_reference, split_of
+from searchr1_async.data.layouts import QUESTION_COLUMNS, LayoutError, question_of
+from searchr1_async.episodes.reward import normalize_answer
 from searchr1_async.episodes.types import Question
 from searchr1_async.errors import CorpusError, QuestionsError
 
-Questions = str | Path | Sequence[Question]
-"""A suite's name, a file, or questions; see :func:`load_questions`."""
+logger = logging.getLogger(__name__)
 
+Questions: TypeAlias = str | Path | Iterable[Question] | Iterable[Mapping[str, Any]] | ArrowTable
+"""A suite's name, a file, questions, or a table in memory; see :func:`load_questions`."""
+
+MEMORY = "memory"
+"""The source of questions that came from no file."""
 ATLAS_SPLITS = ("train", "held_out")
-_OWN_COLUMNS = frozenset({"id", "question", "golden_answers", "data_source"})
-_NOT_KEPT = frozenset({*_OWN_COLUMNS, "prompt", "reward_model", "metadata"})
 
 
 def load_questions(
-    name_or_path: str | Path, *, split: str | None = None, limit: int | None = None, seed: int | None = None
+    name_or_path: Questions,
+    *,
+    split: str | None = None,
+    limit: int | None = None,
+    seed: int | None = None,
+    columns: Columns | None = None,
 ) -> tuple[Question, ...]:
     """Reads a question suite, whole and checked, before any work starts.
 
     Args:
-        name_or_path: ``"atlas"`` (built in); a ``.jsonl``, ``.jsonl.gz`` or ``.parquet`` file; a suite of
+        name_or_path: ``"atlas"`` (built in); a JSONL, JSON, CSV, TSV (each also with ``.gz``) or Parquet file; a suite of
             FlashRAG (``"nq"``, ``"triviaqa"``, ``"popqa"``, ``"hotpotqa"``, ``"2wikimultihopqa"``, ``"musique"``,
             ``"bamboogle"``) or any data set ``"org/name"`` on the Hugging Face hub, of a certain revision with
-            ``"nq@<commit>"``. A file wins over a name.
-            Rows hold ``question`` and ``golden_answers`` (a list or one string), and may hold ``id`` and
-            ``data_source``; without ``golden_answers``, ``reward_model.ground_truth`` is read, which the recipe's
-            files hold as a dict with ``target``, a list, or a string. The other columns become ``metadata``.
-        split: ``"train"`` or ``"held_out"`` of the atlas; the file of that name on the hub; in a file, the rows
-            whose column ``split`` says so. None takes every row (on the hub: the suite's usual split).
+            ``"nq@<commit>"``. A file wins over a name. Or a table in memory: a frame of polars or pandas, a
+            ``datasets.Dataset``, a list with a dict for each row, or questions.
+            Rows hold ``question`` and golden answers, in ``golden_answers``, ``answers``, ``answer``, ``possible_answers`` or
+            ``reward_model.ground_truth`` and in any of the layouts of :mod:`~searchr1_async.data.layouts`; they may hold ``id``
+            and ``data_source``. The other columns become ``metadata``.
+        split: ``"train"`` or ``"held_out"`` of the atlas; the file of that name on the hub; in rows, those whose column
+            ``split`` says so. None takes every row (on the hub: the suite's usual split).
         limit: at most so many questions, the first ones (of the seed's order, with a seed).
         seed: orders by it, see :func:`sampled`; None keeps the suite's own order.
+        columns: what the source calls its columns, ``{"question": "q", "golden_answers": "answer"}``.
 
     Raises:
-        QuestionsError: unknown name, unreadable or empty file, missing column, a question without a golden answer,
-            duplicate ids, an unknown split, or a hub that does not answer: each with the place and the remedy.
+        QuestionsError: unknown name, unreadable or empty file, missing column, a question whose golden answers are missing or
+            have no one meaning, duplicate ids, an unknown split, or a hub that does not answer: each with the place and the
+            remedy.
     """
     check_limit(limit)
-    return sampled(read_questions(name_or_path, split).questions, limit, seed)
+    questions = read_questions(name_or_path, split, columns).questions
+    counts = Counter([question.id for question in questions])
+    if len(counts) < len(questions):
+        raise QuestionsError(f"two questions have the id {counts.most_common(1)[0][0]!r}: ids must be unique")
+    return sampled(questions, limit, seed)
 
 
 def check_limit(limit: int | None) -> None:
@@ -71,25 +99,23 @@ def _place(seed: int, question_id: str) -> bytes:
 
 
 def checked_questions(questions: Questions) -> tuple[Question, ...]:
-    """The questions, read where they are named.
+    """The questions, read where they are named or rows of a table.
 
     Raises:
-        QuestionsError: there are none, something else is among them, one has no golden answer, or two have one id.
+        QuestionsError: as :func:`load_questions`.
     """
-    items = load_questions(questions) if isinstance(questions, str | Path) else tuple(questions)
-    if not items:
-        raise QuestionsError("there are no questions")
-    seen: set[str] = set()
-    for place, item in enumerate(items, start=1):
-        if not isinstance(item, Question):
-            raise QuestionsError(
-                f"question {place} is a {type(item).__name__}: give Question(id, question, golden_answers), or a file's name"
-            )
-        item.check_scorable()
-        if item.id in seen:
-            raise QuestionsError(f"two questions have the id {item.id!r}: ids must be unique")
-        seen.add(item.id)
-    return items
+    return load_questions(questions)
+
+
+def optional_questions(questions: Questions | None) -> tuple[Question, ...]:
+    """As :func:`checked_questions`; none where nothing is given, which is None or an empty list.
+
+    Raises:
+        QuestionsError: as :func:`load_questions`.
+    """
+    if questions is None or (isinstance(questions, str | Sequence) and not questions):
+        return ()
+    return checked_questions(questions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,20 +126,23 @@ class ReadQuestions:
     name: str
     """What the source is called, where its rows say nothing of it."""
     source: str
-    """``"atlas"``, the file's absolute path, or the hub's ``org/name@<commit>/<file>``; :func:`read_questions` reads it again."""
+    """``"atlas"``, the file's absolute path, or the hub's ``org/name@<commit>/<file>``; :func:`read_questions` reads it again.
+    :data:`MEMORY` for what came from no file."""
     path: Path | None = None
     """The file."""
     split: str | None = None
     """The split asked for; on the hub always the one that was read."""
 
 
-def read_questions(name_or_path: str | Path, split: str | None = None) -> ReadQuestions:
+def read_questions(source: Questions, split: str | None = None, columns: Columns | None = None) -> ReadQuestions:
     """As :func:`load_questions`, whole and with its origin."""
-    path = Path(name_or_path).expanduser()
-    name = str(name_or_path)
+    if not isinstance(source, str | Path):
+        return _in_memory(source, split, columns)
+    name = str(source)
+    path = absolute_path(source, "questions") if name.strip() else Path(name)
     if path.is_file():
         stem = path.name.split(".")[0]
-        return ReadQuestions(_from_file(path, stem, split), stem, str(path.absolute()), path, split)
+        return ReadQuestions(_from_file(path, stem, split, columns), stem, str(path), path, split)
     if path.is_dir():
         raise QuestionsError(f"{path} is a folder: name the file within it")
     if name == "atlas":
@@ -123,33 +152,87 @@ def read_questions(name_or_path: str | Path, split: str | None = None) -> ReadQu
         folder = found.filename.split("/")[-2:-1]
         suite = folder[0] if folder and folder[0] in SUITES else reference.name.split("/")[-1]
         read = split_of(reference, split)
-        questions = _from_file(found.path, suite, split if split != read else None)
+        questions = _from_file(found.path, suite, split if split != read else None, columns)
         return ReadQuestions(questions, suite, found.source, found.path, split or read)
     if is_data_file(path):
-        raise QuestionsError(f"there is no question file {path} (looked in {path.absolute().parent})")
+        raise QuestionsError(f"there is no question file {path} (looked in {path.parent})")
     raise QuestionsError(
-        f"unknown questions {name!r}: give 'atlas', a .jsonl or .parquet file, one of {', '.join(SUITES)}, "
+        f"unknown questions {name!r}: give 'atlas', a file ({FORMATS}), one of {', '.join(SUITES)}, "
         "or a Hugging Face data set as 'org/name'"
     )
 
 
+def _in_memory(source: object, split: str | None, columns: Columns | None) -> ReadQuestions:
+    if isinstance(own := getattr(source, "questions", None), tuple):  # a suite that is ready
+        source = own
+    if isinstance(source, Mapping):
+        source = _split_of_mapping(source, split)
+        split = None
+    try:
+        table = MemoryRows(source)
+        if isinstance(table.first(), Question):
+            return ReadQuestions(_given(table, split), "questions", MEMORY, split=split)
+        name = table.kind
+        return ReadQuestions(
+            questions_of_rows(table.rows(), table.name, name, split, columns), name, MEMORY, split=split
+        )
+    except UnreadableFileError as error:
+        raise QuestionsError(str(error)) from error
+
+
+def _split_of_mapping(source: Mapping[Any, Any], split: str | None) -> object:
+    """One table of a ``DatasetDict``."""
+    names = ", ".join(map(str, source))
+    if split is None:
+        raise QuestionsError(
+            f"a dict of {names} is no table: give one of its values, or a list with a dict for each row"
+        )
+    if split not in source:
+        raise QuestionsError(f"there is no split {split!r}: the splits are {names}")
+    return source[split]
+
+
+def _given(table: MemoryRows, split: str | None) -> tuple[Question, ...]:
+    """Questions as they are."""
+    found: list[Question] = []
+    places: list[str] = []
+    for place, (_, item) in enumerate(table, start=1):
+        if not isinstance(item, Question):
+            raise QuestionsError(
+                f"question {place} is a {type(item).__name__}: give Question(id, question, golden_answers), or a dict for "
+                "each of them"
+            )
+        if split is not None and item.metadata.get("split") != split:
+            continue
+        item.check_scorable()
+        found.append(item)
+        places.append(f"question {place}")
+    if not found:
+        raise QuestionsError(f"no question says split={split!r} in its metadata" if split else "there are no questions")
+    _tell_of_unmatched("the questions", places, found)
+    return tuple(found)
+
+
 def questions_of_rows(
-    rows: Iterable[Row], source: str | Path, suite: str, split: str | None = None
+    rows: Iterable[Row], source: str | Path, suite: str, split: str | None = None, columns: Columns | None = None
 ) -> tuple[Question, ...]:
     """Questions of rows as :func:`load_questions` describes them.
 
     Args:
         source: where the rows come from, for messages.
         suite: ``data_source`` of rows that name none.
+        columns: as there.
 
     Raises:
         QuestionsError: there are none, or one that cannot be used.
     """
-    chosen = list(_of_split(source, rows, split))
+    chosen = list(_of_split(source, renamed(rows, columns, QUESTION_COLUMNS, source), split))
     if not chosen:
         raise QuestionsError(f"{source} holds no questions" + (f" of split {split!r}" if split else ""))
     questions = [_question(source, place, row, suite) for place, row in chosen]
-    return _with_unique_ids(source, [place for place, _ in chosen], questions)
+    places = [place for place, _ in chosen]
+    _tell_of_unmatched(source, places, questions)
+    return _with_unique_ids(source, places, questions)
 
 
 def _atlas(split: str | None) -> tuple[Question, ...]:
@@ -164,9 +247,9 @@ def _atlas(split: str | None) -> tuple[Question, ...]:
     return tuple(question for question in questions if split is None or question.metadata["split"] == split)
 
 
-def _from_file(path: Path, suite: str, split: str | None) -> tuple[Question, ...]:
+def _from_file(path: Path, suite: str, split: str | None, columns: Columns | None) -> tuple[Question, ...]:
     try:
-        return questions_of_rows(read_rows(path), path, suite, split)
+        return questions_of_rows(read_rows(path), path, suite, split, columns)
     except UnreadableFileError as error:
         raise QuestionsError(str(error)) from error
 
@@ -182,52 +265,34 @@ def _of_split(source: str | Path, rows: Iterable[Row], split: str | None) -> Ite
 
 
 def _question(source: str | Path, place: str, row: Mapping[str, Any], suite: str) -> Question:
-    text = row.get("question")
-    if not isinstance(text, str):
-        problem = "has no column 'question'" if "question" not in row else "has a 'question' that is no text"
-        raise QuestionsError(f"{source}, {place} {problem}: its columns are {', '.join(map(str, row))}")
-    answers = _golden_answers(source, place, row)
-    data_source = row.get("data_source")
-    own_id = row.get("id")
     try:
-        return Question(
-            id=str(own_id) if own_id not in (None, "") else "",
-            question=text.strip(),
-            golden_answers=answers,
-            data_source=str(data_source) if data_source else suite,
-            metadata=_metadata(row),
-        )
+        return question_of(row, suite)
+    except LayoutError as error:
+        raise QuestionsError(f"{source}, {place} {error}") from None
     except QuestionsError as error:
-        raise QuestionsError(f"{source}, {place}: {error}") from error
+        raise QuestionsError(f"{source}, {place}: {error}") from None
 
 
-def _golden_answers(source: str | Path, place: str, row: Mapping[str, Any]) -> tuple[str, ...]:
-    found = row.get("golden_answers")
-    if found is None:
-        reward_model = row.get("reward_model")
-        found = reward_model.get("ground_truth") if isinstance(reward_model, Mapping) else None
-    if isinstance(found, Mapping):
-        found = found.get("target")
-    if found is None:
-        raise QuestionsError(
-            f"{source}, {place} has neither 'golden_answers' nor 'reward_model.ground_truth': "
-            f"its columns are {', '.join(map(str, row))}"
+def _tell_of_unmatched(source: str | Path, places: Sequence[str], questions: Sequence[Question]) -> None:
+    """Published suites have such rows ("---" in Natural Questions), and a reward of one's own may see it otherwise."""
+    found = [
+        (place, question.golden_answers)
+        for place, question in zip(places, questions, strict=True)
+        if not any(map(_is_matched, question.golden_answers))
+    ]
+    if found:
+        logger.warning(
+            "%s: exact match is without punctuation and articles, so that no answer is ever right for %d of the questions, the "
+            "first: %s, %s. Write them as words, leave the rows out, or give a reward of your own",
+            source,
+            len(found),
+            *found[0],
         )
-    if isinstance(found, str | int | float) or not isinstance(found, Sequence):
-        found = [found]
-    answers = dict.fromkeys(str(answer).strip() for answer in found if answer is not None)
-    answers.pop("", None)
-    if not answers:
-        raise QuestionsError(f"{source}, {place} has no golden answer: give it at least one, or leave the row out")
-    return tuple(answers)
 
 
-def _metadata(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The other columns; FlashRAG's column ``metadata`` is laid open beside them."""
-    inner = row.get("metadata")
-    metadata = dict(inner) if isinstance(inner, Mapping) else {}
-    metadata |= {key: value for key, value in row.items() if key not in _NOT_KEPT}
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in metadata.items()}
+def _is_matched(answer: str) -> bool:
+    # Most begin with a word that is no article, and normalisation takes time.
+    return (len(answer) > 3 and answer[:4].isalnum()) or bool(normalize_answer(answer))
 
 
 def _with_unique_ids(source: str | Path, places: Sequence[str], questions: list[Question]) -> tuple[Question, ...]:

@@ -9,11 +9,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeAlias, TypeGuard, cast
 
-import polars as pl
-
-from searchr1_async.data.files import JSONL_SUFFIXES, PARQUET_SUFFIXES, is_data_file
+from searchr1_async.boundary.paths import absolute_path
+from searchr1_async.boundary.rows import TABLE_SUFFIXES
 from searchr1_async.data.hub import SUITES
-from searchr1_async.data.questions import check_limit, questions_of_rows, read_questions, sampled
+from searchr1_async.data.questions import (
+    MEMORY,
+    Questions,
+    ReadQuestions,
+    check_limit,
+    read_questions,
+    sampled,
+)
 from searchr1_async.episodes.types import Question
 from searchr1_async.errors import QuestionsError
 
@@ -21,8 +27,6 @@ logger = logging.getLogger(__name__)
 
 BENCHMARKS = "benchmarks"
 """All of :data:`~searchr1_async.data.hub.SUITES`."""
-MEMORY = "memory"
-"""The source of questions that came from no file."""
 _RESERVED = frozenset({"all", "macro"})
 """Rows of an evaluation's summary."""
 
@@ -79,8 +83,8 @@ class Suite:
         return len(self.questions)
 
 
-SuiteSource: TypeAlias = str | Path | pl.DataFrame | Sequence[Question] | Suite
-"""A name, a file, a frame of its columns, questions in memory, or a suite that is ready."""
+SuiteSource: TypeAlias = Questions | Suite
+"""A name, a file, a table in memory, questions, or a suite that is ready."""
 Suites: TypeAlias = SuiteSource | Sequence[SuiteSource] | Mapping[str, SuiteSource]
 """One or several; a mapping gives them names."""
 
@@ -98,8 +102,8 @@ def load_suite(
 
     Args:
         source: what :func:`~searchr1_async.load_questions` reads (a suite of FlashRAG, ``"nq"`` or ``"nq@<commit>"``,
-            ``"org/name"`` on the hub, a file, ``"atlas"``), a polars frame with the same columns, questions, or the
-            ``source`` of an earlier suite. A ready suite is taken as it is.
+            ``"org/name"`` on the hub, a file, ``"atlas"``, a frame or a list of dicts, questions), or the ``source`` of an
+            earlier suite. A ready suite is taken as it is.
         name: what the suite, and each of its questions' ``data_source``, is called; None takes the one ``data_source`` of
             its rows, or the source's own name where they have several or none.
         split: as in :func:`~searchr1_async.load_questions`.
@@ -171,30 +175,30 @@ class _Read:
 
 def _each(sources: Suites, split: str | None, limit: int | None, seed: int | None) -> Iterator[Suite]:
     if isinstance(sources, Mapping):
-        for name, source in sources.items():
+        for name, source in cast("Mapping[str, SuiteSource]", sources).items():
             yield load_suite(source, name=name, split=split, limit=limit, seed=seed)
     elif isinstance(sources, Suite):
         yield load_suite(sources, split=split, limit=limit, seed=seed)
     elif isinstance(sources, str | Path):
         for name, source in _named(sources):
             yield from _parts(_read(source, split, name), split, limit, seed)
-    elif isinstance(sources, pl.DataFrame) or _are_questions(sources):
-        yield from _parts(_read(sources, split), split, limit, seed)
-    elif isinstance(sources, Sequence):
-        for source in cast("Sequence[SuiteSource]", sources):
+    elif _are_several(sources):
+        for source in sources:
             yield from _each(source, split, limit, seed)
     else:
-        raise _unknown(sources)
+        yield from _parts(_read(cast(SuiteSource, sources), split), split, limit, seed)
+
+
+def _are_several(sources: object) -> TypeGuard[Sequence[SuiteSource]]:
+    """Whether they are sources, not questions or rows of one; of no kind at all, what reads them says so."""
+    return isinstance(sources, Sequence) and not any(isinstance(item, Question | Mapping) for item in sources)
 
 
 def _named(source: str | Path) -> Iterator[tuple[str | None, str | Path]]:
     """What a text or a path stands for; with a name where the file itself has none."""
-    path = Path(source).expanduser()
-    if (
-        source == BENCHMARKS
-    ):  # the word, even where a folder is called so: what is asked must not hang on where one stands
+    if source == BENCHMARKS:  # even where a folder is called so: what is asked must not depend on the current folder
         yield from ((None, name) for name in SUITES)
-    elif source != "" and path.is_dir():
+    elif str(source).strip() and (path := absolute_path(source, "suites")).is_dir():
         yield from _files(path)
     else:
         yield None, source
@@ -202,12 +206,15 @@ def _named(source: str | Path) -> Iterator[tuple[str | None, str | Path]]:
 
 def _files(folder: Path) -> list[tuple[str | None, str | Path]]:
     """A folder's suites: in the order of the field's seven, else by name."""
-    files = sorted(path for path in folder.iterdir() if path.is_file() and is_data_file(path) and path.name[0] != ".")
-    suffixes = (*JSONL_SUFFIXES, *PARQUET_SUFFIXES)
+    files = sorted(
+        path
+        for path in folder.iterdir()
+        if path.is_file() and path.name.endswith(TABLE_SUFFIXES) and path.name[0] != "."
+    )
     found: list[tuple[str | None, str | Path]] = []
     for name, usual in SUITES.items():
         found += [(None, path) for path in files if path.name.split(".")[0] == name]
-        nested = (folder / name / f"{usual}{suffix}" for suffix in suffixes)
+        nested = (folder / name / f"{usual}{suffix}" for suffix in TABLE_SUFFIXES)
         found += [(name, path) for path in nested if path.is_file()]
     if found:
         taken = {path for _, path in found}
@@ -220,20 +227,10 @@ def _files(folder: Path) -> list[tuple[str | None, str | Path]]:
 
 
 def _read(source: SuiteSource, split: str | None, name: str | None = None) -> _Read:
-    if isinstance(source, pl.DataFrame):
-        rows = ((f"row {number}", row) for number, row in enumerate(source.iter_rows(named=True), start=1))
-        return _Read(questions_of_rows(rows, "the frame", name or "frame", split), name or "frame", split=split)
     if isinstance(source, str | Path):
         return _read_named(source, split, name)
-    if not _are_questions(source):
-        raise _unknown(source)
-    for place, question in enumerate(source, start=1):
-        if not isinstance(question, Question):
-            raise QuestionsError(f"question {place} is a {type(question).__name__}: give Question(id, question, …)")
-    questions = tuple(question for question in source if split is None or question.metadata.get("split") == split)
-    if not questions:
-        raise QuestionsError(f"no question says split={split!r} in its metadata" if split else "there are no questions")
-    return _Read(questions, "questions", split=split)
+    read: ReadQuestions = read_questions(cast(Questions, source), split)
+    return _Read(read.questions, read.name, split=split)
 
 
 def _read_named(source: str | Path, split: str | None, name: str | None) -> _Read:
@@ -285,15 +282,3 @@ def _ready(suite: Suite, name: str | None, split: str | None, limit: int | None,
         return suite
     questions = tuple(replace(question, data_source=name) for question in suite.questions)
     return replace(suite, name=name, questions=questions)
-
-
-def _are_questions(source: object) -> TypeGuard[Sequence[Question]]:
-    return isinstance(source, Sequence) and any(isinstance(item, Question) for item in source)
-
-
-def _unknown(source: object) -> QuestionsError:
-    if isinstance(source, Sequence):
-        return QuestionsError("there are no questions" if not source else f"{type(source[0]).__name__} is no question")
-    return QuestionsError(
-        f"a {type(source).__name__} is no suite: give a name, a file, a polars frame, or a list of Question"
-    )

@@ -181,8 +181,10 @@ def delete_index(folder: str | Path | None = None, filename: str = ARCHIVE, *, k
         fetch.index.replace(fetch.unpacking)
     if fetch.unpacking.is_dir():
         shutil.rmtree(fetch.unpacking)
-    for archive in () if keep_archive else place.glob(f"{Path(filename).name}.*"):
-        archive.unlink()
+    begin = f"{Path(filename).name}."
+    for archive in () if keep_archive or not place.is_dir() else list(place.iterdir()):
+        if archive.name.startswith(begin):
+            archive.unlink()
 
 
 def _place(folder: str | Path | None) -> Path:

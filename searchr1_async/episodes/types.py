@@ -9,17 +9,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
+from numbers import Integral
 from typing import Any
 
-from searchr1_async.errors import QuestionsError
+from searchr1_async.boundary.cells import half_a_character, is_missing, what_it_is
+from searchr1_async.boundary.values import shown
+from searchr1_async.errors import CorpusError, QuestionsError
+
+_SHOWN_TEXT = 80
+"""Characters of a text in a ``repr``."""
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
     """One question with its golden answers.
 
+    A whole number as ``id`` becomes text, a list of golden answers a tuple, and a single text the only golden answer.
+
     Raises:
-        QuestionsError: the question is blank, or golden answers are given and none has any text.
+        QuestionsError: the question is blank, golden answers are given and none has any text, or a field is of another type.
     """
 
     id: str
@@ -34,33 +42,99 @@ class Question:
     """Whatever else its row held (``hop``, ``country``, …)."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.id, str):
+            object.__setattr__(self, "id", _id_text(self.id, "question", QuestionsError))
+        are_texts = isinstance(self.question, str) and isinstance(self.data_source, str)
+        if not are_texts or not isinstance(
+            self.metadata, dict | Mapping
+        ):  # dict first: an abstract class takes its time
+            raise self._mistyped()
         if not self.question.strip():
             raise QuestionsError(f"question {self.id!r} of {self.data_source!r} has no text")
-        if self.golden_answers:
-            self.check_scorable()
+        answers = self._answers()
+        if answers is not self.golden_answers:
+            object.__setattr__(self, "golden_answers", answers)
+        if answers and not any(map(str.strip, answers)):
+            raise self._unanswered()
 
     def check_scorable(self) -> None:
-        """Refuses a question without a golden answer, for work that scores its episodes.
+        """Refuses a question that no reward can be computed for, or whose text no file can hold.
 
         Raises:
-            QuestionsError: no golden answer has any text.
+            QuestionsError: no golden answer has any text, or a text holds half a character.
         """
-        if not any(answer.strip() for answer in self.golden_answers):
+        if not any(map(str.strip, self.golden_answers)):
+            raise self._unanswered()
+        for text in (self.id, self.question, self.data_source, *self.golden_answers):
+            if not text.isascii() and half_a_character(text) is not None:
+                raise QuestionsError(
+                    f"{self._name} holds half a character (a lone surrogate) in {shown(text)}: read its file as UTF-8"
+                )
+
+    def _answers(self) -> tuple[str, ...]:
+        given: Any = self.golden_answers
+        if isinstance(given, str):
+            return (given,)
+        if not isinstance(given, list | tuple) and type(given).__module__ == "numpy":  # a cell of a pandas frame
+            given = given.tolist()
+        if not isinstance(given, list | tuple):
             raise QuestionsError(
-                f"question {self.id!r} of {self.data_source!r} has no golden answer: "
-                "give it at least one, or leave the row out"
+                f"{self._name} has golden_answers that are {what_it_is(given)}: give a tuple of texts, such as ('Paris',)"
             )
+        for answer in given:
+            if not isinstance(answer, str):
+                place = next(place for place, each in enumerate(given, start=1) if each is answer)
+                raise QuestionsError(
+                    f"{self._name} has a golden answer that is no text: number {place} is {what_it_is(answer)}"
+                )
+        return tuple(given)
+
+    def _mistyped(self) -> QuestionsError:
+        for name in ("question", "data_source"):
+            if not isinstance(found := getattr(self, name), str):
+                return QuestionsError(f"question {self.id!r} has a {name} that is {what_it_is(found)}: give text")
+        return QuestionsError(f"{self._name} has metadata that is {what_it_is(self.metadata)}: give a dict")
+
+    @property
+    def _name(self) -> str:
+        return f"question {self.id!r} of {self.data_source!r}"
+
+    def _unanswered(self) -> QuestionsError:
+        return QuestionsError(f"{self._name} has no golden answer: give it at least one, or leave the row out")
 
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """One passage of the corpus, as a search found it."""
+    """One passage of the corpus, as a search found it.
+
+    A whole number as ``id`` becomes text, and a missing title (None, NaN) "".
+
+    Raises:
+        CorpusError: a field is of another type.
+    """
 
     id: str
     title: str
     text: str
     score: float = 0.0
     """Similarity, larger is closer (for cosine distance ``1 - distance``)."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.id, str) and isinstance(self.title, str) and isinstance(self.text, str):
+            return
+        if not isinstance(self.id, str):
+            object.__setattr__(self, "id", _id_text(self.id, "passage", CorpusError))
+        if is_missing(self.title):
+            object.__setattr__(self, "title", "")
+        for name in ("title", "text"):
+            if not isinstance(found := getattr(self, name), str):
+                raise CorpusError(f"passage {self.id!r} has a {name} that is {what_it_is(found)}: give text")
+
+
+def _id_text(given: Any, what: str, error: type[QuestionsError | CorpusError]) -> str:
+    if isinstance(given, bool) or not isinstance(given, Integral):
+        raise error(f"a {what} has the id {what_it_is(given)}: give text or a whole number")
+    return str(int(given))
 
 
 class StopReason(StrEnum):
@@ -100,9 +174,9 @@ class SearchCall:
     """From asking the search to its answer."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Turn:
-    """One sampled turn, and the tokens that were appended after it."""
+    """One sampled turn, and the tokens that were appended after it. Its ``repr`` counts the tokens."""
 
     sampled_tokens: tuple[int, ...]
     """As sampled, the stop token included; never re-encoded."""
@@ -128,10 +202,17 @@ class Turn:
     """Tokens of the turn's prompt that were billed at the price of a cache hit. Of a first turn that members share, one is
     billed as the service answered, and the others' prompts are cached whole."""
 
+    def __repr__(self) -> str:
+        called = ""
+        if self.call is not None:
+            found = sum(map(len, self.call.results))
+            called = f", malformed call: {self.call.problem}" if self.call.problem else f", {_many(found, 'passage')}"
+        return f"<Turn {_cut(self.text)}, {_many(len(self.sampled_tokens), 'token')}{called}>"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Episode:
-    """One played episode.
+    """One played episode. Its ``repr`` is one line; the tokens are in :attr:`tokens`.
 
     The token sequence is ``prompt_tokens + turn 1 sampled + turn 1 appended + turn 2 sampled + …``: the prompt of turn
     n + 1 is exactly everything before its sampled tokens, so one episode gives one training example.
@@ -185,10 +266,19 @@ class Episode:
     def calls(self) -> tuple[SearchCall, ...]:
         return tuple(turn.call for turn in self.turns if turn.call is not None)
 
+    def __repr__(self) -> str:
+        parts = [f"{self.question.id!r}: {_cut(self.question.question)}", _many(len(self.turns), "turn")]
+        if self.calls:
+            parts.append(_many(sum(map(len, (call.queries for call in self.calls))), "query", "queries"))
+        parts.append(f"{len(self.tokens):,} tokens")
+        parts.append(str(self.stop_reason.value) if self.answer is None else f"answer {_cut(self.answer)}")
+        parts.append(f"reward {self.reward:g}" if self.error is None else f"error {_cut(self.error)}")
+        return f"<Episode {', '.join(parts)}>"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Group:
-    """The finished episodes of one question: the unit over which advantages are centred."""
+    """The finished episodes of one question: the unit over which advantages are centred. Its ``repr`` is one line."""
 
     question: Question
     episodes: tuple[Episode, ...]
@@ -208,3 +298,21 @@ class Group:
     @property
     def policy_versions(self) -> tuple[int, ...]:
         return tuple(sorted({turn.policy_version for episode in self.episodes for turn in episode.turns}))
+
+    def __repr__(self) -> str:
+        parts = [f"{self.question.id!r}: {_cut(self.question.question)}", _many(len(self.episodes), "episode")]
+        if self.episodes:
+            parts.append(f"rewards {', '.join(f'{reward:g}' for reward in self.rewards[:16])}")
+        if len(self.episodes) > 16:
+            parts[-1] += ", …"
+        if self.failed:
+            parts.append(f"{len(self.failed)} failed")
+        return f"<Group {', '.join(parts)}>"
+
+
+def _cut(text: str) -> str:
+    return repr(text if len(text) <= _SHOWN_TEXT else f"{text[: _SHOWN_TEXT - 1]}…")
+
+
+def _many(count: int, one: str, several: str | None = None) -> str:
+    return f"{count:,} {one if count == 1 else several or one + 's'}"

@@ -10,11 +10,11 @@ from typing import Annotated, Any, Literal, cast
 import anyio
 import tinker
 
-from searchr1_async.arguments import GivenSearch, GivenWeights, has_questions, model_name
+from searchr1_async.arguments import GivenSearch, GivenWeights, model_name
 from searchr1_async.boundary.paths import FilePath, NameOrFolder
 from searchr1_async.boundary.settings import Count, Seconds, checked_arguments, list_of, settings_of
 from searchr1_async.config import MAX_SERVICE_OUTAGE, EpisodeLimits, LocalOptions, SamplingSettings
-from searchr1_async.data.questions import Questions, checked_questions
+from searchr1_async.data.questions import Questions, optional_questions
 from searchr1_async.data.suites import Suites, load_suites
 from searchr1_async.episodes.methods import Method
 from searchr1_async.episodes.rendering import check_thinking
@@ -164,7 +164,6 @@ async def _new_job(given: Mapping[str, Any], play: PlaySettings, choice: Service
     # What is named beside one checkpoint is its own base model; beside several systems, that of those which name none.
     own = System(checkpoint, model=None if checkpoint is None else choice.model, service_folder=service_folder)
     sources = {given["label"]: own} if given["systems"] is None else given["systems"]
-    training = given["training_questions"]
     return settings_of(
         EvaluationJob,
         given,
@@ -172,5 +171,5 @@ async def _new_job(given: Mapping[str, Any], play: PlaySettings, choice: Service
         systems=find_systems(with_baselines(sources, given["baselines"])),
         play=play,
         choice=choice,
-        training_questions=checked_questions(training) if has_questions(training) else (),
+        training_questions=optional_questions(given["training_questions"]),
     )

@@ -9,16 +9,19 @@ from dataclasses import dataclass
 import anyio
 
 from searchr1_async.config import EpisodeLimits
+from searchr1_async.data.layouts import LayoutError, read_texts
 from searchr1_async.episodes.dialect import Dialect
 from searchr1_async.episodes.play import SampledTurn, SearchTool, play
 from searchr1_async.episodes.reward import normalize_answer
 from searchr1_async.episodes.types import Episode, Question, StopReason
-from searchr1_async.errors import TooManyFailuresError
+from searchr1_async.errors import QuestionsError, TooManyFailuresError
 
 
 @dataclass(frozen=True, slots=True)
 class Demonstration:
     """How a question is well played: these searches, one a turn, then a golden answer that one of them showed.
+
+    A single text as ``searches`` is the only search.
 
     Raises:
         QuestionsError: the question has no golden answer.
@@ -28,13 +31,18 @@ class Demonstration:
     searches: tuple[str, ...]
 
     def __post_init__(self) -> None:
+        if isinstance(self.searches, str):
+            object.__setattr__(self, "searches", (self.searches,))
         self.question.check_scorable()
 
     @classmethod
     def of(cls, question: Question) -> Demonstration:
         """The searches in the question's metadata (``search_queries``), else the question itself as the only search."""
-        given = question.metadata.get("search_queries") or (question.question,)
-        return cls(question, tuple(str(query) for query in given))
+        given = question.metadata.get("search_queries")
+        try:
+            return cls(question, read_texts(given) or (question.question,))
+        except LayoutError as error:
+            raise QuestionsError(f"question {question.id!r} has search_queries that cannot be read: {error}") from error
 
 
 class DemonstrationPolicy:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from pathlib import Path
 
 import anyio
 import anyio.to_thread
 
 from searchr1_async.boundary.paths import absolute_path, cache_folder
-from searchr1_async.data.corpus import Corpus, load_corpus
-from searchr1_async.episodes.types import Passage
+from searchr1_async.data.corpus import Corpus, CorpusSource, load_corpus
 from searchr1_async.errors import ConfigurationError, StoreError
 from searchr1_async.events import Emit, emit_nothing
 from searchr1_async.files import only_one
@@ -30,7 +28,7 @@ from searchr1_async.search.stores.base import WritableStore, is_writable
 
 
 async def build_index(
-    corpus: str | Path | Sequence[Passage] | Corpus,
+    corpus: CorpusSource,
     target: Search | WritableStore | str | Path | None = None,
     *,
     embedder: str | Path | Embedder | None = None,
@@ -49,7 +47,8 @@ async def build_index(
     the index holds of the corpus already, by the passages' ids, is left as it is.
 
     Args:
-        corpus: ``"atlas"`` (built in), a ``.jsonl`` or ``.parquet`` file of any size, passages, or a :class:`Corpus`.
+        corpus: ``"atlas"`` (built in), a file of any size, passages, a frame or a list of dicts; see
+            :func:`load_corpus`.
         target: a search that is not open (its folder or store, and its embedder); a store, which is opened and closed;
             a folder; or None for the folder in the user's cache that ``Search.local`` looks in.
         embedder: a sentence-transformers model by name or folder, ``"gemini-embedding-001"``, or an :class:`Embedder`.

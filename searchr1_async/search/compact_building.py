@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import anyio
 import anyio.from_thread
@@ -16,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from searchr1_async.boundary.paths import absolute_path
-from searchr1_async.data.corpus import Corpus, load_corpus
+from searchr1_async.data.corpus import CorpusSource, load_corpus
 from searchr1_async.data.download import free_bytes
-from searchr1_async.episodes.types import Passage
+from searchr1_async.data.questions import Questions, load_questions
+from searchr1_async.episodes.types import Question
 from searchr1_async.errors import ConfigurationError, EmbeddingError, StoreError
 from searchr1_async.events import Emit, Notice, emit_nothing
 from searchr1_async.files import folder_bytes, only_one, write_arrays
@@ -42,8 +44,8 @@ from searchr1_async.search.stores.compact.vector_file import row_bytes
 from searchr1_async.search.stores.proof import DamagedIndexError
 from searchr1_async.threads import in_thread
 
-Queries = Sequence[str] | NDArray[np.floating]
-"""Texts, or vectors ``[queries, dimension]``."""
+Queries: TypeAlias = Sequence[str] | NDArray[np.floating] | Questions
+"""Texts, vectors ``[queries, dimension]``, or whatever :func:`~searchr1_async.load_questions` reads, whose texts are taken."""
 
 PASSAGE_BYTES = 750
 """Of a line of JSON for a passage of 100 words, with the title and the id."""
@@ -91,7 +93,7 @@ class CompactReport:
 
 
 async def build_compact_index(
-    source: str | Path | Sequence[Passage] | Corpus | VectorSource,
+    source: CorpusSource | VectorSource,
     folder: str | Path,
     *,
     embedder: str | Path | Embedder | None = None,
@@ -117,9 +119,9 @@ async def build_compact_index(
         folder: of the index: new, empty, or with what was begun.
         embedder: of a corpus; of other sources whatever made their vectors (for ``queries`` that are texts, and for whoever opens
             the index). None means ``"all-MiniLM-L6-v2"`` for a corpus, for other sources the one that they name, if any.
-        queries: real ones, some hundreds, as texts or vectors: how many lists are probed is chosen by them. Of more than
-            :data:`MOST_QUERIES` so many are drawn. None takes passages of the index, which are easier to find than real
-            queries' answers.
+        queries: real ones, some hundreds, as texts, vectors or questions (also a suite's name or a file): how many lists are
+            probed is chosen by them. Of more than :data:`MOST_QUERIES` so many are drawn. None takes passages of the index, which
+            are easier to find than real queries' answers.
         settings: how it is made, and the recall asked for.
         pacing: of the requests to the embedder.
         on_progress: called with passages done and in all.
@@ -127,11 +129,13 @@ async def build_compact_index(
 
     Raises:
         ConfigurationError: queries that are texts without an embedder, or that cannot be cleaned; another embedder than the source's.
+        QuestionsError: queries that are questions and cannot be read.
         CorpusError: the corpus cannot be used.
         EmbeddingError: the embedder failed for good; what is done is kept.
         StoreError: the source cannot be read, the folder holds something else, or the disk is full; what is done is kept.
     """
     settings = settings or CompactSettings()
+    asked = await anyio.to_thread.run_sync(_texts_or_vectors, queries)
     place = absolute_path(folder, "folder")
     options = BuildOptions(pacing, on_progress, emit)
     own, chosen = await _source_of(source, embedder, options)
@@ -142,7 +146,7 @@ async def build_compact_index(
             await anyio.to_thread.run_sync(lambda: place.parent.mkdir(parents=True, exist_ok=True))
             async with only_one(place, f"builds the index in {place}"):
                 if (found := await in_thread(lambda: _whole(place, facts, settings, emit))) is not None:
-                    if differs := differing(found, settings, has_queries=queries is not None):
+                    if differs := differing(found, settings, has_queries=asked is not None):
                         emit(
                             Notice(
                                 f"{place} is whole, and was made with {differs}: delete it to make it otherwise",
@@ -151,10 +155,10 @@ async def build_compact_index(
                         )
                     return CompactReport(place, found, 0.0)
                 emit(Notice(await anyio.to_thread.run_sync(_check_room, place, facts, settings)))
-                if chosen is None and facts.embedder is not None and _are_texts(queries):
+                if chosen is None and facts.embedder is not None and _are_texts(asked):
                     chosen = make_embedder(facts.embedder)
                 facts = _named(facts, embedder, chosen)
-                vectors = await _query_vectors(queries, chosen, facts, options, place / BUILDING_NAME / _QUERIES_NAME)
+                vectors = await _query_vectors(asked, chosen, facts, options, place / BUILDING_NAME / _QUERIES_NAME)
                 builder = CompactBuilder(place, own, facts, settings, emit, on_progress)
                 manifest = await builder.build(vectors)
         except OSError as error:
@@ -174,11 +178,11 @@ async def build_compact_index(
 
 
 async def _source_of(
-    source: str | Path | Sequence[Passage] | Corpus | VectorSource,
+    source: CorpusSource | VectorSource,
     embedder: str | Path | Embedder | None,
     options: BuildOptions,
 ) -> tuple[VectorSource, Embedder | None]:
-    if not isinstance(source, str | Path | Sequence | Corpus):
+    if isinstance(source, VectorSource):
         return source, None if embedder is None else make_embedder(embedder)
     corpus = await anyio.to_thread.run_sync(load_corpus, source)
     chosen = make_embedder(DEFAULT_MODEL if embedder is None else embedder)
@@ -269,12 +273,34 @@ def _check_room(place: Path, facts: SourceFacts, settings: CompactSettings) -> s
     return words
 
 
-def _are_texts(queries: Queries | None) -> bool:
+def _texts_or_vectors(queries: Queries | None) -> Sequence[str] | NDArray[np.floating] | None:
+    """Questions as their texts. Reads files.
+
+    Raises:
+        QuestionsError: they cannot be read.
+    """
+    if queries is None or (isinstance(queries, np.ndarray) and np.issubdtype(queries.dtype, np.number)):
+        return queries
+    given: Any = queries.tolist() if isinstance(queries, np.ndarray) else queries
+    if not isinstance(given, str) and isinstance(given, Sequence):
+        texts = [
+            each.question if isinstance(each, Question) else each for each in given
+        ]  # with or without golden answers
+        if all(isinstance(text, str) for text in texts):
+            return texts
+    return [question.question for question in load_questions(given)]
+
+
+def _are_texts(queries: Sequence[str] | NDArray[np.floating] | None) -> bool:
     return queries is not None and not isinstance(queries, np.ndarray) and len(queries) > 0
 
 
 async def _query_vectors(
-    queries: Queries | None, embedder: Embedder | None, facts: SourceFacts, options: BuildOptions, kept: Path
+    queries: Sequence[str] | NDArray[np.floating] | None,
+    embedder: Embedder | None,
+    facts: SourceFacts,
+    options: BuildOptions,
+    kept: Path,
 ) -> Vectors | None:
     if queries is None or not len(queries):
         return None

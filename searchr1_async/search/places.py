@@ -9,7 +9,7 @@ import anyio
 import anyio.to_thread
 
 from searchr1_async.boundary.paths import absolute_path
-from searchr1_async.data.files import is_data_file
+from searchr1_async.boundary.rows import TABLE_SUFFIXES
 from searchr1_async.data.wiki18 import collections_in
 from searchr1_async.errors import ConfigurationError, EmbeddingError, StoreError
 from searchr1_async.search.embedders.base import Embedder
@@ -89,7 +89,7 @@ def _on_disk(place: str | Path, embedder: EmbedderChoice, collection: str | None
             own = _embedder(str(path), embedder, index.embedder_name, index.embedder)
             return Place(own, EmbeddedChroma(path, collection or COLLECTION))
         return Place(_embedder(str(path), embedder, None, None), EmbeddedChroma(path, collection or _only_one(path)))
-    files = sorted(each.name for each in path.iterdir() if is_data_file(each))
+    files = sorted(each.name for each in path.iterdir() if each.name.endswith(TABLE_SUFFIXES))
     advice = f"; name a file in it, such as {files[0]}" if files else ""
     raise StoreError(f"{path} holds no index: neither {MANIFEST_NAME} nor {CHROMA_DATABASE} is in it{advice}")
 

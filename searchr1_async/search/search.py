@@ -18,7 +18,7 @@ import anyio.to_thread
 import numpy as np
 
 from searchr1_async.boundary.paths import absolute_path
-from searchr1_async.data.corpus import Corpus, load_corpus
+from searchr1_async.data.corpus import CorpusSource, load_corpus
 from searchr1_async.episodes.types import Passage
 from searchr1_async.errors import ConfigurationError, EmbeddingError, SearchError, StoreError
 from searchr1_async.search.answers import Answer, AnswerCache, AnswerKey
@@ -123,7 +123,7 @@ class Search:
     @classmethod
     def local(
         cls,
-        corpus: str | Path | Sequence[Passage] | Corpus = "atlas",
+        corpus: CorpusSource = "atlas",
         *,
         path: str | Path | None = None,
         embedder: str | Path | Embedder = DEFAULT_MODEL,
@@ -132,7 +132,8 @@ class Search:
         """Search over a corpus on this machine; its index is built when it is first opened, and kept.
 
         Args:
-            corpus: ``"atlas"`` (built in), a ``.jsonl`` or ``.parquet`` file, passages, or a :class:`Corpus`.
+            corpus: ``"atlas"`` (built in), a file, passages, a frame or a list of dicts; see
+                :func:`load_corpus`.
             path: the index's folder; None means one in the user's cache, named by corpus and embedder.
             embedder: a sentence-transformers model by name or folder, ``"gemini-embedding-001"``, or an
                 :class:`Embedder`.

@@ -38,3 +38,17 @@ def test_a_folder_is_no_table(tmp_path: Path) -> None:
     for read in (read_parquet, scan_parquet):
         with pytest.raises(IsADirectoryError, match="is a folder"):
             read(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["~", "file:", "lr=3", "a%20b", "a#b"])
+def test_a_relative_folder_is_what_it_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """polars takes the first for the user's home, the second for a URL, and may make a column of the third."""
+    monkeypatch.chdir(tmp_path)
+    path = Path(name) / "rows.parquet"
+    (tmp_path / name).mkdir()
+    content = pl.DataFrame({"x": [1]})
+    with (tmp_path / path).open("wb") as file:
+        content.write_parquet(file)
+    assert read_parquet(path).equals(content)
+    assert scan_parquet(path).collect().equals(content)
+    assert scan_rows([path], content.schema).collect().equals(content)

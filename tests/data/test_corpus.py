@@ -163,3 +163,17 @@ def test_the_real_corpus() -> None:
     corpus = load_corpus(path)
     assert len(corpus) == 54_909
     assert all(passage.text for passage in next(corpus.batches(500, start=54_000)))
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
+@pytest.mark.parametrize(("name", "other"), [("c[1]", "c1"), ("c?", "cx"), ("c*", "call")])
+def test_no_character_of_a_file_s_name_is_a_wildcard(tmp_path: Path, name: str, other: str, suffix: str) -> None:
+    for each in (other, name):
+        frame = pl.DataFrame({"id": [each], "title": [""], "text": [each]})
+        path = tmp_path / f"{each}.{suffix}"
+        with path.open("wb") as file:
+            frame.write_parquet(file) if suffix == "parquet" else frame.write_ndjson(file)
+    assert [passage.id for passage in load_corpus(tmp_path / f"{name}.{suffix}").passages()] == [name]
+    (tmp_path / f"{name}.{suffix}").unlink()
+    with pytest.raises(CorpusError, match="there is no corpus file"):
+        load_corpus(tmp_path / f"{name}.{suffix}")

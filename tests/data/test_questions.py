@@ -146,12 +146,12 @@ def test_files_that_are_no_data(tmp_path: Path) -> None:
     (tmp_path / "latin.jsonl").write_bytes(b'{"question": "caf\xe9", "golden_answers": ["a"]}')
     (tmp_path / "fake.parquet").write_bytes(b"not parquet at all")
     (tmp_path / "q.jsonl.gz").write_bytes(b"not gzip")
-    (tmp_path / "q.csv").write_text("question,answer")
+    (tmp_path / "q.txt").write_text("question,answer")
     for name, message in {
         "latin.jsonl": "UTF-8",
         "fake.parquet": "Parquet",
         "q.jsonl.gz": "cannot be read",
-        "q.csv": "neither JSONL nor Parquet",
+        "q.txt": "neither JSONL nor Parquet",
         "missing.jsonl": "there is no question file",
         "": "is a folder",
     }.items():
@@ -230,3 +230,15 @@ def test_real_suites(name: str, count: int) -> None:
     questions = load_questions(path)
     assert len(questions) == count
     assert {question.data_source for question in questions} == {name}
+
+
+@pytest.mark.parametrize(("name", "other"), [("nq[1]", "nq1"), ("nq?", "nqx"), ("nq*", "nq-all")])
+def test_no_character_of_a_file_s_name_is_a_wildcard(tmp_path: Path, name: str, other: str) -> None:
+    for each in (other, name):
+        frame = pl.DataFrame({"id": [each], "question": ["q"], "golden_answers": [["a word"]]})
+        with (tmp_path / f"{each}.parquet").open("wb") as file:
+            frame.write_parquet(file)
+    assert [question.id for question in load_questions(tmp_path / f"{name}.parquet")] == [name]
+    (tmp_path / f"{name}.parquet").unlink()
+    with pytest.raises(QuestionsError, match="there is no question file"):
+        load_questions(tmp_path / f"{name}.parquet")

@@ -451,3 +451,12 @@ def test_the_peak_is_that_of_the_larger_step() -> None:
     there = wiki18.FetchSizes(there=52 * gigabyte, to_fetch=0, unpacked=140 * gigabyte)
     assert plan_of(there, index, is_kept=False).peak == 140 * gigabyte + spare
     assert plan_of(wiki18.FetchSizes(0, 0, 0), index, is_kept=False).peak == index + spare
+
+
+def test_deleting_an_archive_leaves_others_alone(tmp_path: Path) -> None:
+    """Its name is a name, not a pattern."""
+    for name in ("wiki[1].tar.xz.partial", "wiki1.tar.xz.partial", "wiki[1].txt"):
+        (tmp_path / name).write_bytes(b"x")
+    wiki18.delete_index(tmp_path, "wiki[1].tar.xz")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["wiki1.tar.xz.partial", "wiki[1].txt"]
+    wiki18.delete_index(tmp_path / "none")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from searchr1_async.episodes.types import Passage
-from searchr1_async.errors import ConfigurationError, EmbeddingError, StoreError
+from searchr1_async.episodes.types import Passage, Question
+from searchr1_async.errors import ConfigurationError, EmbeddingError, QuestionsError, StoreError
 from searchr1_async.events import Event, Notice
 from searchr1_async.search import Search, compact_building
 from searchr1_async.search.compact_building import build_compact_index, needed_bytes
@@ -267,3 +268,27 @@ async def test_texts_are_embedded_by_the_embedder_that_the_source_names(
     assert not embedder.is_open
     await build_compact_index(source, tmp_path / "other")
     assert names == ["theirs"], "not asked for without texts"
+
+
+@pytest.mark.parametrize("kind", ["questions", "without answers", "rows", "array", "file"])
+async def test_queries_are_questions_too(kind: str, tmp_path: Path, make_embedder: Callable[..., Any]) -> None:
+    texts = [f"word{number} of number {number}" for number in range(0, 700, 100)]
+    rows = [{"question": text, "golden_answers": ["x1"]} for text in texts]
+    queries: Any = {
+        "questions": [Question(text, text, ("x1",)) for text in texts],
+        "without answers": [Question(text, text) for text in texts],
+        "rows": rows,
+        "array": np.array(texts),
+        "file": str(tmp_path / "q.jsonl"),
+    }[kind]
+    (tmp_path / "q.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    embedder = make_embedder(dimension=64)
+    report = await build_compact_index(CORPUS, tmp_path / "index", embedder=embedder, queries=queries)
+    assert (report.manifest.calibration.queries, report.manifest.calibration.origin) == (7, "queries")
+
+
+async def test_queries_that_are_none_are_refused_before_anything_is_made(tmp_path: Path) -> None:
+    for queries, words in ([3, 4], "row 1 is a int"), ("no such file.jsonl", "there is no question file"):
+        with pytest.raises(QuestionsError, match=words):
+            await build_compact_index(CORPUS, tmp_path / "index", embedder="no such model", queries=queries)  # type: ignore[arg-type]
+    assert not (tmp_path / "index").exists()

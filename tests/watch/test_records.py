@@ -267,3 +267,18 @@ def test_surrogates_are_joined_or_replaced_and_nul_is_kept(tmp_path: Path) -> No
 def test_a_row_alone_gives_its_episode_back() -> None:
     (row,) = episodes_frame([EpisodeRow(episode())]).iter_rows(named=True)
     assert episode_from_row(row) == episode()
+
+
+@pytest.mark.parametrize(("name", "other"), [("lr[1]", "lr1"), ("lr?", "lrx"), ("lr*", "lr-all")])
+def test_no_character_of_a_run_s_folder_is_a_wildcard(tmp_path: Path, name: str, other: str) -> None:
+    """Another run beside it is neither read nor decides about what is deleted."""
+    this, beside = RunRecords(tmp_path / name), RunRecords(tmp_path / other)
+    for records, step in ((this, 1), (beside, 5)):
+        records.write_step(step, [], {"reward": float(step)})
+        records.write_evaluation("untrained", [episode()], step)
+    assert this.metrics()["reward"].to_list() == [1.0]
+    assert this.evaluations().select("step").collect()["step"].to_list() == [1]
+    this.truncate_after(1)
+    assert this.evaluation_labels() == ("untrained",), "its own evaluation is of step 1, and stays"
+    beside.truncate_after(1)
+    assert (beside.evaluation_labels(), this.evaluation_labels()) == ((), ("untrained",))

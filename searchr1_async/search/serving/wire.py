@@ -166,7 +166,7 @@ def unpack_found(packed: Any) -> Found:
         TypeError, ValueError: something else.
     """
     return tuple(
-        tuple(Passage(str(own_id), str(title), str(text), float(score)) for own_id, title, text, score in passages)
+        tuple(Passage(own_id, title, text, float(score)) for own_id, title, text, score in passages)
         for passages in packed
     )
 

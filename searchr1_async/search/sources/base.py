@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from searchr1_async.episodes.types import Passage
 from searchr1_async.search.embedders.base import Vectors
@@ -32,6 +32,7 @@ class SourceFacts:
     embedder_fingerprint: str | None = None
 
 
+@runtime_checkable
 class VectorSource(Protocol):
     """Passages with their vectors, read in bounded memory, from any row on. All awaits come from one event loop."""
 

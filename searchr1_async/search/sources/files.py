@@ -13,7 +13,7 @@ import polars as pl
 
 from searchr1_async.boundary.paths import absolute_path
 from searchr1_async.boundary.tables import scan_parquet
-from searchr1_async.data.corpus import Corpus, load_corpus
+from searchr1_async.data.corpus import CorpusSource, load_corpus
 from searchr1_async.episodes.types import Passage
 from searchr1_async.errors import StoreError
 from searchr1_async.search.embedders.base import Embedder, Vectors
@@ -46,7 +46,7 @@ class VectorFiles:
     def __init__(
         self,
         vectors: str | Path | Sequence[str | Path],
-        corpus: str | Path | Sequence[Passage] | Corpus,
+        corpus: CorpusSource,
         *,
         metric: Metric = "cosine",
         embedder: str | Path | Embedder | None = None,

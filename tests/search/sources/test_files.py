@@ -146,3 +146,11 @@ async def test_other_content_has_another_fingerprint(tmp_path: Path) -> None:
         )
         == 4
     )
+
+
+async def test_no_character_of_a_file_s_name_is_a_wildcard(tmp_path: Path) -> None:
+    for name, vectors in (("v1", -VECTORS), ("v[1]", VECTORS)):
+        with (tmp_path / f"{name}.parquet").open("wb") as file:
+            pl.DataFrame({"vector": lists(vectors)}).write_parquet(file)
+    _, found = await read(VectorFiles(tmp_path / "v[1].parquet", MANY))
+    assert np.array_equal(found, VECTORS)

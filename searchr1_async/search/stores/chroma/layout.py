@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from searchr1_async.data.corpus import split_contents
+from searchr1_async.boundary.cells import name_text
+from searchr1_async.data.layouts import split_contents
 from searchr1_async.episodes.types import Passage
 from searchr1_async.errors import StoreError
 from searchr1_async.search.embedders.base import Vectors
@@ -132,7 +133,7 @@ def read_answer(answer: Mapping[str, Any], space: str) -> Found:
 
 def _passage(own_id: str, document: str, metadata: Mapping[str, Any], score: float) -> Passage:
     if "title" in metadata:
-        return Passage(own_id, str(metadata["title"] or ""), document, score)
+        return Passage(own_id, name_text(metadata["title"]) or "", document, score)
     title, text = split_contents(document, only_quoted=True)
     return Passage(own_id, title, text, score)
 

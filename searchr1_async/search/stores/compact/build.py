@@ -149,7 +149,10 @@ class CompactBuilder:
         """What processes that were killed while they wrote a file left beside it: of codes, gigabytes."""
         names = [*file_names(self._settings.vectors), MANIFEST_NAME]
         for folder, begins in ((self._folder, names), (self._building, [""])):
-            for path in (path for begin in begins for path in folder.glob(f".{begin}*")):
+            beginnings = tuple(f".{begin}" for begin in begins)
+            for path in (
+                [path for path in folder.iterdir() if path.name.startswith(beginnings)] if folder.is_dir() else ()
+            ):
                 path.unlink(missing_ok=True)
 
     # Rows: the only step that waits for others.

@@ -1,0 +1,312 @@
+"""Rows of files and of tables in memory, each with the place it stands at.
+
+Files are JSONL, JSON, CSV, TSV and Parquet. Tables in memory are frames of polars and pandas, data sets of Hugging Face,
+tables of Arrow, and anything that iterates over dicts; pandas, datasets and pyarrow are recognised by what they can do, and
+never imported.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import gzip
+import io
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import polars as pl
+
+from searchr1_async.boundary.cells import plain_cell, what_it_is
+from searchr1_async.boundary.tables import scan_parquet
+from searchr1_async.boundary.values import shown
+
+_JSONL_SUFFIXES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
+_PARQUET_SUFFIXES = (".parquet",)
+TABLE_SUFFIXES = (*_JSONL_SUFFIXES, *_PARQUET_SUFFIXES)
+"""Of files that hold rows and nothing else: what is looked for in a folder, where a JSON or CSV file may be anything."""
+_JSON_SUFFIXES = (".json", ".json.gz")
+_CSV_SUFFIXES = (".csv", ".csv.gz")
+_TSV_SUFFIXES = (".tsv", ".tsv.gz")
+FORMATS = "*.jsonl, *.json, *.csv, *.tsv (each also with .gz) or *.parquet"
+"""In messages."""
+
+Row = tuple[str, dict[str, Any]]
+"""Where the row stands (``"line 3"``, ``"row 2"``) and what it holds."""
+
+Columns = Mapping[str, str]
+"""The package's name of a column to that of the source: ``{"question": "q"}``."""
+
+_SLICE = 10_000
+"""Rows that are converted at once."""
+_JSON = json.JSONDecoder(parse_constant={"NaN": None, "Infinity": float("inf"), "-Infinity": float("-inf")}.__getitem__)
+"""pandas writes a missing value as NaN."""
+
+
+class ArrowTable(Protocol):
+    """A table of another library that offers Arrow's interface (pyarrow, polars, DuckDB)."""
+
+    def __arrow_c_stream__(self, requested_schema: object | None = None) -> object: ...
+
+
+class UnreadableFileError(Exception):
+    """Rows that cannot be read; its message names the place and is meant for the caller's typed error."""
+
+
+def is_data_file(path: Path) -> bool:
+    """Whether a file is of a known format, by its name."""
+    suffixes = (*TABLE_SUFFIXES, *_JSON_SUFFIXES, *_CSV_SUFFIXES, *_TSV_SUFFIXES)
+    return path.name.lower().endswith(suffixes)
+
+
+def read_rows(path: Path, columns: frozenset[str] | None = None) -> Iterator[Row]:
+    """Rows in the file's order, in bounded memory; JSON alone is read whole.
+
+    Args:
+        columns: of Parquet only those (that exist) are read.
+
+    Raises:
+        UnreadableFileError: of no known format, or broken inside.
+    """
+    name = path.name.lower()
+    if name.endswith(_PARQUET_SUFFIXES):
+        yield from _parquet_rows(path, columns)
+    elif name.endswith(_JSONL_SUFFIXES):
+        with _opened(path) as text:
+            yield from _jsonl_rows(path, text)
+    elif name.endswith(_JSON_SUFFIXES):
+        with _opened(path) as text:
+            yield from _json_rows(path, text.read())
+    elif name.endswith((*_CSV_SUFFIXES, *_TSV_SUFFIXES)):
+        with _opened(path) as text:
+            yield from _delimited_rows(path, text, "\t" if name.endswith(_TSV_SUFFIXES) else ",")
+    else:
+        raise UnreadableFileError(
+            f"{path} is neither JSONL nor Parquet nor JSON, CSV or TSV by its name: call it {FORMATS}, or convert it"
+        )
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[io.TextIOBase]:
+    try:
+        opener = gzip.open if path.suffix.lower() == ".gz" else open
+        with opener(path, "rt", encoding="utf-8-sig", newline="\n") as text:
+            yield text  # pyright: ignore[reportReturnType]  # text, in either mode
+    except UnicodeDecodeError as error:
+        raise UnreadableFileError(f"{path} is not UTF-8 text: {error}") from error
+    except (OSError, EOFError) as error:
+        raise UnreadableFileError(f"{path} cannot be read: {error}") from error
+
+
+def _jsonl_rows(path: Path, text: Iterable[str]) -> Iterator[Row]:
+    for number, line in enumerate(text, start=1):
+        if line.strip():
+            try:
+                row = _JSON.decode(line)
+            except (ValueError, RecursionError) as error:
+                raise UnreadableFileError(f"{path}, line {number} is not JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise UnreadableFileError(f"{path}, line {number} is not a JSON object but {type(row).__name__}")
+            yield f"line {number}", row
+
+
+def _json_rows(path: Path, text: str) -> Iterator[Row]:
+    """A list of objects, or an object that holds one such list and no other; JSONL under this name too."""
+    start = len(text) - len(text.lstrip())
+    try:
+        found, end = _JSON.raw_decode(text, start)
+    except (ValueError, RecursionError) as error:
+        raise UnreadableFileError(f"{path} is not JSON: {error}") from error
+    if text[end:].strip():
+        yield from _jsonl_rows(path, text.split("\n"))
+        return
+    if isinstance(found, dict):
+        lists = [inner for inner in found.values() if isinstance(inner, list) and inner and isinstance(inner[0], dict)]
+        found = lists[0] if len(lists) == 1 else [found] if not lists and not _is_by_column(found) else None
+    if not isinstance(found, list):
+        raise UnreadableFileError(
+            f"{path} holds no list of rows: write a list of objects, one a row (pandas: to_json(orient='records'))"
+        )
+    for number, row in enumerate(found, start=1):
+        if not isinstance(row, dict):
+            raise UnreadableFileError(f"{path}, row {number} is not a JSON object but {type(row).__name__}")
+        yield f"row {number}", row
+
+
+def _is_by_column(found: Mapping[str, Any]) -> bool:
+    """As pandas writes a frame by default: ``{"question": {"0": …, "1": …}}``."""
+    return bool(found) and all(isinstance(column, dict) and "0" in column for column in found.values())
+
+
+def _delimited_rows(path: Path, text: Iterable[str], delimiter: str) -> Iterator[Row]:
+    """Every cell is text, as it stands there: nothing is taken for a number or for missing."""
+    # What is quoted wrongly is refused: read leniently, one quote too many swallows the rows below it.
+    reader = csv.reader(text, delimiter=delimiter, strict=True)
+    line = 1
+    try:
+        header = next(reader, [])
+        if len(set(header)) < len(header):
+            twice = next(name for name in header if header.count(name) > 1)
+            raise UnreadableFileError(
+                f"{path} has two columns {twice!r} in its first line: give each a name of its own"
+            )
+        line = reader.line_num + 1
+        for cells in reader:
+            if cells:
+                if len(cells) != len(header):
+                    raise UnreadableFileError(
+                        f"{path}, line {line} has {len(cells)} cells, and the first line names {len(header)} columns: "
+                        "quote cells that hold the delimiter or a line's end"
+                    )
+                yield f"line {line}", dict(zip(header, cells, strict=True))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        kind = "TSV" if delimiter == "\t" else "CSV"
+        raise UnreadableFileError(f"{path}, line {line} cannot be read as {kind}: {error}") from error
+
+
+def _parquet_rows(path: Path, columns: frozenset[str] | None) -> Iterator[Row]:
+    try:
+        frame = scan_parquet(path)
+        schema = frame.collect_schema()
+        if columns is not None:
+            frame = frame.select([name for name in schema.names() if name in columns])
+        start = 0
+        while True:
+            rows = frame.slice(start, _SLICE).collect()
+            for number, row in enumerate(rows.iter_rows(named=True), start=start + 1):
+                yield f"row {number}", row
+            start += rows.height
+            if rows.height < _SLICE:
+                return
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise UnreadableFileError(f"{path} cannot be read as Parquet: {error}") from error
+
+
+class MemoryRows:
+    """The rows of a table in memory, as often as they are asked for; or the values of a list of them.
+
+    Args:
+        source: a frame, a data set, a table of Arrow, or anything that iterates over its rows; an iterator is read here.
+
+    Raises:
+        UnreadableFileError: it is none of these.
+    """
+
+    def __init__(self, source: object) -> None:
+        self.kind = "frame"
+        """``"frame"``, ``"dataset"`` or ``"rows"``."""
+        self._source: Any = source
+        self._is_pandas = all(hasattr(source, name) for name in ("iloc", "columns", "to_dict"))
+        if isinstance(source, pl.LazyFrame):
+            self._source = source.collect()
+        elif isinstance(source, pl.DataFrame):
+            pass
+        elif self._is_pandas:
+            names = list(self._source.columns)
+            if len(set(names)) < len(names):
+                raise UnreadableFileError(f"the frame has two columns of one name: {', '.join(map(str, names))}")
+        elif hasattr(source, "column_names") and hasattr(source, "features") and isinstance(source, Iterable):
+            self.kind = "dataset"
+            self._source = self._source.with_format(None) if hasattr(source, "with_format") else source
+        elif hasattr(source, "__arrow_c_stream__"):
+            self._source = pl.DataFrame(self._source)
+        elif isinstance(source, Iterable) and not isinstance(source, str | bytes | Mapping):
+            self.kind = "rows"
+            self._source = tuple(source)
+        else:
+            raise UnreadableFileError(
+                f"{what_it_is(source)} is no table: give the name of a file, a frame, a data set, or a list with a dict for each row"
+            )
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"the {self.kind}"
+
+    def first(self) -> Any:
+        """The first value; None where there is none."""
+        return next(self._values(), None)
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        """The place and the value of each: a dict, where the source has rows."""
+        for number, value in enumerate(self._values(), start=1):
+            yield f"row {number}", value
+
+    def rows(self) -> Iterator[Row]:
+        """As iteration gives them.
+
+        Raises:
+            UnreadableFileError: a value is no dict.
+        """
+        for place, value in self:
+            if not isinstance(value, dict):
+                raise UnreadableFileError(f"{self.name}, {place} is a {type(value).__name__}: give a dict for each row")
+            yield place, value
+
+    def _values(self) -> Iterator[Any]:
+        if isinstance(self._source, pl.DataFrame):
+            yield from self._source.iter_rows(named=True)
+        elif self._is_pandas:
+            for start in range(0, len(self._source), _SLICE):
+                for row in self._source.iloc[start : start + _SLICE].to_dict(orient="records"):
+                    yield plain_cell(row)
+        else:
+            for value in self._source:
+                yield plain_cell(value) if isinstance(value, Mapping) else value
+
+
+def renamed(rows: Iterable[Row], columns: Columns | None, known: Sequence[str], source: str | Path) -> Iterator[Row]:
+    """Rows whose columns are called as the package calls them.
+
+    Args:
+        columns: ``{"question": "q"}``; a column of the source that has the package's name already gives way.
+        known: the names of the package.
+        source: of the rows, for messages.
+
+    Raises:
+        UnreadableFileError: ``columns`` has another name than these, or the first row lacks a column that it names.
+    """
+    if not columns:
+        return iter(rows)
+    if not isinstance(columns, Mapping):
+        raise UnreadableFileError(f"columns is {shown(columns)}: give a dict, such as {{{known[0]!r}: 'q'}}")
+    for own, theirs in columns.items():
+        if own not in known:
+            raise UnreadableFileError(
+                f"columns names {own!r}, which is no column of this package{did_you_mean(str(own), known)}: "
+                f"give its name for any of {', '.join(known)}, such as {{{known[0]!r}: 'q'}}"
+            )
+        if not isinstance(theirs, str):
+            raise UnreadableFileError(f"columns[{own!r}] is {shown(theirs)}: give the name of the column in {source}")
+    return _renamed(rows, {theirs: own for own, theirs in columns.items()}, source)
+
+
+def _renamed(rows: Iterable[Row], own_names: Mapping[str, str], source: str | Path) -> Iterator[Row]:
+    replaced = {*own_names, *own_names.values()}
+    for number, (place, row) in enumerate(rows):
+        for name in () if number else own_names:
+            if name not in row:
+                raise UnreadableFileError(
+                    f"{source}, {place} has no column {name!r}, which columns names: its columns are "
+                    f"{', '.join(map(str, row))}{did_you_mean(name, row)}"
+                )
+        taken = {own: row[name] for name, own in own_names.items() if name in row}
+        yield place, taken | {name: value for name, value in row.items() if name not in replaced}
+
+
+def did_you_mean(name: str, there: Iterable[Any], others: Sequence[str] = ()) -> str:
+    """A question for the end of a message; empty where nothing is alike.
+
+    Args:
+        name: what was looked for.
+        there: what there is.
+        others: other words for the same.
+    """
+    lowered = {str(each).lower(): str(each) for each in there}
+    for wanted in (name, *others):
+        if found := difflib.get_close_matches(wanted.lower(), lowered, n=1, cutoff=0.8 if len(wanted) > 2 else 1.0):
+            return f" (did you mean {lowered[found[0]]!r}?)"
+    return ""
