@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import tempfile
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -12,6 +13,7 @@ from typing import Any, Literal
 import anyio
 import tinker
 
+from searchr1_async.boundary.signals import ending_cleanly
 from searchr1_async.config import EpisodeLimits, LocalOptions, SamplingSettings
 from searchr1_async.episodes.dialect import FORMATS, make_dialect
 from searchr1_async.episodes.methods import Method
@@ -78,13 +80,19 @@ class ServiceChoice:
 
 @asynccontextmanager
 async def watching(title: str, progress: Choice, emit: Emit | None) -> AsyncIterator[Watchers]:
-    """Whoever watches some work: told how it ends. Of an exception group the first error of the package is raised."""
+    """Whoever watches some work: told how it ends. Of an exception group the first error of the package is raised.
+
+    Ctrl-C cancels the task that does the work.
+    """
     view = open_view(progress, title=title)  # after what is refused: a view that was drawn waits for its work
+    task = asyncio.current_task()
+    assert task is not None
     try:
-        async with AsyncExitStack() as stack:
-            watchers = await open_watchers(stack, view, emit)
-            stack.push(_ending(watchers))
-            yield watchers
+        with ending_cleanly(task.cancel):
+            async with AsyncExitStack() as stack:
+                watchers = await open_watchers(stack, view, emit)
+                stack.push(_ending(watchers))
+                yield watchers
     except* SearchR1Error as group:
         raise first_error(group) from group
 

@@ -18,6 +18,7 @@ import tinker
 
 from searchr1_async.abilities import choose_loss
 from searchr1_async.answering import LiveAnswers
+from searchr1_async.boundary.signals import is_interrupt
 from searchr1_async.config import LossName, WarmUp
 from searchr1_async.control import RunControl
 from searchr1_async.episodes.rendering import AS_TEMPLATE
@@ -97,8 +98,9 @@ async def run_training(
         try:
             result = await _run_or_say_why(job, watchers, control, trackers, opened)
             reason = result.reason
-        except asyncio.CancelledError:
-            reason = "stopped"
+        except BaseException as error:
+            if isinstance(error, asyncio.CancelledError) or is_interrupt(error):
+                reason = "stopped"
             raise
         finally:
             watchers(RunEnded(reason))
@@ -132,8 +134,13 @@ async def _run(
         return replace(result, cost=cost, estimated_cost=estimate(job.shape, billing))
     # What a run was begun with is a fact, even where it was the default of its day.
     job = _as_begun(job, point)
-    model = await check_service(job.service, job.model, job.local, trains=True)
-    await check_chat_format(job.service, model, job.tokenizer, renderer_name=job.renderer_name, thinking=job.thinking)
+    with control.interruptible():
+        model = await check_service(job.service, job.model, job.local, trains=True)
+        await check_chat_format(
+            job.service, model, job.tokenizer, renderer_name=job.renderer_name, thinking=job.thinking
+        )
+    if control.stop_requested:
+        return await anyio.to_thread.run_sync(result_of, job.out_dir, point, "stopped")
     # With the trackers, which are closed before the folder is anybody else's.
     opened.enter_context(claimed(job.out_dir))
     for tracker in await opened.enter_async_context(open_trackers(trackers)):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
-import sys
 from types import TracebackType
 from typing import Literal, Protocol, Self, get_args
 
+from searchr1_async.boundary.signals import in_kernel
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.events import Event, Notice, PhaseAdvanced, PhaseEnded, PhaseStarted
 from searchr1_async.watch.live.view import Controls, LiveView
@@ -54,7 +54,7 @@ def open_view(choice: Choice = True, *, title: str, controls: Controls | None = 
             f"progress={choice!r} is unknown: choose True, False or one of {', '.join(map(repr, get_args(_Named)))}"
         )
     kind = _fitting() if choice is True or choice == "auto" else choice
-    if kind in ("widget", "rich") and not _is_in_kernel():
+    if kind in ("widget", "rich") and not in_kernel():
         raise ConfigurationError(f"progress={kind!r} needs a Jupyter kernel: use progress=True, which takes what fits")
     if kind == "widget":
         return _widget(title, controls)
@@ -141,16 +141,9 @@ class QuietView:
 
 
 def _fitting() -> str:
-    if not _is_in_kernel():
+    if not in_kernel():
         return "console"
     return "widget" if _has_anywidget() else "rich"
-
-
-def _is_in_kernel() -> bool:
-    # In a kernel IPython is there already; elsewhere it is not imported for the asking.
-    ipython = sys.modules.get("IPython")
-    shell = ipython.get_ipython() if ipython is not None and hasattr(ipython, "get_ipython") else None
-    return getattr(shell, "kernel", None) is not None
 
 
 def _has_anywidget() -> bool:
