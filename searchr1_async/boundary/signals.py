@@ -30,6 +30,14 @@ REPEAT_SECONDS = 0.5
 _NUMBERS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
+_ASYNCIO = logging.getLogger("asyncio")
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """A filter for what asyncio logs: requests that were cut end with errors that nobody waits for any more."""
+    return "exception was never retrieved" not in record.getMessage()
+
+
 class Terminated(SystemExit):
     """SIGTERM or SIGHUP ended the work; the exit status is 128 and the signal's number."""
 
@@ -49,6 +57,7 @@ class Interrupts:
     def enter(self, stop: Callable[[], object], left: str) -> None:
         """Work has begun; the first takes the signals over."""
         self._works.append((stop, left))
+        _ASYNCIO.removeFilter(_is_news)  # where a program went on after its KeyboardInterrupt
         for number in _NUMBERS if len(self._works) == 1 else ():
             handler = signal.getsignal(number)
             if _may_be_replaced(number, handler):
@@ -80,6 +89,7 @@ class Interrupts:
             end_at_once(number)
 
     def _stop(self) -> None:
+        _ASYNCIO.addFilter(_is_news)
         for stop, _ in list(self._works):
             try:
                 stop()

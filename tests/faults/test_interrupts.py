@@ -106,7 +106,7 @@ class Session:
 def assert_clean(session: Session, status: int = 130) -> ResumePoint | None:
     """It ended as an interrupted program should, and its folder is whole."""
     found, errors = session.end()
-    assert "Traceback" not in errors, errors
+    assert "Traceback" not in errors, errors[:1500]
     assert found == status, errors
     assert len(errors.strip().splitlines()) == 1, errors
     assert "keeps every finished step" in errors
@@ -142,7 +142,9 @@ def test_one_interrupt_keeps_a_checkpoint_and_says_one_line(
     assert point.sampler_step == point.step, "the last weights are kept for sampling"
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 143), pytest.param(signal.SIGHUP, 129, marks=pytest.mark.slow)]
+)
 def test_a_scheduler_that_ends_the_process_is_obeyed_as_ctrl_c_is(
     service: LocalService, tmp_path: Path, number: signal.Signals, status: int
 ) -> None:
@@ -157,8 +159,6 @@ def test_a_scheduler_that_ends_the_process_is_obeyed_as_ctrl_c_is(
 def test_a_second_interrupt_ends_at_once(service: LocalService, tmp_path: Path) -> None:
     with Session(tmp_path, service) as session:
         session.wait_for("minibatch", 1)
-        session.process.send_signal(signal.SIGSTOP)  # so that both are there, and the first is not done
-        session.process.send_signal(signal.SIGCONT)
         session.interrupt()
         time.sleep(0.6)  # a repetition within half a second is the same Ctrl-C
         if session.process.poll() is None:
@@ -170,12 +170,12 @@ def test_a_second_interrupt_ends_at_once(service: LocalService, tmp_path: Path) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_interrupts_at_many_moments(service: LocalService, tmp_path: Path, moment: str, seed: int) -> None:
     """Foreground and background, ignored and not; then the same run to its end."""
     chance = random.Random(f"{moment}/{seed}")
-    sigint, new_group = ("default", "ignored")[seed % 2], seed < 2
+    sigint, new_group = ("default", "ignored")[seed % 2], seed != 1
     with Session(tmp_path, service, sigint, new_group) as session:
         session.wait_for(*MOMENTS[moment])
         time.sleep(chance.uniform(0.0, 1.5 if moment == "start" else 0.3))
