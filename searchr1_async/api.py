@@ -48,7 +48,6 @@ from searchr1_async.spending import check_max_cost
 from searchr1_async.starting import chosen_model, chosen_rank, find_start, resumed_start
 from searchr1_async.training import run_training
 from searchr1_async.watch.dashboard import Choice, open_view
-from searchr1_async.watch.live.view import LiveView
 from searchr1_async.watch.stream import EventStreams
 from searchr1_async.watch.trackers import Tracker, make_trackers
 
@@ -312,8 +311,8 @@ def train(
 
     async def work(control: RunControl, streams: EventStreams) -> TrainingResult:
         async with AsyncExitStack() as stack:
-            if resume and isinstance(view, LiveView):  # a console has printed its lines already
-                view.begin_with(await anyio.to_thread.run_sync(past_events, out))
+            if resume and view is not None:
+                await anyio.to_thread.run_sync(view.begin_with, lambda: past_events(out))
             watchers = await open_watchers(stack, view, emit)
             watchers.subscribe(streams)
             return await run_training(job, watchers, control, opened)

@@ -57,9 +57,7 @@ class Run(RecordedRun):
         self._task.add_done_callback(self._ended)
         register(self)
 
-    async def _stoppable(
-        self, work: Callable[[RunControl, EventStreams], Awaitable[TrainingResult]]
-    ) -> TrainingResult:
+    async def _stoppable(self, work: Callable[[RunControl, EventStreams], Awaitable[TrainingResult]]) -> TrainingResult:
         left = f"{self.out_dir} keeps every finished step: resume=True goes on from the last."
         with ending_cleanly(self._interrupt, left) as self._interrupts:
             return await work(self.control, self._streams)
@@ -68,14 +66,18 @@ class Run(RecordedRun):
         """Ctrl-C or SIGTERM."""
         if self._task is None or self._task.done():
             return
-        self.control.emit(Notice("interrupted: the run is stopping, its last weights are kept; once more ends it at once"))
+        self.control.emit(
+            Notice("interrupted: the run is stopping, its last weights are kept; once more ends it at once")
+        )
         self.control.request_stop()
         asyncio.get_running_loop().call_later(INTERRUPT_SECONDS, self._task.cancel)
 
     def _ended(self, task: asyncio.Future[TrainingResult]) -> None:
         self._streams.wake()
         self.control.end()
-        if self._interrupts is not None and self._interrupts.received:  # the program ends, and nobody awaits the run any more
+        if (
+            self._interrupts is not None and self._interrupts.received
+        ):  # the program ends, and nobody awaits the run any more
             if not task.cancelled() and (error := task.exception()) is not None:
                 logger.warning("the run failed while it was stopping: %s: %s", type(error).__name__, error)
         elif task.cancelled() and not (self._is_awaited or self.control.stop_requested):
@@ -83,7 +85,9 @@ class Run(RecordedRun):
 
     def _say_forgotten(self) -> None:
         """The event loop is closing, though nobody has awaited the run."""
-        if sys.exc_info()[0] is not None:  # since the program fails, or is interrupted: that is what its user should read
+        if (
+            sys.exc_info()[0] is not None
+        ):  # since the program fails, or is interrupted: that is what its user should read
             return
         text = (
             f"The run in {self.out_dir} was cut, since the program ended without awaiting it: write "

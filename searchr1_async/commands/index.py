@@ -12,7 +12,7 @@ from searchr1_async.search.building import build_index
 from searchr1_async.search.embedders.sentence_transformer import DEFAULT_MODEL
 from searchr1_async.search.stores.base import WritableStore
 from searchr1_async.search.stores.chroma import RemoteChroma
-from searchr1_async.watch.progress import ConsoleProgress
+from searchr1_async.watch.dashboard import console_view
 
 if TYPE_CHECKING:
     from searchr1_async.commands import Parsers
@@ -35,7 +35,7 @@ def add(commands: Parsers) -> None:
 
 
 async def _run(options: argparse.Namespace) -> str:
-    with ConsoleProgress() as progress:
+    async with console_view() as progress:
         target = options.path if options.host is None else _server(options)
         report = await build_index(options.corpus, target, embedder=options.embedder, emit=progress)
     return str(report)

@@ -8,21 +8,17 @@ import random
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import anyio
 import pytest
 
 from searchr1_async.learn.checkpoints import ResumePoint
 from searchr1_async.local import LocalService
 from searchr1_async.watch.records import RunRecords
 from tests import tiny_world
-from tests.faults import scripted_world
 
 QUESTIONS = 48
 SETTINGS: dict[str, Any] = {"held_out": 6, "warm_up": 3, "groups_per_batch": 6, "checkpoint_every": 2}
@@ -35,25 +31,6 @@ if sys.argv[1] == "ignored":
 os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
 """
 """Starts a program as a shell does in the background, with SIGINT ignored, or as it is."""
-
-
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalService]:
-    """One scripted service for all, in a thread's event loop."""
-    ready, over, found = threading.Event(), threading.Event(), list[LocalService]()
-
-    async def serve() -> None:
-        async with scripted_world.service(tmp_path_factory.mktemp("service")) as running:
-            found.append(running)
-            ready.set()
-            await anyio.to_thread.run_sync(over.wait)
-
-    thread = threading.Thread(target=anyio.run, args=(serve,))
-    thread.start()
-    assert ready.wait(120)
-    yield found[0]
-    over.set()
-    thread.join()
 
 
 @dataclass
@@ -132,9 +109,9 @@ MOMENTS = {
 
 @pytest.mark.parametrize(("moment", "sigint"), [("rollout", "ignored"), ("learner", "default")])
 def test_one_interrupt_keeps_a_checkpoint_and_says_one_line(
-    service: LocalService, tmp_path: Path, moment: str, sigint: str
+    scripted_service: LocalService, tmp_path: Path, moment: str, sigint: str
 ) -> None:
-    with Session(tmp_path, service, sigint) as session:
+    with Session(tmp_path, scripted_service, sigint) as session:
         session.wait_for(*MOMENTS[moment])
         session.interrupt()
         point = assert_clean(session)
@@ -146,9 +123,9 @@ def test_one_interrupt_keeps_a_checkpoint_and_says_one_line(
     ("number", "status"), [(signal.SIGTERM, 143), pytest.param(signal.SIGHUP, 129, marks=pytest.mark.slow)]
 )
 def test_a_scheduler_that_ends_the_process_is_obeyed_as_ctrl_c_is(
-    service: LocalService, tmp_path: Path, number: signal.Signals, status: int
+    scripted_service: LocalService, tmp_path: Path, number: signal.Signals, status: int
 ) -> None:
-    with Session(tmp_path, service) as session:
+    with Session(tmp_path, scripted_service) as session:
         session.wait_for("episode", 3)
         session.interrupt(number)
         point = assert_clean(session, status)
@@ -156,8 +133,8 @@ def test_a_scheduler_that_ends_the_process_is_obeyed_as_ctrl_c_is(
     assert point.sampler_step == point.step
 
 
-def test_a_second_interrupt_ends_at_once(service: LocalService, tmp_path: Path) -> None:
-    with Session(tmp_path, service) as session:
+def test_a_second_interrupt_ends_at_once(scripted_service: LocalService, tmp_path: Path) -> None:
+    with Session(tmp_path, scripted_service) as session:
         session.wait_for("minibatch", 1)
         session.interrupt()
         time.sleep(0.6)  # a repetition within half a second is the same Ctrl-C
@@ -172,18 +149,18 @@ def test_a_second_interrupt_ends_at_once(service: LocalService, tmp_path: Path) 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_interrupts_at_many_moments(service: LocalService, tmp_path: Path, moment: str, seed: int) -> None:
+def test_interrupts_at_many_moments(scripted_service: LocalService, tmp_path: Path, moment: str, seed: int) -> None:
     """Foreground and background, ignored and not; then the same run to its end."""
     chance = random.Random(f"{moment}/{seed}")
     sigint, new_group = ("default", "ignored")[seed % 2], seed != 1
-    with Session(tmp_path, service, sigint, new_group) as session:
+    with Session(tmp_path, scripted_service, sigint, new_group) as session:
         session.wait_for(*MOMENTS[moment])
         time.sleep(chance.uniform(0.0, 1.5 if moment == "start" else 0.3))
         began = time.monotonic()
         session.interrupt()
         assert_clean(session)
-        print(f"{moment}, SIGINT {sigint}: ended after {time.monotonic() - began:.2f} s")
-    with Session(tmp_path, service) as session:
+        sys.stdout.write(f"{moment}, SIGINT {sigint}: ended after {time.monotonic() - began:.2f} s\n")
+    with Session(tmp_path, scripted_service) as session:
         session.wait_for("finished")
         assert session.end() == (0, "")
     assert RunRecords(tmp_path / "run").metrics()["step"].to_list() == list(range(1, QUESTIONS // 6 + 1))
