@@ -17,7 +17,9 @@ from searchr1_async.local import LocalService
 from tests import tiny_world
 
 
-@pytest.mark.parametrize("progress", ["terminal", pytest.param("plain", marks=pytest.mark.slow), "pipe"])
+@pytest.mark.parametrize(
+    "progress", ["terminal", *(pytest.param(one, marks=pytest.mark.slow) for one in ("plain", "pipe"))]
+)
 def test_a_run_outlives_its_terminal(scripted_service: LocalService, tmp_path: Path, progress: str) -> None:
     """A real pty, closed as an ssh connection is that breaks under ``nohup`` or after ``disown``; and ``2>&1 | head -1``."""
     reader, writer = os.pipe() if progress == "pipe" else pty.openpty()
