@@ -7,7 +7,7 @@ import logging
 import sys
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing
 from pathlib import Path
 
 import anyio
@@ -49,17 +49,22 @@ class Run(RecordedRun):
         self._streams = EventStreams()
         self._task: asyncio.Future[TrainingResult] | None = None
         self._is_awaited = False
+        self._at_end = ExitStack()
         self._interrupts: Interrupts | None = None
 
     def begin(self, work: Callable[[RunControl, EventStreams], Awaitable[TrainingResult]]) -> None:
         """Starts the work, which obeys the run's control and tells its streams of every event; :func:`train` does it."""
-        self._task = asyncio.ensure_future(self._stoppable(work))
+        left = f"{self.out_dir} keeps every finished step: resume=True goes on from the last."
+        self._interrupts = self._at_end.enter_context(ending_cleanly(self._interrupt, left))
+        self._task = asyncio.ensure_future(self._cancellable(work))
         self._task.add_done_callback(self._ended)
         register(self)
 
-    async def _stoppable(self, work: Callable[[RunControl, EventStreams], Awaitable[TrainingResult]]) -> TrainingResult:
-        left = f"{self.out_dir} keeps every finished step: resume=True goes on from the last."
-        with ending_cleanly(self._interrupt, left) as self._interrupts:
+    async def _cancellable(
+        self, work: Callable[[RunControl, EventStreams], Awaitable[TrainingResult]]
+    ) -> TrainingResult:
+        assert self._interrupts is not None
+        with self._interrupts.cancelling():
             return await work(self.control, self._streams)
 
     def _interrupt(self) -> None:
@@ -75,28 +80,13 @@ class Run(RecordedRun):
     def _ended(self, task: asyncio.Future[TrainingResult]) -> None:
         self._streams.wake()
         self.control.end()
-        if (
-            self._interrupts is not None and self._interrupts.received
-        ):  # the program ends, and nobody awaits the run any more
+        if self._interrupts is not None and self._interrupts.received:
+            # The program ends, and nobody awaits the run any more.
             if not task.cancelled() and (error := task.exception()) is not None:
                 logger.warning("the run failed while it was stopping: %s: %s", type(error).__name__, error)
         elif task.cancelled() and not (self._is_awaited or self.control.stop_requested):
-            self._say_forgotten()
-
-    def _say_forgotten(self) -> None:
-        """The event loop is closing, though nobody has awaited the run."""
-        if (
-            sys.exc_info()[0] is not None
-        ):  # since the program fails, or is interrupted: that is what its user should read
-            return
-        text = (
-            f"The run in {self.out_dir} was cut, since the program ended without awaiting it: write "
-            "`result = await sr.train(...)`, or `await run` at the end. resume=True goes on from its last finished step."
-        )
-        is_program = threading.current_thread() is threading.main_thread() and not in_kernel()
-        if is_program and not any(run is not self for run in runs_under_way()):
-            raise SystemExit(text)  # from a callback: asyncio.run passes it on, and Python prints it
-        logger.warning("%s", text)
+            _forgotten.append(self.out_dir)
+            asyncio.get_running_loop().call_soon(_end_forgetful_program)
 
     @property
     def done(self) -> bool:
@@ -181,6 +171,27 @@ class Run(RecordedRun):
     def __aiter__(self) -> AsyncGenerator[Event, None]:
         """Events as they happen, from now to the run's end; a run that fails ends the loop, and ``await run`` says why."""
         return self._streams.events(lambda: self.done)
+
+
+_forgotten: list[Path] = []
+"""Folders of runs that were cut since nobody awaited them, and that nobody has been told of yet."""
+
+
+def _end_forgetful_program() -> None:
+    """The event loop is closing, though nobody has awaited its runs: called by it, as it passes SystemExit on."""
+    if not _forgotten or runs_under_way():  # the last says it for all
+        return
+    folders = ", ".join(map(str, _forgotten))
+    _forgotten.clear()
+    if sys.exc_info()[0] is not None:
+        return  # the program has failed, or was interrupted: that is what its user should read
+    text = (
+        f"The run in {folders} was cut, since the program ended without awaiting it: write `result = await sr.train(...)`, or "
+        "`await run` at the end. resume=True goes on from its last finished step."
+    )
+    if threading.current_thread() is threading.main_thread() and not in_kernel():
+        raise SystemExit(text)  # Python prints it; the exit status is 1
+    logger.warning("%s", text)
 
 
 def open_run(path: str | Path) -> RecordedRun:

@@ -63,6 +63,9 @@ class Interrupts:
             if _may_be_replaced(number, handler):
                 self._before[number] = handler
                 signal.signal(number, self._handle)
+                if _has_come(handler):  # a moment ago, and cancels the task that begins this work
+                    self.received = signal.SIGINT
+                    self._loop.call_soon(self._stop)
 
     def leave(self, stop: Callable[[], object], left: str) -> bool:
         """Work has ended; with the last the signals are given back, and after a signal the program ends. Whether it was the last."""
@@ -77,6 +80,21 @@ class Interrupts:
         if self.received is not None:
             self._loop.call_soon(_end_program, self.received, " ".join(self._left))
         return True
+
+    @contextmanager
+    def cancelling(self) -> Iterator[None]:
+        """A block whose KeyboardInterrupt, also within exception groups, counts as SIGINT.
+
+        Raises:
+            asyncio.CancelledError: in place of it.
+        """
+        try:
+            yield
+        except BaseException as error:
+            if not is_interrupt(error):
+                raise
+            self.received = self.received or signal.SIGINT
+            raise asyncio.CancelledError from error
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
@@ -136,12 +154,8 @@ def ending_cleanly(stop: Callable[[], object], left: str = "") -> Iterator[Inter
         _interrupts = owner
         owner.enter(stop, left)
     try:
-        yield owner
-    except BaseException as error:
-        if not is_interrupt(error):
-            raise
-        owner.received = owner.received or signal.SIGINT
-        raise asyncio.CancelledError from error
+        with owner.cancelling():
+            yield owner
     finally:
         if is_owned and owner.leave(stop, left):
             _interrupts = None
@@ -208,8 +222,18 @@ def _may_be_replaced(number: signal.Signals, handler: Any) -> bool:
         return True
     if number != signal.SIGINT:
         return False
-    runner = getattr(getattr(handler, "func", None), "__self__", None)  # of asyncio.run
-    return handler in (signal.SIG_IGN, signal.default_int_handler) or isinstance(runner, asyncio.Runner)
+    return handler in (signal.SIG_IGN, signal.default_int_handler) or _runner_of(handler) is not None
+
+
+def _runner_of(handler: Any) -> asyncio.Runner | None:
+    """Whose handler this is, where :func:`asyncio.run` has set it."""
+    runner = getattr(getattr(handler, "func", None), "__self__", None)
+    return runner if isinstance(runner, asyncio.Runner) else None
+
+
+def _has_come(handler: Any) -> bool:
+    """Whether the handler of :func:`asyncio.run` has had a SIGINT."""
+    return getattr(_runner_of(handler), "_interrupt_count", 0) > 0
 
 
 def _end_program(received: signal.Signals, left: str) -> None:

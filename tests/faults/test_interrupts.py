@@ -96,7 +96,7 @@ def assert_clean(session: Session, status: int = 130) -> ResumePoint | None:
 
 
 MOMENTS = {
-    "start": ("awake", 1),
+    "start": ("running", 1),
     "measurement": ("evaluate", 1),
     "warm-up": ("warm-up", 1),
     "rollout": ("episode", 5),

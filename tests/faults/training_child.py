@@ -50,6 +50,7 @@ def main(folder: Path, service: str, tokenizer: str, count: int, changes: dict[s
     held_out, warm_up = changes.pop("held_out", 0), changes.pop("warm_up", 0)
 
     async def train() -> None:
+        say("running")
         questions = scripted_world.questions()
         result = await sr.train(
             questions[:count],
