@@ -33,7 +33,7 @@ from searchr1_async.episodes.reward import RecipeReward, RewardFunction
 from searchr1_async.episodes.types import Group
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.evaluation.measure import play_all
-from searchr1_async.events import Emit
+from searchr1_async.events import Emit, Notice
 from searchr1_async.held_out import refuse_overlap
 from searchr1_async.job import TrainingJob, TrainingResult
 from searchr1_async.learn.checkpoints import ResumePoint
@@ -43,7 +43,8 @@ from searchr1_async.playing import PlaySettings, ServiceChoice, check_format, op
 from searchr1_async.run import Run
 from searchr1_async.run_folder import find_point, past_events
 from searchr1_async.search import Search
-from searchr1_async.service import billing_on
+from searchr1_async.service import billing_on, is_embedded
+from searchr1_async.sizes import chosen_sizes
 from searchr1_async.spending import check_max_cost
 from searchr1_async.starting import chosen_model, chosen_rank, find_start, resumed_start
 from searchr1_async.training import run_training
@@ -74,9 +75,9 @@ def train(
     renderer: str | None = None,
     thinking: Thinking = None,
     instructions: str | None = None,
-    group_size: int = 8,
-    groups_per_batch: int = 512,
-    minibatches: int = 4,
+    group_size: int | None = None,
+    groups_per_batch: int | None = None,
+    minibatches: int | None = None,
     max_staleness: int = 0,
     synchronous: bool = False,
     weights_in_flight: WeightsInFlight = "snapshot",
@@ -87,7 +88,7 @@ def train(
     episode_time_limit: float | None = None,
     step_time_limit: float | None = None,
     steps: int | None = None,
-    epochs: int = 1,
+    epochs: int | None = None,
     time_limit: float | None = None,
     max_cost: float | None = None,
     price: Price | None = None,
@@ -103,9 +104,9 @@ def train(
     kl_coefficient: float = 0.0,
     gradient_clip: float = 0.0,
     drop_constant_groups: bool = True,
-    max_turns: int = 5,
-    max_tokens: int = 1024,
-    max_trajectory_tokens: int = 32 * 1024,
+    max_turns: int | None = None,
+    max_tokens: int | None = None,
+    max_trajectory_tokens: int | None = None,
     malformed_calls: Literal["end", "tell"] = "end",
     temperature: float = 1.0,
     seed: int = 2,
@@ -124,7 +125,9 @@ def train(
     """Trains a model by reinforcement learning to answer questions with a search tool.
 
     Call it inside a running event loop (a notebook cell, or an ``async`` function); it returns a :class:`Run` at once,
-    which ``await`` turns into a :class:`TrainingResult`. Defaults are those of the Search-R1 recipe of tinker-cookbook.
+    which ``await`` turns into a :class:`TrainingResult`. Defaults are those of the Search-R1 recipe of tinker-cookbook, but for
+    the sizes of a run on the embedded service, which are those that a laptop can play to their end
+    (:data:`searchr1_async.sizes.LAPTOP`). Sizes that a resume does not name are the run's own.
 
     Args:
         questions: a suite's name, a file, or questions; see :func:`load_questions`.
@@ -173,7 +176,11 @@ def train(
             that you name and that the service does not have is refused at the start, with the losses that it has.
         workers: processes that play; ``"auto"`` adds them when this one is saturated.
         episode_time_limit: seconds, ``EpisodeLimits.max_seconds``.
-        steps: optimiser steps; None: all batches of ``epochs``.
+        group_size, groups_per_batch, minibatches: None is 8, 512 and 4; on the embedded service 8, 8 and 4.
+        max_turns, max_tokens, max_trajectory_tokens: None is 5, 1024 and 32768; on the embedded service 3, 64 and 4096.
+        steps: optimiser steps; None: all batches of ``epochs``. On the embedded service it is at most 12, where neither ``epochs``,
+            ``groups_per_batch`` nor ``time_limit`` is given.
+        epochs: passes over the questions, where ``steps`` is None; None is 1.
         time_limit: seconds of reinforcement learning after which no further step is begun. A measurement under way is brought to
             its end, one that waits is left out, and the last weights are measured.
         max_cost: US dollars, earlier sessions of the run included. No step is begun that would cross them, if it cost as much as the
@@ -214,9 +221,26 @@ def train(
     for name, value in (("evaluate_every", evaluate_every), ("held_out_samples", held_out_samples)):
         if value is not None and value < 1:
             raise ConfigurationError(f"{name} is {value}: it must be at least 1")
-    if min_members > group_size >= 2:
+    point = ResumePoint.load(out) if resume else None
+    items = checked_questions(questions)
+    sizes = chosen_sizes(
+        {
+            "group_size": group_size,
+            "groups_per_batch": groups_per_batch,
+            "minibatches": minibatches,
+            "steps": steps,
+            "max_turns": max_turns,
+            "max_tokens": max_tokens,
+            "max_trajectory_tokens": max_trajectory_tokens,
+        },
+        questions=len(items),
+        is_embedded=is_embedded(service),
+        begun=None if point is None else point.settings,
+        is_bounded=epochs is not None or time_limit is not None,
+    )
+    if min_members > sizes.group_size >= 2:
         raise ConfigurationError(
-            f"min_members ({min_members}) is over group_size ({group_size}): no group would be learned from"
+            f"min_members ({min_members}) is over group_size ({sizes.group_size}): no group would be learned from"
         )
     if refill_groups and not drop_constant_groups:
         raise ConfigurationError("refill_groups replaces groups that are dropped: it needs drop_constant_groups=True")
@@ -228,18 +252,17 @@ def train(
         raise ConfigurationError(f"time_limit is {time_limit} s: it must be over 0, or None for none")
     start = None
     if start_from is not None:
-        point = ResumePoint.load(out) if resume else None
         start = find_start(start_from, service, out) if point is None else resumed_start(start_from, point)
         model = chosen_model(model, start)
     check_max_cost(max_cost, billing_on(service, model, price))
     job = TrainingJob(
-        questions=checked_questions(questions),
+        questions=items,
         search=search,
         out_dir=out,
         learning=LearningSettings(
-            group_size=group_size,
-            groups_per_batch=groups_per_batch,
-            minibatches=minibatches,
+            group_size=sizes.group_size,
+            groups_per_batch=sizes.groups_per_batch,
+            minibatches=sizes.minibatches,
             optimizer_steps=optimizer_steps,
             learning_rate=learning_rate,
             schedule=schedule,
@@ -252,8 +275,8 @@ def train(
             normalization=normalization,
             kl_coefficient=kl_coefficient,
             drop_constant_groups=drop_constant_groups,
-            epochs=epochs,
-            steps=steps,
+            epochs=1 if epochs is None else epochs,
+            steps=sizes.steps,
             seed=seed,
             checkpoint_every=checkpoint_every,
             max_failed_fraction=max_failed_fraction,
@@ -268,9 +291,9 @@ def train(
             step_time_limit=step_time_limit,
         ),
         limits=EpisodeLimits(
-            max_turns=max_turns,
-            max_tokens=max_tokens,
-            max_trajectory_tokens=max_trajectory_tokens,
+            max_turns=sizes.max_turns,
+            max_tokens=sizes.max_tokens,
+            max_trajectory_tokens=sizes.max_trajectory_tokens,
             malformed_calls=malformed_calls,
             max_seconds=episode_time_limit,
         ),
@@ -315,6 +338,8 @@ def train(
                 await anyio.to_thread.run_sync(view.begin_with, lambda: past_events(out))
             watchers = await open_watchers(stack, view, emit)
             watchers.subscribe(streams)
+            if point is None and groups_per_batch is None and is_embedded(service):
+                watchers(Notice(f"sizes for the embedded service, where no others are given: {sizes}"))
             return await run_training(job, watchers, control, opened)
 
     run.begin(work)

@@ -21,7 +21,8 @@ from searchr1_async.episodes.types import Question
 from searchr1_async.errors import ConfigurationError, RunFolderError
 from searchr1_async.models import Price
 from searchr1_async.search.options import check_n_results
-from searchr1_async.service import billing_on
+from searchr1_async.service import billing_on, is_embedded
+from searchr1_async.sizes import chosen_sizes
 from searchr1_async.usage import TokenUsage
 from searchr1_async.watch.records import RunRecords
 
@@ -170,14 +171,14 @@ def estimate_cost(
     evaluate_every: int | None = None,
     warm_up: WarmUp | None = None,
     format: str = "hermes",
-    group_size: int = 8,
-    groups_per_batch: int = 512,
+    group_size: int | None = None,
+    groups_per_batch: int | None = None,
     steps: int | None = None,
-    epochs: int = 1,
+    epochs: int | None = None,
     kl_coefficient: float = 0.0,
-    max_turns: int = 5,
-    max_tokens: int = 1024,
-    max_trajectory_tokens: int = 32 * 1024,
+    max_turns: int | None = None,
+    max_tokens: int | None = None,
+    max_trajectory_tokens: int | None = None,
     search_results: int = 3,
     turns: float | None = None,
     tokens_per_turn: float | None = None,
@@ -207,22 +208,39 @@ def estimate_cost(
         QuestionsError: the questions cannot be read.
         RunFolderError: the past run has no finished step.
     """
-    for name, value in (("group_size", group_size), ("groups_per_batch", groups_per_batch), ("epochs", epochs)):
-        if value < 1:
-            raise ConfigurationError(f"{name} is {value}: it must be at least 1")
-    for name, value in (("steps", steps), ("evaluate_every", evaluate_every), ("held_out_samples", held_out_samples)):
+    for name, value in (
+        ("group_size", group_size),
+        ("groups_per_batch", groups_per_batch),
+        ("epochs", epochs),
+        ("steps", steps),
+        ("evaluate_every", evaluate_every),
+        ("held_out_samples", held_out_samples),
+    ):
         if value is not None and value < 1:
             raise ConfigurationError(f"{name} is {value}: it must be at least 1")
     check_n_results(search_results)
     items = checked_questions(questions)
+    sizes = chosen_sizes(
+        {
+            "group_size": group_size,
+            "groups_per_batch": groups_per_batch,
+            "steps": steps,
+            "max_turns": max_turns,
+            "max_tokens": max_tokens,
+            "max_trajectory_tokens": max_trajectory_tokens,
+        },
+        questions=len(items),
+        is_embedded=is_embedded(service),
+        is_bounded=epochs is not None,
+    )
     shape = RunShape(
         questions=len(items),
         question_letters=mean_letters(items),
-        group_size=group_size,
-        groups_per_batch=groups_per_batch,
-        steps=steps,
-        epochs=epochs,
-        limits=EpisodeLimits(max_turns, max_tokens, max_trajectory_tokens),
+        group_size=sizes.group_size,
+        groups_per_batch=sizes.groups_per_batch,
+        steps=sizes.steps,
+        epochs=1 if epochs is None else epochs,
+        limits=EpisodeLimits(sizes.max_turns, sizes.max_tokens, sizes.max_trajectory_tokens),
         format_name=format,
         search_results=search_results,
         held_out=len(checked_questions(held_out)) if held_out else 0,

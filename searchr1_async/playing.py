@@ -32,6 +32,7 @@ from searchr1_async.search.queries import clean_query
 from searchr1_async.service import Service, check_chat_format, check_service, open_service
 from searchr1_async.watch.dashboard import Choice, View, open_view
 from searchr1_async.watch.fanout import Watchers
+from searchr1_async.watch.pace import PaceWarning
 from searchr1_async.watch.viewer.tokens import remember_tokenizer
 from searchr1_async.weights import Step, Weights, find_weights
 
@@ -280,6 +281,7 @@ def _ending(emit: Emit) -> Callable[..., None]:
 async def open_watchers(stack: AsyncExitStack, view: View | None, emit: Emit | None) -> Watchers:
     """Whoever watches some work; the view is closed with the stack."""
     watchers = Watchers()
+    watchers.subscribe(PaceWarning(watchers))
     if view is not None:
         watchers.subscribe(await stack.enter_async_context(view))
     if emit is not None:
