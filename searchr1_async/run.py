@@ -74,12 +74,16 @@ class Run(RecordedRun):
         self.control.emit(
             Notice("interrupted: the run is stopping, its last weights are kept; once more ends it at once")
         )
+        sdk = logging.getLogger("tinker")
+        self._at_end.callback(sdk.setLevel, sdk.level)
+        sdk.setLevel(logging.CRITICAL)  # it tells of each request that the stop cuts
         self.control.request_stop()
         asyncio.get_running_loop().call_later(INTERRUPT_SECONDS, self._task.cancel)
 
     def _ended(self, task: asyncio.Future[TrainingResult]) -> None:
         self._streams.wake()
         self.control.end()
+        self._at_end.close()
         if self._interrupts is not None and self._interrupts.received:
             # The program ends, and nobody awaits the run any more.
             if not task.cancelled() and (error := task.exception()) is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import socket
 import subprocess
 import sys
@@ -114,3 +115,81 @@ def test_a_run_that_was_stopped_or_awaited_is_not_forgotten(start: Callable[...,
 
     asyncio.run(stopped())
     asyncio.run(awaited())
+
+
+def test_signals_are_given_back_when_a_run_ends(start: Callable[..., sr.Run]) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    async def main() -> None:
+        inside = signal.getsignal(signal.SIGTERM)
+        first, second = start("first"), start("second")
+        assert signal.getsignal(signal.SIGTERM) != inside
+        await first.stop()
+        assert signal.getsignal(signal.SIGTERM) != inside, "one is still under way"
+        await second.stop()
+        assert signal.getsignal(signal.SIGTERM) == inside
+
+    asyncio.run(main())
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+@pytest.mark.parametrize("is_awaited", [True, False])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_program_after_its_run(
+    start: Callable[..., sr.Run], number: signal.Signals, is_awaited: bool
+) -> None:
+    """Whatever the program waits for: it is cancelled when the run has closed everything, and can close its own."""
+    runs, seen = list[sr.Run](), list[str]()
+
+    async def main() -> None:
+        runs.append(run := start())
+        asyncio.get_running_loop().call_later(0.1, signal.raise_signal, number)
+        try:
+            await (run if is_awaited else asyncio.sleep(60))
+        except asyncio.CancelledError:
+            seen.append("cancelled")
+            assert run.done
+            await asyncio.sleep(0.01)
+            seen.append("closed")
+            raise
+
+    with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit) as ended:
+        asyncio.run(main())
+    assert seen == ["cancelled", "closed"]
+    if isinstance(ended.value, SystemExit):
+        assert ended.value.code == 143
+
+
+def test_an_interrupt_that_a_library_raises_in_a_thread_is_one_too(
+    start: Callable[..., sr.Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As polars does from its own handler, where SIGINT is ignored: it comes out of a worker thread, in exception groups."""
+
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("searchr1_async.job.TrainingJob.identity", interrupted)
+
+    async def main() -> None:
+        await start()
+
+    with pytest.raises(KeyboardInterrupt, match="keeps every finished step"):
+        asyncio.run(main())
+
+
+def test_a_handler_of_the_program_s_own_is_left_alone(start: Callable[..., sr.Run]) -> None:
+    came = list[int]()
+
+    async def main() -> None:
+        run = start()
+        signal.raise_signal(signal.SIGTERM)
+        await asyncio.sleep(0.05)
+        assert not run.done
+        await run.stop()
+
+    before = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
+    try:
+        asyncio.run(main())
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert came == [signal.SIGTERM]
