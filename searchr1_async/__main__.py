@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
         options = _parser().parse_args(arguments)
         try:
             text = signals.run_to_end(options.run(options))
-        except (KeyboardInterrupt, signals.Terminated) as ending:
+        except KeyboardInterrupt as ending:
             print_line(f"\nStopped. {options.stopped(options)}", sys.stderr)
             return signals.exit_status(ending)
         except SearchR1Error as error:
@@ -41,4 +41,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    signals.exit_with(main())

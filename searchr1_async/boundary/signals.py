@@ -8,6 +8,7 @@ event loop, and the program ends when the work has closed everything.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import logging
 import os
 import signal
@@ -17,7 +18,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from searchr1_async.boundary.streams import print_line
 
@@ -38,8 +39,12 @@ def _is_news(record: logging.LogRecord) -> bool:
     return "exception was never retrieved" not in record.getMessage()
 
 
-class Terminated(SystemExit):
-    """SIGTERM or SIGHUP ended the work; the exit status is 128 and the signal's number."""
+class Terminated(KeyboardInterrupt):
+    """SIGTERM or SIGHUP ended the work."""
+
+    def __init__(self, text: str, received: signal.Signals) -> None:
+        super().__init__(text)
+        self.received = received
 
 
 class Interrupts:
@@ -130,9 +135,9 @@ _interrupts: Interrupts | None = None
 def ending_cleanly(stop: Callable[[], object], left: str = "") -> Iterator[Interrupts]:
     """While the block runs, the first SIGINT, SIGTERM or SIGHUP calls ``stop``, after which the block is to end soon.
 
-    Once every such block has ended, the signals are given back and the program ends: KeyboardInterrupt or
-    :class:`Terminated` comes out of the event loop, and cancels whatever else it runs. Uncaught, it is one line without a
-    traceback, and the exit status is that of the signal. A second signal ends the process at once.
+    Once every such block has ended, the signals are given back and the program ends: KeyboardInterrupt, for SIGTERM and SIGHUP
+    its subclass :class:`Terminated`, comes out of the event loop and cancels whatever else it runs. Uncaught, it is one line
+    without a traceback, and the process ends by the signal (130 and 143 in a shell). A second signal ends it at once.
 
     Signals are left alone outside of the main thread, in a Jupyter kernel, whose stop button belongs to a cell, and where the
     program has handlers of its own. SIGTERM and SIGHUP that are ignored (``nohup``) stay so; SIGINT, which shells have
@@ -165,8 +170,7 @@ def run_to_end(work: Coroutine[Any, Any, Result]) -> Result:
     """:func:`asyncio.run` for a program that is only this work: a signal cancels it, wherever it is.
 
     Raises:
-        KeyboardInterrupt: SIGINT came.
-        Terminated: SIGTERM or SIGHUP did.
+        KeyboardInterrupt: SIGINT came; :class:`Terminated` where SIGTERM or SIGHUP did.
     """
 
     async def ended() -> Result:
@@ -178,9 +182,37 @@ def run_to_end(work: Coroutine[Any, Any, Result]) -> Result:
     return asyncio.run(ended())
 
 
-def exit_status(ending: KeyboardInterrupt | Terminated) -> int:
+def exit_status(ending: KeyboardInterrupt) -> int:
     """Of a program that a signal ended: 130 for SIGINT, 143 for SIGTERM."""
-    return ending.code if isinstance(ending, Terminated) and isinstance(ending.code, int) else 128 + signal.SIGINT
+    return 128 + (ending.received if isinstance(ending, Terminated) else signal.SIGINT)
+
+
+def exit_with(status: int) -> NoReturn:
+    """``sys.exit``. After a signal without Python's finalization: what was cut may still run in threads, which then abort the
+    process (Rust's do), or change its exit status (one that runs ``exec`` on a text makes 1 of 130)."""
+    if status > 128:
+        _settle_process()
+        os._exit(status)
+    sys.exit(status)
+
+
+def _settle_process() -> None:
+    """What Python does at the end of a process for others: their exit handlers, and the buffers of the standard streams."""
+    with suppress(Exception):
+        atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):
+            stream.flush()
+
+
+def _end_by_signal(number: signal.Signals) -> NoReturn:
+    """Ends the process as the signal itself would have, so that a shell or a scheduler sees why."""
+    _settle_process()
+    if os.name == "posix":
+        signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [number])
+        os.kill(os.getpid(), number)
+    os._exit(128 + number)  # the first process of a container is not ended by its own signal
 
 
 def take_start_of_program() -> None:
@@ -238,17 +270,14 @@ def _has_come(handler: Any) -> bool:
 
 def _end_program(received: signal.Signals, left: str) -> None:
     """A callback of the event loop, which passes nothing but these two on to whoever runs it."""
-    text = f"Stopped by {received.name}. {left}".rstrip()
-    if received != signal.SIGINT:
-        print_line(text, sys.stderr)
-        raise Terminated(128 + received)
-    error, shown = KeyboardInterrupt(text), sys.excepthook
+    text, shown = f"Stopped by {received.name}. {left}".rstrip(), sys.excepthook
+    error = KeyboardInterrupt(text) if received == signal.SIGINT else Terminated(text, received)
 
     def hook(kind: type[BaseException], value: BaseException, trace: TracebackType | None) -> None:
-        if value is error:
-            print_line(text, sys.stderr)
-        else:
-            shown(kind, value, trace)
+        if value is not error:
+            return shown(kind, value, trace)
+        print_line(text, sys.stderr)
+        _end_by_signal(received)
 
     sys.excepthook = hook
     raise error
