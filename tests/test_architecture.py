@@ -143,3 +143,14 @@ def test_tables_have_one_reader(path: Path) -> None:
     for node in ast.walk(parse(path)):
         if isinstance(node, ast.Attribute):
             assert not re.fullmatch(r"pl\.(read|scan)_\w+", ast.unparse(node)), f"{path}:{node.lineno}"
+
+
+def test_signals_have_one_owner() -> None:
+    """Beside it only processes that are nothing but a service or a worker, and the command that serves until SIGTERM."""
+    allowed = {"boundary.signals", "local.__main__", "rollout.workers.child", "commands.serve"}
+    for path in MODULES:
+        called = {ast.unparse(node.func) for node in ast.walk(parse(path)) if isinstance(node, ast.Call)}
+        handles = any(
+            re.search(r"\bsignal\.signal$|add_signal_handler$|open_signal_receiver$", name) for name in called
+        )
+        assert not handles or name_of(path).removeprefix(f"{PACKAGE}.") in allowed, path
