@@ -54,6 +54,7 @@ class Run(RecordedRun):
 
     def begin(self, work: Callable[[RunControl, EventStreams], Awaitable[TrainingResult]]) -> None:
         """Starts the work, which obeys the run's control and tells its streams of every event; :func:`train` does it."""
+        _SDK_REQUESTS.removeFilter(_nothing)  # where a program went on after its KeyboardInterrupt
         left = f"{self.out_dir} keeps every finished step: resume=True goes on from the last."
         self._interrupts = self._at_end.enter_context(ending_cleanly(self._interrupt, left))
         self._task = asyncio.ensure_future(self._cancellable(work))
@@ -74,9 +75,7 @@ class Run(RecordedRun):
         self.control.emit(
             Notice("interrupted: the run is stopping, its last weights are kept; once more ends it at once")
         )
-        sdk = logging.getLogger("tinker")
-        self._at_end.callback(sdk.setLevel, sdk.level)
-        sdk.setLevel(logging.CRITICAL)  # it tells of each request that the stop cuts
+        _SDK_REQUESTS.addFilter(_nothing)  # it tells of each request that the stop cuts, until the program has ended
         self.control.request_stop()
         asyncio.get_running_loop().call_later(INTERRUPT_SECONDS, self._task.cancel)
 
@@ -175,6 +174,14 @@ class Run(RecordedRun):
     def __aiter__(self) -> AsyncGenerator[Event, None]:
         """Events as they happen, from now to the run's end; a run that fails ends the loop, and ``await run`` says why."""
         return self._streams.events(lambda: self.done)
+
+
+_SDK_REQUESTS = logging.getLogger("tinker.lib.retry_handler")
+
+
+def _nothing(record: logging.LogRecord) -> bool:
+    """A filter that lets nothing through."""
+    return False
 
 
 _forgotten: list[Path] = []
