@@ -12,9 +12,9 @@ from searchr1_async.local import LocalService
 from tests.faults import scripted_world
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def scripted_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalService]:
-    """One scripted service for all, in a thread's event loop."""
+    """One scripted service for all tests of a module, in a thread's event loop."""
     ready, over, found = threading.Event(), threading.Event(), list[LocalService]()
 
     async def serve() -> None:
