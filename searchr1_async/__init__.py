@@ -9,6 +9,15 @@
     result = await run
 """
 
+import sys
+
+if sys.argv[:1] == ["-m"] and "searchr1_async" in sys.orig_argv:
+    # The package's own command is starting: importing the rest takes seconds, in which Ctrl-C has one line to say.
+    from searchr1_async.boundary.signals import take_start_of_program
+
+    take_start_of_program()
+
+# ruff: isort: split
 from searchr1_async.answer import Answer
 from searchr1_async.api import rollout, train
 from searchr1_async.asking import ask

@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import sys
 
+from searchr1_async.boundary import signals
+from searchr1_async.boundary.streams import print_line, standard_streams
 from searchr1_async.commands import ask, atlas, eval, export, index, serve, view, wiki18
 from searchr1_async.errors import SearchR1Error
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command; returns the exit code: 0 done, 1 failed with a message, 130 stopped by Ctrl-C."""
-    options = _parser().parse_args(arguments)
-    try:
-        text = asyncio.run(options.run(options))
-    except KeyboardInterrupt:
-        print(f"\nStopped. {options.stopped(options)}", file=sys.stderr)
-        return 130
-    except SearchR1Error as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
-    print(text)
-    return 0
+    """Runs a command.
+
+    Returns:
+        The exit status: 0 done, 1 failed with a message, 130 stopped by Ctrl-C, 143 by SIGTERM. Output that nobody reads
+        any more (``| head``) changes nothing.
+    """
+    with standard_streams():
+        options = _parser().parse_args(arguments)
+        try:
+            text = signals.run_to_end(options.run(options))
+        except KeyboardInterrupt as ending:
+            print_line(f"\nStopped. {options.stopped(options)}", sys.stderr)
+            return signals.exit_status(ending)
+        except SearchR1Error as error:
+            print_line(f"{type(error).__name__}: {error}", sys.stderr)
+            return 1
+        print_line(text, sys.stdout)
+        return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -34,4 +41,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    signals.exit_with(main())

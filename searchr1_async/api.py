@@ -45,7 +45,6 @@ from searchr1_async.run_folder import past_events
 from searchr1_async.training import run_training
 from searchr1_async.training_job import training_job
 from searchr1_async.watch.dashboard import Choice, open_view
-from searchr1_async.watch.live.view import LiveView
 from searchr1_async.watch.stream import EventStreams
 from searchr1_async.watch.trackers import Tracker, make_trackers
 
@@ -72,9 +71,9 @@ def train(
     renderer: str | None = None,
     thinking: Thinking = None,
     instructions: str | None = None,
-    group_size: int = 8,
-    groups_per_batch: int = 512,
-    minibatches: int = 4,
+    group_size: int | None = None,
+    groups_per_batch: int | None = None,
+    minibatches: int | None = None,
     max_staleness: int = 0,
     synchronous: bool = False,
     weights_in_flight: WeightsInFlight = "snapshot",
@@ -85,7 +84,7 @@ def train(
     episode_time_limit: Seconds | None = None,
     step_time_limit: float | None = None,
     steps: int | None = None,
-    epochs: int = 1,
+    epochs: int | None = None,
     time_limit: Seconds | None = None,
     max_cost: float | None = None,
     price: Price | None = None,
@@ -101,9 +100,9 @@ def train(
     kl_coefficient: float = 0.0,
     gradient_clip: float = 0.0,
     drop_constant_groups: bool = True,
-    max_turns: int = 5,
-    max_tokens: int = 1024,
-    max_trajectory_tokens: int = 32 * 1024,
+    max_turns: int | None = None,
+    max_tokens: int | None = None,
+    max_trajectory_tokens: int | None = None,
     malformed_calls: Literal["end", "tell"] = "end",
     temperature: float = 1.0,
     seed: int = 2,
@@ -124,7 +123,9 @@ def train(
     """Trains a model by reinforcement learning to answer questions with a search tool.
 
     Call it inside a running event loop (a notebook cell, or an ``async`` function); it returns a :class:`Run` at once,
-    which ``await`` turns into a :class:`TrainingResult`. Defaults are those of the Search-R1 recipe of tinker-cookbook.
+    which ``await`` turns into a :class:`TrainingResult`. Defaults are those of the Search-R1 recipe of tinker-cookbook, but for
+    the sizes of a run on the embedded service, which are those that a laptop can play to their end
+    (:data:`searchr1_async.sizes.LAPTOP`). Sizes that a resume does not name are the run's own.
 
     Args:
         questions: a suite's name, a file, questions, a frame or a list of dicts; see :func:`load_questions`.
@@ -176,7 +177,11 @@ def train(
             that you name and that the service does not have is refused at the start, with the losses that it has.
         workers: processes that play; ``"auto"`` adds them when this one is saturated.
         episode_time_limit: seconds, ``EpisodeLimits.max_seconds``.
-        steps: optimiser steps; None: all batches of ``epochs``.
+        group_size, groups_per_batch, minibatches: None is 8, 512 and 4; on the embedded service 8, 8 and 4.
+        max_turns, max_tokens, max_trajectory_tokens: None is 5, 1024 and 32768; on the embedded service 3, 64 and 4096.
+        steps: optimiser steps; None: all batches of ``epochs``. On the embedded service it is at most 12, where neither ``epochs``,
+            ``groups_per_batch`` nor ``time_limit`` is given.
+        epochs: passes over the questions, where ``steps`` is None; None is 1.
         time_limit: seconds of reinforcement learning after which no further step is begun. A measurement under way is brought to
             its end, one that waits is left out, and the last weights are measured.
         max_cost: US dollars, earlier sessions of the run included. No step is begun that would cross them, if it cost as much as the
@@ -216,8 +221,8 @@ def train(
 
     async def work(control: RunControl, streams: EventStreams) -> TrainingResult:
         async with AsyncExitStack() as stack:
-            if resume and isinstance(view, LiveView):  # a console has printed its lines already
-                view.begin_with(await anyio.to_thread.run_sync(past_events, job.out_dir))
+            if resume and view is not None:
+                await anyio.to_thread.run_sync(view.begin_with, lambda: past_events(job.out_dir))
             watchers = await open_watchers(stack, view, emit)
             watchers.subscribe(streams)
             return await run_training(job, watchers, control, opened)

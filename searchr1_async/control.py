@@ -252,3 +252,8 @@ def run_under_way(folder: Path) -> RunUnderWay | None:
     """The run that this process trains in a folder; None where it trains none there, or none any more."""
     run = _runs.get(folder.resolve())
     return None if run is None or run.done else run
+
+
+def runs_under_way() -> list[RunUnderWay]:
+    """All runs that this process trains now."""
+    return [run for run in list(_runs.values()) if not run.done]

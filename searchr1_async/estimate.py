@@ -8,7 +8,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -34,7 +34,8 @@ from searchr1_async.episodes.types import Question
 from searchr1_async.errors import ConfigurationError, RunFolderError
 from searchr1_async.models import Price
 from searchr1_async.playing import check_format
-from searchr1_async.service import billing_on
+from searchr1_async.service import billing_on, is_embedded
+from searchr1_async.sizes import chosen_sizes
 from searchr1_async.usage import TokenUsage
 from searchr1_async.watch.records import RunRecords
 
@@ -176,14 +177,14 @@ def estimate_cost(
     evaluate_every: Count | None = None,
     warm_up: WarmUp | None = None,
     format: str = "hermes",
-    group_size: Count = 8,
-    groups_per_batch: Count = 512,
+    group_size: Count | None = None,
+    groups_per_batch: Count | None = None,
     steps: Count | None = None,
-    epochs: Count = 1,
+    epochs: Count | None = None,
     kl_coefficient: NotNegative = 0.0,
-    max_turns: int = 5,
-    max_tokens: int = 1024,
-    max_trajectory_tokens: int = 32 * 1024,
+    max_turns: int | None = None,
+    max_tokens: int | None = None,
+    max_trajectory_tokens: int | None = None,
     search_results: Annotated[int, Range(at_least=1, at_most=100)] = 3,
     turns: float | None = None,
     tokens_per_turn: float | None = None,
@@ -216,6 +217,7 @@ def estimate_cost(
     given = checked_arguments(estimate_cost, locals())
     check_format(format)
     items = checked_questions(questions)
+    given |= asdict(chosen_sizes(given, questions=len(items), is_embedded=is_embedded(service)))
     shape = settings_of(
         RunShape,
         given,

@@ -62,6 +62,8 @@ class TrainingJob:
     price: Price | None = None
     start: Start | None = None
     max_service_outage: float = MAX_SERVICE_OUTAGE
+    notes: tuple[str, ...] = ()
+    """What the run says of its settings when it begins."""
 
     def identity(self) -> dict[str, Any]:
         """The settings that make the steps before and after a resume one run, as plain JSON values.

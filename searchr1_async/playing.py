@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import tempfile
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
@@ -12,6 +13,7 @@ from typing import Any, Literal
 import anyio
 
 from searchr1_async.boundary.settings import Count, Seconds, Share, check_settings
+from searchr1_async.boundary.signals import ending_cleanly
 from searchr1_async.config import MAX_SERVICE_OUTAGE, EpisodeLimits, LocalOptions, SamplingSettings
 from searchr1_async.endpoint import ServiceName, find_endpoint
 from searchr1_async.episodes.dialect import FORMATS, make_dialect
@@ -32,6 +34,7 @@ from searchr1_async.search.queries import clean_query
 from searchr1_async.service import Service, check_chat_format, check_service, open_service
 from searchr1_async.watch.dashboard import Choice, View, open_view
 from searchr1_async.watch.fanout import Watchers
+from searchr1_async.watch.pace import PaceWarning
 from searchr1_async.watch.viewer.tokens import remember_tokenizer
 from searchr1_async.weights import Step, Weights, find_weights
 
@@ -84,13 +87,19 @@ class ServiceChoice:
 
 @asynccontextmanager
 async def watching(title: str, progress: Choice, emit: Emit | None) -> AsyncIterator[Watchers]:
-    """Whoever watches some work: told how it ends. Of an exception group the first error of the package is raised."""
+    """Whoever watches some work: told how it ends. Of an exception group the first error of the package is raised.
+
+    Ctrl-C cancels the task that does the work.
+    """
     view = open_view(progress, title=title)  # after what is refused: a view that was drawn waits for its work
+    task = asyncio.current_task()
+    assert task is not None
     try:
-        async with AsyncExitStack() as stack:
-            watchers = await open_watchers(stack, view, emit)
-            stack.push(_ending(watchers))
-            yield watchers
+        with ending_cleanly(task.cancel):
+            async with AsyncExitStack() as stack:
+                watchers = await open_watchers(stack, view, emit)
+                stack.push(_ending(watchers))
+                yield watchers
     except* SearchR1Error as group:
         raise first_error(group) from group
 
@@ -284,6 +293,7 @@ def _ending(emit: Emit) -> Callable[..., None]:
 async def open_watchers(stack: AsyncExitStack, view: View | None, emit: Emit | None) -> Watchers:
     """Whoever watches some work; the view is closed with the stack."""
     watchers = Watchers()
+    watchers.subscribe(PaceWarning(watchers))
     if view is not None:
         watchers.subscribe(await stack.enter_async_context(view))
     if emit is not None:

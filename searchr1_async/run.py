@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import sys
+import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing
 from pathlib import Path
 
 import anyio
@@ -12,7 +15,8 @@ import anyio
 from searchr1_async.answer import Answer
 from searchr1_async.answering import LiveAnswers
 from searchr1_async.boundary.paths import absolute_path
-from searchr1_async.control import RunControl, register, run_under_way
+from searchr1_async.boundary.signals import Interrupts, ending_cleanly, in_kernel
+from searchr1_async.control import RunControl, register, run_under_way, runs_under_way
 from searchr1_async.events import Emit, Event, Notice, RolloutSampled
 from searchr1_async.job import TrainingResult
 from searchr1_async.playing import ServiceChoice, watching
@@ -21,17 +25,22 @@ from searchr1_async.search import Search
 from searchr1_async.watch.dashboard import Choice
 from searchr1_async.watch.stream import EventStreams
 
+logger = logging.getLogger(__name__)
+
 INTERRUPT_SECONDS = 90.0
-"""For a run whose awaiting was interrupted to stop cleanly, with its last weights kept; then it is cancelled."""
+"""For a run that was interrupted to stop cleanly, with its last weights kept; then it is cancelled."""
 
 
 class Run(RecordedRun):
     """A training run under way.
 
-    It starts at once, in a task of its own, and leaves its cell free; ``await run`` waits for its result. Interrupting that wait
-    (a notebook's stop button, Ctrl-C) stops the run as :meth:`stop` does, its checkpoint first, and waits until it has closed
-    everything; a second interrupt leaves out what takes long. A run whose result is never awaited is logged by asyncio if it
-    fails, like any task.
+    It starts at once, in a task of its own, and leaves its cell free; ``await run`` waits for its result.
+
+    In a program, Ctrl-C and SIGTERM stop the run as :meth:`stop` does, its checkpoint first, and end the program when everything is
+    closed (:mod:`searchr1_async.boundary.signals`); a second Ctrl-C ends it at once. A notebook's stop button interrupts the
+    cell, and the run if the cell awaits it; a second one leaves out what takes long.
+
+    A program that ends without ever awaiting its run cuts it, says so, and has exit status 1.
     """
 
     def __init__(self, out_dir: Path, search: Search | None = None, choice: ServiceChoice | None = None) -> None:
@@ -40,13 +49,48 @@ class Run(RecordedRun):
         self.control = RunControl()
         self._streams = EventStreams()
         self._task: asyncio.Future[TrainingResult] | None = None
+        self._is_awaited = False
+        self._at_end = ExitStack()
+        self._interrupts: Interrupts | None = None
 
     def begin(self, work: Callable[[RunControl, EventStreams], Awaitable[TrainingResult]]) -> None:
         """Starts the work, which obeys the run's control and tells its streams of every event; :func:`train` does it."""
-        self._task = asyncio.ensure_future(work(self.control, self._streams))
-        self._task.add_done_callback(lambda _: self._streams.wake())
-        self._task.add_done_callback(lambda _: self.control.end())
+        _SDK_REQUESTS.removeFilter(_nothing)  # where a program went on after its KeyboardInterrupt
+        left = f"{self.out_dir} keeps every finished step: resume=True goes on from the last."
+        self._interrupts = self._at_end.enter_context(ending_cleanly(self._interrupt, left))
+        self._task = asyncio.ensure_future(self._cancellable(work))
+        self._task.add_done_callback(self._ended)
         register(self)
+
+    async def _cancellable(
+        self, work: Callable[[RunControl, EventStreams], Awaitable[TrainingResult]]
+    ) -> TrainingResult:
+        assert self._interrupts is not None
+        with self._interrupts.cancelling():
+            return await work(self.control, self._streams)
+
+    def _interrupt(self) -> None:
+        """Ctrl-C or SIGTERM."""
+        if self._task is None or self._task.done():
+            return
+        self.control.emit(
+            Notice("interrupted: the run is stopping, its last weights are kept; once more ends it at once")
+        )
+        _SDK_REQUESTS.addFilter(_nothing)  # it tells of each request that the stop cuts, until the program has ended
+        self.control.request_stop()
+        asyncio.get_running_loop().call_later(INTERRUPT_SECONDS, self._task.cancel)
+
+    def _ended(self, task: asyncio.Future[TrainingResult]) -> None:
+        self._streams.wake()
+        self.control.end()
+        self._at_end.close()
+        if self._interrupts is not None and self._interrupts.received:
+            # The program ends, and nobody awaits the run any more.
+            if not task.cancelled() and (error := task.exception()) is not None:
+                logger.warning("the run failed while it was stopping: %s: %s", type(error).__name__, error)
+        elif task.cancelled() and not (self._is_awaited or self.control.stop_requested):
+            _forgotten.append(self.out_dir)
+            asyncio.get_running_loop().call_soon(_end_forgetful_program)
 
     @property
     def done(self) -> bool:
@@ -58,6 +102,7 @@ class Run(RecordedRun):
 
     async def _wait(self) -> TrainingResult:
         assert self._task is not None, "begin() comes first"
+        self._is_awaited = True
         try:
             return await asyncio.shield(self._task)
         except asyncio.CancelledError:
@@ -130,6 +175,35 @@ class Run(RecordedRun):
     def __aiter__(self) -> AsyncGenerator[Event, None]:
         """Events as they happen, from now to the run's end; a run that fails ends the loop, and ``await run`` says why."""
         return self._streams.events(lambda: self.done)
+
+
+_SDK_REQUESTS = logging.getLogger("tinker.lib.retry_handler")
+
+
+def _nothing(record: logging.LogRecord) -> bool:
+    """A filter that lets nothing through."""
+    return False
+
+
+_forgotten: list[Path] = []
+"""Folders of runs that were cut since nobody awaited them, and that nobody has been told of yet."""
+
+
+def _end_forgetful_program() -> None:
+    """The event loop is closing, though nobody has awaited its runs: called by it, as it passes SystemExit on."""
+    if not _forgotten or runs_under_way():  # the last says it for all
+        return
+    folders = ", ".join(map(str, _forgotten))
+    _forgotten.clear()
+    if sys.exc_info()[0] is not None:
+        return  # the program has failed, or was interrupted: that is what its user should read
+    text = (
+        f"The run in {folders} was cut, since the program ended without awaiting it: write `result = await sr.train(...)`, or "
+        "`await run` at the end. resume=True goes on from its last finished step."
+    )
+    if threading.current_thread() is threading.main_thread() and not in_kernel():
+        raise SystemExit(text)  # Python prints it; the exit status is 1
+    logger.warning("%s", text)
 
 
 def open_run(path: str | Path) -> RecordedRun:

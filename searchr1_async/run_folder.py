@@ -354,7 +354,7 @@ def past_events(folder: Path) -> list[StepFinished | EvaluationFinished]:
     records = RunRecords(folder)
     try:
         metrics, evaluations = records.metrics(), load_evaluations(records)
-    except (OSError, pl.exceptions.PolarsError) as error:  # a view lacks its beginning; the run itself will say more
+    except (OSError, RunFolderError) as error:  # a view lacks its beginning; the run itself will say more
         logger.warning("what %s has on record cannot be read: %s", folder, error)
         return []
     steps = [

@@ -19,6 +19,7 @@ import tinker
 
 from searchr1_async.abilities import choose_loss
 from searchr1_async.answering import LiveAnswers
+from searchr1_async.boundary.signals import is_interrupt
 from searchr1_async.config import LossName, WarmUp
 from searchr1_async.control import RunControl
 from searchr1_async.endpoint import find_endpoint
@@ -100,8 +101,9 @@ async def run_training(
         try:
             result = await _run_or_say_why(job, watchers, control, trackers, opened)
             reason = result.reason
-        except asyncio.CancelledError:
-            reason = "stopped"
+        except BaseException as error:
+            if isinstance(error, asyncio.CancelledError) or is_interrupt(error):
+                reason = "stopped"
             raise
         finally:
             watchers(RunEnded(reason))
@@ -136,8 +138,15 @@ async def _run(
     # What a run was begun with is a fact, even where it was the default of its day.
     job = _as_begun(job, point)
     emit(Notice(find_endpoint(job.service).text))
-    model = await check_service(job.service, job.model, job.local, trains=True, emit=emit)
-    await check_chat_format(job.service, model, job.tokenizer, renderer_name=job.renderer_name, thinking=job.thinking)
+    for note in job.notes:
+        emit(Notice(note))
+    with control.interruptible():
+        model = await check_service(job.service, job.model, job.local, trains=True, emit=emit)
+        await check_chat_format(
+            job.service, model, job.tokenizer, renderer_name=job.renderer_name, thinking=job.thinking
+        )
+    if control.stop_requested:
+        return await anyio.to_thread.run_sync(result_of, job.out_dir, point, "stopped")
     # With the trackers, which are closed before the folder is anybody else's.
     opened.enter_context(claimed(job.out_dir))
     for tracker in await opened.enter_async_context(open_trackers(trackers)):

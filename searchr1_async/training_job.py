@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from searchr1_async.arguments import model_name
@@ -17,7 +18,8 @@ from searchr1_async.job import TrainingJob
 from searchr1_async.learn.checkpoints import ResumePoint
 from searchr1_async.playing import check_format
 from searchr1_async.run_folder import find_point
-from searchr1_async.service import billing_on
+from searchr1_async.service import billing_on, is_embedded
+from searchr1_async.sizes import chosen_sizes
 from searchr1_async.spending import check_max_cost
 from searchr1_async.starting import Start, chosen_model, chosen_rank, find_start, resumed_start
 
@@ -31,21 +33,31 @@ def training_job(given: Mapping[str, Any]) -> TrainingJob:
     Raises:
         ConfigurationError: arguments that do not go together, or a folder, a run or questions that cannot be used.
     """
-    _check_relations(given)
     service, out_dir = given["service"], given["out_dir"]
+    point = ResumePoint.load(out_dir) if given["resume"] else None
+    questions = checked_questions(given["questions"])
+    is_local = is_embedded(service)
+    sizes = chosen_sizes(
+        given, questions=len(questions), is_embedded=is_local, begun=None if point is None else point.settings
+    )
+    notes: tuple[str, ...] = ()
+    if point is None and is_local and given["groups_per_batch"] is None:
+        notes = (f"the embedded service runs on this machine: sizes that you do not name are a laptop's ({sizes})",)
+    given = {**given, **asdict(sizes)}
+    _check_relations(given)
     check_format(given["format"])
     model = model_name(given["model"], service)
     check_thinking(model, given["renderer"], given["thinking"])
     held_out = optional_questions(given["held_out"])
     if given["evaluate_every"] is not None and not held_out:
         raise ConfigurationError("evaluate_every needs held_out questions to measure on")
-    start = _start_of(given)
+    start = _start_of(given, point)
     model = chosen_model(model, start)
     check_max_cost(given["max_cost"], billing_on(service, model, given["price"]))
     job = settings_of(
         TrainingJob,
         given,
-        questions=checked_questions(given["questions"]),
+        questions=questions,
         out_dir=out_dir,
         learning=settings_of(
             LearningSettings,
@@ -63,6 +75,7 @@ def training_job(given: Mapping[str, Any]) -> TrainingJob:
         renderer_name=given["renderer"],
         held_out=held_out,
         start=start,
+        notes=notes,
     )
     refuse_overlap(job.questions, job.held_out)
     find_point(job)  # refuses a folder that holds a run not to be resumed
@@ -81,9 +94,8 @@ def _check_relations(given: Mapping[str, Any]) -> None:
         raise ConfigurationError("keep_best needs evaluate_every: the best is chosen among the steps that are measured")
 
 
-def _start_of(given: Mapping[str, Any]) -> Start | None:
+def _start_of(given: Mapping[str, Any], point: ResumePoint | None) -> Start | None:
     start_from, out_dir = given["start_from"], given["out_dir"]
     if start_from is None:
         return None
-    point = ResumePoint.load(out_dir) if given["resume"] else None
     return find_start(start_from, given["service"], out_dir) if point is None else resumed_start(start_from, point)

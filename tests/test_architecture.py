@@ -161,3 +161,14 @@ OWNERS = {
 def test_what_comes_from_the_system_and_the_sdk_has_one_owner(text: str, owners: tuple[str, ...]) -> None:
     users = {name_of(path) for path in MODULES if re.search(text, path.read_text(encoding="utf-8"))}
     assert users == {f"{PACKAGE}.{owner}" for owner in owners}
+
+
+def test_signals_have_one_owner() -> None:
+    """Beside it only processes that are nothing but a service or a worker, and the command that serves until SIGTERM."""
+    allowed = {"boundary.signals", "local.__main__", "rollout.workers.child", "commands.serve"}
+    for path in MODULES:
+        called = {ast.unparse(node.func) for node in ast.walk(parse(path)) if isinstance(node, ast.Call)}
+        handles = any(
+            re.search(r"\bsignal\.signal$|add_signal_handler$|open_signal_receiver$", name) for name in called
+        )
+        assert not handles or name_of(path).removeprefix(f"{PACKAGE}.") in allowed, path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -11,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from searchr1_async.__main__ import main
+from searchr1_async.watch.records import GroupOutcome, RunRecords
 from tests import tiny_world
+from tests.watch.builders import group
 
 COMMAND = [sys.executable, "-m", "searchr1_async"]
 
@@ -64,6 +67,60 @@ def test_bad_settings_end_with_one_line_and_no_traceback(tmp_path: Path, capsys:
     assert told.startswith("ConfigurationError: group_size is 1")
     assert len(told.splitlines()) == 1
     assert not (tmp_path / "run").exists()
+
+
+def closed_pipe() -> int:
+    """The writing end of a pipe that nobody reads, as behind ``| head`` when it has seen enough."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
+
+
+@pytest.mark.parametrize(("arguments", "status"), [(["--help"], 0), (["view", "RUN"], 0), (["view", "NOTHING"], 1)])
+def test_a_command_whose_output_nobody_reads_ends_as_usual(tmp_path: Path, arguments: list[str], status: int) -> None:
+    RunRecords(tmp_path / "RUN").write_step(1, [GroupOutcome(0, group())], {})
+    told = tmp_path / "told"
+    writer = closed_pipe()
+    with told.open("wb") as other:
+        out, err = (writer, other) if status == 0 else (other, writer)
+        found = subprocess.run(
+            [*COMMAND, *arguments],
+            stdout=out,
+            stderr=err,
+            timeout=120,
+            check=False,
+            cwd=tmp_path,
+            env=tiny_world.child_environment(),
+        )
+    os.close(writer)
+    assert found.returncode == status
+    assert told.read_text() == ""
+    if arguments[-1] == "RUN":
+        assert (tmp_path / "RUN" / "view.html").exists()
+
+
+def test_an_interrupt_while_the_command_is_being_imported_is_one_line() -> None:
+    """Importing takes seconds, in which Ctrl-C meets whatever module is being read."""
+    code = """
+import runpy, signal, sys
+class Interrupting:
+    def find_spec(self, name, *rest):
+        if name == "searchr1_async.api":
+            signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, Interrupting())
+sys.argv = ["-m"]
+sys.orig_argv = [sys.executable, "-m", "searchr1_async", "view", "RUN"]
+runpy.run_module("searchr1_async", run_name="__main__", alter_sys=True)
+"""
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env=tiny_world.child_environment(),
+    )
+    assert (found.returncode, found.stdout, found.stderr) == (130, "", "Stopped at once.\n")
 
 
 INTERRUPTED = """

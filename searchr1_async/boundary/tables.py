@@ -6,10 +6,14 @@ files of a folder, and makes columns of folders called ``name=value``; no other 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import polars as pl
+
+_MAGIC = b"PAR1"
+"""Begins and ends every Parquet file."""
 
 
 def read_parquet(path: Path, columns: Sequence[str] | None = None, n_rows: int | None = None) -> pl.DataFrame:
@@ -55,6 +59,24 @@ def scan_rows(paths: Sequence[Path], schema: pl.Schema) -> pl.LazyFrame:
         missing_columns="insert",
         cast_options=pl.ScanCastOptions(missing_struct_fields="insert"),
     )
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file begins and ends as a Parquet file does: an empty one, one that was cut short, or one of another kind does not.
+
+    Costs some 20 microseconds, where a scan would fail only when its rows are collected.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read.
+    """
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        if size < 3 * len(_MAGIC):
+            return False
+        file.seek(0)
+        begins = file.read(len(_MAGIC))
+        file.seek(-len(_MAGIC), os.SEEK_END)
+        return begins == _MAGIC == file.read(len(_MAGIC))
 
 
 def _one_file(path: Path) -> Path:

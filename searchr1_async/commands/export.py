@@ -9,7 +9,7 @@ from searchr1_async.boundary.paths import path_argument
 from searchr1_async.commands.searching import step_argument
 from searchr1_async.config import LocalOptions
 from searchr1_async.exporting.export import export
-from searchr1_async.watch.progress import ConsoleProgress
+from searchr1_async.watch.dashboard import console_view
 
 if TYPE_CHECKING:
     from searchr1_async.commands import Parsers
@@ -43,7 +43,7 @@ def add(commands: Parsers) -> None:
 
 
 async def _run(options: argparse.Namespace) -> str:
-    with ConsoleProgress() as progress:
+    async with console_view() as progress:
         folder = await export(
             options.source,
             options.folder,

@@ -14,7 +14,7 @@ from searchr1_async.search.embedders.sentence_transformer import DEFAULT_MODEL
 from searchr1_async.search.passage_embedding import PACING
 from searchr1_async.search.stores.base import WritableStore
 from searchr1_async.search.stores.chroma import RemoteChroma
-from searchr1_async.watch.progress import ConsoleProgress
+from searchr1_async.watch.dashboard import console_view
 
 if TYPE_CHECKING:
     from searchr1_async.commands import Parsers
@@ -44,7 +44,7 @@ def add(commands: Parsers) -> None:
 
 
 async def _run(options: argparse.Namespace) -> str:
-    with ConsoleProgress() as progress:
+    async with console_view() as progress:
         target = options.path if options.host is None else _server(options)
         pacing = replace(PACING, longest_wait=options.longest_wait)
         report = await build_index(options.corpus, target, embedder=options.embedder, pacing=pacing, emit=progress)

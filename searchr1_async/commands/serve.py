@@ -13,7 +13,7 @@ from searchr1_async.errors import ConfigurationError
 from searchr1_async.events import Notice
 from searchr1_async.search.search import Search
 from searchr1_async.search.serving import DEFAULT_PORT, ServingLimits, serve_search
-from searchr1_async.watch.progress import ConsoleProgress
+from searchr1_async.watch.dashboard import console_view
 
 if TYPE_CHECKING:
     from searchr1_async.commands import Parsers
@@ -42,8 +42,11 @@ async def _run(options: argparse.Namespace) -> str:
     search = await Search.open(
         options.path, embedder=options.embedder, collection=options.collection, n_results=options.results
     )
-    with ConsoleProgress() as progress, anyio.open_signal_receiver(signal.SIGTERM) as signals:
-        async with serve_search(search, host=options.host, port=options.port, token=token, limits=limits) as address:
+    with anyio.open_signal_receiver(signal.SIGTERM) as signals:
+        async with (
+            console_view() as progress,
+            serve_search(search, host=options.host, port=options.port, token=token, limits=limits) as address,
+        ):
             if token is None and options.host not in LOOPBACK:
                 progress(Notice("no token is asked for: whoever reaches this machine may search", is_warning=True))
             progress(Notice(f"serving at {address} (GET /health, POST /retrieve); Ctrl-C stops it"))

@@ -36,7 +36,7 @@ from searchr1_async.search.sources import ChromaFolder
 from searchr1_async.search.stores.compact.build import SAMPLE_QUERIES
 from searchr1_async.search.stores.compact.layout import MANIFEST_NAME, CompactManifest, CompactSettings
 from searchr1_async.threads import in_thread
-from searchr1_async.watch.progress import ConsoleProgress
+from searchr1_async.watch.dashboard import console_view
 
 if TYPE_CHECKING:
     from searchr1_async.commands import Parsers
@@ -92,7 +92,7 @@ def add(commands: Parsers) -> None:
 
 
 async def _run(options: argparse.Namespace) -> str:
-    with ConsoleProgress() as progress:
+    async with console_view() as progress:
         if options.compact:
             return await _compact(options, progress)
         return describe(await _fetched(options, progress))

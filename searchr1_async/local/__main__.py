@@ -38,7 +38,7 @@ def main() -> int:
 
 
 def run_child() -> NoReturn:
-    """Runs the service for :mod:`searchr1_async.local.process`, until SIGTERM or the end of the parent."""
+    """Runs the service for :mod:`searchr1_async.local.process`, until the parent closes its standard input, or is gone."""
     status = _serve_parent()
     logging.shutdown()
     sys.stderr.flush()
@@ -90,7 +90,10 @@ def _serve_parent() -> int:
     # The ready line has the real standard output to itself: whatever libraries print goes to the log.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A terminal's Ctrl-C and a scheduler's SIGTERM go to several processes: the parent decides when this one ends.
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     line = sys.stdin.buffer.readline()
     if not line:
@@ -107,7 +110,7 @@ def _serve_parent() -> int:
             target=_watch_parent, args=(settings["parent"], lambda: loop.call_soon_threadsafe(stop.set)), daemon=True
         )
         watcher.start()
-        await _serve(settings, ready, stop, (signal.SIGTERM,))
+        await _serve(settings, ready, stop, ())
 
     try:
         asyncio.run(run())

@@ -175,9 +175,10 @@ async def _child(log_path: Path, threads: int | None) -> AsyncIterator[Process]:
 
 
 async def _stop(process: Process) -> None:
-    """Terminates the child, kills it if that takes too long, and reaps it."""
-    with contextlib.suppress(ProcessLookupError):
-        process.terminate()
+    """Has the child end, kills it if that takes too long, and reaps it."""
+    assert process.stdin is not None
+    # By the end of its input: a SIGTERM may come from a scheduler, which sends it to all processes of a job.
+    await process.stdin.aclose()
     with anyio.move_on_after(_STOP_SECONDS) as scope:
         await process.wait()
     if scope.cancelled_caught:

@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
-import sys
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Literal, Protocol, Self, get_args
 
+from searchr1_async.boundary.signals import in_kernel
 from searchr1_async.errors import ConfigurationError
-from searchr1_async.events import Event, Notice, PhaseAdvanced, PhaseEnded, PhaseStarted
+from searchr1_async.events import (
+    EvaluationFinished,
+    Event,
+    Notice,
+    PhaseAdvanced,
+    PhaseEnded,
+    PhaseStarted,
+    StepFinished,
+)
 from searchr1_async.watch.live.view import Controls, LiveView
 from searchr1_async.watch.progress import ConsoleProgress
 
-__all__ = ["Choice", "Controls", "View", "open_view"]
+__all__ = ["Choice", "Controls", "SafeView", "View", "console_view", "open_view"]
+
+logger = logging.getLogger(__name__)
 
 _Named = Literal["auto", "widget", "rich", "terminal", "plain", "quiet"]
 Choice = bool | _Named
@@ -34,8 +47,85 @@ class View(Protocol):
     ) -> None: ...
 
 
-def open_view(choice: Choice = True, *, title: str, controls: Controls | None = None) -> View | None:
+class SafeView:
+    """A view that never changes what becomes of the work: whatever opening, drawing or closing it raises is logged in one line,
+    and the work goes on without it.
+
+    Args:
+        make: makes the view, which may fail too (a stream that is closed, a kernel whose page is gone).
+
+    Raises:
+        ConfigurationError: ``make`` does, as the view that was asked for cannot be had here.
+    """
+
+    def __init__(self, make: Callable[[], View]) -> None:
+        self._view: View | None = None
+        try:
+            self._view = make()
+        except ConfigurationError:
+            raise
+        except Exception as error:
+            self._give_up("opened", error)
+
+    @property
+    def view(self) -> View | None:
+        """The view itself; None once it has failed."""
+        return self._view
+
+    def begin_with(self, past: Callable[[], Sequence[StepFinished | EvaluationFinished]]) -> None:
+        """What earlier sessions of the run told, where the view shows it. ``past`` reads files: call this in a worker thread."""
+        if isinstance(self._view, LiveView):  # a console has printed its lines already
+            try:
+                self._view.begin_with(past())
+            except Exception as error:  # the run's own reading will say more
+                logger.warning("the view begins without the run's past: %s: %s", type(error).__name__, error)
+
+    def __call__(self, event: Event) -> None:
+        if self._view is not None:
+            try:
+                self._view(event)
+            except Exception as error:
+                self._give_up("drawn", error)
+
+    async def __aenter__(self) -> Self:
+        if self._view is not None:
+            try:
+                await self._view.__aenter__()
+            except Exception as error:
+                self._give_up("opened", error)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._view is not None:
+            try:
+                await self._view.__aexit__(kind, error, trace)
+            except Exception as failure:
+                self._give_up("closed", failure)
+
+    def _give_up(self, doing: str, error: Exception) -> None:
+        view, self._view = self._view, None
+        logger.warning(
+            "the view of the run could not be %s (%s: %s); the run goes on without it",
+            doing,
+            type(error).__name__,
+            error,
+        )
+        if isinstance(view, ConsoleView | QuietView):
+            with suppress(Exception):
+                view.abandon()
+
+
+def console_view() -> SafeView:
+    """A terminal's live display, or plain lines: for commands."""
+    return SafeView(ConsoleView)
+
+
+def open_view(choice: Choice = True, *, title: str, controls: Controls | None = None) -> SafeView | None:
     """A view of a run, shown at once: in a notebook call it from the cell whose output it is to stand in.
+
+    A view that fails is dropped: see :class:`SafeView`.
 
     ``True`` and ``"auto"`` give a widget in a Jupyter kernel, rich text in one without anywidget, a live display on a terminal,
     plain lines elsewhere.
@@ -54,8 +144,12 @@ def open_view(choice: Choice = True, *, title: str, controls: Controls | None = 
             f"progress={choice!r} is unknown: choose True, False or one of {', '.join(map(repr, get_args(_Named)))}"
         )
     kind = _fitting() if choice is True or choice == "auto" else choice
-    if kind in ("widget", "rich") and not _is_in_kernel():
+    if kind in ("widget", "rich") and not in_kernel():
         raise ConfigurationError(f"progress={kind!r} needs a Jupyter kernel: use progress=True, which takes what fits")
+    return SafeView(lambda: _made(kind, title, controls))
+
+
+def _made(kind: str, title: str, controls: Controls | None) -> View:
     if kind == "widget":
         return _widget(title, controls)
     if kind == "rich":
@@ -88,6 +182,10 @@ class ConsoleView:
 
     def __call__(self, event: Event) -> None:
         self._progress(event)
+
+    def abandon(self) -> None:
+        """The stream is gone: stops what draws by itself. May raise."""
+        self._progress.__exit__(None, None, None)
 
     async def __aenter__(self) -> Self:
         self._progress.__enter__()
@@ -122,10 +220,17 @@ class QuietView:
         elif isinstance(event, Notice | PhaseStarted):
             self._last = event
 
+    def abandon(self) -> None:
+        """The stream is gone. May raise."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._progress.__exit__(None, None, None)
+
     def _speak(self) -> None:
         self._is_speaking = True
         if self._last is not None:
-            self._progress(self._last)
+            with suppress(OSError, ValueError):  # of a timer: there is no work that could do without it
+                self._progress(self._last)
 
     async def __aenter__(self) -> Self:
         self._progress.__enter__()
@@ -141,16 +246,9 @@ class QuietView:
 
 
 def _fitting() -> str:
-    if not _is_in_kernel():
+    if not in_kernel():
         return "console"
     return "widget" if _has_anywidget() else "rich"
-
-
-def _is_in_kernel() -> bool:
-    # In a kernel IPython is there already; elsewhere it is not imported for the asking.
-    ipython = sys.modules.get("IPython")
-    shell = ipython.get_ipython() if ipython is not None and hasattr(ipython, "get_ipython") else None
-    return getattr(shell, "kernel", None) is not None
 
 
 def _has_anywidget() -> bool:

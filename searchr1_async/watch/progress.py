@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -145,9 +145,8 @@ class _Phase:
 
 @dataclass(slots=True)
 class _Tally:
-    """What happened since the last step ended."""
+    """What belongs to one step: the next one plays and trains while a step is still being recorded."""
 
-    since: float
     episodes: int = 0
     groups: int = 0
     dropped: int = 0
@@ -183,7 +182,8 @@ class ConsoleProgress:
         self._clock = clock
         self._progress: Progress | None = None
         self._phases: dict[str, _Phase] = {}
-        self._tally = _Tally(since=clock())
+        self._tallies: defaultdict[int, _Tally] = defaultdict(_Tally)
+        self._stepped_at = clock()
         self._holds = Holds()
 
     def __enter__(self) -> ConsoleProgress:
@@ -244,7 +244,8 @@ class ConsoleProgress:
             self._hide(self._phases.pop(event.phase))
         self._phases[event.phase] = phase
         if event.phase == "train":  # an evaluation between two steps, or beside one, leaves the count alone
-            self._tally = _Tally(since=now)
+            self._tallies.clear()
+            self._stepped_at = now
         if self._progress is None:
             self._line(f"{phase.name}: {event.total:,} {event.unit}")
         else:
@@ -279,8 +280,8 @@ class ConsoleProgress:
         if self._progress is not None and phase.task is not None:
             self._progress.remove_task(phase.task)
 
-    def _count(self, event: Event, now: float) -> None:
-        tally = self._tally
+    def _count(self, event: EpisodeFinished | GroupFinished | GroupDropped | MinibatchSubmitted, now: float) -> None:
+        tally = self._tallies[event.step]
         match event:
             case EpisodeFinished():
                 tally.episodes += 1
@@ -301,13 +302,15 @@ class ConsoleProgress:
             self._line(f"{phase.name}: {self._counted(phase, now)}, {text}")
 
     def _step(self, event: StepFinished, now: float) -> None:
-        tally, self._tally = self._tally, _Tally(since=now)
+        tally = self._tallies[event.step]
+        self._tallies = defaultdict(_Tally, {step: later for step, later in self._tallies.items() if step > event.step})
         phase = self._phases.get("train")
         of_total = left = ""
         if phase is not None:
             self._advance_quietly(phase, event.step, now)
             of_total, left = f"/{phase.event.total}", _left(phase.estimate, now)
-        seconds = event.metrics.get("time/total", now - tally.since)
+        seconds = event.metrics.get("time/total", now - self._stepped_at)
+        self._stepped_at = now
         parts = [
             f"step {event.step}{of_total}",
             _described(event.metrics),

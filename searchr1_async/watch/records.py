@@ -10,18 +10,23 @@
 Each file appears whole or not at all (:func:`~searchr1_async.files.write_parquet`). A step's metrics are written
 last, so a step that has metrics has everything. All methods are synchronous and touch the disk: call them
 from a worker thread.
+
+A file that is empty, torn (after a power cut) or of another kind is refused by its name, with :class:`RunFolderError`, by
+whatever reads it.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import polars as pl
 
-from searchr1_async.boundary.tables import read_parquet, scan_parquet, scan_rows
+from searchr1_async.boundary.tables import is_whole, read_parquet, scan_parquet, scan_rows
 from searchr1_async.episodes.types import Episode
+from searchr1_async.errors import RunFolderError
 from searchr1_async.files import remove_leftovers, write_parquet
 from searchr1_async.watch.rows import (
     EPISODE_SCHEMA,
@@ -39,6 +44,7 @@ from searchr1_async.watch.rows import (
 
 __all__ = ["GroupOutcome", "RunRecords"]
 
+_METRICS = pl.Schema({"step": pl.Int64})
 _STEP_FILE = re.compile(r"step-(\d{6,})\.parquet")
 _EVALUATION_FILE = re.compile(r"(\d{3,})-.*\.parquet")
 
@@ -87,26 +93,28 @@ class RunRecords:
                 if number > step:
                     path.unlink(missing_ok=True)
         for path in self._evaluation_files():
-            last = read_parquet(path, columns=["step"])["step"].max()
+            with _reading(path):
+                last = read_parquet(path, columns=["step"])["step"].max()
             if isinstance(last, int) and last > step:
                 path.unlink(missing_ok=True)
         for folder in (self._metrics, self._groups, self._episodes, self._evaluations):
             remove_leftovers(folder)
 
     def metrics(self) -> pl.DataFrame:
-        """One row for each finished step, in order; metrics that a step lacks are null. No steps: no rows."""
-        frames = [read_parquet(path) for _, path in _step_files(self._metrics)]
-        if not frames:
-            return pl.DataFrame(schema={"step": pl.Int64})
-        return pl.concat(frames, how="diagonal")
+        """One row for each finished step, in order; metrics that a step lacks are null. No steps: no rows.
+
+        Raises:
+            RunFolderError: a file of them is damaged.
+        """
+        return pl.concat([pl.DataFrame(schema=_METRICS), *map(_metrics, _step_files(self._metrics))], how="diagonal")
 
     def episodes(self) -> pl.LazyFrame:
         """Every episode of training, by step, group and member; an empty frame of the same schema if there is none."""
-        return scan_rows([path for _, path in _step_files(self._episodes)], EPISODE_SCHEMA)
+        return scan_rows([_whole(path) for _, path in _step_files(self._episodes)], EPISODE_SCHEMA)
 
     def groups(self) -> pl.LazyFrame:
         """Every group of training, trained on or dropped, by step; an empty frame of the same schema if there is none."""
-        return scan_rows([path for _, path in _step_files(self._groups)], GROUP_SCHEMA)
+        return scan_rows([_whole(path) for _, path in _step_files(self._groups)], GROUP_SCHEMA)
 
     def load_episodes(self, step: int) -> tuple[Episode, ...]:
         """The episodes of one step as values again; empty when the step was not recorded."""
@@ -118,8 +126,9 @@ class RunRecords:
         path = self._episodes / _step_file(step)
         if not path.exists():
             return None
-        rows = scan_parquet(path).filter(group=group, member=member).collect()
-        return episode_from_row(rows.row(0, named=True)) if rows.height else None
+        with _reading(path):
+            rows = scan_parquet(path).filter(group=group, member=member).collect()
+            return episode_from_row(rows.row(0, named=True)) if rows.height else None
 
     def write_evaluation(self, label: str, episodes: Sequence[Episode], step: int | None = None) -> None:
         """Record one evaluation; the same ``label`` again replaces the earlier one, in its place.
@@ -145,7 +154,7 @@ class RunRecords:
 
     def evaluations(self) -> pl.LazyFrame:
         """The episodes of every evaluation, in the order they were made, told apart by ``label``."""
-        return scan_rows(list(self._evaluation_files()), EPISODE_SCHEMA)
+        return scan_rows(list(map(_whole, self._evaluation_files())), EPISODE_SCHEMA)
 
     def load_evaluation(self, label: str) -> tuple[Episode, ...]:
         """The episodes of one evaluation as values again; empty when there is none of that label."""
@@ -179,11 +188,47 @@ def _step_files(folder: Path) -> list[tuple[int, Path]]:
 
 
 def _label(path: Path) -> str:
-    return read_parquet(path, columns=["label"], n_rows=1)["label"][0]
+    with _reading(path):
+        return read_parquet(path, columns=["label"], n_rows=1)["label"][0]
 
 
 def _load(path: Path) -> tuple[Episode, ...]:
-    return tuple(episode_from_row(row) for row in read_parquet(path).iter_rows(named=True))
+    with _reading(path):
+        return tuple(episode_from_row(row) for row in read_parquet(path).iter_rows(named=True))
+
+
+def _metrics(file: tuple[int, Path]) -> pl.DataFrame:
+    """The row of a step; numbers of other types than ours are taken as ours."""
+    step, path = file
+    with _reading(path):
+        row = read_parquet(path)
+        if row["step"].to_list() != [step]:
+            raise _damaged(path, "holds no row of this step")
+        return row.cast({name: _METRICS.get(name, pl.Float64()) for name in row.columns})
+
+
+def _whole(path: Path) -> Path:
+    """The path of a file that can be scanned."""
+    if not is_whole(path):
+        raise _damaged(path, f"is no whole Parquet file ({path.stat().st_size:,} bytes)")
+    return path
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """What is wrong with a file is said with its name, and what to do."""
+    _whole(path)
+    try:
+        yield
+    except (pl.exceptions.PolarsError, IndexError, KeyError, TypeError) as error:
+        raise _damaged(path, f"is no record of a run: {type(error).__name__}: {error}") from error
+
+
+def _damaged(path: Path, problem: str) -> RunFolderError:
+    return RunFolderError(
+        f"{path} cannot be read: it {problem}. It was damaged (a power cut, a copy that was cut short), or is not of this run. Move it "
+        "away to read the others; the run's resume point does not need it."
+    )
 
 
 def _write(frame: pl.DataFrame, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A process that trains in the scripted world and says what it does, a line an event: the one that is killed."""
+"""A process that trains in the scripted world and says what it does, a line an event: the one that is killed or interrupted."""
 
 from __future__ import annotations
 
@@ -10,11 +10,21 @@ from typing import Any
 import anyio
 
 import searchr1_async as sr
-from searchr1_async.events import EpisodeFinished, Event, GroupFinished, MinibatchSubmitted, PhaseStarted, StepFinished
+from searchr1_async.events import (
+    EpisodeFinished,
+    Event,
+    GroupFinished,
+    MinibatchSubmitted,
+    PhaseStarted,
+    RunEnded,
+    StepFinished,
+)
 from tests.faults import scripted_world
 
 
 def main(folder: Path, service: str, tokenizer: str, count: int, changes: dict[str, Any]) -> None:
+    """Trains on the first ``count`` questions; ``held_out`` and ``warm_up`` among the changes are numbers of questions and steps."""
+
     def say(*words: object) -> None:
         # At once and whole, as the process may be gone a moment later.
         sys.stdout.write(" ".join(map(str, words)) + "\n")
@@ -24,6 +34,8 @@ def main(folder: Path, service: str, tokenizer: str, count: int, changes: dict[s
         match event:
             case PhaseStarted(phase="train"):
                 say("begin")
+            case PhaseStarted():
+                say(event.phase)
             case EpisodeFinished():
                 say("episode", event.episode.question.id)
             case GroupFinished():
@@ -32,10 +44,16 @@ def main(folder: Path, service: str, tokenizer: str, count: int, changes: dict[s
                 say("minibatch", event.step)
             case StepFinished():
                 say("step", event.step)
+            case RunEnded():
+                say("ended", event.reason)
+
+    held_out, warm_up = changes.pop("held_out", 0), changes.pop("warm_up", 0)
 
     async def train() -> None:
+        say("running")
+        questions = scripted_world.questions()
         result = await sr.train(
-            scripted_world.questions()[:count],
+            questions[:count],
             scripted_world.make_search(folder / "index"),
             out_dir=folder / "run",
             service=service,
@@ -44,6 +62,9 @@ def main(folder: Path, service: str, tokenizer: str, count: int, changes: dict[s
             resume=True,
             reward=scripted_world.reward,
             emit=tell,
+            held_out=questions[count : count + held_out],
+            warm_up=sr.WarmUp(steps=warm_up, batch_size=2) if warm_up else None,
+            demonstrations=[sr.Demonstration(one, (one.id.replace("-", " "),)) for one in questions[: 4 * warm_up]],
             **(scripted_world.SETTINGS | changes),
         )
         say("finished", result.steps)

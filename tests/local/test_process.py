@@ -57,8 +57,10 @@ async def test_it_serves_and_leaves_no_process(tmp_path: Path) -> None:
     script = Scripted(SCRIPT.reply, latency=SCRIPT.latency, latency_log=str(log))
     async with local_service("counter", folder=tmp_path, scripted=script, threads=1) as service:
         await probe(service.url)
-        # Ctrl-C in a terminal reaches the whole process group: when this child ends is its parent's business.
-        os.kill(service.pid, signal.SIGINT)
+        # Ctrl-C in a terminal reaches the whole process group, a scheduler's SIGTERM every process of a job: when this child
+        # ends is its parent's business.
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            os.kill(service.pid, number)
         await probe(service.url)
         assert is_running(service.pid)
         assert service.model_name == "counter"

@@ -18,7 +18,7 @@ import pytest
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.events import EpisodeFinished, Event, Notice, PhaseAdvanced, PhaseStarted, RunStarted, StepFinished
 from searchr1_async.watch import dashboard
-from searchr1_async.watch.dashboard import ConsoleView, QuietView, open_view
+from searchr1_async.watch.dashboard import ConsoleView, QuietView, SafeView, open_view
 from searchr1_async.watch.live.child import Charts, Drawer, DrawingError
 from searchr1_async.watch.live.view import LiveView, News
 from searchr1_async.watch.live.words import Frame
@@ -280,6 +280,75 @@ async def test_no_task_is_left() -> None:
     assert asyncio.all_tasks() == before
 
 
+# --- views that fail ----------------------------------------------------------------------------------------------------
+
+
+class FailingView:
+    """Fails at one moment of its life, as a terminal does that is gone."""
+
+    def __init__(self, moment: str) -> None:
+        self._moment = moment
+        self.events = 0
+        self._at("made")
+
+    def _at(self, moment: str) -> None:
+        if moment == self._moment:
+            raise OSError(5, "Input/output error")
+
+    def __call__(self, event: Event) -> None:
+        self.events += 1
+        self._at("drawn")
+
+    async def __aenter__(self) -> FailingView:
+        self._at("entered")
+        return self
+
+    async def __aexit__(self, *raised: object) -> None:
+        self._at("left")
+
+
+@pytest.mark.parametrize("moment", ["made", "entered", "drawn", "left"])
+async def test_a_view_that_fails_never_changes_the_outcome(moment: str, caplog: pytest.LogCaptureFixture) -> None:
+    shown = SafeView(lambda: FailingView(moment))
+    async with shown:
+        for number in range(3):
+            shown(step(number))
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "Input/output error" in record.getMessage()
+    assert record.exc_info is None, "one line"
+
+
+async def test_an_error_of_the_work_passes_through_a_view_that_fails() -> None:
+    with pytest.raises(ZeroDivisionError):
+        async with SafeView(lambda: FailingView("left")):
+            raise ZeroDivisionError
+
+
+def test_a_kernel_whose_page_cannot_be_reached_gets_no_view(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def closed(title: str, controls: object) -> LiveView:
+        raise RuntimeError("comm is closed")
+
+    shell = SimpleNamespace(kernel=object())
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))  # type: ignore[arg-type]
+    monkeypatch.setattr(dashboard, "_widget", closed)
+    shown = open_view("widget", title="a run")
+    assert shown is not None
+    assert shown.view is None
+    shown(step(1))
+    assert "comm is closed" in caplog.text
+
+
+async def test_a_process_without_standard_error_shows_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", None)
+    shown = open_view("plain", title="a run")
+    assert shown is not None
+    async with shown:
+        shown(step(1))
+
+
 # --- which view ---------------------------------------------------------------------------------------------------------
 
 
@@ -288,8 +357,10 @@ def test_no_view() -> None:
 
 
 def test_outside_a_notebook_it_is_the_console() -> None:
-    assert isinstance(open_view(True, title="a run"), ConsoleView)
-    assert isinstance(open_view("auto", title="a run"), ConsoleView)
+    for choice in (True, "auto"):
+        shown = open_view(choice, title="a run")
+        assert shown is not None
+        assert isinstance(shown.view, ConsoleView)
 
 
 async def test_the_console_as_a_view(capsys: pytest.CaptureFixture[str]) -> None:
@@ -323,7 +394,8 @@ def test_a_widget_without_anywidget(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def test_a_quiet_view_says_nothing_of_short_work(capsys: pytest.CaptureFixture[str]) -> None:
     view = open_view("quiet", title="ask")
-    assert isinstance(view, QuietView)
+    assert view is not None
+    assert isinstance(view.view, QuietView)
     async with view:
         for event in (STARTED, Notice("starting"), PhaseStarted("index", 2, "passages")):
             view(event)

@@ -95,6 +95,28 @@ def test_a_step_line_says_what_was_played_trained_and_dropped() -> None:
     ]
 
 
+def test_groups_of_the_next_step_are_not_counted_into_one_that_is_being_recorded() -> None:
+    def events(progress: ConsoleProgress, clock: Clock) -> None:
+        progress(PhaseStarted("train", 2, "steps"))
+        progress(MinibatchSubmitted(1, 4, 32, 9000))
+        for _ in range(
+            2
+        ):  # the next batch of 4 groups plays and goes to the trainer while the step's checkpoint is saved
+            progress(EpisodeFinished(episode(), 2))
+            progress(GroupFinished(group(), 2))
+            progress(MinibatchSubmitted(2, 2, 16, 4000))
+        progress(GroupDropped(group(), 2, "constant_reward"))
+        progress(StepFinished(1, {}))
+        clock.now += 6
+        progress(EpisodeFinished(episode(), 2))
+        progress(StepFinished(2, {}))
+
+    _, first, under_way, second = plain(events)
+    assert "groups 4 trained, 0 dropped" in first
+    assert "3 episodes, 2 groups in this step" in under_way
+    assert "groups 4 trained, 1 dropped" in second
+
+
 def test_a_long_step_shows_that_it_lives() -> None:
     def events(progress: ConsoleProgress, clock: Clock) -> None:
         progress(PhaseStarted("train", 4, "steps"))

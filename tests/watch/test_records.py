@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import resource
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from searchr1_async.episodes.types import Episode, Group, Passage, Question, SearchCall, StopReason, Turn
+from searchr1_async.errors import RunFolderError
 from searchr1_async.watch.records import GroupOutcome, RunRecords
 from searchr1_async.watch.rows import (
     EPISODE_SCHEMA,
@@ -282,3 +284,72 @@ def test_no_character_of_a_run_s_folder_is_a_wildcard(tmp_path: Path, name: str,
     assert this.evaluation_labels() == ("untrained",), "its own evaluation is of step 1, and stays"
     beside.truncate_after(1)
     assert (beside.evaluation_labels(), this.evaluation_labels()) == ((), ("untrained",))
+
+
+# --- damaged files ------------------------------------------------------------------------------------------------------
+
+
+def _foreign(path: Path) -> None:
+    pl.DataFrame({"made": ["elsewhere"]}).write_parquet(path)
+
+
+DAMAGES = {
+    "empty": lambda path: path.write_bytes(b""),
+    "torn": lambda path: path.write_bytes(path.read_bytes()[:-100]),
+    "text": lambda path: path.write_text("a file of another kind, long enough to be one"),
+    "scrambled": lambda path: path.write_bytes(b"PAR1" + bytes(200) + b"PAR1"),
+}
+
+
+def recorded(folder: Path) -> RunRecords:
+    records = RunRecords(folder)
+    for step in (1, 2):
+        records.write_step(step, [GroupOutcome(step, group())], {"env/all/correct": 0.5})
+    records.write_evaluation("untrained", [episode()], 0)
+    return records
+
+
+@pytest.mark.parametrize("damage", [*DAMAGES, "foreign"])
+def test_a_damaged_metrics_file_is_named_and_the_others_are_read_without_it(tmp_path: Path, damage: str) -> None:
+    records = recorded(tmp_path)
+    file = tmp_path / "metrics" / "step-000001.parquet"
+    ({**DAMAGES, "foreign": _foreign}[damage])(file)
+    with pytest.raises(RunFolderError, match=re.escape(str(file))):
+        records.metrics()
+    file.unlink()
+    assert records.metrics()["step"].to_list() == [2]
+
+
+@pytest.mark.parametrize("damage", ["empty", "torn", "text"])
+@pytest.mark.parametrize("kind", ["episodes", "groups", "evaluations"])
+def test_a_damaged_file_of_episodes_is_named_before_anything_is_collected(
+    tmp_path: Path, kind: str, damage: str
+) -> None:
+    records = recorded(tmp_path)
+    file = min((tmp_path / kind).iterdir())
+    DAMAGES[damage](file)
+    with pytest.raises(RunFolderError, match=re.escape(str(file))):
+        getattr(records, kind)()
+
+
+def test_whatever_reads_a_damaged_evaluation_names_it(tmp_path: Path) -> None:
+    records = recorded(tmp_path)
+    (file,) = (tmp_path / "evaluations").iterdir()
+    for damage in (*DAMAGES.values(), _foreign):
+        damage(file)
+        for read in (
+            records.evaluation_labels,
+            lambda: records.load_evaluation("untrained"),
+            lambda: records.truncate_after(1),
+        ):
+            with pytest.raises(RunFolderError, match=re.escape(str(file))):
+                read()
+
+
+def test_a_damaged_episode_is_named(tmp_path: Path) -> None:
+    records = recorded(tmp_path)
+    (tmp_path / "episodes" / "step-000002.parquet").write_bytes(b"PAR1" + bytes(200) + b"PAR1")
+    for read in (lambda: records.load_episodes(2), lambda: records.load_episode(2, 0, 0)):
+        with pytest.raises(RunFolderError, match=r"step-000002\.parquet"):
+            read()
+    assert records.load_episodes(1)

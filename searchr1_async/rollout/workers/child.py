@@ -25,8 +25,11 @@ def _enter(name: str, folder: Path) -> None:
 
 def main() -> None:
     """Plays what comes over the socket whose number is the first argument, until that is closed."""
-    # Ctrl-C goes to a terminal's whole process group: the parent decides when this process ends.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C goes to a terminal's whole process group, a scheduler's SIGTERM to all processes of a job: the parent decides when
+    # this process ends, by closing the socket.
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     root = Path(__file__).resolve().parents[2]
     _enter(_PACKAGE, root)
     _enter(f"{_PACKAGE}.search", root / "search")

@@ -91,7 +91,14 @@ class _Drawing:
 
     def run(self) -> bytes:
         pipe = subprocess.PIPE
-        with subprocess.Popen(self._command, stdin=pipe, stdout=pipe, stderr=pipe, env=_environment()) as process:
+        with subprocess.Popen(
+            self._command,
+            stdin=pipe,
+            stdout=pipe,
+            stderr=pipe,
+            env=_environment(),
+            start_new_session=True,  # a notebook's stop button interrupts the kernel's whole process group
+        ) as process:
             self._process = process
             if self._is_abandoned:  # while it was being started
                 process.kill()

@@ -184,6 +184,8 @@ class _reading:  # noqa: N801 - used as a statement
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, RunFolderError):  # names the file already
+            return
         if isinstance(error, pl.exceptions.PolarsError | OSError | ValueError):
             cause = str(error).partition("\n")[0]
             raise RunFolderError(
