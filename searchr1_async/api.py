@@ -184,8 +184,8 @@ def train(
         price: US dollars a million tokens, where the table of prices does not know the model or the service is not Tinker's.
         progress: True shows the run in the notebook's cell as it happens, or on the terminal; ``"widget"``, ``"rich"``,
             ``"terminal"`` and ``"plain"`` choose how, False shows nothing.
-        trackers: ``"wandb"``, ``"tensorboard"``, ``"trackio"``, or trackers of one's own; ``events.jsonl`` and the Parquet tables are
-            always written.
+        trackers: ``"wandb"``, ``"tensorboard"``, ``"trackio"`` (``pip install 'searchr1_async[wandb]'`` and so on), or trackers of
+            one's own; ``events.jsonl`` and the Parquet tables are always written.
         emit: receives every :class:`~searchr1_async.events.Event`.
 
         The others are fields of :class:`~searchr1_async.config.LearningSettings`,

@@ -18,7 +18,7 @@ from searchr1_async.episodes.methods import Method
 from searchr1_async.episodes.rendering import check_thinking
 from searchr1_async.episodes.reward import RewardFunction
 from searchr1_async.episodes.types import Passage, Question, SearchCall
-from searchr1_async.errors import ConfigurationError, ModelError, SearchError, SearchR1Error, first_error
+from searchr1_async.errors import ConfigurationError, ModelError, SearchError, first_error, ungrouped
 from searchr1_async.events import Emit, Notice, PhaseAdvanced, PhaseEnded, PhaseStarted, RunEnded, RunStarted
 from searchr1_async.models import Thinking
 from searchr1_async.rollout.engine import RolloutEngine
@@ -80,13 +80,11 @@ class ServiceChoice:
 async def watching(title: str, progress: Choice, emit: Emit | None) -> AsyncIterator[Watchers]:
     """Whoever watches some work: told how it ends. Of an exception group the first error of the package is raised."""
     view = open_view(progress, title=title)  # after what is refused: a view that was drawn waits for its work
-    try:
+    with ungrouped():
         async with AsyncExitStack() as stack:
             watchers = await open_watchers(stack, view, emit)
             stack.push(_ending(watchers))
             yield watchers
-    except* SearchR1Error as group:
-        raise first_error(group) from group
 
 
 @asynccontextmanager

@@ -21,7 +21,7 @@ from searchr1_async.answering import LiveAnswers
 from searchr1_async.config import LossName, WarmUp
 from searchr1_async.control import RunControl
 from searchr1_async.episodes.rendering import AS_TEMPLATE
-from searchr1_async.errors import SearchR1Error, ServiceError, first_error
+from searchr1_async.errors import SearchR1Error, ServiceError, ungrouped
 from searchr1_async.estimate import estimate
 from searchr1_async.events import (
     CheckpointSaved,
@@ -110,11 +110,11 @@ async def _run_or_say_why(
     job: TrainingJob, emit: Watchers, control: RunControl, trackers: Sequence[Tracker], opened: AsyncExitStack
 ) -> TrainingResult:
     try:
-        return await _run(job, emit, control, trackers, opened)
-    except* SearchR1Error as group:
-        cause = first_error(group)
-        emit(Notice(f"{type(cause).__name__}: {cause}", is_warning=True))
-        raise cause from group
+        with ungrouped():
+            return await _run(job, emit, control, trackers, opened)
+    except SearchR1Error as error:
+        emit(Notice(f"{type(error).__name__}: {error}", is_warning=True))
+        raise
 
 
 async def _run(

@@ -85,7 +85,8 @@ async def evaluate(
         search: the tool; may be left out where every system answers directly, and for a repetition whose manifest describes it.
         systems: what is measured, by label: a run or its folder (its last weights), a ``tinker://`` path, None (the base model),
             or a :class:`System`. None: the one of ``model`` and ``checkpoint``, under ``label``.
-        baselines: the base model besides, used otherwise: ``"direct"``, ``"rag"``, ``"recipe"``; see :class:`System`.
+        baselines: the base model besides, used otherwise: ``"direct"``, ``"rag"``, ``"recipe"`` (the last needs
+            ``pip install 'searchr1_async[recipe]'``); see :class:`System`.
         model: the base model of every system that names none and is no run; with ``checkpoint`` only where it is not the default.
         checkpoint: a run's folder (its last kept weights), or a ``tinker://…/sampler_weights/…`` path.
         service_folder: the embedded service's folder that holds a ``tinker://`` checkpoint; a run's folder knows its own.

@@ -108,6 +108,8 @@ async def test_systems_over_suites_in_one_folder(run: Path, search: sr.Search, t
     assert report.manifest is not None
     assert [each.overlap for each in report.manifest.systems] == [{"seen": 6, "new": 0}] * 3 + [None]
     assert any("6" in note and "seen" in note for note in report.notes())
+    (fault,) = (note for note in report.notes() if note.startswith("direct was wrong"))
+    assert "search" not in fault, "it has none"
     # Ids that two suites share stay apart, and each episode is of its own question.
     asked = {(q.data_source, q.id): q.question for own in suites().values() for q in own}
     for label in report:

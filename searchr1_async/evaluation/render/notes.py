@@ -147,8 +147,10 @@ def _wrong(report: Report) -> Iterator[str]:
         if not wrong:
             continue
         ranked = sorted((o for o in _WRONG if counts.get(o)), key=lambda o: (-counts[o], _WRONG.index(o)))
+        record = report.record(label)
+        words = _WRONG_WORDS | ({"no_search": "the answer was wrong"} if record and record.method == "direct" else {})
         shares = "; ".join(
-            f"{counts[outcome]:,} ({counts[outcome] / wrong:.0%}) {_WRONG_WORDS[outcome]}" for outcome in ranked
+            f"{counts[outcome]:,} ({counts[outcome] / wrong:.0%}) {words[outcome]}" for outcome in ranked
         )
         yield f"{one_line(label)} was wrong in {counted(wrong, 'episode')}: {shares}."
 
