@@ -46,11 +46,13 @@ from searchr1_async.search import Search
 from searchr1_async.service import billing_on
 from searchr1_async.spending import check_max_cost
 from searchr1_async.starting import chosen_model, chosen_rank, find_start, resumed_start
+from searchr1_async.trained import EpisodeChoice
 from searchr1_async.training import run_training
 from searchr1_async.watch.dashboard import Choice, open_view
 from searchr1_async.watch.live.view import LiveView
 from searchr1_async.watch.stream import EventStreams
 from searchr1_async.watch.trackers import Tracker, make_trackers
+from searchr1_async.weights import find_weights
 
 
 def train(
@@ -332,14 +334,14 @@ async def rollout(
     service_folder: str | Path | None = None,
     group_size: int = 8,
     reward: RewardFunction | None = None,
-    format: str = "hermes",
+    format: str | None = None,
     renderer: str | None = None,
     thinking: Thinking = None,
     instructions: str | None = None,
-    max_turns: int = 5,
-    max_tokens: int = 1024,
-    max_trajectory_tokens: int = 32 * 1024,
-    malformed_calls: Literal["end", "tell"] = "end",
+    max_turns: int | None = None,
+    max_tokens: int | None = None,
+    max_trajectory_tokens: int | None = None,
+    malformed_calls: Literal["end", "tell"] | None = None,
     temperature: float = 1.0,
     seed: int | None = None,
     max_failed_fraction: float = 0.2,
@@ -350,27 +352,34 @@ async def rollout(
 ) -> list[Group]:
     """Plays a group of episodes for every question and returns the groups in the order of the questions.
 
-    Arguments and errors as in :func:`searchr1_async.evaluate`; ``thinking=None`` too is as a run's weights were trained.
+    Arguments and errors as in :func:`searchr1_async.evaluate`: with a run as ``checkpoint``, what is None is as the run was trained.
     """
     items = checked_questions(questions)
     check_thinking(model, renderer, thinking)
-    play = PlaySettings(
-        reward=reward or RecipeReward(),
-        limits=EpisodeLimits(max_turns, max_tokens, max_trajectory_tokens, malformed_calls=malformed_calls),
-        sampling=SamplingSettings(temperature=temperature, seed=seed),
-        format_name=format,
-        renderer_name=renderer,
+    weights = find_weights(checkpoint, service_folder=service_folder)
+    given = EpisodeChoice(
+        format=format,
+        renderer=renderer,
         thinking=thinking,
         instructions=instructions,
+        max_turns=max_turns,
+        max_tokens=max_tokens,
+        max_trajectory_tokens=max_trajectory_tokens,
+        malformed_calls=malformed_calls,
+    )
+    play = PlaySettings(
+        reward=reward or RecipeReward(),
+        sampling=SamplingSettings(temperature=temperature, seed=seed),
         group_size=group_size,
         max_failed_fraction=max_failed_fraction,
+        **weights.episodes(given, search).play(),
     )
     async with playing(
         search,
         play,
         ServiceChoice(service, model, local or LocalOptions(), tokenizer),
-        checkpoint=checkpoint,
-        service_folder=service_folder,
+        weights=weights,
+        tells_differences=True,
         progress=progress,
         emit=emit,
     ) as (engine, policy):

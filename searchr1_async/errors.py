@@ -24,8 +24,8 @@
 Every message says what happened, where, and what to do; none holds a key or a token.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import collections.abc
+import contextlib
 
 
 class SearchR1Error(Exception):
@@ -117,8 +117,8 @@ def first_error(error: BaseException) -> BaseException:
     return first_error(error.exceptions[0]) if isinstance(error, BaseExceptionGroup) else error
 
 
-@contextmanager
-def ungrouped(kind: type[Exception] = SearchR1Error) -> Iterator[None]:
+@contextlib.contextmanager
+def ungrouped(kind: type[Exception] = SearchR1Error) -> collections.abc.Iterator[None]:
     """Raises the first error of an exception group instead of the group, where the group holds only errors of this kind.
 
     The error keeps its own cause and traceback: a traceback ends in the line of the user's function that failed.

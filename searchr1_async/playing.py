@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,11 +27,13 @@ from searchr1_async.rollout.policy import TinkerPolicy
 from searchr1_async.rollout.workers.messages import WorkerSpec
 from searchr1_async.search import Search
 from searchr1_async.search.queries import clean_query
+from searchr1_async.search.shown import ShownSearch
 from searchr1_async.service import Service, check_chat_format, check_service, open_service
+from searchr1_async.trained import EpisodeChoice, described_differences
 from searchr1_async.watch.dashboard import Choice, View, open_view
 from searchr1_async.watch.fanout import Watchers
 from searchr1_async.watch.viewer.tokens import remember_tokenizer
-from searchr1_async.weights import Step, Weights, find_weights
+from searchr1_async.weights import Weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +54,27 @@ class PlaySettings:
     """Whether and how hard the model thinks; None is as its weights were trained, else the default of its chat format."""
     instructions: str | None = None
     """The system prompt; None is the method's own."""
+    n_results: int | None = None
+    """Passages a query brings; None is the search's own number."""
+    max_passage_words: int | None = None
+    """Words after which a passage is cut, 0 for whole ones; None is as the search cuts them."""
     group_size: int = 1
     """Episodes a question."""
     max_failed_fraction: float = 0.2
     """Failed episodes above which the work stops: a service is broken."""
+
+    @property
+    def episodes(self) -> EpisodeChoice:
+        """The settings of its episodes."""
+        return EpisodeChoice(
+            format=self.format_name,
+            renderer=self.renderer_name,
+            thinking=self.thinking,
+            instructions=self.instructions,
+            n_results=self.n_results,
+            max_passage_words=self.max_passage_words,
+            **asdict(self.limits),
+        )
 
     def __post_init__(self) -> None:
         check_format(self.format_name)
@@ -153,10 +172,11 @@ async def opened_engine(
     service: Service, spec: WorkerSpec, search: Search | None, play: PlaySettings, emit: Emit
 ) -> AsyncIterator[RolloutEngine]:
     """An engine that plays so on this service."""
+    tool = NoSearch() if search is None else ShownSearch(search, play.n_results, play.max_passage_words)
     async with open_engine(
         spec,
         service.tokenizer,
-        search=search or NoSearch(),
+        search=tool,
         sampling=play.sampling,
         reward=play.reward,
         group_size=play.group_size,
@@ -205,19 +225,23 @@ async def playing(
     play: PlaySettings,
     choice: ServiceChoice,
     *,
-    checkpoint: str | Path | None = None,
-    step: Step = "last",
-    service_folder: str | Path | None = None,
+    weights: Weights,
+    tells_differences: bool = False,
     progress: Choice = True,
     emit: Emit | None = None,
 ) -> AsyncIterator[tuple[RolloutEngine, TinkerPolicy]]:
-    """An engine and a policy for a plain rollout, over services that are closed at the end; arguments as in
-    :func:`searchr1_async.rollout` and :func:`searchr1_async.ask`."""
-    weights = find_weights(checkpoint, step, service_folder=service_folder)
+    """An engine and a policy for a plain rollout, over services that are closed at the end.
+
+    Args:
+        play: see :meth:`Weights.episodes` for settings as the weights were trained.
+        tells_differences: a warning names where they are played otherwise than they were trained.
+
+        The others as in :func:`searchr1_async.rollout` and :func:`searchr1_async.ask`.
+    """
     choice = with_model(choice, weights)
-    if play.thinking is None:
-        play = replace(play, thinking=weights.thinking)
     async with watching("rollout", progress, emit) as watchers:
+        if tells_differences:
+            _tell_differences(weights, play, watchers)
         model = await check_service(choice.service, choice.model, choice.local)
         await check_chat_format(
             choice.service, model, choice.tokenizer, renderer_name=play.renderer_name, thinking=play.thinking
@@ -227,6 +251,13 @@ async def playing(
             watchers(started("rollout", service, search, play, weights.step))
             async with opened_engine(service, worker_spec(service, play), search, play, watchers) as engine:
                 yield engine, await policy_of(service, weights, play.sampling)
+
+
+def _tell_differences(weights: Weights, play: PlaySettings, emit: Emit) -> None:
+    if weights.trained is None:
+        return
+    if found := weights.trained.differences(play.episodes):
+        emit(Notice(f"the weights of {weights.run} are played with {described_differences(found)}", is_warning=True))
 
 
 def with_model(choice: ServiceChoice, weights: Weights) -> ServiceChoice:

@@ -11,7 +11,7 @@ import anyio
 import tinker
 
 from searchr1_async.boundary.values import as_integer, as_number
-from searchr1_async.config import EpisodeLimits, LocalOptions, SamplingSettings
+from searchr1_async.config import LocalOptions, SamplingSettings
 from searchr1_async.data.questions import Questions, checked_questions
 from searchr1_async.data.suites import Suites, load_suites
 from searchr1_async.episodes.methods import Method
@@ -24,11 +24,12 @@ from searchr1_async.evaluation.manifest import Manifest
 from searchr1_async.evaluation.repeating import refuse_besides, repeated_job, repeats
 from searchr1_async.evaluation.report import Report
 from searchr1_async.evaluation.running import run_evaluation
-from searchr1_async.evaluation.systems import System, SystemSource, find_systems, with_baselines
+from searchr1_async.evaluation.systems import System, SystemSource, find_systems, search_of_runs, with_baselines
 from searchr1_async.events import Emit
 from searchr1_async.models import Thinking
 from searchr1_async.playing import PlaySettings, ServiceChoice, watching
 from searchr1_async.search import Search
+from searchr1_async.trained import EpisodeChoice
 from searchr1_async.watch.dashboard import Choice
 
 
@@ -53,14 +54,14 @@ async def evaluate(
     training_questions: Questions = (),
     reward: RewardFunction | None = None,
     strict_recipe: bool = False,
-    format: str = "hermes",
+    format: str | None = None,
     renderer: str | None = None,
     thinking: Thinking = None,
     instructions: str | None = None,
-    max_turns: int = 5,
-    max_tokens: int = 1024,
-    max_trajectory_tokens: int = 32 * 1024,
-    malformed_calls: Literal["end", "tell"] = "end",
+    max_turns: int | None = None,
+    max_tokens: int | None = None,
+    max_trajectory_tokens: int | None = None,
+    malformed_calls: Literal["end", "tell"] | None = None,
     temperature: float = 1.0,
     seed: int | None = 0,
     max_failed_fraction: float = 0.2,
@@ -82,7 +83,8 @@ async def evaluate(
             see :func:`searchr1_async.load_suites`. Or an earlier evaluation, which is repeated: its folder, its
             ``manifest.json``, its :class:`Report` or :class:`Manifest`; then only where, how and as what it is to be kept may
             be given besides.
-        search: the tool; may be left out where every system answers directly, and for a repetition whose manifest describes it.
+        search: the tool; may be left out where every system answers directly, where runs are measured that were all trained with one
+            search (their folders describe it), and for a repetition whose manifest describes it.
         systems: what is measured, by label: a run or its folder (its last weights), a ``tinker://`` path, None (the base model),
             or a :class:`System`. None: the one of ``model`` and ``checkpoint``, under ``label``.
         baselines: the base model besides, used otherwise: ``"direct"``, ``"rag"``, ``"recipe"`` (the last needs
@@ -98,8 +100,12 @@ async def evaluate(
         samples: episodes a question; several narrow the interval, and give pass@k.
         judge: has every answer judged by a model too, reported beside exact match. A resume may have another judge, or none: the
             verdicts of one are never mixed with another's, and are there again when it is.
-        thinking: whether the models think, as in :func:`searchr1_async.train`. None: a run's weights as they were trained, others as
-            their chat format has it by default. See :class:`System` for one system's own.
+        format, renderer, thinking, instructions, max_turns, max_tokens, max_trajectory_tokens, malformed_calls: as in
+            :func:`searchr1_async.train`; see :class:`System` for one system's own. None: a run is played as it was trained, and what
+            is no run (the base model) as the runs beside it, where these were trained alike; a baseline keeps its own prompt and
+            the default limits. Without a run: the recipe's defaults. The same holds for the passages a query brings and their
+            length, where ``search`` was made without saying. What differs from a run's training is in the report's notes. A
+            run's time limit for episodes does not apply.
         training_questions: what the systems were trained on, besides what their runs' folders tell: overlap is reported.
         temperature: 1 samples as training does, 0 is greedy.
         seed: of the sampling; None lets the service choose.
@@ -119,10 +125,14 @@ async def evaluate(
     limit = None if limit is None else as_integer("limit", limit)
     question_seed, samples = as_integer("question_seed", question_seed), as_integer("samples", samples)
     max_failed_fraction = as_number("max_failed_fraction", max_failed_fraction)
-    limits = EpisodeLimits(
-        as_integer("max_turns", max_turns),
-        as_integer("max_tokens", max_tokens),
-        as_integer("max_trajectory_tokens", max_trajectory_tokens),
+    asked = EpisodeChoice(
+        format=format,
+        renderer=renderer,
+        thinking=thinking,
+        instructions=instructions,
+        max_turns=max_turns,
+        max_tokens=max_tokens,
+        max_trajectory_tokens=max_trajectory_tokens,
         malformed_calls=malformed_calls,
     )
     choice = ServiceChoice(service, model, local or LocalOptions(), tokenizer)
@@ -151,21 +161,19 @@ async def evaluate(
         # What is named beside one checkpoint is its own base model; beside several systems, that of those which name none.
         own = System(checkpoint, model=None if checkpoint is None else model, service_folder=service_folder)
         sources = {label: own} if systems is None else systems
+        found = find_systems(with_baselines(sources, tuple(baselines)))
         job = EvaluationJob(
             suites=loaded,
-            systems=find_systems(with_baselines(sources, tuple(baselines))),
-            search=search,
+            systems=found,
+            search=search or await anyio.to_thread.run_sync(search_of_runs, found),
             play=PlaySettings(
                 reward=reward or RecipeReward(strict_recipe=strict_recipe),
-                limits=limits,
                 sampling=sampling,
-                format_name=format,
-                renderer_name=renderer,
-                thinking=thinking,
-                instructions=instructions,
                 group_size=samples,
                 max_failed_fraction=max_failed_fraction,
+                **asked.play(),
             ),
+            asked=asked,
             choice=choice,
             out_dir=kept,
             resume=resume,

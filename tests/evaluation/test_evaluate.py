@@ -383,7 +383,7 @@ async def test_numbers_of_numpy_are_numbers_and_texts_are_none(run: Path, search
     manifest = Manifest.load(tmp_path / "e")
     assert manifest is not None
     assert (manifest.settings["temperature"], manifest.settings["samples"], manifest.settings["seed"]) == (0.5, 2, 3)
-    for name, value in (("samples", "2"), ("limit", 2.5), ("temperature", "0.5"), ("max_turns", None), ("seed", 1.5)):
+    for name, value in (("samples", "2"), ("limit", 2.5), ("temperature", "0.5"), ("max_turns", "3"), ("seed", 1.5)):
         with pytest.raises(ConfigurationError, match=name):
             await evaluate(suites(), search, out_dir=tmp_path / "f", **playing(**{name: value}))
     assert not (tmp_path / "f").exists()
