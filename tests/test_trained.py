@@ -12,7 +12,9 @@ import pytest
 import searchr1_async as sr
 from searchr1_async.__main__ import main
 from searchr1_async.config import EpisodeLimits
+from searchr1_async.evaluation import describe as describing
 from searchr1_async.evaluation.manifest import Manifest
+from searchr1_async.playing import PlaySettings
 from searchr1_async.trained import RECIPE, EpisodeChoice, TrainedPlay
 from searchr1_async.weights import find_weights
 from tests import tiny_world
@@ -146,12 +148,14 @@ async def test_an_evaluation_that_an_earlier_version_began_goes_on_as_it_was(
     given = await measure(trained, bare_search(trained, n_results=3), out_dir=tmp_path / "e", **settings)
     manifest = json.loads((tmp_path / "e" / "manifest.json").read_text())
     assert given.record("trained").instructions == "search then answer"  # type: ignore[union-attr]
+    play = PlaySettings(sr.RecipeReward(), EpisodeLimits(), sr.SamplingSettings(), format_name="tags")
     # As the version before wrote it: its systems had the evaluation's prompt, not their run's.
     del manifest["settings"]["follows_runs"]
     for system in manifest["systems"]:
         for name in ("n_results", "max_passage_words", "like", "differences", "unrecorded"):
             del system[name]
-        system["instructions"], system["prompt"], system["prompt_sha256"] = None, None, None
+        system["instructions"] = None
+        system["prompt"], system["prompt_sha256"] = describing._prompt(play, "search")
     (tmp_path / "e" / "manifest.json").write_text(json.dumps(manifest))
     loaded = Manifest.load(tmp_path / "e")
     assert loaded is not None
