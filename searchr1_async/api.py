@@ -18,7 +18,6 @@ from searchr1_async.boundary.settings import Count, Seconds, checked_arguments, 
 from searchr1_async.config import (
     MAX_SERVICE_OUTAGE,
     AdvantageName,
-    EpisodeLimits,
     FirstTurn,
     LocalOptions,
     LossName,
@@ -42,11 +41,13 @@ from searchr1_async.models import Price, Thinking
 from searchr1_async.playing import PlaySettings, ServiceChoice, open_watchers, playing
 from searchr1_async.run import Run
 from searchr1_async.run_folder import past_events
+from searchr1_async.trained import EpisodeChoice
 from searchr1_async.training import run_training
 from searchr1_async.training_job import training_job
 from searchr1_async.watch.dashboard import Choice, open_view
 from searchr1_async.watch.stream import EventStreams
 from searchr1_async.watch.trackers import Tracker, make_trackers
+from searchr1_async.weights import find_weights
 
 
 def train(
@@ -193,8 +194,8 @@ def train(
             meanwhile the run is held, and none of its time limits runs out. Then it ends with its resume point.
         progress: True shows the run in the notebook's cell as it happens, or on the terminal; ``"widget"``, ``"rich"``,
             ``"terminal"`` and ``"plain"`` choose how, False shows nothing.
-        trackers: ``"wandb"``, ``"tensorboard"``, ``"trackio"``, or trackers of one's own; ``events.jsonl`` and the Parquet tables are
-            always written.
+        trackers: ``"wandb"``, ``"tensorboard"``, ``"trackio"`` (``pip install 'searchr1_async[wandb]'`` and so on), or trackers of
+            one's own; ``events.jsonl`` and the Parquet tables are always written.
         emit: receives every :class:`~searchr1_async.events.Event`.
 
         The others are fields of :class:`~searchr1_async.config.LearningSettings`,
@@ -241,14 +242,14 @@ async def rollout(
     service_folder: FilePath | None = None,
     group_size: Count = 8,
     reward: RewardFunction | None = None,
-    format: str = "hermes",
+    format: str | None = None,
     renderer: str | None = None,
     thinking: Thinking = None,
     instructions: str | None = None,
-    max_turns: int = 5,
-    max_tokens: int = 1024,
-    max_trajectory_tokens: int = 32 * 1024,
-    malformed_calls: Literal["end", "tell"] = "end",
+    max_turns: int | None = None,
+    max_tokens: int | None = None,
+    max_trajectory_tokens: int | None = None,
+    malformed_calls: Literal["end", "tell"] | None = None,
     temperature: float = 1.0,
     seed: int | None = None,
     max_failed_fraction: float = 0.2,
@@ -260,27 +261,25 @@ async def rollout(
 ) -> list[Group]:
     """Plays a group of episodes for every question and returns the groups in the order of the questions.
 
-    Arguments and errors as in :func:`searchr1_async.evaluate`; ``thinking=None`` too is as a run's weights were trained.
+    Arguments and errors as in :func:`searchr1_async.evaluate`: with a run as ``checkpoint``, what is None is as the run was trained.
     """
     given = checked_arguments(rollout, locals())
     model = model_name(model, service)
+    check_thinking(model, renderer, thinking)
+    weights = find_weights(given["checkpoint"], service_folder=given["service_folder"])
     play = settings_of(
         PlaySettings,
-        given,
+        given | weights.episodes(settings_of(EpisodeChoice, given), search).play(),
         reward=reward or RecipeReward(),
-        limits=settings_of(EpisodeLimits, given),
         sampling=settings_of(SamplingSettings, given),
-        format_name=format,
-        renderer_name=renderer,
     )
-    check_thinking(model, renderer, thinking)
     items = checked_questions(questions)
     async with playing(
         search,
         play,
         ServiceChoice(service, model, local or LocalOptions(), given["tokenizer"], given["max_service_outage"]),
-        checkpoint=given["checkpoint"],
-        service_folder=given["service_folder"],
+        weights=weights,
+        tells_differences=True,
         progress=progress,
         emit=emit,
     ) as (engine, policy):

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import anyio
 import tinker
 
 from searchr1_async.answer import Answer
-from searchr1_async.answering import asked_limits, asked_question, play_asked
+from searchr1_async.answering import asked_question, play_asked
 from searchr1_async.arguments import GivenSearch, GivenWeights, model_name
 from searchr1_async.boundary.paths import FilePath, NameOrFolder
 from searchr1_async.boundary.settings import Seconds, checked_arguments, settings_of
-from searchr1_async.config import EpisodeLimits, LocalOptions, SamplingSettings
+from searchr1_async.config import LocalOptions, SamplingSettings
 from searchr1_async.episodes.reward import RecipeReward
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.events import Emit
-from searchr1_async.learn.checkpoints import ResumePoint
 from searchr1_async.models import Thinking
 from searchr1_async.playing import PlaySettings, ServiceChoice, playing
 from searchr1_async.run_folder import kept_search
 from searchr1_async.search import Search
+from searchr1_async.search.shown import ShownSearch
 from searchr1_async.service import is_embedded
+from searchr1_async.trained import EpisodeChoice
 from searchr1_async.watch.dashboard import Choice
 from searchr1_async.weights import Step, Weights, find_weights
 
@@ -103,35 +102,31 @@ async def ask(
     checkpoint, step, service_folder = given["checkpoint"], given["step"], given["service_folder"]
     weights = find_weights(checkpoint, step, service_folder=service_folder)
     _check_place(weights, service)
-    point = None if weights.run is None else ResumePoint.load(weights.run)
-    settings = {} if point is None else point.settings
+    choice = settings_of(EpisodeChoice, given)
+    _ = weights.episodes(choice, search).limits  # refused before a corpus is read
+    search = search or await _search_of(weights)
     play = PlaySettings(
         reward=RecipeReward(),
-        limits=asked_limits(
-            _limits_of(settings),
-            {name: given[name] for name in ("max_turns", "max_tokens", "max_trajectory_tokens", "malformed_calls")},
-        ),
         sampling=settings_of(SamplingSettings, given, deadline=given["sampling_deadline"]),
-        format_name=settings.get("format") or "hermes" if format is None else format,
-        renderer_name=renderer or settings.get("renderer"),
-        thinking=thinking,
-        instructions=instructions or settings.get("instructions"),
+        **weights.episodes(choice, search).play(),
     )
-    search = search or await _search_of(weights)
     async with playing(
         search,
         play,
         ServiceChoice(
             service, model_name(model, service), local or LocalOptions(), given["tokenizer"] or _tokenizer_of(weights)
         ),
-        checkpoint=checkpoint,
-        step=step,
-        service_folder=service_folder,
+        weights=weights,
         progress=progress,
         emit=emit,
     ) as (engine, policy):
         episode = await play_asked(
-            asked, dialect=engine.dialect, policy=policy, search=search, limits=play.limits, seed=play.sampling.seed
+            asked,
+            dialect=engine.dialect,
+            policy=policy,
+            search=ShownSearch(search, play.n_results, play.max_passage_words),
+            limits=play.limits,
+            seed=play.sampling.seed,
         )
         return Answer(episode, weights.path, weights.step)
     raise AssertionError("playing() hides no exception")
@@ -155,12 +150,6 @@ def _check_place(weights: Weights, service: str | tinker.ServiceClient | None) -
             f"the weights of {weights.run} are in its folder, for the embedded service, and TINKER_API_KEY or TINKER_BASE_URL "
             "chooses another: unset them, or pass service=… if that one has the weights"
         )
-
-
-def _limits_of(settings: Mapping[str, Any]) -> EpisodeLimits:
-    """A run's limits; the defaults for those that an earlier version did not know."""
-    kept = settings.get("limits", {})
-    return EpisodeLimits(**{field.name: kept[field.name] for field in fields(EpisodeLimits) if field.name in kept})
 
 
 async def _search_of(weights: Weights) -> Search:

@@ -24,6 +24,9 @@
 Every message says what happened, where, and what to do; none holds a key or a token.
 """
 
+import collections.abc
+import contextlib
+
 
 class SearchR1Error(Exception):
     """The root: catch it to catch whatever this package raises on purpose."""
@@ -112,3 +115,23 @@ class TooManyFailuresError(SearchR1Error):
 def first_error(error: BaseException) -> BaseException:
     """The first real exception in a tree of groups: what the user should read."""
     return first_error(error.exceptions[0]) if isinstance(error, BaseExceptionGroup) else error
+
+
+@contextlib.contextmanager
+def ungrouped(kind: type[Exception] = SearchR1Error) -> collections.abc.Iterator[None]:
+    """Raises the first error of an exception group instead of the group, where the group holds only errors of this kind.
+
+    The error keeps its own cause and traceback: a traceback ends in the line of the user's function that failed.
+    """
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        chosen, others = group.split(kind)
+        if chosen is None or others is not None:
+            raise
+        error = first_error(chosen)
+        context = error.__context__
+        try:
+            raise error
+        finally:
+            error.__context__ = context  # raising it here has made the group its context

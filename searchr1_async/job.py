@@ -22,6 +22,7 @@ from searchr1_async.episodes.reward import RewardFunction
 from searchr1_async.episodes.types import Question
 from searchr1_async.estimate import CostEstimate, RunShape, mean_letters
 from searchr1_async.evaluation.result import Evaluation
+from searchr1_async.inputs import inputs_of
 from searchr1_async.learn.checkpoints import KeptCheckpoint, ResumePoint
 from searchr1_async.learn.demonstrations import Demonstration
 from searchr1_async.models import Price, Thinking
@@ -86,6 +87,8 @@ class TrainingJob:
             "learning": {**learning, "loss_config": dict(self.learning.loss_config)},
             "pipeline": asdict(self.pipeline),
             "warm_up": asdict(self.warm_up) if self.warm_up else None,
+            # Compared apart from the others: see :mod:`searchr1_async.inputs`.
+            "inputs": inputs_of(self.reward, self.questions, self.held_out),
         }
 
     def total_steps(self, order: QuestionOrder) -> int:

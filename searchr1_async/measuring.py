@@ -8,7 +8,6 @@ Training waits for them in two places only: where more than :data:`MOST_WAITING`
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
@@ -23,14 +22,13 @@ from searchr1_async.evaluation.measure import evaluate_policy
 from searchr1_async.events import Emit, Notice
 from searchr1_async.job import TrainingJob
 from searchr1_async.learn.checkpoints import CheckpointList, ResumePoint
+from searchr1_async.recording import delete_checkpoints
 from searchr1_async.rollout.engine import RolloutEngine
 from searchr1_async.rollout.policy import TinkerPolicy
 from searchr1_async.run_folder import OF_NO_STEP, evaluation_steps, load_evaluation, writing_records
 from searchr1_async.service import Service
 from searchr1_async.usage import TokenUsage, sampling_usage, total_usage
 from searchr1_async.watch.records import RunRecords
-
-logger = logging.getLogger(__name__)
 
 MOST_WAITING = 2
 """Measurements that have not begun, above which training waits: each holds weights at the service, and a curve that lags
@@ -139,11 +137,7 @@ class Measuring:
                 path for one in gone for path in one.paths if path not in spared and not self._kept.holds_state(path)
             ]
 
-        for path in await anyio.to_thread.run_sync(take):
-            try:
-                await self._service.delete_checkpoint(path)
-            except ServiceError as error:
-                logger.info("%s was not deleted: %s", path, error)
+        await delete_checkpoints(self._service, await anyio.to_thread.run_sync(take))
 
     @property
     def to_come(self) -> TokenUsage:

@@ -6,13 +6,13 @@ import asyncio
 import tempfile
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import anyio
 
-from searchr1_async.boundary.settings import Count, Seconds, Share, check_settings
+from searchr1_async.boundary.settings import Count, Natural, Seconds, Share, check_settings
 from searchr1_async.boundary.signals import ending_cleanly
 from searchr1_async.config import MAX_SERVICE_OUTAGE, EpisodeLimits, LocalOptions, SamplingSettings
 from searchr1_async.endpoint import ServiceName, find_endpoint
@@ -21,7 +21,7 @@ from searchr1_async.episodes.methods import Method
 from searchr1_async.episodes.rendering import check_thinking
 from searchr1_async.episodes.reward import RewardFunction
 from searchr1_async.episodes.types import Passage, Question, SearchCall
-from searchr1_async.errors import ConfigurationError, ModelError, SearchError, SearchR1Error, first_error
+from searchr1_async.errors import ConfigurationError, ModelError, SearchError, first_error, ungrouped
 from searchr1_async.events import Emit, Notice, PhaseAdvanced, PhaseEnded, PhaseStarted, RunEnded, RunStarted
 from searchr1_async.models import Thinking
 from searchr1_async.reachability import watching_service
@@ -31,12 +31,14 @@ from searchr1_async.rollout.policy import TinkerPolicy
 from searchr1_async.rollout.workers.messages import WorkerSpec
 from searchr1_async.search import Search
 from searchr1_async.search.queries import clean_query
+from searchr1_async.search.shown import ShownSearch
 from searchr1_async.service import Service, check_chat_format, check_service, open_service
+from searchr1_async.trained import EpisodeChoice, described_differences
 from searchr1_async.watch.dashboard import Choice, View, open_view
 from searchr1_async.watch.fanout import Watchers
 from searchr1_async.watch.pace import PaceWarning
 from searchr1_async.watch.viewer.tokens import remember_tokenizer
-from searchr1_async.weights import Step, Weights, find_weights
+from searchr1_async.weights import Weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +59,27 @@ class PlaySettings:
     """Whether and how hard the model thinks; None is as its weights were trained, else the default of its chat format."""
     instructions: str | None = None
     """The system prompt; None is the method's own."""
+    n_results: Count | None = None
+    """Passages a query brings; None is the search's own number."""
+    max_passage_words: Natural | None = None
+    """Words after which a passage is cut, 0 for whole ones; None is as the search cuts them."""
     group_size: Count = 1
     """Episodes a question."""
     max_failed_fraction: Share = 0.2
     """Failed episodes above which the work stops: a service is broken."""
+
+    @property
+    def episodes(self) -> EpisodeChoice:
+        """The settings of its episodes."""
+        return EpisodeChoice(
+            format=self.format_name,
+            renderer=self.renderer_name,
+            thinking=self.thinking,
+            instructions=self.instructions,
+            n_results=self.n_results,
+            max_passage_words=self.max_passage_words,
+            **asdict(self.limits),
+        )
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -94,14 +113,11 @@ async def watching(title: str, progress: Choice, emit: Emit | None) -> AsyncIter
     view = open_view(progress, title=title)  # after what is refused: a view that was drawn waits for its work
     task = asyncio.current_task()
     assert task is not None
-    try:
-        with ending_cleanly(task.cancel):
-            async with AsyncExitStack() as stack:
-                watchers = await open_watchers(stack, view, emit)
-                stack.push(_ending(watchers))
-                yield watchers
-    except* SearchR1Error as group:
-        raise first_error(group) from group
+    with ungrouped(), ending_cleanly(task.cancel):
+        async with AsyncExitStack() as stack:
+            watchers = await open_watchers(stack, view, emit)
+            stack.push(_ending(watchers))
+            yield watchers
 
 
 @asynccontextmanager
@@ -174,10 +190,11 @@ async def opened_engine(
 ) -> AsyncIterator[RolloutEngine]:
     """An engine that plays so on this service."""
     watch = service.watch
+    tool = NoSearch() if search is None else ShownSearch(search, play.n_results, play.max_passage_words)
     async with open_engine(
         spec,
         service.tokenizer,
-        search=search or NoSearch(),
+        search=tool,
         sampling=play.sampling,
         reward=play.reward,
         group_size=play.group_size,
@@ -227,20 +244,24 @@ async def playing(
     play: PlaySettings,
     choice: ServiceChoice,
     *,
-    checkpoint: str | Path | None = None,
-    step: Step = "last",
-    service_folder: str | Path | None = None,
+    weights: Weights,
+    tells_differences: bool = False,
     progress: Choice = True,
     emit: Emit | None = None,
 ) -> AsyncIterator[tuple[RolloutEngine, TinkerPolicy]]:
-    """An engine and a policy for a plain rollout, over services that are closed at the end; arguments as in
-    :func:`searchr1_async.rollout` and :func:`searchr1_async.ask`."""
-    weights = find_weights(checkpoint, step, service_folder=service_folder)
+    """An engine and a policy for a plain rollout, over services that are closed at the end.
+
+    Args:
+        play: see :meth:`Weights.episodes` for settings as the weights were trained.
+        tells_differences: a warning names where they are played otherwise than they were trained.
+
+        The others as in :func:`searchr1_async.rollout` and :func:`searchr1_async.ask`.
+    """
     choice = with_model(choice, weights)
-    if play.thinking is None:
-        play = replace(play, thinking=weights.thinking)
     async with watching("rollout", progress, emit) as watchers:
         watchers(Notice(find_endpoint(choice.service).text))
+        if tells_differences:
+            _tell_differences(weights, play, watchers)
         model = await check_service(choice.service, choice.model, choice.local, emit=watchers)
         await check_chat_format(
             choice.service, model, choice.tokenizer, renderer_name=play.renderer_name, thinking=play.thinking
@@ -250,6 +271,13 @@ async def playing(
             watchers(started("rollout", service, search, play, weights.step))
             async with opened_engine(service, worker_spec(service, play), search, play, watchers) as engine:
                 yield engine, await policy_of(service, weights, play.sampling)
+
+
+def _tell_differences(weights: Weights, play: PlaySettings, emit: Emit) -> None:
+    if weights.trained is None:
+        return
+    if found := weights.trained.differences(play.episodes):
+        emit(Notice(f"the weights of {weights.run} are played with {described_differences(found)}", is_warning=True))
 
 
 def with_model(choice: ServiceChoice, weights: Weights) -> ServiceChoice:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -142,7 +142,7 @@ class StepRecorder:
         self._emit(CheckpointSaved(played.step, new.state_path))
         self._emit(StepFinished(played.step, metrics))
         if before.step and not self._kept.holds_state(before.state_path):
-            await self._forget(before.state_path)
+            await delete_checkpoints(self._service, [before.state_path])
 
     def _played_metrics(self, played: StepToRecord) -> Mapping[str, float]:
         groups = [outcome.group for outcome in played.outcomes]
@@ -150,13 +150,6 @@ class StepRecorder:
             **group_metrics(groups, policy_version=played.step - 1),
             **outcome_metrics(played.outcomes),
         }
-
-    async def _forget(self, state_path: str) -> None:
-        """Deletes the resume point before the last; one that cannot be deleted costs only room."""
-        try:
-            await self._service.delete_checkpoint(state_path)
-        except ServiceError as error:
-            logger.info("an old resume point was not deleted: %s", error)
 
 
 class Keeper:
@@ -230,8 +223,13 @@ async def forget_attempt(job: TrainingJob, records: RunRecords, kept: Checkpoint
 
     gone = await anyio.to_thread.run_sync(forget)
     await Keeper(job).clear()
-    for path in gone:
+    await delete_checkpoints(service, gone)
+
+
+async def delete_checkpoints(service: Service, paths: Iterable[str]) -> None:
+    """Deletes at the service what no file of the run names any more; what cannot be deleted costs only room."""
+    for path in paths:
         try:
             await service.delete_checkpoint(path)
         except ServiceError as error:
-            logger.info("weights of an earlier attempt were not deleted: %s", error)
+            logger.info("%s was not deleted: %s", path, error)

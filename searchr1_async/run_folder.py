@@ -23,11 +23,13 @@ from searchr1_async.evaluation.manifest import MANIFEST_NAME
 from searchr1_async.evaluation.result import Evaluation
 from searchr1_async.events import EvaluationFinished, StepFinished
 from searchr1_async.files import write_atomically, write_parquet
+from searchr1_async.inputs import refuse_other_measure
 from searchr1_async.job import TrainingJob, TrainingResult
 from searchr1_async.learn.checkpoints import ResumePoint, best_checkpoint
 from searchr1_async.rollout.order import QuestionOrder
 from searchr1_async.search import Search
 from searchr1_async.search.record import record_of, search_of
+from searchr1_async.trained import SEARCH_FILE, kept_record
 from searchr1_async.usage import TokenUsage
 from searchr1_async.watch.records import RunRecords
 from searchr1_async.watch.rows import storable
@@ -41,13 +43,12 @@ AT_START = "at the start"
 OF_NO_STEP = (UNTRAINED, AT_START)
 """Measurements before the run's own training: they belong to none of its kept weights."""
 _QUESTIONS_FILE = "questions.parquet"
-_SEARCH_FILE = "search.json"
 _QUESTIONS_SCHEMA = pl.Schema(
     {"id": pl.String, "question": pl.String, "golden_answers": pl.List(pl.String), "data_source": pl.String}
 )
 _LOCK_FILE, _TOKENIZER = "run.lock", "tokenizer"
 _LOGS = {_LOCK_FILE, "service", "events.jsonl", "tensorboard", "wandb"}
-_OWN_FILES = {_QUESTIONS_FILE, _SEARCH_FILE, _TOKENIZER, "checkpoints.json"}
+_OWN_FILES = {_QUESTIONS_FILE, SEARCH_FILE, _TOKENIZER, "checkpoints.json"}
 _OF_NO_USE = {*_LOGS, *_OWN_FILES, "tokenizer.partial"}
 """What a folder may hold in which no work was done."""
 
@@ -143,23 +144,7 @@ def keep_search(search: Search, folder: Path) -> None:
         CheckpointError: the folder cannot be written.
     """
     with writing_records(folder):
-        write_atomically(folder / _SEARCH_FILE, json.dumps(record_of(search), indent=1).encode())
-
-
-def search_record(folder: Path) -> dict[str, Any] | None:
-    """What the run in a folder has kept of its search (:func:`~searchr1_async.search.record.record_of`); None where an earlier
-    version of the package began it.
-
-    Raises:
-        RunFolderError: it cannot be read.
-    """
-    path = folder / _SEARCH_FILE
-    try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise RunFolderError(f"the search in {path} cannot be read: {error}. Pass search=…") from error
+        write_atomically(folder / SEARCH_FILE, json.dumps(record_of(search), indent=1).encode())
 
 
 def kept_search(folder: Path) -> Search:
@@ -169,7 +154,7 @@ def kept_search(folder: Path) -> Search:
         ConfigurationError: it cannot be had; the message says to pass ``search=``.
         CorpusError, EmbeddingError, StoreError: as :meth:`Search.from_description`.
     """
-    record = search_record(folder)
+    record = kept_record(folder)
     if record is None:
         raise ConfigurationError(
             f"the run in {folder} has not kept how its search is made (an earlier version began it): pass search=…, such as "
@@ -273,13 +258,15 @@ def load_point(job: TrainingJob, identity: Mapping[str, Any], order: QuestionOrd
     """Where the run in the folder stands; None where there is none.
 
     Raises:
-        RunFolderError: there is one and it is not to be resumed, or has other settings or questions.
+        RunFolderError: there is one and it is not to be resumed, has other settings or questions, or was measured otherwise.
     """
     point = find_point(job)
     if point is None:
         return None
     try:
         point.refuse_changes(identity, order.fingerprint)
+        if job.held_out and RunRecords(job.out_dir).evaluation_labels():
+            refuse_other_measure(point.inputs, identity["inputs"])
     except RunFolderError:
         if work_in(job.out_dir, point):
             raise

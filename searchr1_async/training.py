@@ -7,7 +7,6 @@ Read :func:`_Training.run` from top to bottom: open the services, measure the mo
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import replace
@@ -20,32 +19,29 @@ import tinker
 from searchr1_async.abilities import choose_loss
 from searchr1_async.answering import LiveAnswers
 from searchr1_async.boundary.signals import is_interrupt
-from searchr1_async.config import LossName, WarmUp
+from searchr1_async.config import LossName
 from searchr1_async.control import RunControl
 from searchr1_async.endpoint import find_endpoint
 from searchr1_async.episodes.rendering import AS_TEMPLATE
-from searchr1_async.errors import SearchR1Error, first_error
+from searchr1_async.errors import SearchR1Error, ungrouped
 from searchr1_async.estimate import estimate
 from searchr1_async.events import (
     CheckpointSaved,
     Emit,
     Notice,
-    PhaseAdvanced,
-    PhaseEnded,
-    PhaseStarted,
     RunEnded,
     RunStarted,
 )
 from searchr1_async.held_out import tell_near_overlap
+from searchr1_async.inputs import changed_inputs
 from searchr1_async.job import TrainingJob, TrainingResult
-from searchr1_async.learn.checkpoints import CheckpointList, ResumePoint
-from searchr1_async.learn.demonstrations import Demonstration, demonstration_batches, play_demonstrations
+from searchr1_async.learn.checkpoints import CheckpointList, ResumePoint, WarmUpPlace
 from searchr1_async.learn.learner import Learner
 from searchr1_async.measuring import Measuring
 from searchr1_async.pipeline import Pipeline
 from searchr1_async.playing import open_search
 from searchr1_async.reachability import watching_service
-from searchr1_async.recording import Keeper, StepRecorder, forget_attempt
+from searchr1_async.recording import Keeper, StepRecorder, delete_checkpoints, forget_attempt
 from searchr1_async.rollout.engine import RolloutEngine
 from searchr1_async.rollout.opening import open_engine
 from searchr1_async.rollout.order import QuestionOrder
@@ -77,6 +73,7 @@ from searchr1_async.service import (
 from searchr1_async.spending import keep_spending, spending_of, tell_estimate, with_cost
 from searchr1_async.starting import open_start
 from searchr1_async.usage import TokenUsage
+from searchr1_async.warming import WarmingUp
 from searchr1_async.watch.fanout import Watchers
 from searchr1_async.watch.records import RunRecords
 from searchr1_async.watch.trackers import Tracker, open_trackers
@@ -115,11 +112,11 @@ async def _run_or_say_why(
     job: TrainingJob, emit: Watchers, control: RunControl, trackers: Sequence[Tracker], opened: AsyncExitStack
 ) -> TrainingResult:
     try:
-        return await _run(job, emit, control, trackers, opened)
-    except* SearchR1Error as group:
-        cause = first_error(group)
-        emit(Notice(f"{type(cause).__name__}: {cause}", is_warning=True))
-        raise cause from group
+        with ungrouped():
+            return await _run(job, emit, control, trackers, opened)
+    except SearchR1Error as error:
+        emit(Notice(f"{type(error).__name__}: {error}", is_warning=True))
+        raise
 
 
 async def _run(
@@ -154,6 +151,11 @@ async def _run(
     # Once more, now that nobody else can write it.
     point = load_point(job, identity, order)
     job = _as_begun(job, point)
+    if point is not None:
+        if changed := changed_inputs(point.inputs, identity["inputs"]):
+            text = f"this session goes on with other input than the one before: {'; '.join(changed)}"
+            emit(Notice(text, is_warning=True))
+        point = point.given(identity["inputs"])
     with control.interruptible():
         await tell_near_overlap(job.questions, job.held_out, emit)
         await open_search(job.search, emit)
@@ -306,6 +308,7 @@ class _Training:
             with control.answering(answers):
                 if self._point is None:
                     await measure(UNTRAINED if job.start is None else AT_START, newest.current)
+                if self._point is None or self._point.warm_up is not None:
                     self._point = await self._warm_up(learner)
                     newest.current = TinkerPolicy(await learner.published(), 0, job.sampling)
                 if job.warm_up is not None and self._point.step == 0:
@@ -372,7 +375,7 @@ class _Training:
     async def _keep_last(self) -> None:
         """Keeps the last weights for good, where the run ended at a step that was no checkpoint."""
         point = self._point
-        if point is None or point.sampler_step == point.step:
+        if point is None or point.warm_up is not None or point.sampler_step == point.step:
             return
         # Those that were kept to be measured will do.
         path = next((one.sampler_path for one in self._kept.checkpoints if one.step == point.step), None)
@@ -410,64 +413,49 @@ class _Training:
                 rank=self._job.learning.lora_rank, seed=self._job.learning.seed
             )
         self._records.truncate_after(self._point.step)
-        self._emit(Notice(f"resuming after step {self._point.step} ({self._point.next_place} questions consumed)"))
+        if self._point.warm_up is None:
+            self._emit(Notice(f"resuming after step {self._point.step} ({self._point.next_place} questions consumed)"))
         return await self._service.restore_training_client(self._point.state_path)
 
     async def _warm_up(self, learner: Learner) -> ResumePoint:
-        """Supervised steps on demonstrations, where asked for, and the run's first resume point."""
-        job, warm_up = self._job, self._job.warm_up
-        if warm_up is not None:
-            batches = await self._demonstration_batches(warm_up)
-            began = anyio.current_time()
-            if job.start is not None:
-                self._emit(Notice("the warm-up goes on from the weights that the run starts from"))
-            self._emit(PhaseStarted("warm-up", len(batches), "steps"))
-            for done, batch in enumerate(batches):
-                await self._control.wait_while_paused()
-                rate = warm_up.learning_rate * (1 - 0.9 * done / len(batches))
-                loss = await learner.supervised_step(batch, rate)
-                self._emit(PhaseAdvanced("warm-up", done + 1, {"loss": loss}))
-            self._emit(PhaseEnded("warm-up", anyio.current_time() - began))
+        """Supervised steps on demonstrations, where asked for, and the resume point from which reinforcement learning begins."""
+        job, point = self._job, self._point
+        if job.warm_up is not None:
+            warming = WarmingUp(job, job.warm_up, self._engine, self._control, self._emit)
+            await warming.run(learner, point and point.warm_up, partial(self._keep_warm_up, learner))
         total = job.total_steps(self._order)
-        saved = await (await learner.finish_step(0, total, "start", keep=warm_up is not None)).finished()
-        point = ResumePoint(
-            step=0,
-            next_place=0,
-            state_path=saved.state_path,
+        saved = await (await learner.finish_step(0, total, "start", keep=job.warm_up is not None)).finished()
+        before = self._point
+        point = replace(
+            self._first_point(learner, saved.state_path),
             sampler_path=saved.sampler_path,
             sampler_step=0 if saved.sampler_path else None,
+            warm_up=None,
+        )
+        await self._save_kept(point)
+        if before is not None:
+            await delete_checkpoints(self._service, [before.state_path])
+        self._emit(CheckpointSaved(0, point.state_path))
+        return point
+
+    async def _keep_warm_up(self, learner: Learner, place: WarmUpPlace) -> None:
+        """Writes down how far the warm-up is, with its weights: the measurement of the untrained model is kept with it."""
+        before = self._point
+        path = await learner.save_state(f"warm-up-{place.step:04d}")  # another name: the one before is good until then
+        await self._save_kept(replace(self._first_point(learner, path), warm_up=place))
+        if before is not None:
+            await delete_checkpoints(self._service, [before.state_path])
+
+    def _first_point(self, learner: Learner, state_path: str) -> ResumePoint:
+        if self._point is not None:
+            return replace(self._point, state_path=state_path)
+        return ResumePoint(
+            step=0,
+            next_place=0,
+            state_path=state_path,
             order_fingerprint=self._order.fingerprint,
             base_model=self._service.model_name,
             settings=self._identity,
             loss=learner.loss,
             started_from=self._started_from,
-        )
-        await self._save_kept(point)
-        self._emit(CheckpointSaved(0, point.state_path))
-        return point
-
-    async def _demonstration_batches(self, warm_up: WarmUp) -> list[list[Any]]:
-        wanted = warm_up.steps * warm_up.batch_size
-        # Half as many again are tried, since a search does not always show the answer.
-        tried = self._job.demonstrations or tuple(
-            Demonstration.of(question)
-            for question in random.Random(f"demonstrations/{self._job.learning.seed}").sample(
-                self._job.questions, min(len(self._job.questions), wanted + wanted // 2)
-            )
-        )
-        episodes = await play_demonstrations(
-            tried,
-            dialect=self._engine.dialect,
-            search=self._job.search,
-            limits=self._job.limits,
-            max_failed_fraction=self._job.learning.max_failed_fraction,
-            max_in_flight=self._job.sampling.max_episodes_in_flight,
-        )
-        if not episodes:
-            raise SearchR1Error(
-                f"none of {len(tried)} demonstrations showed a golden answer: check that the corpus answers the questions"
-            )
-        self._emit(Notice(f"{len(episodes)} of {len(tried)} demonstrations show their answer and are learned from"))
-        return demonstration_batches(
-            episodes, steps=warm_up.steps, batch_size=warm_up.batch_size, seed=self._job.learning.seed
         )

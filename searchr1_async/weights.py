@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from searchr1_async.errors import ConfigurationError, RunFolderError
 from searchr1_async.learn.checkpoints import KeptCheckpoint, ResumePoint, best_checkpoint, kept_checkpoints
-from searchr1_async.models import Thinking
+from searchr1_async.search import Search
+from searchr1_async.trained import EpisodeChoice, TrainedPlay, kept_record, named_passages
 
 Step = int | Literal["last", "best"]
 
@@ -34,8 +35,13 @@ class Weights:
     """Of the embedded service that holds them; None where it is not the embedded one's, or any will do."""
     run: Path | None = None
     """The folder of the run that they come from."""
-    thinking: Thinking = None
-    """The value that they were trained with; None is the default of the chat format, or not known."""
+    trained: TrainedPlay | None = None
+    """How that run plays; None where no run's folder tells."""
+
+    def episodes(self, given: EpisodeChoice, search: Search | None) -> EpisodeChoice:
+        """How episodes of these weights are played: as given, then as the search was made, then as the run plays."""
+        chosen = given.completed_by(named_passages(search))
+        return chosen if self.trained is None else chosen.completed_by(self.trained.episodes)
 
 
 def find_weights(
@@ -59,14 +65,15 @@ def find_weights(
     run = Path(checkpoint)
     point, own = _opened(run)
     folder = folder or own
+    trained = TrainedPlay.of(point.settings, _search_record(run))
     if step == "last":
         if point.sampler_path is None:
             raise RunFolderError(
                 f"the run in {checkpoint} has kept no weights yet (checkpoint_every steps, or its end)"
             )
-        return Weights(point.sampler_path, point.sampler_step or 0, point.base_model, folder, run, point.thinking)
+        return Weights(point.sampler_path, point.sampler_step or 0, point.base_model, folder, run, trained)
     kept = _kept(run, step)
-    return Weights(kept.sampler_path, kept.step, point.base_model, folder, run, point.thinking)
+    return Weights(kept.sampler_path, kept.step, point.base_model, folder, run, trained)
 
 
 def find_state(source: str | Path, step: Step = "last", *, service_folder: str | Path | None = None) -> Weights:
@@ -128,3 +135,11 @@ def _kept(run: Path, step: Step) -> KeptCheckpoint:
         there = ", ".join(map(str, sorted(kept))) or "none"
         raise RunFolderError(f"the run in {run} has kept no weights of step {step!r}; kept: {there}")
     return kept[int(step)]
+
+
+def _search_record(run: Path) -> dict[str, Any] | None:
+    """None also where it cannot be read: who needs the run's search itself is told so."""
+    try:
+        return kept_record(run)
+    except RunFolderError:
+        return None

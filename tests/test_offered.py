@@ -209,13 +209,16 @@ async def test_a_run_is_measured_and_played_with_the_thinking_that_it_was_traine
             return [prompt.endswith(on) for prompt in service.prompts]
 
         systems: dict[str, Any] = {"trained": run, "base": None}
-        assert sorted(await ends(questions, systems=systems, out_dir=tmp_path / "e")) == [False, True]
-        assert "'trained' is measured with thinking=True, as it was trained" in service.notices
+        assert await ends(questions, systems=systems, out_dir=tmp_path / "e") == [True, True], (
+            "the base model beside it too"
+        )
+        told = f"'trained' is played like the run in {run}: thinking=True, max_tokens=64, n_results=1"
+        assert told in service.notices
         service.events.clear()
-        assert sorted(await ends(tmp_path / "e")) == [False, True], "a repetition is played as the evaluation was"
+        assert await ends(tmp_path / "e") == [True, True], "a repetition is played as the evaluation was"
         assert await ends(questions, systems=systems, thinking=False) == [False, False]
         assert await ends(questions, systems={"trained": sr.System(run, thinking=False)}) == [False]
-        assert not any("as it was trained" in text for text in service.notices)
+        assert "'trained' is not played as it was trained: thinking False (trained with True)" in service.notices
         service.prompts.clear()
         await sr.rollout(questions, search, checkpoint=run, group_size=1, **settings)
         assert all(prompt.endswith(on) for prompt in service.prompts)

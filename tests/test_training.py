@@ -15,7 +15,7 @@ import tinker
 from tinker import types as tinker_types
 
 import searchr1_async as sr
-from searchr1_async.events import EpisodeFinished, Event, MinibatchSubmitted, StepFinished
+from searchr1_async.events import EpisodeFinished, Event, MinibatchSubmitted, PhaseAdvanced, StepFinished
 from searchr1_async.learn import checkpoints
 from searchr1_async.learn.checkpoints import ResumePoint
 from searchr1_async.run_folder import training_questions
@@ -128,7 +128,7 @@ async def test_a_few_failures_are_recorded_and_never_trained_on(start: Callable[
     place = questions[0].id.partition("-")[2]
 
     class Partly(sr.Search):
-        async def search(self, queries: Sequence[str], n_results: int | None = None) -> Any:
+        async def search(self, queries: Sequence[str], n_results: int | None = None, **options: Any) -> Any:
             if any(place in query for query in queries):
                 raise sr.StoreError("the store is down")
             return await super().search(queries, n_results)
@@ -204,6 +204,43 @@ async def test_a_start_that_failed_does_not_stand_in_the_way(start: Callable[...
     assert (folder / "notes.txt").read_text() == "mine"
     with pytest.raises(sr.RunFolderError, match=r"holds a run \(1 steps\): pass resume=True"):
         start()
+
+
+async def test_a_warm_up_that_was_stopped_goes_on_where_it_stood(start: Callable[..., sr.Run], tmp_path: Path) -> None:
+    learned: dict[str, int] = {"stopped": 0, "whole": 0}
+    settings: dict[str, Any] = {"held_out": tiny_world.make_questions()[1][:2], "steps": 1, "resume": True}
+    settings["warm_up"] = sr.WarmUp(steps=4, batch_size=4, learning_rate=4e-3)
+
+    def begin(name: str, stop_after: int | None = None) -> sr.Run:
+        def emit(event: Event) -> None:
+            if isinstance(event, MinibatchSubmitted) and event.step == 0:
+                learned[name] += 1
+            if isinstance(event, PhaseAdvanced) and event.phase == "warm-up" and event.done == stop_after:
+                run.request_stop()
+
+        run = start(out_dir=tmp_path / name, emit=emit, **settings)
+        return run
+
+    result = await begin("stopped", 2)
+    assert (result.steps, result.reason, result.checkpoint) == (0, "stopped", None)
+    (measured,) = (tmp_path / "stopped" / "evaluations").iterdir()
+    before = measured.stat()
+    point = ResumePoint.load(tmp_path / "stopped")
+    assert point is not None
+    assert point.warm_up is not None
+    done = point.warm_up.step
+    assert done in (2, 3)
+
+    assert (await begin("stopped")).reason == "finished"
+    again = measured.stat()
+    assert (again.st_ino, again.st_mtime_ns) == (before.st_ino, before.st_mtime_ns), "measured once"
+    assert learned["stopped"] - 4 <= 1, "only a step that the stop cut off is learned again"
+    assert (await begin("whole")).reason == "finished"
+    first = [run.checkpoints[0] for run in map(sr.open_run, (tmp_path / "stopped", tmp_path / "whole"))]
+    weights = [await logprobs_of(one.sampler_path, range(4, 60)) for one in first]
+    assert [one.step for one in first] == [0, 0]
+    assert weights[0] == weights[1]
+    assert weights[0] != await logprobs_of(None, range(4, 60))
 
 
 @pytest.mark.slow

@@ -47,7 +47,10 @@ def test_of_a_tinker_path_nothing_else_is_known(tmp_path: Path) -> None:
 
 def test_a_run_gives_its_last_weights_its_model_and_the_service_in_it(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
-    assert find_weights(str(run)) == Weights(sampler_path(4), 4, "base/model", None, run, "low")
+    found = find_weights(str(run))
+    assert found == Weights(sampler_path(4), 4, "base/model", None, run, found.trained)
+    assert found.trained is not None
+    assert found.trained.episodes.thinking == "low"
     (run / "service").mkdir()
     assert find_weights(run).service_folder == run / "service"
     assert find_weights(run, service_folder=tmp_path / "other").service_folder == tmp_path / "other"
@@ -55,7 +58,8 @@ def test_a_run_gives_its_last_weights_its_model_and_the_service_in_it(tmp_path: 
 
 def test_steps_are_looked_up_and_the_best_is_the_best_measured_one(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", kept=(kept_at(1, 0.3), kept_at(2, 0.5), kept_at(3, 0.4), kept_at(4)))
-    assert find_weights(run, 3) == Weights(sampler_path(3), 3, "base/model", None, run, "low")
+    found = find_weights(run, 3)
+    assert (found.path, found.step, found.base_model, found.run) == (sampler_path(3), 3, "base/model", run)
     assert find_weights(run, "best").step == 2
     assert find_weights(run, "last").step == 4
     with pytest.raises(RunFolderError, match="no weights of step 7; kept: 1, 2, 3, 4"):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import anyio.to_thread
 
-from searchr1_async.boundary.paths import path_argument
+from searchr1_async.boundary.paths import absolute_path, path_argument
 from searchr1_async.commands.searching import add_search, named_search, search_of
 from searchr1_async.config import LocalOptions
 from searchr1_async.episodes.dialect import FORMATS
@@ -17,6 +17,7 @@ from searchr1_async.evaluation.evaluate import evaluate
 from searchr1_async.evaluation.judge import Judge
 from searchr1_async.evaluation.repeating import repeats
 from searchr1_async.evaluation.systems import SystemSource
+from searchr1_async.trained import SEARCH_FILE
 
 if TYPE_CHECKING:
     from searchr1_async.commands import Parsers
@@ -46,7 +47,7 @@ def add(commands: Parsers) -> None:
     what.add_argument("--model", help="the base model")
     what.add_argument("--service", help="URL of a Tinker service")
     what.add_argument("--threads", type=int, help="CPU threads of the embedded service")
-    add_search(parser.add_argument_group("where it searches"))
+    add_search(parser.add_argument_group("where it searches (as the runs that are measured, else atlas)"))
     how = parser.add_argument_group("how")
     how.add_argument("--split", help="of every suite")
     how.add_argument("--limit", type=int, help="questions a suite")
@@ -54,25 +55,30 @@ def add(commands: Parsers) -> None:
     how.add_argument("--samples", type=int, default=1, help="episodes a question (%(default)s)")
     how.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (%(default)s)")
     how.add_argument("--seed", type=int, default=0, help="of the sampling (%(default)s)")
-    how.add_argument("--format", default="hermes", choices=FORMATS, help="tool-call format (%(default)s)")
+    trained = "as a run was trained, else"
+    how.add_argument("--format", choices=FORMATS, help=f"tool-call format ({trained} hermes)")
     how.add_argument(
         "--thinking",
         type=_thinking,
-        help="on, off, or an effort such as low, as far as the model has them (as a run was trained, else off)",
+        help=f"on, off, or an effort such as low, as far as the model has them ({trained} off)",
     )
-    how.add_argument("--max-turns", type=int, default=5, help="(%(default)s)")
-    how.add_argument("--max-tokens", type=int, default=1024, help="new tokens a turn (%(default)s)")
+    how.add_argument("--max-turns", type=int, help=f"({trained} 5)")
+    how.add_argument("--max-tokens", type=int, help=f"new tokens a turn ({trained} 1024)")
     how.add_argument("--judge", action="store_true", help="have the base model judge every answer, beside exact match")
     parser.set_defaults(run=_run, stopped=_stopped)
 
 
 async def _run(options: argparse.Namespace) -> str:
     is_repetition = len(options.suites) == 1 and repeats(options.suites[0])
+    systems = None if is_repetition and not _names_systems(options) else _systems(options)
+    search = named_search(options)
+    if search is None and not is_repetition and not any(map(_keeps_search, (systems or {}).values())):
+        search = search_of(options)
     # What a repetition may not be given is refused by evaluate(), by name.
     report = await evaluate(
         options.suites[0] if is_repetition else options.suites,
-        named_search(options) if is_repetition else search_of(options),
-        systems=None if is_repetition and not _names_systems(options) else _systems(options),
+        search,
+        systems=systems,
         baselines=options.baselines,
         model=options.model,
         service=options.service,
@@ -94,6 +100,10 @@ async def _run(options: argparse.Namespace) -> str:
     page = await anyio.to_thread.run_sync(report.save)
     notes = "\n".join(f"- {note}" for note in report.notes())
     return f"\n{report}\n\n{notes}\n\nreport with its episodes: {page}"
+
+
+def _keeps_search(weights: SystemSource) -> bool:
+    return isinstance(weights, str) and (absolute_path(weights) / SEARCH_FILE).is_file()
 
 
 def _thinking(text: str) -> bool | str:

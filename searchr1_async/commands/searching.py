@@ -7,6 +7,7 @@ from typing import Any
 
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.search import Search
+from searchr1_async.search.options import SearchOptions
 from searchr1_async.weights import Step, parse_step
 
 _NAMES = ("corpus", "chroma", "collection", "embedder", "results", "passage_words")
@@ -34,8 +35,11 @@ def named_search(options: argparse.Namespace) -> Search | None:
 
 def search_of(options: argparse.Namespace) -> Search:
     """The search that the options name, with the defaults for what they leave out; errors as :func:`named_search`."""
-    results = 3 if options.results is None else options.results
-    settings = {"n_results": results, "max_passage_words": options.passage_words}
+    settings = SearchOptions()
+    if options.results is not None:
+        settings["n_results"] = options.results
+    if options.passage_words is not None:
+        settings["max_passage_words"] = options.passage_words
     if options.chroma is None:
         embedder = {} if options.embedder is None else {"embedder": options.embedder}
         return Search.local("atlas" if options.corpus is None else options.corpus, **embedder, **settings)

@@ -46,8 +46,8 @@ def load_recipe_prompt() -> RecipePrompt:
     folder = next((folder for folder in folders if folder.is_dir()), None)
     if folder is None:
         raise ModelError(
-            'the method "recipe" takes its prompt from the recipe itself, which is not installed: pip install tinker-cookbook (or, '
-            "since it is only read, pip install --no-deps tinker-cookbook)"
+            'the method "recipe" takes its prompt from the recipe itself, which is not installed: '
+            "pip install 'searchr1_async[recipe]' (or, since it is only read, pip install --no-deps tinker-cookbook)"
         )
     try:
         return RecipePrompt(_constant(_parsed(folder, _PROMPT[0])), _tool(_parsed(folder, _TOOL[0])))

@@ -108,9 +108,11 @@ def continued(then: Manifest, now: Manifest) -> Manifest:
 def _compared(manifest: Manifest) -> dict[str, Any]:
     values = _plain(asdict(manifest))
     values["settings"].setdefault("thinking", AS_TEMPLATE)  # of an evaluation begun before there was a choice
+    values["settings"].setdefault("follows_runs", False)  # of one begun before runs were played as they were trained
     values["service"].pop("tinker", None)  # earlier versions did not write it down
     for system in values["systems"]:
-        del system["overlap"]
+        for name in ("overlap", "like", "differences", "unrecorded"):
+            del system[name]
     return {name: value for name, value in values.items() if name not in _NOT_COMPARED}
 
 
@@ -147,6 +149,7 @@ def _settings(job: EvaluationJob) -> dict[str, Any]:
             # A reward of one's own may hold anything, a key too: it is named, and given again for a repetition.
             "reward": {"kind": type(reward).__name__, **(asdict(reward) if isinstance(reward, RecipeReward) else {})},
             "max_failed_fraction": play.max_failed_fraction,
+            "follows_runs": job.follows_runs,
         }
     )
 
@@ -172,7 +175,9 @@ def _systems(job: EvaluationJob) -> tuple[SystemRecord, ...]:
 def _system(job: EvaluationJob, measured: MeasuredSystem, overlap: Mapping[str, int] | None) -> SystemRecord:
     system, weights, play = measured.system, measured.weights, job.settings_of(measured)
     prompt, digest = _prompt(play, system.method)
+    like, differences = job.played_like(measured), _differences(job, measured, play)
     if (record := measured.record) is not None:
+        differences = record.differences
         overlap = overlap if record.overlap is None else record.overlap
         if record.prompt_sha256 not in (None, digest):
             raise ConfigurationError(
@@ -185,7 +190,7 @@ def _system(job: EvaluationJob, measured: MeasuredSystem, overlap: Mapping[str, 
         model=job.model_of(measured),
         checkpoint=weights.path,
         step=weights.step,
-        run=None if weights.run is None else str(weights.run.absolute()),
+        run=_folder(weights.run),
         service_folder=None if system.service_folder is None else str(Path(system.service_folder).absolute()),
         format=play.format_name,
         renderer=play.renderer_name,
@@ -193,9 +198,40 @@ def _system(job: EvaluationJob, measured: MeasuredSystem, overlap: Mapping[str, 
         instructions=play.instructions,
         prompt=prompt,
         prompt_sha256=digest,
-        limits=None if system.limits is None else _plain(asdict(system.limits)),
+        limits=None if system.limits is None and play.limits == job.play.limits else _plain(asdict(play.limits)),
+        n_results=_other(play.n_results, job.search.n_results if job.search else None),
+        max_passage_words=_other(
+            play.max_passage_words, (job.search.settings.max_passage_words or 0) if job.search else None
+        ),
+        like=_folder(like.run) if like is not None and job.follows_runs else record.like if record else None,
+        differences=differences,
+        unrecorded=weights.trained.unrecorded if weights.trained else record.unrecorded if record else (),
         overlap=overlap if weights.path is not None else None,  # the base model saw none of it
     )
+
+
+def _differences(job: EvaluationJob, measured: MeasuredSystem, play: PlaySettings) -> dict[str, Any] | None:
+    """Where a run is played otherwise than it was trained; None of what is no run, and of a baseline, which is another method."""
+    trained = measured.weights.trained
+    if trained is None or measured.system.method != "search":
+        return None
+    found = trained.differences(play.episodes)
+    search = job.search
+    if search is not None and trained.search_fingerprint is not None:
+        # The same passages to choose from: with those that a query brought in training, the searches are the same.
+        then = trained.episodes
+        if search.fingerprint_of(then.n_results, then.max_passage_words) != trained.search_fingerprint:
+            record = record_of(search)
+            found["search"] = [trained.search_source or "another", f"{record['source']}, {record['embedder']}"]
+    return _plain(found)
+
+
+def _other(value: Any, usual: Any) -> Any:
+    return None if value == usual else value
+
+
+def _folder(run: Path | None) -> str | None:
+    return None if run is None else str(run.absolute())
 
 
 def _prompt(play: PlaySettings, method: Method) -> tuple[str, str]:

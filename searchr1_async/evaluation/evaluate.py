@@ -13,7 +13,7 @@ import tinker
 from searchr1_async.arguments import GivenSearch, GivenWeights, model_name
 from searchr1_async.boundary.paths import FilePath, NameOrFolder
 from searchr1_async.boundary.settings import Count, Seconds, checked_arguments, list_of, settings_of
-from searchr1_async.config import MAX_SERVICE_OUTAGE, EpisodeLimits, LocalOptions, SamplingSettings
+from searchr1_async.config import MAX_SERVICE_OUTAGE, LocalOptions, SamplingSettings
 from searchr1_async.data.questions import Questions, optional_questions
 from searchr1_async.data.suites import Suites, load_suites
 from searchr1_async.episodes.methods import Method
@@ -26,10 +26,11 @@ from searchr1_async.evaluation.manifest import Manifest
 from searchr1_async.evaluation.repeating import refuse_besides, repeated_job, repeats
 from searchr1_async.evaluation.report import Report
 from searchr1_async.evaluation.running import run_evaluation
-from searchr1_async.evaluation.systems import System, SystemSource, find_systems, with_baselines
+from searchr1_async.evaluation.systems import System, SystemSource, find_systems, search_of_runs, with_baselines
 from searchr1_async.events import Emit
 from searchr1_async.models import Thinking
 from searchr1_async.playing import PlaySettings, ServiceChoice, watching
+from searchr1_async.trained import EpisodeChoice
 from searchr1_async.watch.dashboard import Choice
 
 
@@ -54,14 +55,14 @@ async def evaluate(
     training_questions: Questions = (),
     reward: RewardFunction | None = None,
     strict_recipe: bool = False,
-    format: str = "hermes",
+    format: str | None = None,
     renderer: str | None = None,
     thinking: Thinking = None,
     instructions: str | None = None,
-    max_turns: int = 5,
-    max_tokens: int = 1024,
-    max_trajectory_tokens: int = 32 * 1024,
-    malformed_calls: Literal["end", "tell"] = "end",
+    max_turns: int | None = None,
+    max_tokens: int | None = None,
+    max_trajectory_tokens: int | None = None,
+    malformed_calls: Literal["end", "tell"] | None = None,
     temperature: float = 1.0,
     seed: int | None = 0,
     max_failed_fraction: float = 0.2,
@@ -84,10 +85,12 @@ async def evaluate(
             see :func:`searchr1_async.load_suites`. Or an earlier evaluation, which is repeated: its folder, its
             ``manifest.json``, its :class:`Report` or :class:`Manifest`; then only where, how and as what it is to be kept may
             be given besides.
-        search: the tool; may be left out where every system answers directly, and for a repetition whose manifest describes it.
+        search: the tool; may be left out where every system answers directly, where runs are measured that were all trained with one
+            search (their folders describe it), and for a repetition whose manifest describes it.
         systems: what is measured, by label: a run or its folder (its last weights), a ``tinker://`` path, None (the base model),
             or a :class:`System`. None: the one of ``model`` and ``checkpoint``, under ``label``.
-        baselines: the base model besides, used otherwise: ``"direct"``, ``"rag"``, ``"recipe"``; see :class:`System`.
+        baselines: the base model besides, used otherwise: ``"direct"``, ``"rag"``, ``"recipe"`` (the last needs
+            ``pip install 'searchr1_async[recipe]'``); see :class:`System`.
         model: the base model of every system that names none and is no run; with ``checkpoint`` only where it is not the default.
         checkpoint: a run's folder (its last kept weights), or a ``tinker://…/sampler_weights/…`` path.
         service_folder: the embedded service's folder that holds a ``tinker://`` checkpoint; a run's folder knows its own.
@@ -99,8 +102,12 @@ async def evaluate(
         samples: episodes a question; several narrow the interval, and give pass@k.
         judge: has every answer judged by a model too, reported beside exact match. A resume may have another judge, or none: the
             verdicts of one are never mixed with another's, and are there again when it is.
-        thinking: whether the models think, as in :func:`searchr1_async.train`. None: a run's weights as they were trained, others as
-            their chat format has it by default. See :class:`System` for one system's own.
+        format, renderer, thinking, instructions, max_turns, max_tokens, max_trajectory_tokens, malformed_calls: as in
+            :func:`searchr1_async.train`; see :class:`System` for one system's own. None: a run is played as it was trained, and what
+            is no run (the base model) as the runs beside it, where these were trained alike; a baseline keeps its own prompt and
+            the default limits. Without a run: the recipe's defaults. The same holds for the passages a query brings and their
+            length, where ``search`` was made without saying. What differs from a run's training is in the report's notes. A
+            run's time limit for episodes does not apply.
         training_questions: what the systems were trained on, besides what their runs' folders tell: overlap is reported.
         temperature: 1 samples as training does, 0 is greedy.
         seed: of the sampling; None lets the service choose.
@@ -120,15 +127,13 @@ async def evaluate(
     model = model_name(model, service)
     check_thinking(model, renderer, thinking)
     choice = ServiceChoice(service, model, local or LocalOptions(), given["tokenizer"], given["max_service_outage"])
+    asked = settings_of(EpisodeChoice, given)
     play = settings_of(
         PlaySettings,
-        given,
+        given | asked.play(),
         reward=reward or settings_of(RecipeReward, given),
-        limits=settings_of(EpisodeLimits, given),
         # Each sample by itself, so that one that a kill has lost is played again as it would have been.
         sampling=settings_of(SamplingSettings, given, deadline=given["sampling_deadline"], first_turn="split"),
-        format_name=format,
-        renderer_name=renderer,
         group_size=given["samples"],
     )
     if repeats(suites):
@@ -138,13 +143,15 @@ async def evaluate(
             )
         )
     else:
-        job = await _new_job(given, play, choice)
+        job = await _new_job(given, asked, play, choice)
     async with AsyncExitStack() as opened, watching("evaluate", progress, emit) as watchers:
         return await run_evaluation(job, watchers, opened)
     raise AssertionError("watching() hides no exception")
 
 
-async def _new_job(given: Mapping[str, Any], play: PlaySettings, choice: ServiceChoice) -> EvaluationJob:
+async def _new_job(
+    given: Mapping[str, Any], asked: EpisodeChoice, play: PlaySettings, choice: ServiceChoice
+) -> EvaluationJob:
     """The job of suites that are evaluated anew.
 
     Raises:
@@ -164,11 +171,14 @@ async def _new_job(given: Mapping[str, Any], play: PlaySettings, choice: Service
     # What is named beside one checkpoint is its own base model; beside several systems, that of those which name none.
     own = System(checkpoint, model=None if checkpoint is None else choice.model, service_folder=service_folder)
     sources = {given["label"]: own} if given["systems"] is None else given["systems"]
+    systems = find_systems(with_baselines(sources, given["baselines"]))
     return settings_of(
         EvaluationJob,
         given,
         suites=suites,
-        systems=find_systems(with_baselines(sources, given["baselines"])),
+        systems=systems,
+        search=given["search"] or await anyio.to_thread.run_sync(search_of_runs, systems),
+        asked=asked,
         play=play,
         choice=choice,
         training_questions=optional_questions(given["training_questions"]),

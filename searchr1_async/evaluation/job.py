@@ -15,10 +15,11 @@ from searchr1_async.errors import ConfigurationError
 from searchr1_async.evaluation.judge import Judge
 from searchr1_async.evaluation.judging import FoundJudge, find_judge
 from searchr1_async.evaluation.systems import MeasuredSystem
-from searchr1_async.models import Thinking
 from searchr1_async.playing import PlaySettings, ServiceChoice
 from searchr1_async.search import Search
 from searchr1_async.service import default_model, is_embedded
+from searchr1_async.trained import EpisodeChoice, named_passages
+from searchr1_async.weights import Weights
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class EvaluationJob:
     systems: tuple[MeasuredSystem, ...]
     search: Search | None
     play: PlaySettings
-    """``group_size`` is the number of samples a question."""
+    """``group_size`` is the number of samples a question; how episodes are played is what neither ``asked`` nor a run tells."""
     choice: ServiceChoice = field(default_factory=ServiceChoice)
     out_dir: Path | None = None
     """None keeps the episodes as long as the report lives."""
@@ -37,14 +38,18 @@ class EvaluationJob:
     judge: Judge | None = None
     training_questions: tuple[Question, ...] = ()
     """What the models were trained on, besides what their runs' folders tell."""
+    asked: EpisodeChoice = field(default_factory=EpisodeChoice)
+    """How episodes are to be played, as far as the caller says."""
+    follows_runs: bool = True
+    """What nobody says is as the systems' runs were trained. False of an evaluation that an earlier version began."""
 
     def __post_init__(self) -> None:
         searching = [each.label for each in self.systems if each.system.method != "direct"]
         if self.search is None and searching:
             raise ConfigurationError(f"{', '.join(map(repr, searching))} searches: give evaluate() a search")
         for each in self.systems:
+            play = self.settings_of(each)
             if each.system.method == "recipe":
-                play = self.settings_of(each)
                 check_recipe(play.format_name, play.instructions)
         _ = self.found_judge  # one that cannot be is refused here
         if self.resume and self.out_dir is None:
@@ -69,24 +74,39 @@ class EvaluationJob:
         return self.play.group_size
 
     def settings_of(self, measured: MeasuredSystem) -> PlaySettings:
-        """How a system's episodes are played."""
-        system = measured.system
-        return replace(
-            self.play,
-            limits=system.limits or self.play.limits,
-            format_name=system.format or self.play.format_name,
-            thinking=self._thinking(measured),
-            instructions=system.instructions if system.instructions is not None else self._instructions(measured),
-        )
+        """How a system's episodes are played: as it says, as the evaluation is asked for, as the search was made, as the run was
+        trained, and else by the defaults."""
+        asked, usual = self.asked, self.play.episodes
+        if measured.system.method != "search":  # these are for the search tool; a baseline has its own
+            asked, usual = replace(asked, instructions=None), replace(usual, instructions=None)
+        chosen = measured.named.completed_by(asked).completed_by(named_passages(self.search))
+        if (like := self.played_like(measured)) is not None:
+            chosen = chosen.completed_by(self._of_training(like, measured))
+        return replace(self.play, **chosen.completed_by(usual).play())
 
-    def _thinking(self, measured: MeasuredSystem) -> Thinking:
-        # What nobody names is as the run was trained: with another prompt its weights would be measured too low.
-        named = (measured.system.thinking, self.play.thinking)
-        return next((value for value in named if value is not None), measured.weights.thinking)
+    def played_like(self, measured: MeasuredSystem) -> Weights | None:
+        """The weights of the run whose settings a system is played with: its own, or of a system that is no run those beside it, where
+        they were trained alike. So what a run has learned is told apart from how it was asked."""
+        if measured.weights.trained is not None:
+            return measured.weights
+        runs = [each.weights for each in self.systems if each.weights.trained is not None]
+        alike = len({repr(run.trained.episodes) for run in runs if run.trained is not None}) == 1
+        return runs[0] if alike and self.follows_runs else None
 
-    def _instructions(self, measured: MeasuredSystem) -> str | None:
-        # Those of the evaluation are for the search tool; a baseline has its own.
-        return self.play.instructions if measured.system.method == "search" else None
+    def _of_training(self, like: Weights, measured: MeasuredSystem) -> EpisodeChoice:
+        assert like.trained is not None
+        episodes = like.trained.episodes
+        if not self.follows_runs:
+            return EpisodeChoice(thinking=episodes.thinking)
+        if measured.system.method == "search":
+            return episodes
+        # A baseline's prompt is its method's, and needs its own room; that of the recipe is of one format.
+        chosen = EpisodeChoice(renderer=episodes.renderer, thinking=episodes.thinking)
+        if measured.system.method != "recipe":
+            chosen = replace(chosen, format=episodes.format)
+        if measured.system.method != "direct":
+            chosen = replace(chosen, n_results=episodes.n_results, max_passage_words=episodes.max_passage_words)
+        return chosen
 
     def choice_of(self, measured: MeasuredSystem) -> ServiceChoice:
         """The service and the model that it is measured on."""

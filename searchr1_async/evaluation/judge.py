@@ -23,7 +23,7 @@ from searchr1_async.config import SamplingSettings
 from searchr1_async.episodes.plain_text import PlainText
 from searchr1_async.episodes.rendering import select_renderer
 from searchr1_async.episodes.types import Question
-from searchr1_async.errors import ConfigurationError, ServiceError, first_error
+from searchr1_async.errors import ConfigurationError, ServiceError, ungrouped
 from searchr1_async.rollout.gate import SampleGate
 from searchr1_async.rollout.player import GroupPolicy
 from searchr1_async.rollout.turns import LoopTurns
@@ -194,12 +194,10 @@ class _Asking:
         self._allowed = max(1.0, MAX_FAILED_FRACTION * len(asked))
         self._gate.watch(getattr(self._policy, "client", None))
         left = iter(asked)
-        try:
+        with ungrouped(ServiceError):
             async with anyio.create_task_group() as tasks:
                 for _ in range(min(self._judge.at_once, len(asked))):
                     tasks.start_soon(self._work, left)
-        except* ServiceError as group:
-            raise first_error(group) from group
         if self._failed or self._unreadable:
             logger.warning(
                 "of %d answers asked about, the judge's verdict could not be read for %d, and the service gave none for %d",

@@ -63,6 +63,16 @@ class SystemRecord:
     """Of it with all that every question is asked with: the tool's description, the worked examples."""
     limits: Mapping[str, Any] | None = None
     """Where its episodes may become longer or shorter than the others'; fields of ``EpisodeLimits``."""
+    n_results: int | None = None
+    """Passages a query brings, where it is another number than the search's."""
+    max_passage_words: int | None = None
+    """Words after which a passage is cut, where these are others than the search's; 0 is never."""
+    like: str | None = None
+    """The folder of the run that it is played like; None: of none, or an earlier version of the package measured it."""
+    differences: Mapping[str, Any] | None = None
+    """Where it is played otherwise than it was trained: by setting, the value of the training and the one here."""
+    unrecorded: tuple[str, ...] = ()
+    """Settings that its run's folder does not hold; the defaults stand for them."""
     overlap: Mapping[str, int] | None = None
     """Questions of each suite that its training saw too; None: what it was trained on is not known."""
 
@@ -116,7 +126,9 @@ class Manifest:
             if unknown:
                 raise ValueError(f"unknown fields {', '.join(sorted(unknown))}")
             suites = tuple(SuiteRecord(**{**s, "question_ids": tuple(s["question_ids"])}) for s in values.pop("suites"))
-            systems = tuple(SystemRecord(**s) for s in values.pop("systems"))
+            systems = tuple(
+                SystemRecord(**{**s, "unrecorded": tuple(s.get("unrecorded", ()))}) for s in values.pop("systems")
+            )
             return cls(**{**values, "suites": suites, "systems": systems, "notes": tuple(values.get("notes", ()))})
         except FileNotFoundError:
             return None

@@ -118,6 +118,7 @@ def repeated_job(
             group_size=settings["samples"],
             max_failed_fraction=settings["max_failed_fraction"],
         ),
+        follows_runs=settings.get("follows_runs", False),  # each system's own settings are written down
         choice=choice,
         out_dir=out_dir,
         resume=resume,
@@ -181,9 +182,12 @@ def _measured(record: SystemRecord) -> MeasuredSystem:
         model=record.model,
         method=cast(Method, record.method),
         format=record.format,
+        renderer=record.renderer,
         thinking=record.thinking,
         instructions=record.instructions,
         limits=None if record.limits is None else EpisodeLimits(**record.limits),
+        n_results=record.n_results,
+        max_passage_words=record.max_passage_words,
         service_folder=record.service_folder,  # what was named: its own manifest must be the same
     )
     base = record.model if record.checkpoint is not None else None

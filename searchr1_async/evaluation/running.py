@@ -30,6 +30,7 @@ from searchr1_async.rollout.policy import TinkerPolicy
 from searchr1_async.rollout.workers.messages import WorkerSpec
 from searchr1_async.run_folder import claimed, keep_tokenizer, writing_records
 from searchr1_async.service import Service
+from searchr1_async.trained import described_differences
 from searchr1_async.watch.fanout import Watchers
 from searchr1_async.watch.trackers import make_trackers, open_trackers
 
@@ -50,6 +51,7 @@ async def run_evaluation(job: EvaluationJob, watchers: Watchers, opened: AsyncEx
     asked = questions_frame(asked_questions(job.suites))
     # In a thread: it reads the corpus and what the runs were trained on whole.
     manifest = await anyio.to_thread.run_sync(describe, job, asked)
+    _tell_settings(job, manifest, watchers)
     async with AsyncExitStack() as services:
         stages = await _refuse(job, manifest, services, watchers)
         if job.out_dir is not None:
@@ -63,6 +65,17 @@ async def run_evaluation(job: EvaluationJob, watchers: Watchers, opened: AsyncEx
     with writing_records(store.folder):
         await anyio.to_thread.run_sync(store.finish)
     return await anyio.to_thread.run_sync(make_report, store, manifest)
+
+
+def _tell_settings(job: EvaluationJob, manifest: Manifest, emit: Emit) -> None:
+    """Which systems are played as a run was trained, and which otherwise than they were."""
+    for measured, record in zip(job.systems, manifest.systems, strict=True):
+        if record.like is not None and measured.system.method == "search":
+            settings = str(job.settings_of(measured).episodes) or "the defaults"
+            emit(Notice(f"{record.label!r} is played like the run in {record.like}: {settings}"))
+        if record.differences:
+            found = described_differences(record.differences)
+            emit(Notice(f"{record.label!r} is not played as it was trained: {found}", is_warning=True))
 
 
 async def _refuse(
@@ -181,11 +194,12 @@ class _Evaluation:
 
     async def _play_systems(self, service: Service, systems: list[MeasuredSystem]) -> None:
         """Those that play alike share an engine, and so a pool."""
-        by_spec: dict[WorkerSpec, list[MeasuredSystem]] = {}
+        alike: dict[tuple[WorkerSpec, int | None, int | None], list[MeasuredSystem]] = {}
         for measured in systems:
-            spec = worker_spec(service, self._job.settings_of(measured), measured.system.method)
-            by_spec.setdefault(spec, []).append(measured)
-        for spec, own in by_spec.items():
+            play = self._job.settings_of(measured)
+            spec = worker_spec(service, play, measured.system.method)
+            alike.setdefault((spec, play.n_results, play.max_passage_words), []).append(measured)
+        for (spec, *_), own in alike.items():
             policies = [(each, await policy_of(service, each.weights, self._job.play.sampling)) for each in own]
             await self._play_pool(service, spec, policies)
             for event in await anyio.to_thread.run_sync(self._finished, own):

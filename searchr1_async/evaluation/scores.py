@@ -29,7 +29,7 @@ OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 
 ``right_seen``: right, and a golden answer stood in a passage that it was shown; ``right_unseen``: right without;
 ``reading_failed``: wrong, though a golden answer was shown; ``search_failed``: wrong, and no search showed it;
-``no_search``: wrong without one valid search; ``no_answer``: no answer could be read, whatever was shown; ``failed``: a
+``no_search``: wrong without one valid search, as every wrong answer of the method ``direct`` is; ``no_answer``: no answer could be read, whatever was shown; ``failed``: a
 service failed it.
 """
 

@@ -15,7 +15,7 @@ from searchr1_async.service import choose_service_model, is_embedded
 
 async def settled(job: EvaluationJob, emit: Emit) -> EvaluationJob:
     """The job with a model in place of a default: that of the earlier session which it goes on with, else one that its service
-    offers. Says which systems think because they were trained so.
+    offers.
 
     Raises:
         ServiceError: no answer.
@@ -27,10 +27,8 @@ async def settled(job: EvaluationJob, emit: Emit) -> EvaluationJob:
     if earlier is not None and "thinking" not in earlier.settings and job.play.thinking is None:
         # Begun before there was a choice: the rest of its episodes is played as the first were.
         job = replace(job, play=replace(job.play, thinking=AS_TEMPLATE))
-    for each in job.systems:
-        named = each.system.thinking if each.system.thinking is not None else job.play.thinking
-        if named is None and each.weights.thinking is not None:
-            emit(Notice(f"{each.label!r} is measured with thinking={each.weights.thinking!r}, as it was trained"))
+    if earlier is not None and "follows_runs" not in earlier.settings:
+        job = replace(job, follows_runs=False)
     unnamed = [each.label for each in job.systems if job.choice_of(each).model is None]
     if not unnamed or is_embedded(job.choice.service):
         return job

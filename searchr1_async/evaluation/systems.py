@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from searchr1_async.arguments import GivenWeights
 from searchr1_async.boundary.paths import FilePath, is_same_place
-from searchr1_async.boundary.settings import check_settings
+from searchr1_async.boundary.settings import Count, Natural, check_settings
 from searchr1_async.config import EpisodeLimits
 from searchr1_async.episodes.methods import Method
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.evaluation.manifest import SystemRecord
 from searchr1_async.models import Thinking
 from searchr1_async.recorded import RecordedRun
+from searchr1_async.run_folder import kept_search
+from searchr1_async.search import Search
+from searchr1_async.trained import EpisodeChoice, kept_record
 from searchr1_async.watch.rows import storable
 from searchr1_async.weights import Step, Weights, find_weights
 
@@ -39,13 +43,20 @@ class System:
     """``search``, or a baseline: ``direct`` (no search), ``rag`` (one search with the question itself), ``recipe`` (the
     ancestor's own prompt)."""
     format: str | None = None
-    """Tool-call format; None is the evaluation's."""
+    """Tool-call format; this and the following are None where they are the evaluation's, and where that says nothing either, as the
+    run was trained."""
+    renderer: str | None = None
+    """Chat format."""
     thinking: Thinking = None
-    """Whether the model thinks; None is the evaluation's, and where that says nothing either, as the run was trained."""
+    """Whether the model thinks."""
     instructions: str | None = None
-    """The system prompt; None is the method's own."""
+    """The system prompt; a baseline has its method's own."""
     limits: EpisodeLimits | None = None
-    """How long its episodes may become; None is as the evaluation says. A prompt that asks for thoughts needs room for them."""
+    """How long its episodes may become. A prompt that asks for thoughts needs room for them."""
+    n_results: Count | None = None
+    """Passages a query brings; None is also as the search was made, where it was made with a number."""
+    max_passage_words: Natural | None = None
+    """Words after which a passage is cut, 0 for whole ones; None likewise."""
     service_folder: FilePath | None = None
     """The embedded service's folder that holds a ``tinker://`` checkpoint; a run knows its own."""
 
@@ -71,6 +82,19 @@ class MeasuredSystem:
     def model(self) -> str | None:
         """The base model, where it is known."""
         return self.system.model or self.weights.base_model
+
+    @property
+    def named(self) -> EpisodeChoice:
+        """How its episodes are played, as far as the system itself says."""
+        system = self.system
+        return EpisodeChoice(
+            format=system.format,
+            renderer=system.renderer,
+            thinking=system.thinking,
+            instructions=system.instructions,
+            n_results=system.n_results,
+            max_passage_words=system.max_passage_words,
+        ).completed_by(EpisodeChoice.of_limits(system.limits))
 
 
 def find_systems(sources: Mapping[str, SystemSource]) -> tuple[MeasuredSystem, ...]:
@@ -113,3 +137,31 @@ def with_baselines(sources: Mapping[str, SystemSource], methods: tuple[Method, .
             )
         out[method] = System(method=method)
     return out
+
+
+def search_of_runs(systems: Sequence[MeasuredSystem]) -> Search | None:
+    """The search that the runs among the systems were trained with, each to see as many passages as in its training.
+
+    Reads a corpus whole: call it in a worker thread.
+
+    Returns:
+        None where no run searches, or they do not describe one and the same search.
+
+    Raises:
+        ConfigurationError: it cannot be made here, or gives other answers than in training.
+        CorpusError, EmbeddingError, StoreError: as :meth:`Search.from_description`.
+    """
+    runs = [each.weights.run for each in systems if each.weights.run is not None and each.system.method != "direct"]
+    described = [_source_of(kept_record(run)) for run in runs]
+    if not described or None in described or any(each != described[0] for each in described):
+        return None
+    kept_search(runs[0])  # refuses what is not the search of the training
+    return Search.from_description(described[0] or {})
+
+
+def _source_of(record: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """How a run's search is made, without the passages that it shows."""
+    description = None if record is None else record["description"]
+    if description is None:
+        return None
+    return {name: value for name, value in description.items() if name not in ("n_results", "max_passage_words")}

@@ -17,7 +17,8 @@ from searchr1_async.episodes.types import Passage, Question
 from searchr1_async.errors import ModelError
 from searchr1_async.evaluation.result import Evaluation
 from searchr1_async.learn.checkpoints import ResumePoint
-from searchr1_async.run_folder import load_evaluations, search_record, training_questions
+from searchr1_async.run_folder import load_evaluations, training_questions
+from searchr1_async.trained import kept_record
 from searchr1_async.watch.records import RunRecords
 
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -127,7 +128,7 @@ def _data(run: Path) -> list[str]:
 
 def _search(run: Path) -> list[str]:
     """What searches show. Of an index that is not built from a corpus no name is told: it may be an address."""
-    record = search_record(run)
+    record = kept_record(run)
     if record is None:
         return []
     count, words = record["n_results"], record["max_passage_words"]

@@ -24,14 +24,7 @@ from searchr1_async.boundary.settings import checked_arguments
 from searchr1_async.config import LocalOptions
 from searchr1_async.control import run_under_way
 from searchr1_async.endpoint import find_endpoint
-from searchr1_async.errors import (
-    ConfigurationError,
-    ExportError,
-    RunFolderError,
-    SearchR1Error,
-    ServiceError,
-    first_error,
-)
+from searchr1_async.errors import ConfigurationError, ExportError, RunFolderError, ServiceError, ungrouped
 from searchr1_async.events import Emit, Notice, emit_nothing
 from searchr1_async.exporting.card import CardFacts, model_card
 from searchr1_async.exporting.download import download_adapter
@@ -131,11 +124,9 @@ async def export(
         model = await base_model_of(weights.path, service)
     tokenizer = await anyio.to_thread.run_sync(_tokenizer_of, weights, base)
     choice = ServiceChoice(service, model or base, local or LocalOptions(), tokenizer)
-    try:
+    with ungrouped():
         async with _service_of(weights, choice, emit) as opened:
             await _export(opened, weights, order, emit)
-    except* SearchR1Error as group:
-        raise first_error(group) from group
     if push_to_hub is not None:
         address = await anyio.to_thread.run_sync(partial(push, target, push_to_hub, private=private))
         emit(Notice(f"uploaded to {address}"))
@@ -146,7 +137,9 @@ def _check(target: Path, format: str, push_to_hub: str | None) -> None:
     if push_to_hub is not None:
         check_hub_name(push_to_hub)
     if format == "merged" and importlib.util.find_spec("torch") is None:
-        raise ConfigurationError("format='merged' needs torch: pip install torch, or export with format='peft'")
+        raise ConfigurationError(
+            "format='merged' needs torch: pip install 'searchr1_async[local]', or export with format='peft'"
+        )
     if target.name in ("", "..", "."):
         raise ConfigurationError(f"{target} cannot be exported to: name a new folder")
 

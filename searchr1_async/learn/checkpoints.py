@@ -14,15 +14,23 @@ from typing import Any
 
 from searchr1_async.boundary.paths import is_same_place
 from searchr1_async.config import LossName
-from searchr1_async.episodes.rendering import AS_TEMPLATE
 from searchr1_async.errors import CheckpointError, RunFolderError
 from searchr1_async.files import write_atomically
-from searchr1_async.models import Thinking
 from searchr1_async.usage import TokenUsage
 
 _FORMAT = 2
 _KEPT_FORMAT = 1
 _KEPT_FILE = "checkpoints.json"
+
+
+@dataclass(frozen=True, slots=True)
+class WarmUpPlace:
+    """How far a warm-up is."""
+
+    step: int
+    """Supervised steps finished."""
+    batches: str
+    """A digest of all batches of the warm-up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +70,10 @@ class ResumePoint:
     """What the run was started with; a resume with another is refused, naming what changed."""
     loss: LossName | None = None
     """What the run learns with, which may have been chosen by what its service has; None in files of earlier versions."""
+    warm_up: WarmUpPlace | None = None
+    """Of a run whose warm-up is under way; None before and afterwards, and without one."""
     started_from: Mapping[str, Any] | None = None
     """With ``start_from``: the weights that it meant (``name``, ``path``, ``step``, ``base_model``)."""
-
-    @property
-    def thinking(self) -> Thinking:
-        """The value that the run is trained with; runs begun before there was a choice left it to the chat template."""
-        return self.settings.get("thinking", AS_TEMPLATE)
 
     def is_open(self, place: int) -> bool:
         """Whether no recorded step holds the group of this place, so that it must be trained on or dropped yet."""
@@ -107,6 +112,8 @@ class ResumePoint:
                 )
             values["open_places"] = tuple(values["open_places"])
             values["tokens"] = TokenUsage(**values.get("tokens", {}))
+            if values.get("warm_up") is not None:
+                values["warm_up"] = WarmUpPlace(**values["warm_up"])
             _rename_old_settings(values["settings"])
             return cls(**values)
         except FileNotFoundError:
@@ -127,18 +134,27 @@ class ResumePoint:
         """
         (folder / "state.json").unlink(missing_ok=True)
 
+    @property
+    def inputs(self) -> Mapping[str, Any]:
+        """What the run was given besides (:func:`searchr1_async.inputs.inputs_of`); empty where an earlier version began it."""
+        return self.settings.get("inputs") or {}
+
+    def given(self, inputs: Mapping[str, Any]) -> ResumePoint:
+        """The point of a session that is given these; of what it is not given, it knows what it was."""
+        return replace(self, settings={**self.settings, "inputs": {**self.inputs, **inputs}})
+
     def refuse_changes(self, settings: Mapping[str, Any], order_fingerprint: str) -> None:
         """Refuses to go on with other settings or questions, since the steps before and after would not be one run.
 
         Raises:
             RunFolderError: naming what changed.
         """
-        then = dict(self.settings)
+        then = {**self.settings, "inputs": None}
         for name in ("model", "start_from"):  # earlier versions kept a relative path as it was given
             before, now = then.get(name), settings.get(name)
             if isinstance(before, str) and isinstance(now, str) and is_same_place(before, now):
                 then[name] = now
-        changed = list(_differences(then, settings))
+        changed = list(_differences(then, {**settings, "inputs": None}))
         if order_fingerprint != self.order_fingerprint:
             changed.append("the questions or their order")
         if changed:

@@ -328,6 +328,15 @@ class Learner:
             sampler = self._client.save_weights_for_sampler(name)
             return (await state).path, (await sampler).path
 
+    async def save_state(self, name: str) -> str:
+        """Saves the weights and the optimizer as they are, for a resume; returns their ``tinker://`` path.
+
+        Raises:
+            CheckpointError: they could not be saved.
+        """
+        with self._calls.waiting("saving a checkpoint", CheckpointError):
+            return (await self._client.save_state(name, ttl_seconds=_RESUME_POINT_TTL, overwrite=True)).path
+
     async def supervised_step(self, episodes: Sequence[Episode], learning_rate: float) -> float:
         """One cross-entropy step on demonstrations; returns the mean loss a token.
 

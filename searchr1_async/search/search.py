@@ -80,6 +80,8 @@ class Search:
     def __init__(self, embedder: Embedder, store: Store | LocalIndex, **options: Unpack[SearchOptions]) -> None:
         settings = SearchSettings(**options)
         self._settings = settings
+        self.named = frozenset(options)
+        """The options that were given; the others have their defaults."""
         path = settings.cache_path
         self._answers = AnswerCache(
             settings.cache_entries, None if path is None else absolute_path(path, "cache_path"), settings.cache_bytes
@@ -351,6 +353,10 @@ class Search:
         Raises:
             CorpusError: the corpus cannot be used.
         """
+        return self.fingerprint_of()
+
+    def fingerprint_of(self, n_results: int | None = None, max_passage_words: int | None = None) -> str:
+        """The :attr:`fingerprint` of this search with other settings, as :meth:`search` takes them."""
         source = self._source
         match source:
             case LocalIndex():
@@ -359,8 +365,8 @@ class Search:
                 content = source.fingerprint
             case _:
                 content = source.name
-        parts = (content, self._embedder.fingerprint, self._settings.n_results, self._settings.max_passage_words)
-        return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+        shown = (n_results or self._settings.n_results, self._words(max_passage_words))
+        return hashlib.sha256(repr((content, self._embedder.fingerprint, *shown)).encode()).hexdigest()[:32]
 
     @property
     def statistics(self) -> SearchStatistics:
@@ -460,12 +466,15 @@ class Search:
                 if not self._users:
                     await self._close()
 
-    async def search(self, queries: Sequence[str], n_results: int | None = None) -> Found:
+    async def search(
+        self, queries: Sequence[str], n_results: int | None = None, *, max_passage_words: int | None = None
+    ) -> Found:
         """The nearest passages of each query, in the order of the queries.
 
         Args:
             queries: cleaned by :meth:`clean_query` once more.
             n_results: passages for each query; None means the number that this search was made with.
+            max_passage_words: words after which passages are cut, 0 for whole ones; None likewise.
 
         Raises:
             SearchError: not open, a query that cannot be cleaned, no answer within the deadline, or a failure of the
@@ -487,7 +496,7 @@ class Search:
             self._tally.failed += 1
             raise
         self._tally.latency.add(time.monotonic() - began)
-        return tuple(self._trim(answers[key]) for key in keys)
+        return tuple(self._trim(answers[key], max_passage_words) for key in keys)
 
     async def _find(self, keys: Sequence[AnswerKey], store: Store) -> Mapping[AnswerKey, Answer]:
         """From memory, from disk, from the services; and kept for the next time."""
@@ -550,11 +559,14 @@ class Search:
         store = self._store
         return Capacity(1, 1) if store is None else Capacity(min(MAX_BATCH, store.max_queries), store.max_requests)
 
-    def _trim(self, passages: Sequence[Passage]) -> tuple[Passage, ...]:
-        most = self._settings.max_passage_words
+    def _trim(self, passages: Sequence[Passage], most: int | None) -> tuple[Passage, ...]:
+        most = self._words(most)
         if most is None:
             return tuple(passages)
         return tuple(replace(passage, text=first_words(passage.text, most)) for passage in passages)
+
+    def _words(self, max_passage_words: int | None) -> int | None:
+        return self._settings.max_passage_words if max_passage_words is None else max_passage_words or None
 
     def _keys(self, queries: Sequence[str], n_results: int | None) -> tuple[AnswerKey, ...]:
         wanted = self._settings.n_results if n_results is None else n_results

@@ -174,7 +174,7 @@ def test_the_recipe_that_is_not_there_is_named_with_what_to_install(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModelError, match="pip install tinker-cookbook"):
+    with pytest.raises(ModelError, match=r"pip install 'searchr1_async\[recipe\]'"):
         make_dialect("hermes", "m", tokenizer, method="recipe")
 
 

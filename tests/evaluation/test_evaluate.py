@@ -108,6 +108,8 @@ async def test_systems_over_suites_in_one_folder(run: Path, search: sr.Search, t
     assert report.manifest is not None
     assert [each.overlap for each in report.manifest.systems] == [{"seen": 6, "new": 0}] * 3 + [None]
     assert any("6" in note and "seen" in note for note in report.notes())
+    (fault,) = (note for note in report.notes() if note.startswith("direct was wrong"))
+    assert "search" not in fault, "it has none"
     # Ids that two suites share stay apart, and each episode is of its own question.
     asked = {(q.data_source, q.id): q.question for own in suites().values() for q in own}
     for label in report:
@@ -381,7 +383,7 @@ async def test_numbers_of_numpy_are_numbers_and_texts_are_none(run: Path, search
     manifest = Manifest.load(tmp_path / "e")
     assert manifest is not None
     assert (manifest.settings["temperature"], manifest.settings["samples"], manifest.settings["seed"]) == (0.5, 2, 3)
-    for name, value in (("samples", "2"), ("limit", 2.5), ("temperature", "0.5"), ("max_turns", None), ("seed", 1.5)):
+    for name, value in (("samples", "2"), ("limit", 2.5), ("temperature", "0.5"), ("max_turns", "3"), ("seed", 1.5)):
         with pytest.raises(ConfigurationError, match=name):
             await evaluate(suites(), search, out_dir=tmp_path / "f", **playing(**{name: value}))
     assert not (tmp_path / "f").exists()

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+import searchr1_async as sr
 from searchr1_async.config import EpisodeLimits, SamplingSettings
 from searchr1_async.data.suites import Suite
 from searchr1_async.episodes.reward import RecipeReward
@@ -16,6 +17,7 @@ from searchr1_async.evaluation.judge import Judge
 from searchr1_async.evaluation.systems import MeasuredSystem, System
 from searchr1_async.playing import PlaySettings, ServiceChoice
 from searchr1_async.weights import Weights
+from tests import tiny_world
 
 URL = "http://somewhere:1"
 
@@ -82,7 +84,7 @@ def test_one_judge_judges_all_systems() -> None:
 
 def test_a_search_counts_where_one_searches() -> None:
     play = PlaySettings(RecipeReward(), limits=EpisodeLimits(), sampling=SamplingSettings())
-    search: Any = object()
+    search = sr.Search.local([sr.Passage("p", "", "text")], embedder=tiny_world.HashingEmbedder())
     searching = MeasuredSystem("s", System())
     suites: tuple[Suite, ...] = ()
     assert EvaluationJob(suites, (base("d"),), search, play).used_search is None

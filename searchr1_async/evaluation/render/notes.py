@@ -10,6 +10,7 @@ import polars as pl
 from searchr1_async.evaluation.compared import ComparisonOf
 from searchr1_async.evaluation.figures import ALL_SUITES, MACRO
 from searchr1_async.evaluation.render.tables import counted, one_line
+from searchr1_async.trained import described_differences
 
 if TYPE_CHECKING:
     from searchr1_async.evaluation.report import Report
@@ -27,6 +28,7 @@ def notes_of(report: Report) -> tuple[str, ...]:
     """The sentences, the most important first; labels in them are on one line, and not escaped for any form."""
     found = [
         *_failures(report),
+        *_training(report),
         *_overlap(report),
         *_questions(report),
         *_samples(report),
@@ -46,6 +48,27 @@ def _failures(report: Report) -> Iterator[str]:
                 f"{one_line(label)}: {evaluation.failed:,} of {counted(evaluation.scores.height, 'episode')} failed "
                 "(a service ended them) and are left out of every score."
             )
+
+
+def _training(report: Report) -> Iterator[str]:
+    """How the systems were played, beside how their runs were trained."""
+    records = report.manifest.systems if report.manifest is not None else ()
+    for record in records:
+        label = one_line(record.label)
+        if record.differences:
+            yield (
+                f"{label} is not played as it was trained: {described_differences(record.differences)}. Its figures are not "
+                "those of its run's own measurements."
+            )
+        if record.unrecorded:
+            yield (
+                f"The folder of {label}'s run, which an earlier version began, does not say {_listed(list(record.unrecorded))}: the "
+                "defaults stand for what it was trained with."
+            )
+    for like in dict.fromkeys(record.like for record in records):
+        played = [one_line(each.label) for each in records if each.like == like and not each.differences]
+        if like is not None and played:
+            yield f"Played as the run in {one_line(like)} was trained: {_listed(played)}."
 
 
 def _overlap(report: Report) -> Iterator[str]:
@@ -147,8 +170,10 @@ def _wrong(report: Report) -> Iterator[str]:
         if not wrong:
             continue
         ranked = sorted((o for o in _WRONG if counts.get(o)), key=lambda o: (-counts[o], _WRONG.index(o)))
+        record = report.record(label)
+        words = _WRONG_WORDS | ({"no_search": "the answer was wrong"} if record and record.method == "direct" else {})
         shares = "; ".join(
-            f"{counts[outcome]:,} ({counts[outcome] / wrong:.0%}) {_WRONG_WORDS[outcome]}" for outcome in ranked
+            f"{counts[outcome]:,} ({counts[outcome] / wrong:.0%}) {words[outcome]}" for outcome in ranked
         )
         yield f"{one_line(label)} was wrong in {counted(wrong, 'episode')}: {shares}."
 

@@ -25,7 +25,7 @@ OUTCOME_WORDS: dict[str, str] = {
     "right_unseen": "right, answer not seen",
     "reading_failed": "reading failed",
     "search_failed": "search failed",
-    "no_search": "no search",
+    "no_search": "wrong, no search",
     "no_answer": "no answer",
     "failed": "service failed",
 }
@@ -35,7 +35,7 @@ OUTCOME_MEANINGS: dict[str, str] = {
     "right_unseen": "right, though no passage that it was shown holds a golden answer",
     "reading_failed": "wrong, though a golden answer stood in a passage that it was shown",
     "search_failed": "wrong; it searched, and no passage that it was shown holds a golden answer",
-    "no_search": "wrong, without one valid search",
+    "no_search": "wrong, without one valid search; of a system that has no search, every wrong answer",
     "no_answer": "no answer could be read, whatever it was shown",
     "failed": "a service failed: left out of every score",
 }

@@ -15,7 +15,7 @@ import anyio
 from anyio.abc import TaskGroup, TaskStatus
 
 from searchr1_async.episodes.play import SearchTool
-from searchr1_async.errors import ConfigurationError, ServiceError, first_error
+from searchr1_async.errors import ConfigurationError, ServiceError, ungrouped
 from searchr1_async.rollout.gate import GateStatistics
 from searchr1_async.rollout.player import Finished, GroupPolicy, GroupTask
 from searchr1_async.rollout.workers.attempt import Attempt
@@ -149,15 +149,14 @@ class WorkerPool:
         self._failure = None
         self._changed = anyio.Event()
         self._tasks = await anyio.create_task_group().__aenter__()
-        try:
-            async with anyio.create_task_group() as starting:
-                for _ in range(self._count):
-                    starting.start_soon(self.add_worker)
-        except BaseException as error:
-            await self.__aexit__(type(error), error, error.__traceback__)
-            if isinstance(error, ExceptionGroup):
-                raise first_error(error) from None
-            raise
+        with ungrouped(Exception):
+            try:
+                async with anyio.create_task_group() as starting:
+                    for _ in range(self._count):
+                        starting.start_soon(self.add_worker)
+            except BaseException as error:
+                await self.__aexit__(type(error), error, error.__traceback__)
+                raise
         return self
 
     async def __aexit__(

@@ -1,0 +1,187 @@
+"""What a run is given besides its settings (its reward, its questions' answers), as digests: a resume tells what has changed."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import inspect
+import sys
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from types import CodeType, FunctionType, MethodType
+from typing import Any
+
+from searchr1_async.episodes.reward import RecipeReward, RewardFunction
+from searchr1_async.episodes.types import Question
+from searchr1_async.errors import RunFolderError
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None))
+_QUESTIONS = {
+    "questions": "the texts of the training questions",
+    "golden_answers": "the golden answers of the training questions",
+}
+_HELD_OUT = {"held_out": "the held-out questions", "held_out_answers": "the golden answers of the held-out questions"}
+
+
+def inputs_of(reward: RewardFunction, questions: Sequence[Question], held_out: Sequence[Question]) -> dict[str, Any]:
+    """The record of what a run is given, as plain JSON values. Takes 2 µs a question.
+
+    Args:
+        held_out: without any, nothing is said of them.
+    """
+    out = {
+        "reward": _reward(reward),
+        "questions": _digest((one.id, one.question) for one in questions),
+        "golden_answers": _digest((one.id, one.golden_answers) for one in questions),
+    }
+    if held_out:
+        out["held_out"] = _digest((one.id, one.question) for one in held_out)
+        out["held_out_answers"] = _digest((one.id, one.golden_answers) for one in held_out)
+    return out
+
+
+def refuse_other_measure(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuses what would make the figures of one run, before and after a resume, figures of different things.
+
+    Args:
+        then: the record of the session before, which has measured; empty of an earlier version of the package, which kept none.
+
+    Raises:
+        RunFolderError: naming what changed.
+    """
+    changed = [words for name, words in _HELD_OUT.items() if _differs(then, now, name)]
+    rewards = [record.get("reward") or {} for record in (then, now)]
+    strict = [reward.get("strict_recipe") for reward in rewards]
+    if None not in strict and strict[0] != strict[1]:
+        changed.append(f"strict_recipe ({strict[0]} then, {strict[1]} now), which decides what counts as right")
+    if changed:
+        raise RunFolderError(
+            f"this run has measured on its held-out questions, and its figures could not be compared with those to come: "
+            f"{'; '.join(changed)} changed. Give what the run was begun with, leave held_out out, or choose another out_dir."
+        )
+
+
+def changed_inputs(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What a resume is given otherwise than the session before, in words; what only one of the two knows is not compared."""
+    changed = [f"{words} changed" for name, words in {**_QUESTIONS, **_HELD_OUT}.items() if _differs(then, now, name)]
+    before, after = then.get("reward"), now.get("reward")
+    if before is None or after is None or before == after:
+        return changed
+    if before["kind"] != after["kind"]:
+        return [f"the reward is {after['kind']}, and was {before['kind']}", *changed]
+    if before.get("by") != after.get("by"):
+        return changed
+    if "source" in before:
+        return [f"the source of the reward {after['kind']} changed", *changed]
+    settings = [
+        f"{name} is {after[name]!r}, and was {before[name]!r}" for name in before if before[name] != after.get(name)
+    ]
+    return [*settings, *changed]
+
+
+def _differs(then: Mapping[str, Any], now: Mapping[str, Any], name: str) -> bool:
+    return name in then and name in now and then[name] != now[name]
+
+
+def _digest(parts: Iterable[object]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(repr(part).encode("utf-8", "surrogatepass") + b"\0")
+    return digest.hexdigest()[:16]
+
+
+# --- functions --------------------------------------------------------------------------------------------------------
+
+
+def _reward(reward: RewardFunction) -> dict[str, Any]:
+    if isinstance(reward, RecipeReward) and type(reward) is RecipeReward:
+        return {"kind": "RecipeReward", **asdict(reward)}
+    parts = list(_parts(reward, set()))
+    by = "source" if not any(isinstance(part, _Code) for part in parts) else f"code of {sys.version_info[:2]}"
+    kind = getattr(reward, "__qualname__", None) or type(reward).__qualname__
+    return {"kind": kind, "by": by, "source": _digest(parts)}
+
+
+class _Code(tuple[Any, ...]):
+    """Compiled code, where there is no source; it differs from one version of Python to the next."""
+
+    __slots__ = ()
+
+
+def _parts(value: object, seen: set[int]) -> Iterator[object]:
+    """What a callable's results depend on, as far as it can be seen: its source and that of the functions of its module which it
+    calls, its defaults, and plain values that it holds."""
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, functools.partial):
+        yield from _plain({"args": value.args, **value.keywords})
+        yield from _parts(value.func, seen)
+    elif isinstance(value, MethodType):
+        yield from _parts(value.__func__, seen)
+        yield from _parts(value.__self__, seen)
+    elif isinstance(value, FunctionType):
+        yield from _function(value, seen)
+    elif callable(value) and not isinstance(value, type):
+        yield from _plain(_attributes(value))
+        yield _source(type(value)) or type(value).__qualname__
+        for held in _attributes(value).values():
+            if isinstance(held, FunctionType | MethodType | functools.partial):
+                yield from _parts(held, seen)
+
+
+def _function(function: FunctionType, seen: set[int]) -> Iterator[object]:
+    wrapped = inspect.unwrap(function)
+    if wrapped is not function:
+        yield from _parts(wrapped, seen)
+        return
+    # The lines of a lambda are those of the whole statement that it stands in.
+    source = None if function.__name__ == "<lambda>" else _source(function)
+    yield source or _Code(_code(function.__code__))
+    yield from _plain({"defaults": function.__defaults__, "keyword defaults": function.__kwdefaults__})
+    used = inspect.getclosurevars(function)
+    yield from _plain(used.nonlocals)
+    helpers = [*used.nonlocals.values(), *used.globals.values()]
+    for helper in helpers:
+        if isinstance(helper, FunctionType) and helper.__module__ == function.__module__:
+            yield from _parts(helper, seen)
+
+
+def _source(of: Callable[..., Any]) -> str | None:
+    """Its source, without comments, docstrings and layout; None where there is none."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(of)))
+    except (OSError, TypeError, SyntaxError):
+        return None
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and ast.get_docstring(node):
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.unparse(tree)
+
+
+def _code(code: CodeType) -> Iterator[object]:
+    yield from (code.co_code, code.co_names, code.co_varnames)
+    for constant in code.co_consts:
+        yield _Code(_code(constant)) if isinstance(constant, CodeType) else constant
+
+
+def _attributes(value: object) -> dict[str, object]:
+    names = [*getattr(value, "__dict__", {}), *getattr(type(value), "__slots__", ())]
+    return {name: getattr(value, name) for name in names if hasattr(value, name)}
+
+
+def _plain(values: Mapping[str, object]) -> Iterator[object]:
+    """Those values, by name, that look the same in every process."""
+    for name in sorted(values):
+        if _is_plain(values[name]):
+            yield name, values[name]
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, Mapping):
+        return all(map(_is_plain, [*value.keys(), *value.values()]))
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return isinstance(value, _PLAIN)

@@ -1,0 +1,32 @@
+"""A search that shows a model other passages than it shows by itself: more or fewer of them, or cut elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from searchr1_async.episodes.types import Passage
+from searchr1_async.search.search import Search
+
+
+class ShownSearch:
+    """A search with its own number and length of passages, for one model among several that use the search.
+
+    Args:
+        search: opened and closed by its owner.
+        n_results: passages for each query; None is the search's own.
+        max_passage_words: words after which passages are cut, 0 for whole ones; None is the search's own.
+    """
+
+    def __init__(self, search: Search, n_results: int | None, max_passage_words: int | None) -> None:
+        self._search = search
+        own_settings, given = search.settings, {"n_results": n_results, "max_passage_words": max_passage_words}
+        own = {"n_results": own_settings.n_results, "max_passage_words": own_settings.max_passage_words or 0}
+        self._other = {name: value for name, value in given.items() if value is not None and value != own[name]}
+
+    async def search(self, queries: Sequence[str]) -> Sequence[Sequence[Passage]]:
+        """As :meth:`Search.search`."""
+        return await self._search.search(queries, **self._other)
+
+    def clean_query(self, query: str) -> str | None:
+        """As :meth:`Search.clean_query`."""
+        return self._search.clean_query(query)
