@@ -235,6 +235,7 @@ def work_in(folder: Path, point: ResumePoint) -> str:
     if point.step:
         return f"{point.step} steps"
     parts = {
+        "warm-up steps": point.warm_up is not None and point.warm_up.step > 0,
         "kept weights": point.sampler_path is not None,
         "measurements": any((folder / "evaluations").glob("*.parquet")),
         "finished groups": any((folder / "unlearned").glob("*")),

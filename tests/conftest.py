@@ -16,7 +16,7 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
     OMP_WAIT_POLICY="passive",
 )
-for name in ("TINKER_API_KEY", "TINKER_BASE_URL"):
+for name in ("TINKER_API_KEY", "TINKER_BASE_URL", "TINKER_CREDENTIAL_CMD"):
     os.environ.pop(name, None)
 
 
