@@ -80,7 +80,7 @@ class EpisodeChoice:
         """
         return {
             "limits": self.limits,
-            "format_name": self.format or "hermes",
+            "format_name": "hermes" if self.format is None else self.format,
             "renderer_name": self.renderer,
             "thinking": self.thinking,
             "instructions": self.instructions,

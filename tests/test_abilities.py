@@ -23,6 +23,7 @@ from searchr1_async.local.backend import SampleRequest, SampleResult, Snapshot, 
 from searchr1_async.local.sampling import Sampling
 from searchr1_async.local.scripted import ScriptedBackend
 from searchr1_async.service import Service
+from tests import tiny_world
 from tests.local.serving import sdk, service_thread, successors
 
 pytestmark = pytest.mark.anyio
@@ -170,8 +171,9 @@ async def test_a_resumed_run_keeps_its_loss(tmp_path: Path) -> None:
 
 
 async def test_the_old_name_of_the_setting_warns(tmp_path: Path) -> None:
+    search = sr.Search.local([sr.Passage("1", "", "text")], embedder=tiny_world.HashingEmbedder())
     with pytest.warns(DeprecationWarning, match='use weights_in_flight="inflight"'), pytest.raises(ConfigurationError):
-        sr.train([], None, out_dir=tmp_path, switch_weights_in_flight=True)  # pyright: ignore[reportArgumentType]
+        sr.train([], search, out_dir=tmp_path, switch_weights_in_flight=True)
 
 
 def test_a_loss_that_is_named_is_the_only_one() -> None:

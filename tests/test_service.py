@@ -138,7 +138,10 @@ async def test_bad_question_files_are_refused_naming_the_row(
 
 async def test_questions_that_are_none_are_refused(search: sr.Search, tmp_path: Path) -> None:
     one = tiny_world.make_questions()[0][0]
-    for questions, named in ([{"question": "What?"}], "a dict"), ([one, one], "two questions have the id"):
+    for questions, named in (
+        ([{"question": "What?"}], "row 1 has neither 'golden_answers'"),
+        ([one, one], "two questions have the id"),
+    ):
         with pytest.raises(sr.QuestionsError, match=named):
             start(search, tmp_path / "run", questions)
     with pytest.raises(sr.QuestionsError, match="no questions"):
@@ -258,6 +261,6 @@ async def test_a_tokenizer_that_is_none_is_refused(
 ) -> None:
     monkeypatch.setenv("TINKER_API_KEY", tiny_world.shared_service().api_key)
     settings = tiny_world.served_settings(tokenizer=str(tmp_path / "none"))
-    with pytest.raises(sr.ModelError, match="tokenizer"):
-        await start(search, tmp_path / "run", **settings)
+    with pytest.raises(sr.ConfigurationError, match="tokenizer"):
+        start(search, tmp_path / "run", **settings)
     assert not (tmp_path / "run").exists()

@@ -215,7 +215,7 @@ async def test_what_other_processes_play_is_counted_too(start: Callable[..., sr.
     ("settings", "message"),
     [
         ({"max_cost": 0.0}, "must be over 0"),
-        ({"max_cost": float("nan")}, "must be over 0"),
+        ({"max_cost": float("nan")}, "give a finite number"),
         ({"max_cost": 5.0, "price": None}, "max_cost needs a known price: the price of"),
         ({"max_cost": 5.0, "price": sr.Price(1.0, 1.0)}, "only the price of sampling is known"),
     ],

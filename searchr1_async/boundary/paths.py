@@ -88,6 +88,11 @@ def as_name_or_folder(name: str, value: Any) -> str:
     return str(folder)
 
 
+def shown_name(name: str) -> str:
+    """What :func:`as_name_or_folder` returned, for people: the name, or the last part of the folder's path."""
+    return Path(name).name if Path(name).is_absolute() else name
+
+
 def _is_folder(text: str) -> bool:
     try:
         return Path(text).is_dir()

@@ -231,6 +231,6 @@ async def test_a_model_without_a_chat_format_is_refused(tokenizer: Any) -> None:
 def test_a_judge_describes_itself_so_that_it_can_be_asked_again() -> None:
     described = Judge("acme/judge", checkpoint=Path("runs/x")).describe()
     assert json.loads(json.dumps(described)) == described
-    assert (described["model"], described["checkpoint"]) == ("acme/judge", "runs/x")
+    assert (described["model"], described["checkpoint"]) == ("acme/judge", str(Path.cwd() / "runs/x"))
     assert described["instructions"] == JUDGE_INSTRUCTIONS
     assert Judge(**described).describe() == described

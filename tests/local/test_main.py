@@ -12,7 +12,7 @@ from pathlib import Path
 import anyio
 import pytest
 
-from searchr1_async.local import probe
+from searchr1_async.boundary.network import probe
 from tests.local.serving import free_listener, raw, sample_fields
 
 pytestmark = pytest.mark.anyio

@@ -19,6 +19,7 @@ import pytest
 import tinker
 from tinker import types
 
+from searchr1_async.boundary.network import probe
 from searchr1_async.errors import (
     ConfigurationError,
     ModelError,
@@ -27,7 +28,7 @@ from searchr1_async.errors import (
     ServiceStartError,
     ServiceUnavailableError,
 )
-from searchr1_async.local import Scripted, local_service, probe
+from searchr1_async.local import Scripted, local_service
 from searchr1_async.local.scripted_log import read_log
 from tests.local.serving import free_listener, sdk, until
 

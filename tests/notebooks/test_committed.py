@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import asdict
 
 import nbformat
 import pytest
@@ -10,6 +11,7 @@ import pytest
 import searchr1_async as sr
 from notebooks import execute
 from searchr1_async.models import find_model
+from searchr1_async.sizes import RECIPE
 from searchr1_async.starting import DEFAULT_RANK
 from tests.notebooks import small
 
@@ -49,6 +51,10 @@ def test_the_cloud_settings_are_the_defaults_as_the_notebook_says() -> None:
     # What train() leaves to the model and to the weights that a run starts from.
     assert (defaults["thinking"], defaults["lora_rank"]) == (None, None)
     defaults |= {"thinking": model.format.default != "off", "lora_rank": DEFAULT_RANK}
+    # And what it leaves to the service: in the cloud, the recipe's sizes.
+    sizes = asdict(RECIPE)
+    assert all(defaults[name] is None for name in sizes)
+    defaults |= sizes
     assert {name: defaults[name] for name in cloud if name != "model"} == {
         name: value for name, value in cloud.items() if name != "model"
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal, TypedDict
 
+from searchr1_async.boundary.paths import shown_name
 from searchr1_async.watch.live.series import CURVES
 from searchr1_async.watch.live.snapshot import PhaseState, Snapshot
 from searchr1_async.watch.progress import _one_line, duration
@@ -169,7 +170,7 @@ def heading(snapshot: Snapshot, title: str = "") -> str:
     """A name for the work: ``title`` until it is known what is done with which model."""
     if not snapshot.model:
         return shown(title) or "Starting"
-    return f"{(_PAST if snapshot.standing == 'ended' else _TITLES).get(snapshot.kind, 'Running')} {shown(snapshot.model, 80)}"
+    return f"{(_PAST if snapshot.standing == 'ended' else _TITLES).get(snapshot.kind, 'Running')} {shown(shown_name(snapshot.model), 80)}"
 
 
 def counted_steps(snapshot: Snapshot) -> str:
