@@ -93,6 +93,14 @@ def shown_name(name: str) -> str:
     return Path(name).name if Path(name).is_absolute() else name
 
 
+def shown_path(path: str | Path) -> str:
+    """An absolute path for people: relative, where it lies in the current folder."""
+    try:
+        return str(Path(path).relative_to(Path.cwd()))
+    except (ValueError, OSError):
+        return str(path)
+
+
 def _is_folder(text: str) -> bool:
     try:
         return Path(text).is_dir()

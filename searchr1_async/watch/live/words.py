@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal, TypedDict
 
-from searchr1_async.boundary.paths import shown_name
+from searchr1_async.boundary.paths import shown_name, shown_path
 from searchr1_async.watch.live.series import CURVES
 from searchr1_async.watch.live.snapshot import PhaseState, Snapshot
 from searchr1_async.watch.progress import _one_line, duration
@@ -133,7 +133,7 @@ def summary(snapshot: Snapshot, title: str = "") -> str:
         whole = f"In this session: {episodes}. In all: " if snapshot.is_resumed else f"{episodes}, "
         said.append(f"{whole}{tokens}, cost: {shown(snapshot.cost.text, 60)}.")
     if snapshot.out_dir:
-        said.append(f"Kept in {shown(snapshot.out_dir)}.")
+        said.append(f"Kept in {shown(shown_path(snapshot.out_dir))}.")
     if snapshot.warnings:
         said.append(f"Last warning: {shown(snapshot.warnings[-1].text)}")
     return " ".join(said)
