@@ -14,6 +14,7 @@ import tinker
 
 from searchr1_async.billing import Billing, billing_of
 from searchr1_async.boundary.network import prepare_proxies, probe
+from searchr1_async.boundary.paths import folder_at
 from searchr1_async.boundary.sdk import SDK_FAULTS, fault_text
 from searchr1_async.boundary.waits import Tell, bounded_wait
 from searchr1_async.config import LocalOptions
@@ -68,8 +69,7 @@ async def base_folder(model: str) -> Path:
     """
 
     def resolve() -> Path:
-        is_folder = Path(model).expanduser().is_dir()
-        return resolve_model(model if is_folder else published_base(model)).folder
+        return resolve_model(model if folder_at(model) else published_base(model)).folder
 
     return await anyio.to_thread.run_sync(resolve)
 

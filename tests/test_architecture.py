@@ -150,6 +150,7 @@ def test_tables_have_one_reader(path: Path) -> None:
 
 
 OWNERS = {
+    r"\.expanduser\(|Path\.home\(": ("boundary.paths",),
     r"RLIMIT_": ("boundary.open_files",),
     r"\bproxy_bypass\b|NO_PROXY": ("boundary.network",),
     r"tinker\.TinkerError\b": ("boundary.sdk", "endpoint"),

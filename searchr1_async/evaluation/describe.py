@@ -191,7 +191,7 @@ def _system(job: EvaluationJob, measured: MeasuredSystem, overlap: Mapping[str, 
         checkpoint=weights.path,
         step=weights.step,
         run=_folder(weights.run),
-        service_folder=None if system.service_folder is None else str(Path(system.service_folder).absolute()),
+        service_folder=None if system.service_folder is None else str(system.service_folder),
         format=play.format_name,
         renderer=play.renderer_name,
         thinking=None if play.thinking == job.play.thinking else play.thinking,
@@ -231,7 +231,7 @@ def _other(value: Any, usual: Any) -> Any:
 
 
 def _folder(run: Path | None) -> str | None:
-    return None if run is None else str(run.absolute())
+    return None if run is None else str(run)
 
 
 def _prompt(play: PlaySettings, method: Method) -> tuple[str, str]:
