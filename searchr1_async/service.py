@@ -1,4 +1,4 @@
-"""The way to a Tinker service: the one asked for, the cloud where a key is set, else the embedded one, started here."""
+"""Checks, opens and closes the Tinker service that :mod:`~searchr1_async.endpoint` finds. Only this module imports the embedded one."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from searchr1_async.boundary.paths import folder_at
 from searchr1_async.boundary.sdk import SDK_FAULTS, fault_text
 from searchr1_async.boundary.waits import Tell, bounded_wait
 from searchr1_async.config import LocalOptions
-from searchr1_async.connection import Service, wait_for
+from searchr1_async.connection import Service
 from searchr1_async.endpoint import ServiceName, is_embedded, is_tinker_cloud, prepare
 from searchr1_async.episodes.rendering import check_thinking, known_format, select_renderer
 from searchr1_async.episodes.tokenizers import load_tokenizer
-from searchr1_async.errors import ConfigurationError, PortInUseError, ServiceUnavailableError
+from searchr1_async.errors import ConfigurationError, PortInUseError
 from searchr1_async.events import Emit, Notice, emit_nothing
 from searchr1_async.local import DEFAULT_MODEL, local_service
 from searchr1_async.local.models import local_copy, published_name, resolve_model
@@ -316,18 +316,15 @@ __all__ = [
     "ADAPTER_CONFIG",
     "ADAPTER_WEIGHTS",
     "IMPORT_ROUTE",
-    "Service",
-    "ServiceUnavailableError",
     "base_folder",
     "base_model_of",
+    "billing_on",
     "check_chat_format",
     "check_service",
     "choose_service_model",
-    "is_embedded",
-    "is_tinker_cloud",
+    "default_model",
     "load_embedded_tokenizer",
     "lora_parts",
     "open_service",
     "published_base",
-    "wait_for",
 ]
