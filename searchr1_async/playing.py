@@ -107,7 +107,7 @@ class ServiceChoice:
 
 @asynccontextmanager
 async def watching(title: str, progress: Choice, emit: Emit | None) -> AsyncIterator[Watchers]:
-    """Whoever watches some work: told how it ends. Of an exception group the first error of the package is raised.
+    """The subscribers to the events of some work, its end included. Of an exception group the first error of the package is raised.
 
     Ctrl-C cancels the task that does the work.
     """
@@ -320,7 +320,7 @@ def _ending(emit: Emit) -> Callable[..., None]:
 
 
 async def open_watchers(stack: AsyncExitStack, view: View | None, emit: Emit | None) -> Watchers:
-    """Whoever watches some work; the view is closed with the stack."""
+    """The subscribers to the events of some work; the view is closed with the stack."""
     watchers = Watchers()
     watchers.subscribe(PaceWarning(watchers))
     if view is not None:

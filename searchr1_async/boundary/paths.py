@@ -139,7 +139,7 @@ def _platform_cache() -> Path:
 
 
 def _problem_of(folder: Path) -> str | None:
-    """Why a folder is not to be had. One that is there and cannot be written still serves what it holds."""
+    """Why a folder cannot be made; None where it exists. One that cannot be written can still be read."""
     try:
         if not folder.is_dir():
             folder.mkdir(parents=True, exist_ok=True)
