@@ -8,6 +8,7 @@ from typing import Any
 
 from searchr1_async.answer import Answer
 from searchr1_async.config import EpisodeLimits, SamplingSettings
+from searchr1_async.connection import Service
 from searchr1_async.episodes.dialect import Dialect
 from searchr1_async.episodes.play import Policy, SampledTurn, SearchTool, play
 from searchr1_async.episodes.types import Episode, Passage, Question
@@ -16,7 +17,6 @@ from searchr1_async.events import BesideSampled, Emit
 from searchr1_async.rollout.policy import NewestWeights, TinkerPolicy
 from searchr1_async.search import Search
 from searchr1_async.search.shown import ShownSearch
-from searchr1_async.service import Service
 from searchr1_async.trained import named_passages, shown_passages
 from searchr1_async.usage import TokenUsage
 from searchr1_async.weights import Weights

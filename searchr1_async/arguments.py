@@ -6,13 +6,11 @@ import inspect
 from pathlib import Path
 from typing import Annotated, Any
 
-import tinker
-
 from searchr1_async.boundary.paths import absolute_path, as_name_or_folder
 from searchr1_async.boundary.values import as_text, shown_with_kind
+from searchr1_async.endpoint import ServiceName, is_embedded
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.search import Search
-from searchr1_async.service import is_embedded
 
 TINKER_PATH = "tinker://"
 
@@ -51,7 +49,7 @@ def as_weights(name: str, value: Any) -> str | Path:
 GivenWeights = Annotated[str | Path, as_weights]
 
 
-def model_name(model: str | Path | None, service: str | tinker.ServiceClient | None) -> str | None:
+def model_name(model: str | Path | None, service: ServiceName) -> str | None:
     """The name of a model; on the embedded service, where it may be a folder, the absolute path of one.
 
     Raises:

@@ -120,8 +120,8 @@ class PipelineSettings:
     """Groups a batch that may be played in place of such with constant reward, which teach nothing (dynamic sampling: Yu et al.,
     2025, "DAPO"). It biases what is learned towards questions of middling difficulty, which is its purpose."""
     min_members: Annotated[int, Range(at_least=2)] = 2
-    """Finished episodes that a group needs to be trained on, at least 2 for an advantage; with fewer it is dropped as ``too_few_episodes``. A group
-    cut by ``step_time_limit`` that has as many is trained on without its slowest, which biases it to short episodes."""
+    """Finished episodes that a group needs to be trained on, at least 2 for an advantage; with fewer it is dropped as
+    ``too_few_episodes``. A group cut by ``step_time_limit`` that has as many is trained on without its slowest, which biases it to short episodes."""
     step_time_limit: Seconds | None = None
     """Seconds for the playing of a batch, from the moment that its weights are there; then its groups still under way are cut:
     accepted with the members that they have, or dropped as ``step_time_limit``. None: no limit."""

@@ -46,7 +46,7 @@ class Service:
     watch: ServiceWatch | None = field(default=None, repr=False)
     """Watches whether it answers, while work uses it."""
     tell: Tell = field(default=say_nothing, repr=False)
-    """Is told of waits over 5 seconds."""
+    """Gets a sentence for each wait over 5 seconds."""
 
     @property
     def url(self) -> str:
@@ -172,7 +172,7 @@ async def wait_for(
     Args:
         doing: what is being done, for messages.
         deadline: seconds.
-        tell: is told of a wait over 5 seconds.
+        tell: gets a sentence if the wait is over 5 seconds.
         deadlines: the time stands still while these are held.
 
     Raises:

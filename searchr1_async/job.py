@@ -6,8 +6,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import tinker
-
 from searchr1_async.billing import Cost
 from searchr1_async.config import (
     MAX_SERVICE_OUTAGE,
@@ -18,6 +16,7 @@ from searchr1_async.config import (
     SamplingSettings,
     WarmUp,
 )
+from searchr1_async.endpoint import ServiceName
 from searchr1_async.episodes.reward import RewardFunction
 from searchr1_async.episodes.types import Question
 from searchr1_async.estimate import CostEstimate, RunShape, mean_letters
@@ -44,7 +43,7 @@ class TrainingJob:
     sampling: SamplingSettings
     reward: RewardFunction
     model: str | None = None
-    service: str | tinker.ServiceClient | None = None
+    service: ServiceName = None
     local: LocalOptions = field(default_factory=LocalOptions)
     tokenizer: str | None = None
     format_name: str = "hermes"

@@ -15,6 +15,7 @@ import anyio
 from searchr1_async.boundary.settings import Count, Natural, Seconds, Share, check_settings
 from searchr1_async.boundary.signals import ending_cleanly
 from searchr1_async.config import MAX_SERVICE_OUTAGE, EpisodeLimits, LocalOptions, SamplingSettings
+from searchr1_async.connection import Service
 from searchr1_async.endpoint import ServiceName, find_endpoint
 from searchr1_async.episodes.dialect import FORMATS, make_dialect
 from searchr1_async.episodes.methods import Method
@@ -32,7 +33,7 @@ from searchr1_async.rollout.workers.messages import WorkerSpec
 from searchr1_async.search import Search
 from searchr1_async.search.queries import clean_query
 from searchr1_async.search.shown import ShownSearch
-from searchr1_async.service import Service, check_chat_format, check_service, open_service
+from searchr1_async.service import check_chat_format, check_service, open_service
 from searchr1_async.trained import EpisodeChoice, described_differences
 from searchr1_async.watch.dashboard import Choice, View, open_view
 from searchr1_async.watch.fanout import Watchers
@@ -106,7 +107,7 @@ class ServiceChoice:
 
 @asynccontextmanager
 async def watching(title: str, progress: Choice, emit: Emit | None) -> AsyncIterator[Watchers]:
-    """Whoever watches some work: told how it ends. Of an exception group the first error of the package is raised.
+    """The subscribers to the events of some work, its end included. Of an exception group the first error of the package is raised.
 
     Ctrl-C cancels the task that does the work.
     """
@@ -319,7 +320,7 @@ def _ending(emit: Emit) -> Callable[..., None]:
 
 
 async def open_watchers(stack: AsyncExitStack, view: View | None, emit: Emit | None) -> Watchers:
-    """Whoever watches some work; the view is closed with the stack."""
+    """The subscribers to the events of some work; the view is closed with the stack."""
     watchers = Watchers()
     watchers.subscribe(PaceWarning(watchers))
     if view is not None:

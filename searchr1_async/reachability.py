@@ -1,8 +1,8 @@
-"""Whether the Tinker service answers while a run uses it: an outage is told within 15 seconds, waited out, and bounded.
+"""Whether the Tinker service answers while a run uses it: an outage is reported within 15 seconds, and waited out up to a limit.
 
-The SDK asks a service that is gone again and again, for minutes or for ever, and tells nobody. So whenever nothing was heard of
-the service for some seconds it is asked for its health, on the way that the SDK takes. An outage is told once, with the time at
-which the run gives up; meanwhile the run is held: nothing new is asked, and no time limit of its own runs out.
+The SDK retries a service that is down for minutes or for ever, and reports nothing. So when the service has not answered for some
+seconds, its health is checked, through the same proxies as the SDK uses. An outage is reported once, with the time at which the
+run gives up; until then the run is held: no new requests are sent, and none of its time limits runs out.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class ServiceWatch:
     Args:
         url: its base URL.
         max_outage: seconds for which the run waits for it.
-        emit: is told of outages.
+        emit: receives the events of outages.
         then: what becomes of the run after that, in words.
     """
 
@@ -231,7 +231,7 @@ async def _outlast(client: Any, watch: ServiceWatch) -> None:
     """
     try:
         holder = await anyio.to_thread.run_sync(lambda: getattr(client, "holder", None), abandon_on_cancel=True)
-    except SDK_FAULTS:  # whoever makes the first call hears of it
+    except SDK_FAULTS:  # the first call raises it again
         return
     original = getattr(holder, _RETRIES, None)
     if holder is None or original is None or _RETRIES in vars(holder):

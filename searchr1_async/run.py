@@ -186,7 +186,7 @@ def _nothing(record: logging.LogRecord) -> bool:
 
 
 _forgotten: list[Path] = []
-"""Folders of runs that were cut since nobody awaited them, and that nobody has been told of yet."""
+"""Folders of runs that were cancelled because they were never awaited, not yet reported."""
 
 
 def _end_forgetful_program() -> None:

@@ -55,7 +55,7 @@ _OF_NO_USE = {*_LOGS, *_OWN_FILES, "tokenizer.partial"}
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """The folder for this run, or this evaluation, alone. One that was made for it and is of no use, since the input was refused, goes again."""
+    """Locks the folder for this run or evaluation. A folder that was created here is removed again if the input is refused."""
     is_new = not folder.exists()
     lock = FileLock(folder / _LOCK_FILE)
     try:

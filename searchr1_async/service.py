@@ -1,4 +1,4 @@
-"""The way to a Tinker service: the one asked for, the cloud where a key is set, else the embedded one, started here."""
+"""Checks, opens and closes the Tinker service that :mod:`~searchr1_async.endpoint` finds. Only this module imports the embedded one."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ import tinker
 
 from searchr1_async.billing import Billing, billing_of
 from searchr1_async.boundary.network import prepare_proxies, probe
+from searchr1_async.boundary.paths import folder_at
 from searchr1_async.boundary.sdk import SDK_FAULTS, fault_text
 from searchr1_async.boundary.waits import Tell, bounded_wait
 from searchr1_async.config import LocalOptions
-from searchr1_async.connection import Service, wait_for
-from searchr1_async.endpoint import ServiceName, is_embedded, is_tinker_cloud, prepare
+from searchr1_async.connection import Service
+from searchr1_async.endpoint import ServiceName, find_endpoint, is_embedded, is_tinker_cloud, prepare
 from searchr1_async.episodes.rendering import check_thinking, known_format, select_renderer
 from searchr1_async.episodes.tokenizers import load_tokenizer
-from searchr1_async.errors import ConfigurationError, PortInUseError, ServiceUnavailableError
+from searchr1_async.errors import ConfigurationError, PortInUseError
 from searchr1_async.events import Emit, Notice, emit_nothing
 from searchr1_async.local import DEFAULT_MODEL, local_service
 from searchr1_async.local.models import local_copy, published_name, resolve_model
@@ -68,8 +69,7 @@ async def base_folder(model: str) -> Path:
     """
 
     def resolve() -> Path:
-        is_folder = Path(model).expanduser().is_dir()
-        return resolve_model(model if is_folder else published_base(model)).folder
+        return resolve_model(model if folder_at(model) else published_base(model)).folder
 
     return await anyio.to_thread.run_sync(resolve)
 
@@ -104,7 +104,7 @@ async def check_service(
 
     Args:
         trains: the model is to be trained, not only sampled from.
-        emit: is told of waits over 5 seconds.
+        emit: receives a notice of each wait over 5 seconds.
 
     Returns:
         The name of the model that will be used.
@@ -179,32 +179,46 @@ async def open_service(
         ServiceStartError, PortInUseError: the embedded service did not come up.
         ModelError: the model or its tokenizer is not to be had.
     """
-    endpoint, tell = prepare(service), _telling(emit)
-    if endpoint.kind != "embedded":
-        offered = await _ask(service, trains=trains)
-        name, note = choose_model(model, offered)
-        if note is not None:
-            emit(Notice(note))
-        loaded = await _load_tokenizer(name, tokenizer, emit)
-        opened = partial(
-            Service,
-            model_name=name,
-            tokenizer=loaded,
-            is_local=False,
-            is_tinker=is_tinker_cloud(service),
-            offered=offered,
-            tell=tell,
-        )
-        if isinstance(service, tinker.ServiceClient):
-            yield opened(service)
-            return
-        async with _client(endpoint.url, None) as client:
-            yield opened(client, connect=lambda: _client(endpoint.url, None))
+    if prepare(service).kind == "embedded":
+        opening = _open_embedded(model or DEFAULT_MODEL, folder, local, emit, tokenizer)
+    else:
+        opening = _open_other(service, model, emit, tokenizer, trains=trains)
+    async with opening as opened:
+        yield opened
+
+
+@asynccontextmanager
+async def _open_other(
+    service: ServiceName, model: str | None, emit: Emit, tokenizer: str | None, *, trains: bool
+) -> AsyncIterator[Service]:
+    offered = await _ask(service, trains=trains)
+    name, note = choose_model(model, offered)
+    if note is not None:
+        emit(Notice(note))
+    opened = partial(
+        Service,
+        model_name=name,
+        tokenizer=await _load_tokenizer(name, tokenizer, emit),
+        is_local=False,
+        is_tinker=is_tinker_cloud(service),
+        offered=offered,
+        tell=_telling(emit),
+    )
+    if isinstance(service, tinker.ServiceClient):
+        yield opened(service)
         return
-    wanted = model or DEFAULT_MODEL
-    emit(Notice(f"starting the embedded service with {wanted} on this machine"))
+    connect = partial(_client, find_endpoint(service).url, None)
+    async with connect() as client:
+        yield opened(client, connect=connect)
+
+
+@asynccontextmanager
+async def _open_embedded(
+    model: str, folder: Path, local: LocalOptions, emit: Emit, tokenizer: str | None
+) -> AsyncIterator[Service]:
+    emit(Notice(f"starting the embedded service with {model} on this machine"))
     async with local_service(
-        wanted,
+        model,
         folder=folder,
         port=local.port,
         threads=local.threads,
@@ -212,20 +226,20 @@ async def open_service(
         device=local.device,
         start_timeout=local.start_timeout,
         log_path=folder / "service.log",
-        tell=tell,
+        tell=_telling(emit),
     ) as started:
         emit(Notice(f"the embedded service answers at {started.url} (pid {started.pid})"))
         prepare_proxies(started.url)
-        async with _client(started.url, started.api_key) as client:
-            loaded = await _load_tokenizer(started.tokenizer_path, tokenizer, emit)
+        connect = partial(_client, started.url, started.api_key)
+        async with connect() as client:
             yield Service(
                 client,
                 started.model_name,
-                loaded,
+                await _load_tokenizer(started.tokenizer_path, tokenizer, emit),
                 is_local=True,
                 model_folder=Path(started.tokenizer_path),
-                connect=lambda: _client(started.url, started.api_key),
-                tell=tell,
+                connect=connect,
+                tell=_telling(emit),
             )
 
 
@@ -316,18 +330,15 @@ __all__ = [
     "ADAPTER_CONFIG",
     "ADAPTER_WEIGHTS",
     "IMPORT_ROUTE",
-    "Service",
-    "ServiceUnavailableError",
     "base_folder",
     "base_model_of",
+    "billing_on",
     "check_chat_format",
     "check_service",
     "choose_service_model",
-    "is_embedded",
-    "is_tinker_cloud",
+    "default_model",
     "load_embedded_tokenizer",
     "lora_parts",
     "open_service",
     "published_base",
-    "wait_for",
 ]

@@ -12,10 +12,12 @@ import anyio
 import tinker
 from tinker.lib.client_connection_pool_type import ClientConnectionPoolType
 
+from searchr1_async.connection import Service, wait_for
+from searchr1_async.endpoint import ServiceName, is_embedded
 from searchr1_async.errors import ConfigurationError, RunFolderError, ServiceError
 from searchr1_async.events import Emit, Notice
 from searchr1_async.learn.checkpoints import ResumePoint
-from searchr1_async.service import ADAPTER_CONFIG, IMPORT_ROUTE, Service, is_embedded, published_base, wait_for
+from searchr1_async.service import ADAPTER_CONFIG, IMPORT_ROUTE, published_base
 from searchr1_async.weights import Step, Weights, find_state, parse_step
 
 DEFAULT_RANK = 32
@@ -38,7 +40,7 @@ class Start:
     """What they were trained from; None where only the service knows it."""
 
 
-def find_start(start_from: str | Path, service: str | tinker.ServiceClient | None, out_dir: Path) -> Start:
+def find_start(start_from: str | Path, service: ServiceName, out_dir: Path) -> Start:
     """What ``start_from`` means. Reads small files alone.
 
     Args:

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from searchr1_async.boundary.values import as_integer
+from searchr1_async.boundary.settings import check_settings
+from searchr1_async.boundary.values import shown
 from searchr1_async.config import EpisodeLimits
 from searchr1_async.episodes.rendering import AS_TEMPLATE
 from searchr1_async.errors import RunFolderError
@@ -17,10 +18,7 @@ from searchr1_async.search import Search
 
 SEARCH_FILE = "search.json"
 """In a run's folder: how its search is made (:func:`~searchr1_async.search.record.record_of`)."""
-_LONGEST_SHOWN = 80
-"""Characters of a setting that are shown: a prompt may be long."""
 _PASSAGES = ("n_results", "max_passage_words")
-_COUNTS = ("max_turns", "max_tokens", "max_trajectory_tokens", "max_queries_per_call", *_PASSAGES)
 _LIMITS = tuple(field.name for field in fields(EpisodeLimits))
 
 
@@ -29,7 +27,7 @@ class EpisodeChoice:
     """Settings of episodes. None leaves a setting open, to be taken from elsewhere; see :meth:`completed_by`.
 
     Raises:
-        ConfigurationError: a count that is no whole number.
+        ConfigurationError: a setting of another type.
     """
 
     format: str | None = None
@@ -48,9 +46,7 @@ class EpisodeChoice:
     """Words after which a passage is cut; 0 leaves it whole."""
 
     def __post_init__(self) -> None:
-        for name in _COUNTS:
-            if (value := getattr(self, name)) is not None:
-                object.__setattr__(self, name, as_integer(name, value))
+        check_settings(self)
 
     @classmethod
     def of_limits(cls, limits: EpisodeLimits | None) -> EpisodeChoice:
@@ -91,8 +87,8 @@ class EpisodeChoice:
     def __str__(self) -> str:
         """What is other than the recipe's defaults: ``format='tags', max_turns=3``."""
         usual = {**asdict(RECIPE), "max_passage_words": 0}
-        shown = {name: value for name, value in asdict(self).items() if value is not None and value != usual[name]}
-        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
+        other = {name: value for name, value in asdict(self).items() if value is not None and value != usual[name]}
+        return ", ".join(f"{name}={value!r}" for name, value in other.items())
 
 
 RECIPE = EpisodeChoice.of_limits(EpisodeLimits()).completed_by(EpisodeChoice(format="hermes"))
@@ -163,12 +159,7 @@ class TrainedPlay:
 
 def described_differences(differences: Mapping[str, list[Any]]) -> str:
     """For people: ``max_tokens 64 (trained with 28)``."""
-    return ", ".join(f"{name} {_short(now)} (trained with {_short(then)})" for name, (then, now) in differences.items())
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}…"
+    return ", ".join(f"{name} {shown(now)} (trained with {shown(then)})" for name, (then, now) in differences.items())
 
 
 def kept_record(folder: Path) -> dict[str, Any] | None:

@@ -20,18 +20,13 @@ from searchr1_async.abilities import choose_loss
 from searchr1_async.answering import LiveAnswers
 from searchr1_async.boundary.signals import is_interrupt
 from searchr1_async.config import LossName
+from searchr1_async.connection import Service
 from searchr1_async.control import RunControl
-from searchr1_async.endpoint import find_endpoint
+from searchr1_async.endpoint import find_endpoint, is_embedded, is_tinker_cloud
 from searchr1_async.episodes.rendering import AS_TEMPLATE
 from searchr1_async.errors import SearchR1Error, ungrouped
 from searchr1_async.estimate import estimate
-from searchr1_async.events import (
-    CheckpointSaved,
-    Emit,
-    Notice,
-    RunEnded,
-    RunStarted,
-)
+from searchr1_async.events import CheckpointSaved, Emit, Notice, RunEnded, RunStarted
 from searchr1_async.held_out import tell_near_overlap
 from searchr1_async.inputs import changed_inputs
 from searchr1_async.job import TrainingJob, TrainingResult
@@ -61,15 +56,7 @@ from searchr1_async.run_folder import (
     result_of,
     writing_records,
 )
-from searchr1_async.service import (
-    Service,
-    billing_on,
-    check_chat_format,
-    check_service,
-    is_embedded,
-    is_tinker_cloud,
-    open_service,
-)
+from searchr1_async.service import billing_on, check_chat_format, check_service, open_service
 from searchr1_async.spending import keep_spending, spending_of, tell_estimate, with_cost
 from searchr1_async.starting import open_start
 from searchr1_async.usage import TokenUsage

@@ -138,7 +138,7 @@ def _kept(run: Path, step: Step) -> KeptCheckpoint:
 
 
 def _search_record(run: Path) -> dict[str, Any] | None:
-    """None also where it cannot be read: who needs the run's search itself is told so."""
+    """None also where it cannot be read: :func:`kept_search` raises when the search itself is needed."""
     try:
         return kept_record(run)
     except RunFolderError:

@@ -141,6 +141,13 @@ def test_the_boundary_lies_below_everything() -> None:
             assert [name for name in imports(path) if not is_in(name, "boundary", "errors")] == [], path
 
 
+def test_the_boundary_lists_its_modules() -> None:
+    from searchr1_async import boundary
+
+    modules = [path.stem for path in (ROOT / "boundary").glob("*.py") if path.stem != "__init__"]
+    assert sorted(re.findall(r"^- :mod:`\.(\w+)`", boundary.__doc__ or "", re.MULTILINE)) == sorted(modules)
+
+
 @pytest.mark.parametrize("path", [p for p in MODULES if name_of(p) != f"{PACKAGE}.boundary.tables"], ids=name_of)
 def test_tables_have_one_reader(path: Path) -> None:
     """polars expands wildcards in the paths that it reads."""
@@ -150,8 +157,14 @@ def test_tables_have_one_reader(path: Path) -> None:
 
 
 OWNERS = {
+    r"\.expanduser\(|Path\.home\(": ("boundary.paths",),
+    r"\.absolute\(\)": ("boundary.paths", "boundary.tables"),  # of paths that are read already, for polars
+    r"\bcsv\.reader|gzip\.open": ("boundary.rows",),
     r"RLIMIT_": ("boundary.open_files",),
     r"\bproxy_bypass\b|NO_PROXY": ("boundary.network",),
+    r"\bgetproxies\(": ("boundary.network", "search.embedders.gemini"),  # which only asks whether there are any
+    r"parsedate_to_datetime": ("boundary.retry_after",),
+    r"sys\.excepthook|pthread_sigmask": ("boundary.signals",),
     r"tinker\.TinkerError\b": ("boundary.sdk", "endpoint"),
     r'get\("(TINKER_BASE_URL|TINKER_CREDENTIAL_CMD)"': ("endpoint",),
 }

@@ -15,13 +15,13 @@ import tinker
 from aiohttp import web
 
 import searchr1_async as sr
+from searchr1_async.endpoint import is_tinker_cloud
 from searchr1_async.errors import ModelError, ServiceError, ServiceUnavailableError
 from searchr1_async.events import Event, Notice, RunStarted
 from searchr1_async.local.scripted import ScriptedBackend
 from searchr1_async.local.server import Service
 from searchr1_async.models import known_models
 from searchr1_async.offered import ask_offered, choose_model
-from searchr1_async.service import is_tinker_cloud
 from searchr1_async.watch.state import RunState
 from tests import tiny_world
 from tests.episodes.stand_in import stand_in

@@ -7,7 +7,7 @@ from decimal import Decimal
 from numbers import Real
 from typing import Any
 
-from searchr1_async.boundary.values import plain, shown
+from searchr1_async.boundary.values import plain
 
 _MISSING = frozenset({"NAType", "NaTType"})
 """Types of pandas' own missing values, which answer no comparison."""
@@ -64,20 +64,6 @@ def name_text(value: Any) -> str | None:
     if isinstance(value, str):
         return value
     return "" if is_missing(value) else number_text(value)
-
-
-def what_it_is(value: Any) -> str:
-    """A value in a message, with its type: ``True (bool)``."""
-    return f"{shown(value)} ({type(value).__name__})"
-
-
-def half_a_character(text: str) -> int | None:
-    """Where a lone surrogate stands, which UTF-8 has no bytes for; None where there is none."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        return error.start
-    return None
 
 
 def _plain_scalar(value: Any) -> Any:

@@ -1,8 +1,8 @@
 """How services are reached: the proxies of the environment, loopback addresses, and whether a Tinker service answers.
 
-The SDK has two HTTP clients, httpx and reqwest. Both read ``HTTP_PROXY``, ``HTTPS_PROXY``, ``ALL_PROXY`` and ``NO_PROXY``, and
-read ``NO_PROXY`` differently: httpx knows no networks (``127.0.0.0/8``), and ``*`` is no address for reqwest. What the SDK is to reach directly is therefore written
-into ``NO_PROXY`` by its host, which both understand.
+The SDK has two HTTP clients, httpx and reqwest. Both read ``HTTP_PROXY``, ``HTTPS_PROXY``, ``ALL_PROXY`` and ``NO_PROXY``, but
+they read ``NO_PROXY`` differently: httpx does not support networks (``127.0.0.0/8``), and reqwest does not apply ``*`` to addresses.
+Hosts that the SDK should reach directly are therefore added to ``NO_PROXY`` by name, which both understand.
 """
 
 from __future__ import annotations

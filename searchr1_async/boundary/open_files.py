@@ -43,7 +43,7 @@ class OpenFiles:
 
 
 def raise_limit() -> OpenFiles:
-    """Raises the limit of open files as far as it may be, and says what there is. Cheap; call it whenever work begins."""
+    """Raises the limit of open files as far as allowed, and returns it. Cheap; call it whenever work begins."""
     try:
         import resource
     except ImportError:  # Windows

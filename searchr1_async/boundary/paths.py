@@ -68,6 +68,15 @@ FilePath = Annotated[str | Path, as_path]
 """Of a file or a folder."""
 
 
+def folder_at(text: str) -> Path | None:
+    """The absolute path of a folder; None where there is none of this name, as for a model on a hub."""
+    try:
+        folder = absolute_path(text)
+        return folder if folder.is_dir() else None
+    except (ConfigurationError, OSError):  # blank, or too long for a path
+        return None
+
+
 def as_name_or_folder(name: str, value: Any) -> str:
     """The name of a model or of a tokenizer, or the absolute path of its folder on this machine.
 
@@ -80,7 +89,7 @@ def as_name_or_folder(name: str, value: Any) -> str:
         value = as_text(name, value)
         if not value.strip():
             raise ConfigurationError(f"{name} is {value!r}: give a name or a folder, or leave it out")
-        if not value.startswith(("~", "/", "./", "../")) and not _is_folder(value):
+        if not value.startswith(("~", "/", "./", "../")) and folder_at(value) is None:
             return value
     folder = absolute_path(value, name)
     if not folder.is_dir():
@@ -99,13 +108,6 @@ def shown_path(path: str | Path) -> str:
         return str(Path(path).relative_to(Path.cwd()))
     except (ValueError, OSError):
         return str(path)
-
-
-def _is_folder(text: str) -> bool:
-    try:
-        return Path(text).is_dir()
-    except (OSError, ValueError):  # too long for a path, or with a null character in it
-        return False
 
 
 NameOrFolder = Annotated[str | Path, as_name_or_folder]
@@ -150,7 +152,7 @@ def _platform_cache() -> Path:
 
 
 def _problem_of(folder: Path) -> str | None:
-    """Why a folder is not to be had. One that is there and cannot be written still serves what it holds."""
+    """Why a folder cannot be made; None where it exists. One that cannot be written can still be read."""
     try:
         if not folder.is_dir():
             folder.mkdir(parents=True, exist_ok=True)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+
+from searchr1_async.boundary.waits import clock_time
 
 
 def seconds_asked(retry_after: str, now: datetime) -> float | None:
@@ -36,8 +38,8 @@ def refused_wait(name: str, seconds: float, longest: float, setting: str) -> str
         longest: seconds that are allowed.
         setting: that allows them, as its user writes it.
     """
-    end = datetime.now().astimezone() + timedelta(seconds=min(seconds, 10 * 365 * 86_400))
+    end = clock_time(min(seconds, 10 * 365 * 86_400))
     return (
-        f"{name} asks to be left alone for {seconds:,.0f} s, until {end:%Y-%m-%d %H:%M:%S} (a quota?), which is longer than "
+        f"{name} asks to be left alone for {seconds:,.0f} s, until {end} (a quota?), which is longer than "
         f"{setting}={longest:g} allows: what is done is kept, so run the same again after that, or raise {setting}"
     )

@@ -19,9 +19,9 @@ from typing import Any, Protocol
 
 import polars as pl
 
-from searchr1_async.boundary.cells import plain_cell, what_it_is
+from searchr1_async.boundary.cells import plain_cell
 from searchr1_async.boundary.tables import scan_parquet
-from searchr1_async.boundary.values import shown
+from searchr1_async.boundary.values import shown, shown_with_kind
 
 _JSONL_SUFFIXES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
 _PARQUET_SUFFIXES = (".parquet",)
@@ -218,7 +218,7 @@ class MemoryRows:
             self._source = tuple(source)
         else:
             raise UnreadableFileError(
-                f"{what_it_is(source)} is no table: give the name of a file, a frame, a data set, or a list with a dict for each row"
+                f"{shown_with_kind(source)} is no table: give the name of a file, a frame, a data set, or a list with a dict for each row"
             )
 
     @property

@@ -29,13 +29,11 @@ Result = TypeVar("Result")
 REPEAT_SECONDS = 0.5
 """A signal that comes again so soon is the same one: ``timeout`` and ``uv run`` send it to the process and to its group."""
 _NUMBERS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
-
-
 _ASYNCIO = logging.getLogger("asyncio")
 
 
-def _is_news(record: logging.LogRecord) -> bool:
-    """A filter for what asyncio logs: requests that were cut end with errors that nobody waits for any more."""
+def _is_kept_record(record: logging.LogRecord) -> bool:
+    """A log filter for asyncio: drops errors of cancelled requests, which no one awaits any more."""
     return "exception was never retrieved" not in record.getMessage()
 
 
@@ -62,7 +60,7 @@ class Interrupts:
     def enter(self, stop: Callable[[], object], left: str) -> None:
         """Work has begun; the first takes the signals over."""
         self._works.append((stop, left))
-        _ASYNCIO.removeFilter(_is_news)  # where a program went on after its KeyboardInterrupt
+        _ASYNCIO.removeFilter(_is_kept_record)  # where a program went on after its KeyboardInterrupt
         for number in _NUMBERS if len(self._works) == 1 else ():
             handler = signal.getsignal(number)
             if _may_be_replaced(number, handler):
@@ -112,7 +110,7 @@ class Interrupts:
             end_at_once(number)
 
     def _stop(self) -> None:
-        _ASYNCIO.addFilter(_is_news)
+        _ASYNCIO.addFilter(_is_kept_record)
         for stop, _ in list(self._works):
             try:
                 stop()
@@ -234,7 +232,7 @@ def end_at_once(number: int, frame: FrameType | None = None) -> None:
 
 
 def is_interrupt(error: BaseException) -> bool:
-    """Whether somebody wanted an end: a KeyboardInterrupt, by itself or within exception groups."""
+    """Whether the user interrupted the work: a KeyboardInterrupt, alone or within an exception group."""
     if isinstance(error, BaseExceptionGroup):
         return any(map(is_interrupt, error.exceptions))
     return isinstance(error, KeyboardInterrupt)
@@ -269,7 +267,7 @@ def _has_come(handler: Any) -> bool:
 
 
 def _end_program(received: signal.Signals, left: str) -> None:
-    """A callback of the event loop, which passes nothing but these two on to whoever runs it."""
+    """A callback of the event loop, out of which it raises only KeyboardInterrupt and SystemExit."""
     text, shown = f"Stopped by {received.name}. {left}".rstrip(), sys.excepthook
     error = KeyboardInterrupt(text) if received == signal.SIGINT else Terminated(text, received)
 

@@ -80,12 +80,10 @@ def as_text(name: str, value: Any) -> str:
     found = plain(value)
     if not isinstance(found, str):
         raise ConfigurationError(f"{name} is {shown_with_kind(value)}: give text")
-    try:
-        found.encode("utf-8")
-    except UnicodeEncodeError as error:
+    if (place := half_a_character(found)) is not None:
         raise ConfigurationError(
-            f"{name} is {shown(value)}, which holds half a character (a lone surrogate) at {error.start}: read its file as UTF-8"
-        ) from None
+            f"{name} is {shown(value)}, which holds half a character (a lone surrogate) at {place}: read its file as UTF-8"
+        )
     return found
 
 
@@ -98,6 +96,15 @@ def as_choice(name: str, value: Any, choices: Sequence[str]) -> str:
     if not isinstance(value, str) or value not in choices:
         raise ConfigurationError(f"{name} is {shown(value)}: choose one of {', '.join(choices)}")
     return value
+
+
+def half_a_character(text: str) -> int | None:
+    """The index of the first lone surrogate, which UTF-8 has no bytes for; None where there is none."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return error.start
+    return None
 
 
 def shown(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Waiting for something outside: every wait has a bound, and one over 5 seconds is told once, with its reason and its end.
+"""Waiting for something outside: every wait has a bound, and one over 5 seconds is reported once, with its reason and its end.
 
 Time that a run is held counts for none of the bounds that :class:`PausableDeadlines` keeps.
 """
@@ -15,7 +15,7 @@ from datetime import datetime, timedelta
 import anyio
 
 TOLD_AFTER = 5.0
-"""Seconds after which a wait is told."""
+"""Seconds after which a wait is reported."""
 
 Tell = Callable[[str], None]
 """Takes one sentence for the person who watches, such as ``lambda text: emit(Notice(text))``."""
@@ -50,13 +50,13 @@ def bounded_wait(reason: str, tell: Tell, at_most: float, deadlines: PausableDea
 
 
 def tell_of(seconds: float, reason: str, tell: Tell) -> None:
-    """Tells of a wait that somebody else makes, where it is over :data:`TOLD_AFTER` seconds. The caller bounds ``seconds``."""
+    """Reports a wait that the caller makes, if it is over :data:`TOLD_AFTER` seconds. The caller bounds ``seconds``."""
     if seconds > TOLD_AFTER:
         tell(_sentence(reason, seconds))
 
 
 async def pause(seconds: float, reason: str, tell: Tell) -> None:
-    """Sleeps; a sleep over :data:`TOLD_AFTER` seconds is told at its beginning. The caller bounds ``seconds``."""
+    """Sleeps; a sleep over :data:`TOLD_AFTER` seconds is reported at its beginning. The caller bounds ``seconds``."""
     tell_of(seconds, reason, tell)
     await anyio.sleep(seconds)
 

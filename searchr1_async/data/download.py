@@ -71,7 +71,7 @@ class HubFile:
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """How long the hub is waited for, and who is told."""
+    """How long to wait for the hub, and where waits are reported."""
 
     longest_wait: float = LONGEST_WAIT
     """Seconds that the hub may ask to be left alone (``Retry-After``); if it asks for more, the download ends at once."""
@@ -160,7 +160,7 @@ async def download(file: HubFile, target: Path, advance: Advance, patience: Pati
     Args:
         file: what is fetched.
         target: made where there is none.
-        advance: told of the bytes that are there.
+        advance: called with the bytes that are there.
         patience: None: the default one.
 
     Raises:

@@ -28,9 +28,9 @@ from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import Any
 
-from searchr1_async.boundary.cells import is_missing, name_text, number_text, plain_cell, what_it_is
+from searchr1_async.boundary.cells import is_missing, name_text, number_text, plain_cell
 from searchr1_async.boundary.rows import did_you_mean
-from searchr1_async.boundary.values import shown
+from searchr1_async.boundary.values import shown, shown_with_kind
 from searchr1_async.episodes.types import Passage, Question
 
 QUESTION_COLUMNS = ("question", "golden_answers", "id", "data_source", "split", "metadata")
@@ -151,7 +151,7 @@ def _question_text(row: Mapping[str, Any]) -> str:
         return found
     if isinstance(found, Mapping) and isinstance(text := found.get("text"), str):  # Natural Questions with its tokens
         return text
-    state = "null or NaN" if is_missing(found) else what_it_is(found)
+    state = "null or NaN" if is_missing(found) else shown_with_kind(found)
     raise LayoutError(f"has a 'question' that is no text but {state}: its columns are {_names(row)}")
 
 
@@ -218,8 +218,8 @@ def _refusal(value: Any) -> str:
     if isinstance(value, bool):
         return f"{value} is no answer: write the word that the model is to say, such as 'yes' or 'no'"
     if isinstance(value, bytes | bytearray | memoryview):
-        return f"{what_it_is(value)} is bytes: decode it to text"
-    return f"{what_it_is(value)} is neither text nor a number: give the answers as a list of texts"
+        return f"{shown_with_kind(value)} is bytes: decode it to text"
+    return f"{shown_with_kind(value)} is neither text nor a number: give the answers as a list of texts"
 
 
 def _parsed(value: Any) -> Any:
@@ -268,7 +268,7 @@ def _passage_text(row: Mapping[str, Any], column: str) -> str:
 def _name(row: Mapping[str, Any], column: str) -> str:
     found = name_text(row.get(column))
     if found is None:
-        raise LayoutError(f"has a {column!r} that is {what_it_is(row[column])}: give text or a number")
+        raise LayoutError(f"has a {column!r} that is {shown_with_kind(row[column])}: give text or a number")
     return found
 
 

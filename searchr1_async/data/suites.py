@@ -235,7 +235,7 @@ def _read(source: SuiteSource, split: str | None, name: str | None = None) -> _R
 
 def _read_named(source: str | Path, split: str | None, name: str | None) -> _Read:
     text, part = str(source), ""
-    if "#" in text and not Path(text).expanduser().exists():
+    if "#" in text and not absolute_path(text, "suites").exists():
         text, _, part = text.rpartition("#")
     read = read_questions(text if part else source, split)
     questions = tuple(question for question in read.questions if not part or question.data_source == part)

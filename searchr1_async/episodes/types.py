@@ -12,8 +12,8 @@ from functools import cached_property
 from numbers import Integral
 from typing import Any
 
-from searchr1_async.boundary.cells import half_a_character, is_missing, what_it_is
-from searchr1_async.boundary.values import shown
+from searchr1_async.boundary.cells import is_missing
+from searchr1_async.boundary.values import half_a_character, shown, shown_with_kind
 from searchr1_async.errors import CorpusError, QuestionsError
 
 _SHOWN_TEXT = 80
@@ -79,21 +79,21 @@ class Question:
             given = given.tolist()
         if not isinstance(given, list | tuple):
             raise QuestionsError(
-                f"{self._name} has golden_answers that are {what_it_is(given)}: give a tuple of texts, such as ('Paris',)"
+                f"{self._name} has golden_answers that are {shown_with_kind(given)}: give a tuple of texts, such as ('Paris',)"
             )
         for answer in given:
             if not isinstance(answer, str):
                 place = next(place for place, each in enumerate(given, start=1) if each is answer)
                 raise QuestionsError(
-                    f"{self._name} has a golden answer that is no text: number {place} is {what_it_is(answer)}"
+                    f"{self._name} has a golden answer that is no text: number {place} is {shown_with_kind(answer)}"
                 )
         return tuple(given)
 
     def _mistyped(self) -> QuestionsError:
         for name in ("question", "data_source"):
             if not isinstance(found := getattr(self, name), str):
-                return QuestionsError(f"question {self.id!r} has a {name} that is {what_it_is(found)}: give text")
-        return QuestionsError(f"{self._name} has metadata that is {what_it_is(self.metadata)}: give a dict")
+                return QuestionsError(f"question {self.id!r} has a {name} that is {shown_with_kind(found)}: give text")
+        return QuestionsError(f"{self._name} has metadata that is {shown_with_kind(self.metadata)}: give a dict")
 
     @property
     def _name(self) -> str:
@@ -128,12 +128,12 @@ class Passage:
             object.__setattr__(self, "title", "")
         for name in ("title", "text"):
             if not isinstance(found := getattr(self, name), str):
-                raise CorpusError(f"passage {self.id!r} has a {name} that is {what_it_is(found)}: give text")
+                raise CorpusError(f"passage {self.id!r} has a {name} that is {shown_with_kind(found)}: give text")
 
 
 def _id_text(given: Any, what: str, error: type[QuestionsError | CorpusError]) -> str:
     if isinstance(given, bool) or not isinstance(given, Integral):
-        raise error(f"a {what} has the id {what_it_is(given)}: give text or a whole number")
+        raise error(f"a {what} has the id {shown_with_kind(given)}: give text or a whole number")
     return str(int(given))
 
 

@@ -19,6 +19,7 @@ import polars as pl
 
 from searchr1_async.data.overlap import find_overlap
 from searchr1_async.data.suites import Suite
+from searchr1_async.endpoint import is_embedded, is_tinker_cloud
 from searchr1_async.episodes.dialect import SEARCH_TOOL
 from searchr1_async.episodes.methods import EXAMPLES, INSTRUCTIONS, WITHOUT_TOOL, Method
 from searchr1_async.episodes.recipe import load_recipe_prompt
@@ -33,7 +34,6 @@ from searchr1_async.evaluation.systems import MeasuredSystem
 from searchr1_async.playing import PlaySettings
 from searchr1_async.run_folder import training_questions
 from searchr1_async.search.record import record_of
-from searchr1_async.service import is_embedded, is_tinker_cloud
 from searchr1_async.watch.rows import storable
 
 _PACKAGES = (
@@ -191,7 +191,7 @@ def _system(job: EvaluationJob, measured: MeasuredSystem, overlap: Mapping[str, 
         checkpoint=weights.path,
         step=weights.step,
         run=_folder(weights.run),
-        service_folder=None if system.service_folder is None else str(Path(system.service_folder).absolute()),
+        service_folder=None if system.service_folder is None else str(system.service_folder),
         format=play.format_name,
         renderer=play.renderer_name,
         thinking=None if play.thinking == job.play.thinking else play.thinking,
@@ -231,7 +231,7 @@ def _other(value: Any, usual: Any) -> Any:
 
 
 def _folder(run: Path | None) -> str | None:
-    return None if run is None else str(run.absolute())
+    return None if run is None else str(run)
 
 
 def _prompt(play: PlaySettings, method: Method) -> tuple[str, str]:

@@ -12,6 +12,7 @@ from typing import Any
 import anyio
 import polars as pl
 
+from searchr1_async.connection import Service
 from searchr1_async.episodes.rendering import select_renderer
 from searchr1_async.episodes.tokenizers import load_tokenizer
 from searchr1_async.episodes.types import Question
@@ -24,7 +25,6 @@ from searchr1_async.gathered import GatheredItems
 from searchr1_async.offered import choose_model
 from searchr1_async.rollout.policy import TinkerPolicy
 from searchr1_async.run_folder import writing_records
-from searchr1_async.service import Service
 from searchr1_async.weights import Weights, find_weights
 
 _GATHERING = 1.0

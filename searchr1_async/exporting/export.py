@@ -22,8 +22,9 @@ from searchr1_async.arguments import as_weights
 from searchr1_async.boundary.paths import FilePath, NameOrFolder
 from searchr1_async.boundary.settings import checked_arguments
 from searchr1_async.config import LocalOptions
+from searchr1_async.connection import Service
 from searchr1_async.control import run_under_way
-from searchr1_async.endpoint import find_endpoint
+from searchr1_async.endpoint import find_endpoint, is_embedded
 from searchr1_async.errors import ConfigurationError, ExportError, RunFolderError, ServiceError, ungrouped
 from searchr1_async.events import Emit, Notice, emit_nothing
 from searchr1_async.exporting.card import CardFacts, model_card
@@ -35,11 +36,9 @@ from searchr1_async.run_folder import is_claimed
 from searchr1_async.service import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
-    Service,
     base_folder,
     base_model_of,
     check_service,
-    is_embedded,
     lora_parts,
     published_base,
 )

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from searchr1_async.boundary.paths import cache_folder
+from searchr1_async.boundary.paths import cache_folder, folder_at
 from searchr1_async.errors import ModelError
 
 logger = logging.getLogger(__name__)
@@ -52,8 +52,7 @@ def resolve_model(name: str) -> ModelFiles:
     """
     if not name.strip():
         raise ModelError("The model's name is empty: give a folder, or a name such as 'SmolLM2-135M-Instruct'.")
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    if (folder := folder_at(name)) is not None:
         if not (folder / "config.json").is_file():
             raise ModelError(f"The folder {name!r} holds no config.json, so it is no Hugging Face model.")
         return ModelFiles(name, folder.resolve())
@@ -71,7 +70,8 @@ def local_copy(name: str) -> Path | None:
     if name in _DEFAULT_MODEL_NAMES:
         is_here = (_converted_folder() / "config.json").is_file() or _wheel_gguf() is not None
     else:
-        is_here = (Path(name).expanduser() / "config.json").is_file()
+        folder = folder_at(name)
+        is_here = folder is not None and (folder / "config.json").is_file()
     return resolve_model(name).folder if is_here else None
 
 
@@ -79,8 +79,8 @@ def published_name(name: str) -> str:
     """The name under which others find a model: on the hub, or the last part of a local folder's path."""
     if name in _DEFAULT_MODEL_NAMES:
         return DEFAULT_MODEL
-    path = Path(name).expanduser()
-    return path.resolve().name if path.is_absolute() or path.is_dir() else name
+    path = folder_at(name) or Path(name)
+    return path.resolve().name if path.is_absolute() else name
 
 
 def _converted_folder() -> Path:

@@ -88,8 +88,8 @@ async def local_service(
     ``folder`` keeps its checkpoints, across processes. ``port`` 0 takes a free one. ``threads`` is the number of the
     model's compute threads (default: all processors). ``log_path`` (default ``<folder>/service.log``) gets what the
     child logs. ``options`` are fields of :class:`~searchr1_async.local.server.ServiceOptions`, ``backend_options`` further
-    arguments of ``TorchBackend.load``. ``scripted`` replaces the model by a script; ``model`` is then only a name. ``tell`` is
-    told of a start that takes over 5 seconds.
+    arguments of ``TorchBackend.load``. ``scripted`` replaces the model by a script; ``model`` is then only a name. ``tell``
+    gets a sentence if the start takes over 5 seconds.
 
     Raises :class:`ModelError` for an unknown model, :class:`PortInUseError`, :class:`ConfigurationError` for other
     settings that the child refuses, and :class:`ServiceStartError` when it does not come up within ``start_timeout``
@@ -135,7 +135,7 @@ async def local_service(
 
 
 async def _raise_when_ended(process: Process, log_path: Path) -> None:
-    """The SDK asks a service that has died for ever: whoever uses it must hear of its end from here."""
+    """Ends the block with an error: the SDK retries a service that has died for ever."""
     code = await process.wait()
     raise ServiceError(f"the embedded service ended while it was used (exit code {code}); {_tail(log_path)}")
 

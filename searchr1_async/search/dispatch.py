@@ -12,16 +12,14 @@ that are not in it do not wait for it.
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
-from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
-from typing import Generic, TypeVar
+from dataclasses import dataclass, replace
+from typing import Generic
 
 import anyio
-from anyio.abc import TaskGroup
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
 from searchr1_async.boundary.waits import bounded_wait
@@ -33,12 +31,9 @@ from searchr1_async.search.hedging import Slowest, hedged
 from searchr1_async.search.pacing import Flight, Pacer, PacingSettings
 from searchr1_async.search.statistics import ServiceStatistics, ServiceTally
 from searchr1_async.search.telling import Telling
+from searchr1_async.search.waiter import Item, Key, Value, Waiter
 
 logger = logging.getLogger(__name__)
-
-Key = TypeVar("Key", bound=Hashable)
-Item = TypeVar("Item")
-Value = TypeVar("Value")
 
 SUSPECT_AFTER = 2
 """Passing faults of one batch, while others are answered, after which it is split. At random, with one fault in ten, that
@@ -57,36 +52,6 @@ class Capacity:
     """At once."""
     weight: int | None = None
     """Of all items in one request; None where there is no such limit."""
-
-
-def _own_copy(failure: SearchError) -> SearchError:
-    try:
-        return copy.copy(failure)
-    except TypeError:  # of a class whose arguments are not the usual ones
-        return SearchError(str(failure), is_fatal=failure.is_fatal)
-
-
-@dataclass(eq=False, slots=True)
-class _Waiter(Generic[Key, Item, Value]):
-    """One call of ``fetch``."""
-
-    number: int
-    items: Mapping[Key, Item]
-    tasks: TaskGroup
-    answers: dict[Key, Value] = field(default_factory=dict)
-    failure: SearchError | None = None
-    carrying: int = 0
-    """Tasks in its group, which carry batches."""
-    done: anyio.Event = field(default_factory=anyio.Event)
-
-    def answer(self, key: Key, value: Value) -> None:
-        self.answers[key] = value
-        if len(self.answers) == len(self.items):
-            self.done.set()
-
-    def fail(self, failure: SearchError) -> None:
-        self.failure = self.failure or failure
-        self.done.set()
 
 
 class Dispatcher(Generic[Key, Item, Value]):
@@ -125,7 +90,7 @@ class Dispatcher(Generic[Key, Item, Value]):
         self._settings = pacing or PacingSettings()
         self._tally = tally or ServiceTally()
         self._failure = failure
-        self._gathering: Gathering[Key, _Waiter[Key, Item, Value]] = Gathering(weigh)
+        self._gathering: Gathering[Key, Waiter[Key, Item, Value]] = Gathering(weigh)
         self._pacer = Pacer(self._settings)
         self.waits = Telling(name, self._settings, self._pacer)
         self._pause = wait_random_exponential(
@@ -168,7 +133,7 @@ class Dispatcher(Generic[Key, Item, Value]):
             return {}
         self._number += 1
         tasks = anyio.create_task_group()
-        waiter: _Waiter[Key, Item, Value] = _Waiter(self._number, items, tasks)
+        waiter: Waiter[Key, Item, Value] = Waiter(self._number, items, tasks)
         async with tasks:
             self._tally.joined += self._gathering.ask(items, waiter).joined
             # At the end of this turn of the event loop, so that all who were woken together go out together.
@@ -181,16 +146,13 @@ class Dispatcher(Generic[Key, Item, Value]):
                 self._gathering.leave(items, waiter)
                 if waiter.carrying:
                     tasks.cancel_scope.cancel()
-        if waiter.failure is not None:
-            # Every caller raises one of its own: a shared one would collect the tracebacks of all.
-            raise _own_copy(waiter.failure) from (waiter.failure.__cause__ or waiter.failure)
-        return waiter.answers
+        return waiter.result()
 
     def close(self) -> None:
         """Fails every call that still waits."""
         self._fail_everyone(SearchError("the search was closed while calls were waiting"))
 
-    async def _until_done(self, waiter: _Waiter[Key, Item, Value], deadline: Deadline | None) -> None:
+    async def _until_done(self, waiter: Waiter[Key, Item, Value], deadline: Deadline | None) -> None:
         while not waiter.done.is_set():
             left = math.inf if deadline is None else deadline.at - now_in_loop()
             with anyio.move_on_after(left):
@@ -226,7 +188,7 @@ class Dispatcher(Generic[Key, Item, Value]):
             host.carrying += 1
             host.tasks.start_soon(self._hold, host)
 
-    async def _hold(self, host: _Waiter[Key, Item, Value]) -> None:
+    async def _hold(self, host: Waiter[Key, Item, Value]) -> None:
         """Sends what waits when it has waited for company for long enough."""
         try:
             await anyio.sleep(LONGEST_HOLD)
@@ -259,7 +221,7 @@ class Dispatcher(Generic[Key, Item, Value]):
         carrier.carrying += 1
         carrier.tasks.start_soon(self._carry, carrier, batch, flight)
 
-    async def _carry(self, carrier: _Waiter[Key, Item, Value], batch: list[Key], flight: Flight | None) -> None:
+    async def _carry(self, carrier: Waiter[Key, Item, Value], batch: list[Key], flight: Flight | None) -> None:
         """One batch, from its first request until its waiters are answered, or have failed."""
         try:
             self._answer(await self._until_answered(batch, flight))

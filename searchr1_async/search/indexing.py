@@ -19,7 +19,6 @@ from searchr1_async.search.index_report import IndexReport
 from searchr1_async.search.journal import Journal
 from searchr1_async.search.opening import open_embedder, open_store
 from searchr1_async.search.passage_embedding import BuildOptions, OnProgress
-from searchr1_async.search.passage_embedding import passage_text as passage_text
 from searchr1_async.search.prices import price_of
 from searchr1_async.search.stores.base import Store
 from searchr1_async.search.stores.chroma import EmbeddedChroma

@@ -45,8 +45,8 @@ class PacingSettings:
     """Of the requests: the slowest are sent a second time, and the first answer counts. 0.05 makes the slowest 5 % about as
     fast as the others for 5 % more requests; 0 is off, since a quota pays for them."""
     longest_wait: Seconds = 300.0
-    """Seconds that a service may ask to be left alone (``Retry-After``): so long it is waited for. If it asks for more, whoever
-    waits fails at once, since asking earlier would only be refused again."""
+    """Seconds that a service may ask to be left alone (``Retry-After``). If it asks for more, searches fail at once: earlier
+    requests would be refused again."""
 
     def __post_init__(self) -> None:
         check_settings(self)

@@ -1,4 +1,4 @@
-"""Which waits for a service are told, each of them once, and which are too long: no clock, no task. The caller passes the time."""
+"""Which waits for a service are reported, each once, and which are too long to wait. No clock, no task; the caller passes the time."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Telling:
         pacer: knows the service's state.
 
     Attributes:
-        tell: gets every wait over :data:`~searchr1_async.boundary.waits.TOLD_AFTER` seconds once, with its reason and its end. None,
-            for searches of a run, whose view shows outages: only waits that the service asks for are told, in the log.
+        tell: gets every wait over :data:`~searchr1_async.boundary.waits.TOLD_AFTER` seconds once, with its reason and its end. None
+            for searches of a run, whose view shows outages: then only waits that the service asks for are reported, in the log.
     """
 
     def __init__(self, name: str, settings: PacingSettings, pacer: Pacer) -> None:
@@ -65,21 +65,21 @@ class Telling:
             self.tell(f"{self._name} answers again")
 
     def hangs(self, text: str, until: float) -> None:
-        """A request is not answered for long; of several that hang, the first is told.
+        """A request has not been answered for long; of several such requests only the first is reported.
 
         Args:
             text: what to say.
             until: when it is given up.
         """
-        if self.tell is not None and self._is_news(until):
+        if self.tell is not None and self._is_new(until):
             self.tell(text)
 
     def _asked(self, fault: PassingFault, now: float, seconds: float) -> None:
-        if seconds > TOLD_AFTER and self._is_news(now + seconds):
+        if seconds > TOLD_AFTER and self._is_new(now + seconds):
             tell_of(seconds, f"{self._name} asks to be left alone ({fault})", self.tell or logger.warning)
 
-    def _is_news(self, until: float) -> bool:
-        """Whether a wait that ends then has not been told. Requests that fail together ask for about the same: that is one wait."""
+    def _is_new(self, until: float) -> bool:
+        """Whether a wait until then was not reported yet. Requests that fail together ask for about the same wait."""
         if until <= self._told_until + TOLD_AFTER:
             return False
         self._told_until = until

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from searchr1_async.boundary.cells import half_a_character, is_missing, name_text, number_text, plain_cell
+from searchr1_async.boundary.cells import is_missing, name_text, number_text, plain_cell
 
 
 class NAType:
@@ -75,8 +75,3 @@ def test_arrays_become_lists() -> None:
         "a": ["x", "y"],
         "b": [3, 0.1],
     }
-
-
-def test_half_a_character_is_found() -> None:
-    assert half_a_character("é \ud83d") == 2
-    assert half_a_character("é 😀") is None

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from searchr1_async import ConfigurationError
-from searchr1_async.boundary.values import as_choice, as_flag, as_integer, as_number, as_text, plain
+from searchr1_async.boundary.values import as_choice, as_flag, as_integer, as_number, as_text, half_a_character, plain
 
 
 @pytest.mark.parametrize("value", [8, np.int64(8), np.uint8(8), np.array(8)])
@@ -83,3 +83,8 @@ def test_a_message_stays_short() -> None:
 def test_everything_else_is_left_as_it_is() -> None:
     for value in ("a", b"a", None, [1], {"a": 1}, np.array([1, 2])):
         assert plain(value) is value
+
+
+def test_half_a_character_is_found() -> None:
+    assert half_a_character("é \ud83d") == 2
+    assert half_a_character("é 😀") is None

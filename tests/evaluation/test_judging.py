@@ -10,6 +10,7 @@ from typing import Any, cast
 import anyio
 import pytest
 
+from searchr1_async.connection import Service
 from searchr1_async.episodes.play import SampledTurn
 from searchr1_async.errors import ServiceError
 from searchr1_async.evaluation import judging
@@ -18,7 +19,6 @@ from searchr1_async.evaluation.judging import FoundJudge, OpenJudge, judge_diges
 from searchr1_async.evaluation.store import JUDGEMENTS_NAME, EpisodeStore
 from searchr1_async.evaluation.systems import System, find_systems
 from searchr1_async.events import Event, PhaseAdvanced
-from searchr1_async.service import Service
 from searchr1_async.weights import Weights
 from tests.local.tiny import make_tiny_tokenizer
 from tests.players import ScriptedPolicy

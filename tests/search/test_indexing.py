@@ -18,7 +18,8 @@ from searchr1_async.data import load_corpus
 from searchr1_async.episodes.types import Passage
 from searchr1_async.errors import CorpusError, EmbeddingError, StoreError
 from searchr1_async.search import Search, index_builder, passage_embedding
-from searchr1_async.search.indexing import LocalIndex, passage_text
+from searchr1_async.search.indexing import LocalIndex
+from searchr1_async.search.passage_embedding import passage_text
 from searchr1_async.search.stores import EmbeddedChroma
 
 pytestmark = pytest.mark.anyio

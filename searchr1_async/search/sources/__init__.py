@@ -1,6 +1,6 @@
 """Where a compact index takes its passages and vectors from."""
 
-from searchr1_async.search.sources.base import Block, Metric, SourceFacts, VectorSource
+from searchr1_async.search.sources.base import Block, SourceFacts, VectorSource
 from searchr1_async.search.sources.chroma_folder import ChromaFolder
 from searchr1_async.search.sources.chroma_server import ChromaServer
 from searchr1_async.search.sources.embedded import EmbeddedCorpus
@@ -11,7 +11,6 @@ __all__ = [
     "ChromaFolder",
     "ChromaServer",
     "EmbeddedCorpus",
-    "Metric",
     "SourceFacts",
     "VectorFiles",
     "VectorSource",

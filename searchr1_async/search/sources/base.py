@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 
 from searchr1_async.episodes.types import Passage
 from searchr1_async.search.embedders.base import Vectors
-from searchr1_async.search.stores.base import Metric as Metric
+from searchr1_async.search.stores.base import Metric
 
 Block = tuple[list[Passage], Vectors]
 """Passages and their vectors ``[passages, dimension]``, float32, row by row."""

@@ -13,11 +13,12 @@ import numpy as np
 from searchr1_async.boundary.paths import absolute_path
 from searchr1_async.errors import StoreError
 from searchr1_async.search.embedders.base import Embedder, Vectors
-from searchr1_async.search.sources.base import Block, Metric, SourceFacts
+from searchr1_async.search.sources.base import Block, SourceFacts
 from searchr1_async.search.sources.chroma_tables import DATABASE_NAME, ChromaTables
 from searchr1_async.search.sources.hnsw_check import check_segment
 from searchr1_async.search.sources.hnsw_segment import LABELS_NAME, BrokenSegmentError, HnswSegment, stacked
 from searchr1_async.search.sources.named import named_embedder
+from searchr1_async.search.stores.base import Metric
 from searchr1_async.search.stores.chroma.layout import read_answer
 from searchr1_async.threads import in_thread
 

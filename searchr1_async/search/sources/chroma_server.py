@@ -14,8 +14,9 @@ from searchr1_async.search.dispatch import Capacity, Dispatcher
 from searchr1_async.search.embedders.base import Embedder
 from searchr1_async.search.opening import open_store
 from searchr1_async.search.passage_embedding import PACING
-from searchr1_async.search.sources.base import Block, Metric, SourceFacts
+from searchr1_async.search.sources.base import Block, SourceFacts
 from searchr1_async.search.sources.named import named_embedder
+from searchr1_async.search.stores.base import Metric
 from searchr1_async.search.stores.chroma import RemoteChroma
 from searchr1_async.search.stores.chroma.faults import malformed
 from searchr1_async.search.stores.chroma.layout import CollectionModel, read_answer

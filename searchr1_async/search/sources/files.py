@@ -17,8 +17,9 @@ from searchr1_async.data.corpus import CorpusSource, load_corpus
 from searchr1_async.episodes.types import Passage
 from searchr1_async.errors import StoreError
 from searchr1_async.search.embedders.base import Embedder, Vectors
-from searchr1_async.search.sources.base import Block, Metric, SourceFacts
+from searchr1_async.search.sources.base import Block, SourceFacts
 from searchr1_async.search.sources.named import named_embedder
+from searchr1_async.search.stores.base import Metric
 from searchr1_async.threads import in_thread
 
 ROWS = 8_192

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from searchr1_async.errors import StoreError
 from searchr1_async.search.embedders.base import Vectors
-from searchr1_async.search.sources.base import Metric
+from searchr1_async.search.stores.base import Metric
 from searchr1_async.search.stores.compact.codes import (
     Codes,
     add_codes,

@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 
 from searchr1_async.search.embedders.base import Vectors
-from searchr1_async.search.sources.base import Metric
+from searchr1_async.search.stores.base import Metric
 from searchr1_async.search.stores.compact.index import ready_vectors
 from searchr1_async.search.stores.compact.probing import (
     Probing,

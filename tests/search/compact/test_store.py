@@ -22,8 +22,7 @@ from searchr1_async.search import Search
 from searchr1_async.search.compact_building import build_compact_index
 from searchr1_async.search.embedders.base import Vectors
 from searchr1_async.search.faults import RefusedInput
-from searchr1_async.search.sources.base import Metric
-from searchr1_async.search.stores.base import Found, is_writable
+from searchr1_async.search.stores.base import Found, Metric, is_writable
 from searchr1_async.search.stores.chroma import EmbeddedChroma
 from searchr1_async.search.stores.compact import CompactSettings, CompactStore
 from searchr1_async.search.stores.compact.layout import VectorType

@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 
 from searchr1_async.search.embedders.base import Vectors
-from searchr1_async.search.sources.base import Metric
+from searchr1_async.search.stores.base import Metric
 from searchr1_async.search.stores.compact import vector_file
 from searchr1_async.search.stores.compact.appended import AppendedFile
 from searchr1_async.search.stores.compact.index import exact_nearest, rank, ready_vectors
