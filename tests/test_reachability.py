@@ -191,8 +191,7 @@ async def test_an_outage_is_told_within_fifteen_seconds(world: World, mode: Mode
     assert world.told(ServiceSilent)[0] - world.told(StepFinished)[0] < 15
     world.gateway.switch("pass")
     await world.until(lambda: len(world.told(StepFinished)) >= 6, 60)
-    run.stop()
-    assert (await run).reason == "stopped"
+    assert (await run.stop()).reason == "stopped"
 
 
 STEPS = st.lists(
