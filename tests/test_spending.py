@@ -228,6 +228,7 @@ async def test_a_limit_that_cannot_be_kept_is_refused_at_the_call(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow  # tests/test_billing.py and tests/evaluation/test_report.py have its price
 @pytest.mark.anyio
 async def test_the_embedded_service_costs_nothing_and_reaches_no_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
