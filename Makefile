@@ -12,6 +12,8 @@ MAKE_VENV := $(PYTHON) -m venv $(VENV) || ($(PYTHON) -m pip install --user virtu
 
 # Of another environment that happens to be active: IPython warns of it, and warnings are errors in the tests.
 unexport VIRTUAL_ENV
+# The tests start many processes, each of which would compile the whole package anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: run test test-latest lint types unit slow browser notebook lock clean
 

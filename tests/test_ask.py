@@ -196,14 +196,19 @@ async def test_a_service_that_is_away_is_an_error(trained: TrainedRun) -> None:
         await sr.ask("river of mirin?", checkpoint=trained.folder, service=url(), sampling_deadline=1e-6)
 
 
-async def test_the_embedded_service_opens_the_weights_in_the_runs_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.delenv(SERVICE_KEY)
-    search = tiny_world.make_search(tmp_path / "index")
+def embedded_run(folder: Path) -> tuple[sr.Run, sr.Search]:
+    """A run that starts a service of its own, and its search."""
+    search = tiny_world.make_search(folder / "index")
     settings = tiny_world.SETTINGS | {"model": str(tiny_world.model_folder()), "group_size": 2, "groups_per_batch": 2}
     settings |= {"minibatches": 1, "steps": 1, "reward": uneven}
-    run = sr.train(tiny_world.make_questions()[0], search, out_dir=tmp_path / "run", **settings)
+    return sr.train(tiny_world.make_questions()[0], search, out_dir=folder / "run", **settings), search
+
+
+async def test_the_embedded_service_opens_the_weights_in_the_runs_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(SERVICE_KEY)
+    run, search = embedded_run(tmp_path)
     result = await run
     told: list[object] = []
     recorded = sr.open_run(tmp_path / "run")
@@ -216,8 +221,19 @@ async def test_the_embedded_service_opens_the_weights_in_the_runs_folder(
     assert tiny_world.service_processes() == []
     with pytest.raises(sr.ConfigurationError, match=r"cannot describe its search .* pass search="):
         await recorded.ask("river of mirin?")  # its passages were in memory
-    # The run itself still has them, and the way to start its service.
-    again = await run.ask("river of mirin?")
+
+
+@pytest.mark.slow
+async def test_a_finished_run_starts_its_embedded_service_again_to_be_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It still has its passages and the way to start its service; from its folder the answer is the same."""
+    monkeypatch.delenv(SERVICE_KEY)
+    run, search = embedded_run(tmp_path)
+    await run
+    answer = await run.ask("river of mirin?")
+    local = sr.LocalOptions(threads=1, dtype="float32", device="cpu")
+    again = await sr.open_run(tmp_path / "run").ask("river of mirin?", search, local=local)
     assert again.episode.tokens == answer.episode.tokens
     assert tiny_world.service_processes() == []
 

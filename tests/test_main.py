@@ -76,7 +76,10 @@ def closed_pipe() -> int:
     return writer
 
 
-@pytest.mark.parametrize(("arguments", "status"), [(["--help"], 0), (["view", "RUN"], 0), (["view", "NOTHING"], 1)])
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [pytest.param(["--help"], 0, marks=pytest.mark.slow), (["view", "RUN"], 0), (["view", "NOTHING"], 1)],
+)
 def test_a_command_whose_output_nobody_reads_ends_as_usual(tmp_path: Path, arguments: list[str], status: int) -> None:
     RunRecords(tmp_path / "RUN").write_step(1, [GroupOutcome(0, group())], {})
     told = tmp_path / "told"
@@ -152,6 +155,7 @@ sys.exit(command.main(["atlas", "--out-dir", str(world / "run"), "--steps", "300
 """
 
 
+@pytest.mark.slow
 def test_control_c_ends_the_command_cleanly_and_it_can_go_on(tmp_path: Path) -> None:
     """A terminal's Ctrl-C: everything is closed, the folder is whole, and the service is gone."""
     from searchr1_async.learn.checkpoints import ResumePoint

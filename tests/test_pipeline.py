@@ -261,7 +261,11 @@ async def test_a_stopped_run_plays_no_finished_group_again(start: Callable[..., 
 
 async def test_groups_are_played_in_other_processes_and_learned_from_here(start: Callable[..., sr.Run]) -> None:
     run = start(questions=12, epochs=1, workers=2, max_staleness=1, warm_up=tiny_world.WARM_UP)
-    assert (await run).steps == 2
+    result = await run
+    assert result.steps == 2
+    assert result.cost is not None
+    for counted, column in (("prompt", "ob"), ("cached", "cached_ob"), ("sampled", "ac")):
+        assert getattr(result.cost.tokens, counted) == run.metrics[f"env/all/total_{column}_tokens"].sum(), counted
     assert assert_every_question_once(run, 12)["trained"].all()
     episodes = run.episodes().collect()
     assert episodes["turn_count"].max() == 2, "searches are answered here"

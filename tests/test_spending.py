@@ -201,16 +201,6 @@ async def test_what_is_asked_of_a_run_belongs_to_its_cost_and_a_live_view_says_t
 
 
 @pytest.mark.anyio
-async def test_what_other_processes_play_is_counted_too(start: Callable[..., sr.Run]) -> None:
-    run = start(steps=1, reward=by_length, workers=2)
-    cost = (await run).cost
-    assert cost is not None
-    assert cost.tokens.prompt == run.metrics["env/all/total_ob_tokens"].sum()
-    assert cost.tokens.cached == run.metrics["env/all/total_cached_ob_tokens"].sum()
-    assert cost.tokens.sampled == run.metrics["env/all/total_ac_tokens"].sum()
-
-
-@pytest.mark.anyio
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -228,6 +218,7 @@ async def test_a_limit_that_cannot_be_kept_is_refused_at_the_call(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow  # tests/test_billing.py and tests/evaluation/test_report.py have its price
 @pytest.mark.anyio
 async def test_the_embedded_service_costs_nothing_and_reaches_no_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 
 import searchr1_async as sr
@@ -151,8 +153,29 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., sr.R
     return make
 
 
-async def test_a_run_starts_where_another_ended(train: Callable[..., sr.Run], tmp_path: Path) -> None:
-    first = await train("first", warm_up=tiny_world.WARM_UP)
+@pytest.fixture(scope="module")
+def warmed_up(tmp_path_factory: pytest.TempPathFactory) -> sr.RecordedRun:
+    """A finished run of one step behind a warm-up, on the shared service."""
+    folder = tmp_path_factory.mktemp("warmed-up")
+
+    async def train() -> None:
+        settings = tiny_world.served_settings(steps=1, learning_rate=1e-5, lora_rank=None)
+        questions, held_out = tiny_world.make_questions()
+        search = tiny_world.make_search(folder / "index")
+        settings |= {"held_out": held_out, "warm_up": tiny_world.WARM_UP}
+        await sr.train(questions, search, out_dir=folder / "first", **settings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TINKER_API_KEY", tiny_world.shared_service().api_key)
+        anyio.run(train)
+    return sr.open_run(folder / "first")
+
+
+async def test_a_run_starts_where_another_ended(
+    train: Callable[..., sr.Run], warmed_up: sr.RecordedRun, tmp_path: Path
+) -> None:
+    shutil.copytree(warmed_up.out_dir, tmp_path / "first")
+    first = warmed_up.result
     events: list[Any] = []
     settings = {"start_from": tmp_path / "first", "emit": events.append}
     second = train("second", **settings)
@@ -177,11 +200,11 @@ async def test_a_run_starts_where_another_ended(train: Callable[..., sr.Run], tm
         await train("second", resume=True, steps=3)
 
 
-async def test_a_run_starts_from_an_adapter_and_from_a_path(train: Callable[..., sr.Run], tmp_path: Path) -> None:
-    first = train("first", warm_up=tiny_world.WARM_UP)
-    await first
-    adapter = await first.export(tmp_path / "adapter")
-    state = first.checkpoints[-1].state_path
+async def test_a_run_starts_from_an_adapter_and_from_a_path(
+    train: Callable[..., sr.Run], warmed_up: sr.RecordedRun, tmp_path: Path
+) -> None:
+    adapter = await warmed_up.export(tmp_path / "adapter")
+    state = warmed_up.checkpoints[-1].state_path
     scores = {}
     for name, start_from in {"adapter": adapter, "path": state}.items():
         result = await train(f"from-{name}", start_from=start_from)
