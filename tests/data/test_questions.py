@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 
 from searchr1_async.data import load_questions
 from searchr1_async.data.hub import SUITES
+from searchr1_async.data.suites import load_suite, load_suites
 from searchr1_async.errors import QuestionsError
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -177,6 +180,23 @@ def test_names_limits_and_splits(tmp_path: Path) -> None:
             load_questions(**call)
     with pytest.raises(QuestionsError, match="no column 'split'"):
         load_questions(jsonl(tmp_path / "r.jsonl", [{"question": "q", "golden_answers": ["a"]}]), split="test")
+
+
+@pytest.mark.parametrize("read", [load_questions, load_suites, load_suite])
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"limit": "3"}, "limit is '3' (str): give a whole number"),
+        ({"limit": 3.0}, "limit is 3.0 (float): give a whole number"),
+        ({"limit": True}, "limit is True (bool): give a whole number"),
+        ({"seed": "one"}, "seed is 'one' (str): give a whole number"),
+    ],
+)
+def test_a_limit_and_a_seed_are_whole_numbers(read: Any, wrong: dict[str, Any], message: str) -> None:
+    rows = [{"question": f"q{number}", "answer": "a"} for number in range(5)]
+    with pytest.raises(QuestionsError, match=re.escape(message)):
+        read(rows, **wrong)
+    assert len(load_questions(rows, limit=np.int64(2), seed=np.int32(1))) == 2
 
 
 @pytest.mark.parametrize("name", ["musique", "PeterJinGo/nq_hotpotqa_train"])
