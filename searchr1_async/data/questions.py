@@ -36,6 +36,9 @@ Questions: TypeAlias = str | Path | Iterable[Question] | Iterable[Mapping[str, A
 
 MEMORY = "memory"
 """The source of questions that came from no file."""
+TABLE = "table"
+"""What rows in memory are called that do not say it themselves. The same for every container: ids that are made from the content
+hold it, and a run that was begun with a frame may go on with a list."""
 ATLAS_SPLITS = ("train", "held_out")
 
 
@@ -182,10 +185,8 @@ def _in_memory(source: object, split: str | None, columns: Columns | None) -> Re
         table = MemoryRows(source)
         if isinstance(table.first(), Question):
             return ReadQuestions(_given(table, split), "questions", MEMORY, split=split)
-        name = table.kind
-        return ReadQuestions(
-            questions_of_rows(table.rows(), table.name, name, split, columns), name, MEMORY, split=split
-        )
+        questions = questions_of_rows(table.rows(), table.name, TABLE, split, columns)
+        return ReadQuestions(questions, TABLE, MEMORY, split=split)
     except UnreadableFileError as error:
         raise QuestionsError(str(error)) from error
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import importlib
 import json
+import operator
 import re
 from pathlib import Path
 from typing import Any
@@ -180,6 +182,22 @@ def test_names_limits_and_splits(tmp_path: Path) -> None:
             load_questions(**call)
     with pytest.raises(QuestionsError, match="no column 'split'"):
         load_questions(jsonl(tmp_path / "r.jsonl", [{"question": "q", "golden_answers": ["a"]}]), split="test")
+
+
+def test_the_same_rows_are_the_same_questions_in_every_container() -> None:
+    """Ids are made from the content: a run that was begun with a frame goes on with a list of what it holds."""
+    rows = [{"question": f"q{number}", "answer": ["a", "b"]} for number in range(3)]
+    frame, found = pl.DataFrame(rows), load_questions(rows)
+    same = [frame, frame.lazy(), iter(rows), tuple(rows)]
+    for module, make in (("pandas", "DataFrame"), ("pyarrow", "Table.from_pylist"), ("datasets", "Dataset.from_list")):
+        try:
+            made = operator.attrgetter(make)(importlib.import_module(module))
+        except ImportError:
+            continue
+        same.append(made(rows))
+    for source in same:
+        assert load_questions(source) == found, type(source)
+    assert found[0].data_source == "table"
 
 
 @pytest.mark.parametrize("read", [load_questions, load_suites, load_suite])
