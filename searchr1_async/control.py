@@ -165,6 +165,11 @@ class RunControl:
         for hold in self._holds:
             hold(is_held)
 
+    @property
+    def waits_for_service(self) -> bool:
+        """The Tinker service does not answer: nothing that is under way at it can come to its end."""
+        return "service" in self._held_by
+
     async def wait_while_paused(self) -> None:
         """Returns when the run is not held; at once where it is not."""
         while self._held_by:

@@ -70,7 +70,8 @@ class StepFinisher:
 
     @asynccontextmanager
     async def finishing(self) -> AsyncIterator[None]:
-        """Takes steps while the block runs, and ends when the last is written down; after a stop, within a minute.
+        """Takes steps while the block runs, and ends when the last is written down; after a stop, within a minute, and at once
+        while the service does not answer.
 
         Raises, within an exception group:
             ServiceError: a training call failed.
@@ -79,7 +80,7 @@ class StepFinisher:
         scope = anyio.CancelScope()
 
         def cut() -> None:
-            scope.deadline = anyio.current_time() + STOP_SECONDS
+            scope.deadline = anyio.current_time() + (0.0 if self._control.waits_for_service else STOP_SECONDS)
 
         # Also for a stop that comes when the last batch is closed: nothing but steps is under way then.
         with self._control.ending_with(cut), scope:

@@ -309,7 +309,11 @@ class _Training:
         if control.stop_requested:
             self._emit(Notice("stopped: every finished step is kept, resume=True goes on from the last"))
         with control.ending_with(lambda: None):  # a stop that comes now changes nothing
-            await self._keep_last()
+            if control.stop_requested and control.waits_for_service:
+                text = "the service does not answer: weights later than the last that are kept are in the resume point alone"
+                self._emit(Notice(text, is_warning=True))
+            else:
+                await self._keep_last()
         return reason
 
     async def _learner(self, client: tinker.TrainingClient) -> Learner:

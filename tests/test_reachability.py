@@ -144,6 +144,21 @@ async def test_a_run_whose_service_stays_away_ends_with_its_resume_point(world: 
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("mode", ["fail", "silent"])
+async def test_a_run_that_is_stopped_in_an_outage_does_not_wait_for_its_end(world: World, mode: Mode) -> None:
+    world.switch_after(1, mode)
+    run = world.train(steps=4)
+    await world.until(lambda: bool(world.told(ServiceSilent)), 20)
+    with anyio.fail_after(15):
+        result = await run.stop()
+    assert result.reason == "stopped"
+    assert 1 <= result.steps < 4
+    world.when = lambda event: None
+    world.gateway.switch("pass")
+    assert (await world.train(steps=4, resume=True)).steps == 4
+
+
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("times", [TrainingTimes(optim_step=1.5)], ids=["1.5 s a step"])
 async def test_a_long_training_call_is_no_outage(world: World) -> None:
     assert (await world.train(steps=1)).steps == 1

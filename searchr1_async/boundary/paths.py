@@ -12,10 +12,13 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
-from searchr1_async.boundary.values import as_text, shown_with_kind
+from searchr1_async.boundary.values import as_text, shown, shown_with_kind
 from searchr1_async.errors import ConfigurationError
 
 logger = logging.getLogger(__name__)
+
+_LONGEST_NAME = 255
+"""Bytes in the name of one file or folder, on all common file systems."""
 
 
 def absolute_path(path: str | os.PathLike[str], name: str = "path") -> Path:
@@ -43,6 +46,10 @@ def absolute_path(path: str | os.PathLike[str], name: str = "path") -> Path:
         raise ConfigurationError(
             f"{name} is {text!r}, which holds half a character (a lone surrogate) at {error.start}: no file has such a name"
         ) from None
+    if any(len(os.fsencode(part)) > _LONGEST_NAME for part in Path(text).parts):
+        raise ConfigurationError(
+            f"{name} is {shown(text)}, which holds a name of more than {_LONGEST_NAME} bytes: no file has such a name"
+        )
     try:
         return Path(text).expanduser().absolute()
     except (RuntimeError, OSError) as error:  # no such user, no HOME; a current folder that was deleted

@@ -22,11 +22,12 @@ from searchr1_async.boundary.rows import (
     read_rows,
     renamed,
 )
+from searchr1_async.boundary.values import as_integer
 from searchr1_async.data.hub import SUITES, fetch_questions_file, read_reference, split_of
 from searchr1_async.data.layouts import QUESTION_COLUMNS, LayoutError, question_of
 from searchr1_async.episodes.reward import normalize_answer
 from searchr1_async.episodes.types import Question
-from searchr1_async.errors import CorpusError, QuestionsError
+from searchr1_async.errors import ConfigurationError, CorpusError, QuestionsError
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,9 @@ Questions: TypeAlias = str | Path | Iterable[Question] | Iterable[Mapping[str, A
 
 MEMORY = "memory"
 """The source of questions that came from no file."""
+TABLE = "table"
+"""What rows in memory are called that do not say it themselves. The same for every container: ids that are made from the content
+hold it, and a run that was begun with a frame may go on with a list."""
 ATLAS_SPLITS = ("train", "held_out")
 
 
@@ -68,7 +72,7 @@ def load_questions(
             have no one meaning, duplicate ids, an unknown split, or a hub that does not answer: each with the place and the
             remedy.
     """
-    check_limit(limit)
+    check_sampling(limit, seed)
     questions = read_questions(name_or_path, split, columns).questions
     counts = Counter([question.id for question in questions])
     if len(counts) < len(questions):
@@ -76,10 +80,19 @@ def load_questions(
     return sampled(questions, limit, seed)
 
 
-def check_limit(limit: int | None) -> None:
-    """Refuses a limit below 1 before anything is read."""
-    if limit is not None and limit < 1:
-        raise QuestionsError(f"limit is {limit}: give at least 1, or None for every question")
+def check_sampling(limit: int | None, seed: int | None) -> None:
+    """Refuses a limit or a seed that is no whole number, and a limit below 1, before anything is read.
+
+    Raises:
+        QuestionsError: naming it.
+    """
+    try:
+        if limit is not None:
+            as_integer("limit", limit, at_least=1)
+        if seed is not None:
+            as_integer("seed", seed)
+    except ConfigurationError as error:
+        raise QuestionsError(f"{error}, or None") from None
 
 
 def sampled(questions: Sequence[Question], limit: int | None, seed: int | None) -> tuple[Question, ...]:
@@ -172,10 +185,8 @@ def _in_memory(source: object, split: str | None, columns: Columns | None) -> Re
         table = MemoryRows(source)
         if isinstance(table.first(), Question):
             return ReadQuestions(_given(table, split), "questions", MEMORY, split=split)
-        name = table.kind
-        return ReadQuestions(
-            questions_of_rows(table.rows(), table.name, name, split, columns), name, MEMORY, split=split
-        )
+        questions = questions_of_rows(table.rows(), table.name, TABLE, split, columns)
+        return ReadQuestions(questions, TABLE, MEMORY, split=split)
     except UnreadableFileError as error:
         raise QuestionsError(str(error)) from error
 

@@ -16,7 +16,7 @@ from searchr1_async.data.questions import (
     MEMORY,
     Questions,
     ReadQuestions,
-    check_limit,
+    check_sampling,
     read_questions,
     sampled,
 )
@@ -115,7 +115,7 @@ def load_suite(
         QuestionsError: as :func:`~searchr1_async.load_questions`; another file than ``sha256`` says; a ready suite with
             another ``split``, ``limit`` or ``seed`` than its own.
     """
-    check_limit(limit)
+    check_sampling(limit, seed)
     if isinstance(source, Suite):
         return _ready(source, name, split, limit, seed)
     read = _read(source, split)
@@ -148,7 +148,7 @@ def load_suites(
     Raises:
         QuestionsError: as :func:`load_suite`; there are none; two have one name.
     """
-    check_limit(limit)
+    check_sampling(limit, seed)
     found: dict[str, Suite] = {}
     for suite in _each(sources, split, limit, seed):
         if other := found.get(suite.name):

@@ -17,6 +17,8 @@ from searchr1_async.events import (
     RunPaused,
     RunResumed,
     RunStarted,
+    ServiceAnswers,
+    ServiceSilent,
 )
 
 MINUTE, DAY = 60.0, 86_400.0
@@ -52,6 +54,7 @@ class PaceWarning:
         self._emit, self._clock = emit, clock
         self._run: RunStarted | None = None
         self._phase: _Phase | None = None
+        self._held_by = frozenset[str]()
 
     def __call__(self, event: Event) -> None:
         now = self._clock()
@@ -68,9 +71,17 @@ class PaceWarning:
                 self._phase.total -= event.done * self._episodes_a_step  # those of earlier sessions
             case EpisodeFinished() if self._phase is not None and self._phase.name == "train":
                 self._phase.done += 1
-            case RunPaused() | RunResumed() if self._phase is not None:
-                self._phase.since, self._phase.before = now, self._phase.done
-        self._look(now)
+            case RunPaused() | ServiceSilent():
+                self._held_by |= {_holder(event)}
+            case RunResumed() | ServiceAnswers():
+                self._held_by -= {_holder(event)}
+                self._begin_minute(now)
+        if not self._held_by:
+            self._look(now)
+
+    def _begin_minute(self, now: float) -> None:
+        if self._phase is not None:
+            self._phase.since, self._phase.before = now, self._phase.done
 
     @property
     def _episodes_a_step(self) -> int:
@@ -92,13 +103,17 @@ class PaceWarning:
         rate = max(1, phase.done - phase.before) / (now - phase.since)
         seconds = (phase.total - phase.done) / rate
         phase.slow = phase.slow + 1 if seconds > DAY else 0
-        phase.since, phase.before = now, phase.done
+        self._begin_minute(now)
         wanted = 1 if self._run is None or self._run.is_embedded else MINUTES_ELSEWHERE
         if phase.slow == 0:
             self._phase = None
         elif phase.slow >= wanted:
             self._phase = None
             self._emit(Notice(_words(phase, seconds, rate), is_warning=True))
+
+
+def _holder(event: RunPaused | RunResumed | ServiceSilent | ServiceAnswers) -> str:
+    return "pause" if isinstance(event, RunPaused | RunResumed) else "service"
 
 
 def _words(phase: _Phase, seconds: float, rate: float) -> str:

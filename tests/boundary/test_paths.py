@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -147,3 +148,20 @@ def test_a_folder_of_another_user_is_not_used(tmp_path: Path, monkeypatch: pytes
     ended = run_with({"HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path)})
     assert ended.returncode == 1
     assert "is another user's: set XDG_CACHE_HOME" in ended.stderr
+
+
+def test_text_that_is_too_long_for_a_name_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a path was meant and a question, JSON or a prompt was given, or a name that was put together went on and on."""
+    monkeypatch.chdir(tmp_path)
+    for text in ("x" * 256, "runs/" + "é" * 128, json.dumps([{"question": "Which?", "answer": "A" * 300}])):
+        for read in (
+            searchr1_async.load_questions,
+            searchr1_async.load_corpus,
+            searchr1_async.load_suites,
+            absolute_path,
+        ):
+            with pytest.raises(ConfigurationError, match="more than 255 bytes: no file has such a name") as refusal:
+                read(text)
+            assert len(str(refusal.value)) < 250
+    (tmp_path / ("x" * 255)).touch()
+    assert absolute_path("x" * 255).is_file()

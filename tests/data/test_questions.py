@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import gzip
+import importlib
 import json
+import operator
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -14,6 +18,7 @@ from hypothesis import strategies as st
 
 from searchr1_async.data import load_questions
 from searchr1_async.data.hub import SUITES
+from searchr1_async.data.suites import load_suite, load_suites
 from searchr1_async.errors import QuestionsError
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -177,6 +182,39 @@ def test_names_limits_and_splits(tmp_path: Path) -> None:
             load_questions(**call)
     with pytest.raises(QuestionsError, match="no column 'split'"):
         load_questions(jsonl(tmp_path / "r.jsonl", [{"question": "q", "golden_answers": ["a"]}]), split="test")
+
+
+def test_the_same_rows_are_the_same_questions_in_every_container() -> None:
+    """Ids are made from the content: a run that was begun with a frame goes on with a list of what it holds."""
+    rows = [{"question": f"q{number}", "answer": ["a", "b"]} for number in range(3)]
+    frame, found = pl.DataFrame(rows), load_questions(rows)
+    same = [frame, frame.lazy(), iter(rows), tuple(rows)]
+    for module, make in (("pandas", "DataFrame"), ("pyarrow", "Table.from_pylist"), ("datasets", "Dataset.from_list")):
+        try:
+            made = operator.attrgetter(make)(importlib.import_module(module))
+        except ImportError:
+            continue
+        same.append(made(rows))
+    for source in same:
+        assert load_questions(source) == found, type(source)
+    assert found[0].data_source == "table"
+
+
+@pytest.mark.parametrize("read", [load_questions, load_suites, load_suite])
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"limit": "3"}, "limit is '3' (str): give a whole number"),
+        ({"limit": 3.0}, "limit is 3.0 (float): give a whole number"),
+        ({"limit": True}, "limit is True (bool): give a whole number"),
+        ({"seed": "one"}, "seed is 'one' (str): give a whole number"),
+    ],
+)
+def test_a_limit_and_a_seed_are_whole_numbers(read: Any, wrong: dict[str, Any], message: str) -> None:
+    rows = [{"question": f"q{number}", "answer": "a"} for number in range(5)]
+    with pytest.raises(QuestionsError, match=re.escape(message)):
+        read(rows, **wrong)
+    assert len(load_questions(rows, limit=np.int64(2), seed=np.int32(1))) == 2
 
 
 @pytest.mark.parametrize("name", ["musique", "PeterJinGo/nq_hotpotqa_train"])

@@ -131,7 +131,7 @@ def test_frames_and_questions_in_memory() -> None:
     frame = pl.DataFrame(rows(4, split="test") + rows(2, split="dev")[1:], schema_overrides={"id": pl.String})
     suite = load_suite(frame, split="test", name="framed")
     assert (suite.name, suite.source, suite.sha256, suite.total) == ("framed", "memory", None, 4)
-    assert load_suite(frame, split="dev").name == "frame"
+    assert load_suite(frame, split="dev").name == "table"
     mixed = [*questions(3, "nq"), *questions(2, "popqa")]  # q0 and q1 in both
     assert [(s.name, len(s), s.source) for s in load_suites(mixed)] == [("nq", 3, "memory"), ("popqa", 2, "memory")]
     with pytest.raises(QuestionsError, match="two questions with the id 'q0'"):

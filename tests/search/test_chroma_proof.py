@@ -195,6 +195,35 @@ async def test_a_corpus_of_equal_passages_is_not_damage(tmp_path: Path) -> None:
         assert (await search.search(["the same words"]))[0][0].score == pytest.approx(1, abs=1e-3)
 
 
+@pytest.mark.parametrize("every", [1, 3, TOTAL])
+async def test_passages_without_a_word_that_the_embedder_knows_are_not_damage(tmp_path: Path, every: int) -> None:
+    """Their vectors are zeros, as many as there may be; checksums tell them from vectors that were zeroed."""
+    mute = ZeroEmbedder(every)
+    corpus = passages()
+    for _ in range(2):
+        await build_index(corpus, tmp_path / "index", embedder=mute)
+        async with Search.local(corpus, path=tmp_path / "index", embedder=mute, n_results=1) as search:
+            (found,) = await search.search([corpus[1].text])
+            assert len(found) == 1
+    zero_vectors(tmp_path / "index")
+    if every > 1:
+        with pytest.raises(DamagedIndexError, match=r"data_level0\.bin is not the file"):
+            await Search.local(corpus, path=tmp_path / "index", embedder=mute).connect()
+
+
+class ZeroEmbedder(HashingEmbedder):
+    """Knows no word of every so many passages."""
+
+    def __init__(self, every: int) -> None:
+        super().__init__(dimension=DIMENSION)
+        self.every = every
+
+    def embed(self, texts: Any) -> Any:
+        vectors = super().embed(texts)
+        vectors[[int(text.split()[0].removeprefix("id")) % self.every == 0 for text in texts]] = 0
+        return vectors
+
+
 # Folders that others made, of which nothing was recorded.
 
 

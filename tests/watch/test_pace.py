@@ -14,6 +14,8 @@ from searchr1_async.events import (
     RunPaused,
     RunResumed,
     RunStarted,
+    ServiceAnswers,
+    ServiceSilent,
     StepFinished,
 )
 from searchr1_async.watch.fanout import Watchers
@@ -111,3 +113,29 @@ def test_a_pause_is_no_pace_and_a_resumed_run_has_less_to_do() -> None:
     run.plays(60, 90)
     run.watchers(StepFinished(1000, {}))
     assert run.heard == []
+
+
+HELD: dict[str, list[Event]] = {
+    "a pause": [RunPaused(), RunResumed()],
+    "an outage": [ServiceSilent(), ServiceAnswers()],
+    "an outage in a pause": [RunPaused(), ServiceSilent(), ServiceAnswers(), RunResumed()],
+    "a pause in an outage": [ServiceSilent(), RunPaused(), RunResumed(), ServiceAnswers()],
+}
+
+
+@pytest.mark.parametrize("is_embedded", [True, False])
+@pytest.mark.parametrize("held", HELD.values(), ids=HELD)
+def test_while_a_run_is_held_nothing_is_counted(held: list[Event], is_embedded: bool) -> None:
+    """Events still come: the last requests end, and a held run is looked at some times a second."""
+    run = Run(groups_per_batch=8, is_embedded=is_embedded)
+    run.watchers(PhaseStarted("train", 100, "steps"))
+    run.plays(30, 30)
+    for event in held[:-1]:
+        run.watchers(event)
+        for _ in range(10):
+            run.now += 60
+            run.watchers(PhaseAdvanced("train", 0))
+    run.watchers(held[-1])
+    assert run.heard == []
+    run.plays(4, 400)
+    assert len(run.heard) == 1, "it counts again afterwards"

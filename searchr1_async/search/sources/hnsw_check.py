@@ -30,7 +30,7 @@ _PART = 4_096
 """Rows looked at together."""
 
 
-def check_segment(folder: Path, dimension: int, *, is_cosine: bool) -> HnswSegment:
+def check_segment(folder: Path, dimension: int, *, is_cosine: bool, are_known: bool = False) -> HnswSegment:
     """In a thread: the segment, where its files fit together, and no row, link or label of them is out of its range.
 
     Of files over :data:`WHOLE_BYTES` some parts are looked at.
@@ -39,6 +39,7 @@ def check_segment(folder: Path, dimension: int, *, is_cosine: bool) -> HnswSegme
         folder: of the segment.
         dimension: numbers a vector, as the database says.
         is_cosine: its vectors are kept at length 1.
+        are_known: its vectors are those that were written, as checksums say: any number of them may be zero.
 
     Raises:
         BrokenSegmentError: the fault, with the file that it is in.
@@ -53,7 +54,7 @@ def check_segment(folder: Path, dimension: int, *, is_cosine: bool) -> HnswSegme
             raise BrokenSegmentError(f"{folder / name} is cut short: {size:,} bytes in place of {least:,}")
     _check_upper_links(folder / LINKS_NAME, header)
     segment = HnswSegment(folder, dimension)
-    labels = _check_rows(folder / ROWS_NAME, header, dimension, is_cosine=is_cosine)
+    labels = _check_rows(folder / ROWS_NAME, header, dimension, is_cosine=is_cosine, are_known=are_known)
     if labels is not None:
         lost = ~np.isin(segment.labels.labels, labels)
         if lost.any():
@@ -108,7 +109,9 @@ def _check_targets(
             raise BrokenSegmentError(f"{path} holds links that lead nowhere, in layer {layer}")
 
 
-def _check_rows(path: Path, header: Header, dimension: int, *, is_cosine: bool) -> NDArray[np.uint64] | None:
+def _check_rows(
+    path: Path, header: Header, dimension: int, *, is_cosine: bool, are_known: bool
+) -> NDArray[np.uint64] | None:
     """The labels of all rows; None where only some were looked at."""
     layout = header.row_type(dimension)
     is_all = header.rows * header.row_bytes <= WHOLE_BYTES
@@ -130,7 +133,7 @@ def _check_rows(path: Path, header: Header, dimension: int, *, is_cosine: bool) 
             labels.append(rows["label"].copy())
             seen += count
             without_links += int((counts == 0).sum())
-            odd += int(_are_odd(rows["vector"], is_cosine=is_cosine).sum())
+            odd += 0 if are_known else int(_are_odd(rows["vector"], is_cosine=is_cosine).sum())
     if odd > max(1, math.ceil(MOST_ODD * seen)):
         raise BrokenSegmentError(
             f"{path} holds {odd:,} vectors of {seen:,} that are zero"

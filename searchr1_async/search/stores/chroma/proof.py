@@ -90,10 +90,11 @@ def _looked_at(tables: ChromaTables) -> Looked:
     folder, segment_folder = tables.folder, tables.segment_folder
     before = _state(segment_folder)
     try:
-        _refuse_changed(folder, tables)
+        are_known = _are_recorded(folder, tables)
         segment = None
         if (segment_folder / LABELS_NAME).exists() or tables.vectors_changed:
-            segment = check_segment(segment_folder, tables.dimension, is_cosine=tables.space == "cosine")
+            is_cosine = tables.space == "cosine"
+            segment = check_segment(segment_folder, tables.dimension, is_cosine=is_cosine, are_known=are_known)
         return Looked(tables.space, _proven_vectors(tables, segment))
     except (BrokenSegmentError, DamagedIndexError) as error:
         if _state(segment_folder) != before:
@@ -102,17 +103,22 @@ def _looked_at(tables: ChromaTables) -> Looked:
         raise DamagedIndexError(f"{tables.name} is damaged: {fault}", advice_for(folder)) from error
 
 
-def _refuse_changed(folder: Path, tables: ChromaTables) -> None:
-    """Refuses vector files that are not those of the record, unless Chroma has written others since."""
+def _are_recorded(folder: Path, tables: ChromaTables) -> bool:
+    """Whether the vector files are those of the record; not where there is none, or Chroma has written others since.
+
+    Raises:
+        DamagedIndexError: they should be, and are not.
+    """
     try:
         record = json.loads((folder / RECORD_NAME).read_bytes())
         if (record["segment"], record["changes"]) != (tables.vector_segment, tables.vectors_changed):
-            return
+            return False
         files = {str(name): FileRecord(**values) for name, values in record["files"].items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return  # none, or one that is broken itself
+        return False  # none, or one that is broken itself
     for name, file in files.items():
         refuse_other(tables.segment_folder / name, file, check=anyio.from_thread.check_cancelled)
+    return ROWS_NAME in files
 
 
 def _proven_vectors(tables: ChromaTables, segment: HnswSegment | None) -> Vectors:
@@ -137,8 +143,10 @@ def _proven_vectors(tables: ChromaTables, segment: HnswSegment | None) -> Vector
     count = min(len(unchanged), SAMPLE if is_small else SPOTS)
     chosen = unchanged[np.linspace(0, len(unchanged) - 1, count).astype(int)] if count else unchanged
     if is_small or not count:
-        return segment.vectors(chosen)
-    return np.concatenate([segment.vectors(np.array([label])) for label in chosen])  # each near its own place
+        vectors = segment.vectors(chosen)
+    else:
+        vectors = np.concatenate([segment.vectors(np.array([label])) for label in chosen])  # each near its own place
+    return vectors[vectors.any(axis=1)]  # a vector of zeros is near to none, itself included
 
 
 def _state(folder: Path) -> list[tuple[str, int, int]]:
