@@ -21,6 +21,10 @@ _PLAYING: dict[str, Any] = {
     "max_turns": 2,
     "max_trajectory_tokens": 128,
 }
+_PLAYING_BY_NOTEBOOK: dict[str, dict[str, Any]] = {
+    "03_evaluate": {"max_trajectory_tokens": 192},  # its baselines show worked examples
+    "04_your_own_corpus": {"max_tokens": 48, "max_trajectory_tokens": 768},
+}
 _WARM_UP = asdict(tiny_world.WARM_UP)
 _SIZES: dict[str, Any] = {
     "warm_up": _WARM_UP,
@@ -31,7 +35,7 @@ _SIZES: dict[str, Any] = {
     "held_out_questions": 12,
 }
 _BY_NOTEBOOK: dict[str, dict[str, Any]] = {
-    "01_quickstart": _SIZES | {"steps": 3},
+    "01_quickstart": _SIZES | {"steps": 3, "warm_up": _WARM_UP | {"steps": 4}, "held_out_questions": 6},
     "02_train_on_tinker": {
         "stand_in": {
             "group_size": 4,
@@ -78,9 +82,7 @@ def shrunk(name: str, folder: Path, **changes: Any) -> NotebookNode:
         values["stand_in"] = {**values["stand_in"], "model": model}
     else:
         values["model"] = model
-    playing_values = _PLAYING | (
-        {"max_tokens": 48, "max_trajectory_tokens": 768} if name == "04_your_own_corpus" else {}
-    )
+    playing_values = _PLAYING | _PLAYING_BY_NOTEBOOK.get(name, {})
     playing = "stand_in_playing" if name == "02_train_on_tinker" else "playing"
     lines = [
         "from searchr1_async import LocalOptions",
