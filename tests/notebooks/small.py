@@ -22,7 +22,7 @@ _PLAYING: dict[str, Any] = {
     "max_trajectory_tokens": 128,
 }
 _PLAYING_BY_NOTEBOOK: dict[str, dict[str, Any]] = {
-    "03_evaluate": {"max_trajectory_tokens": 192},  # its baselines show worked examples
+    "03_evaluate": {"max_trajectory_tokens": 256},  # its baselines show worked examples
     "04_your_own_corpus": {"max_tokens": 48, "max_trajectory_tokens": 768},
 }
 _WARM_UP = asdict(tiny_world.WARM_UP)
