@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
+from searchr1_async.boundary.paths import shown_path
 from searchr1_async.evaluation.compared import ComparisonOf
 from searchr1_async.evaluation.figures import ALL_SUITES, MACRO
 from searchr1_async.evaluation.render.tables import counted, one_line
@@ -68,7 +69,7 @@ def _training(report: Report) -> Iterator[str]:
     for like in dict.fromkeys(record.like for record in records):
         played = [one_line(each.label) for each in records if each.like == like and not each.differences]
         if like is not None and played:
-            yield f"Played as the run in {one_line(like)} was trained: {_listed(played)}."
+            yield f"Played as the run in {one_line(shown_path(like))} was trained: {_listed(played)}."
 
 
 def _overlap(report: Report) -> Iterator[str]:
