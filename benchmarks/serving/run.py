@@ -1,0 +1,155 @@
+"""What serving a search costs: the same searches in process, over a served store and embedder, and by ``/retrieve``.
+
+    python benchmarks/serving/run.py --work WORK
+
+The built-in corpus, in a Chroma folder; the service is a process of its own, and so shares the cores with whoever asks. No answer
+is remembered, and every query is another one. Ratios are taken within one run, since machines are shared. By default the embedder
+hashes words, which costs next to nothing: so serving shows as it is. `--embedder all-MiniLM-L6-v2` takes the usual one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import hashlib
+import itertools
+import re
+import sys
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+
+import aiohttp
+import anyio
+import numpy as np
+import polars as pl
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import searchr1_async as sr
+from benchmarks.shared.report import write_result
+from searchr1_async.search.embedders.base import Vectors
+from searchr1_async.search.serving import serve_search
+
+AT_ONCE = 64
+SECONDS = 4.0
+"""Of each measurement, after a first request."""
+WAYS = ("in process", "served store and embedder", "/retrieve, one query a request", "/retrieve, 64 queries a request")
+
+Search = Callable[[list[str]], Awaitable[object]]
+
+
+class HashedWords:
+    """A bag of words, each word at a place given by its hash."""
+
+    name, fingerprint, dimension = "hashed words", "hashed-words-768", 768
+    max_texts, max_tokens, max_requests = 1_000, None, 2
+
+    async def open(self) -> None: ...
+
+    async def aclose(self) -> None: ...
+
+    async def embed_queries(self, texts: Sequence[str]) -> Vectors:
+        vectors = np.full((len(texts), self.dimension), 1e-3, np.float32)
+        for row, text in enumerate(texts):
+            for word in re.findall(r"\w+", text.lower()):
+                vectors[row, int(hashlib.md5(word.encode()).hexdigest()[:8], 16) % self.dimension] += 1
+        return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+    async def embed_passages(self, texts: Sequence[str]) -> Vectors:
+        return await self.embed_queries(texts)
+
+
+def make_search(work: Path, embedder: str) -> sr.Search:
+    """Over the built-in corpus, with nothing remembered."""
+    chosen = HashedWords() if embedder == "hashed" else embedder
+    return sr.Search.local("atlas", path=work / f"serving-{embedder}", embedder=chosen, cache_entries=0)
+
+
+async def serve(work: Path, embedder: str) -> None:
+    """In the child: until its standard input ends, with the address on its standard output."""
+    async with serve_search(make_search(work, embedder), port=0) as address:
+        print(address, flush=True)
+        await anyio.to_thread.run_sync(sys.stdin.read)
+
+
+async def measure(search: Search, texts: list[str], at_once: int, batch: int) -> tuple[float, float]:
+    """Queries a second, and the 99th percentile of a request's seconds."""
+    numbers = itertools.count()
+    latencies: list[float] = []
+
+    async def once() -> None:
+        began = time.monotonic()
+        await search([f"{texts[n % len(texts)]} {n}" for n in itertools.islice(numbers, batch)])
+        latencies.append(time.monotonic() - began)
+
+    async def ask() -> None:
+        while time.monotonic() < end:
+            await once()
+
+    await once()  # connects, and has Chroma read its index
+    latencies.clear()
+    begin = time.monotonic()
+    end = begin + SECONDS
+
+    async with anyio.create_task_group() as tasks:
+        for _ in range(at_once):
+            tasks.start_soon(ask)
+    return batch * len(latencies) / (time.monotonic() - begin), float(np.quantile(latencies, 0.99))
+
+
+async def compare(work: Path, embedder: str, texts: list[str]) -> list[dict[str, object]]:
+    """Every way, one after another, while the same service stands by."""
+    await make_search(work, embedder).build()
+    command = [sys.executable, __file__, "--work", str(work), "--serve", embedder]
+    child = await asyncio.create_subprocess_exec(
+        *command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+    )
+    assert child.stdin is not None
+    assert child.stdout is not None
+    measured: list[tuple[float, float]] = []
+    try:
+        address = (await child.stdout.readline()).decode().strip()
+        async with make_search(work, embedder) as near:
+            measured.append(await measure(near.search, texts, AT_ONCE, 1))
+        async with await sr.Search.open(address, cache_entries=0) as far:
+            measured.append(await measure(far.search, texts, AT_ONCE, 1))
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), raise_for_status=True) as session:
+
+            async def retrieve(queries: list[str]) -> object:
+                asked = {"queries": queries, "topk": 3, "return_scores": True}
+                async with session.post(f"{address}/retrieve", json=asked) as answer:
+                    return await answer.json()
+
+            measured.append(await measure(retrieve, texts, AT_ONCE, 1))
+            measured.append(await measure(retrieve, texts, 4, 64))
+    finally:
+        child.stdin.close()
+        await child.wait()
+    first = measured[0][0]
+    return [
+        {"embedder": embedder, "way": way, "queries_per_second": rate, "ratio": rate / first, "p99_ms": 1e3 * p99}
+        for way, (rate, p99) in zip(WAYS, measured, strict=True)
+    ]
+
+
+async def run(work: Path, embedder: str) -> None:
+    texts = [question.question for question in sr.load_questions("atlas", split="train")]
+    rows = await compare(work, embedder, texts)
+    table = pl.DataFrame(rows)
+    lines = ["| embedder | way | queries/s | of in process | p99 of a request |", "| --- | --- | ---: | ---: | ---: |"]
+    lines += [
+        f"| {row['embedder']} | {row['way']} | {row['queries_per_second']:,.0f} | {row['ratio']:.2f} | {row['p99_ms']:,.0f} ms |"
+        for row in rows
+    ]
+    said = f"{AT_ONCE} requests at once (4 where each has 64 queries), {SECONDS:g} s a row, 3 passages a query, nothing remembered."
+    write_result("serving", "What serving a search costs", [said, "\n".join(lines)], table)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="a folder for the indexes, kept for the next time")
+    parser.add_argument("--embedder", default="hashed", help="hashed, or a sentence-transformers model (%(default)s)")
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    asyncio.run(run(options.work, options.embedder) if options.serve is None else serve(options.work, options.serve))
