@@ -1,6 +1,6 @@
 """The main job over several seeds: does reinforcement learning beat the warm-up on held-out countries, every time?
 
-    python benchmarks/atlas_seeds/run.py --seeds 1 2 3 --folder runs/seeds
+    python -m benchmarks atlas_seeds --seeds 1 2 3 --folder runs/seeds
 
 Each seed is a whole `make run` in a folder of its own (an interrupted benchmark goes on where it was).
 """
@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import sys
 import time
 from pathlib import Path
 
 import polars as pl
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.shared.report import write_result
 from searchr1_async.atlas_job import AtlasSettings, run_atlas
@@ -75,7 +72,3 @@ def main() -> None:
             f"By hop: {'; '.join(by_hop)}\n\nExact match of the training episodes by step: {reward}"
         )
     write_result("atlas_seeds", "The main job over several seeds", body, pl.DataFrame(table))
-
-
-if __name__ == "__main__":
-    main()

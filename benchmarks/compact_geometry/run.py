@@ -1,6 +1,6 @@
 """Whether rows that extend real vectors are as hard to search as real ones: what lies near them, and what inverted lists find.
 
-    python benchmarks/compact_geometry/run.py --data FOLDER --work FOLDER
+    python -m benchmarks compact_geometry --data FOLDER --work FOLDER
 
 Real rows are held against as many rows made of a part of them: of a quarter, of a sixteenth, of a sixty-fourth. Neighbours of real
 questions count as well as neighbours of rows. Result: benchmarks/results/compact_geometry.md.
@@ -18,10 +18,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
-from benchmarks.compact_vectors.run import real_vectors
 from benchmarks.shared.extended_vectors import SPREAD, Extension, neighbours
+from benchmarks.shared.real_vectors import real_vectors
 from benchmarks.shared.report import write_result
 from searchr1_async.search.embedders.base import Vectors
 
@@ -135,7 +133,3 @@ NOTES = f"""- Similarities are cosines. The local dimension is the maximum likel
 - Recall@3 is that of {LISTS} inverted lists of the exact vectors, of which the share above is probed, for a thousand real questions.
 - Rows "made of one in 4" are what benchmarks/shared/extended_vectors.py makes of a quarter of the real rows, in as large a number as all
   real rows: they ought to look like these."""
-
-
-if __name__ == "__main__":
-    main()

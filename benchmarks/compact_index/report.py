@@ -306,7 +306,7 @@ def _ms(value: float | None) -> str:
 
 NOTES = """How it was measured:
 
-- What is real: the questions, the passages and their vectors (benchmarks/compact_vectors/run.py: two real models side by side make up 768 numbers). What is not: rows beyond the real
+- What is real: the questions, the passages and their vectors (benchmarks/shared/real_vectors.py: two real models side by side make up 768 numbers). What is not: rows beyond the real
   ones, which are made of real neighbours' differences so that what lies near a row looks as it does among the real ones
   (benchmarks/shared/extended_vectors.py; how near that comes: compact_geometry.md). Their passages are real titles, the first 100
   characters of real texts, and the row's number; whole texts would take 10 GB more of disk at 21 million, and no more memory.

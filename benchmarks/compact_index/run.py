@@ -1,10 +1,10 @@
 """The compact index at 1, 5 and 21 million vectors of 768 numbers, beside Chroma and faiss's exact index.
 
     pip install wordllama
-    python benchmarks/compact_index/run.py --data FOLDER --work FOLDER --rows 1000000 5000000 21015324
+    python -m benchmarks compact_index --data FOLDER --work FOLDER --rows 1000000 5000000 21015324
 
-Rows are real vectors of real passages, and rows made of them (benchmarks/compact_vectors/run.py, compact_extension.py; how near these
-come to real ones: compact_geometry.py). Questions are real. Each stage runs in a process of its own, whose memory is read from
+Rows are real vectors of real passages, and rows made of them (benchmarks/shared/real_vectors.py, extended_vectors.py; how near these
+come to real ones: benchmarks/compact_geometry). Questions are real. Each stage runs in a process of its own, whose memory is read from
 /proc; sizes one after another, each kept in `--work` as soon as it is measured, so that a kill loses one. 21 million rows take
 some 45 GB of disk while they are built. As root, with control groups (version 1) mounted, all is served again where the system gives the
 process and its part of the page cache 8 GB.
@@ -26,9 +26,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
 from benchmarks.compact_index.report import report
+from benchmarks.shared.processes import child_environment, command_of
 from searchr1_async.files import folder_bytes
 from searchr1_async.search.compact_building import needed_bytes
 from searchr1_async.search.stores.compact.layout import CompactSettings
@@ -61,9 +60,8 @@ class Bench:
         options = self._options
         real = [] if options.real is None else ["--real", str(options.real)]
         return [
-            sys.executable,
-            str(Path(__file__).with_name("stage.py")),
-            *(stage, "--data", str(options.data), "--work", str(options.work), "--rows", str(self._rows)),
+            *command_of("benchmarks.compact_index.stage", stage),
+            *("--data", str(options.data), "--work", str(options.work), "--rows", str(self._rows)),
             *("--index", str(self._index), "--vectors", options.vectors, "--questions", str(options.questions)),
             *("--characters", str(options.characters), "--patience", str(options.patience)),
             *real,
@@ -78,7 +76,9 @@ class Bench:
         """
         print(f"{self._rows:,}: {stage} {' '.join(more)}", file=sys.stderr, flush=True)
         join = None if group is None else _joining(group)
-        process = subprocess.Popen(self.command(stage, *more), stdout=subprocess.PIPE, text=True, preexec_fn=join)
+        process = subprocess.Popen(
+            self.command(stage, *more), stdout=subprocess.PIPE, text=True, preexec_fn=join, env=child_environment()
+        )
         peaks = {"peak_anon": 0, "peak_file": 0}
         ended = threading.Event()
 
@@ -118,7 +118,9 @@ class Bench:
     def two(self) -> dict[str, Any]:
         """Two processes over one index: what each has in memory, and their shares when common pages are divided (Pss)."""
         processes = [
-            subprocess.Popen(self.command("hold"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            subprocess.Popen(
+                self.command("hold"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=child_environment()
+            )
             for _ in range(2)
         ]
         try:
@@ -298,7 +300,3 @@ def main() -> None:
     report(kept_rows(options.work), keep=options.keep)
     if failures:
         raise SystemExit(1)
-
-
-if __name__ == "__main__":
-    main()

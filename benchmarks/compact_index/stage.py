@@ -22,11 +22,9 @@ import anyio.to_thread
 import numpy as np
 from numpy.typing import NDArray
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
 import searchr1_async as sr
-from benchmarks.compact_vectors.run import RealVectors, real_vectors
 from benchmarks.shared.extended_vectors import ExtendedVectors, Extension, kept_neighbours
+from benchmarks.shared.real_vectors import RealVectors, real_vectors
 from searchr1_async.events import Event, PhaseEnded
 from searchr1_async.search.compact_building import build_compact_index
 from searchr1_async.search.embedders.base import Vectors

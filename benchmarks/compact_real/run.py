@@ -1,10 +1,10 @@
 """What a compact index costs on real passages and real questions: answers found in the top 3, and a small model's exact match.
 
     pip install wordllama
-    python benchmarks/compact_real/run.py --data FOLDER --work FOLDER [--run FOLDER]
+    python -m benchmarks compact_real --data FOLDER --work FOLDER [--run FOLDER]
 
-Both against exact search over the same vectors: answers with the 768 numbers of benchmarks/compact_vectors/run.py, by suite, over all
-questions that the corpus answers and that the index was not calibrated with; exact match with the run that benchmarks/evaluation/run.py
+Both against exact search over the same vectors: answers with the 768 numbers of benchmarks/shared/real_vectors.py, by suite, over all
+questions that the corpus answers and that the index was not calibrated with; exact match with the run that benchmarks/evaluation
 trained (`--run`, its folder `run`), with that run's own embedder, each question played with both searches, always by the likeliest
 tokens, so that only what was found can differ.
 """
@@ -22,13 +22,11 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
 import searchr1_async as sr
-from benchmarks.compact_vectors.run import SUITES, RealVectors, holds_answer, nearest, read_corpus, real_vectors
-from benchmarks.evaluation.run import PLAYING, answerable
-from benchmarks.evaluation.run import SUITES as SPLITS
+from benchmarks.evaluation.questions import PLAYING, answerable
+from benchmarks.evaluation.questions import SUITES as SPLITS
 from benchmarks.shared.extended_vectors import ExtendedVectors, Extension, kept_neighbours
+from benchmarks.shared.real_vectors import SUITES, RealVectors, holds_answer, nearest, read_corpus, real_vectors
 from benchmarks.shared.report import write_result
 from benchmarks.shared.wordllama_embedder import WordLlamaEmbedder
 from searchr1_async.episodes.types import Passage
@@ -183,7 +181,7 @@ def main() -> None:
         played = asyncio.run(exact_match(options))
         print(json.dumps(played))
         body.append(
-            f"A small model (SmolLM2-135M, trained by benchmarks/evaluation/run.py) on {played['questions']} questions, each played with both "
+            f"A small model (SmolLM2-135M, trained by benchmarks/evaluation) on {played['questions']} questions, each played with both "
             f"searches: exact match with the compact index less that with exact search {100 * played['difference']:+.2f} points "
             f"[{100 * played['low']:+.2f}, {100 * played['high']:+.2f}], {played['gained']} questions better and {played['lost']} worse."
         )
@@ -201,7 +199,3 @@ def main() -> None:
     if options.keep:
         title = "The compact index on real passages and questions"
         write_result("compact_real", title, body, pl.DataFrame(rows, infer_schema_length=None))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """What measuring held-out questions costs a training run: not at all, beside it, and awaited between two steps.
 
-    python benchmarks/evaluate_beside/run.py
+    python -m benchmarks evaluate_beside
 
 A scripted service plays episodes in times with a long tail. The same run (the same episodes, by their seeds) is made three times: with
 no measurement between its steps, with one after every second step that plays beside it, and with the same ones awaited, during
@@ -15,7 +15,6 @@ import argparse
 import asyncio
 import os
 import random
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -23,8 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from searchr1_async.local.scripted_log import TimedReply
 from tests.faults.script import _turn
@@ -174,7 +171,3 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
     options = parser.parse_args()
     write(asyncio.run(measure(options.rounds, options.steps, options.modes)), options.steps)
-
-
-if __name__ == "__main__":
-    main()

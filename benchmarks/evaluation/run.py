@@ -1,7 +1,7 @@
 """What the warm-up and reinforcement learning bought a small model, beside the baselines, on five Wikipedia suites.
 
     pip install wordllama tinker-cookbook
-    python benchmarks/evaluation/run.py --data FOLDER --work runs/evaluation
+    python -m benchmarks evaluation --data FOLDER --work runs/evaluation
 
 FOLDER holds `nq.jsonl`, `triviaqa.jsonl`, `popqa.jsonl`, `hotpotqa.jsonl`, `2wikimultihopqa.jsonl` (`id`, `question`,
 `golden_answers`, `split`, `answerable`) and `corpus.parquet` (`id`, `title`, `text`). One command trains and measures, and goes on
@@ -12,34 +12,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import hashlib
 import re
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
 import searchr1_async as sr
+from benchmarks.evaluation.questions import PLAYING, SUITES, TRAINED_ON, answerable
 from benchmarks.shared.report import write_result
 from benchmarks.shared.wordllama_embedder import WordLlamaEmbedder
-
-SUITES = {"nq": "test", "triviaqa": "test", "popqa": "test", "hotpotqa": "dev", "2wikimultihopqa": "dev"}
-TRAINED_ON = {"nq": "dev", "popqa": "test", "2wikimultihopqa": "train", "hotpotqa": "train"}
-PLAYING = {"format": "tags", "max_turns": 3, "max_tokens": 40, "max_trajectory_tokens": 1024}
-
-
-def is_for_training(question: sr.Question) -> bool:
-    """PopQA has one split only: half of it, by its ids' hashes, is trained on."""
-    return question.data_source == "popqa" and hashlib.sha256(question.id.encode()).digest()[0] < 128
-
-
-def answerable(folder: Path, suite: str, split: str, *, training: bool) -> list[sr.Question]:
-    """The questions of a split that the corpus answers."""
-    return [
-        question
-        for question in sr.load_questions(folder / f"{suite}.jsonl", split=split)
-        if question.metadata["answerable"] and (suite != "popqa" or is_for_training(question) is training)
-    ]
 
 
 def make_search(options: argparse.Namespace) -> sr.Search:
@@ -140,7 +119,3 @@ def main() -> None:
     report = asyncio.run(measure(options, result))
     print(report.save())
     write_result("evaluation", "A small model on five suites", body_of(report, result), report.frame())
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """The offline evaluation of tinker-cookbook's search recipe as a contender, in the environment of benchmarks/throughput/cookbook.py.
 
-    python evaluation_throughput_cookbook.py SETTINGS.json
+    python -m benchmarks.evaluation_throughput.cookbook SETTINGS.json
 
 Its own command, ``recipes.search_tool.offline_eval.cli_main``, source by source. Two things of it are told otherwise, since it writes
 them out instead of asking: where Chroma is (``localhost:8000``), and how many questions were right, which it only prints.
@@ -13,8 +13,6 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.evaluation_throughput.marks import import_all, marking, prepare_service
 from benchmarks.shared.monitor import log_to, observing

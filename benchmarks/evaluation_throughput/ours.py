@@ -1,6 +1,6 @@
 """This project as a contender of the evaluation benchmark, through its public functions.
 
-    python evaluation_throughput_ours.py SETTINGS.json
+    python -m benchmarks.evaluation_throughput.ours SETTINGS.json
 
 ``pool`` evaluates all suites by one call; ``suites`` by one call a suite, each begun when the one before has returned.
 """
@@ -13,8 +13,6 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.evaluation_throughput.marks import import_all, marking, prepare_service
 from benchmarks.shared.monitor import log_to, observing

@@ -1,13 +1,13 @@
 """Evaluation at the service's own speed: all suites in one pool beside suite by suite, ours and tinker-cookbook's.
 
-    python benchmarks/evaluation_throughput/run.py --work FOLDER
-    python benchmarks/evaluation_throughput/run.py --work FOLDER --places 256 --questions 500 --runs ours/pool
-    python benchmarks/evaluation_throughput/run.py --work FOLDER --places 16 --questions 40 --scale 0.5
+    python -m benchmarks evaluation_throughput --work FOLDER
+    python -m benchmarks evaluation_throughput --work FOLDER --places 256 --questions 500 --runs ours/pool
+    python -m benchmarks evaluation_throughput --work FOLDER --places 16 --questions 40 --scale 0.5
 
 The embedded service with a scripted model (benchmarks/evaluation_throughput/model.py) that serves so many samples at a time, as a
 deployment does; the others wait in its line. A real `chroma run`, and a stand-in for Gemini. Each contender evaluates the same
 episodes of seven suites in a fresh process, against a fresh service and stand-in. tinker-cookbook has an environment of its
-own, as in benchmarks/throughput/run.py; its evaluation is its recipe's own command. The floor is that of the drawn turn times on
+own, as in benchmarks/throughput; its evaluation is its recipe's own command. The floor is that of the drawn turn times on
 that many places (benchmarks/evaluation_throughput/floor.py).
 
 Asked of ours: the whole call, from its beginning to the report, within 10 % of the floor for 7 x 500 questions.
@@ -32,8 +32,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import polars as pl
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.evaluation_throughput.figures import figures
 from benchmarks.evaluation_throughput.load import MOST_QUESTIONS, SUITES, SuiteWorld, asked, write_questions
@@ -309,7 +307,3 @@ def main() -> None:
         work = (options.work or Path(once)).resolve()
         work.mkdir(parents=True, exist_ok=True)
         asyncio.run(run(options, work))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """Do exported weights say what the service says? A run is trained, exported, and its episodes are scored by both.
 
-    PYTHONPATH=FOLDER_WITH_PEFT python benchmarks/export/run.py
+    PYTHONPATH=FOLDER_WITH_PEFT python -m benchmarks export
 
 SmolLM2-135M learns to search on atlas questions: a warm-up and two steps of reinforcement learning on the embedded service, in
 float32. The finished run plays held-out questions with the real search, answers a question, and is taken away in three ways:
@@ -33,10 +33,8 @@ from safetensors.numpy import load_file
 from tinker import types
 from transformers import AutoModelForCausalLM
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
 import searchr1_async as sr
-from benchmarks.off_policy.run import World, atlas_world
+from benchmarks.off_policy.world import World, atlas_world
 from benchmarks.shared.report import write_result
 from searchr1_async.events import StepFinished
 from searchr1_async.local import DEFAULT_MODEL, local_service
@@ -213,7 +211,3 @@ def main() -> int:
         os.environ.pop(name, None)
     with tempfile.TemporaryDirectory(prefix="export-agreement-") as folder:
         return 0 if asyncio.run(prove(options.episodes, options.threads, Path(folder))) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,6 @@
 """The first turns of a group: one request for all members, one each, or as the gate finds best (``auto``).
 
-    python benchmarks/first_turn/run.py
+    python -m benchmarks first_turn
 
 A scripted service in its own process answers through the real tinker SDK; episodes have 1 to 4 turns, each number as likely.
 The time of a sample is drawn: ``short`` is 3 s with a lognormal spread of 0.1, ``heavy`` has one of 0.6 (the slowest of 8 then takes
@@ -13,7 +13,6 @@ import argparse
 import asyncio
 import os
 import random
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -24,8 +23,6 @@ from typing import Any
 import anyio
 import polars as pl
 import tinker
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.shared.report import write_result
 from searchr1_async.config import EpisodeLimits, FirstTurn, SamplingSettings
@@ -202,7 +199,3 @@ def main() -> None:
         f"The machine is shared: its load average was {rows['load'].min():.1f} to {rows['load'].max():.1f} meanwhile."
     )
     write_result("first_turn", "The first turns of a group", [about, table(rows)], rows)
-
-
-if __name__ == "__main__":
-    main()

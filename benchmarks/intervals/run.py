@@ -1,6 +1,6 @@
 """How often the evaluation's intervals hold the truth, and how often its paired tests are wrong: a simulation.
 
-    python benchmarks/intervals/run.py
+    python -m benchmarks intervals
 
 Questions have difficulties, samples are drawn from them, and the package's own functions are asked: the truth is known, so
 that coverage and false-positive rates can be counted. 4,000 repetitions a cell leave a coverage of 95 % uncertain by 0.34
@@ -13,17 +13,13 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.shared.report import write_result
 from searchr1_async.evaluation.comparison import macro_difference_of
@@ -344,7 +340,3 @@ def write(table: pl.DataFrame, minutes: float) -> None:
     """The kept result."""
     body = [*body_of(table), f"The simulation took {minutes:.0f} minutes."]
     write_result("intervals", "Coverage of the intervals, errors of the paired tests", body, table)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,7 @@
 """Fifty SIGKILLs at random moments: each resumed run ends with the same trained questions as one that nobody killed.
 
-    python benchmarks/kills/run.py
-    python benchmarks/kills/run.py --kills 10 --seed 3
+    python -m benchmarks kills
+    python -m benchmarks kills --kills 10 --seed 3
 
 A child process trains over one epoch of 60 questions against the embedded service with a scripted model, which lives in a
 process of its own and survives the kills. After each kill the run is resumed. Checked after every kill and at every
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
@@ -23,8 +22,6 @@ from typing import Any
 import anyio
 import anyio.to_thread
 import polars as pl
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.shared.report import write_result
 from searchr1_async.local import LocalService
@@ -52,7 +49,7 @@ PLANS: Mapping[str, Mapping[str, Any]] = {
 KILLS_A_RUN = 5
 
 
-async def main(kills: int, seed: int) -> None:
+async def run(kills: int, seed: int) -> None:
     """Kills runs of all plans in turn until there were so many kills, and writes the result."""
     chance = random.Random(seed)
     rows: list[dict[str, Any]] = []
@@ -131,9 +128,9 @@ def _report(table: pl.DataFrame, kinds: Counter[str]) -> None:
     )
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Kills runs at random moments and checks what comes of them.")
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
-    anyio.run(main, arguments.kills, arguments.seed)
+    anyio.run(run, arguments.kills, arguments.seed)

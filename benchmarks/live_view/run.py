@@ -1,6 +1,6 @@
 """What the live view costs the run: one process's CPU and event loop, with the view and without.
 
-    python benchmarks/live_view/run.py
+    python -m benchmarks live_view
 
 A real kernel is fed the events of a big run (512 groups of 8: 45 episodes a second, four readings of the playing a second, a step
 every 91 s after 400 that are there already), in real time, from a list made before. The arms take turns within each round: no
@@ -17,16 +17,13 @@ import os
 import queue
 import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import polars as pl
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
+from benchmarks.shared.processes import ROOT, child_environment
 from benchmarks.shared.report import write_result
 from searchr1_async.events import Emit, Event, RunStarted, StepFinished
 from searchr1_async.watch.dashboard import open_view
@@ -162,8 +159,7 @@ def in_kernel(rounds: int, seconds: float) -> pl.DataFrame:
     """One row for each arm of each round."""
     from jupyter_client.manager import start_new_kernel
 
-    root = str(Path(__file__).parents[2])
-    manager, client = start_new_kernel(env={**os.environ, "PYTHONPATH": root}, cwd=root)
+    manager, client = start_new_kernel(env=child_environment(), cwd=str(ROOT))
     rows: list[dict[str, Any]] = []
     try:
         run_cell(client, "from benchmarks.live_view.run import measure")
@@ -258,7 +254,3 @@ def main() -> None:
     )
     verdict = f"Asked for: under 2 % of the client's CPU. Observed: {shares['widget']:.2%} with the widget, {shares['rich']:.2%} as rich text."
     write_result("live_view", "What the live view costs", [verdict, figures, *once, about], rows)
-
-
-if __name__ == "__main__":
-    main()

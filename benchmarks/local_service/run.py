@@ -1,6 +1,6 @@
 """The embedded service, through the real tinker SDK: how fast it samples and trains, and whether the two agree.
 
-    python benchmarks/local_service/run.py
+    python -m benchmarks local_service
 
 Asked of it: 32 requests at once give at least 8 times the tokens a second of one, and log-probabilities of sampler and
 trainer for the same tokens differ by less than 1e-3 in float32. Ratios are taken within one run, since machines are shared.
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import random
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -20,8 +19,6 @@ import numpy as np
 import polars as pl
 import tinker
 from tinker import types
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.shared.report import write_result
 from searchr1_async.local import DEFAULT_MODEL, local_service
@@ -126,7 +123,3 @@ def main() -> None:
     lines = ["| figure | value |", "| --- | --- |"]
     lines += [f"| {figure} | {value:.4g} |" for figure, value in table.iter_rows()]
     write_result("local_service", "The embedded service", ["\n".join(lines)], table)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""The figures of one run of benchmarks/off_policy/run.py, and its tables."""
+"""The figures of one off-policy run, and the benchmark's tables."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Learning from old weights: the embedded model at several staleness bounds, with two losses, on the same questions.
 
-    python benchmarks/off_policy/run.py --work FOLDER
-    python benchmarks/off_policy/run.py --work FOLDER --seeds 1 --staleness 0 4 --losses ppo --steps 6
-    python benchmarks/off_policy/run.py --work FOLDER --model tiny --steps 3 --questions 12
+    python -m benchmarks off_policy --work FOLDER
+    python -m benchmarks off_policy --work FOLDER --seeds 1 --staleness 0 4 --losses ppo --steps 6
+    python -m benchmarks off_policy --work FOLDER --model tiny --steps 3 --questions 12
 
 Each seed has one warm-up; all of its runs start from these weights, with the same questions in the same order. The runs differ
 in ``max_staleness``, in the loss, and (``--in-flight``) in whether running episodes go on with newer weights. Asked: exact match
@@ -22,42 +22,21 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
 import searchr1_async as sr
 from benchmarks.off_policy.report import report, row_of
-from searchr1_async.atlas_job import AtlasSettings, atlas_questions
+from benchmarks.off_policy.world import World, atlas_world, tiny_world
 from searchr1_async.learn.checkpoints import ResumePoint
-from searchr1_async.local import DEFAULT_MODEL, LocalService, local_service
+from searchr1_async.local import LocalService, local_service
 from searchr1_async.watch.records import RunRecords
 
 ONLY_WARM_UP = 1e-9
 """Seconds of reinforcement learning in which no step begins."""
-
-
-@dataclass(frozen=True)
-class World:
-    """What is learned, and how all runs play it."""
-
-    model: str
-    training: Callable[[int], Sequence[sr.Question]]
-    """By seed."""
-    held_out: Sequence[sr.Question]
-    search: Callable[[], sr.Search]
-    playing: dict[str, Any]
-    """Arguments of ``train`` and ``evaluate`` alike."""
-    learning: dict[str, Any]
-    """Arguments of ``train``."""
-    warm_up: sr.WarmUp
-    service: dict[str, Any] = field(default_factory=dict)
-    """Arguments of ``local_service``."""
 
 
 @dataclass(frozen=True)
@@ -73,56 +52,6 @@ class Way:
     def name(self) -> str:
         """Of its folder."""
         return f"seed-{self.seed}-staleness-{self.staleness}-{self.loss}-{self.weights}"
-
-
-def atlas_world(questions: int, groups: int) -> World:
-    """SmolLM2-135M on one-hop questions about countries: one search an episode, short turns, small batches.
-
-    A run of 12 steps of 4 groups takes about 3 minutes on 2 cores that do nothing else.
-    """
-    held_out = [question for question in atlas_questions(AtlasSettings())[1] if question.metadata.get("hop") == 1]
-    return World(
-        model=DEFAULT_MODEL,
-        training=lambda seed: atlas_questions(AtlasSettings(seed=seed, two_hop_share=0.0))[0],
-        held_out=held_out[:questions],
-        search=lambda: sr.Search.local("atlas", n_results=1, max_passage_words=30),
-        playing={"format": "tags", "max_turns": 2, "max_tokens": 28, "max_trajectory_tokens": 1024},
-        learning={
-            "group_size": 6,
-            "groups_per_batch": groups,
-            "minibatches": 2,
-            "learning_rate": 1.5e-4,
-            "lora_rank": 16,
-        },
-        warm_up=sr.WarmUp(steps=10),
-    )
-
-
-def tiny_world(questions: int, groups: int, work: Path) -> World:
-    """The small world of the tests, to try the benchmark itself in a minute."""
-    from tests import tiny_world as tiny
-
-    model = work / "model"  # its checkpoints name it, and the tests' own is another at each start
-    if not model.exists():
-        shutil.copytree(tiny.model_folder(), model)
-    training, held_out = tiny.make_questions()
-    playing = {key: value for key, value in tiny.PLAYING.items() if key not in ("local", "progress")}
-    return World(
-        model=str(model),
-        training=lambda seed: training,
-        held_out=held_out[:questions],
-        search=lambda: tiny.make_search(work / "index"),
-        playing=playing,
-        learning={
-            "group_size": 4,
-            "groups_per_batch": groups,
-            "minibatches": 2,
-            "learning_rate": 1e-3,
-            "lora_rank": 32,
-        },
-        warm_up=tiny.WARM_UP,
-        service={"dtype": "float32", "device": "cpu"},
-    )
 
 
 def planned(options: argparse.Namespace) -> list[Way]:
@@ -289,7 +218,3 @@ def main() -> None:
     rows = asyncio.run(measure(options))
     is_whole = options.model == "atlas" and len(options.seeds) >= 3 and len(rows) == len(planned(options))
     report(pl.DataFrame(rows), keep=is_whole or options.keep, note=options.note)
-
-
-if __name__ == "__main__":
-    main()

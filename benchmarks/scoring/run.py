@@ -1,6 +1,6 @@
 """Exact match and F1 against an independent implementation of SQuAD's rules, torchmetrics', on real answers made hostile.
 
-    python benchmarks/scoring/run.py --data FOLDER
+    python -m benchmarks scoring --data FOLDER
 
 FOLDER holds question files (`question`, `golden_answers`). Each golden answer is changed in every way in which a model, a
 keyboard or a data set changes answers, and scored by both against all golden answers of its question. Needs torchmetrics
@@ -20,8 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from searchr1_async.data.suites import load_suites
 from searchr1_async.episodes.reward import cover_match, exact_match, f1_score, normalize_answer
@@ -232,7 +230,3 @@ def main() -> None:
     print(f"{time.perf_counter() - began:.0f} s")
     if table.filter(~pl.col("agrees") & pl.col("reason").is_null()).height:
         sys.exit("some differences have no reason")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """One way of searching, in a process of its own, that plays a load and says what it took, as one line of JSON.
 
-    python benchmarks/search/contender.py WAY LOAD_FILE --gemini URL --chroma PORT [--vertex]
+    python -m benchmarks.search.contender WAY LOAD_FILE --gemini URL --chroma PORT [--vertex]
 
 WAY is ``ours``, ``recipe`` or ``none``, which answers at once: what playing the episodes costs by itself.
 """
@@ -21,8 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.search.load import Load, Step
 from benchmarks.shared.chroma_index import COLLECTION, N_RESULTS

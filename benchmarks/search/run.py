@@ -1,6 +1,6 @@
 """The search at scale: 1,024 episodes over 100,000 passages, beside the way of tinker-cookbook's recipe.
 
-    python benchmarks/search/run.py --data FOLDER --work FOLDER
+    python -m benchmarks search --data FOLDER --work FOLDER
 
 A real `chroma run` holds the passages, the real google-genai client embeds with a stand-in for Gemini
 (benchmarks/shared/gemini_stand_in.py), and each way of searching plays the same seeded load in a fresh process of its own, against
@@ -30,11 +30,10 @@ from typing import Any
 
 import polars as pl
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
 from benchmarks.search.load import Subject, made_data, make_load, real_passages, real_subjects
 from benchmarks.shared.chroma_index import build_index, chroma_server, nearest
 from benchmarks.shared.gemini_stand_in import Fault, StandInSettings, stand_in_process
+from benchmarks.shared.processes import child_environment, command_of
 from benchmarks.shared.report import write_result
 
 GROUP_SIZE = 8
@@ -117,11 +116,10 @@ async def play(scenario: Scenario, way: str, load: Path, chroma: int) -> dict[st
     """
     async with stand_in_process(scenario.service) as gemini:
         process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            str(Path(__file__).with_name("contender.py")),
-            *(way, str(load), "--gemini", gemini, "--chroma", str(chroma)),
+            *command_of("benchmarks.search.contender", way, str(load), "--gemini", gemini, "--chroma", str(chroma)),
             *(["--vertex"] if scenario.vertex else []),
             stdout=asyncio.subprocess.PIPE,
+            env=child_environment(),
         )
         try:
             output, _ = await process.communicate()
@@ -253,7 +251,3 @@ def main() -> None:
         work = options.work or Path(once)
         work.mkdir(parents=True, exist_ok=True)
         asyncio.run(run(options, work))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """What serving a search costs: the same searches in process, over a served store and embedder, and by ``/retrieve``.
 
-    python benchmarks/serving/run.py --work WORK
+    python -m benchmarks serving --work WORK
 
 The built-in corpus, in a Chroma folder; the service is a process of its own, and so shares the cores with whoever asks. No answer
 is remembered, and every query is another one. Ratios are taken within one run, since machines are shared. By default the embedder
@@ -11,12 +11,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import hashlib
 import itertools
-import re
-import sys
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import aiohttp
@@ -24,12 +21,10 @@ import anyio
 import numpy as np
 import polars as pl
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
 import searchr1_async as sr
+from benchmarks.serving.service import make_search
+from benchmarks.shared.processes import child_environment, command_of
 from benchmarks.shared.report import write_result
-from searchr1_async.search.embedders.base import Vectors
-from searchr1_async.search.serving import serve_search
 
 AT_ONCE = 64
 SECONDS = 4.0
@@ -37,40 +32,6 @@ SECONDS = 4.0
 WAYS = ("in process", "served store and embedder", "/retrieve, one query a request", "/retrieve, 64 queries a request")
 
 Search = Callable[[list[str]], Awaitable[object]]
-
-
-class HashedWords:
-    """A bag of words, each word at a place given by its hash."""
-
-    name, fingerprint, dimension = "hashed words", "hashed-words-768", 768
-    max_texts, max_tokens, max_requests = 1_000, None, 2
-
-    async def open(self) -> None: ...
-
-    async def aclose(self) -> None: ...
-
-    async def embed_queries(self, texts: Sequence[str]) -> Vectors:
-        vectors = np.full((len(texts), self.dimension), 1e-3, np.float32)
-        for row, text in enumerate(texts):
-            for word in re.findall(r"\w+", text.lower()):
-                vectors[row, int(hashlib.md5(word.encode()).hexdigest()[:8], 16) % self.dimension] += 1
-        return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
-
-    async def embed_passages(self, texts: Sequence[str]) -> Vectors:
-        return await self.embed_queries(texts)
-
-
-def make_search(work: Path, embedder: str) -> sr.Search:
-    """Over the built-in corpus, with nothing remembered."""
-    chosen = HashedWords() if embedder == "hashed" else embedder
-    return sr.Search.local("atlas", path=work / f"serving-{embedder}", embedder=chosen, cache_entries=0)
-
-
-async def serve(work: Path, embedder: str) -> None:
-    """In the child: until its standard input ends, with the address on its standard output."""
-    async with serve_search(make_search(work, embedder), port=0) as address:
-        print(address, flush=True)
-        await anyio.to_thread.run_sync(sys.stdin.read)
 
 
 async def measure(search: Search, texts: list[str], at_once: int, batch: int) -> tuple[float, float]:
@@ -101,9 +62,11 @@ async def measure(search: Search, texts: list[str], at_once: int, batch: int) ->
 async def compare(work: Path, embedder: str, texts: list[str]) -> list[dict[str, object]]:
     """Every way, one after another, while the same service stands by."""
     await make_search(work, embedder).build()
-    command = [sys.executable, __file__, "--work", str(work), "--serve", embedder]
     child = await asyncio.create_subprocess_exec(
-        *command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+        *command_of("benchmarks.serving.service", str(work), embedder),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        env=child_environment(),
     )
     assert child.stdin is not None
     assert child.stdout is not None
@@ -146,10 +109,9 @@ async def run(work: Path, embedder: str) -> None:
     write_result("serving", "What serving a search costs", [said, "\n".join(lines)], table)
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="a folder for the indexes, kept for the next time")
     parser.add_argument("--embedder", default="hashed", help="hashed, or a sentence-transformers model (%(default)s)")
-    parser.add_argument("--serve", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    asyncio.run(run(options.work, options.embedder) if options.serve is None else serve(options.work, options.serve))
+    asyncio.run(run(options.work, options.embedder))

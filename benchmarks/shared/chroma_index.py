@@ -15,8 +15,6 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
 from benchmarks.shared.word_vectors import WordVectors
 
 COLLECTION = "wiki_embeddings"

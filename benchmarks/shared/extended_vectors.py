@@ -7,7 +7,7 @@ The real rows come first. Every further row is
 x_i any real row, x_j one of its nearest, (x_a, x_b) another row and one of that one's nearest, l even in [0, 1]. The first step
 stays within the neighbourhood of x_i, the second leaves the line in a direction in which real neighbours differ. So rows get no
 isotropic noise, which would have more dimensions than the data. What m is, and how near this comes, is measured by
-benchmarks/compact_geometry/run.py.
+benchmarks/compact_geometry.
 
 Rows are drawn by (seed, block of 8,192): any of them can be made alone, in any order.
 """
@@ -24,7 +24,7 @@ import anyio.to_thread
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.compact_vectors.run import RealVectors
+from benchmarks.shared.real_vectors import RealVectors
 from searchr1_async.episodes.types import Passage
 from searchr1_async.search.embedders.base import Vectors
 from searchr1_async.search.sources.base import Block, SourceFacts

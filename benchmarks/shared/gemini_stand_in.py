@@ -1,6 +1,6 @@
 """A server that answers the embedding requests of the google-genai client, of both its faces, without Google.
 
-    python benchmarks/shared/gemini_stand_in.py --port 8765 --settings '{"latency": 0.2}'
+    python -m benchmarks.shared.gemini_stand_in --port 8765 --settings '{"latency": 0.2}'
 
 It takes ``models/{model}:batchEmbedContents`` of the Gemini Developer API, and ``:embedContent``, ``:batchEmbedContents``
 and ``:predict`` of Vertex AI. Its answers take time, keep a quota and fail as the settings say, and it counts what it was
@@ -16,23 +16,19 @@ import argparse
 import asyncio
 import dataclasses
 import json
-import os
 import random
 import re
-import sys
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import orjson
 from aiohttp import ClientSession, web
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
+from benchmarks.shared.processes import child_environment, command_of
 from benchmarks.shared.stand_in_settings import Fault, StandInCounts, StandInSettings
 from benchmarks.shared.word_vectors import WordVectors
 
@@ -360,12 +356,13 @@ async def stand_in_process(settings: StandInSettings | None = None) -> AsyncIter
         RuntimeError: it did not come up within 30 seconds.
     """
     process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        __file__,
-        "--settings",
-        json.dumps(dataclasses.asdict(settings or StandInSettings())),
+        *command_of(
+            "benchmarks.shared.gemini_stand_in",
+            "--settings",
+            json.dumps(dataclasses.asdict(settings or StandInSettings())),
+        ),
         stdout=asyncio.subprocess.PIPE,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        env=child_environment(),
     )
     assert process.stdout is not None
     try:
@@ -375,7 +372,7 @@ async def stand_in_process(settings: StandInSettings | None = None) -> AsyncIter
             line = ""
         if not line.startswith("http://"):
             raise RuntimeError(
-                "the Gemini stand-in did not come up: run benchmarks/shared/gemini_stand_in.py to see why"
+                "the Gemini stand-in did not come up: run `python -m benchmarks.shared.gemini_stand_in` to see why"
             )
         yield line
     finally:

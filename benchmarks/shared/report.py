@@ -35,7 +35,7 @@ def provenance() -> str:
             f"- machine: {os.cpu_count()} cores, {cpu}, Python {platform.python_version()}",
             f"- versions: {packages}",
             f"- revision: {revision or 'unknown'}",
-            f"- command: `python benchmarks/{Path(sys.argv[0]).name} {arguments}`".rstrip(),
+            f"- command: `{f'{sys.argv[0]} {arguments}'.strip()}`",
         ]
     )
 

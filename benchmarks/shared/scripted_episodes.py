@@ -30,7 +30,7 @@ TOKENS_MEDIAN, TOKENS_SPREAD, TOKENS_MOST = 60.0, 0.7, 700
 PREFILL, DECODE, JITTER = 0.25, 0.015, 0.5
 """Seconds a turn, seconds a token, and the standard deviation of the logarithm of what both are multiplied by."""
 SHARED = 0.76
-"""Fraction of searches whose query is one of the question's; the others are worded anew, as in benchmarks/search/run.py."""
+"""Fraction of searches whose query is one of the question's; the others are worded anew, as in benchmarks/search."""
 MARKER = "zebra"
 """A word that stands before a number which the model reads, and nowhere else; one token after a space."""
 QUESTION_DIGITS, MEMBER_DIGITS = 5, 2

@@ -1,6 +1,6 @@
 """A proxy before a Tinker service that breaks some of what passes: refusals, lost requests, lost answers, slow ones.
 
-    python benchmarks/soak/breaking_proxy.py http://127.0.0.1:1234 --rate 0.05
+    python -m benchmarks.soak.breaking_proxy http://127.0.0.1:1234 --rate 0.05
 
 What is broken is drawn with a seed, by the kind of request: training requests come in an order that a refusal would leave a
 hole in, so they only get lost on the way or on the way back, as in a network.
@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import random
-import sys
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
 import aiohttp
 from aiohttp import web
+
+from benchmarks.shared.processes import child_environment, command_of
 
 SLOW_SECONDS = 3.0
 SAMPLING = ("429", "500", "503", "reset", "lost answer", "slow")
@@ -123,15 +123,9 @@ async def proxy_process(target: str, rate: float, seed: int = 0) -> AsyncIterato
         RuntimeError: it did not come up within 30 seconds.
     """
     process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        __file__,
-        target,
-        "--rate",
-        str(rate),
-        "--seed",
-        str(seed),
+        *command_of("benchmarks.soak.breaking_proxy", target, "--rate", str(rate), "--seed", str(seed)),
         stdout=asyncio.subprocess.PIPE,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        env=child_environment(),
     )
     assert process.stdout is not None
     try:

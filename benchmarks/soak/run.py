@@ -1,6 +1,6 @@
 """The whole engine for a long time under faults: flat memory, no hang, every group accounted for.
 
-    python benchmarks/soak/run.py --minutes 30
+    python -m benchmarks soak --minutes 30
 
 Trains with ``max_staleness=1`` and refills on the embedded service with a scripted model, behind a proxy that breaks some of
 what passes (``breaking_proxy.py``), with a local Chroma and the Gemini stand-in, which fails too. Service, proxy and
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-import sys
 import tempfile
 import threading
 import time
@@ -28,8 +27,6 @@ import anyio
 import anyio.to_thread
 import numpy as np
 import polars as pl
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import searchr1_async as sr
 from benchmarks.shared.gemini_stand_in import counts_of as gemini_counts
@@ -195,7 +192,7 @@ async def _world(folder: Path) -> AsyncIterator[tuple[str, str, sr.Search, dict[
         yield url, service.tokenizer_path, search, {"proxy": url, "gemini": gemini}
 
 
-async def main(minutes: float) -> None:
+async def run(minutes: float) -> None:
     """Trains for so long, watches, checks, and writes the result."""
     with tempfile.TemporaryDirectory(prefix="soak-") as scratch:
         folder = Path(scratch)
@@ -310,8 +307,8 @@ def _report(watch: Watch, counts: dict[str, int], faults: dict[str, int], failed
     assert watch.steps_checked > 0, "no step was checked while the run went on"
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Trains for a long time under faults and accounts for every group.")
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=30.0)
     arguments = parser.parse_args()
-    anyio.run(main, arguments.minutes)
+    anyio.run(run, arguments.minutes)

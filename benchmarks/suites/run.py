@@ -1,6 +1,6 @@
 """A short real run on other question suites: the same API over questions and passages in files.
 
-    python benchmarks/suites/run.py --data FOLDER --suites popqa hotpotqa
+    python -m benchmarks suites --data FOLDER --suites popqa hotpotqa
 
 FOLDER holds `<suite>.jsonl` (`question`, `golden_answers`, `data_source`, `id`, `gold_passages`) and `corpus.parquet`
 (`id`, `title`, `text`). The questions used are those whose gold passages are known; the corpus is cut to these
@@ -12,13 +12,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import random
-import sys
 import time
 from pathlib import Path
 
 import polars as pl
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import searchr1_async as sr
 from benchmarks.shared.report import write_result
@@ -122,7 +119,3 @@ def main() -> None:
             f"{sr.comparison_table(result.evaluations)}\n```"
         )
     write_result("suites", "Short runs on other suites", body, pl.DataFrame(table))
-
-
-if __name__ == "__main__":
-    main()

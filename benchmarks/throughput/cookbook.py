@@ -1,6 +1,6 @@
 """tinker-cookbook's search recipe as a contender, in an environment of its own that holds neither this project nor its needs.
 
-    python throughput_cookbook.py SETTINGS.json
+    python -m benchmarks.throughput.cookbook SETTINGS.json
 
 Driven through its public entry points: ``recipes.search_tool.search_env.SearchR1DatasetBuilder`` and ``rl.train.main``,
 configured as ``recipes.search_tool.train`` does, with ``stream_minibatch_config`` or ``async_config`` of ``rl.train.Config``. The
@@ -15,8 +15,6 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.shared.monitor import log_to, observing
 

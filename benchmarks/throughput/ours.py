@@ -1,6 +1,6 @@
 """This project as a contender of the throughput benchmark, through its public functions.
 
-python throughput_ours.py SETTINGS.json
+python -m benchmarks.throughput.ours SETTINGS.json
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.shared.monitor import log_to, observing
 

@@ -1,10 +1,10 @@
 """Training at the service's own speed: our three ways of feeding learning beside those of tinker-cookbook's search recipe.
 
-    python benchmarks/throughput/run.py --work FOLDER
-    python benchmarks/throughput/run.py --work FOLDER --sizes 8 16 --runs ours/streaming cookbook/streaming
-    python benchmarks/throughput/run.py --work FOLDER --sizes 32 64 --keep \
+    python -m benchmarks throughput --work FOLDER
+    python -m benchmarks throughput --work FOLDER --sizes 8 16 --runs ours/streaming cookbook/streaming
+    python -m benchmarks throughput --work FOLDER --sizes 32 64 --keep \
         --runs ours/streaming ours/asynchronous cookbook/streaming cookbook/asynchronous
-    python benchmarks/throughput/run.py --work FOLDER --in-flight 4096
+    python -m benchmarks throughput --work FOLDER --in-flight 4096
 
 The embedded service with a scripted model (benchmarks/throughput/model.py) in a process of its own, a real `chroma run`, and a
 stand-in for Gemini in a third. Each contender trains in a fresh process, against a fresh service and stand-in, on the same
@@ -37,8 +37,6 @@ from urllib.parse import urlsplit
 
 import polars as pl
 from aiohttp import web
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.shared.chroma_index import COLLECTION, N_RESULTS, build_index, chroma_server
 from benchmarks.shared.gemini_stand_in import StandInSettings, counts_of, stand_in_process
@@ -417,7 +415,3 @@ def main() -> None:
         work = (options.work or Path(once)).resolve()
         work.mkdir(parents=True, exist_ok=True)
         asyncio.run(run(options, work))
-
-
-if __name__ == "__main__":
-    main()

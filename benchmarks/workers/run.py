@@ -1,6 +1,6 @@
 """Rollout workers: samples a second of one process, and of worker processes, where the client is the limit.
 
-    python benchmarks/workers/run.py
+    python -m benchmarks workers
 
 Asked of it: two workers give at least 1.6 times the samples a second of one process. Groups of 8 are played whole (rendering,
 sampling, reading, searching) with the real SDK against a service that costs as little as can be
@@ -13,7 +13,6 @@ import argparse
 import asyncio
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -27,8 +26,7 @@ import polars as pl
 import tinker
 from transformers import AutoTokenizer
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
+from benchmarks.shared.processes import child_environment, command_of
 from benchmarks.shared.report import write_result
 from searchr1_async.config import EpisodeLimits, SamplingSettings
 from searchr1_async.episodes.dialect import make_dialect
@@ -152,10 +150,8 @@ async def measure(
 @asynccontextmanager
 async def canned_service(tokenizer: Path) -> AsyncIterator[tuple[str, int]]:
     """URL and process id."""
-    script = Path(__file__).with_name("service.py")
-    async with await anyio.open_process(
-        [sys.executable, str(script), str(tokenizer), str(SECONDS_A_SAMPLE)], stderr=None
-    ) as process:
+    command = command_of("benchmarks.workers.service", str(tokenizer), str(SECONDS_A_SAMPLE))
+    async with await anyio.open_process(command, stderr=None, env=child_environment()) as process:
         try:
             assert process.stdout is not None
             yield f"http://127.0.0.1:{int(await process.stdout.receive())}", process.pid
@@ -258,7 +254,7 @@ def body_of(table: pl.DataFrame, embedded: float, load: float) -> list[str]:
     ]
 
 
-async def main(rounds: int, scale: float, first_turn: str) -> None:
+async def run(rounds: int, scale: float, first_turn: str) -> None:
     load = os.getloadavg()[0]
     folder = resolve_model(DEFAULT_MODEL).folder
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -268,10 +264,10 @@ async def main(rounds: int, scale: float, first_turn: str) -> None:
     write_result("workers", "Rollout workers where the client is the limit", body_of(table, embedded, load), table)
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--scale", type=float, default=1.0, help="of the number of groups")
     parser.add_argument("--first-turn", default="split", choices=("split", "shared"))
     arguments = parser.parse_args()
-    asyncio.run(main(arguments.rounds, arguments.scale, arguments.first_turn))
+    asyncio.run(run(arguments.rounds, arguments.scale, arguments.first_turn))

@@ -1,6 +1,6 @@
 """A Tinker service that costs next to nothing: canned samples over a raw protocol, so that the client is the limit.
 
-    python benchmarks/workers/service.py FOLDER SECONDS
+    python -m benchmarks.workers.service FOLDER SECONDS
 
 It speaks just as much of the wire protocol as sampling needs. Each sample's answer is ready ``SECONDS`` after it was asked for;
 of three samples two search and one answers. ``FOLDER`` is that of the tokenizer. The port is its one line of output, and it

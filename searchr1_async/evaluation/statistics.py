@@ -1,7 +1,7 @@
 """Error bars for evaluations. Pure functions of numpy arrays; every resampling is seeded.
 
 How often the intervals hold the truth, and how often the tests are wrong, is measured by simulation: see
-``benchmarks/intervals/run.py`` and ``benchmarks/results/intervals.md``.
+``benchmarks/intervals`` and ``benchmarks/results/intervals.md``.
 
 Sources:
     E. B. Wilson (1927), "Probable inference, the law of succession, and statistical inference", JASA 22.
@@ -125,7 +125,7 @@ def mean_intervals(values: Floats) -> tuple[Floats, Floats]:
     weighs half a question. Without that, 8 samples of 50 questions at 2 % covered 88 to 95 %; with it 97 to 98.
 
     Measured coverage is 93.1 to 96.9 % where at least 10 % is right or wrong and from 50 questions on, and 91.8 to 98.1 at 2 %;
-    the percentile bootstrap's falls to 93 % and, at 2 %, to 63 (``benchmarks/intervals/run.py``).
+    the percentile bootstrap's falls to 93 % and, at 2 %, to 63 (``benchmarks/intervals``).
 
     Values outside 0 to 1 (a reward, a number of turns) get Student's interval.
     """
