@@ -9,11 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.shared.scripted_episodes import GROUP_SIZE, Subject, World, reply_text, shuffled_to
+from benchmarks.shared.scripted_episodes import GROUP_SIZE, Subject, World, episodes_seen, reply_text, shuffled_to
 from benchmarks.throughput.floor import (
     GroupCourse,
     courses,
-    episodes_seen,
     pipelined_floor,
     run_seen,
     streaming_floor,

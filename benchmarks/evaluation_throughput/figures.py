@@ -12,9 +12,9 @@ from benchmarks.evaluation_throughput.floor import chain_of, floor, in_turn, lis
 from benchmarks.evaluation_throughput.load import SuiteWorld
 from benchmarks.evaluation_throughput.marks import Marks
 from benchmarks.evaluation_throughput.model import WARM_UP
+from benchmarks.shared.client_figures import client_figures
 from benchmarks.shared.monitor import Observed
-from benchmarks.throughput.figures import _at, _lags  # the measures of the other throughput benchmark
-from benchmarks.throughput.floor import episodes_seen
+from benchmarks.shared.scripted_episodes import episodes_seen
 from searchr1_async.local.scripted_log import Served
 
 BINS = 120
@@ -44,9 +44,6 @@ def figures(
     together = list(itertools.chain.from_iterable(chains))
     began, ended = min(each.began for each in samples), max(each.ended for each in samples)
     wall, episodes = marks.ended - marks.began, len(asked)
-    cpu = _at(observed, marks.ended, 1) - _at(observed, marks.began, 1)
-    memory = [use[2] for use in observed.usage if marks.began <= use[0] <= marks.ended]
-    start_memory = _at(observed, marks.began, 2)
     busy = sum(each.seconds for each in samples)
     return {
         "episodes": episodes,
@@ -62,10 +59,7 @@ def figures(
         "episodes_a_second": episodes / wall,
         "places_in_use": busy / places / (ended - began),
         "use_over_time": use_over_time(samples, places, marks.began, marks.ended),
-        "cpu_ms_an_episode": 1000 * cpu / episodes,
-        "memory_peak": max(memory, default=start_memory),
-        "memory_growth": max(memory, default=start_memory) - start_memory,
-        **_lags(observed, marks.began, marks.ended),
+        **client_figures(observed, marks.began, marks.ended, episodes),
         "turns": len(samples),
         "right": marks.right,
         "imports": marks.imports,

@@ -12,15 +12,11 @@ from functools import cache
 from pathlib import Path
 
 from benchmarks.evaluation_throughput.load import SuiteWorld
-from benchmarks.shared.scripted_episodes import QUESTION_DIGITS, reply_text
+from benchmarks.shared.scripted_episodes import QUESTION_DIGITS, WORLD_VARIABLE, number_behind, reply_text, turn_of
 from searchr1_async.local.scripted_log import TimedReply
 
-WORLD_VARIABLE = "SEARCHR1_EVALUATION_WORLD"
-"""The environment variable that names the world's file."""
 WARM_UP = "warm-up"
 """The label of what is said to a prompt that holds no question: what a contender sends before its time is taken."""
-_MESSAGES_AT_FIRST = 3
-"""System, user, and the opened reply."""
 
 
 @cache
@@ -37,13 +33,8 @@ def reply(prompt: list[int], chance: random.Random) -> TimedReply:
     world = _world()
     if world.marker not in prompt:
         return TimedReply("ready", 0.0, WARM_UP)
-    first = prompt.index(world.marker)
-    behind = prompt[first + 1 : first + 4 + QUESTION_DIGITS]
-    digits = [world.digits.index(token) for token in behind if token in world.digits][:QUESTION_DIGITS]
-    if len(digits) < QUESTION_DIGITS:
-        raise ValueError(f"no number of {QUESTION_DIGITS} digits behind the marker")
-    subject = int("".join(map(str, digits)))
-    turn = (prompt.count(world.turn_start) - _MESSAGES_AT_FIRST) // 2
+    subject = number_behind(world, prompt, prompt.index(world.marker), QUESTION_DIGITS)
+    turn = turn_of(world, prompt)
     turns = world.plan(subject).turns
     if turn >= len(turns):
         raise ValueError(f"question {subject}: asked for turn {turn} of {len(turns)}")

@@ -1,4 +1,4 @@
-"""What the throughput benchmark plays: questions, passages, and the course of every episode.
+"""What the throughput benchmarks play: questions, passages, and the course of every episode.
 
 The course of an episode (how many turns, how long each is and takes, what is searched for, whether the answer is right) depends
 on nothing but the question and the episode's number in its group. So every contender plays the same episodes in the same
@@ -14,13 +14,16 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import polars as pl
+
+from searchr1_async.local.scripted_log import Served
 
 GROUP_SIZE = 8
 TURNS = {1: 0.12, 2: 0.38, 3: 0.30, 4: 0.14, 5: 0.06}
@@ -34,6 +37,10 @@ SHARED = 0.76
 MARKER = "zebra"
 """A word that stands before a number which the model reads, and nowhere else; one token after a space."""
 QUESTION_DIGITS, MEMBER_DIGITS = 5, 2
+WORLD_VARIABLE = "SEARCHR1_BENCHMARK_WORLD"
+"""The environment variable that names the world's file for a scripted model."""
+_MESSAGES_AT_FIRST = 3
+"""System, user, and the opened reply."""
 _CALL_TOKENS = 30
 """About what a call takes beside its query."""
 
@@ -221,3 +228,45 @@ def shuffled_to(wanted: Sequence[Any], shuffler: random.Random) -> list[Any]:
     for position, place in enumerate(places):
         handed[place] = wanted[position]
     return handed
+
+
+# --- what the scripted models read, and what the service's log says -----------------------------------------------------------
+
+
+def turn_of(world: World, prompt: Sequence[int]) -> int:
+    """The turn that a prompt asks for, from how many messages there are."""
+    return (prompt.count(world.turn_start) - _MESSAGES_AT_FIRST) // 2
+
+
+def number_behind(world: World, prompt: Sequence[int], marker: int, digits: int) -> int:
+    """The number of so many digits behind the marker at this place.
+
+    Raises:
+        ValueError: there are fewer digits.
+    """
+    read = [world.digits.index(token) for token in prompt[marker + 1 : marker + 4 + digits] if token in world.digits]
+    if len(read) < digits:
+        raise ValueError(f"no number of {digits} digits behind the marker")
+    return int("".join(map(str, read[:digits])))
+
+
+@dataclass(frozen=True)
+class EpisodeSeen:
+    """One episode in the service's log."""
+
+    began: float
+    ended: float
+    turns: int
+    tokens: int
+    """Of its one training example: the last prompt and reply, without the last token, which is only predicted."""
+
+
+def episodes_seen(served: Iterable[Served]) -> dict[tuple[int, int], EpisodeSeen]:
+    """Every episode by question and member, from its turns' labels."""
+    turns: defaultdict[tuple[int, int], list[tuple[int, float, float, int]]] = defaultdict(list)
+    for request in served:
+        for sequence in request.sequences:
+            subject, member, turn = map(int, sequence.label.split("/"))
+            tokens = request.tokens + sequence.tokens - 1
+            turns[subject, member].append((turn, request.began, request.ended, tokens))
+    return {key: EpisodeSeen(min(each)[1], max(each)[2], max(each)[0] + 1, max(each)[3]) for key, each in turns.items()}

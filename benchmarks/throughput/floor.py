@@ -20,11 +20,11 @@ Everything else (the network, the client, waiting for company) is 0.
 from __future__ import annotations
 
 import itertools
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from benchmarks.shared.scripted_episodes import GROUP_SIZE, World
+from benchmarks.shared.scripted_episodes import GROUP_SIZE, World, episodes_seen
 from searchr1_async.local.scripted import TrainingTimes
 from searchr1_async.local.scripted_log import Served
 
@@ -37,28 +37,6 @@ class GroupCourse:
     """Seconds from the start of its episodes to the end of the last."""
     training: float
     """Seconds of the trainer; 0 where all members earned the same."""
-
-
-@dataclass(frozen=True)
-class EpisodeSeen:
-    """One episode in the service's log."""
-
-    began: float
-    ended: float
-    turns: int
-    tokens: int
-    """Of its one training example: the last prompt and reply, without the last token, which is only predicted."""
-
-
-def episodes_seen(served: Iterable[Served]) -> dict[tuple[int, int], EpisodeSeen]:
-    """Every episode by question and member, from its turns' labels."""
-    turns: defaultdict[tuple[int, int], list[tuple[int, float, float, int]]] = defaultdict(list)
-    for request in served:
-        for sequence in request.sequences:
-            subject, member, turn = map(int, sequence.label.split("/"))
-            tokens = request.tokens + sequence.tokens - 1
-            turns[subject, member].append((turn, request.began, request.ended, tokens))
-    return {key: EpisodeSeen(min(each)[1], max(each)[2], max(each)[0] + 1, max(each)[3]) for key, each in turns.items()}
 
 
 def courses(

@@ -15,13 +15,16 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from benchmarks.shared.scripted_episodes import MEMBER_DIGITS, QUESTION_DIGITS, World, reply_text
+from benchmarks.shared.scripted_episodes import (
+    MEMBER_DIGITS,
+    QUESTION_DIGITS,
+    WORLD_VARIABLE,
+    World,
+    number_behind,
+    reply_text,
+    turn_of,
+)
 from searchr1_async.local.scripted_log import TimedReply
-
-WORLD_VARIABLE = "SEARCHR1_THROUGHPUT_WORLD"
-"""The environment variable that names the world's file."""
-_MESSAGES_AT_FIRST = 3
-"""System, user, and the opened reply."""
 
 
 @cache
@@ -40,20 +43,13 @@ def reply(prompt: list[int], chance: random.Random) -> TimedReply:
     """
     world = _world()
     first = prompt.index(world.marker)
-    subject = _number(world, prompt, first, QUESTION_DIGITS)
-    turn = (prompt.count(world.turn_start) - _MESSAGES_AT_FIRST) // 2
+    subject = number_behind(world, prompt, first, QUESTION_DIGITS)
+    turn = turn_of(world, prompt)
     if turn == 0:
         member = next(_members[subject])
     else:
-        member = _number(world, prompt, prompt.index(world.marker, first + 1), MEMBER_DIGITS)
+        member = number_behind(world, prompt, prompt.index(world.marker, first + 1), MEMBER_DIGITS)
     plan = world.plan(subject, member)
     if turn >= len(plan.turns):
         raise ValueError(f"question {subject}, episode {member}: asked for turn {turn} of {len(plan.turns)}")
     return TimedReply(reply_text(world, subject, member, turn), plan.turns[turn].seconds, f"{subject}/{member}/{turn}")
-
-
-def _number(world: World, prompt: list[int], marker: int, digits: int) -> int:
-    read = [world.digits.index(token) for token in prompt[marker + 1 : marker + 4 + digits] if token in world.digits]
-    if len(read) < digits:
-        raise ValueError(f"no number of {digits} digits behind a marker")
-    return int("".join(map(str, read[:digits])))
