@@ -1,12 +1,11 @@
-"""What measuring held-out questions costs a training run: not at all, beside it, and awaited between two steps.
+"""What measuring held-out questions costs a training run: no measurement, one beside training, one that training waits for.
 
     python -m benchmarks evaluate_beside
 
-A scripted service plays episodes in times with a long tail. The same run (the same episodes, by their seeds) is made three times: with
-no measurement between its steps, with one after every second step that plays beside it, and with the same ones awaited, during
-which no step is closed (as this project did it before). A measurement has as many episodes as two
-batches. *Room* is a service that takes all samples at once; *tight* lets only as many be under way as a batch has episodes, so
-that those of a measurement have to wait for gaps.
+The episodes of a scripted service have a long tail. The same run (the same episodes, by their seeds) is made three times: without
+measurements, with one beside training after every second step, and with the same ones awaited, while no step ends. A measurement has
+as many episodes as two batches. *Room* is a service that takes all samples at once; *tight* takes only as many as a batch has
+episodes, so that those of a measurement wait for gaps.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
-"""Evaluation at the service's own speed: all suites in one pool beside suite by suite, ours and tinker-cookbook's.
+"""Evaluation at the service's own speed: all suites in one pool against suite by suite, ours and tinker-cookbook's.
 
     python -m benchmarks evaluation_throughput --work FOLDER
     python -m benchmarks evaluation_throughput --work FOLDER --places 256 --questions 500 --runs ours/pool
     python -m benchmarks evaluation_throughput --work FOLDER --places 16 --questions 40 --scale 0.5
 
-The embedded service with a scripted model (benchmarks/evaluation_throughput/model.py) that serves so many samples at a time, as a
-deployment does; the others wait in its line. A real `chroma run`, and a stand-in for Gemini. Each contender evaluates the same
-episodes of seven suites in a fresh process, against a fresh service and stand-in. tinker-cookbook has an environment of its
-own, as in benchmarks/throughput; its evaluation is its recipe's own command. The floor is that of the drawn turn times on
-that many places (benchmarks/evaluation_throughput/floor.py).
+Runs the embedded service with a scripted model (benchmarks/evaluation_throughput/model.py) that serves a fixed number of samples at a
+time and queues the others, as a deployment does, with a real `chroma run` and a stand-in for Gemini. Each contender evaluates the same
+episodes of seven suites in a fresh process, against a fresh service and stand-in. tinker-cookbook runs its recipe's own evaluation
+command, in an environment of its own. The floor is that of the drawn turn times on that many places
+(benchmarks/evaluation_throughput/floor.py).
 
-Asked of ours: the whole call, from its beginning to the report, within 10 % of the floor for 7 x 500 questions.
+Goal: the whole call, from its start to the report, within 10 % of the floor for 7 x 500 questions.
 """
 
 from __future__ import annotations

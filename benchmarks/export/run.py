@@ -1,12 +1,12 @@
-"""Do exported weights say what the service says? A run is trained, exported, and its episodes are scored by both.
+"""Do exported weights give the service's log-probabilities? A run is trained and exported, and its episodes are scored by both.
 
     PYTHONPATH=FOLDER_WITH_PEFT python -m benchmarks export
 
 SmolLM2-135M learns to search on atlas questions: a warm-up and two steps of reinforcement learning on the embedded service, in
-float32. The finished run plays held-out questions with the real search, answers a question, and is taken away in three ways:
+float32. The finished run rolls out held-out questions with the real search, answers a question, and is exported in three ways:
 ``run.export`` (PEFT), ``sr.export`` (merged) and the SDK's ``tinker checkpoint download``. Every token of every episode is then
-scored by the service, by transformers + peft, by transformers on the merged folder, and by the base model. It fails where an
-exported folder is further than 1e-3 from the service, or where most episodes show no passage. Needs peft and accelerate
+scored by the service, by transformers + peft, by transformers on the merged folder, and by the base model. It fails if an exported
+folder differs from the service by more than 1e-3, or if most episodes show no passage. Needs peft and accelerate
 (``pip install --target FOLDER_WITH_PEFT --no-deps peft accelerate``).
 """
 

@@ -2,9 +2,9 @@
 
     python -m benchmarks first_turn
 
-A scripted service in its own process answers through the real tinker SDK; episodes have 1 to 4 turns, each number as likely.
-The time of a sample is drawn: ``short`` is 3 s with a lognormal spread of 0.1, ``heavy`` has one of 0.6 (the slowest of 8 then takes
-2.5 times the median). The three ways take turns within each round; ``auto`` keeps what it learned from round to round, as it does in a run.
+A scripted service in its own process answers through the real tinker SDK; episodes have 1 to 4 turns, all equally likely. Sample times
+are lognormal with a median of 3 s: ``short`` has a spread of 0.1, ``heavy`` of 0.6 (the slowest of 8 then takes 2.5 times the median).
+The three ways take turns within each round; ``auto`` keeps what it learned from round to round, as in a run.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""How often the evaluation's intervals hold the truth, and how often its paired tests are wrong: a simulation.
+"""How often the evaluation's intervals cover the truth, and how often its paired tests err: a simulation.
 
     python -m benchmarks intervals
 
-Questions have difficulties, samples are drawn from them, and the package's own functions are asked: the truth is known, so
-that coverage and false-positive rates can be counted. 4,000 repetitions a cell leave a coverage of 95 % uncertain by 0.34
-points (one standard error). Beside each interval stand those that are usual: the percentile bootstrap over questions, and for
-several samples a question the interval that takes every sample for independent.
+Simulated questions have known difficulties, and samples are drawn from them, so coverage and false-positive rates of the package's own
+functions can be counted. With 4,000 repetitions per cell, a coverage of 95 % has a standard error of 0.34 points. The usual intervals
+are computed too: the percentile bootstrap over questions and, for several samples per question, the interval that assumes independent
+samples.
 """
 
 from __future__ import annotations

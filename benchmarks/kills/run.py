@@ -1,11 +1,11 @@
-"""Fifty SIGKILLs at random moments: each resumed run ends with the same trained questions as one that nobody killed.
+"""Fifty SIGKILLs at random moments: each resumed run must train on the same questions as an uninterrupted run.
 
     python -m benchmarks kills
     python -m benchmarks kills --kills 10 --seed 3
 
-A child process trains over one epoch of 60 questions against the embedded service with a scripted model, which lives in a
-process of its own and survives the kills. After each kill the run is resumed. Checked after every kill and at every
-run's end: see ``tests/faults/killing.py``.
+A child process trains over one epoch of 60 questions on the embedded service with a scripted model, which runs in its own process and
+survives the kills. After each kill the run is resumed. ``tests/faults/killing.py`` says what is checked after every kill and at every
+run's end.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""What the live view costs the run: one process's CPU and event loop, with the view and without.
+"""What the live view costs a run: CPU and event loop of one process, with the view and without.
 
     python -m benchmarks live_view
 
-A real kernel is fed the events of a big run (512 groups of 8: 45 episodes a second, four readings of the playing a second, a step
-every 91 s after 400 that are there already), in real time, from a list made before. The arms take turns within each round: no
-view, the widget, rich text. This process reads all that the kernel publishes, as a notebook's server does.
+A real kernel receives the events of a big run in real time, from a list made beforehand: 512 groups of 8, 45 episodes and four
+telemetry events per second, a step every 91 s after 400 earlier ones. The arms take turns within each round: no view, the widget, rich
+text. This process reads all that the kernel publishes, as a notebook server does.
 """
 
 from __future__ import annotations

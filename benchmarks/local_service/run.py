@@ -1,9 +1,9 @@
-"""The embedded service, through the real tinker SDK: how fast it samples and trains, and whether the two agree.
+"""The embedded service through the real tinker SDK: how fast it samples and trains, and whether sampler and trainer agree.
 
     python -m benchmarks local_service
 
-Asked of it: 32 requests at once give at least 8 times the tokens a second of one, and log-probabilities of sampler and
-trainer for the same tokens differ by less than 1e-3 in float32. Ratios are taken within one run, since machines are shared.
+Goals: 32 requests at once give at least 8 times the tokens per second of one, and log-probabilities of sampler and trainer for the
+same tokens differ by less than 1e-3 in float32.
 """
 
 from __future__ import annotations

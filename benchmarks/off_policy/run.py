@@ -1,16 +1,16 @@
-"""Learning from old weights: the embedded model at several staleness bounds, with two losses, on the same questions.
+"""Off-policy learning: the embedded model at several staleness bounds, with two losses, on the same questions.
 
     python -m benchmarks off_policy --work FOLDER
     python -m benchmarks off_policy --work FOLDER --seeds 1 --staleness 0 4 --losses ppo --steps 6
     python -m benchmarks off_policy --work FOLDER --model tiny --steps 3 --questions 12
 
-Each seed has one warm-up; all of its runs start from these weights, with the same questions in the same order. The runs differ
-in ``max_staleness``, in the loss, and (``--in-flight``) in whether running episodes go on with newer weights. Asked: exact match
-on held-out questions before and after, how far the sampled tokens are from the weights that learn from them (KL and the extremes
-of the ratio), time, and for in-flight sampling the prompt tokens that had to be computed.
+Each seed has one warm-up; all of its runs start from these weights, with the same questions in the same order. The runs differ in
+``max_staleness``, in the loss, and (``--in-flight``) in whether running episodes continue with newer weights. Measured: exact match
+on held-out questions before and after, the distance between sampling and training weights (KL and the extremes of the ratio), time,
+and for in-flight sampling the prompt tokens that had to be computed.
 
-A finished run is kept in the work folder, so the same command goes on where an earlier call was stopped; a run that was cut is
-played again from its start, since its times would be of two sessions. The result is written when all runs are there.
+Finished runs stay in the work folder, so the same command continues where an earlier call stopped. An interrupted run starts over,
+since its times would be of two sessions. The result is written when all runs are there.
 """
 
 from __future__ import annotations

@@ -1,18 +1,17 @@
-"""The search at scale: 1,024 episodes over 100,000 passages, beside the way of tinker-cookbook's recipe.
+"""The search at scale: 1,024 episodes over 100,000 passages, against the way of tinker-cookbook's recipe.
 
     python -m benchmarks search --data FOLDER --work FOLDER
 
 A real `chroma run` holds the passages, the real google-genai client embeds with a stand-in for Gemini
-(benchmarks/shared/gemini_stand_in.py), and each way of searching plays the same seeded load in a fresh process of its own, against
-a fresh stand-in. The episodes' sampling is a pause. `--data` holds real questions' transcripts
-(`search_r1_traces.jsonl.gz`) and passages (`corpus.parquet`); without it comparable ones are made. `--work` keeps the index,
-which takes minutes to build.
+(benchmarks/shared/gemini_stand_in.py), and each way of searching runs the same seeded load in a fresh process, against a fresh
+stand-in. Sampling is replaced by a pause. `--data` holds real transcripts (`search_r1_traces.jsonl.gz`) and passages
+(`corpus.parquet`); without it similar ones are made. `--work` keeps the index, which takes minutes to build.
 
-Asked of ours, beside the recipe's way: at most 1/20 of its requests, at most 1/8 of its client CPU a search, a p99 latency no
-worse with 4 episodes at once, and at least 5 times better with 1,024.
+Goals, against the recipe's way: at most 1/20 of its requests, at most 1/8 of its client CPU per search, a p99 latency no worse with 4
+episodes at once, and at least 5 times better with 1,024.
 
-The ratio of requests depends on how long 1,024 episodes stay in flight: towards the end of a wave few are left, and each of
-their searches goes out alone. So a wave is measured, and three of them one after another.
+The ratio of requests depends on how long 1,024 episodes stay in flight: towards the end of a wave few are left, and their searches go
+out alone. So one wave is measured, and three of them in a row.
 """
 
 from __future__ import annotations

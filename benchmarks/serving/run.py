@@ -2,9 +2,9 @@
 
     python -m benchmarks serving --work WORK
 
-The built-in corpus, in a Chroma folder; the service is a process of its own, and so shares the cores with whoever asks. No answer
-is remembered, and every query is another one. Ratios are taken within one run, since machines are shared. By default the embedder
-hashes words, which costs next to nothing: so serving shows as it is. `--embedder all-MiniLM-L6-v2` takes the usual one.
+Searches the built-in corpus in a Chroma folder, without a cache and with no query twice. The service is a process of its own that
+shares the cores with its clients. By default the embedder hashes words and costs next to nothing, so that the cost of serving shows;
+`--embedder all-MiniLM-L6-v2` takes the usual one.
 """
 
 from __future__ import annotations

@@ -14,7 +14,10 @@ from pathlib import Path
 
 import polars as pl
 
-RESULTS = Path(__file__).parents[1] / "results"
+from benchmarks.shared.processes import ROOT
+
+RESULTS = Path(os.environ.get("BENCHMARK_RESULTS") or ROOT / "benchmarks" / "results").absolute()
+"""Where results are kept; `BENCHMARK_RESULTS` names another folder, for a run that only tries something."""
 
 
 def provenance() -> str:
@@ -25,7 +28,7 @@ def provenance() -> str:
         names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
         cpu = names[0] if names else cpu
     revision = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=RESULTS.parent
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=ROOT
     ).stdout.strip()
     packages = ", ".join(f"{name} {version(name)}" for name in ("tinker", "torch", "transformers", "chromadb"))
     arguments = " ".join(shlex.quote(a) for a in sys.argv[1:])

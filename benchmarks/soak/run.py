@@ -2,10 +2,10 @@
 
     python -m benchmarks soak --minutes 30
 
-Trains with ``max_staleness=1`` and refills on the embedded service with a scripted model, behind a proxy that breaks some of
-what passes (``breaking_proxy.py``), with a local Chroma and the Gemini stand-in, which fails too. Service, proxy and
-stand-in run in processes of their own: the memory measured is the engine's. At every step's end the groups are counted
-in the run's folder: those started are those trained on, those dropped with a reason, and those that the resume point calls open.
+Trains with ``max_staleness=1`` and refill groups on the embedded service with a scripted model, behind a proxy that breaks requests
+(``breaking_proxy.py``), with a local Chroma and a Gemini stand-in that fails too. Service, proxy and stand-in run in their own
+processes: the memory measured is the engine's. At the end of every step the groups in the run's folder are counted: started = trained
+on + dropped with a reason + open in the resume point.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Training at the service's own speed: our three ways of feeding learning beside those of tinker-cookbook's search recipe.
+"""Training at the service's own speed: our three ways of feeding learning against tinker-cookbook's search recipe.
 
     python -m benchmarks throughput --work FOLDER
     python -m benchmarks throughput --work FOLDER --sizes 8 16 --runs ours/streaming cookbook/streaming
@@ -6,14 +6,14 @@
         --runs ours/streaming ours/asynchronous cookbook/streaming cookbook/asynchronous
     python -m benchmarks throughput --work FOLDER --in-flight 4096
 
-The embedded service with a scripted model (benchmarks/throughput/model.py) in a process of its own, a real `chroma run`, and a
-stand-in for Gemini in a third. Each contender trains in a fresh process, against a fresh service and stand-in, on the same
-episodes in the same batches (benchmarks/shared/scripted_episodes.py). tinker-cookbook comes from PyPI into an environment of its own in
-the work folder, made at the first run. The floor is what the service's own draws allow (benchmarks/throughput/floor.py).
+Runs the embedded service with a scripted model (benchmarks/throughput/model.py), a real `chroma run` and a stand-in for Gemini, each
+in its own process. Each contender trains in a fresh process, against a fresh service and stand-in, on the same episodes in the same
+batches (benchmarks/shared/scripted_episodes.py). tinker-cookbook is installed from PyPI into the work folder at the first run. The
+floor is what the service's drawn latencies allow (benchmarks/throughput/floor.py).
 
-Asked of ours: streaming within 10 % of its floor; with weights up to one batch old at least twice the episodes a second of the
-recipe's streaming, at a fifth of its client CPU; the event loop never late by over 50 ms; at most 60 KB an episode in flight; and
-CPU an episode that does not grow with the batch.
+Goals: streaming within 10 % of its floor; with `max_staleness=1` at least twice the episodes per second of the recipe's streaming, at
+a fifth of its client CPU; the event loop never over 50 ms late; at most 60 KB per episode in flight; CPU per episode that does not
+grow with the batch.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Rollout workers: samples a second of one process, and of worker processes, where the client is the limit.
+"""Rollout workers: samples per second of one process and of worker processes, where the client is the limit.
 
     python -m benchmarks workers
 
-Asked of it: two workers give at least 1.6 times the samples a second of one process. Groups of 8 are played whole (rendering,
-sampling, reading, searching) with the real SDK against a service that costs as little as can be
-(``workers_service.py``), since it shares the machine. The arms take turns within one run, and each round gives one ratio.
+Goal: two workers give at least 1.6 times the samples per second of one process. Groups of 8 run whole (rendering, sampling, reading,
+searching) with the real SDK against a service that costs as little CPU as possible (``service.py``), since it shares the machine.
+The arms take turns within one run, and each round gives one ratio.
 """
 
 from __future__ import annotations
