@@ -2,7 +2,7 @@
 
     python -m benchmarks throughput --work FOLDER
     python -m benchmarks throughput --work FOLDER --sizes 8 16 --runs ours/streaming cookbook/streaming
-    python -m benchmarks throughput --work FOLDER --sizes 32 64 --keep \
+    python -m benchmarks throughput --work FOLDER --sizes 32 64 --keep \\
         --runs ours/streaming ours/asynchronous cookbook/streaming cookbook/asynchronous
     python -m benchmarks throughput --work FOLDER --in-flight 4096
 
