@@ -101,7 +101,9 @@ async def measure(arm: str, seconds: float) -> None:
     if arm == "off":
         print(json.dumps(await feed(None, coming)))
         return
-    view = open_view("widget" if arm == "widget" else "rich", title="A big run")
+    opened = open_view("widget" if arm == "widget" else "rich", title="A big run")
+    assert opened is not None
+    view = opened.view
     assert isinstance(view, LiveView)
     begun, cpu_begun = time.monotonic(), all_cpu()
     async with view:
