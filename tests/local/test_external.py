@@ -252,14 +252,14 @@ async def test_a_checkpoint_of_another_service_is_copied_under_its_name(
 @pytest.mark.parametrize(
     ("config", "matrices", "message"),
     [
-        ({"r": 3}, {}, "has shape|wanted"),
+        ({"r": 3}, {}, "has shape|expected"),
         ({"r": "4"}, {}, "r is '4'"),
         ({"lora_alpha": 0}, {}, "lora_alpha is 0"),
-        ({"peft_type": "IA3"}, {}, "no LoRA adapter"),
+        ({"peft_type": "IA3"}, {}, "does not describe a LoRA adapter"),
         ({"use_rslora": True}, {}, "use_rslora is set"),
         ({"base_model_name_or_path": "someone/else"}, {}, "someone/else"),
         ({}, {"base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight": (4, 96)}, "layers.9"),
-        ({}, {"base_model.model.model.norm.weight": (96,)}, "is no LoRA matrix"),
+        ({}, {"base_model.model.model.norm.weight": (96,)}, "is not a LoRA matrix"),
     ],
 )
 async def test_a_folder_that_does_not_fit_is_refused(
@@ -285,4 +285,4 @@ async def test_a_folder_that_does_not_fit_is_refused(
         raise AssertionError(answer["detail"])
     shutil.rmtree(folder)
     status, answer = await client.ask(external.IMPORT_ROUTE, {"folder": str(folder), "name": "bad"})
-    assert (status, "no PEFT adapter" in answer["detail"]) == (400, True)
+    assert (status, "not a readable PEFT adapter" in answer["detail"]) == (400, True)

@@ -225,10 +225,10 @@ async def test_the_rest_is_refused_with_its_reason(served: Served, service: tink
     client = await rest(served)
     admin = await anyio.to_thread.run_sync(lambda: tinker.AdminClient(base_url=served.url, api_key=KEY))
     refused: list[tuple[Callable[[], Any], str]] = [
-        (lambda: client.export_session_trace(service.holder.get_session_id()), "records no trace"),
+        (lambda: client.export_session_trace(service.holder.get_session_id()), "records no request traces"),
         (lambda: admin.get_billing_usage("2026-01-01T00:00:00Z", "2026-01-02T00:00:00Z"), "bills nothing"),
-        (lambda: admin.get_current_checkpoint_storage_usage(), "the size of every checkpoint stands in its listing"),
-        (lambda: admin.get_audit_log(), "keeps no audit log"),
+        (lambda: admin.get_current_checkpoint_storage_usage(), "checkpoint sizes are in the listing"),
+        (lambda: admin.get_audit_log(), "no audit log"),
     ]
     for call, reason in refused:
         with pytest.raises(tinker.NotFoundError, match=reason):
@@ -275,7 +275,7 @@ def test_the_command_line(served: Served, monkeypatch: pytest.MonkeyPatch) -> No
     assert [model["model_name"] for model in said("model", "list")["models"]] == ["scripted"]
     assert "Tinker accessible: yes" in said("auth", "status")
     for words, reason in (
-        (("session", "export-trace", id.partition(":")[0]), "records no trace"),
+        (("session", "export-trace", id.partition(":")[0]), "records no request traces"),
         (("checkpoint", "info", path), "Checkpoint not found"),
         (("run", "info", "none"), "no training run 'none'"),
     ):

@@ -203,12 +203,12 @@ def test_a_loss_that_is_not_known_is_refused_by_name() -> None:
 @pytest.mark.parametrize(
     ("name", "config", "message"),
     [
-        ("cross_entropy", {"beta": 1.0}, "'beta'; it may hold nothing"),
+        ("cross_entropy", {"beta": 1.0}, "'beta'; allowed: nothing"),
         ("ppo", {"beta": 1.0}, "clip_low_threshold, clip_high_threshold"),
-        ("dro", {"beta": float("nan")}, "no finite number"),
+        ("dro", {"beta": float("nan")}, "not a finite number"),
         ("ppo", {"clip_low_threshold": 1.5}, "above clip_high_threshold"),
         ("stable_reinforce", {"alpha": 1.5}, r"alpha is 1.5; it must lie in \[0, 1\]"),
-        ("stable_reinforce", {"beta": 1.0}, "it may hold alpha"),
+        ("stable_reinforce", {"beta": 1.0}, "allowed: alpha"),
     ],
 )
 def test_a_bad_configuration_is_refused(name: str, config: dict[str, float], message: str) -> None:
@@ -236,9 +236,9 @@ def datum(**changes: np.ndarray | None) -> Datum:
         (datum(logprobs=np.zeros(2, np.float32)), r"'logprobs'\] has shape \[2\], but model_input has 3 tokens"),
         (datum(logprobs=np.array([0, np.inf, 0], np.float32)), "'logprobs'.*not finite"),
         (datum(weights=np.ones(3, np.float32)), "takes target_tokens, logprobs, advantages, not weights"),
-        (datum(target_tokens=np.array([1, 2, 10])), "target_tokens holds a token outside 0 to 9"),
-        (datum(tokens=np.array([1, -2, 3], np.int32)), "model_input holds a token outside 0 to 9"),
-        (datum(tokens=np.arange(9, dtype=np.int32)), "wanted 1 to 8 tokens"),
+        (datum(target_tokens=np.array([1, 2, 10])), "target_tokens contains a token id outside 0 to 9"),
+        (datum(tokens=np.array([1, -2, 3], np.int32)), "model_input contains a token id outside 0 to 9"),
+        (datum(tokens=np.arange(9, dtype=np.int32)), "expected 1 to 8 tokens"),
     ],
 )
 def test_bad_data_is_refused_by_datum_and_field(bad: Datum, message: str) -> None:

@@ -145,7 +145,7 @@ async def test_a_service_that_is_killed_ends_the_block_that_uses_it(tmp_path: Pa
 
     with pytest.raises(ExceptionGroup) as caught:
         await use()
-    assert caught.group_contains(ServiceError, match="ended while it was used")
+    assert caught.group_contains(ServiceError, match="exited unexpectedly")
     # Not client.close(): it would try to end its session for minutes.
     await used[0].holder.run_coroutine_threadsafe(used[0].holder.aclose())
 
@@ -182,7 +182,7 @@ async def test_a_service_that_cannot_start_shows_the_end_of_its_log(tmp_path: Pa
 
 
 async def test_a_service_that_does_not_come_up_in_time(tmp_path: Path) -> None:
-    with pytest.raises(ServiceStartError, match=r"did not come up within 0\.01 s"):
+    with pytest.raises(ServiceStartError, match=r"did not start within 0\.01 s"):
         async with local_service("counter", folder=tmp_path, scripted=SCRIPT, start_timeout=0.01):
             pass
 

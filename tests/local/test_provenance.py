@@ -190,8 +190,8 @@ def test_a_sampled_target_must_stand_after_what_it_was_sampled_after() -> None:
     inputs = (Span(False, "b:0", 4, 1), Span(True, "b:0", 0, 1))
     datum = Datum(np.array([5, 6], np.int32), {"target_tokens": np.array([6, 7]), "advantages": np.ones(2, np.float32)})
     text = refusal(datum, Provenance(inputs, (Span(True, "b:0", 0, 2),)), sequences)
-    assert "data[0].loss_fn_input_spans[0]: sampled token 0 of sequence 'b:0' stands after 1 tokens" in text
-    assert "not the 5 that it was sampled after" in text
+    assert "data[0].loss_fn_input_spans[0]: sampled token 0 of sequence 'b:0' follows 1 tokens" in text
+    assert "not the 5 it was sampled after" in text
 
 
 def test_columns_must_agree_with_the_record() -> None:

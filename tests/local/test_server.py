@@ -186,7 +186,7 @@ async def test_a_request_that_never_comes_fails_those_behind_it(client: Raw) -> 
         assert answer["category"] == "user"
         assert f"request 1 of model {model} did not arrive" in answer["error"]
     late = await client.result(await step(client, model, 1))
-    assert "submitted already" in late["error"]
+    assert "already submitted" in late["error"]
     assert "metrics" in await client.result(await step(client, model, 5))
 
 

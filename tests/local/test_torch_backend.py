@@ -225,7 +225,7 @@ def test_a_prompt_longer_than_a_step_computes_is_served(backend: TorchBackend) -
         ({"top_p": 0.0}, "top_p"),
         ({"top_k": -2}, "top_k"),
         ({"topk_sample_logprobs": 100_000}, "topk_sample_logprobs"),
-        ({"prompt": np.array([1, 100_000], np.int32)}, "token outside"),
+        ({"prompt": np.array([1, 100_000], np.int32)}, "token id outside"),
         ({"prompt": np.empty(0, np.int32)}, "empty"),
     ],
 )
