@@ -1,4 +1,4 @@
-"""Episodes of any shape as training data: turns that were sampled, the text appended between them, and the spans of both."""
+"""Episodes as training data: sampled turns, the text appended between them, and their spans."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ AnySpan = PromptProvenanceSpan | SampledProvenanceSpan
 
 @dataclass(frozen=True)
 class PlayedTurn:
-    """One sampled sequence: its prompt is the whole text before it."""
+    """One sampled sequence; its prompt is all preceding text."""
 
     sequence_id: str
     prompt: list[int]
@@ -23,7 +23,7 @@ class PlayedTurn:
 
 
 def spans_of(turns: Sequence[PlayedTurn]) -> list[AnySpan]:
-    """What tiles the whole text of an episode."""
+    """Spans that tile an episode's text."""
     spans: list[AnySpan] = []
     done = 0
     for turn in turns:
@@ -49,7 +49,7 @@ def without_last(spans: Sequence[AnySpan]) -> list[AnySpan]:
 
 
 def columns_of(turns: Sequence[PlayedTurn], advantage: float) -> dict[str, np.ndarray[Any, Any]]:
-    """The loss inputs of an episode as a client sends them, zeros where the target was not sampled."""
+    """An episode's loss inputs as a client sends them, zero at unsampled targets."""
     last = turns[-1]
     text = [*last.prompt, *last.tokens]
     logprobs, advantages = np.zeros(len(text), np.float32), np.zeros(len(text), np.float32)

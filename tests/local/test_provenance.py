@@ -1,4 +1,4 @@
-"""Episodes of any shape: right spans are accepted, and each kind of a wrong one is refused in words."""
+"""Episodes of any shape: correct spans are accepted, and each kind of wrong span is rejected."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def recorded(turns: Sequence[PlayedTurn]) -> dict[str, RecordedSequence]:
 
 @st.composite
 def episodes(draw: st.DrawFn, name: str = "a", first_prompt: list[int] | None = None) -> list[PlayedTurn]:
-    """One to four turns; what is appended between them may be empty, and a truncated turn may hold a single token."""
+    """One to four turns; appended text may be empty, and a truncated turn may have a single token."""
     text = first_prompt or draw(st.lists(tokens, min_size=1, max_size=6))
     turns: list[PlayedTurn] = []
     for number in range(draw(st.integers(1, 4))):
@@ -71,10 +71,8 @@ def refusal(datum: Datum, provenance: Provenance, sequences: dict[str, RecordedS
 
 
 @given(episodes(), st.data())
-def test_right_spans_are_accepted_and_the_recorded_logprobs_put_in(
-    turns: list[PlayedTurn], data: st.DataObject
-) -> None:
-    # A second episode that shares the first turn's prompt, as the members of a group do.
+def test_correct_spans_are_accepted_and_get_the_recorded_logprobs(turns: list[PlayedTurn], data: st.DataObject) -> None:
+    # A second episode with the same first prompt, like another group member.
     twin = data.draw(episodes(name="b", first_prompt=turns[0].prompt))
     pairs = [example(turns), example(twin, -0.5)]
     sequences = recorded([*turns, *twin])
@@ -89,7 +87,7 @@ def test_right_spans_are_accepted_and_the_recorded_logprobs_put_in(
 
 @given(episodes(), st.data())
 def test_a_shared_first_turn_may_be_named_by_either_request(turns: list[PlayedTurn], data: st.DataObject) -> None:
-    """What was prompted in a later turn covers all that came before it, samples included, but learns from none of it."""
+    """A later turn's prompt covers everything before it, including samples, but trains on none of it."""
     last = turns[-1]
     tail = len(last.tokens)
     whole = (Span(False, last.sequence_id, 0, len(last.prompt)), Span(True, last.sequence_id, 0, tail))
@@ -101,7 +99,7 @@ def test_a_shared_first_turn_may_be_named_by_either_request(turns: list[PlayedTu
     targets = (Span(False, last.sequence_id, 1, len(last.prompt) - 1), whole[1])
     checked = proven(datum, Provenance(inputs, targets), recorded(turns))
     assert np.count_nonzero(checked.loss_inputs["logprobs"]) == tail
-    # Split at any place, and with runs of no length, it is the same claim.
+    # Splitting spans and adding empty ones does not change the claim.
     cut = data.draw(st.integers(0, tail))
     pieces = (replace(whole[1], length=cut), Span(True, last.sequence_id, cut, tail - cut))
     again = proven(datum, Provenance(inputs, (targets[0], *pieces)), recorded(turns))
@@ -143,7 +141,7 @@ def test_wrong_spans_are_refused_by_datum_and_span(turns: list[PlayedTurn], side
 def test_tokens_that_were_not_sampled_or_prompted_are_refused(turns: list[PlayedTurn], data: st.DataObject) -> None:
     datum, provenance = example(turns)
     assume(len(datum.tokens) > 1)
-    # A token of the middle is in the input and in the targets: both say the same, but the record says otherwise.
+    # A changed middle token is in input and targets alike, but differs from the record.
     at = data.draw(st.integers(1, len(datum.tokens) - 1))
     wrong, targets = datum.tokens.copy(), datum.loss_inputs["target_tokens"].copy()
     wrong[at] = targets[at - 1] = 99
@@ -159,14 +157,14 @@ def two_turns() -> list[PlayedTurn]:
 
 def test_targets_must_be_the_input_shifted_by_one() -> None:
     datum, provenance = example(two_turns())
-    # Both sides are true claims, but the targets are those of another place.
+    # Both claims are true, but the targets belong to another position.
     unshifted = Datum(datum.tokens, {**datum.loss_inputs, "target_tokens": datum.tokens.astype(np.int64)})
     text = refusal(unshifted, replace(provenance, targets=provenance.inputs), recorded(two_turns()))
     assert "target_tokens[0] is 1, but model_input[1] is 2" in text
     assert "shifted by one" in text
 
 
-def test_what_was_not_sampled_may_be_padding() -> None:
+def test_unsampled_targets_may_be_padding() -> None:
     datum, provenance = example(two_turns())
     sequences = recorded(two_turns())
 
@@ -184,8 +182,8 @@ def test_what_was_not_sampled_may_be_padding() -> None:
     assert "model_input[0] is 0, but token 0 prompted" in refusal(inputs, provenance, sequences)
 
 
-def test_a_sampled_target_must_stand_after_what_it_was_sampled_after() -> None:
-    """The second turn alone: its tokens are the recorded ones, but without the turn before their odds were others."""
+def test_a_sampled_target_must_keep_its_context() -> None:
+    """The second turn alone: tokens as recorded, but with a different context."""
     sequences = recorded(two_turns())
     inputs = (Span(False, "b:0", 4, 1), Span(True, "b:0", 0, 1))
     datum = Datum(np.array([5, 6], np.int32), {"target_tokens": np.array([6, 7]), "advantages": np.ones(2, np.float32)})
@@ -205,8 +203,8 @@ def test_columns_must_agree_with_the_record() -> None:
 
     text = refusal(with_column("logprobs", 1, -1.5), provenance, sequences)
     assert "data[0]: logprobs[1] is -1.5, but the token was sampled with -1" in text
-    proven(with_column("logprobs", 1, -1.0005), provenance, sequences)  # a file may have rounded it
-    proven(with_column("logprobs", 0, 7.0), provenance, sequences)  # not of a sampled token: nobody reads it
+    proven(with_column("logprobs", 1, -1.0005), provenance, sequences)  # rounded by a file
+    proven(with_column("logprobs", 0, 7.0), provenance, sequences)  # not at a sampled token: ignored
     text = refusal(with_column("advantages", 3, 0.5), provenance, sequences)
     assert "data[0]: advantages[3] is 0.5, but the target there was not sampled" in text
     bare = replace(datum, loss_inputs={"advantages": datum.loss_inputs["advantages"]})
