@@ -198,7 +198,7 @@ class ScriptedBackend:
                 continue
             try:
                 weights = _own(source.target.snapshot if isinstance(source, InflightClient) else source, Weights)
-                result, drawn = self._play(arrival, weights, request)
+                result, drawn = self._generate(arrival, weights, request)
                 cache = self._caches.setdefault(source, PrefixCache())
                 # Prompt log-probabilities need the whole prompt, so there are no cache hits.
                 if not (request.prompt_logprobs or request.topk_prompt_logprobs):
@@ -220,14 +220,14 @@ class ScriptedBackend:
         self._running -= 1
         self._start_samples()
 
-    def _play(
+    def _generate(
         self, arrival: int, weights: Weights, request: SampleRequest
     ) -> tuple[SampleResult, tuple[ServedSequence, ...]]:
         prompt = request.prompt.tolist()
         chance = random.Random(f"{self._seed} {request.seed if request.seed is not None else f'nr {arrival}'}")
-        played = [self._continue(prompt, weights, request, chance) for _ in range(request.num_samples)]
+        generated = [self._continue(prompt, weights, request, chance) for _ in range(request.num_samples)]
         drawn: list[ServedSequence] = []
-        for sequence, reply in played:
+        for sequence, reply in generated:
             seconds = reply.seconds
             if seconds is None:
                 seconds = self._latency.draw(len(prompt), len(sequence.tokens), chance)
@@ -241,7 +241,7 @@ class ScriptedBackend:
             topk_prompt[0][0], topk_prompt[1][0] = 0, np.nan
         if not request.prompt_logprobs:
             prompt_logprobs = None
-        return SampleResult(tuple(sequence for sequence, _ in played), prompt_logprobs, topk_prompt), tuple(drawn)
+        return SampleResult(tuple(sequence for sequence, _ in generated), prompt_logprobs, topk_prompt), tuple(drawn)
 
     def _continue(
         self, prompt: list[int], weights: Weights, request: SampleRequest, chance: random.Random

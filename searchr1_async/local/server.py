@@ -107,7 +107,7 @@ async def serve(
         service = Service(backend, checkpoints, Jobs(PromiseStore(), tasks), options or ServiceOptions())
         await anyio.to_thread.run_sync(checkpoints.clean, time.time())
         await anyio.to_thread.run_sync(service.records.read)
-        tasks.start_soon(service.keep_house)
+        tasks.start_soon(service.sweep_periodically)
         runner = web.AppRunner(
             make_app(service, checkpoints, api_key),
             access_log=None,
@@ -188,7 +188,7 @@ class Service:
             "join_sampling_session": self.join_sampling_session,
         }
 
-    async def keep_house(self) -> None:
+    async def sweep_periodically(self) -> None:
         """Periodically drops old results, expired checkpoints and sequences, idle sessions, and requests stuck behind gaps."""
         next_checkpoint_sweep = 0.0
         while True:
@@ -215,7 +215,7 @@ class Service:
         self.training.note()
         await self.records.flush()
 
-    # -- service and sessions ----------------------------------------------------------------------------------
+    # -- service and sessions ------------------------------------------------------------------------------------
 
     async def healthz(self, request: web.Request) -> web.Response:
         return json_answer(status="ok")

@@ -151,10 +151,10 @@ class Training:
         answer = {"model_id": id, "type": "create_model" if kind == "CreateModel" else "load_weights"}
         if kind == "LoadWeights":
             answer["path"] = str(fields.get("path"))
-        self._jobs.start_loop(self._live, model, promise, build, protocol.json_reply(answer))
+        self._jobs.start_loop(self._run_model, model, promise, build, protocol.json_reply(answer))
         return promise
 
-    async def _live(
+    async def _run_model(
         self, model: Model, promise: Promise, build: Callable[[Model], Awaitable[Adapter]], answer: Reply
     ) -> None:
         """A model's task: creates it, then runs its jobs until it is removed."""

@@ -13,7 +13,7 @@ AnySpan = PromptProvenanceSpan | SampledProvenanceSpan
 
 
 @dataclass(frozen=True)
-class PlayedTurn:
+class SampledTurn:
     """One sampled sequence; its prompt is all preceding text."""
 
     sequence_id: str
@@ -22,7 +22,7 @@ class PlayedTurn:
     logprobs: list[float]
 
 
-def spans_of(turns: Sequence[PlayedTurn]) -> list[AnySpan]:
+def spans_of(turns: Sequence[SampledTurn]) -> list[AnySpan]:
     """Spans that tile an episode's text."""
     spans: list[AnySpan] = []
     done = 0
@@ -48,7 +48,7 @@ def without_last(spans: Sequence[AnySpan]) -> list[AnySpan]:
     return [*spans[:-1], *([shorter] if shorter.length else [])]
 
 
-def columns_of(turns: Sequence[PlayedTurn], advantage: float) -> dict[str, np.ndarray[Any, Any]]:
+def columns_of(turns: Sequence[SampledTurn], advantage: float) -> dict[str, np.ndarray[Any, Any]]:
     """An episode's loss inputs as a client sends them, zero at unsampled targets."""
     last = turns[-1]
     text = [*last.prompt, *last.tokens]
@@ -60,7 +60,7 @@ def columns_of(turns: Sequence[PlayedTurn], advantage: float) -> dict[str, np.nd
     return {"target_tokens": targets, "logprobs": logprobs[1:], "advantages": advantages[1:]}
 
 
-def datum_of(turns: Sequence[PlayedTurn], advantage: float = 1.0) -> types.Datum:
+def datum_of(turns: Sequence[SampledTurn], advantage: float = 1.0) -> types.Datum:
     """An episode with its provenance."""
     last, spans = turns[-1], spans_of(turns)
     text = [*last.prompt, *last.tokens]

@@ -44,7 +44,7 @@ async def trained(service: tinker.ServiceClient, **metadata: str) -> tinker.Trai
     return await service.create_lora_training_client(base_model="scripted", rank=4, user_metadata=metadata or None)
 
 
-# -- persistence across sessions and restarts ----------------------------------------------------------------------------
+# -- persistence across sessions and restarts -------------------------------------------------------------------------
 
 
 async def test_a_runs_metadata_outlives_its_session_and_the_service(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ async def test_runs_without_records_are_listed_by_their_checkpoints(tmp_path: Pa
     assert run.last_request_time == run.last_checkpoint.time
 
 
-# -- orders, pages, ranges ----------------------------------------------------------------------------------------------
+# -- orders, pages, ranges --------------------------------------------------------------------------------------------
 
 
 async def test_checkpoints_are_paginated_newest_first(tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ async def test_ttl_must_be_between_an_hour_and_ten_years(served: Served, service
     assert 3500 < found.expires_at.timestamp() - time.time() <= 3600
 
 
-# -- publishing and copying ---------------------------------------------------------------------------------------------
+# -- publishing and copying -------------------------------------------------------------------------------------------
 
 
 async def test_publishing_shows_in_listings(tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ async def test_a_copy_is_in_its_project_and_outlives_its_source(served: Served, 
         await client.copy_weights(source, "archive")
 
 
-# -- unsupported routes ----------------------------------------------------------------------------------------------------
+# -- unsupported routes -----------------------------------------------------------------------------------------------
 
 
 async def test_unsupported_routes_give_a_reason(served: Served, service: tinker.ServiceClient) -> None:
@@ -237,7 +237,7 @@ async def test_unsupported_routes_give_a_reason(served: Served, service: tinker.
             assert (status, "TINKER_API_KEY" in answer["detail"]) == (404, True)
 
 
-# -- the command line ---------------------------------------------------------------------------------------------------
+# -- the command line -------------------------------------------------------------------------------------------------
 
 
 def test_the_command_line(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,13 +16,13 @@ from tinker import SampledProvenanceSpan
 from searchr1_async.local.backend import Datum, UserFault
 from searchr1_async.local.provenance import Provenance, Span, check
 from searchr1_async.local.sequences import RecordedSequence
-from tests.local.provenance_data import AnySpan, PlayedTurn, columns_of, spans_of, without_first, without_last
+from tests.local.provenance_data import AnySpan, SampledTurn, columns_of, spans_of, without_first, without_last
 
 tokens = st.integers(0, 30)
 runs = st.lists(tokens, max_size=4)
 
 
-def recorded(turns: Sequence[PlayedTurn]) -> dict[str, RecordedSequence]:
+def recorded(turns: Sequence[SampledTurn]) -> dict[str, RecordedSequence]:
     return {
         turn.sequence_id: RecordedSequence(
             np.array(turn.prompt, np.int32), np.array(turn.tokens, np.int32), np.array(turn.logprobs, np.float32)
@@ -32,16 +32,16 @@ def recorded(turns: Sequence[PlayedTurn]) -> dict[str, RecordedSequence]:
 
 
 @st.composite
-def episodes(draw: st.DrawFn, name: str = "a", first_prompt: list[int] | None = None) -> list[PlayedTurn]:
+def episodes(draw: st.DrawFn, name: str = "a", first_prompt: list[int] | None = None) -> list[SampledTurn]:
     """One to four turns; appended text may be empty, and a truncated turn may have a single token."""
     text = first_prompt or draw(st.lists(tokens, min_size=1, max_size=6))
-    turns: list[PlayedTurn] = []
+    turns: list[SampledTurn] = []
     for number in range(draw(st.integers(1, 4))):
         if number:
             text = [*text, *draw(runs)]
         new = draw(st.lists(tokens, min_size=1, max_size=5))
         logprobs = draw(st.lists(st.floats(-9.0, -0.125, width=32), min_size=len(new), max_size=len(new)))
-        turns.append(PlayedTurn(f"{name}-{number}:0", text, new, logprobs))
+        turns.append(SampledTurn(f"{name}-{number}:0", text, new, logprobs))
         text = [*text, *new]
     return turns
 
@@ -52,7 +52,7 @@ def spans(given: Sequence[AnySpan]) -> tuple[Span, ...]:
     )
 
 
-def example(turns: Sequence[PlayedTurn], advantage: float = 1.0) -> tuple[Datum, Provenance]:
+def example(turns: Sequence[SampledTurn], advantage: float = 1.0) -> tuple[Datum, Provenance]:
     columns: dict[str, Any] = columns_of(turns, advantage)
     text = np.array([*turns[-1].prompt, *turns[-1].tokens], np.int32)
     whole = spans_of(turns)
@@ -71,7 +71,9 @@ def refusal(datum: Datum, provenance: Provenance, sequences: dict[str, RecordedS
 
 
 @given(episodes(), st.data())
-def test_correct_spans_are_accepted_and_get_the_recorded_logprobs(turns: list[PlayedTurn], data: st.DataObject) -> None:
+def test_correct_spans_are_accepted_and_get_the_recorded_logprobs(
+    turns: list[SampledTurn], data: st.DataObject
+) -> None:
     # A second episode with the same first prompt, like another group member.
     twin = data.draw(episodes(name="b", first_prompt=turns[0].prompt))
     pairs = [example(turns), example(twin, -0.5)]
@@ -86,7 +88,7 @@ def test_correct_spans_are_accepted_and_get_the_recorded_logprobs(turns: list[Pl
 
 
 @given(episodes(), st.data())
-def test_a_shared_first_turn_may_be_named_by_either_request(turns: list[PlayedTurn], data: st.DataObject) -> None:
+def test_a_shared_first_turn_may_be_named_by_either_request(turns: list[SampledTurn], data: st.DataObject) -> None:
     """A later turn's prompt covers everything before it, including samples, but trains on none of it."""
     last = turns[-1]
     tail = len(last.tokens)
@@ -116,7 +118,7 @@ SIDES = {"inputs": "model_input_spans", "targets": "loss_fn_input_spans"}
 
 
 @given(episodes(), st.sampled_from(sorted(SIDES)), st.data())
-def test_wrong_spans_are_refused_by_datum_and_span(turns: list[PlayedTurn], side: str, data: st.DataObject) -> None:
+def test_wrong_spans_are_refused_by_datum_and_span(turns: list[SampledTurn], side: str, data: st.DataObject) -> None:
     datum, provenance = example(turns)
     sequences = recorded(turns)
     own: tuple[Span, ...] = getattr(provenance, side)
@@ -138,7 +140,7 @@ def test_wrong_spans_are_refused_by_datum_and_span(turns: list[PlayedTurn], side
 
 
 @given(episodes(), st.data())
-def test_tokens_that_were_not_sampled_or_prompted_are_refused(turns: list[PlayedTurn], data: st.DataObject) -> None:
+def test_tokens_that_were_not_sampled_or_prompted_are_refused(turns: list[SampledTurn], data: st.DataObject) -> None:
     datum, provenance = example(turns)
     assume(len(datum.tokens) > 1)
     # A changed middle token is in input and targets alike, but differs from the record.
@@ -150,9 +152,9 @@ def test_tokens_that_were_not_sampled_or_prompted_are_refused(turns: list[Played
     assert re.search(rf"model_input\[{at}\] is 99, but token \d+ (sampled|prompted) in sequence 'a-\d:0' is", text)
 
 
-def two_turns() -> list[PlayedTurn]:
-    first = PlayedTurn("a:0", [1, 2], [3, 4], [-1.0, -2.0])
-    return [first, PlayedTurn("b:0", [1, 2, 3, 4, 5], [6, 7], [-0.5, -0.25])]
+def two_turns() -> list[SampledTurn]:
+    first = SampledTurn("a:0", [1, 2], [3, 4], [-1.0, -2.0])
+    return [first, SampledTurn("b:0", [1, 2, 3, 4, 5], [6, 7], [-0.5, -0.25])]
 
 
 def test_targets_must_be_the_input_shifted_by_one() -> None:

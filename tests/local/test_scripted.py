@@ -59,11 +59,11 @@ def test_the_same_seed_gives_the_same_reply(backends: list[ScriptedBackend]) -> 
 
     first, second = make(backends, gamble, seed=4), make(backends, gamble, seed=4)
     request = SampleRequest(PROMPT, num_samples=3)
-    played = [
+    replies = [
         [sequence.tokens.tolist() for sequence in b.sample(None, request).result(DEADLINE).sequences] for b in backends
     ]
-    assert played[0] == played[1]
-    assert len({tuple(tokens) for tokens in played[0]}) == 3
+    assert replies[0] == replies[1]
+    assert len({tuple(tokens) for tokens in replies[0]}) == 3
     seeded = SampleRequest(PROMPT, seed=9)
     again = [b.sample(None, seeded).result(DEADLINE).sequences[0].tokens.tolist() for b in (first, first, second)]
     assert again[0] == again[1] == again[2]

@@ -20,7 +20,7 @@ from searchr1_async.local import checkpoints
 from searchr1_async.local.backend import Backend
 from searchr1_async.local.checkpoints import CheckpointStore
 from searchr1_async.local.scripted import Latency, ScriptedBackend
-from tests.local.provenance_data import PlayedTurn, datum_of
+from tests.local.provenance_data import SampledTurn, datum_of
 from tests.local.serving import KEY, Served, datum, sdk, service_thread, successors, until
 
 pytestmark = pytest.mark.anyio
@@ -103,18 +103,18 @@ def tiny_model(folder: Path) -> Backend:
     return TorchBackend.load(str(folder), threads=1, dtype="float32")
 
 
-async def play(
+async def roll_out(
     sampler: tinker.SamplingClient, prompt: list[int], appended: list[list[int]], samples: int = 1
-) -> list[list[PlayedTurn]]:
+) -> list[list[SampledTurn]]:
     """Rolls out episodes that share their first prompt, with one more turn after each appended run."""
-    episodes: list[list[PlayedTurn]] = []
+    episodes: list[list[SampledTurn]] = []
     first = await sampler.sample(types.ModelInput.from_ints(prompt), samples, PARAMS)
     for sequence in first.sequences:
-        turns = [PlayedTurn(sequence.sequence_id, prompt, sequence.tokens, sequence.logprobs or [])]
+        turns = [SampledTurn(sequence.sequence_id, prompt, sequence.tokens, sequence.logprobs or [])]
         for run in appended:
             text = [*turns[-1].prompt, *turns[-1].tokens, *run]
             (more,) = (await sampler.sample(types.ModelInput.from_ints(text), 1, PARAMS)).sequences
-            turns.append(PlayedTurn(more.sequence_id, text, more.tokens, more.logprobs or []))
+            turns.append(SampledTurn(more.sequence_id, text, more.tokens, more.logprobs or []))
         episodes.append(turns)
     return episodes
 
@@ -128,7 +128,7 @@ async def test_stable_reinforce_learns_from_recorded_sequences(tmp_path: Path, m
             trainer = await service.create_lora_training_client(base_model=backend.model_name, rank=4, seed=0)
             await train(trainer)
             sampler = await trainer.save_weights_and_get_sampling_client(record_stability_info=True)
-            episodes = await play(sampler, [5, 6, 7], [[9, 10], []], samples=2)
+            episodes = await roll_out(sampler, [5, 6, 7], [[9, 10], []], samples=2)
             data = [datum_of(turns, advantage) for turns, advantage in zip(episodes, (1.0, -0.5), strict=True)]
             norms = {}
             for loss_fn in ("importance_sampling", "stable_reinforce"):
@@ -177,7 +177,7 @@ async def test_in_flight_samplers_share_weights_and_keep_their_own_cache(tmp_pat
             assert await snapshot.compute_logprobs(PROMPT) == before
             assert await hits(first) == 2, "the cache survives new weights"
             assert [await hits(sampler) for sampler in (second, third, snapshot)] == [0, 0, 0], "each has its own"
-            (turns,) = await play(second, [5, 6, 7], [[9]])
+            (turns,) = await roll_out(second, [5, 6, 7], [[9]])
             await trainer.forward_backward([datum_of(turns)], "stable_reinforce")
 
 
@@ -206,19 +206,19 @@ async def test_a_running_sample_continues_with_weights_saved_meanwhile(
             difference = np.abs(np.array(old, np.float32) - np.array(sequence.logprobs, np.float32))
             assert difference[0] < 1e-3
             assert difference[-50:].max() > 0.1
-            turn = PlayedTurn(sequence.sequence_id, [5, 6, 7], sequence.tokens, sequence.logprobs or [])
+            turn = SampledTurn(sequence.sequence_id, [5, 6, 7], sequence.tokens, sequence.logprobs or [])
             result = await trainer.forward([datum_of([turn])], "stable_reinforce")
             assert result.metrics["ratio_min:min"] < 0.9, "recorded log-probabilities are from both weights"
 
 
 async def test_what_was_not_recorded_in_this_session_is_refused(served: Served, service: tinker.ServiceClient) -> None:
     trainer = await service.create_lora_training_client(base_model="scripted")
-    (unrecorded,) = await play(await trainer.save_weights_and_get_sampling_client(), [5, 6], [])
+    (unrecorded,) = await roll_out(await trainer.save_weights_and_get_sampling_client(), [5, 6], [])
     recording = await trainer.save_weights_and_get_sampling_client(record_stability_info=True)
-    (recorded,) = await play(recording, [5, 6], [])
+    (recorded,) = await roll_out(recording, [5, 6], [])
     async with sdk(served.url) as other:
         stranger = await other.create_sampling_client(base_model="scripted", record_stability_info=True)
-        (foreign,) = await play(stranger, [5, 6], [])
+        (foreign,) = await roll_out(stranger, [5, 6], [])
         for turns in (unrecorded, foreign):
             with pytest.raises(tinker.RequestFailedError) as refused:
                 await trainer.forward_backward([datum_of(recorded), datum_of(turns)], "stable_reinforce")
@@ -235,7 +235,7 @@ async def test_recorded_sequences_expire(tmp_path: Path) -> None:
         async with sdk(served.url) as service:
             trainer = await service.create_lora_training_client(base_model="scripted")
             sampler = await trainer.save_weights_and_get_sampling_client(record_stability_info=True)
-            (turns,) = await play(sampler, [5, 6], [])
+            (turns,) = await roll_out(sampler, [5, 6], [])
             with pytest.raises(tinker.RequestFailedError, match="within 0 hours of its last use"):
                 await trainer.forward_backward([datum_of(turns)], "stable_reinforce")
 
