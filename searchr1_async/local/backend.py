@@ -149,8 +149,6 @@ State = Mapping[str, NDArray[Any]]
 
 
 class Backend(Protocol):
-    """A model behind the service."""
-
     @property
     def model_name(self) -> str:
         """The name clients pass as ``base_model``."""

@@ -165,7 +165,6 @@ class CheckpointStore:
             return checkpoint
 
     def file_of(self, checkpoint: Checkpoint) -> Path:
-        """Path of a checkpoint's safetensors file."""
         return self._place(checkpoint.id) / checkpoint.file
 
     def delete(self, id: CheckpointId, now: float) -> None:

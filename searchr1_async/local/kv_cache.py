@@ -149,8 +149,6 @@ def _leaves(top: _Node) -> Iterator[_Node]:
 
 @dataclass(eq=False, slots=True)
 class Slot:
-    """A running sequence's place in a pool."""
-
     pool: _Pool
     index: int
     length: int = 0

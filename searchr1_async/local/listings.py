@@ -74,7 +74,6 @@ class Listings:
         return json_answer(**runs[0])
 
     async def list_checkpoints(self, request: web.Request) -> web.Response:
-        """One page of all checkpoints, newest first."""
         page, cursor = page_of(request, await self._newest_first(), limit=100)
         return json_answer(checkpoints=page, cursor=cursor)
 

@@ -33,8 +33,6 @@ _HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "toke
 
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
-    """A model on this machine."""
-
     name: str
     """The requested name."""
     folder: Path

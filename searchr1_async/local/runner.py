@@ -35,8 +35,6 @@ def weights_of(owner: Owner) -> LoraWeights | None:
 
 @dataclass(frozen=True, slots=True)
 class Prefilled:
-    """A prefilled prompt."""
-
     handles: tuple[Any, ...]
     """One per running copy, for :meth:`Runner.decode` and :meth:`Runner.finish`."""
     logits: Tensor

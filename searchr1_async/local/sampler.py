@@ -121,7 +121,6 @@ class Sampler:
         self._waiting.append(_Job(request, owner, future, max_tokens, stop))
 
     def fail_all(self, error: Exception) -> None:
-        """Fail and drop every request."""
         for job in {id(job): job for job in (*self._waiting, *(item.job for item in self._running))}.values():
             settle(job.future, error=error)
         self._waiting.clear()

@@ -268,7 +268,6 @@ class Sampling:
         return weights
 
     def cancel_session(self, session_id: str, now: float) -> None:
-        """Cancels the samples of an ended session."""
         for sampler in [sampler for sampler in self.samplers.values() if sampler.session_id == session_id]:
             for promise in self._jobs.promises.open_of(sampler.id):
                 self._jobs.promises.cancel(promise, now, "the session has ended")

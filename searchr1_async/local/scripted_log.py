@@ -22,8 +22,6 @@ class TimedReply:
 
 @dataclass(frozen=True, slots=True)
 class ServedSequence:
-    """One continuation of a sample request."""
-
     label: str
     seconds: float
     """Its own latency; the request takes as long as its slowest sequence."""
@@ -33,8 +31,6 @@ class ServedSequence:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """One scheduled request."""
-
     kind: str
     """``sample``, ``forward_backward``, ``forward``, ``optim_step``, ``snapshot`` (weights for sampling), ``export``
     (a checkpoint), ``import`` or ``create``."""

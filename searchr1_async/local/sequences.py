@@ -24,8 +24,6 @@ def sequence_id(request_id: str, index: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class RecordedSequence:
-    """One sampled sequence."""
-
     prompt: Int32Array
     """Shape [P], shared by all samples of a request."""
     tokens: Int32Array
@@ -109,12 +107,10 @@ class SequenceStore:
         return text
 
     def forget(self, session_id: str) -> None:
-        """Drops an ended session's sequences."""
         for id in [id for id, request in self._requests.items() if request.session_id == session_id]:
             self._forget(id)
 
     def sweep(self, now: float) -> None:
-        """Drops expired sequences."""
         while self._requests:
             id, oldest = next(iter(self._requests.items()))
             if now - oldest.used_at < self.life:

@@ -127,7 +127,6 @@ async def serve(
 
 
 def make_app(service: Service, checkpoints: CheckpointStore, api_key: str) -> web.Application:
-    """The app with all routes, API key check and JSON errors."""
     app = web.Application(client_max_size=_MAX_BODY_BYTES, middlewares=[errors_as_json, key_check(api_key)])
     app.router.add_get(f"{API}/healthz", service.healthz, name="healthz")
     for path, handler in service.posts().items():

@@ -130,7 +130,6 @@ class Sessions:
     # -- routes --------------------------------------------------------------------------------------------------
 
     async def list_sessions(self, request: web.Request) -> web.Response:
-        """Session ids, newest first."""
         page, _ = page_of(request, [record.id for record in self._newest_first()])
         return json_answer(sessions=page)
 

@@ -45,8 +45,6 @@ SAMPLING_QUANTUM_SECONDS = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """A loaded model with its runner and trainer."""
-
     runner: Runner
     trainer: Trainer
     sites: tuple[LoraSite, ...]

@@ -254,8 +254,6 @@ def loss_and_slope(logprobs: Tensor, inputs: TokenInputs, loss: Loss, config: Th
 
 
 class Trainer(Protocol):
-    """Runs micro-batches of a model."""
-
     @property
     def vocabulary(self) -> int: ...
 

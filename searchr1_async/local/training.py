@@ -79,8 +79,6 @@ def model_id(session_id: str, model_seq_id: int) -> str:
 
 
 class Training:
-    """All models of the service."""
-
     def __init__(
         self,
         backend: Backend,

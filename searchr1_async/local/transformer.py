@@ -32,8 +32,6 @@ LEAN_ARCHITECTURES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Model dimensions."""
-
     layers: int
     heads: int
     kv_heads: int
