@@ -184,8 +184,7 @@ class LoraAdapter:
     ) -> LoraAdapter:
         """The inverse of :meth:`export`; without ``optimizer`` the moments start at zero.
 
-        Raises:
-            UserFault: the state does not fit, or lacks the requested moments.
+        Raises :class:`UserFault` if the state does not fit or lacks the requested moments.
         """
         adapter = cls(layout, layout.from_state(state).to(device))
         if optimizer:

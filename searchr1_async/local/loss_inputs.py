@@ -76,14 +76,9 @@ def find_inputs(name: str, config: Mapping[str, float]) -> tuple[LossInputs, Thr
 def check_data(
     data: Sequence[Datum], name: str, inputs: LossInputs, vocabulary: int | None = None, context: int | None = None
 ) -> None:
-    """Validate data for a loss.
+    """Validate data for a loss. Raises :class:`UserFault` naming the invalid datum and field.
 
-    Args:
-        vocabulary: exclusive upper bound of token ids; None: no bound.
-        context: maximum tokens per datum; None: no limit.
-
-    Raises:
-        UserFault: names the invalid datum and field.
+    ``vocabulary`` is the exclusive upper bound of token ids, ``context`` the maximum tokens per datum; None: no limit.
     """
     if not data:
         raise UserFault("forward_backward got no data.")

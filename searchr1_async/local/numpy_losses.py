@@ -68,15 +68,8 @@ def ratio_metrics(
 ) -> dict[str, float]:
     """Off-policy metrics over tokens with non-zero advantage; empty for a loss without ratios.
 
-    Args:
-        name: the loss.
-        config: its complete configuration.
-        data: the training data.
-        logprobs: of the targets under the trained weights, [T] per datum.
-
-    Returns:
-        ``ratio_min:min`` and ``ratio_max:max`` (gspo: sequence ratios) and, for a clipping loss,
-        ``clipped_fraction:mean``, the fraction of tokens whose gradient is clipped.
+    ``logprobs`` [T] per datum are under the trained weights. Returns ``ratio_min:min``, ``ratio_max:max`` (gspo: sequence
+    ratios) and, for a clipping loss, ``clipped_fraction:mean``, the fraction of tokens with a clipped gradient.
     """
     if not data or "advantages" not in data[0].loss_inputs:
         return {}

@@ -26,13 +26,7 @@ def lora_parts(name: str) -> tuple[str, str] | None:
 
 
 def adapter_config(names: Iterable[str], *, base_model: str, rank: int) -> dict[str, Any]:
-    """``adapter_config.json`` as PEFT reads it.
-
-    Args:
-        names: matrix names, which determine the target modules.
-        base_model: a Hugging Face hub name, or a local folder's name.
-        rank: the rank of every matrix.
-    """
+    """``adapter_config.json`` as PEFT reads it. The matrix ``names`` determine the target modules."""
     paths = {parts[0] for name in names if (parts := lora_parts(name))}
     return {
         "peft_type": "LORA",

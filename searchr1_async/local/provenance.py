@@ -63,7 +63,7 @@ def check(
     Args:
         data: with ``target_tokens`` and ``advantages``; ``logprobs`` are optional.
         provenance: per datum.
-        recorded: the session's sequences that the spans name, by id.
+        recorded: the session's sequences by id.
         why_missing: completes "sequence 'x' …" for an id not in ``recorded``.
 
     Raises:

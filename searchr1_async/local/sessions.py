@@ -57,12 +57,7 @@ class Session:
 
 
 class Sessions:
-    """All sessions: those of this process, and the records of earlier ones.
-
-    Args:
-        records: persistent session records.
-        checkpoints: counted in search results.
-    """
+    """All sessions: those of this process, and the records of earlier ones."""
 
     def __init__(self, records: RecordStore, checkpoints: CheckpointStore) -> None:
         self.known: dict[str, Session] = {}

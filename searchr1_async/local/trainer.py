@@ -281,9 +281,8 @@ def forward_backward(
 ) -> Generator[None, None, ForwardBackwardResult]:
     """Runs a whole request, yielding after each micro-batch so that other work can run in between.
 
-    Raises:
-        UserFault: bad input (before any computation), or a loss or gradient that is not finite; the adapter's
-            accumulated gradients are then cleared.
+    Raises :class:`UserFault` for bad input (before any computation), or for a loss or gradient that is not finite, after
+    clearing the adapter's accumulated gradients.
     """
     loss, config = find_loss(loss_fn, loss_config)
     check_data(data, loss_fn, loss.inputs, trainer.vocabulary, trainer.context)
@@ -319,9 +318,7 @@ def adam_step(adapter: LoraAdapter, params: AdamParams) -> dict[str, float]:
     """Adam with decoupled weight decay (Loshchilov and Hutter, 2019) on the accumulated gradients, which are then cleared.
 
     Returns metrics. Clients merge them into their own rows, so the names must not clash with ``step`` or ``learning_rate``.
-
-    Raises:
-        UserFault: a parameter is out of range.
+    Raises :class:`UserFault` if a parameter is out of range.
     """
     _check_adam(params)
     gradient, (mean, square) = adapter.gradient, adapter.moments
