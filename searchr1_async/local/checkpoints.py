@@ -161,7 +161,7 @@ class CheckpointStore:
                 raise NoSuchCheckpoint(f"{id.path} does not exist in {self.folder}")
             if checkpoint.is_expired(now):
                 self._remove(id)
-                raise NoSuchCheckpoint(f"{id.path} has expired: its ttl_seconds are over")
+                raise NoSuchCheckpoint(f"{id.path} has expired: its time to live (ttl_seconds) is over")
             return checkpoint
 
     def file_of(self, checkpoint: Checkpoint) -> Path:
