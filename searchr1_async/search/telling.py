@@ -1,4 +1,4 @@
-"""Which waits for a service are reported, each once, and which are too long to wait. No clock, no task; the caller passes the time."""
+"""Reports each long wait for a service once, and refuses waits that are too long. No clock, no task: the caller passes the time."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ logger = logging.getLogger(__name__)
 
 
 class Telling:
-    """The waits for one service.
+    """Reports the waits for one service.
 
     Args:
         name: of the service.
         settings: its pacing.
-        pacer: knows the service's state.
+        pacer: holds the service's state.
 
     Attributes:
-        tell: gets every wait over :data:`~searchr1_async.boundary.waits.TOLD_AFTER` seconds once, with its reason and its end. None
-            for searches of a run, whose view shows outages: then only waits that the service asks for are reported, in the log.
+        tell: receives every wait over :data:`~searchr1_async.boundary.waits.TOLD_AFTER` seconds once, with its reason and end.
+            None for searches of a run, whose view shows outages: then only rate limits are logged.
     """
 
     def __init__(self, name: str, settings: PacingSettings, pacer: Pacer) -> None:
@@ -36,10 +36,10 @@ class Telling:
         self._is_outage_told = False
 
     def refuse_long(self, fault: PassingFault) -> None:
-        """Refuses to wait for as long as a service asks for.
+        """Refuses a ``Retry-After`` beyond the limit.
 
         Raises:
-            SearchUnavailableError: it asks for more than ``PacingSettings.longest_wait``.
+            SearchUnavailableError: it exceeds ``PacingSettings.longest_wait``.
         """
         asked, longest = fault.retry_after, self._settings.longest_wait
         if asked is not None and asked > longest:
@@ -47,7 +47,7 @@ class Telling:
             raise SearchUnavailableError(f"{words} ({fault})") from fault
 
     def failed(self, fault: PassingFault, now: float) -> None:
-        """A request failed, and the pacer knows of it."""
+        """A request failed; call after updating the pacer."""
         down = self._pacer.down_for(now)
         if isinstance(fault, TooManyRequests):
             self._asked(fault, now, (self._pacer.opens_at(now) or now) - now)
@@ -59,27 +59,27 @@ class Telling:
             self._asked(fault, now, fault.retry_after or 0.0)
 
     def answered(self) -> None:
-        """A request was answered, and the pacer knows of it."""
+        """A request was answered; call after updating the pacer."""
         if self._is_outage_told and self.tell is not None:
             self._is_outage_told = False
             self.tell(f"{self._name} answers again")
 
     def hangs(self, text: str, until: float) -> None:
-        """A request has not been answered for long; of several such requests only the first is reported.
+        """A request has been pending for long. Reports only the first of several.
 
         Args:
-            text: what to say.
-            until: when it is given up.
+            text: the message.
+            until: when the request times out.
         """
         if self.tell is not None and self._is_new(until):
             self.tell(text)
 
     def _asked(self, fault: PassingFault, now: float, seconds: float) -> None:
         if seconds > TOLD_AFTER and self._is_new(now + seconds):
-            tell_of(seconds, f"{self._name} asks to be left alone ({fault})", self.tell or logger.warning)
+            tell_of(seconds, f"{self._name} asks to back off ({fault})", self.tell or logger.warning)
 
     def _is_new(self, until: float) -> bool:
-        """Whether a wait until then was not reported yet. Requests that fail together ask for about the same wait."""
+        """Whether a wait until then was not reported yet; requests that fail together have about the same end."""
         if until <= self._told_until + TOLD_AFTER:
             return False
         self._told_until = until

@@ -537,7 +537,7 @@ def test_where_no_file_can_be_the_run_goes_on_without_and_one_warning_says_so(
         assert holds(cache, 3) == []
     cache.close()
     (warning,) = warnings_of(caplog)
-    assert "goes on without it" in warning
+    assert "continues without it" in warning
 
 
 FULL_DISK = """
@@ -568,7 +568,7 @@ def test_on_a_full_disk_what_is_there_is_read_and_one_warning_is_given(path: Pat
     assert ended.returncode == 0, ended.stderr
     warning, found = ended.stdout.splitlines()
     assert warning.startswith("WARNING the cache")
-    assert "takes nothing more" in warning
+    assert "now read-only" in warning
     assert found == "['0/0', 'early'] b'value'"
     cache = DiskCache(path)
     fill(cache, range(3))

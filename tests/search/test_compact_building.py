@@ -99,14 +99,14 @@ async def test_queries_are_texts_or_vectors_or_none(tmp_path: Path, make_embedde
 
 async def test_queries_that_cannot_be_used(tmp_path: Path, make_embedder: Callable[..., Any]) -> None:
     source, folder = Arrays(clustered(100, 32)), tmp_path / "index"
-    with pytest.raises(ConfigurationError, match="name the embedder that made the vectors of arrays"):
+    with pytest.raises(ConfigurationError, match="pass the embedder that made the vectors of arrays"):
         await build_compact_index(source, folder, queries=["who"])
-    with pytest.raises(ConfigurationError, match="none of the queries can be searched for"):
+    with pytest.raises(ConfigurationError, match="none of the queries is searchable"):
         await build_compact_index(source, folder, queries=["?", ""], embedder=make_embedder(dimension=32))
-    with pytest.raises(StoreError, match="arrays holds vectors of 32 numbers, hashing makes them of 64"):
+    with pytest.raises(StoreError, match="arrays holds vectors of dimension 32, but hashing produces dimension 64"):
         await build_compact_index(source, folder, queries=["who"], embedder=make_embedder(dimension=64))
     for queries in (np.zeros((3, 31)), np.zeros(32), np.full((2, 32), np.nan)):
-        with pytest.raises(ConfigurationError, match=r"give finite vectors \[queries, 32\]"):
+        with pytest.raises(ConfigurationError, match=r"pass finite vectors \[queries, 32\]"):
             await build_compact_index(source, folder, queries=queries)
     assert contents(folder) == {}
     assert not source.is_open
@@ -125,7 +125,7 @@ async def test_a_folder_that_holds_something_else(tmp_path: Path) -> None:
     source, folder = Arrays(clustered(100, 32)), tmp_path / "index"
     folder.mkdir()
     (folder / "notes.txt").write_text("mine")
-    with pytest.raises(StoreError, match="holds files that are no compact index: give an empty or a new folder"):
+    with pytest.raises(StoreError, match="holds files that are not a compact index: use an empty or new folder"):
         await build_compact_index(source, folder)
     (folder / "manifest.json").write_text('{"name": "an application"}')
     with pytest.raises(StoreError, match="not that of a compact index"):
@@ -136,7 +136,7 @@ async def test_a_folder_that_holds_something_else(tmp_path: Path) -> None:
     before = contents(whole)
     with pytest.raises(StoreError, match=r"holds the compact index of arrays \(float16\), not of others \(float16\)"):
         await build_compact_index(Arrays(source.vectors, name="others"), whole)
-    with pytest.raises(StoreError, match=r"not of arrays \(int8\): give another folder, or delete that one"):
+    with pytest.raises(StoreError, match=r"not of arrays \(int8\): use another folder, or delete this one"):
         await build_compact_index(source, whole, settings=CompactSettings("int8"))
     assert contents(whole) == before
     # Killed between its manifest and the end.
@@ -154,7 +154,7 @@ async def test_too_little_room_is_said_before_anything_is_written(
     needed = needed_bytes(21_015_324, 32, CompactSettings())
     assert needed > 21_015_324 * (2 * 32 + 500)
     monkeypatch.setattr(compact_building, "free_bytes", lambda folder: needed)
-    words = f"takes about {needed / 1e9:,.1f} GB more in .*index, where {needed / 1e9:,.1f} GB are free: make room"
+    words = f"needs about {needed / 1e9:,.1f} GB more in .*index; {needed / 1e9:,.1f} GB are free: free some space"
     with pytest.raises(StoreError, match=words):
         await build_compact_index(source, folder)
     assert contents(folder) == {}

@@ -288,7 +288,7 @@ async def test_the_deadline() -> None:
 
 async def test_the_deadline_names_a_quota() -> None:
     service = Service(before=failing(TooManyRequests("quota", retry_after=200)))
-    with pytest.raises(StoreError, match="left alone for 195 s"):
+    with pytest.raises(StoreError, match="back off for another 195 s"):
         await ask(service.dispatcher(), "a", deadline=5)
 
 

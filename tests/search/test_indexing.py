@@ -124,11 +124,11 @@ async def test_another_index_or_foreign_files_are_not_touched(
         Search.local(many[1:], path=tmp_path / "index", embedder=embedder),
         Search.local(many, path=tmp_path / "index", embedder=make_embedder(dimension=64)),
     ):
-        with pytest.raises(StoreError, match="give another path"):
+        with pytest.raises(StoreError, match="use another path"):
             await other.connect()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(StoreError, match="no index of this package"):
+    with pytest.raises(StoreError, match="not an index of this package"):
         await Search.local(many, path=tmp_path / "mine", embedder=embedder).connect()
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
 

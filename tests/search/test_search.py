@@ -411,7 +411,7 @@ async def test_another_dimension_is_refused_before_any_search(
         pass
     store = EmbeddedChroma(tmp_path, "passages")
     search = Search(make_embedder(dimension=64), store)
-    with pytest.raises(StoreError, match=r"1024 numbers.*of 64.*another embedder") as caught:
+    with pytest.raises(StoreError, match=r"dimension 1024.*dimension 64.*another embedder") as caught:
         await search.connect()
     assert caught.value.is_fatal
 

@@ -104,7 +104,7 @@ async def test_the_bound_is_a_setting(fault: Fault) -> None:
     assert DAY <= now() - began < DAY + 60
     assert len(service.times) == 2
     (told,) = service.told
-    assert "the service asks to be left alone" in told
+    assert "the service asks to back off" in told
     assert "waiting for at most 86,399 s more, until 20" in told
 
 
@@ -152,7 +152,7 @@ async def test_without_a_watcher_the_log_tells_what_a_service_asks_for(caplog: p
     dispatcher = service.dispatcher()
     dispatcher.waits.tell = None
     await ask(dispatcher, "a")
-    assert [record.getMessage() for record in caplog.records if "asks to be left alone" in record.getMessage()]
+    assert [record.getMessage() for record in caplog.records if "asks to back off" in record.getMessage()]
 
 
 @pytest.mark.parametrize("value", [0, -1.0])
