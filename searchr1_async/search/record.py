@@ -43,7 +43,7 @@ def search_of(record: Mapping[str, Any], search: Search | None, owner: str) -> S
     if search is None:
         if record["description"] is None:
             raise ConfigurationError(
-                f"{owner} has no description of its search ({record['source']}, {record['embedder']}): pass the search"
+                f"{owner} cannot describe its search ({record['source']}, {record['embedder']}): pass the search"
             )
         search = Search.from_description(record["description"])
     if search.fingerprint != record["fingerprint"]:

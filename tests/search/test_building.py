@@ -331,7 +331,7 @@ async def test_the_command_builds_and_says_what_it_came_to(
     assert await anyio.to_thread.run_sync(main, arguments) == 0
     told = capfd.readouterr()
     assert told.out.startswith("600 passages in Chroma collection 'passages'")
-    assert "100.0% of 200 passages found" in told.out
+    assert "100.0% of 200 passages are among the first 10" in told.out
     assert f"index: {TOTAL} passages" in told.err
     assert "list price of" in told.err
     assert json.loads((tmp_path / "index" / "index.json").read_text())["passages"] == TOTAL

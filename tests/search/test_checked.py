@@ -54,10 +54,10 @@ WRONG = {
     "a batch more": (lambda vectors: vectors[None], r"returned \[1, 10, 16\]"),
     "only NaN": (with_nan, "NaN or infinity in every row"),
     "nothing": (lambda vectors: None, r"\[10, 16\]"),
-    "texts": (lambda vectors: ["a vector"] * len(vectors), "list that is no such array"),
+    "texts": (lambda vectors: ["a vector"] * len(vectors), "an invalid list"),
     "rows of different lengths": (
         lambda vectors: [row[: 3 + n] for n, row in enumerate(vectors.tolist())],
-        "list that",
+        "an invalid list",
     ),
 }
 

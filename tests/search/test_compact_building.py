@@ -192,7 +192,7 @@ async def test_a_whole_index_says_what_it_was_made_with_where_something_else_is_
     assert again.manifest == first.manifest
     (notice,) = [event for event in events if isinstance(event, Notice)]
     assert notice.is_warning
-    assert "was made with recall 0.95, not 0.99, lists" in notice.text
+    assert "was built with recall 0.95, not 0.99, lists" in notice.text
     assert "delete it" in notice.text
     events.clear()
     await build_compact_index(source, folder, emit=events.append)
@@ -205,7 +205,7 @@ async def test_a_recall_that_is_not_reached_is_told(tmp_path: Path) -> None:
     settings = CompactSettings(recall=1.0, lists=1)
     report = await build_compact_index(Arrays(vectors), tmp_path / "index", settings=settings, emit=events.append)
     assert report.warning is not None
-    assert "where 100.0% were asked for" in report.warning
+    assert "below the target of 100.0%" in report.warning
     assert Notice(report.warning, is_warning=True) in events
 
 

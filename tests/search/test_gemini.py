@@ -331,7 +331,7 @@ async def test_the_key_comes_from_the_environment(
     stand_in.settings = StandInSettings(keys=(KEY,))
     monkeypatch.setenv(variable, f"{KEY}\n")
     await make(api_key=None).open()
-    with pytest.raises(EmbeddingError, match="access is refused") as caught:
+    with pytest.raises(EmbeddingError, match="access denied") as caught:
         await make(api_key="explicit").open()
     assert caught.value.is_fatal
 

@@ -108,7 +108,7 @@ def test_worth_another_try(error: Exception, cause: str) -> None:
         (answered(403, "PERMISSION_DENIED"), "GEMINI_API_KEY"),
         (answered(404, "NOT_FOUND"), "model"),
         (answered(400, "FAILED_PRECONDITION", "User location is not supported"), "location"),
-        (answered(405), "no request is taken"),
+        (answered(405), "the service refuses all requests"),
         (aiohttp.ClientConnectorCertificateError(CONNECTION, ssl.SSLCertVerificationError("odd")), "SSL_CERT_FILE"),
         (google_auth.DefaultCredentialsError("none found"), "GEMINI_API_KEY"),
     ],

@@ -452,7 +452,7 @@ def test_settings_are_checked_before_any_work(passages: list[Passage], embedder:
             Search.local(passages, embedder=embedder, **settings)
     with pytest.raises(CorpusError, match=r"missing\.jsonl"):
         Search.local(tmp_path / "missing.jsonl", embedder=embedder)
-    with pytest.raises(EmbeddingError, match="no folder"):
+    with pytest.raises(EmbeddingError, match=r"embedder folder .* does not exist"):
         Search.local(passages, embedder=tmp_path / "no-model")
     with pytest.raises(StoreError, match="3 to 512"):
         Search.chroma(collection="ab", embedder=embedder)

@@ -407,7 +407,7 @@ async def test_what_is_no_served_search_is_said_to_be_none() -> None:
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     address = f"http://127.0.0.1:{runner.addresses[0][1]}"
     for url in (address, f"{address}/elsewhere"):
-        with pytest.raises(sr.StoreError, match="none of") as other:
+        with pytest.raises(sr.StoreError, match="is not `python -m searchr1_async serve`") as other:
             await look_at(url)
         assert other.value.is_fatal
     await runner.cleanup()
@@ -421,7 +421,7 @@ async def test_what_is_no_served_search_is_said_to_be_none() -> None:
 
 async def test_a_port_that_is_taken_is_said_to_be(search: sr.Search) -> None:
     async with serve_search(search, port=0) as address:
-        with pytest.raises(sr.ConfigurationError, match="cannot be listened at"):
+        with pytest.raises(sr.ConfigurationError, match="cannot listen on"):
             async with serve_search(search, port=int(address.rsplit(":", 1)[1])):
                 pass
     assert not search.is_open
