@@ -144,7 +144,7 @@ async def build_compact_index(
         try:
             await anyio.to_thread.run_sync(lambda: place.parent.mkdir(parents=True, exist_ok=True))
             async with only_one(place, f"builds the index in {place}"):
-                if (found := await in_thread(lambda: _whole(place, facts, settings, emit))) is not None:
+                if (found := await in_thread(lambda: _complete_index(place, facts, settings, emit))) is not None:
                     if differs := differing(found, settings, has_queries=asked is not None):
                         emit(
                             Notice(
@@ -156,7 +156,7 @@ async def build_compact_index(
                 emit(Notice(await anyio.to_thread.run_sync(_check_room, place, facts, settings)))
                 if chosen is None and facts.embedder is not None and _are_texts(asked):
                     chosen = make_embedder(facts.embedder)
-                facts = _named(facts, embedder, chosen)
+                facts = _with_embedder(facts, embedder, chosen)
                 vectors = await _query_vectors(asked, chosen, facts, options, place / BUILDING_NAME / _QUERIES_NAME)
                 builder = CompactBuilder(place, own, facts, settings, emit, on_progress)
                 manifest = await builder.build(vectors)
@@ -189,7 +189,7 @@ async def _source_of(
     return EmbeddedCorpus(corpus, chosen, journal, options), chosen
 
 
-def _named(facts: SourceFacts, embedder: str | Path | Embedder | None, chosen: Embedder | None) -> SourceFacts:
+def _with_embedder(facts: SourceFacts, embedder: str | Path | Embedder | None, chosen: Embedder | None) -> SourceFacts:
     """Adds the user's embedder if the source does not name one.
 
     Raises:
@@ -220,7 +220,7 @@ def differing(found: CompactManifest, settings: CompactSettings, *, has_queries:
     return ", ".join(f"{name} {own}, not {asked}" for name, (own, asked) in kept.items() if own != asked)
 
 
-def _whole(place: Path, facts: SourceFacts, settings: CompactSettings, emit: Emit) -> CompactManifest | None:
+def _complete_index(place: Path, facts: SourceFacts, settings: CompactSettings, emit: Emit) -> CompactManifest | None:
     """The existing complete index. Deletes one with damaged files, so that it is rebuilt.
 
     Raises:
@@ -305,13 +305,13 @@ async def _query_vectors(
     if isinstance(queries, np.ndarray):
         if queries.ndim != 2 or queries.shape[1] != facts.dimension or not np.isfinite(queries).all():
             raise ConfigurationError(f"queries are {queries.shape}: pass finite vectors [queries, {facts.dimension}]")
-        return np.ascontiguousarray(queries[_drawn(len(queries))], np.float32)
+        return np.ascontiguousarray(queries[_subsampled(len(queries))], np.float32)
     if embedder is None:
         raise ConfigurationError(f"queries are texts: pass the embedder that made the vectors of {facts.name}")
     texts = [text for text in (clean_query(query) for query in queries) if text is not None]
     if not texts:
         raise ConfigurationError("none of the queries is searchable: pass texts with letters or digits")
-    texts = [texts[place] for place in _drawn(len(texts))]
+    texts = [texts[place] for place in _subsampled(len(texts))]
     identity = hashlib.blake2b("\0".join([embedder.fingerprint, *texts]).encode(), digest_size=16).hexdigest()
     if (found := await in_thread(lambda: _kept_vectors(kept, identity))) is not None:
         return found
@@ -331,7 +331,7 @@ async def _query_vectors(
     return vectors
 
 
-def _drawn(count: int) -> NDArray[np.int64]:
+def _subsampled(count: int) -> NDArray[np.int64]:
     """Sorted indices of the queries to use; deterministic."""
     if count <= MOST_QUERIES:
         return np.arange(count)

@@ -203,7 +203,7 @@ class DiskCache:
                     if self._connection is None:
                         self._give_up(f"cannot be opened ({error})")
                     elif code in _DAMAGED:
-                        self._begin_anew(error)
+                        self._replace_damaged(error)
                     else:
                         self._stop_writing(error)
                         return otherwise
@@ -224,7 +224,7 @@ class DiskCache:
         self._reads = self._writes = False
         logger.warning("the cache %s %s; the run continues without it", self._path, reason)
 
-    def _begin_anew(self, error: sqlite3.Error) -> None:
+    def _replace_damaged(self, error: sqlite3.Error) -> None:
         """Sets the damaged file aside unless another process did; the next attempt creates a new one."""
         damaged = self._identity
         self._disconnect()

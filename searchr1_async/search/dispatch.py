@@ -176,7 +176,7 @@ class Dispatcher(Generic[Key, Item, Value]):
         self._pump_is_due = False
         self._pump()
 
-    def _hold_for_company(self) -> None:
+    def _hold_back(self) -> None:
         if not self._is_holding:
             self._is_holding = True
             host = self._gathering.anyone_waiting()
@@ -199,7 +199,7 @@ class Dispatcher(Generic[Key, Item, Value]):
             if not self._queued and pacer.may_send(now, capacity.requests):
                 waiting = self._gathering.waiting
                 if not is_overdue and not is_worth_sending(waiting, pacer.items_in_flight, capacity.items):
-                    self._hold_for_company()
+                    self._hold_back()
                     return
                 batch = list(self._gathering.take(capacity.items, capacity.weight))
                 self._launch(batch, pacer.begin(now, len(batch)))

@@ -23,7 +23,7 @@ FEW = 4
 """Below so many keys in flight, keys are sent at once."""
 
 
-def is_worth_sending(waiting: int, in_the_air: int, max_keys: int) -> bool:
+def is_worth_sending(waiting: int, in_flight: int, max_keys: int) -> bool:
     """Whether the waiting keys should be sent now, given room for a request.
 
     With few keys in flight, always. Otherwise a batch waits until it is half as large as all keys in flight, or until a
@@ -31,10 +31,10 @@ def is_worth_sending(waiting: int, in_the_air: int, max_keys: int) -> bool:
 
     Args:
         waiting: number of waiting keys.
-        in_the_air: keys of all requests in flight.
+        in_flight: keys of all requests in flight.
         max_keys: of one request; a full one is always sent.
     """
-    return waiting >= max_keys or in_the_air < FEW or 2 * waiting >= in_the_air
+    return waiting >= max_keys or in_flight < FEW or 2 * waiting >= in_flight
 
 
 @dataclass(frozen=True, slots=True)

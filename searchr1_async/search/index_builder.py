@@ -71,7 +71,7 @@ class IndexBuilder:
         """
         self._total = await anyio.to_thread.run_sync(len, self._corpus)
         self._refuse_other_dimension()
-        count = await self._patiently(self._store.count)
+        count = await self._with_retries(self._store.count)
         self._was_empty = count == 0
         self._done = min(count, self._total)
         await say_cost(self._corpus, self._total, self._embedder, self._done, self._options.emit)
@@ -137,7 +137,7 @@ class IndexBuilder:
         self._advance(len(items))
 
     async def _missing(self, passages: list[Passage]) -> list[Passage]:
-        missing = await self._patiently(lambda: self._store.missing([passage.id for passage in passages]))
+        missing = await self._with_retries(lambda: self._store.missing([passage.id for passage in passages]))
         return [passage for passage in passages if passage.id in missing]
 
     def _advance(self, count: int) -> None:
@@ -159,7 +159,7 @@ class IndexBuilder:
     def _store_capacity(self) -> Capacity:
         return Capacity(WINDOW, self._store.max_requests)
 
-    async def _patiently(self, request: Callable[[], Awaitable[Result]]) -> Result:
+    async def _with_retries(self, request: Callable[[], Awaitable[Result]]) -> Result:
         """One request to the store, with retries."""
 
         async def send(_: Sequence[None]) -> Sequence[Result]:
@@ -178,7 +178,7 @@ class IndexBuilder:
     # Verification
 
     async def _verified(self, price: Price | None, seconds: float) -> IndexReport:
-        count = await self._patiently(self._store.count)
+        count = await self._with_retries(self._store.count)
         if count < self._total:
             raise StoreError(
                 f"{self._store.name} holds {count} passages, expected {self._total}: delete it and build it again"

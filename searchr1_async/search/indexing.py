@@ -62,7 +62,9 @@ class LocalIndex:
             StoreError: the folder holds something else or is not writable.
             EmbeddingError: the embedder failed; finished work is kept.
         """
-        store, _ = await self._open(embedder, BuildOptions(on_progress=on_progress, emit=log_notices), mends=False)
+        store, _ = await self._open(
+            embedder, BuildOptions(on_progress=on_progress, emit=log_notices), rebuild_damaged=False
+        )
         return store
 
     async def build(self, embedder: Embedder, options: BuildOptions) -> IndexReport:
@@ -73,7 +75,7 @@ class LocalIndex:
             StoreError: the folder holds something else or is not writable.
             EmbeddingError: the embedder failed; finished work is kept.
         """
-        store, report = await self._open(embedder, options, mends=True)
+        store, report = await self._open(embedder, options, rebuild_damaged=True)
         with anyio.CancelScope(shield=True):
             await store.aclose()
         if report is not None:
@@ -82,9 +84,9 @@ class LocalIndex:
         return IndexReport(store.name, passages, 0, 0.0, 0, price_of(embedder), None, 0)
 
     async def _open(
-        self, embedder: Embedder, options: BuildOptions, *, mends: bool
+        self, embedder: Embedder, options: BuildOptions, *, rebuild_damaged: bool
     ) -> tuple[Store, IndexReport | None]:
-        """The open store, and a report if something was built. ``mends`` rebuilds a damaged index."""
+        """The open store, and a report if something was built. ``rebuild_damaged`` rebuilds a damaged index."""
         identity = await anyio.to_thread.run_sync(self.identity, embedder)
         folder = await anyio.to_thread.run_sync(self.folder, embedder)
         folder.refuse_others(identity)
@@ -95,7 +97,7 @@ class LocalIndex:
                     await open_store(store, options.pacing)
                     count = await store.count()
                 except DamagedIndexError:
-                    if not mends:
+                    if not rebuild_damaged:
                         raise
                 else:
                     if count == identity.passages:
@@ -103,7 +105,9 @@ class LocalIndex:
                     lost = f"{store.name} holds {count} of {identity.passages} passages: rebuilding it"
                     options.emit(Notice(lost, is_warning=True))
                     folder.forget()
-            return store, await self._ensure(folder, identity, embedder, store, options, mends=mends)
+            return store, await self._ensure(
+                folder, identity, embedder, store, options, rebuild_damaged=rebuild_damaged
+            )
         except BaseException as error:
             with anyio.CancelScope(shield=True):
                 await store.aclose()
@@ -119,7 +123,7 @@ class LocalIndex:
         store: EmbeddedChroma,
         options: BuildOptions,
         *,
-        mends: bool,
+        rebuild_damaged: bool,
     ) -> IndexReport | None:
         folder.path.parent.mkdir(parents=True, exist_ok=True)
         async with only_one(folder.path, f"builds the index in {folder.path}"):
@@ -129,7 +133,7 @@ class LocalIndex:
             try:
                 await open_store(store, options.pacing)
             except DamagedIndexError as damaged:
-                if not mends:
+                if not rebuild_damaged:
                     raise
                 options.emit(Notice(f"{damaged.fault}: rebuilding it", is_warning=True))
                 folder.begin(identity)

@@ -93,15 +93,15 @@ class Search:
         self._users = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._description: dict[str, Any] | None = None
-        self._begin_afresh()
+        self._reset_loop_state()
 
-    def _begin_afresh(self) -> None:
+    def _reset_loop_state(self) -> None:
         """Creates the state that is bound to one event loop."""
         self._opening = anyio.Lock()
         self._store: Store | None = None
-        self._forget_services()
+        self._reset_services()
 
-    def _forget_services(self) -> None:
+    def _reset_services(self) -> None:
         """Resets the per-opening state: a reopened search does not inherit an old outage or rate limit."""
         self._vectors: LeastRecentlyUsed[str, Vectors] = LeastRecentlyUsed(VECTORS_KEPT)
         self._embedding: Dispatcher[str, str, Vectors] = Dispatcher(
@@ -418,7 +418,7 @@ class Search:
         self._enter_loop()
         async with self._opening:
             if self._store is None:
-                self._forget_services()
+                self._reset_services()
                 try:
                     self._store = await self._open_services(on_progress)
                 except BaseException:
@@ -584,7 +584,7 @@ class Search:
         if self._users:
             logger.warning("the search was left open by a closed event loop; reopening it")
         self._loop, self._users = loop, 0
-        self._begin_afresh()
+        self._reset_loop_state()
 
     async def _close(self) -> None:
         store, self._store = self._store, None

@@ -194,7 +194,7 @@ class ServedEmbedder:
         if self._facts is not None and facts.embedder_fingerprint != self._facts.embedder_fingerprint:
             with anyio.CancelScope(shield=True):
                 await self._connection.aclose()
-            raise self._another()
+            raise self._model_changed()
         self._facts = facts
 
     async def embed_queries(self, texts: Sequence[str]) -> Vectors:
@@ -209,7 +209,7 @@ class ServedEmbedder:
             return np.empty((0, facts.dimension), np.float32)
         body, headers = await self._connection.request("POST", "embed", dumps({"texts": list(texts), "kind": kind}))
         if unquote(headers.get(EMBEDDER_HEADER, "")) != facts.embedder_fingerprint:
-            raise self._another()
+            raise self._model_changed()
         try:
             vectors = unpack_vectors(body, int(headers.get(DIMENSION_HEADER, "")))
         except ValueError as error:
@@ -218,7 +218,7 @@ class ServedEmbedder:
             raise http_faults.malformed(self.name)
         return vectors
 
-    def _another(self) -> EmbeddingError:
+    def _model_changed(self) -> EmbeddingError:
         return EmbeddingError(f"{self.name} now embeds with another model: reopen the search", is_fatal=True)
 
     async def aclose(self) -> None:

@@ -32,8 +32,8 @@ class Telling:
         self._name = name
         self._settings = settings
         self._pacer = pacer
-        self._told_until = -math.inf
-        self._is_outage_told = False
+        self._reported_until = -math.inf
+        self._outage_reported = False
 
     def refuse_long(self, fault: PassingFault) -> None:
         """Refuses a ``Retry-After`` beyond the limit.
@@ -51,8 +51,8 @@ class Telling:
         down = self._pacer.down_for(now)
         if isinstance(fault, TooManyRequests):
             self._asked(fault, now, (self._pacer.opens_at(now) or now) - now)
-        elif down > TOLD_AFTER and not self._is_outage_told and self.tell is not None:
-            self._is_outage_told = True
+        elif down > TOLD_AFTER and not self._outage_reported and self.tell is not None:
+            self._outage_reported = True
             left = max(self._settings.max_outage - down, 2 * TOLD_AFTER)
             tell_of(left, f"{self._name} does not answer ({fault})", self.tell)
         elif not down:
@@ -60,8 +60,8 @@ class Telling:
 
     def answered(self) -> None:
         """A request was answered; call after updating the pacer."""
-        if self._is_outage_told and self.tell is not None:
-            self._is_outage_told = False
+        if self._outage_reported and self.tell is not None:
+            self._outage_reported = False
             self.tell(f"{self._name} answers again")
 
     def hangs(self, text: str, until: float) -> None:
@@ -80,7 +80,7 @@ class Telling:
 
     def _is_new(self, until: float) -> bool:
         """Whether a wait until then was not reported yet; requests that fail together have about the same end."""
-        if until <= self._told_until + TOLD_AFTER:
+        if until <= self._reported_until + TOLD_AFTER:
             return False
-        self._told_until = until
+        self._reported_until = until
         return True

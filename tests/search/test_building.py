@@ -1,4 +1,4 @@
-"""Building indexes into folders and servers, with the real Gemini client before a stand-in of its service."""
+"""Index builds into folders and servers, with the real Gemini client against a stand-in service."""
 
 from __future__ import annotations
 
@@ -227,7 +227,7 @@ async def test_a_passage_that_is_refused_is_named_and_costs_no_other(
 
 
 class Shrinking(MemoryCorpus):
-    """A corpus whose file is cut while it is read."""
+    """A corpus whose file is truncated during the read."""
 
     def batches(self, size: int, start: int = 0) -> Iterator[list[Passage]]:
         for number, batch in enumerate(super().batches(size, start)):
@@ -244,7 +244,7 @@ async def test_a_corpus_that_breaks_meanwhile_is_told_as_it_is(embedder: Any, tm
 async def test_control_c_leaves_no_thread_at_work_and_everything_answered(
     service: GeminiStandIn, tmp_path: Path
 ) -> None:
-    """A plain Task.cancel, as asyncio.run makes of it."""
+    """A plain Task.cancel, like asyncio.run's."""
     embedder, half = gemini(service, max_requests=1), asyncio.Event()
 
     def tell(done: int, total: int) -> None:
@@ -270,7 +270,7 @@ class Forgetful(EmbeddedChroma):
 
 
 class Leaky(EmbeddedChroma):
-    """Loses a passage of every request."""
+    """Drops one passage per request."""
 
     async def add(self, passages: Sequence[Passage], vectors: Vectors) -> None:
         await super().add(passages[1:], vectors[1:])

@@ -1,4 +1,4 @@
-"""Making a compact index on purpose: from a corpus or from vectors, with queries, with what is refused before it begins."""
+"""Compact index builds: from a corpus or vectors, with queries, and refused inputs."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ async def test_a_folder_that_holds_something_else(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"not of arrays \(int8\): use another folder, or delete this one"):
         await build_compact_index(source, whole, settings=CompactSettings("int8"))
     assert contents(whole) == before
-    # Killed between its manifest and the end.
+    # Killed right after writing the manifest.
     (whole / "building").mkdir()
     (whole / "building" / "exact.npz").write_bytes(b"x")
     assert (await build_compact_index(source, whole)).seconds == 0
@@ -179,7 +179,7 @@ async def test_a_disk_that_fails_is_said_with_what_is_free(tmp_path: Path, monke
             await build_compact_index(source, folder)
     assert not source.is_open
     report = await build_compact_index(source, folder)
-    assert source.begun_at == [0], "the rows were on the disk"
+    assert source.begun_at == [0], "the rows were on disk"
     assert CompactStore(folder).fingerprint.startswith(report.manifest.fingerprint)
 
 
@@ -200,7 +200,7 @@ async def test_a_whole_index_says_what_it_was_made_with_where_something_else_is_
 
 
 async def test_a_recall_that_is_not_reached_is_told(tmp_path: Path) -> None:
-    vectors = np.random.default_rng(0).standard_normal((4_000, 8)).astype(np.float32)  # of 256 codes at most in a list
+    vectors = np.random.default_rng(0).standard_normal((4_000, 8)).astype(np.float32)  # at most 256 codes per list
     events: list[Event] = []
     settings = CompactSettings(recall=1.0, lists=1)
     report = await build_compact_index(Arrays(vectors), tmp_path / "index", settings=settings, emit=events.append)
@@ -231,7 +231,9 @@ async def test_queries_are_embedded_once_however_often_the_build_goes_on(
         patch.setattr(build, "write_codes", full)
         with pytest.raises(StoreError, match="No space left"):
             await build_compact_index(source, folder, embedder=embedder, queries=other)
-    assert sorted(text for batch in embedder.query_batches for text in batch) == sorted(other), "others were asked for"
+    assert sorted(text for batch in embedder.query_batches for text in batch) == sorted(other), (
+        "other queries were given"
+    )
     embedder.query_batches.clear()
     report = await build_compact_index(source, folder, embedder=embedder, queries=other)
     assert embedder.query_batches == []
@@ -267,7 +269,7 @@ async def test_texts_are_embedded_by_the_embedder_that_the_source_names(
     assert (report.manifest.calibration.queries, report.manifest.calibration.origin) == (2, "queries")
     assert not embedder.is_open
     await build_compact_index(source, tmp_path / "other")
-    assert names == ["theirs"], "not asked for without texts"
+    assert names == ["theirs"], "not created without text queries"
 
 
 @pytest.mark.parametrize("kind", ["questions", "without answers", "rows", "array", "file"])

@@ -1,4 +1,4 @@
-"""What a path or an address holds that can be searched, and what is said where it holds nothing."""
+"""Detection of the index at a path or URL, and errors if there is none."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ async def test_a_compact_index(tmp_path: Path, make_embedder: Callable[..., Any]
     async with search:
         assert len((await search.search(["anything"]))[0]) == 2
     assert search.fingerprint == Search.compact(folder, embedder=embedder, n_results=2).fingerprint
-    # The name that it keeps is that of an embedder of one's own, which nobody can make again.
+    # The index names a custom embedder, which cannot be recreated by name.
     with pytest.raises((ConfigurationError, EmbeddingError), match="hashing"):
         await Search.open(folder)
     with pytest.raises(
@@ -149,7 +149,7 @@ async def test_a_chroma_server_wants_its_collection_and_embedder(embedder: Any) 
 
 
 async def test_nobody_answers(embedder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    # It waits ten seconds for a service that is just coming up.
+    # Waits ten seconds for a service that is starting.
     monkeypatch.setattr(served, "look_at", partial(served.look_at, deadline=0.3))
     with pytest.raises(StoreError, match="localhost:9"):
         await Search.open("http://localhost:9", embedder=embedder)

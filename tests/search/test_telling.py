@@ -1,4 +1,4 @@
-"""Waits for a service are bounded by a setting and told once, in virtual time: a day of waiting costs nothing."""
+"""Waits for a service are bounded and reported once, in virtual time."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ def now() -> float:
 
 @dataclass
 class Service:
-    """Fails with one fault after another, then answers."""
+    """Fails with the given faults, then answers."""
 
     faults: list[PassingFault | None]
     hangs: float = 0.0
-    """Seconds before each answer."""
+    """Seconds until each answer."""
     times: list[float] = field(default_factory=list)
     told: list[str] = field(default_factory=list)
     told_at: list[float] = field(default_factory=list)

@@ -88,7 +88,7 @@ class GeminiEmbedder:
                 raise ConfigurationError(f"{name} of the Gemini embedder is {value}: it must be positive")
         of_vertex = bool(project or location or credentials)
         if vertex is None:
-            vertex = of_vertex or (api_key is None and _environment_asks_for_vertex())
+            vertex = of_vertex or (api_key is None and _vertex_from_environment())
         if (vertex and api_key) or (of_vertex and not vertex):
             raise ConfigurationError(
                 "arguments of the Gemini embedder belong to two services: api_key to the Developer API; project, location "
@@ -104,13 +104,13 @@ class GeminiEmbedder:
         self._timeout = timeout
         self._base_url = base_url
         self._max_texts = _MAX_TEXTS if vertex_lists or not vertex else 1
-        self._lists_are_taken = not vertex
+        self._lists_accepted = not vertex
         self._max_requests = max_requests
         self._session: ClientSession | None = None
         self._client: Client | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._secrets: tuple[str, ...] = ()
-        self._sends_itself = self._model.startswith("gemini-") or not vertex
+        self._uses_transport = self._model.startswith("gemini-") or not vertex
 
     @property
     def name(self) -> str:
@@ -194,7 +194,7 @@ class GeminiEmbedder:
         except Exception as error:
             # The client's own errors hold the whole answer, which may quote key and texts: they are not passed on.
             raise self._refused_list(error, texts) or self._fault(error, texts) from None
-        self._lists_are_taken = self._lists_are_taken or len(texts) > 1
+        self._lists_accepted = self._lists_accepted or len(texts) > 1
         return vectors
 
     async def _request(self, texts: Sequence[str], task_type: str) -> Vectors:
@@ -203,7 +203,7 @@ class GeminiEmbedder:
         # Not in HttpOptions: the client sends its timeout along, and the service refuses those under 10 s with a 400.
         # This one also covers the token refresh.
         with anyio.fail_after(self._timeout):
-            if self._sends_itself:
+            if self._uses_transport:
                 rows = await self._rows_by_transport(self._client, texts, task_type)
             else:
                 rows = await self._rows_by_models(self._client, texts, task_type)
@@ -251,11 +251,11 @@ class GeminiEmbedder:
 
     def _refused_list(self, error: Exception, texts: Sequence[str]) -> RefusedInput | None:
         """If Vertex AI may have refused the texts for being a list, switches to one text per request."""
-        if self._lists_are_taken or len(texts) == 1:
+        if self._lists_accepted or len(texts) == 1:
             return None
         # Regions without the batch method answer 404 or 501.
         is_refused = isinstance(self._fault(error), RefusedInput) or getattr(error, "code", None) in (404, 501)
-        if not is_refused and not _client_takes_no_lists(error):
+        if not is_refused and not _client_refuses_lists(error):
             return None
         self._max_texts = 1
         logger.warning(
@@ -275,10 +275,10 @@ class GeminiEmbedder:
             try:
                 await self._request([_PROBE], "RETRIEVAL_QUERY")
             except (AttributeError, TypeError):
-                if not self._sends_itself:
+                if not self._uses_transport:
                     raise
                 logger.info("%s: unknown google-genai version; falling back to embed_content", self.name)
-                self._sends_itself = False
+                self._uses_transport = False
                 await self._request([_PROBE], "RETRIEVAL_QUERY")
         except Exception as error:
             fault = self._fault(error)
@@ -376,12 +376,12 @@ def _plain_name(model: str) -> str:
     return name
 
 
-def _environment_asks_for_vertex() -> bool:
+def _vertex_from_environment() -> bool:
     """Like Google's client: the newer variable wins."""
     value = os.environ.get("GOOGLE_GENAI_USE_ENTERPRISE") or os.environ.get("GOOGLE_GENAI_USE_VERTEXAI") or ""
     return value.lower() in ("true", "1")
 
 
-def _client_takes_no_lists(error: Exception) -> bool:
+def _client_refuses_lists(error: Exception) -> bool:
     """Older google-genai versions, without Vertex AI's batchEmbedContents, refuse lists locally."""
     return type(error) is ValueError and "only supports one content at a time" in str(error)

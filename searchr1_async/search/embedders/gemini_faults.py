@@ -87,7 +87,7 @@ def _of_answer(error: Any, where: str, remedy: str, texts: Sequence[str], secret
     if code in _PASSING:
         return PassingFault(f"{at}: {said}", cause=str(code), retry_after=wait)
     reasons = {str(detail.get("reason")) for detail in details}
-    if code in (401, 403) or reasons & _KEY_REASONS or _speaks_of_the_key(error.message):
+    if code in (401, 403) or reasons & _KEY_REASONS or _mentions_key(error.message):
         return EmbeddingError(f"{at}: access denied ({said}): {remedy}", is_fatal=True)
     if code == 404:
         return EmbeddingError(
@@ -99,7 +99,7 @@ def _of_answer(error: Any, where: str, remedy: str, texts: Sequence[str], secret
     return EmbeddingError(f"{at}: the service refuses all requests ({said})", is_fatal=True)
 
 
-def _speaks_of_the_key(message: object) -> bool:
+def _mentions_key(message: object) -> bool:
     return isinstance(message, str) and bool(re.match(r"API key (not valid|expired|not found)", message))
 
 

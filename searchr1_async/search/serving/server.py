@@ -196,7 +196,7 @@ class _Service:
         except BadRequest as refused:
             return _error(refused.status, refused.kind, str(refused))
         except web.HTTPException as error:
-            return _error(error.status, *_words_of(error, self._limits))
+            return _error(error.status, *_kind_and_message(error, self._limits))
         except TimeoutError:
             return _error(504, "timeout", f"not answered within {self._limits.seconds:g} s")
         except SearchError as fault:
@@ -307,7 +307,7 @@ def _error_of(fault: SearchError) -> web.Response:
     return _error(502, "failed", f"the search failed ({type(fault).__name__}): see the service's log")
 
 
-def _words_of(error: web.HTTPException, limits: ServingLimits) -> tuple[str, str]:
+def _kind_and_message(error: web.HTTPException, limits: ServingLimits) -> tuple[str, str]:
     match error.status:
         case 404 | 405:
             return "unknown", "the endpoints are GET /health, POST /embed, POST /query and POST /retrieve"

@@ -220,8 +220,8 @@ def read_query(body: bytes, dimension: str, n_results: str, limits: ServingLimit
         BadRequest: malformed or beyond a limit.
     """
     try:
-        vectors = unpack_vectors(body, _whole(dimension))
-        wanted = _whole(n_results)
+        vectors = unpack_vectors(body, _parse_integer(dimension))
+        wanted = _parse_integer(n_results)
     except ValueError as error:
         raise BadRequest(
             "malformed",
@@ -302,7 +302,7 @@ def _results(wanted: Any, name: str, limits: ServingLimits) -> int:
     return wanted
 
 
-def _whole(text: str) -> int:
+def _parse_integer(text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,6}", text):
         raise ValueError("not a number")
     return int(text)
