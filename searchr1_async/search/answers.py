@@ -16,12 +16,8 @@ AnswerKey = tuple[str, int]
 
 
 class AnswerCache:
-    """Answers by query, each valid for one state of one index.
-
-    Args:
-        max_entries: LRU entries in memory, about 3 KB each for three passages of 100 words.
-        path: of the disk cache, which several processes may share; None for no disk cache.
-        max_bytes: of the disk cache.
+    """Answers by query, each valid for one index state. ``max_entries`` bounds the LRU in memory (about 3 KB per answer of
+    three passages), ``max_bytes`` the optional disk cache at ``path``, which processes may share.
     """
 
     def __init__(self, max_entries: int, path: Path | None = None, max_bytes: int = 1 << 30) -> None:
@@ -34,11 +30,7 @@ class AnswerCache:
         return self._disk is not None
 
     def recall(self, index: str, keys: Iterable[AnswerKey]) -> dict[AnswerKey, Answer]:
-        """Answers from memory.
-
-        Args:
-            index: identifies the state of the index and everything else an answer depends on.
-        """
+        """Answers from memory. ``index`` identifies everything an answer depends on besides its key."""
         found = {key: self._memory.get((index, key)) for key in keys}
         return {key: answer for key, answer in found.items() if answer is not None}
 

@@ -22,14 +22,7 @@ _PASSAGE = struct.Struct("<dIII")
 
 
 class LeastRecentlyUsed(Generic[Key, Value]):
-    """An LRU cache.
-
-    Args:
-        max_entries: 0 disables it.
-
-    Raises:
-        ConfigurationError: a negative ``max_entries``.
-    """
+    """An LRU cache of at most ``max_entries``; 0 disables it. Raises ConfigurationError if negative."""
 
     def __init__(self, max_entries: int) -> None:
         if max_entries < 0:
@@ -50,9 +43,6 @@ class LeastRecentlyUsed(Generic[Key, Value]):
         self._entries.move_to_end(key)
         if len(self._entries) > self._max_entries:
             self._entries.popitem(last=False)
-
-    def clear(self) -> None:
-        self._entries.clear()
 
     def __len__(self) -> int:
         return len(self._entries)

@@ -45,14 +45,14 @@ from searchr1_async.search.stores.proof import DamagedIndexError
 from searchr1_async.threads import in_thread
 
 Queries: TypeAlias = Sequence[str] | NDArray[np.floating] | Questions
-"""Texts, vectors ``[queries, dimension]``, or anything :func:`~searchr1_async.load_questions` reads (its question texts are used)."""
+"""Texts, vectors ``[queries, dimension]``, or questions as for :func:`~searchr1_async.load_questions`."""
 
 PASSAGE_BYTES = 750
 """A JSON line with a passage of 100 words, its title and id."""
 _SPARE = 1 << 30
 QUERIES_PER_REQUEST = 100
 MOST_QUERIES = 2_000
-"""More are subsampled: at 2,000 the standard error of a recall of 0.95 is 0.005. Bounds the memory of calibration."""
+"""More are subsampled: at 2,000 the standard error of a recall of 0.95 is 0.005. Bounds calibration memory."""
 _QUERIES_NAME = "queries.npz"
 """Embedded queries, kept in the build folder."""
 
@@ -190,11 +190,7 @@ async def _source_of(
 
 
 def _with_embedder(facts: SourceFacts, embedder: str | Path | Embedder | None, chosen: Embedder | None) -> SourceFacts:
-    """Adds the user's embedder if the source does not name one.
-
-    Raises:
-        ConfigurationError: the source's vectors come from another embedder.
-    """
+    """Adds the user's embedder if the source names none. Raises ConfigurationError if it is not the source's."""
     if chosen is None:
         return facts
     if facts.embedder_fingerprint not in (None, chosen.fingerprint):
@@ -221,11 +217,7 @@ def differing(found: CompactManifest, settings: CompactSettings, *, has_queries:
 
 
 def _complete_index(place: Path, facts: SourceFacts, settings: CompactSettings, emit: Emit) -> CompactManifest | None:
-    """The existing complete index. Deletes one with damaged files, so that it is rebuilt.
-
-    Raises:
-        StoreError: the folder holds another index or other files.
-    """
+    """The existing complete index; deletes a damaged one. Raises StoreError if the folder holds something else."""
     if (place / MANIFEST_NAME).exists():
         found = CompactManifest.load(place)
         if (found.source_fingerprint, found.vectors) != (facts.fingerprint, settings.vectors):
@@ -257,11 +249,7 @@ def needed_bytes(count: int, dimension: int, settings: CompactSettings, passage_
 
 
 def _check_room(place: Path, facts: SourceFacts, settings: CompactSettings) -> str:
-    """Describes the needed and the free disk space.
-
-    Raises:
-        StoreError: too little space.
-    """
+    """Describes the needed and free disk space. Raises StoreError if there is too little."""
     there = folder_bytes(place)
     needed = max(0, needed_bytes(facts.count, facts.dimension, settings) - there)
     free = free_bytes(place)
@@ -274,11 +262,7 @@ def _check_room(place: Path, facts: SourceFacts, settings: CompactSettings) -> s
 
 
 def _texts_or_vectors(queries: Queries | None) -> Sequence[str] | NDArray[np.floating] | None:
-    """Reduces questions to their texts. Reads files.
-
-    Raises:
-        QuestionsError: they cannot be read.
-    """
+    """Reduces questions to their texts. Reads files. Raises QuestionsError."""
     if queries is None or (isinstance(queries, np.ndarray) and np.issubdtype(queries.dtype, np.number)):
         return queries
     given: Any = queries.tolist() if isinstance(queries, np.ndarray) else queries

@@ -15,11 +15,7 @@ def now_in_loop() -> float:
 
 
 class Deadline:
-    """When a call must be answered. Extended while a service is down (which has its own limit), and restarted after an outage.
-
-    Args:
-        seconds: from now.
-    """
+    """When a call of ``seconds`` expires. Extended during an outage (which has its own limit), and restarted after it."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds

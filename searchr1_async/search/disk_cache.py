@@ -91,12 +91,7 @@ class DiskCache:
         return self._path
 
     def get_many(self, namespace: str, keys: Sequence[str]) -> dict[str, bytes]:
-        """The cached values of the given keys.
-
-        Args:
-            namespace: what the values mean (e.g. an embedder's fingerprint); separates equal keys.
-            keys: in any order, duplicates allowed.
-        """
+        """The cached values of ``keys``. ``namespace`` (e.g. an embedder's fingerprint) separates equal keys."""
         by_hash = dict(zip(_hashes(namespace, keys), keys, strict=True))
         if not by_hash:
             return {}
@@ -104,12 +99,7 @@ class DiskCache:
         return {by_hash[hashed]: value for hashed, value in found.items()}
 
     def put_many(self, namespace: str, items: Mapping[str, bytes]) -> None:
-        """Stores values, replacing those with equal keys, and evicts as needed.
-
-        Args:
-            namespace: see :meth:`get_many`.
-            items: values larger than a tenth of the bound are skipped.
-        """
+        """Stores values and evicts old ones. Values larger than a tenth of the bound are skipped."""
         hashed = zip(_hashes(namespace, items), items.values(), strict=True)
         rows = [(key, value) for key, value in hashed if len(value) <= self._max_bytes // 10]
         for part in _parts(rows, min(_TRANSACTION_BYTES, self._max_bytes // 10)):

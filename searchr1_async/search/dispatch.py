@@ -34,7 +34,7 @@ from searchr1_async.search.waiter import Item, Key, Value, Waiter
 logger = logging.getLogger(__name__)
 
 SUSPECT_AFTER = 2
-"""A batch is split after so many transient faults while others succeed. At a 10 % random fault rate that hits 1 % of batches."""
+"""Transient faults after which a batch is split, if others succeed. A 10 % fault rate splits 1 % of batches."""
 LONGEST_HOLD = 0.1
 """Seconds for which keys wait for a fuller batch; bounded because requests in flight may hang."""
 

@@ -6,12 +6,10 @@ from searchr1_async.errors import SearchError
 
 
 class PassingFault(SearchError):
-    """Transient; a retry may succeed: a broken connection, a 5xx, a timeout, a truncated answer.
+    """Transient: a broken connection, a 5xx, a timeout, a truncated answer.
 
-    Args:
-        message: what happened and where; no key, no query.
-        cause: for the statistics: ``"503"``, ``"reset"``, ``"timeout"``, ``"malformed"``.
-        retry_after: seconds the service asks to wait; None if not given.
+    ``message`` contains no key and no query, ``cause`` is for the statistics (``"503"``, ``"reset"``, ``"timeout"``,
+    ``"malformed"``), ``retry_after`` is in seconds, None if the service gave none.
     """
 
     def __init__(self, message: str, *, cause: str, retry_after: float | None = None) -> None:

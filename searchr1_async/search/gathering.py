@@ -24,15 +24,10 @@ FEW = 4
 
 
 def is_worth_sending(waiting: int, in_flight: int, max_keys: int) -> bool:
-    """Whether the waiting keys should be sent now, given room for a request.
+    """Whether the waiting keys should be sent now, given room for a request of ``max_keys``.
 
-    With few keys in flight, always. Otherwise a batch waits until it is half as large as all keys in flight, or until a
-    request ends; under load that nearly halves the requests. The caller must bound this wait, since requests may hang.
-
-    Args:
-        waiting: number of waiting keys.
-        in_flight: keys of all requests in flight.
-        max_keys: of one request; a full one is always sent.
+    With few keys in flight, always. Otherwise a batch waits until it is full or half as large as all keys in flight, which
+    nearly halves the requests under load. The caller must bound this wait, since requests may hang.
     """
     return waiting >= max_keys or in_flight < FEW or 2 * waiting >= in_flight
 
@@ -57,11 +52,7 @@ class _Wanted(Generic[Waiter]):
 
 
 class Gathering(Generic[Key, Waiter]):
-    """Keys (queries) and waiters (callers). Each key is answered once for all its waiters.
-
-    Args:
-        weigh: weight of a key against ``max_weight`` of a batch; 0 by default.
-    """
+    """Keys (queries) and waiters (callers). ``weigh`` gives a key's weight against ``max_weight`` of a batch."""
 
     def __init__(self, weigh: Callable[[Key], int] = lambda _: 0) -> None:
         self._weigh = weigh
@@ -112,12 +103,7 @@ class Gathering(Generic[Key, Waiter]):
                     del self._waiting[key]
 
     def take(self, max_keys: int, max_weight: int | None = None) -> tuple[Key, ...]:
-        """Moves the next batch, in fair order, to in flight and returns it; empty if no key waits.
-
-        Args:
-            max_keys: at least 1.
-            max_weight: total weight of the batch; a heavier single key goes alone.
-        """
+        """Moves the next batch, in fair order, to in flight. Empty if no key waits; a key over ``max_weight`` goes alone."""
         if max_keys < 1:
             raise ValueError(f"max_keys is {max_keys}: it must be at least 1")
         batch: list[Key] = []

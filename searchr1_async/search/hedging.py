@@ -20,11 +20,7 @@ HEDGE_AFTER_REQUESTS, RECENT_REQUESTS = 50, 400
 
 
 class Slowest:
-    """The latency after which a request counts as slow.
-
-    Args:
-        fraction: share of requests to hedge; 0 for none.
-    """
+    """The latency after which a request counts as one of the slowest ``fraction``; 0 disables hedging."""
 
     def __init__(self, fraction: float) -> None:
         self._fraction = fraction
@@ -34,12 +30,7 @@ class Slowest:
         self._recent.append(seconds)
 
     def delay(self, *, sent: int, hedged: int) -> float | None:
-        """Seconds after which to hedge a request; None not to.
-
-        Args:
-            sent: requests so far.
-            hedged: hedges among them; capped at their share, even while the service slows down.
-        """
+        """Seconds after which to hedge a request, or None. Caps ``hedged`` at its share of ``sent``, even in a slowdown."""
         if not self._fraction or hedged >= self._fraction * sent or len(self._recent) < HEDGE_AFTER_REQUESTS:
             return None
         # 5 % above, so that nothing is hedged if all latencies are equal.
@@ -52,16 +43,10 @@ async def hedged(
     begin: Callable[[], Flight | None],
     end: Callable[[Flight], None],
 ) -> Result:
-    """The result of a request, or of a second one started after ``delay``, whichever comes first.
+    """The result of a request, or of a second one sent after ``delay`` seconds, whichever comes first.
 
-    Args:
-        request: sends one request.
-        delay: seconds.
-        begin: takes a slot for the second; None if there is none.
-        end: releases that slot.
-
-    Raises:
-        Exception: of the first to fail, if neither succeeds.
+    ``begin`` takes a slot for the second (None if there is none), ``end`` releases it. Raises the first exception if neither
+    succeeds.
     """
     answers: list[Result] = []
     errors: list[Exception] = []

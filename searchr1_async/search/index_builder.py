@@ -31,17 +31,10 @@ SAMPLE = 200
 
 
 class IndexBuilder:
-    """Builds one index.
+    """Builds one index, from a corpus, an open embedder and an open store; skips passages whose ids the store already holds.
 
     Several windows are in progress at once: while some are embedded, another is stored. Vectors go to the journal first, so
     a kill repeats only requests in flight.
-
-    Args:
-        corpus: the passages to index.
-        embedder: open.
-        store: open. Passages whose ids it already holds are skipped.
-        journal: keeps vectors until they are stored.
-        options: see :class:`BuildOptions`.
     """
 
     def __init__(

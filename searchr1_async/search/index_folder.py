@@ -66,11 +66,7 @@ class IndexFolder:
         (self.path / "building.json").unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Deletes the store's files before a rebuild; journaled vectors stay.
-
-        Raises:
-            OSError: they cannot be deleted.
-        """
+        """Deletes the store's files before a rebuild; journaled vectors stay. Raises OSError."""
         (self.path / "index.json").unlink(missing_ok=True)
         for path in self.path.iterdir():
             if path not in (self.journal, self.path / "building.json"):

@@ -30,12 +30,7 @@ COLLECTION = "passages"
 
 
 class LocalIndex:
-    """A corpus and the folder of its index.
-
-    Args:
-        corpus: the passages to index.
-        path: the index folder; None for one in the user's cache, named by the content of corpus and embedder.
-    """
+    """A corpus and the folder of its index; None for one in the user's cache, named by content of corpus and embedder."""
 
     def __init__(self, corpus: Corpus, path: Path | None = None) -> None:
         self.corpus = corpus

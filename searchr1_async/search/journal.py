@@ -33,14 +33,9 @@ class Journal:
     """One append-only file per window of passages, deleted once the window is in the store.
 
     A record is a key, a vector and their CRC-32. Survives kills: a torn record at the end of a file is truncated. Does not
-    fsync, so a power failure may lose recent vectors. Files of another embedder or dimension are deleted.
+    fsync, so a power failure may lose recent vectors. Files of another embedder (by fingerprint) or dimension are deleted.
 
     Blocks on the disk: call it in a worker thread. Thread-safe.
-
-    Args:
-        folder: created on the first append.
-        embedder: its fingerprint.
-        dimension: of the vectors.
     """
 
     def __init__(self, folder: Path, embedder: str, dimension: int) -> None:
@@ -53,11 +48,7 @@ class Journal:
         self._lock = threading.Lock()
 
     def recall(self) -> dict[bytes, Vectors]:
-        """All intact vectors on disk, by key; truncates torn ends.
-
-        Raises:
-            OSError: the folder cannot be read.
-        """
+        """All intact vectors on disk, by key; truncates torn ends. Raises OSError."""
         found: dict[bytes, Vectors] = {}
         with self._lock:
             for file in sorted(self._folder.glob(f"*{_SUFFIX}")):
@@ -83,11 +74,7 @@ class Journal:
         return position
 
     def append(self, window: int, keys: Sequence[bytes], vectors: Vectors) -> None:
-        """Appends vectors of a window.
-
-        Raises:
-            OSError: they cannot be written.
-        """
+        """Appends vectors of a window. Raises OSError."""
         records = bytearray()
         for key, vector in zip(keys, np.ascontiguousarray(vectors, "<f4"), strict=True):
             body = key + vector.tobytes()

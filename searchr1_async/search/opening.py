@@ -18,20 +18,12 @@ OPENING_TRIES = 5
 
 
 async def open_embedder(embedder: Embedder, pacing: PacingSettings) -> None:
-    """Opens the embedder with a few retries only: the fault may be transient, but also a wrong address.
-
-    Raises:
-        EmbeddingError: it cannot be opened.
-    """
+    """Opens the embedder. Few retries: the fault may be transient, but also a wrong address. Raises EmbeddingError."""
     await _opened(embedder.open, pacing, EmbeddingError)
 
 
 async def open_store(store: Store, pacing: PacingSettings) -> None:
-    """Like :func:`open_embedder`.
-
-    Raises:
-        StoreError: it cannot be opened.
-    """
+    """Opens the store, like :func:`open_embedder`. Raises StoreError."""
     await _opened(store.open, pacing, StoreError)
 
 

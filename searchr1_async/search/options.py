@@ -32,11 +32,7 @@ class SearchOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class SearchSettings:
-    """:class:`SearchOptions` with defaults, validated.
-
-    Raises:
-        ConfigurationError: a setting is out of range.
-    """
+    """:class:`SearchOptions` with defaults. Raises ConfigurationError if one is out of range."""
 
     n_results: Annotated[int, Range(at_least=1, at_most=100)] = 3
     max_passage_words: Count | None = None
@@ -51,10 +47,6 @@ class SearchSettings:
 
 
 def check_n_results(n_results: int) -> None:
-    """Validates a number of passages per query.
-
-    Raises:
-        ConfigurationError: not 1 to 100.
-    """
+    """Raises ConfigurationError unless 1 to 100."""
     if not 1 <= n_results <= 100:
         raise ConfigurationError(f"n_results is {n_results}: it must be 1 to 100")

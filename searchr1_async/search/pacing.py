@@ -19,11 +19,7 @@ from searchr1_async.boundary.settings import Count, Range, Seconds, check_settin
 
 @dataclass(frozen=True, slots=True)
 class PacingSettings:
-    """How requests to one service are paced, retried and abandoned.
-
-    Raises:
-        ConfigurationError: a setting is out of range.
-    """
+    """Pacing and retries of requests to one service. Raises ConfigurationError if a setting is out of range."""
 
     request_timeout: Seconds = 30.0
     """Seconds per request; slower ones are retried."""
@@ -40,9 +36,7 @@ class PacingSettings:
     first_limit: Count = 4
     """Initial concurrency. Lower makes single searches queue; higher keeps batches small."""
     hedged_fraction: Annotated[float, Range(at_least=0, at_most=0.2)] = 0.0
-    """Share of requests, the slowest, that are sent a second time; the first answer wins. 0.05 cuts the tail for 5 % more
-    requests; 0 is off, since each costs quota.
-    """
+    """Share of requests, the slowest, that are sent twice: 0.05 cuts the tail for 5 % more requests. Costs quota; 0 is off."""
     longest_wait: Seconds = 300.0
     """Longest ``Retry-After`` in seconds that is waited for; beyond it searches fail at once."""
 
@@ -145,9 +139,7 @@ class Pacer:
     def succeeded(self, flight: Flight, now: float, *, most: int, is_short: bool) -> None:
         """The service answered, possibly with a permanent refusal.
 
-        Args:
-            most: upper bound of the limit.
-            is_short: a full batch is waiting, so that a higher limit would help.
+        ``most`` bounds the limit; ``is_short`` means that a full batch waits, so a higher limit would help.
         """
         self._end(flight)
         self._is_up(now)

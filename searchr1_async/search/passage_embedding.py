@@ -59,11 +59,7 @@ class BuildOptions:
 
 
 async def say_cost(corpus: Corpus, total: int, embedder: Embedder, done: int, emit: Emit) -> None:
-    """Emits the cost estimate, unless embedding is free.
-
-    Raises:
-        CorpusError: the corpus cannot be read.
-    """
+    """Emits the cost estimate, unless embedding is free. Raises CorpusError."""
     price = price_of(embedder)
     if price is not None and not price.dollars:
         return
@@ -99,16 +95,10 @@ _JobKey = tuple[int, int]
 
 
 class PassageEmbedder:
-    """Embeds passages in windows, several at once.
+    """Embeds passages in windows, several at once. ``name`` (of the target) and ``source`` (of the corpus) are for messages.
 
-    Vectors go to the journal before anything else, so a kill repeats only requests in flight.
-
-    Args:
-        name: of the target, for messages.
-        source: of the corpus, for messages.
-        embedder: open.
-        journal: keeps vectors until the caller calls :meth:`Journal.forget`.
-        options: pacing, and reporting of waits.
+    Vectors go to the journal before anything else, so a kill repeats only requests in flight; the caller calls
+    :meth:`Journal.forget`.
     """
 
     def __init__(self, name: str, source: str, embedder: Embedder, journal: Journal, options: BuildOptions) -> None:
@@ -132,24 +122,16 @@ class PassageEmbedder:
         self._requests.waits.tell = options.tell
 
     async def recall(self) -> None:
-        """Reads the journal; its vectors are not embedded again.
-
-        Raises:
-            OSError: the journal cannot be read.
-        """
+        """Reads the journal, whose vectors are not embedded again. Raises OSError."""
         self._recalled = await in_thread(self._journal.recall)
 
     async def embed(self, window: int, place: int, passages: Sequence[Passage]) -> list[Vectors]:
-        """The vector of each passage, in order.
+        """The vector of each passage, in order. Raises EmbeddingError, or StoreError if the journal cannot be written.
 
         Args:
             window: number of the journal file.
             place: index of the first passage in the corpus; identifies requests.
             passages: of the window.
-
-        Raises:
-            EmbeddingError: the embedder failed permanently.
-            StoreError: the journal cannot be written.
         """
         jobs = [_Job(passage, passage_text(passage), window) for passage in passages]
         vectors: dict[int, Vectors] = {}

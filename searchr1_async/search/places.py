@@ -62,11 +62,7 @@ def is_address(place: str | Path) -> bool:
 
 
 def compact_place(folder: Path, embedder: EmbedderChoice) -> Place:
-    """A compact index and its embedder. Reads a file: call it in a worker thread.
-
-    Raises:
-        ConfigurationError, EmbeddingError, StoreError: as :func:`look_up`.
-    """
+    """A compact index and its embedder. Reads a file: call it in a worker thread. Raises as :func:`look_up`."""
     store = CompactStore(folder)
     manifest = store.manifest
     return Place(_embedder(str(folder), embedder, manifest.embedder, manifest.embedder_fingerprint), store)

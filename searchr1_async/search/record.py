@@ -11,11 +11,7 @@ from searchr1_async.search.search import Search
 
 
 def record_of(search: Search) -> dict[str, Any]:
-    """A search as JSON values. Reads the whole corpus: call it in a worker thread.
-
-    Raises:
-        CorpusError: the corpus is unusable.
-    """
+    """A search as JSON values. Reads the whole corpus: call it in a worker thread. Raises CorpusError."""
     source = search.source
     return {
         "fingerprint": search.fingerprint,

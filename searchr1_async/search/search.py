@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 MAX_BATCH = 128
 """Queries per request, unless the embedder or the store takes fewer. Larger batches gain nothing and delay the first query."""
 VECTORS_KEPT = 4_096
-"""Query vectors in memory (12 MB at 768 dimensions), so that a query repeated during its store lookup is not embedded again."""
+"""Query vectors in memory (12 MB at 768 dimensions), for queries repeated while their lookup is pending."""
 
 _Found = tuple[str | None, Answer]
 """An answer and the index state it is valid for; None if the index changed during the request."""
@@ -287,7 +287,7 @@ class Search:
 
     @property
     def description(self) -> dict[str, Any] | None:
-        """JSON values from which :meth:`from_description` recreates this search; None if it holds in-memory objects or secrets."""
+        """JSON values for :meth:`from_description`; None if they would need in-memory objects or secrets."""
         if self._description is None:
             return None
         settings = self._settings

@@ -156,11 +156,7 @@ class ServedEmbedder:
 
     @property
     def fingerprint(self) -> str:
-        """Of the remote embedder: its vectors mix with local ones of the same fingerprint.
-
-        Raises:
-            EmbeddingError: not known yet.
-        """
+        """Of the remote embedder: its vectors mix with local ones. Raises EmbeddingError if not known yet."""
         return self._known.embedder_fingerprint
 
     @property

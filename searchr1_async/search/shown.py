@@ -9,12 +9,9 @@ from searchr1_async.search.search import Search
 
 
 class ShownSearch:
-    """A search with its own number and length of passages, for one of several models that share the search.
+    """A search, owned by the caller, with another number or length of passages, for one of several models that share it.
 
-    Args:
-        search: opened and closed by its owner.
-        n_results: passages per query; None for the search's default.
-        max_passage_words: truncates passages, 0 for whole ones; None for the search's default.
+    ``n_results`` and ``max_passage_words`` are as in :meth:`Search.search`; None for the search's default.
     """
 
     def __init__(self, search: Search, n_results: int | None, max_passage_words: int | None) -> None:

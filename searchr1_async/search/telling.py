@@ -1,4 +1,4 @@
-"""Reports each long wait for a service once, and refuses waits that are too long. No clock, no task: the caller passes the time."""
+"""Reports each long wait for a service once, and refuses waits that are too long. No clock: the caller passes the time."""
 
 from __future__ import annotations
 
@@ -17,14 +17,8 @@ logger = logging.getLogger(__name__)
 class Telling:
     """Reports the waits for one service.
 
-    Args:
-        name: of the service.
-        settings: its pacing.
-        pacer: holds the service's state.
-
-    Attributes:
-        tell: receives every wait over :data:`~searchr1_async.boundary.waits.TOLD_AFTER` seconds once, with its reason and end.
-            None for searches of a run, whose view shows outages: then only rate limits are logged.
+    ``tell`` receives every wait over :data:`~searchr1_async.boundary.waits.TOLD_AFTER` seconds once, with its reason and end.
+    None for searches of a run, whose view shows outages: then only rate limits are logged.
     """
 
     def __init__(self, name: str, settings: PacingSettings, pacer: Pacer) -> None:
@@ -36,11 +30,7 @@ class Telling:
         self._outage_reported = False
 
     def refuse_long(self, fault: PassingFault) -> None:
-        """Refuses a ``Retry-After`` beyond the limit.
-
-        Raises:
-            SearchUnavailableError: it exceeds ``PacingSettings.longest_wait``.
-        """
+        """Raises SearchUnavailableError if ``Retry-After`` exceeds ``PacingSettings.longest_wait``."""
         asked, longest = fault.retry_after, self._settings.longest_wait
         if asked is not None and asked > longest:
             words = refused_wait(self._name, asked, longest, "PacingSettings.longest_wait")
@@ -65,12 +55,7 @@ class Telling:
             self.tell(f"{self._name} answers again")
 
     def hangs(self, text: str, until: float) -> None:
-        """A request has been pending for long. Reports only the first of several.
-
-        Args:
-            text: the message.
-            until: when the request times out.
-        """
+        """A request has been pending for long, until it times out at ``until``. Reports only the first of several."""
         if self.tell is not None and self._is_new(until):
             self.tell(text)
 

@@ -42,11 +42,7 @@ class Waiter(Generic[Key, Item, Value]):
         self.done.set()
 
     def result(self) -> dict[Key, Value]:
-        """The values by key.
-
-        Raises:
-            SearchError: a copy for each call, since a shared exception would collect all tracebacks.
-        """
+        """The values by key. Raises a copy of the failure: a shared exception would collect all callers' tracebacks."""
         if self.failure is not None:
             raise _own_copy(self.failure) from (self.failure.__cause__ or self.failure)
         return self.answers

@@ -49,11 +49,6 @@ class LeastRecentlyUsedMachine(RuleBasedStateMachine):
         if key in self.order:
             self.order = [*(other for other in self.order if other != key), key]
 
-    @rule()
-    def clear(self) -> None:
-        self.cache.clear()
-        self.order = []
-
     @invariant()
     def holds_as_many(self) -> None:
         assert len(self.cache) == len(self.order)

@@ -45,11 +45,7 @@ class Embedder(Protocol):
         ...
 
     async def open(self) -> None:
-        """Loads the model or connects. Idempotent.
-
-        Raises:
-            EmbeddingError: it cannot be opened.
-        """
+        """Loads the model or connects. Idempotent. Raises EmbeddingError."""
         ...
 
     @property
@@ -68,11 +64,7 @@ class Embedder(Protocol):
         ...
 
     async def embed_passages(self, texts: Sequence[str]) -> Vectors:
-        """One vector per passage, in order.
-
-        Raises:
-            PassingFault, RefusedInput, EmbeddingError: as :meth:`embed_queries`.
-        """
+        """One vector per passage, in order. Raises as :meth:`embed_queries`."""
         ...
 
     async def aclose(self) -> None:

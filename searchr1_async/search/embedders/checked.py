@@ -12,12 +12,7 @@ from searchr1_async.search.faults import RefusedInput
 
 
 def checked_vectors(vectors: Any, texts: int, embedder: Embedder) -> Vectors:
-    """The output of an embedder as ``[texts, dimension]``, float32.
-
-    Args:
-        vectors: what the embedder returned: an array, a tensor, or lists of numbers.
-        texts: number of texts it was given.
-        embedder: open.
+    """The output of an open embedder for so many texts as ``[texts, dimension]``, float32. Takes arrays, tensors and lists.
 
     Raises:
         EmbeddingError: not one finite vector per text; fatal.

@@ -210,22 +210,17 @@ class GeminiEmbedder:
         return self._vectors(rows, len(texts))
 
     async def _rows_by_models(self, client: Client, texts: Sequence[str], task_type: str) -> list[Any]:
-        """Uses the client's public ``embed_content``, one Content per text (some models join a list of strings into one text).
-
-        Its pydantic models block the event loop for up to 45 ms per request of 100 texts.
-        """
+        """Uses the client's public ``embed_content``, whose pydantic models block the event loop up to 45 ms per 100 texts."""
         from google.genai.types import EmbedContentConfig
 
+        # One Content per text: some models join a list of strings into one text.
         contents: Any = [{"parts": [{"text": text}]} for text in texts]
         config = EmbedContentConfig(task_type=task_type, output_dimensionality=self._dimension)
         answer = await client.aio.models.embed_content(model=self._model, contents=contents, config=config)
         return [embedding.values for embedding in answer.embeddings or ()]
 
     async def _rows_by_transport(self, client: Client, texts: Sequence[str], task_type: str) -> list[Any]:
-        """Sends the same request through the client's transport alone, at a quarter of the CPU cost.
-
-        The transport is private API of the client: :meth:`_probe` checks that it still works.
-        """
+        """Same request through the client's private transport, at a quarter of the CPU. :meth:`_probe` checks it."""
         import orjson
 
         path, body = embedding_request(self._model, texts, task_type, self._dimension, on_vertex=self._on_vertex)

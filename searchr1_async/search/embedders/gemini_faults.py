@@ -29,11 +29,7 @@ def classify(
 ) -> SearchError:
     """Maps an exception of google-genai, aiohttp or google-auth to a fault.
 
-    Args:
-        where: the embedder's name, for the message.
-        on_vertex: which service was called, for the remedy.
-        texts: the texts of the request, redacted from the message.
-        secrets: key or token, likewise.
+    ``where`` is the embedder's name; ``on_vertex`` selects the remedy; ``texts`` and ``secrets`` are redacted.
     """
     import aiohttp
     from google.auth import exceptions as google_auth

@@ -25,12 +25,7 @@ WHOLE_BYTES = 1 << 20
 
 
 class Connection:
-    """HTTP session with a served search. Can be reopened, from one event loop at a time.
-
-    Args:
-        failure: raised for permanent faults.
-        timeout: seconds for a whole request.
-    """
+    """HTTP session with a served search, reopenable. Permanent faults raise ``failure``; ``timeout`` is per request."""
 
     def __init__(self, url: str, token: str | None, failure: type[SearchError], *, timeout: float) -> None:
         self._url = _base(url)
@@ -77,11 +72,7 @@ class Connection:
             raise
 
     async def look(self) -> ServedFacts:
-        """Describes what is served.
-
-        Raises:
-            PassingFault, SearchError: as :meth:`request`; fatal for another kind of service or a wrong token.
-        """
+        """Describes what is served. Raises as :meth:`request`; fatal for another kind of service or a wrong token."""
         body, _ = await self.request("GET", "health")
         try:
             answer = loads(body)
@@ -109,10 +100,7 @@ class Connection:
     ) -> tuple[bytes, Mapping[str, str]]:
         """The body and headers of a successful answer.
 
-        Raises:
-            PassingFault: transient.
-            RefusedInput: because of something in the body.
-            SearchError: ``failure``, permanent.
+        Raises PassingFault if transient, RefusedInput because of the body's content, else ``failure``.
         """
         if self._session is None:
             raise self._failure(f"{self.name} is not open")

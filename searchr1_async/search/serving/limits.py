@@ -10,11 +10,7 @@ from searchr1_async.boundary.settings import Count, Range, Seconds, check_settin
 
 @dataclass(frozen=True, slots=True)
 class ServingLimits:
-    """Size and concurrency limits of requests.
-
-    Raises:
-        ConfigurationError: a limit is out of range.
-    """
+    """Size and concurrency limits of requests. Raises ConfigurationError if one is out of range."""
 
     body_bytes: Count = 8 << 20
     """Per request; larger bodies get 413. 256 vectors of 3,072 numbers have 4.2 MB."""

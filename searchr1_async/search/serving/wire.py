@@ -31,13 +31,7 @@ _PLACE = re.compile(r"\s+(?=(?:in|at)\s|[/~\\]|[A-Za-z]:[/\\]|\w+://)")
 
 
 class BadRequest(Exception):
-    """A request that is refused.
-
-    Args:
-        kind: one word, for programs.
-        message: for people; quotes nothing of the request.
-        status: HTTP status.
-    """
+    """A refused request: ``kind`` is one word for programs, ``message`` quotes nothing of the request."""
 
     def __init__(self, kind: str, message: str, status: int = 422) -> None:
         super().__init__(message)
@@ -83,11 +77,7 @@ class ServedFacts:
 
     @classmethod
     def from_json(cls, url: str, values: Mapping[str, Any]) -> Self:
-        """Inverse of :meth:`to_json`.
-
-        Raises:
-            KeyError, TypeError, ValueError: malformed values.
-        """
+        """Inverse of :meth:`to_json`. Raises KeyError, TypeError or ValueError."""
         tokens = values["max_tokens"]
         return cls(
             url=url,
@@ -123,11 +113,7 @@ def dumps(value: Any) -> bytes:
 
 
 def loads(body: bytes) -> Any:
-    """Parses JSON, including lone surrogates, which orjson rejects but Python's ``requests`` sends.
-
-    Raises:
-        ValueError: not JSON.
-    """
+    """Parses JSON, including lone surrogates, which orjson rejects but Python's ``requests`` sends. Raises ValueError."""
     try:
         return orjson.loads(body)
     except orjson.JSONDecodeError:
@@ -143,11 +129,7 @@ def pack_vectors(vectors: Vectors) -> bytes:
 
 
 def unpack_vectors(body: bytes, dimension: int) -> Vectors:
-    """Inverse of :func:`pack_vectors`.
-
-    Raises:
-        ValueError: malformed bytes.
-    """
+    """Inverse of :func:`pack_vectors`. Raises ValueError."""
     if dimension < 1 or len(body) % (4 * dimension):
         raise ValueError("not whole vectors")
     return np.frombuffer(body, "<f4").astype(np.float32, copy=False).reshape(-1, dimension)
@@ -159,11 +141,7 @@ def pack_found(found: Found) -> list[list[tuple[str, str, str, float]]]:
 
 
 def unpack_found(packed: Any) -> Found:
-    """Inverse of :func:`pack_found`.
-
-    Raises:
-        TypeError, ValueError: malformed values.
-    """
+    """Inverse of :func:`pack_found`. Raises TypeError or ValueError."""
     return tuple(
         tuple(Passage(own_id, title, text, float(score)) for own_id, title, text, score in passages)
         for passages in packed
@@ -198,11 +176,7 @@ class Retrieve:
 
 
 def read_embed(body: bytes, limits: ServingLimits) -> Embed:
-    """Parses a request.
-
-    Raises:
-        BadRequest: malformed or beyond a limit.
-    """
+    """Parses a request. Raises BadRequest if malformed or beyond a limit."""
     fields = _object(body)
     texts = _texts(fields, "texts", limits.texts)
     if not all(_is_unicode(text) for text in texts):
@@ -214,11 +188,7 @@ def read_embed(body: bytes, limits: ServingLimits) -> Embed:
 
 
 def read_query(body: bytes, dimension: str, n_results: str, limits: ServingLimits) -> Query:
-    """Parses a request: body and query parameters.
-
-    Raises:
-        BadRequest: malformed or beyond a limit.
-    """
+    """Parses a request's body and query parameters. Raises BadRequest if malformed or beyond a limit."""
     try:
         vectors = unpack_vectors(body, _parse_integer(dimension))
         wanted = _parse_integer(n_results)
@@ -235,11 +205,7 @@ def read_query(body: bytes, dimension: str, n_results: str, limits: ServingLimit
 
 
 def read_retrieve(body: bytes, limits: ServingLimits) -> Retrieve:
-    """Parses a request.
-
-    Raises:
-        BadRequest: malformed or beyond a limit.
-    """
+    """Parses a request. Raises BadRequest if malformed or beyond a limit."""
     fields = _object(body)
     texts = _texts(fields, "queries", limits.queries)
     wanted, with_scores = fields.get("topk"), fields.get("return_scores", False)
