@@ -310,7 +310,7 @@ class Search:
         makers = {"local": cls.local, "chroma": cls.chroma, "compact": cls.compact}
         if kind not in makers:
             raise ConfigurationError(
-                f"cannot create a search of kind {kind!r} from its description: pass the search itself"
+                f"a search of kind {kind!r} cannot be made from its description: pass the search itself"
             )
         try:
             return makers[kind](**arguments)
