@@ -72,7 +72,7 @@ async def test_that_call_makes_it_again(index: Path) -> None:
     await build_compact_index(
         corpus(), index, embedder=own, emit=lambda event: notices.append(getattr(event, "text", ""))
     )
-    assert any("vectors.bin" in text and "made again" in text for text in notices)
+    assert any("vectors.bin" in text and "rebuilding the index" in text for text in notices)
     async with await Search.open(index, embedder=embedder(), n_results=1) as search:
         found = await search.search([passage.text for passage in corpus()[::50]])
     assert all(answer[0].score > 0.99 for answer in found)
