@@ -36,7 +36,7 @@ Advance = Callable[[int], None]
 PART = 4 << 30
 """Bytes per request: the hub refuses responses over 50 GB, and its download URLs expire."""
 BLOCK = 4 << 20
-"""Bytes per write; at most this much is fetched again after a kill."""
+"""Bytes per write; about this much is fetched again after a kill."""
 PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0, 60.0, 120.0)
 """Seconds between retries; reset whenever bytes arrive."""
 LONGEST_WAIT = 600.0
