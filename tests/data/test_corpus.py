@@ -175,5 +175,5 @@ def test_no_character_of_a_file_s_name_is_a_wildcard(tmp_path: Path, name: str, 
             frame.write_parquet(file) if suffix == "parquet" else frame.write_ndjson(file)
     assert [passage.id for passage in load_corpus(tmp_path / f"{name}.{suffix}").passages()] == [name]
     (tmp_path / f"{name}.{suffix}").unlink()
-    with pytest.raises(CorpusError, match="the corpus file .* does not exist"):
+    with pytest.raises(CorpusError, match=r"the corpus file .* does not exist"):
         load_corpus(tmp_path / f"{name}.{suffix}")

@@ -278,5 +278,5 @@ def test_no_character_of_a_file_s_name_is_a_wildcard(tmp_path: Path, name: str, 
             frame.write_parquet(file)
     assert [question.id for question in load_questions(tmp_path / f"{name}.parquet")] == [name]
     (tmp_path / f"{name}.parquet").unlink()
-    with pytest.raises(QuestionsError, match="the question file .* does not exist"):
+    with pytest.raises(QuestionsError, match=r"the question file .* does not exist"):
         load_questions(tmp_path / f"{name}.parquet")

@@ -88,7 +88,7 @@ class _Opened:
         self._folder = folder
         if not (folder / DATABASE_NAME).is_file():
             raise StoreError(f"{folder} is not a Chroma folder (no {DATABASE_NAME}): name the folder that Chroma uses")
-        with self._worded():
+        with self._store_errors():
             self._tables = ChromaTables(folder, collection)
             try:
                 self._open(embedder)
@@ -143,7 +143,7 @@ class _Opened:
         if not start:
             return -1
         query = "SELECT id FROM embeddings NOT INDEXED WHERE segment_id = ? ORDER BY id LIMIT 1 OFFSET ?"
-        with self._worded():
+        with self._store_errors():
             found = self._tables.all(query, self._tables.metadata_segment, start - 1)
         if not found:
             raise StoreError(f"{self.name} no longer holds {start:,} passages: it has changed since")
@@ -151,7 +151,7 @@ class _Opened:
 
     def page(self, after: int) -> tuple[Block, int] | None:
         """The rows after a database id, and the id of the last of them; None at the end."""
-        with self._worded():
+        with self._store_errors():
             rows = self._tables.all(_PAGE_QUERY, self._tables.metadata_segment, after, PAGE)
             if not rows:
                 return None
@@ -189,7 +189,7 @@ class _Opened:
         return found
 
     @contextlib.contextmanager
-    def _worded(self):
+    def _store_errors(self):
         try:
             yield
         except sqlite3.OperationalError as error:

@@ -257,7 +257,7 @@ async def test_vectors_of_another_shape_and_too_large_ones(tmp_path: Path) -> No
     with pytest.raises(StoreError, match=r"arrays, row 0: vectors of shape \(70, 31\) for 70 passages of dimension 32"):
         await make(tmp_path / "index", arrays)
     large = Arrays(clustered(ROWS, 32) * np.float32(1e6), "ip")
-    with pytest.raises(StoreError, match="exceed 65,504.*vectors='int8'"):
+    with pytest.raises(StoreError, match=r"exceed 65,504.*vectors='int8'"):
         await make(tmp_path / "float16", large, settings=CompactSettings("float16", LISTS))
     assert (await make(tmp_path / "int8", large)).calibration.recall > 0.9
 

@@ -47,7 +47,7 @@ def look_at(folder: Path, collection: str) -> Looked | None:
         if any(folder.glob(f"*/{ROWS_NAME}")):
             raise DamagedIndexError(f"{folder / DATABASE_NAME} is missing", advice_for(folder))
         return None
-    with _worded(folder):
+    with _store_errors(folder):
         try:
             tables = ChromaTables(folder, collection, is_read_only=False)
         except StoreError:
@@ -161,7 +161,7 @@ def _state(folder: Path) -> list[tuple[str, int, int]]:
 
 
 @contextlib.contextmanager
-def _worded(folder: Path) -> Iterator[None]:
+def _store_errors(folder: Path) -> Iterator[None]:
     path = folder / DATABASE_NAME
     try:
         yield

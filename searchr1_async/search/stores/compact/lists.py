@@ -14,7 +14,7 @@ from searchr1_async.search.stores.base import Metric
 from searchr1_async.search.stores.compact.probing import Lists
 
 MOST_LISTS = 65_536
-SAMPLE_A_LIST = 40
+SAMPLE_PER_LIST = 40
 """Mean sample vectors per centre; faiss advises at least 39."""
 MOST_SAMPLED = 500_000
 """1.5 GB as float32 at 768 dimensions."""
@@ -38,7 +38,7 @@ def lists_for(count: int) -> int:
 
 def sample_size(count: int, lists: int) -> int:
     """Vectors to learn the centres from."""
-    return min(count, max(SAMPLE_A_LIST * lists, 10_000), MOST_SAMPLED)
+    return min(count, max(SAMPLE_PER_LIST * lists, 10_000), MOST_SAMPLED)
 
 
 def learn_centres(sample: Vectors, lists: int, seed: int, check: Callable[[], object] = lambda: None) -> Vectors:
