@@ -11,7 +11,7 @@ import importlib.util
 import json
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -94,15 +94,6 @@ class Country:
         if isinstance(node, Mapping):
             node = node.get("text")
         return clean_text(node) if isinstance(node, str) else ""
-
-    def sub_fields(self, *path: str) -> Iterator[tuple[str, str]]:
-        """The named sub-fields of a field with their clean texts, in order."""
-        node: Any = self.fields
-        for key in path:
-            node = node.get(key) if isinstance(node, Mapping) else None
-        for name in node if isinstance(node, Mapping) else ():
-            if text := self.text(*path, name):
-                yield name.strip(), text
 
 
 def slugify(name: str) -> str:
