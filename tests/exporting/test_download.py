@@ -148,7 +148,7 @@ async def test_urls_near_their_end_are_signed_again_before_a_file(tmp_path: Path
 
 async def test_a_store_that_stays_away_is_an_error_with_a_remedy(tmp_path: Path) -> None:
     store = Store(statuses=[503] * 10)
-    with pytest.raises(ExportError, match=r"failed 4 times in a row \(HTTP 503\)"):
+    with pytest.raises(ExportError, match=r"does not come \(HTTP 503\), 4 tries in a row"):
         await fetch(store, tmp_path)
     assert len(store.deleted) == 1
 
