@@ -123,7 +123,7 @@ runpy.run_module("searchr1_async", run_name="__main__", alter_sys=True)
         check=False,
         env=tiny_world.child_environment(),
     )
-    assert (found.returncode, found.stdout, found.stderr) == (130, "", "Stopped at once.\n")
+    assert (found.returncode, found.stdout, found.stderr) == (130, "", "Stopped immediately.\n")
 
 
 INTERRUPTED = """

@@ -140,7 +140,7 @@ async def test_questions_that_are_none_are_refused(search: sr.Search, tmp_path: 
     one = tiny_world.make_questions()[0][0]
     for questions, named in (
         ([{"question": "What?"}], "row 1 has neither 'golden_answers'"),
-        ([one, one], "two questions have the id"),
+        ([one, one], "duplicate question id"),
     ):
         with pytest.raises(sr.QuestionsError, match=named):
             start(search, tmp_path / "run", questions)
@@ -243,7 +243,7 @@ async def test_a_server_that_is_no_tinker_service_is_named() -> None:
         thread.start()
         url = f"http://127.0.0.1:{server.server_port}"
         try:
-            with pytest.raises(sr.ServiceUnavailableError, match="no Tinker service"):
+            with pytest.raises(sr.ServiceUnavailableError, match="not as a Tinker service"):
                 await check_service(url, None, LocalOptions())
         finally:
             server.shutdown()

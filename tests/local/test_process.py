@@ -203,7 +203,7 @@ async def test_probing_something_that_is_not_a_service() -> None:
 
     async with await asyncio.start_server(talk, "127.0.0.1", 0) as server:
         port = server.sockets[0].getsockname()[1]
-        with pytest.raises(ServiceUnavailableError, match="no Tinker service"):
+        with pytest.raises(ServiceUnavailableError, match="not as a Tinker service"):
             await probe(f"http://127.0.0.1:{port}/")
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"

@@ -83,11 +83,11 @@ async def test_a_compact_index_is_described_and_made_again(tmp_path: Path, monke
 
 async def test_an_unfinished_and_a_broken_compact_index(tmp_path: Path, embedder: Any) -> None:
     (tmp_path / "begun" / "building").mkdir(parents=True)
-    with pytest.raises(StoreError, match="not finished"):
+    with pytest.raises(StoreError, match="unfinished compact index"):
         await Search.open(tmp_path / "begun", embedder=embedder)
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "manifest.json").write_text("{")
-    with pytest.raises(StoreError, match="is broken"):
+    with pytest.raises(StoreError, match="is corrupt"):
         await Search.open(str(tmp_path / "broken"), embedder=embedder)
 
 

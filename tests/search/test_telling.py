@@ -89,7 +89,7 @@ async def test_a_wait_over_the_bound_is_refused_at_once(fault: Fault) -> None:
     assert len(service.times) <= 3
     assert refusal.value.is_fatal
     for words in (
-        "the service asks to be left alone for 86,399 s, until 20",
+        "the service asks for a wait of 86,399 s, until 20",
         "PacingSettings.longest_wait=300",
         "quota of a day",
     ):

@@ -85,5 +85,5 @@ async def test_files_that_do_not_belong_together_are_refused_by_a_search(index: 
     path.write_bytes(np.roll(rows, 7, axis=0).tobytes())
     manifest = CompactManifest.load(index)
     replace(manifest, files={**manifest.files, "vectors.bin": record_of(path)}).save(index)
-    with pytest.raises(StoreError, match=r"of 16 of its own vectors it finds"):
+    with pytest.raises(StoreError, match=r"it finds \d+ of 16 of its own vectors"):
         await CompactStore(index).open()
