@@ -1,4 +1,4 @@
-"""How a run stands, folded from its events: what every live view shows. Pure; the caller passes the time in."""
+"""Run state folded from events; the source of every live view. Pure: the caller passes the time in."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ from searchr1_async.watch.live.snapshot import (
 from searchr1_async.watch.progress import Estimate, Holds
 
 LATE_SECONDS = 0.02
-"""Median lag from which the event loop counts as late; an idle one is under 1 ms."""
+"""Median lag from which the event loop counts as late; an idle loop is under 1 ms."""
 MOST_EVALUATIONS = 200
 _MOST_NOTICES = 6
 _LONGEST_TEXT = 500
-"""Characters of a notice or an error that are kept: an answer of a service may be a page."""
+"""Maximum characters kept of a notice or an error: a service's error response can be a whole page."""
 
 
 @dataclass(slots=True)
@@ -67,7 +67,7 @@ class _Tally:
     valid: int = 0
     error: str = ""
     sums: list[float] = field(default_factory=lambda: [0.0] * 6)
-    """Of reward, exact match and turns, then of their squares."""
+    """Sums of reward, exact match and turns, then of their squares."""
 
     def add(self, episode: Episode) -> None:
         self.episodes += 1
@@ -105,7 +105,7 @@ class _Tally:
 
 @dataclass(slots=True)
 class _Total:
-    """A count of one engine after the other: each begins at 0, the sum goes on."""
+    """A counter that survives engine restarts: each engine starts at 0, the sum continues."""
 
     before: int = 0
     last: int = 0
@@ -128,15 +128,14 @@ class _Phase:
 
 
 class RunState:
-    """Folds a run's events. Bounded in memory, however long the run; :meth:`see` takes microseconds."""
+    """Folds a run's events with bounded memory; :meth:`see` takes microseconds."""
 
     def __init__(self) -> None:
         self.steps = Series()
-        """The curves."""
         self.evaluations: list[EvaluationState] = []
-        """All held-out evaluations; past :data:`MOST_EVALUATIONS` every second one between the first and the last."""
+        """Held-out evaluations; past :data:`MOST_EVALUATIONS`, every second one between the first and the last is dropped."""
         self.evaluated = 0
-        """Evaluations seen, in all."""
+        """Total evaluations seen."""
         self._began: float | None = None
         self._ended_at: float | None = None
         self._reason = ""
@@ -153,15 +152,15 @@ class RunState:
         self._constant_in_a_row = 0
         self._finished_episodes = _Total()
         self._tokens = (_Total(), _Total(), _Total())
-        """Prompt tokens, those of them that were cached, and sampled tokens, of the engines of this session."""
+        """Prompt, cached prompt and sampled tokens of this session's engines."""
         self._besides = TokenUsage()
-        """What learning and asked questions used in this session."""
+        """Tokens used by training and by ``ask`` in this session."""
         self._told: deque[tuple[float, int, float, float]] = deque(maxlen=128)
-        """Time, episodes, queries and failed calls, for rates."""
+        """Time, episodes, queries and failed calls: the readings from which rates are computed."""
         self._late_since: float | None = None
         self._holds: deque[tuple[float, float]] = deque(maxlen=128)
         self._warnings: deque[tuple[str, float, int]] = deque(maxlen=_MOST_NOTICES)
-        """Text, when it came last, how often."""
+        """Text, time of the last occurrence, count."""
         self._last_notice = ""
         self._checkpoint = ""
         self._staleness: float | None = None
@@ -177,12 +176,12 @@ class RunState:
 
     @property
     def has_started(self) -> bool:
-        """What is done, and how much of it, is known."""
+        """``RunStarted`` has been seen."""
         return bool(self._run.model)
 
     @property
     def first_step(self) -> int:
-        """Steps done before: over 0 where a run is resumed."""
+        """Steps done by earlier sessions; 0 for a new run."""
         return self._run.step
 
     @property
@@ -190,14 +189,14 @@ class RunState:
         return self._ended_at is not None
 
     def end(self, reason: str, now: float) -> None:
-        """The work is over, whether its own event said so or not. The first word counts."""
+        """Mark the run as ended, for runs that never emit ``RunEnded``. Only the first call counts."""
         if self._ended_at is None:
             self._ended_at = now
             self._reason = reason
             self._phases.clear()
 
     def see(self, event: Event, now: float) -> None:
-        """Fold ``event`` in; kinds that no view shows are passed over."""
+        """Fold in ``event``; kinds that no view shows are ignored."""
         if self._began is None:
             self._began = now
         match event:
@@ -216,7 +215,7 @@ class RunState:
             case GroupDropped():
                 self._dropped[event.reason[:80]] += 1
             case MinibatchLearned():
-                # Billed is an example's input, which lacks its last token.
+                # Billed are an example's input tokens, which lack the last token.
                 self._besides += TokenUsage(trained=max(0, event.tokens - event.datums))
             case BesideSampled(prompt, cached, sampled):
                 self._besides += TokenUsage(prompt, cached, sampled)
@@ -324,7 +323,7 @@ class RunState:
         self._warnings.append((text, now, count))
 
     def snapshot(self, now: float) -> Snapshot:
-        """How it stands at ``now``; once it has ended, as it stood then."""
+        """State at ``now``; once ended, the state at the end."""
         if self._ended_at is not None:
             now = self._ended_at
         run, pipeline = self._run, self._pipeline
@@ -404,17 +403,17 @@ class RunState:
         )
 
     def _since(self, now: float) -> tuple[float, int, float, float]:
-        """The oldest reading of the last while."""
+        """The oldest reading within :data:`RATE_SECONDS`."""
         for reading in self._told:
             if now - reading[0] <= RATE_SECONDS:
                 return reading
         return self._told[-1] if self._told else (now, self._finished_episodes.value, 0.0, 0.0)
 
     def _cost(self, session: TokenUsage) -> Cost:
-        """What the run cost so far, if this session used so much."""
+        """Cost of the run so far, earlier sessions included."""
         run = self._run
         if not run.model:
-            return Billing(reason="nothing has begun").cost(session)
+            return Billing(reason="not started").cost(session)
         billing = billing_of(run.model, is_embedded=run.is_embedded, is_tinker=run.is_tinker, price=run.price)
         dollars = billing.dollars(session)
         known = None if run.spent is None or dollars is None else run.spent + dollars
