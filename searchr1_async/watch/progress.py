@@ -103,8 +103,8 @@ class Estimate:
         latest, done = self._history[-1]
         if done <= before or latest <= then:
             return None
-        seconds_a_unit = (latest - then) / (done - before)
-        return max(0.0, (self.total - done) * seconds_a_unit - (now - latest))
+        seconds_per_unit = (latest - then) / (done - before)
+        return max(0.0, (self.total - done) * seconds_per_unit - (now - latest))
 
 
 @dataclass(slots=True)

@@ -164,7 +164,7 @@ class RunState:
         self._last_notice = ""
         self._checkpoint = ""
         self._staleness: float | None = None
-        self._seconds_a_step: float | None = None
+        self._seconds_per_step: float | None = None
 
     @property
     def kind(self) -> str:
@@ -281,7 +281,7 @@ class RunState:
         self.steps.add(event.step, event.metrics)
         self._step = max(self._step, event.step)
         self._staleness = finite(event.metrics.get("env/all/staleness"))
-        self._seconds_a_step = finite(event.metrics.get("time/total"))
+        self._seconds_per_step = finite(event.metrics.get("time/total"))
         phase = self._phases.get("train")
         if phase is not None and event.step > phase.estimate.done:
             phase.estimate.advance(event.step, now)
@@ -352,7 +352,7 @@ class RunState:
             searching=rollout.searching if rollout else 0,
             groups=rollout.groups if rollout else 0,
             finished_episodes=self._finished_episodes.value,
-            episodes_a_second=max(0, self._finished_episodes.value - episodes_then) / max(now - then, 1.0),
+            episodes_per_second=max(0, self._finished_episodes.value - episodes_then) / max(now - then, 1.0),
             limited_by=rollout.limited_by if rollout else "",
             batch=self._tally.frozen(),
             step_of_batch=pipeline.step if pipeline else 0,
@@ -377,7 +377,7 @@ class RunState:
             warnings=tuple(NoticeState(text, max(0.0, now - at), count) for text, at, count in self._warnings),
             last_notice=self._last_notice,
             checkpoint=self._checkpoint,
-            seconds_a_step=self._seconds_a_step,
+            seconds_per_step=self._seconds_per_step,
             latest=rows[-1] if (rows := self.steps.rows(max(0, len(self.steps) - 1))) else {},
         )
 
@@ -428,7 +428,7 @@ class RunState:
         services = ("embedding", "store")
         return SearchState(
             queries=int(queries),
-            queries_a_second=max(0.0, queries - queries_then) / max(now - then, 1.0),
+            queries_per_second=max(0.0, queries - queries_then) / max(now - then, 1.0),
             cache_hit_rate=_number(found, "search/cache_hit_rate"),
             p50=_number(found, "search/p50"),
             p99=_number(found, "search/p99"),

@@ -121,9 +121,9 @@ def test_rates_are_over_the_last_while() -> None:
         queries = 5.0 * second if second < 40 else 200 + 20.0 * (second - 40)
         state.see(sampled(episodes, queries=queries), float(second))
     snapshot = state.snapshot(59.0)
-    assert snapshot.episodes_a_second == pytest.approx(10)
+    assert snapshot.episodes_per_second == pytest.approx(10)
     assert snapshot.search is not None
-    assert snapshot.search.queries_a_second == pytest.approx(20)
+    assert snapshot.search.queries_per_second == pytest.approx(20)
 
 
 def test_the_time_left_is_by_the_steps_of_late() -> None:
@@ -167,7 +167,7 @@ def test_memory_is_bounded() -> None:
         state.see(Notice(f"warning {step}", is_warning=True), float(step))
     rows = state.steps.rows()
     assert 250 <= len(rows) <= 501
-    assert state.steps.steps_a_row == 32
+    assert state.steps.steps_per_row == 32
     assert (state.evaluations[0].step, state.evaluations[-1].step) == (1, 10_000)
     assert len(state.evaluations) <= MOST_EVALUATIONS
     snapshot = state.snapshot(10_000.0)
@@ -268,7 +268,7 @@ def test_no_order_of_events_breaks_it(told: list[tuple[Event, float]]) -> None:
 
 def _is_sane(snapshot: Snapshot, state: RunState) -> None:
     json.dumps(dataclasses.asdict(dataclasses.replace(snapshot, phases=())), allow_nan=False)
-    for name in ("seconds", "finished_episodes", "episodes_a_second", "late_for"):
+    for name in ("seconds", "finished_episodes", "episodes_per_second", "late_for"):
         assert getattr(snapshot, name) >= 0, name
     assert min(snapshot.used.prompt, snapshot.used.sampled, snapshot.used.trained) >= 0
     assert snapshot.batch.failed <= snapshot.batch.episodes

@@ -47,7 +47,7 @@ class Series:
         return len(self._settled) + bool(self._open)
 
     @property
-    def steps_a_row(self) -> int:
+    def steps_per_row(self) -> int:
         return self._stride
 
     def add(self, step: int, metrics: Mapping[str, float]) -> None:

@@ -34,7 +34,7 @@ class PhaseState:
 class SearchState:
     queries: int
     """Total since the client was created."""
-    queries_a_second: float
+    queries_per_second: float
     cache_hit_rate: float
     p50: float
     """Seconds per call."""
@@ -114,7 +114,7 @@ class Snapshot:
     groups: int
     """In flight."""
     finished_episodes: int
-    episodes_a_second: float
+    episodes_per_second: float
     limited_by: str
     batch: OpenBatch
     step_of_batch: int
@@ -151,6 +151,6 @@ class Snapshot:
     """Recent warnings, newest last."""
     last_notice: str
     checkpoint: str
-    seconds_a_step: float | None
+    seconds_per_step: float | None
     latest: Mapping[str, float | None]
     """Curve values of the last finished step."""
