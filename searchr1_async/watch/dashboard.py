@@ -208,12 +208,12 @@ class QuietView:
         self._seconds = seconds
         self._last: Event | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._is_speaking = False
+        self._is_active = False
 
     def __call__(self, event: Event) -> None:
         if not isinstance(event, Notice | PhaseStarted | PhaseAdvanced | PhaseEnded):
             return
-        if self._is_speaking:
+        if self._is_active:
             self._progress(event)
         elif isinstance(event, Notice | PhaseStarted):
             self._last = event
@@ -224,15 +224,15 @@ class QuietView:
             self._timer.cancel()
         self._progress.__exit__(None, None, None)
 
-    def _speak(self) -> None:
-        self._is_speaking = True
+    def _activate(self) -> None:
+        self._is_active = True
         if self._last is not None:
             with suppress(OSError, ValueError):  # runs in a timer: nobody could handle it
                 self._progress(self._last)
 
     async def __aenter__(self) -> Self:
         self._progress.__enter__()
-        self._timer = asyncio.get_running_loop().call_later(self._seconds, self._speak)
+        self._timer = asyncio.get_running_loop().call_later(self._seconds, self._activate)
         return self
 
     async def __aexit__(

@@ -113,15 +113,15 @@ def _call_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
 
 
 def _by_group_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    played = [group for group in groups if group.episodes]
-    if not played:
+    nonempty = [group for group in groups if group.episodes]
+    if not nonempty:
         return {}
-    constant = [group for group in played if group.is_constant]
+    constant = [group for group in nonempty if group.is_constant]
     good = sum(group.rewards[0] >= GOOD_REWARD for group in constant)
     return {
-        "by_group/frac_mixed": (len(played) - len(constant)) / len(played),
-        "by_group/frac_all_good": good / len(played),
-        "by_group/frac_all_bad": (len(constant) - good) / len(played),
+        "by_group/frac_mixed": (len(nonempty) - len(constant)) / len(nonempty),
+        "by_group/frac_all_good": good / len(nonempty),
+        "by_group/frac_all_bad": (len(constant) - good) / len(nonempty),
     }
 
 

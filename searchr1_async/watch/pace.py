@@ -54,7 +54,7 @@ class PaceWarning:
         self._emit, self._clock = emit, clock
         self._run: RunStarted | None = None
         self._phase: _Phase | None = None
-        self._held_by = frozenset[str]()
+        self._paused_by = frozenset[str]()
 
     def __call__(self, event: Event) -> None:
         now = self._clock()
@@ -72,11 +72,11 @@ class PaceWarning:
             case EpisodeFinished() if self._phase is not None and self._phase.name == "train":
                 self._phase.done += 1
             case RunPaused() | ServiceSilent():
-                self._held_by |= {_holder(event)}
+                self._paused_by |= {_pause_reason(event)}
             case RunResumed() | ServiceAnswers():
-                self._held_by -= {_holder(event)}
+                self._paused_by -= {_pause_reason(event)}
                 self._begin_minute(now)
-        if not self._held_by:
+        if not self._paused_by:
             self._look(now)
 
     def _begin_minute(self, now: float) -> None:
@@ -109,14 +109,14 @@ class PaceWarning:
             self._phase = None
         elif phase.slow >= wanted:
             self._phase = None
-            self._emit(Notice(_words(phase, seconds, rate), is_warning=True))
+            self._emit(Notice(_message(phase, seconds, rate), is_warning=True))
 
 
-def _holder(event: RunPaused | RunResumed | ServiceSilent | ServiceAnswers) -> str:
+def _pause_reason(event: RunPaused | RunResumed | ServiceSilent | ServiceAnswers) -> str:
     return "pause" if isinstance(event, RunPaused | RunResumed) else "service"
 
 
-def _words(phase: _Phase, seconds: float, rate: float) -> str:
+def _message(phase: _Phase, seconds: float, rate: float) -> str:
     days = f"about {seconds / DAY:,.0f} days" if seconds > 10 * DAY else f"about {seconds / DAY:.1f} days"
     pace = f"at {rate * MINUTE:,.0f} per minute"
     if phase.name == "train":

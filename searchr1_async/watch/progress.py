@@ -54,8 +54,8 @@ class Estimate:
     seconds_at_most: float | None = None
     """Upper bound on the phase's duration."""
     _history: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=20))
-    _held_at: float | None = None
-    _held: float = 0.0
+    _paused_at: float | None = None
+    _paused: float = 0.0
     """Seconds spent paused; excluded from both the pace and the limit."""
 
     def __post_init__(self) -> None:
@@ -83,20 +83,20 @@ class Estimate:
         by_limit = max(0.0, self.started + self.seconds_at_most - now)
         return by_limit if by_pace is None else min(by_pace, by_limit)
 
-    def hold(self, now: float) -> None:
+    def pause(self, now: float) -> None:
         """Pause the clock."""
-        if self._held_at is None:
-            self._held_at = now
+        if self._paused_at is None:
+            self._paused_at = now
 
-    def go_on(self, now: float) -> None:
+    def resume(self, now: float) -> None:
         """Resume the clock."""
-        if self._held_at is not None:
-            self._held += now - self._held_at
-            self._held_at = None
+        if self._paused_at is not None:
+            self._paused += now - self._paused_at
+            self._paused_at = None
 
     def _worked(self, now: float) -> float:
         """``now`` on a clock that stops while the run is paused."""
-        return (now if self._held_at is None else self._held_at) - self._held
+        return (now if self._paused_at is None else self._paused_at) - self._paused
 
     def _by_pace(self, now: float) -> float | None:
         then, before = self._history[0]
@@ -108,7 +108,7 @@ class Estimate:
 
 
 @dataclass(slots=True)
-class Holds:
+class Pauses:
     """Why a run is paused: on request, because the Tinker service is not responding, or both."""
 
     reasons: set[str] = field(default_factory=set)
@@ -127,7 +127,7 @@ class Holds:
 
     def apply(self, estimate: Estimate, now: float) -> None:
         """Pause or resume an estimate according to the current reasons."""
-        (estimate.hold if self.reasons else estimate.go_on)(now)
+        (estimate.pause if self.reasons else estimate.resume)(now)
 
 
 @dataclass(slots=True)
@@ -183,7 +183,7 @@ class ConsoleProgress:
         self._phases: dict[str, _Phase] = {}
         self._tallies: defaultdict[int, _Tally] = defaultdict(_Tally)
         self._stepped_at = clock()
-        self._holds = Holds()
+        self._pauses = Pauses()
 
     def __enter__(self) -> ConsoleProgress:
         if self._live_wanted:
@@ -226,7 +226,7 @@ class ConsoleProgress:
             case StepFinished():
                 self._step(event, now)
             case RunPaused() | RunResumed() | ServiceSilent() | ServiceAnswers():
-                self._holds.see(event, [phase.estimate for phase in self._phases.values()], now)
+                self._pauses.see(event, [phase.estimate for phase in self._phases.values()], now)
                 if isinstance(event, RunPaused | RunResumed):  # the service emits its own notice
                     is_paused = isinstance(event, RunPaused)
                     self._line("paused: no new requests are sent" if is_paused else "resumed")
@@ -237,7 +237,7 @@ class ConsoleProgress:
 
     def _start(self, event: PhaseStarted, now: float) -> None:
         estimate = Estimate(event.total, now, seconds_at_most=event.seconds_at_most)
-        self._holds.apply(estimate, now)
+        self._pauses.apply(estimate, now)
         phase = _Phase(event, estimate, line_due=now + SECONDS_BETWEEN_LINES)
         if event.phase in self._phases:
             self._hide(self._phases.pop(event.phase))

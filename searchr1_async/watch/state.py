@@ -46,7 +46,7 @@ from searchr1_async.watch.live.snapshot import (
     Snapshot,
     Standing,
 )
-from searchr1_async.watch.progress import Estimate, Holds
+from searchr1_async.watch.progress import Estimate, Pauses
 
 LATE_SECONDS = 0.02
 """Median lag from which the event loop counts as late; an idle loop is under 1 ms."""
@@ -141,7 +141,7 @@ class RunState:
         self._reason = ""
         self._run = RunStarted("train", "", False, "")
         self._step = 0
-        self._held = Holds()
+        self._pauses = Pauses()
         self._phases: dict[str, _Phase] = {}
         self._tally = _Tally()
         self._rollout: RolloutSampled | None = None
@@ -153,12 +153,12 @@ class RunState:
         self._finished_episodes = _Total()
         self._tokens = (_Total(), _Total(), _Total())
         """Prompt, cached prompt and sampled tokens of this session's engines."""
-        self._besides = TokenUsage()
+        self._other_usage = TokenUsage()
         """Tokens used by training and by ``ask`` in this session."""
-        self._told: deque[tuple[float, int, float, float]] = deque(maxlen=128)
+        self._readings: deque[tuple[float, int, float, float]] = deque(maxlen=128)
         """Time, episodes, queries and failed calls: the readings from which rates are computed."""
         self._late_since: float | None = None
-        self._holds: deque[tuple[float, float]] = deque(maxlen=128)
+        self._stalls: deque[tuple[float, float]] = deque(maxlen=128)
         self._warnings: deque[tuple[str, float, int]] = deque(maxlen=_MOST_NOTICES)
         """Text, time of the last occurrence, count."""
         self._last_notice = ""
@@ -216,9 +216,9 @@ class RunState:
                 self._dropped[event.reason[:80]] += 1
             case MinibatchLearned():
                 # Billed are an example's input tokens, which lack the last token.
-                self._besides += TokenUsage(trained=max(0, event.tokens - event.datums))
+                self._other_usage += TokenUsage(trained=max(0, event.tokens - event.datums))
             case BesideSampled(prompt, cached, sampled):
-                self._besides += TokenUsage(prompt, cached, sampled)
+                self._other_usage += TokenUsage(prompt, cached, sampled)
             case StepFinished():
                 self._finished_step(event, now)
             case _:
@@ -242,7 +242,7 @@ class RunState:
             case CheckpointSaved():
                 self._checkpoint = event.path[:_LONGEST_TEXT]
             case RunPaused() | RunResumed() | ServiceSilent() | ServiceAnswers():
-                self._held.see(event, [phase.estimate for phase in self._phases.values()], now)
+                self._pauses.see(event, [phase.estimate for phase in self._phases.values()], now)
             case RunEnded():
                 self.end(event.reason, now)
             case _:
@@ -253,7 +253,7 @@ class RunState:
             if event.phase not in self._phases and len(self._phases) >= 8:
                 self._phases.pop(next(iter(self._phases)))
             estimate = Estimate(event.total, now, seconds_at_most=event.seconds_at_most)
-            self._held.apply(estimate, now)
+            self._pauses.apply(estimate, now)
             self._phases[event.phase] = _Phase(event, estimate)
         elif isinstance(event, PhaseEnded):
             self._phases.pop(event.phase, None)
@@ -269,13 +269,13 @@ class RunState:
         for total, value in zip(self._tokens, counts, strict=True):
             total.see(value)
         queries, failed = _number(event.search, "search/queries"), _number(event.search, "search/failed")
-        self._told.append((now, self._finished_episodes.value, queries, failed))
+        self._readings.append((now, self._finished_episodes.value, queries, failed))
         if event.loop_lag_p50 < LATE_SECONDS:
             self._late_since = None
         elif self._late_since is None:
             self._late_since = now
         if event.loop_lag_max > 1.0:
-            self._holds.append((now, event.loop_lag_max))
+            self._stalls.append((now, event.loop_lag_max))
 
     def _finished_step(self, event: StepFinished, now: float) -> None:
         self.steps.add(event.step, event.metrics)
@@ -329,8 +329,8 @@ class RunState:
         run, pipeline = self._run, self._pipeline
         rollout = self._rollout if self._ended_at is None else None
         began = now if self._began is None else self._began
-        then, episodes_then, *_ = self._since(now)
-        session = TokenUsage(*(total.value for total in self._tokens)) + self._besides
+        since, episodes_then, *_ = self._since(now)
+        session = TokenUsage(*(total.value for total in self._tokens)) + self._other_usage
         return Snapshot(
             standing=self._standing(),
             reason=self._reason,
@@ -352,7 +352,7 @@ class RunState:
             searching=rollout.searching if rollout else 0,
             groups=rollout.groups if rollout else 0,
             finished_episodes=self._finished_episodes.value,
-            episodes_per_second=max(0, self._finished_episodes.value - episodes_then) / max(now - then, 1.0),
+            episodes_per_second=max(0, self._finished_episodes.value - episodes_then) / max(now - since, 1.0),
             limited_by=rollout.limited_by if rollout else "",
             batch=self._tally.frozen(),
             step_of_batch=pipeline.step if pipeline else 0,
@@ -371,7 +371,7 @@ class RunState:
             loop_lag_p50=rollout.loop_lag_p50 if rollout else 0.0,
             loop_lag_p99=rollout.loop_lag_p99 if rollout else 0.0,
             late_for=0.0 if self._late_since is None or rollout is None else now - self._late_since,
-            longest_hold=max((seconds for at, seconds in self._holds if now - at < 30), default=0.0),
+            longest_stall=max((seconds for at, seconds in self._stalls if now - at < 30), default=0.0),
             cpu=rollout.cpu if rollout else None,
             evaluations=tuple(self.evaluations[-6:]),
             warnings=tuple(NoticeState(text, max(0.0, now - at), count) for text, at, count in self._warnings),
@@ -384,7 +384,7 @@ class RunState:
     def _standing(self) -> Standing:
         if self._ended_at is not None:
             return "ended"
-        if "pause" in self._held.reasons:
+        if "pause" in self._pauses.reasons:
             return "paused"
         return "running" if self._run.model or self._phases or self._rollout else "starting"
 
@@ -404,10 +404,10 @@ class RunState:
 
     def _since(self, now: float) -> tuple[float, int, float, float]:
         """The oldest reading within :data:`RATE_SECONDS`."""
-        for reading in self._told:
+        for reading in self._readings:
             if now - reading[0] <= RATE_SECONDS:
                 return reading
-        return self._told[-1] if self._told else (now, self._finished_episodes.value, 0.0, 0.0)
+        return self._readings[-1] if self._readings else (now, self._finished_episodes.value, 0.0, 0.0)
 
     def _cost(self, session: TokenUsage) -> Cost:
         """Cost of the run so far, earlier sessions included."""
@@ -423,12 +423,12 @@ class RunState:
         if self._rollout is None or not self._rollout.search:
             return None
         found = self._rollout.search
-        then, _, queries_then, failed_then = self._since(now)
+        since, _, queries_then, failed_then = self._since(now)
         queries, failed = _number(found, "search/queries"), _number(found, "search/failed")
         services = ("embedding", "store")
         return SearchState(
             queries=int(queries),
-            queries_per_second=max(0.0, queries - queries_then) / max(now - then, 1.0),
+            queries_per_second=max(0.0, queries - queries_then) / max(now - since, 1.0),
             cache_hit_rate=_number(found, "search/cache_hit_rate"),
             p50=_number(found, "search/p50"),
             p99=_number(found, "search/p99"),

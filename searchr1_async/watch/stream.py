@@ -10,7 +10,7 @@ import anyio
 
 from searchr1_async.events import Event, Notice
 
-HELD = 4096
+MAX_QUEUED = 4096
 """Maximum events buffered per reader: some hold an episode of 50 KB or more."""
 
 
@@ -33,7 +33,7 @@ class EventStreams:
     def wake(self) -> None:
         """Make readers re-check whether the run is over."""
         for reader in self._readers:
-            reader.came.set()
+            reader.arrived.set()
 
     def events(self, is_over: Callable[[], bool]) -> AsyncGenerator[Event, None]:
         """Every event from now on, until ``is_over`` and the buffer is empty. A slow reader loses the oldest events and gets a
@@ -50,24 +50,24 @@ class EventStreams:
                 if not reader.waiting:
                     if is_over():
                         return
-                    await reader.came.wait()
+                    await reader.arrived.wait()
         finally:
             self._readers.discard(reader)
 
 
 class _Reader:
     def __init__(self) -> None:
-        self.waiting: deque[Event] = deque(maxlen=HELD)
-        self.came = anyio.Event()
+        self.waiting: deque[Event] = deque(maxlen=MAX_QUEUED)
+        self.arrived = anyio.Event()
         self._lost = 0
 
     def put(self, event: Event) -> None:
-        self._lost += len(self.waiting) == HELD
+        self._lost += len(self.waiting) == MAX_QUEUED
         self.waiting.append(event)
-        self.came.set()
+        self.arrived.set()
 
     def take(self) -> list[Event]:
-        self.came = anyio.Event()
+        self.arrived = anyio.Event()
         taken, lost = list(self.waiting), self._lost
         self.waiting.clear()
         self._lost = 0

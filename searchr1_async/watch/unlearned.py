@@ -64,7 +64,7 @@ class UnlearnedGroups:
     def __init__(self, folder: Path) -> None:
         self._folder = Path(folder)
         self._lock = threading.Lock()
-        self._held: dict[int, _At] = {}
+        self._stored: dict[int, _At] = {}
         self._files = {number for number, _ in self._listed()}
         # Never append to a file of an earlier process: its end may be truncated.
         self._current = max(self._files, default=0) + 1
@@ -87,11 +87,11 @@ class UnlearnedGroups:
             offset = self._append(records)
             replaced: list[_At] = []
             for place, body in bodies:
-                if place in self._held:
-                    replaced.append(self._held[place])
-                self._held[place] = _At(self._current, offset)
+                if place in self._stored:
+                    replaced.append(self._stored[place])
+                self._stored[place] = _At(self._current, offset)
                 offset += _HEAD.size + len(body)
-            self._bury(replaced)
+            self._delete(replaced)
 
     def _append(self, records: bytes) -> int:
         """Append to the current file; returns the offset of the first record."""
@@ -121,11 +121,11 @@ class UnlearnedGroups:
         """
         found: dict[int, Group] = {}
         with self._lock:
-            over: list[_At] = []
+            obsolete: list[_At] = []
             for number, path in self._listed():
                 for place, offset, body in _records(path):
                     if not is_open(place):
-                        over.append(_At(number, offset))
+                        obsolete.append(_At(number, offset))
                         continue
                     try:
                         found[place] = _decoded(body)
@@ -134,10 +134,10 @@ class UnlearnedGroups:
                             "%s: the group of place %d cannot be read (%s)", path, place, type(error).__name__
                         )
                         continue
-                    if place in self._held:
-                        over.append(self._held[place])
-                    self._held[place] = _At(number, offset)
-            self._bury(over)
+                    if place in self._stored:
+                        obsolete.append(self._stored[place])
+                    self._stored[place] = _At(number, offset)
+            self._delete(obsolete)
         return found
 
     def forget(self, places: Iterable[int]) -> None:
@@ -149,16 +149,16 @@ class UnlearnedGroups:
             OSError: the folder is not writable.
         """
         with self._lock:
-            gone = [self._held.pop(place) for place in places if place in self._held]
+            dropped = [self._stored.pop(place) for place in places if place in self._stored]
             if self._current in self._files:
                 self._current += 1
-            self._bury(gone)
+            self._delete(dropped)
 
-    def _bury(self, gone: Iterable[_At]) -> None:
+    def _delete(self, dropped: Iterable[_At]) -> None:
         """Mark records as forgotten in files that are still needed; delete the other files."""
-        needed = {at.file for at in self._held.values()}
+        needed = {at.file for at in self._stored.values()}
         by_file: defaultdict[int, list[int]] = defaultdict(list)
-        for at in gone:
+        for at in dropped:
             by_file[at.file].append(at.offset)
         for number in needed & set(by_file):
             with self._path(number).open("r+b", buffering=0) as file:
@@ -172,7 +172,7 @@ class UnlearnedGroups:
     def clear(self) -> None:
         """Delete everything: the run starts over."""
         with self._lock:
-            self._held.clear()
+            self._stored.clear()
             self._files.clear()
             shutil.rmtree(self._folder, ignore_errors=True)
 

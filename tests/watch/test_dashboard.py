@@ -131,7 +131,7 @@ async def test_many_events_are_few_drawings() -> None:
         await anyio.lowlevel.checkpoint()
     assert before == 1, "the first is drawn where the view is made"
     assert len(surface.frames) <= 3
-    assert surface.frames[-1]["sections"][0]["title"] == "Playing"
+    assert surface.frames[-1]["sections"][0]["title"] == "Rollouts"
 
 
 async def test_nothing_new_is_not_drawn_again() -> None:

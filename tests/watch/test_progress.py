@@ -24,7 +24,7 @@ from searchr1_async.events import (
     ServiceSilent,
     StepFinished,
 )
-from searchr1_async.watch.progress import ConsoleProgress, Estimate, Holds, duration
+from searchr1_async.watch.progress import ConsoleProgress, Estimate, Pauses, duration
 from tests.watch.builders import episode, group
 
 STEP = {
@@ -251,11 +251,11 @@ def test_a_pause_counts_neither_for_the_pace_nor_for_the_limit() -> None:
     estimate = Estimate(total=100, started=0.0, seconds_at_most=600.0)
     estimate.advance(10, 60.0)
     assert estimate.seconds_left(60.0) == pytest.approx(540.0)
-    estimate.hold(60.0)
-    estimate.hold(70.0)
+    estimate.pause(60.0)
+    estimate.pause(70.0)
     assert estimate.seconds_left(660.0) == pytest.approx(540.0)
-    estimate.go_on(660.0)
-    estimate.go_on(670.0)
+    estimate.resume(660.0)
+    estimate.resume(670.0)
     assert estimate.seconds_left(660.0) == pytest.approx(540.0)
     estimate.advance(20, 720.0)
     assert estimate.seconds_left(720.0) == pytest.approx(480.0)
@@ -264,14 +264,14 @@ def test_a_pause_counts_neither_for_the_pace_nor_for_the_limit() -> None:
 def test_the_estimate_stands_still_while_the_service_is_away() -> None:
     """Also where a pause by hand overlaps the outage, and for a phase that begins in it."""
     estimates = [Estimate(10, 0.0)]
-    holds = Holds()
+    pauses = Pauses()
     for done in range(1, 5):
         estimates[0].advance(done, 10.0 * done)
     before = estimates[0].seconds_left(41.0)
-    holds.see(ServiceSilent(), estimates, 41.0)
+    pauses.see(ServiceSilent(), estimates, 41.0)
     assert estimates[0].seconds_left(500.0) == before
-    holds.see(RunPaused(), estimates, 600.0)
-    holds.see(ServiceAnswers(), estimates, 700.0)
+    pauses.see(RunPaused(), estimates, 600.0)
+    pauses.see(ServiceAnswers(), estimates, 700.0)
     assert estimates[0].seconds_left(900.0) == before
-    holds.see(RunResumed(), estimates, 1000.0)
+    pauses.see(RunResumed(), estimates, 1000.0)
     assert estimates[0].seconds_left(1002.0) == before - 2

@@ -154,7 +154,7 @@ def test_groups_in_which_all_are_alike() -> None:
     alike, differing = group(corrects=(0.0, 0.0)), group(corrects=(1.0, 0.0))
     state = seen(RunStarted("train", "m", True, "e", group_size=2), *[GroupFinished(alike, 1)] * 20)
     assert state.snapshot(0).constant_groups_in_a_row == 20
-    assert any("no reward differs" in alert["text"] for alert in frame(state.snapshot(0))["alerts"])
+    assert any("All rewards were equal" in alert["text"] for alert in frame(state.snapshot(0))["alerts"])
     state.see(GroupFinished(differing, 1), 0)
     assert state.snapshot(0).constant_groups_in_a_row == 0
 

@@ -6,7 +6,7 @@ import anyio
 import pytest
 
 from searchr1_async.events import Event, Notice, StepFinished
-from searchr1_async.watch.stream import HELD, EventStreams
+from searchr1_async.watch.stream import MAX_QUEUED, EventStreams
 
 pytestmark = pytest.mark.anyio
 
@@ -42,13 +42,13 @@ async def test_a_slow_reader_loses_the_oldest_and_is_told_how_many() -> None:
     streams = EventStreams()
     events = streams.events(lambda: True)
     streams(StepFinished(0, {}))
-    for step in range(1, HELD + 5):
+    for step in range(1, MAX_QUEUED + 5):
         streams(StepFinished(step, {}))
     read = [event async for event in events]
     assert isinstance(read[0], Notice)
     assert read[0].is_warning
     assert "5 events" in read[0].text
-    assert [event.step for event in read[1:] if isinstance(event, StepFinished)] == list(range(5, HELD + 5))
+    assert [event.step for event in read[1:] if isinstance(event, StepFinished)] == list(range(5, MAX_QUEUED + 5))
 
 
 async def test_a_reader_that_leaves_is_forgotten() -> None:

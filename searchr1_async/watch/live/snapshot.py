@@ -141,7 +141,7 @@ class Snapshot:
     loop_lag_p99: float
     late_for: float
     """Seconds for which the event loop has been late without interruption."""
-    longest_hold: float
+    longest_stall: float
     """Longest event-loop stall of the last 30 s, in seconds."""
     cpu: float | None
     """None before the first reading."""

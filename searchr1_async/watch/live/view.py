@@ -99,7 +99,7 @@ class LiveView:
         self._mark, self._seen = Mark(), (0, 0)
         self._charts: Charts | None = None
         self._has_asked_for_charts = False
-        self._has_complained = False
+        self._has_logged_failure = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._draw()
@@ -137,7 +137,7 @@ class LiveView:
                 with anyio.move_on_after(SECONDS_TO_END if error is None else SECONDS_TO_STOP):
                     png = await self._picture()
         except Exception:
-            self._complain("the picture of the run's end")
+            self._log_failure("the picture of the run's end")
         finally:
             self._close(png)
 
@@ -160,13 +160,13 @@ class LiveView:
             if self._charts is not None:
                 self._surface.add_charts(self._charts)
         elif controls is not None and button == "pause":
-            self._start(self._obey(controls.pause, button))
+            self._start(self._run_control(controls.pause, button))
         elif controls is not None and button == "resume":
-            self._start(self._obey(controls.resume, button))
+            self._start(self._run_control(controls.resume, button))
         elif controls is not None and button == "stop":
             controls.request_stop()
 
-    async def _obey(self, what: Callable[[], Coroutine[Any, Any, None]], button: str) -> None:
+    async def _run_control(self, what: Callable[[], Coroutine[Any, Any, None]], button: str) -> None:
         try:
             await what()
         except Exception:
@@ -208,7 +208,7 @@ class LiveView:
                 self._frame = new
                 self._surface.draw(new, news)
         except Exception:
-            self._complain("the live view")
+            self._log_failure("the live view")
 
     def _news(self) -> News | None:
         state = self._state
@@ -229,7 +229,7 @@ class LiveView:
             logger.warning("the live view continues without curves: %s", error)
             self._surface.add_charts(None)
         except Exception:
-            self._complain("the live view's curves")
+            self._log_failure("the live view's curves")
 
     async def _picture(self) -> bytes | None:
         task = picture_task(self._state, self._clock(), self._title)
@@ -247,11 +247,11 @@ class LiveView:
         try:
             self._surface.close(summary(self._state.snapshot(self._clock()), self._title), png)
         except Exception:
-            self._complain("the end of the live view")
+            self._log_failure("the end of the live view")
 
-    def _complain(self, what: str) -> None:
-        if not self._has_complained:
-            self._has_complained = True
+    def _log_failure(self, what: str) -> None:
+        if not self._has_logged_failure:
+            self._has_logged_failure = True
             logger.warning("%s could not be drawn; the run continues", what, exc_info=True)
 
 

@@ -397,9 +397,9 @@ def _troubles(snapshot: Snapshot) -> Iterator[Alert]:
             else "something blocks it, such as another running cell or a slow reward function; move that to a thread"
         )
         yield _warning(f"The event loop is late by {milliseconds(snapshot.loop_lag_p50)} (median): {busy}.")
-    elif snapshot.longest_hold:
+    elif snapshot.longest_stall:
         yield _warning(
-            f"The event loop was blocked for {duration(snapshot.longest_hold)}, for example by another running cell; the run stood still meanwhile."
+            f"The event loop was blocked for {duration(snapshot.longest_stall)}, for example by another running cell; the run made no progress meanwhile."
         )
     if snapshot.constant_groups_in_a_row >= CONSTANT_GROUPS:
         yield _warning(

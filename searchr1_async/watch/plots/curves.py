@@ -73,7 +73,7 @@ def plot_metric(
         return empty_chart(reason if metrics.height else _NO_STEP, title=text)
     colours = _colours(wanted)
     panel = _panel(found, rows, colours, shown, smooth)
-    return panel.properties(width=width, height=height, title=heading(text, _legend_in_words(rows, shown, smooth)))
+    return panel.properties(width=width, height=height, title=heading(text, _legend_text(rows, shown, smooth)))
 
 
 def plot_learning(
@@ -175,7 +175,7 @@ def _evaluation_layers(evaluations: pl.DataFrame, last: float, x: alt.X) -> list
     rows = [
         {"step": place, "label": plain_text(row["label"], 60)}
         | {name: row[name] for name in ("mean", "low", "high", "questions")}
-        for place, row in zip(_set_apart(places, last / 60), evaluations.iter_rows(named=True), strict=True)
+        for place, row in zip(_spread_out(places, last / 60), evaluations.iter_rows(named=True), strict=True)
     ]
     base = alt.Chart(table(rows))
     tooltips = [
@@ -193,7 +193,7 @@ def _evaluation_layers(evaluations: pl.DataFrame, last: float, x: alt.X) -> list
     ]
 
 
-def _set_apart(places: Sequence[float], gap: float) -> list[float]:
+def _spread_out(places: Sequence[float], gap: float) -> list[float]:
     """Separate evaluations of the same step (untrained, after the warm-up), inwards from the chart's ends."""
     out: list[float] = []
     for index, place in enumerate(places):
@@ -212,7 +212,7 @@ def _rounded(frame: pl.DataFrame) -> pl.DataFrame:
     return frame.with_columns(pl.col("value", "smooth", "low", "high").round_sig_figs(5))
 
 
-def _legend_in_words(rows: Sequence[pl.DataFrame], evaluations: pl.DataFrame | None, smooth: bool) -> list[str]:
+def _legend_text(rows: Sequence[pl.DataFrame], evaluations: pl.DataFrame | None, smooth: bool) -> list[str]:
     words = []
     if any(frame.height for frame in rows):
         words.append("points: single steps" + ("; line and band: trend ± 1 standard deviation" if smooth else ""))

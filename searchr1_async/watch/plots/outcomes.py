@@ -78,7 +78,7 @@ def plot_reward_by_turns(
         base.mark_line(strokeWidth=1.2, opacity=0.5).encode(y=alt.Y("mean:Q", axis=y)),
         base.mark_rule(strokeWidth=1.6).encode(y=alt.Y("low:Q"), y2="high:Q"),
         base.mark_circle(size=70, opacity=1).encode(y=alt.Y("mean:Q"), tooltip=_tooltips(by)),
-    ).properties(width=width, height=height, title=heading(text, _in_words(frame, by)))
+    ).properties(width=width, height=height, title=heading(text, _summary(frame, by)))
     counts = (
         alt.Chart(table([row for row in rows if row["what"] == "reward"]))
         .mark_bar(color=GREY, opacity=0.6, size=min(36, max(4, width // (2 * (high - low + 2)))))
@@ -105,7 +105,7 @@ def _tooltips(by: str) -> list[Any]:
     ]
 
 
-def _in_words(frame: pl.DataFrame, by: str) -> str:
+def _summary(frame: pl.DataFrame, by: str) -> str:
     """The most common count, and the best exact match among counts with at least 5 % of the episodes."""
     right = frame.filter(pl.col("what") == "exact match")
     total = int(right["episodes"].sum())
@@ -179,11 +179,11 @@ def plot_suites(
         base.mark_rule(strokeWidth=1.4).encode(y=alt.Y("low:Q"), y2="high:Q", color=alt.value(NOTE_COLOUR)),
     )
     chart = cast("alt.LayerChart", alt.layer(*layers))
-    words = _gain_in_words(frame) if are_stages or len(labels) == 1 else _means_in_words(frame)
+    words = _gain_text(frame) if are_stages or len(labels) == 1 else _means_text(frame)
     return chart.properties(width=width, height=height, title=heading(title, words))
 
 
-def _gain_in_words(frame: pl.DataFrame) -> str:
+def _gain_text(frame: pl.DataFrame) -> str:
     per_order = frame.group_by("order", maintain_order=True).first().sort("order")
     first, last = per_order.row(0, named=True), per_order.row(-1, named=True)
     if per_order.height == 1:
@@ -194,7 +194,7 @@ def _gain_in_words(frame: pl.DataFrame) -> str:
     )
 
 
-def _means_in_words(frame: pl.DataFrame) -> str:
+def _means_text(frame: pl.DataFrame) -> str:
     """Up to four means in order. For baselines, unlike stages, first to last is no progression."""
     per_order = frame.group_by("order", maintain_order=True).first().sort("order")
     counts = per_order["questions"].unique().to_list()

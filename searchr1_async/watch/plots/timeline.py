@@ -135,7 +135,7 @@ def _published(session: Sequence[LoggedEvent], step: int) -> tuple[float, bool]:
 def _samples(session: Sequence[LoggedEvent], start: float, end: float) -> Iterable[tuple[float, Mapping[str, float]]]:
     """Episodes by stage; the last sample before the start is used at the start."""
     before: Mapping[str, float] | None = None
-    begun = False
+    started = False
     for event in _named(session, "RolloutSampled"):
         if event.time > end:
             break
@@ -143,11 +143,11 @@ def _samples(session: Sequence[LoggedEvent], start: float, end: float) -> Iterab
         if event.time <= start:
             before = counts
             continue
-        if not begun and before is not None:
+        if not started and before is not None:
             yield 0.0, before
-        begun = True
+        started = True
         yield event.time - start, counts
-    if not begun and before is not None:
+    if not started and before is not None:
         yield 0.0, before
 
 
@@ -221,7 +221,7 @@ def _versions(values: Mapping[str, object]) -> str:
     return f"weights of step {', '.join(map(str, versions))}" if isinstance(versions, list) and versions else ""
 
 
-def step_in_words(timeline: Timeline) -> list[str]:
+def step_summary(timeline: Timeline) -> list[str]:
     """One or two lines on what the trainer and the episodes waited for."""
     seconds = _seconds(timeline.seconds)
     trainer = f"the trainer was idle {timeline.trainer_share('idle'):.0%} of {seconds}"

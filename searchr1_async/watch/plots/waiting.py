@@ -21,7 +21,7 @@ from searchr1_async.watch.plots.theme import (
     table,
     values_axis,
 )
-from searchr1_async.watch.plots.timeline import STAGES, Timeline, joined, step_in_words, timeline_of
+from searchr1_async.watch.plots.timeline import STAGES, Timeline, joined, step_summary, timeline_of
 from searchr1_async.watch.trackers.lines import LoggedEvent
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def plot_timeline(
         return empty_chart(f"{which}: nothing to draw.", title=title or "timeline of a step")
     text = title if title is not None else f"step {timeline.step}: who waited for what"
     x = alt.Scale(domain=[0, timeline.seconds], nice=False)
-    upper = _stages(timeline, x).properties(width=width, height=height, title=heading(text, step_in_words(timeline)))
+    upper = _stages(timeline, x).properties(width=width, height=height, title=heading(text, step_summary(timeline)))
     lower = _trainer(timeline, x).properties(width=width, height=72)
     return alt.vconcat(upper, lower, spacing=6).resolve_scale(color="independent", shape="independent")
 

@@ -152,11 +152,13 @@ def session_events(events: Iterable[LoggedEvent], step: int | None = None) -> li
     Args:
         step: None for the last session that published weights, else the last one with any step.
     """
-    played = sessions(events)
+    by_session = sessions(events)
     if step is None:
-        published = [session for session in played if any(event.name == WeightsPublished.__name__ for event in session)]
-        return (published or [session for session in played if steps_of(session)] or [[]])[-1]
-    return next((session for session in reversed(played) if step in steps_of(session)), [])
+        published = [
+            session for session in by_session if any(event.name == WeightsPublished.__name__ for event in session)
+        ]
+        return (published or [session for session in by_session if steps_of(session)] or [[]])[-1]
+    return next((session for session in reversed(by_session) if step in steps_of(session)), [])
 
 
 def steps_of(events: Iterable[LoggedEvent]) -> list[int]:

@@ -59,7 +59,7 @@ class StepTracker(QueuedTracker):
         self._episodes_every = episodes_every
         self._episodes_shown = episodes_shown
         self._queued_of_step: dict[int, int] = {}
-        self._held: dict[int, list[Episode]] = {}
+        self._episodes: dict[int, list[Episode]] = {}
         self._step = 0
         self._has_begun = False
 
@@ -105,13 +105,13 @@ class StepTracker(QueuedTracker):
                 case _ if not self._has_begun:
                     pass  # no run to log to yet; the event log has it
                 case EpisodeFinished(episode, step):
-                    self._held.setdefault(step, []).append(episode)
+                    self._episodes.setdefault(step, []).append(episode)
                 case StepFinished(step, metrics):
                     self._step = step
                     self.log_numbers(step, _finite(metrics), moment)
-                    if episodes := self._held.pop(step, None):
+                    if episodes := self._episodes.pop(step, None):
                         self.log_episodes(step, episodes)
-                    self._held = {other: held for other, held in self._held.items() if other > step}
+                    self._episodes = {other: kept for other, kept in self._episodes.items() if other > step}
                 case EvaluationFinished():
                     numbers = {f"evaluation/{name}": value for name, value in event.metrics.items()}
                     self.log_numbers(self._step if event.step is None else event.step, _finite(numbers), moment)

@@ -46,7 +46,7 @@ def test_a_quiet_run_has_no_warnings() -> None:
 
 def test_the_search_is_down() -> None:
     (text,) = alerts((1.0, sampled(store__seconds_down=12.0)))
-    assert text.startswith("The search has been down for 12 s")
+    assert text.startswith("Search has been down for 12 s")
 
 
 def test_searches_fail() -> None:
@@ -56,22 +56,22 @@ def test_searches_fail() -> None:
 
 def test_the_service_pushes_back() -> None:
     (text,) = alerts((1.0, sampled(limited_by="service")))
-    assert text.startswith("The service pushes back")
+    assert text.startswith("The service is rate limiting")
 
 
 def test_episodes_fail() -> None:
     failed = EpisodeFinished(episode(stop_reason=StopReason.FAILED, turns=()), 1)
     assert alerts((1.0, failed), (1.0, failed)) == [], "two may be chance"
     (text,) = alerts((1.0, failed), (1.0, failed), (1.0, failed))
-    assert (
-        text == "3 of 3 episodes failed lately; they are not trained on. The last said: SearchError: the store is gone"
-    )
+    assert text == "3 of 3 recent episodes failed; they are not trained on. Last error: SearchError: the store is gone"
 
 
 def test_the_loop_is_late() -> None:
     assert alerts((1.0, sampled(lag=0.2))) == [], "once is no state"
     (text,) = alerts((1.0, sampled(lag=0.2)), (4.0, sampled(lag=0.2)))
-    assert text.startswith("The event loop is late by 200 ms (median): something holds it, such as another cell")
+    assert text.startswith(
+        "The event loop is late by 200 ms (median): something blocks it, such as another running cell"
+    )
     (text,) = alerts((1.0, sampled(lag=0.2, cpu=0.95)), (4.0, sampled(lag=0.2, cpu=0.95)))
     assert "0.95 of a core" in text
     assert alerts((1.0, sampled(lag=0.2)), (2.0, sampled()), (4.0, sampled(lag=0.2))) == []
@@ -80,13 +80,13 @@ def test_the_loop_is_late() -> None:
 def test_another_cell_held_the_loop() -> None:
     held = (1.0, sampled(hold=4.2))
     (text,) = alerts(held, (20.0, sampled()))
-    assert text.startswith("The event loop stood still for 4.2 s")
+    assert text.startswith("The event loop was blocked for 4.2 s")
     assert alerts(held, (40.0, sampled())) == []
 
 
 def test_notices_that_warn_are_seen_for_a_while() -> None:
     warning = (1.0, Notice("the disk is nearly full", is_warning=True))
-    assert alerts(warning, (2.0, warning[1])) == ["the disk is nearly full (said 2 times)"]
+    assert alerts(warning, (2.0, warning[1])) == ["the disk is nearly full (2 times)"]
     assert alerts(warning, (700.0, sampled())) == []
 
 

@@ -22,7 +22,7 @@ from searchr1_async.events import (
     StepFinished,
     WeightsPublished,
 )
-from searchr1_async.watch.plots.timeline import STAGES, joined, step_in_words, timeline_of
+from searchr1_async.watch.plots.timeline import STAGES, joined, step_summary, timeline_of
 from searchr1_async.watch.trackers.lines import LoggedEvent, decoded, encoded
 from tests.watch import builders
 
@@ -76,9 +76,9 @@ def test_a_step_by_hand() -> None:
     assert [(mark.second, mark.what) for mark in timeline.marks] == [
         (6, "group finished"), (8, "group dropped"), (20, "weights published"),
     ]  # fmt: skip
-    assert step_in_words(timeline) == [
-        "the trainer was idle 70% of 20 s, learning 20%, making new weights 10%",
-        "episodes waited 69% for the model, 15% for the search",
+    assert step_summary(timeline) == [
+        "the trainer was idle 70% of 20 s, learning 20%, updating weights 10%",
+        "episode time: 69% sampling, 15% searching",
     ]
 
 
@@ -86,7 +86,7 @@ def test_a_step_under_way_ends_where_the_events_end() -> None:
     timeline = timeline_of(logged(*STEP_TWO[:9]), 2)
     assert timeline is not None
     assert (timeline.seconds, timeline.is_over) == (15.0, False)
-    assert "still under way" in step_in_words(timeline)[0]
+    assert "in progress" in step_summary(timeline)[0]
 
 
 def test_without_a_step_it_is_the_last_whose_weights_are_out() -> None:
@@ -175,7 +175,7 @@ def test_any_events_give_a_whole_timeline_or_none(rows: list[tuple[float, Event]
     assert all(0 <= mark.second <= timeline.seconds for mark in timeline.marks)
     shares = timeline.stage_shares()
     assert not shares or sum(shares.values()) == pytest.approx(1.0)
-    assert step_in_words(timeline)
+    assert step_summary(timeline)
 
 
 def test_joined_samples_keep_the_time_spent_in_each_stage() -> None:

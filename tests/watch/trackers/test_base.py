@@ -91,7 +91,7 @@ async def test_a_service_that_hangs_does_not_hold_up_the_runs_end(caplog: pytest
     release.set()
     assert seconds < 5, "30 s each if it waited for them"
     assert all(tracker.is_dropped for tracker in trackers)
-    assert len([record for record in caplog.records if "left behind" in record.getMessage()]) == 3
+    assert len([record for record in caplog.records if "was abandoned" in record.getMessage()]) == 3
 
 
 async def test_a_cancelled_run_keeps_its_last_events() -> None:
@@ -121,7 +121,7 @@ async def test_what_a_service_does_not_take_is_bounded(
             slow(BatchClosed(step, 1))
         release.set()
     assert slow.steps == list(range(10))
-    assert len([record for record in caplog.records if "takes no events" in record.getMessage()]) == 1
+    assert len([record for record in caplog.records if "is too slow" in record.getMessage()]) == 1
 
 
 async def test_a_tracker_of_ones_own_cannot_harm_the_run(caplog: pytest.LogCaptureFixture) -> None:

@@ -134,7 +134,7 @@ def test_ten_thousand_episodes_are_filtered_sorted_and_compared(browser: Any, pa
     assert 0 < total(tab) < 100
     assert all("77?" in text and "Austen" in text for text in tab.locator(".row").all_inner_texts())
     tab.fill(".find", "no such words")
-    assert tab.is_visible("text=No episode is like that.")
+    assert tab.is_visible("text=No matching episodes.")
     tab.click("text=Show all")
     assert total(tab) == EPISODES
     tab.select_option("select.by", "advantage")

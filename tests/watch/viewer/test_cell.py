@@ -27,8 +27,8 @@ def test_everything_of_an_episode_is_there() -> None:
         "✓ answer: Paris",
         "reward 1 (correct 1, format 1, f1 1)",
         "it gave its answer",
-        "Learned from the 5 tokens that the model wrote, by an advantage of +0.5",
-        "prompt: 5 tokens that the model read, not learned from",
+        "Trained on the 5 tokens sampled by the model, with advantage +0.5",
+        "prompt: 5 tokens, not trained on",
         "search: capital (1 passage, 0.25 s)",
         "France",
     ):
@@ -71,9 +71,9 @@ def test_thoughts_calls_and_tokens_are_told_apart() -> None:
     shades = [attrs for _, attrs in page.tags if attrs.get("class") == "t3" and "title" in attrs]
     assert len(shades) == len(said)
     assert shades[0]["title"] == "log-probability -2.000"
-    assert "found" in page.text  # what was put behind the turn
+    assert "found" in page.text  # appended to the turn
     plain = Page(episode_html(played))
-    assert "surprised" not in plain.text
+    assert "unlikely" not in plain.text
     assert "I wonder" in plain.text
 
 
@@ -150,8 +150,8 @@ def test_passages_given_with_the_question_are_shown_before_the_turns() -> None:
     assert text.index("given with the question:") < text.index("search: Which?") < text.index("turn 1")
     assert not re.search(UNSEEN, text.replace("\n", ""))
     unasked = replace(played, given=SearchCall((), problem="too long"))
-    assert "nothing: too long" in Page(episode_html(unasked)).text
-    assert "nothing: too long" in episode_text(unasked)
+    assert "none: too long" in Page(episode_html(unasked)).text
+    assert "none: too long" in episode_text(unasked)
     assert "given" not in Page(episode_html(episode())).text
 
 

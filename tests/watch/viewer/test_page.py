@@ -88,7 +88,7 @@ def test_a_limit_takes_the_same_questions_from_everywhere(run_folder: Path, tmp_
     assert {name: len(questions) for name, questions in by_source.items()} == dict.fromkeys(by_source, 3)
     assert set(by_source["evaluation “untrained”"]) == set(by_source["evaluation “after RL”"])
     note = data_of((tmp_path / "p.html").read_text(encoding="utf-8"))["index"]["notes"][1]
-    assert "Shown are 15 of 40" in note
+    assert "Showing 15 of 40" in note
 
 
 @given(limit=st.integers(1, 60))

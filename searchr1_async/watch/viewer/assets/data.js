@@ -32,7 +32,7 @@ const SORTS = {
 };
 
 // Default state of the list; the URL's hash encodes the differences from it.
-const NOTHING_ASKED = { find: "", only: [], suite: "", from: "", by: "order", down: false, episode: null, with: null, isMissing: false };
+const DEFAULTS = { find: "", only: [], suite: "", from: "", by: "order", down: false, episode: null, with: null, isMissing: false };
 
 // Lower-case texts by question and by episode; built on the first search.
 let haystacks = null;
@@ -91,7 +91,7 @@ function select(index, state) {
 
 function toHash(state) {
   const out = new URLSearchParams();
-  for (const [name, nothing] of Object.entries(NOTHING_ASKED)) {
+  for (const [name, nothing] of Object.entries(DEFAULTS)) {
     const value = state[name];
     if (Array.isArray(value) ? value.length : value !== nothing) out.set(name, value === true ? "1" : String(value));
   }
@@ -120,7 +120,7 @@ function namedInHash(given, index) {
   const asked = { system: given.get("system"), suite: given.get("in"), question: given.get("question"), sample: given.get("sample") || "0" };
   const episode = named(index, asked);
   const beside = { ...asked, system: given.get("beside"), sample: given.get("beside-sample") || "0" };
-  return { ...NOTHING_ASKED, only: [], episode, with: episode === null || !given.has("beside") ? null : named(index, beside), isMissing: episode === null };
+  return { ...DEFAULTS, only: [], episode, with: episode === null || !given.has("beside") ? null : named(index, beside), isMissing: episode === null };
 }
 
 // Hashes are untrusted: invalid parts are ignored.

@@ -11,7 +11,7 @@ function option(value, text) {
 class Page {
   constructor(index) {
     this.index = index;
-    this.state = { ...NOTHING_ASKED };
+    this.state = { ...DEFAULTS };
     this.list = new List(index, (number) => this.ask({ episode: number, with: null }));
     this.detail = element("main", "detail");
     this.detail.tabIndex = -1;
@@ -22,7 +22,7 @@ class Page {
     this.empty = element("div", "empty", "No matching episodes. ");
     const all = element("button", "", "Show all");
     all.type = "button";
-    all.addEventListener("click", () => this.ask({ ...NOTHING_ASKED, episode: this.state.episode, with: this.state.with }));
+    all.addEventListener("click", () => this.ask({ ...DEFAULTS, episode: this.state.episode, with: this.state.with }));
     this.empty.append(all);
     const side = element("nav", "side", this.controls, this.empty, this.list.box);
     document.body.append(element("header", "top", title, notes, this.themeButton()), side, this.detail);
