@@ -12,7 +12,6 @@ from searchr1_async.episodes.types import Episode
 from searchr1_async.events import (
     BatchClosed,
     BesideSampled,
-    CheckpointSaved,
     EpisodeFinished,
     EvaluationFinished,
     Event,
@@ -162,7 +161,6 @@ class RunState:
         self._warnings: deque[tuple[str, float, int]] = deque(maxlen=_MOST_NOTICES)
         """Text, time of the last occurrence, count."""
         self._last_notice = ""
-        self._checkpoint = ""
         self._staleness: float | None = None
         self._seconds_per_step: float | None = None
 
@@ -239,8 +237,6 @@ class RunState:
                 self._published = max(self._published, event.step)
             case EvaluationFinished():
                 self._evaluated(event)
-            case CheckpointSaved():
-                self._checkpoint = event.path[:_LONGEST_TEXT]
             case RunPaused() | RunResumed() | ServiceSilent() | ServiceAnswers():
                 self._pauses.see(event, [phase.estimate for phase in self._phases.values()], now)
             case RunEnded():
@@ -337,12 +333,8 @@ class RunState:
             seconds=max(0.0, now - began),
             kind=run.kind,
             model=run.model[:200],
-            is_embedded=run.is_embedded,
-            is_tinker=run.is_tinker,
             is_resumed=run.step > 0 and run.kind == "train",
-            embedder=run.embedder[:200],
             out_dir=run.out_dir,
-            group_size=run.group_size,
             step=self._step,
             total_steps=run.total_steps,
             phases=tuple(self._phase(phase, now) for phase in self._phases.values()),
@@ -376,7 +368,6 @@ class RunState:
             evaluations=tuple(self.evaluations[-6:]),
             warnings=tuple(NoticeState(text, max(0.0, now - at), count) for text, at, count in self._warnings),
             last_notice=self._last_notice,
-            checkpoint=self._checkpoint,
             seconds_per_step=self._seconds_per_step,
             latest=rows[-1] if (rows := self.steps.rows(max(0, len(self.steps) - 1))) else {},
         )
@@ -397,7 +388,6 @@ class RunState:
             done=estimate.done,
             total=estimate.total,
             unit=event.unit[:40],
-            seconds=max(0.0, now - estimate.started),
             seconds_left=estimate.seconds_left(now),
             metrics=phase.metrics,
         )
@@ -427,7 +417,6 @@ class RunState:
         queries, failed = _number(found, "search/queries"), _number(found, "search/failed")
         services = ("embedding", "store")
         return SearchState(
-            queries=int(queries),
             queries_per_second=max(0.0, queries - queries_then) / max(now - since, 1.0),
             cache_hit_rate=_number(found, "search/cache_hit_rate"),
             p50=_number(found, "search/p50"),

@@ -24,16 +24,12 @@ class PhaseState:
     done: int
     total: int
     unit: str
-    seconds: float
-    """Since the phase started."""
     seconds_left: float | None
     metrics: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)
 class SearchState:
-    queries: int
-    """Total since the client was created."""
     queries_per_second: float
     cache_hit_rate: float
     p50: float
@@ -94,13 +90,9 @@ class Snapshot:
     """Since the first event."""
     kind: str
     model: str
-    is_embedded: bool
-    is_tinker: bool
     is_resumed: bool
     """Episode and token counts cover this session only."""
-    embedder: str
     out_dir: str | None
-    group_size: int
     step: int
     """Optimiser steps finished."""
     total_steps: int | None
@@ -150,7 +142,6 @@ class Snapshot:
     warnings: tuple[NoticeState, ...]
     """Recent warnings, newest last."""
     last_notice: str
-    checkpoint: str
     seconds_per_step: float | None
     latest: Mapping[str, float | None]
     """Curve values of the last finished step."""
