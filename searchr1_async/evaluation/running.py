@@ -1,4 +1,4 @@
-"""Carrying an evaluation out: its folder claimed, what is open played and judged, and the report made."""
+"""Runs an evaluation: claims its folder, rolls out and judges what is missing, builds the report."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ _OF_A_RUN = ("state.json", "checkpoints.json", "metrics", "evaluations", "unlear
 
 
 async def run_evaluation(job: EvaluationJob, watchers: Watchers, opened: AsyncExitStack) -> Report:
-    """Plays what is open, has it judged, and reports on all of it.
+    """Rolls out and judges missing samples, then builds the report.
 
     Args:
-        opened: gets the folder's lock and its event log, which outlive the last event.
+        opened: receives the folder's lock and event log, which must outlive the last event.
 
     Raises, also within exception groups:
-        SearchR1Error: whatever went wrong, as one of the package's errors; what was played is kept in ``out_dir``.
+        SearchR1Error: any failure; finished episodes are kept in ``out_dir``.
     """
     watchers(Notice(find_endpoint(job.choice.service).text))
     job = await settled(job, watchers)
     asked = questions_frame(asked_questions(job.suites))
-    # In a thread: it reads the corpus and what the runs were trained on whole.
+    # In a thread: reads the whole corpus and the runs' training questions.
     manifest = await anyio.to_thread.run_sync(describe, job, asked)
     _tell_settings(job, manifest, watchers)
     async with AsyncExitStack() as services:
@@ -68,21 +68,21 @@ async def run_evaluation(job: EvaluationJob, watchers: Watchers, opened: AsyncEx
 
 
 def _tell_settings(job: EvaluationJob, manifest: Manifest, emit: Emit) -> None:
-    """Which systems are played as a run was trained, and which otherwise than they were."""
+    """Emits which systems use a run's training settings, and where settings differ from training."""
     for measured, record in zip(job.systems, manifest.systems, strict=True):
         if record.like is not None and measured.system.method == "search":
             settings = str(job.settings_of(measured).episodes) or "the defaults"
-            emit(Notice(f"{record.label!r} is played like the run in {record.like}: {settings}"))
+            emit(Notice(f"{record.label!r} uses the training settings of the run in {record.like}: {settings}"))
         if record.differences:
             found = described_differences(record.differences)
-            emit(Notice(f"{record.label!r} is not played as it was trained: {found}", is_warning=True))
+            emit(Notice(f"{record.label!r} is evaluated with other settings than in training: {found}", is_warning=True))
 
 
 async def _refuse(
     job: EvaluationJob, manifest: Manifest, services: AsyncExitStack, emit: Emit
 ) -> list[OpenedStage] | None:
-    """What cannot be carried out, before anything is written. The services opened for it; None where an evaluation goes on: it
-    may have nothing left to do, and then needs none."""
+    """Validates the job before anything is written. Returns the opened services, or None for a resumed evaluation, which may
+    need none."""
     earlier = None if job.out_dir is None else await anyio.to_thread.run_sync(Manifest.load, job.out_dir)
     if earlier is not None and job.out_dir is not None:
         refuse_changes(earlier, manifest, job.out_dir, resume=job.resume)
@@ -93,31 +93,30 @@ async def _refuse(
 
 @contextmanager
 def _begun(store: EpisodeStore) -> Iterator[None]:
-    """An evaluation that ends by an error before its first episode leaves nothing that would refuse the corrected one."""
+    """On an error before the first episode, removes the new evaluation's files so that a corrected call can reuse the folder."""
     is_new = not (store.folder / MANIFEST_NAME).exists()
     try:
         yield
     except BaseException:
         if is_new and not store.frame().head(1).collect().height:
-            for name in (MANIFEST_NAME, QUESTIONS_NAME):  # the manifest first: without it there is no evaluation
+            for name in (MANIFEST_NAME, QUESTIONS_NAME):  # manifest first: without it there is no evaluation
                 (store.folder / name).unlink(missing_ok=True)
             shutil.rmtree(store.folder / "tokenizer", ignore_errors=True)
         raise
 
 
 def _refuse_run(job: EvaluationJob) -> None:
-    """A training run's folder has files of the same names: its questions would be lost."""
+    """Refuses a training run's folder, whose files would be overwritten."""
     if job.out_dir is not None and any((job.out_dir / name).exists() for name in _OF_A_RUN):
         raise RunFolderError(
-            f"{job.out_dir} holds a training run: choose another out_dir, such as {job.out_dir}/evaluation"
+            f"{job.out_dir} contains a training run: choose another out_dir, such as {job.out_dir}/evaluation"
         )
 
 
 def _begin(
     job: EvaluationJob, store: EpisodeStore, manifest: Manifest, asked: pl.DataFrame
 ) -> tuple[Manifest, set[SampleKey]]:
-    """The evaluation's manifest, and the samples that an earlier session has played; the manifest and the questions are written
-    before the first episode."""
+    """Writes manifest and questions, or loads an earlier session; returns the manifest and the finished samples."""
     earlier = Manifest.load(store.folder)
     if earlier is not None:
         refuse_changes(earlier, manifest, store.folder, resume=job.resume)
@@ -150,20 +149,20 @@ class _Evaluation:
         self._is_told = False
 
     async def run(self, stages: list[OpenedStage] | None, services: AsyncExitStack) -> None:
-        """Plays and judges what is open; opens no service where nothing is.
+        """Rolls out and judges missing samples; opens no service if there are none.
 
         Args:
-            stages: opened already, of all systems; None: not yet.
-            services: closes those that are opened here.
+            stages: already opened stages; None opens them here.
+            services: closes services opened here.
         """
         job = self._job
         judges = job.judge is not None and await anyio.to_thread.run_sync(self._is_unjudged)
         wanted = [each for each in job.systems if self._open[each.label] or judges]
         if not wanted:
-            self._emit(Notice(f"nothing is left to do: all {self._total:,} episodes are played"))
+            self._emit(Notice(f"nothing to do: all {self._total:,} episodes are finished"))
             return
         if self._progress.done:
-            self._emit(Notice(f"going on: {self._progress.done:,} of {self._total:,} episodes are played"))
+            self._emit(Notice(f"resuming: {self._progress.done:,} of {self._total:,} episodes are finished"))
         if stages is None:
             stages = await open_stages(job, service_stages(job, wanted), services, self._emit)
         async with AsyncExitStack() as stack:
@@ -178,7 +177,7 @@ class _Evaluation:
                     await self._play_stage(stage, started_here)
 
     def _is_unjudged(self) -> bool:
-        # Episodes that are still to be played are.
+        # Episodes that are yet to be rolled out will need a verdict.
         return any(self._open.values()) or not self._store.unjudged().is_empty()
 
     async def _play_stage(self, stage: ServiceStage, service: Service) -> None:
@@ -193,7 +192,7 @@ class _Evaluation:
             await judge_samples(job.found_judge, self._store, stage.systems, service, self._emit)
 
     async def _play_systems(self, service: Service, systems: list[MeasuredSystem]) -> None:
-        """Those that play alike share an engine, and so a pool."""
+        """Systems with equal settings share an engine and its pool."""
         alike: dict[tuple[WorkerSpec, int | None, int | None], list[MeasuredSystem]] = {}
         for measured in systems:
             play = self._job.settings_of(measured)
