@@ -1,4 +1,4 @@
-"""A report's files."""
+"""Writes a report's files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ REPORT_NAME = "report.html"
 
 
 def save_report(report: Report, folder: Path) -> Path:
-    """See :meth:`Report.save`. The page comes last: where it is new, everything that it links to is there."""
+    """See :meth:`Report.save`. The page is written last, so that everything it links to exists."""
     is_own = report.folder is not None and report.folder.resolve() == folder.resolve()
     if not is_own:
         _refuse_taken(folder)
@@ -61,7 +61,7 @@ def save_report(report: Report, folder: Path) -> Path:
 
 
 def _refuse_taken(folder: Path) -> None:
-    """A run's questions and an evaluation's manifest have the names of those that a report brings along."""
+    """Refuses folders whose questions or manifest the report would overwrite."""
     if any((folder / name).exists() for name in ("run.lock", "state.json", "episodes")):
         raise RunFolderError(
             f"{folder} is the folder of a run or of another evaluation: save the report elsewhere, such as in {folder}/report"
