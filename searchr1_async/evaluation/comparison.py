@@ -97,14 +97,14 @@ def flip_frame(pairs: pl.DataFrame, before: pl.DataFrame, after: pl.DataFrame, m
     parts = []
     for direction, is_gain in (("improved", True), ("worsened", False)):
         own = changed.filter((pl.col("difference") > 0) == is_gain).with_columns(direction=pl.lit(direction))
-        own = own.join(_telling_sample(before, metric, "before", best=not is_gain), on=list(QUESTION), how="left")
-        parts.append(own.join(_telling_sample(after, metric, "after", best=is_gain), on=list(QUESTION), how="left"))
+        own = own.join(_extreme_sample(before, metric, "before", best=not is_gain), on=list(QUESTION), how="left")
+        parts.append(own.join(_extreme_sample(after, metric, "after", best=is_gain), on=list(QUESTION), how="left"))
     rows = pl.concat(parts).join(texts, on=list(QUESTION), how="left")
     rows = rows.sort(pl.col("difference").abs().round(9), *QUESTION, descending=[True, False, False])
     return rows.select(pl.col(name).cast(dtype) for name, dtype in FLIP_SCHEMA.items())
 
 
-def _telling_sample(scores: pl.DataFrame, metric: str, side: str, *, best: bool) -> pl.DataFrame:
+def _extreme_sample(scores: pl.DataFrame, metric: str, side: str, *, best: bool) -> pl.DataFrame:
     """Per question, its first best (or worst) sample."""
     ordered = scores.drop_nulls(metric).sort(metric, "sample", descending=[best, False], maintain_order=True)
     first = ordered.unique(list(QUESTION), keep="first", maintain_order=True)

@@ -23,7 +23,7 @@ from searchr1_async.errors import ConfigurationError
 from searchr1_async.evaluation.job import EvaluationJob
 from searchr1_async.evaluation.judge import Judge
 from searchr1_async.evaluation.manifest import Manifest
-from searchr1_async.evaluation.repeating import refuse_besides, repeated_job, repeats
+from searchr1_async.evaluation.repeating import refuse_overrides, repeated_job, repeats
 from searchr1_async.evaluation.report import Report
 from searchr1_async.evaluation.running import run_evaluation
 from searchr1_async.evaluation.systems import System, SystemSource, find_systems, search_of_runs, with_baselines
@@ -120,7 +120,7 @@ async def evaluate(
     """
     given = checked_arguments(evaluate, locals())
     if repeats(suites):
-        refuse_besides(evaluate, given)
+        refuse_overrides(evaluate, given)
     model = model_name(model, service)
     check_thinking(model, renderer, thinking)
     choice = ServiceChoice(service, model, local or LocalOptions(), given["tokenizer"], given["max_service_outage"])

@@ -61,8 +61,8 @@ class EvaluationJob:
         """The judge with its model and weights resolved."""
         if self.judge is None:
             return None
-        held = {self.model_of(each) for each in self.systems}
-        return find_judge(self.judge, held, is_embedded=is_embedded(self.choice.service))
+        shown = {self.model_of(each) for each in self.systems}
+        return find_judge(self.judge, shown, is_embedded=is_embedded(self.choice.service))
 
     @property
     def used_search(self) -> Search | None:

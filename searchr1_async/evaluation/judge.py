@@ -101,9 +101,9 @@ class Judge:
 
     def read(self, text: str) -> bool | None:
         """Parses a verdict; None if the text does not start with yes or no, or contains both."""
-        said = text.rpartition("</think>")[2]
-        verdict = _VERDICT.match(said)
-        if verdict is None or len({found[1].lower() for found in _EITHER.finditer(said)}) != 1:
+        reply = text.rpartition("</think>")[2]
+        verdict = _VERDICT.match(reply)
+        if verdict is None or len({found[1].lower() for found in _EITHER.finditer(reply)}) != 1:
             return None
         return verdict[1].lower() == "yes"
 
@@ -116,7 +116,7 @@ def _quoted(text: str, limit: int) -> str:
 
 
 @dataclass(slots=True)
-class _Asked:
+class _Item:
     """An answer to judge, and its indices in the input."""
 
     question: Question
@@ -154,22 +154,22 @@ async def judge_answers(
         ModelError: no chat format is known for the model.
         ServiceError: more than :data:`MAX_FAILED_FRACTION` of the requests failed.
     """
-    asking = _Asking(judge, policy, tokenizer, model_name, gate or SampleGate(), on_judged)
+    asking = _Judging(judge, policy, tokenizer, model_name, gate or SampleGate(), on_judged)
     asking.keep([place for place, (_, answer) in enumerate(items) if not answer.strip()], False)
-    return await asking.ask(_without_repeats(items))
+    return await asking.ask(_deduplicated(items))
 
 
-def _without_repeats(items: Sequence[tuple[Question, str]]) -> list[_Asked]:
-    asked: dict[tuple[str, tuple[str, ...], str], _Asked] = {}
+def _deduplicated(items: Sequence[tuple[Question, str]]) -> list[_Item]:
+    asked: dict[tuple[str, tuple[str, ...], str], _Item] = {}
     for place, (question, answer) in enumerate(items):
         if not answer.strip():
             continue
         key = (question.question, question.golden_answers, answer)
-        asked.setdefault(key, _Asked(question, answer)).places.append(place)
+        asked.setdefault(key, _Item(question, answer)).places.append(place)
     return list(asked.values())
 
 
-class _Asking:
+class _Judging:
     """One round of verdicts."""
 
     def __init__(
@@ -191,7 +191,7 @@ class _Asking:
         self._failed = 0
         self._unreadable = 0
 
-    async def ask(self, asked: Sequence[_Asked]) -> dict[int, float | None]:
+    async def ask(self, asked: Sequence[_Item]) -> dict[int, float | None]:
         self._allowed = max(1.0, MAX_FAILED_FRACTION * len(asked))
         self._gate.watch(getattr(self._policy, "client", None))
         left = iter(asked)
@@ -208,10 +208,10 @@ class _Asking:
             )
         return self._verdicts
 
-    async def _work(self, left: Iterator[_Asked]) -> None:
+    async def _work(self, left: Iterator[_Item]) -> None:
         for asked in left:
             try:
-                verdict = self._judge.read(await self._said(asked))
+                verdict = self._judge.read(await self._reply(asked))
                 self._unreadable += verdict is None
             except (ServiceError, TimeoutError) as error:
                 self._failed += 1
@@ -224,7 +224,7 @@ class _Asking:
             else:
                 self.keep(asked.places, verdict)
 
-    async def _said(self, asked: _Asked) -> str:
+    async def _reply(self, asked: _Item) -> str:
         """The judge's reply. Special tokens and tags in the texts are defused."""
         await self._turns.turn()
         question = asked.question

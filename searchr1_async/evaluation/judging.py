@@ -59,16 +59,14 @@ def find_judge(judge: Judge, models: Collection[str], *, is_embedded: bool) -> F
         raise ConfigurationError(
             f"the judge in {judge.checkpoint} was trained from {weights.base_model}, not from {judge.model}: omit its model"
         )
-    named, held = judge.model or weights.base_model, ", ".join(sorted(models))
+    named, shown = judge.model or weights.base_model, ", ".join(sorted(models))
     if is_embedded and set(models) != {named or next(iter(models))}:
         raise ConfigurationError(
-            f"an embedded service has one model, here {held}, so the judge ({named or 'no model given'}) cannot judge all "
+            f"an embedded service has one model, here {shown}, so the judge ({named or 'no model given'}) cannot judge all "
             "systems: omit the judge's model if all systems share one, or evaluate on a service that has it"
         )
     if named is None and len(models) > 1:
-        raise ConfigurationError(
-            f"the systems have several models ({held}): choose the judge's with Judge(model=…)"
-        )
+        raise ConfigurationError(f"the systems have several models ({shown}): choose the judge's with Judge(model=…)")
     return FoundJudge(judge, named or next(iter(models)), weights)
 
 
@@ -151,7 +149,7 @@ def _items(left: pl.DataFrame) -> list[tuple[Question, str]]:
     ]
 
 
-def lay_verdicts(folder: Path, before: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> None:
+def archive_verdicts(folder: Path, before: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> None:
     """Archives verdicts of a different judge and restores those of the current one, so that no file mixes two judges.
 
     Call it before and after the manifest is updated: a kill in between then loses nothing.
@@ -161,9 +159,9 @@ def lay_verdicts(folder: Path, before: Mapping[str, Any] | None, now: Mapping[st
     """
     current = folder / JUDGEMENTS_NAME
     if before is not None and judge_digest(before) != (now and judge_digest(now)) and current.exists():
-        current.replace(_aside(folder, before))
+        current.replace(_archive_path(folder, before))
     if now is not None and judge_digest(now) == (before and judge_digest(before)):
-        kept = _aside(folder, now)
+        kept = _archive_path(folder, now)
         if kept.exists() and not current.exists():
             kept.replace(current)
 
@@ -174,5 +172,5 @@ def judge_digest(judge: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _aside(folder: Path, judge: Mapping[str, Any]) -> Path:
+def _archive_path(folder: Path, judge: Mapping[str, Any]) -> Path:
     return folder / f"judgements-{judge_digest(judge)}.parquet"

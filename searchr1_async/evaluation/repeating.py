@@ -40,7 +40,7 @@ def repeats(source: object) -> bool:
     return path.name == MANIFEST_NAME or (path / MANIFEST_NAME).is_file()
 
 
-_MAY_BE_GIVEN = frozenset(
+_ACCEPTED = frozenset(
     [
         *("suites", "search", "service", "local", "tokenizer", "out_dir", "resume", "reward"),
         *("max_episodes_in_flight", "workers", "sampling_deadline", "max_service_outage", "progress", "emit"),
@@ -49,7 +49,7 @@ _MAY_BE_GIVEN = frozenset(
 """Arguments that a repetition accepts: they do not change what is measured, or a manifest may not describe them."""
 
 
-def refuse_besides(evaluate: Callable[..., object], given: Mapping[str, Any]) -> None:
+def refuse_overrides(evaluate: Callable[..., object], given: Mapping[str, Any]) -> None:
     """Refuses arguments that the manifest determines.
 
     Args:
@@ -63,7 +63,7 @@ def refuse_besides(evaluate: Callable[..., object], given: Mapping[str, Any]) ->
     changed = [
         name
         for name, parameter in parameters.items()
-        if name not in _MAY_BE_GIVEN and not _is_default(given[name], parameter.default)
+        if name not in _ACCEPTED and not _is_default(given[name], parameter.default)
     ]
     if changed:
         raise ConfigurationError(

@@ -15,7 +15,7 @@ from searchr1_async.errors import RunFolderError
 from searchr1_async.evaluation.asked import QUESTIONS_NAME, asked_questions, interleaved, questions_frame
 from searchr1_async.evaluation.describe import continued, describe, refuse_changes
 from searchr1_async.evaluation.job import EvaluationJob, ServiceStage, service_stages
-from searchr1_async.evaluation.judging import judge_samples, lay_verdicts
+from searchr1_async.evaluation.judging import archive_verdicts, judge_samples
 from searchr1_async.evaluation.manifest import MANIFEST_NAME, Manifest
 from searchr1_async.evaluation.opening import OpenedStage, open_stages
 from searchr1_async.evaluation.pool import EpisodeWriter, Pool, PoolProgress
@@ -34,7 +34,7 @@ from searchr1_async.trained import described_differences
 from searchr1_async.watch.fanout import Watchers
 from searchr1_async.watch.trackers import make_trackers, open_trackers
 
-_OF_A_RUN = ("state.json", "checkpoints.json", "metrics", "evaluations", "unlearned")
+_RUN_FILES = ("state.json", "checkpoints.json", "metrics", "evaluations", "unlearned")
 
 
 async def run_evaluation(job: EvaluationJob, watchers: Watchers, opened: AsyncExitStack) -> Report:
@@ -51,15 +51,15 @@ async def run_evaluation(job: EvaluationJob, watchers: Watchers, opened: AsyncEx
     asked = questions_frame(asked_questions(job.suites))
     # In a thread: reads the whole corpus and the runs' training questions.
     manifest = await anyio.to_thread.run_sync(describe, job, asked)
-    _tell_settings(job, manifest, watchers)
+    _report_settings(job, manifest, watchers)
     async with AsyncExitStack() as services:
-        stages = await _refuse(job, manifest, services, watchers)
+        stages = await _validate(job, manifest, services, watchers)
         if job.out_dir is not None:
             opened.enter_context(claimed(job.out_dir))
             for tracker in await opened.enter_async_context(open_trackers(make_trackers((), job.out_dir))):
                 watchers.subscribe(tracker)
         store = EpisodeStore(job.out_dir)
-        with _begun(store):
+        with _removing_on_error(store):
             manifest, done = await anyio.to_thread.run_sync(_begin, job, store, manifest, asked)
             await _Evaluation(job, store, watchers, done).run(stages, services)
     with writing_records(store.folder):
@@ -67,7 +67,7 @@ async def run_evaluation(job: EvaluationJob, watchers: Watchers, opened: AsyncEx
     return await anyio.to_thread.run_sync(make_report, store, manifest)
 
 
-def _tell_settings(job: EvaluationJob, manifest: Manifest, emit: Emit) -> None:
+def _report_settings(job: EvaluationJob, manifest: Manifest, emit: Emit) -> None:
     """Emits which systems use a run's training settings, and where settings differ from training."""
     for measured, record in zip(job.systems, manifest.systems, strict=True):
         if record.like is not None and measured.system.method == "search":
@@ -75,10 +75,12 @@ def _tell_settings(job: EvaluationJob, manifest: Manifest, emit: Emit) -> None:
             emit(Notice(f"{record.label!r} uses the training settings of the run in {record.like}: {settings}"))
         if record.differences:
             found = described_differences(record.differences)
-            emit(Notice(f"{record.label!r} is evaluated with other settings than in training: {found}", is_warning=True))
+            emit(
+                Notice(f"{record.label!r} is evaluated with other settings than in training: {found}", is_warning=True)
+            )
 
 
-async def _refuse(
+async def _validate(
     job: EvaluationJob, manifest: Manifest, services: AsyncExitStack, emit: Emit
 ) -> list[OpenedStage] | None:
     """Validates the job before anything is written. Returns the opened services, or None for a resumed evaluation, which may
@@ -92,7 +94,7 @@ async def _refuse(
 
 
 @contextmanager
-def _begun(store: EpisodeStore) -> Iterator[None]:
+def _removing_on_error(store: EpisodeStore) -> Iterator[None]:
     """On an error before the first episode, removes the new evaluation's files so that a corrected call can reuse the folder."""
     is_new = not (store.folder / MANIFEST_NAME).exists()
     try:
@@ -107,7 +109,7 @@ def _begun(store: EpisodeStore) -> Iterator[None]:
 
 def _refuse_run(job: EvaluationJob) -> None:
     """Refuses a training run's folder, whose files would be overwritten."""
-    if job.out_dir is not None and any((job.out_dir / name).exists() for name in _OF_A_RUN):
+    if job.out_dir is not None and any((job.out_dir / name).exists() for name in _RUN_FILES):
         raise RunFolderError(
             f"{job.out_dir} contains a training run: choose another out_dir, such as {job.out_dir}/evaluation"
         )
@@ -122,10 +124,10 @@ def _begin(
         refuse_changes(earlier, manifest, store.folder, resume=job.resume)
         manifest = continued(earlier, manifest)
         with writing_records(store.folder):
-            lay_verdicts(store.folder, earlier.judge, manifest.judge)
+            archive_verdicts(store.folder, earlier.judge, manifest.judge)
             if manifest != earlier:
                 manifest.save(store.folder)
-            lay_verdicts(store.folder, manifest.judge, manifest.judge)
+            archive_verdicts(store.folder, manifest.judge, manifest.judge)
         return manifest, store.load()
     _refuse_run(job)
     with writing_records(store.folder):
@@ -146,7 +148,7 @@ class _Evaluation:
         self._open = {each.label: self._pool.count_open(each.label) for each in job.systems}
         self._total = total
         self._progress = PoolProgress(job.samples, watchers, total - sum(self._open.values()))
-        self._is_told = False
+        self._has_started = False
 
     async def run(self, stages: list[OpenedStage] | None, services: AsyncExitStack) -> None:
         """Rolls out and judges missing samples; opens no service if there are none.
@@ -173,8 +175,8 @@ class _Evaluation:
                 if service is not None:
                     await self._play_stage(stage, service)
                     continue
-                async with opened_service(stage.choice, stage.folder, self._emit) as started_here:
-                    await self._play_stage(stage, started_here)
+                async with opened_service(stage.choice, stage.folder, self._emit) as own_service:
+                    await self._play_stage(stage, own_service)
 
     def _is_unjudged(self) -> bool:
         # Episodes that are yet to be rolled out will need a verdict.
@@ -182,8 +184,8 @@ class _Evaluation:
 
     async def _play_stage(self, stage: ServiceStage, service: Service) -> None:
         job = self._job
-        if not self._is_told:
-            self._is_told = True
+        if not self._has_started:
+            self._has_started = True
             self._emit(started("evaluate", service, job.used_search, job.play, stage.systems[0].weights.step))
         if job.out_dir is not None:
             await keep_tokenizer(service.tokenizer, job.out_dir)

@@ -132,9 +132,7 @@ def with_baselines(sources: Mapping[str, SystemSource], methods: tuple[Method, .
     out = dict(sources)
     for method in methods:
         if method in out:
-            raise ConfigurationError(
-                f"a system and a baseline are both called {method!r}: rename the system"
-            )
+            raise ConfigurationError(f"a system and a baseline are both called {method!r}: rename the system")
         out[method] = System(method=method)
     return out
 

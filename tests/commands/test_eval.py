@@ -87,8 +87,8 @@ def test_a_folder_of_suites_is_measured_reported_and_repeated(world: Path, capsy
 @pytest.mark.parametrize(
     ("more", "told"),
     [
-        (("--system", "nameless"), "ConfigurationError: --system 'nameless': give LABEL=WEIGHTS"),
-        (("--chroma", "somewhere"), "ConfigurationError: --chroma 'somewhere': give HOST:PORT"),
+        (("--system", "nameless"), "ConfigurationError: --system 'nameless': expected LABEL=WEIGHTS"),
+        (("--chroma", "somewhere"), "ConfigurationError: --chroma 'somewhere': expected HOST:PORT"),
         (("--system", "x=runs/nowhere"), "RunFolderError: "),
         (("--samples", "0"), "ConfigurationError: samples is 0: it must be at least 1"),
     ],

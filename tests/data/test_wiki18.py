@@ -375,7 +375,7 @@ async def test_a_compact_index_is_made_all_the_way_and_the_rest_deleted(
     assert await anyio.to_thread.run_sync(main, [*arguments, "--keep"]) == 0
     told = capfd.readouterr()
     assert names_in(folder) == {"chroma", "compact", "source.json"}
-    assert told.err.index(" at its peak it takes ") < told.err.index("download: ")
+    assert told.err.index(" at peak it needs ") < told.err.index("download: ")
     assert f"{PASSAGES:,} passages, {DIMENSION} dimensions" in told.out
     assert f"python -m searchr1_async serve '{folder / 'compact'}'" in told.out
     asked = hub.requests

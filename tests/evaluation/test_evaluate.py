@@ -229,14 +229,14 @@ async def test_an_evaluation_is_repeated_from_all_that_tells_of_it(
         await evaluate(tmp_path / "e", other, **where)
     with pytest.raises(ConfigurationError, match="cannot describe its search"):
         await evaluate(tmp_path / "e", **where)
-    with pytest.raises(ConfigurationError, match="repeated as it was"):
+    with pytest.raises(ConfigurationError, match="repeated with its original settings"):
         await evaluate(tmp_path / "e", search, systems={"last": run}, **where)
     pl.read_parquet(files[0]).with_columns(question=pl.lit("another?")).write_parquet(files[0])
     with pytest.raises(QuestionsError):
         await evaluate(manifest, search, **where)
     questions = pl.read_parquet(tmp_path / "e" / "questions.parquet")
     questions.with_columns(question=pl.lit("another?")).write_parquet(tmp_path / "e" / "questions.parquet")
-    with pytest.raises(RunFolderError, match="not those that its manifest is of"):
+    with pytest.raises(RunFolderError, match="beside the manifest do not match it"):
         await evaluate(tmp_path / "e", search, **where)
 
 
@@ -274,7 +274,7 @@ async def test_a_search_is_only_needed_by_those_that_search(run: Path, tmp_path:
     report = await evaluate(suites(), systems=direct, **playing())
     assert isinstance(report, Report)
     assert report.only.scores["searches"].sum() == 0
-    with pytest.raises(ConfigurationError, match="'last' searches: give evaluate"):
+    with pytest.raises(ConfigurationError, match="'last' needs a search: pass search to evaluate"):
         await evaluate(suites(), systems=direct | {"last": run}, out_dir=tmp_path / "e", **playing())
     assert not (tmp_path / "e").exists()
 
@@ -306,7 +306,7 @@ async def test_the_folder_of_a_training_run_is_refused_and_stays_as_it_was(tmp_p
     (tmp_path / "metrics").mkdir()
     (tmp_path / "questions.parquet").write_bytes(b"of the run")
     search = tiny_world.make_search(tmp_path / "index")
-    with pytest.raises(sr.RunFolderError, match="holds a training run"):
+    with pytest.raises(sr.RunFolderError, match="contains a training run"):
         await sr.evaluate(
             tiny_world.make_questions()[1],
             search,

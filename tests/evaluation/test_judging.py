@@ -15,7 +15,7 @@ from searchr1_async.episodes.play import SampledTurn
 from searchr1_async.errors import ServiceError
 from searchr1_async.evaluation import judging
 from searchr1_async.evaluation.judge import Judge
-from searchr1_async.evaluation.judging import FoundJudge, OpenJudge, judge_digest, judge_samples, lay_verdicts
+from searchr1_async.evaluation.judging import FoundJudge, OpenJudge, archive_verdicts, judge_digest, judge_samples
 from searchr1_async.evaluation.store import JUDGEMENTS_NAME, EpisodeStore
 from searchr1_async.evaluation.systems import System, find_systems
 from searchr1_async.events import Event, PhaseAdvanced
@@ -30,9 +30,9 @@ ONE, OTHER = Judge("one").describe(), Judge("other").describe()
 def begin(folder: Path, before: dict[str, Any] | None, now: dict[str, Any] | None, killed: int = 9) -> None:
     """A session's beginning, killed behind so many steps."""
     steps = [
-        lambda: lay_verdicts(folder, before, now),
+        lambda: archive_verdicts(folder, before, now),
         lambda: (folder / "judge").write_text("none" if now is None else now["model"]),
-        lambda: lay_verdicts(folder, now, now),
+        lambda: archive_verdicts(folder, now, now),
     ]
     for step in steps[:killed]:
         step()

@@ -90,9 +90,9 @@ async def test_the_folder_of_another_evaluation_is_not_written_over(tmp_path: Pa
 )
 async def test_what_a_repetition_would_ignore_is_refused_by_name(given: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text("of an evaluation")
-    with pytest.raises(ConfigurationError, match=r"repeated as it was: leave (.*) out") as caught:
+    with pytest.raises(ConfigurationError, match=r"repeated with its original settings: omit (.*), or") as caught:
         await evaluate(tmp_path, out_dir=tmp_path / "again", **given)
-    named = str(caught.value).partition("leave ")[2].partition(" out")[0]
+    named = str(caught.value).partition("omit ")[2].partition(", or")[0]
     assert set(named.split(", ")) == set(given)
     assert not (tmp_path / "again").exists()
 

@@ -159,7 +159,7 @@ async def test_an_adapter_of_a_step_is_a_peft_folder(finished: sr.RecordedRun, t
     assert f"on demonstrations, then {wanted} optimiser steps of reinforcement learning" in card
     assert "<|im_start|>system\nsearch then answer<|im_end|>" in card, "the run's own instructions"
     assert re.search(r"<search>.+</search>\n<information>.+</information>\n<answer>.+</answer>\n````", card)
-    assert re.search(r"A query shows the closest passage of the \d+ in `passages`, embedded by `", card)
+    assert re.search(r"A query returns the closest passage of the \d+ in `passages`, embedded by `", card)
     assert "| learning.loss | importance_sampling |" in card, "the one that was chosen"
     assert "| world | 36 |" in card
     assert "learning.learning_rate | 0.001" in card
@@ -231,7 +231,7 @@ async def test_a_base_of_another_shape_is_refused(finished: sr.RecordedRun, tmp_
     from tests.local.tiny import make_tiny_model
 
     other = await anyio.to_thread.run_sync(lambda: make_tiny_model(tmp_path / "other", num_hidden_layers=2))
-    with pytest.raises(sr.ExportError, match="it is another model"):
+    with pytest.raises(sr.ExportError, match="it is a different model"):
         await finished.export(tmp_path / "new", format="merged", base_model=str(other))
     assert names(tmp_path) == ["other"]
 
@@ -263,8 +263,8 @@ async def test_a_run_of_the_embedded_service_while_it_trains_and_afterwards(
 async def test_the_command(finished: sr.RecordedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["export", str(finished.out_dir), str(tmp_path / "adapter"), "--step", "2"]
     assert await anyio.to_thread.run_sync(main, command) == 0
-    assert "README.md says how to load them" in capsys.readouterr().out
+    assert "README.md explains how to load them" in capsys.readouterr().out
     assert (tmp_path / "adapter" / "adapter_config.json").is_file()
     with pytest.raises(SystemExit):
         main(["export", str(finished.out_dir), str(tmp_path / "x"), "--step", "two"])
-    assert "'two': give last, best, or a number of steps" in capsys.readouterr().err
+    assert "'two': expected last, best, or a number of steps" in capsys.readouterr().err

@@ -97,7 +97,7 @@ def href(key: EpisodeKey, beside: EpisodeKey | None = None) -> str:
 
 
 def flip_links(
-    before: str, after: str, flips: pl.DataFrame, there: frozenset[EpisodeKey]
+    before: str, after: str, flips: pl.DataFrame, available: frozenset[EpisodeKey]
 ) -> dict[tuple[str, str, str], str]:
     """The address of the pair for each side of each flip, that side first."""
     links = {}
@@ -107,8 +107,8 @@ def flip_links(
             for label, side in ((before, "before"), (after, "after"))
         }
         for side, other in (("before", "after"), ("after", "before")):
-            if keys[side] in there:
-                beside = keys[other] if keys[other] in there else None
+            if keys[side] in available:
+                beside = keys[other] if keys[other] in available else None
                 links[row["suite"], row["question_id"], side] = href(keys[side], beside)
     return links
 

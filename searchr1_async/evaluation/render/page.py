@@ -36,9 +36,7 @@ if TYPE_CHECKING:
 
 _MAX_IDS = 50
 """Question ids shown per suite; manifest.json has all of them."""
-_REPEATED = (
-    "<p>evaluate(folder) repeats this evaluation from manifest.json and questions.parquet beside this page.</p>"
-)
+_REPEATED = "<p>evaluate(folder) repeats this evaluation from manifest.json and questions.parquet beside this page.</p>"
 
 _STYLE = (
     STYLE
@@ -66,16 +64,21 @@ table.settings th { white-space: nowrap; } pre { white-space: pre-wrap; overflow
 )
 
 
-def report_page(report: Report, chosen: Chosen, there: frozenset[EpisodeKey]) -> str:
+def report_page(report: Report, chosen: Chosen, available: frozenset[EpisodeKey]) -> str:
     """The page.
 
     Args:
         report: the results.
         chosen: the episodes to list.
-        there: those in the episodes page; only these are linked.
+        available: those in the episodes page; only these are linked.
     """
     parts = [_head("Evaluation"), _result(report)]
-    parts += [_differences(report, chosen, there), _scores(report), _outcomes(report, chosen, there), _costs(report)]
+    parts += [
+        _differences(report, chosen, available),
+        _scores(report),
+        _outcomes(report, chosen, available),
+        _costs(report),
+    ]
     parts += [_published(report), _repeat(report), "</body></html>\n"]
     return storable("\n".join(part for part in parts if part))
 
@@ -126,7 +129,7 @@ def _result(report: Report) -> str:
     )
 
 
-def _differences(report: Report, chosen: Chosen, there: frozenset[EpisodeKey]) -> str:
+def _differences(report: Report, chosen: Chosen, available: frozenset[EpisodeKey]) -> str:
     comparisons = report.comparisons()
     if not comparisons.height:
         return ""
@@ -138,9 +141,9 @@ def _differences(report: Report, chosen: Chosen, there: frozenset[EpisodeKey]) -
         better = flips.filter(direction="improved").height
         some = f", {flips.height:,} shown" if flips.height < total else ""
         title = f"{one_line(before, 60)} → {one_line(after, 60)}: {counted(total, 'question')} changed{some}"
-        table = flip_rows(flips, flip_links(before, after, flips, there))
+        table = flip_rows(flips, flip_links(before, after, flips, available))
         counts = f"{better:,} better and {flips.height - better:,} worse, largest change first."
-        how = " Answers link to their episode, with the other one beside it." if there else ""
+        how = " Answers link to their episode, with the other one beside it." if available else ""
         parts.append(
             f"<details><summary>{isolated(title)}</summary><p class='soft'>{counts}{how}</p>{table_html(table, 'flips')}</details>"
         )
@@ -171,7 +174,7 @@ def _scores(report: Report) -> str:
     return _section("All scores", table_html(metrics_table(report)), paragraph(meanings, css="soft"), *tables)
 
 
-def _outcomes(report: Report, chosen: Chosen, there: frozenset[EpisodeKey]) -> str:
+def _outcomes(report: Report, chosen: Chosen, available: frozenset[EpisodeKey]) -> str:
     if not report:
         return ""
     shown = [outcome for outcome in OUTCOMES if outcome != "failed"]
@@ -187,7 +190,7 @@ def _outcomes(report: Report, chosen: Chosen, there: frozenset[EpisodeKey]) -> s
         f'<li><span class="key {outcome}"></span>{OUTCOME_WORDS[outcome]}: {OUTCOME_MEANINGS[outcome]}</li>'
         for outcome in shown
     )
-    listed = "".join(_listed(label, report, chosen, there) for label in report)
+    listed = "".join(_listed(label, report, chosen, available) for label in report)
     return _section(
         "Outcomes",
         f'<div class="stacks">{"".join(bars)}</div><ul class="legend">{legend}</ul>',
@@ -196,7 +199,7 @@ def _outcomes(report: Report, chosen: Chosen, there: frozenset[EpisodeKey]) -> s
     )
 
 
-def _listed(label: str, report: Report, chosen: Chosen, there: frozenset[EpisodeKey]) -> str:
+def _listed(label: str, report: Report, chosen: Chosen, available: frozenset[EpisodeKey]) -> str:
     """A table of some episodes of each outcome."""
     rows = []
     for outcome in OUTCOMES:
@@ -207,7 +210,7 @@ def _listed(label: str, report: Report, chosen: Chosen, there: frozenset[Episode
             answer = "no answer" if row["answer"] is None else row["answer"]
             rows.append(
                 [
-                    Cell(row["question"], href=href(key) if key in there else None),
+                    Cell(row["question"], href=href(key) if key in available else None),
                     row["suite"],
                     OUTCOME_WORDS[outcome],
                     answer,

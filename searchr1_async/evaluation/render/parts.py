@@ -112,9 +112,7 @@ def outcome_table(report: Report) -> Table:
         ]
         rows.append([Cell(label), *cells, Cell(number(evaluation.failed))])
     headings = ["system", *(OUTCOME_WORDS[outcome] for outcome in shown), "failed"]
-    return table_of(
-        headings, rows, "Outcomes: percent of the finished episodes, and their number."
-    )
+    return table_of(headings, rows, "Outcomes: percent of the finished episodes, and their number.")
 
 
 def cost_table(report: Report) -> Table:

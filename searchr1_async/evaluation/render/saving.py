@@ -30,7 +30,7 @@ def save_report(report: Report, folder: Path) -> Path:
         _refuse_taken(folder)
     chosen = choose(report)
     rows = chosen_rows(report, chosen.keys)
-    there = frozenset(map(key_of, rows))
+    available = frozenset(map(key_of, rows))
     files: dict[str, bytes] = {}
     if rows:
         tokenizer = load_tokenizer(report.folder) if report.folder is not None else None
@@ -41,7 +41,7 @@ def save_report(report: Report, folder: Path) -> Path:
         "report.md": storable(markdown_report(report)).encode("utf-8"),
         "report.tex": storable(latex_report(report)).encode("utf-8"),
         **_figures(report),
-        REPORT_NAME: report_page(report, chosen, there).encode("utf-8"),
+        REPORT_NAME: report_page(report, chosen, available).encode("utf-8"),
     }
     if not is_own and report.manifest is not None and report.load_questions is not None:
         files[QUESTIONS_NAME] = parquet_bytes(report.load_questions())
