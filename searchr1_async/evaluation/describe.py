@@ -237,13 +237,13 @@ def _prompt(play: PlaySettings, method: Method) -> tuple[str, str]:
     """The system prompt, and the SHA-256 of the prompt with the tool or the worked examples."""
     if method == "recipe":
         recipe = load_recipe_prompt()
-        prompt, besides = recipe.instructions, recipe.tool
+        prompt, extra = recipe.instructions, recipe.tool
     else:
         prompt = play.instructions or INSTRUCTIONS[play.format_name, method]
-        besides = (
+        extra = (
             [(asdict(asked), asdict(found)) for asked, found in EXAMPLES] if method in WITHOUT_TOOL else SEARCH_TOOL
         )
-    return prompt, hashlib.sha256(json.dumps([prompt, besides], sort_keys=True).encode()).hexdigest()
+    return prompt, hashlib.sha256(json.dumps([prompt, extra], sort_keys=True).encode()).hexdigest()
 
 
 def _overlap(job: EvaluationJob, run: Path | None, asked: Sequence[Question]) -> Mapping[str, int] | None:

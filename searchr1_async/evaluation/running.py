@@ -195,12 +195,12 @@ class _Evaluation:
 
     async def _play_systems(self, service: Service, systems: list[MeasuredSystem]) -> None:
         """Systems with equal settings share an engine and its pool."""
-        alike: dict[tuple[WorkerSpec, int | None, int | None], list[MeasuredSystem]] = {}
+        by_settings: dict[tuple[WorkerSpec, int | None, int | None], list[MeasuredSystem]] = {}
         for measured in systems:
             play = self._job.settings_of(measured)
             spec = worker_spec(service, play, measured.system.method)
-            alike.setdefault((spec, play.n_results, play.max_passage_words), []).append(measured)
-        for (spec, *_), own in alike.items():
+            by_settings.setdefault((spec, play.n_results, play.max_passage_words), []).append(measured)
+        for (spec, *_), own in by_settings.items():
             policies = [(each, await policy_of(service, each.weights, self._job.play.sampling)) for each in own]
             await self._play_pool(service, spec, policies)
             for event in await anyio.to_thread.run_sync(self._finished, own):

@@ -71,8 +71,8 @@ def test_a_folder_of_suites_is_measured_reported_and_repeated(world: Path, capsy
     again[3] = str(world / "other")
     corpus = str(world / "corpus.jsonl")
     for more, told in (
-        (("--samples", "3", "--judge"), "repeated as it was: leave samples, judge out"),
-        (("--untrained", "--limit", "1", "--max-tokens", "9"), "leave systems, limit, max_tokens out"),
+        (("--samples", "3", "--judge"), "repeated with its original settings: omit samples, judge, or"),
+        (("--untrained", "--limit", "1", "--max-tokens", "9"), "omit systems, limit, max_tokens, or"),
         (("--corpus", corpus, "--results", "1"), "the search gives other answers than that of the manifest"),
     ):
         capsys.readouterr()

@@ -100,7 +100,7 @@ async def test_what_a_repetition_would_ignore_is_refused_by_name(given: dict[str
 async def test_what_is_at_its_default_is_not_refused(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text("of an evaluation")
     given: dict[str, Any] = {"temperature": 1, "samples": 1, "baselines": [], "training_questions": [], "seed": 0}
-    with pytest.raises(RunFolderError, match="no evaluation's manifest"):
+    with pytest.raises(RunFolderError, match="not an evaluation manifest"):
         await evaluate(tmp_path, **given)
 
 
