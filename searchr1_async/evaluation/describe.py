@@ -240,9 +240,7 @@ def _prompt(play: PlaySettings, method: Method) -> tuple[str, str]:
         prompt, extra = recipe.instructions, recipe.tool
     else:
         prompt = play.instructions or INSTRUCTIONS[play.format_name, method]
-        extra = (
-            [(asdict(asked), asdict(found)) for asked, found in EXAMPLES] if method in WITHOUT_TOOL else SEARCH_TOOL
-        )
+        extra = [(asdict(asked), asdict(found)) for asked, found in EXAMPLES] if method in WITHOUT_TOOL else SEARCH_TOOL
     return prompt, hashlib.sha256(json.dumps([prompt, extra], sort_keys=True).encode()).hexdigest()
 
 
