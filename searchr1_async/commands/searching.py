@@ -53,7 +53,6 @@ def search_of(options: argparse.Namespace) -> Search:
 
 
 def step_argument(text: str) -> Step:
-    """Argument type of ``--step``."""
     if (step := parse_step(text)) is None:
         raise argparse.ArgumentTypeError(f"{text!r}: expected last, best, or a number of steps")
     return step

@@ -190,11 +190,8 @@ async def _try_embedder(name: str, question: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Estimate of the remaining work."""
-
     to_fetch: int
     index: int
-    """Bytes of the final index."""
     peak: int
     """Peak additional bytes on disk."""
     seconds: float
@@ -233,7 +230,6 @@ def _stopped(options: argparse.Namespace) -> str:
 
 
 def describe(found: PrebuiltIndex) -> str:
-    """Describes the downloaded index and how to serve it."""
     lines = [
         f"{'Downloaded' if found.is_new else 'Already downloaded'}: {found.path} ({found.repository}, {found.revision})"
     ]
@@ -249,7 +245,6 @@ def describe(found: PrebuiltIndex) -> str:
 
 
 def describe_compact(index: Path, manifest: CompactManifest) -> str:
-    """Describes the compact index and how to serve it."""
     size = sum(record.bytes for record in manifest.files.values())
     chosen = manifest.calibration
     return "\n".join(

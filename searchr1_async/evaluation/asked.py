@@ -70,11 +70,7 @@ def questions_digest(frame: pl.DataFrame) -> str:
 
 
 def read_questions(folder: Path) -> pl.DataFrame:
-    """Reads the questions in an evaluation's folder.
-
-    Raises:
-        RunFolderError: they are missing or cannot be read.
-    """
+    """Reads the questions in an evaluation's folder. Raises RunFolderError if they are missing or cannot be read."""
     path = folder / QUESTIONS_NAME
     try:
         return read_parquet(path)
@@ -83,7 +79,6 @@ def read_questions(folder: Path) -> pl.DataFrame:
 
 
 def questions_of(frame: pl.DataFrame) -> dict[str, tuple[Question, ...]]:
-    """Questions of a table, by suite."""
     out: dict[str, list[Question]] = {}
     for suite, identifier, text, golden, metadata in frame.iter_rows():
         question = Question(identifier, text, tuple(golden), suite, json.loads(metadata))

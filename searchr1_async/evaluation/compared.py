@@ -35,8 +35,6 @@ SIGNIFICANT = 0.05
 
 @dataclass(frozen=True)
 class ComparisonOf:
-    """Two evaluations to compare."""
-
     before: Evaluation
     after: Evaluation
 

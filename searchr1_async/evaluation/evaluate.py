@@ -149,7 +149,6 @@ async def evaluate(
 async def _new_job(
     given: Mapping[str, Any], asked: EpisodeChoice, play: PlaySettings, choice: ServiceChoice
 ) -> EvaluationJob:
-    """The job of a new evaluation."""
     limit, checkpoint, service_folder = given["limit"], given["checkpoint"], given["service_folder"]
     suites = await anyio.to_thread.run_sync(
         lambda: load_suites(

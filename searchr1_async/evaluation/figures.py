@@ -75,7 +75,7 @@ def cost_frame(scores: pl.DataFrame) -> pl.DataFrame:
 
 
 def suites_of(scores: pl.DataFrame) -> tuple[str, ...]:
-    """The suites, in the order of first sight."""
+    """Suites in order of appearance."""
     return tuple(scores["suite"].unique(maintain_order=True).to_list())
 
 

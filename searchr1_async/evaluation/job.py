@@ -40,7 +40,6 @@ class EvaluationJob:
     training_questions: tuple[Question, ...] = ()
     """Training questions in addition to those in the runs' folders."""
     asked: EpisodeChoice = field(default_factory=EpisodeChoice)
-    """Episode settings that the caller set."""
     follows_runs: bool = True
     """Unset settings follow the runs' training. False for evaluations started by older versions."""
 
@@ -111,14 +110,12 @@ class EvaluationJob:
         return chosen
 
     def choice_of(self, measured: MeasuredSystem) -> ServiceChoice:
-        """The service and model that evaluate it."""
         # A run's base model takes precedence over the evaluation's model.
         known = (measured.system.model, measured.weights.base_model, self.choice.model, self._trained_model)
         model = next((model for model in known if model is not None), None)
         return replace(self.choice, model=model_name(model, self.choice.service))
 
     def model_of(self, measured: MeasuredSystem) -> str:
-        """The base model that evaluates it."""
         return self.choice_of(measured).model or default_model(self.choice.service)
 
     @property
@@ -130,8 +127,6 @@ class EvaluationJob:
 
 @dataclass(frozen=True, slots=True)
 class ServiceStage:
-    """Systems evaluated on one service."""
-
     choice: ServiceChoice
     folder: Path | None
     """The embedded service's folder with their weights, if any."""

@@ -117,8 +117,6 @@ def _quoted(text: str, limit: int) -> str:
 
 @dataclass(slots=True)
 class _Item:
-    """An answer to judge, and its indices in the input."""
-
     question: Question
     answer: str
     places: list[int] = field(default_factory=list)
@@ -170,8 +168,6 @@ def _deduplicated(items: Sequence[tuple[Question, str]]) -> list[_Item]:
 
 
 class _Judging:
-    """One round of verdicts."""
-
     def __init__(
         self,
         judge: Judge,
@@ -244,7 +240,6 @@ class _Judging:
         return self._content(prompt, sampled.tokens)
 
     def _content(self, prompt: list[int], sampled: Sequence[int]) -> str:
-        """The reply without chat markup and reasoning."""
         try:
             parsed = self._renderer.parse_response(list(sampled), prompt_ids=prompt)
         except Exception:  # renderers raise different errors for malformed output
@@ -252,7 +247,6 @@ class _Judging:
         return parsed.content if isinstance(parsed.content, str) else ""
 
     def keep(self, places: Iterable[int], verdict: bool | None) -> None:
-        """Records a verdict for these indices."""
         found = dict.fromkeys(places, None if verdict is None else float(verdict))
         self._verdicts |= found
         if self._on_judged is not None and found:

@@ -35,11 +35,8 @@ _IRRELEVANT_FIELDS = ("deadline", "at_once")
 
 @dataclass(frozen=True, slots=True)
 class FoundJudge:
-    """A judge with its model and weights resolved."""
-
     judge: Judge
     model: str
-    """Base model name on the service."""
     weights: Weights
 
     def describe(self) -> dict[str, Any]:
@@ -72,8 +69,6 @@ def find_judge(judge: Judge, models: Collection[str], *, is_embedded: bool) -> F
 
 @dataclass(frozen=True, slots=True)
 class OpenJudge:
-    """A judge connected to a service."""
-
     policy: TinkerPolicy
     tokenizer: Any
 

@@ -26,12 +26,10 @@ class SuiteRecord:
     sha256: str | None
     """Digest of the source file; None for questions given in memory."""
     total: int
-    """Number of questions in the source."""
     split: str | None
     limit: int | None
     seed: int | None
     question_ids: tuple[str, ...]
-    """The selected questions, in order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +40,10 @@ class SystemRecord:
     method: str
     """``search``, ``direct``, ``rag`` or ``recipe``."""
     model: str
-    """Base model name on the service."""
     checkpoint: str | None = None
     """``tinker://`` path of the weights; None is the base model."""
     step: int | None = None
-    """Optimiser step of the weights."""
     run: str | None = None
-    """Folder of the weights' run."""
     service_folder: str | None = None
     """Folder of the embedded service with the weights, if given."""
     format: str = "hermes"
@@ -58,7 +53,6 @@ class SystemRecord:
     instructions: str | None = None
     """None is the method's own prompt."""
     prompt: str | None = None
-    """The full system prompt."""
     prompt_sha256: str | None = None
     """Digest of the prompt with the tool's description or the worked examples."""
     limits: Mapping[str, Any] | None = None
@@ -84,7 +78,6 @@ class Manifest:
     created: str
     """UTC, ISO 8601."""
     versions: Mapping[str, str]
-    """Versions of Python and relevant packages."""
     service: Mapping[str, Any]
     """``embedded``, ``tinker`` (Tinker's cloud), and ``host`` if an address was given."""
     search: Mapping[str, Any] | None
@@ -101,21 +94,13 @@ class Manifest:
     """Package versions that changed between sessions."""
 
     def save(self, folder: Path) -> None:
-        """Writes ``manifest.json`` atomically.
-
-        Raises:
-            OSError: the folder cannot be written.
-        """
+        """Writes ``manifest.json`` atomically. Raises OSError if the folder cannot be written."""
         text = json.dumps({"format": _FORMAT, **asdict(self)}, indent=1, ensure_ascii=False)
         write_atomically(folder / MANIFEST_NAME, text.encode("utf-8", "replace"))
 
     @classmethod
     def load(cls, path: str | Path) -> Manifest | None:
-        """Loads a manifest from a folder or file; None if there is none.
-
-        Raises:
-            RunFolderError: it cannot be read, or has another format version.
-        """
+        """Loads a manifest from a folder or file; None if there is none. Raises RunFolderError."""
         path = absolute_path(path)
         path = path / MANIFEST_NAME if path.is_dir() else path
         try:

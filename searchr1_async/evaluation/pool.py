@@ -53,7 +53,6 @@ class PoolProgress:
     _means: dict[str, RunningMeans] = field(default_factory=dict)
 
     def add(self, label: str, group: Group, episodes: int) -> None:
-        """Counts a finished question."""
         means = self._means.setdefault(label, RunningMeans())
         means.add(group, self.samples)
         self.done += episodes
@@ -86,7 +85,6 @@ class Pool:
                 yield place, samples
 
     def count_open(self, label: str) -> int:
-        """Number of missing samples."""
         return sum(len(samples) for _, samples in self.open_samples(label))
 
     async def play(

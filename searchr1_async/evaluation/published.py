@@ -32,7 +32,6 @@ class PublishedRow:
     scores: Mapping[str, float]
     """Exact match per suite, 0 to 1."""
     source: str
-    """Where the results were published."""
     model: str | None = None
     training: str | None = None
     corpus: str | None = None
@@ -46,7 +45,6 @@ class PublishedRow:
     samples: int | None = None
     temperature: float | None = None
     remarks: tuple[str, ...] = field(default=())
-    """Caveats, as sentences."""
 
 
 def _scores(nq: float, triviaqa: float, hotpotqa: float, two_wiki: float) -> dict[str, float]:
@@ -106,19 +104,15 @@ PUBLISHED: tuple[PublishedRow, ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Beside:
-    """Our results beside published ones."""
-
     frame: pl.DataFrame
     """``row``, ``kind`` (``ours``, ``published``), ``suite``, ``exact_match``, ``low``, ``high``, ``questions`` (null if not
     stated), for suites that both sides have."""
     conditions: pl.DataFrame
     """``condition``, then one column per row with its value as text."""
     notes: tuple[str, ...]
-    """The differences, as sentences."""
 
 
 def beside_published(report: Report, published: Sequence[PublishedRow] | None = None) -> Beside:
-    """See :meth:`Report.beside`."""
     rows = tuple(PUBLISHED if published is None else published)
     suites = [suite for suite in report.suites if any(suite in row.scores for row in rows)]
     rows = tuple(row for row in rows if any(suite in row.scores for suite in suites))
@@ -147,8 +141,6 @@ def _frame(report: Report, rows: Sequence[PublishedRow], suites: Sequence[str]) 
 
 @dataclass(frozen=True, slots=True)
 class _Condition:
-    """A condition that results depend on."""
-
     name: str
     ours: Callable[[Manifest, SystemRecord], str | None]
     theirs: Callable[[PublishedRow], str | None]

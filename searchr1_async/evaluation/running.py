@@ -137,8 +137,6 @@ def _begin(
 
 
 class _Evaluation:
-    """One session of an evaluation."""
-
     def __init__(self, job: EvaluationJob, store: EpisodeStore, watchers: Watchers, done: set[SampleKey]) -> None:
         self._job, self._store, self._emit = job, store, watchers
         questions = asked_questions(job.suites)

@@ -70,11 +70,7 @@ class EpisodeStore:
     # --- writing ------------------------------------------------------------------------------------------------------
 
     def load(self) -> set[SampleKey]:
-        """Loads an earlier session; returns its finished samples. Call it before :meth:`write`.
-
-        Raises:
-            RunFolderError: a file cannot be read.
-        """
+        """Loads an earlier session; returns its finished samples. Call it before :meth:`write`. Raises RunFolderError."""
         with self._lock, _reading(self.folder):
             parts = self._parts()
             self._next = max((number for number, _ in parts), default=0) + 1
@@ -87,11 +83,7 @@ class EpisodeStore:
         return {(system, place, sample) for system, place, sample in rows}
 
     def write(self, played: Sequence[PlayedSample]) -> None:
-        """Writes finished episodes, failed ones included.
-
-        Raises:
-            OSError: the folder cannot be written.
-        """
+        """Writes finished episodes, failed ones included. Raises OSError if the folder cannot be written."""
         if not played:
             return
         rows = [
@@ -139,29 +131,20 @@ class EpisodeStore:
         return left if systems is None else left.filter(pl.col("system").is_in(list(systems)))
 
     def write_judgements(self, verdicts: Mapping[SampleKey, float | None]) -> None:
-        """Adds verdicts: 1 right, 0 wrong, None unreadable.
-
-        Raises:
-            OSError: the folder cannot be written.
-        """
+        """Adds verdicts: 1 right, 0 wrong, None unreadable. Raises OSError if the folder cannot be written."""
         rows = [(*key, verdict) for key, verdict in verdicts.items()]
         with self._lock:
             self._judgements = pl.concat([self._judgements, pl.DataFrame(rows, schema=_JUDGEMENTS, orient="row")])
             write_parquet(self.folder / JUDGEMENTS_NAME, self._judgements)
 
     def episodes(self, system: str) -> tuple[Episode, ...]:
-        """A system's episodes in question order.
-
-        Raises:
-            RunFolderError: a file cannot be read.
-        """
+        """A system's episodes in question order. Raises RunFolderError if a file cannot be read."""
         with self._lock, _reading(self.folder):
             frame = self.frame().filter(label=system).collect()
         frame = _latest_only(frame).sort("group", "member")
         return tuple(episode_from_row(row) for row in frame.iter_rows(named=True))
 
     def frame(self) -> pl.LazyFrame:
-        """Lazy scan of all episode records."""
         return scan_rows([path for _, path in self._parts()], EPISODE_SCHEMA)
 
     def _latest(self) -> pl.DataFrame:
@@ -177,8 +160,6 @@ class EpisodeStore:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """A file of episodes."""
-
     path: Path
     rows: int
     latest: pl.Series
@@ -237,7 +218,6 @@ def _latest_only(frame: pl.DataFrame) -> pl.DataFrame:
 
 
 def _scored(played: Sequence[PlayedSample]) -> pl.DataFrame:
-    """Scores with a ``place`` column."""
     by_system: dict[tuple[str, int | None], list[tuple[int, int, Episode]]] = {}
     for (label, place, sample), step, episode in played:
         by_system.setdefault((label, step), []).append((place, sample, episode))

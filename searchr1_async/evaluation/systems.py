@@ -48,7 +48,6 @@ class System:
     renderer: str | None = None
     """Chat format."""
     thinking: Thinking = None
-    """Whether the model thinks."""
     instructions: str | None = None
     """System prompt; a baseline uses its method's."""
     limits: EpisodeLimits | None = None
@@ -80,12 +79,10 @@ class MeasuredSystem:
 
     @property
     def model(self) -> str | None:
-        """The base model, if known."""
         return self.system.model or self.weights.base_model
 
     @property
     def named(self) -> EpisodeChoice:
-        """Episode settings that the system itself sets."""
         system = self.system
         return EpisodeChoice(
             format=system.format,
@@ -124,11 +121,7 @@ def _find(label: str, source: SystemSource) -> MeasuredSystem:
 
 
 def with_baselines(sources: Mapping[str, SystemSource], methods: tuple[Method, ...]) -> dict[str, SystemSource]:
-    """The systems plus these baselines.
-
-    Raises:
-        ConfigurationError: a system has a baseline's label.
-    """
+    """The systems plus these baselines. Raises ConfigurationError if a system has a baseline's label."""
     out = dict(sources)
     for method in methods:
         if method in out:

@@ -27,10 +27,7 @@ _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 @dataclass(frozen=True, slots=True)
 class CardFacts:
-    """Facts about the exported weights."""
-
     name: str
-    """Name of the exported folder."""
     base_model: str
     """Hub name of the base model, or the name of its folder."""
     format: str

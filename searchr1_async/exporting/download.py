@@ -52,8 +52,6 @@ async def download_adapter(service: Service, state_path: str, folder: Path) -> N
 
 
 class _Download:
-    """The files of one external checkpoint."""
-
     def __init__(self, service: Service, path: str, folder: Path) -> None:
         self._service, self._path, self._folder = service, path, folder
         self._urls: dict[str, str] = {}

@@ -57,8 +57,6 @@ class RunWithFolder(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Request:
-    """The requested export."""
-
     folder: Path
     format: Format
     base_model: str | None

@@ -31,8 +31,6 @@ _UNSUPPORTED = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modu
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """A LoRA adapter in memory."""
-
     updates: Mapping[str, tuple[Tensor, Tensor]]
     """A [rank, in] and B [out, rank] by module path."""
     scale: float
@@ -40,11 +38,7 @@ class Adapter:
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """Reads a PEFT folder.
-
-    Raises:
-        ExportError: it is damaged, or an unsupported kind of adapter.
-    """
+    """Reads a PEFT folder. Raises ExportError if it is damaged, or an unsupported kind of adapter."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -113,7 +107,6 @@ def merge(base: Path, adapter: Adapter, folder: Path, *, check: Callable[[], Non
 
 
 def _weights_files(base: Path) -> dict[str, tuple[str, ...]]:
-    """The base's safetensors files, each with its weight names."""
     from safetensors import safe_open
 
     if (base / _INDEX).is_file():
@@ -155,7 +148,6 @@ def _targets(adapter: Adapter, names: Iterable[str]) -> dict[str, str | None]:
 
 
 def _embedding(files: Mapping[str, tuple[str, ...]]) -> str:
-    """The embedding weight that a tied head shares."""
     names = [name for found in files.values() for name in found]
     for ending in ("embed_tokens.weight", "wte.weight", "embed_in.weight"):
         if len(matching := [name for name in names if name.endswith(ending)]) == 1:
@@ -166,8 +158,6 @@ def _embedding(files: Mapping[str, tuple[str, ...]]) -> str:
 
 
 class _Merger:
-    """Applies the adapter's updates file by file."""
-
     def __init__(
         self, adapter: Adapter, by_weight: Mapping[str, str], *, is_transposed: bool, check: Callable[[], None]
     ) -> None:

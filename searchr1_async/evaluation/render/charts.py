@@ -94,7 +94,6 @@ def _figure_rows(report: Report, metric: str, labels: dict[str, str]) -> list[di
 
 
 def plot_outcomes(report: Report, *, title: str | None = None, width: int = 560, height: int | None = None) -> Any:
-    """See :meth:`Report.plot_outcomes`."""
     import altair as alt
 
     from searchr1_async.watch.plots import enable_renderer

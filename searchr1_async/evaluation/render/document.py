@@ -26,7 +26,6 @@ _FLIPS = 20
 
 
 def markdown_report(report: Report) -> str:
-    """See :meth:`Report.markdown`."""
     if not report:
         return "# Evaluation\n\nThis report has no systems.\n"
     comparisons, found = report.comparisons(), report.beside()
@@ -85,7 +84,6 @@ def _flips(report: Report) -> list[str]:
 
 
 def latex_report(report: Report) -> str:
-    """See :meth:`Report.latex`."""
     tables = {"exact-match": result_table(report)} if report else {}
     if report:
         comparisons = report.comparisons()

@@ -117,11 +117,7 @@ def flip_links(
 
 
 def chosen_rows(report: Report, keys: frozenset[EpisodeKey]) -> list[EpisodeRow]:
-    """Loads the kept episodes with these keys, by system, in question order.
-
-    Raises:
-        RunFolderError: the folder's episodes cannot be read.
-    """
+    """Loads the kept episodes with these keys, by system, in question order. Raises RunFolderError."""
     rows: list[EpisodeRow] = []
     for label, evaluation in report.items():
         wanted = {key[1:] for key in keys if key[0] == label}
