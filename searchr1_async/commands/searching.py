@@ -26,12 +26,7 @@ def add_search(group: Any) -> None:
 
 
 def named_search(options: argparse.Namespace) -> Search | None:
-    """The search from the options, or None if no option is set.
-
-    Raises:
-        ConfigurationError: invalid options.
-        CorpusError, EmbeddingError, StoreError: as :meth:`Search.local` and :meth:`Search.chroma`.
-    """
+    """The search from the options, or None if no option is set. Errors as :meth:`Search.local` and :meth:`Search.chroma`."""
     return search_of(options) if any(getattr(options, name) is not None for name in _NAMES) else None
 
 

@@ -171,11 +171,7 @@ def _questions(suite: str | None) -> list[str] | None:
 
 
 async def _try_embedder(name: str, question: str) -> None:
-    """Embeds one question before hours of download, to detect a missing key.
-
-    Raises:
-        ConfigurationError, EmbeddingError: the embedder cannot be built, or fails.
-    """
+    """Embeds one question before hours of download, to detect a missing key."""
     embedder = make_embedder(name)
     try:
         await open_embedder(embedder, PACING)
@@ -205,13 +201,7 @@ class Plan:
 
 
 def plan_of(sizes: FetchSizes, index: int, *, is_kept: bool) -> Plan:
-    """Estimates downloading, unpacking and building.
-
-    Args:
-        sizes: sizes of the remaining downloads.
-        index: bytes of the compact index.
-        is_kept: whether the archive stays while the index is built.
-    """
+    """Estimates downloading, unpacking and building ``index`` bytes; ``is_kept``: the archive stays during the build."""
     archive_freed = 0 if is_kept or not sizes.unpacked else sizes.there
     building = sizes.unpacked + index + (sizes.to_fetch if is_kept else 0) - archive_freed
     passages = index / needed_bytes(1, DIMENSION, CompactSettings())

@@ -69,13 +69,10 @@ def macro_difference(pairs: pl.DataFrame, seed: int = 0) -> PairedDifference:
 
 
 def macro_difference_of(suites: Sequence[Floats], *, resamples: int = RESAMPLES, seed: int = 0) -> PairedDifference:
-    """The unweighted mean of the suites' differences.
+    """The unweighted mean of the suites' differences (one non-empty array per suite).
 
     The p-value is from a sign-flip test with questions weighted by suite; the interval is
     :func:`~searchr1_async.evaluation.statistics.macro_difference_intervals`.
-
-    Args:
-        suites: per suite, its questions' differences; none empty.
     """
     questions = sum(map(len, suites))
     weighted = np.concatenate([own * (questions / (len(suites) * len(own))) for own in suites])
@@ -88,9 +85,7 @@ def macro_difference_of(suites: Sequence[Floats], *, resamples: int = RESAMPLES,
 def flip_frame(pairs: pl.DataFrame, before: pl.DataFrame, after: pl.DataFrame, metric: str) -> pl.DataFrame:
     """Questions whose score changed, with schema :data:`FLIP_SCHEMA`: largest change first, then by suite and id.
 
-    Args:
-        pairs: from :func:`paired_questions`.
-        before, after: the two evaluations' scores.
+    ``pairs`` come from :func:`paired_questions`, ``before`` and ``after`` are scores frames.
     """
     changed = pairs.filter(pl.col("difference").abs() > 1e-9)
     texts = before.unique(list(QUESTION), keep="first").select(*QUESTION, "question", "golden_answers")

@@ -46,12 +46,7 @@ _NOT_COMPARED = ("created", "versions", "notes", "judge")
 def describe(job: EvaluationJob, questions: pl.DataFrame) -> Manifest:
     """The manifest of a job. Reads the whole corpus and the training questions: call it in a worker thread.
 
-    Args:
-        questions: the output of :func:`~searchr1_async.evaluation.asked.questions_frame`.
-
-    Raises:
-        CorpusError: the search's corpus cannot be used.
-        ConfigurationError: the prompt of a repeated system has changed.
+    Raises CorpusError, or ConfigurationError if the prompt of a repeated system has changed.
     """
     search, judge = job.used_search, job.found_judge
     return Manifest(
@@ -68,11 +63,7 @@ def describe(job: EvaluationJob, questions: pl.DataFrame) -> Manifest:
 
 
 def refuse_changes(then: Manifest, now: Manifest, folder: Path, *, resume: bool) -> None:
-    """Checks that the evaluation in ``folder`` is this one and may be resumed.
-
-    Raises:
-        RunFolderError: it is not; lists the changes.
-    """
+    """Raises RunFolderError unless the evaluation in ``folder`` is this one and may be resumed; lists the changes."""
     if not resume:
         raise RunFolderError(
             f"{folder} already contains an evaluation: pass resume=True to continue it, or choose another out_dir"

@@ -61,7 +61,7 @@ class EvaluationJob:
         if self.judge is None:
             return None
         shown = {self.model_of(each) for each in self.systems}
-        return find_judge(self.judge, shown, is_embedded=is_embedded(self.choice.service))
+        return find_judge(self.judge, models, is_embedded=is_embedded(self.choice.service))
 
     @property
     def used_search(self) -> Search | None:

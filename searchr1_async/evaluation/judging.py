@@ -45,11 +45,9 @@ class FoundJudge:
 
 
 def find_judge(judge: Judge, models: Collection[str], *, is_embedded: bool) -> FoundJudge:
-    """Resolves a judge for systems with these base models; reads only small files of the judge's run.
+    """Resolves a judge for systems with these base models.
 
-    Raises:
-        ConfigurationError: the judge's model is ambiguous, contradicts its run, or is not available.
-        RunFolderError: the judge's folder is not a run.
+    Raises ConfigurationError if its model is ambiguous, contradicts its run or is not available; RunFolderError for a bad folder.
     """
     weights = find_weights(judge.checkpoint)
     if judge.model is not None and weights.base_model not in (None, judge.model):
@@ -74,12 +72,7 @@ class OpenJudge:
 
 
 async def open_judge(found: FoundJudge, service: Service) -> OpenJudge:
-    """Connects a judge to a service.
-
-    Raises:
-        ModelError: the model, its tokenizer or its chat format is not available.
-        ServiceError: the service lacks the weights or does not answer.
-    """
+    """Connects a judge to a service. Raises ModelError or ServiceError if anything of it is not available there."""
     is_same = found.model == service.model_name
     choose_model(found.model, service.offered)  # raises if the service does not offer it
     tokenizer = service.tokenizer if is_same else await load_tokenizer(found.model)
@@ -89,10 +82,7 @@ async def open_judge(found: FoundJudge, service: Service) -> OpenJudge:
 
 
 class VerdictWriter(GatheredItems[Mapping[SampleKey, float | None]]):
-    """Coalesces verdicts and writes them in a worker thread.
-
-    :meth:`writing` raises CheckpointError, within an exception group, if the folder cannot be written.
-    """
+    """Coalesces verdicts and writes them in a worker thread. :meth:`writing` raises CheckpointError in an exception group."""
 
     def __init__(self, store: EpisodeStore) -> None:
         super().__init__(self._put, _WRITE_INTERVAL)
@@ -109,10 +99,7 @@ async def judge_samples(
 ) -> None:
     """Judges the finished samples of these systems and writes the verdicts; failed requests stay open.
 
-    Raises, also within exception groups:
-        ModelError: the judge's tokenizer or chat format is not available.
-        ServiceError: too many requests failed, or the service lacks the judge.
-        CheckpointError: the folder cannot be written.
+    Raises ModelError, ServiceError or CheckpointError, also within exception groups.
     """
     left = await anyio.to_thread.run_sync(store.unjudged, [each.label for each in systems])
     if left.is_empty():
@@ -147,10 +134,7 @@ def _items(left: pl.DataFrame) -> list[tuple[Question, str]]:
 def archive_verdicts(folder: Path, before: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> None:
     """Archives verdicts of a different judge and restores those of the current one, so that no file mixes two judges.
 
-    Call it before and after the manifest is updated: a kill in between then loses nothing.
-
-    Raises:
-        OSError: a file cannot be moved.
+    Called before and after the manifest is updated: a kill in between then loses nothing. Raises OSError.
     """
     current = folder / JUDGEMENTS_NAME
     if before is not None and judge_digest(before) != (now and judge_digest(now)) and current.exists():

@@ -28,11 +28,8 @@ async def play_all(
 ) -> list[Group]:
     """Rolls out all questions and returns their groups in question order, with progress as a phase.
 
-    Args:
-        yields: give way to other rollouts on the same engine.
-        on_question: called when all samples of a question have ended.
-
-    Raises, within an exception group, what :meth:`RolloutEngine.play_groups` raises.
+    ``yields``: give way to other rollouts on the same engine. ``on_question`` is called when all samples of a question have
+    ended. Raises, within an exception group, what :meth:`RolloutEngine.play_groups` raises.
     """
     groups: dict[int, Group] = {}
     means = RunningMeans()

@@ -27,12 +27,7 @@ async def open_stages(
 ) -> list[OpenedStage]:
     """Connects to the services and checks models, prompts, weights and the judge. Writes nothing.
 
-    Args:
-        stack: closes the services.
-
-    Raises:
-        ConfigurationError: a model, tokenizer, chat format or the judge is not available, or a prompt leaves no room.
-        ServiceError: a service does not answer or lacks the weights.
+    ``stack`` closes the services. Raises ConfigurationError or ServiceError if something is not available.
     """
     opened: list[OpenedStage] = []
     for stage in stages:

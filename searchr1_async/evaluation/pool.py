@@ -23,10 +23,7 @@ _WRITE_INTERVAL = 1.0
 
 
 class EpisodeWriter(GatheredItems[PlayedSample]):
-    """Coalesces finished episodes and writes them in a worker thread.
-
-    :meth:`writing` raises CheckpointError, within an exception group, if the folder cannot be written.
-    """
+    """Coalesces finished episodes and writes them in a worker thread. :meth:`writing` raises CheckpointError in a group."""
 
     def __init__(self, store: EpisodeStore) -> None:
         super().__init__(self._put, _WRITE_INTERVAL)
@@ -61,19 +58,13 @@ class PoolProgress:
 
 @dataclass(frozen=True)
 class Pool:
-    """The questions of all suites and the samples already finished.
-
-    Args:
-        questions: questions of all suites.
-        order: question indices in rollout order.
-        samples: episodes per question and system.
-        done: finished samples to skip.
-        writer: receives finished episodes.
-    """
+    """The questions of all suites and the samples already finished."""
 
     questions: Sequence[Question]
     order: Sequence[int]
+    """Question indices in rollout order."""
     samples: int
+    """Per question and system."""
     done: Collection[SampleKey]
     writer: EpisodeWriter
 
@@ -90,10 +81,7 @@ class Pool:
     async def play(
         self, engine: RolloutEngine, systems: Sequence[tuple[MeasuredSystem, TinkerPolicy]], progress: PoolProgress
     ) -> None:
-        """Rolls out missing samples system by system; the next starts while the last episodes of the previous finish.
-
-        Raises, within an exception group, what the engine raises.
-        """
+        """Rolls out missing samples system by system; the next starts while the last episodes of the previous finish."""
         # Silences training-episode events: the phase reports progress.
         engine = replace(engine, group_size=self.samples, emit=emit_nothing)
         await engine.play_groups(self._groups(engine, systems, progress))

@@ -50,14 +50,9 @@ _ACCEPTED = frozenset(
 
 
 def refuse_overrides(evaluate: Callable[..., object], given: Mapping[str, Any]) -> None:
-    """Refuses arguments that the manifest determines.
+    """Raises ConfigurationError if arguments that the manifest determines are not at ``evaluate``'s defaults.
 
-    Args:
-        evaluate: its signature has the defaults.
-        given: all argument values by name.
-
-    Raises:
-        ConfigurationError: lists the arguments that are not at their defaults.
+    ``given`` maps all parameter names to values.
     """
     parameters = inspect.signature(evaluate).parameters
     changed = [
@@ -90,11 +85,7 @@ def repeated_job(
 ) -> EvaluationJob:
     """The job of an earlier evaluation. Blocking: call it in a worker thread.
 
-    Args:
-        source: accepted by :func:`repeats`.
-        search: None builds the search from the manifest.
-        choice: the service; models come from the manifest.
-        sampling: temperature and seed come from the manifest.
+    ``source`` is accepted by :func:`repeats`. Models, temperature and seed come from the manifest, as does the search if None.
 
     Raises:
         RunFolderError: there is no manifest, or its questions changed.

@@ -40,11 +40,8 @@ _RUN_FILES = ("state.json", "checkpoints.json", "metrics", "evaluations", "unlea
 async def run_evaluation(job: EvaluationJob, watchers: Watchers, opened: AsyncExitStack) -> Report:
     """Rolls out and judges missing samples, then builds the report.
 
-    Args:
-        opened: receives the folder's lock and event log, which must outlive the last event.
-
-    Raises, also within exception groups:
-        SearchR1Error: any failure; finished episodes are kept in ``out_dir``.
+    ``opened`` receives the folder's lock and event log, which must outlive the last event. Raises SearchR1Errors, also within
+    exception groups; finished episodes are kept in ``out_dir``.
     """
     watchers(Notice(find_endpoint(job.choice.service).text))
     job = await settled(job, watchers)
@@ -149,12 +146,7 @@ class _Evaluation:
         self._has_started = False
 
     async def run(self, stages: list[OpenedStage] | None, services: AsyncExitStack) -> None:
-        """Rolls out and judges missing samples; opens no service if there are none.
-
-        Args:
-            stages: already opened stages; None opens them here.
-            services: closes services opened here.
-        """
+        """Rolls out and judges missing samples; opens the stages if they are not open yet and something is missing."""
         job = self._job
         judges = job.judge is not None and await anyio.to_thread.run_sync(self._is_unjudged)
         wanted = [each for each in job.systems if self._open[each.label] or judges]

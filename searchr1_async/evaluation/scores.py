@@ -74,12 +74,7 @@ def score_frame(system: str, episodes: Iterable[tuple[int, Episode]], step: int 
     """Scores of a system's episodes, with schema :data:`SCORE_SCHEMA`.
 
     Scores are the reward parts ``correct``, ``f1``, ``cover`` and ``format``; missing or non-finite parts are computed from
-    the answer.
-
-    Args:
-        system: label.
-        episodes: (sample number, episode) pairs, failed ones included.
-        step: optimiser step of the weights, if any.
+    the answer. ``episodes`` are (sample number, episode) pairs, failed ones included.
     """
     columns: dict[str, list[Any]] = {name: [] for name in SCORE_SCHEMA}
     label = storable(system)

@@ -17,9 +17,7 @@ from searchr1_async.service import choose_service_model
 async def settled(job: EvaluationJob, emit: Emit) -> EvaluationJob:
     """The job with its default model resolved: from the session being resumed, else from the service.
 
-    Raises:
-        ServiceError: the service does not answer.
-        ModelError: the service offers neither the default model nor another of its family.
+    Raises ServiceError, or ModelError if the service offers neither the default nor another model of its family.
     """
     earlier = None
     if job.resume and job.out_dir is not None:

@@ -97,12 +97,7 @@ class EpisodeStore:
             self._scores.append(_scored(played))
 
     def finish(self) -> None:
-        """Merges small files and drops superseded records; safe against a kill.
-
-        Raises:
-            OSError: the folder cannot be written.
-            RunFolderError: a file cannot be read.
-        """
+        """Merges small files and drops superseded records; safe against a kill. Raises OSError or RunFolderError."""
         with self._lock, _reading(self.folder):
             parts = _read_parts([path for _, path in self._parts()])
             for part in parts:

@@ -95,12 +95,7 @@ class MeasuredSystem:
 
 
 def find_systems(sources: Mapping[str, SystemSource]) -> tuple[MeasuredSystem, ...]:
-    """Resolves the systems' weights.
-
-    Raises:
-        ConfigurationError: no systems, a blank label, or a model that contradicts the run's.
-        RunFolderError: a folder is not a run, or lacks these weights.
-    """
+    """Resolves the systems' weights. Raises ConfigurationError for bad labels or models, RunFolderError for bad folders."""
     if not sources:
         raise ConfigurationError("there is no system to evaluate: pass systems={label: run, …}, or omit systems")
     return tuple(_find(label, source) for label, source in sources.items())
@@ -133,11 +128,8 @@ def with_baselines(sources: Mapping[str, SystemSource], methods: tuple[Method, .
 def search_of_runs(systems: Sequence[MeasuredSystem]) -> Search | None:
     """The search that all runs were trained with, without its passage settings; None if there is no single one.
 
-    Reads a whole corpus: call it in a worker thread.
-
-    Raises:
-        ConfigurationError: the search cannot be built here, or differs from training.
-        CorpusError, EmbeddingError, StoreError: as :meth:`Search.from_description`.
+    Reads a whole corpus: call it in a worker thread. Raises ConfigurationError if the search differs from training, and the
+    errors of :meth:`Search.from_description`.
     """
     runs = [each.weights.run for each in systems if each.weights.run is not None and each.system.method != "direct"]
     described = [_source_of(kept_record(run)) for run in runs]

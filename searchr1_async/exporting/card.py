@@ -43,12 +43,7 @@ class CardFacts:
 def model_card(facts: CardFacts, run: Path | None, tokenizer: Any) -> str:
     """The card as Markdown with the hub's YAML header. Contains no path or address of this machine.
 
-    Args:
-        run: the run's folder, for data, settings and scores; None if not available.
-        tokenizer: renders the prompt.
-
-    Raises:
-        RunFolderError: a file of the run cannot be read.
+    ``run`` is the run's folder, for data, settings and scores. Raises RunFolderError if one of its files cannot be read.
     """
     point = None if run is None else ResumePoint.load(run)
     settings: Mapping[str, Any] = {} if point is None else point.settings

@@ -29,14 +29,8 @@ _TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)
 async def download_adapter(service: Service, state_path: str, folder: Path) -> None:
     """Downloads the adapter of a training state into an empty folder.
 
-    Loads the state in a separate session, saves it as external weights and deletes these after the download.
-
-    Args:
-        state_path: ``tinker://…/weights/…``.
-
-    Raises:
-        ServiceError: the state no longer exists, or the service does not offer external weights.
-        ExportError: a file could not be downloaded or written.
+    Loads the state (``tinker://…/weights/…``) in a separate session, saves it as external weights and deletes these after the
+    download. Raises ServiceError if the state is gone or external weights are not offered, ExportError if the download fails.
     """
     async with service.session() as own:
         client = await own.load_weights(state_path)

@@ -72,13 +72,10 @@ def merge(base: Path, adapter: Adapter, folder: Path, *, check: Callable[[], Non
     Holds the adapter and one weights file in memory. Blocking: call it in a thread.
 
     Args:
-        base: a Hugging Face folder with safetensors; other files (configuration, tokenizer) are copied.
-        folder: output folder, created here.
+        base: a Hugging Face folder with safetensors; its other files are copied.
         check: called before each weight; may raise to cancel.
 
-    Raises:
-        ExportError: an adapter matrix matches no weight of the base, or the base has no safetensors.
-        OSError: the folder cannot be written.
+    Raises ExportError if adapter and base do not match or the base has no safetensors, OSError if the folder cannot be written.
     """
     files = _weights_files(base)
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))

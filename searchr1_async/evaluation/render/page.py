@@ -65,13 +65,7 @@ table.settings th { white-space: nowrap; } pre { white-space: pre-wrap; overflow
 
 
 def report_page(report: Report, chosen: Chosen, available: frozenset[EpisodeKey]) -> str:
-    """The page.
-
-    Args:
-        report: the results.
-        chosen: the episodes to list.
-        available: those in the episodes page; only these are linked.
-    """
+    """The page. Of the episodes in ``chosen``, only those in ``available`` are linked."""
     parts = [_head("Evaluation"), _result(report)]
     parts += [
         _differences(report, chosen, available),
