@@ -60,7 +60,7 @@ class EvaluationJob:
         """The judge with its model and weights resolved."""
         if self.judge is None:
             return None
-        shown = {self.model_of(each) for each in self.systems}
+        models = {self.model_of(each) for each in self.systems}
         return find_judge(self.judge, models, is_embedded=is_embedded(self.choice.service))
 
     @property
