@@ -181,13 +181,13 @@ async def test_the_command_says_how_to_serve_it(
     arguments += ["--endpoint", hub.url]
     assert await anyio.to_thread.run_sync(main, arguments) == 0
     told = capfd.readouterr()
-    assert told.out.startswith(f"Fetched: {folder / 'chroma'} ")
+    assert told.out.startswith(f"Downloaded: {folder / 'chroma'} ")
     assert f"chroma run --path '{folder / 'chroma'}'" in told.out
     assert f"{PASSAGES:,} passages, {DIMENSION} dimensions" in told.out
     assert "download: 6 MB" in told.err
     assert sum(path.read_bytes() == archive for path in folder.glob(f"{ARCHIVE}.*")) == 1
     assert await anyio.to_thread.run_sync(main, arguments) == 0
-    assert capfd.readouterr().out.startswith("Fetched before: ")
+    assert capfd.readouterr().out.startswith("Already downloaded: ")
     assert await anyio.to_thread.run_sync(main, [*arguments, "--revision", "other"]) == 1
     assert capfd.readouterr().err.startswith("StoreError: ")
 
