@@ -218,7 +218,10 @@ async def test_a_run_is_measured_and_played_with_the_thinking_that_it_was_traine
         assert await ends(tmp_path / "e") == [True, True], "a repetition is played as the evaluation was"
         assert await ends(questions, systems=systems, thinking=False) == [False, False]
         assert await ends(questions, systems={"trained": sr.System(run, thinking=False)}) == [False]
-        assert "'trained' is not played as it was trained: thinking False (trained with True)" in service.notices
+        assert (
+            "'trained' is evaluated with other settings than in training: thinking False (trained with True)"
+            in service.notices
+        )
         service.prompts.clear()
         await sr.rollout(questions, search, checkpoint=run, group_size=1, **settings)
         assert all(prompt.endswith(on) for prompt in service.prompts)

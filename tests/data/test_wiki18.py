@@ -384,7 +384,7 @@ async def test_a_compact_index_is_made_all_the_way_and_the_rest_deleted(
     assert names_in(folder) == {"compact", "source.json"}
     assert capfd.readouterr().out == told.out
     assert await anyio.to_thread.run_sync(main, [*arguments, "--vectors", "int8"]) == 1
-    assert "was made with vectors float16, not int8: take it as it is" in capfd.readouterr().err
+    assert "was built with vectors float16, not int8: use it as it is" in capfd.readouterr().err
 
 
 async def test_a_compact_index_that_does_not_fit_is_said_before_anything_is_fetched(
