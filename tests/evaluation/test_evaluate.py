@@ -194,7 +194,7 @@ async def test_nothing_is_opened_where_nothing_is_left_and_changes_are_refused_b
         ("systems", suites(), {"systems": {"last": System(run, step=1)}}),
     ]
     for named, asked, changes in others:
-        with pytest.raises(RunFolderError, match=rf"another evaluation \({named} differ\)"):
+        with pytest.raises(RunFolderError, match=rf"a different evaluation \({named} differ\)"):
             await evaluate(asked, search, resume=True, **(options | changes))
     other = tiny_world.make_search(run.parent / "index", n_results=2)
     with pytest.raises(RunFolderError, match=r"\(search differ\)"):
