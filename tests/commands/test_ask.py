@@ -1,4 +1,4 @@
-"""The command that asks, over a run of the tiny world."""
+"""The ``ask`` command on a run of the tiny world."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_it_prints_the_searches_the_passages_and_the_answer(
     assert any(line.endswith(f": {query} {found}") for line in lines)
     assert any(line.endswith(f"answer: {found}") for line in lines)
 
-    # As JSON, with another corpus, and with weights of another step.
+    # As JSON, with another corpus, and with the weights of another step.
     more = ["--json", "--step", "0", "--corpus", str(trained.corpus), "--results", "2", "--max-turns", "2"]
     assert main([*arguments, *more]) == 0
     told = json.loads(capsys.readouterr().out)

@@ -1,4 +1,4 @@
-"""What a manifest becomes when its evaluation goes on."""
+"""The manifest of a resumed evaluation."""
 
 from __future__ import annotations
 

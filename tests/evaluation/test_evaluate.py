@@ -38,7 +38,7 @@ def _key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two steps behind a warm-up, which keeps the weights of each."""
+    """A run with a warm-up and two steps, each with kept weights."""
     folder = tmp_path_factory.mktemp("trained")
 
     async def train() -> None:
@@ -70,7 +70,7 @@ def playing(**changes: Any) -> dict[str, Any]:
 
 
 def suites() -> dict[str, list[sr.Question]]:
-    """Six questions that were trained on, and four others with the same ids in both suites."""
+    """Six training questions, and four others; ids are shared between the suites."""
     train, held_out = tiny_world.make_questions()
     return {
         "seen": [replace(question, id=str(n), data_source="seen") for n, question in enumerate(train[:6])],
@@ -79,7 +79,7 @@ def suites() -> dict[str, list[sr.Question]]:
 
 
 def used(run: Path, method: Method) -> System:
-    # Its prompt alone is longer than an episode of this world may be.
+    # Its prompt alone exceeds this world's episode limit.
     return System(run, method=method, instructions=tiny_world.INSTRUCTIONS, limits=EpisodeLimits(2, 12, 250))
 
 
@@ -110,7 +110,7 @@ async def test_systems_over_suites_in_one_folder(run: Path, search: sr.Search, t
     assert any("6" in note and "seen" in note for note in report.notes())
     (fault,) = (note for note in report.notes() if note.startswith("direct was wrong"))
     assert "search" not in fault, "it has none"
-    # Ids that two suites share stay apart, and each episode is of its own question.
+    # Ids shared by two suites stay separate.
     asked = {(q.data_source, q.id): q.question for own in suites().values() for q in own}
     for label in report:
         episodes = report[label].episodes
@@ -121,7 +121,7 @@ async def test_systems_over_suites_in_one_folder(run: Path, search: sr.Search, t
 
 
 async def stop_after(advances: int, *arguments: Any, **options: Any) -> None:
-    """An evaluation that is cancelled when so many questions have been played."""
+    """An evaluation that is cancelled after this many questions."""
     seen = 0
     with anyio.CancelScope() as scope:
 
@@ -137,7 +137,7 @@ async def stop_after(advances: int, *arguments: Any, **options: Any) -> None:
 
 
 def on_disk(folder: Path) -> dict[tuple[Any, ...], Any]:
-    """All that is recorded of each sample."""
+    """The records of all samples."""
     frame = EpisodeStore(folder).frame().collect()
     rows = [((row["label"], row["group"], row["member"]), str(row)) for row in frame.iter_rows(named=True)]
     assert len(dict(rows)) == len(rows), "a sample was played twice"
@@ -241,7 +241,7 @@ async def test_an_evaluation_is_repeated_from_all_that_tells_of_it(
 
 
 class FlakySearch(sr.Search):
-    """Has no answer while it is down."""
+    """Does not answer while down."""
 
     down: Callable[[str], bool] = staticmethod(lambda query: False)
 

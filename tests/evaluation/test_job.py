@@ -1,4 +1,4 @@
-"""What an evaluation is given: whose model counts, which services are opened in which order, who judges."""
+"""Evaluation jobs: model precedence, order of services, judge."""
 
 from __future__ import annotations
 

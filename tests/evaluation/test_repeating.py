@@ -1,4 +1,4 @@
-"""Earlier evaluations done once more, by what is left of them."""
+"""Repeating earlier evaluations from their folder, manifest or report."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def asked() -> list[sr.Question]:
 
 
 async def measured(systems: dict[str, Any], suites: Any = None, **options: Any) -> Report:
-    """Without a search, so that nothing but the model is needed."""
+    """Without a search, so only the model is needed."""
     settings = {**tiny_world.PLAYING, **tiny_world.served(), "max_trajectory_tokens": 250, **options}
     del settings["local"]
     return await evaluate({"world": asked()} if suites is None else suites, systems=systems, **settings)

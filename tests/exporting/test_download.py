@@ -1,4 +1,4 @@
-"""Files by signed URLs: continued after a break, signed again when refused, and never outside the folder."""
+"""Downloads by signed URLs: resumed, signed again when rejected, never outside the folder."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ CONTENT = bytes(range(256)) * 4096
 
 @dataclass
 class Store:
-    """An object store that signs URLs, and what goes wrong with it."""
+    """An object store with signed URLs and injectable faults."""
 
     names: tuple[str, ...] = ("adapter_model.safetensors",)
     cuts: list[int] = field(default_factory=list)
-    """Each answer ends after so many bytes, until the list is used up."""
+    """Responses are cut after these numbers of bytes, in turn."""
     statuses: list[int] = field(default_factory=list)
-    """Of the next answers."""
+    """Statuses of the next responses."""
     life: timedelta = timedelta(hours=1)
     takes_ranges: bool = True
     url: str = ""
@@ -62,7 +62,7 @@ class Store:
 
 @dataclass(frozen=True, slots=True)
 class StoredService(Service):
-    """The service's calls around the download, over a store. The real ones are used in test_export."""
+    """The service calls of a download, over a store; test_export uses real ones."""
 
     store: Any = None
 

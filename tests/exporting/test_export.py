@@ -1,4 +1,4 @@
-"""Weights of whole runs taken away and loaded elsewhere: by transformers, which agrees with the service token by token."""
+"""Exports of whole runs: transformers loads them and agrees with the service token by token."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[sr.RecordedRun]:
-    """A run of three steps, each kept, on a service that outlives it."""
+    """A run of three kept steps on a service that outlives it."""
     folder = tmp_path_factory.mktemp("finished")
     train, held_out = tiny_world.make_questions()
 
@@ -87,13 +87,13 @@ def largest_difference(one: list[list[float]], other: list[list[float]]) -> floa
 
 
 def played(run: sr.RecordedRun, step: int, count: int = 12) -> list[list[int]]:
-    """Tokens of real episodes of a step."""
+    """Tokens of episodes of a step."""
     groups = run.episodes().filter(step=step).select("group", "member").unique().sort("group", "member").collect()
     return [list(run.episode(step, *row).tokens) for row in groups.head(count).iter_rows()]
 
 
 async def test_merged_weights_say_what_the_service_says(finished: sr.RecordedRun, tmp_path: Path) -> None:
-    """With a tied head that the adapter changes: it is untied, and the embedding stays."""
+    """A tied head that the adapter changes is untied; the embedding is unchanged."""
     folder = await finished.export(tmp_path / "merged", format="merged")
     texts = played(finished, 3)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -116,7 +116,7 @@ async def test_peft_over_the_adapter_says_what_the_service_says(finished: sr.Rec
     texts = played(finished, 3)
     base = AutoModelForCausalLM.from_pretrained(tiny_world.model_folder(), dtype=torch.float32)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the tied head that is adapted, which is right as long as nothing is merged
+        warnings.simplefilter("ignore")  # about the adapted tied head, correct while unmerged
         model = peft.PeftModel.from_pretrained(base, str(folder)).eval()
     expected = await service_logprobs(finished.checkpoints[-1], texts)
     assert largest_difference(transformers_logprobs(model, texts), expected) < TOLERANCE
@@ -207,7 +207,7 @@ async def test_bad_input_is_refused_before_any_work(finished: sr.RecordedRun, tm
 
 
 async def test_a_resume_point_that_is_replaced_meanwhile_is_followed(finished: sr.RecordedRun, tmp_path: Path) -> None:
-    """As a run under way does after each step, whose state of the step before is deleted."""
+    """Like a live run, which deletes the previous state after each step."""
     run = tmp_path / "run"
     shutil.copytree(finished.out_dir, run)
     (run / "checkpoints.json").unlink()

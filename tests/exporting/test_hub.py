@@ -1,4 +1,4 @@
-"""An exported folder on a stand-in of the Hugging Face hub."""
+"""Uploads to a fake Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.anyio
 
 @dataclass
 class Hub:
-    """The few routes that an upload of small files takes."""
+    """The routes used by an upload of small files."""
 
     refusal: int | None = None
     files: dict[str, bytes] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""W + alpha / r · B A on small folders: against transformers' own arithmetic, and what is refused."""
+"""Merging on small folders, compared with transformers; and rejected adapters."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Q = "model.layers.0.self_attn.q_proj"
 
 
 def make_adapter(folder: Path, shapes: dict[str, tuple[int, int]], **config: Any) -> Path:
-    """Random matrices for modules by their [out, in]."""
+    """Random matrices for modules of shape [out, in]."""
     folder.mkdir()
     generator = torch.Generator().manual_seed(0)
     state: dict[str, torch.Tensor] = {}
@@ -40,7 +40,7 @@ def update_of(adapter: Path, path: str) -> torch.Tensor:
 
 
 def shard(folder: Path) -> None:
-    """The same model in several weights files."""
+    """Splits a model into several weights files."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     (folder / "model.safetensors").unlink()
     model.save_pretrained(folder, max_shard_size="400KB")
