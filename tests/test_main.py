@@ -181,7 +181,7 @@ def test_control_c_ends_the_command_cleanly_and_it_can_go_on(tmp_path: Path) -> 
         process.kill()
         process.communicate()
     assert process.returncode == 130, errors
-    assert "the same command goes on" in errors
+    assert "run the same command to resume" in errors
     assert "Traceback" not in errors
     assert not tiny_world.is_running(service)
     point = ResumePoint.load(tmp_path / "run")

@@ -212,13 +212,16 @@ async def test_a_run_is_measured_and_played_with_the_thinking_that_it_was_traine
         assert await ends(questions, systems=systems, out_dir=tmp_path / "e") == [True, True], (
             "the base model beside it too"
         )
-        told = f"'trained' is played like the run in {run}: thinking=True, max_tokens=64, n_results=1"
+        told = f"'trained' uses the training settings of the run in {run}: thinking=True, max_tokens=64, n_results=1"
         assert told in service.notices
         service.events.clear()
         assert await ends(tmp_path / "e") == [True, True], "a repetition is played as the evaluation was"
         assert await ends(questions, systems=systems, thinking=False) == [False, False]
         assert await ends(questions, systems={"trained": sr.System(run, thinking=False)}) == [False]
-        assert "'trained' is not played as it was trained: thinking False (trained with True)" in service.notices
+        assert (
+            "'trained' is evaluated with other settings than in training: thinking False (trained with True)"
+            in service.notices
+        )
         service.prompts.clear()
         await sr.rollout(questions, search, checkpoint=run, group_size=1, **settings)
         assert all(prompt.endswith(on) for prompt in service.prompts)

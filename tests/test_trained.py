@@ -75,8 +75,10 @@ async def test_a_run_is_measured_played_and_asked_as_it_was_trained(trained: Tra
     for label in systems:
         episodes = report[label].episodes
         assert all(map(is_as_trained, episodes, prompts(trained, episodes))), label
-    assert f"Played as the run in {trained.folder} was trained: untrained and trained." in report.notes()
-    assert not any("not played as it was trained" in note for note in report.notes())
+    assert (
+        f"Evaluated with the training settings of the run in {trained.folder}: untrained and trained." in report.notes()
+    )
+    assert not any("is evaluated with other settings than in training" in note for note in report.notes())
 
     # The very prompts and limits of training, and of a question that is asked.
     asked = await sr.ask(HELD_OUT[0].question, search, checkpoint=trained.folder, **quiet())
@@ -103,7 +105,7 @@ async def test_what_is_named_otherwise_is_used_and_said(trained: TrainedRun) -> 
     assert max(len(turn.sampled_tokens) for episode in episodes for turn in episode.turns) <= 7
     assert {len(episode.turns) for episode in episodes} == {1}
     assert all("answer the question" in prompt for prompt in prompts(trained, episodes))
-    (said,) = (note for note in report.notes() if "not played as it was trained" in note)
+    (said,) = (note for note in report.notes() if "is evaluated with other settings than in training" in note)
     for difference in (
         "instructions 'answer the question' (trained with 'search then answer')",
         "max_turns 1 (trained with 2)",
@@ -136,8 +138,8 @@ async def test_one_system_may_differ_and_another_corpus_is_said(trained: Trained
         ("same", ""),
         ("wide", "max_trajectory_tokens 200 (trained with 128), n_results 3 (trained with 1), "),
     ):
-        (said,) = (note for note in report.notes() if note.startswith(f"{label} is not played"))
-        assert f"trained: {told}search '{str(other)[:40]}" in said
+        (said,) = (note for note in report.notes() if note.startswith(f"{label} is evaluated with other settings"))
+        assert f"training: {told}search '{str(other)[:40]}" in said
 
 
 @pytest.mark.anyio
@@ -174,7 +176,7 @@ def test_the_command_measures_a_run_as_it_was_trained(
     suite.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     arguments = ["eval", suite, "--out-dir", tmp_path / "e", "--system", f"trained={trained.folder}", "--untrained"]
     assert main([*map(str, arguments), "--service", quiet()["service"], "--temperature", "0"]) == 0, capsys.readouterr()
-    assert f"Played as the run in {trained.folder} was trained" in capsys.readouterr().out
+    assert f"Evaluated with the training settings of the run in {trained.folder}" in capsys.readouterr().out
     report = sr.open_report(tmp_path / "e")
     assert report["trained"].exact_match > 0.7
     assert all(map(is_as_trained, report["trained"].episodes, prompts(trained, report["trained"].episodes)))

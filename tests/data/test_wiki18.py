@@ -181,13 +181,13 @@ async def test_the_command_says_how_to_serve_it(
     arguments += ["--endpoint", hub.url]
     assert await anyio.to_thread.run_sync(main, arguments) == 0
     told = capfd.readouterr()
-    assert told.out.startswith(f"Fetched: {folder / 'chroma'} ")
+    assert told.out.startswith(f"Downloaded: {folder / 'chroma'} ")
     assert f"chroma run --path '{folder / 'chroma'}'" in told.out
     assert f"{PASSAGES:,} passages, {DIMENSION} dimensions" in told.out
     assert "download: 6 MB" in told.err
     assert sum(path.read_bytes() == archive for path in folder.glob(f"{ARCHIVE}.*")) == 1
     assert await anyio.to_thread.run_sync(main, arguments) == 0
-    assert capfd.readouterr().out.startswith("Fetched before: ")
+    assert capfd.readouterr().out.startswith("Already downloaded: ")
     assert await anyio.to_thread.run_sync(main, [*arguments, "--revision", "other"]) == 1
     assert capfd.readouterr().err.startswith("StoreError: ")
 
@@ -375,7 +375,7 @@ async def test_a_compact_index_is_made_all_the_way_and_the_rest_deleted(
     assert await anyio.to_thread.run_sync(main, [*arguments, "--keep"]) == 0
     told = capfd.readouterr()
     assert names_in(folder) == {"chroma", "compact", "source.json"}
-    assert told.err.index(" at its peak it takes ") < told.err.index("download: ")
+    assert told.err.index(" at peak it needs ") < told.err.index("download: ")
     assert f"{PASSAGES:,} passages, {DIMENSION} dimensions" in told.out
     assert f"python -m searchr1_async serve '{folder / 'compact'}'" in told.out
     asked = hub.requests
@@ -384,7 +384,7 @@ async def test_a_compact_index_is_made_all_the_way_and_the_rest_deleted(
     assert names_in(folder) == {"compact", "source.json"}
     assert capfd.readouterr().out == told.out
     assert await anyio.to_thread.run_sync(main, [*arguments, "--vectors", "int8"]) == 1
-    assert "was made with vectors float16, not int8: take it as it is" in capfd.readouterr().err
+    assert "was built with vectors float16, not int8: use it as it is" in capfd.readouterr().err
 
 
 async def test_a_compact_index_that_does_not_fit_is_said_before_anything_is_fetched(
