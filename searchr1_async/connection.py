@@ -1,4 +1,4 @@
-"""A connected Tinker service: training clients, sampling clients and checkpoints, each call with its deadline."""
+"""A connected Tinker service: training clients, sampling clients and checkpoints, each call with a deadline."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from searchr1_async.reachability import ServiceWatch
 _SETUP_DEADLINE = 300.0
 """Seconds for creating a session, a training client or a sampling client."""
 _EXTERNAL_DEADLINE = 1800.0
-"""Seconds for saving external weights: a large model's adapter is some gigabytes."""
+"""Seconds for saving external weights: a large model's adapter is gigabytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,28 +34,28 @@ class Service:
     tokenizer: Any
     """The model's Hugging Face tokenizer."""
     is_local: bool
-    """The embedded one, started here."""
+    """The embedded service, started by this process."""
     is_tinker: bool = False
-    """Tinker's own cloud, as far as its address tells."""
+    """Tinker's own cloud, judging by the address."""
     offered: Offered = None
-    """The models that it lists; None where it has no list."""
+    """The models it lists; None if it has no list."""
     model_folder: Path | None = None
-    """Where the weights of the embedded service's model are; None elsewhere."""
+    """Folder of the embedded service's model weights; None elsewhere."""
     connect: Callable[[], AbstractAsyncContextManager[tinker.ServiceClient]] | None = field(default=None, repr=False)
-    """Opens another session; None where the client is the user's own."""
+    """Opens another session; None for the user's own client."""
     watch: ServiceWatch | None = field(default=None, repr=False)
-    """Watches whether it answers, while work uses it."""
+    """Detects outages while work uses the service."""
     tell: Tell = field(default=say_nothing, repr=False)
-    """Gets a sentence for each wait over 5 seconds."""
+    """Called with a sentence for each wait over 5 seconds."""
 
     @property
     def url(self) -> str:
-        """Its base URL."""
+        """Base URL."""
         return address_of(self.client)
 
     @asynccontextmanager
     async def session(self) -> AsyncIterator[Service]:
-        """The same service in a session of its own: the models that are opened in it are gone when the block ends."""
+        """The same service in a separate session, whose models are freed at the end."""
         if self.connect is None:
             yield self
             return
@@ -63,7 +63,7 @@ class Service:
             yield replace(self, client=client)
 
     async def create_training_client(self, *, rank: int, seed: int) -> tinker.TrainingClient:
-        """A new LoRA adapter.
+        """Creates a new LoRA adapter.
 
         Raises:
             ServiceError: refused, or no answer.
@@ -74,10 +74,10 @@ class Service:
         )
 
     async def restore_training_client(self, state_path: str) -> tinker.TrainingClient:
-        """The weights and the optimiser saved under a ``tinker://`` path.
+        """A training client with the weights and optimiser state saved under a ``tinker://`` path.
 
         Raises:
-            ServiceError: it is gone (expired, another folder), or no answer.
+            ServiceError: the state no longer exists (expired, another folder), or no answer.
         """
         return await self._wait(
             f"restoring {state_path}",
@@ -88,7 +88,7 @@ class Service:
         """A training client with the weights saved under a ``tinker://…/weights/…`` path and a new optimizer.
 
         Raises:
-            ServiceError: they are gone (expired, another folder), or no answer.
+            ServiceError: they no longer exist (expired, another folder), or no answer.
         """
         return await self._wait(
             f"loading {state_path}", lambda: self.client.create_training_client_from_state(state_path)
@@ -98,10 +98,10 @@ class Service:
         """Saves a model's adapter for download; returns its ``tinker://…/external_weights/…`` path.
 
         Args:
-            ttl_seconds: after which the service deletes it; Tinker takes 3,600 or more.
+            ttl_seconds: time to live; Tinker's minimum is 3,600.
 
         Raises:
-            ServiceError: refused (an older service does not offer it), or no answer.
+            ServiceError: refused (an older service lacks it), or no answer.
         """
         saved = await self._wait(
             "saving external weights",
@@ -114,7 +114,7 @@ class Service:
         """Signed URLs of the files of external weights.
 
         Raises:
-            ServiceError: there are none, or no answer.
+            ServiceError: none exist, or no answer.
         """
         rest = await self._rest()
         return await self._wait(f"asking for the files of {path}", lambda: rest.get_external_weights_urls(path))
@@ -123,7 +123,7 @@ class Service:
         """The base model and the LoRA rank of saved weights.
 
         Raises:
-            ServiceError: there are none, or no answer.
+            ServiceError: none exist, or no answer.
         """
         rest = await self._rest()
         return await self._wait(f"asking about {path}", lambda: rest.get_weights_info_by_tinker_path(path))
@@ -131,7 +131,7 @@ class Service:
     async def create_sampling_client(
         self, sampler_path: str | None = None, *, base_model: str | None = None
     ) -> tinker.SamplingClient:
-        """Over saved weights, or over a base model: this service's, or another that it serves.
+        """A sampling client for saved weights or a base model (default: this service's).
 
         Raises:
             ServiceError: refused, or no answer.
@@ -144,7 +144,7 @@ class Service:
         return await self._wait(f"opening {model}", lambda: self.client.create_sampling_client(base_model=model))
 
     async def delete_checkpoint(self, path: str) -> None:
-        """Deletes a checkpoint that is no longer needed.
+        """Deletes a checkpoint.
 
         Raises:
             ServiceError: it could not be deleted.
@@ -156,7 +156,7 @@ class Service:
         return await wait_for(doing, submit, deadline, self.tell, None if self.watch is None else self.watch.deadlines)
 
     async def _rest(self) -> tinker.RestClient:
-        # Over the session's own connections, which are closed with it; its first use of an address blocks.
+        # On the session's connections, which close with it; the first use of an address blocks.
         return await anyio.to_thread.run_sync(lambda: tinker.RestClient(self.client.holder))
 
 
@@ -167,13 +167,13 @@ async def wait_for(
     tell: Tell = say_nothing,
     deadlines: PausableDeadlines | None = None,
 ) -> Any:
-    """Runs a call of the SDK that may block (it starts its session at the first) and waits for its result.
+    """Runs an SDK call that may block (the first one opens the session) and waits for its result.
 
     Args:
-        doing: what is being done, for messages.
+        doing: for messages.
         deadline: seconds.
-        tell: gets a sentence if the wait is over 5 seconds.
-        deadlines: the time stands still while these are held.
+        tell: called with a sentence if the wait is over 5 seconds.
+        deadlines: pause the deadline.
 
     Raises:
         ServiceError: refused, or no answer.
