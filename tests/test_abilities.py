@@ -1,4 +1,4 @@
-"""What a run asks of a service is found out before it begins: against servers that lack a loss, a kind or a route."""
+"""Checks a service's abilities before work starts: servers that lack a loss, a client kind or a route."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.anyio
 
 
 class Lacking(ScriptedBackend):
-    """Another server of the protocol: it refuses some losses, and counts what it is asked."""
+    """Another server of the protocol: refuses some losses and counts requests."""
 
     def __init__(self, *refused: str, scores: bool = True) -> None:
         super().__init__(successors)
@@ -144,7 +144,7 @@ async def test_a_kind_and_a_route_that_are_missing_are_refused_by_name(
             await tried.choose(max_staleness=1, weights_in_flight="inflight")
         with pytest.raises(ConfigurationError, match=r"prompts are not scored here.*choose kl_coefficient=0"):
             await tried.choose(kl_coefficient=0.1)
-        # What was refused has not spoiled the client.
+        # The refusals have not broken the client.
         assert (await tried.choose(max_staleness=1))[0] == "stable_reinforce"
 
 
@@ -163,7 +163,7 @@ async def test_a_resumed_run_keeps_its_loss(tmp_path: Path) -> None:
     async with world(tmp_path, Lacking()) as tried:
         assert await tried.choose(point=point("ppo"), max_staleness=1) == ("ppo", [])
         assert await tried.choose(point=point("stable_reinforce"), max_staleness=1) == ("stable_reinforce", [])
-        # As an earlier version chose, whose files do not say it.
+        # As an earlier version chose, whose files do not record the loss.
         assert await tried.choose(point=point(None), max_staleness=1) == ("ppo", [])
         assert await tried.choose(point=point(None), optimizer_steps=2) == ("ppo", [])
         assert await tried.choose(point=point(None)) == ("importance_sampling", [])

@@ -1,4 +1,4 @@
-"""The rules of the house, read from the source: who imports whom, what is public, and what no module may do."""
+"""Architecture rules, checked on the source: imports, public names, and forbidden calls."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def parse(path: Path) -> ast.Module:
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Every module of this package that a file imports, wherever in it."""
+    """All modules of this package that a file imports."""
     for node in ast.walk(parse(path)):
         names: list[str] = []
         if isinstance(node, ast.Import):
@@ -122,7 +122,7 @@ def test_nobody_prints_or_configures_logging(path: Path) -> None:
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_nothing_is_bound_to_an_event_loop_at_import(path: Path) -> None:
-    """What runs at import, in modules and class bodies: no lock, event, queue or task group is made there."""
+    """Code that runs at import, in modules and class bodies: creates no lock, event, queue or task group."""
     waiting: list[ast.AST] = list(parse(path).body)
     while waiting:
         node = waiting.pop()
@@ -150,7 +150,7 @@ def test_the_boundary_lists_its_modules() -> None:
 
 @pytest.mark.parametrize("path", [p for p in MODULES if name_of(p) != f"{PACKAGE}.boundary.tables"], ids=name_of)
 def test_tables_have_one_reader(path: Path) -> None:
-    """polars expands wildcards in the paths that it reads."""
+    """polars expands wildcards in the paths it reads."""
     for node in ast.walk(parse(path)):
         if isinstance(node, ast.Attribute):
             assert not re.fullmatch(r"pl\.(read|scan)_\w+", ast.unparse(node)), f"{path}:{node.lineno}"
@@ -158,11 +158,11 @@ def test_tables_have_one_reader(path: Path) -> None:
 
 OWNERS = {
     r"\.expanduser\(|Path\.home\(": ("boundary.paths",),
-    r"\.absolute\(\)": ("boundary.paths", "boundary.tables"),  # of paths that are read already, for polars
+    r"\.absolute\(\)": ("boundary.paths", "boundary.tables"),  # for polars, of paths already read
     r"\bcsv\.reader|gzip\.open": ("boundary.rows",),
     r"RLIMIT_": ("boundary.open_files",),
     r"\bproxy_bypass\b|NO_PROXY": ("boundary.network",),
-    r"\bgetproxies\(": ("boundary.network", "search.embedders.gemini"),  # which only asks whether there are any
+    r"\bgetproxies\(": ("boundary.network", "search.embedders.gemini"),  # only checks whether there are any
     r"parsedate_to_datetime": ("boundary.retry_after",),
     r"sys\.excepthook|pthread_sigmask": ("boundary.signals",),
     r"tinker\.TinkerError\b": ("boundary.sdk", "endpoint"),
@@ -177,7 +177,7 @@ def test_what_comes_from_the_system_and_the_sdk_has_one_owner(text: str, owners:
 
 
 def test_signals_have_one_owner() -> None:
-    """Beside it only processes that are nothing but a service or a worker, and the command that serves until SIGTERM."""
+    """The others are processes that only run a service or a worker, and the command that serves until SIGTERM."""
     allowed = {"boundary.signals", "local.__main__", "rollout.workers.child", "commands.serve"}
     for path in MODULES:
         called = {ast.unparse(node.func) for node in ast.walk(parse(path)) if isinstance(node, ast.Call)}

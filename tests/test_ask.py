@@ -1,4 +1,4 @@
-"""One question to a model: as it was trained, with the search that its run described, and in words what is missing."""
+"""One question to a model: asked as trained, with the run's search; errors name what is missing."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ async def test_a_run_is_asked_as_it_was_trained(trained: TrainedRun) -> None:
     assert (answer.step, answer.checkpoint) == (1, point.result.checkpoint)
     assert [turn.policy_version for turn in answer.episode.turns] == [1, 1]
 
-    # No golden answer was given, and nothing was scored.
+    # No golden answer, so nothing is scored.
     assert answer.episode.question.golden_answers == ()
     assert (answer.episode.reward, dict(answer.episode.reward_parts)) == (0.0, {})
 
-    # The very prompt of training, which its settings, its renderer and its tokenizer make.
+    # Exactly the training prompt, built from the run's settings, renderer and tokenizer.
     played = point.episode(1)
     again = await point.ask(played.question.question, service=url())
     assert again.episode.prompt_tokens == played.prompt_tokens
@@ -112,7 +112,7 @@ async def test_the_base_model_is_asked_with_settings_of_ones_own(tmp_path: Path)
     assert len(answer.episode.turns[0].sampled_tokens) <= 4
     assert not search.is_open
 
-    # Without a run there is no search to be found.
+    # Without a run there is no search.
     with pytest.raises(sr.ConfigurationError, match=r"give the one to use, such as ask\(question, Search"):
         await sr.ask("river of mirin?", **untrained())
 
@@ -145,7 +145,7 @@ async def test_a_run_without_a_described_search_says_what_to_pass(trained: Train
             (copy / "search.json").write_text(content)
         with pytest.raises(error, match=told):
             await sr.ask("river of mirin?", checkpoint=copy, service=url())
-    # With one that is given it is asked, whatever the folder holds.
+    # A given search is used, whatever the folder holds.
     answer = await sr.ask("river of mirin?", trained.search(), checkpoint=copy, service=url())
     assert answer.answer is not None
 
@@ -197,7 +197,7 @@ async def test_a_service_that_is_away_is_an_error(trained: TrainedRun) -> None:
 
 
 def embedded_run(folder: Path) -> tuple[sr.Run, sr.Search]:
-    """A run that starts a service of its own, and its search."""
+    """A run with its own service and search."""
     search = tiny_world.make_search(folder / "index")
     settings = tiny_world.SETTINGS | {"model": str(tiny_world.model_folder()), "group_size": 2, "groups_per_batch": 2}
     settings |= {"minibatches": 1, "steps": 1, "reward": uneven}
@@ -220,14 +220,14 @@ async def test_the_embedded_service_opens_the_weights_in_the_runs_folder(
     assert not any(isinstance(event, PhaseStarted) for event in told)
     assert tiny_world.service_processes() == []
     with pytest.raises(sr.ConfigurationError, match=r"cannot describe its search .* pass search="):
-        await recorded.ask("river of mirin?")  # its passages were in memory
+        await recorded.ask("river of mirin?")  # its passages were only in memory
 
 
 @pytest.mark.slow
 async def test_a_finished_run_starts_its_embedded_service_again_to_be_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It still has its passages and the way to start its service; from its folder the answer is the same."""
+    """The handle still has its passages and service choice; from its folder the answer is the same."""
     monkeypatch.delenv(SERVICE_KEY)
     run, search = embedded_run(tmp_path)
     await run

@@ -1,4 +1,4 @@
-"""What tokens cost: by hand, and never by a guess."""
+"""Cost of tokens, against hand-computed values; never a guess."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_this_machine_costs_nothing_even_for_a_model_with_a_price() -> None:
 
 @pytest.mark.parametrize("model", ["someone/else", "Qwen/Qwen3-8B:peft:131072", "qwen/qwen3-8b", ""])
 def test_an_unknown_model_has_no_cost(model: str) -> None:
-    """A longer context has a price of its own, about twice the model's: taking the model's would be a guess."""
+    """A longer context costs about twice the model's price, so using the model's would be a guess."""
     dollars, text, note = in_the_cloud(model, prompt=1)
     assert (dollars, text) == (None, "unknown")
     assert note.startswith(f"The price of {model} is not known")

@@ -1,4 +1,4 @@
-"""The hand on a run, in virtual time."""
+"""Run control, in virtual time."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ async def test_a_run_is_asked_when_it_can_answer_and_not_beyond_its_end() -> Non
 
 
 async def test_a_run_is_held_for_as_long_as_there_is_a_reason() -> None:
-    """Paused by hand and without its service: whatever ends first, it goes on when both have ended."""
+    """Paused by the user and by an outage: the run continues when both have ended."""
     for first in ("pause", "service"):
         control, held = RunControl(), list[bool]()
         with control.holding(held.append):

@@ -1,4 +1,4 @@
-"""Which service a call means: in processes with a home folder and an environment of their own, as the real SDK sees them."""
+"""Choice of the service, in processes with their own home folder and environment, as the real SDK sees them."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ pytestmark = pytest.mark.anyio
 
 @pytest.fixture(autouse=True)
 def no_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the machine that tests has."""
+    """Independent of the machine that runs the test."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     for name in ("TINKER_API_KEY", "TINKER_BASE_URL", "TINKER_CREDENTIAL_CMD"):
         monkeypatch.delenv(name, raising=False)
 
 
 def log_in(home: Path) -> None:
-    """As ``tinker auth login`` does it, by the SDK's own store."""
+    """As ``tinker auth login`` does, with the SDK's own store."""
     from tinker.lib.credentials import JsonCredentialStore, ManualKey
 
     store = JsonCredentialStore(home / ".tinker" / "credentials.json")
@@ -118,7 +118,7 @@ def test_the_only_model_of_a_service_is_the_one_that_is_meant() -> None:
 async def test_a_service_of_ones_own_is_used_without_naming_its_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
-    """As ``python -m searchr1_async.local`` is: a model of this machine, and no hub to ask for its tokenizer."""
+    """Like ``python -m searchr1_async.local``: a model of this machine, and no hub for its tokenizer."""
     from searchr1_async.local.scripted import ScriptedBackend
     from tests.episodes.stand_in import stand_in
 
@@ -186,7 +186,7 @@ def test_faults_are_put_into_words() -> None:
 
 
 def test_the_first_line_of_a_run_says_which_service_it_uses(tmp_path: Path) -> None:
-    """A stored login alone, in a process of its own: the cloud is meant, and no model is begun on this machine."""
+    """Only a stored login, in a separate process: the cloud is chosen and no local model starts."""
     log_in(tmp_path / "home")
     code = (
         "import asyncio, os, sys\n"
@@ -203,7 +203,7 @@ def test_the_first_line_of_a_run_says_which_service_it_uses(tmp_path: Path) -> N
         "                   minibatches=1, progress=False, emit=first)\n"
         "asyncio.run(main())\n"
     )
-    # No proxy listens there: the cloud is never reached.
+    # No proxy listens there, so the cloud is never reached.
     closed = "http://127.0.0.1:9"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TINKER_")}
     ended = subprocess.run(

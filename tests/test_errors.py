@@ -1,4 +1,4 @@
-"""An error of a user's function comes out of a run with its own traceback, whatever groups of tasks it passed."""
+"""An error in a user's function leaves a run with its own traceback, through all task groups."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run is expected to cost: the sums by hand, and against a run that was played."""
+"""Cost estimates: against hand-computed sums, and against a real run."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_the_limits_bound_what_is_expected(
     )
     used, high = found.tokens, found.high_tokens
     assert 0 <= used.cached <= used.prompt
-    # Rounded to whole tokens, and a trajectory that is too long is cut in the bound alone.
+    # Rounded to whole tokens; only the upper bound cuts a trajectory that is too long.
     if max_turns * (max_tokens + results * 150 + 30) + prompt <= longest:
         assert used.prompt <= high.prompt + 1
         assert used.sampled <= high.sampled + 1

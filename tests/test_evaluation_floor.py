@@ -12,12 +12,12 @@ from benchmarks.evaluation_throughput_floor import Chain, floor, in_turn, list_s
 
 
 def orders(lengths: Sequence[int]) -> Iterator[tuple[int, ...]]:
-    """Every order of all turns in which each chain's own follow one another."""
+    """All interleavings of the turns of several chains."""
     return iter(set(itertools.permutations([number for number, length in enumerate(lengths) for _ in range(length)])))
 
 
 def best(chains: Sequence[Chain], places: int) -> int:
-    """The shortest of all schedules, whole seconds: every order, each turn put at the earliest moment that has a place.
+    """The shortest schedule, in whole seconds: every order, each turn placed as early as possible.
 
     These are the active schedules, one of which is the shortest (Sprecher, Kolisch and Drexl, 1995).
     """
@@ -63,7 +63,7 @@ def test_no_schedule_beats_the_floor_and_the_ideal_client_is_a_schedule(made: li
     [
         ([Chain((2.0,)), Chain((2.0,)), Chain((2.0,)), Chain((2.0,))], 2, 4.0),  # the work over the places
         ([Chain((1.0, 1.0, 1.0), (2.0, 2.0)), Chain((1.0,))], 2, 7.0),  # the longest chain
-        # Nothing long can begin before 1 + 3 seconds, and then there are 8 of it.
+        # Nothing long can start before 1 + 3 seconds, and then there are 8 s of it.
         ([Chain((1.0, 4.0), (3.0,)) for _ in range(2)], 1, 12.0),
         ([], 3, 0.0),
     ],

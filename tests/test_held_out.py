@@ -1,4 +1,4 @@
-"""Held-out questions that training sees are refused; those that it nearly sees are told of."""
+"""Held-out questions that are trained on are refused; near matches give a warning."""
 
 from __future__ import annotations
 

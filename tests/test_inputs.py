@@ -1,4 +1,4 @@
-"""What a resume is given otherwise than its run was begun with: named, or refused where figures would be of different things."""
+"""Changed inputs of a resumed run: reported, or refused if evaluations would not be comparable."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HELD_OUT = [sr.Question("c", "What is c?", ("C",))]
 
 
 def compiled(source: str) -> Any:
-    """The function ``reward`` of some source that lies in no file, as a REPL's."""
+    """The function ``reward`` of source that is in no file, as in a REPL."""
     scope: dict[str, Any] = {}
     exec(textwrap.dedent(source), scope)
     return scope["reward"]
@@ -43,7 +43,7 @@ def written(folder: Path, name: str, source: str) -> Any:
 
 
 def record(reward: Any = None, questions: Any = QUESTIONS, held_out: Any = HELD_OUT) -> dict[str, Any]:
-    """As it lies in a resume point."""
+    """As stored in a resume point."""
     return json.loads(json.dumps(inputs_of(reward or sr.RecipeReward(), questions, held_out)))
 
 
@@ -84,7 +84,7 @@ def test_a_function_without_a_source_is_known_by_its_code() -> None:
     first = record(compiled(PLAIN))
     assert changed_inputs(first, record(compiled(PLAIN))) == []
     assert changed_inputs(first, record(compiled(OTHER))) == ["the source of the reward reward changed"]
-    # Of another version of Python nothing is known.
+    # A digest from another Python version is not comparable.
     first["reward"]["by"] = "code of (3, 10)"
     assert changed_inputs(first, record(compiled(OTHER))) == []
 
@@ -213,7 +213,7 @@ async def test_a_resume_names_what_it_is_given_otherwise_and_refuses_other_held_
     with pytest.raises(sr.RunFolderError, match="the golden answers of the held-out questions changed"):
         await train(5, reward=always, questions=answers, held_out=other)
     assert sr.open_run(tmp_path / "run").step == before
-    # A run that an earlier version began knows nothing to compare.
+    # A run of an earlier version has nothing to compare.
     state = json.loads((tmp_path / "run" / "state.json").read_text())
     del state["settings"]["inputs"]
     (tmp_path / "run" / "state.json").write_text(json.dumps(state))

@@ -70,7 +70,7 @@ def test_bad_settings_end_with_one_line_and_no_traceback(tmp_path: Path, capsys:
 
 
 def closed_pipe() -> int:
-    """The writing end of a pipe that nobody reads, as behind ``| head`` when it has seen enough."""
+    """The write end of a pipe that nobody reads, as behind ``| head``."""
     reader, writer = os.pipe()
     os.close(reader)
     return writer
@@ -103,7 +103,7 @@ def test_a_command_whose_output_nobody_reads_ends_as_usual(tmp_path: Path, argum
 
 
 def test_an_interrupt_while_the_command_is_being_imported_is_one_line() -> None:
-    """Importing takes seconds, in which Ctrl-C meets whatever module is being read."""
+    """Importing takes seconds, and Ctrl-C interrupts whichever module is being read."""
     code = """
 import runpy, signal, sys
 class Interrupting:
@@ -134,7 +134,7 @@ import searchr1_async.atlas_job as job
 from searchr1_async.events import StepFinished
 from tests import tiny_world
 
-# The command itself, over the small world: its search, its questions, its model.
+# The command itself, on the small world: its search, questions and model.
 train, world = job.train, Path(sys.argv[1])
 
 
@@ -157,7 +157,7 @@ sys.exit(command.main(["atlas", "--out-dir", str(world / "run"), "--steps", "300
 
 @pytest.mark.slow
 def test_control_c_ends_the_command_cleanly_and_it_can_go_on(tmp_path: Path) -> None:
-    """A terminal's Ctrl-C: everything is closed, the folder is whole, and the service is gone."""
+    """A terminal's Ctrl-C: everything is closed, the folder is intact, and the service is gone."""
     from searchr1_async.learn.checkpoints import ResumePoint
     from searchr1_async.watch.records import RunRecords
 

@@ -1,4 +1,4 @@
-"""Measuring beside the training, in whole runs on a real small model: what is measured, on which weights, and what of them stays."""
+"""Evaluation beside training, in whole runs on a real small model: which steps, which weights, what is kept."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HELD_OUT = tiny_world.make_questions()[1]
 
 
 async def varied(episode: sr.Episode) -> float:
-    """Tells members apart, so that every group is learned from, and the same way in every run."""
+    """Differs between members, so that every group is trained on, and is deterministic."""
     return sum(episode.tokens) % 7 / 7
 
 
@@ -45,12 +45,12 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., sr.R
 
 
 def is_measured(episode: sr.Episode) -> bool:
-    """Whether it is a held-out one of trained weights."""
+    """A held-out episode of trained weights."""
     return episode.question in HELD_OUT and any(turn.policy_version for turn in episode.turns)
 
 
 class Held:
-    """A reward that keeps back the held-out episodes of trained weights until it is opened."""
+    """A reward that blocks the held-out episodes of trained weights until it is opened."""
 
     def __init__(self) -> None:
         self.opened, self.arrived = anyio.Event(), anyio.Event()
@@ -63,7 +63,7 @@ class Held:
 
 
 def steps_measured(run: sr.Run) -> dict[str, set[int]]:
-    """By label, the weights that its turns were sampled from."""
+    """By label, the weights that sampled its turns."""
     rows = run.evaluations().select("label", "policy_versions").collect().iter_rows()
     out: dict[str, set[int]] = {}
     for label, versions in rows:
@@ -72,7 +72,6 @@ def steps_measured(run: sr.Run) -> dict[str, set[int]]:
 
 
 async def on_service(path: str) -> bool:
-    """Whether a checkpoint is still there."""
     client = await anyio.to_thread.run_sync(lambda: tinker.RestClient(base_url=tiny_world.shared_service().url))
     try:
         await client.get_weights_info_by_tinker_path(path)
@@ -112,7 +111,7 @@ async def test_each_measurement_is_of_its_own_steps_weights(start: Callable[...,
 
 
 async def test_training_goes_on_while_a_step_is_measured(start: Callable[..., sr.Run]) -> None:
-    """The measurement of step 2 ends only when the last step is on disk."""
+    """The evaluation of step 2 ends only when the last step is on disk."""
     held, events = Held(), list[Event]()
 
     def emit(event: Event) -> None:
@@ -132,7 +131,7 @@ async def test_training_goes_on_while_a_step_is_measured(start: Callable[..., sr
 
 
 async def test_training_waits_where_measurements_fall_behind_and_says_why(start: Callable[..., sr.Run]) -> None:
-    """One is under way, two wait, and the third is one too many."""
+    """One runs, two wait, and the third is one too many."""
     held, closed = Held(), list[int]()
 
     def emit(event: Event) -> None:
@@ -238,7 +237,7 @@ async def test_a_run_keeps_its_questions(start: Callable[..., sr.Run]) -> None:
     assert found is not None
     fields = [(one.id, one.question, one.golden_answers, one.data_source) for one in asked]
     assert [(one.id, one.question, one.golden_answers, one.data_source) for one in found] == fields
-    (run.out_dir / "questions.parquet").unlink()  # as an earlier version left it: what was played is known
+    (run.out_dir / "questions.parquet").unlink()  # as an earlier version left it: the recorded episodes tell
     played = training_questions(run.out_dir)
     assert played is not None
     assert {one.id for one in played} == set(run.episodes().collect()["question_id"])
@@ -246,13 +245,13 @@ async def test_a_run_keeps_its_questions(start: Callable[..., sr.Run]) -> None:
 
 
 async def test_at_the_time_limit_nothing_more_is_begun(tmp_path: Path) -> None:
-    """What waits is left out and said; nothing of it is begun, though its weights are there."""
+    """A queued evaluation is skipped and reported, though its weights exist."""
     notices: list[Event] = []
     job: Any = SimpleNamespace(held_out=HELD_OUT, held_out_samples=1, evaluate_every=2, out_dir=tmp_path)
     nothing: Any = None
     measuring = Measuring(
         job,
-        nothing,  # a service or an engine that is asked for anything raises
+        nothing,  # any request to the service or engine raises
         nothing,
         RunRecords(tmp_path),
         CheckpointList(tmp_path),
@@ -274,7 +273,7 @@ async def test_at_the_time_limit_nothing_more_is_begun(tmp_path: Path) -> None:
 async def test_in_flight_the_weights_at_hand_are_measured_before_they_move(
     start: Callable[..., sr.Run], tmp_path: Path
 ) -> None:
-    """A run that was killed after a step whose weights were not kept, and is resumed with evaluate_every."""
+    """A run killed after a step without kept weights, resumed with evaluate_every."""
     await start(steps=1, weights_in_flight="inflight", held_out=(), evaluate_every=None)
     point = ResumePoint.load(tmp_path / "run")
     assert point is not None

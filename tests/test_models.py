@@ -1,4 +1,4 @@
-"""The table of models: whole, dated, and what is looked up in it."""
+"""The table of models: complete, dated, and looked up correctly."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from searchr1_async.models import (
 
 OFFERED = [model.name for model in known_models() if model.is_offered]
 SPRING = [m.name for m in known_models() if m.retired and m.retired >= "2026-06-12"]
-"""What was taken off since June was there in spring."""
+"""Models removed since June were there in spring."""
 
 
 @pytest.mark.parametrize("model", known_models(), ids=lambda model: model.name)

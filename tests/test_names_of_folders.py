@@ -1,4 +1,4 @@
-"""From the training to the report in folders whose names hold what wildcards are made of, beside those that they would match."""
+"""From training to the report in folders with wildcard characters in their names, beside folders they would match."""
 
 from __future__ import annotations
 

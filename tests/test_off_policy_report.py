@@ -1,4 +1,4 @@
-"""The figures of the off-policy benchmark: prompt tokens that had to be computed, and the tables over the seeds."""
+"""The figures of the off-policy benchmark: computed prompt tokens, and the tables over the seeds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ QUESTION = Question("1", "Who?", ("it",), "world")
 
 
 def episode(prompt: int, *turns: tuple[int, int, int]) -> Episode:
-    """Of so many prompt tokens, and for each turn sampled, appended and cached ones."""
+    """An episode with this many prompt tokens, and sampled, appended and cached tokens per turn."""
     made = [
         Turn((7,) * sampled, (-0.5,) * sampled, "", appended_tokens=(8,) * appended, cached_prompt_tokens=cached)
         for sampled, appended, cached in turns
@@ -54,7 +54,7 @@ def row(seed: int, staleness: int, weights: str = "snapshot", **changes: Any) ->
 
 
 def test_prompt_tokens_are_those_of_every_turn_less_the_cache_hits() -> None:
-    # Prompts of 10 and of 10 + 3 + 4 tokens, of which 6 and 13 were cached.
+    # Prompts of 10 and 10 + 3 + 4 tokens, of which 6 and 13 were cached.
     assert prompt_tokens([episode(10, (3, 4, 6), (2, 0, 13))]) == (27, 8)
     assert prompt_tokens([]) == (0, 0)
 

@@ -1,4 +1,4 @@
-"""A run on a service that offers a list of models: today's, that of spring, none. Real SDK, a service of this machine."""
+"""Runs on services with different model lists: today's, spring's, none. Real SDK, local service."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SPRING = tuple(model.name for model in known_models() if model.retired and model
 
 @dataclass
 class StandIn:
-    """A service that lists what another one offers, has one of its models, and remembers what it was asked."""
+    """A service with another one's model list; it has one model and records its requests."""
 
     url: str
     tokenizer: str
@@ -55,7 +55,7 @@ class StandIn:
 def stand_in_service(
     folder: Path, monkeypatch: pytest.MonkeyPatch, model: str, listed: tuple[str, ...]
 ) -> Iterator[StandIn]:
-    """Reached as the cloud is: by a key and a base URL in the environment."""
+    """Reached like the cloud, by a key and a base URL in the environment."""
     tokenizer = folder / "tokenizer"
     stand_in().save_pretrained(tokenizer)
     prompts: list[str] = []
@@ -107,18 +107,18 @@ async def test_on_the_list_of_spring_the_nearest_of_the_family_is_used_and_said(
         assert service.started.model == "Qwen/Qwen3-4B-Instruct-2507"
         assert all(prompt.endswith("?<|im_end|>\n<|im_start|>assistant\n") for prompt in service.prompts)
         assert '{"type": "function", "function": {"name": "search"' in service.prompts[0]
-        # The run goes on with the model that it was begun with, not with another default.
+        # The run continues with its own model, not with another default.
         service.events.clear()
         assert (await train(service, tmp_path, steps=2, resume=True)).steps == 2
         assert service.started.model == "Qwen/Qwen3-4B-Instruct-2507"
         assert not any("offer" in text for text in service.notices)
-        # Where nothing is left to do, the estimate is that of its model too.
+        # With nothing left to do, the estimate is of its model too.
         state = RunState()
         again = await train(service, tmp_path, steps=2, resume=True, emit=lambda event: state.see(event, 0.0))
         assert again.estimated_cost is not None
         assert "the price of Qwen/Qwen3-4B-Instruct-2507 on a server of one's own" in again.estimated_cost.text
         assert "Qwen/Qwen3-4B-Instruct-2507 on a server of one's own" in state.snapshot(0.0).cost.note
-    # And is refused with its replacement where that model is gone.
+    # It is refused with the replacement's name where that model is gone.
     with (
         stand_in_service(tmp_path / "later", monkeypatch, "Qwen/Qwen3.5-4B", TODAY) as service,
         pytest.raises(ModelError, match=r"retired it on 2026-06-12 and recommends Qwen/Qwen3\.5-4B \(thinking off\)"),
@@ -202,7 +202,7 @@ async def test_a_run_is_measured_and_played_with_the_thinking_that_it_was_traine
         settings: dict[str, Any] = {"tokenizer": service.tokenizer, "progress": False, "emit": service.events.append}
 
         async def ends(suites: Any, **options: Any) -> list[bool]:
-            """Of each prompt, in their order: whether it lets the model think."""
+            """For each prompt, in order: whether it lets the model think."""
             service.prompts.clear()
             await sr.evaluate(suites, search, **(settings | options))
             assert all(prompt.endswith((on, off)) for prompt in service.prompts)
@@ -223,7 +223,7 @@ async def test_a_run_is_measured_and_played_with_the_thinking_that_it_was_traine
         await sr.rollout(questions, search, checkpoint=run, group_size=1, **settings)
         assert all(prompt.endswith(on) for prompt in service.prompts)
         assert service.prompts
-        # A run begun before there was a choice left it to the template.
+        # A run started before ``thinking`` existed left it to the template.
         state = json.loads((run / "state.json").read_text())
         del state["settings"]["thinking"]
         (run / "state.json").write_text(json.dumps(state))
@@ -267,7 +267,7 @@ async def test_a_service_with_nothing_of_the_family_asks_for_a_name(
 
 @contextmanager
 def answering(folder: Path, monkeypatch: pytest.MonkeyPatch, status: int, body: bytes) -> Iterator[str]:
-    """A service that gives this answer when it is asked what it offers."""
+    """A service that gives this answer when asked for its models."""
 
     async def answer(self: Service, request: web.Request) -> web.Response:
         return web.Response(status=status, body=body, content_type="application/json")

@@ -1,4 +1,4 @@
-"""Playing and learning at once, in whole runs on a real small model: what streams, what waits, what is cut, what is left."""
+"""Overlapped rollout and training, in whole runs on a real small model: streaming, waiting, cutting, resuming."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _numbers = itertools.count()
 
 
 async def varied(episode: sr.Episode) -> float:
-    """Tells members apart whatever the model does, so that every group is learned from."""
+    """Differs between members whatever the model does, so that every group is trained on."""
     return next(_numbers) % 11 / 11
 
 
@@ -54,7 +54,7 @@ async def test_a_synchronous_step_learns_only_when_all_of_it_is_played(start: Ca
 
 
 async def test_streaming_learns_while_the_last_group_plays(start: Callable[..., sr.Run]) -> None:
-    """One group's reward waits until a minibatch of the others has gone out."""
+    """One group's reward waits until a minibatch of the others was sent."""
     sent = anyio.Event()
     first = tiny_world.make_questions()[0][0].id
 
@@ -89,7 +89,7 @@ async def test_with_staleness_the_next_batch_plays_while_the_trainer_works(start
     assert age.max() == 1
     assert run.metrics["env/all/staleness_max"].max() == 1
     assert run.metrics["groups/version_spread"].to_list() == [0] * 4
-    # From the second step on the first weights are no longer the newest: the loss is one for that by default.
+    # From the second step on the weights are stale, so the default loss is an off-policy one.
     assert any("the loss is stable_reinforce" in text for text in notices)
     assert run.metrics["optim/fallback_datums"].to_list() == [0] * 4, "every sequence is known"
     assert run.metrics["optim/kl_sample_train_v2"].to_list()[1] > 0
@@ -98,7 +98,7 @@ async def test_with_staleness_the_next_batch_plays_while_the_trainer_works(start
 async def test_running_episodes_keep_their_client_while_the_service_moves_its_weights(
     start: Callable[..., sr.Run],
 ) -> None:
-    """The searches of two groups wait until the first step's weights are there; the step is made up of others."""
+    """The searches of two groups wait for the first step's weights; other groups make up the step."""
     stepped = anyio.Event()
     is_learning = False
     held = {str(question.metadata["search_queries"][0]) for question in tiny_world.make_questions()[0][:2]}
@@ -119,7 +119,7 @@ async def test_running_episodes_keep_their_client_while_the_service_moves_its_we
     run = start(epochs=1, group_size=8, search_class=Slow, emit=emit, **settings)
     with anyio.fail_after(300):
         await run
-    # A turn goes by the weights of its episode's beginning, so that the age is an upper bound.
+    # A turn is labelled with the weights at its episode's start, so the age is an upper bound.
     assert run.metrics["groups/version_spread"].to_list() == [0, 0]
     assert run.metrics["env/all/staleness_max"].to_list() == [0, 1]
     episodes = run.episodes().collect()
@@ -128,7 +128,7 @@ async def test_running_episodes_keep_their_client_while_the_service_moves_its_we
 
 
 async def test_groups_that_waited_too_long_are_learned_with_another_loss(start: Callable[..., sr.Run]) -> None:
-    """A run that is held over night goes on: the service has forgotten the sequences, and nothing is lost."""
+    """A run paused overnight continues: the service has forgotten the sequences, and nothing is lost."""
     run = start(questions=12, epochs=1, max_staleness=1, emit=lambda event: night(event))
     now = 0.0
     run.control.wall_clock = lambda: now
@@ -144,7 +144,7 @@ async def test_groups_that_waited_too_long_are_learned_with_another_loss(start: 
     assert assert_every_question_once(run, 12)["trained"].all()
     counts = run.metrics.sum()
     assert counts["optim/datums"].to_list() == [48]
-    # All that had begun by then and had not gone to the trainer: of the three groups at most two had.
+    # All that had started by then and were not yet at the trainer: at most two of the three groups were.
     assert counts["optim/fallback_datums"].item() >= 4
 
 
@@ -166,7 +166,7 @@ async def test_spare_groups_end_a_step_without_its_slowest(start: Callable[..., 
 
 
 async def test_a_step_over_its_time_goes_on_with_what_it_has(start: Callable[..., sr.Run]) -> None:
-    """One group never ends; of another two members of four do."""
+    """One group never ends; of another, two of four members do."""
     stuck, half = (question.id for question in tiny_world.make_questions()[0][:2])
     ended = 0
 
@@ -226,7 +226,7 @@ async def test_a_batch_may_have_several_optimiser_steps(start: Callable[..., sr.
 
 @pytest.mark.parametrize("staleness", [0, 2])
 async def test_a_stopped_run_plays_no_finished_group_again(start: Callable[..., sr.Run], staleness: int) -> None:
-    """Stopped when some groups of the second step have finished: they are trained on after the resume, as they were."""
+    """Stopped when some groups of the second step have finished: the resume trains on them unchanged."""
     stopped = anyio.Event()
     played: list[str] = []
 
@@ -274,7 +274,7 @@ async def test_groups_are_played_in_other_processes_and_learned_from_here(start:
 
 
 async def test_with_staleness_a_step_over_its_time_cuts_as_many_as_it_lacks(start: Callable[..., sr.Run]) -> None:
-    """Of two batches under way three groups never end: the first step is cut short, and is not empty."""
+    """Three groups of two concurrent batches never end: the first step is cut short, and is not empty."""
     stuck = {question.id for question in tiny_world.make_questions()[0][:8]}
 
     async def reward(episode: sr.Episode) -> float:

@@ -1,4 +1,4 @@
-"""A service that goes away under a run, behind a real gateway: told soon, waited for, and given up on when it is due."""
+"""A service that disappears during a run, behind a real gateway: reported soon, waited for, given up on in time."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MODEL = "Qwen/Qwen3.5-4B"
 
 @dataclass
 class World:
-    """A scripted service behind a gateway, and what a run on it told."""
+    """A scripted service behind a gateway, and the events of a run on it."""
 
     gateway: Gateway
     folder: Path
@@ -170,7 +170,7 @@ async def test_a_long_training_call_is_no_outage(world: World) -> None:
 async def test_a_service_that_answers_all_but_health_checks_is_not_down(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its answers to the run itself count, as long as they come more often than an outage takes to be known."""
+    """Its answers to the run itself count, if they come more often than detection takes."""
     monkeypatch.setattr(reachability, "SILENT_AFTER", 2.0)
     world.switch_after(1, "sick")
     assert (await world.train(steps=10)).steps == 10
@@ -183,7 +183,7 @@ async def test_a_service_that_answers_all_but_health_checks_is_not_down(
 async def test_a_busy_process_takes_no_service_for_gone(world: World) -> None:
     def block(event: Event) -> None:
         if isinstance(event, StepFinished) and event.step == 1:
-            time.sleep(1.2)  # the whole event loop stands still
+            time.sleep(1.2)  # blocks the event loop
 
     world.when = block
     assert (await world.train()).steps == 3
@@ -216,7 +216,7 @@ STEPS = st.lists(
 
 @given(STEPS)
 def test_an_outage_is_known_by_failures_alone(steps: list[tuple[str, float]]) -> None:
-    """Whatever comes in whatever order: an outage means two failed checks and no answer for a while, and one answer ends it."""
+    """In any order of events: an outage means two failed checks and no answer for a while, and one answer ends it."""
     outage, now, answered, failures = Outage(0.0), 0.0, 0.0, 0
     for kind, seconds in steps:
         began, now = now, now + seconds

@@ -1,4 +1,4 @@
-"""A run in the hand: stopped, cancelled, resumed, refused."""
+"""The handle to a run: stop, cancel, resume, refuse."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.anyio
 
 
 class Watch:
-    """Collects events; ``wait_for`` returns when one has come that a condition holds for."""
+    """Collects events; ``wait_for`` returns once one matches."""
 
     def __init__(self) -> None:
         self.events: list[Event] = []
@@ -72,17 +72,17 @@ def in_step(step: int) -> Callable[[Event], bool]:
 
 
 async def cell(run: sr.Run) -> None:
-    """A notebook's, which waits for the run."""
+    """A notebook cell that awaits the run."""
     await run
 
 
 async def uneven(episode: sr.Episode) -> float:
-    """Differs within every group, so that there is something to learn from in each step."""
+    """Differs within every group, so that every step trains."""
     return len(episode.turns[0].sampled_tokens) + sum(episode.turns[0].logprobs) / 100
 
 
 def assert_whole(run: sr.Run, steps: int) -> None:
-    """Every step once, in order, each with all its episodes, and no question twice within the epoch."""
+    """Every step once, in order, with all its episodes, and no question twice within the epoch."""
     assert run.metrics["step"].to_list() == list(range(1, steps + 1))
     episodes = run.episodes().collect()
     assert episodes["step"].unique(maintain_order=True).to_list() == list(range(1, steps + 1))
@@ -121,7 +121,7 @@ async def test_a_finished_run_is_there_at_once_without_any_service(
     second = await start(steps=1, resume=True, service=dead, emit=watch)
     assert second == first
     assert not any(isinstance(event, PhaseStarted) for event in watch.events)
-    with pytest.raises(sr.ServiceUnavailableError):  # there is more to do now
+    with pytest.raises(sr.ServiceUnavailableError):  # there is work left now
         await start(steps=2, resume=True, service=dead)
     third = await start(steps=2, resume=True)
     assert third.steps == 2
@@ -262,7 +262,7 @@ async def test_a_paused_run_asks_for_nothing_and_goes_on(start: Callable[..., sr
     with anyio.fail_after(60):
         await run.pause()
     paused = len(watch.events)
-    with anyio.fail_after(60):  # it looks about, and nothing is under way at the services
+    with anyio.fail_after(60):  # nothing is in flight at the services
         for _ in range(3):
             at = len(watch.events)
             await watch.wait_for(
@@ -283,7 +283,7 @@ async def test_a_paused_run_asks_for_nothing_and_goes_on(start: Callable[..., sr
 async def test_a_run_under_way_is_asked_with_its_newest_weights_and_undisturbed(start: Callable[..., sr.Run]) -> None:
     watch = Watch()
     run = start(steps=3, emit=watch, reward=uneven, checkpoint_every=1)
-    first = await run.ask("river of mirin?")  # it waits for the services
+    first = await run.ask("river of mirin?")  # waits for the services
     assert first.checkpoint is None
     await watch.wait_for(finished(1), run)
     newest, kept = await run.ask("river of mirin?"), await run.ask("river of mirin?", step=1, max_turns=1)
@@ -322,8 +322,6 @@ async def test_a_held_run_answers_and_stays_held(start: Callable[..., sr.Run]) -
 
 
 class LateSearch(sr.Search):
-    """Opens when it is told to."""
-
     may_open: asyncio.Event
 
     async def connect(self, on_progress: Any = None) -> None:
@@ -352,7 +350,7 @@ async def test_a_run_that_ends_before_the_answer_is_asked_with_its_last_weights(
 async def test_a_run_that_has_ended_is_asked_with_its_last_weights(start: Callable[..., sr.Run]) -> None:
     run = start(steps=2, reward=uneven)
     result = await run
-    answer = await run.ask("river of mirin?")  # its search was made in memory, and its service named
+    answer = await run.ask("river of mirin?")  # its search was in memory, and its service named
     assert (answer.step, answer.checkpoint) == (2, result.checkpoint)
     with pytest.raises(sr.ConfigurationError, match="pass search="):
         await sr.open_run(run.out_dir).ask("river of mirin?", service=tiny_world.served()["service"])

@@ -35,7 +35,7 @@ asyncio.run(main())
 
 @pytest.fixture
 def service() -> Iterator[str]:
-    """The address of a service that accepts connections and never answers: a run waits for it."""
+    """The address of a service that accepts connections and never answers, so a run waits for it."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield f"http://127.0.0.1:{server.getsockname()[1]}"
 
@@ -139,7 +139,7 @@ def test_signals_are_given_back_when_a_run_ends(start: Callable[..., sr.Run]) ->
 def test_a_signal_ends_the_program_after_its_run(
     start: Callable[..., sr.Run], number: signal.Signals, is_awaited: bool
 ) -> None:
-    """Whatever the program waits for: it is cancelled when the run has closed everything, and can close its own."""
+    """Whatever the program waits for, it is cancelled once the run has closed everything, and can close its own resources."""
     runs, seen = list[sr.Run](), list[str]()
 
     async def main() -> None:
@@ -163,7 +163,7 @@ def test_a_signal_ends_the_program_after_its_run(
 def test_an_interrupt_that_a_library_raises_in_a_thread_is_one_too(
     start: Callable[..., sr.Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As polars does from its own handler, where SIGINT is ignored: it comes out of a worker thread, in exception groups."""
+    """As polars does from its own handler, with SIGINT ignored: it comes out of a worker thread, in exception groups."""
 
     def interrupted(*arguments: object) -> None:
         raise KeyboardInterrupt

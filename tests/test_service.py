@@ -1,4 +1,4 @@
-"""Bad input and bad services: a clear typed error, soon, and nothing begun."""
+"""Bad input and bad services: a clear typed error, soon, before anything starts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def search(tmp_path: Path) -> sr.Search:
 
 @pytest.fixture
 def silent_url() -> Iterator[str]:
-    """A socket that accepts every connection and never says a word."""
+    """A socket that accepts every connection and never answers."""
     listener = socket.create_server(("127.0.0.1", 0))
     listener.settimeout(0.05)
     ended = threading.Event()

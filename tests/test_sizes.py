@@ -1,4 +1,4 @@
-"""The sizes of a run where its user does not say: by the service, and on a resume by the run itself."""
+"""Default sizes of a run: by the service, and on a resume the run's own."""
 
 from __future__ import annotations
 
@@ -101,6 +101,6 @@ async def test_a_run_on_the_embedded_service_records_what_was_chosen_and_can_go_
     assert point.settings["learning"]["groups_per_batch"] == LAPTOP.groups_per_batch
     assert point.settings["limits"]["max_tokens"] == LAPTOP.max_tokens
 
-    again = start(resume=True)  # without naming the limit that it was begun with
+    again = start(resume=True)  # without repeating the original limit
     result = await again.stop()
     assert (result.reason, result.steps) == ("stopped", point.step)

@@ -1,4 +1,4 @@
-"""What a run spends, and when a limit ends it: by hand, and in whole runs on a real small model."""
+"""A run's cost and its limit: against hand-computed values, and in whole runs on a real small model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from searchr1_async.watch.state import RunState
 from tests import tiny_world
 
 PRICE = sr.Price(prefill=1000.0, sample=2000.0, train=3000.0)
-"""So dear that a step of the small model costs dollars."""
+"""So expensive that a step of the small model costs dollars."""
 DOLLAR = TokenUsage(prompt=1000)
 
 
@@ -128,7 +128,7 @@ async def test_a_run_ends_before_its_limit_and_goes_on_with_a_higher_one(start: 
     assert first.cost.dollars is not None
     step = run.metrics["cost/dollars"][0]
     measured = first.cost.dollars - run.metrics["cost/total_dollars"][0]
-    # Room for two further steps, not for three.
+    # Room for two more steps, not three.
     limit = first.cost.dollars + 2.5 * step + measured
     second = await start(steps=4, max_cost=limit, resume=True, **settings)
     assert second.reason == "max_cost"

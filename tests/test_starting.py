@@ -155,7 +155,7 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., sr.R
 
 @pytest.fixture(scope="module")
 def warmed_up(tmp_path_factory: pytest.TempPathFactory) -> sr.RecordedRun:
-    """A finished run of one step behind a warm-up, on the shared service."""
+    """A finished run of one step after a warm-up, on the shared service."""
     folder = tmp_path_factory.mktemp("warmed-up")
 
     async def train() -> None:
@@ -218,7 +218,7 @@ async def test_a_run_starts_from_an_adapter_and_from_a_path(
 
 @pytest.mark.slow
 async def test_a_run_of_the_embedded_service_starts_from_another_ones_folder(tmp_path: Path) -> None:
-    """Each has a service of its own: the weights are copied from one's checkpoints to the other's."""
+    """Each has its own service: the weights are copied from one's checkpoints to the other's."""
     questions = tiny_world.make_questions()[0]
     settings: dict[str, Any] = tiny_world.SETTINGS | {
         "group_size": 4,

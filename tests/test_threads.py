@@ -1,4 +1,4 @@
-"""Items that a thread makes while the one before is used."""
+"""Items prepared in a thread while the previous one is used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The floor of the throughput benchmark: worked by hand, and against every schedule of a small batch."""
+"""The floor of the throughput benchmark: against hand-computed values, and against every schedule of a small batch."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_batch_worked_by_hand() -> None:
     # The first trains from 1 to 3, the third from 3 to 5, the second from 10 to 11; then optimiser and save.
     assert streaming_floor([BATCH], TIMES) == [13.0]
     assert synchronous_floor([BATCH], TIMES) == [17.0]
-    # Two batches: the trainer has 1 + 2 * 5 + 2 * 2 = 15 s of work; both may be played from the start.
+    # Two batches: the trainer has 1 + 2 * 5 + 2 * 2 = 15 s of work; both may be rolled out from the start.
     assert pipelined_floor([BATCH, BATCH], TIMES, 1) == 15.0
 
 
@@ -54,7 +54,7 @@ def test_the_longest_episodes_set_the_floor_where_training_is_quick() -> None:
     # Of the six that start at once, three are released after 2 s: the third batch starts after 4 s.
     assert pipelined_floor([batch] * 2, TIMES, 1) == 12.5
     assert pipelined_floor([batch] * 3, TIMES, 1) == 4 + 12.5
-    # Behind the second batch, whose slowest took 10.5 + 2 s, the fourth starts.
+    # After the second batch, whose slowest took 10.5 + 2 s, the fourth starts.
     assert pipelined_floor([batch] * 4, TIMES, 1) == 12.5 + 12.5
     assert pipelined_floor([batch] * 3, TIMES, 2) == 12.5
 

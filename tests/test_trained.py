@@ -1,4 +1,4 @@
-"""A run's weights are measured, played and asked as they were trained; what a caller changes is used, and said."""
+"""A run's weights are evaluated, rolled out and asked as trained; a caller's changes are applied and reported."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def bare_search(trained: TrainedRun, **options: Any) -> sr.Search:
-    """Over the corpus of the run; it would show three passages, and the run was trained with one."""
+    """Over the run's corpus; it would show three passages, while the run was trained with one."""
     return sr.Search.local(trained.corpus, path=trained.corpus.with_name("index"), embedder="hashed words", **options)
 
 
@@ -78,7 +78,7 @@ async def test_a_run_is_measured_played_and_asked_as_it_was_trained(trained: Tra
     assert f"Played as the run in {trained.folder} was trained: untrained and trained." in report.notes()
     assert not any("not played as it was trained" in note for note in report.notes())
 
-    # The very prompts and limits of training, and of a question that is asked.
+    # Exactly the prompts and limits of training, and of an asked question.
     asked = await sr.ask(HELD_OUT[0].question, search, checkpoint=trained.folder, **quiet())
     groups = await sr.rollout(HELD_OUT, search, checkpoint=trained.folder, group_size=1, **quiet())
     rolled = [group.episodes[0] for group in groups]
@@ -86,7 +86,7 @@ async def test_a_run_is_measured_played_and_asked_as_it_was_trained(trained: Tra
     assert [each.prompt_tokens for each in rolled] == [each.prompt_tokens for each in report["trained"].episodes]
     assert all(map(is_as_trained, [asked.episode, *rolled], prompts(trained, [asked.episode, *rolled])))
 
-    # Without a search it is the run's own, and from its manifest it is the same once more.
+    # Without a search the run's own is used, and its manifest gives the same again.
     for again in (
         await measure(trained, temperature=0, systems=systems),
         await sr.evaluate(tmp_path / "e", search, **quiet()),
@@ -149,7 +149,7 @@ async def test_an_evaluation_that_an_earlier_version_began_goes_on_as_it_was(
     manifest = json.loads((tmp_path / "e" / "manifest.json").read_text())
     assert given.record("trained").instructions == "search then answer"  # type: ignore[union-attr]
     play = PlaySettings(sr.RecipeReward(), EpisodeLimits(), sr.SamplingSettings(), format_name="tags")
-    # As the version before wrote it: its systems had the evaluation's prompt, not their run's.
+    # As the previous version wrote it: its systems had the evaluation's prompt, not their run's.
     del manifest["settings"]["follows_runs"]
     for system in manifest["systems"]:
         for name in ("n_results", "max_passage_words", "like", "differences", "unrecorded"):

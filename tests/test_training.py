@@ -1,4 +1,4 @@
-"""The loop: streaming that changes nothing, failures that are no answers, and a disk that fills up."""
+"""The loop: streaming changes nothing, failures are no answers, and a disk fills up."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ async def test_streaming_in_minibatches_gives_the_weights_of_one_batch(
 
 
 class FallibleEmbedder(tiny_world.HashingEmbedder):
-    """Its service goes down when it is told to."""
+    """Its service goes down on request."""
 
     is_down = False
 
@@ -103,7 +103,7 @@ async def test_a_search_that_stays_down_stops_the_run_and_is_no_answer(
     warm_up = tiny_world.WARM_UP
 
     def emit(event: Event) -> None:
-        # A step is written down while the next one plays.
+        # A step is recorded while the next one is rolled out.
         if isinstance(event, EpisodeFinished) and event.step == 2:
             embedder.is_down = True
 
@@ -123,7 +123,7 @@ async def test_a_search_that_stays_down_stops_the_run_and_is_no_answer(
 
 
 async def test_a_few_failures_are_recorded_and_never_trained_on(start: Callable[..., sr.Run], tmp_path: Path) -> None:
-    """Searches for one place fail for good: those episodes are left out, the warm-up's too, and the rest goes on."""
+    """Searches for one place always fail: those episodes are left out, in the warm-up too, and the rest continues."""
     questions = tiny_world.make_questions()[0][:6]
     place = questions[0].id.partition("-")[2]
 
@@ -182,7 +182,7 @@ async def test_a_reward_that_fails_ends_the_run_by_its_name(start: Callable[...,
 
 
 async def test_a_start_that_failed_does_not_stand_in_the_way(start: Callable[..., sr.Run], tmp_path: Path) -> None:
-    """Neither its resume point of step 0 nor its settings, its questions or its tokenizer: nothing would be lost with them."""
+    """Neither its resume point of step 0 nor its settings, questions or tokenizer: nothing would be lost with them."""
 
     def broken(episode: sr.Episode) -> float:
         raise KeyError("missing")
@@ -194,7 +194,7 @@ async def test_a_start_that_failed_does_not_stand_in_the_way(start: Callable[...
     assert failed is not None
     assert failed.step == 0
     (folder / "notes.txt").write_text("mine")
-    with pytest.raises(sr.RewardError, match="missing"):  # with settings that a run could not be resumed with
+    with pytest.raises(sr.RewardError, match="missing"):  # with settings that could not be resumed
         await start(reward=broken, questions=questions[:6], learning_rate=2e-3, resume=True)
     result = await start(questions=questions[6:18], learning_rate=3e-3)
     assert (result.steps, result.reason) == (1, "finished")
@@ -247,7 +247,7 @@ async def test_a_warm_up_that_was_stopped_goes_on_where_it_stood(start: Callable
 async def test_the_weights_of_an_attempt_without_a_resume_point_are_deleted(
     start: Callable[..., sr.Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a kill leaves them that comes before the first resume point, or a resume point that was lost."""
+    """As left by a kill before the first resume point, or by a lost resume point."""
     old = (await start()).checkpoint
     assert old is not None
     assert await logprobs_of(old, range(4, 9))
