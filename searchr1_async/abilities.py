@@ -24,7 +24,7 @@ from searchr1_async.learn.checkpoints import ResumePoint
 from searchr1_async.learn.examples import to_datum
 from searchr1_async.learn.learner import FALLBACK_LOSS
 
-TRY_SECONDS = 300.0
+PROBE_SECONDS = 300.0
 """Seconds per probe."""
 _PROMPT = (0, 1)
 """Token ids that every vocabulary has."""
@@ -67,7 +67,7 @@ async def choose_loss(
             refusals = await _refusals(client, wanted, learning.loss_config)
     left: list[LossName] = [loss for loss in wanted if loss not in refusals]
     if not left:
-        raise ConfigurationError(await _no_loss(client, refusals))
+        raise ConfigurationError(await _no_loss_message(client, refusals))
     if len(wanted) > 1:
         emit(Notice(_reason(left[0], refusals)))
     return left[0]
@@ -90,7 +90,7 @@ def _reason(loss: LossName, refusals: Mapping[LossName, str]) -> str:
     return f"the loss is {loss}, because {why}"
 
 
-async def _no_loss(client: tinker.TrainingClient, refusals: Mapping[LossName, str]) -> str:
+async def _no_loss_message(client: tinker.TrainingClient, refusals: Mapping[LossName, str]) -> str:
     answers = "; ".join(f"{name}: {refusal}" for name, refusal in refusals.items())
     others: tuple[LossName, ...] = tuple(name for name in get_args(LossName) if name not in refusals)
     lacking = await _refusals(client, others, {}, first_only=False)
@@ -114,9 +114,9 @@ async def _refusals(
     """
     refusals: dict[LossName, str] = {}
     for loss in losses:
-        refusal = await _tried(f"the loss {loss}", lambda loss=loss: _compute(client, loss, config))
+        refusal = await _refusal(f"the loss {loss}", lambda loss=loss: _compute(client, loss, config))
         if refusal is None and loss == "stable_reinforce":
-            refusal = await _tried(f"the loss {FALLBACK_LOSS}", lambda: _compute(client, FALLBACK_LOSS, {}))
+            refusal = await _refusal(f"the loss {FALLBACK_LOSS}", lambda: _compute(client, FALLBACK_LOSS, {}))
         if refusal is not None:
             refusals[loss] = refusal
         elif first_only:
@@ -143,7 +143,7 @@ async def _refuse_missing(service: Service, client: tinker.TrainingClient, job: 
         async def save() -> None:
             await client.save_weights_and_get_sampling_client(kind="inflight")
 
-        if refusal := await _tried("sampling weights in flight", save):
+        if refusal := await _refusal("sampling weights in flight", save):
             raise ConfigurationError(
                 f"this service has no sampling clients with in-flight weight updates ({refusal}): choose "
                 'weights_in_flight="snapshot"'
@@ -154,28 +154,28 @@ async def _refuse_missing(service: Service, client: tinker.TrainingClient, job: 
         async def score() -> None:
             await base.compute_logprobs(tinker_types.ModelInput.from_ints(list(_PROMPT)))
 
-        if refusal := await _tried("log-probabilities of the base model", score):
+        if refusal := await _refusal("log-probabilities of the base model", score):
             raise ConfigurationError(
                 f"this service does not compute log-probabilities of a prompt ({refusal}), which the KL penalty needs: choose "
                 "kl_coefficient=0"
             )
 
 
-async def _tried(what: str, attempt: Callable[[], Awaitable[None]]) -> str | None:
+async def _refusal(what: str, attempt: Callable[[], Awaitable[None]]) -> str | None:
     """The service's refusal as text; None if it succeeded.
 
     Raises:
         ServiceError: the service failed or did not answer.
     """
     try:
-        with anyio.fail_after(TRY_SECONDS):
+        with anyio.fail_after(PROBE_SECONDS):
             await attempt()
     except tinker.APIStatusError as error:
         if error.status_code not in _REFUSING:
             raise ServiceError(f"trying {what} failed at the Tinker service: {fault_text(error)}") from error
         return fault_words(error)
     except TimeoutError as error:
-        raise ServiceError(f"trying {what}: the Tinker service did not answer within {TRY_SECONDS:g} s") from error
+        raise ServiceError(f"trying {what}: the Tinker service did not answer within {PROBE_SECONDS:g} s") from error
     except (tinker.RequestFailedError, ValueError, AssertionError) as error:
         return fault_words(error)
     except SDK_FAULTS as error:

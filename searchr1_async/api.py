@@ -203,7 +203,7 @@ def train(
         SearchR1Error: any other failure; raised by awaiting the run.
     """
     given = checked_arguments(train, locals())
-    _refuse_without_loop()
+    _require_event_loop()
     if switch_weights_in_flight is not None:
         warnings.warn(
             'switch_weights_in_flight is deprecated: use weights_in_flight="inflight" or "snapshot"',
@@ -282,7 +282,7 @@ async def rollout(
         return await play_all(engine, items, policy, samples=play.group_size, phase="rollout", label="")
 
 
-def _refuse_without_loop() -> None:
+def _require_event_loop() -> None:
     try:
         asyncio.get_running_loop()
     except RuntimeError:

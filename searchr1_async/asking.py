@@ -100,7 +100,7 @@ async def ask(
     asked = asked_question(given["question"])
     checkpoint, step, service_folder = given["checkpoint"], given["step"], given["service_folder"]
     weights = find_weights(checkpoint, step, service_folder=service_folder)
-    _check_place(weights, service)
+    _check_service(weights, service)
     choice = settings_of(EpisodeChoice, given)
     _ = weights.episodes(choice, search).limits  # refused before a corpus is read
     search = search or await _search_of(weights)
@@ -131,7 +131,7 @@ async def ask(
     raise AssertionError("playing() hides no exception")
 
 
-def _check_place(weights: Weights, service: ServiceName) -> None:
+def _check_service(weights: Weights, service: ServiceName) -> None:
     """Raises :class:`ConfigurationError` if a run's weights are on another kind of service than the one that would be opened."""
     if weights.run is None or service is not None:
         return

@@ -128,13 +128,13 @@ def _write_files(settings: AtlasSettings, result: TrainingResult) -> list[str]:
         summary=comparison_rows(result.evaluations),
         curve_png=curve,
         metrics=metrics,
-        episodes=_telling_episodes(result),
+        episodes=_example_episodes(result),
         settings={name: str(getattr(settings, name)) for name in settings.__slots__},
     )
     return [f"learning curve: {curve}", f"report with example episodes: {report}", f"records: {result.out_dir}"]
 
 
-def _telling_episodes(result: TrainingResult, count: int = 6) -> list[tuple[str, Episode]]:
+def _example_episodes(result: TrainingResult, count: int = 6) -> list[tuple[str, Episode]]:
     """The same held-out questions at every stage, those whose outcome changed most first."""
     if not result.evaluations:
         return []

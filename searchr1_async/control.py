@@ -39,8 +39,8 @@ class RunControl:
         self._user_left = anyio.Event()
         self._cuts: list[Callable[[], None]] = []
         self._holds: list[Callable[[bool], None]] = []
-        self._goes_on = anyio.Event()
-        self._held_by: set[str] = set()
+        self._resumed = anyio.Event()
+        self._pause_reasons: set[str] = set()
         self._paused_at = self._paused_seconds = 0.0
         self._answers: LiveAnswers | None = None
         self._is_over = False
@@ -141,7 +141,7 @@ class RunControl:
         """During the block, ``hold`` is called with True when the run pauses and with False when it continues."""
         self._holds.append(hold)
         try:
-            if self._held_by:
+            if self._pause_reasons:
                 hold(True)
             yield
         finally:
@@ -149,31 +149,31 @@ class RunControl:
 
     def _hold(self, reason: str, is_held: bool) -> None:
         """Adds or removes a reason to pause; the run continues when none is left."""
-        was_held = bool(self._held_by)
-        self._held_by = self._held_by | {reason} if is_held else self._held_by - {reason}
-        if bool(self._held_by) == was_held:
+        was_held = bool(self._pause_reasons)
+        self._pause_reasons = self._pause_reasons | {reason} if is_held else self._pause_reasons - {reason}
+        if bool(self._pause_reasons) == was_held:
             return
         if is_held:
-            self._goes_on, self._paused_at = anyio.Event(), anyio.current_time()
+            self._resumed, self._paused_at = anyio.Event(), anyio.current_time()
         else:
             self._paused_seconds += anyio.current_time() - self._paused_at
-            self._goes_on.set()
+            self._resumed.set()
         for hold in self._holds:
             hold(is_held)
 
     @property
     def waits_for_service(self) -> bool:
         """The Tinker service does not answer, so no request to it can finish."""
-        return "service" in self._held_by
+        return "service" in self._pause_reasons
 
     async def wait_while_paused(self) -> None:
         """Returns once the run is not paused."""
-        while self._held_by:
-            await self._goes_on.wait()
+        while self._pause_reasons:
+            await self._resumed.wait()
 
     def now(self) -> float:
         """Seconds on a clock that stops while the run is paused; all time limits use it."""
-        now = self._paused_at if self._held_by else anyio.current_time()
+        now = self._paused_at if self._pause_reasons else anyio.current_time()
         return now - self._paused_seconds
 
     async def sleep_until(self, deadline: float) -> None:
@@ -189,7 +189,7 @@ class RunControl:
     def answering(self, answers: LiveAnswers) -> Iterator[None]:
         """During the block, ``answers`` answers questions; those still running at its end are cancelled."""
         self._answers = answers
-        self._answers_change()
+        self._notify_answers()
         try:
             yield
         finally:
@@ -205,7 +205,7 @@ class RunControl:
     def end(self) -> None:
         """The run is over: waiting :meth:`ask` calls return None."""
         self._is_over = True
-        self._answers_change()
+        self._notify_answers()
 
     async def ask(self, ask: Callable[[LiveAnswers], Awaitable[Answer]]) -> Answer | None:
         """Waits until the run can answer, then asks; None if the run ends first.
@@ -225,7 +225,7 @@ class RunControl:
                 self._asked.discard(scope)
         return None
 
-    def _answers_change(self) -> None:
+    def _notify_answers(self) -> None:
         self._answers_changed.set()
         self._answers_changed = anyio.Event()
 

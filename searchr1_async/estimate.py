@@ -47,7 +47,7 @@ INSTRUCTION_TOKENS = {"hermes": 285.0, "tags": 50.0}
 """Prompt tokens before the question, by tool-call format, with SmolLM2's tokenizer."""
 _MARKUP_TOKENS = 30.0
 """Around the passages, between two turns."""
-_LETTERS_PER_TOKEN = 4.0
+_CHARACTERS_PER_TOKEN = 4.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,9 +260,9 @@ def estimate(
         played = [own, own]
         sentences = list(_measured_assumptions(like, own, trained))
     own, held_out = played
-    expected = _training(shape, own, trained) + _besides(shape, own, held_out)
+    expected = _training(shape, own, trained) + _extras(shape, own, held_out)
     longest = _longest(shape, assumed)
-    high = _training(shape, longest, 1.0) + _besides(shape, longest, longest)
+    high = _training(shape, longest, 1.0) + _extras(shape, longest, longest)
     sentences += _scope(shape)
     sentences.append(billing.note or ("Nothing is billed." if billing.is_free else f"No dollars: {billing.problem}."))
     return _priced(shape, billing, expected, high, _training(shape, own, trained), tuple(sentences))
@@ -305,7 +305,7 @@ def _training(shape: RunShape, episode: EpisodeTokens, trained: float) -> TokenU
     return used
 
 
-def _besides(shape: RunShape, episode: EpisodeTokens, held_out: EpisodeTokens) -> TokenUsage:
+def _extras(shape: RunShape, episode: EpisodeTokens, held_out: EpisodeTokens) -> TokenUsage:
     """Tokens of the evaluations and the warm-up."""
     used = held_out.played(shape.measurements * shape.held_out * shape.held_out_samples)
     if shape.warm_up is not None:
@@ -319,10 +319,10 @@ def _turns(shape: RunShape, assumed: Assumed) -> float:
 
 def _first_prompt(shape: RunShape, assumed: Assumed) -> float:
     instructions = INSTRUCTION_TOKENS.get(shape.format_name, INSTRUCTION_TOKENS["hermes"])
-    return assumed.prompt_tokens or instructions + shape.question_letters / _LETTERS_PER_TOKEN
+    return assumed.prompt_tokens or instructions + shape.question_letters / _CHARACTERS_PER_TOKEN
 
 
-def _found(shape: RunShape, assumed: Assumed) -> float:
+def _search_tokens(shape: RunShape, assumed: Assumed) -> float:
     """Tokens added between two turns."""
     return shape.search_results * (assumed.passage_tokens or PASSAGE_TOKENS) + _MARKUP_TOKENS
 
@@ -331,7 +331,7 @@ def _expected(shape: RunShape, assumed: Assumed, samples: int) -> EpisodeTokens:
     """The mean episode of a group of ``samples``; interpolates a fractional number of turns."""
     turns = _turns(shape, assumed)
     sampled = min(assumed.tokens_per_turn or TOKENS_PER_TURN, float(shape.limits.max_tokens))
-    found, first = _found(shape, assumed), _first_prompt(shape, assumed)
+    found, first = _search_tokens(shape, assumed), _first_prompt(shape, assumed)
     below = math.floor(turns)
     low, high = (_with_turns(count, sampled, found, first, samples) for count in (below, below + 1))
     share = turns - below
@@ -353,7 +353,7 @@ def _with_turns(turns: int, sampled: float, found: float, first: float, samples:
 
 def _longest(shape: RunShape, assumed: Assumed) -> EpisodeTokens:
     """An episode with as many and as long turns as the limits allow, each but the last with a one-query search."""
-    limits, found = shape.limits, _found(shape, assumed)
+    limits, found = shape.limits, _search_tokens(shape, assumed)
     length, prompt, sampled, turns = _first_prompt(shape, assumed), 0.0, 0.0, 0
     while turns < limits.max_turns and length + limits.max_tokens <= limits.max_trajectory_tokens:
         prompt += length

@@ -78,7 +78,7 @@ class Measuring:
         self._scope = anyio.CancelScope()
         self._changed = anyio.Event()  # replaced at each change
         self._episodes = 0
-        self._has_said_why = False
+        self._has_warned = False
         self._used = TokenUsage()
         """By the last evaluation."""
 
@@ -170,8 +170,8 @@ class Measuring:
         """Waits until at most :data:`MOST_WAITING` evaluations are queued."""
         if len(self._waiting) <= MOST_WAITING:
             return
-        if not self._has_said_why:
-            self._has_said_why = True
+        if not self._has_warned:
+            self._has_warned = True
             self._emit(
                 Notice(
                     f"an evaluation takes longer than {self._job.evaluate_every} steps, so training sometimes waits for one: "
@@ -213,7 +213,7 @@ class Measuring:
         Raises, within exception groups, what :meth:`measure` raises.
         """
         if self._job.held_out:
-            await self._take_up(policy, is_over)
+            await self._resume(policy, is_over)
         await self.delete_unwanted()
         self._episodes = 0
         async with anyio.create_task_group() as tasks:
@@ -245,11 +245,11 @@ class Measuring:
             return None
         return TinkerPolicy(client, due.step, self._job.sampling)
 
-    async def _take_up(self, policy: TinkerPolicy, is_over: bool) -> None:
+    async def _resume(self, policy: TinkerPolicy, is_over: bool) -> None:
         """Queues the evaluations that an earlier session left, whose weights are kept."""
         measured, now = await anyio.to_thread.run_sync(self._adopt), policy.version
         if self._used == TokenUsage():
-            self._used = await anyio.to_thread.run_sync(self._used_earlier)
+            self._used = await anyio.to_thread.run_sync(self._usage_of_earlier_session)
         paths = {one.step: one.sampler_path for one in self._kept.checkpoints if not one.is_measured}
         for step in sorted({*paths, now}):
             if step > measured and self._is_due(step) and not (is_over and step == now):
@@ -273,7 +273,7 @@ class Measuring:
                     self._kept.measured(one.step, found.exact_match, found.questions)
         return max((step or 0 for step in steps.values()), default=0)
 
-    def _used_earlier(self) -> TokenUsage:
+    def _usage_of_earlier_session(self) -> TokenUsage:
         """Tokens of an earlier session's first evaluation."""
         label = next(iter(self._records.evaluation_labels()), None)
         return TokenUsage() if label is None else _usage_of(self._records.load_evaluation(label))

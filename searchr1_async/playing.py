@@ -114,7 +114,7 @@ async def watching(title: str, progress: Choice, emit: Emit | None) -> AsyncIter
     with ungrouped(), ending_cleanly(task.cancel):
         async with AsyncExitStack() as stack:
             watchers = await open_watchers(stack, view, emit)
-            stack.push(_ending(watchers))
+            stack.push(_report_end(watchers))
             yield watchers
 
 
@@ -255,7 +255,7 @@ async def playing(
     async with watching("rollout", progress, emit) as watchers:
         watchers(Notice(find_endpoint(choice.service).text))
         if tells_differences:
-            _tell_differences(weights, play, watchers)
+            _warn_of_differences(weights, play, watchers)
         model = await check_service(choice.service, choice.model, choice.local, emit=watchers)
         await check_chat_format(
             choice.service, model, choice.tokenizer, renderer_name=play.renderer_name, thinking=play.thinking
@@ -267,7 +267,7 @@ async def playing(
                 yield engine, await policy_of(service, weights, play.sampling)
 
 
-def _tell_differences(weights: Weights, play: PlaySettings, emit: Emit) -> None:
+def _warn_of_differences(weights: Weights, play: PlaySettings, emit: Emit) -> None:
     if weights.trained is None:
         return
     if found := weights.trained.differences(play.episodes):
@@ -302,7 +302,7 @@ class NoSearch:
         return clean_query(query)
 
 
-def _ending(emit: Emit) -> Callable[..., None]:
+def _report_end(emit: Emit) -> Callable[..., None]:
     """An exit callback that reports how the work ended."""
 
     def end(kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:

@@ -219,12 +219,12 @@ async def watching_service(
     watch = ServiceWatch(url, max_outage, emit, then)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(watch.run)
-        tasks.start_soon(_outlast, client, watch)
+        tasks.start_soon(_extend_retries, client, watch)
         yield watch
         tasks.cancel_scope.cancel()
 
 
-async def _outlast(client: Any, watch: ServiceWatch) -> None:
+async def _extend_retries(client: Any, watch: ServiceWatch) -> None:
     """Makes the SDK retry calls for as long as the run waits, instead of its own 5 minutes. No effect if the SDK's internals differ."""
     try:
         holder = await anyio.to_thread.run_sync(lambda: getattr(client, "holder", None), abandon_on_cancel=True)
@@ -234,7 +234,7 @@ async def _outlast(client: Any, watch: ServiceWatch) -> None:
     if holder is None or original is None or _RETRIES in vars(holder):
         return
 
-    async def persevering(
+    async def retrying(
         given: Callable[..., Awaitable[Any]], func: Callable[..., Awaitable[Any]], *args: Any, **kwargs: Any
     ) -> Any:
         while True:
@@ -244,7 +244,7 @@ async def _outlast(client: Any, watch: ServiceWatch) -> None:
                 if not watch.may_wait():
                     raise
 
-    vars(holder)[_RETRIES] = functools.partial(persevering, original)
+    vars(holder)[_RETRIES] = functools.partial(retrying, original)
     try:
         await anyio.sleep_forever()
     finally:

@@ -55,7 +55,7 @@ class Run(RecordedRun):
 
     def begin(self, work: Callable[[RunControl, EventStreams], Awaitable[TrainingResult]]) -> None:
         """Starts the work, passing it the run's control and event streams; called by :func:`train`."""
-        _SDK_REQUESTS.removeFilter(_nothing)  # in case the program survived an earlier KeyboardInterrupt
+        _SDK_REQUESTS.removeFilter(_drop_record)  # in case the program survived an earlier KeyboardInterrupt
         left = f"{self.out_dir} keeps every finished step: resume=True continues from the last."
         self._interrupts = self._at_end.enter_context(ending_cleanly(self._interrupt, left))
         self._task = asyncio.ensure_future(self._cancellable(work))
@@ -76,7 +76,7 @@ class Run(RecordedRun):
         self.control.emit(
             Notice("interrupted: stopping the run and keeping its last weights; interrupt again to end at once")
         )
-        _SDK_REQUESTS.addFilter(_nothing)  # it logs every request that the stop cancels
+        _SDK_REQUESTS.addFilter(_drop_record)  # it logs every request that the stop cancels
         self.control.request_stop()
         asyncio.get_running_loop().call_later(INTERRUPT_SECONDS, self._task.cancel)
 
@@ -89,8 +89,8 @@ class Run(RecordedRun):
             if not task.cancelled() and (error := task.exception()) is not None:
                 logger.warning("the run failed while it was stopping: %s: %s", type(error).__name__, error)
         elif task.cancelled() and not (self._is_awaited or self.control.stop_requested):
-            _forgotten.append(self.out_dir)
-            asyncio.get_running_loop().call_soon(_end_forgetful_program)
+            _unawaited.append(self.out_dir)
+            asyncio.get_running_loop().call_soon(_exit_unawaited)
 
     @property
     def done(self) -> bool:
@@ -180,21 +180,21 @@ class Run(RecordedRun):
 _SDK_REQUESTS = logging.getLogger("tinker.lib.retry_handler")
 
 
-def _nothing(record: logging.LogRecord) -> bool:
+def _drop_record(record: logging.LogRecord) -> bool:
     """A logging filter that drops everything."""
     return False
 
 
-_forgotten: list[Path] = []
+_unawaited: list[Path] = []
 """Folders of runs that were cancelled because they were never awaited, not yet reported."""
 
 
-def _end_forgetful_program() -> None:
+def _exit_unawaited() -> None:
     """Called by the closing event loop, which passes SystemExit on."""
-    if not _forgotten or runs_under_way():  # the last run reports for all
+    if not _unawaited or runs_under_way():  # the last run reports for all
         return
-    folders = ", ".join(map(str, _forgotten))
-    _forgotten.clear()
+    folders = ", ".join(map(str, _unawaited))
+    _unawaited.clear()
     if sys.exc_info()[0] is not None:
         return  # the program failed or was interrupted, which its user should see instead
     text = (

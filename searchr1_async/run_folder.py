@@ -49,7 +49,7 @@ _QUESTIONS_SCHEMA = pl.Schema(
 _LOCK_FILE, _TOKENIZER = "run.lock", "tokenizer"
 _LOGS = {_LOCK_FILE, "service", "events.jsonl", "tensorboard", "wandb"}
 _OWN_FILES = {_QUESTIONS_FILE, SEARCH_FILE, _TOKENIZER, "checkpoints.json"}
-_OF_NO_USE = {*_LOGS, *_OWN_FILES, "tokenizer.partial"}
+_DISPOSABLE = {*_LOGS, *_OWN_FILES, "tokenizer.partial"}
 """Files a folder may hold before any work was done."""
 
 
@@ -72,7 +72,7 @@ def claimed(folder: Path) -> Iterator[None]:
         yield
     except BaseException as error:
         is_refused = isinstance(first_error(error), ConfigurationError)
-        if is_refused and is_new and {path.name for path in folder.iterdir()} <= _OF_NO_USE:
+        if is_refused and is_new and {path.name for path in folder.iterdir()} <= _DISPOSABLE:
             shutil.rmtree(folder, ignore_errors=True)
         raise
     finally:
@@ -217,7 +217,7 @@ def find_point(job: TrainingJob) -> ResumePoint | None:
     """
     point = ResumePoint.load(job.out_dir)
     if point is None:
-        _refuse_others_files(job.out_dir)
+        _refuse_foreign_files(job.out_dir)
     elif not job.resume:
         if work := work_in(job.out_dir, point):
             raise RunFolderError(
@@ -241,7 +241,7 @@ def work_in(folder: Path, point: ResumePoint) -> str:
     return f"0 steps, but {' and '.join(found)}" if found else ""
 
 
-def _refuse_others_files(folder: Path) -> None:
+def _refuse_foreign_files(folder: Path) -> None:
     """Refuses a folder with foreign files that a run would overwrite."""
     if (folder / MANIFEST_NAME).exists():
         raise RunFolderError(f"{folder} holds an evaluation: choose another out_dir")
@@ -289,14 +289,14 @@ def result_of(folder: Path, point: ResumePoint | None, reason: str) -> TrainingR
         evaluations=load_evaluations(RunRecords(folder)),
         seconds=point.seconds if point else 0.0,
         best=best_checkpoint(folder),
-        cost=None if point is None else _cost_of(point),
+        cost=None if point is None else _cost_at(point),
     )
 
 
-def _cost_of(point: ResumePoint) -> Cost:
+def _cost_at(point: ResumePoint) -> Cost:
     price = find_price(point.base_model)
     is_free = point.dollars == 0.0 and point.tokens != TokenUsage()
-    billing = Billing(price, is_free, "" if price else f"the price of {point.base_model} is not known")
+    billing = Billing(price, is_free, "" if price else f"the price of {point.base_model} is unknown")
     today = billing.dollars(point.tokens)
     if point.dollars is not None and (today is None or not math.isclose(today, point.dollars, rel_tol=1e-6)):
         billing = Billing()  # a user's price, or an older one: the table's does not apply

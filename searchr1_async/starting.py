@@ -56,7 +56,7 @@ def find_start(start_from: str | Path, service: ServiceName, out_dir: Path) -> S
     name = str(start_from)
     if name.startswith("tinker://"):
         return Start(name, find_state(name))
-    folder, step = _folder_and_step(name)
+    folder, step = _split_step(name)
     if folder.resolve() == out_dir.resolve():
         raise ConfigurationError(f"start_from is the run's own folder {out_dir}: pass resume=True to continue it")
     if (folder / ADAPTER_CONFIG).is_file():
@@ -183,7 +183,7 @@ async def _import_weights(service: Service, folder: Path, *, tinker_path: str | 
     return answer["path"]
 
 
-def _folder_and_step(name: str) -> tuple[Path, Step]:
+def _split_step(name: str) -> tuple[Path, Step]:
     if not Path(name).exists() and "@" in name:
         folder, _, text = name.rpartition("@")
         if (step := parse_step(text)) is not None:

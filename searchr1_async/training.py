@@ -83,7 +83,7 @@ async def run_training(
     async with AsyncExitStack() as opened:
         reason = "failed"
         try:
-            result = await _run_or_say_why(job, watchers, control, trackers, opened)
+            result = await _run_reporting_errors(job, watchers, control, trackers, opened)
             reason = result.reason
         except BaseException as error:
             if isinstance(error, asyncio.CancelledError) or is_interrupt(error):
@@ -95,7 +95,7 @@ async def run_training(
     return result
 
 
-async def _run_or_say_why(
+async def _run_reporting_errors(
     job: TrainingJob, emit: Watchers, control: RunControl, trackers: Sequence[Tracker], opened: AsyncExitStack
 ) -> TrainingResult:
     try:
@@ -120,7 +120,7 @@ async def _run(
         cost = billing.cost_of(point.dollars, point.tokens)
         return replace(result, cost=cost, estimated_cost=estimate(job.shape, billing))
     # A resumed run keeps what it started with, even values that were defaults then.
-    job = _as_begun(job, point)
+    job = _with_started_model(job, point)
     emit(Notice(find_endpoint(job.service).text))
     for note in job.notes:
         emit(Notice(note))
@@ -137,7 +137,7 @@ async def _run(
         emit.subscribe(tracker)
     # Again, now that no other process can write it.
     point = load_point(job, identity, order)
-    job = _as_begun(job, point)
+    job = _with_started_model(job, point)
     if point is not None:
         if changed := changed_inputs(point.inputs, identity["inputs"]):
             text = f"this session continues with different input than the previous one: {'; '.join(changed)}"
@@ -151,7 +151,7 @@ async def _run(
     return await anyio.to_thread.run_sync(result_of, job.out_dir, point, "stopped")
 
 
-def _as_begun(job: TrainingJob, point: ResumePoint | None) -> TrainingJob:
+def _with_started_model(job: TrainingJob, point: ResumePoint | None) -> TrainingJob:
     """The job with the resumed run's model and thinking."""
     if point is None:
         return job

@@ -90,7 +90,7 @@ async def test_a_service_that_has_all_is_learned_on_with_the_loss_for_old_weight
         for settings in ({"max_staleness": 1}, {"weights_in_flight": "inflight"}):
             loss, notices = await tried.choose(**settings)
             assert loss == "stable_reinforce"
-            assert notices == ["the loss is stable_reinforce, since groups may come from older weights than the newest"]
+            assert notices == ["the loss is stable_reinforce, because groups may be sampled from older weights"]
         assert set(backend.asked) == {("stable_reinforce", True), ("ppo", True)}, "no gradient is touched"
         backend.asked.clear()
         assert await tried.choose(optimizer_steps=2) == ("ppo", [])
@@ -102,7 +102,7 @@ async def test_without_the_loss_the_clipped_one_is_taken_and_it_is_said_why(tmp_
     async with world(tmp_path, Lacking("stable_reinforce")) as tried:
         loss, (notice,) = await tried.choose(max_staleness=2)
         assert loss == "ppo"
-        assert "the loss is ppo, which is clipped, since groups may come from older weights" in notice
+        assert "the loss is ppo, which is clipped, because groups may be sampled from older weights" in notice
         assert "this server knows no stable_reinforce" in notice
 
 
@@ -111,7 +111,7 @@ async def test_a_named_loss_that_is_missing_is_refused_with_those_that_are_there
         with pytest.raises(ConfigurationError) as caught:
             await tried.choose(loss="stable_reinforce")
         assert "this server knows no stable_reinforce" in str(caught.value)
-        assert "it has importance_sampling, ppo, cispo: name one with loss=" in str(caught.value)
+        assert "it has importance_sampling, ppo, cispo: choose one with loss=" in str(caught.value)
         with pytest.raises(
             ConfigurationError, match=r"'beta'.*clip_high_threshold\.\); it has importance_sampling, ppo:"
         ):

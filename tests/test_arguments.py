@@ -164,7 +164,7 @@ async def test_numbers_of_numpy_and_torch_are_numbers(
     [
         (
             {"search": "atlas"},
-            r"search is 'atlas' \(str\): give a Search, such as Search.local\('atlas'\) or await Search.open",
+            r"search is 'atlas' \(str\): pass a Search, such as Search.local\('atlas'\) or await Search.open",
         ),
         ({"search": None}, "search is None: give a Search"),
         ({"reward": sr.RecipeReward}, r"reward is the class RecipeReward: give an object of it, RecipeReward\(\)"),

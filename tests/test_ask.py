@@ -113,7 +113,7 @@ async def test_the_base_model_is_asked_with_settings_of_ones_own(tmp_path: Path)
     assert not search.is_open
 
     # Without a run there is no search.
-    with pytest.raises(sr.ConfigurationError, match=r"give the one to use, such as ask\(question, Search"):
+    with pytest.raises(sr.ConfigurationError, match=r"no search given: pass one, such as ask\(question, Search"):
         await sr.ask("river of mirin?", **untrained())
 
 
@@ -130,7 +130,7 @@ async def test_a_run_without_a_described_search_says_what_to_pass(trained: Train
     shutil.copytree(trained.folder, copy)
     text = (copy / "search.json").read_text()
     for content, error, told in (
-        (None, sr.ConfigurationError, "has not kept how its search is made .* pass search="),
+        (None, sr.ConfigurationError, "has no record of its search .* pass search="),
         (text.replace('"kind": "local"', '"kind": "other"'), sr.ConfigurationError, "cannot be made .* pass search="),
         (
             text.replace('"n_results": 1', '"n_results": 2'),
@@ -183,7 +183,7 @@ async def test_a_failed_search_is_an_error_and_no_answer(
     trained: TrainedRun, tmp_path: Path, kind: type[sr.Search]
 ) -> None:
     search = tiny_world.make_search(tmp_path / "index", search_class=kind)
-    told = "not answered: the store is gone. Mend that service and ask again"
+    told = "not answered: the store is gone. Fix that service and ask again"
     with pytest.raises(sr.StoreError, match=told):
         await sr.ask(held_out().question, search, checkpoint=trained.folder, service=url())
     assert not search.is_open

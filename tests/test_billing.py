@@ -24,7 +24,7 @@ def test_each_kind_of_token_has_its_price() -> None:
     assert dollars == pytest.approx(0.195 + 2 * 0.039 + 0.60 + 0.5 * 0.44)
     assert text == "$1.09"
     assert "2026-10-07" in note
-    assert "$0.039 where it is cached" in note
+    assert "$0.039 if cached" in note
 
 
 def test_this_machine_costs_nothing_even_for_a_model_with_a_price() -> None:
@@ -38,7 +38,7 @@ def test_an_unknown_model_has_no_cost(model: str) -> None:
     """A longer context costs about twice the model's price, so using the model's would be a guess."""
     dollars, text, note = in_the_cloud(model, prompt=1)
     assert (dollars, text) == (None, "unknown")
-    assert note.startswith(f"The price of {model} is not known")
+    assert note.startswith(f"The price of {model} is unknown")
 
 
 def test_a_known_suffix_has_its_own_price() -> None:

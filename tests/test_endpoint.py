@@ -87,8 +87,8 @@ def test_an_sdk_without_logins_knows_only_the_key(monkeypatch: pytest.MonkeyPatc
     [
         ("127.0.0.1:8000", "tml-key", "service is '127.0.0.1:8000'.*did you mean 'http://127.0.0.1:8000'"),
         (8000, "tml-key", r"service is 8000 \(int\)"),
-        ("http://host:1", "tml-secret\n", "TINKER_API_KEY holds"),
-        ("http://host:1", "tml-sécret", "TINKER_API_KEY holds"),
+        ("http://host:1", "tml-secret\n", "TINKER_API_KEY contains"),
+        ("http://host:1", "tml-sécret", "TINKER_API_KEY contains"),
     ],
 )
 async def test_what_is_no_service_is_refused_by_the_call(
@@ -109,8 +109,8 @@ def test_the_only_model_of_a_service_is_the_one_that_is_meant() -> None:
     name, note = choose_model(None, ("HuggingFaceTB/SmolLM2-135M-Instruct",))
     assert name == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert note is not None
-    assert "offers one alone" in note
-    with pytest.raises(sr.ModelError, match="name one with model"):
+    assert "offers only one" in note
+    with pytest.raises(sr.ModelError, match="choose one with model"):
         choose_model(None, ("some/model", "another/model"))
 
 
@@ -144,7 +144,7 @@ async def test_a_service_of_ones_own_is_used_without_naming_its_model(
     assert len(groups[0].episodes) == 2
     notices = [event.text for event in events if isinstance(event, Notice)]
     assert notices[0].startswith(f"using the Tinker service at {served.url}")
-    assert any("offers one alone" in text for text in notices)
+    assert any("offers only one" in text for text in notices)
 
 
 async def test_a_wrong_key_is_told_soon_and_without_the_sdks_own_words(

@@ -69,7 +69,7 @@ def test_an_unknown_price_leaves_the_tokens() -> None:
     assert found.dollars is None
     assert found.high_dollars is None
     assert found.tokens.prompt > 0
-    assert found.text.startswith("unknown, since the price of nobody/knows is not known")
+    assert found.text.startswith("unknown, since the price of nobody/knows is unknown")
 
 
 def test_the_embedded_service_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +130,7 @@ def test_the_limits_bound_what_is_expected(
         ({"steps": 0}, "steps is 0"),
         ({"group_size": 0}, "group_size is 0"),
         ({"search_results": 0}, "search_results is 0"),
-        ({"turns": 2, "like": "somewhere"}, "leave the others out"),
+        ({"turns": 2, "like": "somewhere"}, "leave out the other arguments"),
     ],
 )
 def test_bad_input_is_refused(changes: dict[str, Any], message: str) -> None:

@@ -30,7 +30,7 @@ def asked(text: str) -> sr.Question:
     ],
 )
 async def test_the_same_question_is_refused_however_it_is_written(text: str) -> None:
-    with pytest.raises(sr.ConfigurationError, match=r"1 of 2 held-out questions are trained on as well.*'h0'.*'t0'"):
+    with pytest.raises(sr.ConfigurationError, match=r"1 of 2 held-out questions are also trained on.*'h0'.*'t0'"):
         refuse_overlap(TRAINING, [asked("Who sails there?"), asked(text)])
 
 
@@ -47,7 +47,7 @@ async def test_nearly_the_same_is_told_of_and_a_long_one_is_cut() -> None:
     (notice,) = told
     assert isinstance(notice, Notice)
     assert notice.is_warning
-    assert "1 of 2 held-out questions are nearly asked in training" in notice.text
+    assert "1 of 2 held-out questions are nearly the same as training questions" in notice.text
     assert long in notice.text
     told.clear()
     await tell_near_overlap([asked("a " * 100_000)], [asked("a " * 99_999 + "a b")], told.append)

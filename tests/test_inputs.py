@@ -137,7 +137,7 @@ def test_values_that_a_reward_holds_count_and_objects_do_not(then: Any, same: An
 def test_rewards_of_the_recipe_and_questions_are_named_by_what_changed() -> None:
     then = record()
     assert changed_inputs(then, record(sr.RecipeReward(0.5))) == ["format_coefficient is 0.5, and was 0.1"]
-    assert changed_inputs(then, record(Weighted(1.0))) == ["the reward is Weighted, and was RecipeReward"]
+    assert changed_inputs(then, record(Weighted(1.0))) == ["the reward is Weighted, was RecipeReward"]
     answers = [replace(QUESTIONS[0], golden_answers=("A",)), QUESTIONS[1]]
     assert changed_inputs(then, record(questions=answers)) == ["the golden answers of the training questions changed"]
     texts = [replace(QUESTIONS[0], question="Who is a?"), QUESTIONS[1]]
@@ -193,7 +193,7 @@ async def test_a_resume_names_what_it_is_given_otherwise_and_refuses_other_held_
         await sr.train(settings.pop("questions"), search, out_dir=tmp_path / "run", **settings)
 
     def changes() -> list[str]:
-        found = [text.partition("the one before: ")[2] for text in told if "other input" in text]
+        found = [text.partition("the previous one: ")[2] for text in told if "different input" in text]
         told.clear()
         return found
 

@@ -137,7 +137,7 @@ async def test_training_waits_where_measurements_fall_behind_and_says_why(start:
     def emit(event: Event) -> None:
         if isinstance(event, BatchClosed):
             closed.append(event.step)
-        if isinstance(event, Notice) and "measuring takes longer than 1 steps" in event.text:
+        if isinstance(event, Notice) and "an evaluation takes longer than 1 steps" in event.text:
             assert event.is_warning
             assert held.arrived.is_set()
             assert closed == [1, 2, 3, 4]
@@ -217,7 +217,7 @@ async def test_held_out_questions_that_are_trained_on_are_refused_at_once(
     trained = tiny_world.make_questions()[0][3]
     same = sr.Question("other-id", trained.question.upper() + " ?!", ("x",), "elsewhere")
     with pytest.raises(
-        sr.ConfigurationError, match=r"1 of 13 held-out questions are trained on as well.*other-id.*" + trained.id
+        sr.ConfigurationError, match=r"1 of 13 held-out questions are also trained on.*other-id.*" + trained.id
     ):
         start(held_out=[*HELD_OUT, same])
     assert not (tmp_path / "run").exists()
@@ -267,7 +267,7 @@ async def test_at_the_time_limit_nothing_more_is_begun(tmp_path: Path) -> None:
             ]
             measuring.training_ended("time_limit")
             measuring.recorded(2, "tinker://run/sampler_weights/step-000002")
-    assert notices == [Notice("the time limit was reached before step 2, 4 could be measured: left out")]
+    assert notices == [Notice("the time limit was reached before the evaluation of step 2, 4: skipped")]
 
 
 async def test_in_flight_the_weights_at_hand_are_measured_before_they_move(

@@ -102,7 +102,7 @@ async def test_on_the_list_of_spring_the_nearest_of_the_family_is_used_and_said(
         assert result.steps == 1
         told = [text for text in service.notices if "offer" in text]
         assert told == [
-            "the service does not offer the default model, Qwen/Qwen3.5-4B: Qwen/Qwen3-4B-Instruct-2507 is used, the nearest of its family"
+            "the service does not offer the default model, Qwen/Qwen3.5-4B: using Qwen/Qwen3-4B-Instruct-2507, the nearest of its family"
         ]
         assert service.started.model == "Qwen/Qwen3-4B-Instruct-2507"
         assert all(prompt.endswith("?<|im_end|>\n<|im_start|>assistant\n") for prompt in service.prompts)
@@ -116,8 +116,8 @@ async def test_on_the_list_of_spring_the_nearest_of_the_family_is_used_and_said(
         state = RunState()
         again = await train(service, tmp_path, steps=2, resume=True, emit=lambda event: state.see(event, 0.0))
         assert again.estimated_cost is not None
-        assert "the price of Qwen/Qwen3-4B-Instruct-2507 on a server of one's own" in again.estimated_cost.text
-        assert "Qwen/Qwen3-4B-Instruct-2507 on a server of one's own" in state.snapshot(0.0).cost.note
+        assert "the price of Qwen/Qwen3-4B-Instruct-2507 on this server" in again.estimated_cost.text
+        assert "Qwen/Qwen3-4B-Instruct-2507 on this server" in state.snapshot(0.0).cost.note
     # It is refused with the replacement's name where that model is gone.
     with (
         stand_in_service(tmp_path / "later", monkeypatch, "Qwen/Qwen3.5-4B", TODAY) as service,
@@ -129,10 +129,10 @@ async def test_on_the_list_of_spring_the_nearest_of_the_family_is_used_and_said(
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("Qwen/Qwen3.5-4b", "does not offer 'Qwen/Qwen3.5-4b'. The nearest that it offers: Qwen/Qwen3.5-4B"),
+        ("Qwen/Qwen3.5-4b", "does not offer 'Qwen/Qwen3.5-4b'. The nearest models it offers: Qwen/Qwen3.5-4B"),
         ("Qwen/Qwen3.5-27B", "retired it on 2026-06-12 and recommends Qwen/Qwen3.8-27B"),
-        ("Qwen/Qwen3.8-27B:peft:1", "The nearest that it offers: Qwen/Qwen3.8-27B, Qwen/Qwen3.8-27B:peft:262144"),
-        ("acme/model", "does not offer 'acme/model'. The nearest that it offers: "),
+        ("Qwen/Qwen3.8-27B:peft:1", "The nearest models it offers: Qwen/Qwen3.8-27B, Qwen/Qwen3.8-27B:peft:262144"),
+        ("acme/model", "does not offer 'acme/model'. The nearest models it offers: "),
     ],
 )
 async def test_a_model_that_is_not_offered_is_refused_with_what_is(
@@ -240,7 +240,7 @@ async def test_an_evaluation_and_a_client_of_ones_own_are_asked_too(
         report = await sr.evaluate(questions, search, out_dir=tmp_path / "evaluation", **settings)
         assert report.manifest is not None
         assert [record.model for record in report.manifest.systems] == ["Qwen/Qwen3-4B-Instruct-2507"]
-        assert sum("is used, the nearest of its family" in text for text in service.notices) == 1
+        assert sum(", the nearest of its family" in text for text in service.notices) == 1
         assert report.manifest.service["tinker"] is False
         assert report.costs()["dollars"].null_count() == 1, "a server of one's own has its own prices"
         again = await sr.evaluate(questions, search, out_dir=tmp_path / "evaluation", resume=True, **settings)
@@ -260,7 +260,7 @@ async def test_a_service_with_nothing_of_the_family_asks_for_a_name(
 ) -> None:
     with (
         stand_in_service(tmp_path, monkeypatch, "acme/one", ("acme/one", "acme/two")) as service,
-        pytest.raises(ModelError, match=r"name one with model=…\. It offers acme/one, acme/two"),
+        pytest.raises(ModelError, match=r"choose one with model=…\. It offers acme/one, acme/two"),
     ):
         await train(service, tmp_path)
 
@@ -288,7 +288,7 @@ async def test_a_service_without_a_list_is_taken_at_its_word(
         assert await ask_offered(lambda: tinker.RestClient(base_url=url, api_key=KEY)) is None
     assert choose_model("acme/x", None) == (
         "acme/x",
-        "the service has no list of its models: acme/x is taken to be one of them",
+        "the service does not list its models: assuming that it has acme/x",
     )
     assert choose_model(None, None)[0] == "Qwen/Qwen3.5-4B"
 
@@ -303,7 +303,7 @@ async def test_a_service_that_does_not_say_is_given_up(tmp_path: Path, monkeypat
     monkeypatch.setattr("searchr1_async.offered.ASK_DEADLINE", 0.5)
     with (
         answering(tmp_path, monkeypatch, 503, b"{}") as url,
-        pytest.raises(ServiceUnavailableError, match="did not say"),
+        pytest.raises(ServiceUnavailableError, match="did not list"),
     ):
         await ask_offered(lambda: tinker.RestClient(base_url=url, api_key=KEY))
 

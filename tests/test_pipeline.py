@@ -251,7 +251,7 @@ async def test_a_stopped_run_plays_no_finished_group_again(start: Callable[..., 
     assert_every_question_once(again, 18)
     assert len(played) == 18, "no question is played twice"
     if before - done:
-        (text,) = [text for text in notices if f"{len(before - done)} groups were finished before" in text]
+        (text,) = [text for text in notices if f"{len(before - done)} groups finished before" in text]
         assert ("trained on with ppo" in text) == bool(staleness)
     if staleness:
         counts = again.metrics.sum()

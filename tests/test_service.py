@@ -78,7 +78,7 @@ BAD_SETTINGS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"time_limit": 0.0}, sr.ConfigurationError, "time_limit"),
     ({"evaluate_every": 0}, sr.ConfigurationError, "evaluate_every"),
     ({"evaluate_every": 2}, sr.ConfigurationError, "held_out"),
-    ({"min_members": 9}, sr.ConfigurationError, "no group would be learned from"),
+    ({"min_members": 9}, sr.ConfigurationError, "no group would be trained on"),
     ({"refill_groups": 1, "drop_constant_groups": False}, sr.ConfigurationError, "drop_constant_groups"),
     ({"max_staleness": 1, "synchronous": True}, sr.ConfigurationError, "on-policy"),
     ({"workers": 0}, sr.ConfigurationError, "workers"),

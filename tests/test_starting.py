@@ -77,7 +77,7 @@ def test_weights_that_the_service_cannot_have_are_refused(tmp_path: Path, monkey
     cloud, embedded = make_run(tmp_path / "cloud"), make_run(tmp_path / "embedded", embedded=True)
     with pytest.raises(sr.RunFolderError, match="would use the embedded one"):
         find_start(cloud, None, out)
-    with pytest.raises(sr.ConfigurationError, match="no run's folder and no PEFT adapter's"):
+    with pytest.raises(sr.ConfigurationError, match="neither a run's folder nor a PEFT adapter's"):
         find_start(tmp_path / "nothing", None, out)
     with pytest.raises(sr.ConfigurationError, match="pass resume=True"):
         find_start(embedded, None, embedded)
@@ -90,7 +90,7 @@ def test_weights_that_the_service_cannot_have_are_refused(tmp_path: Path, monkey
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text('{"r": 8, "base_model_name_or_path": "org/model"}')
-    with pytest.raises(sr.ConfigurationError, match="only the embedded service takes"):
+    with pytest.raises(sr.ConfigurationError, match="only the embedded service accepts"):
         find_start(adapter, None, out)
     assert find_start(adapter, "http://localhost:1", out).rank == 8
 
@@ -100,15 +100,15 @@ def test_weights_that_the_service_cannot_have_are_refused(tmp_path: Path, monkey
 )
 def test_an_adapter_that_is_none_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "adapter_config.json").write_text(content)
-    with pytest.raises(sr.ConfigurationError, match=r"adapter_config\.json is no .*adapter's"):
+    with pytest.raises(sr.ConfigurationError, match=r"adapter_config\.json is not an? .*adapter"):
         find_start(tmp_path, None, tmp_path / "second")
 
 
 def test_a_file_and_a_step_of_another_type_are_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(sr.ConfigurationError, match="no run's folder and no PEFT adapter's"):
+    with pytest.raises(sr.ConfigurationError, match="neither a run's folder nor a PEFT adapter's"):
         find_start(tmp_path / "file", None, tmp_path / "second")
-    with pytest.raises(sr.RunFolderError, match="holds no run: name a run's folder"):
+    with pytest.raises(sr.RunFolderError, match="holds no run: pass a run's folder"):
         find_state(tmp_path / "file")
     step: Any = "2"
     with pytest.raises(sr.RunFolderError, match="no weights of step '2'; kept: 2, 4"):
