@@ -106,12 +106,7 @@ async def _refusals(
     *,
     first_only: bool = True,
 ) -> dict[LossName, str]:
-    """The losses the service refused, with its messages.
-
-    Args:
-        config: the loss's configuration.
-        first_only: stop at the first supported loss.
-    """
+    """The losses the service refused, with its messages; with ``first_only`` stops at the first supported loss."""
     refusals: dict[LossName, str] = {}
     for loss in losses:
         refusal = await _refusal(f"the loss {loss}", lambda loss=loss: _compute(client, loss, config))
@@ -162,11 +157,7 @@ async def _refuse_missing(service: Service, client: tinker.TrainingClient, job: 
 
 
 async def _refusal(what: str, attempt: Callable[[], Awaitable[None]]) -> str | None:
-    """The service's refusal as text; None if it succeeded.
-
-    Raises:
-        ServiceError: the service failed or did not answer.
-    """
+    """The service's refusal as text, None if it succeeded; :class:`ServiceError` if it failed otherwise."""
     try:
         with anyio.fail_after(PROBE_SECONDS):
             await attempt()

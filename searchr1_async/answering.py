@@ -26,22 +26,14 @@ ASKED = "asked"
 
 
 def asked_question(text: str) -> Question:
-    """A question without a golden answer.
-
-    Raises:
-        QuestionsError: the text is empty.
-    """
+    """A question without a golden answer; refuses an empty text."""
     if not isinstance(text, str) or not text.strip():
         raise QuestionsError(f"{text!r} is no question: pass its text, such as 'Which country …?'")
     return Question(ASKED, text, data_source=ASKED)
 
 
 def asked_limits(limits: EpisodeLimits, changes: Mapping[str, Any]) -> EpisodeLimits:
-    """The limits with the changes that are not None, and without the episode time limit.
-
-    Raises:
-        ConfigurationError: a limit out of range.
-    """
+    """The limits with the changes that are not None, and without the episode time limit."""
     given = {name: value for name, value in changes.items() if value is not None}
     return replace(limits, **given, max_seconds=None)
 

@@ -16,11 +16,7 @@ TINKER_PATH = "tinker://"
 
 
 def as_search(name: str, value: Any) -> Search:
-    """Checks that a value is a :class:`Search`.
-
-    Raises:
-        ConfigurationError: it is not.
-    """
+    """Checks that a value is a :class:`Search`."""
     if isinstance(value, Search):
         return value
     if inspect.iscoroutine(value):
@@ -36,11 +32,7 @@ GivenSearch = Annotated[Search, as_search]
 
 
 def as_weights(name: str, value: Any) -> str | Path:
-    """A ``tinker://`` path unchanged, a run as its folder, a folder as an absolute path.
-
-    Raises:
-        ConfigurationError: it is none of these.
-    """
+    """A ``tinker://`` path unchanged, a run as its folder, a folder as an absolute path."""
     if isinstance(value, str) and value.startswith(TINKER_PATH):
         return value
     return absolute_path(getattr(value, "out_dir", value), name)
@@ -50,11 +42,7 @@ GivenWeights = Annotated[str | Path, as_weights]
 
 
 def model_name(model: str | Path | None, service: ServiceName) -> str | None:
-    """A model's name; on the embedded service a folder becomes absolute.
-
-    Raises:
-        ConfigurationError: it is blank, or a folder given to another service.
-    """
+    """A model's name; on the embedded service a folder becomes absolute, elsewhere it is refused."""
     if model is None or is_embedded(service):
         return None if model is None else as_name_or_folder("model", model)
     if not (text := as_text("model", model)).strip():

@@ -27,7 +27,7 @@ _EXTERNAL_DEADLINE = 1800.0
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """A connected Tinker service and the model used on it."""
+    """A connected Tinker service and the model used on it. A refused or unanswered call raises :class:`ServiceError`."""
 
     client: tinker.ServiceClient
     model_name: str
@@ -63,45 +63,30 @@ class Service:
             yield replace(self, client=client)
 
     async def create_training_client(self, *, rank: int, seed: int) -> tinker.TrainingClient:
-        """Creates a new LoRA adapter.
-
-        Raises:
-            ServiceError: refused, or no answer.
-        """
+        """Creates a new LoRA adapter."""
         return await self._wait(
             "creating a training client",
             lambda: self.client.create_lora_training_client(self.model_name, rank=rank, seed=seed),
         )
 
     async def restore_training_client(self, state_path: str) -> tinker.TrainingClient:
-        """A training client with the weights and optimiser state saved under a ``tinker://`` path.
-
-        Raises:
-            ServiceError: the state no longer exists (expired, another folder), or no answer.
-        """
+        """A training client with the weights and optimiser state saved under a ``tinker://`` path."""
         return await self._wait(
             f"restoring {state_path}",
             lambda: self.client.create_training_client_from_state_with_optimizer(state_path),
         )
 
     async def load_weights(self, state_path: str) -> tinker.TrainingClient:
-        """A training client with the weights saved under a ``tinker://…/weights/…`` path and a new optimizer.
-
-        Raises:
-            ServiceError: they no longer exist (expired, another folder), or no answer.
-        """
+        """A training client with the weights saved under a ``tinker://…/weights/…`` path and a new optimizer."""
         return await self._wait(
             f"loading {state_path}", lambda: self.client.create_training_client_from_state(state_path)
         )
 
     async def save_external(self, client: tinker.TrainingClient, name: str, *, ttl_seconds: int) -> str:
-        """Saves a model's adapter for download; returns its ``tinker://…/external_weights/…`` path.
+        """Saves a model's adapter for download; returns its ``tinker://…/external_weights/…`` path. Older services lack it.
 
         Args:
             ttl_seconds: time to live; Tinker's minimum is 3,600.
-
-        Raises:
-            ServiceError: refused (an older service lacks it), or no answer.
         """
         saved = await self._wait(
             "saving external weights",
@@ -111,31 +96,19 @@ class Service:
         return saved.path
 
     async def external_urls(self, path: str) -> ExternalWeightsUrlsResponse:
-        """Signed URLs of the files of external weights.
-
-        Raises:
-            ServiceError: none exist, or no answer.
-        """
+        """Signed URLs of the files of external weights."""
         rest = await self._rest()
         return await self._wait(f"asking for the files of {path}", lambda: rest.get_external_weights_urls(path))
 
     async def weights_info(self, path: str) -> WeightsInfoResponse:
-        """The base model and the LoRA rank of saved weights.
-
-        Raises:
-            ServiceError: none exist, or no answer.
-        """
+        """The base model and the LoRA rank of saved weights."""
         rest = await self._rest()
         return await self._wait(f"asking about {path}", lambda: rest.get_weights_info_by_tinker_path(path))
 
     async def create_sampling_client(
         self, sampler_path: str | None = None, *, base_model: str | None = None
     ) -> tinker.SamplingClient:
-        """A sampling client for saved weights or a base model (default: this service's).
-
-        Raises:
-            ServiceError: refused, or no answer.
-        """
+        """A sampling client for saved weights or a base model (default: this service's)."""
         if sampler_path is not None:
             return await self._wait(
                 f"opening {sampler_path}", lambda: self.client.create_sampling_client(model_path=sampler_path)
@@ -144,11 +117,6 @@ class Service:
         return await self._wait(f"opening {model}", lambda: self.client.create_sampling_client(base_model=model))
 
     async def delete_checkpoint(self, path: str) -> None:
-        """Deletes a checkpoint.
-
-        Raises:
-            ServiceError: it could not be deleted.
-        """
         rest = await self._rest()
         await self._wait(f"deleting {path}", lambda: rest.delete_checkpoint_from_tinker_path(path))
 
@@ -171,9 +139,8 @@ async def wait_for(
 
     Args:
         doing: for messages.
-        deadline: seconds.
+        deadline: seconds, which stand still while ``deadlines`` are paused.
         tell: called with a sentence if the wait is over 5 seconds.
-        deadlines: pause the deadline.
 
     Raises:
         ServiceError: refused, or no answer.

@@ -72,11 +72,7 @@ def find_endpoint(service: ServiceName) -> Endpoint:
 
 
 def credentials_source() -> str | None:
-    """Where the SDK finds its credentials, as text; None if it has none.
-
-    Raises:
-        ConfigurationError: credentials exist but cannot be read.
-    """
+    """Where the SDK finds its credentials, as text; None if it has none. Refuses unreadable credentials."""
     if os.environ.get("TINKER_API_KEY"):
         return "TINKER_API_KEY is set"
     try:
@@ -111,11 +107,7 @@ def is_tinker_cloud(service: ServiceName) -> bool:
 
 
 def prepare(service: ServiceName) -> Endpoint:
-    """Resolves the endpoint and prepares the environment's proxies for it.
-
-    Raises:
-        ConfigurationError: as :func:`find_endpoint` and :func:`~searchr1_async.boundary.network.prepare_proxies`.
-    """
+    """Resolves the endpoint and prepares the environment's proxies for it."""
     endpoint = find_endpoint(service)
     prepare_proxies(endpoint.url or ("http://127.0.0.1" if endpoint.kind == "embedded" else _resolved(None)))
     return endpoint

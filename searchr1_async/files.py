@@ -1,4 +1,7 @@
-"""Files and folders shared by processes: atomic replacement and locks. Imports nothing else of the package."""
+"""Files and folders shared by processes: atomic replacement and locks. Failed writes raise :class:`OSError`.
+
+Imports nothing else of the package.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +28,7 @@ logger = logging.getLogger(__name__)
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary path whose file then replaces ``path`` atomically, also across a power cut.
 
-    Raises:
-        OSError: the write failed (a full disk); the old file is unchanged and the temporary one removed.
+    After a failed write (a full disk) the old file is unchanged and the temporary one removed.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -42,21 +44,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file like :func:`replacing`.
-
-    Raises:
-        OSError: the write failed (a full disk); the old file is unchanged.
-    """
+    """Writes a file like :func:`replacing`."""
     with replacing(path) as temporary:
         temporary.write_bytes(content)
 
 
 def write_arrays(path: Path, **arrays: NDArray[Any]) -> None:
-    """Writes arrays like :func:`replacing`, as one file for ``numpy.load``.
-
-    Raises:
-        OSError: the write failed.
-    """
+    """Writes arrays like :func:`replacing`, as one file for ``numpy.load``."""
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)  # pyright: ignore[reportArgumentType]  # pyright matches it to numpy's bool option
     write_atomically(path, buffer.getvalue())
@@ -68,11 +62,7 @@ def folder_bytes(folder: Path) -> int:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes the partial tables of processes killed in :func:`write_parquet`. No other process may be writing there.
-
-    Raises:
-        OSError: one cannot be removed.
-    """
+    """Removes the partial tables of processes killed in :func:`write_parquet`. No other process may be writing there."""
     for leftover in folder.glob(".*.parquet.*"):
         leftover.unlink(missing_ok=True)
 
@@ -86,20 +76,12 @@ def parquet_bytes(frame: pl.DataFrame) -> bytes:
 
 
 def write_parquet(path: Path, frame: pl.DataFrame) -> None:
-    """Writes a table like :func:`write_atomically`.
-
-    Raises:
-        OSError: the write failed.
-    """
+    """Writes a table like :func:`write_atomically`."""
     write_atomically(path, parquet_bytes(frame))
 
 
 def write_all(file: BinaryIO, content: bytes | bytearray) -> None:
-    """Writes to an unbuffered file, whose writes may be partial on a nearly full disk.
-
-    Raises:
-        OSError: the write failed, perhaps after a part.
-    """
+    """Writes to an unbuffered file, whose writes may be partial on a nearly full disk."""
     written = 0
     while written < len(content):
         written += file.write(bytes(content[written:]) if written else content)

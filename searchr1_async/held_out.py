@@ -18,11 +18,7 @@ _LONGEST = 120
 
 
 def refuse_overlap(training: Sequence[Question], held_out: Sequence[Question]) -> None:
-    """Refuses held-out questions that are also trained on (``same`` of :func:`~searchr1_async.data.overlap.find_overlap`).
-
-    Raises:
-        ConfigurationError: how many, the first of them, and what to do.
-    """
+    """Refuses held-out questions that are also trained on (``same`` of :func:`~searchr1_async.data.overlap.find_overlap`)."""
     if not held_out:
         return
     # Equal questions have equal letters and digits: a fast filter before the exact comparison.

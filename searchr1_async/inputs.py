@@ -41,11 +41,7 @@ def inputs_of(reward: RewardFunction, questions: Sequence[Question], held_out: S
 def refuse_other_measure(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Refuses changed inputs that would make a run's evaluations before and after a resume incomparable.
 
-    Args:
-        then: the record of the previous, evaluated session; empty from earlier versions of the package.
-
-    Raises:
-        RunFolderError: names what changed.
+    ``then`` is the record of the previous, evaluated session; empty from earlier versions of the package.
     """
     changed = [words for name, words in _HELD_OUT.items() if _differs(then, now, name)]
     rewards = [record.get("reward") or {} for record in (then, now)]

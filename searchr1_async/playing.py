@@ -44,12 +44,7 @@ from searchr1_async.weights import Weights
 
 @dataclass(frozen=True, slots=True)
 class PlaySettings:
-    """How episodes are rolled out and scored.
-
-    Raises:
-        ModelError: an unknown tool-call format, or an unsupported value of ``thinking``.
-        ConfigurationError: a number out of range.
-    """
+    """How episodes are rolled out and scored; validated on creation."""
 
     reward: RewardFunction
     limits: EpisodeLimits
@@ -151,14 +146,10 @@ def worker_spec(service: Service, play: PlaySettings, method: Method = "search")
 
 
 def check_prompt(label: str, model_name: str, tokenizer: Any, play: PlaySettings, method: Method = "search") -> None:
-    """Refuses settings that leave no room for a single turn. Call it in a worker thread.
+    """Refuses a prompt without room for a turn, or without a matching renderer. Call it in a worker thread.
 
     Args:
         label: whose prompt it is, for the message.
-
-    Raises:
-        ModelError: no renderer for the model, or one that does not match its tokenizer.
-        ConfigurationError: the prompt leaves no room for a turn.
     """
     dialect = make_dialect(
         play.format_name,
@@ -282,23 +273,17 @@ def with_model(choice: ServiceChoice, weights: Weights) -> ServiceChoice:
 
 
 async def policy_of(service: Service, weights: Weights, sampling: SamplingSettings) -> TinkerPolicy:
-    """A policy of these weights.
-
-    Raises:
-        ServiceError: they no longer exist, or no answer.
-    """
+    """A policy of these weights; :class:`ServiceError` if they no longer exist."""
     return TinkerPolicy(await service.create_sampling_client(weights.path), weights.step or 0, sampling)
 
 
 class NoSearch:
-    """The search of work that never searches."""
+    """The search of work that never searches; raises a fatal :class:`SearchError`."""
 
     async def search(self, queries: Sequence[str]) -> Sequence[Sequence[Passage]]:
-        """Raises :class:`SearchError`, fatal."""
         raise SearchError("an episode searched, but no search was given: pass one to evaluate()", is_fatal=True)
 
     def clean_query(self, query: str) -> str | None:
-        """Same as :func:`~searchr1_async.search.queries.clean_query`."""
         return clean_query(query)
 
 

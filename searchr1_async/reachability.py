@@ -142,11 +142,7 @@ class ServiceWatch:
             self._holds.remove(hold)
 
     async def run(self) -> None:
-        """Watches until cancelled. A service without a working health check at the start is not watched.
-
-        Raises:
-            ServiceUnavailableError: it was down for longer than the run waits.
-        """
+        """Watches until cancelled, or until an outage exceeds the limit. Needs a working health check at the start."""
         async with health_client() as client:
             if problem := await health_problem(self._url, 3 * CHECK_TIMEOUT, client):
                 logger.info("the Tinker service at %s %s: it is not watched", self._url, problem)

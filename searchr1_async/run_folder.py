@@ -1,4 +1,7 @@
-"""A run's folder: claimed by one run at a time, resumed only by the same run, read back afterwards."""
+"""A run's folder: claimed by one run at a time, resumed only by the same run, read back afterwards.
+
+A failed write raises :class:`CheckpointError`.
+"""
 
 from __future__ import annotations
 
@@ -80,14 +83,7 @@ def claimed(folder: Path) -> Iterator[None]:
 
 
 async def keep_tokenizer(tokenizer: Any, folder: Path, *, anew: bool = False) -> None:
-    """Saves the model's tokenizer in the run's folder, so its episodes can be decoded anywhere.
-
-    Args:
-        anew: replace the one of an earlier attempt.
-
-    Raises:
-        CheckpointError: the folder cannot be written.
-    """
+    """Saves the model's tokenizer in the run's folder, so its episodes can be decoded anywhere; ``anew`` replaces an old one."""
 
     def keep() -> None:
         if (folder / _TOKENIZER).is_dir():
@@ -109,15 +105,9 @@ async def keep_tokenizer(tokenizer: Any, folder: Path, *, anew: bool = False) ->
 
 
 def keep_questions(questions: Sequence[Question], folder: Path, *, anew: bool = False) -> None:
-    """Saves a run's training questions, so later evaluations can find overlaps. Written once.
+    """Saves a run's training questions, so later evaluations can find overlaps; ``anew`` replaces old ones.
 
     A lone surrogate, which no file can hold, becomes U+FFFD.
-
-    Args:
-        anew: replace those of an earlier attempt.
-
-    Raises:
-        CheckpointError: the folder cannot be written.
     """
     path = folder / _QUESTIONS_FILE
     if path.exists() and not anew:
@@ -136,13 +126,7 @@ def keep_questions(questions: Sequence[Question], folder: Path, *, anew: bool = 
 
 
 def keep_search(search: Search, folder: Path) -> None:
-    """Saves how the run's search is built, so the trained model can be asked with the same search.
-
-    Written by every session, since a resume may have moved the index.
-
-    Raises:
-        CheckpointError: the folder cannot be written.
-    """
+    """Saves how the run's search is built. Every session writes it, since a resume may have moved the index."""
     with writing_records(folder):
         write_atomically(folder / SEARCH_FILE, json.dumps(record_of(search), indent=1).encode())
 
@@ -167,11 +151,7 @@ def kept_search(folder: Path) -> Search:
 
 
 def training_questions(folder: Path) -> tuple[Question, ...] | None:
-    """The training questions of the run in a folder, None if unknown. Older folders: those of the recorded episodes.
-
-    Raises:
-        RunFolderError: they cannot be read.
-    """
+    """The training questions of the run in a folder, None if unknown. Older folders: those of the recorded episodes."""
     path = folder / _QUESTIONS_FILE
     names = ["question_id", "question", "golden_answers", "data_source"]
     try:

@@ -42,11 +42,7 @@ def default_model(service: ServiceName) -> str:
 
 
 async def base_model_of(path: str, service: ServiceName) -> str:
-    """The base model of weights under a ``tinker://`` path, on a service other than the embedded one.
-
-    Raises:
-        ServiceError: no such weights, or no answer.
-    """
+    """The base model of weights under a ``tinker://`` path, on a service other than the embedded one."""
     if isinstance(service, tinker.ServiceClient):
         return (await Service(service, "", None, is_local=False).weights_info(path)).base_model
     url = prepare(service).url
@@ -62,11 +58,7 @@ def published_base(model: str) -> str:
 
 
 async def base_folder(model: str) -> Path:
-    """The folder with a base model's weights, downloaded or converted if needed.
-
-    Raises:
-        ModelError: the model is not available.
-    """
+    """The folder with a base model's weights, downloaded or converted if needed; :class:`ModelError` if unavailable."""
 
     def resolve() -> Path:
         return resolve_model(model if folder_at(model) else published_base(model)).folder
@@ -133,12 +125,7 @@ async def check_service(
 
 
 async def choose_service_model(service: ServiceName, model: str | None) -> tuple[str, str | None]:
-    """The model to sample from on a service other than the embedded one, and a note on the choice, if any.
-
-    Raises:
-        ServiceUnavailableError: no answer.
-        ModelError: the service does not offer it.
-    """
+    """The model to sample from on a service other than the embedded one, and a note on the choice, if any."""
     return choose_model(model, await _ask(service, trains=False))
 
 
@@ -309,13 +296,9 @@ async def check_chat_format(
 
 
 async def load_embedded_tokenizer(model: str, tokenizer: str | None) -> Any:
-    """The tokenizer of an embedded-service model, without starting the service. Downloads or converts the model if needed.
+    """The tokenizer of an embedded-service model, or the named one, without starting the service.
 
-    Args:
-        tokenizer: a folder or name to use instead; the model's files are still required.
-
-    Raises:
-        ModelError: the model or the tokenizer is not available.
+    Downloads or converts the model if needed; :class:`ModelError` if unavailable.
     """
     files = await anyio.to_thread.run_sync(resolve_model, model)
     return await load_tokenizer(tokenizer or str(files.folder))

@@ -20,11 +20,7 @@ from searchr1_async.usage import TokenUsage, total_usage
 
 
 def check_max_cost(limit: float | None, billing: Billing) -> None:
-    """Validates ``max_cost``.
-
-    Raises:
-        ConfigurationError: it is not above 0, or the price is unknown.
-    """
+    """Refuses a ``max_cost`` that is not above 0, or whose price is unknown."""
     if limit is None:
         return
     if not 0 < limit < math.inf:
@@ -76,7 +72,6 @@ class Spending:
 
     @property
     def tokens(self) -> TokenUsage:
-        """Tokens of all sessions so far."""
         return self._before + self._session
 
     @property
@@ -147,11 +142,7 @@ class Spending:
 
 
 def spending_of(job: TrainingJob, service: Service, point: ResumePoint | None) -> Spending:
-    """The spending of a run at ``point`` (None: at its start).
-
-    Raises:
-        ConfigurationError: ``max_cost`` is given but the price of the service's model is unknown.
-    """
+    """The spending of a run at ``point`` (None: at its start). Refuses ``max_cost`` if the model's price is unknown."""
     billing = billing_of(service.model_name, is_embedded=service.is_local, is_tinker=service.is_tinker, price=job.price)
     check_max_cost(job.max_cost, billing)
     expected = estimate(job.shape, billing)

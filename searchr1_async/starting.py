@@ -90,11 +90,7 @@ def resumed_start(start_from: str | Path, point: ResumePoint) -> Start:
 
 
 def chosen_rank(lora_rank: int | None, start: Start | None) -> int:
-    """The LoRA rank to train with.
-
-    Raises:
-        ConfigurationError: ``lora_rank`` differs from the weights' rank.
-    """
+    """The LoRA rank to train with; refuses a ``lora_rank`` other than the weights'."""
     if start is None or start.rank is None:
         return DEFAULT_RANK if lora_rank is None else lora_rank
     if lora_rank not in (None, start.rank):
@@ -105,11 +101,7 @@ def chosen_rank(lora_rank: int | None, start: Start | None) -> int:
 
 
 def chosen_model(model: str | None, start: Start | None) -> str | None:
-    """The base model to train.
-
-    Raises:
-        ConfigurationError: ``model`` differs from the weights' base model.
-    """
+    """The base model to train; refuses a ``model`` other than the weights' base model."""
     found = start.base_model if start is not None else None
     if model is not None and found is not None and published_base(model) != published_base(found):
         raise ConfigurationError(
@@ -155,14 +147,8 @@ async def open_start(
 
 
 async def _import_weights(service: Service, folder: Path, *, tinker_path: str | None = None) -> str:
-    """Copies local weights into an embedded service's checkpoints; returns their ``tinker://`` path.
-
-    Args:
-        folder: a PEFT adapter or, with ``tinker_path``, the embedded service's folder that holds that path.
-
-    Raises:
-        ServiceError: the weights do not fit the model, or the service is not an embedded one.
-    """
+    """Copies local weights (a PEFT adapter's folder, or a path within another embedded service's folder) into an embedded
+    service's checkpoints; returns their ``tinker://`` path."""
     holder = service.client.holder
     fields = {"folder": str(await anyio.Path(folder).resolve())}
     fields |= {"tinker_path": tinker_path} if tinker_path else {"name": secrets.token_hex(8)}

@@ -24,11 +24,7 @@ _LIMITS = tuple(field.name for field in fields(EpisodeLimits))
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EpisodeChoice:
-    """Settings of episodes. None leaves a setting open; see :meth:`completed_by`.
-
-    Raises:
-        ConfigurationError: a setting of the wrong type.
-    """
+    """Settings of episodes. None leaves a setting open; see :meth:`completed_by`."""
 
     format: str | None = None
     renderer: str | None = None
@@ -60,20 +56,12 @@ class EpisodeChoice:
 
     @property
     def limits(self) -> EpisodeLimits:
-        """The limits, with defaults for open ones.
-
-        Raises:
-            ConfigurationError: a limit out of range.
-        """
+        """The limits, with defaults for open ones; validates them."""
         chosen = {name: getattr(self, name) for name in _LIMITS}
         return EpisodeLimits(**{name: value for name, value in chosen.items() if value is not None})
 
     def play(self) -> dict[str, Any]:
-        """Arguments of :class:`~searchr1_async.playing.PlaySettings`, with the recipe's defaults for open settings.
-
-        Raises:
-            ConfigurationError: a limit out of range.
-        """
+        """Arguments of :class:`~searchr1_async.playing.PlaySettings`, with the recipe's defaults for open settings."""
         return {
             "limits": self.limits,
             "format_name": "hermes" if self.format is None else self.format,
@@ -160,8 +148,7 @@ def described_differences(differences: Mapping[str, list[Any]]) -> str:
 def kept_record(folder: Path) -> dict[str, Any] | None:
     """The search record of the run in a folder (:func:`~searchr1_async.search.record.record_of`); None in runs of earlier versions.
 
-    Raises:
-        RunFolderError: it cannot be read.
+    Raises :class:`RunFolderError` if it cannot be read.
     """
     path = folder / SEARCH_FILE
     try:

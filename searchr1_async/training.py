@@ -267,11 +267,7 @@ class _Training:
         self._measuring = Measuring(job, service, engine, self._records, self._kept, control=control, emit=emit)
 
     async def run(self) -> TrainingResult:
-        """Runs the session and saves its cost however it ends.
-
-        Raises:
-            SearchR1Error: any failure, within exception groups.
-        """
+        """Runs the session and saves its cost however it ends."""
         tell_estimate(self._spending, self._point, self._emit)
         try:
             with self._held:

@@ -26,13 +26,10 @@ from searchr1_async.starting import Start, chosen_model, chosen_rank, find_start
 
 
 def training_job(given: Mapping[str, Any]) -> TrainingJob:
-    """The job of a run. Reads the questions and small files of the given folders.
+    """The job of a run, from the arguments of :func:`searchr1_async.train`, each already validated on its own.
 
-    Args:
-        given: the arguments of :func:`searchr1_async.train`, each validated on its own.
-
-    Raises:
-        ConfigurationError: contradictory arguments, or a folder, run or questions that cannot be used.
+    Reads the questions and small files of the given folders. Refuses contradictory arguments, and folders, runs or questions
+    that cannot be used.
     """
     service, out_dir = given["service"], given["out_dir"]
     point = ResumePoint.load(out_dir) if given["resume"] else None

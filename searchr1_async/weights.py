@@ -77,16 +77,11 @@ def find_weights(
 
 
 def find_state(source: str | Path, step: Step = "last", *, service_folder: str | Path | None = None) -> Weights:
-    """Finds a training state, to export or to start another run from. Reads only small files.
+    """Finds a training state, to export or to start another run from. Arguments and errors as in :func:`find_weights`.
 
     Args:
-        source: a run's folder, or a ``tinker://…/weights/…`` path.
-        step: as in :func:`find_weights`; ``"last"`` is the resume point's if no weights are kept yet.
-        service_folder: as in :func:`find_weights`.
-
-    Raises:
-        RunFolderError: the folder holds no run, or the run has not kept this step's state.
-        ConfigurationError: another kind of ``tinker://`` path.
+        source: a run's folder, or a ``tinker://…/weights/…`` path; a path of another kind is a :class:`ConfigurationError`.
+        step: ``"last"`` is the resume point's if no weights are kept yet.
     """
     folder = Path(service_folder) if service_folder is not None else None
     if isinstance(source, str) and source.startswith("tinker://"):
