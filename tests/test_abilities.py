@@ -82,7 +82,7 @@ async def world(folder: Path, backend: ScriptedBackend, **known: bool) -> AsyncI
             yield World(Service(client, "scripted", None, **({"is_local": False} | known)), training)
 
 
-async def test_a_service_that_has_all_is_learned_on_with_the_loss_for_old_weights(tmp_path: Path) -> None:
+async def test_a_full_service_uses_the_off_policy_loss(tmp_path: Path) -> None:
     backend = Lacking()
     async with world(tmp_path, backend) as tried:
         assert await tried.choose() == ("importance_sampling", [])
@@ -98,7 +98,7 @@ async def test_a_service_that_has_all_is_learned_on_with_the_loss_for_old_weight
         assert await tried.choose(loss="stable_reinforce", kl_coefficient=0.1) == ("stable_reinforce", [])
 
 
-async def test_without_the_loss_the_clipped_one_is_taken_and_it_is_said_why(tmp_path: Path) -> None:
+async def test_falls_back_to_the_clipped_loss_with_a_reason(tmp_path: Path) -> None:
     async with world(tmp_path, Lacking("stable_reinforce")) as tried:
         loss, (notice,) = await tried.choose(max_staleness=2)
         assert loss == "ppo"
@@ -106,7 +106,7 @@ async def test_without_the_loss_the_clipped_one_is_taken_and_it_is_said_why(tmp_
         assert "this server knows no stable_reinforce" in notice
 
 
-async def test_a_named_loss_that_is_missing_is_refused_with_those_that_are_there(tmp_path: Path) -> None:
+async def test_a_missing_named_loss_is_refused_with_alternatives(tmp_path: Path) -> None:
     async with world(tmp_path, Lacking("stable_reinforce", "gspo", "dro")) as tried:
         with pytest.raises(ConfigurationError) as caught:
             await tried.choose(loss="stable_reinforce")
@@ -118,7 +118,7 @@ async def test_a_named_loss_that_is_missing_is_refused_with_those_that_are_there
             await tried.choose(loss="cispo", loss_config={"beta": 1.0})
 
 
-async def test_without_any_loss_for_old_weights_nothing_is_begun(tmp_path: Path) -> None:
+async def test_without_an_off_policy_loss_nothing_starts(tmp_path: Path) -> None:
     async with world(tmp_path, Lacking("stable_reinforce", "ppo")) as tried:
         with pytest.raises(
             ConfigurationError, match=r"no stable_reinforce; ppo: .*no ppo\); it has importance_sampling"
@@ -126,7 +126,7 @@ async def test_without_any_loss_for_old_weights_nothing_is_begun(tmp_path: Path)
             await tried.choose(max_staleness=1)
 
 
-async def test_a_kind_and_a_route_that_are_missing_are_refused_by_name(
+async def test_a_missing_client_kind_and_route_are_refused_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish = Sampling.publish
@@ -148,7 +148,7 @@ async def test_a_kind_and_a_route_that_are_missing_are_refused_by_name(
         assert (await tried.choose(max_staleness=1))[0] == "stable_reinforce"
 
 
-async def test_services_that_are_known_are_not_tried(tmp_path: Path) -> None:
+async def test_known_services_are_not_probed(tmp_path: Path) -> None:
     backend = Lacking("stable_reinforce")
     for known in ({"is_local": True}, {"is_local": False, "is_tinker": True}):
         async with world(tmp_path / str(known), Lacking(), **known) as tried:
@@ -170,11 +170,11 @@ async def test_a_resumed_run_keeps_its_loss(tmp_path: Path) -> None:
         assert await tried.choose(point=point(None), loss="cispo") == ("cispo", [])
 
 
-async def test_the_old_name_of_the_setting_warns(tmp_path: Path) -> None:
+async def test_the_deprecated_setting_warns(tmp_path: Path) -> None:
     search = sr.Search.local([sr.Passage("1", "", "text")], embedder=tiny_world.HashingEmbedder())
     with pytest.warns(DeprecationWarning, match='use weights_in_flight="inflight"'), pytest.raises(ConfigurationError):
         sr.train([], search, out_dir=tmp_path, switch_weights_in_flight=True)
 
 
-def test_a_loss_that_is_named_is_the_only_one() -> None:
+def test_a_named_loss_is_the_only_candidate() -> None:
     assert preferred_losses(LearningSettings(loss="cispo"), PipelineSettings(max_staleness=3)) == ("cispo",)

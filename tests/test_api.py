@@ -45,7 +45,7 @@ RECIPE_COLUMNS = {
 
 @pytest.mark.slow
 @pytest.mark.anyio
-async def test_a_run_learns_and_leaves_everything_behind_but_processes(tmp_path: Path) -> None:
+async def test_a_run_learns_and_leaves_no_processes(tmp_path: Path) -> None:
     questions, held_out = tiny_world.make_questions()
     seen: list[Event] = []
     services: list[int] = []
@@ -123,7 +123,7 @@ async def test_a_run_learns_and_leaves_everything_behind_but_processes(tmp_path:
     assert tiny_world.tasks_left() == set()
 
 
-def test_two_event_loops_in_one_process_and_one_search_for_both(tmp_path: Path) -> None:
+def test_two_event_loops_share_one_search(tmp_path: Path) -> None:
     questions, _ = tiny_world.make_questions()
     search = tiny_world.make_search(tmp_path / "index")
     service = tiny_world.shared_service()
@@ -144,9 +144,7 @@ def test_two_event_loops_in_one_process_and_one_search_for_both(tmp_path: Path) 
 
 
 @pytest.mark.anyio
-async def test_rollout_gives_groups_in_the_order_of_the_questions(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_rollout_returns_groups_in_question_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TINKER_API_KEY", tiny_world.shared_service().api_key)
     questions, _ = tiny_world.make_questions()
     settings = tiny_world.PLAYING | tiny_world.served()

@@ -61,14 +61,14 @@ def is_in(module: str, *rooms: str) -> bool:
     return any(module == f"{PACKAGE}.{room}" or module.startswith(f"{PACKAGE}.{room}.") for room in rooms)
 
 
-def test_the_public_face() -> None:
+def test_public_names() -> None:
     assert sorted(searchr1_async.__all__) == sorted(PUBLIC)
     assert len(set(PUBLIC)) == len(PUBLIC)
     for name in PUBLIC:
         assert getattr(searchr1_async, name).__doc__, f"{name} has no docstring"
 
 
-def test_every_error_is_public_and_drawn_in_the_tree() -> None:
+def test_every_error_is_public_and_documented() -> None:
     from searchr1_async import errors
 
     classes = {name for name, value in vars(errors).items() if isinstance(value, type)}
@@ -77,7 +77,7 @@ def test_every_error_is_public_and_drawn_in_the_tree() -> None:
 
 
 @pytest.mark.parametrize("path", [p for p in MODULES if is_in(name_of(p), *ENGINE_ROOMS)], ids=name_of)
-def test_the_engine_does_not_know_who_watches_or_serves(path: Path) -> None:
+def test_the_engine_does_not_import_watchers_or_services(path: Path) -> None:
     assert [
         name
         for name in imports(path)
@@ -86,13 +86,13 @@ def test_the_engine_does_not_know_who_watches_or_serves(path: Path) -> None:
 
 
 @pytest.mark.parametrize("room", ["episodes", "search", "data"])
-def test_the_lower_floor_does_not_import_the_upper(room: str) -> None:
+def test_lower_layers_do_not_import_upper_ones(room: str) -> None:
     for path in MODULES:
         if is_in(name_of(path), room):
             assert [name for name in imports(path) if is_in(name, "rollout", "learn", "evaluation")] == [], path
 
 
-def test_the_service_stands_alone() -> None:
+def test_the_embedded_service_does_not_import_the_engine() -> None:
     for path in MODULES:
         if is_in(name_of(path), "local"):
             found = [name for name in imports(path) if not is_in(name, "local", "boundary", "errors", "files")]
@@ -104,7 +104,7 @@ def test_only_one_module_starts_the_service() -> None:
     assert {name for name in users if not is_in(name, "local")} == {f"{PACKAGE}.service"}
 
 
-def test_watching_imports_nothing_that_plays_or_learns() -> None:
+def test_watch_imports_no_rollout_or_learning() -> None:
     for path in MODULES:
         if is_in(name_of(path), "watch"):
             assert [n for n in imports(path) if is_in(n, "rollout", "learn", "search", "local", "training")] == [], path
@@ -135,7 +135,7 @@ def test_nothing_is_bound_to_an_event_loop_at_import(path: Path) -> None:
         waiting.extend(ast.iter_child_nodes(node))
 
 
-def test_the_boundary_lies_below_everything() -> None:
+def test_boundary_is_the_lowest_layer() -> None:
     for path in MODULES:
         if is_in(name_of(path), "boundary"):
             assert [name for name in imports(path) if not is_in(name, "boundary", "errors")] == [], path
@@ -171,7 +171,7 @@ OWNERS = {
 
 
 @pytest.mark.parametrize(("text", "owners"), OWNERS.items())
-def test_what_comes_from_the_system_and_the_sdk_has_one_owner(text: str, owners: tuple[str, ...]) -> None:
+def test_system_and_sdk_calls_have_one_owner(text: str, owners: tuple[str, ...]) -> None:
     users = {name_of(path) for path in MODULES if re.search(text, path.read_text(encoding="utf-8"))}
     assert users == {f"{PACKAGE}.{owner}" for owner in owners}
 

@@ -123,7 +123,7 @@ EACH = [
 
 
 @pytest.mark.parametrize(("function", "name"), EACH)
-async def test_nonsense_is_refused_by_the_name_of_its_argument(
+async def test_bad_values_are_refused_naming_the_argument(
     function: Call, name: str, given: Callable[[Call], dict[str, Any]], tmp_path: Path
 ) -> None:
     usual = given(function)
@@ -143,7 +143,7 @@ async def test_nonsense_is_refused_by_the_name_of_its_argument(
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
-async def test_numbers_of_numpy_and_torch_are_numbers(
+async def test_numpy_and_torch_numbers_are_accepted(
     function: Call, given: Callable[[Call], dict[str, Any]], tmp_path: Path
 ) -> None:
     torch = pytest.importorskip("torch")
@@ -189,12 +189,12 @@ async def test_train_refuses_at_the_call(
     assert nothing_in(tmp_path)
 
 
-async def test_a_search_that_was_not_awaited_is_told(given: Callable[[Call], dict[str, Any]]) -> None:
+async def test_an_unawaited_search_is_reported(given: Callable[[Call], dict[str, Any]]) -> None:
     with pytest.raises(sr.ConfigurationError, match="await it first"):
         sr.train(**(given(sr.train) | {"search": sr.Search.open("atlas")}))
 
 
-async def test_a_run_goes_where_it_was_told_at_the_call(
+async def test_paths_are_resolved_at_the_call(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, search: sr.Search
 ) -> None:
     """numpy numbers, a plain reward, a relative folder, and a chdir right after the call."""
@@ -232,9 +232,7 @@ async def test_a_run_goes_where_it_was_told_at_the_call(
     assert not (tmp_path / "here" / "~").exists()
 
 
-async def test_a_run_that_was_begun_with_relative_paths_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_run_started_with_relative_paths_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An earlier version stored a relative model folder and start unchanged."""
     monkeypatch.chdir(tmp_path)
     then = {"model": "models/tiny", "start_from": "runs/zero@best"}

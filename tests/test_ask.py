@@ -63,7 +63,7 @@ async def test_a_run_is_asked_as_it_was_trained(trained: TrainedRun) -> None:
     assert again.episode.prompt_tokens == played.prompt_tokens
 
 
-async def test_an_answer_shows_itself(trained: TrainedRun) -> None:
+async def test_an_answer_has_rich_display(trained: TrainedRun) -> None:
     question = held_out()
     answer = await sr.open_run(trained.folder).ask(question.question, service=url())
     found, query = question.golden_answers[0], question.metadata["search_queries"][0]
@@ -78,7 +78,7 @@ async def test_an_answer_shows_itself(trained: TrainedRun) -> None:
     assert f"answer: {found}" in str(answer)
 
 
-async def test_greedy_answers_are_the_same_and_options_are_obeyed(trained: TrainedRun) -> None:
+async def test_greedy_answers_are_deterministic_and_options_apply(trained: TrainedRun) -> None:
     question, run = held_out().question, sr.open_run(trained.folder)
     first, second = await run.ask(question, service=url()), await run.ask(question, service=url(), step=1)
     assert first.episode.tokens == second.episode.tokens
@@ -95,7 +95,7 @@ async def test_greedy_answers_are_the_same_and_options_are_obeyed(trained: Train
         await run.ask(question, service=url(), step=7)
 
 
-async def test_asking_leaves_the_folder_alone(trained: TrainedRun) -> None:
+async def test_asking_does_not_change_the_folder(trained: TrainedRun) -> None:
     def state() -> dict[str, tuple[int, int]]:
         files = (path for path in trained.folder.rglob("*") if path.is_file())
         return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
@@ -105,7 +105,7 @@ async def test_asking_leaves_the_folder_alone(trained: TrainedRun) -> None:
     assert state() == before
 
 
-async def test_the_base_model_is_asked_with_settings_of_ones_own(tmp_path: Path) -> None:
+async def test_the_base_model_is_asked_with_given_settings(tmp_path: Path) -> None:
     search = tiny_world.make_search(tmp_path / "index")
     answer = await sr.ask("river of mirin?", search, **untrained())
     assert (answer.step, answer.checkpoint) == (0, None)
@@ -120,7 +120,7 @@ async def test_the_base_model_is_asked_with_settings_of_ones_own(tmp_path: Path)
 @pytest.mark.parametrize(
     ("question", "problem"), [("", "is no question"), (" \n", "is no question"), (None, "question is None")]
 )
-async def test_no_question_is_refused(trained: TrainedRun, question: Any, problem: str) -> None:
+async def test_an_empty_question_is_refused(trained: TrainedRun, question: Any, problem: str) -> None:
     with pytest.raises(sr.ConfigurationError, match=problem):
         await sr.ask(question, checkpoint=trained.folder, service=url())
 
@@ -150,7 +150,7 @@ async def test_a_run_without_a_described_search_says_what_to_pass(trained: Train
     assert answer.answer is not None
 
 
-async def test_weights_on_another_kind_of_service_are_refused_before_one_is_started(
+async def test_weights_on_another_kind_of_service_are_refused_first(
     trained: TrainedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy = tmp_path / "run"
@@ -179,9 +179,7 @@ class HopelessSearch(BrokenSearch):
 
 
 @pytest.mark.parametrize("kind", [BrokenSearch, HopelessSearch])
-async def test_a_failed_search_is_an_error_and_no_answer(
-    trained: TrainedRun, tmp_path: Path, kind: type[sr.Search]
-) -> None:
+async def test_a_failed_search_raises(trained: TrainedRun, tmp_path: Path, kind: type[sr.Search]) -> None:
     search = tiny_world.make_search(tmp_path / "index", search_class=kind)
     told = "not answered: the store is gone. Fix that service and ask again"
     with pytest.raises(sr.StoreError, match=told):
@@ -189,7 +187,7 @@ async def test_a_failed_search_is_an_error_and_no_answer(
     assert not search.is_open
 
 
-async def test_a_service_that_is_away_is_an_error(trained: TrainedRun) -> None:
+async def test_an_unavailable_service_raises(trained: TrainedRun) -> None:
     with pytest.raises(sr.ServiceUnavailableError, match=r"127\.0\.0\.1:9"):
         await sr.ask("river of mirin?", checkpoint=trained.folder, service="http://127.0.0.1:9")
     with pytest.raises(sr.ServiceError, match="not answered: the Tinker service gave no sample within"):
@@ -224,7 +222,7 @@ async def test_the_embedded_service_opens_the_weights_in_the_runs_folder(
 
 
 @pytest.mark.slow
-async def test_a_finished_run_starts_its_embedded_service_again_to_be_asked(
+async def test_asking_a_finished_run_restarts_its_embedded_service(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The handle still has its passages and service choice; from its folder the answer is the same."""
@@ -242,7 +240,7 @@ async def uneven(episode: sr.Episode) -> float:
     return sum(episode.turns[0].logprobs)
 
 
-async def test_questions_without_golden_answers_are_for_asking_alone(tmp_path: Path) -> None:
+async def test_questions_without_golden_answers_are_only_for_asking(tmp_path: Path) -> None:
     question = sr.Question("q", "river of mirin?")
     search = tiny_world.make_search(tmp_path / "index")
     good = tiny_world.make_questions()[0]

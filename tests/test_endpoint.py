@@ -41,7 +41,7 @@ def log_in(home: Path) -> None:
     store.set_default("one")
 
 
-def test_a_stored_login_is_seen(tmp_path: Path) -> None:
+def test_a_stored_login_is_detected(tmp_path: Path) -> None:
     assert is_embedded(None)
     assert "has no credentials" in find_endpoint(None).text
     log_in(tmp_path / "home")
@@ -51,13 +51,13 @@ def test_a_stored_login_is_seen(tmp_path: Path) -> None:
     assert is_embedded("embedded")
 
 
-def test_a_command_for_credentials_is_seen_and_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_credentials_command_is_detected_but_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TINKER_CREDENTIAL_CMD", f"touch {tmp_path}/was-run; echo tml-made")
     assert find_endpoint(None).text.startswith("using Tinker's cloud: TINKER_CREDENTIAL_CMD is set")
     assert not (tmp_path / "was-run").exists()
 
 
-def test_a_key_and_a_url_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_and_a_url_are_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TINKER_API_KEY", "tml-key")
     assert find_endpoint(None).text.startswith("using Tinker's cloud: TINKER_API_KEY is set")
     monkeypatch.setenv("TINKER_BASE_URL", "http://host:8000/")
@@ -66,7 +66,7 @@ def test_a_key_and_a_url_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert find_endpoint("http://other:1").url == "http://other:1"
 
 
-def test_a_login_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+def test_an_unreadable_login_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "home" / ".tinker" / "credentials.json"
     file.parent.mkdir(parents=True)
     file.write_text("{", encoding="utf-8")
@@ -91,7 +91,7 @@ def test_an_sdk_without_logins_knows_only_the_key(monkeypatch: pytest.MonkeyPatc
         ("http://host:1", "tml-sécret", "TINKER_API_KEY contains"),
     ],
 )
-async def test_what_is_no_service_is_refused_by_the_call(
+async def test_an_invalid_service_is_refused_at_the_call(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, service: Any, key: str, named: str
 ) -> None:
     monkeypatch.setenv("TINKER_API_KEY", key)
@@ -105,7 +105,7 @@ async def test_what_is_no_service_is_refused_by_the_call(
     assert not (tmp_path / "run").exists()
 
 
-def test_the_only_model_of_a_service_is_the_one_that_is_meant() -> None:
+def test_the_only_offered_model_is_the_default() -> None:
     name, note = choose_model(None, ("HuggingFaceTB/SmolLM2-135M-Instruct",))
     assert name == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert note is not None
@@ -115,7 +115,7 @@ def test_the_only_model_of_a_service_is_the_one_that_is_meant() -> None:
 
 
 @pytest.mark.parametrize("way", ["TINKER_BASE_URL", "service"])
-async def test_a_service_of_ones_own_is_used_without_naming_its_model(
+async def test_another_service_is_used_without_naming_its_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
     """Like ``python -m searchr1_async.local``: a model of this machine, and no hub for its tokenizer."""
@@ -147,9 +147,7 @@ async def test_a_service_of_ones_own_is_used_without_naming_its_model(
     assert any("offers only one" in text for text in notices)
 
 
-async def test_a_wrong_key_is_told_soon_and_without_the_sdks_own_words(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_wrong_key_is_reported_soon_in_our_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from searchr1_async.local.scripted import ScriptedBackend
     from tests.local.serving import successors
 
@@ -174,7 +172,7 @@ async def test_a_closed_client_is_one_of_our_errors(tmp_path: Path) -> None:
             await wait_for("asking", rest.get_server_capabilities)
 
 
-def test_faults_are_put_into_words() -> None:
+def test_faults_have_readable_texts() -> None:
     assert issubclass(RuntimeError, SDK_FAULTS)
     text = fault_text(
         ValueError("Error retrieving result: 401 for self.request_id='x' and expected type self.model_cls=<y>")

@@ -70,7 +70,7 @@ HELPED = """
     """
 
 
-def test_a_function_is_known_by_its_source_and_that_of_its_helpers(tmp_path: Path) -> None:
+def test_a_function_is_identified_by_its_and_its_helpers_source(tmp_path: Path) -> None:
     first = record(written(tmp_path, "first", PLAIN))
     assert changed_inputs(first, record(written(tmp_path, "second", COMMENTED))) == []
     assert changed_inputs(first, record(written(tmp_path, "third", OTHER))) == [
@@ -80,7 +80,7 @@ def test_a_function_is_known_by_its_source_and_that_of_its_helpers(tmp_path: Pat
     assert changed_inputs(*helped) == ["the source of the reward reward changed"]
 
 
-def test_a_function_without_a_source_is_known_by_its_code() -> None:
+def test_a_function_without_source_is_identified_by_its_code() -> None:
     first = record(compiled(PLAIN))
     assert changed_inputs(first, record(compiled(PLAIN))) == []
     assert changed_inputs(first, record(compiled(OTHER))) == ["the source of the reward reward changed"]
@@ -128,13 +128,13 @@ def wrapped(reward: Any) -> Any:
     ],
     ids=["closure", "partial", "object", "method", "wrapped", "lambda"],
 )  # fmt: skip
-def test_values_that_a_reward_holds_count_and_objects_do_not(then: Any, same: Any, now: Any) -> None:
+def test_plain_values_of_a_reward_count_and_objects_do_not(then: Any, same: Any, now: Any) -> None:
     assert changed_inputs(record(then), record(same)) == []
     (told,) = changed_inputs(record(then), record(now))
     assert "the source of the reward" in told
 
 
-def test_rewards_of_the_recipe_and_questions_are_named_by_what_changed() -> None:
+def test_changes_of_recipe_reward_and_questions_are_named() -> None:
     then = record()
     assert changed_inputs(then, record(sr.RecipeReward(0.5))) == ["format_coefficient is 0.5, and was 0.1"]
     assert changed_inputs(then, record(Weighted(1.0))) == ["the reward is Weighted, was RecipeReward"]
@@ -145,7 +145,7 @@ def test_rewards_of_the_recipe_and_questions_are_named_by_what_changed() -> None
     assert changed_inputs({}, record(Weighted(1.0))) == [], "an earlier version kept nothing to compare"
 
 
-def test_what_decides_the_figures_is_refused_once_there_are_some() -> None:
+def test_incomparable_changes_are_refused_after_an_evaluation() -> None:
     then = record()
     for now, told in (
         (record(held_out=[replace(HELD_OUT[0], golden_answers=("D",))]), "the golden answers of the held-out questions changed"),
@@ -168,7 +168,7 @@ async def always(episode: sr.Episode) -> float:
 
 
 @pytest.mark.anyio
-async def test_a_resume_names_what_it_is_given_otherwise_and_refuses_other_held_out_answers(
+async def test_a_resume_reports_changes_and_refuses_other_held_out_answers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TINKER_API_KEY", tiny_world.shared_service().api_key)

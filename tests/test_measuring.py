@@ -88,7 +88,7 @@ async def on_service(path: str) -> bool:
         pytest.param({"synchronous": True}, id="synchronous", marks=pytest.mark.slow),
     ],
 )
-async def test_each_measurement_is_of_its_own_steps_weights(start: Callable[..., sr.Run], way: dict[str, Any]) -> None:
+async def test_each_evaluation_uses_its_steps_weights(start: Callable[..., sr.Run], way: dict[str, Any]) -> None:
     paths: dict[int, tuple[str, ...]] = {}
     run = start(steps=3, evaluate_every=1, emit=lambda event: look(event), **way)
 
@@ -110,7 +110,7 @@ async def test_each_measurement_is_of_its_own_steps_weights(start: Callable[...,
         assert not await on_service(path)
 
 
-async def test_training_goes_on_while_a_step_is_measured(start: Callable[..., sr.Run]) -> None:
+async def test_training_continues_during_an_evaluation(start: Callable[..., sr.Run]) -> None:
     """The evaluation of step 2 ends only when the last step is on disk."""
     held, events = Held(), list[Event]()
 
@@ -130,7 +130,7 @@ async def test_training_goes_on_while_a_step_is_measured(start: Callable[..., sr
     assert sum(beside) == 0, "none of its episodes had ended when the last step closed"
 
 
-async def test_training_waits_where_measurements_fall_behind_and_says_why(start: Callable[..., sr.Run]) -> None:
+async def test_training_waits_for_late_evaluations_and_says_why(start: Callable[..., sr.Run]) -> None:
     """One runs, two wait, and the third is one too many."""
     held, closed = Held(), list[int]()
 
@@ -150,7 +150,7 @@ async def test_training_waits_where_measurements_fall_behind_and_says_why(start:
 
 
 @pytest.mark.slow
-async def test_training_is_the_same_with_measurements_and_without(start: Callable[..., sr.Run], tmp_path: Path) -> None:
+async def test_evaluations_do_not_change_training(start: Callable[..., sr.Run], tmp_path: Path) -> None:
     played = {}
     for every in (None, 1):
         run = start(steps=3, evaluate_every=every, out_dir=tmp_path / f"every-{every}", first_turn="shared")
@@ -160,7 +160,7 @@ async def test_training_is_the_same_with_measurements_and_without(start: Callabl
     assert played[1].equals(played[None])
 
 
-async def test_a_stop_in_the_middle_of_a_measurement_keeps_its_weights_for_the_resume(
+async def test_a_stop_during_an_evaluation_keeps_its_weights(
     start: Callable[..., sr.Run],
 ) -> None:
     held = Held()
@@ -181,7 +181,7 @@ async def test_a_stop_in_the_middle_of_a_measurement_keeps_its_weights_for_the_r
 
 
 @pytest.mark.slow
-async def test_the_best_weights_stay_and_the_others_go(start: Callable[..., sr.Run]) -> None:
+async def test_only_the_best_weights_are_kept(start: Callable[..., sr.Run]) -> None:
     paths: dict[int, tuple[str, ...]] = {}
     run = start(steps=4, keep_best=True, checkpoint_every=2, emit=lambda event: look(event))
 
@@ -200,7 +200,7 @@ async def test_the_best_weights_stay_and_the_others_go(start: Callable[..., sr.R
 
 
 @pytest.mark.slow
-async def test_a_measurement_that_fails_for_good_ends_the_run(start: Callable[..., sr.Run]) -> None:
+async def test_a_failed_evaluation_ends_the_run(start: Callable[..., sr.Run]) -> None:
     async def reward(episode: sr.Episode) -> float:
         if is_measured(episode):
             raise ZeroDivisionError("no reward")
@@ -211,9 +211,7 @@ async def test_a_measurement_that_fails_for_good_ends_the_run(start: Callable[..
         await run
 
 
-async def test_held_out_questions_that_are_trained_on_are_refused_at_once(
-    start: Callable[..., sr.Run], tmp_path: Path
-) -> None:
+async def test_overlapping_held_out_questions_are_refused_at_once(start: Callable[..., sr.Run], tmp_path: Path) -> None:
     trained = tiny_world.make_questions()[0][3]
     same = sr.Question("other-id", trained.question.upper() + " ?!", ("x",), "elsewhere")
     with pytest.raises(
@@ -223,13 +221,13 @@ async def test_held_out_questions_that_are_trained_on_are_refused_at_once(
     assert not (tmp_path / "run").exists()
 
 
-async def test_the_best_needs_measurements(start: Callable[..., sr.Run]) -> None:
+async def test_keep_best_needs_evaluations(start: Callable[..., sr.Run]) -> None:
     with pytest.raises(sr.ConfigurationError, match="keep_best needs evaluate_every"):
         start(keep_best=True, evaluate_every=None)
 
 
 @pytest.mark.slow
-async def test_a_run_keeps_its_questions(start: Callable[..., sr.Run]) -> None:
+async def test_a_run_saves_its_questions(start: Callable[..., sr.Run]) -> None:
     run = start(steps=1, evaluate_every=None, held_out=())
     await run
     asked = tiny_world.make_questions()[0][:18]
@@ -244,7 +242,7 @@ async def test_a_run_keeps_its_questions(start: Callable[..., sr.Run]) -> None:
     assert training_questions(run.out_dir / "nowhere") is None
 
 
-async def test_at_the_time_limit_nothing_more_is_begun(tmp_path: Path) -> None:
+async def test_no_evaluation_starts_after_the_time_limit(tmp_path: Path) -> None:
     """A queued evaluation is skipped and reported, though its weights exist."""
     notices: list[Event] = []
     job: Any = SimpleNamespace(held_out=HELD_OUT, held_out_samples=1, evaluate_every=2, out_dir=tmp_path)
@@ -270,9 +268,7 @@ async def test_at_the_time_limit_nothing_more_is_begun(tmp_path: Path) -> None:
     assert notices == [Notice("the time limit was reached before the evaluation of step 2, 4: skipped")]
 
 
-async def test_in_flight_the_weights_at_hand_are_measured_before_they_move(
-    start: Callable[..., sr.Run], tmp_path: Path
-) -> None:
+async def test_in_flight_weights_are_evaluated_before_they_change(start: Callable[..., sr.Run], tmp_path: Path) -> None:
     """A run killed after a step without kept weights, resumed with evaluate_every."""
     await start(steps=1, weights_in_flight="inflight", held_out=(), evaluate_every=None)
     point = ResumePoint.load(tmp_path / "run")

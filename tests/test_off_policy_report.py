@@ -79,7 +79,7 @@ def test_a_folder_of_runs_with_other_settings_is_refused(tmp_path: Path) -> None
         claim(tmp_path / "work", {"steps": 6})
 
 
-def test_a_line_holds_the_mean_over_the_seeds_and_the_extremes() -> None:
+def test_a_row_has_the_mean_and_extremes_over_seeds() -> None:
     rows = pl.DataFrame(
         [
             row(1, 4, exact_match_after=0.5, ratio_min=0.5, ratio_max=2.0, kl_v2_max=0.004),
@@ -91,7 +91,7 @@ def test_a_line_holds_the_mean_over_the_seeds_and_the_extremes() -> None:
     assert in_flight_table(rows) == "", "nothing to compare"
 
 
-def test_in_flight_weights_stand_beside_snapshots_of_the_same_seeds_only() -> None:
+def test_in_flight_is_compared_with_snapshots_of_the_same_seeds() -> None:
     rows = pl.DataFrame(
         [
             row(1, 4),
@@ -106,7 +106,7 @@ def test_in_flight_weights_stand_beside_snapshots_of_the_same_seeds_only() -> No
     assert "`snapshot` | 10.0 | 9,000 | 3,000 |" in lines[1]
 
 
-def test_a_service_that_reports_no_ratio_leaves_words_and_no_figure() -> None:
+def test_a_service_without_ratios_gives_text_instead_of_a_number() -> None:
     rows = pl.DataFrame([row(1, 0, ratio_min=None, ratio_max=None)])
     assert "not reported" in learning_table(rows)
     assert "not reported" in each_run(rows)

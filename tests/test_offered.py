@@ -81,7 +81,7 @@ def train(service: StandIn, folder: Path, **changes: Any) -> sr.Run:
     return sr.train(questions, search, out_dir=folder / "run", **(settings | changes))
 
 
-async def test_with_a_key_alone_a_run_starts_on_todays_default_without_thinking(
+async def test_with_only_a_key_a_run_uses_todays_default_without_thinking(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with stand_in_service(tmp_path, monkeypatch, "Qwen/Qwen3.5-4B", TODAY) as service:
@@ -94,7 +94,7 @@ async def test_with_a_key_alone_a_run_starts_on_todays_default_without_thinking(
         assert prompt.endswith("?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n")
 
 
-async def test_on_the_list_of_spring_the_nearest_of_the_family_is_used_and_said(
+async def test_on_springs_list_the_nearest_of_the_family_is_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with stand_in_service(tmp_path, monkeypatch, "Qwen/Qwen3-4B-Instruct-2507", SPRING) as service:
@@ -135,7 +135,7 @@ async def test_on_the_list_of_spring_the_nearest_of_the_family_is_used_and_said(
         ("acme/model", "does not offer 'acme/model'. The nearest models it offers: "),
     ],
 )
-async def test_a_model_that_is_not_offered_is_refused_with_what_is(
+async def test_an_unoffered_model_is_refused_with_alternatives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, message: str
 ) -> None:
     with stand_in_service(tmp_path, monkeypatch, "Qwen/Qwen3.5-4B", TODAY) as service:
@@ -160,7 +160,7 @@ async def test_a_model_that_is_not_offered_is_refused_with_what_is(
             )
 
 
-async def test_a_variant_is_named_whole_to_the_service_and_rendered_as_the_plain_model(
+async def test_a_variant_keeps_its_name_and_renders_like_the_plain_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = "Qwen/Qwen3.8-27B:peft:262144"
@@ -176,9 +176,7 @@ async def test_a_variant_is_named_whole_to_the_service_and_rendered_as_the_plain
             await train(service, tmp_path, model=name, thinking=True, steps=2, resume=True)
 
 
-async def test_a_run_begun_before_thinking_could_be_chosen_goes_on_as_its_template_had_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_an_old_run_keeps_its_templates_thinking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with stand_in_service(tmp_path, monkeypatch, "Qwen/Qwen3-8B", TODAY) as service:
         await train(service, tmp_path, model="Qwen/Qwen3-8B", thinking="template")
         path = tmp_path / "run" / "state.json"
@@ -191,9 +189,7 @@ async def test_a_run_begun_before_thinking_could_be_chosen_goes_on_as_its_templa
         assert all(prompt.endswith("<|im_start|>assistant\n") for prompt in service.prompts)
 
 
-async def test_a_run_is_measured_and_played_with_the_thinking_that_it_was_trained_with(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_evaluation_and_rollout_use_the_trained_thinking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     questions, run = [sr.Question("q", "Who wrote it?", ("Austen",))], tmp_path / "run"
     on, off = "<|im_start|>assistant\n<think>\n", "<|im_start|>assistant\n<think>\n\n</think>\n\n"
     with stand_in_service(tmp_path, monkeypatch, "Qwen/Qwen3.5-4B", TODAY) as service:
@@ -230,9 +226,7 @@ async def test_a_run_is_measured_and_played_with_the_thinking_that_it_was_traine
         assert await ends(questions, checkpoint=run) == [True], "as the template of Qwen3.5 has it"
 
 
-async def test_an_evaluation_and_a_client_of_ones_own_are_asked_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_evaluations_and_given_clients_are_checked_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     questions = [sr.Question("q", "Who wrote it?", ("Austen",))]
     with stand_in_service(tmp_path, monkeypatch, "Qwen/Qwen3-4B-Instruct-2507", SPRING) as service:
         search = tiny_world.make_search(tmp_path / "index")
@@ -255,7 +249,7 @@ async def test_an_evaluation_and_a_client_of_ones_own_are_asked_too(
                 await sr.rollout(questions, search, service=client, model="openai/gpt-oss-20b", **settings)
 
 
-async def test_a_service_with_nothing_of_the_family_asks_for_a_name(
+async def test_a_service_without_the_family_needs_a_named_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with (
@@ -281,7 +275,7 @@ def answering(folder: Path, monkeypatch: pytest.MonkeyPatch, status: int, body: 
     ("status", "body"),
     [(404, b"{}"), (405, b"{}"), (200, b'{"supported_models": []}'), (200, b"{}")],
 )
-async def test_a_service_without_a_list_is_taken_at_its_word(
+async def test_a_service_without_a_list_is_assumed_to_have_the_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int, body: bytes
 ) -> None:
     with answering(tmp_path, monkeypatch, status, body) as url:
@@ -299,7 +293,7 @@ async def test_a_refusal_is_an_error_and_shows_no_key(tmp_path: Path, monkeypatc
     assert KEY not in str(caught.value)
 
 
-async def test_a_service_that_does_not_say_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_service_that_does_not_list_models_times_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("searchr1_async.offered.ASK_DEADLINE", 0.5)
     with (
         answering(tmp_path, monkeypatch, 503, b"{}") as url,
@@ -308,7 +302,7 @@ async def test_a_service_that_does_not_say_is_given_up(tmp_path: Path, monkeypat
         await ask_offered(lambda: tinker.RestClient(base_url=url, api_key=KEY))
 
 
-async def test_what_can_only_be_sampled_from_is_not_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_sampling_only_models_are_not_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     body = b'{"supported_models": [{"model_name": "a", "trainable": false}, {"model_name": "b"}, {"model_name": null}]}'
     with answering(tmp_path, monkeypatch, 200, body) as url:
         connect = lambda: tinker.RestClient(base_url=url, api_key=KEY)  # noqa: E731

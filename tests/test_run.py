@@ -91,7 +91,7 @@ def assert_whole(run: sr.Run, steps: int) -> None:
     assert by_question.height == 6 * steps
 
 
-async def test_a_stopped_run_keeps_its_steps_and_goes_on(start: Callable[..., sr.Run]) -> None:
+async def test_a_stopped_run_keeps_its_steps_and_resumes(start: Callable[..., sr.Run]) -> None:
     watch = Watch()
     run = start(emit=watch)
     await watch.wait_for(in_step(2), run)
@@ -112,7 +112,7 @@ async def test_a_stopped_run_keeps_its_steps_and_goes_on(start: Callable[..., sr
     assert await run.stop() is result, "a stop that comes too late changes nothing"
 
 
-async def test_a_finished_run_is_there_at_once_without_any_service(
+async def test_a_finished_run_returns_at_once_without_a_service(
     start: Callable[..., sr.Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = await start(steps=1)
@@ -127,7 +127,7 @@ async def test_a_finished_run_is_there_at_once_without_any_service(
     assert third.steps == 2
 
 
-async def test_a_run_stopped_before_its_first_step_begins_anew(start: Callable[..., sr.Run], tmp_path: Path) -> None:
+async def test_a_run_stopped_before_its_first_step_starts_over(start: Callable[..., sr.Run], tmp_path: Path) -> None:
     run = start()
     result = await run.stop()
     assert (result.steps, result.reason, result.checkpoint) == (0, "stopped", None)
@@ -136,7 +136,7 @@ async def test_a_run_stopped_before_its_first_step_begins_anew(start: Callable[.
     assert (result.steps, result.reason) == (1, "finished")
 
 
-async def test_cancelling_whoever_awaits_closes_everything_first(start: Callable[..., sr.Run]) -> None:
+async def test_cancelling_the_awaiting_task_closes_everything_first(start: Callable[..., sr.Run]) -> None:
     watch = Watch()
     run = start(emit=watch)
     awaiting = asyncio.create_task(cell(run))
@@ -151,7 +151,7 @@ async def test_cancelling_whoever_awaits_closes_everything_first(start: Callable
     assert_whole(run, 4)
 
 
-async def test_a_cancelled_scope_waits_as_well(start: Callable[..., sr.Run]) -> None:
+async def test_a_cancelled_scope_waits_too(start: Callable[..., sr.Run]) -> None:
     watch = Watch()
     run = start(emit=watch)
     with anyio.CancelScope() as scope:
@@ -168,7 +168,7 @@ async def test_a_cancelled_scope_waits_as_well(start: Callable[..., sr.Run]) -> 
     assert tiny_world.tasks_left() == set()
 
 
-async def test_what_may_not_change_is_named_and_what_may_is_taken(start: Callable[..., sr.Run], tmp_path: Path) -> None:
+async def test_forbidden_changes_are_named_and_others_apply(start: Callable[..., sr.Run], tmp_path: Path) -> None:
     await start(steps=1)
     before = ResumePoint.load(tmp_path / "run")
     questions = tiny_world.make_questions()[0]
@@ -197,7 +197,7 @@ async def test_a_folder_with_a_run_is_not_overwritten(start: Callable[..., sr.Ru
     assert run.metrics.height == 1
 
 
-async def test_a_folder_in_use_is_refused_and_the_run_in_it_undisturbed(start: Callable[..., sr.Run]) -> None:
+async def test_a_folder_in_use_is_refused(start: Callable[..., sr.Run]) -> None:
     watch = Watch()
     run = start(steps=2, emit=watch)
     await watch.wait_for(in_step(1), run)
@@ -208,14 +208,14 @@ async def test_a_folder_in_use_is_refused_and_the_run_in_it_undisturbed(start: C
     assert_whole(run, 2)
 
 
-async def test_the_time_limit_ends_a_run_that_can_go_on(start: Callable[..., sr.Run]) -> None:
+async def test_a_run_ended_by_its_time_limit_can_resume(start: Callable[..., sr.Run]) -> None:
     result = await start(time_limit=1e-3)
     assert (result.steps, result.reason) in ((0, "time_limit"), (1, "time_limit"))
     result = await start(resume=True)
     assert (result.steps, result.reason) == (4, "finished")
 
 
-async def test_a_run_says_where_it_is(start: Callable[..., sr.Run], tmp_path: Path) -> None:
+async def test_a_run_reports_its_progress(start: Callable[..., sr.Run], tmp_path: Path) -> None:
     run = start(steps=1)
     assert repr(run) == f"Run({str(tmp_path / 'run')!r}, 0 steps, running)"
     assert run.out_dir == tmp_path / "run"
@@ -225,7 +225,7 @@ async def test_a_run_says_where_it_is(start: Callable[..., sr.Run], tmp_path: Pa
     assert repr(run).endswith("1 steps, ended)")
 
 
-async def test_its_events_are_a_loop_of_ones_own(start: Callable[..., sr.Run]) -> None:
+async def test_events_can_be_iterated(start: Callable[..., sr.Run]) -> None:
     run = start(steps=2)
     seen = [event async for event in run]
     result = await run
@@ -236,7 +236,7 @@ async def test_its_events_are_a_loop_of_ones_own(start: Callable[..., sr.Run]) -
     assert [event async for event in run] == [], "nothing comes any more"
 
 
-async def test_a_step_is_told_in_its_order(start: Callable[..., sr.Run], tmp_path: Path) -> None:
+async def test_a_steps_events_are_in_order(start: Callable[..., sr.Run], tmp_path: Path) -> None:
     run = start(steps=1, reward=uneven)
     told = [type(event).__name__ async for event in run]
     await run
@@ -255,7 +255,7 @@ async def test_a_step_is_told_in_its_order(start: Callable[..., sr.Run], tmp_pat
     assert [kept.index(name) for name in order] == sorted(kept.index(name) for name in order)
 
 
-async def test_a_paused_run_asks_for_nothing_and_goes_on(start: Callable[..., sr.Run]) -> None:
+async def test_a_paused_run_sends_no_requests_and_resumes(start: Callable[..., sr.Run]) -> None:
     watch = Watch()
     run = start(steps=3, emit=watch)
     await watch.wait_for(in_step(2), run)
@@ -280,7 +280,7 @@ async def test_a_paused_run_asks_for_nothing_and_goes_on(start: Callable[..., sr
     assert sum(isinstance(event, RunResumed) for event in watch.events) == 1
 
 
-async def test_a_run_under_way_is_asked_with_its_newest_weights_and_undisturbed(start: Callable[..., sr.Run]) -> None:
+async def test_asking_a_running_run_uses_its_newest_weights(start: Callable[..., sr.Run]) -> None:
     watch = Watch()
     run = start(steps=3, emit=watch, reward=uneven, checkpoint_every=1)
     first = await run.ask("river of mirin?")  # waits for the services
@@ -306,7 +306,7 @@ async def test_a_run_under_way_is_asked_with_its_newest_weights_and_undisturbed(
     assert run.metrics["rollout/samples"][-1] == sum(len(episode.turns) for episode in played)
 
 
-async def test_a_held_run_answers_and_stays_held(start: Callable[..., sr.Run]) -> None:
+async def test_a_paused_run_answers_and_stays_paused(start: Callable[..., sr.Run]) -> None:
     watch = Watch()
     run = start(steps=3, emit=watch)
     await watch.wait_for(in_step(2), run)
@@ -329,7 +329,7 @@ class LateSearch(sr.Search):
         await super().connect(on_progress)
 
 
-async def test_a_run_that_ends_before_the_answer_is_asked_with_its_last_weights(
+async def test_a_run_that_ends_first_answers_with_its_last_weights(
     start: Callable[..., sr.Run], tmp_path: Path
 ) -> None:
     watch = Watch()
@@ -347,7 +347,7 @@ async def test_a_run_that_ends_before_the_answer_is_asked_with_its_last_weights(
     assert tiny_world.tasks_left() == set()
 
 
-async def test_a_run_that_has_ended_is_asked_with_its_last_weights(start: Callable[..., sr.Run]) -> None:
+async def test_an_ended_run_answers_with_its_last_weights(start: Callable[..., sr.Run]) -> None:
     run = start(steps=2, reward=uneven)
     result = await run
     answer = await run.ask("river of mirin?")  # its search was in memory, and its service named
@@ -376,7 +376,7 @@ async def test_a_paused_run_can_be_stopped(start: Callable[..., sr.Run]) -> None
     assert tiny_world.tasks_left() == set()
 
 
-async def test_a_stop_waits_for_the_step_that_is_at_the_trainer(start: Callable[..., sr.Run]) -> None:
+async def test_a_stop_waits_for_the_current_optimiser_step(start: Callable[..., sr.Run]) -> None:
     watch = Watch()
     run = start(emit=watch, reward=uneven)
     await watch.wait_for(lambda event: isinstance(event, BatchClosed) and event.step == 1, run)
@@ -402,7 +402,7 @@ async def test_an_interrupt_stops_with_a_checkpoint(start: Callable[..., sr.Run]
     assert watch.events[-1] == RunEnded("stopped")
 
 
-async def test_an_impatient_interrupt_ends_it_too(start: Callable[..., sr.Run]) -> None:
+async def test_a_second_interrupt_ends_it_too(start: Callable[..., sr.Run]) -> None:
     watch = Watch()
     run = start(emit=watch)
     awaiting = asyncio.create_task(cell(run))
@@ -418,7 +418,7 @@ async def test_an_impatient_interrupt_ends_it_too(start: Callable[..., sr.Run]) 
     assert tiny_world.tasks_left() == set()
 
 
-async def test_a_run_is_there_again_by_its_folder(start: Callable[..., sr.Run], tmp_path: Path) -> None:
+async def test_a_run_is_reopened_by_its_folder(start: Callable[..., sr.Run], tmp_path: Path) -> None:
     with pytest.raises(sr.RunFolderError, match="holds no run"):
         sr.open_run(tmp_path / "run")
     watch = Watch()
@@ -464,13 +464,13 @@ async def test_a_stop_in_the_last_measurement_is_a_stop(start: Callable[..., sr.
     assert [evaluation.label for evaluation in result.evaluations] == ["untrained", "after RL"]
 
 
-def test_looking_at_a_folder_changes_nothing_there(tmp_path: Path) -> None:
+def test_checking_a_folder_changes_nothing(tmp_path: Path) -> None:
     with pytest.raises(sr.RunFolderError, match="holds no run"):
         sr.open_run(tmp_path / "no" / "such")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_an_event_loop_it_says_so(tmp_path: Path) -> None:
+def test_train_needs_an_event_loop(tmp_path: Path) -> None:
     with pytest.raises(sr.ConfigurationError, match="async function"):
         sr.train("atlas", tiny_world.make_search(tmp_path / "index"), out_dir=tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -47,7 +47,7 @@ def test_the_steps_sum_to_the_whole(steps: list[tuple[int, int]]) -> None:
     assert own.tokens == used + TokenUsage(trained=5)
 
 
-def test_no_step_begins_that_would_cross_the_limit() -> None:
+def test_no_step_starts_that_would_exceed_the_limit() -> None:
     used = [TokenUsage()]
     own = spending(10.0, a_step=4.0)
     own.count(lambda: used[0])
@@ -65,13 +65,13 @@ def test_no_step_begins_that_would_cross_the_limit() -> None:
     assert own.problem(TokenUsage()) is not None
 
 
-def test_a_first_step_that_is_expected_to_cross_it_does_not_begin() -> None:
+def test_a_first_step_estimated_above_the_limit_does_not_start() -> None:
     assert spending(3.0, a_step=4.0).problem(TokenUsage()) is not None
     assert spending(3.0, spent=3.0).problem(TokenUsage()) is not None
     assert spending(None, a_step=4.0).problem(TokenUsage()) is None
 
 
-def test_of_sessions_that_did_not_record_it_the_tokens_are_priced() -> None:
+def test_sessions_without_recorded_dollars_are_priced_by_tokens() -> None:
     assert spending(used=DOLLAR, spent=None).dollars == pytest.approx(1.0)
     unknown = Spending(Billing(reason="nobody knows"), spending().estimate)
     assert unknown.dollars is None
@@ -113,7 +113,7 @@ async def by_length(episode: sr.Episode) -> float:
 
 
 @pytest.mark.anyio
-async def test_a_run_ends_before_its_limit_and_goes_on_with_a_higher_one(start: Callable[..., sr.Run]) -> None:
+async def test_a_run_ends_before_its_limit_and_resumes_with_a_higher_one(start: Callable[..., sr.Run]) -> None:
     held_out = tiny_world.make_questions()[1][:4]
     settings: dict[str, Any] = {"held_out": held_out, "reward": by_length, "kl_coefficient": 0.01}
     events: list[Event] = []
@@ -157,7 +157,7 @@ async def test_a_run_ends_before_its_limit_and_goes_on_with_a_higher_one(start: 
 
 
 @pytest.mark.anyio
-async def test_the_cost_of_a_run_is_what_its_records_say(start: Callable[..., sr.Run]) -> None:
+async def test_a_runs_cost_matches_its_records(start: Callable[..., sr.Run]) -> None:
     run = start(steps=2, reward=by_length, kl_coefficient=0.01, drop_constant_groups=False)
     cost = (await run).cost
     assert cost is not None
@@ -182,7 +182,7 @@ def _episodes(run: sr.Run, step: int) -> list[sr.Episode]:
 
 
 @pytest.mark.anyio
-async def test_what_is_asked_of_a_run_belongs_to_its_cost_and_a_live_view_says_the_same(
+async def test_asked_questions_count_in_the_cost_and_the_live_view(
     start: Callable[..., sr.Run],
 ) -> None:
     state = RunState()
@@ -210,7 +210,7 @@ async def test_what_is_asked_of_a_run_belongs_to_its_cost_and_a_live_view_says_t
         ({"max_cost": 5.0, "price": sr.Price(1.0, 1.0)}, "only the price of sampling is known"),
     ],
 )
-async def test_a_limit_that_cannot_be_kept_is_refused_at_the_call(
+async def test_an_unenforceable_limit_is_refused_at_the_call(
     start: Callable[..., sr.Run], tmp_path: Path, settings: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(sr.ConfigurationError, match=message):

@@ -12,7 +12,7 @@ from tests import tiny_world
 pytestmark = pytest.mark.anyio
 
 
-async def test_no_two_passages_are_equally_near() -> None:
+async def test_no_two_passages_tie() -> None:
     """Whatever a baseline or half-trained model searches for: a question, its two words, or one of them."""
     facts = tiny_world.make_facts()
     queries = [f"{relation} of {place}?" for relation, place in facts]
@@ -28,7 +28,7 @@ async def test_no_two_passages_are_equally_near() -> None:
     assert (nearest_QP[:, 0] - nearest_QP[:, 1]).min() > 2e-6
 
 
-async def test_an_index_finds_the_same_whenever_it_is_opened(tmp_path: Path) -> None:
+async def test_reopening_an_index_gives_the_same_results(tmp_path: Path) -> None:
     train, _ = tiny_world.make_questions()
     questions = tuple(question.question for question in train)
     found: list[list[str]] = []

@@ -67,7 +67,7 @@ def prompts(trained: TrainedRun, episodes: Any) -> list[str]:
 
 
 @pytest.mark.anyio
-async def test_a_run_is_measured_played_and_asked_as_it_was_trained(trained: TrainedRun, tmp_path: Path) -> None:
+async def test_evaluate_rollout_and_ask_use_the_trained_settings(trained: TrainedRun, tmp_path: Path) -> None:
     search = bare_search(trained)
     systems = {"untrained": None, "trained": trained.folder}
     report = await measure(trained, search, systems=systems, out_dir=tmp_path / "e", temperature=0)
@@ -96,7 +96,7 @@ async def test_a_run_is_measured_played_and_asked_as_it_was_trained(trained: Tra
 
 
 @pytest.mark.anyio
-async def test_what_is_named_otherwise_is_used_and_said(trained: TrainedRun) -> None:
+async def test_given_settings_override_and_are_reported(trained: TrainedRun) -> None:
     changed = {"max_tokens": 7, "max_turns": 1, "instructions": "answer the question"}
     report = await measure(trained, bare_search(trained, n_results=2), **changed)
     episodes = report["trained"].episodes
@@ -121,7 +121,7 @@ async def test_what_is_named_otherwise_is_used_and_said(trained: TrainedRun) -> 
 
 
 @pytest.mark.anyio
-async def test_one_system_may_differ_and_another_corpus_is_said(trained: TrainedRun, tmp_path: Path) -> None:
+async def test_one_system_may_differ_and_another_corpus_is_reported(trained: TrainedRun, tmp_path: Path) -> None:
     other = tmp_path / "other.jsonl"
     other.write_text(trained.corpus.read_text() + json.dumps({"id": "x", "title": "", "text": "one more"}) + "\n")
     search = sr.Search.local(other, path=tmp_path / "index", embedder="hashed words")
@@ -141,9 +141,7 @@ async def test_one_system_may_differ_and_another_corpus_is_said(trained: Trained
 
 
 @pytest.mark.anyio
-async def test_an_evaluation_that_an_earlier_version_began_goes_on_as_it_was(
-    trained: TrainedRun, tmp_path: Path
-) -> None:
+async def test_an_evaluation_of_an_earlier_version_resumes_unchanged(trained: TrainedRun, tmp_path: Path) -> None:
     settings = {"max_tokens": 12, "max_turns": 2, "max_trajectory_tokens": 200, "format": "tags"}
     given = await measure(trained, bare_search(trained, n_results=3), out_dir=tmp_path / "e", **settings)
     manifest = json.loads((tmp_path / "e" / "manifest.json").read_text())
@@ -166,7 +164,7 @@ async def test_an_evaluation_that_an_earlier_version_began_goes_on_as_it_was(
     assert not any("search then answer" in prompt for prompt in prompts(trained, again["trained"].episodes))
 
 
-def test_the_command_measures_a_run_as_it_was_trained(
+def test_the_command_evaluates_a_run_as_trained(
     trained: TrainedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [{"id": q.id, "question": q.question, "golden_answers": list(q.golden_answers)} for q in HELD_OUT]
@@ -181,18 +179,18 @@ def test_the_command_measures_a_run_as_it_was_trained(
 
 
 @pytest.mark.anyio
-async def test_settings_that_do_not_fit_are_refused_at_the_call(trained: TrainedRun, tmp_path: Path) -> None:
+async def test_conflicting_settings_are_refused_at_the_call(trained: TrainedRun, tmp_path: Path) -> None:
     with pytest.raises(sr.ConfigurationError, match=r"max_trajectory_tokens \(128\) must be over max_tokens \(500\)"):
         await measure(trained, bare_search(trained), max_tokens=500, out_dir=tmp_path / "e")
     assert not (tmp_path / "e").exists()
 
 
-def test_weights_of_no_run_have_the_defaults_of_the_recipe() -> None:
+def test_weights_without_a_run_use_the_recipes_defaults() -> None:
     weights = find_weights("tinker://run/sampler_weights/step-000001")
     assert weights.episodes(EpisodeChoice(max_turns=3), None).completed_by(RECIPE).limits == EpisodeLimits(max_turns=3)
 
 
-def test_what_an_old_folder_does_not_hold_has_the_defaults_and_is_named() -> None:
+def test_missing_settings_of_an_old_folder_default_and_are_named() -> None:
     old = TrainedPlay.of({"format": "tags", "limits": {"max_turns": 3, "max_tokens": 28}, "thinking": None}, None)
     assert asdict(old.episodes.limits) == asdict(EpisodeLimits(max_turns=3, max_tokens=28))
     assert set(old.unrecorded) == {

@@ -51,7 +51,7 @@ async def logprobs_of(checkpoint: str | None, tokens: Sequence[int]) -> list[flo
         await service.close("success")
 
 
-async def test_streaming_in_minibatches_gives_the_weights_of_one_batch(
+async def test_streamed_minibatches_give_the_same_weights_as_one_batch(
     start: Callable[..., sr.Run], tmp_path: Path
 ) -> None:
     """The same seeded episodes, sent whole or in parts as they finish, sum to the same gradient.
@@ -93,9 +93,7 @@ class FallibleEmbedder(tiny_world.HashingEmbedder):
         return await super().embed_queries(texts)
 
 
-async def test_a_search_that_stays_down_stops_the_run_and_is_no_answer(
-    start: Callable[..., sr.Run], tmp_path: Path
-) -> None:
+async def test_a_failed_search_stops_the_run(start: Callable[..., sr.Run], tmp_path: Path) -> None:
     embedder = FallibleEmbedder()
     pacing = sr.PacingSettings(max_outage=0.5, first_pause=0.02, longest_pause=0.1)
     # Without a cache: after one step every query of this small world has been asked.
@@ -152,7 +150,7 @@ def full_disk(*args: object, **kwargs: object) -> None:
 
 
 @pytest.mark.parametrize("where", ["resume point", "records"])
-async def test_a_full_disk_is_said_and_the_run_goes_on_from_its_last_whole_step(
+async def test_a_full_disk_is_reported_and_the_run_resumes(
     start: Callable[..., sr.Run], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, where: str
 ) -> None:
     target = (checkpoints, "write_atomically") if where == "resume point" else (RunRecords, "write_step")
@@ -173,7 +171,7 @@ async def test_a_full_disk_is_said_and_the_run_goes_on_from_its_last_whole_step(
     assert run.metrics["step"].to_list() == [1, 2, 3]
 
 
-async def test_a_reward_that_fails_ends_the_run_by_its_name(start: Callable[..., sr.Run]) -> None:
+async def test_a_failing_reward_ends_the_run_with_its_name(start: Callable[..., sr.Run]) -> None:
     async def reward(episode: sr.Episode) -> float:
         raise KeyError("missing")
 
@@ -181,7 +179,7 @@ async def test_a_reward_that_fails_ends_the_run_by_its_name(start: Callable[...,
         await start(reward=reward)
 
 
-async def test_a_start_that_failed_does_not_stand_in_the_way(start: Callable[..., sr.Run], tmp_path: Path) -> None:
+async def test_a_failed_start_does_not_block_the_next(start: Callable[..., sr.Run], tmp_path: Path) -> None:
     """Neither its resume point of step 0 nor its settings, questions or tokenizer: nothing would be lost with them."""
 
     def broken(episode: sr.Episode) -> float:
@@ -206,7 +204,7 @@ async def test_a_start_that_failed_does_not_stand_in_the_way(start: Callable[...
         start()
 
 
-async def test_a_warm_up_that_was_stopped_goes_on_where_it_stood(start: Callable[..., sr.Run], tmp_path: Path) -> None:
+async def test_a_stopped_warm_up_resumes(start: Callable[..., sr.Run], tmp_path: Path) -> None:
     learned: dict[str, int] = {"stopped": 0, "whole": 0}
     settings: dict[str, Any] = {"held_out": tiny_world.make_questions()[1][:2], "steps": 1, "resume": True}
     settings["warm_up"] = sr.WarmUp(steps=4, batch_size=4, learning_rate=4e-3)
