@@ -142,7 +142,7 @@ def train(
         start_from: weights to start from, with a new optimizer: another run's folder (its last kept weights, or
             ``"runs/first@best"`` or ``"runs/first@40"`` for a step), a ``tinker://RUN/weights/NAME`` path or, on the embedded
             service, a PEFT adapter's folder. They set the rank and, without ``model``, the base model. The KL penalty still is
-            towards the base model. A resume does not need it, and accepts only the same value.
+            towards the base model. A resume must pass the same value, but the weights need not exist any more.
         held_out: questions to evaluate on: untrained, after the warm-up and after reinforcement learning. None of them may be
             in ``questions``.
         held_out_samples: episodes per held-out question.

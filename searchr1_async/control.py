@@ -147,19 +147,19 @@ class RunControl:
         finally:
             self._holds.remove(hold)
 
-    def _hold(self, reason: str, is_held: bool) -> None:
+    def _hold(self, reason: str, is_active: bool) -> None:
         """Adds or removes a reason to pause; the run continues when none is left."""
-        was_held = bool(self._pause_reasons)
-        self._pause_reasons = self._pause_reasons | {reason} if is_held else self._pause_reasons - {reason}
-        if bool(self._pause_reasons) == was_held:
+        was_paused = bool(self._pause_reasons)
+        self._pause_reasons = self._pause_reasons | {reason} if is_active else self._pause_reasons - {reason}
+        if bool(self._pause_reasons) == was_paused:
             return
-        if is_held:
+        if is_active:
             self._resumed, self._paused_at = anyio.Event(), anyio.current_time()
         else:
             self._paused_seconds += anyio.current_time() - self._paused_at
             self._resumed.set()
         for hold in self._holds:
-            hold(is_held)
+            hold(is_active)
 
     @property
     def waits_for_service(self) -> bool:

@@ -106,15 +106,15 @@ async def only_one(path: Path, work: str) -> AsyncIterator[None]:
         work: what another process may be doing, for the log: ``"builds the index in …"``.
     """
     lock = FileLock(path.with_name(f"{path.name}.lock"), thread_local=False)
-    told = False
+    logged = False
     while True:
         try:
             lock.acquire(timeout=0)
             break
         except Timeout:
-            if not told:
+            if not logged:
                 logger.info("another process %s: waiting for it", work)
-                told = True
+                logged = True
             await anyio.sleep(0.25)
     try:
         yield

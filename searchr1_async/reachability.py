@@ -108,7 +108,7 @@ class ServiceWatch:
         self.deadlines = PausableDeadlines()
         """Paused during an outage."""
         self._holds: list[Callable[[bool], None]] = [self.deadlines.pause]
-        self._told: tuple[int, int] | None = None
+        self._last_counts: tuple[int, int] | None = None
         self._answers = 0
 
     @property
@@ -121,8 +121,11 @@ class ServiceWatch:
 
         def hear(event: Event) -> None:
             if isinstance(event, RolloutSampled):
-                told = (event.sampled_tokens, event.finished_episodes)
-                is_answer, self._told = self._told is not None and told[0] != self._told[0], told
+                counts = (event.sampled_tokens, event.finished_episodes)
+                is_answer, self._last_counts = (
+                    self._last_counts is not None and counts[0] != self._last_counts[0],
+                    counts,
+                )
             else:
                 is_answer = isinstance(event, MinibatchLearned | WeightsPublished | StepFinished)
             self._answers += is_answer  # may be called outside any task; the watching task acts on it
