@@ -180,7 +180,6 @@ class RunControl:
         """Until :meth:`now` reaches ``deadline``."""
         while (left := deadline - self.now()) > 0:
             await self.wait_while_paused()
-            await anyio.sleep(left)  # a pause that begins meanwhile puts the deadline off
             await anyio.sleep(left)  # a pause meanwhile extends the deadline
 
     # --- asking -------------------------------------------------------------------------------------------------------

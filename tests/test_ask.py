@@ -138,7 +138,7 @@ async def test_a_run_without_a_described_search_says_what_to_pass(trained: Train
             "gives other answers .* pass search=",
         ),
         (text.replace(str(trained.corpus), "/gone.jsonl"), sr.CorpusError, "pass search="),
-        ("{", sr.RunFolderError, "cannot be read: .* Pass search="),
+        ("{", sr.RunFolderError, "cannot read .* Pass search="),
     ):
         (copy / "search.json").unlink(missing_ok=True)
         if content is not None:

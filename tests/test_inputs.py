@@ -136,7 +136,7 @@ def test_plain_values_of_a_reward_count_and_objects_do_not(then: Any, same: Any,
 
 def test_changes_of_recipe_reward_and_questions_are_named() -> None:
     then = record()
-    assert changed_inputs(then, record(sr.RecipeReward(0.5))) == ["format_coefficient is 0.5, and was 0.1"]
+    assert changed_inputs(then, record(sr.RecipeReward(0.5))) == ["format_coefficient is 0.5, was 0.1"]
     assert changed_inputs(then, record(Weighted(1.0))) == ["the reward is Weighted, was RecipeReward"]
     answers = [replace(QUESTIONS[0], golden_answers=("A",)), QUESTIONS[1]]
     assert changed_inputs(then, record(questions=answers)) == ["the golden answers of the training questions changed"]
@@ -199,12 +199,10 @@ async def test_a_resume_reports_changes_and_refuses_other_held_out_answers(
 
     await train(1)
     await train(2, format_coefficient=0.5)
-    assert changes() == ["format_coefficient is 0.5, and was 0.1"]
+    assert changes() == ["format_coefficient is 0.5, was 0.1"]
     answers = [replace(questions[0], golden_answers=("falux",)), *questions[1:]]
     await train(3, reward=always, questions=answers)
-    assert changes() == [
-        "the reward is always, and was RecipeReward; the golden answers of the training questions changed"
-    ]
+    assert changes() == ["the reward is always, was RecipeReward; the golden answers of the training questions changed"]
     await train(4, reward=always, questions=answers)
     assert changes() == [], "as the session before"
 

@@ -54,7 +54,7 @@ def test_a_recorded_cost_cites_the_price_table_only_if_it_matches(tmp_path: Path
                 (folder / "evaluations").mkdir(),
                 (folder / "evaluations" / "0000-untrained.parquet").touch(),
             ],
-            "measurements",
+            "evaluations",
         ),
     ],
 )

@@ -117,7 +117,7 @@ async def test_given_settings_override_and_are_reported(trained: TrainedRun) -> 
     events: list[Any] = []
     await sr.rollout(HELD_OUT[:1], bare_search(trained), checkpoint=trained.folder, max_tokens=7, emit=events.append, group_size=1, **quiet())  # fmt: skip
     told = [event.text for event in events if type(event).__name__ == "Notice"]
-    assert f"the weights of {trained.folder} are played with max_tokens 7 (trained with 11)" in told
+    assert f"the weights of {trained.folder} are rolled out with max_tokens 7 (trained with 11)" in told
 
 
 @pytest.mark.anyio
