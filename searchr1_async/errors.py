@@ -5,7 +5,7 @@
     SearchR1Error
     ├── ConfigurationError         bad input, refused before any work starts (also a ValueError)
     │   ├── QuestionsError         a question suite that cannot be used
-    ├── ConfigurationError         bad input, refused before any work starts (also a ValueError)
+    │   ├── CorpusError            a corpus that cannot be used
     │   ├── ModelError             an unknown model, tokenizer or tool-call format
     │   └── RunFolderError         a run folder in use, or of another run
     ├── ServiceError               the Tinker service, embedded or remote

@@ -133,7 +133,7 @@ async def test_a_run_waits_out_an_outage(world: World) -> None:
 async def test_a_long_outage_ends_the_run_with_its_resume_point(world: World) -> None:
     world.switch_after(1, "fail")
     with pytest.raises(
-        sr.ServiceUnavailableError, match=r"has been down for .*bring it back and resume.*max_service_outage"
+        sr.ServiceUnavailableError, match=r"has been down for .*restore it and resume.*max_service_outage"
     ):
         await world.train(max_service_outage=1.0)
     assert sr.open_run(world.folder / "run").metrics["step"].max() >= 1

@@ -60,7 +60,7 @@ def test_no_step_starts_that_would_exceed_the_limit() -> None:
     assert own.problem(DOLLAR + DOLLAR + DOLLAR) is None
     problem = own.problem(DOLLAR + DOLLAR + DOLLAR + DOLLAR)
     assert problem is not None
-    assert "$4.00 of $10.00 are spent" in problem
+    assert "$4.00 of $10.00 spent" in problem
     used[0] = TokenUsage(prompt=7_001)
     assert own.problem(TokenUsage()) is not None
 
