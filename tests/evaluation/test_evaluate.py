@@ -330,7 +330,7 @@ async def test_what_the_service_does_not_have_is_refused_before_any_folder_is_ma
         (ConfigurationError, "does not offer", {"judge": Judge(model=str(tmp_path / "no-model"))}),
         (sr.SearchR1Error, "opening tinker://", {"judge": Judge(checkpoint="tinker://gone/sampler_weights/1")}),
         (ConfigurationError, "was trained from", {"systems": {"x": System(run, model="another")}}),
-        (ConfigurationError, "could not play a turn", {"baselines": ["rag"]}),
+        (ConfigurationError, "has no room for a turn", {"baselines": ["rag"]}),
     ]
     for kind, named, changes in bad:
         with pytest.raises(kind, match=named):
