@@ -167,7 +167,7 @@ async def test_numbers_of_numpy_and_torch_are_numbers(
             r"search is 'atlas' \(str\): give a Search, such as Search.local\('atlas'\) or await Search.open",
         ),
         ({"search": None}, "search is None: give a Search"),
-        ({"reward": sr.RecipeReward}, r"reward is the class RecipeReward: give an object of it, RecipeReward\(\)"),
+        ({"reward": sr.RecipeReward}, r"reward is the class RecipeReward: give an instance, RecipeReward\(\)"),
         ({"reward": lambda episode, answer: 1.0}, "reward cannot be called with one argument, the episode"),
         ({"learning_rate": "1e-4"}, r"learning_rate is '1e-4' \(str\): give a number"),
         ({"group_size": 8.0}, r"group_size is 8.0 \(float\): give a whole number"),

@@ -192,7 +192,7 @@ async def test_a_failed_search_is_an_error_and_no_answer(
 async def test_a_service_that_is_away_is_an_error(trained: TrainedRun) -> None:
     with pytest.raises(sr.ServiceUnavailableError, match=r"127\.0\.0\.1:9"):
         await sr.ask("river of mirin?", checkpoint=trained.folder, service="http://127.0.0.1:9")
-    with pytest.raises(sr.ServiceError, match="not answered: the Tinker service gave no sample within"):
+    with pytest.raises(sr.ServiceError, match="not answered: the Tinker service returned no sample within"):
         await sr.ask("river of mirin?", checkpoint=trained.folder, service=url(), sampling_deadline=1e-6)
 
 

@@ -200,7 +200,7 @@ async def test_what_gives_a_coroutine_is_awaited() -> None:
     [
         (None, "reward is None: give a function"),
         ("exact_match", r"reward is 'exact_match' \(str\): give a function"),
-        (RecipeReward, r"give an object of it, RecipeReward\(\)"),
+        (RecipeReward, r"give an instance, RecipeReward\(\)"),
         (lambda: 1.0, "with one argument, the episode"),
         (lambda episode, answer: 1.0, "with one argument, the episode"),
     ],

@@ -126,8 +126,8 @@ def test_another_attempt_in_the_folder_is_forgotten(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"{", "no list of checkpoints"),
-        (json.dumps({"format": 1, "checkpoints": [{"step": 1}]}).encode(), "no list of checkpoints"),
+        (b"{", "not a list of checkpoints"),
+        (json.dumps({"format": 1, "checkpoints": [{"step": 1}]}).encode(), "not a list of checkpoints"),
         (json.dumps({"format": 2, "checkpoints": []}).encode(), "another version"),
     ],
 )

@@ -212,7 +212,7 @@ async def test_a_batch_with_nothing_to_learn_from_leaves_the_weights_and_says_so
     assert finished.state_path.startswith("tinker://")
     assert finished.sampler_path is not None
     assert [event.text for event in events if isinstance(event, Notice)] == [
-        "step 3: no group to learn from, so the weights stay as they are"
+        "step 3: no group to learn from, so the weights do not change"
     ]
     start = await (await learner.finish_step(0, 4, "start", keep=False)).finished()
     assert start.sampler_path is None
@@ -256,9 +256,9 @@ async def test_a_refused_minibatch_surfaces_at_the_end_and_before_its_weights_ar
     await learner.submit(world.groups, 1)
     await learner.wait_idle()
     in_progress = await learner.finish_step(1, 4, "refused", keep=False)
-    with pytest.raises(ServiceError, match=r"an optimiser step failed at the Tinker service: .*'beta'"):
+    with pytest.raises(ServiceError, match=r"an optimizer step failed at the Tinker service: .*'beta'"):
         await in_progress.published()
-    with pytest.raises(ServiceError, match=r"an optimiser step failed at the Tinker service: .*'beta'"):
+    with pytest.raises(ServiceError, match=r"an optimizer step failed at the Tinker service: .*'beta'"):
         await in_progress.finished()
 
 
