@@ -41,10 +41,8 @@ def without_tool(
 
 
 def tagged(answer: str) -> str:
-    """An answer in the ``tags`` format."""
     return f"<answer>{answer}</answer>"
 
 
 def prefixed(answer: str) -> str:
-    """An answer in the ``hermes`` format."""
     return f"Answer: {answer}"

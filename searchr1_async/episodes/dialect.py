@@ -199,7 +199,6 @@ def read_tags(content: str) -> Reading:
 
 
 def _tagged_answer(content: str) -> str | None:
-    """Content of the last closed answer tag."""
     end = content.rfind("</answer>")
     start = content.rfind("<answer>", 0, max(end, 0))
     return content[start + len("<answer>") : end].strip() or None if start >= 0 else None

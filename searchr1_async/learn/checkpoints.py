@@ -47,14 +47,12 @@ class ResumePoint:
     state_path: str
     """``tinker://`` path of the weights and optimizer state."""
     order_fingerprint: str
-    """Fingerprint of the question order."""
     base_model: str
     open_places: tuple[int, ...] = ()
     """Places that were started but are in no recorded step yet: running, or finished and stored in ``unlearned/``."""
     sampler_path: str | None = None
     """``tinker://`` path of the newest sampling weights."""
     sampler_step: int | None = None
-    """Step of ``sampler_path``."""
     seconds: float = 0.0
     """Seconds of reinforcement learning so far, over all sessions."""
     tokens: TokenUsage = field(default_factory=TokenUsage)
@@ -162,7 +160,6 @@ class ResumePoint:
 
 
 def _rename_old_settings(settings: dict[str, Any]) -> None:
-    """Renames settings of earlier versions."""
     pipeline = settings.get("pipeline")
     if isinstance(pipeline, dict) and "switch_weights_in_flight" in pipeline:
         pipeline["weights_in_flight"] = "inflight" if pipeline.pop("switch_weights_in_flight") else "snapshot"
@@ -275,7 +272,6 @@ class CheckpointList:
 
     @property
     def checkpoints(self) -> tuple[KeptCheckpoint, ...]:
-        """Sorted by step."""
         with self._lock:
             return tuple(self._kept[step] for step in sorted(self._kept))
 

@@ -48,8 +48,6 @@ class FinishedStep:
 
 @dataclass(frozen=True, slots=True)
 class _Example:
-    """One episode as a training datum."""
-
     datum: tinker_types.Datum
     episode: Episode
     kl_base: float
@@ -58,8 +56,6 @@ class _Example:
 
 @dataclass(frozen=True, slots=True)
 class _Submitted:
-    """Examples submitted in one request."""
-
     future: tinker.APIFuture[tinker_types.ForwardBackwardOutput]
     examples: list[_Example]
     has_penalty: bool
@@ -179,7 +175,6 @@ class Learner:
         self._kind: WeightsInFlight = weights_in_flight
         self._calls = TrainingCalls(settings.training_deadline)
         self.loss: LossName = loss or settings.loss or "importance_sampling"
-        """The loss requested from the service."""
         self.when_learned: Callable[[], None] = lambda: None
         """Called when the trainer finishes a minibatch."""
         self.usage = TokenUsage()
@@ -394,7 +389,6 @@ def _assemble(
     settings: LearningSettings,
     loss: LossName,
 ) -> list[_Example]:
-    """A group's training examples."""
     differences = [
         sampled_logprobs(episode) - logprobs_A
         for episode, logprobs_A in zip(group.episodes, base or (), strict=base is not None)

@@ -92,8 +92,8 @@ class MinibatchGatherer:
         if self._synchronous:
             return []
         # Rounds to the nearest group: half a group short is as good as half a group over.
-        half_a_group = self._part_tokens / self._part_groups / 2
-        if self._waiting_tokens() <= self._share() - half_a_group:
+        half_group = self._part_tokens / self._part_groups / 2
+        if self._waiting_tokens() <= self._share() - half_group:
             return []
         self._sent_full += 1
         return [self._send()]
@@ -136,7 +136,6 @@ class MinibatchGatherer:
         return self._part_tokens - self._sent_tokens
 
     def _expected(self) -> float:
-        """Expected tokens of this part."""
         if self._prior is None:
             return self._groups_per_part * self._part_tokens / max(1, self._part_groups)
         out = max(0.0, self._groups_per_part - self._part_groups)

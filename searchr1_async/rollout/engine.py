@@ -54,7 +54,6 @@ class GroupUnderWay:
     members: dict[int, Episode] = field(default_factory=dict)
     """Finished episodes by member number."""
     cut_reason: str | None = None
-    """Why it was cut short, if it was."""
     scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
     on_finished: Callable[[int, Episode], None] | None = None
     """Called with the member number and scored episode as each member finishes; must not block."""
@@ -115,7 +114,7 @@ class RolloutEngine:
     """Rollout metrics (``rollout/…``, ``loop/…``) since the last call."""
     tally: PlayTally = field(default_factory=PlayTally)
     usage: Callable[[], TokenUsage] = field(default=TokenUsage)
-    """Tokens used since the engine was opened, evaluations included. Worker counts are up to a second old, and exact once the
+    """Tokens used since the engine was opened, evaluations included. Worker counts lag by up to a second, and exact once the
     workers are idle."""
 
     async def play_groups(self, groups: Iterable[GroupToPlay]) -> None:
@@ -152,7 +151,6 @@ class RolloutEngine:
         return max(1, self.sampling.max_episodes_in_flight // self.group_size)
 
     def failure_budget(self, groups: int) -> FailureBudget:
-        """Failure budget for this many groups."""
         return FailureBudget(groups * self.group_size, self.max_failed_fraction)
 
     def task(

@@ -35,7 +35,6 @@ class GateStatistics:
     limit: int
     """Current maximum of samples in flight."""
     cause: Cause
-    """Why no more are in flight."""
     saturated_seconds: float
     """How long this process has been saturated without a break; 0 if it is not."""
     samples: int
@@ -56,7 +55,6 @@ class GateStatistics:
     split_groups: int
     """Those of ``groups`` that were sent as one request per member."""
     is_paused: bool
-    """Admission is stopped."""
 
     @property
     def usage(self) -> TokenUsage:
@@ -204,7 +202,6 @@ class SampleGate:
 
     @property
     def statistics(self) -> GateStatistics:
-        """Current state and totals."""
         now, limit, sharing = self._clock(), self._limit, self._sharing
         return GateStatistics(
             in_flight=limit.in_flight,

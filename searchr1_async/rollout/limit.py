@@ -122,18 +122,11 @@ class SampleLimit:
 
     @property
     def in_flight(self) -> int:
-        """Samples in flight."""
         return self._in_flight
 
     @property
     def requests(self) -> int:
-        """Requests in flight."""
         return self._requests
-
-    @property
-    def round_trip(self) -> float | None:
-        """Exponential moving average of seconds per request; None before the first answer."""
-        return self._round_trip
 
     @property
     def is_saturated(self) -> bool:
@@ -179,8 +172,8 @@ class SampleLimit:
         seconds = max(now - flight.began, 1e-6)
         self._round_trip = seconds if self._round_trip is None else self._round_trip + (seconds - self._round_trip) / 64
         # Time spent waiting in this process or throttled in the SDK says nothing about the service.
-        was_held_here = self.is_saturated or self._relieved_at > flight.began
-        if not was_held_here and self._pushed_back_at + QUIET_SECONDS < flight.began:
+        waited_here = self.is_saturated or self._relieved_at > flight.began
+        if not waited_here and self._pushed_back_at + QUIET_SECONDS < flight.began:
             curve = self._single if flight.samples == 1 else self._shared
             curve.add(flight.in_flight, seconds)
         if is_short and self._may_grow(now):

@@ -46,7 +46,6 @@ class QuestionOrder:
         return digest.hexdigest()[:16]
 
     def question(self, place: int) -> Question:
-        """The question at a place."""
         epoch, offset = divmod(place, len(self._questions))
         return self._shuffled(epoch)[offset]
 

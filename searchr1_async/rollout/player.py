@@ -102,7 +102,6 @@ class LocalPlayer:
         self._deadlines.pause(is_paused)
 
     async def play(self, task: GroupTask, policy: GroupPolicy, finished: Finished) -> None:
-        """See :class:`GroupPlayer`."""
         began, held = time.monotonic(), self._deadlines.held
         self._gate.watch(getattr(policy, "client", None))
         prompt: tuple[int, ...] = ()
@@ -120,7 +119,7 @@ class LocalPlayer:
         except (ServiceError, SearchError, TimeoutError) as fault:
             if isinstance(fault, SearchError) and fault.is_fatal:
                 raise
-            await self._none_began(task, prompt, given, fault, time.monotonic() - began, finished)
+            await self._fail_all(task, prompt, given, fault, time.monotonic() - began, finished)
             return
 
         began += self._deadlines.held - held  # pauses do not count towards the time limit
@@ -182,7 +181,7 @@ class LocalPlayer:
             return self._gate.is_sharing_worth_it(len(task.members))
         return self._first_turn == "shared"
 
-    async def _none_began(
+    async def _fail_all(
         self,
         task: GroupTask,
         prompt: tuple[int, ...],

@@ -40,7 +40,6 @@ class PulseReading:
     """Cores used, over all threads of the process."""
 
     def metrics(self) -> dict[str, float]:
-        """By metric name."""
         return {"loop/lag_p99": self.lag_p99, "loop/lag_max": self.lag_max, "loop/cpu": self.cpu}
 
 

@@ -25,7 +25,6 @@ class PushBackProbe:
         self._holders: dict[int, tuple[weakref.ref[Any], Any]] = {}
         """By identity: the holder and its last seen back-off time."""
         # The SDK reports queue states on its own thread.
-        # The SDK tells of its queue on its own thread.
         self._paused = threading.Event()
 
     def watch(self, client: Any) -> None:

@@ -27,7 +27,6 @@ class Attempt:
         self.left = dict.fromkeys(task.members)
         """Unfinished members, in order."""
         self.is_lost = False
-        """The worker died."""
         self._search = search
         self._finished = finished
         self._tasks = tasks
@@ -46,7 +45,6 @@ class Attempt:
             raise RuntimeError(f"a rollout worker failed: {self._failure or 'a member is missing'}")
 
     def lose(self) -> None:
-        """Marks the worker as gone."""
         self.is_lost = True
         self._over.set()
 
@@ -57,12 +55,12 @@ class Attempt:
                 self._tasks.start_soon(self._answer, message, reply)
             case Played() if message.member in self.left:
                 del self.left[message.member]
-                self._tasks.start_soon(self._hand_on, message.member, self._unpacker.unpack(message))
+                self._tasks.start_soon(self._deliver, message.member, self._unpacker.unpack(message))
             case Ended():
                 self._failure = message.failure
                 self._over.set()
 
-    async def _hand_on(self, member: int, episode: Episode) -> None:
+    async def _deliver(self, member: int, episode: Episode) -> None:
         await self._finished(member, episode)
 
     async def _answer(self, asked: SearchAsked, reply: Reply) -> None:

@@ -124,7 +124,6 @@ class Channel(Generic[Sent, Received]):
         self._writer.close()
 
     async def aclose(self) -> None:
-        """Closes and waits for completion."""
         self._writer.close()
         with contextlib.suppress(OSError):
             await self._writer.wait_closed()

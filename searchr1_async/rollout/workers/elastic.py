@@ -108,7 +108,6 @@ class ElasticPlayer:
 
     @property
     def gates(self) -> list[GateStatistics]:
-        """Gate statistics of the workers."""
         return self._pool.gates
 
     @property

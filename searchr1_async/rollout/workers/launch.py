@@ -27,8 +27,6 @@ STOP_SECONDS = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Launched:
-    """A running worker."""
-
     process: Process
     channel: Channel[ToWorker, FromWorker]
 

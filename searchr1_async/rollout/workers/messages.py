@@ -29,11 +29,8 @@ class WorkerSpec:
     instructions: str | None = None
     first_turn: FirstTurn = "auto"
     samples: LimitSettings = field(default_factory=LimitSettings)
-    """Bounds of a worker's samples in flight."""
     method: Method = "search"
-    """Prompting method."""
     thinking: Thinking = None
-    """Thinking mode of the model."""
 
 
 # -- from the pool --------------------------------------------------------------------------------------------------------

@@ -24,7 +24,6 @@ class Packer:
     """By ``id``; keeping the passages keeps the ids unique."""
 
     def learn(self, search: int, results: Results) -> None:
-        """Records results that the pool has."""
         for place, passages in enumerate(results):
             if passages:  # the empty tuple is a shared object
                 self._known[id(passages)] = ((search, place), passages)

@@ -31,7 +31,7 @@ class PolicyBook:
     describe: Callable[[Sendable], Sampler] = sampler_of
     _shared: dict[int, Shared] = field(default_factory=dict)
     """By ``id`` of the policy, oldest first."""
-    _told: dict[int, set[int]] = field(default_factory=dict)
+    _sent: dict[int, set[int]] = field(default_factory=dict)
     """Per worker, the numbers of its policies."""
     _numbers: int = 0
 
@@ -62,20 +62,20 @@ class PolicyBook:
             del self._shared[id(other.policy)]
         dropped = {other.number for other in unused}
         messages: dict[int, list[DropPolicy]] = {}
-        for worker, told in self._told.items():
-            if gone := told & dropped:
-                told -= gone
+        for worker, sent in self._sent.items():
+            if gone := sent & dropped:
+                sent -= gone
                 messages[worker] = [DropPolicy(number) for number in sorted(gone)]
         return messages
 
     def introduce(self, worker: int, shared: Shared) -> list[HoldPolicy]:
         """Messages that a worker needs before it uses the policy."""
-        told = self._told.setdefault(worker, set())
-        if shared.number in told:
+        sent = self._sent.setdefault(worker, set())
+        if shared.number in sent:
             return []
-        told.add(shared.number)
+        sent.add(shared.number)
         return [HoldPolicy(shared.number, shared.sampler)]
 
     def forget(self, worker: int) -> None:
         """Forgets a worker that is gone."""
-        self._told.pop(worker, None)
+        self._sent.pop(worker, None)

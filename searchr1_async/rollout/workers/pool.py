@@ -52,8 +52,6 @@ SEED_OFFSET = 1_000_003
 
 @dataclass(eq=False, slots=True)
 class Worker:
-    """A running worker."""
-
     number: int
     launched: Launched
     attempts: dict[int, Attempt] = field(default_factory=dict)
@@ -79,8 +77,6 @@ class WorkerStatistics:
 
 @dataclass(frozen=True, slots=True)
 class PoolStatistics:
-    """State of a pool."""
-
     workers: tuple[WorkerStatistics, ...]
     deaths: int
     """Total workers that died."""
@@ -198,7 +194,7 @@ class WorkerPool:
             self._workers[worker.number] = worker
             if self._is_paused:
                 worker.launched.channel.post(Pause(True))
-            self._tell_change()
+            self._notify_change()
             lost = 0
             try:
                 await self._listen(worker)
@@ -241,9 +237,9 @@ class WorkerPool:
 
     def _fail(self, error: ServiceError) -> None:
         self._failure = self._failure or error
-        self._tell_change()
+        self._notify_change()
 
-    def _tell_change(self) -> None:
+    def _notify_change(self) -> None:
         self._changed.set()
         self._changed = anyio.Event()
 

@@ -148,7 +148,7 @@ class Worker:
                 case Pause(is_paused):
                     self._player.pause(is_paused)
                 case HoldPolicy() as hold:
-                    await self._hold(hold)
+                    await self._open_policy(hold)
                 case DropPolicy(policy):
                     self._policies.pop(policy, None)
                 case Stop():
@@ -160,12 +160,12 @@ class Worker:
         """Records the process's load and reports it to the pool."""
         self.gate.client_is(pulse)
         self._pulse = pulse
-        self._tell_load()
+        self._post_load()
 
-    def _tell_load(self) -> None:
+    def _post_load(self) -> None:
         self.channel.post(Load(time.process_time(), self._pulse, self.gate.statistics))
 
-    async def _hold(self, hold: HoldPolicy) -> None:
+    async def _open_policy(self, hold: HoldPolicy) -> None:
         try:
             # Before the next messages, which use the policy. Takes milliseconds.
             client = await anyio.to_thread.run_sync(self._clients.open, hold.sampler)
@@ -195,7 +195,7 @@ class Worker:
                 except Exception as error:
                     failure = place_of(error)
             if len(self._scopes) == 1:
-                self._tell_load()  # the worker is idle next: report its usage without delay
+                self._post_load()  # the worker is idle next: report its usage without delay
             if not scope.cancelled_caught:
                 self.channel.post(Ended(play.group, failure))
         finally:
