@@ -167,7 +167,7 @@ async def test_numpy_and_torch_numbers_are_accepted(
             r"search is 'atlas' \(str\): pass a Search, such as Search.local\('atlas'\) or await Search.open",
         ),
         ({"search": None}, "search is None: pass a Search"),
-        ({"reward": sr.RecipeReward}, r"reward is the class RecipeReward: give an object of it, RecipeReward\(\)"),
+        ({"reward": sr.RecipeReward}, r"reward is the class RecipeReward: give an instance, RecipeReward\(\)"),
         ({"reward": lambda episode, answer: 1.0}, "reward cannot be called with one argument, the episode"),
         ({"learning_rate": "1e-4"}, r"learning_rate is '1e-4' \(str\): expected a number"),
         ({"group_size": 8.0}, r"group_size is 8.0 \(float\): expected an integer"),

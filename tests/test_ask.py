@@ -190,7 +190,7 @@ async def test_a_failed_search_raises(trained: TrainedRun, tmp_path: Path, kind:
 async def test_an_unavailable_service_raises(trained: TrainedRun) -> None:
     with pytest.raises(sr.ServiceUnavailableError, match=r"127\.0\.0\.1:9"):
         await sr.ask("river of mirin?", checkpoint=trained.folder, service="http://127.0.0.1:9")
-    with pytest.raises(sr.ServiceError, match="not answered: the Tinker service gave no sample within"):
+    with pytest.raises(sr.ServiceError, match="not answered: the Tinker service returned no sample within"):
         await sr.ask("river of mirin?", checkpoint=trained.folder, service=url(), sampling_deadline=1e-6)
 
 
