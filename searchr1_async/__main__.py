@@ -15,8 +15,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs a command.
 
     Returns:
-        The exit status: 0 done, 1 failed with a message, 130 stopped by Ctrl-C, 143 by SIGTERM. Output that nobody reads
-        any more (``| head``) changes nothing.
+        Exit status: 0 success, 1 failure with a message, 130 after Ctrl-C, 143 after SIGTERM. A closed output pipe
+        (``| head``) is ignored.
     """
     with standard_streams():
         options = _parser().parse_args(arguments)

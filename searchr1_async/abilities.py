@@ -1,7 +1,7 @@
-"""What a run asks of a Tinker service beyond the plain: found out before work starts, refused by name where it is missing.
+"""Checks optional abilities of a Tinker service before work starts: losses, in-flight weights, prompt log-probabilities.
 
-The embedded service is known to have all of it. Others are asked by trying, Tinker's cloud too, where an account may lack what
-is new there: what is tried leaves the weights, the gradients and the optimiser as they are. Nothing is tried for a plain run.
+The embedded service has them all. Others, Tinker's cloud included, are probed, without changing weights, gradients or optimiser.
+A plain run probes nothing.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from searchr1_async.learn.checkpoints import ResumePoint
 from searchr1_async.learn.examples import to_datum
 from searchr1_async.learn.learner import FALLBACK_LOSS
 
-TRY_SECONDS = 300.0
-"""For each thing that is tried."""
+PROBE_SECONDS = 300.0
+"""Seconds per probe."""
 _PROMPT = (0, 1)
-"""Ids that are in every vocabulary."""
+"""Token ids that every vocabulary has."""
 _REFUSING = (400, 404, 405, 422, 501)
-"""HTTP statuses that say that a service does not do this, not that it cannot do it just now."""
+"""HTTP statuses that mean the service does not support a request, not that it failed just now."""
 
 
 def preferred_losses(learning: LearningSettings, pipeline: PipelineSettings) -> tuple[LossName, ...]:
-    """The losses that a run may learn with, best first; see :attr:`LearningSettings.loss`."""
+    """The acceptable losses of a run, best first; see :attr:`LearningSettings.loss`."""
     if learning.loss is not None:
         return (learning.loss,)
     if pipeline.is_off_policy:
-        # A configuration without a name was written for the clipped loss.
+        # A loss_config without a loss is meant for the clipped loss.
         return ("ppo",) if learning.loss_config else ("stable_reinforce", "ppo")
     return ("ppo",) if learning.optimizer_steps > 1 else ("importance_sampling",)
 
@@ -45,15 +45,15 @@ def preferred_losses(learning: LearningSettings, pipeline: PipelineSettings) -> 
 async def choose_loss(
     service: Service, client: tinker.TrainingClient, job: TrainingJob, point: ResumePoint | None, emit: Emit
 ) -> LossName:
-    """The loss that the run learns with, once the service is known to do all that the run asks of it.
+    """Chooses the run's loss, after checking that the service supports everything the run needs.
 
     Args:
-        client: of the run.
-        point: of a run that is resumed: it keeps its loss.
-        emit: gets one notice where the loss was chosen here and might have been another.
+        client: the run's.
+        point: a resumed run's, which keeps its loss.
+        emit: receives a notice if there was a choice.
 
     Raises:
-        ConfigurationError: the service lacks something, with its name and with what can be used instead.
+        ConfigurationError: the service lacks something; names it and the alternatives.
         ServiceError: the service does not answer.
     """
     learning, pipeline = job.learning, job.pipeline
@@ -67,7 +67,7 @@ async def choose_loss(
             refusals = await _refusals(client, wanted, learning.loss_config)
     left: list[LossName] = [loss for loss in wanted if loss not in refusals]
     if not left:
-        raise ConfigurationError(await _no_loss(client, refusals))
+        raise ConfigurationError(await _no_loss_message(client, refusals))
     if len(wanted) > 1:
         emit(Notice(_reason(left[0], refusals)))
     return left[0]
@@ -76,27 +76,27 @@ async def choose_loss(
 def _loss_of(point: ResumePoint, learning: LearningSettings, pipeline: PipelineSettings) -> LossName:
     if point.loss is not None:
         return point.loss
-    # A run of an earlier version, which had this rule.
+    # A run of an earlier version, with that version's rule.
     if learning.loss is not None:
         return learning.loss
     return "ppo" if pipeline.max_staleness > 0 or learning.optimizer_steps > 1 else "importance_sampling"
 
 
 def _reason(loss: LossName, refusals: Mapping[LossName, str]) -> str:
-    why = "groups may come from older weights than the newest"
+    why = "groups may be sampled from older weights"
     if refusals:
         answer = "; ".join(f"no {name}: {refusal}" for name, refusal in refusals.items())
-        return f"the loss is {loss}, which is clipped, since {why} (the service has {answer})"
-    return f"the loss is {loss}, since {why}"
+        return f"the loss is {loss}, which is clipped, because {why} (the service has {answer})"
+    return f"the loss is {loss}, because {why}"
 
 
-async def _no_loss(client: tinker.TrainingClient, refusals: Mapping[LossName, str]) -> str:
+async def _no_loss_message(client: tinker.TrainingClient, refusals: Mapping[LossName, str]) -> str:
     answers = "; ".join(f"{name}: {refusal}" for name, refusal in refusals.items())
     others: tuple[LossName, ...] = tuple(name for name in get_args(LossName) if name not in refusals)
     lacking = await _refusals(client, others, {}, first_only=False)
     found = [name for name in others if name not in lacking]
-    instead = f"it has {', '.join(found)}: name one with loss=…" if found else "it has none of the others either"
-    return f"this service does not compute the loss that the run learns with ({answers}); {instead}"
+    instead = f"it has {', '.join(found)}: choose one with loss=…" if found else "it has none of the others either"
+    return f"this service does not support the run's loss ({answers}); {instead}"
 
 
 async def _refusals(
@@ -106,17 +106,12 @@ async def _refusals(
     *,
     first_only: bool = True,
 ) -> dict[LossName, str]:
-    """The losses that the service refused, with its words.
-
-    Args:
-        config: of the loss.
-        first_only: ends with the first that it has.
-    """
+    """The losses the service refused, with its messages; with ``first_only`` stops at the first supported loss."""
     refusals: dict[LossName, str] = {}
     for loss in losses:
-        refusal = await _tried(f"the loss {loss}", lambda loss=loss: _compute(client, loss, config))
+        refusal = await _refusal(f"the loss {loss}", lambda loss=loss: _compute(client, loss, config))
         if refusal is None and loss == "stable_reinforce":
-            refusal = await _tried(f"the loss {FALLBACK_LOSS}", lambda: _compute(client, FALLBACK_LOSS, {}))
+            refusal = await _refusal(f"the loss {FALLBACK_LOSS}", lambda: _compute(client, FALLBACK_LOSS, {}))
         if refusal is not None:
             refusals[loss] = refusal
         elif first_only:
@@ -125,7 +120,7 @@ async def _refusals(
 
 
 async def _compute(client: tinker.TrainingClient, loss: LossName, config: Mapping[str, float]) -> None:
-    """The loss of one token, without its gradient."""
+    """Computes the loss of one token, without its gradient."""
     turn = Turn(_PROMPT[:1], (-1.0,), "")
     if loss == "stable_reinforce":
         sampler = await client.save_weights_and_get_sampling_client(record_stability_info=True)
@@ -143,9 +138,9 @@ async def _refuse_missing(service: Service, client: tinker.TrainingClient, job: 
         async def save() -> None:
             await client.save_weights_and_get_sampling_client(kind="inflight")
 
-        if refusal := await _tried("sampling weights in flight", save):
+        if refusal := await _refusal("sampling weights in flight", save):
             raise ConfigurationError(
-                f"this service has no sampling clients whose weights move on ({refusal}): choose "
+                f"this service has no sampling clients with in-flight weight updates ({refusal}): choose "
                 'weights_in_flight="snapshot"'
             )
     if job.learning.kl_coefficient:
@@ -154,28 +149,24 @@ async def _refuse_missing(service: Service, client: tinker.TrainingClient, job: 
         async def score() -> None:
             await base.compute_logprobs(tinker_types.ModelInput.from_ints(list(_PROMPT)))
 
-        if refusal := await _tried("log-probabilities of the base model", score):
+        if refusal := await _refusal("log-probabilities of the base model", score):
             raise ConfigurationError(
-                f"this service gives no log-probabilities of a prompt ({refusal}), which the penalty needs: choose "
+                f"this service does not compute log-probabilities of a prompt ({refusal}), which the KL penalty needs: choose "
                 "kl_coefficient=0"
             )
 
 
-async def _tried(what: str, attempt: Callable[[], Awaitable[None]]) -> str | None:
-    """The service's refusal in words; None where it did it.
-
-    Raises:
-        ServiceError: it could not be asked.
-    """
+async def _refusal(what: str, attempt: Callable[[], Awaitable[None]]) -> str | None:
+    """The service's refusal as text, None if it succeeded; :class:`ServiceError` if it failed otherwise."""
     try:
-        with anyio.fail_after(TRY_SECONDS):
+        with anyio.fail_after(PROBE_SECONDS):
             await attempt()
     except tinker.APIStatusError as error:
         if error.status_code not in _REFUSING:
             raise ServiceError(f"trying {what} failed at the Tinker service: {fault_text(error)}") from error
         return fault_words(error)
     except TimeoutError as error:
-        raise ServiceError(f"trying {what}: the Tinker service did not answer within {TRY_SECONDS:g} s") from error
+        raise ServiceError(f"trying {what}: the Tinker service did not answer within {PROBE_SECONDS:g} s") from error
     except (tinker.RequestFailedError, ValueError, AssertionError) as error:
         return fault_words(error)
     except SDK_FAULTS as error:

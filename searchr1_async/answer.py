@@ -1,4 +1,4 @@
-"""The answer to one question, with the episode that led to it: shows itself in a notebook's cell and in a terminal."""
+"""The answer to one question with its episode, with rich display in a notebook."""
 
 from __future__ import annotations
 
@@ -13,36 +13,35 @@ from searchr1_async.watch.viewer import episode_html, episode_text
 class Answer:
     """What :func:`searchr1_async.ask` returns.
 
-    In a notebook's cell it shows the question, the answer, and every turn with its searches and their passages; ``print(answer)``
-    shows the same in a terminal.
+    In a notebook cell or with ``print(answer)`` it shows the question, the answer, and every turn with its searches and passages.
     """
 
     episode: Episode
-    """As it was played, token for token. It has no reward: the question has no golden answer."""
+    """The episode, token by token, without a reward."""
     checkpoint: str | None = None
-    """``tinker://`` path of the weights that answered; None for the base model, and for the newest weights of a run under way,
-    which need not be saved."""
+    """``tinker://`` path of the weights; None for the base model, and for the newest weights of a running run, which may be
+    unsaved."""
     step: int | None = None
-    """Optimiser steps done before these weights; None where it is not known."""
+    """Optimiser steps behind the weights; None if unknown."""
 
     @property
     def question(self) -> str:
-        """As it was asked."""
+        """The question's text."""
         return self.episode.question.question
 
     @property
     def answer(self) -> str | None:
-        """What the model answered; None where the episode ended without an answer (``episode.stop_reason`` says why)."""
+        """The model's answer; None if the episode ended without one (see ``episode.stop_reason``)."""
         return self.episode.answer
 
     @property
     def searches(self) -> tuple[SearchCall, ...]:
-        """The model's tool calls in order, malformed ones included (``problem`` says what was wrong)."""
+        """The model's tool calls in order, malformed ones included (``problem`` says what is wrong)."""
         return self.episode.calls
 
     @property
     def passages(self) -> tuple[Passage, ...]:
-        """What the searches found, in the order found, each passage once."""
+        """The passages found, in order, each once."""
         found = (passage for call in self.searches for passages in call.results for passage in passages)
         return tuple({passage.id: passage for passage in found}.values())
 

@@ -1,4 +1,4 @@
-"""Playing one question that has no golden answer: no reward, no group, nothing recorded."""
+"""Rolls out one question without a golden answer: no reward, no group, no record."""
 
 from __future__ import annotations
 
@@ -22,26 +22,18 @@ from searchr1_async.usage import TokenUsage
 from searchr1_async.weights import Weights
 
 ASKED = "asked"
-"""Id and data source of a question that a person asks."""
+"""Id and data source of a user's question."""
 
 
 def asked_question(text: str) -> Question:
-    """The question, without a golden answer.
-
-    Raises:
-        QuestionsError: there is no text.
-    """
+    """A question without a golden answer; refuses an empty text."""
     if not isinstance(text, str) or not text.strip():
-        raise QuestionsError(f"{text!r} is no question: give its text, such as 'Which country …?'")
+        raise QuestionsError(f"{text!r} is no question: pass its text, such as 'Which country …?'")
     return Question(ASKED, text, data_source=ASKED)
 
 
 def asked_limits(limits: EpisodeLimits, changes: Mapping[str, Any]) -> EpisodeLimits:
-    """The limits of an asked question: the changes that are not None, and no time limit, which is there to keep batches short.
-
-    Raises:
-        ConfigurationError: a limit out of its range.
-    """
+    """The limits with the changes that are not None, and without the episode time limit."""
     given = {name: value for name, value in changes.items() if value is not None}
     return replace(limits, **given, max_seconds=None)
 
@@ -56,14 +48,14 @@ async def play_asked(
     seed: int | None,
     sampled: Callable[[TokenUsage], None] = lambda usage: None,
 ) -> Episode:
-    """One unscored episode. It need not end with an answer, but it never ends with a fault.
+    """Rolls out one unscored episode. It may end without an answer, but a failed service raises.
 
     Args:
-        seed: of the first turn's sample; later turns add their number. None lets the service choose.
-        sampled: is called with what each turn used, as soon as it is sampled.
+        seed: of the first turn; each later turn adds its number. None: the service chooses.
+        sampled: called with each turn's token usage.
 
     Raises:
-        ServiceError: the service gave no sample.
+        ServiceError: the service returned no sample.
         SearchError: a search failed.
     """
     services = _Services(policy, search, sampled)
@@ -76,11 +68,11 @@ async def play_asked(
         fault = services.fault
         if fault is None:
             return episode
-    raise type(fault)(f"the question was not answered: {fault}. Mend that service and ask again.") from fault
+    raise type(fault)(f"the question was not answered: {fault}. Fix that service and ask again.") from fault
 
 
 class _Services:
-    """The policy and the search of one episode. Keeps the error that :func:`play` turns into a failed episode."""
+    """Policy and search of one episode; keeps the error that :func:`play` turns into a failed episode."""
 
     def __init__(self, policy: Policy, search: SearchTool, sampled: Callable[[TokenUsage], None]) -> None:
         self._policy, self._search, self._sampled = policy, search, sampled
@@ -109,19 +101,19 @@ class _Services:
 
 
 class LiveAnswers:
-    """Answers questions beside the training of a run, with its service, its newest weights and its prompt.
+    """Answers questions beside a run's training, with its service, newest weights and prompt.
 
-    It does not sample through the engine's gate: there one question would wait behind thousands of episodes, and for ever while
-    the run is held. So a held run answers too, and nothing of it is counted in the run's samples, episodes or failures. Its searches
-    are counted in those of the run where they go to the run's search, and its tokens in the run's cost.
+    It bypasses the engine's concurrency limit, behind which a question would wait for thousands of episodes, or forever in a
+    paused run. So a paused run answers too. Nothing counts in the run's samples, episodes or failures; only searches with the
+    run's search count in its search metrics, and tokens in its cost.
 
     Args:
         service: the run's, open.
         dialect: the run's prompt and tool format.
         search: the run's.
         limits: of the run's episodes.
-        newest: the newest weights, at any time.
-        emit: is told of each turn's tokens.
+        newest: the newest weights, updated during the run.
+        emit: receives each turn's token usage.
     """
 
     def __init__(
@@ -136,7 +128,7 @@ class LiveAnswers:
         self._service, self._dialect, self._search, self._limits = service, dialect, search, limits
         self._newest, self._emit = newest, emit
         self.usage = TokenUsage()
-        """What the answers used so far."""
+        """Tokens used by all answers."""
 
     async def answer(
         self,
@@ -147,16 +139,16 @@ class LiveAnswers:
         limits: Mapping[str, Any],
         weights: Weights | None = None,
     ) -> Answer:
-        """Plays the question.
+        """Answers the question.
 
         Args:
-            search: None is the run's. Another shows as many passages as the run's, unless it was made with a number.
+            search: None: the run's. Another shows as many passages as the run's, unless it was created with its own number.
             limits: changes to the run's; see :func:`asked_limits`.
-            weights: kept ones; None is the newest, at each turn anew: those of the turn before may be gone.
+            weights: kept ones; None: the newest at each turn, since the previous turn's may be gone.
 
         Raises:
-            ConfigurationError: a limit out of its range.
-            ServiceError: the service gave no sample, or does not have the weights.
+            ConfigurationError: a limit out of range.
+            ServiceError: the service returned no sample, or does not have the weights.
             SearchError: a search failed, or ``search`` cannot be opened.
         """
         changed = asked_limits(self._limits, limits)
@@ -185,7 +177,7 @@ class LiveAnswers:
 
 
 class _NewestPolicy:
-    """A run's newest weights, sampled with other settings than its episodes."""
+    """A run's newest weights, with other sampling settings than its episodes."""
 
     def __init__(self, newest: NewestWeights, sampling: SamplingSettings) -> None:
         self._newest, self._sampling = newest, sampling

@@ -123,91 +123,87 @@ def train(
 ) -> Run:
     """Trains a model by reinforcement learning to answer questions with a search tool.
 
-    Call it inside a running event loop (a notebook cell, or an ``async`` function); it returns a :class:`Run` at once,
-    which ``await`` turns into a :class:`TrainingResult`. Defaults are those of the Search-R1 recipe of tinker-cookbook, but for
-    the sizes of a run on the embedded service, which are those that a laptop can play to their end
-    (:data:`searchr1_async.sizes.LAPTOP`). Sizes that a resume does not name are the run's own.
+    Call it inside a running event loop (a notebook cell or an ``async`` function). It returns a :class:`Run` at once; awaiting
+    that gives a :class:`TrainingResult`. Defaults are those of the Search-R1 recipe of tinker-cookbook, except for run sizes on
+    the embedded service, which fit a laptop (:data:`searchr1_async.sizes.LAPTOP`). A resume keeps the run's own sizes unless
+    they are given.
 
     Args:
         questions: a suite's name, a file, questions, a frame or a list of dicts; see :func:`load_questions`.
         search: the tool; see :class:`Search`.
-        out_dir: the run's folder. Like every path it is made absolute at the call, with ``~`` expanded.
-        model: the base model, as the service calls it; None is SmolLM2-135M-Instruct on the embedded service and Qwen3.5-4B
-            elsewhere, or the nearest of its family that the service offers. Other services than the embedded one are asked what they
-            offer before any work starts: a model that is named and not offered is refused.
+        out_dir: the run's folder. All paths are made absolute when called, with ``~`` expanded.
+        model: the base model, as the service names it. None: SmolLM2-135M-Instruct on the embedded service, elsewhere Qwen3.5-4B
+            or the nearest model of its family the service offers. A named model the service does not offer is refused before any
+            work starts.
         service: base URL or client of a Tinker service, or ``"embedded"``. None: the service of ``TINKER_BASE_URL``, else Tinker's
-            cloud where the SDK has credentials (``TINKER_API_KEY``, ``TINKER_CREDENTIAL_CMD``, ``tinker auth login``), else the embedded
-            service, which is started, and stopped with the run. The run's first line says which, and why.
-        resume: go on with the run in ``out_dir`` from its last finished step; a fresh start where there is none.
-        start_from: weights to start from, with a new optimizer: another run's folder (its last kept weights; ``"runs/first@best"``
-            and ``"runs/first@40"`` are those of a step), a ``tinker://RUN/weights/NAME`` path, or, on the embedded service, a PEFT
-            adapter's folder. The run has their rank and, without ``model``, their base model. A warm-up goes on from them; the
-            penalty of ``kl_coefficient`` still is towards the base model. A resume must be given the same, and does not need it.
-        held_out: questions to measure on: untrained, after the warm-up, after reinforcement learning. None of them may be
-            trained on.
-        held_out_samples: episodes a held-out question.
-        evaluate_every: steps between further measurements, on the weights of just those steps; None for none. They are played
-            beside the training, whose requests go first; training waits only where three have not begun, and at its end. The
-            searches and samples of a step's figures contain theirs.
-        keep_best: of the steps that are measured the weights with the highest exact match stay (of equal ones the earliest), beside
-            those of ``checkpoint_every``; see ``result.best``. The best of many is chosen on the held-out questions, so its
-            figure there is too high: measure it on others.
+            cloud if the SDK has credentials (``TINKER_API_KEY``, ``TINKER_CREDENTIAL_CMD``, ``tinker auth login``), else the
+            embedded service, started and stopped with the run. The run's first line reports the choice and why.
+        resume: resume the run in ``out_dir`` from its last finished step; start fresh if there is none.
+        start_from: weights to start from, with a new optimizer: another run's folder (its last kept weights, or
+            ``"runs/first@best"`` or ``"runs/first@40"`` for a step), a ``tinker://RUN/weights/NAME`` path or, on the embedded
+            service, a PEFT adapter's folder. They set the rank and, without ``model``, the base model. The KL penalty still is
+            towards the base model. A resume must pass the same value, but the weights need not exist any more.
+        held_out: questions to evaluate on: untrained, after the warm-up and after reinforcement learning. None of them may be
+            in ``questions``.
+        held_out_samples: episodes per held-out question.
+        evaluate_every: steps between further evaluations; None for none. They run beside training at lower priority; training
+            waits only if three have not started, and at its end. A step's search and sample metrics include them.
+        keep_best: keep the weights with the highest exact match of all evaluated steps (the earliest on a tie), beside those of
+            ``checkpoint_every``; see ``result.best``. They are selected on the held-out questions, which biases their score
+            upwards: report them on other questions.
         warm_up: a supervised warm-up on demonstrations; None for none.
-        demonstrations: for the warm-up; by default made from the questions (their ``search_queries``, else themselves).
-        reward: ``async def reward(episode) -> float``, or a plain ``def``, which is called in a worker thread so that it may block
-            (for several episodes at once); True and False count as 1 and 0. A :class:`Score` names the parts of a reward. None is
-            the recipe's, with ``format_coefficient`` and ``strict_recipe``.
+        demonstrations: for the warm-up; by default built from the questions (their ``search_queries``, else their text).
+        reward: ``async def reward(episode) -> float``, or a plain ``def``, which may block and runs in a worker thread (several at
+            once). True and False count as 1 and 0. A :class:`Score` names the parts of a reward. None: the recipe's reward, with
+            ``format_coefficient`` and ``strict_recipe``.
         format: tool-call format, ``"hermes"`` or ``"tags"``.
-        renderer: chat format (of the ``renderers`` package, or ``"chatml"``); None is the model's own, by its name, or ChatML where
-            its chat template is ChatML. A model of another format is refused.
-        thinking: whether the model thinks before it answers: True, False, or an effort such as ``"low"``, as far as its chat format
-            has them. None: no thinking where it can be switched off, else the lowest effort. ``"template"``: as the chat template
-            has it where nothing is said.
-        instructions: the system prompt; None is the format's own.
-        lora_rank: of the adapter; None is that of ``start_from``, else 32.
-        max_staleness: 0 learns on-policy, each group streaming into the step as it finishes; k lets the next batches' episodes start
-            while the last ones finish and the trainer works, on weights at most k steps older. Learning is then off-policy, and
-            the default loss another (see ``loss``).
-        weights_in_flight: ``"snapshot"``: an episode keeps the weights that it began with. ``"inflight"``: running episodes go
-            on with newer weights as soon as these are there, and keep their key/value cache. Where the service cannot do
-            it, the run is refused at the start.
+        renderer: chat format (of the ``renderers`` package, or ``"chatml"``). None: the model's own, by its name, or ChatML if its
+            chat template is ChatML; other models are refused.
+        thinking: True, False, or an effort such as ``"low"``, as far as the chat format supports it. None: off if possible, else
+            the lowest effort. ``"template"``: the chat template's default.
+        instructions: the system prompt; None: the format's own.
+        lora_rank: rank of the adapter; None: that of ``start_from``, else 32.
+        max_staleness: 0 is on-policy, with each group streamed into the step as it finishes. k lets the next batches' episodes
+            start while the last ones finish and the trainer works, on weights at most k steps older; this is off-policy and
+            changes the default ``loss``.
+        weights_in_flight: ``"snapshot"``: an episode keeps the weights it started with. ``"inflight"``: running episodes switch
+            to new weights when they are published and keep their key/value cache; refused if the service cannot do it.
         switch_weights_in_flight: deprecated: True is ``weights_in_flight="inflight"``.
-        synchronous: learn only when a whole batch is played.
-        loss: one of the service's losses. None is ``"importance_sampling"`` on-policy. Off-policy it is
-            ``"stable_reinforce"`` if the service has it and otherwise ``"ppo"``, which is clipped; the run says which, and why. A loss
-            that you name and that the service does not have is refused at the start, with the losses that it has.
-        workers: processes that play; ``"auto"`` adds them when this one is saturated.
+        synchronous: train only once a whole batch is rolled out.
+        loss: one of the service's losses; others are refused at the start. None: ``"importance_sampling"`` on-policy; off-policy
+            ``"stable_reinforce"`` if the service has it, else ``"ppo"``. The run reports the choice and why.
+        workers: rollout processes; ``"auto"`` adds workers when this process is CPU-bound.
         episode_time_limit: seconds, ``EpisodeLimits.max_seconds``.
         group_size, groups_per_batch, minibatches: None is 8, 512 and 4; on the embedded service 8, 8 and 4.
         max_turns, max_tokens, max_trajectory_tokens: None is 5, 1024 and 32768; on the embedded service 3, 64 and 4096.
-        steps: optimiser steps; None: all batches of ``epochs``. On the embedded service it is at most 12, where neither ``epochs``,
-            ``groups_per_batch`` nor ``time_limit`` is given.
-        epochs: passes over the questions, where ``steps`` is None; None is 1.
-        time_limit: seconds of reinforcement learning after which no further step is begun. A measurement under way is brought to
-            its end, one that waits is left out, and the last weights are measured.
-        max_cost: US dollars, earlier sessions of the run included. No step is begun that would cross them, if it cost as much as the
-            dearest so far (the first: as estimated) with the measurement of the last weights; the step under way is finished, and
-            the run ends with its resume point. ``resume=True`` with a higher limit goes on. What is measured before the first
-            step, the warm-up, and questions asked of the run are counted but not held back. The embedded service costs nothing, and never reaches it.
-        price: US dollars a million tokens, where the table of prices does not know the model or the service is not Tinker's.
-        max_service_outage: seconds for which the run waits for a Tinker service that does not answer. An outage is told within 15 s;
-            meanwhile the run is held, and none of its time limits runs out. Then it ends with its resume point.
-        progress: True shows the run in the notebook's cell as it happens, or on the terminal; ``"widget"``, ``"rich"``,
-            ``"terminal"`` and ``"plain"`` choose how, False shows nothing.
-        trackers: ``"wandb"``, ``"tensorboard"``, ``"trackio"`` (``pip install 'searchr1_async[wandb]'`` and so on), or trackers of
-            one's own; ``events.jsonl`` and the Parquet tables are always written.
-        emit: receives every :class:`~searchr1_async.events.Event`.
+        steps: batches to train; None: all batches of ``epochs``, on the embedded service at most 12 unless ``epochs``,
+            ``groups_per_batch`` or ``time_limit`` is given.
+        epochs: passes over the questions if ``steps`` is None; None is 1.
+        time_limit: seconds of reinforcement learning after which no further step starts. A running evaluation finishes, a
+            waiting one is skipped, and the last weights are evaluated.
+        max_cost: US dollars, earlier sessions of the run included. No step starts that would exceed it, assuming it costs as much
+            as the most expensive so far (the first: as estimated) plus the final evaluation; the run then ends with its resume
+            point, and ``resume=True`` with a higher limit continues it. Evaluations before the first step, the warm-up, and
+            questions asked of the run are counted but not limited. The embedded service costs nothing.
+        price: US dollars per million tokens, if the price table lacks the model or the service is not Tinker's.
+        max_service_outage: seconds the run waits for a Tinker service that does not answer. An outage is reported within 15 s and
+            pauses the run and all its time limits; past this limit the run ends with its resume point.
+        progress: True shows the run live in the notebook cell or terminal; ``"widget"``, ``"rich"``, ``"terminal"`` and
+            ``"plain"`` choose how; False shows nothing.
+        trackers: ``"wandb"``, ``"tensorboard"``, ``"trackio"`` (``pip install 'searchr1_async[wandb]'`` and so on), or your own
+            trackers; ``events.jsonl`` and the Parquet tables are always written.
+        emit: called with every :class:`~searchr1_async.events.Event`.
 
         The others are fields of :class:`~searchr1_async.config.LearningSettings`,
         :class:`~searchr1_async.config.PipelineSettings`, :class:`~searchr1_async.config.EpisodeLimits` and
-        :class:`~searchr1_async.config.SamplingSettings`, each with its unit, its reason and, where there is one, its bias.
+        :class:`~searchr1_async.config.SamplingSettings`, documented there.
 
     Raises:
-        ConfigurationError: bad input; before any work starts, from this call itself.
-        SearchR1Error: from awaiting the run, whatever else went wrong.
+        ConfigurationError: bad input; raised by this call, before any work starts.
+        SearchR1Error: any other failure; raised by awaiting the run.
     """
     given = checked_arguments(train, locals())
-    _refuse_without_loop()
+    _require_event_loop()
     if switch_weights_in_flight is not None:
         warnings.warn(
             'switch_weights_in_flight is deprecated: use weights_in_flight="inflight" or "snapshot"',
@@ -259,9 +255,9 @@ async def rollout(
     progress: Choice = True,
     emit: Emit | None = None,
 ) -> list[Group]:
-    """Plays a group of episodes for every question and returns the groups in the order of the questions.
+    """Rolls out a group of episodes per question and returns the groups in the order of the questions.
 
-    Arguments and errors as in :func:`searchr1_async.evaluate`: with a run as ``checkpoint``, what is None is as the run was trained.
+    Arguments and errors as in :func:`searchr1_async.evaluate`: with a run as ``checkpoint``, None means the run's own setting.
     """
     given = checked_arguments(rollout, locals())
     model = model_name(model, service)
@@ -286,7 +282,7 @@ async def rollout(
         return await play_all(engine, items, policy, samples=play.group_size, phase="rollout", label="")
 
 
-def _refuse_without_loop() -> None:
+def _require_event_loop() -> None:
     try:
         asyncio.get_running_loop()
     except RuntimeError:

@@ -1,4 +1,4 @@
-"""What the arguments of the public functions may be, besides numbers, texts and paths: annotations with their checks."""
+"""Annotations that check arguments of the public functions."""
 
 from __future__ import annotations
 
@@ -16,11 +16,7 @@ TINKER_PATH = "tinker://"
 
 
 def as_search(name: str, value: Any) -> Search:
-    """A search, which is made or opened before.
-
-    Raises:
-        ConfigurationError: it is none.
-    """
+    """Checks that a value is a :class:`Search`."""
     if isinstance(value, Search):
         return value
     if inspect.iscoroutine(value):
@@ -28,7 +24,7 @@ def as_search(name: str, value: Any) -> Search:
         raise ConfigurationError(f"{name} is a coroutine: await it first, {name} = await Search.open(…)")
     example = repr(str(value)) if isinstance(value, str | Path) else "'atlas'"
     raise ConfigurationError(
-        f"{name} is {shown_with_kind(value)}: give a Search, such as Search.local({example}) or await Search.open({example})"
+        f"{name} is {shown_with_kind(value)}: pass a Search, such as Search.local({example}) or await Search.open({example})"
     )
 
 
@@ -36,11 +32,7 @@ GivenSearch = Annotated[Search, as_search]
 
 
 def as_weights(name: str, value: Any) -> str | Path:
-    """A ``tinker://`` path as it is, a run as its folder, and a folder made absolute.
-
-    Raises:
-        ConfigurationError: it is none of these.
-    """
+    """A ``tinker://`` path unchanged, a run as its folder, a folder as an absolute path."""
     if isinstance(value, str) and value.startswith(TINKER_PATH):
         return value
     return absolute_path(getattr(value, "out_dir", value), name)
@@ -50,13 +42,9 @@ GivenWeights = Annotated[str | Path, as_weights]
 
 
 def model_name(model: str | Path | None, service: ServiceName) -> str | None:
-    """The name of a model; on the embedded service, where it may be a folder, the absolute path of one.
-
-    Raises:
-        ConfigurationError: it is blank, or a folder that is given to another service.
-    """
+    """A model's name; on the embedded service a folder becomes absolute, elsewhere it is refused."""
     if model is None or is_embedded(service):
         return None if model is None else as_name_or_folder("model", model)
     if not (text := as_text("model", model)).strip():
-        raise ConfigurationError(f"model is {model!r}: give a name, or leave it out")
+        raise ConfigurationError(f"model is {model!r}: pass a name, or leave it out")
     return text

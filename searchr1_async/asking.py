@@ -1,4 +1,4 @@
-"""The public function ``ask``: one question to a model that need not be training."""
+"""The public function ``ask``: one question to a model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from searchr1_async.watch.dashboard import Choice
 from searchr1_async.weights import Step, Weights, find_weights
 
 SAMPLING_DEADLINE = 600.0
-"""Seconds that one turn may take: less than in training, since a person waits."""
+"""Seconds per turn: less than in training, since a person waits."""
 
 
 async def ask(
@@ -56,52 +56,51 @@ async def ask(
     progress: Choice = "quiet",
     emit: Emit | None = None,
 ) -> Answer:
-    """Asks a model one question: plays one episode with the search and returns it with its answer.
+    """Asks a model one question: runs one episode with the search and returns it with its answer.
 
     ::
 
         await sr.ask("Which river flows through Bamako?", checkpoint="runs/first")
 
-    No golden answer is needed, and no reward is computed. The weights of a run are asked as they were trained: what is None here is
-    taken from the run's settings (the prompt, the format, the limits), from what it kept of its search, and its tokenizer.
+    Needs no golden answer and computes no reward. With a run's weights, None means the run's own setting (prompt, format, limits),
+    its search as kept in its folder, and its tokenizer.
 
     Args:
-        question: as a person asks it.
-        search: the tool; None is the search of the run in ``checkpoint``, made again as the run's folder describes it.
+        question: the question's text.
+        search: the tool; None: the search of the run in ``checkpoint``, rebuilt from the run's folder.
         checkpoint: a run's folder, a ``tinker://…/sampler_weights/…`` path, or None for the base model.
-        step: of a run: its last kept weights, the best on its held-out questions (``"best"``), or those after so many steps.
-        model: the base model; None is that of the run, else the service's default.
+        step: for a run: its last kept weights (``"last"``), its best on the held-out questions (``"best"``), or a step's number.
+        model: the base model; None: the run's, else the service's default.
         service: base URL or client of a Tinker service; None as in :func:`searchr1_async.train`. The embedded service opens
             a run's weights in the run's folder.
-        service_folder: the embedded service's folder that holds a ``tinker://`` checkpoint; a run's folder knows its own.
-        format: tool-call format; None is the run's, else ``"hermes"``.
-        renderer: chat format; None is the run's, else chosen by the model's name.
-        thinking: as in :func:`searchr1_async.train`; None is the run's, else the format's default.
-        instructions: the system prompt; None is the run's, else the format's own.
-        max_turns, max_tokens, max_trajectory_tokens, malformed_calls: limits of the episode; None is the run's, else the default of
-            :class:`~searchr1_async.config.EpisodeLimits`. A run's time limit for episodes does not apply.
-        temperature: 0 is greedy; 1 samples as training does.
-        seed: of the sampling; None lets the service choose.
-        sampling_deadline: seconds that one turn may take.
-        local: how the embedded service is started.
-        tokenizer: a folder or name; None is the one that the run kept, else the model's own.
-        progress: ``"quiet"`` says what it waits for after 5 seconds; see :func:`searchr1_async.train` for the others.
+        service_folder: the embedded service's folder with a ``tinker://`` checkpoint; not needed for a run's folder.
+        format: tool-call format; None: the run's, else ``"hermes"``.
+        renderer: chat format; None: the run's, else chosen by the model's name.
+        thinking: as in :func:`searchr1_async.train`; None: the run's, else the format's default.
+        instructions: the system prompt; None: the run's, else the format's own.
+        max_turns, max_tokens, max_trajectory_tokens, malformed_calls: limits of the episode; None: the run's, else the default of
+            :class:`~searchr1_async.config.EpisodeLimits`. A run's episode time limit does not apply.
+        temperature: 0 is greedy; 1 samples as in training.
+        seed: for sampling; None lets the service choose.
+        sampling_deadline: seconds per turn.
+        local: options of the embedded service.
+        tokenizer: a folder or name; None: the run's, else the model's own.
+        progress: ``"quiet"`` reports what it waits for after 5 seconds; see :func:`searchr1_async.train` for the others.
         emit: receives the events of opening the services.
 
     Returns:
-        The answer, which shows itself. An episode that ended without one (the model ran out of turns, its call could not be
-        read) is returned with ``answer=None``.
+        The answer, with rich display. If the episode ended without one (out of turns, a malformed call), ``answer`` is None.
 
     Raises:
-        ConfigurationError: bad input, no such weights, or a search that cannot be had, before any work starts.
-        ServiceError: the service is away, does not have these weights, or gave no sample.
+        ConfigurationError: bad input, no such weights, or no usable search; raised before any work starts.
+        ServiceError: the service is unavailable, lacks these weights, or returned no sample.
         SearchError: the search cannot be opened, or a search failed.
     """
     given = checked_arguments(ask, locals())
     asked = asked_question(given["question"])
     checkpoint, step, service_folder = given["checkpoint"], given["step"], given["service_folder"]
     weights = find_weights(checkpoint, step, service_folder=service_folder)
-    _check_place(weights, service)
+    _check_service(weights, service)
     choice = settings_of(EpisodeChoice, given)
     _ = weights.episodes(choice, search).limits  # refused before a corpus is read
     search = search or await _search_of(weights)
@@ -132,12 +131,8 @@ async def ask(
     raise AssertionError("playing() hides no exception")
 
 
-def _check_place(weights: Weights, service: ServiceName) -> None:
-    """Refuses a run whose weights are on another kind of service than the one that would be opened.
-
-    Raises:
-        ConfigurationError: so.
-    """
+def _check_service(weights: Weights, service: ServiceName) -> None:
+    """Raises :class:`ConfigurationError` if a run's weights are on another kind of service than the one that would be opened."""
     if weights.run is None or service is not None:
         return
     if is_embedded(None) and weights.service_folder is None:
@@ -147,16 +142,14 @@ def _check_place(weights: Weights, service: ServiceName) -> None:
         )
     if not is_embedded(None) and weights.service_folder is not None:
         raise ConfigurationError(
-            f"the weights of {weights.run} are in its folder, for the embedded service, and TINKER_API_KEY or TINKER_BASE_URL "
-            "chooses another: unset them, or pass service=… if that one has the weights"
+            f"the weights of {weights.run} are in its folder, for the embedded service, but TINKER_API_KEY or TINKER_BASE_URL "
+            "selects another: unset them, or pass service=… if that service has the weights"
         )
 
 
 async def _search_of(weights: Weights) -> Search:
     if weights.run is None:
-        raise ConfigurationError(
-            "there is no search: give the one to use, such as ask(question, Search.local('atlas'))"
-        )
+        raise ConfigurationError("no search given: pass one, such as ask(question, Search.local('atlas'))")
     return await anyio.to_thread.run_sync(kept_search, weights.run)
 
 

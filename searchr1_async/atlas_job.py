@@ -1,7 +1,7 @@
-"""The main job: a small real model learns to search the Factbook, on one machine, with no key.
+"""The demo job: a small real model learns to search the Factbook, on one machine, without an API key.
 
-It builds the index, measures the untrained model on countries that it will never be trained on, warms it up on
-demonstrations, trains it by reinforcement learning, measures again, and writes a table, a learning curve and a report.
+It builds the index, evaluates the untrained model on held-out countries, warms it up on demonstrations, trains it, evaluates
+again, and writes a table, a learning curve and a report.
 """
 
 from __future__ import annotations
@@ -29,31 +29,31 @@ from searchr1_async.watch.report import write_report
 
 @dataclass(frozen=True, slots=True)
 class AtlasSettings:
-    """What the main job runs with; the defaults fit 15 minutes on 2 cores without a GPU."""
+    """Settings of the demo job; the defaults take 15 minutes on 2 cores without a GPU."""
 
     out_dir: Path = Path("runs/atlas")
     seed: int = 2
     held_out: int = 120
-    """Held-out questions, half one-hop and half two-hop; each measurement of them takes about a minute."""
+    """Held-out questions, half one-hop and half two-hop; evaluating them takes about a minute."""
     training_questions: int = 1200
     two_hop_share: float = 0.5
-    """Of the questions trained on; two searches an episode leave the most to learn."""
+    """Fraction of two-hop training questions; two searches per episode leave the most to learn."""
     warm_up_steps: int = 8
     steps: int = 40
     time_limit: float = 450.0
-    """Seconds of reinforcement learning; what the rest of the 15 minutes does not need."""
+    """Seconds of reinforcement learning; the rest of the 15 minutes is needed elsewhere."""
     groups_per_batch: int = 8
-    """Small batches: the service spends about 0.5 s an episode on two cores, so a step takes 40 to 60 s."""
+    """Small: on two cores an episode takes about 0.5 s, a step 40 to 60 s."""
     group_size: int = 8
     minibatches: int = 4
     learning_rate: float = 1.5e-4
-    """Over 1e-4, since there is time for about ten steps only; at 5e-4 such a model drifts down again."""
+    """High, since there is time for about ten steps only; at 5e-4 the model degrades again."""
     lora_rank: int = 16
     max_tokens: int = 28
-    """A search or an answer in tags takes 8 to 20 tokens; more only lets an untrained model ramble."""
+    """A search or an answer in tags takes 8 to 20 tokens; more lets an untrained model ramble."""
     max_turns: int = 3
     passage_words: int = 30
-    """Of the closest passage, which is all that a model of 135 million parameters can be shown at once."""
+    """Words of the one closest passage shown to the 135M model."""
     model: str | None = None
     threads: int | None = None
 
@@ -63,7 +63,7 @@ def atlas_questions(settings: AtlasSettings) -> tuple[list[Question], list[Quest
     training = _mix(
         load_questions("atlas", split="train"), settings.training_questions, settings.two_hop_share, settings.seed
     )
-    # The same held-out questions for every seed, so that runs can be compared.
+    # The same held-out questions for every seed, so that runs are comparable.
     held_out = _mix(load_questions("atlas", split="held_out"), settings.held_out, 0.5, 0)
     return training, held_out
 
@@ -78,7 +78,7 @@ def _mix(questions: Sequence[Question], count: int, two_hop_share: float, seed: 
 
 
 def start_atlas(settings: AtlasSettings) -> tuple[Run, list[Question]]:
-    """Starts the main job's run, or goes on with the one in its folder; returns it with its held-out questions."""
+    """Starts or resumes the demo run; returns it with its held-out questions."""
     training, held_out = atlas_questions(settings)
     search = Search.local("atlas", n_results=1, max_passage_words=settings.passage_words)
     run = train(
@@ -108,7 +108,7 @@ def start_atlas(settings: AtlasSettings) -> tuple[Run, list[Question]]:
 
 
 async def run_atlas(settings: AtlasSettings) -> tuple[TrainingResult, str]:
-    """The main job from start to end; returns its result and the text to show: the table and where the files are."""
+    """Runs the demo job; returns its result and the text to print."""
     run, _ = start_atlas(settings)
     result = await run
     files = await anyio.to_thread.run_sync(_write_files, settings, result)
@@ -128,14 +128,14 @@ def _write_files(settings: AtlasSettings, result: TrainingResult) -> list[str]:
         summary=comparison_rows(result.evaluations),
         curve_png=curve,
         metrics=metrics,
-        episodes=_telling_episodes(result),
+        episodes=_example_episodes(result),
         settings={name: str(getattr(settings, name)) for name in settings.__slots__},
     )
-    return [f"learning curve: {curve}", f"report with played episodes: {report}", f"records: {result.out_dir}"]
+    return [f"learning curve: {curve}", f"report with example episodes: {report}", f"records: {result.out_dir}"]
 
 
-def _telling_episodes(result: TrainingResult, count: int = 6) -> list[tuple[str, Episode]]:
-    """The same held-out questions at every stage: those whose outcome changed first, as they tell the most."""
+def _example_episodes(result: TrainingResult, count: int = 6) -> list[tuple[str, Episode]]:
+    """The same held-out questions at every stage, those whose outcome changed most first."""
     if not result.evaluations:
         return []
     by_stage = [{episode.question.id: episode for episode in e.episodes} for e in result.evaluations]

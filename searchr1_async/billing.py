@@ -1,4 +1,4 @@
-"""What a service bills for tokens: fresh and cached prompt tokens, sampled and trained ones, each at its own price. Pure."""
+"""Cost of tokens: fresh and cached prompt, sampled and trained tokens, each at its own price."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from searchr1_async.models import Price, known_prices
 from searchr1_async.usage import TokenUsage
 
 CACHED_PREFILL_DISCOUNT = 0.8
-"""Of the prefill price, for the beginning of a prompt that the service has cached (2026-10-07)."""
+"""Discount on the prefill price for cached prompt prefixes (2026-10-07)."""
 LAST_RISE = "2026-07-17"
-"""Prices rose on that day, most of them by half: an older price is no upper bound of today's."""
+"""Date of a price increase, mostly by half: an older price is no upper bound."""
 
 _TINKER_HOSTS = ("thinkingmachines.dev", "thinkingmachines.ai")
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What tokens cost."""
+    """Cost of tokens."""
 
     dollars: float | None
-    """US dollars; None where the price is not known."""
+    """US dollars; None if the price is unknown."""
     tokens: TokenUsage
-    """What was counted, by kind."""
+    """The tokens counted, by kind."""
     text: str
-    """In a few words: ``$1.23``, ``about $1.23`` where the price is old, ``nothing: this machine``, ``unknown``."""
+    """Short text: ``$1.23``, ``about $1.23`` for an old price, ``nothing: this machine``, ``unknown``."""
     note: str
-    """What the figure rests on, or why there is none, in a sentence or two."""
+    """The prices behind the figure, or why there is none."""
 
     def __str__(self) -> str:
         return self.text
@@ -34,24 +34,24 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Billing:
-    """How the tokens of one model are billed on one service."""
+    """How a service bills a model's tokens."""
 
     price: Price | None = None
-    """None where nothing is billed, or where the price is not known."""
+    """None if nothing is billed, or if the price is unknown."""
     is_free: bool = False
     """The model runs in the embedded service on this machine."""
     reason: str = ""
-    """Why the price is not known, in words; empty where it is."""
+    """Why the price is unknown; else empty."""
 
     @property
     def problem(self) -> str:
-        """Why the cost of a training run cannot be told, in words; empty where it can."""
+        """Why the cost of training is unknown; else empty."""
         if self.price is not None and self.price.train is None:
             return "only the price of sampling is known, not that of training"
         return self.reason
 
     def dollars(self, tokens: TokenUsage) -> float | None:
-        """US dollars for these tokens; None where a price that they need is not known."""
+        """US dollars for these tokens; None if a price they need is unknown."""
         if self.is_free:
             return 0.0
         price = self.price
@@ -69,41 +69,39 @@ class Billing:
         return self.cost_of(self.dollars(tokens), tokens)
 
     def cost_of(self, dollars: float | None, tokens: TokenUsage) -> Cost:
-        """The cost in words, of an amount that is known already: sessions of a run may have had other prices.
-
-        Args:
-            dollars: None where it is not known.
-        """
+        """The cost of tokens whose dollars are already known, since a run's sessions may have had different prices."""
         if self.is_free:
             return Cost(0.0, tokens, "nothing: this machine", "The model runs in the embedded service on this machine.")
         if dollars is None:
-            return Cost(None, tokens, "unknown", _sentence(self.problem or "what was used before was not recorded"))
+            return Cost(
+                None, tokens, "unknown", _sentence(self.problem or "earlier sessions did not record their usage")
+            )
         return Cost(dollars, tokens, self.amount(dollars), self.note)
 
     def amount(self, dollars: float) -> str:
-        """``$1.23``, or ``about $1.23`` where the price is old."""
+        """``$1.23``, or ``about $1.23`` for an old price."""
         shown = f"${dollars:,.2f}" if dollars >= 0.1 or not dollars else f"${dollars:.2g}"
         return f"about {shown}" if self.price is not None and _is_old(self.price) else shown
 
     @property
     def note(self) -> str:
-        """The prices that figures rest on, in a sentence or two; empty where none is known."""
+        """The prices used, in one or two sentences; empty if unknown."""
         price = self.price
         if price is None:
             return ""
         train = "" if price.train is None else f", training ${price.train:g}"
         remark = f" ({price.remark})" if price.remark else ""
-        as_of = f", as of {price.as_of}" if price.as_of else ", as it was given"
+        as_of = f", as of {price.as_of}" if price.as_of else ", as given"
         note = (
-            f"Prefill ${price.prefill:g} (${price.prefill * (1 - CACHED_PREFILL_DISCOUNT):.3g} where it is cached), sampling "
-            f"${price.sample:g}{train} for a million tokens{as_of}{remark}. A request that failed or was "
-            "cancelled counts with its prompt at the full price. Checkpoint storage and the search are not in it."
+            f"Prefill ${price.prefill:g} (${price.prefill * (1 - CACHED_PREFILL_DISCOUNT):.3g} if cached), sampling "
+            f"${price.sample:g}{train} per million tokens{as_of}{remark}. A failed or cancelled request counts with its "
+            "prompt at the full price. Checkpoint storage and the search are not included."
         )
         return f"{note} Prices have risen since, on {LAST_RISE}." if _is_old(price) else note
 
 
 def find_price(model: str) -> Price | None:
-    """Tinker's price of a model by its exact name, with its ``:peft:`` suffix if it has one; None where it is not known."""
+    """Tinker's price of a model by its exact name, ``:peft:`` suffix included; None if unknown."""
     return known_prices().get(model)
 
 
@@ -111,23 +109,23 @@ def billing_of(model: str, *, is_embedded: bool, is_tinker: bool, price: Price |
     """How a service bills a model.
 
     Args:
-        model: as the service calls it, with its ``:peft:`` suffix if it has one: each has its own price.
-        is_embedded: it runs on this machine, which costs nothing.
-        is_tinker: it runs in Tinker's cloud, whose prices are in the table.
-        price: what the user says that it costs; goes before the table.
+        model: the service's name, ``:peft:`` suffix included: each variant has its own price.
+        is_embedded: it runs on this machine, for free.
+        is_tinker: it runs in Tinker's cloud, at the table's prices.
+        price: the user's price, which overrides the table.
     """
     if is_embedded:
         return Billing(is_free=True)
     if price is not None:
         return Billing(price)
     if not is_tinker:
-        return Billing(reason=f"the price of {model} on a server of one's own is not known: give price=Price(...)")
+        return Billing(reason=f"the price of {model} on this server is unknown: pass price=Price(...)")
     found = find_price(model)
-    return Billing(found, reason="" if found else f"the price of {model} is not known: give price=Price(...)")
+    return Billing(found, reason="" if found else f"the price of {model} is unknown: pass price=Price(...)")
 
 
 def is_tinker_host(host: str | None) -> bool:
-    """Whether a host, or None for the SDK's own choice, belongs to Tinker's cloud."""
+    """Whether a host (None: the SDK's default) belongs to Tinker's cloud."""
     return host is None or any(host == name or host.endswith(f".{name}") for name in _TINKER_HOSTS)
 
 

@@ -1,4 +1,4 @@
-"""Settings, typed, with the ancestor recipe's defaults; every field says its unit and its reason."""
+"""Typed settings. Defaults are those of the Search-R1 recipe of tinker-cookbook."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ScheduleName = Literal["constant", "linear", "cosine"]
 FirstTurn = Literal["auto", "shared", "split"]
 
 MAX_SERVICE_OUTAGE = 3600.0
-"""Seconds for which work waits for a Tinker service that does not answer."""
+"""Seconds that work waits for a Tinker service that does not answer."""
 
 
 def _require(condition: bool, message: str) -> None:
@@ -36,26 +36,25 @@ def _require(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class EpisodeLimits:
-    """How long an episode may become.
+    """Limits of one episode.
 
     Raises:
-        ConfigurationError: a limit below 1, or a trajectory that cannot hold one turn.
+        ConfigurationError: a limit is below 1, or ``max_trajectory_tokens`` leaves no room for a turn.
     """
 
     max_turns: Count = 5
-    """Sampled turns an episode; a search asked for in the last is not run, since nothing could use it."""
+    """Sampled turns per episode; a search call in the last turn is not run."""
     max_tokens: Count = 1024
-    """New tokens a turn."""
+    """Sampled tokens per turn."""
     max_trajectory_tokens: Count = 32 * 1024
-    """Tokens of the whole episode; a turn begins only if ``max_tokens`` more would fit, so none is cut by it."""
+    """Tokens of the whole episode; a turn starts only if ``max_tokens`` more would fit."""
     max_queries_per_call: Count = 20
-    """Queries one call may hold; more is a malformed call, so that one episode cannot flood the search."""
+    """Queries per search call; a call with more is malformed."""
     malformed_calls: Literal["end", "tell"] = "end"
-    """A malformed call ends the episode (the recipe), or the model is told what was wrong and goes on (Search-R1)."""
+    """On a malformed call, ``end`` the episode (the recipe) or ``tell`` the model the error and continue (Search-R1)."""
     max_seconds: Seconds | None = None
-    """Seconds of wall-clock time an episode, queueing included; None: no limit. A cut episode is never trained on, since
-    what was slow may be the service: this biases what is learned towards short episodes, so set it far out in the tail.
-    Counted in ``env/all/stop/time_limit``."""
+    """Wall-clock seconds per episode, queueing included; None: no limit. An episode cut by it is never trained on, which biases
+    training towards short episodes: set it far out in the tail. Counted in ``env/all/stop/time_limit``."""
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -71,21 +70,20 @@ class SamplingSettings:
     """How turns are sampled."""
 
     temperature: NotNegative = 1.0
-    """1 keeps the log-probabilities those of the policy itself, which the losses assume; 0 is greedy (evaluation)."""
+    """1 samples from the policy itself, as the losses assume; 0 is greedy (evaluation)."""
     seed: int | None = None
-    """Makes each request's seed from this, the question, the member and the turn; None lets the service choose."""
+    """Each request's seed is derived from this, the question, the group member and the turn; None: the service chooses."""
     deadline: Seconds = 1800.0
-    """Seconds that one turn may take in all, queueing at the service included; then the episode fails."""
+    """Seconds per turn, queueing at the service and retries included; then the episode fails."""
     max_episodes_in_flight: Count = 4096
-    """Episodes at once, all processes together: a bound on memory (at most 60 KB each). How many of them sample at a time is
-    found while they run."""
+    """Episodes in flight over all processes, which bounds memory (at most 60 KB each). How many of them sample at once adapts
+    to the service."""
     first_turn: FirstTurn = "auto"
-    """The first turns of a group as one request for all members (``shared``: an eighth of the client's work with groups of
-    8, but all members wait for the slowest), one request each (``split``), or what costs less as measured (``auto``)."""
+    """Sample a group's first turns with one request for all members (``shared``: less client CPU, but every member waits for the
+    slowest), one request per member (``split``), or whichever measures cheaper (``auto``)."""
     workers: Count | Literal["auto"] = 1
-    """Processes that play. 1 is this one. From 2 on so many are started beside it, each with 3 s of CPU and 0.4 GB, and this one
-    only searches, scores and learns. ``auto`` begins with this one and adds others, up to the cores, while all that play are
-    saturated (the SDK takes 3 ms of CPU a sample, on one thread)."""
+    """Rollout processes. 1: this one. 2 or more: that many workers (0.4 GB each), and this process only searches, scores and
+    trains. ``auto``: starts with this process and adds workers, up to the number of cores, while all are CPU-bound."""
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -93,38 +91,35 @@ class SamplingSettings:
 
 @dataclass(frozen=True, slots=True)
 class PipelineSettings:
-    """How playing and learning overlap, and what becomes of the slowest.
+    """How rollout and training overlap.
 
-    A batch is ``groups_per_batch`` groups, in the order in which they finish. With ``max_staleness`` k, a group that began
-    under weights of version v (v optimiser batches done) is trained on in batch v + 1 + k at the latest: a batch that holds
-    such groups waits for them, and no group starts that could come too late. So nothing finished is ever thrown away.
+    A batch is ``groups_per_batch`` groups, in the order they finish. With ``max_staleness`` k, a group that started with the
+    weights after v optimiser batches is trained on in batch v + 1 + k at the latest: that batch waits for it, and no group
+    starts that could be later. So no finished group is discarded as stale.
     """
 
     max_staleness: Natural = 0
-    """How many batches older than the newest the weights may be that a group was sampled from. 0 is on-policy: nothing samples
-    while the optimiser steps. From 1 on the next batch's episodes start while the last ones finish and while the
-    trainer works."""
+    """How many batches old the weights a group was sampled from may be. 0 is on-policy: nothing samples while the optimiser
+    steps. From 1 on, the next batch's episodes start while the last ones finish and while the trainer works."""
     synchronous: bool = False
-    """Learning begins when the whole batch is played, as in a plain loop; the gradient is the same as with streaming."""
+    """Train only once the whole batch is rolled out, as in a plain loop; the gradient is the same as with streaming."""
     weights_in_flight: WeightsInFlight = "snapshot"
-    """``snapshot``: an episode keeps the weights that it began with. ``inflight``: running episodes go on with newer weights as
-    these are published, and keep their key/value cache; each token keeps the log-probability it was sampled with, so importance
-    ratios stay right. The service does not say which weights sampled a token, only that they are those of the episode's
-    beginning or newer. So the version on a turn, and with it every figure of staleness and the rule of ``max_staleness``,
-    is that of the episode's beginning: an upper bound of how old the weights were. With ``max_staleness=0`` nothing is
-    published while episodes run, and the two are the same."""
+    """``snapshot``: an episode keeps the weights it started with. ``inflight``: running episodes switch to new weights as they
+    are published and keep their key/value cache; every token keeps the log-probability it was sampled with, so importance
+    ratios stay exact. The service does not report which weights sampled a token, so versions and staleness are those of the
+    episode's start: an upper bound. With ``max_staleness=0`` nothing is published while episodes run, and both are the same."""
     spare_groups: Natural = 0
-    """Groups started beyond a batch; once a batch is full, the slowest of those that would have to be in it are cancelled, at
-    most this many, and dropped as ``too_slow``. It biases what is learned towards questions that are played quickly."""
+    """Extra groups started per batch. Once the batch is full, up to this many of its slowest groups are cancelled and dropped as
+    ``too_slow``. Biases training towards questions with short episodes."""
     refill_groups: Natural = 0
-    """Groups a batch that may be played in place of such with constant reward, which teach nothing (dynamic sampling: Yu et al.,
-    2025, "DAPO"). It biases what is learned towards questions of middling difficulty, which is its purpose."""
+    """Extra groups per batch, rolled out to replace groups whose rewards are all equal (dynamic sampling: Yu et al., 2025,
+    "DAPO"). Biases training towards questions of medium difficulty, on purpose."""
     min_members: Annotated[int, Range(at_least=2)] = 2
-    """Finished episodes that a group needs to be trained on, at least 2 for an advantage; with fewer it is dropped as
-    ``too_few_episodes``. A group cut by ``step_time_limit`` that has as many is trained on without its slowest, which biases it to short episodes."""
+    """Finished episodes a group needs to be trained on, at least 2 for an advantage; with fewer it is dropped as
+    ``too_few_episodes``. A group cut by ``step_time_limit`` is trained on without its slowest, which biases it to short episodes."""
     step_time_limit: Seconds | None = None
-    """Seconds for the playing of a batch, from the moment that its weights are there; then its groups still under way are cut:
-    accepted with the members that they have, or dropped as ``step_time_limit``. None: no limit."""
+    """Seconds to roll out a batch, counted from when its weights are published. Groups still running then are cut: trained on
+    with the members they have, or dropped as ``step_time_limit``. None: no limit."""
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -135,24 +130,24 @@ class PipelineSettings:
 
     @property
     def is_off_policy(self) -> bool:
-        """Groups may be sampled from older weights than those that are trained, or from changing ones."""
+        """Groups may be sampled from older or changing weights."""
         return self.max_staleness > 0 or self.weights_in_flight == "inflight"
 
 
 @dataclass(frozen=True, slots=True)
 class WarmUp:
-    """A supervised warm-up on demonstrations before reinforcement learning.
+    """Supervised warm-up on demonstrations before reinforcement learning.
 
-    A demonstration is an episode played by a script (the ideal searches, then the answer) through the real search; only
-    those in which a golden answer was really seen are learned from, so that the model is never taught to guess.
+    A demonstration is a scripted episode (ideal searches, then the answer) run through the real search. Only those whose
+    passages contain a golden answer are trained on, so the model does not learn to guess.
     """
 
     steps: Count = 8
     """Optimiser steps."""
     batch_size: Count = 16
-    """Demonstrations a step. 6 to 15 steps of 16 taught a 135M model 95 to 99 % valid calls."""
+    """Demonstrations per step. 6 to 15 steps of 16 taught a 135M model 95 to 99 % valid calls."""
     learning_rate: Positive = 1e-3
-    """Peak, with a linear decay to a tenth; 25 times that of reinforcement learning, since the target is certain."""
+    """Peak, with linear decay to a tenth."""
 
     def __post_init__(self) -> None:
         check_settings(self, "the warm-up's ")
@@ -163,66 +158,61 @@ class LearningSettings:
     """How groups become optimiser steps."""
 
     group_size: Annotated[int, Range(at_least=2)] = 8
-    """Episodes a question, at least 2: advantages are centred over them."""
+    """Episodes per question, at least 2: advantages are centred over them."""
     groups_per_batch: Count = 512
-    """Questions an optimiser step."""
+    """Questions per batch."""
     minibatches: Count = 4
-    """Parts in which a batch is sent to the trainer, each as soon as enough groups are complete (streaming); alike in
-    tokens. More go out where the trainer would be idle."""
+    """Parts of a batch, equal in tokens, sent to the trainer as their groups finish (streaming). More are sent if the trainer
+    would be idle."""
     optimizer_steps: Count = 1
-    """Optimiser steps a batch, each on an equal share of its groups in the order in which they finished; those after the first
-    learn from weights that many steps older (``num_substeps`` of tinker-cookbook)."""
+    """Optimiser steps per batch, each on an equal share of its groups in the order they finished (``num_substeps`` of
+    tinker-cookbook); the k-th learns from weights k - 1 steps old."""
     learning_rate: Positive = 4e-5
-    """At its peak."""
+    """Peak learning rate."""
     schedule: ScheduleName = "constant"
-    """Of the learning rate over all batches: constant (the recipe), or falling to 0 in a line or a half cosine."""
+    """Learning rate over all batches: constant (the recipe), or linear or half-cosine decay to 0."""
     schedule_warmup: Natural = 0
-    """Batches in which the learning rate first rises in a line to its peak."""
+    """Batches of linear learning-rate warm-up."""
     lora_rank: Count = 32
     beta1: Share = 0.9
     beta2: Share = 0.95
     epsilon: Positive = 1e-8
     gradient_clip: NotNegative = 0.0
-    """Global norm above which gradients are scaled down; 0 is off, as in the recipe."""
+    """Maximum global gradient norm; 0 is off (the recipe)."""
     loss: LossName | None = None
-    """One of the service's. None chooses, and the run says what it chose: ``importance_sampling`` on-policy (the recipe);
-    ``stable_reinforce`` where ``max_staleness`` is over 0 or ``weights_in_flight`` is ``inflight``, if the service has it;
-    else, and where ``loss_config`` is given or only ``optimizer_steps`` is over 1, ``ppo``, which is clipped. Off-policy the ratio
-    of a token's probability under the weights being trained to that under the weights that sampled it leaves 1, and grows without
-    bound in the unclipped loss, so that a few tokens would rule a step (Schulman et al., 2017, "Proximal Policy Optimization
-    Algorithms"). The second optimiser step of a batch is the case that clipping was made for, so it needs nothing that is
-    recorded. A resumed run keeps the loss it began with.
+    """A loss of the service, or None to choose, which the run reports: ``importance_sampling`` on-policy (the recipe);
+    off-policy (``max_staleness`` above 0 or ``inflight`` weights) ``stable_reinforce`` if the service has it, else the clipped
+    ``ppo``. With ``loss_config``, or when only ``optimizer_steps`` is above 1, ``ppo``. Off-policy, the importance ratio is
+    unbounded in the unclipped loss and a few tokens could dominate a step (Schulman et al., 2017, "Proximal Policy Optimization
+    Algorithms"). A resumed run keeps its loss.
 
-    ``stable_reinforce`` takes only what the service recorded in the same session and not more than a day ago. Groups that
-    finished before a resume, or 20 hours before they are trained on, are therefore trained on with ``ppo`` in the same optimiser
-    step, and are not played again. That costs a request more for each minibatch that holds both kinds. Of a run of six batches with
-    ``max_staleness=2`` that was killed twice, 36 of 92 examples had it: all in two batches and 12 of 20 in a third.
-    ``optim/fallback_datums`` counts them."""
+    ``stable_reinforce`` accepts only samples recorded in the same session less than a day ago. Groups that finished before a
+    resume, or more than 20 hours before training, are therefore trained on with ``ppo`` in the same optimiser step, with an
+    extra request per mixed minibatch. ``optim/fallback_datums`` counts them."""
     loss_config: Mapping[str, float] = field(default_factory=dict)
-    """Passed to the service with the loss (``clip_low_threshold``, …); not with the ``ppo`` that stands in for
-    ``stable_reinforce``."""
+    """Passed to the service with the loss (``clip_low_threshold``, …); not to the ``ppo`` fallback of ``stable_reinforce``."""
     advantage: AdvantageName = "centred"
-    """``reward - mean`` of the group (the recipe); ``scaled`` divides that by the group's standard deviation (GRPO);
-    ``leave_one_out`` subtracts the mean of the other members (RLOO)."""
+    """``centred``: ``reward - mean`` of the group (the recipe). ``scaled``: divided by the group's standard deviation (GRPO).
+    ``leave_one_out``: minus the mean of the other members (RLOO)."""
     normalization: NormalizationName = "token"
-    """``token``: every sampled token of a batch counts alike (the recipe). ``sequence``: every episode counts alike, its tokens
-    sharing its weight, so long episodes do not outweigh short ones."""
+    """``token``: every sampled token of a batch has equal weight (the recipe). ``sequence``: every episode has equal weight,
+    shared by its tokens."""
     kl_coefficient: NotNegative = 0.0
-    """Of a penalty on leaving the base model, added to the advantages token by token; 0 is none. Costs one request an episode."""
+    """Coefficient of a per-token KL penalty towards the base model, added to the advantages; 0 is off. Costs one request per episode."""
     drop_constant_groups: bool = True
-    """Leave out groups whose members all earned the same: their advantages are 0, so only their cost would remain."""
+    """Leave out groups whose rewards are all equal: their advantages are 0."""
     epochs: Count = 1
-    """Passes over the questions when ``steps`` is None; each is shuffled anew with the seed and its number."""
+    """Passes over the questions when ``steps`` is None; each is shuffled with the seed and the epoch number."""
     steps: Count | None = None
-    """Optimiser steps in all; None: until the epochs are over, the last partial batch included."""
+    """Batches to train; None: all batches of ``epochs``, the last partial one included."""
     seed: int = 2
     checkpoint_every: Count = 20
-    """Steps between checkpoints that are kept for good; the resume point is written after every step besides."""
+    """Steps between permanent checkpoints; the resume point is also written after every step."""
     max_failed_fraction: Share = 0.2
-    """Failed episodes of a batch above which the run stops: a service is broken, and training on the rest would be biased."""
+    """Fraction of failed episodes per batch above which the run stops: a service is broken, and the rest would be biased."""
     training_deadline: Seconds = 3600.0
-    """Seconds that one step's training calls may take at a service that answers; more for one that pauses training for capacity.
-    Time in which it does not answer at all is ``max_service_outage``'s."""
+    """Seconds one step's training calls may take, longer while the service reports a capacity pause. Time in which the service
+    does not answer counts towards ``max_service_outage`` instead."""
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -238,18 +228,18 @@ class LearningSettings:
 
 @dataclass(frozen=True, slots=True)
 class LocalOptions:
-    """How the embedded Tinker service runs, where it is used."""
+    """Options of the embedded Tinker service."""
 
     port: Annotated[int, Range(at_least=0, at_most=65_535)] = 0
-    """0 takes a free one."""
+    """0: any free port."""
     threads: Count | None = None
     """CPU threads of the model; None: all cores."""
     dtype: str = "auto"
-    """``float32``, ``bfloat16`` or ``auto``: bfloat16 only where the machine is fast at it."""
+    """``float32``, ``bfloat16`` or ``auto``: bfloat16 where the machine runs it fast."""
     device: str = "auto"
     """``cpu``, ``cuda``, ``mps`` or ``auto``."""
     start_timeout: Seconds = 180.0
-    """Seconds for loading the model; its first conversion takes about 20 s."""
+    """Seconds for loading the model; the first conversion takes about 20 s."""
 
     def __post_init__(self) -> None:
         check_settings(self)

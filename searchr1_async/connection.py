@@ -1,4 +1,4 @@
-"""A connected Tinker service: training clients, sampling clients and checkpoints, each call with its deadline."""
+"""A connected Tinker service: training clients, sampling clients and checkpoints, each call with a deadline."""
 
 from __future__ import annotations
 
@@ -22,40 +22,40 @@ from searchr1_async.reachability import ServiceWatch
 _SETUP_DEADLINE = 300.0
 """Seconds for creating a session, a training client or a sampling client."""
 _EXTERNAL_DEADLINE = 1800.0
-"""Seconds for saving external weights: a large model's adapter is some gigabytes."""
+"""Seconds for saving external weights: a large model's adapter is gigabytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """A connected Tinker service and the model used on it."""
+    """A connected Tinker service and the model used on it. A refused or unanswered call raises :class:`ServiceError`."""
 
     client: tinker.ServiceClient
     model_name: str
     tokenizer: Any
     """The model's Hugging Face tokenizer."""
     is_local: bool
-    """The embedded one, started here."""
+    """The embedded service, started by this process."""
     is_tinker: bool = False
-    """Tinker's own cloud, as far as its address tells."""
+    """Tinker's own cloud, judging by the address."""
     offered: Offered = None
-    """The models that it lists; None where it has no list."""
+    """The models it lists; None if it has no list."""
     model_folder: Path | None = None
-    """Where the weights of the embedded service's model are; None elsewhere."""
+    """Folder of the embedded service's model weights; None elsewhere."""
     connect: Callable[[], AbstractAsyncContextManager[tinker.ServiceClient]] | None = field(default=None, repr=False)
-    """Opens another session; None where the client is the user's own."""
+    """Opens another session; None for the user's own client."""
     watch: ServiceWatch | None = field(default=None, repr=False)
-    """Watches whether it answers, while work uses it."""
+    """Detects outages while work uses the service."""
     tell: Tell = field(default=say_nothing, repr=False)
-    """Gets a sentence for each wait over 5 seconds."""
+    """Called with a sentence for each wait over 5 seconds."""
 
     @property
     def url(self) -> str:
-        """Its base URL."""
+        """Base URL."""
         return address_of(self.client)
 
     @asynccontextmanager
     async def session(self) -> AsyncIterator[Service]:
-        """The same service in a session of its own: the models that are opened in it are gone when the block ends."""
+        """The same service in a separate session, whose models are freed at the end."""
         if self.connect is None:
             yield self
             return
@@ -63,45 +63,30 @@ class Service:
             yield replace(self, client=client)
 
     async def create_training_client(self, *, rank: int, seed: int) -> tinker.TrainingClient:
-        """A new LoRA adapter.
-
-        Raises:
-            ServiceError: refused, or no answer.
-        """
+        """Creates a new LoRA adapter."""
         return await self._wait(
             "creating a training client",
             lambda: self.client.create_lora_training_client(self.model_name, rank=rank, seed=seed),
         )
 
     async def restore_training_client(self, state_path: str) -> tinker.TrainingClient:
-        """The weights and the optimiser saved under a ``tinker://`` path.
-
-        Raises:
-            ServiceError: it is gone (expired, another folder), or no answer.
-        """
+        """A training client with the weights and optimiser state saved under a ``tinker://`` path."""
         return await self._wait(
             f"restoring {state_path}",
             lambda: self.client.create_training_client_from_state_with_optimizer(state_path),
         )
 
     async def load_weights(self, state_path: str) -> tinker.TrainingClient:
-        """A training client with the weights saved under a ``tinker://…/weights/…`` path and a new optimizer.
-
-        Raises:
-            ServiceError: they are gone (expired, another folder), or no answer.
-        """
+        """A training client with the weights saved under a ``tinker://…/weights/…`` path and a new optimizer."""
         return await self._wait(
             f"loading {state_path}", lambda: self.client.create_training_client_from_state(state_path)
         )
 
     async def save_external(self, client: tinker.TrainingClient, name: str, *, ttl_seconds: int) -> str:
-        """Saves a model's adapter for download; returns its ``tinker://…/external_weights/…`` path.
+        """Saves a model's adapter for download; returns its ``tinker://…/external_weights/…`` path. Older services lack it.
 
         Args:
-            ttl_seconds: after which the service deletes it; Tinker takes 3,600 or more.
-
-        Raises:
-            ServiceError: refused (an older service does not offer it), or no answer.
+            ttl_seconds: time to live; Tinker's minimum is 3,600.
         """
         saved = await self._wait(
             "saving external weights",
@@ -111,31 +96,19 @@ class Service:
         return saved.path
 
     async def external_urls(self, path: str) -> ExternalWeightsUrlsResponse:
-        """Signed URLs of the files of external weights.
-
-        Raises:
-            ServiceError: there are none, or no answer.
-        """
+        """Signed URLs of the files of external weights."""
         rest = await self._rest()
         return await self._wait(f"asking for the files of {path}", lambda: rest.get_external_weights_urls(path))
 
     async def weights_info(self, path: str) -> WeightsInfoResponse:
-        """The base model and the LoRA rank of saved weights.
-
-        Raises:
-            ServiceError: there are none, or no answer.
-        """
+        """The base model and the LoRA rank of saved weights."""
         rest = await self._rest()
         return await self._wait(f"asking about {path}", lambda: rest.get_weights_info_by_tinker_path(path))
 
     async def create_sampling_client(
         self, sampler_path: str | None = None, *, base_model: str | None = None
     ) -> tinker.SamplingClient:
-        """Over saved weights, or over a base model: this service's, or another that it serves.
-
-        Raises:
-            ServiceError: refused, or no answer.
-        """
+        """A sampling client for saved weights or a base model (default: this service's)."""
         if sampler_path is not None:
             return await self._wait(
                 f"opening {sampler_path}", lambda: self.client.create_sampling_client(model_path=sampler_path)
@@ -144,11 +117,6 @@ class Service:
         return await self._wait(f"opening {model}", lambda: self.client.create_sampling_client(base_model=model))
 
     async def delete_checkpoint(self, path: str) -> None:
-        """Deletes a checkpoint that is no longer needed.
-
-        Raises:
-            ServiceError: it could not be deleted.
-        """
         rest = await self._rest()
         await self._wait(f"deleting {path}", lambda: rest.delete_checkpoint_from_tinker_path(path))
 
@@ -156,7 +124,7 @@ class Service:
         return await wait_for(doing, submit, deadline, self.tell, None if self.watch is None else self.watch.deadlines)
 
     async def _rest(self) -> tinker.RestClient:
-        # Over the session's own connections, which are closed with it; its first use of an address blocks.
+        # On the session's connections, which close with it; the first use of an address blocks.
         return await anyio.to_thread.run_sync(lambda: tinker.RestClient(self.client.holder))
 
 
@@ -167,13 +135,12 @@ async def wait_for(
     tell: Tell = say_nothing,
     deadlines: PausableDeadlines | None = None,
 ) -> Any:
-    """Runs a call of the SDK that may block (it starts its session at the first) and waits for its result.
+    """Runs an SDK call that may block (the first one opens the session) and waits for its result.
 
     Args:
-        doing: what is being done, for messages.
-        deadline: seconds.
-        tell: gets a sentence if the wait is over 5 seconds.
-        deadlines: the time stands still while these are held.
+        doing: for messages.
+        deadline: seconds, which stand still while ``deadlines`` are paused.
+        tell: called with a sentence if the wait is over 5 seconds.
 
     Raises:
         ServiceError: refused, or no answer.

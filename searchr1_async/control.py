@@ -1,4 +1,4 @@
-"""The hand on a run: stop it, hold it, let it go on, ask it. And which runs this process trains."""
+"""Control of a run: stop, pause, resume, ask. And the registry of this process's runs."""
 
 from __future__ import annotations
 
@@ -21,27 +21,26 @@ if TYPE_CHECKING:
 
 
 class RunControl:
-    """Shared by a run's handle, which says what is wanted, and by the run, which does it.
+    """Shared between a run and its handle: the handle requests, the run obeys. Belongs to the run's event loop.
 
-    A stop is clean: what the services are at is cancelled or, where it is a step that is nearly done, waited for; finished
-    steps are kept. A pause holds the sampler and the next step: requests on their way come to their end, and episodes wait
-    where they are. Belongs to one event loop, that of the run.
+    A stop cancels requests in flight or, if a step is nearly done, waits for it; finished steps are kept. A pause stops new
+    samples and the next step; requests in flight finish, and episodes wait where they are.
     """
 
     def __init__(self) -> None:
         self.stop_requested = False
         self.is_paused = False
         self.emit: Emit = emit_nothing
-        """Is told of pauses."""
+        """Receives :class:`RunPaused` and :class:`RunResumed`."""
         self.wall_clock: Callable[[], float] = time.time
-        """Seconds that go on while the run is held and while the machine sleeps, as a service's own do."""
+        """Seconds of a clock that also runs during a pause and while the machine sleeps, as a service's clock does."""
         self._service: Service | None = None
         self._users: list[anyio.CancelScope] = []
         self._user_left = anyio.Event()
         self._cuts: list[Callable[[], None]] = []
         self._holds: list[Callable[[bool], None]] = []
-        self._goes_on = anyio.Event()
-        self._held_by: set[str] = set()
+        self._resumed = anyio.Event()
+        self._pause_reasons: set[str] = set()
         self._paused_at = self._paused_seconds = 0.0
         self._answers: LiveAnswers | None = None
         self._is_over = False
@@ -51,7 +50,7 @@ class RunControl:
     # --- stopping -----------------------------------------------------------------------------------------------------
 
     def request_stop(self) -> None:
-        """Stops the run; once is enough."""
+        """Stops the run; idempotent."""
         if self.stop_requested:
             return
         self.stop_requested = True
@@ -60,10 +59,7 @@ class RunControl:
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Work that a stop cuts short; afterwards ``stop_requested`` says whether it did.
-
-        Where such blocks lie within each other the innermost is cut, and what is around it ends by itself.
-        """
+        """A block that a stop cancels; check ``stop_requested`` afterwards. Of nested blocks, only the innermost is cancelled."""
         with anyio.CancelScope() as scope, self.ending_with(scope.cancel):
             if self.stop_requested:
                 scope.cancel()
@@ -71,40 +67,40 @@ class RunControl:
 
     @contextmanager
     def ending_with(self, cut: Callable[[], None]) -> Iterator[None]:
-        """While the block runs, a stop calls ``cut`` and leaves alone what is around it: for work that ends in its own way."""
+        """During the block, a stop only calls ``cut``: for work that ends in its own way."""
         self._cuts.append(cut)
         try:
             yield
         finally:
             self._cuts.remove(cut)
 
-    # --- holding ------------------------------------------------------------------------------------------------------
+    # --- pausing ------------------------------------------------------------------------------------------------------
 
     def pause(self) -> None:
-        """Holds the run; no effect on one that is held."""
+        """Pauses the run; idempotent."""
         if not self.is_paused:
             self.is_paused = True
             self._hold("pause", True)
             self.emit(RunPaused())
 
     def resume(self) -> None:
-        """Lets the run go on; no effect on one that does."""
+        """Resumes a paused run; idempotent."""
         if self.is_paused:
             self.is_paused = False
             self._hold("pause", False)
             self.emit(RunResumed())
 
     def wait_for_service(self, is_silent: bool) -> None:
-        """Holds the run while its Tinker service does not answer; the run's clock stands still."""
+        """Pauses the run and its clock while its Tinker service does not answer."""
         self._hold("service", is_silent)
 
     # --- sharing the run's service ------------------------------------------------------------------------------------
 
     @asynccontextmanager
     async def serving(self, service: Service) -> AsyncIterator[None]:
-        """While the block runs others may use the run's service; at its end the run waits for them.
+        """Lets others use the run's service during the block, and waits for them at its end.
 
-        A run that fails, is cancelled, or is stopped during that wait does not: it cancels them.
+        They are cancelled if the run fails, is cancelled, or is stopped while waiting.
         """
         self._service = service
         try:
@@ -120,10 +116,10 @@ class RunControl:
 
     @contextmanager
     def using_service(self) -> Iterator[Service | None]:
-        """The run's service for the length of the block; None where it is not open.
+        """The run's service during the block; None if it is not open.
 
         Raises:
-            ServiceError: the run ended before the block, and its service with it.
+            ServiceError: the run and its service ended during the block.
         """
         if self._service is None:
             yield None
@@ -137,62 +133,62 @@ class RunControl:
                 self._user_left.set()
         if scope.cancelled_caught:
             raise ServiceError(
-                "the run was ended, and its service with it: use its folder instead, which starts another"
+                "the run ended and closed its service meanwhile: use the run's folder instead, which starts a new one"
             )
 
     @contextmanager
     def holding(self, hold: Callable[[bool], None]) -> Iterator[None]:
-        """While the block runs ``hold`` is called with True when the run is to be held, with False when it is to go on."""
+        """During the block, ``hold`` is called with True when the run pauses and with False when it continues."""
         self._holds.append(hold)
         try:
-            if self._held_by:
+            if self._pause_reasons:
                 hold(True)
             yield
         finally:
             self._holds.remove(hold)
 
-    def _hold(self, reason: str, is_held: bool) -> None:
-        """Holds the run for a reason, or lets that reason go; the run goes on when none is left."""
-        was_held = bool(self._held_by)
-        self._held_by = self._held_by | {reason} if is_held else self._held_by - {reason}
-        if bool(self._held_by) == was_held:
+    def _hold(self, reason: str, is_active: bool) -> None:
+        """Adds or removes a reason to pause; the run continues when none is left."""
+        was_paused = bool(self._pause_reasons)
+        self._pause_reasons = self._pause_reasons | {reason} if is_active else self._pause_reasons - {reason}
+        if bool(self._pause_reasons) == was_paused:
             return
-        if is_held:
-            self._goes_on, self._paused_at = anyio.Event(), anyio.current_time()
+        if is_active:
+            self._resumed, self._paused_at = anyio.Event(), anyio.current_time()
         else:
             self._paused_seconds += anyio.current_time() - self._paused_at
-            self._goes_on.set()
+            self._resumed.set()
         for hold in self._holds:
-            hold(is_held)
+            hold(is_active)
 
     @property
     def waits_for_service(self) -> bool:
-        """The Tinker service does not answer: nothing that is under way at it can come to its end."""
-        return "service" in self._held_by
+        """The Tinker service does not answer, so no request to it can finish."""
+        return "service" in self._pause_reasons
 
     async def wait_while_paused(self) -> None:
-        """Returns when the run is not held; at once where it is not."""
-        while self._held_by:
-            await self._goes_on.wait()
+        """Returns once the run is not paused."""
+        while self._pause_reasons:
+            await self._resumed.wait()
 
     def now(self) -> float:
-        """Seconds of a clock that stands still while the run is held: what it takes and may take is measured by it."""
-        now = self._paused_at if self._held_by else anyio.current_time()
+        """Seconds on a clock that stops while the run is paused; all time limits use it."""
+        now = self._paused_at if self._pause_reasons else anyio.current_time()
         return now - self._paused_seconds
 
     async def sleep_until(self, deadline: float) -> None:
-        """Until that clock shows ``deadline``."""
+        """Until :meth:`now` reaches ``deadline``."""
         while (left := deadline - self.now()) > 0:
             await self.wait_while_paused()
-            await anyio.sleep(left)  # a pause that begins meanwhile puts the deadline off
+            await anyio.sleep(left)  # a pause meanwhile extends the deadline
 
     # --- asking -------------------------------------------------------------------------------------------------------
 
     @contextmanager
     def answering(self, answers: LiveAnswers) -> Iterator[None]:
-        """While the block runs questions are answered by ``answers``; those under way at its end are cut."""
+        """During the block, ``answers`` answers questions; those still running at its end are cancelled."""
         self._answers = answers
-        self._answers_change()
+        self._notify_answers()
         try:
             yield
         finally:
@@ -202,19 +198,19 @@ class RunControl:
 
     @property
     def is_answering(self) -> bool:
-        """Whether :meth:`ask` need not wait for the run's services."""
+        """:meth:`ask` need not wait for the run's services."""
         return self._answers is not None
 
     def end(self) -> None:
-        """The run is over: nobody waits for it to answer any more."""
+        """The run is over: waiting :meth:`ask` calls return None."""
         self._is_over = True
-        self._answers_change()
+        self._notify_answers()
 
     async def ask(self, ask: Callable[[LiveAnswers], Awaitable[Answer]]) -> Answer | None:
-        """Waits until the run can answer, and asks it; None where the run ends before the answer is there.
+        """Waits until the run can answer, then asks; None if the run ends first.
 
         Raises:
-            SearchR1Error: what ``ask`` raises.
+            SearchR1Error: from ``ask``.
         """
         while self._answers is None:
             if self._is_over:
@@ -228,13 +224,13 @@ class RunControl:
                 self._asked.discard(scope)
         return None
 
-    def _answers_change(self) -> None:
+    def _notify_answers(self) -> None:
         self._answers_changed.set()
         self._answers_changed = anyio.Event()
 
 
 class RunUnderWay(Protocol):
-    """A run that this process trains."""
+    """A run that this process is training."""
 
     control: RunControl
 
@@ -249,16 +245,16 @@ _runs: WeakValueDictionary[Path, RunUnderWay] = WeakValueDictionary()
 
 
 def register(run: RunUnderWay) -> None:
-    """The run is found by its folder from now on."""
+    """Makes a run findable by its folder."""
     _runs[run.out_dir.resolve()] = run
 
 
 def run_under_way(folder: Path) -> RunUnderWay | None:
-    """The run that this process trains in a folder; None where it trains none there, or none any more."""
+    """The run this process is training in a folder, or None."""
     run = _runs.get(folder.resolve())
     return None if run is None or run.done else run
 
 
 def runs_under_way() -> list[RunUnderWay]:
-    """All runs that this process trains now."""
+    """All runs this process is training now."""
     return [run for run in list(_runs.values()) if not run.done]

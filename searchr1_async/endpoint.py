@@ -1,4 +1,4 @@
-"""Which Tinker service a call means, and why: the one named, else the one for which the SDK has credentials, else the embedded one."""
+"""Resolves the ``service`` argument: the named service, else one the SDK has credentials for, else the embedded one."""
 
 from __future__ import annotations
 
@@ -14,45 +14,45 @@ from searchr1_async.boundary.values import shown
 from searchr1_async.errors import ConfigurationError
 
 EMBEDDED = "embedded"
-"""As ``service=…``: the embedded service, whatever credentials there are."""
+"""Value of ``service=`` for the embedded service, regardless of credentials."""
 
 ServiceName = str | tinker.ServiceClient | None
-"""What the argument ``service`` may be: a base URL, ``"embedded"``, a client, or None for what the environment says."""
+"""The argument ``service``: a base URL, ``"embedded"``, a client, or None to use the environment."""
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """A Tinker service, not opened."""
+    """A Tinker service, not yet opened."""
 
     kind: Literal["embedded", "url", "cloud", "client"]
     reason: str
-    """Why it is this one, in words."""
+    """Why it was chosen, as text."""
     url: str | None = None
-    """Its base URL; None of the embedded service and of the cloud, whose URL the SDK knows."""
+    """Base URL; None for the embedded service and for the cloud, whose URL the SDK knows."""
 
     @property
     def text(self) -> str:
-        """For the first line of a run."""
+        """First line of a run."""
         where = {
             "embedded": "the embedded Tinker service on this machine",
             "cloud": "Tinker's cloud",
             "url": f"the Tinker service at {self.url}",
-            "client": "the Tinker service of the client that was given" + (f", {self.url}" if self.url else ""),
+            "client": "the Tinker service of the given client" + (f", {self.url}" if self.url else ""),
         }[self.kind]
         return f"using {where}: {self.reason}"
 
 
 def find_endpoint(service: ServiceName) -> Endpoint:
-    """What the argument ``service`` means in this environment. Opens nothing.
+    """Resolves the argument ``service`` in this environment. Opens nothing.
 
     Raises:
-        ConfigurationError: no service, no URL, a key that cannot be sent, or credentials of the SDK that cannot be read.
+        ConfigurationError: no service, an invalid URL or key, or unreadable SDK credentials.
     """
     if isinstance(service, tinker.ServiceClient):
         return Endpoint("client", "service=… gives it", getattr(service, "_base_url", None) or _resolved(None))
     if service is not None and not isinstance(service, str):
         raise ConfigurationError(
-            f"service is {shown(service)} ({type(service).__name__}): give a URL, {EMBEDDED!r} or a tinker.ServiceClient"
+            f"service is {shown(service)} ({type(service).__name__}): pass a URL, {EMBEDDED!r} or a tinker.ServiceClient"
         )
     if service == EMBEDDED:
         return Endpoint("embedded", f"service={EMBEDDED!r} names it")
@@ -72,26 +72,22 @@ def find_endpoint(service: ServiceName) -> Endpoint:
 
 
 def credentials_source() -> str | None:
-    """Where the SDK finds its credentials, in words; None where it has none.
-
-    Raises:
-        ConfigurationError: it has some that it cannot read.
-    """
+    """Where the SDK finds its credentials, as text; None if it has none. Refuses unreadable credentials."""
     if os.environ.get("TINKER_API_KEY"):
         return "TINKER_API_KEY is set"
     try:
         from tinker.lib._auth_token_provider import resolve_auth_provider
-    except ImportError:  # an SDK that knows only the key
+    except ImportError:  # an SDK with API keys only
         return None
     try:
         resolve_auth_provider(None, enforce_cmd=False)
     except tinker.TinkerError:
         return None
-    except (TypeError, RuntimeError):  # another SDK's arguments; no home folder
+    except (TypeError, RuntimeError):  # a different SDK signature; no home folder
         return None
     except (ValueError, OSError) as error:
         raise ConfigurationError(
-            f"the credentials that `tinker auth login` stored cannot be read ({type(error).__name__}): log in again, set "
+            f"cannot read the credentials stored by `tinker auth login` ({type(error).__name__}): log in again, set "
             f"TINKER_API_KEY, or pass service={EMBEDDED!r} for the embedded service"
         ) from error
     if os.environ.get("TINKER_CREDENTIAL_CMD"):
@@ -100,22 +96,18 @@ def credentials_source() -> str | None:
 
 
 def is_embedded(service: ServiceName) -> bool:
-    """Whether the embedded service would be started."""
+    """Whether this is the embedded service."""
     return find_endpoint(service).kind == "embedded"
 
 
 def is_tinker_cloud(service: ServiceName) -> bool:
-    """Whether a service that is not the embedded one is Tinker's cloud, as far as its address tells."""
+    """Whether a service is Tinker's cloud, judging by its address."""
     endpoint = find_endpoint(service)
     return endpoint.kind == "cloud" or (endpoint.url is not None and is_tinker_host(_host(endpoint.url)))
 
 
 def prepare(service: ServiceName) -> Endpoint:
-    """The endpoint, with the environment's proxies made ready for it.
-
-    Raises:
-        ConfigurationError: as :func:`find_endpoint` and :func:`~searchr1_async.boundary.network.prepare_proxies`.
-    """
+    """Resolves the endpoint and prepares the environment's proxies for it."""
     endpoint = find_endpoint(service)
     prepare_proxies(endpoint.url or ("http://127.0.0.1" if endpoint.kind == "embedded" else _resolved(None)))
     return endpoint
@@ -141,9 +133,9 @@ def _host(url: str) -> str:
 
 
 def _check_key() -> None:
-    """A key with such characters can be sent in no header: the SDK would try for a minute."""
+    """Refuses a key that cannot be sent in an HTTP header, which the SDK would retry for a minute."""
     key = os.environ.get("TINKER_API_KEY", "")
     if not key.isascii() or not key.isprintable() or key != key.strip():
         raise ConfigurationError(
-            "TINKER_API_KEY holds a space, a line break or a letter that no key has: set it to the key alone"
+            "TINKER_API_KEY contains a space, a line break or a character that keys never have: set it to the key alone"
         )

@@ -1,4 +1,4 @@
-"""Every exception that the package raises on purpose, in one flat tree.
+"""The package's exceptions, as one tree.
 
 ::
 
@@ -12,10 +12,10 @@
     │   ├── ServiceUnavailableError  it does not answer
     │   ├── ServiceStartError      the embedded service did not come up
     │   └── PortInUseError         its port is taken
-    ├── SearchError                the search tool, for good (after its retries)
+    ├── SearchError                the search tool failed after its retries
     │   ├── EmbeddingError         the embedder
     │   ├── StoreError             the vector store
-    │   └── SearchUnavailableError a service of the search stayed away for longer than a run waits
+    │   └── SearchUnavailableError a service of the search was down for longer than the outage limit
     ├── RewardError                a user's reward function failed or returned no finite number
     ├── CheckpointError            a checkpoint that cannot be written or read
     ├── ExportError                trained weights that cannot be exported
@@ -29,7 +29,7 @@ import contextlib
 
 
 class SearchR1Error(Exception):
-    """The root: catch it to catch whatever this package raises on purpose."""
+    """Base class of every error this package raises on purpose."""
 
 
 class ConfigurationError(SearchR1Error, ValueError):
@@ -53,7 +53,7 @@ class RunFolderError(ConfigurationError):
 
 
 class ServiceError(SearchR1Error):
-    """The Tinker service failed for good."""
+    """The Tinker service failed permanently."""
 
 
 class ServiceUnavailableError(ServiceError):
@@ -61,19 +61,18 @@ class ServiceUnavailableError(ServiceError):
 
 
 class ServiceStartError(ServiceError):
-    """The embedded Tinker service did not come up."""
+    """The embedded Tinker service did not start."""
 
 
 class PortInUseError(ServiceError):
-    """The port asked for the embedded Tinker service is taken."""
+    """The port requested for the embedded Tinker service is in use."""
 
 
 class SearchError(SearchR1Error):
-    """The search tool failed for good; the episode that asked fails with this as its cause.
+    """The search tool failed after its retries; the episode fails with this as its cause.
 
     Args:
-        is_fatal: no later search can succeed either (a refused credential, a missing collection): the run stops, where
-            it would otherwise go on without the episode.
+        is_fatal: no later search can succeed (a refused credential, a missing collection), so the run stops.
     """
 
     def __init__(self, message: str, *, is_fatal: bool = False) -> None:
@@ -82,22 +81,22 @@ class SearchError(SearchR1Error):
 
 
 class EmbeddingError(SearchError):
-    """The embedder failed for good."""
+    """The embedder failed after its retries."""
 
 
 class StoreError(SearchError):
-    """The vector store failed for good, or does not hold what was expected of it."""
+    """The vector store failed after its retries, or does not contain what was expected."""
 
 
 class SearchUnavailableError(SearchError):
-    """A service of the search did not come back within the time that a run waits for it; always fatal."""
+    """A service of the search did not come back within the outage limit; always fatal."""
 
     def __init__(self, message: str, *, is_fatal: bool = True) -> None:
         super().__init__(message, is_fatal=is_fatal)
 
 
 class RewardError(SearchR1Error):
-    """A reward function raised, or returned something that is no finite number."""
+    """A reward function raised, or did not return a finite number."""
 
 
 class CheckpointError(SearchR1Error):
@@ -109,19 +108,19 @@ class ExportError(SearchR1Error):
 
 
 class TooManyFailuresError(SearchR1Error):
-    """More than the allowed fraction of episodes failed: the services are at fault, not the model."""
+    """More than the allowed fraction of episodes failed, so a service is probably broken."""
 
 
 def first_error(error: BaseException) -> BaseException:
-    """The first real exception in a tree of groups: what the user should read."""
+    """The first real exception in a tree of exception groups."""
     return first_error(error.exceptions[0]) if isinstance(error, BaseExceptionGroup) else error
 
 
 @contextlib.contextmanager
 def ungrouped(kind: type[Exception] = SearchR1Error) -> collections.abc.Iterator[None]:
-    """Raises the first error of an exception group instead of the group, where the group holds only errors of this kind.
+    """Raises the first error of an exception group instead of the group, if the group holds only errors of this kind.
 
-    The error keeps its own cause and traceback: a traceback ends in the line of the user's function that failed.
+    The error keeps its cause and traceback, so the traceback ends in the user's line that failed.
     """
     try:
         yield

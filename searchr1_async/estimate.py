@@ -1,7 +1,4 @@
-"""What a training run will cost, estimated from its settings: tokens by kind, dollars, and the assumptions in words.
-
-Nothing here asks a service or loads a tokenizer.
-"""
+"""Cost estimate of a training run from its settings: tokens by kind, dollars, assumptions. Needs no service or tokenizer."""
 
 from __future__ import annotations
 
@@ -41,21 +38,21 @@ from searchr1_async.usage import TokenUsage
 from searchr1_async.watch.records import RunRecords
 
 TURNS = 3.0
-"""Turns an episode: what the Search-R1 recipe of tinker-cookbook states of Qwen3.5-4B from its first step on."""
+"""Turns per episode, as the Search-R1 recipe of tinker-cookbook reports for Qwen3.5-4B."""
 TOKENS_PER_TURN = 100.0
-"""Sampled tokens a turn. Published Search-R1 episodes of a 3B model have 36; instruct models write more."""
+"""Sampled tokens per turn. Published Search-R1 episodes of a 3B model have 36; instruct models write more."""
 PASSAGE_TOKENS = 150.0
-"""Tokens of a passage of 100 words: 148 in the mean of 1,000 Wikipedia passages, with SmolLM2's tokenizer."""
+"""Tokens of a 100-word passage: the mean of Wikipedia passages with SmolLM2's tokenizer."""
 INSTRUCTION_TOKENS = {"hermes": 285.0, "tags": 50.0}
-"""Tokens of the prompt before the question, by tool-call format, with SmolLM2's tokenizer."""
+"""Prompt tokens before the question, by tool-call format, with SmolLM2's tokenizer."""
 _MARKUP_TOKENS = 30.0
-"""Between one turn and the next, around the passages."""
-_LETTERS_PER_TOKEN = 4.0
+"""Around the passages, between two turns."""
+_CHARACTERS_PER_TOKEN = 4.0
 
 
 @dataclass(frozen=True, slots=True)
 class Assumed:
-    """What is assumed of an episode; None takes the default, or what :func:`measured_in` found in a past run."""
+    """Assumptions about an episode; None: the default, or the value :func:`measured_in` found in a past run."""
 
     turns: Positive | None = None
     tokens_per_turn: Positive | None = None
@@ -70,12 +67,12 @@ class Assumed:
 
 @dataclass(frozen=True, slots=True)
 class RunShape:
-    """How much a run plays and trains."""
+    """How much a run rolls out and trains."""
 
     questions: int
-    """Trained on, each once an epoch."""
+    """Training questions, each once per epoch."""
     question_letters: float
-    """Of a question, in the mean."""
+    """Mean characters per question."""
     group_size: int
     groups_per_batch: int
     steps: int | None
@@ -85,12 +82,12 @@ class RunShape:
     format_name: str = "hermes"
     search_results: int = 3
     held_out: int = 0
-    """Questions."""
+    """Held-out questions."""
     held_out_samples: int = 1
     evaluate_every: int | None = None
     warm_up: WarmUp | None = None
     has_penalty: bool = False
-    """``kl_coefficient`` is over 0: the base model reads every trained episode."""
+    """``kl_coefficient`` is above 0: the base model reads every trained episode."""
 
     @property
     def groups(self) -> int:
@@ -102,7 +99,7 @@ class RunShape:
 
     @property
     def measurements(self) -> int:
-        """On the held-out questions: untrained, after the warm-up, after reinforcement learning, and on the way there."""
+        """Evaluations on the held-out questions, those of ``evaluate_every`` included."""
         if not self.held_out:
             return 0
         beside = 0 if self.evaluate_every is None else max(0, self.total_steps - 1) // self.evaluate_every
@@ -111,15 +108,15 @@ class RunShape:
 
 @dataclass(frozen=True, slots=True)
 class EpisodeTokens:
-    """The mean tokens of one episode."""
+    """Mean tokens per episode."""
 
     prompt: float
-    """Over all its turns."""
+    """Summed over its turns."""
     cached: float
-    """Of these."""
+    """The part of ``prompt`` that is cached."""
     sampled: float
     length: float
-    """Of the whole sequence, as it is trained on."""
+    """Of the whole sequence, as trained on."""
 
     def played(self, times: float) -> TokenUsage:
         return TokenUsage(round(times * self.prompt), round(times * self.cached), round(times * self.sampled))
@@ -127,24 +124,24 @@ class EpisodeTokens:
 
 @dataclass(frozen=True, slots=True)
 class CostEstimate:
-    """What a run is expected to cost. ``print`` it, or show it in a notebook's cell."""
+    """Estimated cost of a run. ``print`` it, or display it in a notebook cell."""
 
     dollars: float | None
-    """US dollars, expected; None where the price is not known."""
+    """Expected US dollars; None if the price is unknown."""
     high_dollars: float | None
-    """US dollars if every episode were as long as its limits allow, and nothing were cached."""
+    """US dollars if every episode reached its limits and nothing were cached."""
     dollars_per_step: float | None
-    """Expected, of the training alone: without the warm-up and the measurements."""
+    """Expected, for training only: without the warm-up and evaluations."""
     tokens: TokenUsage
     """Expected, by kind."""
     high_tokens: TokenUsage
-    """The same for ``high_dollars``."""
+    """Tokens behind ``high_dollars``."""
     steps: int
     """Optimiser steps."""
     assumptions: tuple[str, ...]
-    """What the figures rest on, in sentences."""
+    """The assumptions, as sentences."""
     text: str
-    """In one line."""
+    """One-line summary."""
 
     def __str__(self) -> str:
         return "\n".join([f"Estimated cost: {self.text}.", *(f"  - {sentence}" for sentence in self.assumptions)])
@@ -195,23 +192,22 @@ def estimate_cost(
     trained: float | None = None,
     like: FilePath | None = None,
 ) -> CostEstimate:
-    """What :func:`train` with these settings is expected to cost. It asks no service and takes no time.
+    """Estimates the cost of :func:`train` with these settings, without asking a service.
 
     Args:
-        questions: as :func:`train` takes them; so are all that have its names, with its defaults.
-        search_results: passages that a search shows.
-        turns: sampled turns an episode, in the mean; None: 3, or ``max_turns`` where that is less.
-        tokens_per_turn: sampled tokens a turn, in the mean; None: 100, or ``max_tokens`` where that is less.
-        prompt_tokens: tokens of an episode's first prompt; None: by the format and the length of the questions.
-        passage_tokens: tokens of a passage; None: 150, of 100 words.
-        cached: share of the prompt tokens that is billed as cache hits, 0 to 1; None: a turn's prompt is cached as far as the
-            turn before it, and a group's first prompt for all members but one.
-        trained: share of the episodes that is trained on, 0 to 1; None: all.
-        like: a past run's folder. Its mean episode, its share of cache hits and of trained episodes are taken, in place of the
-            six before.
+        questions: as in :func:`train`, like all arguments that share its names and defaults.
+        search_results: passages shown per search.
+        turns: mean sampled turns per episode; None: 3, or ``max_turns`` if less.
+        tokens_per_turn: mean sampled tokens per turn; None: 100, or ``max_tokens`` if less.
+        prompt_tokens: tokens of an episode's first prompt; None: from the format and the questions' length.
+        passage_tokens: tokens per passage; None: 150, for 100 words.
+        cached: fraction of prompt tokens billed as cache hits, 0 to 1; None: each turn's prompt is cached up to the previous
+            turn, and a group's first prompt for all members but one.
+        trained: fraction of episodes trained on, 0 to 1; None: all.
+        like: a past run's folder; its mean episode and its cached and trained fractions replace the six arguments above.
 
     Raises:
-        ConfigurationError: a setting out of its range, or ``like`` and what it tells together.
+        ConfigurationError: a setting out of range, or ``like`` together with an argument it replaces.
         QuestionsError: the questions cannot be read.
         RunFolderError: the past run has no finished step.
     """
@@ -234,20 +230,20 @@ def estimate_cost(
 
 
 def mean_letters(questions: Sequence[Question]) -> float:
-    """Letters of a question, in the mean."""
+    """Mean characters per question."""
     return sum(len(question.question) for question in questions) / len(questions)
 
 
 def estimate(
     shape: RunShape, billing: Billing, assumed: Assumed | None = None, like: Path | None = None
 ) -> CostEstimate:
-    """What a run of this shape is expected to cost.
+    """Estimates the cost of a run of this shape.
 
     Args:
-        like: the folder of a past run, whose mean episode is taken.
+        like: the folder of a past run whose mean episode is used.
 
     Raises:
-        ConfigurationError: both a past run and what it tells are given.
+        ConfigurationError: both ``like`` and values that it replaces are given.
         RunFolderError: the past run has no finished step.
     """
     assumed = assumed or Assumed()
@@ -257,14 +253,16 @@ def estimate(
         sentences = list(_assumptions(shape, assumed, trained))
     else:
         if assumed != Assumed():
-            raise ConfigurationError("like= takes turns, tokens and shares from a past run: leave the others out")
+            raise ConfigurationError(
+                "like= takes turns, tokens and fractions from a past run: leave out the other arguments"
+            )
         own, trained = measured_in(like)
         played = [own, own]
         sentences = list(_measured_assumptions(like, own, trained))
     own, held_out = played
-    expected = _training(shape, own, trained) + _besides(shape, own, held_out)
+    expected = _training(shape, own, trained) + _extras(shape, own, held_out)
     longest = _longest(shape, assumed)
-    high = _training(shape, longest, 1.0) + _besides(shape, longest, longest)
+    high = _training(shape, longest, 1.0) + _extras(shape, longest, longest)
     sentences += _scope(shape)
     sentences.append(billing.note or ("Nothing is billed." if billing.is_free else f"No dollars: {billing.problem}."))
     return _priced(shape, billing, expected, high, _training(shape, own, trained), tuple(sentences))
@@ -288,8 +286,8 @@ def _priced(
     else:
         count = f"{steps:,} step" + ("s" if steps != 1 else "")
         text = (
-            f"{billing.amount(dollars)} for {count} ({billing.amount(by_step)} a step), {billing.amount(most)} if every "
-            f"episode were as long as its limits allow; {expected}"
+            f"{billing.amount(dollars)} for {count} ({billing.amount(by_step)} per step), {billing.amount(most)} if every "
+            f"episode reached its limits; {expected}"
         )
     return CostEstimate(dollars, most, by_step, expected, high, steps, sentences, text)
 
@@ -298,7 +296,7 @@ def _priced(
 
 
 def _training(shape: RunShape, episode: EpisodeTokens, trained: float) -> TokenUsage:
-    """Of all episodes that are trained on, or dropped."""
+    """Tokens of all training episodes, dropped ones included."""
     episodes = shape.groups * shape.group_size
     learned = trained * episodes
     used = replace(episode.played(episodes), trained=round(learned * (episode.length - 1)))
@@ -307,8 +305,8 @@ def _training(shape: RunShape, episode: EpisodeTokens, trained: float) -> TokenU
     return used
 
 
-def _besides(shape: RunShape, episode: EpisodeTokens, held_out: EpisodeTokens) -> TokenUsage:
-    """Of the measurements and the warm-up."""
+def _extras(shape: RunShape, episode: EpisodeTokens, held_out: EpisodeTokens) -> TokenUsage:
+    """Tokens of the evaluations and the warm-up."""
     used = held_out.played(shape.measurements * shape.held_out * shape.held_out_samples)
     if shape.warm_up is not None:
         used += TokenUsage(trained=round(shape.warm_up.steps * shape.warm_up.batch_size * (episode.length - 1)))
@@ -321,19 +319,19 @@ def _turns(shape: RunShape, assumed: Assumed) -> float:
 
 def _first_prompt(shape: RunShape, assumed: Assumed) -> float:
     instructions = INSTRUCTION_TOKENS.get(shape.format_name, INSTRUCTION_TOKENS["hermes"])
-    return assumed.prompt_tokens or instructions + shape.question_letters / _LETTERS_PER_TOKEN
+    return assumed.prompt_tokens or instructions + shape.question_letters / _CHARACTERS_PER_TOKEN
 
 
-def _found(shape: RunShape, assumed: Assumed) -> float:
-    """Tokens between two turns."""
+def _search_tokens(shape: RunShape, assumed: Assumed) -> float:
+    """Tokens added between two turns."""
     return shape.search_results * (assumed.passage_tokens or PASSAGE_TOKENS) + _MARKUP_TOKENS
 
 
 def _expected(shape: RunShape, assumed: Assumed, samples: int) -> EpisodeTokens:
-    """The mean episode of a group of so many; a fractional number of turns is between its neighbours."""
+    """The mean episode of a group of ``samples``; interpolates a fractional number of turns."""
     turns = _turns(shape, assumed)
     sampled = min(assumed.tokens_per_turn or TOKENS_PER_TURN, float(shape.limits.max_tokens))
-    found, first = _found(shape, assumed), _first_prompt(shape, assumed)
+    found, first = _search_tokens(shape, assumed), _first_prompt(shape, assumed)
     below = math.floor(turns)
     low, high = (_with_turns(count, sampled, found, first, samples) for count in (below, below + 1))
     share = turns - below
@@ -354,8 +352,8 @@ def _with_turns(turns: int, sampled: float, found: float, first: float, samples:
 
 
 def _longest(shape: RunShape, assumed: Assumed) -> EpisodeTokens:
-    """An episode of as many and as long turns as the limits allow, each but the last with a search of one query."""
-    limits, found = shape.limits, _found(shape, assumed)
+    """An episode with as many and as long turns as the limits allow, each but the last with a one-query search."""
+    limits, found = shape.limits, _search_tokens(shape, assumed)
     length, prompt, sampled, turns = _first_prompt(shape, assumed), 0.0, 0.0, 0
     while turns < limits.max_turns and length + limits.max_tokens <= limits.max_trajectory_tokens:
         prompt += length
@@ -366,10 +364,10 @@ def _longest(shape: RunShape, assumed: Assumed) -> EpisodeTokens:
 
 
 def measured_in(folder: Path) -> tuple[EpisodeTokens, float]:
-    """The mean finished episode of a past run, and the share of its episodes that were trained on.
+    """The mean finished episode of a past run, and the fraction of its episodes that were trained on.
 
     Raises:
-        RunFolderError: it has no finished step with an episode, or cannot be read.
+        RunFolderError: the run has no finished step with an episode, or cannot be read.
     """
     records = RunRecords(folder)
     try:
@@ -386,15 +384,15 @@ def measured_in(folder: Path) -> tuple[EpisodeTokens, float]:
         )
         length = lengths.collect().row(0, named=True)
     except (OSError, pl.exceptions.PolarsError) as error:
-        raise RunFolderError(f"what {folder} has on record cannot be read: {error}") from error
+        raise RunFolderError(f"cannot read the records of {folder}: {error}") from error
     episodes = sums["total_episodes"]
     if not episodes:
-        raise RunFolderError(f"{folder} has no finished step to take an estimate from: name the out_dir of a past run")
+        raise RunFolderError(f"{folder} has no finished step to estimate from: pass the out_dir of a past run")
     prompt, cached, sampled = (sums[name] / episodes for name in names[1:])
     return EpisodeTokens(prompt, cached, sampled, length["trained"] or length["all"]), float(length["share"] or 0.0)
 
 
-# --- words ------------------------------------------------------------------------------------------------------------
+# --- text -------------------------------------------------------------------------------------------------------------
 
 
 def _assumptions(shape: RunShape, assumed: Assumed, trained: float) -> Iterator[str]:
@@ -405,20 +403,20 @@ def _assumptions(shape: RunShape, assumed: Assumed, trained: float) -> Iterator[
     yield f"Its first prompt has {first:,.0f} tokens; a search shows {shape.search_results} passages of {passage:,.0f} tokens."
     if assumed.cached is None:
         yield (
-            "The service finds a turn's prompt cached as far as the turn before it, and the first prompt of a group for all "
-            "members but one."
+            "The service caches a turn's prompt up to the previous turn, and the first prompt of a group for all members but "
+            "one."
         )
     else:
         yield f"{assumed.cached:.0%} of the prompt tokens are billed as cache hits."
     if trained == 1:
-        yield "Every group is trained on; those that are dropped (all rewards equal) save their training."
+        yield "Every group is trained on; dropping groups with equal rewards would save their training."
     else:
         yield f"{trained:.0%} of the episodes are trained on, the others dropped."
 
 
 def _measured_assumptions(folder: Path, episode: EpisodeTokens, trained: float) -> Iterator[str]:
     yield (
-        f"Episodes are like those of {folder}: in the mean {episode.prompt:,.0f} prompt tokens over all turns, "
+        f"Episodes are like those of {folder}: on average {episode.prompt:,.0f} prompt tokens over all turns, "
         f"{episode.sampled:,.0f} sampled tokens, {episode.length:,.0f} tokens trained on."
     )
     yield f"As there, {episode.cached / episode.prompt if episode.prompt else 0:.0%} of the prompt tokens are billed as cache hits."
@@ -427,13 +425,13 @@ def _measured_assumptions(folder: Path, episode: EpisodeTokens, trained: float) 
 
 def _scope(shape: RunShape) -> Sequence[str]:
     episodes = shape.groups * shape.group_size
-    said = [f"{episodes:,} episodes are played in training: {shape.groups:,} groups of {shape.group_size}."]
+    said = [f"{episodes:,} training episodes: {shape.groups:,} groups of {shape.group_size}."]
     if shape.held_out:
         count = shape.measurements * shape.held_out * shape.held_out_samples
-        said.append(f"{count:,} more are played in {shape.measurements} measurements on the held-out questions.")
+        said.append(f"{count:,} more in {shape.measurements} evaluations on the held-out questions.")
     if shape.warm_up is not None:
         said.append(f"The warm-up trains on {shape.warm_up.steps * shape.warm_up.batch_size:,} demonstrations.")
     if shape.has_penalty:
-        said.append("The base model reads every trained episode once more, for the penalty on leaving it.")
-    said.append("Spare and refilled groups, failed requests and the search's own services are not in it.")
+        said.append("The base model reads every trained episode once more, for the KL penalty.")
+    said.append("Not included: spare and refilled groups, failed requests, the search's own services.")
     return said

@@ -1,7 +1,6 @@
-"""What happens in a run, as values: the one small interface through which the engine is watched.
+"""Events of a run: the one interface through which the engine is observed.
 
-The engine calls ``emit(event)``; whoever watches (metrics, records, dashboard) subscribes. ``emit`` never blocks and
-never raises into the engine. This module stands right above the values of an episode, below every room that emits.
+The engine calls ``emit(event)``; metrics, records and dashboards subscribe. ``emit`` never blocks and never raises into the engine.
 """
 
 from __future__ import annotations
@@ -19,43 +18,43 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """The root of all events."""
+    """Base class of all events."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunStarted(Event):
-    """The services are open; work begins. Index building, which needs no model, may come before."""
+    """The services are open and work starts. Index building, which needs no model, may come before."""
 
     kind: Literal["train", "evaluate", "rollout"]
     model: str
-    """As the Tinker service calls it; prices are kept by it."""
+    """The Tinker service's name of the model, which is also its key in the price table."""
     is_embedded: bool
-    """The model runs on this machine, in the embedded service: its tokens cost nothing."""
+    """The model runs in the embedded service on this machine and costs nothing."""
     embedder: str
     """Name of the search's embedder."""
     out_dir: str | None = None
-    """The run's folder; None for work that keeps none."""
+    """The run's folder; None for work without one."""
     step: int = 0
-    """Optimiser steps done before: over 0 where a run is resumed."""
+    """Optimiser steps done before; above 0 in a resumed run."""
     total_steps: int | None = None
     group_size: int = 1
-    """Episodes a question."""
+    """Episodes per question."""
     groups_per_batch: int | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """What the run was given, as plain JSON values; no secret is among them."""
+    """The run's settings as plain JSON values, without secrets."""
     is_tinker: bool = False
-    """The model runs in Tinker's own cloud: its prices apply. A service of one's own has prices that nobody here knows."""
+    """The model runs in Tinker's cloud, whose prices apply; other services have unknown prices."""
     price: Price | None = None
-    """What the user says that the model's tokens cost; None where the table of prices tells."""
+    """The user's price; None to use the price table."""
     used: TokenUsage = field(default_factory=TokenUsage)
-    """Tokens of the run's earlier sessions."""
+    """Tokens used by the run's earlier sessions."""
     spent: float | None = 0.0
-    """US dollars that these cost; None where it is not known."""
+    """US dollars spent on ``used``; None if unknown."""
 
 
 @dataclass(frozen=True, slots=True)
 class Notice(Event):
-    """One line in words for the person who watches."""
+    """A one-line message for the user."""
 
     text: str
     is_warning: bool = False
@@ -63,23 +62,23 @@ class Notice(Event):
 
 @dataclass(frozen=True, slots=True)
 class PhaseStarted(Event):
-    """A long piece of work began: ``index``, ``evaluate``, ``warm-up``, ``train``."""
+    """A long phase starts: ``index``, ``evaluate``, ``warm-up``, ``train``."""
 
     phase: str
     total: int
-    """Units of work in it (passages, episodes, steps)."""
+    """Units of work (passages, episodes, steps)."""
     unit: str
     label: str = ""
-    """Which one, for phases that occur several times (``untrained``, ``after RL``)."""
+    """Distinguishes repeated phases (``untrained``, ``after RL``)."""
     seconds_at_most: float | None = None
-    """The phase ends by then, done or not; None where only its work ends it."""
+    """The phase ends after this long, done or not; None: no limit."""
 
 
 @dataclass(frozen=True, slots=True)
 class PhaseAdvanced(Event):
     phase: str
     done: int
-    """Units finished so far, not since the last event."""
+    """Units finished in total."""
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -91,61 +90,60 @@ class PhaseEnded(Event):
 
 @dataclass(frozen=True, slots=True)
 class RolloutSampled(Event):
-    """How the playing stands, a few times a second for as long as an engine is open. Counts of now, unless they say otherwise."""
+    """Rollout telemetry at 4 Hz while an engine is open. Gauges unless marked as totals."""
 
     episodes: int
-    """Under way: those in ``sampling``, ``queued`` and ``searching``, and a few between two of them."""
+    """In flight: ``sampling``, ``queued``, ``searching``, and a few in between."""
     sampling: int
-    """Wait for the model."""
+    """Waiting for the model."""
     queued: int
-    """Wait for the right to ask the model: as many as the service and this process carry are sampling."""
+    """Waiting for a sampling slot: the concurrency limit is reached."""
     searching: int
-    """Wait for the search."""
+    """Waiting for the search."""
     groups: int
-    """Under way."""
+    """In flight."""
     finished_episodes: int
-    """Since the engine was opened, evaluations included."""
+    """Total since the engine opened, evaluations included."""
     prompt_tokens: int
-    """Sent to the model since the engine was opened: each turn's whole prompt, also where the service has its beginning cached, and
-    a shared one for each of its samples."""
+    """Total since the engine opened: every turn's whole prompt, cached or not, and a shared first prompt once per sample."""
     sampled_tokens: int
-    """Since the engine was opened."""
+    """Total since the engine opened."""
     search: Mapping[str, float]
-    """Totals since the search was made, by the names of ``SearchStatistics.metrics``."""
+    """Totals since the search was created, named as in ``SearchStatistics.metrics``."""
     limited_by: str
-    """Why no more samples are in flight: a :class:`~searchr1_async.rollout.limit.Cause`."""
+    """What limits samples in flight: a :class:`~searchr1_async.rollout.limit.Cause`."""
     loop_lag_p50: float
-    """Seconds by which the event loop's timers were late in the last second, in the median."""
+    """Median lateness of the event loop's timers over the last second, in seconds."""
     loop_lag_p99: float
     loop_lag_max: float
     cpu: float
-    """Seconds of CPU a second of this process in the last second."""
+    """CPU seconds per second of this process over the last second."""
     is_paused: bool = False
     cached_prompt_tokens: int = 0
-    """Among ``prompt_tokens``, those billed as cache hits."""
+    """The part of ``prompt_tokens`` billed as cache hits."""
 
 
 @dataclass(frozen=True, slots=True)
 class PipelineChanged(Event):
-    """How learning stands, told whenever it changes."""
+    """State of the learning pipeline, emitted on every change."""
 
     step: int
-    """The batch that is open, counted from 1."""
+    """The open batch, counted from 1."""
     policy_version: int
-    """Optimiser steps done before the newest weights that are sampled from."""
+    """Optimiser steps behind the newest sampling weights."""
     batch_groups: int
-    """Groups that the open batch takes."""
+    """Groups in the open batch when full."""
     taken_groups: int
-    """Of which it has so many, dropped ones included."""
+    """Groups in it so far, dropped ones included."""
     waiting_groups: int
-    """Finished, and not yet taken into a batch."""
+    """Finished groups not yet in a batch."""
     trainer: Literal["idle", "learning", "stepping"]
     """``learning``: minibatches of the open batch are at the trainer; ``stepping``: a closed batch's optimiser step is."""
 
 
 @dataclass(frozen=True, slots=True)
 class EpisodeFinished(Event):
-    """An episode of training; those of evaluations and of plain rollouts are told by their phase's progress."""
+    """A training episode finished; evaluations and plain rollouts report through their phase's progress."""
 
     episode: Episode
     step: int
@@ -177,19 +175,19 @@ class MinibatchSubmitted(Event):
 
 @dataclass(frozen=True, slots=True)
 class BesideSampled(Event):
-    """A service read and sampled beside the episodes: log-probabilities of the base model for the penalty on leaving it, or a turn
-    of a question that :meth:`~searchr1_async.run.Run.ask` asks."""
+    """Sampling outside the rollout: base-model log-probabilities for the KL penalty, or a turn of a question of
+    :meth:`~searchr1_async.run.Run.ask`."""
 
     prompt_tokens: int
     cached_prompt_tokens: int
-    """Among ``prompt_tokens``, those billed as cache hits."""
+    """The part of ``prompt_tokens`` billed as cache hits."""
     sampled_tokens: int
-    """For log-probabilities one a request."""
+    """One per log-probability request."""
 
 
 @dataclass(frozen=True, slots=True)
 class MinibatchLearned(Event):
-    """The trainer has its gradient."""
+    """The trainer has the minibatch's gradient."""
 
     step: int
     datums: int
@@ -198,16 +196,16 @@ class MinibatchLearned(Event):
 
 @dataclass(frozen=True, slots=True)
 class BatchClosed(Event):
-    """A step's last minibatch and its optimiser step are at the trainer; the next batch is open."""
+    """A batch's last minibatch and its optimiser step are at the trainer; the next batch is open."""
 
     step: int
     groups: int
-    """Taken, dropped ones included."""
+    """Groups in the batch, dropped ones included."""
 
 
 @dataclass(frozen=True, slots=True)
 class WeightsPublished(Event):
-    """What begins from now on is sampled from the weights after this step."""
+    """New episodes are sampled from the weights after this step."""
 
     step: int
 
@@ -226,25 +224,25 @@ class EvaluationFinished(Event):
     label: str
     """``untrained``, ``after RL``, ``step 20``, …"""
     step: int | None
-    """Optimiser steps done before its weights."""
+    """Optimiser steps behind its weights."""
     metrics: Mapping[str, float]
-    """``exact_match`` with ``exact_match_low`` and ``exact_match_high`` (95 % interval), ``questions``, ``episodes``, and for each
-    suite ``exact_match/<suite>``."""
+    """``exact_match`` with ``exact_match_low`` and ``exact_match_high`` (95 % interval), ``questions``, ``episodes``, and
+    ``exact_match/<suite>`` per suite."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunPaused(Event):
-    """Nothing more is asked of the services until it goes on."""
+    """The run sends no new requests until it resumes."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunResumed(Event):
-    """It goes on after a pause."""
+    """The run continues after a pause."""
 
 
 @dataclass(frozen=True, slots=True)
 class ServiceSilent(Event):
-    """The Tinker service does not answer: the run is held until it does, or until it has waited for long enough."""
+    """The Tinker service does not answer: the run is paused until it does, or until the outage limit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,4 +267,4 @@ Emit = Callable[[Event], None]
 
 
 def emit_nothing(event: Event) -> None:
-    """The emitter for work that nobody watches."""
+    """Discards the event."""

@@ -1,6 +1,6 @@
-"""Files and folders shared by processes: replaced whole or not at all, worked on by one at a time.
+"""Files and folders shared by processes: atomic replacement and locks. Failed writes raise :class:`OSError`.
 
-Below everything, the embedded service too.
+Imports nothing else of the package.
 """
 
 from __future__ import annotations
@@ -26,11 +26,9 @@ logger = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Another file to write, which then takes the place of this one: a reader, or a process started after a power cut, sees the old
-    one or the new one, whole.
+    """Yields a temporary path whose file then replaces ``path`` atomically, also across a power cut.
 
-    Raises:
-        OSError: it cannot be written (a full disk); the old one is as it was, and nothing stays beside it.
+    After a failed write (a full disk) the old file is unchanged and the temporary one removed.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -46,78 +44,52 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file as :func:`replacing` does.
-
-    Raises:
-        OSError: it cannot be written (a full disk); the old one is as it was, and nothing stays beside it.
-    """
+    """Writes a file like :func:`replacing`."""
     with replacing(path) as temporary:
         temporary.write_bytes(content)
 
 
 def write_arrays(path: Path, **arrays: NDArray[Any]) -> None:
-    """Writes arrays as :func:`replacing` does, into one file that ``numpy.load`` gives back by their names.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Writes arrays like :func:`replacing`, as one file for ``numpy.load``."""
     buffer = io.BytesIO()
-    np.savez(buffer, **arrays)  # pyright: ignore[reportArgumentType]  # numpy's own flag, of the same call, is a bool
+    np.savez(buffer, **arrays)  # pyright: ignore[reportArgumentType]  # pyright matches it to numpy's bool option
     write_atomically(path, buffer.getvalue())
 
 
 def folder_bytes(folder: Path) -> int:
-    """Of all files in a folder and its folders; 0 where there is none."""
+    """Total size of a folder's files; 0 if it does not exist."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes the halves of tables that processes left in a folder when they were killed in :func:`write_parquet`.
-
-    Nobody else may be writing there.
-
-    Raises:
-        OSError: one cannot be removed.
-    """
+    """Removes the partial tables of processes killed in :func:`write_parquet`. No other process may be writing there."""
     for leftover in folder.glob(".*.parquet.*"):
         leftover.unlink(missing_ok=True)
 
 
 def parquet_bytes(frame: pl.DataFrame) -> bytes:
-    """A table as the content of a Parquet file.
-
-    In memory, where 1,024 long episodes are 19 MB: polars tells of a full disk that it writes to itself by an error which is
-    no OSError.
-    """
+    """A table as the content of a Parquet file. In memory, because polars reports a full disk with an error that is no OSError."""
     buffer = io.BytesIO()
-    # At its default level, 3, it takes twice the time (0.2 ms an episode of 1,500 tokens) for 3 % less.
+    # The default level, 3, takes twice the time for 3 % less.
     frame.write_parquet(buffer, compression="zstd", compression_level=1)
     return buffer.getvalue()
 
 
 def write_parquet(path: Path, frame: pl.DataFrame) -> None:
-    """Writes a table as :func:`write_atomically` does.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Writes a table like :func:`write_atomically`."""
     write_atomically(path, parquet_bytes(frame))
 
 
 def write_all(file: BinaryIO, content: bytes | bytearray) -> None:
-    """Writes to an unbuffered file, which takes only a part at once where the disk is nearly full.
-
-    Raises:
-        OSError: it cannot be written; a part of it may be.
-    """
+    """Writes to an unbuffered file, whose writes may be partial on a nearly full disk."""
     written = 0
     while written < len(content):
         written += file.write(bytes(content[written:]) if written else content)
 
 
 def sync_folder(folder: Path) -> None:
-    """Puts the names in a folder on the disk, so that a rename outlives a power cut."""
-    with contextlib.suppress(OSError):  # Windows cannot open a folder; there the rename alone has to do
+    """Flushes a folder's entries to disk, so that a rename survives a power cut."""
+    with contextlib.suppress(OSError):  # Windows cannot open a folder
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -127,22 +99,22 @@ def sync_folder(folder: Path) -> None:
 
 @contextlib.asynccontextmanager
 async def only_one(path: Path, work: str) -> AsyncIterator[None]:
-    """Waits until no other process holds ``<path>.lock``, and holds it.
+    """Waits for ``<path>.lock`` and holds it during the block.
 
     Args:
-        path: the file or folder worked on; the lock lies beside it.
+        path: the file or folder to work on.
         work: what another process may be doing, for the log: ``"builds the index in …"``.
     """
     lock = FileLock(path.with_name(f"{path.name}.lock"), thread_local=False)
-    told = False
+    logged = False
     while True:
         try:
             lock.acquire(timeout=0)
             break
         except Timeout:
-            if not told:
+            if not logged:
                 logger.info("another process %s: waiting for it", work)
-                told = True
+                logged = True
             await anyio.sleep(0.25)
     try:
         yield

@@ -1,8 +1,4 @@
-"""From a batch that is closed to its end: new weights first, then the record, each step in its turn.
-
-Two tasks, so that the next batch plays and learns meanwhile: the *publisher* waits for each step's new weights and hands them
-on, the *recorder* waits for its checkpoint and writes the step down.
-"""
+"""Completes closed batches in the background, in order: publishes each step's new weights, then records the step."""
 
 from __future__ import annotations
 
@@ -26,24 +22,24 @@ STOP_SECONDS = 60.0
 
 @dataclass
 class ClosedStep:
-    """A batch that is closed: its optimiser step is submitted, its weights and its checkpoint are on their way."""
+    """A closed batch: its optimiser step is submitted, its weights and checkpoint are pending."""
 
     to_record: StepToRecord
     in_progress: StepInProgress
     published: anyio.Event = field(default_factory=anyio.Event)
-    """Its weights are there."""
+    """Set once its weights are published."""
 
 
 class StepFinisher:
-    """Brings closed steps to their end.
+    """Completes closed steps.
 
     Args:
-        recorder: writes steps down.
-        keeper: has their groups on disk until then.
+        recorder: records steps.
+        keeper: keeps their groups on disk until then.
         admission: knows which groups belong to no closed step.
-        published: gets each step's new weights (None: as before) and its number.
-        let_go: is told, in a worker thread, of the groups that a recorded step holds.
-        recorded: is told of each step that is on disk, and the ``tinker://`` path of its weights where they are kept.
+        published: called with each step's new weights (None: unchanged) and number.
+        let_go: called in a worker thread with the groups of a recorded step.
+        recorded: called for each recorded step, with the ``tinker://`` path of its weights if kept.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Writing a little later, so that what comes close together is written at once."""
+"""Debounced, coalesced writes."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ Item = TypeVar("Item")
 
 
 class GatheredWriting:
-    """Calls ``write`` so many seconds after something was wanted; what is wanted meanwhile goes along.
+    """Calls ``write`` once, ``seconds`` after the first of several requests.
 
     Args:
-        write: writes whatever there is by then, nothing included.
-        seconds: of gathering: what a kill may cost.
+        write: writes whatever is pending, perhaps nothing.
+        seconds: the delay: the most a kill may cost.
     """
 
     def __init__(self, write: Callable[[], Awaitable[None]], seconds: float) -> None:
@@ -24,12 +24,12 @@ class GatheredWriting:
         self._wanted = anyio.Event()
 
     def want(self) -> None:
-        """There is something to write."""
+        """Requests a write."""
         self._wanted.set()
 
     @asynccontextmanager
     async def writing(self) -> AsyncIterator[None]:
-        """Writes while the block runs, and what is left at its end, however that comes.
+        """Writes during the block, and a last time at its end, even after an error.
 
         Raises, within an exception group, what ``write`` raises.
         """
@@ -50,11 +50,11 @@ class GatheredWriting:
 
 
 class GatheredItems(Generic[Item]):
-    """Takes items as they come and has them written, many at a time.
+    """Collects items and writes them in batches.
 
     Args:
-        write: writes these, at least one; once begun it is not cancelled.
-        seconds: of gathering: what a kill may cost.
+        write: writes at least one item; not cancelled once started.
+        seconds: the delay: the most a kill may cost.
     """
 
     def __init__(self, write: Callable[[list[Item]], Awaitable[None]], seconds: float) -> None:
@@ -63,20 +63,17 @@ class GatheredItems(Generic[Item]):
         self._gathered = GatheredWriting(self._write_pending, seconds)
 
     def take(self, item: Item) -> None:
-        """Writes this one soon."""
+        """Adds an item to the next write."""
         self._pending.append(item)
         self._gathered.want()
 
     def writing(self) -> AbstractAsyncContextManager[None]:
-        """Writes while the block runs, and what is left at its end, however that comes.
-
-        Raises, within an exception group, what ``write`` raises.
-        """
+        """As :meth:`GatheredWriting.writing`."""
         return self._gathered.writing()
 
     async def _write_pending(self) -> None:
         pending, self._pending = self._pending, []
         if pending:
-            # Shielded: what was taken from the list must reach the disk, though the work is stopped just now.
+            # Shielded: items taken from the list must reach the disk, even if the work is being stopped.
             with anyio.CancelScope(shield=True):
                 await self._write(pending)

@@ -1,4 +1,4 @@
-"""Held-out questions: training must not see them, nor nearly."""
+"""Checks that training questions do not overlap with the held-out questions."""
 
 from __future__ import annotations
 
@@ -14,20 +14,14 @@ from searchr1_async.errors import ConfigurationError
 from searchr1_async.events import Emit, Notice
 
 _LONGEST = 120
-"""Characters of a question that are shown."""
+"""Characters of a question shown in messages."""
 
 
 def refuse_overlap(training: Sequence[Question], held_out: Sequence[Question]) -> None:
-    """Refuses held-out questions that are asked in training as well: what is measured on them is partly memory.
-
-    The same is what :func:`~searchr1_async.data.overlap.find_overlap` says. Quick enough for the call that starts a run.
-
-    Raises:
-        ConfigurationError: how many they are, the first of them, and what to do.
-    """
+    """Refuses held-out questions that are also trained on (``same`` of :func:`~searchr1_async.data.overlap.find_overlap`)."""
     if not held_out:
         return
-    # Only what has the same letters and digits can be the same: a quick look leaves a few for the exact one.
+    # Equal questions have equal letters and digits: a fast filter before the exact comparison.
     texts = {_letters(question.question) for question in held_out}
     alike = [question for question in training if _letters(question.question) in texts]
     if not alike:
@@ -36,14 +30,14 @@ def refuse_overlap(training: Sequence[Question], held_out: Sequence[Question]) -
     if seen.height:
         first = seen.row(0, named=True)
         raise ConfigurationError(
-            f"{seen.height} of {len(held_out)} held-out questions are trained on as well; the first: "
+            f"{seen.height} of {len(held_out)} held-out questions are also trained on; the first: "
             f"{_shown(first['question'])} (held out as {_shown(first['question_id'])}, trained on as "
-            f"{_shown(first['training_id'])}). Training must not see what it is measured on: take them out of one of the two."
+            f"{_shown(first['training_id'])}). Remove them from one of the two."
         )
 
 
 async def tell_near_overlap(training: Sequence[Question], held_out: Sequence[Question], emit: Emit) -> None:
-    """Tells of held-out questions that are nearly those of training: whether that spoils the measurement is for people to judge."""
+    """Warns about held-out questions that are nearly the same as training questions."""
     if not held_out:
         return
     found = await anyio.to_thread.run_sync(find_overlap, training, held_out)
@@ -52,8 +46,8 @@ async def tell_near_overlap(training: Sequence[Question], held_out: Sequence[Que
         first = near.row(0, named=True)
         emit(
             Notice(
-                f"{near.height} of {len(held_out)} held-out questions are nearly asked in training; the first: "
-                f"{_shown(first['question'])}, beside {_shown(first['training_question'])}",
+                f"{near.height} of {len(held_out)} held-out questions are nearly the same as training questions; the first: "
+                f"{_shown(first['question'])}, close to {_shown(first['training_question'])}",
                 is_warning=True,
             )
         )

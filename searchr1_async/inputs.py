@@ -1,4 +1,4 @@
-"""What a run is given besides its settings (its reward, its questions' answers), as digests: a resume tells what has changed."""
+"""Digests of a run's inputs besides its settings (reward, questions, answers), so a resume can report changes."""
 
 from __future__ import annotations
 
@@ -26,11 +26,7 @@ _HELD_OUT = {"held_out": "the held-out questions", "held_out_answers": "the gold
 
 
 def inputs_of(reward: RewardFunction, questions: Sequence[Question], held_out: Sequence[Question]) -> dict[str, Any]:
-    """The record of what a run is given, as plain JSON values. Takes 2 µs a question.
-
-    Args:
-        held_out: without any, nothing is said of them.
-    """
+    """The record of a run's inputs, as plain JSON values; held-out questions only if there are any."""
     out = {
         "reward": _reward(reward),
         "questions": _digest((one.id, one.question) for one in questions),
@@ -43,40 +39,36 @@ def inputs_of(reward: RewardFunction, questions: Sequence[Question], held_out: S
 
 
 def refuse_other_measure(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuses what would make the figures of one run, before and after a resume, figures of different things.
+    """Refuses changed inputs that would make a run's evaluations before and after a resume incomparable.
 
-    Args:
-        then: the record of the session before, which has measured; empty of an earlier version of the package, which kept none.
-
-    Raises:
-        RunFolderError: naming what changed.
+    ``then`` is the record of the previous, evaluated session; empty from earlier versions of the package.
     """
     changed = [words for name, words in _HELD_OUT.items() if _differs(then, now, name)]
     rewards = [record.get("reward") or {} for record in (then, now)]
     strict = [reward.get("strict_recipe") for reward in rewards]
     if None not in strict and strict[0] != strict[1]:
-        changed.append(f"strict_recipe ({strict[0]} then, {strict[1]} now), which decides what counts as right")
+        changed.append(f"strict_recipe ({strict[0]} then, {strict[1]} now), which defines a correct answer")
     if changed:
         raise RunFolderError(
-            f"this run has measured on its held-out questions, and its figures could not be compared with those to come: "
-            f"{'; '.join(changed)} changed. Give what the run was begun with, leave held_out out, or choose another out_dir."
+            f"this run already has evaluations on its held-out questions, and new ones would not be comparable: "
+            f"{'; '.join(changed)} changed. Pass the original input, leave held_out out, or choose another out_dir."
         )
 
 
 def changed_inputs(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What a resume is given otherwise than the session before, in words; what only one of the two knows is not compared."""
+    """Descriptions of inputs that changed since the previous session; an input recorded by only one of them is not compared."""
     changed = [f"{words} changed" for name, words in {**_QUESTIONS, **_HELD_OUT}.items() if _differs(then, now, name)]
     before, after = then.get("reward"), now.get("reward")
     if before is None or after is None or before == after:
         return changed
     if before["kind"] != after["kind"]:
-        return [f"the reward is {after['kind']}, and was {before['kind']}", *changed]
+        return [f"the reward is {after['kind']}, was {before['kind']}", *changed]
     if before.get("by") != after.get("by"):
         return changed
     if "source" in before:
         return [f"the source of the reward {after['kind']} changed", *changed]
     settings = [
-        f"{name} is {after[name]!r}, and was {before[name]!r}" for name in before if before[name] != after.get(name)
+        f"{name} is {after[name]!r}, was {before[name]!r}" for name in before if before[name] != after.get(name)
     ]
     return [*settings, *changed]
 
@@ -105,14 +97,14 @@ def _reward(reward: RewardFunction) -> dict[str, Any]:
 
 
 class _Code(tuple[Any, ...]):
-    """Compiled code, where there is no source; it differs from one version of Python to the next."""
+    """Compiled code, used if there is no source; it differs between Python versions."""
 
     __slots__ = ()
 
 
 def _parts(value: object, seen: set[int]) -> Iterator[object]:
-    """What a callable's results depend on, as far as it can be seen: its source and that of the functions of its module which it
-    calls, its defaults, and plain values that it holds."""
+    """What a callable's results depend on, as far as visible: its source, that of same-module functions it calls, its defaults,
+    and plain values it holds."""
     if id(value) in seen:
         return
     seen.add(id(value))
@@ -137,7 +129,7 @@ def _function(function: FunctionType, seen: set[int]) -> Iterator[object]:
     if wrapped is not function:
         yield from _parts(wrapped, seen)
         return
-    # The lines of a lambda are those of the whole statement that it stands in.
+    # A lambda's source lines are those of its whole statement.
     source = None if function.__name__ == "<lambda>" else _source(function)
     yield source or _Code(_code(function.__code__))
     yield from _plain({"defaults": function.__defaults__, "keyword defaults": function.__kwdefaults__})
@@ -150,7 +142,7 @@ def _function(function: FunctionType, seen: set[int]) -> Iterator[object]:
 
 
 def _source(of: Callable[..., Any]) -> str | None:
-    """Its source, without comments, docstrings and layout; None where there is none."""
+    """Source without comments, docstrings and layout; None if unavailable."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(of)))
     except (OSError, TypeError, SyntaxError):
@@ -173,7 +165,7 @@ def _attributes(value: object) -> dict[str, object]:
 
 
 def _plain(values: Mapping[str, object]) -> Iterator[object]:
-    """Those values, by name, that look the same in every process."""
+    """The values, by name, that have the same repr in every process."""
     for name in sorted(values):
         if _is_plain(values[name]):
             yield name, values[name]

@@ -1,4 +1,4 @@
-"""What a run is given, and what it comes to."""
+"""A training job's input and result."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from searchr1_async.starting import Start
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """Everything a run is given; checked already."""
+    """All validated settings of a run."""
 
     questions: tuple[Question, ...]
     search: Search
@@ -63,13 +63,10 @@ class TrainingJob:
     start: Start | None = None
     max_service_outage: float = MAX_SERVICE_OUTAGE
     notes: tuple[str, ...] = ()
-    """What the run says of its settings when it begins."""
+    """Notices about the settings, emitted at the start."""
 
     def identity(self) -> dict[str, Any]:
-        """The settings that make the steps before and after a resume one run, as plain JSON values.
-
-        How long to go on and how often to look are not among them: those may change.
-        """
+        """The settings a resume must not change, as plain JSON values: not the run's length or reporting intervals."""
         learning = asdict(self.learning)
         for name in ("steps", "epochs", "checkpoint_every", "max_failed_fraction", "training_deadline"):
             del learning[name]
@@ -86,12 +83,12 @@ class TrainingJob:
             "learning": {**learning, "loss_config": dict(self.learning.loss_config)},
             "pipeline": asdict(self.pipeline),
             "warm_up": asdict(self.warm_up) if self.warm_up else None,
-            # Compared apart from the others: see :mod:`searchr1_async.inputs`.
+            # Compared separately: see :mod:`searchr1_async.inputs`.
             "inputs": inputs_of(self.reward, self.questions, self.held_out),
         }
 
     def total_steps(self, order: QuestionOrder) -> int:
-        """Optimiser steps in all; where whole epochs are asked for at most so many, since dropped groups may be replaced."""
+        """Optimiser steps in total; for whole epochs an upper bound, since dropped groups may be replaced."""
         learning = self.learning
         if learning.steps is not None:
             return learning.steps
@@ -99,7 +96,7 @@ class TrainingJob:
 
     @property
     def shape(self) -> RunShape:
-        """How much it plays and trains."""
+        """How much the run rolls out and trains."""
         learning = self.learning
         return RunShape(
             questions=len(self.questions),
@@ -119,7 +116,7 @@ class TrainingJob:
         )
 
     def is_over(self, point: ResumePoint, order: QuestionOrder) -> bool:
-        """Whether a run that stands there has no step left."""
+        """Whether a run at this point has no steps left."""
         if self.learning.steps is not None:
             return point.step >= self.learning.steps
         return point.next_place >= self.learning.epochs * len(order) and not point.open_places
@@ -127,7 +124,7 @@ class TrainingJob:
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a run came to. All of it can be read back from ``out_dir``."""
+    """Result of a run. All of it can be read back from ``out_dir``."""
 
     out_dir: Path
     steps: int
@@ -137,13 +134,13 @@ class TrainingResult:
     checkpoint: str | None
     """``tinker://`` path of the last weights kept for sampling."""
     evaluations: tuple[Evaluation, ...]
-    """On the held-out questions, in the order in which they were made."""
+    """On the held-out questions, in order."""
     seconds: float
-    """Of reinforcement learning, earlier sessions included."""
+    """Seconds of reinforcement learning, earlier sessions included."""
     best: KeptCheckpoint | None = None
-    """The kept weights with the highest exact match on the held-out questions; None where none were measured. Their figure is the
-    highest of several, so it is too high: measure them on other questions."""
+    """The kept weights with the highest exact match on the held-out questions; None before any evaluation. Their score is
+    biased upwards by the selection: report them on other questions."""
     cost: Cost | None = None
-    """What the run cost so far, earlier sessions included: dollars, tokens by kind, and both in words."""
+    """Cost so far, earlier sessions included."""
     estimated_cost: CostEstimate | None = None
-    """What the whole run was expected to cost; None of a run that is read from its folder."""
+    """Estimated cost of the whole run; None for a run read from its folder."""

@@ -1,9 +1,8 @@
-"""Measuring on the held-out questions: what is due, played beside the training, written down with its weights.
+"""Evaluation on the held-out questions during training.
 
-A step of ``evaluate_every`` is measured when it is recorded, on its own weights, which the service keeps until the measurement is
-recorded too: the unsaved weights that training samples from may be gone by then. Measurements are played one at a time, in the
-order of their steps, and their groups yield to those of training: a request of theirs waits while one of training's does.
-Training waits for them in two places only: where more than :data:`MOST_WAITING` have not begun, and at the run's end.
+An ``evaluate_every`` step is evaluated on its own weights, which the service keeps until the result is recorded (unsaved sampling
+weights may be gone by then). Evaluations run one at a time, in step order, at lower priority than training requests. Training waits
+for them only if more than :data:`MOST_WAITING` have not started, and at the end of the run.
 """
 
 from __future__ import annotations
@@ -31,19 +30,18 @@ from searchr1_async.usage import TokenUsage, sampling_usage, total_usage
 from searchr1_async.watch.records import RunRecords
 
 MOST_WAITING = 2
-"""Measurements that have not begun, above which training waits: each holds weights at the service, and a curve that lags
-behind by more tells a user too late. With so many waiting they take longer than ``evaluate_every`` steps anyway."""
+"""Queued evaluations above which training waits: each keeps weights at the service, and a curve that lags further is of little use."""
 
 
 @dataclass(slots=True)
 class _Due:
-    """A measurement to be made."""
+    """A due evaluation."""
 
     step: int
     policy: TinkerPolicy | None = None
-    """Its weights, where they are at hand."""
+    """Its weights, if a sampling client is open."""
     sampler_path: str | None = None
-    """Where the service keeps them otherwise; None until the step is recorded."""
+    """The saved weights otherwise; None until the step is recorded."""
 
     @property
     def is_ready(self) -> bool:
@@ -51,15 +49,15 @@ class _Due:
 
 
 class Measuring:
-    """The measurements of one session of a run.
+    """The evaluations of one session of a run.
 
     Args:
-        job: what the run was given.
+        job: the run's settings.
         service: keeps the weights.
-        engine: plays the questions.
-        records: where measurements are written.
-        kept: the run's kept weights, which are told what they scored.
-        control: stops the session, or holds it.
+        engine: rolls out the questions.
+        records: receives the results.
+        kept: the run's kept weights, which get their scores.
+        control: stops or pauses the session.
     """
 
     def __init__(
@@ -78,22 +76,22 @@ class Measuring:
         self._waiting: deque[_Due] = deque()
         self._under_way: _Due | None = None
         self._scope = anyio.CancelScope()
-        self._changed = anyio.Event()  # replaced by a fresh one at each change
+        self._changed = anyio.Event()  # replaced at each change
         self._episodes = 0
-        self._has_said_why = False
+        self._has_warned = False
         self._used = TokenUsage()
-        """By the measurement that was made last."""
+        """By the last evaluation."""
 
-    # --- one measurement ----------------------------------------------------------------------------------------------
+    # --- one evaluation -----------------------------------------------------------------------------------------------
 
     async def measure(self, label: str, policy: TinkerPolicy, *, yields: bool = False) -> None:
-        """Evaluates on the held-out questions, unless an earlier session of the run has done so at this step.
+        """Evaluates on the held-out questions, unless an earlier session did so at this step.
 
         Args:
-            yields: training plays beside it and goes first.
+            yields: run at lower priority than training.
 
         Raises, within exception groups:
-            TooManyFailuresError: the services failed too often.
+            TooManyFailuresError: too many episodes failed.
             SearchError: the search failed fatally.
             CheckpointError: the folder cannot be written.
         """
@@ -123,14 +121,14 @@ class Measuring:
         await self.delete_unwanted()
 
     async def delete_unwanted(self) -> None:
-        """Deletes weights at the service that were kept only to be measured, and are; what cannot be deleted costs only room."""
+        """Deletes evaluated weights that were kept only for their evaluation; a failed deletion only costs storage."""
         waiting = [due.step for due in self._all()]
 
         def take() -> list[str]:
             with writing_records(self._job.out_dir):
                 gone = self._kept.take_unwanted(waiting)
-            # Read after the list has changed: the recorder looks at the list after it has moved the resume point on, so that
-            # one of the two deletes the state.
+            # Load the point after changing the list: the recorder moves the point and then reads the list, so one of the two
+            # deletes the state.
             point = ResumePoint.load(self._job.out_dir) if gone else None
             spared = {point.state_path} if point is not None else set[str]()
             return [
@@ -141,8 +139,7 @@ class Measuring:
 
     @property
     def to_come(self) -> TokenUsage:
-        """What is measured at any rate though no step follows: the last weights, and what is under way. Each is expected to use
-        what the last measurement did."""
+        """Expected tokens of the evaluations that happen even without a further step: the last weights, and a running one."""
         if not self._job.held_out:
             return TokenUsage()
         return self._used if self._under_way is None else self._used + self._used
@@ -153,40 +150,40 @@ class Measuring:
     def _all(self) -> Iterable[_Due]:
         return self._waiting if self._under_way is None else (self._under_way, *self._waiting)
 
-    # --- what training tells ------------------------------------------------------------------------------------------
+    # --- notifications from training ----------------------------------------------------------------------------------
 
     def closed(self, step: int, *, is_last: bool) -> bool:
-        """A step's batch is closed; whether it will be measured when it is recorded. The run's end has a measurement of its own."""
+        """A step's batch is closed; returns whether the step will be evaluated once recorded. The last step is handled elsewhere."""
         if is_last or not self._is_due(step):
             return False
         self._waiting.append(_Due(step))
         return True
 
     def recorded(self, step: int, sampler_path: str | None) -> None:
-        """A step is on disk, and its weights, where they are kept, are at the service."""
+        """A step is on disk, and its weights, if kept, are at the service."""
         for due in self._waiting:
             if due.step == step:
                 due.sampler_path = sampler_path
         self._tell()
 
     async def wait_for_room(self) -> None:
-        """Returns when no more measurements wait than may: at once, unless they take longer than the steps between them."""
+        """Waits until at most :data:`MOST_WAITING` evaluations are queued."""
         if len(self._waiting) <= MOST_WAITING:
             return
-        if not self._has_said_why:
-            self._has_said_why = True
+        if not self._has_warned:
+            self._has_warned = True
             self._emit(
                 Notice(
-                    f"measuring takes longer than {self._job.evaluate_every} steps: training waits for it from time to time. "
-                    "A larger evaluate_every, or fewer held-out questions or samples, would keep it going.",
+                    f"an evaluation takes longer than {self._job.evaluate_every} steps, so training sometimes waits for one: "
+                    "use a larger evaluate_every, or fewer held-out questions or samples",
                     is_warning=True,
                 )
             )
         await self._wait_until(lambda: len(self._waiting) <= MOST_WAITING)
 
     def training_ended(self, reason: str) -> None:
-        """No step follows. After a stop nothing more is measured. At the limit of time or cost what is under way is brought to its end, but
-        nothing more is begun, so that the run does not go on for long: the last weights are measured at any rate.
+        """No step follows. A stop cancels all evaluations. At the time or cost limit a running one finishes and queued ones are
+        skipped; the last weights are evaluated anyway.
         """
         if self._control.stop_requested:
             self._scope.cancel()
@@ -194,29 +191,29 @@ class Measuring:
         elif reason in ("time_limit", "max_cost") and self._waiting:
             steps = ", ".join(str(due.step) for due in self._waiting)
             what = "time" if reason == "time_limit" else "cost"
-            self._emit(Notice(f"the {what} limit was reached before step {steps} could be measured: left out"))
+            self._emit(Notice(f"the {what} limit was reached before the evaluation of step {steps}: skipped"))
             self._waiting.clear()
         self._tell()
 
     def metrics(self) -> dict[str, float]:
-        """How many held-out episodes have ended since it was last asked: a step's searches and samples contain theirs."""
+        """Held-out episodes finished since the last call: a step's search and sample metrics include them."""
         episodes, self._episodes = self._episodes, 0
         return {} if self._job.evaluate_every is None else {"evaluation/episodes_beside": float(episodes)}
 
-    # --- the task beside training -------------------------------------------------------------------------------------
+    # --- the background task ------------------------------------------------------------------------------------------
 
     @asynccontextmanager
     async def beside(self, policy: TinkerPolicy, *, is_over: bool) -> AsyncIterator[None]:
-        """Measures beside the block what becomes due in it, and at its end what is left, unless the run is stopped.
+        """Runs due evaluations in the background of the block, and the rest at its end, unless the run is stopped.
 
         Args:
-            policy: of the step that the session begins with.
+            policy: of the session's first step.
             is_over: that step is the run's last.
 
         Raises, within exception groups, what :meth:`measure` raises.
         """
         if self._job.held_out:
-            await self._take_up(policy, is_over)
+            await self._resume(policy, is_over)
         await self.delete_unwanted()
         self._episodes = 0
         async with anyio.create_task_group() as tasks:
@@ -232,7 +229,7 @@ class Measuring:
                 await self._wait_until(lambda: bool(self._waiting) and self._waiting[0].is_ready)
                 await self._control.wait_while_paused()
                 if not self._waiting:
-                    continue  # left out meanwhile
+                    continue  # skipped meanwhile
                 self._under_way = due = self._waiting.popleft()
                 self._tell()
                 if (policy := due.policy or await self._open(due)) is not None:
@@ -244,29 +241,29 @@ class Measuring:
         try:
             client = await self._service.create_sampling_client(due.sampler_path)
         except ServiceError as error:
-            self._emit(Notice(f"step {due.step} is not measured: {error}", is_warning=True))
+            self._emit(Notice(f"step {due.step} is not evaluated: {error}", is_warning=True))
             return None
         return TinkerPolicy(client, due.step, self._job.sampling)
 
-    async def _take_up(self, policy: TinkerPolicy, is_over: bool) -> None:
-        """What an earlier session left to be measured: its weights are kept, and nothing later is measured."""
+    async def _resume(self, policy: TinkerPolicy, is_over: bool) -> None:
+        """Queues the evaluations that an earlier session left, whose weights are kept."""
         measured, now = await anyio.to_thread.run_sync(self._adopt), policy.version
         if self._used == TokenUsage():
-            self._used = await anyio.to_thread.run_sync(self._used_earlier)
+            self._used = await anyio.to_thread.run_sync(self._usage_of_earlier_session)
         paths = {one.step: one.sampler_path for one in self._kept.checkpoints if not one.is_measured}
         for step in sorted({*paths, now}):
             if step > measured and self._is_due(step) and not (is_over and step == now):
-                # Weights that are kept may be opened whenever their turn comes; those at hand are all there is without.
+                # Saved weights can be opened later; without them there is only the open sampling client.
                 path = paths.get(step)
                 if path is None and self._job.pipeline.weights_in_flight == "inflight":
-                    # The first step of this session would change what is measured beside it.
+                    # The session's first step would change the weights under evaluation.
                     with self._control.interruptible():
                         await self.measure(f"step {step}", policy)
                 else:
                     self._waiting.append(_Due(step, policy if path is None else None, path))
 
     def _adopt(self) -> int:
-        """Tells the kept weights of measurements that were written just before a kill; the newest step that is measured."""
+        """Adds scores of evaluations recorded just before a kill to the kept weights; returns the newest evaluated step."""
         steps = {label: step for label, step in evaluation_steps(self._records).items() if label not in OF_NO_STEP}
         for one in self._kept.checkpoints:
             label = next((label for label, step in steps.items() if step == one.step), None)
@@ -276,8 +273,8 @@ class Measuring:
                     self._kept.measured(one.step, found.exact_match, found.questions)
         return max((step or 0 for step in steps.values()), default=0)
 
-    def _used_earlier(self) -> TokenUsage:
-        """By the first measurement that an earlier session made."""
+    def _usage_of_earlier_session(self) -> TokenUsage:
+        """Tokens of an earlier session's first evaluation."""
         label = next(iter(self._records.evaluation_labels()), None)
         return TokenUsage() if label is None else _usage_of(self._records.load_evaluation(label))
 

@@ -1,7 +1,7 @@
-"""What is known of the models of Tinker: family, chat format, thinking, price, retirement. Pure.
+"""Facts about Tinker's models: family, chat format, thinking, price, retirement.
 
-The facts are data, in ``models.json`` beside this module, each with its source and date. The table is no list of what a
-service offers: only the service can say that (:func:`searchr1_async.service.open_service` asks it). It says what a name means.
+The data is in ``models.json``, with source and date. What a service offers, only the service knows
+(:func:`searchr1_async.service.open_service` asks it).
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 from searchr1_async.boundary.settings import NotNegative, check_settings
 
 Thinking = bool | str | None
-"""Whether and how hard a model thinks before it answers: True, False, an effort such as ``"low"``, or None for the default of
-its format: off where it can be off, else the lowest effort."""
+"""Whether and how hard a model thinks before it answers: True, False, an effort such as ``"low"``, or None for its format's
+default: off if possible, else the lowest effort."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,15 +27,15 @@ class Price:
     """US dollars per million tokens.
 
     Raises:
-        ConfigurationError: no number, or one under 0.
+        ConfigurationError: not a number, or below 0.
     """
 
     prefill: NotNegative
     sample: NotNegative
     train: NotNegative | None = None
-    """None where the sources give only what sampling costs."""
+    """None if the source gives only the price of sampling."""
     as_of: str = ""
-    """The day on which the source said so, ``YYYY-MM-DD``."""
+    """Date of the source, ``YYYY-MM-DD``."""
     remark: str = ""
 
     def __post_init__(self) -> None:
@@ -44,63 +44,59 @@ class Price:
 
 @dataclass(frozen=True, slots=True)
 class ChatFormat:
-    """How a model's messages become tokens."""
+    """How a model's messages are rendered as tokens."""
 
     name: str
     renderer: str | None
-    """Of the ``renderers`` package, or ``"chatml"``; None where neither has this format."""
+    """Of the ``renderers`` package, or ``"chatml"``; None if neither supports the format."""
     thinking: Mapping[str, Mapping[str, Any]]
-    """What the format can do, ``"off"``, ``"on"`` or an effort, and the renderer's options for it."""
+    """Supported modes (``"off"``, ``"on"`` or an effort), with the renderer's options for each."""
     default: str | None
-    """The key of ``thinking`` that is taken where nothing is asked for."""
+    """Key of ``thinking`` used by default."""
     checked: str
-    """Against what the format was checked, or why it was not."""
+    """What the format was checked against, or why it was not."""
     refusal: str = ""
     """Why there is no renderer."""
 
     @property
     def choices(self) -> tuple[bool | str, ...]:
-        """The values of ``thinking=`` that this format takes, None apart."""
+        """Accepted values of ``thinking=``, besides None."""
         return tuple({"off": False, "on": True}.get(name, name) for name in self.thinking)
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model by the name that a service knows it by."""
+    """A model, by its name at the service."""
 
     name: str
-    """With its suffix, where it has one."""
+    """With its suffix, if any."""
     family: str
     format: ChatFormat
     parameters: float
-    """Billions, all experts of a mixture together."""
+    """Billions, over all experts."""
     is_base: bool
-    """Trained on text only, not to chat."""
+    """Pretrained on text only, not tuned for chat."""
     is_offered: bool
     """Listed by Tinker at the table's date."""
     retired: str | None
-    """The day on which Tinker took it off, ``YYYY-MM-DD``."""
+    """Date of retirement by Tinker, ``YYYY-MM-DD``."""
     replacements: tuple[str, ...]
-    """What Tinker recommends in its place."""
+    """Tinker's recommended replacements."""
     replacement_note: str
-    """How the replacement should be used, such as ``thinking off``."""
+    """How to use the replacement, such as ``thinking off``."""
     price: Price | None
-    """Of this very name: a variant with a suffix never has the price of the plain model."""
+    """Of exactly this name: a variant with a suffix does not have the plain model's price."""
     variants: tuple[str, ...]
-    """Suffixes under which it is offered too, such as ``:peft:262144`` for a context of 262,144 tokens."""
+    """Suffixes it is also offered with, such as ``:peft:262144`` for a context of 262,144 tokens."""
 
 
 def plain_name(name: str) -> str:
-    """The name without the suffix of a variant: what stands before the first ``:``."""
+    """The name without a variant's suffix: the part before the first ``:``."""
     return name.partition(":")[0]
 
 
 def find_model(name: str) -> Model | None:
-    """What the table says of a model; None where it does not know it.
-
-    Args:
-        name: as the service calls it. A suffix changes only the price.
-    """
+    """The table's entry for a model, or None. A suffix changes only the price."""
     table, plain = _table(), plain_name(name)
     model = table.models.get(plain)
     if model is None or name == plain:
@@ -109,32 +105,32 @@ def find_model(name: str) -> Model | None:
 
 
 def known_models() -> tuple[Model, ...]:
-    """The whole table, under plain names: what is offered first, what was retired last."""
+    """The whole table by plain name, offered models first."""
     return tuple(_table().models.values())
 
 
 def known_prices() -> Mapping[str, Price]:
-    """Every price of the table, by the name that the service knows the model by."""
+    """All prices of the table, by model name."""
     return _table().prices
 
 
 def find_format(name: str) -> ChatFormat | None:
-    """The chat format of this name, which is often that of its renderer; None where there is none."""
+    """The chat format of this name (often its renderer's name), or None."""
     return _table().formats.get(name)
 
 
 def format_named_for(model: str) -> ChatFormat | None:
-    """The format that the table gives to a model that Tinker never offered; None where it gives none."""
+    """The format the table gives for a model that Tinker never offered, or None."""
     return _table().others.get(plain_name(model))
 
 
 def default_cloud_model() -> str:
-    """The model of a run that names none: that of the search recipe of tinker-cookbook."""
+    """The default model: that of tinker-cookbook's search recipe."""
     return _table().default
 
 
 def nearest_names(name: str, offered: Iterable[str], count: int = 5) -> list[str]:
-    """The offered names that are most like this one, the most alike first: its own variants, then those of its family."""
+    """The most similar offered names, best first: variants of the same model, then its family."""
     wanted = plain_name(name)
     model = find_model(name)
 
@@ -148,10 +144,9 @@ def nearest_names(name: str, offered: Iterable[str], count: int = 5) -> list[str
 
 
 def nearest_of_family(name: str, offered: Iterable[str]) -> str | None:
-    """The offered model that can best stand in for this one: of its family, trained to chat, in a format that can be rendered.
+    """The best offered substitute: of the same family, tuned for chat, in a supported format. None if the family is not offered.
 
-    The nearest in size is taken (of two equally near the smaller), then the one in the same chat format, then the table's order.
-    None where the family is not offered.
+    Nearest in size first (on a tie the smaller), then the same chat format, then the table's order.
     """
     model = find_model(name)
     if model is None:
@@ -164,16 +159,16 @@ def nearest_of_family(name: str, offered: Iterable[str]) -> str | None:
 
     kin = [found for other in offered if (found := find_model(other)) is not None]
     kin = [other for other in kin if other.family == model.family and not other.is_base and other.format.renderer]
-    # A variant with a longer context costs more: only where the plain model is not offered.
+    # A variant with a longer context costs more: only if the plain model is not offered.
     kin.sort(key=lambda other: (distance(other)[:2], other.name != plain_name(other.name), distance(other)))
     return kin[0].name if kin else None
 
 
 def replacements_for(name: str, offered: Iterable[str] | None = None) -> list[str]:
-    """What Tinker recommends in place of a retired model, the retired ones among them replaced in turn.
+    """Tinker's recommended replacements of a retired model; retired ones are replaced in turn.
 
     Args:
-        offered: what the service has, to which the answer is cut; None for no such list.
+        offered: the service's models, to filter by; None: no filter.
     """
     names = None if offered is None else set(offered)
     found: list[str] = []

@@ -1,4 +1,4 @@
-"""What a service offers, and which of it is meant: asked before any work starts."""
+"""Which models a service offers, and which one to use."""
 
 from __future__ import annotations
 
@@ -21,38 +21,36 @@ from searchr1_async.models import (
 logger = logging.getLogger(__name__)
 
 ASK_DEADLINE = 30.0
-"""Seconds in which a service must say what it offers; the SDK itself would try for minutes."""
+"""Seconds a service has to list its models; the SDK alone would retry for minutes."""
 _SHOWN = 8
-"""Names in a message."""
+"""Names shown in a message."""
 
 Offered = tuple[str, ...] | None
-"""Names of models; None where the service has no list of them."""
+"""Model names; None if the service has no list."""
 
 
 async def ask_offered(connect: Callable[[], tinker.RestClient], *, trains: bool = False) -> Offered:
-    """The models that a service lists.
+    """The models a service lists.
 
     Args:
         connect: makes the client; called in a worker thread, since it may block.
-        trains: leave out what can only be sampled from; else what can only be trained.
+        trains: list only trainable models, else only those that can be sampled from.
 
     Returns:
-        None where the service has no such list: an older one, or another program that speaks the protocol.
+        None if the service has no such list (an older one, or another implementation).
 
     Raises:
         ServiceUnavailableError: no answer within :data:`ASK_DEADLINE` seconds.
         ServiceError: it refused to answer.
-        ModelError: all that it lists is left out.
-        ConfigurationError: no client can be made, such as for a key that is none.
+        ModelError: none of its models can be used this way.
+        ConfigurationError: no client can be created, for example with an invalid key.
     """
     try:
         with anyio.fail_after(ASK_DEADLINE):
             future = await anyio.to_thread.run_sync(lambda: connect().get_server_capabilities(), abandon_on_cancel=True)
             answer = await future
     except TimeoutError:
-        raise ServiceUnavailableError(
-            f"the Tinker service did not say within {ASK_DEADLINE:g} s which models it offers"
-        ) from None
+        raise ServiceUnavailableError(f"the Tinker service did not list its models within {ASK_DEADLINE:g} s") from None
     except (tinker.NotFoundError, tinker.APIResponseValidationError) as error:
         logger.info("the service does not list its models: %s", type(error).__name__)
         return None
@@ -63,14 +61,14 @@ async def ask_offered(connect: Callable[[], tinker.RestClient], *, trains: bool 
     except tinker.APIStatusError as error:
         if error.status_code == 405:
             return None
-        raise ServiceError(f"the Tinker service refused to say which models it offers: {fault_text(error)}") from error
+        raise ServiceError(f"the Tinker service refused to list its models: {fault_text(error)}") from error
     except tinker.APIError as error:
         raise ServiceUnavailableError(
-            f"the Tinker service could not be asked which models it offers: {fault_text(error)}"
+            f"asking the Tinker service for its models failed: {fault_text(error)}"
         ) from error
     except SDK_FAULTS as error:
         raise ConfigurationError(
-            f"no Tinker client could be made (is TINKER_API_KEY right?): {fault_text(error)}"
+            f"creating a Tinker client failed (is TINKER_API_KEY right?): {fault_text(error)}"
         ) from error
     listed = [model for model in getattr(answer, "supported_models", None) or () if model.model_name]
     names = [model.model_name for model in listed if (model.trainable if trains else model.sampleable) is not False]
@@ -83,34 +81,33 @@ async def ask_offered(connect: Callable[[], tinker.RestClient], *, trains: bool 
 
 
 def choose_model(named: str | None, offered: Offered) -> tuple[str, str | None]:
-    """The model to use on a service other than the embedded one, and what there is to say about the choice. Pure.
+    """The model to use on a service other than the embedded one, and a note on the choice, if any.
 
     Args:
-        named: by the user, or by the run that goes on; None takes the default, the offered model that is nearest to it, or the only
-            one that is offered.
+        named: by the user or the resumed run. None: the default, else the nearest offered model, else the only offered one.
         offered: by the service.
 
     Raises:
-        ModelError: the service does not offer it; the message names what it offers instead.
+        ModelError: the service does not offer it; the message lists alternatives.
     """
     wanted = named or default_cloud_model()
     if offered is None:
-        return wanted, f"the service has no list of its models: {wanted} is taken to be one of them"
+        return wanted, f"the service does not list its models: assuming that it has {wanted}"
     if wanted in offered:
         return wanted, None
     if named is not None:
         raise ModelError(_refusal(named, offered))
     nearest = nearest_of_family(wanted, offered)
     if nearest is None and len(offered) == 1:
-        return offered[0], f"no model was named, and the service offers one alone: {offered[0]} is used"
+        return offered[0], f"no model was named, and the service offers only one: using {offered[0]}"
     if nearest is None:
         raise ModelError(
-            f"no model was named, and the service offers neither the default, {wanted}, nor another of its family that can "
-            f"stand in for it: name one with model=…. It offers {_list(offered)}"
+            f"no model was named, and the service offers neither the default, {wanted}, nor a suitable model of its "
+            f"family: choose one with model=…. It offers {_list(offered)}"
         )
     return (
         nearest,
-        f"the service does not offer the default model, {wanted}: {nearest} is used, the nearest of its family",
+        f"the service does not offer the default model, {wanted}: using {nearest}, the nearest of its family",
     )
 
 
@@ -118,14 +115,14 @@ def _refusal(named: str, offered: Sequence[str]) -> str:
     model = find_model(named)
     near = _list(nearest_names(named, offered), len(offered))
     if model is None or model.retired is None:
-        return f"the service does not offer {named!r}. The nearest that it offers: {near}"
+        return f"the service does not offer {named!r}. The nearest models it offers: {near}"
     note = f" ({model.replacement_note})" if model.replacement_note else ""
     retired = f"the service does not offer {named!r}: Tinker retired it on {model.retired}"
     if here := replacements_for(named, offered):
-        return f"{retired} and recommends {' or '.join(here)}{note} in its place, which the service offers"
+        return f"{retired} and recommends {' or '.join(here)}{note} instead, which the service offers"
     return (
         f"{retired} and recommends {' or '.join(replacements_for(named))}{note}, which this service does not offer either. "
-        f"The nearest that it offers: {near}"
+        f"The nearest models it offers: {near}"
     )
 
 

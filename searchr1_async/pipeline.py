@@ -1,16 +1,11 @@
-"""Playing and learning at once: groups stream into minibatches, minibatches into steps, steps into new weights.
+"""Overlaps rollout and training: groups stream into minibatches, minibatches into steps, steps into new weights.
 
-One mechanism serves all ways to feed learning; :class:`~searchr1_async.config.PipelineSettings` chooses. Read
-:meth:`Pipeline._train` first: it is the algorithm. Five kinds of tasks run beside it:
+Read :meth:`Pipeline._train` first. Background tasks: the *starter* starts groups when admission allows; each *group* rolls itself
+out; :class:`~searchr1_async.finishing.StepFinisher` publishes each step's weights and records it; the *keeper* saves finished
+groups until a recorded step contains them; :class:`~searchr1_async.measuring.Measuring` evaluates recorded steps.
 
-- the *starter* starts groups whenever admission lets it, and each *group* plays itself to its end;
-- the *publisher* and the *recorder* of :class:`~searchr1_async.finishing.StepFinisher` wait for each step's new weights and for
-  its checkpoint;
-- the *keeper* puts finished groups on disk until a recorded step holds them;
-- :class:`~searchr1_async.measuring.Measuring` plays the held-out questions on the weights of recorded steps.
-
-What may start, and what makes up a batch, is decided by :class:`~searchr1_async.rollout.admission.Admission`; which groups go
-to the trainer together by :class:`~searchr1_async.learn.minibatches.MinibatchGatherer`. Both are pure.
+:class:`~searchr1_async.rollout.admission.Admission` decides what may start and what makes up a batch,
+:class:`~searchr1_async.learn.minibatches.MinibatchGatherer` which groups go to the trainer together.
 """
 
 from __future__ import annotations
@@ -69,18 +64,18 @@ class _Finished:
 
 
 class Pipeline:
-    """Reinforcement learning of one session, from the resume point on.
+    """Reinforcement learning of one session, from the resume point.
 
     Args:
-        job: what the run was given.
+        job: the run's settings.
         order: of the questions.
-        engine: plays groups.
+        engine: rolls out groups.
         learner: trains on them.
-        newest: the weights of the resume point; replaced by those of each step when they are published.
-        recorder: writes steps down; it knows the resume point.
-        keeper: puts finished groups on disk.
-        measuring: measures steps on the held-out questions.
-        control: stops the session, or holds it.
+        newest: the resume point's weights; replaced at every publication.
+        recorder: records steps; holds the resume point.
+        keeper: saves finished groups.
+        measuring: evaluates steps on the held-out questions.
+        control: stops or pauses the session.
     """
 
     def __init__(
@@ -409,9 +404,9 @@ class Pipeline:
         constant = [place for place in finished if self._finished[place].drop_reason == CONSTANT_REWARD]
         self._admission.restore(finished, open_places - set(finished), constant=constant)
         if finished:
-            text = f"{len(finished)} groups were finished before the run was stopped: they are not played again"
+            text = f"{len(finished)} groups finished before the run stopped: they are not rolled out again"
             if self._learner.loss == "stable_reinforce":
-                text += f", and trained on with {FALLBACK_LOSS}, since another session of the service sampled them"
+                text += f", and are trained on with {FALLBACK_LOSS}, since another session sampled them"
             self._emit(Notice(text))
 
     def _published(self, client: tinker.SamplingClient | None, step: int) -> None:

@@ -1,4 +1,4 @@
-"""Playing without learning: what watches, the service, and the engine of an evaluation or of a plain rollout."""
+"""Rollout without training: the watchers, service and engine of an evaluation or a plain rollout."""
 
 from __future__ import annotations
 
@@ -44,12 +44,7 @@ from searchr1_async.weights import Weights
 
 @dataclass(frozen=True, slots=True)
 class PlaySettings:
-    """How episodes are played and scored.
-
-    Raises:
-        ModelError: an unknown tool-call format, or a value of ``thinking`` that there is not.
-        ConfigurationError: a number out of its range.
-    """
+    """How episodes are rolled out and scored; validated on creation."""
 
     reward: RewardFunction
     limits: EpisodeLimits
@@ -57,21 +52,21 @@ class PlaySettings:
     format_name: str = "hermes"
     renderer_name: str | None = None
     thinking: Thinking = None
-    """Whether and how hard the model thinks; None is as its weights were trained, else the default of its chat format."""
+    """Whether and how hard the model thinks; None: as its weights were trained, else its chat format's default."""
     instructions: str | None = None
-    """The system prompt; None is the method's own."""
+    """The system prompt; None: the method's own."""
     n_results: Count | None = None
-    """Passages a query brings; None is the search's own number."""
+    """Passages per query; None: the search's own number."""
     max_passage_words: Natural | None = None
-    """Words after which a passage is cut, 0 for whole ones; None is as the search cuts them."""
+    """Words after which a passage is cut, 0 for whole ones; None: as the search cuts them."""
     group_size: Count = 1
-    """Episodes a question."""
+    """Episodes per question."""
     max_failed_fraction: Share = 0.2
-    """Failed episodes above which the work stops: a service is broken."""
+    """Fraction of failed episodes above which the work stops: a service is broken."""
 
     @property
     def episodes(self) -> EpisodeChoice:
-        """The settings of its episodes."""
+        """The settings as an :class:`EpisodeChoice`."""
         return EpisodeChoice(
             format=self.format_name,
             renderer=self.renderer_name,
@@ -90,14 +85,14 @@ class PlaySettings:
 
 @dataclass(frozen=True, slots=True)
 class ServiceChoice:
-    """Which Tinker service, and which model on it; see :func:`searchr1_async.service.open_service`."""
+    """Tinker service and model; see :func:`searchr1_async.service.open_service`."""
 
     service: ServiceName = None
     model: str | None = None
     local: LocalOptions = field(default_factory=LocalOptions)
     tokenizer: str | None = None
     max_service_outage: Seconds = MAX_SERVICE_OUTAGE
-    """Seconds for which work waits for a service that does not answer."""
+    """Seconds to wait for a service that does not answer."""
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -107,27 +102,20 @@ class ServiceChoice:
 
 @asynccontextmanager
 async def watching(title: str, progress: Choice, emit: Emit | None) -> AsyncIterator[Watchers]:
-    """The subscribers to the events of some work, its end included. Of an exception group the first error of the package is raised.
-
-    Ctrl-C cancels the task that does the work.
-    """
-    view = open_view(progress, title=title)  # after what is refused: a view that was drawn waits for its work
+    """The subscribers to the events of some work. Raises the package's first error of an exception group; Ctrl-C cancels the task."""
+    view = open_view(progress, title=title)  # after validation: a view that is drawn waits for its work
     task = asyncio.current_task()
     assert task is not None
     with ungrouped(), ending_cleanly(task.cancel):
         async with AsyncExitStack() as stack:
             watchers = await open_watchers(stack, view, emit)
-            stack.push(_ending(watchers))
+            stack.push(_report_end(watchers))
             yield watchers
 
 
 @asynccontextmanager
 async def opened_service(choice: ServiceChoice, folder: Path | None, emit: Emit) -> AsyncIterator[Service]:
-    """The service, connected.
-
-    Args:
-        folder: of the embedded service's checkpoints; None is one that goes with it.
-    """
+    """Opens the service; ``folder`` holds the embedded service's checkpoints, None: a temporary folder."""
     async with AsyncExitStack() as stack:
         folder = folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="searchr1-")))
         service = await stack.enter_async_context(
@@ -143,7 +131,7 @@ async def opened_service(choice: ServiceChoice, folder: Path | None, emit: Emit)
 
 
 def worker_spec(service: Service, play: PlaySettings, method: Method = "search") -> WorkerSpec:
-    """How a model's episodes are played; equal specs can be played by one engine."""
+    """How a model's episodes are rolled out; work with equal specs can share an engine."""
     return WorkerSpec(
         play.format_name,
         service.model_name,
@@ -158,14 +146,10 @@ def worker_spec(service: Service, play: PlaySettings, method: Method = "search")
 
 
 def check_prompt(label: str, model_name: str, tokenizer: Any, play: PlaySettings, method: Method = "search") -> None:
-    """Refuses what could not play a single turn. Call it in a worker thread.
+    """Refuses a prompt without room for a turn, or without a matching renderer. Call it in a worker thread.
 
     Args:
         label: whose prompt it is, for the message.
-
-    Raises:
-        ModelError: no renderer for the model, or one that does not suit its tokenizer.
-        ConfigurationError: the prompt leaves no room for a turn.
     """
     dialect = make_dialect(
         play.format_name,
@@ -180,7 +164,7 @@ def check_prompt(label: str, model_name: str, tokenizer: Any, play: PlaySettings
     needed = len(dialect.start(Question("", "?", ("?",)), given)) + play.limits.max_tokens
     if needed > play.limits.max_trajectory_tokens:
         raise ConfigurationError(
-            f"{label!r} could not play a turn: its prompt and max_tokens={play.limits.max_tokens} come to {needed} tokens without "
+            f"{label!r} has no room for a turn: its prompt and max_tokens={play.limits.max_tokens} need {needed} tokens without "
             f"a question, and max_trajectory_tokens is {play.limits.max_trajectory_tokens}: raise that, or lower max_tokens"
         )
 
@@ -189,7 +173,7 @@ def check_prompt(label: str, model_name: str, tokenizer: Any, play: PlaySettings
 async def opened_engine(
     service: Service, spec: WorkerSpec, search: Search | None, play: PlaySettings, emit: Emit
 ) -> AsyncIterator[RolloutEngine]:
-    """An engine that plays so on this service."""
+    """An engine with these settings on this service."""
     watch = service.watch
     tool = NoSearch() if search is None else ShownSearch(search, play.n_results, play.max_passage_words)
     async with open_engine(
@@ -210,7 +194,7 @@ async def opened_engine(
 def started(
     kind: Literal["evaluate", "rollout"], service: Service, search: Search | None, play: PlaySettings, step: int | None
 ) -> RunStarted:
-    """The event of work that begins."""
+    """The event of work that starts."""
     return RunStarted(
         kind,
         service.model_name,
@@ -223,7 +207,7 @@ def started(
 
 
 async def open_search(search: Search, emit: Emit) -> None:
-    """Builds the search's index where there is none yet, showing progress."""
+    """Builds the search's index if there is none, showing progress."""
     started = False
     began = anyio.current_time()
 
@@ -250,11 +234,11 @@ async def playing(
     progress: Choice = True,
     emit: Emit | None = None,
 ) -> AsyncIterator[tuple[RolloutEngine, TinkerPolicy]]:
-    """An engine and a policy for a plain rollout, over services that are closed at the end.
+    """An engine and a policy for a plain rollout; closes its services at the end.
 
     Args:
         play: see :meth:`Weights.episodes` for settings as the weights were trained.
-        tells_differences: a warning names where they are played otherwise than they were trained.
+        tells_differences: warn where ``play`` differs from how the weights were trained.
 
         The others as in :func:`searchr1_async.rollout` and :func:`searchr1_async.ask`.
     """
@@ -262,7 +246,7 @@ async def playing(
     async with watching("rollout", progress, emit) as watchers:
         watchers(Notice(find_endpoint(choice.service).text))
         if tells_differences:
-            _tell_differences(weights, play, watchers)
+            _warn_of_differences(weights, play, watchers)
         model = await check_service(choice.service, choice.model, choice.local, emit=watchers)
         await check_chat_format(
             choice.service, model, choice.tokenizer, renderer_name=play.renderer_name, thinking=play.thinking
@@ -274,41 +258,37 @@ async def playing(
                 yield engine, await policy_of(service, weights, play.sampling)
 
 
-def _tell_differences(weights: Weights, play: PlaySettings, emit: Emit) -> None:
+def _warn_of_differences(weights: Weights, play: PlaySettings, emit: Emit) -> None:
     if weights.trained is None:
         return
     if found := weights.trained.differences(play.episodes):
-        emit(Notice(f"the weights of {weights.run} are played with {described_differences(found)}", is_warning=True))
+        emit(
+            Notice(f"the weights of {weights.run} are rolled out with {described_differences(found)}", is_warning=True)
+        )
 
 
 def with_model(choice: ServiceChoice, weights: Weights) -> ServiceChoice:
-    """The choice, with the model that the weights were trained from where none was named."""
+    """The choice, with the weights' base model as the default model."""
     return replace(choice, model=choice.model or weights.base_model)
 
 
 async def policy_of(service: Service, weights: Weights, sampling: SamplingSettings) -> TinkerPolicy:
-    """A policy of these weights.
-
-    Raises:
-        ServiceError: they are gone, or no answer.
-    """
+    """A policy of these weights; :class:`ServiceError` if they no longer exist."""
     return TinkerPolicy(await service.create_sampling_client(weights.path), weights.step or 0, sampling)
 
 
 class NoSearch:
-    """The search of work that never searches."""
+    """The search of work that never searches; raises a fatal :class:`SearchError`."""
 
     async def search(self, queries: Sequence[str]) -> Sequence[Sequence[Passage]]:
-        """Raises :class:`SearchError`, fatal."""
-        raise SearchError("an episode searched though no search was given: give evaluate() a search", is_fatal=True)
+        raise SearchError("an episode searched, but no search was given: pass one to evaluate()", is_fatal=True)
 
     def clean_query(self, query: str) -> str | None:
-        """As :func:`~searchr1_async.search.queries.clean_query`."""
         return clean_query(query)
 
 
-def _ending(emit: Emit) -> Callable[..., None]:
-    """Says at the end how it came: for an exit stack."""
+def _report_end(emit: Emit) -> Callable[..., None]:
+    """An exit callback that reports how the work ended."""
 
     def end(kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if isinstance(error, Exception):
@@ -320,7 +300,7 @@ def _ending(emit: Emit) -> Callable[..., None]:
 
 
 async def open_watchers(stack: AsyncExitStack, view: View | None, emit: Emit | None) -> Watchers:
-    """The subscribers to the events of some work; the view is closed with the stack."""
+    """The subscribers to some work's events; the view closes with the stack."""
     watchers = Watchers()
     watchers.subscribe(PaceWarning(watchers))
     if view is not None:
@@ -331,10 +311,6 @@ async def open_watchers(stack: AsyncExitStack, view: View | None, emit: Emit | N
 
 
 def check_format(name: str) -> None:
-    """Refuses a tool-call format that there is not.
-
-    Raises:
-        ModelError: so.
-    """
+    """Raises :class:`ModelError` for an unknown tool-call format."""
     if name not in FORMATS:
         raise ModelError(f"unknown tool-call format {name!r}: choose one of {', '.join(FORMATS)}")

@@ -1,8 +1,8 @@
-"""Whether the Tinker service answers while a run uses it: an outage is reported within 15 seconds, and waited out up to a limit.
+"""Detects outages of the Tinker service: reports them within 15 seconds, and waits for the service up to a limit.
 
-The SDK retries a service that is down for minutes or for ever, and reports nothing. So when the service has not answered for some
-seconds, its health is checked, through the same proxies as the SDK uses. An outage is reported once, with the time at which the
-run gives up; until then the run is held: no new requests are sent, and none of its time limits runs out.
+The SDK silently retries a service that is down for minutes or forever. So after some seconds without an answer its health is
+checked, through the SDK's proxies. An outage is reported once, with the time at which the run gives up. Until then the run is
+paused: it sends no new requests, and its time limits stand still.
 """
 
 from __future__ import annotations
@@ -35,41 +35,41 @@ from searchr1_async.events import (
 logger = logging.getLogger(__name__)
 
 CHECK_EVERY = 3.0
-"""Seconds without an answer after which the service is asked for its health, and again after each good answer to that."""
+"""Seconds without an answer before a health check, and between successful checks."""
 CHECK_TIMEOUT = 4.0
-"""Seconds for one such question."""
+"""Seconds per health check."""
 CHECK_AGAIN = 1.0
-"""Seconds after one that failed."""
+"""Seconds between a failed check and the next."""
 SILENT_AFTER = 6.0
-"""Seconds without any answer, and two failed checks, after which the service counts as down. With the above an outage is known
-after 6 s where connections are refused, after 12 s where nothing comes back."""
+"""Seconds without an answer, and with two failed checks, after which the service is down. Detection takes 6 s if connections are
+refused, 12 s if nothing comes back."""
 LATE = 2.0
-"""Seconds by which a check may overrun its time; more, and this process was busy or the machine asleep: it says nothing."""
+"""Seconds a check may overrun its timeout; beyond that this process was busy or the machine asleep, and it does not count."""
 _RETRIES = "execute_with_retries"
 AFTERWARDS = 60.0
-"""Seconds after an outage in which the SDK may still give up on a call that it tried during the outage."""
+"""Seconds after an outage in which the SDK may still give up on a call it started during the outage."""
 
 
 class Outage:
-    """Whether a service is down, from what was heard of it. No clock, no task; the caller passes the time in.
+    """State machine of a service's outages. Has no clock or task; the caller passes the time.
 
     Args:
-        now: seconds of one monotonic clock, as everywhere below. The service answers at that time.
+        now: seconds of a monotonic clock, at which the service answers.
     """
 
     def __init__(self, now: float) -> None:
         self.heard_at = now
-        """When it answered last."""
+        """Time of the last answer."""
         self.since: float | None = None
-        """When it answered last before the outage; None while it answers."""
+        """Time of the last answer before the outage; None if there is no outage."""
         self.ended_at: float | None = None
-        """When the last outage ended."""
+        """End of the last outage."""
         self.problem = ""
-        """Why the last check failed, in words."""
+        """Why the last check failed."""
         self._failures = 0
 
     def heard(self, now: float) -> bool:
-        """The service answered something. Returns whether an outage ends by it."""
+        """The service answered. Returns whether this ends an outage."""
         was_down = self.since is not None
         self.heard_at, self.since, self._failures = now, None, 0
         if was_down:
@@ -77,7 +77,7 @@ class Outage:
         return was_down
 
     def failed(self, began: float, now: float, problem: str) -> bool:
-        """A health check failed. Returns whether an outage is known by it."""
+        """A health check failed. Returns whether this starts an outage."""
         if now - began > CHECK_TIMEOUT + LATE or self.heard_at > began:
             return False
         self._failures += 1
@@ -97,42 +97,45 @@ class ServiceWatch:
 
     Args:
         url: its base URL.
-        max_outage: seconds for which the run waits for it.
+        max_outage: seconds the run waits for it.
         emit: receives the events of outages.
-        then: what becomes of the run after that, in words.
+        then: what the run does afterwards, for messages.
     """
 
     def __init__(self, url: str, max_outage: float, emit: Emit, then: str = "the run ends, resumable") -> None:
         self._url, self._max_outage, self._emit, self._then = url, max_outage, emit, then
         self._outage = Outage(0.0)
         self.deadlines = PausableDeadlines()
-        """They stand still during an outage."""
+        """Paused during an outage."""
         self._holds: list[Callable[[bool], None]] = [self.deadlines.pause]
-        self._told: tuple[int, int] | None = None
+        self._last_counts: tuple[int, int] | None = None
         self._answers = 0
 
     @property
     def is_silent(self) -> bool:
-        """Whether the service is down."""
+        """The service is down."""
         return self._outage.since is not None
 
     def hearing(self, emit: Emit) -> Emit:
-        """``emit``, of whose events those are noticed that only a service that answers makes possible."""
+        """Wraps ``emit`` to count the events that only an answering service makes possible."""
 
         def hear(event: Event) -> None:
             if isinstance(event, RolloutSampled):
-                told = (event.sampled_tokens, event.finished_episodes)
-                is_answer, self._told = self._told is not None and told[0] != self._told[0], told
+                counts = (event.sampled_tokens, event.finished_episodes)
+                is_answer, self._last_counts = (
+                    self._last_counts is not None and counts[0] != self._last_counts[0],
+                    counts,
+                )
             else:
                 is_answer = isinstance(event, MinibatchLearned | WeightsPublished | StepFinished)
-            self._answers += is_answer  # may be called outside of any task: the watching task does what follows
+            self._answers += is_answer  # may be called outside any task; the watching task acts on it
             emit(event)
 
         return hear
 
     @contextmanager
     def holding(self, hold: Callable[[bool], None]) -> Iterator[None]:
-        """While the block runs ``hold`` is called with True when an outage begins, and with False when it ends."""
+        """During the block, ``hold`` is called with True when an outage starts and with False when it ends."""
         self._holds.append(hold)
         try:
             if self.is_silent:
@@ -142,11 +145,7 @@ class ServiceWatch:
             self._holds.remove(hold)
 
     async def run(self) -> None:
-        """Watches until it is cancelled. A service that says nothing of its health when this begins is not watched.
-
-        Raises:
-            ServiceUnavailableError: it was down for longer than the run waits.
-        """
+        """Watches until cancelled, or until an outage exceeds the limit. Needs a working health check at the start."""
         async with health_client() as client:
             if problem := await health_problem(self._url, 3 * CHECK_TIMEOUT, client):
                 logger.info("the Tinker service at %s %s: it is not watched", self._url, problem)
@@ -166,14 +165,14 @@ class ServiceWatch:
                 self._give_up_when_due()
 
     def may_wait(self) -> bool:
-        """Whether a call that the SDK gives up on is to be tried again: the service is down, or was until just now."""
+        """Whether to retry a call that the SDK gives up on: the service is down, or was until just now."""
         ended = self._outage.ended_at
         return self.is_silent or (ended is not None and self._outage.heard_at - ended < AFTERWARDS)
 
     def _heard(self) -> None:
         now, since = anyio.current_time(), self._outage.since
         if self._outage.heard(now) and since is not None:
-            self._emit(Notice(f"the Tinker service answers again, after {now - since:.0f} s: the run goes on"))
+            self._emit(Notice(f"the Tinker service answers again after {now - since:.0f} s: the run continues"))
             self._emit(ServiceAnswers())
             for hold in self._holds:
                 hold(False)
@@ -199,7 +198,7 @@ class ServiceWatch:
         down = anyio.current_time() - self._outage.since
         if down > self._max_outage:
             raise ServiceUnavailableError(
-                f"the Tinker service at {self._url} has been down for {down:.0f} s (it {self._outage.problem}): bring it back "
+                f"the Tinker service at {self._url} has been down for {down:.0f} s (it {self._outage.problem}): restore it "
                 "and resume, or let runs wait longer (max_service_outage)"
             )
 
@@ -208,10 +207,10 @@ class ServiceWatch:
 async def watching_service(
     client: Any, url: str, emit: Emit, max_outage: float = MAX_SERVICE_OUTAGE, then: str = "the run ends, resumable"
 ) -> AsyncIterator[ServiceWatch]:
-    """Watches a service while the block runs; arguments as of :class:`ServiceWatch`.
+    """Watches a service during the block; arguments as of :class:`ServiceWatch`.
 
     Args:
-        client: the SDK's service client, whose calls are tried for as long as an outage is waited out.
+        client: the SDK's service client, whose calls are retried for as long as the run waits.
 
     Raises, within an exception group:
         ServiceUnavailableError: it was down for longer than ``max_outage``.
@@ -219,16 +218,13 @@ async def watching_service(
     watch = ServiceWatch(url, max_outage, emit, then)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(watch.run)
-        tasks.start_soon(_outlast, client, watch)
+        tasks.start_soon(_extend_retries, client, watch)
         yield watch
         tasks.cancel_scope.cancel()
 
 
-async def _outlast(client: Any, watch: ServiceWatch) -> None:
-    """Lets the SDK try calls for as long as the run waits; by itself it gives up after 5 minutes, which ends a training run.
-
-    Internal to the SDK: where another version lacks it, its own limit holds.
-    """
+async def _extend_retries(client: Any, watch: ServiceWatch) -> None:
+    """Makes the SDK retry calls for as long as the run waits, instead of its own 5 minutes. No effect if the SDK's internals differ."""
     try:
         holder = await anyio.to_thread.run_sync(lambda: getattr(client, "holder", None), abandon_on_cancel=True)
     except SDK_FAULTS:  # the first call raises it again
@@ -237,7 +233,7 @@ async def _outlast(client: Any, watch: ServiceWatch) -> None:
     if holder is None or original is None or _RETRIES in vars(holder):
         return
 
-    async def persevering(
+    async def retrying(
         given: Callable[..., Awaitable[Any]], func: Callable[..., Awaitable[Any]], *args: Any, **kwargs: Any
     ) -> Any:
         while True:
@@ -247,8 +243,8 @@ async def _outlast(client: Any, watch: ServiceWatch) -> None:
                 if not watch.may_wait():
                     raise
 
-    vars(holder)[_RETRIES] = functools.partial(persevering, original)
+    vars(holder)[_RETRIES] = functools.partial(retrying, original)
     try:
         await anyio.sleep_forever()
     finally:
-        vars(holder).pop(_RETRIES, None)  # the client may be the user's own, and outlive the run
+        vars(holder).pop(_RETRIES, None)  # the client may be the user's, and outlive the run

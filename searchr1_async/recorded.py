@@ -1,4 +1,4 @@
-"""A run as it lies in its folder: read, drawn and shown, whether it is running or has ended."""
+"""A run read from its folder, running or ended."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from searchr1_async.watch.viewer import CellView, load_tokenizer, remember_token
 from searchr1_async.weights import Step, find_weights
 
 CELL_EPISODES = 200
-"""Episodes in a notebook's own viewer, which are kept in its file."""
+"""Episodes in a notebook's inline viewer, all of which its file embeds."""
 
 
 class RecordedRun:
-    """What a run's folder tells. Everything is read anew at each call, so it also follows a run that is under way elsewhere."""
+    """A run, read from its folder. Every call reads the files again, so it also follows a run in another process."""
 
     def __init__(self, out_dir: str | Path) -> None:
         self._out_dir = absolute_path(out_dir, "out_dir")
@@ -45,12 +45,12 @@ class RecordedRun:
 
     @property
     def out_dir(self) -> Path:
-        """The run's folder: settings, resume point, records, checkpoints of the embedded service."""
+        """The run's folder: settings, resume point, records, the embedded service's checkpoints."""
         return self._out_dir
 
     @property
     def done(self) -> bool:
-        """Nobody trains in the folder now."""
+        """No process is training in the folder."""
         return not is_claimed(self._out_dir)
 
     @property
@@ -61,62 +61,60 @@ class RecordedRun:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the run was given, as plain JSON values; empty before its first resume point."""
+        """The run's settings as plain JSON values; empty before its first resume point."""
         point = ResumePoint.load(self._out_dir)
         return dict(point.settings) if point else {}
 
     @property
     def result(self) -> TrainingResult:
-        """What the run has come to so far; its ``reason`` is ``"running"`` or ``"ended"``."""
+        """The result so far; its ``reason`` is ``"running"`` or ``"ended"``."""
         return result_of(self._out_dir, ResumePoint.load(self._out_dir), "ended" if self.done else "running")
 
     @property
     def checkpoints(self) -> tuple[KeptCheckpoint, ...]:
-        """The weights that are kept for sampling, by step, with what they scored on the held-out questions."""
+        """Weights kept for sampling, by step, with their scores on the held-out questions."""
         return kept_checkpoints(self._out_dir)
 
     @property
     def best(self) -> KeptCheckpoint | None:
-        """The kept weights with the highest exact match on the held-out questions; None where none were measured yet.
+        """The kept weights with the highest exact match on the held-out questions; None before the first evaluation.
 
-        Chosen *on* those questions, so their figure there is too high: measure them on others.
+        They are selected on those questions, which biases their score upwards: report them on other questions.
         """
         return best_checkpoint(self._out_dir)
 
     @property
     def metrics(self) -> pl.DataFrame:
-        """One row a finished step, with the recipe's metric names as columns."""
+        """One row per finished step, with the recipe's metric names as columns."""
         return RunRecords(self._out_dir).metrics()
 
     def episodes(self) -> pl.LazyFrame:
-        """One row an episode of every finished step, scanned from the run's Parquet files."""
+        """One row per episode of all finished steps, scanned from the run's Parquet files."""
         return RunRecords(self._out_dir).episodes()
 
     def groups(self) -> pl.LazyFrame:
-        """One row a group of every finished step: trained on, or dropped and why; the weights that it was sampled from."""
+        """One row per group of all finished steps: trained on, or why dropped; which weights sampled it."""
         return RunRecords(self._out_dir).groups()
 
     def evaluations(self) -> pl.LazyFrame:
-        """One row an episode of every evaluation on the held-out questions, told apart by ``label``."""
+        """One row per episode of all evaluations on the held-out questions; ``label`` names the evaluation."""
         return RunRecords(self._out_dir).evaluations()
 
     def episode(self, step: int, group: int = 0, member: int = 0) -> Episode:
-        """One episode of training, token for token; in a notebook it shows itself.
+        """One training episode, token by token, with rich display in a notebook.
 
         Args:
             step: optimiser step, from 1.
-            group: number of the group in its step, and
-            member: of the episode in its group, as in :meth:`episodes`.
+            group: number of the group in its step.
+            member: number of the episode in its group, as in :meth:`episodes`.
 
         Raises:
             ConfigurationError: there is none.
         """
         found = RunRecords(self._out_dir).load_episode(step, group, member)
         if found is None:
-            raise ConfigurationError(
-                f"step {step} has no episode {member} of group {group}: see run.episodes() for those that there are"
-            )
-        # Loaded once: it takes about a second.
+            raise ConfigurationError(f"step {step} has no episode {member} of group {group}: run.episodes() lists all")
+        # Loaded once: takes about a second.
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self._out_dir)
         if self._tokenizer is not None:
@@ -140,19 +138,18 @@ class RecordedRun:
         progress: Choice = "quiet",
         emit: Emit | None = None,
     ) -> Answer:
-        """Asks the trained model one question; the answer shows itself in a notebook's cell, and printed in a terminal.
+        """Asks the trained model one question; the answer has rich display in a notebook and when printed.
 
-        It is asked as it was trained: the same prompt, format and limits. Nothing is written into the run's folder.
+        Uses the prompt, format and limits of training. Writes nothing into the run's folder.
 
-        A run under way in this process, held or not, answers with its own service beside the training, for ``step="last"`` with
-        the newest weights; before its first step these are the untrained ones. Its records, episodes, samples and limits are left
-        alone; searches with its own search are counted in its search figures. If it ends before the answer is there, its last
-        kept weights are asked.
+        A run of this process, paused or not, answers with its own service beside the training: for ``step="last"`` with its newest
+        weights, which before the first step are untrained. This does not affect its records, episodes, samples or limits; searches
+        with its own search count in its search metrics. If the run ends first, its last kept weights are asked.
 
         Args:
-            search: the tool; None is the run's own.
-            step: which of the kept weights: ``"last"``, ``"best"``, or a number of steps (see :attr:`checkpoints`).
-            service, local, tokenizer: only for a run that has ended; None is what the run was given, where this is its handle.
+            search: the tool; None: the run's own.
+            step: which kept weights: ``"last"``, ``"best"``, or a step's number (see :attr:`checkpoints`).
+            service, local, tokenizer: only for an ended run; None: the run's own, if this is its handle.
 
             The others as in :func:`searchr1_async.ask`.
 
@@ -174,7 +171,7 @@ class RecordedRun:
         if self._is_live:
             if (service, local, tokenizer) != (None, None, None):
                 raise ConfigurationError(
-                    "service, local and tokenizer are for a run that has ended: this one answers with its own service"
+                    "service, local and tokenizer are only for an ended run: this one answers with its own service"
                 )
             if (answer := await self._ask_live(put, progress, emit)) is not None:
                 return answer
@@ -197,17 +194,17 @@ class RecordedRun:
 
     @property
     def _is_live(self) -> bool:
-        """This is the handle of a run that this process trains."""
+        """This is the handle of a run of this process."""
         return False
 
     async def _ask_live(
         self, put: Callable[[LiveAnswers], Awaitable[Answer]], progress: Choice, emit: Emit | None
     ) -> Answer | None:
-        """Asks the run under way; None where there is none, or where it ends before the answer is there."""
+        """Asks the running run; None if there is none, or if it ends before the answer."""
         return None
 
     def plot(self, kind: str = "learning", **options: Any) -> Any:
-        """A chart of the run, as an Altair object: change it further, or ``.save("chart.png")`` (or ``.svg``).
+        """A chart of the run as an Altair object: modify it, or ``.save("chart.png")`` (or ``.svg``).
 
         Args:
             kind: ``"learning"``, ``"reward"``, ``"exact_match"``, ``"turns"``, ``"valid_calls"``, ``"timeline"`` (who waited for
@@ -216,7 +213,7 @@ class RecordedRun:
         Raises:
             ConfigurationError: an unknown kind.
         """
-        from searchr1_async.watch.plots import draw  # altair: half a second, for those who draw
+        from searchr1_async.watch.plots import draw  # altair takes half a second to import
 
         return draw(self._out_dir, kind, **options)
 
@@ -224,12 +221,12 @@ class RecordedRun:
         """The episode viewer: filter, sort, read and compare the run's episodes.
 
         Args:
-            path: writes one self-contained HTML page there and returns its path; None shows it in the notebook's cell, by default
-                with 200 episodes, a share of every step and evaluation.
-            options: ``steps``, ``labels`` and ``limit`` choose the episodes.
+            path: writes one self-contained HTML page there and returns its path. None: shown in the notebook cell, by default
+                with 200 episodes from all steps and evaluations.
+            options: ``steps``, ``labels`` and ``limit`` select the episodes.
 
         Raises:
-            RunFolderError: nothing is recorded yet, or not what is asked for.
+            RunFolderError: nothing is recorded yet, or nothing matches.
         """
         if path is not None:
             return view_run(self._out_dir, path, **options)
@@ -239,12 +236,12 @@ class RecordedRun:
             return CellView(page.read_text(encoding="utf-8"))
 
     async def export(self, folder: str | Path, **options: Any) -> Path:
-        """Takes the run's weights out of their service into a folder: a PEFT adapter, or merged weights.
+        """Exports the run's weights from their service into a folder: a PEFT adapter, or merged weights.
 
         Args:
             folder: must not exist, or be empty.
-            options: ``step``, ``format``, ``push_to_hub`` and the others of :func:`searchr1_async.export`, which also says what it
-                raises.
+            options: ``step``, ``format``, ``push_to_hub`` and the others of :func:`searchr1_async.export`, which also lists the
+                errors.
         """
         return await export(self, folder, **options)
 
@@ -260,5 +257,5 @@ def recorded_run(path: Path) -> RecordedRun:
         RunFolderError: there is none.
     """
     if ResumePoint.load(path) is None and not is_claimed(path) and not (path / EVENTS_FILE).exists():
-        raise RunFolderError(f"{path} holds no run: name the out_dir that a run was given")
+        raise RunFolderError(f"{path} holds no run: pass the out_dir of a run")
     return RecordedRun(path)

@@ -1,4 +1,4 @@
-"""What a run writes down: steps in order, each with its resume point, and finished groups until a step holds them."""
+"""Records a run's steps in order, each with its resume point, and keeps finished groups on disk until a step contains them."""
 
 from __future__ import annotations
 
@@ -35,27 +35,25 @@ _GATHERING = 0.2
 
 @dataclass
 class StepToRecord:
-    """A batch as it was played, and when."""
+    """A rolled-out batch and its times."""
 
     step: int
     outcomes: tuple[GroupOutcome, ...]
-    """Every group that became of it, dropped ones too."""
+    """All its groups, dropped ones included."""
     searched: SearchStatistics
-    """Of the searches from its opening to its closing; those of a measurement beside it cannot be told apart."""
+    """Searches while the batch was open, those of a concurrent evaluation included."""
     engine: Mapping[str, float]
-    """The engine's metrics at its closing, those of a measurement beside it likewise."""
+    """The engine's metrics when it closed, those of a concurrent evaluation included."""
     opened: float
     closed: float
     is_checkpoint: bool = False
-    """Its weights are kept for good."""
+    """Its weights are kept permanently."""
     published: float = math.nan
-    """When its new weights were there; all in seconds of the clock that stands still while the run is held."""
+    """When its new weights were published; all times in seconds of the run's pausable clock."""
 
 
 class StepRecorder:
-    """Writes finished steps and their resume points, records first: a resume point without its records would hide what was
-    trained on.
-    """
+    """Writes finished steps, then their resume points: a resume point must never exist without its records."""
 
     def __init__(
         self,
@@ -153,7 +151,7 @@ class StepRecorder:
 
 
 class Keeper:
-    """Puts finished groups on disk soon after they finish, until a recorded step holds them."""
+    """Saves finished groups on disk, until a recorded step contains them."""
 
     def __init__(self, job: TrainingJob) -> None:
         self._job = job

@@ -1,4 +1,4 @@
-"""A run in the hand: what ``train()`` gives back at once, to await, to watch, to hold, to stop and to read."""
+"""The handle to a training run, returned by ``train()``: await it, iterate its events, pause or stop it, read its results."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ from searchr1_async.watch.stream import EventStreams
 logger = logging.getLogger(__name__)
 
 INTERRUPT_SECONDS = 90.0
-"""For a run that was interrupted to stop cleanly, with its last weights kept; then it is cancelled."""
+"""Seconds an interrupted run has to stop cleanly and keep its last weights; then it is cancelled."""
 
 
 class Run(RecordedRun):
-    """A training run under way.
+    """Handle to a running training run: await it, iterate its events, pause or stop it.
 
-    It starts at once, in a task of its own, and leaves its cell free; ``await run`` waits for its result.
+    The run starts at once in its own task and does not block the cell; ``await run`` waits for its result.
 
-    In a program, Ctrl-C and SIGTERM stop the run as :meth:`stop` does, its checkpoint first, and end the program when everything is
-    closed (:mod:`searchr1_async.boundary.signals`); a second Ctrl-C ends it at once. A notebook's stop button interrupts the
-    cell, and the run if the cell awaits it; a second one leaves out what takes long.
+    In a program, Ctrl-C and SIGTERM stop the run like :meth:`stop`, then end the program
+    (:mod:`searchr1_async.boundary.signals`); a second Ctrl-C ends it at once. In a notebook, interrupting the cell stops the run
+    only if the cell awaits it; a second interrupt skips the slow part.
 
-    A program that ends without ever awaiting its run cuts it, says so, and has exit status 1.
+    A program that ends without awaiting its run cancels it, says so, and exits with status 1.
     """
 
     def __init__(self, out_dir: Path, search: Search | None = None, choice: ServiceChoice | None = None) -> None:
@@ -54,9 +54,9 @@ class Run(RecordedRun):
         self._interrupts: Interrupts | None = None
 
     def begin(self, work: Callable[[RunControl, EventStreams], Awaitable[TrainingResult]]) -> None:
-        """Starts the work, which obeys the run's control and tells its streams of every event; :func:`train` does it."""
-        _SDK_REQUESTS.removeFilter(_nothing)  # where a program went on after its KeyboardInterrupt
-        left = f"{self.out_dir} keeps every finished step: resume=True goes on from the last."
+        """Starts the work, passing it the run's control and event streams; called by :func:`train`."""
+        _SDK_REQUESTS.removeFilter(_drop_record)  # in case the program survived an earlier KeyboardInterrupt
+        left = f"{self.out_dir} keeps every finished step: resume=True continues from the last."
         self._interrupts = self._at_end.enter_context(ending_cleanly(self._interrupt, left))
         self._task = asyncio.ensure_future(self._cancellable(work))
         self._task.add_done_callback(self._ended)
@@ -74,9 +74,9 @@ class Run(RecordedRun):
         if self._task is None or self._task.done():
             return
         self.control.emit(
-            Notice("interrupted: the run is stopping, its last weights are kept; once more ends it at once")
+            Notice("interrupted: stopping the run and keeping its last weights; interrupt again to end at once")
         )
-        _SDK_REQUESTS.addFilter(_nothing)  # it tells of each request that the stop cuts, until the program has ended
+        _SDK_REQUESTS.addFilter(_drop_record)  # it logs every request that the stop cancels
         self.control.request_stop()
         asyncio.get_running_loop().call_later(INTERRUPT_SECONDS, self._task.cancel)
 
@@ -85,19 +85,19 @@ class Run(RecordedRun):
         self.control.end()
         self._at_end.close()
         if self._interrupts is not None and self._interrupts.received:
-            # The program ends, and nobody awaits the run any more.
+            # The program is ending and nobody awaits the run.
             if not task.cancelled() and (error := task.exception()) is not None:
                 logger.warning("the run failed while it was stopping: %s: %s", type(error).__name__, error)
         elif task.cancelled() and not (self._is_awaited or self.control.stop_requested):
-            _forgotten.append(self.out_dir)
-            asyncio.get_running_loop().call_soon(_end_forgetful_program)
+            _unawaited.append(self.out_dir)
+            asyncio.get_running_loop().call_soon(_exit_unawaited)
 
     @property
     def done(self) -> bool:
         return self._task is not None and self._task.done()
 
     def __await__(self) -> Generator[object, None, TrainingResult]:
-        # Awaiting a task directly would hand a cancellation on to it and return before it has closed its services.
+        # Awaiting the task directly would pass a cancellation to it and return before it has closed its services.
         return self._wait().__await__()
 
     async def _wait(self) -> TrainingResult:
@@ -108,7 +108,7 @@ class Run(RecordedRun):
         except asyncio.CancelledError:
             if not self._task.done():
                 self.control.request_stop()
-                # Shielded: a cancelled anyio scope cancels again at every turn of the loop.
+                # Shielded: a cancelled anyio scope cancels again on every loop iteration.
                 with anyio.CancelScope(shield=True):
                     try:
                         await asyncio.wait([self._task], timeout=INTERRUPT_SECONDS)
@@ -119,22 +119,22 @@ class Run(RecordedRun):
             raise
 
     async def stop(self) -> TrainingResult:
-        """Stops cleanly and returns what the run came to; ``train(..., resume=True)`` goes on from there.
+        """Stops cleanly and returns the result so far; ``train(..., resume=True)`` continues from there.
 
-        Episodes under way are cancelled; a step that is at the trainer is waited for, for a minute at most; the last weights
+        Episodes in flight are cancelled, an optimiser step at the trainer gets up to a minute to finish, and the last weights
         are kept for sampling.
         """
         self.control.request_stop()
         return await self
 
     def request_stop(self) -> None:
-        """As :meth:`stop`, without waiting: for a button."""
+        """Like :meth:`stop`, without waiting."""
         self.control.request_stop()
 
     async def pause(self) -> None:
-        """Holds the run: it asks nothing more of the model until :meth:`resume`. Returns when nothing is on its way any more.
+        """Pauses the run, time limits included: no new model requests until :meth:`resume`. Returns when none is in flight.
 
-        Every time limit stands still meanwhile. :meth:`ask` is answered all the same.
+        :meth:`ask` still works.
         """
         if self.done:
             return
@@ -147,7 +147,7 @@ class Run(RecordedRun):
                     return
 
     async def resume(self) -> None:
-        """Lets a run that was paused go on."""
+        """Resumes a paused run."""
         self.control.resume()
 
     @property
@@ -157,49 +157,49 @@ class Run(RecordedRun):
     async def _ask_live(
         self, put: Callable[[LiveAnswers], Awaitable[Answer]], progress: Choice, emit: Emit | None
     ) -> Answer | None:
-        """Asks the run under way; None where it ends before the answer is there, after it has closed its services."""
+        """Asks the running run; None if it ends before the answer, after its services are closed."""
 
         async def answering(answers: LiveAnswers) -> Answer:
-            watchers(Notice("the run's own service is answering, beside the training"))
+            watchers(Notice("the run's own service answers, beside the training"))
             return await put(answers)
 
         async with watching("ask", progress, emit) as watchers:
             if not self.control.is_answering:
-                watchers(Notice("the run has no weights yet: its services are being opened"))
+                watchers(Notice("the run has no weights yet: waiting for its services to open"))
             answer = await self.control.ask(answering)
             if answer is None and self._task is not None:
-                watchers(Notice("the run is ending: its last weights are asked when its services are closed"))
+                watchers(Notice("the run is ending: waiting to ask its last weights once its services are closed"))
                 await asyncio.wait([self._task])  # two services would share a folder or a port
         return answer
 
     def __aiter__(self) -> AsyncGenerator[Event, None]:
-        """Events as they happen, from now to the run's end; a run that fails ends the loop, and ``await run`` says why."""
+        """Events from now to the run's end. If the run fails the iteration just ends; ``await run`` raises the error."""
         return self._streams.events(lambda: self.done)
 
 
 _SDK_REQUESTS = logging.getLogger("tinker.lib.retry_handler")
 
 
-def _nothing(record: logging.LogRecord) -> bool:
-    """A filter that lets nothing through."""
+def _drop_record(record: logging.LogRecord) -> bool:
+    """A logging filter that drops everything."""
     return False
 
 
-_forgotten: list[Path] = []
+_unawaited: list[Path] = []
 """Folders of runs that were cancelled because they were never awaited, not yet reported."""
 
 
-def _end_forgetful_program() -> None:
-    """The event loop is closing, though nobody has awaited its runs: called by it, as it passes SystemExit on."""
-    if not _forgotten or runs_under_way():  # the last says it for all
+def _exit_unawaited() -> None:
+    """Called by the closing event loop, which passes SystemExit on."""
+    if not _unawaited or runs_under_way():  # the last run reports for all
         return
-    folders = ", ".join(map(str, _forgotten))
-    _forgotten.clear()
+    folders = ", ".join(map(str, _unawaited))
+    _unawaited.clear()
     if sys.exc_info()[0] is not None:
-        return  # the program has failed, or was interrupted: that is what its user should read
+        return  # the program failed or was interrupted, which its user should see instead
     text = (
-        f"The run in {folders} was cut, since the program ended without awaiting it: write `result = await sr.train(...)`, or "
-        "`await run` at the end. resume=True goes on from its last finished step."
+        f"The run in {folders} was cancelled because the program ended without awaiting it: write `result = await "
+        "sr.train(...)`, or `await run` at the end. resume=True continues from its last finished step."
     )
     if threading.current_thread() is threading.main_thread() and not in_kernel():
         raise SystemExit(text)  # Python prints it; the exit status is 1
@@ -207,9 +207,9 @@ def _end_forgetful_program() -> None:
 
 
 def open_run(path: str | Path) -> RecordedRun:
-    """A run by its folder, after a kernel's restart or from another process: everything that it recorded, running or ended.
+    """Opens a run by its folder, running or ended, after a kernel restart or from another process.
 
-    Where the run is under way in this very process, it is the :class:`Run` itself.
+    If this process is training the run, this returns its :class:`Run`.
 
     Raises:
         RunFolderError: the folder holds no run.

@@ -1,4 +1,4 @@
-"""Checks, opens and closes the Tinker service that :mod:`~searchr1_async.endpoint` finds. Only this module imports the embedded one."""
+"""Checks, opens and closes the Tinker service found by :mod:`~searchr1_async.endpoint`. Only this module imports the embedded one."""
 
 from __future__ import annotations
 
@@ -31,22 +31,18 @@ from searchr1_async.models import Price, Thinking, default_cloud_model
 from searchr1_async.offered import Offered, ask_offered, choose_model
 
 CONNECT_DEADLINE = 10.0
-"""Seconds in which a service must answer; the SDK itself would try for minutes."""
+"""Seconds a service has to answer; the SDK alone would retry for minutes."""
 _DOWNLOAD_DEADLINE = 6 * 3600.0
-"""Seconds for a model's files, or a tokenizer's, from the hub."""
+"""Seconds to download a model's or tokenizer's files from the hub."""
 
 
 def default_model(service: ServiceName) -> str:
-    """The model that is meant where none is named; a service that does not offer it may have another used in its place."""
+    """The default model; a service that does not offer it may get another."""
     return DEFAULT_MODEL if is_embedded(service) else default_cloud_model()
 
 
 async def base_model_of(path: str, service: ServiceName) -> str:
-    """The base model of weights under a ``tinker://`` path of a service that is not the embedded one.
-
-    Raises:
-        ServiceError: there are no such weights, or no answer.
-    """
+    """The base model of weights under a ``tinker://`` path, on a service other than the embedded one."""
     if isinstance(service, tinker.ServiceClient):
         return (await Service(service, "", None, is_local=False).weights_info(path)).base_model
     url = prepare(service).url
@@ -57,16 +53,12 @@ async def base_model_of(path: str, service: ServiceName) -> str:
 
 
 def published_base(model: str) -> str:
-    """The name by which others find a base model: without a suffix such as ``:peft:262144``, and of a folder its last part."""
+    """A base model's public name: without a suffix such as ``:peft:262144``, and of a folder its last part."""
     return published_name(model).partition(":")[0]
 
 
 async def base_folder(model: str) -> Path:
-    """The folder with the weights of a base model: a folder itself, or a model that is downloaded or converted at most once.
-
-    Raises:
-        ModelError: it is not to be had.
-    """
+    """The folder with a base model's weights, downloaded or converted if needed; :class:`ModelError` if unavailable."""
 
     def resolve() -> Path:
         return resolve_model(model if folder_at(model) else published_base(model)).folder
@@ -75,12 +67,12 @@ async def base_folder(model: str) -> Path:
 
 
 def billing_on(service: ServiceName, model: str | None, price: Price | None = None) -> Billing:
-    """How the tokens of a model are billed on a service that need not be open.
+    """How a service, which need not be open, bills a model's tokens.
 
     Args:
-        service: as :func:`open_service` takes it.
-        model: None is the default there.
-        price: what the user says that it costs.
+        service: as in :func:`open_service`.
+        model: None: the service's default.
+        price: the user's price.
     """
     return billing_of(
         model or default_model(service),
@@ -98,22 +90,22 @@ async def check_service(
     trains: bool = False,
     emit: Emit = emit_nothing,
 ) -> str:
-    """Refuses, before anything is begun or written, a service that :func:`open_service` could not open.
+    """Refuses a service that :func:`open_service` could not open, before any work starts or anything is written.
 
-    Downloads or converts the embedded service's model, where that was not done before. Another service is asked what it offers.
+    Downloads or converts the embedded service's model if needed; asks other services which models they offer.
 
     Args:
-        trains: the model is to be trained, not only sampled from.
-        emit: receives a notice of each wait over 5 seconds.
+        trains: the model will be trained, not only sampled from.
+        emit: receives a notice for each wait over 5 seconds.
 
     Returns:
         The name of the model that will be used.
 
     Raises:
-        ConfigurationError: no service, or no way to it: see :func:`~searchr1_async.endpoint.prepare`.
-        ServiceUnavailableError: no answer within 10 s, naming the URL, or none within 30 s about what it offers.
-        ModelError: the embedded service's model is not to be had, or the service does not offer the model.
-        PortInUseError: the embedded service's port is taken.
+        ConfigurationError: no usable service: see :func:`~searchr1_async.endpoint.prepare`.
+        ServiceUnavailableError: no answer within 10 s, or no list of models within 30 s.
+        ModelError: the embedded service's model is not available, or the service does not offer the model.
+        PortInUseError: the embedded service's port is in use.
     """
     if prepare(service).kind != "embedded":
         return choose_model(model, await _ask(service, trains=trains))[0]
@@ -124,7 +116,7 @@ async def check_service(
                 listener.bind(("127.0.0.1", local.port))
             except OSError as error:
                 raise PortInUseError(
-                    f"port {local.port} on 127.0.0.1 cannot be used ({error.strerror}): choose another, or 0 for a free one"
+                    f"port {local.port} on 127.0.0.1 cannot be used ({error.strerror}): choose another, or 0 for any free one"
                 ) from None
     wanted = model or default_model(service)
     with bounded_wait(f"getting the files of {wanted}", _telling(emit), _DOWNLOAD_DEADLINE):
@@ -133,17 +125,12 @@ async def check_service(
 
 
 async def choose_service_model(service: ServiceName, model: str | None) -> tuple[str, str | None]:
-    """The model to sample from on a service that is not the embedded one, and what there is to say about the choice.
-
-    Raises:
-        ServiceUnavailableError: no answer.
-        ModelError: the service does not offer it.
-    """
+    """The model to sample from on a service other than the embedded one, and a note on the choice, if any."""
     return choose_model(model, await _ask(service, trains=False))
 
 
 async def _ask(service: ServiceName, *, trains: bool) -> Offered:
-    """What a service that is not embedded offers."""
+    """What a service other than the embedded one offers."""
     url = prepare(service).url
     if isinstance(service, tinker.ServiceClient):
         return await ask_offered(lambda: tinker.RestClient(service.holder), trains=trains)
@@ -163,21 +150,21 @@ async def open_service(
     tokenizer: str | None = None,
     trains: bool = False,
 ) -> AsyncIterator[Service]:
-    """Connects, and disconnects at the end. Every service but the embedded one is asked what it offers before.
+    """Connects to a service, and disconnects at the end. Services other than the embedded one are asked what they offer first.
 
     Args:
-        service: a base URL, ``"embedded"``, or a client of the user's (left open at the end); None takes the service of
-            ``TINKER_BASE_URL``, else the cloud where the SDK has credentials, and starts the embedded service otherwise.
-        model: None is SmolLM2-135M-Instruct on the embedded service and Qwen3.5-4B elsewhere, or the nearest of its family that
-            the service offers, or the only model that it offers.
-        folder: where the embedded service keeps its checkpoints and its log.
-        tokenizer: a folder or name, where the model's own name does not load one.
-        trains: the model is to be trained, not only sampled from.
+        service: a base URL, ``"embedded"``, or the user's client (left open at the end). None: the service of
+            ``TINKER_BASE_URL``, else the cloud if the SDK has credentials, else the embedded service, started here.
+        model: None: SmolLM2-135M-Instruct on the embedded service; elsewhere Qwen3.5-4B, the nearest model of its family the
+            service offers, or the only model it offers.
+        folder: for the embedded service's checkpoints and log.
+        tokenizer: a folder or name, if the model's name does not load one.
+        trains: the model will be trained, not only sampled from.
 
     Raises:
-        ServiceUnavailableError: no answer within 10 s, naming the URL, or none within 30 s about what it offers.
-        ServiceStartError, PortInUseError: the embedded service did not come up.
-        ModelError: the model or its tokenizer is not to be had.
+        ServiceUnavailableError: no answer within 10 s, or no list of models within 30 s.
+        ServiceStartError, PortInUseError: the embedded service did not start.
+        ModelError: the model or its tokenizer is not available.
     """
     if prepare(service).kind == "embedded":
         opening = _open_embedded(model or DEFAULT_MODEL, folder, local, emit, tokenizer)
@@ -244,10 +231,7 @@ async def _open_embedded(
 
 
 async def _load_tokenizer(model: str, tokenizer: str | None, emit: Emit) -> Any:
-    """The tokenizer of a model as a service calls it, or the one that is named instead.
-
-    The default model of the embedded service is looked for on this machine first: a service of one's own may serve it.
-    """
+    """The tokenizer of a model or the named one. A local copy goes first: another service may serve the embedded default model."""
 
     def source() -> str:
         return tokenizer or str(local_copy(model) or model)
@@ -266,7 +250,7 @@ async def _client(url: str | None, api_key: str | None) -> AsyncIterator[tinker.
         client = tinker.ServiceClient(base_url=url, api_key=api_key)
     except SDK_FAULTS as error:
         raise ConfigurationError(
-            f"no Tinker client could be made (is TINKER_API_KEY right?): {fault_text(error)}"
+            f"creating a Tinker client failed (is TINKER_API_KEY right?): {fault_text(error)}"
         ) from error
     status = "errored"
     try:
@@ -276,11 +260,11 @@ async def _client(url: str | None, api_key: str | None) -> AsyncIterator[tinker.
         status = "errored" if isinstance(error, Exception) else "interrupted"
         raise
     finally:
-        # Shielded: the session must be finished in a cancelled run too. Bounded: a dead service must not hold us.
+        # Shielded: close the session of a cancelled run too. Bounded: a dead service must not block the exit.
         with anyio.move_on_after(5, shield=True):
             try:
                 await anyio.to_thread.run_sync(lambda: client.close(status).result(timeout=4), abandon_on_cancel=True)
-            except Exception as error:  # nothing is lost with a session that was not finished in form
+            except Exception as error:  # an unclosed session loses nothing
                 del error
 
 
@@ -292,14 +276,14 @@ async def check_chat_format(
     renderer_name: str | None,
     thinking: Thinking,
 ) -> None:
-    """Refuses a model whose chat format is not known, or that does not have this value of ``thinking``.
+    """Refuses a model with an unknown chat format or an unsupported ``thinking``.
 
     Args:
-        model: as :func:`check_service` returned it. Its tokenizer is loaded only where its name does not tell.
-        tokenizer: a folder or name to be taken instead of the model's own.
+        model: as returned by :func:`check_service`. Its tokenizer is loaded only if its name does not tell the format.
+        tokenizer: a folder or name to use instead of the model's own.
 
     Raises:
-        ModelError: so, or the tokenizer is not to be had.
+        ModelError: as above, or the tokenizer is not available.
     """
     check_thinking(model, renderer_name, thinking)
     if known_format(model, renderer_name) is None:
@@ -312,15 +296,9 @@ async def check_chat_format(
 
 
 async def load_embedded_tokenizer(model: str, tokenizer: str | None) -> Any:
-    """The tokenizer that goes with a model of the embedded service, which need not run for it.
+    """The tokenizer of an embedded-service model, or the named one, without starting the service.
 
-    Downloads or converts the model, where that was not done before.
-
-    Args:
-        tokenizer: a folder or name to be taken instead; the model's files must be there all the same.
-
-    Raises:
-        ModelError: the model or the tokenizer is not to be had.
+    Downloads or converts the model if needed; :class:`ModelError` if unavailable.
     """
     files = await anyio.to_thread.run_sync(resolve_model, model)
     return await load_tokenizer(tokenizer or str(files.folder))

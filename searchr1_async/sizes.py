@@ -1,4 +1,4 @@
-"""How large a run is where its user does not say: the recipe's sizes, or those that a laptop can play to their end."""
+"""Default sizes of a run: the recipe's, or a laptop's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Of a run, as :func:`searchr1_async.train` takes them; ``steps=None`` is all batches of ``epochs``."""
+    """Sizes of a run, as in :func:`searchr1_async.train`; ``steps=None`` is all batches of ``epochs``."""
 
     group_size: int
     groups_per_batch: int
@@ -37,7 +37,7 @@ RECIPE = Sizes(
     max_tokens=1024,
     max_trajectory_tokens=32 * 1024,
 )
-"""Of the Search-R1 recipe of tinker-cookbook."""
+"""Sizes of the Search-R1 recipe of tinker-cookbook."""
 LAPTOP = Sizes(
     group_size=8,
     groups_per_batch=8,
@@ -47,7 +47,7 @@ LAPTOP = Sizes(
     max_tokens=64,
     max_trajectory_tokens=4096,
 )
-"""On the embedded service: 768 episodes, where the recipe's 4,096 a step take two cores most of a day."""
+"""Sizes on the embedded service: 768 episodes; one step of the recipe has 4,096, most of a day on two cores."""
 
 
 def chosen_sizes(
@@ -56,10 +56,10 @@ def chosen_sizes(
     """The sizes of a run.
 
     Args:
-        given: the arguments of :func:`searchr1_async.train`, None where the user names no size.
-        questions: to train on; a run of a laptop's steps plays each once at most.
+        given: the arguments of :func:`searchr1_async.train`; None: not set.
+        questions: number of training questions; a run with the laptop's default steps uses each at most once.
         is_embedded: on the embedded service.
-        begun: the settings of the run that this one goes on with: its sizes hold.
+        begun: settings of the run to resume, whose sizes apply.
     """
     own = {**(begun or {}).get("limits", {}), **(begun or {}).get("learning", {})}
     known = {**own, **{name: value for name, value in given.items() if value is not None}}
@@ -69,7 +69,7 @@ def chosen_sizes(
     if "minibatches" not in known:
         sizes = replace(sizes, minibatches=min(sizes.minibatches, sizes.groups_per_batch))
     says_nothing = all(given.get(name) is None for name in ("steps", "groups_per_batch", "epochs", "time_limit"))
-    # A run that was begun with another batch was begun to play its epochs.
+    # A run started with another batch size was started to complete its epochs.
     if not says_nothing or default.steps is None or sizes.groups_per_batch != default.groups_per_batch:
         return sizes
     return replace(sizes, steps=default.steps) if questions > default.steps * sizes.groups_per_batch else sizes

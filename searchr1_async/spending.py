@@ -1,4 +1,4 @@
-"""What a run uses and spends: the one owner of both, and of the decision when ``max_cost`` ends it."""
+"""Tracks a run's tokens and cost, and decides when ``max_cost`` ends it."""
 
 from __future__ import annotations
 
@@ -20,32 +20,28 @@ from searchr1_async.usage import TokenUsage, total_usage
 
 
 def check_max_cost(limit: float | None, billing: Billing) -> None:
-    """Refuses a limit of cost that cannot be kept.
-
-    Raises:
-        ConfigurationError: it is not over 0, or the price is not known.
-    """
+    """Refuses a ``max_cost`` that is not above 0, or whose price is unknown."""
     if limit is None:
         return
     if not 0 < limit < math.inf:
-        raise ConfigurationError(f"max_cost is {limit} US dollars: it must be over 0, or None for none")
+        raise ConfigurationError(f"max_cost is {limit} US dollars: it must be above 0, or None for no limit")
     if not billing.is_free and billing.problem:
         raise ConfigurationError(f"max_cost needs a known price: {billing.problem}")
 
 
 class Spending:
-    """The tokens of a run and their cost, all its sessions together.
+    """Tokens and cost of a run over all its sessions.
 
-    Counted are the tokens that were asked for: those of measurements, of dropped and of cancelled groups too. What a killed
-    session used after its last recorded step is not known to the next one.
+    All requested tokens count, those of evaluations and of dropped or cancelled groups too. What a killed session used after
+    its last recorded step is lost.
 
     Args:
         billing: how the service bills the model.
-        estimate: what the whole run is expected to cost, and each step before one has been seen.
-        limit: US dollars, as ``max_cost`` of :func:`searchr1_async.train`; None for none.
-        used: by earlier sessions.
-        spent: US dollars that these cost; None where that was not recorded.
-        dearest_step: US dollars of their dearest step; None where there was none.
+        estimate: expected cost of the run, and of a step until one has finished.
+        limit: US dollars, as ``max_cost`` of :func:`searchr1_async.train`; None: no limit.
+        used: tokens of earlier sessions.
+        spent: US dollars of earlier sessions; None if not recorded.
+        dearest_step: US dollars of their most expensive step; None if there was none.
     """
 
     def __init__(
@@ -67,7 +63,7 @@ class Spending:
         self._at_last_step: tuple[TokenUsage, float | None] = (self.tokens, self.dollars)
 
     def count(self, source: Callable[[], TokenUsage]) -> None:
-        """Counts what ``source`` says that it used in this session."""
+        """Adds a source of this session's token usage."""
         self._sources.append(source)
 
     @property
@@ -76,18 +72,17 @@ class Spending:
 
     @property
     def tokens(self) -> TokenUsage:
-        """Of all sessions, up to now."""
         return self._before + self._session
 
     @property
     def dollars(self) -> float | None:
-        """Of all sessions, up to now; None where a price is not known."""
+        """US dollars of all sessions so far; None if a price is unknown."""
         dollars = self._billing.dollars(self._session)
         return None if dollars is None or self._spent_before is None else self._spent_before + dollars
 
     @property
     def cost(self) -> Cost:
-        """Of all sessions, up to now, in words."""
+        """Cost of all sessions so far."""
         return self._billing.cost_of(self.dollars, self.tokens)
 
     @property
@@ -96,17 +91,17 @@ class Spending:
         return not self._billing.is_free
 
     def written_into(self, point: ResumePoint) -> ResumePoint:
-        """The resume point with what is used and spent by now."""
+        """The resume point with the tokens and cost so far."""
         return replace(point, tokens=self.tokens, dollars=self.dollars, dearest_step=self._dearest_step)
 
     def begin(self) -> None:
-        """The first step of the session begins: what was used before belongs to none."""
+        """The session's first step starts: earlier usage belongs to no step."""
         self._at_last_step = (self.tokens, self.dollars)
 
     def step_recorded(self) -> dict[str, float]:
-        """A step is recorded: what was asked for since the one before, and the totals, by the names of its metrics.
+        """Metrics of a recorded step: usage since the previous step, and totals.
 
-        ``cost/dollars`` and ``cost/total_dollars`` are left out where nothing is billed or no price is known.
+        ``cost/dollars`` and ``cost/total_dollars`` are left out if nothing is billed or a price is unknown.
         """
         tokens, dollars = self.tokens, self.dollars
         tokens_before, dollars_before = self._at_last_step
@@ -125,12 +120,12 @@ class Spending:
         return metrics
 
     def problem(self, to_come: TokenUsage) -> str | None:
-        """Why no further step may begin, in words; None where one may.
+        """Why no further step may start; None if one may.
 
-        A step is expected to cost as much as the dearest so far, and the first as was estimated.
+        A step is expected to cost as much as the most expensive so far, the first as much as estimated.
 
         Args:
-            to_come: what is used at any rate, after the last step and beside it.
+            to_come: usage that follows even without another step.
         """
         spent = self.dollars
         if self._limit is None or spent is None or not self.is_billed:
@@ -141,17 +136,13 @@ class Spending:
             return None
         amount = self._billing.amount
         return (
-            f"the cost limit is near: {amount(spent)} of ${self._limit:,.2f} are spent, and a further step with the "
-            f"measurements that follow may cost {amount(needed)}"
+            f"the cost limit is near: {amount(spent)} of ${self._limit:,.2f} spent, and another step with its "
+            f"evaluations may cost {amount(needed)}"
         )
 
 
 def spending_of(job: TrainingJob, service: Service, point: ResumePoint | None) -> Spending:
-    """The spending of a run that stands at ``point`` (None: at its beginning).
-
-    Raises:
-        ConfigurationError: ``max_cost`` where the price of the service's model is not known.
-    """
+    """The spending of a run at ``point`` (None: at its start). Refuses ``max_cost`` if the model's price is unknown."""
     billing = billing_of(service.model_name, is_embedded=service.is_local, is_tinker=service.is_tinker, price=job.price)
     check_max_cost(job.max_cost, billing)
     expected = estimate(job.shape, billing)
@@ -167,27 +158,27 @@ def spending_of(job: TrainingJob, service: Service, point: ResumePoint | None) -
 
 
 def tell_estimate(spending: Spending, point: ResumePoint | None, emit: Emit) -> None:
-    """Says what the run is expected to cost, where anything is billed."""
+    """Reports the estimated cost, if anything is billed."""
     if not spending.is_billed:
         return
     emit(Notice(f"estimated cost: {spending.estimate.text}"))
     if point is not None and point.step and point.tokens == TokenUsage():
-        emit(Notice("what earlier sessions used was not recorded: the cost counts from here", is_warning=True))
+        emit(Notice("earlier sessions did not record their usage: the cost counts from here", is_warning=True))
 
 
 async def keep_spending(spending: Spending, point: ResumePoint, folder: Path, emit: Emit) -> ResumePoint:
-    """Writes down what the session used since the resume point, which is returned with it; cannot be cancelled."""
+    """Saves the usage since the resume point and returns the updated point; cannot be cancelled."""
     kept = spending.written_into(point)
     with anyio.CancelScope(shield=True):
         try:
             await anyio.to_thread.run_sync(kept.save, folder)
-        except CheckpointError as error:  # the run itself is whole: only its cost is counted too low after a resume
-            emit(Notice(f"what was used since the last step is not written down: {error}", is_warning=True))
+        except CheckpointError as error:  # the run is intact; only its cost is too low after a resume
+            emit(Notice(f"could not save the usage since the last step: {error}", is_warning=True))
     return kept
 
 
 def with_cost(result: TrainingResult, spending: Spending, emit: Emit) -> TrainingResult:
-    """The result with its cost and the estimate; says both, where anything is billed."""
+    """The result with its cost and the estimate; reports both if anything is billed."""
     cost = spending.cost
     if spending.is_billed:
         emit(Notice(f"cost: {cost} ({cost.tokens}); estimated: {spending.estimate.text}"))

@@ -1,4 +1,4 @@
-"""What a run starts from instead of new weights: another run's, a service's, or a PEFT adapter's."""
+"""Weights a run starts from: another run's, a service's, or a PEFT adapter's."""
 
 from __future__ import annotations
 
@@ -21,118 +21,110 @@ from searchr1_async.service import ADAPTER_CONFIG, IMPORT_ROUTE, published_base
 from searchr1_async.weights import Step, Weights, find_state, parse_step
 
 DEFAULT_RANK = 32
-"""Of an adapter with new weights."""
+"""Rank of a new adapter."""
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Weights to start from. The optimizer always starts anew."""
+    """Weights to start from; the optimizer is always new."""
 
     name: str
-    """As the user wrote it; a resume must be given the same."""
+    """The user's ``start_from``; a resume must be given the same."""
     state: Weights | None = None
-    """A run's state, or a ``tinker://`` path; None for an adapter, and for a run that is resumed, which needs neither."""
+    """A run's state or a ``tinker://`` path; None for an adapter, and for a resumed run, which needs neither."""
     adapter: Path | None = None
     """A PEFT folder."""
     rank: int | None = None
-    """LoRA rank; None where only the service knows it."""
+    """LoRA rank; None if only the service knows it."""
     base_model: str | None = None
-    """What they were trained from; None where only the service knows it."""
+    """Their base model; None if only the service knows it."""
 
 
 def find_start(start_from: str | Path, service: ServiceName, out_dir: Path) -> Start:
-    """What ``start_from`` means. Reads small files alone.
+    """Parses ``start_from``. Reads only small files.
 
     Args:
-        start_from: a run's folder (its last kept weights; ``"runs/first@best"`` and ``"runs/first@40"`` are those of a step), a
+        start_from: a run's folder (its last kept weights, or ``"runs/first@best"`` or ``"runs/first@40"`` for a step), a
             ``tinker://RUN/weights/NAME`` path, or a PEFT adapter's folder.
-        service: that the run is to use.
-        out_dir: the run's folder.
+        service: the new run's service.
+        out_dir: the new run's folder.
 
     Raises:
-        ConfigurationError: it is none of these, or the service cannot have these weights.
+        ConfigurationError: it is none of these, or the service cannot use these weights.
         RunFolderError: the run has not kept this step.
     """
     name = str(start_from)
     if name.startswith("tinker://"):
         return Start(name, find_state(name))
-    folder, step = _folder_and_step(name)
+    folder, step = _split_step(name)
     if folder.resolve() == out_dir.resolve():
-        raise ConfigurationError(f"start_from names the run's own folder {out_dir}: pass resume=True to go on with it")
+        raise ConfigurationError(f"start_from is the run's own folder {out_dir}: pass resume=True to continue it")
     if (folder / ADAPTER_CONFIG).is_file():
         if service is None and not is_embedded(service):
             raise ConfigurationError(
-                f"start_from={name!r} is a PEFT adapter, which only the embedded service takes: name a tinker:// path instead"
+                f"start_from={name!r} is a PEFT adapter, which only the embedded service accepts: pass a tinker:// path instead"
             )
         rank, base_model = _read_config(folder)
         return Start(name, adapter=folder, rank=rank, base_model=base_model)
     point = ResumePoint.load(folder) if folder.is_dir() else None
     if point is None:
         raise ConfigurationError(
-            f"start_from={name!r} is no run's folder and no PEFT adapter's: name one of these, or a tinker:// path"
+            f"start_from={name!r} is neither a run's folder nor a PEFT adapter's: pass one of these, or a tinker:// path"
         )
     state = find_state(folder, step)
     if state.service_folder is None and is_embedded(service):
         raise RunFolderError(
-            f"the weights of {folder} lie at a Tinker service, and this run would use the embedded one"
+            f"the weights of {folder} are on a Tinker service, but this run would use the embedded one"
         )
     if state.service_folder is not None and service is None and not is_embedded(service):
         raise RunFolderError(
-            f"the weights of {folder} lie in its embedded service, and this run would use the service of TINKER_API_KEY or "
+            f"the weights of {folder} are on its embedded service, but this run would use the service of TINKER_API_KEY or "
             "TINKER_BASE_URL: unset them"
         )
     return Start(name, state, rank=_rank_of(point), base_model=point.base_model)
 
 
 def resumed_start(start_from: str | Path, point: ResumePoint) -> Start:
-    """For a run that is resumed: what it started from is in its own weights by now, and need not exist any more."""
+    """The start of a resumed run, whose own weights already contain it; the original need not exist any more."""
     return Start(str(start_from), rank=_rank_of(point), base_model=point.settings.get("model"))
 
 
 def chosen_rank(lora_rank: int | None, start: Start | None) -> int:
-    """The rank to train with.
-
-    Raises:
-        ConfigurationError: the user names one, and the weights have another.
-    """
+    """The LoRA rank to train with; refuses a ``lora_rank`` other than the weights'."""
     if start is None or start.rank is None:
         return DEFAULT_RANK if lora_rank is None else lora_rank
     if lora_rank not in (None, start.rank):
         raise ConfigurationError(
-            f"lora_rank is {lora_rank}, and the weights of start_from={start.name!r} have rank {start.rank}: leave lora_rank out"
+            f"lora_rank is {lora_rank}, but the weights of start_from={start.name!r} have rank {start.rank}: leave lora_rank out"
         )
     return start.rank
 
 
 def chosen_model(model: str | None, start: Start | None) -> str | None:
-    """The base model to train.
-
-    Raises:
-        ConfigurationError: the user names one, and the weights were trained from another.
-    """
+    """The base model to train; refuses a ``model`` other than the weights' base model."""
     found = start.base_model if start is not None else None
     if model is not None and found is not None and published_base(model) != published_base(found):
         raise ConfigurationError(
-            f"model is {model!r}, and the weights to start from were trained from {found!r}: leave model out"
+            f"model is {model!r}, but the weights to start from were trained from {found!r}: leave model out"
         )
-    # An adapter names its base as others do; whether the service has it under this name, only the user can say.
+    # An adapter names its base model by its public name; only the user knows the service's name for it.
     return model if model is not None or start is None or start.adapter is not None else found
 
 
 async def open_start(
     start: Start, service: Service, rank: int, emit: Emit
 ) -> tuple[tinker.TrainingClient, dict[str, Any]]:
-    """A training client with these weights and a new optimizer, and what is written down of them.
+    """A training client with these weights and a new optimizer, and the record of them.
 
     Raises:
-        ConfigurationError: their rank or base model is another than the run's.
-        ServiceError: the service does not have them, or cannot take them.
+        ConfigurationError: their rank or base model differs from the run's.
+        ServiceError: the service does not have them, or cannot load them.
     """
     state = start.state
     if start.adapter is not None:
         path = await _import_weights(service, start.adapter)
     else:
-        assert state is not None, "a run that is resumed opens its own state"
+        assert state is not None, "a resumed run opens its own state"
         assert state.path is not None
         path = state.path
         if state.service_folder is not None:
@@ -140,12 +132,12 @@ async def open_start(
     info = await service.weights_info(path)
     if info.lora_rank is not None and info.lora_rank != rank:
         raise ConfigurationError(
-            f"the weights of start_from={start.name!r} have rank {info.lora_rank}, and the run trains with {rank}: pass "
+            f"the weights of start_from={start.name!r} have rank {info.lora_rank}, but the run trains with {rank}: pass "
             f"lora_rank={info.lora_rank}"
         )
     if published_base(info.base_model) != published_base(service.model_name):
         raise ConfigurationError(
-            f"the weights of start_from={start.name!r} were trained from {info.base_model!r}, and the run trains "
+            f"the weights of start_from={start.name!r} were trained from {info.base_model!r}, but the run trains "
             f"{service.model_name!r}: pass model={info.base_model!r}"
         )
     client = await service.load_weights(path)
@@ -155,14 +147,8 @@ async def open_start(
 
 
 async def _import_weights(service: Service, folder: Path, *, tinker_path: str | None = None) -> str:
-    """Has an embedded service copy weights of this machine into its own checkpoints; returns their ``tinker://`` path.
-
-    Args:
-        folder: a PEFT adapter, or with ``tinker_path`` the folder of the embedded service that holds that path.
-
-    Raises:
-        ServiceError: the weights do not fit the model, or this is no embedded service.
-    """
+    """Copies local weights (a PEFT adapter's folder, or a path within another embedded service's folder) into an embedded
+    service's checkpoints; returns their ``tinker://`` path."""
     holder = service.client.holder
     fields = {"folder": str(await anyio.Path(folder).resolve())}
     fields |= {"tinker_path": tinker_path} if tinker_path else {"name": secrets.token_hex(8)}
@@ -176,14 +162,14 @@ async def _import_weights(service: Service, folder: Path, *, tinker_path: str | 
     except ServiceError as error:
         if isinstance(error.__cause__, tinker.NotFoundError) and "does not exist" not in str(error):
             raise ServiceError(
-                f"{folder} cannot be imported: only the embedded service takes weights from a folder, and the one at hand "
-                "is another. Name a tinker:// path of this service."
+                f"{folder} cannot be imported: only the embedded service loads weights from a folder, and this run uses "
+                "another. Pass a tinker:// path of this service."
             ) from error
         raise
     return answer["path"]
 
 
-def _folder_and_step(name: str) -> tuple[Path, Step]:
+def _split_step(name: str) -> tuple[Path, Step]:
     if not Path(name).exists() and "@" in name:
         folder, _, text = name.rpartition("@")
         if (step := parse_step(text)) is not None:
@@ -201,10 +187,10 @@ def _read_config(folder: Path) -> tuple[int, str | None]:
         rank, base_model = config["r"], config.get("base_model_name_or_path")
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigurationError(
-            f"{folder / ADAPTER_CONFIG} is no adapter's configuration: {type(error).__name__}: {error}"
+            f"{folder / ADAPTER_CONFIG} is not an adapter configuration: {type(error).__name__}: {error}"
         ) from error
     if type(rank) is not int or rank < 1 or not isinstance(base_model, str | None):
         raise ConfigurationError(
-            f"{folder / ADAPTER_CONFIG} is no LoRA adapter's: r is {rank!r}, base_model_name_or_path {base_model!r}"
+            f"{folder / ADAPTER_CONFIG} is not a LoRA adapter's: r is {rank!r}, base_model_name_or_path {base_model!r}"
         )
     return rank, base_model

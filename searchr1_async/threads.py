@@ -1,4 +1,4 @@
-"""Work in threads: one that a cancelled caller waits for, and how many there may usefully be."""
+"""Work in threads."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ Item = TypeVar("Item")
 
 
 async def in_thread(function: Callable[[], Result]) -> Result:
-    """Runs a function in a thread and waits for its end even when cancelled, so that nobody else meets its files.
+    """Runs a function in a thread and waits for it even when cancelled, so that its files are free afterwards.
 
-    A long function calls ``anyio.from_thread.check_cancelled()`` every now and then, and so ends soon. The task group is
-    what makes a plain ``Task.cancel`` (Ctrl-C) known to it: alone, ``to_thread.run_sync`` would return at once and leave
-    the thread behind.
+    A long function should call ``anyio.from_thread.check_cancelled()`` regularly. The task group makes a plain ``Task.cancel``
+    (Ctrl-C) reach it: ``to_thread.run_sync`` alone would return at once and abandon the thread.
     """
     results: list[Result] = []
     failures: list[Exception] = []
@@ -38,7 +37,7 @@ async def in_thread(function: Callable[[], Result]) -> Result:
 
 
 def prepared_ahead(items: Iterator[Item]) -> Generator[Item]:
-    """The same items, each made in a thread while the one before it is used: a disk is read while something is computed."""
+    """The same items, each prepared in a thread while the previous one is used."""
     with ThreadPoolExecutor(1, "searchr1-ahead") as pool:
         coming = pool.submit(_next_of, items)
         while found := coming.result():
@@ -54,5 +53,5 @@ def _next_of(items: Iterator[Item]) -> tuple[Item] | None:
 
 
 def usable_cores() -> int:
-    """Of the machine, as far as this process may use them."""
+    """CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""How the run in a folder plays its episodes, so that its weights are used elsewhere as they were trained."""
+"""How a run rolls out its episodes, so that its weights can be used the same way elsewhere."""
 
 from __future__ import annotations
 
@@ -17,18 +17,14 @@ from searchr1_async.models import Thinking
 from searchr1_async.search import Search
 
 SEARCH_FILE = "search.json"
-"""In a run's folder: how its search is made (:func:`~searchr1_async.search.record.record_of`)."""
+"""File in a run's folder that describes its search (:func:`~searchr1_async.search.record.record_of`)."""
 _PASSAGES = ("n_results", "max_passage_words")
 _LIMITS = tuple(field.name for field in fields(EpisodeLimits))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EpisodeChoice:
-    """Settings of episodes. None leaves a setting open, to be taken from elsewhere; see :meth:`completed_by`.
-
-    Raises:
-        ConfigurationError: a setting of another type.
-    """
+    """Settings of episodes. None leaves a setting open; see :meth:`completed_by`."""
 
     format: str | None = None
     renderer: str | None = None
@@ -41,39 +37,31 @@ class EpisodeChoice:
     malformed_calls: Literal["end", "tell"] | None = None
     max_seconds: float | None = None
     n_results: int | None = None
-    """Passages a query brings."""
+    """Passages per query."""
     max_passage_words: int | None = None
-    """Words after which a passage is cut; 0 leaves it whole."""
+    """Words after which a passage is cut; 0: never."""
 
     def __post_init__(self) -> None:
         check_settings(self)
 
     @classmethod
     def of_limits(cls, limits: EpisodeLimits | None) -> EpisodeChoice:
-        """All of these limits; nothing where there are none."""
+        """All of these limits; an open choice for None."""
         return cls() if limits is None else cls(**asdict(limits))
 
     def completed_by(self, other: EpisodeChoice) -> EpisodeChoice:
-        """This choice; what it leaves open is as in the other."""
+        """This choice, with open settings taken from the other."""
         mine = {name: value for name, value in asdict(self).items() if value is not None}
         return replace(other, **mine)
 
     @property
     def limits(self) -> EpisodeLimits:
-        """The limits, with the defaults for those left open.
-
-        Raises:
-            ConfigurationError: one out of its range.
-        """
+        """The limits, with defaults for open ones; validates them."""
         chosen = {name: getattr(self, name) for name in _LIMITS}
         return EpisodeLimits(**{name: value for name, value in chosen.items() if value is not None})
 
     def play(self) -> dict[str, Any]:
-        """As arguments of :class:`~searchr1_async.playing.PlaySettings`, with the recipe's defaults for what is left open.
-
-        Raises:
-            ConfigurationError: a limit out of its range.
-        """
+        """Arguments of :class:`~searchr1_async.playing.PlaySettings`, with the recipe's defaults for open settings."""
         return {
             "limits": self.limits,
             "format_name": "hermes" if self.format is None else self.format,
@@ -85,59 +73,54 @@ class EpisodeChoice:
         }
 
     def __str__(self) -> str:
-        """What is other than the recipe's defaults: ``format='tags', max_turns=3``."""
+        """The settings that differ from the recipe's: ``format='tags', max_turns=3``."""
         usual = {**asdict(RECIPE), "max_passage_words": 0}
         other = {name: value for name, value in asdict(self).items() if value is not None and value != usual[name]}
         return ", ".join(f"{name}={value!r}" for name, value in other.items())
 
 
 RECIPE = EpisodeChoice.of_limits(EpisodeLimits()).completed_by(EpisodeChoice(format="hermes"))
-"""The defaults of the recipe, as far as there are any."""
+"""The recipe's defaults."""
 
 
 def named_passages(search: Search | None) -> EpisodeChoice:
-    """How many passages a query brings, and how long they are, where the search was made saying so."""
+    """Number and length of passages, where the search was created with explicit values."""
     if search is None:
         return EpisodeChoice()
     return _passages({name: getattr(search.settings, name) for name in _PASSAGES if name in search.named})
 
 
 def shown_passages(search: Search) -> EpisodeChoice:
-    """How many passages a query brings, and how long they are."""
+    """Number and length of passages of a search."""
     return _passages({name: getattr(search.settings, name) for name in _PASSAGES})
 
 
 def _passages(settings: Mapping[str, Any]) -> EpisodeChoice:
-    # A search says None where it leaves passages whole.
+    # A search uses None for whole passages.
     words = (settings["max_passage_words"] or 0) if "max_passage_words" in settings else None
     return EpisodeChoice(n_results=settings.get("n_results"), max_passage_words=words)
 
 
 @dataclass(frozen=True, slots=True)
 class TrainedPlay:
-    """How a run plays. Its time limit for episodes is not part of it, which keeps batches short, nor its temperature, which every
-    measurement chooses and states."""
+    """How a run rolls out episodes, without its episode time limit (which keeps batches short) and temperature (which every
+    evaluation chooses)."""
 
     episodes: EpisodeChoice
     search_fingerprint: str | None = None
     search_source: str | None = None
-    """Where it searches, and with which embedder, in words; None of a run that an earlier version began."""
+    """Description of the search's source and embedder; None for runs of earlier versions."""
     unrecorded: tuple[str, ...] = ()
-    """Settings that the folder does not hold, as those of earlier versions do not: they had the defaults."""
+    """Settings missing in the folder, as in runs of earlier versions: they had the defaults."""
 
     @classmethod
     def of(cls, settings: Mapping[str, Any], search: Mapping[str, Any] | None) -> TrainedPlay:
-        """Of a run.
-
-        Args:
-            settings: of its resume point.
-            search: what it kept of its search (:func:`kept_record`).
-        """
+        """From the settings of a run's resume point and its search record (:func:`kept_record`)."""
         limits, search = settings.get("limits") or {}, search or {}
         known = {name: limits[name] for name in _LIMITS if name in limits and name != "max_seconds"}
         known |= {name: settings[name] for name in ("format", "renderer", "instructions") if name in settings}
         given = {"max_seconds", "thinking", *known, *(name for name in _PASSAGES if name in search)}
-        thinking = settings.get("thinking", AS_TEMPLATE)  # before there was a choice, the chat template's own way
+        thinking = settings.get("thinking", AS_TEMPLATE)  # older runs always followed the chat template
         return cls(
             EpisodeChoice(**known, thinking=thinking).completed_by(_passages(search)).completed_by(RECIPE),
             settings.get("search"),
@@ -146,10 +129,10 @@ class TrainedPlay:
         )
 
     def differences(self, measured: EpisodeChoice) -> dict[str, list[Any]]:
-        """Where episodes are played otherwise than in training: the value then and the value now, by name.
+        """Settings that differ from training, as ``[then, now]`` by name.
 
         Args:
-            measured: with nothing left open but what has no default.
+            measured: leaves open only what has no default.
         """
         then, now = asdict(self.episodes), asdict(measured)
         known = [name for name in then if name not in ("max_seconds", *_PASSAGES, *self.unrecorded)]
@@ -158,16 +141,14 @@ class TrainedPlay:
 
 
 def described_differences(differences: Mapping[str, list[Any]]) -> str:
-    """For people: ``max_tokens 64 (trained with 28)``."""
+    """As text: ``max_tokens 64 (trained with 28)``."""
     return ", ".join(f"{name} {shown(now)} (trained with {shown(then)})" for name, (then, now) in differences.items())
 
 
 def kept_record(folder: Path) -> dict[str, Any] | None:
-    """What the run in a folder has kept of its search (:func:`~searchr1_async.search.record.record_of`); None where an earlier
-    version of the package began it.
+    """The search record of the run in a folder (:func:`~searchr1_async.search.record.record_of`); None in runs of earlier versions.
 
-    Raises:
-        RunFolderError: it cannot be read.
+    Raises :class:`RunFolderError` if it cannot be read.
     """
     path = folder / SEARCH_FILE
     try:
@@ -175,4 +156,4 @@ def kept_record(folder: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise RunFolderError(f"the search in {path} cannot be read: {error}. Pass search=…") from error
+        raise RunFolderError(f"cannot read the search record {path}: {error}. Pass search=…") from error

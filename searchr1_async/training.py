@@ -1,7 +1,7 @@
-"""Training: the parts wired together.
+"""Runs a training job.
 
-Read :func:`_Training.run` from top to bottom: open the services, measure the model, warm it up, let it learn by itself
-(:mod:`searchr1_async.pipeline`), measure it again.
+Read :func:`_Training.run` from top to bottom: open the services, evaluate, warm up, train (:mod:`searchr1_async.pipeline`),
+evaluate again.
 """
 
 from __future__ import annotations
@@ -70,20 +70,20 @@ from searchr1_async.watch.viewer.tokens import remember_tokenizer
 async def run_training(
     job: TrainingJob, watchers: Watchers, control: RunControl, trackers: Sequence[Tracker] = ()
 ) -> TrainingResult:
-    """Runs a job to its end, to its time limit or to a stop.
+    """Runs a job to its end, its time limit or a stop.
 
     Args:
         watchers: get every event.
-        trackers: as well, from the moment on at which the run's folder is its own; they are opened and closed here.
+        trackers: likewise, once the run's folder is claimed; opened and closed here.
 
     Raises:
-        SearchR1Error: whatever went wrong, as one of the package's errors; the run's folder holds a resume point.
+        SearchR1Error: any failure; the run's folder holds a resume point.
     """
     control.emit = watchers
     async with AsyncExitStack() as opened:
         reason = "failed"
         try:
-            result = await _run_or_say_why(job, watchers, control, trackers, opened)
+            result = await _run_reporting_errors(job, watchers, control, trackers, opened)
             reason = result.reason
         except BaseException as error:
             if isinstance(error, asyncio.CancelledError) or is_interrupt(error):
@@ -95,7 +95,7 @@ async def run_training(
     return result
 
 
-async def _run_or_say_why(
+async def _run_reporting_errors(
     job: TrainingJob, emit: Watchers, control: RunControl, trackers: Sequence[Tracker], opened: AsyncExitStack
 ) -> TrainingResult:
     try:
@@ -110,17 +110,17 @@ async def _run(
     job: TrainingJob, emit: Watchers, control: RunControl, trackers: Sequence[Tracker], opened: AsyncExitStack
 ) -> TrainingResult:
     order = QuestionOrder(job.questions, seed=job.learning.seed)
-    # In a thread, and first: it reads the corpus whole, and refuses one that cannot be used.
+    # First, and in a thread: it reads the whole corpus and refuses an unusable one.
     identity = await anyio.to_thread.run_sync(job.identity)
     point = load_point(job, identity, order)
     if point is not None and (result := await anyio.to_thread.run_sync(finished_result, job, point, order)):
         emit(_started(job, identity, order, point, point.base_model))
-        emit(Notice(f"nothing is left to do: {point.step} steps are done"))
+        emit(Notice(f"nothing left to do: {point.step} steps are done"))
         billing = billing_on(job.service, point.base_model, job.price)
         cost = billing.cost_of(point.dollars, point.tokens)
         return replace(result, cost=cost, estimated_cost=estimate(job.shape, billing))
-    # What a run was begun with is a fact, even where it was the default of its day.
-    job = _as_begun(job, point)
+    # A resumed run keeps what it started with, even values that were defaults then.
+    job = _with_started_model(job, point)
     emit(Notice(find_endpoint(job.service).text))
     for note in job.notes:
         emit(Notice(note))
@@ -131,16 +131,16 @@ async def _run(
         )
     if control.stop_requested:
         return await anyio.to_thread.run_sync(result_of, job.out_dir, point, "stopped")
-    # With the trackers, which are closed before the folder is anybody else's.
+    # On the same stack as the trackers, which close before the folder is released.
     opened.enter_context(claimed(job.out_dir))
     for tracker in await opened.enter_async_context(open_trackers(trackers)):
         emit.subscribe(tracker)
-    # Once more, now that nobody else can write it.
+    # Again, now that no other process can write it.
     point = load_point(job, identity, order)
-    job = _as_begun(job, point)
+    job = _with_started_model(job, point)
     if point is not None:
         if changed := changed_inputs(point.inputs, identity["inputs"]):
-            text = f"this session goes on with other input than the one before: {'; '.join(changed)}"
+            text = f"this session continues with different input than the previous one: {'; '.join(changed)}"
             emit(Notice(text, is_warning=True))
         point = point.given(identity["inputs"])
     with control.interruptible():
@@ -151,8 +151,8 @@ async def _run(
     return await anyio.to_thread.run_sync(result_of, job.out_dir, point, "stopped")
 
 
-def _as_begun(job: TrainingJob, point: ResumePoint | None) -> TrainingJob:
-    """The job, with the model of the run that it goes on with, and thinking as that run had it."""
+def _with_started_model(job: TrainingJob, point: ResumePoint | None) -> TrainingJob:
+    """The job with the resumed run's model and thinking."""
     if point is None:
         return job
     thinking = job.thinking if "thinking" in point.settings else AS_TEMPLATE
@@ -168,7 +168,7 @@ async def _opened(
     order: QuestionOrder,
     point: ResumePoint | None,
 ) -> AsyncIterator[_Training]:
-    """The services of a run: the Tinker service and the search, closed together whatever happens."""
+    """The run's services: the Tinker service and the search."""
     async with (
         job.search,
         open_service(
@@ -241,7 +241,7 @@ def _started(
 
 
 class _Training:
-    """One session of a run: from its start, or from its resume point, to its end."""
+    """One session of a run, from its start or resume point to its end."""
 
     def __init__(
         self,
@@ -259,7 +259,7 @@ class _Training:
         self._spending = spending_of(job, service, point)
         self._spending.count(engine.usage)
         self._held = ExitStack()
-        """What is held with the run while its session lasts."""
+        """Context managers open for the session."""
         self._loss: LossName | None = None
         self._started_from: Mapping[str, Any] | None = None
         self._records = RunRecords(job.out_dir)
@@ -267,11 +267,7 @@ class _Training:
         self._measuring = Measuring(job, service, engine, self._records, self._kept, control=control, emit=emit)
 
     async def run(self) -> TrainingResult:
-        """Runs the session, and keeps what it cost however it ends.
-
-        Raises:
-            SearchR1Error: what went wrong, within exception groups.
-        """
+        """Runs the session and saves its cost however it ends."""
         tell_estimate(self._spending, self._point, self._emit)
         try:
             with self._held:
@@ -307,10 +303,12 @@ class _Training:
         if control.stop_requested and not is_whole:
             reason = "stopped"
         if control.stop_requested:
-            self._emit(Notice("stopped: every finished step is kept, resume=True goes on from the last"))
-        with control.ending_with(lambda: None):  # a stop that comes now changes nothing
+            self._emit(Notice("stopped: every finished step is kept, resume=True continues from the last"))
+        with control.ending_with(lambda: None):  # a stop from here on changes nothing
             if control.stop_requested and control.waits_for_service:
-                text = "the service does not answer: weights later than the last that are kept are in the resume point alone"
+                text = (
+                    "the service does not answer: weights newer than the last kept ones exist only in the resume point"
+                )
                 self._emit(Notice(text, is_warning=True))
             else:
                 await self._keep_last()
@@ -331,14 +329,14 @@ class _Training:
         return learner
 
     async def _first_policy(self, learner: Learner) -> TinkerPolicy:
-        """The weights that the session begins with: the base model's, those that it starts from, or its resume point's."""
+        """The session's first weights: the base model's, those of ``start_from``, or the resume point's."""
         if self._point is None and self._job.start is None:
             return TinkerPolicy(await self._service.create_sampling_client(), 0, self._job.sampling)
         step = self._point.step if self._point else 0
         return TinkerPolicy(await learner.published(), step, self._job.sampling)
 
     async def _learn(self, learner: Learner, newest: NewestWeights, point: ResumePoint) -> str:
-        """Reinforcement learning, from the resume point on; returns why it ended."""
+        """Reinforcement learning from the resume point; returns why it ended."""
         job, total = self._job, self._job.total_steps(self._order)
         recorder = StepRecorder(
             *(job, self._records, self._service, point, self._kept),
@@ -364,23 +362,23 @@ class _Training:
             self._point = recorder.point
 
     async def _keep_last(self) -> None:
-        """Keeps the last weights for good, where the run ended at a step that was no checkpoint."""
+        """Keeps the last weights permanently if the last step was no checkpoint."""
         point = self._point
         if point is None or point.warm_up is not None or point.sampler_step == point.step:
             return
-        # Those that were kept to be measured will do.
+        # Weights kept for an evaluation will do.
         path = next((one.sampler_path for one in self._kept.checkpoints if one.step == point.step), None)
         state_path = point.state_path
         if path is None:
-            # From the resume point: a stop in the middle of a step may have left the trainer's own weights ahead of it. Its
-            # state is saved again, since that of a resume point expires.
+            # From the resume point: a stop within a step may have left the trainer's weights ahead of it. Its state is saved
+            # again because that of a resume point expires.
             client = await self._service.restore_training_client(state_path)
             learner = await self._learner(client)
             state_path, path = await learner.keep_weights(f"step-{point.step:06d}")
         await self._save_kept(replace(point, state_path=state_path, sampler_path=path, sampler_step=point.step))
 
     async def _save_kept(self, point: ResumePoint) -> None:
-        """Writes down a resume point whose weights are kept, if any are."""
+        """Saves a resume point, and its kept weights if any."""
         self._point = point = self._spending.written_into(point)
 
         def save() -> None:
@@ -409,7 +407,7 @@ class _Training:
         return await self._service.restore_training_client(self._point.state_path)
 
     async def _warm_up(self, learner: Learner) -> ResumePoint:
-        """Supervised steps on demonstrations, where asked for, and the resume point from which reinforcement learning begins."""
+        """The supervised warm-up, if any; returns the resume point from which reinforcement learning starts."""
         job, point = self._job, self._point
         if job.warm_up is not None:
             warming = WarmingUp(job, job.warm_up, self._engine, self._control, self._emit)
@@ -430,9 +428,11 @@ class _Training:
         return point
 
     async def _keep_warm_up(self, learner: Learner, place: WarmUpPlace) -> None:
-        """Writes down how far the warm-up is, with its weights: the measurement of the untrained model is kept with it."""
+        """Saves the warm-up's progress and weights, so the evaluation of the untrained model stays valid."""
         before = self._point
-        path = await learner.save_state(f"warm-up-{place.step:04d}")  # another name: the one before is good until then
+        path = await learner.save_state(
+            f"warm-up-{place.step:04d}"
+        )  # a new name: the previous state is valid until then
         await self._save_kept(replace(self._first_point(learner, path), warm_up=place))
         if before is not None:
             await delete_checkpoints(self._service, [before.state_path])

@@ -1,4 +1,4 @@
-"""The arguments of ``train`` checked against each other and made into a job, before anything is started or written."""
+"""Turns the arguments of ``train`` into a checked job, before anything starts or is written."""
 
 from __future__ import annotations
 
@@ -26,13 +26,10 @@ from searchr1_async.starting import Start, chosen_model, chosen_rank, find_start
 
 
 def training_job(given: Mapping[str, Any]) -> TrainingJob:
-    """The job of a run. Reads the questions and small files of the folders that are named.
+    """The job of a run, from the arguments of :func:`searchr1_async.train`, each already validated on its own.
 
-    Args:
-        given: the arguments of :func:`searchr1_async.train`, each checked by itself.
-
-    Raises:
-        ConfigurationError: arguments that do not go together, or a folder, a run or questions that cannot be used.
+    Reads the questions and small files of the given folders. Refuses contradictory arguments, and folders, runs or questions
+    that cannot be used.
     """
     service, out_dir = given["service"], given["out_dir"]
     point = ResumePoint.load(out_dir) if given["resume"] else None
@@ -43,7 +40,7 @@ def training_job(given: Mapping[str, Any]) -> TrainingJob:
     )
     notes: tuple[str, ...] = ()
     if point is None and is_local and given["groups_per_batch"] is None:
-        notes = (f"the embedded service runs on this machine: sizes that you do not name are a laptop's ({sizes})",)
+        notes = (f"the embedded service runs on this machine: sizes you do not set are a laptop's ({sizes})",)
     given = {**given, **asdict(sizes)}
     _check_relations(given)
     check_format(given["format"])
@@ -51,7 +48,7 @@ def training_job(given: Mapping[str, Any]) -> TrainingJob:
     check_thinking(model, given["renderer"], given["thinking"])
     held_out = optional_questions(given["held_out"])
     if given["evaluate_every"] is not None and not held_out:
-        raise ConfigurationError("evaluate_every needs held_out questions to measure on")
+        raise ConfigurationError("evaluate_every needs held_out questions to evaluate on")
     start = _start_of(given, point)
     model = chosen_model(model, start)
     check_max_cost(given["max_cost"], billing_on(service, model, given["price"]))
@@ -79,7 +76,7 @@ def training_job(given: Mapping[str, Any]) -> TrainingJob:
         notes=notes,
     )
     refuse_overlap(job.questions, job.held_out)
-    find_point(job)  # refuses a folder that holds a run not to be resumed
+    find_point(job)  # refuses a folder with a run that is not to be resumed
     return job
 
 
@@ -87,12 +84,12 @@ def _check_relations(given: Mapping[str, Any]) -> None:
     min_members, group_size = given["min_members"], given["group_size"]
     if min_members > group_size >= 2:
         raise ConfigurationError(
-            f"min_members ({min_members}) is over group_size ({group_size}): no group would be learned from"
+            f"min_members ({min_members}) is above group_size ({group_size}): no group would be trained on"
         )
     if given["refill_groups"] and not given["drop_constant_groups"]:
-        raise ConfigurationError("refill_groups replaces groups that are dropped: it needs drop_constant_groups=True")
+        raise ConfigurationError("refill_groups replaces dropped groups: it needs drop_constant_groups=True")
     if given["keep_best"] and given["evaluate_every"] is None:
-        raise ConfigurationError("keep_best needs evaluate_every: the best is chosen among the steps that are measured")
+        raise ConfigurationError("keep_best needs evaluate_every: it selects among the evaluated steps")
 
 
 def _start_of(given: Mapping[str, Any], point: ResumePoint | None) -> Start | None:

@@ -1,4 +1,4 @@
-"""Tokens that a service bills, counted by kind. Pure."""
+"""Billed tokens by kind."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from searchr1_async.episodes.types import Episode
 
 @dataclass(frozen=True, slots=True)
 class TokenUsage:
-    """How many tokens a service was asked to process, by the kinds that have a price."""
+    """Tokens a service was asked to process, by kinds that have a price."""
 
     prompt: int = 0
-    """Prompt tokens sent to be sampled from: the whole prompt of every turn of every sample."""
+    """Prompt tokens for sampling: the whole prompt of every turn of every sample."""
     cached: int = 0
-    """Prompt tokens, among ``prompt``, that are billed as prefix-cache hits."""
+    """The part of ``prompt`` billed as prefix-cache hits."""
     sampled: int = 0
-    """Tokens written by the model."""
+    """Tokens the model generated."""
     trained: int = 0
-    """Tokens of the inputs of forward-backward passes; prompt and answer count alike. An input lacks its example's last token."""
+    """Input tokens of forward-backward passes, prompt and answer alike; an input lacks its example's last token."""
 
     @property
     def fresh(self) -> int:
-        """Prompt tokens that are billed at the full price."""
+        """Prompt tokens billed at the full price."""
         return self.prompt - self.cached
 
     def __add__(self, other: TokenUsage) -> TokenUsage:
@@ -50,12 +50,12 @@ class TokenUsage:
 
 
 def total_usage(usages: Iterable[TokenUsage]) -> TokenUsage:
-    """Their sum."""
+    """Sum of usages."""
     return sum(usages, start=TokenUsage())
 
 
 def prompt_lengths(episode: Episode) -> Iterator[int]:
-    """The number of tokens in the prompt of each turn."""
+    """Prompt tokens of each turn."""
     length = len(episode.prompt_tokens)
     for turn in episode.turns:
         yield length
@@ -63,7 +63,7 @@ def prompt_lengths(episode: Episode) -> Iterator[int]:
 
 
 def sampling_usage(episode: Episode) -> TokenUsage:
-    """What playing an episode used: its recorded turns, without a turn that failed or was cancelled."""
+    """Usage of an episode's recorded turns, without a failed or cancelled turn."""
     return TokenUsage(
         prompt=sum(prompt_lengths(episode)),
         cached=sum(turn.cached_prompt_tokens for turn in episode.turns),

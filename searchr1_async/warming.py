@@ -1,4 +1,4 @@
-"""The supervised warm-up of a run: demonstrations are played, and learned from in steps that are each kept."""
+"""The supervised warm-up of a run, saved after every step."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from searchr1_async.rollout.engine import RolloutEngine
 
 @dataclass(frozen=True, slots=True)
 class WarmingUp:
-    """The warm-up of one session, from its start or from the last step that an earlier session kept."""
+    """The warm-up of one session, from its start or the last saved step."""
 
     job: TrainingJob
     warm_up: WarmUp
@@ -34,11 +34,11 @@ class WarmingUp:
     async def run(
         self, learner: Learner, place: WarmUpPlace | None, keep: Callable[[WarmUpPlace], Awaitable[None]]
     ) -> None:
-        """Plays the demonstrations, and learns from those batches that are left.
+        """Runs the demonstrations through the search and trains on the remaining batches.
 
         Args:
-            place: where an earlier session stood; None at the start. The weights are those of this place.
-            keep: writes down where the warm-up stands, with the weights as they are; called after every step.
+            place: an earlier session's progress, to which the weights belong; None at the start.
+            keep: saves the progress and current weights; called after every step.
 
         Raises:
             SearchR1Error: no demonstration shows its answer, or a service failed.
@@ -50,7 +50,7 @@ class WarmingUp:
         elif place.batches != digest:
             self.emit(
                 Notice(
-                    "the warm-up goes on with other demonstrations than it was begun with: others were given, or the search brought "
+                    "the warm-up continues with different demonstrations: others were given, or the search returned "
                     "other passages. Its finished steps are kept.",
                     is_warning=True,
                 )
@@ -59,10 +59,10 @@ class WarmingUp:
         began = anyio.current_time()
         self.emit(PhaseStarted("warm-up", len(batches), "steps"))
         if first:
-            self.emit(Notice(f"the warm-up goes on after step {first} of {len(batches)}"))
+            self.emit(Notice(f"the warm-up continues after step {first} of {len(batches)}"))
             self.emit(PhaseAdvanced("warm-up", first))
         elif self.job.start is not None:
-            self.emit(Notice("the warm-up goes on from the weights that the run starts from"))
+            self.emit(Notice("the warm-up starts from the weights of start_from"))
         for done, batch in enumerate(batches[first:], first):
             await self.control.wait_while_paused()
             rate = self.warm_up.learning_rate * (1 - 0.9 * done / len(batches))
@@ -74,7 +74,7 @@ class WarmingUp:
     async def _batches(self) -> list[list[Episode]]:
         job, warm_up = self.job, self.warm_up
         wanted = warm_up.steps * warm_up.batch_size
-        # Half as many again are tried, since a search does not always show the answer.
+        # Try half as many again, since a search does not always find the answer.
         tried = job.demonstrations or tuple(
             Demonstration.of(question)
             for question in random.Random(f"demonstrations/{job.learning.seed}").sample(
@@ -91,16 +91,16 @@ class WarmingUp:
         )
         if not episodes:
             raise SearchR1Error(
-                f"none of {len(tried)} demonstrations showed a golden answer: check that the corpus answers the questions"
+                f"none of {len(tried)} demonstrations found a golden answer: check that the corpus answers the questions"
             )
-        self.emit(Notice(f"{len(episodes)} of {len(tried)} demonstrations show their answer and are learned from"))
+        self.emit(Notice(f"{len(episodes)} of {len(tried)} demonstrations found their answer and are trained on"))
         return demonstration_batches(
             episodes, steps=warm_up.steps, batch_size=warm_up.batch_size, seed=job.learning.seed
         )
 
 
 def _digest(batches: Sequence[Sequence[Episode]]) -> str:
-    """Of the tokens of all batches, in their order."""
+    """Digest of all batches' tokens, in order."""
     digest = hashlib.sha256()
     for batch in batches:
         for episode in batch:

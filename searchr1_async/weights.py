@@ -1,4 +1,4 @@
-"""Which weights a user means: a run's last, best or numbered ones, a ``tinker://`` path, or the base model's own."""
+"""Resolves which weights a user means: a run's last, best or numbered ones, a ``tinker://`` path, or the base model's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Step = int | Literal["last", "best"]
 
 
 def parse_step(text: str) -> Step | None:
-    """A step as it is written in a command or behind a folder's ``@``; None where it is none."""
+    """A step as written on the command line or after a folder's ``@``; None if it is none."""
     if text == "last" or text == "best":
         return text
     return int(text) if text.isdecimal() else None
@@ -23,23 +23,23 @@ def parse_step(text: str) -> Step | None:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Weights to sample from, and where they lie."""
+    """Weights to sample from, and where they are."""
 
     path: str | None = None
-    """``tinker://`` path; None is the base model."""
+    """``tinker://`` path; None: the base model."""
     step: int | None = 0
-    """Optimiser steps done before them; None where nobody knows."""
+    """Optimiser steps behind them; None if unknown."""
     base_model: str | None = None
-    """The model that they were trained from; None where nobody knows."""
+    """Their base model; None if unknown."""
     service_folder: Path | None = None
-    """Of the embedded service that holds them; None where it is not the embedded one's, or any will do."""
+    """Folder of the embedded service that holds them; None for another service, or if any will do."""
     run: Path | None = None
-    """The folder of the run that they come from."""
+    """Folder of the run they come from."""
     trained: TrainedPlay | None = None
-    """How that run plays; None where no run's folder tells."""
+    """How that run rolls out episodes; None without a run's folder."""
 
     def episodes(self, given: EpisodeChoice, search: Search | None) -> EpisodeChoice:
-        """How episodes of these weights are played: as given, then as the search was made, then as the run plays."""
+        """Episode settings for these weights: as given, else as the search was created, else as the run was trained."""
         chosen = given.completed_by(named_passages(search))
         return chosen if self.trained is None else chosen.completed_by(self.trained.episodes)
 
@@ -47,12 +47,12 @@ class Weights:
 def find_weights(
     checkpoint: str | Path | None, step: Step = "last", *, service_folder: str | Path | None = None
 ) -> Weights:
-    """The weights under a name. Reads small files of the run's folder alone.
+    """Finds weights to sample from. Reads only small files.
 
     Args:
         checkpoint: a run's folder, a ``tinker://…/sampler_weights/…`` path, or None for the base model.
-        step: of a run: its last kept weights, the best on its held-out questions, or those after so many optimiser steps.
-        service_folder: the embedded service's folder that holds a ``tinker://`` checkpoint; a run's folder knows its own.
+        step: for a run: its last kept weights, the best on its held-out questions, or a step's number.
+        service_folder: the embedded service's folder with a ``tinker://`` checkpoint; not needed for a run's folder.
 
     Raises:
         RunFolderError: the folder holds no run, or the run has not kept these weights.
@@ -69,7 +69,7 @@ def find_weights(
     if step == "last":
         if point.sampler_path is None:
             raise RunFolderError(
-                f"the run in {checkpoint} has kept no weights yet (checkpoint_every steps, or its end)"
+                f"the run in {checkpoint} has kept no weights yet (it does after checkpoint_every steps, and at its end)"
             )
         return Weights(point.sampler_path, point.sampler_step or 0, point.base_model, folder, run, trained)
     kept = _kept(run, step)
@@ -77,29 +77,24 @@ def find_weights(
 
 
 def find_state(source: str | Path, step: Step = "last", *, service_folder: str | Path | None = None) -> Weights:
-    """The training state under a name: what is exported, and what another run starts from. Reads small files alone.
+    """Finds a training state, to export or to start another run from. Arguments and errors as in :func:`find_weights`.
 
     Args:
-        source: a run's folder, or a ``tinker://…/weights/…`` path.
-        step: of a run, as in :func:`find_weights`; ``"last"`` is the resume point's where no weights are kept yet.
-        service_folder: as in :func:`find_weights`.
-
-    Raises:
-        RunFolderError: the folder holds no run, or the run has not kept this step's state.
-        ConfigurationError: a ``tinker://`` path of another kind.
+        source: a run's folder, or a ``tinker://…/weights/…`` path; a path of another kind is a :class:`ConfigurationError`.
+        step: ``"last"`` is the resume point's if no weights are kept yet.
     """
     folder = Path(service_folder) if service_folder is not None else None
     if isinstance(source, str) and source.startswith("tinker://"):
         if source.removeprefix("tinker://").split("/")[1:2] != ["weights"]:
             raise ConfigurationError(
-                f"{source} is no training state: name a path of the form tinker://RUN/weights/NAME. Weights that were saved for "
-                "sampling alone cannot be loaded for training, and so cannot be exported."
+                f"{source} is no training state: pass a path like tinker://RUN/weights/NAME. Weights saved only for sampling "
+                "cannot be loaded for training or exported."
             )
         return Weights(source, None, None, folder)
     run = Path(source)
     point, own = _opened(run)
     folder = folder or own
-    # Not those that are there to be measured: a run under way deletes them afterwards.
+    # Not weights kept only for their evaluation: a running run deletes them afterwards.
     kept = [one for one in kept_checkpoints(run) if one.for_good]
     last = kept[-1] if kept and kept[-1].state_path else None
     found = last if step == "last" else _kept(run, step)
@@ -107,17 +102,17 @@ def find_state(source: str | Path, step: Step = "last", *, service_folder: str |
         return Weights(point.state_path, point.step, point.base_model, folder, run)
     if found.state_path is None:
         raise RunFolderError(
-            f"the run in {run} has kept the weights of step {found.step} for sampling alone, as earlier versions of this "
-            f"package did. Its last state can be had: step='last' (step {point.step}, {point.state_path})."
+            f"the run in {run} kept the weights of step {found.step} for sampling only, as earlier versions of this "
+            f"package did. Its last state is available: step='last' (step {point.step}, {point.state_path})."
         )
     return Weights(found.state_path, found.step, point.base_model, folder, run)
 
 
 def _opened(run: Path) -> tuple[ResumePoint, Path | None]:
-    """A run's resume point, and the folder of its embedded service, if it had one."""
+    """A run's resume point, and its embedded service's folder, if any."""
     point = ResumePoint.load(run) if run.is_dir() else None
     if point is None:
-        raise RunFolderError(f"{run} holds no run: name a run's folder or a tinker:// path")
+        raise RunFolderError(f"{run} holds no run: pass a run's folder or a tinker:// path")
     own = run / "service"
     return point, own if own.is_dir() else None
 
@@ -127,7 +122,7 @@ def _kept(run: Path, step: Step) -> KeptCheckpoint:
         best = best_checkpoint(run)
         if best is None:
             raise RunFolderError(
-                f"the run in {run} has no best weights: it keeps them with train(held_out=…, evaluate_every=…, keep_best=True)"
+                f"the run in {run} has no best weights: train(held_out=…, evaluate_every=…, keep_best=True) keeps them"
             )
         return best
     kept = {checkpoint.step: checkpoint for checkpoint in kept_checkpoints(run)}
@@ -138,7 +133,7 @@ def _kept(run: Path, step: Step) -> KeptCheckpoint:
 
 
 def _search_record(run: Path) -> dict[str, Any] | None:
-    """None also where it cannot be read: :func:`kept_search` raises when the search itself is needed."""
+    """None also if unreadable: :func:`kept_search` raises once the search itself is needed."""
     try:
         return kept_record(run)
     except RunFolderError:

@@ -1,4 +1,4 @@
-"""What a run asks of a service is found out before it begins: against servers that lack a loss, a kind or a route."""
+"""Checks a service's abilities before work starts: servers that lack a loss, a client kind or a route."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.anyio
 
 
 class Lacking(ScriptedBackend):
-    """Another server of the protocol: it refuses some losses, and counts what it is asked."""
+    """Another server of the protocol: refuses some losses and counts requests."""
 
     def __init__(self, *refused: str, scores: bool = True) -> None:
         super().__init__(successors)
@@ -82,7 +82,7 @@ async def world(folder: Path, backend: ScriptedBackend, **known: bool) -> AsyncI
             yield World(Service(client, "scripted", None, **({"is_local": False} | known)), training)
 
 
-async def test_a_service_that_has_all_is_learned_on_with_the_loss_for_old_weights(tmp_path: Path) -> None:
+async def test_a_full_service_uses_the_off_policy_loss(tmp_path: Path) -> None:
     backend = Lacking()
     async with world(tmp_path, backend) as tried:
         assert await tried.choose() == ("importance_sampling", [])
@@ -90,7 +90,7 @@ async def test_a_service_that_has_all_is_learned_on_with_the_loss_for_old_weight
         for settings in ({"max_staleness": 1}, {"weights_in_flight": "inflight"}):
             loss, notices = await tried.choose(**settings)
             assert loss == "stable_reinforce"
-            assert notices == ["the loss is stable_reinforce, since groups may come from older weights than the newest"]
+            assert notices == ["the loss is stable_reinforce, because groups may be sampled from older weights"]
         assert set(backend.asked) == {("stable_reinforce", True), ("ppo", True)}, "no gradient is touched"
         backend.asked.clear()
         assert await tried.choose(optimizer_steps=2) == ("ppo", [])
@@ -98,27 +98,27 @@ async def test_a_service_that_has_all_is_learned_on_with_the_loss_for_old_weight
         assert await tried.choose(loss="stable_reinforce", kl_coefficient=0.1) == ("stable_reinforce", [])
 
 
-async def test_without_the_loss_the_clipped_one_is_taken_and_it_is_said_why(tmp_path: Path) -> None:
+async def test_falls_back_to_the_clipped_loss_with_a_reason(tmp_path: Path) -> None:
     async with world(tmp_path, Lacking("stable_reinforce")) as tried:
         loss, (notice,) = await tried.choose(max_staleness=2)
         assert loss == "ppo"
-        assert "the loss is ppo, which is clipped, since groups may come from older weights" in notice
+        assert "the loss is ppo, which is clipped, because groups may be sampled from older weights" in notice
         assert "this server knows no stable_reinforce" in notice
 
 
-async def test_a_named_loss_that_is_missing_is_refused_with_those_that_are_there(tmp_path: Path) -> None:
+async def test_a_missing_named_loss_is_refused_with_alternatives(tmp_path: Path) -> None:
     async with world(tmp_path, Lacking("stable_reinforce", "gspo", "dro")) as tried:
         with pytest.raises(ConfigurationError) as caught:
             await tried.choose(loss="stable_reinforce")
         assert "this server knows no stable_reinforce" in str(caught.value)
-        assert "it has importance_sampling, ppo, cispo: name one with loss=" in str(caught.value)
+        assert "it has importance_sampling, ppo, cispo: choose one with loss=" in str(caught.value)
         with pytest.raises(
             ConfigurationError, match=r"'beta'.*clip_high_threshold\.\); it has importance_sampling, ppo:"
         ):
             await tried.choose(loss="cispo", loss_config={"beta": 1.0})
 
 
-async def test_without_any_loss_for_old_weights_nothing_is_begun(tmp_path: Path) -> None:
+async def test_without_an_off_policy_loss_nothing_starts(tmp_path: Path) -> None:
     async with world(tmp_path, Lacking("stable_reinforce", "ppo")) as tried:
         with pytest.raises(
             ConfigurationError, match=r"no stable_reinforce; ppo: .*no ppo\); it has importance_sampling"
@@ -126,7 +126,7 @@ async def test_without_any_loss_for_old_weights_nothing_is_begun(tmp_path: Path)
             await tried.choose(max_staleness=1)
 
 
-async def test_a_kind_and_a_route_that_are_missing_are_refused_by_name(
+async def test_a_missing_client_kind_and_route_are_refused_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish = Sampling.publish
@@ -144,11 +144,11 @@ async def test_a_kind_and_a_route_that_are_missing_are_refused_by_name(
             await tried.choose(max_staleness=1, weights_in_flight="inflight")
         with pytest.raises(ConfigurationError, match=r"prompts are not scored here.*choose kl_coefficient=0"):
             await tried.choose(kl_coefficient=0.1)
-        # What was refused has not spoiled the client.
+        # The refusals have not broken the client.
         assert (await tried.choose(max_staleness=1))[0] == "stable_reinforce"
 
 
-async def test_services_that_are_known_are_not_tried(tmp_path: Path) -> None:
+async def test_known_services_are_not_probed(tmp_path: Path) -> None:
     backend = Lacking("stable_reinforce")
     for known in ({"is_local": True}, {"is_local": False, "is_tinker": True}):
         async with world(tmp_path / str(known), Lacking(), **known) as tried:
@@ -163,18 +163,18 @@ async def test_a_resumed_run_keeps_its_loss(tmp_path: Path) -> None:
     async with world(tmp_path, Lacking()) as tried:
         assert await tried.choose(point=point("ppo"), max_staleness=1) == ("ppo", [])
         assert await tried.choose(point=point("stable_reinforce"), max_staleness=1) == ("stable_reinforce", [])
-        # As an earlier version chose, whose files do not say it.
+        # As an earlier version chose, whose files do not record the loss.
         assert await tried.choose(point=point(None), max_staleness=1) == ("ppo", [])
         assert await tried.choose(point=point(None), optimizer_steps=2) == ("ppo", [])
         assert await tried.choose(point=point(None)) == ("importance_sampling", [])
         assert await tried.choose(point=point(None), loss="cispo") == ("cispo", [])
 
 
-async def test_the_old_name_of_the_setting_warns(tmp_path: Path) -> None:
+async def test_the_deprecated_setting_warns(tmp_path: Path) -> None:
     search = sr.Search.local([sr.Passage("1", "", "text")], embedder=tiny_world.HashingEmbedder())
     with pytest.warns(DeprecationWarning, match='use weights_in_flight="inflight"'), pytest.raises(ConfigurationError):
         sr.train([], search, out_dir=tmp_path, switch_weights_in_flight=True)
 
 
-def test_a_loss_that_is_named_is_the_only_one() -> None:
+def test_a_named_loss_is_the_only_candidate() -> None:
     assert preferred_losses(LearningSettings(loss="cispo"), PipelineSettings(max_staleness=3)) == ("cispo",)

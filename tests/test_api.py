@@ -1,4 +1,4 @@
-"""Whole runs through the public face: a real service process, the real SDK, a real Chroma, a model that really learns."""
+"""Whole runs through the public API: a real service process, SDK and Chroma, and a model that really learns."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ RECIPE_COLUMNS = {
 
 @pytest.mark.slow
 @pytest.mark.anyio
-async def test_a_run_learns_and_leaves_everything_behind_but_processes(tmp_path: Path) -> None:
+async def test_a_run_learns_and_leaves_no_processes(tmp_path: Path) -> None:
     questions, held_out = tiny_world.make_questions()
     seen: list[Event] = []
     services: list[int] = []
@@ -87,7 +87,7 @@ async def test_a_run_learns_and_leaves_everything_behind_but_processes(tmp_path:
     assert set(metrics.columns) >= RECIPE_COLUMNS
     assert metrics["step"].to_list() == list(range(1, steps + 1))
     assert metrics["env/all/total_episodes"].to_list() == [per_batch * group_size] * steps
-    # The service's sampler and trainer are one model: before a step's update they agree to rounding.
+    # The service samples and trains with one model: before a step's update they agree to rounding.
     assert metrics["optim/kl_sample_train_v2"].max() < 1e-8
     assert metrics["env/all/stop/failed"].sum() == 0
 
@@ -108,7 +108,7 @@ async def test_a_run_learns_and_leaves_everything_behind_but_processes(tmp_path:
     assert tiny_world.service_processes() == []
     assert tiny_world.tasks_left() == set()
 
-    # What was learned is in the folder: measured from there, in a new service, it is as good again.
+    # The folder holds what was learned: evaluated from there, in a new service, the score is the same.
     report = await sr.evaluate(
         held_out,
         tiny_world.make_search(tmp_path / "index"),
@@ -123,7 +123,7 @@ async def test_a_run_learns_and_leaves_everything_behind_but_processes(tmp_path:
     assert tiny_world.tasks_left() == set()
 
 
-def test_two_event_loops_in_one_process_and_one_search_for_both(tmp_path: Path) -> None:
+def test_two_event_loops_share_one_search(tmp_path: Path) -> None:
     questions, _ = tiny_world.make_questions()
     search = tiny_world.make_search(tmp_path / "index")
     service = tiny_world.shared_service()
@@ -144,9 +144,7 @@ def test_two_event_loops_in_one_process_and_one_search_for_both(tmp_path: Path) 
 
 
 @pytest.mark.anyio
-async def test_rollout_gives_groups_in_the_order_of_the_questions(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_rollout_returns_groups_in_question_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TINKER_API_KEY", tiny_world.shared_service().api_key)
     questions, _ = tiny_world.make_questions()
     settings = tiny_world.PLAYING | tiny_world.served()

@@ -1,4 +1,4 @@
-"""The rules of the house, read from the source: who imports whom, what is public, and what no module may do."""
+"""Architecture rules, checked on the source: imports, public names, and forbidden calls."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def parse(path: Path) -> ast.Module:
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Every module of this package that a file imports, wherever in it."""
+    """All modules of this package that a file imports."""
     for node in ast.walk(parse(path)):
         names: list[str] = []
         if isinstance(node, ast.Import):
@@ -61,14 +61,14 @@ def is_in(module: str, *rooms: str) -> bool:
     return any(module == f"{PACKAGE}.{room}" or module.startswith(f"{PACKAGE}.{room}.") for room in rooms)
 
 
-def test_the_public_face() -> None:
+def test_public_names() -> None:
     assert sorted(searchr1_async.__all__) == sorted(PUBLIC)
     assert len(set(PUBLIC)) == len(PUBLIC)
     for name in PUBLIC:
         assert getattr(searchr1_async, name).__doc__, f"{name} has no docstring"
 
 
-def test_every_error_is_public_and_drawn_in_the_tree() -> None:
+def test_every_error_is_public_and_documented() -> None:
     from searchr1_async import errors
 
     classes = {name for name, value in vars(errors).items() if isinstance(value, type)}
@@ -77,7 +77,7 @@ def test_every_error_is_public_and_drawn_in_the_tree() -> None:
 
 
 @pytest.mark.parametrize("path", [p for p in MODULES if is_in(name_of(p), *ENGINE_ROOMS)], ids=name_of)
-def test_the_engine_does_not_know_who_watches_or_serves(path: Path) -> None:
+def test_the_engine_does_not_import_watchers_or_services(path: Path) -> None:
     assert [
         name
         for name in imports(path)
@@ -86,13 +86,13 @@ def test_the_engine_does_not_know_who_watches_or_serves(path: Path) -> None:
 
 
 @pytest.mark.parametrize("room", ["episodes", "search", "data"])
-def test_the_lower_floor_does_not_import_the_upper(room: str) -> None:
+def test_lower_layers_do_not_import_upper_ones(room: str) -> None:
     for path in MODULES:
         if is_in(name_of(path), room):
             assert [name for name in imports(path) if is_in(name, "rollout", "learn", "evaluation")] == [], path
 
 
-def test_the_service_stands_alone() -> None:
+def test_the_embedded_service_does_not_import_the_engine() -> None:
     for path in MODULES:
         if is_in(name_of(path), "local"):
             found = [name for name in imports(path) if not is_in(name, "local", "boundary", "errors", "files")]
@@ -104,7 +104,7 @@ def test_only_one_module_starts_the_service() -> None:
     assert {name for name in users if not is_in(name, "local")} == {f"{PACKAGE}.service"}
 
 
-def test_watching_imports_nothing_that_plays_or_learns() -> None:
+def test_watch_imports_no_rollout_or_learning() -> None:
     for path in MODULES:
         if is_in(name_of(path), "watch"):
             assert [n for n in imports(path) if is_in(n, "rollout", "learn", "search", "local", "training")] == [], path
@@ -122,7 +122,7 @@ def test_nobody_prints_or_configures_logging(path: Path) -> None:
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_nothing_is_bound_to_an_event_loop_at_import(path: Path) -> None:
-    """What runs at import, in modules and class bodies: no lock, event, queue or task group is made there."""
+    """Code that runs at import, in modules and class bodies: creates no lock, event, queue or task group."""
     waiting: list[ast.AST] = list(parse(path).body)
     while waiting:
         node = waiting.pop()
@@ -135,7 +135,7 @@ def test_nothing_is_bound_to_an_event_loop_at_import(path: Path) -> None:
         waiting.extend(ast.iter_child_nodes(node))
 
 
-def test_the_boundary_lies_below_everything() -> None:
+def test_boundary_is_the_lowest_layer() -> None:
     for path in MODULES:
         if is_in(name_of(path), "boundary"):
             assert [name for name in imports(path) if not is_in(name, "boundary", "errors")] == [], path
@@ -150,7 +150,7 @@ def test_the_boundary_lists_its_modules() -> None:
 
 @pytest.mark.parametrize("path", [p for p in MODULES if name_of(p) != f"{PACKAGE}.boundary.tables"], ids=name_of)
 def test_tables_have_one_reader(path: Path) -> None:
-    """polars expands wildcards in the paths that it reads."""
+    """polars expands wildcards in the paths it reads."""
     for node in ast.walk(parse(path)):
         if isinstance(node, ast.Attribute):
             assert not re.fullmatch(r"pl\.(read|scan)_\w+", ast.unparse(node)), f"{path}:{node.lineno}"
@@ -158,11 +158,11 @@ def test_tables_have_one_reader(path: Path) -> None:
 
 OWNERS = {
     r"\.expanduser\(|Path\.home\(": ("boundary.paths",),
-    r"\.absolute\(\)": ("boundary.paths", "boundary.tables"),  # of paths that are read already, for polars
+    r"\.absolute\(\)": ("boundary.paths", "boundary.tables"),  # for polars, of paths already read
     r"\bcsv\.reader|gzip\.open": ("boundary.rows",),
     r"RLIMIT_": ("boundary.open_files",),
     r"\bproxy_bypass\b|NO_PROXY": ("boundary.network",),
-    r"\bgetproxies\(": ("boundary.network", "search.embedders.gemini"),  # which only asks whether there are any
+    r"\bgetproxies\(": ("boundary.network", "search.embedders.gemini"),  # only checks whether there are any
     r"parsedate_to_datetime": ("boundary.retry_after",),
     r"sys\.excepthook|pthread_sigmask": ("boundary.signals",),
     r"tinker\.TinkerError\b": ("boundary.sdk", "endpoint"),
@@ -171,13 +171,13 @@ OWNERS = {
 
 
 @pytest.mark.parametrize(("text", "owners"), OWNERS.items())
-def test_what_comes_from_the_system_and_the_sdk_has_one_owner(text: str, owners: tuple[str, ...]) -> None:
+def test_system_and_sdk_calls_have_one_owner(text: str, owners: tuple[str, ...]) -> None:
     users = {name_of(path) for path in MODULES if re.search(text, path.read_text(encoding="utf-8"))}
     assert users == {f"{PACKAGE}.{owner}" for owner in owners}
 
 
 def test_signals_have_one_owner() -> None:
-    """Beside it only processes that are nothing but a service or a worker, and the command that serves until SIGTERM."""
+    """The others are processes that only run a service or a worker, and the command that serves until SIGTERM."""
     allowed = {"boundary.signals", "local.__main__", "rollout.workers.child", "commands.serve"}
     for path in MODULES:
         called = {ast.unparse(node.func) for node in ast.walk(parse(path)) if isinstance(node, ast.Call)}

@@ -1,4 +1,4 @@
-"""What users give to the public functions: taken and coerced, or refused by the call with the argument's name."""
+"""Arguments of the public functions: coerced, or refused with the argument's name."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests import tiny_world
 pytestmark = pytest.mark.anyio
 
 AWAY = "http://127.0.0.1:9"
-"""Nobody listens there: what is accepted ends with a ServiceUnavailableError before anything is written."""
+"""Nobody listens there: an accepted call ends with a ServiceUnavailableError before anything is written."""
 NONSENSE = [
     object(),
     math.nan,
@@ -69,7 +69,7 @@ def small_questions() -> list[sr.Question]:
 async def train(**given: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        run = sr.train(**given)  # what is refused is refused here
+        run = sr.train(**given)  # this call refuses
     return await run
 
 
@@ -80,7 +80,7 @@ def search(tmp_path_factory: pytest.TempPathFactory) -> sr.Search:
 
 @pytest.fixture
 def given(search: sr.Search, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Call], dict[str, Any]]:
-    """The arguments of a call that does nothing but find its service away."""
+    """Arguments of a call that only finds its service unavailable."""
     monkeypatch.chdir(tmp_path)
 
     def arguments(function: Call) -> dict[str, Any]:
@@ -123,13 +123,13 @@ EACH = [
 
 
 @pytest.mark.parametrize(("function", "name"), EACH)
-async def test_nonsense_is_refused_by_the_name_of_its_argument(
+async def test_bad_values_are_refused_naming_the_argument(
     function: Call, name: str, given: Callable[[Call], dict[str, Any]], tmp_path: Path
 ) -> None:
     usual = given(function)
     for value in NONSENSE:
         if name == "service" and isinstance(value, str):
-            continue  # an address is checked where it is connected to
+            continue  # an address is checked on connecting
         error = await outcome(function, usual | {name: value})
         if error is None or isinstance(error, sr.ServiceUnavailableError):
             assert isinstance(value, int | float | str | bool), f"{value!r} was taken"
@@ -143,7 +143,7 @@ async def test_nonsense_is_refused_by_the_name_of_its_argument(
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
-async def test_numbers_of_numpy_and_torch_are_numbers(
+async def test_numpy_and_torch_numbers_are_accepted(
     function: Call, given: Callable[[Call], dict[str, Any]], tmp_path: Path
 ) -> None:
     torch = pytest.importorskip("torch")
@@ -164,19 +164,19 @@ async def test_numbers_of_numpy_and_torch_are_numbers(
     [
         (
             {"search": "atlas"},
-            r"search is 'atlas' \(str\): give a Search, such as Search.local\('atlas'\) or await Search.open",
+            r"search is 'atlas' \(str\): pass a Search, such as Search.local\('atlas'\) or await Search.open",
         ),
-        ({"search": None}, "search is None: give a Search"),
-        ({"reward": sr.RecipeReward}, r"reward is the class RecipeReward: give an object of it, RecipeReward\(\)"),
+        ({"search": None}, "search is None: pass a Search"),
+        ({"reward": sr.RecipeReward}, r"reward is the class RecipeReward: give an instance, RecipeReward\(\)"),
         ({"reward": lambda episode, answer: 1.0}, "reward cannot be called with one argument, the episode"),
-        ({"learning_rate": "1e-4"}, r"learning_rate is '1e-4' \(str\): give a number"),
-        ({"group_size": 8.0}, r"group_size is 8.0 \(float\): give a whole number"),
+        ({"learning_rate": "1e-4"}, r"learning_rate is '1e-4' \(str\): expected a number"),
+        ({"group_size": 8.0}, r"group_size is 8.0 \(float\): expected an integer"),
         ({"max_cost": "5"}, "max_cost is '5'"),
         ({"warm_up": True}, "warm_up is True"),
         ({"demonstrations": ["a"]}, r"demonstrations\[0\] is 'a'"),
         ({"trackers": 5}, "trackers is 5"),
         ({"progress": 5}, "progress is 5"),
-        ({"resume": 1}, r"resume is 1 \(int\): give True or False"),
+        ({"resume": 1}, r"resume is 1 \(int\): expected True or False"),
         ({"episode_time_limit": -1}, "episode_time_limit is -1.0: it must be over 0"),
         ({"sampling_deadline": 0}, "sampling_deadline is 0.0: it must be over 0"),
     ],
@@ -189,22 +189,22 @@ async def test_train_refuses_at_the_call(
     assert nothing_in(tmp_path)
 
 
-async def test_a_search_that_was_not_awaited_is_told(given: Callable[[Call], dict[str, Any]]) -> None:
+async def test_an_unawaited_search_is_reported(given: Callable[[Call], dict[str, Any]]) -> None:
     with pytest.raises(sr.ConfigurationError, match="await it first"):
         sr.train(**(given(sr.train) | {"search": sr.Search.open("atlas")}))
 
 
-async def test_a_run_goes_where_it_was_told_at_the_call(
+async def test_paths_are_resolved_at_the_call(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, search: sr.Search
 ) -> None:
-    """numpy's numbers, a plain reward, a relative folder and a change of the current folder right after the call."""
+    """numpy numbers, a plain reward, a relative folder, and a chdir right after the call."""
     monkeypatch.setenv("TINKER_API_KEY", tiny_world.shared_service().api_key)
     (tmp_path / "here").mkdir()
     (tmp_path / "there").mkdir()
     monkeypatch.chdir(tmp_path / "here")
 
     def reward(episode: sr.Episode) -> sr.Score:
-        anyio.from_thread.check_cancelled()  # which only a worker thread may ask
+        anyio.from_thread.check_cancelled()  # works only in a worker thread
         return sr.Score(np.bool_(len(episode.turns[0].sampled_tokens) % 2), {"short": np.float32(0.5), "right": True})
 
     settings = tiny_world.served_settings(learning_rate=np.float32(1e-3), group_size=np.int64(4), seed=np.int64(3))
@@ -219,7 +219,7 @@ async def test_a_run_goes_where_it_was_told_at_the_call(
         parts = {part["name"]: part["value"] for part in row["reward_parts"]}
         assert (parts["short"], parts["right"]) == (0.5, 1.0)
         assert row["reward"] in (0.0, 1.0)
-    # Named from where it is, in each of its spellings.
+    # By its absolute path, in each spelling.
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setenv("HOME", str(tmp_path / "here"))
     assert sr.open_run("runs/first").step == sr.open_run("~/runs/first").step == 1
@@ -232,10 +232,8 @@ async def test_a_run_goes_where_it_was_told_at_the_call(
     assert not (tmp_path / "here" / "~").exists()
 
 
-async def test_a_run_that_was_begun_with_relative_paths_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An earlier version kept a relative model folder and start as they were given."""
+async def test_a_run_started_with_relative_paths_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An earlier version stored a relative model folder and start unchanged."""
     monkeypatch.chdir(tmp_path)
     then = {"model": "models/tiny", "start_from": "runs/zero@best"}
     old = ResumePoint(4, 40, "tinker://run/weights/4", "order", "models/tiny", settings=then)

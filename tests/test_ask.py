@@ -1,4 +1,4 @@
-"""One question to a model: as it was trained, with the search that its run described, and in words what is missing."""
+"""One question to a model: asked as trained, with the run's search; errors name what is missing."""
 
 from __future__ import annotations
 
@@ -53,17 +53,17 @@ async def test_a_run_is_asked_as_it_was_trained(trained: TrainedRun) -> None:
     assert (answer.step, answer.checkpoint) == (1, point.result.checkpoint)
     assert [turn.policy_version for turn in answer.episode.turns] == [1, 1]
 
-    # No golden answer was given, and nothing was scored.
+    # No golden answer, so nothing is scored.
     assert answer.episode.question.golden_answers == ()
     assert (answer.episode.reward, dict(answer.episode.reward_parts)) == (0.0, {})
 
-    # The very prompt of training, which its settings, its renderer and its tokenizer make.
+    # Exactly the training prompt, built from the run's settings, renderer and tokenizer.
     played = point.episode(1)
     again = await point.ask(played.question.question, service=url())
     assert again.episode.prompt_tokens == played.prompt_tokens
 
 
-async def test_an_answer_shows_itself(trained: TrainedRun) -> None:
+async def test_an_answer_has_rich_display(trained: TrainedRun) -> None:
     question = held_out()
     answer = await sr.open_run(trained.folder).ask(question.question, service=url())
     found, query = question.golden_answers[0], question.metadata["search_queries"][0]
@@ -78,7 +78,7 @@ async def test_an_answer_shows_itself(trained: TrainedRun) -> None:
     assert f"answer: {found}" in str(answer)
 
 
-async def test_greedy_answers_are_the_same_and_options_are_obeyed(trained: TrainedRun) -> None:
+async def test_greedy_answers_are_deterministic_and_options_apply(trained: TrainedRun) -> None:
     question, run = held_out().question, sr.open_run(trained.folder)
     first, second = await run.ask(question, service=url()), await run.ask(question, service=url(), step=1)
     assert first.episode.tokens == second.episode.tokens
@@ -95,7 +95,7 @@ async def test_greedy_answers_are_the_same_and_options_are_obeyed(trained: Train
         await run.ask(question, service=url(), step=7)
 
 
-async def test_asking_leaves_the_folder_alone(trained: TrainedRun) -> None:
+async def test_asking_does_not_change_the_folder(trained: TrainedRun) -> None:
     def state() -> dict[str, tuple[int, int]]:
         files = (path for path in trained.folder.rglob("*") if path.is_file())
         return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
@@ -105,22 +105,22 @@ async def test_asking_leaves_the_folder_alone(trained: TrainedRun) -> None:
     assert state() == before
 
 
-async def test_the_base_model_is_asked_with_settings_of_ones_own(tmp_path: Path) -> None:
+async def test_the_base_model_is_asked_with_given_settings(tmp_path: Path) -> None:
     search = tiny_world.make_search(tmp_path / "index")
     answer = await sr.ask("river of mirin?", search, **untrained())
     assert (answer.step, answer.checkpoint) == (0, None)
     assert len(answer.episode.turns[0].sampled_tokens) <= 4
     assert not search.is_open
 
-    # Without a run there is no search to be found.
-    with pytest.raises(sr.ConfigurationError, match=r"give the one to use, such as ask\(question, Search"):
+    # Without a run there is no search.
+    with pytest.raises(sr.ConfigurationError, match=r"no search given: pass one, such as ask\(question, Search"):
         await sr.ask("river of mirin?", **untrained())
 
 
 @pytest.mark.parametrize(
     ("question", "problem"), [("", "is no question"), (" \n", "is no question"), (None, "question is None")]
 )
-async def test_no_question_is_refused(trained: TrainedRun, question: Any, problem: str) -> None:
+async def test_an_empty_question_is_refused(trained: TrainedRun, question: Any, problem: str) -> None:
     with pytest.raises(sr.ConfigurationError, match=problem):
         await sr.ask(question, checkpoint=trained.folder, service=url())
 
@@ -130,7 +130,7 @@ async def test_a_run_without_a_described_search_says_what_to_pass(trained: Train
     shutil.copytree(trained.folder, copy)
     text = (copy / "search.json").read_text()
     for content, error, told in (
-        (None, sr.ConfigurationError, "has not kept how its search is made .* pass search="),
+        (None, sr.ConfigurationError, "has no record of its search .* pass search="),
         (text.replace('"kind": "local"', '"kind": "other"'), sr.ConfigurationError, "cannot be made .* pass search="),
         (
             text.replace('"n_results": 1', '"n_results": 2'),
@@ -138,19 +138,19 @@ async def test_a_run_without_a_described_search_says_what_to_pass(trained: Train
             "gives other answers .* pass search=",
         ),
         (text.replace(str(trained.corpus), "/gone.jsonl"), sr.CorpusError, "pass search="),
-        ("{", sr.RunFolderError, "cannot be read: .* Pass search="),
+        ("{", sr.RunFolderError, "cannot read .* Pass search="),
     ):
         (copy / "search.json").unlink(missing_ok=True)
         if content is not None:
             (copy / "search.json").write_text(content)
         with pytest.raises(error, match=told):
             await sr.ask("river of mirin?", checkpoint=copy, service=url())
-    # With one that is given it is asked, whatever the folder holds.
+    # A given search is used, whatever the folder holds.
     answer = await sr.ask("river of mirin?", trained.search(), checkpoint=copy, service=url())
     assert answer.answer is not None
 
 
-async def test_weights_on_another_kind_of_service_are_refused_before_one_is_started(
+async def test_weights_on_another_kind_of_service_are_refused_first(
     trained: TrainedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy = tmp_path / "run"
@@ -179,25 +179,23 @@ class HopelessSearch(BrokenSearch):
 
 
 @pytest.mark.parametrize("kind", [BrokenSearch, HopelessSearch])
-async def test_a_failed_search_is_an_error_and_no_answer(
-    trained: TrainedRun, tmp_path: Path, kind: type[sr.Search]
-) -> None:
+async def test_a_failed_search_raises(trained: TrainedRun, tmp_path: Path, kind: type[sr.Search]) -> None:
     search = tiny_world.make_search(tmp_path / "index", search_class=kind)
-    told = "not answered: the store is gone. Mend that service and ask again"
+    told = "not answered: the store is gone. Fix that service and ask again"
     with pytest.raises(sr.StoreError, match=told):
         await sr.ask(held_out().question, search, checkpoint=trained.folder, service=url())
     assert not search.is_open
 
 
-async def test_a_service_that_is_away_is_an_error(trained: TrainedRun) -> None:
+async def test_an_unavailable_service_raises(trained: TrainedRun) -> None:
     with pytest.raises(sr.ServiceUnavailableError, match=r"127\.0\.0\.1:9"):
         await sr.ask("river of mirin?", checkpoint=trained.folder, service="http://127.0.0.1:9")
-    with pytest.raises(sr.ServiceError, match="not answered: the Tinker service gave no sample within"):
+    with pytest.raises(sr.ServiceError, match="not answered: the Tinker service returned no sample within"):
         await sr.ask("river of mirin?", checkpoint=trained.folder, service=url(), sampling_deadline=1e-6)
 
 
 def embedded_run(folder: Path) -> tuple[sr.Run, sr.Search]:
-    """A run that starts a service of its own, and its search."""
+    """A run with its own service and search."""
     search = tiny_world.make_search(folder / "index")
     settings = tiny_world.SETTINGS | {"model": str(tiny_world.model_folder()), "group_size": 2, "groups_per_batch": 2}
     settings |= {"minibatches": 1, "steps": 1, "reward": uneven}
@@ -220,14 +218,14 @@ async def test_the_embedded_service_opens_the_weights_in_the_runs_folder(
     assert not any(isinstance(event, PhaseStarted) for event in told)
     assert tiny_world.service_processes() == []
     with pytest.raises(sr.ConfigurationError, match=r"cannot describe its search .* pass search="):
-        await recorded.ask("river of mirin?")  # its passages were in memory
+        await recorded.ask("river of mirin?")  # its passages were only in memory
 
 
 @pytest.mark.slow
-async def test_a_finished_run_starts_its_embedded_service_again_to_be_asked(
+async def test_asking_a_finished_run_restarts_its_embedded_service(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It still has its passages and the way to start its service; from its folder the answer is the same."""
+    """The handle still has its passages and service choice; from its folder the answer is the same."""
     monkeypatch.delenv(SERVICE_KEY)
     run, search = embedded_run(tmp_path)
     await run
@@ -242,7 +240,7 @@ async def uneven(episode: sr.Episode) -> float:
     return sum(episode.turns[0].logprobs)
 
 
-async def test_questions_without_golden_answers_are_for_asking_alone(tmp_path: Path) -> None:
+async def test_questions_without_golden_answers_are_only_for_asking(tmp_path: Path) -> None:
     question = sr.Question("q", "river of mirin?")
     search = tiny_world.make_search(tmp_path / "index")
     good = tiny_world.make_questions()[0]

@@ -1,4 +1,4 @@
-"""What tokens cost: by hand, and never by a guess."""
+"""Cost of tokens, against hand-computed values; never a guess."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def test_each_kind_of_token_has_its_price() -> None:
     assert dollars == pytest.approx(0.195 + 2 * 0.039 + 0.60 + 0.5 * 0.44)
     assert text == "$1.09"
     assert "2026-10-07" in note
-    assert "$0.039 where it is cached" in note
+    assert "$0.039 if cached" in note
 
 
-def test_this_machine_costs_nothing_even_for_a_model_with_a_price() -> None:
+def test_the_embedded_service_is_free_even_for_a_priced_model() -> None:
     used = TokenUsage(MILLION, 0, MILLION, MILLION)
     cost = billing_of("Qwen/Qwen3-8B", is_embedded=True, is_tinker=False).cost(used)
     assert (cost.dollars, cost.text, cost.tokens) == (0.0, "nothing: this machine", used)
@@ -35,10 +35,10 @@ def test_this_machine_costs_nothing_even_for_a_model_with_a_price() -> None:
 
 @pytest.mark.parametrize("model", ["someone/else", "Qwen/Qwen3-8B:peft:131072", "qwen/qwen3-8b", ""])
 def test_an_unknown_model_has_no_cost(model: str) -> None:
-    """A longer context has a price of its own, about twice the model's: taking the model's would be a guess."""
+    """A longer context costs about twice the model's price, so using the model's would be a guess."""
     dollars, text, note = in_the_cloud(model, prompt=1)
     assert (dollars, text) == (None, "unknown")
-    assert note.startswith(f"The price of {model} is not known")
+    assert note.startswith(f"The price of {model} is unknown")
 
 
 def test_a_known_suffix_has_its_own_price() -> None:
@@ -46,7 +46,7 @@ def test_a_known_suffix_has_its_own_price() -> None:
     assert in_the_cloud("Qwen/Qwen3.8-27B:peft:262144", prompt=MILLION)[0] == pytest.approx(2.48)
 
 
-def test_without_a_price_of_training_only_sampling_has_a_cost() -> None:
+def test_without_a_training_price_only_sampling_has_a_cost() -> None:
     assert in_the_cloud("Qwen/Qwen3.8-27B:peft:262144", prompt=1, trained=1)[0] is None
     assert in_the_cloud("Qwen/Qwen3.8-27B:peft:262144", sampled=MILLION)[0] == pytest.approx(7.46)
 
@@ -57,7 +57,7 @@ def test_an_old_price_says_so() -> None:
     assert "risen since" in note
 
 
-def test_a_server_of_ones_own_has_the_price_that_its_user_states() -> None:
+def test_another_server_has_the_given_price() -> None:
     assert billing_of("Qwen/Qwen3-8B", is_embedded=False, is_tinker=False).dollars(TokenUsage(1)) is None
     own = billing_of("Qwen/Qwen3-8B", is_embedded=False, is_tinker=False, price=Price(1.0, 2.0, 3.0))
     assert own.dollars(TokenUsage(MILLION, 0, MILLION, MILLION)) == pytest.approx(6.0)
@@ -74,7 +74,7 @@ def test_a_server_of_ones_own_has_the_price_that_its_user_states() -> None:
         ("127.0.0.1", False),
     ],
 )
-def test_whose_host_it_is(host: str | None, is_tinker: bool) -> None:
+def test_tinker_hosts_are_recognised(host: str | None, is_tinker: bool) -> None:
     assert is_tinker_host(host) is is_tinker
 
 

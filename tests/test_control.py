@@ -1,4 +1,4 @@
-"""The hand on a run, in virtual time."""
+"""Run control, in virtual time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def anyio_backend() -> tuple[str, dict[str, Any]]:
     return "asyncio", {"debug": True, "loop_factory": VirtualTimeLoop}
 
 
-async def test_a_stop_cuts_the_innermost_work_and_what_is_around_it_ends_by_itself() -> None:
+async def test_a_stop_cancels_only_the_innermost_block() -> None:
     control, done = RunControl(), []
     async with anyio.create_task_group() as tasks:
 
@@ -41,7 +41,7 @@ async def test_a_stop_cuts_the_innermost_work_and_what_is_around_it_ends_by_itse
     assert done == ["tidied up", "ended"]
 
 
-async def test_what_begins_after_a_stop_is_cut_at_once() -> None:
+async def test_a_block_entered_after_a_stop_is_cancelled() -> None:
     control = RunControl()
     control.request_stop()
     with control.interruptible():
@@ -49,7 +49,7 @@ async def test_what_begins_after_a_stop_is_cut_at_once() -> None:
     assert control.stop_requested
 
 
-async def test_a_pause_stops_the_clock_and_every_hold() -> None:
+async def test_a_pause_stops_the_clock_and_calls_every_hold() -> None:
     control, told, held = RunControl(), list[Event](), list[bool]()
     control.emit = told.append
     began = control.now()
@@ -69,7 +69,7 @@ async def test_a_pause_stops_the_clock_and_every_hold() -> None:
     assert told == [RunPaused(), RunResumed(), RunPaused()]
 
 
-async def test_a_deadline_is_put_off_by_as_long_as_the_run_was_held() -> None:
+async def test_a_pause_extends_a_deadline() -> None:
     control = RunControl()
     loop = asyncio.get_running_loop()
     began = loop.time()
@@ -87,7 +87,7 @@ async def test_a_deadline_is_put_off_by_as_long_as_the_run_was_held() -> None:
         assert loop.time() - began == pytest.approx(2 * 100 + 5, abs=0.5)
 
 
-async def test_whoever_waits_goes_on_with_the_run() -> None:
+async def test_waiters_continue_when_the_run_resumes() -> None:
     control, passed = RunControl(), []
     await control.wait_while_paused()
     control.pause()
@@ -104,7 +104,7 @@ async def test_whoever_waits_goes_on_with_the_run() -> None:
     assert passed == [False]
 
 
-async def test_a_run_is_asked_when_it_can_answer_and_not_beyond_its_end() -> None:
+async def test_ask_waits_for_the_run_and_ends_with_it() -> None:
     control, told = RunControl(), []
     answers: Any = object()
 
@@ -138,8 +138,8 @@ async def test_a_run_is_asked_when_it_can_answer_and_not_beyond_its_end() -> Non
     assert await control.ask(at_once) is None
 
 
-async def test_a_run_is_held_for_as_long_as_there_is_a_reason() -> None:
-    """Paused by hand and without its service: whatever ends first, it goes on when both have ended."""
+async def test_a_run_is_paused_while_any_reason_remains() -> None:
+    """Paused by the user and by an outage: the run continues when both have ended."""
     for first in ("pause", "service"):
         control, held = RunControl(), list[bool]()
         with control.holding(held.append):

@@ -1,4 +1,4 @@
-"""Which service a call means: in processes with a home folder and an environment of their own, as the real SDK sees them."""
+"""Choice of the service, in processes with their own home folder and environment, as the real SDK sees them."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ pytestmark = pytest.mark.anyio
 
 @pytest.fixture(autouse=True)
 def no_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the machine that tests has."""
+    """Independent of the machine that runs the test."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     for name in ("TINKER_API_KEY", "TINKER_BASE_URL", "TINKER_CREDENTIAL_CMD"):
         monkeypatch.delenv(name, raising=False)
 
 
 def log_in(home: Path) -> None:
-    """As ``tinker auth login`` does it, by the SDK's own store."""
+    """As ``tinker auth login`` does, with the SDK's own store."""
     from tinker.lib.credentials import JsonCredentialStore, ManualKey
 
     store = JsonCredentialStore(home / ".tinker" / "credentials.json")
@@ -41,7 +41,7 @@ def log_in(home: Path) -> None:
     store.set_default("one")
 
 
-def test_a_stored_login_is_seen(tmp_path: Path) -> None:
+def test_a_stored_login_is_detected(tmp_path: Path) -> None:
     assert is_embedded(None)
     assert "has no credentials" in find_endpoint(None).text
     log_in(tmp_path / "home")
@@ -51,13 +51,13 @@ def test_a_stored_login_is_seen(tmp_path: Path) -> None:
     assert is_embedded("embedded")
 
 
-def test_a_command_for_credentials_is_seen_and_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_credentials_command_is_detected_but_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TINKER_CREDENTIAL_CMD", f"touch {tmp_path}/was-run; echo tml-made")
     assert find_endpoint(None).text.startswith("using Tinker's cloud: TINKER_CREDENTIAL_CMD is set")
     assert not (tmp_path / "was-run").exists()
 
 
-def test_a_key_and_a_url_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_and_a_url_are_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TINKER_API_KEY", "tml-key")
     assert find_endpoint(None).text.startswith("using Tinker's cloud: TINKER_API_KEY is set")
     monkeypatch.setenv("TINKER_BASE_URL", "http://host:8000/")
@@ -66,7 +66,7 @@ def test_a_key_and_a_url_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert find_endpoint("http://other:1").url == "http://other:1"
 
 
-def test_a_login_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+def test_an_unreadable_login_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "home" / ".tinker" / "credentials.json"
     file.parent.mkdir(parents=True)
     file.write_text("{", encoding="utf-8")
@@ -87,11 +87,11 @@ def test_an_sdk_without_logins_knows_only_the_key(monkeypatch: pytest.MonkeyPatc
     [
         ("127.0.0.1:8000", "tml-key", "service is '127.0.0.1:8000'.*did you mean 'http://127.0.0.1:8000'"),
         (8000, "tml-key", r"service is 8000 \(int\)"),
-        ("http://host:1", "tml-secret\n", "TINKER_API_KEY holds"),
-        ("http://host:1", "tml-sécret", "TINKER_API_KEY holds"),
+        ("http://host:1", "tml-secret\n", "TINKER_API_KEY contains"),
+        ("http://host:1", "tml-sécret", "TINKER_API_KEY contains"),
     ],
 )
-async def test_what_is_no_service_is_refused_by_the_call(
+async def test_an_invalid_service_is_refused_at_the_call(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, service: Any, key: str, named: str
 ) -> None:
     monkeypatch.setenv("TINKER_API_KEY", key)
@@ -105,20 +105,20 @@ async def test_what_is_no_service_is_refused_by_the_call(
     assert not (tmp_path / "run").exists()
 
 
-def test_the_only_model_of_a_service_is_the_one_that_is_meant() -> None:
+def test_the_only_offered_model_is_the_default() -> None:
     name, note = choose_model(None, ("HuggingFaceTB/SmolLM2-135M-Instruct",))
     assert name == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert note is not None
-    assert "offers one alone" in note
-    with pytest.raises(sr.ModelError, match="name one with model"):
+    assert "offers only one" in note
+    with pytest.raises(sr.ModelError, match="choose one with model"):
         choose_model(None, ("some/model", "another/model"))
 
 
 @pytest.mark.parametrize("way", ["TINKER_BASE_URL", "service"])
-async def test_a_service_of_ones_own_is_used_without_naming_its_model(
+async def test_another_service_is_used_without_naming_its_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
-    """As ``python -m searchr1_async.local`` is: a model of this machine, and no hub to ask for its tokenizer."""
+    """Like ``python -m searchr1_async.local``: a model of this machine, and no hub for its tokenizer."""
     from searchr1_async.local.scripted import ScriptedBackend
     from tests.episodes.stand_in import stand_in
 
@@ -144,12 +144,10 @@ async def test_a_service_of_ones_own_is_used_without_naming_its_model(
     assert len(groups[0].episodes) == 2
     notices = [event.text for event in events if isinstance(event, Notice)]
     assert notices[0].startswith(f"using the Tinker service at {served.url}")
-    assert any("offers one alone" in text for text in notices)
+    assert any("offers only one" in text for text in notices)
 
 
-async def test_a_wrong_key_is_told_soon_and_without_the_sdks_own_words(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_wrong_key_is_reported_soon_in_our_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from searchr1_async.local.scripted import ScriptedBackend
     from tests.local.serving import successors
 
@@ -174,7 +172,7 @@ async def test_a_closed_client_is_one_of_our_errors(tmp_path: Path) -> None:
             await wait_for("asking", rest.get_server_capabilities)
 
 
-def test_faults_are_put_into_words() -> None:
+def test_faults_have_readable_texts() -> None:
     assert issubclass(RuntimeError, SDK_FAULTS)
     text = fault_text(
         ValueError("Error retrieving result: 401 for self.request_id='x' and expected type self.model_cls=<y>")
@@ -186,7 +184,7 @@ def test_faults_are_put_into_words() -> None:
 
 
 def test_the_first_line_of_a_run_says_which_service_it_uses(tmp_path: Path) -> None:
-    """A stored login alone, in a process of its own: the cloud is meant, and no model is begun on this machine."""
+    """Only a stored login, in a separate process: the cloud is chosen and no local model starts."""
     log_in(tmp_path / "home")
     code = (
         "import asyncio, os, sys\n"
@@ -203,7 +201,7 @@ def test_the_first_line_of_a_run_says_which_service_it_uses(tmp_path: Path) -> N
         "                   minibatches=1, progress=False, emit=first)\n"
         "asyncio.run(main())\n"
     )
-    # No proxy listens there: the cloud is never reached.
+    # No proxy listens there, so the cloud is never reached.
     closed = "http://127.0.0.1:9"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TINKER_")}
     ended = subprocess.run(

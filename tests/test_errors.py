@@ -1,4 +1,4 @@
-"""An error of a user's function comes out of a run with its own traceback, whatever groups of tasks it passed."""
+"""An error in a user's function leaves a run with its own traceback, through all task groups."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ async def evaluate(folder: Path, **changes: Any) -> object:
 
 
 @pytest.mark.parametrize("work", [train, rollout, evaluate])
-async def test_the_line_of_a_reward_that_fails_is_in_the_traceback(
+async def test_a_failing_reward_line_is_in_the_traceback(
     work: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TINKER_API_KEY", tiny_world.shared_service().api_key)
@@ -70,9 +70,7 @@ async def test_the_line_of_a_reward_that_fails_is_in_the_traceback(
         assert "ExceptionGroup" not in shown
 
 
-async def test_the_line_of_an_embedder_that_fails_is_in_the_traceback(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_failing_embedder_line_is_in_the_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TINKER_API_KEY", tiny_world.shared_service().api_key)
     search = sr.Search.local(
         [sr.Passage("p", "", "river barin falux")], path=tmp_path / "broken", embedder=BrokenEmbedder()

@@ -1,4 +1,4 @@
-"""What a run is expected to cost: the sums by hand, and against a run that was played."""
+"""Cost estimates: against hand-computed sums, and against a real run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def estimated(**changes: Any) -> sr.CostEstimate:
 BY_HAND: dict[str, Any] = {"turns": 2, "tokens_per_turn": 50, "prompt_tokens": 100, "passage_tokens": 40}
 
 
-def test_by_hand() -> None:
+def test_against_hand_computed_sums() -> None:
     found = estimated(**BY_HAND)
     between = 3 * 40 + 30
     prompt, length = 100 + (100 + 50 + between), 100 + 2 * 50 + between
@@ -43,7 +43,7 @@ def test_by_hand() -> None:
     assert "An episode has 2 turns of 50 sampled tokens each." in found.assumptions
 
 
-def test_measurements_warm_up_and_penalty_are_in_it() -> None:
+def test_includes_evaluations_warm_up_and_penalty() -> None:
     plain = estimated(**BY_HAND)
     warm_up = sr.WarmUp(steps=3, batch_size=2)
     held_out = {"held_out": QUESTIONS[:4], "held_out_samples": 1, "evaluate_every": 1}
@@ -57,7 +57,7 @@ def test_measurements_warm_up_and_penalty_are_in_it() -> None:
     assert (found.dollars_per_step or 0) > (plain.dollars_per_step or 0)
 
 
-def test_shares_can_be_stated() -> None:
+def test_fractions_can_be_given() -> None:
     found = estimated(**BY_HAND, cached=0.5, trained=0.25)
     assert found.tokens.cached == found.tokens.prompt / 2
     assert found.tokens.trained == 10 * 349
@@ -69,7 +69,7 @@ def test_an_unknown_price_leaves_the_tokens() -> None:
     assert found.dollars is None
     assert found.high_dollars is None
     assert found.tokens.prompt > 0
-    assert found.text.startswith("unknown, since the price of nobody/knows is not known")
+    assert found.text.startswith("unknown, since the price of nobody/knows is unknown")
 
 
 def test_the_embedded_service_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,7 +80,7 @@ def test_the_embedded_service_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     assert found.text.startswith("nothing, on this machine")
 
 
-def test_it_can_be_read() -> None:
+def test_it_has_readable_text() -> None:
     found = estimated()
     assert str(found).splitlines()[0] == f"Estimated cost: {found.text}."
     assert all(f"  - {sentence}" in str(found) for sentence in found.assumptions)
@@ -113,7 +113,7 @@ def test_the_limits_bound_what_is_expected(
     )
     used, high = found.tokens, found.high_tokens
     assert 0 <= used.cached <= used.prompt
-    # Rounded to whole tokens, and a trajectory that is too long is cut in the bound alone.
+    # Rounded to whole tokens; only the upper bound cuts a trajectory that is too long.
     if max_turns * (max_tokens + results * 150 + 30) + prompt <= longest:
         assert used.prompt <= high.prompt + 1
         assert used.sampled <= high.sampled + 1
@@ -130,7 +130,7 @@ def test_the_limits_bound_what_is_expected(
         ({"steps": 0}, "steps is 0"),
         ({"group_size": 0}, "group_size is 0"),
         ({"search_results": 0}, "search_results is 0"),
-        ({"turns": 2, "like": "somewhere"}, "leave the others out"),
+        ({"turns": 2, "like": "somewhere"}, "leave out the other arguments"),
     ],
 )
 def test_bad_input_is_refused(changes: dict[str, Any], message: str) -> None:
@@ -138,7 +138,7 @@ def test_bad_input_is_refused(changes: dict[str, Any], message: str) -> None:
         estimated(**changes)
 
 
-def test_a_folder_without_a_step_tells_nothing(tmp_path: Path) -> None:
+def test_a_folder_without_a_step_is_refused(tmp_path: Path) -> None:
     with pytest.raises(sr.RunFolderError, match="no finished step"):
         estimated(like=tmp_path)
 
@@ -155,7 +155,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., sr.R
 
 
 @pytest.mark.anyio
-async def test_like_a_past_run_it_is_what_that_run_used(start: Callable[..., sr.Run], tmp_path: Path) -> None:
+async def test_like_a_past_run_it_matches_that_runs_usage(start: Callable[..., sr.Run], tmp_path: Path) -> None:
     async def reward(episode: sr.Episode) -> float:
         return sum(episode.tokens) % 7 / 7
 

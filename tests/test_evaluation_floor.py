@@ -12,12 +12,12 @@ from benchmarks.evaluation_throughput.floor import Chain, floor, in_turn, list_s
 
 
 def orders(lengths: Sequence[int]) -> Iterator[tuple[int, ...]]:
-    """Every order of all turns in which each chain's own follow one another."""
+    """All interleavings of the turns of several chains."""
     return iter(set(itertools.permutations([number for number, length in enumerate(lengths) for _ in range(length)])))
 
 
 def best(chains: Sequence[Chain], places: int) -> int:
-    """The shortest of all schedules, whole seconds: every order, each turn put at the earliest moment that has a place.
+    """The shortest schedule, in whole seconds: every order, each turn placed as early as possible.
 
     These are the active schedules, one of which is the shortest (Sprecher, Kolisch and Drexl, 1995).
     """
@@ -63,7 +63,7 @@ def test_no_schedule_beats_the_floor_and_the_ideal_client_is_a_schedule(made: li
     [
         ([Chain((2.0,)), Chain((2.0,)), Chain((2.0,)), Chain((2.0,))], 2, 4.0),  # the work over the places
         ([Chain((1.0, 1.0, 1.0), (2.0, 2.0)), Chain((1.0,))], 2, 7.0),  # the longest chain
-        # Nothing long can begin before 1 + 3 seconds, and then there are 8 of it.
+        # Nothing long can start before 1 + 3 seconds, and then there are 8 s of it.
         ([Chain((1.0, 4.0), (3.0,)) for _ in range(2)], 1, 12.0),
         ([], 3, 0.0),
     ],
@@ -73,13 +73,13 @@ def test_the_floor_is_reached(made: list[Chain], places: int, least: float) -> N
     assert not made or best(made, places) == least
 
 
-def test_later_turns_that_all_wait_for_a_search_raise_the_floor_over_the_work() -> None:
+def test_waiting_for_searches_raises_the_floor() -> None:
     made = [Chain((1.0, 4.0), (3.0,)) for _ in range(4)]
     assert floor(made, 2) == pytest.approx(4.0 + 16.0 / 2)  # the work alone: 10
     assert best(made, 2) >= 12
 
 
-def test_many_turns_keep_a_floor_of_at_least_the_work_and_the_ideal_client_comes_close_to_it() -> None:
+def test_the_floor_is_at_least_the_work_and_nearly_reached() -> None:
     chance = random.Random(3)
     made = [
         Chain(tuple(chance.lognormvariate(0, 0.8) for _ in range(length)), (0.2,) * (length - 1))
@@ -91,7 +91,7 @@ def test_many_turns_keep_a_floor_of_at_least_the_work_and_the_ideal_client_comes
     assert least <= list_schedule(made, 64) <= 1.1 * least
 
 
-def test_suites_one_after_the_other_never_have_a_lower_floor_than_all_at_once() -> None:
+def test_sequential_suites_never_have_a_lower_floor() -> None:
     chance = random.Random(5)
     suites = [[Chain((chance.uniform(0.5, 3.0), 1.0), (0.2,)) for _ in range(40)] for _ in range(7)]
     together = [chain for suite in suites for chain in suite]
@@ -99,6 +99,6 @@ def test_suites_one_after_the_other_never_have_a_lower_floor_than_all_at_once() 
     assert in_turn(list_schedule, suites, 16) > list_schedule(together, 16)
 
 
-def test_no_place_is_refused() -> None:
+def test_zero_places_are_refused() -> None:
     with pytest.raises(ValueError, match="0 places"):
         floor([Chain((1.0,))], 0)

@@ -1,4 +1,4 @@
-"""Held-out questions that training sees are refused; those that it nearly sees are told of."""
+"""Held-out questions that are trained on are refused; near matches give a warning."""
 
 from __future__ import annotations
 
@@ -29,25 +29,25 @@ def asked(text: str) -> sr.Question:
         "\uff37hich river flows through the capital of Slovenia\uff1f",  # full-width
     ],
 )
-async def test_the_same_question_is_refused_however_it_is_written(text: str) -> None:
-    with pytest.raises(sr.ConfigurationError, match=r"1 of 2 held-out questions are trained on as well.*'h0'.*'t0'"):
+async def test_the_same_question_is_refused_in_any_spelling(text: str) -> None:
+    with pytest.raises(sr.ConfigurationError, match=r"1 of 2 held-out questions are also trained on.*'h0'.*'t0'"):
         refuse_overlap(TRAINING, [asked("Who sails there?"), asked(text)])
 
 
 @pytest.mark.parametrize("text", ["What is C used for?", "Which river flows through the capital of Slovakia?", "???"])
-async def test_another_question_is_not(text: str) -> None:
+async def test_a_different_question_is_accepted(text: str) -> None:
     refuse_overlap(TRAINING, [asked(text)])
     refuse_overlap(TRAINING, [])
 
 
-async def test_nearly_the_same_is_told_of_and_a_long_one_is_cut() -> None:
+async def test_near_matches_are_reported_shortened() -> None:
     told: list[Event] = []
     long = "When did the second emperor of the northern dynasty really die?"
     await tell_near_overlap(TRAINING, [asked("Who sails there?"), asked(long)], told.append)
     (notice,) = told
     assert isinstance(notice, Notice)
     assert notice.is_warning
-    assert "1 of 2 held-out questions are nearly asked in training" in notice.text
+    assert "1 of 2 held-out questions are nearly the same as training questions" in notice.text
     assert long in notice.text
     told.clear()
     await tell_near_overlap([asked("a " * 100_000)], [asked("a " * 99_999 + "a b")], told.append)

@@ -1,4 +1,4 @@
-"""What a resume is given otherwise than its run was begun with: named, or refused where figures would be of different things."""
+"""Changed inputs of a resumed run: reported, or refused if evaluations would not be comparable."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HELD_OUT = [sr.Question("c", "What is c?", ("C",))]
 
 
 def compiled(source: str) -> Any:
-    """The function ``reward`` of some source that lies in no file, as a REPL's."""
+    """The function ``reward`` of source that is in no file, as in a REPL."""
     scope: dict[str, Any] = {}
     exec(textwrap.dedent(source), scope)
     return scope["reward"]
@@ -43,7 +43,7 @@ def written(folder: Path, name: str, source: str) -> Any:
 
 
 def record(reward: Any = None, questions: Any = QUESTIONS, held_out: Any = HELD_OUT) -> dict[str, Any]:
-    """As it lies in a resume point."""
+    """As stored in a resume point."""
     return json.loads(json.dumps(inputs_of(reward or sr.RecipeReward(), questions, held_out)))
 
 
@@ -70,7 +70,7 @@ HELPED = """
     """
 
 
-def test_a_function_is_known_by_its_source_and_that_of_its_helpers(tmp_path: Path) -> None:
+def test_a_function_is_identified_by_its_and_its_helpers_source(tmp_path: Path) -> None:
     first = record(written(tmp_path, "first", PLAIN))
     assert changed_inputs(first, record(written(tmp_path, "second", COMMENTED))) == []
     assert changed_inputs(first, record(written(tmp_path, "third", OTHER))) == [
@@ -80,11 +80,11 @@ def test_a_function_is_known_by_its_source_and_that_of_its_helpers(tmp_path: Pat
     assert changed_inputs(*helped) == ["the source of the reward reward changed"]
 
 
-def test_a_function_without_a_source_is_known_by_its_code() -> None:
+def test_a_function_without_source_is_identified_by_its_code() -> None:
     first = record(compiled(PLAIN))
     assert changed_inputs(first, record(compiled(PLAIN))) == []
     assert changed_inputs(first, record(compiled(OTHER))) == ["the source of the reward reward changed"]
-    # Of another version of Python nothing is known.
+    # A digest from another Python version is not comparable.
     first["reward"]["by"] = "code of (3, 10)"
     assert changed_inputs(first, record(compiled(OTHER))) == []
 
@@ -128,16 +128,16 @@ def wrapped(reward: Any) -> Any:
     ],
     ids=["closure", "partial", "object", "method", "wrapped", "lambda"],
 )  # fmt: skip
-def test_values_that_a_reward_holds_count_and_objects_do_not(then: Any, same: Any, now: Any) -> None:
+def test_plain_values_of_a_reward_count_and_objects_do_not(then: Any, same: Any, now: Any) -> None:
     assert changed_inputs(record(then), record(same)) == []
     (told,) = changed_inputs(record(then), record(now))
     assert "the source of the reward" in told
 
 
-def test_rewards_of_the_recipe_and_questions_are_named_by_what_changed() -> None:
+def test_changes_of_recipe_reward_and_questions_are_named() -> None:
     then = record()
-    assert changed_inputs(then, record(sr.RecipeReward(0.5))) == ["format_coefficient is 0.5, and was 0.1"]
-    assert changed_inputs(then, record(Weighted(1.0))) == ["the reward is Weighted, and was RecipeReward"]
+    assert changed_inputs(then, record(sr.RecipeReward(0.5))) == ["format_coefficient is 0.5, was 0.1"]
+    assert changed_inputs(then, record(Weighted(1.0))) == ["the reward is Weighted, was RecipeReward"]
     answers = [replace(QUESTIONS[0], golden_answers=("A",)), QUESTIONS[1]]
     assert changed_inputs(then, record(questions=answers)) == ["the golden answers of the training questions changed"]
     texts = [replace(QUESTIONS[0], question="Who is a?"), QUESTIONS[1]]
@@ -145,7 +145,7 @@ def test_rewards_of_the_recipe_and_questions_are_named_by_what_changed() -> None
     assert changed_inputs({}, record(Weighted(1.0))) == [], "an earlier version kept nothing to compare"
 
 
-def test_what_decides_the_figures_is_refused_once_there_are_some() -> None:
+def test_incomparable_changes_are_refused_after_an_evaluation() -> None:
     then = record()
     for now, told in (
         (record(held_out=[replace(HELD_OUT[0], golden_answers=("D",))]), "the golden answers of the held-out questions changed"),
@@ -168,7 +168,7 @@ async def always(episode: sr.Episode) -> float:
 
 
 @pytest.mark.anyio
-async def test_a_resume_names_what_it_is_given_otherwise_and_refuses_other_held_out_answers(
+async def test_a_resume_reports_changes_and_refuses_other_held_out_answers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TINKER_API_KEY", tiny_world.shared_service().api_key)
@@ -193,18 +193,16 @@ async def test_a_resume_names_what_it_is_given_otherwise_and_refuses_other_held_
         await sr.train(settings.pop("questions"), search, out_dir=tmp_path / "run", **settings)
 
     def changes() -> list[str]:
-        found = [text.partition("the one before: ")[2] for text in told if "other input" in text]
+        found = [text.partition("the previous one: ")[2] for text in told if "different input" in text]
         told.clear()
         return found
 
     await train(1)
     await train(2, format_coefficient=0.5)
-    assert changes() == ["format_coefficient is 0.5, and was 0.1"]
+    assert changes() == ["format_coefficient is 0.5, was 0.1"]
     answers = [replace(questions[0], golden_answers=("falux",)), *questions[1:]]
     await train(3, reward=always, questions=answers)
-    assert changes() == [
-        "the reward is always, and was RecipeReward; the golden answers of the training questions changed"
-    ]
+    assert changes() == ["the reward is always, was RecipeReward; the golden answers of the training questions changed"]
     await train(4, reward=always, questions=answers)
     assert changes() == [], "as the session before"
 
@@ -213,7 +211,7 @@ async def test_a_resume_names_what_it_is_given_otherwise_and_refuses_other_held_
     with pytest.raises(sr.RunFolderError, match="the golden answers of the held-out questions changed"):
         await train(5, reward=always, questions=answers, held_out=other)
     assert sr.open_run(tmp_path / "run").step == before
-    # A run that an earlier version began knows nothing to compare.
+    # A run of an earlier version has nothing to compare.
     state = json.loads((tmp_path / "run" / "state.json").read_text())
     del state["settings"]["inputs"]
     (tmp_path / "run" / "state.json").write_text(json.dumps(state))

@@ -70,7 +70,7 @@ def test_bad_settings_end_with_one_line_and_no_traceback(tmp_path: Path, capsys:
 
 
 def closed_pipe() -> int:
-    """The writing end of a pipe that nobody reads, as behind ``| head`` when it has seen enough."""
+    """The write end of a pipe that nobody reads, as behind ``| head``."""
     reader, writer = os.pipe()
     os.close(reader)
     return writer
@@ -80,7 +80,7 @@ def closed_pipe() -> int:
     ("arguments", "status"),
     [pytest.param(["--help"], 0, marks=pytest.mark.slow), (["view", "RUN"], 0), (["view", "NOTHING"], 1)],
 )
-def test_a_command_whose_output_nobody_reads_ends_as_usual(tmp_path: Path, arguments: list[str], status: int) -> None:
+def test_a_closed_output_pipe_does_not_break_the_command(tmp_path: Path, arguments: list[str], status: int) -> None:
     RunRecords(tmp_path / "RUN").write_step(1, [GroupOutcome(0, group())], {})
     told = tmp_path / "told"
     writer = closed_pipe()
@@ -102,8 +102,8 @@ def test_a_command_whose_output_nobody_reads_ends_as_usual(tmp_path: Path, argum
         assert (tmp_path / "RUN" / "view.html").exists()
 
 
-def test_an_interrupt_while_the_command_is_being_imported_is_one_line() -> None:
-    """Importing takes seconds, in which Ctrl-C meets whatever module is being read."""
+def test_an_interrupt_during_import_is_one_line() -> None:
+    """Importing takes seconds, and Ctrl-C interrupts whichever module is being read."""
     code = """
 import runpy, signal, sys
 class Interrupting:
@@ -123,7 +123,7 @@ runpy.run_module("searchr1_async", run_name="__main__", alter_sys=True)
         check=False,
         env=tiny_world.child_environment(),
     )
-    assert (found.returncode, found.stdout, found.stderr) == (130, "", "Stopped at once.\n")
+    assert (found.returncode, found.stdout, found.stderr) == (130, "", "Stopped immediately.\n")
 
 
 INTERRUPTED = """
@@ -134,7 +134,7 @@ import searchr1_async.atlas_job as job
 from searchr1_async.events import StepFinished
 from tests import tiny_world
 
-# The command itself, over the small world: its search, its questions, its model.
+# The command itself, on the small world: its search, questions and model.
 train, world = job.train, Path(sys.argv[1])
 
 
@@ -156,8 +156,8 @@ sys.exit(command.main(["atlas", "--out-dir", str(world / "run"), "--steps", "300
 
 
 @pytest.mark.slow
-def test_control_c_ends_the_command_cleanly_and_it_can_go_on(tmp_path: Path) -> None:
-    """A terminal's Ctrl-C: everything is closed, the folder is whole, and the service is gone."""
+def test_control_c_ends_the_command_cleanly_and_resumably(tmp_path: Path) -> None:
+    """A terminal's Ctrl-C: everything is closed, the folder is intact, and the service is gone."""
     from searchr1_async.learn.checkpoints import ResumePoint
     from searchr1_async.watch.records import RunRecords
 
@@ -181,7 +181,7 @@ def test_control_c_ends_the_command_cleanly_and_it_can_go_on(tmp_path: Path) -> 
         process.kill()
         process.communicate()
     assert process.returncode == 130, errors
-    assert "the same command goes on" in errors
+    assert "run the same command to resume" in errors
     assert "Traceback" not in errors
     assert not tiny_world.is_running(service)
     point = ResumePoint.load(tmp_path / "run")

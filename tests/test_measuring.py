@@ -1,4 +1,4 @@
-"""Measuring beside the training, in whole runs on a real small model: what is measured, on which weights, and what of them stays."""
+"""Evaluation beside training, in whole runs on a real small model: which steps, which weights, what is kept."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HELD_OUT = tiny_world.make_questions()[1]
 
 
 async def varied(episode: sr.Episode) -> float:
-    """Tells members apart, so that every group is learned from, and the same way in every run."""
+    """Differs between members, so that every group is trained on, and is deterministic."""
     return sum(episode.tokens) % 7 / 7
 
 
@@ -45,12 +45,12 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., sr.R
 
 
 def is_measured(episode: sr.Episode) -> bool:
-    """Whether it is a held-out one of trained weights."""
+    """A held-out episode of trained weights."""
     return episode.question in HELD_OUT and any(turn.policy_version for turn in episode.turns)
 
 
 class Held:
-    """A reward that keeps back the held-out episodes of trained weights until it is opened."""
+    """A reward that blocks the held-out episodes of trained weights until it is opened."""
 
     def __init__(self) -> None:
         self.opened, self.arrived = anyio.Event(), anyio.Event()
@@ -63,7 +63,7 @@ class Held:
 
 
 def steps_measured(run: sr.Run) -> dict[str, set[int]]:
-    """By label, the weights that its turns were sampled from."""
+    """By label, the weights that sampled its turns."""
     rows = run.evaluations().select("label", "policy_versions").collect().iter_rows()
     out: dict[str, set[int]] = {}
     for label, versions in rows:
@@ -72,7 +72,6 @@ def steps_measured(run: sr.Run) -> dict[str, set[int]]:
 
 
 async def on_service(path: str) -> bool:
-    """Whether a checkpoint is still there."""
     client = await anyio.to_thread.run_sync(lambda: tinker.RestClient(base_url=tiny_world.shared_service().url))
     try:
         await client.get_weights_info_by_tinker_path(path)
@@ -89,7 +88,7 @@ async def on_service(path: str) -> bool:
         pytest.param({"synchronous": True}, id="synchronous", marks=pytest.mark.slow),
     ],
 )
-async def test_each_measurement_is_of_its_own_steps_weights(start: Callable[..., sr.Run], way: dict[str, Any]) -> None:
+async def test_each_evaluation_uses_its_steps_weights(start: Callable[..., sr.Run], way: dict[str, Any]) -> None:
     paths: dict[int, tuple[str, ...]] = {}
     run = start(steps=3, evaluate_every=1, emit=lambda event: look(event), **way)
 
@@ -111,8 +110,8 @@ async def test_each_measurement_is_of_its_own_steps_weights(start: Callable[...,
         assert not await on_service(path)
 
 
-async def test_training_goes_on_while_a_step_is_measured(start: Callable[..., sr.Run]) -> None:
-    """The measurement of step 2 ends only when the last step is on disk."""
+async def test_training_continues_during_an_evaluation(start: Callable[..., sr.Run]) -> None:
+    """The evaluation of step 2 ends only when the last step is on disk."""
     held, events = Held(), list[Event]()
 
     def emit(event: Event) -> None:
@@ -131,14 +130,14 @@ async def test_training_goes_on_while_a_step_is_measured(start: Callable[..., sr
     assert sum(beside) == 0, "none of its episodes had ended when the last step closed"
 
 
-async def test_training_waits_where_measurements_fall_behind_and_says_why(start: Callable[..., sr.Run]) -> None:
-    """One is under way, two wait, and the third is one too many."""
+async def test_training_waits_for_late_evaluations_and_says_why(start: Callable[..., sr.Run]) -> None:
+    """One runs, two wait, and the third is one too many."""
     held, closed = Held(), list[int]()
 
     def emit(event: Event) -> None:
         if isinstance(event, BatchClosed):
             closed.append(event.step)
-        if isinstance(event, Notice) and "measuring takes longer than 1 steps" in event.text:
+        if isinstance(event, Notice) and "an evaluation takes longer than 1 steps" in event.text:
             assert event.is_warning
             assert held.arrived.is_set()
             assert closed == [1, 2, 3, 4]
@@ -151,7 +150,7 @@ async def test_training_waits_where_measurements_fall_behind_and_says_why(start:
 
 
 @pytest.mark.slow
-async def test_training_is_the_same_with_measurements_and_without(start: Callable[..., sr.Run], tmp_path: Path) -> None:
+async def test_evaluations_do_not_change_training(start: Callable[..., sr.Run], tmp_path: Path) -> None:
     played = {}
     for every in (None, 1):
         run = start(steps=3, evaluate_every=every, out_dir=tmp_path / f"every-{every}", first_turn="shared")
@@ -161,7 +160,7 @@ async def test_training_is_the_same_with_measurements_and_without(start: Callabl
     assert played[1].equals(played[None])
 
 
-async def test_a_stop_in_the_middle_of_a_measurement_keeps_its_weights_for_the_resume(
+async def test_a_stop_during_an_evaluation_keeps_its_weights(
     start: Callable[..., sr.Run],
 ) -> None:
     held = Held()
@@ -182,7 +181,7 @@ async def test_a_stop_in_the_middle_of_a_measurement_keeps_its_weights_for_the_r
 
 
 @pytest.mark.slow
-async def test_the_best_weights_stay_and_the_others_go(start: Callable[..., sr.Run]) -> None:
+async def test_only_the_best_weights_are_kept(start: Callable[..., sr.Run]) -> None:
     paths: dict[int, tuple[str, ...]] = {}
     run = start(steps=4, keep_best=True, checkpoint_every=2, emit=lambda event: look(event))
 
@@ -201,7 +200,7 @@ async def test_the_best_weights_stay_and_the_others_go(start: Callable[..., sr.R
 
 
 @pytest.mark.slow
-async def test_a_measurement_that_fails_for_good_ends_the_run(start: Callable[..., sr.Run]) -> None:
+async def test_a_failed_evaluation_ends_the_run(start: Callable[..., sr.Run]) -> None:
     async def reward(episode: sr.Episode) -> float:
         if is_measured(episode):
             raise ZeroDivisionError("no reward")
@@ -212,25 +211,23 @@ async def test_a_measurement_that_fails_for_good_ends_the_run(start: Callable[..
         await run
 
 
-async def test_held_out_questions_that_are_trained_on_are_refused_at_once(
-    start: Callable[..., sr.Run], tmp_path: Path
-) -> None:
+async def test_overlapping_held_out_questions_are_refused_at_once(start: Callable[..., sr.Run], tmp_path: Path) -> None:
     trained = tiny_world.make_questions()[0][3]
     same = sr.Question("other-id", trained.question.upper() + " ?!", ("x",), "elsewhere")
     with pytest.raises(
-        sr.ConfigurationError, match=r"1 of 13 held-out questions are trained on as well.*other-id.*" + trained.id
+        sr.ConfigurationError, match=r"1 of 13 held-out questions are also trained on.*other-id.*" + trained.id
     ):
         start(held_out=[*HELD_OUT, same])
     assert not (tmp_path / "run").exists()
 
 
-async def test_the_best_needs_measurements(start: Callable[..., sr.Run]) -> None:
+async def test_keep_best_needs_evaluations(start: Callable[..., sr.Run]) -> None:
     with pytest.raises(sr.ConfigurationError, match="keep_best needs evaluate_every"):
         start(keep_best=True, evaluate_every=None)
 
 
 @pytest.mark.slow
-async def test_a_run_keeps_its_questions(start: Callable[..., sr.Run]) -> None:
+async def test_a_run_saves_its_questions(start: Callable[..., sr.Run]) -> None:
     run = start(steps=1, evaluate_every=None, held_out=())
     await run
     asked = tiny_world.make_questions()[0][:18]
@@ -238,21 +235,21 @@ async def test_a_run_keeps_its_questions(start: Callable[..., sr.Run]) -> None:
     assert found is not None
     fields = [(one.id, one.question, one.golden_answers, one.data_source) for one in asked]
     assert [(one.id, one.question, one.golden_answers, one.data_source) for one in found] == fields
-    (run.out_dir / "questions.parquet").unlink()  # as an earlier version left it: what was played is known
+    (run.out_dir / "questions.parquet").unlink()  # as an earlier version left it: the recorded episodes tell
     played = training_questions(run.out_dir)
     assert played is not None
     assert {one.id for one in played} == set(run.episodes().collect()["question_id"])
     assert training_questions(run.out_dir / "nowhere") is None
 
 
-async def test_at_the_time_limit_nothing_more_is_begun(tmp_path: Path) -> None:
-    """What waits is left out and said; nothing of it is begun, though its weights are there."""
+async def test_no_evaluation_starts_after_the_time_limit(tmp_path: Path) -> None:
+    """A queued evaluation is skipped and reported, though its weights exist."""
     notices: list[Event] = []
     job: Any = SimpleNamespace(held_out=HELD_OUT, held_out_samples=1, evaluate_every=2, out_dir=tmp_path)
     nothing: Any = None
     measuring = Measuring(
         job,
-        nothing,  # a service or an engine that is asked for anything raises
+        nothing,  # any request to the service or engine raises
         nothing,
         RunRecords(tmp_path),
         CheckpointList(tmp_path),
@@ -268,13 +265,11 @@ async def test_at_the_time_limit_nothing_more_is_begun(tmp_path: Path) -> None:
             ]
             measuring.training_ended("time_limit")
             measuring.recorded(2, "tinker://run/sampler_weights/step-000002")
-    assert notices == [Notice("the time limit was reached before step 2, 4 could be measured: left out")]
+    assert notices == [Notice("the time limit was reached before the evaluation of step 2, 4: skipped")]
 
 
-async def test_in_flight_the_weights_at_hand_are_measured_before_they_move(
-    start: Callable[..., sr.Run], tmp_path: Path
-) -> None:
-    """A run that was killed after a step whose weights were not kept, and is resumed with evaluate_every."""
+async def test_in_flight_weights_are_evaluated_before_they_change(start: Callable[..., sr.Run], tmp_path: Path) -> None:
+    """A run killed after a step without kept weights, resumed with evaluate_every."""
     await start(steps=1, weights_in_flight="inflight", held_out=(), evaluate_every=None)
     point = ResumePoint.load(tmp_path / "run")
     assert point is not None

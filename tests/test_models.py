@@ -1,4 +1,4 @@
-"""The table of models: whole, dated, and what is looked up in it."""
+"""The table of models: complete, dated, and looked up correctly."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from searchr1_async.models import (
 
 OFFERED = [model.name for model in known_models() if model.is_offered]
 SPRING = [m.name for m in known_models() if m.retired and m.retired >= "2026-06-12"]
-"""What was taken off since June was there in spring."""
+"""Models removed since June were there in spring."""
 
 
 @pytest.mark.parametrize("model", known_models(), ids=lambda model: model.name)
-def test_every_entry_is_whole(model) -> None:
+def test_every_entry_is_complete(model) -> None:
     assert model.parameters > 0
     assert plain_name(model.name) == model.name
     assert not (model.is_offered and model.retired)
@@ -86,7 +86,7 @@ def test_unknown_names_are_not_guessed() -> None:
         ([], None),
     ],
 )
-def test_what_stands_in_for_the_default(offered: list[str], nearest: str | None) -> None:
+def test_substitutes_for_the_default(offered: list[str], nearest: str | None) -> None:
     assert nearest_of_family(default_cloud_model(), offered) == nearest
 
 
@@ -97,7 +97,7 @@ def test_nearest_names_put_variants_and_family_first() -> None:
     assert len(nearest_names("x", OFFERED, 3)) == 3
 
 
-def test_a_replacement_that_was_retired_too_is_replaced_in_turn() -> None:
+def test_a_retired_replacement_is_replaced_in_turn() -> None:
     assert replacements_for("Qwen/Qwen3.5-27B") == ["Qwen/Qwen3.8-27B"]
     assert replacements_for("Qwen/Qwen3.5-27B", ["Qwen/Qwen3.6-27B"]) == ["Qwen/Qwen3.6-27B"]
     assert replacements_for("Qwen/Qwen3-4B-Instruct-2507", ["openai/gpt-oss-20b"]) == []

@@ -1,4 +1,4 @@
-"""From the training to the report in folders whose names hold what wildcards are made of, beside those that they would match."""
+"""From training to the report in folders with wildcard characters in their names, beside folders they would match."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[s
         pytest.param("?", "x", marks=pytest.mark.slow),
     ],
 )
-async def test_a_run_and_its_report_are_in_the_folders_that_were_named(
+async def test_a_run_and_its_report_use_the_given_folders(
     settings: dict[str, Any], tmp_path: Path, wild: str, plain: str
 ) -> None:
     search, run_name, report_name = tiny_world.make_search(tmp_path / "index"), f"lr{wild}", f"ev{wild}"

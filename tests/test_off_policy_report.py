@@ -1,4 +1,4 @@
-"""The figures of the off-policy benchmark: prompt tokens that had to be computed, and the tables over the seeds."""
+"""The figures of the off-policy benchmark: computed prompt tokens, and the tables over the seeds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ QUESTION = Question("1", "Who?", ("it",), "world")
 
 
 def episode(prompt: int, *turns: tuple[int, int, int]) -> Episode:
-    """Of so many prompt tokens, and for each turn sampled, appended and cached ones."""
+    """An episode with this many prompt tokens, and sampled, appended and cached tokens per turn."""
     made = [
         Turn((7,) * sampled, (-0.5,) * sampled, "", appended_tokens=(8,) * appended, cached_prompt_tokens=cached)
         for sampled, appended, cached in turns
@@ -54,7 +54,7 @@ def row(seed: int, staleness: int, weights: str = "snapshot", **changes: Any) ->
 
 
 def test_prompt_tokens_are_those_of_every_turn_less_the_cache_hits() -> None:
-    # Prompts of 10 and of 10 + 3 + 4 tokens, of which 6 and 13 were cached.
+    # Prompts of 10 and 10 + 3 + 4 tokens, of which 6 and 13 were cached.
     assert prompt_tokens([episode(10, (3, 4, 6), (2, 0, 13))]) == (27, 8)
     assert prompt_tokens([]) == (0, 0)
 
@@ -79,7 +79,7 @@ def test_a_folder_of_runs_with_other_settings_is_refused(tmp_path: Path) -> None
         claim(tmp_path / "work", {"steps": 6})
 
 
-def test_a_line_holds_the_mean_over_the_seeds_and_the_extremes() -> None:
+def test_a_row_has_the_mean_and_extremes_over_seeds() -> None:
     rows = pl.DataFrame(
         [
             row(1, 4, exact_match_after=0.5, ratio_min=0.5, ratio_max=2.0, kl_v2_max=0.004),
@@ -91,7 +91,7 @@ def test_a_line_holds_the_mean_over_the_seeds_and_the_extremes() -> None:
     assert in_flight_table(rows) == "", "nothing to compare"
 
 
-def test_in_flight_weights_stand_beside_snapshots_of_the_same_seeds_only() -> None:
+def test_in_flight_is_compared_with_snapshots_of_the_same_seeds() -> None:
     rows = pl.DataFrame(
         [
             row(1, 4),
@@ -106,7 +106,7 @@ def test_in_flight_weights_stand_beside_snapshots_of_the_same_seeds_only() -> No
     assert "`snapshot` | 10.0 | 9,000 | 3,000 |" in lines[1]
 
 
-def test_a_service_that_reports_no_ratio_leaves_words_and_no_figure() -> None:
+def test_a_service_without_ratios_gives_text_instead_of_a_number() -> None:
     rows = pl.DataFrame([row(1, 0, ratio_min=None, ratio_max=None)])
     assert "not reported" in learning_table(rows)
     assert "not reported" in each_run(rows)

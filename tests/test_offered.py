@@ -1,4 +1,4 @@
-"""A run on a service that offers a list of models: today's, that of spring, none. Real SDK, a service of this machine."""
+"""Runs on services with different model lists: today's, spring's, none. Real SDK, local service."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SPRING = tuple(model.name for model in known_models() if model.retired and model
 
 @dataclass
 class StandIn:
-    """A service that lists what another one offers, has one of its models, and remembers what it was asked."""
+    """A service with another one's model list; it has one model and records its requests."""
 
     url: str
     tokenizer: str
@@ -55,7 +55,7 @@ class StandIn:
 def stand_in_service(
     folder: Path, monkeypatch: pytest.MonkeyPatch, model: str, listed: tuple[str, ...]
 ) -> Iterator[StandIn]:
-    """Reached as the cloud is: by a key and a base URL in the environment."""
+    """Reached like the cloud, by a key and a base URL in the environment."""
     tokenizer = folder / "tokenizer"
     stand_in().save_pretrained(tokenizer)
     prompts: list[str] = []
@@ -81,7 +81,7 @@ def train(service: StandIn, folder: Path, **changes: Any) -> sr.Run:
     return sr.train(questions, search, out_dir=folder / "run", **(settings | changes))
 
 
-async def test_with_a_key_alone_a_run_starts_on_todays_default_without_thinking(
+async def test_with_only_a_key_a_run_uses_todays_default_without_thinking(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with stand_in_service(tmp_path, monkeypatch, "Qwen/Qwen3.5-4B", TODAY) as service:
@@ -94,7 +94,7 @@ async def test_with_a_key_alone_a_run_starts_on_todays_default_without_thinking(
         assert prompt.endswith("?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n")
 
 
-async def test_on_the_list_of_spring_the_nearest_of_the_family_is_used_and_said(
+async def test_on_springs_list_the_nearest_of_the_family_is_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with stand_in_service(tmp_path, monkeypatch, "Qwen/Qwen3-4B-Instruct-2507", SPRING) as service:
@@ -102,23 +102,23 @@ async def test_on_the_list_of_spring_the_nearest_of_the_family_is_used_and_said(
         assert result.steps == 1
         told = [text for text in service.notices if "offer" in text]
         assert told == [
-            "the service does not offer the default model, Qwen/Qwen3.5-4B: Qwen/Qwen3-4B-Instruct-2507 is used, the nearest of its family"
+            "the service does not offer the default model, Qwen/Qwen3.5-4B: using Qwen/Qwen3-4B-Instruct-2507, the nearest of its family"
         ]
         assert service.started.model == "Qwen/Qwen3-4B-Instruct-2507"
         assert all(prompt.endswith("?<|im_end|>\n<|im_start|>assistant\n") for prompt in service.prompts)
         assert '{"type": "function", "function": {"name": "search"' in service.prompts[0]
-        # The run goes on with the model that it was begun with, not with another default.
+        # The run continues with its own model, not with another default.
         service.events.clear()
         assert (await train(service, tmp_path, steps=2, resume=True)).steps == 2
         assert service.started.model == "Qwen/Qwen3-4B-Instruct-2507"
         assert not any("offer" in text for text in service.notices)
-        # Where nothing is left to do, the estimate is that of its model too.
+        # With nothing left to do, the estimate is of its model too.
         state = RunState()
         again = await train(service, tmp_path, steps=2, resume=True, emit=lambda event: state.see(event, 0.0))
         assert again.estimated_cost is not None
-        assert "the price of Qwen/Qwen3-4B-Instruct-2507 on a server of one's own" in again.estimated_cost.text
-        assert "Qwen/Qwen3-4B-Instruct-2507 on a server of one's own" in state.snapshot(0.0).cost.note
-    # And is refused with its replacement where that model is gone.
+        assert "the price of Qwen/Qwen3-4B-Instruct-2507 on this server" in again.estimated_cost.text
+        assert "Qwen/Qwen3-4B-Instruct-2507 on this server" in state.snapshot(0.0).cost.note
+    # It is refused with the replacement's name where that model is gone.
     with (
         stand_in_service(tmp_path / "later", monkeypatch, "Qwen/Qwen3.5-4B", TODAY) as service,
         pytest.raises(ModelError, match=r"retired it on 2026-06-12 and recommends Qwen/Qwen3\.5-4B \(thinking off\)"),
@@ -129,13 +129,13 @@ async def test_on_the_list_of_spring_the_nearest_of_the_family_is_used_and_said(
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("Qwen/Qwen3.5-4b", "does not offer 'Qwen/Qwen3.5-4b'. The nearest that it offers: Qwen/Qwen3.5-4B"),
+        ("Qwen/Qwen3.5-4b", "does not offer 'Qwen/Qwen3.5-4b'. The nearest models it offers: Qwen/Qwen3.5-4B"),
         ("Qwen/Qwen3.5-27B", "retired it on 2026-06-12 and recommends Qwen/Qwen3.8-27B"),
-        ("Qwen/Qwen3.8-27B:peft:1", "The nearest that it offers: Qwen/Qwen3.8-27B, Qwen/Qwen3.8-27B:peft:262144"),
-        ("acme/model", "does not offer 'acme/model'. The nearest that it offers: "),
+        ("Qwen/Qwen3.8-27B:peft:1", "The nearest models it offers: Qwen/Qwen3.8-27B, Qwen/Qwen3.8-27B:peft:262144"),
+        ("acme/model", "does not offer 'acme/model'. The nearest models it offers: "),
     ],
 )
-async def test_a_model_that_is_not_offered_is_refused_with_what_is(
+async def test_an_unoffered_model_is_refused_with_alternatives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, message: str
 ) -> None:
     with stand_in_service(tmp_path, monkeypatch, "Qwen/Qwen3.5-4B", TODAY) as service:
@@ -160,7 +160,7 @@ async def test_a_model_that_is_not_offered_is_refused_with_what_is(
             )
 
 
-async def test_a_variant_is_named_whole_to_the_service_and_rendered_as_the_plain_model(
+async def test_a_variant_keeps_its_name_and_renders_like_the_plain_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = "Qwen/Qwen3.8-27B:peft:262144"
@@ -176,9 +176,7 @@ async def test_a_variant_is_named_whole_to_the_service_and_rendered_as_the_plain
             await train(service, tmp_path, model=name, thinking=True, steps=2, resume=True)
 
 
-async def test_a_run_begun_before_thinking_could_be_chosen_goes_on_as_its_template_had_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_an_old_run_keeps_its_templates_thinking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with stand_in_service(tmp_path, monkeypatch, "Qwen/Qwen3-8B", TODAY) as service:
         await train(service, tmp_path, model="Qwen/Qwen3-8B", thinking="template")
         path = tmp_path / "run" / "state.json"
@@ -191,9 +189,7 @@ async def test_a_run_begun_before_thinking_could_be_chosen_goes_on_as_its_templa
         assert all(prompt.endswith("<|im_start|>assistant\n") for prompt in service.prompts)
 
 
-async def test_a_run_is_measured_and_played_with_the_thinking_that_it_was_trained_with(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_evaluation_and_rollout_use_the_trained_thinking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     questions, run = [sr.Question("q", "Who wrote it?", ("Austen",))], tmp_path / "run"
     on, off = "<|im_start|>assistant\n<think>\n", "<|im_start|>assistant\n<think>\n\n</think>\n\n"
     with stand_in_service(tmp_path, monkeypatch, "Qwen/Qwen3.5-4B", TODAY) as service:
@@ -202,7 +198,7 @@ async def test_a_run_is_measured_and_played_with_the_thinking_that_it_was_traine
         settings: dict[str, Any] = {"tokenizer": service.tokenizer, "progress": False, "emit": service.events.append}
 
         async def ends(suites: Any, **options: Any) -> list[bool]:
-            """Of each prompt, in their order: whether it lets the model think."""
+            """For each prompt, in order: whether it lets the model think."""
             service.prompts.clear()
             await sr.evaluate(suites, search, **(settings | options))
             assert all(prompt.endswith((on, off)) for prompt in service.prompts)
@@ -212,27 +208,28 @@ async def test_a_run_is_measured_and_played_with_the_thinking_that_it_was_traine
         assert await ends(questions, systems=systems, out_dir=tmp_path / "e") == [True, True], (
             "the base model beside it too"
         )
-        told = f"'trained' is played like the run in {run}: thinking=True, max_tokens=64, n_results=1"
+        told = f"'trained' uses the training settings of the run in {run}: thinking=True, max_tokens=64, n_results=1"
         assert told in service.notices
         service.events.clear()
         assert await ends(tmp_path / "e") == [True, True], "a repetition is played as the evaluation was"
         assert await ends(questions, systems=systems, thinking=False) == [False, False]
         assert await ends(questions, systems={"trained": sr.System(run, thinking=False)}) == [False]
-        assert "'trained' is not played as it was trained: thinking False (trained with True)" in service.notices
+        assert (
+            "'trained' is evaluated with other settings than in training: thinking False (trained with True)"
+            in service.notices
+        )
         service.prompts.clear()
         await sr.rollout(questions, search, checkpoint=run, group_size=1, **settings)
         assert all(prompt.endswith(on) for prompt in service.prompts)
         assert service.prompts
-        # A run begun before there was a choice left it to the template.
+        # A run started before ``thinking`` existed left it to the template.
         state = json.loads((run / "state.json").read_text())
         del state["settings"]["thinking"]
         (run / "state.json").write_text(json.dumps(state))
         assert await ends(questions, checkpoint=run) == [True], "as the template of Qwen3.5 has it"
 
 
-async def test_an_evaluation_and_a_client_of_ones_own_are_asked_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_evaluations_and_given_clients_are_checked_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     questions = [sr.Question("q", "Who wrote it?", ("Austen",))]
     with stand_in_service(tmp_path, monkeypatch, "Qwen/Qwen3-4B-Instruct-2507", SPRING) as service:
         search = tiny_world.make_search(tmp_path / "index")
@@ -240,7 +237,7 @@ async def test_an_evaluation_and_a_client_of_ones_own_are_asked_too(
         report = await sr.evaluate(questions, search, out_dir=tmp_path / "evaluation", **settings)
         assert report.manifest is not None
         assert [record.model for record in report.manifest.systems] == ["Qwen/Qwen3-4B-Instruct-2507"]
-        assert sum("is used, the nearest of its family" in text for text in service.notices) == 1
+        assert sum(", the nearest of its family" in text for text in service.notices) == 1
         assert report.manifest.service["tinker"] is False
         assert report.costs()["dollars"].null_count() == 1, "a server of one's own has its own prices"
         again = await sr.evaluate(questions, search, out_dir=tmp_path / "evaluation", resume=True, **settings)
@@ -255,19 +252,19 @@ async def test_an_evaluation_and_a_client_of_ones_own_are_asked_too(
                 await sr.rollout(questions, search, service=client, model="openai/gpt-oss-20b", **settings)
 
 
-async def test_a_service_with_nothing_of_the_family_asks_for_a_name(
+async def test_a_service_without_the_family_needs_a_named_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with (
         stand_in_service(tmp_path, monkeypatch, "acme/one", ("acme/one", "acme/two")) as service,
-        pytest.raises(ModelError, match=r"name one with model=…\. It offers acme/one, acme/two"),
+        pytest.raises(ModelError, match=r"choose one with model=…\. It offers acme/one, acme/two"),
     ):
         await train(service, tmp_path)
 
 
 @contextmanager
 def answering(folder: Path, monkeypatch: pytest.MonkeyPatch, status: int, body: bytes) -> Iterator[str]:
-    """A service that gives this answer when it is asked what it offers."""
+    """A service that gives this answer when asked for its models."""
 
     async def answer(self: Service, request: web.Request) -> web.Response:
         return web.Response(status=status, body=body, content_type="application/json")
@@ -281,14 +278,14 @@ def answering(folder: Path, monkeypatch: pytest.MonkeyPatch, status: int, body: 
     ("status", "body"),
     [(404, b"{}"), (405, b"{}"), (200, b'{"supported_models": []}'), (200, b"{}")],
 )
-async def test_a_service_without_a_list_is_taken_at_its_word(
+async def test_a_service_without_a_list_is_assumed_to_have_the_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int, body: bytes
 ) -> None:
     with answering(tmp_path, monkeypatch, status, body) as url:
         assert await ask_offered(lambda: tinker.RestClient(base_url=url, api_key=KEY)) is None
     assert choose_model("acme/x", None) == (
         "acme/x",
-        "the service has no list of its models: acme/x is taken to be one of them",
+        "the service does not list its models: assuming that it has acme/x",
     )
     assert choose_model(None, None)[0] == "Qwen/Qwen3.5-4B"
 
@@ -299,16 +296,16 @@ async def test_a_refusal_is_an_error_and_shows_no_key(tmp_path: Path, monkeypatc
     assert KEY not in str(caught.value)
 
 
-async def test_a_service_that_does_not_say_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_service_that_does_not_list_models_times_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("searchr1_async.offered.ASK_DEADLINE", 0.5)
     with (
         answering(tmp_path, monkeypatch, 503, b"{}") as url,
-        pytest.raises(ServiceUnavailableError, match="did not say"),
+        pytest.raises(ServiceUnavailableError, match="did not list"),
     ):
         await ask_offered(lambda: tinker.RestClient(base_url=url, api_key=KEY))
 
 
-async def test_what_can_only_be_sampled_from_is_not_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_sampling_only_models_are_not_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     body = b'{"supported_models": [{"model_name": "a", "trainable": false}, {"model_name": "b"}, {"model_name": null}]}'
     with answering(tmp_path, monkeypatch, 200, body) as url:
         connect = lambda: tinker.RestClient(base_url=url, api_key=KEY)  # noqa: E731

@@ -1,4 +1,4 @@
-"""Playing and learning at once, in whole runs on a real small model: what streams, what waits, what is cut, what is left."""
+"""Overlapped rollout and training, in whole runs on a real small model: streaming, waiting, cutting, resuming."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _numbers = itertools.count()
 
 
 async def varied(episode: sr.Episode) -> float:
-    """Tells members apart whatever the model does, so that every group is learned from."""
+    """Differs between members whatever the model does, so that every group is trained on."""
     return next(_numbers) % 11 / 11
 
 
@@ -46,15 +46,15 @@ def assert_every_question_once(run: sr.Run, questions: int) -> pl.DataFrame:
     return groups
 
 
-async def test_a_synchronous_step_learns_only_when_all_of_it_is_played(start: Callable[..., sr.Run]) -> None:
+async def test_a_synchronous_step_trains_after_its_whole_rollout(start: Callable[..., sr.Run]) -> None:
     events: list[Event] = []
     await start(steps=1, synchronous=True, minibatches=3, emit=events.append)
     kinds = [type(event) for event in events if isinstance(event, GroupFinished | MinibatchSubmitted)]
     assert kinds == [GroupFinished] * 6 + [MinibatchSubmitted] * 3
 
 
-async def test_streaming_learns_while_the_last_group_plays(start: Callable[..., sr.Run]) -> None:
-    """One group's reward waits until a minibatch of the others has gone out."""
+async def test_streaming_trains_during_the_last_group(start: Callable[..., sr.Run]) -> None:
+    """One group's reward waits until a minibatch of the others was sent."""
     sent = anyio.Event()
     first = tiny_world.make_questions()[0][0].id
 
@@ -73,7 +73,7 @@ async def test_streaming_learns_while_the_last_group_plays(start: Callable[..., 
     assert assert_every_question_once(run, 6)["trained"].all()
 
 
-async def test_with_staleness_the_next_batch_plays_while_the_trainer_works(start: Callable[..., sr.Run]) -> None:
+async def test_with_staleness_the_next_batch_overlaps_training(start: Callable[..., sr.Run]) -> None:
     notices: list[str] = []
     run = start(
         questions=24,
@@ -89,7 +89,7 @@ async def test_with_staleness_the_next_batch_plays_while_the_trainer_works(start
     assert age.max() == 1
     assert run.metrics["env/all/staleness_max"].max() == 1
     assert run.metrics["groups/version_spread"].to_list() == [0] * 4
-    # From the second step on the first weights are no longer the newest: the loss is one for that by default.
+    # From the second step on the weights are stale, so the default loss is an off-policy one.
     assert any("the loss is stable_reinforce" in text for text in notices)
     assert run.metrics["optim/fallback_datums"].to_list() == [0] * 4, "every sequence is known"
     assert run.metrics["optim/kl_sample_train_v2"].to_list()[1] > 0
@@ -98,7 +98,7 @@ async def test_with_staleness_the_next_batch_plays_while_the_trainer_works(start
 async def test_running_episodes_keep_their_client_while_the_service_moves_its_weights(
     start: Callable[..., sr.Run],
 ) -> None:
-    """The searches of two groups wait until the first step's weights are there; the step is made up of others."""
+    """The searches of two groups wait for the first step's weights; other groups make up the step."""
     stepped = anyio.Event()
     is_learning = False
     held = {str(question.metadata["search_queries"][0]) for question in tiny_world.make_questions()[0][:2]}
@@ -119,7 +119,7 @@ async def test_running_episodes_keep_their_client_while_the_service_moves_its_we
     run = start(epochs=1, group_size=8, search_class=Slow, emit=emit, **settings)
     with anyio.fail_after(300):
         await run
-    # A turn goes by the weights of its episode's beginning, so that the age is an upper bound.
+    # A turn is labelled with the weights at its episode's start, so the age is an upper bound.
     assert run.metrics["groups/version_spread"].to_list() == [0, 0]
     assert run.metrics["env/all/staleness_max"].to_list() == [0, 1]
     episodes = run.episodes().collect()
@@ -127,8 +127,8 @@ async def test_running_episodes_keep_their_client_while_the_service_moves_its_we
     assert episodes.filter(pl.col("step") == 2)["trained"].any()
 
 
-async def test_groups_that_waited_too_long_are_learned_with_another_loss(start: Callable[..., sr.Run]) -> None:
-    """A run that is held over night goes on: the service has forgotten the sequences, and nothing is lost."""
+async def test_groups_that_waited_too_long_use_the_fallback_loss(start: Callable[..., sr.Run]) -> None:
+    """A run paused overnight continues: the service has forgotten the sequences, and nothing is lost."""
     run = start(questions=12, epochs=1, max_staleness=1, emit=lambda event: night(event))
     now = 0.0
     run.control.wall_clock = lambda: now
@@ -144,11 +144,11 @@ async def test_groups_that_waited_too_long_are_learned_with_another_loss(start: 
     assert assert_every_question_once(run, 12)["trained"].all()
     counts = run.metrics.sum()
     assert counts["optim/datums"].to_list() == [48]
-    # All that had begun by then and had not gone to the trainer: of the three groups at most two had.
+    # All that had started by then and were not yet at the trainer: at most two of the three groups were.
     assert counts["optim/fallback_datums"].item() >= 4
 
 
-async def test_spare_groups_end_a_step_without_its_slowest(start: Callable[..., sr.Run]) -> None:
+async def test_spare_groups_replace_the_slowest(start: Callable[..., sr.Run]) -> None:
     slow = {question.id for question in tiny_world.make_questions()[0][:2]}
 
     async def reward(episode: sr.Episode) -> float:
@@ -165,8 +165,8 @@ async def test_spare_groups_end_a_step_without_its_slowest(start: Callable[..., 
     assert run.metrics["groups/dropped/too_slow"].to_list() == [2]
 
 
-async def test_a_step_over_its_time_goes_on_with_what_it_has(start: Callable[..., sr.Run]) -> None:
-    """One group never ends; of another two members of four do."""
+async def test_a_step_past_its_time_limit_uses_the_finished_groups(start: Callable[..., sr.Run]) -> None:
+    """One group never ends; of another, two of four members do."""
     stuck, half = (question.id for question in tiny_world.make_questions()[0][:2])
     ended = 0
 
@@ -190,7 +190,7 @@ async def test_a_step_over_its_time_goes_on_with_what_it_has(start: Callable[...
     assert by_id[half]["members"] == 2
 
 
-async def test_groups_of_constant_reward_are_played_for_again(start: Callable[..., sr.Run]) -> None:
+async def test_constant_reward_groups_are_refilled(start: Callable[..., sr.Run]) -> None:
     constant = {question.id for question in tiny_world.make_questions()[0][:4]}
 
     async def reward(episode: sr.Episode) -> float:
@@ -205,7 +205,7 @@ async def test_groups_of_constant_reward_are_played_for_again(start: Callable[..
     assert groups.filter(step=1)["trained"].sum() >= 5, "at most three of four are replaced in a step"
 
 
-async def test_a_batch_with_nothing_to_learn_makes_no_optimiser_step_and_says_so(start: Callable[..., sr.Run]) -> None:
+async def test_an_empty_batch_makes_no_optimiser_step_and_says_so(start: Callable[..., sr.Run]) -> None:
     async def reward(episode: sr.Episode) -> float:
         return 0.5
 
@@ -225,8 +225,8 @@ async def test_a_batch_may_have_several_optimiser_steps(start: Callable[..., sr.
 
 
 @pytest.mark.parametrize("staleness", [0, 2])
-async def test_a_stopped_run_plays_no_finished_group_again(start: Callable[..., sr.Run], staleness: int) -> None:
-    """Stopped when some groups of the second step have finished: they are trained on after the resume, as they were."""
+async def test_a_resumed_run_does_not_repeat_finished_groups(start: Callable[..., sr.Run], staleness: int) -> None:
+    """Stopped when some groups of the second step have finished: the resume trains on them unchanged."""
     stopped = anyio.Event()
     played: list[str] = []
 
@@ -251,7 +251,7 @@ async def test_a_stopped_run_plays_no_finished_group_again(start: Callable[..., 
     assert_every_question_once(again, 18)
     assert len(played) == 18, "no question is played twice"
     if before - done:
-        (text,) = [text for text in notices if f"{len(before - done)} groups were finished before" in text]
+        (text,) = [text for text in notices if f"{len(before - done)} groups finished before" in text]
         assert ("trained on with ppo" in text) == bool(staleness)
     if staleness:
         counts = again.metrics.sum()
@@ -259,7 +259,7 @@ async def test_a_stopped_run_plays_no_finished_group_again(start: Callable[..., 
         assert counts["optim/datums"].to_list() == [72]
 
 
-async def test_groups_are_played_in_other_processes_and_learned_from_here(start: Callable[..., sr.Run]) -> None:
+async def test_groups_roll_out_in_workers_and_train_here(start: Callable[..., sr.Run]) -> None:
     run = start(questions=12, epochs=1, workers=2, max_staleness=1, warm_up=tiny_world.WARM_UP)
     result = await run
     assert result.steps == 2
@@ -273,8 +273,8 @@ async def test_groups_are_played_in_other_processes_and_learned_from_here(start:
     assert set(episodes["policy_versions"].explode()) <= {0, 1}
 
 
-async def test_with_staleness_a_step_over_its_time_cuts_as_many_as_it_lacks(start: Callable[..., sr.Run]) -> None:
-    """Of two batches under way three groups never end: the first step is cut short, and is not empty."""
+async def test_with_staleness_a_late_step_cuts_the_missing_groups(start: Callable[..., sr.Run]) -> None:
+    """Three groups of two concurrent batches never end: the first step is cut short, and is not empty."""
     stuck = {question.id for question in tiny_world.make_questions()[0][:8]}
 
     async def reward(episode: sr.Episode) -> float:
@@ -309,7 +309,7 @@ async def test_a_service_that_fails_every_episode_stops_even_a_short_run(start: 
         await run
 
 
-async def test_a_measurement_that_a_stop_cut_short_is_made_after_the_resume(start: Callable[..., sr.Run]) -> None:
+async def test_an_interrupted_evaluation_runs_after_the_resume(start: Callable[..., sr.Run]) -> None:
     measuring = anyio.Event()
 
     def emit(event: Event) -> None:
@@ -324,7 +324,7 @@ async def test_a_measurement_that_a_stop_cut_short_is_made_after_the_resume(star
     assert [evaluation.label for evaluation in result.evaluations] == ["untrained", "step 1", "after RL"]
 
 
-async def test_a_stop_ends_the_building_of_an_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_stop_cancels_index_building(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     building = anyio.Event()
 
     class Endless(tiny_world.HashingEmbedder):

@@ -1,4 +1,4 @@
-"""A service that goes away under a run, behind a real gateway: told soon, waited for, and given up on when it is due."""
+"""A service that disappears during a run, behind a real gateway: reported soon, waited for, given up on in time."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MODEL = "Qwen/Qwen3.5-4B"
 
 @dataclass
 class World:
-    """A scripted service behind a gateway, and what a run on it told."""
+    """A scripted service behind a gateway, and the events of a run on it."""
 
     gateway: Gateway
     folder: Path
@@ -110,7 +110,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-async def test_a_run_waits_for_a_service_that_fails_and_goes_on(world: World) -> None:
+async def test_a_run_waits_out_an_outage(world: World) -> None:
     world.switch_after(1, "fail")
     run = world.train()
     await world.until(lambda: bool(world.told(ServiceSilent)), 20)
@@ -130,10 +130,10 @@ async def test_a_run_waits_for_a_service_that_fails_and_goes_on(world: World) ->
 
 
 @pytest.mark.usefixtures("quick")
-async def test_a_run_whose_service_stays_away_ends_with_its_resume_point(world: World) -> None:
+async def test_a_long_outage_ends_the_run_with_its_resume_point(world: World) -> None:
     world.switch_after(1, "fail")
     with pytest.raises(
-        sr.ServiceUnavailableError, match=r"has been down for .*bring it back and resume.*max_service_outage"
+        sr.ServiceUnavailableError, match=r"has been down for .*restore it and resume.*max_service_outage"
     ):
         await world.train(max_service_outage=1.0)
     assert sr.open_run(world.folder / "run").metrics["step"].max() >= 1
@@ -145,7 +145,7 @@ async def test_a_run_whose_service_stays_away_ends_with_its_resume_point(world: 
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("mode", ["fail", "silent"])
-async def test_a_run_that_is_stopped_in_an_outage_does_not_wait_for_its_end(world: World, mode: Mode) -> None:
+async def test_a_stop_during_an_outage_does_not_wait(world: World, mode: Mode) -> None:
     world.switch_after(1, mode)
     run = world.train(steps=4)
     await world.until(lambda: bool(world.told(ServiceSilent)), 20)
@@ -160,7 +160,7 @@ async def test_a_run_that_is_stopped_in_an_outage_does_not_wait_for_its_end(worl
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("times", [TrainingTimes(optim_step=1.5)], ids=["1.5 s a step"])
-async def test_a_long_training_call_is_no_outage(world: World) -> None:
+async def test_a_long_training_call_is_not_an_outage(world: World) -> None:
     assert (await world.train(steps=1)).steps == 1
     assert not world.told(ServiceSilent)
 
@@ -170,7 +170,7 @@ async def test_a_long_training_call_is_no_outage(world: World) -> None:
 async def test_a_service_that_answers_all_but_health_checks_is_not_down(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its answers to the run itself count, as long as they come more often than an outage takes to be known."""
+    """Its answers to the run itself count, if they come more often than detection takes."""
     monkeypatch.setattr(reachability, "SILENT_AFTER", 2.0)
     world.switch_after(1, "sick")
     assert (await world.train(steps=10)).steps == 10
@@ -180,10 +180,10 @@ async def test_a_service_that_answers_all_but_health_checks_is_not_down(
 
 
 @pytest.mark.usefixtures("quick")
-async def test_a_busy_process_takes_no_service_for_gone(world: World) -> None:
+async def test_a_busy_process_reports_no_outage(world: World) -> None:
     def block(event: Event) -> None:
         if isinstance(event, StepFinished) and event.step == 1:
-            time.sleep(1.2)  # the whole event loop stands still
+            time.sleep(1.2)  # blocks the event loop
 
     world.when = block
     assert (await world.train()).steps == 3
@@ -191,7 +191,7 @@ async def test_a_busy_process_takes_no_service_for_gone(world: World) -> None:
 
 
 @pytest.mark.parametrize("value", [0, -1.0, float("inf"), "1h"])
-async def test_a_patience_that_is_none_is_refused_by_the_call(world: World, value: Any) -> None:
+async def test_an_invalid_outage_limit_is_refused_at_the_call(world: World, value: Any) -> None:
     with pytest.raises(sr.ConfigurationError, match="max_service_outage"):
         world.train(max_service_outage=value)
     assert not (world.folder / "run").exists()
@@ -199,7 +199,7 @@ async def test_a_patience_that_is_none_is_refused_by_the_call(world: World, valu
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["fail", "silent"])
-async def test_an_outage_is_told_within_fifteen_seconds(world: World, mode: Mode) -> None:
+async def test_an_outage_is_reported_within_fifteen_seconds(world: World, mode: Mode) -> None:
     world.switch_after(1, mode)
     run = world.train(steps=50)
     await world.until(lambda: bool(world.told(ServiceSilent)), 30)
@@ -215,8 +215,8 @@ STEPS = st.lists(
 
 
 @given(STEPS)
-def test_an_outage_is_known_by_failures_alone(steps: list[tuple[str, float]]) -> None:
-    """Whatever comes in whatever order: an outage means two failed checks and no answer for a while, and one answer ends it."""
+def test_outages_follow_from_failed_checks(steps: list[tuple[str, float]]) -> None:
+    """In any order of events: an outage means two failed checks and no answer for a while, and one answer ends it."""
     outage, now, answered, failures = Outage(0.0), 0.0, 0.0, 0
     for kind, seconds in steps:
         began, now = now, now + seconds

@@ -1,4 +1,4 @@
-"""A run in the hand: stopped, cancelled, resumed, refused."""
+"""The handle to a run: stop, cancel, resume, refuse."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.anyio
 
 
 class Watch:
-    """Collects events; ``wait_for`` returns when one has come that a condition holds for."""
+    """Collects events; ``wait_for`` returns once one matches."""
 
     def __init__(self) -> None:
         self.events: list[Event] = []
@@ -72,17 +72,17 @@ def in_step(step: int) -> Callable[[Event], bool]:
 
 
 async def cell(run: sr.Run) -> None:
-    """A notebook's, which waits for the run."""
+    """A notebook cell that awaits the run."""
     await run
 
 
 async def uneven(episode: sr.Episode) -> float:
-    """Differs within every group, so that there is something to learn from in each step."""
+    """Differs within every group, so that every step trains."""
     return len(episode.turns[0].sampled_tokens) + sum(episode.turns[0].logprobs) / 100
 
 
 def assert_whole(run: sr.Run, steps: int) -> None:
-    """Every step once, in order, each with all its episodes, and no question twice within the epoch."""
+    """Every step once, in order, with all its episodes, and no question twice within the epoch."""
     assert run.metrics["step"].to_list() == list(range(1, steps + 1))
     episodes = run.episodes().collect()
     assert episodes["step"].unique(maintain_order=True).to_list() == list(range(1, steps + 1))
@@ -91,7 +91,7 @@ def assert_whole(run: sr.Run, steps: int) -> None:
     assert by_question.height == 6 * steps
 
 
-async def test_a_stopped_run_keeps_its_steps_and_goes_on(start: Callable[..., sr.Run]) -> None:
+async def test_a_stopped_run_keeps_its_steps_and_resumes(start: Callable[..., sr.Run]) -> None:
     watch = Watch()
     run = start(emit=watch)
     await watch.wait_for(in_step(2), run)
@@ -112,7 +112,7 @@ async def test_a_stopped_run_keeps_its_steps_and_goes_on(start: Callable[..., sr
     assert await run.stop() is result, "a stop that comes too late changes nothing"
 
 
-async def test_a_finished_run_is_there_at_once_without_any_service(
+async def test_a_finished_run_returns_at_once_without_a_service(
     start: Callable[..., sr.Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = await start(steps=1)
@@ -121,13 +121,13 @@ async def test_a_finished_run_is_there_at_once_without_any_service(
     second = await start(steps=1, resume=True, service=dead, emit=watch)
     assert second == first
     assert not any(isinstance(event, PhaseStarted) for event in watch.events)
-    with pytest.raises(sr.ServiceUnavailableError):  # there is more to do now
+    with pytest.raises(sr.ServiceUnavailableError):  # there is work left now
         await start(steps=2, resume=True, service=dead)
     third = await start(steps=2, resume=True)
     assert third.steps == 2
 
 
-async def test_a_run_stopped_before_its_first_step_begins_anew(start: Callable[..., sr.Run], tmp_path: Path) -> None:
+async def test_a_run_stopped_before_its_first_step_starts_over(start: Callable[..., sr.Run], tmp_path: Path) -> None:
     run = start()
     result = await run.stop()
     assert (result.steps, result.reason, result.checkpoint) == (0, "stopped", None)
@@ -136,7 +136,7 @@ async def test_a_run_stopped_before_its_first_step_begins_anew(start: Callable[.
     assert (result.steps, result.reason) == (1, "finished")
 
 
-async def test_cancelling_whoever_awaits_closes_everything_first(start: Callable[..., sr.Run]) -> None:
+async def test_cancelling_the_awaiting_task_closes_everything_first(start: Callable[..., sr.Run]) -> None:
     watch = Watch()
     run = start(emit=watch)
     awaiting = asyncio.create_task(cell(run))
@@ -151,7 +151,7 @@ async def test_cancelling_whoever_awaits_closes_everything_first(start: Callable
     assert_whole(run, 4)
 
 
-async def test_a_cancelled_scope_waits_as_well(start: Callable[..., sr.Run]) -> None:
+async def test_a_cancelled_scope_waits_too(start: Callable[..., sr.Run]) -> None:
     watch = Watch()
     run = start(emit=watch)
     with anyio.CancelScope() as scope:
@@ -168,7 +168,7 @@ async def test_a_cancelled_scope_waits_as_well(start: Callable[..., sr.Run]) -> 
     assert tiny_world.tasks_left() == set()
 
 
-async def test_what_may_not_change_is_named_and_what_may_is_taken(start: Callable[..., sr.Run], tmp_path: Path) -> None:
+async def test_forbidden_changes_are_named_and_others_apply(start: Callable[..., sr.Run], tmp_path: Path) -> None:
     await start(steps=1)
     before = ResumePoint.load(tmp_path / "run")
     questions = tiny_world.make_questions()[0]
@@ -197,7 +197,7 @@ async def test_a_folder_with_a_run_is_not_overwritten(start: Callable[..., sr.Ru
     assert run.metrics.height == 1
 
 
-async def test_a_folder_in_use_is_refused_and_the_run_in_it_undisturbed(start: Callable[..., sr.Run]) -> None:
+async def test_a_folder_in_use_is_refused(start: Callable[..., sr.Run]) -> None:
     watch = Watch()
     run = start(steps=2, emit=watch)
     await watch.wait_for(in_step(1), run)
@@ -208,14 +208,14 @@ async def test_a_folder_in_use_is_refused_and_the_run_in_it_undisturbed(start: C
     assert_whole(run, 2)
 
 
-async def test_the_time_limit_ends_a_run_that_can_go_on(start: Callable[..., sr.Run]) -> None:
+async def test_a_run_ended_by_its_time_limit_can_resume(start: Callable[..., sr.Run]) -> None:
     result = await start(time_limit=1e-3)
     assert (result.steps, result.reason) in ((0, "time_limit"), (1, "time_limit"))
     result = await start(resume=True)
     assert (result.steps, result.reason) == (4, "finished")
 
 
-async def test_a_run_says_where_it_is(start: Callable[..., sr.Run], tmp_path: Path) -> None:
+async def test_a_run_reports_its_progress(start: Callable[..., sr.Run], tmp_path: Path) -> None:
     run = start(steps=1)
     assert repr(run) == f"Run({str(tmp_path / 'run')!r}, 0 steps, running)"
     assert run.out_dir == tmp_path / "run"
@@ -225,7 +225,7 @@ async def test_a_run_says_where_it_is(start: Callable[..., sr.Run], tmp_path: Pa
     assert repr(run).endswith("1 steps, ended)")
 
 
-async def test_its_events_are_a_loop_of_ones_own(start: Callable[..., sr.Run]) -> None:
+async def test_events_can_be_iterated(start: Callable[..., sr.Run]) -> None:
     run = start(steps=2)
     seen = [event async for event in run]
     result = await run
@@ -236,7 +236,7 @@ async def test_its_events_are_a_loop_of_ones_own(start: Callable[..., sr.Run]) -
     assert [event async for event in run] == [], "nothing comes any more"
 
 
-async def test_a_step_is_told_in_its_order(start: Callable[..., sr.Run], tmp_path: Path) -> None:
+async def test_a_steps_events_are_in_order(start: Callable[..., sr.Run], tmp_path: Path) -> None:
     run = start(steps=1, reward=uneven)
     told = [type(event).__name__ async for event in run]
     await run
@@ -255,14 +255,14 @@ async def test_a_step_is_told_in_its_order(start: Callable[..., sr.Run], tmp_pat
     assert [kept.index(name) for name in order] == sorted(kept.index(name) for name in order)
 
 
-async def test_a_paused_run_asks_for_nothing_and_goes_on(start: Callable[..., sr.Run]) -> None:
+async def test_a_paused_run_sends_no_requests_and_resumes(start: Callable[..., sr.Run]) -> None:
     watch = Watch()
     run = start(steps=3, emit=watch)
     await watch.wait_for(in_step(2), run)
     with anyio.fail_after(60):
         await run.pause()
     paused = len(watch.events)
-    with anyio.fail_after(60):  # it looks about, and nothing is under way at the services
+    with anyio.fail_after(60):  # nothing is in flight at the services
         for _ in range(3):
             at = len(watch.events)
             await watch.wait_for(
@@ -280,10 +280,10 @@ async def test_a_paused_run_asks_for_nothing_and_goes_on(start: Callable[..., sr
     assert sum(isinstance(event, RunResumed) for event in watch.events) == 1
 
 
-async def test_a_run_under_way_is_asked_with_its_newest_weights_and_undisturbed(start: Callable[..., sr.Run]) -> None:
+async def test_asking_a_running_run_uses_its_newest_weights(start: Callable[..., sr.Run]) -> None:
     watch = Watch()
     run = start(steps=3, emit=watch, reward=uneven, checkpoint_every=1)
-    first = await run.ask("river of mirin?")  # it waits for the services
+    first = await run.ask("river of mirin?")  # waits for the services
     assert first.checkpoint is None
     await watch.wait_for(finished(1), run)
     newest, kept = await run.ask("river of mirin?"), await run.ask("river of mirin?", step=1, max_turns=1)
@@ -306,7 +306,7 @@ async def test_a_run_under_way_is_asked_with_its_newest_weights_and_undisturbed(
     assert run.metrics["rollout/samples"][-1] == sum(len(episode.turns) for episode in played)
 
 
-async def test_a_held_run_answers_and_stays_held(start: Callable[..., sr.Run]) -> None:
+async def test_a_paused_run_answers_and_stays_paused(start: Callable[..., sr.Run]) -> None:
     watch = Watch()
     run = start(steps=3, emit=watch)
     await watch.wait_for(in_step(2), run)
@@ -322,8 +322,6 @@ async def test_a_held_run_answers_and_stays_held(start: Callable[..., sr.Run]) -
 
 
 class LateSearch(sr.Search):
-    """Opens when it is told to."""
-
     may_open: asyncio.Event
 
     async def connect(self, on_progress: Any = None) -> None:
@@ -331,7 +329,7 @@ class LateSearch(sr.Search):
         await super().connect(on_progress)
 
 
-async def test_a_run_that_ends_before_the_answer_is_asked_with_its_last_weights(
+async def test_a_run_that_ends_first_answers_with_its_last_weights(
     start: Callable[..., sr.Run], tmp_path: Path
 ) -> None:
     watch = Watch()
@@ -349,10 +347,10 @@ async def test_a_run_that_ends_before_the_answer_is_asked_with_its_last_weights(
     assert tiny_world.tasks_left() == set()
 
 
-async def test_a_run_that_has_ended_is_asked_with_its_last_weights(start: Callable[..., sr.Run]) -> None:
+async def test_an_ended_run_answers_with_its_last_weights(start: Callable[..., sr.Run]) -> None:
     run = start(steps=2, reward=uneven)
     result = await run
-    answer = await run.ask("river of mirin?")  # its search was made in memory, and its service named
+    answer = await run.ask("river of mirin?")  # its search was in memory, and its service named
     assert (answer.step, answer.checkpoint) == (2, result.checkpoint)
     with pytest.raises(sr.ConfigurationError, match="pass search="):
         await sr.open_run(run.out_dir).ask("river of mirin?", service=tiny_world.served()["service"])
@@ -378,7 +376,7 @@ async def test_a_paused_run_can_be_stopped(start: Callable[..., sr.Run]) -> None
     assert tiny_world.tasks_left() == set()
 
 
-async def test_a_stop_waits_for_the_step_that_is_at_the_trainer(start: Callable[..., sr.Run]) -> None:
+async def test_a_stop_waits_for_the_current_optimiser_step(start: Callable[..., sr.Run]) -> None:
     watch = Watch()
     run = start(emit=watch, reward=uneven)
     await watch.wait_for(lambda event: isinstance(event, BatchClosed) and event.step == 1, run)
@@ -404,7 +402,7 @@ async def test_an_interrupt_stops_with_a_checkpoint(start: Callable[..., sr.Run]
     assert watch.events[-1] == RunEnded("stopped")
 
 
-async def test_an_impatient_interrupt_ends_it_too(start: Callable[..., sr.Run]) -> None:
+async def test_a_second_interrupt_ends_it_too(start: Callable[..., sr.Run]) -> None:
     watch = Watch()
     run = start(emit=watch)
     awaiting = asyncio.create_task(cell(run))
@@ -420,7 +418,7 @@ async def test_an_impatient_interrupt_ends_it_too(start: Callable[..., sr.Run]) 
     assert tiny_world.tasks_left() == set()
 
 
-async def test_a_run_is_there_again_by_its_folder(start: Callable[..., sr.Run], tmp_path: Path) -> None:
+async def test_a_run_is_reopened_by_its_folder(start: Callable[..., sr.Run], tmp_path: Path) -> None:
     with pytest.raises(sr.RunFolderError, match="holds no run"):
         sr.open_run(tmp_path / "run")
     watch = Watch()
@@ -466,13 +464,13 @@ async def test_a_stop_in_the_last_measurement_is_a_stop(start: Callable[..., sr.
     assert [evaluation.label for evaluation in result.evaluations] == ["untrained", "after RL"]
 
 
-def test_looking_at_a_folder_changes_nothing_there(tmp_path: Path) -> None:
+def test_checking_a_folder_changes_nothing(tmp_path: Path) -> None:
     with pytest.raises(sr.RunFolderError, match="holds no run"):
         sr.open_run(tmp_path / "no" / "such")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_an_event_loop_it_says_so(tmp_path: Path) -> None:
+def test_train_needs_an_event_loop(tmp_path: Path) -> None:
     with pytest.raises(sr.ConfigurationError, match="async function"):
         sr.train("atlas", tiny_world.make_search(tmp_path / "index"), out_dir=tmp_path / "run")
     assert not (tmp_path / "run").exists()

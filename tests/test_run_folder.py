@@ -16,7 +16,7 @@ from tests import tiny_world
 from tests.watch.builders import HOSTILE
 
 
-def test_the_questions_that_a_run_keeps_come_back(tmp_path: Path) -> None:
+def test_saved_questions_round_trip(tmp_path: Path) -> None:
     asked = [Question("1", "who?", ("me", "I"), "a", {"hop": 2}), Question("2", "é\x00?", ("x",), "b")]
     keep_questions(asked, tmp_path)
     kept = training_questions(tmp_path)
@@ -25,13 +25,13 @@ def test_the_questions_that_a_run_keeps_come_back(tmp_path: Path) -> None:
     assert training_questions(tmp_path) == kept, "written once"
 
 
-def test_questions_with_lone_surrogates_are_kept(tmp_path: Path) -> None:
+def test_questions_with_lone_surrogates_are_saved(tmp_path: Path) -> None:
     keep_questions([Question(f"id{HOSTILE}", HOSTILE, (HOSTILE, "a"), HOSTILE, {"of": HOSTILE})], tmp_path)
     kept = storable(HOSTILE)
     assert training_questions(tmp_path) == (Question(f"id{kept}", kept, (kept, "a"), kept),)
 
 
-def test_the_cost_in_a_folder_is_explained_by_the_table_only_where_its_price_made_it(tmp_path: Path) -> None:
+def test_a_recorded_cost_cites_the_price_table_only_if_it_matches(tmp_path: Path) -> None:
     tokens = TokenUsage(1000, 200, 30, 400)
     dollars = Billing(find_price("Qwen/Qwen3-8B")).dollars(tokens)
     assert dollars is not None
@@ -54,13 +54,11 @@ def test_the_cost_in_a_folder_is_explained_by_the_table_only_where_its_price_mad
                 (folder / "evaluations").mkdir(),
                 (folder / "evaluations" / "0000-untrained.parquet").touch(),
             ],
-            "measurements",
+            "evaluations",
         ),
     ],
 )
-def test_what_would_be_lost_with_a_run_that_made_no_step(
-    prepare: Callable[[Path], object], told: str, tmp_path: Path
-) -> None:
+def test_work_in_a_run_without_steps(prepare: Callable[[Path], object], told: str, tmp_path: Path) -> None:
     prepare(tmp_path)
     point = ResumePoint(0, 0, "tinker://run/weights/start", "order", "model")
     assert work_in(tmp_path, point) == (f"0 steps, but {told}" if told else "")
@@ -70,7 +68,7 @@ def test_what_would_be_lost_with_a_run_that_made_no_step(
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("name", ["questions.parquet", "tokenizer", "search.json", "manifest.json"])
-async def test_files_of_others_are_not_written_over(name: str, tmp_path: Path) -> None:
+async def test_foreign_files_are_not_overwritten(name: str, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / name).write_text("mine")
     questions = tiny_world.make_questions()[0][:2]
@@ -80,7 +78,7 @@ async def test_files_of_others_are_not_written_over(name: str, tmp_path: Path) -
     assert (tmp_path / "mine" / name).read_text() == "mine"
 
 
-def test_a_folder_of_a_refused_start_goes_and_others_stay(tmp_path: Path) -> None:
+def test_a_refused_start_removes_only_its_new_folder(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "mine.txt").write_text("mine")
 

@@ -35,7 +35,7 @@ asyncio.run(main())
 
 @pytest.fixture
 def service() -> Iterator[str]:
-    """The address of a service that accepts connections and never answers: a run waits for it."""
+    """The address of a service that accepts connections and never answers, so a run waits for it."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield f"http://127.0.0.1:{server.getsockname()[1]}"
 
@@ -55,7 +55,7 @@ def start(tmp_path: Path, service: str) -> Callable[[], sr.Run]:
     return train
 
 
-def test_a_script_without_await_names_it_and_fails(tmp_path: Path, service: str) -> None:
+def test_a_script_without_await_fails_with_advice(tmp_path: Path, service: str) -> None:
     found = subprocess.run(
         [sys.executable, "-c", SCRIPT, tmp_path, service],
         capture_output=True,
@@ -81,7 +81,7 @@ def test_a_program_that_ends_before_its_run_fails(start: Callable[..., sr.Run], 
         run(main())
 
 
-def test_of_two_forgotten_runs_both_are_named(start: Callable[..., sr.Run], caplog: pytest.LogCaptureFixture) -> None:
+def test_two_unawaited_runs_are_both_named(start: Callable[..., sr.Run], caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
         start("first")
         start("second")
@@ -94,7 +94,7 @@ def test_of_two_forgotten_runs_both_are_named(start: Callable[..., sr.Run], capl
     assert "second" in told
 
 
-def test_a_program_that_fails_by_itself_shows_its_own_error(start: Callable[..., sr.Run]) -> None:
+def test_a_failing_program_shows_its_own_error(start: Callable[..., sr.Run]) -> None:
     async def main() -> None:
         start()
         await asyncio.sleep(0)
@@ -104,7 +104,7 @@ def test_a_program_that_fails_by_itself_shows_its_own_error(start: Callable[...,
         asyncio.run(main())
 
 
-def test_a_run_that_was_stopped_or_awaited_is_not_forgotten(start: Callable[..., sr.Run]) -> None:
+def test_a_stopped_or_awaited_run_is_not_reported(start: Callable[..., sr.Run]) -> None:
     async def stopped() -> None:
         run = start()
         await asyncio.sleep(0.1)
@@ -118,7 +118,7 @@ def test_a_run_that_was_stopped_or_awaited_is_not_forgotten(start: Callable[...,
     asyncio.run(awaited())
 
 
-def test_signals_are_given_back_when_a_run_ends(start: Callable[..., sr.Run]) -> None:
+def test_signal_handlers_are_restored_when_a_run_ends(start: Callable[..., sr.Run]) -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
 
     async def main() -> None:
@@ -139,7 +139,7 @@ def test_signals_are_given_back_when_a_run_ends(start: Callable[..., sr.Run]) ->
 def test_a_signal_ends_the_program_after_its_run(
     start: Callable[..., sr.Run], number: signal.Signals, is_awaited: bool
 ) -> None:
-    """Whatever the program waits for: it is cancelled when the run has closed everything, and can close its own."""
+    """Whatever the program waits for, it is cancelled once the run has closed everything, and can close its own resources."""
     runs, seen = list[sr.Run](), list[str]()
 
     async def main() -> None:
@@ -160,10 +160,10 @@ def test_a_signal_ends_the_program_after_its_run(
     assert exit_status(ended.value) == 128 + number
 
 
-def test_an_interrupt_that_a_library_raises_in_a_thread_is_one_too(
+def test_an_interrupt_raised_in_a_library_thread_counts(
     start: Callable[..., sr.Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As polars does from its own handler, where SIGINT is ignored: it comes out of a worker thread, in exception groups."""
+    """As polars does from its own handler, with SIGINT ignored: it comes out of a worker thread, in exception groups."""
 
     def interrupted(*arguments: object) -> None:
         raise KeyboardInterrupt
@@ -177,7 +177,7 @@ def test_an_interrupt_that_a_library_raises_in_a_thread_is_one_too(
         asyncio.run(main())
 
 
-def test_a_handler_of_the_program_s_own_is_left_alone(start: Callable[..., sr.Run]) -> None:
+def test_the_programs_own_handler_is_left_alone(start: Callable[..., sr.Run]) -> None:
     came = list[int]()
 
     async def main() -> None:

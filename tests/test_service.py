@@ -1,4 +1,4 @@
-"""Bad input and bad services: a clear typed error, soon, and nothing begun."""
+"""Bad input and bad services: a clear typed error, soon, before anything starts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def search(tmp_path: Path) -> sr.Search:
 
 @pytest.fixture
 def silent_url() -> Iterator[str]:
-    """A socket that accepts every connection and never says a word."""
+    """A socket that accepts every connection and never answers."""
     listener = socket.create_server(("127.0.0.1", 0))
     listener.settimeout(0.05)
     ended = threading.Event()
@@ -78,7 +78,7 @@ BAD_SETTINGS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"time_limit": 0.0}, sr.ConfigurationError, "time_limit"),
     ({"evaluate_every": 0}, sr.ConfigurationError, "evaluate_every"),
     ({"evaluate_every": 2}, sr.ConfigurationError, "held_out"),
-    ({"min_members": 9}, sr.ConfigurationError, "no group would be learned from"),
+    ({"min_members": 9}, sr.ConfigurationError, "no group would be trained on"),
     ({"refill_groups": 1, "drop_constant_groups": False}, sr.ConfigurationError, "drop_constant_groups"),
     ({"max_staleness": 1, "synchronous": True}, sr.ConfigurationError, "on-policy"),
     ({"workers": 0}, sr.ConfigurationError, "workers"),
@@ -110,7 +110,7 @@ async def test_bad_settings_are_refused_by_the_call_itself(
         (lambda: sr.WarmUp(learning_rate=-1), "learning_rate"),
     ],
 )
-async def test_bad_options_are_refused_where_they_are_made(make: Callable[[], object], named: str) -> None:
+async def test_bad_options_are_refused_on_creation(make: Callable[[], object], named: str) -> None:
     with pytest.raises(sr.ConfigurationError, match=named):
         make()
 
@@ -136,11 +136,11 @@ async def test_bad_question_files_are_refused_naming_the_row(
     assert not (tmp_path / "run").exists()
 
 
-async def test_questions_that_are_none_are_refused(search: sr.Search, tmp_path: Path) -> None:
+async def test_invalid_questions_are_refused(search: sr.Search, tmp_path: Path) -> None:
     one = tiny_world.make_questions()[0][0]
     for questions, named in (
         ([{"question": "What?"}], "row 1 has neither 'golden_answers'"),
-        ([one, one], "two questions have the id"),
+        ([one, one], "duplicate question id"),
     ):
         with pytest.raises(sr.QuestionsError, match=named):
             start(search, tmp_path / "run", questions)
@@ -157,7 +157,7 @@ async def test_bad_corpora_are_refused(tmp_path: Path) -> None:
         sr.Search.local(write_rows(tmp_path / "corpus.jsonl", {"id": "1", "title": "One"}), embedder=embedder)
 
 
-async def test_a_corpus_that_goes_bad_in_a_later_row_is_refused_before_anything_is_begun(tmp_path: Path) -> None:
+async def test_a_corpus_with_a_bad_later_row_is_refused_first(tmp_path: Path) -> None:
     rows = [{"id": "1", "title": "", "text": "good"}, {"id": "1", "title": "", "text": "the same id"}]
     corpus = write_rows(tmp_path / "corpus.jsonl", *rows)
     search = sr.Search.local(corpus, embedder=tiny_world.HashingEmbedder(), path=tmp_path / "index")
@@ -167,7 +167,7 @@ async def test_a_corpus_that_goes_bad_in_a_later_row_is_refused_before_anything_
     assert not (tmp_path / "index").exists()
 
 
-async def test_an_unknown_model_is_refused_before_anything_is_begun(search: sr.Search, tmp_path: Path) -> None:
+async def test_an_unknown_model_is_refused_first(search: sr.Search, tmp_path: Path) -> None:
     with pytest.raises(sr.ConfigurationError, match="no-such-model"):
         await start(search, tmp_path / "run", model=str(tmp_path / "no-such-model"))
     with pytest.raises(sr.ModelError, match="no-such-model"):
@@ -177,7 +177,7 @@ async def test_an_unknown_model_is_refused_before_anything_is_begun(search: sr.S
     assert tiny_world.service_processes() == []
 
 
-async def test_a_port_in_use_is_refused_before_anything_is_begun(search: sr.Search, tmp_path: Path) -> None:
+async def test_a_port_in_use_is_refused_first(search: sr.Search, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         with pytest.raises(sr.PortInUseError, match=str(port)):
@@ -195,7 +195,7 @@ async def test_an_unknown_renderer_leaves_no_folder(search: sr.Search, tmp_path:
 
 @pytest.mark.parametrize("kind", ["refused_url", "silent_url"])
 @pytest.mark.parametrize("way", ["argument", "environment"])
-async def test_a_service_that_does_not_answer_is_named_within_ten_seconds(
+async def test_a_silent_service_is_named_within_ten_seconds(
     search: sr.Search,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -226,7 +226,7 @@ async def test_the_deadline_is_ten_seconds() -> None:
     assert CONNECT_DEADLINE <= 10
 
 
-async def test_a_server_that_is_no_tinker_service_is_named() -> None:
+async def test_a_server_that_is_not_tinker_is_named() -> None:
     import threading as threads
     from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -243,20 +243,20 @@ async def test_a_server_that_is_no_tinker_service_is_named() -> None:
         thread.start()
         url = f"http://127.0.0.1:{server.server_port}"
         try:
-            with pytest.raises(sr.ServiceUnavailableError, match="no Tinker service"):
+            with pytest.raises(sr.ServiceUnavailableError, match="not as a Tinker service"):
                 await check_service(url, None, LocalOptions())
         finally:
             server.shutdown()
             thread.join()
 
 
-async def test_a_folder_that_cannot_be_one_is_refused(search: sr.Search, tmp_path: Path) -> None:
+async def test_an_impossible_folder_is_refused(search: sr.Search, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(sr.RunFolderError, match="file"):
         await start(search, tmp_path / "file" / "run")
 
 
-async def test_a_tokenizer_that_is_none_is_refused(
+async def test_an_invalid_tokenizer_is_refused(
     search: sr.Search, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TINKER_API_KEY", tiny_world.shared_service().api_key)

@@ -1,4 +1,4 @@
-"""The sizes of a run where its user does not say: by the service, and on a resume by the run itself."""
+"""Default sizes of a run: by the service, and on a resume the run's own."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def chosen(is_embedded: bool = True, questions: int = 1200, **given: Any) -> Any
     return chosen_sizes(given, questions=questions, is_embedded=is_embedded, begun=begun)
 
 
-def test_nothing_said_is_a_laptop_s_run_on_the_embedded_service_and_the_recipe_s_elsewhere() -> None:
+def test_defaults_are_laptop_sizes_when_embedded_else_the_recipes() -> None:
     assert chosen() == LAPTOP
     assert chosen(is_embedded=False) == RECIPE
     assert LAPTOP.steps is not None
@@ -28,17 +28,17 @@ def test_nothing_said_is_a_laptop_s_run_on_the_embedded_service_and_the_recipe_s
 
 
 @pytest.mark.parametrize("said", [{"groups_per_batch": 6}, {"epochs": 1}, {"time_limit": 60.0}])
-def test_a_user_who_says_how_long_is_not_cut_short(said: dict[str, Any]) -> None:
+def test_an_explicit_length_is_not_shortened(said: dict[str, Any]) -> None:
     assert chosen(**said).steps is None
     assert chosen(steps=30).steps == 30
 
 
-def test_few_questions_are_played_once() -> None:
+def test_few_questions_are_used_once() -> None:
     assert chosen(questions=20).steps is None
     assert chosen(questions=97).steps == 12
 
 
-def test_what_is_said_holds_and_minibatches_fit_a_small_batch() -> None:
+def test_given_sizes_apply_and_minibatches_fit_a_small_batch() -> None:
     sizes = chosen(group_size=4, groups_per_batch=2, max_tokens=28)
     assert (sizes.group_size, sizes.groups_per_batch, sizes.minibatches, sizes.max_tokens) == (4, 2, 2, 28)
     assert chosen(groups_per_batch=2, minibatches=4).minibatches == 4, "what is named is refused, not changed"
@@ -60,9 +60,7 @@ def test_a_resume_has_the_run_s_own_sizes() -> None:
 
 @pytest.mark.slow
 @pytest.mark.anyio
-async def test_a_run_on_the_embedded_service_records_what_was_chosen_and_can_go_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_an_embedded_run_records_its_sizes_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("TINKER_API_KEY", "TINKER_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
     begins = anyio.Event()
@@ -101,6 +99,6 @@ async def test_a_run_on_the_embedded_service_records_what_was_chosen_and_can_go_
     assert point.settings["learning"]["groups_per_batch"] == LAPTOP.groups_per_batch
     assert point.settings["limits"]["max_tokens"] == LAPTOP.max_tokens
 
-    again = start(resume=True)  # without naming the limit that it was begun with
+    again = start(resume=True)  # without repeating the original limit
     result = await again.stop()
     assert (result.reason, result.steps) == ("stopped", point.step)

@@ -205,7 +205,7 @@ async def test_what_is_asked_of_a_run_belongs_to_its_cost_and_a_live_view_says_t
     ("settings", "message"),
     [
         ({"max_cost": 0.0}, "must be over 0"),
-        ({"max_cost": float("nan")}, "give a finite number"),
+        ({"max_cost": float("nan")}, "expected a finite number"),
         ({"max_cost": 5.0, "price": None}, "max_cost needs a known price: the price of"),
         ({"max_cost": 5.0, "price": sr.Price(1.0, 1.0)}, "only the price of sampling is known"),
     ],

@@ -52,7 +52,7 @@ def path_of(start: Start) -> str | None:
     return start.state.path
 
 
-def test_a_run_gives_its_last_weights_or_those_of_a_step(tmp_path: Path) -> None:
+def test_starts_from_the_last_weights_or_a_steps(tmp_path: Path) -> None:
     run, out = make_run(tmp_path / "first", embedded=True), tmp_path / "second"
     start = find_start(run, None, out)
     assert (path_of(start), start.rank, start.base_model) == ("tinker://run/weights/4", 8, "org/model")
@@ -63,7 +63,7 @@ def test_a_run_gives_its_last_weights_or_those_of_a_step(tmp_path: Path) -> None
         find_start(f"{run}@3", None, out)
 
 
-def test_the_last_weights_are_none_that_a_run_under_way_deletes_after_measuring(tmp_path: Path) -> None:
+def test_the_last_weights_exclude_those_kept_for_an_evaluation(tmp_path: Path) -> None:
     run = make_run(tmp_path / "first", embedded=True)
     kept = json.loads((run / "checkpoints.json").read_text())
     kept["checkpoints"][1]["for_good"] = False
@@ -72,12 +72,12 @@ def test_the_last_weights_are_none_that_a_run_under_way_deletes_after_measuring(
     assert find_state(run, 4).path == "tinker://run/weights/4", "named, it is had as long as it is there"
 
 
-def test_weights_that_the_service_cannot_have_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_of_another_service_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "second"
     cloud, embedded = make_run(tmp_path / "cloud"), make_run(tmp_path / "embedded", embedded=True)
     with pytest.raises(sr.RunFolderError, match="would use the embedded one"):
         find_start(cloud, None, out)
-    with pytest.raises(sr.ConfigurationError, match="no run's folder and no PEFT adapter's"):
+    with pytest.raises(sr.ConfigurationError, match="neither a run's folder nor a PEFT adapter's"):
         find_start(tmp_path / "nothing", None, out)
     with pytest.raises(sr.ConfigurationError, match="pass resume=True"):
         find_start(embedded, None, embedded)
@@ -90,7 +90,7 @@ def test_weights_that_the_service_cannot_have_are_refused(tmp_path: Path, monkey
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text('{"r": 8, "base_model_name_or_path": "org/model"}')
-    with pytest.raises(sr.ConfigurationError, match="only the embedded service takes"):
+    with pytest.raises(sr.ConfigurationError, match="only the embedded service accepts"):
         find_start(adapter, None, out)
     assert find_start(adapter, "http://localhost:1", out).rank == 8
 
@@ -98,17 +98,17 @@ def test_weights_that_the_service_cannot_have_are_refused(tmp_path: Path, monkey
 @pytest.mark.parametrize(
     "content", ["[]", "{", '{"r": null}', '{"r": 0}', '{"r": 1e400}', '{"r": 8, "base_model_name_or_path": 3}']
 )
-def test_an_adapter_that_is_none_is_refused(tmp_path: Path, content: str) -> None:
+def test_an_invalid_adapter_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "adapter_config.json").write_text(content)
-    with pytest.raises(sr.ConfigurationError, match=r"adapter_config\.json is no .*adapter's"):
+    with pytest.raises(sr.ConfigurationError, match=r"adapter_config\.json is not an? .*adapter"):
         find_start(tmp_path, None, tmp_path / "second")
 
 
-def test_a_file_and_a_step_of_another_type_are_named(tmp_path: Path) -> None:
+def test_a_file_and_a_wrongly_typed_step_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(sr.ConfigurationError, match="no run's folder and no PEFT adapter's"):
+    with pytest.raises(sr.ConfigurationError, match="neither a run's folder nor a PEFT adapter's"):
         find_start(tmp_path / "file", None, tmp_path / "second")
-    with pytest.raises(sr.RunFolderError, match="holds no run: name a run's folder"):
+    with pytest.raises(sr.RunFolderError, match="holds no run: pass a run's folder"):
         find_state(tmp_path / "file")
     step: Any = "2"
     with pytest.raises(sr.RunFolderError, match="no weights of step '2'; kept: 2, 4"):
@@ -132,7 +132,7 @@ def test_contradictions_are_refused_by_name(tmp_path: Path) -> None:
         chosen_model("org/other", start)
 
 
-def test_a_resume_needs_nothing_of_what_the_run_started_from(tmp_path: Path) -> None:
+def test_a_resume_does_not_need_the_original_weights(tmp_path: Path) -> None:
     point = ResumePoint.load(make_run(tmp_path / "second"))
     assert point is not None
     start = resumed_start("runs/first", point)
@@ -155,7 +155,7 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., sr.R
 
 @pytest.fixture(scope="module")
 def warmed_up(tmp_path_factory: pytest.TempPathFactory) -> sr.RecordedRun:
-    """A finished run of one step behind a warm-up, on the shared service."""
+    """A finished run of one step after a warm-up, on the shared service."""
     folder = tmp_path_factory.mktemp("warmed-up")
 
     async def train() -> None:
@@ -217,8 +217,8 @@ async def test_a_run_starts_from_an_adapter_and_from_a_path(
 
 
 @pytest.mark.slow
-async def test_a_run_of_the_embedded_service_starts_from_another_ones_folder(tmp_path: Path) -> None:
-    """Each has a service of its own: the weights are copied from one's checkpoints to the other's."""
+async def test_an_embedded_run_starts_from_another_embedded_runs_folder(tmp_path: Path) -> None:
+    """Each has its own service: the weights are copied from one's checkpoints to the other's."""
     questions = tiny_world.make_questions()[0]
     settings: dict[str, Any] = tiny_world.SETTINGS | {
         "group_size": 4,

@@ -1,4 +1,4 @@
-"""Items that a thread makes while the one before is used."""
+"""Items prepared in a thread while the previous one is used."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from searchr1_async.threads import prepared_ahead
 
 @settings(deadline=None)
 @given(st.lists(st.none() | st.integers(), max_size=8))
-def test_all_items_come_in_their_order(items: list[int | None]) -> None:
+def test_items_keep_their_order(items: list[int | None]) -> None:
     assert list(prepared_ahead(iter(items))) == items
 
 
-def test_the_next_one_is_made_while_one_is_used_and_no_more() -> None:
+def test_exactly_one_item_is_prepared_ahead() -> None:
     made = [threading.Event() for _ in range(4)]
 
     def making() -> Iterator[int]:
@@ -38,7 +38,7 @@ def test_the_next_one_is_made_while_one_is_used_and_no_more() -> None:
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("searchr1-ahead")]
 
 
-def test_a_failure_comes_where_the_item_would_have() -> None:
+def test_a_failure_is_raised_in_place_of_its_item() -> None:
     def making() -> Iterator[int]:
         yield 1
         raise OSError("the disk is gone")

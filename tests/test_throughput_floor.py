@@ -1,4 +1,4 @@
-"""The floor of the throughput benchmark: worked by hand, and against every schedule of a small batch."""
+"""The floor of the throughput benchmark: against hand-computed values, and against every schedule of a small batch."""
 
 from __future__ import annotations
 
@@ -39,26 +39,26 @@ def world(subjects: int = 4) -> World:
     return World(seed=1, scale=1.0, subjects=made, words=words)
 
 
-def test_a_batch_worked_by_hand() -> None:
+def test_a_batch_against_hand_computed_values() -> None:
     # The first trains from 1 to 3, the third from 3 to 5, the second from 10 to 11; then optimiser and save.
     assert streaming_floor([BATCH], TIMES) == [13.0]
     assert synchronous_floor([BATCH], TIMES) == [17.0]
-    # Two batches: the trainer has 1 + 2 * 5 + 2 * 2 = 15 s of work; both may be played from the start.
+    # Two batches: the trainer has 1 + 2 * 5 + 2 * 2 = 15 s of work; both may be rolled out from the start.
     assert pipelined_floor([BATCH, BATCH], TIMES, 1) == 15.0
 
 
-def test_the_longest_episodes_set_the_floor_where_training_is_quick() -> None:
+def test_the_longest_episodes_set_the_floor_if_training_is_fast() -> None:
     batch = [GroupCourse(1.0, 0.0), GroupCourse(10.0, 0.5), GroupCourse(2.0, 0.0)]
     assert pipelined_floor([batch] * 3, TIMES, 0) == sum(streaming_floor([batch] * 3, TIMES)) == 3 * 12.5
     # Of the six that start at once, three are released after 2 s: the third batch starts after 4 s.
     assert pipelined_floor([batch] * 2, TIMES, 1) == 12.5
     assert pipelined_floor([batch] * 3, TIMES, 1) == 4 + 12.5
-    # Behind the second batch, whose slowest took 10.5 + 2 s, the fourth starts.
+    # After the second batch, whose slowest took 10.5 + 2 s, the fourth starts.
     assert pipelined_floor([batch] * 4, TIMES, 1) == 12.5 + 12.5
     assert pipelined_floor([batch] * 3, TIMES, 2) == 12.5
 
 
-def test_a_trainer_that_is_always_busy_sets_the_floor() -> None:
+def test_a_busy_trainer_sets_the_floor() -> None:
     busy = [GroupCourse(1.0, 4.0)] * 3
     assert streaming_floor([busy], TIMES) == [15.0]
     assert pipelined_floor([busy] * 4, TIMES, 1) == 1.0 + 4 * 12.0 + 4 * 2.0
@@ -125,7 +125,7 @@ LOG = [
 ]
 
 
-def test_a_run_is_read_off_the_log() -> None:
+def test_a_run_is_read_from_the_log() -> None:
     seen = run_seen(LOG, 2)
     assert (seen.began, seen.step_ends, seen.walls) == (2.0, (11.5, 19.0), [9.5, 7.5])
     assert (seen.sample_requests, seen.samples, seen.in_flight) == (3, 4, 2)
@@ -140,7 +140,7 @@ def test_a_run_is_read_off_the_log() -> None:
     assert (episodes[0, 0].began, episodes[0, 0].ended) == (2.0, 7.0)
 
 
-def test_a_last_step_that_is_only_saved_ends_with_its_checkpoint() -> None:
+def test_a_last_step_ends_with_its_checkpoint() -> None:
     checkpoint = Served("export", 30.0, 1.5, 2)
     without = [request for request in LOG if (request.kind, request.version) not in {("snapshot", 2), ("export", 2)}]
     assert run_seen([*without, checkpoint], 2).step_ends == (11.5, 31.5)
@@ -149,20 +149,20 @@ def test_a_last_step_that_is_only_saved_ends_with_its_checkpoint() -> None:
         run_seen([*without, checkpoint, Served("snapshot", 40.0, 1.5, 3)], 3)
 
 
-def test_a_run_that_ended_early_is_no_result() -> None:
+def test_an_unfinished_run_is_refused() -> None:
     with pytest.raises(ValueError, match=r"steps \[2, 3\]"):
         run_seen(LOG[:9], 3)
 
 
 @settings(max_examples=30)
 @given(st.integers(1, 60), st.integers())
-def test_questions_are_handed_out_so_that_a_shuffle_puts_them_right(count: int, seed: int) -> None:
+def test_question_order_is_undone_by_the_shuffle(count: int, seed: int) -> None:
     handed = shuffled_to(range(count), random.Random(seed))
     random.Random(seed).shuffle(handed)
     assert handed == list(range(count))
 
 
-def test_an_episode_s_course_depends_on_nothing_else() -> None:
+def test_episodes_are_independent_of_each_other() -> None:
     first, second = world(), world()
     for subject, member in itertools.product(range(4), range(GROUP_SIZE)):
         plan = first.plan(subject, member)

@@ -1,4 +1,4 @@
-"""What the tests of whole runs take for granted of their small world."""
+"""Assumptions of the whole-run tests about their small world."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from tests import tiny_world
 pytestmark = pytest.mark.anyio
 
 
-async def test_no_two_passages_are_equally_near() -> None:
-    """Whatever a baseline or a half-trained model searches for: a question, its two words, or one of them."""
+async def test_no_two_passages_tie() -> None:
+    """Whatever a baseline or half-trained model searches for: a question, its two words, or one of them."""
     facts = tiny_world.make_facts()
     queries = [f"{relation} of {place}?" for relation, place in facts]
     queries += [f"{relation} {place}" for relation, place in facts]
@@ -24,11 +24,11 @@ async def test_no_two_passages_are_equally_near() -> None:
         [f"{relation} {place} {thing}" for (relation, place), thing in facts.items()]
     )
     nearest_QP = np.sort(found_QD.astype(np.float64) @ passages_PD.astype(np.float64).T)[:, ::-1]
-    # The first is what is shown. Sums of 512 float32 products differ by some 1e-7, by the order in which they are added.
+    # Only the first is shown. Sums of 512 float32 products differ by about 1e-7, depending on the order.
     assert (nearest_QP[:, 0] - nearest_QP[:, 1]).min() > 2e-6
 
 
-async def test_an_index_finds_the_same_whenever_it_is_opened(tmp_path: Path) -> None:
+async def test_reopening_an_index_gives_the_same_results(tmp_path: Path) -> None:
     train, _ = tiny_world.make_questions()
     questions = tuple(question.question for question in train)
     found: list[list[str]] = []

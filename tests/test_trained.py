@@ -1,4 +1,4 @@
-"""A run's weights are measured, played and asked as they were trained; what a caller changes is used, and said."""
+"""A run's weights are evaluated, rolled out and asked as trained; a caller's changes are applied and reported."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def bare_search(trained: TrainedRun, **options: Any) -> sr.Search:
-    """Over the corpus of the run; it would show three passages, and the run was trained with one."""
+    """Over the run's corpus; it would show three passages, while the run was trained with one."""
     return sr.Search.local(trained.corpus, path=trained.corpus.with_name("index"), embedder="hashed words", **options)
 
 
@@ -67,7 +67,7 @@ def prompts(trained: TrainedRun, episodes: Any) -> list[str]:
 
 
 @pytest.mark.anyio
-async def test_a_run_is_measured_played_and_asked_as_it_was_trained(trained: TrainedRun, tmp_path: Path) -> None:
+async def test_evaluate_rollout_and_ask_use_the_trained_settings(trained: TrainedRun, tmp_path: Path) -> None:
     search = bare_search(trained)
     systems = {"untrained": None, "trained": trained.folder}
     report = await measure(trained, search, systems=systems, out_dir=tmp_path / "e", temperature=0)
@@ -75,10 +75,12 @@ async def test_a_run_is_measured_played_and_asked_as_it_was_trained(trained: Tra
     for label in systems:
         episodes = report[label].episodes
         assert all(map(is_as_trained, episodes, prompts(trained, episodes))), label
-    assert f"Played as the run in {trained.folder} was trained: untrained and trained." in report.notes()
-    assert not any("not played as it was trained" in note for note in report.notes())
+    assert (
+        f"Evaluated with the training settings of the run in {trained.folder}: untrained and trained." in report.notes()
+    )
+    assert not any("is evaluated with other settings than in training" in note for note in report.notes())
 
-    # The very prompts and limits of training, and of a question that is asked.
+    # Exactly the prompts and limits of training, and of an asked question.
     asked = await sr.ask(HELD_OUT[0].question, search, checkpoint=trained.folder, **quiet())
     groups = await sr.rollout(HELD_OUT, search, checkpoint=trained.folder, group_size=1, **quiet())
     rolled = [group.episodes[0] for group in groups]
@@ -86,7 +88,7 @@ async def test_a_run_is_measured_played_and_asked_as_it_was_trained(trained: Tra
     assert [each.prompt_tokens for each in rolled] == [each.prompt_tokens for each in report["trained"].episodes]
     assert all(map(is_as_trained, [asked.episode, *rolled], prompts(trained, [asked.episode, *rolled])))
 
-    # Without a search it is the run's own, and from its manifest it is the same once more.
+    # Without a search the run's own is used, and its manifest gives the same again.
     for again in (
         await measure(trained, temperature=0, systems=systems),
         await sr.evaluate(tmp_path / "e", search, **quiet()),
@@ -96,14 +98,14 @@ async def test_a_run_is_measured_played_and_asked_as_it_was_trained(trained: Tra
 
 
 @pytest.mark.anyio
-async def test_what_is_named_otherwise_is_used_and_said(trained: TrainedRun) -> None:
+async def test_given_settings_override_and_are_reported(trained: TrainedRun) -> None:
     changed = {"max_tokens": 7, "max_turns": 1, "instructions": "answer the question"}
     report = await measure(trained, bare_search(trained, n_results=2), **changed)
     episodes = report["trained"].episodes
     assert max(len(turn.sampled_tokens) for episode in episodes for turn in episode.turns) <= 7
     assert {len(episode.turns) for episode in episodes} == {1}
     assert all("answer the question" in prompt for prompt in prompts(trained, episodes))
-    (said,) = (note for note in report.notes() if "not played as it was trained" in note)
+    (said,) = (note for note in report.notes() if "is evaluated with other settings than in training" in note)
     for difference in (
         "instructions 'answer the question' (trained with 'search then answer')",
         "max_turns 1 (trained with 2)",
@@ -117,11 +119,11 @@ async def test_what_is_named_otherwise_is_used_and_said(trained: TrainedRun) -> 
     events: list[Any] = []
     await sr.rollout(HELD_OUT[:1], bare_search(trained), checkpoint=trained.folder, max_tokens=7, emit=events.append, group_size=1, **quiet())  # fmt: skip
     told = [event.text for event in events if type(event).__name__ == "Notice"]
-    assert f"the weights of {trained.folder} are played with max_tokens 7 (trained with 11)" in told
+    assert f"the weights of {trained.folder} are rolled out with max_tokens 7 (trained with 11)" in told
 
 
 @pytest.mark.anyio
-async def test_one_system_may_differ_and_another_corpus_is_said(trained: TrainedRun, tmp_path: Path) -> None:
+async def test_one_system_may_differ_and_another_corpus_is_reported(trained: TrainedRun, tmp_path: Path) -> None:
     other = tmp_path / "other.jsonl"
     other.write_text(trained.corpus.read_text() + json.dumps({"id": "x", "title": "", "text": "one more"}) + "\n")
     search = sr.Search.local(other, path=tmp_path / "index", embedder="hashed words")
@@ -136,20 +138,18 @@ async def test_one_system_may_differ_and_another_corpus_is_said(trained: Trained
         ("same", ""),
         ("wide", "max_trajectory_tokens 200 (trained with 128), n_results 3 (trained with 1), "),
     ):
-        (said,) = (note for note in report.notes() if note.startswith(f"{label} is not played"))
-        assert f"trained: {told}search '{str(other)[:40]}" in said
+        (said,) = (note for note in report.notes() if note.startswith(f"{label} is evaluated with other settings"))
+        assert f"training: {told}search '{str(other)[:40]}" in said
 
 
 @pytest.mark.anyio
-async def test_an_evaluation_that_an_earlier_version_began_goes_on_as_it_was(
-    trained: TrainedRun, tmp_path: Path
-) -> None:
+async def test_an_evaluation_of_an_earlier_version_resumes_unchanged(trained: TrainedRun, tmp_path: Path) -> None:
     settings = {"max_tokens": 12, "max_turns": 2, "max_trajectory_tokens": 200, "format": "tags"}
     given = await measure(trained, bare_search(trained, n_results=3), out_dir=tmp_path / "e", **settings)
     manifest = json.loads((tmp_path / "e" / "manifest.json").read_text())
     assert given.record("trained").instructions == "search then answer"  # type: ignore[union-attr]
     play = PlaySettings(sr.RecipeReward(), EpisodeLimits(), sr.SamplingSettings(), format_name="tags")
-    # As the version before wrote it: its systems had the evaluation's prompt, not their run's.
+    # As the previous version wrote it: its systems had the evaluation's prompt, not their run's.
     del manifest["settings"]["follows_runs"]
     for system in manifest["systems"]:
         for name in ("n_results", "max_passage_words", "like", "differences", "unrecorded"):
@@ -166,7 +166,7 @@ async def test_an_evaluation_that_an_earlier_version_began_goes_on_as_it_was(
     assert not any("search then answer" in prompt for prompt in prompts(trained, again["trained"].episodes))
 
 
-def test_the_command_measures_a_run_as_it_was_trained(
+def test_the_command_evaluates_a_run_as_trained(
     trained: TrainedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [{"id": q.id, "question": q.question, "golden_answers": list(q.golden_answers)} for q in HELD_OUT]
@@ -174,25 +174,25 @@ def test_the_command_measures_a_run_as_it_was_trained(
     suite.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     arguments = ["eval", suite, "--out-dir", tmp_path / "e", "--system", f"trained={trained.folder}", "--untrained"]
     assert main([*map(str, arguments), "--service", quiet()["service"], "--temperature", "0"]) == 0, capsys.readouterr()
-    assert f"Played as the run in {trained.folder} was trained" in capsys.readouterr().out
+    assert f"Evaluated with the training settings of the run in {trained.folder}" in capsys.readouterr().out
     report = sr.open_report(tmp_path / "e")
     assert report["trained"].exact_match > 0.7
     assert all(map(is_as_trained, report["trained"].episodes, prompts(trained, report["trained"].episodes)))
 
 
 @pytest.mark.anyio
-async def test_settings_that_do_not_fit_are_refused_at_the_call(trained: TrainedRun, tmp_path: Path) -> None:
+async def test_conflicting_settings_are_refused_at_the_call(trained: TrainedRun, tmp_path: Path) -> None:
     with pytest.raises(sr.ConfigurationError, match=r"max_trajectory_tokens \(128\) must be over max_tokens \(500\)"):
         await measure(trained, bare_search(trained), max_tokens=500, out_dir=tmp_path / "e")
     assert not (tmp_path / "e").exists()
 
 
-def test_weights_of_no_run_have_the_defaults_of_the_recipe() -> None:
+def test_weights_without_a_run_use_the_recipes_defaults() -> None:
     weights = find_weights("tinker://run/sampler_weights/step-000001")
     assert weights.episodes(EpisodeChoice(max_turns=3), None).completed_by(RECIPE).limits == EpisodeLimits(max_turns=3)
 
 
-def test_what_an_old_folder_does_not_hold_has_the_defaults_and_is_named() -> None:
+def test_missing_settings_of_an_old_folder_default_and_are_named() -> None:
     old = TrainedPlay.of({"format": "tags", "limits": {"max_turns": 3, "max_tokens": 28}, "thinking": None}, None)
     assert asdict(old.episodes.limits) == asdict(EpisodeLimits(max_turns=3, max_tokens=28))
     assert set(old.unrecorded) == {

@@ -1,4 +1,4 @@
-"""The loop: streaming that changes nothing, failures that are no answers, and a disk that fills up."""
+"""The loop: streaming changes nothing, failures are no answers, and a disk fills up."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ async def logprobs_of(checkpoint: str | None, tokens: Sequence[int]) -> list[flo
         await service.close("success")
 
 
-async def test_streaming_in_minibatches_gives_the_weights_of_one_batch(
+async def test_streamed_minibatches_give_the_same_weights_as_one_batch(
     start: Callable[..., sr.Run], tmp_path: Path
 ) -> None:
     """The same seeded episodes, sent whole or in parts as they finish, sum to the same gradient.
@@ -83,7 +83,7 @@ async def test_streaming_in_minibatches_gives_the_weights_of_one_batch(
 
 
 class FallibleEmbedder(tiny_world.HashingEmbedder):
-    """Its service goes down when it is told to."""
+    """Its service goes down on request."""
 
     is_down = False
 
@@ -93,9 +93,7 @@ class FallibleEmbedder(tiny_world.HashingEmbedder):
         return await super().embed_queries(texts)
 
 
-async def test_a_search_that_stays_down_stops_the_run_and_is_no_answer(
-    start: Callable[..., sr.Run], tmp_path: Path
-) -> None:
+async def test_a_failed_search_stops_the_run(start: Callable[..., sr.Run], tmp_path: Path) -> None:
     embedder = FallibleEmbedder()
     pacing = sr.PacingSettings(max_outage=0.5, first_pause=0.02, longest_pause=0.1)
     # Without a cache: after one step every query of this small world has been asked.
@@ -103,7 +101,7 @@ async def test_a_search_that_stays_down_stops_the_run_and_is_no_answer(
     warm_up = tiny_world.WARM_UP
 
     def emit(event: Event) -> None:
-        # A step is written down while the next one plays.
+        # A step is recorded while the next one is rolled out.
         if isinstance(event, EpisodeFinished) and event.step == 2:
             embedder.is_down = True
 
@@ -123,7 +121,7 @@ async def test_a_search_that_stays_down_stops_the_run_and_is_no_answer(
 
 
 async def test_a_few_failures_are_recorded_and_never_trained_on(start: Callable[..., sr.Run], tmp_path: Path) -> None:
-    """Searches for one place fail for good: those episodes are left out, the warm-up's too, and the rest goes on."""
+    """Searches for one place always fail: those episodes are left out, in the warm-up too, and the rest continues."""
     questions = tiny_world.make_questions()[0][:6]
     place = questions[0].id.partition("-")[2]
 
@@ -152,7 +150,7 @@ def full_disk(*args: object, **kwargs: object) -> None:
 
 
 @pytest.mark.parametrize("where", ["resume point", "records"])
-async def test_a_full_disk_is_said_and_the_run_goes_on_from_its_last_whole_step(
+async def test_a_full_disk_is_reported_and_the_run_resumes(
     start: Callable[..., sr.Run], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, where: str
 ) -> None:
     target = (checkpoints, "write_atomically") if where == "resume point" else (RunRecords, "write_step")
@@ -173,7 +171,7 @@ async def test_a_full_disk_is_said_and_the_run_goes_on_from_its_last_whole_step(
     assert run.metrics["step"].to_list() == [1, 2, 3]
 
 
-async def test_a_reward_that_fails_ends_the_run_by_its_name(start: Callable[..., sr.Run]) -> None:
+async def test_a_failing_reward_ends_the_run_with_its_name(start: Callable[..., sr.Run]) -> None:
     async def reward(episode: sr.Episode) -> float:
         raise KeyError("missing")
 
@@ -181,8 +179,8 @@ async def test_a_reward_that_fails_ends_the_run_by_its_name(start: Callable[...,
         await start(reward=reward)
 
 
-async def test_a_start_that_failed_does_not_stand_in_the_way(start: Callable[..., sr.Run], tmp_path: Path) -> None:
-    """Neither its resume point of step 0 nor its settings, its questions or its tokenizer: nothing would be lost with them."""
+async def test_a_failed_start_does_not_block_the_next(start: Callable[..., sr.Run], tmp_path: Path) -> None:
+    """Neither its resume point of step 0 nor its settings, questions or tokenizer: nothing would be lost with them."""
 
     def broken(episode: sr.Episode) -> float:
         raise KeyError("missing")
@@ -194,7 +192,7 @@ async def test_a_start_that_failed_does_not_stand_in_the_way(start: Callable[...
     assert failed is not None
     assert failed.step == 0
     (folder / "notes.txt").write_text("mine")
-    with pytest.raises(sr.RewardError, match="missing"):  # with settings that a run could not be resumed with
+    with pytest.raises(sr.RewardError, match="missing"):  # with settings that could not be resumed
         await start(reward=broken, questions=questions[:6], learning_rate=2e-3, resume=True)
     result = await start(questions=questions[6:18], learning_rate=3e-3)
     assert (result.steps, result.reason) == (1, "finished")
@@ -206,7 +204,7 @@ async def test_a_start_that_failed_does_not_stand_in_the_way(start: Callable[...
         start()
 
 
-async def test_a_warm_up_that_was_stopped_goes_on_where_it_stood(start: Callable[..., sr.Run], tmp_path: Path) -> None:
+async def test_a_stopped_warm_up_resumes(start: Callable[..., sr.Run], tmp_path: Path) -> None:
     learned: dict[str, int] = {"stopped": 0, "whole": 0}
     settings: dict[str, Any] = {"held_out": tiny_world.make_questions()[1][:2], "steps": 1, "resume": True}
     settings["warm_up"] = sr.WarmUp(steps=4, batch_size=4, learning_rate=4e-3)
@@ -247,7 +245,7 @@ async def test_a_warm_up_that_was_stopped_goes_on_where_it_stood(start: Callable
 async def test_the_weights_of_an_attempt_without_a_resume_point_are_deleted(
     start: Callable[..., sr.Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a kill leaves them that comes before the first resume point, or a resume point that was lost."""
+    """As left by a kill before the first resume point, or by a lost resume point."""
     old = (await start()).checkpoint
     assert old is not None
     assert await logprobs_of(old, range(4, 9))

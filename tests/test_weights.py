@@ -35,17 +35,17 @@ def kept_at(step: int, exact_match: float | None = None) -> dict[str, object]:
     return {"step": step, "sampler_path": sampler_path(step), "exact_match": exact_match, "questions": questions}
 
 
-def test_none_is_the_base_model_at_step_zero(tmp_path: Path) -> None:
+def test_no_checkpoint_is_the_base_model_at_step_zero(tmp_path: Path) -> None:
     assert find_weights(None) == Weights(None, 0, None, None, None)
     assert find_weights(None, service_folder=str(tmp_path)).service_folder == tmp_path
 
 
-def test_of_a_tinker_path_nothing_else_is_known(tmp_path: Path) -> None:
+def test_a_tinker_path_gives_no_other_information(tmp_path: Path) -> None:
     assert find_weights(sampler_path(3)) == Weights(sampler_path(3), None, None, None, None)
     assert find_weights(sampler_path(3), service_folder=tmp_path).service_folder == tmp_path
 
 
-def test_a_run_gives_its_last_weights_its_model_and_the_service_in_it(tmp_path: Path) -> None:
+def test_a_runs_last_weights_model_and_service_are_found(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     found = find_weights(str(run))
     assert found == Weights(sampler_path(4), 4, "base/model", None, run, found.trained)
@@ -56,7 +56,7 @@ def test_a_run_gives_its_last_weights_its_model_and_the_service_in_it(tmp_path: 
     assert find_weights(run, service_folder=tmp_path / "other").service_folder == tmp_path / "other"
 
 
-def test_steps_are_looked_up_and_the_best_is_the_best_measured_one(tmp_path: Path) -> None:
+def test_steps_and_the_best_weights_are_found(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", kept=(kept_at(1, 0.3), kept_at(2, 0.5), kept_at(3, 0.4), kept_at(4)))
     found = find_weights(run, 3)
     assert (found.path, found.step, found.base_model, found.run) == (sampler_path(3), 3, "base/model", run)
@@ -66,7 +66,7 @@ def test_steps_are_looked_up_and_the_best_is_the_best_measured_one(tmp_path: Pat
         find_weights(run, 7)
 
 
-def test_what_a_run_does_not_have_is_told(tmp_path: Path) -> None:
+def test_missing_weights_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="holds no run"):
         find_weights(tmp_path / "nothing")
     fresh = make_run(tmp_path / "fresh", sampler_step=None)

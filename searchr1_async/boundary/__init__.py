@@ -1,26 +1,26 @@
-"""What comes in from outside, checked once: each module here is the only owner of one kind.
+"""Validation of everything that enters the package, with one owner per kind of input.
 
-Of users:
+From users:
 
-- :mod:`.paths`: paths as users give them, folders of models, and the folder for caches.
-- :mod:`.values`: numbers, flags and texts, and how a value is shown in a message.
-- :mod:`.settings`: the kinds and bounds of settings and arguments, as their annotations declare them.
-- :mod:`.rows`: rows of files (JSONL, JSON, CSV, TSV, Parquet) and of tables in memory, each with its place.
-- :mod:`.cells`: one cell of such a row: whether it is missing, and the text of a number.
+- :mod:`.paths`: user-supplied paths, model folders, and the cache folder.
+- :mod:`.values`: numbers, flags and texts, and how messages show a value.
+- :mod:`.settings`: types and bounds of settings and arguments, from their annotations.
+- :mod:`.rows`: rows of files (JSONL, JSON, CSV, TSV, Parquet) and in-memory tables, each with its place.
+- :mod:`.cells`: single cells of such rows: missing values, and numbers as text.
 - :mod:`.tables`: the only reader of Parquet files.
 
-Of the system:
+From the system:
 
 - :mod:`.signals`: SIGINT, SIGTERM and SIGHUP, which stop the work of this process cleanly.
 - :mod:`.streams`: standard output and error, which may be closed.
-- :mod:`.open_files`: how many files and connections this process may open.
+- :mod:`.open_files`: the limit of open files and connections.
 
-Of services:
+From services:
 
-- :mod:`.network`: how services are reached, through the proxies of the environment or past them.
-- :mod:`.waits`: bounded waits, reported after 5 seconds, and deadlines that stand still while a run is held.
+- :mod:`.network`: proxies and loopback addresses.
+- :mod:`.waits`: bounded waits, reported after 5 seconds, and deadlines that stop while a run is paused.
 - :mod:`.retry_after`: the header ``Retry-After``.
-- :mod:`.sdk`: what the ``tinker`` SDK raises.
+- :mod:`.sdk`: exceptions of the ``tinker`` SDK.
 
-Inside the package these values are trusted. Everything else may import this room; it imports only the errors.
+The rest of the package trusts validated values. Any module may import this package; it imports only the errors.
 """

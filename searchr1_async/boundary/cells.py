@@ -1,4 +1,4 @@
-"""One cell of a table: whether it holds anything, and the text that its number stands for. Pure."""
+"""Single cells of a table: missing values, plain Python types, and numbers as text. Pure."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 from searchr1_async.boundary.values import plain
 
 _MISSING = frozenset({"NAType", "NaTType"})
-"""Types of pandas' own missing values, which answer no comparison."""
+"""Types of pandas' missing values, which do not support comparison."""
 
 
 def is_missing(value: Any) -> bool:
-    """Whether a cell is empty: None, NaN in any of its types, ``pandas.NA`` or ``pandas.NaT``."""
+    """Whether a cell is None, NaN of any type, ``pandas.NA`` or ``pandas.NaT``."""
     if value is None:
         return True
     if isinstance(value, str):
@@ -26,7 +26,7 @@ def is_missing(value: Any) -> bool:
 
 
 def plain_cell(value: Any) -> Any:
-    """A cell in Python's own types: arrays and numbers of numpy as lists and numbers, a missing value as None, also within."""
+    """Converts a cell, recursively, to plain Python types; missing values become None."""
     if value is None or isinstance(value, str):
         return value
     if is_missing(value):
@@ -36,13 +36,13 @@ def plain_cell(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain_cell(inner) for inner in value]
     if type(value).__module__ == "numpy" and callable(tolist := getattr(value, "tolist", None)):
-        # str() first: the double nearest to a 32-bit 0.1 is 0.10000000149011612.
+        # Scalars go through str(): float() of a 32-bit 0.1 would be 0.10000000149011612.
         return plain_cell(tolist()) if getattr(value, "shape", ()) else _plain_scalar(value)
     return value
 
 
 def number_text(value: Any) -> str | None:
-    """A number as a person writes it: 1990.0 is "1990", 1e-05 is "0.00001". None for all else, also for True and infinity."""
+    """A number without exponent or trailing zeros: 1990.0 is "1990", 1e-05 is "0.00001". None for bool, infinity and non-numbers."""
     found = plain(value)
     if isinstance(found, bool) or not isinstance(found, Real | Decimal):
         return None
@@ -60,7 +60,7 @@ def number_text(value: Any) -> str | None:
 
 
 def name_text(value: Any) -> str | None:
-    """An id or a name: text as it is, a number as :func:`number_text` writes it, "" for a missing one; None for all else."""
+    """An id or name: text, a number by :func:`number_text`, or "" if missing; None for other types."""
     if isinstance(value, str):
         return value
     return "" if is_missing(value) else number_text(value)

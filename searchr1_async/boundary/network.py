@@ -25,31 +25,31 @@ _NOT_HEALTHY = "answers, but not as a Tinker service"
 
 
 def checked_url(url: str, name: str) -> str:
-    """A service's base URL, without a slash at its end.
+    """A service's base URL, without trailing slash.
 
     Args:
-        name: of the argument or the variable that holds it, for messages.
+        name: argument or variable of the URL, for messages.
 
     Raises:
-        ConfigurationError: it is no ``http://`` or ``https://`` URL with a host.
+        ConfigurationError: not an ``http://`` or ``https://`` URL with a host.
     """
     text = url.strip()
     try:
         parts = urlsplit(text)
         is_good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
         httpx.URL(text)
-    except (ValueError, httpx.InvalidURL):  # a port that is no number, half an IPv6 address
+    except (ValueError, httpx.InvalidURL):  # a port that is not a number, an unclosed IPv6 address
         parts, is_good = SplitResult("", "", "", "", ""), False
     if is_good:
         return text.rstrip("/")
     hint = f": did you mean {f'http://{text}'!r}?" if text and "://" not in text else ""
     raise ConfigurationError(
-        f"{name} is {shown(url)}, which is no URL of a service{hint or ': give one such as http://127.0.0.1:8000'}"
+        f"{name} is {shown(url)}, which is not a valid URL{hint or ': use one such as http://127.0.0.1:8000'}"
     )
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host, a name or an address, is this machine itself."""
+    """Whether a host name or address is this machine."""
     name = host.strip("[]").rstrip(".").lower()
     if name == "localhost" or name.endswith(".localhost"):
         return True
@@ -62,12 +62,12 @@ def is_loopback(host: str) -> bool:
 
 
 def prepare_proxies(url: str) -> None:
-    """Makes the SDK's clients in this process and its children reach ``url`` as the environment's proxies mean it.
+    """Makes the SDK's clients, here and in child processes, reach ``url`` as the environment's proxy settings intend.
 
-    A loopback address, and a host within a network of ``NO_PROXY``, is added to ``NO_PROXY``. Call it before a client is made.
+    Adds a loopback host, or a host within a network of ``NO_PROXY``, to ``NO_PROXY`` by name. Call it before creating a client.
 
     Raises:
-        ConfigurationError: a proxy that no client could use: a SOCKS proxy without the library for it, or no URL.
+        ConfigurationError: a proxy is unusable: not a URL, or a SOCKS proxy without its library.
     """
     found = getproxies()
     used = {scheme: found[scheme] for scheme in _SCHEMES if found.get(scheme)}
@@ -81,15 +81,15 @@ def prepare_proxies(url: str) -> None:
     is_direct = is_everything or is_loopback(host) or any(_is_within(host, entry) for entry in excluded)
     if is_direct and host not in excluded:
         if not any(getproxies_environment().get(scheme) for scheme in _SCHEMES):
-            # Set in the system (macOS, Windows): one variable would hide all of them from Python.
+            # Set in the system (macOS, Windows): a single variable would make Python ignore all of them.
             os.environ.update({f"{scheme}_proxy": proxy for scheme, proxy in used.items()})
         _exclude(host)
 
 
 def proxy_for(url: str) -> str | None:
-    """The proxy through which the environment wants a URL to be asked for; None for none, and for a loopback address.
+    """The environment's proxy for a URL; None if there is none, or for loopback hosts.
 
-    For clients that know no SOCKS (aiohttp): a proxy of that kind counts as none.
+    For clients without SOCKS support (aiohttp): SOCKS proxies count as none.
     """
     found, parts = getproxies(), urlsplit(url)
     proxy, host = found.get(parts.scheme) or found.get("all"), parts.hostname or ""
@@ -106,13 +106,13 @@ def proxy_for(url: str) -> str | None:
 
 
 async def probe(url: str, timeout: float = 10.0) -> None:
-    """Asks a Tinker service for its health, on the way that the SDK takes. One that wants a key for that is there.
+    """Checks that a Tinker service responds, using the SDK's route. A response that demands an API key counts.
 
     Args:
         timeout: seconds.
 
     Raises:
-        ServiceUnavailableError: no answer in time, an error, or an answer of something else; the message names the URL.
+        ServiceUnavailableError: a timeout, an error, or not a Tinker service; the message names the URL.
         ConfigurationError: see :func:`prepare_proxies`.
     """
     if (problem := await health_problem(url, timeout)) is not None:
@@ -120,16 +120,16 @@ async def probe(url: str, timeout: float = 10.0) -> None:
 
 
 def health_client() -> httpx.AsyncClient:
-    """For :func:`health_problem`, where it is asked again and again: a client costs 20 ms. Use it as a context manager."""
+    """A reusable client for repeated calls of :func:`health_problem`. Use it as a context manager."""
     return httpx.AsyncClient(timeout=None, follow_redirects=True)
 
 
 async def health_problem(url: str, timeout: float, client: httpx.AsyncClient | None = None) -> str | None:
-    """What is wrong with a Tinker service, after "the service at … "; None where it answers.
+    """What is wrong with a Tinker service, as a predicate after "the service at …"; None if healthy.
 
     Args:
         timeout: seconds.
-        client: of :func:`health_client`; None makes one.
+        client: from :func:`health_client`; None creates one.
 
     Raises:
         ConfigurationError: see :func:`prepare_proxies`.
@@ -150,13 +150,13 @@ async def health_problem(url: str, timeout: float, client: httpx.AsyncClient | N
         return None
     status = f"GET {address}: {response.status_code} {response.reason_phrase}".rstrip()
     if response.status_code >= 500:
-        return f"answers with an error ({status}): it, or a proxy before it, is down"
+        return f"responds with an error ({status}): the service, or a proxy in front of it, is down"
     try:
         answer = json.loads(response.content)
     except ValueError:
-        return f"{_NOT_HEALTHY}: what is there is no Tinker service ({status}, no JSON)"
+        return f"{_NOT_HEALTHY}: something else is running there ({status}, not JSON)"
     if not isinstance(answer, dict) or answer.get("status") != "ok":
-        return f"{_NOT_HEALTHY}: what is there is no Tinker service ({status})"
+        return f"{_NOT_HEALTHY}: something else is running there ({status})"
     return None
 
 
@@ -165,11 +165,11 @@ def _check_proxy(name: str, proxy: str) -> None:
         httpx.Proxy(proxy if "://" in proxy else f"http://{proxy}")
     except (ValueError, httpx.InvalidURL):
         raise ConfigurationError(
-            f"{name} is set, and is no proxy that can be used: give http://host:port, or unset it"
+            f"{name} is set, but is not a usable proxy: use http://host:port, or unset it"
         ) from None
     if proxy.lower().startswith("socks") and importlib.util.find_spec("socksio") is None:
         raise ConfigurationError(
-            f"{name} names a SOCKS proxy, and the library for it is not installed, so that the Tinker SDK cannot make a client: "
+            f"{name} is a SOCKS proxy, and its library is not installed, so the Tinker SDK cannot create a client: "
             f'pip install "httpx[socks]", or unset {name}'
         )
 
@@ -182,15 +182,15 @@ def _is_within(host: str, network: str) -> bool:
 
 
 def _exclude(host: str) -> None:
-    # Where both spellings are set, httpx and reqwest each read another one.
+    # If both spellings are set, httpx and reqwest each read a different one.
     for name in [name for name in ("no_proxy", "NO_PROXY") if os.environ.get(name)] or ["NO_PROXY"]:
         entries = [entry.strip() for entry in os.environ.get(name, "").split(",") if entry.strip()]
         os.environ[name] = ",".join([*entries, host]) if host not in entries else ",".join(entries)
 
 
 def _way(url: str) -> str:
-    """Through which proxy it was asked, without a password."""
+    """The proxy in use, for messages, without credentials."""
     if (proxy := proxy_for(url)) is None:
         return ""
     through = urlsplit(proxy)
-    return f" (asked through the proxy {through.hostname}:{through.port or 80} of the environment)"
+    return f" (through the environment's proxy {through.hostname}:{through.port or 80})"

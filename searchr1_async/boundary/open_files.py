@@ -1,4 +1,4 @@
-"""How many files and connections this process may have open: raised as far as the system lets it, and what that allows."""
+"""Raises the limit of open files and connections, and derives how many requests it allows."""
 
 from __future__ import annotations
 
@@ -7,50 +7,50 @@ from dataclasses import dataclass
 from pathlib import Path
 
 WANTED = 65536
-"""Files; more than any run needs."""
+"""More than any run needs."""
 RESERVE = 96
-"""Files for everything but sampling: training calls, the search, records, the view, libraries that are loaded late."""
+"""Files for everything but sampling: training calls, search, records, the view, late imports."""
 POSTING = 400
-"""Requests that the SDK posts at once; each holds a connection of its own for that, besides the one on which it waits."""
+"""Requests that the SDK posts concurrently; each needs a second connection for the post."""
 
 
 @dataclass(frozen=True, slots=True)
 class OpenFiles:
-    """What this process may open."""
+    """The limit of open files, and its use."""
 
     limit: int | None
-    """Files at once; None where the system tells none (Windows)."""
+    """Maximum open files; None if the system reports none (Windows)."""
     used: int
-    """Of them."""
+    """Files open now."""
 
     @property
     def requests(self) -> int | None:
-        """Sampling requests that may be on their way at once; None for any number."""
+        """Sampling requests that may be in flight at once; None for unlimited."""
         if self.limit is None:
             return None
         left = self.limit - self.used - min(RESERVE, self.limit // 4)
         return max(1, left // 2 if left < 2 * POSTING else left - POSTING)
 
     def warning(self, wanted: int) -> str | None:
-        """What to tell a user whose run would send ``wanted`` requests at once; None where that is allowed."""
+        """A warning for a run that wants this many concurrent requests; None if the limit allows them."""
         most = self.requests
         if most is None or most >= wanted:
             return None
         return (
-            f"this process may open {self.limit:,} files ({self.used:,} are open), so that at most {most:,} sampling requests "
-            f"are sent at once, where the run allows {wanted:,}: raise the hard limit (ulimit -Hn, or nofile in limits.conf) for more"
+            f"this process may open {self.limit:,} files ({self.used:,} are open), which allows {most:,} concurrent sampling "
+            f"requests instead of {wanted:,}: raise the hard limit (ulimit -Hn, or nofile in limits.conf)"
         )
 
 
 def raise_limit() -> OpenFiles:
-    """Raises the limit of open files as far as allowed, and returns it. Cheap; call it whenever work begins."""
+    """Raises the limit of open files as far as allowed, and returns it. Cheap; call it whenever work starts."""
     try:
         import resource
     except ImportError:  # Windows
         return OpenFiles(None, 0)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = WANTED if hard == resource.RLIM_INFINITY else min(WANTED, hard)
-    # macOS says "unlimited" and takes no more than 10,240 (OPEN_MAX) where the kernel's own limit is lower.
+    # macOS reports "unlimited", but accepts at most 10,240 (OPEN_MAX) if the kernel's limit is lower.
     for value in (wanted, min(wanted, 10240)):
         if soft == resource.RLIM_INFINITY or soft >= value:
             break

@@ -1,4 +1,4 @@
-"""Paths as users give them: made absolute once, at the call, with ``~`` expanded."""
+"""User-supplied paths, made absolute once, with ``~`` expanded."""
 
 from __future__ import annotations
 
@@ -18,53 +18,53 @@ from searchr1_async.errors import ConfigurationError
 logger = logging.getLogger(__name__)
 
 _LONGEST_NAME = 255
-"""Bytes in the name of one file or folder, on all common file systems."""
+"""Maximum bytes of a file name, on all common file systems."""
 
 
 def absolute_path(path: str | os.PathLike[str], name: str = "path") -> Path:
-    """The absolute path that a user means, so that a later ``chdir`` changes nothing.
+    """Makes a user's path absolute, so that a later ``chdir`` has no effect.
 
-    Links and ``..`` stay as they are, and no character is a wildcard.
+    Links and ``..`` are kept, and no character is a wildcard.
 
     Args:
-        path: relative paths are below the current folder; ``~`` and ``~user`` are home folders.
-        name: of the argument, for messages.
+        path: relative to the current folder; ``~`` and ``~user`` are expanded.
+        name: name of the argument, for messages.
 
     Raises:
-        ConfigurationError: no path, an empty one, or one whose home folder or current folder is not known.
+        ConfigurationError: not a path, blank, or its home or current folder is unknown.
     """
     if not isinstance(path, str | os.PathLike):
-        raise ConfigurationError(f"{name} is {shown_with_kind(path)}: give a path as text or as a Path")
+        raise ConfigurationError(f"{name} is {shown_with_kind(path)}: expected a path, as text or Path")
     text = os.fspath(path)
     if not isinstance(text, str):
-        raise ConfigurationError(f"{name} is {text!r}, which is bytes: give a path as text or as a Path")
+        raise ConfigurationError(f"{name} is {text!r} (bytes): expected a path, as text or Path")
     if not text.strip() or "\0" in text:
-        raise ConfigurationError(f"{name} is {text!r}: give the path of a file or a folder")
+        raise ConfigurationError(f"{name} is {text!r}: expected the path of a file or folder")
     try:
         os.fsencode(text)
     except UnicodeEncodeError as error:
         raise ConfigurationError(
-            f"{name} is {text!r}, which holds half a character (a lone surrogate) at {error.start}: no file has such a name"
+            f"{name} is {text!r}, which has a lone surrogate (half a character) at {error.start}: no file has such a name"
         ) from None
     if any(len(os.fsencode(part)) > _LONGEST_NAME for part in Path(text).parts):
         raise ConfigurationError(
-            f"{name} is {shown(text)}, which holds a name of more than {_LONGEST_NAME} bytes: no file has such a name"
+            f"{name} is {shown(text)}, with a name longer than {_LONGEST_NAME} bytes: no file has such a name"
         )
     try:
         return Path(text).expanduser().absolute()
     except (RuntimeError, OSError) as error:  # no such user, no HOME; a current folder that was deleted
         raise ConfigurationError(
-            f"{name} is {text!r}, which cannot be made absolute ({error}): give a full path"
+            f"{name} is {text!r}, which cannot be made absolute ({error}): use a full path"
         ) from error
 
 
 def as_path(name: str, value: Any) -> Path:
-    """:func:`absolute_path` as the check of an annotation (:mod:`~searchr1_async.boundary.settings`)."""
+    """:func:`absolute_path` as an annotation check (:mod:`~searchr1_async.boundary.settings`)."""
     return absolute_path(value, name)
 
 
 def path_argument(text: str) -> Path:
-    """:func:`absolute_path` as the type of a command's option."""
+    """:func:`absolute_path` as an argparse type."""
     try:
         return absolute_path(text)
     except ConfigurationError as error:
@@ -72,11 +72,11 @@ def path_argument(text: str) -> Path:
 
 
 FilePath = Annotated[str | Path, as_path]
-"""Of a file or a folder."""
+"""A file or folder."""
 
 
 def folder_at(text: str) -> Path | None:
-    """The absolute path of a folder; None where there is none of this name, as for a model on a hub."""
+    """The absolute path of a folder; None if it does not exist, such as for a model on a hub."""
     try:
         folder = absolute_path(text)
         return folder if folder.is_dir() else None
@@ -85,32 +85,32 @@ def folder_at(text: str) -> Path | None:
 
 
 def as_name_or_folder(name: str, value: Any) -> str:
-    """The name of a model or of a tokenizer, or the absolute path of its folder on this machine.
+    """The name of a model or tokenizer, or the absolute path of its local folder.
 
-    Text is a folder where there is one of this name, or where it begins as a path does: ``~``, ``/``, ``./``, ``../``.
+    Text is a folder if one exists with this name, or if it starts with ``~``, ``/``, ``./`` or ``../``.
 
     Raises:
-        ConfigurationError: it is blank, neither text nor a path, or the path of no folder.
+        ConfigurationError: blank, neither text nor a path, or a folder that does not exist.
     """
     if not isinstance(value, os.PathLike):
         value = as_text(name, value)
         if not value.strip():
-            raise ConfigurationError(f"{name} is {value!r}: give a name or a folder, or leave it out")
+            raise ConfigurationError(f"{name} is {value!r}: expected a name or a folder")
         if not value.startswith(("~", "/", "./", "../")) and folder_at(value) is None:
             return value
     folder = absolute_path(value, name)
     if not folder.is_dir():
-        raise ConfigurationError(f"{name} is {os.fspath(value)!r}, and there is no folder {folder}")
+        raise ConfigurationError(f"{name} is {os.fspath(value)!r}, but the folder {folder} does not exist")
     return str(folder)
 
 
 def shown_name(name: str) -> str:
-    """What :func:`as_name_or_folder` returned, for people: the name, or the last part of the folder's path."""
+    """A result of :func:`as_name_or_folder` for display: the name, or the folder's last part."""
     return Path(name).name if Path(name).is_absolute() else name
 
 
 def shown_path(path: str | Path) -> str:
-    """An absolute path for people: relative, where it lies in the current folder."""
+    """An absolute path for display: relative if it is in the current folder."""
     try:
         return str(Path(path).relative_to(Path.cwd()))
     except (ValueError, OSError):
@@ -121,24 +121,24 @@ NameOrFolder = Annotated[str | Path, as_name_or_folder]
 
 
 def is_same_place(one: str, other: str) -> bool:
-    """Whether two texts are the same path from the current folder, or the same name."""
+    """Whether two texts are the same name, or the same path from the current folder."""
     return one == other or absolute_path(one) == absolute_path(other)
 
 
 def cache_folder() -> Path:
-    """The package's folder in the user's cache, made if need be.
+    """The package's cache folder; created if missing.
 
-    It is ``searchr1_async`` within ``$XDG_CACHE_HOME`` if that is set, else within the platform's place for caches. Without a home
-    folder that can be written it is one for this user among the temporary files; that is said once.
+    ``searchr1_async`` in ``$XDG_CACHE_HOME`` if set, else in the platform's cache folder. Without a writable home folder, it is a
+    per-user temporary folder, with a warning.
 
     Raises:
-        ConfigurationError: no folder can be made there.
+        ConfigurationError: the folder cannot be created.
     """
     if explicit := os.environ.get("XDG_CACHE_HOME"):
         folder = absolute_path(explicit, "XDG_CACHE_HOME") / "searchr1_async"
         if problem := _problem_of(folder):
             raise ConfigurationError(
-                f"XDG_CACHE_HOME is {explicit!r}, where no folder can be made ({problem}): set it to one that can be written"
+                f"XDG_CACHE_HOME is {explicit!r}, where no folder can be created ({problem}): set it to a writable folder"
             )
         return folder
     try:
@@ -146,7 +146,7 @@ def cache_folder() -> Path:
     except RuntimeError:
         return _temporary_cache("the user's home folder is not known")
     problem = _problem_of(folder)
-    return folder if problem is None else _temporary_cache(f"{folder} cannot be made ({problem})")
+    return folder if problem is None else _temporary_cache(f"{folder} cannot be created ({problem})")
 
 
 def _platform_cache() -> Path:
@@ -159,7 +159,7 @@ def _platform_cache() -> Path:
 
 
 def _problem_of(folder: Path) -> str | None:
-    """Why a folder cannot be made; None where it exists. One that cannot be written can still be read."""
+    """Why a folder cannot be created; None if it exists. A read-only one is still useful."""
     try:
         if not folder.is_dir():
             folder.mkdir(parents=True, exist_ok=True)
@@ -171,14 +171,14 @@ def _problem_of(folder: Path) -> str | None:
 @cache
 def _temporary_cache(reason: str) -> Path:
     owner = os.getuid() if hasattr(os, "getuid") else "cache"
-    advice = "set XDG_CACHE_HOME to a folder that stays and can be written"
+    advice = "set XDG_CACHE_HOME to a persistent, writable folder"
     try:
         folder = Path(tempfile.gettempdir()).absolute() / f"searchr1_async-{owner}"
         folder.mkdir(mode=0o700, exist_ok=True)
         status = folder.lstat()
     except OSError as error:
-        raise ConfigurationError(f"there is no folder for caches: {reason}, nor {error}: {advice}") from error
+        raise ConfigurationError(f"there is no cache folder: {reason}, and {error}: {advice}") from error
     if not stat.S_ISDIR(status.st_mode) or (hasattr(os, "getuid") and status.st_uid != owner):
-        raise ConfigurationError(f"there is no folder for caches: {reason}, and {folder} is another user's: {advice}")
-    logger.warning("%s: indexes and models are kept in %s, which may not last: %s", reason, folder, advice)
+        raise ConfigurationError(f"there is no cache folder: {reason}, and {folder} belongs to another user: {advice}")
+    logger.warning("%s: using the temporary folder %s for indexes and models: %s", reason, folder, advice)
     return folder

@@ -1,4 +1,4 @@
-"""The header ``Retry-After``: how long a service asks to be left alone, and what to say where that is too long."""
+"""The header ``Retry-After``, and the message for a wait that is too long."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from searchr1_async.boundary.waits import clock_time
 
 
 def seconds_asked(retry_after: str, now: datetime) -> float | None:
-    """What the header ``Retry-After`` asks to wait (RFC 9110, 10.2.3): seconds, or an HTTP date; 0 for a time gone by.
+    """Seconds to wait by a ``Retry-After`` header (RFC 9110, 10.2.3): seconds or an HTTP date; 0 for a past date.
 
     Args:
         retry_after: the header's value.
-        now: the time of day, with its zone.
+        now: current time, with time zone.
 
     Returns:
-        Seconds; None for a value that is neither.
+        Seconds; None for an invalid value.
     """
     value = retry_after.strip()
     if re.fullmatch(r"\d{1,9}(\.\d+)?", value, re.ASCII):
@@ -30,16 +30,16 @@ def seconds_asked(retry_after: str, now: datetime) -> float | None:
 
 
 def refused_wait(name: str, seconds: float, longest: float, setting: str) -> str:
-    """What to say of a service that asks for a longer wait than is allowed.
+    """The message for a service that asks for a longer wait than allowed.
 
     Args:
-        name: of the service.
-        seconds: that it asks for.
-        longest: seconds that are allowed.
-        setting: that allows them, as its user writes it.
+        name: the service.
+        seconds: the wait it asks for.
+        longest: the longest wait allowed, in seconds.
+        setting: the setting of ``longest``, as its user writes it.
     """
     end = clock_time(min(seconds, 10 * 365 * 86_400))
     return (
-        f"{name} asks to be left alone for {seconds:,.0f} s, until {end} (a quota?), which is longer than "
-        f"{setting}={longest:g} allows: what is done is kept, so run the same again after that, or raise {setting}"
+        f"{name} asks for a wait of {seconds:,.0f} s, until {end} (a quota?), which is longer than "
+        f"{setting}={longest:g} allows: progress is kept, so run the same command again after that, or raise {setting}"
     )

@@ -1,8 +1,7 @@
-"""Rows of files and of tables in memory, each with the place it stands at.
+"""Rows of files and of in-memory tables, each with its place.
 
-Files are JSONL, JSON, CSV, TSV and Parquet. Tables in memory are frames of polars and pandas, data sets of Hugging Face,
-tables of Arrow, and anything that iterates over dicts; pandas, datasets and pyarrow are recognised by what they can do, and
-never imported.
+Files are JSONL, JSON, CSV, TSV or Parquet. In-memory tables are polars and pandas frames, Hugging Face data sets, Arrow tables, and
+iterables of dicts. pandas, datasets and pyarrow are recognised by duck typing, never imported.
 """
 
 from __future__ import annotations
@@ -26,49 +25,49 @@ from searchr1_async.boundary.values import shown, shown_with_kind
 _JSONL_SUFFIXES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
 _PARQUET_SUFFIXES = (".parquet",)
 TABLE_SUFFIXES = (*_JSONL_SUFFIXES, *_PARQUET_SUFFIXES)
-"""Of files that hold rows and nothing else: what is looked for in a folder, where a JSON or CSV file may be anything."""
+"""Suffixes of files that always hold rows, used to search a folder; JSON and CSV files may hold anything."""
 _JSON_SUFFIXES = (".json", ".json.gz")
 _CSV_SUFFIXES = (".csv", ".csv.gz")
 _TSV_SUFFIXES = (".tsv", ".tsv.gz")
 FORMATS = "*.jsonl, *.json, *.csv, *.tsv (each also with .gz) or *.parquet"
-"""In messages."""
+"""For messages."""
 
 Row = tuple[str, dict[str, Any]]
-"""Where the row stands (``"line 3"``, ``"row 2"``) and what it holds."""
+"""Place of a row (``"line 3"``, ``"row 2"``) and its contents."""
 
 Columns = Mapping[str, str]
-"""The package's name of a column to that of the source: ``{"question": "q"}``."""
+"""Maps the package's column names to the source's: ``{"question": "q"}``."""
 
 _SLICE = 10_000
-"""Rows that are converted at once."""
+"""Rows converted at a time."""
 _JSON = json.JSONDecoder(parse_constant={"NaN": None, "Infinity": float("inf"), "-Infinity": float("-inf")}.__getitem__)
-"""pandas writes a missing value as NaN."""
+"""pandas writes missing values as NaN."""
 
 
 class ArrowTable(Protocol):
-    """A table of another library that offers Arrow's interface (pyarrow, polars, DuckDB)."""
+    """A table of another library with Arrow's interface (pyarrow, polars, DuckDB)."""
 
     def __arrow_c_stream__(self, requested_schema: object | None = None) -> object: ...
 
 
 class UnreadableFileError(Exception):
-    """Rows that cannot be read; its message names the place and is meant for the caller's typed error."""
+    """Rows cannot be read. The message names the place; callers turn it into their own error."""
 
 
 def is_data_file(path: Path) -> bool:
-    """Whether a file is of a known format, by its name."""
+    """Whether a file's name has a supported suffix."""
     suffixes = (*TABLE_SUFFIXES, *_JSON_SUFFIXES, *_CSV_SUFFIXES, *_TSV_SUFFIXES)
     return path.name.lower().endswith(suffixes)
 
 
 def read_rows(path: Path, columns: frozenset[str] | None = None) -> Iterator[Row]:
-    """Rows in the file's order, in bounded memory; JSON alone is read whole.
+    """Rows in file order, in bounded memory, except JSON.
 
     Args:
-        columns: of Parquet only those (that exist) are read.
+        columns: columns to read from Parquet, if they exist.
 
     Raises:
-        UnreadableFileError: of no known format, or broken inside.
+        UnreadableFileError: an unsupported format, or a corrupt file.
     """
     name = path.name.lower()
     if name.endswith(_PARQUET_SUFFIXES):
@@ -84,7 +83,7 @@ def read_rows(path: Path, columns: frozenset[str] | None = None) -> Iterator[Row
             yield from _delimited_rows(path, text, "\t" if name.endswith(_TSV_SUFFIXES) else ",")
     else:
         raise UnreadableFileError(
-            f"{path} is neither JSONL nor Parquet nor JSON, CSV or TSV by its name: call it {FORMATS}, or convert it"
+            f"{path} does not have a supported file extension: rename it to {FORMATS}, or convert it"
         )
 
 
@@ -93,7 +92,7 @@ def _opened(path: Path) -> Iterator[io.TextIOBase]:
     try:
         opener = gzip.open if path.suffix.lower() == ".gz" else open
         with opener(path, "rt", encoding="utf-8-sig", newline="\n") as text:
-            yield text  # pyright: ignore[reportReturnType]  # text, in either mode
+            yield text  # pyright: ignore[reportReturnType]  # both modes yield text
     except UnicodeDecodeError as error:
         raise UnreadableFileError(f"{path} is not UTF-8 text: {error}") from error
     except (OSError, EOFError) as error:
@@ -113,7 +112,7 @@ def _jsonl_rows(path: Path, text: Iterable[str]) -> Iterator[Row]:
 
 
 def _json_rows(path: Path, text: str) -> Iterator[Row]:
-    """A list of objects, or an object that holds one such list and no other; JSONL under this name too."""
+    """Rows of a list of objects, of an object with exactly one such list, or of JSONL with this suffix."""
     start = len(text) - len(text.lstrip())
     try:
         found, end = _JSON.raw_decode(text, start)
@@ -127,7 +126,7 @@ def _json_rows(path: Path, text: str) -> Iterator[Row]:
         found = lists[0] if len(lists) == 1 else [found] if not lists and not _is_by_column(found) else None
     if not isinstance(found, list):
         raise UnreadableFileError(
-            f"{path} holds no list of rows: write a list of objects, one a row (pandas: to_json(orient='records'))"
+            f"{path} does not hold a list of rows: write a list of objects, one per row (pandas: to_json(orient='records'))"
         )
     for number, row in enumerate(found, start=1):
         if not isinstance(row, dict):
@@ -136,13 +135,13 @@ def _json_rows(path: Path, text: str) -> Iterator[Row]:
 
 
 def _is_by_column(found: Mapping[str, Any]) -> bool:
-    """As pandas writes a frame by default: ``{"question": {"0": …, "1": …}}``."""
+    """Whether it is pandas' default layout: ``{"question": {"0": …, "1": …}}``."""
     return bool(found) and all(isinstance(column, dict) and "0" in column for column in found.values())
 
 
 def _delimited_rows(path: Path, text: Iterable[str], delimiter: str) -> Iterator[Row]:
-    """Every cell is text, as it stands there: nothing is taken for a number or for missing."""
-    # What is quoted wrongly is refused: read leniently, one quote too many swallows the rows below it.
+    """Cells are kept as text: nothing is parsed as a number or missing value."""
+    # Strict quoting: in lenient mode, one stray quote swallows the rows after it.
     reader = csv.reader(text, delimiter=delimiter, strict=True)
     line = 1
     try:
@@ -150,15 +149,15 @@ def _delimited_rows(path: Path, text: Iterable[str], delimiter: str) -> Iterator
         if len(set(header)) < len(header):
             twice = next(name for name in header if header.count(name) > 1)
             raise UnreadableFileError(
-                f"{path} has two columns {twice!r} in its first line: give each a name of its own"
+                f"{path} has the column {twice!r} twice in its first line: column names must be unique"
             )
         line = reader.line_num + 1
         for cells in reader:
             if cells:
                 if len(cells) != len(header):
                     raise UnreadableFileError(
-                        f"{path}, line {line} has {len(cells)} cells, and the first line names {len(header)} columns: "
-                        "quote cells that hold the delimiter or a line's end"
+                        f"{path}, line {line} has {len(cells)} cells, but the first line has {len(header)} columns: "
+                        "quote cells that contain the delimiter or a line break"
                     )
                 yield f"line {line}", dict(zip(header, cells, strict=True))
             line = reader.line_num + 1
@@ -186,13 +185,13 @@ def _parquet_rows(path: Path, columns: frozenset[str] | None) -> Iterator[Row]:
 
 
 class MemoryRows:
-    """The rows of a table in memory, as often as they are asked for; or the values of a list of them.
+    """The rows (or values) of an in-memory table, repeatable.
 
     Args:
-        source: a frame, a data set, a table of Arrow, or anything that iterates over its rows; an iterator is read here.
+        source: a frame, a data set, an Arrow table, or an iterable of rows; an iterator is consumed here.
 
     Raises:
-        UnreadableFileError: it is none of these.
+        UnreadableFileError: none of these.
     """
 
     def __init__(self, source: object) -> None:
@@ -207,7 +206,7 @@ class MemoryRows:
         elif self._is_pandas:
             names = list(self._source.columns)
             if len(set(names)) < len(names):
-                raise UnreadableFileError(f"the frame has two columns of one name: {', '.join(map(str, names))}")
+                raise UnreadableFileError(f"the frame has duplicate column names: {', '.join(map(str, names))}")
         elif hasattr(source, "column_names") and hasattr(source, "features") and isinstance(source, Iterable):
             self.kind = "dataset"
             self._source = self._source.with_format(None) if hasattr(source, "with_format") else source
@@ -218,7 +217,7 @@ class MemoryRows:
             self._source = tuple(source)
         else:
             raise UnreadableFileError(
-                f"{shown_with_kind(source)} is no table: give the name of a file, a frame, a data set, or a list with a dict for each row"
+                f"{shown_with_kind(source)} is not a table: pass a file name, a frame, a data set, or a list with a dict per row"
             )
 
     @property
@@ -227,23 +226,23 @@ class MemoryRows:
         return f"the {self.kind}"
 
     def first(self) -> Any:
-        """The first value; None where there is none."""
+        """The first value; None if empty."""
         return next(self._values(), None)
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
-        """The place and the value of each: a dict, where the source has rows."""
+        """Place and value of each row; the value is a dict if the source has rows."""
         for number, value in enumerate(self._values(), start=1):
             yield f"row {number}", value
 
     def rows(self) -> Iterator[Row]:
-        """As iteration gives them.
+        """Like iteration, but only dicts.
 
         Raises:
-            UnreadableFileError: a value is no dict.
+            UnreadableFileError: a value is not a dict.
         """
         for place, value in self:
             if not isinstance(value, dict):
-                raise UnreadableFileError(f"{self.name}, {place} is a {type(value).__name__}: give a dict for each row")
+                raise UnreadableFileError(f"{self.name}, {place} is a {type(value).__name__}: expected a dict per row")
             yield place, value
 
     def _values(self) -> Iterator[Any]:
@@ -259,28 +258,28 @@ class MemoryRows:
 
 
 def renamed(rows: Iterable[Row], columns: Columns | None, known: Sequence[str], source: str | Path) -> Iterator[Row]:
-    """Rows whose columns are called as the package calls them.
+    """Renames the columns of rows to the package's names.
 
     Args:
-        columns: ``{"question": "q"}``; a column of the source that has the package's name already gives way.
-        known: the names of the package.
-        source: of the rows, for messages.
+        columns: ``{"question": "q"}``; replaces a source column that already has the package's name.
+        known: the package's names.
+        source: origin of the rows, for messages.
 
     Raises:
-        UnreadableFileError: ``columns`` has another name than these, or the first row lacks a column that it names.
+        UnreadableFileError: ``columns`` has an unknown key, or the first row lacks a column it names.
     """
     if not columns:
         return iter(rows)
     if not isinstance(columns, Mapping):
-        raise UnreadableFileError(f"columns is {shown(columns)}: give a dict, such as {{{known[0]!r}: 'q'}}")
+        raise UnreadableFileError(f"columns is {shown(columns)}: expected a dict, such as {{{known[0]!r}: 'q'}}")
     for own, theirs in columns.items():
         if own not in known:
             raise UnreadableFileError(
-                f"columns names {own!r}, which is no column of this package{did_you_mean(str(own), known)}: "
-                f"give its name for any of {', '.join(known)}, such as {{{known[0]!r}: 'q'}}"
+                f"columns has the key {own!r}, which is not a column of this package{did_you_mean(str(own), known)}: "
+                f"map any of {', '.join(known)} to a column's name, such as {{{known[0]!r}: 'q'}}"
             )
         if not isinstance(theirs, str):
-            raise UnreadableFileError(f"columns[{own!r}] is {shown(theirs)}: give the name of the column in {source}")
+            raise UnreadableFileError(f"columns[{own!r}] is {shown(theirs)}: expected the name of a column in {source}")
     return _renamed(rows, {theirs: own for own, theirs in columns.items()}, source)
 
 
@@ -290,7 +289,7 @@ def _renamed(rows: Iterable[Row], own_names: Mapping[str, str], source: str | Pa
         for name in () if number else own_names:
             if name not in row:
                 raise UnreadableFileError(
-                    f"{source}, {place} has no column {name!r}, which columns names: its columns are "
+                    f"{source}, {place} lacks the column {name!r} given in columns: its columns are "
                     f"{', '.join(map(str, row))}{did_you_mean(name, row)}"
                 )
         taken = {own: row[name] for name, own in own_names.items() if name in row}
@@ -298,12 +297,12 @@ def _renamed(rows: Iterable[Row], own_names: Mapping[str, str], source: str | Pa
 
 
 def did_you_mean(name: str, there: Iterable[Any], others: Sequence[str] = ()) -> str:
-    """A question for the end of a message; empty where nothing is alike.
+    """A suggestion to append to a message; empty if no name is similar.
 
     Args:
-        name: what was looked for.
-        there: what there is.
-        others: other words for the same.
+        name: the missing name.
+        there: available names.
+        others: synonyms of the name.
     """
     lowered = {str(each).lower(): str(each) for each in there}
     for wanted in (name, *others):

@@ -1,4 +1,4 @@
-"""What the ``tinker`` SDK raises, and how it is put into words: the one list of it."""
+"""The exceptions of the ``tinker`` SDK, and their messages."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import tinker
 SDK_FAULTS: tuple[type[Exception], ...] = (
     tinker.TinkerError,
     httpx.HTTPError,
-    # A client that was closed meanwhile, and any other state that it is not prepared for.
+    # A client closed meanwhile, and other states that the SDK does not expect.
     RuntimeError,
     AssertionError,
     ValueError,
     KeyError,
-    # No file is left for a connection or a certificate; a credential file that cannot be read.
+    # Out of file descriptors, or an unreadable credential file.
     OSError,
 )
-"""What a call of the SDK may raise besides a :class:`TimeoutError`, which is an ``OSError`` too: catch that one before."""
+"""What an SDK call may raise. Catch :class:`TimeoutError`, also an ``OSError``, before."""
 
 PASSING_FAULTS: tuple[type[Exception], ...] = (
     tinker.APIConnectionError,
@@ -27,14 +27,14 @@ PASSING_FAULTS: tuple[type[Exception], ...] = (
     tinker.RateLimitError,
     TimeoutError,
 )
-"""Those that a service which is away for a time gives rise to."""
+"""Raised while a service is temporarily unavailable."""
 
 _LONGEST = 600
-"""Characters: an answer may be a page."""
+"""Maximum characters of a message: a response body may be a whole page."""
 
 
 def fault_text(error: BaseException) -> str:
-    """An error of the SDK in one line: its kind, what the service said, and its cause where it only says "connection error"."""
+    """An SDK error in one line: type, the service's message, and the cause of a bare "connection error"."""
     said = _said(error)
     cause: BaseException | None = error.__cause__
     while isinstance(error, tinker.APIConnectionError) and cause is not None:
@@ -43,12 +43,12 @@ def fault_text(error: BaseException) -> str:
             break
     text = " ".join(f"{type(error).__name__}: {said}".split())
     if _is_out_of_files(error, text):
-        text += "; no file was left to open: raise the limit of open files (ulimit -n)"
+        text += "; out of file descriptors: raise the limit of open files (ulimit -n)"
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
 
 
 def fault_words(error: BaseException) -> str:
-    """What the service said, without what the SDK puts around it: ``… for self.request_id='…' and expected type …``."""
+    """The service's message without the SDK's wrapping: ``… for self.request_id='…' and expected type …``."""
     return str(error).removeprefix("Request failed: ").partition(" for self.request_id=")[0]
 
 

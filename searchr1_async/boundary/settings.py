@@ -1,6 +1,6 @@
-"""Settings and arguments declare their kinds and bounds once, in their annotations; here they are checked and coerced.
+"""Checks and coerces settings and arguments by their annotations, which declare types and bounds.
 
-``Count``, ``Seconds`` and the like are annotations with bounds. An annotation may also name its own check:
+``Count``, ``Seconds`` and others are annotations with bounds. An annotation may also name a custom check:
 ``Annotated[str | Path, as_path]``, where ``as_path(name, value)`` returns the value to use or raises.
 """
 
@@ -19,13 +19,13 @@ from searchr1_async.boundary.values import as_choice, as_flag, as_integer, as_nu
 from searchr1_async.errors import ConfigurationError
 
 Check = Callable[[str, Any], Any]
-"""Takes the name and the value of an argument; returns the value to use, or raises :class:`ConfigurationError`."""
+"""Takes an argument's name and value; returns the value to use, or raises :class:`ConfigurationError`."""
 Settings = TypeVar("Settings")
 
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """Bounds of a number, each None where there is none."""
+    """Bounds of a number; None is unbounded."""
 
     at_least: float | None = None
     over: float | None = None
@@ -41,11 +41,11 @@ Share = Annotated[float, Range(at_least=0, at_most=1)]
 
 
 def check_settings(settings: Any, prefix: str = "") -> None:
-    """Checks a dataclass's fields by their annotations, and coerces them in place: call it in ``__post_init__``.
+    """Checks a dataclass's fields by their annotations and coerces them in place; call it in ``__post_init__``.
 
     Args:
-        settings: an instance of a dataclass, which may be frozen.
-        prefix: before the names in messages: ``"the judge's "``.
+        settings: a dataclass instance, possibly frozen.
+        prefix: prepended to names in messages: ``"the judge's "``.
 
     Raises:
         ConfigurationError: naming the field.
@@ -58,7 +58,7 @@ def check_settings(settings: Any, prefix: str = "") -> None:
 
 
 def checked_arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call, checked and coerced by the annotations of the function: call it first, with ``locals()``.
+    """Checks and coerces a call's arguments by the function's annotations; call it first, with ``locals()``.
 
     Raises:
         ConfigurationError: naming the argument.
@@ -67,18 +67,18 @@ def checked_arguments(function: Callable[..., Any], given: Mapping[str, Any]) ->
 
 
 def settings_of(kind: type[Settings], given: Mapping[str, Any], **changed: Any) -> Settings:
-    """A settings value from the arguments that have its fields' names, and from ``changed``."""
+    """Builds settings from the arguments with their fields' names, updated by ``changed``."""
     names = [field.name for field in fields(kind) if field.name in given]  # pyright: ignore[reportArgumentType]
     return kind(**{name: given[name] for name in names} | changed)
 
 
 def list_of(annotation: Any) -> Check:
-    """A check of a list, each of whose items is of this kind: ``Annotated[Sequence[int], list_of(int)]``. It returns a tuple."""
+    """A check for lists of this type, returning a tuple: ``Annotated[Sequence[int], list_of(int)]``."""
     check = _check_for(annotation)
 
     def as_list(name: str, value: Any) -> tuple[Any, ...]:
         if isinstance(value, str | bytes | Mapping) or not isinstance(value, abc.Iterable):
-            raise ConfigurationError(f"{name} is {shown_with_kind(value)}: give a list")
+            raise ConfigurationError(f"{name} is {shown_with_kind(value)}: expected a list")
         return tuple(check(f"{name}[{place}]", item) for place, item in enumerate(value))
 
     return as_list
@@ -89,15 +89,15 @@ class _Kind:
     """One alternative of an annotation."""
 
     wants: str
-    """What to give, in words; empty where everything is taken."""
+    """The expected type, in words; empty if anything is accepted."""
     fits: Callable[[Any], bool]
-    """Whether a value is of this kind, in or out of its bounds."""
+    """Whether a value has this type, within its bounds or not."""
     check: Check
 
 
 @cache
 def _checks_of(owner: Any) -> dict[str, Check]:
-    """The check of each field of a dataclass, or of each parameter of a function."""
+    """The check of each field of a dataclass, or parameter of a function."""
     hints = get_type_hints(owner, include_extras=True)
     names = (
         [field.name for field in fields(owner)] if is_dataclass(owner) else list(inspect.signature(owner).parameters)
@@ -109,7 +109,7 @@ def _check_for(annotation: Any) -> Check:
     members = _members(annotation)
     kinds = [_kind_of(member) for member in members if member is not NoneType]
     is_optional = len(kinds) < len(members)
-    if any(not kind.wants for kind in kinds):  # a kind that is checked elsewhere
+    if any(not kind.wants for kind in kinds):  # checked elsewhere
         return lambda name, value: _first_fitting(kinds, name, value)
     wants = " or ".join([kind.wants for kind in kinds] + ["None"] * is_optional)
 
@@ -117,7 +117,7 @@ def _check_for(annotation: Any) -> Check:
         if value is None and is_optional:
             return None
         if len(kinds) > 1 and not any(kind.fits(value) for kind in kinds):
-            raise ConfigurationError(f"{name} is {shown_with_kind(value)}: give {wants}")
+            raise ConfigurationError(f"{name} is {shown_with_kind(value)}: expected {wants}")
         return _first_fitting(kinds, name, value)
 
     return check
@@ -159,7 +159,7 @@ def _kind_of(annotation: Any) -> _Kind:
         check = _numbers if annotation == Mapping[str, float] else partial(_instance, is_mapping, "a dict")
         return _Kind("a dict", is_mapping, check)
     if isinstance(annotation, type) and annotation is not Any and not getattr(annotation, "_is_protocol", False):
-        wants = f"an object of {annotation.__name__}"
+        wants = f"an instance of {annotation.__name__}"
         is_one = partial(_is_instance, annotation)
         return _Kind(wants, is_one, partial(_instance, is_one, wants))
     return _Kind("", lambda value: True, lambda name, value: value)
@@ -167,7 +167,7 @@ def _kind_of(annotation: Any) -> _Kind:
 
 _NUMBERS: dict[Any, _Kind] = {
     bool: _Kind("True or False", lambda value: isinstance(plain(value), bool), as_flag),
-    int: _Kind("a whole number", lambda value: isinstance(plain(value), numbers.Integral), as_integer),
+    int: _Kind("an integer", lambda value: isinstance(plain(value), numbers.Integral), as_integer),
     float: _Kind("a number", lambda value: isinstance(plain(value), numbers.Real), as_number),
     str: _Kind("text", lambda value: isinstance(plain(value), str), as_text),
 }
@@ -179,11 +179,11 @@ def _is_instance(kind: type, value: Any) -> bool:
 
 def _instance(is_one: Callable[[Any], bool], wants: str, name: str, value: Any) -> Any:
     if not is_one(value):
-        raise ConfigurationError(f"{name} is {shown_with_kind(value)}: give {wants}")
+        raise ConfigurationError(f"{name} is {shown_with_kind(value)}: expected {wants}")
     return value
 
 
 def _numbers(name: str, value: Any) -> dict[str, float]:
     if not isinstance(value, Mapping):
-        raise ConfigurationError(f"{name} is {shown_with_kind(value)}: give a dict of numbers by name")
+        raise ConfigurationError(f"{name} is {shown_with_kind(value)}: expected a dict of numbers by name")
     return {as_text(f"a name in {name}", key): as_number(f"{name}[{key!r}]", each) for key, each in value.items()}

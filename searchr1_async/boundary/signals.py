@@ -1,8 +1,8 @@
-"""Interrupts have one owner: SIGINT, SIGTERM and SIGHUP end the work of this process cleanly, wherever they land.
+"""Handles SIGINT, SIGTERM and SIGHUP, so that they stop the work of this process cleanly.
 
-Left alone, Python raises :class:`KeyboardInterrupt` at whatever it just executes, and libraries raise it in their worker threads
-(polars, where a shell started the process with SIGINT ignored). Here a signal raises nothing: it asks the work to stop, on the
-event loop, and the program ends when the work has closed everything.
+By default, Python raises :class:`KeyboardInterrupt` wherever it happens to be, and libraries may raise it in worker threads (polars, when
+started with SIGINT ignored). Here a signal raises nothing: it asks the work, on the event loop, to stop, and the program ends once
+the work has closed everything.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 REPEAT_SECONDS = 0.5
-"""A signal that comes again so soon is the same one: ``timeout`` and ``uv run`` send it to the process and to its group."""
+"""Signals repeated this soon count as one: ``timeout`` and ``uv run`` signal both the process and its group."""
 _NUMBERS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 _ASYNCIO = logging.getLogger("asyncio")
 
 
 def _is_kept_record(record: logging.LogRecord) -> bool:
-    """A log filter for asyncio: drops errors of cancelled requests, which no one awaits any more."""
+    """A filter for asyncio's log: drops errors of cancelled requests, which nothing awaits."""
     return "exception was never retrieved" not in record.getMessage()
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM or SIGHUP ended the work."""
+    """The work was ended by SIGTERM or SIGHUP."""
 
     def __init__(self, text: str, received: signal.Signals) -> None:
         super().__init__(text)
@@ -46,11 +46,11 @@ class Terminated(KeyboardInterrupt):
 
 
 class Interrupts:
-    """The signals of this process while work runs that can stop cleanly. There is one at a time: :func:`ending_cleanly`."""
+    """Signal handling while stoppable work runs. At most one is active; see :func:`ending_cleanly`."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.received: signal.Signals | None = None
-        """The first signal that came."""
+        """The first signal received."""
         self._loop = loop
         self._at = 0.0
         self._works: list[tuple[Callable[[], object], str]] = []
@@ -58,20 +58,20 @@ class Interrupts:
         self._before: dict[signal.Signals, Any] = {}
 
     def enter(self, stop: Callable[[], object], left: str) -> None:
-        """Work has begun; the first takes the signals over."""
+        """Registers work; the first registration installs the handlers."""
         self._works.append((stop, left))
-        _ASYNCIO.removeFilter(_is_kept_record)  # where a program went on after its KeyboardInterrupt
+        _ASYNCIO.removeFilter(_is_kept_record)  # left over if a program caught its KeyboardInterrupt
         for number in _NUMBERS if len(self._works) == 1 else ():
             handler = signal.getsignal(number)
             if _may_be_replaced(number, handler):
                 self._before[number] = handler
                 signal.signal(number, self._handle)
-                if _has_come(handler):  # a moment ago, and cancels the task that begins this work
+                if _has_come(handler):  # just before: asyncio already cancels the task that starts this work
                     self.received = signal.SIGINT
                     self._loop.call_soon(self._stop)
 
     def leave(self, stop: Callable[[], object], left: str) -> bool:
-        """Work has ended; with the last the signals are given back, and after a signal the program ends. Whether it was the last."""
+        """Unregisters work; returns whether it was the last, which restores the handlers and, after a signal, ends the program."""
         self._works.remove((stop, left))
         if self.received is not None and left:
             self._left.append(left)
@@ -86,10 +86,10 @@ class Interrupts:
 
     @contextmanager
     def cancelling(self) -> Iterator[None]:
-        """A block whose KeyboardInterrupt, also within exception groups, counts as SIGINT.
+        """Treats a KeyboardInterrupt in the block, also in exception groups, as SIGINT.
 
         Raises:
-            asyncio.CancelledError: in place of it.
+            asyncio.CancelledError: instead of it.
         """
         try:
             yield
@@ -101,7 +101,7 @@ class Interrupts:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if not self._loop.is_running():  # between two cells of a terminal's IPython
+        if not self._loop.is_running():  # between two cells in IPython
             self._pass_on(number, frame)
         elif self.received is None:
             self.received, self._at = signal.Signals(number), now
@@ -115,7 +115,7 @@ class Interrupts:
             try:
                 stop()
             except Exception:
-                logger.exception("work could not be asked to stop; a second signal ends the process at once")
+                logger.exception("could not ask the work to stop; a second signal ends the process immediately")
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         before = self._before[signal.Signals(number)]
@@ -131,23 +131,23 @@ _interrupts: Interrupts | None = None
 
 @contextmanager
 def ending_cleanly(stop: Callable[[], object], left: str = "") -> Iterator[Interrupts]:
-    """While the block runs, the first SIGINT, SIGTERM or SIGHUP calls ``stop``, after which the block is to end soon.
+    """The first SIGINT, SIGTERM or SIGHUP during the block calls ``stop``; the block should then end soon.
 
-    Once every such block has ended, the signals are given back and the program ends: KeyboardInterrupt, for SIGTERM and SIGHUP
-    its subclass :class:`Terminated`, comes out of the event loop and cancels whatever else it runs. Uncaught, it is one line
-    without a traceback, and the process ends by the signal (130 and 143 in a shell). A second signal ends it at once.
+    When all such blocks have ended, the handlers are restored and the program ends: KeyboardInterrupt, or its subclass
+    :class:`Terminated` for SIGTERM and SIGHUP, propagates out of the event loop and cancels everything else. Uncaught, it prints one
+    line without traceback, and the process ends by the signal (130 and 143 in a shell). A second signal ends it immediately.
 
-    Signals are left alone outside of the main thread, in a Jupyter kernel, whose stop button belongs to a cell, and where the
-    program has handlers of its own. SIGTERM and SIGHUP that are ignored (``nohup``) stay so; SIGINT, which shells have
-    background processes ignore, stops the work too: nobody sends it by accident. A KeyboardInterrupt that a library
-    raises all the same is taken as SIGINT, also where an exception group holds it.
+    Signals are not handled outside the main thread, in a Jupyter kernel (whose stop button interrupts a cell), or if the program
+    has its own handlers. Ignored SIGTERM and SIGHUP (``nohup``) stay ignored; ignored SIGINT, as in background jobs of a shell,
+    stops the work too, since nobody sends it by accident. A KeyboardInterrupt raised by a library, also in an exception group,
+    counts as SIGINT.
 
     Args:
-        stop: asks the work to end; called on the event loop, once.
-        left: a sentence on what the work leaves behind.
+        stop: asks the work to stop; called once, on the event loop.
+        left: a sentence about what the work leaves behind.
 
     Raises:
-        asyncio.CancelledError: in place of a KeyboardInterrupt within the block.
+        asyncio.CancelledError: instead of a KeyboardInterrupt in the block.
     """
     global _interrupts
     is_main = threading.current_thread() is threading.main_thread()
@@ -165,10 +165,10 @@ def ending_cleanly(stop: Callable[[], object], left: str = "") -> Iterator[Inter
 
 
 def run_to_end(work: Coroutine[Any, Any, Result]) -> Result:
-    """:func:`asyncio.run` for a program that is only this work: a signal cancels it, wherever it is.
+    """:func:`asyncio.run` for a program that does nothing else: a signal cancels it, wherever it is.
 
     Raises:
-        KeyboardInterrupt: SIGINT came; :class:`Terminated` where SIGTERM or SIGHUP did.
+        KeyboardInterrupt: after SIGINT; :class:`Terminated` after SIGTERM or SIGHUP.
     """
 
     async def ended() -> Result:
@@ -181,13 +181,13 @@ def run_to_end(work: Coroutine[Any, Any, Result]) -> Result:
 
 
 def exit_status(ending: KeyboardInterrupt) -> int:
-    """Of a program that a signal ended: 130 for SIGINT, 143 for SIGTERM."""
+    """Exit status of a program ended by a signal: 130 for SIGINT, 143 for SIGTERM."""
     return 128 + (ending.received if isinstance(ending, Terminated) else signal.SIGINT)
 
 
 def exit_with(status: int) -> NoReturn:
-    """``sys.exit``. After a signal without Python's finalization: what was cut may still run in threads, which then abort the
-    process (Rust's do), or change its exit status (one that runs ``exec`` on a text makes 1 of 130)."""
+    """``sys.exit``. After a signal it skips Python's finalization: threads still running could abort the process (Rust) or change its
+    exit status."""
     if status > 128:
         _settle_process()
         os._exit(status)
@@ -195,7 +195,7 @@ def exit_with(status: int) -> NoReturn:
 
 
 def _settle_process() -> None:
-    """What Python does at the end of a process for others: their exit handlers, and the buffers of the standard streams."""
+    """Runs exit handlers and flushes the standard streams, as Python does at exit."""
     with suppress(Exception):
         atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
@@ -204,35 +204,35 @@ def _settle_process() -> None:
 
 
 def _end_by_signal(number: signal.Signals) -> NoReturn:
-    """Ends the process as the signal itself would have, so that a shell or a scheduler sees why."""
+    """Ends the process as the signal would have, so that a shell or scheduler sees the cause."""
     _settle_process()
     if os.name == "posix":
         signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [number])
         os.kill(os.getpid(), number)
-    os._exit(128 + number)  # the first process of a container is not ended by its own signal
+    os._exit(128 + number)  # reached in a container, where signals do not end process 1
 
 
 def take_start_of_program() -> None:
-    """From here on a signal that nobody else takes ends the process at once, in one line: for a command that is being imported,
-    or has done its work."""
+    """Makes signals that nothing else handles end the process immediately, with one line: for a command that is still importing,
+    or has finished its work."""
     for number in _NUMBERS:
         if _may_be_replaced(number, signal.getsignal(number)):
             signal.signal(number, end_at_once)
 
 
 def end_at_once(number: int, frame: FrameType | None = None) -> None:
-    """Ends the process in the middle of whatever it does: what is on disk is whole at every moment."""
+    """Ends the process immediately; files on disk are consistent at any time."""
     with suppress(Exception):
         if sys.stderr.isatty():
             sys.stderr.write("\x1b[?25h")  # a live bar hides the cursor
-        print_line("Stopped at once.", sys.stderr)
+        print_line("Stopped immediately.", sys.stderr)
         sys.stdout.flush()
     os._exit(128 + number)
 
 
 def is_interrupt(error: BaseException) -> bool:
-    """Whether the user interrupted the work: a KeyboardInterrupt, alone or within an exception group."""
+    """Whether it is a KeyboardInterrupt, alone or in an exception group."""
     if isinstance(error, BaseExceptionGroup):
         return any(map(is_interrupt, error.exceptions))
     return isinstance(error, KeyboardInterrupt)
@@ -240,14 +240,14 @@ def is_interrupt(error: BaseException) -> bool:
 
 def in_kernel() -> bool:
     """Whether this is a Jupyter kernel."""
-    # In a kernel IPython is there already; elsewhere it is not imported for the asking.
+    # Kernels have imported IPython already; elsewhere it need not be imported.
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython is not None and hasattr(ipython, "get_ipython") else None
     return getattr(shell, "kernel", None) is not None
 
 
 def _may_be_replaced(number: signal.Signals, handler: Any) -> bool:
-    """Whether a handler is nobody's own: Python's, asyncio's or ours."""
+    """Whether a handler is a default (Python's or asyncio's) or ours."""
     if handler in (signal.SIG_DFL, end_at_once):
         return True
     if number != signal.SIGINT:
@@ -256,18 +256,18 @@ def _may_be_replaced(number: signal.Signals, handler: Any) -> bool:
 
 
 def _runner_of(handler: Any) -> asyncio.Runner | None:
-    """Whose handler this is, where :func:`asyncio.run` has set it."""
+    """The runner whose handler this is, if :func:`asyncio.run` installed it."""
     runner = getattr(getattr(handler, "func", None), "__self__", None)
     return runner if isinstance(runner, asyncio.Runner) else None
 
 
 def _has_come(handler: Any) -> bool:
-    """Whether the handler of :func:`asyncio.run` has had a SIGINT."""
+    """Whether the handler of :func:`asyncio.run` has received a SIGINT."""
     return getattr(_runner_of(handler), "_interrupt_count", 0) > 0
 
 
 def _end_program(received: signal.Signals, left: str) -> None:
-    """A callback of the event loop, out of which it raises only KeyboardInterrupt and SystemExit."""
+    """Raises the ending exception; as a loop callback, since the loop lets only KeyboardInterrupt and SystemExit out."""
     text, shown = f"Stopped by {received.name}. {left}".rstrip(), sys.excepthook
     error = KeyboardInterrupt(text) if received == signal.SIGINT else Terminated(text, received)
 

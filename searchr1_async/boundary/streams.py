@@ -1,4 +1,4 @@
-"""Standard output and error that may be closed, a pipe that nobody reads, or a terminal that is gone."""
+"""Standard streams that may be closed, a broken pipe, or a lost terminal."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from contextlib import contextmanager
 from typing import TextIO
 
 _GONE = (OSError, ValueError)
-"""A pipe or terminal that is gone; a file that is closed."""
+"""A broken pipe or lost terminal; a closed file."""
 
 
 def print_line(text: str, stream: TextIO | None) -> bool:
-    """Writes a line at once; whether somebody may read it.
+    """Writes and flushes a line; returns whether that succeeded.
 
     Args:
-        stream: None, as ``sys.stderr`` is in a process that was started without one, takes nothing.
+        stream: may be None, as ``sys.stderr`` is in a process started without one.
     """
     if stream is None:
         return False
@@ -30,8 +30,8 @@ def print_line(text: str, stream: TextIO | None) -> bool:
 
 @contextmanager
 def standard_streams() -> Iterator[None]:
-    """The outermost block of a command: what it could not write to is replaced by nothing, so that Python's own flush at the
-    end of the process does not complain, nor change its exit status."""
+    """The outermost block of a command: redirects broken standard streams to the null device, so that Python's flush at exit neither
+    complains nor changes the exit status."""
     try:
         yield
     finally:
@@ -50,5 +50,5 @@ def _settle(stream: TextIO | None) -> None:
             nothing = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nothing, number)
             os.close(nothing)
-        except _GONE:  # no file, or closed
+        except _GONE:  # not a file, or closed
             return

@@ -1,7 +1,7 @@
-"""The one reader of Parquet tables: a path is the name of one file, whatever characters it holds.
+"""The only reader of Parquet tables: a path names one file, whatever characters it contains.
 
-polars expands ``*``, ``?`` and ``[…]`` in plain paths, takes a folder ``~`` for the user's home and ``file:`` for a URL, reads all
-files of a folder, and makes columns of folders called ``name=value``; no other module reads tables by polars.
+polars expands ``*``, ``?`` and ``[…]`` in paths, treats ``~`` as the home folder and ``file:`` as a URL, reads all files of a folder,
+and makes columns of folders named ``name=value``; so no other module reads tables with polars.
 """
 
 from __future__ import annotations
@@ -13,41 +13,41 @@ from pathlib import Path
 import polars as pl
 
 _MAGIC = b"PAR1"
-"""Begins and ends every Parquet file."""
+"""First and last bytes of every Parquet file."""
 
 
 def read_parquet(path: Path, columns: Sequence[str] | None = None, n_rows: int | None = None) -> pl.DataFrame:
-    """The rows of one file.
+    """Reads one file.
 
     Args:
-        columns: those to read; None for all.
-        n_rows: those at the beginning; None for all.
+        columns: columns to read; None for all.
+        n_rows: maximum rows, from the start; None for all.
 
     Raises:
-        OSError: there is no such file, or it cannot be read.
-        polars.exceptions.PolarsError: it is no whole Parquet file, or lacks a column.
+        OSError: it does not exist or cannot be read.
+        polars.exceptions.PolarsError: it is not a complete Parquet file, or lacks a column.
     """
     names = None if columns is None else list(columns)
     return pl.read_parquet(_one_file(path), columns=names, n_rows=n_rows, glob=False, hive_partitioning=False)
 
 
 def scan_parquet(path: Path) -> pl.LazyFrame:
-    """The rows of one file, read when they are collected.
+    """Scans one file lazily.
 
     Raises:
         OSError: it is a folder.
-        OSError, polars.exceptions.PolarsError: when the rows are collected, as :func:`read_parquet`.
+        OSError, polars.exceptions.PolarsError: on collection; see :func:`read_parquet`.
     """
     return pl.scan_parquet(_one_file(path), glob=False, hive_partitioning=False)
 
 
 def scan_rows(paths: Sequence[Path], schema: pl.Schema) -> pl.LazyFrame:
-    """The rows of several files of one schema, in the order of the files; of no file, an empty frame.
+    """Scans files of one schema lazily, in order; without files, an empty frame.
 
-    A column, or a field of a struct, that a file of an earlier version lacks is null.
+    Columns and struct fields that a file of an earlier version lacks are null.
 
     Raises:
-        OSError, polars.exceptions.PolarsError: when the rows are collected, as :func:`read_parquet`.
+        OSError, polars.exceptions.PolarsError: on collection; see :func:`read_parquet`.
     """
     if not paths:
         return pl.LazyFrame(schema=schema)
@@ -62,12 +62,12 @@ def scan_rows(paths: Sequence[Path], schema: pl.Schema) -> pl.LazyFrame:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a file begins and ends as a Parquet file does: an empty one, one that was cut short, or one of another kind does not.
+    """Whether a file starts and ends as a Parquet file, so is neither empty, truncated nor of another type.
 
-    Costs some 20 microseconds, where a scan would fail only when its rows are collected.
+    Cheap; a scan would fail only on collection.
 
     Raises:
-        OSError: there is no such file, or it cannot be read.
+        OSError: it does not exist or cannot be read.
     """
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
@@ -80,7 +80,7 @@ def is_whole(path: Path) -> bool:
 
 
 def _one_file(path: Path) -> Path:
-    """The path, which begins with no character that polars takes for more than a name."""
+    """The absolute path, which polars takes literally."""
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder, not a Parquet file")
     return path.absolute()

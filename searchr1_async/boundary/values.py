@@ -1,6 +1,6 @@
-"""Numbers, flags and texts as users and files give them: made plain Python values, or refused by the name of the argument.
+"""Numbers, flags and texts from users and files: converted to plain Python values, or rejected with the argument's name.
 
-numpy's and torch's numbers are taken as Python's: kept as they come, they fit into no JSON and fail after everything was played.
+numpy and torch scalars are converted, since JSON cannot hold them and writing results would fail after the work is done.
 """
 
 from __future__ import annotations
@@ -14,25 +14,22 @@ from searchr1_async.errors import ConfigurationError
 
 
 def plain(value: Any) -> Any:
-    """A number or flag of numpy, torch or pandas as Python's; everything else as it is.
-
-    An array or tensor of one element and no dimension counts as its element.
-    """
+    """Converts a scalar of numpy, torch or pandas (or a zero-dimensional array) to Python; returns other values unchanged."""
     if getattr(value, "shape", None) == () and callable(item := getattr(value, "item", None)):
         return item()
     return value
 
 
 def as_integer(name: str, value: Any, *, at_least: int | None = None, at_most: int | None = None) -> int:
-    """A whole number.
+    """An integer.
 
     Raises:
-        ConfigurationError: ``8.0``, ``"8"`` and ``True`` are none; or it is outside of its bounds.
+        ConfigurationError: another type (also ``8.0``, ``"8"`` and ``True``), or out of bounds.
     """
     found = plain(value)
     if isinstance(found, bool) or not isinstance(found, numbers.Integral):
         raise ConfigurationError(
-            f"{name} is {shown_with_kind(value)}: give a whole number, such as {_example(at_least)}"
+            f"{name} is {shown_with_kind(value)}: expected an integer, such as {_example(at_least)}"
         )
     _check_bounds(name, int(found), at_least, None, at_most)
     return int(found)
@@ -44,17 +41,17 @@ def as_number(
     """A finite number.
 
     Raises:
-        ConfigurationError: ``"1e-4"``, ``True``, infinity and NaN are none; or it is outside of its bounds.
+        ConfigurationError: another type (also ``"1e-4"`` and ``True``), infinite or NaN, or out of bounds.
     """
     found = plain(value)
     if isinstance(found, bool) or not isinstance(found, numbers.Real):
-        raise ConfigurationError(f"{name} is {shown_with_kind(value)}: give a number")
+        raise ConfigurationError(f"{name} is {shown_with_kind(value)}: expected a number")
     try:
         found = float(found)
     except OverflowError:
         found = math.inf
     if not math.isfinite(found):
-        raise ConfigurationError(f"{name} is {shown(value)}: give a finite number")
+        raise ConfigurationError(f"{name} is {shown(value)}: expected a finite number")
     _check_bounds(name, found, at_least, over, at_most)
     return found
 
@@ -63,26 +60,26 @@ def as_flag(name: str, value: Any) -> bool:
     """True or False.
 
     Raises:
-        ConfigurationError: it is neither; ``"no"`` and ``0`` would count as something else than they say.
+        ConfigurationError: any other value; truthiness of ``"no"`` or ``0`` may not be what was meant.
     """
     found = plain(value)
     if not isinstance(found, bool):
-        raise ConfigurationError(f"{name} is {shown_with_kind(value)}: give True or False")
+        raise ConfigurationError(f"{name} is {shown_with_kind(value)}: expected True or False")
     return found
 
 
 def as_text(name: str, value: Any) -> str:
-    """Text that a file can hold.
+    """Text that can be encoded.
 
     Raises:
-        ConfigurationError: it is no text, or holds a lone surrogate (half of a character), which UTF-8 has no bytes for.
+        ConfigurationError: not text, or it has a lone surrogate (half a character), which UTF-8 cannot encode.
     """
     found = plain(value)
     if not isinstance(found, str):
-        raise ConfigurationError(f"{name} is {shown_with_kind(value)}: give text")
+        raise ConfigurationError(f"{name} is {shown_with_kind(value)}: expected text")
     if (place := half_a_character(found)) is not None:
         raise ConfigurationError(
-            f"{name} is {shown(value)}, which holds half a character (a lone surrogate) at {place}: read its file as UTF-8"
+            f"{name} is {shown(value)}, which has a lone surrogate (half a character) at {place}: read its file as UTF-8"
         )
     return found
 
@@ -99,7 +96,7 @@ def as_choice(name: str, value: Any, choices: Sequence[str]) -> str:
 
 
 def half_a_character(text: str) -> int | None:
-    """The index of the first lone surrogate, which UTF-8 has no bytes for; None where there is none."""
+    """Index of the first lone surrogate, which UTF-8 cannot encode; None if there is none."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -108,13 +105,13 @@ def half_a_character(text: str) -> int | None:
 
 
 def shown(value: Any) -> str:
-    """A value in a message: as Python writes it, cut after 100 characters."""
+    """A value's repr for messages, cut to 100 characters."""
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:99]}…"
 
 
 def shown_with_kind(value: Any) -> str:
-    """As :func:`shown`, with the name of its class: ``8.0 (float)``."""
+    """Like :func:`shown`, with the type: ``8.0 (float)``."""
     return shown(value) if value is None else f"{shown(value)} ({type(value).__name__})"
 
 

@@ -1,6 +1,6 @@
-"""Waiting for something outside: every wait has a bound, and one over 5 seconds is reported once, with its reason and its end.
+"""Bounded waits for external events. A wait over 5 seconds is reported once, with its reason and end.
 
-Time that a run is held counts for none of the bounds that :class:`PausableDeadlines` keeps.
+:class:`PausableDeadlines` do not advance while a run is paused.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ TOLD_AFTER = 5.0
 """Seconds after which a wait is reported."""
 
 Tell = Callable[[str], None]
-"""Takes one sentence for the person who watches, such as ``lambda text: emit(Notice(text))``."""
+"""Receives one sentence for the user, such as ``lambda text: emit(Notice(text))``."""
 
 
 def say_nothing(text: str) -> None:
-    """For waits that nobody watches."""
+    """Discards reports."""
 
 
 @contextmanager
 def bounded_wait(reason: str, tell: Tell, at_most: float, deadlines: PausableDeadlines | None = None) -> Iterator[None]:
-    """A block that waits for something outside. Costs a timer, no task.
+    """A block that waits for something external. Uses a timer, not a task.
 
     Args:
-        reason: what is waited for, and why: ``"the Tinker service does not answer"``.
-        tell: gets the reason and the end of the wait, :data:`TOLD_AFTER` seconds from now, if the block still runs then.
-        at_most: seconds after which the block is cut.
-        deadlines: the time stands still while these are held.
+        reason: what is being waited for: ``"the Tinker service does not respond"``.
+        tell: receives reason and end of the wait if the block still runs after :data:`TOLD_AFTER` seconds.
+        at_most: timeout in seconds.
+        deadlines: the timeout stops while these are paused.
 
     Raises:
         TimeoutError: the block took longer than ``at_most`` seconds.
@@ -50,34 +50,34 @@ def bounded_wait(reason: str, tell: Tell, at_most: float, deadlines: PausableDea
 
 
 def tell_of(seconds: float, reason: str, tell: Tell) -> None:
-    """Reports a wait that the caller makes, if it is over :data:`TOLD_AFTER` seconds. The caller bounds ``seconds``."""
+    """Reports the caller's own wait if it is over :data:`TOLD_AFTER` seconds. The caller bounds ``seconds``."""
     if seconds > TOLD_AFTER:
         tell(_sentence(reason, seconds))
 
 
 async def pause(seconds: float, reason: str, tell: Tell) -> None:
-    """Sleeps; a sleep over :data:`TOLD_AFTER` seconds is reported at its beginning. The caller bounds ``seconds``."""
+    """Sleeps; reports a sleep over :data:`TOLD_AFTER` seconds at its start. The caller bounds ``seconds``."""
     tell_of(seconds, reason, tell)
     await anyio.sleep(seconds)
 
 
 class PausableDeadlines:
-    """Deadlines that stand still while a run is held: all of them are put off together. Used in one event loop."""
+    """Deadlines that stop while a run is paused. Used in one event loop."""
 
     def __init__(self) -> None:
         self._left: dict[anyio.CancelScope, float] = {}
-        """Of each limit under way: seconds left while it is held, else what it was given."""
+        """Per active limit: the seconds left when paused, else its full time."""
         self._paused_at: float | None = None
         self._held = 0.0
 
     @property
     def held(self) -> float:
-        """Seconds of all pauses so far."""
+        """Total seconds paused."""
         return self._held + (0.0 if self._paused_at is None else anyio.current_time() - self._paused_at)
 
     @contextmanager
     def limit(self, seconds: float | None) -> Iterator[anyio.CancelScope]:
-        """Cuts the block after so many seconds in which the run was not held; None: never. ``cancelled_caught`` tells."""
+        """Cancels the block after this many unpaused seconds; None: never. Check ``cancelled_caught``."""
         with anyio.CancelScope() as scope:
             if seconds is None:
                 yield scope
@@ -91,7 +91,7 @@ class PausableDeadlines:
                 del self._left[scope]
 
     def pause(self, is_paused: bool) -> None:
-        """Holds all of them, or lets them go on."""
+        """Pauses or resumes all deadlines."""
         now = anyio.current_time()
         if is_paused and self._paused_at is None:
             self._paused_at = now
@@ -106,7 +106,7 @@ class PausableDeadlines:
 
     @contextmanager
     def governing(self) -> Iterator[None]:
-        """While the block runs, :func:`time_limit` in it is one of these."""
+        """Makes :func:`time_limit` in the block use these deadlines."""
         token = _governing.set(self)
         try:
             yield
@@ -119,14 +119,14 @@ _governing: ContextVar[PausableDeadlines | None] = ContextVar("deadlines", defau
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[anyio.CancelScope]:
-    """Cuts the block after so many seconds in which the run that it belongs to was not held. ``cancelled_caught`` tells."""
+    """Cancels the block after this many seconds, not counting pauses of its run. Check ``cancelled_caught``."""
     deadlines = _governing.get()
     with anyio.move_on_after(seconds) if deadlines is None else deadlines.limit(seconds) as scope:
         yield scope
 
 
 def clock_time(seconds: float) -> str:
-    """The time of day so many seconds from now, with its date where that is another day: ``14:03:07``."""
+    """The local time in this many seconds: ``14:03:07``, with the date if that is another day."""
     now = datetime.now().astimezone()
     then = now + timedelta(seconds=seconds)
     return f"{then:%H:%M:%S}" if then.date() == now.date() else f"{then:%Y-%m-%d %H:%M:%S}"

@@ -1,7 +1,7 @@
 """The commands of ``python -m searchr1_async``, one module each.
 
-A module's ``add`` puts its parser among the others, with two defaults: ``run``, a coroutine function that takes the
-parsed options and returns the text to show at the end, and ``stopped``, which says in words what Ctrl-C leaves.
+``add`` registers a module's parser with two defaults: ``run``, a coroutine function from parsed options to the final
+output, and ``stopped``, the message shown after Ctrl-C.
 """
 
 from __future__ import annotations

@@ -27,11 +27,11 @@ def add(commands: Parsers) -> None:
     parser.add_argument("--service", help="URL of the Tinker service that has the weights")
     parser.add_argument("--threads", type=int, help="CPU threads of the embedded service")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy, 1 as in training (%(default)s)")
-    parser.add_argument("--seed", type=int, help="of the sampling")
+    parser.add_argument("--seed", type=int, help="sampling seed")
     parser.add_argument("--max-turns", type=int, help="(as in training)")
-    parser.add_argument("--max-tokens", type=int, help="new tokens a turn (as in training)")
+    parser.add_argument("--max-tokens", type=int, help="new tokens per turn (as in training)")
     parser.add_argument("--json", action="store_true", help="question, answer, searches and passages as JSON")
-    add_search(parser.add_argument_group("where it searches, if not as in training"))
+    add_search(parser.add_argument_group("search (default: as in training)"))
     parser.set_defaults(run=_run, stopped=_stopped)
 
 
@@ -74,4 +74,4 @@ def _json(answer: Answer) -> str:
 
 
 def _stopped(options: argparse.Namespace) -> str:
-    return "Nothing was written; the same command asks again."
+    return "Nothing was written."

@@ -1,4 +1,4 @@
-"""``atlas``: the main job."""
+"""``atlas``: trains a small model to search the Factbook."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def add(commands: Parsers) -> None:
     defaults = AtlasSettings()
     atlas.add_argument("--out-dir", type=path_argument, default=defaults.out_dir, help="the run's folder (%(default)s)")
     atlas.add_argument("--seed", type=int, default=defaults.seed)
-    atlas.add_argument("--steps", type=int, default=defaults.steps, help="optimiser steps at most (%(default)s)")
+    atlas.add_argument("--steps", type=int, default=defaults.steps, help="maximum optimiser steps (%(default)s)")
     atlas.add_argument("--time-limit", type=float, default=defaults.time_limit, help="seconds of RL (%(default)s)")
     atlas.add_argument("--held-out", type=int, default=defaults.held_out, help="held-out questions (%(default)s)")
     atlas.add_argument("--warm-up-steps", type=int, default=defaults.warm_up_steps)
@@ -38,4 +38,4 @@ async def _run(options: argparse.Namespace) -> str:
 
 
 def _stopped(options: argparse.Namespace) -> str:
-    return f"Finished steps are kept in {options.out_dir}; the same command goes on."
+    return f"Finished steps are kept in {options.out_dir}; run the same command to resume."

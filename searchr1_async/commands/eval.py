@@ -1,4 +1,4 @@
-"""``eval``: systems over suites, with a report."""
+"""``eval``: evaluates systems on suites and writes a report."""
 
 from __future__ import annotations
 
@@ -24,47 +24,51 @@ if TYPE_CHECKING:
 
 
 def add(commands: Parsers) -> None:
-    parser = commands.add_parser("eval", help="measure models, checkpoints and runs over question suites")
+    parser = commands.add_parser("eval", help="evaluate models, checkpoints and runs on question suites")
     add_argument = parser.add_argument
     add_argument(
         "suites",
         nargs="+",
-        help="suites: names (nq, hotpotqa, …, benchmarks: all seven), files or folders; or the folder of an evaluation to repeat",
+        help="suites: names (nq, hotpotqa, …, benchmarks for all seven), files or folders; or an evaluation's folder to repeat",
     )
     add_argument(
-        "--out-dir", type=path_argument, required=True, help="the evaluation's folder; the same command goes on with it"
+        "--out-dir", type=path_argument, required=True, help="the evaluation's folder; the same command resumes it"
     )
-    what = parser.add_argument_group("what is measured")
+    what = parser.add_argument_group("systems")
     what.add_argument(
         "--system",
         action="append",
         default=[],
         metavar="LABEL=WEIGHTS",
-        help="a run's folder or a tinker:// path under a label (several times); without any: the base model",
+        help="label and run folder or tinker:// path (repeatable); default: the base model",
     )
-    what.add_argument("--untrained", action="store_true", help="the base model besides")
-    what.add_argument("--baselines", nargs="+", default=[], choices=METHODS[1:], help="the base model used otherwise")
+    what.add_argument("--untrained", action="store_true", help="add the base model")
+    what.add_argument(
+        "--baselines", nargs="+", default=[], choices=METHODS[1:], help="add baselines that use the base model"
+    )
     what.add_argument("--model", help="the base model")
     what.add_argument("--service", help="URL of a Tinker service")
     what.add_argument("--threads", type=int, help="CPU threads of the embedded service")
-    add_search(parser.add_argument_group("where it searches (as the runs that are measured, else atlas)"))
-    how = parser.add_argument_group("how")
-    how.add_argument("--split", help="of every suite")
-    how.add_argument("--limit", type=int, help="questions a suite")
-    how.add_argument("--question-seed", type=int, default=0, help="which ones (%(default)s)")
-    how.add_argument("--samples", type=int, default=1, help="episodes a question (%(default)s)")
+    add_search(parser.add_argument_group("search (default: that of the evaluated runs, else atlas)"))
+    how = parser.add_argument_group("settings")
+    how.add_argument("--split", help="split of every suite")
+    how.add_argument("--limit", type=int, help="questions per suite")
+    how.add_argument("--question-seed", type=int, default=0, help="selects the questions (%(default)s)")
+    how.add_argument("--samples", type=int, default=1, help="episodes per question (%(default)s)")
     how.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (%(default)s)")
-    how.add_argument("--seed", type=int, default=0, help="of the sampling (%(default)s)")
-    trained = "as a run was trained, else"
+    how.add_argument("--seed", type=int, default=0, help="sampling seed (%(default)s)")
+    trained = "as in the run's training, else"
     how.add_argument("--format", choices=FORMATS, help=f"tool-call format ({trained} hermes)")
     how.add_argument(
         "--thinking",
         type=_thinking,
-        help=f"on, off, or an effort such as low, as far as the model has them ({trained} off)",
+        help=f"on, off, or an effort such as low, if the model supports it ({trained} off)",
     )
     how.add_argument("--max-turns", type=int, help=f"({trained} 5)")
-    how.add_argument("--max-tokens", type=int, help=f"new tokens a turn ({trained} 1024)")
-    how.add_argument("--judge", action="store_true", help="have the base model judge every answer, beside exact match")
+    how.add_argument("--max-tokens", type=int, help=f"new tokens per turn ({trained} 1024)")
+    how.add_argument(
+        "--judge", action="store_true", help="let the base model judge answers, in addition to exact match"
+    )
     parser.set_defaults(run=_run, stopped=_stopped)
 
 
@@ -74,7 +78,7 @@ async def _run(options: argparse.Namespace) -> str:
     search = named_search(options)
     if search is None and not is_repetition and not any(map(_keeps_search, (systems or {}).values())):
         search = search_of(options)
-    # What a repetition may not be given is refused by evaluate(), by name.
+    # evaluate() refuses arguments that a repetition does not accept.
     report = await evaluate(
         options.suites[0] if is_repetition else options.suites,
         search,
@@ -119,12 +123,12 @@ def _systems(options: argparse.Namespace) -> dict[str, SystemSource]:
     for text in options.system:
         label, found, weights = text.partition("=")
         if not found or not label.strip() or not weights.strip():
-            raise ConfigurationError(f"--system {text!r}: give LABEL=WEIGHTS, such as trained=runs/first")
+            raise ConfigurationError(f"--system {text!r}: expected LABEL=WEIGHTS, such as trained=runs/first")
         if label in systems:
-            raise ConfigurationError(f"two systems are called {label!r}: give each its own label")
+            raise ConfigurationError(f"two systems are called {label!r}: use unique labels")
         systems[label] = weights
     return systems
 
 
 def _stopped(options: argparse.Namespace) -> str:
-    return f"Every episode that has ended is kept in {options.out_dir}; the same command goes on."
+    return f"Finished episodes are kept in {options.out_dir}; run the same command to resume."

@@ -1,4 +1,4 @@
-"""``export``: trained weights as a folder that other software loads."""
+"""``export``: writes trained weights to a folder for other software."""
 
 from __future__ import annotations
 
@@ -16,28 +16,24 @@ if TYPE_CHECKING:
 
 
 def add(commands: Parsers) -> None:
-    parser = commands.add_parser("export", help="take a run's weights away: a PEFT adapter or merged weights")
+    parser = commands.add_parser("export", help="export a run's weights as a PEFT adapter or merged")
     add_argument = parser.add_argument
     add_argument("source", metavar="RUN", help="a run's folder, or a tinker://RUN/weights/NAME path")
-    add_argument("folder", type=path_argument, metavar="FOLDER", help="where to write; must not exist, or be empty")
+    add_argument("folder", type=path_argument, metavar="FOLDER", help="output folder; must be missing or empty")
     add_argument(
         "--step",
         type=step_argument,
         default="last",
-        help="of a run: last, best, or a number of optimiser steps (%(default)s)",
+        help="for a run: last, best, or an optimiser step (%(default)s)",
     )
     add_argument(
         "--format", choices=("peft", "merged"), default="peft", help="a LoRA adapter, or the whole model (%(default)s)"
     )
-    add_argument(
-        "--base-model", help="the base model's name on the hub, or a folder with its weights (as the run says)"
-    )
-    add_argument("--push-to-hub", metavar="NAME", help="upload to this Hugging Face repository as well")
-    add_argument("--public", action="store_true", help="a repository that is created is public")
+    add_argument("--base-model", help="hub name or folder of the base model (the run's)")
+    add_argument("--push-to-hub", metavar="NAME", help="also upload to this Hugging Face repository")
+    add_argument("--public", action="store_true", help="make a newly created repository public")
     add_argument("--service", help="URL of a Tinker service")
-    add_argument(
-        "--service-folder", type=path_argument, help="the embedded service's folder that holds a tinker:// path"
-    )
+    add_argument("--service-folder", type=path_argument, help="the embedded service's folder with a tinker:// path")
     add_argument("--threads", type=int, help="CPU threads of the embedded service")
     parser.set_defaults(run=_run, stopped=_stopped)
 
@@ -57,7 +53,7 @@ async def _run(options: argparse.Namespace) -> str:
             local=LocalOptions(threads=options.threads),
             emit=progress,
         )
-    return f"{folder} holds the weights; its README.md says how to load them."
+    return f"{folder} contains the weights; its README.md explains how to load them."
 
 
 def _stopped(options: argparse.Namespace) -> str:

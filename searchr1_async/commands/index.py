@@ -1,4 +1,4 @@
-"""``index``: embeds a corpus and puts it into an index."""
+"""``index``: embeds a corpus into an index."""
 
 from __future__ import annotations
 
@@ -21,15 +21,17 @@ if TYPE_CHECKING:
 
 
 def add(commands: Parsers) -> None:
-    index = commands.add_parser("index", help="embed a corpus, into a folder or a Chroma server")
+    index = commands.add_parser("index", help="embed a corpus into a folder or a Chroma server")
     index.add_argument("corpus", metavar="CORPUS", help="a .jsonl, .jsonl.gz or .parquet file, or atlas")
     place = index.add_mutually_exclusive_group()
-    place.add_argument("--path", type=Path, help="the index's folder (one in the user's cache)")
-    place.add_argument("--host", help="a Chroma server, by name or URL, in place of a folder")
-    index.add_argument("--port", type=int, default=8000, help="of the server (%(default)s)")
+    place.add_argument("--path", type=Path, help="the index's folder (in the user's cache)")
+    place.add_argument("--host", help="name or URL of a Chroma server, instead of a folder")
+    index.add_argument("--port", type=int, default=8000, help="port of the server (%(default)s)")
     index.add_argument("--ssl", action="store_true", help="HTTPS")
-    index.add_argument("--collection", default="wiki_embeddings", help="of the server; made if missing (%(default)s)")
-    index.add_argument("--token-from", metavar="VARIABLE", help="environment variable that holds the server's token")
+    index.add_argument(
+        "--collection", default="wiki_embeddings", help="collection on the server, created if missing (%(default)s)"
+    )
+    index.add_argument("--token-from", metavar="VARIABLE", help="environment variable with the server's token")
     index.add_argument(
         "--embedder", default=DEFAULT_MODEL, help="a sentence-transformers model, or gemini-embedding-001 (%(default)s)"
     )
@@ -38,7 +40,7 @@ def add(commands: Parsers) -> None:
         type=float,
         default=PACING.longest_wait,
         metavar="SECONDS",
-        help="that the embedder or the server may ask to be left alone (%(default)g)",
+        help="longest Retry-After to accept from the embedder or server (%(default)g)",
     )
     index.set_defaults(run=_run, stopped=_stopped)
 
@@ -52,7 +54,7 @@ async def _run(options: argparse.Namespace) -> str:
 
 
 def _stopped(options: argparse.Namespace) -> str:
-    return "What is embedded is kept; the same command goes on."
+    return "Embedded passages are kept; run the same command to resume."
 
 
 def _server(options: argparse.Namespace) -> WritableStore:

@@ -1,4 +1,4 @@
-"""The options of commands that say where they search, and with which weights."""
+"""Search and checkpoint options shared by commands."""
 
 from __future__ import annotations
 
@@ -14,27 +14,24 @@ _NAMES = ("corpus", "chroma", "collection", "embedder", "results", "passage_word
 
 
 def add_search(group: Any) -> None:
-    """Adds them to a parser, or to a group of one. They have no defaults: what was recorded applies where none is given."""
+    """Adds search options to a parser or group, without defaults: recorded settings apply if none is given."""
     group.add_argument("--corpus", help="atlas, or a file of passages (atlas)")
     group.add_argument("--chroma", metavar="HOST:PORT", help="a Chroma server instead")
-    group.add_argument("--collection", help="on that server (wiki_embeddings)")
-    group.add_argument("--embedder", help="of the index (all-MiniLM-L6-v2; with --chroma gemini-embedding-001)")
-    group.add_argument("--results", type=int, help="passages a query (3)")
-    group.add_argument("--passage-words", type=int, help="words a passage is cut at")
+    group.add_argument("--collection", help="collection on that server (wiki_embeddings)")
+    group.add_argument(
+        "--embedder", help="embedder of the index (all-MiniLM-L6-v2; with --chroma gemini-embedding-001)"
+    )
+    group.add_argument("--results", type=int, help="passages per query (3)")
+    group.add_argument("--passage-words", type=int, help="maximum words per passage")
 
 
 def named_search(options: argparse.Namespace) -> Search | None:
-    """The search that the options name; None where they name none.
-
-    Raises:
-        ConfigurationError: they do not fit each other.
-        CorpusError, EmbeddingError, StoreError: as :meth:`Search.local` and :meth:`Search.chroma`.
-    """
+    """The search from the options, or None if no option is set. Errors as :meth:`Search.local` and :meth:`Search.chroma`."""
     return search_of(options) if any(getattr(options, name) is not None for name in _NAMES) else None
 
 
 def search_of(options: argparse.Namespace) -> Search:
-    """The search that the options name, with the defaults for what they leave out; errors as :func:`named_search`."""
+    """The search from the options and defaults; errors as :func:`named_search`."""
     settings = SearchOptions()
     if options.results is not None:
         settings["n_results"] = options.results
@@ -45,13 +42,12 @@ def search_of(options: argparse.Namespace) -> Search:
         return Search.local("atlas" if options.corpus is None else options.corpus, **embedder, **settings)
     host, _, port = options.chroma.rpartition(":")
     if not host or not port.isdecimal():
-        raise ConfigurationError(f"--chroma {options.chroma!r}: give HOST:PORT, such as localhost:8000")
+        raise ConfigurationError(f"--chroma {options.chroma!r}: expected HOST:PORT, such as localhost:8000")
     embedder, collection = options.embedder or "gemini-embedding-001", options.collection or "wiki_embeddings"
     return Search.chroma(host, int(port), collection, embedder=embedder, **settings)
 
 
 def step_argument(text: str) -> Step:
-    """The type of an option ``--step``."""
     if (step := parse_step(text)) is None:
-        raise argparse.ArgumentTypeError(f"{text!r}: give last, best, or a number of steps")
+        raise argparse.ArgumentTypeError(f"{text!r}: expected last, best, or a number of steps")
     return step

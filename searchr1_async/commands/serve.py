@@ -1,4 +1,4 @@
-"""``serve``: serves an index over HTTP, to several machines or processes."""
+"""``serve``: serves an index over HTTP."""
 
 from __future__ import annotations
 
@@ -22,15 +22,17 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def add(commands: Parsers) -> None:
-    serve = commands.add_parser("serve", help="serve an index over HTTP, to several machines or processes")
-    serve.add_argument("path", metavar="PATH", help="a compact index's folder, or whatever else Search.open takes")
-    serve.add_argument("--host", default="127.0.0.1", help="to listen at; 0.0.0.0 for other machines (%(default)s)")
-    serve.add_argument("--port", type=int, default=DEFAULT_PORT, help="to listen at; 0 takes a free one (%(default)s)")
-    serve.add_argument("--token-from", metavar="VARIABLE", help="environment variable with the token to ask for")
-    serve.add_argument("--embedder", help="of the index's vectors (as the index says)")
-    serve.add_argument("--collection", help="of a Chroma folder or server that holds several")
-    serve.add_argument("--results", type=int, default=3, help="passages that /retrieve gives by itself (%(default)s)")
-    serve.add_argument("--requests", type=int, default=ServingLimits().requests, help="at work at once (%(default)s)")
+    serve = commands.add_parser("serve", help="serve an index over HTTP to other machines or processes")
+    serve.add_argument("path", metavar="PATH", help="a compact index's folder, or anything else Search.open accepts")
+    serve.add_argument("--host", default="127.0.0.1", help="address to bind; 0.0.0.0 for other machines (%(default)s)")
+    serve.add_argument("--port", type=int, default=DEFAULT_PORT, help="port to bind; 0 picks a free one (%(default)s)")
+    serve.add_argument("--token-from", metavar="VARIABLE", help="environment variable with the required token")
+    serve.add_argument("--embedder", help="embedder of the index (the index's own)")
+    serve.add_argument("--collection", help="collection, if a Chroma folder or server has several")
+    serve.add_argument("--results", type=int, default=3, help="default number of passages of /retrieve (%(default)s)")
+    serve.add_argument(
+        "--requests", type=int, default=ServingLimits().requests, help="maximum concurrent requests (%(default)s)"
+    )
     serve.set_defaults(run=_run, stopped=_stopped)
 
 
@@ -48,7 +50,7 @@ async def _run(options: argparse.Namespace) -> str:
             serve_search(search, host=options.host, port=options.port, token=token, limits=limits) as address,
         ):
             if token is None and options.host not in LOOPBACK:
-                progress(Notice("no token is asked for: whoever reaches this machine may search", is_warning=True))
+                progress(Notice("no token required: anyone who can reach this machine can search", is_warning=True))
             progress(Notice(f"serving at {address} (GET /health, POST /retrieve); Ctrl-C stops it"))
             async for _ in signals:
                 break
@@ -56,4 +58,4 @@ async def _run(options: argparse.Namespace) -> str:
 
 
 def _stopped(options: argparse.Namespace) -> str:
-    return "Requests in the air were finished; nothing is served any more."
+    return "Requests in flight were finished; the server has stopped."

@@ -1,4 +1,4 @@
-"""``view``: writes one HTML page over a run's episodes."""
+"""``view``: writes an HTML page of a run's episodes."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 
 def add(commands: Parsers) -> None:
-    view = commands.add_parser("view", help="write a page to read a run's episodes with")
+    view = commands.add_parser("view", help="write an HTML page of a run's episodes")
     view.add_argument("run_folder", metavar="RUN", type=path_argument, help="the run's folder")
-    view.add_argument("--out", type=path_argument, help="the page (view.html in the run's folder)")
-    view.add_argument("--open", action="store_true", help="show it in the browser")
-    view.add_argument("--step", type=int, nargs="+", metavar="N", help="these steps of training alone")
-    view.add_argument("--evaluation", nargs="+", metavar="LABEL", help='these evaluations alone ("after RL")')
-    view.add_argument("--limit", type=int, metavar="N", help="episodes at most, a share of every step and evaluation")
+    view.add_argument("--out", type=path_argument, help="output file (view.html in the run's folder)")
+    view.add_argument("--open", action="store_true", help="open it in the browser")
+    view.add_argument("--step", type=int, nargs="+", metavar="N", help="only these training steps")
+    view.add_argument("--evaluation", nargs="+", metavar="LABEL", help='only these evaluations ("after RL")')
+    view.add_argument("--limit", type=int, metavar="N", help="maximum episodes, spread over steps and evaluations")
     view.set_defaults(run=_run, stopped=_stopped)
 
 
@@ -41,4 +41,4 @@ async def _run(options: argparse.Namespace) -> str:
 
 
 def _stopped(options: argparse.Namespace) -> str:
-    return "The page is written whole or not at all; the same command writes it."
+    return "The page is written atomically; run the same command again if it is missing."

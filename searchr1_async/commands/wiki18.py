@@ -1,4 +1,4 @@
-"""``wiki18``: fetches the prebuilt index of Wikipedia of 2018, and makes a compact one of it."""
+"""``wiki18``: downloads the prebuilt index of the 2018 Wikipedia and optionally compacts it."""
 
 from __future__ import annotations
 
@@ -43,51 +43,54 @@ if TYPE_CHECKING:
 
 
 PASSAGES, DIMENSION = 21_015_324, 768
-"""Of the index of Wikipedia."""
+"""Size of the Wikipedia index."""
 COMPACT_SHARE = 0.5
-"""Of the bytes of another Chroma folder, the most that a compact index with float16 vectors takes."""
+"""Upper bound of a float16 compact index, as a fraction of its Chroma folder's bytes (for other indexes)."""
 DOWNLOAD_RATE = 20e6
-"""Bytes a second, as an ordinary line has it: said with the estimate, not measured."""
+"""Assumed bytes per second; shown with the estimate."""
 UNPACK_RATE = 25e6
-"""Unpacked bytes a second: xz on one core, measured of a Chroma folder that it makes a quarter smaller."""
+"""Unpacked bytes per second of xz on one core."""
 COMPACT_RATE = 10_000.0
-"""Passages of 768 numbers a second, from the Chroma folder to the index, on 2 cores: 21 million were made of vectors at 13,700, and a
-folder of 500,000 is read at 45,000."""
+"""Passages of 768 dimensions per second from Chroma folder to index, on 2 cores."""
 _SPARE = 1 << 30
 
 
 def add(commands: Parsers) -> None:
-    wiki18 = commands.add_parser("wiki18", help="fetch the prebuilt index of Wikipedia of 2018 (21 million passages)")
-    wiki18.add_argument("--folder", type=Path, help="where it goes (in the user's cache)")
-    wiki18.add_argument("--keep-archive", action="store_true", help="leave the archive beside the unpacked index")
+    wiki18 = commands.add_parser(
+        "wiki18", help="download the prebuilt index of the 2018 Wikipedia (21 million passages)"
+    )
+    wiki18.add_argument("--folder", type=Path, help="target folder (in the user's cache)")
+    wiki18.add_argument("--keep-archive", action="store_true", help="keep the archive beside the unpacked index")
     wiki18.add_argument("--repository", default=REPOSITORY, help="data set on the Hugging Face hub (%(default)s)")
-    wiki18.add_argument("--archive", default=ARCHIVE, help="file in it, a .tar.xz of a Chroma folder (%(default)s)")
+    wiki18.add_argument("--archive", default=ARCHIVE, help="its .tar.xz of a Chroma folder (%(default)s)")
     wiki18.add_argument("--revision", help="branch, tag or commit (main)")
-    wiki18.add_argument("--endpoint", help="another hub's address, a mirror say ($HF_ENDPOINT)")
+    wiki18.add_argument("--endpoint", help="URL of another hub, such as a mirror ($HF_ENDPOINT)")
     wiki18.add_argument(
         "--longest-wait",
         type=float,
         default=LONGEST_WAIT,
         metavar="SECONDS",
-        help="that the hub may ask to be left alone (%(default)g)",
+        help="longest Retry-After to accept from the hub (%(default)g)",
     )
-    wiki18.add_argument("--compact", action="store_true", help="make a compact index of it, for under 8 GB of memory")
+    wiki18.add_argument("--compact", action="store_true", help="build a compact index that needs under 8 GB of memory")
     wiki18.add_argument(
-        "--embedder", default=DEFAULT_MODEL, help="of --compact: what made the vectors, for searching (%(default)s)"
+        "--embedder", default=DEFAULT_MODEL, help="with --compact: the embedder of the vectors (%(default)s)"
     )
     wiki18.add_argument(
         "--vectors",
         choices=("float16", "int8"),
         default="float16",
-        help="of --compact: how they are kept (%(default)s)",
+        help="with --compact: how vectors are stored (%(default)s)",
     )
-    wiki18.add_argument("--recall", type=float, default=0.95, help="of --compact: the share to be found (%(default)s)")
+    wiki18.add_argument("--recall", type=float, default=0.95, help="with --compact: target recall (%(default)s)")
     wiki18.add_argument(
         "--questions",
-        help="of --compact: a suite or a file of real ones, which --recall is measured by; they are embedded first "
-        "(passages of the index, which are easier to find)",
+        help="with --compact: a suite or file of questions to measure recall with (default: passages of the index, which are "
+        "easier to find)",
     )
-    wiki18.add_argument("--keep", action="store_true", help="of --compact: leave what was fetched beside the index")
+    wiki18.add_argument(
+        "--keep", action="store_true", help="with --compact: keep the downloaded files beside the index"
+    )
     wiki18.set_defaults(run=_run, stopped=_stopped)
 
 
@@ -112,11 +115,11 @@ async def _fetched(options: argparse.Namespace, emit: Emit) -> PrebuiltIndex:
 
 
 async def _compact(options: argparse.Namespace, emit: Emit) -> str:
-    """All the way; a call after a kill goes on at the step that it met, and after the last one says how to serve it."""
+    """Downloads and compacts; resumes at the interrupted step, and once done only describes the index."""
     place = absolute_path(options.folder or cache_folder() / "wiki18", "--folder")
     index = place / "compact"
     settings = CompactSettings(vectors=options.vectors, recall=options.recall)
-    questions = await in_thread(lambda: _questions(options.questions))  # refused before anything is fetched
+    questions = await in_thread(lambda: _questions(options.questions))  # validated before downloading
     if not (index / MANIFEST_NAME).exists():
         if questions:
             await _try_embedder(options.embedder, questions[0])
@@ -134,8 +137,8 @@ async def _compact(options: argparse.Namespace, emit: Emit) -> str:
         emit(Notice(f"{plan} in {place}, where {gigabytes(free)} are free"))
         if plan.peak > free:
             raise StoreError(
-                f"{plan} in {place}, where {gigabytes(free)} are free: free {gigabytes(plan.peak - free)}, or give a folder on "
-                "another disk"
+                f"{plan} in {place}, where {gigabytes(free)} are free: free up {gigabytes(plan.peak - free)}, or choose a folder "
+                "on another disk"
             )
         found = await _fetched(options, emit)
         source = ChromaFolder(found.path, embedder=options.embedder)
@@ -149,13 +152,15 @@ async def _compact(options: argparse.Namespace, emit: Emit) -> str:
     manifest = await in_thread(lambda: CompactManifest.load(index))
     if differs := differing(manifest, settings, has_queries=questions is not None):
         raise StoreError(
-            f"{index} is whole, and was made with {differs}: take it as it is, or delete it and run the command again"
+            f"{index} is complete but was built with {differs}: use it as it is, or delete it and run the command again"
         )
     if not options.keep:
         try:
             await in_thread(lambda: delete_index(place, options.archive, keep_archive=options.keep_archive))
         except OSError as error:
-            raise StoreError(f"the index {index} is whole, but {error.filename} cannot be deleted: {error}") from error
+            raise StoreError(
+                f"the index {index} is complete, but {error.filename} cannot be deleted: {error}"
+            ) from error
     return describe_compact(index, manifest)
 
 
@@ -166,17 +171,13 @@ def _questions(suite: str | None) -> list[str] | None:
 
 
 async def _try_embedder(name: str, question: str) -> None:
-    """Asks it once, before hours of download: a key may be missing.
-
-    Raises:
-        ConfigurationError, EmbeddingError: it cannot be made, or fails.
-    """
+    """Embeds one question before hours of download, to detect a missing key."""
     embedder = make_embedder(name)
     try:
         await open_embedder(embedder, PACING)
         try:
             await embedder.embed_queries([question])
-        except PassingFault:  # it is there; what asks it in earnest has more patience
+        except PassingFault:  # it is reachable; the build retries for longer
             return
     finally:
         with anyio.CancelScope(shield=True):
@@ -185,31 +186,22 @@ async def _try_embedder(name: str, question: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What the whole way takes from here on."""
-
     to_fetch: int
     index: int
-    """Bytes, in the end."""
     peak: int
-    """Bytes of disk, at most, beside those that are used already."""
+    """Peak additional bytes on disk."""
     seconds: float
 
     def __str__(self) -> str:
         return (
-            f"{gigabytes(self.to_fetch)} to fetch, an index of about {gigabytes(self.index)} in the end, and about "
-            f"{self.seconds / 3600:,.1f} hours (at {DOWNLOAD_RATE / 1e6:,.0f} MB/s of download): at its peak it takes "
+            f"{gigabytes(self.to_fetch)} to download, a final index of about {gigabytes(self.index)}, and about "
+            f"{self.seconds / 3600:,.1f} hours (at {DOWNLOAD_RATE / 1e6:,.0f} MB/s of download): at peak it needs "
             f"{gigabytes(self.peak)}"
         )
 
 
 def plan_of(sizes: FetchSizes, index: int, *, is_kept: bool) -> Plan:
-    """What it takes to fetch, unpack and make an index of so many bytes.
-
-    Args:
-        sizes: of what is still to be fetched.
-        index: bytes of the compact one.
-        is_kept: the archive stays while the index is made.
-    """
+    """Estimates downloading, unpacking and building ``index`` bytes; ``is_kept``: the archive stays during the build."""
     archive_freed = 0 if is_kept or not sizes.unpacked else sizes.there
     building = sizes.unpacked + index + (sizes.to_fetch if is_kept else 0) - archive_freed
     passages = index / needed_bytes(1, DIMENSION, CompactSettings())
@@ -224,25 +216,25 @@ def _index_bytes(repository: str, sizes: FetchSizes, settings: CompactSettings) 
 
 
 def _stopped(options: argparse.Namespace) -> str:
-    return "What has come is kept; the same command goes on."
+    return "Downloaded data is kept; run the same command to resume."
 
 
 def describe(found: PrebuiltIndex) -> str:
-    """What is there now, how to serve it, and what that takes."""
-    lines = [f"{'Fetched' if found.is_new else 'Fetched before'}: {found.path} ({found.repository}, {found.revision})"]
+    lines = [
+        f"{'Downloaded' if found.is_new else 'Already downloaded'}: {found.path} ({found.repository}, {found.revision})"
+    ]
     lines += [
         f"  collection {collection.name}: {collection.passages:,} passages, {collection.dimension or '?'} dimensions"
         for collection in found.collections
     ]
     lines += ["Serve it with:", f"  chroma run --path {shlex.quote(str(found.path))}"]
     if found.memory >= 1e9:
-        advice = "; its makers advise a machine with 160 GB" if found.repository == REPOSITORY else ""
+        advice = "; its authors recommend 160 GB" if found.repository == REPOSITORY else ""
         lines.append(f"Chroma keeps every vector in memory: about {found.memory / 1e9:,.0f} GB{advice}.")
     return "\n".join(lines)
 
 
 def describe_compact(index: Path, manifest: CompactManifest) -> str:
-    """What is there now, and how to serve it."""
     size = sum(record.bytes for record in manifest.files.values())
     chosen = manifest.calibration
     return "\n".join(

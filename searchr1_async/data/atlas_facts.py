@@ -1,4 +1,4 @@
-"""What the atlas asks about: the kinds of fact, where the Factbook holds them, and the words that ask for them."""
+"""The kinds of fact that the atlas asks about: their Factbook fields, and the wording of questions and searches."""
 
 from __future__ import annotations
 
@@ -30,28 +30,28 @@ from searchr1_async.data.atlas_readers import (
 from searchr1_async.data.factbook import Country
 
 Path = tuple[str, ...]
-"""Where the Factbook has a field: section, field, sub-field."""
+"""Path of a Factbook field: section, field, sub-field."""
 
 
 @dataclass(frozen=True, slots=True)
 class FactKind:
-    """One kind of fact: the passage that holds it, the words that ask for it, and the reader of its answer."""
+    """One kind of fact: its passage, the wording of its question and search, and the reader of its answer."""
 
     name: str
-    """``"highest-point-height"``: the part of a question's id that names what is asked."""
+    """Names the kind in question ids, such as ``"highest-point-height"``."""
     passage: str
-    """The passage's key (several kinds may share one passage)."""
+    """Key of the passage; several kinds may share one."""
     path: Path
     question: str
-    """With ``{country}`` for the country or for a description of it."""
+    """With ``{country}`` in place of the country or its description."""
     query: str
-    """The words that find the passage, with ``{country}``."""
+    """The ideal search, with ``{country}``."""
     read: Callable[[str], Answers]
 
 
 @dataclass(frozen=True, slots=True)
 class FactPassage:
-    """One short passage a country: the values of one field, or of a few that belong together."""
+    """One short passage per country: the values of one or a few related fields."""
 
     key: str
     parts: tuple[tuple[str, Path], ...]
@@ -307,7 +307,7 @@ FACT_KINDS = (
 
 
 def field_text(country: Country, path: Path) -> str:
-    """The field's value as the Factbook has it, ``""`` where it has none."""
+    """The field's value, ``""`` if missing."""
     text = country.text(*path)
     if path == _CURRENCY_FIELD:
         text = re.sub(r"\s*per US dollar\b.*$", "", text)

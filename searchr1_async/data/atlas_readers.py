@@ -1,7 +1,7 @@
-"""How an answer is read from the text of a Factbook field.
+"""Reads answers from the text of Factbook fields.
 
-Every reader takes the clean text of one field and gives the golden answers, the first of them being a literal part of
-that text, or None where the field gives no single short answer: several values, a remark, "none", or a long text.
+Every reader takes a field's clean text and returns the golden answers, the first a substring of the text; or None if the field has no
+single short answer: several values, a remark, "none", or a long text.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _UNITS = {
 
 
 def without_brackets(text: str) -> str:
-    """The text with every bracketed remark taken out."""
+    """The text without bracketed remarks."""
     while (shorter := _BRACKETS.sub("", text)) != text:
         text = shorter
     return text.strip()
@@ -46,7 +46,7 @@ def _short(text: str) -> bool:
 
 
 def read_name(text: str) -> Answers:
-    """One name: no list, no alternatives; a bracketed remark behind it is left out."""
+    """A single name: no list or alternatives; a trailing bracketed remark is dropped."""
     bare = without_brackets(text)
     if not _short(bare) or re.search(r"[;,/:]|\bor\b", bare) or not text.startswith(bare):
         return None
@@ -54,7 +54,7 @@ def read_name(text: str) -> Answers:
 
 
 def read_capital(text: str) -> Answers:
-    """One capital, with its other spelling in brackets as an alias; a remark in lower case is none."""
+    """A single capital, with a bracketed other spelling as alias; lower-case remarks are no alias."""
     answers = read_name(text)
     if answers is None or re.search(r"capital|center|\bin\b", text):
         return None
@@ -65,7 +65,7 @@ def read_capital(text: str) -> Answers:
 def read_point(text: str) -> Answers:
     """``"Gebel Katherina (Mount Catherine) 2,642 m"`` → the name, its alias, and both with the height.
 
-    Of ``"Konigstein on Brandberg"`` the peak alone is right as well; an alias behind it would be the massif's.
+    For ``"Konigstein on Brandberg"`` the peak alone is also right; an alias after it would be the massif's.
     """
     match = _POINT.match(text)
     if not match or not _short(match["name"]) or not match["name"][0].isupper():
@@ -84,7 +84,7 @@ def read_height(text: str) -> Answers:
 
 
 def read_quantity(text: str) -> Answers:
-    """``"2,381,740 sq km"`` with and without its unit; a quantity of 0 is no answer."""
+    """``"2,381,740 sq km"`` with and without its unit; 0 is no answer."""
     match = _QUANTITY.match(without_brackets(text))
     if not match or float(match["number"].replace(",", "")) == 0 or not text.startswith(match[0]):
         return None
@@ -146,7 +146,7 @@ def read_prefix(text: str) -> Answers:
 
 
 def read_demonym(text: str) -> Answers:
-    """``"Mosotho (singular), Basotho (plural)"``, ``"Lao(s) or Laotian(s)"``: every form is right."""
+    """``"Mosotho (singular), Basotho (plural)"``, ``"Lao(s) or Laotian(s)"``: every form is accepted."""
     forms: list[str] = []
     for part in re.split(r",\s*|\s+or\s+|;\s*", text):
         bare = without_brackets(part)
@@ -167,7 +167,7 @@ def read_anthem(text: str) -> Answers:
 
 
 def read_composer(text: str) -> Answers:
-    """The music is by whoever stands behind the one slash of ``lyrics/music``, or by the only name there is."""
+    """The name after the slash of ``lyrics/music``, or the only name."""
     parts = text.split("/")
     name = parts[-1].strip()
     if len(parts) > 2 or not _short(name) or re.search(r"[;,:()&]| and |arranged|unknown|traditional|disputed", name):

@@ -1,4 +1,4 @@
-"""Corpora of passages: the built-in one, and JSONL or Parquet files of any size, read in bounded memory."""
+"""Passage corpora: built in, and from JSONL or Parquet files of any size, read in bounded memory."""
 
 from __future__ import annotations
 
@@ -35,75 +35,75 @@ logger = logging.getLogger(__name__)
 
 _COLUMNS = frozenset(PASSAGE_COLUMNS)
 _READER = "2"
-"""Of what a file's passages are made of; counted up where the same file would give others, so that no old fingerprint is taken."""
+"""Version of the passages read from a file; increase it when the same file yields others, to invalidate cached fingerprints."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Content:
-    """What a whole pass over a corpus finds."""
+    """The result of a full pass over a corpus."""
 
     count: int
     fingerprint: str
 
 
 class Corpus(ABC):
-    """Passages in a fixed order, each with an id of its own and some text.
+    """Passages in a fixed order, with unique ids and non-blank texts.
 
-    ``len(corpus)`` and :attr:`fingerprint` read the whole corpus once and check every passage (a file's outcome is
-    kept in the user's cache folder, so that the next time costs nothing while the file stays as it is).
+    ``len(corpus)`` and :attr:`fingerprint` read and check the whole corpus once. For a file, the result is cached in the user's
+    cache folder until the file changes.
     """
 
     def __init__(self, source: str) -> None:
         self.source = source
-        """``"atlas"``, or the file's path, for messages."""
+        """``"atlas"`` or the file's path, for messages."""
 
     @abstractmethod
     def _passages(self) -> Iterator[tuple[str, Passage]]:
-        """Every passage with the place it stands at, from the beginning."""
+        """All passages with their place in the source."""
 
     def __len__(self) -> int:
         """The number of passages.
 
         Raises:
-            CorpusError: as :meth:`check`.
+            CorpusError: see :meth:`check`.
         """
         return self._content.count
 
     @property
     def fingerprint(self) -> str:
-        """A hash of ids, titles and texts in their order, 32 hexadecimal digits: equal for equal content anywhere.
+        """A hash of ids, titles and texts in order, 32 hexadecimal digits.
 
         Raises:
-            CorpusError: as :meth:`check`.
+            CorpusError: see :meth:`check`.
         """
         return self._content.fingerprint
 
     def check(self) -> None:
-        """Reads the whole corpus unless that was done before.
+        """Reads and checks the whole corpus, once.
 
         Raises:
-            CorpusError: it is empty, cannot be read, or a passage has no id, no text, or another one's id.
+            CorpusError: it is empty or unreadable, or a passage lacks an id or text, or has a duplicate id.
         """
         _ = self._content
 
     def check_first(self) -> None:
-        """Looks at the first passage alone.
+        """Checks the first passage only.
 
         Raises:
-            CorpusError: there is none, or it cannot be used.
+            CorpusError: it is missing or unusable.
         """
         if next(self._passages(), None) is None:
             raise CorpusError(f"{self.source} holds no passages")
 
     def passages(self, start: int = 0) -> Iterator[Passage]:
-        """Every passage from number ``start`` (counted from 0) on."""
+        """All passages from number ``start`` (0-based)."""
         for _, passage in islice(self._passages(), start, None):
             yield passage
 
     def batches(self, size: int, start: int = 0) -> Iterator[list[Passage]]:
-        """Lists of ``size`` passages, the last one shorter, in the corpus's order; ``start`` passages are left out."""
+        """Lists of ``size`` passages in order, the last one possibly shorter, after skipping ``start`` passages."""
         if size < 1:
-            raise CorpusError(f"a batch of {size} passages: give at least 1")
+            raise CorpusError(f"batch size is {size}: it must be at least 1")
         passages = self.passages(start)
         while batch := list(islice(passages, size)):
             yield batch
@@ -117,15 +117,15 @@ class Corpus(ABC):
 
 
 class MemoryCorpus(Corpus):
-    """Passages, or rows of a table, that are in memory already.
+    """Passages, or rows of a table, in memory.
 
     Args:
-        passages: passages, or a table whose rows are those of a corpus file.
-        source: for messages; None for the table's kind.
-        columns: as :func:`load_corpus`.
+        passages: passages, or a table with the rows of a corpus file.
+        source: for messages; None uses the table's kind.
+        columns: see :func:`load_corpus`.
 
     Raises:
-        CorpusError: it is no table.
+        CorpusError: it is not a table.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class MemoryCorpus(Corpus):
         )
         self._columns = columns
         self.is_large = self._table.kind == "dataset"
-        """It may be larger than the memory."""
+        """Whether it may exceed memory."""
 
     def _passages(self) -> Iterator[tuple[str, Passage]]:
         return self._given() if self._are_passages else _read_passages(self.source, self._table.rows, self._columns)
@@ -153,7 +153,7 @@ class MemoryCorpus(Corpus):
         for number, (_, passage) in enumerate(self._table, start=1):
             if not isinstance(passage, Passage):
                 raise CorpusError(
-                    f"{self.source}, passage {number} is a {type(passage).__name__}: give Passage(…) for each"
+                    f"{self.source}, passage {number} is a {type(passage).__name__}: pass Passage(…) for each"
                 )
             if not passage.id or not passage.text.strip():
                 raise CorpusError(f"{self.source}, passage {number} has no {'text' if passage.id else 'id'}")
@@ -161,10 +161,8 @@ class MemoryCorpus(Corpus):
 
 
 class FileCorpus(Corpus):
-    """A file with the columns ``id``, ``title`` and ``text``; other columns are left unread.
-
-    The file of Search-R1 and FlashRAG, which has ``contents`` (the title in quotes, a newline, the text) in place of
-    ``title`` and ``text``, is read as well.
+    """A file with the columns ``id``, ``title`` and ``text``; or, as in Search-R1 and FlashRAG, with ``id`` and ``contents`` (the
+    title in quotes, a newline, the text). Other columns are ignored.
 
     Raises:
         CorpusError: the file cannot be read, or its first row lacks a column.
@@ -177,7 +175,7 @@ class FileCorpus(Corpus):
         self.check_first()
 
     def _passages(self) -> Iterator[tuple[str, Passage]]:
-        # Every column where one is named, so that the message about a misspelt one can list them.
+        # All columns if any is renamed, so that an error can list them.
         wanted = None if self._columns else _COLUMNS
         return _read_passages(self.source, lambda: read_rows(self._path, wanted), self._columns)
 
@@ -196,29 +194,29 @@ class FileCorpus(Corpus):
         try:
             kept.parent.mkdir(parents=True, exist_ok=True)
             kept.write_text(json.dumps({"count": content.count, "fingerprint": content.fingerprint}), encoding="utf-8")
-        except OSError as error:  # a read-only home costs time, not the run
-            logger.info("the fingerprint of %s is not kept: %s", self.source, error)
+        except OSError as error:  # a read-only home directory only costs time
+            logger.info("the fingerprint of %s is not cached: %s", self.source, error)
         return content
 
 
 CorpusSource: TypeAlias = str | Path | Corpus | Iterable[Passage] | Iterable[Mapping[str, Any]] | ArrowTable
-"""A name, a file, a corpus, passages, or a table in memory; see :func:`load_corpus`."""
+"""A name, a file, a corpus, passages, or an in-memory table; see :func:`load_corpus`."""
 
 
 def load_corpus(name_or_path: CorpusSource, *, columns: Columns | None = None) -> Corpus:
-    """A corpus by name, from a file, from a table in memory, or from passages.
+    """Loads a corpus by name, or from a file, an in-memory table, or passages.
 
-    The first row of a file or of a ``Dataset`` is looked at here; the rest is read and checked by :meth:`Corpus.check`, ``len`` or
-    :attr:`Corpus.fingerprint`, whichever comes first, and in any case before anything is embedded.
+    Only the first row of a file or ``Dataset`` is checked here. The rest is checked by :meth:`Corpus.check`, ``len`` or
+    :attr:`Corpus.fingerprint`, and always before anything is embedded.
 
     Args:
         name_or_path: ``"atlas"`` (built in); a JSONL, JSON, CSV, TSV (each also with ``.gz``) or Parquet file with ``id``,
-            ``title`` and ``text``; a frame of polars or pandas, a ``datasets.Dataset`` or a list of dicts with the same
-            columns; passages; or a corpus, which is taken as it is.
-        columns: what the source calls its columns: ``{"id": "_id", "text": "passage"}``.
+            ``title`` and ``text``; a polars or pandas frame, a ``datasets.Dataset`` or a list of dicts with the same columns;
+            passages; or a corpus, which is returned as is.
+        columns: column names in the source: ``{"id": "_id", "text": "passage"}``.
 
     Raises:
-        CorpusError: no such file or name, not readable, empty, or without the columns.
+        CorpusError: unknown name or file, unreadable, empty, or columns are missing.
     """
     if isinstance(name_or_path, Corpus):
         return name_or_path
@@ -238,10 +236,10 @@ def load_corpus(name_or_path: CorpusSource, *, columns: Columns | None = None) -
 
         return MemoryCorpus(atlas_passages(), "atlas")
     if path.is_dir():
-        raise CorpusError(f"{path} is a folder: name the file within it")
+        raise CorpusError(f"{path} is a folder: name a file in it")
     if is_data_file(path):
-        raise CorpusError(f"there is no corpus file {path} (looked in {path.parent})")
-    raise CorpusError(f"unknown corpus {name!r}: give 'atlas', or a file ({FORMATS})")
+        raise CorpusError(f"the corpus file {path} does not exist (looked in {path.parent})")
+    raise CorpusError(f"unknown corpus {name!r}: use 'atlas', or a file ({FORMATS})")
 
 
 def _read_passages(
@@ -258,7 +256,7 @@ def _read_passages(
 
 
 def _read_whole(source: str, passages: Callable[[], Iterator[tuple[str, Passage]]]) -> _Content:
-    """One pass that counts, hashes, and finds ids given twice; 8 bytes of memory a passage."""
+    """Counts, hashes and finds duplicate ids in one pass; 8 bytes of memory per passage."""
     digest = hashlib.blake2b(digest_size=16)
     id_hashes = bytearray()
     for place, passage in passages():
@@ -266,7 +264,7 @@ def _read_whole(source: str, passages: Callable[[], Iterator[tuple[str, Passage]
             encoded = [field.encode() for field in (passage.id, passage.title, passage.text)]
         except UnicodeEncodeError as error:
             raise CorpusError(
-                f"{source}, {place} holds half a character (a lone surrogate) in {shown(error.object)}: read its file as UTF-8"
+                f"{source}, {place} has an invalid character (a lone surrogate) in {shown(error.object)}: read its file as UTF-8"
             ) from None
         digest.update(b"".join(len(field).to_bytes(8, "little") + field for field in encoded))
         id_hashes += _id_hash(passage)
@@ -284,7 +282,7 @@ def _id_hash(passage: Passage) -> bytes:
 
 
 def _refuse_duplicates(source: str, passages: Iterator[tuple[str, Passage]], suspects: set[int]) -> None:
-    """Names the first id given twice; two different ids of one hash are no error."""
+    """Reports the first duplicate id; two ids with the same hash are no error."""
     seen: dict[str, str] = {}
     for place, passage in passages:
         if int(np.frombuffer(_id_hash(passage), dtype=np.uint64)[0]) in suspects:

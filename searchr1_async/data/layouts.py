@@ -1,20 +1,20 @@
-"""What a row of a question file or a corpus means: the one owner of the layouts that published files have. Pure.
+"""Parses rows of question files and corpora, in the layouts of published data sets. Pure.
 
 ========================  ==========================================================================================
 layout                    golden answers
 ========================  ==========================================================================================
 FlashRAG                  ``golden_answers``: a list
 SQuAD                     ``answers``: ``{"text": [...], "answer_start": [...]}``
-TriviaQA                  ``answer``: ``{"value": ..., "aliases": [...], ...}``; its normalised forms are not taken
-Natural Questions, others ``answer`` or ``answers``: a list or a text, also as JSON or as Python writes a list
+TriviaQA                  ``answer``: ``{"value": ..., "aliases": [...], ...}``; without its normalised forms
+Natural Questions, others ``answer`` or ``answers``: a list or a text, also as JSON or a Python literal
 MuSiQue                   ``answer`` with ``answer_aliases``
-KILT                      ``output``, if named: a list of ``{"answer": ...}``
+KILT                      ``output`` (named with ``columns``): a list of ``{"answer": ...}``
 PopQA                     ``possible_answers``: a list as JSON
 Search-R1                 ``reward_model``: ``{"ground_truth": {"target": ...}}``, also as JSON
 ========================  ==========================================================================================
 
-The first of these columns that holds anything counts. A text that is no whole JSON or Python list or dict is one answer as it
-stands; within a list every text is. Everything that has no one meaning is refused.
+The first of these columns with a value is used. A text that is not entirely a JSON or Python list or dict is one answer, verbatim; so
+is every text within a list. Ambiguous values are rejected.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ _ANSWER_COLUMNS = ("golden_answers", "answers", "answer", "possible_answers")
 _REWARD_MODEL = "reward_model"
 _NOT_KEPT = frozenset({"id", "question", "golden_answers", "data_source", "prompt", "reward_model", "metadata"})
 _MAIN_KEYS = ("text", "value", "target", "answer", "ground_truth")
-"""In a dict that is an answer: the first of them that it has."""
+"""Keys that hold the answer in a dict; the first one present is used."""
 _WRITTEN_KEYS = frozenset({"target", "ground_truth"})
-"""What may hold a list that was written as text."""
+"""Keys whose value may be a list written as text."""
 _HIDDEN = "<unk>"
-"""In place of the answers in TriviaQA's test split."""
+"""Placeholder for the answers in TriviaQA's test split."""
 _OTHER_WORDS = {
     "question": ("query", "q", "prompt", "input", "problem"),
     "golden_answers": ("gold_answers", "ground_truth", "target", "label", "output"),
@@ -56,17 +56,17 @@ _NUMPY = re.compile(r"\barray\(\[")
 
 
 class LayoutError(Exception):
-    """What is wrong with a row: the predicate of a sentence whose subject is the row's place."""
+    """What is wrong with a row; a predicate whose subject is the row's place."""
 
 
 def question_of(row: Mapping[str, Any], suite: str) -> Question:
-    """The question of a row; without an id of its own, its id is "".
+    """The question of a row; its id is "" if the row has none.
 
     Args:
-        suite: ``data_source`` of a row that names none.
+        suite: default ``data_source``.
 
     Raises:
-        LayoutError: a column is missing, or holds what has no one meaning.
+        LayoutError: a column is missing or ambiguous.
         QuestionsError: no reward can be computed for it.
     """
     text = _question_text(row)
@@ -83,10 +83,10 @@ def question_of(row: Mapping[str, Any], suite: str) -> Question:
 
 
 def passage_of(row: Mapping[str, Any]) -> Passage:
-    """The passage of a row with ``id``, ``title`` (which may be missing) and ``text``; or with ``id`` and ``contents``.
+    """The passage of a row with ``id``, optional ``title`` and ``text``; or with ``id`` and ``contents``.
 
     Raises:
-        LayoutError: a column is missing, or holds something else than text.
+        LayoutError: a column is missing or not text.
     """
     missing = [name for name in ("id", "text") if name not in row]
     if missing == ["text"] and "contents" in row:
@@ -104,16 +104,16 @@ def passage_of(row: Mapping[str, Any]) -> Passage:
     if not isinstance(own_id, str):
         own_id = _name(row, "id")
     if not own_id:
-        raise LayoutError("has no 'id': give every passage one of its own")
+        raise LayoutError("has no 'id': every passage needs a unique one")
     return Passage(own_id, title, text)
 
 
 def split_contents(contents: str, *, only_quoted: bool = False) -> tuple[str, str]:
-    """The first line without its quotes as the title, and the text below it; no title where nothing stands below.
+    """Splits contents into title (the first line, unquoted) and text; no title if nothing follows the first line.
 
     Args:
         contents: title, newline, text.
-        only_quoted: a first line that is not in quotes is no title.
+        only_quoted: accept only a quoted first line as title.
     """
     line, newline, text = contents.partition("\n")
     line = line.strip()
@@ -124,17 +124,15 @@ def split_contents(contents: str, *, only_quoted: bool = False) -> tuple[str, st
 
 
 def read_texts(value: Any) -> tuple[str, ...]:
-    """The texts (golden answers, searches) that a column's value means, in their order; none where it is empty.
-
-    Blanks and repetitions are left out.
+    """The texts (golden answers, searches) in a column's value, in order, without blanks and duplicates.
 
     Args:
-        value: a text, a number, a list, or a dict of one of the layouts above, in any nesting.
+        value: a text, number, list, or dict of a layout above, nested in any way.
 
     Raises:
-        LayoutError: it has no one meaning; the message says what is wrong with it.
+        LayoutError: the value is ambiguous; the message says why.
     """
-    is_plain = isinstance(value, list) and all([isinstance(each, str) for each in value])  # nearly always
+    is_plain = isinstance(value, list) and all([isinstance(each, str) for each in value])  # the common case
     texts = value if is_plain else _flat(_parsed(plain_cell(value)))
     answers = dict.fromkeys([text.strip() for text in texts if text != _HIDDEN])
     answers.pop("", None)
@@ -149,14 +147,14 @@ def _question_text(row: Mapping[str, Any]) -> str:
     found = row["question"]
     if isinstance(found, str):
         return found
-    if isinstance(found, Mapping) and isinstance(text := found.get("text"), str):  # Natural Questions with its tokens
+    if isinstance(found, Mapping) and isinstance(text := found.get("text"), str):  # tokenised Natural Questions
         return text
     state = "null or NaN" if is_missing(found) else shown_with_kind(found)
-    raise LayoutError(f"has a 'question' that is no text but {state}: its columns are {_names(row)}")
+    raise LayoutError(f"has a 'question' that is not text but {state}: its columns are {_names(row)}")
 
 
 def _golden_answers(row: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
-    """The column that was read, and what it means."""
+    """The column that was read, and its answers."""
     column, value = _answer_column(row)
     try:
         answers = read_texts(value)
@@ -164,12 +162,10 @@ def _golden_answers(row: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
             answers = tuple(dict.fromkeys((*answers, *read_texts(aliases))))
     except (LayoutError, RecursionError) as error:
         raise LayoutError(
-            f"has golden answers that cannot be read: {column!r} is {shown(value)}, and {error or 'it is nested too deep'}"
+            f"has golden answers that cannot be read: {column!r} is {shown(value)}, and {error or 'it is nested too deeply'}"
         ) from None
     if not answers:
-        raise LayoutError(
-            f"has no golden answer ({column!r} is {shown(value)}): give it at least one, or leave the row out"
-        )
+        raise LayoutError(f"has no golden answer ({column!r} is {shown(value)}): add at least one, or remove the row")
     return column, answers
 
 
@@ -182,9 +178,7 @@ def _answer_column(row: Mapping[str, Any]) -> tuple[str, Any]:
     if isinstance(reward_model, Mapping) and not is_missing(found := reward_model.get("ground_truth")):
         return f"{_REWARD_MODEL}.ground_truth", found
     if there := [name for name in _ANSWER_COLUMNS if name in row]:
-        raise LayoutError(
-            f"has no golden answer ({there[0]!r} is null or NaN): give it at least one, or leave the row out"
-        )
+        raise LayoutError(f"has no golden answer ({there[0]!r} is null or NaN): add at least one, or remove the row")
     raise LayoutError(
         f"has neither 'golden_answers' nor {', '.join(map(repr, _ANSWER_COLUMNS[1:]))} or 'reward_model.ground_truth': "
         f"its columns are {_names(row)}{_remedy('golden_answers', row, 'load_questions')}"
@@ -192,7 +186,7 @@ def _answer_column(row: Mapping[str, Any]) -> tuple[str, Any]:
 
 
 def _flat(value: Any) -> Iterator[str]:
-    """Every answer in a value that was read."""
+    """All answers in a parsed value."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, list | tuple):
@@ -202,7 +196,7 @@ def _flat(value: Any) -> Iterator[str]:
         key = next((key for key in _MAIN_KEYS if not is_missing(value.get(key))), None)
         if key is None and not any(name in value for name in (*_MAIN_KEYS, "aliases")):
             raise LayoutError(
-                f"{shown(dict(value))} has none of the keys {', '.join(_MAIN_KEYS)}: give the answers as a list of texts"
+                f"{shown(dict(value))} has none of the keys {', '.join(_MAIN_KEYS)}: write the answers as a list of texts"
             )
         if key is not None:
             yield from _flat(_parsed(value[key]) if key in _WRITTEN_KEYS else value[key])
@@ -216,14 +210,14 @@ def _flat(value: Any) -> Iterator[str]:
 
 def _refusal(value: Any) -> str:
     if isinstance(value, bool):
-        return f"{value} is no answer: write the word that the model is to say, such as 'yes' or 'no'"
+        return f"{value} is not an answer: write the word that the model should say, such as 'yes' or 'no'"
     if isinstance(value, bytes | bytearray | memoryview):
         return f"{shown_with_kind(value)} is bytes: decode it to text"
-    return f"{shown_with_kind(value)} is neither text nor a number: give the answers as a list of texts"
+    return f"{shown_with_kind(value)} is neither text nor a number: write the answers as a list of texts"
 
 
 def _parsed(value: Any) -> Any:
-    """The list or dict that a text writes out, as JSON or as Python does; every other value as it is."""
+    """Parses a text that is a JSON or Python list or dict; returns other values unchanged."""
     if not isinstance(value, str) or not _WRITTEN.fullmatch(value):
         return value
     text = value.strip()
@@ -232,11 +226,11 @@ def _parsed(value: Any) -> Any:
     except (ValueError, RecursionError):
         pass
     if _NUMPY.search(text):
-        raise LayoutError("it is an array as numpy prints it: write the file as JSONL or Parquet, or the list as JSON")
+        raise LayoutError("it is an array as printed by numpy: write the file as JSONL or Parquet, or the list as JSON")
     try:
         if _has_neighbouring_texts(text):
-            # Python would join them: ['Paris' 'Rome'] is how numpy prints an array of two.
-            raise LayoutError("its texts have no comma between them, as numpy prints an array: write the list as JSON")
+            # Python would concatenate them; ['Paris' 'Rome'] is how numpy prints an array of two.
+            raise LayoutError("its texts have no comma between them, as numpy prints arrays: write the list as JSON")
         found = ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError, tokenize.TokenError):
         return value
@@ -249,7 +243,7 @@ def _has_neighbouring_texts(text: str) -> bool:
 
 
 def _is_plain(value: Any) -> bool:
-    """Made of what a file of JSON could hold too; ``[...]`` is Python's, and an answer as it stands."""
+    """Whether JSON could represent it; ``[...]`` is Python only, and so an answer, verbatim."""
     if isinstance(value, Mapping):
         return all(map(_is_plain, value.values()))
     if isinstance(value, list | tuple):
@@ -261,19 +255,19 @@ def _passage_text(row: Mapping[str, Any], column: str) -> str:
     text = row[column]
     if not isinstance(text, str) or not text.strip():
         state = "null" if is_missing(text) else "blank" if isinstance(text, str) else f"a {type(text).__name__}"
-        raise LayoutError(f"has a {column!r} that is {state}: leave the row out, or give it text")
+        raise LayoutError(f"has a {column!r} that is {state}: remove the row, or give it text")
     return text
 
 
 def _name(row: Mapping[str, Any], column: str) -> str:
     found = name_text(row.get(column))
     if found is None:
-        raise LayoutError(f"has a {column!r} that is {shown_with_kind(row[column])}: give text or a number")
+        raise LayoutError(f"has a {column!r} that is {shown_with_kind(row[column])}: use text or a number")
     return found
 
 
 def _metadata(row: Mapping[str, Any], answer_column: str) -> dict[str, Any]:
-    """The other columns; FlashRAG's column ``metadata`` is laid open beside them."""
+    """The other columns, with FlashRAG's column ``metadata`` merged in."""
     inner = row.get("metadata")
     metadata = dict(inner) if isinstance(inner, Mapping) else {}
     for key, value in row.items():
@@ -287,7 +281,7 @@ def _names(row: Mapping[str, Any]) -> str:
 
 
 def _remedy(name: str, row: Mapping[str, Any], reader: str) -> str:
-    """What the column may be called instead, and how to say so."""
+    """A guess at the column's actual name, and how to pass it."""
     guess = did_you_mean(name, row, _OTHER_WORDS.get(name, ()))
     example = guess.rpartition("mean ")[2][:-2] if guess else "'…'"
     return f"{guess}; name it with {reader}(…, columns={{{name!r}: {example}}})"

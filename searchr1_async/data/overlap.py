@@ -1,4 +1,4 @@
-"""Questions that a model was trained on and is then evaluated on."""
+"""Finds evaluation questions that were also trained on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import polars as pl
 from searchr1_async.episodes.types import Question
 
 NEAR = 0.8
-"""Of the words of both questions, weighed by how rare they are, at least so much is common to them."""
+"""Minimum weighted Jaccard similarity of two near questions."""
 
 OVERLAP_SCHEMA = pl.Schema(
     {
@@ -29,24 +29,21 @@ OVERLAP_SCHEMA = pl.Schema(
 
 _WORD = re.compile(r"[^\W_]+")
 _SLACK = 1e-9
-"""Sums of the same weights in another order differ by rounding; without it, a pair that lies exactly at the limit may be lost."""
+"""Tolerance for rounding of sums in another order, for pairs exactly at the limit."""
 
 
 def find_overlap(training: Iterable[Question], asked: Iterable[Question]) -> pl.DataFrame:
-    """The asked questions that training holds too, one row each with the training question that is closest to it.
+    """The asked questions that are also in training, one row each with the closest training question.
 
-    ``kind`` is ``"same"`` where nothing but case, punctuation, white space and Unicode form tells them apart, and ``"near"``
-    where they have nearly the same words: a Jaccard index of the word sets of at least :data:`NEAR`, each word weighed by its
-    inverse document frequency. Near pairs are candidates for a look: they hold rephrased questions and misspellings, and also
-    questions that differ by one common word ("born later", "died first"). Plain Jaccard will not do: questions made from a
-    template differ in one rare word of ten, which is all that is asked. Of the atlas's held-out questions it takes 1,057 of
-    1,832 for trained ones; weighed, it is 11 (Sudan for South Sudan, and a template so seldom used that its words are rare as well).
+    ``kind`` is ``"same"`` if the questions differ only in case, punctuation, white space and Unicode form, and ``"near"`` if the
+    Jaccard index of their word sets, weighted by inverse document frequency, is at least :data:`NEAR`. Unweighted Jaccard would match
+    template questions that differ in one rare, decisive word. Review near pairs: they include rephrasings and misspellings, but
+    also questions that differ in one common word ("born later", "died first").
 
-    Exhaustive, through an inverted index of each question's rarest words: 170,000 training questions against 50,000 take 9 s
-    on one core and 0.9 GB. Run it in a thread.
+    Exhaustive, and slow for large suites: call it in a thread.
 
     Returns:
-        :data:`OVERLAP_SCHEMA`, in the order of ``asked``; the two sides are told apart by suite and id.
+        A frame with :data:`OVERLAP_SCHEMA`, in the order of ``asked``.
     """
     trained, questions = tuple(training), tuple(asked)
     keys = [_key(question.question) for question in trained]
@@ -65,7 +62,7 @@ def find_overlap(training: Iterable[Question], asked: Iterable[Question]) -> pl.
 
 
 class _Ignored(dict[int, str | None]):
-    """For ``str.translate``: drops punctuation, white space and invisible marks. Symbols stay, so that C and C++ are two."""
+    """For ``str.translate``: drops punctuation, white space and invisible marks. Keeps symbols, which distinguish C from C++."""
 
     def __missing__(self, code: int) -> str | None:
         category = unicodedata.category(chr(code))
@@ -77,7 +74,7 @@ _IGNORED = _Ignored()
 
 
 def _key(text: str) -> str:
-    """The text, as far as it tells questions apart."""
+    """The text, normalised for the comparison."""
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     return folded.translate(_IGNORED)
 
@@ -87,11 +84,11 @@ def _words(text: str) -> set[str]:
 
 
 class _NearIndex:
-    """For each asked question, the training question with the most words in common.
+    """Finds the most similar training question of each asked question.
 
-    Words are numbered from the rarest on. Two sets that have at least ``NEAR`` of the larger one's weight in common share one
-    of the words that stand in both before the last ``NEAR`` of its weight: only these few rare words are indexed and looked up
-    (prefix filtering; Chaudhuri et al., 2006, "A Primitive Operator for Similarity Joins in Data Cleaning").
+    Words are numbered from the rarest. Sets that share ``NEAR`` of the larger one's weight share a word of their prefixes, so only
+    these few rare words are indexed (prefix filtering; Chaudhuri et al., 2006, "A Primitive Operator for Similarity Joins in Data
+    Cleaning").
     """
 
     def __init__(self, training: Sequence[str], asked: Sequence[str]) -> None:
@@ -108,7 +105,7 @@ class _NearIndex:
                 self._by_word.setdefault(word, []).append(place)
 
     def closest(self, asked: int) -> int | None:
-        """The first of the closest training questions; None where none is near."""
+        """The first of the most similar training questions; None if none is near."""
         words = self._asked[asked]
         total = self._weight(words)
         own = set(words)
@@ -127,7 +124,7 @@ class _NearIndex:
         return sum(self._weights[word] for word in words)
 
     def _prefix(self, words: Sequence[int], total: float) -> Sequence[int]:
-        """The rarest words up to where what is left weighs too little to be a near question's whole share."""
+        """The rarest words, up to where the rest weighs too little for a near match."""
         left = total
         for count, word in enumerate(words):
             if left < (NEAR - _SLACK) * total:

@@ -1,4 +1,4 @@
-"""Question suites: the built-in one, files, and the data sets of the field on the Hugging Face hub."""
+"""Question suites: built in, from files, and from public data sets on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -32,13 +32,12 @@ from searchr1_async.errors import ConfigurationError, CorpusError, QuestionsErro
 logger = logging.getLogger(__name__)
 
 Questions: TypeAlias = str | Path | Iterable[Question] | Iterable[Mapping[str, Any]] | ArrowTable
-"""A suite's name, a file, questions, or a table in memory; see :func:`load_questions`."""
+"""A suite's name, a file, questions, or an in-memory table; see :func:`load_questions`."""
 
 MEMORY = "memory"
-"""The source of questions that came from no file."""
+"""The source of questions that come from no file."""
 TABLE = "table"
-"""What rows in memory are called that do not say it themselves. The same for every container: ids that are made from the content
-hold it, and a run that was begun with a frame may go on with a list."""
+"""Default name of in-memory rows. Equal for all containers: generated ids include it, so a run may be resumed with another one."""
 ATLAS_SPLITS = ("train", "held_out")
 
 
@@ -50,41 +49,39 @@ def load_questions(
     seed: int | None = None,
     columns: Columns | None = None,
 ) -> tuple[Question, ...]:
-    """Reads a question suite, whole and checked, before any work starts.
+    """Reads and checks a question suite.
 
     Args:
-        name_or_path: ``"atlas"`` (built in); a JSONL, JSON, CSV, TSV (each also with ``.gz``) or Parquet file; a suite of
-            FlashRAG (``"nq"``, ``"triviaqa"``, ``"popqa"``, ``"hotpotqa"``, ``"2wikimultihopqa"``, ``"musique"``,
-            ``"bamboogle"``) or any data set ``"org/name"`` on the Hugging Face hub, of a certain revision with
-            ``"nq@<commit>"``. A file wins over a name. Or a table in memory: a frame of polars or pandas, a
-            ``datasets.Dataset``, a list with a dict for each row, or questions.
+        name_or_path: ``"atlas"`` (built in); a JSONL, JSON, CSV, TSV (each also with ``.gz``) or Parquet file; a FlashRAG suite
+            (``"nq"``, ``"triviaqa"``, ``"popqa"``, ``"hotpotqa"``, ``"2wikimultihopqa"``, ``"musique"``, ``"bamboogle"``);
+            any data set ``"org/name"`` on the Hugging Face hub (pin a revision with ``"nq@<commit>"``; a file takes precedence
+            over a name); a polars or pandas frame, a ``datasets.Dataset``, or a list of dicts or questions.
             Rows hold ``question`` and golden answers, in ``golden_answers``, ``answers``, ``answer``, ``possible_answers`` or
-            ``reward_model.ground_truth`` and in any of the layouts of :mod:`~searchr1_async.data.layouts`; they may hold ``id``
-            and ``data_source``. The other columns become ``metadata``.
-        split: ``"train"`` or ``"held_out"`` of the atlas; the file of that name on the hub; in rows, those whose column
-            ``split`` says so. None takes every row (on the hub: the suite's usual split).
-        limit: at most so many questions, the first ones (of the seed's order, with a seed).
-        seed: orders by it, see :func:`sampled`; None keeps the suite's own order.
-        columns: what the source calls its columns, ``{"question": "q", "golden_answers": "answer"}``.
+            ``reward_model.ground_truth`` in any layout of :mod:`~searchr1_async.data.layouts`, and optionally ``id`` and
+            ``data_source``. Other columns become ``metadata``.
+        split: ``"train"`` or ``"held_out"`` of the atlas; the file of that name on the hub; rows with that value in the
+            column ``split``. None takes every row (on the hub: the suite's usual split).
+        limit: maximum number of questions, from the start of the (seeded) order.
+        seed: seed of the order, see :func:`sampled`; None keeps the suite's order.
+        columns: column names in the source: ``{"question": "q", "golden_answers": "answer"}``.
 
     Raises:
-        QuestionsError: unknown name, unreadable or empty file, missing column, a question whose golden answers are missing or
-            have no one meaning, duplicate ids, an unknown split, or a hub that does not answer: each with the place and the
-            remedy.
+        QuestionsError: unknown name, unreadable or empty file, missing column, missing or ambiguous golden answers, duplicate
+            ids, unknown split, or the hub does not respond. The message names the place and the remedy.
     """
     check_sampling(limit, seed)
     questions = read_questions(name_or_path, split, columns).questions
     counts = Counter([question.id for question in questions])
     if len(counts) < len(questions):
-        raise QuestionsError(f"two questions have the id {counts.most_common(1)[0][0]!r}: ids must be unique")
+        raise QuestionsError(f"duplicate question id {counts.most_common(1)[0][0]!r}: ids must be unique")
     return sampled(questions, limit, seed)
 
 
 def check_sampling(limit: int | None, seed: int | None) -> None:
-    """Refuses a limit or a seed that is no whole number, and a limit below 1, before anything is read.
+    """Checks that limit and seed are integers, and the limit at least 1.
 
     Raises:
-        QuestionsError: naming it.
+        QuestionsError: they are not.
     """
     try:
         if limit is not None:
@@ -98,9 +95,8 @@ def check_sampling(limit: int | None, seed: int | None) -> None:
 def sampled(questions: Sequence[Question], limit: int | None, seed: int | None) -> tuple[Question, ...]:
     """The first ``limit`` questions; with a seed, in the order of SHA-256 of ``"<seed>/<id>"``.
 
-    So one seed takes the same questions on every machine, in every version of Python and whatever the order of the file;
-    a larger limit takes those of a smaller one and more behind them; and a question that is added or taken away moves no
-    other. Ids are unique, so no two questions share a place.
+    A seed selects the same questions on any machine, whatever the order of the file. A larger limit extends a smaller one, and
+    adding or removing a question moves no other.
     """
     if seed is not None:
         questions = sorted(questions, key=lambda question: _place(seed, question.id))
@@ -112,19 +108,19 @@ def _place(seed: int, question_id: str) -> bytes:
 
 
 def checked_questions(questions: Questions) -> tuple[Question, ...]:
-    """The questions, read where they are named or rows of a table.
+    """Loads questions if given by name, file or table.
 
     Raises:
-        QuestionsError: as :func:`load_questions`.
+        QuestionsError: see :func:`load_questions`.
     """
     return load_questions(questions)
 
 
 def optional_questions(questions: Questions | None) -> tuple[Question, ...]:
-    """As :func:`checked_questions`; none where nothing is given, which is None or an empty list.
+    """Like :func:`checked_questions`; empty for None or an empty list.
 
     Raises:
-        QuestionsError: as :func:`load_questions`.
+        QuestionsError: see :func:`load_questions`.
     """
     if questions is None or (isinstance(questions, str | Sequence) and not questions):
         return ()
@@ -133,22 +129,22 @@ def optional_questions(questions: Questions | None) -> tuple[Question, ...]:
 
 @dataclass(frozen=True, slots=True)
 class ReadQuestions:
-    """Every question of a source (of its split), and where they came from."""
+    """All questions of a source (and split), with their origin."""
 
     questions: tuple[Question, ...]
     name: str
-    """What the source is called, where its rows say nothing of it."""
+    """Name of the source, used where its rows name none."""
     source: str
-    """``"atlas"``, the file's absolute path, or the hub's ``org/name@<commit>/<file>``; :func:`read_questions` reads it again.
-    :data:`MEMORY` for what came from no file."""
+    """``"atlas"``, the absolute path of a file, the hub's ``org/name@<commit>/<file>`` (all readable by :func:`read_questions`), or
+    :data:`MEMORY`."""
     path: Path | None = None
-    """The file."""
+    """The file, if any."""
     split: str | None = None
-    """The split asked for; on the hub always the one that was read."""
+    """The requested split; on the hub, the one that was read."""
 
 
 def read_questions(source: Questions, split: str | None = None, columns: Columns | None = None) -> ReadQuestions:
-    """As :func:`load_questions`, whole and with its origin."""
+    """Like :func:`load_questions`, without sampling, and with the origin."""
     if not isinstance(source, str | Path):
         return _in_memory(source, split, columns)
     name = str(source)
@@ -157,7 +153,7 @@ def read_questions(source: Questions, split: str | None = None, columns: Columns
         stem = path.name.split(".")[0]
         return ReadQuestions(_from_file(path, stem, split, columns), stem, str(path), path, split)
     if path.is_dir():
-        raise QuestionsError(f"{path} is a folder: name the file within it")
+        raise QuestionsError(f"{path} is a folder: name a file in it")
     if name == "atlas":
         return ReadQuestions(_atlas(split), name, name, split=split)
     if reference := read_reference(name):
@@ -168,15 +164,15 @@ def read_questions(source: Questions, split: str | None = None, columns: Columns
         questions = _from_file(found.path, suite, split if split != read else None, columns)
         return ReadQuestions(questions, suite, found.source, found.path, split or read)
     if is_data_file(path):
-        raise QuestionsError(f"there is no question file {path} (looked in {path.parent})")
+        raise QuestionsError(f"the question file {path} does not exist (looked in {path.parent})")
     raise QuestionsError(
-        f"unknown questions {name!r}: give 'atlas', a file ({FORMATS}), one of {', '.join(SUITES)}, "
+        f"unknown questions {name!r}: use 'atlas', a file ({FORMATS}), one of {', '.join(SUITES)}, "
         "or a Hugging Face data set as 'org/name'"
     )
 
 
 def _in_memory(source: object, split: str | None, columns: Columns | None) -> ReadQuestions:
-    if isinstance(own := getattr(source, "questions", None), tuple):  # a suite that is ready
+    if isinstance(own := getattr(source, "questions", None), tuple):  # a loaded suite
         source = own
     if isinstance(source, Mapping):
         source = _split_of_mapping(source, split)
@@ -195,23 +191,20 @@ def _split_of_mapping(source: Mapping[Any, Any], split: str | None) -> object:
     """One table of a ``DatasetDict``."""
     names = ", ".join(map(str, source))
     if split is None:
-        raise QuestionsError(
-            f"a dict of {names} is no table: give one of its values, or a list with a dict for each row"
-        )
+        raise QuestionsError(f"a dict of {names} is not a table: pass one of its values, or a list with a dict per row")
     if split not in source:
-        raise QuestionsError(f"there is no split {split!r}: the splits are {names}")
+        raise QuestionsError(f"there is no split {split!r}: available splits are {names}")
     return source[split]
 
 
 def _given(table: MemoryRows, split: str | None) -> tuple[Question, ...]:
-    """Questions as they are."""
     found: list[Question] = []
     places: list[str] = []
     for place, (_, item) in enumerate(table, start=1):
         if not isinstance(item, Question):
             raise QuestionsError(
-                f"question {place} is a {type(item).__name__}: give Question(id, question, golden_answers), or a dict for "
-                "each of them"
+                f"question {place} is a {type(item).__name__}: pass Question(id, question, golden_answers) or a dict for "
+                "each"
             )
         if split is not None and item.metadata.get("split") != split:
             continue
@@ -219,7 +212,7 @@ def _given(table: MemoryRows, split: str | None) -> tuple[Question, ...]:
         found.append(item)
         places.append(f"question {place}")
     if not found:
-        raise QuestionsError(f"no question says split={split!r} in its metadata" if split else "there are no questions")
+        raise QuestionsError(f"no question has split={split!r} in its metadata" if split else "there are no questions")
     _tell_of_unmatched("the questions", places, found)
     return tuple(found)
 
@@ -227,15 +220,15 @@ def _given(table: MemoryRows, split: str | None) -> tuple[Question, ...]:
 def questions_of_rows(
     rows: Iterable[Row], source: str | Path, suite: str, split: str | None = None, columns: Columns | None = None
 ) -> tuple[Question, ...]:
-    """Questions of rows as :func:`load_questions` describes them.
+    """Converts rows in the layouts of :func:`load_questions`.
 
     Args:
-        source: where the rows come from, for messages.
-        suite: ``data_source`` of rows that name none.
-        columns: as there.
+        source: origin of the rows, for messages.
+        suite: default ``data_source``.
+        columns: see :func:`load_questions`.
 
     Raises:
-        QuestionsError: there are none, or one that cannot be used.
+        QuestionsError: there are no rows, or one cannot be used.
     """
     chosen = list(_of_split(source, renamed(rows, columns, QUESTION_COLUMNS, source), split))
     if not chosen:
@@ -250,7 +243,7 @@ def _atlas(split: str | None) -> tuple[Question, ...]:
     from searchr1_async.data.atlas import atlas_questions
 
     if split is not None and split not in ATLAS_SPLITS:
-        raise QuestionsError(f"the atlas has no split {split!r}: take {' or '.join(map(repr, ATLAS_SPLITS))}, or None")
+        raise QuestionsError(f"the atlas has no split {split!r}: use {' or '.join(map(repr, ATLAS_SPLITS))}, or None")
     try:
         questions = atlas_questions()
     except CorpusError as error:
@@ -269,7 +262,7 @@ def _of_split(source: str | Path, rows: Iterable[Row], split: str | None) -> Ite
     for place, row in rows:
         if split is not None and "split" not in row:
             raise QuestionsError(
-                f"{source}, {place} has no column 'split', so split={split!r} cannot be told apart: leave split out"
+                f"{source}, {place} has no column 'split', so split={split!r} cannot be selected: omit split"
             )
         if split is None or row["split"] == split:
             yield place, row
@@ -285,7 +278,7 @@ def _question(source: str | Path, place: str, row: Mapping[str, Any], suite: str
 
 
 def _tell_of_unmatched(source: str | Path, places: Sequence[str], questions: Sequence[Question]) -> None:
-    """Published suites have such rows ("---" in Natural Questions), and a reward of one's own may see it otherwise."""
+    """Warns only: published suites have such rows ("---" in Natural Questions), and a custom reward may accept them."""
     found = [
         (place, question.golden_answers)
         for place, question in zip(places, questions, strict=True)
@@ -293,8 +286,8 @@ def _tell_of_unmatched(source: str | Path, places: Sequence[str], questions: Seq
     ]
     if found:
         logger.warning(
-            "%s: exact match is without punctuation and articles, so that no answer is ever right for %d of the questions, the "
-            "first: %s, %s. Write them as words, leave the rows out, or give a reward of your own",
+            "%s: exact match ignores punctuation and articles, so no answer can match for %d of the questions, the first: "
+            "%s, %s. Write the answers as words, remove the rows, or use a custom reward",
             source,
             len(found),
             *found[0],
@@ -302,15 +295,15 @@ def _tell_of_unmatched(source: str | Path, places: Sequence[str], questions: Seq
 
 
 def _is_matched(answer: str) -> bool:
-    # Most begin with a word that is no article, and normalisation takes time.
+    # A fast path, since normalisation is slow: most answers do not start with an article.
     return (len(answer) > 3 and answer[:4].isalnum()) or bool(normalize_answer(answer))
 
 
 def _with_unique_ids(source: str | Path, places: Sequence[str], questions: list[Question]) -> tuple[Question, ...]:
-    """Gives every question an id of its own.
+    """Makes ids unique.
 
-    A row without one is named by its content, so that its id survives a change of order. The recipe's file numbers
-    each of its sources from 0: ids that are only unique within their source get the source in front.
+    A row without an id gets one from its content, so it survives reordering. The recipe's file numbers each of its sources from 0:
+    ids that are unique only within their source are prefixed with it.
     """
     copies: Counter[str] = Counter()
     for index, question in enumerate(questions):
@@ -327,7 +320,7 @@ def _with_unique_ids(source: str | Path, places: Sequence[str], questions: list[
         if key in first:
             raise QuestionsError(
                 f"{source}, {place} has the same id {question.id!r} as {first[key]}: make ids unique, "
-                "or leave the column out and they are made from the content"
+                "or drop the column to have ids generated"
             )
         first[key] = place
     return tuple(replace(question, id=f"{question.data_source}/{question.id}") for question in questions)

@@ -1,4 +1,4 @@
-"""Suites: the questions that an evaluation asks, each with where it came from, so that another person can ask the same."""
+"""Evaluation suites: questions with their provenance, so that others can ask the same ones."""
 
 from __future__ import annotations
 
@@ -28,29 +28,29 @@ logger = logging.getLogger(__name__)
 BENCHMARKS = "benchmarks"
 """All of :data:`~searchr1_async.data.hub.SUITES`."""
 _RESERVED = frozenset({"all", "macro"})
-"""Rows of an evaluation's summary."""
+"""Reserved for rows of an evaluation's summary."""
 
 
 @dataclass(frozen=True, slots=True)
 class Suite:
-    """The questions of one suite, in the order in which they are asked.
+    """The questions of one suite, in evaluation order.
 
     Raises:
-        QuestionsError: no name, a reserved one, no questions, two of one id, one of another ``data_source``, or one without a
+        QuestionsError: no or a reserved name, no questions, duplicate ids, or a question of another ``data_source`` or without a
             golden answer.
     """
 
     name: str
-    """Also the ``data_source`` of each of its questions: results are kept by it."""
+    """Also the ``data_source`` of all its questions, which keys the results."""
     questions: tuple[Question, ...] = field(repr=False)
-    """Those asked; ids are unique within the suite."""
+    """The questions asked; ids are unique within the suite."""
     source: str = MEMORY
-    """``"RUC-NLPIR/FlashRAG_datasets@<commit>/nq/test.jsonl"``, a file's absolute path, ``"atlas"`` or ``"memory"``. Where the
-    suite is a part of it, ``#`` and the part's ``data_source`` follow. :func:`load_suite` reads it again, but for memory."""
+    """``"RUC-NLPIR/FlashRAG_datasets@<commit>/nq/test.jsonl"``, a file's absolute path, ``"atlas"`` or ``"memory"``; with
+    ``#<data_source>`` for a part of it. :func:`load_suite` can read it again, except memory."""
     sha256: str | None = None
-    """Of the file; None without one."""
+    """SHA-256 of the file, if any."""
     total: int = 0
-    """Questions in the source (of the split), before ``limit``; 0 means as many as there are."""
+    """Questions in the source (and split) before ``limit``; 0 means ``len(questions)``."""
     split: str | None = None
     limit: int | None = None
     seed: int | None = None
@@ -59,7 +59,7 @@ class Suite:
         if not isinstance(self.name, str) or not self.name.strip() or self.name in _RESERVED:
             raise QuestionsError(
                 f"a suite cannot be called {self.name!r} (all and macro are rows of the summary): "
-                "give it another name, {name: source}"
+                "use another name, {name: source}"
             )
         if not self.questions:
             raise QuestionsError(f"suite {self.name!r} has no questions")
@@ -70,7 +70,7 @@ class Suite:
             question.check_scorable()
             if question.data_source != self.name:
                 raise QuestionsError(
-                    f"suite {self.name!r} holds question {question.id!r} of {question.data_source!r}: "
+                    f"suite {self.name!r} contains question {question.id!r} of {question.data_source!r}: "
                     "make suites with load_suite(questions, name=…)"
                 )
             if question.id in seen:
@@ -84,7 +84,7 @@ class Suite:
 
 
 SuiteSource: TypeAlias = Questions | Suite
-"""A name, a file, a table in memory, questions, or a suite that is ready."""
+"""A name, a file, an in-memory table, questions, or a loaded suite."""
 Suites: TypeAlias = SuiteSource | Sequence[SuiteSource] | Mapping[str, SuiteSource]
 """One or several; a mapping gives them names."""
 
@@ -98,22 +98,22 @@ def load_suite(
     seed: int | None = None,
     sha256: str | None = None,
 ) -> Suite:
-    """Reads one suite, whole and checked.
+    """Reads and checks one suite.
 
     Args:
-        source: what :func:`~searchr1_async.load_questions` reads (a suite of FlashRAG, ``"nq"`` or ``"nq@<commit>"``,
-            ``"org/name"`` on the hub, a file, ``"atlas"``, a frame or a list of dicts, questions), or the ``source`` of an
-            earlier suite. A ready suite is taken as it is.
-        name: what the suite, and each of its questions' ``data_source``, is called; None takes the one ``data_source`` of
-            its rows, or the source's own name where they have several or none.
-        split: as in :func:`~searchr1_async.load_questions`.
-        limit: at most so many questions.
-        seed: which ones, see :func:`~searchr1_async.data.questions.sampled`; None takes the first.
-        sha256: what the file must be, 64 hexadecimal digits.
+        source: anything :func:`~searchr1_async.load_questions` reads (a FlashRAG suite, ``"nq"`` or ``"nq@<commit>"``,
+            ``"org/name"`` on the hub, a file, ``"atlas"``, a frame or a list of dicts, questions), the ``source`` of an
+            earlier suite, or a loaded suite.
+        name: name of the suite and ``data_source`` of its questions; None takes the ``data_source`` of its rows, or the source's
+            name if they have several or none.
+        split: see :func:`~searchr1_async.load_questions`.
+        limit: maximum number of questions.
+        seed: seed of the sample, see :func:`~searchr1_async.data.questions.sampled`; None takes the first questions.
+        sha256: expected SHA-256 of the file, 64 hexadecimal digits.
 
     Raises:
-        QuestionsError: as :func:`~searchr1_async.load_questions`; another file than ``sha256`` says; a ready suite with
-            another ``split``, ``limit`` or ``seed`` than its own.
+        QuestionsError: see :func:`~searchr1_async.load_questions`; the file does not match ``sha256``; a loaded suite has
+            another ``split``, ``limit`` or ``seed``.
     """
     check_sampling(limit, seed)
     if isinstance(source, Suite):
@@ -121,7 +121,7 @@ def load_suite(
     read = _read(source, split)
     if sha256 is not None and read.sha256 != sha256.lower():
         raise QuestionsError(
-            f"{read.source} has the SHA-256 {read.sha256 or 'of no file'}, where {sha256} was asked for: "
+            f"{read.source} has the SHA-256 {read.sha256 or 'of no file'}, expected {sha256}: "
             "it is not the file that was evaluated"
         )
     sources = {question.data_source for question in read.questions}
@@ -134,19 +134,19 @@ def load_suites(
 ) -> tuple[Suite, ...]:
     """Reads several suites.
 
-    A source whose rows name several ``data_source`` (the recipe's ``test.parquet``, the atlas) becomes one suite for each,
-    called as it is, since their figures mean different things; a mapping's name keeps them together.
+    A source with several ``data_source`` values (the recipe's ``test.parquet``, the atlas) becomes one suite per value, since their
+    results are not comparable; a name given by a mapping keeps them together.
 
     Args:
-        sources: one source of :func:`load_suite` or several; ``"benchmarks"`` for the seven of FlashRAG that the field
-            reports (a folder of that name is ``"./benchmarks"``); a folder: its files that are named after these seven (``nq.jsonl``, ``nq/test.jsonl``), or every data file
-            in it where there is none; ``{name: source}``.
-        split: of every suite.
-        limit: at most so many questions of each suite.
-        seed: which ones; None takes the first.
+        sources: one or several sources of :func:`load_suite`; ``"benchmarks"`` for FlashRAG's seven standard suites (use
+            ``"./benchmarks"`` for a folder of that name); a folder, for its files named after these seven (``nq.jsonl``,
+            ``nq/test.jsonl``), or else all its data files; or ``{name: source}``.
+        split: split of every suite.
+        limit: maximum number of questions per suite.
+        seed: seed of the samples; None takes the first questions.
 
     Raises:
-        QuestionsError: as :func:`load_suite`; there are none; two have one name.
+        QuestionsError: see :func:`load_suite`; there are no suites, or two have the same name.
     """
     check_sampling(limit, seed)
     found: dict[str, Suite] = {}
@@ -154,17 +154,17 @@ def load_suites(
         if other := found.get(suite.name):
             raise QuestionsError(
                 f"two suites are called {suite.name!r} ({other.source} and {suite.source}): "
-                "give them names of their own, {name: source}"
+                "give them different names, {name: source}"
             )
         found[suite.name] = suite
     if not found:
-        raise QuestionsError("there are no suites: name one, a file, 'atlas', or 'benchmarks' for all seven")
+        raise QuestionsError("there are no suites: pass a name, a file, 'atlas', or 'benchmarks' for all seven")
     return tuple(found.values())
 
 
 @dataclass(frozen=True, slots=True)
 class _Read:
-    """Every question of a source."""
+    """All questions of a source."""
 
     questions: tuple[Question, ...]
     name: str
@@ -190,13 +190,13 @@ def _each(sources: Suites, split: str | None, limit: int | None, seed: int | Non
 
 
 def _are_several(sources: object) -> TypeGuard[Sequence[SuiteSource]]:
-    """Whether they are sources, not questions or rows of one; of no kind at all, what reads them says so."""
+    """Whether it is a sequence of sources, rather than of questions or rows of one source."""
     return isinstance(sources, Sequence) and not any(isinstance(item, Question | Mapping) for item in sources)
 
 
 def _named(source: str | Path) -> Iterator[tuple[str | None, str | Path]]:
-    """What a text or a path stands for; with a name where the file itself has none."""
-    if source == BENCHMARKS:  # even where a folder is called so: what is asked must not depend on the current folder
+    """Sources that a text or path names, each with a suite name if the file has none."""
+    if source == BENCHMARKS:  # even if such a folder exists: the meaning must not depend on the current folder
         yield from ((None, name) for name in SUITES)
     elif str(source).strip() and (path := absolute_path(source, "suites")).is_dir():
         yield from _files(path)
@@ -205,7 +205,7 @@ def _named(source: str | Path) -> Iterator[tuple[str | None, str | Path]]:
 
 
 def _files(folder: Path) -> list[tuple[str | None, str | Path]]:
-    """A folder's suites: in the order of the field's seven, else by name."""
+    """A folder's suites: the standard seven in order, else all data files by name."""
     files = sorted(
         path
         for path in folder.iterdir()
@@ -219,7 +219,7 @@ def _files(folder: Path) -> list[tuple[str | None, str | Path]]:
     if found:
         taken = {path for _, path in found}
         if others := [path.name for path in files if path not in taken]:
-            logger.info("%s: not suites of the field, and passed over: %s", folder, ", ".join(others))
+            logger.info("%s: skipping files that are not standard suites: %s", folder, ", ".join(others))
         return found
     if not files:
         raise QuestionsError(f"the folder {folder} holds no question files (*.jsonl, *.jsonl.gz, *.parquet)")
@@ -240,8 +240,8 @@ def _read_named(source: str | Path, split: str | None, name: str | None) -> _Rea
     read = read_questions(text if part else source, split)
     questions = tuple(question for question in read.questions if not part or question.data_source == part)
     if not questions:
-        raise QuestionsError(f"{text} holds no questions with the data_source {part!r}")
-    if name is not None:  # a file such as nq/test.jsonl, which is called after its split
+        raise QuestionsError(f"{text} has no questions with the data_source {part!r}")
+    if name is not None:  # a file such as nq/test.jsonl, whose own name is the split
         stem = read.name
         questions = tuple(replace(q, data_source=name) if q.data_source == stem else q for q in questions)
     digest = None
@@ -275,8 +275,8 @@ def _ready(suite: Suite, name: str | None, split: str | None, limit: int | None,
     for asked, own, word in ((split, suite.split, "split"), (limit, suite.limit, "limit"), (seed, suite.seed, "seed")):
         if asked is not None and asked != own:
             raise QuestionsError(
-                f"suite {suite.name!r} was loaded with {word}={own!r}, and {word}={asked!r} is asked for: "
-                "choose it where the suite is loaded"
+                f"suite {suite.name!r} was loaded with {word}={own!r}, but {word}={asked!r} was requested: "
+                "set it where the suite is loaded"
             )
     if name is None or name == suite.name:
         return suite

@@ -1,8 +1,8 @@
-"""The prebuilt index of Wikipedia of 2018 that Search-R1's runs search: fetched, checked and unpacked.
+"""The prebuilt index of Wikipedia 2018 that Search-R1 uses: download, verification and unpacking.
 
-21,015,324 passages of 100 words, embedded by ``gemini-embedding-001`` at 768 dimensions, as a Chroma folder in one
-archive on the Hugging Face hub. Several hours and hundreds of gigabytes: every step goes on where it was interrupted
-or begins anew by itself, and the folder is there whole or not at all.
+21,015,324 passages of 100 words, embedded by ``gemini-embedding-001`` at 768 dimensions: a Chroma folder in one archive on the
+Hugging Face hub. This takes hours and hundreds of gigabytes, so every step resumes or restarts by itself, and the folder appears only
+when complete.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ REPOSITORY = "tianyi-thinks/2018-wiki-index"
 ARCHIVE = "chroma_db.tar.xz"
 
 _SPARE = 256 << 20
-"""Bytes that are to stay free."""
+"""Bytes to keep free."""
 _REPORTED = 16 << 20
-"""Bytes between two reports of the unpacking."""
+"""Bytes between two progress reports of unpacking."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,29 +69,26 @@ class Collection:
 
     @property
     def memory(self) -> int:
-        """Bytes of memory that a Chroma server takes for it, about: 3.7 KB a vector at 768 dimensions, as measured.
-
-        Its 32-bit floats, and 630 bytes of graph, ids and allocator a vector.
-        """
+        """Approximate memory of a Chroma server for it, in bytes: float32 vectors, plus a measured 630 bytes per vector."""
         return self.passages * (4 * (self.dimension or 0) + 630)
 
 
 @dataclass(frozen=True, slots=True)
 class PrebuiltIndex:
-    """A Chroma folder on this machine, ready for ``chroma run --path``."""
+    """A local Chroma folder, ready for ``chroma run --path``."""
 
     path: Path
     repository: str
     filename: str
     revision: str
     collections: tuple[Collection, ...]
-    """Empty where the folder's layout is not known to this version."""
+    """Empty if the folder's layout is not supported."""
     is_new: bool
-    """False where it had been fetched before."""
+    """False if it had been fetched before."""
 
     @property
     def memory(self) -> int:
-        """Bytes of memory to serve all of it, about; 0 where nothing is known of it."""
+        """Approximate memory to serve all collections, in bytes; 0 if unknown."""
         return sum(collection.memory for collection in self.collections)
 
 
@@ -106,21 +103,22 @@ async def fetch_index(
     longest_wait: float = LONGEST_WAIT,
     emit: Emit = emit_nothing,
 ) -> PrebuiltIndex:
-    """Fetches a prebuilt Chroma folder from the Hugging Face hub; does nothing where it is there already.
+    """Fetches a prebuilt Chroma folder from the Hugging Face hub, unless it is already there.
 
     Args:
-        folder: where the archive and the unpacked index go; None means one in the user's cache.
+        folder: folder for the archive and the index; None uses the user's cache.
         repository: the data set, ``org/name``.
-        filename: the archive in it, a ``.tar.xz`` of a Chroma folder.
-        revision: a branch, tag or commit; None means ``main``, and whatever was fetched before.
-        keep_archive: leave the archive beside the index.
+        filename: the archive, a ``.tar.xz`` of a Chroma folder.
+        revision: a branch, tag or commit; None means ``main``, or any revision fetched before.
+        keep_archive: keep the archive beside the index.
         endpoint: the hub's address; None means ``$HF_ENDPOINT``, or the public hub.
-        longest_wait: seconds that the hub may ask to be left alone (``Retry-After``); if it asks for more, the fetching ends.
-        emit: told of the phases ``download``, ``verify`` and ``unpack``, in megabytes, and of every wait over 5 seconds.
+        longest_wait: maximum ``Retry-After`` of the hub to obey, in seconds; fails if it asks for more.
+        emit: receives the phases ``download``, ``verify`` and ``unpack``, in megabytes, and each wait over 5 seconds.
 
     Raises:
-        ConfigurationError: a folder or a wait that is none.
-        StoreError: not to be had, no room for it, damaged, or the folder cannot be written. What has come is kept.
+        ConfigurationError: an invalid folder or wait.
+        StoreError: the archive is unavailable, too large for the disk or damaged, or the folder is not writable. The partial
+            download is kept.
     """
     place = _place(folder)
     longest_wait = as_number("longest_wait", longest_wait, over=0)
@@ -129,21 +127,21 @@ async def fetch_index(
         if (found := await in_thread(fetch.whole)) is not None:
             return found
         await anyio.to_thread.run_sync(lambda: place.mkdir(parents=True, exist_ok=True))
-        async with only_one(place / "fetch", f"fetches {filename} into {place}"):
+        async with only_one(place / "fetch", f"fetching {filename} into {place}"):
             return await in_thread(fetch.whole) or await fetch.run()
     except OSError as error:
         raise StoreError(
-            f"{place} cannot be written: {error.strerror or error} ({free_bytes(place):,} bytes are free); what has come is "
-            "kept: make room, or mend it, and run the same command again"
+            f"{place} cannot be written: {error.strerror or error} ({free_bytes(place):,} bytes are free); the partial download is "
+            "kept: free space or fix the cause, and run the same command again"
         ) from error
 
 
 @dataclass(frozen=True, slots=True)
 class FetchSizes:
-    """What is still to be done of :func:`fetch_index`, in bytes; all 0 where the index is there."""
+    """Remaining work of :func:`fetch_index`, in bytes; all 0 if the index is there."""
 
     there: int
-    """Of the archive, here already."""
+    """Bytes of the archive already downloaded."""
     to_fetch: int
     unpacked: int
 
@@ -156,10 +154,10 @@ async def fetch_sizes(
     revision: str | None = None,
     endpoint: str | None = None,
 ) -> FetchSizes:
-    """What :func:`fetch_index` would fetch and unpack; asks the hub, and writes nothing.
+    """What :func:`fetch_index` would fetch and unpack. Queries the hub; writes nothing.
 
     Raises:
-        StoreError: the hub has no such file, or the folder holds another index.
+        StoreError: the file does not exist on the hub, or the folder holds another index.
     """
     fetch = _Fetch(_place(folder), repository, filename, revision, False, endpoint, emit_nothing)
     if await in_thread(fetch.whole) is not None:
@@ -169,7 +167,7 @@ async def fetch_sizes(
 
 
 def delete_index(folder: str | Path | None = None, filename: str = ARCHIVE, *, keep_archive: bool = False) -> None:
-    """In a thread: the unpacked index, and its archive, in an order after which half of an index is never taken for whole.
+    """Deletes the index and its archive. Blocking. An interruption never leaves a partial index that looks complete.
 
     Raises:
         OSError: they cannot be deleted.
@@ -219,7 +217,7 @@ class _Fetch:
         return self.folder / "unpacking"
 
     def whole(self) -> PrebuiltIndex | None:
-        """In a thread: what was fetched before. The index is in place only since it was whole.
+        """The index, if fetched before. Blocking. It gets its final name only when complete.
 
         Raises:
             StoreError: the folder holds another index.
@@ -233,9 +231,7 @@ class _Fetch:
                 return self._found(str(source["commit"]), collections_in(self.index), is_new=False)
         except (OSError, ValueError, KeyError, TypeError):
             pass
-        raise StoreError(
-            f"{self.index} holds something else than {self.filename} of {self.repository}: give another folder"
-        )
+        raise StoreError(f"{self.index} does not hold {self.filename} of {self.repository}: choose another folder")
 
     async def run(self) -> PrebuiltIndex:
         file = await look_up(self.repository, self.filename, self.revision, self.endpoint)
@@ -264,17 +260,17 @@ class _Fetch:
         return PrebuiltIndex(self.index, self.repository, self.filename, commit, collections, is_new)
 
     def _archive(self, file: HubFile) -> tuple[Path, Path]:
-        """Where it lies when it is whole, and before."""
+        """Paths of the complete archive and the partial download."""
         archive = self.folder / f"{Path(self.filename).name}.{file.sha256[:16]}"
         return archive, archive.with_name(f"{archive.name}.partial")
 
     async def sizes(self, file: HubFile) -> FetchSizes:
-        """With the bytes that it unpacks to, as its end tells."""
+        """Remaining sizes; the unpacked size is read from the archive's end."""
         have = next((path.stat().st_size for path in self._archive(file) if path.exists()), 0)
         return FetchSizes(have, max(0, file.size - have), await self._unpacked_size(file))
 
     async def _check_room(self, file: HubFile) -> int:
-        """Raises StoreError unless archive and index fit; returns the bytes that it unpacks to."""
+        """Raises StoreError unless archive and index fit on the disk; returns the unpacked size."""
         sizes = await self.sizes(file)
         to_fetch, unpacked = sizes.to_fetch, sizes.unpacked
         needed, free = to_fetch + unpacked + _SPARE, free_bytes(self.folder)
@@ -283,7 +279,7 @@ class _Fetch:
             f"{self.folder}, where {gigabytes(free)} are free"
         )
         if needed > free:
-            raise StoreError(f"{words}: free {gigabytes(needed - free)}, or give a folder on another disk")
+            raise StoreError(f"{words}: free {gigabytes(needed - free)}, or choose a folder on another disk")
         self.emit(Notice(f"{self.filename} of {self.repository}: {words}"))
         return unpacked
 
@@ -294,7 +290,7 @@ class _Fetch:
         try:
             return await in_thread(lambda: unpacked_size(read, file.size))
         except BrokenXzError as error:
-            raise StoreError(f"{file.name} is no .tar.xz archive ({error}): name another file") from error
+            raise StoreError(f"{file.name} is not a .tar.xz archive ({error}): name another file") from error
 
     async def _download(self, file: HubFile, partial: Path) -> None:
         async with self._phase("download", file.size) as advance:
@@ -305,7 +301,7 @@ class _Fetch:
             await in_thread(lambda: verify(file, partial, advance))
 
     def _unpack(self, archive: Path, unpacked: int, advance: Advance) -> None:
-        """In a thread. Members that lead out of the folder are refused by tarfile's own filter ``data``."""
+        """Blocking. tarfile's filter ``data`` rejects members outside the folder."""
         written = 0
         try:
             with (
@@ -316,19 +312,19 @@ class _Fetch:
                 for member in members:
                     written += member.size
                     if written > unpacked:
-                        raise StoreError(f"{archive} holds more than it says: it is not unpacked")
+                        raise StoreError(f"{archive} contains more than it declares: not unpacked")
                     members.extract(member, self.unpacking, filter="data")
-        except BaseException as error:  # cancelled as well: what is half there takes room, and is of no use
+        except BaseException as error:  # also when cancelled: a partial index only takes space
             shutil.rmtree(self.unpacking, ignore_errors=True)
             if isinstance(error, tarfile.TarError | lzma.LZMAError | EOFError):
                 raise StoreError(f"{archive} cannot be unpacked ({type(error).__name__}: {error})") from error
             raise
 
     def _put_in_place(self, source: bytes) -> tuple[Collection, ...]:
-        """In a thread: the Chroma folder, which may lie within others, gets its name only when all is on the disk."""
+        """Moves the Chroma folder, which may be nested, to its final name once it is on disk. Blocking."""
         databases = sorted(self.unpacking.rglob("chroma.sqlite3"), key=lambda path: len(path.parts))
         if not databases:
-            raise StoreError(f"{self.filename} of {self.repository} holds no Chroma folder (no chroma.sqlite3)")
+            raise StoreError(f"{self.filename} of {self.repository} contains no Chroma folder (no chroma.sqlite3)")
         found = collections_in(databases[0].parent)
         if hasattr(os, "sync"):
             os.sync()
@@ -346,7 +342,7 @@ class _Fetch:
 
 
 class _Counted(io.RawIOBase):
-    """A file that says how far it was read, every now and then, from the thread that reads it."""
+    """A file that reports regularly how far it was read, from the reading thread."""
 
     def __init__(self, file: io.RawIOBase | io.FileIO, advance: Advance) -> None:
         super().__init__()
@@ -366,7 +362,7 @@ class _Counted(io.RawIOBase):
 
 
 def collections_in(folder: Path) -> tuple[Collection, ...]:
-    """The collections of a Chroma folder, by reading its database; empty where that has another layout."""
+    """The collections of a Chroma folder, read from its database; empty if the layout is not supported."""
     with contextlib.suppress(sqlite3.Error):
         database = sqlite3.connect(f"{(folder / 'chroma.sqlite3').as_uri()}?mode=ro", uri=True)
         with contextlib.closing(database):
@@ -383,5 +379,4 @@ def _megabytes(size: int) -> int:
 
 
 def gigabytes(size: int) -> str:
-    """For people."""
     return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"

@@ -1,4 +1,4 @@
-"""How much an ``.xz`` file unpacks to, read from its end: a few kilobytes tell it of a file of a hundred gigabytes."""
+"""Reads the unpacked size of an ``.xz`` file from its end, without reading the rest."""
 
 from __future__ import annotations
 
@@ -6,30 +6,30 @@ import zlib
 from collections.abc import Callable
 
 Read = Callable[[int, int], bytes]
-"""``read(start, length)``: that part of the file."""
+"""``read(start, length)`` returns that part of the file."""
 
 _FOOTER_MAGIC, _HEADER_SIZE, _FOOTER_SIZE = b"YZ", 12, 12
 _MOST_INDEX_BYTES = 64 << 20
-"""xz writes about 8 bytes a block and, at its default level, a block every 24 MiB."""
+"""xz writes about 8 bytes per block, and by default a block per 24 MiB."""
 
 
 class BrokenXzError(ValueError):
-    """No xz file, or one that was cut short."""
+    """Not an xz file, or truncated."""
 
 
 def unpacked_size(read: Read, size: int) -> int:
-    """The bytes that an xz file unpacks to, all its streams together.
+    """The unpacked size of an xz file, over all its streams.
 
-    Every stream ends with an index of its blocks and a footer that says how long the index is: section 2.1.2 and
-    chapter 4 of "The .xz File Format", version 1.2.1. Only these are read, from the end of the file backwards.
+    Every stream ends with an index of its blocks and a footer with the index's length: section 2.1.2 and chapter 4 of "The .xz File
+    Format", version 1.2.1. Only these are read, backwards.
 
     Args:
-        read: gives a part of the file.
-        size: bytes of the whole file.
+        read: reads a part of the file.
+        size: size of the file in bytes.
 
     Raises:
-        BrokenXzError: no xz file, or one that was cut short.
-        Exception: whatever ``read`` raises.
+        BrokenXzError: not an xz file, or truncated.
+        Exception: any error of ``read``.
     """
     total, end = 0, size
     while end:
@@ -48,16 +48,16 @@ def unpacked_size(read: Read, size: int) -> int:
 
 
 def _read_stream_end(read: Read, end: int, footer: bytes) -> tuple[int, int, int]:
-    """Of the stream that ends at ``end``: the bytes of its blocks, what they unpack to, and the bytes of its index."""
+    """Of the stream that ends at ``end``: size of its blocks, their unpacked size, and size of its index."""
     if len(footer) != _FOOTER_SIZE or footer[10:] != _FOOTER_MAGIC or zlib.crc32(footer[4:10]) != _number(footer[:4]):
         raise BrokenXzError("no xz footer at the end")
     index_size = (_number(footer[4:8]) + 1) * 4
     start = end - _FOOTER_SIZE - index_size
     if start < _HEADER_SIZE or index_size > _MOST_INDEX_BYTES:
-        raise BrokenXzError("an xz index that cannot be")
+        raise BrokenXzError("an invalid xz index")
     index = read(start, index_size)
     if len(index) != index_size or index[0] != 0 or zlib.crc32(index[:-4]) != _number(index[-4:]):
-        raise BrokenXzError("a broken xz index")
+        raise BrokenXzError("a corrupt xz index")
     count, position = _variable_length(index, 1)
     blocks = unpacked = 0
     for _ in range(count):
@@ -73,7 +73,7 @@ def _number(little_endian: bytes) -> int:
 
 
 def _variable_length(data: bytes, position: int) -> tuple[int, int]:
-    """The number at ``position`` and the position behind it: 7 bits a byte, the highest bit says that more follow."""
+    """The number at ``position`` and the position after it: 7 bits per byte, the high bit marks continuation."""
     value = shift = 0
     while shift < 63 and position < len(data):
         byte = data[position]
@@ -81,4 +81,4 @@ def _variable_length(data: bytes, position: int) -> tuple[int, int]:
         position, shift = position + 1, shift + 7
         if byte < 0x80:
             return value, position
-    raise BrokenXzError("a broken number in an xz index")
+    raise BrokenXzError("a corrupt number in an xz index")

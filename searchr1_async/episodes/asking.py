@@ -1,4 +1,4 @@
-"""What a model is told before its first turn, as messages of a chat. Pure."""
+"""Messages of the first prompt. Pure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from searchr1_async.episodes.types import Question, SearchCall
 
 
 def with_tool(plain: PlainText, instructions: str, question: Question) -> list[Message]:
-    """The system prompt and the question."""
+    """System prompt and question."""
     asked = plain.defuse(question.question)
     return [{"role": "system", "content": instructions}, {"role": "user", "content": asked}]
 
@@ -20,10 +20,10 @@ def with_tool(plain: PlainText, instructions: str, question: Question) -> list[M
 def without_tool(
     plain: PlainText, instructions: str, question: Question, given: SearchCall | None, answer: Callable[[str], str]
 ) -> list[Message]:
-    """The system prompt, worked examples, and the question, each with its passages where the question is given some.
+    """System prompt, worked examples and question, with passages if the question has some.
 
     Args:
-        answer: writes an answer as the format has it.
+        answer: formats an answer.
     """
 
     def asked(question: Question, given: SearchCall | None) -> Message:
@@ -41,10 +41,8 @@ def without_tool(
 
 
 def tagged(answer: str) -> str:
-    """As the format ``tags`` has it."""
     return f"<answer>{answer}</answer>"
 
 
 def prefixed(answer: str) -> str:
-    """As the format ``hermes`` has it."""
     return f"Answer: {answer}"

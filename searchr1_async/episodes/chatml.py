@@ -1,8 +1,8 @@
-"""ChatML with Hermes tool calls, on the interface of the ``renderers`` package, for Qwen2.5, SmolLM2 and their kin.
+"""ChatML renderer with Hermes tool calls, for Qwen2.5, SmolLM2 and similar models.
 
-The package knows Qwen3 and later; Qwen2.5's template (https://huggingface.co/Qwen/Qwen2.5-7B-Instruct, ``chat_template``)
-differs in that it has no reasoning block, and SmolLM2 has no tool tokens at all: there ``<tool_call>`` is plain text. Both
-are served here by treating tool markup as text and only the turn markers as tokens.
+Implements the interface of the ``renderers`` package, which supports Qwen3 and later. Qwen2.5's template
+(https://huggingface.co/Qwen/Qwen2.5-7B-Instruct, ``chat_template``) has no reasoning block, and SmolLM2 has no tool tokens:
+here tool markup is text and only the turn markers are tokens.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 
 
 class ChatMLRenderer:
-    """Messages to tokens and back for ChatML models.
+    """Renders and parses messages of ChatML models.
 
     Args:
-        tokenizer: a Hugging Face tokenizer that has ``<|im_start|>`` and ``<|im_end|>``.
+        tokenizer: a Hugging Face tokenizer with ``<|im_start|>`` and ``<|im_end|>``.
 
     Raises:
-        ModelError: it has not.
+        ModelError: a token is missing.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -49,7 +49,7 @@ class ChatMLRenderer:
         token = self._tokenizer.convert_tokens_to_ids(text)
         if not isinstance(token, int) or token == self._tokenizer.unk_token_id:
             raise ModelError(
-                f"the tokenizer {self._tokenizer.name_or_path!r} has no {text} token: it is no ChatML model"
+                f"the tokenizer {self._tokenizer.name_or_path!r} has no {text} token: it is not a ChatML model"
             )
         return token
 
@@ -58,7 +58,7 @@ class ChatMLRenderer:
 
     @property
     def is_prefix_stable(self) -> bool:
-        """Every message is rendered by itself, so appending never changes what stands before."""
+        """Messages are rendered independently, so appending never changes earlier tokens."""
         return True
 
     def get_stop_token_ids(self) -> list[int]:
@@ -72,7 +72,7 @@ class ChatMLRenderer:
     def render(
         self, messages: list[Message], *, tools: list[ToolSpec] | None = None, add_generation_prompt: bool = False
     ) -> RenderedTokens:
-        """The messages as tokens; with ``tools`` their signatures stand in the system message, as Qwen2.5 has them."""
+        """Renders messages; the signatures of ``tools`` go into the system message, as in Qwen2.5."""
         tokens: list[int] = []
         indices: list[int] = []
         sampled: list[bool] = []
@@ -103,9 +103,9 @@ class ChatMLRenderer:
         *,
         tools: list[ToolSpec] | None = None,
     ) -> RenderedTokens | None:
-        """The previous tokens, untouched, with the new messages and the header of the next turn behind them.
+        """Appends new messages and the next turn's header to the unchanged previous tokens.
 
-        None where a new message is the assistant's: those tokens are sampled, never rendered.
+        None if a new message is the assistant's, which must be sampled.
         """
         if not previous_prompt_ids or any(message.get("role") == "assistant" for message in new_messages):
             return None
@@ -126,7 +126,7 @@ class ChatMLRenderer:
     def parse_response(
         self, token_ids: list[int], *, tools: list[ToolSpec] | None = None, prompt_ids: list[int] | None = None
     ) -> ParsedResponse:
-        """Text and tool calls of one sampled turn; malformed calls are listed with their status."""
+        """Text and tool calls of a sampled turn, including malformed calls with their status."""
         for position, token in enumerate(token_ids):
             if token in self._stops:
                 token_ids = token_ids[:position]
@@ -157,7 +157,7 @@ class ChatMLRenderer:
         for place, (index, message) in enumerate(messages):
             role, text = message.get("role") or "user", _text(message)
             if role == "tool":
-                # Consecutive tool results share one user message, as in Qwen2.5's template.
+                # Consecutive tool results share a user message, as in Qwen2.5's template.
                 responses.append(f"<tool_response>\n{text}\n</tool_response>")
                 following = messages[place + 1][1].get("role") if place + 1 < len(messages) else None
                 if following != "tool":
@@ -170,10 +170,7 @@ class ChatMLRenderer:
 
 
 def split_tool_calls(text: str) -> tuple[str, list[ParsedToolCall]]:
-    """The text outside ``<tool_call>`` blocks, and every block as a call, whole or malformed, in order.
-
-    A linear scan: hostile text (nested, unclosed, repeated tags) costs no more than its length.
-    """
+    """The text outside ``<tool_call>`` blocks, and all blocks in order, including malformed ones. Linear time."""
     outside: list[str] = []
     calls: list[ParsedToolCall] = []
     position = 0

@@ -1,12 +1,11 @@
-"""How a model asks for a search, reads its result and answers: the tool-call formats, token-exact.
+"""Tool-call formats: how a model requests a search, reads its results and answers. Token-exact.
 
-A :class:`Dialect` turns a question into prompt tokens, reads a sampled turn, and gives the tokens that go *behind* it. It
-never re-renders what was sampled, so the prompt of turn n + 1 is exactly prompt n + sampled n + appended n.
+A :class:`Dialect` renders the first prompt, parses sampled turns, and produces the tokens appended *after* them. Sampled tokens
+are never re-rendered, so the prompt of turn n + 1 is exactly prompt n + sampled n + appended n.
 
-Two formats exist. ``hermes`` puts calls into ``<tool_call>`` JSON and results into tool messages, framed by a renderer of
-the ``renderers`` package (or by ours, for plain ChatML). ``tags`` is Search-R1's own (Jin et al., 2025,
-https://arxiv.org/abs/2503.09516): the whole episode is one assistant message, in which results are inserted after
-``</search>``.
+``hermes`` uses ``<tool_call>`` JSON and tool messages, framed by a renderer of the ``renderers`` package (or ours, for plain
+ChatML). ``tags`` is the format of Search-R1 (Jin et al., 2025, https://arxiv.org/abs/2503.09516): the whole episode is one
+assistant message, with results inserted after ``</search>``.
 """
 
 from __future__ import annotations
@@ -54,14 +53,14 @@ class SearchRequest:
 
 @dataclass(frozen=True, slots=True)
 class MalformedCall:
-    """The turn tries to call a tool and cannot be understood; ``problem`` says why, in words."""
+    """The turn contains an invalid tool call; ``problem`` describes why."""
 
     problem: str
 
 
 @dataclass(frozen=True, slots=True)
 class FinalAnswer:
-    """The turn calls nothing; ``answer`` is None where it gives no answer either."""
+    """The turn makes no call; ``answer`` is None if it gives no answer either."""
 
     answer: str | None
 
@@ -70,26 +69,26 @@ Reading = SearchRequest | MalformedCall | FinalAnswer
 
 
 class Dialect(Protocol):
-    """One tool-call format in one model's chat format. Methods are pure functions of their arguments."""
+    """A tool-call format in a model's chat format. Methods are pure."""
 
     @property
     def name(self) -> str: ...
 
     @property
     def stop(self) -> list[int] | list[str]:
-        """What ends a turn, as Tinker's ``stop`` sampling parameter takes it."""
+        """Stop tokens or strings for Tinker's ``stop`` sampling parameter."""
         ...
 
     def start(self, question: Question, given: SearchCall | None = None) -> list[int]:
-        """The tokens of the first prompt; the passages of ``given`` stand in it, before the question."""
+        """Tokens of the first prompt, with the passages of ``given`` before the question."""
         ...
 
     def read(self, prompt_tokens: Sequence[int], sampled_tokens: Sequence[int]) -> tuple[str, Reading]:
-        """What the turn says without chat markup and reasoning, and what it wants. Never raises on what a model wrote."""
+        """A turn's text without chat markup and reasoning, and its parsed intent. Never raises on model output."""
         ...
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of sampled tokens, markup included."""
+        """Text of sampled tokens, markup included."""
         ...
 
     def extend(
@@ -99,28 +98,28 @@ class Dialect(Protocol):
         queries: Sequence[str],
         results: Sequence[Sequence[Passage]],
     ) -> list[int] | None:
-        """The tokens to append behind a sampled turn so that the next may begin; None where the chat format cannot."""
+        """Tokens to append after a sampled turn to show its results; None if the chat format cannot."""
         ...
 
     def tell(self, prompt_tokens: Sequence[int], sampled_tokens: Sequence[int], problem: str) -> list[int] | None:
-        """Like :meth:`extend`, telling the model what was wrong with its call."""
+        """Like :meth:`extend`, to report an invalid call."""
         ...
 
     def write_call(self, queries: Sequence[str]) -> list[int]:
-        """The tokens of a turn that asks for these queries, as the model should sample it (for demonstrations)."""
+        """Tokens of a turn with these queries, as the model would sample it (for demonstrations)."""
         ...
 
     def write_answer(self, answer: str) -> list[int]:
-        """The tokens of a turn that gives this answer, as the model should sample it (for demonstrations)."""
+        """Tokens of a turn with this answer, as the model would sample it (for demonstrations)."""
         ...
 
 
 class TagsDialect:
-    """Search-R1's tags, inside one assistant message.
+    """Search-R1's tags within one assistant message.
 
     Args:
-        instructions: the system prompt.
-        has_tool: a call is read as one; else whatever the model writes is its answer, or none.
+        instructions: system prompt.
+        has_tool: whether calls are parsed; if not, every turn is an answer.
     """
 
     name = "tags"
@@ -138,8 +137,7 @@ class TagsDialect:
         self._has_tool = has_tool
         self._plain = PlainText.of(tokenizer)
         self._stop_tokens = frozenset(renderer.get_stop_token_ids())
-        # The chat's own end still ends generation: a service adds its end-of-text tokens to stop strings only if told so,
-        # hence their texts stand beside the tags.
+        # Services may ignore end-of-text tokens when given stop strings, so their texts are listed too.
         tags = ["</search>", "</answer>"] if has_tool else ["</answer>"]
         self.stop = [*tags, *(tokenizer.decode([token]) for token in renderer.get_stop_token_ids())]
 
@@ -174,7 +172,7 @@ class TagsDialect:
 
     def _append(self, sampled_tokens: Sequence[int], text: str) -> list[int] | None:
         if any(token in self._stop_tokens for token in sampled_tokens):
-            return None  # the message is closed: nothing can be put inside it any more
+            return None  # the message is closed, so nothing can be inserted
         return self._plain.encode(text)
 
     def write_call(self, queries: Sequence[str]) -> list[int]:
@@ -185,10 +183,7 @@ class TagsDialect:
 
 
 def read_tags(content: str) -> Reading:
-    """What a turn in the tags format wants: the last complete tag decides; an unfinished or blank one is malformed.
-
-    Linear in the text's length, whatever the text.
-    """
+    """Parses a turn in tags format: the last complete tag decides; unfinished or blank calls are malformed. Linear time."""
     search_end, answer_end = content.rfind("</search>"), content.rfind("</answer>")
     if search_end > answer_end:
         start = content.rfind("<search>", 0, search_end)
@@ -204,7 +199,6 @@ def read_tags(content: str) -> Reading:
 
 
 def _tagged_answer(content: str) -> str | None:
-    """What the last closed answer tag encloses."""
     end = content.rfind("</answer>")
     start = content.rfind("<answer>", 0, max(end, 0))
     return content[start + len("<answer>") : end].strip() or None if start >= 0 else None
@@ -214,9 +208,9 @@ class HermesDialect:
     """Hermes JSON calls and tool messages, framed by a renderer.
 
     Args:
-        instructions: the system prompt.
-        tool: as it is declared to the model; None: there is none, and whatever the model writes is its answer, or none.
-        layout: how queries and their passages are shown.
+        instructions: system prompt.
+        tool: tool declaration; None for no tool: every turn is an answer.
+        layout: formats queries and their passages.
     """
 
     name = "hermes"
@@ -232,7 +226,7 @@ class HermesDialect:
         layout: Callable[[PlainText, Sequence[str], Sequence[Sequence[Passage]]], str] = query_blocks,
     ) -> None:
         self._renderer, self._tokenizer, self._instructions = renderer, tokenizer, instructions
-        # As chat templates are given it: those of Qwen and Llama print it as it is.
+        # In the envelope that chat templates expect: those of Qwen and Llama print it verbatim.
         self._tools = None if tool is None else [cast(ToolSpec, {"type": "function", "function": tool})]
         self._layout = layout
         self._plain = PlainText.of(tokenizer)
@@ -251,10 +245,10 @@ class HermesDialect:
         return self._tokenizer.decode(list(tokens))
 
     def read(self, prompt_tokens: Sequence[int], sampled_tokens: Sequence[int]) -> tuple[str, Reading]:
-        tools = None if self._tools is None else [SEARCH_TOOL]  # whoever declares it: it has the same argument
+        tools = None if self._tools is None else [SEARCH_TOOL]  # every declaration has the same argument
         try:
             parsed = self._renderer.parse_response(list(sampled_tokens), tools=tools, prompt_ids=list(prompt_tokens))
-        except Exception as error:  # renderers differ in what hostile output makes them raise
+        except Exception as error:  # renderers raise different errors on hostile output
             if self._tools is None:
                 return "", FinalAnswer(None)
             return "", MalformedCall(f"the turn could not be parsed ({type(error).__name__})")
@@ -288,12 +282,12 @@ class HermesDialect:
         return rendered.token_ids[len(before) :]
 
     def _call_id(self, prompt_tokens: Sequence[int], sampled_tokens: Sequence[int]) -> str | None:
-        """The identifier that the model gave to its call, for formats in which the result names it."""
+        """The model's id of its call, for formats whose results refer to it."""
         try:
             parsed = self._renderer.parse_response(
                 list(sampled_tokens), tools=self._tools, prompt_ids=list(prompt_tokens)
             )
-        except Exception:  # what cannot be parsed has no identifier
+        except Exception:  # an unparsable turn has no call id
             return None
         return next((call.id for call in parsed.tool_calls if call.id), None)
 
@@ -316,14 +310,14 @@ class HermesDialect:
         return self._write(message, "I can answer this now.", _ASKED)
 
     def _write(self, message: Message, thought: str, following: Message) -> list[int]:
-        """What the model would sample for this message: everything behind the generation prompt, its stop token included.
+        """Tokens that the model would sample for this message: everything after the generation prompt, with its stop token.
 
         Args:
-            thought: what it thinks before, in formats whose prompt opens a thought that no empty one can close.
-            following: what would come next, for formats in which only that ends a message.
+            thought: reasoning, for formats whose prompt opens a thought that cannot be empty.
+            following: next message, for formats in which only that ends a message.
 
         Raises:
-            ModelError: the format's prompt is no beginning of such a message.
+            ModelError: the format's generation prompt is not a prefix of the rendered message.
         """
         for written in (message, cast(Message, {**message, "reasoning_content": thought})):
             for behind in ((), (following,)):
@@ -332,16 +326,16 @@ class HermesDialect:
                 ends = [place for place, token in enumerate(tokens) if token in self.stop]
                 if whole[: len(self._empty_prompt)] == self._empty_prompt and ends:
                     return tokens[: ends[0] + 1]
-        raise ModelError("demonstrations cannot be written in this model's chat format: leave the warm-up out")
+        raise ModelError("demonstrations cannot be rendered in this model's chat format: disable the warm-up")
 
 
 _ASKED: Message = {"role": "user", "content": "?"}
 _CALL_ID = "functions.search:0"
-"""The identifier of a first call as Kimi's models write it; other formats do not show it."""
+"""First call id in the format of Kimi's models; other formats do not show it."""
 
 
 def _shows_call_ids(renderer: Renderer) -> bool:
-    """Whether a tool's result names the call that it answers."""
+    """Whether tool results refer to call ids."""
     call: Any = {"type": "function", "id": _CALL_ID, "function": {"name": "search", "arguments": {"query_list": ["?"]}}}
     asked: list[Message] = [_ASKED, {"role": "assistant", "content": "", "tool_calls": [call]}]
     first, second = (
@@ -352,7 +346,7 @@ def _shows_call_ids(renderer: Renderer) -> bool:
 
 
 def _read_calls(calls: Sequence[Any]) -> Reading:
-    """All queries of all valid calls; malformed where no call is valid."""
+    """Queries of all valid calls; malformed if there are none."""
     queries: list[str] = []
     problem = "the call is empty"
     for call in calls:
@@ -387,20 +381,20 @@ def make_dialect(
     instructions: str | None = None,
     method: Method = "search",
 ) -> Dialect:
-    """The dialect for a model.
+    """Makes the dialect for a model.
 
     Args:
         format_name: ``"hermes"`` or ``"tags"``.
-        model_name: as the Tinker service calls it; chooses the renderer.
+        model_name: model name at the Tinker service; chooses the renderer.
         tokenizer: its Hugging Face tokenizer.
-        renderer_name: a renderer of the ``renderers`` package, or ``"chatml"``; None chooses by the model's name.
-        thinking: whether and how hard the model thinks; see :data:`~searchr1_async.models.Thinking`.
-        instructions: the system prompt; None is that of the format and the method.
-        method: how the question is put to the model; see :data:`~searchr1_async.episodes.methods.Method`.
+        renderer_name: a renderer of the ``renderers`` package, or ``"chatml"``; None chooses by model name.
+        thinking: thinking mode; see :data:`~searchr1_async.models.Thinking`.
+        instructions: system prompt; None uses the default of the format and method.
+        method: prompting method; see :data:`~searchr1_async.episodes.methods.Method`.
 
     Raises:
-        ModelError: an unknown format or method, no renderer for the model, a value of ``thinking`` that it does not have, or, with
-            ``recipe``, no prompt of the recipe, or one that would not be used as it is.
+        ModelError: unknown format or method, no renderer for the model, unsupported ``thinking``, or, with ``recipe``, a missing
+            recipe prompt or settings that conflict with it.
     """
     if format_name not in FORMATS:
         raise ModelError(f"unknown tool-call format {format_name!r}: choose one of {', '.join(FORMATS)}")
@@ -421,16 +415,16 @@ def make_dialect(
 
 
 def check_recipe(format_name: str, instructions: str | None) -> None:
-    """Refuses what the recipe's prompt cannot be used with.
+    """Refuses settings that conflict with the recipe's prompt.
 
     Raises:
-        ModelError: another format than ``hermes``, instructions of one's own, or the recipe's package is not installed.
+        ModelError: a format other than ``hermes``, custom instructions, or a missing recipe package.
     """
     if format_name != "hermes":
         raise ModelError(
-            f'the prompt of the method "recipe" asks for calls as <tool_call> JSON and for "Answer:", which the format '
-            f'{format_name!r} does not read: choose the format "hermes" for it'
+            f'the prompt of the method "recipe" requests <tool_call> JSON and "Answer:", which the format {format_name!r} '
+            f'cannot parse: use the format "hermes"'
         )
     if instructions is not None:
-        raise ModelError('the method "recipe" has the recipe\'s own prompt: leave instructions out')
+        raise ModelError('the method "recipe" uses the recipe\'s own prompt: leave instructions out')
     load_recipe_prompt()

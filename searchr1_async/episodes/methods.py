@@ -1,4 +1,4 @@
-"""The ways in which a model is asked: with the search tool, and the baselines that it is compared with."""
+"""Prompting methods: with the search tool, and baselines."""
 
 from __future__ import annotations
 
@@ -10,20 +10,19 @@ from searchr1_async.config import EpisodeLimits
 from searchr1_async.episodes.types import Passage, Question, SearchCall
 
 Method = Literal["search", "direct", "rag", "recipe"]
-"""How a question is put to a model.
+"""Prompting method.
 
-- ``search``: with the search tool, which the model calls as it sees fit, turn by turn.
-- ``direct``: without a tool; it answers at once from what it knows. One turn.
-- ``rag``: plain retrieval-augmented generation. One search with the question itself, whose passages stand in the prompt; then
-  it answers at once. One turn.
-- ``recipe``: with the search tool, and with the prompt of the ancestor recipe (``tinker_cookbook.recipes.search_tool``), word
-  for word, from the installed package. It asks for calls as JSON and for "Answer:", so it needs the format ``hermes``.
+- ``search``: multi-turn, with the search tool.
+- ``direct``: without a tool; one turn, from the model's own knowledge.
+- ``rag``: plain retrieval-augmented generation: one search for the question itself, with its passages in the prompt; one turn.
+- ``recipe``: with the search tool and the original recipe's prompt (``tinker_cookbook.recipes.search_tool``), verbatim from
+  the installed package. Requires the format ``hermes``.
 """
 
 METHODS: tuple[Method, ...] = get_args(Method)
 
 WITHOUT_TOOL: tuple[Method, ...] = ("direct", "rag")
-"""Methods in which the model has no tool to call: its first turn is its last."""
+"""Single-turn methods without a tool."""
 
 INSTRUCTIONS: Mapping[tuple[str, str], str] = {
     ("hermes", "search"): (
@@ -49,7 +48,7 @@ INSTRUCTIONS: Mapping[tuple[str, str], str] = {
         "Answer the question with the help of the passages. Give only the short answer: <answer>answer</answer>"
     ),
 }
-"""The system prompt of each tool-call format and method; that of ``recipe`` is read from the recipe."""
+"""System prompt per format and method; that of ``recipe`` is read from the recipe."""
 
 
 EXAMPLES: tuple[tuple[Question, SearchCall], ...] = (
@@ -73,12 +72,10 @@ EXAMPLES: tuple[tuple[Question, SearchCall], ...] = (
         ),
     ),
 )
-"""Worked examples that stand before the question where there is no tool; their passages where passages are given.
-
-Told in words alone, in the system prompt or behind the question, SmolLM2-135M-Instruct kept to either format for 0 of 18
-questions, so that the baseline would have measured that; with these examples for 18 (``hermes``) and 16 (``tags``)."""
+"""Few-shot examples for methods without a tool, with passages if the question has some. Without them, a small model (SmolLM2-135M)
+does not follow either answer format at all."""
 
 
 def limits_for(method: Method, limits: EpisodeLimits) -> EpisodeLimits:
-    """The limits of a method's episodes: without a tool there is one turn, whatever ``limits`` say."""
+    """The method's limits: one turn for methods without a tool."""
     return replace(limits, max_turns=1) if method in WITHOUT_TOOL else limits

@@ -1,6 +1,6 @@
-"""One coroutine plays one episode: sample, read, search, append, and again, until it ends.
+"""Runs one episode: sample, parse, search, append, and repeat until it ends.
 
-Nothing here knows of batches, retries, processes or weights; the policy and the search it is given take care of those.
+Batches, retries, processes and weights are up to the policy and the search.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from searchr1_async.errors import SearchError, ServiceError
 
 @dataclass(frozen=True, slots=True)
 class SampledTurn:
-    """One continuation, as a policy sampled it."""
+    """One continuation sampled by a policy."""
 
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
     truncated: bool
-    """It ended for length, not at a stop."""
+    """Sampling stopped at the length limit."""
     policy_version: int
     seconds: float = 0.0
     sequence_id: str | None = None
@@ -36,32 +36,32 @@ class SampledTurn:
 
 
 class Policy(Protocol):
-    """The model, as an episode sees it."""
+    """The model, as seen by an episode."""
 
     async def sample(
         self, prompt_tokens: Sequence[int], *, max_tokens: int, stop: list[int] | list[str], seed: int | None
     ) -> SampledTurn:
-        """One continuation.
+        """Samples one continuation.
 
         Raises:
-            ServiceError: for good.
+            ServiceError: a permanent failure.
         """
         ...
 
 
 class SearchTool(Protocol):
-    """The search, as an episode sees it."""
+    """The search, as seen by an episode."""
 
     async def search(self, queries: Sequence[str]) -> Sequence[Sequence[Passage]]:
-        """Passages for each query, in the order of the queries.
+        """Passages per query, in order.
 
         Raises:
-            SearchError: for good; ``is_fatal`` where no later search can succeed either.
+            SearchError: a permanent failure; ``is_fatal`` if later searches would fail too.
         """
         ...
 
     def clean_query(self, query: str) -> str | None:
-        """The query as it can be sent; None where it cannot (a malformed call)."""
+        """The query in a form that can be sent; None if there is none (a malformed call)."""
         ...
 
 
@@ -79,21 +79,21 @@ async def play(
     began: float | None = None,
     time_limit: Callable[[float | None], AbstractContextManager[anyio.CancelScope]] = anyio.move_on_after,
 ) -> Episode:
-    """Plays one episode to its end; it has no reward yet.
+    """Runs one episode to its end, without scoring it.
+
+    Permanent failures of a service or search give stop reason FAILED with the cause in ``error``; nothing the model does raises.
+    An episode over ``limits.max_seconds`` is cut and keeps its turns.
 
     Args:
-        first_turn: sampled already (a group's first turns are one request); None samples it here.
-        prompt_tokens: of the first turn, where the caller has rendered them; None renders them here.
-        given: a search whose passages stand in these ``prompt_tokens``; kept with the episode.
-        seed: of the first turn's sample; later turns add their number.
-        began: when the episode began (``time.monotonic()``), where its first turn was sampled before; None is now.
-        time_limit: cuts the episode after so many seconds; another clock than the event loop's may be meant.
-
-    A service or search that failed for good gives an episode with stop reason FAILED and the cause in ``error``; whatever
-    the model does is an outcome, never an exception. One over ``limits.max_seconds`` is cut, with the turns that it has.
+        first_turn: an already sampled first turn (shared by a group's request); None samples it here.
+        prompt_tokens: the rendered first prompt; None renders it here.
+        given: the search whose passages are in ``prompt_tokens``; stored with the episode.
+        seed: sampling seed of the first turn; later turns add their index.
+        began: start time (``time.monotonic()``) if the first turn was sampled earlier; None means now.
+        time_limit: creates the episode's cancel scope, so that it can use a pausable clock.
 
     Raises:
-        SearchError: a fatal one (``is_fatal``): every other episode would fail of it too, so the run stops.
+        SearchError: a fatal one (``is_fatal``), which would fail every other episode too.
     """
     began = time.monotonic() if began is None else began
     left = None if limits.max_seconds is None else limits.max_seconds - (time.monotonic() - began)
@@ -131,7 +131,7 @@ async def play(
             if not sampled.truncated:
                 call = _call_made(reading, search, limits)
             if call is not None and call.problem is not None and not isinstance(reading, MalformedCall):
-                # The call was well formed, but holds a query that cannot be sent.
+                # A well-formed call with a query that cannot be sent.
                 stop_reason = _malformed_outcome(is_last, limits)
             if stop_reason is None and call is not None:
                 try:
@@ -165,7 +165,7 @@ async def play(
 def _outcome(
     reading: Reading, truncated: bool, is_last: bool, limits: EpisodeLimits
 ) -> tuple[StopReason | None, str | None]:
-    """Whether this turn ends the episode, and the answer it gave."""
+    """Stop reason if this turn ends the episode, and its answer."""
     if truncated:
         return StopReason.MAX_TURN_TOKENS, None
     if isinstance(reading, FinalAnswer):
@@ -180,7 +180,7 @@ def _malformed_outcome(is_last: bool, limits: EpisodeLimits) -> StopReason | Non
 
 
 def _call_made(reading: Reading, search: SearchTool, limits: EpisodeLimits) -> SearchCall | None:
-    """The call in a turn, with its queries cleaned; None where the turn calls nothing."""
+    """The turn's call with cleaned queries, or None."""
     if isinstance(reading, MalformedCall):
         return SearchCall((), problem=reading.problem)
     if isinstance(reading, FinalAnswer):
@@ -198,7 +198,7 @@ def _call_made(reading: Reading, search: SearchTool, limits: EpisodeLimits) -> S
 async def _carry_out(
     call: SearchCall, tokens: Sequence[int], sampled: Sequence[int], dialect: Dialect, search: SearchTool
 ) -> tuple[SearchCall, list[int] | None]:
-    """The call with its results, and the tokens that tell them to the model."""
+    """Runs the call; returns it with its results and the tokens to append."""
     if call.problem is not None:
         return call, dialect.tell(tokens, sampled, call.problem)
     began = time.monotonic()
@@ -226,7 +226,7 @@ def _turn(
 
 
 def _without_tail(turns: Sequence[Turn]) -> tuple[Turn, ...]:
-    """The turns, with nothing appended behind the last: an example ends with what the model did."""
+    """Drops tokens appended to the last turn: an example ends with sampled tokens."""
     if turns and turns[-1].appended_tokens:
         turns = [*turns[:-1], replace(turns[-1], appended_tokens=())]
     return tuple(turns)

@@ -1,7 +1,6 @@
-"""The prompt of the ancestor recipe, as the installed ``tinker_cookbook`` has it: read from its source, never imported.
+"""The prompt of the original recipe, read from the source of the installed ``tinker_cookbook``.
 
-Importing the recipe brings in Chroma's and Google's clients, pandas and its whole training loop; what is wanted of it are a
-system prompt and a tool's description, which stand in its source as literals.
+It is parsed rather than imported, which would load Chroma's and Google's clients, pandas and the training loop.
 """
 
 from __future__ import annotations
@@ -27,39 +26,39 @@ _TOOL = ("tools.py", "search", "query_list")
 
 @dataclass(frozen=True, slots=True)
 class RecipePrompt:
-    """What the recipe tells a model before the question."""
+    """The recipe's prompt and tool."""
 
     instructions: str
-    """The system prompt, word for word."""
+    """System prompt, verbatim."""
     tool: ToolSpec
-    """The search tool, as the recipe declares it: in the envelope that it puts around."""
+    """Search tool as declared by the recipe, with its envelope."""
 
 
 def load_recipe_prompt() -> RecipePrompt:
-    """The prompt of the installed recipe.
+    """Loads the prompt of the installed recipe.
 
     Raises:
-        ModelError: ``tinker_cookbook`` is not installed, or the installed version has no such prompt.
+        ModelError: ``tinker_cookbook`` is not installed, or its version has no such prompt.
     """
-    spec = importlib.util.find_spec(_PACKAGE)  # of a package at the top: looks for it and runs nothing
+    spec = importlib.util.find_spec(_PACKAGE)  # locates the package without running it
     folders = [Path(place) / _FOLDER for place in (spec.submodule_search_locations or ())] if spec else []
     folder = next((folder for folder in folders if folder.is_dir()), None)
     if folder is None:
         raise ModelError(
-            'the method "recipe" takes its prompt from the recipe itself, which is not installed: '
+            'the method "recipe" reads its prompt from the recipe\'s package, which is not installed: '
             "pip install 'searchr1_async[recipe]' (or, since it is only read, pip install --no-deps tinker-cookbook)"
         )
     try:
         return RecipePrompt(_constant(_parsed(folder, _PROMPT[0])), _tool(_parsed(folder, _TOOL[0])))
     except (OSError, SyntaxError, ValueError, LookupError) as error:
         raise ModelError(
-            f'the installed tinker_cookbook has no search prompt that the method "recipe" could take ({error}): '
+            f'the installed tinker_cookbook has no search prompt for the method "recipe" ({error}): '
             "pip install --no-deps tinker-cookbook==0.6.1 has one (it is read, not imported)"
         ) from error
 
 
 def recipe_results(plain: PlainText, queries: Sequence[str], results: Sequence[Sequence[Passage]]) -> str:
-    """Results as the recipe shows them: each passage a numbered document on lines of its own, its title first."""
+    """Formats results as the recipe does: numbered documents on separate lines, title first."""
     lines: list[str] = []
     for query, passages in zip(queries, results, strict=True):
         lines.append(f"Query: {plain.defuse(query)}")
@@ -87,7 +86,7 @@ def _constant(module: ast.Module) -> str:
 
 
 def _tool(module: ast.Module) -> ToolSpec:
-    """The tool's declaration, from its docstring and its argument's annotation: as pydantic makes the recipe's schema of it."""
+    """Tool declaration from the docstring and argument annotation, as pydantic builds the recipe's schema."""
     _, name, argument = _TOOL
     for node in ast.walk(module):
         if not isinstance(node, ast.AsyncFunctionDef | ast.FunctionDef) or node.name != name:
@@ -106,5 +105,5 @@ def _declaration(name: str, description: str, argument: str, about: str) -> Tool
     values = {"description": about, "items": {"type": "string"}, "title": title, "type": "array"}
     schema = {"properties": {argument: values}, "required": [argument], "title": f"{name}_params", "type": "object"}
     tool = {"name": name, "description": description, "parameters": schema}
-    # Every renderer takes both, but some write a tool as they got it, and the recipe writes the envelope.
+    # Renderers accept both forms, but some print the tool verbatim, and the recipe includes the envelope.
     return cast(ToolSpec, {"type": "function", "function": tool})

@@ -1,7 +1,4 @@
-"""Which chat format a model has, whether it thinks, and the renderer that frames its messages so.
-
-A model is rendered in its own format or refused: never in one that only resembles it.
-"""
+"""Chooses a model's chat format, thinking mode and renderer. Models are never rendered in a merely similar format."""
 
 from __future__ import annotations
 
@@ -25,20 +22,20 @@ from searchr1_async.models import (
 
 CHATML = "chatml"
 AS_TEMPLATE = "template"
-"""The value of ``thinking`` that leaves it to the chat template, as runs did that were begun before there was a choice."""
+"""Value of ``thinking`` that leaves it to the chat template, as in runs of earlier versions."""
 
 
 def select_renderer(
     model_name: str, tokenizer: Any, renderer_name: str | None = None, thinking: Thinking = None
 ) -> Renderer:
-    """The renderer for a model: the one named, else that of its format, else ChatML where its chat template is ChatML.
+    """The renderer for a model: the named one, else that of its format, else ChatML if its chat template is ChatML.
 
     Args:
         thinking: see :data:`~searchr1_async.models.Thinking`.
 
     Raises:
-        ModelError: no renderer is known for the model, the one named does not exist or does not suit its tokenizer, or the
-            format does not have this value of ``thinking``.
+        ModelError: no renderer is known for the model, the named one does not exist or fit its tokenizer, or the format does not
+            support this ``thinking``.
     """
     chat = known_format(model_name, renderer_name) or _chatml_format(model_name, tokenizer)
     options = thinking_options(chat, thinking, model_name)
@@ -59,15 +56,15 @@ def select_renderer(
 
 
 def known_format(model_name: str, renderer_name: str | None = None) -> ChatFormat | None:
-    """The format of a model as far as its name, or the renderer named for it, tells; None where only its tokenizer can.
+    """The model's format, if its name or ``renderer_name`` determines it; None if only the tokenizer can.
 
     Raises:
-        ModelError: the name tells that there is no renderer for it.
+        ModelError: the model is known to have no renderer.
     """
     model, plain = find_model(model_name), plain_name(model_name)
     own = model.format if model is not None else format_named_for(plain)
     if renderer_name is not None:
-        # A name that two formats share (qwen3) means the model's own among them.
+        # If two formats share a renderer name (qwen3), prefer the model's own.
         is_own = own is not None and own.renderer == renderer_name
         return own if is_own else find_format(renderer_name) or ChatFormat(renderer_name, renderer_name, {}, None, "")
     if own is None and (mapped := MODEL_RENDERER_MAP.get(plain)) is not None:
@@ -77,16 +74,16 @@ def known_format(model_name: str, renderer_name: str | None = None) -> ChatForma
         kin.sort(key=lambda other: model is None or other.family != model.family)
         raise ModelError(
             f"{model_name} has no chat format that can be rendered: {own.refusal}. Choose another model, such as "
-            f"{kin[0].name}, or name a renderer that you know to fit with renderer=…"
+            f"{kin[0].name}, or name a renderer that is known to fit with renderer=…"
         )
     return own
 
 
 def thinking_options(chat: ChatFormat, thinking: Thinking, model_name: str) -> Mapping[str, Any]:
-    """The options of a format's renderer for a value of ``thinking``.
+    """Renderer options for a value of ``thinking``.
 
     Raises:
-        ModelError: the format does not have it; the message names those that it has.
+        ModelError: the format does not support it; the message lists the supported values.
     """
     _check_kind(thinking)
     if thinking == AS_TEMPLATE:
@@ -104,10 +101,10 @@ def thinking_options(chat: ChatFormat, thinking: Thinking, model_name: str) -> M
 
 
 def check_thinking(model_name: str | None, renderer_name: str | None, thinking: Thinking) -> None:
-    """Refuses a value of ``thinking`` as early as what is named allows; what no name tells is checked with the tokenizer.
+    """Checks ``thinking`` before the tokenizer is loaded, as far as the names allow.
 
     Raises:
-        ModelError: no such value at all, none of the model's format, or a model that cannot be rendered.
+        ModelError: the value is invalid or unsupported by the model's format, or the model cannot be rendered.
     """
     _check_kind(thinking)
     if model_name is not None and (chat := known_format(model_name, renderer_name)) is not None:
@@ -120,7 +117,7 @@ def _check_kind(thinking: object) -> None:
 
 
 def _chatml_format(model_name: str, tokenizer: Any) -> ChatFormat:
-    """Plain ChatML, for a model of no known family whose tokenizer speaks it.
+    """Plain ChatML, for a model of unknown family whose tokenizer supports it.
 
     Raises:
         ModelError: it does not.
@@ -132,7 +129,7 @@ def _chatml_format(model_name: str, tokenizer: Any) -> ChatFormat:
     if not _template_is_chatml(tokenizer):
         raise ModelError(
             f"no chat format is known for {model_name!r}: its tokenizer has the tokens of ChatML, but its chat template writes "
-            f"something else. Name its format with renderer=… ({names}, which would be used against its template)"
+            f"something else. Name its format with renderer=… ({names}, which would override its template)"
         )
     chat = find_format(CHATML)
     assert chat is not None
@@ -145,13 +142,10 @@ _SMALL_TALK: tuple[tuple[str, str], ...] = (
 
 
 def _template_is_chatml(tokenizer: Any) -> bool:
-    """Whether the tokenizer's chat template writes plain ChatML, in the middle, at the end and before an answer of the model.
-
-    True as well where it has no template: then nothing speaks against it.
-    """
+    """Whether the tokenizer's chat template is plain ChatML, or missing."""
     if not getattr(tokenizer, "chat_template", None):
         return True
-    for count in (2, 4, 5):  # up to a question, to a second one, to an answer
+    for count in (2, 4, 5):  # up to a question, a second question, an answer
         spoken = _SMALL_TALK[:count]
         opens = spoken[-1][0] == "user"
         expected = "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in spoken)
@@ -159,7 +153,7 @@ def _template_is_chatml(tokenizer: Any) -> bool:
         messages = [{"role": role, "content": text} for role, text in spoken]
         try:
             written = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opens)
-        except Exception:  # templates raise what they like about a conversation that they do not know
+        except Exception:  # templates raise arbitrary errors
             return False
         if str(written).rstrip("\n") != expected.rstrip("\n"):
             return False
@@ -167,14 +161,14 @@ def _template_is_chatml(tokenizer: Any) -> bool:
 
 
 _EFFORT_HINTS = frozenset({"low_effort", "medium_effort"})
-"""Options of Nemotron's renderers that put a hint behind the last message of the user."""
+"""Options of Nemotron's renderers that add a hint after the last user message."""
 
 
 class _EffortRenderer:
-    """A renderer that hints at an effort behind the user's last message, and goes on after a tool's result.
+    """Renderer with an effort hint that can still continue after a tool result.
 
-    The renderers with such a hint extend no conversation, since a new message of the user would take the hint with it. The result
-    of a tool is no such message: what comes behind it is the same with the hint and without.
+    Such renderers refuse to extend a conversation, since a new user message would move the hint. A tool result does not, and
+    renders the same without the hint.
     """
 
     def __init__(self, renderer: Renderer, unhinted: Renderer) -> None:
@@ -188,7 +182,7 @@ class _EffortRenderer:
         *,
         tools: list[ToolSpec] | None = None,
     ) -> RenderedTokens | None:
-        """As the renderer's own without the hint; None where a message is the user's."""
+        """Delegates to the renderer without the hint; None for user messages."""
         if any(message.get("role") == "user" for message in new_messages):
             return None
         return self._unhinted.bridge_to_next_turn(
@@ -200,7 +194,7 @@ class _EffortRenderer:
 
 
 class _Named:
-    """A tokenizer under the model's name, wherever its files are: renderers read from it which variant of a format is meant."""
+    """Tokenizer that reports the model's name, from which renderers infer the format variant."""
 
     def __init__(self, tokenizer: Any, name: str) -> None:
         self._tokenizer, self.name_or_path = tokenizer, name

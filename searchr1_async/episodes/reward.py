@@ -1,8 +1,7 @@
-"""What an episode is worth: exact match, F1 and cover match with SQuAD normalisation, and the recipe's formula over them.
+"""Rewards: exact match, F1 and cover match with SQuAD normalization, and the recipe's formula.
 
-A reward is any ``async def reward(episode) -> float`` (or a float with named parts, see :class:`Score`); the engine calls it
-once, when the episode has ended. A plain ``def`` is called in a worker thread, so that it may block; of several episodes it may
-be called at once.
+A reward is any ``async def reward(episode) -> float`` (or :class:`Score`), called once when an episode has ended. A plain
+``def`` runs in a worker thread, so it may block, and must be thread-safe.
 """
 
 from __future__ import annotations
@@ -30,10 +29,10 @@ _ANSWER_PREFIX = re.compile(r"answer\s*:", re.IGNORECASE)
 
 
 def normalize_answer(text: str) -> str:
-    """Lower case, without punctuation, articles and extra white space.
+    """Lowercases, and removes punctuation, articles and extra whitespace.
 
-    As published, so that scores can be compared: punctuation is that of ASCII alone, and Unicode is not normalised. A curly
-    quote or a decomposed accent makes another answer, and "well-known" becomes "wellknown".
+    As published, for comparable scores: only ASCII punctuation, no Unicode normalization. A curly quote or decomposed accent
+    makes a different answer, and "well-known" becomes "wellknown".
 
     Source: the official SQuAD evaluation script (Rajpurkar et al., 2016, "SQuAD: 100,000+ Questions").
     """
@@ -42,7 +41,7 @@ def normalize_answer(text: str) -> str:
 
 
 def exact_match(answer: str | None, golden_answers: tuple[str, ...]) -> float:
-    """1.0 where the normalised answer equals any normalised golden answer, else 0.0; an empty answer is never right."""
+    """1.0 if the normalized answer equals a normalized golden answer, else 0.0; an empty answer scores 0."""
     if answer is None:
         return 0.0
     normalised = normalize_answer(answer)
@@ -50,7 +49,7 @@ def exact_match(answer: str | None, golden_answers: tuple[str, ...]) -> float:
 
 
 def f1_score(answer: str | None, golden_answers: tuple[str, ...]) -> float:
-    """The best token-level F1 of the answer against any golden answer, in [0, 1] (Rajpurkar et al., 2016)."""
+    """Best token-level F1 of the answer against any golden answer, in [0, 1] (Rajpurkar et al., 2016)."""
     if answer is None:
         return 0.0
     answer_words = normalize_answer(answer).split()
@@ -64,12 +63,11 @@ def f1_score(answer: str | None, golden_answers: tuple[str, ...]) -> float:
 
 
 def cover_match(answer: str | None, golden_answers: tuple[str, ...]) -> float:
-    """1.0 where any normalised golden answer stands in the normalised answer as whole words, else 0.0.
+    """1.0 if the normalized answer contains a normalized golden answer as whole words, else 0.0.
 
-    What exact match refuses only for the words around it: "it was Mount Etna in Sicily" covers "Etna". An answer that lists
-    every guess covers too, so it is read beside exact match and never trained on by itself. FlashRAG's ``sub_em`` takes any
-    part of the text, where "party" covers "art", and a golden answer that normalises to nothing is covered by every answer;
-    here by none. What covers here covers there as well, so this is never the larger one.
+    "it was Mount Etna in Sicily" covers "Etna". Answers that list every guess cover too: read it beside exact match, and do not
+    train on it alone. Never above FlashRAG's ``sub_em``, which also matches parts of words ("party" covers "art") and golden
+    answers that normalize to nothing.
     """
     if answer is None:
         return 0.0
@@ -79,10 +77,9 @@ def cover_match(answer: str | None, golden_answers: tuple[str, ...]) -> float:
 
 
 def answer_after_prefix(text: str) -> str | None:
-    """The answer behind the last ``Answer:`` (in any case) up to the end of its line; None where there is none or it is empty.
+    """The rest of the line after the last ``Answer:`` (any case); None if missing or empty.
 
-    Takes the last of several, since a model that reasons aloud may name the word before it decides; bold marks and
-    quotes around the answer are dropped.
+    The last one, since reasoning may mention the word earlier. Surrounding bold marks and quotes are dropped.
     """
     answer: str | None = None
     for match in _ANSWER_PREFIX.finditer(text):
@@ -92,7 +89,7 @@ def answer_after_prefix(text: str) -> str | None:
 
 
 def strict_recipe_answer(text: str) -> str | None:
-    """The answer exactly as the ancestor's recipe reads it: case-sensitive, none where "Answer:" stands twice, "" counts."""
+    """The answer as parsed by the original recipe: case-sensitive, None if "Answer:" occurs twice, "" counts."""
     before, found, after = text.partition("Answer:")
     del before
     if not found or "Answer:" in after:
@@ -102,25 +99,25 @@ def strict_recipe_answer(text: str) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """A reward and the named parts that explain it. True and False count as 1 and 0."""
+    """A reward with named parts. Booleans count as 1 and 0."""
 
     reward: float
     parts: Mapping[str, float] = field(default_factory=dict)
-    """A part that does not apply to an episode is left out."""
+    """Omit parts that do not apply to an episode."""
 
 
 STANDARD_PARTS = frozenset({"correct", "format", "f1", "cover"})
-"""What is measured of every episode: exact match, whether an answer could be read, F1, and cover match."""
+"""Computed for every episode: exact match, whether an answer was parsed, F1, and cover match."""
 
 
 def as_reward(name: str, value: Any) -> Any:
-    """A function, or an object that can be called, which takes an episode.
+    """Validates a callable that takes an episode.
 
     Raises:
-        ConfigurationError: it is none.
+        ConfigurationError: it is not one.
     """
     if isinstance(value, type):
-        raise ConfigurationError(f"{name} is the class {value.__name__}: give an object of it, {value.__name__}()")
+        raise ConfigurationError(f"{name} is the class {value.__name__}: give an instance, {value.__name__}()")
     if not callable(value):
         raise ConfigurationError(
             f"{name} is {shown_with_kind(value)}: give a function, such as `async def reward(episode): return 1.0`"
@@ -129,15 +126,15 @@ def as_reward(name: str, value: Any) -> Any:
         inspect.signature(value).bind(None)
     except TypeError as error:
         raise ConfigurationError(f"{name} cannot be called with one argument, the episode: {error}") from None
-    except ValueError:  # of a function that is written in C nothing is known
+    except ValueError:  # C functions may have no signature
         pass
     return value
 
 
 RewardFunction = Annotated[Callable[[Episode], Awaitable[float | Score] | float | Score], as_reward]
-"""Async or plain; see the module's docstring."""
+"""Async or plain; see the module docstring."""
 REWARD_THREADS = 32
-"""Calls of a plain reward function at once."""
+"""Concurrent calls of a plain reward function."""
 _threads: RunVar[anyio.CapacityLimiter] = RunVar("threads of plain reward functions")
 
 
@@ -145,13 +142,12 @@ _threads: RunVar[anyio.CapacityLimiter] = RunVar("threads of plain reward functi
 class RecipeReward:
     """``format_coefficient * (format - 1) + correct``: -0.1, 0 or 1 with the defaults.
 
-    ``correct`` is exact match; ``format`` is 1 where an answer could be read. ``f1`` and ``cover`` (cover match) are measured
-    beside them.
+    ``correct`` is exact match; ``format`` is 1 if an answer was parsed. Also reports ``f1`` and ``cover`` (cover match).
     """
 
     format_coefficient: float = 0.1
     strict_recipe: bool = False
-    """Score exactly as the ancestor does: its answer rule on the text of the last turn, in the "Answer:" format only."""
+    """Score exactly as the original recipe: its answer rule on the last turn's text, "Answer:" format only."""
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -165,7 +161,7 @@ class RecipeReward:
         format_ok = float(answer is not None)
         golden = episode.question.golden_answers
         if self.strict_recipe:
-            # The recipe lets an empty answer match a golden answer that normalises to nothing.
+            # In the recipe an empty answer matches a golden answer that normalizes to nothing.
             correct = float(answer is not None and any(normalize_answer(answer) == normalize_answer(g) for g in golden))
         else:
             correct = exact_match(answer, golden)
@@ -175,10 +171,10 @@ class RecipeReward:
 
 
 async def score(episode: Episode, reward: RewardFunction) -> Episode:
-    """The episode with its reward. :data:`STANDARD_PARTS` are always among its parts, whatever the reward function.
+    """Returns the episode with its reward; adds :data:`STANDARD_PARTS` if the reward function lacks them.
 
     Raises:
-        RewardError: the function raised, or the reward or a part of it is no finite number.
+        RewardError: the function raised, or the reward or a part is not a finite number.
     """
     try:
         given = await _called(reward, episode)

@@ -1,4 +1,4 @@
-"""Loading a model's tokenizer, in this process and in rollout workers alike."""
+"""Loads a model's tokenizer."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from searchr1_async.models import plain_name
 
 
 def load_pretrained_tokenizer(source: str) -> Any:
-    """The Hugging Face tokenizer in a folder, or of a model. Blocks: call it in a worker thread.
+    """Loads the Hugging Face tokenizer of a folder or model. Blocking: call it in a worker thread.
 
     Args:
-        source: a folder or a model's name; the suffix of a variant is no part of the name there (``…:peft:262144``).
+        source: a folder or model name; a variant suffix (``…:peft:262144``) is ignored.
 
     Raises:
-        ModelError: none can be loaded from it.
+        ModelError: no tokenizer can be loaded.
     """
-    # It knows which models need code of their own, and at which revision that was reviewed (Kimi-K2).
+    # Knows which models need custom code, at a reviewed revision (Kimi-K2).
     from renderers.base import load_tokenizer as load_reviewed
 
     try:
@@ -32,9 +32,9 @@ def load_pretrained_tokenizer(source: str) -> Any:
 
 
 async def load_tokenizer(source: str) -> Any:
-    """The Hugging Face tokenizer in a folder or under a model's name, loaded in a worker thread.
+    """Runs :func:`load_pretrained_tokenizer` in a worker thread.
 
     Raises:
-        ModelError: there is none.
+        ModelError: no tokenizer can be loaded.
     """
     return await anyio.to_thread.run_sync(load_pretrained_tokenizer, source)

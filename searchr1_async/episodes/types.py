@@ -1,7 +1,4 @@
-"""The values that an episode is made of: questions, passages, turns, episodes and groups.
-
-All are frozen: an episode is built turn by turn by :mod:`searchr1_async.episodes.play` and never changed afterwards.
-"""
+"""Data types: questions, passages, turns, episodes and groups. All are frozen."""
 
 from __future__ import annotations
 
@@ -17,29 +14,29 @@ from searchr1_async.boundary.values import half_a_character, shown, shown_with_k
 from searchr1_async.errors import CorpusError, QuestionsError
 
 _SHOWN_TEXT = 80
-"""Characters of a text in a ``repr``."""
+"""Maximum characters of a text in a ``repr``."""
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
     """One question with its golden answers.
 
-    A whole number as ``id`` becomes text, a list of golden answers a tuple, and a single text the only golden answer.
+    An integer ``id`` becomes a string, a list of golden answers a tuple, and a single string the only golden answer.
 
     Raises:
-        QuestionsError: the question is blank, golden answers are given and none has any text, or a field is of another type.
+        QuestionsError: the question is blank, all given golden answers are blank, or a field has the wrong type.
     """
 
     id: str
-    """Unique within its suite; the resume point of a run names questions by it."""
+    """Unique within its suite; resume points refer to questions by it."""
     question: str
     golden_answers: tuple[str, ...] = ()
-    """Any one of them is right. Empty where the answer is not known: such a question can be asked
-    (:func:`searchr1_async.ask`), but not trained on or measured with, since no reward can be computed."""
+    """Any of them is correct. Empty if unknown: such a question can be asked (:func:`searchr1_async.ask`), but not trained or
+    evaluated on."""
     data_source: str = "unknown"
-    """The suite it comes from; metrics are kept by it (``env/<data_source>/…``)."""
+    """Suite of the question; metrics are grouped by it (``env/<data_source>/…``)."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
-    """Whatever else its row held (``hop``, ``country``, …)."""
+    """Other columns of its row (``hop``, ``country``, …)."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.id, str):
@@ -47,7 +44,7 @@ class Question:
         are_texts = isinstance(self.question, str) and isinstance(self.data_source, str)
         if not are_texts or not isinstance(
             self.metadata, dict | Mapping
-        ):  # dict first: an abstract class takes its time
+        ):  # dict first, since the abstract class check is slow
             raise self._mistyped()
         if not self.question.strip():
             raise QuestionsError(f"question {self.id!r} of {self.data_source!r} has no text")
@@ -58,17 +55,17 @@ class Question:
             raise self._unanswered()
 
     def check_scorable(self) -> None:
-        """Refuses a question that no reward can be computed for, or whose text no file can hold.
+        """Checks that the question can be scored and stored.
 
         Raises:
-            QuestionsError: no golden answer has any text, or a text holds half a character.
+            QuestionsError: every golden answer is blank, or a text contains a lone surrogate.
         """
         if not any(map(str.strip, self.golden_answers)):
             raise self._unanswered()
         for text in (self.id, self.question, self.data_source, *self.golden_answers):
             if not text.isascii() and half_a_character(text) is not None:
                 raise QuestionsError(
-                    f"{self._name} holds half a character (a lone surrogate) in {shown(text)}: read its file as UTF-8"
+                    f"{self._name} contains half a character (a lone surrogate) in {shown(text)}: read its file as UTF-8"
                 )
 
     def _answers(self) -> tuple[str, ...]:
@@ -79,20 +76,22 @@ class Question:
             given = given.tolist()
         if not isinstance(given, list | tuple):
             raise QuestionsError(
-                f"{self._name} has golden_answers that are {shown_with_kind(given)}: give a tuple of texts, such as ('Paris',)"
+                f"{self._name} has golden_answers that are {shown_with_kind(given)}: give a tuple of strings, such as ('Paris',)"
             )
         for answer in given:
             if not isinstance(answer, str):
                 place = next(place for place, each in enumerate(given, start=1) if each is answer)
                 raise QuestionsError(
-                    f"{self._name} has a golden answer that is no text: number {place} is {shown_with_kind(answer)}"
+                    f"{self._name} has a golden answer that is not a string: number {place} is {shown_with_kind(answer)}"
                 )
         return tuple(given)
 
     def _mistyped(self) -> QuestionsError:
         for name in ("question", "data_source"):
             if not isinstance(found := getattr(self, name), str):
-                return QuestionsError(f"question {self.id!r} has a {name} that is {shown_with_kind(found)}: give text")
+                return QuestionsError(
+                    f"question {self.id!r} has a {name} that is {shown_with_kind(found)}: give a string"
+                )
         return QuestionsError(f"{self._name} has metadata that is {shown_with_kind(self.metadata)}: give a dict")
 
     @property
@@ -100,24 +99,24 @@ class Question:
         return f"question {self.id!r} of {self.data_source!r}"
 
     def _unanswered(self) -> QuestionsError:
-        return QuestionsError(f"{self._name} has no golden answer: give it at least one, or leave the row out")
+        return QuestionsError(f"{self._name} has no golden answer: give at least one, or leave the row out")
 
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """One passage of the corpus, as a search found it.
+    """One passage of the corpus.
 
-    A whole number as ``id`` becomes text, and a missing title (None, NaN) "".
+    An integer ``id`` becomes a string, and a missing title (None, NaN) "".
 
     Raises:
-        CorpusError: a field is of another type.
+        CorpusError: a field has the wrong type.
     """
 
     id: str
     title: str
     text: str
     score: float = 0.0
-    """Similarity, larger is closer (for cosine distance ``1 - distance``)."""
+    """Similarity, higher is closer (for cosine distance ``1 - distance``)."""
 
     def __post_init__(self) -> None:
         if isinstance(self.id, str) and isinstance(self.title, str) and isinstance(self.text, str):
@@ -128,12 +127,12 @@ class Passage:
             object.__setattr__(self, "title", "")
         for name in ("title", "text"):
             if not isinstance(found := getattr(self, name), str):
-                raise CorpusError(f"passage {self.id!r} has a {name} that is {shown_with_kind(found)}: give text")
+                raise CorpusError(f"passage {self.id!r} has a {name} that is {shown_with_kind(found)}: give a string")
 
 
 def _id_text(given: Any, what: str, error: type[QuestionsError | CorpusError]) -> str:
     if isinstance(given, bool) or not isinstance(given, Integral):
-        raise error(f"a {what} has the id {shown_with_kind(given)}: give text or a whole number")
+        raise error(f"a {what} has the id {shown_with_kind(given)}: give a string or an integer")
     return str(int(given))
 
 
@@ -141,66 +140,66 @@ class StopReason(StrEnum):
     """Why an episode ended. Metrics count each as a fraction of *all* episodes (``env/all/stop/<value>``)."""
 
     ANSWER = "answer"
-    """The model gave its answer."""
+    """The model answered."""
     NO_ANSWER = "no_answer"
-    """The model ended its turn with neither a call nor an answer."""
+    """The model ended its turn without a call or an answer."""
     MALFORMED_CALL = "malformed_call"
-    """The model's tool call could not be read."""
+    """The model's tool call could not be parsed."""
     MAX_TURNS = "max_turns"
-    """The model still wanted to search in its last allowed turn; that search is not run."""
+    """The model called the search in its last allowed turn; the search is not run."""
     MAX_TURN_TOKENS = "max_turn_tokens"
     """A turn was cut at ``max_tokens``."""
     MAX_TRAJECTORY_TOKENS = "max_trajectory_tokens"
-    """The next turn would not fit into ``max_trajectory_tokens`` with its reserve."""
+    """The next turn might exceed ``max_trajectory_tokens``."""
     NOT_EXTENDABLE = "not_extendable"
-    """The chat format cannot continue these sampled tokens without changing them (token-exactness comes first)."""
+    """The chat format cannot continue the sampled tokens without changing them."""
     TIME_LIMIT = "time_limit"
-    """It took longer than it may, by the clock, and was cut; never trained on, since what was slow may be the service."""
+    """The episode exceeded its time limit; never trained on, since the service may have been slow."""
     FAILED = "failed"
-    """A service failed for good: the episode is data about the service, and is never trained on."""
+    """A service failed permanently; never trained on."""
 
 
 @dataclass(frozen=True, slots=True)
 class SearchCall:
-    """One tool call that the model made, and what came of it."""
+    """A tool call by the model, with its results."""
 
     queries: tuple[str, ...]
-    """Empty when the call was malformed."""
+    """Empty if the call was malformed."""
     results: tuple[tuple[Passage, ...], ...] = ()
-    """Passages for each query; empty when the search was not run (last turn, malformed call)."""
+    """Passages per query; empty if the search was not run (last turn, malformed call)."""
     problem: str | None = None
-    """Why the call was malformed, in words; None for a valid one."""
+    """Why the call was malformed; None if valid."""
     seconds: float = 0.0
-    """From asking the search to its answer."""
+    """Duration of the search."""
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Turn:
-    """One sampled turn, and the tokens that were appended after it. Its ``repr`` counts the tokens."""
+    """One sampled turn and the tokens appended after it. Its ``repr`` shows token counts."""
 
     sampled_tokens: tuple[int, ...]
-    """As sampled, the stop token included; never re-encoded."""
+    """As sampled, including the stop token; never re-encoded."""
     logprobs: tuple[float, ...]
     """Natural-log probabilities of ``sampled_tokens`` under the policy that sampled them; same length."""
     text: str
-    """``sampled_tokens`` decoded, for people and parsers."""
+    """``sampled_tokens`` decoded."""
     content: str = ""
-    """``text`` without chat markup and reasoning: what the turn says."""
+    """``text`` without chat markup and reasoning."""
     policy_version: int = 0
-    """Optimiser steps done before the weights that sampled this turn; with weights in flight they may be newer."""
+    """Optimizer steps before the weights of this turn; with in-flight weights these may be newer."""
     call: SearchCall | None = None
     appended_tokens: tuple[int, ...] = ()
-    """What the renderer put between this turn and the next: the turn's close, the tool result, the next header."""
+    """Tokens between this turn and the next: the turn's end, the tool result, the next header."""
     seconds: float = 0.0
-    """From asking the sampler to its answer."""
+    """Duration of the sampling request."""
     truncated: bool = False
-    """The sampler stopped for length."""
+    """Sampling stopped at the length limit."""
     sequence_id: str | None = None
-    """The service's name for ``sampled_tokens``, known in the session that sampled them; None where it gave none. The turn's
-    prompt goes by it too (see :func:`searchr1_async.learn.examples.to_datum`)."""
+    """The service's id of ``sampled_tokens``, valid within the session; None if it gave none. Also identifies the turn's prompt
+    (see :func:`searchr1_async.learn.examples.to_datum`)."""
     cached_prompt_tokens: int = 0
-    """Tokens of the turn's prompt that were billed at the price of a cache hit. Of a first turn that members share, one is
-    billed as the service answered, and the others' prompts are cached whole."""
+    """Prompt tokens billed as cache hits. For a shared first turn, one prompt is billed as the service reports, the other members'
+    as fully cached."""
 
     def __repr__(self) -> str:
         called = ""
@@ -212,10 +211,10 @@ class Turn:
 
 @dataclass(frozen=True, repr=False)
 class Episode:
-    """One played episode. Its ``repr`` is one line; the tokens are in :attr:`tokens`.
+    """One episode. Its ``repr`` is one line; the tokens are in :attr:`tokens`.
 
-    The token sequence is ``prompt_tokens + turn 1 sampled + turn 1 appended + turn 2 sampled + …``: the prompt of turn
-    n + 1 is exactly everything before its sampled tokens, so one episode gives one training example.
+    The token sequence is ``prompt_tokens + turn 1 sampled + turn 1 appended + turn 2 sampled + …``: the prompt of turn n + 1 is
+    exactly everything before its sampled tokens, so an episode gives one training example.
     """
 
     question: Question
@@ -223,30 +222,30 @@ class Episode:
     turns: tuple[Turn, ...]
     stop_reason: StopReason
     answer: str | None = None
-    """The answer read from the last turn; None when there was none."""
+    """Answer parsed from the last turn, or None."""
     reward: float = 0.0
     reward_parts: Mapping[str, float] = field(default_factory=dict)
     """``correct``, ``format``, ``f1``, …: each becomes a metric ``env/all/<name>``."""
     error: str | None = None
-    """The cause, when ``stop_reason`` is FAILED."""
+    """The cause if ``stop_reason`` is FAILED."""
     seconds: float = 0.0
     given: SearchCall | None = None
-    """A search that was made for the model before its first turn, whose passages stand in the prompt; see
-    :data:`~searchr1_async.episodes.methods.Method`. It is no call of the model's."""
+    """A search run before the model's first turn, with its passages in the prompt; see
+    :data:`~searchr1_async.episodes.methods.Method`. Not one of the model's calls."""
 
     @property
     def failed(self) -> bool:
-        """A service failed it."""
+        """A service failed."""
         return self.stop_reason is StopReason.FAILED
 
     @property
     def is_complete(self) -> bool:
-        """The model ended it, not a fault or a clock: only such episodes are scored and trained on."""
+        """Ended by the model rather than a failure or time limit; only complete episodes are scored and trained on."""
         return self.stop_reason not in (StopReason.FAILED, StopReason.TIME_LIMIT)
 
     @cached_property
     def tokens(self) -> tuple[int, ...]:
-        """The whole sequence, up to and including the last sampled token (nothing is appended after the last turn)."""
+        """The full sequence up to the last sampled token."""
         out = list(self.prompt_tokens)
         for turn in self.turns:
             out.extend(turn.sampled_tokens)
@@ -259,7 +258,7 @@ class Episode:
 
     @property
     def observation_token_count(self) -> int:
-        """Prompt and appended tokens: everything that the model read and did not write."""
+        """Tokens the model read but did not sample: prompt and appended tokens."""
         return len(self.tokens) - self.action_token_count
 
     @property
@@ -278,13 +277,13 @@ class Episode:
 
 @dataclass(frozen=True, repr=False)
 class Group:
-    """The finished episodes of one question: the unit over which advantages are centred. Its ``repr`` is one line."""
+    """The finished episodes of one question, within which advantages are computed. Its ``repr`` is one line."""
 
     question: Question
     episodes: tuple[Episode, ...]
-    """Complete ones only."""
+    """Complete episodes only."""
     failed: tuple[Episode, ...] = ()
-    """Those that a service failed or a time limit cut."""
+    """Episodes that failed or exceeded their time limit."""
 
     @cached_property
     def rewards(self) -> tuple[float, ...]:
@@ -292,7 +291,7 @@ class Group:
 
     @property
     def is_constant(self) -> bool:
-        """No member did better than another, so every advantage is 0 and there is nothing to learn."""
+        """All rewards are equal, so every advantage is 0."""
         return len(self.episodes) < 2 or max(self.rewards) - min(self.rewards) < 1e-9
 
     @property

@@ -1,4 +1,4 @@
-"""The questions of an evaluation: every suite's in one fixed order, as a table that lies beside its manifest."""
+"""The questions of an evaluation in a fixed order, stored as a table beside the manifest."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ _SCHEMA = pl.Schema(
 
 
 def asked_questions(suites: Sequence[Suite]) -> tuple[Question, ...]:
-    """All suites' questions, one suite after the other: a question's place in it is its number everywhere."""
+    """All questions, suite after suite; a question's index here identifies it everywhere."""
     return tuple(question for suite in suites for question in suite.questions)
 
 
 def interleaved(suites: Sequence[Suite]) -> list[int]:
-    """The places in the order in which they are played: all suites spread evenly, as long as each is.
+    """Question indices in rollout order, with each suite spread evenly over the whole.
 
-    So every suite's running score is one of a part of it from the start, and no suite's slowest questions come together at the end.
+    Every suite then has running scores from the start, and no suite's slowest questions pile up at the end.
     """
     first = 0
     places: list[tuple[float, int]] = []
@@ -48,7 +48,7 @@ def interleaved(suites: Sequence[Suite]) -> list[int]:
 
 
 def questions_frame(questions: Sequence[Question]) -> pl.DataFrame:
-    """Questions as a table, in their order; a lone surrogate, which no file holds, as U+FFFD."""
+    """Questions as a table; lone surrogates become U+FFFD."""
     return pl.DataFrame(
         {
             "suite": [storable(question.data_source) for question in questions],
@@ -62,7 +62,7 @@ def questions_frame(questions: Sequence[Question]) -> pl.DataFrame:
 
 
 def questions_digest(frame: pl.DataFrame) -> str:
-    """SHA-256 of a table of questions, the same on every machine."""
+    """SHA-256 of a questions table, independent of the machine."""
     digest = hashlib.sha256()
     for row in frame.iter_rows():
         digest.update(json.dumps(row, ensure_ascii=True).encode() + b"\n")
@@ -70,11 +70,7 @@ def questions_digest(frame: pl.DataFrame) -> str:
 
 
 def read_questions(folder: Path) -> pl.DataFrame:
-    """The questions in an evaluation's folder.
-
-    Raises:
-        RunFolderError: there are none, or they cannot be read.
-    """
+    """Reads the questions in an evaluation's folder. Raises RunFolderError if they are missing or cannot be read."""
     path = folder / QUESTIONS_NAME
     try:
         return read_parquet(path)
@@ -83,7 +79,6 @@ def read_questions(folder: Path) -> pl.DataFrame:
 
 
 def questions_of(frame: pl.DataFrame) -> dict[str, tuple[Question, ...]]:
-    """The questions of a table, by suite."""
     out: dict[str, list[Question]] = {}
     for suite, identifier, text, golden, metadata in frame.iter_rows():
         question = Question(identifier, text, tuple(golden), suite, json.loads(metadata))

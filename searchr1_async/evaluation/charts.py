@@ -1,4 +1,4 @@
-"""Evaluations as a chart."""
+"""Charts of evaluations."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ _SCHEMA = pl.Schema(
 
 
 def plot_suites(*evaluations: Evaluation, metric: str = "exact_match", **options: Any) -> Any:
-    """A score suite by suite, the evaluations side by side with their 95 % intervals: an Altair chart.
+    """An Altair chart of a score per suite, evaluations side by side with 95 % intervals.
 
-    With several suites also over all their questions alike, and the unweighted mean over suites. Change it further, or
+    With several suites, also pooled over all questions and as the unweighted mean over suites. Save it with
     ``.save("suites.png")`` (or ``.svg``).
 
     Args:
-        evaluations: in the order in which they are to stand; their labels tell them apart.
+        evaluations: in display order, with unique labels.
         metric: ``exact_match``, ``f1``, ``cover_match``, ``format``, or ``judged``.
         options: ``title``, ``width`` and ``height`` (pixels).
 
     Raises:
-        ConfigurationError: two have one label, or there is no such score.
+        ConfigurationError: two evaluations have the same label, or the score is unknown.
     """
-    from searchr1_async.watch import plots  # altair: half a second, for those who draw
+    from searchr1_async.watch import plots  # importing altair is slow
 
     labels = [evaluation.label for evaluation in evaluations]
     if len(set(labels)) < len(labels):
         raise ConfigurationError(
-            f"two evaluations have one label ({', '.join(labels)}): give each its own with evaluate(…, systems={{…}})"
+            f"two evaluations have the same label ({', '.join(labels)}): set labels with evaluate(…, systems={{…}})"
         )
     plots.enable_renderer()
     return plots.plot_suites(
@@ -44,7 +44,7 @@ def plot_suites(*evaluations: Evaluation, metric: str = "exact_match", **options
 
 
 def suite_rows(evaluations: tuple[Evaluation, ...], metric: str) -> pl.DataFrame:
-    """What is drawn: a row for each evaluation and suite that has a finished question."""
+    """One row per evaluation and suite with a finished question."""
     from searchr1_async.watch.plots.data import ALL_SUITES as ALL_NAMED
     from searchr1_async.watch.plots.data import MACRO_AVERAGE
 

@@ -1,4 +1,4 @@
-"""Systems of a report compared, each comparison once. Pure."""
+"""Comparisons between the systems of a report. Pure."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ COMPARISON_SCHEMA = pl.Schema(
     {
         "before": pl.String,
         "after": pl.String,
-        "suite": pl.String,  # with several suites also "all" and "macro"
+        "suite": pl.String,  # also "all" and "macro" if there are several
         "difference": pl.Float64,  # mean over questions of after - before
         "low": pl.Float64,  # 95 %
         "high": pl.Float64,
         "p_value": pl.Float64,
-        "p_holm": pl.Float64,  # adjusted over the comparisons of its kind: see comparison_frame
+        "p_holm": pl.Float64,  # Holm-adjusted, see comparison_frame
         "better": pl.Int64,  # questions
         "worse": pl.Int64,
         "questions": pl.Int64,
@@ -35,14 +35,12 @@ SIGNIFICANT = 0.05
 
 @dataclass(frozen=True)
 class ComparisonOf:
-    """Two evaluations that are to be compared."""
-
     before: Evaluation
     after: Evaluation
 
     @property
     def is_paired(self) -> bool:
-        """They were asked the same questions."""
+        """Whether both have the same questions."""
         asked_before, asked_after = (own.by_question.select(QUESTION) for own in (self.before, self.after))
         return (
             asked_before.height == asked_after.height
@@ -51,12 +49,12 @@ class ComparisonOf:
 
     @property
     def suites(self) -> tuple[str, ...]:
-        """What is compared: each suite, and with several ``all`` and ``macro``."""
+        """Each suite; with several, also ``all`` and ``macro``."""
         own = self.before.suites
         return (*own, ALL_SUITES, MACRO) if len(own) > 1 else own
 
     def difference(self, suite: str, metric: str) -> PairedDifference | None:
-        """None where no question of it was finished on both sides."""
+        """None if no question was finished on both sides."""
         try:
             return compare(self.before, self.after, metric, suite=suite)
         except ConfigurationError:
@@ -64,11 +62,9 @@ class ComparisonOf:
 
 
 def comparison_frame(pairs: Sequence[ComparisonOf], metric: str) -> pl.DataFrame:
-    """The pairs compared suite by suite, as a frame of exactly :data:`COMPARISON_SCHEMA`; those that were asked different
-    questions are left out.
+    """Compares the pairs per suite, with schema :data:`COMPARISON_SCHEMA`; pairs with different questions are excluded.
 
-    ``p_holm`` adjusts the p-values over all ``all`` rows among each other, over all ``macro`` rows, and over all rows of single
-    suites (Holm 1979).
+    ``p_holm`` is adjusted within three families: all ``all`` rows, all ``macro`` rows, and all single-suite rows (Holm 1979).
     """
     found = [
         (pair, suite, difference)
@@ -108,8 +104,7 @@ def _adjusted(found: Sequence[tuple[ComparisonOf, str, PairedDifference]]) -> li
 
 
 def best_systems(evaluations: Sequence[Evaluation], columns: Sequence[str], metric: str) -> dict[str, str]:
-    """For each column the label of the best system, where it is better than the next one at the 5 % level after Holm's
-    adjustment over the columns."""
+    """Per column, the best system if it beats the next one at the 5 % level, Holm-adjusted over columns."""
     tested: list[tuple[str, str, float]] = []
     for column in columns:
         means = {

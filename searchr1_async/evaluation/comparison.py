@@ -1,6 +1,6 @@
-"""Two evaluations of the same questions, question by question. Pure: frames in, values out.
+"""Per-question comparison of two evaluations. Pure.
 
-Frames are those of :func:`searchr1_async.evaluation.figures.question_means` and of :mod:`.scores`.
+Inputs are frames from :func:`searchr1_async.evaluation.figures.question_means` and :mod:`.scores`.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ FLIP_SCHEMA = pl.Schema(
         "question": pl.String,
         "golden_answers": pl.List(pl.String),
         "direction": pl.String,  # "improved" or "worsened"
-        "before": pl.Float64,  # mean over the question's samples
+        "before": pl.Float64,  # mean over samples
         "after": pl.Float64,
         "difference": pl.Float64,
         "before_answer": pl.String,
         "after_answer": pl.String,
-        "before_sample": pl.Int64,  # the number of the sample whose answer stands here
+        "before_sample": pl.Int64,  # sample number of the answer
         "after_sample": pl.Int64,
     }
 )
 
 
 def paired_questions(before: pl.DataFrame, after: pl.DataFrame, metric: str) -> pl.DataFrame:
-    """The questions that have a score on both sides, in the first one's order: ``suite``, ``question_id``, ``before``, ``after``,
-    ``difference``, ``is_single`` (one right-or-wrong sample on both sides)."""
+    """Questions with a score on both sides, in the order of ``before``: ``suite``, ``question_id``, ``before``, ``after``,
+    ``difference``, ``is_single`` (one 0/1 sample on both sides)."""
     columns = [*QUESTION, "finished", pl.col(metric).alias("score")]
     pairs = before.select(columns).join(
         after.select(columns), on=list(QUESTION), suffix="_after", maintain_order="left"
@@ -57,27 +57,22 @@ def paired_questions(before: pl.DataFrame, after: pl.DataFrame, metric: str) -> 
 
 
 def pooled_difference(pairs: pl.DataFrame, seed: int = 0) -> PairedDifference:
-    """Every question counts once. ``pairs`` are those of :func:`paired_questions`, at least one."""
+    """Weights every question equally. ``pairs`` come from :func:`paired_questions`, at least one row."""
     return difference_of(pairs["difference"].to_numpy(), is_single=bool(pairs["is_single"].all()), seed=seed)
 
 
 def macro_difference(pairs: pl.DataFrame, seed: int = 0) -> PairedDifference:
-    """Every suite counts once; ``pairs`` as of :func:`pooled_difference`, differences as of :func:`macro_difference_of`."""
+    """Weights every suite equally: :func:`macro_difference_of`. ``pairs`` as in :func:`pooled_difference`."""
     return macro_difference_of(
         [own["difference"].to_numpy() for _, own in pairs.group_by("suite", maintain_order=True)], seed=seed
     )
 
 
 def macro_difference_of(suites: Sequence[Floats], *, resamples: int = RESAMPLES, seed: int = 0) -> PairedDifference:
-    """The unweighted mean of the suites' differences.
+    """The unweighted mean of the suites' differences (one non-empty array per suite).
 
-    The p-value is that of the sign-flip test, each question weighing as much as its suite leaves it; the interval joins the
-    suites' own (:func:`~searchr1_async.evaluation.statistics.macro_difference_intervals`).
-
-    Args:
-        suites: for each suite its questions' differences; none empty.
-        resamples: sign flips, where they are sampled.
-        seed: of these.
+    The p-value is from a sign-flip test with questions weighted by suite; the interval is
+    :func:`~searchr1_async.evaluation.statistics.macro_difference_intervals`.
     """
     questions = sum(map(len, suites))
     weighted = np.concatenate([own * (questions / (len(suites) * len(own))) for own in suites])
@@ -88,29 +83,24 @@ def macro_difference_of(suites: Sequence[Floats], *, resamples: int = RESAMPLES,
 
 
 def flip_frame(pairs: pl.DataFrame, before: pl.DataFrame, after: pl.DataFrame, metric: str) -> pl.DataFrame:
-    """The questions whose score changed, as a frame of exactly :data:`FLIP_SCHEMA`: the greatest change first, then by suite and
-    identifier.
+    """Questions whose score changed, with schema :data:`FLIP_SCHEMA`: largest change first, then by suite and id.
 
-    Args:
-        pairs: those of :func:`paired_questions`.
-        before: the scores of the first evaluation.
-        after: of the second.
-        metric: that is compared.
+    ``pairs`` come from :func:`paired_questions`, ``before`` and ``after`` are scores frames.
     """
     changed = pairs.filter(pl.col("difference").abs() > 1e-9)
     texts = before.unique(list(QUESTION), keep="first").select(*QUESTION, "question", "golden_answers")
     parts = []
     for direction, is_gain in (("improved", True), ("worsened", False)):
         own = changed.filter((pl.col("difference") > 0) == is_gain).with_columns(direction=pl.lit(direction))
-        own = own.join(_telling_sample(before, metric, "before", best=not is_gain), on=list(QUESTION), how="left")
-        parts.append(own.join(_telling_sample(after, metric, "after", best=is_gain), on=list(QUESTION), how="left"))
+        own = own.join(_extreme_sample(before, metric, "before", best=not is_gain), on=list(QUESTION), how="left")
+        parts.append(own.join(_extreme_sample(after, metric, "after", best=is_gain), on=list(QUESTION), how="left"))
     rows = pl.concat(parts).join(texts, on=list(QUESTION), how="left")
     rows = rows.sort(pl.col("difference").abs().round(9), *QUESTION, descending=[True, False, False])
     return rows.select(pl.col(name).cast(dtype) for name, dtype in FLIP_SCHEMA.items())
 
 
-def _telling_sample(scores: pl.DataFrame, metric: str, side: str, *, best: bool) -> pl.DataFrame:
-    """Of each question the first of its best samples, or of its worst: those between which the score changed."""
+def _extreme_sample(scores: pl.DataFrame, metric: str, side: str, *, best: bool) -> pl.DataFrame:
+    """Per question, its first best (or worst) sample."""
     ordered = scores.drop_nulls(metric).sort(metric, "sample", descending=[best, False], maintain_order=True)
     first = ordered.unique(list(QUESTION), keep="first", maintain_order=True)
     return first.select(*QUESTION, pl.col("answer").alias(f"{side}_answer"), pl.col("sample").alias(f"{side}_sample"))

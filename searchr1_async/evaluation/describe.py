@@ -1,4 +1,4 @@
-"""The manifest of an evaluation: made from what it is given, and compared with that of an earlier session."""
+"""Builds an evaluation's manifest and compares it with an earlier session's."""
 
 from __future__ import annotations
 
@@ -40,18 +40,13 @@ _PACKAGES = (
     "searchr1_async", "tinker", "tinker_cookbook", "renderers", "transformers", "torch", "chromadb", "google-genai", "polars",
 )  # fmt: skip
 _NOT_COMPARED = ("created", "versions", "notes", "judge")
-"""What may differ between two sessions of one evaluation; another judge only judges again."""
+"""Fields that may differ between sessions; a different judge only judges again."""
 
 
 def describe(job: EvaluationJob, questions: pl.DataFrame) -> Manifest:
-    """The manifest of a job. Reads the corpus and the training questions whole: call it in a worker thread.
+    """The manifest of a job. Reads the whole corpus and the training questions: call it in a worker thread.
 
-    Args:
-        questions: all that are asked, as :func:`~searchr1_async.evaluation.asked.questions_frame` gives them.
-
-    Raises:
-        CorpusError: the search's corpus cannot be used.
-        ConfigurationError: a repeated system's prompt is not the one that it had.
+    Raises CorpusError, or ConfigurationError if the prompt of a repeated system has changed.
     """
     search, judge = job.used_search, job.found_judge
     return Manifest(
@@ -68,27 +63,22 @@ def describe(job: EvaluationJob, questions: pl.DataFrame) -> Manifest:
 
 
 def refuse_changes(then: Manifest, now: Manifest, folder: Path, *, resume: bool) -> None:
-    """Refuses to write into a folder that holds an evaluation, unless it is this one and it is to go on.
-
-    Raises:
-        RunFolderError: naming what changed.
-    """
+    """Raises RunFolderError unless the evaluation in ``folder`` is this one and may be resumed; lists the changes."""
     if not resume:
         raise RunFolderError(
-            f"{folder} holds an evaluation: pass resume=True to go on with it, or choose another out_dir"
+            f"{folder} already contains an evaluation: pass resume=True to continue it, or choose another out_dir"
         )
     before, after = (_compared(manifest) for manifest in (then, now))
     changed = [name for name in before if before[name] != after[name]]
     if changed:
         raise RunFolderError(
-            f"{folder} holds another evaluation ({', '.join(changed)} differ): choose another out_dir, or give what it was "
-            "begun with to go on"
+            f"{folder} contains a different evaluation ({', '.join(changed)} differ): choose another out_dir, or resume with "
+            "the original arguments"
         )
 
 
 def continued(then: Manifest, now: Manifest) -> Manifest:
-    """The manifest of an evaluation that goes on: as it was begun, with this session's judge, what is known now of its systems'
-    training, and a note of packages that changed."""
+    """The original manifest with this session's judge, newly known training overlap, and a note on changed packages."""
     notes = list(then.notes)
     if then.versions != now.versions:
         names = sorted({*then.versions, *now.versions})
@@ -97,7 +87,7 @@ def continued(then: Manifest, now: Manifest) -> Manifest:
             for name in names
             if then.versions.get(name) != now.versions.get(name)
         ]
-        notes.append(f"Gone on with under other versions: {', '.join(changes)}.")
+        notes.append(f"Resumed with other package versions: {', '.join(changes)}.")
     systems = tuple(
         before if after.overlap is None else replace(before, overlap=after.overlap)
         for before, after in zip(then.systems, now.systems, strict=True)
@@ -107,9 +97,9 @@ def continued(then: Manifest, now: Manifest) -> Manifest:
 
 def _compared(manifest: Manifest) -> dict[str, Any]:
     values = _plain(asdict(manifest))
-    values["settings"].setdefault("thinking", AS_TEMPLATE)  # of an evaluation begun before there was a choice
-    values["settings"].setdefault("follows_runs", False)  # of one begun before runs were played as they were trained
-    values["service"].pop("tinker", None)  # earlier versions did not write it down
+    values["settings"].setdefault("thinking", AS_TEMPLATE)  # older manifests lack it
+    values["settings"].setdefault("follows_runs", False)  # older manifests lack it
+    values["service"].pop("tinker", None)  # older manifests lack it
     for system in values["systems"]:
         for name in ("overlap", "like", "differences", "unrecorded"):
             del system[name]
@@ -146,7 +136,7 @@ def _settings(job: EvaluationJob) -> dict[str, Any]:
             "thinking": play.thinking,
             "instructions": play.instructions,
             "limits": asdict(play.limits),
-            # A reward of one's own may hold anything, a key too: it is named, and given again for a repetition.
+            # A custom reward may contain anything, even secrets: only its name is recorded.
             "reward": {"kind": type(reward).__name__, **(asdict(reward) if isinstance(reward, RecipeReward) else {})},
             "max_failed_fraction": play.max_failed_fraction,
             "follows_runs": job.follows_runs,
@@ -155,7 +145,7 @@ def _settings(job: EvaluationJob) -> dict[str, Any]:
 
 
 def _suite(suite: Suite) -> SuiteRecord:
-    # As the table beside it names them.
+    # The same names as in questions.parquet.
     name, ids = storable(suite.name), tuple(storable(question.id) for question in suite.questions)
     return SuiteRecord(name, suite.source, suite.sha256, suite.total, suite.split, suite.limit, suite.seed, ids)
 
@@ -181,8 +171,8 @@ def _system(job: EvaluationJob, measured: MeasuredSystem, overlap: Mapping[str, 
         overlap = overlap if record.overlap is None else record.overlap
         if record.prompt_sha256 not in (None, digest):
             raise ConfigurationError(
-                f"{measured.label!r} had another prompt ({record.prompt!r}) than its method {system.method!r} has in the versions "
-                "installed here: install those that the manifest names, or measure it as a new evaluation"
+                f"{measured.label!r} used a different prompt ({record.prompt!r}) than method {system.method!r} uses in the installed "
+                "package versions: install the versions in the manifest, or start a new evaluation"
             )
     return SystemRecord(
         label=measured.label,
@@ -206,19 +196,19 @@ def _system(job: EvaluationJob, measured: MeasuredSystem, overlap: Mapping[str, 
         like=_folder(like.run) if like is not None and job.follows_runs else record.like if record else None,
         differences=differences,
         unrecorded=weights.trained.unrecorded if weights.trained else record.unrecorded if record else (),
-        overlap=overlap if weights.path is not None else None,  # the base model saw none of it
+        overlap=overlap if weights.path is not None else None,  # the base model was not trained
     )
 
 
 def _differences(job: EvaluationJob, measured: MeasuredSystem, play: PlaySettings) -> dict[str, Any] | None:
-    """Where a run is played otherwise than it was trained; None of what is no run, and of a baseline, which is another method."""
+    """Settings that differ from the run's training; None for baselines and systems that are not a run."""
     trained = measured.weights.trained
     if trained is None or measured.system.method != "search":
         return None
     found = trained.differences(play.episodes)
     search = job.search
     if search is not None and trained.search_fingerprint is not None:
-        # The same passages to choose from: with those that a query brought in training, the searches are the same.
+        # Compared with the training's passage settings, so that only the index itself counts here.
         then = trained.episodes
         if search.fingerprint_of(then.n_results, then.max_passage_words) != trained.search_fingerprint:
             record = record_of(search)
@@ -235,20 +225,18 @@ def _folder(run: Path | None) -> str | None:
 
 
 def _prompt(play: PlaySettings, method: Method) -> tuple[str, str]:
-    """The system prompt, and the SHA-256 of it with the tool and the worked examples."""
+    """The system prompt, and the SHA-256 of the prompt with the tool or the worked examples."""
     if method == "recipe":
         recipe = load_recipe_prompt()
-        prompt, besides = recipe.instructions, recipe.tool
+        prompt, extra = recipe.instructions, recipe.tool
     else:
         prompt = play.instructions or INSTRUCTIONS[play.format_name, method]
-        besides = (
-            [(asdict(asked), asdict(found)) for asked, found in EXAMPLES] if method in WITHOUT_TOOL else SEARCH_TOOL
-        )
-    return prompt, hashlib.sha256(json.dumps([prompt, besides], sort_keys=True).encode()).hexdigest()
+        extra = [(asdict(asked), asdict(found)) for asked, found in EXAMPLES] if method in WITHOUT_TOOL else SEARCH_TOOL
+    return prompt, hashlib.sha256(json.dumps([prompt, extra], sort_keys=True).encode()).hexdigest()
 
 
 def _overlap(job: EvaluationJob, run: Path | None, asked: Sequence[Question]) -> Mapping[str, int] | None:
-    """Questions of each suite that these weights were trained on; None where nobody knows on what they were."""
+    """Per suite, the number of questions seen in training; None if the training questions are unknown."""
     trained = None if run is None else training_questions(run)
     if trained is None and not job.training_questions:
         return None
@@ -258,7 +246,7 @@ def _overlap(job: EvaluationJob, run: Path | None, asked: Sequence[Question]) ->
 
 
 def _plain(value: Any) -> Any:
-    """As JSON gives it back, so that a manifest equals the one that was read."""
+    """As JSON round-trips it, so that a new manifest equals a loaded one."""
     if isinstance(value, Mapping):
         return {str(key): _plain(each) for key, each in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):

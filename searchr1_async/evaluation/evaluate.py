@@ -23,7 +23,7 @@ from searchr1_async.errors import ConfigurationError
 from searchr1_async.evaluation.job import EvaluationJob
 from searchr1_async.evaluation.judge import Judge
 from searchr1_async.evaluation.manifest import Manifest
-from searchr1_async.evaluation.repeating import refuse_besides, repeated_job, repeats
+from searchr1_async.evaluation.repeating import refuse_overrides, repeated_job, repeats
 from searchr1_async.evaluation.report import Report
 from searchr1_async.evaluation.running import run_evaluation
 from searchr1_async.evaluation.systems import System, SystemSource, find_systems, search_of_runs, with_baselines
@@ -75,55 +75,52 @@ async def evaluate(
     progress: Choice = True,
     emit: Emit | None = None,
 ) -> Report:
-    """Asks one or several systems every question of one or several suites, and scores what they answer.
+    """Evaluates one or several systems on one or several question suites.
 
-    All suites are one pool of episodes: no suite waits for another's slowest. Systems that are played alike (the same method,
-    format and prompt, over one service) share it too; the others follow one another.
+    All suites share one pool of episodes, so no suite waits for another's slowest. Systems with equal method, format and prompt
+    on one service share the pool too; others run one after another.
 
     Args:
-        suites: names of benchmarks (``"nq"``, or ``"benchmarks"`` for all seven), files, folders, frames, questions, or several;
-            see :func:`searchr1_async.load_suites`. Or an earlier evaluation, which is repeated: its folder, its
-            ``manifest.json``, its :class:`Report` or :class:`Manifest`; then only where, how and as what it is to be kept may
-            be given besides.
-        search: the tool; may be left out where every system answers directly, where runs are measured that were all trained with one
-            search (their folders describe it), and for a repetition whose manifest describes it.
-        systems: what is measured, by label: a run or its folder (its last weights), a ``tinker://`` path, None (the base model),
-            or a :class:`System`. None: the one of ``model`` and ``checkpoint``, under ``label``.
-        baselines: the base model besides, used otherwise: ``"direct"``, ``"rag"``, ``"recipe"`` (the last needs
-            ``pip install 'searchr1_async[recipe]'``); see :class:`System`.
-        model: the base model of every system that names none and is no run; with ``checkpoint`` only where it is not the default.
-        checkpoint: a run's folder (its last kept weights), or a ``tinker://…/sampler_weights/…`` path.
-        service_folder: the embedded service's folder that holds a ``tinker://`` checkpoint; a run's folder knows its own.
-        out_dir: keeps every episode there soon after it has ended; None keeps them as long as the report lives.
-        resume: go on with the evaluation in ``out_dir``: only what has not finished, or was failed by a service, is played.
-        split: of every suite; None is the one that the field reports.
-        limit: at most so many questions of each suite.
-        question_seed: which ones: the same everywhere, and a larger limit contains a smaller one.
-        samples: episodes a question; several narrow the interval, and give pass@k.
-        judge: has every answer judged by a model too, reported beside exact match. A resume may have another judge, or none: the
-            verdicts of one are never mixed with another's, and are there again when it is.
+        suites: benchmark names (``"nq"``; ``"benchmarks"`` for all seven), files, folders, frames, questions, or a list of
+            these; see :func:`searchr1_async.load_suites`. Or an earlier evaluation to repeat: its folder, ``manifest.json``,
+            :class:`Report` or :class:`Manifest`; arguments that change what is measured are then refused.
+        search: the search tool. Optional if all systems answer directly, if the evaluated runs were trained with one search
+            (their folders describe it), or if a repeated manifest describes it.
+        systems: what to evaluate, by label: a run or its folder (last weights), a ``tinker://`` path, None (the base model), or
+            a :class:`System`. Default: the system of ``model`` and ``checkpoint``, as ``label``.
+        baselines: additional systems that use the base model in other ways: ``"direct"``, ``"rag"``, ``"recipe"`` (the last
+            needs ``pip install 'searchr1_async[recipe]'``); see :class:`System`.
+        model: base model of systems that name none and are not a run. With ``checkpoint``, only needed if not the default.
+        checkpoint: a run's folder (last kept weights), or a ``tinker://…/sampler_weights/…`` path.
+        service_folder: the embedded service's folder with a ``tinker://`` checkpoint; not needed for a run's folder.
+        out_dir: where episodes are written soon after they end; None keeps them as long as the report exists.
+        resume: continue the evaluation in ``out_dir``: only missing and failed episodes are rolled out.
+        split: split of every suite; None is the conventional one.
+        limit: maximum number of questions per suite.
+        question_seed: selects the questions under ``limit``, identically on every machine; larger limits include smaller ones.
+        samples: episodes per question; more narrow the interval and allow pass@k.
+        judge: also judges every answer with a model, reported beside exact match. A resumed evaluation may use another judge or
+            none; verdicts of different judges are kept apart.
         format, renderer, thinking, instructions, max_turns, max_tokens, max_trajectory_tokens, malformed_calls: as in
-            :func:`searchr1_async.train`; see :class:`System` for one system's own. None: a run is played as it was trained, and what
-            is no run (the base model) as the runs beside it, where these were trained alike; a baseline keeps its own prompt and
-            the default limits. Without a run: the recipe's defaults. The same holds for the passages a query brings and their
-            length, where ``search`` was made without saying. What differs from a run's training is in the report's notes. A
-            run's time limit for episodes does not apply.
-        training_questions: what the systems were trained on, besides what their runs' folders tell: overlap is reported.
-        temperature: 1 samples as training does, 0 is greedy.
-        seed: of the sampling; None lets the service choose.
-        max_episodes_in_flight: at once. A service that takes fewer is asked for fewer as soon as it pushes back; with one that lets
-            them stand in its line, more only cost memory, and a kill loses them.
+            :func:`searchr1_async.train`; :class:`System` sets them per system. None: a run uses its training settings; the base
+            model uses those of the evaluated runs if they agree; a baseline keeps its own prompt and the default limits; without
+            runs, the recipe's defaults apply. The same holds for the number and length of passages if ``search`` does not set
+            them. Differences from training are listed in the report's notes. A run's episode time limit does not apply.
+        training_questions: additional training questions of the systems, checked for overlap; run folders know their own.
+        temperature: 1 samples as in training, 0 is greedy.
+        seed: sampling seed; None lets the service choose.
+        max_episodes_in_flight: maximum concurrent episodes; backpressure of the service lowers it.
 
-        The others as in :func:`searchr1_async.train`.
+        All others as in :func:`searchr1_async.train`.
 
     Raises:
-        ConfigurationError: bad input, before any work starts and before anything is written.
-        ServiceError: the service is away, or does not have a model or weights that are asked for.
-        TooManyFailuresError: over ``max_failed_fraction`` of a system's episodes failed; what was played is kept.
+        ConfigurationError: invalid input; raised before any work starts or anything is written.
+        ServiceError: the service is unreachable or lacks a requested model or weights.
+        TooManyFailuresError: more than ``max_failed_fraction`` of a system's episodes failed; finished episodes are kept.
     """
     given = checked_arguments(evaluate, locals())
     if repeats(suites):
-        refuse_besides(evaluate, given)
+        refuse_overrides(evaluate, given)
     model = model_name(model, service)
     check_thinking(model, renderer, thinking)
     choice = ServiceChoice(service, model, local or LocalOptions(), given["tokenizer"], given["max_service_outage"])
@@ -132,7 +129,7 @@ async def evaluate(
         PlaySettings,
         given | asked.play(),
         reward=reward or settings_of(RecipeReward, given),
-        # Each sample by itself, so that one that a kill has lost is played again as it would have been.
+        # One request per sample, so that a sample lost in a kill is reproduced on resume.
         sampling=settings_of(SamplingSettings, given, deadline=given["sampling_deadline"], first_turn="split"),
         group_size=given["samples"],
     )
@@ -152,11 +149,6 @@ async def evaluate(
 async def _new_job(
     given: Mapping[str, Any], asked: EpisodeChoice, play: PlaySettings, choice: ServiceChoice
 ) -> EvaluationJob:
-    """The job of suites that are evaluated anew.
-
-    Raises:
-        ConfigurationError: systems that cannot be measured so, or suites that cannot be used.
-    """
     limit, checkpoint, service_folder = given["limit"], given["checkpoint"], given["service_folder"]
     suites = await anyio.to_thread.run_sync(
         lambda: load_suites(
@@ -167,8 +159,8 @@ async def _new_job(
         )
     )
     if given["systems"] is not None and (checkpoint is not None or service_folder is not None):
-        raise ConfigurationError("give systems, or the checkpoint of the one system, not both")
-    # What is named beside one checkpoint is its own base model; beside several systems, that of those which name none.
+        raise ConfigurationError("pass either systems or checkpoint and service_folder, not both")
+    # With a checkpoint, ``model`` is its base model; with systems, the default for those that name none.
     own = System(checkpoint, model=None if checkpoint is None else choice.model, service_folder=service_folder)
     sources = {given["label"]: own} if given["systems"] is None else given["systems"]
     systems = find_systems(with_baselines(sources, given["baselines"]))

@@ -1,4 +1,4 @@
-"""Figures of a scores frame, as frames. Pure."""
+"""Metrics aggregated from a scores frame. Pure."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ COSTS = (
     *("turns", "searches", "prompt_tokens", "cached_prompt_tokens", "sampled_tokens"),
     *("seconds", "sampling_seconds", "search_seconds"),
 )
-"""What a question takes; seconds of one episode by itself, while others are played beside it."""
+"""Cost columns; seconds are durations of single episodes that ran concurrently with others."""
 FIGURES = (*METRICS, "judged", "answer_in_passage", "gold_recall", "calls", "malformed_calls", *COSTS)
-"""Columns of a scores frame that have a mean."""
+"""Columns of a scores frame that can be averaged."""
 QUESTION = ("suite", "question_id")
-"""What makes a question the same question: an identifier is unique within its suite only."""
+"""Key of a question: ids are unique only within a suite."""
 ALL_SUITES, MACRO = "all", "macro"
 
 
 def question_means(scores: pl.DataFrame) -> pl.DataFrame:
-    """One row for each question, in the order of first sight: ``suite``, ``question_id``, ``question``, ``golden_answers``,
-    ``hop``, ``samples``, ``finished`` and ``right`` (of these), and each of :data:`FIGURES` as the mean over its finished
-    samples; null where it has none."""
+    """One row per question in order of appearance: ``suite``, ``question_id``, ``question``, ``golden_answers``, ``hop``,
+    ``samples``, ``finished``, ``right`` (of the finished ones), and the mean of each of :data:`FIGURES` over finished samples
+    (null without any)."""
     finished = ~pl.col("failed")
     return scores.group_by(*QUESTION, maintain_order=True).agg(
         pl.col("question", "golden_answers", "hop").first(),
@@ -39,8 +39,8 @@ def question_means(scores: pl.DataFrame) -> pl.DataFrame:
 
 
 def outcome_frame(scores: pl.DataFrame) -> pl.DataFrame:
-    """``suite``, ``outcome``, ``episodes`` and ``share`` (of the finished episodes; null for ``failed``, NaN of nothing):
-    every outcome of every suite, and of all where there are several."""
+    """``suite``, ``outcome``, ``episodes`` and ``share`` (of finished episodes; null for ``failed``, NaN without any) for each
+    suite, and for ``all`` if there are several."""
     frames = []
     for suite, own in _suites(scores):
         counts = dict(own.group_by("outcome").len().iter_rows())
@@ -54,10 +54,10 @@ def outcome_frame(scores: pl.DataFrame) -> pl.DataFrame:
 
 
 def cost_frame(scores: pl.DataFrame) -> pl.DataFrame:
-    """What it took: a row for each suite, and for all where there are several, and each of :data:`COSTS`.
+    """Costs of finished episodes: one row per suite (and ``all`` if there are several) and each of :data:`COSTS`.
 
-    Columns ``suite``, ``cost``, ``questions``, ``episodes``, ``total``, then ``mean``, ``median`` and ``p95`` (95th percentile) of
-    an episode, and the same of a question with all its samples (``question_mean``, …). Finished episodes only.
+    Columns ``suite``, ``cost``, ``questions``, ``episodes``, ``total``; ``mean``, ``median`` and ``p95`` per episode; and the
+    same per question over all its samples (``question_mean``, …).
     """
     schema = pl.Schema(
         {"suite": pl.String, "cost": pl.String, "questions": pl.Int64, "episodes": pl.Int64}
@@ -75,39 +75,39 @@ def cost_frame(scores: pl.DataFrame) -> pl.DataFrame:
 
 
 def suites_of(scores: pl.DataFrame) -> tuple[str, ...]:
-    """The suites, in the order of first sight."""
+    """Suites in order of appearance."""
     return tuple(scores["suite"].unique(maintain_order=True).to_list())
 
 
 def _suites(scores: pl.DataFrame) -> list[tuple[str, pl.DataFrame]]:
-    """Each suite's rows, and those of all where there are several."""
+    """Rows of each suite, and of ``all`` if there are several."""
     parts = [(str(suite), own) for (suite,), own in scores.group_by("suite", maintain_order=True)]
     return [*parts, (ALL_SUITES, scores)] if len(parts) > 1 else parts
 
 
 def check_metric(metric: str) -> None:
-    """Raises :class:`ConfigurationError` where there is no such figure."""
+    """Raises :class:`ConfigurationError` for an unknown metric."""
     if metric not in FIGURES:
-        raise ConfigurationError(f"there is no figure {metric!r}: choose one of {', '.join(FIGURES)}")
+        raise ConfigurationError(f"there is no metric {metric!r}: choose one of {', '.join(FIGURES)}")
 
 
 def check_suite(suite: str, suites: Sequence[str], label: str) -> None:
-    """Raises :class:`ConfigurationError` where there is no such suite."""
+    """Raises :class:`ConfigurationError` for an unknown suite."""
     if suite not in suites:
         raise ConfigurationError(f"{label!r} has no suite {suite!r}: it has {', '.join(map(repr, suites)) or 'none'}")
 
 
 def by_suite(values: pl.DataFrame, suites: Sequence[str]) -> dict[str, Floats]:
-    """The questions' values of each suite, without those that have none; a suite of failures alone is empty."""
+    """Per suite, the non-null values of its questions."""
     kept = values.drop_nulls("value").group_by("suite", maintain_order=True).agg("value")
     found = {str(suite): np.asarray(own, dtype=np.float64) for suite, own in kept.iter_rows()}
     return {suite: found.get(suite, np.empty(0)) for suite in suites}
 
 
 def estimate_of(values: Mapping[str, Floats], suite: str | None, label: str) -> Estimate:
-    """The mean over the questions of a suite, of ``all`` (None too), or over suites (``macro``).
+    """Mean over the questions of a suite, of ``all`` (or None), or over suites (``macro``).
 
-    A suite that is called so itself goes before. Raises :class:`ConfigurationError` where there is no such suite.
+    A suite that has one of these names takes precedence. Raises :class:`ConfigurationError` for an unknown suite.
     """
     if suite is None or (suite == ALL_SUITES and suite not in values):
         return _mean(np.concatenate([np.empty(0), *values.values()]))

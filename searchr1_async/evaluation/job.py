@@ -1,4 +1,4 @@
-"""What an evaluation is given, and the order in which it is done. Pure."""
+"""The inputs of an evaluation and its order of work. Pure."""
 
 from __future__ import annotations
 
@@ -25,60 +25,58 @@ from searchr1_async.weights import Weights
 
 @dataclass(frozen=True)
 class EvaluationJob:
-    """Everything an evaluation is given; checked already."""
+    """The validated inputs of an evaluation."""
 
     suites: tuple[Suite, ...]
     systems: tuple[MeasuredSystem, ...]
     search: Search | None
     play: PlaySettings
-    """``group_size`` is the number of samples a question; how episodes are played is what neither ``asked`` nor a run tells."""
+    """``group_size`` is the number of samples per question. Episode settings are defaults behind ``asked`` and runs."""
     choice: ServiceChoice = field(default_factory=ServiceChoice)
     out_dir: Path | None = None
-    """None keeps the episodes as long as the report lives."""
+    """None keeps the episodes as long as the report exists."""
     resume: bool = False
     judge: Judge | None = None
     training_questions: tuple[Question, ...] = ()
-    """What the models were trained on, besides what their runs' folders tell."""
+    """Training questions in addition to those in the runs' folders."""
     asked: EpisodeChoice = field(default_factory=EpisodeChoice)
-    """How episodes are to be played, as far as the caller says."""
     follows_runs: bool = True
-    """What nobody says is as the systems' runs were trained. False of an evaluation that an earlier version began."""
+    """Unset settings follow the runs' training. False for evaluations started by older versions."""
 
     def __post_init__(self) -> None:
         searching = [each.label for each in self.systems if each.system.method != "direct"]
         if self.search is None and searching:
-            raise ConfigurationError(f"{', '.join(map(repr, searching))} searches: give evaluate() a search")
+            raise ConfigurationError(f"{', '.join(map(repr, searching))} needs a search: pass search to evaluate()")
         for each in self.systems:
             play = self.settings_of(each)
             if each.system.method == "recipe":
                 check_recipe(play.format_name, play.instructions)
-        _ = self.found_judge  # one that cannot be is refused here
+        _ = self.found_judge  # raises if the judge is invalid
         if self.resume and self.out_dir is None:
-            raise ConfigurationError("resume=True goes on with what is in out_dir: name it")
+            raise ConfigurationError("resume=True continues the evaluation in out_dir: pass out_dir")
 
     @cached_property
     def found_judge(self) -> FoundJudge | None:
-        """Who judges, with the model and the weights that are meant."""
+        """The judge with its model and weights resolved."""
         if self.judge is None:
             return None
-        held = {self.model_of(each) for each in self.systems}
-        return find_judge(self.judge, held, is_embedded=is_embedded(self.choice.service))
+        models = {self.model_of(each) for each in self.systems}
+        return find_judge(self.judge, models, is_embedded=is_embedded(self.choice.service))
 
     @property
     def used_search(self) -> Search | None:
-        """The search; None where every system answers directly, whatever was given."""
+        """The search; None if every system answers directly."""
         return self.search if any(each.system.method != "direct" for each in self.systems) else None
 
     @property
     def samples(self) -> int:
-        """Episodes a question and system."""
+        """Episodes per question and system."""
         return self.play.group_size
 
     def settings_of(self, measured: MeasuredSystem) -> PlaySettings:
-        """How a system's episodes are played: as it says, as the evaluation is asked for, as the search was made, as the run was
-        trained, and else by the defaults."""
+        """A system's episode settings. Precedence: system, caller, search, training, defaults."""
         asked, usual = self.asked, self.play.episodes
-        if measured.system.method != "search":  # these are for the search tool; a baseline has its own
+        if measured.system.method != "search":  # instructions are for the search tool; baselines have their own
             asked, usual = replace(asked, instructions=None), replace(usual, instructions=None)
         chosen = measured.named.completed_by(asked).completed_by(named_passages(self.search))
         if (like := self.played_like(measured)) is not None:
@@ -86,8 +84,10 @@ class EvaluationJob:
         return replace(self.play, **chosen.completed_by(usual).play())
 
     def played_like(self, measured: MeasuredSystem) -> Weights | None:
-        """The weights of the run whose settings a system is played with: its own, or of a system that is no run those beside it, where
-        they were trained alike. So what a run has learned is told apart from how it was asked."""
+        """The run whose training settings a system uses: its own; for other systems, the runs of this evaluation if they agree.
+
+        This separates what a run has learned from how it is prompted.
+        """
         if measured.weights.trained is not None:
             return measured.weights
         runs = [each.weights for each in self.systems if each.weights.trained is not None]
@@ -101,7 +101,7 @@ class EvaluationJob:
             return EpisodeChoice(thinking=episodes.thinking)
         if measured.system.method == "search":
             return episodes
-        # A baseline's prompt is its method's, and needs its own room; that of the recipe is of one format.
+        # A baseline keeps its method's prompt and limits; the recipe's prompt implies its format.
         chosen = EpisodeChoice(renderer=episodes.renderer, thinking=episodes.thinking)
         if measured.system.method != "recipe":
             chosen = replace(chosen, format=episodes.format)
@@ -110,38 +110,34 @@ class EvaluationJob:
         return chosen
 
     def choice_of(self, measured: MeasuredSystem) -> ServiceChoice:
-        """The service and the model that it is measured on."""
-        # What a run was trained from is a fact; the evaluation's model is for those that know of none.
+        # A run's base model takes precedence over the evaluation's model.
         known = (measured.system.model, measured.weights.base_model, self.choice.model, self._trained_model)
         model = next((model for model in known if model is not None), None)
         return replace(self.choice, model=model_name(model, self.choice.service))
 
     def model_of(self, measured: MeasuredSystem) -> str:
-        """The base model that it is measured on."""
         return self.choice_of(measured).model or default_model(self.choice.service)
 
     @property
     def _trained_model(self) -> str | None:
-        """What runs among the systems were trained from: the base model that is meant where none is named."""
+        """The first run's base model, the default for systems that name none."""
         models = (each.weights.base_model for each in self.systems)
         return next((model for model in models if model is not None), None)
 
 
 @dataclass(frozen=True, slots=True)
 class ServiceStage:
-    """Systems that are measured over one service."""
-
     choice: ServiceChoice
     folder: Path | None
-    """Of the embedded service, where one of them has its weights there."""
+    """The embedded service's folder with their weights, if any."""
     systems: tuple[MeasuredSystem, ...]
 
 
 def service_stages(job: EvaluationJob, systems: Sequence[MeasuredSystem]) -> list[ServiceStage]:
-    """The services to open, one after the other, each with its systems in their order.
+    """The services to open in sequence, each with its systems in input order.
 
-    One for each model and, embedded, each folder of weights: an embedded service knows its own folder alone, and two at once would
-    share the machine's cores; any other has all weights, wherever a run of it has kept its files. A base model is measured over the service of the first weights that were trained from it.
+    One per model and, if embedded, per folder of weights: an embedded service sees only its own folder, and two at once would
+    compete for cores. A base model uses the service of the first weights trained from it.
     """
     stages: dict[tuple[str | None, Path | None], list[MeasuredSystem]] = {}
     has_folders = is_embedded(job.choice.service)

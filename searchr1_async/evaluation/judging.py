@@ -1,4 +1,4 @@
-"""The judge of an evaluation: who it is, and asking it about what is played and not judged yet."""
+"""Resolves an evaluation's judge and has it judge finished samples."""
 
 from __future__ import annotations
 
@@ -27,68 +27,54 @@ from searchr1_async.rollout.policy import TinkerPolicy
 from searchr1_async.run_folder import writing_records
 from searchr1_async.weights import Weights, find_weights
 
-_GATHERING = 1.0
-"""Seconds in which verdicts gather: what a kill may cost. All are written each time: 350,000 take 30 ms."""
-_OF_NO_WEIGHT = ("deadline", "at_once")
-"""What may differ between judges that give the same verdicts."""
+_WRITE_INTERVAL = 1.0
+"""Seconds between coalesced writes; a kill loses at most this."""
+_IRRELEVANT_FIELDS = ("deadline", "at_once")
+"""Settings that do not affect verdicts."""
 
 
 @dataclass(frozen=True, slots=True)
 class FoundJudge:
-    """A judge, its model named and its weights found."""
-
     judge: Judge
     model: str
-    """The base model, as the service calls it."""
     weights: Weights
 
     def describe(self) -> dict[str, Any]:
-        """As :meth:`Judge.describe`, the model named."""
+        """:meth:`Judge.describe` with the resolved model."""
         return self.judge.describe() | {"model": self.model}
 
 
 def find_judge(judge: Judge, models: Collection[str], *, is_embedded: bool) -> FoundJudge:
-    """The judge of systems of these base models. Reads small files of its run's folder alone.
+    """Resolves a judge for systems with these base models.
 
-    Raises:
-        ConfigurationError: it names no model where the systems have several, or none that can be had.
-        RunFolderError: its folder holds no run.
+    Raises ConfigurationError if its model is ambiguous, contradicts its run or is not available; RunFolderError for a bad folder.
     """
     weights = find_weights(judge.checkpoint)
     if judge.model is not None and weights.base_model not in (None, judge.model):
         raise ConfigurationError(
-            f"the judge in {judge.checkpoint} was trained from {weights.base_model}, not from {judge.model}: leave its model out"
+            f"the judge in {judge.checkpoint} was trained from {weights.base_model}, not from {judge.model}: omit its model"
         )
-    named, held = judge.model or weights.base_model, ", ".join(sorted(models))
+    named, shown = judge.model or weights.base_model, ", ".join(sorted(models))
     if is_embedded and set(models) != {named or next(iter(models))}:
         raise ConfigurationError(
-            f"an embedded service holds one model, here {held}, so one judge, {named or 'of no model named'}, cannot judge all: "
-            "leave the judge's model out where all systems have one, or evaluate on a service that has it too"
+            f"an embedded service has one model, here {shown}, so the judge ({named or 'no model given'}) cannot judge all "
+            "systems: omit the judge's model if all systems share one, or evaluate on a service that has it"
         )
     if named is None and len(models) > 1:
-        raise ConfigurationError(
-            f"the systems have several models ({held}), and one judge must judge them all: name its own with Judge(model=…)"
-        )
+        raise ConfigurationError(f"the systems have several models ({shown}): choose the judge's with Judge(model=…)")
     return FoundJudge(judge, named or next(iter(models)), weights)
 
 
 @dataclass(frozen=True, slots=True)
 class OpenJudge:
-    """A judge that can be asked."""
-
     policy: TinkerPolicy
     tokenizer: Any
 
 
 async def open_judge(found: FoundJudge, service: Service) -> OpenJudge:
-    """The judge on a service that has it.
-
-    Raises:
-        ModelError: the service does not offer its model, or its tokenizer or its chat format is not to be had.
-        ServiceError: the service has no such weights, or no answer.
-    """
+    """Connects a judge to a service. Raises ModelError or ServiceError if anything of it is not available there."""
     is_same = found.model == service.model_name
-    choose_model(found.model, service.offered)  # refuses one that the service does not offer
+    choose_model(found.model, service.offered)  # raises if the service does not offer it
     tokenizer = service.tokenizer if is_same else await load_tokenizer(found.model)
     await anyio.to_thread.run_sync(select_renderer, found.model, tokenizer, found.judge.renderer)
     client = await service.create_sampling_client(found.weights.path, base_model=found.model)
@@ -96,13 +82,10 @@ async def open_judge(found: FoundJudge, service: Service) -> OpenJudge:
 
 
 class VerdictWriter(GatheredItems[Mapping[SampleKey, float | None]]):
-    """Takes verdicts as they come and puts them on disk, many at a time, in a worker thread.
-
-    :meth:`writing` raises CheckpointError where the folder cannot be written, within an exception group.
-    """
+    """Coalesces verdicts and writes them in a worker thread. :meth:`writing` raises CheckpointError in an exception group."""
 
     def __init__(self, store: EpisodeStore) -> None:
-        super().__init__(self._put, _GATHERING)
+        super().__init__(self._put, _WRITE_INTERVAL)
         self._store = store
 
     async def _put(self, verdicts: list[Mapping[SampleKey, float | None]]) -> None:
@@ -114,12 +97,9 @@ class VerdictWriter(GatheredItems[Mapping[SampleKey, float | None]]):
 async def judge_samples(
     found: FoundJudge, store: EpisodeStore, systems: Sequence[MeasuredSystem], service: Service, emit: Emit
 ) -> None:
-    """Has the finished answers of these systems judged, and keeps the verdicts; those that the service failed stay open.
+    """Judges the finished samples of these systems and writes the verdicts; failed requests stay open.
 
-    Raises, also within exception groups:
-        ModelError: the judge's tokenizer or chat format is not to be had.
-        ServiceError: too many verdicts failed, or it has no such judge.
-        CheckpointError: the folder cannot be written.
+    Raises ModelError, ServiceError or CheckpointError, also within exception groups.
     """
     left = await anyio.to_thread.run_sync(store.unjudged, [each.label for each in systems])
     if left.is_empty():
@@ -143,7 +123,7 @@ async def judge_samples(
 
 
 def _items(left: pl.DataFrame) -> list[tuple[Question, str]]:
-    """Each answer with its question; none is a blank one."""
+    """(question, answer) pairs; a missing answer is blank."""
     columns = left.select("question_id", "question", "golden_answers", "suite", "answer").iter_rows()
     return [
         (Question(identifier, question, tuple(golden), suite), answer or "")
@@ -151,27 +131,25 @@ def _items(left: pl.DataFrame) -> list[tuple[Question, str]]:
     ]
 
 
-def lay_verdicts(folder: Path, before: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> None:
-    """Lays another judge's verdicts aside, and this one's where they belong, so that no file ever holds those of two. Call it
-    before the manifest names the new one, and once more behind that: a kill in between mixes and loses nothing.
+def archive_verdicts(folder: Path, before: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> None:
+    """Archives verdicts of a different judge and restores those of the current one, so that no file mixes two judges.
 
-    Raises:
-        OSError: a file cannot be moved.
+    Called before and after the manifest is updated: a kill in between then loses nothing. Raises OSError.
     """
     current = folder / JUDGEMENTS_NAME
     if before is not None and judge_digest(before) != (now and judge_digest(now)) and current.exists():
-        current.replace(_aside(folder, before))
+        current.replace(_archive_path(folder, before))
     if now is not None and judge_digest(now) == (before and judge_digest(before)):
-        kept = _aside(folder, now)
+        kept = _archive_path(folder, now)
         if kept.exists() and not current.exists():
             kept.replace(current)
 
 
 def judge_digest(judge: Mapping[str, Any]) -> str:
-    """Of all that a judge's verdicts depend on, as a manifest describes it."""
-    values = {name: value for name, value in judge.items() if name not in _OF_NO_WEIGHT}
+    """Digest of the settings that verdicts depend on, as described in a manifest."""
+    values = {name: value for name, value in judge.items() if name not in _IRRELEVANT_FIELDS}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _aside(folder: Path, judge: Mapping[str, Any]) -> Path:
+def _archive_path(folder: Path, judge: Mapping[str, Any]) -> Path:
     return folder / f"judgements-{judge_digest(judge)}.parquet"

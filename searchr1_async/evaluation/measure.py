@@ -1,4 +1,4 @@
-"""Playing questions without learning from them: evaluation and plain rollouts."""
+"""Rolls out questions without training on them: evaluations and plain rollouts."""
 
 from __future__ import annotations
 
@@ -26,18 +26,15 @@ async def play_all(
     yields: bool = False,
     on_question: Callable[[], None] = lambda: None,
 ) -> list[Group]:
-    """All questions' groups, in the order of the questions, with progress told as a phase.
+    """Rolls out all questions and returns their groups in question order, with progress as a phase.
 
-    Args:
-        yields: others play on the same engine and go first.
-        on_question: called when all samples of a question have ended.
-
-    Raises, within an exception group, what :meth:`RolloutEngine.play_groups` raises.
+    ``yields``: give way to other rollouts on the same engine. ``on_question`` is called when all samples of a question have
+    ended. Raises, within an exception group, what :meth:`RolloutEngine.play_groups` raises.
     """
     groups: dict[int, Group] = {}
     means = RunningMeans()
     emit, began = engine.emit, anyio.current_time()
-    # An evaluation's episodes are no training episodes: the phase's progress stands for them.
+    # Silences training-episode events: the phase reports progress.
     engine = replace(engine, group_size=samples, emit=emit_nothing)
     emit(PhaseStarted(phase, len(questions), "questions", label))
     budget = engine.failure_budget(len(questions))
@@ -67,7 +64,7 @@ async def evaluate_policy(
     yields: bool = False,
     on_question: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """One evaluation of one policy; arguments and errors as in :func:`play_all`."""
+    """Evaluates a policy; arguments and errors as in :func:`play_all`."""
     groups = await play_all(
         engine,
         questions,
@@ -80,14 +77,14 @@ async def evaluate_policy(
     )
     episodes = tuple(episode for group in groups for episode in (*group.episodes, *group.failed))
     evaluation = Evaluation.of(label, episodes, step)
-    # In a thread: it groups every score by its question.
+    # In a thread: aggregates all scores.
     engine.emit(EvaluationFinished(label, step, await anyio.to_thread.run_sync(evaluation.metrics)))
     return evaluation
 
 
 @dataclass(slots=True)
 class RunningMeans:
-    """Of the groups so far, for people who watch; the evaluation's own figures are exact about failures."""
+    """Running means for progress display; final metrics treat failures exactly."""
 
     questions: int = 0
     right: float = 0.0

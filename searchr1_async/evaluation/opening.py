@@ -1,4 +1,4 @@
-"""Opening the services of an evaluation, and finding out there whether all that it needs is to be had."""
+"""Opens an evaluation's services and checks that everything it needs is available."""
 
 from __future__ import annotations
 
@@ -19,20 +19,15 @@ from searchr1_async.playing import check_prompt, opened_service, policy_of
 from searchr1_async.service import check_service, default_model, load_embedded_tokenizer
 
 OpenedStage = tuple[ServiceStage, Service | None]
-"""A stage and its service; None of an embedded one, which is started when its turn comes."""
+"""A stage and its service; None for an embedded service, which starts when its stage runs."""
 
 
 async def open_stages(
     job: EvaluationJob, stages: Sequence[ServiceStage], stack: AsyncExitStack, emit: Emit
 ) -> list[OpenedStage]:
-    """Connects to the services, and refuses what could not be played or judged there. Writes nothing.
+    """Connects to the services and checks models, prompts, weights and the judge. Writes nothing.
 
-    Args:
-        stack: closes them.
-
-    Raises:
-        ConfigurationError: a model, a tokenizer, a chat format or the judge is not to be had, or a prompt leaves no room.
-        ServiceError: no answer, or the service does not have these weights.
+    ``stack`` closes the services. Raises ConfigurationError or ServiceError if something is not available.
     """
     opened: list[OpenedStage] = []
     for stage in stages:
@@ -61,7 +56,7 @@ async def _check_embedded(job: EvaluationJob, stage: ServiceStage) -> None:
     await anyio.to_thread.run_sync(select_renderer, model, tokenizer, found.judge.renderer)
     if found.weights.service_folder not in (None, stage.folder):
         raise ConfigurationError(
-            f"an embedded service has the weights of one folder: that of {stage.systems[0].label!r} does not have the judge's, "
+            f"an embedded service has the weights of one folder: the one of {stage.systems[0].label!r} lacks the judge's, "
             f"which are in {found.weights.service_folder}. Judge with the base model, or evaluate on a service that has both"
         )
 

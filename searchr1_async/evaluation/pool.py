@@ -1,4 +1,4 @@
-"""Playing an evaluation: every system's questions of every suite in one pool, each episode on disk soon after it has ended."""
+"""Rolls out an evaluation as one pool over systems and suites; episodes are written soon after they end."""
 
 from __future__ import annotations
 
@@ -18,19 +18,15 @@ from searchr1_async.gathered import GatheredItems
 from searchr1_async.rollout.engine import GroupToPlay, RolloutEngine
 from searchr1_async.rollout.policy import TinkerPolicy
 
-_GATHERING = 1.0
-"""Seconds in which finished episodes gather for one file: what a kill may cost beside what is under way. In 0.25 s 4 gathered,
-which took 4.0 ms of CPU each; 16 take 1.1 ms each."""
+_WRITE_INTERVAL = 1.0
+"""Seconds between coalesced writes; a kill loses at most this much beside episodes in flight. Shorter costs more CPU."""
 
 
 class EpisodeWriter(GatheredItems[PlayedSample]):
-    """Takes episodes as they end and puts them on disk, many at a time, in a worker thread.
-
-    :meth:`writing` raises CheckpointError where the folder cannot be written, within an exception group.
-    """
+    """Coalesces finished episodes and writes them in a worker thread. :meth:`writing` raises CheckpointError in a group."""
 
     def __init__(self, store: EpisodeStore) -> None:
-        super().__init__(self._put, _GATHERING)
+        super().__init__(self._put, _WRITE_INTERVAL)
         self._store = store
 
     async def _put(self, played: list[PlayedSample]) -> None:
@@ -38,23 +34,22 @@ class EpisodeWriter(GatheredItems[PlayedSample]):
             await anyio.to_thread.run_sync(self._store.write, played)
         except OSError as error:
             raise CheckpointError(
-                f"the episodes could not be written to {self._store.folder}: {error.strerror or error}. What was written "
-                "before is whole: make room and resume."
+                f"the episodes could not be written to {self._store.folder}: {error.strerror or error}. Earlier episodes "
+                "are intact: free disk space and resume."
             ) from error
 
 
 @dataclass
 class PoolProgress:
-    """How far the playing is, told as a phase; its figures are those so far of the system that is being played."""
+    """Emits progress as a phase, with running means of the current system."""
 
     samples: int
     emit: Emit
     done: int = 0
-    """Episodes, those of an earlier session included."""
+    """Finished episodes, including those of earlier sessions."""
     _means: dict[str, RunningMeans] = field(default_factory=dict)
 
     def add(self, label: str, group: Group, episodes: int) -> None:
-        """A question of a system has been played."""
         means = self._means.setdefault(label, RunningMeans())
         means.add(group, self.samples)
         self.done += episodes
@@ -63,42 +58,31 @@ class PoolProgress:
 
 @dataclass(frozen=True)
 class Pool:
-    """What is asked and what of it is done, over all systems.
-
-    Args:
-        questions: of all suites.
-        order: the places of the questions, in the order in which they are begun.
-        samples: episodes a question and system.
-        done: samples that need not be played again.
-        writer: takes finished episodes.
-    """
+    """The questions of all suites and the samples already finished."""
 
     questions: Sequence[Question]
     order: Sequence[int]
+    """Question indices in rollout order."""
     samples: int
+    """Per question and system."""
     done: Collection[SampleKey]
     writer: EpisodeWriter
 
     def open_samples(self, label: str) -> Iterable[tuple[int, tuple[int, ...]]]:
-        """The places that a system has to play yet, each with the numbers of the samples."""
+        """Question indices with missing samples, each with the missing sample numbers."""
         for place in self.order:
             samples = tuple(number for number in range(self.samples) if (label, place, number) not in self.done)
             if samples:
                 yield place, samples
 
     def count_open(self, label: str) -> int:
-        """Samples that a system has to play yet."""
         return sum(len(samples) for _, samples in self.open_samples(label))
 
     async def play(
         self, engine: RolloutEngine, systems: Sequence[tuple[MeasuredSystem, TinkerPolicy]], progress: PoolProgress
     ) -> None:
-        """Plays what these systems have open: one after the other, the next beginning while the last episodes of the one before
-        are under way.
-
-        Raises, within an exception group, what the engine raises.
-        """
-        # An evaluation's episodes are no training episodes: the phase's progress stands for them.
+        """Rolls out missing samples system by system; the next starts while the last episodes of the previous finish."""
+        # Silences training-episode events: the phase reports progress.
         engine = replace(engine, group_size=self.samples, emit=emit_nothing)
         await engine.play_groups(self._groups(engine, systems, progress))
 

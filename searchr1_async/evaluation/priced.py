@@ -1,4 +1,4 @@
-"""What an evaluation cost a question: turns, searches, tokens, seconds and dollars. Pure."""
+"""Costs per question: turns, searches, tokens, seconds and dollars. Pure."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from searchr1_async.usage import TokenUsage
 COST_SCHEMA = pl.Schema(
     {
         "system": pl.String,
-        "suite": pl.String,  # with several suites also "all"
+        "suite": pl.String,  # also "all" if there are several
         "questions": pl.Int64,
-        "episodes": pl.Int64,  # finished ones: the others count in the dollars alone
-        **dict.fromkeys(COSTS, pl.Float64),  # means of a question, all its samples together
-        "seconds_p95": pl.Float64,  # of one episode
-        "dollars": pl.Float64,  # a question; null where the price is not known
+        "episodes": pl.Int64,  # finished ones; failed ones count only in dollars
+        **dict.fromkeys(COSTS, pl.Float64),  # per question over all its samples, averaged
+        "seconds_p95": pl.Float64,  # per episode
+        "dollars": pl.Float64,  # per question; null if the price is unknown
         "dollars_total": pl.Float64,
-        "cost": pl.String,  # the total in words
+        "cost": pl.String,  # the total as text
     }
 )
 
 
 def priced_costs(systems: Sequence[tuple[Evaluation, SystemRecord | None]], manifest: Manifest | None) -> pl.DataFrame:
-    """A row for each system and suite, as a frame of exactly :data:`COST_SCHEMA`."""
+    """One row per system and suite, with schema :data:`COST_SCHEMA`."""
     rows = []
     for evaluation, record in systems:
         costs, billing = evaluation.costs(), _billing(record, manifest)
@@ -53,7 +53,7 @@ def priced_costs(systems: Sequence[tuple[Evaluation, SystemRecord | None]], mani
 
 
 def _used(scores: pl.DataFrame, suite: str) -> TokenUsage:
-    """The tokens of a suite's episodes, failed ones too: their turns are billed like others'."""
+    """Tokens of a suite's episodes, including failed ones, which are billed too."""
     is_all = suite == ALL_SUITES and suite not in scores["suite"]
     own = scores if is_all else scores.filter(suite=suite)
     prompt, cached, sampled = own.select(pl.col("prompt_tokens", "cached_prompt_tokens", "sampled_tokens").sum()).row(0)
@@ -62,8 +62,8 @@ def _used(scores: pl.DataFrame, suite: str) -> TokenUsage:
 
 def _billing(record: SystemRecord | None, manifest: Manifest | None) -> Billing:
     if record is None or manifest is None:
-        return Billing(reason="nothing tells which model played on which service")
+        return Billing(reason="the model and the service were not recorded")
     service = manifest.service
-    # Earlier versions wrote down only an address that was given.
+    # Older manifests record only an explicit address.
     is_tinker = service.get("tinker", is_tinker_host(service.get("host")))
     return billing_of(record.model, is_embedded=bool(service.get("embedded")), is_tinker=is_tinker)

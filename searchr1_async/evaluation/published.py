@@ -1,7 +1,7 @@
-"""Published exact match of search-trained models, and what differs between them and a report of ours. Pure.
+"""Published exact match of search-trained models, and how their conditions differ from a report's. Pure.
 
-Each row holds only what its source says; what a source does not say is None and is called "not stated". No row is ever ranked
-against ours: the figures stand beside each other, with what differs.
+Rows contain only what their source states; everything else is None ("not stated"). Published rows are never ranked against
+ours, only shown beside them with the differing conditions.
 """
 
 from __future__ import annotations
@@ -26,13 +26,12 @@ NOT_RECORDED = "not recorded"
 
 @dataclass(frozen=True, slots=True)
 class PublishedRow:
-    """One published line of results. None where its source does not say."""
+    """One published row of results; None if the source does not state it."""
 
     name: str
     scores: Mapping[str, float]
-    """Exact match by suite, from 0 to 1."""
+    """Exact match per suite, 0 to 1."""
     source: str
-    """Where the figures stand."""
     model: str | None = None
     training: str | None = None
     corpus: str | None = None
@@ -42,11 +41,10 @@ class PublishedRow:
     prompt: str | None = None
     max_turns: int | None = None
     questions: str | None = None
-    """A suite's, in words."""
+    """Number of questions, as text."""
     samples: int | None = None
     temperature: float | None = None
     remarks: tuple[str, ...] = field(default=())
-    """What a reader must know of it besides, in sentences."""
 
 
 def _scores(nq: float, triviaqa: float, hotpotqa: float, two_wiki: float) -> dict[str, float]:
@@ -62,8 +60,8 @@ _RECIPE_SEARCH: dict[str, Any] = {
     "max_turns": 5,
 }
 _RECIPE_QUESTIONS = (
-    "Its source does not say on how many questions it was measured. The recipe's own script takes 100 of each suite (seed 42) "
-    "unless it is told otherwise; on 100 questions a share of one half has an interval of about ±10 points."
+    "Its source does not state the number of questions. The recipe's script uses 100 per suite (seed 42) by default; on 100 "
+    "questions a share of one half has an interval of about ±10 points."
 )
 
 PUBLISHED: tuple[PublishedRow, ...] = (
@@ -78,8 +76,8 @@ PUBLISHED: tuple[PublishedRow, ...] = (
         n_results=3,
         prompt="Search-R1's own",
         remarks=(
-            "The paper's Table 2 gives other figures for the instruct model of this size: 39.3 / 61.0 / 37.0 / 41.4. The ones here "
-            "are those that the recipe compares itself with.",
+            "The paper's Table 2 gives other numbers for the instruct model of this size: 39.3 / 61.0 / 37.0 / 41.4. The ones here "
+            "are those the recipe compares itself with.",
         ),
     ),
     PublishedRow(
@@ -101,24 +99,20 @@ PUBLISHED: tuple[PublishedRow, ...] = (
         **_RECIPE_SEARCH,
     ),
 )
-"""The paper's search set-up is from its section on the experiments; the recipe's from its README and its code (0.5.8)."""
+"""Search settings: the paper's from its experiments section, the recipe's from its README and code (0.5.8)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Beside:
-    """Ours and the published, beside each other."""
-
     frame: pl.DataFrame
-    """``row``, ``kind`` (``ours``, ``published``), ``suite``, ``exact_match``, ``low``, ``high``, ``questions`` (null where not
-    stated): the suites that a published row has and ours asked."""
+    """``row``, ``kind`` (``ours``, ``published``), ``suite``, ``exact_match``, ``low``, ``high``, ``questions`` (null if not
+    stated), for suites that both sides have."""
     conditions: pl.DataFrame
-    """``condition``, then a column for each row: what each was measured with, in words."""
+    """``condition``, then one column per row with its value as text."""
     notes: tuple[str, ...]
-    """What differs, in sentences."""
 
 
 def beside_published(report: Report, published: Sequence[PublishedRow] | None = None) -> Beside:
-    """See :meth:`Report.beside`."""
     rows = tuple(PUBLISHED if published is None else published)
     suites = [suite for suite in report.suites if any(suite in row.scores for row in rows)]
     rows = tuple(row for row in rows if any(suite in row.scores for suite in suites))
@@ -142,13 +136,11 @@ def _frame(report: Report, rows: Sequence[PublishedRow], suites: Sequence[str]) 
     return pl.DataFrame(cells, schema=schema, orient="row").with_columns(pl.col(pl.Float64).fill_nan(None))
 
 
-# --- what differs -----------------------------------------------------------------------------------------------------
+# --- conditions -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class _Condition:
-    """Something that results depend on."""
-
     name: str
     ours: Callable[[Manifest, SystemRecord], str | None]
     theirs: Callable[[PublishedRow], str | None]
@@ -175,7 +167,7 @@ def _corpus(manifest: Manifest, record: SystemRecord) -> str | None:
         return "none"
     search = manifest.search or {}
     passages = search.get("passages")
-    # A path tells another person nothing but its last name.
+    # Only the last part of a path means anything to others.
     name = str(search.get("source", "")).replace("\\", "/").rstrip("/").rpartition("/")[2]
     count = "" if not isinstance(passages, int) else f" ({passages:,} passages)"
     return f"{name}{count}" if name else None
@@ -184,7 +176,7 @@ def _corpus(manifest: Manifest, record: SystemRecord) -> str | None:
 def _turns(manifest: Manifest, record: SystemRecord) -> str | None:
     if record.method in ("direct", "rag"):
         return "1"
-    # Where a system has limits of its own, the evaluation's are not those that it was played with.
+    # A system's own limits override the evaluation's.
     return _text((record.limits or manifest.settings.get("limits") or {}).get("max_turns"))
 
 
@@ -212,9 +204,9 @@ CONDITIONS: tuple[_Condition, ...] = (
     _Condition("prompt", lambda _, r: r.instructions or _METHOD_WORDS.get(r.method, r.method), lambda row: row.prompt),
     _Condition("corpus", _corpus, lambda row: row.corpus),
     _Condition("embedder", _of_search("embedder"), lambda row: row.embedder, lambda a, b: b.lower() in a.lower()),
-    _Condition("passages a search", _of_search("n_results"), lambda row: _text(row.n_results)),
-    _Condition("turns at most", _turns, lambda row: _text(row.max_turns)),
-    _Condition("samples a question", lambda m, _: _text(m.settings.get("samples")), lambda row: _text(row.samples)),
+    _Condition("passages per search", _of_search("n_results"), lambda row: _text(row.n_results)),
+    _Condition("max turns", _turns, lambda row: _text(row.max_turns)),
+    _Condition("samples per question", lambda m, _: _text(m.settings.get("samples")), lambda row: _text(row.samples)),
     _Condition("temperature", lambda m, _: _text(m.settings.get("temperature")), lambda row: _text(row.temperature)),
 )
 
@@ -260,8 +252,8 @@ def _notes(report: Report, rows: Sequence[PublishedRow], suites: Sequence[str]) 
         return ()
     if report.manifest is None:
         return (
-            "What ours was measured with is not recorded (there is no manifest), so nothing can be said of how it differs from "
-            "the published rows: the figures rank nothing.",
+            "There is no manifest, so our conditions are not recorded and differences from the published rows are unknown: the "
+            "results are not a ranking.",
         )
     notes = [_note(report, row, suites) for row in rows]
     remarks: dict[str, list[str]] = {}
@@ -291,11 +283,11 @@ def _note(report: Report, row: PublishedRow, suites: Sequence[str]) -> str:
         unknown.append("number of questions")
     elif row.questions != _questions(report, suites):
         differing.append(f"questions ({_questions(report, suites)}; theirs: {row.questions})")
-    parts = [f"ours differs in {'; '.join(differing)}" if differing else "nothing is known to differ"]
+    parts = [f"ours differs in {'; '.join(differing)}" if differing else "no known difference"]
     if unknown:
         parts.append(f"its source does not state {', '.join(unknown)}")
-    # Only where nothing differs and nothing is unknown could the figures be ranked.
-    verdict = "." if not differing and not unknown else ". The figures stand beside each other and rank nothing."
+    # Rows are comparable only if nothing differs and nothing is unknown.
+    verdict = "." if not differing and not unknown else ". The results are shown side by side, not ranked."
     return f"{row.name}: {'. '.join(part[:1].upper() + part[1:] for part in parts)}{verdict}"
 
 

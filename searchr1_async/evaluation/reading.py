@@ -1,4 +1,4 @@
-"""An evaluation's folder, read back as a report."""
+"""Reads an evaluation's folder as a report."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from searchr1_async.watch.viewer import load_tokenizer, remember_tokenizer
 
 
 def open_report(folder: str | Path) -> Report:
-    """The report on an evaluation by its folder, finished or not: what has been played so far. Reads all of its episodes.
+    """The report of an evaluation's folder, finished or not. Reads all episodes.
 
     Raises:
-        RunFolderError: the folder holds no evaluation, or it cannot be read.
+        RunFolderError: the folder contains no evaluation, or cannot be read.
     """
     path = absolute_path(folder, "folder")
     manifest = Manifest.load(path)
     if manifest is None:
-        raise RunFolderError(f"{path} holds no evaluation: name the out_dir that evaluate() was given")
+        raise RunFolderError(f"{path} contains no evaluation: pass the out_dir of an evaluate() call")
     store = EpisodeStore(path)
     store.load()
     if (tokenizer := load_tokenizer(path)) is not None:
@@ -35,18 +35,18 @@ def open_report(folder: str | Path) -> Report:
 
 
 def make_report(store: EpisodeStore, manifest: Manifest) -> Report:
-    """The report on what is in a store, the systems in the manifest's order."""
+    """The report of a store, with systems in the manifest's order."""
     scores = store.scores()
     evaluations = [evaluation_of(system.label, scores, system.step, store) for system in manifest.systems]
     return Report(evaluations, manifest, store.folder if store.is_kept else None, partial(_questions, store))
 
 
 def _questions(store: EpisodeStore) -> pl.DataFrame:
-    # By the store: a folder of its own goes with it.
+    # Takes the store, not its folder: a temporary folder lives only as long as its store.
     return read_questions(store.folder)
 
 
 def evaluation_of(label: str, scores: pl.DataFrame, step: int | None, store: EpisodeStore | None = None) -> Evaluation:
-    """One system's part of the scores; without a store its episodes cannot be loaded."""
+    """One system's scores; without a store, its episodes cannot be loaded."""
     own = scores.filter(system=label)
     return Evaluation(label, own, step, None if store is None else partial(store.episodes, label))

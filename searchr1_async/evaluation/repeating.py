@@ -1,4 +1,4 @@
-"""An earlier evaluation, to be done once more: its manifest and its questions turned into a job."""
+"""Repeats an earlier evaluation: turns its manifest and questions into a job."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from searchr1_async.weights import Weights
 
 
 def repeats(source: object) -> bool:
-    """Whether what is to be evaluated is an earlier evaluation."""
+    """Whether ``source`` is an earlier evaluation rather than suites."""
     if isinstance(source, Manifest | Report):
         return True
     if not isinstance(source, str | Path):
@@ -40,41 +40,36 @@ def repeats(source: object) -> bool:
     return path.name == MANIFEST_NAME or (path / MANIFEST_NAME).is_file()
 
 
-_MAY_BE_GIVEN = frozenset(
+_ACCEPTED = frozenset(
     [
         *("suites", "search", "service", "local", "tokenizer", "out_dir", "resume", "reward"),
         *("max_episodes_in_flight", "workers", "sampling_deadline", "max_service_outage", "progress", "emit"),
     ]
 )
-"""Where and how a repetition is played, and what a manifest may not be able to describe."""
+"""Arguments that a repetition accepts: they do not change what is measured, or a manifest may not describe them."""
 
 
-def refuse_besides(evaluate: Callable[..., object], given: Mapping[str, Any]) -> None:
-    """Refuses what would change a repetition: the manifest says it, and what is given besides would be ignored.
+def refuse_overrides(evaluate: Callable[..., object], given: Mapping[str, Any]) -> None:
+    """Raises ConfigurationError if arguments that the manifest determines are not at ``evaluate``'s defaults.
 
-    Args:
-        evaluate: its signature has the defaults.
-        given: the values of all of its parameters, by name.
-
-    Raises:
-        ConfigurationError: naming what is not at its default.
+    ``given`` maps all parameter names to values.
     """
     parameters = inspect.signature(evaluate).parameters
     changed = [
         name
         for name, parameter in parameters.items()
-        if name not in _MAY_BE_GIVEN and not _is_default(given[name], parameter.default)
+        if name not in _ACCEPTED and not _is_default(given[name], parameter.default)
     ]
     if changed:
         raise ConfigurationError(
-            f"an earlier evaluation is repeated as it was: leave {', '.join(changed)} out, or evaluate the suites anew"
+            f"an evaluation is repeated with its original settings: omit {', '.join(changed)}, or evaluate the suites anew"
         )
 
 
 def _is_default(value: Any, default: Any) -> bool:
     if isinstance(default, tuple) and isinstance(value, list | tuple):
         return tuple(value) == default
-    # A frame of training questions has no truth.
+    # A frame of training questions has no truth value.
     return value is default or (isinstance(value, str | int | float) and value == default)
 
 
@@ -88,18 +83,14 @@ def repeated_job(
     resume: bool = False,
     reward: RewardFunction | None = None,
 ) -> EvaluationJob:
-    """The job of an earlier evaluation. Synchronous: call it in a worker thread.
+    """The job of an earlier evaluation. Blocking: call it in a worker thread.
 
-    Args:
-        source: what :func:`repeats` says yes to.
-        search: None is made as the manifest describes it.
-        choice: the service; a model is taken from the manifest.
-        sampling: how many at once, and where; temperature and seed are the manifest's.
+    ``source`` is accepted by :func:`repeats`. Models, temperature and seed come from the manifest, as does the search if None.
 
     Raises:
-        RunFolderError: there is no manifest, or its questions are not those that it was of.
-        ConfigurationError: it needs a search, a reward or questions that it cannot describe, or they are not the ones it was of.
-        QuestionsError: a suite's file is another now.
+        RunFolderError: there is no manifest, or its questions changed.
+        ConfigurationError: the manifest cannot describe its search, reward or questions, or the given ones differ.
+        QuestionsError: a suite's file changed.
     """
     manifest, asked = _found(source)
     settings = manifest.settings
@@ -118,7 +109,7 @@ def repeated_job(
             group_size=settings["samples"],
             max_failed_fraction=settings["max_failed_fraction"],
         ),
-        follows_runs=settings.get("follows_runs", False),  # each system's own settings are written down
+        follows_runs=settings.get("follows_runs", False),  # the manifest has each system's own settings
         choice=choice,
         out_dir=out_dir,
         resume=resume,
@@ -127,7 +118,7 @@ def repeated_job(
 
 
 def _found(source: object) -> tuple[Manifest, pl.DataFrame | None]:
-    """The manifest, and its questions where they are kept with it."""
+    """The manifest, and its questions if kept."""
     if isinstance(source, Report):
         if source.manifest is None:
             raise ConfigurationError("this report has no manifest: it was made of evaluations in memory")
@@ -142,11 +133,11 @@ def _found(source: object) -> tuple[Manifest, pl.DataFrame | None]:
 
 
 def _suites(manifest: Manifest, asked: pl.DataFrame | None) -> tuple[Suite, ...]:
-    """From the questions beside the manifest; without them from where they came."""
+    """From the kept questions, else from the original sources."""
     if asked is None:
         return tuple(map(_loaded, manifest.suites))
     if questions_digest(asked) != manifest.questions_sha256:
-        raise RunFolderError("the questions that lie beside the manifest are not those that its manifest is of")
+        raise RunFolderError("the questions beside the manifest do not match it")
     questions = questions_of(asked)
     return tuple(
         Suite(each.name, questions[each.name], each.source, each.sha256, each.total, each.split, each.limit, each.seed)
@@ -157,8 +148,8 @@ def _suites(manifest: Manifest, asked: pl.DataFrame | None) -> tuple[Suite, ...]
 def _loaded(record: SuiteRecord) -> Suite:
     if record.source.partition("#")[0] == MEMORY:
         raise ConfigurationError(
-            f"suite {record.name!r} was given in memory, and a manifest alone does not hold its questions: repeat the report, or "
-            "the evaluation's folder"
+            f"suite {record.name!r} was given in memory and its questions are not in the manifest: repeat the report or the "
+            "evaluation's folder instead"
         )
     suite = load_suite(
         record.source,
@@ -169,7 +160,7 @@ def _loaded(record: SuiteRecord) -> Suite:
         sha256=record.sha256,
     )
     if tuple(storable(question.id) for question in suite.questions) != record.question_ids:
-        raise RunFolderError(f"suite {record.name!r} of {record.source} does not have the questions of the manifest")
+        raise RunFolderError(f"the questions of suite {record.name!r} from {record.source} do not match the manifest")
     return suite
 
 
@@ -188,7 +179,7 @@ def _measured(record: SystemRecord) -> MeasuredSystem:
         limits=None if record.limits is None else EpisodeLimits(**record.limits),
         n_results=record.n_results,
         max_passage_words=record.max_passage_words,
-        service_folder=record.service_folder,  # what was named: its own manifest must be the same
+        service_folder=record.service_folder,  # as originally given: the new manifest must be equal
     )
     base = record.model if record.checkpoint is not None else None
     return MeasuredSystem(record.label, system, Weights(record.checkpoint, record.step, base, folder, run), record)
@@ -197,5 +188,5 @@ def _measured(record: SystemRecord) -> MeasuredSystem:
 def _reward(record: Mapping[str, Any]) -> RewardFunction:
     values = dict(record)
     if values.pop("kind") != RecipeReward.__name__:
-        raise ConfigurationError(f"the manifest cannot describe its reward ({record['kind']}): give reward=…")
+        raise ConfigurationError(f"the manifest cannot describe its reward ({record['kind']}): pass reward=…")
     return RecipeReward(**{field.name: values[field.name] for field in fields(RecipeReward) if field.name in values})

@@ -1,4 +1,4 @@
-"""What an evaluation of one or several systems found, for people and for further work."""
+"""The report of an evaluation of one or several systems: frames, tables, charts, files."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from searchr1_async.watch.rows import storable
 
 
 class Report(Mapping[str, Evaluation]):
-    """The evaluations of one or several systems over the same suites: a mapping from label to
-    :class:`~searchr1_async.evaluation.result.Evaluation`, in the order in which the systems were given.
+    """Evaluations of one or several systems over the same suites: a mapping from label to
+    :class:`~searchr1_async.evaluation.result.Evaluation`, in the order the systems were given.
 
-    In a notebook it shows itself as a table. Every frame has a fixed order of rows.
+    Renders as a table in notebooks. Every frame has a deterministic row order.
 
     Args:
-        evaluations: one for each system; their labels differ.
-        manifest: what was measured and how; None where nobody wrote it down.
-        folder: of the evaluation, where its episodes lie; None where it has none.
-        load_questions: gives the table of the questions that were asked (:mod:`searchr1_async.evaluation.asked`), with which the
-            evaluation can be repeated; None where nobody kept them.
+        evaluations: one per system; labels must be unique.
+        manifest: what was measured and how, if recorded.
+        folder: the evaluation's folder with its episodes, if it has one.
+        load_questions: returns the questions table (:mod:`searchr1_async.evaluation.asked`), needed to repeat the
+            evaluation; None if the questions were not kept.
 
     Raises:
-        ConfigurationError: two evaluations have one label.
+        ConfigurationError: two evaluations have the same label.
     """
 
     def __init__(
@@ -48,18 +48,18 @@ class Report(Mapping[str, Evaluation]):
         folder: Path | None = None,
         load_questions: Callable[[], pl.DataFrame] | None = None,
     ) -> None:
-        # A label as a file can hold it: a lone surrogate in it would fail in every frame.
+        # A lone surrogate in a label would fail in every frame.
         named = [replace(evaluation, label=storable(evaluation.label)) for evaluation in evaluations]
         self._evaluations = {evaluation.label: evaluation for evaluation in named}
         if len(self._evaluations) < len(evaluations):
             labels = ", ".join(repr(evaluation.label) for evaluation in evaluations)
-            raise ConfigurationError(f"two evaluations have one label ({labels}): give each system its own")
+            raise ConfigurationError(f"two evaluations have the same label ({labels}): give each system its own")
         self.manifest = manifest
         self.folder = folder
         self.load_questions = load_questions
         self._best: dict[str, dict[str, str]] = {}
 
-    # --- the evaluations ----------------------------------------------------------------------------------------------
+    # --- evaluations --------------------------------------------------------------------------------------------------
 
     def __getitem__(self, label: str) -> Evaluation:
         return self._evaluations[label]
@@ -72,43 +72,42 @@ class Report(Mapping[str, Evaluation]):
 
     @property
     def only(self) -> Evaluation:
-        """The one evaluation of a report on one system.
+        """The evaluation of a single-system report.
 
         Raises:
-            ConfigurationError: there are several, or none.
+            ConfigurationError: the report has no system, or several.
         """
         if len(self) != 1:
             raise ConfigurationError(
-                f"this report is on {len(self)} systems ({', '.join(map(repr, self)) or 'none'}): name one, report[label]"
+                f"this report has {len(self)} systems ({', '.join(map(repr, self)) or 'none'}): pick one with report[label]"
             )
         return next(iter(self.values()))
 
     @cached_property
     def suites(self) -> tuple[str, ...]:
-        """Of all evaluations, in the order in which they were asked."""
+        """Suites of all evaluations, in question order."""
         return tuple(dict.fromkeys(suite for evaluation in self.values() for suite in evaluation.suites))
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The suites, and with several of them ``all`` (every question alike) and ``macro`` (every suite alike)."""
+        """The suites; with several, also ``all`` (pooled questions) and ``macro`` (unweighted mean over suites)."""
         return (*self.suites, ALL_SUITES, MACRO) if len(self.suites) > 1 else self.suites
 
     @cached_property
     def metrics(self) -> tuple[str, ...]:
-        """The four scores, and ``judged`` where a judge was asked."""
+        """The four scores, plus ``judged`` if a judge ran."""
         judged = any(evaluation.scores["judged"].is_not_null().any() for evaluation in self.values())
         return (*METRICS, "judged") if judged else METRICS
 
     def record(self, label: str) -> SystemRecord | None:
-        """What the manifest says of a system; None where it says nothing."""
+        """The manifest's record of a system, if there is one."""
         records = self.manifest.systems if self.manifest is not None else ()
         return next((record for record in records if record.label == label), None)
 
     # --- frames -------------------------------------------------------------------------------------------------------
 
     def frame(self) -> pl.DataFrame:
-        """Columns ``system``, ``suite``, ``metric``, ``mean``, ``low``, ``high`` (95 %), ``questions`` and ``episodes`` (with a
-        score): a row for each system, suite and score, and for ``all`` and ``macro`` where a system has several suites."""
+        """:meth:`Evaluation.summary` of every system, with a leading column ``system``."""
         schema = {"system": pl.String, "suite": pl.String, "metric": pl.String}
         schema |= dict.fromkeys(("mean", "low", "high"), pl.Float64)
         empty = pl.DataFrame(schema=schema | dict.fromkeys(("questions", "episodes"), pl.Int64))
@@ -118,11 +117,10 @@ class Report(Mapping[str, Evaluation]):
         return pl.concat([empty, *parts])
 
     def table(self, metric: str = "exact_match") -> pl.DataFrame:
-        """A row for each system, a column for each suite, ``all`` and ``macro``: means from 0 to 1, null where nothing was
-        measured.
+        """One row per system, one column per suite, ``all`` and ``macro``: means, null if not measured.
 
         Raises:
-            ConfigurationError: no such figure.
+            ConfigurationError: unknown metric.
         """
         check_metric(metric)
         rows = [
@@ -133,7 +131,7 @@ class Report(Mapping[str, Evaluation]):
         )
 
     def mean(self, label: str, metric: str, column: str) -> float | None:
-        """One figure of :meth:`table`; None where the system was not asked this suite."""
+        """One cell of :meth:`table`; None if the system was not evaluated on this suite."""
         evaluation = self[label]
         has = column in evaluation.suites or (column in (ALL_SUITES, MACRO) and len(evaluation.suites) > 0)
         return evaluation.estimate(metric, column).mean if has else None
@@ -144,20 +142,20 @@ class Report(Mapping[str, Evaluation]):
         """Paired differences between systems: :data:`searchr1_async.evaluation.compared.COMPARISON_SCHEMA`.
 
         Args:
-            baseline: what every other system is compared with; None is the first.
-            metric: what is compared.
-            neighbours: compare each system with the one before it instead.
+            baseline: the system to compare all others with; None is the first.
+            metric: as in :meth:`table`.
+            neighbours: compare each system with the previous one instead.
 
-        Systems that were asked different questions are left out; :meth:`notes` says so.
+        Pairs with different questions are excluded; :meth:`notes` lists them.
 
         Raises:
-            ConfigurationError: no such system or figure.
+            ConfigurationError: unknown system or metric.
         """
         check_metric(metric)
         return comparison_frame([self._pair(*pair) for pair in self.pairs(baseline, neighbours=neighbours)], metric)
 
     def pairs(self, baseline: str | None = None, *, neighbours: bool = False) -> list[tuple[str, str]]:
-        """The labels that :meth:`comparisons` compares: before and after."""
+        """The ``(before, after)`` labels that :meth:`comparisons` compares."""
         labels = list(self)
         if baseline is not None and baseline not in self:
             raise ConfigurationError(
@@ -169,24 +167,24 @@ class Report(Mapping[str, Evaluation]):
         return [(first, label) for label in labels if label != first] if first is not None else []
 
     def is_paired(self, before: str, after: str) -> bool:
-        """Both were asked the same questions, and so can be compared."""
+        """Whether both systems have the same questions."""
         return self._pair(before, after).is_paired
 
     def _pair(self, before: str, after: str) -> ComparisonOf:
         return ComparisonOf(self[before], self[after])
 
     def best(self, metric: str = "exact_match") -> dict[str, str]:
-        """For each suite, ``all`` and ``macro`` the system with the highest mean, where it is better than the next at the 5 %
-        level (paired by question, adjusted over the columns by Holm); columns without such a system are left out."""
+        """Per column of :meth:`table`, the best system if it beats the next one at the 5 % level (paired by question,
+        Holm-adjusted over columns); other columns are absent."""
         if metric not in self._best:
             self._best[metric] = best_systems(list(self.values()), self.columns, metric)
         return dict(self._best[metric])
 
     def flips(self, before: str, after: str, metric: str = "exact_match", *, suite: str | None = None) -> pl.DataFrame:
-        """The questions whose score changed between two systems (:func:`searchr1_async.evaluation.result.flips`).
+        """Questions whose score changed between two systems (:func:`searchr1_async.evaluation.result.flips`).
 
         Raises:
-            ConfigurationError: no such system, suite or figure, or they did not ask the same questions.
+            ConfigurationError: unknown system, suite or metric, or the systems have different questions.
         """
         for label in (before, after):
             if label not in self:
@@ -194,8 +192,8 @@ class Report(Mapping[str, Evaluation]):
         return flips(self[before], self[after], metric, suite=suite)
 
     def outcomes(self) -> pl.DataFrame:
-        """Columns ``system``, ``suite``, ``outcome``, ``episodes`` and ``share``: where it went wrong
-        (:data:`searchr1_async.evaluation.scores.OUTCOMES`)."""
+        """Columns ``system``, ``suite``, ``outcome`` (:data:`searchr1_async.evaluation.scores.OUTCOMES`), ``episodes`` and
+        ``share``."""
         schema = {"system": pl.String, "suite": pl.String, "outcome": pl.String}
         empty = pl.DataFrame(schema={**schema, "episodes": pl.Int64, "share": pl.Float64})
         parts = [
@@ -204,27 +202,28 @@ class Report(Mapping[str, Evaluation]):
         return pl.concat([empty, *parts])
 
     def costs(self) -> pl.DataFrame:
-        """What a question took, with all its samples: :data:`searchr1_async.evaluation.priced.COST_SCHEMA`."""
+        """Cost per question over all its samples: :data:`searchr1_async.evaluation.priced.COST_SCHEMA`."""
         return priced_costs([(evaluation, self.record(label)) for label, evaluation in self.items()], self.manifest)
 
     def beside(self, published: Sequence[PublishedRow] | None = None) -> Beside:
-        """Our exact match beside the published one, with what differs (:mod:`searchr1_async.evaluation.published`).
+        """Our exact match beside published results, with the differing conditions
+        (:mod:`searchr1_async.evaluation.published`).
 
         Args:
-            published: rows to stand beside; None is :data:`searchr1_async.evaluation.published.PUBLISHED`.
+            published: None is :data:`searchr1_async.evaluation.published.PUBLISHED`.
         """
         return beside_published(self, published)
 
     def notes(self) -> tuple[str, ...]:
-        """What a careful reader must know of these figures, in sentences."""
+        """Caveats about these results, as sentences."""
         from searchr1_async.evaluation.render.notes import notes_of
 
         return notes_of(self)
 
     def figures(self) -> str:
-        """Every figure, as JSON: the same text for an evaluation that was interrupted and one that was not.
+        """All results as JSON, identical for a resumed and an uninterrupted evaluation.
 
-        Measured times, dates, versions, prices of the day and what the service had cached are left out.
+        Excludes timings, dates, versions, prices and cache hits.
         """
         costs = self.costs()
         values: dict[str, Any] = {
@@ -236,7 +235,7 @@ class Report(Mapping[str, Evaluation]):
                 if self.is_paired(before, after)
             ],
             "outcomes": self.outcomes().rows(named=True),
-            "costs": costs.select(name for name in costs.columns if not _is_of_the_day(name)).rows(named=True),
+            "costs": costs.select(name for name in costs.columns if not _is_volatile(name)).rows(named=True),
             "notes": list(self.notes()),
         }  # fmt: skip
         if self.manifest is not None:
@@ -245,7 +244,7 @@ class Report(Mapping[str, Evaluation]):
             }
         return json.dumps(values, indent=1, ensure_ascii=True, default=str)
 
-    # --- for people ---------------------------------------------------------------------------------------------------
+    # --- presentation -------------------------------------------------------------------------------------------------
 
     def __repr__(self) -> str:
         from searchr1_async.evaluation.render.parts import result_table
@@ -259,21 +258,21 @@ class Report(Mapping[str, Evaluation]):
         return report_cell(self)
 
     def plot(self, metric: str = "exact_match", **options: Any) -> Any:
-        """A figure suite by suite, the systems side by side with their 95 % intervals: an Altair chart.
+        """An Altair bar chart of a metric per suite and system, with 95 % intervals.
 
         Args:
             metric: as in :meth:`table`.
             options: ``title``, ``width`` and ``height`` (pixels).
 
         Raises:
-            ConfigurationError: no such figure.
+            ConfigurationError: unknown metric.
         """
-        from searchr1_async.evaluation.render.charts import plot_figure  # altair: half a second
+        from searchr1_async.evaluation.render.charts import plot_figure  # importing altair is slow
 
         return plot_figure(self, metric, **options)
 
     def plot_outcomes(self, **options: Any) -> Any:
-        """What became of the episodes, each system a bar from right to failed: an Altair chart; options as of :meth:`plot`."""
+        """An Altair chart of outcome shares, one bar per system; options as in :meth:`plot`."""
         from searchr1_async.evaluation.render.charts import plot_outcomes
 
         return plot_outcomes(self, **options)
@@ -285,34 +284,34 @@ class Report(Mapping[str, Evaluation]):
         return markdown_report(self)
 
     def latex(self) -> str:
-        """Its tables as LaTeX: exact match, differences and outcomes, each a ``table`` for ``booktabs``."""
+        """The tables as LaTeX ``table`` environments for ``booktabs``."""
         from searchr1_async.evaluation.render.document import latex_report
 
         return latex_report(self)
 
     def save(self, folder: str | Path | None = None) -> Path:
-        """Writes the report and returns the path of its page. Synchronous: call it from a worker thread.
+        """Writes the report and returns the path of its HTML page. Blocking: call it from a worker thread.
 
-        ``report.html`` (one page, which links to ``episodes.html`` beside it where episodes were kept), ``report.md``,
-        ``report.tex``, ``scores.parquet`` and ``figures/``; in another folder than the evaluation's own ``manifest.json`` and
-        ``questions.parquet`` too, so that ``evaluate(folder)`` repeats it. Each file is replaced whole or not at all.
+        Writes ``report.html`` (linking to ``episodes.html`` if episodes were kept), ``report.md``, ``report.tex``,
+        ``scores.parquet`` and ``figures/``. Outside the evaluation's own folder it also writes ``manifest.json`` and
+        ``questions.parquet``, so ``evaluate(folder)`` can repeat it. Each file is written atomically.
 
         Args:
-            folder: made if need be; None is the evaluation's own.
+            folder: created if missing; None is the evaluation's folder.
 
         Raises:
-            ConfigurationError: no folder is given, and the evaluation has none.
-            RunFolderError: it cannot be written, it is the folder of a run or of another evaluation, or the episodes or
+            ConfigurationError: no folder was given and the evaluation has none.
+            RunFolderError: the folder cannot be written or belongs to a run or another evaluation, or the episodes or
                 questions cannot be read.
         """
         from searchr1_async.evaluation.render.saving import save_report
 
         target = absolute_path(folder, "folder") if folder is not None else self.folder
         if target is None:
-            raise ConfigurationError("this report has no folder of its own: name one, report.save(folder)")
+            raise ConfigurationError("this report has no folder: pass one with report.save(folder)")
         return save_report(self, target)
 
 
-def _is_of_the_day(cost: str) -> bool:
-    """Whether a column of the costs differs between two evaluations whose episodes are the same."""
+def _is_volatile(cost: str) -> bool:
+    """Whether a cost column can differ between two evaluations with equal episodes."""
     return cost == "cost" or any(word in cost for word in ("second", "dollar", "cached"))

@@ -1,4 +1,4 @@
-"""What an evaluation found: the scores of its episodes, and the figures that are read from them."""
+"""The result of one evaluation: per-episode scores and the metrics computed from them."""
 
 from __future__ import annotations
 
@@ -43,25 +43,24 @@ from searchr1_async.watch.viewer import CellView, page_of
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Evaluation:
-    """The scores of one evaluation. Several episodes of one question are samples of it.
+    """The scores of one evaluation. Several episodes of one question are its samples.
 
-    Scores are means over questions of the mean over each question's samples, so that a question counts once however
-    often it was sampled. Failed episodes say nothing about the model: they are left out of every figure but ``failed``
-    and ``stop_fractions``. Figures of nothing are NaN.
+    Each metric is averaged over a question's samples, then over questions. Failed episodes are excluded from everything
+    but ``failed`` and ``stop_fractions``. Metrics without data are NaN.
     """
 
     label: str
-    """What was evaluated: ``untrained``, ``after RL``."""
+    """Name of what was evaluated: ``untrained``, ``after RL``."""
     scores: pl.DataFrame
-    """One row for each episode: :data:`searchr1_async.evaluation.scores.SCORE_SCHEMA`, and any columns besides."""
+    """One row per episode: at least the columns of :data:`searchr1_async.evaluation.scores.SCORE_SCHEMA`."""
     step: int | None = None
-    """Optimiser steps done before it; None when it belongs to no step."""
+    """Optimiser step of the weights; None when not tied to a step."""
     load: Callable[[], Sequence[Episode]] | None = field(default=None)
-    """Reads the episodes themselves; None where they were not kept."""
+    """Loads the episodes; None if they were not kept."""
 
     @staticmethod
     def of(label: str, episodes: Iterable[Episode], step: int | None = None) -> Evaluation:
-        """The evaluation of episodes in memory; the samples of a question are numbered in their order."""
+        """Builds an evaluation from episodes in memory; samples of a question are numbered in input order."""
         kept, samples = tuple(episodes), []
         seen: dict[tuple[str, str], int] = defaultdict(int)
         for episode in kept:
@@ -77,59 +76,55 @@ class Evaluation:
             f"[{low:.3f}, {high:.3f}], failed={self.failed})"
         )
 
-    # --- what was asked -----------------------------------------------------------------------------------------------
+    # --- questions ----------------------------------------------------------------------------------------------------
 
     @cached_property
     def by_question(self) -> pl.DataFrame:
-        """One row for each question: :func:`searchr1_async.evaluation.figures.question_means`."""
+        """One row per question: :func:`searchr1_async.evaluation.figures.question_means`."""
         return question_means(self.scores)
 
     @cached_property
     def suites(self) -> tuple[str, ...]:
-        """In the order in which they were asked."""
+        """Suite names in question order."""
         return suites_of(self.scores)
 
     @property
     def questions(self) -> int:
-        """Different questions asked, failed ones too."""
+        """Number of distinct questions, failed ones included."""
         return self.by_question.height
 
     @property
     def samples_per_question(self) -> int:
-        """Episodes of the question that has most of them; 0 of nothing."""
+        """Maximum number of samples of any question; 0 without questions."""
         return max(self.by_question["samples"], default=0)
 
     @cached_property
     def failed(self) -> int:
-        """Episodes that a service ended."""
+        """Number of episodes that failed because of a service."""
         return int(self.scores["failed"].sum())
 
     # --- scores -------------------------------------------------------------------------------------------------------
 
     def estimate(self, metric: str, suite: str | None = None) -> Estimate:
-        """A figure's mean over questions, with its 95 % interval (:func:`.statistics.mean_intervals`).
+        """Mean of a metric over questions, with its 95 % interval (:func:`.statistics.mean_intervals`).
 
         Args:
-            metric: one of ``exact_match``, ``f1``, ``cover_match``, ``format``, or another column of ``scores`` that has a mean
+            metric: ``exact_match``, ``f1``, ``cover_match``, ``format``, or another numeric column of ``scores``
                 (``judged``, ``answer_in_passage``, ``gold_recall``, ``turns``, ``searches``, ``prompt_tokens``, …).
-            suite: its name; None is all questions alike, ``"macro"`` the unweighted mean over suites.
+            suite: a suite's name; None pools all questions, ``"macro"`` is the unweighted mean over suites.
 
         Raises:
-            ConfigurationError: no such figure or suite.
+            ConfigurationError: unknown metric or suite.
         """
         return estimate_of(self.values_of(metric), suite, self.label)
 
     def pass_at(self, k: int, suite: str | None = None) -> Estimate:
-        """The chance that one of k samples is right: pass@k, unbiased (:func:`.statistics.pass_at_k`), over questions.
+        """Unbiased pass@k averaged over questions (:func:`.statistics.pass_at_k`).
 
-        Questions of which fewer than k samples finished are left out.
-
-        Args:
-            k: samples allowed.
-            suite: as in :meth:`estimate`.
+        Questions with fewer than k finished samples are excluded. ``suite`` is as in :meth:`estimate`.
 
         Raises:
-            ConfigurationError: k is below 1 or above ``samples_per_question``, or no such suite.
+            ConfigurationError: k is below 1 or above ``samples_per_question``, or the suite is unknown.
         """
         self._check_samples(k)
         enough = self.by_question.filter(pl.col("finished") >= k)
@@ -137,7 +132,7 @@ class Evaluation:
         return estimate_of(by_suite(values, self.suites), suite, self.label)
 
     def avg_at(self, k: int, suite: str | None = None) -> Estimate:
-        """Exact match averaged over the first k samples of each question: avg@k; arguments and errors as in :meth:`pass_at`."""
+        """avg@k: exact match over the first k samples of each question; arguments and errors as :meth:`pass_at`."""
         self._check_samples(k)
         first = self.scores.filter(~pl.col("failed")).sort("sample", maintain_order=True)
         means = first.group_by(*QUESTION, maintain_order=True).agg(
@@ -148,19 +143,19 @@ class Evaluation:
 
     @property
     def avg_at_k(self) -> Estimate:
-        """Exact match averaged over all samples of each question."""
+        """Exact match over all samples of each question."""
         return self.estimate("exact_match")
 
     def values_of(self, metric: str) -> dict[str, Floats]:
-        """What an estimate is made from: by suite each question's mean, of those that have one."""
+        """Per suite, the per-question means behind an estimate; questions without a value are excluded."""
         check_metric(metric)
         return by_suite(self.by_question.select("suite", value=metric), self.suites)
 
     def summary(self) -> pl.DataFrame:
-        """Columns ``suite``, ``metric``, ``mean``, ``low``, ``high`` (95 %), ``questions`` and ``episodes`` (with a score).
+        """Columns ``suite``, ``metric``, ``mean``, ``low``, ``high`` (95 %), ``questions`` and ``episodes`` (scored ones).
 
-        A row for each suite and each of the four scores, and ``judged`` where a judge was asked; with several suites also those of
-        ``all`` questions alike and of ``macro``, the unweighted mean over suites.
+        One row per suite and score, plus ``judged`` if a judge ran. With several suites, adds rows for ``all`` (pooled
+        questions) and ``macro`` (unweighted mean over suites).
         """
         metrics = [*METRICS, *(["judged"] if self.scores["judged"].is_not_null().any() else [])]
         over = [ALL_SUITES, MACRO] if len(self.suites) > 1 else []
@@ -190,42 +185,42 @@ class Evaluation:
 
     @cached_property
     def exact_match(self) -> float:
-        """Share of answers that are exactly a golden one after normalisation (reward part ``correct``)."""
+        """Share of answers that equal a golden answer after normalisation (reward part ``correct``)."""
         return self.estimate("exact_match").mean
 
     @cached_property
     def exact_match_interval(self) -> Interval:
-        """95 %, over questions: Wilson's, with the effective number of questions where they have several samples."""
+        """95 % Wilson interval over questions, using the effective number of questions if there are several samples."""
         return Interval(*self.estimate("exact_match")[1:])
 
     @cached_property
     def f1(self) -> float:
-        """Mean token F1 against the best golden answer."""
+        """Mean token F1 against the best-matching golden answer."""
         return self.estimate("f1").mean
 
     @cached_property
     def cover_match(self) -> float:
-        """Share of answers that hold a golden one as whole words."""
+        """Share of answers that contain a golden answer as whole words."""
         return self.estimate("cover_match").mean
 
     @cached_property
     def format(self) -> float:
-        """Share of episodes of which an answer could be read."""
+        """Share of episodes with a parseable answer."""
         return self.estimate("format").mean
 
     @property
     def macro(self) -> Estimate:
-        """Exact match, the unweighted mean over suites."""
+        """Exact match as the unweighted mean over suites."""
         return self.estimate("exact_match", MACRO)
 
-    # --- how it was done ----------------------------------------------------------------------------------------------
+    # --- behaviour ----------------------------------------------------------------------------------------------------
 
     def outcomes(self) -> pl.DataFrame:
-        """Where it went wrong: :func:`searchr1_async.evaluation.figures.outcome_frame`."""
+        """Outcome counts and shares: :func:`searchr1_async.evaluation.figures.outcome_frame`."""
         return outcome_frame(self.scores)
 
     def costs(self) -> pl.DataFrame:
-        """What it took: :func:`searchr1_async.evaluation.figures.cost_frame`."""
+        """Turns, searches, tokens and seconds: :func:`searchr1_async.evaluation.figures.cost_frame`."""
         return cost_frame(self.scores)
 
     @cached_property
@@ -234,30 +229,30 @@ class Evaluation:
 
     @cached_property
     def valid_call_fraction(self) -> float:
-        """Share of tool calls that could be read; NaN when the model made none."""
+        """Share of well-formed tool calls; NaN if the model made none."""
         calls, malformed = self._finished_scores.select(pl.col("calls", "malformed_calls").sum()).row(0)
         return 1 - malformed / calls if calls else math.nan
 
     @cached_property
     def answer_in_passage(self) -> float:
-        """Share of episodes in which a golden answer stood in a passage that the model was shown."""
+        """Share of episodes in which a passage shown to the model contains a golden answer."""
         return self._mean_of_episodes("answer_in_passage")
 
     @cached_property
     def gold_recall(self) -> float:
-        """Share of a question's ``gold_passages`` that an episode was shown; NaN where none are known."""
+        """Share of a question's ``gold_passages`` that were retrieved; NaN if none are known."""
         return self._mean_of_episodes("gold_recall")
 
     @cached_property
     def stop_fractions(self) -> Mapping[str, float]:
-        """``stop/<reason>`` as fractions of all episodes, failed ones too."""
+        """``stop/<reason>`` as fractions of all episodes, failed ones included."""
         counts = dict(self.scores.group_by("stop_reason").len().iter_rows())
         return {
             f"stop/{reason.value}": counts.get(reason.value, 0) / max(self.scores.height, 1) for reason in StopReason
         }
 
     def metrics(self) -> dict[str, float]:
-        """The figures to tell in an event: exact match with the ends of its interval, counts, and each suite's exact match."""
+        """Metrics for events: exact match with its interval, counts, and exact match per suite."""
         low, high = self.exact_match_interval
         return {
             "exact_match": self.exact_match,
@@ -270,44 +265,44 @@ class Evaluation:
         }
 
     def point(self) -> EvaluationPoint:
-        """Where it stands in the learning curve."""
+        """This evaluation as a point of the learning curve."""
         return EvaluationPoint(self.label, self.step, self.exact_match, *self.exact_match_interval)
 
-    # --- parts and episodes -------------------------------------------------------------------------------------------
+    # --- subsets and episodes -----------------------------------------------------------------------------------------
 
     @property
     def by_data_source(self) -> dict[str, Evaluation]:
-        """The same for each suite by itself, by name."""
+        """One evaluation per suite, by name."""
         return self._split("suite", lambda episode: episode.question.data_source)
 
     @property
     def by_hop(self) -> dict[str, Evaluation]:
-        """The same by ``question.metadata["hop"]``; questions without it are left out."""
+        """One evaluation per ``question.metadata["hop"]``; questions without it are excluded."""
         return self._split("hop", lambda episode: episode.question.metadata.get("hop"))
 
     @property
     def episodes(self) -> tuple[Episode, ...]:
-        """The episodes themselves; those of a large evaluation are read from the disk each time.
+        """The episodes; an evaluation with a folder reads them from disk on each access.
 
         Raises:
-            ConfigurationError: they were not kept.
+            ConfigurationError: the episodes were not kept.
         """
         if self.load is None:
             raise ConfigurationError(
-                f"the episodes of {self.label!r} were not kept, only their scores: evaluate with an out_dir to keep them"
+                f"the episodes of {self.label!r} were not kept, only their scores: pass out_dir to evaluate() to keep them"
             )
         return tuple(self.load())
 
     @property
     def finished(self) -> tuple[Episode, ...]:
-        """The episodes that no service ended; errors as of :attr:`episodes`."""
+        """The episodes that did not fail; errors as :attr:`episodes`."""
         return tuple(episode for episode in self.episodes if not episode.failed)
 
     def view(self, path: str | Path | None = None) -> Path | CellView:
-        """Its episodes in the viewer: filter, sort, read.
+        """Shows the episodes in the viewer.
 
         Args:
-            path: writes one self-contained HTML page there and returns its path; None shows it in the notebook's cell.
+            path: write a self-contained HTML page here and return its path; None shows it in the notebook cell.
 
         Raises:
             ConfigurationError: the episodes were not kept.
@@ -321,14 +316,14 @@ class Evaluation:
         return target
 
     def to_frame(self) -> pl.DataFrame:
-        """One row for each episode, with the columns of :data:`searchr1_async.watch.rows.EPISODE_SCHEMA`.
+        """One row per episode: :data:`searchr1_async.watch.rows.EPISODE_SCHEMA`.
 
         Raises:
             ConfigurationError: the episodes were not kept.
         """
         return episodes_frame(evaluation_rows(self.label, self.episodes, self.step))
 
-    # --- inside -------------------------------------------------------------------------------------------------------
+    # --- internals ----------------------------------------------------------------------------------------------------
 
     @cached_property
     def _finished_scores(self) -> pl.DataFrame:
@@ -341,7 +336,7 @@ class Evaluation:
     def _check_samples(self, k: int) -> None:
         if not 1 <= k <= max(self.samples_per_question, 1):
             raise ConfigurationError(
-                f"k is {k}, but {self.label!r} has {self.samples_per_question} samples a question: "
+                f"k is {k}, but {self.label!r} has {self.samples_per_question} samples per question: "
                 "evaluate with samples=k or more"
             )
 
@@ -358,19 +353,17 @@ class Evaluation:
 def compare(
     before: Evaluation, after: Evaluation, metric: str = "exact_match", *, suite: str | None = None, seed: int = 0
 ) -> PairedDifference:
-    """How much better ``after`` is, paired by question (:func:`.statistics.paired_difference`).
+    """Difference ``after - before``, paired by question (:func:`.statistics.paired_difference`).
 
-    Questions of which every episode failed on one side are left out of both.
+    Questions whose episodes all failed on one side are excluded. The order of questions may differ.
 
     Args:
-        before: the earlier evaluation.
-        after: the later one, of the same questions in any order.
-        metric: what is compared; as in :meth:`Evaluation.estimate`.
-        suite: its name; None is all questions alike, ``"macro"`` the unweighted mean over suites.
-        seed: of the sign flips, where they are sampled.
+        metric, suite: as in :meth:`Evaluation.estimate`.
+        seed: seed of sampled sign flips.
 
     Raises:
-        ConfigurationError: the two did not ask the same questions, or have no finished one in common; no such figure or suite.
+        ConfigurationError: the evaluations have different questions or no finished question in common, or the metric or
+            suite is unknown.
     """
     pairs = _pairs(before, after, metric, suite)
     if suite == MACRO and MACRO not in before.suites:
@@ -381,12 +374,12 @@ def compare(
 def flips(
     before: Evaluation, after: Evaluation, metric: str = "exact_match", *, suite: str | None = None
 ) -> pl.DataFrame:
-    """The questions whose score changed, the greatest change first: :data:`searchr1_async.evaluation.comparison.FLIP_SCHEMA`.
+    """Questions whose score changed, largest change first: :data:`searchr1_async.evaluation.comparison.FLIP_SCHEMA`.
 
-    ``before_answer`` and ``after_answer`` are those of the first sample that shows the change (of an improved question one of the
-    worst before and one of the best after), ``before`` and ``after`` the means over all its samples.
+    ``before`` and ``after`` are means over samples. ``before_answer`` and ``after_answer`` come from the samples that show
+    the change: for an improved question, a worst sample before and a best one after.
 
-    Args and errors as of :func:`compare`.
+    Args and errors as :func:`compare`.
     """
     return comparison.flip_frame(_pairs(before, after, metric, suite), before.scores, after.scores, metric)
 
@@ -405,7 +398,7 @@ def _pairs(before: Evaluation, after: Evaluation, metric: str, suite: str | None
     if only_before or only_after:
         raise ConfigurationError(
             f"{before.label!r} and {after.label!r} cannot be compared: {only_before} questions are "
-            f"only in the first and {only_after} only in the second; evaluate both on one suite"
+            f"only in the first and {only_after} only in the second; evaluate both on the same suite"
         )
     pairs = comparison.paired_questions(questions_before, questions_after, metric)
     if not pairs.height:

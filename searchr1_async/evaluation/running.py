@@ -1,4 +1,4 @@
-"""Carrying an evaluation out: its folder claimed, what is open played and judged, and the report made."""
+"""Runs an evaluation: claims its folder, rolls out and judges what is missing, builds the report."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from searchr1_async.errors import RunFolderError
 from searchr1_async.evaluation.asked import QUESTIONS_NAME, asked_questions, interleaved, questions_frame
 from searchr1_async.evaluation.describe import continued, describe, refuse_changes
 from searchr1_async.evaluation.job import EvaluationJob, ServiceStage, service_stages
-from searchr1_async.evaluation.judging import judge_samples, lay_verdicts
+from searchr1_async.evaluation.judging import archive_verdicts, judge_samples
 from searchr1_async.evaluation.manifest import MANIFEST_NAME, Manifest
 from searchr1_async.evaluation.opening import OpenedStage, open_stages
 from searchr1_async.evaluation.pool import EpisodeWriter, Pool, PoolProgress
@@ -34,32 +34,29 @@ from searchr1_async.trained import described_differences
 from searchr1_async.watch.fanout import Watchers
 from searchr1_async.watch.trackers import make_trackers, open_trackers
 
-_OF_A_RUN = ("state.json", "checkpoints.json", "metrics", "evaluations", "unlearned")
+_RUN_FILES = ("state.json", "checkpoints.json", "metrics", "evaluations", "unlearned")
 
 
 async def run_evaluation(job: EvaluationJob, watchers: Watchers, opened: AsyncExitStack) -> Report:
-    """Plays what is open, has it judged, and reports on all of it.
+    """Rolls out and judges missing samples, then builds the report.
 
-    Args:
-        opened: gets the folder's lock and its event log, which outlive the last event.
-
-    Raises, also within exception groups:
-        SearchR1Error: whatever went wrong, as one of the package's errors; what was played is kept in ``out_dir``.
+    ``opened`` receives the folder's lock and event log, which must outlive the last event. Raises SearchR1Errors, also within
+    exception groups; finished episodes are kept in ``out_dir``.
     """
     watchers(Notice(find_endpoint(job.choice.service).text))
     job = await settled(job, watchers)
     asked = questions_frame(asked_questions(job.suites))
-    # In a thread: it reads the corpus and what the runs were trained on whole.
+    # In a thread: reads the whole corpus and the runs' training questions.
     manifest = await anyio.to_thread.run_sync(describe, job, asked)
-    _tell_settings(job, manifest, watchers)
+    _report_settings(job, manifest, watchers)
     async with AsyncExitStack() as services:
-        stages = await _refuse(job, manifest, services, watchers)
+        stages = await _validate(job, manifest, services, watchers)
         if job.out_dir is not None:
             opened.enter_context(claimed(job.out_dir))
             for tracker in await opened.enter_async_context(open_trackers(make_trackers((), job.out_dir))):
                 watchers.subscribe(tracker)
         store = EpisodeStore(job.out_dir)
-        with _begun(store):
+        with _removing_on_error(store):
             manifest, done = await anyio.to_thread.run_sync(_begin, job, store, manifest, asked)
             await _Evaluation(job, store, watchers, done).run(stages, services)
     with writing_records(store.folder):
@@ -67,22 +64,24 @@ async def run_evaluation(job: EvaluationJob, watchers: Watchers, opened: AsyncEx
     return await anyio.to_thread.run_sync(make_report, store, manifest)
 
 
-def _tell_settings(job: EvaluationJob, manifest: Manifest, emit: Emit) -> None:
-    """Which systems are played as a run was trained, and which otherwise than they were."""
+def _report_settings(job: EvaluationJob, manifest: Manifest, emit: Emit) -> None:
+    """Emits which systems use a run's training settings, and where settings differ from training."""
     for measured, record in zip(job.systems, manifest.systems, strict=True):
         if record.like is not None and measured.system.method == "search":
             settings = str(job.settings_of(measured).episodes) or "the defaults"
-            emit(Notice(f"{record.label!r} is played like the run in {record.like}: {settings}"))
+            emit(Notice(f"{record.label!r} uses the training settings of the run in {record.like}: {settings}"))
         if record.differences:
             found = described_differences(record.differences)
-            emit(Notice(f"{record.label!r} is not played as it was trained: {found}", is_warning=True))
+            emit(
+                Notice(f"{record.label!r} is evaluated with other settings than in training: {found}", is_warning=True)
+            )
 
 
-async def _refuse(
+async def _validate(
     job: EvaluationJob, manifest: Manifest, services: AsyncExitStack, emit: Emit
 ) -> list[OpenedStage] | None:
-    """What cannot be carried out, before anything is written. The services opened for it; None where an evaluation goes on: it
-    may have nothing left to do, and then needs none."""
+    """Validates the job before anything is written. Returns the opened services, or None for a resumed evaluation, which may
+    need none."""
     earlier = None if job.out_dir is None else await anyio.to_thread.run_sync(Manifest.load, job.out_dir)
     if earlier is not None and job.out_dir is not None:
         refuse_changes(earlier, manifest, job.out_dir, resume=job.resume)
@@ -92,41 +91,40 @@ async def _refuse(
 
 
 @contextmanager
-def _begun(store: EpisodeStore) -> Iterator[None]:
-    """An evaluation that ends by an error before its first episode leaves nothing that would refuse the corrected one."""
+def _removing_on_error(store: EpisodeStore) -> Iterator[None]:
+    """On an error before the first episode, removes the new evaluation's files so that a corrected call can reuse the folder."""
     is_new = not (store.folder / MANIFEST_NAME).exists()
     try:
         yield
     except BaseException:
         if is_new and not store.frame().head(1).collect().height:
-            for name in (MANIFEST_NAME, QUESTIONS_NAME):  # the manifest first: without it there is no evaluation
+            for name in (MANIFEST_NAME, QUESTIONS_NAME):  # manifest first: without it there is no evaluation
                 (store.folder / name).unlink(missing_ok=True)
             shutil.rmtree(store.folder / "tokenizer", ignore_errors=True)
         raise
 
 
 def _refuse_run(job: EvaluationJob) -> None:
-    """A training run's folder has files of the same names: its questions would be lost."""
-    if job.out_dir is not None and any((job.out_dir / name).exists() for name in _OF_A_RUN):
+    """Refuses a training run's folder, whose files would be overwritten."""
+    if job.out_dir is not None and any((job.out_dir / name).exists() for name in _RUN_FILES):
         raise RunFolderError(
-            f"{job.out_dir} holds a training run: choose another out_dir, such as {job.out_dir}/evaluation"
+            f"{job.out_dir} contains a training run: choose another out_dir, such as {job.out_dir}/evaluation"
         )
 
 
 def _begin(
     job: EvaluationJob, store: EpisodeStore, manifest: Manifest, asked: pl.DataFrame
 ) -> tuple[Manifest, set[SampleKey]]:
-    """The evaluation's manifest, and the samples that an earlier session has played; the manifest and the questions are written
-    before the first episode."""
+    """Writes manifest and questions, or loads an earlier session; returns the manifest and the finished samples."""
     earlier = Manifest.load(store.folder)
     if earlier is not None:
         refuse_changes(earlier, manifest, store.folder, resume=job.resume)
         manifest = continued(earlier, manifest)
         with writing_records(store.folder):
-            lay_verdicts(store.folder, earlier.judge, manifest.judge)
+            archive_verdicts(store.folder, earlier.judge, manifest.judge)
             if manifest != earlier:
                 manifest.save(store.folder)
-            lay_verdicts(store.folder, manifest.judge, manifest.judge)
+            archive_verdicts(store.folder, manifest.judge, manifest.judge)
         return manifest, store.load()
     _refuse_run(job)
     with writing_records(store.folder):
@@ -136,8 +134,6 @@ def _begin(
 
 
 class _Evaluation:
-    """One session of an evaluation."""
-
     def __init__(self, job: EvaluationJob, store: EpisodeStore, watchers: Watchers, done: set[SampleKey]) -> None:
         self._job, self._store, self._emit = job, store, watchers
         questions = asked_questions(job.suites)
@@ -147,23 +143,18 @@ class _Evaluation:
         self._open = {each.label: self._pool.count_open(each.label) for each in job.systems}
         self._total = total
         self._progress = PoolProgress(job.samples, watchers, total - sum(self._open.values()))
-        self._is_told = False
+        self._has_started = False
 
     async def run(self, stages: list[OpenedStage] | None, services: AsyncExitStack) -> None:
-        """Plays and judges what is open; opens no service where nothing is.
-
-        Args:
-            stages: opened already, of all systems; None: not yet.
-            services: closes those that are opened here.
-        """
+        """Rolls out and judges missing samples; opens the stages if they are not open yet and something is missing."""
         job = self._job
         judges = job.judge is not None and await anyio.to_thread.run_sync(self._is_unjudged)
         wanted = [each for each in job.systems if self._open[each.label] or judges]
         if not wanted:
-            self._emit(Notice(f"nothing is left to do: all {self._total:,} episodes are played"))
+            self._emit(Notice(f"nothing to do: all {self._total:,} episodes are finished"))
             return
         if self._progress.done:
-            self._emit(Notice(f"going on: {self._progress.done:,} of {self._total:,} episodes are played"))
+            self._emit(Notice(f"resuming: {self._progress.done:,} of {self._total:,} episodes are finished"))
         if stages is None:
             stages = await open_stages(job, service_stages(job, wanted), services, self._emit)
         async with AsyncExitStack() as stack:
@@ -174,17 +165,17 @@ class _Evaluation:
                 if service is not None:
                     await self._play_stage(stage, service)
                     continue
-                async with opened_service(stage.choice, stage.folder, self._emit) as started_here:
-                    await self._play_stage(stage, started_here)
+                async with opened_service(stage.choice, stage.folder, self._emit) as own_service:
+                    await self._play_stage(stage, own_service)
 
     def _is_unjudged(self) -> bool:
-        # Episodes that are still to be played are.
+        # Episodes that are yet to be rolled out will need a verdict.
         return any(self._open.values()) or not self._store.unjudged().is_empty()
 
     async def _play_stage(self, stage: ServiceStage, service: Service) -> None:
         job = self._job
-        if not self._is_told:
-            self._is_told = True
+        if not self._has_started:
+            self._has_started = True
             self._emit(started("evaluate", service, job.used_search, job.play, stage.systems[0].weights.step))
         if job.out_dir is not None:
             await keep_tokenizer(service.tokenizer, job.out_dir)
@@ -193,13 +184,13 @@ class _Evaluation:
             await judge_samples(job.found_judge, self._store, stage.systems, service, self._emit)
 
     async def _play_systems(self, service: Service, systems: list[MeasuredSystem]) -> None:
-        """Those that play alike share an engine, and so a pool."""
-        alike: dict[tuple[WorkerSpec, int | None, int | None], list[MeasuredSystem]] = {}
+        """Systems with equal settings share an engine and its pool."""
+        by_settings: dict[tuple[WorkerSpec, int | None, int | None], list[MeasuredSystem]] = {}
         for measured in systems:
             play = self._job.settings_of(measured)
             spec = worker_spec(service, play, measured.system.method)
-            alike.setdefault((spec, play.n_results, play.max_passage_words), []).append(measured)
-        for (spec, *_), own in alike.items():
+            by_settings.setdefault((spec, play.n_results, play.max_passage_words), []).append(measured)
+        for (spec, *_), own in by_settings.items():
             policies = [(each, await policy_of(service, each.weights, self._job.play.sampling)) for each in own]
             await self._play_pool(service, spec, policies)
             for event in await anyio.to_thread.run_sync(self._finished, own):

@@ -1,7 +1,6 @@
-"""One row for each episode of an evaluation: the compact truth that every figure is computed from. Pure.
+"""Per-episode scores of an evaluation, from which all metrics are computed. Pure.
 
-A row is some 250 bytes where the episode itself is 50,000: full suites of 50,000 episodes are held as scores, and the
-episodes stay on disk.
+Scores are small enough to keep in memory for full suites; the episodes stay on disk.
 """
 
 from __future__ import annotations
@@ -19,68 +18,63 @@ from searchr1_async.watch.metrics import answer_in_passage, passages_shown
 from searchr1_async.watch.rows import storable
 
 METRICS = ("exact_match", "f1", "cover_match", "format")
-"""What every answer is scored by, each from 0 to 1."""
+"""Answer scores, each 0 to 1."""
 
 Outcome = Literal[
     "right_seen", "right_unseen", "reading_failed", "search_failed", "no_search", "no_answer", "failed"
 ]  # fmt: skip
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
-"""What became of an episode, and where it went wrong.
+"""Outcome of an episode.
 
-``right_seen``: right, and a golden answer stood in a passage that it was shown; ``right_unseen``: right without;
-``reading_failed``: wrong, though a golden answer was shown; ``search_failed``: wrong, and no search showed it;
-``no_search``: wrong without one valid search, as every wrong answer of the method ``direct`` is; ``no_answer``: no answer could be read, whatever was shown; ``failed``: a
-service failed it.
+``right_seen``: right, and a retrieved passage contains a golden answer; ``right_unseen``: right otherwise;
+``reading_failed``: wrong although a golden answer was retrieved; ``search_failed``: wrong, and no search retrieved one;
+``no_search``: wrong without a valid search (always so for method ``direct``); ``no_answer``: no parseable answer;
+``failed``: a service failed.
 """
 
 SCORE_SCHEMA = pl.Schema(
     {
-        "system": pl.String,  # label of what was measured
-        "step": pl.Int64,  # optimiser steps done before its weights; null where they belong to no step
+        "system": pl.String,  # label
+        "step": pl.Int64,  # optimiser step of the weights; null if none
         "suite": pl.String,
         "question_id": pl.String,  # unique within its suite
         "question": pl.String,
         "golden_answers": pl.List(pl.String),
-        "sample": pl.Int64,  # number of the episode among its question's, from 0
-        "failed": pl.Boolean,  # a service ended it: says nothing about the model
+        "sample": pl.Int64,  # index among the question's episodes, from 0
+        "failed": pl.Boolean,  # because of a service, not the model
         "stop_reason": pl.String,
         "answer": pl.String,
-        "exact_match": pl.Float64,  # the scores are null where it failed
+        "exact_match": pl.Float64,  # scores are null if failed
         "f1": pl.Float64,
         "cover_match": pl.Float64,
         "format": pl.Float64,
         "turns": pl.Int64,
-        "searches": pl.Int64,  # queries that were run, and passages given with the question as one
-        "calls": pl.Int64,  # tool calls of the model, malformed ones too
+        "searches": pl.Int64,  # executed queries; passages given with the question count as one
+        "calls": pl.Int64,  # tool calls, including malformed ones
         "malformed_calls": pl.Int64,
-        "prompt_tokens": pl.Int64,  # every turn's whole prompt, as sent
-        "cached_prompt_tokens": pl.Int64,  # among these, billed as cache hits
+        "prompt_tokens": pl.Int64,  # full prompts, summed over turns
+        "cached_prompt_tokens": pl.Int64,  # of these, billed as cache hits
         "sampled_tokens": pl.Int64,
-        "seconds": pl.Float64,  # from the episode's start to its end
-        "sampling_seconds": pl.Float64,  # of these, waited for the sampler
-        "search_seconds": pl.Float64,  # and for the search
-        "answer_in_passage": pl.Boolean,  # a golden answer stood in a passage that it was shown
-        "gold_recall": pl.Float64,  # share of metadata["gold_passages"] that it was shown; null without any
+        "seconds": pl.Float64,  # duration of the episode
+        "sampling_seconds": pl.Float64,  # of these, waiting for the sampler
+        "search_seconds": pl.Float64,  # of these, waiting for the search
+        "answer_in_passage": pl.Boolean,  # a shown passage contains a golden answer
+        "gold_recall": pl.Float64,  # share of metadata["gold_passages"] shown; null without any
         "outcome": pl.String,  # one of OUTCOMES
         "hop": pl.Int64,  # metadata["hop"]; null without
-        "judged": pl.Float64,  # a judge's verdict; null where none was asked or read
+        "judged": pl.Float64,  # the judge's verdict; null if none
     }
 )
 
 RIGHT = 0.5
-"""Exact match from which an answer counts as right, for outcomes and pass@k: a reward of the user's may give fractions."""
+"""Threshold of exact match for outcomes and pass@k; custom rewards may give fractions."""
 
 
 def score_frame(system: str, episodes: Iterable[tuple[int, Episode]], step: int | None = None) -> pl.DataFrame:
-    """The scores of a system's episodes, as a frame of exactly :data:`SCORE_SCHEMA`.
+    """Scores of a system's episodes, with schema :data:`SCORE_SCHEMA`.
 
-    Scores are the episode's reward parts ``correct``, ``f1``, ``cover`` and ``format``; a part that is missing, or no finite
-    number, is computed from the answer. It takes 0.12 ms an episode of 1,500 tokens.
-
-    Args:
-        system: label of what was measured.
-        episodes: each with its number among its question's samples; failed ones too.
-        step: optimiser steps done before its weights; None where they belong to no step.
+    Scores are the reward parts ``correct``, ``f1``, ``cover`` and ``format``; missing or non-finite parts are computed from
+    the answer. ``episodes`` are (sample number, episode) pairs, failed ones included.
     """
     columns: dict[str, list[Any]] = {name: [] for name in SCORE_SCHEMA}
     label = storable(system)
@@ -128,7 +122,7 @@ def _scores(episode: Episode) -> dict[str, Any]:
 def _outcome(episode: Episode, scores: Mapping[str, float], seen: bool) -> Outcome:
     if scores["exact_match"] >= RIGHT:
         return "right_seen" if seen else "right_unseen"
-    # A strict scoring reads less than the episode did: its format says so.
+    # Strict scoring may reject an answer that the episode parsed: its format part says so.
     if episode.answer is None or scores["format"] <= 0:
         return "no_answer"
     if seen:
@@ -170,7 +164,7 @@ def _part(parts: Mapping[str, float], name: str, computed: Any) -> float:
 
 
 def _whole_number(value: object) -> int | None:
-    """``hop`` as it stands in files: 2, 2.0, "2"; anything else is none."""
+    """Parses ``hop`` as found in files: 2, 2.0 or "2"; None for anything else."""
     try:
         number = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):

@@ -1,4 +1,4 @@
-"""What an evaluation leaves open and its service, or its earlier session, decides."""
+"""Resolves defaults of an evaluation from its earlier session or the service."""
 
 from __future__ import annotations
 
@@ -15,18 +15,15 @@ from searchr1_async.service import choose_service_model
 
 
 async def settled(job: EvaluationJob, emit: Emit) -> EvaluationJob:
-    """The job with a model in place of a default: that of the earlier session which it goes on with, else one that its service
-    offers.
+    """The job with its default model resolved: from the session being resumed, else from the service.
 
-    Raises:
-        ServiceError: no answer.
-        ModelError: the service offers neither the default nor another model of its family.
+    Raises ServiceError, or ModelError if the service offers neither the default nor another model of its family.
     """
     earlier = None
     if job.resume and job.out_dir is not None:
         earlier = await anyio.to_thread.run_sync(Manifest.load, job.out_dir)
     if earlier is not None and "thinking" not in earlier.settings and job.play.thinking is None:
-        # Begun before there was a choice: the rest of its episodes is played as the first were.
+        # Started by an older version: keep the setting of its first episodes.
         job = replace(job, play=replace(job.play, thinking=AS_TEMPLATE))
     if earlier is not None and "follows_runs" not in earlier.settings:
         job = replace(job, follows_runs=False)

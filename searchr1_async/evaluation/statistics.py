@@ -1,7 +1,6 @@
 """Error bars for evaluations. Pure functions of numpy arrays; every resampling is seeded.
 
-How often the intervals hold the truth, and how often the tests are wrong, is measured by simulation: see
-``benchmarks/intervals`` and ``benchmarks/results/intervals.md``.
+``benchmarks/intervals`` measures coverage and false-positive rates by simulation.
 
 Sources:
     E. B. Wilson (1927), "Probable inference, the law of succession, and statistical inference", JASA 22.
@@ -36,27 +35,27 @@ Z_95 = 1.959963984540054
 
 RESAMPLES = 10_000
 _EXACT_FLIPS = 14
-"""Up to this many differing questions all 2^n sign patterns are counted; beyond it they are sampled."""
+"""Enumerates all 2^n sign patterns up to this many changed questions; samples beyond."""
 _CHUNK_CELLS = 2_000_000
-"""Random cells drawn at a time: 16 MB, whatever the number of questions."""
+"""Random cells per draw: bounds memory at 16 MB."""
 _T_95 = np.array([math.inf, 12.7062, 4.3027, 3.1824, 2.7764])
-"""97.5 % quantiles of Student's distribution for 0 to 4 degrees of freedom, where the expansion is not exact enough."""
+"""97.5 % quantiles of Student's t for 0 to 4 degrees of freedom, where the expansion is too inaccurate."""
 _FULL_CLUSTERING_QUESTIONS = 0.5
-"""Weight, in questions, of the belief that samples of a question always agree; see :func:`mean_intervals`."""
+"""Prior weight, in questions, of samples always agreeing; see :func:`mean_intervals`."""
 _ROUNDING = 1e-12
 
 Floats = NDArray[np.float64]
 
 
 class Interval(NamedTuple):
-    """A 95 % interval; both ends NaN when there was nothing to measure."""
+    """A 95 % interval; NaN without data."""
 
     low: float
     high: float
 
 
 class Estimate(NamedTuple):
-    """A mean with its 95 % interval; all NaN when there was nothing to measure."""
+    """A mean with its 95 % interval; NaN without data."""
 
     mean: float
     low: float
@@ -65,17 +64,17 @@ class Estimate(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class PairedDifference:
-    """How ``after`` differs from ``before`` over the same questions."""
+    """Difference between two evaluations of the same questions."""
 
     mean: float
     """Mean over questions of after - before."""
     interval: Interval
     """95 %, over questions."""
     p_value: float
-    """Two-sided: how probable so large a difference is if the order of before and after were chance."""
+    """Two-sided; null hypothesis: before and after are exchangeable."""
     questions: int
     improved: int
-    """Questions with a better mean after than before."""
+    """Questions whose mean is higher after than before."""
     worsened: int
     method: str
     """``mcnemar-midp``, ``sign-flip-exact`` or ``sign-flip``."""
@@ -85,12 +84,12 @@ class PairedDifference:
 
 
 def wilson_interval(successes: float, trials: int, z: float = Z_95) -> Interval:
-    """Wilson's score interval for a proportion (Wilson 1927, eq. 1); honest at 0 and 1 and for few trials.
+    """Wilson's score interval for a proportion (Wilson 1927, eq. 1).
 
-    ``successes`` may be fractional (a mean of graded scores). No trials give NaN.
+    ``successes`` may be fractional. NaN for zero trials.
 
     Raises:
-        ConfigurationError: ``trials`` is negative or ``successes`` not within 0 to ``trials``.
+        ConfigurationError: ``trials`` is negative or ``successes`` is outside 0 to ``trials``.
     """
     if trials < 0 or not 0 <= successes <= trials:
         raise ConfigurationError(f"a proportion needs 0 <= successes <= trials, not {successes} of {trials}")
@@ -101,7 +100,7 @@ def wilson_interval(successes: float, trials: int, z: float = Z_95) -> Interval:
 
 
 def mean_interval(values: ArrayLike) -> Interval:
-    """95 % interval of the mean over questions; of nothing NaN. See :func:`mean_intervals`."""
+    """95 % interval of the mean over questions; NaN without data. See :func:`mean_intervals`."""
     low, high = mean_intervals(np.asarray(values, dtype=np.float64))
     return Interval(float(low), float(high))
 
@@ -110,24 +109,20 @@ def mean_intervals(values: Floats) -> tuple[Floats, Floats]:
     """95 % intervals of means over questions: Wilson's score interval with the effective number of questions.
 
     Args:
-        values: shape ``[…, questions]``, each question's score, or the mean over its samples: so the samples of a question,
-            which resemble each other, count as one cluster.
+        values: shape ``[…, questions]``: each question's mean over its samples, so correlated samples form one cluster.
 
     Returns:
-        The low and the high ends, shape ``[…]``.
+        Low and high ends, shape ``[…]``.
 
-    Scores from 0 to 1 vary at most by ``m (1 - m)`` about their mean m, and do when they are all 0 or 1. The effective
-    number of questions is n times that bound over the variance seen (Korn & Graubard 1998), with Student's quantile for
-    Wilson's z. For one right-or-wrong sample a question it is Wilson's interval itself. The interval never leaves [0, 1],
-    and equal scores give no point but the interval of n right-or-wrong questions.
+    Scores in [0, 1] with mean m have variance at most ``m (1 - m)``, reached by 0/1 scores. The effective number of
+    questions is n times that bound over the observed variance (Korn & Graubard 1998), with Student's quantile in place of
+    Wilson's z. One 0/1 sample per question gives Wilson's interval itself. The interval stays within [0, 1]; equal scores
+    give the interval of n 0/1 questions, never a point.
 
-    Where few questions were ever right (or ever wrong), the variance seen says little: it is mixed with its bound, which
-    weighs half a question. Without that, 8 samples of 50 questions at 2 % covered 88 to 95 %; with it 97 to 98.
+    When few questions were ever right (or wrong), the observed variance is unreliable: it is mixed with its bound, weighted
+    as half a question.
 
-    Measured coverage is 93.1 to 96.9 % where at least 10 % is right or wrong and from 50 questions on, and 91.8 to 98.1 at 2 %;
-    the percentile bootstrap's falls to 93 % and, at 2 %, to 63 (``benchmarks/intervals``).
-
-    Values outside 0 to 1 (a reward, a number of turns) get Student's interval.
+    Values outside [0, 1] (a reward, a number of turns) get Student's interval.
     """
     questions = values.shape[-1]
     if not questions:
@@ -154,13 +149,12 @@ def mean_intervals(values: Floats) -> tuple[Floats, Floats]:
 
 
 def macro_interval(suites: Sequence[ArrayLike]) -> Interval:
-    """95 % interval of the unweighted mean over suites; of nothing NaN. Suites without a score are left out.
+    """95 % interval of the unweighted mean over suites; NaN without data. Empty suites are excluded.
 
-    Each suite is a sample by itself: their own intervals are joined, the distances to their ends added as squares (Zou &
-    Donner 2008), so that a suite of 125 questions counts with its width and one with none right is not taken for certain.
+    Combines the suites' own intervals by adding the squared distances to their ends (Zou & Donner 2008).
 
     Args:
-        suites: for each suite its questions' scores.
+        suites: the questions' scores of each suite.
     """
     kept = [values for suite in suites if (values := np.asarray(suite, dtype=np.float64)).size]
     if not kept:
@@ -170,7 +164,7 @@ def macro_interval(suites: Sequence[ArrayLike]) -> Interval:
 
 
 def macro_intervals(suites: Sequence[Floats]) -> tuple[Floats, Floats]:
-    """:func:`macro_interval` of many at once: each suite of shape ``[…, questions]``, none empty."""
+    """Batched :func:`macro_interval`: each suite has shape ``[…, questions]``, none is empty."""
     means = np.array([suite.mean(axis=-1) for suite in suites])
     ends = [mean_intervals(suite) for suite in suites]
     below = means - np.array([low for low, _ in ends])
@@ -184,17 +178,14 @@ def cluster_bootstrap(
 ) -> Interval:
     """95 % percentile interval of the mean of ``values``, resampling whole clusters (Efron 1979; Miller 2024, §2.2).
 
-    Samples of one question resemble each other; treating them as independent makes the interval too narrow. For means of
-    scores within 0 to 1, :func:`mean_interval` covers better where questions are few or scores extreme.
+    For scores in [0, 1], :func:`mean_interval` covers better when questions are few or scores extreme.
 
     Args:
         values: shape ``[n]``.
         clusters: length ``n``, the question of each value.
-        resamples: bootstrap samples.
-        seed: of the resampling.
 
     Raises:
-        ConfigurationError: lengths differ.
+        ConfigurationError: the lengths differ.
     """
     values_n = np.asarray(values, dtype=np.float64)
     if values_n.ndim != 1 or len(values_n) != len(clusters):
@@ -207,16 +198,12 @@ def cluster_bootstrap(
     sizes_k = np.bincount(index_n).astype(np.float64)
     sums_r, sizes_r = resampled_sums(np.column_stack([sums_k, sizes_k]), resamples, np.random.default_rng(seed)).T
     low, high = np.percentile(sums_r / sizes_r, [2.5, 97.5])
-    mean = float(values_n.mean())  # rounding alone can put the mean of equal values outside by 1e-17
+    mean = float(values_n.mean())  # rounding can put the mean of equal values just outside
     return Interval(min(float(low), mean), max(float(high), mean))
 
 
 def resampled_sums(rows: Floats, resamples: int, rng: np.random.Generator) -> Floats:
-    """Sums over draws with replacement of as many rows as there are: shape ``[resamples, columns]``.
-
-    Equal rows are drawn together: how often each different one comes is multinomial. Scores take few values, so that 50,000
-    questions cost no more than 500.
-    """
+    """Bootstrap sums of ``rows``, shape ``[resamples, columns]``. Draws multinomial counts of distinct rows, which are few."""
     distinct, counts = np.unique(rows, axis=0, return_counts=True)
     shares = counts / counts.sum()
     sums = [rng.multinomial(len(rows), shares, size=size) @ distinct for size in _chunks(resamples, len(distinct))]
@@ -224,21 +211,20 @@ def resampled_sums(rows: Floats, resamples: int, rng: np.random.Generator) -> Fl
 
 
 def pass_at_k(samples: ArrayLike, right: ArrayLike, k: int) -> Floats:
-    """For each question the chance that one of k samples is right, unbiased (Chen et al. 2021, eq. 1).
+    """Unbiased pass@k of each question (Chen et al. 2021, eq. 1).
 
     Args:
-        samples: drawn, shape ``[questions]``; at least k.
-        right: of these, shape ``[questions]``.
-        k: samples allowed.
+        samples: number of samples, shape ``[questions]``; at least k.
+        right: number of correct samples, shape ``[questions]``.
 
     Raises:
-        ConfigurationError: k is below 1, or a question has fewer samples.
+        ConfigurationError: k is below 1, or a question has fewer than k samples.
     """
     samples_q, right_q = np.asarray(samples, dtype=np.int64), np.asarray(right, dtype=np.int64)
     if k < 1 or (samples_q < k).any():
         raise ConfigurationError(f"pass@{k} needs k of at least 1 and at least k samples of every question")
     wrong_q = samples_q - right_q
-    # C(n - c, k) / C(n, k) as a product of k factors: no factorial overflows, and it is 0 where fewer than k are wrong.
+    # C(n - c, k) / C(n, k) as a product of k factors: avoids overflow, and is 0 if fewer than k samples are wrong.
     factors = (wrong_q[:, None] - np.arange(k)).clip(0) / (samples_q[:, None] - np.arange(k))
     return 1.0 - factors.prod(axis=1)
 
@@ -249,20 +235,20 @@ def pass_at_k(samples: ArrayLike, right: ArrayLike, k: int) -> Floats:
 def paired_difference(
     before: Sequence[ArrayLike], after: Sequence[ArrayLike], *, resamples: int = RESAMPLES, seed: int = 0
 ) -> PairedDifference:
-    """Compare two evaluations of the same questions (Miller 2024, §4: pairing removes the questions' own variance).
+    """Compares two evaluations of the same questions (Miller 2024, §4: pairing removes between-question variance).
 
     Args:
-        before: for each question its samples' scores, shape ``[samples]`` each; a plain number is one sample.
-        after: the same questions in the same order; the numbers of samples may differ.
-        resamples: sign flips, when they are sampled.
-        seed: of these.
+        before: per question, its samples' scores, shape ``[samples]``; a plain number is one sample.
+        after: the same questions in the same order; sample counts may differ.
+        resamples: number of sampled sign flips.
+        seed: seed of the sampled sign flips.
 
-    The p-value is McNemar's mid-p (binomial over the questions that changed; Fagerland et al. 2013) when every question has
-    one 0/1 sample on both sides; otherwise that of a sign-flip permutation test (Fisher 1935) on the questions' mean
-    differences, exact up to 14 questions that differ. The interval is that of :func:`difference_intervals`.
+    The p-value is McNemar's mid-p (Fagerland et al. 2013) if every question has one 0/1 sample on both sides, otherwise that
+    of a sign-flip permutation test (Fisher 1935) on the questions' mean differences, exact up to 14 changed questions. The
+    interval is :func:`difference_intervals`.
 
     Raises:
-        ConfigurationError: there is no question, one without a sample, or the numbers of questions differ.
+        ConfigurationError: no questions, a question without samples, or different numbers of questions.
     """
     befores = [np.atleast_1d(np.asarray(scores, dtype=np.float64)) for scores in before]
     afters = [np.atleast_1d(np.asarray(scores, dtype=np.float64)) for scores in after]
@@ -278,13 +264,9 @@ def paired_difference(
 def difference_of(
     difference_q: Floats, *, is_single: bool, resamples: int = RESAMPLES, seed: int = 0
 ) -> PairedDifference:
-    """:func:`paired_difference` of the questions' differences, shape ``[questions]``, at least one.
+    """:func:`paired_difference` from per-question differences (after - before), shape ``[questions]``, at least one.
 
-    Args:
-        difference_q: of each question's mean, after - before.
-        is_single: they come from one 0/1 sample on both sides: -1, 0 or 1.
-        resamples: sign flips, when they are sampled.
-        seed: of these.
+    ``is_single``: each side has one 0/1 sample per question, so differences are -1, 0 or 1.
     """
     difference_q = np.where(np.abs(difference_q) <= _ROUNDING, 0.0, difference_q)
     improved, worsened = int((difference_q > 0).sum()), int((difference_q < 0).sum())
@@ -301,24 +283,22 @@ def difference_of(
 
 
 def difference_intervals(difference: Floats) -> tuple[Floats, Floats]:
-    """95 % intervals of mean differences, within [-1, 1] for differences that are.
+    """95 % intervals of mean differences, clipped to [-1, 1] if all differences are within it.
 
     Args:
         difference: shape ``[…, questions]``, at least one question.
 
-    Student's interval with one question more, which is changed by as much as those that changed (by 1 where none did), half up
-    and half down; after Bonett & Price (2012), who add two. So a comparison in which nothing changed is no proof of equality: of
-    100 questions its interval is ±2 points. Measured coverage is 93 to 97 %, and 99 where four of 50 questions change; the
-    percentile bootstrap's is 93 to 96.
+    Student's interval with one pseudo-question added, changed by the typical amount (by 1 if nothing changed), half up and
+    half down; after Bonett & Price (2012), who add two. An unchanged comparison therefore keeps a non-zero width.
     """
     return _within(difference, *_centre_and_half(difference), difference.mean(axis=-1))
 
 
 def macro_difference_intervals(suites: Sequence[Floats]) -> tuple[Floats, Floats]:
-    """95 % intervals of the unweighted mean over suites: their own (:func:`difference_intervals`), joined.
+    """95 % intervals of the unweighted mean over suites, combined from :func:`difference_intervals`.
 
     Args:
-        suites: for each suite its questions' differences, shape ``[…, questions]``; none empty.
+        suites: per suite, its questions' differences, shape ``[…, questions]``; none empty.
     """
     parts = [_centre_and_half(own) for own in suites]
     centre = np.mean([centre for centre, _ in parts], axis=0)
@@ -333,7 +313,7 @@ def _centre_and_half(difference: Floats) -> tuple[Floats, Floats]:
     usual = np.where(changed > 0, squares / np.maximum(changed, 1), 1.0)
     centre = difference.sum(axis=-1) / (questions + 1)
     variance = ((squares + usual) / (questions + 1) - centre**2).clip(0)
-    # At least one degree of freedom: a single question, with the one that is added.
+    # At least one degree of freedom: a single question plus the pseudo-question.
     return centre, _t_95(max(questions - 1, 1)) * np.sqrt(variance / (questions + 1))
 
 
@@ -344,18 +324,17 @@ def _within(differences: Floats, centre: Floats, half: Floats, mean: Floats) -> 
 
 
 def mcnemar_p_value(improved: int, worsened: int, *, mid_p: bool = True) -> float:
-    """McNemar's two-sided p-value: the changed questions are a fair coin under the null hypothesis.
+    """McNemar's two-sided p-value: under the null hypothesis, changed questions are a fair coin.
 
     Args:
-        improved: questions that were wrong before and right after.
-        worsened: the other way round.
-        mid_p: counts what was observed by half (Fagerland et al. 2013). The exact test is never wrong too often but far too
-            seldom: at 5 % its measured false-positive rate is 0.2 to 3.9 %, the mid-p's 1.0 to 4.9.
+        improved: questions wrong before and right after.
+        worsened: questions right before and wrong after.
+        mid_p: count the observed outcome by half (Fagerland et al. 2013); the exact test is too conservative.
     """
     changed = improved + worsened
     if changed == 0:
         return 1.0
-    # Summed as integers and divided once: exact for any number of questions. Each term comes from the one before it.
+    # Integer sums divided once are exact for any number of questions; each term follows from the previous one.
     tail = term = 1
     for count in range(min(improved, worsened)):
         term = term * (changed - count) // (count + 1)
@@ -367,36 +346,33 @@ def mcnemar_p_value(improved: int, worsened: int, *, mid_p: bool = True) -> floa
 def sign_flip_p_value(
     difference_q: Floats, resamples: int = RESAMPLES, rng: np.random.Generator | None = None
 ) -> float:
-    """Two-sided p-value of a mean difference under random exchange of before and after, question by question.
+    """Two-sided p-value of a mean difference when before and after are swapped at random per question.
 
     Args:
-        difference_q: shape ``[questions]``; zeros carry no information and are left out.
-        resamples: sign patterns drawn when there are too many to count all.
-        rng: source of the patterns; seeded with 0 when None.
+        difference_q: shape ``[questions]``; zeros are ignored.
+        resamples: sign patterns to draw if there are too many to enumerate.
+        rng: seeded with 0 if None.
     """
     changed_c = difference_q[difference_q != 0]
     if not len(changed_c):
         return 1.0
-    # Sums of floats differ in their last bits with the order of summing: equal ones must count as equal.
+    # Float sums differ in their last bits with summation order: the tolerance makes equal sums count as equal.
     observed = abs(changed_c.sum()) - 1e-9 * np.abs(changed_c).sum()
     if len(changed_c) <= _EXACT_FLIPS:
         patterns = np.arange(2 ** len(changed_c))[:, None] >> np.arange(len(changed_c)) & 1
         return float((np.abs((2 * patterns - 1) @ changed_c) >= observed).mean())
     rng = rng if rng is not None else np.random.default_rng(0)
-    # Differences of one size are flipped together: how many of them turn out positive is binomial.
+    # Differences of equal size flip together: the number of positive ones is binomial.
     sizes, counts = np.unique(np.abs(changed_c).round(12), return_counts=True)
     hits = 0
     for draws in _chunks(resamples, len(sizes)):
         sums = (2 * rng.binomial(counts, 0.5, size=(draws, len(sizes))) - counts) @ sizes
         hits += int((np.abs(sums) >= observed).sum())
-    return (hits + 1) / (resamples + 1)  # the observed pattern is one of them: never an impossible p of 0
+    return (hits + 1) / (resamples + 1)  # includes the observed pattern, so p is never 0
 
 
 def holm_correction(p_values: Sequence[float]) -> list[float]:
-    """P-values of several comparisons, adjusted so that any false positive among them stays as rare as one alone (Holm 1979).
-
-    In the order given. A NaN stays one and counts as no comparison.
-    """
+    """Holm-adjusted p-values in input order (family-wise error; Holm 1979). NaN stays NaN and is not counted."""
     order = sorted((i for i, p in enumerate(p_values) if not math.isnan(p)), key=lambda i: p_values[i])
     adjusted = list(p_values)
     largest = 0.0
@@ -410,14 +386,14 @@ def _wilson(share: Floats, trials: Floats, z: Floats) -> tuple[Floats, Floats]:
     spread = 1 + z * z / trials
     centre = (share + z * z / (2 * trials)) / spread
     half = z / spread * np.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
-    # The bounds are analytically 0 and 1 at the ends; floating point would put them a hair off.
+    # The bounds are exactly 0 and 1 at the ends; floating point would be slightly off.
     low = np.where(share <= 0, 0.0, np.maximum(0.0, centre - half))
     high = np.where(share >= 1, 1.0, np.minimum(1.0, centre + half))
     return np.minimum(low, share), np.maximum(high, share)
 
 
 def _t_95(degrees: int) -> float:
-    """97.5 % quantile of Student's distribution; Cornish-Fisher's expansion, exact to 0.001."""
+    """97.5 % quantile of Student's t: Cornish-Fisher expansion, exact to 0.001."""
     if degrees < len(_T_95):
         return float(_T_95[degrees])
     z, n = Z_95, degrees

@@ -1,15 +1,15 @@
-"""An evaluation's folder: every episode on disk soon after it has ended, so that a kill costs only those under way.
+"""An evaluation's folder. Episodes are written soon after they end, so a kill loses only those in flight.
 
 ::
 
-    <folder>/manifest.json          what is measured (:mod:`.manifest`)
-    <folder>/questions.parquet      the questions, suite after suite
-    <folder>/episodes/000012.parquet   episodes in the order in which they ended (:data:`~searchr1_async.watch.rows.EPISODE_SCHEMA`:
-                                    ``label`` is the system, ``group`` the question's place, ``member`` the sample)
-    <folder>/judgements.parquet     the judge's verdicts, where there is one
+    <folder>/manifest.json             what is measured (:mod:`.manifest`)
+    <folder>/questions.parquet         the questions, suite after suite
+    <folder>/episodes/000012.parquet   episodes in completion order (:data:`~searchr1_async.watch.rows.EPISODE_SCHEMA`;
+                                       ``label`` is the system, ``group`` the question's index, ``member`` the sample)
+    <folder>/judgements.parquet        the judge's verdicts, if any
 
-Each file appears whole or not at all. Of two records of one sample the later counts, so an episode that a service failed may
-be played again. Methods that touch the disk are synchronous: call them in a worker thread.
+Files are written atomically. The latest record of a sample counts, so failed episodes can be retried. Methods that touch the
+disk block: call them in a worker thread.
 """
 
 from __future__ import annotations
@@ -37,23 +37,22 @@ _PART = re.compile(r"(\d{6,})\.parquet")
 JUDGEMENTS_NAME = "judgements.parquet"
 _KEY = ["system", "place", "sample"]
 _RECORD_KEY = ["label", "group", "member"]
-"""The same in the files."""
+"""``_KEY`` as the files name it."""
 _JUDGEMENTS = pl.Schema({"system": pl.String, "place": pl.Int64, "sample": pl.Int64, "judged": pl.Float64})
 _MERGED_ROWS = 1024
-"""Episodes a file at the end, where an evaluation of an hour had written thousands of small ones. Merging holds as many: long
-ones took 280 MB for a file of 19 MB, and 320 MB for four of them."""
+"""Episodes per merged file; also bounds the memory of merging (about 300 MB for long episodes)."""
 
 SampleKey = tuple[str, int, int]
-"""System, the question's place among all that are asked, and the sample's number."""
+"""System, index of the question, sample number."""
 PlayedSample = tuple[SampleKey, int | None, Episode]
-"""A sample, the optimiser steps done before the weights that played it, and its episode."""
+"""A sample, the optimiser step of its weights, and its episode."""
 
 
 class EpisodeStore:
-    """The episodes of one evaluation, on disk, and their scores in memory.
+    """Episodes of one evaluation on disk, and their scores in memory.
 
     Args:
-        folder: the evaluation's; None is one of its own that goes with this object.
+        folder: None uses a temporary folder that is deleted with this object.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -71,11 +70,7 @@ class EpisodeStore:
     # --- writing ------------------------------------------------------------------------------------------------------
 
     def load(self) -> set[SampleKey]:
-        """What an earlier session left: the samples that need not be played again. Call it before :meth:`write`.
-
-        Raises:
-            RunFolderError: a file cannot be read.
-        """
+        """Loads an earlier session; returns its finished samples. Call it before :meth:`write`. Raises RunFolderError."""
         with self._lock, _reading(self.folder):
             parts = self._parts()
             self._next = max((number for number, _ in parts), default=0) + 1
@@ -88,11 +83,7 @@ class EpisodeStore:
         return {(system, place, sample) for system, place, sample in rows}
 
     def write(self, played: Sequence[PlayedSample]) -> None:
-        """Records finished episodes, failed ones too.
-
-        Raises:
-            OSError: the folder cannot be written.
-        """
+        """Writes finished episodes, failed ones included. Raises OSError if the folder cannot be written."""
         if not played:
             return
         rows = [
@@ -106,18 +97,11 @@ class EpisodeStore:
             self._scores.append(_scored(played))
 
     def finish(self) -> None:
-        """Merges the many files into few, each sample once; a kill meanwhile loses nothing.
-
-        Files that are full already are left as they are, and no more than one such file's episodes are held at once.
-
-        Raises:
-            OSError: the folder cannot be written.
-            RunFolderError: a file cannot be read.
-        """
+        """Merges small files and drops superseded records; safe against a kill. Raises OSError or RunFolderError."""
         with self._lock, _reading(self.folder):
             parts = _read_parts([path for _, path in self._parts()])
             for part in parts:
-                if part.latest.is_empty():  # later files hold all that is in it
+                if part.latest.is_empty():  # superseded by later files
                     part.path.unlink(missing_ok=True)
             for batch in _batches([part for part in parts if not part.latest.is_empty()]):
                 _merge(batch)
@@ -125,7 +109,7 @@ class EpisodeStore:
     # --- reading ------------------------------------------------------------------------------------------------------
 
     def scores(self) -> pl.DataFrame:
-        """A row a sample, by system, question and sample: the columns of ``SCORE_SCHEMA``, and ``place``."""
+        """One row per sample, sorted by system, question and sample: ``SCORE_SCHEMA`` plus ``place``."""
         with self._lock:
             judgements, latest = self._judgements, self._latest()
         return (
@@ -136,35 +120,26 @@ class EpisodeStore:
         )
 
     def unjudged(self, systems: Sequence[str] | None = None) -> pl.DataFrame:
-        """The finished samples that no judge was asked about, of all systems or of these."""
+        """Scores of finished samples without a verdict, of all systems or the given ones."""
         with self._lock:
             left = self._latest().filter(~pl.col("failed")).join(self._judgements, on=_KEY, how="anti")
         return left if systems is None else left.filter(pl.col("system").is_in(list(systems)))
 
     def write_judgements(self, verdicts: Mapping[SampleKey, float | None]) -> None:
-        """Keeps a judge's verdicts: 1 right, 0 wrong, None where it gave none.
-
-        Raises:
-            OSError: the folder cannot be written.
-        """
+        """Adds verdicts: 1 right, 0 wrong, None unreadable. Raises OSError if the folder cannot be written."""
         rows = [(*key, verdict) for key, verdict in verdicts.items()]
         with self._lock:
             self._judgements = pl.concat([self._judgements, pl.DataFrame(rows, schema=_JUDGEMENTS, orient="row")])
             write_parquet(self.folder / JUDGEMENTS_NAME, self._judgements)
 
     def episodes(self, system: str) -> tuple[Episode, ...]:
-        """A system's episodes in the order of the questions.
-
-        Raises:
-            RunFolderError: they cannot be read.
-        """
+        """A system's episodes in question order. Raises RunFolderError if a file cannot be read."""
         with self._lock, _reading(self.folder):
             frame = self.frame().filter(label=system).collect()
-        frame = _each_once(frame).sort("group", "member")
+        frame = _latest_only(frame).sort("group", "member")
         return tuple(episode_from_row(row) for row in frame.iter_rows(named=True))
 
     def frame(self) -> pl.LazyFrame:
-        """Every record of an episode, scanned from the files."""
         return scan_rows([path for _, path in self._parts()], EPISODE_SCHEMA)
 
     def _latest(self) -> pl.DataFrame:
@@ -180,26 +155,24 @@ class EpisodeStore:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """A file of episodes."""
-
     path: Path
     rows: int
     latest: pl.Series
-    """Numbers of its rows of which no later row, in it or in a later file, is a record of the same sample."""
+    """Row numbers that no later row of this or a later file supersedes."""
 
     @property
-    def is_each_once(self) -> bool:
+    def is_compact(self) -> bool:
         return len(self.latest) == self.rows
 
 
 def _read_parts(paths: Sequence[Path]) -> list[_Part]:
-    """Reads the key columns alone."""
+    """Reads only the key columns."""
     frames = [read_parquet(path, columns=_RECORD_KEY) for path in paths]
     numbered = [
         frame.with_row_index("row").with_columns(pl.lit(number, pl.UInt32).alias("part"))
         for number, frame in enumerate(frames)
     ]
-    latest = _each_once(pl.concat(numbered)).partition_by("part", as_dict=True) if numbered else {}
+    latest = _latest_only(pl.concat(numbered)).partition_by("part", as_dict=True) if numbered else {}
     none = pl.Series("row", dtype=pl.UInt32)
     return [
         _Part(path, frame.height, latest[number,]["row"] if (number,) in latest else none)
@@ -208,7 +181,7 @@ def _read_parts(paths: Sequence[Path]) -> list[_Part]:
 
 
 def _batches(parts: Sequence[_Part]) -> Iterator[list[_Part]]:
-    """Neighbours that fit into one file together, in their order; cut again after they were merged, they are one a batch."""
+    """Groups consecutive files that fit into one; merged files form batches of one."""
     batch: list[_Part] = []
     rows = 0
     for part in parts:
@@ -222,13 +195,12 @@ def _batches(parts: Sequence[_Part]) -> Iterator[list[_Part]]:
 
 
 def _merge(batch: Sequence[_Part]) -> None:
-    """Makes one file of several, each sample once.
+    """Merges files into the last of them, which keeps the order of records; the others are deleted afterwards.
 
-    It takes the place of the last: later than all that the others held, and no later than what came after them. They go when
-    it is there, so that of a kill between nothing stays but earlier records of the same samples.
+    A kill in between leaves only superseded records behind.
     """
     *earlier, last = batch
-    if not earlier and last.is_each_once:
+    if not earlier and last.is_compact:
         return
     frames = [scan_rows([part.path], EPISODE_SCHEMA).collect()[part.latest] for part in batch]
     write_parquet(last.path, pl.concat(frames))
@@ -236,12 +208,11 @@ def _merge(batch: Sequence[_Part]) -> None:
         part.path.unlink(missing_ok=True)
 
 
-def _each_once(frame: pl.DataFrame) -> pl.DataFrame:
+def _latest_only(frame: pl.DataFrame) -> pl.DataFrame:
     return frame.unique(_RECORD_KEY, keep="last", maintain_order=True)
 
 
 def _scored(played: Sequence[PlayedSample]) -> pl.DataFrame:
-    """Scores of episodes, by system, each with its question's place."""
     by_system: dict[tuple[str, int | None], list[tuple[int, int, Episode]]] = {}
     for (label, place, sample), step, episode in played:
         by_system.setdefault((label, step), []).append((place, sample, episode))
@@ -266,7 +237,7 @@ def _scores_of(frame: pl.DataFrame) -> pl.DataFrame:
 
 @contextmanager
 def _reading(folder: Path) -> Iterator[None]:
-    """A file that cannot be read becomes an error that names the folder."""
+    """Converts read errors into a RunFolderError."""
     try:
         yield
     except pl.exceptions.PolarsError as error:

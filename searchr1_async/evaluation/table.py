@@ -1,4 +1,4 @@
-"""Evaluations side by side: as aligned text, as rows for a page, as a frame of numbers."""
+"""Side-by-side tables of evaluations: aligned text, rows for a page, a frame."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _SCHEMA = {
 
 
 def comparison_frame(evaluations: Sequence[Evaluation]) -> pl.DataFrame:
-    """One row of numbers for each evaluation; shares are 0 to 1, figures of nothing null."""
+    """One row of numbers per evaluation; shares are 0 to 1, missing values null."""
     rows = [
         (
             evaluation.label,
@@ -49,7 +49,7 @@ def comparison_frame(evaluations: Sequence[Evaluation]) -> pl.DataFrame:
 
 
 def comparison_rows(evaluations: Sequence[Evaluation]) -> list[dict[str, str]]:
-    """The table's cells as text, by column heading; ``failed`` appears only when an episode failed."""
+    """Table cells as text, by column heading; ``failed`` appears only if an episode failed."""
     any_failed = any(evaluation.failed for evaluation in evaluations)
     rows: list[dict[str, str]] = []
     for evaluation in evaluations:
@@ -75,7 +75,7 @@ def comparison_rows(evaluations: Sequence[Evaluation]) -> list[dict[str, str]]:
 
 
 def comparison_table(evaluations: Sequence[Evaluation]) -> str:
-    """The table as aligned plain text, with the paired difference of the last two evaluations as its last line."""
+    """Aligned plain text; the last line is the paired difference of the last two evaluations."""
     rows = comparison_rows(evaluations)
     if not rows:
         return "no evaluations"
@@ -90,7 +90,7 @@ def comparison_table(evaluations: Sequence[Evaluation]) -> str:
 
 
 def difference_line(evaluations: Sequence[Evaluation]) -> str:
-    """The paired difference of the last two evaluations in words; empty when there are not two."""
+    """The paired difference of the last two evaluations as text; empty for fewer than two."""
     if len(evaluations) < 2:
         return ""
     before, after = evaluations[-2:]
@@ -98,11 +98,11 @@ def difference_line(evaluations: Sequence[Evaluation]) -> str:
     try:
         return f"{name}: {describe(compare(before, after))}"
     except ConfigurationError:
-        return f"{name}: not paired, since they asked different questions"
+        return f"{name}: not paired, because the questions differ"
 
 
 def describe(difference: PairedDifference) -> str:
-    """A paired difference of shares in words, in percentage points."""
+    """A paired difference of shares as text, in percentage points."""
     low, high = difference.interval
     p_value = "p < 0.0001" if difference.p_value < 1e-4 else f"p = {difference.p_value:.2g}"
     return (

@@ -1,4 +1,4 @@
-"""The model card of exported weights: what they are, what they learned from, what they scored, how to load them."""
+"""The model card of exported weights: training data, settings, scores and loading instructions."""
 
 from __future__ import annotations
 
@@ -22,36 +22,28 @@ from searchr1_async.trained import kept_record
 from searchr1_async.watch.records import RunRecords
 
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM takes as ``--max-lora-rank`` (``vllm/config/lora.py``)."""
+"""Values that vLLM accepts for ``--max-lora-rank`` (``vllm/config/lora.py``)."""
 
 
 @dataclass(frozen=True, slots=True)
 class CardFacts:
-    """What a card says of the weights themselves."""
-
     name: str
-    """Of the exported folder."""
     base_model: str
     """Hub name of the base model, or the name of its folder."""
     format: str
     """``"peft"`` or ``"merged"``."""
     rank: int
     step: int | None
-    """Optimiser steps done; None where nobody knows."""
+    """Optimiser step of the weights; None if unknown."""
     is_head_adapted: bool
     note: str = ""
-    """On the base weights, where they are not those that the hub has under this name."""
+    """Remark if the base weights differ from the hub's under this name."""
 
 
 def model_card(facts: CardFacts, run: Path | None, tokenizer: Any) -> str:
-    """The card as Markdown with the hub's YAML header. No path and no address of this machine is in it.
+    """The card as Markdown with the hub's YAML header. Contains no path or address of this machine.
 
-    Args:
-        run: the run's folder, for its data, settings and scores; None where the weights are of no run at hand.
-        tokenizer: the model's, for its prompt.
-
-    Raises:
-        RunFolderError: a file of the run cannot be read.
+    ``run`` is the run's folder, for data, settings and scores. Raises RunFolderError if one of its files cannot be read.
     """
     point = None if run is None else ResumePoint.load(run)
     settings: Mapping[str, Any] = {} if point is None else point.settings
@@ -91,7 +83,7 @@ def _summary(facts: CardFacts, settings: Mapping[str, Any]) -> list[str]:
 
 
 def _prompt(point: ResumePoint, tokenizer: Any) -> list[str]:
-    """One episode with placeholders, in the run's chat and tool-call format."""
+    """An example episode with placeholders, in the run's chat and tool-call format."""
     settings = point.settings
     try:
         dialect = make_dialect(
@@ -105,20 +97,20 @@ def _prompt(point: ResumePoint, tokenizer: Any) -> list[str]:
         prompt, call = dialect.start(Question("", "QUESTION")), dialect.write_call(["QUERY"])
         found = dialect.extend(prompt, call, ["QUERY"], [[Passage("", "TITLE", "PASSAGE")]]) or []
         text = dialect.decode([*prompt, *call, *found, *dialect.write_answer("ANSWER")])
-    except ModelError as error:  # no reason to keep the weights back
-        return [f"It cannot be shown: {error}"]
-    written = "An episode with one search. The model writes the search and the answer; the rest is given to it."
+    except ModelError as error:  # does not prevent the export
+        return [f"The prompt is not available: {error}"]
+    written = "An episode with one search. The model generates the search and the answer; the rest is its input."
     return [written, "", "````text", text, "````"]
 
 
 def _data(run: Path) -> list[str]:
     questions = training_questions(run)
     if not questions:
-        return ["The run has no questions on record."]
+        return ["The run has no recorded questions."]
     counts = Counter(question.data_source or "unnamed" for question in questions)
     rows = [f"| {_cell(source)} | {count:,} |" for source, count in sorted(counts.items())]
     return [
-        f"Reinforcement learning draws from {len(questions):,} questions:",
+        f"Reinforcement learning used {len(questions):,} questions:",
         "",
         "| Source | Questions |",
         "|---|---:|",
@@ -127,7 +119,7 @@ def _data(run: Path) -> list[str]:
 
 
 def _search(run: Path) -> list[str]:
-    """What searches show. Of an index that is not built from a corpus no name is told: it may be an address."""
+    """The search settings. Indexes not built from a corpus stay unnamed: their name may be an address."""
     record = kept_record(run)
     if record is None:
         return []
@@ -137,19 +129,19 @@ def _search(run: Path) -> list[str]:
     where = ""
     if record["passages"] is not None:
         where = f" of the {record['passages']:,} in `{_shown(record['source'])}`, embedded by `{_shown(record['embedder'])}`"
-    return [f"A query shows {shown}{where}{cut}."]
+    return [f"A query returns {shown}{where}{cut}."]
 
 
 def _scores(run: Path, step: int | None) -> list[str]:
     found = load_evaluations(RunRecords(run))
     if not found:
-        return ["The run measured nothing on held-out questions."]
+        return ["The run was not evaluated on held-out questions."]
     rows = [row for evaluation in found for row in _score_rows(evaluation, is_this=evaluation.step == step)]
     return [
         "Exact match on the run's held-out questions, with the 95 % interval over questions. **Bold**: the weights in this "
-        "folder. The best of several measured steps was chosen on these questions, so its figure is too high.",
+        "folder. If the best step was selected on these questions, its score is biased upwards.",
         "",
-        "| Measurement | Step | Suite | Questions | Exact match | 95 % interval |",
+        "| Evaluation | Step | Suite | Questions | Exact match | 95 % interval |",
         "|---|---:|---|---:|---:|---|",
         *rows,
     ]
@@ -169,10 +161,10 @@ def _score_rows(evaluation: Evaluation, *, is_this: bool) -> Iterator[str]:
 def _settings(point: ResumePoint) -> list[str]:
     settings = dict(_flat(point.settings))
     settings.pop("search", None)  # a fingerprint
-    if point.loss is not None:  # the one that the run chose, where none was named
+    if point.loss is not None:  # the loss the run chose by default
         settings["learning.loss"] = point.loss
     rows = [f"| {name} | {_cell(_shown(value))} |" for name, value in settings.items()]
-    return ["| Setting | Value |", "|---|---|", *rows] if rows else ["The run has no settings on record."]
+    return ["| Setting | Value |", "|---|---|", *rows] if rows else ["The run has no recorded settings."]
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -184,7 +176,7 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def _shown(value: Any) -> str:
-    """As text; of a path only its last part, since the rest is of the machine that trained."""
+    """As text; a path is reduced to its last part, to hide the training machine's folders."""
     if not isinstance(value, str):
         return "default" if value in (None, {}) else str(value)
     is_path = PurePosixPath(value).is_absolute() or PureWindowsPath(value).is_absolute() or value.startswith(("~", "."))
@@ -221,9 +213,9 @@ def _loading(facts: CardFacts) -> list[str]:
     )
     if facts.is_head_adapted:
         lines += [
-            "The adapter changes the output head. Where the base model ties its head to its embedding, do not merge it with PEFT's "
-            '`merge_and_unload`, which changes the embedding too: export it again with `format="merged"`. Do so too for a server that '
-            "does not adapt the head.",
+            "The adapter changes the output head. If the base model ties its head to its embedding, do not merge it with PEFT's "
+            '`merge_and_unload`, which also changes the embedding: export with `format="merged"` instead. Do the same for servers '
+            "that do not support adapters on the head.",
         ]
     return lines
 

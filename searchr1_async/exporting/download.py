@@ -1,4 +1,4 @@
-"""Trained weights from a service to this machine: a training state becomes a PEFT adapter, its files come by signed URLs."""
+"""Downloads trained weights: exports a training state as a PEFT adapter and fetches it through signed URLs."""
 
 from __future__ import annotations
 
@@ -17,26 +17,20 @@ from searchr1_async.errors import ExportError, ServiceError
 logger = logging.getLogger(__name__)
 
 EXTERNAL_SECONDS = 3600
-"""How long the service keeps the temporary external weights if they cannot be deleted: the shortest time that Tinker takes."""
+"""TTL of the temporary external weights if they cannot be deleted: the shortest that Tinker accepts."""
 PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0)
-"""Seconds between tries of a download that brings nothing; every byte that arrives starts the row again."""
+"""Backoff in seconds between retries; any received byte resets it."""
 _DELETE_SECONDS = 15.0
 _MARGIN = timedelta(minutes=5)
-"""URLs that expire within this time are signed again before a file is begun."""
+"""URLs that expire within this time are signed again before the next file."""
 _TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)
 
 
 async def download_adapter(service: Service, state_path: str, folder: Path) -> None:
-    """Downloads the adapter of a training state into an empty folder, as the service writes it.
+    """Downloads the adapter of a training state into an empty folder.
 
-    The state is loaded into a model of a session of its own and saved as external weights, which are deleted again.
-
-    Args:
-        state_path: ``tinker://…/weights/…``.
-
-    Raises:
-        ServiceError: the state is gone, or the service does not offer external weights.
-        ExportError: a file could not be downloaded, or not written.
+    Loads the state (``tinker://…/weights/…``) in a separate session, saves it as external weights and deletes these after the
+    download. Raises ServiceError if the state is gone or external weights are not offered, ExportError if the download fails.
     """
     async with service.session() as own:
         client = await own.load_weights(state_path)
@@ -48,12 +42,10 @@ async def download_adapter(service: Service, state_path: str, folder: Path) -> N
                 try:
                     await own.delete_checkpoint(path)
                 except ServiceError as error:
-                    logger.info("%s was not deleted, and expires in an hour: %s", path, error)
+                    logger.info("%s could not be deleted and expires in an hour: %s", path, error)
 
 
 class _Download:
-    """The files of one external checkpoint."""
-
     def __init__(self, service: Service, path: str, folder: Path) -> None:
         self._service, self._path, self._folder = service, path, folder
         self._urls: dict[str, str] = {}
@@ -66,8 +58,8 @@ class _Download:
         for name in self._urls:
             parts = PurePosixPath(name).parts
             if not parts or name.startswith("/") or ".." in parts or set(name) & {"\\", ":", "\0"}:
-                raise ExportError(f"the service names a file {name!r}, which would lie outside of the folder")
-        # No API key: the URLs may lead to another host.
+                raise ExportError(f"the service lists a file {name!r}, which is outside the folder")
+        # Without the API key: the URLs may point to another host.
         async with aiohttp.ClientSession(timeout=_TIMEOUT, trust_env=True, auto_decompress=False) as session:
             for name in sorted(self._urls):
                 if datetime.now(UTC) >= self._expires - _MARGIN:
@@ -84,11 +76,11 @@ class _Download:
     async def _sign(self) -> None:
         answer = await self._service.external_urls(self._path)
         if missing := set(self._urls) - set(answer.urls):
-            raise ExportError(f"the service signs {min(missing)} of {self._path} no more: export again")
+            raise ExportError(f"the service no longer signs {min(missing)} of {self._path}: export again")
         self._urls, self._expires = dict(answer.urls), answer.expires
 
     async def _file(self, session: aiohttp.ClientSession, name: str, target: Path) -> None:
-        """One file whole: continued where it broke off, with a new URL where the old one is refused."""
+        """Downloads a file, resuming after interruptions and signing again if the URL is rejected."""
         failures = 0
         async with await anyio.open_file(target, "wb") as output:
             while True:
@@ -96,7 +88,7 @@ class _Download:
                 try:
                     if await self._part(session, name, output):
                         return
-                    reason = "the answer ended early"
+                    reason = "the response ended early"
                 except (aiohttp.ClientError, TimeoutError) as error:
                     reason = f"HTTP {error.status}" if isinstance(error, aiohttp.ClientResponseError) else str(error)
                     reason = reason or type(error).__name__
@@ -105,15 +97,15 @@ class _Download:
                 failures = 0 if await output.tell() > before else failures
                 if failures == len(PAUSES):
                     raise ExportError(
-                        f"{name} of {self._path} does not come ({reason}), {failures + 1} tries in a row: check the "
+                        f"{name} of {self._path} could not be downloaded ({reason}) in {failures + 1} attempts: check the "
                         "connection and export again"
                     )
-                logger.info("%s of %s: %s; going on in %g s", name, self._path, reason, PAUSES[failures])
+                logger.info("%s of %s: %s; retrying in %g s", name, self._path, reason, PAUSES[failures])
                 await anyio.sleep(PAUSES[failures])
                 failures += 1
 
     async def _part(self, session: aiohttp.ClientSession, name: str, output: anyio.AsyncFile[bytes]) -> bool:
-        """Appends what is missing; whether the file is whole."""
+        """Downloads the missing part; returns whether the file is complete."""
         start = await output.tell()
         headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
         async with session.get(self._urls[name], headers=headers) as response:

@@ -1,4 +1,4 @@
-"""``export``: trained weights out of a service, as a PEFT adapter or as merged weights."""
+"""``export``: trained weights as a PEFT adapter or as merged weights."""
 
 from __future__ import annotations
 
@@ -56,14 +56,12 @@ class RunWithFolder(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class _Order:
-    """What is to be made."""
-
+class _Request:
     folder: Path
     format: Format
     base_model: str | None
     find: Callable[[], Weights]
-    """Which weights: of a run under way, others after each step."""
+    """Finds the weights; in a live run they change with each step."""
 
 
 async def export(
@@ -80,35 +78,34 @@ async def export(
     local: LocalOptions | None = None,
     emit: Emit | None = None,
 ) -> Path:
-    """Takes trained weights out of their service, into a folder that other software loads.
+    """Exports trained weights into a folder that other software can load.
 
-    The service saves the adapter as temporary external weights, which are downloaded and deleted. It is the run's own service
-    where the run is under way in this process; for a finished run of the embedded service, that is started on the run's folder.
+    The service saves the adapter as temporary external weights, which are downloaded and deleted. A run in progress in this
+    process exports through its own service; for a finished run of the embedded service, one is started on the run's folder.
 
     Args:
         run: a run, a run's folder, or a ``tinker://RUN/weights/NAME`` path.
-        folder: where to write; it must not exist, or be empty. It appears whole or not at all.
-        step: of a run: its last kept weights, the best on its held-out questions, or those after so many optimiser steps.
+        folder: output folder; must be missing or empty. Created atomically.
+        step: which of a run's kept weights: ``"last"``, ``"best"`` on held-out questions, or an optimiser step.
         format: ``"peft"`` is a LoRA adapter for transformers + peft, vLLM and SGLang, with tokenizer and model card;
-            ``"merged"`` is a Hugging Face folder with the adapter added to the base model's weights, in their precision. An output
-            head that is tied to the embedding is untied there if the adapter changes it. Needs torch.
-        base_model: the base model's name on the hub, or a folder with its weights. By default what the run was trained from; the
-            embedded service's own copy is merged into.
-        push_to_hub: ``"organisation/name"`` of a repository on the Hugging Face hub to upload the folder to (with ``HF_TOKEN``).
-        private: whether a repository that is created is private.
-        service: as in :func:`searchr1_async.train`; not needed for a run that is under way here.
-        service_folder: the embedded service's folder that holds a ``tinker://`` path; a run's folder knows its own.
-        local: how the embedded service is started.
-        emit: receives events in words.
+            ``"merged"`` is a Hugging Face folder with the adapter merged into the base model, in its precision. A tied output
+            head is untied if the adapter changes it. Needs torch.
+        base_model: hub name or folder of the base model. Default: the run's base model, or the embedded service's copy of it.
+        push_to_hub: ``"organisation/name"`` of a Hugging Face repository to upload to (with ``HF_TOKEN``).
+        private: whether a newly created repository is private.
+        service: as in :func:`searchr1_async.train`; not needed for a run in progress in this process.
+        service_folder: the embedded service's folder with a ``tinker://`` path; not needed for a run's folder.
+        local: options of the embedded service.
+        emit: receives progress events.
 
     Returns:
         ``folder``.
 
     Raises:
-        ConfigurationError: bad input, or a folder that is not empty; before any work.
-        RunFolderError: no run there, this step was not kept (the message names those that were), or another process trains it.
-        ServiceError: the service lacks the weights, or does not offer external weights.
-        ExportError: the download, the merging or the upload failed.
+        ConfigurationError: invalid input, or the folder is not empty; raised before any work.
+        RunFolderError: not a run, the step was not kept (the message lists kept ones), or another process is training it.
+        ServiceError: the service lacks the weights or does not offer external weights.
+        ExportError: the download, merge or upload failed.
     """
     given = checked_arguments(export, locals())
     target: Path = given["folder"]
@@ -117,7 +114,7 @@ async def export(
     await anyio.to_thread.run_sync(_check_target, target)
     find = partial(find_state, given["run"], given["step"], service_folder=given["service_folder"])
     weights = await anyio.to_thread.run_sync(find)
-    order, emit = _Order(target, format, base, find), emit or emit_nothing
+    request, emit = _Request(target, format, base, find), emit or emit_nothing
     model = weights.base_model
     if model is None and weights.path is not None and not is_embedded(service):
         model = await base_model_of(weights.path, service)
@@ -125,7 +122,7 @@ async def export(
     choice = ServiceChoice(service, model or base, local or LocalOptions(), tokenizer)
     with ungrouped():
         async with _service_of(weights, choice, emit) as opened:
-            await _export(opened, weights, order, emit)
+            await _export(opened, weights, request, emit)
     if push_to_hub is not None:
         address = await anyio.to_thread.run_sync(partial(push, target, push_to_hub, private=private))
         emit(Notice(f"uploaded to {address}"))
@@ -140,16 +137,16 @@ def _check(target: Path, format: str, push_to_hub: str | None) -> None:
             "format='merged' needs torch: pip install 'searchr1_async[local]', or export with format='peft'"
         )
     if target.name in ("", "..", "."):
-        raise ConfigurationError(f"{target} cannot be exported to: name a new folder")
+        raise ConfigurationError(f"cannot export to {target}: choose a new folder")
 
 
 def _check_target(target: Path) -> None:
     if target.exists() and not (target.is_dir() and next(target.iterdir(), None) is None):
-        raise ConfigurationError(f"{target} is there already and not empty: choose another folder")
+        raise ConfigurationError(f"{target} already exists and is not empty: choose another folder")
 
 
 def _tokenizer_of(weights: Weights, base_model: str | None) -> str | None:
-    """A folder with the tokenizer, where there is one at hand: no hub is asked then."""
+    """A local folder with the tokenizer, if there is one; avoids the hub."""
     if weights.run is not None and (weights.run / "tokenizer").is_dir():
         return str(weights.run / "tokenizer")
     return base_model if base_model is not None and Path(base_model).is_dir() else None
@@ -157,7 +154,7 @@ def _tokenizer_of(weights: Weights, base_model: str | None) -> str | None:
 
 @asynccontextmanager
 async def _service_of(weights: Weights, choice: ServiceChoice, emit: Emit) -> AsyncIterator[Service]:
-    """The service of a run that is under way here, else one that is opened."""
+    """The service of a run in progress in this process, else a newly opened one."""
     if weights.run is not None and choice.service is None:
         if (under_way := run_under_way(weights.run)) is not None:
             with under_way.control.using_service() as live:
@@ -166,8 +163,8 @@ async def _service_of(weights: Weights, choice: ServiceChoice, emit: Emit) -> As
                     return
         if weights.service_folder is not None and await anyio.to_thread.run_sync(is_claimed, weights.run):
             raise RunFolderError(
-                f"the run in {weights.run} is under way, and its service is not open to this process now: export from the process "
-                "that trains, or when the run has ended"
+                f"the run in {weights.run} is in progress and its service is not accessible from this process: export from the "
+                "training process, or after the run has ended"
             )
     emit(Notice(find_endpoint(choice.service).text))
     await check_service(choice.service, choice.model, choice.local, emit=emit)
@@ -175,18 +172,18 @@ async def _service_of(weights: Weights, choice: ServiceChoice, emit: Emit) -> As
         yield service
 
 
-async def _export(service: Service, weights: Weights, order: _Order, emit: Emit) -> None:
-    base = order.base_model or weights.base_model or service.model_name
-    with _scratch(order.folder) as scratch:
+async def _export(service: Service, weights: Weights, request: _Request, emit: Emit) -> None:
+    base = request.base_model or weights.base_model or service.model_name
+    with _scratch(request.folder) as scratch:
         adapter, merged = scratch / "adapter", scratch / "merged"
         await anyio.to_thread.run_sync(adapter.mkdir)
-        weights = await _download(service, weights, order, adapter, emit)
+        weights = await _download(service, weights, request, adapter, emit)
         name = _base_name(base, service)
         config = await anyio.to_thread.run_sync(_finish_config, adapter, name)
         facts = CardFacts(
-            name=order.folder.name,
+            name=request.folder.name,
             base_model=name,
-            format=order.format,
+            format=request.format,
             rank=int(config["r"]),
             step=weights.step,
             is_head_adapted=any(
@@ -195,25 +192,25 @@ async def _export(service: Service, weights: Weights, order: _Order, emit: Emit)
             note=_note(service),
         )
         done = adapter
-        if order.format == "merged":
+        if request.format == "merged":
             done = merged
-            base_weights = await _base_weights(order, service, base)
+            base_weights = await _base_weights(request, service, base)
             emit(Notice(f"merging the adapter into {name}"))
             await in_thread(lambda: _merge(base_weights, adapter, merged))
-        await in_thread(lambda: _finish(done, service.tokenizer, facts, weights.run, order.folder))
-    emit(Notice(f"exported to {order.folder}"))
+        await in_thread(lambda: _finish(done, service.tokenizer, facts, weights.run, request.folder))
+    emit(Notice(f"exported to {request.folder}"))
 
 
-async def _download(service: Service, weights: Weights, order: _Order, adapter: Path, emit: Emit) -> Weights:
-    """Downloads the adapter; returns which weights it has. A run under way deletes the state of its resume point after the next
-    step: then it is that step's."""
+async def _download(service: Service, weights: Weights, request: _Request, adapter: Path, emit: Emit) -> Weights:
+    """Downloads the adapter and returns its weights. A live run deletes a resume point's state after the next step; the newer
+    one is used then."""
     while True:
         assert weights.path is not None
         emit(Notice(f"downloading the adapter of {weights.path}"))
         try:
             await download_adapter(service, weights.path, adapter)
         except ServiceError:
-            newer = await anyio.to_thread.run_sync(order.find)
+            newer = await anyio.to_thread.run_sync(request.find)
             if newer.path == weights.path:
                 raise
             weights = newer
@@ -223,7 +220,7 @@ async def _download(service: Service, weights: Weights, order: _Order, adapter: 
 
 @contextmanager
 def _scratch(target: Path) -> Iterator[Path]:
-    """A folder beside the target, on the same disk, that is gone at the end."""
+    """A temporary folder beside the target, on the same disk."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -236,7 +233,7 @@ def _scratch(target: Path) -> Iterator[Path]:
 
 
 def _base_name(base: str, service: Service) -> str:
-    """What others call the base model: a folder that the user names holds a copy of the run's."""
+    """The base model's public name; a folder given by the user is a copy of the run's base model."""
     return published_base(service.model_name if Path(base).is_dir() else base)
 
 
@@ -244,20 +241,20 @@ def _note(service: Service) -> str:
     if service.model_folder is None or "q4_1" not in service.model_folder.name:
         return ""
     return (
-        "The embedded service trained on a float32 copy of the base model's 4-bit (Q4_1) release, so with the hub's own weights "
-        "the log-probabilities differ a little; merged weights contain that copy."
+        "The embedded service trained on a float32 copy of the base model's 4-bit (Q4_1) release, so log-probabilities differ "
+        "slightly with the hub's weights; merged weights contain that copy."
     )
 
 
 def _finish_config(adapter: Path, base: str) -> dict[str, Any]:
-    """Completes ``adapter_config.json`` with what loaders ask for; what the service says stays, but for the base model's name."""
+    """Completes ``adapter_config.json`` with keys that loaders need; only the base model's name is overwritten."""
     try:
         config = json.loads((adapter / ADAPTER_CONFIG).read_bytes())
         int(config["r"])
         names = _matrix_names(adapter / ADAPTER_WEIGHTS)
     except (OSError, ValueError, TypeError, KeyError) as error:
         came = ", ".join(sorted(path.name for path in adapter.iterdir())) or "nothing"
-        raise ExportError(f"the service sent no PEFT adapter that can be read ({error}); it sent: {came}") from error
+        raise ExportError(f"the service sent no readable PEFT adapter ({error}); it sent: {came}") from error
     modules = sorted({parts[0].rpartition(".")[2] for name in names if (parts := lora_parts(name))})
     defaults = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "lora_dropout": 0.0, "bias": "none"}
     config = defaults | {"target_modules": modules, "inference_mode": True} | config | {"base_model_name_or_path": base}
@@ -275,8 +272,8 @@ def _matrix_names(path: Path) -> list[str]:
         raise ValueError(str(error)) from error
 
 
-async def _base_weights(order: _Order, service: Service, base: str) -> Path:
-    if order.base_model is None and service.model_folder is not None:
+async def _base_weights(request: _Request, service: Service, base: str) -> Path:
+    if request.base_model is None and service.model_folder is not None:
         return service.model_folder
     return await base_folder(base)
 
@@ -289,12 +286,12 @@ def _merge(base: Path, adapter: Path, merged: Path) -> None:
 
 
 def _finish(done: Path, tokenizer: Any, facts: CardFacts, run: Path | None, target: Path) -> None:
-    """Adds the tokenizer and the card, and moves the folder to its place."""
+    """Adds tokenizer and model card, and moves the folder to the target."""
     try:
         tokenizer.save_pretrained(done)
         (done / "README.md").write_text(model_card(facts, run, tokenizer), encoding="utf-8")
         if target.exists():
-            target.rmdir()  # it was empty: fails if that has changed
+            target.rmdir()  # fails if it is no longer empty
         done.replace(target)
     except OSError as error:
         raise ExportError(f"{target} cannot be written: {error.strerror or error}") from error

@@ -1,7 +1,7 @@
-"""A LoRA adapter merged into its base model: W + alpha / r · B A, one weights file of the base at a time.
+"""Merges a LoRA adapter into its base model, one weights file at a time: W + alpha / r · B A (Hu et al. 2021, eq. 3).
 
-The formula is LoRA's (Hu et al. 2021, equation 3). A tied head that the adapter changes is untied first: the head is the
-embedding plus the update, and the embedding stays as it is. (PEFT 0.21 adds the head's update to the embedding as well.)
+A tied head that the adapter changes is untied: the head becomes embedding plus update, the embedding is unchanged. (PEFT 0.21
+also adds the head's update to the embedding.)
 """
 
 from __future__ import annotations
@@ -22,29 +22,23 @@ if TYPE_CHECKING:
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _HEADS = {"lm_head": "lm_head", "model.unembed_tokens": "lm_head", "unembed_tokens": "lm_head"}
-"""Paths of the output head, as PEFT and as Tinker name it, and the name in a Hugging Face folder."""
+"""The output head's path in PEFT and Tinker, mapped to its name in a Hugging Face folder."""
 _TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
-"""Model types whose projections are stored as [in, out]."""
+"""Model types that store projections as [in, out]."""
 _NOT_COPIED = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".md"}
 _UNSUPPORTED = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save")
 
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """A LoRA adapter in memory."""
-
     updates: Mapping[str, tuple[Tensor, Tensor]]
-    """A [rank, in] and B [out, rank] by the path of their module."""
+    """A [rank, in] and B [out, rank] by module path."""
     scale: float
     """alpha / r."""
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """Reads a PEFT folder.
-
-    Raises:
-        ExportError: it is damaged, or a kind of adapter that is not merged here.
-    """
+    """Reads a PEFT folder. Raises ExportError if it is damaged, or an unsupported kind of adapter."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -61,8 +55,8 @@ def read_adapter(folder: Path) -> Adapter:
         parts = lora_parts(name)
         if parts is None or matrix.ndim != 2:
             raise ExportError(
-                f"{name} of the adapter is no LoRA matrix of a linear layer (experts have matrices of their own form): export it "
-                "with format='peft', or merge it with the tool of its model's family"
+                f"{name} of the adapter is not a LoRA matrix of a linear layer (experts use other shapes): export it with "
+                "format='peft', or merge it with the model family's own tool"
             )
         halves.setdefault(parts[0], {})[parts[1]] = matrix
     if odd := [path for path, pair in halves.items() if set(pair) != {"A", "B"}]:
@@ -75,16 +69,13 @@ def read_adapter(folder: Path) -> Adapter:
 def merge(base: Path, adapter: Adapter, folder: Path, *, check: Callable[[], None] = lambda: None) -> None:
     """Writes a Hugging Face folder with merged weights, in the base's precision.
 
-    In memory are the adapter and one weights file of the base. Call it in a thread.
+    Holds the adapter and one weights file in memory. Blocking: call it in a thread.
 
     Args:
-        base: a Hugging Face folder with safetensors; its other files (configuration, tokenizer) are copied.
-        folder: where to write; it is created.
-        check: called after each weight; may raise to end the work.
+        base: a Hugging Face folder with safetensors; its other files are copied.
+        check: called before each weight; may raise to cancel.
 
-    Raises:
-        ExportError: a matrix of the adapter fits no weight of the base, or the base has no safetensors.
-        OSError: the folder cannot be written.
+    Raises ExportError if adapter and base do not match or the base has no safetensors, OSError if the folder cannot be written.
     """
     files = _weights_files(base)
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
@@ -99,7 +90,7 @@ def merge(base: Path, adapter: Adapter, folder: Path, *, check: Callable[[], Non
     for file, names in files.items():
         tensors = merger.merged(base / file, names)
         if head is not None and source in names:
-            # From the base's file: the embedding itself may not be changed by now, but an update of it would be wrong here.
+            # Read from the base again: ``tensors`` may already contain an updated embedding.
             tensors["lm_head.weight"] = merger.update(merger.read(base / file, source), head, "lm_head.weight")
             added = tensors["lm_head.weight"].nbytes
         merger.write(tensors, folder / file)
@@ -113,7 +104,6 @@ def merge(base: Path, adapter: Adapter, folder: Path, *, check: Callable[[], Non
 
 
 def _weights_files(base: Path) -> dict[str, tuple[str, ...]]:
-    """The base's safetensors files and the names of the weights in each."""
     from safetensors import safe_open
 
     if (base / _INDEX).is_file():
@@ -123,8 +113,8 @@ def _weights_files(base: Path) -> dict[str, tuple[str, ...]]:
         names = [_SINGLE]
     if missing := [name for name in names if not (base / name).is_file()]:
         raise ExportError(
-            f"the base model in {base.name} has no {missing[0]}: merging needs its weights as safetensors; name another copy "
-            "with base_model="
+            f"the base model in {base.name} has no {missing[0]}: merging needs weights as safetensors; pass another copy with "
+            "base_model="
         )
     found: dict[str, tuple[str, ...]] = {}
     for name in names:
@@ -134,11 +124,7 @@ def _weights_files(base: Path) -> dict[str, tuple[str, ...]]:
 
 
 def _targets(adapter: Adapter, names: Iterable[str]) -> dict[str, str | None]:
-    """For each module of the adapter the base's weight; None for a head that the base keeps as its embedding.
-
-    Raises:
-        ExportError: there is none.
-    """
+    """The base's weight for each adapter module; None for a head that is tied to the embedding."""
     known, found, lost = set(names), dict[str, str | None](), list[str]()
     for path in adapter.updates:
         weight = f"{_HEADS.get(path, path)}.weight"
@@ -150,8 +136,8 @@ def _targets(adapter: Adapter, names: Iterable[str]) -> dict[str, str | None]:
             lost.append(path)
     if lost:
         raise ExportError(
-            f"the base model has no weight for {lost[0]} ({len(lost)} of the adapter's {len(adapter.updates)} modules fit "
-            "nothing): it is another model, or names its weights in another way. Check base_model=, or export with format='peft'."
+            f"the base model has no weight for {lost[0]} ({len(lost)} of the adapter's {len(adapter.updates)} modules are "
+            "unmatched): it is a different model or uses other weight names. Check base_model=, or export with format='peft'."
         )
     if len(set(found.values())) < len(found):
         raise ExportError("two modules of the adapter change the same weight")
@@ -159,19 +145,16 @@ def _targets(adapter: Adapter, names: Iterable[str]) -> dict[str, str | None]:
 
 
 def _embedding(files: Mapping[str, tuple[str, ...]]) -> str:
-    """The weight that a tied head shares."""
     names = [name for found in files.values() for name in found]
     for ending in ("embed_tokens.weight", "wte.weight", "embed_in.weight"):
         if len(matching := [name for name in names if name.endswith(ending)]) == 1:
             return matching[0]
     raise ExportError(
-        "the adapter changes the output head, and the base model has neither a head nor one embedding to take"
+        "the adapter changes the output head, but the base model has neither a head nor a single embedding to copy"
     )
 
 
 class _Merger:
-    """Applies updates to the weights of one file after another."""
-
     def __init__(
         self, adapter: Adapter, by_weight: Mapping[str, str], *, is_transposed: bool, check: Callable[[], None]
     ) -> None:
@@ -196,11 +179,7 @@ class _Merger:
             return file.get_tensor(name)
 
     def update(self, weight: Tensor, module: str, name: str) -> Tensor:
-        """W + alpha / r · B A, added in float32 and kept in the weight's own precision.
-
-        Raises:
-            ExportError: the shapes do not agree.
-        """
+        """W + alpha / r · B A, computed in float32 and cast to the weight's dtype; ExportError on a shape mismatch."""
         import torch
 
         a, b = (matrix.to(torch.float32) for matrix in self._adapter.updates[module])
@@ -208,8 +187,8 @@ class _Merger:
         shape = (b.shape[0], a.shape[1])
         if a.shape[0] != b.shape[1] or tuple(weight.shape) != (shape[::-1] if transposed else shape):
             raise ExportError(
-                f"the adapter's matrices for {module} make a [{shape[0]}, {shape[1]}] update, and {name} of the base model is "
-                f"{list(weight.shape)}: it is another model"
+                f"the adapter's update for {module} has shape [{shape[0]}, {shape[1]}], but {name} of the base model is "
+                f"{list(weight.shape)}: it is a different model"
             )
         change = (b @ a).mul_(self._adapter.scale)
         return (change.T if transposed else change).add(weight.to(torch.float32)).to(weight.dtype).contiguous()
@@ -218,7 +197,7 @@ class _Merger:
         from safetensors.torch import save_file
 
         save_file(tensors, path, metadata={"format": "pt"})
-        path.chmod(0o644)  # written for its owner alone, and a server may be another user
+        path.chmod(0o644)  # safetensors writes 0600; a server may run as another user
 
 
 def _copy_others(base: Path, folder: Path) -> None:
@@ -240,7 +219,7 @@ def _write_index(
 
 
 def _untie(config: dict[str, Any]) -> None:
-    """Wherever the configuration may say it: a default of "tied" must not win."""
+    """Sets the flag in nested configurations too, whose default may be "tied"."""
     config["tie_word_embeddings"] = False
     for inner in ("text_config", "llm_config"):
         if isinstance(config.get(inner), dict):

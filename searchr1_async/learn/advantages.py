@@ -1,4 +1,4 @@
-"""How much better a member did than its group, and how much each of its tokens counts."""
+"""Advantages within a group, and their weight per token."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from collections.abc import Sequence
 from searchr1_async.config import AdvantageName, NormalizationName
 
 _SMALLEST_DEVIATION = 1e-6
-"""Added to a group's standard deviation, so that a group of constant reward has advantages of 0 and not of 0/0."""
+"""Added to a group's standard deviation, so that constant rewards give advantages of 0."""
 NOMINAL_TOKENS = 256
-"""Sampled tokens of an episode that weighs the same under both normalisations."""
+"""Sampled tokens at which both normalizations weigh an episode the same."""
 
 
 def advantages(rewards: Sequence[float], kind: AdvantageName = "centred") -> list[float]:
-    """One advantage a member, in order; they sum to 0. A group of one has nothing to be compared with: 0.
+    """One advantage per member, in order; they sum to 0. A single member gets 0.
 
-    - ``centred``: ``reward - mean``. Not divided by the standard deviation, which would weight questions by how nearly
-      constant their rewards are (Liu et al., 2025, "Understanding R1-Zero-Like Training", the question-level difficulty
-      bias). The recipe's choice.
-    - ``scaled``: ``(reward - mean) / (deviation + 1e-6)`` (Shao et al., 2024, "DeepSeekMath", GRPO), the deviation with
-      Bessel's correction (n - 1), as GRPO's usual implementations have it.
-    - ``leave_one_out``: the reward less the mean of the *other* members' (Ahmadian et al., 2024, "Back to Basics", RLOO),
-      which is ``n / (n - 1)`` times the centred one: it only matters where groups differ in size.
+    - ``centred``: ``reward - mean``, as in the recipe. Dividing by the standard deviation would weight questions by how
+      nearly constant their rewards are (Liu et al., 2025, "Understanding R1-Zero-Like Training", question-level difficulty
+      bias).
+    - ``scaled``: ``(reward - mean) / (deviation + 1e-6)`` (Shao et al., 2024, "DeepSeekMath", GRPO), with Bessel's correction
+      (n - 1) as in common GRPO implementations.
+    - ``leave_one_out``: the reward minus the mean of the *other* members (Ahmadian et al., 2024, "Back to Basics", RLOO): the
+      centred advantage times ``n / (n - 1)``, which only matters if group sizes differ.
     """
     count = len(rewards)
     if count < 2:
@@ -38,12 +38,11 @@ def advantages(rewards: Sequence[float], kind: AdvantageName = "centred") -> lis
 
 
 def token_weight(sampled_tokens: int, normalization: NormalizationName) -> float:
-    """What an episode's advantage is multiplied by at each of its sampled tokens.
+    """Factor of an episode's advantage at each sampled token.
 
     Tinker's losses are sums over tokens. ``token``: 1, so an episode weighs as much as it has tokens. ``sequence``:
-    ``256 / sampled_tokens``, GRPO's ``1 / |o|`` times a constant, so every episode weighs the same. The constant keeps the
-    gradient's size about what it is under ``token``: without it the gradient would shrink by the length of an episode, some
-    hundred times, and ``gradient_clip``, Adam's epsilon and the penalty of ``dro`` would mean something else. It is fixed,
-    and no mean of the batch, so that a minibatch can go out before the others are known.
+    ``256 / sampled_tokens``, GRPO's ``1 / |o|`` times a constant, so that episodes weigh the same. The constant keeps the gradient
+    at the scale of ``token``, for which ``gradient_clip``, Adam's epsilon and the ``dro`` penalty are set. It is fixed rather than
+    a batch mean, so that minibatches can be sent before the batch is complete.
     """
     return 1.0 if normalization == "token" else NOMINAL_TOKENS / max(1, sampled_tokens)

@@ -1,4 +1,4 @@
-"""Calls on a training client: their deadline, their errors, and when they have ended."""
+"""Deadlines and errors of calls on a training client."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from searchr1_async.errors import SearchR1Error, ServiceError
 
 
 class TrainingCalls:
-    """The time limit of training calls, which stands still while the run is held, and the names of their errors.
+    """Deadline of training calls, which stops while the run is paused, and their errors.
 
     Args:
-        deadline: seconds for one step's training calls in all; a service that needs longer is taken for dead.
+        deadline: seconds for all training calls of one step, after which the service counts as dead.
     """
 
     def __init__(self, deadline: float) -> None:
@@ -27,16 +27,16 @@ class TrainingCalls:
         self._deadlines = PausableDeadlines()
 
     def pause(self, is_paused: bool) -> None:
-        """Holds the time of calls under way, or lets it go on."""
+        """Pauses or resumes the deadlines of pending calls."""
         self._deadlines.pause(is_paused)
 
     @contextmanager
     def waiting(self, doing: str, error: type[SearchR1Error] = ServiceError) -> Iterator[None]:
-        """A block that waits for the service.
+        """Context for waiting on the service.
 
         Args:
-            doing: what is being done, for the message.
-            error: what is raised when it fails or takes too long.
+            doing: the operation, for the error message.
+            error: error class raised on failure or timeout.
         """
         try:
             with self._deadlines.limit(self.deadline) as scope:
@@ -47,26 +47,26 @@ class TrainingCalls:
             raise error(f"{doing} failed at the Tinker service: {fault_text(fault)}") from fault
         if scope.cancelled_caught:
             raise error(
-                f"{doing} took over {self.deadline:g} s at the Tinker service: if it is only slow, or paused for capacity, wait "
-                "longer (training_deadline)"
+                f"{doing} took over {self.deadline:g} s at the Tinker service: if it is only slow, or paused for capacity, raise "
+                "training_deadline"
             )
 
 
 async def until_done(future: tinker.APIFuture[Any]) -> None:
-    """Awaiting the future itself would cancel the call when the wait is cancelled, and raise its error here."""
+    """Waits without awaiting the future, which would cancel the call with the wait, and raise its error here."""
     done = asyncio.Event()
     when_done(future, done.set, also_failed=True)
     await done.wait()
 
 
 def when_done(future: tinker.APIFuture[Any], tell: Callable[[], None], *, also_failed: bool = False) -> None:
-    """Calls ``tell`` in this event loop when the SDK's call has ended; its threads outlive the loop."""
+    """Calls ``tell`` in this event loop when the SDK call ends, unless the loop is closed."""
     loop = asyncio.get_running_loop()
 
     def ended(inner: concurrent.futures.Future[Any]) -> None:
         is_good = not inner.cancelled() and inner.exception() is None
         if (is_good or also_failed) and not loop.is_closed():
-            with suppress(RuntimeError):  # closed between the two
+            with suppress(RuntimeError):  # closed just now
                 loop.call_soon_threadsafe(tell)
 
     future.future().add_done_callback(ended)

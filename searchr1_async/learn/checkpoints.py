@@ -1,6 +1,4 @@
-"""What a run can be taken up from: its resume point, one small file that says exactly where it stands, and the weights that it
-has kept for sampling.
-"""
+"""Resume points and kept checkpoints of a run."""
 
 from __future__ import annotations
 
@@ -25,81 +23,78 @@ _KEPT_FILE = "checkpoints.json"
 
 @dataclass(frozen=True, slots=True)
 class WarmUpPlace:
-    """How far a warm-up is."""
+    """Progress of a warm-up."""
 
     step: int
     """Supervised steps finished."""
     batches: str
-    """A digest of all batches of the warm-up."""
+    """Digest of all warm-up batches."""
 
 
 @dataclass(frozen=True, slots=True)
 class ResumePoint:
-    """Where a run stands after a finished step. Written whole or not at all, after the service has confirmed the checkpoint.
+    """State of a run after a finished step. Written atomically, once the service has confirmed the checkpoint.
 
-    All questions of a run are one stream of places: place p is question p mod N of epoch p div N. Groups start in that order
-    and end in any, so where a run stands is one number and the few places before it that are still open. There is no
-    random state beside: the shuffles are functions of the seed and the epoch, the seeds of sampling of the seed and the place.
+    Questions form one stream of places: place p is question p mod N of epoch p div N. Groups start in that order and finish in
+    any, so progress is one number plus the few earlier places still open. No RNG state is needed: shuffles depend on the seed
+    and epoch, sampling seeds on the seed and place.
     """
 
     step: int
-    """Optimiser steps finished."""
+    """Finished optimizer steps."""
     next_place: int
-    """The first place whose group was never started; each before it is open, or held by a recorded step."""
+    """First place whose group was never started; every earlier one is open or part of a recorded step."""
     state_path: str
-    """``tinker://`` path of the weights and the optimiser."""
+    """``tinker://`` path of the weights and optimizer state."""
     order_fingerprint: str
-    """Of the question order in which places count."""
     base_model: str
     open_places: tuple[int, ...] = ()
-    """Places whose group was started and is in no recorded step yet, neither trained on nor dropped: playing, or finished
-    and kept in ``unlearned/``."""
+    """Places that were started but are in no recorded step yet: running, or finished and stored in ``unlearned/``."""
     sampler_path: str | None = None
-    """``tinker://`` path of the newest weights kept for sampling."""
+    """``tinker://`` path of the newest sampling weights."""
     sampler_step: int | None = None
-    """The step that ``sampler_path`` belongs to."""
     seconds: float = 0.0
-    """Spent in reinforcement learning so far, all sessions together."""
+    """Seconds of reinforcement learning so far, over all sessions."""
     tokens: TokenUsage = field(default_factory=TokenUsage)
-    """Asked of the service so far, all sessions together; none in the files of versions that did not count them."""
+    """Tokens used so far, over all sessions; zero in files of versions that did not count them."""
     dollars: float | None = None
-    """US dollars that these cost, each session at the prices of its time; None where that is not known."""
+    """Their cost in US dollars, each session at its own prices; None if unknown."""
     dearest_step: float | None = None
-    """US dollars of the dearest step so far; None before one is recorded, or where that is not known."""
+    """Cost of the most expensive step in US dollars; None before the first step or if unknown."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """What the run was started with; a resume with another is refused, naming what changed."""
+    """Settings of the run; a resume with different ones is refused."""
     loss: LossName | None = None
-    """What the run learns with, which may have been chosen by what its service has; None in files of earlier versions."""
+    """The run's loss, which may depend on what the service supports; None in files of earlier versions."""
     warm_up: WarmUpPlace | None = None
-    """Of a run whose warm-up is under way; None before and afterwards, and without one."""
+    """Set only while a warm-up is in progress."""
     started_from: Mapping[str, Any] | None = None
-    """With ``start_from``: the weights that it meant (``name``, ``path``, ``step``, ``base_model``)."""
+    """With ``start_from``: the weights it resolved to (``name``, ``path``, ``step``, ``base_model``)."""
 
     def is_open(self, place: int) -> bool:
-        """Whether no recorded step holds the group of this place, so that it must be trained on or dropped yet."""
+        """Whether the group at this place is still to be trained on or dropped."""
         return place >= self.next_place or place in self.open_places
 
     def save(self, folder: Path) -> None:
         """Replaces the run's resume point atomically.
 
         Raises:
-            CheckpointError: the folder cannot be written (a full disk).
+            CheckpointError: the folder cannot be written, such as on a full disk.
         """
         path = folder / "state.json"
         try:
             write_atomically(path, json.dumps({"format": _FORMAT, **asdict(self)}, indent=1).encode())
         except OSError as error:
             raise CheckpointError(
-                f"the resume point {path} could not be written: {error.strerror or error}. The run's last resume point is "
-                "still whole: make room and resume."
+                f"cannot write the resume point {path}: {error.strerror or error}. The previous resume point is intact: "
+                "free some space and resume."
             ) from error
 
     @classmethod
     def load(cls, folder: Path) -> ResumePoint | None:
-        """The resume point of a run's folder; None where it has none yet.
+        """Loads the resume point of a run folder; None if there is none.
 
         Raises:
-            RunFolderError: it cannot be read, or another version of the package wrote it.
+            RunFolderError: the file is unreadable or was written by another version of the package.
         """
         path = folder / "state.json"
         try:
@@ -107,8 +102,8 @@ class ResumePoint:
             if (written := values.pop("format")) != _FORMAT:
                 age = "an earlier" if written < _FORMAT else "a newer"
                 raise RunFolderError(
-                    f"{path} was written by {age} version of this package (format {written}, not {_FORMAT}), and cannot be "
-                    "resumed with this one. Choose another out_dir, or resume with the version that began the run."
+                    f"{path} was written by {age} version of this package (format {written}, not {_FORMAT}) and cannot be "
+                    "resumed. Choose another out_dir, or resume with the version that started the run."
                 )
             values["open_places"] = tuple(values["open_places"])
             values["tokens"] = TokenUsage(**values.get("tokens", {}))
@@ -119,15 +114,13 @@ class ResumePoint:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise RunFolderError(
-                f"{path} cannot be read: {error.strerror or error}. Choose another out_dir."
-            ) from error
+            raise RunFolderError(f"cannot read {path}: {error.strerror or error}. Choose another out_dir.") from error
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise RunFolderError(f"{path} is no resume point: {error}. Choose another out_dir.") from error
+            raise RunFolderError(f"{path} is not a resume point: {error}. Choose another out_dir.") from error
 
     @staticmethod
     def forget(folder: Path) -> None:
-        """Takes the resume point out of a folder whose run begins anew.
+        """Deletes the resume point of a folder whose run starts over.
 
         Raises:
             OSError: the folder cannot be written.
@@ -136,21 +129,21 @@ class ResumePoint:
 
     @property
     def inputs(self) -> Mapping[str, Any]:
-        """What the run was given besides (:func:`searchr1_async.inputs.inputs_of`); empty where an earlier version began it."""
+        """Other inputs of the run (:func:`searchr1_async.inputs.inputs_of`); empty in files of earlier versions."""
         return self.settings.get("inputs") or {}
 
     def given(self, inputs: Mapping[str, Any]) -> ResumePoint:
-        """The point of a session that is given these; of what it is not given, it knows what it was."""
+        """A copy with these inputs updated; inputs not given keep their values."""
         return replace(self, settings={**self.settings, "inputs": {**self.inputs, **inputs}})
 
     def refuse_changes(self, settings: Mapping[str, Any], order_fingerprint: str) -> None:
-        """Refuses to go on with other settings or questions, since the steps before and after would not be one run.
+        """Refuses to resume with different settings or questions.
 
         Raises:
-            RunFolderError: naming what changed.
+            RunFolderError: lists what changed.
         """
         then = {**self.settings, "inputs": None}
-        for name in ("model", "start_from"):  # earlier versions kept a relative path as it was given
+        for name in ("model", "start_from"):  # earlier versions stored relative paths
             before, now = then.get(name), settings.get(name)
             if isinstance(before, str) and isinstance(now, str) and is_same_place(before, now):
                 then[name] = now
@@ -159,13 +152,14 @@ class ResumePoint:
             changed.append("the questions or their order")
         if changed:
             raise RunFolderError(
-                "this folder holds a run with other settings (" + "; ".join(changed) + "). Choose another out_dir, or "
-                "start with the same settings to resume."
+                "this folder contains a run with other settings ("
+                + "; ".join(changed)
+                + "). Choose another out_dir, or "
+                "use the same settings to resume."
             )
 
 
 def _rename_old_settings(settings: dict[str, Any]) -> None:
-    """Settings as today's version names them, of a run that an earlier one began."""
     pipeline = settings.get("pipeline")
     if isinstance(pipeline, dict) and "switch_weights_in_flight" in pipeline:
         pipeline["weights_in_flight"] = "inflight" if pipeline.pop("switch_weights_in_flight") else "snapshot"
@@ -175,10 +169,7 @@ _ABSENT = object()
 
 
 def _differences(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """What changed, field by field: ``learning.learning_rate: 4e-05 then, 0.0001 now``.
-
-    A setting that did not exist yet when the run was begun is the same as None.
-    """
+    """Changed fields, such as ``learning.learning_rate: 4e-05 then, 0.0001 now``. A missing setting equals None."""
     for key in sorted({*then, *now}):
         before, after = then.get(key, _ABSENT), now.get(key, _ABSENT)
         if isinstance(before, Mapping) and isinstance(after, Mapping):
@@ -193,26 +184,26 @@ def _shown(value: Any) -> str:
 
 @dataclass(frozen=True, slots=True)
 class KeptCheckpoint:
-    """Weights of a run that a service keeps, for sampling and as a training state that can be exported."""
+    """Saved weights of a run: sampling weights and, usually, a training state that can be exported."""
 
     step: int
-    """Optimiser steps done before them."""
+    """Optimizer steps before them."""
     sampler_path: str
-    """Their ``tinker://`` path."""
+    """``tinker://`` path of the sampling weights."""
     exact_match: float | None = None
-    """On the run's held-out questions; None until it is measured there, if it ever is."""
+    """Exact match on the run's held-out questions; None until measured."""
     questions: int | None = None
-    """Held-out questions that it was measured on; None until it is."""
+    """Number of held-out questions measured; None until measured."""
     for_good: bool = True
-    """Asked for by ``checkpoint_every``, or the last of a session. The others are there to be measured, and go afterwards unless
-    they are the best of a run with ``keep_best``."""
+    """Kept permanently: due by ``checkpoint_every``, or the last of a session. Others are deleted after their evaluation, except
+    the best of a run with ``keep_best``."""
     state_path: str | None = None
-    """``tinker://`` path of the training state of the same step: what is exported, and what another run starts from. None in a
-    folder that an earlier version of the package wrote, for all steps but that of its resume point."""
+    """``tinker://`` path of the training state of the same step, for export and ``start_from``. Folders of earlier versions have it
+    only for the step of the resume point."""
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """Every checkpoint that the service holds for these weights."""
+        """All service checkpoints of these weights."""
         return (self.sampler_path,) if self.state_path is None else (self.sampler_path, self.state_path)
 
     @property
@@ -221,16 +212,16 @@ class KeptCheckpoint:
 
 
 def kept_checkpoints(folder: Path) -> tuple[KeptCheckpoint, ...]:
-    """The weights that the run in a folder has kept for sampling, by step. Cheap: it reads two small files.
+    """Kept checkpoints of a run folder, by step. Reads two small files.
 
-    Of a folder that an earlier version of the package wrote, those that its resume point knows: the last ones.
+    For folders of earlier versions: only the last one, from the resume point.
 
     Raises:
-        RunFolderError: a file cannot be read, or a newer version of the package wrote it.
+        RunFolderError: a file is unreadable or was written by a newer version of the package.
     """
     point = ResumePoint.load(folder)
     found = _read_kept(folder / _KEPT_FILE)
-    # What comes after the resume point is of steps that a resume makes anew.
+    # A resume redoes the steps after the resume point.
     kept = {one.step: one for one in found if point is None or one.step <= point.step}
     if point is not None and point.sampler_path is not None:
         last = point.sampler_step or 0
@@ -241,32 +232,32 @@ def kept_checkpoints(folder: Path) -> tuple[KeptCheckpoint, ...]:
 
 
 def best_checkpoint(folder: Path) -> KeptCheckpoint | None:
-    """The kept weights with the highest exact match on the run's held-out questions, of equal ones the earliest.
+    """The kept checkpoint with the highest exact match on the run's held-out questions; the earliest if tied, None if none was
+    measured.
 
-    None where none were measured. The best of many is chosen *on* the held-out questions, so its figure there is too high:
-    measure it on others.
+    Selection *on* the held-out questions biases that score upwards: evaluate it on other questions.
 
     Raises:
-        RunFolderError: as :func:`kept_checkpoints`.
+        RunFolderError: see :func:`kept_checkpoints`.
     """
     return best_of(kept_checkpoints(folder))
 
 
 def best_of(checkpoints: Iterable[KeptCheckpoint]) -> KeptCheckpoint | None:
-    """The one with the highest exact match, of equal ones the earliest; None where none was measured."""
+    """The checkpoint with the highest exact match, the earliest if tied; None if none was measured."""
     measured = [(one.exact_match, -one.step, one) for one in checkpoints if one.exact_match is not None]
     return max(measured, key=lambda scored: scored[:2])[2] if measured else None
 
 
 class CheckpointList:
-    """The one writer of a run's ``checkpoints.json``. Its methods may be called from any thread: each writes a small file.
+    """The only writer of a run's ``checkpoints.json``. Thread-safe; each method writes a small file.
 
     Args:
-        folder: the run's.
-        keep_best: the best measured weights stay, though nothing else asks for them.
+        folder: the run folder.
+        keep_best: keep the best measured weights even if not due otherwise.
 
     Raises:
-        RunFolderError: the list there cannot be read.
+        RunFolderError: the existing list is unreadable.
     """
 
     def __init__(self, folder: Path, *, keep_best: bool = False) -> None:
@@ -274,19 +265,18 @@ class CheckpointList:
         self._keep_best = keep_best
         self._lock = threading.Lock()
         self._kept = {one.step: one for one in kept_checkpoints(folder)}
-        # A resume makes these steps anew; what is left of them is told apart from what is kept.
+        # A resume redoes these steps: their old weights are to be deleted.
         known = {one.sampler_path for one in self._kept.values()}
         self._lost = tuple(one for one in _read_kept(self._path) if one.sampler_path not in known)
         self._scores: dict[int, tuple[float | None, int]] = {}
 
     @property
     def checkpoints(self) -> tuple[KeptCheckpoint, ...]:
-        """By step."""
         with self._lock:
             return tuple(self._kept[step] for step in sorted(self._kept))
 
     def clear(self) -> tuple[KeptCheckpoint, ...]:
-        """Forgets what another attempt has left in this folder.
+        """Forgets and returns all checkpoints of an earlier run in this folder.
 
         Raises:
             OSError: the folder cannot be written.
@@ -298,15 +288,15 @@ class CheckpointList:
         return gone
 
     def holds_state(self, state_path: str) -> bool:
-        """Whether a kept step names this training state, so that it must not be deleted."""
+        """Whether a kept checkpoint uses this training state, so that it must not be deleted."""
         with self._lock:
             return any(one.state_path == state_path for one in self._kept.values())
 
     def add(self, step: int, sampler_path: str, *, for_good: bool, state_path: str | None = None) -> None:
-        """A step's weights are kept from now on; they take the place of those of this step that were kept before.
+        """Records a step's weights, replacing earlier ones of the same step.
 
         Args:
-            state_path: the training state of the same step.
+            state_path: training state of the same step.
 
         Raises:
             OSError: the folder cannot be written.
@@ -323,10 +313,10 @@ class CheckpointList:
             self._save()
 
     def measured(self, step: int, exact_match: float, questions: int) -> None:
-        """The weights after a step were measured on the held-out questions, whether they are kept already or will be.
+        """Records an evaluation of a step's weights, which may be added before or after.
 
         Args:
-            exact_match: NaN where no episode came to its end.
+            exact_match: NaN if no episode completed.
 
         Raises:
             OSError: the folder cannot be written.
@@ -339,13 +329,13 @@ class CheckpointList:
                 self._save()
 
     def take_unwanted(self, waiting: Iterable[int] = ()) -> tuple[KeptCheckpoint, ...]:
-        """Takes what nobody wants any more from the list, for the caller to delete at the service.
+        """Removes unneeded checkpoints from the list and returns them, for the caller to delete at the service.
 
-        From the list first: a kill in between leaves weights that no list names, instead of a list that names no weights. The
-        caller spares a state that the resume point still names: the recorder deletes it after the next step.
+        The list is written first: a crash in between leaves orphaned weights, not dangling entries. The caller must keep a state
+        that the resume point still uses; the recorder deletes it after the next step.
 
         Args:
-            waiting: steps that are to be measured yet.
+            waiting: steps whose evaluation is pending.
 
         Raises:
             OSError: the folder cannot be written.
@@ -379,8 +369,8 @@ def _read_kept(path: Path) -> tuple[KeptCheckpoint, ...]:
     except FileNotFoundError:
         return ()
     except OSError as error:
-        raise RunFolderError(f"{path} cannot be read: {error.strerror or error}.") from error
+        raise RunFolderError(f"cannot read {path}: {error.strerror or error}.") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise RunFolderError(
-            f"{path} is no list of checkpoints: {error}. Delete it, and the last weights are known."
+            f"{path} is not a list of checkpoints: {error}. Delete it to fall back to the last weights."
         ) from error

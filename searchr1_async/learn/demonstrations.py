@@ -1,4 +1,4 @@
-"""Demonstrations: episodes played by a script through the real search, to warm a model up before it learns by itself."""
+"""Demonstrations: scripted episodes with real search, for a supervised warm-up."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from searchr1_async.errors import QuestionsError, TooManyFailuresError
 
 @dataclass(frozen=True, slots=True)
 class Demonstration:
-    """How a question is well played: these searches, one a turn, then a golden answer that one of them showed.
+    """A scripted episode: one search per turn, then a golden answer found in the passages.
 
-    A single text as ``searches`` is the only search.
+    A single string as ``searches`` is the only search.
 
     Raises:
         QuestionsError: the question has no golden answer.
@@ -37,16 +37,16 @@ class Demonstration:
 
     @classmethod
     def of(cls, question: Question) -> Demonstration:
-        """The searches in the question's metadata (``search_queries``), else the question itself as the only search."""
+        """Uses the question's ``search_queries`` metadata, or else the question itself as the only search."""
         given = question.metadata.get("search_queries")
         try:
             return cls(question, read_texts(given) or (question.question,))
         except LayoutError as error:
-            raise QuestionsError(f"question {question.id!r} has search_queries that cannot be read: {error}") from error
+            raise QuestionsError(f"question {question.id!r} has invalid search_queries: {error}") from error
 
 
 class DemonstrationPolicy:
-    """Writes the demonstrated turns where a model would sample them."""
+    """Policy that writes the scripted turns."""
 
     def __init__(self, demonstration: Demonstration, dialect: Dialect) -> None:
         self._searches = list(demonstration.searches)
@@ -56,7 +56,7 @@ class DemonstrationPolicy:
     async def sample(
         self, prompt_tokens: Sequence[int], *, max_tokens: int, stop: list[int] | list[str], seed: int | None
     ) -> SampledTurn:
-        """The next search, or the golden answer as the passages above have it."""
+        """The next search, or a golden answer, preferably one that appears verbatim in the prompt."""
         if self._searches:
             tokens = self._dialect.write_call([self._searches.pop(0)])
         else:
@@ -75,14 +75,14 @@ async def play_demonstrations(
     max_failed_fraction: float = 1.0,
     max_in_flight: int = 2000,
 ) -> list[Episode]:
-    """Plays them side by side; keeps, in order, those that ended with an answer which a passage had really shown.
+    """Runs demonstrations concurrently; returns, in order, those whose answer appears in a retrieved passage.
 
     Args:
-        max_failed_fraction: of all, may fail of the search.
-        max_in_flight: at once.
+        max_failed_fraction: tolerated fraction of failures.
+        max_in_flight: concurrent demonstrations.
 
     Raises:
-        TooManyFailuresError: more of them failed.
+        TooManyFailuresError: the fraction was exceeded.
     """
     played: list[Episode | None] = [None] * len(demonstrations)
     slots = anyio.Semaphore(max_in_flight)
@@ -101,8 +101,8 @@ async def play_demonstrations(
     failed = [episode for episode in played if episode is not None and episode.failed]
     if len(failed) > max_failed_fraction * len(demonstrations):
         raise TooManyFailuresError(
-            f"{len(failed)} of {len(demonstrations)} demonstrations failed (allowed: {max_failed_fraction:.0%}); the last: "
-            f"{failed[-1].error}. Mend the service and resume."
+            f"{len(failed)} of {len(demonstrations)} demonstrations failed (allowed: {max_failed_fraction:.0%}); last error: "
+            f"{failed[-1].error}. Fix the service and resume."
         )
     return [episode for episode in played if episode is not None and _is_worth_learning(episode)]
 
@@ -122,7 +122,7 @@ def _is_worth_learning(episode: Episode) -> bool:
 def demonstration_batches(
     episodes: Sequence[Episode], *, steps: int, batch_size: int, seed: int
 ) -> list[list[Episode]]:
-    """``steps`` batches, each episode once before any comes a second time; shuffled with the seed."""
+    """``steps`` batches that cycle through all episodes, reshuffled with the seed on each pass."""
     generator = random.Random(f"warm-up/{seed}")
     pool: list[Episode] = []
     batches = []

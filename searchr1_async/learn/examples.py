@@ -1,4 +1,4 @@
-"""Episodes as training examples: one episode, one ``tinker.Datum``."""
+"""Converts episodes to training examples, one ``tinker.Datum`` each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Span = tinker_types.PromptProvenanceSpan | tinker_types.SampledProvenanceSpan
 
 
 def sampled_places(episode: Episode) -> Iterator[slice]:
-    """Where each turn's sampled tokens are among the targets, which are shifted by one."""
+    """Positions of each turn's sampled tokens among the targets, which are shifted by one."""
     position = len(episode.prompt_tokens) - 1
     for turn in episode.turns:
         yield slice(position, position + len(turn.sampled_tokens))
@@ -23,41 +23,39 @@ def sampled_places(episode: Episode) -> Iterator[slice]:
 
 
 def sampled_logprobs(episode: Episode) -> NDArray[np.float64]:
-    """What the sampler reported for each sampled token, in order; shape [A]."""
+    """Log-probabilities reported by the sampler for all sampled tokens, in order; shape [A]."""
     return np.concatenate([np.empty(0), *(np.asarray(turn.logprobs, dtype=np.float64) for turn in episode.turns)])
 
 
 def at_sampled(episode: Episode, values_T: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Of values for each target, those of the sampled tokens, in order; shape [A]."""
+    """Selects the sampled tokens' values, in order; shape [A]."""
     wide_T = values_T.astype(np.float64)
     return np.concatenate([np.empty(0), *(wide_T[place] for place in sampled_places(episode))])
 
 
 def _shifted(episode: Episode) -> tuple[tinker_types.ModelInput, NDArray[np.int64]]:
-    """All tokens but the last, and all but the first."""
+    """Inputs (all tokens but the last) and targets (all but the first)."""
     pieces = [episode.prompt_tokens]
     for turn in episode.turns[:-1]:
         pieces += [turn.sampled_tokens, turn.appended_tokens]
     pieces.append(episode.turns[-1].sampled_tokens)
-    # Not Episode.tokens, which would stay in memory as long as the episode does: 12 KB for 1,500 tokens.
+    # Not Episode.tokens, which would be cached for the episode's lifetime.
     tokens = np.concatenate([np.asarray(piece, dtype=np.int32) for piece in pieces])
-    # An array in place of a list of numbers: checking 1,500 of them takes 50 of the 60 µs, and the SDK makes an array of
-    # them anyway, on the thread that all requests share.
+    # An array skips the validation of each token, and the SDK converts to one anyway, on the thread of all requests.
     chunk = tinker_types.EncodedTextChunk.model_construct(tokens=tokens[:-1])
     return tinker_types.ModelInput(chunks=[chunk]), tokens[1:].astype(np.int64)
 
 
 def provenance(episode: Episode) -> tuple[list[Span], list[Span]] | None:
-    """Where each input token and each target token of an episode's example came from, as runs in the order of the tokens.
+    """Source of each input and target token of an episode, as runs in token order.
 
-    The prompt of turn n is everything before its sampled tokens. So the tokens that were appended before turn n are positions
-    of turn n's own request prompt, and they go by its sequence id: the episode's prompt by that of the first turn, a
-    tool result by that of the turn after it. Inputs are all tokens but the last, targets all but the first. Empty runs
-    are left out.
+    The prompt of turn n is everything before its sampled tokens. So tokens appended before turn n are part of turn n's request
+    prompt and carry its sequence id: the episode's prompt that of the first turn, a tool result that of the turn after it.
+    Inputs are all tokens but the last, targets all but the first. Empty runs are left out.
 
     Returns:
-        The runs of the inputs and of the targets, each tiling T positions; None where a turn has no sequence id, or where
-        nothing was sampled.
+        The runs of the inputs and of the targets, each covering T positions; None if a turn has no sequence id or nothing was
+        sampled.
     """
     spans: list[Span] = []
     position, new_tokens = 0, len(episode.prompt_tokens)
@@ -83,7 +81,7 @@ def provenance(episode: Episode) -> tuple[list[Span], list[Span]] | None:
 
 
 def without_sequence_ids(group: Group) -> Group:
-    """The group with no turn named at the service, so that its examples have no provenance."""
+    """Drops all sequence ids, so that the group's examples have no provenance."""
 
     def unnamed(episode: Episode) -> Episode:
         return replace(episode, turns=tuple(replace(turn, sequence_id=None) for turn in episode.turns))
@@ -98,17 +96,15 @@ def to_datum(
     with_ratio_mask: bool = False,
     with_provenance: bool = False,
 ) -> tinker_types.Datum:
-    """The example for the policy-gradient losses, of an episode that has a turn.
+    """Example for the policy-gradient losses; the episode must have a turn.
 
-    Inputs are all tokens but the last, targets all but the first, shape [T]. ``logprobs`` holds what the sampler reported
-    for each sampled token and 0 elsewhere, ``advantages`` the episode's advantage at sampled tokens and 0 elsewhere: so
-    nothing that the model only read is learned.
+    Inputs are all tokens but the last, targets all but the first, shape [T]. ``logprobs`` (from the sampler) and ``advantages``
+    are 0 except at sampled tokens, so only those are trained on.
 
     Args:
-        advantage: of the episode, or of each of its sampled tokens [A].
-        with_ratio_mask: adds ``sequence_ratio_mask``, 1 at sampled tokens, which the loss ``gspo`` needs.
-        with_provenance: adds where each token came from, which the loss ``stable_reinforce`` needs, if :func:`provenance`
-            knows it.
+        advantage: of the episode, or per sampled token [A].
+        with_ratio_mask: add ``sequence_ratio_mask``, 1 at sampled tokens, required by the loss ``gspo``.
+        with_provenance: add each token's source, required by the loss ``stable_reinforce``, if :func:`provenance` has it.
     """
     inputs, targets_T = _shifted(episode)
     mask_T = np.zeros(len(targets_T), dtype=np.float32)
@@ -127,7 +123,7 @@ def to_datum(
 
 
 def to_supervised_datum(episode: Episode) -> tinker_types.Datum:
-    """The example for cross_entropy: weight 1 at the tokens that the model should write, 0 at those it reads."""
+    """Example for cross_entropy: weight 1 at tokens that the model should write, 0 elsewhere."""
     inputs, targets_T = _shifted(episode)
     weights_T = np.zeros(len(targets_T), dtype=np.float32)
     for place in sampled_places(episode):

@@ -1,4 +1,4 @@
-"""The figures of a batch's learning, over all of its tokens at once."""
+"""Training metrics of a batch."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from searchr1_async.learn.examples import at_sampled, sampled_logprobs
 
 @dataclass(frozen=True, slots=True)
 class LearnedMinibatch:
-    """A minibatch with what the service answered."""
+    """A minibatch with the service's answer."""
 
     output: tinker_types.ForwardBackwardOutput
     episodes: Sequence[Episode]
-    """One for each of the output's records, in order."""
+    """One per output record, in order."""
     tokens: int
-    """Of its examples, what was only read included."""
+    """Tokens of its examples, prompts included."""
     kl_base: float | None = None
-    """Sum over its sampled tokens of log p_sampled - log p_base; None where it was not asked for."""
+    """Sum over sampled tokens of log p_sampled - log p_base; None without a penalty."""
     is_fallback: bool | None = None
-    """Whether it had another loss than the run's, which could not take it; None where the run's takes everything."""
+    """Whether the fallback loss was used; None if the run's loss accepts every episode."""
 
 
 def learning_metrics(minibatches: Sequence[LearnedMinibatch]) -> dict[str, float]:
-    """The recipe's optimiser metrics, over all sampled tokens of a batch at once (not a mean of minibatch means).
+    """Training metrics over all sampled tokens of a batch (not a mean of minibatch means), named as in the recipe.
 
     ``optim/entropy``: mean of -log p(sampled token) under the sampler. ``optim/kl_sample_train_v1``: mean of
     log p_sampler - log p_trainer; ``v2``: half the mean of its square (Schulman, 2020, "Approximating KL Divergence",
     estimators k1 and k2). Both are 0 for an exact service before the first step on new data. ``optim/kl_base``: mean of
-    log p_sampler - log p_base, where a penalty asked for it. What the service adds of its own (``name:reduction``) comes
-    as ``optim/name``, reduced as the SDK does: means weighted by examples, over the minibatches that have it.
+    log p_sampler - log p_base, with a penalty only. Metrics of the service (``name:reduction``) become ``optim/name``, reduced
+    as in the SDK, with means weighted by examples.
 
-    A batch may hold minibatches of two losses (see :class:`~searchr1_async.learn.learner.Learner`): ``optim/loss`` is then
-    the sum of both, and ``optim/fallback_datums`` says how many examples had the other loss.
+    With two losses in a batch (see :class:`~searchr1_async.learn.learner.Learner`), ``optim/loss`` is their sum and
+    ``optim/fallback_datums`` counts the examples with the fallback loss.
     """
     tokens, entropy, first, second, loss = 0, 0.0, 0.0, 0.0, 0.0
     for minibatch in minibatches:
@@ -93,7 +93,7 @@ _REDUCTIONS = {"sum": sum, "min": min, "max": max}
 
 
 def optimizer_metrics(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """What the service said of each optimiser step of a batch: of a gradient the mean, of all else the last."""
+    """Service metrics of a batch's optimizer steps: the mean of gradient metrics, the last value of others."""
     found: dict[str, float] = {}
     for key in steps[-1] if steps else ():
         values = [float(step[key]) for step in steps if key in step]

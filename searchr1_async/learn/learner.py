@@ -1,8 +1,7 @@
-"""The learner: minibatches in, optimiser steps and new sampling weights out.
+"""The learner: minibatches in, optimizer steps and new sampling weights out.
 
-Calls on one training client are carried out in the order in which they are made, so nothing is awaited in between: a
-minibatch's ``forward_backward`` is submitted when its groups are complete, the optimiser step right behind the last of
-them, the new weights and the resume point right behind that.
+A training client executes calls in submission order, so nothing is awaited in between: ``forward_backward`` is submitted
+as soon as a minibatch's groups are complete, then the optimizer step, the new weights and the resume point.
 """
 
 from __future__ import annotations
@@ -31,43 +30,39 @@ from searchr1_async.learn.schedule import learning_rate_at
 from searchr1_async.usage import TokenUsage
 
 _RESUME_POINT_TTL = 7 * 24 * 3600
-"""Seconds that a service keeps a rolling resume point: a week, so that a run stopped on a Friday resumes on a Monday."""
+"""Seconds that the service keeps a rolling resume point. A week: a run stopped on Friday resumes on Monday."""
 FALLBACK_LOSS: LossName = "ppo"
-"""For episodes that ``stable_reinforce`` cannot take."""
+"""For episodes that ``stable_reinforce`` cannot train on."""
 
 
 @dataclass(frozen=True, slots=True)
 class FinishedStep:
-    """What a batch's learning gave."""
+    """Result of training on one batch."""
 
     metrics: dict[str, float]
     state_path: str
-    """``tinker://`` path of the weights and the optimiser after the step."""
+    """``tinker://`` path of the weights and optimizer state after the step."""
     sampler_path: str | None
-    """``tinker://`` path of weights kept for sampling, where a checkpoint or a measurement was asked for."""
+    """``tinker://`` path of weights saved for sampling, if a checkpoint or evaluation was due."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Example:
-    """One episode as the trainer gets it."""
-
     datum: tinker_types.Datum
     episode: Episode
     kl_base: float
-    """Sum over its sampled tokens of log p_sampled - log p_base; 0 without a penalty."""
+    """Sum over sampled tokens of log p_sampled - log p_base; 0 without a penalty."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Submitted:
-    """Examples that were handed to the SDK in one request."""
-
     future: tinker.APIFuture[tinker_types.ForwardBackwardOutput]
     examples: list[_Example]
     has_penalty: bool
     is_fallback: bool | None
 
     async def learned(self) -> LearnedMinibatch:
-        """With the service's answer, once it is there."""
+        """Awaits the service's answer."""
         return LearnedMinibatch(
             await self.future,
             [one.episode for one in self.examples],
@@ -79,17 +74,17 @@ class _Submitted:
 
 @dataclass(slots=True)
 class _Batch:
-    """What was submitted for the batch under way."""
+    """Everything submitted for the current batch."""
 
     minibatches: list[_Submitted] = field(default_factory=list)
     steps: list[tinker.APIFuture[tinker_types.OptimStepResponse]] = field(default_factory=list)
     unstepped: bool = False
-    """Whether a minibatch came since the last optimiser step."""
+    """Whether a minibatch was submitted since the last optimizer step."""
     learning_rate: float = 0.0
 
 
 class StepInProgress:
-    """A batch whose calls have all been submitted: its new weights come first, its resume point and figures later."""
+    """A fully submitted batch: its new weights arrive first, its resume point and metrics later."""
 
     def __init__(
         self,
@@ -106,16 +101,16 @@ class StepInProgress:
         self._calls = calls
 
     async def published(self) -> tinker.SamplingClient | None:
-        """Waits until the new weights can be sampled; None where the weights did not change.
+        """Waits until the new weights can be sampled; None if the weights did not change.
 
         Raises:
             ServiceError: a training call failed.
         """
         if self._sampler is None:
             return None
-        with self._calls.waiting("an optimiser step"):
+        with self._calls.waiting("an optimizer step"):
             client = await self._sampler
-            # Weights that lack a part of their batch must not be sampled. By now the service is done with all of it.
+            # Weights that miss part of their batch must not be sampled. All of it is already done here.
             for minibatch in self._batch.minibatches:
                 await minibatch.future
             for step in self._batch.steps:
@@ -123,14 +118,14 @@ class StepInProgress:
         return client
 
     async def finished(self) -> FinishedStep:
-        """Waits until the step is done and its resume point kept by the service.
+        """Waits until the step is done and the service has saved its resume point.
 
         Raises:
             ServiceError: a training call failed.
             CheckpointError: the checkpoint could not be saved.
         """
         batch = self._batch
-        with self._calls.waiting("an optimiser step"):
+        with self._calls.waiting("an optimizer step"):
             learned = [await one.learned() for one in batch.minibatches]
             steps = [await step for step in batch.steps]
         with self._calls.waiting("saving a checkpoint", CheckpointError):
@@ -140,25 +135,25 @@ class StepInProgress:
         metrics |= await anyio.to_thread.run_sync(learning_metrics, learned)
         metrics["optim/lr"] = batch.learning_rate
         metrics["optim/steps"] = float(len(steps))
-        batch.minibatches.clear()  # nobody asks for their episodes again, and there are thousands
+        batch.minibatches.clear()  # frees thousands of episodes
         return FinishedStep(metrics, state_path, sampler_path)
 
 
 class Learner:
-    """One training client, and what was submitted to it for the batch under way. Called from one task.
+    """Submits batches to one training client. Call it from one task.
 
-    ``stable_reinforce`` takes only episodes whose every turn the service recorded in this session. The others of a batch
-    (finished before a resume, or held for longer than the service remembers them) are trained on with ``ppo``, in a request of
-    their own before the same optimiser step: the gradients add up, since both losses are sums over tokens.
+    ``stable_reinforce`` accepts only episodes whose turns were all recorded by the service in this session. The rest of a batch
+    (finished before a resume, or older than the service's memory) trains with ``ppo`` in a separate request before the same
+    optimizer step: both losses are sums over tokens, so the gradients add up.
 
     Args:
-        loss: what is asked of the service; None is the one that the settings name, else ``importance_sampling``.
-        weights_in_flight: which sampling clients :meth:`publish` makes; see
+        loss: overrides the loss in the settings; defaults to ``importance_sampling`` if neither is set.
+        weights_in_flight: kind of sampling client that :meth:`publish` creates; see
             :attr:`~searchr1_async.config.PipelineSettings.weights_in_flight`.
-        base: samples from the base model, for the penalty of ``kl_coefficient``.
+        base: sampling client of the base model, for the KL penalty (``kl_coefficient``).
 
     Raises:
-        ConfigurationError: a penalty is asked for without ``base``.
+        ConfigurationError: ``kl_coefficient`` is set without ``base``.
     """
 
     def __init__(
@@ -180,21 +175,20 @@ class Learner:
         self._kind: WeightsInFlight = weights_in_flight
         self._calls = TrainingCalls(settings.training_deadline)
         self.loss: LossName = loss or settings.loss or "importance_sampling"
-        """What is asked of the service."""
         self.when_learned: Callable[[], None] = lambda: None
-        """Called when the trainer is done with a minibatch."""
+        """Called when the trainer finishes a minibatch."""
         self.usage = TokenUsage()
-        """What was asked of the service so far: trained tokens, and for a penalty the prompts that the base model read."""
+        """Tokens used so far: trained tokens, and prompt tokens read by the base model for the penalty."""
         self._batch = _Batch()
         self._outstanding: list[tinker.APIFuture[Any]] = []
 
     async def submit(self, groups: Sequence[Group], step: int) -> None:
-        """Submits one minibatch of groups that are all learned from; returns as soon as it is handed to the SDK.
+        """Submits one minibatch of trainable groups and returns once the SDK has it.
 
-        With a penalty it first waits for the base model's log-probabilities.
+        With a penalty, waits for the base model's log-probabilities first.
 
         Raises:
-            ServiceError: the base model's log-probabilities could not be had.
+            ServiceError: the base model's log-probabilities could not be computed.
         """
         settings = self._settings
         make = partial(_assemble, settings=settings, loss=self.loss)
@@ -203,15 +197,13 @@ class Learner:
             base = list(await self._base_logprobs(groups))
         examples: list[_Example] = []
         for group, logprobs in zip(groups, base, strict=True):
-            # Off the event loop and a group at a time: 1.1 to 6.5 ms a trajectory were seen in the ancestor, 5.4 s in one
-            # piece.
+            # Off the event loop, one group at a time: a whole batch in one piece would block for seconds.
             examples += await anyio.to_thread.run_sync(make, group, logprobs)
         if not examples:
             return
         self._count_examples([one.datum for one in examples])
         for loss, those in self._by_loss(examples):
-            # In a thread too: the call took 2.4 ms for 512 examples and 11 for 4,096. Only this task makes calls, so their
-            # order stays.
+            # In a thread, since the call serializes. Only this task makes calls, so their order is kept.
             config = (dict(settings.loss_config) or None) if loss == self.loss else None
             datums = [one.datum for one in those]
             future = await anyio.to_thread.run_sync(self._client.forward_backward, datums, loss, config)
@@ -221,7 +213,7 @@ class Learner:
         self._batch.unstepped = True
         count, tokens = len(examples), _tokens(examples)
         self._emit(MinibatchSubmitted(step, len(groups), count, tokens))
-        # The service carries requests out in their order: with the last, all are done.
+        # The service processes requests in order: when the last is done, all are.
         last = self._batch.minibatches[-1].future
         when_done(last, lambda: self._learned(MinibatchLearned(step, count, tokens)))
 
@@ -243,27 +235,25 @@ class Learner:
 
     @property
     def is_idle(self) -> bool:
-        """Nothing that was submitted is unfinished at the service."""
+        """No submitted call is pending."""
         self._outstanding = [future for future in self._outstanding if not future.future().done()]
         return not self._outstanding
 
     async def wait_idle(self) -> None:
-        """Waits until :attr:`is_idle`; may be cancelled without harm to what is under way. Errors surface elsewhere.
+        """Waits until :attr:`is_idle`. Cancelling it leaves pending calls alone; their errors surface where they are awaited.
 
         Raises:
-            ServiceError: the service was silent past the deadline.
+            ServiceError: the service did not answer before the deadline.
         """
         with self._calls.waiting("a training call"):
             while not self.is_idle:
                 await until_done(self._outstanding[-1])
 
     def end_part(self, step: int, total: int) -> None:
-        """Steps the optimiser over what was submitted since its last step, if anything was.
-
-        What is submitted later belongs to the next part of the batch.
+        """Runs an optimizer step over everything submitted since the last one, if anything was.
 
         Args:
-            step: the batch, counted from 1, of ``total``: they give the learning rate.
+            step: batch number from 1, which with ``total`` determines the learning rate.
         """
         batch = self._batch
         if not batch.unstepped:
@@ -276,23 +266,22 @@ class Learner:
     async def finish_step(
         self, step: int, total: int, name: str, *, keep: bool, is_measured: bool = False
     ) -> StepInProgress:
-        """Steps the optimiser over everything submitted, and asks for new sampling weights and the resume point.
+        """Ends the batch: submits the optimizer step, the new sampling weights and the resume point, in this order.
 
-        All is submitted at once, in this order; the next batch's minibatches may be submitted from then on. With nothing
-        submitted (every group dropped) no optimiser step is made: the weights stay as they are, and a notice says so.
+        The next batch may be submitted right after. If nothing was submitted (every group was dropped), there is no optimizer
+        step: the weights stay the same and a notice says so.
 
         Args:
-            step: the batch, counted from 1, of ``total``; 0 saves the weights that the first batch starts from.
-            name: of the checkpoint.
-            keep: the checkpoint stays for good, with weights for sampling under this name.
-            is_measured: weights for sampling are saved at any rate: the unsaved ones that are sampled from next may be gone when
-                a measurement comes to them (the embedded service holds the 16 that were used last). The state has no expiry
-                either, since these weights may turn out to be the best.
+            step: batch number from 1 of ``total``; 0 saves the initial weights.
+            name: checkpoint name.
+            keep: keep the checkpoint permanently, with sampling weights under this name.
+            is_measured: save sampling weights for an evaluation, since the unsaved ones may be evicted before it starts (the
+                embedded service keeps the last 16). The state does not expire either: these weights may be the best.
         """
         self.end_part(step, total)
         batch, self._batch = self._batch, _Batch()
         if not batch.steps and step > 0:
-            self._emit(Notice(f"step {step}: no group to learn from, so the weights stay as they are", is_warning=True))
+            self._emit(Notice(f"step {step}: no group to learn from, so the weights do not change", is_warning=True))
         sampler = self.publish() if batch.steps else None
         is_kept = keep or is_measured
         state = self._client.save_state(name, ttl_seconds=None if is_kept else _RESUME_POINT_TTL, overwrite=True)
@@ -303,13 +292,13 @@ class Learner:
         return StepInProgress(batch, sampler, state, kept, self._calls)
 
     def publish(self) -> tinker.APIFuture[tinker.SamplingClient]:
-        """Asks for a client that samples from the weights as they are, to play groups with that are trained on."""
+        """Requests a client that samples from the current weights, for training rollouts."""
         return self._client.save_weights_and_get_sampling_client(
             record_stability_info=self.loss == "stable_reinforce", kind=self._kind
         )
 
     async def published(self) -> tinker.SamplingClient:
-        """The client of :meth:`publish`, once it is there.
+        """Awaits the client of :meth:`publish`.
 
         Raises:
             ServiceError: the weights could not be published.
@@ -318,10 +307,10 @@ class Learner:
             return await self.publish()
 
     async def keep_weights(self, name: str) -> tuple[str, str]:
-        """Saves the weights as they are for good; returns the ``tinker://`` paths of the training state and for sampling.
+        """Saves the current weights permanently; returns the ``tinker://`` paths of the training state and sampling weights.
 
         Raises:
-            CheckpointError: they could not be saved.
+            CheckpointError: the save failed.
         """
         with self._calls.waiting("saving a checkpoint", CheckpointError):
             state = self._client.save_state(name, overwrite=True)
@@ -329,16 +318,16 @@ class Learner:
             return (await state).path, (await sampler).path
 
     async def save_state(self, name: str) -> str:
-        """Saves the weights and the optimizer as they are, for a resume; returns their ``tinker://`` path.
+        """Saves the current weights and optimizer state for a resume; returns the ``tinker://`` path.
 
         Raises:
-            CheckpointError: they could not be saved.
+            CheckpointError: the save failed.
         """
         with self._calls.waiting("saving a checkpoint", CheckpointError):
             return (await self._client.save_state(name, ttl_seconds=_RESUME_POINT_TTL, overwrite=True)).path
 
     async def supervised_step(self, episodes: Sequence[Episode], learning_rate: float) -> float:
-        """One cross-entropy step on demonstrations; returns the mean loss a token.
+        """One cross-entropy step on demonstrations; returns the mean loss per token.
 
         Raises:
             ServiceError: a training call failed.
@@ -356,14 +345,14 @@ class Learner:
         return float(output.metrics["loss:sum"]) / max(1, tokens)
 
     def pause(self, is_paused: bool) -> None:
-        """Holds the time limits of training calls, or lets them go on; the calls themselves go on."""
+        """Pauses or resumes the deadlines of training calls; the calls themselves continue."""
         self._calls.pause(is_paused)
 
     def _count(self, usage: TokenUsage) -> None:
         self.usage += usage
 
     def _count_examples(self, datums: Sequence[tinker_types.Datum]) -> int:
-        """The tokens of examples that are about to be trained on. Billed is an example's input, which lacks its last token."""
+        """Counts the tokens of examples about to be trained on. Billing covers an example's input, which lacks its last token."""
         tokens = sum(datum.model_input.length + 1 for datum in datums)
         self._count(TokenUsage(trained=tokens - len(datums)))
         return tokens
@@ -379,16 +368,16 @@ class Learner:
         )
 
     def _watch(self, future: tinker.APIFuture[Any]) -> None:
-        # Not the finished ones: each holds its answer, 6 KB an example.
+        # Drops finished futures: each keeps its answer in memory.
         self._outstanding = [one for one in self._outstanding if not one.future().done()] + [future]
 
     async def _base_logprobs(self, groups: Sequence[Group]) -> list[list[NDArray[np.float64]]]:
-        """For each group, for each member, of its sampled tokens [A]."""
+        """Log-probabilities of the sampled tokens ([A]), per group and member."""
         assert self._base is not None
         episodes = [episode for group in groups for episode in group.episodes]
         before = self.usage
         found = iter(await base_logprobs(self._base, episodes, self._calls, count=self._count))
-        read = self.usage - before  # this task alone asks for learning
+        read = self.usage - before  # no other task uses the base client
         self._emit(BesideSampled(read.prompt, read.cached, read.sampled))
         return [[next(found) for _ in group.episodes] for group in groups]
 
@@ -400,7 +389,6 @@ def _assemble(
     settings: LearningSettings,
     loss: LossName,
 ) -> list[_Example]:
-    """A group's examples for this loss."""
     differences = [
         sampled_logprobs(episode) - logprobs_A
         for episode, logprobs_A in zip(group.episodes, base or (), strict=base is not None)
@@ -414,7 +402,7 @@ def _assemble(
     for episode, advantage, penalty, kl in zip(
         group.episodes, advantages(group.rewards, settings.advantage), penalties, kl_base, strict=True
     ):
-        if episode.turns:  # an episode whose prompt did not fit has nothing that was sampled
+        if episode.turns:  # no turns if the prompt did not fit
             weight = token_weight(episode.action_token_count, settings.normalization)
             datum = to_datum(
                 episode,
@@ -427,5 +415,5 @@ def _assemble(
 
 
 def _tokens(examples: Sequence[_Example]) -> int:
-    """Of all of them, what was only read included."""
+    """All tokens, prompts included."""
     return sum(one.datum.model_input.length + 1 for one in examples)

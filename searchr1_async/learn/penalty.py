@@ -1,4 +1,4 @@
-"""A penalty on leaving the base model, token by token, as part of the advantages."""
+"""Token-level KL penalty towards the base model, added to the advantages."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from searchr1_async.learn.calls import TrainingCalls
 from searchr1_async.usage import TokenUsage
 
 _AT_ONCE = 64
-"""Requests to the base model under way: enough to keep it busy, few enough that samples do not queue behind them."""
+"""Concurrent requests to the base model: enough to keep it busy without delaying samples."""
 
 
 def kl_penalties(differences: Sequence[NDArray[np.float64]], coefficient: float) -> list[NDArray[np.float64]]:
-    """What is added to the advantage of each sampled token of a group.
+    """Values to add to the advantages of a group's sampled tokens.
 
-    ``coefficient * (mean - (log p_sampled - log p_base))``: less where the policy makes a token likelier than the base
-    model does. The mean is over the group's sampled tokens, so that a group's penalties sum to 0 and do not depend on what
-    else is in its minibatch. tinker-cookbook (``incorporate_kl_penalty``) has the same term, centred over the whole batch:
-    with streamed minibatches that mean is not known when the first of them goes out.
+    ``coefficient * (mean - (log p_sampled - log p_base))``: negative where the policy makes a token likelier than the base model.
+    The mean is over the group's sampled tokens, so a group's penalties sum to 0 and do not depend on its minibatch. The same term
+    as tinker-cookbook's ``incorporate_kl_penalty``, which centres over the whole batch; streamed minibatches are sent before that
+    mean is known.
 
     Args:
         differences: ``log p_sampled - log p_base`` of each member's sampled tokens [A].
@@ -43,17 +43,14 @@ async def base_logprobs(
     *,
     count: Callable[[TokenUsage], None] = lambda usage: None,
 ) -> list[NDArray[np.float64]]:
-    """Log-probabilities of each episode's sampled tokens [A] under the model behind ``client``.
-
-    One request an episode, of which up to 64 are under way.
+    """Log-probabilities of each episode's sampled tokens [A] under the model of ``client``, one request per episode.
 
     Args:
-        calls: the time limit for all of them together.
-        count: gets the tokens of each request as they become known: its prompt when it is asked, what of it was cached and the
-            one token that is sampled beside it when it is answered.
+        calls: provides the deadline for all requests together.
+        count: receives token usage: the prompt when a request is sent, cached and sampled tokens when it is answered.
 
     Raises:
-        ServiceError: the service refused, failed for good, or was silent past the deadline.
+        ServiceError: the service failed or did not answer before the deadline.
     """
     found: list[NDArray[np.float64]] = [np.empty(0) for _ in episodes]
     slots = anyio.Semaphore(_AT_ONCE)
@@ -67,7 +64,7 @@ async def base_logprobs(
                 failures.append(error)
                 stop.cancel()
 
-    with calls.waiting("asking for the base model's log-probabilities"):
+    with calls.waiting("computing the base model's log-probabilities"):
         async with anyio.create_task_group() as tasks:
             for place, episode in enumerate(episodes):
                 if episode.turns:
@@ -75,7 +72,7 @@ async def base_logprobs(
     if failures:
         error = failures[0]
         raise ServiceError(
-            f"the Tinker service gave no log-probabilities of the base model: {fault_text(error)}"
+            f"the Tinker service returned no log-probabilities of the base model: {fault_text(error)}"
         ) from error
     return found
 
@@ -94,8 +91,8 @@ async def _sampled_base_logprobs(
 ) -> NDArray[np.float64]:
     tokens = _scored_tokens(episode)
     count(TokenUsage(prompt=len(tokens)))
-    # As the SDK's own compute_logprobs, which does not say what was cached. Of the prompt nothing is asked, so the service may
-    # serve it from its prefix cache.
+    # Like the SDK's compute_logprobs, which does not report cache hits. The prompt's own log-probabilities are not requested, so
+    # it can come from the prefix cache.
     answer = await client.sample(
         tinker_types.ModelInput.from_ints(tokens),
         1,

@@ -1,4 +1,4 @@
-"""The learning rate of each optimiser step."""
+"""Learning rate schedule."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from searchr1_async.config import LearningSettings
 
 
 def learning_rate_at(settings: LearningSettings, step: int, total: int) -> float:
-    """The learning rate of batch ``step``, counted from 1, of ``total``.
+    """Learning rate of batch ``step`` (from 1) of ``total``.
 
-    It rises in a line over the first ``schedule_warmup`` batches, the last of which has the peak, then stays there or
-    falls, in a line or half a cosine, so that it would reach 0 in the batch after the last: no batch is wasted on a rate
-    of 0. Without a warm-up the first batch has the peak. A batch after ``total`` has the rate of the last.
+    Linear warm-up over ``schedule_warmup`` batches, the last at the peak rate; then constant, or linear or cosine decay that
+    would reach 0 one batch after the last. Batches after ``total`` keep the last rate.
 
     Raises:
         ValueError: ``step`` or ``total`` is below 1.

@@ -1,7 +1,7 @@
-"""The embedded Tinker service: a server that speaks the Tinker protocol, with a model of its own behind it.
+"""The embedded Tinker service: a local server that speaks the Tinker protocol and runs its own model.
 
-Reached only through the ``tinker`` SDK, like the cloud: start it with :func:`local_service` and hand its URL and key to
-``tinker.ServiceClient``. Importing this package loads neither torch nor a model.
+Start it with :func:`local_service` and pass its URL and key to ``tinker.ServiceClient``. Importing this package loads
+neither torch nor a model.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""``python -m searchr1_async.local``: the embedded Tinker service alone, for any client of the protocol.
+"""``python -m searchr1_async.local``: the standalone embedded Tinker service, for any client of the protocol.
 
-:mod:`searchr1_async.local.process` starts it as a child instead, with its settings as JSON on the standard input.
+:mod:`searchr1_async.local.process` starts it as a child process instead.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ def main() -> int:
 
 
 def run_child() -> NoReturn:
-    """Runs the service for :mod:`searchr1_async.local.process`, until the parent closes its standard input, or is gone."""
+    """Runs the service for :mod:`searchr1_async.local.process` until the parent closes stdin or dies."""
     status = _serve_parent()
     logging.shutdown()
     sys.stderr.flush()
-    # Everything is closed by now; tearing the interpreter down with torch in it takes a second.
+    # Everything is closed; a normal interpreter exit with torch loaded takes a second.
     os._exit(status)
 
 
@@ -50,13 +50,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m searchr1_async.local", description="The embedded Tinker service.")
     parser.add_argument("--model", default=DEFAULT_MODEL, help="a folder or a hub name (default: %(default)s)")
     parser.add_argument(
-        "--folder", type=path_argument, default="runs/service", help="keeps the checkpoints (%(default)s)"
+        "--folder", type=path_argument, default="runs/service", help="folder for checkpoints (default: %(default)s)"
     )
-    parser.add_argument("--port", type=int, default=0, help="default: a free one")
-    parser.add_argument("--threads", type=int, help="the model's compute threads (default: all processors)")
+    parser.add_argument("--port", type=int, default=0, help="port (default: a free one)")
+    parser.add_argument("--threads", type=int, help="compute threads of the model (default: all processors)")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--scripted", metavar="MODULE:FUNCTION", help="replies from a function instead of a model")
+    parser.add_argument("--scripted", metavar="MODULE:FUNCTION", help="reply from a function instead of a model")
     return parser
 
 
@@ -71,12 +71,12 @@ def _run_standalone(arguments: argparse.Namespace) -> int:
         os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
 
     def ready(fields: Mapping[str, Any]) -> None:
-        shown = "$TINKER_API_KEY as it is set now" if given_key else api_key
+        shown = "the current value of $TINKER_API_KEY" if given_key else api_key
         print(f"Serving {fields['model_name']} at {fields['url']}")
         print("To use it from any tinker client:")
         print(f"  export TINKER_BASE_URL={fields['url']}")
         print(f"  export TINKER_API_KEY={shown}" if not given_key else f"  TINKER_API_KEY: {shown}")
-        print("Ctrl-C ends it.", flush=True)
+        print("Press Ctrl-C to stop.", flush=True)
 
     try:
         asyncio.run(_serve(settings, ready, asyncio.Event(), (signal.SIGINT, signal.SIGTERM)))
@@ -87,10 +87,10 @@ def _run_standalone(arguments: argparse.Namespace) -> int:
 
 
 def _serve_parent() -> int:
-    # The ready line has the real standard output to itself: whatever libraries print goes to the log.
+    # Reserve the real stdout for the ready line: anything libraries print goes to the log.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    # A terminal's Ctrl-C and a scheduler's SIGTERM go to several processes: the parent decides when this one ends.
+    # Ctrl-C and a scheduler's SIGTERM reach all processes, but the parent decides when this one exits.
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
@@ -129,10 +129,9 @@ def _kind(error: Exception) -> str:
 
 
 def _watch_parent(parent: int, stop: Callable[[], object]) -> None:
-    """Blocks until the parent is gone, asks the service to stop, and ends the process if it does not.
+    """Blocks until the parent is gone, then stops the service; exits the process if that takes too long.
 
-    The end of the standard input tells at once; the parent's id is looked at as well, since another child of the
-    parent may have inherited the pipe.
+    Stdin closes when the parent dies, but the parent id is checked too, since a sibling may have inherited the pipe.
     """
     while os.getppid() == parent:
         readable, _, _ = select.select([0], [], [], 1.0)
@@ -158,13 +157,11 @@ async def _serve(
     loop = asyncio.get_running_loop()
     for number in signals:
         loop.add_signal_handler(number, stop.set)
-    # Before the model is loaded, which takes long: these fail fast.
+    # Before the slow model load, so that these fail fast.
     listener = _listen(settings["port"])
     checkpoints = CheckpointStore(Path(settings["folder"]) / "checkpoints")
     options = ServiceOptions(**settings["options"])
     backend = await _until(stop, asyncio.to_thread(_load_backend, settings))
-    if backend is None:
-        return
     try:
         async with serve(
             backend, checkpoints=checkpoints, api_key=settings["api_key"], listener=listener, options=options
@@ -176,24 +173,24 @@ async def _serve(
 
 
 async def _until(stop: asyncio.Event, loading: Any) -> Any:
-    """The backend, or None if the service is asked to stop while it is being loaded."""
+    """Awaits the backend; exits the process if the service is stopped while loading."""
     task = asyncio.ensure_future(loading)
     stopped = asyncio.ensure_future(stop.wait())
     await asyncio.wait((task, stopped), return_when=asyncio.FIRST_COMPLETED)
     stopped.cancel()
     if not task.done():
-        # A thread cannot be stopped; the process can.
+        # A thread cannot be stopped, only the process can.
         logging.shutdown()
         os._exit(1)
     return task.result()
 
 
 def _listen(port: int) -> socket.socket:
-    """Raises :class:`PortInUseError`, or :class:`ConfigurationError` for a number that is no port."""
+    """Raises :class:`PortInUseError`, or :class:`ConfigurationError` for an invalid port."""
     if not 0 <= port <= 65535:
         raise ConfigurationError(f"port: must be between 0 and 65535, got {port}")
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    # A port whose last server has just ended is free; one that is served still fails to bind.
+    # Reuse a port whose server has just exited; a port in use still fails to bind.
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((_HOST, port))

@@ -1,8 +1,8 @@
-"""Tinker's protobuf messages, without the rest of the ``tinker`` package.
+"""Tinker's protobuf messages, without importing the rest of ``tinker``.
 
-``import tinker`` imports torch, which takes seconds; a scripted service needs neither. The generated module stands on
-its own, so it is loaded from its file unless ``tinker`` is imported already. (Loaded twice, the message classes are the
-same ones: protobuf keeps one per message.)
+``import tinker`` imports torch, which takes seconds and which a scripted service does not need. Unless ``tinker`` is
+already imported, the self-contained generated module is loaded from its file. Loading it twice is safe: protobuf keeps
+one class per message.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Answers over HTTP: JSON bodies, the check of the API key, and every error as JSON with a sentence in ``detail``."""
+"""HTTP responses: JSON bodies, the API key check, and errors as JSON with a message in ``detail``."""
 
 from __future__ import annotations
 
@@ -19,45 +19,43 @@ from searchr1_async.local.protocol import MalformedRequest
 logger = logging.getLogger(__name__)
 
 _REFUSED = {
-    "GET /sessions/{session}/trace_export": "the embedded service records no trace of a session's requests",
+    "GET /sessions/{session}/trace_export": "the embedded service records no request traces",
     "GET /billing/usage/events": "the embedded service bills nothing: it computes on this machine",
-    "GET /billing/usage/checkpoints/current": "the embedded service bills nothing: the size of every checkpoint stands in "
-    "its listing (tinker checkpoint list)",
-    "GET /audit": "the embedded service has one user and keeps no audit log: its log is its standard error",
-    "GET /auth/apikey/me": "the embedded service has one key, which it prints when it starts: export it as "
+    "GET /billing/usage/checkpoints/current": "the embedded service bills nothing: checkpoint sizes are in "
+    "the listing (tinker checkpoint list)",
+    "GET /audit": "the embedded service has one user and no audit log: it logs to standard error",
+    "GET /auth/apikey/me": "the embedded service has one key, printed at startup: export it as "
     "TINKER_API_KEY instead of logging in",
-    "DELETE /auth/apikey/me": "the key of the embedded service ends with it: unset TINKER_API_KEY instead of logging out",
+    "DELETE /auth/apikey/me": "the embedded service's key expires when it stops: unset TINKER_API_KEY instead of logging out",
     "POST /auth/token": "the embedded service exchanges no tokens: send its key as X-API-Key",
 }
-"""What clients can ask a service for that makes no sense for one user on one machine, each with its reason."""
+"""Cloud routes that make no sense for one user on one machine, with the reason."""
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 SIGNED_ROUTE = "signed"
-"""Name of the one route besides ``healthz`` that is served without the API key."""
 _WITHOUT_KEY = {"healthz", SIGNED_ROUTE}
-"""Names of the routes that ask for no API key."""
+"""Names of the routes that need no API key."""
 
 
 class NotFound(LookupError):
-    """No such session, model, sampler or promise; its message goes out with 404."""
+    """No such session, model, sampler or promise (404)."""
 
 
 class Gone(LookupError):
-    """It existed and is over; its message goes out with 410."""
+    """It existed but has ended (410)."""
 
 
 class TooManySamples(Exception):
-    """The queue is full: the client should wait and submit again (429)."""
+    """The queue is full; the client should retry later (429)."""
 
 
 def json_answer(status: int = 200, /, **fields: Any) -> web.Response:
-    """A JSON object as the answer to a request."""
     return web.Response(status=status, body=json.dumps(fields).encode(), content_type="application/json")
 
 
 def page_of(request: web.Request, items: Sequence[Any], limit: int = 20) -> tuple[list[Any], dict[str, int]]:
-    """The part of a listing that a request asks for with ``limit`` and ``offset``, and the cursor that says so.
+    """The page of a listing selected by ``limit`` and ``offset``, and its cursor.
 
-    Raises :class:`MalformedRequest` for a limit, an offset or an ``access_scope`` that the protocol does not have.
+    Raises :class:`MalformedRequest` for an invalid limit, offset or ``access_scope``.
     """
     try:
         limit, offset = int(request.query.get("limit", limit)), int(request.query.get("offset", 0))
@@ -72,19 +70,19 @@ def page_of(request: web.Request, items: Sequence[Any], limit: int = 20) -> tupl
 
 
 def timestamp(seconds: float) -> str:
-    """Seconds since the epoch as the protocol writes a time."""
+    """Seconds since the epoch to the protocol's ISO format."""
     return datetime.fromtimestamp(seconds, UTC).isoformat()
 
 
 def texts(metadata: Mapping[str, Any] | None) -> dict[str, str] | None:
-    """User metadata as the protocol lists it: every value a text."""
+    """User metadata in the protocol's form: all values are strings."""
     if metadata is None:
         return None
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
 
 
 def refuse_routes(app: web.Application, prefix: str) -> None:
-    """Adds the routes below ``prefix`` that are refused with a reason of their own (404)."""
+    """Adds the routes that answer 404 with a reason."""
 
     def refusing(reason: str) -> Handler:
         async def refuse(request: web.Request) -> web.StreamResponse:
@@ -98,7 +96,7 @@ def refuse_routes(app: web.Application, prefix: str) -> None:
 
 
 def key_check(api_key: str) -> Any:
-    """A middleware that answers 401 to requests without this key, but for the routes that need none."""
+    """Middleware: answers 401 to requests without this key, except on routes that need none."""
     expected = api_key.encode()
 
     @web.middleware
@@ -107,7 +105,7 @@ def key_check(api_key: str) -> Any:
         is_open = request.match_info.route.name in _WITHOUT_KEY
         if not is_open and not hmac.compare_digest(given.encode("utf-8", "replace"), expected):
             refusal = json_answer(
-                401, detail="the API key is missing or wrong: this service was started with another one"
+                401, detail="the API key is missing or wrong: this service was started with a different key"
             )
             refusal.force_close()
             return refusal
@@ -118,7 +116,7 @@ def key_check(api_key: str) -> Any:
 
 @web.middleware
 async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """A middleware that answers every error as JSON, with the status that fits its kind."""
+    """Middleware: turns every error into JSON with the matching status."""
     try:
         return await handler(request)
     except MalformedRequest as error:
@@ -132,12 +130,12 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
     except Gone as error:
         return json_answer(410, detail=str(error))
     except CheckpointError as error:
-        # Not 5xx: clients would submit it again for minutes.
+        # Not 5xx: clients would retry for minutes.
         return json_answer(422, detail=str(error))
     except TooManySamples:
         return json_answer(429, detail="too many samples are queued")
     except web.HTTPNotFound:
-        return json_answer(404, detail=f"the embedded service does not offer {request.method} {request.path}")
+        return json_answer(404, detail=f"the embedded service does not support {request.method} {request.path}")
     except web.HTTPException as error:
         return json_answer(error.status, detail=error.reason)
     except Exception as error:

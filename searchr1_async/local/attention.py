@@ -11,19 +11,19 @@ from torch.nn import functional
 from searchr1_async.local.packing import Packed, Segment
 from searchr1_async.local.transformer import Shape
 
-# Queries handled at once: a mask is as large as queries times keys, and keys after a block are never touched.
+# Queries per block: bounds the mask (queries times keys) and skips the keys after the block.
 _QUERY_BLOCK = 512
 
 
 class TreeAttention:
-    """Each segment attends to its cached past, to the rows before it in its sequence, and causally to itself."""
+    """Each segment attends to its cached past, its preceding rows, and causally to itself."""
 
     def __init__(
         self, packed: Packed, shape: Shape, *, past: Mapping[int, Tensor] | None = None, keep: bool = False
     ) -> None:
-        """``past[i]`` [2, layers, tokens, kv_heads, size] are the cached keys and values of sequence i.
+        """``past[i]`` [2, layers, tokens, kv_heads, size]: cached keys and values of sequence i.
 
-        With ``keep`` the keys and values of every layer are kept in :attr:`kept`, each [rows, kv_heads, size].
+        ``keep`` collects every layer's keys and values in :attr:`kept`, each [rows, kv_heads, size].
         """
         self._segments = packed.segments
         self._lengths = [segment.stop - segment.start for segment in packed.segments]
@@ -45,7 +45,7 @@ class TreeAttention:
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _context(self, segment: Segment, layer: int, which: int, pieces: tuple[Tensor, ...]) -> Tensor:
-        """All keys (``which`` 0) or values (1) that a segment sees, as [1, kv_heads, tokens, size]."""
+        """All keys (``which`` 0) or values (1) visible to a segment, [1, kv_heads, tokens, size]."""
         parts = []
         if segment.past is not None:
             parts.append(self._past[segment.past][which, layer, : segment.past_length])
@@ -62,7 +62,7 @@ class TreeAttention:
             stop = min(start + _QUERY_BLOCK, rows)
             seen = before + stop
             block = q if rows <= _QUERY_BLOCK else q[start:stop]
-            # Heads that share a key are laid below one another as more queries of it: keys are not repeated.
+            # Stack the heads of a key group as additional queries instead of repeating the keys.
             grouped = block.view(len(block), self._kv_heads, self._groups, -1).permute(1, 2, 0, 3)
             grouped = grouped.reshape(1, self._kv_heads, self._groups * len(block), -1)
             mask = None if len(block) == 1 else self._mask(len(block), seen, q)
@@ -72,7 +72,7 @@ class TreeAttention:
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
     def _mask(self, queries: int, keys: int, like: Tensor) -> Tensor:
-        """[groups · queries, keys]: the last query sees every key, each one before it one key less."""
+        """[groups · queries, keys]: causal, with the last query seeing every key."""
         mask = self._masks.get((queries, keys, like.dtype))
         if mask is None:
             square = torch.full((queries, keys), float("-inf"), dtype=like.dtype, device=like.device)

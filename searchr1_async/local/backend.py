@@ -1,13 +1,12 @@
-"""What a model must offer to stand behind the embedded Tinker service.
+"""The interface between the embedded Tinker service and a model.
 
-The server (:mod:`searchr1_async.local.server`) speaks the wire protocol and keeps order, idempotency and checkpoints; a
-:class:`Backend` computes. Two exist: :class:`~searchr1_async.local.torch_backend.TorchBackend`, a real language model, and
-:class:`~searchr1_async.local.scripted.ScriptedBackend`, a function of the prompt with modelled latency.
+The server (:mod:`searchr1_async.local.server`) handles the wire protocol, ordering, idempotency and checkpoints; a
+:class:`Backend` computes: :class:`~searchr1_async.local.torch_backend.TorchBackend` runs a real language model,
+:class:`~searchr1_async.local.scripted.ScriptedBackend` a function of the prompt with modelled latency.
 
-Every method returns at once; work is done on the backend's own thread and answered through a
-:class:`concurrent.futures.Future`, so the server's event loop stays free. Calls on one :class:`Adapter` are carried out in
-the order in which they were made. A bad request fails its future with :class:`UserFault` (the client's mistake, told
-to it in words); anything else that escapes is the server's fault.
+Methods return immediately; work runs on the backend's own thread and resolves a :class:`concurrent.futures.Future`.
+Calls on one :class:`Adapter` run in submission order. A bad request fails its future with :class:`UserFault`; any other
+exception is the server's fault.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ Float32Array = NDArray[np.float32]
 
 
 class UserFault(Exception):
-    """The request cannot be carried out as asked; the message goes to the client (category ``user``)."""
+    """The request is invalid; the message goes to the client (category ``user``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +40,7 @@ class LoraConfig:
 
 @dataclass(frozen=True, slots=True)
 class AdamParams:
-    """Tinker's ``adam_params``; gradient clipping is by global norm, 0 is none."""
+    """Tinker's ``adam_params``. ``grad_clip_norm`` is a global norm; 0 disables clipping."""
 
     learning_rate: float = 1e-4
     beta1: float = 0.9
@@ -59,16 +58,16 @@ class SampleRequest:
     """Token ids, shape [P], P >= 1."""
     num_samples: int = 1
     max_tokens: int | None = None
-    """New tokens at most; None: up to the model's context length."""
+    """Maximum new tokens; None: up to the model's context length."""
     temperature: float = 1.0
-    """0 is greedy. Log-probabilities returned are those of the untempered distribution's softmax at this temperature 1, as Tinker's are."""
+    """0 is greedy. Returned log-probabilities are always at temperature 1, as Tinker's are."""
     top_k: int = -1
     top_p: float = 1.0
     seed: int | None = None
     stop_tokens: tuple[int, ...] | None = None
     """None: the model's own end-of-text tokens. Empty: never stop early."""
     stop_strings: tuple[str, ...] = ()
-    """Generation ends after the first token whose decoded text completes one of these; the token is kept."""
+    """Generation stops after the token whose text completes one of these; that token is kept."""
     prompt_logprobs: bool = False
     topk_prompt_logprobs: int = 0
     topk_sample_logprobs: int = 0
@@ -77,7 +76,7 @@ class SampleRequest:
 @dataclass(frozen=True, slots=True)
 class SampledSequence:
     tokens: Int32Array
-    """Shape [N], the stop token included."""
+    """Shape [N], including the stop token."""
     logprobs: Float32Array
     """Shape [N]."""
     stop_reason: Literal["stop", "length"]
@@ -93,12 +92,12 @@ class SampleResult:
     topk_prompt: tuple[Int32Array, Float32Array] | None = None
     """Ids and log-probabilities, each [P, k]; row 0 is (0, NaN)."""
     prompt_cache_hit_tokens: int = 0
-    """Tokens of the prompt that were in the prefix cache; counted once, whatever ``num_samples`` is."""
+    """Prompt tokens found in the prefix cache, counted once regardless of ``num_samples``."""
 
 
 @dataclass(frozen=True, slots=True)
 class Datum:
-    """One training example: inputs of length T and per-token loss inputs of the same length."""
+    """One training example: T input tokens and per-token loss inputs."""
 
     tokens: Int32Array
     """Model input, shape [T]."""
@@ -109,57 +108,55 @@ class Datum:
 @dataclass(frozen=True, slots=True)
 class ForwardBackwardResult:
     logprobs: tuple[Float32Array, ...]
-    """For each datum the log-probability of each target token, [T]."""
+    """Target log-probabilities [T] per datum."""
     metrics: Mapping[str, float]
-    """Names carry Tinker's reduction: ``loss:sum``, …"""
+    """Names include Tinker's reduction suffix: ``loss:sum``, …"""
 
 
 class Adapter(Protocol):
-    """A trainable LoRA adapter with its optimiser state and gradients; opaque to the server."""
+    """A trainable LoRA adapter with optimizer state and gradients; opaque to the server."""
 
     @property
     def lora(self) -> LoraConfig: ...
 
 
 class Snapshot(Protocol):
-    """Immutable sampler weights; opaque to the server. Freed when nothing refers to it."""
+    """Immutable sampler weights; opaque to the server, freed when unreferenced."""
 
 
 class InflightTarget(Protocol):
-    """The weights that all in-flight sampling clients of one model share; each save replaces them."""
+    """Weights shared by all in-flight sampling clients of one model; replaced by each save."""
 
     @property
     def snapshot(self) -> Snapshot | None:
-        """The newest weights; never None while a sample runs."""
+        """The latest weights; never None while a sample runs."""
         ...
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class InflightClient:
-    """One in-flight sampling client: a cache namespace of its own over weights that move on.
+    """One in-flight sampling client: its own prefix cache namespace over weights that change.
 
-    A running sample computes each token with the weights that ``target`` has at that moment. What is cached under a client
-    stays when the weights are replaced, and is shared with no other client. Compared by identity.
+    A running sample computes each token with ``target``'s current weights. A client's cache survives weight changes and is
+    not shared with other clients. Compared by identity.
     """
 
     target: InflightTarget
 
 
 State = Mapping[str, NDArray[Any]]
-"""Named arrays, as they go into one safetensors file."""
+"""Named arrays, stored as one safetensors file."""
 
 
 class Backend(Protocol):
-    """A model behind the service."""
-
     @property
     def model_name(self) -> str:
-        """The name that clients use as ``base_model``."""
+        """The name clients pass as ``base_model``."""
         ...
 
     @property
     def tokenizer_path(self) -> str:
-        """A local folder that ``AutoTokenizer.from_pretrained`` can load, or a hub name."""
+        """A local folder or hub name for ``AutoTokenizer.from_pretrained``."""
         ...
 
     @property
@@ -168,13 +165,13 @@ class Backend(Protocol):
     def create_adapter(self, lora: LoraConfig) -> Future[Adapter]: ...
 
     def snapshot(self, adapter: Adapter) -> Future[Snapshot]:
-        """The adapter's weights as they are after all calls made before this one."""
+        """The adapter's weights after all earlier calls."""
         ...
 
     def sample(self, weights: Snapshot | InflightClient | None, request: SampleRequest) -> Future[SampleResult]:
-        """None samples the base model. Cancelling the future takes the request out of the running batch.
+        """None samples the base model. Cancelling the future removes the request from the running batch.
 
-        Prefixes are cached by ``weights``: nothing is shared between two snapshots or two in-flight clients.
+        The prefix cache is keyed by ``weights``; snapshots and in-flight clients share nothing.
         """
         ...
 
@@ -188,19 +185,19 @@ class Backend(Protocol):
     ) -> Future[ForwardBackwardResult]: ...
 
     def optim_step(self, adapter: Adapter, params: AdamParams) -> Future[Mapping[str, float]]:
-        """One Adam step on the accumulated gradients, which are cleared. Metric names carry no reduction."""
+        """One Adam step on the accumulated gradients, which are then cleared. Metric names have no reduction suffix."""
         ...
 
     def export_adapter(self, adapter: Adapter, optimizer: bool) -> Future[State]:
-        """A copy of the weights (and of the optimiser's moments) for a checkpoint."""
+        """A copy of the weights (and Adam's moments) for a checkpoint."""
         ...
 
     def import_adapter(self, lora: LoraConfig, state: State, optimizer: bool) -> Future[Adapter]:
-        """An adapter from :meth:`export_adapter`; with ``optimizer=False`` the moments start at zero."""
+        """An adapter from :meth:`export_adapter`'s state; with ``optimizer=False`` the moments start at zero."""
         ...
 
     def import_snapshot(self, lora: LoraConfig, state: State) -> Future[Snapshot]: ...
 
     def close(self) -> None:
-        """Ends the thread; futures still open fail."""
+        """Ends the thread; open futures fail."""
         ...

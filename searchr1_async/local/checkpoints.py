@@ -1,12 +1,11 @@
 """Checkpoints on disk: ``<folder>/<run>/<kind>/<name>/`` with ``checkpoint.json`` and one safetensors file.
 
-``checkpoint.json`` names its safetensors file and is replaced atomically after that file is safely on disk: it is the
-point at which a checkpoint exists or is replaced. A crash at any moment leaves the old checkpoint or the new one, and at
-worst a safetensors file that nothing names, which goes at the next start. Clients name a checkpoint by its path
-``tinker://RUN/weights/NAME`` (training state), ``tinker://RUN/sampler_weights/NAME`` or ``tinker://RUN/external_weights/NAME``
-(an adapter to be downloaded: :mod:`searchr1_async.local.external`).
+``checkpoint.json`` names its safetensors file and is replaced atomically once that file is synced to disk, which commits
+the checkpoint. A crash leaves the old or the new checkpoint, and at worst an orphaned safetensors file, removed at the
+next start. Clients use the paths ``tinker://RUN/weights/NAME`` (training state), ``tinker://RUN/sampler_weights/NAME`` or
+``tinker://RUN/external_weights/NAME`` (an adapter for download: :mod:`searchr1_async.local.external`).
 
-All functions block on the disk; call them in a worker thread. The store is thread-safe.
+All functions block on disk I/O; call them in a worker thread. The store is thread-safe.
 """
 
 from __future__ import annotations
@@ -41,17 +40,17 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_:-]{0,127}")
 _METADATA = "checkpoint.json"
 _SLACK_BYTES = 1 << 20
-_LEFT_SECONDS = 600.0
-"""An unfinished file that was last written longer ago belongs to a process that is gone: writing one takes seconds."""
+_STALE_SECONDS = 600.0
+"""An unfinished file older than this belongs to a dead process: writing one takes seconds."""
 
 
 class NoSuchCheckpoint(UserFault):
-    """It does not exist, or its time to live is over."""
+    """The checkpoint does not exist or has expired."""
 
 
 @dataclass(frozen=True, slots=True)
 class CheckpointId:
-    """Which checkpoint: its run (the id of the model that saved it), kind and name."""
+    """A checkpoint's run (the id of the model that saved it), kind and name."""
 
     run: str
     kind: Kind
@@ -63,15 +62,15 @@ class CheckpointId:
 
     @classmethod
     def of(cls, run: str, kind: str, name: str) -> CheckpointId:
-        """Raises :class:`UserFault` for a name that is no safe name of a folder."""
+        """Raises :class:`UserFault` for a part that is not a safe folder name."""
         if kind not in KINDS:
-            raise UserFault(f"{kind!r} is no kind of checkpoint: expected one of {', '.join(KINDS)}")
+            raise UserFault(f"{kind!r} is not a checkpoint kind: expected one of {', '.join(KINDS)}")
         if not _RUN.fullmatch(run):
-            raise UserFault(f"{run!r:.200} is no run id")
+            raise UserFault(f"{run!r:.200} is not a run id")
         if not _NAME.fullmatch(name):
             raise UserFault(
-                f"{name!r:.200} cannot be a checkpoint's name: use at most 128 letters, digits, '.', '_' and '-', "
-                "the first a letter or digit"
+                f"{name!r:.200} is not a valid checkpoint name: use at most 128 letters, digits, '.', '_' and '-', "
+                "starting with a letter or digit"
             )
         return cls(run, kind, name)
 
@@ -80,13 +79,13 @@ class CheckpointId:
         """From ``tinker://RUN/KIND/NAME``. Raises :class:`UserFault`."""
         parts = path.removeprefix(_SCHEME).split("/")
         if not path.startswith(_SCHEME) or len(parts) != 3:
-            raise UserFault(f"{path!r:.300} is no checkpoint path: expected {_SCHEME}RUN/weights/NAME")
+            raise UserFault(f"{path!r:.300} is not a checkpoint path: expected {_SCHEME}RUN/weights/NAME")
         return cls.of(*parts)
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What is known of a checkpoint without reading its arrays. Times are seconds since the epoch."""
+    """A checkpoint's metadata. Times are seconds since the epoch."""
 
     id: CheckpointId
     base_model: str
@@ -97,16 +96,16 @@ class Checkpoint:
     size_bytes: int
     user_metadata: Mapping[str, str] | None = None
     file: str = ""
-    """The safetensors file in its folder."""
+    """Name of its safetensors file."""
     public: bool = False
-    """Whether it is published, which shows in listings: there is nobody else who could load it."""
+    """Whether it is published. Only shown in listings."""
 
     def is_expired(self, now: float) -> bool:
         return self.expires_at is not None and now >= self.expires_at
 
 
 class CheckpointStore:
-    """The checkpoints below one folder, those of earlier processes included."""
+    """All checkpoints below one folder, including those of earlier processes."""
 
     def __init__(self, folder: Path) -> None:
         """Creates the folder. Raises :class:`CheckpointError` if it cannot be created."""
@@ -118,16 +117,16 @@ class CheckpointStore:
             raise CheckpointError(f"cannot create the checkpoint folder {folder}: {error}") from error
 
     def save(self, checkpoint: Checkpoint, state: State, *, overwrite: bool) -> Checkpoint:
-        """Writes it; returns it with its size and file filled in.
+        """Writes a checkpoint; returns it with size and file filled in.
 
-        Raises :class:`UserFault` if the name is taken and ``overwrite`` is false, and :class:`CheckpointError` when the
-        disk is full or cannot be written; nothing half-written stays behind then.
+        Raises :class:`UserFault` if it exists and ``overwrite`` is false, and :class:`CheckpointError` if the disk is full
+        or not writable; partial files are then removed.
         """
         with self._lock:
             place = self._place(checkpoint.id)
             earlier = self._read(checkpoint.id)
             if earlier is not None and not overwrite and not earlier.is_expired(checkpoint.created_at):
-                raise UserFault(f"{checkpoint.id.path} exists already: choose another name, or pass overwrite=True")
+                raise UserFault(f"{checkpoint.id.path} already exists: choose another name, or pass overwrite=True")
             file = place / f"state-{secrets.token_hex(4)}.safetensors"
             try:
                 place.mkdir(parents=True, exist_ok=True)
@@ -145,7 +144,7 @@ class CheckpointStore:
             return checkpoint
 
     def load(self, id: CheckpointId, now: float) -> tuple[Checkpoint, State]:
-        """Raises :class:`NoSuchCheckpoint` if there is none or it has expired, :class:`CheckpointError` if it is damaged."""
+        """Raises :class:`NoSuchCheckpoint` if it is missing or expired, :class:`CheckpointError` if it is corrupt."""
         checkpoint = self.find(id, now)
         try:
             return checkpoint, load_file(self.file_of(checkpoint))
@@ -155,32 +154,31 @@ class CheckpointStore:
             raise CheckpointError(f"the checkpoint {id.path} cannot be read from {self._place(id)}: {error}") from error
 
     def find(self, id: CheckpointId, now: float) -> Checkpoint:
-        """Raises :class:`NoSuchCheckpoint` if there is none or it has expired; an expired one is removed."""
+        """Raises :class:`NoSuchCheckpoint` if it is missing or expired; removes it if expired."""
         with self._lock:
             checkpoint = self._read(id)
             if checkpoint is None:
                 raise NoSuchCheckpoint(f"{id.path} does not exist in {self.folder}")
             if checkpoint.is_expired(now):
                 self._remove(id)
-                raise NoSuchCheckpoint(f"{id.path} has expired: its time to live is over")
+                raise NoSuchCheckpoint(f"{id.path} has expired: its time to live (ttl_seconds) is over")
             return checkpoint
 
     def file_of(self, checkpoint: Checkpoint) -> Path:
-        """The safetensors file of a checkpoint that was found."""
         return self._place(checkpoint.id) / checkpoint.file
 
     def delete(self, id: CheckpointId, now: float) -> None:
-        """Raises :class:`NoSuchCheckpoint` if there is none."""
+        """Raises :class:`NoSuchCheckpoint`."""
         self.find(id, now)
         with self._lock:
             self._remove(id)
 
     def set_expiry(self, id: CheckpointId, expires_at: float | None, now: float) -> Checkpoint:
-        """Raises :class:`NoSuchCheckpoint` if there is none and :class:`CheckpointError` if the disk cannot be written."""
+        """Raises :class:`NoSuchCheckpoint`, or :class:`CheckpointError` if the disk is not writable."""
         return self._change(replace(self.find(id, now), expires_at=expires_at))
 
     def set_public(self, id: CheckpointId, public: bool, now: float) -> Checkpoint:
-        """Raises :class:`NoSuchCheckpoint` if there is none and :class:`CheckpointError` if the disk cannot be written."""
+        """Raises :class:`NoSuchCheckpoint`, or :class:`CheckpointError` if the disk is not writable."""
         return self._change(replace(self.find(id, now), public=public))
 
     def _change(self, checkpoint: Checkpoint) -> Checkpoint:
@@ -192,9 +190,9 @@ class CheckpointStore:
         return checkpoint
 
     def copy(self, source: CheckpointId, to: CheckpointId, expires_at: float | None, now: float) -> Checkpoint:
-        """A copy under another id, which outlives its source. Its arrays take no space of their own where the disk allows that.
+        """Copies a checkpoint to another id, hard-linking its arrays where possible. The copy outlives its source.
 
-        Raises :class:`NoSuchCheckpoint` if there is no source and :class:`CheckpointError` if the disk cannot be written.
+        Raises :class:`NoSuchCheckpoint` if the source is missing, :class:`CheckpointError` if the disk is not writable.
         """
         found = self.find(source, now)
         copy = replace(found, id=to, created_at=now, expires_at=expires_at, public=False)
@@ -213,13 +211,13 @@ class CheckpointStore:
         return copy
 
     def listing(self, now: float, run: str | None = None) -> list[Checkpoint]:
-        """All that have not expired, oldest first; those of one run if ``run`` is given."""
+        """Unexpired checkpoints (of one run, if given), oldest first."""
         with self._lock:
             found = [checkpoint for checkpoint in self._scan(run) if not checkpoint.is_expired(now)]
         return sorted(found, key=lambda checkpoint: (checkpoint.created_at, checkpoint.id.path))
 
     def sweep(self, now: float) -> int:
-        """Removes what has expired; returns how many."""
+        """Removes expired checkpoints; returns how many."""
         with self._lock:
             expired = [checkpoint.id for checkpoint in self._scan() if checkpoint.is_expired(now)]
             for id in expired:
@@ -227,21 +225,18 @@ class CheckpointStore:
         return len(expired)
 
     def clean(self, now: float) -> None:
-        """Removes what a killed process left half-written.
-
-        Another process may be writing: of a run under way elsewhere, whose weights are asked here. So what is young stays.
-        """
+        """Removes partial files left by a killed process. Recent ones stay: another process may be writing them."""
         with self._lock:
             for file in [*self.folder.glob("*/*/*/state-*.safetensors"), *self.folder.glob("*/*/*/*.partial")]:
                 id = _id_of(file.parent)
                 checkpoint = None if id is None else self._read(id)
-                if id is not None and (checkpoint is None or checkpoint.file != file.name) and _is_left(file, now):
+                if id is not None and (checkpoint is None or checkpoint.file != file.name) and _is_stale(file, now):
                     logger.info("removing the unfinished file %s", file)
                     file.unlink(missing_ok=True)
                     self._remove_if_empty(file.parent)
 
     def _place(self, id: CheckpointId) -> Path:
-        # Not every file system takes a colon; run ids hold one before and after "train", and no dot.
+        # Not every file system allows colons; run ids contain colons but no dots.
         return self.folder / id.run.replace(":", ".") / id.kind / id.name
 
     def _scan(self, run: str | None = None) -> Iterator[Checkpoint]:
@@ -259,7 +254,7 @@ class CheckpointStore:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError, KeyError) as error:
-            logger.warning("ignoring the damaged checkpoint %s: %s", path.parent, error)
+            logger.warning("ignoring the corrupt checkpoint %s: %s", path.parent, error)
             return None
 
     def _write_metadata(self, checkpoint: Checkpoint) -> None:
@@ -285,7 +280,7 @@ class CheckpointStore:
 
     def _remove(self, id: CheckpointId) -> None:
         place = self._place(id)
-        # The metadata first: from then on the checkpoint does not exist, whatever happens to the rest.
+        # Metadata first: without it the checkpoint no longer exists, even if the rest of the removal fails.
         (place / _METADATA).unlink(missing_ok=True)
         shutil.rmtree(place, ignore_errors=True)
         self._remove_if_empty(place.parent)
@@ -309,14 +304,14 @@ def _link(file: Path, other: Path) -> None:
         os.link(file, other)
     except FileNotFoundError:
         raise
-    except OSError:  # not every disk has links
+    except OSError:  # not every file system has hard links
         shutil.copyfile(file, other)
 
 
-def _is_left(file: Path, now: float) -> bool:
+def _is_stale(file: Path, now: float) -> bool:
     try:
-        return now - file.stat().st_mtime > _LEFT_SECONDS
-    except FileNotFoundError:  # it was finished, or removed, just now
+        return now - file.stat().st_mtime > _STALE_SECONDS
+    except FileNotFoundError:  # just renamed or removed
         return False
 
 

@@ -1,8 +1,7 @@
-"""What the child process runs, by its path: the service without the engine.
+"""Entry script of the child process: runs the service without importing the engine.
 
-``python -m searchr1_async.local`` would first run the package's ``__init__``, which imports the whole engine: seconds of
-start-up and 240 MB that a service has no use for. So the package is entered here without running it; should anything
-in the child (a script's module, say) ask for a name of the package itself, it is run then.
+``python -m searchr1_async.local`` would run the package's ``__init__``, which imports the whole engine (seconds and 240 MB).
+This script registers the package without executing it; it is executed on first attribute access.
 """
 
 from __future__ import annotations

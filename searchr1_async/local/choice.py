@@ -1,4 +1,4 @@
-"""Choosing the next tokens from a batch of logits."""
+"""Next-token sampling from a batch of logits."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class ChoiceRule:
-    """How one row's token is chosen."""
+    """Sampling parameters of one row."""
 
     temperature: float
     top_k: int
     top_p: float
     uniform: float
-    """A draw from [0, 1), made by the sequence's own generator: its tokens do not depend on who else is in the batch."""
+    """Drawn from [0, 1) by the sequence's own generator, so that its tokens do not depend on the batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,15 +27,15 @@ class Choices:
     tokens: NDArray[np.int64]
     """[rows]; -1 where the logits are not finite."""
     logprobs: NDArray[np.float32]
-    """[rows], of the untempered and untruncated distribution: what a trainer computes for the same token."""
+    """[rows], under the untempered, untruncated distribution, as the trainer computes them."""
     log_normalizer: Tensor
-    """[rows], the log of the sum of the exponentials of the logits."""
+    """[rows], logsumexp of the logits."""
 
 
 def choose(logits: Tensor, rules: Sequence[ChoiceRule]) -> Choices:
-    """One token a row of ``logits`` [rows, vocabulary] (float32).
+    """Choose one token per row of ``logits`` [rows, vocabulary] (float32).
 
-    Order as usual: temperature, top-k, top-p, then the inverse of the cumulative distribution at the row's uniform draw.
+    Applies temperature, top-k, top-p, then inverts the cumulative distribution at the row's uniform draw.
     """
     log_normalizer = torch.logsumexp(logits, dim=-1)
     tokens = torch.empty(len(rules), dtype=torch.int64, device=logits.device)
@@ -58,7 +58,7 @@ def _rows(logits: Tensor, rows: Sequence[int]) -> Tensor:
 
 
 def _probabilities(logits: Tensor, log_normalizer: Tensor, rows: Sequence[int], rules: Sequence[ChoiceRule]) -> Tensor:
-    """Tempered probabilities; they need not add up to one."""
+    """Tempered, unnormalized probabilities."""
     chosen = _rows(logits, rows)
     if all(rules[i].temperature == 1.0 for i in rows):
         return (chosen - _rows(log_normalizer, rows).unsqueeze(1)).exp_()
@@ -70,11 +70,11 @@ def _invert(weights: Tensor, rows: Sequence[int], rules: Sequence[ChoiceRule]) -
     cumulative = weights.cumsum_(-1)
     uniform = torch.tensor([rules[i].uniform for i in rows], dtype=weights.dtype, device=weights.device)
     total = cumulative[:, -1]
-    # Below the total in spite of rounding; then right=True gives the first token whose cumulative weight exceeds the
-    # goal, so one of weight zero is never chosen.
+    # Keep the goal below the total despite rounding; right=True then finds the first token whose cumulative weight
+    # exceeds it, so a token of weight zero is never chosen.
     goal = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
     index = torch.searchsorted(cumulative, goal.unsqueeze(1), right=True).squeeze(1)
-    return index.clamp_(max=weights.shape[-1] - 1)  # of use for rows that are not finite only
+    return index.clamp_(max=weights.shape[-1] - 1)  # only matters for non-finite rows
 
 
 def _truncated(logits: Tensor, rule: ChoiceRule) -> Tensor:
@@ -84,7 +84,7 @@ def _truncated(logits: Tensor, rule: ChoiceRule) -> Tensor:
     count = min(rule.top_k, vocabulary) if rule.top_k >= 1 else vocabulary
     values, ids = torch.topk(logits, count)
     weights = torch.softmax(values / rule.temperature, -1)
-    # A token stays if those before it have not reached top_p yet; the first always stays.
+    # Keep a token while the preceding ones sum to less than top_p; always keep the first.
     weights = weights.masked_fill((weights.cumsum(-1) - weights) >= rule.top_p, 0.0)
     if rule.top_p <= 0.0:
         return ids[0]

@@ -1,9 +1,8 @@
-"""Weights that clients take away: PEFT folders behind signed URLs, and adapters that come in from a folder.
+"""Download of adapters as PEFT files from signed URLs, and import of adapters from a folder.
 
-``save_weights_external`` stores a checkpoint of the kind ``external_weights``: the adapter's matrices under PEFT's names
-and nothing else. Its two files, ``adapter_model.safetensors`` and ``adapter_config.json``, are downloaded from signed URLs:
-an HMAC-SHA256 over the checkpoint, the file and the time at which the URL expires, under a key of this process. Whoever
-holds such a URL needs no API key, as with the URLs of a cloud's object store.
+``save_weights_external`` stores a checkpoint of kind ``external_weights``: only the adapter's matrices, under PEFT names.
+Its files ``adapter_model.safetensors`` and ``adapter_config.json`` are downloaded from signed URLs: an HMAC-SHA256 over
+checkpoint, file and expiry time, with a key of this process. Like object store URLs, they need no API key.
 """
 
 from __future__ import annotations
@@ -42,17 +41,11 @@ from searchr1_async.local.protocol import Body, optional
 from searchr1_async.local.records import RecordStore, RunRecord
 
 URL_SECONDS = 3600
-"""How long a signed URL is valid."""
+"""Lifetime of a signed URL."""
 
 
 class External:
-    """The routes of external weights.
-
-    Args:
-        backend: computes; checks that an imported adapter fits its model.
-        checkpoints: where everything is stored.
-        records: what is known of the runs.
-    """
+    """The routes of external weights. ``backend`` checks that an imported adapter fits its model."""
 
     def __init__(self, backend: Backend, checkpoints: CheckpointStore, records: RecordStore) -> None:
         self._backend = backend
@@ -61,7 +54,6 @@ class External:
         self._secret = secrets.token_bytes(32)
 
     def add_routes(self, app: web.Application, prefix: str) -> None:
-        """Adds the routes below ``prefix``."""
         checkpoint = f"{prefix}/training_runs/{{run}}/checkpoints/external_weights/{{name}}"
         app.router.add_get(f"{checkpoint}/external_weights_urls", self.list_urls)
         self._signed = f"{prefix}/external_weights"
@@ -69,7 +61,7 @@ class External:
         app.router.add_post(f"{prefix}/{IMPORT_ROUTE}", self.import_weights)
 
     async def list_urls(self, request: web.Request) -> web.Response:
-        """``external_weights_urls``: one signed URL for each file, and when they expire."""
+        """``external_weights_urls``: one signed URL per file, and their expiry time."""
         id = CheckpointId.of(request.match_info["run"], "external_weights", request.match_info["name"])
         await anyio.to_thread.run_sync(self._checkpoints.find, id, time.time())
         expires = int(time.time()) + URL_SECONDS
@@ -81,7 +73,7 @@ class External:
         return json_answer(urls=urls, expires=timestamp(expires))
 
     async def download(self, request: web.Request) -> web.StreamResponse:
-        """One file of a checkpoint, to whoever has its signed URL; 403 where that is wrong or has expired."""
+        """Serves one file of a checkpoint; 403 if the signature is wrong or expired."""
         run, name, file = (request.match_info[part] for part in ("run", "name", "file"))
         try:
             expires = int(request.query.get("expires", ""))
@@ -89,29 +81,29 @@ class External:
             expires = 0
         signature = request.query.get("signature", "").encode("utf-8", "replace")
         if not hmac.compare_digest(signature, self._sign(run, name, file, expires).encode()):
-            raise web.HTTPForbidden(reason="the signature of this URL is wrong: ask for new URLs")
+            raise web.HTTPForbidden(reason="the signature of this URL is wrong: request new URLs")
         if time.time() >= expires:
-            raise web.HTTPForbidden(reason="this URL has expired: ask for new URLs")
+            raise web.HTTPForbidden(reason="this URL has expired: request new URLs")
         id = CheckpointId.of(run, "external_weights", name)
         checkpoint = await anyio.to_thread.run_sync(self._checkpoints.find, id, time.time())
         path = self._checkpoints.file_of(checkpoint)
         if file == ADAPTER_WEIGHTS:
-            # Ranges included: a download that breaks off can be continued.
+            # Supports Range requests, so that an interrupted download can resume.
             return web.FileResponse(path)
         config = await anyio.to_thread.run_sync(_config_of, checkpoint, path)
         return web.Response(body=json.dumps(config, indent=1).encode(), content_type="application/json")
 
     def _sign(self, run: str, name: str, file: str, expires: int) -> str:
-        # None of the parts can hold a line break: run and name are checked, the file is one segment of a path.
+        # No part can contain a line break: run and name are validated, file is one path segment.
         message = "\n".join((run, name, file, str(expires)))
         return hmac.new(self._secret, message.encode("utf-8", "replace"), hashlib.sha256).hexdigest()
 
     async def import_weights(self, request: web.Request) -> web.Response:
-        """Copies an adapter of this machine into the checkpoints, as training weights without an optimizer.
+        """Imports an adapter from this machine as training weights without optimizer state.
 
-        Fields of the request: ``folder``, and either ``tinker_path`` (the folder is another embedded service's, the path
-        one of its checkpoints, which keeps its name) or ``name`` (the folder is a PEFT adapter). The base model, the names
-        and the shapes are checked before anything is stored. Only this service has the route; the cloud does not.
+        Request fields: ``folder``, and either ``tinker_path`` (a checkpoint in another embedded service's folder, imported
+        under the same path) or ``name`` (the folder is a PEFT adapter). Base model, names and shapes are checked before
+        anything is stored. The cloud service has no such route.
         """
         body = Body.parse(await request.read())
         folder, now = Path(body.text("folder")), time.time()
@@ -119,7 +111,9 @@ class External:
         if source:
             id = CheckpointId.parse(source)
             if id.kind != "weights":
-                raise UserFault(f"{source} cannot be imported: only training weights (tinker://RUN/weights/NAME) can")
+                raise UserFault(
+                    f"{source} cannot be imported: only training weights (tinker://RUN/weights/NAME) are supported"
+                )
             found = await anyio.to_thread.run_sync(_read_checkpoint, folder, id, now)
             run = await anyio.to_thread.run_sync(_read_run, folder, id)
         else:
@@ -128,11 +122,11 @@ class External:
         checkpoint, state = found
         if published_name(checkpoint.base_model) != published_name(self._backend.model_name):
             raise UserFault(
-                f"the weights in {folder} were trained from {checkpoint.base_model!r}, and this service has "
+                f"the weights in {folder} were trained from {checkpoint.base_model!r}, but this service has "
                 f"{self._backend.model_name!r}"
             )
         checkpoint = replace(checkpoint, base_model=self._backend.model_name, created_at=now, expires_at=None)
-        # The backend knows the names and shapes that its model has; it refuses what is missing and ignores the rest.
+        # The backend rejects missing matrices and wrong shapes but ignores extra matrices, so those are checked here.
         adapter = await result_of(self._backend.import_adapter(checkpoint.lora, state, False))
         known = await result_of(self._backend.export_adapter(adapter, False))
         if unknown := sorted(set(state) - set(known)):
@@ -156,35 +150,31 @@ def _config_of(checkpoint: Checkpoint, path: Path) -> dict[str, Any]:
 
 
 def _read_checkpoint(folder: Path, id: CheckpointId, now: float) -> tuple[Checkpoint, State]:
-    """A checkpoint of the embedded service whose folder is given, without the optimizer."""
+    """Reads a checkpoint from another embedded service's folder, without optimizer state."""
     if not (folder / "checkpoints").is_dir():
-        raise UserFault(f"{folder} is no folder of an embedded service: it has no checkpoints")
+        raise UserFault(f"{folder} is not the folder of an embedded service: it has no checkpoints")
     checkpoint, state = CheckpointStore(folder / "checkpoints").load(id, now)
     weights = {name: array for name, array in state.items() if not name.startswith("optimizer.")}
     return replace(checkpoint, has_optimizer=False), weights
 
 
 def _read_run(folder: Path, id: CheckpointId) -> RunRecord | None:
-    """What the other service knows of the run of its checkpoint."""
     records = RecordStore(folder / "checkpoints")
     records.read()
     return records.runs.get(id.run)
 
 
 def _read_adapter(folder: Path, id: CheckpointId, now: float) -> tuple[Checkpoint, State]:
-    """A PEFT folder as a checkpoint.
-
-    Raises :class:`UserFault`: it is none, or one that this service cannot train.
-    """
+    """Reads a PEFT folder as a checkpoint. Raises :class:`UserFault` if it is invalid or not supported."""
     try:
         config = json.loads((folder / ADAPTER_CONFIG).read_bytes())
         state = load_file(folder / ADAPTER_WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserFault(f"{folder} is no PEFT adapter that can be read: {error}") from None
+        raise UserFault(f"{folder} is not a readable PEFT adapter: {error}") from None
     rank, alpha = _rank_and_alpha(folder, config)
     parts = {name: lora_parts(name) for name in state}
     if unknown := sorted(name for name, found in parts.items() if found is None):
-        raise UserFault(f"{folder}: {unknown[0]} is no LoRA matrix ({len(unknown)} such names)")
+        raise UserFault(f"{folder}: {unknown[0]} is not a LoRA matrix ({len(unknown)} such names)")
     paths = {found[0] for found in parts.values() if found is not None}
     is_attention = {path: "attn" in path or "attention" in path for path in paths if path != "lm_head"}
     lora = LoraConfig(
@@ -205,7 +195,7 @@ def _read_adapter(folder: Path, id: CheckpointId, now: float) -> tuple[Checkpoin
 
 def _rank_and_alpha(folder: Path, config: Any) -> tuple[int, float]:
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise UserFault(f"{folder}: adapter_config.json is of no LoRA adapter")
+        raise UserFault(f"{folder}: adapter_config.json does not describe a LoRA adapter")
     for name in ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out"):
         if config.get(name):
             raise UserFault(f"{folder}: {name} is set in adapter_config.json, which this service does not support")

@@ -1,4 +1,4 @@
-"""The routes by which clients wait for the results of their requests, fetch them and cancel them."""
+"""Routes to poll, fetch and cancel results."""
 
 from __future__ import annotations
 
@@ -15,18 +15,11 @@ from searchr1_async.local.sampling import Sampling
 from searchr1_async.local.sessions import Sessions
 
 _ANNOUNCED_BYTES = 1 << 20
-"""Results above this are announced first, so that the client can bound what it takes in at once."""
+"""Larger results are announced first, so that the client can limit concurrent downloads."""
 
 
 class Futures:
-    """Requests under way and their results.
-
-    Args:
-        promises: all of them.
-        sampling: names the requests of one sampler.
-        sessions: say which ones have ended.
-        poll: how long a request for a result is held, in seconds.
-    """
+    """The routes of open requests and their results. ``poll`` is the long-poll timeout in seconds."""
 
     def __init__(self, promises: PromiseStore, sampling: Sampling, sessions: Sessions, *, poll: float) -> None:
         self._promises = promises
@@ -35,7 +28,6 @@ class Futures:
         self._poll = poll
 
     def add_routes(self, app: web.Application, prefix: str) -> None:
-        """Adds the routes below ``prefix``."""
         app.router.add_post(f"{prefix}/retrieve_future", self.retrieve_future)
         app.router.add_post(f"{prefix}/retrieve_futures", self.retrieve_futures)
         app.router.add_post(f"{prefix}/cancel_future", self.cancel_future)
@@ -55,7 +47,7 @@ class Futures:
         return web.Response(body=outcome.body, content_type=outcome.content_type)
 
     async def retrieve_futures(self, request: web.Request) -> web.Response:
-        """Which requests of a sampling client are settled; their results are fetched one by one."""
+        """Lists a sampling client's settled requests; their results are fetched one by one."""
         fields = Body.parse(await request.read()).fields
         target = Body(protocol.optional(fields, "target", dict, {}))
         clone = target.optional_number("cloned_sampler_id") or 0
@@ -64,7 +56,7 @@ class Futures:
         seconds = min(max(protocol.optional(fields, "timeout", float, self._poll), 0.0), self._poll)
         session = self._sessions.known.get(id.partition(":")[0])
         if session is not None and session.finished:
-            # A client that closes polls on for a moment; an error would make it log one.
+            # A closing client keeps polling briefly and would log an error response.
             await anyio.sleep(min(seconds, 1.0))
             return json_answer(completions=[], cursor=seen)
         settled, cursor = await self._sampling.log_of(self._sampling.find(id), clone).after(seen, seconds)
@@ -82,11 +74,11 @@ class Futures:
             return self._promises.get(request_id)
         except UnknownPromise as error:
             if error.expired:
-                raise Gone(f"the result of request {request_id!r} was fetched and is kept no longer") from None
-            raise NotFound(f"no request {request_id!r}: the service was restarted since, or never knew it") from None
+                raise Gone(f"the result of request {request_id!r} was fetched and is no longer kept") from None
+            raise NotFound(f"no request {request_id!r}: unknown id, or the service was restarted") from None
 
     async def cancel_future(self, request: web.Request) -> web.Response:
-        """Stops a sample. Training requests run on: they have their place in a sequence."""
+        """Cancels a sample. Training requests cannot be cancelled, since later ones depend on them."""
         promise = self._promise(Body.parse(await request.read()).text("request_id"))
         self._promises.cancel(promise, time.monotonic())
         return web.Response(status=204)

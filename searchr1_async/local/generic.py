@@ -1,7 +1,7 @@
-"""Any causal model that transformers knows: its own forward pass, with low-rank updates hooked in.
+"""Any causal model of transformers: its own forward pass, with LoRA updates added by hooks.
 
-One sequence at a time and without reuse of prefixes: right rather than fast, for the architectures that
-:class:`~searchr1_async.local.transformer.LeanTransformer` does not compute.
+Correct but slow (one sequence at a time, no prefix cache), for architectures that
+:class:`~searchr1_async.local.transformer.LeanTransformer` does not support.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from searchr1_async.local.trainer import MicroBatchResult, loss_and_slope
 
 
 class HookedModel:
-    """A frozen transformers model; within :meth:`using` every linear layer adds the adapter's update."""
+    """A frozen transformers model; inside :meth:`using` every linear layer adds the adapter's update."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model.eval().requires_grad_(False)
@@ -84,7 +84,7 @@ class GenericRunner:
 
     def __init__(self, model: HookedModel) -> None:
         self._model = model
-        # transformers 5.24 renamed the keyword and the output's field, for one architecture after the other.
+        # transformers 5.24 renamed the keyword and the output field, but only for some architectures.
         names = inspect.signature(model.model.forward).parameters
         self._cache_name = "cache" if "cache" in names else "past_key_values"
 
@@ -122,7 +122,7 @@ class GenericRunner:
 
 
 class GenericTrainer:
-    """Micro-batches of one sequence, through autograd."""
+    """Micro-batches of one sequence, with plain autograd."""
 
     def __init__(self, model: HookedModel, *, vocabulary: int, context: int) -> None:
         self._model = model
@@ -135,7 +135,6 @@ class GenericTrainer:
     def run(
         self, adapter: LoraAdapter, data: Sequence[Datum], loss: Loss, config: Thresholds, forward_only: bool
     ) -> MicroBatchResult:
-        """As :meth:`searchr1_async.local.trainer.LeanTrainer.run`."""
         device, logprobs, total = self._model.device, [], 0.0
         for datum in data:
             ids = torch.from_numpy(datum.tokens.astype(np.int64)).to(device)

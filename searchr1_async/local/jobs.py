@@ -1,4 +1,4 @@
-"""Work in progress: from a backend's future to a settled promise, in tasks that end with the service."""
+"""Runs backend work in tasks that end with the service, and settles its promises."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 LARGE_BYTES = 256 << 10
-"""Bodies above this are encoded and decoded in a worker thread; below it the hop costs more than the work."""
+"""Larger bodies are encoded and decoded in a worker thread; for smaller ones the hop costs more than the work."""
 
 
 class Jobs:
-    """Runs work and settles its promises; whatever goes wrong ends in the promise, never in the task group."""
+    """Runs work and settles its promises; errors go into the promise, never into the task group."""
 
     def __init__(self, promises: PromiseStore, tasks: TaskGroup) -> None:
         self.promises = promises
         self._tasks = tasks
 
     def start(self, promise: Promise, work: Callable[[], Awaitable[Reply]]) -> None:
-        """Runs ``work`` in a task of its own; its reply or its error settles the promise."""
+        """Runs ``work`` in its own task; its reply or error settles the promise."""
         self._tasks.start_soon(self.run, promise, work)
 
     def start_loop(self, loop: Callable[..., Coroutine[Any, Any, None]], *arguments: Any) -> None:
-        """Starts a task that lives as long as the service and settles its promises itself."""
+        """Starts a task that runs as long as the service and settles its promises itself."""
         self._tasks.start_soon(loop, *arguments)
 
     async def run(self, promise: Promise, work: Callable[[], Awaitable[Reply]]) -> None:
-        """As :meth:`start`, in the caller's task; never raises but for the caller's own cancellation."""
+        """As :meth:`start`, in the caller's task. Raises only on the caller's own cancellation."""
         try:
             outcome: Reply | Failure = await work()
         except asyncio.CancelledError:
-            # No effect on a promise that the client cancelled: that is settled already.
+            # No effect if the client cancelled the promise: it is already settled.
             self.settle(promise, Failure("the service is shutting down", "server"))
             raise
         except Exception as error:
@@ -56,32 +56,32 @@ class Jobs:
 
 
 def failure_of(error: Exception) -> Failure:
-    """What the client is told of an error. Anything unexpected is logged with its traceback."""
+    """The failure reported to the client. Unexpected errors are logged with their traceback."""
     if isinstance(error, UserFault):
         return Failure(str(error), "user")
     if isinstance(error, CheckpointError):
         logger.error("%s", error)
         return Failure(str(error), "server")
-    logger.error("a request failed inside the service", exc_info=error)
+    logger.error("a request failed with an internal error", exc_info=error)
     return Failure(f"the service failed: {type(error).__name__}: {error}", "server")
 
 
 async def result_of(future: Future[Result]) -> Result:
     """Awaits a backend's future; cancelling the caller cancels it.
 
-    Raises what the backend raised, and :class:`RuntimeError` if the backend itself cancelled the future (it closed).
+    Raises the backend's exception, or :class:`RuntimeError` if the backend cancelled the future (it closed).
     """
     try:
         return await asyncio.wrap_future(future)
     except asyncio.CancelledError:
         task = asyncio.current_task()
         if future.cancelled() and not (task is not None and task.cancelling()):
-            raise RuntimeError("the backend gave the request up") from None
+            raise RuntimeError("the backend cancelled the request") from None
         raise
 
 
 async def offload(size: int, function: Callable[..., Result], *arguments: Any) -> Result:
-    """Calls ``function`` in a worker thread if ``size`` (bytes handled) is large, else at once."""
+    """Calls ``function`` in a worker thread if ``size`` (bytes) is large, else inline."""
     if size < LARGE_BYTES:
         return function(*arguments)
     return await anyio.to_thread.run_sync(function, *arguments)

@@ -1,4 +1,4 @@
-"""The few operations a Llama-like model is made of, each with the cheapest backward pass that frozen weights allow."""
+"""Operations of a Llama-like model, each with the cheapest backward pass that frozen weights allow."""
 
 from __future__ import annotations
 
@@ -11,14 +11,12 @@ from torch.nn import functional
 
 logger = logging.getLogger(__name__)
 
-# oneDNN's packed layout is used for 2 to this many rows. GFLOPS a core on an AMD Zen 3, packed against MKL: the head of a
-# 135M model 65 and 44 at 32 rows, its gate and up 55 and 36; but 66 to 80 and 73 to 85 at 1,040 rows, and backwards
-# (a product with the weight as it lies) 64 to 77 and 75 to 88. Layouts made for 1, 32 or 512 rows were alike.
+# oneDNN's packed layout is used for 2 to this many rows: measured at 1.5 times MKL's speed with 32 rows, slower with 1,040.
 _PACKED_ROWS = 256
 
 
 def onednn_available() -> bool:
-    """Whether oneDNN's prepacked linear exists here and agrees with ``F.linear`` (checked on random numbers)."""
+    """Whether oneDNN's prepacked linear exists and agrees with ``F.linear`` on random numbers."""
     if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
         return False
     try:
@@ -27,17 +25,15 @@ def onednn_available() -> bool:
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_ROWS)
         y = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
     except (AttributeError, RuntimeError, NotImplementedError):
-        logger.info("oneDNN's prepacked linear is not available; torch's own is used")
+        logger.info("oneDNN's prepacked linear is not available; using torch's")
         return False
     return torch.allclose(y, functional.linear(x, weight), atol=1e-4)
 
 
 class FrozenLinear:
-    """``x Wᵀ + b`` with weights that never change, so they may be laid out once as the hardware likes them.
+    """``x Wᵀ + b`` with frozen weights, optionally with a second copy in oneDNN's packed layout.
 
-    On a CPU a batch of decoding sequences is multiplied by a second copy in oneDNN's layout, larger batches by MKL. So is
-    a single row, which waits for memory anyway (41 ms of CPU time for a 135M model; OpenBLAS by way of numpy spins while it
-    waits, and took 150 to 250 ms beside other busy processes).
+    On a CPU, decode batches use the packed copy; larger batches and single rows (memory-bound anyway) use MKL.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, *, packed: bool = False) -> None:
@@ -61,15 +57,14 @@ class FrozenLinear:
         return torch.ops.mkldnn._linear_pointwise(x.contiguous(), self._packed, self.bias, "none", [], "")
 
     def backward(self, dy: Tensor) -> Tensor:
-        """The gradient at the input, ``dy W``: [rows, out] to [rows, in]."""
+        """The input gradient ``dy W``: [rows, out] to [rows, in]."""
         return dy @ self.weight
 
 
 class LoraLinear(torch.autograd.Function):
-    """A frozen linear with low-rank updates beside it, for training.
+    """A frozen linear with low-rank updates, for training.
 
-    Several projections of the same input are one frozen product, and one product with their stacked A's; only the B's
-    act block by block.
+    Projections of the same input share one frozen product and one product with their stacked A's; the B's apply per block.
     """
 
     @staticmethod
@@ -124,12 +119,12 @@ def add_low_rank(y: Tensor, z: Tensor, b: tuple[Tensor, ...] | list[Tensor], sca
 
 
 def _needs_graph(x: Tensor) -> bool:
-    # Function.apply costs 25 µs: 3 ms of a decoding step of 30 layers.
+    # Function.apply costs 25 µs per call, which adds up during decoding.
     return x.requires_grad and torch.is_grad_enabled()
 
 
 class RmsNorm(torch.autograd.Function):
-    """``x / sqrt(mean(x²) + eps) · weight`` over the last dimension; the weight is frozen."""
+    """``x / sqrt(mean(x²) + eps) · weight`` over the last dimension, with frozen weight."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[override]
@@ -148,7 +143,7 @@ class RmsNorm(torch.autograd.Function):
 
 
 def _wide(x: Tensor) -> Tensor:
-    """At least float32: squares of half-precision numbers lose too much."""
+    """At least float32: squaring half-precision numbers loses too much."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -168,7 +163,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 class Rotary(torch.autograd.Function):
-    """Rotates the halves of each head: ``x`` [rows, heads, size], ``cos`` and ``sin`` [rows, 1, size / 2]."""
+    """Rotary embedding on head halves: ``x`` [rows, heads, size], ``cos`` and ``sin`` [rows, 1, size / 2]."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # type: ignore[override]
@@ -197,7 +192,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class SwiGlu(torch.autograd.Function):
-    """``silu(gate) · up`` where ``gate_up`` [rows, 2·size] holds both, the gate first."""
+    """``silu(gate) · up`` with ``gate_up`` [rows, 2·size], gate first."""
 
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:  # type: ignore[override]

@@ -1,4 +1,4 @@
-"""Keys and values: those of running sequences, laid out for decoding, and those of past ones, kept by their tokens."""
+"""KV caches: the prefix cache of past sequences, and the decode cache of running ones."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SMALLEST_CAPACITY = 128
 
 @dataclass(eq=False, slots=True)
 class _Node:
-    """An edge of the radix tree: tokens, and their keys and values [2, layers, tokens, kv_heads, size]."""
+    """A radix tree edge: tokens and their keys and values [2, layers, tokens, kv_heads, size]."""
 
     tokens: NDArray[np.int32]
     kv: Tensor | None
@@ -31,17 +31,15 @@ class _Node:
 
 
 class _Root:
-    """The tree of one snapshot."""
-
     def __init__(self) -> None:
         self.top = _Node(np.empty(0, np.int32), None, None)
         self.tokens = 0
 
 
 class PrefixStore:
-    """Keys and values by the tokens they belong to, one radix tree a snapshot, bounded in bytes, oldest leaf out first.
+    """Prefix cache: keys and values in one radix tree per snapshot, bounded in bytes, evicting LRU leaves.
 
-    They depend on the adapter's weights, so nothing is shared between snapshots; a snapshot's tree goes with it.
+    Keys and values depend on the adapter, so snapshots share nothing; a tree is freed with its snapshot.
     """
 
     def __init__(self, shape: Shape, capacity_bytes: int, dtype: torch.dtype) -> None:
@@ -53,11 +51,11 @@ class PrefixStore:
 
     @property
     def tokens(self) -> int:
-        """Tokens held now, of all snapshots."""
+        """Cached tokens over all snapshots."""
         return self._base.tokens + sum(root.tokens for root in self._roots.values())
 
     def lookup(self, owner: Hashable | None, tokens: NDArray[np.int32]) -> tuple[int, list[Tensor]]:
-        """How many of ``tokens`` are known from the beginning on, and their keys and values in pieces."""
+        """Length of the longest cached prefix of ``tokens``, and its keys and values in pieces."""
         length, pieces = 0, []
         for node, matched in self._walk(self._root(owner), tokens):
             assert node.kv is not None
@@ -66,11 +64,11 @@ class PrefixStore:
         return length, pieces
 
     def match(self, owner: Hashable | None, tokens: NDArray[np.int32]) -> int:
-        """How many of ``tokens`` are known from the beginning on."""
+        """Length of the longest cached prefix of ``tokens``."""
         return sum(matched for _, matched in self._walk(self._root(owner), tokens))
 
     def insert(self, owner: Hashable | None, tokens: NDArray[np.int32], kv: Tensor) -> None:
-        """Remember ``kv`` [2, layers, tokens, kv_heads, size], which may be a view: what is new of it is copied."""
+        """Cache ``kv`` [2, layers, tokens, kv_heads, size], which may be a view; only its new part is copied."""
         if len(tokens) > self.capacity:
             return
         root = self._root(owner)
@@ -111,7 +109,7 @@ class PrefixStore:
 
     @staticmethod
     def _split(node: _Node, length: int) -> None:
-        """Cut an edge: ``node`` keeps its first ``length`` tokens, a new child takes the rest."""
+        """Split an edge: ``node`` keeps its first ``length`` tokens, a new child gets the rest."""
         assert node.kv is not None
         # Cloned: a view would keep the memory of the whole edge alive after the other half is evicted.
         rest = _Node(node.tokens[length:], node.kv[:, :, length:].clone(), node, node.children, node.used)
@@ -121,7 +119,7 @@ class PrefixStore:
         node.children = {int(rest.tokens[0]): rest}
 
     def _evict(self) -> None:
-        """Drop leaves, the least recently used first, until a tenth of the room is free."""
+        """Drop least recently used leaves until a tenth of the capacity is free."""
         goal = self.capacity - self.capacity // 10
         while self.tokens > goal:
             leaves = [
@@ -151,16 +149,14 @@ def _leaves(top: _Node) -> Iterator[_Node]:
 
 @dataclass(eq=False, slots=True)
 class Slot:
-    """Where a running sequence's keys and values lie."""
-
     pool: _Pool
     index: int
     length: int = 0
-    """Tokens held."""
+    """Cached tokens."""
 
 
 class _Pool:
-    """Slots of one capacity in one tensor, those in use at the front without holes."""
+    """Slots of one capacity in one tensor; used slots are contiguous at the front."""
 
     def __init__(self, shape: Shape, capacity: int, like: Tensor) -> None:
         self._shape = shape
@@ -190,10 +186,10 @@ class _Pool:
 
 
 class DecodeCache:
-    """Keys and values of the running sequences, in pools by capacity (128, 256, 512, … tokens).
+    """Keys and values of running sequences, in pools by capacity (128, 256, 512, … tokens).
 
-    One pool is attended to in one call; a sequence that outgrows its pool moves to the next, so that one long sequence
-    does not make all others as long in memory.
+    Each pool takes one attention call. A sequence that outgrows its pool moves to the next one, so a long sequence does
+    not pad all the others.
     """
 
     def __init__(self, shape: Shape, like: Tensor) -> None:
@@ -203,7 +199,7 @@ class DecodeCache:
         self._pools: dict[int, _Pool] = {}
 
     def open(self, length: int) -> Slot:
-        """A slot with room for ``length`` tokens and one more."""
+        """A slot with room for ``length`` + 1 tokens."""
         return self._pool_for(length + 1).open()
 
     def fill(self, slot: Slot, start: int, kv: Tensor) -> None:
@@ -217,13 +213,13 @@ class DecodeCache:
         return slot.pool.kv[:, :, slot.index, :, : slot.length].transpose(2, 3)
 
     def close(self, slot: Slot, *, wipe: bool = False) -> None:
-        """``wipe`` zeroes the slot: what is masked is multiplied by zero, which does not make a NaN harmless."""
+        """``wipe`` zeroes the slot: masked values are multiplied by zero, which would still propagate NaN."""
         if wipe:
             slot.pool.kv[:, :, slot.index] = 0.0
         slot.pool.close(slot)
 
     def make_room(self, slots: Sequence[Slot]) -> None:
-        """Move each slot that is full into a larger pool, in place."""
+        """Move each full slot to a larger pool, in place."""
         for slot in slots:
             if slot.length < slot.pool.capacity:
                 continue
@@ -234,7 +230,7 @@ class DecodeCache:
             slot.pool, slot.index = larger.pool, larger.index
 
     def batch_order(self) -> list[Slot]:
-        """All open slots in the order in which :class:`DecodeAttention` takes their rows."""
+        """All open slots, in :class:`DecodeAttention`'s row order."""
         return [slot for _, pool in sorted(self._pools.items()) for slot in pool.slots]
 
     def attention(self) -> DecodeAttention:
@@ -251,7 +247,7 @@ class DecodeCache:
 
 
 class DecodeAttention:
-    """One new token for every open slot: writes its key and value behind the others and attends to all of them."""
+    """Appends one token's key and value to every open slot and attends to the slot's tokens."""
 
     def __init__(self, pools: Sequence[_Pool], shape: Shape) -> None:
         self._pools = pools
@@ -285,17 +281,16 @@ class DecodeAttention:
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def advance(self) -> None:
-        """Count the tokens written, once all layers are done."""
+        """Add the new tokens to the slots' lengths, after the last layer."""
         for pool in self._pools:
             for slot in pool.slots:
                 slot.length += 1
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Attention of a few queries a key head: ``q`` [rows, kv_heads, groups, size]."""
+    """Attention with few queries per key head: ``q`` [rows, kv_heads, groups, size]."""
     if q.device.type != "cpu" or q.dtype != torch.float32:
         return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    # The fused kernel is made for blocks of queries: with 3 of them, 32 sequences and 200 tokens it took 2.3 ms a layer
-    # where two batched products take 1.3 (one thread).
+    # On CPU, two batched products beat the fused kernel, which is tuned for blocks of queries.
     scores = torch.matmul(q * (q.shape[-1] ** -0.5), k.transpose(2, 3)).add_(mask)
     return torch.matmul(torch.softmax(scores, dim=-1), v)

@@ -1,4 +1,4 @@
-"""What the protocol lets clients list and change apart from training: training runs and their checkpoints."""
+"""Routes to list training runs and to list and change checkpoints."""
 
 from __future__ import annotations
 
@@ -22,23 +22,16 @@ from searchr1_async.local.sessions import OWNER, Sessions
 from searchr1_async.local.training import Training, model_id
 
 _SHORTEST_TTL, _LONGEST_TTL = 3600, 10 * 366 * 86400
-"""Seconds: an hour and ten years, the bounds of a time to live that is set or given to a copy."""
+"""Bounds of a ``ttl_seconds``: an hour and ten years."""
 
 _TYPES: dict[Kind, str] = {"weights": "training", "sampler_weights": "sampler", "external_weights": "external"}
-"""What the protocol calls the kinds of checkpoints in its listings."""
+"""The protocol's names of the checkpoint kinds in listings."""
 _LAST = {"weights": "last_checkpoint", "sampler_weights": "last_sampler_checkpoint"}
-"""Under which field a run shows its newest checkpoint of a kind; the protocol has none for external weights."""
+"""A run's field for its newest checkpoint of a kind; the protocol has none for external weights."""
 
 
 class Listings:
-    """The routes of ``tinker.RestClient`` about runs and checkpoints.
-
-    Args:
-        records: training runs, those of this process and of earlier ones.
-        sessions: know the projects of runs.
-        training: the runs under way.
-        checkpoints: all of them.
-    """
+    """The run and checkpoint routes of ``tinker.RestClient``."""
 
     def __init__(
         self, records: RecordStore, sessions: Sessions, training: Training, checkpoints: CheckpointStore
@@ -50,7 +43,6 @@ class Listings:
         self._copies: dict[str, str] = {}
 
     def add_routes(self, app: web.Application, prefix: str) -> None:
-        """Adds the routes below ``prefix``."""
         run = f"{prefix}/training_runs/{{run}}"
         checkpoint = f"{run}/checkpoints/{{kind}}/{{name}}"
         app.router.add_get(f"{prefix}/training_runs", self.list_runs)
@@ -65,7 +57,7 @@ class Listings:
         app.router.add_post(f"{prefix}/copy_weights", self.copy_weights)
 
     async def list_runs(self, request: web.Request) -> web.Response:
-        """One page of all runs, the last used first; with ``project_id`` those of a project."""
+        """One page of runs (of one project, with ``project_id``), most recently used first."""
         project = request.query.get("project_id")
         runs = [
             fields
@@ -82,12 +74,11 @@ class Listings:
         return json_answer(**runs[0])
 
     async def list_checkpoints(self, request: web.Request) -> web.Response:
-        """One page of all checkpoints, newest first."""
         page, cursor = page_of(request, await self._newest_first(), limit=100)
         return json_answer(checkpoints=page, cursor=cursor)
 
     async def list_checkpoints_of_run(self, request: web.Request) -> web.Response:
-        """All checkpoints of a run, newest first. The SDK asks for no pages here."""
+        """All checkpoints of a run, newest first, without pagination."""
         return json_answer(checkpoints=await self._newest_first(request.match_info["run"]))
 
     async def delete_checkpoint(self, request: web.Request) -> web.Response:
@@ -101,7 +92,7 @@ class Listings:
         return web.Response(status=204)
 
     async def publish(self, public: bool, request: web.Request) -> web.Response:
-        """Publishes or unpublishes. One that is so already stays so: the SDK repeats a 409 for five minutes."""
+        """Publishes or unpublishes. Idempotent: the SDK would retry a 409 for five minutes."""
         await anyio.to_thread.run_sync(self._checkpoints.set_public, _id(request), public, time.time())
         return web.Response(status=204)
 
@@ -113,7 +104,7 @@ class Listings:
         )
 
     async def copy_weights(self, request: web.Request) -> web.Response:
-        """A copy of a checkpoint in a session of its own, which has ended: nobody can train on. Repeated, it is the same copy."""
+        """Copies a checkpoint into its own, already ended session. Idempotent by ``X-Idempotency-Key``."""
         body, now = Body.parse(await request.read()), time.time()
         source, project = CheckpointId.parse(body.text("source_path")), body.text("destination_project_id")
         key = request.headers.get("X-Idempotency-Key") or secrets.token_hex(8)
@@ -135,7 +126,7 @@ class Listings:
         return await anyio.to_thread.run_sync(functools.partial(self._checkpoints.listing, time.time(), run))
 
     async def _runs(self, run: str | None = None) -> list[dict[str, Any]]:
-        """All runs that are known, and those of which only checkpoints are left, the last used first."""
+        """All recorded runs, and those with only checkpoints left, most recently used first."""
         self._training.note()
         listing = await self._listing(run)
         runs = {record.id: _run(record) for record in self._records.runs.values() if run in (None, record.id)}
@@ -178,7 +169,7 @@ def _fields(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _expiry(body: Body, now: float) -> float | None:
-    """When something expires by its ``ttl_seconds``; None: never. Raises :class:`UserFault` for one out of range."""
+    """Expiry time from ``ttl_seconds``; None: never. Raises :class:`UserFault` if out of range."""
     ttl = body.optional_number("ttl_seconds")
     if ttl is None:
         return None

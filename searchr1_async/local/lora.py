@@ -1,4 +1,4 @@
-"""Low-rank adapters: where they sit, how they are stored, and how they are named in a checkpoint."""
+"""LoRA adapters: layout, weights, gradients and checkpoint names."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ _MEAN, _SQUARE, _STEP = "optimizer.mean.", "optimizer.square.", "optimizer.step"
 
 @dataclass(frozen=True, slots=True)
 class LoraSite:
-    """Projections that share one input, hence one stacked A; each has its own B."""
+    """Projections with a shared input and thus one stacked A; each has its own B."""
 
     key: str
-    """Where the model looks it up: ``3.qkv``, ``head``, …"""
+    """The model's lookup key: ``3.qkv``, ``head``, …"""
     in_features: int
     parts: tuple[tuple[str, int], ...]
-    """Module path as Hugging Face names it, and its number of outputs."""
+    """Hugging Face module path and output size."""
     kind: str
-    """``attn``, ``mlp`` or ``unembed``: what of :class:`LoraConfig` switches it on."""
+    """``attn``, ``mlp`` or ``unembed``: the :class:`LoraConfig` flag that enables it."""
 
 
 @dataclass(frozen=True, slots=True)
 class SiteWeights:
     a: Tensor
-    """[parts · rank, in]: the parts' A's one below the other."""
+    """[parts · rank, in]: the parts' A's, stacked."""
     b: tuple[Tensor, ...]
-    """One [out, rank] a part."""
+    """[out, rank] per part."""
 
 
 class LoraLayout:
-    """Which sites an adapter has and where each matrix lies in its one flat vector.
+    """An adapter's sites and the offset of each matrix in one flat vector.
 
-    One vector makes copying (a snapshot), clipping and the optimiser's step a handful of operations, whatever the depth.
+    With one vector, snapshot, clipping and optimizer step are a few operations regardless of depth.
     """
 
     def __init__(self, sites: Sequence[LoraSite], config: LoraConfig) -> None:
@@ -57,7 +57,7 @@ class LoraLayout:
             raise UserFault("lora_config trains nothing: set train_attn, train_mlp or train_unembed.")
         self.scale = LORA_ALPHA / config.rank
         self.names: dict[str, tuple[int, tuple[int, int]]] = {}
-        """PEFT's name of each matrix: offset and shape. The A's of one site are adjacent, in the order of its parts."""
+        """PEFT matrix name to offset and shape. A site's A's are adjacent, in the order of its parts."""
         offset = 0
         for site in self.sites:
             shapes = [(path, "A", (config.rank, site.in_features)) for path, _ in site.parts]
@@ -68,7 +68,7 @@ class LoraLayout:
         self.size = offset
 
     def views(self, flat: Tensor) -> dict[str, SiteWeights]:
-        """The sites' matrices as views of ``flat`` [size]."""
+        """Each site's matrices as views of ``flat`` [size]."""
         rank, offset, views = self.config.rank, 0, {}
 
         def take(rows: int, columns: int) -> Tensor:
@@ -83,7 +83,7 @@ class LoraLayout:
         return views
 
     def initial(self) -> Tensor:
-        """A's uniform in ±1/sqrt(in), as kaiming-uniform with a = sqrt(5) makes them; B's zero."""
+        """A's uniform in ±1/sqrt(in) (kaiming-uniform with a = sqrt(5)), B's zero."""
         seed = self.config.seed if self.config.seed is not None else secrets.randbits(62)
         generator = torch.Generator().manual_seed(seed % 2**63)
         flat = torch.zeros(self.size)
@@ -100,11 +100,7 @@ class LoraLayout:
         }
 
     def from_state(self, state: Mapping[str, NDArray[Any]], prefix: str = "") -> Tensor:
-        """The flat vector from named matrices.
-
-        Raises:
-            UserFault: a matrix is missing or of another shape, so the checkpoint is of another model or rank.
-        """
+        """The flat vector from named matrices. Raises :class:`UserFault` if one is missing or has the wrong shape."""
         flat = np.empty(self.size, dtype=np.float32)
         for name, (offset, shape) in self.names.items():
             matrix = state.get(prefix + name)
@@ -112,14 +108,14 @@ class LoraLayout:
                 found = "is missing" if matrix is None else f"has shape {list(matrix.shape)}"
                 raise UserFault(
                     f"The checkpoint does not fit this model and lora_config: {prefix + name} {found}, "
-                    f"wanted {list(shape)}."
+                    f"expected {list(shape)}."
                 )
             flat[offset : offset + matrix.size] = matrix.reshape(-1)
         return torch.from_numpy(flat)
 
 
 class LoraWeights:
-    """Immutable sampler weights: what :meth:`Backend.snapshot` hands out. Compared by identity."""
+    """Immutable sampler weights (a snapshot). Compared by identity."""
 
     def __init__(self, layout: LoraLayout, flat: Tensor) -> None:
         self.layout = layout
@@ -132,7 +128,7 @@ class LoraWeights:
 
 
 class LoraAdapter:
-    """Trainable weights with their gradients and Adam's moments, each one flat vector."""
+    """Trainable weights, gradients and Adam moments, each one flat vector."""
 
     def __init__(self, layout: LoraLayout, flat: Tensor) -> None:
         self.layout = layout
@@ -151,12 +147,12 @@ class LoraAdapter:
 
     @cached_property
     def moments(self) -> tuple[Tensor, Tensor]:
-        """Adam's running averages of the gradient and of its square."""
+        """Adam's running means of the gradient and its square."""
         return torch.zeros_like(self.flat), torch.zeros_like(self.flat)
 
     @cached_property
     def sites(self) -> dict[str, SiteWeights]:
-        """Leaves of autograd that share memory with ``flat``; their gradients share memory with ``gradient``."""
+        """Autograd leaves that share memory with ``flat``; their gradients share memory with ``gradient``."""
         weights, gradients = self.layout.views(self.flat), self.layout.views(self.gradient)
         return {
             key: SiteWeights(
@@ -174,7 +170,7 @@ class LoraAdapter:
         return LoraWeights(self.layout, self.flat.clone())
 
     def export(self, optimizer: bool) -> dict[str, NDArray[Any]]:
-        """The weights by PEFT's names and, if asked for, Adam's moments and step count."""
+        """The weights by PEFT name and, with ``optimizer``, Adam's moments and step count."""
         state = self.layout.to_state(self.flat)
         if optimizer:
             mean, square = self.moments
@@ -188,13 +184,12 @@ class LoraAdapter:
     ) -> LoraAdapter:
         """The inverse of :meth:`export`; without ``optimizer`` the moments start at zero.
 
-        Raises:
-            UserFault: the state does not fit, or holds no moments though they are asked for.
+        Raises :class:`UserFault` if the state does not fit or lacks the requested moments.
         """
         adapter = cls(layout, layout.from_state(state).to(device))
         if optimizer:
             if _STEP not in state:
-                raise UserFault("The checkpoint holds no optimiser state; load it without.")
+                raise UserFault("The checkpoint has no optimizer state; load it without the optimizer.")
             mean, square = adapter.moments
             mean.copy_(layout.from_state(state, _MEAN))
             square.copy_(layout.from_state(state, _SQUARE))

@@ -1,7 +1,7 @@
-"""Tinker's losses: sums over tokens, never means, each a function of one token's log-probability.
+"""Tinker's losses, all sums over tokens (not means).
 
-Formulas and defaults are those of Tinker's documentation ("Loss functions"). ``lp`` is the log-probability of the
-target under the weights being trained, ``q`` the one it was sampled with, ``A`` the advantage, ``r = exp(lp - q)``:
+Formulas and defaults follow Tinker's documentation ("Loss functions"). ``lp`` is the target's log-probability under the
+weights being trained, ``q`` its log-probability when sampled, ``A`` the advantage, ``r = exp(lp - q)``:
 
 ======================  ===============================================
 ``cross_entropy``       ``-w · lp``
@@ -13,21 +13,17 @@ target under the weights being trained, ``q`` the one it was sampled with, ``A``
 ``stable_reinforce``    ``-stop_gradient(w) · A · lp``
 ======================  ===============================================
 
-gspo is the token-level variant (GSPO-token) of Zheng et al., 2025, "Group Sequence Policy Optimization": ``s`` has the
-value of the geometric mean of ``r`` over the tokens that ``sequence_ratio_mask`` marks in the sequence, and the gradient
-of the token's own ``lp``. Its documentation gives the formula and no thresholds: the defaults here are the paper's.
+gspo is GSPO-token of Zheng et al., 2025, "Group Sequence Policy Optimization": ``s`` has the value of the geometric mean
+of ``r`` over the sequence's tokens marked by ``sequence_ratio_mask``, and the gradient of the token's own ``lp``. Tinker
+documents no thresholds; the defaults are the paper's.
 
-The formula of Tinker's ``stable_reinforce`` is not published. The one here is our own choice and does not claim to be it:
-the tapered off-policy REINFORCE (TOPR) of Le Roux et al., 2025, "Tapered Off-Policy REINFORCE: Stable and efficient
-reinforcement learning for LLMs", with its weight taken token by token:
-``w = clip(r, α, 1)`` where ``A > 0`` and ``w = min(r, 1)`` where ``A < 0``. ``q`` is what the service recorded when it sampled.
-It was chosen because every weight lies in [0, 1], so that no stale token can move the weights by more than a fresh one
-(plain importance sampling multiplies by ``r`` without bound), and because the two signs fail differently off-policy.
-A token that was wrong and has become unlikely is left alone: pushing it down further has no bound and is what breaks
-plain REINFORCE. A token that was right and has become unlikely keeps at least the weight α (default 1, TOPR's own
-choice): with sparse rewards it is the rare success that must not be lost, and a push up is bounded by ``lp <= 0``. α = 0 is
-importance sampling truncated at 1 for both signs. At ``r = 1`` the gradient is that of ``importance_sampling``. PPO's clip
-gives a stale token no gradient at all, in both directions.
+Tinker's ``stable_reinforce`` formula is not published, so this one is our choice: TOPR of Le Roux et al., 2025, "Tapered
+Off-Policy REINFORCE: Stable and efficient reinforcement learning for LLMs", with token-level weights ``w = clip(r, α, 1)``
+for ``A > 0`` and ``w = min(r, 1)`` for ``A < 0``; ``q`` is recorded by the service. Weights in [0, 1] keep a stale token from
+moving the model more than a fresh one. A bad token that has become unlikely gets almost no gradient: pushing it down
+further is unbounded and breaks plain REINFORCE. A good token that has become unlikely keeps at least weight α (default
+1, as in TOPR), since with sparse rewards it is the rare success to keep, and ``lp <= 0`` bounds the push up. α = 0 is
+importance sampling truncated at 1. At ``r = 1`` the gradient equals ``importance_sampling``'s.
 """
 
 from __future__ import annotations
@@ -56,12 +52,11 @@ _LOG_RATIO = "sequence_log_ratio"
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """A loss that is a sum of one term a token."""
+    """A loss that is a sum of one term per token."""
 
     inputs: LossInputs
     terms: Callable[[Tensor, TokenInputs, Thresholds], Tensor]
-    """The terms [tokens] at log-probabilities [tokens]; of a sequential loss with the inputs that
-    :func:`with_sequence_ratio` completed."""
+    """Terms [tokens] at log-probabilities [tokens]; a sequential loss needs :func:`with_sequence_ratio`'s inputs."""
 
 
 def _cross_entropy(lp: Tensor, inputs: TokenInputs, config: Thresholds) -> Tensor:
@@ -116,26 +111,20 @@ LOSSES: Mapping[str, Loss] = {
 
 
 def find_loss(name: str, config: Mapping[str, float]) -> tuple[Loss, Thresholds]:
-    """The loss and its configuration with defaults filled in.
-
-    Raises:
-        UserFault: an unknown loss, or an entry of its configuration that is unknown, not finite or out of range.
-    """
+    """The loss and its configuration with defaults filled in. Raises as :func:`find_inputs`."""
     _, thresholds = find_inputs(name, config)
     return LOSSES[name], thresholds
 
 
 def with_sequence_ratio(inputs: TokenInputs, logprobs: Tensor, lengths: list[int]) -> TokenInputs:
-    """The inputs of a sequential loss and, for each token, the log-ratio of its sequence, which has no gradient.
+    """Adds each token's sequence log-ratio (without gradient) to the inputs of a sequential loss.
 
-    Args:
-        logprobs: of all tokens [tokens], sequence behind sequence.
-        lengths: tokens of each sequence.
+    ``logprobs`` [tokens] are concatenated sequences of ``lengths`` tokens.
     """
     counts = torch.tensor(lengths, device=logprobs.device)
     sequence = torch.repeat_interleave(torch.arange(len(lengths), device=logprobs.device), counts)
     mask = (inputs[RATIO_MASK] != 0).double()
-    # In double precision: a mean of thousands of differences is compared with thresholds 3e-4 away from 1.
+    # Double precision: the mean of thousands of differences is compared with thresholds 3e-4 away from 1.
     difference = mask * (logprobs.detach().double() - inputs["logprobs"].double())
     sums = torch.zeros(2, len(lengths), dtype=torch.float64, device=logprobs.device)
     sums.index_add_(1, sequence, torch.stack([difference, mask]))

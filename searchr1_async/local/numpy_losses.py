@@ -1,6 +1,6 @@
-"""Tinker's losses in numpy: what the scripted model computes, and what both models report of the ratios in their data.
+"""Tinker's losses in numpy, for the scripted backend, and the ratio metrics of both backends.
 
-The formulas are those of :mod:`searchr1_async.local.losses`, whose torch ones the tests compare these with.
+Formulas as in :mod:`searchr1_async.local.losses`.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from searchr1_async.local.loss_inputs import RATIO_MASK, STABLE_REINFORCE, Thres
 Float64Array = NDArray[np.float64]
 _CLIPPING = ("ppo", "cispo", "gspo", STABLE_REINFORCE)
 _LARGEST_LOG_RATIO = 700.0
-"""Its exponential is still finite in double precision."""
+"""Keeps the exponential finite in double precision."""
 
 
 def loss_and_slope(
     name: str, logprobs_T: Float64Array, inputs: Mapping[str, NDArray[Any]], config: Thresholds
 ) -> tuple[float, Float64Array]:
-    """The loss of one datum, summed over its tokens, and its derivative by each log-probability [T]."""
+    """The summed loss of one datum and its derivative with respect to each log-probability [T]."""
     if name == "cross_entropy":
         weights_T = inputs["weights"].astype(np.float64)
         return float(-(weights_T * logprobs_T).sum()), -weights_T
@@ -44,7 +44,7 @@ def loss_and_slope(
 
 
 def _factors(name: str, ratio_T: Float64Array, advantages_T: Float64Array, config: Thresholds) -> Float64Array:
-    """What a loss puts for the ratio in the gradient -ratio · advantage [T]: the ratio itself where it does not clip."""
+    """The factor in the gradient -factor · advantage [T]: the ratio, unless clipped."""
     if name == STABLE_REINFORCE:
         return np.where(advantages_T > 0, ratio_T.clip(config["alpha"], 1.0), ratio_T.clip(0.0, 1.0))
     if name not in _CLIPPING:
@@ -56,7 +56,7 @@ def _factors(name: str, ratio_T: Float64Array, advantages_T: Float64Array, confi
 
 
 def _ratios(name: str, logprobs_T: Float64Array, inputs: Mapping[str, NDArray[Any]]) -> Float64Array:
-    """How much likelier the tokens have become since they were sampled [T]; gspo's is one for its whole sequence."""
+    """Probability ratios relative to sampling [T]; gspo's is the same for the whole sequence."""
     difference_T = logprobs_T - inputs["logprobs"]
     if name == "gspo":
         difference_T = np.full_like(difference_T, difference_T[inputs[RATIO_MASK] != 0].mean())
@@ -66,17 +66,10 @@ def _ratios(name: str, logprobs_T: Float64Array, inputs: Mapping[str, NDArray[An
 def ratio_metrics(
     name: str, config: Thresholds, data: Sequence[Datum], logprobs: Sequence[Float32Array]
 ) -> dict[str, float]:
-    """How far off-policy a request was, over the tokens whose advantage is not 0; nothing for a loss without ratios.
+    """Off-policy metrics over tokens with non-zero advantage; empty for a loss without ratios.
 
-    Args:
-        name: the loss.
-        config: its whole configuration.
-        data: what was trained on.
-        logprobs: of the targets under the weights that are trained, [T] for each datum.
-
-    Returns:
-        ``ratio_min:min`` and ``ratio_max:max`` (gspo: of the sequences' ratios) and, for a loss that bounds them,
-        ``clipped_fraction:mean``: the share of tokens whose gradient is not that of the plain ratio.
+    ``logprobs`` [T] per datum are under the trained weights. Returns ``ratio_min:min``, ``ratio_max:max`` (gspo: sequence
+    ratios) and, for a clipping loss, ``clipped_fraction:mean``, the fraction of tokens with a clipped gradient.
     """
     if not data or "advantages" not in data[0].loss_inputs:
         return {}

@@ -1,8 +1,7 @@
-"""Sequences with common beginnings laid out so that every distinct (position, prefix) token is computed once.
+"""Packs sequences with shared prefixes so that each distinct (position, prefix) token is computed once.
 
-The members of a group share their prompt, all episodes share the system prompt, and a causal model's state at a token
-depends on nothing but the tokens up to it: so one row stands for all sequences that agree up to there. Log-probabilities
-and gradients are those of the sequences one by one.
+Group members share their prompt and all episodes the system prompt. A causal model's state depends only on the preceding
+tokens, so one row serves all sequences that agree up to it, with the same log-probabilities and gradients.
 """
 
 from __future__ import annotations
@@ -18,27 +17,27 @@ Int64Array = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Rows that one sequence was the first to need; they attend to ``context``, then causally to themselves."""
+    """Rows added by one sequence; they attend to ``context``, then causally to themselves."""
 
     start: int
     stop: int
     context: tuple[tuple[int, int], ...]
-    """Row ranges [start, stop) of the tokens before, in order."""
+    """Row ranges [start, stop) of the preceding tokens, in order."""
     past: int | None = None
-    """Index of the sequence whose cached tokens come before ``context``, if there are any."""
+    """Index of the sequence whose cached tokens precede ``context``, if any."""
     past_length: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class PackedPrefix:
-    """How one sequence is read off the packed rows: cached tokens first, then ranges of rows."""
+    """One sequence as cached tokens followed by row ranges."""
 
     past: int | None
     past_length: int
     ranges: tuple[tuple[int, int], ...]
 
     def cut(self, length: int) -> PackedPrefix:
-        """The first ``length`` tokens of it."""
+        """The first ``length`` tokens."""
         ranges, left = [], length - self.past_length
         for start, stop in self.ranges:
             if left <= 0:
@@ -61,7 +60,7 @@ class Packed:
     """[rows]"""
     segments: tuple[Segment, ...]
     paths: tuple[PackedPrefix, ...]
-    """One a sequence, in the order given."""
+    """One per sequence, in input order."""
 
 
 def common_prefix_length(a: NDArray[np.integer], b: NDArray[np.integer]) -> int:
@@ -71,14 +70,14 @@ def common_prefix_length(a: NDArray[np.integer], b: NDArray[np.integer]) -> int:
 
 
 def lexicographic_order(sequences: Sequence[NDArray[np.integer]]) -> list[int]:
-    """Indices in dictionary order, in which sequences with a common beginning are neighbours."""
+    """Indices in lexicographic order, which makes sequences with a shared prefix neighbours."""
     # Big-endian bytes of non-negative integers compare as the integers do.
     keys = [np.ascontiguousarray(sequence, dtype=">i4").tobytes() for sequence in sequences]
     return sorted(range(len(sequences)), key=keys.__getitem__)
 
 
 def pack(sequences: Sequence[NDArray[np.integer]], cached: Sequence[int] | None = None) -> Packed:
-    """Lay ``sequences`` out; the first ``cached[i]`` tokens of each are known already and get no row."""
+    """Pack ``sequences``; the first ``cached[i]`` tokens of each get no rows."""
     known = cached or [0] * len(sequences)
     paths: list[PackedPrefix | None] = [None] * len(sequences)
     segments: list[Segment] = []
@@ -111,7 +110,7 @@ def pack(sequences: Sequence[NDArray[np.integer]], cached: Sequence[int] | None 
 
 
 def micro_batches(sequences: Sequence[NDArray[np.integer]], max_rows: int) -> list[list[int]]:
-    """Indices in batches of at most ``max_rows`` distinct tokens each (one longer sequence is a batch of its own)."""
+    """Indices in batches of at most ``max_rows`` distinct tokens (a longer sequence gets its own batch)."""
     batches: list[list[int]] = []
     rows, previous = 0, -1
     for index in lexicographic_order(sequences):

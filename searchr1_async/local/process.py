@@ -1,7 +1,7 @@
-"""The embedded service as a child process: started, watched and ended by a context manager.
+"""Runs the embedded service as a child process.
 
-The child gets its key and settings as one JSON line on its standard input, which then stays open: when it ends, however
-the parent died, the child ends too. The child answers with one JSON line on its standard output when it serves.
+The child reads its key and settings as one JSON line from stdin and writes one JSON line to stdout when ready. Its stdin
+stays open: when it closes, however the parent died, the child exits.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from searchr1_async.errors import ConfigurationError, ModelError, PortInUseError
 logger = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-"""Small enough to train on two cores."""
 _CHILD = Path(__file__).with_name("child.py")
 _STOP_SECONDS = 5.0
 _LOG_LINES = 20
@@ -38,20 +37,20 @@ _REFUSALS = {"model": ModelError, "port": PortInUseError, "configuration": Confi
 
 @dataclass(frozen=True)
 class LocalService:
-    """A running service. Hand ``url`` and ``api_key`` to ``tinker.ServiceClient``."""
+    """A running service. Pass ``url`` and ``api_key`` to ``tinker.ServiceClient``."""
 
     url: str
     api_key: str = field(repr=False)
     model_name: str
     """The ``base_model`` it serves."""
     tokenizer_path: str
-    """A local folder (or hub name) for ``AutoTokenizer.from_pretrained``; empty if it has no tokenizer."""
+    """A local folder or hub name for ``AutoTokenizer.from_pretrained``; empty if there is no tokenizer."""
     pid: int
 
 
 @dataclass(frozen=True, slots=True)
 class Scripted:
-    """A script instead of a model: see :class:`~searchr1_async.local.scripted.ScriptedBackend`.
+    """A reply function instead of a model: see :class:`~searchr1_async.local.scripted.ScriptedBackend`.
 
     ``latency`` and ``training`` are the fields of ``Latency`` and ``TrainingTimes``.
     """
@@ -64,7 +63,7 @@ class Scripted:
     seed: int = 0
     tokenizer_path: str = ""
     latency_log: str | None = None
-    """A file that gets the drawn latencies (seconds, one a line) when the service ends."""
+    """File to which all requests and their latencies are written as JSON Lines when the service ends."""
 
 
 @asynccontextmanager
@@ -83,17 +82,26 @@ async def local_service(
     backend_options: Mapping[str, Any] | None = None,
     tell: Tell = say_nothing,
 ) -> AsyncIterator[LocalService]:
-    """Runs the embedded service in a process of its own until the block ends.
+    """Runs the embedded service out-of-process until the block exits.
 
-    ``folder`` keeps its checkpoints, across processes. ``port`` 0 takes a free one. ``threads`` is the number of the
-    model's compute threads (default: all processors). ``log_path`` (default ``<folder>/service.log``) gets what the
-    child logs. ``options`` are fields of :class:`~searchr1_async.local.server.ServiceOptions`, ``backend_options`` further
-    arguments of ``TorchBackend.load``. ``scripted`` replaces the model by a script; ``model`` is then only a name. ``tell``
-    gets a sentence if the start takes over 5 seconds.
+    Args:
+        model: a folder or hub name; with ``scripted`` only a name.
+        folder: keeps the checkpoints, across processes.
+        port: 0 picks a free one.
+        threads: the model's compute threads; None: all processors.
+        scripted: replaces the model by a reply function.
+        start_timeout: seconds.
+        log_path: the child's log; default ``<folder>/service.log``.
+        options: fields of :class:`~searchr1_async.local.server.ServiceOptions`.
+        backend_options: further arguments of ``TorchBackend.load``.
+        tell: receives a message if the start takes over 5 seconds.
 
-    Raises :class:`ModelError` for an unknown model, :class:`PortInUseError`, :class:`ConfigurationError` for other
-    settings that the child refuses, and :class:`ServiceStartError` when it does not come up within ``start_timeout``
-    seconds. A service that dies later ends the block with a :class:`ServiceError` (in an exception group).
+    Raises:
+        ModelError: unknown model.
+        PortInUseError: the port is taken.
+        ConfigurationError: another setting is invalid.
+        ServiceStartError: the service did not start within ``start_timeout``.
+        ServiceError: in an exception group, if the service dies later.
     """
     if threads is not None and threads < 1:
         raise ConfigurationError(f"threads: must be at least 1, got {threads}")
@@ -114,20 +122,20 @@ async def local_service(
     }
     async with _child(log_path, threads) as process:
         try:
-            with bounded_wait(f"the embedded service loads {model}", tell, start_timeout):
+            with bounded_wait(f"the embedded service is loading {model}", tell, start_timeout):
                 ready = await _handshake(process, settings)
         except TimeoutError:
             raise ServiceStartError(
-                f"the embedded service did not come up within {start_timeout:g} s; {_tail(log_path)}"
+                f"the embedded service did not start within {start_timeout:g} s; {_tail(log_path)}"
             ) from None
         if ready is None:
-            raise ServiceStartError(f"the embedded service ended while starting; {_tail(log_path)}")
+            raise ServiceStartError(f"the embedded service exited during startup; {_tail(log_path)}")
         if "error" in ready:
             refusal = _REFUSALS.get(ready.get("kind", ""))
             if refusal is not None:
                 raise refusal(ready["error"])
             raise ServiceStartError(f"the embedded service could not start: {ready['error']}; {_tail(log_path)}")
-        logger.info("the embedded service serves %s at %s (pid %d)", ready["model_name"], ready["url"], process.pid)
+        logger.info("the embedded service is serving %s at %s (pid %d)", ready["model_name"], ready["url"], process.pid)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(_raise_when_ended, process, log_path)
             yield LocalService(ready["url"], api_key, ready["model_name"], ready["tokenizer_path"], process.pid)
@@ -135,17 +143,17 @@ async def local_service(
 
 
 async def _raise_when_ended(process: Process, log_path: Path) -> None:
-    """Ends the block with an error: the SDK retries a service that has died for ever."""
+    """Ends the block with an error: the SDK would retry a dead service forever."""
     code = await process.wait()
-    raise ServiceError(f"the embedded service ended while it was used (exit code {code}); {_tail(log_path)}")
+    raise ServiceError(f"the embedded service exited unexpectedly (exit code {code}); {_tail(log_path)}")
 
 
 @asynccontextmanager
 async def _child(log_path: Path, threads: int | None) -> AsyncIterator[Process]:
-    """The child process; it is gone when the block ends, whatever happens."""
+    """The child process; always ended when the block exits."""
     environment = {
         **os.environ,
-        # Threads that wait must not spin: the engine runs beside them.
+        # Waiting threads must not spin: the engine needs the CPU.
         "OMP_WAIT_POLICY": "passive",
         "OMP_NUM_THREADS": str(threads or os.cpu_count() or 1),
         "TOKENIZERS_PARALLELISM": "false",
@@ -158,13 +166,13 @@ async def _child(log_path: Path, threads: int | None) -> AsyncIterator[Process]:
         raise ServiceStartError(f"cannot write the service's log {log_path}: {error}") from error
     with log:
         process = await anyio.open_process(
-            # -P: the file's own folder, full of modules with common names, stays off the path.
+            # -P keeps the file's own folder, with its common module names, off sys.path.
             [sys.executable, "-P", str(_CHILD)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
             env=environment,
-            # Ctrl-C goes to a terminal's whole process group: the parent decides when this child ends.
+            # Ctrl-C signals the whole process group, but the parent decides when this child ends.
             start_new_session=True,
         )
     try:
@@ -175,14 +183,14 @@ async def _child(log_path: Path, threads: int | None) -> AsyncIterator[Process]:
 
 
 async def _stop(process: Process) -> None:
-    """Has the child end, kills it if that takes too long, and reaps it."""
+    """Stops and reaps the child; kills it if it takes too long."""
     assert process.stdin is not None
-    # By the end of its input: a SIGTERM may come from a scheduler, which sends it to all processes of a job.
+    # By closing stdin: the child ignores SIGTERM, which schedulers send to all processes of a job.
     await process.stdin.aclose()
     with anyio.move_on_after(_STOP_SECONDS) as scope:
         await process.wait()
     if scope.cancelled_caught:
-        logger.warning("the embedded service (pid %d) did not end in %g s: killing it", process.pid, _STOP_SECONDS)
+        logger.warning("the embedded service (pid %d) did not exit within %g s: killing it", process.pid, _STOP_SECONDS)
         with contextlib.suppress(ProcessLookupError):
             process.kill()
         await process.wait()
@@ -190,7 +198,7 @@ async def _stop(process: Process) -> None:
 
 
 async def _handshake(process: Process, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Sends the settings; the child's ready line, or None if it ended without one."""
+    """Sends the settings; returns the child's ready line, or None if it exited without one."""
     assert process.stdin is not None
     assert process.stdout is not None
     with contextlib.suppress(anyio.BrokenResourceError):
@@ -212,4 +220,4 @@ def _tail(log_path: Path) -> str:
         lines = log_path.read_text(errors="replace").splitlines()[-_LOG_LINES:]
     except OSError:
         lines = []
-    return f"the end of its log {log_path}:\n" + "\n".join(lines or ["(empty)"])
+    return f"end of its log {log_path}:\n" + "\n".join(lines or ["(empty)"])

@@ -1,7 +1,6 @@
-"""The answers that clients wait for: one promise for each piece of work, kept until it was fetched and a while longer.
+"""Promises: pending and finished results, kept until fetched plus a grace period.
 
-:class:`PromiseStore` belongs to one event loop and is not thread-safe. It holds no clock: callers pass the time in
-(seconds, any origin, never going back).
+:class:`PromiseStore` belongs to one event loop and is not thread-safe. Callers pass the time (monotonic seconds).
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ Category = Literal["unknown", "server", "user"]
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """What becomes ``{"error", "category"}`` on the wire."""
+    """``{"error", "category"}`` on the wire."""
 
     error: str
     category: Category
@@ -26,7 +25,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A finished answer as it goes over the wire: JSON bytes, or a protobuf message's."""
+    """A serialized response: JSON or protobuf."""
 
     body: bytes
     content_type: str = "application/json"
@@ -34,25 +33,25 @@ class Reply:
 
 @dataclass(slots=True, eq=False)
 class Promise:
-    """One piece of work. ``outcome`` is set once, by :meth:`PromiseStore.settle`."""
+    """One unit of work. ``outcome`` is set once, by :meth:`PromiseStore.settle`."""
 
     request_id: str
     kind: str
     owner: str
-    """The session, model or sampling session that asked."""
+    """The session, model or sampler that requested it."""
     key: Hashable | None
     outcome: Reply | Failure | None = None
     on_cancel: Callable[[], Any] | None = None
-    """Called when the client cancels; None: this kind of work cannot be cancelled."""
+    """Called when the client cancels; None: not cancellable."""
     log: CompletionLog | None = None
-    """Where it is entered when it is settled, until it is forgotten."""
+    """Records the promise when it is settled."""
     settled_at: float | None = None
     fetched_at: float | None = None
     done: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class UnknownPromise(LookupError):
-    """No such promise: ``expired`` when it was one of this store's, else one of another process or of nobody."""
+    """No such promise; ``expired`` if this store once had it."""
 
     def __init__(self, request_id: str, expired: bool) -> None:
         super().__init__(request_id)
@@ -62,9 +61,8 @@ class UnknownPromise(LookupError):
 class PromiseStore:
     """All open and recently settled promises.
 
-    Memory is bounded: a settled promise goes ``grace`` seconds after its answer was last fetched (a lost answer is asked
-    for again within that time), or earlier, oldest first, when the fetched answers together exceed ``fetched_bytes``;
-    and ``unfetched`` seconds after it was settled if nobody asked.
+    A settled promise is dropped ``grace`` seconds after its last fetch (clients may retry a lost response), or earlier,
+    oldest first, if fetched results exceed ``fetched_bytes``. A result never fetched is dropped after ``unfetched`` seconds.
     """
 
     def __init__(self, *, grace: float = 60.0, unfetched: float = 3600.0, fetched_bytes: int = 256 << 20) -> None:
@@ -75,7 +73,7 @@ class PromiseStore:
         self._opened = 0
         self._by_id: dict[str, Promise] = {}
         self._by_key: dict[Hashable, Promise] = {}
-        # In order of settled_at and of fetched_at, so that sweeping looks only at what goes.
+        # Ordered by settled_at and fetched_at, so that sweep stops early.
         self._unfetched: dict[str, Promise] = {}
         self._fetched: dict[str, Promise] = {}
         self._bytes = 0
@@ -84,11 +82,11 @@ class PromiseStore:
         return len(self._by_id)
 
     def find(self, key: Hashable | None) -> Promise | None:
-        """The promise that a request with this idempotency key got before, if it is still kept."""
+        """The promise with this idempotency key, if still kept."""
         return None if key is None else self._by_key.get(key)
 
     def open(self, kind: str, owner: str, key: Hashable | None = None) -> Promise:
-        """A new promise. ``key`` must be free (see :meth:`find`)."""
+        """Opens a promise. ``key`` must be unused (see :meth:`find`)."""
         if key is not None and key in self._by_key:
             raise ValueError(f"the idempotency key {key!r} is in use")
         self._opened += 1
@@ -99,7 +97,7 @@ class PromiseStore:
         return promise
 
     def settle(self, promise: Promise, outcome: Reply | Failure, now: float) -> bool:
-        """Gives the promise its outcome and wakes whoever waits. False if it had one already (it was cancelled)."""
+        """Sets the outcome and wakes waiters. False if it was already settled (cancelled)."""
         if promise.outcome is not None:
             return False
         promise.outcome = outcome
@@ -122,7 +120,7 @@ class PromiseStore:
             raise UnknownPromise(request_id, expired=mine) from None
 
     async def wait(self, promise: Promise, seconds: float) -> Reply | Failure | None:
-        """The outcome, or None if it did not come within ``seconds``."""
+        """The outcome, or None after ``seconds``."""
         if promise.outcome is None:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(seconds):
@@ -130,7 +128,7 @@ class PromiseStore:
         return promise.outcome
 
     def fetched(self, promise: Promise, now: float) -> None:
-        """The outcome went out to the client; it is kept for ``grace`` seconds more."""
+        """Marks the outcome as sent to the client; it is kept for ``grace`` more seconds."""
         promise.fetched_at = now
         if self._unfetched.pop(promise.request_id, None) is not None:
             self._bytes += _size(promise)
@@ -139,7 +137,7 @@ class PromiseStore:
         self._fetched[promise.request_id] = promise
 
     def cancel(self, promise: Promise, now: float, reason: str = "cancelled by the client") -> bool:
-        """Settles an open promise as cancelled and stops its work. False if it cannot be cancelled (any more)."""
+        """Settles an open promise as cancelled and stops its work. False if it is settled or not cancellable."""
         stop = promise.on_cancel
         if promise.outcome is not None or stop is None:
             return False
@@ -148,11 +146,10 @@ class PromiseStore:
         return True
 
     def open_of(self, owner: str) -> Iterator[Promise]:
-        """Open promises of one owner."""
         return (promise for promise in list(self._by_id.values()) if promise.owner == owner and promise.outcome is None)
 
     def sweep(self, now: float) -> int:
-        """Forgets what is past its time or exceeds the memory allowed; returns how many promises."""
+        """Drops expired promises and those over the memory limit; returns how many."""
         gone: list[Promise] = []
         excess = self._bytes - self.fetched_bytes
         for promise in self._fetched.values():
@@ -180,9 +177,9 @@ class PromiseStore:
 
 
 class CompletionLog:
-    """What has been settled of one sampling client's requests, for clients that wait for all of them at once.
+    """Settled requests of one sampling client, for clients that poll all of them in one request.
 
-    Entries are numbered 1, 2, 3, …; a client that has seen them up to a cursor asks for those after it.
+    Entries are numbered 1, 2, 3, …; a client asks for those after its cursor.
     """
 
     def __init__(self) -> None:
@@ -199,10 +196,7 @@ class CompletionLog:
         self._number_of.pop(promise, None)
 
     async def after(self, cursor: int, seconds: float) -> tuple[list[Promise], int]:
-        """The entries after ``cursor`` and the new cursor, as soon as there are any, at the latest after ``seconds``.
-
-        What the cursor covers has reached the client and is forgotten.
-        """
+        """Entries after ``cursor`` and the new cursor; waits up to ``seconds`` for an entry. Drops entries up to ``cursor``."""
         for promise in [promise for promise, number in self._number_of.items() if number <= cursor]:
             del self._number_of[promise]
         if not self._number_of and seconds > 0:

@@ -1,11 +1,10 @@
-"""Requests and answers as they go over the wire, to and from :mod:`searchr1_async.local.backend`'s types. Pure.
+"""Conversion between wire messages and :mod:`searchr1_async.local.backend`'s types. Pure functions.
 
-Two kinds of fault. :class:`MalformedRequest`: a body that cannot be taken as a request at all, answered with 400 or 422 at
-once. :class:`~searchr1_async.local.backend.UserFault`: a request that can be placed but not carried out as asked; it is
-accepted and fails inside its future, so that the sequence of a model's requests has no hole.
+:class:`MalformedRequest` means that a body cannot be parsed; it is answered with 400 or 422 immediately.
+:class:`~searchr1_async.local.backend.UserFault` means a well-formed but invalid request; it is accepted and fails in its
+future, so that a model's request sequence has no gap.
 
-Protobuf messages are those of ``tinker.proto.tinker_public_pb2``; arrays are little-endian, as numpy has them on every
-machine that runs torch.
+Protobuf messages are those of ``tinker.proto.tinker_public_pb2``; arrays are little-endian.
 """
 
 from __future__ import annotations
@@ -37,9 +36,9 @@ from searchr1_async.local.provenance import Provenance, Span
 
 PROTOBUF = "application/x-protobuf"
 EMPTY_LOGPROB = -99999.0
-"""What stands in a cell of a top-k matrix that holds nothing, beside token 0 (``tinker.types.topk_logprobs``)."""
+"""Fills empty cells of a top-k matrix, with token 0 (``tinker.types.topk_logprobs``)."""
 MAX_SAMPLES = 1024
-"""Continuations of one prompt in one request."""
+"""Maximum ``num_samples`` per request."""
 
 _NUMPY_OF_DTYPE: dict[int, np.dtype[Any]] = {
     pb.DTYPE_FLOAT32: np.dtype("<f4"),
@@ -51,7 +50,7 @@ _Value = TypeVar("_Value")
 
 
 class MalformedRequest(Exception):
-    """A body that cannot be understood; ``status`` is 400 (no JSON, no protobuf) or 422 (a field missing or wrong)."""
+    """An unparseable body; ``status`` is 400 (not JSON or protobuf) or 422 (a field is missing or invalid)."""
 
     def __init__(self, detail: str, status: int = 422) -> None:
         super().__init__(detail)
@@ -60,7 +59,7 @@ class MalformedRequest(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Body:
-    """A JSON object, read field by field."""
+    """A JSON request body."""
 
     fields: Mapping[str, Any]
 
@@ -98,7 +97,7 @@ class Body:
 
 
 def optional(fields: Mapping[str, Any], name: str, kind: type[_Value], default: _Value) -> _Value:
-    """A field of a request that was accepted already. Raises :class:`UserFault` when its type is wrong."""
+    """A field of an accepted request. Raises :class:`UserFault` if its type is wrong."""
     value: Any = fields.get(name)
     if value is None:
         return default
@@ -111,9 +110,7 @@ def optional(fields: Mapping[str, Any], name: str, kind: type[_Value], default: 
     return value
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Requests
-# ---------------------------------------------------------------------------------------------------------------------
+# -- requests ----------------------------------------------------------------------------------------------------
 
 
 def decode_lora(fields: Mapping[str, Any]) -> LoraConfig:
@@ -141,7 +138,7 @@ def check_optimizer(fields: Mapping[str, Any]) -> None:
     """Raises :class:`UserFault` for an ``optimizer_config`` other than AdamW."""
     kind = optional(fields, "optimizer_config", dict, {}).get("type", "adamw")
     if kind != "adamw":
-        raise UserFault(f"optimizer_config: the embedded service has only adamw, not {kind!r}")
+        raise UserFault(f"optimizer_config: the embedded service supports only adamw, not {kind!r}")
 
 
 def decode_adam(fields: Mapping[str, Any]) -> AdamParams:
@@ -149,7 +146,7 @@ def decode_adam(fields: Mapping[str, Any]) -> AdamParams:
     other = fields.get("optimizer_params") or fields.get("optim_params") or {}
     kind = other.get("type", "adamw") if isinstance(other, dict) else other
     if kind not in ("adam", "adamw"):
-        raise UserFault(f"optimizer_params: the embedded service has only adamw, not {kind!r}")
+        raise UserFault(f"optimizer_params: the embedded service supports only adamw, not {kind!r}")
     given = optional(fields, "adam_params", dict, other)
     default = AdamParams()
     names = ("learning_rate", "beta1", "beta2", "eps", "weight_decay", "grad_clip_norm")
@@ -166,16 +163,16 @@ class SampleCall:
 
     request: SampleRequest
     prompt_logprobs_last_n: int | None
-    """Only the last this many prompt positions were asked for."""
+    """Return only this many trailing prompt positions."""
     record: bool = False
-    """Whether its sequences are to be kept for training on them (``record_stability_info``)."""
+    """Whether to record its sequences for training (``record_stability_info``)."""
 
 
 def decode_sample(fields: Mapping[str, Any]) -> SampleCall:
     """Raises :class:`UserFault`."""
     for name in ("target_prompt_logprobs", "prompt_alt_tokens_k"):
         if fields.get(name):
-            raise UserFault(f"{name}: the embedded service does not offer it")
+            raise UserFault(f"{name}: not supported by the embedded service")
     params = optional(fields, "sampling_params", dict, {})
     stop_tokens, stop_strings = _decode_stop(params.get("stop"))
     prompt = decode_prompt(optional(fields, "prompt", dict, {}))
@@ -195,7 +192,7 @@ def decode_sample(fields: Mapping[str, Any]) -> SampleCall:
         num_samples=num_samples,
         max_tokens=None if max_tokens is None else _at_least(optional(params, "max_tokens", int, 1), 1, "max_tokens"),
         temperature=_at_least(optional(params, "temperature", float, 1.0), 0, "temperature"),
-        # Some clients write 0 for "all tokens", as transformers does.
+        # Some clients send 0 for "all tokens", as transformers does.
         top_k=optional(params, "top_k", int, -1) or -1,
         top_p=top_p,
         seed=None if seed is None else optional(params, "seed", int, 0),
@@ -215,7 +212,7 @@ def _at_least(value: _Value, least: Any, name: str) -> _Value:
 
 
 def _decode_stop(stop: Any) -> tuple[tuple[int, ...] | None, tuple[str, ...]]:
-    """Absent: the model's own end tokens. ``[]``: nothing stops. A string, strings, or token ids: those alone."""
+    """Absent: the model's end tokens. ``[]``: never stop. A string, strings or token ids: only those."""
     if stop is None:
         return None, ()
     items: Any = [stop] if isinstance(stop, str) else stop
@@ -228,7 +225,7 @@ def _decode_stop(stop: Any) -> tuple[tuple[int, ...] | None, tuple[str, ...]]:
 
 
 def decode_prompt(model_input: Mapping[str, Any]) -> Int32Array:
-    """``ModelInput`` in JSON; text chunks only, joined. Shape [P], P >= 1. Raises :class:`UserFault`."""
+    """JSON ``ModelInput``, text chunks only. Shape [P], P >= 1. Raises :class:`UserFault`."""
     parts: list[Int32Array] = []
     for chunk in optional(model_input, "chunks", list, []):
         if not isinstance(chunk, dict) or chunk.get("type", "encoded_text") != "encoded_text":
@@ -259,7 +256,7 @@ class ForwardBackwardCall:
 
     data: tuple[Datum, ...]
     provenance: tuple[Provenance, ...]
-    """The spans of each datum; empty ones where it carries none."""
+    """Spans per datum; empty if it has none."""
     loss_fn: str
     loss_config: Mapping[str, float]
     forward_only: bool
@@ -332,7 +329,7 @@ def _decode_datum(datum: pb.Datum, index: int) -> Datum:
 
 
 def decode_tensor(tensor: pb.Tensor, place: str) -> NDArray[Any]:
-    """Dense or sparse (CSR, filled with 0), widened to int64 or float32 as Tinker does. Raises :class:`UserFault`."""
+    """Decodes a dense or sparse (CSR) tensor, widened to int64 or float32 as in Tinker. Raises :class:`UserFault`."""
     dtype = _NUMPY_OF_DTYPE.get(tensor.dtype)
     if dtype is None:
         raise UserFault(f"{place}: unknown dtype {tensor.dtype}")
@@ -368,13 +365,11 @@ def _densify(csr: pb.SparseCsr, values: NDArray[Any], shape: tuple[int, ...], pl
 
 def _from_bytes(data: bytes, dtype: np.dtype[Any], place: str) -> NDArray[Any]:
     if len(data) % dtype.itemsize:
-        raise UserFault(f"{place}: {len(data)} bytes are no whole number of {dtype.name} values")
+        raise UserFault(f"{place}: {len(data)} bytes is not a whole number of {dtype.name} values")
     return np.frombuffer(data, dtype)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Answers
-# ---------------------------------------------------------------------------------------------------------------------
+# -- responses ---------------------------------------------------------------------------------------------------
 
 
 def json_reply(fields: Mapping[str, Any]) -> Reply:
@@ -382,7 +377,7 @@ def json_reply(fields: Mapping[str, Any]) -> Reply:
 
 
 def encode_sample(result: SampleResult, last_n: int | None = None) -> Reply:
-    """A ``SampleResponse``. With ``last_n`` every earlier prompt position is blanked out, as the client expects."""
+    """A ``SampleResponse``. ``last_n`` blanks all earlier prompt positions, as the client expects."""
     message = pb.SampleResponse(prompt_cache_hit_tokens=result.prompt_cache_hit_tokens)
     for sequence in result.sequences:
         sampled = message.sequences.add(
@@ -415,7 +410,7 @@ def _encode_topk(ids: Int32Array, logprobs: Float32Array) -> pb.TopkLogprobs:
 
 
 def encode_forward_backward(result: ForwardBackwardResult) -> Reply:
-    """A ``ForwardBackwardOutput`` with one record: field ``logprobs``, all datums behind one another."""
+    """A ``ForwardBackwardOutput`` with one record: field ``logprobs``, all datums concatenated."""
     offsets = np.zeros(len(result.logprobs) + 1, np.int64)
     np.cumsum([4 * len(row) for row in result.logprobs], out=offsets[1:])
     flat = np.concatenate(result.logprobs) if result.logprobs else np.zeros(0, np.float32)
@@ -432,5 +427,5 @@ def _bytes(array: NDArray[Any], dtype: str) -> bytes:
 
 
 def finite_metrics(metrics: Mapping[str, float]) -> Iterator[tuple[str, float]]:
-    """JSON has no NaN or infinity: such a metric is left out."""
+    """Drops NaN and infinite metrics, which JSON cannot represent."""
     return ((name, float(value)) for name, value in metrics.items() if math.isfinite(value))

@@ -1,9 +1,8 @@
-"""Provenance of training data: every token of a datum is one that the service was given or sampled, at a named place.
+"""Provenance of training data: checks that every token of a datum was prompted or sampled in a recorded sequence.
 
-A datum that ``stable_reinforce`` learns from carries two lists of spans (``tinker.types.Datum.with_provenance``): one
-tiles its input, one its targets. A span claims that its run of tokens is a run of one recorded sequence's prompt or of its
-sampled tokens. :func:`check` proves every claim against what was recorded, and puts the recorded log-probabilities
-in. Pure: no torch, no clock, no store.
+A ``stable_reinforce`` datum has two lists of spans (``tinker.types.Datum.with_provenance``), tiling its input and its
+targets. A span claims that its tokens are a run of one recorded sequence's prompt or sampled tokens. :func:`check`
+verifies every claim and inserts the recorded log-probabilities. Pure: no torch, clock or store.
 """
 
 from __future__ import annotations
@@ -19,18 +18,18 @@ from searchr1_async.local.backend import Datum, Float32Array, UserFault
 from searchr1_async.local.sequences import RecordedSequence
 
 LOGPROB_TOLERANCE = 1e-3
-"""Nats by which a log-probability that the client sends may differ from the recorded one: files may round."""
+"""Maximum difference in nats between sent and recorded log-probabilities, to allow for rounding in files."""
 
 _PADDING = 0
-"""What stands at targets that were not sampled in the data of clients that do not care for them."""
+"""Clients may put this at targets that were not sampled."""
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A run of tokens, claimed to be positions ``offset`` to ``offset + length`` of a sequence's prompt or samples."""
+    """Claims that tokens are positions ``offset`` to ``offset + length`` of a sequence's prompt or sampled tokens."""
 
     sampled: bool
-    """False: of the prompt of the request that sampled the sequence."""
+    """False: tokens of the prompt."""
     sequence_id: str
     offset: int
     length: int
@@ -38,19 +37,19 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """The spans of one datum, in the order of the tokens that they tile."""
+    """The spans of one datum, in token order."""
 
     inputs: tuple[Span, ...]
     targets: tuple[Span, ...]
 
     def ids(self) -> Iterator[str]:
-        """The ids of all sequences named, with repetition."""
+        """All sequence ids, with repetition."""
         return (span.sequence_id for span in (*self.inputs, *self.targets))
 
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """The recorded sequences that a request names, and what to say of one that is not among them."""
+    """The recorded sequences that a request names, and the message for a missing one."""
 
     sequences: Mapping[str, RecordedSequence]
     why_missing: str
@@ -59,19 +58,19 @@ class _Known:
 def check(
     data: Sequence[Datum], provenance: Sequence[Provenance], recorded: Mapping[str, RecordedSequence], why_missing: str
 ) -> tuple[Datum, ...]:
-    """The data with ``logprobs`` as recorded (0 where the target was not sampled).
+    """Verifies the spans; returns the data with recorded ``logprobs`` (0 where the target was not sampled).
 
     Args:
-        data: with ``target_tokens`` and ``advantages``; ``logprobs`` may be left out.
-        provenance: of each datum.
-        recorded: the sequences of the session that the spans name, by id.
-        why_missing: completes "sequence 'x' …" for an id that is not in ``recorded``.
+        data: with ``target_tokens`` and ``advantages``; ``logprobs`` are optional.
+        provenance: per datum.
+        recorded: the session's sequences by id.
+        why_missing: completes "sequence 'x' …" for an id not in ``recorded``.
 
     Raises:
-        UserFault: a datum without spans; spans that do not tile its input or its targets; a sequence that is not recorded; a span
-            beyond what was prompted or sampled; tokens that differ from it; targets that are not the input shifted by
-            one (a target that was not sampled may be 0 instead: clients pad with it, and nothing is learnt from it); a sampled target after other tokens than it was sampled after; log-probabilities that are not the
-            recorded ones; an advantage at a target that was not sampled.
+        UserFault: spans are missing, do not tile the input or targets, name an unrecorded sequence, exceed it or differ
+            from its tokens; targets are not the input shifted by one (unsampled targets may be 0, clients' padding); a
+            sampled target has a different context than when it was sampled; log-probabilities differ from the recorded
+            ones; or an unsampled target has an advantage.
     """
     known = _Known(recorded, why_missing)
     return tuple(
@@ -108,17 +107,14 @@ def _check_datum(place: str, datum: Datum, spans: Provenance, known: _Known) -> 
 
 
 def _sampled(spans: Sequence[Span]) -> NDArray[np.bool_]:
-    """Which positions of a field were sampled."""
+    """Mask of the sampled positions."""
     return np.repeat([span.sampled for span in spans], [span.length for span in spans]).astype(bool)
 
 
 def _check_claims(
     place: str, field: str, tokens_T: NDArray[Any], spans: Sequence[Span], known: _Known, *, padding: int | None
 ) -> None:
-    """Every span names tokens that were prompted or sampled, and together they tile the field.
-
-    Prompted ones may be ``padding`` instead.
-    """
+    """Checks that the spans tile the field and match the recorded tokens; prompt tokens may be ``padding`` instead."""
     if not spans:
         raise UserFault(
             f"{place}: missing; loss_fn 'stable_reinforce' needs the provenance of every token: attach it with "
@@ -139,7 +135,7 @@ def _check_claims(
         if span.offset < 0 or end > len(source):
             raise UserFault(
                 f"{place}[{number}]: claims positions {span.offset} to {end} of the tokens {verb} in sequence "
-                f"{span.sequence_id!r}, which are {len(source)}"
+                f"{span.sequence_id!r}, of which there are {len(source)}"
             )
         claimed_T = tokens_T[start : start + span.length]
         is_wrong_T = claimed_T != source[span.offset : end]
@@ -156,7 +152,7 @@ def _check_claims(
 
 
 def _check_context(place: str, before_T: NDArray[Any], span: Span, sequence: RecordedSequence) -> None:
-    """What stands before a sampled target is what it was sampled after: else its log-probability is of another text."""
+    """Checks that a sampled target follows the same tokens as when it was sampled, so its log-probability applies."""
     prompt = len(sequence.prompt)
     same = (
         len(before_T) == prompt + span.offset
@@ -165,8 +161,8 @@ def _check_context(place: str, before_T: NDArray[Any], span: Span, sequence: Rec
     )
     if not same:
         raise UserFault(
-            f"{place}: sampled token {span.offset} of sequence {span.sequence_id!r} stands after {len(before_T)} tokens "
-            f"that are not the {prompt + span.offset} that it was sampled after (its prompt and its earlier tokens)"
+            f"{place}: sampled token {span.offset} of sequence {span.sequence_id!r} follows {len(before_T)} tokens "
+            f"that are not the {prompt + span.offset} it was sampled after (its prompt and earlier tokens)"
         )
 
 

@@ -1,7 +1,7 @@
-"""What stays known of sessions and training runs when they are over, and after a restart: one small JSON file each.
+"""Persistent records of sessions and training runs: one small JSON file each.
 
-The files lie beside the checkpoints: ``<checkpoints>/_records/<id>.json``, with a dot for each colon of the id. A run's id
-starts with that of its session (``SESSION:train:NUMBER``), a session's has no colon.
+Stored as ``<checkpoints>/_records/<id>.json``, with dots for the id's colons. A run's id starts with its session's
+(``SESSION:train:NUMBER``); a session id has no colon.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from searchr1_async.files import write_atomically
 logger = logging.getLogger(__name__)
 
 FOLDER = "_records"
-"""Beside the folders of the runs, whose names start with a letter or digit."""
+"""Cannot clash with run folders, whose names start with a letter or digit."""
 DEFAULT_PROJECT = "local"
-"""The project of every session that names none."""
+"""The project of sessions that name none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class RunRecord:
 
 @dataclass(frozen=True, slots=True)
 class SessionRecord:
-    """A session, which is one ``ServiceClient``. ``created_at`` is seconds since the epoch."""
+    """A session: one ``ServiceClient``. ``created_at`` is seconds since the epoch."""
 
     id: str
     created_at: float
@@ -52,18 +52,18 @@ class SessionRecord:
     project_id: str = DEFAULT_PROJECT
     run_ids: tuple[str, ...] = ()
     samplers: Mapping[str, str | None] | None = None
-    """Sampler ids, each with the path of its checkpoint; None: the base model, or weights that were never saved."""
+    """Sampler ids with their checkpoint path; None: the base model, or unsaved weights."""
     status: Mapping[str, Any] | None = None
-    """How it ended, in the protocol's form; None: it has not, or nobody said."""
+    """How it ended, in the protocol's form; None: open or unknown."""
 
 
 Record = RunRecord | SessionRecord
 
 
 class RecordStore:
-    """The records below one folder of checkpoints, those of earlier processes included.
+    """All records of a checkpoint folder, including those of earlier processes, held in memory.
 
-    All of them are in memory. :meth:`note` and :meth:`flush` belong to one event loop; :meth:`read` blocks on the disk.
+    :meth:`note` and :meth:`flush` belong to one event loop; :meth:`read` blocks on disk I/O.
     """
 
     def __init__(self, checkpoints: Path) -> None:
@@ -72,29 +72,27 @@ class RecordStore:
         self._sessions: dict[str, SessionRecord] = {}
         self._unwritten: dict[str, Record] = {}
         self._writing = threading.Lock()
-        self._is_told = False
+        self._has_warned = False
 
     @property
     def runs(self) -> Mapping[str, RunRecord]:
-        """By id."""
         return self._runs
 
     @property
     def sessions(self) -> Mapping[str, SessionRecord]:
-        """By id."""
         return self._sessions
 
     def read(self) -> None:
-        """Reads what earlier processes wrote. A damaged file is named in the log and ignored."""
+        """Reads the records of earlier processes. Corrupt files are logged and ignored."""
         for path in self._folder.glob("*.json"):
             try:
                 fields = json.loads(path.read_text())
                 self._put(RunRecord(**fields) if ":" in fields["id"] else _session(fields))
             except (OSError, ValueError, TypeError, KeyError) as error:
-                logger.warning("ignoring the damaged record %s: %s", path, error)
+                logger.warning("ignoring the corrupt record %s: %s", path, error)
 
     def note(self, record: Record) -> None:
-        """Adds a record, or replaces the one of the same id; :meth:`flush` writes it."""
+        """Adds or replaces a record in memory; :meth:`flush` writes it."""
         if self._runs.get(record.id, self._sessions.get(record.id)) != record:
             self._put(record)
             self._unwritten[record.id] = record
@@ -106,7 +104,7 @@ class RecordStore:
             self._sessions[record.id] = record
 
     async def flush(self) -> None:
-        """Writes what has changed. What cannot be written is told once in the log and tried again the next time."""
+        """Writes changed records. Failures are logged once and retried at the next flush."""
         if self._unwritten:
             batch, self._unwritten = self._unwritten, {}
             left = await anyio.to_thread.run_sync(self._write, batch)
@@ -116,20 +114,20 @@ class RecordStore:
         left: dict[str, Record] = {}
         with self._writing:
             for id in batch:
-                # As it is by now: a batch that was taken later may have been written before this one.
+                # The current record: a later batch may have been written before this one.
                 record = self._runs.get(id) or self._sessions[id]
                 try:
                     self._folder.mkdir(parents=True, exist_ok=True)
                     write_atomically(self._folder / f"{id.replace(':', '.')}.json", json.dumps(asdict(record)).encode())
                 except OSError as error:
-                    # Once: the folder may be one that is only read, and nothing else fails for it.
+                    # Warn once: the folder may be read-only, and nothing else depends on it.
                     logger.log(
-                        logging.DEBUG if self._is_told else logging.WARNING,
+                        logging.DEBUG if self._has_warned else logging.WARNING,
                         "cannot write the record of %s: %s",
                         id,
                         error,
                     )
-                    self._is_told = True
+                    self._has_warned = True
                     left[id] = record
         return left
 

@@ -1,4 +1,4 @@
-"""What the sampler asks of a model: run prompts, run one more token of running sequences, forget sequences."""
+"""The sampler's interface to a model: prefill prompts, decode one token of running sequences, finish sequences."""
 
 from __future__ import annotations
 
@@ -20,57 +20,55 @@ from searchr1_async.local.transformer import LeanTransformer, LoraRows
 
 Int32Array = NDArray[np.int32]
 Owner = LoraWeights | InflightClient | None
-"""Whose weights a sequence runs on, and under whom its keys and values are cached; None is the base model."""
+"""A sequence's weights and prefix cache namespace; None is the base model."""
 
 
 def weights_of(owner: Owner) -> LoraWeights | None:
-    """The weights of this moment: an in-flight client's are those of the newest save."""
+    """The current weights; an in-flight client's are those of the latest save."""
     if not isinstance(owner, InflightClient):
         return owner
     snapshot = owner.target.snapshot
     if not isinstance(snapshot, LoraWeights):
-        raise TypeError(f"an in-flight client without weights of this backend: {snapshot!r:.100}")
+        raise TypeError(f"in-flight client without weights of this backend: {snapshot!r:.100}")
     return snapshot
 
 
 @dataclass(frozen=True, slots=True)
 class Prefilled:
-    """A prompt that was run."""
-
     handles: tuple[Any, ...]
-    """One for each running copy, for :meth:`Runner.decode` and :meth:`Runner.finish`."""
+    """One per running copy, for :meth:`Runner.decode` and :meth:`Runner.finish`."""
     logits: Tensor
-    """Of the token after the prompt, [vocabulary], float32."""
+    """Next-token logits [vocabulary], float32."""
     cached_tokens: int
-    """Tokens of the prompt that needed no computing."""
+    """Prompt tokens from the cache."""
     prompt_logits: Callable[[int, int], Tensor] | None
-    """Logits [stop - start, vocabulary] after each of the prompt's tokens start to stop, if they were asked for."""
+    """Logits [stop - start, vocabulary] after prompt tokens start to stop, if requested."""
 
 
 class Runner(Protocol):
-    """A model with the keys and values of the sequences that it runs."""
+    """A model with the KV cache of its running sequences."""
 
     def cached(self, owner: Owner, prompt: Int32Array) -> int:
-        """How many tokens of ``prompt`` are known."""
+        """Number of cached tokens of ``prompt``."""
         ...
 
     def prefill(
         self, owner: Owner, prompts: Sequence[Int32Array], copies: Sequence[int], all_logits: bool
     ) -> list[Prefilled]:
-        """Run ``prompts`` together and open ``copies[i]`` running sequences of each."""
+        """Prefill ``prompts`` together and open ``copies[i]`` running sequences of each."""
         ...
 
     def decode(self, handles: Sequence[Any], tokens: Sequence[int], owners: Sequence[Owner]) -> Tensor:
-        """Append a token to every running sequence (all of them): logits of the next, [len(handles), vocabulary]."""
+        """Append one token to every running sequence; returns next-token logits [len(handles), vocabulary]."""
         ...
 
     def finish(self, handle: Any, owner: Owner, tokens: Int32Array | None) -> None:
-        """End a sequence, remembering what it knows of ``tokens`` (None: its state is of no use)."""
+        """End a sequence and cache its state for ``tokens`` (None: discard its state)."""
         ...
 
 
 class LeanRunner:
-    """:class:`Runner` over :class:`LeanTransformer`, with batched prefill, pooled caches and prefix reuse."""
+    """:class:`Runner` over :class:`LeanTransformer`, with batched prefill, pooled caches and a prefix cache."""
 
     def __init__(self, model: LeanTransformer, cache_bytes: int) -> None:
         self._model = model
@@ -78,7 +76,7 @@ class LeanRunner:
         self._store = PrefixStore(model.shape, cache_bytes, model.embedding.dtype)
 
     def cached(self, owner: Owner, prompt: Int32Array) -> int:
-        # The last token is always run: its logits are wanted.
+        # The last token always runs: its logits are needed.
         return min(self._store.match(owner, prompt), len(prompt) - 1)
 
     @torch.no_grad()
@@ -152,7 +150,7 @@ class LeanRunner:
 
 
 def _lora_rows(owners: Sequence[Owner], device: torch.device | None = None) -> list[LoraRows]:
-    """Rows by adapter; rows of the base model are in none."""
+    """Rows per adapter; base model rows are omitted."""
     groups: dict[LoraWeights, list[int]] = {}
     for row, owner in enumerate(owners):
         weights = weights_of(owner)

@@ -1,4 +1,4 @@
-"""Continuous batching: requests join and leave the running batch at every decoding step."""
+"""Continuous batching: requests join and leave the running batch at every decode step."""
 
 from __future__ import annotations
 
@@ -29,15 +29,13 @@ _LOGITS_CHUNK = 128
 
 
 class Decoder(Protocol):
-    """The tokenizer, as far as stop strings need it."""
+    """The part of a tokenizer that stop strings need."""
 
     def decode(self, token_ids: Any, *, skip_special_tokens: bool) -> Any: ...
 
 
 @dataclass(eq=False, slots=True)
 class _Job:
-    """A request on its way."""
-
     request: SampleRequest
     owner: Owner
     future: Future[SampleResult]
@@ -60,7 +58,7 @@ class _Job:
 
 @dataclass(eq=False, slots=True)
 class _Running:
-    """One of a request's continuations."""
+    """One running continuation of a request."""
 
     job: _Job
     index: int
@@ -76,9 +74,9 @@ class _Running:
 
 
 class Sampler:
-    """All sampling requests of one model; :meth:`step` runs what is due and is called again while :attr:`busy`.
+    """All sampling requests of one model. Call :meth:`step` while :attr:`busy`.
 
-    Used from one thread only, but for the futures' cancellation.
+    Single-threaded, except that futures may be cancelled from any thread.
     """
 
     def __init__(
@@ -92,7 +90,7 @@ class Sampler:
         max_batch: int,
         prefill_tokens: int = 1024,
     ) -> None:
-        """``max_batch`` sequences run at once at most; ``prefill_tokens`` bounds what a step computes of new prompts."""
+        """``max_batch``: maximum running sequences; ``prefill_tokens``: maximum new prompt tokens per step."""
         self._runner = runner
         self._tokenizer = tokenizer
         self._vocabulary = vocabulary
@@ -113,7 +111,7 @@ class Sampler:
         return len(self._running)
 
     def submit(self, owner: Owner, request: SampleRequest, future: Future[SampleResult]) -> None:
-        """Queue a request; a bad one fails its future at once."""
+        """Queue a request; an invalid one fails its future immediately."""
         try:
             max_tokens = self._check(request)
         except UserFault as fault:
@@ -123,7 +121,6 @@ class Sampler:
         self._waiting.append(_Job(request, owner, future, max_tokens, stop))
 
     def fail_all(self, error: Exception) -> None:
-        """Fail every request and forget it."""
         for job in {id(job): job for job in (*self._waiting, *(item.job for item in self._running))}.values():
             settle(job.future, error=error)
         self._waiting.clear()
@@ -132,7 +129,7 @@ class Sampler:
         self._running.clear()
 
     def step(self) -> None:
-        """Drop what was cancelled, run the prompts that fit, then one token of every running sequence."""
+        """Drop cancelled requests, prefill prompts that fit, then decode one token of every running sequence."""
         self._drop_finished_jobs()
         self._admit()
         if self._running:
@@ -143,12 +140,12 @@ class Sampler:
             self._extend(batch, logits)
 
     def _check(self, request: SampleRequest) -> int:
-        """The number of new tokens, or UserFault."""
+        """Validate; return the maximum number of new tokens."""
         length = len(request.prompt)
         if length < 1:
             raise UserFault("The prompt is empty; give at least one token.")
         if request.prompt.min() < 0 or request.prompt.max() >= self._vocabulary:
-            raise UserFault(f"The prompt holds a token outside 0 to {self._vocabulary - 1}.")
+            raise UserFault(f"The prompt contains a token id outside 0 to {self._vocabulary - 1}.")
         max_tokens = self._context - length if request.max_tokens is None else request.max_tokens
         if length + max(max_tokens, 1) > self._context:
             raise UserFault(
@@ -180,7 +177,7 @@ class Sampler:
         self._running.remove(item)
 
     def _admit(self) -> None:
-        """Start waiting requests, first come first served, those of one owner together."""
+        """Start waiting requests in FIFO order, prefilling those of one owner together."""
         room = self._max_batch - len(self._running)
         groups: dict[tuple[Owner, bool], list[tuple[_Job, int]]] = {}
         budget = self._prefill_tokens
@@ -239,12 +236,12 @@ class Sampler:
             job.topk_prompt = ids, values
 
     def _extend(self, batch: Sequence[_Running], logits: torch.Tensor) -> None:
-        """Choose the next token of every sequence of ``batch`` and end those that are done."""
+        """Choose the next token of every sequence in ``batch``; finish those that are done."""
         choices = choose(logits, [item.rule() for item in batch])
         for row, item in enumerate(batch):
             token = int(choices.tokens[row])
             if token < 0:
-                fault = UserFault("These weights give log-probabilities that are not finite: the training diverged.")
+                fault = UserFault("The log-probabilities under these weights are not finite: training has diverged.")
                 settle(item.job.future, error=fault)
                 self._end(item, useless=True)
                 continue
@@ -268,8 +265,8 @@ class Sampler:
 
     def _completes_stop_string(self, item: _Running) -> bool:
         strings = item.job.request.stop_strings
-        # A token may stand for no more than a byte, so a string can reach back as many tokens as it has bytes; the few
-        # more make sure that decoding does not begin inside a character of it.
+        # A token may be a single byte, so a string can span as many tokens as it has bytes; the extra four keep
+        # decoding from starting inside one of its characters.
         window = max(len(string.encode()) for string in strings) + 4
         text = self._tokenizer.decode(item.tokens[-window:], skip_special_tokens=False)
         return any(string in text for string in strings)
@@ -288,9 +285,9 @@ class Sampler:
 
 
 def settle(future: Future[Any], *, result: Any = None, error: BaseException | None = None) -> None:
-    """Answer a future unless its owner has cancelled it."""
+    """Resolve a future unless it was cancelled."""
     action: Callable[[], None] = (lambda: future.set_exception(error)) if error else (lambda: future.set_result(result))
     try:
         action()
     except InvalidStateError:
-        logger.debug("An answer was dropped: its request was cancelled")
+        logger.debug("Dropped the result of a cancelled request")

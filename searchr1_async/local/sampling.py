@@ -1,4 +1,4 @@
-"""The samplers of the service: which weights each one uses, and how many of them stay in memory."""
+"""Samplers: which weights each one uses, and which weights stay in memory."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ logger = logging.getLogger(__name__)
 
 
 CLONE_NUMBERS = 1_000_000_000
-"""The copies of a sampling client number their requests from clone id times this."""
+"""A cloned sampling client numbers its requests from its clone id times this."""
 
 
 @dataclass(slots=True, eq=False)
 class Weights:
-    """What a sampler uses. Several samplers may share one: those of one checkpoint, and all in-flight ones of a model.
+    """A sampler's weights, shared by all samplers of one checkpoint and by all in-flight samplers of one model.
 
-    Of the latter ``snapshot`` is replaced by every in-flight save (an :class:`~searchr1_async.local.backend.InflightTarget`).
+    Every in-flight save replaces ``snapshot`` (see :class:`~searchr1_async.local.backend.InflightTarget`).
     """
 
     snapshot: Snapshot | None
     """None: not in memory."""
     origin: tuple[CheckpointId, float] | None = None
-    """The checkpoint they came from and when it was made; None: they were never on disk."""
+    """Source checkpoint and its creation time; None: never on disk."""
     running: int = 0
 
 
@@ -50,7 +50,7 @@ class Sampler:
     """None: the base model."""
     model_path: str | None = None
     inflight: InflightClient | None = None
-    """Set for an in-flight sampler: its own cache namespace over the shared weights, kept until its session ends."""
+    """An in-flight sampler's own prefix cache namespace over the shared weights."""
 
 
 def sampler_id(session_id: str, sampling_session_seq_id: int) -> str:
@@ -58,10 +58,10 @@ def sampler_id(session_id: str, sampling_session_seq_id: int) -> str:
 
 
 class Sampling:
-    """All samplers. At most ``max_snapshots`` adapters' weights stay in memory: the least recently used go first.
+    """All samplers, with an LRU of at most ``max_snapshots`` adapter snapshots in memory.
 
-    Weights with a checkpoint are read again when needed; those without are lost to their sampler, which says so. The weights
-    of in-flight samplers, one adapter's a model, are not counted: they stay until their session ends.
+    Evicted weights are reloaded from their checkpoint; a sampler whose weights have no checkpoint then fails. In-flight
+    weights (one per model) do not count and stay until their session ends.
     """
 
     def __init__(
@@ -92,10 +92,7 @@ class Sampling:
     # -- samplers ------------------------------------------------------------------------------------------------
 
     async def create(self, session_id: str, number: int, fields: Mapping[str, Any]) -> Sampler:
-        """``create_sampling_session``; the same number again gives the same sampler.
-
-        Raises :class:`UserFault` for an unknown model or checkpoint.
-        """
+        """``create_sampling_session``, idempotent by ``number``. Raises :class:`UserFault` for an unknown model or checkpoint."""
         id = sampler_id(session_id, number)
         if id not in self.samplers:
             weights, path = await self._weights_for(fields)
@@ -103,10 +100,10 @@ class Sampling:
         return self.samplers[id]
 
     def publish(self, id: str, session_id: str, model_id: str, kind: str, snapshot: Snapshot) -> str:
-        """A sampler of weights that live in memory only; returns its id.
+        """Creates a sampler over in-memory weights; returns its id.
 
-        ``kind`` "inflight": every in-flight sampler of the model goes on with these weights, samples that run included, and the
-        new sampler has a prefix cache of its own. Saves of a model must be published in their order.
+        With ``kind`` "inflight" all in-flight samplers of the model switch to these weights, running samples included; the
+        new sampler gets its own prefix cache. Saves of a model must be published in order.
         """
         if kind == "inflight":
             weights = self._inflight.setdefault(model_id, Weights(None))
@@ -119,14 +116,14 @@ class Sampling:
         return id
 
     def close(self, session_id: str, model_ids: set[str]) -> None:
-        """Forgets a session's samplers, and the weights that only they used."""
+        """Drops a session's samplers and the weights that only they used."""
         for id in [sampler.id for sampler in self.samplers.values() if sampler.session_id == session_id]:
             del self.samplers[id]
         self._logs = {key: log for key, log in self._logs.items() if key[0] in self.samplers}
         for id in model_ids:
             self._inflight.pop(id, None)
         used = {sampler.weights for sampler in self.samplers.values()}
-        # Not dropped but let go of: the backend may be in the middle of a step with them.
+        # Only dereferenced, not cleared: the backend may be in the middle of a step with them.
         for weights in [weights for weights in self._resident if weights not in used]:
             del self._resident[weights]
         self._by_checkpoint = {key: weights for key, weights in self._by_checkpoint.items() if weights in used}
@@ -135,7 +132,7 @@ class Sampling:
         """Raises :class:`NotFound`."""
         sampler = self.samplers.get(id)
         if sampler is None:
-            raise NotFound(f"no sampler {id!r}: its session has ended, or the service was restarted since")
+            raise NotFound(f"no sampler {id!r}: its session has ended, or the service was restarted")
         return sampler
 
     async def _weights_for(self, fields: Mapping[str, Any]) -> tuple[Weights | None, str | None]:
@@ -144,16 +141,16 @@ class Sampling:
             return await self._read(CheckpointId.parse(path)), path
         name = fields.get("base_model")
         if name != self._backend.model_name:
-            raise UserFault(f"unknown base model {name!r:.200}: this service has {self._backend.model_name!r} only")
+            raise UserFault(f"unknown base model {name!r:.200}: this service only has {self._backend.model_name!r}")
         return None, None
 
     async def _read(self, id: CheckpointId) -> Weights:
-        """The weights of a checkpoint, from memory if they are there."""
+        """A checkpoint's weights, from memory if loaded."""
         async with self._reading:
             checkpoint = await anyio.to_thread.run_sync(self._checkpoints.find, id, time.time())
             if checkpoint.base_model != self._backend.model_name:
                 raise UserFault(
-                    f"{id.path} is of {checkpoint.base_model!r}: this service has {self._backend.model_name!r}"
+                    f"{id.path} belongs to {checkpoint.base_model!r}; this service has {self._backend.model_name!r}"
                 )
             key = (id, checkpoint.created_at)
             weights = self._by_checkpoint.setdefault(key, Weights(None, key))
@@ -164,7 +161,7 @@ class Sampling:
             return weights
 
     def _use(self, weights: Weights) -> None:
-        """Marks weights as just used and drops the least recently used ones beyond the limit."""
+        """Marks weights as just used and evicts beyond the limit."""
         self._resident[weights] = None
         self._resident.move_to_end(weights)
         excess = len(self._resident) - self._max_snapshots
@@ -181,11 +178,9 @@ class Sampling:
     # -- samples -------------------------------------------------------------------------------------------------
 
     def submit(self, sampler: Sampler | None, seq_id: int | None, fields: Mapping[str, Any], size: int) -> Promise:
-        """``asample``, a body of ``size`` bytes. A number of the same sampler seen before gets the promise of then.
+        """``asample``, idempotent by sampler and ``seq_id``; ``size`` is the body's size in bytes.
 
-        ``sampler`` is None when the request itself names a model (``base_model`` or ``model_path``).
-
-        Raises :class:`TooManySamples`.
+        ``sampler`` is None when the request names a model (``base_model`` or ``model_path``). Raises :class:`TooManySamples`.
         """
         owner = sampler.id if sampler is not None else "-"
         key = None if sampler is None or seq_id is None else (owner, seq_id)
@@ -204,11 +199,11 @@ class Sampling:
         return promise
 
     def log_of(self, sampler: Sampler, clone: int) -> CompletionLog:
-        """What is settled of the requests of one client (clone) of a sampler."""
+        """Settled requests of one client (clone) of a sampler."""
         return self._logs.setdefault((sampler.id, clone), CompletionLog())
 
     def join(self, sampler: Sampler) -> int:
-        """A number for one more copy of a sampler's client; the first client is 0."""
+        """A new clone number; the original client is 0."""
         return next(self._clones)
 
     async def _sample(
@@ -222,7 +217,9 @@ class Sampling:
         async def work() -> Reply:
             call = await offload(size, protocol.decode_sample, fields)
             if call.record and sampler is None:
-                raise UserFault("record_stability_info: sample through a sampling session, whose sequences are kept")
+                raise UserFault(
+                    "record_stability_info: sample through a sampling session; only its sequences are recorded"
+                )
             weights = await self._current(sampler, fields)
             if weights is None:
                 result = await result_of(self._backend.sample(None, call.request))
@@ -233,7 +230,7 @@ class Sampling:
                     result = await result_of(self._backend.sample(source, call.request))
                 finally:
                     weights.running -= 1
-            # A sampler that is gone belongs to a session that has ended meanwhile.
+            # If the sampler is gone, its session has ended meanwhile.
             if call.record and sampler is not None and sampler.id in self.samplers:
                 self._sequences.record(
                     sampler.session_id, promise.request_id, call.request.prompt, result.sequences, time.monotonic()
@@ -248,7 +245,7 @@ class Sampling:
             self._open_samples -= 1
 
     async def _current(self, sampler: Sampler | None, fields: Mapping[str, Any]) -> Weights | None:
-        """A sampler's weights, read again if they are no longer in memory. Raises :class:`UserFault`."""
+        """A sampler's weights, reloaded if evicted. Raises :class:`UserFault`."""
         if sampler is None:
             weights, _ = await self._weights_for(fields)
             return weights
@@ -258,18 +255,19 @@ class Sampling:
         if weights.snapshot is None and weights.origin is not None:
             id, _ = weights.origin
             if await self._read(id) is not weights:
-                raise UserFault(f"{id.path} was overwritten after sampler {sampler.id} was made: make a new sampler")
+                raise UserFault(
+                    f"{id.path} was overwritten after sampler {sampler.id} was created: create a new sampler"
+                )
         if weights.snapshot is None:
             raise UserFault(
-                f"the weights of sampler {sampler.id} are no longer in memory: only the {self._max_snapshots} most recently "
-                "used are kept; to keep weights for longer, save them with save_weights_for_sampler(name=...)"
+                f"the weights of sampler {sampler.id} were evicted: only the {self._max_snapshots} most recently "
+                "used stay in memory; to keep weights longer, save them with save_weights_for_sampler(name=...)"
             )
         if sampler.inflight is None:
             self._use(weights)
         return weights
 
     def cancel_session(self, session_id: str, now: float) -> None:
-        """Stops the samples of a session that has ended."""
         for sampler in [sampler for sampler in self.samplers.values() if sampler.session_id == session_id]:
             for promise in self._jobs.promises.open_of(sampler.id):
                 self._jobs.promises.cancel(promise, now, "the session has ended")

@@ -1,9 +1,8 @@
-"""A backend without a model: replies come from a function of the prompt, after a modelled time.
+"""A backend without a model: a function of the prompt replies after a modelled latency. For benchmarks and tests.
 
-For benchmarks and tests of everything above the model. Timers run on one thread, thousands at once. Training is that of
-a model with one parameter, its *scale*: the log-probability of token ``t`` is ``scale_free(t) * exp(-bias)``, and the losses
-and Adam of Tinker move ``bias``. So log-probabilities are plausible, the same for the sampler and the trainer at the same
-version, different from version to version, and a checkpoint round-trip can be checked.
+Training updates a one-parameter model: token ``t`` has log-probability ``scale_free(t) * exp(-bias)``, and Tinker's losses
+and Adam update ``bias``. So the sampler and the trainer agree at the same version, versions differ, and checkpoint
+round-trips can be tested.
 """
 
 from __future__ import annotations
@@ -47,16 +46,16 @@ from searchr1_async.local.timers import TimerThread
 logger = logging.getLogger(__name__)
 
 Reply = Callable[[list[int], random.Random], "list[int] | str | TimedReply"]
-"""Prompt tokens and a source of chance to the new tokens, or to text (then the backend needs a tokenizer)."""
+"""Maps prompt tokens and a random generator to new tokens, or to text (the backend then needs a tokenizer)."""
 Result = TypeVar("Result")
 Own = TypeVar("Own")
 
 
 @dataclass(frozen=True, slots=True)
 class Latency:
-    """How long one sample takes: ``max(floor, prompt * prefill + tokens * decode) * lognormal(jitter)`` seconds.
+    """Latency of one sample: ``max(floor, prompt * prefill + tokens * decode) * lognormal(jitter)`` seconds.
 
-    Drawn for each continuation; a request takes as long as its slowest one.
+    Drawn per continuation; a request takes as long as its slowest one.
     """
 
     prefill: float = 0.0
@@ -64,7 +63,7 @@ class Latency:
     decode: float = 0.0
     """Seconds per new token."""
     floor: float = 0.0
-    """Seconds at least, before jitter."""
+    """Minimum seconds, before jitter."""
     jitter: float = 0.0
     """Sigma of the lognormal factor; its median is 1."""
 
@@ -75,52 +74,52 @@ class Latency:
 
 @dataclass(frozen=True, slots=True)
 class TrainingTimes:
-    """Seconds of the training device, which does one thing after another."""
+    """Durations in seconds on the training device, which runs one call at a time."""
 
     per_token: float = 0.0
-    """Forward and backward of one token; a forward alone takes a third."""
+    """Forward and backward of one token; forward alone takes a third."""
     optim_step: float = 0.0
     save: float = 0.0
-    """Exporting weights or taking a snapshot."""
+    """Export or snapshot."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Weights:
-    """An immutable version: what a snapshot is. Compared by identity, since each snapshot has a prefix cache of its own."""
+    """A snapshot: an immutable version. Compared by identity, since each snapshot has its own prefix cache."""
 
     bias: float = 0.0
     version: int = 0
-    """Optimiser steps behind it."""
+    """Optimizer steps."""
 
 
 @dataclass(slots=True, eq=False)
 class ScriptedAdapter:
-    """A trainable version: one parameter, its gradient and its Adam moments."""
+    """A trainable version: one parameter with its gradient and Adam moments."""
 
     lora: LoraConfig
     weights: Weights = field(default_factory=Weights)
     gradient: float = 0.0
     moments: tuple[float, float] = (0.0, 0.0)
     steps_submitted: int = 0
-    """Optimiser steps asked for, those still waiting for the device included."""
+    """Optimizer steps submitted, including those still queued."""
 
 
 def scale_free(tokens: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """A fixed log-probability of each token id between -2.1 and -0.1; shape as given, float64."""
+    """A fixed log-probability per token id in [-2.1, -0.1]; same shape, float64."""
     return -0.1 - 2.0 * ((tokens.astype(np.uint64) * np.uint64(2654435761)) % np.uint64(1 << 32)) / 2.0**32
 
 
 def logprobs_of(tokens: np.ndarray[Any, Any], weights: Weights) -> Float32Array:
-    """What both the sampler and the trainer report for these tokens at a version; shape as given."""
+    """Log-probabilities of tokens at a version, for both sampler and trainer; same shape."""
     return (scale_free(tokens) * math.exp(-weights.bias)).astype(np.float32)
 
 
 class ScriptedBackend:
-    """A :class:`~searchr1_async.local.backend.Backend` that plays a script.
+    """A :class:`~searchr1_async.local.backend.Backend` whose replies come from a function.
 
-    ``reply`` is called on the backend's thread when a sample starts, with a source of chance that depends on ``seed`` and
-    on the request's own seed (or, without one, on how many came before); it must be quick. Its tokens are cut at
-    ``max_tokens`` and at the first stop token. ``max_concurrent`` samples run at once; more wait in line.
+    ``reply`` runs on the backend's thread when a sample starts and must be fast. Its generator is seeded from ``seed`` and
+    the request's seed (or its arrival number). Its tokens are cut at ``max_tokens`` and after the first stop token. At most
+    ``max_concurrent`` samples run at once; the rest queue.
     """
 
     def __init__(
@@ -137,7 +136,7 @@ class ScriptedBackend:
         latency_log: Path | None = None,
     ) -> None:
         self.served: list[Served] = []
-        """Every request, in the order in which they were given their time; written to ``latency_log`` at the end."""
+        """Every request in scheduling order; written to ``latency_log`` on close."""
         self._reply = reply
         self._model_name = model_name
         self._tokenizer_path = tokenizer_path
@@ -170,13 +169,13 @@ class ScriptedBackend:
 
     @property
     def latencies(self) -> list[float]:
-        """Seconds drawn for each sample request, in order of their start."""
+        """Latency of each sample request, in order of start."""
         return [request.seconds for request in self.served if request.kind == "sample"]
 
     # -- sampling ------------------------------------------------------------------------------------------------
 
     def sample(self, weights: Snapshot | InflightClient | None, request: SampleRequest) -> Future[SampleResult]:
-        """A whole sample is of the weights that its source has when it starts."""
+        """Uses the weights current at the sample's start for the whole sample."""
         future: Future[SampleResult] = Future()
         arrival = next(self._arrivals)
         source = self._base if weights is None else weights
@@ -199,9 +198,9 @@ class ScriptedBackend:
                 continue
             try:
                 weights = _own(source.target.snapshot if isinstance(source, InflightClient) else source, Weights)
-                result, drawn = self._play(arrival, weights, request)
+                result, drawn = self._generate(arrival, weights, request)
                 cache = self._caches.setdefault(source, PrefixCache())
-                # Log-probabilities of a prompt are computed for all of it.
+                # Prompt log-probabilities need the whole prompt, so there are no cache hits.
                 if not (request.prompt_logprobs or request.topk_prompt_logprobs):
                     result = replace(result, prompt_cache_hit_tokens=cache.hits(request.prompt))
                 cache.add(request.prompt, [sequence.tokens for sequence in result.sequences])
@@ -213,7 +212,7 @@ class ScriptedBackend:
                 Served("sample", now, seconds, weights.version, tokens=len(request.prompt), sequences=drawn)
             )
             self._running += 1
-            # A cancelled sample leaves its place at once; on whatever thread it is cancelled, the timer thread acts.
+            # A cancelled sample frees its slot immediately, on the timer thread regardless of which thread cancelled it.
             future.add_done_callback(lambda _: self._timers.call_at(0.0, self._end_sample))
             self._timers.call_at(now + seconds, lambda f=future, r=result: _resolve(f, lambda: r), future)
 
@@ -221,14 +220,14 @@ class ScriptedBackend:
         self._running -= 1
         self._start_samples()
 
-    def _play(
+    def _generate(
         self, arrival: int, weights: Weights, request: SampleRequest
     ) -> tuple[SampleResult, tuple[ServedSequence, ...]]:
         prompt = request.prompt.tolist()
         chance = random.Random(f"{self._seed} {request.seed if request.seed is not None else f'nr {arrival}'}")
-        played = [self._continue(prompt, weights, request, chance) for _ in range(request.num_samples)]
+        generated = [self._continue(prompt, weights, request, chance) for _ in range(request.num_samples)]
         drawn: list[ServedSequence] = []
-        for sequence, reply in played:
+        for sequence, reply in generated:
             seconds = reply.seconds
             if seconds is None:
                 seconds = self._latency.draw(len(prompt), len(sequence.tokens), chance)
@@ -242,7 +241,7 @@ class ScriptedBackend:
             topk_prompt[0][0], topk_prompt[1][0] = 0, np.nan
         if not request.prompt_logprobs:
             prompt_logprobs = None
-        return SampleResult(tuple(sequence for sequence, _ in played), prompt_logprobs, topk_prompt), tuple(drawn)
+        return SampleResult(tuple(sequence for sequence, _ in generated), prompt_logprobs, topk_prompt), tuple(drawn)
 
     def _continue(
         self, prompt: list[int], weights: Weights, request: SampleRequest, chance: random.Random
@@ -258,7 +257,7 @@ class ScriptedBackend:
         return SampledSequence(array, logprobs_of(array, weights), stop_reason, topk), reply
 
     def _stop_at(self, tokens: list[int], request: SampleRequest) -> int:
-        """How many tokens come until the first stop, that one included."""
+        """Number of tokens up to and including the first stop."""
         ends = [tokens.index(stop) + 1 for stop in request.stop_tokens or () if stop in tokens]
         if request.stop_strings:
             tokenizer = self._load_tokenizer()
@@ -277,7 +276,7 @@ class ScriptedBackend:
     def _load_tokenizer(self) -> Any:
         if self._tokenizer is None:
             if not self._tokenizer_path:
-                raise UserFault("this scripted service has no tokenizer: it cannot handle text")
+                raise UserFault("this scripted service has no tokenizer, so it cannot handle text")
             from transformers import AutoTokenizer
 
             self._tokenizer = AutoTokenizer.from_pretrained(self._tokenizer_path)
@@ -333,14 +332,14 @@ class ScriptedBackend:
         return self._train(Served("import", 0.0, self._training.save, weights.version), lambda: weights)
 
     def _call(self, kind: str, seconds: float, adapter: ScriptedAdapter, tokens: int = 0, examples: int = 0) -> Served:
-        # The calls before it may still be at work, so the adapter itself does not know its version yet.
+        # Earlier calls may still be queued, so the adapter's own version is not up to date.
         version = adapter.steps_submitted
         if kind == "optim_step":
             adapter.steps_submitted += 1
         return Served(kind, 0.0, seconds, version, tokens, examples)
 
     def _train(self, call: Served, work: Callable[[], Result]) -> Future[Result]:
-        """Work of the training device: its effect happens at the end of its time, in the order of the calls."""
+        """Schedules work on the training device; it takes effect when its time is up, in call order."""
         future: Future[Result] = Future()
         began = max(time.monotonic(), self._training_free_at)
         due = self._training_free_at = began + call.seconds
@@ -355,7 +354,7 @@ class ScriptedBackend:
 
 
 def _topk(tokens: np.ndarray[Any, Any], weights: Weights, k: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """The token itself and its neighbours in number, most likely first; ids and log-probabilities, each [N, k]."""
+    """Each token and the k - 1 following ids, most likely first: ids and log-probabilities, each [N, k]."""
     ids = np.asarray(tokens, np.int32)[:, None] + np.arange(k, dtype=np.int32)
     logprobs = logprobs_of(ids, weights)
     order = np.argsort(-logprobs, axis=1)
@@ -373,7 +372,7 @@ def _forward_backward(
     loss_config: Mapping[str, float],
     forward_only: bool,
 ) -> ForwardBackwardResult:
-    """Tinker's losses, sums over tokens, for the one parameter: d logprob / d bias = -logprob."""
+    """Tinker's losses and their gradient: d logprob / d bias = -logprob."""
     inputs, config = find_inputs(loss_fn, loss_config)
     check_data(data, loss_fn, inputs)
     loss, gradient, rows = 0.0, 0.0, []
@@ -405,9 +404,8 @@ def _optim_step(adapter: ScriptedAdapter, params: AdamParams) -> dict[str, float
 
 
 def _own(value: Any, kind: type[Own]) -> Own:
-    """The server hands back what it was given; anything else is its mistake."""
     if not isinstance(value, kind):
-        raise TypeError(f"not one of this backend's: {value!r}")
+        raise TypeError(f"not an object of this backend: {value!r}")
     return value
 
 

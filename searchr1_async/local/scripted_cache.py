@@ -1,4 +1,4 @@
-"""The prefix cache that a scripted service pretends to have: which beginnings of a prompt it has seen before."""
+"""The simulated prefix cache of the scripted backend."""
 
 from __future__ import annotations
 
@@ -11,20 +11,19 @@ from searchr1_async.local.backend import Int32Array
 from searchr1_async.local.packing import common_prefix_length
 
 MOST_TOKENS = 2_000_000
-"""Tokens that one sampler remembers; a sampler that has more starts afresh."""
+"""Maximum tokens cached per sampler; beyond it the cache is cleared."""
 
 
 class PrefixCache:
-    """The texts that one sampler has run. A text that goes on with an earlier one takes its place."""
+    """The token sequences that one sampler has run; a sequence replaces its own prefixes."""
 
     def __init__(self) -> None:
-        # Big-endian bytes of non-negative integers are in the order of the integers, so that the texts with the longest
-        # common beginning are neighbours.
+        # Sorted. Big-endian bytes sort like the integers, so sequences with the longest common prefix are neighbours.
         self._texts: list[bytes] = []
         self._tokens = 0
 
     def hits(self, prompt: Int32Array) -> int:
-        """How many tokens of ``prompt`` need no computing: all but the last at most, since its logits are wanted."""
+        """Number of cached tokens of ``prompt``, excluding the last one, whose logits are always needed."""
         key = _key(prompt)
         place = bisect.bisect(self._texts, key)
         near = self._texts[max(0, place - 1) : place + 1]
@@ -32,7 +31,7 @@ class PrefixCache:
         return min(max(known, default=0), len(prompt) - 1)
 
     def add(self, prompt: Int32Array, continuations: Sequence[Int32Array]) -> None:
-        """Remember a prompt with each of its continuations, of which the last token was never run."""
+        """Cache a prompt with each continuation, without the last token, which was never run."""
         if self._tokens > MOST_TOKENS:
             self._texts.clear()
             self._tokens = 0

@@ -1,4 +1,4 @@
-"""What a scripted backend was asked and what it drew for it: enough to compute the best possible time of a run."""
+"""Log of a scripted backend's requests and drawn latencies, from which a run's lower-bound time can be computed."""
 
 from __future__ import annotations
 
@@ -10,57 +10,53 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class TimedReply:
-    """A reply of a script that says how long it takes, and of which chain of turns it is."""
+    """A script's reply with an explicit latency and a label for the log."""
 
     content: list[int] | str
     """New tokens, or text."""
     seconds: float | None = None
-    """None draws it, as for any other reply."""
+    """None draws it from the latency model."""
     label: str = ""
-    """Put into the log; the backend does not read it."""
+    """Only written to the log."""
 
 
 @dataclass(frozen=True, slots=True)
 class ServedSequence:
-    """One continuation of a sample request."""
-
     label: str
     seconds: float
-    """Drawn for it alone; the request takes as long as its slowest."""
+    """Its own latency; the request takes as long as its slowest sequence."""
     tokens: int
-    """New ones."""
+    """New tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """One request that was given its time."""
-
     kind: str
     """``sample``, ``forward_backward``, ``forward``, ``optim_step``, ``snapshot`` (weights for sampling), ``export``
     (a checkpoint), ``import`` or ``create``."""
     began: float
-    """When its time began to run, in :func:`time.monotonic` seconds, which all processes of a machine share on Linux."""
+    """Start, in :func:`time.monotonic` seconds (shared by all processes of a machine on Linux)."""
     seconds: float
     version: int
-    """Optimiser steps behind the weights that were sampled from or saved, or that were there before the training call."""
+    """Optimizer steps of the weights sampled from or saved, or of those before the training call."""
     tokens: int = 0
-    """Of the prompt, or of all examples."""
+    """Prompt tokens, or tokens of all examples."""
     examples: int = 0
     sequences: tuple[ServedSequence, ...] = ()
 
     @property
     def ended(self) -> float:
-        """When its answer was there, unless it was cancelled."""
+        """When its result was ready, unless cancelled."""
         return self.began + self.seconds
 
 
 def write_log(path: Path, served: Iterable[Served]) -> None:
-    """One JSON object a line."""
+    """Writes JSON Lines."""
     path.write_text("".join(json.dumps(asdict(request)) + "\n" for request in served))
 
 
 def read_log(path: Path) -> list[Served]:
-    """What :func:`write_log` wrote."""
+    """Reads :func:`write_log`'s file."""
     rows = (json.loads(line) for line in path.read_text().splitlines())
     return [
         Served(**{**row, "sequences": tuple(ServedSequence(**sequence) for sequence in row["sequences"])})

@@ -1,7 +1,6 @@
-"""The sampled sequences that a session may train on: what ``record_stability_info`` keeps.
+"""Sampled sequences recorded for training (``record_stability_info``).
 
-:class:`SequenceStore` belongs to one event loop and is not thread-safe. It holds no clock: callers pass the time in
-(seconds, any origin, never going back).
+:class:`SequenceStore` belongs to one event loop and is not thread-safe. Callers pass the time (monotonic seconds).
 """
 
 from __future__ import annotations
@@ -19,20 +18,18 @@ DAY = 86400.0
 
 
 def sequence_id(request_id: str, index: int) -> str:
-    """The id of a request's sample number ``index``; request ids are unique in a process, so it is unique in its session."""
+    """The id of a request's sample ``index``, unique within the process."""
     return f"{request_id}:{index}"
 
 
 @dataclass(frozen=True, slots=True)
 class RecordedSequence:
-    """One sampled sequence, as the service sampled it."""
-
     prompt: Int32Array
-    """Shape [P]; one array for all samples of a request."""
+    """Shape [P], shared by all samples of a request."""
     tokens: Int32Array
-    """Shape [N], the stop token included."""
+    """Shape [N], including the stop token."""
     logprobs: Float32Array
-    """Shape [N]: of ``tokens`` under the weights that sampled them."""
+    """Shape [N], under the weights that sampled ``tokens``."""
 
 
 @dataclass(slots=True)
@@ -48,19 +45,18 @@ class _Request:
 
 
 class SequenceStore:
-    """Recorded sequences by id, request by request.
+    """Recorded sequences by request.
 
-    A request's sequences are kept for ``life`` seconds after their last use (being sampled or trained on), until their
-    session ends, or until the least recently used ones must go because all together exceed ``most_bytes``.
+    A request's sequences are dropped ``life`` seconds after their last use (sampling or training), when their session
+    ends, or as least recently used when the store exceeds ``most_bytes``.
     """
 
     def __init__(self, *, life: float = DAY, most_bytes: int = 1 << 30) -> None:
         self.life = life
         self.most_bytes = most_bytes
         self.bytes = 0
-        """Held now."""
         self._dropped = 0
-        # In order of used_at, so that sweeping looks only at what goes.
+        # Ordered by used_at, so that sweep stops early.
         self._requests: OrderedDict[str, _Request] = OrderedDict()
 
     def __len__(self) -> int:
@@ -69,7 +65,7 @@ class SequenceStore:
     def record(
         self, session_id: str, request_id: str, prompt: Int32Array, sequences: Sequence[SampledSequence], now: float
     ) -> None:
-        """Keeps the samples of one request; their ids are those of :func:`sequence_id`."""
+        """Records the samples of one request, under their :func:`sequence_id`."""
         kept = tuple(RecordedSequence(prompt, each.tokens, each.logprobs) for each in sequences)
         request = self._requests[request_id] = _Request(session_id, kept, now)
         self.bytes += request.bytes
@@ -78,12 +74,12 @@ class SequenceStore:
             self._dropped += len(self._forget(next(iter(self._requests))).sequences)
         if self._dropped and not before:
             logger.warning(
-                "recorded sequences exceed %d MiB: the least recently used are dropped and cannot be trained on",
+                "recorded sequences exceed %d MiB: dropping the least recently used, which can no longer be trained on",
                 self.most_bytes >> 20,
             )
 
     def use(self, session_id: str, ids: Iterable[str], now: float) -> dict[str, RecordedSequence]:
-        """The sequences of a session by id, those that it has; each use renews them."""
+        """The session's sequences among ``ids``; marks them as used."""
         found: dict[str, RecordedSequence] = {}
         for id in ids:
             request_id, _, index = id.rpartition(":")
@@ -98,25 +94,23 @@ class SequenceStore:
         return found
 
     def why_missing(self) -> str:
-        """What to tell a client whose sequence :meth:`use` did not find."""
+        """Completes the error message for a sequence that :meth:`use` did not find."""
         text = (
             "was not recorded: sample with record_stability_info=True in the same session, and train within "
             f"{self.life / 3600:g} hours of its last use"
         )
         if self._dropped:
             text += (
-                f" (this service holds {self.most_bytes >> 20} MiB of sequences and has dropped {self._dropped} of "
+                f" (this service keeps at most {self.most_bytes >> 20} MiB of sequences and has dropped {self._dropped} of "
                 "the least recently used)"
             )
         return text
 
     def forget(self, session_id: str) -> None:
-        """Forgets a session that has ended."""
         for id in [id for id, request in self._requests.items() if request.session_id == session_id]:
             self._forget(id)
 
     def sweep(self, now: float) -> None:
-        """Forgets what has expired."""
         while self._requests:
             id, oldest = next(iter(self._requests.items()))
             if now - oldest.used_at < self.life:

@@ -1,6 +1,6 @@
-"""The embedded Tinker service: an aiohttp server that speaks the wire protocol of ``tinker`` 0.38 for one backend.
+"""The embedded Tinker service: an aiohttp server for one backend, speaking the wire protocol of ``tinker`` 0.38.
 
-Use :func:`serve`; :mod:`searchr1_async.local.process` runs it in a process of its own.
+:func:`serve` runs it in this process; :mod:`searchr1_async.local.process` runs it out-of-process.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 API = "/api/v1"
 _SWEEP_SECONDS = 5.0
 _KEEP_ALIVE_SECONDS = 3600.0
-"""Longer than any pause of a client, so that no request meets a connection that is just being closed."""
+"""Longer than any client pause, so that no request races a connection being closed."""
 _MAX_BODY_BYTES = 512 << 20
 _SAVES: dict[Kind, str] = {
     "weights": "SaveWeights",
@@ -56,34 +56,32 @@ class ServiceOptions:
     """Limits of the service. Times are seconds."""
 
     poll: float = 30.0
-    """How long a ``retrieve_future`` is held; the SDK gives up after 45 s."""
+    """Long-poll timeout of ``retrieve_future``; the SDK gives up after 45 s."""
     max_samples: int = 8192
-    """Sample requests accepted and not finished; more are told to wait (429)."""
+    """Maximum number of open sample requests; beyond it the service answers 429."""
     max_snapshots: int = 16
-    """Adapters' weights kept in memory for samplers."""
+    """Adapter snapshots kept in memory for samplers."""
     gap_patience: float = 120.0
-    """How long a model's requests wait for one that is missing before them."""
+    """How long a model's requests wait for a missing earlier request."""
     session_idle: float = 3600.0
-    """A session without a heartbeat for this long has ended (the SDK sends one every 10 s)."""
+    """A session without a heartbeat for this long is ended (the SDK sends one every 10 s)."""
     result_grace: float = 60.0
-    """How long a fetched result is kept, in case the answer got lost."""
+    """How long a fetched result is kept, in case the client retries."""
     sequence_life: float = DAY
     """How long a recorded sequence can be trained on after its last use."""
     sequence_bytes: int = 1 << 30
-    """Memory of all recorded sequences; beyond it the least recently used are dropped. A sequence takes 4 bytes a prompt
-    token and 8 bytes a sampled one."""
+    """Memory limit for recorded sequences (LRU eviction): 4 bytes per prompt token, 8 per sampled token."""
     use_retrieve_futures: bool = False
-    """Has the SDK wait for all samples of a sampler in one request; else it holds one connection for each.
+    """Makes the SDK poll all samples of a sampler in one request instead of holding one connection per sample.
 
-    For clients with few file descriptors. It costs two more round trips a sample: 19 ms instead of 8 ms alone, at the
-    same throughput.
+    For clients with few file descriptors. Costs two more round trips per sample.
     """
     listed: tuple[str, ...] = ()
-    """Models that it says it offers, to stand in for another service; it has its own all the same. Empty: its own alone."""
+    """Model names to advertise in place of the backend's own, to stand in for another service."""
 
 
 def check_loopback(host: str) -> None:
-    """Raises :class:`ConfigurationError` unless the host is this machine's loopback: the service is for one machine."""
+    """Raises :class:`ConfigurationError` unless ``host`` is a loopback address."""
     with contextlib.suppress(ValueError):
         if host == "localhost" or ipaddress.ip_address(host).is_loopback:
             return
@@ -99,9 +97,9 @@ async def serve(
     listener: socket.socket,
     options: ServiceOptions | None = None,
 ) -> AsyncIterator[str]:
-    """Serves until the block ends; yields the base URL. The backend is not closed.
+    """Serves until the block exits; yields the base URL. Does not close the backend.
 
-    ``listener`` is a bound socket on a loopback address (else :class:`ConfigurationError`).
+    ``listener`` must be bound to a loopback address (else :class:`ConfigurationError`).
     """
     host, port = listener.getsockname()[:2]
     check_loopback(host)
@@ -109,7 +107,7 @@ async def serve(
         service = Service(backend, checkpoints, Jobs(PromiseStore(), tasks), options or ServiceOptions())
         await anyio.to_thread.run_sync(checkpoints.clean, time.time())
         await anyio.to_thread.run_sync(service.records.read)
-        tasks.start_soon(service.keep_house)
+        tasks.start_soon(service.sweep_periodically)
         runner = web.AppRunner(
             make_app(service, checkpoints, api_key),
             access_log=None,
@@ -121,7 +119,7 @@ async def serve(
             await web.SockSite(runner, listener, backlog=1024).start()
             yield f"http://{f'[{host}]' if ':' in host else host}:{port}"
         finally:
-            # First the work: its promises settle as failed, so the polls that clients hold open end by themselves.
+            # Cancel the work first: its promises fail, which ends the clients' open polls.
             tasks.cancel_scope.cancel()
             with anyio.CancelScope(shield=True):
                 await runner.cleanup()
@@ -129,7 +127,6 @@ async def serve(
 
 
 def make_app(service: Service, checkpoints: CheckpointStore, api_key: str) -> web.Application:
-    """All routes, behind the key and with every error as JSON."""
     app = web.Application(client_max_size=_MAX_BODY_BYTES, middlewares=[errors_as_json, key_check(api_key)])
     app.router.add_get(f"{API}/healthz", service.healthz, name="healthz")
     for path, handler in service.posts().items():
@@ -145,7 +142,7 @@ def make_app(service: Service, checkpoints: CheckpointStore, api_key: str) -> we
 
 
 class Service:
-    """The HTTP face: reads requests, finds whom they are for, answers with promises."""
+    """HTTP handlers: parse requests, dispatch them, answer with promises."""
 
     def __init__(self, backend: Backend, checkpoints: CheckpointStore, jobs: Jobs, options: ServiceOptions) -> None:
         self.backend = backend
@@ -190,8 +187,8 @@ class Service:
             "join_sampling_session": self.join_sampling_session,
         }
 
-    async def keep_house(self) -> None:
-        """Forgets old results, expired checkpoints, expired sequences and silent sessions; ends waiting that has no hope."""
+    async def sweep_periodically(self) -> None:
+        """Periodically drops old results, expired checkpoints and sequences, idle sessions, and requests stuck behind gaps."""
         next_checkpoint_sweep = 0.0
         while True:
             now = time.monotonic()
@@ -207,24 +204,24 @@ class Service:
                 try:
                     await anyio.to_thread.run_sync(self._checkpoints.sweep, time.time())
                 except OSError:
-                    logger.warning("cannot look for expired checkpoints", exc_info=True)
+                    logger.warning("cannot sweep expired checkpoints", exc_info=True)
                 await self.keep_records()
             await anyio.sleep(min(_SWEEP_SECONDS, self.options.gap_patience / 4))
 
     async def keep_records(self) -> None:
-        """Writes what is to stay known of the sessions and runs under way."""
+        """Writes the records of open sessions and runs."""
         self.sessions.note()
         self.training.note()
         await self.records.flush()
 
-    # -- the service and its sessions ----------------------------------------------------------------------------
+    # -- service and sessions ------------------------------------------------------------------------------------
 
     async def healthz(self, request: web.Request) -> web.Response:
         return json_answer(status="ok")
 
     async def client_config(self, request: web.Request) -> web.Response:
         response = json_answer(sample_use_retrieve_futures=self.options.use_retrieve_futures)
-        # The SDK asks this once, through a connection that it never closes.
+        # The SDK asks once, over a connection that it never closes.
         response.force_close()
         return response
 
@@ -309,7 +306,7 @@ class Service:
     def _model(self, id: str) -> Model:
         model = self.training.models.get(id)
         if model is None:
-            raise NotFound(f"no model {id!r}: its session has ended, or the service was restarted since")
+            raise NotFound(f"no model {id!r}: its session has ended, or the service was restarted")
         return model
 
     def _submit(self, model: Model, seq_id: int | None, kind: str, begin: Any) -> web.Response:

@@ -1,6 +1,6 @@
-"""Sessions of clients: opened, found while they live, and listed and searched for good.
+"""Client sessions: creation, lookup, listing and search.
 
-There is one user, ``local``, and a project is a name that sessions carry: nobody has to create it.
+There is one user, ``local``. A project is just a name on a session and need not be created.
 """
 
 from __future__ import annotations
@@ -21,10 +21,8 @@ from searchr1_async.local.protocol import Body, MalformedRequest, optional
 from searchr1_async.local.records import DEFAULT_PROJECT, RecordStore, SessionRecord
 
 OWNER = "local"
-"""Who owns everything."""
 _ACTIVE = {"type": "active"}
-_MOST_FOUND = 200
-"""Sessions on one page of a search."""
+_MAX_PAGE = 200
 
 
 @dataclass(slots=True)
@@ -39,13 +37,13 @@ class Session:
     heartbeat_at: float
     model_ids: list[str] = field(default_factory=list)
     samplers: dict[str, str | None] = field(default_factory=dict)
-    """Sampler ids, each with the path of its checkpoint, if it has one."""
+    """Sampler ids with the path of their checkpoint, if any."""
     finished: bool = False
     status: Mapping[str, Any] | None = None
-    """How it ended, as its client said."""
+    """How it ended, as reported by the client."""
 
     def record(self) -> SessionRecord:
-        """What stays known of it."""
+        """The session's persistent record."""
         return SessionRecord(
             id=self.id,
             created_at=self.created_at,
@@ -59,30 +57,24 @@ class Session:
 
 
 class Sessions:
-    """All sessions: those of this process, and the records of earlier ones.
-
-    Args:
-        records: keeps what is known of a session when it is over.
-        checkpoints: counted in searches.
-    """
+    """All sessions: those of this process, and the records of earlier ones."""
 
     def __init__(self, records: RecordStore, checkpoints: CheckpointStore) -> None:
         self.known: dict[str, Session] = {}
-        """Those of this process by id, the finished ones included."""
+        """This process's sessions by id, including finished ones."""
         self._records = records
         self._checkpoints = checkpoints
 
     def add_routes(self, app: web.Application, prefix: str) -> None:
-        """Adds the routes below ``prefix``."""
         app.router.add_get(f"{prefix}/sessions", self.list_sessions)
         app.router.add_post(f"{prefix}/sessions/search", self.search)
         app.router.add_get(f"{prefix}/sessions/{{session}}", self.get_session)
         app.router.add_put(f"{prefix}/sessions/{{session}}/project", self.assign_project)
 
     def open(self, fields: Mapping[str, Any]) -> Session:
-        """A new session, from the fields of ``create_session``."""
+        """Creates a session from the fields of ``create_session``."""
         metadata, name, project = (fields.get(key) for key in ("user_metadata", "display_name", "project_id"))
-        # Random, so that it never meets the id of an earlier process whose checkpoints lie in the same folder.
+        # Random: must not collide with ids of earlier processes that used the same checkpoint folder.
         session = Session(
             id=secrets.token_hex(8),
             created_at=time.time(),
@@ -96,19 +88,16 @@ class Sessions:
         return session
 
     def get(self, id: str) -> Session:
-        """A session that lives.
-
-        Raises :class:`NotFound` for one that this process does not know, and :class:`Gone` for one that has ended.
-        """
+        """An open session. Raises :class:`NotFound` if this process does not know it, :class:`Gone` if it has ended."""
         session = self.known.get(id)
         if session is None:
-            raise NotFound(f"no session {id!r}: the service was restarted since, or never knew it")
+            raise NotFound(f"no session {id!r}: unknown id, or the service was restarted")
         if session.finished:
             raise Gone(f"session {id!r} has ended")
         return session
 
     def add_ended(self, id: str, display_name: str, project_id: str, run_id: str) -> None:
-        """Adds the record of a session that did its one thing and is over."""
+        """Adds the record of a session that has already ended."""
         status = {"type": "client_finished", "reason": {"type": "success"}}
         self._records.note(
             SessionRecord(
@@ -117,27 +106,25 @@ class Sessions:
         )
 
     def note(self) -> None:
-        """Brings the records of the living sessions up to date."""
+        """Updates the records of open sessions."""
         for session in self.known.values():
             if not session.finished:
                 self._records.note(session.record())
 
     def sampler(self, id: str) -> str | None:
-        """The checkpoint of a sampler whose session is over, or None where it had none. Raises :class:`NotFound`."""
+        """The checkpoint path of an ended session's sampler, if it had one. Raises :class:`NotFound`."""
         record = self._records.sessions.get(id.partition(":")[0])
         if record is None or id not in (record.samplers or {}):
-            raise NotFound(f"no sampler {id!r}: the service never knew it")
+            raise NotFound(f"no sampler {id!r}: unknown id")
         return (record.samplers or {})[id]
 
     def project_of(self, session_id: str) -> str:
-        """The project of a session, or of a run by its session."""
         record = self._records.sessions.get(session_id)
         return DEFAULT_PROJECT if record is None else record.project_id
 
     # -- routes --------------------------------------------------------------------------------------------------
 
     async def list_sessions(self, request: web.Request) -> web.Response:
-        """All ids, newest first."""
         page, _ = page_of(request, [record.id for record in self._newest_first()])
         return json_answer(sessions=page)
 
@@ -163,11 +150,11 @@ class Sessions:
         return web.Response(status=204)
 
     async def search(self, request: web.Request) -> web.Response:
-        """``SessionSearchRequest``: one page of the sessions that match, newest first."""
+        """``SessionSearchRequest``: one page of matching sessions, newest first."""
         body = Body.parse(await request.read())
         limit = optional(body.fields, "limit", int, 50)
-        if not 1 <= limit <= _MOST_FOUND:
-            raise MalformedRequest(f"limit: must be between 1 and {_MOST_FOUND}, got {limit}")
+        if not 1 <= limit <= _MAX_PAGE:
+            raise MalformedRequest(f"limit: must be between 1 and {_MAX_PAGE}, got {limit}")
         query = _Query.parse(body.fields)
         found = [record for record in self._newest_first() if query.fits(record, self._status(record))]
         if body.fields.get("cursor") is not None:
@@ -212,7 +199,7 @@ class Sessions:
 
 
 def _place(record: SessionRecord) -> tuple[datetime, str]:
-    """Where it stands among all, by the time that clients see."""
+    """Sort key: creation time as clients see it, then id."""
     return datetime.fromtimestamp(record.created_at, UTC), record.id
 
 
@@ -221,16 +208,16 @@ def _cursor(cursor: Any) -> tuple[datetime, str]:
         at = datetime.fromisoformat(cursor["last_created_at"])
         return at.astimezone(UTC), str(cursor["last_session_id"])
     except (TypeError, KeyError, ValueError):
-        raise MalformedRequest("cursor: pass next_cursor of the last page unchanged") from None
+        raise MalformedRequest("cursor: pass the last page's next_cursor unchanged") from None
 
 
 @dataclass(frozen=True, slots=True)
 class _Query:
-    """The filters of a search. A session fits if all of them hold."""
+    """Search filters; a session must match all of them."""
 
     session_id: str | None
     words: tuple[str, ...]
-    """All of them stand in the display name, in any case. With a session id, either may hold."""
+    """All must occur in the display name, case-insensitively. If ``session_id`` is also given, either may match."""
     projects: list[Any] | None
     owners: list[Any] | None
     user_metadata: Mapping[str, Any]
@@ -238,7 +225,7 @@ class _Query:
 
     @classmethod
     def parse(cls, fields: Mapping[str, Any]) -> _Query:
-        """Raises :class:`UserFault` for a field of a wrong type."""
+        """Raises :class:`UserFault` for a field of the wrong type."""
         owner = optional(fields, "owner", dict, {})
         return cls(
             session_id=optional(fields, "session_id", str, "") or None,

@@ -1,4 +1,4 @@
-"""Functions called at their time, thousands at once, on one thread."""
+"""Scheduled calls on one thread."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 class TimerThread:
-    """Calls functions at their time on one daemon thread, in order of time and then of submission."""
+    """Calls functions when due on one daemon thread, ordered by due time, then submission."""
 
     def __init__(self, name: str) -> None:
         self._heap: list[tuple[float, int, Callable[[], None], Future[Any] | None]] = []
@@ -26,7 +26,7 @@ class TimerThread:
         self._thread.start()
 
     def call_at(self, due: float, function: Callable[[], None], future: Future[Any] | None = None) -> None:
-        """``due`` in :func:`time.monotonic` seconds. ``future`` is cancelled if the thread closes before."""
+        """``due`` in :func:`time.monotonic` seconds. ``future`` is cancelled if the thread closes first."""
         with self._changed:
             if not self._closed:
                 heapq.heappush(self._heap, (due, next(self._order), function, future))
@@ -36,7 +36,7 @@ class TimerThread:
             future.cancel()
 
     def close(self) -> None:
-        """Ends the thread and cancels the futures still open."""
+        """Ends the thread and cancels open futures."""
         with self._changed:
             self._closed = True
             waiting, self._heap = self._heap, []
@@ -61,4 +61,4 @@ class TimerThread:
             try:
                 function()
             except Exception:
-                logger.exception("a timer failed")
+                logger.exception("a timer callback failed")

@@ -1,4 +1,4 @@
-"""A real language model behind the embedded Tinker service: sampling and training on one thread of this process."""
+"""A real language model behind the embedded Tinker service: sampling and training on one thread."""
 
 from __future__ import annotations
 
@@ -40,13 +40,11 @@ from searchr1_async.local.transformer import LeanTransformer, is_lean, read_safe
 logger = logging.getLogger(__name__)
 
 SAMPLING_QUANTUM_SECONDS = 1.0
-"""How long sampling may go on while a training micro-batch waits."""
+"""How long sampling may run while a training micro-batch waits."""
 
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """A loaded model: what samples, what trains, and what they need to know."""
-
     runner: Runner
     trainer: Trainer
     sites: tuple[LoraSite, ...]
@@ -59,7 +57,7 @@ class Engine:
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """A call on an adapter: a generator that pauses where sampling may come in between."""
+    """A call on an adapter: a generator that yields wherever sampling may interleave."""
 
     future: Future[Any]
     steps: Generator[None, None, Any]
@@ -68,14 +66,14 @@ class _Work:
 class TorchBackend:
     """:class:`~searchr1_async.local.backend.Backend` over a Hugging Face model and LoRA adapters.
 
-    All computing happens on one thread. Sampling comes first; when calls on adapters wait, one micro-batch of theirs is
-    run after at most :data:`SAMPLING_QUANTUM_SECONDS` of it. These calls are carried out in the order they were made.
+    All compute runs on one thread. Sampling has priority; a waiting adapter call gets one micro-batch after at most
+    :data:`SAMPLING_QUANTUM_SECONDS` of sampling. Adapter calls run in submission order.
     """
 
     def __init__(
         self, name: str, folder: Path, engine: Engine, *, threads: int | None = None, max_batch: int = 64
     ) -> None:
-        """See :meth:`load`, which is the way to make one."""
+        """Use :meth:`load` instead."""
         self._name = name
         self._folder = folder
         self._engine = engine
@@ -94,7 +92,7 @@ class TorchBackend:
         self._closing = False
         self._thread = threading.Thread(target=self._loop, name="torch-backend", daemon=True)
         self._thread.start()
-        # A thread inside torch while the interpreter ends aborts the process.
+        # A thread inside torch at interpreter exit aborts the process.
         atexit.register(self.close)
 
     @classmethod
@@ -113,15 +111,15 @@ class TorchBackend:
 
         Args:
             model: a folder, or a name (see :func:`~searchr1_async.local.models.resolve_model`).
-            threads: for computing; None is torch's choice, one a core.
+            threads: compute threads; None is torch's default, one per core.
             dtype: ``float32``, ``bfloat16``, or ``auto``: bfloat16 where the hardware multiplies it faster.
-            device: ``cpu``, ``cuda``, ``mps``, or ``auto``: the first accelerator there is.
-            kv_cache_bytes: bound of the store of reusable keys and values (running sequences come on top).
-            max_batch: sequences that are sampled at once at most.
-            max_rows: distinct tokens of a training micro-batch at most.
+            device: ``cpu``, ``cuda``, ``mps``, or ``auto``: the first accelerator found.
+            kv_cache_bytes: size limit of the prefix cache (running sequences not included).
+            max_batch: maximum sequences sampled at once.
+            max_rows: maximum distinct tokens per training micro-batch.
 
         Raises:
-            ModelError: the model is not to be had, or cannot be used.
+            ModelError: the model cannot be found or used.
         """
         files = resolve_model(model)
         target = choose_device(device)
@@ -202,13 +200,13 @@ class TorchBackend:
     def _call(self, function: Callable[[], Any]) -> Future[Any]:
         def steps() -> Generator[None, None, Any]:
             return function()
-            yield  # makes this a generator: a call without a pause
+            yield  # unreachable; makes this a generator
 
         return self._submit(steps())
 
     def _submit(self, steps: Generator[None, None, Any]) -> Future[Any]:
         future: Future[Any] = Future()
-        # A call on an adapter is not taken back: the calls after it count on it.
+        # Not cancellable: later calls on the adapter depend on it.
         future.set_running_or_notify_cancel()
         with self._arrived:
             if not self._refuses(future):
@@ -231,7 +229,7 @@ class TorchBackend:
                 turns.trained(time.monotonic())
             else:
                 self._sample()
-        closed = RuntimeError("The model's backend was closed before this was done.")
+        closed = RuntimeError("The model's backend was closed before this call finished.")
         self._sampler.fail_all(closed)
         for _, _, future in self._samples:
             settle(future, error=closed)
@@ -240,7 +238,7 @@ class TorchBackend:
             settle(work.future, error=closed)
 
     def _take_arrivals(self) -> bool:
-        """Wait until there is something to do; False when the backend is to end."""
+        """Wait for work; False when the backend is closing."""
         with self._arrived:
             while not (self._closing or self._work or self._samples or self._sampler.busy):
                 self._arrived.wait()
@@ -270,12 +268,12 @@ class TorchBackend:
         try:
             self._sampler.step()
         except Exception as error:
-            logger.exception("A sampling step failed; all its requests fail with it")
+            logger.exception("A sampling step failed; failing all its requests")
             self._sampler.fail_all(error)
 
 
 class Turns:
-    """Who computes next: sampling, but a waiting micro-batch after at most ``quantum`` seconds of it. No clock inside."""
+    """Schedules sampling first, but a waiting micro-batch after at most ``quantum`` seconds of it. Holds no clock."""
 
     def __init__(self, quantum: float) -> None:
         self._quantum = quantum
@@ -290,13 +288,13 @@ class Turns:
         return not sampling_waits or now - self._waiting_since >= self._quantum
 
     def trained(self, now: float) -> None:
-        """A micro-batch ended; the next one's wait begins."""
+        """A micro-batch finished; the next one starts waiting."""
         self._waiting_since = now
 
 
 def _own(adapter: Adapter) -> LoraAdapter:
     if not isinstance(adapter, LoraAdapter):
-        raise TypeError(f"{type(adapter).__name__} is no adapter of this backend")
+        raise TypeError(f"{type(adapter).__name__} is not an adapter of this backend")
     return adapter
 
 
@@ -309,14 +307,11 @@ def choose_device(device: str) -> torch.device:
 
 
 def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """``auto`` is bfloat16 only where it is fast: with AMX or AVX-512 BF16 on a CPU, or on a recent GPU.
-
-    Elsewhere it is emulated: an AMD Zen 3 core multiplies bfloat16 six times slower than float32.
-    """
+    """``auto`` is bfloat16 with AMX or AVX-512 BF16 on a CPU or on a recent GPU; elsewhere it is slowly emulated."""
     if dtype != "auto":
         known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
         if dtype not in known:
-            raise ModelError(f"The dtype {dtype!r} is unknown; use 'auto', 'float32' or 'bfloat16'.")
+            raise ModelError(f"Unknown dtype {dtype!r}; use 'auto', 'float32' or 'bfloat16'.")
         return known[dtype]
     if device.type == "cpu":
         capable = (torch.cpu._is_amx_tile_supported, torch.cpu._is_avx512_bf16_supported)
@@ -327,11 +322,7 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def load_engine(folder: Path, device: torch.device, dtype: torch.dtype, cache_bytes: int, max_rows: int) -> Engine:
-    """Read a Hugging Face folder.
-
-    Raises:
-        ModelError: it cannot be read.
-    """
+    """Load a Hugging Face folder. Raises :class:`ModelError` if it cannot be read."""
     from transformers import AutoConfig, AutoTokenizer
 
     try:
@@ -378,7 +369,7 @@ def _generic_engine(
 ) -> Engine:
     from searchr1_async.local.generic import GenericRunner, GenericTrainer, HookedModel
 
-    logger.info("%s models run through transformers, one sequence at a time", config.model_type)
+    logger.info("%s models use the transformers forward pass, one sequence at a time", config.model_type)
     hooked = HookedModel(_load_model(folder, dtype).to(device))
     text = config.get_text_config()
     trainer = GenericTrainer(hooked, vocabulary=text.vocab_size, context=text.max_position_embeddings)
@@ -393,7 +384,7 @@ def _load_model(folder: Path, dtype: torch.dtype) -> Any:
 
 
 def end_tokens(folder: Path, config: Any, tokenizer: Any) -> tuple[int, ...]:
-    """The ids that end a text: of the generation configuration, else of the model's, and the tokenizer's."""
+    """End-of-text ids: those of the generation config (else the model config), plus the tokenizer's."""
     from transformers import GenerationConfig
 
     named: Any = None

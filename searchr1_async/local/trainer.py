@@ -20,22 +20,22 @@ from searchr1_async.local.losses import Loss, Thresholds, TokenInputs, check_dat
 from searchr1_async.local.packing import Packed, micro_batches, pack
 from searchr1_async.local.transformer import LeanTransformer, LoraRows
 
-# Rows whose logits exist at once: 256 x 49,152 floats are 50 MB; more is no faster.
+# Rows of logits in memory at once: 256 x 49,152 floats are 50 MB; more is no faster.
 _HEAD_CHUNK = 256
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatchResult:
     logprobs: list[Float32Array]
-    """One [T] for each datum, in the order given."""
+    """[T] per datum, in input order."""
     loss: float
 
 
 class LeanTrainer:
-    """Micro-batches over :class:`LeanTransformer`: every distinct token once, logits never all at once."""
+    """Micro-batches over :class:`LeanTransformer`: computes each distinct token once, and logits in chunks."""
 
     def __init__(self, model: LeanTransformer, *, max_rows: int = 1536) -> None:
-        """``max_rows`` distinct tokens a micro-batch; about 1.2 MB of activations each for a 135M model."""
+        """``max_rows``: distinct tokens per micro-batch; about 1.2 MB of activations each for a 135M model."""
         self._model = model
         self._max_rows = max_rows
 
@@ -53,7 +53,7 @@ class LeanTrainer:
     def run(
         self, adapter: LoraAdapter, data: Sequence[Datum], loss: Loss, config: Thresholds, forward_only: bool
     ) -> MicroBatchResult:
-        """One micro-batch; its gradients are added to the adapter's unless ``forward_only``."""
+        """Runs one micro-batch; accumulates its gradients in the adapter unless ``forward_only``."""
         model, device = self._model, self._model.device
         packed = pack([datum.tokens for datum in data])
         tokens, positions = torch.from_numpy(packed.tokens).to(device), torch.from_numpy(packed.positions).to(device)
@@ -69,9 +69,9 @@ class LeanTrainer:
 
 @dataclass(frozen=True, slots=True)
 class _TokenTable:
-    """All tokens of a micro-batch's data, and the rows that their log-probabilities are read from.
+    """A micro-batch's tokens and the rows their log-probabilities are read from.
 
-    Several tokens may ask for the same target at the same row (members of a group that begin alike): a *pair*.
+    A *pair* is a (row, target); group members with a common prefix share pairs.
     """
 
     inputs: Mapping[str, Tensor]
@@ -82,7 +82,7 @@ class _TokenTable:
     row_has_gradient: Tensor
     """Bool [rows]"""
     lengths: list[int]
-    """Tokens of each datum."""
+    """Tokens per datum."""
 
     @classmethod
     def build(
@@ -114,25 +114,25 @@ class _TokenTable:
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """Rows whose logits exist at once, and what is read from them."""
+    """A chunk of rows whose logits are in memory at once."""
 
     rows: Tensor
     tokens: Tensor
-    """Which of all tokens are read from these rows."""
+    """Indices of the tokens read from these rows."""
     pair_rows: Tensor
-    """Place among ``rows`` [pairs]"""
+    """Index into ``rows`` [pairs]"""
     targets: Tensor
     """[pairs]"""
     pair_of_token: Tensor
-    """Place among the pairs of this piece, for each of ``tokens``."""
+    """Index into this piece's pairs, per entry of ``tokens``."""
     has_gradient: bool
 
 
 class _Head:
     """Logits, log-probabilities, loss and its gradient at the last hidden states, chunk by chunk.
 
-    A loss is a sum of one term a token, so a chunk's gradient is known as soon as its logits are: they are computed once
-    and dropped. Rows whose tokens all have weight zero need no gradient, hence no product back through the head.
+    A loss sums one term per token, so each chunk's gradient is computed right after its logits, which are then dropped.
+    Rows whose tokens all have zero weight skip the backward pass through the head.
     """
 
     def __init__(self, model: LeanTransformer, adapter: LoraAdapter, hidden: Tensor, *, with_gradient: bool) -> None:
@@ -145,13 +145,13 @@ class _Head:
 
     @torch.no_grad()
     def run(self, table: _TokenTable, loss: Loss, config: Thresholds) -> tuple[Float32Array, float]:
-        """Each token's log-probability, and the sum of the loss."""
+        """Log-probability per token, and the summed loss."""
         result = torch.empty(len(table.pair_of_token), dtype=torch.float32, device=self._hidden.device)
         total = 0.0
         pieces = list(self._pieces(table))
         loss_inputs = table.inputs
         if loss.inputs.is_sequential:
-            # A pass of its own: a token's term needs its whole sequence, which lies in several chunks.
+            # Separate pass: a token's term needs its whole sequence, which spans several chunks.
             for piece in pieces:
                 log_softmax = torch.log_softmax(self._logits(self._hidden[piece.rows])[0], -1)
                 result[piece.tokens] = log_softmax[piece.pair_rows, piece.targets][piece.pair_of_token]
@@ -159,7 +159,7 @@ class _Head:
         for piece in pieces:
             states = self._hidden[piece.rows]
             logits, z = self._logits(states)
-            # Its fused kernel passes over the logits once, logsumexp and a later softmax six times (5 % of a step).
+            # One fused pass over the logits; logsumexp plus a later softmax would take six.
             log_softmax = torch.log_softmax(logits, -1)
             pair_logprobs = log_softmax[piece.pair_rows, piece.targets]
             logprobs = pair_logprobs[piece.pair_of_token]
@@ -174,7 +174,7 @@ class _Head:
 
     def _pieces(self, table: _TokenTable) -> Generator[_Piece, None, None]:
         device = self._hidden.device
-        # Rows that need a gradient come first, so that whole chunks go without.
+        # Rows with a gradient come first, so that the remaining chunks need no backward pass.
         order = torch.argsort(table.row_has_gradient.logical_not(), stable=True)
         place_of_row = _inverse(order)
         place_of_pair = place_of_row[table.pair_row]
@@ -239,13 +239,13 @@ def _inverse(permutation: Tensor) -> Tensor:
 
 
 def _chunks(with_gradient: int, rows: int) -> list[tuple[int, int]]:
-    """Ranges that do not mix rows with and without a gradient."""
+    """Row ranges that do not mix rows with and without gradient."""
     edges = [*range(0, with_gradient, _HEAD_CHUNK), *range(with_gradient, rows, _HEAD_CHUNK), rows]
     return list(itertools.pairwise(edges))
 
 
 def loss_and_slope(logprobs: Tensor, inputs: TokenInputs, loss: Loss, config: Thresholds) -> tuple[float, Tensor]:
-    """The sum of the terms at ``logprobs`` [tokens], and its derivative by each of them."""
+    """The summed loss at ``logprobs`` [tokens] and its derivative with respect to each."""
     with torch.enable_grad():
         leaf = logprobs.detach().requires_grad_()
         terms = loss.terms(leaf, inputs, config)
@@ -254,8 +254,6 @@ def loss_and_slope(logprobs: Tensor, inputs: TokenInputs, loss: Loss, config: Th
 
 
 class Trainer(Protocol):
-    """A model that computes micro-batches."""
-
     @property
     def vocabulary(self) -> int: ...
 
@@ -263,13 +261,13 @@ class Trainer(Protocol):
     def context(self) -> int: ...
 
     def batches(self, data: Sequence[Datum]) -> list[list[int]]:
-        """Indices of ``data``, micro-batch by micro-batch."""
+        """Indices into ``data``, per micro-batch."""
         ...
 
     def run(
         self, adapter: LoraAdapter, data: Sequence[Datum], loss: Loss, config: Thresholds, forward_only: bool
     ) -> MicroBatchResult:
-        """One micro-batch; its gradients are added to the adapter's unless ``forward_only``."""
+        """Runs one micro-batch; accumulates its gradients in the adapter unless ``forward_only``."""
         ...
 
 
@@ -281,11 +279,10 @@ def forward_backward(
     loss_config: Mapping[str, float],
     forward_only: bool,
 ) -> Generator[None, None, ForwardBackwardResult]:
-    """A whole request, pausing after each micro-batch so that others get their turn.
+    """Runs a whole request, yielding after each micro-batch so that other work can run in between.
 
-    Raises:
-        UserFault: bad input, before anything is computed; or a loss or gradient that is not finite, upon which the
-            adapter's accumulated gradients are cleared.
+    Raises :class:`UserFault` for bad input (before any computation), or for a loss or gradient that is not finite, after
+    clearing the adapter's accumulated gradients.
     """
     loss, config = find_loss(loss_fn, loss_config)
     check_data(data, loss_fn, loss.inputs, trainer.vocabulary, trainer.context)
@@ -312,19 +309,16 @@ def forward_backward(
 
 
 _NOT_FINITE = (
-    "{what} is not finite: the accumulated gradients were cleared and the weights left as they are. Lower the learning "
+    "{what} is not finite: the accumulated gradients were cleared, the weights are unchanged. Lower the learning "
     "rate, or look for extreme advantages, weights or log-probabilities in the data."
 )
 
 
 def adam_step(adapter: LoraAdapter, params: AdamParams) -> dict[str, float]:
-    """Adam with decoupled weight decay (Loshchilov and Hutter, 2019) on the accumulated gradients, which are cleared.
+    """Adam with decoupled weight decay (Loshchilov and Hutter, 2019) on the accumulated gradients, which are then cleared.
 
-    Returns what only the service knows. Clients put it into rows of their own, so no name may be one that they use for
-    themselves: ``step``, ``learning_rate``.
-
-    Raises:
-        UserFault: a parameter is out of range.
+    Returns metrics. Clients merge them into their own rows, so the names must not clash with ``step`` or ``learning_rate``.
+    Raises :class:`UserFault` if a parameter is out of range.
     """
     _check_adam(params)
     gradient, (mean, square) = adapter.gradient, adapter.moments

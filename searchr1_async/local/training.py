@@ -1,8 +1,8 @@
-"""The trainable models of the service: each takes its requests in the order of their numbers.
+"""Trainable models; each processes its requests in sequence order.
 
-A model is one task that takes jobs from its inbox and hands them to the backend, which keeps the order of calls on one
-adapter; the task waits for an answer only where the next call depends on it (creating and loading). Answers are
-awaited in tasks of their own, so the backend always has its next job queued.
+Each model has one task that passes jobs from its inbox to the backend, which preserves call order per adapter. The task
+waits for a result only where the next call depends on it (create and load); other results are awaited in separate tasks,
+so the backend always has its next job queued.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _SAVE_TYPES: dict[Kind, str] = {
 class Job:
     promise: Promise
     begin: Callable[[Model, Promise], Awaitable[None]]
-    """Hands the work to the backend; returns when the next job may be handed over."""
+    """Submits the work to the backend; returns when the next job may be submitted."""
 
 
 @dataclass(slots=True, eq=False)
@@ -58,30 +58,27 @@ class Model:
     adapter: Adapter | None = None
     inbox: asyncio.Queue[Job | None] = field(default_factory=asyncio.Queue)
     last_save: asyncio.Event | None = None
-    """Set when the latest save is on disk: saves of one model are written in order, and loads come after them."""
+    """Set when the latest save is on disk; a model's saves are written in order, before any later load."""
     last_request_at: float = field(default_factory=time.time)
     """Seconds since the epoch."""
     gone: str | None = None
-    """Why it takes no more requests."""
+    """Why it accepts no more requests."""
 
     def trained(self) -> Adapter:
         if self.adapter is None:
-            raise UserFault(f"model {self.id} has no weights: {self.gone or 'it was not created'}")
+            raise UserFault(f"model {self.id} has no weights: {self.gone or 'it was never created'}")
         return self.adapter
 
     def record(self) -> RunRecord:
-        """What stays known of it."""
         return RunRecord(self.id, self.base_model, self.lora.rank, self.last_request_at, self.user_metadata)
 
 
 def model_id(session_id: str, model_seq_id: int) -> str:
-    """The SDK computes the same id when it creates a model from a checkpoint."""
+    """Must match the id that the SDK computes when it creates a model from a checkpoint."""
     return f"{session_id}:train:{model_seq_id}"
 
 
 class Training:
-    """All models of the service."""
-
     def __init__(
         self,
         backend: Backend,
@@ -113,7 +110,7 @@ class Training:
         return self._open_model(session_id, model_seq_id, fields, "CreateModel", build)
 
     def create_from_checkpoint(self, session_id: str, model_seq_id: int, fields: Mapping[str, Any]) -> Promise:
-        """``load_weights`` in its creating form: an adapter with the weights of a checkpoint."""
+        """``load_weights`` without a model: a new adapter with a checkpoint's weights."""
 
         async def build(model: Model) -> Adapter:
             protocol.check_optimizer(fields)
@@ -138,7 +135,7 @@ class Training:
             return earlier
         promise = self._jobs.promises.open(kind, session_id, key)
         if id in self.models:
-            self._jobs.settle(promise, Failure(f"model {id} exists already", "user"))
+            self._jobs.settle(promise, Failure(f"model {id} already exists", "user"))
             return promise
         metadata = fields.get("user_metadata")
         model = self.models[id] = Model(
@@ -152,13 +149,13 @@ class Training:
         answer = {"model_id": id, "type": "create_model" if kind == "CreateModel" else "load_weights"}
         if kind == "LoadWeights":
             answer["path"] = str(fields.get("path"))
-        self._jobs.start_loop(self._live, model, promise, build, protocol.json_reply(answer))
+        self._jobs.start_loop(self._run_model, model, promise, build, protocol.json_reply(answer))
         return promise
 
-    async def _live(
+    async def _run_model(
         self, model: Model, promise: Promise, build: Callable[[Model], Awaitable[Adapter]], answer: Reply
     ) -> None:
-        """A model's whole life, in one task."""
+        """A model's task: creates it, then runs its jobs until it is removed."""
 
         async def create() -> Reply:
             model.adapter = await build(model)
@@ -178,16 +175,16 @@ class Training:
 
     def _check_base_model(self, name: Any) -> None:
         if name != self._backend.model_name:
-            raise UserFault(f"unknown base model {name!r:.200}: this service has {self._backend.model_name!r} only")
+            raise UserFault(f"unknown base model {name!r:.200}: this service only has {self._backend.model_name!r}")
 
     def note(self) -> None:
-        """Brings the records of all models up to date."""
+        """Updates the records of all models."""
         for model in self.models.values():
             if model.adapter is not None:
                 self._records.note(model.record())
 
     def remove(self, model: Model, reason: str) -> None:
-        """Ends a model: what waits for its turn fails, what the backend has already runs to its end."""
+        """Removes a model: waiting requests fail; those already submitted to the backend finish."""
         if model.gone is not None:
             return
         if model.adapter is not None:
@@ -203,7 +200,7 @@ class Training:
     def submit(
         self, model: Model, seq_id: int | None, kind: str, begin: Callable[[Model, Promise], Awaitable[None]]
     ) -> Promise:
-        """Queues a request of a model for its turn. A number seen before gets the promise it got then."""
+        """Queues a request in sequence order; idempotent by ``seq_id``."""
         key = None if seq_id is None else (model.id, seq_id)
         earlier = self._jobs.promises.find(key)
         if earlier is not None:
@@ -213,27 +210,29 @@ class Training:
         try:
             ready = model.sequence.offer(seq_id, Job(promise, begin), time.monotonic())
         except AlreadyTaken as error:
-            self._jobs.settle(promise, Failure(f"{error}, and its answer is kept no longer", "user"))
+            self._jobs.settle(promise, Failure(f"{error}, and its result is no longer kept", "user"))
             return promise
         for job in ready:
             model.inbox.put_nowait(job)
         return promise
 
     def give_up_gaps(self, now: float) -> None:
-        """Fails the requests that have waited too long for one that never came."""
+        """Fails requests that have waited too long for a missing earlier one."""
         for model in self.models.values():
             gap, dropped = model.sequence.give_up(now)
             if dropped:
-                logger.warning("model %s: requests %s never came; failing %d behind them", model.id, gap, len(dropped))
+                logger.warning(
+                    "model %s: requests %s never arrived; failing the %d waiting for them", model.id, gap, len(dropped)
+                )
             for job in dropped:
                 message = (
                     f"request {gap.start} of model {model.id} did not arrive within {self._gap_patience:.0f} s, and this "
-                    "one comes after it: submit it again, or load the last checkpoint"
+                    "one comes after it: resubmit, or load the last checkpoint"
                 )
                 self._jobs.settle(job.promise, Failure(message, "user"))
 
     async def forward_backward(self, message: Any, size: int, model: Model, promise: Promise) -> None:
-        """``message`` is the protobuf request of ``size`` bytes."""
+        """``message`` is the protobuf request, ``size`` its bytes."""
         call = await offload(size, protocol.decode_forward_backward, message)
         if call.loss_fn == STABLE_REINFORCE:
             ids = {id for each in call.provenance for id in each.ids()}
@@ -260,7 +259,7 @@ class Training:
         self._jobs.start(promise, answer)
 
     async def load(self, fields: Mapping[str, Any], model: Model, promise: Promise) -> None:
-        """``load_weights`` into a model that exists; requests after it see the loaded weights."""
+        """``load_weights`` into an existing model; later requests see the loaded weights."""
 
         async def work() -> Reply:
             if model.last_save is not None:
@@ -276,7 +275,7 @@ class Training:
         checkpoint, state = await anyio.to_thread.run_sync(self._checkpoints.load, id, time.time())
         self._check_base_model(checkpoint.base_model)
         if optimizer and not checkpoint.has_optimizer:
-            raise UserFault(f"{id.path} holds no optimizer state: load it without the optimizer")
+            raise UserFault(f"{id.path} has no optimizer state: load it without the optimizer")
         adapter = await result_of(self._backend.import_adapter(checkpoint.lora, state, optimizer))
         model.lora = checkpoint.lora
         return adapter
@@ -286,7 +285,7 @@ class Training:
     async def save(
         self, kind: Kind, fields: Mapping[str, Any], seq_id: int | None, model: Model, promise: Promise
     ) -> None:
-        """``save_weights``, ``save_weights_external``, and ``save_weights_for_sampler`` with a name: a checkpoint on disk."""
+        """Saves to disk: ``save_weights``, ``save_weights_external``, or ``save_weights_for_sampler`` with a name."""
         if fields.get("age_encryption_recipients"):
             raise UserFault(
                 "the embedded service does not encrypt: call save_weights_external without age_encryption_recipients"
@@ -318,7 +317,7 @@ class Training:
                 state = await result_of(future)
                 if previous is not None:
                     await previous.wait()
-                # Not abandoned when the service stops: a thread that writes must end before the process does.
+                # Not abandoned on shutdown: the writing thread must finish before the process exits.
                 write = functools.partial(self._checkpoints.save, replace(checkpoint), state, overwrite=overwrite)
                 await anyio.to_thread.run_sync(write)
             finally:
@@ -328,7 +327,7 @@ class Training:
         self._jobs.start(promise, write)
 
     async def snapshot(self, publish: Callable[[Model, Snapshot], str], model: Model, promise: Promise) -> None:
-        """``save_weights_for_sampler`` without a name: ``publish`` gets the weights, and names their sampler."""
+        """``save_weights_for_sampler`` without a name: ``publish`` receives the weights and returns a sampler id."""
         future = self._backend.snapshot(model.trained())
 
         async def answer() -> Reply:

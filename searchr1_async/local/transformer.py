@@ -1,8 +1,7 @@
-"""One forward pass for Llama-like models (Llama, Mistral, Qwen 2 and 3), used by the sampler and by the trainer.
+"""Forward pass for Llama-like models (Llama, Mistral, Qwen 2 and 3), shared by the sampler and the trainer.
 
-Tokens of all sequences are rows of one matrix [rows, hidden]; only attention knows which row belongs to which sequence.
-It is handed in, so decoding with a cache, prefill and training differ in that alone, and their log-probabilities agree to
-rounding.
+Tokens of all sequences are rows of one matrix [rows, hidden]; only the attention, passed in, maps rows to sequences.
+Decode, prefill and training differ only in it, so their log-probabilities agree up to rounding.
 """
 
 from __future__ import annotations
@@ -33,8 +32,6 @@ LEAN_ARCHITECTURES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The sizes of a model that caches and attention need."""
-
     layers: int
     heads: int
     kv_heads: int
@@ -46,13 +43,13 @@ class Shape:
 
 class Attention(Protocol):
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """``q`` [rows, heads, size], ``k`` and ``v`` [rows, kv_heads, size], rotated; gives [rows, heads · size]."""
+        """``q`` [rows, heads, size], ``k`` and ``v`` [rows, kv_heads, size], rotated. Returns [rows, heads · size]."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class LoraRows:
-    """Rows that one adapter acts on; ``rows`` None means all of them."""
+    """Rows that one adapter applies to; ``rows`` None means all."""
 
     weights: LoraWeights | LoraAdapter
     rows: Tensor | None = None
@@ -71,10 +68,10 @@ class _Layer:
 
 
 class LeanTransformer:
-    """Frozen weights and the forward pass over them."""
+    """Frozen weights and their forward pass."""
 
     def __init__(self, config: Any, weights: Mapping[str, Tensor], *, packed: bool) -> None:
-        """``config`` is transformers' configuration, ``weights`` a state dict by Hugging Face's names."""
+        """``config``: transformers' configuration; ``weights``: a state dict with Hugging Face names."""
         head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.shape = Shape(
             config.num_hidden_layers,
@@ -107,7 +104,7 @@ class LeanTransformer:
             biases = [weights.get(f"{prefix}{name}.bias") for name in names]
             present = [bias for bias in biases if bias is not None]
             if present and len(present) != len(names):
-                raise ModelError(f"Some of {', '.join(names)} have a bias and some have none.")
+                raise ModelError(f"Only some of {', '.join(names)} have a bias.")
             return FrozenLinear(
                 matrices[0] if len(matrices) == 1 else torch.cat(matrices),
                 torch.cat(present) if present else None,
@@ -152,9 +149,9 @@ class LeanTransformer:
         yield LoraSite("head", shape.hidden, (("lm_head", self.head.out_features),), "unembed")
 
     def hidden(self, tokens: Tensor, positions: Tensor, attention: Attention, lora: Sequence[LoraRows]) -> Tensor:
-        """The last layer's normed states [rows, hidden] of ``tokens`` [rows] at ``positions`` [rows].
+        """Final normed states [rows, hidden] of ``tokens`` [rows] at ``positions`` [rows].
 
-        With gradients enabled ``lora`` must be one trainable adapter for all rows.
+        With gradients enabled, ``lora`` must be one trainable adapter for all rows.
         """
         shape = self.shape
         cos, sin = self._rotations(positions)
@@ -192,7 +189,7 @@ class LeanTransformer:
 
 
 def apply_lora(x: Tensor, linear: FrozenLinear, key: str, lora: Sequence[LoraRows]) -> Tensor:
-    """The frozen product for all rows at once, then each adapter's low-rank update on its own rows."""
+    """One frozen product over all rows, plus each adapter's low-rank update on its rows."""
     if torch.is_grad_enabled() and isinstance(lora[0].weights, LoraAdapter):
         site = lora[0].weights.sites.get(key)
         if site is None:
@@ -244,7 +241,7 @@ def is_lean(config: Any) -> bool:
 
 
 def read_safetensors(folder: Path) -> dict[str, Tensor] | None:
-    """The state dict in a Hugging Face folder, or None if it keeps its weights in another form."""
+    """A Hugging Face folder's state dict, or None if its weights are not safetensors."""
     from safetensors.torch import load_file
 
     index = folder / "model.safetensors.index.json"

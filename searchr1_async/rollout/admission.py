@@ -1,19 +1,15 @@
-"""Who may start, and which finished groups make up a batch: bounded staleness as a pure state machine.
+"""Bounded staleness as a pure state machine: which groups may start, and which finished groups form a batch.
 
-A group that starts under weights of version v must be trained on in step v + 1 + k at the latest (its *last step*; k is
-``max_staleness``). Steps take groups as they finish, ``groups_per_batch`` each. Two rules keep every last step, so that no
-finished work is thrown away:
+A group started under weights version v must be trained on by step v + 1 + k (its *last step*; k is ``max_staleness``). Steps
+take groups as they finish, ``groups_per_batch`` each. Two rules enforce every last step without discarding finished work:
 
-- **start**: a group starts only if all groups that are started and not trained on yet fit, with it, into the steps up to its
-  own last step;
-- **take**: a finished group goes into the open step only if those that must be trained on earlier than it still fit into
-  the steps up to theirs.
+- **start**: a group starts only if it and all untrained groups fit into the steps up to its own last step;
+- **take**: a finished group joins the open step only if the groups with earlier last steps still fit.
 
-With k = 0 this is the plain on-policy loop: a batch starts, all of it must be in its step, and nothing starts until the next
-weights are there. With k = 1 a second batch may be under way, and the slowest of a batch have one step more.
+k = 0 is the on-policy loop: a batch starts, is trained on as a whole, and nothing starts until the next weights arrive. With
+k = 1 a second batch may be in progress, and slow groups get one more step.
 
-Nothing here knows of time, tasks or services. Callers tell what happened, then ask :meth:`Admission.next_start`,
-:meth:`Admission.take` and :meth:`Admission.is_full`.
+Callers report events, then ask :meth:`Admission.next_start`, :meth:`Admission.take` and :meth:`Admission.is_full`.
 """
 
 from __future__ import annotations
@@ -28,32 +24,31 @@ from searchr1_async.config import PipelineSettings
 
 @dataclass(frozen=True, slots=True)
 class Closed:
-    """What became of a step's batch."""
+    """Outcome of a step's batch."""
 
     step: int
     taken: tuple[int, ...]
-    """Places of the groups in it, in the order in which they were taken; dropped ones too."""
+    """Places of its groups in the order taken, including dropped ones."""
     replaced: tuple[int, ...]
-    """Places of groups of constant reward that others were played for."""
+    """Places of constant-reward groups that were replaced."""
     cancelled: tuple[int, ...]
-    """Places of groups that were too slow: the caller cancels them."""
+    """Places of groups that were too slow; the caller cancels them."""
 
     @property
     def places(self) -> tuple[int, ...]:
-        """All of them."""
         return (*self.taken, *self.replaced, *self.cancelled)
 
 
 class Admission:
-    """The state of one run's groups.
+    """State of a run's groups.
 
     Args:
-        settings: staleness, spare groups and the budget of refills.
-        groups_per_batch: groups a step.
-        next_place: the first place that was never started.
-        end: places in all epochs; None where only ``steps`` ends the run.
-        steps: optimiser steps in all; None where only ``end`` does.
-        step: steps finished before.
+        settings: staleness, spare groups and refill budget.
+        groups_per_batch: groups per step.
+        next_place: first place never started.
+        end: number of places in all epochs; None if only ``steps`` ends the run.
+        steps: total optimizer steps; None if only ``end`` ends the run.
+        step: steps already finished.
     """
 
     def __init__(
@@ -75,21 +70,21 @@ class Admission:
         self._version = step
         self._again: list[int] = []
         self._running: dict[int, int] = {}
-        # By version, in the order in which they finished: of hundreds of groups each event looks at a few versions only.
+        # By version, in order of completion, so that each event looks at a few versions instead of hundreds of groups.
         self._ready: defaultdict[int, deque[int]] = defaultdict(deque)
         self._runners: Counter[int] = Counter()
         self._taken: list[int] = []
         self._replaced: list[int] = []
 
-    # --- what happened ------------------------------------------------------------------------------------------------
+    # --- events ---------------------------------------------------------------------------------------------------------
 
     def restore(self, finished: Mapping[int, int], lost: Iterable[int], *, constant: Collection[int] = ()) -> None:
-        """An earlier session's groups.
+        """Restores the groups of an earlier session.
 
         Args:
-            finished: the version that each began under, by place.
-            lost: those to play again.
-            constant: those of ``finished`` with constant reward.
+            finished: start version by place.
+            lost: places to roll out again.
+            constant: places in ``finished`` with constant reward.
         """
         for place, version in finished.items():
             if place in constant and len(self._replaced) < self._settings.refill_groups:
@@ -100,7 +95,7 @@ class Admission:
         self._next = max([self._next, *(place + 1 for place in (*finished, *self._again))])
 
     def started(self, place: int) -> None:
-        """The group that :meth:`next_start` named has begun, under the newest weights."""
+        """Records the start of the group named by :meth:`next_start`, under the newest weights."""
         if self._again and self._again[0] == place:
             self._again.pop(0)
         else:
@@ -110,7 +105,7 @@ class Admission:
         self._runners[self._version] += 1
 
     def finished(self, place: int, *, is_constant: bool = False) -> bool:
-        """A group has ended, with enough members or not; whether it is to be replaced by another (dynamic sampling)."""
+        """Records the end of a group; returns whether it must be replaced (dynamic sampling)."""
         version = self._end_of(place)
         if is_constant and len(self._replaced) < self._settings.refill_groups:
             self._replaced.append(place)
@@ -119,10 +114,10 @@ class Admission:
         return False
 
     def published(self, version: int) -> None:
-        """New weights are there: groups start under them from now on."""
+        """Records new weights; groups start under them from now on."""
         self._version = max(self._version, version)
 
-    # --- what to do ---------------------------------------------------------------------------------------------------
+    # --- decisions ------------------------------------------------------------------------------------------------------
 
     @property
     def step(self) -> int:
@@ -131,17 +126,17 @@ class Admission:
 
     @property
     def version(self) -> int:
-        """Of the newest weights."""
+        """Version of the newest weights."""
         return self._version
 
     @property
     def next_place(self) -> int:
-        """The first place that was never started."""
+        """The first place never started."""
         return self._next
 
     @property
     def open_places(self) -> tuple[int, ...]:
-        """Places started (now, or by an earlier session) and in no closed step."""
+        """Places started in any session and not part of a closed step."""
         ready = itertools.chain.from_iterable(self._ready.values())
         return tuple(sorted({*self._again, *self._running, *ready, *self._taken, *self._replaced}))
 
@@ -151,40 +146,40 @@ class Admission:
 
     @property
     def taken(self) -> int:
-        """Groups that the open step has."""
+        """Groups in the open step."""
         return len(self._taken)
 
     @property
     def waiting(self) -> int:
-        """Finished groups that no step has taken yet."""
+        """Finished groups not yet in a step."""
         return sum(map(len, self._ready.values()))
 
     @property
     def is_over(self) -> bool:
-        """No step is left to be opened."""
+        """No step remains."""
         if self._steps is not None and self._closed >= self._steps:
             return True
         return not (self._taken or self._replaced or self._running or self.waiting or self._left)
 
     @property
     def _left(self) -> bool:
-        """There are groups that could be started, now or later."""
+        """Some group can still be started, now or later."""
         return bool(self._again) or self._end is None or self._next < self._end
 
     def next_start(self) -> int | None:
-        """The place of the group that may start now; None while none may."""
+        """Place of the group that may start now, or None."""
         if not self._left:
             return None
         last_step = self._last_step(self._version)
         if last_step <= self._closed:
-            return None  # it waits for the next weights
+            return None  # waits for the next weights
         under_way = len(self._taken) + len(self._running) + self.waiting
         if under_way >= (last_step - self._closed) * self._size + self._settings.spare_groups:
             return None
         return self._again[0] if self._again else self._next
 
     def take(self) -> list[int]:
-        """Moves what belongs into the open step, oldest weights first; returns those places."""
+        """Moves eligible groups into the open step, oldest weights first; returns their places."""
         taken = []
         for version in sorted(self._ready):
             while self._ready[version] and self._belongs(version):
@@ -196,7 +191,7 @@ class Admission:
 
     @property
     def is_full(self) -> bool:
-        """The open step waits for nothing more."""
+        """The open step is complete."""
         if self.is_due:
             return False
         if len(self._taken) >= self._size:
@@ -204,25 +199,25 @@ class Admission:
             return slow <= self._settings.spare_groups
         if self._running or self.waiting or self.next_start() is not None:
             return False
-        # All places are played. What was replaced in vain is a batch too: it must be written down.
+        # All places are done. A batch of replaced groups only must still be recorded.
         return not self._left and bool(self._taken or self._replaced)
 
     @property
     def is_due(self) -> bool:
-        """A finished group has to go into the open step: :meth:`take` it before the step is closed."""
+        """A finished group must join the open step: call :meth:`take` before closing it."""
         return any(group and self._last_step(version) <= self.step for version, group in self._ready.items())
 
     @property
     def lacking(self) -> int:
-        """Groups that the open step needs besides the finished ones."""
+        """Groups that the open step still needs besides the finished ones."""
         return max(0, self._size - len(self._taken) - self.waiting)
 
     def must_come(self) -> tuple[int, ...]:
-        """Places of running groups that the open step has to take."""
+        """Places of running groups that must join the open step."""
         return tuple(place for place, version in self._running.items() if self._last_step(version) <= self.step)
 
     def close(self) -> Closed:
-        """Ends the open step's batch; the next one is open then."""
+        """Closes the open step and opens the next."""
         cancelled = self.must_come()
         for place in cancelled:
             self._end_of(place)
@@ -231,14 +226,14 @@ class Admission:
         self._closed += 1
         return closed
 
-    # --- the rules ----------------------------------------------------------------------------------------------------
+    # --- rules ----------------------------------------------------------------------------------------------------------
 
     def _last_step(self, version: int) -> int:
         last = version + 1 + self._settings.max_staleness
         return last if self._steps is None else min(last, self._steps)
 
     def _end_of(self, place: int) -> int:
-        """Takes a group from the running ones; the version that it began under."""
+        """Removes a running group; returns its start version."""
         version = self._running.pop(place)
         self._runners[version] -= 1
         if not self._runners[version]:
@@ -246,13 +241,13 @@ class Admission:
         return version
 
     def _belongs(self, version: int) -> bool:
-        """Whether a finished group that began under this version goes into the open step."""
+        """Whether a finished group of this version joins the open step."""
         last_step = self._last_step(version)
         if last_step <= self.step:
             return True
         if len(self._taken) >= self._size:
             return False
-        # Those that must be trained on before it have to fit, with it, into the steps up to their own last ones.
+        # Groups with earlier last steps must still fit beside it.
         due: Counter[int] = Counter()
         for other in {*self._runners, *self._ready}:
             due[max(self.step, self._last_step(other))] += self._runners[other] + len(self._ready.get(other, ()))

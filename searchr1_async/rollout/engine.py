@@ -1,4 +1,4 @@
-"""Groups of episodes: each played by a player, scored, and handed on the moment it is complete."""
+"""Rolls out groups of episodes: each is run, scored, and passed on the moment it is complete."""
 
 from __future__ import annotations
 
@@ -20,11 +20,7 @@ from searchr1_async.usage import TokenUsage
 
 @dataclass(slots=True)
 class FailureBudget:
-    """How many episodes of a batch may fail before the run must stop; a pure count.
-
-    Failed episodes are left out of learning, so a few cost only their work, while many mean that a service is broken and
-    that what is left is a biased sample.
-    """
+    """Maximum number of failed episodes per batch. A few only cost their work; many bias the remaining sample."""
 
     planned: int
     max_fraction: float
@@ -43,33 +39,32 @@ class FailureBudget:
         self.last_error = episode.error or self.last_error
         if self.failed > self.max_fraction * self.planned:
             raise TooManyFailuresError(
-                f"{self.failed} of {self.planned} episodes failed (allowed: {self.max_fraction:.0%}); the last: "
-                f"{self.last_error}. Mend the service and resume: everything finished is kept."
+                f"{self.failed} of {self.planned} episodes failed (allowed: {self.max_fraction:.0%}); last error: "
+                f"{self.last_error}. Fix the service and resume: all finished work is kept."
             )
 
 
 @dataclass
 class GroupUnderWay:
-    """A group that is being played; :meth:`cut` ends it with the members that it has."""
+    """A group in progress; :meth:`cut` ends it with its finished members."""
 
     task: GroupTask
     began: float = 0.0
-    """When, by the caller's clock."""
+    """Start time on the caller's clock."""
     members: dict[int, Episode] = field(default_factory=dict)
-    """Those that have ended, by their numbers."""
+    """Finished episodes by member number."""
     cut_reason: str | None = None
-    """Why it was cut, if it was."""
     scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
     on_finished: Callable[[int, Episode], None] | None = None
-    """Called with a member's number and its scored episode the moment it has ended; it must not block."""
+    """Called with the member number and scored episode as each member finishes; must not block."""
 
     def cut(self, reason: str) -> None:
-        """Cancels the members still under way; the service is told of it."""
+        """Cancels the remaining members; the service is notified."""
         self.cut_reason = reason
         self.scope.cancel()
 
     def group(self) -> Group:
-        """What there is of it."""
+        """The group of members finished so far."""
         episodes = [self.members[member] for member in sorted(self.members)]
         return Group(
             self.task.question,
@@ -80,36 +75,33 @@ class GroupUnderWay:
 
 @dataclass(frozen=True, slots=True)
 class GroupToPlay:
-    """A group that is to be played, by whom, and who is told."""
+    """A group to roll out, with its policy and callbacks."""
 
     task: GroupTask
     policy: GroupPolicy
     budget: FailureBudget
-    """Counts its failed episodes; several groups may share one."""
+    """Counts failed episodes; groups may share one."""
     on_finished: Callable[[Group], None]
-    """Called with the whole group when all its members have ended; it must not block."""
+    """Called with the group when all members have finished; must not block."""
     on_episode: Callable[[int, Episode], None] | None = None
     """See :attr:`GroupUnderWay.on_finished`."""
 
 
 @dataclass(slots=True)
 class PlayTally:
-    """What an engine plays, counted."""
+    """Counts of an engine's groups and episodes."""
 
     groups: int = 0
-    """Under way."""
+    """In progress."""
     episodes: int = 0
-    """Under way."""
+    """In progress."""
     finished: int = 0
-    """Episodes, in all."""
+    """Total finished episodes."""
 
 
 @dataclass(frozen=True)
 class RolloutEngine:
-    """Plays groups of episodes.
-
-    Everything a rollout needs that does not change between steps; the policy, which does, is given with each call.
-    """
+    """Rolls out groups of episodes. Holds everything that stays fixed between steps; the policy is passed with each call."""
 
     dialect: Dialect
     player: GroupPlayer
@@ -119,22 +111,22 @@ class RolloutEngine:
     max_failed_fraction: float = 1.0
     emit: Emit = field(default=emit_nothing)
     metrics: Callable[[], Mapping[str, float]] = field(default=dict)
-    """How the playing goes (``rollout/…``, ``loop/…``), since it was last asked for."""
+    """Rollout metrics (``rollout/…``, ``loop/…``) since the last call."""
     tally: PlayTally = field(default_factory=PlayTally)
     usage: Callable[[], TokenUsage] = field(default=TokenUsage)
-    """The tokens asked of the service since the engine was opened, evaluations included. Of other processes that play it is as
-    they said last: at most a second ago, and exact once they play nothing."""
+    """Tokens used since the engine was opened, evaluations included. Worker counts lag by up to a second, and exact once the
+    workers are idle."""
 
     async def play_groups(self, groups: Iterable[GroupToPlay]) -> None:
-        """Plays groups in this order, as many at once as the limit allows; each is told of the moment it is complete.
+        """Rolls out groups in order, as many at once as the limit allows; reports each as it completes.
 
-        Cancelling this cancels every episode in it.
+        Cancelling this cancels every episode.
 
         Args:
-            groups: asked for the next one when there is room for it.
+            groups: consumed lazily, when there is room for another group.
 
         Raises, within an exception group:
-            TooManyFailuresError: the services failed too often.
+            TooManyFailuresError: too many episodes failed.
             SearchError: the search failed fatally (``is_fatal``).
             RewardError: the reward function failed.
         """
@@ -155,11 +147,10 @@ class RolloutEngine:
 
     @property
     def groups_in_flight(self) -> int:
-        """Groups at once, by the limit of episodes at once."""
+        """Maximum number of concurrent groups, from the limit on episodes."""
         return max(1, self.sampling.max_episodes_in_flight // self.group_size)
 
     def failure_budget(self, groups: int) -> FailureBudget:
-        """For so many groups."""
         return FailureBudget(groups * self.group_size, self.max_failed_fraction)
 
     def task(
@@ -174,8 +165,8 @@ class RolloutEngine:
         """The group at a place.
 
         Args:
-            key: what its seed depends on besides the question, so that a group played again is sampled alike.
-            members: the numbers of those still to play; None is all.
+            key: seeds the group together with the question, so that a retried group is sampled the same way.
+            members: numbers of the remaining members; None means all.
             yields: see :attr:`GroupTask.yields`.
         """
         members = range(self.group_size) if members is None else members
@@ -184,10 +175,10 @@ class RolloutEngine:
     async def play_group(
         self, under_way: GroupUnderWay, policy: GroupPolicy, budget: FailureBudget, *, step: int = 0
     ) -> Group:
-        """All members of one question's group, or those that ended before it was cut.
+        """Rolls out one question's group; returns the finished members if it is cut.
 
         Args:
-            step: that it is played in, for its events.
+            step: step number for its events.
         """
 
         tally, members = self.tally, len(under_way.task.members)
@@ -214,11 +205,11 @@ class RolloutEngine:
         return under_way.group()
 
     def pause(self, is_paused: bool) -> None:
-        """Asks the sampler for nothing more until it is called again with False; episodes wait where they are."""
+        """Stops new sampling requests until called with False; episodes wait where they are."""
         self.player.pause(is_paused)
 
     def _seed(self, key: str, question: Question) -> int | None:
         if self.sampling.seed is None:
             return None
-        # crc32, since Python's own hash of a string differs from process to process.
+        # crc32: Python's string hash differs between processes.
         return (self.sampling.seed * 1_000_003 + zlib.crc32(f"{key}/{question.id}".encode())) % 2**31

@@ -1,4 +1,4 @@
-"""Python's garbage collector kept from stopping the event loop."""
+"""Keeps Python's garbage collector from blocking the event loop."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _THRESHOLDS = (1_000, 10, 1_000)
-"""New objects until the youngest are looked through, how often until the middle ones are, and how often these until all are.
-What an episode leaves behind in cycles dies young; a look through all that 1,024 episodes hold stopped the loop for 178 ms, 4,096
-for 389 ms, and found nothing. The young ones hold long lists of tokens: 10,000 of them took up to 97 ms."""
+"""Collection thresholds of the three generations. Full collections are rare: they find nothing in live episodes and block for
+hundreds of ms. The youngest stays small, since its objects hold long token lists."""
 
 _users = 0
 _before = gc.get_threshold()
@@ -17,9 +16,9 @@ _before = gc.get_threshold()
 
 @contextmanager
 def rare_collections() -> Iterator[None]:
-    """While the block runs, all that was there before is left out of collections, and full ones are rare.
+    """Freezes existing objects and makes full collections rare while the block runs.
 
-    May be nested, and entered by several runs of a process; the last to leave puts things back.
+    Reentrant, also across concurrent runs in a process; the last exit restores the settings.
     """
     global _users, _before
     if not _users:

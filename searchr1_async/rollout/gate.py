@@ -1,4 +1,4 @@
-"""The right to sample: as many at once as the service and this process carry, and the latest turns first."""
+"""Admission of sampling requests: as many as the service and this process can handle, later turns first."""
 
 from __future__ import annotations
 
@@ -19,56 +19,52 @@ from searchr1_async.rollout.sharing import Sharing
 from searchr1_async.usage import TokenUsage
 
 LOOK_EVERY = 0.25
-"""Seconds between two looks for a push-back; the SDK backs off for 1 s at least after one, so none is missed."""
+"""Seconds between checks for back-pressure. The SDK backs off for at least 1 s, so none is missed."""
 
 
 @dataclass(frozen=True, slots=True)
 class GateStatistics:
-    """What goes through the gate: now, and in all so far."""
+    """Current state and totals of a gate."""
 
     in_flight: int
-    """Samples on their way."""
+    """Samples in flight."""
     requests: int
-    """That carry them."""
+    """Requests in flight."""
     waiting: int
-    """Samples that wait for room."""
+    """Samples waiting for admission."""
     limit: int
-    """Samples in flight at most, now."""
+    """Current maximum of samples in flight."""
     cause: Cause
-    """Why no more are in flight."""
     saturated_seconds: float
-    """For how long this process has been saturated without a break; 0 while it is not."""
+    """How long this process has been saturated without a break; 0 if it is not."""
     samples: int
-    """Sampled in all."""
+    """Total samples."""
     tokens: int
-    """In those."""
+    """Total sampled tokens."""
     prompt_tokens: int
-    """Of all requests that were sent, a shared prompt once for each of its samples."""
+    """Prompt tokens of all requests sent; a shared prompt counts once per sample."""
     cached_prompt_tokens: int
-    """Among ``prompt_tokens``, those billed as cache hits: what the service answered, and the prompt of every further sample of
-    a request. Of a request that failed or was cancelled the service's count is not known, and taken as 0."""
+    """Part of ``prompt_tokens`` billed as cache hits: as reported by the service, plus the prompts of all but the first sample of a
+    request. Counted as 0 for failed or cancelled requests."""
     failed: int
-    """Samples that the service failed."""
+    """Samples that failed at the service."""
     push_backs: int
-    """Looks at which the service had pushed back since the one before."""
+    """Number of checks that saw new back-pressure from the service."""
     groups: int
-    """Whose first turns were to be sampled as ``first_turn="auto"`` finds best."""
+    """Groups whose first turns were scheduled by ``first_turn="auto"``."""
     split_groups: int
-    """Of which so many got one request a member."""
+    """Those of ``groups`` that were sent as one request per member."""
     is_paused: bool
-    """Nobody is let in."""
 
     @property
     def usage(self) -> TokenUsage:
-        """The tokens that a service bills for what went through the gate."""
+        """Billed tokens of everything that passed the gate."""
         return TokenUsage(self.prompt_tokens, self.cached_prompt_tokens, self.tokens)
 
 
 def gate_metrics(gates: Sequence[GateStatistics]) -> dict[str, float]:
-    """Of the gates of all processes that play, by the names under which a run reports them.
-
-    Sums; ``rollout/limited_by/<cause>`` is the fraction of the gates with that cause.
-    """
+    """Rollout metrics summed over the gates of all processes; ``rollout/limited_by/<cause>`` is the fraction of gates with that
+    cause."""
     return {
         "rollout/samples_in_flight": float(sum(gate.in_flight for gate in gates)),
         "rollout/samples_waiting": float(sum(gate.waiting for gate in gates)),
@@ -85,8 +81,7 @@ def gate_metrics(gates: Sequence[GateStatistics]) -> dict[str, float]:
 
 
 class Slot:
-    """The right to send one request: an asynchronous context manager, which waits for it and gives it back. Made by
-    :meth:`SampleGate.slot`; used once."""
+    """Permission to send one request, as an async context manager. Created by :meth:`SampleGate.slot`; use it once."""
 
     __slots__ = (
         "_admitted",
@@ -114,17 +109,17 @@ class Slot:
         self._cached = 0
 
     def finished(self, tokens: Sequence[int], cached_prompt_tokens: int = 0) -> None:
-        """Tells the gate what the service answered.
+        """Reports the service's answer.
 
         Args:
-            tokens: the number of tokens of each sample of the request.
+            tokens: token count of each sample.
             cached_prompt_tokens: prompt tokens billed as cache hits, counted on one prompt as the service does.
         """
         self._tokens = sum(tokens)
         self._cached = cached_prompt_tokens
 
     async def __aenter__(self) -> Slot:
-        # No checkpoint where there is room: the request that follows is one, and it would cost more than all the rest.
+        # No checkpoint on the fast path: the request that follows is one.
         if not self._gate._enter(self, self._wanted):
             await self._gate._wait(self)
         return self
@@ -136,21 +131,18 @@ class Slot:
 
 
 class SampleGate:
-    """Admits sampling requests; see :class:`~searchr1_async.rollout.limit.SampleLimit` for how many.
+    """Admits sampling requests; :class:`~searchr1_async.rollout.limit.SampleLimit` decides how many.
 
-    Those that wait are admitted in order: later turns first, then longer prompts, then first come. An episode near its end
-    completes its group, and learning waits for groups; long prompts take longest. Nothing overtakes what comes before it in
-    that order, so a group's first turns get their places as soon as so many are free.
+    Priority: later turns first (an episode near its end completes its group), then longer prompts (they take longest), then
+    first come. Nothing overtakes the head of the queue, so a group's first turns are admitted as soon as there is room for all.
+    Requests that yield (an evaluation during training) come after all others.
 
-    Those that yield (an evaluation beside training) come behind all others, whatever their turns: they get the room that
-    nobody else waits for.
-
-    To be used in one event loop. A gate is made outside of any.
+    Use it in one event loop; it may be created outside of one.
 
     Args:
-        limit: how many.
+        limit: how many samples may be in flight.
         sharing: decides :meth:`is_sharing_worth_it`.
-        clock: in seconds, monotonic.
+        clock: monotonic, in seconds.
     """
 
     def __init__(
@@ -167,7 +159,7 @@ class SampleGate:
         self._looked_at = 0.0
         self._order = itertools.count()
         self._queue: list[tuple[bool, int, int, int, Slot]] = []
-        """A heap; it also holds those that were cancelled, until they come up."""
+        """Heap; cancelled entries stay until they reach the top."""
         self._waiting = 0
         self._samples = 0
         self._tokens = 0
@@ -178,39 +170,38 @@ class SampleGate:
         self._is_paused = False
 
     def slot(self, *, samples: int = 1, turn: int = 0, tokens: int = 0, yields: bool = False) -> Slot:
-        """Waits for the right to send one request, and holds it while the block runs.
+        """Waits for permission to send one request and holds it while the block runs.
 
         Args:
-            samples: that the request asks for; it takes as many places. Where there never are as many, it goes alone.
-            turn: of the episode, from 0; later turns are admitted first.
-            tokens: of the prompt; among equal turns longer prompts are admitted first.
-            yields: to every request that does not; among those that yield the order is the same.
+            samples: number of samples in the request. If it exceeds the limit, it runs alone.
+            turn: turn of the episode, from 0; later turns are admitted first.
+            tokens: prompt length; longer prompts are admitted first within a turn.
+            yields: wait behind every request that does not yield.
         """
         return Slot(self, samples, turn, tokens, yields)
 
     def is_sharing_worth_it(self, members: int) -> bool:
-        """Whether one request for the first turns of so many members costs less than one request each."""
+        """Whether one shared request for the first turns of a group is cheaper than one per member."""
         return self._sharing.is_worth_it(self._clock(), members)
 
     def watch(self, client: Any) -> None:
-        """Has a sampling client looked at for push-backs of its service, which the SDK hides."""
+        """Watches a sampling client for back-pressure from its service, which the SDK hides."""
         self._probe.watch(client)
 
     def client_is(self, reading: PulseReading) -> None:
-        """How this process is doing: for :class:`~searchr1_async.rollout.pulse.Pulse` to call."""
+        """Records the load of this process; a callback for :class:`~searchr1_async.rollout.pulse.Pulse`."""
         now = self._clock()
         self._limit.client_is(now, cpu=reading.cpu, lag=reading.lag_p50)
         self._sharing.client_is(seconds=reading.seconds, cpu=reading.cpu, is_saturated=self._limit.is_saturated)
         self._look(now)
 
     def pause(self, is_paused: bool) -> None:
-        """Lets nobody in until it is called again with False; requests on their way come to their end."""
+        """Stops admission until called with False; requests in flight finish."""
         self._is_paused = is_paused
         self._pump()
 
     @property
     def statistics(self) -> GateStatistics:
-        """How it stands now, and totals."""
         now, limit, sharing = self._clock(), self._limit, self._sharing
         return GateStatistics(
             in_flight=limit.in_flight,
@@ -231,7 +222,7 @@ class SampleGate:
         )
 
     def _enter(self, slot: Slot, tokens: int) -> bool:
-        """Lets it in where there is room and nobody before it; else it is put in line."""
+        """Admits the slot if there is room and nobody is waiting; else queues it."""
         if not self._waiting and not self._is_paused and self._limit.may_begin(slot.samples):
             self._admit(slot, self._clock())
             return True
@@ -242,7 +233,7 @@ class SampleGate:
         return slot._flight is not None
 
     async def _wait(self, slot: Slot) -> None:
-        """Until it is let in. One that is cancelled gives up its place in line, or the room that it had just been given."""
+        """Waits for admission. A cancelled slot gives up its queue entry, or the room it was just given."""
         assert slot._admitted is not None
         try:
             await slot._admitted.wait()
@@ -256,7 +247,7 @@ class SampleGate:
             raise
 
     def _admit(self, slot: Slot, now: float) -> None:
-        # One prompt is read for all samples of a request; the others' are billed as cache hits.
+        # A request reads its prompt once; the other samples' prompts are billed as cache hits.
         self._prompt_tokens += slot._wanted * slot.samples
         self._cached_prompt_tokens += slot._wanted * (slot.samples - 1)
         slot._flight = self._limit.begin(now, slot.samples)
@@ -282,7 +273,7 @@ class SampleGate:
         self._pump()
 
     def _pump(self) -> None:
-        """Lets in those that come first, as far as there is room."""
+        """Admits from the head of the queue while there is room."""
         queue = self._queue
         if not self._waiting:
             queue.clear()

@@ -1,17 +1,15 @@
-"""How many samples may be in flight from this process, and why not more: no clock, no task, no client.
+"""Adaptive limit on samples in flight. Pure: the caller passes times and observations to :class:`SampleLimit`.
 
-The caller passes the time and what it observed; :class:`SampleLimit` decides. What holds the number down is told apart,
-since each asks for something else:
+Four causes hold the limit down, and each needs a different remedy:
 
-- *The service pushes back*: fewer at once, by a factor (as TCP does: RFC 5681; the factor is that of CUBIC, RFC 9438), at most
-  once a round trip; more again only when it has been quiet for as long as the SDK itself is throttled after it.
-- *The service queues*: samples take longer in proportion to how many are in flight, so more at once gives no more samples a
-  second (Little's law: samples a second = in flight / seconds a sample). Then there is no growth.
-- *The client is saturated*: this process's CPU, or its event loop. More in flight would only wait here. No growth; more
-  processes would help.
-- *The work is done*: fewer are wanted than allowed. No growth, since a limit that is not used is not tested.
+- *The service pushes back*: multiplicative decrease (as in TCP, RFC 5681, with CUBIC's factor, RFC 9438), at most once per
+  round trip; no growth until the SDK's own throttling has ended.
+- *The service queues*: latency grows in proportion to the samples in flight, so more in flight gives no more samples per
+  second (Little's law). No growth.
+- *The client is saturated*: the process's CPU or event loop. No growth; more processes would help.
+- *The work is done*: fewer samples are wanted than allowed. No growth, since an unused limit is untested.
 
-A service that is slow by nature, whatever the load, holds nothing down.
+A service with high but load-independent latency does not hold the limit down.
 """
 
 from __future__ import annotations
@@ -28,83 +26,78 @@ class Cause(StrEnum):
     """Why no more samples are in flight."""
 
     GROWING = "growing"
-    """More are wanted; the limit grows."""
+    """More are wanted; the limit is growing."""
     WORK = "work"
     """No more are wanted."""
     SETTINGS = "settings"
-    """The settings allow no more."""
+    """The settings' maximum is reached."""
     SERVICE = "service"
-    """The service pushed back a short time ago."""
+    """The service pushed back recently."""
     QUEUE = "queue"
-    """The service queues: more in flight gives no more samples a second."""
+    """The service queues: more in flight gives no more samples per second."""
     CLIENT = "client"
     """This process is saturated."""
 
 
 @dataclass(frozen=True, slots=True)
 class LimitSettings:
-    """The bounds of the limit.
+    """Bounds of the limit.
 
     Raises:
-        ConfigurationError: a bound below 1, or the least over the most.
+        ConfigurationError: a bound is below 1, or the least exceeds the most.
     """
 
     first: Count = 2048
-    """Samples in flight to begin with: half of what the ancestor's recipe sends at once (512 groups of 8), and twice a batch of
-    128 groups of 8. It doubles with each round trip while more are wanted."""
+    """Initial samples in flight: two batches of 128 groups of 8. Doubles each round trip while more are wanted."""
     least: Count = 8
-    """A group's first turns."""
+    """The first turns of one group."""
     most: Count = 4096
-    """``SamplingSettings.max_episodes_in_flight``, or this process's share of it: an episode samples one turn at a time."""
+    """This process's share of ``SamplingSettings.max_episodes_in_flight``: an episode samples one turn at a time."""
     most_requests: Count = 1900
-    """Requests in flight. From 2,000 on a sampling client the SDK queues them itself, first come first served; what is left is
-    for evaluation and for log-probabilities, which use the same client."""
+    """Requests in flight. The SDK queues requests first come, first served from 2,000 per client; the rest is for evaluation and
+    log-probabilities on the same client."""
 
     def __post_init__(self) -> None:
         check_settings(self)
 
     def within(self, files: OpenFiles) -> LimitSettings:
-        """These bounds, as far as this process may open connections: each request holds one, on which it waits."""
+        """Lowers ``most_requests`` to the open-file limit: each request holds a connection."""
         requests = files.requests
         return self if requests is None else replace(self, most_requests=min(self.most_requests, requests))
 
 
 @dataclass(eq=False, frozen=True, slots=True)
 class Flight:
-    """One request on its way."""
+    """One request in flight."""
 
     began: float
     samples: int
     in_flight: int
-    """Samples in flight when it began, its own included."""
+    """Samples in flight when it began, including its own."""
 
 
 BACK_OFF = 0.7
-"""The factor by which a push-back lowers the limit: that of CUBIC. The SDK throttles itself besides, so half is not needed."""
+"""Factor by which back-pressure lowers the limit (CUBIC). Not 0.5, since the SDK also throttles itself."""
 QUIET_SECONDS = 10.0
-"""For so long after a push-back the SDK sends only 10 requests at a time: whether the service takes more cannot be seen before."""
+"""Seconds after back-pressure in which the SDK sends only 10 requests at a time, so capacity cannot be observed."""
 CAREFUL_GROWTH = 1 / 16
-"""Of the limit, each round trip, once the service has pushed back; before, it doubles."""
+"""Growth per round trip, relative to the limit, after any back-pressure; before, the limit doubles."""
 SATURATED_CPU = 0.85
-"""Of one core. The SDK's thread and the event loop share one interpreter lock: at 260-380 samples/s the process used 0.9 to 1.0
-of a core and more in flight only waited (2,000 in flight: 6.8 s for a sample of 1 s)."""
+"""Cores. The SDK's thread and the event loop share the GIL: at 0.9 to 1.0 cores, more in flight only waits."""
 SATURATED_LAG = 0.02
-"""Seconds of median lag. The median, since one long piece of work is no saturation; an idle loop's is under 1 ms."""
+"""Median event loop lag in seconds. The median, since one long task is no saturation; an idle loop has under 1 ms."""
 RELIEF = 0.85
-"""Of either threshold: below both the process counts as no longer saturated."""
+"""Fraction of both thresholds below which the process is no longer saturated."""
 QUEUE_ELASTICITY = 0.7
-"""d log(seconds a sample) / d log(in flight) from which on the service counts as queueing: twice as many in flight then give at
-most 23 % more samples a second. A pure queue has 1, a service with room 0."""
+"""d log(latency) / d log(in flight) from which the service counts as queueing: doubling the load then gives at most 23 % more
+samples per second. A pure queue has 1, a service with spare capacity 0."""
 
 
 class SampleLimit:
-    """How many samples may be in flight.
+    """Adaptive limit on samples in flight.
 
-    Args:
-        settings: its bounds.
-
-    Every request is begun by :meth:`begin` and ended by exactly one of :meth:`finished`, :meth:`failed` and :meth:`abandoned`.
-    Times are seconds of one monotonic clock.
+    Every request is opened by :meth:`begin` and closed by exactly one of :meth:`finished`, :meth:`failed` and
+    :meth:`abandoned`. Times are seconds on one monotonic clock.
     """
 
     def __init__(self, settings: LimitSettings | None = None) -> None:
@@ -124,51 +117,39 @@ class SampleLimit:
 
     @property
     def limit(self) -> int:
-        """Samples at once, now."""
+        """Current maximum of samples in flight."""
         return int(self._limit)
 
     @property
     def in_flight(self) -> int:
-        """Samples on their way."""
         return self._in_flight
 
     @property
     def requests(self) -> int:
-        """Requests on their way."""
         return self._requests
 
     @property
-    def round_trip(self) -> float | None:
-        """Seconds a request, the last ones weighing most; None before the first answer."""
-        return self._round_trip
-
-    @property
     def is_saturated(self) -> bool:
-        """This process can do no more."""
+        """This process is at capacity."""
         return self._saturated_since is not None
 
     @property
     def is_queueing(self) -> bool:
-        """More in flight gives no more samples a second."""
+        """More in flight gives no more samples per second."""
         return self._single.is_steep or self._shared.is_steep
 
     def saturated_for(self, now: float) -> float:
-        """Seconds for which this process has been saturated without a break; 0 while it is not. More processes help where
-        this lasts."""
+        """Seconds for which this process has been saturated without a break; 0 if it is not."""
         return 0.0 if self._saturated_since is None else now - self._saturated_since
 
     def may_begin(self, samples: int) -> bool:
-        """Whether a request for so many samples may go now. One larger than the limit goes when nothing else is in flight."""
+        """Whether a request may be sent now. One larger than the limit is sent when nothing else is in flight."""
         if not self._in_flight:
             return True
         return self._in_flight + samples <= int(self._limit) and self._requests < self.settings.most_requests
 
     def cause(self, now: float, wanted: int) -> Cause:
-        """Why no more are in flight.
-
-        Args:
-            wanted: samples that wait for room.
-        """
+        """Why no more are in flight; ``wanted`` is the number of waiting samples."""
         if now - self._pushed_back_at < QUIET_SECONDS:
             return Cause.SERVICE
         if self.is_saturated:
@@ -180,54 +161,50 @@ class SampleLimit:
         return Cause.QUEUE if self.is_queueing else Cause.GROWING
 
     def begin(self, now: float, samples: int = 1) -> Flight:
-        """A request goes out."""
+        """Records a sent request."""
         self._in_flight += samples
         self._requests += 1
         return Flight(now, samples, self._in_flight)
 
     def finished(self, flight: Flight, now: float, *, is_short: bool) -> None:
-        """An answer came.
-
-        Args:
-            is_short: others wait for room, so a higher limit would be used.
-        """
+        """Records an answer; ``is_short`` if others wait for room, so that a higher limit would be used."""
         self._end(flight)
         seconds = max(now - flight.began, 1e-6)
         self._round_trip = seconds if self._round_trip is None else self._round_trip + (seconds - self._round_trip) / 64
-        # What waited in this process, or in the SDK after a push-back, says nothing of how the service takes load.
-        was_held_here = self.is_saturated or self._relieved_at > flight.began
-        if not was_held_here and self._pushed_back_at + QUIET_SECONDS < flight.began:
+        # Time spent waiting in this process or throttled in the SDK says nothing about the service.
+        waited_here = self.is_saturated or self._relieved_at > flight.began
+        if not waited_here and self._pushed_back_at + QUIET_SECONDS < flight.began:
             curve = self._single if flight.samples == 1 else self._shared
             curve.add(flight.in_flight, seconds)
         if is_short and self._may_grow(now):
-            # Each answer adds its own samples, so a round trip's answers double the limit.
+            # Each answer adds its own samples, so one round trip doubles the limit.
             self._limit += flight.samples * (CAREFUL_GROWTH if self._has_pushed_back else 1.0)
             self._limit = min(self._limit, self._most)
 
     def failed(self, flight: Flight) -> None:
-        """The service failed it for good; that says nothing of how many it takes."""
+        """Records a permanent failure, which says nothing about capacity."""
         self._end(flight)
 
     def abandoned(self, flight: Flight) -> None:
-        """Nobody waits for the answer any more."""
+        """Records a cancelled request."""
         self._end(flight)
 
     def pushed_back(self, now: float) -> None:
-        """The service said "fewer" to some request of this process; at most one step down a round trip."""
+        """Records back-pressure; lowers the limit at most once per round trip."""
         self._pushed_back_at = now
         self._has_pushed_back = True
-        # Above the limit, what was sent before it was lowered still drains: the limit itself has not been tested.
+        # Above the limit, requests sent before the last decrease still drain: the new limit is untested.
         if self._in_flight > self._limit or now - self._lowered_at < max(1.0, self._round_trip or 0.0):
             return
         self._limit = max(self._least, BACK_OFF * min(self._limit, self._in_flight))
         self._lowered_at = now
 
     def client_is(self, now: float, *, cpu: float, lag: float) -> None:
-        """How this process is doing.
+        """Records the load of this process.
 
         Args:
-            cpu: seconds of CPU a second, all threads.
-            lag: the event loop's median lag, in seconds.
+            cpu: cores used, over all threads.
+            lag: median event loop lag in seconds.
         """
         if cpu >= SATURATED_CPU or lag >= SATURATED_LAG:
             if self._saturated_since is None:
@@ -246,36 +223,35 @@ class SampleLimit:
 
 @dataclass(slots=True)
 class _Load:
-    """What was seen at one load: averages of logarithms, in which a long tail weighs little."""
+    """Averages at one load, of logarithms so that a long tail weighs little."""
 
     count: int = 0
     log_in_flight: float = 0.0
     log_seconds: float = 0.0
     seen: int = 0
-    """The number of the observation that came last."""
+    """Number of the last observation."""
 
 
 @dataclass(slots=True)
 class LoadCurve:
-    """How long requests take, by how many samples were in flight when they began.
+    """Latency as a function of the samples in flight, in powers of two.
 
-    Loads are kept by powers of two. A burst sends requests at every load from 1 on within a moment, so the curve is known
-    after a round trip, without trying more. With a spread of e in seconds a sample, 64 requests tell a mean to 13 %; the slope between
-    a load and the one half as high is then off by less than 0.3 in two of three cases.
+    A burst starts requests at every load from 1 up, so one round trip gives the whole curve.
     """
 
     loads: dict[int, _Load] = field(default_factory=dict)
     top: int = 0
-    """The power of two at which requests last began in number."""
+    """Highest power of two with enough recent requests."""
     seen: int = 0
 
     ENOUGH = 64
-    """Requests at a load before it counts; also the memory of its averages, in requests."""
+    """Requests before a load counts, and window of its averages. 64 give the slope within 0.3 if latency varies like an
+    exponential."""
     STALE = 20_000
-    """Requests after which an average that got no new one is forgotten: the service may have changed."""
+    """Requests after which an average without new data is dropped, since the service may have changed."""
 
     def add(self, in_flight: int, seconds: float) -> None:
-        """One request that took so long, begun with so many samples in flight."""
+        """Adds a request's latency, with the samples in flight when it began."""
         self.seen += 1
         power = in_flight.bit_length() - 1
         load = self.loads.get(power)
@@ -291,7 +267,7 @@ class LoadCurve:
 
     @property
     def elasticity(self) -> float | None:
-        """d log(seconds) / d log(in flight) at the highest load, from it and the next lower one; None where too few were seen."""
+        """d log(latency) / d log(in flight) between the two highest known loads; None if too few requests were seen."""
         high = self.loads.get(self.top)
         if high is None or high.count < self.ENOUGH:
             return None

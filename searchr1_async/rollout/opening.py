@@ -1,4 +1,4 @@
-"""An engine opened with everything that plays for it, and closed again whatever happens."""
+"""Opens a rollout engine with its player, and closes it reliably."""
 
 from __future__ import annotations
 
@@ -42,18 +42,18 @@ async def open_engine(
     emit: Emit,
     search_metrics: Callable[[], Mapping[str, float]] = dict,
 ) -> AsyncIterator[RolloutEngine]:
-    """An engine that plays in this process, or in others where ``sampling.workers`` says so.
+    """Opens an engine that runs in this process, or in workers as set by ``sampling.workers``.
 
-    While it is open it tells how the playing stands, four times a second (:class:`~searchr1_async.events.RolloutSampled`).
+    While open, it emits :class:`~searchr1_async.events.RolloutSampled` at 4 Hz.
 
     Args:
-        spec: how to play, here and there.
-        tokenizer: the one that ``spec`` names, loaded.
-        search_metrics: totals of the search, to be told with it.
+        spec: rollout configuration, the same for all processes.
+        tokenizer: the loaded tokenizer of ``spec``.
+        search_metrics: search totals to emit.
 
     Raises:
-        ModelError: an unknown format or renderer.
-        ServiceError: a worker did not come up.
+        ModelError: the format or renderer is unknown.
+        ServiceError: a worker did not start.
     """
     dialect = make_dialect(
         spec.format_name,
@@ -113,7 +113,7 @@ async def open_engine(
             )
             tasks.cancel_scope.cancel()
             reading.look_at_search()
-            emit(look())  # the totals, at the last
+            emit(look())  # final totals
 
 
 @asynccontextmanager

@@ -1,4 +1,4 @@
-"""In which order questions are played: one stream of places over all epochs, each epoch shuffled with the seed."""
+"""Order of the questions: one stream of places over all epochs, each epoch shuffled with the seed."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from searchr1_async.errors import QuestionsError
 
 
 class QuestionOrder:
-    """Every question of every epoch by its place: 0, 1, 2, … over the whole run.
+    """Maps places (0, 1, 2, … over the whole run) to questions.
 
-    A place is all that a resume point needs to know of a question, and all that its sampling seed depends on.
+    A resume point and a sampling seed depend on a question only through its place.
 
     Raises:
-        QuestionsError: no questions, or two with one id (records name questions by id).
+        QuestionsError: there are no questions, or two share an id.
     """
 
     def __init__(self, questions: Sequence[Question], *, seed: int) -> None:
@@ -30,23 +30,22 @@ class QuestionOrder:
             seen.add(question.id)
         self._questions = tuple(questions)
         self._seed = seed
-        # Two, since groups of one epoch may still be under way when the next begins.
+        # Two, since groups of one epoch may still be running when the next begins.
         self._shuffled = lru_cache(maxsize=2)(self._shuffle)
 
     def __len__(self) -> int:
-        """Questions an epoch."""
+        """Questions per epoch."""
         return len(self._questions)
 
     @property
     def fingerprint(self) -> str:
-        """Changes with any question's id or place, and with the seed: a resume point is good for one order only."""
+        """Changes with any question's id or position and with the seed: a resume point is valid for one order only."""
         digest = hashlib.sha256(str(self._seed).encode())
         for question in self._questions:
             digest.update(b"\0" + question.id.encode("utf-8", "replace"))
         return digest.hexdigest()[:16]
 
     def question(self, place: int) -> Question:
-        """The question at a place; any place is known by itself."""
         epoch, offset = divmod(place, len(self._questions))
         return self._shuffled(epoch)[offset]
 

@@ -1,4 +1,4 @@
-"""A group's episodes played in this process: the first turns as one request or several, then each member by itself."""
+"""Rolls out a group in this process: shared or separate first turns, then each member on its own."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from searchr1_async.rollout.turns import LoopTurns
 
 
 class GroupPolicy(Policy, Protocol):
-    """A policy that can also answer a group's first turn in one request."""
+    """A policy that can also sample a group's first turns in one request."""
 
     def sample_many(
         self,
@@ -36,28 +36,28 @@ class GroupPolicy(Policy, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class GroupTask:
-    """One group to play."""
+    """One group to roll out."""
 
     place: int
-    """Of the group among all that a run plays; unique."""
+    """Unique number of the group within the run."""
     question: Question
     members: tuple[int, ...]
-    """The numbers of the members to play: all of them, but for a group of which some have finished already."""
+    """Numbers of the members to roll out: all, except after a resume."""
     seed: int | None = None
-    """Of the whole group's sampling; None lets the service choose."""
+    """Sampling seed of the group; None lets the service choose."""
     yields: bool = False
-    """Its samples wait behind those of every group that does not yield: it is played with what others leave."""
+    """Its samples wait behind those of every group that does not yield."""
 
 
 Finished = Callable[[int, Episode], Awaitable[None]]
-"""Takes a member's number and its episode, which has no reward yet."""
+"""Receives a member's number and its episode, not yet scored."""
 
 
 class GroupPlayer(Protocol):
-    """Plays groups, here or in other processes."""
+    """Rolls out groups, in this process or in workers."""
 
     async def play(self, task: GroupTask, policy: GroupPolicy, finished: Finished) -> None:
-        """Plays a group; ``finished`` gets every member once, each as it ends. Cancelling this cancels every episode.
+        """Rolls out a group and passes each member to ``finished`` as it ends. Cancelling this cancels every episode.
 
         Raises:
             SearchError: a fatal one (``is_fatal``).
@@ -65,17 +65,17 @@ class GroupPlayer(Protocol):
         ...
 
     def pause(self, is_paused: bool) -> None:
-        """Asks the sampler for nothing more until it is called again with False; episodes wait where they are."""
+        """Stops new sampling requests until called with False; episodes wait where they are."""
         ...
 
 
 class LocalPlayer:
-    """Plays groups in this process.
+    """Rolls out groups in this process.
 
     Args:
-        gate: gives the right to sample, late turns first; see :class:`SampleGate`.
+        gate: admits sampling requests, later turns first.
         first_turn: see :attr:`SamplingSettings.first_turn`.
-        method: how questions are put to the model; ``dialect`` must have been made for it.
+        method: prompting method; ``dialect`` must match it.
     """
 
     def __init__(
@@ -97,12 +97,11 @@ class LocalPlayer:
         self._deadlines = PausableDeadlines()
 
     def pause(self, is_paused: bool) -> None:
-        """See :class:`GroupPlayer`; the episodes' time limits stand still as well."""
+        """See :class:`GroupPlayer`; also pauses the episodes' deadlines."""
         self._gate.pause(is_paused)
         self._deadlines.pause(is_paused)
 
     async def play(self, task: GroupTask, policy: GroupPolicy, finished: Finished) -> None:
-        """See :class:`GroupPlayer`."""
         began, held = time.monotonic(), self._deadlines.held
         self._gate.watch(getattr(policy, "client", None))
         prompt: tuple[int, ...] = ()
@@ -120,10 +119,10 @@ class LocalPlayer:
         except (ServiceError, SearchError, TimeoutError) as fault:
             if isinstance(fault, SearchError) and fault.is_fatal:
                 raise
-            await self._none_began(task, prompt, given, fault, time.monotonic() - began, finished)
+            await self._fail_all(task, prompt, given, fault, time.monotonic() - began, finished)
             return
 
-        began += self._deadlines.held - held  # what is left of their time limit
+        began += self._deadlines.held - held  # pauses do not count towards the time limit
 
         async def one(member: int, first: SampledTurn | None) -> None:
             if first is not None:
@@ -139,7 +138,7 @@ class LocalPlayer:
                 first_turn=first,
                 prompt_tokens=prompt,
                 given=given,
-                # Members must differ in their later turns, and a turn from the next: at most 64 turns apart.
+                # Seeds must differ between members and turns; an episode has at most 64 turns.
                 seed=None if task.seed is None else task.seed + 64 * (member + 1),
                 began=began,
                 time_limit=self._deadlines.limit,
@@ -151,7 +150,7 @@ class LocalPlayer:
                 tasks.start_soon(one, member, first)
 
     async def _retrieve(self, question: Question) -> SearchCall:
-        """One search with the question itself, for the whole group."""
+        """One search for the question itself, shared by the group."""
         query = self._search.clean_query(question.question)
         if query is None:
             return SearchCall((), problem="the question cannot be searched for (too long or unreadable)")
@@ -177,12 +176,12 @@ class LocalPlayer:
 
     def _is_shared(self, task: GroupTask, prompt: Sequence[int]) -> bool:
         if len(prompt) + self._limits.max_tokens > self._limits.max_trajectory_tokens:
-            return False  # no turn fits: each episode ends by itself
+            return False  # no turn fits; each episode ends on its own
         if self._first_turn == "auto":
             return self._gate.is_sharing_worth_it(len(task.members))
         return self._first_turn == "shared"
 
-    async def _none_began(
+    async def _fail_all(
         self,
         task: GroupTask,
         prompt: tuple[int, ...],
@@ -201,7 +200,7 @@ class LocalPlayer:
 
 @dataclass
 class _GatedPolicy:
-    """One episode's way to the sampler: it waits for its slot with the turn that it is at."""
+    """One episode's access to the sampler: waits for a slot with the episode's current turn."""
 
     policy: Policy
     gate: SampleGate
@@ -214,18 +213,18 @@ class _GatedPolicy:
         self, prompt_tokens: Sequence[int], *, max_tokens: int, stop: list[int] | list[str], seed: int | None
     ) -> SampledTurn:
         async with self.gate.slot(turn=self.turn, tokens=len(prompt_tokens), yields=self.yields) as slot:
-            await self.turns.turn()  # handing a request to the SDK takes about a millisecond of this thread
+            await self.turns.turn()  # submitting a request blocks this thread for about a millisecond
             with self.deadlines.governing():
                 sampled = await self.policy.sample(prompt_tokens, max_tokens=max_tokens, stop=stop, seed=seed)
             slot.finished([len(sampled.tokens)], sampled.cached_prompt_tokens)
         self.turn += 1
-        await self.turns.turn()  # it is read next
+        await self.turns.turn()  # parsing comes next
         return sampled
 
 
 @dataclass(frozen=True, slots=True)
 class _SharedSearch:
-    """The search, whose passages are rendered when the event loop has a turn for it."""
+    """Search that yields to the event loop before its passages are rendered."""
 
     search_tool: SearchTool
     turns: LoopTurns

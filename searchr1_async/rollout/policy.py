@@ -1,4 +1,4 @@
-"""The policy: one version of the weights behind a Tinker sampling client, as episodes use it."""
+"""Policy for episodes: one version of the weights behind a Tinker sampling client."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from searchr1_async.errors import ServiceError
 
 
 class TinkerPolicy:
-    """Samples turns from one version of the weights, or, by an in-flight client, from these and newer ones.
+    """Samples turns from one version of the weights; with an in-flight client, also from newer ones.
 
     Args:
-        client: a sampling client.
-        version: steps done before the weights that it was made from.
+        client: sampling client.
+        version: optimizer steps before the client's weights.
     """
 
     def __init__(self, client: tinker.SamplingClient, version: int, settings: SamplingSettings) -> None:
@@ -32,10 +32,10 @@ class TinkerPolicy:
     async def sample(
         self, prompt_tokens: Sequence[int], *, max_tokens: int, stop: list[int] | list[str], seed: int | None
     ) -> SampledTurn:
-        """One continuation.
+        """Samples one continuation.
 
         Raises:
-            ServiceError: the service refused, failed for good, or was silent past the deadline.
+            ServiceError: the service failed or did not answer before the deadline.
         """
         (turn,) = await self.sample_many(prompt_tokens, 1, max_tokens=max_tokens, stop=stop, seed=seed)
         return turn
@@ -49,16 +49,16 @@ class TinkerPolicy:
         stop: list[int] | list[str],
         seed: int | None,
     ) -> list[SampledTurn]:
-        """``count`` continuations of one prompt in one request: its tokens are sent and read only once.
+        """Samples ``count`` continuations of one prompt in one request, so that the prompt is sent and read once.
 
         Raises:
-            ServiceError: the service refused, failed for good, or was silent past the deadline.
+            ServiceError: the service failed or did not answer before the deadline.
         """
         began = time.monotonic()
         params = tinker_types.SamplingParams(
             max_tokens=max_tokens, temperature=self.settings.temperature, stop=stop, seed=seed
         )
-        # Neither checked nor copied: they are tokens, and stay as they are until the answer is there.
+        # Skips validation and a copy: the tokens are valid and do not change.
         chunk = tinker_types.EncodedTextChunk.model_construct(tokens=prompt_tokens)
         prompt = tinker_types.ModelInput(chunks=[chunk])
         response: tinker_types.SampleResponse | None = None
@@ -66,16 +66,18 @@ class TinkerPolicy:
             with time_limit(self.settings.deadline):
                 response = await self.client.sample(prompt, count, params)
         except SDK_FAULTS as error:
-            raise ServiceError(f"the Tinker service gave no sample: {fault_text(error)}") from error
+            raise ServiceError(f"the Tinker service failed to sample: {fault_text(error)}") from error
         if response is None:
             raise ServiceError(
-                f"the Tinker service gave no sample within {self.settings.deadline:g} s (the sampling deadline)"
+                f"the Tinker service returned no sample within {self.settings.deadline:g} s (the sampling deadline)"
             )
         seconds = time.monotonic() - began
         turns: list[SampledTurn] = []
         for sequence in response.sequences:
             if sequence.logprobs is None:
-                raise ServiceError("the Tinker service sampled without log-probabilities, which learning needs")
+                raise ServiceError(
+                    "the Tinker service returned samples without log-probabilities, which training needs"
+                )
             turns.append(
                 SampledTurn(
                     tokens=tuple(sequence.tokens),
@@ -84,18 +86,18 @@ class TinkerPolicy:
                     policy_version=self.version,
                     seconds=seconds,
                     sequence_id=sequence.sequence_id,
-                    # The prompt is read once: of the other samples it is billed as cached whole.
+                    # The prompt is read once; for the other samples it is billed as fully cached.
                     cached_prompt_tokens=len(prompt_tokens) if turns else response.prompt_cache_hit_tokens,
                 )
             )
         if len(turns) != count:
-            raise ServiceError(f"the Tinker service gave {len(turns)} samples where {count} were asked for")
+            raise ServiceError(f"the Tinker service returned {len(turns)} samples instead of {count}")
         return turns
 
 
 @dataclass(slots=True)
 class NewestWeights:
-    """The newest weights of a run, for whatever has to begin under them."""
+    """The run's newest weights, for everything that starts under them."""
 
     current: TinkerPolicy
     """Replaced when a step's weights are published."""

@@ -1,4 +1,4 @@
-"""The pulse of the event loop: how late its timers are, and how much CPU the process takes."""
+"""Event loop lag and CPU use of this process."""
 
 from __future__ import annotations
 
@@ -12,40 +12,39 @@ from types import TracebackType
 import anyio
 
 INTERVAL = 0.02
-"""Seconds between two beats of a busy process. What holds the loop is seen as shorter by at most so much."""
+"""Seconds between beats of a busy process; also the resolution of the measured lag."""
 IDLE_INTERVAL = 0.1
-"""Seconds between two beats of an idle process, where each has to wake it: up to 0.2 ms of CPU on a virtual machine."""
+"""Seconds between beats of an idle process, where each beat costs a wake-up."""
 IDLE_CPU = 0.1
-"""Of one core: below it the process is idle."""
+"""Cores below which the process counts as idle."""
 LONGEST_FOLLOWED = 1000
-"""Beats that one long piece of work may stand for."""
+"""Maximum number of missed beats counted for one blocking task."""
 _SMALLEST, _GROWTH, _BUCKETS = 1e-5, 1.1, 200
-"""Of the histogram: 10 us to 30 minutes, each bucket a tenth wider than the last."""
+"""Histogram: 10 us to 30 minutes, each bucket 10 % wider than the last."""
 _LOG_GROWTH = math.log(_GROWTH)
 
 
 @dataclass(frozen=True, slots=True)
 class PulseReading:
-    """What was measured in some time."""
+    """Measurements over one time span."""
 
     seconds: float
-    """How long that was."""
+    """Length of the span."""
     lag_p50: float
-    """Seconds by which something due at a moment of this time was late, in the median (to 10 %)."""
+    """Median event loop lag in seconds, within 10 %."""
     lag_p99: float
-    """At the 99th percentile."""
+    """99th percentile of the lag."""
     lag_max: float
-    """At worst; exact."""
+    """Maximum lag, exact."""
     cpu: float
-    """Seconds of CPU a second, all threads of the process."""
+    """Cores used, over all threads of the process."""
 
     def metrics(self) -> dict[str, float]:
-        """By the names under which a run reports them."""
         return {"loop/lag_p99": self.lag_p99, "loop/lag_max": self.lag_max, "loop/cpu": self.cpu}
 
 
 class Lags:
-    """A histogram of delays: its size does not grow with the time."""
+    """Histogram of delays, of fixed size."""
 
     def __init__(self) -> None:
         self._counts = [0] * _BUCKETS
@@ -53,11 +52,11 @@ class Lags:
         self.max = 0.0
 
     def add(self, lag: float, interval: float = INTERVAL) -> None:
-        """One beat that was late by so many seconds, when it was due ``interval`` after the last.
+        """Adds a beat that was ``lag`` seconds late, due ``interval`` after the last.
 
-        A piece of work that holds the loop for many intervals delays one beat only, though whatever became due meanwhile
-        waited too. So the beats that it kept from happening are counted with it, each with its own delay (Tene,
-        "How NOT to Measure Latency", on coordinated omission); and a long interval for the quiet beats left out of it.
+        Work that blocks the loop for many intervals delays one beat, though everything due meanwhile waited. So the missed beats
+        are counted too, each with its own delay (Tene, "How NOT to Measure Latency", on coordinated omission), and a long
+        interval adds the on-time beats it skipped.
         """
         self.max = max(self.max, lag)
         self._tally(0.0, max(0, round(interval / INTERVAL) - 1))
@@ -70,7 +69,7 @@ class Lags:
         self._count += times
 
     def quantile(self, share: float) -> float:
-        """The upper edge of the bucket in which that share of all delays is reached; 0 when there are none."""
+        """Upper edge of the bucket where this share of all delays is reached; 0 if there are none."""
         below = 0
         for bucket, count in enumerate(self._counts):
             below += count
@@ -80,7 +79,7 @@ class Lags:
 
 
 class _Measure:
-    """One time span being measured."""
+    """One time span in progress."""
 
     def __init__(self, now: float, cpu: float) -> None:
         self.began = now
@@ -96,16 +95,16 @@ class _Measure:
 
 
 class Pulse:
-    """Measures the event loop that it runs in, as a task of a task group (``tasks.start_soon(pulse.run)``) or by itself::
+    """Measures the event loop it runs in, as a task (``tasks.start_soon(pulse.run)``) or as a context manager::
 
         async with Pulse(gate.client_is) as pulse:
             ...
             pulse.take().metrics()
 
     Args:
-        hear: gets a reading every ``every`` seconds, and decides by it.
-        every: seconds; so long a time that a moment's load does not count as saturation.
-        clock: in seconds, monotonic.
+        hear: receives a reading every ``every`` seconds.
+        every: seconds; long enough that a short peak does not count as saturation.
+        clock: monotonic, in seconds.
         cpu_clock: CPU seconds of the process.
     """
 
@@ -125,20 +124,20 @@ class Pulse:
         self._tasks: anyio.abc.TaskGroup | None = None
 
     def take(self) -> PulseReading:
-        """What was measured since this was last asked for."""
+        """Measurements since the last call."""
         reading = self._long.read(self._clock(), self._cpu_clock())
         self._long = self._begin()
         return reading
 
     async def run(self) -> None:
-        """Measures until it is cancelled. One at a time."""
+        """Measures until cancelled. Run one at a time."""
         loop = asyncio.get_running_loop()
         broken: asyncio.Future[None] = loop.create_future()
         clock, cpu_clock = self._clock, self._cpu_clock
         self._short, self._long = self._begin(), self._begin()
         last, last_cpu, interval = clock(), cpu_clock(), INTERVAL
 
-        # Callbacks of the loop itself: waking a task costs half as much again, and beats are all that this costs.
+        # Loop callbacks, since waking a task would cost half as much again.
         def beat() -> None:
             nonlocal last, last_cpu, interval, timer
             try:

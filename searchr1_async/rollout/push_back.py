@@ -1,9 +1,8 @@
-"""Sees what the SDK keeps to itself: that the service told it to slow down.
+"""Detects back-pressure from the service, which the SDK hides.
 
-The SDK answers "too many requests" (429) by holding all samples of its session back for 1 to 5 s, and "paused for capacity" by
-asking again; its caller sees only longer waits. Two traces of it can be read: the time until which the session's holder
-backs off, and the calls by which a sampling client is told of its queue's state. Neither is promised: where one is missing, the
-other is used, and without both nothing is seen.
+On "too many requests" (429) the SDK holds all samples of its session back for 1 to 5 s, and on "paused for capacity" it retries;
+callers see only longer waits. It leaves two traces: the session holder's back-off time, and the queue-state callback of a
+sampling client. Both are SDK internals: if one is missing the other is used, and without both nothing is detected.
 """
 
 from __future__ import annotations
@@ -15,34 +14,34 @@ from typing import Any
 HOLDER_FIELD = "_sample_backoff_until"
 OBSERVER = "on_queue_state_change"
 PAUSED = "PAUSED_CAPACITY"
-"""The state of a service that is short of capacity. (PAUSED_RATE_LIMIT is about the number of weights that are sampled from: it is
-not cured by fewer samples.)"""
+"""Queue state of a service short of capacity. (Fewer samples do not help with PAUSED_RATE_LIMIT, which limits the number of
+weights sampled from.)"""
 
 
 class PushBackProbe:
-    """Watches the sampling clients of this process. :meth:`watch` and :meth:`take` are called on one thread."""
+    """Watches the sampling clients of this process. Call :meth:`watch` and :meth:`take` on one thread."""
 
     def __init__(self) -> None:
         self._holders: dict[int, tuple[weakref.ref[Any], Any]] = {}
-        """Of each holder, by its identity: itself, and the back-off last seen."""
-        # The SDK tells of its queue on its own thread.
+        """By identity: the holder and its last seen back-off time."""
+        # The SDK reports queue states on its own thread.
         self._paused = threading.Event()
 
     def watch(self, client: Any) -> None:
-        """Looks at one more sampling client; one that is gone is forgotten by itself."""
+        """Adds a sampling client; clients are dropped when garbage-collected."""
         holder = getattr(client, "holder", None)
         if holder is not None and id(holder) not in self._holders:
             try:
                 number = id(holder)
                 reference = weakref.ref(holder, lambda _: self._holders.pop(number, None))
-            except TypeError:  # it cannot be referred to weakly, and is not to be kept alive by this
+            except TypeError:  # not weakly referenceable, and must not be kept alive
                 pass
             else:
                 self._holders[number] = (reference, getattr(holder, HOLDER_FIELD, None))
         self._listen(client)
 
     def take(self) -> bool:
-        """Whether the service pushed back since this was last asked."""
+        """Whether the service pushed back since the last call."""
         pushed = self._paused.is_set()
         if pushed:
             self._paused.clear()
@@ -54,12 +53,12 @@ class PushBackProbe:
         return pushed
 
     def _listen(self, client: Any) -> None:
-        """Hears the client's queue state, and passes it on to the client as before."""
+        """Wraps the client's queue-state callback."""
         if not callable(getattr(client, OBSERVER, None)) or OBSERVER in getattr(client, "__dict__", {OBSERVER: None}):
             return
         paused, kind = self._paused, type(client)
         try:
-            reference = weakref.ref(client)  # a reference proper would make a cycle, and keep old weights' clients
+            reference = weakref.ref(client)  # a strong reference would be a cycle that keeps old clients alive
         except TypeError:
             return
 

@@ -1,4 +1,4 @@
-"""How the playing stands, looked at a few times a second and told as an event."""
+"""Rollout telemetry, emitted as an event at 4 Hz."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from searchr1_async.usage import TokenUsage, total_usage
 
 NOTHING = TokenUsage()
 TELL_EVERY = 0.25
-"""Seconds; a view is drawn no more often."""
+"""Seconds between events."""
 SEARCH_EVERY = 4
-"""Of these looks, one at the search: its percentiles take 0.8 ms once it has answered thousands of queries."""
+"""Events per update of the search metrics, whose percentiles are slower to compute."""
 
 
 def usage_of_gates(gates: Sequence[GateStatistics], gone: TokenUsage = NOTHING) -> TokenUsage:
-    """The tokens of all that was asked through these gates, and what processes used that are ``gone``."""
+    """Tokens of everything that passed these gates, plus ``gone``: the usage of workers that exited."""
     return total_usage((gone, *(gate.usage for gate in gates)))
 
 
 class CountedSearch:
-    """A search that knows how many wait for it."""
+    """Search that counts pending calls."""
 
     def __init__(self, search: SearchTool) -> None:
         self._search = search
         self.in_progress = 0
-        """Searches asked for and not answered."""
+        """Unanswered searches."""
 
     async def search(self, queries: Sequence[str]) -> Sequence[Sequence[Passage]]:
         self.in_progress += 1
@@ -47,12 +47,12 @@ class CountedSearch:
 
 
 class PlayReading:
-    """Tells how the playing stands.
+    """Emits rollout telemetry.
 
     Args:
-        tally: of the engine.
-        search: what the episodes search with.
-        search_metrics: its totals.
+        tally: counts of the engine.
+        search: the search of the episodes.
+        search_metrics: returns its totals.
     """
 
     def __init__(
@@ -60,11 +60,11 @@ class PlayReading:
     ) -> None:
         self._emit, self._tally, self._search, self._search_metrics = emit, tally, search, search_metrics
         self.pulse = PulseReading(1.0, 0.0, 0.0, 0.0, 0.0)
-        """The event loop's last second."""
+        """Latest reading of the event loop."""
         self._searched: Mapping[str, float] = {}
 
     async def tell(self, look: Callable[[], RolloutSampled]) -> None:
-        """Tells it until cancelled; ``look`` reads it."""
+        """Emits the result of ``look`` until cancelled."""
         for turn in itertools.count():
             if turn % SEARCH_EVERY == 0:
                 self.look_at_search()
@@ -72,19 +72,19 @@ class PlayReading:
             await anyio.sleep(TELL_EVERY)
 
     def look_at_search(self) -> None:
-        """Takes its totals, for :meth:`read`."""
+        """Updates the search totals used by :meth:`read`."""
         self._searched = self._search_metrics()
 
     def read(self, gates: Sequence[GateStatistics], gone: TokenUsage = NOTHING) -> RolloutSampled:
-        """How it stands now.
+        """The current state.
 
         Args:
-            gates: of all processes that play.
-            gone: what processes used that played and are gone.
+            gates: gates of all rollout processes.
+            gone: usage of workers that exited.
         """
         tally, pulse = self._tally, self.pulse
         used = usage_of_gates(gates, gone)
-        # Of several processes the busiest holds the playing up.
+        # Report the cause of the busiest process, which is the bottleneck.
         busiest = max(gates, key=lambda gate: gate.waiting, default=None)
         return RolloutSampled(
             episodes=tally.episodes,

@@ -1,4 +1,4 @@
-"""Turns of the event loop, shared out: small pieces of work must not add up to a long one."""
+"""Fair sharing of the event loop among small pieces of blocking work."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ import asyncio
 from collections import deque
 
 PIECES = 4
-"""Pieces a turn of the loop. Reading a sampled turn or rendering passages takes 0.5 to 2 ms, so a turn stays below 10 ms."""
+"""Pieces per loop iteration. Parsing a turn or rendering passages takes 0.5 to 2 ms, so an iteration stays below 10 ms."""
 
 
 class LoopTurns:
-    """Lets a few waiting pieces of work run in each turn of the event loop, in the order in which they came.
+    """Runs a few waiting pieces of work per event loop iteration, in order of arrival.
 
-    When a hundred samples arrive at once, their coroutines all become ready in one turn, and nothing else (timers, sockets, a
-    notebook's other cells) runs until the last has parsed its tokens: 0.2 s in one piece. A coroutine that awaits
-    :meth:`turn` before such a piece shares the loop instead. Bound to the event loop that first uses it.
+    When many samples arrive at once, their coroutines all become ready in one iteration and block the loop until the last is
+    parsed. Awaiting :meth:`turn` before such work spreads it out. Bound to the event loop of its first use.
     """
 
     def __init__(self, pieces: int = PIECES) -> None:
@@ -24,7 +23,7 @@ class LoopTurns:
         self._is_scheduled = False
 
     async def turn(self) -> None:
-        """Returns at once where this turn of the loop has room, else in a later one."""
+        """Returns at once if this loop iteration has room, else in a later one."""
         loop = asyncio.get_running_loop()
         if not self._is_scheduled:
             self._is_scheduled = True

@@ -1,4 +1,4 @@
-"""The search tool: passages for the queries of all running episodes, in few requests."""
+"""The search tool: passages for the queries of all running rollouts, in few requests."""
 
 from searchr1_async.search.queries import clean_query
 from searchr1_async.search.search import Search

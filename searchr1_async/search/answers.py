@@ -1,4 +1,4 @@
-"""Answers that were found before: in memory, and by choice on disk, where they outlive the process."""
+"""Cache of answers, in memory and optionally on disk."""
 
 from __future__ import annotations
 
@@ -12,17 +12,12 @@ from searchr1_async.search.threads import OwnThread
 
 Answer = tuple[Passage, ...]
 AnswerKey = tuple[str, int]
-"""A cleaned query and the number of passages wanted."""
+"""A cleaned query and the number of passages."""
 
 
 class AnswerCache:
-    """Answers by query, each valid for one state of one index only.
-
-    Args:
-        max_entries: answers in memory, the least recently used forgotten first. An answer of three passages of 100 words
-            takes about 3 KB.
-        path: file of the cache on disk, which several processes may share; None keeps none.
-        max_bytes: of the values on disk.
+    """Answers by query, each valid for one index state. ``max_entries`` bounds the LRU in memory (about 3 KB per answer of
+    three passages), ``max_bytes`` the optional disk cache at ``path``, which processes may share.
     """
 
     def __init__(self, max_entries: int, path: Path | None = None, max_bytes: int = 1 << 30) -> None:
@@ -35,16 +30,12 @@ class AnswerCache:
         return self._disk is not None
 
     def recall(self, index: str, keys: Iterable[AnswerKey]) -> dict[AnswerKey, Answer]:
-        """Those answers that are in memory.
-
-        Args:
-            index: what identifies the state of the index and everything else that an answer depends on.
-        """
+        """Answers from memory. ``index`` identifies everything an answer depends on besides its key."""
         found = {key: self._memory.get((index, key)) for key in keys}
         return {key: answer for key, answer in found.items() if answer is not None}
 
     async def look_up(self, index: str, keys: Iterable[AnswerKey]) -> dict[AnswerKey, Answer]:
-        """Those answers that are on disk; they are in memory from now on."""
+        """Answers from disk, which are then also kept in memory."""
         if self._disk is None:
             return {}
         by_text = {_disk_key(key): key for key in keys}
@@ -57,18 +48,18 @@ class AnswerCache:
         return found
 
     def remember(self, index: str, answers: Mapping[AnswerKey, Answer]) -> None:
-        """Keeps answers in memory."""
+        """Stores answers in memory."""
         for key, answer in answers.items():
             self._memory.put((index, key), answer)
 
     async def keep(self, index: str, answers: Mapping[AnswerKey, Answer]) -> None:
-        """Keeps answers on disk."""
+        """Stores answers on disk."""
         if self._disk is not None and answers:
             encoded = {_disk_key(key): encode_passages(answer) for key, answer in answers.items()}
             await self._thread.run(self._disk.put_many, _namespace(index), encoded)
 
     async def aclose(self) -> None:
-        """Lets go of the file and the thread; what is in memory stays."""
+        """Releases the file and the thread; the memory cache stays."""
         if self._disk is not None:
             await self._thread.run(self._disk.close)
         self._thread.close()

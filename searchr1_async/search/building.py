@@ -1,4 +1,4 @@
-"""Building an index on purpose: into a folder, or into a Chroma server, with a report of what it came to."""
+"""Explicit index builds, into a folder or a Chroma server, with a report."""
 
 from __future__ import annotations
 
@@ -36,44 +36,42 @@ async def build_index(
     on_progress: OnProgress | None = None,
     emit: Emit = emit_nothing,
 ) -> IndexReport:
-    """Embeds a corpus and puts it into an index; goes on with what was begun, and does nothing where all is there.
+    """Embeds a corpus into an index. Continues an interrupted build, and does nothing if the index is complete.
 
     ::
 
         report = await build_index("wiki18.parquet", RemoteChroma(create=True), embedder="gemini-embedding-001")
 
-    The corpus is read in bounded memory, embedded in several requests at once, and put in meanwhile. Every vector is on
-    disk as soon as it is answered: a call after a kill embeds nothing twice but the requests that were in the air. What
-    the index holds of the corpus already, by the passages' ids, is left as it is.
+    Reads the corpus in bounded memory, and embeds and stores concurrently. Vectors are on disk as soon as they are answered,
+    so a call after a kill repeats only requests in flight. Passages whose ids are already in the index are skipped.
 
     Args:
-        corpus: ``"atlas"`` (built in), a file of any size, passages, a frame or a list of dicts; see
-            :func:`load_corpus`.
+        corpus: ``"atlas"`` (built in), a file of any size, passages, a frame or a list of dicts; see :func:`load_corpus`.
         target: a search that is not open (its folder or store, and its embedder); a store, which is opened and closed;
-            a folder; or None for the folder in the user's cache that ``Search.local`` looks in.
+            a folder; or None for the folder in the user's cache that ``Search.local`` uses.
         embedder: a sentence-transformers model by name or folder, ``"gemini-embedding-001"``, or an :class:`Embedder`.
-            None means the search's own, or else ``"all-MiniLM-L6-v2"``.
-        pacing: of the requests to the embedder and to the store.
-        on_progress: called with passages done and in all.
-        emit: told of the phase ``index``, of the estimated cost before it, and of an index that loses passages.
+            None for the search's embedder, or else ``"all-MiniLM-L6-v2"``.
+        pacing: of requests to the embedder and the store.
+        on_progress: called with passages done and total.
+        emit: receives the phase ``index``, the cost estimate, and a warning if the index loses passages.
 
     Raises:
-        ConfigurationError: a search that is open, or has another embedder or another corpus than given.
-        CorpusError: the corpus cannot be used.
-        EmbeddingError: the embedder failed for good; what is done is kept.
-        StoreError: the store failed for good, holds something else, or the disk is full; what is done is kept.
+        ConfigurationError: the search is open, or has another embedder or corpus.
+        CorpusError: the corpus is unusable.
+        EmbeddingError: the embedder failed permanently; finished work is kept.
+        StoreError: the store failed permanently, holds something else, or the disk is full; finished work is kept.
     """
     corpus = load_corpus(corpus)
     options = BuildOptions(pacing, on_progress, emit)
     if isinstance(target, Search):
         if embedder is not None:
-            raise ConfigurationError("a search has an embedder of its own: give only one of the two")
+            raise ConfigurationError("a search already has an embedder: pass only one of the two")
         if target.is_open:
-            raise ConfigurationError("the search is open: build its index before it is used, or after it is closed")
+            raise ConfigurationError("the search is open: build its index before opening or after closing it")
         place, chosen = target.source, target.embedder
         if isinstance(place, LocalIndex) and not await anyio.to_thread.run_sync(_are_equal, place.corpus, corpus):
             raise ConfigurationError(
-                f"the search is over {place.corpus.source}, not over {corpus.source}: give that one"
+                f"the search is over {place.corpus.source}, not over {corpus.source}: pass the search's corpus"
             )
     else:
         chosen = make_embedder(DEFAULT_MODEL if embedder is None else embedder)
@@ -90,7 +88,7 @@ async def build_index(
 
 
 async def _build_into(store: WritableStore, corpus: Corpus, embedder: Embedder, options: BuildOptions) -> IndexReport:
-    """Into a store that others may use, and that may hold more than this corpus."""
+    """Builds into a store that may be shared and hold more than this corpus."""
     folder = await anyio.to_thread.run_sync(journal_folder, store.name, corpus, embedder)
     try:
         await anyio.to_thread.run_sync(lambda: folder.parent.mkdir(parents=True, exist_ok=True))
@@ -115,6 +113,6 @@ def _folder(target: str | Path | None) -> Path | None:
 
 
 def journal_folder(target: str, corpus: Corpus, embedder: Embedder) -> Path:
-    """Where vectors lie that ``target`` does not hold yet. Reads the whole corpus the first time: call it in a worker thread."""
+    """Journal of vectors not yet in ``target``. Reads the whole corpus the first time: call it in a worker thread."""
     key = hashlib.sha256("\0".join((target, corpus.fingerprint, embedder.fingerprint)).encode()).hexdigest()
     return cache_folder() / "journals" / key[:24]

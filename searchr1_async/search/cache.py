@@ -1,4 +1,4 @@
-"""What the search remembers: answers in memory, and what outlives the process on disk."""
+"""An in-memory LRU cache, and the encoding of cached passages."""
 
 from __future__ import annotations
 
@@ -22,14 +22,7 @@ _PASSAGE = struct.Struct("<dIII")
 
 
 class LeastRecentlyUsed(Generic[Key, Value]):
-    """A mapping in memory that forgets what was asked for least recently.
-
-    Args:
-        max_entries: entries that it holds at most; 0 holds none.
-
-    Raises:
-        ConfigurationError: a negative ``max_entries``.
-    """
+    """An LRU cache of at most ``max_entries``; 0 disables it. Raises ConfigurationError if negative."""
 
     def __init__(self, max_entries: int) -> None:
         if max_entries < 0:
@@ -38,29 +31,25 @@ class LeastRecentlyUsed(Generic[Key, Value]):
         self._entries: OrderedDict[Key, Value] = OrderedDict()
 
     def get(self, key: Key) -> Value | None:
-        """The key's value, which is now the most recently used; None where there is none."""
+        """The key's value, marked as most recently used; None if missing."""
         value = self._entries.get(key)
         if value is not None:
             self._entries.move_to_end(key)
         return value
 
     def put(self, key: Key, value: Value) -> None:
-        """Keeps a value (not None), as the most recently used."""
+        """Stores a value (not None) as the most recently used."""
         self._entries[key] = value
         self._entries.move_to_end(key)
         if len(self._entries) > self._max_entries:
             self._entries.popitem(last=False)
-
-    def clear(self) -> None:
-        """Forgets everything."""
-        self._entries.clear()
 
     def __len__(self) -> int:
         return len(self._entries)
 
 
 def encode_passages(passages: Sequence[Passage]) -> bytes:
-    """Passages as bytes, to the last bit of the score; lone surrogates in the texts are kept."""
+    """Lossless encoding, including the score's bits and lone surrogates."""
     parts = [_HEAD.pack(_PASSAGES_VERSION, len(passages))]
     for passage in passages:
         texts = [text.encode("utf-8", "surrogatepass") for text in (passage.id, passage.title, passage.text)]
@@ -69,7 +58,7 @@ def encode_passages(passages: Sequence[Passage]) -> bytes:
 
 
 def decode_passages(data: bytes) -> tuple[Passage, ...] | None:
-    """What :func:`encode_passages` was given; None where the bytes are no passages, or of another version: a miss."""
+    """Inverse of :func:`encode_passages`; None for invalid bytes or another version."""
     try:
         version, count = _HEAD.unpack_from(data)
         if version != _PASSAGES_VERSION:

@@ -1,4 +1,4 @@
-"""Making a compact index on purpose: from a corpus, a Chroma collection or vectors, into a folder, with a report."""
+"""Builds a compact index from a corpus, a Chroma collection or vectors."""
 
 from __future__ import annotations
 
@@ -45,27 +45,26 @@ from searchr1_async.search.stores.proof import DamagedIndexError
 from searchr1_async.threads import in_thread
 
 Queries: TypeAlias = Sequence[str] | NDArray[np.floating] | Questions
-"""Texts, vectors ``[queries, dimension]``, or whatever :func:`~searchr1_async.load_questions` reads, whose texts are taken."""
+"""Texts, vectors ``[queries, dimension]``, or questions as for :func:`~searchr1_async.load_questions`."""
 
 PASSAGE_BYTES = 750
-"""Of a line of JSON for a passage of 100 words, with the title and the id."""
+"""A JSON line with a passage of 100 words, its title and id."""
 _SPARE = 1 << 30
-QUERIES_A_REQUEST = 100
+QUERIES_PER_REQUEST = 100
 MOST_QUERIES = 2_000
-"""Of those that are given: the standard error of a recall of 0.95 is half a hundredth then. The distances of 10,000 from the centres of
-21 million passages would take 3 GB."""
+"""More are subsampled: at 2,000 the standard error of a recall of 0.95 is 0.005. Bounds calibration memory."""
 _QUERIES_NAME = "queries.npz"
-"""In the folder of what is begun: vectors of queries that were texts."""
+"""Embedded queries, kept in the build folder."""
 
 
 @dataclass(frozen=True, slots=True)
 class CompactReport:
-    """What making a compact index came to."""
+    """Outcome of :func:`build_compact_index`."""
 
     folder: Path
     manifest: CompactManifest
     seconds: float
-    """Of this call; 0 where the index was there."""
+    """Of this call; 0 if the index already existed."""
 
     @property
     def bytes(self) -> int:
@@ -74,21 +73,21 @@ class CompactReport:
 
     @property
     def warning(self) -> str | None:
-        """What is wrong with the index, in words; None where nothing is."""
+        """What is wrong with the index, or None."""
         chosen = self.manifest.calibration
         if chosen.recall >= chosen.asked:
             return None
         return (
-            f"the index finds {chosen.recall:.1%} of the {chosen.recall_at} nearest passages where {chosen.asked:.1%} were asked "
-            "for, however many lists are looked through: ask for less"
+            f"the index finds {chosen.recall:.1%} of the {chosen.recall_at} nearest passages even when probing all lists, below "
+            f"the target of {chosen.asked:.1%}: lower the target recall"
         )
 
     def __str__(self) -> str:
         manifest, chosen = self.manifest, self.manifest.calibration
         return (
-            f"{manifest.passages:,} passages in {self.folder}, {self.bytes / 1e9:,.2f} GB, made in {self.seconds:,.0f} s; "
-            f"{chosen.probes} of {manifest.lists:,} lists on average and {chosen.candidates} candidates find {chosen.recall:.1%} of the "
-            f"{chosen.recall_at} nearest for {chosen.queries} {chosen.origin}"
+            f"{manifest.passages:,} passages in {self.folder}, {self.bytes / 1e9:,.2f} GB, built in {self.seconds:,.0f} s; "
+            f"recall@{chosen.recall_at} {chosen.recall:.1%} on {chosen.queries} {chosen.origin}, probing {chosen.probes} of "
+            f"{manifest.lists:,} lists on average with {chosen.candidates} candidates"
         )
 
 
@@ -103,36 +102,36 @@ async def build_compact_index(
     on_progress: OnProgress | None = None,
     emit: Emit = emit_nothing,
 ) -> CompactReport:
-    """Makes a compact index; goes on with what was begun, and does nothing where it is whole.
+    """Builds a compact index. Continues an interrupted build, and does nothing if the index is complete.
 
     ::
 
         report = await sr.build_compact_index("wiki18.jsonl", "wiki18.index", embedder="intfloat/e5-base-v2", queries=questions)
         search = await sr.Search.open("wiki18.index")
 
-    Memory is bounded: some 220 bytes a passage at 768 dimensions, and 1.5 GB while lists are learnt. A call after a kill repeats
-    a few minutes at most, embeds nothing twice but what was in the air, and ends with the same files.
+    Memory is bounded: about 220 bytes per passage at 768 dimensions, and 1.5 GB while training the lists. After a kill, a
+    call repeats at most a few minutes, embeds only what was in flight again, and produces identical files.
 
     Args:
-        source: a corpus as :func:`~searchr1_async.search.building.build_index` takes it, which is embedded; or passages with their
+        source: a corpus as for :func:`~searchr1_async.search.building.build_index`, which is embedded; or passages with their
             vectors: :class:`ChromaFolder`, :class:`ChromaServer`, :class:`VectorFiles`.
-        folder: of the index: new, empty, or with what was begun.
-        embedder: of a corpus; of other sources whatever made their vectors (for ``queries`` that are texts, and for whoever opens
-            the index). None means ``"all-MiniLM-L6-v2"`` for a corpus, for other sources the one that they name, if any.
-        queries: real ones, some hundreds, as texts, vectors or questions (also a suite's name or a file): how many lists are
-            probed is chosen by them. Of more than :data:`MOST_QUERIES` so many are drawn. None takes passages of the index, which
-            are easier to find than real queries' answers.
-        settings: how it is made, and the recall asked for.
-        pacing: of the requests to the embedder.
-        on_progress: called with passages done and in all.
-        emit: told of the phases, of the room that is needed, and of a recall that is not reached.
+        folder: of the index: new, empty, or of an interrupted build.
+        embedder: embeds a corpus; for other sources, the one that made their vectors (used for ``queries`` given as texts,
+            and to open the index). None means ``"all-MiniLM-L6-v2"`` for a corpus, and for other sources the one they name.
+        queries: a few hundred realistic ones, as texts, vectors or questions (or a suite's name or a file), that calibrate
+            the number of probed lists. Above :data:`MOST_QUERIES` they are subsampled. None uses passages of the index, which
+            are easier to find than answers to real queries.
+        settings: index parameters and target recall.
+        pacing: of requests to the embedder.
+        on_progress: called with passages done and total.
+        emit: receives phases, the disk space needed, and a warning if the target recall is missed.
 
     Raises:
-        ConfigurationError: queries that are texts without an embedder, or that cannot be cleaned; another embedder than the source's.
-        QuestionsError: queries that are questions and cannot be read.
-        CorpusError: the corpus cannot be used.
-        EmbeddingError: the embedder failed for good; what is done is kept.
-        StoreError: the source cannot be read, the folder holds something else, or the disk is full; what is done is kept.
+        ConfigurationError: text queries without an embedder or without searchable text, or not the source's embedder.
+        QuestionsError: queries are questions that cannot be read.
+        CorpusError: the corpus is unusable.
+        EmbeddingError: the embedder failed permanently; finished work is kept.
+        StoreError: the source is unreadable, the folder holds something else, or the disk is full; finished work is kept.
     """
     settings = settings or CompactSettings()
     asked = await anyio.to_thread.run_sync(_texts_or_vectors, queries)
@@ -145,11 +144,11 @@ async def build_compact_index(
         try:
             await anyio.to_thread.run_sync(lambda: place.parent.mkdir(parents=True, exist_ok=True))
             async with only_one(place, f"builds the index in {place}"):
-                if (found := await in_thread(lambda: _whole(place, facts, settings, emit))) is not None:
+                if (found := await in_thread(lambda: _complete_index(place, facts, settings, emit))) is not None:
                     if differs := differing(found, settings, has_queries=asked is not None):
                         emit(
                             Notice(
-                                f"{place} is whole, and was made with {differs}: delete it to make it otherwise",
+                                f"{place} is complete but was built with {differs}: delete it to rebuild it",
                                 is_warning=True,
                             )
                         )
@@ -157,14 +156,14 @@ async def build_compact_index(
                 emit(Notice(await anyio.to_thread.run_sync(_check_room, place, facts, settings)))
                 if chosen is None and facts.embedder is not None and _are_texts(asked):
                     chosen = make_embedder(facts.embedder)
-                facts = _named(facts, embedder, chosen)
+                facts = _with_embedder(facts, embedder, chosen)
                 vectors = await _query_vectors(asked, chosen, facts, options, place / BUILDING_NAME / _QUERIES_NAME)
                 builder = CompactBuilder(place, own, facts, settings, emit, on_progress)
                 manifest = await builder.build(vectors)
         except OSError as error:
             raise StoreError(
                 f"the index {place} cannot be written: {error.strerror or error} ({free_bytes(place.parent):,} bytes are free); "
-                "what is done is kept: mend it, and run the same command again"
+                "finished work is kept: fix the cause and run the same command again"
             ) from error
     finally:
         with anyio.CancelScope(shield=True):
@@ -190,17 +189,13 @@ async def _source_of(
     return EmbeddedCorpus(corpus, chosen, journal, options), chosen
 
 
-def _named(facts: SourceFacts, embedder: str | Path | Embedder | None, chosen: Embedder | None) -> SourceFacts:
-    """With what the user says of the embedder where the source does not know it.
-
-    Raises:
-        ConfigurationError: the source's vectors are of another one.
-    """
+def _with_embedder(facts: SourceFacts, embedder: str | Path | Embedder | None, chosen: Embedder | None) -> SourceFacts:
+    """Adds the user's embedder if the source names none. Raises ConfigurationError if it is not the source's."""
     if chosen is None:
         return facts
     if facts.embedder_fingerprint not in (None, chosen.fingerprint):
         raise ConfigurationError(
-            f"the vectors of {facts.name} were made with {facts.embedder or 'another embedder'}, not with {chosen.name}: name that one"
+            f"the vectors of {facts.name} were made with {facts.embedder or 'another embedder'}, not with {chosen.name}: pass that one"
         )
     if facts.embedder is not None:
         return facts
@@ -208,7 +203,7 @@ def _named(facts: SourceFacts, embedder: str | Path | Embedder | None, chosen: E
 
 
 def differing(found: CompactManifest, settings: CompactSettings, *, has_queries: bool) -> str:
-    """What an index was made with where something else is asked for now, in words; empty where nothing differs."""
+    """How an index differs from the requested settings, for messages; empty if it does not."""
     chosen = found.calibration
     kept = {
         "vectors": (found.vectors, settings.vectors),
@@ -221,71 +216,58 @@ def differing(found: CompactManifest, settings: CompactSettings, *, has_queries:
     return ", ".join(f"{name} {own}, not {asked}" for name, (own, asked) in kept.items() if own != asked)
 
 
-def _whole(place: Path, facts: SourceFacts, settings: CompactSettings, emit: Emit) -> CompactManifest | None:
-    """The index that is there already; one whose files are damaged is deleted, and so made again.
-
-    Raises:
-        StoreError: it is of something else, or the folder holds other files.
-    """
+def _complete_index(place: Path, facts: SourceFacts, settings: CompactSettings, emit: Emit) -> CompactManifest | None:
+    """The existing complete index; deletes a damaged one. Raises StoreError if the folder holds something else."""
     if (place / MANIFEST_NAME).exists():
         found = CompactManifest.load(place)
         if (found.source_fingerprint, found.vectors) != (facts.fingerprint, settings.vectors):
             raise StoreError(
                 f"{place} holds the compact index of {found.source} ({found.vectors}), not of {facts.name} ({settings.vectors}): "
-                "give another folder, or delete that one"
+                "use another folder, or delete this one"
             )
-        shutil.rmtree(
-            place / BUILDING_NAME, ignore_errors=True
-        )  # of a session that was killed right after the manifest
+        # Left by a process that was killed right after it wrote the manifest.
+        shutil.rmtree(place / BUILDING_NAME, ignore_errors=True)
         try:
             refuse_changed(place, found)
         except DamagedIndexError as damaged:
-            anyio.from_thread.run_sync(emit, Notice(f"{damaged.fault}: the index is made again", is_warning=True))
-            (place / BUILDING_NAME).mkdir()  # what marks the folder as one that is begun
+            anyio.from_thread.run_sync(emit, Notice(f"{damaged.fault}: rebuilding the index", is_warning=True))
+            (place / BUILDING_NAME).mkdir()  # marks an unfinished build
             for name in (MANIFEST_NAME, *found.files):
                 (place / name).unlink(missing_ok=True)
             return None
         return found
     if place.is_dir() and any(place.iterdir()) and not (place / BUILDING_NAME).is_dir():
-        raise StoreError(f"{place} holds files that are no compact index: give an empty or a new folder")
+        raise StoreError(f"{place} holds files that are not a compact index: use an empty or new folder")
     place.mkdir(parents=True, exist_ok=True)
     return None
 
 
 def needed_bytes(count: int, dimension: int, settings: CompactSettings, passage_bytes: int = PASSAGE_BYTES) -> int:
-    """Of disk while an index is made; afterwards a copy of the codes less."""
+    """Peak disk usage of a build; the finished index takes one copy of the codes less."""
     codes = count * (dimension // 8 + 20)
     return count * (row_bytes(dimension, settings.vectors) + passage_bytes + 8) + 2 * codes
 
 
 def _check_room(place: Path, facts: SourceFacts, settings: CompactSettings) -> str:
-    """The room that is needed and there is, in words.
-
-    Raises:
-        StoreError: there is too little.
-    """
+    """Describes the needed and free disk space. Raises StoreError if there is too little."""
     there = folder_bytes(place)
     needed = max(0, needed_bytes(facts.count, facts.dimension, settings) - there)
     free = free_bytes(place)
-    words = f"the index of {facts.name} takes about {needed / 1e9:,.1f} GB more in {place}, where {free / 1e9:,.1f} GB are free"
+    words = (
+        f"the index of {facts.name} needs about {needed / 1e9:,.1f} GB more in {place}; {free / 1e9:,.1f} GB are free"
+    )
     if needed + min(_SPARE, needed) > free:
-        raise StoreError(f"{words}: make room, choose vectors='int8', or give a folder on another disk")
+        raise StoreError(f"{words}: free some space, choose vectors='int8', or use a folder on another disk")
     return words
 
 
 def _texts_or_vectors(queries: Queries | None) -> Sequence[str] | NDArray[np.floating] | None:
-    """Questions as their texts. Reads files.
-
-    Raises:
-        QuestionsError: they cannot be read.
-    """
+    """Reduces questions to their texts. Reads files. Raises QuestionsError."""
     if queries is None or (isinstance(queries, np.ndarray) and np.issubdtype(queries.dtype, np.number)):
         return queries
     given: Any = queries.tolist() if isinstance(queries, np.ndarray) else queries
     if not isinstance(given, str) and isinstance(given, Sequence):
-        texts = [
-            each.question if isinstance(each, Question) else each for each in given
-        ]  # with or without golden answers
+        texts = [each.question if isinstance(each, Question) else each for each in given]
         if all(isinstance(text, str) for text in texts):
             return texts
     return [question.question for question in load_questions(given)]
@@ -306,22 +288,22 @@ async def _query_vectors(
         return None
     if isinstance(queries, np.ndarray):
         if queries.ndim != 2 or queries.shape[1] != facts.dimension or not np.isfinite(queries).all():
-            raise ConfigurationError(f"queries are {queries.shape}: give finite vectors [queries, {facts.dimension}]")
-        return np.ascontiguousarray(queries[_drawn(len(queries))], np.float32)
+            raise ConfigurationError(f"queries are {queries.shape}: pass finite vectors [queries, {facts.dimension}]")
+        return np.ascontiguousarray(queries[_subsampled(len(queries))], np.float32)
     if embedder is None:
-        raise ConfigurationError(f"queries are texts: name the embedder that made the vectors of {facts.name}")
+        raise ConfigurationError(f"queries are texts: pass the embedder that made the vectors of {facts.name}")
     texts = [text for text in (clean_query(query) for query in queries) if text is not None]
     if not texts:
-        raise ConfigurationError("none of the queries can be searched for: give texts with letters or digits")
-    texts = [texts[place] for place in _drawn(len(texts))]
+        raise ConfigurationError("none of the queries is searchable: pass texts with letters or digits")
+    texts = [texts[place] for place in _subsampled(len(texts))]
     identity = hashlib.blake2b("\0".join([embedder.fingerprint, *texts]).encode(), digest_size=16).hexdigest()
     if (found := await in_thread(lambda: _kept_vectors(kept, identity))) is not None:
         return found
     await open_embedder(embedder, options.pacing)
     if embedder.dimension != facts.dimension:
         raise StoreError(
-            f"{facts.name} holds vectors of {facts.dimension} numbers, {embedder.name} makes them of {embedder.dimension}: name "
-            "the embedder that made them"
+            f"{facts.name} holds vectors of dimension {facts.dimension}, but {embedder.name} produces dimension "
+            f"{embedder.dimension}: pass the embedder that made them"
         )
     vectors = await _embedded(embedder, texts, options)
 
@@ -333,15 +315,15 @@ async def _query_vectors(
     return vectors
 
 
-def _drawn(count: int) -> NDArray[np.int64]:
-    """Places of the queries that are taken, in their order: all, or as many as are enough, the same at each call."""
+def _subsampled(count: int) -> NDArray[np.int64]:
+    """Sorted indices of the queries to use; deterministic."""
     if count <= MOST_QUERIES:
         return np.arange(count)
     return np.sort(np.random.default_rng(1).choice(count, MOST_QUERIES, replace=False))
 
 
 def _kept_vectors(path: Path, identity: str) -> Vectors | None:
-    """Of the same texts and embedder, as an earlier call kept them."""
+    """Vectors kept by an earlier call for the same texts and embedder."""
     if not path.exists():
         return None
     with np.load(path) as kept:
@@ -352,7 +334,7 @@ async def _embedded(embedder: Embedder, texts: Sequence[str], options: BuildOpti
     async def embed(part: Sequence[str]) -> Sequence[Vectors]:
         return [row.copy() for row in checked_vectors(await embedder.embed_queries(part), len(part), embedder)]
 
-    capacity = Capacity(min(QUERIES_A_REQUEST, embedder.max_texts), embedder.max_requests, embedder.max_tokens)
+    capacity = Capacity(min(QUERIES_PER_REQUEST, embedder.max_texts), embedder.max_requests, embedder.max_tokens)
     embedding: Dispatcher[int, str, Vectors] = Dispatcher(
         embed, name=embedder.name, capacity=lambda: capacity, pacing=options.pacing, failure=EmbeddingError
     )

@@ -1,4 +1,4 @@
-"""The clock of the search, and the time by which a call must be answered."""
+"""The search's clock and per-call deadlines."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 
 
 def now_in_loop() -> float:
-    """Seconds by the running event loop's clock; outside of one, by the clock that asyncio's loops go by."""
+    """The running event loop's time, or monotonic time outside of one."""
     try:
         return asyncio.get_running_loop().time()
     except RuntimeError:
@@ -15,12 +15,7 @@ def now_in_loop() -> float:
 
 
 class Deadline:
-    """By when a call must be answered. It is put off while a service answers nobody, which has a limit of its own; after an
-    outage everyone has the whole time once more.
-
-    Args:
-        seconds: from now on.
-    """
+    """When a call of ``seconds`` expires. Extended during an outage (which has its own limit), and restarted after it."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds

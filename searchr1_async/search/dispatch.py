@@ -1,13 +1,11 @@
-"""Carries what thousands of callers ask of one service to it: gathered into batches, paced, retried, answered once.
+"""Batches the items of thousands of concurrent callers into requests to one service: paced, retried, deduplicated.
 
-The parts that decide are pure and elsewhere (:mod:`gathering`, :mod:`pacing`); this is the I/O around them.
+The decisions are pure and live in :mod:`gathering` and :mod:`pacing`; this module does the I/O.
 
-A dispatcher has no task of its own. Every batch is carried by a task within the task group of one of the callers that
-want it, the one that came last, so that nothing outlives its callers and nobody has to own a background task. When that
-caller leaves (cancelled, or its deadline passed), its batches are handed to others who still want them.
+A dispatcher has no background task. Each batch runs in the task group of one of its callers (the latest), so nothing
+outlives the callers. If that caller leaves (cancelled, or past its deadline), its batches pass to the remaining waiters.
 
-A batch in the air holds one of the service's slots. One that backs off holds none: others go out meanwhile, and searches
-that are not in it do not wait for it.
+A batch in flight holds one of the service's slots. A batch that backs off holds none, so it does not block others.
 """
 
 from __future__ import annotations
@@ -36,41 +34,38 @@ from searchr1_async.search.waiter import Item, Key, Value, Waiter
 logger = logging.getLogger(__name__)
 
 SUSPECT_AFTER = 2
-"""Passing faults of one batch, while others are answered, after which it is split. At random, with one fault in ten, that
-happens to one batch in a hundred, and costs one request more."""
+"""Transient faults after which a batch is split, if others succeed. A 10 % fault rate splits 1 % of batches."""
 LONGEST_HOLD = 0.1
-"""Seconds for which keys wait for company: what is in flight may hang."""
+"""Seconds for which keys wait for a fuller batch; bounded because requests in flight may hang."""
 
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """What a service takes."""
+    """What a service accepts."""
 
     items: int
-    """In one request."""
+    """Per request."""
     requests: int
-    """At once."""
+    """In flight at once."""
     weight: int | None = None
-    """Of all items in one request; None where there is no such limit."""
+    """Total weight of the items of one request; None for no limit."""
 
 
 class Dispatcher(Generic[Key, Item, Value]):
-    """Carries items to one service, many callers' in one request.
+    """Sends items to one service, batching those of many callers. Bound to one event loop.
 
     Args:
-        send: one request: the values of some items, in their order. It tries once, and raises as an
+        send: one request: returns the values of some items, in order. Tries once, and raises as an
             :class:`~searchr1_async.search.embedders.base.Embedder` does.
         name: of the service, for messages.
-        capacity: what the service takes; asked anew for each request, since a service may turn out to take less.
+        capacity: what the service accepts; called per request, since it may change.
         pacing: see :class:`PacingSettings`.
-        tally: counts on where an earlier dispatcher to the same service ended; None begins at 0.
-        failure: what is raised when retrying does not help.
+        tally: counters to continue from an earlier dispatcher; None starts at 0.
+        failure: raised when retries do not help.
         weigh: an item's weight, against ``Capacity.weight``.
 
-    Belongs to one event loop.
-
     Attributes:
-        waits: for the service; set its ``tell`` to have them told.
+        waits: reports waits for the service through its ``tell``.
     """
 
     def __init__(
@@ -108,7 +103,7 @@ class Dispatcher(Generic[Key, Item, Value]):
 
     @property
     def statistics(self) -> ServiceStatistics:
-        """Totals, and how it stands now."""
+        """Totals and current state."""
         return replace(
             self._tally.snapshot(),
             limit=min(self._pacer.limit, self._capacity().requests),
@@ -118,16 +113,16 @@ class Dispatcher(Generic[Key, Item, Value]):
         )
 
     async def fetch(self, items: Mapping[Key, Item], deadline: Deadline | None = None) -> dict[Key, Value]:
-        """The value of every item, by its key. Equal keys that others wait for are sent once.
+        """Returns the value of every item by key. Keys that are already pending are sent once.
 
         Args:
             items: what to send, by key; equal keys must stand for equal items.
-            deadline: None waits for as long as retrying makes sense.
+            deadline: None waits as long as retries make sense.
 
         Raises:
-            SearchError: the service failed for good, or the deadline passed.
-            SearchUnavailableError: the service was down for longer than ``PacingSettings.max_outage``, or asks to be left alone
-                for longer than ``PacingSettings.longest_wait``.
+            SearchError: the service failed permanently, or the deadline passed.
+            SearchUnavailableError: the service was down longer than ``PacingSettings.max_outage``, or its ``Retry-After``
+                exceeds ``PacingSettings.longest_wait``.
         """
         if not items:
             return {}
@@ -136,7 +131,7 @@ class Dispatcher(Generic[Key, Item, Value]):
         waiter: Waiter[Key, Item, Value] = Waiter(self._number, items, tasks)
         async with tasks:
             self._tally.joined += self._gathering.ask(items, waiter).joined
-            # At the end of this turn of the event loop, so that all who were woken together go out together.
+            # Deferred to the end of this loop iteration, so that callers woken together share a batch.
             if not self._pump_is_due:
                 self._pump_is_due = True
                 tasks.start_soon(self._pump_when_due)
@@ -149,7 +144,7 @@ class Dispatcher(Generic[Key, Item, Value]):
         return waiter.result()
 
     def close(self) -> None:
-        """Fails every call that still waits."""
+        """Fails all pending calls."""
         self._fail_everyone(SearchError("the search was closed while calls were waiting"))
 
     async def _until_done(self, waiter: Waiter[Key, Item, Value], deadline: Deadline | None) -> None:
@@ -169,19 +164,19 @@ class Dispatcher(Generic[Key, Item, Value]):
     def _too_late(self, deadline: Deadline) -> SearchError:
         now = now_in_loop()
         opens = self._pacer.opens_at(now)
-        asked = "" if opens is None else f"; it asks to be left alone for {opens - now:.0f} s more (a quota?)"
+        asked = "" if opens is None else f"; it asks to back off for another {opens - now:.0f} s (a rate limit?)"
         return self._failure(
-            f"no answer from {self._name} within {deadline.seconds:g} s{asked}: check that it is up and what it allows, "
-            "or give a longer deadline"
+            f"no answer from {self._name} within {deadline.seconds:g} s{asked}: check that it is up and its rate limits, "
+            "or set a longer deadline"
         )
 
-    # Sending: which batches go out, and in whose task.
+    # Sending
 
     async def _pump_when_due(self) -> None:
         self._pump_is_due = False
         self._pump()
 
-    def _hold_for_company(self) -> None:
+    def _hold_back(self) -> None:
         if not self._is_holding:
             self._is_holding = True
             host = self._gathering.anyone_waiting()
@@ -189,7 +184,7 @@ class Dispatcher(Generic[Key, Item, Value]):
             host.tasks.start_soon(self._hold, host)
 
     async def _hold(self, host: Waiter[Key, Item, Value]) -> None:
-        """Sends what waits when it has waited for company for long enough."""
+        """Flushes the waiting keys after :data:`LONGEST_HOLD`."""
         try:
             await anyio.sleep(LONGEST_HOLD)
         finally:
@@ -198,31 +193,31 @@ class Dispatcher(Generic[Key, Item, Value]):
             self._pump(is_overdue=True)
 
     def _pump(self, *, is_overdue: bool = False) -> None:
-        """Sends what waits, as far as there is room; those that are tried again go first."""
+        """Launches batches while there is room; retries go first."""
         while self._gathering.waiting:
             now, capacity, pacer = now_in_loop(), self._capacity(), self._pacer
             if not self._queued and pacer.may_send(now, capacity.requests):
                 waiting = self._gathering.waiting
                 if not is_overdue and not is_worth_sending(waiting, pacer.items_in_flight, capacity.items):
-                    self._hold_for_company()
+                    self._hold_back()
                     return
                 batch = list(self._gathering.take(capacity.items, capacity.weight))
                 self._launch(batch, pacer.begin(now, len(batch)))
             elif self._carriers == self._resting:
-                # The service wants to be left alone: one batch waits for that, or nobody would wake.
+                # The service is backing off: one batch must wait it out, or nobody would wake up.
                 self._launch(list(self._gathering.take(capacity.items, capacity.weight)), None)
             else:
                 return
 
     def _launch(self, batch: list[Key], flight: Flight | None) -> None:
-        # The one that came last: its deadline is the last to pass.
+        # The latest caller has the latest deadline.
         carrier = max(self._gathering.waiters_of(batch), key=lambda waiter: waiter.number)
         self._carriers += 1
         carrier.carrying += 1
         carrier.tasks.start_soon(self._carry, carrier, batch, flight)
 
     async def _carry(self, carrier: Waiter[Key, Item, Value], batch: list[Key], flight: Flight | None) -> None:
-        """One batch, from its first request until its waiters are answered, or have failed."""
+        """Runs one batch until its waiters are answered or failed."""
         try:
             self._answer(await self._until_answered(batch, flight))
         except RefusedInput as refused:
@@ -234,10 +229,10 @@ class Dispatcher(Generic[Key, Item, Value]):
         except SearchError as failure:
             self._fail(batch, failure)
         except Exception as error:
-            failure = self._failure(f"{self._name} failed on a request of {len(batch)} ({type(error).__name__})")
+            failure = self._failure(f"{self._name} failed on a request of {len(batch)} items ({type(error).__name__})")
             failure.__cause__ = error
             self._fail(batch, failure)
-        except BaseException:  # the carrier leaves: whoever else wants these goes on with them
+        except BaseException:  # the carrier leaves: other waiters take over its keys
             self._gathering.leave(carrier.items, carrier)
             self._gathering.give_back(batch)
             raise
@@ -247,7 +242,7 @@ class Dispatcher(Generic[Key, Item, Value]):
             self._pump()
 
     async def _until_answered(self, batch: list[Key], flight: Flight | None) -> Mapping[Key, Value]:
-        """The values of a batch, tried again and again; keys that nobody wants any more are taken out of it."""
+        """Retries a batch until it is answered; drops keys that nobody waits for."""
         began = now_in_loop()
         retrying = AsyncRetrying(
             retry=retry_if_exception_type(PassingFault),
@@ -268,8 +263,8 @@ class Dispatcher(Generic[Key, Item, Value]):
                 raise RefusedInput(str(fault)) from fault
             if down := self._pacer.down_for(now):
                 raise SearchUnavailableError(
-                    f"{self._name} has been down for {down:.0f} s ({fault}): bring it back and resume, or let runs "
-                    "wait longer (PacingSettings.max_outage)"
+                    f"{self._name} has been down for {down:.0f} s ({fault}): restart it and resume, or raise "
+                    "PacingSettings.max_outage"
                 ) from fault
             raise self._failure(f"{self._name} kept failing for {now - began:.0f} s ({fault})") from fault
         return values
@@ -277,12 +272,12 @@ class Dispatcher(Generic[Key, Item, Value]):
     def _pause_after(self, state: RetryCallState) -> float:
         error = state.outcome.exception() if state.outcome else None
         if isinstance(error, TooManyRequests) or self._pacer.down_for(now_in_loop()):
-            return 0.0  # the pacer holds everyone back, this batch with them
+            return 0.0  # the pacer delays all batches, this one included
         asked = error.retry_after if isinstance(error, PassingFault) else None
         return max(asked or 0.0, self._pause(state))
 
     async def _rest(self, seconds: float) -> None:
-        """A pause after a fault. Whoever rests wakes nobody: should all do so, one of those that wait looks out."""
+        """Backoff. A resting batch wakes nobody, so if all of them rest, a waiting one has to probe."""
         self._resting += 1
         try:
             if seconds:
@@ -298,15 +293,15 @@ class Dispatcher(Generic[Key, Item, Value]):
         return now - max(began, self._pacer.up_since) > self._settings.retry_budget
 
     def _is_suspect(self, batch: Sequence[Key], state: RetryCallState, began: float) -> bool:
-        """It fails again and again while others are answered: something in it may be to blame, so it is split."""
+        """Fails repeatedly while others succeed: an item in it may be the cause, so it is split."""
         if len(batch) == 1 or state.attempt_number < SUSPECT_AFTER:
             return False
         error = state.outcome.exception() if state.outcome else None
-        # A batch may also be too large to be answered in time.
+        # A batch that times out may be too large.
         return self._answered_at > began or (isinstance(error, PassingFault) and error.cause == "timeout")
 
     async def _slot(self, items: int) -> Flight:
-        """Waits for room for so many items, and takes it."""
+        """Waits for a request slot and takes it."""
         self._queued += 1
         try:
             while not self._pacer.may_send(now := now_in_loop(), self._capacity().requests):
@@ -320,7 +315,7 @@ class Dispatcher(Generic[Key, Item, Value]):
         return flight
 
     async def _attempt(self, batch: list[Key], flight: Flight) -> Mapping[Key, Value]:
-        """One request, and what it tells about the service."""
+        """Sends one request and reports its outcome to the pacer."""
         most = self._capacity().requests
         is_ended = False
         try:
@@ -328,7 +323,7 @@ class Dispatcher(Generic[Key, Item, Value]):
                 return {}
             values = await self._hedged(items)
             if len(values) != len(batch):
-                raise PassingFault(f"{self._name} answered {len(values)} of {len(batch)}", cause="malformed")
+                raise PassingFault(f"{self._name} answered {len(values)} of {len(batch)} items", cause="malformed")
         except PassingFault as fault:
             is_ended, now = True, now_in_loop()
             self._tally.faults[fault.cause] += 1
@@ -338,9 +333,9 @@ class Dispatcher(Generic[Key, Item, Value]):
                 self._pacer.failed(flight, now)
             self.waits.refuse_long(fault)
             self.waits.failed(fault, now)
-            self._pump()  # this batch backs off; others need not wait for it
+            self._pump()  # others need not wait for this batch's backoff
             raise
-        except SearchError:  # the service is up, and refuses
+        except SearchError:  # the service is up and refuses
             is_ended = True
             self._pacer.succeeded(flight, now_in_loop(), most=most, is_short=False)
             raise
@@ -363,7 +358,7 @@ class Dispatcher(Generic[Key, Item, Value]):
         self._freed = anyio.Event()
 
     async def _hedged(self, items: Sequence[Item]) -> Sequence[Value]:
-        """One request; a second like it where the first is among the slowest and there is room."""
+        """Sends one request, and a second one if the first is among the slowest and there is room."""
         delay = self._slowest.delay(sent=self._tally.sizes.total(), hedged=self._tally.hedged)
         if delay is None:
             return await self._request(items)
@@ -385,7 +380,7 @@ class Dispatcher(Generic[Key, Item, Value]):
         self._tally.sizes[len(items)] += 1
         timeout = self._settings.request_timeout
         began = now_in_loop()
-        # What takes one request at a time computes here, which may take long.
+        # A service with one request at a time computes locally, which may take long.
         is_watched = self.waits.tell is not None and self._capacity().requests > 1
         try:
             with self._watched(began, timeout) if is_watched else anyio.fail_after(timeout):
@@ -400,10 +395,10 @@ class Dispatcher(Generic[Key, Item, Value]):
 
         return bounded_wait(f"{self._name} has not answered", tell, timeout)
 
-    # Answering: what becomes of a batch.
+    # Answering
 
     def _items(self, batch: list[Key]) -> list[Item]:
-        """What to send for a batch. Keys that nobody waits for any more are taken out of it first."""
+        """The items of a batch. First drops keys that nobody waits for."""
         waiters = {key: next(iter(self._gathering.waiters_of([key])), None) for key in batch}
         self._gathering.finish(key for key, waiter in waiters.items() if waiter is None)
         batch[:] = [key for key, waiter in waiters.items() if waiter is not None]
@@ -424,7 +419,7 @@ class Dispatcher(Generic[Key, Item, Value]):
             waiter.fail(failure)
 
     def _split(self, batch: list[Key], refused: RefusedInput) -> None:
-        """A refused batch goes out again in parts, so that one bad item fails alone."""
+        """Resends a refused batch in parts, so that one bad item fails alone."""
         if len(batch) == 1:
             failure = self._failure(str(refused))
             failure.__cause__ = refused

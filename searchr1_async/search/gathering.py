@@ -1,11 +1,11 @@
-"""Which keys wait, which are on their way, and who waits for each: decisions only, no clock, task or client.
+"""Tracks which keys wait, which are in flight, and who waits for each. Decisions only: no clock, task or client.
 
-Natural batching: whatever has gathered while other batches were on their way makes the next. There is no waiting window,
-so a lone search goes out at once and a crowd goes out together (:func:`is_worth_sending`).
+Natural batching: whatever accumulates while other batches are in flight forms the next batch. There is no fixed batching
+window, so a lone search goes out at once (:func:`is_worth_sending`).
 
-Fair queueing: the keys of one call are spaced out, one for each round, so that a call with twenty queries shares every
-batch with the calls that came after it. Each key gets a virtual start time, and the smallest go first (start-time fair
-queueing: Goyal, Vin and Cheng, SIGCOMM 1996). Since virtual time only grows, no key waits for ever either.
+Fair queueing: the keys of one call are spread over rounds, so that a call with twenty queries does not starve later ones.
+Each key gets a virtual start time, and the smallest goes first (start-time fair queueing: Goyal, Vin and Cheng, SIGCOMM
+1996).
 """
 
 from __future__ import annotations
@@ -20,78 +20,68 @@ Waiter = TypeVar("Waiter", bound=Hashable)
 
 
 FEW = 4
-"""Keys in the air below which nobody waits for company."""
+"""Below so many keys in flight, keys are sent at once."""
 
 
-def is_worth_sending(waiting: int, in_the_air: int, max_keys: int) -> bool:
-    """Whether what waits should go out now, given room for a request.
+def is_worth_sending(waiting: int, in_flight: int, max_keys: int) -> bool:
+    """Whether the waiting keys should be sent now, given room for a request of ``max_keys``.
 
-    Where few keys are in the air, everything goes at once. Where many are, a batch waits until it is half as large as all
-    of them together, or until one of them lands: with 1,024 episodes that nearly halves the requests. Whoever asks has to
-    set that waiting a limit, since what is in the air may hang.
-
-    Args:
-        waiting: keys that wait.
-        in_the_air: keys in the requests that are on their way.
-        max_keys: of one request; a full one always goes.
+    With few keys in flight, always. Otherwise a batch waits until it is full or half as large as all keys in flight, which
+    nearly halves the requests under load. The caller must bound this wait, since requests may hang.
     """
-    return waiting >= max_keys or in_the_air < FEW or 2 * waiting >= in_the_air
+    return waiting >= max_keys or in_flight < FEW or 2 * waiting >= in_flight
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What became of the keys of one request."""
+    """Outcome of :meth:`Gathering.ask`."""
 
     new: int
     """Keys that nobody else waited for."""
     joined: int
-    """Keys that were waiting or on their way already, and those given twice in the request."""
+    """Keys already pending, and duplicates within the call."""
 
 
 @dataclass(slots=True)
 class _Wanted(Generic[Waiter]):
     round: int
-    """The virtual time at which the key may go."""
+    """Virtual start time of the key."""
     number: int
-    """Among those of one round, who was asked for first goes first, also when it comes back."""
+    """Order within a round, kept when the key returns to the queue."""
     waiters: set[Waiter]
 
 
 class Gathering(Generic[Key, Waiter]):
-    """Keys (what is asked) and waiters (who asks), each key answered once for all who wait for it.
-
-    Args:
-        weigh: what a key counts against ``max_weight`` of a batch; by default nothing does.
-    """
+    """Keys (queries) and waiters (callers). ``weigh`` gives a key's weight against ``max_weight`` of a batch."""
 
     def __init__(self, weigh: Callable[[Key], int] = lambda _: 0) -> None:
         self._weigh = weigh
         self._waiting: dict[Key, _Wanted[Waiter]] = {}
         self._sent: dict[Key, _Wanted[Waiter]] = {}
-        # (round, number, key); an entry counts only while its key waits with this very round.
+        # (round, number, key); an entry is stale once its key waits in another round.
         self._queue: list[tuple[int, int, Key]] = []
         self._number = 0
         self._round = 0
 
     @property
     def waiting(self) -> int:
-        """Keys that are not on their way yet."""
+        """Keys not in flight yet."""
         return len(self._waiting)
 
     @property
     def sent(self) -> int:
-        """Keys that are on their way."""
+        """Keys in flight."""
         return len(self._sent)
 
     def ask(self, keys: Iterable[Key], waiter: Waiter) -> Asked:
-        """Someone asks for some keys: those that are known are joined, the others wait for a batch."""
+        """Registers a waiter for keys: pending ones are joined, new ones queued."""
         new = joined = 0
         for key in keys:
             if (wanted := self._sent.get(key)) is not None:
                 joined += 1
             elif (wanted := self._waiting.get(key)) is not None:
                 joined += 1
-                # Whoever joins may deserve it sooner than the call that asked for it as its twentieth.
+                # The joining call may be entitled to an earlier round than the one that queued the key.
                 if wanted.round > self._round + new + 1:
                     self._enqueue(key, wanted, self._round + new + 1)
             else:
@@ -103,7 +93,7 @@ class Gathering(Generic[Key, Waiter]):
         return Asked(new, joined)
 
     def leave(self, keys: Iterable[Key], waiter: Waiter) -> None:
-        """Someone no longer waits. A key that nobody waits for any more is not sent."""
+        """Removes a waiter. Waiting keys without waiters are dropped."""
         for key in keys:
             if (wanted := self._sent.get(key)) is not None:
                 wanted.waiters.discard(waiter)
@@ -113,14 +103,9 @@ class Gathering(Generic[Key, Waiter]):
                     del self._waiting[key]
 
     def take(self, max_keys: int, max_weight: int | None = None) -> tuple[Key, ...]:
-        """The next batch, in fair order; from now on its keys are on their way. Empty if none waits.
-
-        Args:
-            max_keys: at least 1.
-            max_weight: of all its keys together; a key that is heavier alone goes alone.
-        """
+        """Moves the next batch, in fair order, to in flight. Empty if no key waits; a key over ``max_weight`` goes alone."""
         if max_keys < 1:
-            raise ValueError(f"a batch of {max_keys} holds nothing")
+            raise ValueError(f"max_keys is {max_keys}: it must be at least 1")
         batch: list[Key] = []
         weight = 0
         while self._queue and len(batch) < max_keys:
@@ -139,11 +124,11 @@ class Gathering(Generic[Key, Waiter]):
         return tuple(batch)
 
     def finish(self, batch: Iterable[Key]) -> Mapping[Key, frozenset[Waiter]]:
-        """A batch came back, well or ill: who waits for each of its keys. They are known no longer."""
+        """Removes the keys of a finished batch and returns their waiters."""
         return {key: frozenset(self._sent.pop(key).waiters) for key in batch}
 
     def give_back(self, batch: Sequence[Key]) -> None:
-        """A batch was broken off: its keys wait again, in their old places; those that nobody waits for are dropped."""
+        """Requeues the keys of an aborted batch at their old places; drops those without waiters."""
         for key in batch:
             wanted = self._sent.pop(key)
             if wanted.waiters:
@@ -151,15 +136,15 @@ class Gathering(Generic[Key, Waiter]):
                 self._enqueue(key, wanted, wanted.round)
 
     def waiters_of(self, batch: Iterable[Key]) -> frozenset[Waiter]:
-        """Who waits for any key of a batch that is on its way."""
+        """Waiters of any key of a batch in flight."""
         return frozenset(waiter for key in batch for waiter in self._sent[key].waiters)
 
     def anyone_waiting(self) -> Waiter:
-        """One who waits for a key that is not on its way; there must be one."""
+        """A waiter of a key not in flight; there must be one."""
         return next(iter(next(iter(self._waiting.values())).waiters))
 
     def everyone(self) -> frozenset[Waiter]:
-        """Who waits for anything."""
+        """All waiters."""
         places = (self._waiting, self._sent)
         return frozenset(waiter for place in places for wanted in place.values() for waiter in wanted.waiters)
 

@@ -1,4 +1,4 @@
-"""Hedging: a request that is slow is sent a second time, and the first answer counts.
+"""Hedging: a slow request is sent a second time, and the first answer wins.
 
 After Dean and Barroso, "The Tail at Scale", CACM 56(2), 2013: a second request after the 95th percentile of the latency
 cuts the tail for about 5 % more requests.
@@ -16,34 +16,24 @@ Result = TypeVar("Result")
 Flight = TypeVar("Flight")
 
 HEDGE_AFTER_REQUESTS, RECENT_REQUESTS = 50, 400
-"""Requests answered before the slowest of them can be told, and those that still count."""
+"""Answered requests before hedging starts, and the window of recent latencies."""
 
 
 class Slowest:
-    """After what time a request is among the slowest of late: a pure count of latencies.
-
-    Args:
-        fraction: how many of the requests those are; 0 means that none is hedged.
-    """
+    """The latency after which a request counts as one of the slowest ``fraction``; 0 disables hedging."""
 
     def __init__(self, fraction: float) -> None:
         self._fraction = fraction
         self._recent: deque[float] = deque(maxlen=RECENT_REQUESTS)
 
     def add(self, seconds: float) -> None:
-        """A request took so long."""
         self._recent.append(seconds)
 
     def delay(self, *, sent: int, hedged: int) -> float | None:
-        """Seconds after which a request is to be sent a second time; None where it is not.
-
-        Args:
-            sent: requests so far.
-            hedged: of them, second ones: no more than their share, also while the service slows down.
-        """
+        """Seconds after which to hedge a request, or None. Caps ``hedged`` at its share of ``sent``, even in a slowdown."""
         if not self._fraction or hedged >= self._fraction * sent or len(self._recent) < HEDGE_AFTER_REQUESTS:
             return None
-        # A little more: where all take the same time, none is slow.
+        # 5 % above, so that nothing is hedged if all latencies are equal.
         return 1.05 * sorted(self._recent)[int((1 - self._fraction) * len(self._recent))]
 
 
@@ -53,16 +43,10 @@ async def hedged(
     begin: Callable[[], Flight | None],
     end: Callable[[Flight], None],
 ) -> Result:
-    """The result of a request, or of a second one like it that is begun after ``delay``: whichever comes first.
+    """The result of a request, or of a second one sent after ``delay`` seconds, whichever comes first.
 
-    Args:
-        request: makes one.
-        delay: seconds.
-        begin: takes room for the second; None where there is none.
-        end: gives that room back.
-
-    Raises:
-        Exception: that of the first to fail, where none succeeds.
+    ``begin`` takes a slot for the second (None if there is none), ``end`` releases it. Raises the first exception if neither
+    succeeds.
     """
     answers: list[Result] = []
     errors: list[Exception] = []

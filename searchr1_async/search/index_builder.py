@@ -1,4 +1,4 @@
-"""Puts a corpus into a store: read, embedded and put in at the same time, in windows, and gone on with after a kill."""
+"""Builds an index in windows of passages, reading, embedding and storing concurrently. Resumes after a kill."""
 
 from __future__ import annotations
 
@@ -20,28 +20,21 @@ from searchr1_async.search.embedders.base import Embedder, Vectors
 from searchr1_async.search.index_report import RECALL_WITHIN, IndexReport
 from searchr1_async.search.journal import Journal
 from searchr1_async.search.passage_embedding import WINDOW, BuildOptions, PassageEmbedder, next_window, say_cost
-from searchr1_async.search.prices import BYTES_A_TOKEN, Price, price_of
+from searchr1_async.search.prices import BYTES_PER_TOKEN, Price, price_of
 from searchr1_async.search.stores.base import WritableStore
 from searchr1_async.threads import in_thread
 
 Result = TypeVar("Result")
 
-QUERIES_A_REQUEST = 50
+QUERIES_PER_REQUEST = 50
 SAMPLE = 200
 
 
 class IndexBuilder:
-    """Builds one index.
+    """Builds one index, from a corpus, an open embedder and an open store; skips passages whose ids the store already holds.
 
-    Several windows are at work at once: while some are embedded, in several requests, another is put in. The vectors of a
-    request are in the journal before anything else is done with them, so that a kill repeats only requests in the air.
-
-    Args:
-        corpus: what is put in.
-        embedder: open.
-        store: open. What it holds of the corpus, by id, is left as it is.
-        journal: keeps vectors until the store has them.
-        options: see :class:`BuildOptions`.
+    Several windows are in progress at once: while some are embedded, another is stored. Vectors go to the journal first, so
+    a kill repeats only requests in flight.
     """
 
     def __init__(
@@ -62,16 +55,16 @@ class IndexBuilder:
         self._was_empty = True
 
     async def build(self) -> IndexReport:
-        """Puts in what is missing, and looks a sample of it up.
+        """Adds the missing passages, then checks recall on a sample.
 
         Raises:
             CorpusError: the corpus cannot be read.
-            EmbeddingError: the embedder failed for good; what is done is kept.
-            StoreError: the store failed for good, does not fit the embedder, or the journal cannot be written.
+            EmbeddingError: the embedder failed permanently; finished work is kept.
+            StoreError: the store failed permanently or does not match the embedder, or the journal cannot be written.
         """
         self._total = await anyio.to_thread.run_sync(len, self._corpus)
         self._refuse_other_dimension()
-        count = await self._patiently(self._store.count)
+        count = await self._with_retries(self._store.count)
         self._was_empty = count == 0
         self._done = min(count, self._total)
         await say_cost(self._corpus, self._total, self._embedder, self._done, self._options.emit)
@@ -93,11 +86,11 @@ class IndexBuilder:
     def _refuse_other_dimension(self) -> None:
         if self._store.dimension not in (None, self._embedder.dimension):
             raise StoreError(
-                f"{self._store.name} holds vectors of {self._store.dimension} numbers, {self._embedder.name} makes them "
-                f"of {self._embedder.dimension}: build into another collection"
+                f"{self._store.name} holds vectors of dimension {self._store.dimension}, but {self._embedder.name} "
+                f"produces dimension {self._embedder.dimension}: build into another collection"
             )
 
-    # Windows: read in order, a few at work at once.
+    # Windows are read in order; a few are in progress at once.
 
     async def _carry_all(self) -> None:
         windows = enumerate(self._corpus.batches(WINDOW))
@@ -119,7 +112,7 @@ class IndexBuilder:
                 while window := await anyio.to_thread.run_sync(next_window, windows):
                     tasks.start_soon(carry, *window)
                     await room.acquire()
-            except Exception as error:  # the corpus changed since it was checked
+            except Exception as error:  # e.g. the corpus changed since it was checked
                 failures.append(error)
                 tasks.cancel_scope.cancel()
         if failures:
@@ -137,7 +130,7 @@ class IndexBuilder:
         self._advance(len(items))
 
     async def _missing(self, passages: list[Passage]) -> list[Passage]:
-        missing = await self._patiently(lambda: self._store.missing([passage.id for passage in passages]))
+        missing = await self._with_retries(lambda: self._store.missing([passage.id for passage in passages]))
         return [passage for passage in passages if passage.id in missing]
 
     def _advance(self, count: int) -> None:
@@ -146,7 +139,7 @@ class IndexBuilder:
         if self._options.on_progress is not None:
             self._options.on_progress(self._done, self._total)
 
-    # One request to the store; the dispatchers call these.
+    # One request to the store, called by the dispatchers.
 
     async def _add(self, items: Sequence[tuple[Passage, Vectors]]) -> Sequence[None]:
         await self._store.add([passage for passage, _ in items], np.stack([vector for _, vector in items]))
@@ -159,8 +152,8 @@ class IndexBuilder:
     def _store_capacity(self) -> Capacity:
         return Capacity(WINDOW, self._store.max_requests)
 
-    async def _patiently(self, request: Callable[[], Awaitable[Result]]) -> Result:
-        """One request to the store, tried again as the others are."""
+    async def _with_retries(self, request: Callable[[], Awaitable[Result]]) -> Result:
+        """One request to the store, with retries."""
 
         async def send(_: Sequence[None]) -> Sequence[Result]:
             return [await request()]
@@ -175,16 +168,16 @@ class IndexBuilder:
         once.waits.tell = self._options.tell
         return (await once.fetch({"once": None}))["once"]
 
-    # Afterwards.
+    # Verification
 
     async def _verified(self, price: Price | None, seconds: float) -> IndexReport:
-        count = await self._patiently(self._store.count)
+        count = await self._with_retries(self._store.count)
         if count < self._total:
             raise StoreError(
-                f"{self._store.name} holds {count} passages where {self._total} were put in: delete it and build it again"
+                f"{self._store.name} holds {count} passages, expected {self._total}: delete it and build it again"
             )
         recall = await self._recall()
-        tokens = self._embedding.bytes // BYTES_A_TOKEN
+        tokens = self._embedding.bytes // BYTES_PER_TOKEN
         embedded, sampled = self._embedding.embedded, len(self._sample.kept)
         report = IndexReport(self._store.name, self._total, embedded, seconds, tokens, price, recall, sampled)
         if report.warning is not None:
@@ -198,7 +191,7 @@ class IndexBuilder:
         querying: Dispatcher[int, Vectors, frozenset[str]] = Dispatcher(
             self._query,
             name=self._store.name,
-            capacity=lambda: Capacity(min(QUERIES_A_REQUEST, self._store.max_queries), self._store.max_requests),
+            capacity=lambda: Capacity(min(QUERIES_PER_REQUEST, self._store.max_queries), self._store.max_requests),
             pacing=self._options.pacing,
             failure=StoreError,
         )
@@ -208,7 +201,7 @@ class IndexBuilder:
 
 
 class _Sample:
-    """So many of all that is offered, each with the same chance (Vitter's algorithm R), the same in every run."""
+    """Uniform sample of fixed size (Vitter's algorithm R), deterministic."""
 
     def __init__(self, size: int) -> None:
         self.kept: list[tuple[str, Vectors]] = []

@@ -1,4 +1,4 @@
-"""The folder of an index: what it was made of, and whether it is whole."""
+"""The folder of an index: its identity, and whether it is complete."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ INDEX_FORMAT = 1
 
 @dataclass(frozen=True, slots=True)
 class IndexIdentity:
-    """What an index was made of. Only an index with the same identity is used or continued."""
+    """What an index was built from. Only an index with the same content is used or continued."""
 
     corpus: str
     embedder: str
@@ -29,13 +29,13 @@ class IndexIdentity:
     format: int = INDEX_FORMAT
 
     def same_content(self, other: IndexIdentity) -> bool:
-        """Names may differ: equal fingerprints are equal content."""
+        """Compares fingerprints; names may differ."""
         return (self.format, self.corpus, self.embedder) == (other.format, other.corpus, other.embedder)
 
 
 @dataclass(frozen=True, slots=True)
 class IndexFolder:
-    """The two files that tell the state of an index: ``building.json`` while it grows, ``index.json`` when it is whole."""
+    """State files of an index: ``building.json`` during a build, ``index.json`` once complete."""
 
     path: Path
 
@@ -49,7 +49,7 @@ class IndexFolder:
 
     @property
     def journal(self) -> Path:
-        """Where vectors lie that are not in the store yet."""
+        """Vectors that are not in the store yet."""
         return self.path / "journal"
 
     def begin(self, identity: IndexIdentity) -> None:
@@ -61,37 +61,33 @@ class IndexFolder:
         (self.path / "building.json").unlink(missing_ok=True)
 
     def forget(self) -> None:
-        """Neither whole nor begun: whatever it lacks is built."""
+        """Marks the index as neither complete nor begun, so that missing passages are built."""
         (self.path / "index.json").unlink(missing_ok=True)
         (self.path / "building.json").unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Deletes what the store has here of an index that is begun again; vectors in the journal stay.
-
-        Raises:
-            OSError: it cannot be deleted.
-        """
+        """Deletes the store's files before a rebuild; journaled vectors stay. Raises OSError."""
         (self.path / "index.json").unlink(missing_ok=True)
         for path in self.path.iterdir():
             if path not in (self.journal, self.path / "building.json"):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def refuse_others(self, identity: IndexIdentity) -> None:
-        """Raises StoreError where the folder holds something else than this index, whole or begun."""
+        """Raises StoreError if the folder holds anything but this index."""
         found = self.whole or self.begun
         if found is not None and not found.same_content(identity):
             raise StoreError(
                 f"{self.path} holds the index of {found.source} by {found.embedder_name}, not of {identity.source} by "
-                f"{identity.embedder_name} (or the corpus has changed since): give another path, or delete that folder"
+                f"{identity.embedder_name} (or the corpus has changed since): use another path, or delete this folder"
             )
         if found is None and self.path.is_dir() and any(self.path.iterdir()):
             raise StoreError(
-                f"{self.path} holds files that are no index of this package: give an empty or a new folder"
+                f"{self.path} holds files that are not an index of this package: use an empty or new folder"
             )
 
 
 def building_call(path: Path) -> str | None:
-    """The Python call that builds the index of a folder again, where it is one of this package's; None for any other folder."""
+    """The Python call that rebuilds the index in a folder; None if it is not this package's."""
     folder = IndexFolder(path)
     if (found := folder.whole or folder.begun) is None:
         return None
@@ -101,7 +97,7 @@ def building_call(path: Path) -> str | None:
 
 
 def default_index_folder(corpus: Corpus, embedder: Embedder) -> Path:
-    """In the user's cache, named by the content of both: another corpus or embedder gets a folder of its own."""
+    """Folder in the user's cache, named by the content of corpus and embedder."""
     key = hashlib.sha256(f"{INDEX_FORMAT}\0{corpus.fingerprint}\0{embedder.fingerprint}".encode()).hexdigest()
     return cache_folder() / "indexes" / key[:24]
 

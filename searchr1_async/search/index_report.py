@@ -1,4 +1,4 @@
-"""What building an index came to."""
+"""Outcome of an index build."""
 
 from __future__ import annotations
 
@@ -7,46 +7,45 @@ from dataclasses import dataclass
 from searchr1_async.search.prices import Price, estimated_cost
 
 RECALL_WITHIN = 10
-"""A passage counts as found among so many nearest ones to its own vector."""
+"""A passage is found if it is among so many nearest neighbours of its own vector."""
 RECALL_BOUND = 0.95
-"""Of the sample; under it the graph of the store loses passages, and a warning says so. As this package makes it, Chroma's
-graph found 99 % of a sample of 54,909 passages of Wikipedia."""
+"""Below this sample recall the store's graph loses passages, and a warning is emitted."""
 
 
 @dataclass(frozen=True, slots=True)
 class IndexReport:
-    """The outcome of :func:`~searchr1_async.search.building.build_index`."""
+    """Outcome of :func:`~searchr1_async.search.building.build_index`."""
 
     store: str
-    """Where the index is."""
+    """Name and place of the index."""
     passages: int
-    """In the corpus, and now in the index."""
+    """In the corpus and the index."""
     embedded: int
-    """Of them, embedded by this call; the others were there before, or in the journal of an interrupted one."""
+    """By this call; the others existed before, or were in the journal of an interrupted build."""
     seconds: float
     tokens: int
-    """Embedded by this call, estimated: bytes of UTF-8 / 4."""
+    """Embedded by this call, estimated as UTF-8 bytes / 4."""
     price: Price | None
-    """For a million tokens; None where it is not known."""
+    """None if unknown."""
     recall: float | None
-    """Share of the sample that is found by its own vector within the first 10; None where nothing was put in."""
+    """Share of the sample that is among the first 10 results for its own vector; None if nothing was added."""
     sample: int
-    """Passages put in by this call and looked up, 200 at most."""
+    """Passages added by this call and looked up, at most 200."""
 
     @property
     def cost(self) -> float | None:
-        """US dollars, estimated; None where the price is not known."""
+        """Estimated US dollars; None if the price is unknown."""
         return None if self.price is None else self.price.cost(self.tokens)
 
     @property
     def warning(self) -> str | None:
-        """What is wrong with the index, in words; None where nothing is."""
+        """What is wrong with the index, or None."""
         if self.recall is None or self.recall >= RECALL_BOUND:
             return None
         return (
-            f"only {self.recall:.1%} of {self.sample} passages of {self.store} are found within the first {RECALL_WITHIN} "
-            f"by their own vector (at least {RECALL_BOUND:.0%} should be): the corpus holds many equal passages, or the "
-            "collection's graph is too sparse (raise its ef_search, or make it anew with more max_neighbors)"
+            f"only {self.recall:.1%} of {self.sample} passages of {self.store} are among the first {RECALL_WITHIN} results for "
+            f"their own vector (expected at least {RECALL_BOUND:.0%}): the corpus has many duplicates, or the collection's "
+            "graph is too sparse (raise ef_search, or rebuild it with more max_neighbors)"
         )
 
     def __str__(self) -> str:
@@ -55,6 +54,6 @@ class IndexReport:
             parts.append(estimated_cost(self.tokens, self.price))
         if self.recall is not None:
             parts.append(
-                f"{self.recall:.1%} of {self.sample} passages found within the first {RECALL_WITHIN} by their own vector"
+                f"{self.recall:.1%} of {self.sample} passages are among the first {RECALL_WITHIN} results for their own vector"
             )
         return "; ".join(parts)

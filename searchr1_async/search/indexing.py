@@ -1,4 +1,4 @@
-"""An index in a folder: a corpus embedded once, kept, and never mistaken for whole while it is not."""
+"""A corpus index in a folder: embedded once, and never mistaken for complete while it is not."""
 
 from __future__ import annotations
 
@@ -30,12 +30,7 @@ COLLECTION = "passages"
 
 
 class LocalIndex:
-    """A corpus and the folder in which its index is, or will be.
-
-    Args:
-        corpus: what is indexed.
-        path: the index's folder; None means one in the user's cache, named by the content of corpus and embedder.
-    """
+    """A corpus and the folder of its index; None for one in the user's cache, named by content of corpus and embedder."""
 
     def __init__(self, corpus: Corpus, path: Path | None = None) -> None:
         self.corpus = corpus
@@ -51,29 +46,31 @@ class LocalIndex:
         return IndexIdentity(corpus.fingerprint, embedder.fingerprint, corpus.source, embedder.name, len(corpus))
 
     async def open_store(self, embedder: Embedder, on_progress: OnProgress | None = None) -> Store:
-        """The store with the whole index in it, open. It is built first if need be; what was begun is continued.
+        """Opens the store with the complete index, building it or continuing a build first.
 
-        Two processes may ask for one index: the second waits until the first is done. ``on_progress`` is called only
-        where something is built, from the event loop, first with what is there already.
+        If another process is building it, waits until that is done. ``on_progress`` is called from the event loop, only during
+        a build, first with what already exists.
 
         Raises:
-            CorpusError: the corpus cannot be used.
-            DamagedIndexError: its files are not what they were; its message names the call that builds it again.
-            StoreError: the folder holds something else, or cannot be written.
-            EmbeddingError: the embedder failed; what is done is kept.
+            CorpusError: the corpus is unusable.
+            DamagedIndexError: index files changed; the message names the call that rebuilds it.
+            StoreError: the folder holds something else or is not writable.
+            EmbeddingError: the embedder failed; finished work is kept.
         """
-        store, _ = await self._open(embedder, BuildOptions(on_progress=on_progress, emit=log_notices), mends=False)
+        store, _ = await self._open(
+            embedder, BuildOptions(on_progress=on_progress, emit=log_notices), rebuild_damaged=False
+        )
         return store
 
     async def build(self, embedder: Embedder, options: BuildOptions) -> IndexReport:
-        """Builds what is not there yet, and a damaged index again; tells what that came to.
+        """Builds what is missing, and rebuilds a damaged index.
 
         Raises:
-            CorpusError: the corpus cannot be used.
-            StoreError: the folder holds something else, or cannot be written.
-            EmbeddingError: the embedder failed; what is done is kept.
+            CorpusError: the corpus is unusable.
+            StoreError: the folder holds something else or is not writable.
+            EmbeddingError: the embedder failed; finished work is kept.
         """
-        store, report = await self._open(embedder, options, mends=True)
+        store, report = await self._open(embedder, options, rebuild_damaged=True)
         with anyio.CancelScope(shield=True):
             await store.aclose()
         if report is not None:
@@ -82,9 +79,9 @@ class LocalIndex:
         return IndexReport(store.name, passages, 0, 0.0, 0, price_of(embedder), None, 0)
 
     async def _open(
-        self, embedder: Embedder, options: BuildOptions, *, mends: bool
+        self, embedder: Embedder, options: BuildOptions, *, rebuild_damaged: bool
     ) -> tuple[Store, IndexReport | None]:
-        """The open store, and the report where something was built; ``mends`` builds a damaged index again."""
+        """The open store, and a report if something was built. ``rebuild_damaged`` rebuilds a damaged index."""
         identity = await anyio.to_thread.run_sync(self.identity, embedder)
         folder = await anyio.to_thread.run_sync(self.folder, embedder)
         folder.refuse_others(identity)
@@ -95,15 +92,17 @@ class LocalIndex:
                     await open_store(store, options.pacing)
                     count = await store.count()
                 except DamagedIndexError:
-                    if not mends:
+                    if not rebuild_damaged:
                         raise
                 else:
                     if count == identity.passages:
                         return store, None
-                    lost = f"{store.name} holds {count} of {identity.passages} passages: it is built again"
+                    lost = f"{store.name} holds {count} of {identity.passages} passages: rebuilding it"
                     options.emit(Notice(lost, is_warning=True))
                     folder.forget()
-            return store, await self._ensure(folder, identity, embedder, store, options, mends=mends)
+            return store, await self._ensure(
+                folder, identity, embedder, store, options, rebuild_damaged=rebuild_damaged
+            )
         except BaseException as error:
             with anyio.CancelScope(shield=True):
                 await store.aclose()
@@ -119,7 +118,7 @@ class LocalIndex:
         store: EmbeddedChroma,
         options: BuildOptions,
         *,
-        mends: bool,
+        rebuild_damaged: bool,
     ) -> IndexReport | None:
         folder.path.parent.mkdir(parents=True, exist_ok=True)
         async with only_one(folder.path, f"builds the index in {folder.path}"):
@@ -129,9 +128,9 @@ class LocalIndex:
             try:
                 await open_store(store, options.pacing)
             except DamagedIndexError as damaged:
-                if not mends:
+                if not rebuild_damaged:
                     raise
-                options.emit(Notice(f"{damaged.fault}: it is built again", is_warning=True))
+                options.emit(Notice(f"{damaged.fault}: rebuilding it", is_warning=True))
                 folder.begin(identity)
                 await open_embedder(embedder, options.pacing)
                 await anyio.to_thread.run_sync(folder.clear)
@@ -142,8 +141,7 @@ class LocalIndex:
             report = await IndexBuilder(self.corpus, embedder, store, journal, options).build()
             if (count := await store.count()) != identity.passages:
                 raise StoreError(
-                    f"{store.name} holds {count} passages where {identity.passages} were put in: delete it and build it "
-                    "again"
+                    f"{store.name} holds {count} passages, expected {identity.passages}: delete it and build it again"
                 )
             await store.record()
             folder.finish(identity)
@@ -151,6 +149,6 @@ class LocalIndex:
 
 
 def log_notices(event: Event) -> None:
-    """Where nobody watches, warnings are logged."""
+    """Default ``emit``: logs notices."""
     if isinstance(event, Notice):
         logger.log(logging.WARNING if event.is_warning else logging.INFO, "%s", event.text)

@@ -1,4 +1,4 @@
-"""Vectors on disk from their request's answer until they are in the store: what was embedded is not embedded again."""
+"""Keeps embedded vectors on disk until they are in the store, so that nothing is embedded twice."""
 
 from __future__ import annotations
 
@@ -24,24 +24,18 @@ _SUFFIX = ".vectors"
 
 
 def key_of(passage_id: str, text: str) -> bytes:
-    """Names a passage and what was embedded of it."""
+    """Hash of a passage's id and its embedded text."""
     content = f"{passage_id}\0{text}".encode("utf-8", "surrogatepass")
     return hashlib.blake2b(content, digest_size=KEY_BYTES).digest()
 
 
 class Journal:
-    """One append-only file a window of passages, deleted when the window is in the store.
+    """One append-only file per window of passages, deleted once the window is in the store.
 
-    A record is a key, a vector and their CRC-32. A process may be killed at any moment: a record cut short ends its
-    file, and is cut off before the file is appended to. Nothing is synced to the disk: a kill loses nothing, a power cut
-    what the system had not written yet. A file of another embedder or dimension is deleted.
+    A record is a key, a vector and their CRC-32. Survives kills: a torn record at the end of a file is truncated. Does not
+    fsync, so a power failure may lose recent vectors. Files of another embedder (by fingerprint) or dimension are deleted.
 
-    All functions block on the disk: call them in a worker thread. Thread-safe.
-
-    Args:
-        folder: made when something is first appended.
-        embedder: fingerprint of what made the vectors.
-        dimension: numbers a vector.
+    Blocks on the disk: call it in a worker thread. Thread-safe.
     """
 
     def __init__(self, folder: Path, embedder: str, dimension: int) -> None:
@@ -54,11 +48,7 @@ class Journal:
         self._lock = threading.Lock()
 
     def recall(self) -> dict[bytes, Vectors]:
-        """Every vector that is whole on disk, by its key; torn ends are cut off.
-
-        Raises:
-            OSError: the folder cannot be read.
-        """
+        """All intact vectors on disk, by key; truncates torn ends. Raises OSError."""
         found: dict[bytes, Vectors] = {}
         with self._lock:
             for file in sorted(self._folder.glob(f"*{_SUFFIX}")):
@@ -70,7 +60,7 @@ class Journal:
         return found
 
     def _read(self, file: Path, found: dict[bytes, Vectors]) -> int | None:
-        """The bytes of a file that are whole, with their vectors put into ``found``; None for a foreign file."""
+        """Adds a file's vectors to ``found`` and returns its intact bytes; None for a foreign file."""
         content = file.read_bytes()
         if not content.startswith(self._header):
             return None
@@ -84,11 +74,7 @@ class Journal:
         return position
 
     def append(self, window: int, keys: Sequence[bytes], vectors: Vectors) -> None:
-        """Keeps the vectors of some passages of a window.
-
-        Raises:
-            OSError: they cannot be written.
-        """
+        """Appends vectors of a window. Raises OSError."""
         records = bytearray()
         for key, vector in zip(keys, np.ascontiguousarray(vectors, "<f4"), strict=True):
             body = key + vector.tobytes()
@@ -99,17 +85,16 @@ class Journal:
                 before = file.tell()
                 try:
                     write_all(file, records if before else self._header + records)
-                except OSError:  # a full disk: the half that was written would hide what is appended later
+                except OSError:  # full disk: a torn record would hide later ones
                     file.truncate(before)
                     raise
 
     def forget(self, window: int) -> None:
-        """The window is in the store."""
+        """Deletes a window that is in the store."""
         with self._lock:
             self._file(window).unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """All is in the store."""
         with self._lock:
             shutil.rmtree(self._folder, ignore_errors=True)
 

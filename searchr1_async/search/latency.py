@@ -1,4 +1,4 @@
-"""Latencies as counts on a logarithmic scale: percentiles of any number of requests in a few hundred numbers."""
+"""Latency histogram with logarithmic buckets: percentiles of any number of requests in constant memory."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 SHORTEST = 1e-4
-"""Seconds; what is shorter counts as this."""
+"""Seconds; shorter latencies are clamped to this."""
 GROWTH = 1.05
-"""Each bucket's upper edge over its lower one: a percentile is at most 5 % too high."""
+"""Ratio of a bucket's edges: percentiles are at most 5 % too high."""
 _LOG_GROWTH = math.log(GROWTH)
 
 
 @dataclass(frozen=True, slots=True)
 class Latency:
-    """How long requests took. Two snapshots differ by the requests between them: ``later - earlier``."""
+    """A latency histogram. ``later - earlier`` gives the requests in between."""
 
     counts: Mapping[int, int] = field(default_factory=lambda: MappingProxyType({}))
-    """Requests by bucket: bucket ``b`` ends at ``SHORTEST * GROWTH**b`` seconds."""
+    """Requests by bucket; bucket ``b`` ends at ``SHORTEST * GROWTH**b`` seconds."""
     total: float = 0.0
-    """Seconds, summed."""
+    """Sum in seconds."""
 
     @property
     def count(self) -> int:
@@ -30,11 +30,11 @@ class Latency:
 
     @property
     def mean(self) -> float:
-        """Seconds; 0 of none."""
+        """Seconds; 0 if empty."""
         return self.total / self.count if self.counts else 0.0
 
     def quantile(self, fraction: float) -> float:
-        """Seconds that ``fraction`` of the requests took at most, up to 5 % too high; 0 of none."""
+        """Seconds, up to 5 % too high; 0 if empty."""
         left = fraction * self.count
         for bucket, count in sorted(self.counts.items()):
             left -= count
@@ -44,7 +44,7 @@ class Latency:
 
     @property
     def p50(self) -> float:
-        """Seconds, the median."""
+        """Median in seconds."""
         return self.quantile(0.5)
 
     @property
@@ -64,8 +64,6 @@ class Latency:
 
 
 class LatencyTally:
-    """The counter behind :class:`Latency`."""
-
     def __init__(self) -> None:
         self._counts: Counter[int] = Counter()
         self._total = 0.0

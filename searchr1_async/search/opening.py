@@ -1,4 +1,4 @@
-"""Opening an embedder or a store: within a few tries, and in words where it fails."""
+"""Opens an embedder or a store, with a few retries."""
 
 from __future__ import annotations
 
@@ -14,24 +14,16 @@ from searchr1_async.search.pacing import PacingSettings
 from searchr1_async.search.stores.base import Store
 
 OPENING_TRIES = 5
-"""About 4 seconds in all, with the default pauses."""
+"""About 4 seconds in total with the default pauses."""
 
 
 async def open_embedder(embedder: Embedder, pacing: PacingSettings) -> None:
-    """Opens it, within a few tries: the cause may pass, but it may as well be a wrong address.
-
-    Raises:
-        EmbeddingError: it cannot be opened.
-    """
+    """Opens the embedder. Few retries: the fault may be transient, but also a wrong address. Raises EmbeddingError."""
     await _opened(embedder.open, pacing, EmbeddingError)
 
 
 async def open_store(store: Store, pacing: PacingSettings) -> None:
-    """Opens it, as :func:`open_embedder` does.
-
-    Raises:
-        StoreError: it cannot be opened.
-    """
+    """Opens the store, like :func:`open_embedder`. Raises StoreError."""
     await _opened(store.open, pacing, StoreError)
 
 

@@ -1,4 +1,4 @@
-"""What a search can be given besides its embedder and its store."""
+"""Options of a search."""
 
 from __future__ import annotations
 
@@ -12,31 +12,27 @@ from searchr1_async.search.pacing import PacingSettings
 
 
 class SearchOptions(TypedDict, total=False):
-    """What every :class:`Search` can be given besides its embedder and its store."""
+    """Options of :class:`Search` besides embedder and store."""
 
     n_results: int
-    """Passages for each query, 1 to 100; 3 by default, as in the recipe."""
+    """Passages per query, 1 to 100; default 3, as in the recipe."""
     max_passage_words: int | None
-    """Passages are cut after so many words; None (the default) leaves them whole."""
+    """Truncates passages to so many words; None (default) keeps them whole."""
     deadline: float
-    """Seconds from asking to answer, 120 by default, after which a call fails. Put off while a service is down."""
+    """Seconds per call, default 120, then it fails. Extended while a service is down."""
     cache_entries: int
-    """Answers in memory, 10,000 by default (about 3 KB each); 0 keeps none."""
+    """Answers in memory, default 10,000 (about 3 KB each); 0 disables the cache."""
     cache_path: str | Path | None
-    """A file for answers that outlives the process and may be shared by several; None (the default) keeps none."""
+    """File of a persistent answer cache, which processes may share; None (default) for none."""
     cache_bytes: int
-    """Of that file, 1 GiB by default; what was asked for least recently goes first."""
+    """Size of that file, default 1 GiB; evicts the least recently used answers."""
     pacing: PacingSettings
-    """How requests to the embedder and to the store are paced, retried and given up."""
+    """Pacing and retries of requests to the embedder and the store."""
 
 
 @dataclass(frozen=True, slots=True)
 class SearchSettings:
-    """:class:`SearchOptions` with their defaults, checked.
-
-    Raises:
-        ConfigurationError: a setting out of its range.
-    """
+    """:class:`SearchOptions` with defaults. Raises ConfigurationError if one is out of range."""
 
     n_results: Annotated[int, Range(at_least=1, at_most=100)] = 3
     max_passage_words: Count | None = None
@@ -51,10 +47,6 @@ class SearchSettings:
 
 
 def check_n_results(n_results: int) -> None:
-    """Refuses what no store is asked for.
-
-    Raises:
-        ConfigurationError: not 1 to 100.
-    """
+    """Raises ConfigurationError unless 1 to 100."""
     if not 1 <= n_results <= 100:
-        raise ConfigurationError(f"n_results is {n_results}: give 1 to 100")
+        raise ConfigurationError(f"n_results is {n_results}: it must be 1 to 100")

@@ -1,4 +1,4 @@
-"""Embeds the passages of a corpus: several requests at once, paced and retried, each kept on disk once it is answered."""
+"""Embeds the passages of a corpus in concurrent, paced and retried requests, each journaled as soon as it is answered."""
 
 from __future__ import annotations
 
@@ -19,27 +19,26 @@ from searchr1_async.search.embedders.checked import checked_vectors
 from searchr1_async.search.faults import RefusedInput
 from searchr1_async.search.journal import Journal, key_of
 from searchr1_async.search.pacing import PacingSettings
-from searchr1_async.search.prices import BYTES_A_TOKEN, estimated_cost, price_of
+from searchr1_async.search.prices import BYTES_PER_TOKEN, estimated_cost, price_of
 from searchr1_async.threads import in_thread
 
 OnProgress = Callable[[int, int], None]
-"""Passages done, passages in all."""
+"""Passages done, passages in total."""
 
 WINDOW = 512
-"""Passages that are embedded, put away and forgotten by the journal together."""
+"""Passages per journal file: embedded and stored together."""
 MOST_WINDOWS = 8
-"""At work at once: 25 MB of vectors at 1,536 dimensions."""
+"""In progress at once: 25 MB of vectors at 1,536 dimensions."""
 PASSAGES_A_REQUEST = 128
-"""To a service, at most: larger ones gain nothing."""
+"""Per request to a service; more gains nothing."""
 PASSAGES_AT_ONCE = 512
-"""To an embedder that takes one request at a time. Such a one computes here, and sorts by length what it gets together:
-2,048 passages took 47 s of CPU in requests of 512, 68 s in requests of 128."""
+"""Per request to a local embedder. Larger batches, sorted by length, need less padding."""
 PACING = PacingSettings(request_timeout=300.0, retry_budget=600.0, longest_wait=600.0)
-"""Nobody waits for a single answer: more patience than for searches."""
+"""More patient than for searches, since nobody waits for a single answer."""
 
 
 def passage_text(passage: Passage) -> str:
-    """What is embedded of a passage: its title in front, unless the text names it at its beginning anyway."""
+    """The text to embed: the title, unless the passage starts with it anyway, and the passage."""
     if not passage.title or passage.title.casefold() in passage.text[: 2 * len(passage.title) + 80].casefold():
         return passage.text
     return f"{passage.title}\n{passage.text}"
@@ -47,31 +46,25 @@ def passage_text(passage: Passage) -> str:
 
 @dataclass(frozen=True, slots=True)
 class BuildOptions:
-    """How a build is paced and watched."""
+    """Pacing and progress reporting of a build."""
 
     pacing: PacingSettings = PACING
     on_progress: OnProgress | None = None
-    """Called from the event loop, first with what is there already."""
+    """Called from the event loop, first with what already exists."""
     emit: Emit = emit_nothing
-    """Told of the phase ``index``, of the estimated cost before it, of every wait over 5 seconds, and of an index that loses
-    passages."""
+    """Receives the phase ``index``, the cost estimate, waits over 5 seconds, and a warning if the index loses passages."""
 
     def tell(self, text: str) -> None:
-        """Emits a warning."""
         self.emit(Notice(text, is_warning=True))
 
 
 async def say_cost(corpus: Corpus, total: int, embedder: Embedder, done: int, emit: Emit) -> None:
-    """The estimated cost, before it starts; where embedding is free it is not worth the reading.
-
-    Raises:
-        CorpusError: the corpus cannot be read.
-    """
+    """Emits the cost estimate, unless embedding is free. Raises CorpusError."""
     price = price_of(embedder)
     if price is not None and not price.dollars:
         return
     tokens = await in_thread(lambda: _count_tokens(corpus))
-    there = f", less what is there already ({done:,} of them)" if done else ""
+    there = f", minus the {done:,} already in the index" if done else ""
     emit(Notice(f"embedding {total:,} passages with {embedder.name}: {estimated_cost(tokens, price)}{there}"))
 
 
@@ -81,12 +74,12 @@ def _count_tokens(corpus: Corpus) -> int:
         size += len(passage_text(passage).encode("utf-8", "surrogatepass"))
         if number % 10_000 == 0:
             anyio.from_thread.check_cancelled()
-    return size // BYTES_A_TOKEN
+    return size // BYTES_PER_TOKEN
 
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """A passage to be embedded."""
+    """A passage to embed."""
 
     passage: Passage
     text: str
@@ -98,28 +91,21 @@ class _Job:
 
 
 _JobKey = tuple[int, int]
-"""A passage's number in the corpus, and its weight in tokens."""
+"""Index of the passage in the corpus, and its weight in tokens."""
 
 
 class PassageEmbedder:
-    """Embeds passages, window by window, several at work at once.
+    """Embeds passages in windows, several at once. ``name`` (of the target) and ``source`` (of the corpus) are for messages.
 
-    The vectors of a request are in the journal before anything else is done with them, so that a kill repeats only
-    requests in the air.
-
-    Args:
-        name: of what the passages are embedded for.
-        source: of the corpus; both for messages.
-        embedder: open.
-        journal: keeps vectors until :meth:`Journal.forget`, which is the caller's.
-        options: how requests are paced, and who is told of waits.
+    Vectors go to the journal before anything else, so a kill repeats only requests in flight; the caller calls
+    :meth:`Journal.forget`.
     """
 
     def __init__(self, name: str, source: str, embedder: Embedder, journal: Journal, options: BuildOptions) -> None:
         self.embedded = 0
-        """Passages whose vectors were answered here, and so not found in the journal."""
+        """Passages embedded here, excluding those found in the journal."""
         self.bytes = 0
-        """Of UTF-8, of their texts."""
+        """UTF-8 bytes of their texts."""
         self._name = name
         self._source = source
         self._embedder = embedder
@@ -136,24 +122,16 @@ class PassageEmbedder:
         self._requests.waits.tell = options.tell
 
     async def recall(self) -> None:
-        """Reads what is in the journal; none of that is embedded again.
-
-        Raises:
-            OSError: the journal cannot be read.
-        """
+        """Reads the journal, whose vectors are not embedded again. Raises OSError."""
         self._recalled = await in_thread(self._journal.recall)
 
     async def embed(self, window: int, place: int, passages: Sequence[Passage]) -> list[Vectors]:
-        """The vector of every passage, in order.
+        """The vector of each passage, in order. Raises EmbeddingError, or StoreError if the journal cannot be written.
 
         Args:
-            window: number of the journal's file.
-            place: number of the first passage, no other window's: what tells requests apart.
+            window: number of the journal file.
+            place: index of the first passage in the corpus; identifies requests.
             passages: of the window.
-
-        Raises:
-            EmbeddingError: the embedder failed for good.
-            StoreError: the journal cannot be written.
         """
         jobs = [_Job(passage, passage_text(passage), window) for passage in passages]
         vectors: dict[int, Vectors] = {}
@@ -168,7 +146,7 @@ class PassageEmbedder:
         return [vectors[number] for number in range(place, place + len(jobs))]
 
     def windows_at_once(self, window: int) -> int:
-        """Windows of so many passages that fill the embedder's requests, one that is put away, and one that takes its place."""
+        """Windows that fill the embedder's requests, plus one being stored and one to replace it."""
         capacity = self._capacity()
         return min(MOST_WINDOWS, 2 + math.ceil(capacity.items * capacity.requests / window))
 
@@ -178,24 +156,24 @@ class PassageEmbedder:
         return Capacity(min(most, embedder.max_texts), embedder.max_requests, embedder.max_tokens)
 
     async def _send(self, jobs: Sequence[_Job]) -> Sequence[Vectors]:
-        """One request; the dispatcher calls it."""
+        """One request, called by the dispatcher."""
         try:
             answer = await self._embedder.embed_passages([job.text for job in jobs])
             vectors = checked_vectors(answer, len(jobs), self._embedder)
         except RefusedInput as refused:
             if len(jobs) > 1:
-                raise  # it comes again in parts
+                raise  # the dispatcher resends it in parts
             raise EmbeddingError(
-                f"{refused}: the passage {jobs[0].passage.id!r} of {self._source} is refused; mend it or leave it out"
+                f"{refused}: the passage {jobs[0].passage.id!r} of {self._source} is refused; fix or remove it"
             ) from refused
         try:
-            with anyio.CancelScope(shield=True):  # what is answered is kept, whatever happens to the build meanwhile
+            with anyio.CancelScope(shield=True):  # keep paid-for vectors even if the build is cancelled
                 await in_thread(lambda: self._keep(jobs, vectors))
         except OSError as error:
             raise StoreError(f"the journal of {self._name} cannot be written: {error.strerror or error}") from error
         self.embedded += len(jobs)
         self.bytes += sum(job.size for job in jobs)
-        return [row.copy() for row in vectors]  # a view would keep its whole request in memory
+        return [row.copy() for row in vectors]  # a view would keep the whole request in memory
 
     def _keep(self, jobs: Sequence[_Job], vectors: Vectors) -> None:
         for window in sorted({job.window for job in jobs}):
@@ -205,5 +183,5 @@ class PassageEmbedder:
 
 
 def next_window(windows: Iterator[tuple[int, list[Passage]]]) -> tuple[int, list[Passage]] | None:
-    """The next window of a corpus, with its number; None behind the last. Reads a file: call it in a worker thread."""
+    """The next window and its number, or None. Reads a file: call it in a worker thread."""
     return next(windows, None)

@@ -1,4 +1,4 @@
-"""What a path or an address holds that can be searched, and with which embedder."""
+"""Detects the searchable index at a path or URL, and its embedder."""
 
 from __future__ import annotations
 
@@ -26,31 +26,31 @@ CHROMA_DATABASE = "chroma.sqlite3"
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """What was found: a store, and the embedder that its vectors are of."""
+    """A store and the embedder of its vectors."""
 
     embedder: Embedder
     store: Store
 
 
 EmbedderChoice = str | Path | Embedder | None
-"""As the user names it; None: as the place says itself."""
+"""The user's choice; None for the one the index names."""
 
 
 async def look_up(
     place: str | Path, embedder: EmbedderChoice, collection: str | None, token: str | None
 ) -> Place | None:
-    """What the place holds; None for a corpus, which is no index yet.
+    """Finds the store at a place; None for a corpus, which is not an index yet.
 
     Args:
-        place: a folder, a file, a corpus's name, or an address that begins with ``http://`` or ``https://``.
+        place: a folder, a file, a corpus name, or an ``http://`` or ``https://`` URL.
         embedder: see :data:`EmbedderChoice`.
-        collection: of a Chroma folder or server; None is the only one of a folder.
+        collection: of a Chroma folder or server; None for the only one of a folder.
         token: of a server.
 
     Raises:
-        ConfigurationError: the embedder is not known and not given, or another one is given; several collections.
+        ConfigurationError: the embedder is unknown or does not match the index, or there are several collections.
         EmbeddingError: the embedder's library or folder is missing.
-        StoreError: nothing that can be searched, or nobody answers there.
+        StoreError: nothing searchable, or no answer from the server.
     """
     if is_address(place):
         return await _served(str(place), embedder, collection, token)
@@ -58,16 +58,11 @@ async def look_up(
 
 
 def is_address(place: str | Path) -> bool:
-    """Whether it is a URL."""
     return isinstance(place, str) and place.startswith(("http://", "https://"))
 
 
 def compact_place(folder: Path, embedder: EmbedderChoice) -> Place:
-    """A compact index with its embedder. Reads a file: call it in a worker thread.
-
-    Raises:
-        ConfigurationError, EmbeddingError, StoreError: as :func:`look_up`.
-    """
+    """A compact index and its embedder. Reads a file: call it in a worker thread. Raises as :func:`look_up`."""
     store = CompactStore(folder)
     manifest = store.manifest
     return Place(_embedder(str(folder), embedder, manifest.embedder, manifest.embedder_fingerprint), store)
@@ -83,39 +78,39 @@ def _on_disk(place: str | Path, embedder: EmbedderChoice, collection: str | None
         folder = IndexFolder(path)
         if (index := folder.whole) is None and folder.begun is not None:
             raise StoreError(
-                f"{path} holds an index that is not finished: {building_call(path)} goes on", is_fatal=True
+                f"{path} holds an index that is not finished: {building_call(path)} continues it", is_fatal=True
             )
         if index is not None:
             own = _embedder(str(path), embedder, index.embedder_name, index.embedder)
             return Place(own, EmbeddedChroma(path, collection or COLLECTION))
         return Place(_embedder(str(path), embedder, None, None), EmbeddedChroma(path, collection or _only_one(path)))
     files = sorted(each.name for each in path.iterdir() if each.name.endswith(TABLE_SUFFIXES))
-    advice = f"; name a file in it, such as {files[0]}" if files else ""
-    raise StoreError(f"{path} holds no index: neither {MANIFEST_NAME} nor {CHROMA_DATABASE} is in it{advice}")
+    advice = f"; pass a file in it, such as {files[0]}" if files else ""
+    raise StoreError(f"{path} holds no index: it has neither {MANIFEST_NAME} nor {CHROMA_DATABASE}{advice}")
 
 
 def _only_one(path: Path) -> str:
     names = [each.name for each in collections_in(path)]
     if len(names) != 1:
-        raise ConfigurationError(f"{path} holds the collections {', '.join(names) or '(none)'}: name one, collection=…")
+        raise ConfigurationError(f"{path} holds the collections {', '.join(names) or '(none)'}: pass collection=…")
     return names[0]
 
 
 def _embedder(place: str, given: EmbedderChoice, name: str | None, fingerprint: str | None) -> Embedder:
-    """The one given, or the one that the index names; refused where it is another than the index's."""
+    """The given embedder, or the one the index names; refuses one that does not match the index."""
     if given is None and name is None:
-        raise ConfigurationError(f"{place} does not say what its vectors were made with: name it, embedder=…")
+        raise ConfigurationError(f"{place} does not name the embedder of its vectors: pass embedder=…")
     try:
         made = make_embedder(name if given is None and name is not None else given)  # type: ignore[arg-type]
     except EmbeddingError as error:
         if given is not None:
             raise
-        raise EmbeddingError(f"{place} was made with {name!r}, which cannot be had here: {error}") from error
+        raise EmbeddingError(f"{place} was made with {name!r}, which is not available here: {error}") from error
     if fingerprint is not None and made.fingerprint != fingerprint:
         if given is None:
             raise ConfigurationError(
-                f"{place} was made with an embedder that calls itself {name!r}, and {made.name} is another one: give the one "
-                "it was made with, embedder=…"
+                f"{place} was made with an embedder named {name!r} that differs from {made.name}: pass the original one, "
+                "embedder=…"
             )
         raise ConfigurationError(
             f"{place} was made with the embedder {name or 'of another fingerprint'}, not with {made.name}: their vectors "
@@ -129,7 +124,7 @@ async def _served(url: str, embedder: EmbedderChoice, collection: str | None, to
 
     if collection is not None:
         if embedder is None:
-            raise ConfigurationError(f"{url} does not say what its vectors were made with: name it, embedder=…")
+            raise ConfigurationError(f"{url} does not name the embedder of its vectors: pass embedder=…")
         own = await anyio.to_thread.run_sync(make_embedder, embedder)
         return Place(own, RemoteChroma(url, collection=collection, token=token))
     facts = await look_at(url, token=token)

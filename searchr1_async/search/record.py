@@ -1,4 +1,4 @@
-"""What is written down of a search, so that another session can make it again and tell whether it gives the same answers."""
+"""Records a search so that a later session can recreate it and check that it gives the same answers."""
 
 from __future__ import annotations
 
@@ -11,11 +11,7 @@ from searchr1_async.search.search import Search
 
 
 def record_of(search: Search) -> dict[str, Any]:
-    """A search as plain JSON values. Reads a corpus whole: call it in a worker thread.
-
-    Raises:
-        CorpusError: the corpus cannot be used.
-    """
+    """A search as JSON values. Reads the whole corpus: call it in a worker thread. Raises CorpusError."""
     source = search.source
     return {
         "fingerprint": search.fingerprint,
@@ -29,26 +25,26 @@ def record_of(search: Search) -> dict[str, Any]:
 
 
 def search_of(record: Mapping[str, Any], search: Search | None, owner: str) -> Search:
-    """The search of a record. Reads a corpus whole: call it in a worker thread.
+    """The search of a record. Reads the whole corpus: call it in a worker thread.
 
     Args:
-        record: what :func:`record_of` made.
-        search: the one given; None makes it from the record's description.
-        owner: who has the record, for messages: ``the manifest``.
+        record: from :func:`record_of`.
+        search: the given one; None recreates it from the record's description.
+        owner: of the record, for messages: ``the manifest``.
 
     Raises:
-        ConfigurationError: the record has no description and no search is given, or the search gives other answers.
+        ConfigurationError: no description and no search given, or the search gives other answers.
         CorpusError, EmbeddingError, StoreError: as :meth:`Search.from_description`.
     """
     if search is None:
         if record["description"] is None:
             raise ConfigurationError(
-                f"{owner} cannot describe its search ({record['source']}, {record['embedder']}): give the search"
+                f"{owner} cannot describe its search ({record['source']}, {record['embedder']}): pass the search"
             )
         search = Search.from_description(record["description"])
     if search.fingerprint != record["fingerprint"]:
         raise ConfigurationError(
             f"the search gives other answers than that of {owner} ({record['source']}, {record['embedder']}, "
-            f"{record['n_results']} results): give the same corpus, embedder and number of results"
+            f"{record['n_results']} results): use the same corpus, embedder and number of results"
         )
     return search

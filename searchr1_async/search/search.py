@@ -1,4 +1,4 @@
-"""The search tool: passages for queries, gathered from thousands of episodes into few requests."""
+"""The search tool: coalesces the queries of thousands of concurrent rollouts into few requests."""
 
 from __future__ import annotations
 
@@ -45,43 +45,43 @@ from searchr1_async.search.stores.compact.store import CompactStore
 logger = logging.getLogger(__name__)
 
 MAX_BATCH = 128
-"""Queries in one request unless the embedder or the store takes fewer: larger ones gain nothing and keep the first waiting."""
+"""Queries per request, unless the embedder or the store takes fewer. Larger batches gain nothing and delay the first query."""
 VECTORS_KEPT = 4_096
-"""Query vectors in memory (12 MB at 768 dimensions): a query asked again while the store still looks for its passages."""
+"""Query vectors in memory (12 MB at 768 dimensions), for queries repeated while their lookup is pending."""
 
 _Found = tuple[str | None, Answer]
-"""An answer, with the state of the index that it is of; None where that changed meanwhile."""
+"""An answer and the index state it is valid for; None if the index changed during the request."""
 _Queried = tuple[AnswerKey, Vectors]
-"""What is wanted, and the query's vector, ``[dimension]``."""
+"""Answer key and query vector ``[dimension]``."""
 
 
 class Search:
-    """The search that episodes call; made by :meth:`local` or :meth:`chroma`, or from an embedder and a store.
+    """The search that rollouts call. Create it with :meth:`local`, :meth:`chroma` or :meth:`open`, or from an embedder and a store.
 
     ::
 
         async with Search.local("atlas") as search:
             (passages,) = await search.search(["capital of Namibia"])
 
-    What is asked while requests are on their way gathers for the next ones; equal queries are answered once, and those
-    asked before from a cache. Embedding and looking up overlap, each paced for itself. It runs no task of its own (see
-    :mod:`~searchr1_async.search.dispatch`), so it may be entered by several users of one event loop at a time, and after
-    it was closed in another event loop.
+    Queries that arrive while requests are in flight are batched into the next request; equal queries are sent once, and
+    repeated ones come from a cache. Embedding and lookup are pipelined and paced separately. There is no background task
+    (see :mod:`~searchr1_async.search.dispatch`). Several users of one event loop may enter it, and it can be reopened in
+    another event loop once closed.
 
     Args:
         embedder: turns queries into vectors.
-        store: finds the nearest passages; or a corpus with the folder of its index.
+        store: finds the nearest passages; or a corpus with its index folder.
         options: see :class:`SearchOptions`.
 
     Raises:
-        ConfigurationError: a setting out of its range.
+        ConfigurationError: a setting is out of range.
     """
 
     def __init__(self, embedder: Embedder, store: Store | LocalIndex, **options: Unpack[SearchOptions]) -> None:
         settings = SearchSettings(**options)
         self._settings = settings
         self.named = frozenset(options)
-        """The options that were given; the others have their defaults."""
+        """Names of the options that were given; the others have their defaults."""
         path = settings.cache_path
         self._answers = AnswerCache(
             settings.cache_entries, None if path is None else absolute_path(path, "cache_path"), settings.cache_bytes
@@ -93,16 +93,16 @@ class Search:
         self._users = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._description: dict[str, Any] | None = None
-        self._begin_afresh()
+        self._reset_loop_state()
 
-    def _begin_afresh(self) -> None:
-        """What belongs to one event loop."""
+    def _reset_loop_state(self) -> None:
+        """Creates the state that is bound to one event loop."""
         self._opening = anyio.Lock()
         self._store: Store | None = None
-        self._forget_services()
+        self._reset_services()
 
-    def _forget_services(self) -> None:
-        """What belongs to one opening: whoever opens anew has mended what was down, or raised a quota."""
+    def _reset_services(self) -> None:
+        """Resets the per-opening state: a reopened search does not inherit an old outage or rate limit."""
         self._vectors: LeastRecentlyUsed[str, Vectors] = LeastRecentlyUsed(VECTORS_KEPT)
         self._embedding: Dispatcher[str, str, Vectors] = Dispatcher(
             self._embed,
@@ -131,20 +131,18 @@ class Search:
         embedder: str | Path | Embedder = DEFAULT_MODEL,
         **options: Unpack[SearchOptions],
     ) -> Search:
-        """Search over a corpus on this machine; its index is built when it is first opened, and kept.
+        """Search over a corpus on this machine. The index is built when it is first opened, and kept.
 
         Args:
-            corpus: ``"atlas"`` (built in), a file, passages, a frame or a list of dicts; see
-                :func:`load_corpus`.
-            path: the index's folder; None means one in the user's cache, named by corpus and embedder.
-            embedder: a sentence-transformers model by name or folder, ``"gemini-embedding-001"``, or an
-                :class:`Embedder`.
+            corpus: ``"atlas"`` (built in), a file, passages, a frame or a list of dicts; see :func:`load_corpus`.
+            path: the index folder; None for one in the user's cache, named by corpus and embedder.
+            embedder: a sentence-transformers model by name or folder, ``"gemini-embedding-001"``, or an :class:`Embedder`.
             options: see :class:`SearchOptions`.
 
         Raises:
-            CorpusError: no such corpus, or its first row cannot be used.
+            CorpusError: no such corpus, or its first row is unusable.
             EmbeddingError: the embedder's library is not installed, or its folder does not exist.
-            ConfigurationError: a setting out of its range.
+            ConfigurationError: a setting is out of range.
         """
         place = None if path is None else absolute_path(path, "path")
         index = LocalIndex(load_corpus(corpus), place)
@@ -174,33 +172,33 @@ class Search:
         database: str = "default_database",
         **options: Unpack[SearchOptions],
     ) -> Search:
-        """Search over a collection that a Chroma server (``chroma run --path <folder>``) serves already.
+        """Search over an existing collection of a Chroma server (``chroma run --path <folder>``).
 
-        For Chroma Cloud give ``Search(embedder, RemoteChroma.cloud(...))``.
+        For Chroma Cloud, use ``Search(embedder, RemoteChroma.cloud(...))``.
 
         Args:
-            host: name or address, or a whole URL.
+            host: name, address or URL.
             port: TCP port.
-            collection: must exist; its documents are the passages, and ``title`` in the metadata is used if there.
-            embedder: the one that the collection was built with: ``"gemini-embedding-001"`` for the recipe's, a
+            collection: must exist. Its documents are the passages; ``title`` in the metadata is used if present.
+            embedder: the one the collection was built with: ``"gemini-embedding-001"`` for the recipe's, a
                 sentence-transformers model, or an :class:`Embedder`.
-            ssl: HTTPS.
+            ssl: use HTTPS.
             headers: sent with every request.
-            token: sent as Chroma's own token header.
+            token: sent as Chroma's token header.
             tenant: of the collection.
             database: of the collection.
             options: see :class:`SearchOptions`.
 
         Raises:
             EmbeddingError: the embedder's library is not installed, or its folder does not exist.
-            StoreError: a collection name that Chroma does not take.
-            ConfigurationError: a setting out of its range.
+            StoreError: invalid collection name.
+            ConfigurationError: a setting is out of range.
         """
         store = RemoteChroma(
             host, port, collection, ssl=ssl, headers=headers, token=token, tenant=tenant, database=database
         )
         search = cls(make_embedder(embedder), store, **options)
-        # What holds a secret is not described.
+        # Secrets must not end up in a description.
         if isinstance(embedder, str | Path) and headers is None and token is None:
             search._description = {
                 "kind": "chroma",
@@ -224,7 +222,7 @@ class Search:
         token: str | None = None,
         **options: Unpack[SearchOptions],
     ) -> Search:
-        """Search over what is there, whatever it is; nothing is connected yet.
+        """Search over an index, corpus or server, detected from ``place``. Does not connect yet.
 
         ::
 
@@ -232,21 +230,21 @@ class Search:
             search = await Search.open("http://192.168.0.7:8200")    # `python -m searchr1_async serve`
 
         Args:
-            place: the folder of a compact index, of an index that :meth:`local` built, or of a Chroma database; a corpus
-                (as :meth:`local` takes it); the address of ``searchr1_async serve``, or with ``collection`` of a Chroma server.
-            embedder: of the index's vectors; None: as the index says itself, or as is served (which embeds there).
-            collection: of a Chroma folder or server; None is the only one of a folder.
+            place: folder of a compact index, of an index built by :meth:`local`, or of a Chroma database; a corpus (as for
+                :meth:`local`); or the URL of ``searchr1_async serve`` or, with ``collection``, of a Chroma server.
+            embedder: of the index's vectors; None for the one the index names, or the remote one of a served search.
+            collection: of a Chroma folder or server; None for the only one of a folder.
             token: of a server.
             options: see :class:`SearchOptions`.
 
         Raises:
-            ConfigurationError: the embedder is not known and not given, or another one is given; several collections.
+            ConfigurationError: the embedder is unknown or does not match the index, or there are several collections.
             CorpusError: no such corpus.
             EmbeddingError: the embedder's library or folder is missing.
-            StoreError: nothing that can be searched, an index that is not finished, or nobody answers there.
+            StoreError: nothing searchable, an unfinished index, or no answer from the server.
         """
         if not is_address(place):
-            # A built-in corpus has a name, which is no file.
+            # The name of a built-in corpus is not a path.
             there = absolute_path(place, "place")
             place = there if there.exists() else place
         found = await look_up(place, embedder, collection, token)
@@ -263,7 +261,7 @@ class Search:
     def compact(
         cls, folder: str | Path, *, embedder: str | Path | Embedder | None = None, **options: Unpack[SearchOptions]
     ) -> Search:
-        """Search over a compact index; see :meth:`open`, which finds out what it is given.
+        """Search over a compact index. :meth:`open` detects one by itself.
 
         Raises:
             ConfigurationError, EmbeddingError, StoreError: as :meth:`open`.
@@ -284,14 +282,12 @@ class Search:
 
     @property
     def n_results(self) -> int:
-        """Passages that a query brings, where a call does not say."""
+        """Default number of passages per query."""
         return self._settings.n_results
 
     @property
     def description(self) -> dict[str, Any] | None:
-        """How to make a search with equal answers, as plain JSON values for :meth:`from_description`; None where parts of it are
-        objects in memory or secrets.
-        """
+        """JSON values for :meth:`from_description`; None if they would need in-memory objects or secrets."""
         if self._description is None:
             return None
         settings = self._settings
@@ -303,10 +299,10 @@ class Search:
 
     @classmethod
     def from_description(cls, description: Mapping[str, Any]) -> Search:
-        """The search that was described; nothing is opened.
+        """Recreates a described search, without opening it.
 
         Raises:
-            ConfigurationError: it describes no search.
+            ConfigurationError: not a description of a search.
             CorpusError, EmbeddingError, StoreError: as :meth:`local` and :meth:`chroma`.
         """
         arguments = dict(description)
@@ -314,49 +310,46 @@ class Search:
         makers = {"local": cls.local, "chroma": cls.chroma, "compact": cls.compact}
         if kind not in makers:
             raise ConfigurationError(
-                f"a search of kind {kind!r} cannot be made from its description: give the search itself"
+                f"a search of kind {kind!r} cannot be made from its description: pass the search itself"
             )
         try:
             return makers[kind](**arguments)
         except TypeError as error:
-            raise ConfigurationError(f"the description of a search does not fit: {error}") from error
+            raise ConfigurationError(f"invalid search description: {error}") from error
 
     @property
     def embedder(self) -> Embedder:
-        """What turns queries into vectors."""
         return self._embedder
 
     @property
     def source(self) -> Store | LocalIndex:
-        """Where the passages are: a store, or a corpus with the folder of its index."""
+        """A store, or a corpus with its index folder."""
         return self._source
 
     @property
     def store(self) -> Store | None:
-        """What is asked while the search is open, of a corpus the one that opening it made; None while it is closed."""
+        """The open store; None while the search is closed."""
         return self._store
 
     @property
     def settings(self) -> SearchSettings:
-        """What it was given besides its embedder and its store."""
         return self._settings
 
     @property
     def is_open(self) -> bool:
-        """Whether somebody uses it."""
         return self._users > 0
 
     @property
     def fingerprint(self) -> str:
-        """Equal for searches that give equal answers; reads a corpus file whole the first time (its hash is kept).
+        """Equal for searches with equal answers. Reads the whole corpus file the first time (its hash is cached).
 
         Raises:
-            CorpusError: the corpus cannot be used.
+            CorpusError: the corpus is unusable.
         """
         return self.fingerprint_of()
 
     def fingerprint_of(self, n_results: int | None = None, max_passage_words: int | None = None) -> str:
-        """The :attr:`fingerprint` of this search with other settings, as :meth:`search` takes them."""
+        """The :attr:`fingerprint` under other settings, as passed to :meth:`search`."""
         source = self._source
         match source:
             case LocalIndex():
@@ -370,7 +363,7 @@ class Search:
 
     @property
     def statistics(self) -> SearchStatistics:
-        """Totals since this object was made, over all its openings, and how its services stand now."""
+        """Totals since this object was created, over all openings, and the current state of its services."""
         tally = self._tally
         return SearchStatistics(
             requests=tally.requests,
@@ -389,15 +382,15 @@ class Search:
         return clean_query(query)
 
     async def build(self, on_progress: OnProgress | None = None) -> None:
-        """Makes the index where there is none yet, and makes a damaged one again.
+        """Builds the index if there is none, and rebuilds a damaged one.
 
-        Opening makes it as well where there is none, so this is for showing progress, and for an index that opening refuses.
+        Opening also builds a missing index; use this to show progress, or to repair an index that cannot be opened.
 
         Args:
-            on_progress: called with passages done and in all; not at all where nothing is to be built.
+            on_progress: called with passages done and total; not called if there is nothing to build.
 
         Raises:
-            CorpusError: the corpus cannot be used.
+            CorpusError: the corpus is unusable.
             SearchError: the embedder or the store failed.
         """
         if isinstance(self._source, LocalIndex) and not self._users:
@@ -413,19 +406,19 @@ class Search:
         await self.aclose()
 
     async def connect(self, on_progress: OnProgress | None = None) -> None:
-        """Opens the embedder and the store, building the index first if there is none. Prefer ``async with search:``.
+        """Opens the embedder and the store, building a missing index first. Prefer ``async with search:``.
 
-        Every ``connect`` wants its ``aclose``; the last one closes.
+        Pair every ``connect`` with an ``aclose``; the last ``aclose`` closes the search.
 
         Raises:
-            CorpusError: the corpus cannot be used.
+            CorpusError: the corpus is unusable.
             SearchError: the embedder or the store cannot be opened, their dimensions differ, or the search is open in
                 another event loop.
         """
         self._enter_loop()
         async with self._opening:
             if self._store is None:
-                self._forget_services()
+                self._reset_services()
                 try:
                     self._store = await self._open_services(on_progress)
                 except BaseException:
@@ -451,15 +444,15 @@ class Search:
             with anyio.CancelScope(shield=True):
                 await store.aclose()
             raise StoreError(
-                f"{store.name} holds vectors of {held} numbers, {self._embedder.name} makes them of "
-                f"{self._embedder.dimension}: it was built with another embedder, search it with that one",
+                f"{store.name} holds vectors of dimension {held}, but {self._embedder.name} produces dimension "
+                f"{self._embedder.dimension}: it was built with another embedder, use that one",
                 is_fatal=True,
             )
         return store
 
     async def aclose(self) -> None:
-        """Closes after the last user: calls that still wait fail, connections, files and threads are let go."""
-        # In turn with those who open: what one closes another may be opening.
+        """Closes after the last user: fails pending calls, releases connections, files and threads."""
+        # Under the lock: another user may be opening what this one closes.
         with anyio.CancelScope(shield=True):
             async with self._opening:
                 self._users = max(0, self._users - 1)
@@ -472,21 +465,20 @@ class Search:
         """The nearest passages of each query, in the order of the queries.
 
         Args:
-            queries: cleaned by :meth:`clean_query` once more.
-            n_results: passages for each query; None means the number that this search was made with.
-            max_passage_words: words after which passages are cut, 0 for whole ones; None likewise.
+            queries: passed through :meth:`clean_query` again.
+            n_results: passages per query; None for the search's default.
+            max_passage_words: truncates passages to so many words, 0 for whole passages; None for the search's default.
 
         Raises:
-            SearchError: not open, a query that cannot be cleaned, no answer within the deadline, or a failure of the
-                embedder (:class:`EmbeddingError`) or the store (:class:`StoreError`). ``is_fatal`` tells whether later
-                searches can succeed.
-            SearchUnavailableError: a service was down for longer than ``PacingSettings.max_outage``, or asks to be left alone
-                for longer than ``PacingSettings.longest_wait``; always fatal.
-            ConfigurationError: ``n_results`` out of its range.
+            SearchError: the search is not open, a query cannot be cleaned, the deadline passed, or the embedder
+                (:class:`EmbeddingError`) or the store (:class:`StoreError`) failed. ``is_fatal`` if later searches fail too.
+            SearchUnavailableError: a service was down longer than ``PacingSettings.max_outage``, or its ``Retry-After``
+                exceeds ``PacingSettings.longest_wait``; always fatal.
+            ConfigurationError: ``n_results`` is out of range.
         """
         keys = self._keys(queries, n_results)
         if self._store is None:
-            raise SearchError("the search is not open: call it within `async with search:`")
+            raise SearchError("the search is not open: use it within `async with search:`")
         self._tally.requests += 1
         self._tally.texts += len(keys)
         began = time.monotonic()
@@ -499,7 +491,7 @@ class Search:
         return tuple(self._trim(answers[key], max_passage_words) for key in keys)
 
     async def _find(self, keys: Sequence[AnswerKey], store: Store) -> Mapping[AnswerKey, Answer]:
-        """From memory, from disk, from the services; and kept for the next time."""
+        """Looks in memory, on disk, then asks the services; caches what they return."""
         index = self._answers_of(store)
         answers = self._answers.recall(index, keys)
         self._tally.memory_hits += sum(key in answers for key in keys)
@@ -522,14 +514,14 @@ class Search:
         return await self._querying.fetch({key: (key, vectors[key[0]]) for key in keys}, deadline)
 
     def _answers_of(self, store: Store) -> str:
-        """What cached answers are valid for."""
+        """The cache key of the index state."""
         return f"query\0{self._embedder.fingerprint}\0{store.fingerprint}"
 
-    # One request to each service; the dispatchers call these. What is found is remembered here: by the time that a caller
-    # wakes, others may have asked for the same again.
+    # One request to each service, called by the dispatchers. Results are cached here, because others may ask for the same
+    # query before the caller wakes up.
 
     async def _embed(self, texts: Sequence[str]) -> Sequence[Vectors]:
-        # Rows of their own: a view would keep its whole batch in memory.
+        # Copies: a view would keep the whole batch in memory.
         answer = await self._embedder.embed_queries(texts)
         vectors = [row.copy() for row in checked_vectors(answer, len(texts), self._embedder)]
         for text, vector in zip(texts, vectors, strict=True):
@@ -543,9 +535,9 @@ class Search:
         most = max(n_results for (_, n_results), _ in queried)
         found = await store.query(np.stack([vector for _, vector in queried]), most)
         if len(found) != len(queried):
-            raise PassingFault(f"{store.name} answered {len(found)} of {len(queried)}", cause="malformed")
+            raise PassingFault(f"{store.name} answered {len(found)} of {len(queried)} queries", cause="malformed")
         answers = {key: answer[: key[1]] for answer, (key, _) in zip(found, queried, strict=True)}
-        # Its collection may have been made anew meanwhile: then nobody can tell which one answered.
+        # The collection may have been recreated during the request: it is unknown which one answered.
         if store is not self._store or state != self._answers_of(store):
             return [(None, answer) for answer in answers.values()]
         self._answers.remember(state, answers)
@@ -576,23 +568,23 @@ class Search:
             cleaned = clean_query(query)
             if cleaned is None:
                 raise SearchError(
-                    f"a query of {len(query)} characters cannot be searched for: it has no letter or digit, or more "
-                    f"than {MAX_QUERY_CHARACTERS} characters (ask clean_query first)"
+                    f"invalid query of {len(query)} characters: it has no letter or digit, or more than "
+                    f"{MAX_QUERY_CHARACTERS} characters (check with clean_query first)"
                 )
             keys.append((cleaned, wanted))
         return tuple(keys)
 
     def _enter_loop(self) -> None:
-        """One event loop at a time; what a loop that is gone left behind is forgotten."""
+        """Binds to the running event loop; drops state left by a closed one."""
         loop = asyncio.get_running_loop()
         if self._loop is loop:
             return
         if self._users and self._loop is not None and not self._loop.is_closed():
-            raise SearchError("the search is open in another event loop: close it there, or make another one")
+            raise SearchError("the search is open in another event loop: close it there, or create another one")
         if self._users:
-            logger.warning("the search was left open by an event loop that is gone: it is opened anew")
+            logger.warning("the search was left open by a closed event loop; reopening it")
         self._loop, self._users = loop, 0
-        self._begin_afresh()
+        self._reset_loop_state()
 
     async def _close(self) -> None:
         store, self._store = self._store, None
@@ -610,12 +602,12 @@ class Search:
 
 
 def estimated_tokens(text: str) -> int:
-    """Tokens of a text, seldom too few: one for every three bytes of UTF-8 (English has about four)."""
+    """Upper estimate of a text's tokens: one per three bytes of UTF-8 (English has about four)."""
     return len(text.encode("utf-8", "surrogatepass")) // 3 + 1
 
 
 def first_words(text: str, count: int) -> str:
-    """The text up to the end of its ``count``-th word, spaces as they are."""
+    """The text up to the end of its ``count``-th word, whitespace kept."""
     end = 0
     for number, match in enumerate(re.finditer(r"\S+", text), start=1):
         if number > count:

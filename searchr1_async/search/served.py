@@ -1,4 +1,4 @@
-"""A search that another process or machine serves, as an embedder and a store: each call one request, tried once."""
+"""Client side of a served search, as an embedder and a store. Each call is one request, tried once."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ LONGEST_PAUSE = 2.0
 
 
 async def look_at(url: str, token: str | None = None, deadline: float = 10.0) -> ServedFacts:
-    """What is served at an address; waits for a service that is just coming up.
+    """Describes the search served at a URL; waits for a service that is still starting.
 
     Args:
-        url: as ``python -m searchr1_async serve`` says it.
-        token: that the service wants; never logged.
+        url: as printed by ``python -m searchr1_async serve``.
+        token: of the service; never logged.
         deadline: seconds.
 
     Raises:
-        StoreError: nobody answers within the deadline, it is another service, or it wants another token.
-        ConfigurationError: an address or a token that cannot be one.
+        StoreError: no answer within the deadline, another kind of service, or a wrong token.
+        ConfigurationError: malformed URL or token.
     """
     connection = Connection(url, token, StoreError, timeout=deadline)
     await connection.open()
@@ -61,15 +61,15 @@ async def look_at(url: str, token: str | None = None, deadline: float = 10.0) ->
 
 
 class ServedStore:
-    """The store of a search that is served, as a :class:`~searchr1_async.search.stores.base.Store`.
+    """The store of a served search, as a :class:`~searchr1_async.search.stores.base.Store`.
 
     Args:
-        place: its address, or what :func:`look_at` said of it.
-        token: that it wants; never logged.
+        place: its URL, or the result of :func:`look_at`.
+        token: of the service; never logged.
         timeout: seconds for a whole request.
 
     Raises:
-        ConfigurationError: an address or a token that cannot be one.
+        ConfigurationError: malformed URL or token.
     """
 
     def __init__(self, place: str | ServedFacts, token: str | None = None, *, timeout: float = 60.0) -> None:
@@ -83,7 +83,7 @@ class ServedStore:
 
     @property
     def fingerprint(self) -> str:
-        """That of the store there, as it was told last: with every answer, so that another one is noticed."""
+        """Of the remote store, updated with every answer, so that a replaced store is noticed."""
         if self._content is None:
             raise StoreError(f"{self.name} is not open")
         return self._content
@@ -111,7 +111,7 @@ class ServedStore:
         if not len(vectors):
             return ()
         if not np.isfinite(vectors).all():
-            raise RefusedInput(f"{self.name}: a query's vector holds numbers that are not finite")
+            raise RefusedInput(f"{self.name}: a query vector is not finite")
         asked = {"dimension": str(vectors.shape[1]), "n_results": str(n_results)}
         body, _ = await self._connection.request("POST", "query", pack_vectors(vectors), asked)
         try:
@@ -135,15 +135,15 @@ class ServedStore:
 
 
 class ServedEmbedder:
-    """The embedder of a search that is served, as an :class:`~searchr1_async.search.embedders.base.Embedder`.
+    """The embedder of a served search, as an :class:`~searchr1_async.search.embedders.base.Embedder`.
 
     Args:
-        place: its address, or what :func:`look_at` said of it: with that its fingerprint is known before it is open.
-        token: that it wants; never logged.
+        place: its URL, or the result of :func:`look_at`, with which the fingerprint is known before it is open.
+        token: of the service; never logged.
         timeout: seconds for a whole request.
 
     Raises:
-        ConfigurationError: an address or a token that cannot be one.
+        ConfigurationError: malformed URL or token.
     """
 
     def __init__(self, place: str | ServedFacts, token: str | None = None, *, timeout: float = 60.0) -> None:
@@ -156,11 +156,7 @@ class ServedEmbedder:
 
     @property
     def fingerprint(self) -> str:
-        """That of the embedder there: vectors made here and there may be mixed.
-
-        Raises:
-            EmbeddingError: it is not known yet.
-        """
+        """Of the remote embedder: its vectors mix with local ones. Raises EmbeddingError if not known yet."""
         return self._known.embedder_fingerprint
 
     @property
@@ -183,7 +179,7 @@ class ServedEmbedder:
     def _known(self) -> ServedFacts:
         if self._facts is None:
             raise EmbeddingError(
-                f"what {self.name} embeds with is not known: open it, or make it from `await look_at(url)`"
+                f"the embedder of {self.name} is not known yet: open it, or create it from `await look_at(url)`"
             )
         return self._facts
 
@@ -194,7 +190,7 @@ class ServedEmbedder:
         if self._facts is not None and facts.embedder_fingerprint != self._facts.embedder_fingerprint:
             with anyio.CancelScope(shield=True):
                 await self._connection.aclose()
-            raise self._another()
+            raise self._model_changed()
         self._facts = facts
 
     async def embed_queries(self, texts: Sequence[str]) -> Vectors:
@@ -209,7 +205,7 @@ class ServedEmbedder:
             return np.empty((0, facts.dimension), np.float32)
         body, headers = await self._connection.request("POST", "embed", dumps({"texts": list(texts), "kind": kind}))
         if unquote(headers.get(EMBEDDER_HEADER, "")) != facts.embedder_fingerprint:
-            raise self._another()
+            raise self._model_changed()
         try:
             vectors = unpack_vectors(body, int(headers.get(DIMENSION_HEADER, "")))
         except ValueError as error:
@@ -218,8 +214,8 @@ class ServedEmbedder:
             raise http_faults.malformed(self.name)
         return vectors
 
-    def _another(self) -> EmbeddingError:
-        return EmbeddingError(f"{self.name} embeds with another model than before: open the search anew", is_fatal=True)
+    def _model_changed(self) -> EmbeddingError:
+        return EmbeddingError(f"{self.name} now embeds with another model: reopen the search", is_fatal=True)
 
     async def aclose(self) -> None:
         await self._connection.aclose()

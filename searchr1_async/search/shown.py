@@ -1,4 +1,4 @@
-"""A search that shows a model other passages than it shows by itself: more or fewer of them, or cut elsewhere."""
+"""A view of a search with another number or length of passages."""
 
 from __future__ import annotations
 
@@ -9,12 +9,9 @@ from searchr1_async.search.search import Search
 
 
 class ShownSearch:
-    """A search with its own number and length of passages, for one model among several that use the search.
+    """A search, owned by the caller, with another number or length of passages, for one of several models that share it.
 
-    Args:
-        search: opened and closed by its owner.
-        n_results: passages for each query; None is the search's own.
-        max_passage_words: words after which passages are cut, 0 for whole ones; None is the search's own.
+    ``n_results`` and ``max_passage_words`` are as in :meth:`Search.search`; None for the search's default.
     """
 
     def __init__(self, search: Search, n_results: int | None, max_passage_words: int | None) -> None:
@@ -24,9 +21,9 @@ class ShownSearch:
         self._other = {name: value for name, value in given.items() if value is not None and value != own[name]}
 
     async def search(self, queries: Sequence[str]) -> Sequence[Sequence[Passage]]:
-        """As :meth:`Search.search`."""
+        """See :meth:`Search.search`."""
         return await self._search.search(queries, **self._other)
 
     def clean_query(self, query: str) -> str | None:
-        """As :meth:`Search.clean_query`."""
+        """See :meth:`Search.clean_query`."""
         return self._search.clean_query(query)

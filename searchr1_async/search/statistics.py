@@ -1,4 +1,4 @@
-"""What the search did, counted: of each service that it asks, and of the whole."""
+"""Counters of the search and of each service behind it."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ def _no_causes() -> Mapping[str, int]:
 
 @dataclass(frozen=True, slots=True)
 class ServiceStatistics:
-    """Requests to one service: the embedder, or the store."""
+    """Requests to the embedder or the store."""
 
     requests: int = 0
-    """Sent, those tried again and hedges included."""
+    """Sent, including retries and hedges."""
     batch_sizes: Mapping[int, int] = field(default_factory=_none)
-    """How many requests held how many texts."""
+    """Number of requests by number of texts."""
     joined: int = 0
-    """Texts that were waiting or on their way already when they were asked for: sent once for all."""
+    """Texts that were already pending when requested, so sent once."""
     faults: Mapping[str, int] = field(default_factory=_no_causes)
-    """Requests tried again, by cause (``"429"``, ``"503"``, ``"reset"``, ``"timeout"``, …)."""
+    """Retried requests by cause (``"429"``, ``"503"``, ``"reset"``, ``"timeout"``, …)."""
     hedged: int = 0
     """Requests sent a second time because the first was slow."""
     latency: Latency = field(default_factory=Latency)
-    """Of the requests that were answered."""
+    """Of answered requests."""
     limit: int = 0
-    """Requests at once, now."""
+    """Current concurrency limit."""
     in_flight: int = 0
-    """Requests on their way, now."""
+    """Requests in flight now."""
     waiting: int = 0
-    """Texts that wait for a request, now."""
+    """Texts waiting for a request now."""
     seconds_down: float = 0.0
-    """For how long the service has been down, now; 0 while it is up."""
+    """Length of the current outage; 0 while up."""
 
     @property
     def texts(self) -> int:
@@ -50,7 +50,7 @@ class ServiceStatistics:
 
     @property
     def mean_batch(self) -> float:
-        """Texts a request, 0 before the first."""
+        """Texts per request; 0 before the first."""
         return self.texts / self.requests if self.requests else 0.0
 
     def __str__(self) -> str:
@@ -61,7 +61,7 @@ class ServiceStatistics:
         )
 
     def since(self, earlier: ServiceStatistics) -> ServiceStatistics:
-        """What lay between two snapshots; what holds now (limit, in flight, waiting, down) is the later's."""
+        """Difference of two snapshots; gauges (limit, in flight, waiting, down) are the later one's."""
         return replace(
             self,
             requests=self.requests - earlier.requests,
@@ -80,15 +80,15 @@ class SearchStatistics:
     requests: int = 0
     """Calls of ``search``."""
     texts: int = 0
-    """Queries in them."""
+    """Queries in these calls."""
     memory_hits: int = 0
-    """Queries answered from the cache in memory."""
+    """Queries answered from memory."""
     disk_hits: int = 0
-    """Queries answered from the cache on disk."""
+    """Queries answered from the disk cache."""
     failed: int = 0
-    """Calls that raised, deadlines included, cancellations not."""
+    """Calls that raised, including deadlines, excluding cancellations."""
     latency: Latency = field(default_factory=Latency)
-    """Of the calls, from asking to answer; those from the caches included, those that failed not."""
+    """Of successful calls, cache hits included."""
     embedding: ServiceStatistics = field(default_factory=ServiceStatistics)
     querying: ServiceStatistics = field(default_factory=ServiceStatistics)
     """Of the store."""
@@ -102,7 +102,7 @@ class SearchStatistics:
         )
 
     def since(self, earlier: SearchStatistics) -> SearchStatistics:
-        """What lay between two snapshots of one search."""
+        """Difference of two snapshots of one search."""
         return SearchStatistics(
             requests=self.requests - earlier.requests,
             texts=self.texts - earlier.texts,
@@ -115,7 +115,7 @@ class SearchStatistics:
         )
 
     def metrics(self) -> dict[str, float]:
-        """As numbers by name, for a run's metrics: ``search/queries``, ``search/cache_hit_rate``, ``search/p99``, …"""
+        """For a run's metrics: ``search/queries``, ``search/cache_hit_rate``, ``search/p99``, …"""
         out = {
             "search/calls": float(self.requests),
             "search/queries": float(self.texts),
@@ -167,7 +167,7 @@ class ServiceTally:
 
 @dataclass(slots=True)
 class SearchTally:
-    """The counters behind :class:`SearchStatistics`, without the services' own."""
+    """The counters behind :class:`SearchStatistics`, without those of the services."""
 
     requests: int = 0
     texts: int = 0

@@ -1,4 +1,4 @@
-"""A thread of one's own, for a library that blocks and wants to be called from one thread at a time."""
+"""A dedicated thread for blocking libraries that are bound to one thread."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ Parameters = ParamSpec("Parameters")
 class OwnThread:
     """Runs functions one after another, always in the same thread, from any event loop.
 
-    anyio's worker threads change from call to call, and OpenMP keeps a pool of threads for each thread that ever
-    called it. A caller that is cancelled leaves at once: a function not begun yet is dropped, one that runs is left
-    to end alone.
+    anyio's worker threads vary per call, and OpenMP keeps a thread pool for each thread that ever called it. A cancelled
+    caller returns at once: a queued function is dropped, a running one finishes on its own.
     """
 
     def __init__(self, name: str) -> None:
@@ -26,13 +25,12 @@ class OwnThread:
     async def run(
         self, function: Callable[Parameters, Result], *args: Parameters.args, **kwargs: Parameters.kwargs
     ) -> Result:
-        """The function's result, or its exception."""
         if self._executor is None:
             self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix=self._name)
         return await asyncio.wrap_future(self._executor.submit(function, *args, **kwargs))
 
     def close(self) -> None:
-        """Lets the thread end after what it runs; the next :meth:`run` starts another."""
+        """Ends the thread after its current function; the next :meth:`run` starts another."""
         executor, self._executor = self._executor, None
         if executor is not None:
             executor.shutdown(wait=False, cancel_futures=True)

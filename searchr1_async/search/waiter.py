@@ -1,4 +1,4 @@
-"""One caller of a dispatcher, who waits for the values of its items."""
+"""A pending call of a dispatcher."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ Value = TypeVar("Value")
 
 @dataclass(eq=False, slots=True)
 class Waiter(Generic[Key, Item, Value]):
-    """One call of :meth:`~searchr1_async.search.dispatch.Dispatcher.fetch`, until all of its items are answered or one has failed."""
+    """One call of :meth:`~searchr1_async.search.dispatch.Dispatcher.fetch`, until all items are answered or one fails."""
 
     number: int
-    """Counts the calls: a later one has a higher number."""
+    """Increases with every call."""
     items: Mapping[Key, Item]
     tasks: TaskGroup
-    """Its own, in which batches are carried while it waits."""
+    """Its task group, which runs batches while it waits."""
     answers: dict[Key, Value] = field(default_factory=dict)
     failure: SearchError | None = None
     carrying: int = 0
-    """Tasks in its group, which carry batches."""
+    """Batches running in its task group."""
     done: anyio.Event = field(default_factory=anyio.Event)
 
     def answer(self, key: Key, value: Value) -> None:
@@ -42,11 +42,7 @@ class Waiter(Generic[Key, Item, Value]):
         self.done.set()
 
     def result(self) -> dict[Key, Value]:
-        """The values by key.
-
-        Raises:
-            SearchError: the failure, a copy for each call: a shared one would collect the tracebacks of all.
-        """
+        """The values by key. Raises a copy of the failure: a shared exception would collect all callers' tracebacks."""
         if self.failure is not None:
             raise _own_copy(self.failure) from (self.failure.__cause__ or self.failure)
         return self.answers
@@ -55,5 +51,5 @@ class Waiter(Generic[Key, Item, Value]):
 def _own_copy(failure: SearchError) -> SearchError:
     try:
         return copy.copy(failure)
-    except TypeError:  # of a class whose arguments are not the usual ones
+    except TypeError:  # a subclass with other constructor arguments
         return SearchError(str(failure), is_fatal=failure.is_fatal)

@@ -1,4 +1,4 @@
-"""The learning curve of a run as one picture: is it right more often, does it search, are its calls sound."""
+"""A run's learning curve as one PNG: exact match, turns per episode, valid calls."""
 
 from __future__ import annotations
 
@@ -17,39 +17,39 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 TRAINING, HELD_OUT, TURNS, CALLS, SEEN = "#3b6fb6", "#c4472f", "#2f8f6b", "#8a5fb0", "#c98a1b"
-"""Told apart in the common forms of colour blindness, and by line style where two share a panel."""
+"""Distinguishable with the common forms of colour blindness; line styles differ where two share a panel."""
 GREY = "#6b7280"
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluationPoint:
-    """One held-out evaluation in the picture."""
+    """One held-out evaluation on the curve."""
 
     label: str
     step: int | None
-    """Optimiser steps done before it; None stands it at the right end."""
+    """Optimiser steps done before it; None places it at the right end."""
     exact_match: float
     low: float
-    """Ends of the 95 % interval."""
+    """Bounds of the 95 % interval."""
     high: float
 
 
 def learning_curve(
     metrics: pl.DataFrame, evaluations: Sequence[EvaluationPoint], path: Path, *, title: str = ""
 ) -> Path:
-    """Draw the learning curve and write it to ``path`` as PNG (1650 x 1350 pixels); returns ``path``.
+    """Draw the learning curve to ``path`` as PNG (1650 x 1350 pixels); returns ``path``.
 
     Args:
-        metrics: one row a step, as :meth:`searchr1_async.watch.records.RunRecords.metrics` gives it; it may be empty,
-            and any metric may be missing or null.
+        metrics: one row per step, as from :meth:`searchr1_async.watch.records.RunRecords.metrics`; may be empty, and any
+            metric may be missing or null.
         evaluations: held-out evaluations, drawn with their intervals.
-        title: stands above the picture.
+        title: heading of the picture.
 
     Raises:
-        OSError: ``path`` cannot be written.
+        OSError: ``path`` is not writable.
     """
-    # Imported here: it costs half a second, and a run that draws nothing needs none of it.
-    # The object interface holds no global state, so it works in any thread and beside a notebook's own figures.
+    # Imported lazily: matplotlib takes half a second. Its object interface has no global state, so this works in any thread and
+    # leaves a notebook's own figures alone.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -105,7 +105,7 @@ def _draw_turns(axes: Axes, metrics: pl.DataFrame) -> None:
         axes.set_ylim(min(1.0, values_n.min()) - 0.05, max(3.0, values_n.max() * 1.08))
     else:
         axes.set_ylim(0.95, 3)
-    # Below two turns no search result is ever read: the line where a policy begins to search.
+    # Below two turns no search result is ever read.
     axes.axhline(2, color=GREY, lw=0.9, ls=(0, (4, 3)))
     axes.annotate("searches once, then answers", (0.995, 2), xycoords=("axes fraction", "data"), xytext=(0, 3),
                   textcoords="offset points", ha="right", va="bottom", color=GREY, fontsize=9)  # fmt: skip
@@ -126,15 +126,15 @@ def _draw_shares(axes: Axes, metrics: pl.DataFrame) -> None:
 
 
 def smoothed(values_n: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Local mean and standard deviation of a series, Gaussian weights about a twentieth of its length wide.
+    """Local mean and standard deviation with Gaussian weights, about a twentieth of the series wide.
 
-    Weights are normalised over the points that exist, so the ends are not drawn towards anything.
+    Weights are normalised over existing points, so the ends are unbiased.
 
     Args:
         values_n: shape ``[steps]``, finite.
 
     Returns:
-        mean and spread, both of shape ``[steps]``.
+        mean and standard deviation, both of shape ``[steps]``.
     """
     count = len(values_n)
     if not count:
@@ -153,7 +153,7 @@ def smoothed(values_n: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArra
 
 
 def _series(metrics: pl.DataFrame, name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Steps and values of one metric where it has a finite value."""
+    """Steps and values where the metric is finite."""
     if name not in metrics.columns or "step" not in metrics.columns:
         return np.empty(0), np.empty(0)
     frame = metrics.select(step=pl.col("step").cast(pl.Float64), value=pl.col(name).cast(pl.Float64))
@@ -170,7 +170,7 @@ def _limit_steps(axes: Axes, metrics: pl.DataFrame, evaluations: Sequence[Evalua
     from matplotlib.ticker import MaxNLocator
 
     last = max(_last_step(metrics, evaluations), 1)
-    margin = 0.19 if evaluations else 0.03  # room for the names of the evaluations before and after
+    margin = 0.19 if evaluations else 0.03  # room for evaluation labels
     axes.set_xlim(-margin * last, last * (1 + margin))
     axes.set_xticks([tick for tick in MaxNLocator(integer=True).tick_values(0, last) if 0 <= tick <= last])
 
@@ -178,7 +178,7 @@ def _limit_steps(axes: Axes, metrics: pl.DataFrame, evaluations: Sequence[Evalua
 def _label_points(
     axes: Axes, points: Sequence[EvaluationPoint], places: Sequence[float], last_step: int, top: float
 ) -> None:
-    """Name each marker beside it; at the ends in the margin, off the curve. Neighbours' names are set apart in height."""
+    """Label each marker; labels of neighbours are spread apart vertically, those at the ends go into the margin."""
     width = max(last_step, 1)
     near = 0.15 * width
     remaining = sorted(zip(places, points, strict=True), key=lambda pair: pair[0])
@@ -200,7 +200,7 @@ def _label_points(
 
 
 def spread_apart(values: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Heights close to ``values``, in their order, at least ``gap`` apart and within ``low`` to ``high`` if they fit."""
+    """Values moved at least ``gap`` apart, in order and within ``low`` to ``high`` if they fit."""
     order = sorted(range(len(values)), key=lambda index: values[index])
     out = [0.0] * len(values)
     floor = low
@@ -215,7 +215,7 @@ def spread_apart(values: Sequence[float], gap: float, low: float, high: float) -
 
 
 def _beside_each_other(places: Sequence[float], gap: float, middle: float) -> list[float]:
-    """Shift markers that share a step, outwards from the middle and in their order, so that none hides another."""
+    """Shift markers that share a step outwards from the middle, in order, so that none hides another."""
     out: list[float] = []
     for index, place in enumerate(places):
         before, after = places[:index].count(place), places[index + 1 :].count(place)
@@ -242,5 +242,5 @@ def _legend(axes: Axes, place: Literal["best", "lower right"] = "lower right") -
 
 
 def _plain(text: str) -> str:
-    """A label as it stands: ``$`` would begin a formula, and control characters have no picture."""
+    """Escape ``$``, which would start a formula, and blank control characters."""
     return "".join(char if char.isprintable() else " " for char in text).replace("$", r"\$")

@@ -1,4 +1,4 @@
-"""The view of a run that fits where it is called: a widget, rich text, a terminal's live display, or plain lines."""
+"""Selects the view of a run that fits the environment: widget, rich text, live terminal display, or plain lines."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ logger = logging.getLogger(__name__)
 
 _Named = Literal["auto", "widget", "rich", "terminal", "plain", "quiet"]
 Choice = bool | _Named
-"""``True`` and ``"auto"`` take what fits, ``False`` shows nothing; the others are one kind by its name. ``"quiet"`` shows nothing
-of work that takes under :data:`QUIET_SECONDS`, and plain lines of what longer work is waiting for."""
+"""``True`` and ``"auto"`` pick what fits, ``False`` shows nothing, other names select one kind. ``"quiet"`` stays silent for work
+under :data:`QUIET_SECONDS` and prints plain lines for longer work."""
 
 QUIET_SECONDS = 5.0
-"""After which a person who waits is told what for."""
+"""Silence of a quiet view before its first line."""
 
 
 class View(Protocol):
-    """Shows a run: subscribe it as an emitter, and hold it open while the run goes on."""
+    """Shows a run: subscribe it, and keep it open while the run lasts."""
 
     def __call__(self, event: Event) -> None: ...
     async def __aenter__(self) -> Self: ...
@@ -48,14 +48,14 @@ class View(Protocol):
 
 
 class SafeView:
-    """A view that never changes what becomes of the work: whatever opening, drawing or closing it raises is logged in one line,
-    and the work goes on without it.
+    """Wraps a view so that its failures never affect the run: an exception from opening, drawing or closing it is logged in one
+    line and the view is dropped.
 
     Args:
-        make: makes the view, which may fail too (a stream that is closed, a kernel whose page is gone).
+        make: creates the view; may fail (closed stream, disconnected kernel).
 
     Raises:
-        ConfigurationError: ``make`` does, as the view that was asked for cannot be had here.
+        ConfigurationError: from ``make``, if the requested view is unavailable here.
     """
 
     def __init__(self, make: Callable[[], View]) -> None:
@@ -69,16 +69,16 @@ class SafeView:
 
     @property
     def view(self) -> View | None:
-        """The view itself; None once it has failed."""
+        """The wrapped view; None once it has failed."""
         return self._view
 
     def begin_with(self, past: Callable[[], Sequence[StepFinished | EvaluationFinished]]) -> None:
-        """What earlier sessions of the run told, where the view shows it. ``past`` reads files: call this in a worker thread."""
-        if isinstance(self._view, LiveView):  # a console has printed its lines already
+        """Show the steps and evaluations of earlier sessions. ``past`` reads files: call this in a worker thread."""
+        if isinstance(self._view, LiveView):  # a console printed its lines at the time
             try:
                 self._view.begin_with(past())
-            except Exception as error:  # the run's own reading will say more
-                logger.warning("the view begins without the run's past: %s: %s", type(error).__name__, error)
+            except Exception as error:  # the run itself reports unreadable files
+                logger.warning("the view starts without the run's history: %s: %s", type(error).__name__, error)
 
     def __call__(self, event: Event) -> None:
         if self._view is not None:
@@ -107,7 +107,7 @@ class SafeView:
     def _give_up(self, doing: str, error: Exception) -> None:
         view, self._view = self._view, None
         logger.warning(
-            "the view of the run could not be %s (%s: %s); the run goes on without it",
+            "the view of the run could not be %s (%s: %s); the run continues without it",
             doing,
             type(error).__name__,
             error,
@@ -118,24 +118,22 @@ class SafeView:
 
 
 def console_view() -> SafeView:
-    """A terminal's live display, or plain lines: for commands."""
+    """A live terminal display, or plain lines: for commands."""
     return SafeView(ConsoleView)
 
 
 def open_view(choice: Choice = True, *, title: str, controls: Controls | None = None) -> SafeView | None:
-    """A view of a run, shown at once: in a notebook call it from the cell whose output it is to stand in.
-
-    A view that fails is dropped: see :class:`SafeView`.
+    """Open a view of a run; in a notebook, call it from the cell that should show it.
 
     ``True`` and ``"auto"`` give a widget in a Jupyter kernel, rich text in one without anywidget, a live display on a terminal,
-    plain lines elsewhere.
+    and plain lines elsewhere. A view that fails is dropped: see :class:`SafeView`.
 
     Args:
-        title: of the work, until it says itself what it is.
-        controls: what the widget's buttons do; None for work that cannot be paused.
+        title: shown until kind and model of the work are known.
+        controls: actions behind the widget's buttons; None if the work cannot be paused.
 
     Raises:
-        ConfigurationError: ``choice`` is unknown, or cannot be had here.
+        ConfigurationError: ``choice`` is unknown or unavailable here.
     """
     if choice is False:
         return None
@@ -145,7 +143,7 @@ def open_view(choice: Choice = True, *, title: str, controls: Controls | None = 
         )
     kind = _fitting() if choice is True or choice == "auto" else choice
     if kind in ("widget", "rich") and not in_kernel():
-        raise ConfigurationError(f"progress={kind!r} needs a Jupyter kernel: use progress=True, which takes what fits")
+        raise ConfigurationError(f"progress={kind!r} needs a Jupyter kernel: use progress=True to select what fits")
     return SafeView(lambda: _made(kind, title, controls))
 
 
@@ -184,7 +182,7 @@ class ConsoleView:
         self._progress(event)
 
     def abandon(self) -> None:
-        """The stream is gone: stops what draws by itself. May raise."""
+        """Stop drawing after the stream failed. May raise."""
         self._progress.__exit__(None, None, None)
 
     async def __aenter__(self) -> Self:
@@ -198,11 +196,11 @@ class ConsoleView:
 
 
 class QuietView:
-    """Says nothing for some seconds, then what is going on, as plain lines: for work that is short as a rule.
+    """Silent for some seconds, then plain progress lines: for work that is usually short.
 
     Args:
-        progress: where it says it; None is plain lines on ``sys.stderr``.
-        seconds: of silence.
+        progress: output; None writes plain lines to ``sys.stderr``.
+        seconds: delay before the first line.
     """
 
     def __init__(self, progress: ConsoleProgress | None = None, seconds: float = QUIET_SECONDS) -> None:
@@ -210,31 +208,31 @@ class QuietView:
         self._seconds = seconds
         self._last: Event | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._is_speaking = False
+        self._is_active = False
 
     def __call__(self, event: Event) -> None:
         if not isinstance(event, Notice | PhaseStarted | PhaseAdvanced | PhaseEnded):
             return
-        if self._is_speaking:
+        if self._is_active:
             self._progress(event)
         elif isinstance(event, Notice | PhaseStarted):
             self._last = event
 
     def abandon(self) -> None:
-        """The stream is gone. May raise."""
+        """Stop drawing after the stream failed. May raise."""
         if self._timer is not None:
             self._timer.cancel()
         self._progress.__exit__(None, None, None)
 
-    def _speak(self) -> None:
-        self._is_speaking = True
+    def _activate(self) -> None:
+        self._is_active = True
         if self._last is not None:
-            with suppress(OSError, ValueError):  # of a timer: there is no work that could do without it
+            with suppress(OSError, ValueError):  # runs in a timer: nobody could handle it
                 self._progress(self._last)
 
     async def __aenter__(self) -> Self:
         self._progress.__enter__()
-        self._timer = asyncio.get_running_loop().call_later(self._seconds, self._speak)
+        self._timer = asyncio.get_running_loop().call_later(self._seconds, self._activate)
         return self
 
     async def __aexit__(

@@ -1,4 +1,4 @@
-"""One emitter for several watchers, none of which can harm the run or another watcher."""
+"""One emitter for several subscribers, isolated from each other's failures."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ logger = logging.getLogger(__name__)
 
 
 class Watchers:
-    """An :data:`~searchr1_async.events.Emit` that forwards every event to each of its subscribers, in order.
+    """An :data:`~searchr1_async.events.Emit` that forwards each event to its subscribers, in order.
 
-    A subscriber that raises is dropped, with one warning that holds its traceback: a broken dashboard must not end a
-    run of hours, nor fill its log. Exceptions that are no :class:`Exception` (an interrupt) pass through.
+    A subscriber that raises is dropped, with one warning and its traceback. Exceptions outside :class:`Exception` (an
+    interrupt) propagate.
     """
 
     def __init__(self, subscribers: Iterable[Emit] = ()) -> None:
@@ -25,27 +25,27 @@ class Watchers:
         return self._subscribers
 
     def subscribe(self, subscriber: Emit) -> None:
-        """Add ``subscriber``; it sees every event from the next one on. Twice is as good as once."""
+        """Add ``subscriber``, from the next event on. Adding it twice has no effect."""
         if subscriber not in self._subscribers:
             self._subscribers = (*self._subscribers, subscriber)
 
     def unsubscribe(self, subscriber: Emit) -> None:
-        """Remove ``subscriber``; no error when it is not there (it may have been dropped)."""
+        """Remove ``subscriber``; no error if it is absent (it may have been dropped)."""
         self._subscribers = tuple(other for other in self._subscribers if other != subscriber)
 
     def close(self) -> None:
-        """The run has ended: what comes late, from a call that nobody waits for any more, is told to nobody."""
+        """Remove all subscribers: late events of a finished run are discarded."""
         self._subscribers = ()
 
     def __call__(self, event: Event) -> None:
-        # The tuple is replaced and never changed, so a subscriber may subscribe or unsubscribe while it is called.
+        # The tuple is replaced, never mutated: a subscriber may subscribe or unsubscribe during the call.
         for subscriber in self._subscribers:
             try:
                 subscriber(event)
             except Exception:
                 self.unsubscribe(subscriber)
                 logger.warning(
-                    "watcher %r failed on %s and is not called again; the run goes on",
+                    "watcher %r failed on %s and is not called again; the run continues",
                     subscriber,
                     type(event).__name__,
                     exc_info=True,

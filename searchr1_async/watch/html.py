@@ -1,4 +1,4 @@
-"""Text of unknown origin in a page: escaped, isolated, and with everything unseen made visible. Pure."""
+"""Untrusted text in HTML: escaped, isolated, invisible characters made visible. Pure."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from html import escape
 from typing import Any
 
 _KEPT = "\u200c\u200d\ufe0f"
-"""Zero-width non-joiner and joiner are part of correct Persian, Hindi and emoji; U+FE0F asks for an emoji's coloured form."""
+"""Zero-width non-joiner and joiner occur in correct Persian, Hindi and emoji; U+FE0F selects an emoji's coloured form."""
 
 SUSPECT_RANGES = (
     (0x00, 0x08), (0x0B, 0x1F), (0x7F, 0x9F), (0xAD, 0xAD), (0x034F, 0x034F), (0x061C, 0x061C), (0x115F, 0x1160),
     (0x17B4, 0x17B5), (0x180B, 0x180F), (0x200B, 0x200F), (0x2028, 0x202F), (0x2060, 0x206F), (0x3164, 0x3164),
     (0xD800, 0xDFFF), (0xFE00, 0xFE0F), (0xFEFF, 0xFEFF), (0xFFA0, 0xFFA0), (0xFFF0, 0xFFFB), (0xE0000, 0xE0FFF),
 )  # fmt: skip
-"""Code points that show nothing or change how others show, first and last; the kept ones among them are let through."""
+"""Inclusive ranges of code points that are invisible or change how others display; those in :data:`_KEPT` are let through."""
 
 _SUSPECT = re.compile(
     f"(?![{_KEPT}])[{''.join(f'{re.escape(chr(a))}-{re.escape(chr(b))}' for a, b in SUSPECT_RANGES)}]"
@@ -24,10 +24,10 @@ _SUSPECT = re.compile(
 
 
 def visible(text: str) -> str:
-    """``text`` as HTML that shows it and does nothing else.
+    """``text`` as safe HTML.
 
-    Markup is escaped; control characters (NUL, ANSI escapes), marks that turn the writing direction, invisible
-    characters and lone surrogates stand as a small label with their code point. Line ends and tabs are kept.
+    Markup is escaped; control characters (NUL, ANSI escapes), bidi marks, invisible characters and lone surrogates become small
+    labels with their code point. Newlines and tabs are kept.
     """
     out: list[str] = []
     end = 0
@@ -42,16 +42,16 @@ def visible(text: str) -> str:
 
 
 def visible_text(text: str) -> str:
-    """The same for a terminal, a list or a title: plain text, in which a suspect character is its label in brackets."""
+    """Plain-text version of :func:`visible`: suspect characters become labels in brackets."""
     return _SUSPECT.sub(lambda match: f"[{_label(match[0])}]", text.replace("\r\n", "\n"))
 
 
 def suspect_table() -> dict[str, Any]:
-    """The rule of :func:`visible` as plain values, for a script that shows text itself: ``ranges``, ``kept``, ``names``."""
+    """The rules of :func:`visible` as data for JavaScript: ``ranges``, ``kept``, ``names``."""
     named = {
         f"{code:X}": name
         for first, last in SUSPECT_RANGES
-        if first < 0xE0000  # the tags' names would be nine tenths of the table
+        if first < 0xE0000  # tag names would be 90 % of the table
         for code in range(first, last + 1)
         if (name := unicodedata.name(chr(code), ""))
     }
@@ -61,7 +61,7 @@ def suspect_table() -> dict[str, Any]:
 def _label(char: str) -> str:
     code = ord(char)
     if code < 0x20:
-        return chr(0x2400 + code)  # Unicode's control pictures: ␀ … ␟
+        return chr(0x2400 + code)  # Unicode control pictures: ␀ … ␟
     return "␡" if code == 0x7F else f"U+{code:04X}"
 
 
@@ -70,14 +70,14 @@ def _name(char: str) -> str:
 
 
 def isolated(text: str, tag: str = "bdi", css: str = "") -> str:
-    """``text`` made visible in an element of its own, whose writing direction cannot leak out."""
+    """``text`` made visible in its own element, which contains its writing direction."""
     attribute = f' class="{css}"' if css else ""
     return f'<{tag}{attribute} dir="auto">{visible(text)}</{tag}>'
 
 
 def highlighted(text: str, words: Iterable[str]) -> str:
-    """``text`` made visible, with every occurrence of one of ``words`` (any case, whole words) in ``<mark>``."""
-    # A word longer than the text cannot occur; one of 1 MB took seconds to compile.
+    """``text`` made visible, with each whole-word, case-insensitive match of ``words`` in ``<mark>``."""
+    # A word longer than the text cannot match; compiling one of 1 MB takes seconds.
     wanted = sorted({word.strip() for word in words if 0 < len(word.strip()) <= len(text)}, key=len, reverse=True)
     if not wanted:
         return visible(text)
@@ -93,7 +93,7 @@ def highlighted(text: str, words: Iterable[str]) -> str:
 
 
 def table(headings: Iterable[str], rows: Iterable[Iterable[str]], css: str = "") -> str:
-    """A table of plain text cells; the first cell of each row is its heading."""
+    """A table of plain-text cells; the first cell of each row is a header."""
     head = "".join(f'<th scope="col">{visible(name)}</th>' for name in headings)
     body = "".join(_row(list(row)) for row in rows)
     attribute = f' class="{css}"' if css else ""
@@ -140,4 +140,4 @@ article { background: var(--card); border: 1px solid var(--line); border-radius:
 mark { background: var(--mark); color: var(--mark-ink); border-radius: .15rem; }
 @media print { body { max-width: none; } article { break-inside: avoid; } }
 """
-"""The whole style of a page: no font, script or picture from elsewhere; light or dark as the reader's system is."""
+"""Page stylesheet, self-contained, following the system's light or dark mode."""

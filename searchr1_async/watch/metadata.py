@@ -1,4 +1,4 @@
-"""What a question holds beside its text and its answers, as JSON. Pure."""
+"""Question metadata as JSON. Pure."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
 def metadata_json(metadata: Mapping[str, Any]) -> str:
-    """A question's metadata as JSON, in every process the same: ASCII, with lone surrogates escaped.
+    """Question metadata as deterministic ASCII JSON, lone surrogates escaped.
 
-    Tuples become lists, sets sorted lists, numpy's values Python's, and any other value its text, less the address that a
-    default ``repr`` has. A key that is no text becomes that of its JSON.
+    Tuples become lists, sets sorted lists, numpy values Python values, and other values their ``str`` without the address of a
+    default ``repr``. Non-string keys become their JSON.
 
     Raises:
-        RecursionError, ValueError: a value holds itself.
+        RecursionError, ValueError: a value contains itself.
     """
     try:
         return json.dumps(dict(metadata))
@@ -29,12 +29,12 @@ def metadata_json(metadata: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """``value`` as JSON can carry it."""
+    """``value`` as JSON-compatible data."""
     if value is None or isinstance(value, str | int | float):
         return value
     if isinstance(value, np.ndarray | np.generic):
         inner = value.tolist()
-        return str(inner) if isinstance(inner, np.generic) else _plain(inner)  # a longdouble stays one
+        return str(inner) if isinstance(inner, np.generic) else _plain(inner)  # tolist() keeps a longdouble
     if isinstance(value, Mapping):
         return {_key(key): _plain(inner) for key, inner in value.items()}
     if isinstance(value, Set):
@@ -50,7 +50,7 @@ def _key(value: Any) -> str:
 
 
 def _set_order(value: Any) -> tuple[float, bool, str]:
-    """Numbers by value, then texts, then everything else by its JSON: a total order, as ``<`` of sets and of NaN is none."""
+    """Numbers by value, then strings, then everything else by its JSON: a total order, which ``<`` on sets and NaN is not."""
     is_number = isinstance(value, int | float) and not math.isnan(value)
     is_text = isinstance(value, str)
     return value if is_number else math.inf, not is_text, value if is_text else json.dumps(value)

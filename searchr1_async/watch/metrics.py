@@ -1,8 +1,8 @@
-"""The numbers of a step, from the groups that were played in it. Pure: groups in, names and floats out.
+"""Step metrics from the step's groups. Pure: groups in, names and floats out.
 
-Names follow tinker-cookbook's Search-R1 recipe, so that curves of both can be laid over each other. Two differences in
-meaning are deliberate: ``stop/<reason>`` are fractions of *all* episodes (there they are averaged only where present,
-and always read 1.0), and a reward part that an episode lacks counts as 0.
+Names follow tinker-cookbook's Search-R1 recipe, so curves are comparable. Two deliberate differences: ``stop/<reason>`` are
+fractions of *all* episodes (the recipe averages them only where present, so they always read 1.0), and a missing reward part
+counts as 0.
 """
 
 from __future__ import annotations
@@ -17,35 +17,34 @@ from searchr1_async.usage import prompt_lengths
 from searchr1_async.watch.rows import GroupOutcome
 
 GOOD_REWARD = 0.5
-"""A group whose members all got at least this much counts as ``by_group/frac_all_good`` (the recipe's threshold)."""
+"""Reward from which a constant group counts as ``by_group/frac_all_good`` (the recipe's threshold)."""
 
 DROP_REASONS = ("constant_reward", "too_few_episodes", "too_slow", "step_time_limit")
-"""Every reason for which a group is not trained on; a step's metrics have them all, so that curves have no gaps."""
+"""Every reason to drop a group; all are always in the metrics, so curves have no gaps."""
 
 
 def group_metrics(groups: Sequence[Group], failed: int = 0, *, policy_version: int | None = None) -> dict[str, float]:
-    """The metrics of these groups, under ``env/all/…`` and, for each suite, ``env/<data_source>/…``.
+    """Metrics of these groups, under ``env/all/…`` and, per suite, ``env/<data_source>/…``.
 
     Args:
-        groups: every group that was played, trained on or not.
-        failed: failed episodes that belong to no group in ``groups``; ``Group.failed`` is counted by itself.
-        policy_version: optimiser steps done before the weights that are being trained; gives ``staleness`` (mean over
-            turns of how many optimiser steps older the sampling weights were) and ``staleness_max``. With weights in flight
-            both are upper bounds: a turn goes by the weights that its episode began with.
+        groups: every group of the step, trained on or dropped.
+        failed: failed episodes outside ``groups``; ``Group.failed`` is counted separately.
+        policy_version: optimiser steps done before the weights being trained; adds ``staleness`` (mean over turns of how many
+            optimiser steps older the sampling weights were) and ``staleness_max``. With weights in flight both are upper
+            bounds: a turn counts the weights its episode started with.
 
-    Means are over finished episodes. A mean of nothing is left out rather than given as a number: ``valid_calls`` of
-    episodes without a call, every mean of a step in which every episode failed. Fractions ``stop/<reason>`` have all
-    episodes, failed ones too, as their denominator; they sum to 1.
+    Means are over finished episodes; a mean over nothing is omitted. ``stop/<reason>`` are fractions of all episodes, failed
+    ones included, and sum to 1.
 
-    ``ob_tokens`` counts, as in the recipe, the whole prompt of every turn: what the model was given to read.
-    ``total_cached_ob_tokens`` are those of them that the service billed as cache hits, ``cached_ob_frac`` their share.
+    ``ob_tokens`` counts, as in the recipe, the whole prompt of every turn. ``total_cached_ob_tokens`` are those billed as
+    cache hits, ``cached_ob_frac`` their fraction.
     """
     by_source: dict[str, list[Group]] = defaultdict(list)
     for group in groups:
         by_source[group.question.data_source].append(group)
     out = {f"env/all/{name}": value for name, value in _metrics_of(groups, failed, policy_version).items()}
     for source, members in sorted(by_source.items()):
-        # A suite called "all" must not overwrite the numbers of all suites.
+        # A suite named "all" must not overwrite the totals.
         key = source if source != "all" else "all_"
         out.update({f"env/{key}/{name}": value for name, value in _metrics_of(members, 0, policy_version).items()})
     return out
@@ -91,7 +90,7 @@ def _token_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
 def _reward_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
     if not episodes:
         return {}
-    # In the order of first sight: two names may share a value, none may be lost.
+    # dict.fromkeys keeps first-seen order.
     names = dict.fromkeys(name for episode in episodes for name in episode.reward_parts)
     out = {"reward/total": sum(episode.reward for episode in episodes) / len(episodes)}
     for name in names:
@@ -114,15 +113,15 @@ def _call_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
 
 
 def _by_group_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    played = [group for group in groups if group.episodes]
-    if not played:
+    nonempty = [group for group in groups if group.episodes]
+    if not nonempty:
         return {}
-    constant = [group for group in played if group.is_constant]
+    constant = [group for group in nonempty if group.is_constant]
     good = sum(group.rewards[0] >= GOOD_REWARD for group in constant)
     return {
-        "by_group/frac_mixed": (len(played) - len(constant)) / len(played),
-        "by_group/frac_all_good": good / len(played),
-        "by_group/frac_all_bad": (len(constant) - good) / len(played),
+        "by_group/frac_mixed": (len(nonempty) - len(constant)) / len(nonempty),
+        "by_group/frac_all_good": good / len(nonempty),
+        "by_group/frac_all_bad": (len(constant) - good) / len(nonempty),
     }
 
 
@@ -132,7 +131,7 @@ def _staleness_metrics(episodes: Sequence[Episode], policy_version: int) -> dict
 
 
 def stop_fractions(episodes: Sequence[Episode], failed: int = 0) -> dict[str, float]:
-    """``stop/<reason>`` for every :class:`StopReason`, as fractions of ``len(episodes) + failed``; all 0 of nothing."""
+    """``stop/<reason>`` for every :class:`StopReason`, as fractions of ``len(episodes) + failed``; all 0 if that is 0."""
     counts: Mapping[StopReason, int] = {
         reason: sum(episode.stop_reason is reason for episode in episodes) for reason in StopReason
     }
@@ -144,16 +143,15 @@ def stop_fractions(episodes: Sequence[Episode], failed: int = 0) -> dict[str, fl
 
 
 def passages_shown(episode: Episode) -> tuple[Passage, ...]:
-    """The passages that the model read, in order: those given with the question, and of every call that another turn followed."""
+    """The passages that the model read, in order: given ones, then those of every call followed by another turn."""
     calls = [episode.given, *(turn.call for turn in episode.turns[:-1])] if episode.turns else []
     return tuple(passage for call in calls if call is not None for found in call.results for passage in found)
 
 
 def answer_in_passage(episode: Episode) -> bool:
-    """Whether a golden answer stands, as whole words after normalisation, in a passage that the model was shown.
+    """Whether a passage shown to the model contains a golden answer as whole words after normalisation.
 
-    It parts the search's failures from the model's: an episode that answers wrongly though the answer was before its
-    eyes failed at reading, one that never saw it failed at searching. An answer such as ``yes`` is easily "seen".
+    Separates reading failures (the answer was shown) from search failures. Trivially true for answers such as ``yes``.
     """
     answers = [words for answer in episode.question.golden_answers if (words := normalize_answer(answer))]
     if not answers:
@@ -166,19 +164,19 @@ def answer_in_passage(episode: Episode) -> bool:
     )
 
 
-# The members of a group, and groups of neighbouring questions, are shown the same passages again and again.
+# Members of a group, and related questions, see the same passages repeatedly.
 @lru_cache(maxsize=4096)
 def _searchable(title: str, text: str) -> str:
     return f" {normalize_answer(f'{title} {text}')} "
 
 
 def outcome_metrics(outcomes: Sequence[GroupOutcome]) -> dict[str, float]:
-    """What became of a step's groups: ``groups/trained``, ``groups/dropped/<reason>``, ``groups/cut_members``, and how far
-    apart the weights are that they were sampled from.
+    """What happened to a step's groups: ``groups/trained``, ``groups/dropped/<reason>``, ``groups/cut_members`` and the
+    spread of sampling weights.
 
-    ``groups/version_spread`` is the mean over groups of the newest minus the oldest version within a group (0, as a group keeps
-    its sampling client; over 0 in runs of earlier versions whose weights switched in flight), ``groups/version_spread_step``
-    the same over the whole step.
+    ``groups/version_spread`` is the mean over groups of newest minus oldest policy version (0, as a group keeps its sampling
+    client; above 0 in older runs, whose weights switched mid-episode). ``groups/version_spread_step`` is the same over the
+    whole step.
     """
     reasons = Counter(outcome.drop_reason for outcome in outcomes)
     versions = [outcome.group.policy_versions for outcome in outcomes if outcome.group.policy_versions]

@@ -1,4 +1,4 @@
-"""Warns of a run that cannot end: whose first minute shows that it needs more than a day."""
+"""Warns early when a run's pace means that it needs more than a day."""
 
 from __future__ import annotations
 
@@ -23,30 +23,30 @@ from searchr1_async.events import (
 
 MINUTE, DAY = 60.0, 86_400.0
 MINUTES_ELSEWHERE = 3
-"""Minutes in a row that must be too slow on services other than the embedded one, which play thousands of episodes at once:
-in its first minutes hardly one of them may have ended."""
+"""Consecutive slow minutes required on services other than the embedded one, which run thousands of episodes at once: hardly
+any may have finished in the first minutes."""
 
 
 @dataclass
 class _Phase:
     name: str
     total: int
-    """Units: episodes of training, or what a measurement counts."""
+    """Units: episodes in training, else what the phase counts."""
     since: float
-    """When the minute began that is looked at."""
+    """Start of the current one-minute window."""
     done: int = 0
-    """Units, of this session."""
+    """Units finished in this session."""
     before: int = 0
-    """Of these, done when that minute began."""
+    """``done`` at the start of the window."""
     slow: int = 0
-    """Minutes in a row that were too slow."""
+    """Consecutive slow windows."""
 
 
 class PaceWarning:
-    """A watcher that says once in each phase how long it will take, where that is over a day, and what to set.
+    """Subscriber that warns once per phase if the phase will take over a day, and names the settings to lower.
 
     Args:
-        emit: gets the warning.
+        emit: receives the warning.
         clock: monotonic seconds.
     """
 
@@ -54,7 +54,7 @@ class PaceWarning:
         self._emit, self._clock = emit, clock
         self._run: RunStarted | None = None
         self._phase: _Phase | None = None
-        self._held_by = frozenset[str]()
+        self._paused_by = frozenset[str]()
 
     def __call__(self, event: Event) -> None:
         now = self._clock()
@@ -68,15 +68,15 @@ class PaceWarning:
             case PhaseAdvanced() if self._phase is not None and event.phase == self._phase.name != "train":
                 self._phase.done = event.done
             case PhaseAdvanced(phase="train") if self._phase is not None and not self._phase.done:
-                self._phase.total -= event.done * self._episodes_a_step  # those of earlier sessions
+                self._phase.total -= event.done * self._episodes_per_step  # done by earlier sessions
             case EpisodeFinished() if self._phase is not None and self._phase.name == "train":
                 self._phase.done += 1
             case RunPaused() | ServiceSilent():
-                self._held_by |= {_holder(event)}
+                self._paused_by |= {_pause_reason(event)}
             case RunResumed() | ServiceAnswers():
-                self._held_by -= {_holder(event)}
+                self._paused_by -= {_pause_reason(event)}
                 self._begin_minute(now)
-        if not self._held_by:
+        if not self._paused_by:
             self._look(now)
 
     def _begin_minute(self, now: float) -> None:
@@ -84,15 +84,15 @@ class PaceWarning:
             self._phase.since, self._phase.before = now, self._phase.done
 
     @property
-    def _episodes_a_step(self) -> int:
+    def _episodes_per_step(self) -> int:
         run = self._run
         return 0 if run is None else (run.group_size or 0) * (run.groups_per_batch or 0)
 
     def _start(self, event: PhaseStarted, now: float) -> None:
         if event.seconds_at_most is not None or (self._phase is not None and self._phase.name == "train"):
-            return  # it is bounded, or is a measurement that waits for the training
-        if event.phase == "train" and self._episodes_a_step:
-            self._phase = _Phase("train", event.total * self._episodes_a_step, now)
+            return  # time-limited, or an evaluation during training
+        if event.phase == "train" and self._episodes_per_step:
+            self._phase = _Phase("train", event.total * self._episodes_per_step, now)
         elif event.phase in ("evaluate", "rollout"):
             self._phase = _Phase(event.phase, event.total, now)
 
@@ -109,22 +109,22 @@ class PaceWarning:
             self._phase = None
         elif phase.slow >= wanted:
             self._phase = None
-            self._emit(Notice(_words(phase, seconds, rate), is_warning=True))
+            self._emit(Notice(_message(phase, seconds, rate), is_warning=True))
 
 
-def _holder(event: RunPaused | RunResumed | ServiceSilent | ServiceAnswers) -> str:
+def _pause_reason(event: RunPaused | RunResumed | ServiceSilent | ServiceAnswers) -> str:
     return "pause" if isinstance(event, RunPaused | RunResumed) else "service"
 
 
-def _words(phase: _Phase, seconds: float, rate: float) -> str:
+def _message(phase: _Phase, seconds: float, rate: float) -> str:
     days = f"about {seconds / DAY:,.0f} days" if seconds > 10 * DAY else f"about {seconds / DAY:.1f} days"
-    pace = f"at {rate * MINUTE:,.0f} a minute"
+    pace = f"at {rate * MINUTE:,.0f} per minute"
     if phase.name == "train":
         return (
-            f"this run needs {days}: {phase.total:,} episodes, {pace}. Set fewer steps= or a time_limit=, or less of "
-            "groups_per_batch=, group_size=, max_turns= and max_tokens="
+            f"this run needs {days}: {phase.total:,} episodes, {pace}. Lower steps=, groups_per_batch=, group_size=, max_turns= "
+            "or max_tokens=, or set a time_limit="
         )
     return (
-        f"this {'measurement' if phase.name == 'evaluate' else 'rollout'} needs {days}: {phase.total:,} to play, {pace}. Give fewer questions (limit=, held_out=), fewer "
-        "samples, or less of max_turns= and max_tokens="
+        f"this {'evaluation' if phase.name == 'evaluate' else 'rollout'} needs {days}: {phase.total:,} episodes, {pace}. Use "
+        "fewer questions (limit=, held_out=) or samples, or lower max_turns= or max_tokens="
     )

@@ -1,4 +1,4 @@
-"""The console's view of a run: a live bar on a terminal, plain lines everywhere else."""
+"""Console view of a run: a live bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -41,31 +41,30 @@ _SHOWN = (
     ("turns_per_episode", "turns", "{:.2f}"),
     ("valid_calls", "valid calls", "{:.0%}"),
 )
-"""The metrics of a step's line: name below ``env/all/``, heading, format."""
+"""Metrics on a step's line: name below ``env/all/``, heading, format."""
 
 
 @dataclass(slots=True)
 class Estimate:
-    """Time left of one phase, from its pace of late. Pure: the caller passes the time in."""
+    """Remaining time of a phase, from its recent pace. Pure: the caller passes the time in."""
 
     total: int
     started: float
     done: int = 0
     seconds_at_most: float | None = None
-    """The phase ends by then at the latest."""
+    """Upper bound on the phase's duration."""
     _history: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=20))
-    _held_at: float | None = None
-    _held: float = 0.0
-    """Seconds in which the run was held; they count neither for the pace nor for the limit."""
+    _paused_at: float | None = None
+    _paused: float = 0.0
+    """Seconds spent paused; excluded from both the pace and the limit."""
 
     def __post_init__(self) -> None:
         self._history.append((self.started, self.done))
 
     def advance(self, done: int, now: float) -> None:
-        """``done`` units are finished at ``now``.
+        """Record that ``done`` units are finished at ``now``.
 
-        What is reported within a second of the start was done before: a resumed run begins at 60 of 100, and must not
-        look as if it did 60 steps in an instant.
+        Progress reported within the first second was done by an earlier session and does not count towards the pace.
         """
         now = self._worked(now)
         if len(self._history) == 1 and now - self.started < 1.0:
@@ -74,7 +73,7 @@ class Estimate:
         self._history.append((now, done))
 
     def seconds_left(self, now: float) -> float | None:
-        """None before anything is known of the pace, where no limit is known either."""
+        """None while neither the pace nor a limit is known."""
         if self.done >= self.total:
             return 0.0
         now = self._worked(now)
@@ -84,40 +83,40 @@ class Estimate:
         by_limit = max(0.0, self.started + self.seconds_at_most - now)
         return by_limit if by_pace is None else min(by_pace, by_limit)
 
-    def hold(self, now: float) -> None:
-        """The run is held from now on."""
-        if self._held_at is None:
-            self._held_at = now
+    def pause(self, now: float) -> None:
+        """Pause the clock."""
+        if self._paused_at is None:
+            self._paused_at = now
 
-    def go_on(self, now: float) -> None:
-        """It goes on."""
-        if self._held_at is not None:
-            self._held += now - self._held_at
-            self._held_at = None
+    def resume(self, now: float) -> None:
+        """Resume the clock."""
+        if self._paused_at is not None:
+            self._paused += now - self._paused_at
+            self._paused_at = None
 
     def _worked(self, now: float) -> float:
-        """``now`` by a clock that stands still while the run is held."""
-        return (now if self._held_at is None else self._held_at) - self._held
+        """``now`` on a clock that stops while the run is paused."""
+        return (now if self._paused_at is None else self._paused_at) - self._paused
 
     def _by_pace(self, now: float) -> float | None:
         then, before = self._history[0]
         latest, done = self._history[-1]
         if done <= before or latest <= then:
             return None
-        seconds_a_unit = (latest - then) / (done - before)
-        return max(0.0, (self.total - done) * seconds_a_unit - (now - latest))
+        seconds_per_unit = (latest - then) / (done - before)
+        return max(0.0, (self.total - done) * seconds_per_unit - (now - latest))
 
 
 @dataclass(slots=True)
-class Holds:
-    """Why a run is held, from its events: it is paused, its Tinker service does not answer, or both."""
+class Pauses:
+    """Why a run is paused: on request, because the Tinker service is not responding, or both."""
 
     reasons: set[str] = field(default_factory=set)
 
     def see(
         self, event: RunPaused | RunResumed | ServiceSilent | ServiceAnswers, estimates: Iterable[Estimate], now: float
     ) -> None:
-        """Holds the estimates, or lets them go on."""
+        """Update the reasons, then pause or resume the estimates."""
         reason = "pause" if isinstance(event, RunPaused | RunResumed) else "service"
         if isinstance(event, RunPaused | ServiceSilent):
             self.reasons.add(reason)
@@ -127,8 +126,8 @@ class Holds:
             self.apply(estimate, now)
 
     def apply(self, estimate: Estimate, now: float) -> None:
-        """Holds an estimate, or lets it go on, as the run stands."""
-        (estimate.hold if self.reasons else estimate.go_on)(now)
+        """Pause or resume an estimate according to the current reasons."""
+        (estimate.pause if self.reasons else estimate.resume)(now)
 
 
 @dataclass(slots=True)
@@ -145,7 +144,7 @@ class _Phase:
 
 @dataclass(slots=True)
 class _Tally:
-    """What belongs to one step: the next one plays and trains while a step is still being recorded."""
+    """Counts of one step; kept per step because steps overlap."""
 
     episodes: int = 0
     groups: int = 0
@@ -154,15 +153,15 @@ class _Tally:
 
 
 class ConsoleProgress:
-    """Shows a run's events on a stream; subscribe it as an emitter, and use it as a context manager.
+    """Writes a run's events to a stream; subscribe it to the run, and use it as a context manager.
 
-    On a terminal each phase is a live bar with its count, the time it took and has left, and its key metrics; steps and
-    notices scroll by above. On anything else (a log file, a pipe, a notebook) everything is a plain line, a phase's
-    progress at most every five seconds. Call it from one thread, that of the event loop.
+    On a terminal each phase is a live bar with count, elapsed and remaining time, and key metrics; steps and notices scroll
+    above. Elsewhere (log file, pipe, notebook) everything is a plain line, with at most one progress line per phase every
+    five seconds. Not thread-safe: call it from the event loop's thread.
 
     Args:
-        stream: where to write; ``sys.stderr`` as it is when the object is made.
-        live: True or False to decide what ``stream.isatty()`` would.
+        stream: output; defaults to the current ``sys.stderr``.
+        live: override ``stream.isatty()``.
         clock: monotonic seconds.
     """
 
@@ -174,7 +173,7 @@ class ConsoleProgress:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._stream = sys.stderr if stream is None else stream
-        # Not "force_terminal": a console that thinks itself in a notebook writes HTML through IPython.
+        # Without force_jupyter=False, rich in a notebook writes HTML through IPython.
         self._console = Console(
             file=self._stream, force_jupyter=False, force_terminal=live, highlight=False, markup=False, soft_wrap=True
         )
@@ -184,7 +183,7 @@ class ConsoleProgress:
         self._phases: dict[str, _Phase] = {}
         self._tallies: defaultdict[int, _Tally] = defaultdict(_Tally)
         self._stepped_at = clock()
-        self._holds = Holds()
+        self._pauses = Pauses()
 
     def __enter__(self) -> ConsoleProgress:
         if self._live_wanted:
@@ -197,7 +196,7 @@ class ConsoleProgress:
                 TextColumn("{task.fields[metrics]}", style="cyan", markup=False),
                 console=self._console,
                 refresh_per_second=4,
-                transient=True,  # what is worth keeping is printed as a line when the phase ends
+                transient=True,  # the phase's final line replaces the bar
             )
             self._progress.start()
         return self
@@ -211,7 +210,7 @@ class ConsoleProgress:
         self._phases.clear()
 
     def __call__(self, event: Event) -> None:
-        """Show ``event``; kinds that the console has no use for are passed over."""
+        """Show ``event``; kinds without console output are ignored."""
         now = self._clock()
         match event:
             case Notice():
@@ -227,23 +226,23 @@ class ConsoleProgress:
             case StepFinished():
                 self._step(event, now)
             case RunPaused() | RunResumed() | ServiceSilent() | ServiceAnswers():
-                self._holds.see(event, [phase.estimate for phase in self._phases.values()], now)
-                if isinstance(event, RunPaused | RunResumed):  # of the service there is a notice
+                self._pauses.see(event, [phase.estimate for phase in self._phases.values()], now)
+                if isinstance(event, RunPaused | RunResumed):  # the service emits its own notice
                     is_paused = isinstance(event, RunPaused)
-                    self._line("paused: nothing more is asked of the services" if is_paused else "resumed")
+                    self._line("paused: no new requests are sent" if is_paused else "resumed")
             case RunEnded():
                 self._line(f"run {event.reason}", warning=event.reason == "failed")
-            case _:  # a checkpoint is saved in every step: the step's own line stands for it
+            case _:
                 pass
 
     def _start(self, event: PhaseStarted, now: float) -> None:
         estimate = Estimate(event.total, now, seconds_at_most=event.seconds_at_most)
-        self._holds.apply(estimate, now)
+        self._pauses.apply(estimate, now)
         phase = _Phase(event, estimate, line_due=now + SECONDS_BETWEEN_LINES)
         if event.phase in self._phases:
             self._hide(self._phases.pop(event.phase))
         self._phases[event.phase] = phase
-        if event.phase == "train":  # an evaluation between two steps, or beside one, leaves the count alone
+        if event.phase == "train":  # evaluations during training leave the step counts alone
             self._tallies.clear()
             self._stepped_at = now
         if self._progress is None:
@@ -321,7 +320,7 @@ class ConsoleProgress:
         self._line(" · ".join(part for part in parts if part))
 
     def _advance_quietly(self, phase: _Phase, done: int, now: float) -> None:
-        """A step has its own line: it moves the bar and puts off the phase's next line."""
+        """Advance without a progress line: the step has its own."""
         if done > phase.estimate.done:
             phase.estimate.advance(done, now)
         phase.line_due = now + SECONDS_BETWEEN_LINES
@@ -337,7 +336,7 @@ class ConsoleProgress:
     def _line(self, text: str, *, warning: bool = False) -> None:
         text = _one_line(text)
         if self._progress is None:
-            # Written as it is: a log file wants no colours and no wrapping.
+            # Raw text: no colours or wrapping in log files.
             self._stream.write(_encodable(text, self._stream) + "\n")
             self._stream.flush()
         else:
@@ -350,7 +349,7 @@ class _CountColumn(ProgressColumn):
 
 
 class _TimeColumn(ProgressColumn):
-    """Time since the phase began and time left, by this module's estimate."""
+    """Elapsed and remaining time."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         super().__init__()
@@ -364,7 +363,7 @@ class _TimeColumn(ProgressColumn):
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people: ``4.2 s``, ``38 s``, ``4 min 05 s``, ``2 h 07 min``."""
+    """Format seconds: ``4.2 s``, ``38 s``, ``4 min 05 s``, ``2 h 07 min``."""
     if not math.isfinite(seconds):
         return "?"
     if seconds < 9.95:
@@ -383,7 +382,7 @@ def _left(estimate: Estimate, now: float) -> str:
 
 
 def _described(metrics: Mapping[str, float]) -> str:
-    """The key metrics in words; where none of them is known, up to three of whatever there is."""
+    """The key metrics as text; if none is present, the first three metrics."""
     known = [
         f"{heading} {form.format(value)}"
         for name, heading, form in _SHOWN
@@ -397,7 +396,7 @@ def _after_comma(text: str) -> str:
 
 
 def _one_line(text: str) -> str:
-    """Text that cannot leave its line nor command the terminal: control characters are shown escaped."""
+    """``text`` on one line, with control characters escaped."""
     return "".join(char if char.isprintable() else " " if char in "\n\r\t" else ascii(char)[1:-1] for char in text)
 
 

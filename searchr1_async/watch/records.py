@@ -1,18 +1,15 @@
-"""A run's folder as data: what was played and measured, in Parquet files that any reader can scan.
+"""A run folder's records as Parquet files.
 
 ::
 
-    <folder>/episodes/step-000012.parquet      one row for each episode of the step (:data:`.rows.EPISODE_SCHEMA`)
-    <folder>/groups/step-000012.parquet        one row for each of its groups, dropped ones too (:data:`.rows.GROUP_SCHEMA`)
+    <folder>/episodes/step-000012.parquet      one row per episode of the step (:data:`.rows.EPISODE_SCHEMA`)
+    <folder>/groups/step-000012.parquet        one row per group, dropped ones included (:data:`.rows.GROUP_SCHEMA`)
     <folder>/metrics/step-000012.parquet       one row: the step's metrics
-    <folder>/evaluations/000-untrained.parquet one row for each episode of an evaluation, in the order they were made
+    <folder>/evaluations/000-untrained.parquet one row per episode of an evaluation; files are numbered in order
 
-Each file appears whole or not at all (:func:`~searchr1_async.files.write_parquet`). A step's metrics are written
-last, so a step that has metrics has everything. All methods are synchronous and touch the disk: call them
-from a worker thread.
-
-A file that is empty, torn (after a power cut) or of another kind is refused by its name, with :class:`RunFolderError`, by
-whatever reads it.
+Files are written atomically (:func:`~searchr1_async.files.write_parquet`), metrics last: a step with metrics is complete. All
+methods block on disk I/O: call them from a worker thread. Readers raise :class:`RunFolderError`, naming the file, for one that
+is empty, truncated or of another kind.
 """
 
 from __future__ import annotations
@@ -50,9 +47,9 @@ _EVALUATION_FILE = re.compile(r"(\d{3,})-.*\.parquet")
 
 
 class RunRecords:
-    """Writes and reads the records below ``folder``; folders are made when the first file is written.
+    """Reads and writes the records below ``folder``; subfolders are created on first write.
 
-    Opening it for reading while a run writes there is safe. Two writers at once are not: the run's lock sees to that.
+    Reading while a run writes is safe. Only one writer is allowed; the run's lock ensures it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -69,16 +66,16 @@ class RunRecords:
         metrics: Mapping[str, float],
         advantages: Advantages = centred,
     ) -> None:
-        """Record one finished step; written again, it replaces the earlier record.
+        """Record one finished step, replacing an earlier record of it.
 
         Args:
             step: optimiser steps finished, this one included (from 1).
-            outcomes: of every group of the step, those dropped too, even without any episode.
-            metrics: name to number; a value that is no number raises before anything is written.
-            advantages: of a group's rewards, as they were learned from.
+            outcomes: every group of the step, dropped and empty ones included.
+            metrics: name to number; a non-number raises before anything is written.
+            advantages: the function used in training.
 
         Raises:
-            OSError: the folder cannot be written.
+            OSError: the folder is not writable.
         """
         numbers = {storable(name): float(value) for name, value in metrics.items() if name != "step"}
         row = pl.DataFrame({"step": [step], **{name: [value] for name, value in numbers.items()}})
@@ -87,7 +84,7 @@ class RunRecords:
         _write(row.cast({"step": pl.Int64}), self._metrics / _step_file(step))
 
     def truncate_after(self, step: int) -> None:
-        """Remove what was recorded after ``step`` (evaluations too): a resumed run plays those steps again."""
+        """Remove everything recorded after ``step``, evaluations included: a resumed run redoes those steps."""
         for folder in (self._metrics, self._groups, self._episodes):  # metrics first: a step with metrics is complete
             for number, path in _step_files(folder):
                 if number > step:
@@ -101,28 +98,28 @@ class RunRecords:
             remove_leftovers(folder)
 
     def metrics(self) -> pl.DataFrame:
-        """One row for each finished step, in order; metrics that a step lacks are null. No steps: no rows.
+        """One row per finished step, in order; metrics missing from a step are null. No steps: no rows.
 
         Raises:
-            RunFolderError: a file of them is damaged.
+            RunFolderError: a metrics file is damaged.
         """
         return pl.concat([pl.DataFrame(schema=_METRICS), *map(_metrics, _step_files(self._metrics))], how="diagonal")
 
     def episodes(self) -> pl.LazyFrame:
-        """Every episode of training, by step, group and member; an empty frame of the same schema if there is none."""
+        """Every training episode, by step, group and member; an empty frame with the schema if there are none."""
         return scan_rows([_whole(path) for _, path in _step_files(self._episodes)], EPISODE_SCHEMA)
 
     def groups(self) -> pl.LazyFrame:
-        """Every group of training, trained on or dropped, by step; an empty frame of the same schema if there is none."""
+        """Every training group, trained on or dropped, by step; an empty frame with the schema if there are none."""
         return scan_rows([_whole(path) for _, path in _step_files(self._groups)], GROUP_SCHEMA)
 
     def load_episodes(self, step: int) -> tuple[Episode, ...]:
-        """The episodes of one step as values again; empty when the step was not recorded."""
+        """The episodes of one step; empty if the step was not recorded."""
         path = self._episodes / _step_file(step)
         return _load(path) if path.exists() else ()
 
     def load_episode(self, step: int, group: int, member: int) -> Episode | None:
-        """One episode of training as a value again; None where there is none."""
+        """One training episode; None if absent."""
         path = self._episodes / _step_file(step)
         if not path.exists():
             return None
@@ -131,15 +128,15 @@ class RunRecords:
             return episode_from_row(rows.row(0, named=True)) if rows.height else None
 
     def write_evaluation(self, label: str, episodes: Sequence[Episode], step: int | None = None) -> None:
-        """Record one evaluation; the same ``label`` again replaces the earlier one, in its place.
+        """Record one evaluation; the same ``label`` replaces the earlier record in place.
 
         Args:
-            label: its name (``untrained``, ``after RL``).
-            episodes: in any order, failed ones too.
-            step: optimiser steps done when it was made; None when it belongs to no step.
+            label: name (``untrained``, ``after RL``).
+            episodes: in any order, failed ones included.
+            step: optimiser steps done before it; None if it belongs to no step.
 
         Raises:
-            OSError: the folder cannot be written.
+            OSError: the folder is not writable.
         """
         path = self._evaluation_file(label)
         if path is None:
@@ -148,21 +145,21 @@ class RunRecords:
             ]
             slug = re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")[:60] or "evaluation"
             path = self._evaluations / f"{max(taken, default=-1) + 1:03d}-{slug}.parquet"
-        # An evaluation of no episodes has no row to hold its label; it is not recorded.
+        # The label is stored in the rows: without episodes there is nothing to record.
         if episodes:
             _write(episodes_frame(evaluation_rows(label, episodes, step)), path)
 
     def evaluations(self) -> pl.LazyFrame:
-        """The episodes of every evaluation, in the order they were made, told apart by ``label``."""
+        """The episodes of all evaluations in order, distinguished by ``label``."""
         return scan_rows(list(map(_whole, self._evaluation_files())), EPISODE_SCHEMA)
 
     def load_evaluation(self, label: str) -> tuple[Episode, ...]:
-        """The episodes of one evaluation as values again; empty when there is none of that label."""
+        """The episodes of one evaluation; empty if the label is unknown."""
         path = self._evaluation_file(label)
         return _load(path) if path is not None else ()
 
     def evaluation_labels(self) -> tuple[str, ...]:
-        """The labels of the evaluations, in the order they were made."""
+        """The labels of the evaluations, in order."""
         return tuple(_label(path) for path in self._evaluation_files())
 
     def _evaluation_files(self) -> Iterator[Path]:
@@ -180,7 +177,7 @@ def _step_file(step: int) -> str:
 
 
 def _step_files(folder: Path) -> list[tuple[int, Path]]:
-    """By step, not by name: step 1,000,000 comes after step 999,999."""
+    """Sorted by step number: 1,000,000 comes after 999,999."""
     if not folder.is_dir():
         return []
     named = ((_STEP_FILE.fullmatch(path.name), path) for path in folder.iterdir())
@@ -198,35 +195,34 @@ def _load(path: Path) -> tuple[Episode, ...]:
 
 
 def _metrics(file: tuple[int, Path]) -> pl.DataFrame:
-    """The row of a step; numbers of other types than ours are taken as ours."""
+    """The row of a step, cast to this version's types."""
     step, path = file
     with _reading(path):
         row = read_parquet(path)
         if row["step"].to_list() != [step]:
-            raise _damaged(path, "holds no row of this step")
+            raise _damaged(path, "has no row for this step")
         return row.cast({name: _METRICS.get(name, pl.Float64()) for name in row.columns})
 
 
 def _whole(path: Path) -> Path:
-    """The path of a file that can be scanned."""
     if not is_whole(path):
-        raise _damaged(path, f"is no whole Parquet file ({path.stat().st_size:,} bytes)")
+        raise _damaged(path, f"is not a complete Parquet file ({path.stat().st_size:,} bytes)")
     return path
 
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """What is wrong with a file is said with its name, and what to do."""
+    """Turn read errors into :class:`RunFolderError` with the file's name."""
     _whole(path)
     try:
         yield
     except (pl.exceptions.PolarsError, IndexError, KeyError, TypeError) as error:
-        raise _damaged(path, f"is no record of a run: {type(error).__name__}: {error}") from error
+        raise _damaged(path, f"is not a run record: {type(error).__name__}: {error}") from error
 
 
 def _damaged(path: Path, problem: str) -> RunFolderError:
     return RunFolderError(
-        f"{path} cannot be read: it {problem}. It was damaged (a power cut, a copy that was cut short), or is not of this run. Move it "
+        f"{path} cannot be read: it {problem}. The file is damaged (power loss, interrupted copy) or not from this run. Move it "
         "away to read the others; the run's resume point does not need it."
     )
 

@@ -1,4 +1,4 @@
-"""A run's report: one HTML file that needs nothing beside it, runs nothing, and can be sent to anybody."""
+"""A run's report: one self-contained HTML file without scripts."""
 
 from __future__ import annotations
 
@@ -44,22 +44,20 @@ def write_report(
 ) -> Path:
     """Write the report to ``path`` and return it.
 
+    Untrusted text is escaped, and the page's content security policy forbids scripts and external resources.
+
     Args:
-        path: the HTML file; an earlier one is replaced whole.
-        title: heading of the page.
-        summary: rows of the result table, as ``evaluation.table.comparison_rows`` gives them.
-        curve_png: the learning curve, embedded; None, or a file that is not there, leaves it out.
-        metrics: one row a step.
-        episodes: episodes to show turn by turn, each with a label (``before``, ``after``); those of one question
-            stand side by side.
-        settings: name to value; what is named like a secret is not shown.
+        path: the HTML file; replaced atomically.
+        title: page heading.
+        summary: rows of the result table, as from ``evaluation.table.comparison_rows``.
+        curve_png: the learning curve, embedded; omitted if None or missing.
+        metrics: one row per step.
+        episodes: episodes to show turn by turn, each with a label (``before``, ``after``); those of one question are side by side.
+        settings: name to value; values of secret-like names are hidden.
         notes: lines below the result table, such as the paired difference.
 
-    Everything that a model, a corpus or a user wrote is escaped; the page's policy forbids scripts and any loading
-    from elsewhere besides.
-
     Raises:
-        OSError: ``path`` cannot be written.
+        OSError: ``path`` is not writable.
     """
     page = "\n".join(
         part
@@ -92,7 +90,7 @@ def _head(title: str) -> str:
 
 
 def visible_title(title: str) -> str:
-    """A title holds text alone: tags in it would be shown as such, so the marks of unseen characters are taken off."""
+    """``title`` as plain text for the title element, without the markup of :func:`visible`."""
     return re.sub(r"<[^>]*>", "", visible(title))
 
 
@@ -143,7 +141,7 @@ def _episodes_section(episodes: Sequence[tuple[str, Episode]]) -> str:
     by_question: dict[tuple[str, str], list[tuple[str, Episode]]] = {}
     for label, episode in episodes:
         by_question.setdefault((episode.question.data_source, episode.question.id), []).append((label, episode))
-    return "<section><h2>Played episodes</h2>" + "".join(map(_question, by_question.values())) + "</section>"
+    return "<section><h2>Episodes</h2>" + "".join(map(_question, by_question.values())) + "</section>"
 
 
 def _question(played: Sequence[tuple[str, Episode]]) -> str:

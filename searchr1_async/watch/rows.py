@@ -1,8 +1,7 @@
-"""Episodes and groups as rows of tables with fixed schemas, and rows as episodes again. Pure.
+"""Conversion between episodes or groups and table rows with fixed schemas. Pure.
 
-Every file that holds episodes has exactly :data:`EPISODE_SCHEMA`, so that any two of them concatenate and a reader
-never meets a missing or differently typed column. A row holds everything that its episode held, token for token;
-only log probabilities are kept in single precision, in which samplers give them.
+Every episode file has exactly :data:`EPISODE_SCHEMA`, so files concatenate without missing or differently typed columns. A
+row keeps the full episode, token for token; only log probabilities are reduced to single precision.
 """
 
 from __future__ import annotations
@@ -24,8 +23,8 @@ REWARD_PART = pl.Struct({"name": pl.String, "value": pl.Float64})
 PASSAGE = pl.Struct({"id": pl.String, "title": pl.String, "text": pl.String, "score": pl.Float64})
 
 CALL: dict[str, Any] = {
-    "queries": pl.List(pl.String),  # null: the turn made no call; empty: a malformed one
-    "passages": pl.List(pl.List(PASSAGE)),  # for each query; null or empty when the search was not run
+    "queries": pl.List(pl.String),  # null: no call; empty: a malformed call
+    "passages": pl.List(pl.List(PASSAGE)),  # per query; null or empty when the search was not run
     "problem": pl.String,
     "search_seconds": pl.Float64,
 }
@@ -41,7 +40,7 @@ TURN = pl.Struct(
         "policy_version": pl.Int64,
         "seconds": pl.Float64,
         "truncated": pl.Boolean,
-        # The last fields: files of earlier versions lack them.
+        # Added later: older files lack the columns below.
         "sequence_id": pl.String,
         "cached_prompt_tokens": pl.Int64,
     }
@@ -49,38 +48,37 @@ TURN = pl.Struct(
 
 EPISODE_SCHEMA = pl.Schema(
     {
-        "step": pl.Int64,  # optimiser step, counted from 1; null in an evaluation that belongs to none
-        "label": pl.String,  # name of the evaluation; null in training
+        "step": pl.Int64,  # optimiser step, from 1; null for evaluations outside a step
+        "label": pl.String,  # evaluation name; null in training
         "question_id": pl.String,
         "question": pl.String,
         "golden_answers": pl.List(pl.String),
         "data_source": pl.String,
         "metadata": pl.String,  # JSON
-        "place": pl.Int64,  # of the group among all that the run plays; null in an evaluation
-        "group": pl.Int64,  # number of the group in its step
-        "member": pl.Int64,  # number of the episode in its group
+        "place": pl.Int64,  # index of the group in the run; null in an evaluation
+        "group": pl.Int64,  # index of the group in its step
+        "member": pl.Int64,  # index of the episode in its group
         "stop_reason": pl.String,
         "answer": pl.String,
         "reward": pl.Float64,
         "correct": pl.Float64,
         "format": pl.Float64,
         "f1": pl.Float64,
-        "reward_parts": pl.List(REWARD_PART),  # all of them, by name
-        "advantage": pl.Float64,  # as it was learned from; null for failed episodes and in evaluations
+        "reward_parts": pl.List(REWARD_PART),  # all reward parts, by name
+        "advantage": pl.Float64,  # as used in training; null for failed episodes and in evaluations
         "trained": pl.Boolean,
         "drop_reason": pl.String,  # null when trained
         "turn_count": pl.Int64,
         "token_count": pl.Int64,
         "ac_tokens": pl.Int64,
-        "ob_tokens": pl.Int64,  # tokens read and not written, each counted once
+        "ob_tokens": pl.Int64,  # tokens read but not sampled, each counted once
         "transcript": pl.String,
         "policy_versions": pl.List(pl.Int64),
         "seconds": pl.Float64,
         "error": pl.String,
         "prompt_tokens": pl.List(pl.Int32),
         "turns": pl.List(TURN),
-        # A search made for the model, its passages in the prompt; null queries: none. The last column, since files of
-        # earlier versions lack it.
+        # Passages placed in the prompt; null queries: none. Last column: older files lack it.
         "given": pl.Struct(CALL),
     }
 )
@@ -93,34 +91,34 @@ GROUP_SCHEMA = pl.Schema(
         "data_source": pl.String,
         "trained": pl.Boolean,
         "drop_reason": pl.String,  # null when trained
-        "reward_mean": pl.Float64,  # of the finished members; null without any
-        "policy_version_min": pl.Int64,  # of the weights that sampled it: optimiser steps done before
+        "reward_mean": pl.Float64,  # over finished members; null if there are none
+        "policy_version_min": pl.Int64,  # of the sampling weights: optimiser steps done before
         "policy_version_max": pl.Int64,
         "members": pl.Int64,  # finished
-        "failed": pl.Int64,  # failed or cut by a time limit
+        "failed": pl.Int64,  # failed, or cut by a time limit
     }
 )
 
 
 _EPISODES_AT_ONCE = 128
-"""Episodes a frame is built from at a time: few enough that no call holds the interpreter's lock for over some milliseconds."""
+"""Rows per frame build, to keep each GIL-holding call within milliseconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class GroupOutcome:
-    """What became of a group."""
+    """A group and whether it was trained on."""
 
     place: int
-    """Of the group among all that the run plays; place p is question p mod N of epoch p div N."""
+    """Index of the group in the run; place p is question p mod N of epoch p div N."""
     group: Group
-    """As far as it was played: one that was cancelled as too slow may have no episodes at all."""
+    """May have no episodes if it was cancelled as too slow."""
     drop_reason: str | None = None
-    """None: it was trained on."""
+    """None: trained on."""
 
 
 @dataclass(frozen=True, slots=True)
 class EpisodeRow:
-    """An episode, with what only its group or its evaluation knows; each field is the column of its name."""
+    """An episode with its group's or evaluation's data; fields are named as their columns."""
 
     episode: Episode
     step: int | None = None
@@ -136,8 +134,7 @@ class EpisodeRow:
 def storable(text: str) -> str:
     """``text`` as valid UTF-8: surrogate pairs joined, lone surrogates replaced by U+FFFD.
 
-    A model's bytes, decoded token by token, may hold either, and Arrow takes neither. NUL and every other control
-    character is valid and kept.
+    Model output decoded token by token may contain either, and Arrow rejects both. Control characters are kept.
     """
     try:
         text.encode("utf-8")
@@ -147,22 +144,22 @@ def storable(text: str) -> str:
 
 
 Advantages = Callable[[Sequence[float]], Sequence[float]]
-"""Of a group's rewards, in their order."""
+"""Maps a group's rewards to advantages, in order."""
 
 
 def centred(rewards: Sequence[float]) -> list[float]:
-    """Each reward less the group's mean."""
+    """Each reward minus the group mean."""
     mean = sum(rewards) / len(rewards) if rewards else 0.0
     return [reward - mean for reward in rewards]
 
 
 def step_rows(step: int, outcomes: Iterable[GroupOutcome], advantages: Advantages = centred) -> list[EpisodeRow]:
-    """The rows of a step: for each group its finished episodes, then its failed ones.
+    """Rows of a step: for each group its finished episodes, then its failed ones.
 
     Args:
         step: optimiser step, counted from 1.
         outcomes: every group of the step.
-        advantages: as they are learned from.
+        advantages: the function used in training.
     """
     rows: list[EpisodeRow] = []
     for index, outcome in enumerate(outcomes):
@@ -181,7 +178,7 @@ def step_rows(step: int, outcomes: Iterable[GroupOutcome], advantages: Advantage
 
 
 def evaluation_rows(label: str, episodes: Sequence[Episode], step: int | None = None) -> list[EpisodeRow]:
-    """The rows of an evaluation; ``group`` and ``member`` number the questions and each question's samples."""
+    """Rows of an evaluation; ``group`` and ``member`` number the questions and the samples per question."""
     groups: dict[tuple[str, str], int] = {}
     members: dict[int, int] = {}
     rows: list[EpisodeRow] = []
@@ -193,7 +190,7 @@ def evaluation_rows(label: str, episodes: Sequence[Episode], step: int | None = 
 
 
 def groups_frame(step: int, outcomes: Sequence[GroupOutcome]) -> pl.DataFrame:
-    """A step's groups as a frame of exactly :data:`GROUP_SCHEMA`."""
+    """A step's groups as a :data:`GROUP_SCHEMA` frame."""
     groups = [outcome.group for outcome in outcomes]
     versions = [group.policy_versions for group in groups]
     values: dict[str, list[Any]] = {
@@ -213,9 +210,9 @@ def groups_frame(step: int, outcomes: Sequence[GroupOutcome]) -> pl.DataFrame:
 
 
 def episodes_frame(rows: Sequence[EpisodeRow]) -> pl.DataFrame:
-    """Rows as a frame of exactly :data:`EPISODE_SCHEMA`; no rows give an empty, typed frame.
+    """Rows as an :data:`EPISODE_SCHEMA` frame; no rows give an empty, typed frame.
 
-    Column by column: with a dictionary a row, polars held the interpreter's lock for four times as long.
+    Built column by column: polars holds the GIL four times as long when given row dictionaries.
     """
     chunks = [rows[start : start + _EPISODES_AT_ONCE] for start in range(0, len(rows), _EPISODES_AT_ONCE)] or [rows]
     return pl.concat([_frame(chunk) for chunk in chunks], rechunk=True)
@@ -305,7 +302,7 @@ def _calls(calls: Sequence[SearchCall | None]) -> dict[str, list[Any] | pl.Serie
 
 
 def _passages(found: Sequence[Sequence[Passage]]) -> pl.Series:
-    """A list of passages for each query."""
+    """One list of passages per query."""
     passages = [passage for each in found for passage in each]
     columns = {
         "id": _storable(passage.id for passage in passages),
@@ -322,14 +319,14 @@ def _texts(lists: Sequence[Sequence[str] | None]) -> pl.Series:
 
 
 def _numbers(lists: Sequence[Sequence[float]], code: str, dtype: pl.DataType) -> pl.Series:
-    # struct is the quickest way from Python's numbers to a buffer: 15 ns each, where numpy takes 40.
+    # struct.pack converts Python numbers faster than numpy.
     packed = b"".join(struct.pack(f"={len(numbers)}{code}", *numbers) for numbers in lists)
     flat = pl.Series(np.frombuffer(packed, code), dtype=dtype)
     return _nested(flat, [len(numbers) for numbers in lists])
 
 
 def _nested(values: pl.Series, lengths: Sequence[int | None]) -> pl.Series:
-    """The first ``lengths[0]`` of the values as a list, the next ``lengths[1]`` as the second, …; None is a null."""
+    """Split ``values`` into consecutive lists of the given lengths; None gives a null."""
     row = np.repeat(np.arange(len(lengths)), [length or 0 for length in lengths])
     lists = (
         pl.DataFrame([pl.Series("row", row).set_sorted(), values.alias("values")])
@@ -338,7 +335,7 @@ def _nested(values: pl.Series, lengths: Sequence[int | None]) -> pl.Series:
     )
     if len(lists) == len(lengths):
         return lists
-    # Of the lists that hold something, which is where; the empty ones come from one more list at the end.
+    # Only non-empty lists came out of the group-by: append an empty one and gather by index.
     lists.append(pl.Series([[]], dtype=lists.dtype))
     filled = iter(range(len(lists) - 1))
     take = [None if length is None else next(filled) if length else len(lists) - 1 for length in lengths]
@@ -354,7 +351,7 @@ def _storable(texts: Iterable[str | None]) -> list[str | None]:
 
 
 def transcript(episode: Episode) -> str:
-    """The whole episode as plain text: question, each turn's text, each search's passages, answer. For people."""
+    """The episode as plain text: question, each turn, each search's passages, answer."""
     lines = [f"[question] {episode.question.question}"]
     if episode.given is not None:
         lines += ["[given with the question]", *_call_lines(episode.given, "nothing")]
@@ -378,7 +375,7 @@ def _call_lines(call: SearchCall, problem: str = "malformed call") -> list[str]:
 
 
 def episode_from_row(row: Mapping[str, Any]) -> Episode:
-    """The episode that a row of :data:`EPISODE_SCHEMA` was made from (see the module's docstring for exactness)."""
+    """The episode behind a row of :data:`EPISODE_SCHEMA` (see the module docstring for exactness)."""
     return Episode(
         question=Question(
             id=row["question_id"],

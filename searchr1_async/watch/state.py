@@ -1,4 +1,4 @@
-"""How a run stands, folded from its events: what every live view shows. Pure; the caller passes the time in."""
+"""Run state folded from events; the source of every live view. Pure: the caller passes the time in."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from searchr1_async.episodes.types import Episode
 from searchr1_async.events import (
     BatchClosed,
     BesideSampled,
-    CheckpointSaved,
     EpisodeFinished,
     EvaluationFinished,
     Event,
@@ -46,14 +45,14 @@ from searchr1_async.watch.live.snapshot import (
     Snapshot,
     Standing,
 )
-from searchr1_async.watch.progress import Estimate, Holds
+from searchr1_async.watch.progress import Estimate, Pauses
 
 LATE_SECONDS = 0.02
-"""Median lag from which the event loop counts as late; an idle one is under 1 ms."""
+"""Median lag from which the event loop counts as late; an idle loop is under 1 ms."""
 MOST_EVALUATIONS = 200
 _MOST_NOTICES = 6
 _LONGEST_TEXT = 500
-"""Characters of a notice or an error that are kept: an answer of a service may be a page."""
+"""Maximum characters kept of a notice or an error: a service's error response can be a whole page."""
 
 
 @dataclass(slots=True)
@@ -67,7 +66,7 @@ class _Tally:
     valid: int = 0
     error: str = ""
     sums: list[float] = field(default_factory=lambda: [0.0] * 6)
-    """Of reward, exact match and turns, then of their squares."""
+    """Sums of reward, exact match and turns, then of their squares."""
 
     def add(self, episode: Episode) -> None:
         self.episodes += 1
@@ -105,7 +104,7 @@ class _Tally:
 
 @dataclass(slots=True)
 class _Total:
-    """A count of one engine after the other: each begins at 0, the sum goes on."""
+    """A counter that survives engine restarts: each engine starts at 0, the sum continues."""
 
     before: int = 0
     last: int = 0
@@ -128,21 +127,20 @@ class _Phase:
 
 
 class RunState:
-    """Folds a run's events. Bounded in memory, however long the run; :meth:`see` takes microseconds."""
+    """Folds a run's events with bounded memory; :meth:`see` takes microseconds."""
 
     def __init__(self) -> None:
         self.steps = Series()
-        """The curves."""
         self.evaluations: list[EvaluationState] = []
-        """All held-out evaluations; past :data:`MOST_EVALUATIONS` every second one between the first and the last."""
+        """Held-out evaluations; past :data:`MOST_EVALUATIONS`, every second one between the first and the last is dropped."""
         self.evaluated = 0
-        """Evaluations seen, in all."""
+        """Total evaluations seen."""
         self._began: float | None = None
         self._ended_at: float | None = None
         self._reason = ""
         self._run = RunStarted("train", "", False, "")
         self._step = 0
-        self._held = Holds()
+        self._pauses = Pauses()
         self._phases: dict[str, _Phase] = {}
         self._tally = _Tally()
         self._rollout: RolloutSampled | None = None
@@ -153,19 +151,18 @@ class RunState:
         self._constant_in_a_row = 0
         self._finished_episodes = _Total()
         self._tokens = (_Total(), _Total(), _Total())
-        """Prompt tokens, those of them that were cached, and sampled tokens, of the engines of this session."""
-        self._besides = TokenUsage()
-        """What learning and asked questions used in this session."""
-        self._told: deque[tuple[float, int, float, float]] = deque(maxlen=128)
-        """Time, episodes, queries and failed calls, for rates."""
+        """Prompt, cached prompt and sampled tokens of this session's engines."""
+        self._other_usage = TokenUsage()
+        """Tokens used by training and by ``ask`` in this session."""
+        self._readings: deque[tuple[float, int, float, float]] = deque(maxlen=128)
+        """Time, episodes, queries and failed calls: the readings from which rates are computed."""
         self._late_since: float | None = None
-        self._holds: deque[tuple[float, float]] = deque(maxlen=128)
+        self._stalls: deque[tuple[float, float]] = deque(maxlen=128)
         self._warnings: deque[tuple[str, float, int]] = deque(maxlen=_MOST_NOTICES)
-        """Text, when it came last, how often."""
+        """Text, time of the last occurrence, count."""
         self._last_notice = ""
-        self._checkpoint = ""
         self._staleness: float | None = None
-        self._seconds_a_step: float | None = None
+        self._seconds_per_step: float | None = None
 
     @property
     def kind(self) -> str:
@@ -177,12 +174,12 @@ class RunState:
 
     @property
     def has_started(self) -> bool:
-        """What is done, and how much of it, is known."""
+        """``RunStarted`` has been seen."""
         return bool(self._run.model)
 
     @property
     def first_step(self) -> int:
-        """Steps done before: over 0 where a run is resumed."""
+        """Steps done by earlier sessions; 0 for a new run."""
         return self._run.step
 
     @property
@@ -190,14 +187,14 @@ class RunState:
         return self._ended_at is not None
 
     def end(self, reason: str, now: float) -> None:
-        """The work is over, whether its own event said so or not. The first word counts."""
+        """Mark the run as ended, for runs that never emit ``RunEnded``. Only the first call counts."""
         if self._ended_at is None:
             self._ended_at = now
             self._reason = reason
             self._phases.clear()
 
     def see(self, event: Event, now: float) -> None:
-        """Fold ``event`` in; kinds that no view shows are passed over."""
+        """Fold in ``event``; kinds that no view shows are ignored."""
         if self._began is None:
             self._began = now
         match event:
@@ -216,10 +213,10 @@ class RunState:
             case GroupDropped():
                 self._dropped[event.reason[:80]] += 1
             case MinibatchLearned():
-                # Billed is an example's input, which lacks its last token.
-                self._besides += TokenUsage(trained=max(0, event.tokens - event.datums))
+                # Billed are an example's input tokens, which lack the last token.
+                self._other_usage += TokenUsage(trained=max(0, event.tokens - event.datums))
             case BesideSampled(prompt, cached, sampled):
-                self._besides += TokenUsage(prompt, cached, sampled)
+                self._other_usage += TokenUsage(prompt, cached, sampled)
             case StepFinished():
                 self._finished_step(event, now)
             case _:
@@ -240,10 +237,8 @@ class RunState:
                 self._published = max(self._published, event.step)
             case EvaluationFinished():
                 self._evaluated(event)
-            case CheckpointSaved():
-                self._checkpoint = event.path[:_LONGEST_TEXT]
             case RunPaused() | RunResumed() | ServiceSilent() | ServiceAnswers():
-                self._held.see(event, [phase.estimate for phase in self._phases.values()], now)
+                self._pauses.see(event, [phase.estimate for phase in self._phases.values()], now)
             case RunEnded():
                 self.end(event.reason, now)
             case _:
@@ -254,7 +249,7 @@ class RunState:
             if event.phase not in self._phases and len(self._phases) >= 8:
                 self._phases.pop(next(iter(self._phases)))
             estimate = Estimate(event.total, now, seconds_at_most=event.seconds_at_most)
-            self._held.apply(estimate, now)
+            self._pauses.apply(estimate, now)
             self._phases[event.phase] = _Phase(event, estimate)
         elif isinstance(event, PhaseEnded):
             self._phases.pop(event.phase, None)
@@ -270,19 +265,19 @@ class RunState:
         for total, value in zip(self._tokens, counts, strict=True):
             total.see(value)
         queries, failed = _number(event.search, "search/queries"), _number(event.search, "search/failed")
-        self._told.append((now, self._finished_episodes.value, queries, failed))
+        self._readings.append((now, self._finished_episodes.value, queries, failed))
         if event.loop_lag_p50 < LATE_SECONDS:
             self._late_since = None
         elif self._late_since is None:
             self._late_since = now
         if event.loop_lag_max > 1.0:
-            self._holds.append((now, event.loop_lag_max))
+            self._stalls.append((now, event.loop_lag_max))
 
     def _finished_step(self, event: StepFinished, now: float) -> None:
         self.steps.add(event.step, event.metrics)
         self._step = max(self._step, event.step)
         self._staleness = finite(event.metrics.get("env/all/staleness"))
-        self._seconds_a_step = finite(event.metrics.get("time/total"))
+        self._seconds_per_step = finite(event.metrics.get("time/total"))
         phase = self._phases.get("train")
         if phase is not None and event.step > phase.estimate.done:
             phase.estimate.advance(event.step, now)
@@ -324,26 +319,22 @@ class RunState:
         self._warnings.append((text, now, count))
 
     def snapshot(self, now: float) -> Snapshot:
-        """How it stands at ``now``; once it has ended, as it stood then."""
+        """State at ``now``; once ended, the state at the end."""
         if self._ended_at is not None:
             now = self._ended_at
         run, pipeline = self._run, self._pipeline
         rollout = self._rollout if self._ended_at is None else None
         began = now if self._began is None else self._began
-        then, episodes_then, *_ = self._since(now)
-        session = TokenUsage(*(total.value for total in self._tokens)) + self._besides
+        since, episodes_then, *_ = self._since(now)
+        session = TokenUsage(*(total.value for total in self._tokens)) + self._other_usage
         return Snapshot(
             standing=self._standing(),
             reason=self._reason,
             seconds=max(0.0, now - began),
             kind=run.kind,
             model=run.model[:200],
-            is_embedded=run.is_embedded,
-            is_tinker=run.is_tinker,
             is_resumed=run.step > 0 and run.kind == "train",
-            embedder=run.embedder[:200],
             out_dir=run.out_dir,
-            group_size=run.group_size,
             step=self._step,
             total_steps=run.total_steps,
             phases=tuple(self._phase(phase, now) for phase in self._phases.values()),
@@ -353,7 +344,7 @@ class RunState:
             searching=rollout.searching if rollout else 0,
             groups=rollout.groups if rollout else 0,
             finished_episodes=self._finished_episodes.value,
-            episodes_a_second=max(0, self._finished_episodes.value - episodes_then) / max(now - then, 1.0),
+            episodes_per_second=max(0, self._finished_episodes.value - episodes_then) / max(now - since, 1.0),
             limited_by=rollout.limited_by if rollout else "",
             batch=self._tally.frozen(),
             step_of_batch=pipeline.step if pipeline else 0,
@@ -372,20 +363,19 @@ class RunState:
             loop_lag_p50=rollout.loop_lag_p50 if rollout else 0.0,
             loop_lag_p99=rollout.loop_lag_p99 if rollout else 0.0,
             late_for=0.0 if self._late_since is None or rollout is None else now - self._late_since,
-            longest_hold=max((seconds for at, seconds in self._holds if now - at < 30), default=0.0),
+            longest_stall=max((seconds for at, seconds in self._stalls if now - at < 30), default=0.0),
             cpu=rollout.cpu if rollout else None,
             evaluations=tuple(self.evaluations[-6:]),
             warnings=tuple(NoticeState(text, max(0.0, now - at), count) for text, at, count in self._warnings),
             last_notice=self._last_notice,
-            checkpoint=self._checkpoint,
-            seconds_a_step=self._seconds_a_step,
+            seconds_per_step=self._seconds_per_step,
             latest=rows[-1] if (rows := self.steps.rows(max(0, len(self.steps) - 1))) else {},
         )
 
     def _standing(self) -> Standing:
         if self._ended_at is not None:
             return "ended"
-        if "pause" in self._held.reasons:
+        if "pause" in self._pauses.reasons:
             return "paused"
         return "running" if self._run.model or self._phases or self._rollout else "starting"
 
@@ -398,23 +388,22 @@ class RunState:
             done=estimate.done,
             total=estimate.total,
             unit=event.unit[:40],
-            seconds=max(0.0, now - estimate.started),
             seconds_left=estimate.seconds_left(now),
             metrics=phase.metrics,
         )
 
     def _since(self, now: float) -> tuple[float, int, float, float]:
-        """The oldest reading of the last while."""
-        for reading in self._told:
+        """The oldest reading within :data:`RATE_SECONDS`."""
+        for reading in self._readings:
             if now - reading[0] <= RATE_SECONDS:
                 return reading
-        return self._told[-1] if self._told else (now, self._finished_episodes.value, 0.0, 0.0)
+        return self._readings[-1] if self._readings else (now, self._finished_episodes.value, 0.0, 0.0)
 
     def _cost(self, session: TokenUsage) -> Cost:
-        """What the run cost so far, if this session used so much."""
+        """Cost of the run so far, earlier sessions included."""
         run = self._run
         if not run.model:
-            return Billing(reason="nothing has begun").cost(session)
+            return Billing(reason="not started").cost(session)
         billing = billing_of(run.model, is_embedded=run.is_embedded, is_tinker=run.is_tinker, price=run.price)
         dollars = billing.dollars(session)
         known = None if run.spent is None or dollars is None else run.spent + dollars
@@ -424,12 +413,11 @@ class RunState:
         if self._rollout is None or not self._rollout.search:
             return None
         found = self._rollout.search
-        then, _, queries_then, failed_then = self._since(now)
+        since, _, queries_then, failed_then = self._since(now)
         queries, failed = _number(found, "search/queries"), _number(found, "search/failed")
         services = ("embedding", "store")
         return SearchState(
-            queries=int(queries),
-            queries_a_second=max(0.0, queries - queries_then) / max(now - then, 1.0),
+            queries_per_second=max(0.0, queries - queries_then) / max(now - since, 1.0),
             cache_hit_rate=_number(found, "search/cache_hit_rate"),
             p50=_number(found, "search/p50"),
             p99=_number(found, "search/p99"),

@@ -1,4 +1,4 @@
-"""Events for whoever reads them in a loop of their own, at their own pace."""
+"""Event iterators: each reader consumes the run's events at its own pace."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import anyio
 
 from searchr1_async.events import Event, Notice
 
-HELD = 4096
-"""Events that wait for a reader at most: some hold an episode, of 50 KB and more."""
+MAX_QUEUED = 4096
+"""Maximum events buffered per reader: some hold an episode of 50 KB or more."""
 
 
 class EventStreams:
-    """Hands events to any number of readers; subscribe it as an emitter."""
+    """Distributes events to any number of readers; subscribe it to the run."""
 
     def __init__(self) -> None:
-        # Weak: a loop that was left in the middle, or never begun, is forgotten with its iterator.
+        # Weak: an abandoned or never started loop is dropped with its iterator.
         self._readers: WeakSet[_Reader] = WeakSet()
 
     @property
     def readers(self) -> int:
-        """Loops that are reading."""
+        """Number of active readers."""
         return len(self._readers)
 
     def __call__(self, event: Event) -> None:
@@ -31,13 +31,13 @@ class EventStreams:
             reader.put(event)
 
     def wake(self) -> None:
-        """Has readers look again whether more can come."""
+        """Make readers re-check whether the run is over."""
         for reader in self._readers:
-            reader.came.set()
+            reader.arrived.set()
 
     def events(self, is_over: Callable[[], bool]) -> AsyncGenerator[Event, None]:
-        """Every event from now on, until ``is_over`` and none is left. A reader that falls far behind loses the oldest, and is
-        told how many."""
+        """Every event from now on, until ``is_over`` and the buffer is empty. A slow reader loses the oldest events and gets a
+        notice with their number."""
         reader = _Reader()
         self._readers.add(reader)
         return self._read(reader, is_over)
@@ -50,29 +50,27 @@ class EventStreams:
                 if not reader.waiting:
                     if is_over():
                         return
-                    await reader.came.wait()
+                    await reader.arrived.wait()
         finally:
             self._readers.discard(reader)
 
 
 class _Reader:
     def __init__(self) -> None:
-        self.waiting: deque[Event] = deque(maxlen=HELD)
-        self.came = anyio.Event()
+        self.waiting: deque[Event] = deque(maxlen=MAX_QUEUED)
+        self.arrived = anyio.Event()
         self._lost = 0
 
     def put(self, event: Event) -> None:
-        self._lost += len(self.waiting) == HELD
+        self._lost += len(self.waiting) == MAX_QUEUED
         self.waiting.append(event)
-        self.came.set()
+        self.arrived.set()
 
     def take(self) -> list[Event]:
-        self.came = anyio.Event()
+        self.arrived = anyio.Event()
         taken, lost = list(self.waiting), self._lost
         self.waiting.clear()
         self._lost = 0
         if lost:
-            taken.insert(
-                0, Notice(f"{lost} events came faster than they were read, and were left out", is_warning=True)
-            )
+            taken.insert(0, Notice(f"{lost} events were dropped: the reader was too slow", is_warning=True))
         return taken

@@ -1,12 +1,12 @@
-"""Finished groups on disk until a recorded step holds them, so that a killed run need not play them again.
+"""Finished groups kept on disk until a step that contains them is recorded, so a killed run need not redo them.
 
-One append-only file between two steps, deleted with the last of its groups. A record is a place, a group as lines of JSON,
-their CRC-32, and one byte that is changed when the group is forgotten before its file is. JSON, since a run's folder may come from somebody else, and reading it must not run code.
-A group comes back equal to what was written, log-probability for log-probability; only a question's metadata come back as
-their JSON does (a tuple as a list), and two surrogates that are a pair as their character.
+One append-only file between two steps, deleted with the last of its groups. A record is a place, a group as JSON lines, their
+CRC-32, and a state byte that is flipped when the group is forgotten before its file is. JSON rather than pickle: reading a
+foreign run folder must not execute code. Groups round-trip exactly, except that question metadata become plain JSON (tuples
+become lists) and surrogate pairs become characters.
 
-A process may be killed at any moment: a record cut short ends its file. Nothing is synced to the disk: a kill loses nothing
-that was written, a power cut what the system had not written yet, and such a group is played again.
+The process may be killed at any moment: a truncated record ends its file. Nothing is fsynced: a kill loses nothing written, a
+power loss may lose recent groups, which are then redone.
 """
 
 from __future__ import annotations
@@ -36,52 +36,47 @@ from searchr1_async.files import write_all
 logger = logging.getLogger(__name__)
 
 _MAGIC = b"SR1GRP01"
-"""Begins every file; its last digits are the format's version."""
+"""File header; the last digits are the format version."""
 _HEAD = struct.Struct("<IIqB")
-"""Begins every record: bytes of its body, CRC-32 of its place and body, place, kept or forgotten."""
+"""Record header: body length, CRC-32 of place and body, place, kept or forgotten."""
 _PLACE = struct.Struct("<q")
 _KEPT, _FORGOTTEN = 0xA5, 0x5A
-"""No flipped bit makes one of the other."""
+"""Differ in every bit, so that a flipped bit cannot turn one into the other."""
 _UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
-"""What reading lines raises that are whole and yet no group."""
+"""Raised by records that are intact but do not decode to a group."""
 _FILE = re.compile(r"(\d{6,})\.groups")
 
 
 class _At(NamedTuple):
-    """Where a record is."""
-
     file: int
     offset: int
 
 
 class UnlearnedGroups:
-    """The finished groups that no recorded step holds yet, each with its place.
+    """Finished groups that no recorded step contains yet, keyed by place.
 
-    All methods block on the disk: call them in a worker thread. Thread-safe; for one process at a time (the run's lock).
+    All methods block on disk I/O: call them in a worker thread. Thread-safe; one process at a time (the run's lock).
 
     Args:
-        folder: made when something is first written.
+        folder: created on first write.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = Path(folder)
         self._lock = threading.Lock()
-        self._held: dict[int, _At] = {}
+        self._stored: dict[int, _At] = {}
         self._files = {number for number, _ in self._listed()}
-        # Never appended to what an earlier process left: its end may be torn.
+        # Never append to a file of an earlier process: its end may be truncated.
         self._current = max(self._files, default=0) + 1
 
     def write(self, groups: Sequence[tuple[int, Group]]) -> None:
-        """Keeps finished groups; one of a place that is held already takes its place.
-
-        Several at once cost less: one write. 0.16 ms of CPU for an episode of 1,500 tokens with its passages; the interpreter's lock
-        is held for an episode at a time, 4 ms for one of 54,000 tokens.
+        """Store finished groups, replacing stored ones of the same place. Batching is cheaper: one call is one write.
 
         Args:
-            groups: each after its place.
+            groups: pairs of place and group.
 
         Raises:
-            OSError: they cannot be written (a full disk); none of them is kept, what was is as it was.
+            OSError: the write failed (disk full); none of the groups is stored, earlier ones are unchanged.
         """
         if not groups:
             return
@@ -92,20 +87,20 @@ class UnlearnedGroups:
             offset = self._append(records)
             replaced: list[_At] = []
             for place, body in bodies:
-                if place in self._held:
-                    replaced.append(self._held[place])
-                self._held[place] = _At(self._current, offset)
+                if place in self._stored:
+                    replaced.append(self._stored[place])
+                self._stored[place] = _At(self._current, offset)
                 offset += _HEAD.size + len(body)
-            self._bury(replaced)
+            self._delete(replaced)
 
     def _append(self, records: bytes) -> int:
-        """Where in the current file they begin."""
+        """Append to the current file; returns the offset of the first record."""
         self._folder.mkdir(parents=True, exist_ok=True)
         with self._path(self._current).open("ab", buffering=0) as file:
             before = file.tell()
             try:
                 write_all(file, records if before else _MAGIC + records)
-            except OSError:  # the half that was written would hide what is appended later
+            except OSError:  # a partial record would hide later ones
                 with suppress(OSError):
                     file.truncate(before)
                 raise
@@ -113,25 +108,24 @@ class UnlearnedGroups:
         return before or len(_MAGIC)
 
     def load(self, is_open: Callable[[int], bool] = lambda place: True) -> dict[int, Group]:
-        """The groups on disk, by place; they are held from now on as those written are. Call it before :meth:`write`.
-
-        What is torn, half or of another format is passed over: such groups are played again.
+        """The groups on disk, by place. Call it before :meth:`write`. Truncated or unreadable records are skipped: their groups are
+        redone.
 
         Args:
-            is_open: whether the group of a place is in no recorded step yet: :meth:`ResumePoint.is_open
-                <searchr1_async.learn.checkpoints.ResumePoint.is_open>`. The others are forgotten: those that a step holds which was
-                recorded right before a kill.
+            is_open: whether no recorded step contains the group of this place: :meth:`ResumePoint.is_open
+                <searchr1_async.learn.checkpoints.ResumePoint.is_open>`. The other groups are forgotten: their step was recorded
+                right before a kill.
 
         Raises:
-            OSError: the folder cannot be read, or written where something is to be forgotten.
+            OSError: the folder is not readable, or not writable when something must be forgotten.
         """
         found: dict[int, Group] = {}
         with self._lock:
-            over: list[_At] = []
+            obsolete: list[_At] = []
             for number, path in self._listed():
                 for place, offset, body in _records(path):
                     if not is_open(place):
-                        over.append(_At(number, offset))
+                        obsolete.append(_At(number, offset))
                         continue
                     try:
                         found[place] = _decoded(body)
@@ -140,32 +134,31 @@ class UnlearnedGroups:
                             "%s: the group of place %d cannot be read (%s)", path, place, type(error).__name__
                         )
                         continue
-                    if place in self._held:
-                        over.append(self._held[place])
-                    self._held[place] = _At(number, offset)
-            self._bury(over)
+                    if place in self._stored:
+                        obsolete.append(self._stored[place])
+                    self._stored[place] = _At(number, offset)
+            self._delete(obsolete)
         return found
 
     def forget(self, places: Iterable[int]) -> None:
-        """A recorded step holds the groups of these places now, or nobody wants them; unknown places are passed over.
+        """Drop groups that a recorded step contains or that are no longer needed; unknown places are ignored.
 
-        A file goes with the last of its groups, so a group that waits long keeps those on disk that were written between the same
-        two steps.
+        A file is deleted with the last of its groups.
 
         Raises:
-            OSError: the folder cannot be written.
+            OSError: the folder is not writable.
         """
         with self._lock:
-            gone = [self._held.pop(place) for place in places if place in self._held]
+            dropped = [self._stored.pop(place) for place in places if place in self._stored]
             if self._current in self._files:
                 self._current += 1
-            self._bury(gone)
+            self._delete(dropped)
 
-    def _bury(self, gone: Iterable[_At]) -> None:
-        """Marks records whose file others need still, so that no later load finds them; deletes the other files."""
-        needed = {at.file for at in self._held.values()}
+    def _delete(self, dropped: Iterable[_At]) -> None:
+        """Mark records as forgotten in files that are still needed; delete the other files."""
+        needed = {at.file for at in self._stored.values()}
         by_file: defaultdict[int, list[int]] = defaultdict(list)
-        for at in gone:
+        for at in dropped:
             by_file[at.file].append(at.offset)
         for number in needed & set(by_file):
             with self._path(number).open("r+b", buffering=0) as file:
@@ -177,14 +170,14 @@ class UnlearnedGroups:
             self._files.discard(number)
 
     def clear(self) -> None:
-        """Forgets all: the run begins anew."""
+        """Delete everything: the run starts over."""
         with self._lock:
-            self._held.clear()
+            self._stored.clear()
             self._files.clear()
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def _listed(self) -> list[tuple[int, Path]]:
-        """In the order in which they were written."""
+        """Files in write order."""
         if not self._folder.is_dir():
             return []
         named = ((_FILE.fullmatch(path.name), path) for path in self._folder.iterdir())
@@ -199,14 +192,14 @@ def _checksum(place: int, body: bytes) -> int:
 
 
 def _records(path: Path) -> Iterator[tuple[int, int, bytes]]:
-    """Place, offset and body of a file's records that are kept, up to the first that is not whole; none of another format."""
+    """Place, offset and body of each kept record, up to the first truncated one; none if the format differs."""
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         if file.read(len(_MAGIC)) != _MAGIC:
             return
         while (offset := file.tell()) + _HEAD.size <= size:
             length, checksum, place, state = _HEAD.unpack(file.read(_HEAD.size))
-            if length > size - file.tell():  # torn, or no length at all: nothing of that many bytes is to be read
+            if length > size - file.tell():  # truncated, or a corrupt length
                 return
             body = file.read(length)
             if state not in (_KEPT, _FORGOTTEN) or _checksum(place, body) != checksum:
@@ -216,7 +209,7 @@ def _records(path: Path) -> Iterator[tuple[int, int, bytes]]:
 
 
 def _encoded(group: Group) -> bytes:
-    """The question, then each episode, complete ones first: a line each, for one call of orjson holds the interpreter's lock."""
+    """The question, then one line per episode, complete ones first. Per episode because each orjson call holds the GIL."""
     question = {**{name: getattr(group.question, name) for name in _QUESTION}, "complete": len(group.episodes)}
     return b"\n".join([_line(question), *map(_episode_line, (*group.episodes, *group.failed))])
 
@@ -236,12 +229,12 @@ def _episode_line(episode: Episode) -> bytes:
         "seconds": episode.seconds,
         "given": episode.given,
     }
-    # orjson writes null for what is no finite number, which is no log-probability but might be a score.
+    # orjson writes null for NaN and infinities, which a score might be.
     return _line(values) if math.isfinite(_sum(episode)) else _slow_line(values)
 
 
 def _sum(episode: Episode) -> float:
-    """Finite only if every number of the episode is."""
+    """Finite only if every number of the episode is finite."""
     total = episode.reward + sum(episode.reward_parts.values()) + episode.seconds
     for turn in episode.turns:
         total += sum(turn.logprobs) + turn.seconds
@@ -259,7 +252,7 @@ def _line(values: Mapping[str, Any]) -> bytes:
 
 
 def _slow_line(values: Mapping[str, Any]) -> bytes:
-    """What orjson does not write: lone surrogates, infinities, whole numbers of more than 64 bits, keys that are no text."""
+    """For what orjson rejects: lone surrogates, infinities, integers over 64 bits, keys that are not strings."""
     return json.dumps(values, default=_plain, skipkeys=True).encode()
 
 
@@ -283,7 +276,7 @@ def _read_line(line: bytes) -> dict[str, Any]:
 
 
 def _decoded(body: bytes) -> Group:
-    head, *lines = body.split(b"\n")  # within JSON a line's end is escaped
+    head, *lines = body.split(b"\n")  # JSON escapes newlines
     row = _read_line(head)
     complete = row.pop("complete")
     row["golden_answers"] = tuple(row["golden_answers"])

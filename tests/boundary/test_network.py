@@ -105,14 +105,14 @@ def test_a_socks_proxy_without_its_library_is_refused_in_words(monkeypatch: pyte
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.lower(), raising=False)
     monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:1080")
-    with pytest.raises(ConfigurationError, match=r'^ALL_PROXY names a SOCKS proxy.*pip install "httpx\[socks\]"'):
+    with pytest.raises(ConfigurationError, match=r'^ALL_PROXY is a SOCKS proxy.*pip install "httpx\[socks\]"'):
         prepare_proxies("http://127.0.0.1:8000")
 
 
 @pytest.mark.slow
 def test_a_service_is_opened_in_spite_of_a_socks_proxy_only_where_none_is_used(served: Served, tmp_path: Path) -> None:
     said = open_in_child(served.url, tmp_path, ALL_PROXY="socks5://127.0.0.1:1080")
-    assert said.startswith("ConfigurationError: ALL_PROXY names a SOCKS proxy")
+    assert said.startswith("ConfigurationError: ALL_PROXY is a SOCKS proxy")
     assert open_in_child(served.url, tmp_path, ALL_PROXY="socks5://127.0.0.1:1080", NO_PROXY="*") == "opened"
 
 
@@ -155,10 +155,10 @@ def test_a_host_within_a_network_of_no_proxy_is_excluded_by_its_name(monkeypatch
     [
         ("127.0.0.1:8000", "did you mean 'http://127.0.0.1:8000'"),
         ("localhost", "did you mean 'http://localhost'"),
-        ("ftp://host", "no URL of a service"),
-        ("http://", "no URL of a service"),
-        ("http://host:port", "no URL of a service"),
-        ("", "no URL of a service"),
+        ("ftp://host", "not a valid URL"),
+        ("http://", "not a valid URL"),
+        ("http://host:port", "not a valid URL"),
+        ("", "not a valid URL"),
     ],
 )
 def test_what_is_no_url_is_refused(url: str, named: str) -> None:
@@ -197,7 +197,8 @@ async def test_a_gateway_whose_service_is_down_is_told_so(served: Served) -> Non
         await probe(before.url, timeout=5)
         before.switch("fail")
         with pytest.raises(
-            ServiceUnavailableError, match=r"500 Internal Server Error\): it, or a proxy before it, is down"
+            ServiceUnavailableError,
+            match=r"500 Internal Server Error\): the service, or a proxy in front of it, is down",
         ):
             await probe(before.url, timeout=5)
         before.switch("silent")

@@ -71,7 +71,7 @@ def test_a_name_that_is_a_folder_is_made_absolute(tmp_path: Path, monkeypatch: p
         with pytest.raises(ConfigurationError, match="model is"):
             as_name_or_folder("model", blank)
     for missing in ("./tiny", "~/none", Path("none"), str(tmp_path / "none")):
-        with pytest.raises(ConfigurationError, match=r"model is .* there is no folder"):
+        with pytest.raises(ConfigurationError, match=r"model is .* the folder .* does not exist"):
             as_name_or_folder("model", missing)
     assert is_same_place("org/tiny", str(tmp_path / "org" / "tiny"))
     assert not is_same_place("Qwen/Qwen3-8B", "Qwen/Qwen3-4B")
@@ -113,8 +113,8 @@ def test_without_a_home_that_can_be_written_the_cache_is_elsewhere_and_that_is_s
     folder = tmp_path / f"searchr1_async-{os.getuid()}"
     assert ended.stdout.split() == [str(folder), "True"]
     assert (folder.stat().st_mode & 0o777, (folder / "written").is_file()) == (0o700, True)
-    assert ended.stderr.count("set XDG_CACHE_HOME to a folder that stays") == 1
-    assert f"{home}/.cache/searchr1_async cannot be made" in ended.stderr
+    assert ended.stderr.count("set XDG_CACHE_HOME to a persistent, writable folder") == 1
+    assert f"{home}/.cache/searchr1_async cannot be created" in ended.stderr
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the platform's place for caches")
@@ -124,7 +124,7 @@ def test_a_cache_that_was_asked_for_and_cannot_be_made_is_refused(tmp_path: Path
     assert ended.returncode == 1
     told = ended.stderr.strip().splitlines()[-1]
     assert "ConfigurationError: XDG_CACHE_HOME is " in told
-    assert "set it to one that can be written" in told
+    assert "set it to a writable folder" in told
 
 
 @pytest.mark.skipif(
@@ -147,7 +147,7 @@ def test_a_folder_of_another_user_is_not_used(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "home").touch()
     ended = run_with({"HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path)})
     assert ended.returncode == 1
-    assert "is another user's: set XDG_CACHE_HOME" in ended.stderr
+    assert "belongs to another user: set XDG_CACHE_HOME" in ended.stderr
 
 
 def test_text_that_is_too_long_for_a_name_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +160,7 @@ def test_text_that_is_too_long_for_a_name_is_refused(tmp_path: Path, monkeypatch
             searchr1_async.load_suites,
             absolute_path,
         ):
-            with pytest.raises(ConfigurationError, match="more than 255 bytes: no file has such a name") as refusal:
+            with pytest.raises(ConfigurationError, match="longer than 255 bytes: no file has such a name") as refusal:
                 read(text)
             assert len(str(refusal.value)) < 250
     (tmp_path / ("x" * 255)).touch()

@@ -12,7 +12,7 @@ from searchr1_async.boundary.retry_after import refused_wait, seconds_asked
 def test_a_refused_wait_says_how_long_until_when_and_what_allows_it() -> None:
     text = refused_wait("the hub", 86_399, 600, "longest_wait")
     tomorrow = datetime.now().astimezone() + timedelta(seconds=86_399)
-    assert "the hub asks to be left alone for 86,399 s" in text
+    assert "the hub asks for a wait of 86,399 s" in text
     assert f"until {tomorrow:%Y-%m-%d}" in text
     assert "longest_wait=600 allows" in text
 

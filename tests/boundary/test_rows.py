@@ -160,16 +160,16 @@ def test_every_file_is_the_same_questions(tmp_path: Path, name: str, is_packed: 
         (
             "q.csv",
             "question,answer\nWhich?,Paris\nWho, then?,Ann",
-            "line 3 has 3 cells, and the first line names 2 columns",
+            "line 3 has 3 cells, but the first line has 2 columns",
         ),
         ("q.csv", 'question,answer\n"a\nb",c\n"Who?,Ann\n', "line 4 cannot be read as CSV: unexpected end of data"),
         ("q.tsv", 'question\tanswer\n"Who" is it?\tAnn\n', "line 2 cannot be read as TSV"),
-        ("q.csv", "question,question\na,b", "two columns 'question'"),
+        ("q.csv", "question,question\na,b", "the column 'question' twice"),
         ("q.csv", "question;answer\na;b", "no column 'question': its columns are question;answer"),
         ("q.json", '{"question": {"0": "a"}, "answer": {"0": "b"}}', r"write a list of objects.*orient='records'"),
         ("q.json", '[{"question": "a", "answer": "b"}, 3]', "row 2 is not a JSON object but int"),
         ("q.json", "[1, 2", "is not JSON"),
-        ("q.json", "3", "holds no list of rows"),
+        ("q.json", "3", "does not hold a list of rows"),
         ("q.jsonl", '{"question": "a", "golden_answers": NaN}', "no golden answer .'golden_answers' is null or NaN"),
     ],
 )
@@ -191,14 +191,14 @@ def test_a_cell_of_text_is_no_number(tmp_path: Path) -> None:
         (
             ROWS,
             {"questoin": "question"},
-            r"names 'questoin', which is no column of this package \(did you mean 'question'",
+            r"has the key 'questoin', which is not a column of this package \(did you mean 'question'",
         ),
-        (ROWS, {"question": "qustion"}, r"row 1 has no column 'qustion'.*did you mean 'question'\?"),
+        (ROWS, {"question": "qustion"}, r"row 1 lacks the column 'qustion'.*did you mean 'question'\?"),
         (ROWS, {"question": 3}, r"columns\['question'\] is 3"),
-        (ROWS, "question", "columns is 'question': give a dict"),
-        ({"train": ROWS}, None, "a dict of train is no table"),
-        (3, None, r"3 \(int\) is no table"),
-        (["nq", "popqa"], None, "row 1 is a str: give a dict"),
+        (ROWS, "question", "columns is 'question': expected a dict"),
+        ({"train": ROWS}, None, "a dict of train is not a table"),
+        (3, None, r"3 \(int\) is not a table"),
+        (["nq", "popqa"], None, "row 1 is a str: expected a dict"),
         ([], None, "holds no questions"),
         ([*ROWS, 3], None, "row 3 is a int"),
         ([sr.Question("1", "q?", ("a",)), ROWS[0]], None, "question 2 is a dict"),
@@ -214,9 +214,9 @@ def test_what_is_no_table_is_refused_in_words(source: Any, columns: Any, words: 
     [
         ([PASSAGES[0], {"id": 2, "text": float("nan")}], "passages, row 2 has a 'text' that is null"),
         ([PASSAGES[0], PASSAGES[0]], "row 2 has the same id '1' as row 1"),
-        ([{"id": "1", "text": "half \ud83d"}], "row 1 holds half a character"),
+        ([{"id": "1", "text": "half \ud83d"}], "row 1 has an invalid character"),
         (Dataset([{"id": "1", "body": "x"}]), r"the dataset, row 1 has no column 'text'.*did you mean 'body'\?"),
-        (5, "5 .int. is no table"),
+        (5, "5 .int. is not a table"),
         ([sr.Passage("1", "", "x"), PASSAGES[0]], "passage 2 is a dict"),
     ],
 )
@@ -228,7 +228,7 @@ def test_a_table_that_is_no_corpus_is_refused(source: Any, words: str) -> None:
 def test_one_split_of_several() -> None:
     splits = {"train": ROWS[:1], "test": ROWS[1:]}
     assert [question.id for question in sr.load_questions(splits, split="test")] == ["2"]
-    with pytest.raises(QuestionsError, match="the splits are train, test"):
+    with pytest.raises(QuestionsError, match="available splits are train, test"):
         sr.load_questions(splits, split="dev")
     assert [suite.name for suite in load_suites(splits)] == ["train", "test"]
 
@@ -246,7 +246,7 @@ def test_what_is_near_is_asked_about() -> None:
 
 
 def test_an_unknown_kind_of_file(tmp_path: Path) -> None:
-    with pytest.raises(UnreadableFileError, match="by its name"):
+    with pytest.raises(UnreadableFileError, match="does not have a supported file extension"):
         next(read_rows(tmp_path / "q.txt"))
 
 

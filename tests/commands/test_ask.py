@@ -1,4 +1,4 @@
-"""The command that asks, over a run of the tiny world."""
+"""The ``ask`` command on a run of the tiny world."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_it_prints_the_searches_the_passages_and_the_answer(
     assert any(line.endswith(f": {query} {found}") for line in lines)
     assert any(line.endswith(f"answer: {found}") for line in lines)
 
-    # As JSON, with another corpus, and with weights of another step.
+    # As JSON, with another corpus, and with the weights of another step.
     more = ["--json", "--step", "0", "--corpus", str(trained.corpus), "--results", "2", "--max-turns", "2"]
     assert main([*arguments, *more]) == 0
     told = json.loads(capsys.readouterr().out)
@@ -55,7 +55,7 @@ def test_it_prints_the_searches_the_passages_and_the_answer(
     [
         (["--step", "best"], "RunFolderError: the run in .* has no best weights"),
         (["--max-tokens", "0"], "ConfigurationError: max_tokens is 0"),
-        (["--chroma", "nowhere"], "ConfigurationError: --chroma 'nowhere': give HOST:PORT"),
+        (["--chroma", "nowhere"], "ConfigurationError: --chroma 'nowhere': expected HOST:PORT"),
         (["--service", "http://127.0.0.1:9"], "ServiceUnavailableError: .*127.0.0.1:9"),
     ],
 )
@@ -76,11 +76,11 @@ def test_a_folder_without_a_run_and_a_strange_step_are_refused(
     assert "holds no run" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["ask", str(tmp_path), "river of mirin?", "--step", "first"])
-    assert "give last, best, or a number of steps" in capsys.readouterr().err
+    assert "expected last, best, or a number of steps" in capsys.readouterr().err
 
 
 def test_a_stop_says_that_nothing_is_lost() -> None:
     parser = argparse.ArgumentParser()
     command.add(parser.add_subparsers())
     options = parser.parse_args(["ask", "runs/a", "Who?"])
-    assert "the same command asks again" in options.stopped(options)
+    assert "Nothing was written" in options.stopped(options)

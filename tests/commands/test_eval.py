@@ -1,4 +1,4 @@
-"""The command that evaluates, over the tiny world: its search, its questions, its model."""
+"""The ``eval`` command on the tiny world."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests import tiny_world
 
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a corpus and two suites; embedders of any name are those of the tiny world."""
+    """A folder with a corpus and two suites; every embedder name maps to the tiny world's."""
     monkeypatch.setenv("TINKER_API_KEY", tiny_world.shared_service().api_key)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(searches, "make_embedder", lambda embedder: tiny_world.HashingEmbedder())
@@ -62,17 +62,17 @@ def test_a_folder_of_suites_is_measured_reported_and_repeated(world: Path, capsy
     for note in report.notes():
         assert note in told
 
-    # Its folder alone repeats it: the search is made as its manifest describes it.
+    # The folder alone repeats it: the search is built from the manifest.
     again = ["eval", str(world / "e"), "--out-dir", str(world / "again"), "--service", tiny_world.served()["service"]]
     assert main(again) == 0
     assert open_report(world / "again").figures() == report.figures()
 
-    # What it would not follow is refused by name, and another search than its own.
+    # Overriding arguments and a different search are refused.
     again[3] = str(world / "other")
     corpus = str(world / "corpus.jsonl")
     for more, told in (
-        (("--samples", "3", "--judge"), "repeated as it was: leave samples, judge out"),
-        (("--untrained", "--limit", "1", "--max-tokens", "9"), "leave systems, limit, max_tokens out"),
+        (("--samples", "3", "--judge"), "repeated with its original settings: omit samples, judge, or"),
+        (("--untrained", "--limit", "1", "--max-tokens", "9"), "omit systems, limit, max_tokens, or"),
         (("--corpus", corpus, "--results", "1"), "the search gives other answers than that of the manifest"),
     ):
         capsys.readouterr()
@@ -87,8 +87,8 @@ def test_a_folder_of_suites_is_measured_reported_and_repeated(world: Path, capsy
 @pytest.mark.parametrize(
     ("more", "told"),
     [
-        (("--system", "nameless"), "ConfigurationError: --system 'nameless': give LABEL=WEIGHTS"),
-        (("--chroma", "somewhere"), "ConfigurationError: --chroma 'somewhere': give HOST:PORT"),
+        (("--system", "nameless"), "ConfigurationError: --system 'nameless': expected LABEL=WEIGHTS"),
+        (("--chroma", "somewhere"), "ConfigurationError: --chroma 'somewhere': expected HOST:PORT"),
         (("--system", "x=runs/nowhere"), "RunFolderError: "),
         (("--samples", "0"), "ConfigurationError: samples is 0: it must be at least 1"),
     ],

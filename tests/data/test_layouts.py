@@ -103,7 +103,7 @@ def test_what_looks_like_a_list_and_what_is_one(value: Any, right: list[str]) ->
         ('{"name": "Paris"}', "none of the keys text, value"),
         ("['Paris' 'Rome']", "no comma between"),
         ("['Paris'\n 'Rome']", "no comma between"),
-        ("{'text': array(['Paris'], dtype=object)}", "as numpy prints it"),
+        ("{'text': array(['Paris'], dtype=object)}", "as printed by numpy"),
     ],
 )
 def test_what_has_no_one_meaning_is_refused(value: Any, words: str) -> None:
@@ -129,8 +129,8 @@ def test_no_answer_is_refused(value: Any) -> None:
         ({"query": "q", "answer": "a"}, r"did you mean 'query'\?"),
         ({"question": "q", "golden_answer": "a"}, r"did you mean 'golden_answer'\?"),
         ({"question": "q", "target": "a"}, r"did you mean 'target'\?"),
-        ({"question": math.nan, "answer": "a"}, "is no text but null or NaN"),
-        ({"question": 5, "answer": "a"}, r"is no text but 5 \(int\)"),
+        ({"question": math.nan, "answer": "a"}, "is not text but null or NaN"),
+        ({"question": 5, "answer": "a"}, r"is not text but 5 \(int\)"),
         ({"question": "q", "answer": "a", "id": True}, r"an? 'id' that is True \(bool\)"),
         ({"question": "q \ud83d", "answer": "a"}, "half a character"),
         ({"question": "q", "answer": ["a", "\udcff"]}, "half a character"),

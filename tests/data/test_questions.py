@@ -127,7 +127,7 @@ def test_compressed_with_a_byte_order_mark_and_blank_lines(tmp_path: Path) -> No
             '{"query": "q", "golden_answers": ["a"]}',
             "line 1 has no column 'question': its columns are query, golden_answers",
         ),
-        ('{"question": null, "golden_answers": ["a"]}', "line 1 has a 'question' that is no text"),
+        ('{"question": null, "golden_answers": ["a"]}', "line 1 has a 'question' that is not text"),
         ('{"question": "  ", "golden_answers": ["a"]}', "line 1: question .* has no text"),
         ('{"question": "q"}', "line 1 has neither 'golden_answers' nor"),
         ('{"question": "q", "golden_answers": []}', "line 1 has no golden answer"),
@@ -156,8 +156,8 @@ def test_files_that_are_no_data(tmp_path: Path) -> None:
         "latin.jsonl": "UTF-8",
         "fake.parquet": "Parquet",
         "q.jsonl.gz": "cannot be read",
-        "q.txt": "neither JSONL nor Parquet",
-        "missing.jsonl": "there is no question file",
+        "q.txt": "does not have a supported file extension",
+        "missing.jsonl": "does not exist",
         "": "is a folder",
     }.items():
         with pytest.raises(QuestionsError, match=message):
@@ -204,10 +204,10 @@ def test_the_same_rows_are_the_same_questions_in_every_container() -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"limit": "3"}, "limit is '3' (str): give a whole number"),
-        ({"limit": 3.0}, "limit is 3.0 (float): give a whole number"),
-        ({"limit": True}, "limit is True (bool): give a whole number"),
-        ({"seed": "one"}, "seed is 'one' (str): give a whole number"),
+        ({"limit": "3"}, "limit is '3' (str): expected an integer"),
+        ({"limit": 3.0}, "limit is 3.0 (float): expected an integer"),
+        ({"limit": True}, "limit is True (bool): expected an integer"),
+        ({"seed": "one"}, "seed is 'one' (str): expected an integer"),
     ],
 )
 def test_a_limit_and_a_seed_are_whole_numbers(read: Any, wrong: dict[str, Any], message: str) -> None:
@@ -278,5 +278,5 @@ def test_no_character_of_a_file_s_name_is_a_wildcard(tmp_path: Path, name: str, 
             frame.write_parquet(file)
     assert [question.id for question in load_questions(tmp_path / f"{name}.parquet")] == [name]
     (tmp_path / f"{name}.parquet").unlink()
-    with pytest.raises(QuestionsError, match="there is no question file"):
+    with pytest.raises(QuestionsError, match=r"the question file .* does not exist"):
         load_questions(tmp_path / f"{name}.parquet")

@@ -88,9 +88,7 @@ def test_a_file_with_its_origin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert again == suite
     with path.open("a") as file:
         file.write("\n")
-    with pytest.raises(
-        QuestionsError, match=f"has the SHA-256 (?!{digest})[0-9a-f]{{64}}, where {digest} was asked for"
-    ):
+    with pytest.raises(QuestionsError, match=f"has the SHA-256 (?!{digest})[0-9a-f]{{64}}, expected {digest}"):
         load_suite(suite.source, limit=4, seed=1, sha256=digest)
 
 
@@ -146,7 +144,7 @@ def test_a_ready_suite_is_never_sampled_anew() -> None:
     assert load_suites(ready, limit=5, seed=1) == (ready,)
     others: list[dict[str, Any]] = [{"limit": 4}, {"seed": 2}, {"split": "test"}]
     for other in others:
-        with pytest.raises(QuestionsError, match=r"'mine' was loaded with .* choose it where the suite is loaded"):
+        with pytest.raises(QuestionsError, match=r"'mine' was loaded with .* set it where the suite is loaded"):
             load_suites([ready], **other)
 
 
@@ -174,8 +172,8 @@ def test_a_folder_has_the_suites_of_the_field_or_every_file(tmp_path: Path) -> N
         ({"all": questions(2)}, "cannot be called 'all'"),
         ({" ": questions(2)}, "cannot be called ' '"),
         ([*questions(1), "nq"], "question 2 is a str"),
-        ([3], r"3 \(int\) is no table"),
-        (3, r"3 \(int\) is no table"),
+        ([3], r"3 \(int\) is not a table"),
+        (3, r"3 \(int\) is not a table"),
         ("no such suite", "unknown questions"),
         ("nq@../../x", "unknown questions"),
     ],
@@ -239,7 +237,7 @@ async def test_the_field_s_suites_come_from_the_hub_once_with_their_commit(
         assert sum(len(asked) for asked in hub.answers.values()) == fetched == len(SUITES)
         for name, message in {
             "nq@v9": "no revision 'v9'",
-            "someone/else": "no data set 'someone/else'",
+            "someone/else": "data set 'someone/else' does not exist",
             f"{FLASHRAG}@main/x.jsonl": "has no file x.jsonl",
         }.items():
             with pytest.raises(QuestionsError, match=message):

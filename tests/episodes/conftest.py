@@ -1,4 +1,4 @@
-"""Dialects over a tiny tokenizer: our ChatML renderer in both formats, the ``renderers`` package's for Qwen3 and Qwen3.5."""
+"""Dialects with a tiny tokenizer: our ChatML renderer in both formats, and the package's for Qwen3 and Qwen3.5."""
 
 from __future__ import annotations
 

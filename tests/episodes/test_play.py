@@ -39,7 +39,7 @@ async def play_with(
 
 
 def assert_token_exact(episode: Episode, prompts: list[tuple[int, ...]]) -> None:
-    """Every prompt that the policy saw is the episode's own tokens up to the turn that it sampled."""
+    """Every prompt the policy saw equals the episode's tokens before that turn."""
     tokens = list(episode.prompt_tokens)
     for turn, prompt in zip(episode.turns, prompts, strict=True):
         assert tuple(tokens) == prompt
@@ -142,7 +142,7 @@ async def test_too_many_queries_in_one_call_are_malformed(dialects: Dialects) ->
     ),
 )
 async def test_every_episode_is_one_exact_example(dialects: Dialects, name: str, pieces: list[list[int | str]]) -> None:
-    """Whatever a model writes, the episode ends, its prompts are exact, and it gives one datum that masks what was read."""
+    """Whatever the model writes, the episode ends, its prompts are exact, and its datum masks unsampled tokens."""
     dialect, tokenizer = dialects[name]
 
     def tokens(turn: list[int | str]) -> list[int]:

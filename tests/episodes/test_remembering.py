@@ -9,7 +9,7 @@ from tests.local.tiny import make_tiny_tokenizer
 
 
 class Counting:
-    """Counts what it is asked to encode."""
+    """Counts encoded texts."""
 
     def __init__(self, tokenizer: object) -> None:
         self._tokenizer = tokenizer
@@ -35,7 +35,7 @@ def test_encodes_as_its_tokenizer_does_and_each_text_once(tokenizer: object) -> 
         assert remembering.encode(text, add_special_tokens=False) == tokenizer.encode(text, add_special_tokens=False)  # type: ignore[attr-defined]
     assert counting.encoded == 3
     remembering.encode("one text")
-    assert counting.encoded == 4, "with special tokens it is another text"
+    assert counting.encoded == 4, "special tokens bypass the cache"
 
 
 def test_what_it_gives_away_can_be_changed(tokenizer: object) -> None:

@@ -1,4 +1,4 @@
-"""Every model of the table: rendered in its own format, thinking as asked for, token-exact over turns; or refused."""
+"""Every known model is rendered in its own format and thinking mode, token-exact over turns, or refused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OFF, OPEN = f"{ASSISTANT}<think>\n\n</think>\n\n", f"{ASSISTANT}<think>\n"
 NEMOTRON = {"off": f"{ASSISTANT}<think></think>", "on": OPEN}
 EFFORT = "{reasoning effort: %s}<|im_end|>\n" + OPEN
 LANDMARKS: dict[str, tuple[str, dict[str, str]]] = {
-    # The renderer, and for each way of thinking what a prompt ends with.
+    # The renderer, and the end of the prompt per thinking mode.
     "qwen3": ("Qwen3Renderer", {"off": OFF, "on": f"<|im_end|>\n{ASSISTANT}"}),
     "qwen3-instruct": ("Qwen3VLRenderer", {"off": f"<|im_end|>\n{ASSISTANT}"}),
     "qwen3-vl": ("Qwen3VLRenderer", {"off": f"<|im_end|>\n{ASSISTANT}"}),
@@ -61,7 +61,7 @@ SAID: dict[tuple[str, str], str] = {
     ("gpt-oss", "low"): "Reasoning: low",
     ("gpt-oss", "high"): "Reasoning: high",
 }
-"""What else tells the model how hard to think."""
+"""Other thinking hints in the prompt."""
 
 RENDERED = [model for model in known_models() if model.format.renderer]
 REFUSED = [model for model in known_models() if not model.format.renderer]
@@ -71,7 +71,7 @@ WAYS = [pytest.param(model, way, id=f"{model.format.name}-{way}") for model in O
 
 @pytest.fixture(autouse=True)
 def harmony(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The vocabulary of gpt-oss, which its encoder else downloads, where one is at hand."""
+    """Provides the vocabulary of gpt-oss if installed, which its encoder would download."""
     model = getattr(request.node, "callspec", None) and request.node.callspec.params.get("model")
     if model is not None and model.format.name == "gpt-oss":
         write_harmony_vocabulary(tmp_path)
@@ -79,7 +79,7 @@ def harmony(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
 
 
 class HarmonyTokenizer:
-    """The tokenizer of gpt-oss, by its own encoder."""
+    """Tokenizer of gpt-oss."""
 
     name_or_path = "openai/gpt-oss-20b"
     unk_token_id = None
@@ -128,7 +128,7 @@ def test_every_model_is_rendered_in_its_own_format(model: Any) -> None:
             assert "Who wrote it?" in texts[way]
             assert '"type": "function"' in texts[way] or "search" in texts[way]
         default = {"off": False, "on": True}.get(chat.default, chat.default)
-        assert texts[None] == texts[default], "nothing asked for is the default"
+        assert texts[None] == texts[default], "None is the default"
 
 
 @pytest.mark.parametrize("model", REFUSED, ids=lambda model: model.name)
@@ -137,7 +137,7 @@ def test_a_format_that_cannot_be_rendered_is_refused_by_name(model: Any, suffix:
     with pytest.raises(ModelError, match=r"has no chat format that can be rendered: .*Choose another model, such as \w+/\S+, or name") as caught:  # fmt: skip
         select_renderer(model.name + suffix, stand_in())
     assert model.name + suffix in str(caught.value)
-    # Who knows better may say so.
+    # An explicit renderer overrides it.
     assert type(select_renderer(model.name, stand_in(), "qwen3")).__name__ == "Qwen3Renderer"
 
 
@@ -159,20 +159,20 @@ def test_what_a_format_does_not_have_is_refused_with_what_it_has(model: Any) -> 
 
 @pytest.mark.parametrize(("model", "way"), WAYS)
 def test_turns_follow_one_another_token_for_token(model: Any, way: Any) -> None:
-    """What was sampled, thoughts included, is never rendered again: the next prompt is the last one and what came behind it."""
+    """Sampled tokens, thoughts included, are never re-rendered: the next prompt extends the last one."""
     tokenizer = tokenizer_for(model.format.name)
     dialect = make_dialect("hermes", model.name, tokenizer, thinking=way)
     prompt = dialect.start(QUESTION)
     for query in ("first", "second"):
         call = dialect.write_call([query])
-        assert call, "an empty turn would be learned from"
+        assert call, "an empty turn would be trained on"
         assert dialect.read(prompt, call)[1] == SearchRequest((query,))
         appended = dialect.extend(prompt, call, [query], FOUND)
         assert appended
         assert "A novel by Austen." in tokenizer.decode(appended)
         prompt = [*prompt, *call, *appended]
     assert tokenizer.decode(prompt).endswith(tokenizer.decode(dialect.start(QUESTION))[-12:]), (
-        "the next turn opens alike"
+        "the next turn opens the same way"
     )
     answer = dialect.write_answer("Austen")
     assert dialect.read(prompt, answer)[1] == FinalAnswer("Austen")
@@ -223,7 +223,7 @@ def test_what_is_rendered_is_what_the_chat_template_writes(model: Any, way: Any)
     renderer = select_renderer(model.name, tokenizer, thinking=way)
     for messages, tools in ((TOLD, None), (TOLD, TOOLS), (CYCLE, TOOLS)):
         if chat.name == "qwen3" and way is False and messages is CYCLE:
-            continue  # the template forgets the empty thought that it began the turn with: the renderer keeps what was sampled
+            continue  # the template drops the turn's empty thought; the renderer keeps sampled tokens
         written = tokenizer.apply_chat_template(
             messages, tools=tools, chat_template=template, add_generation_prompt=True, tokenize=False,
             bos_token="<|begin_of_text|>", **options,
@@ -284,7 +284,5 @@ def test_a_named_renderer_keeps_the_ways_of_thinking_of_the_model() -> None:
     instruct = known_format("Qwen/Qwen3-4B-Instruct-2507", "qwen3-vl")
     assert instruct is find_format("qwen3-instruct")
     assert known_format("acme/tuned", "qwen3") is find_format("qwen3")
-    assert known_format("Qwen/Qwen3-0.6B") is find_format("qwen3"), (
-        "a model that Tinker does not have, by the package's map"
-    )
+    assert known_format("Qwen/Qwen3-0.6B") is find_format("qwen3"), "a model not on Tinker, from the package's map"
     assert known_format("acme/tuned") is None

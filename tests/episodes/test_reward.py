@@ -161,7 +161,7 @@ async def test_a_part_that_is_no_number_is_named(part: Any) -> None:
 
 
 async def test_plain_functions_run_beside_the_loop() -> None:
-    """All of them block until all are called: on the loop, or one after the other, they would never end."""
+    """All block until all are called: on the loop, or sequentially, this would deadlock."""
     together = threading.Barrier(4, timeout=20)
 
     def blocking(episode: Episode, *, bonus: float = 0.0) -> float:
@@ -200,7 +200,7 @@ async def test_what_gives_a_coroutine_is_awaited() -> None:
     [
         (None, "reward is None: give a function"),
         ("exact_match", r"reward is 'exact_match' \(str\): give a function"),
-        (RecipeReward, r"give an object of it, RecipeReward\(\)"),
+        (RecipeReward, r"give an instance, RecipeReward\(\)"),
         (lambda: 1.0, "with one argument, the episode"),
         (lambda episode, answer: 1.0, "with one argument, the episode"),
     ],

@@ -1,4 +1,4 @@
-"""Scores against SQuAD's definition: hostile cases worked out by hand, and an independent implementation."""
+"""Scores against SQuAD's definition: edge cases worked out by hand, and an independent implementation."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from searchr1_async.episodes.reward import cover_match, exact_match, f1_score, n
     [
         # answer, golden answers, (exact match, F1, cover match); F1 = 2 * common words / words of both
         ("THE Beatles", ("Beatles",), (1, 1, 1)),
-        ("a-ha", ("A-ha",), (1, 1, 1)),  # "aha": the hyphen goes before the article is looked for
+        ("a-ha", ("A-ha",), (1, 1, 1)),  # "aha": the hyphen is removed before articles
         ("a ha", ("A-ha",), (0, 0, 0)),  # "ha" and "aha"
         ("theatre", ("atre",), (0, 0, 0)),
-        ("The The", ("The The",), (0, 0, 0)),  # articles alone are nothing
+        ("The The", ("The The",), (0, 0, 0)),  # articles alone are empty
         ("A", ("A",), (0, 0, 0)),
         ("!!!", ("!!!",), (0, 0, 0)),
         ("", ("Paris",), (0, 0, 0)),
         (None, ("Paris",), (0, 0, 0)),
         (" \t\n", ("Paris", ""), (0, 0, 0)),
-        ("Paris", ("", "the"), (0, 0, 0)),  # a golden answer of nothing is covered by nothing
+        ("Paris", ("", "the"), (0, 0, 0)),  # an empty golden answer is never covered
         ("1,000", ("1000",), (1, 1, 1)),
-        ("1.5", ("15",), (1, 1, 1)),  # SQuAD's rule, wrong as it is
+        ("1.5", ("15",), (1, 1, 1)),  # SQuAD's rule, though wrong
         ("1 000", ("1000",), (0, 0, 0)),
         ("one thousand", ("1000",), (0, 0, 0)),
         ("July 4", ("4 July",), (0, 1, 0)),
@@ -37,18 +37,18 @@ from searchr1_async.episodes.reward import cover_match, exact_match, f1_score, n
         ("x, y and z", ("z, y and x",), (0, 1, 0)),
         ("new york new york", ("New York",), (0, 2 * 2 / 6, 1)),
         ("It was Mount Etna in Sicily", ("Etna",), (0, 2 * 1 / 7, 1)),
-        ("party", ("art",), (0, 0, 0)),  # a part of the text, no word: FlashRAG's rule would cover it
+        ("party", ("art",), (0, 0, 0)),  # part of a word: FlashRAG's rule would cover it
         ("Paris, France", ("Rome", "Paris"), (0, 2 / 3, 1)),
         ("Am\u00e9lie", ("Ame\u0301lie",), (0, 0, 0)),  # composed and decomposed
         ("Amelie", ("Amélie",), (0, 0, 0)),
         ("Ｐａｒｉｓ", ("Paris",), (0, 0, 0)),  # full-width
-        ("Straße", ("STRASSE",), (0, 0, 0)),  # lower case, no folding
+        ("Straße", ("STRASSE",), (0, 0, 0)),  # lower case, no case folding
         ("STRAẞE", ("straße",), (1, 1, 1)),
         ("ISTANBUL", ("ıstanbul",), (0, 0, 0)),
         ("İstanbul", ("i\u0307stanbul",), (1, 1, 1)),  # İ in lower case is i with a dot above
         ("New\u00a0York", ("New York",), (1, 1, 1)),
-        ("New\u200bYork", ("New York",), (0, 0, 0)),  # a zero-width space is no white space
-        ("“Emma”", ("Emma",), (0, 0, 0)),  # curly quotes are no ASCII punctuation
+        ("New\u200bYork", ("New York",), (0, 0, 0)),  # a zero-width space is not whitespace
+        ("“Emma”", ("Emma",), (0, 0, 0)),  # curly quotes are not ASCII punctuation
         ("O’Brien", ("O'Brien",), (0, 0, 0)),
         ("1914–1918", ("1914-1918",), (0, 0, 0)),
         ("القاهرة", ("القاهرة",), (1, 1, 1)),
@@ -92,5 +92,5 @@ def test_an_independent_implementation_agrees_on_thousands_of_pairs() -> None:
     assert sum(row["exact_match"] == 1 for row in rows) > 500
     assert sum(0 < row["f1"] < 1 for row in rows) > 500  # type: ignore[operator]
     for row in rows:
-        if row["reason"]:  # on purpose: SQuAD's empty answer is right
+        if row["reason"]:  # deliberate: SQuAD accepts an empty answer
             assert (row["exact_match"], row["squad_exact_match"]) == (0, 1)

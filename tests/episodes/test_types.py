@@ -1,4 +1,4 @@
-"""Questions and passages check what they are made of; episodes, turns and groups show themselves in a line."""
+"""Validation of questions and passages; one-line reprs of episodes, turns and groups."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from searchr1_async.learn.demonstrations import Demonstration
 
 
 def test_a_text_is_one_answer_and_no_sequence_of_letters() -> None:
-    given: Any = "Paris"  # as ("Paris") is, with its comma forgotten
+    given: Any = "Paris"  # as in ("Paris") with the comma missing
     assert sr.Question("1", "Which?", given).golden_answers == ("Paris",)
     assert Demonstration(sr.Question("1", "q?", ("a",)), given).searches == ("Paris",)
     assert Demonstration.of(sr.Question("1", "q?", ("a",), metadata={"search_queries": given})).searches == ("Paris",)
@@ -37,10 +37,10 @@ def test_what_can_be_taken_is_taken() -> None:
     [
         ({"golden_answers": ("Paris", 5)}, r"number 2 is 5 \(int\)"),
         ({"golden_answers": (None,)}, "number 1 is None"),
-        ({"golden_answers": {"Paris"}}, r"\(set\): give a tuple of texts"),
-        ({"golden_answers": 5}, r"5 \(int\): give a tuple of texts"),
-        ({"golden_answers": b"Paris"}, r"\(bytes\): give a tuple of texts"),
-        ({"id": 7.5}, r"7.5 \(float\): give text or a whole number"),
+        ({"golden_answers": {"Paris"}}, r"\(set\): give a tuple of strings"),
+        ({"golden_answers": 5}, r"5 \(int\): give a tuple of strings"),
+        ({"golden_answers": b"Paris"}, r"\(bytes\): give a tuple of strings"),
+        ({"id": 7.5}, r"7.5 \(float\): give a string or an integer"),
         ({"id": True}, r"True \(bool\)"),
         ({"id": None}, "None"),
         ({"question": 5}, r"a question that is 5 \(int\)"),
@@ -69,7 +69,7 @@ def test_a_passage_of_something_else_is_refused(fields: dict[str, Any], words: s
 
 @pytest.mark.parametrize("field", ["id", "question", "golden_answers", "data_source"])
 def test_half_a_character_is_refused_at_the_call(field: str) -> None:
-    """Files, indexes and tokenizers have no bytes for it."""
+    """Files, indexes and tokenizers cannot encode it."""
     broken: Any = ("half \ud83d",) if field == "golden_answers" else "half \ud83d"
     question = sr.Question(**{"id": "1", "question": "Which?", "golden_answers": ("Paris",), field: broken})
     with pytest.raises(QuestionsError, match="half a character"):
@@ -87,7 +87,7 @@ def test_an_episode_shows_itself_in_a_line() -> None:
     assert str(episode) == (
         "<Episode 'nq/1': 'Which is the capital of France?', 2 turns, 1 query, 8,002 tokens, answer 'Paris', reward 1>"
     )
-    assert len(episode.tokens) == 8002, "the tokens are there for whoever asks"
+    assert len(episode.tokens) == 8002, "the tokens are still available"
     failed = sr.Episode(question, (1,), (), sr.StopReason.FAILED, error="the search is gone " * 50)
     group = sr.Group(question, (episode,) * 20, (failed,))
     assert repr(group).startswith("<Group 'nq/1': 'Which is the capital of France?', 20 episodes, rewards 1, 1,")

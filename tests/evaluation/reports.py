@@ -1,4 +1,4 @@
-"""Reports made by hand: scores, and where they are asked for episodes, without anything played."""
+"""Hand-made reports: scores, optionally with episodes, without rollouts."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from searchr1_async.evaluation.scores import SCORE_SCHEMA
 from tests.watch.builders import answering_turn, searching_turn
 
 Row = tuple[str, str, float | None]
-"""Suite, question and exact match; None of an episode that failed."""
+"""Suite, question, exact match (None: the episode failed)."""
 
 
 def scores(label: str, rows: Sequence[Row], **changes: Any) -> pl.DataFrame:
-    """A frame of scores; several rows of one question are its samples."""
+    """A scores frame; repeated questions are samples."""
     seen: dict[tuple[str, str], int] = {}
     out = []
     for suite, name, score in rows:
@@ -59,7 +59,7 @@ def evaluation(label: str, rows: Sequence[Row], **changes: Any) -> Evaluation:
 
 
 def rows_of(suite: str, right: int, of: int) -> list[Row]:
-    """So many right ones, then the wrong ones."""
+    """The first ``right`` questions are right, the others wrong."""
     return [(suite, f"q{number}", float(number < right)) for number in range(of)]
 
 
@@ -68,7 +68,7 @@ def report(**systems: Sequence[Row]) -> Report:
 
 
 def manifest(report: Report, **changes: Any) -> Manifest:
-    """Of a report, as one of a small model in the embedded service."""
+    """The manifest of a report, as for a small model on the embedded service."""
     suites = []
     for suite in report.suites:
         first = next(own for own in report.values() if suite in own.suites)
@@ -93,7 +93,7 @@ def manifest(report: Report, **changes: Any) -> Manifest:
 def played(
     label: str, share: float, *, of: int = 40, suites: Sequence[str] = ("nq", "hotpotqa"), said: str = "", seed: int = 0
 ) -> Evaluation:
-    """An evaluation with its episodes in memory; ``said`` stands in every text of theirs."""
+    """An evaluation with episodes in memory; ``said`` is in all their texts."""
     rng = random.Random(repr((label, seed)))
     episodes = []
     for suite in suites:

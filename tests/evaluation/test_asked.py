@@ -42,7 +42,7 @@ def test_all_suites_are_spread_evenly(sizes: list[int]) -> None:
     for begun in range(len(order) + 1):
         for each in suites:
             have = sum(asked[place].data_source == each.name for place in order[:begun])
-            # Each of the others may be half a question ahead or behind.
+            # Each other suite may be half a question ahead or behind.
             fair = begun * len(each.questions) / len(asked)
             assert abs(have - fair) <= 0.5 + len(suites) * len(each.questions) / len(asked)
 

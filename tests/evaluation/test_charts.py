@@ -44,7 +44,7 @@ def test_other_scores_and_the_averages_over_suites_without_the_episodes() -> Non
     assert shown["macro average"]["mean"] == after.estimate("f1", "macro").mean == 0.75
     assert shown["all suites"]["questions"] == 5
     assert "f1 by suite" in str(spec["title"])
-    with pytest.raises(ConfigurationError, match="no figure"):
+    with pytest.raises(ConfigurationError, match="no metric"):
         plot_suites(after, metric="reward")
 
 

@@ -1,4 +1,4 @@
-"""What a manifest becomes when its evaluation goes on."""
+"""The manifest of a resumed evaluation."""
 
 from __future__ import annotations
 
@@ -27,6 +27,6 @@ def test_an_evaluation_that_goes_on_keeps_what_it_was_and_notes_other_versions_o
     found = continued(THEN, now)
     assert (found.created, found.versions, found.judge) == (THEN.created, THEN.versions, {"m": 1})
     assert [each.overlap for each in found.systems] == [{"nq": 3}, {"nq": 5}], "what is known of either session"
-    assert found.notes == ("Gone on with under other versions: tinker 1.1 after 1.0.",)
+    assert found.notes == ("Resumed with other package versions: tinker 1.1 after 1.0.",)
     assert continued(found, now) == found
     assert continued(THEN, replace(THEN, created="later")) == THEN

@@ -38,7 +38,7 @@ def _key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two steps behind a warm-up, which keeps the weights of each."""
+    """A run with a warm-up and two steps, each with kept weights."""
     folder = tmp_path_factory.mktemp("trained")
 
     async def train() -> None:
@@ -70,7 +70,7 @@ def playing(**changes: Any) -> dict[str, Any]:
 
 
 def suites() -> dict[str, list[sr.Question]]:
-    """Six questions that were trained on, and four others with the same ids in both suites."""
+    """Six training questions, and four others; ids are shared between the suites."""
     train, held_out = tiny_world.make_questions()
     return {
         "seen": [replace(question, id=str(n), data_source="seen") for n, question in enumerate(train[:6])],
@@ -79,7 +79,7 @@ def suites() -> dict[str, list[sr.Question]]:
 
 
 def used(run: Path, method: Method) -> System:
-    # Its prompt alone is longer than an episode of this world may be.
+    # Its prompt alone exceeds this world's episode limit.
     return System(run, method=method, instructions=tiny_world.INSTRUCTIONS, limits=EpisodeLimits(2, 12, 250))
 
 
@@ -110,7 +110,7 @@ async def test_systems_over_suites_in_one_folder(run: Path, search: sr.Search, t
     assert any("6" in note and "seen" in note for note in report.notes())
     (fault,) = (note for note in report.notes() if note.startswith("direct was wrong"))
     assert "search" not in fault, "it has none"
-    # Ids that two suites share stay apart, and each episode is of its own question.
+    # Ids shared by two suites stay separate.
     asked = {(q.data_source, q.id): q.question for own in suites().values() for q in own}
     for label in report:
         episodes = report[label].episodes
@@ -121,7 +121,7 @@ async def test_systems_over_suites_in_one_folder(run: Path, search: sr.Search, t
 
 
 async def stop_after(advances: int, *arguments: Any, **options: Any) -> None:
-    """An evaluation that is cancelled when so many questions have been played."""
+    """An evaluation that is cancelled after this many questions."""
     seen = 0
     with anyio.CancelScope() as scope:
 
@@ -137,7 +137,7 @@ async def stop_after(advances: int, *arguments: Any, **options: Any) -> None:
 
 
 def on_disk(folder: Path) -> dict[tuple[Any, ...], Any]:
-    """All that is recorded of each sample."""
+    """The records of all samples."""
     frame = EpisodeStore(folder).frame().collect()
     rows = [((row["label"], row["group"], row["member"]), str(row)) for row in frame.iter_rows(named=True)]
     assert len(dict(rows)) == len(rows), "a sample was played twice"
@@ -194,7 +194,7 @@ async def test_nothing_is_opened_where_nothing_is_left_and_changes_are_refused_b
         ("systems", suites(), {"systems": {"last": System(run, step=1)}}),
     ]
     for named, asked, changes in others:
-        with pytest.raises(RunFolderError, match=rf"another evaluation \({named} differ\)"):
+        with pytest.raises(RunFolderError, match=rf"a different evaluation \({named} differ\)"):
             await evaluate(asked, search, resume=True, **(options | changes))
     other = tiny_world.make_search(run.parent / "index", n_results=2)
     with pytest.raises(RunFolderError, match=r"\(search differ\)"):
@@ -229,19 +229,19 @@ async def test_an_evaluation_is_repeated_from_all_that_tells_of_it(
         await evaluate(tmp_path / "e", other, **where)
     with pytest.raises(ConfigurationError, match="cannot describe its search"):
         await evaluate(tmp_path / "e", **where)
-    with pytest.raises(ConfigurationError, match="repeated as it was"):
+    with pytest.raises(ConfigurationError, match="repeated with its original settings"):
         await evaluate(tmp_path / "e", search, systems={"last": run}, **where)
     pl.read_parquet(files[0]).with_columns(question=pl.lit("another?")).write_parquet(files[0])
     with pytest.raises(QuestionsError):
         await evaluate(manifest, search, **where)
     questions = pl.read_parquet(tmp_path / "e" / "questions.parquet")
     questions.with_columns(question=pl.lit("another?")).write_parquet(tmp_path / "e" / "questions.parquet")
-    with pytest.raises(RunFolderError, match="not those that its manifest is of"):
+    with pytest.raises(RunFolderError, match="beside the manifest do not match it"):
         await evaluate(tmp_path / "e", search, **where)
 
 
 class FlakySearch(sr.Search):
-    """Has no answer while it is down."""
+    """Does not answer while down."""
 
     down: Callable[[str], bool] = staticmethod(lambda query: False)
 
@@ -274,7 +274,7 @@ async def test_a_search_is_only_needed_by_those_that_search(run: Path, tmp_path:
     report = await evaluate(suites(), systems=direct, **playing())
     assert isinstance(report, Report)
     assert report.only.scores["searches"].sum() == 0
-    with pytest.raises(ConfigurationError, match="'last' searches: give evaluate"):
+    with pytest.raises(ConfigurationError, match="'last' needs a search: pass search to evaluate"):
         await evaluate(suites(), systems=direct | {"last": run}, out_dir=tmp_path / "e", **playing())
     assert not (tmp_path / "e").exists()
 
@@ -306,7 +306,7 @@ async def test_the_folder_of_a_training_run_is_refused_and_stays_as_it_was(tmp_p
     (tmp_path / "metrics").mkdir()
     (tmp_path / "questions.parquet").write_bytes(b"of the run")
     search = tiny_world.make_search(tmp_path / "index")
-    with pytest.raises(sr.RunFolderError, match="holds a training run"):
+    with pytest.raises(sr.RunFolderError, match="contains a training run"):
         await sr.evaluate(
             tiny_world.make_questions()[1],
             search,
@@ -330,7 +330,7 @@ async def test_what_the_service_does_not_have_is_refused_before_any_folder_is_ma
         (ConfigurationError, "does not offer", {"judge": Judge(model=str(tmp_path / "no-model"))}),
         (sr.SearchR1Error, "opening tinker://", {"judge": Judge(checkpoint="tinker://gone/sampler_weights/1")}),
         (ConfigurationError, "was trained from", {"systems": {"x": System(run, model="another")}}),
-        (ConfigurationError, "could not play a turn", {"baselines": ["rag"]}),
+        (ConfigurationError, "has no room for a turn", {"baselines": ["rag"]}),
     ]
     for kind, named, changes in bad:
         with pytest.raises(kind, match=named):

@@ -1,4 +1,4 @@
-"""What an evaluation is given: whose model counts, which services are opened in which order, who judges."""
+"""Evaluation jobs: model precedence, order of services, judge."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_one_judge_judges_all_systems() -> None:
     with pytest.raises(ConfigurationError, match=r"several models \(A, B\).*Judge\(model=…\)"):
         judge_of("A", "B", judge=Judge(), service=URL)
     for models, judge in ((("A", "B"), Judge()), (("A", "B"), Judge(model="A")), (("A",), Judge(model="J"))):
-        with pytest.raises(ConfigurationError, match="an embedded service holds one model"):
+        with pytest.raises(ConfigurationError, match="an embedded service has one model"):
             judge_of(*models, judge=judge)
 
 
@@ -89,5 +89,5 @@ def test_a_search_counts_where_one_searches() -> None:
     suites: tuple[Suite, ...] = ()
     assert EvaluationJob(suites, (base("d"),), search, play).used_search is None
     assert EvaluationJob(suites, (base("d"), searching), search, play).used_search is search
-    with pytest.raises(ConfigurationError, match="'s' searches"):
+    with pytest.raises(ConfigurationError, match="'s' needs a search"):
         EvaluationJob(suites, (searching,), None, play)

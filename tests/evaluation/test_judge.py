@@ -1,4 +1,4 @@
-"""The judge: what it is shown, what counts as a verdict, and how many are asked at a time."""
+"""The judge: prompts, verdict parsing, concurrency."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_a_verdict_is_plainly_yes_or_no_or_none(said: str, verdict: bool | None)
 
 
 def lines_of(prompt: str) -> tuple[str, list[str], str]:
-    """Question, golden answers and answer, read back from the prompt; fails where its form is another."""
+    """Question, golden answers and answer parsed from the prompt; fails if its format differs."""
     question, golden, answer, blank, asked = prompt.split("\n")
     assert (blank, asked) == ("", "Is the candidate answer right? Reply with one word, yes or no.")
     names = ("Question: ", "Reference answers: ", "Candidate answer: ")
@@ -103,7 +103,7 @@ def test_what_is_shown_is_limited() -> None:
 
 
 class JudgingPolicy(ScriptedPolicy):
-    """Says what ``say`` gives for the user's message; counts how many ask at a time."""
+    """Replies with ``say(user message)`` and counts concurrent requests."""
 
     def __init__(self, tokenizer: Any, say: Callable[[str], str]) -> None:
         super().__init__(self._answer)

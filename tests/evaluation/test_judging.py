@@ -1,4 +1,4 @@
-"""Verdicts on disk: those of one judge are never among another's, whenever it is killed, and what is missing is asked again."""
+"""Verdicts on disk: judges are never mixed, even after kills, and missing verdicts are requested again."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from searchr1_async.episodes.play import SampledTurn
 from searchr1_async.errors import ServiceError
 from searchr1_async.evaluation import judging
 from searchr1_async.evaluation.judge import Judge
-from searchr1_async.evaluation.judging import FoundJudge, OpenJudge, judge_digest, judge_samples, lay_verdicts
+from searchr1_async.evaluation.judging import FoundJudge, OpenJudge, archive_verdicts, judge_digest, judge_samples
 from searchr1_async.evaluation.store import JUDGEMENTS_NAME, EpisodeStore
 from searchr1_async.evaluation.systems import System, find_systems
 from searchr1_async.events import Event, PhaseAdvanced
@@ -28,11 +28,11 @@ ONE, OTHER = Judge("one").describe(), Judge("other").describe()
 
 
 def begin(folder: Path, before: dict[str, Any] | None, now: dict[str, Any] | None, killed: int = 9) -> None:
-    """A session's beginning, killed behind so many steps."""
+    """The start of a session, killed after this many steps."""
     steps = [
-        lambda: lay_verdicts(folder, before, now),
+        lambda: archive_verdicts(folder, before, now),
         lambda: (folder / "judge").write_text("none" if now is None else now["model"]),
-        lambda: lay_verdicts(folder, now, now),
+        lambda: archive_verdicts(folder, now, now),
     ]
     for step in steps[:killed]:
         step()
@@ -74,16 +74,16 @@ ANSWERS = tuple(f"answer {number}" for number in range(10))
 
 @dataclass
 class Judging:
-    """Judges what is open in a folder, as a session that begins now."""
+    """A new session that judges missing samples in a folder."""
 
     folder: Path
     tokenizer: Any
     asked: list[str] = field(default_factory=list)
-    """Answers that the judge was asked about, in all sessions."""
+    """Judged answers of all sessions."""
     before: Callable[[str], None] | None = None
-    """Called with an answer before its verdict is given: a fault of the service."""
+    """Called with an answer before its verdict; raises service faults."""
     most: int | None = None
-    """Verdicts that the service gives before it falls silent."""
+    """Number of verdicts before the service stops answering."""
     given: int = 0
     judged: int = 0
     on_judged: Callable[[int], None] | None = None
@@ -123,7 +123,7 @@ class Judging:
 
 @pytest.fixture
 def judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Judging:
-    """Ten finished answers, each of its own words, and a judge that finds all wrong."""
+    """Ten distinct finished answers and a judge that rejects all."""
     rows = [
         (("a", place, 0), 0, replace(episode(question(f"q{place}")), answer=answer))
         for place, answer in enumerate(ANSWERS)
@@ -135,7 +135,7 @@ def judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Judging:
 
 
 def verdicts(folder: Path) -> dict[str, float]:
-    """On disk, by the answers."""
+    """Verdicts on disk, by answer."""
     store = EpisodeStore(folder)
     store.load()
     return {
@@ -166,7 +166,7 @@ async def test_a_verdict_that_the_service_failed_is_asked_for_again_at_the_next_
 
 @pytest.mark.anyio
 async def test_verdicts_outlive_a_cancellation_in_the_middle(judged: Judging) -> None:
-    """They gather for a second before they are written: those that wait then must reach the disk."""
+    """Writes are coalesced for a second: pending verdicts must still be written."""
     judged.most = 6
     with anyio.fail_after(20), anyio.CancelScope() as scope:
         judged.on_judged = lambda done: scope.cancel() if done == judged.most else None

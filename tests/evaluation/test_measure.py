@@ -58,7 +58,7 @@ def make_engine(search: DictSearch, events: list[Event], **changes: object) -> R
 
 
 def reply(prompt: list[int]) -> list[int]:
-    """Searches, then knows the even answers only."""
+    """Searches, then answers only even questions correctly."""
     text = "".join(map(chr, prompt))
     number = int(text.split()[2].partition("?")[0])
     if not text.endswith("|"):

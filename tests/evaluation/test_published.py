@@ -44,11 +44,11 @@ def test_the_notes_say_what_differs_and_what_nobody_states() -> None:
         "54,909 passages",
     ):
         assert part in note
-    assert "passages a search" not in note  # three on both sides
-    assert "does not state turns at most, samples a question, temperature, number of questions" in note
-    assert note.endswith("rank nothing.")
+    assert "passages per search" not in note  # three on both sides
+    assert "does not state max turns, samples per question, temperature, number of questions" in note
+    assert note.endswith("not ranked.")
     conditions = {row[0]: row[1:] for row in found.conditions.iter_rows()}
-    assert conditions["passages a search"] == ("3", "3", "3", "3")
+    assert conditions["passages per search"] == ("3", "3", "3", "3")
     assert conditions["temperature"] == ("0", NOT_STATED, NOT_STATED, NOT_STATED)
 
 
@@ -58,7 +58,7 @@ def test_a_difference_of_one_system_names_it() -> None:
     found = Report(list(bare.values()), manifest(bare, systems=records)).beside()
     note = next(note for note in found.notes if note.startswith("tinker-cookbook"))
     assert "prompt (ours, without search for without; theirs: recipe)" in note
-    assert "passages a search (none for without; theirs: 3)" in note
+    assert "passages per search (none for without; theirs: 3)" in note
 
 
 def test_turns_are_those_that_each_system_may_take() -> None:
@@ -69,7 +69,7 @@ def test_turns_are_those_that_each_system_may_take() -> None:
         SystemRecord("direct", "direct", "tiny/tiny-1M", limits={"max_turns": 9, "max_tokens": 64}),
     )
     conditions = Report(list(bare.values()), manifest(bare, systems=records)).beside().conditions
-    turns = conditions.row(by_predicate=pl.col("condition") == "turns at most", named=True)
+    turns = conditions.row(by_predicate=pl.col("condition") == "max turns", named=True)
     assert [turns[label] for label in bare] == ["5", "9", "1"]
 
 
@@ -86,8 +86,8 @@ def test_only_where_everything_is_known_and_alike_may_a_figure_be_ranked() -> No
         corpus="corpus.parquet (54,909 passages)", embedder="minilm", n_results=3, prompt="ours, with the search tool",
         max_turns=5, questions="nq 100", samples=1, temperature=0.0,
     )  # fmt: skip
-    assert ours("nq").beside([twin]).notes == ("twin: Nothing is known to differ.",)
+    assert ours("nq").beside([twin]).notes == ("twin: No known difference.",)
     other = dataclasses.replace(twin, questions="nq 3,610")
-    assert "rank nothing" in ours("nq").beside([other]).notes[0]
+    assert "not ranked" in ours("nq").beside([other]).notes[0]
     silent = dataclasses.replace(twin, samples=None)
-    assert ours("nq").beside([silent]).notes[0].endswith("rank nothing.")
+    assert ours("nq").beside([silent]).notes[0].endswith("not ranked.")

@@ -1,4 +1,4 @@
-"""Earlier evaluations done once more, by what is left of them."""
+"""Repeating earlier evaluations from their folder, manifest or report."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def asked() -> list[sr.Question]:
 
 
 async def measured(systems: dict[str, Any], suites: Any = None, **options: Any) -> Report:
-    """Without a search, so that nothing but the model is needed."""
+    """Without a search, so only the model is needed."""
     settings = {**tiny_world.PLAYING, **tiny_world.served(), "max_trajectory_tokens": 250, **options}
     del settings["local"]
     return await evaluate({"world": asked()} if suites is None else suites, systems=systems, **settings)
@@ -90,9 +90,9 @@ async def test_the_folder_of_another_evaluation_is_not_written_over(tmp_path: Pa
 )
 async def test_what_a_repetition_would_ignore_is_refused_by_name(given: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text("of an evaluation")
-    with pytest.raises(ConfigurationError, match=r"repeated as it was: leave (.*) out") as caught:
+    with pytest.raises(ConfigurationError, match=r"repeated with its original settings: omit (.*), or") as caught:
         await evaluate(tmp_path, out_dir=tmp_path / "again", **given)
-    named = str(caught.value).partition("leave ")[2].partition(" out")[0]
+    named = str(caught.value).partition("omit ")[2].partition(", or")[0]
     assert set(named.split(", ")) == set(given)
     assert not (tmp_path / "again").exists()
 
@@ -100,7 +100,7 @@ async def test_what_a_repetition_would_ignore_is_refused_by_name(given: dict[str
 async def test_what_is_at_its_default_is_not_refused(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text("of an evaluation")
     given: dict[str, Any] = {"temperature": 1, "samples": 1, "baselines": [], "training_questions": [], "seed": 0}
-    with pytest.raises(RunFolderError, match="no evaluation's manifest"):
+    with pytest.raises(RunFolderError, match="not an evaluation manifest"):
         await evaluate(tmp_path, **given)
 
 

@@ -253,7 +253,7 @@ def test_comparisons_of_one_suite_and_of_the_macro_average() -> None:
     assert compare(before, after, "turns").mean == 0.0
     with pytest.raises(ConfigurationError, match="no suite 'nq'"):
         compare(before, after, suite="nq")
-    with pytest.raises(ConfigurationError, match="no figure"):
+    with pytest.raises(ConfigurationError, match="no metric"):
         compare(before, after, "reward")
     larger = Evaluation.of("larger", [*after.episodes, episode(question("new", "small"))])
     assert compare(before, larger, suite="large").mean == pytest.approx(1 / 8), "only the suites compared must agree"

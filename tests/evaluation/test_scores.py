@@ -18,7 +18,7 @@ def row(played: Episode) -> dict[str, object]:
 
 
 def answering(answer: str | None, *turns: Turn, **changes: object) -> Episode:
-    """Scored by the answer alone: it has no reward parts."""
+    """An episode without reward parts, scored by its answer."""
     return replace(episode(turns=(*turns, answering_turn())), answer=answer, reward_parts={}, **changes)  # type: ignore[arg-type]
 
 
@@ -31,7 +31,7 @@ def test_a_row_has_what_was_asked_said_and_spent() -> None:
     assert (found["sample"], found["hop"], found["failed"], found["answer"]) == (3, 2, False, "Paris")
     assert found["golden_answers"] == ["Paris", "City of Light"]
     assert (found["turns"], found["searches"], found["calls"], found["malformed_calls"]) == (3, 1, 2, 1)
-    # The prompts as sent: 5; then 3 sampled and 4 appended more; then 1 sampled more.
+    # Prompts as sent: 5 tokens; plus 3 sampled and 4 appended; plus 1 sampled.
     assert (found["prompt_tokens"], found["sampled_tokens"]) == (5 + 12 + 13, 3 + 1 + 2)
     assert (found["seconds"], found["sampling_seconds"], found["search_seconds"]) == (2.5, 2.0, 0.25)
     assert (found["answer_in_passage"], found["gold_recall"], found["judged"]) == (True, None, None)

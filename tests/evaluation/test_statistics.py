@@ -167,7 +167,7 @@ def test_what_cannot_be_paired_is_refused(before: list, after: list) -> None:
 
 # --- intervals of means -----------------------------------------------------------------------------------------------
 
-# No score lies nearer to 0 than rounding does: 1 - 1e-146 is 1, and right and wrong alone have Wilson's interval.
+# Excludes scores within rounding of 0 or 1: 1 - 1e-146 is 1, and 0/1 scores get Wilson's interval.
 scores = st.lists(
     st.sampled_from([0.0, 0.25, 1 / 3, 0.5, 1.0]) | st.floats(0, 1).map(lambda value: round(value, 9)),
     min_size=1,
@@ -291,12 +291,12 @@ def test_holms_correction_of_several_comparisons() -> None:
     assert math.isnan(adjusted[1])
 
 
-# --- the simulation, a few cells of it --------------------------------------------------------------------------------
+# --- simulation -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow  # 8 s; benchmarks/intervals is the whole of it
 def test_intervals_hold_the_truth_and_tests_are_wrong_as_often_as_they_say() -> None:
-    """`benchmarks/intervals` has all cells; here those that a plain bootstrap or an unclustered interval fails."""
+    """The cells of `benchmarks/intervals` where a plain bootstrap or an unclustered interval fails."""
     simulation = intervals.Simulation(4000, bootstrap=False)
     intervals.simulate_exact_match(simulation, (125, 500), (0.3, 0.5))
     intervals.simulate_samples(simulation, (50,), (0.1, 0.5), ("medium", "strong"))

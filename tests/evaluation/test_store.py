@@ -25,7 +25,7 @@ from tests.watch.builders import HOSTILE, answering_turn, episode, question
 
 
 def played(system: str, place: int, sample: int, correct: float | None = 1.0, text: str = "") -> PlayedSample:
-    """A sample; None of an episode that failed."""
+    """A sample; None: the episode failed."""
     asked = question(f"q{place}", "a")
     if correct is None:
         return (system, place, sample), 3, episode(asked, stop_reason=StopReason.FAILED, turns=())
@@ -92,12 +92,12 @@ def test_a_file_that_cannot_be_read_is_told(tmp_path: Path) -> None:
 
 
 class Killed(BaseException):
-    """The end of a process, in the midst of its work."""
+    """Simulates a killed process."""
 
 
 @contextmanager
 def killed_after(operations: int) -> Iterator[None]:
-    """Does so many of what changes the disk, then nothing any more, as a process does that was killed."""
+    """Performs this many disk operations and then none, like a killed process."""
     left = iter(range(operations))
 
     def until_killed(operation: Callable[..., Any]) -> Callable[..., Any]:
@@ -115,17 +115,17 @@ def killed_after(operations: int) -> Iterator[None]:
 
 
 def rows_of(folder: Path) -> list[int]:
-    """Of each file, in their order."""
+    """Per file, in order."""
     return [pl.read_parquet(folder / "episodes" / name).height for name in parts(folder)]
 
 
 def states(folder: Path) -> dict[str, tuple[int, int]]:
-    """What tells a file from one that was written in its place."""
+    """Identity of a file, to detect rewrites."""
     return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in (folder / "episodes").iterdir()}
 
 
 def write_session(folder: Path) -> EpisodeStore:
-    """Failed episodes that were played again, within a file, in the next and in a later one."""
+    """Failed episodes retried in the same, the next and a later file."""
     store = EpisodeStore(folder)
     store.write([played("a", 0, 0, None), played("a", 4, 0)])
     store.write([played("a", 0, 0, 1.0), played("a", 1, 0, None), played("a", 1, 0, 0.0)])
@@ -180,7 +180,7 @@ def test_files_that_are_full_are_not_touched_again(tmp_path: Path, monkeypatch: 
 
 
 def test_merging_holds_no_more_than_one_files_episodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counted where it is most, in front of each writing, over all tables that are alive; the merged one is a second."""
+    """Peak rows in memory, counted before each write over all live tables; the merged table is a second copy."""
     monkeypatch.setattr(store_module, "_MERGED_ROWS", 8)
     store = EpisodeStore(tmp_path)
     for first in range(0, 28, 2):
@@ -201,7 +201,7 @@ def test_merging_holds_no_more_than_one_files_episodes(tmp_path: Path, monkeypat
 
 
 def test_a_kill_while_merging_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After each of its operations in turn, and again in the merging that follows."""
+    """A kill after each operation, and another in the following merge."""
     monkeypatch.setattr(store_module, "_MERGED_ROWS", 3)
     whole = write_session(tmp_path / "whole")
     samples = {("a", place, 0) for place in range(5)} | {("b", 0, 0), ("b", 2, 0)}
@@ -289,8 +289,7 @@ CORRECT = st.sampled_from([None, 0.0, 1.0])
 
 
 class StoreMachine(RuleBasedStateMachine):
-    """Sessions that write, merge, judge, are killed, and are followed by others: the newest record of each sample stays, whatever
-    the order."""
+    """Any order of writes, merges, verdicts and kills keeps the newest record of each sample."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -36,7 +36,7 @@ def test_other_questions_are_said_to_be_other_questions() -> None:
     assert (
         comparison_table([evaluation("a", 1, 3), evaluation("b", 1, 4)])
         .splitlines()[-1]
-        .endswith("not paired, since they asked different questions")
+        .endswith("not paired, because the questions differ")
     )
 
 

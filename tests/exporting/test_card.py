@@ -1,4 +1,4 @@
-"""The model card of weights without a run; those of whole runs are in test_export.py."""
+"""Model cards of weights without a run; test_export.py covers runs."""
 
 from __future__ import annotations
 

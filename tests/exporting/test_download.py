@@ -1,4 +1,4 @@
-"""Files by signed URLs: continued after a break, signed again when refused, and never outside of the folder."""
+"""Downloads by signed URLs: resumed, signed again when rejected, never outside the folder."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ CONTENT = bytes(range(256)) * 4096
 
 @dataclass
 class Store:
-    """An object store that signs URLs, and what goes wrong with it."""
+    """An object store with signed URLs and injectable faults."""
 
     names: tuple[str, ...] = ("adapter_model.safetensors",)
     cuts: list[int] = field(default_factory=list)
-    """Each answer ends after so many bytes, until the list is used up."""
+    """Responses are cut after these numbers of bytes, in turn."""
     statuses: list[int] = field(default_factory=list)
-    """Of the next answers."""
+    """Statuses of the next responses."""
     life: timedelta = timedelta(hours=1)
     takes_ranges: bool = True
     url: str = ""
@@ -62,7 +62,7 @@ class Store:
 
 @dataclass(frozen=True, slots=True)
 class StoredService(Service):
-    """The service's calls around the download, over a store. The real ones are used in test_export."""
+    """The service calls of a download, over a store; test_export uses real ones."""
 
     store: Any = None
 
@@ -148,7 +148,7 @@ async def test_urls_near_their_end_are_signed_again_before_a_file(tmp_path: Path
 
 async def test_a_store_that_stays_away_is_an_error_with_a_remedy(tmp_path: Path) -> None:
     store = Store(statuses=[503] * 10)
-    with pytest.raises(ExportError, match=r"does not come \(HTTP 503\), 4 tries in a row"):
+    with pytest.raises(ExportError, match=r"could not be downloaded \(HTTP 503\) in 4 attempts"):
         await fetch(store, tmp_path)
     assert len(store.deleted) == 1
 
@@ -156,7 +156,7 @@ async def test_a_store_that_stays_away_is_an_error_with_a_remedy(tmp_path: Path)
 @pytest.mark.parametrize("name", ["../a", "/etc/a", "a/../../b", "..\\a", "C:a", "a\0b", ""])
 async def test_a_file_outside_of_the_folder_is_refused(tmp_path: Path, name: str) -> None:
     store = Store(names=(name,))
-    with pytest.raises(ExportError, match="outside of the folder"):
+    with pytest.raises(ExportError, match="outside the folder"):
         await fetch(store, tmp_path / "in")
     assert store.ranges == []
 

@@ -1,4 +1,4 @@
-"""Weights of whole runs taken away and loaded elsewhere: by transformers, which agrees with the service token by token."""
+"""Exports of whole runs: transformers loads them and agrees with the service token by token."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[sr.RecordedRun]:
-    """A run of three steps, each kept, on a service that outlives it."""
+    """A run of three kept steps on a service that outlives it."""
     folder = tmp_path_factory.mktemp("finished")
     train, held_out = tiny_world.make_questions()
 
@@ -87,13 +87,13 @@ def largest_difference(one: list[list[float]], other: list[list[float]]) -> floa
 
 
 def played(run: sr.RecordedRun, step: int, count: int = 12) -> list[list[int]]:
-    """Tokens of real episodes of a step."""
+    """Tokens of episodes of a step."""
     groups = run.episodes().filter(step=step).select("group", "member").unique().sort("group", "member").collect()
     return [list(run.episode(step, *row).tokens) for row in groups.head(count).iter_rows()]
 
 
 async def test_merged_weights_say_what_the_service_says(finished: sr.RecordedRun, tmp_path: Path) -> None:
-    """With a tied head that the adapter changes: it is untied, and the embedding stays."""
+    """A tied head that the adapter changes is untied; the embedding is unchanged."""
     folder = await finished.export(tmp_path / "merged", format="merged")
     texts = played(finished, 3)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -116,7 +116,7 @@ async def test_peft_over_the_adapter_says_what_the_service_says(finished: sr.Rec
     texts = played(finished, 3)
     base = AutoModelForCausalLM.from_pretrained(tiny_world.model_folder(), dtype=torch.float32)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the tied head that is adapted, which is right as long as nothing is merged
+        warnings.simplefilter("ignore")  # about the adapted tied head, correct while unmerged
         model = peft.PeftModel.from_pretrained(base, str(folder)).eval()
     expected = await service_logprobs(finished.checkpoints[-1], texts)
     assert largest_difference(transformers_logprobs(model, texts), expected) < TOLERANCE
@@ -159,7 +159,7 @@ async def test_an_adapter_of_a_step_is_a_peft_folder(finished: sr.RecordedRun, t
     assert f"on demonstrations, then {wanted} optimiser steps of reinforcement learning" in card
     assert "<|im_start|>system\nsearch then answer<|im_end|>" in card, "the run's own instructions"
     assert re.search(r"<search>.+</search>\n<information>.+</information>\n<answer>.+</answer>\n````", card)
-    assert re.search(r"A query shows the closest passage of the \d+ in `passages`, embedded by `", card)
+    assert re.search(r"A query returns the closest passage of the \d+ in `passages`, embedded by `", card)
     assert "| learning.loss | importance_sampling |" in card, "the one that was chosen"
     assert "| world | 36 |" in card
     assert "learning.learning_rate | 0.001" in card
@@ -207,7 +207,7 @@ async def test_bad_input_is_refused_before_any_work(finished: sr.RecordedRun, tm
 
 
 async def test_a_resume_point_that_is_replaced_meanwhile_is_followed(finished: sr.RecordedRun, tmp_path: Path) -> None:
-    """As a run under way does after each step, whose state of the step before is deleted."""
+    """Like a live run, which deletes the previous state after each step."""
     run = tmp_path / "run"
     shutil.copytree(finished.out_dir, run)
     (run / "checkpoints.json").unlink()
@@ -231,7 +231,7 @@ async def test_a_base_of_another_shape_is_refused(finished: sr.RecordedRun, tmp_
     from tests.local.tiny import make_tiny_model
 
     other = await anyio.to_thread.run_sync(lambda: make_tiny_model(tmp_path / "other", num_hidden_layers=2))
-    with pytest.raises(sr.ExportError, match="it is another model"):
+    with pytest.raises(sr.ExportError, match="it is a different model"):
         await finished.export(tmp_path / "new", format="merged", base_model=str(other))
     assert names(tmp_path) == ["other"]
 
@@ -263,8 +263,8 @@ async def test_a_run_of_the_embedded_service_while_it_trains_and_afterwards(
 async def test_the_command(finished: sr.RecordedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["export", str(finished.out_dir), str(tmp_path / "adapter"), "--step", "2"]
     assert await anyio.to_thread.run_sync(main, command) == 0
-    assert "README.md says how to load them" in capsys.readouterr().out
+    assert "README.md explains how to load them" in capsys.readouterr().out
     assert (tmp_path / "adapter" / "adapter_config.json").is_file()
     with pytest.raises(SystemExit):
         main(["export", str(finished.out_dir), str(tmp_path / "x"), "--step", "two"])
-    assert "'two': give last, best, or a number of steps" in capsys.readouterr().err
+    assert "'two': expected last, best, or a number of steps" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""An exported folder on a stand-in of the Hugging Face hub."""
+"""Uploads to a fake Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.anyio
 
 @dataclass
 class Hub:
-    """The few routes that an upload of small files takes."""
+    """The routes used by an upload of small files."""
 
     refusal: int | None = None
     files: dict[str, bytes] = field(default_factory=dict)
@@ -106,7 +106,7 @@ async def test_a_refusal_is_an_error_that_says_what_is_left_to_do(
 ) -> None:
     async with serving(Hub(refusal=401)) as hub:
         reach(monkeypatch, hub.url)
-        with pytest.raises(ExportError, match=r"asks for a token.*hf upload me/model") as caught:
+        with pytest.raises(ExportError, match=r"requires a token.*hf upload me/model") as caught:
             await anyio.to_thread.run_sync(lambda: push(folder, "me/model", private=True))
     assert "hf_secret" not in str(caught.value)
 

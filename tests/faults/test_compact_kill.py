@@ -107,7 +107,7 @@ def build_through_kills(folder: Path, choice: tuple[str, str], chance: random.Ra
         if session.phase is not None:
             phases[session.phase] += 1
             if not (folder / "manifest.json").exists():
-                with pytest.raises(StoreError, match="not finished"):
+                with pytest.raises(StoreError, match="unfinished compact index"):
                     CompactStore(folder)
     assert session.said("whole") == [ROWS]
     return phases

@@ -96,7 +96,7 @@ def test_a_full_disk_leaves_the_last_point_whole(tmp_path: Path, monkeypatch: py
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(CheckpointError, match=r"No space left.*still whole"):
+    with pytest.raises(CheckpointError, match=r"No space left.*previous resume point is intact"):
         replace(POINT, step=4).save(tmp_path)
     assert ResumePoint.load(tmp_path) == POINT
     assert [path.name for path in tmp_path.iterdir()] == ["state.json"]

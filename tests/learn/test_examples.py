@@ -62,7 +62,7 @@ def wire(datum: tinker_types.Datum) -> bytes:
 
 
 def test_an_example_is_on_the_wire_what_a_list_of_tokens_would_be() -> None:
-    """Its tokens are an array that the SDK does not check: what it sends must not differ."""
+    """Tokens are an array that the SDK does not validate, but the request must be the same."""
     datum = to_datum(EPISODE, 1.0)
     plain = tinker_types.Datum(
         model_input=tinker_types.ModelInput.from_ints([1, 2, 3, 4, 5, 6, 7]), loss_fn_inputs=datum.loss_fn_inputs
@@ -72,16 +72,16 @@ def test_an_example_is_on_the_wire_what_a_list_of_tokens_would_be() -> None:
 
 @dataclass(frozen=True)
 class Request:
-    """What a service remembers of one sampled sequence."""
+    """A service's record of one sampled sequence."""
 
     prompt: tuple[int, ...]
     sampled: tuple[int, ...]
 
     def read(self, span: Span) -> tuple[int, ...]:
-        """The tokens that a span names."""
+        """Tokens of a span."""
         tokens = self.sampled if isinstance(span, tinker_types.SampledProvenanceSpan) else self.prompt
         found = tokens[span.offset : span.offset + span.length]
-        assert len(found) == span.length > 0, "it names tokens that were there"
+        assert len(found) == span.length > 0, "the span is within the recorded tokens"
         return found
 
 
@@ -90,7 +90,7 @@ _tokens = st.lists(st.integers(0, 9), max_size=5).map(tuple)
 
 @st.composite
 def played(draw: st.DrawFn, name: str, prompt: tuple[int, ...]) -> tuple[Episode, dict[str, Request]]:
-    """An episode of any shape, turns of nothing included, as a service saw it: few tokens, so that runs look alike."""
+    """An arbitrary episode, including empty turns, as recorded by a service. Few distinct tokens, so that runs look alike."""
     turns: list[Turn] = []
     requests: dict[str, Request] = {}
     seen = prompt
@@ -107,7 +107,7 @@ def played(draw: st.DrawFn, name: str, prompt: tuple[int, ...]) -> tuple[Episode
 
 @st.composite
 def played_groups(draw: st.DrawFn) -> tuple[list[Episode], dict[str, Request]]:
-    """Members of one group: they share their prompt, as in one request for all first turns, and have ids of their own."""
+    """Members of one group, with a shared prompt and distinct ids."""
     prompt = draw(st.lists(st.integers(0, 9), min_size=1, max_size=5).map(tuple))
     members = [draw(played(str(member), prompt)) for member in range(draw(st.integers(1, 3)))]
     return [episode for episode, _ in members], {id: one for _, requests in members for id, one in requests.items()}
@@ -119,9 +119,9 @@ def test_every_token_is_read_back_from_the_request_that_its_span_names(
 ) -> None:
     episodes, requests = group
     for episode in episodes:
-        datum = to_datum(episode, 1.0, with_provenance=True)  # which refuses spans that do not tile
+        datum = to_datum(episode, 1.0, with_provenance=True)  # raises unless the spans tile
         if not episode.action_token_count:
-            assert datum.loss_fn_input_spans is None, "nothing of it was sampled"
+            assert datum.loss_fn_input_spans is None, "nothing was sampled"
             continue
         assert datum.model_input_spans is not None
         assert datum.loss_fn_input_spans is not None
@@ -135,7 +135,7 @@ def test_every_token_is_read_back_from_the_request_that_its_span_names(
             for span in datum.loss_fn_input_spans
             for flag in [isinstance(span, tinker_types.SampledProvenanceSpan)] * span.length
         ]
-        # Where an advantage may be: a loss that reads provenance takes none elsewhere.
+        # Losses with provenance accept advantages only here.
         assert (datum.loss_fn_inputs["advantages"].to_numpy() != 0).tolist() == sampled
         own = {turn.sequence_id for turn in episode.turns}
         assert {span.sequence_id for span in datum.model_input_spans} <= own
@@ -151,7 +151,7 @@ def test_an_episode_with_a_turn_that_nobody_named_has_no_provenance(
     datum = to_datum(replace(episode, turns=tuple(turns)), 1.0, with_provenance=True)
     assert datum.model_input_spans is None
     assert datum.loss_fn_input_spans is None
-    assert to_datum(episode, 1.0).loss_fn_input_spans is None, "unless it is asked for"
+    assert to_datum(episode, 1.0).loss_fn_input_spans is None, "unless requested"
 
 
 def test_the_spans_of_an_episode_of_two_turns() -> None:

@@ -9,7 +9,7 @@ from searchr1_async.learn.figures import LearnedMinibatch, learning_metrics, opt
 
 
 def episode(*turns: tuple[tuple[float, ...], int]) -> Episode:
-    """Turns by their log-probabilities and how many tokens were appended behind each."""
+    """Turns given as log-probabilities and number of appended tokens."""
     played = tuple(Turn((7,) * len(lp), lp, "x", appended_tokens=(8,) * appended) for lp, appended in turns)
     return Episode(Question("q", "?", ("a",)), (1, 2, 3), played, StopReason.ANSWER)
 
@@ -20,7 +20,7 @@ def output(*logprobs: list[float], **metrics: float) -> tinker_types.ForwardBack
     return tinker_types.ForwardBackwardOutput("ArrayRecord", records, named)
 
 
-# Three prompt tokens: targets begin at the second, so the first sampled token is at place 2.
+# Three prompt tokens: targets start at the second, so the first sampled token is target 2.
 FIRST = episode(((-0.5, -0.5), 2), ((-1.0,), 0))
 SECOND = episode(((-2.0,), 0))
 FIRST_LOGPROBS, SECOND_LOGPROBS = [9, 9, -0.5, -0.7, 9, 9, -1.3], [9, 9, -2.0]
@@ -69,7 +69,7 @@ def test_what_the_service_measures_is_reduced_by_its_name() -> None:
 
 
 def test_a_batch_of_two_losses_has_the_figures_of_each() -> None:
-    """What only one of them measures is a figure of its own examples."""
+    """A metric of only one loss is averaged over its own examples."""
     recorded = output(SECOND_LOGPROBS, loss__sum=2.0, clipped__mean=0.5, masked__mean=0.25, worst__max=3.0)
     others = output(FIRST_LOGPROBS, SECOND_LOGPROBS, loss__sum=-0.5, clipped__mean=0.2, ratio__max=1.5, worst__max=4.0)
     for order in (1, -1):

@@ -1,4 +1,4 @@
-"""Which weights of a run stay, as values and as a small file that outlives kills."""
+"""Kept checkpoints, in memory and in a file that survives kills."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_measured_weights_go_and_the_others_stay(tmp_path: Path) -> None:
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from([0.0, 0.25, 0.5, math.nan]), st.booleans()), max_size=8))
 def test_the_best_so_far_stays_whatever_comes(scores: list[tuple[float, bool]]) -> None:
-    """Of equal ones the earliest; and nothing that is asked for is ever deleted."""
+    """The earliest if tied; permanent checkpoints are never deleted."""
     import tempfile
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -113,7 +113,7 @@ def test_a_step_of_an_earlier_version_has_the_state_of_the_resume_point_alone(tm
     assert [one.state_path for one in kept_checkpoints(tmp_path)] == [None, POINT.state_path]
     again = CheckpointList(tmp_path)
     assert again.holds_state(POINT.state_path), "so a resumed run does not delete it"
-    assert again.take_unwanted() == (), "and nothing is taken for lost"
+    assert again.take_unwanted() == (), "and nothing counts as lost"
 
 
 def test_another_attempt_in_the_folder_is_forgotten(tmp_path: Path) -> None:
@@ -126,8 +126,8 @@ def test_another_attempt_in_the_folder_is_forgotten(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"{", "no list of checkpoints"),
-        (json.dumps({"format": 1, "checkpoints": [{"step": 1}]}).encode(), "no list of checkpoints"),
+        (b"{", "not a list of checkpoints"),
+        (json.dumps({"format": 1, "checkpoints": [{"step": 1}]}).encode(), "not a list of checkpoints"),
         (json.dumps({"format": 2, "checkpoints": []}).encode(), "another version"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The learner against the embedded service, over a real model of 0.1 million weights."""
+"""The learner against the embedded service, with a real model of 0.1 million weights."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ pytestmark = pytest.mark.anyio
 
 VOCABULARY = 60
 GROUPS: list[Group] = []
-"""Made at the first use: 10 of 4 episodes."""
+"""Created on first use: 10 groups of 4 episodes."""
 RATE = 1e-3
 
 
 class World:
-    """A service, groups that its model really gives a probability to, and how it sees them now."""
+    """A service, with groups that have log-probabilities of its model."""
 
     def __init__(self, service: tinker.ServiceClient, base: tinker.SamplingClient, groups: list[Group]) -> None:
         self.service, self.base, self.groups = service, base, groups
@@ -45,12 +45,12 @@ class World:
         return Learner(client, learning, events.append, **options), events
 
     async def logprobs(self, client: tinker.SamplingClient) -> np.ndarray:
-        """Of every sampled token of all groups."""
+        """Log-probabilities of all sampled tokens."""
         return np.concatenate(await all_logprobs(client, self.groups))
 
 
 async def all_logprobs(client: tinker.SamplingClient, groups: Sequence[Group]) -> list[np.ndarray]:
-    """Of each episode's sampled tokens."""
+    """Log-probabilities of the sampled tokens, per episode."""
     episodes = [episode for group in groups for episode in group.episodes]
     asked = [client.compute_logprobs(tinker_types.ModelInput.from_ints(list(one.tokens))) for one in episodes]
     return [
@@ -59,7 +59,7 @@ async def all_logprobs(client: tinker.SamplingClient, groups: Sequence[Group]) -
 
 
 def sampled_mask(episode: Episode) -> np.ndarray:
-    """Bool [T] over the targets, from the definition of an episode's tokens."""
+    """Bool [T] over the targets."""
     flags = [False] * len(episode.prompt_tokens)
     for turn in episode.turns:
         flags += [True] * len(turn.sampled_tokens) + [False] * len(turn.appended_tokens)
@@ -78,7 +78,7 @@ def random_episode(chance: random.Random, question: Question, prompt: tuple[int,
 
 
 async def seen_by(client: tinker.SamplingClient, groups: Sequence[Group]) -> list[Group]:
-    """The groups with the log-probabilities of these weights, a little off, as a sampler's in other numerics are."""
+    """The groups with log-probabilities of these weights, perturbed like a sampler with other numerics."""
     chance = np.random.default_rng(0)
     rows = iter(await all_logprobs(client, groups))
 
@@ -140,7 +140,7 @@ async def test_minibatches_in_any_cut_and_order_move_the_weights_as_one_does(wor
 
 
 async def test_a_clipped_loss_goes_another_way_than_an_unclipped_one(world: World) -> None:
-    """Or the test above would not tell that the clip was at work."""
+    """Shows that the test above exercises the clip."""
     moved = []
     for loss in ("importance_sampling", "ppo"):
         learner, _ = await world.learner(loss=loss)
@@ -171,7 +171,7 @@ async def test_figures_are_of_all_tokens_though_minibatches_are_unequal(world: W
 
 
 async def test_a_penalty_pulls_back_to_the_base_model(world: World) -> None:
-    """Two steps on the same groups, the second with a large penalty or none: the base model stays nearer with it."""
+    """Two steps on the same groups, the second with or without a large penalty, which keeps the policy closer to the base model."""
     base = await world.logprobs(world.base)
     away = {}
     for coefficient in (0.0, 3.0):
@@ -189,13 +189,13 @@ async def test_parts_are_optimiser_steps_of_their_own(world: World) -> None:
     first, second, nothing = cut(world.groups, 4, 6, 0)
     await learner.submit(first, 2)
     learner.end_part(2, 4)
-    learner.end_part(2, 4)  # nothing came since
+    learner.end_part(2, 4)  # nothing was submitted since
     await learner.submit(nothing, 2)
     finished, _ = await learn(learner, [second], step=2)
     assert finished.metrics["optim/steps"] == 2
     assert finished.metrics["optim/lr"] == pytest.approx(0.75 * RATE)
     assert finished.metrics["optim/optimizer_steps"] == 2
-    # Another step, so other weights than after one step on all.
+    # A second step, so different weights than after one step on everything.
     at_once, _ = await world.learner(optimizer_steps=2, schedule="linear", loss="ppo")
     whole, _ = await learn(at_once, [world.groups], step=2)
     assert whole.metrics["optim/weight_norm"] != finished.metrics["optim/weight_norm"]
@@ -212,11 +212,11 @@ async def test_a_batch_with_nothing_to_learn_from_leaves_the_weights_and_says_so
     assert finished.state_path.startswith("tinker://")
     assert finished.sampler_path is not None
     assert [event.text for event in events if isinstance(event, Notice)] == [
-        "step 3: no group to learn from, so the weights stay as they are"
+        "step 3: no group to learn from, so the weights do not change"
     ]
     start = await (await learner.finish_step(0, 4, "start", keep=False)).finished()
     assert start.sampler_path is None
-    assert len(events) == 1, "before the first batch there is nothing to notice"
+    assert len(events) == 1, "no notice before the first batch"
 
 
 async def test_the_next_batch_may_be_submitted_while_the_last_is_saved(world: World) -> None:
@@ -247,18 +247,18 @@ async def test_it_tells_when_the_trainer_is_idle(world: World) -> None:
     await learner.wait_idle()
     assert learner.is_idle
     finished, _ = await learn(learner, [])
-    assert finished.metrics["optim/datums"] == 320, "a wait that was cancelled has cancelled nothing"
+    assert finished.metrics["optim/datums"] == 320, "cancelling the wait cancelled no call"
 
 
 async def test_a_refused_minibatch_surfaces_at_the_end_and_before_its_weights_are_used(world: World) -> None:
-    # The configuration is checked by the service, so the call itself succeeds.
+    # The service checks the configuration, so the call itself succeeds.
     learner, _ = await world.learner(loss="ppo", loss_config={"beta": 1.0})
     await learner.submit(world.groups, 1)
     await learner.wait_idle()
     in_progress = await learner.finish_step(1, 4, "refused", keep=False)
-    with pytest.raises(ServiceError, match=r"an optimiser step failed at the Tinker service: .*'beta'"):
+    with pytest.raises(ServiceError, match=r"an optimizer step failed at the Tinker service: .*'beta'"):
         await in_progress.published()
-    with pytest.raises(ServiceError, match=r"an optimiser step failed at the Tinker service: .*'beta'"):
+    with pytest.raises(ServiceError, match=r"an optimizer step failed at the Tinker service: .*'beta'"):
         await in_progress.finished()
 
 
@@ -268,7 +268,7 @@ async def test_a_penalty_needs_the_base_model(world: World) -> None:
 
 
 async def sampled_groups(client: tinker.SamplingClient, groups: Sequence[Group]) -> list[Group]:
-    """The groups played anew: their prompts and what was appended, with turns that this client really samples."""
+    """The groups with turns really sampled by this client, for the same prompts and appended tokens."""
     policy = TinkerPolicy(client, 0, SamplingSettings(seed=3))
 
     async def played(episode: Episode, prompt: tuple[int, ...]) -> Episode:
@@ -292,7 +292,7 @@ async def sampled_groups(client: tinker.SamplingClient, groups: Sequence[Group])
 async def test_stable_reinforce_learns_from_what_the_service_recorded(
     world: World, weights_in_flight: str, settings: dict[str, Any]
 ) -> None:
-    """The service proves every span; a step on other weights than those that sampled is what the loss is for."""
+    """The service checks every span; training on other weights than those that sampled is the point of the loss."""
     base = {"base": world.base} if "kl_coefficient" in settings else {}
     learner, _ = await world.learner(loss="stable_reinforce", weights_in_flight=weights_in_flight, **settings, **base)
     sampler = await learner.publish()
@@ -302,7 +302,7 @@ async def test_stable_reinforce_learns_from_what_the_service_recorded(
     first, client = await learn(learner, [one])
     second, _ = await learn(learner, [two, one], step=2)
     assert np.abs(await world.logprobs(client) - before).mean() > 1e-4
-    # A client that is there already goes on with the newer weights, or stays with its own.
+    # An existing client switches to the newer weights, or keeps its own.
     has_moved = np.abs(await world.logprobs(sampler) - before).mean() > 1e-4
     assert has_moved == (weights_in_flight == "inflight")
     for finished in (first, second):
@@ -313,7 +313,7 @@ async def test_stable_reinforce_learns_from_what_the_service_recorded(
 
 
 async def test_what_the_service_did_not_record_is_learned_with_the_clipped_loss(world: World) -> None:
-    """Whole groups of another session, and single members: their gradients add up with those of the others."""
+    """Groups and single members of another session: their gradients add to those of the others."""
     learner, events = await world.learner(loss="stable_reinforce")
     groups = await sampled_groups(await learner.publish(), world.groups)
     partly = replace(groups[0], episodes=(groups[0].episodes[0], *without_sequence_ids(groups[0]).episodes[1:]))
@@ -321,11 +321,11 @@ async def test_what_the_service_did_not_record_is_learned_with_the_clipped_loss(
     finished, client = await learn(learner, cut(mixed, 1, 6, 3))
     assert finished.metrics["optim/datums"] == 40
     assert finished.metrics["optim/fallback_datums"] == 23
-    assert finished.metrics["optim/minibatches"] == 5, "two requests where a minibatch holds both kinds"
+    assert finished.metrics["optim/minibatches"] == 5, "two requests if a minibatch contains both kinds"
     assert finished.metrics["optim/steps"] == 1
     assert [event.datums for event in events if isinstance(event, MinibatchSubmitted)] == [4, 24, 12]
 
-    # On fresh samples all ratios are 1, so both losses have the gradient of plain REINFORCE.
+    # On fresh samples all ratios are 1, so both losses have the REINFORCE gradient.
     plain, _ = await world.learner(loss="importance_sampling")
     _, other = await learn(plain, [mixed])
     before = await world.logprobs(world.base)
@@ -335,7 +335,7 @@ async def test_what_the_service_did_not_record_is_learned_with_the_clipped_loss(
 
 
 async def test_a_sequence_of_another_session_is_refused_by_the_service(world: World) -> None:
-    """Which is why groups that a resume brings back lose their ids."""
+    """So groups restored by a resume lose their ids."""
     learner, _ = await world.learner(loss="stable_reinforce")
     foreign = [
         replace(

@@ -16,14 +16,14 @@ def group(*rewards: float, name: str = "q") -> Group:
 
 
 def sized(tokens: int, name: str = "q") -> Group:
-    """A group of one episode of that many tokens, one of them sampled."""
+    """A group with one episode of this many tokens, one of them sampled."""
     question = Question(name, "?", ("a",))
     turn = Turn((1,), (-1.0,), "x")
     return Group(question, (Episode(question, (0,) * (tokens - 1), (turn,), StopReason.ANSWER),))
 
 
 def gather(gatherer: MinibatchGatherer, groups: list[Group]) -> list[Minibatch]:
-    """All that goes out of a batch in one part, with a trainer that is never idle."""
+    """All minibatches of a one-part batch with a trainer that is never idle."""
     return [minibatch for one in groups for minibatch in gatherer.add(one)] + gatherer.end_batch()
 
 
@@ -95,7 +95,7 @@ def test_minibatches_of_unlike_groups_are_alike_in_tokens(sizes: list[int], mini
 
 @given(st.integers(0, 10_000))
 def test_streamed_minibatches_are_alike_though_long_groups_finish_last(seed: int) -> None:
-    """Of 64 groups with long tails, in the order of their lengths, knowing the last batch's mean: within a third."""
+    """For 64 long-tailed groups in order of length, knowing the last batch's mean: within a third."""
     chance = random.Random(seed)
     sizes = sorted(int(200 * chance.lognormvariate(0, 0.6)) + 2 for _ in range(64))
     gatherer = MinibatchGatherer(64, 4, mean_tokens=sum(sizes) / 64)
@@ -113,14 +113,14 @@ def test_an_idle_trainer_gets_a_quarter_of_a_minibatch_and_a_busy_one_a_full_one
     assert gatherer.is_enough
     assert [len(part.groups) for part in gatherer.trainer_is_idle()] == [2]
     counts = [len(part.groups) for _ in range(30) for part in gatherer.add(sized(100))]
-    # 3,000 of 3,200 tokens are left: still four, a little smaller.
+    # 3,000 of 3,200 tokens are left: still four, slightly smaller.
     assert counts == [8, 7, 8, 7]
 
 
 def test_dropped_groups_leave_no_hole() -> None:
     gatherer = MinibatchGatherer(8, 2, mean_tokens=10)
     assert [len(part.groups) for _ in range(5) for part in gatherer.add(sized(10))] == [4]
-    # Three were dropped: the end of the batch needs no more.
+    # Three were dropped: the batch ends without them.
     assert [len(part.groups) for part in gatherer.end_batch()] == [1]
 
 

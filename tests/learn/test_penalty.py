@@ -1,4 +1,4 @@
-"""The penalty and the normalisations, against gradients computed by hand for the one-parameter model."""
+"""KL penalty and normalizations, against hand-computed gradients of a one-parameter model."""
 
 from __future__ import annotations
 
@@ -61,13 +61,13 @@ async def service(served: Served, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def sampled(episode: Episode) -> tuple[np.ndarray, np.ndarray]:
-    """Log-probabilities of the sampled tokens: as the sampler reported them, and of the untrained model."""
+    """Log-probabilities of the sampled tokens, from the sampler and from the untrained model."""
     tokens = np.array([token for turn in episode.turns for token in turn.sampled_tokens])
     return np.array([value for turn in episode.turns for value in turn.logprobs]), scale_free(tokens)
 
 
 def gradient_by_hand(normalization: str, coefficient: float) -> float:
-    """Of importance sampling by the model's bias, at which lp = scale_free(token) · exp(-bias): d lp / d bias = -lp."""
+    """Gradient of importance sampling by the model's bias, where lp = scale_free(token) · exp(-bias): d lp / d bias = -lp."""
     total = 0.0
     for group in GROUPS:
         mean_reward = np.mean([episode.reward for episode in group.episodes])

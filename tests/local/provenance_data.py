@@ -1,4 +1,4 @@
-"""Episodes of any shape as training data: turns that were sampled, the text appended between them, and the spans of both."""
+"""Episodes as training data: sampled turns, the text appended between them, and their spans."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ AnySpan = PromptProvenanceSpan | SampledProvenanceSpan
 
 
 @dataclass(frozen=True)
-class PlayedTurn:
-    """One sampled sequence: its prompt is the whole text before it."""
+class SampledTurn:
+    """One sampled sequence; its prompt is all preceding text."""
 
     sequence_id: str
     prompt: list[int]
@@ -22,8 +22,8 @@ class PlayedTurn:
     logprobs: list[float]
 
 
-def spans_of(turns: Sequence[PlayedTurn]) -> list[AnySpan]:
-    """What tiles the whole text of an episode."""
+def spans_of(turns: Sequence[SampledTurn]) -> list[AnySpan]:
+    """Spans that tile an episode's text."""
     spans: list[AnySpan] = []
     done = 0
     for turn in turns:
@@ -48,8 +48,8 @@ def without_last(spans: Sequence[AnySpan]) -> list[AnySpan]:
     return [*spans[:-1], *([shorter] if shorter.length else [])]
 
 
-def columns_of(turns: Sequence[PlayedTurn], advantage: float) -> dict[str, np.ndarray[Any, Any]]:
-    """The loss inputs of an episode as a client sends them, zeros where the target was not sampled."""
+def columns_of(turns: Sequence[SampledTurn], advantage: float) -> dict[str, np.ndarray[Any, Any]]:
+    """An episode's loss inputs as a client sends them, zero at unsampled targets."""
     last = turns[-1]
     text = [*last.prompt, *last.tokens]
     logprobs, advantages = np.zeros(len(text), np.float32), np.zeros(len(text), np.float32)
@@ -60,7 +60,7 @@ def columns_of(turns: Sequence[PlayedTurn], advantage: float) -> dict[str, np.nd
     return {"target_tokens": targets, "logprobs": logprobs[1:], "advantages": advantages[1:]}
 
 
-def datum_of(turns: Sequence[PlayedTurn], advantage: float = 1.0) -> types.Datum:
+def datum_of(turns: Sequence[SampledTurn], advantage: float = 1.0) -> types.Datum:
     """An episode with its provenance."""
     last, spans = turns[-1], spans_of(turns)
     text = [*last.prompt, *last.tokens]

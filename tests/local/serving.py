@@ -1,4 +1,4 @@
-"""An embedded service in a thread of the test process, and a plain HTTP client that says what the SDK never would."""
+"""An embedded service in a thread, and a plain HTTP client for requests that the SDK never sends."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ KEY = "tml-test-key"
 
 
 def successors(prompt: list[int], chance: random.Random) -> list[int]:
-    """The script of most tests: each of the prompt's last four tokens plus one, then token 2."""
+    """Default reply: the prompt's last four tokens plus one, then token 2."""
     return [token + 1 for token in prompt[-4:]] + [2]
 
 
@@ -47,7 +47,7 @@ def free_listener() -> socket.socket:
 
 @contextmanager
 def service_thread(folder: Path, backend: Backend | None = None, **options: Any) -> Iterator[Served]:
-    """Serves on another thread, so that the SDK's blocking calls cannot stop the server."""
+    """Serves on another thread, so that the SDK's blocking calls cannot block the server."""
     backend = backend or ScriptedBackend(successors)
     started = threading.Event()
     state: dict[str, Any] = {}
@@ -89,10 +89,10 @@ def service_thread(folder: Path, backend: Backend | None = None, **options: Any)
 
 @asynccontextmanager
 async def sdk(url: str, key: str = KEY) -> AsyncIterator[tinker.ServiceClient]:
-    """A ``ServiceClient`` that is closed in the end."""
+    """A ``ServiceClient`` that is closed on exit."""
     service = await anyio.to_thread.run_sync(lambda: tinker.ServiceClient(base_url=url, api_key=key))
     try:
-        # The first call that needs a session blocks; have it block a worker thread.
+        # The first call that needs a session blocks, so run it in a worker thread.
         await anyio.to_thread.run_sync(lambda: service.holder)
         yield service
     finally:
@@ -100,7 +100,7 @@ async def sdk(url: str, key: str = KEY) -> AsyncIterator[tinker.ServiceClient]:
 
 
 class Raw:
-    """JSON and protobuf over HTTP, statuses included."""
+    """JSON and protobuf over HTTP, with statuses."""
 
     def __init__(self, session: aiohttp.ClientSession, url: str) -> None:
         self._session = session
@@ -109,7 +109,7 @@ class Raw:
     async def ask(
         self, path: str, fields: Any = None, *, body: bytes | None = None, method: str = "POST"
     ) -> tuple[int, Any]:
-        """The status and the JSON answer (None: empty; bytes: not JSON)."""
+        """Status and JSON response (None: empty; bytes: not JSON)."""
         data = {"data": body} if body is not None else {"json": fields if fields is not None else {}}
         if method in ("GET", "DELETE"):
             data = {}
@@ -145,7 +145,7 @@ class Raw:
 
 
 async def until(condition: Callable[[], Awaitable[bool]], seconds: float = 20.0) -> None:
-    """Asks until the answer is yes: for what shows itself only to those who ask."""
+    """Polls ``condition`` until it is true."""
     with anyio.fail_after(seconds):
         while not await condition():  # noqa: ASYNC110
             await anyio.sleep(0.01)
@@ -171,7 +171,7 @@ def sample_fields(sampler: str, seq_id: int | None = None, **more: Any) -> dict[
 
 
 def datum(tokens: list[int], **columns: list[float]) -> types.Datum:
-    """Inputs are all tokens but the last, targets all but the first."""
+    """Inputs are ``tokens[:-1]``, targets ``tokens[1:]``."""
     length = len(tokens) - 1
     inputs: dict[str, Any] = {"target_tokens": types.TensorData(data=tokens[1:], dtype="int64", shape=[length])}
     for name, values in columns.items():

@@ -43,7 +43,7 @@ def files(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-def test_what_was_saved_is_read_by_another_store(tmp_path: Path) -> None:
+def test_another_store_reads_a_saved_checkpoint(tmp_path: Path) -> None:
     saved = CheckpointStore(tmp_path).save(checkpoint(), STATE, overwrite=False)
     found, state = CheckpointStore(tmp_path).load(saved.id, now=200.0)
     assert found == saved
@@ -83,7 +83,7 @@ def test_unsafe_paths_are_refused(path: str) -> None:
         CheckpointId.parse(path)
 
 
-def test_a_name_is_replaced_only_when_asked(tmp_path: Path) -> None:
+def test_a_checkpoint_is_replaced_only_with_overwrite(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path)
     first = store.save(checkpoint(), STATE, overwrite=False)
     with pytest.raises(UserFault, match="overwrite=True"):
@@ -109,7 +109,7 @@ def test_expired_checkpoints_are_refused_and_removed(tmp_path: Path) -> None:
     store.save(checkpoint("swept"), STATE, overwrite=False)
 
 
-def test_the_time_to_live_can_be_changed(tmp_path: Path) -> None:
+def test_the_expiry_can_be_changed(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path)
     id = store.save(checkpoint(), STATE, overwrite=False).id
     store.set_expiry(id, 300.0, now=200.0)
@@ -193,7 +193,7 @@ def test_a_disk_that_fills_up_leaves_the_old_checkpoint(
     np.testing.assert_array_equal(store.load(id, 200.0)[1]["step"], [7])
 
 
-def test_too_little_space_is_seen_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_space_is_detected_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     store = CheckpointStore(tmp_path)
@@ -202,7 +202,7 @@ def test_too_little_space_is_seen_before_writing(tmp_path: Path, monkeypatch: py
     assert files(tmp_path) == []
 
 
-def test_a_really_full_disk(tmp_path: Path) -> None:
+def test_a_full_disk(tmp_path: Path) -> None:
     mounted = tmp_path / "small"
     mounted.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(mounted)]
@@ -227,7 +227,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
         store.save(checkpoint(), STATE, overwrite=False)
 
 
-def test_a_start_removes_what_a_killed_process_left(tmp_path: Path) -> None:
+def test_startup_removes_files_of_a_killed_process(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path)
     saved = store.save(checkpoint(), STATE, overwrite=False)
     place = tmp_path / RUN.replace(":", ".") / "weights"
@@ -244,7 +244,7 @@ def test_a_start_removes_what_a_killed_process_left(tmp_path: Path) -> None:
     store.load(saved.id, 200.0)
 
 
-def test_a_damaged_checkpoint_is_no_crash(tmp_path: Path) -> None:
+def test_a_corrupt_checkpoint_does_not_crash(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path)
     saved = store.save(checkpoint(), STATE, overwrite=False)
     place = tmp_path / RUN.replace(":", ".") / "weights" / "one"

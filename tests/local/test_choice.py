@@ -10,7 +10,7 @@ LOGITS = torch.tensor([0.0, 1.0, 2.0, -1.0, 0.5])
 
 
 def frequencies(temperature: float = 1.0, top_k: int = -1, top_p: float = 1.0, draws: int = 20_000) -> np.ndarray:
-    # A grid of draws instead of random ones: frequencies are then exact to one draw.
+    # A grid of draws instead of random ones makes frequencies exact to one draw.
     rules = [ChoiceRule(temperature, top_k, top_p, (i + 0.5) / draws) for i in range(draws if draws else 1)]
     tokens = choose(LOGITS.expand(len(rules), -1).contiguous(), rules).tokens
     return np.bincount(tokens, minlength=5) / draws
@@ -52,7 +52,7 @@ def test_a_token_of_probability_zero_is_never_chosen() -> None:
 @pytest.mark.parametrize(
     "rule", [ChoiceRule(0.0, -1, 1.0, 0.5), ChoiceRule(1.0, -1, 1.0, 0.5), ChoiceRule(1.0, 3, 0.9, 0.5)]
 )
-def test_logits_that_are_not_numbers_choose_nothing(rule: ChoiceRule) -> None:
+def test_non_finite_logits_choose_nothing(rule: ChoiceRule) -> None:
     logits = torch.stack([LOGITS, torch.full((5,), torch.nan)])
     tokens = choose(logits, [rule, rule]).tokens
     assert tokens[0] >= 0

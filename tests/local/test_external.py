@@ -1,4 +1,4 @@
-"""Adapters that clients take away and bring along: the SDK's calls, its command line, and the signed URLs."""
+"""Download and import of adapters: SDK calls, command line and signed URLs."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ async def rest(served: Served) -> tinker.RestClient:
 
 
 async def trained(service: tinker.ServiceClient, model: Path, **metadata: str) -> tinker.TrainingClient:
-    """An adapter whose B's are not zero any more."""
+    """An adapter with non-zero B's."""
     trainer = await service.create_lora_training_client(
         base_model=str(model), rank=RANK, seed=1, user_metadata=metadata or None
     )
@@ -94,7 +94,7 @@ async def take(served: Served, path: str, folder: Path) -> Path:
     return folder
 
 
-async def test_an_adapter_comes_as_a_peft_folder(
+async def test_an_adapter_is_downloaded_as_a_peft_folder(
     served: Served, service: tinker.ServiceClient, model: Path, tmp_path: Path
 ) -> None:
     trainer = await trained(service, model)
@@ -136,14 +136,16 @@ async def test_it_is_listed_kept_for_its_time_and_deleted(
         await client.get_external_weights_urls(path)
 
 
-async def test_encryption_is_refused_in_words(service: tinker.ServiceClient, model: Path) -> None:
+async def test_encryption_is_refused(service: tinker.ServiceClient, model: Path) -> None:
     trainer = await trained(service, model)
     with pytest.raises(tinker.TinkerError, match="does not encrypt"):
         await trainer.save_weights_external("secret", age_encryption_recipients=["age1abc"])
-    assert (await trainer.save_weights_external("plain")).path.endswith("/plain"), "its place in the order was taken"
+    assert (await trainer.save_weights_external("plain")).path.endswith("/plain"), (
+        "the refused request used its sequence number"
+    )
 
 
-async def test_only_the_very_url_that_was_signed_is_served(
+async def test_only_signed_urls_are_served(
     served: Served, service: tinker.ServiceClient, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer, client = await trained(service, model), await rest(served)
@@ -212,7 +214,7 @@ async def test_an_adapter_from_a_folder_is_trained_on(
     assert answer == {"path": "tinker://imported/weights/mine", "lora_rank": RANK}
     again = await service.create_training_client_from_state(answer["path"])
     assert await logprobs(again) == pytest.approx(await logprobs(trainer), abs=1e-6)
-    # Another alpha is the same update in another form.
+    # Another alpha with rescaled matrices is the same update.
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 8}))
     file = folder / "adapter_model.safetensors"
@@ -252,14 +254,14 @@ async def test_a_checkpoint_of_another_service_is_copied_under_its_name(
 @pytest.mark.parametrize(
     ("config", "matrices", "message"),
     [
-        ({"r": 3}, {}, "has shape|wanted"),
+        ({"r": 3}, {}, "has shape|expected"),
         ({"r": "4"}, {}, "r is '4'"),
         ({"lora_alpha": 0}, {}, "lora_alpha is 0"),
-        ({"peft_type": "IA3"}, {}, "no LoRA adapter"),
+        ({"peft_type": "IA3"}, {}, "does not describe a LoRA adapter"),
         ({"use_rslora": True}, {}, "use_rslora is set"),
         ({"base_model_name_or_path": "someone/else"}, {}, "someone/else"),
         ({}, {"base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight": (4, 96)}, "layers.9"),
-        ({}, {"base_model.model.model.norm.weight": (96,)}, "is no LoRA matrix"),
+        ({}, {"base_model.model.model.norm.weight": (96,)}, "is not a LoRA matrix"),
     ],
 )
 async def test_a_folder_that_does_not_fit_is_refused(
@@ -285,4 +287,4 @@ async def test_a_folder_that_does_not_fit_is_refused(
         raise AssertionError(answer["detail"])
     shutil.rmtree(folder)
     status, answer = await client.ask(external.IMPORT_ROUTE, {"folder": str(folder), "name": "bad"})
-    assert (status, "no PEFT adapter" in answer["detail"]) == (400, True)
+    assert (status, "not a readable PEFT adapter" in answer["detail"]) == (400, True)

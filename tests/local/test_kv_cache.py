@@ -15,11 +15,11 @@ TOKEN_BYTES = 2 * 2 * 1 * 2 * 4
 
 
 class Owner:
-    """Stands for a snapshot: hashable by identity, may be referred to weakly."""
+    """A stand-in for a snapshot: hashable by identity, weakly referenceable."""
 
 
 def kv_of(tokens: np.ndarray) -> torch.Tensor:
-    """Keys and values that tell which prefix they belong to."""
+    """Keys and values unique to their prefix."""
     codes = [hash(tuple(tokens[: i + 1].tolist())) % 1_000_003 for i in range(len(tokens))]
     return torch.tensor(codes, dtype=torch.float32).view(1, 1, -1, 1, 1).expand(2, 2, -1, 1, 2)
 
@@ -32,7 +32,7 @@ words = st.lists(st.integers(0, 2), min_size=1, max_size=10).map(lambda ids: np.
 
 
 @given(st.lists(words, max_size=12), words)
-def test_a_lookup_gives_the_longest_known_beginning(known: list[np.ndarray], query: np.ndarray) -> None:
+def test_a_lookup_gives_the_longest_cached_prefix(known: list[np.ndarray], query: np.ndarray) -> None:
     prefixes = store(1000)
     for tokens in known:
         prefixes.insert(None, tokens, kv_of(tokens))
@@ -52,7 +52,7 @@ def test_a_lookup_gives_the_longest_known_beginning(known: list[np.ndarray], que
 
 
 @given(st.lists(words, max_size=30))
-def test_the_bound_holds_whatever_comes(sequences: list[np.ndarray]) -> None:
+def test_capacity_is_never_exceeded(sequences: list[np.ndarray]) -> None:
     prefixes = store(12)
     for tokens in sequences:
         prefixes.insert(None, tokens, kv_of(tokens))
@@ -62,7 +62,7 @@ def test_the_bound_holds_whatever_comes(sequences: list[np.ndarray]) -> None:
             torch.testing.assert_close(torch.cat(pieces, dim=2), kv_of(tokens[:length]))
 
 
-def test_the_least_recently_used_goes_first() -> None:
+def test_the_least_recently_used_is_evicted_first() -> None:
     prefixes = store(10)
     old, used, new = (np.array([first] * 4, np.int32) for first in (1, 2, 3))
     for tokens in (old, used):
@@ -75,7 +75,7 @@ def test_the_least_recently_used_goes_first() -> None:
     assert [prefixes.match(None, tokens) for tokens in (old, used, new)] == [0, 4, 4]
 
 
-def test_snapshots_share_nothing_and_take_their_tree_with_them() -> None:
+def test_snapshots_share_nothing_and_free_their_tree() -> None:
     prefixes, first, second = store(100), Owner(), Owner()
     tokens = np.array([1, 2, 3], np.int32)
     prefixes.insert(first, tokens, kv_of(tokens))

@@ -1,4 +1,4 @@
-"""Runs and checkpoints as the SDK's REST client and its command line see them: what is listed, in which order, for how long."""
+"""Runs and checkpoints in the SDK's REST client and command line."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ async def service(served: Served) -> AsyncIterator[tinker.ServiceClient]:
 
 
 async def rest(served: Served) -> tinker.RestClient:
-    # Its first use of an address blocks.
+    # The first use of a URL blocks.
     return await anyio.to_thread.run_sync(lambda: tinker.RestClient(base_url=served.url, api_key=KEY))
 
 
@@ -44,7 +44,7 @@ async def trained(service: tinker.ServiceClient, **metadata: str) -> tinker.Trai
     return await service.create_lora_training_client(base_model="scripted", rank=4, user_metadata=metadata or None)
 
 
-# -- what outlives a session and the service ----------------------------------------------------------------------------
+# -- persistence across sessions and restarts -------------------------------------------------------------------------
 
 
 async def test_a_runs_metadata_outlives_its_session_and_the_service(tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ async def test_a_runs_metadata_outlives_its_session_and_the_service(tmp_path: Pa
             trainer = await trained(service, **RENDERER)
             state = (await trainer.save_state("final")).path
             again = await service.create_training_client_from_state(state, user_metadata={"created_by": "me"})
-            bare = await trained(service)  # of which no checkpoint will be left
+            bare = await trained(service)  # left without checkpoints
         ids = {trainer.model_id, again.model_id, bare.model_id}
         client = await rest(served)
         assert (await client.get_training_run_by_tinker_path(state)).user_metadata == RENDERER
@@ -87,7 +87,7 @@ async def test_a_run_is_as_recent_as_its_last_request(tmp_path: Path) -> None:
         assert runs[0].last_request_time == ended.last_request_time
 
 
-async def test_runs_of_before_there_were_records_are_listed_by_their_checkpoints(tmp_path: Path) -> None:
+async def test_runs_without_records_are_listed_by_their_checkpoints(tmp_path: Path) -> None:
     with service_thread(tmp_path) as served:
         async with sdk(served.url) as service:
             trainer = await trained(service)
@@ -102,10 +102,10 @@ async def test_runs_of_before_there_were_records_are_listed_by_their_checkpoints
     assert run.last_request_time == run.last_checkpoint.time
 
 
-# -- orders, pages, ranges ----------------------------------------------------------------------------------------------
+# -- orders, pages, ranges --------------------------------------------------------------------------------------------
 
 
-async def test_checkpoints_come_newest_first_in_pages(tmp_path: Path) -> None:
+async def test_checkpoints_are_paginated_newest_first(tmp_path: Path) -> None:
     with service_thread(tmp_path) as served:
         async with sdk(served.url) as service:
             paths = []
@@ -132,7 +132,7 @@ async def test_checkpoints_come_newest_first_in_pages(tmp_path: Path) -> None:
 
 
 async def test_all_checkpoints_of_a_run_are_listed_at_once(served: Served, service: tinker.ServiceClient) -> None:
-    """The SDK has no pages there, so none may be left out."""
+    """The SDK does not paginate here, so all must be listed."""
     trainer = await trained(service)
     await trainer.save_state("0")
     (place,) = served.folder.glob(f"{trainer.model_id.replace(':', '.')}/weights")
@@ -148,7 +148,7 @@ async def test_all_checkpoints_of_a_run_are_listed_at_once(served: Served, servi
     await anyio.to_thread.run_sync(shutil.rmtree, place)
 
 
-async def test_a_time_to_live_lies_between_an_hour_and_ten_years(served: Served, service: tinker.ServiceClient) -> None:
+async def test_ttl_must_be_between_an_hour_and_ten_years(served: Served, service: tinker.ServiceClient) -> None:
     trainer, client = await trained(service), await rest(served)
     path = (await trainer.save_state("kept")).path
     for wrong in (0, 3599, 11 * 365 * 86400):
@@ -162,7 +162,7 @@ async def test_a_time_to_live_lies_between_an_hour_and_ten_years(served: Served,
     assert 3500 < found.expires_at.timestamp() - time.time() <= 3600
 
 
-# -- publishing and copying ---------------------------------------------------------------------------------------------
+# -- publishing and copying -------------------------------------------------------------------------------------------
 
 
 async def test_publishing_shows_in_listings(tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ async def test_publishing_shows_in_listings(tmp_path: Path) -> None:
             path = (await (await trained(service)).save_state("final")).path
             assert not await published(client)
             start = time.monotonic()
-            for _ in range(2):  # the SDK would repeat a refused second one for five minutes
+            for _ in range(2):  # idempotent: the SDK would retry a refusal for five minutes
                 await client.publish_checkpoint_from_tinker_path(path)
             assert await published(client)
             assert time.monotonic() - start < 30
@@ -190,9 +190,7 @@ async def test_publishing_shows_in_listings(tmp_path: Path) -> None:
             await client.publish_checkpoint_from_tinker_path(path.replace("final", "other"))
 
 
-async def test_a_copy_stands_in_its_project_and_outlives_its_source(
-    served: Served, service: tinker.ServiceClient
-) -> None:
+async def test_a_copy_is_in_its_project_and_outlives_its_source(served: Served, service: tinker.ServiceClient) -> None:
     trainer, client = await trained(service), await rest(served)
     gradient = trainer.forward_backward([datum([1, 2], weights=[1.0])], "cross_entropy")
     await trainer.optim_step(types.AdamParams(learning_rate=0.1))
@@ -218,17 +216,17 @@ async def test_a_copy_stands_in_its_project_and_outlives_its_source(
         await client.copy_weights(source, "archive")
 
 
-# -- what makes no sense on one machine -----------------------------------------------------------------------------------
+# -- unsupported routes -----------------------------------------------------------------------------------------------
 
 
-async def test_the_rest_is_refused_with_its_reason(served: Served, service: tinker.ServiceClient) -> None:
+async def test_unsupported_routes_give_a_reason(served: Served, service: tinker.ServiceClient) -> None:
     client = await rest(served)
     admin = await anyio.to_thread.run_sync(lambda: tinker.AdminClient(base_url=served.url, api_key=KEY))
     refused: list[tuple[Callable[[], Any], str]] = [
-        (lambda: client.export_session_trace(service.holder.get_session_id()), "records no trace"),
+        (lambda: client.export_session_trace(service.holder.get_session_id()), "records no request traces"),
         (lambda: admin.get_billing_usage("2026-01-01T00:00:00Z", "2026-01-02T00:00:00Z"), "bills nothing"),
-        (lambda: admin.get_current_checkpoint_storage_usage(), "the size of every checkpoint stands in its listing"),
-        (lambda: admin.get_audit_log(), "keeps no audit log"),
+        (lambda: admin.get_current_checkpoint_storage_usage(), "checkpoint sizes are in the listing"),
+        (lambda: admin.get_audit_log(), "no audit log"),
     ]
     for call, reason in refused:
         with pytest.raises(tinker.NotFoundError, match=reason):
@@ -239,11 +237,11 @@ async def test_the_rest_is_refused_with_its_reason(served: Served, service: tink
             assert (status, "TINKER_API_KEY" in answer["detail"]) == (404, True)
 
 
-# -- the command line ---------------------------------------------------------------------------------------------------
+# -- the command line -------------------------------------------------------------------------------------------------
 
 
 def test_the_command_line(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every command of ``tinker`` that asks a service, but those that need a hub or a login."""
+    """All ``tinker`` commands that call the service, except those that need a hub or a login."""
     monkeypatch.setenv("TINKER_BASE_URL", served.url)
     monkeypatch.setenv("TINKER_API_KEY", KEY)
 
@@ -275,7 +273,7 @@ def test_the_command_line(served: Served, monkeypatch: pytest.MonkeyPatch) -> No
     assert [model["model_name"] for model in said("model", "list")["models"]] == ["scripted"]
     assert "Tinker accessible: yes" in said("auth", "status")
     for words, reason in (
-        (("session", "export-trace", id.partition(":")[0]), "records no trace"),
+        (("session", "export-trace", id.partition(":")[0]), "records no request traces"),
         (("checkpoint", "info", path), "Checkpoint not found"),
         (("run", "info", "none"), "no training run 'none'"),
     ):

@@ -92,9 +92,9 @@ def test_a_checkpoint_names_matrices_as_peft_does_and_restores_all() -> None:
 def test_a_checkpoint_that_does_not_fit_is_refused() -> None:
     state = adapter().export(optimizer=False)
     device = torch.device("cpu")
-    with pytest.raises(UserFault, match="no optimiser state"):
+    with pytest.raises(UserFault, match="no optimizer state"):
         LoraAdapter.restore(adapter().layout, state, optimizer=True, device=device)
-    with pytest.raises(UserFault, match=r"has shape \[4, 8\], wanted \[2, 8\]"):
+    with pytest.raises(UserFault, match=r"has shape \[4, 8\], expected \[2, 8\]"):
         LoraLayout(SITES, LoraConfig(rank=2)).from_state(state)
     del state["base_model.model.lm_head.lora_B.weight"]
     with pytest.raises(UserFault, match=r"lm_head\.lora_B\.weight is missing"):

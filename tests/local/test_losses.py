@@ -51,7 +51,7 @@ def test_cispo_keeps_the_gradient_of_clipped_tokens_and_ppo_does_not() -> None:
 
 
 def stable_slope(log_ratio: float, advantage: float, **config: float) -> float:
-    """The derivative by the log-probability of one token."""
+    """Derivative with respect to one token's log-probability."""
     lp = torch.tensor([-2.0 + log_ratio], dtype=torch.float64, requires_grad=True)
     loss, thresholds = find_loss("stable_reinforce", config)
     inputs = {"logprobs": torch.tensor([-2.0]), "advantages": torch.tensor([advantage])}
@@ -68,7 +68,7 @@ def test_stable_reinforce_on_policy_is_importance_sampling(advantage: float) -> 
 def test_stable_reinforce_tapers_the_two_signs_differently(log_ratio: float) -> None:
     truncated = min(math.exp(log_ratio), 1.0)
     assert stable_slope(log_ratio, -2.0) == pytest.approx(2.0 * truncated)
-    assert stable_slope(log_ratio, 2.0) == -2.0, "what was right keeps its whole weight"
+    assert stable_slope(log_ratio, 2.0) == -2.0, "a good token keeps full weight"
     assert stable_slope(log_ratio, 2.0, alpha=0.25) == pytest.approx(-2.0 * max(0.25, truncated))
     assert stable_slope(log_ratio, 2.0, alpha=0.0) == pytest.approx(-2.0 * truncated)
 
@@ -79,8 +79,8 @@ def test_gradients_are_finite_differences(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["cispo", "stable_reinforce"])
-def test_gradients_with_a_held_weight_are_finite_differences(name: str) -> None:
-    """The weight is a constant in the gradient: it is held while the log-probability moves."""
+def test_gradients_with_a_fixed_weight_are_finite_differences(name: str) -> None:
+    """The weight is constant in the gradient, so it is fixed while the log-probability varies."""
     loss, thresholds = find_loss(name, {})
     lp = LP.double()
     weight = loss.terms(lp, {"logprobs": Q, "advantages": A}, thresholds) / lp
@@ -114,7 +114,7 @@ def test_the_ratios_of_a_request_are_reported() -> None:
     for name, clipped in {
         "importance_sampling": None,
         "dro": None,
-        "ppo": 0.0,  # its clip holds back neither a good token that fell nor a bad one that rose
+        "ppo": 0.0,  # clips neither a good token that fell nor a bad one that rose
         "cispo": 0.0,
         "stable_reinforce": 2 / 3,
     }.items():
@@ -126,7 +126,7 @@ def test_the_ratios_of_a_request_are_reported() -> None:
     assert ratio_metrics("cispo", narrow, data, logprobs)["clipped_fraction:mean"] == pytest.approx(1 / 3)
 
 
-def test_ratios_beyond_all_measure_are_reported_as_finite_numbers() -> None:
+def test_huge_ratios_are_reported_as_finite_numbers() -> None:
     for name in ("importance_sampling", "ppo", "stable_reinforce"):
         metrics = ratio_metrics(name, find_loss(name, {})[1], [rl_datum([-5000.0], [1.0])], [np.zeros(1, np.float32)])
         assert all(math.isfinite(value) for value in metrics.values())
@@ -137,14 +137,14 @@ MASK = torch.tensor([1.0, 1.0, 0.0, 1.0])
 
 
 def gspo(lp: torch.Tensor, **config: float) -> torch.Tensor:
-    """Two sequences of two tokens; in the second one token is in the ratio."""
+    """Two sequences of two tokens; the second has one token in its ratio."""
     loss, thresholds = find_loss("gspo", config)
     inputs = with_sequence_ratio({"logprobs": Q, "advantages": A, "sequence_ratio_mask": MASK}, lp, [2, 2])
     return loss.terms(lp, inputs, thresholds)
 
 
-def test_gspo_has_one_ratio_a_sequence_over_the_marked_tokens() -> None:
-    log_ratio = torch.tensor([0.5, 0.5, 0.0, 0.0])  # the mean of 0 and 1; of the token that is marked alone
+def test_gspo_has_one_ratio_per_sequence_over_the_marked_tokens() -> None:
+    log_ratio = torch.tensor([0.5, 0.5, 0.0, 0.0])  # the mean of 0 and 1; only the marked token
     wide = {"clip_low_threshold": 0.0, "clip_high_threshold": 9.0}
     torch.testing.assert_close(gspo(LP, **wide), -log_ratio.exp() * A)
     torch.testing.assert_close(gspo(LP, clip_high_threshold=1.1)[:2], -1.1 * A[:2])
@@ -159,8 +159,8 @@ def test_gspo_gives_each_token_its_own_gradient_and_none_to_a_clipped_sequence()
     torch.testing.assert_close(clipped, torch.tensor([0.0, 0.0, 1.0, 0.0]))
 
 
-def test_gspo_is_not_a_function_of_how_long_a_sequence_is() -> None:
-    """Doubling every token leaves the ratio, so terms stay as they are."""
+def test_gspo_does_not_depend_on_sequence_length() -> None:
+    """Doubling every token keeps the ratio and the terms."""
     loss, thresholds = find_loss("gspo", {"clip_high_threshold": 9.0})
     once = {"logprobs": Q[:2], "advantages": A[:2], "sequence_ratio_mask": MASK[:2]}
     twice = {name: values.repeat(2) for name, values in once.items()}
@@ -171,7 +171,7 @@ def test_gspo_is_not_a_function_of_how_long_a_sequence_is() -> None:
 
 @pytest.mark.parametrize("name", list(LOSSES))
 def test_the_scripted_model_computes_the_same_losses(name: str) -> None:
-    """In numpy: value and slope of random data, some ratios clipped and some advantages 0, against autograd."""
+    """numpy against autograd: value and slope of random data with clipped ratios and zero advantages."""
     chance = np.random.default_rng(3)
     q, lp = -chance.uniform(0.1, 3.0, (2, 64))
     inputs = {
@@ -195,7 +195,7 @@ def test_the_scripted_model_computes_the_same_losses(name: str) -> None:
         assert np.abs(slope_T).max() > 0.0 or name == "gspo"
 
 
-def test_a_loss_that_is_not_known_is_refused_by_name() -> None:
+def test_an_unknown_loss_is_refused_by_name() -> None:
     with pytest.raises(UserFault, match=r"'reinforce'.*cross_entropy, importance_sampling, ppo, cispo, dro, gspo"):
         find_loss("reinforce", {})
 
@@ -203,12 +203,12 @@ def test_a_loss_that_is_not_known_is_refused_by_name() -> None:
 @pytest.mark.parametrize(
     ("name", "config", "message"),
     [
-        ("cross_entropy", {"beta": 1.0}, "'beta'; it may hold nothing"),
+        ("cross_entropy", {"beta": 1.0}, "'beta'; allowed: nothing"),
         ("ppo", {"beta": 1.0}, "clip_low_threshold, clip_high_threshold"),
-        ("dro", {"beta": float("nan")}, "no finite number"),
+        ("dro", {"beta": float("nan")}, "not a finite number"),
         ("ppo", {"clip_low_threshold": 1.5}, "above clip_high_threshold"),
         ("stable_reinforce", {"alpha": 1.5}, r"alpha is 1.5; it must lie in \[0, 1\]"),
-        ("stable_reinforce", {"beta": 1.0}, "it may hold alpha"),
+        ("stable_reinforce", {"beta": 1.0}, "allowed: alpha"),
     ],
 )
 def test_a_bad_configuration_is_refused(name: str, config: dict[str, float], message: str) -> None:
@@ -236,9 +236,9 @@ def datum(**changes: np.ndarray | None) -> Datum:
         (datum(logprobs=np.zeros(2, np.float32)), r"'logprobs'\] has shape \[2\], but model_input has 3 tokens"),
         (datum(logprobs=np.array([0, np.inf, 0], np.float32)), "'logprobs'.*not finite"),
         (datum(weights=np.ones(3, np.float32)), "takes target_tokens, logprobs, advantages, not weights"),
-        (datum(target_tokens=np.array([1, 2, 10])), "target_tokens holds a token outside 0 to 9"),
-        (datum(tokens=np.array([1, -2, 3], np.int32)), "model_input holds a token outside 0 to 9"),
-        (datum(tokens=np.arange(9, dtype=np.int32)), "wanted 1 to 8 tokens"),
+        (datum(target_tokens=np.array([1, 2, 10])), "target_tokens contains a token id outside 0 to 9"),
+        (datum(tokens=np.array([1, -2, 3], np.int32)), "model_input contains a token id outside 0 to 9"),
+        (datum(tokens=np.arange(9, dtype=np.int32)), "expected 1 to 8 tokens"),
     ],
 )
 def test_bad_data_is_refused_by_datum_and_field(bad: Datum, message: str) -> None:

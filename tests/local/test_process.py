@@ -1,4 +1,4 @@
-"""The service as a child process: how it comes up, what it says when it cannot, and that it never stays behind."""
+"""The service as a child process: startup, startup errors, and no process left behind."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ async def test_it_serves_and_leaves_no_process(tmp_path: Path) -> None:
     script = Scripted(SCRIPT.reply, latency=SCRIPT.latency, latency_log=str(log))
     async with local_service("counter", folder=tmp_path, scripted=script, threads=1) as service:
         await probe(service.url)
-        # Ctrl-C in a terminal reaches the whole process group, a scheduler's SIGTERM every process of a job: when this child
-        # ends is its parent's business.
+        # Ctrl-C reaches the whole process group and a scheduler's SIGTERM every process of a job, but the parent decides
+        # when this child exits.
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             os.kill(service.pid, number)
         await probe(service.url)
@@ -127,7 +127,7 @@ async def test_it_dies_with_a_parent_that_is_killed(tmp_path: Path) -> None:
 
 
 async def test_a_service_that_is_killed_ends_the_block_that_uses_it(tmp_path: Path) -> None:
-    """The SDK would ask a dead service for ever; the block's own cancellation ends its wait."""
+    """The SDK would retry a dead service forever; cancelling the block ends its wait."""
     slow = Scripted(SCRIPT.reply, latency={"floor": 3600.0})
     used: list[tinker.ServiceClient] = []
 
@@ -145,8 +145,8 @@ async def test_a_service_that_is_killed_ends_the_block_that_uses_it(tmp_path: Pa
 
     with pytest.raises(ExceptionGroup) as caught:
         await use()
-    assert caught.group_contains(ServiceError, match="ended while it was used")
-    # Not client.close(): it would try to end its session for minutes.
+    assert caught.group_contains(ServiceError, match="exited unexpectedly")
+    # Not client.close(), which would retry for minutes.
     await used[0].holder.run_coroutine_threadsafe(used[0].holder.aclose())
 
 
@@ -159,7 +159,7 @@ async def test_a_port_that_is_taken(tmp_path: Path) -> None:
                 pass
 
 
-async def test_wrong_settings_are_refused_in_words(tmp_path: Path) -> None:
+async def test_wrong_settings_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="threads"):
         async with local_service("counter", folder=tmp_path, threads=0, scripted=SCRIPT):
             pass
@@ -181,8 +181,8 @@ async def test_a_service_that_cannot_start_shows_the_end_of_its_log(tmp_path: Pa
             pass
 
 
-async def test_a_service_that_does_not_come_up_in_time(tmp_path: Path) -> None:
-    with pytest.raises(ServiceStartError, match=r"did not come up within 0\.01 s"):
+async def test_a_service_that_does_not_start_in_time(tmp_path: Path) -> None:
+    with pytest.raises(ServiceStartError, match=r"did not start within 0\.01 s"):
         async with local_service("counter", folder=tmp_path, scripted=SCRIPT, start_timeout=0.01):
             pass
 
@@ -194,7 +194,7 @@ async def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
             pass
 
 
-async def test_probing_what_is_no_service() -> None:
+async def test_probing_something_that_is_not_a_service() -> None:
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nConnection: close\r\n\r\nhello")
@@ -203,7 +203,7 @@ async def test_probing_what_is_no_service() -> None:
 
     async with await asyncio.start_server(talk, "127.0.0.1", 0) as server:
         port = server.sockets[0].getsockname()[1]
-        with pytest.raises(ServiceUnavailableError, match="no Tinker service"):
+        with pytest.raises(ServiceUnavailableError, match="not as a Tinker service"):
             await probe(f"http://127.0.0.1:{port}/")
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"

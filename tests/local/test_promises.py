@@ -11,7 +11,7 @@ pytestmark = pytest.mark.anyio
 DONE = Reply(b"{}")
 
 
-async def test_an_outcome_wakes_whoever_waits_and_can_be_read_again() -> None:
+async def test_an_outcome_wakes_waiters_and_can_be_read_again() -> None:
     store = PromiseStore()
     promise = store.open("Sample", "me")
     assert await store.wait(promise, 0.0) is None
@@ -60,7 +60,7 @@ async def test_work_without_a_way_to_stop_is_not_cancelled() -> None:
     assert promise.outcome is None
 
 
-async def test_results_go_a_while_after_they_were_fetched() -> None:
+async def test_results_are_dropped_some_time_after_being_fetched() -> None:
     store = PromiseStore(grace=10.0, unfetched=100.0)
     fetched, unfetched, pending = (store.open("Sample", "me", key=n) for n in range(3))
     store.settle(fetched, DONE, now=0.0)
@@ -83,7 +83,7 @@ async def test_memory_of_fetched_results_is_bounded() -> None:
     promises = [store.open("Sample", "me") for _ in range(5)]
     for promise in promises:
         store.settle(promise, Reply(b"x" * 100), now=0.0)
-    assert store.sweep(now=1.0) == 0, "what nobody fetched is kept"
+    assert store.sweep(now=1.0) == 0, "unfetched results are kept"
     for promise in promises:
         store.fetched(promise, now=1.0)
     assert store.sweep(now=1.0) == 3
@@ -100,7 +100,7 @@ async def test_ids_of_other_processes_are_unknown_rather_than_expired(request_id
     assert not unknown.value.expired
 
 
-async def test_a_log_tells_what_was_settled_after_a_cursor() -> None:
+async def test_a_log_lists_entries_after_a_cursor() -> None:
     store, log = PromiseStore(grace=0.0), CompletionLog()
     first, second, third = (store.open("Sample", "me") for _ in range(3))
     for promise in (first, second, third):
@@ -108,7 +108,7 @@ async def test_a_log_tells_what_was_settled_after_a_cursor() -> None:
     assert await log.after(0, 0.0) == ([], 0)
     store.settle(second, DONE, now=0.0)
     assert await log.after(0, 0.0) == ([second], 1)
-    assert await log.after(0, 0.0) == ([second], 1), "a lost answer can be asked for again"
+    assert await log.after(0, 0.0) == ([second], 1), "a lost response can be requested again"
     async with asyncio.TaskGroup() as group:
         waiting = group.create_task(log.after(1, 30.0))
         await asyncio.sleep(0)

@@ -167,14 +167,14 @@ def test_spans_arrive_as_the_sdk_sent_them() -> None:
     assert call.provenance == (Provenance(expected, expected[::-1]), Provenance((), ()))
 
 
-def test_a_span_of_nothing_is_refused() -> None:
+def test_an_empty_span_is_refused() -> None:
     message = protocol.parse_forward_backward(fwdbwd_body([datum([1, 2], weights=[1.0])]))
     message.data[0].loss_fn_input_spans.add()
     with pytest.raises(UserFault, match=r"data\[0\]\.loss_fn_input_spans\[0\]: a span must be of prompt_tokens or of"):
         protocol.decode_forward_backward(message)
 
 
-def test_wrong_training_data_is_refused_in_words() -> None:
+def test_wrong_training_data_is_refused() -> None:
     def decode(body: bytes) -> None:
         protocol.decode_forward_backward(protocol.parse_forward_backward(body))
 
@@ -275,7 +275,7 @@ def test_any_json_is_a_request_or_a_users_fault(fields: dict[str, Any]) -> None:
             decode(fields)
 
 
-def test_optimiser_parameters() -> None:
+def test_optimizer_parameters() -> None:
     assert protocol.decode_adam({}) == AdamParams()
     given_params = {"learning_rate": 1, "beta1": 0.8, "grad_clip_norm": 2.5}
     assert protocol.decode_adam({"adam_params": given_params}) == AdamParams(1.0, 0.8, grad_clip_norm=2.5)

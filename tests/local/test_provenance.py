@@ -1,4 +1,4 @@
-"""Episodes of any shape: right spans are accepted, and each kind of a wrong one is refused in words."""
+"""Episodes of any shape: correct spans are accepted, and each kind of wrong span is rejected."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from tinker import SampledProvenanceSpan
 from searchr1_async.local.backend import Datum, UserFault
 from searchr1_async.local.provenance import Provenance, Span, check
 from searchr1_async.local.sequences import RecordedSequence
-from tests.local.provenance_data import AnySpan, PlayedTurn, columns_of, spans_of, without_first, without_last
+from tests.local.provenance_data import AnySpan, SampledTurn, columns_of, spans_of, without_first, without_last
 
 tokens = st.integers(0, 30)
 runs = st.lists(tokens, max_size=4)
 
 
-def recorded(turns: Sequence[PlayedTurn]) -> dict[str, RecordedSequence]:
+def recorded(turns: Sequence[SampledTurn]) -> dict[str, RecordedSequence]:
     return {
         turn.sequence_id: RecordedSequence(
             np.array(turn.prompt, np.int32), np.array(turn.tokens, np.int32), np.array(turn.logprobs, np.float32)
@@ -32,16 +32,16 @@ def recorded(turns: Sequence[PlayedTurn]) -> dict[str, RecordedSequence]:
 
 
 @st.composite
-def episodes(draw: st.DrawFn, name: str = "a", first_prompt: list[int] | None = None) -> list[PlayedTurn]:
-    """One to four turns; what is appended between them may be empty, and a truncated turn may hold a single token."""
+def episodes(draw: st.DrawFn, name: str = "a", first_prompt: list[int] | None = None) -> list[SampledTurn]:
+    """One to four turns; appended text may be empty, and a truncated turn may have a single token."""
     text = first_prompt or draw(st.lists(tokens, min_size=1, max_size=6))
-    turns: list[PlayedTurn] = []
+    turns: list[SampledTurn] = []
     for number in range(draw(st.integers(1, 4))):
         if number:
             text = [*text, *draw(runs)]
         new = draw(st.lists(tokens, min_size=1, max_size=5))
         logprobs = draw(st.lists(st.floats(-9.0, -0.125, width=32), min_size=len(new), max_size=len(new)))
-        turns.append(PlayedTurn(f"{name}-{number}:0", text, new, logprobs))
+        turns.append(SampledTurn(f"{name}-{number}:0", text, new, logprobs))
         text = [*text, *new]
     return turns
 
@@ -52,7 +52,7 @@ def spans(given: Sequence[AnySpan]) -> tuple[Span, ...]:
     )
 
 
-def example(turns: Sequence[PlayedTurn], advantage: float = 1.0) -> tuple[Datum, Provenance]:
+def example(turns: Sequence[SampledTurn], advantage: float = 1.0) -> tuple[Datum, Provenance]:
     columns: dict[str, Any] = columns_of(turns, advantage)
     text = np.array([*turns[-1].prompt, *turns[-1].tokens], np.int32)
     whole = spans_of(turns)
@@ -71,10 +71,10 @@ def refusal(datum: Datum, provenance: Provenance, sequences: dict[str, RecordedS
 
 
 @given(episodes(), st.data())
-def test_right_spans_are_accepted_and_the_recorded_logprobs_put_in(
-    turns: list[PlayedTurn], data: st.DataObject
+def test_correct_spans_are_accepted_and_get_the_recorded_logprobs(
+    turns: list[SampledTurn], data: st.DataObject
 ) -> None:
-    # A second episode that shares the first turn's prompt, as the members of a group do.
+    # A second episode with the same first prompt, like another group member.
     twin = data.draw(episodes(name="b", first_prompt=turns[0].prompt))
     pairs = [example(turns), example(twin, -0.5)]
     sequences = recorded([*turns, *twin])
@@ -88,8 +88,8 @@ def test_right_spans_are_accepted_and_the_recorded_logprobs_put_in(
 
 
 @given(episodes(), st.data())
-def test_a_shared_first_turn_may_be_named_by_either_request(turns: list[PlayedTurn], data: st.DataObject) -> None:
-    """What was prompted in a later turn covers all that came before it, samples included, but learns from none of it."""
+def test_a_shared_first_turn_may_be_named_by_either_request(turns: list[SampledTurn], data: st.DataObject) -> None:
+    """A later turn's prompt covers everything before it, including samples, but trains on none of it."""
     last = turns[-1]
     tail = len(last.tokens)
     whole = (Span(False, last.sequence_id, 0, len(last.prompt)), Span(True, last.sequence_id, 0, tail))
@@ -101,7 +101,7 @@ def test_a_shared_first_turn_may_be_named_by_either_request(turns: list[PlayedTu
     targets = (Span(False, last.sequence_id, 1, len(last.prompt) - 1), whole[1])
     checked = proven(datum, Provenance(inputs, targets), recorded(turns))
     assert np.count_nonzero(checked.loss_inputs["logprobs"]) == tail
-    # Split at any place, and with runs of no length, it is the same claim.
+    # Splitting spans and adding empty ones does not change the claim.
     cut = data.draw(st.integers(0, tail))
     pieces = (replace(whole[1], length=cut), Span(True, last.sequence_id, cut, tail - cut))
     again = proven(datum, Provenance(inputs, (targets[0], *pieces)), recorded(turns))
@@ -118,7 +118,7 @@ SIDES = {"inputs": "model_input_spans", "targets": "loss_fn_input_spans"}
 
 
 @given(episodes(), st.sampled_from(sorted(SIDES)), st.data())
-def test_wrong_spans_are_refused_by_datum_and_span(turns: list[PlayedTurn], side: str, data: st.DataObject) -> None:
+def test_wrong_spans_are_refused_by_datum_and_span(turns: list[SampledTurn], side: str, data: st.DataObject) -> None:
     datum, provenance = example(turns)
     sequences = recorded(turns)
     own: tuple[Span, ...] = getattr(provenance, side)
@@ -140,10 +140,10 @@ def test_wrong_spans_are_refused_by_datum_and_span(turns: list[PlayedTurn], side
 
 
 @given(episodes(), st.data())
-def test_tokens_that_were_not_sampled_or_prompted_are_refused(turns: list[PlayedTurn], data: st.DataObject) -> None:
+def test_tokens_that_were_not_sampled_or_prompted_are_refused(turns: list[SampledTurn], data: st.DataObject) -> None:
     datum, provenance = example(turns)
     assume(len(datum.tokens) > 1)
-    # A token of the middle is in the input and in the targets: both say the same, but the record says otherwise.
+    # A changed middle token is in input and targets alike, but differs from the record.
     at = data.draw(st.integers(1, len(datum.tokens) - 1))
     wrong, targets = datum.tokens.copy(), datum.loss_inputs["target_tokens"].copy()
     wrong[at] = targets[at - 1] = 99
@@ -152,21 +152,21 @@ def test_tokens_that_were_not_sampled_or_prompted_are_refused(turns: list[Played
     assert re.search(rf"model_input\[{at}\] is 99, but token \d+ (sampled|prompted) in sequence 'a-\d:0' is", text)
 
 
-def two_turns() -> list[PlayedTurn]:
-    first = PlayedTurn("a:0", [1, 2], [3, 4], [-1.0, -2.0])
-    return [first, PlayedTurn("b:0", [1, 2, 3, 4, 5], [6, 7], [-0.5, -0.25])]
+def two_turns() -> list[SampledTurn]:
+    first = SampledTurn("a:0", [1, 2], [3, 4], [-1.0, -2.0])
+    return [first, SampledTurn("b:0", [1, 2, 3, 4, 5], [6, 7], [-0.5, -0.25])]
 
 
 def test_targets_must_be_the_input_shifted_by_one() -> None:
     datum, provenance = example(two_turns())
-    # Both sides are true claims, but the targets are those of another place.
+    # Both claims are true, but the targets belong to another position.
     unshifted = Datum(datum.tokens, {**datum.loss_inputs, "target_tokens": datum.tokens.astype(np.int64)})
     text = refusal(unshifted, replace(provenance, targets=provenance.inputs), recorded(two_turns()))
     assert "target_tokens[0] is 1, but model_input[1] is 2" in text
     assert "shifted by one" in text
 
 
-def test_what_was_not_sampled_may_be_padding() -> None:
+def test_unsampled_targets_may_be_padding() -> None:
     datum, provenance = example(two_turns())
     sequences = recorded(two_turns())
 
@@ -184,14 +184,14 @@ def test_what_was_not_sampled_may_be_padding() -> None:
     assert "model_input[0] is 0, but token 0 prompted" in refusal(inputs, provenance, sequences)
 
 
-def test_a_sampled_target_must_stand_after_what_it_was_sampled_after() -> None:
-    """The second turn alone: its tokens are the recorded ones, but without the turn before their odds were others."""
+def test_a_sampled_target_must_keep_its_context() -> None:
+    """The second turn alone: tokens as recorded, but with a different context."""
     sequences = recorded(two_turns())
     inputs = (Span(False, "b:0", 4, 1), Span(True, "b:0", 0, 1))
     datum = Datum(np.array([5, 6], np.int32), {"target_tokens": np.array([6, 7]), "advantages": np.ones(2, np.float32)})
     text = refusal(datum, Provenance(inputs, (Span(True, "b:0", 0, 2),)), sequences)
-    assert "data[0].loss_fn_input_spans[0]: sampled token 0 of sequence 'b:0' stands after 1 tokens" in text
-    assert "not the 5 that it was sampled after" in text
+    assert "data[0].loss_fn_input_spans[0]: sampled token 0 of sequence 'b:0' follows 1 tokens" in text
+    assert "not the 5 it was sampled after" in text
 
 
 def test_columns_must_agree_with_the_record() -> None:
@@ -205,8 +205,8 @@ def test_columns_must_agree_with_the_record() -> None:
 
     text = refusal(with_column("logprobs", 1, -1.5), provenance, sequences)
     assert "data[0]: logprobs[1] is -1.5, but the token was sampled with -1" in text
-    proven(with_column("logprobs", 1, -1.0005), provenance, sequences)  # a file may have rounded it
-    proven(with_column("logprobs", 0, 7.0), provenance, sequences)  # not of a sampled token: nobody reads it
+    proven(with_column("logprobs", 1, -1.0005), provenance, sequences)  # rounded by a file
+    proven(with_column("logprobs", 0, 7.0), provenance, sequences)  # not at a sampled token: ignored
     text = refusal(with_column("advantages", 3, 0.5), provenance, sequences)
     assert "data[0]: advantages[3] is 0.5, but the target there was not sampled" in text
     bare = replace(datum, loss_inputs={"advantages": datum.loss_inputs["advantages"]})

@@ -1,4 +1,4 @@
-"""The files that sessions and runs leave behind."""
+"""Record files of sessions and runs."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ json_values = st.recursive(
 
 @settings(max_examples=20)
 @given(metadata=st.none() | st.dictionaries(st.text(), json_values, max_size=3), name=st.none() | st.text())
-def test_what_was_written_is_read(metadata: dict[str, object] | None, name: str | None) -> None:
+def test_records_round_trip(metadata: dict[str, object] | None, name: str | None) -> None:
     run = RunRecord("0123abcd:train:7", "some/model", 8, 1.25, metadata)
     session = SessionRecord("0123abcd", 1.5, metadata, name, run_ids=(run.id,), status={"type": "client_finished"})
     with tempfile.TemporaryDirectory() as folder:
@@ -56,7 +56,7 @@ def test_what_was_written_is_read(metadata: dict[str, object] | None, name: str 
         assert (dict(store.runs), dict(store.sessions)) == ({run.id: run}, {session.id: session})
 
 
-async def test_a_damaged_record_is_named_and_the_others_are_read(
+async def test_a_corrupt_record_is_logged_and_the_others_are_read(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     await written(tmp_path, RUN, SESSION)
@@ -67,18 +67,18 @@ async def test_a_damaged_record_is_named_and_the_others_are_read(
     assert str(damaged) in caplog.text
 
 
-async def test_what_cannot_be_written_is_tried_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_failed_writes_are_retried(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / FOLDER).write_text("in the way")
     with caplog.at_level(logging.WARNING):
         store = await written(tmp_path, RUN)
     assert f"cannot write the record of {RUN.id}" in caplog.text
-    assert store.runs[RUN.id] == RUN, "it is known all the same"
+    assert store.runs[RUN.id] == RUN, "it stays in memory"
     (tmp_path / FOLDER).unlink()
     await store.flush()
     assert read(tmp_path).runs == {RUN.id: RUN}
 
 
-async def test_a_killed_service_has_lost_nothing(tmp_path: Path) -> None:
+async def test_a_killed_service_loses_nothing(tmp_path: Path) -> None:
     metadata = {"renderer_name": "qwen3"}
     process = await anyio.open_process(
         command(tmp_path, "--model", "scripted"), env=environment(TINKER_API_KEY=KEY), stderr=subprocess.DEVNULL

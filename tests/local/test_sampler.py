@@ -1,4 +1,4 @@
-"""Samples whose weights are replaced while they run, step by step."""
+"""Samples whose weights are replaced while they run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STEPS_BEFORE, TOKENS = 25, 60
 
 
 class Target:
-    """What an in-flight save replaces."""
+    """The target of an in-flight save."""
 
     def __init__(self, snapshot: LoraWeights) -> None:
         self.snapshot = snapshot
@@ -72,7 +72,7 @@ def finish(sampler: Sampler) -> None:
 
 
 def replay(folder: Path, tokens: np.ndarray, plan: list[LoraWeights]) -> np.ndarray:
-    """The log-probabilities of ``tokens`` after the prompt, each computed by the weights of ``plan`` over the cache so far."""
+    """Log-probabilities of ``tokens``, each computed with its weights from ``plan`` over the cache so far."""
     runner = engine_of(folder).runner
     ((handle,), logits) = (prefilled := runner.prefill(plan[0], [PROMPT], [1], False)[0]).handles, prefilled.logits
     logprobs = []
@@ -83,7 +83,7 @@ def replay(folder: Path, tokens: np.ndarray, plan: list[LoraWeights]) -> np.ndar
     return np.array(logprobs, np.float32)
 
 
-def test_a_running_sample_goes_on_with_newer_weights_over_the_cache_it_has(folder: Path) -> None:
+def test_a_running_sample_continues_with_newer_weights_over_its_cache(folder: Path) -> None:
     engine = engine_of(folder)
     old, new = weights_of(engine, 1), weights_of(engine, 2)
     target, sampler = Target(old), sampler_of(engine)
@@ -95,7 +95,7 @@ def test_a_running_sample_goes_on_with_newer_weights_over_the_cache_it_has(folde
     finish(sampler)
 
     (moved,), (kept,) = moving.result().sequences, still.result().sequences
-    # The first step makes two tokens: one of the prompt's own logits, one of the first decoding.
+    # The first step yields two tokens: one from prefill, one from decode.
     switch = STEPS_BEFORE + 1
     expected = replay(folder, moved.tokens, [old] * switch + [new] * (TOKENS - switch))
     np.testing.assert_allclose(moved.logprobs, expected, atol=1e-4)
@@ -106,10 +106,10 @@ def test_a_running_sample_goes_on_with_newer_weights_over_the_cache_it_has(folde
     assert kept.tokens[:switch].tolist() == moved.tokens[:switch].tolist()
 
 
-def test_a_client_keeps_its_cache_and_shares_it_with_no_other(folder: Path) -> None:
+def test_a_client_keeps_its_own_cache(folder: Path) -> None:
     engine = engine_of(folder)
     if "gpt2" in (folder / "config.json").read_text():
-        pytest.skip("no prefix is reused by models that run through transformers")
+        pytest.skip("the transformers path has no prefix cache")
     old, new = weights_of(engine, 1), weights_of(engine, 2)
     target, sampler = Target(old), sampler_of(engine)
     client = InflightClient(target)
@@ -126,13 +126,13 @@ def test_a_client_keeps_its_cache_and_shares_it_with_no_other(folder: Path) -> N
     assert first.result().prompt_cache_hit_tokens == 0
 
 
-def test_cache_hits_are_counted_once_whatever_the_number_of_samples(folder: Path) -> None:
+def test_cache_hits_are_counted_once_per_request(folder: Path) -> None:
     engine = engine_of(folder)
     sampler = sampler_of(engine)
     futures: list[Future[SampleResult]] = []
     for _ in range(2):
         future: Future[SampleResult] = Future()
-        # More samples than run at once: the second part finds the prompt of the first in the cache.
+        # More samples than run at once: the second part hits the first one's cached prompt.
         sampler.submit(None, SampleRequest(PROMPT, num_samples=20, max_tokens=3, stop_tokens=()), future)
         finish(sampler)
         futures.append(future)

@@ -59,11 +59,11 @@ def test_the_same_seed_gives_the_same_reply(backends: list[ScriptedBackend]) -> 
 
     first, second = make(backends, gamble, seed=4), make(backends, gamble, seed=4)
     request = SampleRequest(PROMPT, num_samples=3)
-    played = [
+    replies = [
         [sequence.tokens.tolist() for sequence in b.sample(None, request).result(DEADLINE).sequences] for b in backends
     ]
-    assert played[0] == played[1]
-    assert len({tuple(tokens) for tokens in played[0]}) == 3
+    assert replies[0] == replies[1]
+    assert len({tuple(tokens) for tokens in replies[0]}) == 3
     seeded = SampleRequest(PROMPT, seed=9)
     again = [b.sample(None, seeded).result(DEADLINE).sequences[0].tokens.tolist() for b in (first, first, second)]
     assert again[0] == again[1] == again[2]
@@ -130,7 +130,7 @@ def test_thousands_of_timers_are_cheap(backends: list[ScriptedBackend]) -> None:
 
 
 @pytest.mark.parametrize("reply_error", [ValueError("script"), UserFault("no")])
-def test_an_error_of_the_script_is_the_samples(backends: list[ScriptedBackend], reply_error: Exception) -> None:
+def test_a_script_error_fails_its_sample(backends: list[ScriptedBackend], reply_error: Exception) -> None:
     def reply(prompt: list[int], chance: random.Random) -> list[int]:
         raise reply_error
 
@@ -166,7 +166,7 @@ def test_sampler_and_trainer_agree_at_every_version(backends: list[ScriptedBacke
 
 @pytest.mark.parametrize("loss_fn", ["cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "stable_reinforce"])
 def test_gradients_are_those_of_the_loss(backends: list[ScriptedBackend], loss_fn: str) -> None:
-    """The accumulated gradient, read from Adam's report, against a finite difference of the reported loss."""
+    """The accumulated gradient, from Adam's metrics, against a finite difference of the loss."""
     backend = make(backends)
     columns = {"weights": [1.0, 0.5, 2.0], "advantages": [1.0, -0.5, 2.0], "logprobs": [-0.9, -1.2, -0.3]}
     names = ("weights",) if loss_fn == "cross_entropy" else ("advantages", "logprobs")
@@ -181,7 +181,7 @@ def test_gradients_are_those_of_the_loss(backends: list[ScriptedBackend], loss_f
     backend.forward_backward(adapter, data, loss_fn, {}, False)
     reported = backend.optim_step(adapter, AdamParams()).result(DEADLINE)["unclipped_grad_l2"]
     if loss_fn in ("cispo", "stable_reinforce"):
-        # Their weight is a constant in the gradient.
+        # Their weight is constant in the gradient.
         lp = logprobs_of(data[0].loss_inputs["target_tokens"], Weights()).astype(float)
         advantages = np.array(columns["advantages"])
         weight = np.clip(np.exp(lp - np.array(columns["logprobs"])), 0, 4)
@@ -193,7 +193,7 @@ def test_gradients_are_those_of_the_loss(backends: list[ScriptedBackend], loss_f
     assert reported == pytest.approx(expected, rel=2e-3)
 
 
-def test_training_makes_likely_what_is_rewarded(backends: list[ScriptedBackend]) -> None:
+def test_training_makes_rewarded_tokens_likelier(backends: list[ScriptedBackend]) -> None:
     backend = make(backends)
     adapter = backend.create_adapter(LoraConfig()).result(DEADLINE)
     losses = []
@@ -204,7 +204,7 @@ def test_training_makes_likely_what_is_rewarded(backends: list[ScriptedBackend])
     assert losses[-1] < 0.6 * losses[0]
 
 
-def test_state_goes_round(backends: list[ScriptedBackend]) -> None:
+def test_state_round_trips(backends: list[ScriptedBackend]) -> None:
     backend = make(backends)
     adapter = backend.create_adapter(LoraConfig()).result(DEADLINE)
     data = [example(weights=[1, 1, 1])]
@@ -222,7 +222,7 @@ def test_state_goes_round(backends: list[ScriptedBackend]) -> None:
     losses = [[step(each) for _ in range(3)] for each in (adapter, twin, fresh)]
     assert losses[0] == losses[1]
     assert losses[0][0] == losses[2][0]
-    assert losses[0][2] != losses[2][2], "without its moments the optimiser goes another way"
+    assert losses[0][2] != losses[2][2], "without moments the optimizer diverges from it"
 
 
 def test_training_runs_in_order_and_takes_its_time(backends: list[ScriptedBackend]) -> None:
@@ -258,7 +258,7 @@ def test_closing_fails_what_is_open_and_writes_the_log(tmp_path: Path) -> None:
     assert backend.latencies == [300.0]
 
 
-def test_a_timed_reply_takes_its_own_time_and_names_its_chain(backends: list[ScriptedBackend]) -> None:
+def test_a_timed_reply_has_its_own_latency_and_label(backends: list[ScriptedBackend]) -> None:
     chains = itertools.count()
 
     def reply(prompt: list[int], chance: random.Random) -> TimedReply:
@@ -277,8 +277,8 @@ def test_a_timed_reply_takes_its_own_time_and_names_its_chain(backends: list[Scr
     assert [sequence.tokens for sequence in request.sequences] == [1, 2, 3]
 
 
-def test_the_log_tells_the_training_device_s_day(backends: list[ScriptedBackend]) -> None:
-    """What is submitted at once runs one after the other, and each call knows the version that it will meet."""
+def test_the_log_has_all_training_calls(backends: list[ScriptedBackend]) -> None:
+    """Calls submitted together run one after another and are logged with the version they see."""
     backend = make(backends, training=TrainingTimes(per_token=0.001, optim_step=0.02, save=0.03))
     adapter = backend.create_adapter(LoraConfig()).result(DEADLINE)
     data = [example(weights=[1, 1, 1])] * 2

@@ -16,18 +16,16 @@ def shared(a: list[int], b: list[int]) -> int:
 
 
 @given(st.lists(st.tuples(words, words), max_size=12), words)
-def test_hits_are_the_longest_beginning_that_was_run(
-    played: list[tuple[np.ndarray, np.ndarray]], asked: np.ndarray
-) -> None:
+def test_hits_are_the_longest_prefix_that_was_run(runs: list[tuple[np.ndarray, np.ndarray]], asked: np.ndarray) -> None:
     cache = PrefixCache()
-    for prompt, tokens in played:
+    for prompt, tokens in runs:
         cache.add(prompt, [tokens])
-    run = [[*prompt.tolist(), *tokens.tolist()][:-1] for prompt, tokens in played]
+    run = [[*prompt.tolist(), *tokens.tolist()][:-1] for prompt, tokens in runs]
     longest = max((shared(text, asked.tolist()) for text in run), default=0)
     assert cache.hits(asked) == min(longest, len(asked) - 1)
 
 
-def test_the_turns_of_an_episode_are_one_text() -> None:
+def test_the_turns_of_an_episode_are_one_entry() -> None:
     cache, prompt = PrefixCache(), np.array([1, 2, 3], np.int32)
     for turn in range(4):
         assert cache.hits(prompt) == (0 if turn == 0 else len(prompt) - 2)

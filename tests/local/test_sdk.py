@@ -1,4 +1,4 @@
-"""The whole life of a training run through the real SDK."""
+"""Whole training runs through the real SDK."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from searchr1_async.local import checkpoints
 from searchr1_async.local.backend import Backend
 from searchr1_async.local.checkpoints import CheckpointStore
 from searchr1_async.local.scripted import Latency, ScriptedBackend
-from tests.local.provenance_data import PlayedTurn, datum_of
+from tests.local.provenance_data import SampledTurn, datum_of
 from tests.local.serving import KEY, Served, datum, sdk, service_thread, successors, until
 
 pytestmark = pytest.mark.anyio
@@ -44,7 +44,7 @@ async def service(served: Served) -> AsyncIterator[tinker.ServiceClient]:
 
 
 async def rest(served: Served) -> tinker.RestClient:
-    # Its first use of an address blocks.
+    # The first use of a URL blocks.
     return await anyio.to_thread.run_sync(lambda: tinker.RestClient(base_url=served.url, api_key=KEY))
 
 
@@ -103,32 +103,32 @@ def tiny_model(folder: Path) -> Backend:
     return TorchBackend.load(str(folder), threads=1, dtype="float32")
 
 
-async def play(
+async def roll_out(
     sampler: tinker.SamplingClient, prompt: list[int], appended: list[list[int]], samples: int = 1
-) -> list[list[PlayedTurn]]:
-    """Episodes that share their first prompt: a turn, then one more after each appended run."""
-    episodes: list[list[PlayedTurn]] = []
+) -> list[list[SampledTurn]]:
+    """Rolls out episodes that share their first prompt, with one more turn after each appended run."""
+    episodes: list[list[SampledTurn]] = []
     first = await sampler.sample(types.ModelInput.from_ints(prompt), samples, PARAMS)
     for sequence in first.sequences:
-        turns = [PlayedTurn(sequence.sequence_id, prompt, sequence.tokens, sequence.logprobs or [])]
+        turns = [SampledTurn(sequence.sequence_id, prompt, sequence.tokens, sequence.logprobs or [])]
         for run in appended:
             text = [*turns[-1].prompt, *turns[-1].tokens, *run]
             (more,) = (await sampler.sample(types.ModelInput.from_ints(text), 1, PARAMS)).sequences
-            turns.append(PlayedTurn(more.sequence_id, text, more.tokens, more.logprobs or []))
+            turns.append(SampledTurn(more.sequence_id, text, more.tokens, more.logprobs or []))
         episodes.append(turns)
     return episodes
 
 
 @pytest.mark.parametrize("make_backend", [scripted, tiny_model])
 async def test_stable_reinforce_learns_from_recorded_sequences(tmp_path: Path, make_backend: Any) -> None:
-    """Two episodes of three turns that share their first prompt; on policy the gradient is that of importance sampling."""
+    """Two episodes of three turns with a shared first prompt; on-policy, the gradient equals importance sampling's."""
     backend = await anyio.to_thread.run_sync(make_backend, tmp_path / "model")
     with service_thread(tmp_path / "store", backend) as served:
         async with sdk(served.url) as service:
             trainer = await service.create_lora_training_client(base_model=backend.model_name, rank=4, seed=0)
             await train(trainer)
             sampler = await trainer.save_weights_and_get_sampling_client(record_stability_info=True)
-            episodes = await play(sampler, [5, 6, 7], [[9, 10], []], samples=2)
+            episodes = await roll_out(sampler, [5, 6, 7], [[9, 10], []], samples=2)
             data = [datum_of(turns, advantage) for turns, advantage in zip(episodes, (1.0, -0.5), strict=True)]
             norms = {}
             for loss_fn in ("importance_sampling", "stable_reinforce"):
@@ -149,9 +149,7 @@ async def test_stable_reinforce_learns_from_recorded_sequences(tmp_path: Path, m
 
 
 @pytest.mark.parametrize("make_backend", [scripted, tiny_model])
-async def test_in_flight_samplers_share_weights_that_move_and_keep_their_own_cache(
-    tmp_path: Path, make_backend: Any
-) -> None:
+async def test_in_flight_samplers_share_weights_and_keep_their_own_cache(tmp_path: Path, make_backend: Any) -> None:
     backend = await anyio.to_thread.run_sync(make_backend, tmp_path / "model")
     with service_thread(tmp_path / "store", backend) as served:
         async with sdk(served.url) as service:
@@ -161,31 +159,33 @@ async def test_in_flight_samplers_share_weights_that_move_and_keep_their_own_cac
                 return await trainer.save_weights_and_get_sampling_client(record_stability_info=True, kind=kind)
 
             async def hits(sampler: tinker.SamplingClient, samples: int = 1) -> int:
-                # Another beginning than that of the prompts whose log-probabilities are computed.
+                # A different prefix than the prompts whose log-probabilities are computed.
                 prompt = types.ModelInput.from_ints([9, 8, 7])
                 return (await sampler.sample(prompt, samples, PARAMS)).prompt_cache_hit_tokens
 
             first, snapshot = await save("inflight"), await save("snapshot")
             before = await first.compute_logprobs(PROMPT)
             assert before == await snapshot.compute_logprobs(PROMPT)
-            assert [await hits(first, 3) for _ in range(2)] == [0, 2], "counted once, however many samples"
+            assert [await hits(first, 3) for _ in range(2)] == [0, 2], (
+                "counted once, regardless of the number of samples"
+            )
             await train(trainer, 2)
-            assert await first.compute_logprobs(PROMPT) == before, "weights move when they are saved"
+            assert await first.compute_logprobs(PROMPT) == before, "weights only change on save"
             second, third = await save("inflight"), await save("inflight")
             after = [await sampler.compute_logprobs(PROMPT) for sampler in (first, second, third)]
             assert after[0] == after[1] == after[2] != before
             assert await snapshot.compute_logprobs(PROMPT) == before
-            assert await hits(first) == 2, "the cache is kept while the weights move on"
+            assert await hits(first) == 2, "the cache survives new weights"
             assert [await hits(sampler) for sampler in (second, third, snapshot)] == [0, 0, 0], "each has its own"
-            (turns,) = await play(second, [5, 6, 7], [[9]])
+            (turns,) = await roll_out(second, [5, 6, 7], [[9]])
             await trainer.forward_backward([datum_of(turns)], "stable_reinforce")
 
 
-async def test_a_running_sample_goes_on_with_the_weights_that_are_saved_meanwhile(
+async def test_a_running_sample_continues_with_weights_saved_meanwhile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("torch")
-    # A save takes its turn after the next token, not after a second of sampling.
+    # A save runs after the next token, not after a second of sampling.
     monkeypatch.setattr("searchr1_async.local.torch_backend.SAMPLING_QUANTUM_SECONDS", 0.0)
     backend = await anyio.to_thread.run_sync(tiny_model, tmp_path / "model")
     with service_thread(tmp_path / "store", backend) as served:
@@ -197,7 +197,7 @@ async def test_a_running_sample_goes_on_with_the_weights_that_are_saved_meanwhil
             await train(trainer)
             long = types.SamplingParams(max_tokens=300, stop=[], seed=3)
             running = asyncio.ensure_future(moving.sample(PROMPT, 1, long))
-            await still.sample(PROMPT, 1, PARAMS)  # its turn comes after the long one has begun
+            await still.sample(PROMPT, 1, PARAMS)  # runs after the long one has started
             await trainer.save_weights_and_get_sampling_client(kind="inflight")
             assert not running.done()
             sequence = (await running).sequences[0]
@@ -206,19 +206,19 @@ async def test_a_running_sample_goes_on_with_the_weights_that_are_saved_meanwhil
             difference = np.abs(np.array(old, np.float32) - np.array(sequence.logprobs, np.float32))
             assert difference[0] < 1e-3
             assert difference[-50:].max() > 0.1
-            turn = PlayedTurn(sequence.sequence_id, [5, 6, 7], sequence.tokens, sequence.logprobs or [])
+            turn = SampledTurn(sequence.sequence_id, [5, 6, 7], sequence.tokens, sequence.logprobs or [])
             result = await trainer.forward([datum_of([turn])], "stable_reinforce")
-            assert result.metrics["ratio_min:min"] < 0.9, "what is recorded are the log-probabilities of both weights"
+            assert result.metrics["ratio_min:min"] < 0.9, "recorded log-probabilities are from both weights"
 
 
 async def test_what_was_not_recorded_in_this_session_is_refused(served: Served, service: tinker.ServiceClient) -> None:
     trainer = await service.create_lora_training_client(base_model="scripted")
-    (unrecorded,) = await play(await trainer.save_weights_and_get_sampling_client(), [5, 6], [])
+    (unrecorded,) = await roll_out(await trainer.save_weights_and_get_sampling_client(), [5, 6], [])
     recording = await trainer.save_weights_and_get_sampling_client(record_stability_info=True)
-    (recorded,) = await play(recording, [5, 6], [])
+    (recorded,) = await roll_out(recording, [5, 6], [])
     async with sdk(served.url) as other:
         stranger = await other.create_sampling_client(base_model="scripted", record_stability_info=True)
-        (foreign,) = await play(stranger, [5, 6], [])
+        (foreign,) = await roll_out(stranger, [5, 6], [])
         for turns in (unrecorded, foreign):
             with pytest.raises(tinker.RequestFailedError) as refused:
                 await trainer.forward_backward([datum_of(recorded), datum_of(turns)], "stable_reinforce")
@@ -235,13 +235,13 @@ async def test_recorded_sequences_expire(tmp_path: Path) -> None:
         async with sdk(served.url) as service:
             trainer = await service.create_lora_training_client(base_model="scripted")
             sampler = await trainer.save_weights_and_get_sampling_client(record_stability_info=True)
-            (turns,) = await play(sampler, [5, 6], [])
+            (turns,) = await roll_out(sampler, [5, 6], [])
             with pytest.raises(tinker.RequestFailedError, match="within 0 hours of its last use"):
                 await trainer.forward_backward([datum_of(turns)], "stable_reinforce")
 
 
-async def test_a_loss_of_ones_own(service: tinker.ServiceClient) -> None:
-    """``forward_backward_custom`` of the cross entropy moves the weights as the cross entropy does."""
+async def test_a_custom_loss(service: tinker.ServiceClient) -> None:
+    """``forward_backward_custom`` with cross entropy gives the same weights as ``cross_entropy``."""
 
     def cross_entropy(data: Any, logprobs: Any) -> Any:
         return -sum(row.sum() for row in logprobs), {"mine": 7.0}
@@ -260,7 +260,7 @@ async def test_a_loss_of_ones_own(service: tinker.ServiceClient) -> None:
 
 
 async def test_many_chunks_are_one_batch(service: tinker.ServiceClient) -> None:
-    """The SDK splits a batch into chunks of 1024 and posts the first one last."""
+    """The SDK splits a batch into chunks of 1024 and posts the first chunk last."""
     trainer = await service.create_lora_training_client(base_model="scripted")
     lengths = [2 + index % 5 for index in range(2500)]
     batch = [datum(list(range(1, length + 2)), weights=[1.0] * length) for length in lengths]
@@ -269,7 +269,7 @@ async def test_many_chunks_are_one_batch(service: tinker.ServiceClient) -> None:
     await train(trainer)
 
 
-async def test_errors_reach_the_caller_in_words(service: tinker.ServiceClient) -> None:
+async def test_errors_reach_the_caller(service: tinker.ServiceClient) -> None:
     trainer = await service.create_lora_training_client(base_model="scripted")
     with pytest.raises(tinker.RequestFailedError, match="needs loss_fn_inputs") as wrong:
         await trainer.forward_backward([EXAMPLE], "ppo")
@@ -303,7 +303,7 @@ async def test_cancelling_the_caller_cancels_the_sample(tmp_path: Path) -> None:
             for count in (1, 2):
                 waiting = asyncio.ensure_future(sampler.sample(PROMPT, 1, PARAMS))
                 await until(lambda count=count: started(count))
-                # The SDK can cancel only what it has the number of: by the time that it has done these, it has.
+                # The SDK can cancel only requests whose id it has received; after these calls it has.
                 for _ in range(2):
                     await service.create_sampling_client(base_model="scripted")
                 waiting.cancel()
@@ -327,7 +327,7 @@ async def test_waiting_for_all_samples_in_one_request(tmp_path: Path) -> None:
                 await sampler.sample(PROMPT, 1, types.SamplingParams(max_tokens=0))
 
 
-async def test_back_pressure_is_no_error(tmp_path: Path) -> None:
+async def test_back_pressure_is_not_an_error(tmp_path: Path) -> None:
     backend = ScriptedBackend(successors, latency=Latency(floor=0.05), max_concurrent=4)
     with service_thread(tmp_path, backend, max_samples=8) as served:
         async with sdk(served.url) as service:
@@ -337,8 +337,8 @@ async def test_back_pressure_is_no_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("make_backend", [scripted, tiny_model])
-async def test_a_run_goes_on_in_a_new_service(tmp_path: Path, make_backend: Any) -> None:
-    """Saved, stopped, and restored by another service in the same folder: with and without the optimiser."""
+async def test_a_run_continues_in_a_new_service(tmp_path: Path, make_backend: Any) -> None:
+    """Saved, then restored by another service in the same folder, with and without optimizer state."""
     backend = await anyio.to_thread.run_sync(make_backend, tmp_path / "model")
     store = tmp_path / "store"
     with service_thread(store, backend) as served:
@@ -365,7 +365,7 @@ async def test_a_run_goes_on_in_a_new_service(tmp_path: Path, make_backend: Any)
             await train(fresh, 2)
             assert await loss_of(fresh) != pytest.approx(expected, rel=1e-4)
             assert resumed.model_id != fresh.model_id
-            assert not state.startswith(f"tinker://{resumed.model_id}/"), "ids of two processes never meet"
+            assert not state.startswith(f"tinker://{resumed.model_id}/"), "ids of two processes never collide"
             with pytest.raises(tinker.RequestFailedError, match="no optimizer state"):
                 await service.create_training_client_from_state_with_optimizer(weights)
 
@@ -428,7 +428,7 @@ async def test_an_expired_checkpoint_is_refused(tmp_path: Path) -> None:
     assert CheckpointStore(tmp_path).listing(now=0.0) == []
 
 
-async def test_a_full_disk_is_said_and_training_goes_on(
+async def test_a_full_disk_is_reported_and_training_continues(
     served: Served, service: tinker.ServiceClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = await service.create_lora_training_client(base_model="scripted")

@@ -19,12 +19,12 @@ def ids(*names: str, index: int = 0) -> list[str]:
     return [sequence_id(name, index) for name in names]
 
 
-def test_a_sequence_is_found_by_its_id_in_its_session_alone() -> None:
+def test_a_sequence_is_found_only_in_its_session() -> None:
     store = SequenceStore()
     store.record("s", "r-1", PROMPT, [sampled(1), sampled(2)], now=0.0)
     found = store.use("s", ["r-1:0", "r-1:1"], now=1.0)
     assert [len(found[id].tokens) for id in ("r-1:0", "r-1:1")] == [1, 2]
-    assert found["r-1:0"].prompt is found["r-1:1"].prompt, "a prompt is kept once"
+    assert found["r-1:0"].prompt is found["r-1:1"].prompt, "the prompt is stored once"
     for unknown in ("r-1:2", "r-1:-1", "r-1:00", "r-1:", "r-1", "r-2:0", "", ":0", "r-1:\u0661"):
         assert store.use("s", [unknown], now=1.0) == {}, unknown
     assert store.use("other", ["r-1:0"], now=1.0) == {}
@@ -32,7 +32,7 @@ def test_a_sequence_is_found_by_its_id_in_its_session_alone() -> None:
     assert "24 hours" in store.why_missing()
 
 
-def test_every_use_renews_a_request_for_its_whole_life() -> None:
+def test_every_use_renews_a_request() -> None:
     store = SequenceStore(life=10.0)
     for name in ("a", "b"):
         store.record("s", name, PROMPT, [sampled()], now=0.0)
@@ -55,7 +55,7 @@ def test_a_session_that_ends_is_forgotten() -> None:
     assert store.use("t", ids("b"), now=0.0)
 
 
-def test_the_least_recently_used_are_dropped_beyond_the_memory_allowed(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_least_recently_used_are_dropped_beyond_the_memory_limit(caplog: pytest.LogCaptureFixture) -> None:
     a_request = PROMPT.nbytes + 2 * 5 * 8
     store = SequenceStore(most_bytes=2 * a_request)
     store.record("s", "a", PROMPT, [sampled(), sampled()], now=0.0)
@@ -66,7 +66,7 @@ def test_the_least_recently_used_are_dropped_beyond_the_memory_allowed(caplog: p
     assert store.use("s", ids("a", "b", "c"), now=3.0).keys() == set(ids("a", "c"))
     assert "has dropped 2 of the least recently used" in store.why_missing()
     store.record("s", "d", PROMPT, [sampled(), sampled()], now=4.0)
-    assert len(caplog.records) == 1, "said once"
+    assert len(caplog.records) == 1, "logged once"
 
 
 events = st.lists(
@@ -75,7 +75,7 @@ events = st.lists(
 
 
 @given(events)
-def test_whatever_happens_the_store_knows_what_is_alive(happened: list[tuple[str, int, int]]) -> None:
+def test_the_store_matches_a_model(happened: list[tuple[str, int, int]]) -> None:
     store, alive, now, count = SequenceStore(life=6.0), dict[str, tuple[str, float]](), 0.0, 0
     for what, number, wait in happened:
         now += wait

@@ -42,7 +42,7 @@ def test_items_without_a_number_come_in_order_of_arrival() -> None:
     assert sequence.offer(2, "b", 0.0) == ["b", "c", "d"]
 
 
-def test_waiting_for_a_number_that_never_comes_ends() -> None:
+def test_waiting_for_a_missing_number_ends() -> None:
     sequence: Sequence[str] = Sequence(patience=10.0)
     sequence.offer(1, "ran", 0.0)
     sequence.offer(4, "d", 5.0)
@@ -63,7 +63,7 @@ def test_progress_restarts_the_patience() -> None:
     assert sequence.deadline() == 18.0
 
 
-def test_draining_hands_back_what_waits() -> None:
+def test_draining_returns_waiting_items() -> None:
     sequence: Sequence[str] = Sequence()
     sequence.offer(3, "c", 0.0)
     sequence.offer(2, "b", 0.0)
@@ -72,7 +72,7 @@ def test_draining_hands_back_what_waits() -> None:
 
 
 class SequenceMachine(RuleBasedStateMachine):
-    """Whatever happens, items are released in increasing order, once, or given up, and none is forgotten."""
+    """Every item is either released once, in increasing order, or dropped."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The service as any HTTP client meets it: order, repetition, refusals and limits."""
+"""The service over plain HTTP: ordering, idempotency, errors and limits."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ async def step(client: Raw, model: str, seq_id: int | None, **adam: float) -> di
     return await client.ok("optim_step", {"model_id": model, "seq_id": seq_id, "adam_params": adam})
 
 
-# -- the door ---------------------------------------------------------------------------------------------------------
+# -- access and routes ------------------------------------------------------------------------------------------------
 
 
-async def test_only_the_key_opens(served: Served) -> None:
+async def test_the_api_key_is_required(served: Served) -> None:
     for key in (None, "", "tml-wrong", KEY + "x", "tml-\u00e9"):
         async with raw(served.url, key) as stranger:
             status, answer = await stranger.ask("create_session", {})
@@ -78,7 +78,7 @@ async def test_unknown_paths_and_methods_are_json(client: Raw) -> None:
         assert answer["detail"]
 
 
-async def test_bodies_that_are_no_requests(client: Raw) -> None:
+async def test_malformed_bodies(client: Raw) -> None:
     session = await client.session()
     for path in ("create_session", "create_model", "asample", "optim_step", "retrieve_future", "get_info"):
         for body, statuses in ((b"{", (400,)), (b"[]", (422,)), (b"\xff", (400,)), (b'"x"', (422,))):
@@ -108,7 +108,7 @@ async def test_unknown_ids_are_not_found(client: Raw) -> None:
         assert answer["detail"]
 
 
-async def test_it_serves_this_machine_only(tmp_path: Path) -> None:
+async def test_it_only_serves_loopback(tmp_path: Path) -> None:
     backend = ScriptedBackend(successors)
     with socket.socket() as listener:
         listener.bind(("0.0.0.0", 0))
@@ -118,7 +118,7 @@ async def test_it_serves_this_machine_only(tmp_path: Path) -> None:
     backend.close()
 
 
-async def test_what_it_can_do(client: Raw) -> None:
+async def test_capabilities(client: Raw) -> None:
     answer = await client.ok("get_server_capabilities", method="GET")
     (model,) = answer["supported_models"]
     assert model["model_name"] == "scripted"
@@ -126,11 +126,11 @@ async def test_what_it_can_do(client: Raw) -> None:
     assert await client.ok("telemetry", {"events": []}) == {"status": "accepted"}
 
 
-# -- order and repetition ---------------------------------------------------------------------------------------------
+# -- ordering and idempotency -----------------------------------------------------------------------------------------
 
 
 async def test_requests_run_in_the_order_of_their_numbers(client: Raw) -> None:
-    """A model that gets its requests in order, and one that gets the same requests shuffled, end up the same."""
+    """Requests in order and the same requests shuffled give the same model."""
     session = await client.session()
     losses = []
     for number, order in enumerate((range(1, 9), random.Random(0).sample(range(1, 9), 8))):
@@ -178,7 +178,7 @@ async def test_a_repeated_sample_is_the_same_sample(client: Raw) -> None:
     assert await client.result(first) == await client.result(first), "results survive repeated polls"
 
 
-async def test_a_request_that_never_comes_fails_those_behind_it(client: Raw) -> None:
+async def test_a_missing_request_fails_those_after_it(client: Raw) -> None:
     model = await client.model(await client.session())
     waiting = [await step(client, model, seq_id) for seq_id in (2, 4)]
     for future in waiting:
@@ -186,20 +186,20 @@ async def test_a_request_that_never_comes_fails_those_behind_it(client: Raw) -> 
         assert answer["category"] == "user"
         assert f"request 1 of model {model} did not arrive" in answer["error"]
     late = await client.result(await step(client, model, 1))
-    assert "submitted already" in late["error"]
+    assert "already submitted" in late["error"]
     assert "metrics" in await client.result(await step(client, model, 5))
 
 
-async def test_requests_without_numbers_run_as_they_come(client: Raw) -> None:
+async def test_requests_without_numbers_run_in_arrival_order(client: Raw) -> None:
     model = await client.model(await client.session())
     for _ in range(2):
         assert "metrics" in await client.result(await step(client, model, None))
 
 
-# -- wrong work -------------------------------------------------------------------------------------------------------
+# -- invalid requests -------------------------------------------------------------------------------------------------
 
 
-async def test_wrong_work_fails_in_its_future_and_leaves_no_hole(client: Raw) -> None:
+async def test_invalid_requests_fail_in_their_future_and_leave_no_gap(client: Raw) -> None:
     model = await client.model(await client.session())
     wrong = [
         await client.ok("forward_backward", body=training_body(model, 1, loss_fn="dro")),
@@ -258,14 +258,14 @@ async def test_wrong_samples_fail_in_their_future(client: Raw) -> None:
         assert (await client.result(future))["category"] == "user"
 
 
-# -- waiting, cancelling, limits --------------------------------------------------------------------------------------
+# -- polling, cancelling, limits --------------------------------------------------------------------------------------
 
 
 def slow(**more: Any) -> ScriptedBackend:
     return ScriptedBackend(successors, latency=Latency(floor=3600.0), **more)
 
 
-async def test_a_poll_is_held_and_then_says_try_again(tmp_path: Path) -> None:
+async def test_a_long_poll_times_out_with_try_again(tmp_path: Path) -> None:
     with service_thread(tmp_path, slow(), poll=0.2) as served:
         async with raw(served.url) as client:
             future = await client.ok("asample", sample_fields(await client.sampler(await client.session())))
@@ -276,7 +276,7 @@ async def test_a_poll_is_held_and_then_says_try_again(tmp_path: Path) -> None:
             assert anyio.current_time() - start >= 0.15
 
 
-async def test_a_cancelled_sample_gives_its_place_to_the_next(tmp_path: Path) -> None:
+async def test_a_cancelled_sample_frees_its_slot(tmp_path: Path) -> None:
     backend = ScriptedBackend(successors, latency=Latency(prefill=1200.0), max_concurrent=1)
     with service_thread(tmp_path, backend) as served:
         async with raw(served.url) as client:
@@ -287,7 +287,7 @@ async def test_a_cancelled_sample_gives_its_place_to_the_next(tmp_path: Path) ->
                 answer = await client.result(future)
                 assert answer == {"error": "cancelled by the client", "category": "user"}
                 await client.ok("cancel_future", {"request_id": future["request_id"]})
-            # The first held the only place; at the latest the third, which was not cancelled, has it now.
+            # The first had the only slot; the third, not cancelled, now gets it.
             await until(lambda: has(len(backend.latencies) >= 2))
 
 
@@ -299,14 +299,14 @@ async def test_training_is_not_cancelled(client: Raw) -> None:
     assert "metrics" in await client.result(future)
 
 
-async def test_a_full_queue_asks_to_wait(tmp_path: Path) -> None:
+async def test_a_full_queue_answers_429(tmp_path: Path) -> None:
     with service_thread(tmp_path, slow(), max_samples=2) as served:
         async with raw(served.url) as client:
             sampler = await client.sampler(await client.session())
             first = await client.ok("asample", sample_fields(sampler, 1))
             await client.ok("asample", sample_fields(sampler, 2))
             assert (await client.ask("asample", sample_fields(sampler, 3)))[0] == 429
-            assert await client.ok("asample", sample_fields(sampler, 1)) == first, "a repetition takes no place"
+            assert await client.ok("asample", sample_fields(sampler, 1)) == first, "a repeated request takes no slot"
             await client.ok("cancel_future", {"request_id": first["request_id"]})
             await until(lambda: answers(client, "asample", sample_fields(sampler, 3), 200))
 
@@ -324,7 +324,7 @@ async def test_large_results_are_announced(tmp_path: Path) -> None:
             assert len(deserialize_sample_response(body).sequences[0].tokens) == 200_000
 
 
-async def test_fetched_results_are_forgotten_after_a_while(tmp_path: Path) -> None:
+async def test_fetched_results_expire(tmp_path: Path) -> None:
     with service_thread(tmp_path, result_grace=0.0, gap_patience=0.1) as served:
         async with raw(served.url) as client:
             future = await client.ok("asample", sample_fields(await client.sampler(await client.session())))
@@ -369,7 +369,7 @@ async def test_the_end_of_a_session_ends_its_work(tmp_path: Path) -> None:
             assert (await client.ask("optim_step", {"model_id": model, "seq_id": 3}))[0] == 404
 
 
-async def test_a_silent_session_ends(tmp_path: Path) -> None:
+async def test_an_idle_session_ends(tmp_path: Path) -> None:
     with service_thread(tmp_path, session_idle=0.1, gap_patience=0.1) as served:
         async with raw(served.url) as client:
             session = await client.session()
@@ -381,7 +381,7 @@ async def test_a_silent_session_ends(tmp_path: Path) -> None:
             await until(ended)
             assert (await client.ask("session_heartbeat", {"session_id": session}))[0] == 410
             (left,) = (await client.ok("sessions/search", {}))["sessions"]
-            assert (left["session_id"], left["status"]) == (session, None), "nobody said how it ended"
+            assert (left["session_id"], left["status"]) == (session, None), "its end was not reported"
 
 
 async def snapshot(client: Raw, model: str, seq_id: int, **more: Any) -> str:
@@ -413,7 +413,7 @@ async def test_only_the_latest_unnamed_weights_stay_in_memory(tmp_path: Path) ->
             assert "save_weights_for_sampler" in lost["error"]
 
 
-async def test_named_weights_are_read_again_when_needed(tmp_path: Path) -> None:
+async def test_named_weights_are_reloaded_when_needed(tmp_path: Path) -> None:
     with service_thread(tmp_path, max_snapshots=1) as served:
         async with raw(served.url) as client:
             session = await client.session()
@@ -447,7 +447,7 @@ async def test_inflight_samplers_share_the_newest_weights(client: Raw) -> None:
 
 
 async def test_loading_waits_for_saving(client: Raw) -> None:
-    """All in flight at once: save, change, load what was saved."""
+    """All in flight together: save, change, load the save."""
     model = await client.model(await client.session())
     save = await client.ok("save_weights", {"model_id": model, "seq_id": 1, "path": "start"})
     await client.ok("forward_backward", body=training_body(model, 2))
@@ -467,7 +467,7 @@ async def test_loading_waits_for_saving(client: Raw) -> None:
     assert deserialize_forward_backward_output(start).metrics["loss:sum"] == losses[1]
 
 
-async def test_stopping_the_service_answers_held_polls(tmp_path: Path) -> None:
+async def test_stopping_the_service_answers_open_polls(tmp_path: Path) -> None:
     backend = slow()
     async with anyio.create_task_group() as group, contextlib.AsyncExitStack() as stack:
         with service_thread(tmp_path, backend) as served:
@@ -479,8 +479,8 @@ async def test_stopping_the_service_answers_held_polls(tmp_path: Path) -> None:
                 got.append(await client.ask("retrieve_future", {"request_id": future["request_id"]}))
 
             group.start_soon(poll)
-            # Leaving blocks this thread until the service has stopped, so the poll must be on its way by then: the
-            # second request goes out after it.
+            # Exiting blocks this thread until the service has stopped, so the poll must already be sent; the second
+            # request goes out after it.
             await anyio.lowlevel.checkpoint()
             await client.ok("client/dynamic_config")
         await until(lambda: has(bool(got)))

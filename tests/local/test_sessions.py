@@ -1,4 +1,4 @@
-"""Sessions while they live, after they ended, and after the service was started again."""
+"""Sessions while open, after they end, and after a restart."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ async def rest(served: Served) -> tinker.RestClient:
 
 
 async def session(served: Served, status: str = "success", **more: object) -> str:
-    """The id of a session that has ended, or that lives on where the status is empty."""
+    """The id of a new session, ended with ``status`` unless that is empty."""
     async with raw(served.url) as client:
         id = (await client.ok("create_session", {"tags": [], **more}))["session_id"]
         if status:
@@ -38,7 +38,7 @@ async def found(served: Served, **query: object) -> list[str]:
     return [item.session_id for item in page.sessions]
 
 
-async def test_an_ended_session_is_known_after_a_restart(tmp_path: Path) -> None:
+async def test_an_ended_session_is_listed_after_a_restart(tmp_path: Path) -> None:
     with service_thread(tmp_path) as served:
         service = await anyio.to_thread.run_sync(
             lambda: tinker.ServiceClient(

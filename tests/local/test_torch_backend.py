@@ -46,7 +46,7 @@ def backend(folder: Path) -> Iterator[TorchBackend]:
 
 
 def trained_adapter(backend: Backend, seed: int = 0) -> Adapter:
-    """An adapter whose update is not zero."""
+    """An adapter with a non-zero update."""
     adapter = backend.create_adapter(LORA).result(WAIT)
     assert isinstance(adapter, LoraAdapter)
     adapter.flat.add_(torch.randn(adapter.flat.shape, generator=torch.Generator().manual_seed(seed)) * 0.05)
@@ -76,7 +76,7 @@ def test_sampled_logprobs_are_the_trainers(backend: TorchBackend) -> None:
     snapshot = backend.snapshot(adapter).result(WAIT)
     shared, prompts = prompt(20), [np.concatenate([prompt(20), prompt(n, seed=n)]) for n in (1, 9, 30)]
     assert all((p[:20] == shared).all() for p in prompts)
-    # Over 128 tokens, so that sequences outgrow their first cache.
+    # Over 128 tokens, so that sequences outgrow their first pool.
     futures = [backend.sample(snapshot, request(p, num_samples=2, max_tokens=120, temperature=0.8)) for p in prompts]
     data, sampled = [], []
     for p, future in zip(prompts, futures, strict=True):
@@ -101,7 +101,7 @@ def test_later_turns_reuse_the_cache_and_agree_with_the_trainer(backend: TorchBa
         history = np.concatenate([history, sequence.tokens])
         trained = backend.forward_backward(adapter, [datum_of(history)], "cross_entropy", {}, True).result(WAIT)
         np.testing.assert_allclose(trained.logprobs[0][-12:], sequence.logprobs, atol=1e-3)
-        # The last sampled token was never run, and five tokens of a tool's answer follow.
+        # The last sampled token was never run; five tokens of a tool response follow.
         history = np.concatenate([history, prompt(5, seed=turn + 50)])
 
 
@@ -120,7 +120,7 @@ def test_greedy_continuations_are_those_of_transformers(backend: TorchBackend, f
     assert sequence.stop_reason == "length"
 
 
-def test_a_seed_gives_the_same_tokens_whoever_else_is_in_the_batch(backend: TorchBackend) -> None:
+def test_a_seed_gives_the_same_tokens_in_any_batch(backend: TorchBackend) -> None:
     snapshots: list[Snapshot | None] = [
         None,
         backend.snapshot(trained_adapter(backend, seed=2)).result(WAIT),
@@ -136,7 +136,7 @@ def test_a_seed_gives_the_same_tokens_whoever_else_is_in_the_batch(backend: Torc
     assert len({tuple(sequence.tokens.tolist()) for sequence in alone}) == len(cases)
 
 
-def test_samples_of_one_request_differ_and_more_than_the_batch_holds_are_served(backend: TorchBackend) -> None:
+def test_samples_of_one_request_differ_and_may_exceed_the_batch(backend: TorchBackend) -> None:
     result = backend.sample(None, request(prompt(12), num_samples=40)).result(WAIT)
     assert len(result.sequences) == 40
     assert len({tuple(sequence.tokens.tolist()) for sequence in result.sequences}) > 30
@@ -153,7 +153,7 @@ def test_generation_ends_at_a_stop_token_which_is_kept(backend: TorchBackend) ->
     assert stopped.stop_reason == "stop"
 
 
-def test_the_models_own_end_token_stops_unless_told_otherwise(backend: TorchBackend) -> None:
+def test_the_models_end_token_stops_by_default(backend: TorchBackend) -> None:
     options = {"num_samples": 16, "max_tokens": 60, "temperature": 9.0}
     default = backend.sample(None, request(prompt(9), stop_tokens=None, **options)).result(WAIT)
     assert any(sequence.stop_reason == "stop" for sequence in default.sequences)
@@ -167,7 +167,7 @@ def test_generation_ends_after_the_token_that_completes_a_stop_string(backend: T
     tokenizer = AutoTokenizer.from_pretrained(folder)
     free = one(backend.sample(None, request(prompt(9), max_tokens=40)))
     texts = [tokenizer.decode(free.tokens[: n + 1]) for n in range(40)]
-    # Four characters that reach over the border of two tokens; the tokens are random, so some texts are broken ones.
+    # Four characters across a token boundary; tokens are random, so some texts are invalid UTF-8.
     end = next(
         n for n in range(6, 40) if "\ufffd" not in texts[n][-4:] and len(texts[n]) - len(texts[n - 1]) in {1, 2, 3}
     )
@@ -183,7 +183,7 @@ def test_generation_ends_after_the_token_that_completes_a_stop_string(backend: T
 def test_prompt_and_topk_logprobs_are_those_of_transformers(backend: TorchBackend, folder: Path) -> None:
     tokens = prompt(200, seed=8)  # longer than one chunk of logits
     asked = request(tokens, max_tokens=2, prompt_logprobs=True, topk_prompt_logprobs=3, topk_sample_logprobs=4)
-    results = [backend.sample(None, asked).result(WAIT) for _ in range(2)]  # the second with a warm cache
+    results = [backend.sample(None, asked).result(WAIT) for _ in range(2)]  # the second time with a warm cache
     with torch.no_grad():
         whole = np.concatenate([tokens, results[0].sequences[0].tokens])
         logits = AutoModelForCausalLM.from_pretrained(folder)(torch.from_numpy(whole).long().unsqueeze(0)).logits[0]
@@ -208,7 +208,7 @@ def test_prompt_and_topk_logprobs_are_those_of_transformers(backend: TorchBacken
         np.testing.assert_allclose(sequence.logprobs, own[199:201], atol=1e-3)
 
 
-def test_a_prompt_longer_than_a_step_computes_is_served(backend: TorchBackend) -> None:
+def test_a_prompt_longer_than_a_prefill_step_is_served(backend: TorchBackend) -> None:
     lengths = [480, 300, 450, 500]
     futures = [backend.sample(None, request(prompt(n, seed=n), max_tokens=4)) for n in lengths]
     assert [len(one(future).tokens) for future in futures] == [4] * 4
@@ -225,11 +225,11 @@ def test_a_prompt_longer_than_a_step_computes_is_served(backend: TorchBackend) -
         ({"top_p": 0.0}, "top_p"),
         ({"top_k": -2}, "top_k"),
         ({"topk_sample_logprobs": 100_000}, "topk_sample_logprobs"),
-        ({"prompt": np.array([1, 100_000], np.int32)}, "token outside"),
+        ({"prompt": np.array([1, 100_000], np.int32)}, "token id outside"),
         ({"prompt": np.empty(0, np.int32)}, "empty"),
     ],
 )
-def test_a_bad_request_is_refused_in_words(backend: TorchBackend, bad: dict[str, Any], message: str) -> None:
+def test_a_bad_request_is_refused(backend: TorchBackend, bad: dict[str, Any], message: str) -> None:
     tokens = bad.pop("prompt", prompt(20))
     with pytest.raises(UserFault, match=message):
         backend.sample(None, request(tokens, **bad)).result(WAIT)
@@ -316,17 +316,17 @@ def test_bad_training_calls_fail_alone(backend: TorchBackend) -> None:
     assert good.result(WAIT).metrics["loss:sum"] > 0.0
 
 
-def test_a_snapshot_is_freed_when_nobody_holds_it(backend: TorchBackend) -> None:
+def test_a_snapshot_is_freed_when_unreferenced(backend: TorchBackend) -> None:
     snapshot = backend.snapshot(trained_adapter(backend)).result(WAIT)
     one(backend.sample(snapshot, request(prompt(9))))
-    one(backend.sample(None, request(prompt(9))))  # the thread is done with the one before
+    one(backend.sample(None, request(prompt(9))))  # the thread has finished the previous call
     reference = weakref.ref(snapshot)
     del snapshot
     gc.collect()
     assert reference() is None
 
 
-def test_a_closed_backend_fails_what_is_open_and_what_comes(folder: Path) -> None:
+def test_a_closed_backend_fails_open_and_new_requests(folder: Path) -> None:
     backend = TorchBackend.load(str(folder), threads=1, dtype="float32", device="cpu")
     open_requests = [backend.sample(None, request(prompt(20), max_tokens=490, num_samples=8)) for _ in range(4)]
     backend.close()
@@ -388,7 +388,7 @@ def test_sampling_comes_first_but_training_is_not_starved() -> None:
     turns.trained(now=5.0)
     assert not turns.training_is_due(True, True, now=5.5)
     assert not turns.training_is_due(False, True, now=5.6)
-    assert not turns.training_is_due(True, True, now=9.0), "a new wait begins when work arrives"
+    assert not turns.training_is_due(True, True, now=9.0), "a new wait starts when work arrives"
     assert turns.training_is_due(True, True, now=10.0)
 
 

@@ -1,4 +1,4 @@
-"""Against a reference that shares no code with the trainer: merged weights in transformers' model, and plain autograd."""
+"""The trainer against an independent reference: merged weights in transformers' model, with plain autograd."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def llama(folders: dict[str, Path]) -> Engine:
 
 
 def new_adapter(engine: Engine, config: LoraConfig = LORA) -> LoraAdapter:
-    """With B's that are not zero, so that every matrix has a gradient and the update an effect."""
+    """Non-zero B's, so that every matrix has a gradient and the update an effect."""
     layout = LoraLayout(engine.sites, config)
     flat = layout.initial()
     flat.add_(torch.randn(flat.shape, generator=torch.Generator().manual_seed(2)) * 0.05)
@@ -62,7 +62,7 @@ def new_adapter(engine: Engine, config: LoraConfig = LORA) -> LoraAdapter:
 
 
 def group_data(loss_fn: str, seed: int = 0) -> list[Datum]:
-    """Two groups of three with a common system prompt; prompts have weight zero; one datum occurs twice."""
+    """Two groups of three with a shared system prompt, zero-weight prompts and one duplicate datum."""
     rng = np.random.default_rng(seed)
     system, data = rng.integers(3, 400, 9), []
     for _ in range(2):
@@ -99,7 +99,7 @@ def run(
 def reference(
     folder: Path, adapter: LoraAdapter, data: list[Datum], loss_fn: str
 ) -> tuple[float, list[Tensor], dict[str, Tensor]]:
-    """Loss, log-probabilities and gradients by PEFT's names, from weights W + s·BA and autograd."""
+    """Loss, log-probabilities and gradients by PEFT name, from weights W + s·BA and autograd."""
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     prefix, leaves, merged = "base_model.model.", {}, {}
     for name, matrix in adapter.layout.to_state(adapter.flat).items():
@@ -114,7 +114,7 @@ def reference(
         merged[path + ".weight"] = weight + (update.t() if transposed else update)
     loss, thresholds = LOSSES[loss_fn], LOSSES[loss_fn].inputs.config
     total, logprobs = torch.zeros(()), []
-    # Embeddings tied to the head stay as they are: only the head is adapted.
+    # Tied embeddings are unchanged: only the head is adapted.
     embedding = model.get_input_embeddings().weight.detach().clone()
     for datum in data:
         embedded = embedding[torch.from_numpy(datum.tokens).long()].unsqueeze(0)
@@ -143,7 +143,7 @@ def test_loss_logprobs_and_gradients_equal_the_reference(case: tuple[Path, Engin
     result = run(engine, adapter, data, loss_fn)
 
     loss, logprobs, gradients = reference(folder, adapter, data, loss_fn)
-    # The terms of both signs almost cancel: an absolute tolerance is for what rounding leaves.
+    # Terms of both signs almost cancel, so allow absolute rounding errors.
     assert result.metrics["loss:sum"] == pytest.approx(loss, rel=1e-4, abs=1e-4)
     for ours, theirs in zip(result.logprobs, logprobs, strict=True):
         np.testing.assert_allclose(ours, theirs.numpy(), atol=1e-4)
@@ -156,7 +156,7 @@ def test_loss_logprobs_and_gradients_equal_the_reference(case: tuple[Path, Engin
 
 
 @pytest.mark.parametrize("part", ["train_attn", "train_mlp", "train_unembed"])
-def test_what_is_not_trained_has_no_gradient_and_the_rest_has_the_same(llama: Engine, part: str) -> None:
+def test_untrained_parts_do_not_change_the_other_gradients(llama: Engine, part: str) -> None:
     data = group_data("cross_entropy")
     config = LoraConfig(rank=4, seed=1, **{part: False})
     layout = LoraLayout(llama.sites, config)
@@ -164,7 +164,7 @@ def test_what_is_not_trained_has_no_gradient_and_the_rest_has_the_same(llama: En
         LoraAdapter(layout, layout.initial()),
         LoraAdapter(LoraLayout(llama.sites, LORA), torch.zeros(LoraLayout(llama.sites, LORA).size)),
     )
-    # The same A's in both, B's zero: then leaving a part out leaves the others' gradients alone.
+    # Same A's in both and zero B's: leaving a part out must not change the other gradients.
     names = layout.to_state(adapter.flat)
     whole.flat.copy_(whole.layout.from_state(whole.layout.to_state(whole.flat) | names))
 
@@ -262,10 +262,8 @@ def test_adam_refuses_parameters_out_of_range(params: AdamParams) -> None:
         adam_step(adapter, params)
 
 
-def test_a_sequences_ratio_does_not_depend_on_how_its_rows_are_cut(
-    llama: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With logits of three rows at once, every sequence lies in several chunks."""
+def test_a_sequences_ratio_does_not_depend_on_chunks(llama: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With chunks of three rows, every sequence spans several chunks."""
     data = group_data("gspo")
     results = []
     for rows in (256, 3):

@@ -1,4 +1,4 @@
-"""What clients get back from training requests."""
+"""Results of training requests."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ COLUMNS = """
 step epoch batch progress learning_rate num_sequences num_tokens num_loss_tokens train_mean_nll train_mean_bpb time_total
 progress/batch progress/done_frac optim/lr optim/entropy time/total reward/total total_loss
 """
-"""What the loops of tinker-cookbook 0.5.8 and 0.6.1 set themselves in the rows that they then update with our metrics."""
+"""Row keys set by the loops of tinker-cookbook 0.5.8 and 0.6.1, which then merge in our metrics."""
 RESERVED = "_step _runtime _timestamp _wandb project run timestamp time metrics"
-"""What the trackers Weights & Biases and Trackio keep for themselves."""
+"""Keys reserved by Weights & Biases and Trackio."""
 
 
 def scripted(folder: Path) -> Backend:
@@ -35,8 +35,8 @@ def tiny_model(folder: Path) -> Backend:
 
 
 @pytest.mark.parametrize("make_backend", [scripted, tiny_model])
-async def test_no_metric_has_a_name_that_clients_use_for_themselves(tmp_path: Path, make_backend: Any) -> None:
-    """A client writes one row a step: its own columns, then all metrics of the service over them."""
+async def test_no_metric_has_a_name_used_by_clients(tmp_path: Path, make_backend: Any) -> None:
+    """A client writes one row per step: its own columns, then all service metrics over them."""
     backend = await anyio.to_thread.run_sync(make_backend, tmp_path / "model")
     example = datum([1, 2, 3, 4], logprobs=[-1.0, -1.0, -1.0], advantages=[1.0, -0.5, 0.5])
     with service_thread(tmp_path / "store", backend) as served:
@@ -48,13 +48,13 @@ async def test_no_metric_has_a_name_that_clients_use_for_themselves(tmp_path: Pa
                 names = {*gradient.metrics, *(step.metrics or {})}
                 assert names
                 assert names & {*COLUMNS.split(), *RESERVED.split()} == set()
-                # A name that the SDK can reduce over the chunks of a batch.
+                # The SDK can reduce this name over the chunks of a batch.
                 assert all(":" in name for name in gradient.metrics)
 
 
 @pytest.mark.parametrize("make_backend", [scripted, tiny_model])
 async def test_prompts_padded_with_zeros_learn_the_same(tmp_path: Path, make_backend: Any) -> None:
-    """tinker-cookbook's loop of reinforcement learning pads the targets that were not sampled, and names where they come from."""
+    """tinker-cookbook's RL loop pads unsampled targets with zeros, with provenance."""
     backend = await anyio.to_thread.run_sync(make_backend, tmp_path / "model")
     prompt, losses = [5, 6, 7, 8], []
     with service_thread(tmp_path / "store", backend) as served:

@@ -43,7 +43,7 @@ def test_logits_are_those_of_transformers(variant: str, tmp_path: Path) -> None:
     folder = make_tiny_model(tmp_path, **VARIANTS[variant])
     reference = AutoModelForCausalLM.from_pretrained(folder).eval()
     with torch.no_grad():
-        # Norms and biases start at one and zero, which would hide an error in them.
+        # Norms and biases start at one and zero, which would hide errors.
         for name, parameter in reference.named_parameters():
             if parameter.ndim == 1:
                 parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))) * 0.3)
@@ -83,7 +83,7 @@ def test_long_segments_are_attended_to_in_blocks(tmp_path: Path) -> None:
         torch.testing.assert_close(model.logits(hidden, []), expected, atol=2e-4, rtol=1e-4)
 
 
-def test_what_is_not_computed_exactly_is_not_taken(tmp_path: Path) -> None:
+def test_unsupported_configurations_are_not_lean(tmp_path: Path) -> None:
     assert not is_lean(MistralConfig(sliding_window=128))
     assert not is_lean(LlamaConfig(hidden_act="gelu"))
     assert not is_lean(LlamaConfig(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}))

@@ -1,4 +1,4 @@
-"""A language model small enough to be made inside a test: random Llama weights and a tokenizer that takes any text."""
+"""A tiny language model for tests: random Llama weights and a tokenizer for any text."""
 
 from __future__ import annotations
 
@@ -30,11 +30,10 @@ you are a helpful can call to find documents then give short
 def make_tiny_tokenizer(
     folder: Path, *, words: Sequence[str] | None = None, byte_level: bool = True
 ) -> PreTrainedTokenizerFast:
-    """Save and return a tokenizer that speaks ChatML: ids 0, 1, 2 are <|endoftext|>, <|im_start|>, <|im_end|>.
+    """Save and return a ChatML tokenizer: ids 0, 1, 2 are <|endoftext|>, <|im_start|>, <|im_end|>.
 
-    With ``byte_level`` every text can be encoded and decodes to itself; each of ``words`` (alone or after a space) is
-    one token. Without it the vocabulary is common words, ``words``, white space and punctuation; what it lacks becomes
-    ``<unk>``.
+    With ``byte_level`` every text round-trips and each of ``words`` (alone or after a space) is one token. Otherwise the
+    vocabulary is common words, ``words``, white space and punctuation; anything else becomes ``<unk>``.
     """
     vocabulary = list(dict.fromkeys([*_COMMON_WORDS.split(), *(words or ())]))
     if byte_level:
@@ -84,10 +83,10 @@ def make_tiny_model(
     config_class: type[PretrainedConfig] = LlamaConfig,
     **overrides: Any,
 ) -> Path:
-    """A folder with about 0.4 M random weights that ``AutoModelForCausalLM`` and ``AutoTokenizer`` can load.
+    """A folder with about 0.4 M random weights, for ``AutoModelForCausalLM`` and ``AutoTokenizer``.
 
-    ``overrides`` go into the configuration (``hidden_size=64``, ``tie_word_embeddings=False``, …); with another
-    ``config_class`` the same sizes make a Qwen or a Mistral. The same arguments give the same weights.
+    ``overrides`` change the configuration (``hidden_size=64``, ``tie_word_embeddings=False``, …); another
+    ``config_class`` makes a Qwen or a Mistral. Deterministic in its arguments.
     """
     tokenizer = make_tiny_tokenizer(folder, words=words, byte_level=byte_level)
     sizes: dict[str, Any] = {
@@ -102,7 +101,7 @@ def make_tiny_model(
         "bos_token_id": 1,
         "eos_token_id": 2,
         "pad_token_id": 2,
-        # Wider than the usual 0.02: with it the logits of so small a model differ, and tests of them mean something.
+        # Wider than the usual 0.02, so that the logits of so small a model differ noticeably.
         "initializer_range": 0.08,
     }
     with torch.random.fork_rng(devices=[]):

@@ -75,7 +75,7 @@ def check_evaluate(notebook: NotebookNode, folder: Path) -> None:
     table = text(notebook, "report = await sr.evaluate")
     assert "12 questions" in table
     assert all(label in table for label in ("untrained", "trained", "direct", "rag"))
-    assert "2 samples a question" in text(notebook, "print(*report.notes()")
+    assert "2 samples per question" in text(notebook, "print(*report.notes()")
     assert has(notebook, "report.plot()", "image/png")
     assert has(notebook, "report.plot_outcomes()", "image/png")
     assert "untrained" in text(notebook, "differences = report.comparisons")

@@ -13,7 +13,7 @@ SIZES = st.integers(1, 5)
 
 
 class World:
-    """Plays an admission with chance: groups end in any order, weights appear some time after their step closes."""
+    """Runs an admission at random: groups end in any order, weights appear some time after their step closes."""
 
     def __init__(self, admission: Admission, draw: st.DataObject, *, constant: bool) -> None:
         self.admission = admission
@@ -32,14 +32,14 @@ class World:
         self.most_running = max(self.most_running, len(self.admission.running))
 
     def run(self, steps: int | None = None) -> None:
-        """Until the run is over, or so many more steps are closed."""
+        """Until the run is over or ``steps`` more are closed."""
         goal = None if steps is None else len(self.closed) + steps
         for _ in range(10_000):
             self.start_all()
             self.admission.take()
             has_changed = bool(self.admission.running) and self.draw.draw(st.booleans())
             if has_changed:
-                # While the caller hands minibatches to the trainer.
+                # While the caller submits minibatches.
                 self.admission.finished(self.draw.draw(st.sampled_from(self.admission.running)))
             if self.admission.is_full:
                 self.closed.append(self.admission.close())
@@ -52,7 +52,7 @@ class World:
             if has_changed:
                 continue
             choices = [*self.admission.running, *(["publish"] if self.unpublished else [])]
-            assert choices, "nothing runs and nothing is to come: the run would wait for ever"
+            assert choices, "nothing runs and nothing can start: deadlock"
             choice = self.draw.draw(st.sampled_from(choices))
             if choice == "publish":
                 self.admission.published(self.unpublished.pop(0))
@@ -84,9 +84,9 @@ def test_every_group_is_taken_once_and_in_time(
         assert len(step.cancelled) <= spare
         assert len(step.replaced) <= refill
         if step is not world.closed[-1]:
-            assert size <= len(step.taken) <= size + spare, "spare groups that end just then are taken too"
+            assert size <= len(step.taken) <= size + spare, "spare groups that have just ended are taken too"
         if step.cancelled:
-            assert len(step.taken) >= size, "nothing is cancelled while its place is free"
+            assert len(step.taken) >= size, "nothing is cancelled while there is room"
     assert [step.step for step in world.closed] == list(range(1, len(world.closed) + 1))
     assert world.most_running <= size * (staleness + 1) + spare
 
@@ -117,7 +117,7 @@ def test_a_run_of_some_steps_starts_no_more_than_it_trains_on(
 def test_what_a_kill_left_open_is_taken_once_after_it(
     draw: st.DataObject, size: int, staleness: int, spare: int, places: int, durable: int
 ) -> None:
-    """Killed with some steps written down and more closed: finished groups of weights that still exist are kept."""
+    """Killed with some steps recorded and more closed: finished groups of existing weights are kept."""
     pipeline = PipelineSettings(max_staleness=staleness, spare_groups=spare)
     first = World(Admission(pipeline, size, end=places), draw, constant=False)
     first.run(steps=draw.draw(st.integers(0, 4)))
@@ -171,7 +171,7 @@ def test_one_batch_of_staleness_lets_the_slowest_have_a_step_more() -> None:
     for place in (4, 5):
         admission.started(place)
     admission.finished(4)
-    assert admission.take() == [], "0 and 2 must be in this step, and leave no room for newer ones"
+    assert admission.take() == [], "0 and 2 are due in this step and leave no room for newer ones"
     admission.finished(2)
     admission.finished(0)
     assert admission.take() == [2, 0]
@@ -197,7 +197,7 @@ def test_a_constant_group_is_played_for_again_within_the_budget() -> None:
     assert admission.finished(0, is_constant=True)
     assert admission.next_start() == 2
     admission.started(2)
-    assert not admission.finished(2, is_constant=True), "the budget is spent: it takes its place in the batch"
+    assert not admission.finished(2, is_constant=True), "the budget is spent, so it joins the batch"
     assert not admission.finished(1)
     admission.take()
     assert admission.close() == Closed(1, (2, 1), (0,), ())

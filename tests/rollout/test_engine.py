@@ -83,7 +83,7 @@ async def test_a_groups_first_turns_are_one_request(dialect: Dialect) -> None:
 
 
 async def test_a_finished_group_does_not_wait_for_a_slow_one(dialect: Dialect) -> None:
-    """The first question's search hangs until every other group has been handed on."""
+    """The first question's search hangs until every other group is done."""
     release = anyio.Event()
 
     class SlowForOne(DictSearch):
@@ -189,7 +189,7 @@ async def test_cancelling_ends_every_episode(dialect: Dialect) -> None:
 
 
 async def test_a_cut_group_keeps_the_members_that_have_ended(dialect: Dialect) -> None:
-    """Three of four members wait for their search; the fourth answers at once."""
+    """Three of four members wait for their search; the fourth answers immediately."""
     waiting = 0
     under_way = GroupUnderWay(engine(dialect).task(0, questions(1)[0], key=""))
 
@@ -242,7 +242,7 @@ async def test_members_can_be_chosen_and_each_is_told_of_scored_the_moment_it_ha
     group = await playing.play_group(under_way, searcher(dialect), playing.failure_budget(1))
     assert sorted(member for member, _, _ in seen) == [1, 3]
     assert [reward for _, reward, _ in seen] == [1.0, 1.0]
-    assert [known for _, _, known in seen] == [1, 2], "told one by one, not at the end"
+    assert [known for _, _, known in seen] == [1, 2], "reported one by one, not at the end"
     assert len(group.episodes) == 2
     assert playing.task(7, question, key="0").members == (0, 1, 2, 3)
 
@@ -258,7 +258,7 @@ async def test_groups_that_yield_sample_only_what_the_others_leave(dialect: Dial
             under_way = GroupUnderWay(playing.task(place, question, key="0", yields=yields))
             under_way.on_finished = lambda member, episode, yields=yields: ended.append(yields)
             tasks.start_soon(playing.play_group, under_way, searcher(dialect), playing.failure_budget(1))
-    # The first of those that yield found nobody before it; all its later turns stood behind the others.
+    # The first yielding request found an empty queue; all its later turns waited behind the others.
     assert ended == [False] * 4 + [True] * 4
 
 

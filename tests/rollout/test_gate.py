@@ -1,4 +1,4 @@
-"""The gate in virtual time: priorities, cancelling in every interleaving, and what it tells the limit."""
+"""The gate in virtual time: priorities, cancellation in every interleaving, and its use of the limit."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def now() -> float:
 
 
 def gate_of(places: int, **more: Any) -> SampleGate:
-    """A gate with so many places, which stay as many."""
+    """A gate with a fixed number of places."""
     return SampleGate(SampleLimit(LimitSettings(first=places, least=places, most=places)), clock=now, **more)
 
 
@@ -48,7 +48,7 @@ def is_empty(gate: SampleGate) -> bool:
 
 
 async def settled() -> None:
-    """Until every task waits for something in the future."""
+    """Waits until every task sleeps."""
     await anyio.sleep(1e-6)
 
 
@@ -142,7 +142,7 @@ async def test_a_group_takes_as_many_places_as_samples_and_nothing_overtakes_it(
     assert {name: round(seconds) for name, seconds in began.items()} == {
         "group": 0,
         "single": 0,
-        "second turn": 0,  # a later turn goes before the group that waits
+        "second turn": 0,  # a later turn goes before the waiting group
         "next group": 4,
         "late single": 4,
     }
@@ -198,7 +198,7 @@ async def test_a_place_given_to_one_that_is_cancelled_at_that_moment_is_passed_o
     chosen, following = (asyncio.create_task(request(name)) for name in ("chosen", "following"))
     await settled()
     await slot.__aexit__(None, None, None)
-    assert gate.statistics.in_flight == 1, "the chosen one has its place, and has not run since"
+    assert gate.statistics.in_flight == 1, "the admitted request has its place, but has not run yet"
     chosen.cancel()
     await asyncio.wait([chosen, following], timeout=10)
     assert chosen.cancelled()
@@ -230,13 +230,13 @@ def test_in_every_interleaving_nothing_is_lost_and_nothing_overtakes(events: lis
 
 @dataclass
 class Request:
-    """One request's way, in virtual time."""
+    """One request in virtual time."""
 
     key: tuple[bool, int, int, int]
     asked: float = math.inf
     entered: float = math.inf
     left: float = math.inf
-    """The gate, or the line before it."""
+    """Time of leaving the gate or its queue."""
 
 
 async def _check(events: list[dict[str, Any]], places: int) -> None:
@@ -305,7 +305,7 @@ async def test_it_counts_what_went_through() -> None:
         async with gate.slot(tokens=1):
             await anyio.sleep_forever()
     statistics = gate.statistics
-    # A request's prompt is read once and cached for its other samples; what was asked for counts, answered or not.
+    # A prompt is read once and cached for the other samples; sent requests count, answered or not.
     assert statistics.usage == TokenUsage(prompt=2 * 100 + 4 * 10 + 1, cached=64 + 100 + 3 * 10, sampled=7)
     assert (statistics.samples, statistics.tokens, statistics.failed) == (2, 7, 4)
     assert statistics.cause is Cause.WORK
@@ -331,7 +331,7 @@ async def test_the_limit_grows_by_what_comes_back_while_others_wait() -> None:
 
 async def test_a_saturated_process_holds_the_limit_and_shares_first_turns() -> None:
     gate = gate_of(8, sharing=Sharing(SharingSettings(first_probes=1)))
-    assert not gate.is_sharing_worth_it(8), "split to see"
+    assert not gate.is_sharing_worth_it(8), "a probe"
     gate.client_is(PulseReading(1.0, 0.001, 0.002, 0.003, cpu=0.95))
     await anyio.sleep(3)
     assert gate.statistics.saturated_seconds == pytest.approx(3.0)
@@ -342,7 +342,7 @@ async def test_a_saturated_process_holds_the_limit_and_shares_first_turns() -> N
 
 
 def test_the_way_through_costs_microseconds_where_there_is_room() -> None:
-    """As a ratio: one pass against one turn of the event loop, which every request takes many of."""
+    """Relative to one event loop iteration, of which every request takes many."""
     passes, turns = 2000, 2000
 
     async def measure() -> tuple[float, float]:
@@ -366,7 +366,7 @@ def test_the_way_through_costs_microseconds_where_there_is_room() -> None:
 
 @pytest.mark.parametrize("anyio_backend", [("asyncio", {"debug": True})])
 async def test_it_sees_a_service_push_back_through_the_sdk(tmp_path: Path) -> None:
-    """The SDK turns "too many requests" into waiting; the limit falls all the same, and everything is sampled."""
+    """The SDK hides "too many requests"; the limit falls anyway, and everything is sampled."""
     gate = SampleGate(SampleLimit(LimitSettings(first=32, least=2, most=32)))
     backend = ScriptedBackend(successors, latency=Latency(floor=0.2))
     with service_thread(tmp_path, backend, max_samples=8) as served:
@@ -409,7 +409,7 @@ async def test_a_paused_gate_lets_nobody_in_and_then_goes_on_in_order() -> None:
         with anyio.move_on_after(0.1):
             await request("given up", 2)
         await anyio.sleep(3600)
-        assert order == ["on its way"], "what was on its way came to its end, and nothing began"
+        assert order == ["on its way"], "requests in flight finished, and nothing started"
         assert (gate.statistics.in_flight, gate.statistics.waiting, gate.statistics.is_paused) == (0, 3, True)
         gate.pause(False)
         await settled()

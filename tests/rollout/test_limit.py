@@ -1,4 +1,4 @@
-"""How many samples at once: decided by observation and time alone, against services that are simulated."""
+"""Sample limit against simulated services."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from searchr1_async.rollout.limit import QUIET_SECONDS, Cause, Flight, LimitSett
 
 
 def filled(limit: SampleLimit, now: float, samples: int = 1) -> list[Flight]:
-    """Requests that take all the room there is."""
+    """Fills the limit with requests."""
     flights = []
     while limit.may_begin(samples):
         flights.append(limit.begin(now, samples))
@@ -27,7 +27,7 @@ def filled(limit: SampleLimit, now: float, samples: int = 1) -> list[Flight]:
 
 @dataclass
 class Crowd:
-    """More work than any limit, on a service that takes ``seconds(now, chance)`` for a sample that starts, ``servers`` at once."""
+    """Unlimited work for a service with ``servers`` servers and ``seconds(now, chance)`` per sample."""
 
     seconds: Callable[[random.Random], float]
     servers: int = 1 << 20
@@ -38,7 +38,7 @@ class Crowd:
     _ends: list[tuple[float, int, Flight]] = field(default_factory=list)
 
     def play(self, limit: SampleLimit, count: int) -> None:
-        """So many answers."""
+        """Runs until ``count`` answers."""
         chance, order = random.Random(f"{self.now}"), itertools.count()
         for _ in range(count):
             while limit.may_begin(self.samples):
@@ -103,13 +103,13 @@ def test_a_push_back_lowers_it_once_a_round_trip_and_it_comes_back_when_it_is_qu
         limit.pushed_back(1.0)
     assert limit.limit == 89
     assert limit.cause(1.0, wanted=8) is Cause.SERVICE
-    for flight in flights[:30]:  # above the limit, what was sent before drains: the limit itself has not been tested
+    for flight in flights[:30]:  # above the limit, earlier requests still drain: the limit itself is untested
         limit.pushed_back(9.0)
         limit.finished(flight, 9.0, is_short=True)
     assert limit.limit == 89
     for flight in flights[30:40]:
         limit.finished(flight, 9.0, is_short=True)
-    limit.pushed_back(11.0)  # 88 are left; a round trip was 9 s, and it is 10 s since it was lowered
+    limit.pushed_back(11.0)  # 88 left; a round trip takes 9 s, and the limit was lowered 10 s ago
     assert limit.limit == 61
     for flight in flights[40:]:
         limit.finished(flight, 11.5, is_short=True)
@@ -117,7 +117,7 @@ def test_a_push_back_lowers_it_once_a_round_trip_and_it_comes_back_when_it_is_qu
     later = 11.0 + QUIET_SECONDS
     for flight in filled(limit, later):
         limit.finished(flight, later, is_short=True)
-    assert limit.limit == 65, "carefully: it is known to push back"
+    assert limit.limit == 65, "slowly, after back-pressure"
 
 
 def test_push_backs_take_it_to_its_least_and_no_further() -> None:
@@ -132,7 +132,7 @@ def test_push_backs_take_it_to_its_least_and_no_further() -> None:
 def test_a_saturated_client_holds_it_and_says_so_for_how_long() -> None:
     limit = small()
     limit.client_is(5.0, cpu=0.97, lag=0.001)
-    limit.client_is(6.0, cpu=0.80, lag=0.001)  # not yet relieved
+    limit.client_is(6.0, cpu=0.80, lag=0.001)  # still saturated
     for flight in filled(limit, 6.0):
         limit.finished(flight, 7.0, is_short=True)
     assert limit.limit == 128
@@ -142,13 +142,13 @@ def test_a_saturated_client_holds_it_and_says_so_for_how_long() -> None:
     assert limit.saturated_for(9.0) == 0
     assert limit.cause(9.0, wanted=8) is Cause.GROWING
     limit.client_is(10.0, cpu=0.3, lag=0.05)
-    assert limit.is_saturated, "a loop that is late by 50 ms in the median"
+    assert limit.is_saturated, "a median lag of 50 ms"
 
 
 def test_waiting_in_this_process_does_not_pass_for_a_queue_at_the_service() -> None:
     limit = small(first=1024)
     limit.client_is(0.0, cpu=0.97, lag=0.0)
-    for _ in range(20):  # the later one was sent, the longer it took
+    for _ in range(20):  # latency grows with the load
         for number, flight in enumerate(filled(limit, 1.0)):
             limit.finished(flight, 2.0 + number / 300, is_short=True)
     assert not limit.is_queueing
@@ -191,7 +191,7 @@ def test_a_load_curve_tells_room_from_a_queue_and_forgets() -> None:
 
 
 class Limits(RuleBasedStateMachine):
-    """Whatever happens in whatever order, the bounds hold and nothing is lost."""
+    """The bounds hold and nothing is lost under any sequence of events."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Baselines as they are played: what is searched for, what the model is given, and how many turns there are."""
+"""Rollouts of baselines: searches, prompts and number of turns."""
 
 from __future__ import annotations
 

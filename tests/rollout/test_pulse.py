@@ -1,4 +1,4 @@
-"""The pulse: what it says of a loop that is held, and of one that is not, in virtual time."""
+"""Event loop lag, busy and idle, in virtual time."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def anyio_backend() -> tuple[str, dict[str, Any]]:
 
 
 class Machine:
-    """A loop in virtual time, which work holds for as long as it says, and its CPU."""
+    """Event loop in virtual time, with simulated blocking work and CPU use."""
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
         assert isinstance(self.loop, VirtualTimeLoop)
         self.background = 0.0
-        """Of a core, all the time."""
+        """Cores used constantly."""
         self.used = 0.0
 
     def cpu(self) -> float:
@@ -62,7 +62,7 @@ async def test_one_long_piece_of_work_is_seen_in_its_length(background: float) -
         assert pulse.take().lag_max == 0
     assert 0.5 - interval <= reading.lag_max <= 0.5
     assert reading.lag_p50 < 0.001
-    # Of the 10 s, what became due in half a second was late, evenly up to 0.5 s: the 99th percentile is 0.4 s of it.
+    # In 10 s, timers due within half a second are late by 0 to 0.5 s, uniformly: the 99th percentile is 0.4 s.
     assert 0.25 < reading.lag_p99 <= reading.lag_max
     assert reading.cpu == pytest.approx(background + 0.05, rel=0.02)
 
@@ -129,7 +129,7 @@ def test_the_names_of_its_metrics() -> None:
 
 @pytest.mark.parametrize(("background", "beats"), [(0.0, 100), (0.5, 500)])
 async def test_it_beats_as_seldom_as_an_idle_process_allows(background: float, beats: int) -> None:
-    """Each beat wakes the process: that is all that this costs."""
+    """Beats are the only cost, since each wakes the process."""
     machine = Machine()
     machine.background = background
     asked = 0

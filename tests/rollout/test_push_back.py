@@ -1,4 +1,4 @@
-"""What can be read of the SDK's hidden push-backs, and that nothing breaks where it cannot."""
+"""Detecting back-pressure hidden by the SDK, and degrading gracefully."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_what_is_missing_is_done_without(client: Any) -> None:
 
 
 def test_the_sdk_still_has_both() -> None:
-    """If an update of the SDK drops one, this says so; the engine itself goes on."""
+    """Fails when an SDK update drops one; the engine keeps working."""
     import inspect
 
     from tinker.lib import internal_client_holder

@@ -1,4 +1,4 @@
-"""What is told of the playing, a few times a second."""
+"""Rollout telemetry."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ async def test_it_says_where_every_episode_is() -> None:
         assert first.limited_by == "settings"
         assert not first.is_paused
         assert len(told) == SEARCH_EVERY * 1.5
-        assert searched == [2.0], "the search is looked at less often"
+        assert searched == [2.0], "search metrics are read less often"
         gate.pause(True)
         await anyio.sleep(15)
         last = told[-1]

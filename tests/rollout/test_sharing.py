@@ -1,4 +1,4 @@
-"""Sharing first turns: decided from measured times, delays and CPU."""
+"""Sharing of first turns, by measured latencies, delays and CPU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from searchr1_async.rollout.sharing import Backlog, Sharing, SharingSettings
 
 
 def taught(seconds: list[float], *, continuing: float = 1.0) -> Sharing:
-    """One that has seen so many single first turns, of which a share went on."""
+    """Has seen these single first turns, of which a share continued."""
     sharing = Sharing()
     for number, each in enumerate(seconds):
         sharing.finished(each, samples=1, turn=0)
@@ -30,7 +30,7 @@ def lognormal(median: float, sigma: float, count: int = 256) -> list[float]:
 
 
 def decisions(sharing: Sharing, groups: int, *, members: int = 8, now: float = 100.0) -> list[bool]:
-    """Whether each of so many groups that start at one moment is shared, with what that does to the client's thread."""
+    """Whether each of a burst of groups is shared, including the effect on the client's thread."""
     found = []
     for _ in range(groups):
         is_shared = sharing.is_worth_it(now, members)
@@ -42,14 +42,14 @@ def decisions(sharing: Sharing, groups: int, *, members: int = 8, now: float = 1
 
 def test_it_begins_by_sharing_and_splits_now_and_then_to_see() -> None:
     found = decisions(Sharing(), 128)
-    assert found[:32] == ([True] * 3 + [False]) * 8, "64 first turns on their own, which a decision needs"
+    assert found[:32] == ([True] * 3 + [False]) * 8, "64 single first turns, as needed for a decision"
     assert found[32:].count(False) == 3
 
 
 def test_a_long_tail_is_split_and_a_short_one_shared() -> None:
     assert decisions(taught(lognormal(10.0, 1.0)), 4) == [False] * 4
     short = decisions(taught(lognormal(10.0, 0.1)), 64)
-    assert short.count(False) == 2, "one of 32 to see whether it is still so"
+    assert short.count(False) == 2, "one of 32 is a probe"
 
 
 def test_a_burst_is_split_as_far_as_the_clients_thread_keeps_up() -> None:
@@ -58,9 +58,9 @@ def test_a_burst_is_split_as_far_as_the_clients_thread_keeps_up() -> None:
     assert gain is not None
     found = decisions(sharing, 128)
     assert found.index(True) > 5
-    # What waits in the thread then is about half of what a member gains, and what is shared adds little.
+    # The delay is then about half of a member's gain, and shared requests add little.
     assert (found.index(True) + 1) * 8 * 0.0033 == pytest.approx(gain / 2, rel=0.2)
-    assert found[64:].count(False) == 2, "to see"
+    assert found[64:].count(False) == 2, "probes"
 
 
 def test_a_burst_as_large_as_the_last_is_shared_where_splitting_would_hold_up_those_behind() -> None:
@@ -69,13 +69,13 @@ def test_a_burst_as_large_as_the_last_is_shared_where_splitting_would_hold_up_th
         decisions(sharing, groups)
         found = decisions(sharing, groups, now=200.0)
         if groups == 32:
-            assert not any(found), "all are split, and the last of them waits 0.8 s"
+            assert not any(found), "all are split, and the last waits 0.8 s"
         else:
-            # Those behind would wait for as many requests as all groups have members; near the end there are few of them.
+            # Groups behind would wait for the requests of all members; near the end there are few.
             assert found[:400].count(False) <= 400 // 32 + 1
             assert not all(found[-40:])
-    assert decisions(large, 1, now=300.0) == [True], "another burst may be coming"
-    assert decisions(large, 1, now=400.0) == [False], "the last was of one group"
+    assert decisions(large, 1, now=300.0) == [True], "another burst may follow"
+    assert decisions(large, 1, now=400.0) == [False], "the last burst had one group"
 
 
 def test_turns_so_short_that_the_requests_take_longer_are_shared() -> None:
@@ -85,7 +85,7 @@ def test_turns_so_short_that_the_requests_take_longer_are_shared() -> None:
 def test_single_turn_episodes_are_shared_whatever_the_tail() -> None:
     sharing = taught(lognormal(10.0, 1.5), continuing=0.0)
     assert sharing.gain(8) == 0.0
-    assert all(decisions(sharing, 64)), "not even to see"
+    assert all(decisions(sharing, 64)), "not even probes"
     early = Sharing()
     for _ in range(8):
         early.finished(10.0, samples=8, turn=0)
@@ -114,9 +114,7 @@ def test_a_request_costs_what_is_measured_and_no_less_than_the_sdk_takes() -> No
     for _ in range(50):
         second(0.5, 50)
     assert sharing.request_seconds == pytest.approx(0.01, rel=0.1)
-    assert decisions(sharing, 128, now=200.0).count(False) < before / 2, (
-        "what is sent behind a split group waits longer"
-    )
+    assert decisions(sharing, 128, now=200.0).count(False) < before / 2, "requests behind a split group wait longer"
     for _ in range(50):
         second(0.05, 50)
     assert sharing.request_seconds == 0.0033
@@ -125,7 +123,7 @@ def test_a_request_costs_what_is_measured_and_no_less_than_the_sdk_takes() -> No
     assert sharing.request_seconds == 0.0033
     for _ in range(50):
         second(1.0, 1)
-    assert sharing.request_seconds == 0.0033, "too few to tell"
+    assert sharing.request_seconds == 0.0033, "too few to measure"
 
 
 def test_the_clients_own_delay_does_not_pass_for_a_tail() -> None:

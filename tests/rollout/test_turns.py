@@ -58,4 +58,4 @@ async def test_a_cancelled_piece_leaves_its_turn_to_the_next() -> None:
                     cancelled.start_soon(work, number)
                 scope.cancel()
         tasks.start_soon(work, 9)
-    assert done[-1] == 9, "it is not held up"
+    assert done[-1] == 9, "it is not blocked"

@@ -1,4 +1,4 @@
-"""A fast embedder of real vectors, a small corpus, and a Chroma server process."""
+"""A deterministic embedder, a small corpus, and a Chroma server process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from searchr1_async.search.embedders.base import Vectors
 
 
 class HashingEmbedder:
-    """A bag of words, each word at a place given by its hash: equal words are near, and nothing is learned."""
+    """Hashed bag of words: texts that share words are near."""
 
     def __init__(self, name: str = "hashing", dimension: int = 1024, max_texts: int = 1_000) -> None:
         self.name = name
@@ -35,10 +35,10 @@ class HashingEmbedder:
         self.query_batches: list[list[str]] = []
         self.passage_batches: list[list[str]] = []
         self.gate: anyio.Event | None = None
-        """While set, queries wait at it."""
+        """While set, queries wait for it."""
         self.failure: Exception | None = None
         self.fails_on: str | None = None
-        """Only requests with this query fail; None means that all do."""
+        """Only requests with this query fail; None for all."""
         self.is_open = False
 
     async def open(self) -> None:
@@ -104,7 +104,7 @@ def passages() -> list[Passage]:
 
 
 class ChromaProcess:
-    """A real `chroma run` on a port of its own, that can be killed and started again on the same folder."""
+    """A real `chroma run` on its own port, which can be killed and restarted on the same folder."""
 
     def __init__(self, folder: Path) -> None:
         command = shutil.which("chroma", path=f"{Path(sys.executable).parent}") or shutil.which("chroma")
@@ -119,7 +119,7 @@ class ChromaProcess:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Begins; does not wait until it answers."""
+        """Does not wait until the server answers."""
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(self._command, stdout=log, stderr=subprocess.STDOUT)
 
@@ -131,7 +131,6 @@ class ChromaProcess:
             time.sleep(0.05)
 
     def kill(self) -> None:
-        """At once, as a machine that fails does."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -139,7 +138,7 @@ class ChromaProcess:
 
 @pytest.fixture(scope="session")
 def chroma_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    """The port of a `chroma run` of this session; skipped where the command is missing."""
+    """Port of the session's `chroma run`; skips if the command is missing."""
     server = ChromaProcess(tmp_path_factory.mktemp("chroma-server"))
     server.start()
     try:
@@ -151,7 +150,7 @@ def chroma_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
 
 @pytest.fixture
 def chroma_process(tmp_path: Path) -> Iterator[ChromaProcess]:
-    """A `chroma run` of this test's own."""
+    """A `chroma run` for this test only."""
     server = ChromaProcess(tmp_path)
     server.start()
     try:

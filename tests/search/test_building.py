@@ -1,4 +1,4 @@
-"""Building indexes into folders and servers, with the real Gemini client before a stand-in of its service."""
+"""Index builds into folders and servers, with the real Gemini client against a stand-in service."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ async def test_a_search_is_built_into_its_own_folder(embedder: Any, tmp_path: Pa
     search = Search.local(passages(50), path=tmp_path / "index", embedder=embedder, n_results=1)
     report = await build_index(passages(50), search)
     assert (report.passages, report.embedded, report.cost) == (50, 50, None)
-    assert "at a price that is not known here" in str(report)
+    assert "at an unknown price" in str(report)
     embedder.passage_batches.clear()
     async with search:
         assert (await search.search(["word7"]))[0][0].id == "p7"
@@ -227,7 +227,7 @@ async def test_a_passage_that_is_refused_is_named_and_costs_no_other(
 
 
 class Shrinking(MemoryCorpus):
-    """A corpus whose file is cut while it is read."""
+    """A corpus whose file is truncated during the read."""
 
     def batches(self, size: int, start: int = 0) -> Iterator[list[Passage]]:
         for number, batch in enumerate(super().batches(size, start)):
@@ -244,7 +244,7 @@ async def test_a_corpus_that_breaks_meanwhile_is_told_as_it_is(embedder: Any, tm
 async def test_control_c_leaves_no_thread_at_work_and_everything_answered(
     service: GeminiStandIn, tmp_path: Path
 ) -> None:
-    """A plain Task.cancel, as asyncio.run makes of it."""
+    """A plain Task.cancel, like asyncio.run's."""
     embedder, half = gemini(service, max_requests=1), asyncio.Event()
 
     def tell(done: int, total: int) -> None:
@@ -270,7 +270,7 @@ class Forgetful(EmbeddedChroma):
 
 
 class Leaky(EmbeddedChroma):
-    """Loses a passage of every request."""
+    """Drops one passage per request."""
 
     async def add(self, passages: Sequence[Passage], vectors: Vectors) -> None:
         await super().add(passages[1:], vectors[1:])
@@ -283,7 +283,7 @@ async def test_an_index_that_loses_passages_is_warned_of(embedder: Any, tmp_path
     (warning,) = [event for event in events if isinstance(event, Notice) and event.is_warning]
     assert warning.text == report.warning
     assert "only 0.0% of 30 passages" in warning.text
-    with pytest.raises(StoreError, match="holds 29 passages where 30 were put in"):
+    with pytest.raises(StoreError, match="holds 29 passages, expected 30"):
         await build_index(passages(30), Leaky(tmp_path / "b"), embedder=embedder)
 
 
@@ -312,7 +312,7 @@ def test_the_report_in_words() -> None:
     report = IndexReport("a store", 1_000, 900, 12.5, 2_000_000, Price(0.15, "2025-07"), 0.9, 200)
     assert str(report) == (
         "1,000 passages in a store; 900 embedded in 12.5 s; about 2,000,000 tokens (bytes of UTF-8 / 4), about $0.30 at "
-        "$0.15 a million (list price of 2025-07); 90.0% of 200 passages found within the first 10 by their own vector"
+        "$0.15 per million (list price of 2025-07); 90.0% of 200 passages are among the first 10 results for their own vector"
     )
     assert report.warning is not None
     assert "only 90.0% of 200" in report.warning
@@ -331,7 +331,7 @@ async def test_the_command_builds_and_says_what_it_came_to(
     assert await anyio.to_thread.run_sync(main, arguments) == 0
     told = capfd.readouterr()
     assert told.out.startswith("600 passages in Chroma collection 'passages'")
-    assert "100.0% of 200 passages found" in told.out
+    assert "100.0% of 200 passages are among the first 10" in told.out
     assert f"index: {TOTAL} passages" in told.err
     assert "list price of" in told.err
     assert json.loads((tmp_path / "index" / "index.json").read_text())["passages"] == TOTAL

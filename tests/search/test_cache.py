@@ -1,4 +1,4 @@
-"""What the caches keep and forget, and that a bad disk, a kill or a neighbour costs no more than the cache."""
+"""What the caches keep and evict, and that a bad disk, a kill or another process costs no more than the cache."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MEBIBYTE = 1 << 20
 
 
 class LeastRecentlyUsedMachine(RuleBasedStateMachine):
-    """Against a list of keys in the order of their use."""
+    """Against a list of keys in order of use."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,11 +48,6 @@ class LeastRecentlyUsedMachine(RuleBasedStateMachine):
         assert self.cache.get(key) == (self.values[key] if key in self.order else None)
         if key in self.order:
             self.order = [*(other for other in self.order if other != key), key]
-
-    @rule()
-    def clear(self) -> None:
-        self.cache.clear()
-        self.order = []
 
     @invariant()
     def holds_as_many(self) -> None:
@@ -79,7 +74,7 @@ passages = st.lists(st.builds(Passage, any_text, any_text, any_text, st.floats()
 
 @given(passages)
 def test_passages_come_back_to_the_last_bit(given_passages: tuple[Passage, ...]) -> None:
-    # By repr, in which nan equals nan and -0.0 differs from 0.0.
+    # By repr: nan equals nan, and -0.0 differs from 0.0.
     assert repr(decode_passages(encode_passages(given_passages))) == repr(given_passages)
 
 
@@ -118,7 +113,7 @@ def value(seed: object, size: int = 2048) -> bytes:
 
 
 def holds(cache: DiskCache, count: int, namespace: str = "n") -> list[int]:
-    """Which of the values ``0..count`` it holds, each as it was put."""
+    """The values of ``0..count`` it holds, verified."""
     found = cache.get_many(namespace, [f"key {number}" for number in range(count)])
     assert all(found[key] == value(int(key.split()[1])) for key in found)
     return sorted(int(key.split()[1]) for key in found)
@@ -196,7 +191,7 @@ def test_the_least_recently_used_goes_first_and_the_file_stays_within_its_bound(
     fill(cache, range(550, 3000))
     cache.close()
     assert path.stat().st_size <= MEBIBYTE
-    # At most a tenth of the room is lost to the shape of pages: values of 2 KB fill 7 of 8 places in one of 16 KB.
+    # Pages waste about a tenth: a 16 KB page holds 7 values of 2 KB.
     assert len(holds(cache, 3000)) > 0.75 * MEBIBYTE / 2048
     cache.close()
 
@@ -234,7 +229,7 @@ def test_a_value_larger_than_a_tenth_of_the_bound_is_not_kept_and_costs_no_other
     cache.close()
 
 
-# Several at once
+# Several processes
 
 WORKER = """
 import random, sys, types
@@ -272,7 +267,7 @@ def start_worker(path: Path, name: str, rounds: int, *, max_bytes: int = 2 << 30
 
 
 def let_go(workers: list[Popen[str]]) -> None:
-    """All at the same time, so that they meet at the making of the file."""
+    """Starts all workers at once, so that they race to create the file."""
     for worker in workers:
         assert worker.stdout is not None
         assert worker.stdout.readline() == "ready\n"
@@ -292,7 +287,7 @@ def test_processes_share_one_file_from_its_making_on(path: Path) -> None:
     workers = [start_worker(path, str(number), 100) for number in range(3)]
     let_go(workers)
     hits = finish(workers)
-    # Of 100 rounds each: alone, a worker would find 71 rounds' worth of its keys; together they find 87.
+    # Of 100 rounds, a lone worker would hit 71; together they hit 87.
     assert sum(hits) > 3 * 80
     assert asides(path) == []
     cache = DiskCache(path)
@@ -434,9 +429,9 @@ def test_bytes_changed_anywhere_give_misses_and_never_another_value(path: Path, 
         at = generator.randrange(len(content))
         content[at : at + 16] = generator.randbytes(16)
     path.write_bytes(content)
-    holds(cache, 100)  # compares each value that it finds
+    holds(cache, 100)  # verifies each value
     fill(cache, range(100, 110))
-    if asides(path) == []:  # damage in values alone is not found by SQLite
+    if asides(path) == []:  # SQLite does not detect damaged values
         assert set(range(100, 110)) <= set(holds(cache, 110))
     fill(cache, range(10))
     assert set(range(10)) <= set(holds(cache, 10))
@@ -474,7 +469,7 @@ def test_the_log_of_a_damaged_file_is_not_taken_for_the_new_ones(path: Path, tmp
     connection.close()
     fill(cache, range(50, 60))
     path.parent.mkdir()
-    for suffix in ("", "-wal"):  # as a kill leaves them
+    for suffix in ("", "-wal"):  # as after a kill
         shutil.copy(f"{cache.path}{suffix}", f"{path}{suffix}")
     cache.close()
     with path.open("r+b") as file:
@@ -528,7 +523,7 @@ def test_where_no_file_can_be_the_run_goes_on_without_and_one_warning_says_so(
         path.touch()
         path = path / "cache.sqlite"
     elif os.geteuid() == 0:
-        path = Path("/proc/searchr1/cache.sqlite")  # the superuser may write to any folder but a few of the kernel's
+        path = Path("/proc/searchr1/cache.sqlite")  # root can write to nearly any folder
     else:
         tmp_path.chmod(0o500)
     cache = DiskCache(path)
@@ -537,7 +532,7 @@ def test_where_no_file_can_be_the_run_goes_on_without_and_one_warning_says_so(
         assert holds(cache, 3) == []
     cache.close()
     (warning,) = warnings_of(caplog)
-    assert "goes on without it" in warning
+    assert "continues without it" in warning
 
 
 FULL_DISK = """
@@ -568,7 +563,7 @@ def test_on_a_full_disk_what_is_there_is_read_and_one_warning_is_given(path: Pat
     assert ended.returncode == 0, ended.stderr
     warning, found = ended.stdout.splitlines()
     assert warning.startswith("WARNING the cache")
-    assert "takes nothing more" in warning
+    assert "now read-only" in warning
     assert found == "['0/0', 'early'] b'value'"
     cache = DiskCache(path)
     fill(cache, range(3))

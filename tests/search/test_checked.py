@@ -1,4 +1,4 @@
-"""An embedder that answers something else than one vector a text is refused at once: it is no outage."""
+"""An embedder with malformed output is refused at once, not treated as an outage."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from tests.search.conftest import HashingEmbedder
 pytestmark = pytest.mark.anyio
 
 AT_ONCE = 8.0
-"""Seconds; an outage is waited for for minutes."""
+"""Seconds; an outage would be waited for for minutes."""
 
 
 class Other(HashingEmbedder):
-    """Answers something else, passages and queries alike or only queries."""
+    """Returns malformed vectors, for passages and queries or only for queries."""
 
     def __init__(self, change: Callable[[np.ndarray], Any], *, only_queries: bool = False) -> None:
         super().__init__(dimension=16)
@@ -54,10 +54,10 @@ WRONG = {
     "a batch more": (lambda vectors: vectors[None], r"returned \[1, 10, 16\]"),
     "only NaN": (with_nan, "NaN or infinity in every row"),
     "nothing": (lambda vectors: None, r"\[10, 16\]"),
-    "texts": (lambda vectors: ["a vector"] * len(vectors), "list that is no such array"),
+    "texts": (lambda vectors: ["a vector"] * len(vectors), "an invalid list"),
     "rows of different lengths": (
         lambda vectors: [row[: 3 + n] for n, row in enumerate(vectors.tolist())],
-        "list that",
+        "an invalid list",
     ),
 }
 

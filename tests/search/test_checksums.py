@@ -44,7 +44,7 @@ def test_a_file_is_its_own(path: Path, size: int) -> None:
     refuse_other(path, record, whole=True)
 
 
-@pytest.mark.parametrize(("change", "words"), [(-1, "cut short: 999 bytes in place of 1,000"), (1, "too long: 1,001")])
+@pytest.mark.parametrize(("change", "words"), [(-1, "truncated: 999 bytes instead of 1,000"), (1, "too long: 1,001")])
 def test_another_size_is_refused_with_both_sizes(path: Path, change: int, words: str) -> None:
     record = write(path, 1_000)
     path.write_bytes((path.read_bytes() + b"x")[: 1_000 + change])
@@ -86,13 +86,13 @@ def test_of_a_large_file_some_blocks_are_looked_at_and_on_demand_all(path: Path)
 def test_another_file_of_equal_size_is_refused_at_once(path: Path, tmp_path: Path) -> None:
     record = write(path, 100 * BLOCK)
     write(path, 100 * BLOCK, seed=1)
-    with pytest.raises(StoreError, match="not the file that was made with this index"):
+    with pytest.raises(StoreError, match="not the file built with this index"):
         refuse_other(path, record)
 
 
 def test_a_missing_file_a_folder_and_a_manifest_of_another_file(path: Path) -> None:
     record = write(path, 3 * BLOCK)
-    with pytest.raises(StoreError, match="is of another file"):
+    with pytest.raises(StoreError, match="the manifest does not describe"):
         refuse_other(path, FileRecord(record.bytes, record.blocks[16:]))
     path.unlink()
     with pytest.raises(StoreError, match=r"vectors\.bin is missing\. Copy the whole folder"):

@@ -72,7 +72,7 @@ def test_an_answer_that_may_be_another_one_next_time(
             chroma_says("InvalidArgumentError", "Collection expecting embedding with dimension of 3, got 2"),
             StoreError,
             True,
-            "another embedder .its vectors have 3 numbers, these 2.",
+            "another embedder .dimension 3, got 2.",
         ),
         (400, chroma_says("QuotaError", "over 300 records"), RefusedInput, False, "over 300 records"),
         (413, b"", RefusedInput, False, "413"),

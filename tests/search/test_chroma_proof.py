@@ -161,7 +161,7 @@ async def test_the_call_that_is_named_builds_it_again(index: Path, how: str) -> 
             passages(), index, embedder=embedder(), emit=lambda event: texts.append(getattr(event, "text", ""))
         )
         assert report.embedded == TOTAL
-        assert any("link_lists.bin" in text and "built again" in text for text in texts)
+        assert any("link_lists.bin" in text and "rebuilding it" in text for text in texts)
     else:
         await search.build()
     async with search:
@@ -260,7 +260,7 @@ async def test_a_folder_of_others_opens_and_is_refused_once_it_is_damaged(tmp_pa
         copy = tmp_path / name
         shutil.copytree(folder, copy)
         harm(copy)
-        with pytest.raises(DamagedIndexError, match="Bring the folder back from a copy, or delete it"):
+        with pytest.raises(DamagedIndexError, match="Restore the folder from a copy, or delete it"):
             await EmbeddedChroma(copy).open()
         with pytest.raises(StoreError, match="cannot be read"):
             await ChromaFolder(copy).open()
@@ -276,7 +276,7 @@ async def test_passages_without_vectors_are_damage(tmp_path: Path) -> None:
         database.execute(
             "INSERT INTO embeddings (segment_id, embedding_id, seq_id) SELECT segment_id, 'x', 1 FROM embeddings LIMIT 1"
         )
-    with pytest.raises(DamagedIndexError, match=r"of 5\d\d passages are lost"):
+    with pytest.raises(DamagedIndexError, match=r"of 5\d\d passages have lost their vectors"):
         await EmbeddedChroma(folder).open()
 
 
@@ -286,9 +286,9 @@ async def test_a_store_that_does_not_find_its_own_vectors_is_refused(index: Path
     other = np.random.default_rng(0).standard_normal((20, DIMENSION)).astype(np.float32)
     other /= np.linalg.norm(other, axis=1, keepdims=True)
     own = embedder().embed([passage.text for passage in passages()[:20]])
-    with pytest.raises(DamagedIndexError, match="of 20 of its own vectors it finds 0"):
+    with pytest.raises(DamagedIndexError, match="finds 0 of 20 of its own vectors"):
         await refuse_unproven(store, other, "cosine", "advice")
-    with pytest.raises(DamagedIndexError, match="of 29 of its own vectors it finds 9"):
+    with pytest.raises(DamagedIndexError, match="finds 9 of 29 of its own vectors"):
         await refuse_unproven(store, np.concatenate([other, own[:9]]), "cosine", "advice")
     await refuse_unproven(store, own, "cosine", "advice")
     await store.aclose()

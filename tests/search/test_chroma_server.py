@@ -287,7 +287,7 @@ async def test_the_fingerprint_follows_the_collection(chroma: StandIn, caplog: p
                 group.start_soon(store.query, VECTORS, 1)
     assert store.fingerprint == f"{chroma.collection_id}-7"
     assert Counter(path.rsplit("/", 1)[1] for _, path, _ in chroma.asked)["passages"] == 1
-    assert caplog.text.count("made anew") == 1
+    assert caplog.text.count("was recreated") == 1
     chroma.count = 8
     await store.count()
     assert store.fingerprint == f"{chroma.collection_id}-8"
@@ -320,7 +320,7 @@ async def test_a_missing_tenant_and_database_are_named(chroma_port: int) -> None
         {"database": "nowhere", "create": True},
     ]
     for settings in wrong:
-        with pytest.raises(StoreError, match=r"no such database.*tenant and database") as caught:
+        with pytest.raises(StoreError, match=r"the database does not exist.*tenant and database") as caught:
             await RemoteChroma("127.0.0.1", chroma_port, "abc", **settings).open()
         assert caught.value.is_fatal
 

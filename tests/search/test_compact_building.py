@@ -1,4 +1,4 @@
-"""Making a compact index on purpose: from a corpus or from vectors, with queries, with what is refused before it begins."""
+"""Compact index builds: from a corpus or vectors, with queries, and refused inputs."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ async def test_a_quota_that_is_used_up_loses_nothing(
     with pytest.raises(EmbeddingError, match="the quota is used up"):
         await build_compact_index(CORPUS, folder, embedder=embedder, on_progress=stop)
     first = [text for batch in embedder.passage_batches for text in batch]
-    with pytest.raises(StoreError, match="not finished"):
+    with pytest.raises(StoreError, match="unfinished compact index"):
         await Search.open(folder, embedder=embedder)
     embedder.failure = None
     embedder.passage_batches.clear()
@@ -99,14 +99,14 @@ async def test_queries_are_texts_or_vectors_or_none(tmp_path: Path, make_embedde
 
 async def test_queries_that_cannot_be_used(tmp_path: Path, make_embedder: Callable[..., Any]) -> None:
     source, folder = Arrays(clustered(100, 32)), tmp_path / "index"
-    with pytest.raises(ConfigurationError, match="name the embedder that made the vectors of arrays"):
+    with pytest.raises(ConfigurationError, match="pass the embedder that made the vectors of arrays"):
         await build_compact_index(source, folder, queries=["who"])
-    with pytest.raises(ConfigurationError, match="none of the queries can be searched for"):
+    with pytest.raises(ConfigurationError, match="none of the queries is searchable"):
         await build_compact_index(source, folder, queries=["?", ""], embedder=make_embedder(dimension=32))
-    with pytest.raises(StoreError, match="arrays holds vectors of 32 numbers, hashing makes them of 64"):
+    with pytest.raises(StoreError, match="arrays holds vectors of dimension 32, but hashing produces dimension 64"):
         await build_compact_index(source, folder, queries=["who"], embedder=make_embedder(dimension=64))
     for queries in (np.zeros((3, 31)), np.zeros(32), np.full((2, 32), np.nan)):
-        with pytest.raises(ConfigurationError, match=r"give finite vectors \[queries, 32\]"):
+        with pytest.raises(ConfigurationError, match=r"pass finite vectors \[queries, 32\]"):
             await build_compact_index(source, folder, queries=queries)
     assert contents(folder) == {}
     assert not source.is_open
@@ -125,10 +125,10 @@ async def test_a_folder_that_holds_something_else(tmp_path: Path) -> None:
     source, folder = Arrays(clustered(100, 32)), tmp_path / "index"
     folder.mkdir()
     (folder / "notes.txt").write_text("mine")
-    with pytest.raises(StoreError, match="holds files that are no compact index: give an empty or a new folder"):
+    with pytest.raises(StoreError, match="holds files that are not a compact index: use an empty or new folder"):
         await build_compact_index(source, folder)
     (folder / "manifest.json").write_text('{"name": "an application"}')
-    with pytest.raises(StoreError, match="not that of a compact index"):
+    with pytest.raises(StoreError, match="not the manifest of a compact index"):
         await build_compact_index(source, folder)
     assert set(contents(folder)) == {"notes.txt", "manifest.json"}
     whole = tmp_path / "whole"
@@ -136,10 +136,10 @@ async def test_a_folder_that_holds_something_else(tmp_path: Path) -> None:
     before = contents(whole)
     with pytest.raises(StoreError, match=r"holds the compact index of arrays \(float16\), not of others \(float16\)"):
         await build_compact_index(Arrays(source.vectors, name="others"), whole)
-    with pytest.raises(StoreError, match=r"not of arrays \(int8\): give another folder, or delete that one"):
+    with pytest.raises(StoreError, match=r"not of arrays \(int8\): use another folder, or delete this one"):
         await build_compact_index(source, whole, settings=CompactSettings("int8"))
     assert contents(whole) == before
-    # Killed between its manifest and the end.
+    # Killed right after writing the manifest.
     (whole / "building").mkdir()
     (whole / "building" / "exact.npz").write_bytes(b"x")
     assert (await build_compact_index(source, whole)).seconds == 0
@@ -154,14 +154,14 @@ async def test_too_little_room_is_said_before_anything_is_written(
     needed = needed_bytes(21_015_324, 32, CompactSettings())
     assert needed > 21_015_324 * (2 * 32 + 500)
     monkeypatch.setattr(compact_building, "free_bytes", lambda folder: needed)
-    words = f"takes about {needed / 1e9:,.1f} GB more in .*index, where {needed / 1e9:,.1f} GB are free: make room"
+    words = f"needs about {needed / 1e9:,.1f} GB more in .*index; {needed / 1e9:,.1f} GB are free: free some space"
     with pytest.raises(StoreError, match=words):
         await build_compact_index(source, folder)
     assert contents(folder) == {}
     assert source.begun_at == []
     monkeypatch.setattr(compact_building, "free_bytes", lambda folder: needed + (2 << 30))
     events: list[Event] = []
-    with pytest.raises(StoreError, match="gave 100 rows where it had said 21,015,324"):
+    with pytest.raises(StoreError, match="returned 100 rows instead of 21,015,324"):
         await build_compact_index(source, folder, emit=events.append)
     assert any(isinstance(event, Notice) and "GB are free" in event.text for event in events)
 
@@ -179,7 +179,7 @@ async def test_a_disk_that_fails_is_said_with_what_is_free(tmp_path: Path, monke
             await build_compact_index(source, folder)
     assert not source.is_open
     report = await build_compact_index(source, folder)
-    assert source.begun_at == [0], "the rows were on the disk"
+    assert source.begun_at == [0], "the rows were on disk"
     assert CompactStore(folder).fingerprint.startswith(report.manifest.fingerprint)
 
 
@@ -192,7 +192,7 @@ async def test_a_whole_index_says_what_it_was_made_with_where_something_else_is_
     assert again.manifest == first.manifest
     (notice,) = [event for event in events if isinstance(event, Notice)]
     assert notice.is_warning
-    assert "was made with recall 0.95, not 0.99, lists" in notice.text
+    assert "was built with recall 0.95, not 0.99, lists" in notice.text
     assert "delete it" in notice.text
     events.clear()
     await build_compact_index(source, folder, emit=events.append)
@@ -200,12 +200,12 @@ async def test_a_whole_index_says_what_it_was_made_with_where_something_else_is_
 
 
 async def test_a_recall_that_is_not_reached_is_told(tmp_path: Path) -> None:
-    vectors = np.random.default_rng(0).standard_normal((4_000, 8)).astype(np.float32)  # of 256 codes at most in a list
+    vectors = np.random.default_rng(0).standard_normal((4_000, 8)).astype(np.float32)  # at most 256 codes per list
     events: list[Event] = []
     settings = CompactSettings(recall=1.0, lists=1)
     report = await build_compact_index(Arrays(vectors), tmp_path / "index", settings=settings, emit=events.append)
     assert report.warning is not None
-    assert "where 100.0% were asked for" in report.warning
+    assert "below the target of 100.0%" in report.warning
     assert Notice(report.warning, is_warning=True) in events
 
 
@@ -231,7 +231,9 @@ async def test_queries_are_embedded_once_however_often_the_build_goes_on(
         patch.setattr(build, "write_codes", full)
         with pytest.raises(StoreError, match="No space left"):
             await build_compact_index(source, folder, embedder=embedder, queries=other)
-    assert sorted(text for batch in embedder.query_batches for text in batch) == sorted(other), "others were asked for"
+    assert sorted(text for batch in embedder.query_batches for text in batch) == sorted(other), (
+        "other queries were given"
+    )
     embedder.query_batches.clear()
     report = await build_compact_index(source, folder, embedder=embedder, queries=other)
     assert embedder.query_batches == []
@@ -267,7 +269,7 @@ async def test_texts_are_embedded_by_the_embedder_that_the_source_names(
     assert (report.manifest.calibration.queries, report.manifest.calibration.origin) == (2, "queries")
     assert not embedder.is_open
     await build_compact_index(source, tmp_path / "other")
-    assert names == ["theirs"], "not asked for without texts"
+    assert names == ["theirs"], "not created without text queries"
 
 
 @pytest.mark.parametrize("kind", ["questions", "without answers", "rows", "array", "file"])
@@ -288,7 +290,7 @@ async def test_queries_are_questions_too(kind: str, tmp_path: Path, make_embedde
 
 
 async def test_queries_that_are_none_are_refused_before_anything_is_made(tmp_path: Path) -> None:
-    for queries, words in ([3, 4], "row 1 is a int"), ("no such file.jsonl", "there is no question file"):
+    for queries, words in ([3, 4], "row 1 is a int"), ("no such file.jsonl", "the question file .* does not exist"):
         with pytest.raises(QuestionsError, match=words):
             await build_compact_index(CORPUS, tmp_path / "index", embedder="no such model", queries=queries)  # type: ignore[arg-type]
     assert not (tmp_path / "index").exists()

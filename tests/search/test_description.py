@@ -1,4 +1,4 @@
-"""Searches described as plain values, and made from that again."""
+"""Searches described as plain values and recreated from them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.anyio
 
 @pytest.fixture(autouse=True)
 def _embedder(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Embedders of any name are those of the tiny world."""
+    """Any name gives the tiny world's embedder."""
     monkeypatch.setattr(searches, "make_embedder", lambda embedder: tiny_world.HashingEmbedder())
 
 
@@ -38,7 +38,7 @@ def corpus(tmp_path: Path) -> Path:
 async def test_a_local_search_made_from_its_description_gives_the_same_answers(corpus: Path, tmp_path: Path) -> None:
     search = Search.local(corpus, path=tmp_path / "index", embedder="words", n_results=2, max_passage_words=3)
     assert search.description is not None
-    described = json.loads(json.dumps(search.description))  # as a manifest gives it back
+    described = json.loads(json.dumps(search.description))  # as read from a manifest
     again = Search.from_description(described)
     assert again.description == described
     assert again.fingerprint == search.fingerprint
@@ -49,7 +49,7 @@ async def test_a_local_search_made_from_its_description_gives_the_same_answers(c
         async with own:
             with anyio.fail_after(30):
                 found.append(await own.search(queries))
-    # Behind the first, passages are equally near, and which of them comes is chance.
+    # Beyond the first, passages are equally near, so their order is random.
     assert [passages[0] for passages in found[0]] == [passages[0] for passages in found[1]]
     assert [passages[0].id for passages in found[1]] == ["capital-barin", "river-misel"]
     assert [len(passages) for passages in found[1]] == [2, 2]

@@ -1,4 +1,4 @@
-"""The dispatcher, against a service that is scripted, in virtual time: minutes of outage cost nothing."""
+"""The dispatcher against a scripted service, in virtual time."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def now() -> float:
 
 @dataclass
 class Service:
-    """Answers a text with its upper case after ``seconds``; what it does before is scripted by request."""
+    """Answers a text with its upper case after ``seconds``; ``before`` scripts each request."""
 
     seconds: float = 0.1
     before: Callable[[int, Sequence[str]], Awaitable[None]] | None = None
@@ -72,7 +72,7 @@ async def ask(dispatcher: Dispatcher[str, str, str], *texts: str, deadline: floa
 
 
 def failing(*faults: SearchError | None) -> Callable[[int, Sequence[str]], Awaitable[None]]:
-    """The n-th request fails with the n-th fault; the last one goes on for ever."""
+    """The n-th request fails with the n-th fault; the last fault repeats."""
 
     async def before(number: int, texts: Sequence[str]) -> None:
         fault = faults[min(number, len(faults) - 1)]
@@ -137,7 +137,7 @@ async def test_under_load_batches_grow_and_nobody_waits_for_long() -> None:
         for number in range(500):
             tasks.start_soon(one, number)
     statistics = dispatcher.statistics
-    assert statistics.mean_batch > 3.3, "500 in 5 s, each taking 0.1 s: 10 are in the air at any time, by 2.6 requests"
+    assert statistics.mean_batch > 3.3, "500 in 5 s, each taking 0.1 s: 10 are in flight at any time, by 2.6 requests"
     assert statistics.latency.quantile(1) < 0.12
 
 
@@ -288,7 +288,7 @@ async def test_the_deadline() -> None:
 
 async def test_the_deadline_names_a_quota() -> None:
     service = Service(before=failing(TooManyRequests("quota", retry_after=200)))
-    with pytest.raises(StoreError, match="left alone for 195 s"):
+    with pytest.raises(StoreError, match="back off for another 195 s"):
         await ask(service.dispatcher(), "a", deadline=5)
 
 
@@ -324,7 +324,7 @@ async def test_the_retries_of_one_batch_end() -> None:
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(bad)
         await anyio.sleep(0.01)
-        while True:  # others are answered all the while, so the service is not down
+        while True:  # others are answered meanwhile, so the service is not down
             await ask(dispatcher, "good")
     (failure,) = outcome
     assert type(failure) is StoreError
@@ -418,7 +418,7 @@ async def test_who_carries_for_others_and_leaves_hands_over() -> None:
 
         tasks.start_soon(one, "a")
         tasks.start_soon(one, "b")
-        tasks.start_soon(leaving)  # the last to ask in this turn of the loop: it carries the batch of all three
+        tasks.start_soon(leaving)  # the last caller in this loop iteration: it carries the batch of all three
         await anyio.sleep(0.5)
         assert service.batches == [["a", "b", "x"]]
         leaver.cancel()
@@ -481,7 +481,7 @@ async def test_a_request_that_hangs_holds_nobody_up_for_long() -> None:
         for number in range(3):
             began = now()
             await ask(dispatcher, f"q{number}")
-            assert now() - began < 0.3, "though ten are in the air"
+            assert now() - began < 0.3, "though ten are in flight"
 
 
 @pytest.mark.parametrize("retry_after", [None, 18.0, 280.0])
@@ -589,7 +589,7 @@ async def test_a_hedge_is_no_second_chance_for_a_fault() -> None:
 def test_whatever_happens_every_call_ends_with_its_own_answers(
     seed: int, items: int, requests: int, hedged: bool
 ) -> None:
-    """Random calls, faults, cancellations and delays: no call is lost, mixed up, or left with a task behind it."""
+    """Random calls, faults, cancellations and delays: no call is lost, mixed up, or leaves a task behind."""
 
     async def main() -> None:
         generator = random.Random(seed)

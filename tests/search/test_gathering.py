@@ -1,4 +1,4 @@
-"""Gathering, against a plain model of what it promises."""
+"""Gathering against a plain model."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ def test_a_batch_has_a_limit_and_the_oldest_go_first() -> None:
 
 
 @pytest.mark.parametrize(
-    ("waiting", "in_the_air", "is_worth"),
+    ("waiting", "in_flight", "is_worth"),
     [(1, 0, True), (1, 3, True), (1, 4, False), (2, 4, True), (9, 20, False), (10, 20, True), (30, 1_000, True)],
 )
-def test_a_small_batch_joins_only_a_few_in_the_air(waiting: int, in_the_air: int, is_worth: bool) -> None:
-    assert is_worth_sending(waiting, in_the_air, max_keys=30) is is_worth
+def test_a_small_batch_joins_only_a_few_in_the_air(waiting: int, in_flight: int, is_worth: bool) -> None:
+    assert is_worth_sending(waiting, in_flight, max_keys=30) is is_worth
 
 
 def test_weight_bounds_a_batch_and_what_is_too_heavy_goes_alone() -> None:
@@ -75,7 +75,7 @@ def test_nobody_waits_for_ever() -> None:
     gathering: Gathering[str, int] = Gathering()
     gathering.ask([f"many{number}" for number in range(20)], 0)
     taken: list[str] = []
-    for number in range(40):  # there is always someone new
+    for number in range(40):  # there is always a new waiter
         gathering.ask([f"new{number}"], number + 1)
         taken += gathering.take(2)
     assert {f"many{number}" for number in range(20)} <= set(taken)
@@ -110,13 +110,13 @@ def test_a_batch_of_nothing_is_refused() -> None:
 
 
 class GatheringMachine(RuleBasedStateMachine):
-    """Any order of asking, leaving, taking, finishing and giving back: nobody who waits is ever forgotten."""
+    """Any order of operations: no waiter is ever forgotten."""
 
     def __init__(self) -> None:
         super().__init__()
         self.gathering: Gathering[int, int] = Gathering()
         self.open: dict[int, set[int]] = {}
-        """Waiter → keys that it still waits for."""
+        """Waiter → keys it still waits for."""
         self.batches: list[tuple[int, ...]] = []
         self.waiters = 0
 

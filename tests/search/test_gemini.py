@@ -1,4 +1,4 @@
-"""The Gemini embedder: Google's own client against a server that answers as Google does."""
+"""The Gemini embedder: Google's client against a stand-in server."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Make = Callable[..., GeminiEmbedder]
 
 
 class Token(google_credentials.Credentials):
-    """Credentials as google-auth has them, with a token that never expires once it is there."""
+    """google-auth credentials whose token never expires."""
 
     def __init__(self, token: str | None = KEY, failure: Exception | None = None) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ async def stand_in() -> AsyncIterator[GeminiStandIn]:
 
 @pytest.fixture
 async def make(stand_in: GeminiStandIn) -> AsyncIterator[Make]:
-    """Embedders that ask the stand-in, closed at the end."""
+    """Embedders that call the stand-in, closed at the end."""
     made: list[GeminiEmbedder] = []
 
     def make(service: str = "developer", **options: Any) -> GeminiEmbedder:
@@ -83,7 +83,7 @@ async def make(stand_in: GeminiStandIn) -> AsyncIterator[Make]:
 
 
 async def refused(embedder: GeminiEmbedder, texts: list[str] = TEXTS[:1]) -> Exception:
-    """What embedding raises."""
+    """The exception that embedding raises."""
     try:
         await embedder.embed_queries(texts)
     except Exception as error:
@@ -155,12 +155,12 @@ async def test_no_texts_ask_nothing(stand_in: GeminiStandIn, make: Make) -> None
 async def test_the_short_way_sends_what_the_client_sends(
     stand_in: GeminiStandIn, make: Make, service: str, texts: list[str]
 ) -> None:
-    """``embed_content`` of the installed google-genai is the measure: same path, same body, same vectors."""
+    """Same path, body and vectors as ``embed_content`` of the installed google-genai."""
     stand_in.settings = StandInSettings(vertex_lists=True)
     embedder = make(service)
     await embedder.open()
     short = await embedder.embed_passages(texts), stand_in.last_request
-    embedder._sends_itself = False
+    embedder._uses_transport = False
     long = await embedder.embed_passages(texts), stand_in.last_request
     assert short[1] == long[1]
     np.testing.assert_array_equal(short[0], long[0])
@@ -259,7 +259,7 @@ async def test_a_quota_tells_when_to_come_again(stand_in: GeminiStandIn, make: M
         assert error.retry_after is None
     else:
         assert error.retry_after is not None
-        assert 5 < error.retry_after <= 13  # a text each 12 s, and one is missing
+        assert 5 < error.retry_after <= 13  # one text per 12 s, and one is missing
 
 
 async def test_a_refused_text_is_the_requests_own_fault(stand_in: GeminiStandIn, make: Make) -> None:
@@ -288,7 +288,7 @@ async def test_no_fault_holds_a_key_or_a_text(
     told += caplog.text
     for private in (KEY, KEY[:12], KEY[-12:], "Quagmire", "xylophone", "Kumquat", "rich"):
         assert private.lower() not in told.lower()
-    assert "overloaded" in told  # and yet the service's own words are there
+    assert "overloaded" in told  # the service's own words are kept
 
 
 async def test_a_service_that_is_not_there(make: Make, stand_in: GeminiStandIn) -> None:
@@ -331,7 +331,7 @@ async def test_the_key_comes_from_the_environment(
     stand_in.settings = StandInSettings(keys=(KEY,))
     monkeypatch.setenv(variable, f"{KEY}\n")
     await make(api_key=None).open()
-    with pytest.raises(EmbeddingError, match="access is refused") as caught:
+    with pytest.raises(EmbeddingError, match="access denied") as caught:
         await make(api_key="explicit").open()
     assert caught.value.is_fatal
 
@@ -521,7 +521,7 @@ async def test_credentials_that_are_not_there(make: Make, monkeypatch: pytest.Mo
 
 
 async def test_credentials_without_a_project(make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    """An authorized user's file, as ``gcloud auth application-default login`` writes it, names none."""
+    """A user's file from ``gcloud auth application-default login`` names no project."""
     file = tmp_path / "user.json"
     user = {"type": "authorized_user", "client_id": "i", "client_secret": "s", "refresh_token": "r"}
     file.write_text(json.dumps(user))

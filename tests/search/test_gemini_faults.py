@@ -1,4 +1,4 @@
-"""What an error of the Gemini client is taken for, and what of its words is passed on: pure functions, by tables."""
+"""Classification and redaction of the Gemini client's errors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CONNECTION = ConnectionKey("host", 443, True, True, None, None, None)
 
 
 class Answer:
-    """Of an aiohttp answer, what is read."""
+    """The fields of an aiohttp response that are read."""
 
     def __init__(self, headers: dict[str, str]) -> None:
         self.headers = CIMultiDictProxy(CIMultiDict(headers))
@@ -42,7 +42,7 @@ def answered(
     headers: dict[str, str] | None = None,
     details: list[Any] | None = None,
 ) -> APIError:
-    """The error that the client raises of an answer."""
+    """The error the client raises for a response."""
     body = {"error": {"code": code, "status": status, "message": message, "details": details or []}}
     kind = ClientError if code < 500 else ServerError
     response: Any = Answer(headers or {})
@@ -108,7 +108,7 @@ def test_worth_another_try(error: Exception, cause: str) -> None:
         (answered(403, "PERMISSION_DENIED"), "GEMINI_API_KEY"),
         (answered(404, "NOT_FOUND"), "model"),
         (answered(400, "FAILED_PRECONDITION", "User location is not supported"), "location"),
-        (answered(405), "no request is taken"),
+        (answered(405), "the service refuses all requests"),
         (aiohttp.ClientConnectorCertificateError(CONNECTION, ssl.SSLCertVerificationError("odd")), "SSL_CERT_FILE"),
         (google_auth.DefaultCredentialsError("none found"), "GEMINI_API_KEY"),
     ],
@@ -143,7 +143,7 @@ def test_a_fault_is_itself() -> None:
     assert fault_of(fault) is fault
 
 
-# --- when to come again ---------------------------------------------------------------------------------------------------
+# --- retry-after ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_no_answer_breaks_the_classification(header: str, body: Any, code: int) 
     assert wait is None or 0 <= wait < float("inf")
 
 
-# --- what is passed on ----------------------------------------------------------------------------------------------------
+# --- redaction ------------------------------------------------------------------------------------------------------------
 
 WORDS = st.text(string.ascii_letters + string.digits, min_size=1, max_size=12)
 TEXTS = st.lists(

@@ -1,4 +1,4 @@
-"""The server that stands in for Gemini: what benchmarks and other tests rely on."""
+"""The stand-in server for Gemini, used by benchmarks and other tests."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ async def test_answers_take_the_time_asked_for_beside_one_another() -> None:
 
 
 async def test_it_runs_in_a_process_of_its_own() -> None:
-    """With settings of every kind, the real client, and counts that can be read and forgotten."""
+    """Out of process, with all settings, the real client, and resettable counts."""
     settings = StandInSettings(keys=("k",), fault_rates={Fault.SLOW: 0.0}, vertex_lists=True)
     async with stand_in_process(settings) as base_url:
         assert (await ask(base_url, "text", key="another"))[0] == 400

@@ -1,4 +1,4 @@
-"""Indexes in a folder: whole, begun, another's, broken."""
+"""Index folders: complete, unfinished, foreign and broken."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ async def test_what_was_begun_is_continued_and_nothing_is_embedded_twice(
     many: list[Passage], make_embedder: Callable[..., Any], tmp_path: Path, how: str
 ) -> None:
     first = make_embedder()
-    first.max_requests = 1  # so that three windows are at work at most
+    first.max_requests = 1  # so that at most three windows are in progress
     search = Search.local(many, path=tmp_path / "index", embedder=first, n_results=1)
     with anyio.CancelScope() as scope:
 
@@ -91,7 +91,7 @@ async def test_what_was_begun_is_continued_and_nothing_is_embedded_twice(
 async def test_an_index_begun_by_an_earlier_version_is_continued(
     many: list[Passage], embedder: Any, tmp_path: Path
 ) -> None:
-    """Which wrote the passages in their order, and kept no journal."""
+    """Earlier versions wrote the passages in order and kept no journal."""
     folder = tmp_path / "index"
     store = EmbeddedChroma(folder, "passages")
     await store.open()
@@ -124,11 +124,11 @@ async def test_another_index_or_foreign_files_are_not_touched(
         Search.local(many[1:], path=tmp_path / "index", embedder=embedder),
         Search.local(many, path=tmp_path / "index", embedder=make_embedder(dimension=64)),
     ):
-        with pytest.raises(StoreError, match="give another path"):
+        with pytest.raises(StoreError, match="use another path"):
             await other.connect()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(StoreError, match="no index of this package"):
+    with pytest.raises(StoreError, match="not an index of this package"):
         await Search.local(many, path=tmp_path / "mine", embedder=embedder).connect()
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
 

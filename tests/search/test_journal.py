@@ -1,4 +1,4 @@
-"""The journal of vectors: whatever a kill leaves of it, what it gives back is what was put in."""
+"""The journal of vectors: after any kill it returns exactly what was written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Latencies as counts: percentiles close to the true ones, and differences of snapshots."""
+"""Latency histograms: percentiles close to the true ones, and differences of snapshots."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pacing: decisions by observation and time alone."""
+"""Pacing: decisions from observations and time alone."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_settings_out_of_their_range_are_refused(wrong: dict[str, float]) -> Non
 
 
 class PacerMachine(RuleBasedStateMachine):
-    """Any order of requests, ends and times: never too many at once, and never shut for ever."""
+    """Any order of requests, outcomes and times: never above the limit, never stuck."""
 
     def __init__(self) -> None:
         super().__init__()

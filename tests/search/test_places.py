@@ -1,4 +1,4 @@
-"""What a path or an address holds that can be searched, and what is said where it holds nothing."""
+"""Detection of the index at a path or URL, and errors if there is none."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ async def test_a_compact_index(tmp_path: Path, make_embedder: Callable[..., Any]
     async with search:
         assert len((await search.search(["anything"]))[0]) == 2
     assert search.fingerprint == Search.compact(folder, embedder=embedder, n_results=2).fingerprint
-    # The name that it keeps is that of an embedder of one's own, which nobody can make again.
+    # The index names a custom embedder, which cannot be recreated by name.
     with pytest.raises((ConfigurationError, EmbeddingError), match="hashing"):
         await Search.open(folder)
     with pytest.raises(
@@ -60,10 +60,10 @@ async def test_a_compact_index(tmp_path: Path, make_embedder: Callable[..., Any]
 
 async def test_a_compact_index_that_does_not_know_its_embedder(tmp_path: Path, embedder: Any) -> None:
     folder = await compact(tmp_path / "index")
-    with pytest.raises(ConfigurationError, match=r"does not say what its vectors were made with: name it, embedder=…"):
+    with pytest.raises(ConfigurationError, match=r"does not name the embedder of its vectors: pass embedder=…"):
         await Search.open(folder)
     search = await Search.open(folder, embedder=embedder)
-    with pytest.raises(StoreError, match="vectors of 16 numbers, hashing makes them of 1024"):
+    with pytest.raises(StoreError, match="vectors of dimension 16, but hashing produces dimension 1024"):
         await search.connect()
 
 
@@ -83,11 +83,11 @@ async def test_a_compact_index_is_described_and_made_again(tmp_path: Path, monke
 
 async def test_an_unfinished_and_a_broken_compact_index(tmp_path: Path, embedder: Any) -> None:
     (tmp_path / "begun" / "building").mkdir(parents=True)
-    with pytest.raises(StoreError, match="not finished"):
+    with pytest.raises(StoreError, match="unfinished compact index"):
         await Search.open(tmp_path / "begun", embedder=embedder)
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "manifest.json").write_text("{")
-    with pytest.raises(StoreError, match="is broken"):
+    with pytest.raises(StoreError, match="is corrupt"):
         await Search.open(str(tmp_path / "broken"), embedder=embedder)
 
 
@@ -106,7 +106,7 @@ async def test_an_index_of_this_package_and_chroma_folders(tmp_path: Path, make_
     search = await Search.open(tmp_path / "chroma", embedder=own)
     async with search:
         assert len((await search.search(["anything"], 5))[0]) == 5
-    with pytest.raises(ConfigurationError, match="does not say what its vectors were made with"):
+    with pytest.raises(ConfigurationError, match="does not name the embedder of its vectors"):
         await Search.open(tmp_path / "chroma")
     await chroma(tmp_path / "chroma", "other")
     with pytest.raises(
@@ -119,10 +119,10 @@ async def test_an_index_of_this_package_and_chroma_folders(tmp_path: Path, make_
 
 
 async def test_a_folder_without_an_index(tmp_path: Path, embedder: Any) -> None:
-    with pytest.raises(StoreError, match=r"holds no index: neither manifest\.json nor chroma\.sqlite3 is in it$"):
+    with pytest.raises(StoreError, match=r"holds no index: it has neither manifest\.json nor chroma\.sqlite3$"):
         await Search.open(tmp_path, embedder=embedder)
     (tmp_path / "wiki.jsonl").write_text("{}")
-    with pytest.raises(StoreError, match=r"is in it; name a file in it, such as wiki\.jsonl"):
+    with pytest.raises(StoreError, match=r"chroma\.sqlite3; pass a file in it, such as wiki\.jsonl"):
         await Search.open(tmp_path, embedder=embedder)
     with pytest.raises(StoreError, match="no compact index"):
         Search.compact(tmp_path, embedder=embedder)
@@ -144,12 +144,12 @@ async def test_a_corpus_is_searched_as_before(tmp_path: Path, embedder: Any) -> 
 async def test_a_chroma_server_wants_its_collection_and_embedder(embedder: Any) -> None:
     search = await Search.open("http://localhost:9", embedder=embedder, collection="wiki")
     assert isinstance(search.source, RemoteChroma)
-    with pytest.raises(ConfigurationError, match="does not say what its vectors were made with"):
+    with pytest.raises(ConfigurationError, match="does not name the embedder of its vectors"):
         await Search.open("http://localhost:9", collection="wiki")
 
 
 async def test_nobody_answers(embedder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    # It waits ten seconds for a service that is just coming up.
+    # Waits ten seconds for a service that is starting.
     monkeypatch.setattr(served, "look_at", partial(served.look_at, deadline=0.3))
     with pytest.raises(StoreError, match="localhost:9"):
         await Search.open("http://localhost:9", embedder=embedder)

@@ -1,4 +1,4 @@
-"""clean_query: what may be searched for."""
+"""clean_query."""
 
 from __future__ import annotations
 

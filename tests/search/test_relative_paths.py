@@ -1,4 +1,4 @@
-"""Relative paths mean what they meant at the call: a later `chdir` changes nothing, and nothing is built twice."""
+"""Relative paths are resolved at the call: a later `chdir` changes nothing, and nothing is built twice."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.anyio
 
 @pytest.fixture
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Begins in one folder, and goes to another one when called."""
+    """Starts in one folder and moves to another when called."""
     for name in ("here", "there"):
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path / "here")

@@ -1,4 +1,4 @@
-"""Search, with a real embedded Chroma and an embedder that can be held, failed and counted."""
+"""Search, with a real embedded Chroma and an embedder that can block, fail and count."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.anyio
 
 
 async def settle() -> None:
-    """Lets every task that can go on go on, a few times over."""
+    """Runs the event loop until every ready task has progressed."""
     for _ in range(20):
         await anyio.lowlevel.checkpoint()
 
@@ -184,7 +184,7 @@ async def test_one_that_is_cancelled_as_its_batch_goes_out_hurts_nobody(passages
 
         async def send() -> None:
             await search.search(["first"])
-            successor.cancel()  # its batch goes out at this very moment
+            successor.cancel()  # its batch is sent now
 
         embedder.gate = anyio.Event()
         sender = asyncio.create_task(send())
@@ -312,7 +312,7 @@ async def test_the_cache_on_disk_outlives_the_process_and_knows_its_index(
         answers = await first.search(queries)
     assert len(embedder.query_batches) == 1
     for corpus, changes, hits in (
-        (passages, {}, 2),  # as another process would open it
+        (passages, {}, 2),  # as from another process
         (passages[1:], {}, 0),  # another corpus
         (passages, {"dimension": 256}, 0),  # another embedder
     ):
@@ -327,7 +327,7 @@ async def test_the_cache_on_disk_outlives_the_process_and_knows_its_index(
 
 
 class ChangingStore:
-    """Its collection is made anew while an answer is on its way."""
+    """Its collection is recreated while an answer is in flight."""
 
     name, dimension, max_queries, max_requests = "changing", None, 10, 4
 
@@ -411,7 +411,7 @@ async def test_another_dimension_is_refused_before_any_search(
         pass
     store = EmbeddedChroma(tmp_path, "passages")
     search = Search(make_embedder(dimension=64), store)
-    with pytest.raises(StoreError, match=r"1024 numbers.*of 64.*another embedder") as caught:
+    with pytest.raises(StoreError, match=r"dimension 1024.*dimension 64.*another embedder") as caught:
         await search.connect()
     assert caught.value.is_fatal
 
@@ -452,7 +452,7 @@ def test_settings_are_checked_before_any_work(passages: list[Passage], embedder:
             Search.local(passages, embedder=embedder, **settings)
     with pytest.raises(CorpusError, match=r"missing\.jsonl"):
         Search.local(tmp_path / "missing.jsonl", embedder=embedder)
-    with pytest.raises(EmbeddingError, match="no folder"):
+    with pytest.raises(EmbeddingError, match=r"embedder folder .* does not exist"):
         Search.local(passages, embedder=tmp_path / "no-model")
     with pytest.raises(StoreError, match="3 to 512"):
         Search.chroma(collection="ab", embedder=embedder)

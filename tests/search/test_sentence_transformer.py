@@ -1,4 +1,4 @@
-"""Embeddings computed here: real models of the sentence-transformers library, of a few weights drawn at random."""
+"""Local embeddings: real sentence-transformers models with a few random weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TEXTS = ["what is the capital of angola", "luanda", "the coast"]
 
 @pytest.fixture(scope="session")
 def bare_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A transformer that no ``modules.json`` makes a sentence-transformer, in a folder with the name of an E5 model."""
+    """A transformer without ``modules.json``, in a folder named like an E5 model."""
     from transformers import BertConfig, BertModel, BertTokenizer
 
     folder = tmp_path_factory.mktemp("models") / "e5-tiny-v2"
@@ -48,7 +48,7 @@ def bare_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def mean_of_tokens(folder: Path, texts: list[str]) -> Any:
-    """As the Search-R1 paper's retriever pools: the mean over the tokens that are no padding."""
+    """Mean over non-padding tokens, like the Search-R1 paper's retriever."""
     from transformers import AutoModel, AutoTokenizer
 
     model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
@@ -107,7 +107,7 @@ def test_an_e5_is_told_by_its_name(location: str, is_e5: bool) -> None:
 
 
 def test_indexes_built_before_stay_valid(bare_folder: Path) -> None:
-    """The fingerprint names the folder of an index: with the settings of the time before, it is that of the time before."""
+    """The fingerprint names an index folder, so it must not change for old settings."""
 
     def as_before(location: str, *settings: str) -> str:
         return hashlib.sha256(repr((location, *settings)).encode()).hexdigest()[:32]

@@ -1,4 +1,4 @@
-"""A served search, asked over real sockets: by its own client, by the original's, and by whoever means no good."""
+"""A served search over real sockets: by its own client, the original's, and hostile ones."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TOKEN = "a-word-between-friends"
 
 
 class ExactStore:
-    """Passages in memory, compared one by one."""
+    """Exact search over passages in memory."""
 
     def __init__(self, embedder: Any, passages: Sequence[Passage]) -> None:
         self.name = "compact index /home/some body/wiki.index"
@@ -86,7 +86,7 @@ def search(embedder: Any, store: ExactStore) -> sr.Search:
 
 @asynccontextmanager
 async def asked(address: str, token: str | None = None) -> AsyncIterator[Any]:
-    """A plain HTTP client: ``await ask(path, json or bytes)`` gives status, headers and the JSON of the answer."""
+    """A plain HTTP client: ``await ask(path, json or bytes)`` returns status, headers and the answer's JSON."""
     headers = {} if token is None else {"Authorization": f"Bearer {token}"}
     async with aiohttp.ClientSession(headers=headers) as session:
 
@@ -99,7 +99,7 @@ async def asked(address: str, token: str | None = None) -> AsyncIterator[Any]:
 
 
 def passages_to_string(retrieval_result: list[Any]) -> str:
-    """How clients of the original read an answer."""
+    """How the original's clients format an answer."""
     lines = []
     for number, item in enumerate(retrieval_result, start=1):
         title, *text = item["document"]["contents"].split("\n")
@@ -217,7 +217,7 @@ async def test_health_is_503_while_the_search_opens_and_while_its_store_is_down(
         for path, body in (("/health", None), ("/embed", {"texts": ["x"]}), ("/retrieve", {"queries": ["x"]})):
             status, headers, answer = await ask(path, body)
             assert (status, answer["error"]) == (503, "opening")
-            assert "Retry-After" not in headers  # it is not up: a client counts that as an outage
+            assert "Retry-After" not in headers  # not up: a client counts that as an outage
         go_on.set()
         await served.wait()
         store.failure = PassingFault("in /home/some body: no answer", cause="reset")
@@ -303,7 +303,7 @@ async def test_a_request_has_its_time_and_one_that_is_cancelled_leaves_nothing(
                 await anyio.lowlevel.checkpoint()
             tasks.cancel_scope.cancel()
         with anyio.fail_after(5):
-            while store.at_once:  # the service is told that they went, before their time is over
+            while store.at_once:  # the service notices the disconnect before their timeout
                 await anyio.lowlevel.checkpoint()
         store.gate.set()
         async with anyio.create_task_group() as tasks:
@@ -407,7 +407,7 @@ async def test_what_is_no_served_search_is_said_to_be_none() -> None:
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     address = f"http://127.0.0.1:{runner.addresses[0][1]}"
     for url in (address, f"{address}/elsewhere"):
-        with pytest.raises(sr.StoreError, match="none of") as other:
+        with pytest.raises(sr.StoreError, match="is not `python -m searchr1_async serve`") as other:
             await look_at(url)
         assert other.value.is_fatal
     await runner.cleanup()
@@ -421,7 +421,7 @@ async def test_what_is_no_served_search_is_said_to_be_none() -> None:
 
 async def test_a_port_that_is_taken_is_said_to_be(search: sr.Search) -> None:
     async with serve_search(search, port=0) as address:
-        with pytest.raises(sr.ConfigurationError, match="cannot be listened at"):
+        with pytest.raises(sr.ConfigurationError, match="cannot listen on"):
             async with serve_search(search, port=int(address.rsplit(":", 1)[1])):
                 pass
     assert not search.is_open

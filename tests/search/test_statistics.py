@@ -1,4 +1,4 @@
-"""The search's figures: what lay between two snapshots, as metrics and in words."""
+"""Statistics of the search: differences of snapshots, metrics and text."""
 
 from __future__ import annotations
 

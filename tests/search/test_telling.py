@@ -1,4 +1,4 @@
-"""Waits for a service are bounded by a setting and told once, in virtual time: a day of waiting costs nothing."""
+"""Waits for a service are bounded and reported once, in virtual time."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ def now() -> float:
 
 @dataclass
 class Service:
-    """Fails with one fault after another, then answers."""
+    """Fails with the given faults, then answers."""
 
     faults: list[PassingFault | None]
     hangs: float = 0.0
-    """Seconds before each answer."""
+    """Seconds until each answer."""
     times: list[float] = field(default_factory=list)
     told: list[str] = field(default_factory=list)
     told_at: list[float] = field(default_factory=list)
@@ -89,7 +89,7 @@ async def test_a_wait_over_the_bound_is_refused_at_once(fault: Fault) -> None:
     assert len(service.times) <= 3
     assert refusal.value.is_fatal
     for words in (
-        "the service asks to be left alone for 86,399 s, until 20",
+        "the service asks for a wait of 86,399 s, until 20",
         "PacingSettings.longest_wait=300",
         "quota of a day",
     ):
@@ -104,7 +104,7 @@ async def test_the_bound_is_a_setting(fault: Fault) -> None:
     assert DAY <= now() - began < DAY + 60
     assert len(service.times) == 2
     (told,) = service.told
-    assert "the service asks to be left alone" in told
+    assert "the service asks to back off" in told
     assert "waiting for at most 86,399 s more, until 20" in told
 
 
@@ -152,7 +152,7 @@ async def test_without_a_watcher_the_log_tells_what_a_service_asks_for(caplog: p
     dispatcher = service.dispatcher()
     dispatcher.waits.tell = None
     await ask(dispatcher, "a")
-    assert [record.getMessage() for record in caplog.records if "asks to be left alone" in record.getMessage()]
+    assert [record.getMessage() for record in caplog.records if "asks to back off" in record.getMessage()]
 
 
 @pytest.mark.parametrize("value", [0, -1.0])

@@ -1,7 +1,6 @@
-"""Thousands of searches through real clients while both services fail one time in ten: every one ends right, once.
+"""Thousands of searches through real clients while both services fail at a 10 % rate: each ends once, with the right answer.
 
-The embedder is Google's client against the stand-in server; the store is a real Chroma server behind a proxy that breaks
-what passes through it.
+The embedder is Google's client against the stand-in server; the store is a real Chroma server behind a faulty proxy.
 """
 
 from __future__ import annotations
@@ -38,11 +37,11 @@ GEMINI_FAULTS = {
     Fault.SLOW: 0.005,
     Fault.EMPTY: 0.005,
 }
-"""One request in ten, of every kind that may pass."""
+"""10 % of requests, over all transient faults."""
 
 
 class BreakingProxy:
-    """Passes requests on to a Chroma server; one query in ten is answered as a failing server or network would."""
+    """Forwards requests to a Chroma server; answers 10 % of the queries with server or network faults."""
 
     KINDS = ("429", "429 silent", "500", "503", "503 wait", "reset", "cut", "no json", "slow")
 
@@ -138,7 +137,7 @@ async def searches_under_fire(port: int, count: int, *, at_once: int, seed: int)
             async def one(search: sr.Search, number: int) -> None:
                 async with slots:
                     entities = [generator.randrange(ENTITIES) for _ in range(generator.choice((1, 1, 1, 3)))]
-                    # Different words around one entity: another query, the same passage.
+                    # Different wording, same entity: another query, the same passage.
                     queries = [f"where is entity{entity} number {number}" for entity in entities]
                     found = await search.search(queries)
                     assert [row[0].id for row in found] == [f"p{entity}" for entity in entities]
@@ -165,7 +164,7 @@ async def test_every_search_ends_right_while_one_request_in_ten_fails(
     await searches_under_fire(chroma_port, 200, at_once=6, seed=1)
     assert caplog.records
     assert KEY not in caplog.text
-    assert "where is entity" not in caplog.text, "no query stands in any log, not even a client's"
+    assert "where is entity" not in caplog.text, "no log contains a query, not even a client's"
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Small episodes and groups for the tests of what watches and reports them."""
+"""Small episodes and groups for tests."""
 
 from __future__ import annotations
 

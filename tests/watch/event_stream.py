@@ -1,4 +1,4 @@
-"""The events of a whole run as the engine tells them, with their times: for tests, for the benchmark, for looking at the view."""
+"""A simulated run's events with their times, for tests and the benchmark."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from searchr1_async.events import (
 from tests.watch.builders import answering_turn, episode, malformed_turn, question, searching_turn
 
 TICK = 0.25
-"""Seconds between two readings of the playing."""
+"""Seconds between two rollout samples."""
 
 
 @dataclass(frozen=True)
 class Script:
-    """A run of so many steps; episodes end as fast as ``seconds_a_step`` asks for."""
+    """A simulated run; ``seconds_a_step`` sets the pace."""
 
     steps: int = 60
     groups: int = 32
@@ -47,17 +47,17 @@ class Script:
     model: str = "Qwen/Qwen3-8B"
     seed: int = 0
     has_troubles: bool = True
-    """A push-back, a search that is down, a late event loop and failing episodes come by."""
+    """Includes rate limiting, a search outage, a late event loop and failing episodes."""
     first_step: int = 0
     suites: tuple[str, ...] = ("nq", "hotpotqa", "musique")
 
     def events(self) -> Iterator[tuple[float, Event]]:
-        """Each event with the second at which it comes."""
-        return _Telling(self).whole_run()
+        """Each event with its time in seconds."""
+        return _Simulation(self).whole_run()
 
 
 @dataclass
-class _Telling:
+class _Simulation:
     script: Script
     now: float = 0.0
     finished: int = 0
@@ -159,12 +159,12 @@ class _Telling:
     def reading(self, step: int, groups_done: int) -> RolloutSampled:
         script, chance = self.script, self.chance
         is_troubled = script.has_troubles
-        under_way = script.groups * script.group_size
-        searching = chance.randrange(under_way // 6 + 1)
-        queued = chance.randrange(under_way // 10 + 1)
+        in_flight = script.groups * script.group_size
+        searching = chance.randrange(in_flight // 6 + 1)
+        queued = chance.randrange(in_flight // 10 + 1)
         return RolloutSampled(
-            episodes=under_way,
-            sampling=under_way - searching - queued - min(3, under_way - searching - queued),
+            episodes=in_flight,
+            sampling=in_flight - searching - queued - min(3, in_flight - searching - queued),
             queued=queued,
             searching=searching,
             groups=script.groups,

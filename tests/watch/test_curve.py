@@ -54,12 +54,12 @@ POINTS = [
     ],
     ids=["whole", "one step", "two steps", "no steps", "nothing"],
 )
-def test_a_picture_comes_of_whatever_there_is(frame: pl.DataFrame, points: list, tmp_path: Path) -> None:
+def test_any_data_gives_a_picture(frame: pl.DataFrame, points: list, tmp_path: Path) -> None:
     path = learning_curve(frame, points, tmp_path / "new" / "curve.png", title="100 % of $5")
     assert size(path) == (1650, 1350)
 
 
-def test_the_evaluations_are_in_the_picture(tmp_path: Path) -> None:
+def test_evaluations_are_drawn(tmp_path: Path) -> None:
     without = learning_curve(metrics(20), [], tmp_path / "a.png").read_bytes()
     again = learning_curve(metrics(20), [], tmp_path / "b.png").read_bytes()
     with_points = learning_curve(metrics(20), POINTS, tmp_path / "c.png").read_bytes()
@@ -67,7 +67,7 @@ def test_the_evaluations_are_in_the_picture(tmp_path: Path) -> None:
     assert without != with_points
 
 
-def test_it_is_drawn_in_any_thread(tmp_path: Path) -> None:
+def test_drawing_works_in_any_thread(tmp_path: Path) -> None:
     paths = [tmp_path / f"{index}.png" for index in range(2)]
     threads = [threading.Thread(target=learning_curve, args=(metrics(5), POINTS, path)) for path in paths]
     for thread in threads:
@@ -94,7 +94,7 @@ def test_smoothing_keeps_a_constant_constant() -> None:
 
 
 @given(st.lists(st.floats(0, 1), max_size=8))
-def test_labels_keep_their_order_and_their_distance(values: list[float]) -> None:
+def test_spread_labels_keep_order_and_gap(values: list[float]) -> None:
     heights = spread_apart(values, 0.1, 0.05, 0.95)
     placed = sorted(heights)
     assert all(b - a >= 0.1 - 1e-9 for a, b in pairwise(placed))

@@ -1,4 +1,4 @@
-"""Which view fits where, and what a live view does with a run: drawn seldom, closed whatever happens, never in the run's way."""
+"""View selection, and the live view's redraw rate, shutdown and isolation from the run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ STARTED = RunStarted("train", "Qwen/Qwen3-8B", False, "e", "runs/a", total_steps
 
 
 class Surface:
-    """Remembers what was drawn on it."""
+    """Records what is drawn."""
 
     seconds_between = 0.01
     has_curves = True
@@ -57,7 +57,7 @@ class Surface:
         self.closed.append((text, png))
 
     async def sees(self, what: str) -> None:
-        """Waits until something is drawn that says so."""
+        """Waits for a draw that satisfies the condition."""
         with anyio.fail_after(10):
             while not any(what in str(frame) for frame in self.frames):
                 self.drawn.clear()
@@ -65,7 +65,7 @@ class Surface:
 
 
 class Instantly(Drawer):
-    """Draws nothing, at once."""
+    """Draws nothing."""
 
     async def charts(self, window: int, *, from_zero: bool) -> Charts:
         return Charts({"reward": {}}, {"a": "picture"}, b"vega")
@@ -104,7 +104,7 @@ def step(number: int) -> Event:
     return StepFinished(number, {"env/all/reward/total": 0.1 * number})
 
 
-async def test_a_run_is_drawn_and_leaves_a_picture() -> None:
+async def test_run_is_drawn_and_leaves_a_picture() -> None:
     surface = Surface()
     async with LiveView(surface, drawer=Instantly()) as view:
         view(STARTED)
@@ -121,7 +121,7 @@ async def test_a_run_is_drawn_and_leaves_a_picture() -> None:
     assert surface.frames[-1]["standing"] == "ended"
 
 
-async def test_many_events_are_few_drawings() -> None:
+async def test_draws_are_rate_limited() -> None:
     surface = Surface()
     surface.seconds_between = 0.25
     async with LiveView(surface, drawer=Instantly()) as view:
@@ -129,12 +129,12 @@ async def test_many_events_are_few_drawings() -> None:
             view(EpisodeFinished(episode(), 1))
         before = len(surface.frames)
         await anyio.lowlevel.checkpoint()
-    assert before == 1, "the first is drawn where the view is made"
+    assert before == 1, "the first draw is in the constructor"
     assert len(surface.frames) <= 3
-    assert surface.frames[-1]["sections"][0]["title"] == "Playing"
+    assert surface.frames[-1]["sections"][0]["title"] == "Rollouts"
 
 
-async def test_nothing_new_is_not_drawn_again() -> None:
+async def test_unchanged_state_is_not_redrawn() -> None:
     surface = Surface()
     view = LiveView(surface, drawer=Instantly(), clock=lambda: 5.0)
     view(STARTED)
@@ -146,7 +146,7 @@ async def test_nothing_new_is_not_drawn_again() -> None:
 
 
 @pytest.mark.parametrize(("error", "reason"), [(asyncio.CancelledError, "stopped"), (ValueError, "failed")])
-async def test_the_end_comes_whatever_ends_the_run(error: type[BaseException], reason: str) -> None:
+async def test_view_closes_however_the_run_ends(error: type[BaseException], reason: str) -> None:
     surface = Surface()
 
     async def run() -> None:
@@ -162,8 +162,8 @@ async def test_the_end_comes_whatever_ends_the_run(error: type[BaseException], r
     assert png is not None
 
 
-async def test_a_cancelled_run_is_closed_in_full() -> None:
-    """An interrupted cell: the scope is cancelled while the view closes, and stays so."""
+async def test_cancelled_run_closes_completely() -> None:
+    """An interrupted cell: the scope stays cancelled while the view closes."""
     surface = Surface()
     with anyio.CancelScope() as scope:
         async with LiveView(surface, drawer=Instantly()) as view:
@@ -175,7 +175,7 @@ async def test_a_cancelled_run_is_closed_in_full() -> None:
     assert surface.closed[0][1] is not None
 
 
-async def test_a_second_interrupt_leaves_the_words_at_least() -> None:
+async def test_second_interrupt_still_leaves_the_text() -> None:
     class Endless(Instantly):
         async def picture(self, task: Mapping[str, Any]) -> bytes:
             began.set()
@@ -199,7 +199,7 @@ async def test_a_second_interrupt_leaves_the_words_at_least() -> None:
     assert surface.closed[0][0].startswith("Trained Qwen/Qwen3-8B")
 
 
-async def test_what_cannot_be_drawn_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+async def test_drawing_failures_are_skipped(caplog: pytest.LogCaptureFixture) -> None:
     class Failing(Drawer):
         async def charts(self, window: int, *, from_zero: bool) -> Charts:
             raise DrawingError("no drawing here")
@@ -221,7 +221,7 @@ async def test_what_cannot_be_drawn_is_left_out(caplog: pytest.LogCaptureFixture
     assert "no picture here" in caplog.text
 
 
-async def test_a_broken_surface_does_not_harm_the_run(caplog: pytest.LogCaptureFixture) -> None:
+async def test_broken_surface_does_not_affect_the_run(caplog: pytest.LogCaptureFixture) -> None:
     class Broken(Surface):
         def draw(self, frame: Frame, news: News | None) -> None:
             self.drawn.set()
@@ -237,11 +237,11 @@ async def test_a_broken_surface_does_not_harm_the_run(caplog: pytest.LogCaptureF
         await surface.drawn.wait()
         view(step(1))
     warnings = [record for record in caplog.records if record.levelno == logging.WARNING]
-    assert len(warnings) == 1, "said once, however often it fails"
+    assert len(warnings) == 1, "logged once, however often it fails"
 
 
 async def test_buttons_from_another_thread_act_on_the_loop(caplog: pytest.LogCaptureFixture) -> None:
-    """A kernel with subshells hands a widget's messages to a thread of its own."""
+    """A kernel with subshells delivers widget messages in another thread."""
     controls = Controls()
     async with LiveView(Surface(), controls=controls, drawer=Instantly()) as view:
         for button in ("pause", "stop", "resume"):
@@ -249,13 +249,13 @@ async def test_buttons_from_another_thread_act_on_the_loop(caplog: pytest.LogCap
             assert await controls.next() == button
         view.press("hello")
     assert {thread for _, thread in controls.said} == {threading.get_ident()}
-    assert "cannot resume" in caplog.text, "what a button fails at is said, and does not end the run"
+    assert "cannot resume" in caplog.text, "a button's failure is logged and does not end the run"
     view.press("stop")
     await anyio.lowlevel.checkpoint()
-    assert len(controls.said) == 3, "after the end a button does nothing"
+    assert len(controls.said) == 3, "buttons do nothing after the end"
 
 
-async def test_a_page_that_says_hello_is_told_everything() -> None:
+async def test_hello_resends_all_data() -> None:
     surface = Surface()
     async with LiveView(surface, drawer=Instantly()) as view:
         view(STARTED)
@@ -271,7 +271,7 @@ async def test_a_page_that_says_hello_is_told_everything() -> None:
     assert [row["step"] for row in surface.rows] == [1]
 
 
-async def test_no_task_is_left() -> None:
+async def test_no_task_leaks() -> None:
     before = asyncio.all_tasks()
     async with LiveView(Surface(), controls=Controls(), drawer=Instantly()) as view:
         view(STARTED)
@@ -284,7 +284,7 @@ async def test_no_task_is_left() -> None:
 
 
 class FailingView:
-    """Fails at one moment of its life, as a terminal does that is gone."""
+    """Fails in one method, like a vanished terminal."""
 
     def __init__(self, moment: str) -> None:
         self._moment = moment
@@ -308,7 +308,7 @@ class FailingView:
 
 
 @pytest.mark.parametrize("moment", ["made", "entered", "drawn", "left"])
-async def test_a_view_that_fails_never_changes_the_outcome(moment: str, caplog: pytest.LogCaptureFixture) -> None:
+async def test_failing_view_does_not_change_the_outcome(moment: str, caplog: pytest.LogCaptureFixture) -> None:
     shown = SafeView(lambda: FailingView(moment))
     async with shown:
         for number in range(3):
@@ -319,15 +319,13 @@ async def test_a_view_that_fails_never_changes_the_outcome(moment: str, caplog: 
     assert record.exc_info is None, "one line"
 
 
-async def test_an_error_of_the_work_passes_through_a_view_that_fails() -> None:
+async def test_error_of_the_work_propagates_through_failing_view() -> None:
     with pytest.raises(ZeroDivisionError):
         async with SafeView(lambda: FailingView("left")):
             raise ZeroDivisionError
 
 
-def test_a_kernel_whose_page_cannot_be_reached_gets_no_view(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_unreachable_page_gets_no_view(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     def closed(title: str, controls: object) -> LiveView:
         raise RuntimeError("comm is closed")
 
@@ -341,7 +339,7 @@ def test_a_kernel_whose_page_cannot_be_reached_gets_no_view(
     assert "comm is closed" in caplog.text
 
 
-async def test_a_process_without_standard_error_shows_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_process_without_stderr_shows_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", None)
     shown = open_view("plain", title="a run")
     assert shown is not None
@@ -356,14 +354,14 @@ def test_no_view() -> None:
     assert open_view(False, title="a run") is None
 
 
-def test_outside_a_notebook_it_is_the_console() -> None:
+def test_default_outside_a_notebook_is_the_console() -> None:
     for choice in (True, "auto"):
         shown = open_view(choice, title="a run")
         assert shown is not None
         assert isinstance(shown.view, ConsoleView)
 
 
-async def test_the_console_as_a_view(capsys: pytest.CaptureFixture[str]) -> None:
+async def test_console_view(capsys: pytest.CaptureFixture[str]) -> None:
     view = open_view("plain", title="a run")
     assert view is not None
     async with view:
@@ -372,18 +370,18 @@ async def test_the_console_as_a_view(capsys: pytest.CaptureFixture[str]) -> None
 
 
 @pytest.mark.parametrize("choice", ["fancy", "", 2, None])
-def test_an_unknown_choice(choice: Any) -> None:
+def test_unknown_choice(choice: Any) -> None:
     with pytest.raises(ConfigurationError, match="choose True, False or one of 'auto', 'widget'"):
         open_view(choice, title="a run")
 
 
 @pytest.mark.parametrize("choice", ["widget", "rich"])
-def test_what_needs_a_notebook(choice: Any) -> None:
+def test_choices_that_need_a_notebook(choice: Any) -> None:
     with pytest.raises(ConfigurationError, match="needs a Jupyter kernel"):
         open_view(choice, title="a run")
 
 
-def test_a_widget_without_anywidget(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_widget_without_anywidget(monkeypatch: pytest.MonkeyPatch) -> None:
     shell = SimpleNamespace(kernel=object())
     monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))  # type: ignore[arg-type]
     monkeypatch.setattr(dashboard.importlib.util, "find_spec", lambda name: None)
@@ -392,7 +390,7 @@ def test_a_widget_without_anywidget(monkeypatch: pytest.MonkeyPatch) -> None:
     assert dashboard._fitting() == "rich"
 
 
-async def test_a_quiet_view_says_nothing_of_short_work(capsys: pytest.CaptureFixture[str]) -> None:
+async def test_quiet_view_is_silent_for_short_work(capsys: pytest.CaptureFixture[str]) -> None:
     view = open_view("quiet", title="ask")
     assert view is not None
     assert isinstance(view.view, QuietView)
@@ -403,7 +401,7 @@ async def test_a_quiet_view_says_nothing_of_short_work(capsys: pytest.CaptureFix
     assert (captured.out, captured.err) == ("", "")
 
 
-async def test_a_quiet_view_says_what_longer_work_waits_for() -> None:
+async def test_quiet_view_reports_longer_work() -> None:
     stream = io.StringIO()
     async with QuietView(ConsoleProgress(stream, live=False), seconds=0.01) as view:
         for event in (Notice("looking"), Notice("starting the service"), STARTED):
@@ -411,7 +409,7 @@ async def test_a_quiet_view_says_what_longer_work_waits_for() -> None:
         with anyio.fail_after(10):
             while "starting the service" not in stream.getvalue():
                 await anyio.lowlevel.checkpoint()
-        view(PhaseAdvanced("index", 1))  # of a phase that it has not told of
+        view(PhaseAdvanced("index", 1))  # of a phase that it has not shown
         view(Notice("the service is up"))
     assert "looking" not in stream.getvalue()
     assert stream.getvalue().index("starting the service") < stream.getvalue().index("the service is up")

@@ -18,7 +18,7 @@ def test_every_subscriber_sees_every_event_in_order() -> None:
     assert seen == [("a", first), ("b", first), ("a", second), ("b", second)]
 
 
-def test_a_subscriber_that_raises_is_dropped_with_one_warning_and_harms_nobody(
+def test_failing_subscriber_is_dropped_with_one_warning(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     calls, seen = [], []
@@ -38,7 +38,7 @@ def test_a_subscriber_that_raises_is_dropped_with_one_warning_and_harms_nobody(
     assert "broken" in caplog.records[0].getMessage()
 
 
-def test_an_interrupt_passes_through() -> None:
+def test_interrupt_propagates() -> None:
     def interrupted(event: Event) -> None:
         raise KeyboardInterrupt
 
@@ -46,7 +46,7 @@ def test_an_interrupt_passes_through() -> None:
         Watchers([interrupted])(Notice("1"))
 
 
-def test_subscribers_may_come_and_go_while_an_event_is_told() -> None:
+def test_subscribing_and_unsubscribing_during_a_call() -> None:
     watchers, seen = Watchers(), []
 
     def once(event: Event) -> None:
@@ -57,10 +57,10 @@ def test_subscribers_may_come_and_go_while_an_event_is_told() -> None:
     watchers(Notice("1"))
     watchers(Notice("2"))
     assert seen == [Notice("2")]
-    watchers.unsubscribe(once)  # no longer there: no error
+    watchers.unsubscribe(once)  # already removed: no error
 
 
-def test_after_its_end_a_run_tells_nobody_anything() -> None:
+def test_close_removes_all_subscribers() -> None:
     seen: list[Event] = []
     watchers = Watchers([seen.append])
     watchers(Notice("before"))

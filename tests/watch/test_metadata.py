@@ -30,13 +30,13 @@ carried = st.recursive(
 
 
 def joined(value: Any) -> Any:
-    """As JSON gives text back: two halves of a surrogate pair are one character."""
+    """Text after a JSON round trip: surrogate pairs become one character."""
     return json.loads(json.dumps(value))
 
 
 @settings(max_examples=80, deadline=None)
 @given(st.dictionaries(st.text(max_size=6), carried, max_size=4))
-def test_what_json_carries_comes_back(values: dict[str, Any]) -> None:
+def test_json_values_round_trip(values: dict[str, Any]) -> None:
     text = metadata_json(values)
     assert json.loads(text) == joined(values)
     assert text.isascii()
@@ -61,11 +61,11 @@ def test_what_json_carries_comes_back(values: dict[str, Any]) -> None:
         (b"ab", "b'ab'"),
     ],
 )
-def test_what_json_does_not_carry_is_written_as_what_is_nearest(value: Any, written: Any) -> None:
+def test_other_values_are_converted(value: Any, written: Any) -> None:
     assert json.loads(metadata_json({"value": value})) == {"value": written}
 
 
-def test_the_text_of_an_object_tells_no_address() -> None:
+def test_object_addresses_are_removed() -> None:
     class Thing:
         pass
 
@@ -83,9 +83,9 @@ print(runpy.run_path(sys.argv[1])["metadata_json"](metadata))
 """
 
 
-def test_all_processes_write_the_same() -> None:
-    """The module alone: with the whole package a process takes 2 s to begin."""
-    told = [
+def test_output_is_the_same_in_every_process() -> None:
+    """Imports only the module: importing the package takes 2 s per process."""
+    outputs = [
         subprocess.run(
             [sys.executable, "-c", WRITING, metadata.__file__],
             env={**os.environ, "PYTHONHASHSEED": seed},
@@ -95,5 +95,5 @@ def test_all_processes_write_the_same() -> None:
         ).stdout.splitlines()
         for seed in ("1", "2")
     ]
-    assert told[0][0] != told[1][0], "sets are in another order there"
-    assert told[0][1] == told[1][1]
+    assert outputs[0][0] != outputs[1][0], "set order differs between the processes"
+    assert outputs[0][1] == outputs[1][1]

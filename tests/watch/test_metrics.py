@@ -11,7 +11,7 @@ from searchr1_async.watch.metrics import answer_in_passage, group_metrics, passa
 from tests.watch.builders import answering_turn, episode, group, malformed_turn, question, searching_turn
 
 
-def test_a_step_has_the_recipes_names_with_the_right_values() -> None:
+def test_step_metrics_match_the_recipe() -> None:
     metrics = group_metrics([group(question("q1"), (1.0, 0.0)), group(question("q2"), (1.0, 1.0))])
     expected = {
         "reward/total": 0.75,
@@ -23,7 +23,7 @@ def test_a_step_has_the_recipes_names_with_the_right_values() -> None:
         "total_turns": 8.0,
         "total_ac_tokens": 20.0,
         "ac_tokens_per_turn": 2.5,
-        # The first prompt has 5 tokens; the second turn reads these, 3 sampled and 4 appended ones.
+        # The first prompt has 5 tokens; the second turn's adds 3 sampled and 4 appended ones.
         "total_ob_tokens": 4 * (5 + 12.0),
         "ob_tokens_per_turn": 8.5,
         "by_group/frac_mixed": 0.5,
@@ -38,7 +38,7 @@ def test_a_step_has_the_recipes_names_with_the_right_values() -> None:
     assert {name: metrics[f"env/all/{name}"] for name in expected} == pytest.approx(expected)
 
 
-def test_suites_are_measured_apart_and_a_suite_named_all_overwrites_nothing() -> None:
+def test_suites_are_separate_and_a_suite_named_all_is_renamed() -> None:
     metrics = group_metrics(
         [
             group(question(source="nq"), (1.0, 1.0)),
@@ -52,13 +52,13 @@ def test_suites_are_measured_apart_and_a_suite_named_all_overwrites_nothing() ->
     assert metrics["env/all_/correct"] == 0.0
 
 
-def test_a_reward_part_that_some_episodes_lack_counts_as_zero_there() -> None:
+def test_missing_reward_part_counts_as_zero() -> None:
     asked = question()
     played = Group(asked, (episode(asked, parts={"bonus": 1.0}), episode(asked)))
     assert group_metrics([played])["env/all/bonus"] == 0.5
 
 
-def test_failures_count_in_stop_fractions_and_nowhere_else() -> None:
+def test_failures_count_only_in_stop_fractions() -> None:
     metrics = group_metrics([group(corrects=(1.0, 1.0), failed=1)], failed=1)
     assert metrics["env/all/stop/failed"] == 0.5
     assert metrics["env/all/stop/answer"] == 0.5
@@ -68,7 +68,7 @@ def test_failures_count_in_stop_fractions_and_nowhere_else() -> None:
 
 
 @pytest.mark.parametrize("groups", [[], [group(corrects=(), failed=2)]])
-def test_a_step_without_a_finished_episode_gives_no_mean_and_no_nan(groups: list[Group]) -> None:
+def test_step_without_finished_episodes_has_no_means(groups: list[Group]) -> None:
     metrics = group_metrics(groups, policy_version=3)
     assert "env/all/correct" not in metrics
     assert metrics["env/all/total_episodes"] == 0
@@ -108,11 +108,11 @@ def test_only_passages_that_a_later_turn_read_were_shown() -> None:
         ("", False),
     ],
 )
-def test_a_golden_answer_is_seen_as_whole_normalised_words(text: str, seen: bool) -> None:
+def test_golden_answer_matches_whole_normalised_words(text: str, seen: bool) -> None:
     assert answer_in_passage(episode(turns=(searching_turn(text), answering_turn()))) is seen
 
 
-def test_the_title_is_shown_too_and_an_answer_of_articles_alone_is_never_seen() -> None:
+def test_title_counts_and_an_answer_of_only_articles_never_matches() -> None:
     turn = Turn((1,), (-1.0,), "", call=SearchCall(("q",), ((Passage("1", "Paris", "A town."),),)))
     assert answer_in_passage(episode(turns=(turn, answering_turn())))
     the = Question("q", "Which article?", ("the",))
@@ -129,7 +129,7 @@ def test_the_title_is_shown_too_and_an_answer_of_articles_alone_is_never_seen() 
     ),
     st.integers(0, 3),
 )
-def test_fractions_sum_to_one_and_lie_within_it(drawn: list, failed: int) -> None:
+def test_fractions_sum_to_one(drawn: list, failed: int) -> None:
     groups = []
     for index, (members, source) in enumerate(drawn):
         asked = question(f"q{index}", source)

@@ -24,7 +24,7 @@ from searchr1_async.events import (
     ServiceSilent,
     StepFinished,
 )
-from searchr1_async.watch.progress import ConsoleProgress, Estimate, Holds, duration
+from searchr1_async.watch.progress import ConsoleProgress, Estimate, Pauses, duration
 from tests.watch.builders import episode, group
 
 STEP = {
@@ -56,7 +56,7 @@ def plain(events: Callable[[ConsoleProgress, Clock], None]) -> list[str]:
     return stream.getvalue().splitlines()
 
 
-def test_a_phase_prints_at_most_one_line_every_five_seconds() -> None:
+def test_phase_prints_at_most_one_line_per_five_seconds() -> None:
     def events(progress: ConsoleProgress, clock: Clock) -> None:
         progress(PhaseStarted("evaluate", 200, "questions", "untrained"))
         for done in range(1, 201):
@@ -73,7 +73,7 @@ def test_a_phase_prints_at_most_one_line_every_five_seconds() -> None:
     )
 
 
-def test_a_step_line_says_what_was_played_trained_and_dropped() -> None:
+def test_step_line_has_metrics_and_group_counts() -> None:
     def events(progress: ConsoleProgress, clock: Clock) -> None:
         progress(PhaseStarted("train", 4, "steps"))
         for step in (1, 2):
@@ -95,13 +95,11 @@ def test_a_step_line_says_what_was_played_trained_and_dropped() -> None:
     ]
 
 
-def test_groups_of_the_next_step_are_not_counted_into_one_that_is_being_recorded() -> None:
+def test_groups_of_overlapping_steps_are_counted_separately() -> None:
     def events(progress: ConsoleProgress, clock: Clock) -> None:
         progress(PhaseStarted("train", 2, "steps"))
         progress(MinibatchSubmitted(1, 4, 32, 9000))
-        for _ in range(
-            2
-        ):  # the next batch of 4 groups plays and goes to the trainer while the step's checkpoint is saved
+        for _ in range(2):  # the next batch of 4 groups is rolled out and trained while the step's checkpoint is saved
             progress(EpisodeFinished(episode(), 2))
             progress(GroupFinished(group(), 2))
             progress(MinibatchSubmitted(2, 2, 16, 4000))
@@ -111,13 +109,13 @@ def test_groups_of_the_next_step_are_not_counted_into_one_that_is_being_recorded
         progress(EpisodeFinished(episode(), 2))
         progress(StepFinished(2, {}))
 
-    _, first, under_way, second = plain(events)
+    _, first, progress, second = plain(events)
     assert "groups 4 trained, 0 dropped" in first
-    assert "3 episodes, 2 groups in this step" in under_way
+    assert "3 episodes, 2 groups in this step" in progress
     assert "groups 4 trained, 1 dropped" in second
 
 
-def test_a_long_step_shows_that_it_lives() -> None:
+def test_long_step_prints_progress() -> None:
     def events(progress: ConsoleProgress, clock: Clock) -> None:
         progress(PhaseStarted("train", 4, "steps"))
         for _ in range(12):
@@ -127,7 +125,7 @@ def test_a_long_step_shows_that_it_lives() -> None:
     assert plain(events)[1] == "train: 0/4 steps (0%), 5.0 s, 5 episodes, 0 groups in this step"
 
 
-def test_notices_and_the_end_are_lines_that_cannot_command_the_terminal() -> None:
+def test_notices_and_end_are_escaped_lines() -> None:
     def events(progress: ConsoleProgress, clock: Clock) -> None:
         progress(Notice("[bold]two\nlines\x1b[2J\udcff"))
         progress(Notice("slow service", is_warning=True))
@@ -144,7 +142,7 @@ def test_notices_and_the_end_are_lines_that_cannot_command_the_terminal() -> Non
     ]
 
 
-def test_a_terminal_gets_a_live_bar_and_every_kind_of_event() -> None:
+def test_terminal_gets_a_live_bar() -> None:
     stream = Terminal()
     clock = Clock()
     with ConsoleProgress(stream, live=True, clock=clock) as progress:
@@ -171,7 +169,7 @@ def test_a_terminal_gets_a_live_bar_and_every_kind_of_event() -> None:
     assert stream.getvalue().endswith("after the end\n")
 
 
-def test_an_evaluation_between_two_steps_leaves_the_steps_count_alone() -> None:
+def test_evaluation_between_steps_keeps_the_step_counts() -> None:
     def events(progress: ConsoleProgress, clock: Clock) -> None:
         progress(PhaseStarted("train", 4, "steps"))
         progress(GroupDropped(group(), 1, "constant_reward"))
@@ -182,7 +180,7 @@ def test_an_evaluation_between_two_steps_leaves_the_steps_count_alone() -> None:
     assert "0 trained, 1 dropped" in plain(events)[-1]
 
 
-def test_an_exception_inside_leaves_the_terminal_clean() -> None:
+def test_exception_leaves_the_terminal_clean() -> None:
     stream = Terminal()
     progress = ConsoleProgress(stream, live=True)
 
@@ -196,7 +194,7 @@ def test_an_exception_inside_leaves_the_terminal_clean() -> None:
     assert "\x1b[?25h" in stream.getvalue()
 
 
-def test_a_stream_that_knows_no_unicode_is_no_trouble() -> None:
+def test_ascii_stream() -> None:
     buffer = io.BytesIO()
     stream = io.TextIOWrapper(buffer, encoding="ascii")
     with ConsoleProgress(stream) as progress:
@@ -205,7 +203,7 @@ def test_a_stream_that_knows_no_unicode_is_no_trouble() -> None:
     assert buffer.getvalue() == b"gr??e ? ?\n"
 
 
-def test_time_left_follows_the_pace_of_late() -> None:
+def test_time_left_follows_the_recent_pace() -> None:
     estimate = Estimate(100, 0.0)
     assert estimate.seconds_left(5.0) is None
     estimate.advance(10, 10.0)
@@ -218,7 +216,7 @@ def test_time_left_follows_the_pace_of_late() -> None:
     assert estimate.seconds_left(80.0) == 0
 
 
-def test_a_resumed_run_is_not_mistaken_for_a_fast_one() -> None:
+def test_steps_before_a_resume_do_not_count_for_the_pace() -> None:
     estimate = Estimate(100, 0.0)
     estimate.advance(60, 0.2)
     assert estimate.seconds_left(5.0) is None
@@ -230,11 +228,11 @@ def test_a_resumed_run_is_not_mistaken_for_a_fast_one() -> None:
     ("seconds", "text"),
     [(0, "0.0 s"), (9.94, "9.9 s"), (9.96, "10 s"), (59.6, "1 min 00 s"), (7620, "2 h 07 min"), (float("nan"), "?")],
 )
-def test_durations_are_for_people(seconds: float, text: str) -> None:
+def test_duration_format(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
-def test_a_limit_bounds_the_time_left() -> None:
+def test_time_limit_bounds_the_time_left() -> None:
     free = Estimate(total=40, started=0.0)
     bounded = Estimate(total=40, started=0.0, seconds_at_most=300.0)
     assert free.seconds_left(10.0) is None
@@ -247,31 +245,31 @@ def test_a_limit_bounds_the_time_left() -> None:
     assert (bounded.seconds_left(100.0) or 0) < 60
 
 
-def test_a_pause_counts_neither_for_the_pace_nor_for_the_limit() -> None:
+def test_pause_counts_neither_for_pace_nor_limit() -> None:
     estimate = Estimate(total=100, started=0.0, seconds_at_most=600.0)
     estimate.advance(10, 60.0)
     assert estimate.seconds_left(60.0) == pytest.approx(540.0)
-    estimate.hold(60.0)
-    estimate.hold(70.0)
+    estimate.pause(60.0)
+    estimate.pause(70.0)
     assert estimate.seconds_left(660.0) == pytest.approx(540.0)
-    estimate.go_on(660.0)
-    estimate.go_on(670.0)
+    estimate.resume(660.0)
+    estimate.resume(670.0)
     assert estimate.seconds_left(660.0) == pytest.approx(540.0)
     estimate.advance(20, 720.0)
     assert estimate.seconds_left(720.0) == pytest.approx(480.0)
 
 
-def test_the_estimate_stands_still_while_the_service_is_away() -> None:
-    """Also where a pause by hand overlaps the outage, and for a phase that begins in it."""
+def test_estimate_pauses_during_an_outage() -> None:
+    """Also if a manual pause overlaps the outage, and for a phase that starts during it."""
     estimates = [Estimate(10, 0.0)]
-    holds = Holds()
+    pauses = Pauses()
     for done in range(1, 5):
         estimates[0].advance(done, 10.0 * done)
     before = estimates[0].seconds_left(41.0)
-    holds.see(ServiceSilent(), estimates, 41.0)
+    pauses.see(ServiceSilent(), estimates, 41.0)
     assert estimates[0].seconds_left(500.0) == before
-    holds.see(RunPaused(), estimates, 600.0)
-    holds.see(ServiceAnswers(), estimates, 700.0)
+    pauses.see(RunPaused(), estimates, 600.0)
+    pauses.see(ServiceAnswers(), estimates, 700.0)
     assert estimates[0].seconds_left(900.0) == before
-    holds.see(RunResumed(), estimates, 1000.0)
+    pauses.see(RunResumed(), estimates, 1000.0)
     assert estimates[0].seconds_left(1002.0) == before - 2

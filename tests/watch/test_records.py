@@ -26,7 +26,7 @@ from searchr1_async.watch.rows import (
 from tests.watch.builders import HOSTILE, answering_turn, episode, group, malformed_turn, question
 
 
-def test_a_step_is_read_back_row_by_row(tmp_path: Path) -> None:
+def test_step_round_trips_as_rows(tmp_path: Path) -> None:
     records = RunRecords(tmp_path)
     trained = group(question("q1", hop=2), (1.0, 0.0), failed=1)
     dropped = group(question("q2"), (1.0, 1.0))
@@ -63,7 +63,7 @@ def test_a_step_is_read_back_row_by_row(tmp_path: Path) -> None:
     ]
 
 
-def test_episodes_come_back_equal(tmp_path: Path) -> None:
+def test_episodes_round_trip(tmp_path: Path) -> None:
     records = RunRecords(tmp_path)
     asked = question("q1", hop=2)
     played = (
@@ -77,7 +77,7 @@ def test_episodes_come_back_equal(tmp_path: Path) -> None:
     assert records.load_episodes(8) == ()
 
 
-def test_what_was_given_with_the_question_comes_back(tmp_path: Path) -> None:
+def test_given_passages_round_trip(tmp_path: Path) -> None:
     passages = (Passage("1", "Etna", "It burns.", 0.5), Passage("2", "", HOSTILE, 0.25))
     given = [
         SearchCall(("Which?",), (passages,), None, 0.25),
@@ -99,7 +99,7 @@ def test_what_was_given_with_the_question_comes_back(tmp_path: Path) -> None:
     assert "[given" not in transcripts[3]
 
 
-def test_files_of_before_there_was_a_column_are_read_beside_new_ones(tmp_path: Path) -> None:
+def test_old_files_without_a_column_are_read_with_new_ones(tmp_path: Path) -> None:
     records = RunRecords(tmp_path)
     for step in (1, 2, 3):
         records.write_step(step, [GroupOutcome(step, group(question(f"q{step}")))], {})
@@ -114,7 +114,7 @@ def test_files_of_before_there_was_a_column_are_read_beside_new_ones(tmp_path: P
     assert records.load_episode(3, 0, 1) == group(question("q3")).episodes[1]
 
 
-def test_a_step_written_before_turns_named_their_sequences_is_read_beside_newer_ones(tmp_path: Path) -> None:
+def test_old_files_without_sequence_ids_are_read_with_new_ones(tmp_path: Path) -> None:
     records = RunRecords(tmp_path)
     for step in (1, 2):
         records.write_step(step, [GroupOutcome(step, group())], {})
@@ -129,7 +129,7 @@ def test_a_step_written_before_turns_named_their_sequences_is_read_beside_newer_
     assert records.load_episodes(1)[0].turns[0].sequence_id is None
 
 
-def test_a_run_without_records_gives_empty_typed_frames(tmp_path: Path) -> None:
+def test_run_without_records_gives_empty_typed_frames(tmp_path: Path) -> None:
     records = RunRecords(tmp_path / "not yet")
     assert records.metrics().columns == ["step"]
     assert records.episodes().collect().schema == EPISODE_SCHEMA
@@ -148,7 +148,7 @@ def test_steps_with_other_metrics_and_without_groups_concatenate(tmp_path: Path)
     assert records.episodes().collect().height == 2
 
 
-def test_a_resumed_run_forgets_what_came_after_its_resume_point(tmp_path: Path) -> None:
+def test_truncate_after_the_resume_point(tmp_path: Path) -> None:
     records = RunRecords(tmp_path)
     for step in (1, 2, 3):
         records.write_step(step, [GroupOutcome(0, group())], {"a": step})
@@ -169,12 +169,12 @@ def test_a_resumed_run_forgets_what_came_after_its_resume_point(tmp_path: Path) 
     assert records.metrics()["a"].to_list() == [1, 2, 30]
 
 
-def test_evaluations_keep_their_order_and_replace_their_label(tmp_path: Path) -> None:
+def test_evaluations_keep_order_and_replace_by_label(tmp_path: Path) -> None:
     records = RunRecords(tmp_path)
     samples = [episode(question("q1")), episode(question("q2")), episode(question("q1"), correct=0.0)]
     records.write_evaluation("untrained", samples)
     records.write_evaluation("../../after RL!", [episode()], step=4)
-    records.write_evaluation("After RL", [episode()])  # another label of the same letters
+    records.write_evaluation("After RL", [episode()])  # a label that differs only in case
     records.write_evaluation("untrained", samples[:2])
     assert records.evaluation_labels() == ("untrained", "../../after RL!", "After RL")
     assert records.load_evaluation("untrained") == tuple(samples[:2])
@@ -186,8 +186,8 @@ def test_evaluations_keep_their_order_and_replace_their_label(tmp_path: Path) ->
     assert list(zip(rows["group"], rows["member"], strict=True)) == [(0, 0), (1, 0), (0, 1)]
 
 
-def test_a_full_disk_leaves_the_earlier_file_whole(tmp_path: Path) -> None:
-    """An error of the system's, which is told as one, and nothing beside the file."""
+def test_full_disk_keeps_the_earlier_file(tmp_path: Path) -> None:
+    """The OSError propagates, and no leftovers remain."""
     records = RunRecords(tmp_path)
     records.write_step(1, [GroupOutcome(0, group())], {"a": 1})
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -202,14 +202,14 @@ def test_a_full_disk_leaves_the_earlier_file_whole(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {"step-000001.parquet"}
 
 
-def test_a_metric_that_is_no_number_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+def test_non_numeric_metric_is_rejected_before_writing(tmp_path: Path) -> None:
     bad: Any = {"a": "many"}
     with pytest.raises(ValueError, match="many"):
         RunRecords(tmp_path).write_step(1, [GroupOutcome(0, group())], bad)
     assert not list(tmp_path.rglob("*.parquet"))
 
 
-def test_more_rows_than_are_built_at_once() -> None:
+def test_more_rows_than_one_chunk() -> None:
     played = [episode(turns=[answering_turn(sampled=index % 3)] * (index % 4)) for index in range(300)]
     frame = episodes_frame([EpisodeRow(played, member=index) for index, played in enumerate(played)])
     assert frame.schema == EPISODE_SCHEMA
@@ -217,7 +217,7 @@ def test_more_rows_than_are_built_at_once() -> None:
     assert [episode_from_row(row) for row in frame.iter_rows(named=True)] == played
 
 
-def test_lists_that_are_empty_or_missing_stay_apart() -> None:
+def test_empty_and_null_lists_stay_distinct() -> None:
     def turn(call: SearchCall | None) -> Turn:
         return Turn((), (), "", call=call)
 
@@ -231,7 +231,7 @@ def test_lists_that_are_empty_or_missing_stay_apart() -> None:
 
 
 def hostile_episode(text: str, number: float) -> Episode:
-    """The text wherever a model, a corpus or a user may write."""
+    """An episode with ``text`` in every untrusted field."""
     turn = Turn(
         (1, 2**31 - 1),
         (number, -0.0),
@@ -246,7 +246,7 @@ def hostile_episode(text: str, number: float) -> Episode:
 
 @given(text=st.text(st.characters(), max_size=40), number=st.floats(width=32, allow_nan=False))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
-def test_no_text_breaks_a_file_and_all_valid_text_comes_back(tmp_path: Path, text: str, number: float) -> None:
+def test_any_text_is_storable_and_valid_text_round_trips(tmp_path: Path, text: str, number: float) -> None:
     written = hostile_episode(text, number)
     RunRecords(tmp_path).write_evaluation("hostile", [written])
     (read,) = RunRecords(tmp_path).load_evaluation("hostile")
@@ -266,14 +266,14 @@ def test_surrogates_are_joined_or_replaced_and_nul_is_kept(tmp_path: Path) -> No
     assert RunRecords(tmp_path).metrics().width == 2
 
 
-def test_a_row_alone_gives_its_episode_back() -> None:
+def test_single_row_round_trips() -> None:
     (row,) = episodes_frame([EpisodeRow(episode())]).iter_rows(named=True)
     assert episode_from_row(row) == episode()
 
 
 @pytest.mark.parametrize(("name", "other"), [("lr[1]", "lr1"), ("lr?", "lrx"), ("lr*", "lr-all")])
-def test_no_character_of_a_run_s_folder_is_a_wildcard(tmp_path: Path, name: str, other: str) -> None:
-    """Another run beside it is neither read nor decides about what is deleted."""
+def test_folder_names_are_not_globs(tmp_path: Path, name: str, other: str) -> None:
+    """A neighbouring run is neither read nor deleted."""
     this, beside = RunRecords(tmp_path / name), RunRecords(tmp_path / other)
     for records, step in ((this, 1), (beside, 5)):
         records.write_step(step, [], {"reward": float(step)})
@@ -281,7 +281,7 @@ def test_no_character_of_a_run_s_folder_is_a_wildcard(tmp_path: Path, name: str,
     assert this.metrics()["reward"].to_list() == [1.0]
     assert this.evaluations().select("step").collect()["step"].to_list() == [1]
     this.truncate_after(1)
-    assert this.evaluation_labels() == ("untrained",), "its own evaluation is of step 1, and stays"
+    assert this.evaluation_labels() == ("untrained",), "its own evaluation is of step 1 and is kept"
     beside.truncate_after(1)
     assert (beside.evaluation_labels(), this.evaluation_labels()) == ((), ("untrained",))
 
@@ -310,7 +310,7 @@ def recorded(folder: Path) -> RunRecords:
 
 
 @pytest.mark.parametrize("damage", [*DAMAGES, "foreign"])
-def test_a_damaged_metrics_file_is_named_and_the_others_are_read_without_it(tmp_path: Path, damage: str) -> None:
+def test_damaged_metrics_file_is_named_and_can_be_moved_away(tmp_path: Path, damage: str) -> None:
     records = recorded(tmp_path)
     file = tmp_path / "metrics" / "step-000001.parquet"
     ({**DAMAGES, "foreign": _foreign}[damage])(file)
@@ -322,9 +322,7 @@ def test_a_damaged_metrics_file_is_named_and_the_others_are_read_without_it(tmp_
 
 @pytest.mark.parametrize("damage", ["empty", "torn", "text"])
 @pytest.mark.parametrize("kind", ["episodes", "groups", "evaluations"])
-def test_a_damaged_file_of_episodes_is_named_before_anything_is_collected(
-    tmp_path: Path, kind: str, damage: str
-) -> None:
+def test_damaged_episodes_file_is_named_before_collecting(tmp_path: Path, kind: str, damage: str) -> None:
     records = recorded(tmp_path)
     file = min((tmp_path / kind).iterdir())
     DAMAGES[damage](file)
@@ -332,7 +330,7 @@ def test_a_damaged_file_of_episodes_is_named_before_anything_is_collected(
         getattr(records, kind)()
 
 
-def test_whatever_reads_a_damaged_evaluation_names_it(tmp_path: Path) -> None:
+def test_damaged_evaluation_is_named(tmp_path: Path) -> None:
     records = recorded(tmp_path)
     (file,) = (tmp_path / "evaluations").iterdir()
     for damage in (*DAMAGES.values(), _foreign):
@@ -346,7 +344,7 @@ def test_whatever_reads_a_damaged_evaluation_names_it(tmp_path: Path) -> None:
                 read()
 
 
-def test_a_damaged_episode_is_named(tmp_path: Path) -> None:
+def test_damaged_episode_is_named(tmp_path: Path) -> None:
     records = recorded(tmp_path)
     (tmp_path / "episodes" / "step-000002.parquet").write_bytes(b"PAR1" + bytes(200) + b"PAR1")
     for read in (lambda: records.load_episodes(2), lambda: records.load_episode(2, 0, 0)):

@@ -18,7 +18,7 @@ VOID = {"meta", "img", "br"}
 
 
 class Page(HTMLParser):
-    """Reads a page as strictly as a browser would have to: every element closed, in order."""
+    """A strict parser: elements must be closed in order."""
 
     def __init__(self, text: str) -> None:
         super().__init__(convert_charrefs=True)
@@ -59,7 +59,7 @@ def report(tmp_path: Path, **changes: object) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def test_the_report_holds_everything_and_needs_nothing_beside_it(tmp_path: Path) -> None:
+def test_report_is_complete_and_self_contained(tmp_path: Path) -> None:
     png = tmp_path / "curve.png"
     png.write_bytes(b"\x89PNG picture")
     text = report(tmp_path, curve_png=png, notes=["+40 points"])
@@ -75,7 +75,7 @@ def test_the_report_holds_everything_and_needs_nothing_beside_it(tmp_path: Path)
     assert "prefers-color-scheme: dark" in text
 
 
-def test_before_and_after_of_a_question_stand_side_by_side(tmp_path: Path) -> None:
+def test_before_and_after_are_side_by_side(tmp_path: Path) -> None:
     first, second = question("q1"), question("q2")
     played = [
         ("before", episode(first)),
@@ -88,7 +88,7 @@ def test_before_and_after_of_a_question_stand_side_by_side(tmp_path: Path) -> No
     assert re.findall(r"before|after", page.text) == ["before", "after", "before", "after"]
 
 
-def test_every_outcome_is_told(tmp_path: Path) -> None:
+def test_every_outcome_is_described(tmp_path: Path) -> None:
     played = [
         ("malformed", episode(correct=0.0, turns=(malformed_turn(),), stop_reason=StopReason.MALFORMED_CALL)),
         ("failed", episode(turns=(), stop_reason=StopReason.FAILED)),
@@ -106,14 +106,14 @@ def test_secrets_are_not_shown(tmp_path: Path) -> None:
     assert "sk-1234" not in report(tmp_path)
 
 
-def test_an_empty_run_gives_a_page(tmp_path: Path) -> None:
+def test_empty_run_gives_a_page(tmp_path: Path) -> None:
     text = report(
         tmp_path, summary=[], metrics=pl.DataFrame(), episodes=[], settings={}, curve_png=tmp_path / "missing.png"
     )
     assert Page(text).text.strip().endswith("Run one")
 
 
-def test_hostile_text_is_shown_and_does_nothing(tmp_path: Path) -> None:
+def test_hostile_text_is_inert(tmp_path: Path) -> None:
     asked = Question(HOSTILE, HOSTILE, (HOSTILE,), HOSTILE)
     turns = (searching_turn(HOSTILE), answering_turn(HOSTILE))
     played = [(HOSTILE, episode(asked, turns=turns, parts={HOSTILE: 1.0}))]
@@ -141,7 +141,7 @@ def test_many_steps_are_thinned(tmp_path: Path) -> None:
 
 
 @given(st.text(st.characters(), max_size=60))
-def test_no_text_leaves_its_element_or_vanishes(text: str) -> None:
+def test_text_stays_in_its_element(text: str) -> None:
     page = Page(f"<div>{isolated(text)}</div>")
     assert [tag for tag, _ in page.tags if tag != "span"] == ["div", "bdi"]
     html = visible(text)
@@ -151,14 +151,14 @@ def test_no_text_leaves_its_element_or_vanishes(text: str) -> None:
 
 
 @given(st.text(st.characters(), max_size=40), st.lists(st.text(st.characters(), max_size=8), max_size=3))
-def test_highlighting_changes_no_text(text: str, words: list[str]) -> None:
+def test_highlighting_preserves_text(text: str, words: list[str]) -> None:
     assert re.sub(r"</?mark>", "", highlighted(text, words)).replace("<mark>", "") == visible(text)
 
 
-def test_the_golden_answer_is_marked_as_whole_words() -> None:
+def test_golden_answer_is_highlighted_as_whole_words() -> None:
     assert highlighted("paris <b> Parisian", ["Paris"]) == "<mark>paris</mark> &lt;b&gt; Parisian"
 
 
-def test_scripts_of_every_kind_are_left_as_they_are() -> None:
+def test_writing_systems_are_unchanged() -> None:
     for text in ("السلام", "می‌خواهم", "👩‍👧 ❤️", "日本語", "naïve – “quoted”\n\ttab"):
         assert re.sub(r"&quot;", '"', visible(text)) == text

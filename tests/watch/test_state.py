@@ -1,4 +1,4 @@
-"""The run's state: what it says after a run's events, and that no order of events breaks it."""
+"""Run state: values after known events, and robustness to any order."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def sampled(finished: int = 0, tokens: int = 0, *, is_paused: bool = False, **se
     )
 
 
-def test_a_whole_run() -> None:
+def test_complete_run() -> None:
     state = RunState()
     last = 0.0
     for at, event in Script(steps=30, groups=4, seconds_a_step=4, has_troubles=False).events():
@@ -68,17 +68,17 @@ def test_a_whole_run() -> None:
         last = at
     snapshot = state.snapshot(last + 100)
     assert (snapshot.standing, snapshot.reason, snapshot.step, snapshot.total_steps) == ("ended", "finished", 30, 30)
-    assert snapshot.seconds == pytest.approx(last), "time stands still once it has ended"
+    assert snapshot.seconds == pytest.approx(last), "the clock stops at the end"
     assert [point.label for point in state.evaluations] == ["untrained", "step 20", "after RL"]
     assert len(state.steps) == 30
     assert snapshot.finished_groups == 120
     assert snapshot.finished_episodes == 960
-    assert snapshot.used.trained == 0, "groups of 4 fill no minibatch of 8"
+    assert snapshot.used.trained == 0, "4 groups do not fill a minibatch of 8"
     assert snapshot.policy_version == 30
     assert snapshot.phases == ()
 
 
-def test_the_open_batch_begins_anew_when_one_is_closed() -> None:
+def test_open_batch_resets_when_closed() -> None:
     wrong = episode(correct=0.0, turns=(malformed_turn(),))
     state = seen(EpisodeFinished(episode(), 1), EpisodeFinished(wrong, 1))
     batch = state.snapshot(0).batch
@@ -96,13 +96,13 @@ def test_failed_episodes_count_and_have_no_values() -> None:
     assert batch.error == "SearchError: the store is gone"
 
 
-def test_counts_go_on_over_a_second_engine() -> None:
+def test_counts_continue_across_engines() -> None:
     """Each engine counts from 0."""
     snapshot = seen(sampled(10, 100), sampled(20, 200), sampled(5, 50)).snapshot(0)
     assert (snapshot.finished_episodes, snapshot.used.sampled, snapshot.used.prompt) == (25, 250, 1750)
 
 
-def test_the_cost_is_that_of_all_sessions_and_of_the_penalty() -> None:
+def test_cost_includes_earlier_sessions_and_penalty() -> None:
     earlier = TokenUsage(prompt=10_000, cached=4_000, sampled=500, trained=2_000)
     begun = RunStarted("train", "m", False, "e", step=3, price=Price(1.0, 2.0, 3.0), used=earlier, spent=5.0)
     snapshot = seen(begun, sampled(10, 100), BesideSampled(1_000, 250, 8), MinibatchLearned(4, 2, 602)).snapshot(0)
@@ -113,20 +113,20 @@ def test_the_cost_is_that_of_all_sessions_and_of_the_penalty() -> None:
     assert unknown.cost.text == "unknown"
 
 
-def test_rates_are_over_the_last_while() -> None:
+def test_rates_use_a_recent_window() -> None:
     state = RunState()
     for second in range(60):
-        # 2 episodes and 5 queries a second, then 10 and 20.
+        # 2 episodes and 5 queries per second, then 10 and 20.
         episodes = 2 * second if second < 40 else 80 + 10 * (second - 40)
         queries = 5.0 * second if second < 40 else 200 + 20.0 * (second - 40)
         state.see(sampled(episodes, queries=queries), float(second))
     snapshot = state.snapshot(59.0)
-    assert snapshot.episodes_a_second == pytest.approx(10)
+    assert snapshot.episodes_per_second == pytest.approx(10)
     assert snapshot.search is not None
-    assert snapshot.search.queries_a_second == pytest.approx(20)
+    assert snapshot.search.queries_per_second == pytest.approx(20)
 
 
-def test_the_time_left_is_by_the_steps_of_late() -> None:
+def test_time_left_uses_recent_steps() -> None:
     state = seen(RunStarted("train", "m", True, "e", total_steps=10), PhaseStarted("train", 10, "steps"))
     for step in range(1, 6):
         state.see(StepFinished(step, {"time/total": 30.0}), 30.0 * step)
@@ -141,20 +141,20 @@ def test_pausing() -> None:
     state.see(RunResumed(), 0)
     assert state.snapshot(0).standing == "running"
     state.see(sampled(is_paused=True), 0)
-    assert state.snapshot(0).standing == "running", "processes that play say it late: the run's own word counts"
+    assert state.snapshot(0).standing == "running", "rollout processes report late: the run's own event counts"
 
 
-def test_equal_warnings_are_one() -> None:
+def test_equal_warnings_are_merged() -> None:
     warning = Notice("the disk is nearly full", is_warning=True)
     warnings = seen(warning, Notice("by the way"), warning).snapshot(5.0).warnings
     assert [(w.text, w.count, w.age) for w in warnings] == [("the disk is nearly full", 2, 5.0)]
 
 
-def test_groups_in_which_all_are_alike() -> None:
+def test_constant_groups_raise_an_alert() -> None:
     alike, differing = group(corrects=(0.0, 0.0)), group(corrects=(1.0, 0.0))
     state = seen(RunStarted("train", "m", True, "e", group_size=2), *[GroupFinished(alike, 1)] * 20)
     assert state.snapshot(0).constant_groups_in_a_row == 20
-    assert any("no reward differs" in alert["text"] for alert in frame(state.snapshot(0))["alerts"])
+    assert any("All rewards were equal" in alert["text"] for alert in frame(state.snapshot(0))["alerts"])
     state.see(GroupFinished(differing, 1), 0)
     assert state.snapshot(0).constant_groups_in_a_row == 0
 
@@ -167,7 +167,7 @@ def test_memory_is_bounded() -> None:
         state.see(Notice(f"warning {step}", is_warning=True), float(step))
     rows = state.steps.rows()
     assert 250 <= len(rows) <= 501
-    assert state.steps.steps_a_row == 32
+    assert state.steps.steps_per_row == 32
     assert (state.evaluations[0].step, state.evaluations[-1].step) == (1, 10_000)
     assert len(state.evaluations) <= MOST_EVALUATIONS
     snapshot = state.snapshot(10_000.0)
@@ -175,7 +175,7 @@ def test_memory_is_bounded() -> None:
 
 
 @given(st.integers(0, 700), st.integers(2, 40), st.lists(st.integers(0, 60), max_size=12))
-def test_a_page_that_is_sent_only_what_is_new_has_all(steps: int, limit: int, pauses: list[int]) -> None:
+def test_incremental_updates_are_complete(steps: int, limit: int, pauses: list[int]) -> None:
     series, page, mark, due = Series(limit), [], Mark(), set(pauses)
     for step in range(1, steps + 1):
         series.add(step, {CURVES["reward"]: float(step)})
@@ -188,14 +188,14 @@ def test_a_page_that_is_sent_only_what_is_new_has_all(steps: int, limit: int, pa
     assert [row["reward"] for row in page] == sorted(row["reward"] or 0.0 for row in page)
 
 
-def test_values_that_are_no_numbers_are_missing() -> None:
+def test_non_finite_values_are_missing() -> None:
     state = seen(StepFinished(1, {CURVES["reward"]: math.nan, CURVES["turns"]: math.inf}))
     state.see(EvaluationFinished("nothing", 1, {"exact_match": math.nan}), 0)
     assert state.steps.rows() == [dict.fromkeys(("reward", "exact_match", "turns", "valid_calls")) | {"step": 1.0}]
     assert state.evaluations == []
 
 
-def test_hostile_text_is_shown_and_short() -> None:
+def test_hostile_text_is_visible_and_short() -> None:
     state = seen(
         RunStarted("train", HOSTILE, False, HOSTILE),
         PhaseStarted("train", 3, HOSTILE, HOSTILE),
@@ -256,9 +256,9 @@ _events: st.SearchStrategy[Event] = st.one_of(
 
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.tuples(_events, st.floats(0, 5)), max_size=40))
-def test_no_order_of_events_breaks_it(told: list[tuple[Event, float]]) -> None:
+def test_any_order_of_events_is_handled(events: list[tuple[Event, float]]) -> None:
     state, now = RunState(), 0.0
-    for event, wait in told:
+    for event, wait in events:
         now += wait
         state.see(event, now)
         _is_sane(state.snapshot(now), state)
@@ -268,7 +268,7 @@ def test_no_order_of_events_breaks_it(told: list[tuple[Event, float]]) -> None:
 
 def _is_sane(snapshot: Snapshot, state: RunState) -> None:
     json.dumps(dataclasses.asdict(dataclasses.replace(snapshot, phases=())), allow_nan=False)
-    for name in ("seconds", "finished_episodes", "episodes_a_second", "late_for"):
+    for name in ("seconds", "finished_episodes", "episodes_per_second", "late_for"):
         assert getattr(snapshot, name) >= 0, name
     assert min(snapshot.used.prompt, snapshot.used.sampled, snapshot.used.trained) >= 0
     assert snapshot.batch.failed <= snapshot.batch.episodes
@@ -277,8 +277,8 @@ def _is_sane(snapshot: Snapshot, state: RunState) -> None:
     assert steps == sorted(set(steps))
 
 
-def test_folding_an_event_in_takes_microseconds() -> None:
-    """Engines call it up to a hundred times a second from the event loop. Observed: 3 us; a bound that only a blunder breaks."""
+def test_folding_an_event_takes_microseconds() -> None:
+    """Called up to a hundred times per second on the event loop; takes 3 us, the bound is generous."""
     state, event = RunState(), EpisodeFinished(episode(), 1)
     began = time.thread_time()
     for _ in range(5000):

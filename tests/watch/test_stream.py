@@ -1,4 +1,4 @@
-"""Events for readers of their own pace."""
+"""Event iterators."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import anyio
 import pytest
 
 from searchr1_async.events import Event, Notice, StepFinished
-from searchr1_async.watch.stream import HELD, EventStreams
+from searchr1_async.watch.stream import MAX_QUEUED, EventStreams
 
 pytestmark = pytest.mark.anyio
 
 
-async def test_every_reader_gets_every_event_from_its_beginning_on_to_the_end() -> None:
+async def test_every_reader_gets_all_events_from_its_start() -> None:
     streams, is_over = EventStreams(), False
     seen: dict[str, list[Event]] = {"early": [], "late": []}
     began = {name: anyio.Event() for name in seen}
@@ -38,20 +38,20 @@ async def test_every_reader_gets_every_event_from_its_beginning_on_to_the_end() 
     assert [event.step for event in seen["late"] if isinstance(event, StepFinished)] == [2, 3]
 
 
-async def test_a_slow_reader_loses_the_oldest_and_is_told_how_many() -> None:
+async def test_slow_reader_loses_the_oldest_and_is_notified() -> None:
     streams = EventStreams()
     events = streams.events(lambda: True)
     streams(StepFinished(0, {}))
-    for step in range(1, HELD + 5):
+    for step in range(1, MAX_QUEUED + 5):
         streams(StepFinished(step, {}))
     read = [event async for event in events]
     assert isinstance(read[0], Notice)
     assert read[0].is_warning
     assert "5 events" in read[0].text
-    assert [event.step for event in read[1:] if isinstance(event, StepFinished)] == list(range(5, HELD + 5))
+    assert [event.step for event in read[1:] if isinstance(event, StepFinished)] == list(range(5, MAX_QUEUED + 5))
 
 
-async def test_a_reader_that_leaves_is_forgotten() -> None:
+async def test_abandoned_reader_is_dropped() -> None:
     streams = EventStreams()
     events = streams.events(lambda: False)
     streams(StepFinished(1, {}))

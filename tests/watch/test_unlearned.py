@@ -69,14 +69,14 @@ def groups(draw: st.DrawFn) -> Group:
 
 @given(written=groups())
 @settings(max_examples=40, deadline=None)
-def test_a_group_comes_back_equal(written: Group) -> None:
+def test_group_round_trips(written: Group) -> None:
     with tempfile.TemporaryDirectory() as folder:
         UnlearnedGroups(Path(folder)).write([(7, written)])
         (read,) = UnlearnedGroups(Path(folder)).load().items()
     assert read == (7, written)
 
 
-def test_what_was_given_comes_back_and_groups_of_before_there_was_such_a_thing_are_read(tmp_path: Path) -> None:
+def test_given_passages_round_trip_and_old_groups_are_read(tmp_path: Path) -> None:
     given = SearchCall(("Which?",), ((Passage("1", "Etna", "It burns.", 0.5),), ()), None, 0.25)
     played = Group(question(), (replace(episode(), given=given), episode()))
     UnlearnedGroups(tmp_path / "new").write([(3, played)])
@@ -96,7 +96,7 @@ def test_what_was_given_comes_back_and_groups_of_before_there_was_such_a_thing_a
     assert UnlearnedGroups(tmp_path / "old").load() == {3: plain}
 
 
-def test_every_log_probability_comes_back_exactly(tmp_path: Path) -> None:
+def test_log_probabilities_round_trip_exactly(tmp_path: Path) -> None:
     sampled = np.random.default_rng(1).integers(0, 2**32, 5000, dtype=np.uint64).astype(np.uint32).view(np.float32)
     logprobs = tuple(sampled[~np.isnan(sampled)].tolist())
     played = Group(question(), (episode(turns=[replace(answering_turn(), logprobs=(*logprobs, -0.0))]),))
@@ -105,7 +105,7 @@ def test_every_log_probability_comes_back_exactly(tmp_path: Path) -> None:
     assert np.array(turn.logprobs, np.float64).tobytes() == np.array((*logprobs, -0.0), np.float64).tobytes()
 
 
-def test_what_json_does_not_know_is_kept_as_far_as_it_can_be(tmp_path: Path) -> None:
+def test_values_that_json_lacks_are_kept_as_far_as_possible(tmp_path: Path) -> None:
     odd: dict[Any, Any] = {
         "path": Path("a/b"),
         "hop": (1, 2),
@@ -121,15 +121,15 @@ def test_what_json_does_not_know_is_kept_as_far_as_it_can_be(tmp_path: Path) -> 
     assert np.isnan(read.episodes[0].turns[0].seconds)
 
 
-def test_only_what_no_step_holds_comes_back(tmp_path: Path) -> None:
+def test_only_groups_of_no_recorded_step_are_loaded(tmp_path: Path) -> None:
     kept = {place: group(question(f"q{place}"), failed=place % 2) for place in range(6)}
     store = UnlearnedGroups(tmp_path)
     store.write([(0, kept[0]), (1, kept[1]), (2, kept[2])])
     store.forget([1, 0, 99])
     store.write([(3, kept[3]), (4, kept[4])])
     assert UnlearnedGroups(tmp_path).load() == {place: kept[place] for place in (2, 3, 4)}
-    assert len(list(tmp_path.iterdir())) == 2, "the file of 0 and 1 stays for 2"
-    # A kill came between the record of a step with 4 and the word to forget it; 4 stays forgotten.
+    assert len(list(tmp_path.iterdir())) == 2, "the file of 0 and 1 is kept for 2"
+    # A kill between recording a step with 4 and forgetting it: 4 stays forgotten.
     assert UnlearnedGroups(tmp_path).load(lambda place: place != 4) == {place: kept[place] for place in (2, 3)}
     assert UnlearnedGroups(tmp_path).load() == {place: kept[place] for place in (2, 3)}
     store.forget([2])
@@ -144,7 +144,7 @@ def test_only_what_no_step_holds_comes_back(tmp_path: Path) -> None:
     assert UnlearnedGroups(tmp_path).load() == {5: kept[5]}
 
 
-def test_a_folder_that_is_not_there_holds_nothing(tmp_path: Path) -> None:
+def test_missing_folder_is_empty(tmp_path: Path) -> None:
     store = UnlearnedGroups(tmp_path / "not yet")
     assert store.load() == {}
     store.forget([1])
@@ -154,7 +154,7 @@ def test_a_folder_that_is_not_there_holds_nothing(tmp_path: Path) -> None:
 
 
 class Life(RuleBasedStateMachine):
-    """Sessions of a run that write, record steps and are killed at any moment, the last write cut anywhere."""
+    """Sessions that write, record steps and are killed at any moment, truncating the last write anywhere."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -181,7 +181,7 @@ class Life(RuleBasedStateMachine):
             del self.open[place]
         if data.draw(st.booleans()):
             self.store.forget(places)
-        else:  # the process is killed before it comes to that
+        else:  # the process is killed before
             self.store = UnlearnedGroups(self.folder)
             assert self.store.load(lambda place: place not in places) == self.open
 
@@ -231,7 +231,7 @@ def content() -> bytes:
 
 @given(data=st.data())
 @settings(max_examples=150, deadline=None)
-def test_no_damage_raises_or_makes_up_a_group(content: bytes, data: st.DataObject) -> None:
+def test_damage_neither_raises_nor_invents_groups(content: bytes, data: st.DataObject) -> None:
     damaged = bytearray(content[: data.draw(st.integers(0, len(content)), label="cut at")])
     for _ in range(data.draw(st.integers(0, 3), label="flips") if damaged else 0):
         damaged[data.draw(st.integers(0, len(damaged) - 1))] ^= 1 << data.draw(st.integers(0, 7))
@@ -241,7 +241,7 @@ def test_no_damage_raises_or_makes_up_a_group(content: bytes, data: st.DataObjec
         read = store.load()
         assert all(read[place] == group(question(f"q{place}")) for place in read)
         assert list(read) == list(range(len(read))), "the groups before the damage"
-        store.write([(9, group())])  # what comes later is not hidden by the damage
+        store.write([(9, group())])  # later writes are not hidden by the damage
         assert UnlearnedGroups(Path(folder)).load() == read | {9: group()}
 
 
@@ -249,7 +249,7 @@ def test_no_damage_raises_or_makes_up_a_group(content: bytes, data: st.DataObjec
     "body",
     [b"", b"{}", b"[]", b"7", b"\xff", b'{"complete": 1}', b"[" * 100_000, b'{"id": "q"}\n{"prompt_tokens": 5}'],
 )
-def test_a_record_that_is_whole_and_no_group_is_passed_over(
+def test_intact_record_that_is_no_group_is_skipped(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, body: bytes
 ) -> None:
     store = UnlearnedGroups(tmp_path)
@@ -262,7 +262,7 @@ def test_a_record_that_is_whole_and_no_group_is_passed_over(
     assert "the group of place 2 cannot be read" in caplog.text
 
 
-def test_files_of_another_format_and_of_others_are_passed_over(tmp_path: Path) -> None:
+def test_foreign_files_are_skipped(tmp_path: Path) -> None:
     UnlearnedGroups(tmp_path).write([(1, group())])
     newer = tmp_path / "000002.groups"
     newer.write_bytes(b"SR1GRP02" + (tmp_path / "000001.groups").read_bytes()[8:])
@@ -271,9 +271,7 @@ def test_files_of_another_format_and_of_others_are_passed_over(tmp_path: Path) -
     assert (tmp_path / "notes.txt").exists()
 
 
-def test_a_full_disk_keeps_what_was_there_and_takes_more_once_there_is_room(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_disk_keeps_earlier_groups_and_recovers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = UnlearnedGroups(tmp_path)
     store.write([(1, group())])
 
@@ -289,7 +287,7 @@ def test_a_full_disk_keeps_what_was_there_and_takes_more_once_there_is_room(
     assert sorted(UnlearnedGroups(tmp_path).load()) == [1, 4]
 
 
-def test_a_place_written_again_counts_once(tmp_path: Path) -> None:
+def test_rewritten_place_counts_once(tmp_path: Path) -> None:
     store = UnlearnedGroups(tmp_path)
     later = group(corrects=(0.0, 0.0))
     store.write([(1, group())])
@@ -305,7 +303,7 @@ def test_a_place_written_again_counts_once(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_threads_write_and_forget_side_by_side(tmp_path: Path) -> None:
+def test_concurrent_writes_and_forgets(tmp_path: Path) -> None:
     store = UnlearnedGroups(tmp_path)
     played = Group(question(), (episode(turns=[malformed_turn()]), episode()))
 

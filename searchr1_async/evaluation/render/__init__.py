@@ -1,1 +1,1 @@
-"""A report for people: in a notebook's cell, as text, Markdown, LaTeX, and as one page."""
+"""Renders a report: notebook cell, text, Markdown, LaTeX and HTML page."""

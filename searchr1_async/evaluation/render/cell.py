@@ -1,4 +1,4 @@
-"""A report in a notebook's cell: HTML with its own style and no script, light or dark as the notebook is. Pure."""
+"""A report as HTML for a notebook cell, without scripts, following the notebook's light or dark theme. Pure."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ tbody th { font-weight: 500; } .better { font-weight: 700; color: var(--good); }
 
 
 def report_cell(report: Report) -> str:
-    """Exact match by system and suite, and the notes to be opened."""
+    """Exact match by system and suite, with collapsed notes."""
     if not report:
-        return _framed(paragraph("A report of no systems."))
+        return _framed(paragraph("This report has no systems."))
     notes = report.notes()
     items = "".join(f"<li>{paragraph(note, tag='span')}</li>" for note in notes)
-    more = f"<details><summary>What to know of these figures ({len(notes)})</summary><ul>{items}</ul></details>"
+    more = f"<details><summary>Notes on these results ({len(notes)})</summary><ul>{items}</ul></details>"
     return _framed(table_html(result_table(report)) + (more if notes else ""))
 
 

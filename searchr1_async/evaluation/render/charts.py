@@ -1,4 +1,4 @@
-"""A report as charts: Altair objects, changed further and saved like any other."""
+"""A report as Altair charts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OUTCOME_COLOURS: dict[str, str] = {
     "no_answer": "#8a929e",
     "failed": "#c9ced6",
 }
-"""Told apart in the common forms of colour blindness by their lightness; the page has the same."""
+"""Distinguishable by lightness for common colour blindness; also used by the page."""
 
 SHARES = ("exact_match", "f1", "cover_match", "format", "judged", "answer_in_passage", "gold_recall")
 
@@ -29,7 +29,7 @@ SHARES = ("exact_match", "f1", "cover_match", "format", "judged", "answer_in_pas
 def plot_figure(
     report: Report, metric: str, *, title: str | None = None, width: int | None = None, height: int = 260
 ) -> Any:
-    """See :meth:`Report.plot`. Each system has a colour of its own: unlike the evaluations of a run, they are no order of stages."""
+    """See :meth:`Report.plot`. Systems get categorical colours: unlike a run's evaluations, they have no order."""
     import altair as alt
 
     from searchr1_async.watch.plots import enable_renderer
@@ -51,11 +51,11 @@ def plot_figure(
     labels = {label: one_line(label, 40) for label in report}
     rows = _figure_rows(report, metric, labels)
     if not rows:
-        return empty_chart("Nothing was measured.", title=text)
+        return empty_chart("No results.", title=text)
     shown = [one_line(column, 40) for column in report.columns]
     form = ".0%" if metric in SHARES else "~g"
     colours = [SERIES[place % len(SERIES)] for place in range(len(labels))]
-    # Bars of 12 pixels at least: seven suites and five systems need more than a default width.
+    # At least 12 pixels per bar: seven suites and five systems exceed the default width.
     wide = width or min(max(460, len(shown) * (len(labels) * 14 + 24)), 1100)
     base = alt.Chart(table(rows)).encode(
         x=alt.X("suite:N", sort=shown, axis=axis(None, grid=False, labelOverlap=False, labelLimit=120,
@@ -74,7 +74,7 @@ def plot_figure(
     ]
     y = alt.Y("mean:Q", axis=values_axis(words, format=form), scale=alt.Scale(zero=True, nice=True))
     bars = base.mark_bar(opacity=0.85).encode(y=y, tooltip=tooltips)
-    # A colour of its own: that of the bar would hide the half of the interval that lies within it.
+    # In the bar's colour, the part of the interval inside the bar would be invisible.
     lines = base.mark_rule(strokeWidth=1.5).encode(y=alt.Y("low:Q"), y2="high:Q", color=alt.value(NOTE_COLOUR))
     return alt.layer(bars, lines).properties(width=wide, height=height, title=heading(text, "lines: 95 % intervals"))
 
@@ -94,14 +94,13 @@ def _figure_rows(report: Report, metric: str, labels: dict[str, str]) -> list[di
 
 
 def plot_outcomes(report: Report, *, title: str | None = None, width: int = 560, height: int | None = None) -> Any:
-    """See :meth:`Report.plot_outcomes`."""
     import altair as alt
 
     from searchr1_async.watch.plots import enable_renderer
     from searchr1_async.watch.plots.theme import axis, empty_chart, heading, legend, table
 
     enable_renderer()
-    text = title if title is not None else "where it went wrong"
+    text = title if title is not None else "outcomes"
     frame = report.outcomes()
     rows = []
     for label, evaluation in report.items():
@@ -112,7 +111,7 @@ def plot_outcomes(report: Report, *, title: str | None = None, width: int = 560,
                 rows.append({"system": one_line(label, 40), "outcome": words, "order": OUTCOMES.index(row["outcome"]),
                              "share": row["share"], "episodes": row["episodes"], "meaning": OUTCOME_MEANINGS[row["outcome"]]})  # fmt: skip
     if not rows:
-        return empty_chart("No episode was finished.", title=text)
+        return empty_chart("No finished episodes.", title=text)
     shown = [outcome for outcome in OUTCOMES if outcome != "failed"]
     labels = [one_line(label, 40) for label in report]
     chart = (
@@ -120,7 +119,7 @@ def plot_outcomes(report: Report, *, title: str | None = None, width: int = 560,
         .mark_bar(height={"band": 0.7})
         .encode(
             y=alt.Y("system:N", sort=labels, axis=axis(None, grid=False, labelLimit=220)),
-            x=alt.X("share:Q", stack="zero", axis=axis("of the finished episodes", format=".0%"), scale=alt.Scale(domain=[0, 1])),
+            x=alt.X("share:Q", stack="zero", axis=axis("share of finished episodes", format=".0%"), scale=alt.Scale(domain=[0, 1])),
             order=alt.Order("order:Q"),
             color=alt.Color("outcome:N", sort=[OUTCOME_WORDS[outcome] for outcome in shown],
                             scale=alt.Scale(domain=[OUTCOME_WORDS[outcome] for outcome in shown],

@@ -22,26 +22,25 @@ if TYPE_CHECKING:
     from searchr1_async.evaluation.report import Report
 
 _FLIPS = 20
-"""Questions whose score changed that a document lists; the page lists more."""
+"""Changed questions listed in a document; the page lists more."""
 
 
 def markdown_report(report: Report) -> str:
-    """See :meth:`Report.markdown`."""
     if not report:
-        return "# Evaluation\n\nNo system was measured.\n"
+        return "# Evaluation\n\nThis report has no systems.\n"
     comparisons, found = report.comparisons(), report.beside()
     parts = ["# Evaluation", markdown_table(result_table(report)), _notes(report.notes())]
     if comparisons.height:
         parts += ["## Differences", markdown_table(comparison_table_of(comparisons)), *_flips(report)]
     parts += ["## All scores", markdown_table(metrics_table(report))]
-    parts += ["## Where it went wrong", markdown_table(outcome_table(report)), _meanings()]
-    parts += ["## What it took", markdown_table(cost_table(report))]
+    parts += ["## Outcomes", markdown_table(outcome_table(report)), _meanings()]
+    parts += ["## Costs", markdown_table(cost_table(report))]
     if (found.frame["kind"] == "published").any():
         parts += ["## Beside published results", markdown_table(published_table(found))]
         parts += [markdown_table(condition_table(found)), _notes(found.notes)]
     if (manifest := report.manifest) is not None:
         search = manifest.search or {}
-        index = f"- index: {markdown_text(str(search.get('fingerprint')))}" if search else "- nothing was searched for"
+        index = f"- index: {markdown_text(str(search.get('fingerprint')))}" if search else "- no search"
         facts = [
             *(f"- {markdown_text(name)}: {markdown_text(value)}" for name, value in manifest.versions.items()),
             *(
@@ -54,9 +53,9 @@ def markdown_report(report: Report) -> str:
         kept = (
             ""
             if report.load_questions is None
-            else "`manifest.json` and `questions.parquet` beside this file hold everything: `await evaluate(folder)`."
+            else "`await evaluate(folder)` repeats it from `manifest.json` and `questions.parquet` beside this file."
         )
-        parts += ["## To repeat it", kept, "\n".join(facts)]
+        parts += ["## Reproduction", kept, "\n".join(facts)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -78,14 +77,13 @@ def _flips(report: Report) -> list[str]:
             shown = min(flips.height, _FLIPS)
             title = f"### {markdown_text(before)} → {markdown_text(after)}: {flips.height:,} questions changed"
             parts += [
-                f"{title}, {shown} of them here" if shown < flips.height else title,
+                f"{title}, {shown} shown" if shown < flips.height else title,
                 markdown_table(flip_rows(flips.head(_FLIPS))),
             ]
     return parts
 
 
 def latex_report(report: Report) -> str:
-    """See :meth:`Report.latex`."""
     tables = {"exact-match": result_table(report)} if report else {}
     if report:
         comparisons = report.comparisons()
@@ -94,4 +92,4 @@ def latex_report(report: Report) -> str:
         tables |= {"scores": metrics_table(report), "outcomes": outcome_table(report)}
     body = "\n".join(latex_table(table, label=f"tab:{name}") for name, table in tables.items())
     notes = "".join(f"% {latex_text(note, 2000)}\n" for note in report.notes())
-    return f"% \\usepackage{{booktabs}}; where a label is not in Latin letters, XeLaTeX or LuaLaTeX.\n{notes}\n{body}"
+    return f"% Needs \\usepackage{{booktabs}}; non-Latin labels need XeLaTeX or LuaLaTeX.\n{notes}\n{body}"

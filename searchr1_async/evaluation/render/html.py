@@ -1,4 +1,4 @@
-"""Tables, notes and bars as HTML. Pure; every text of unknown origin is escaped and isolated."""
+"""Tables, notes and bars as HTML. Pure; untrusted text is escaped and bidi-isolated."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from searchr1_async.evaluation.statistics import Estimate
 from searchr1_async.watch.html import isolated
 
 _LONGEST = 300
-"""Characters of a cell that are shown: an answer may have a million, and its episode has it whole."""
+"""Characters shown per cell; an answer may have a million."""
 
 
 def paragraph(text: str, tag: str = "p", css: str = "") -> str:
-    """A sentence of unknown origin."""
+    """A paragraph of untrusted text."""
     return isolated(_cut(text, 2000), tag, css)
 
 
 def table_html(table: Table, css: str = "") -> str:
-    """A table; what is marked is bold and coloured."""
+    """A table; marked cells are bold and coloured."""
     head = "".join(f'<th scope="col">{_content(cell)}</th>' for cell in table.headings)
     body = "".join(
         "<tr>" + "".join(_element(place, cell) for place, cell in enumerate(row)) + "</tr>" for row in table.rows
@@ -36,7 +36,7 @@ def _element(place: int, cell: Cell) -> str:
 def _content(cell: Cell) -> str:
     text = isolated(_cut(cell.text))
     if cell.mark:
-        text = f'<strong class="{cell.mark}" title="more than chance">{text}</strong>'
+        text = f'<strong class="{cell.mark}" title="significant">{text}</strong>'
     if cell.href is not None:
         text = f'<a href="{escape(cell.href)}">{text}</a>'
     return text + (isolated(_cut(cell.detail), "span", "detail") if cell.detail else "")
@@ -47,7 +47,7 @@ def _cut(text: str, longest: int = _LONGEST) -> str:
 
 
 def interval_bars(rows: Sequence[tuple[str, Estimate]]) -> str:
-    """Means as bars with their intervals as lines: label, mean, low and high, each from 0 to 1. NaN draws nothing."""
+    """Bars of means in [0, 1] with their intervals; NaN draws nothing."""
     parts = [
         f'<div class="bar-label">{isolated(_cut(label, 80))}</div>'
         f'<svg class="bar" viewBox="0 0 1000 20" preserveAspectRatio="none" role="img" aria-label="{_percents(mean, low, high)}">'
@@ -77,7 +77,7 @@ def _percents(mean: float, low: float, high: float) -> str:
 
 
 def stacked_bar(label: str, shares: Sequence[tuple[str, str, float]]) -> str:
-    """Shares of a whole beside each other: class, words and share of each, together at most 1."""
+    """A stacked bar of (CSS class, text, share) that sum to at most 1."""
     x = 0.0
     pieces = []
     for css, words, share in shares:

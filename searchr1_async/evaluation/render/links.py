@@ -1,4 +1,4 @@
-"""Which episodes a report's page links to, and their addresses in the episodes' page."""
+"""The episodes that a report's page links to, and their addresses in the episodes page."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ if TYPE_CHECKING:
 
 EPISODES_NAME = "episodes.html"
 MAX_FLIPS = 100
-"""Questions whose score changed that a page lists for each two systems: 100 of 5 systems are 800 episodes, 3 MB."""
-OF_AN_OUTCOME = 4
-"""Episodes of each outcome that a page lists for each system."""
+"""Changed questions listed per pair of systems: with 5 systems, 800 episodes or 3 MB."""
+EPISODES_PER_OUTCOME = 4
+"""Episodes listed per system and outcome."""
 
 EpisodeKey = tuple[str, str, str, int]
-"""System, suite, question and sample."""
+"""System, suite, question id, sample number."""
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """The episodes that a page shows. Pure to choose: only scores are read."""
+    """The episodes listed on a page, chosen from scores alone."""
 
     flips: Mapping[tuple[str, str], pl.DataFrame]
-    """By pair of systems: the first flips, both directions alike."""
+    """By pair of systems: the listed flips, balanced between directions."""
     flip_counts: Mapping[tuple[str, str], int]
-    """How many there are of each pair."""
+    """By pair of systems: the total number of flips."""
     outcomes: Mapping[tuple[str, str], pl.DataFrame]
-    """By system and outcome: rows of scores."""
+    """By system and outcome: score rows."""
     keys: frozenset[EpisodeKey] = field(default=frozenset())
 
 
 def choose(report: Report) -> Chosen:
-    """What the page lists: flips between the systems that are compared, and some episodes of every outcome."""
+    """Chooses flips between compared systems and some episodes of each outcome."""
     flips, counts = {}, {}
     for before, after in report.pairs():
         if report.is_paired(before, after):
@@ -63,7 +63,7 @@ def choose(report: Report) -> Chosen:
 
 
 def _both_directions(flips: pl.DataFrame) -> pl.DataFrame:
-    """So many, half of them improved and half worsened where there are enough of both; in the order of ``flips``."""
+    """The first :data:`MAX_FLIPS`, half improved and half worsened if possible, in the original order."""
     if flips.height <= MAX_FLIPS:
         return flips
     numbered = flips.with_row_index("row")
@@ -75,9 +75,9 @@ def _both_directions(flips: pl.DataFrame) -> pl.DataFrame:
 
 
 def _spread(rows: pl.DataFrame) -> pl.DataFrame:
-    """Some rows, from as many suites as there are."""
+    """A few rows spread over suites."""
     first = rows.with_columns(pl.int_range(pl.len()).over("suite").alias("turn")).sort("turn", maintain_order=True)
-    return first.head(OF_AN_OUTCOME).drop("turn")
+    return first.head(EPISODES_PER_OUTCOME).drop("turn")
 
 
 def _flip_keys(before: str, after: str, flips: pl.DataFrame) -> Iterator[EpisodeKey]:
@@ -88,7 +88,7 @@ def _flip_keys(before: str, after: str, flips: pl.DataFrame) -> Iterator[Episode
 
 
 def href(key: EpisodeKey, beside: EpisodeKey | None = None) -> str:
-    """The address of an episode in the page, with another of the same question beside it."""
+    """The address of an episode in the episodes page, optionally beside another one."""
     label, suite, question, sample = key
     given = {"system": label, "in": suite, "question": question[:MAX_LISTED], "sample": str(sample)}
     if beside is not None:
@@ -97,9 +97,9 @@ def href(key: EpisodeKey, beside: EpisodeKey | None = None) -> str:
 
 
 def flip_links(
-    before: str, after: str, flips: pl.DataFrame, there: frozenset[EpisodeKey]
+    before: str, after: str, flips: pl.DataFrame, available: frozenset[EpisodeKey]
 ) -> dict[tuple[str, str, str], str]:
-    """For each side of each flip the address of the pair, that side first."""
+    """The address of the pair for each side of each flip, that side first."""
     links = {}
     for row in flips.iter_rows(named=True):
         keys = {
@@ -107,23 +107,17 @@ def flip_links(
             for label, side in ((before, "before"), (after, "after"))
         }
         for side, other in (("before", "after"), ("after", "before")):
-            if keys[side] in there:
-                beside = keys[other] if keys[other] in there else None
+            if keys[side] in available:
+                beside = keys[other] if keys[other] in available else None
                 links[row["suite"], row["question_id"], side] = href(keys[side], beside)
     return links
 
 
-# --- reading them -----------------------------------------------------------------------------------------------------
+# --- reading ----------------------------------------------------------------------------------------------------------
 
 
 def chosen_rows(report: Report, keys: frozenset[EpisodeKey]) -> list[EpisodeRow]:
-    """The episodes of these keys that were kept, by system, in the order of their questions.
-
-    Of a folder only these are read, whatever it holds; of an evaluation in memory they are taken from it.
-
-    Raises:
-        RunFolderError: the folder's episodes cannot be read.
-    """
+    """Loads the kept episodes with these keys, by system, in question order. Raises RunFolderError."""
     rows: list[EpisodeRow] = []
     for label, evaluation in report.items():
         wanted = {key[1:] for key in keys if key[0] == label}
@@ -156,7 +150,7 @@ def _from_folder(folder: Path, label: str, wanted: set[tuple[str, str, int]]) ->
         cause = str(error).partition("\n")[0]
         raise RunFolderError(f"the episodes in {folder} cannot be read: {cause}") from error
     found = found.join(keys, on=keys.columns, how="semi", maintain_order="left")
-    # Of two records of one sample the later counts: a failed one may have been played again.
+    # The latest record of a sample counts: a failed one may have been retried.
     found = found.unique(keys.columns, keep="last", maintain_order=True).sort("group", "member")
     return [
         EpisodeRow(episode_from_row(row), row["step"], label, group=row["group"], member=row["member"])
@@ -182,6 +176,6 @@ def _from_memory(
 
 
 def key_of(row: EpisodeRow) -> EpisodeKey:
-    """The key of an episode that was read."""
+    """The key of a loaded episode."""
     question = row.episode.question
     return row.label or "", storable(question.data_source), storable(question.id), row.member or 0

@@ -1,4 +1,4 @@
-"""What a careful reader must know of a report's figures, in sentences. Pure."""
+"""Caveats about a report's results, as sentences. Pure."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 _WRONG = ("search_failed", "reading_failed", "no_search", "no_answer")
 _WRONG_WORDS = {
-    "search_failed": "no search showed a golden answer",
-    "reading_failed": "a golden answer was shown and not used",
+    "search_failed": "no search retrieved a golden answer",
+    "reading_failed": "a golden answer was retrieved but not used",
     "no_search": "there was no valid search",
-    "no_answer": "no answer could be read",
+    "no_answer": "there was no parseable answer",
 }
 
 
 def notes_of(report: Report) -> tuple[str, ...]:
-    """The sentences, the most important first; labels in them are on one line, and not escaped for any form."""
+    """The notes, most important first; labels are single-line and not escaped."""
     found = [
         *_failures(report),
         *_training(report),
@@ -47,29 +47,29 @@ def _failures(report: Report) -> Iterator[str]:
         if evaluation.failed:
             yield (
                 f"{one_line(label)}: {evaluation.failed:,} of {counted(evaluation.scores.height, 'episode')} failed "
-                "(a service ended them) and are left out of every score."
+                "because of a service and are excluded from all scores."
             )
 
 
 def _training(report: Report) -> Iterator[str]:
-    """How the systems were played, beside how their runs were trained."""
+    """Evaluation settings compared with training settings."""
     records = report.manifest.systems if report.manifest is not None else ()
     for record in records:
         label = one_line(record.label)
         if record.differences:
             yield (
-                f"{label} is not played as it was trained: {described_differences(record.differences)}. Its figures are not "
-                "those of its run's own measurements."
+                f"{label} is evaluated with other settings than in training: {described_differences(record.differences)}. Its "
+                "scores are not comparable with its run's own evaluations."
             )
         if record.unrecorded:
             yield (
-                f"The folder of {label}'s run, which an earlier version began, does not say {_listed(list(record.unrecorded))}: the "
-                "defaults stand for what it was trained with."
+                f"The folder of {label}'s run, started by an older version, does not record {_listed(list(record.unrecorded))}: "
+                "defaults are used instead."
             )
     for like in dict.fromkeys(record.like for record in records):
         played = [one_line(each.label) for each in records if each.like == like and not each.differences]
         if like is not None and played:
-            yield f"Played as the run in {one_line(shown_path(like))} was trained: {_listed(played)}."
+            yield f"Evaluated with the training settings of the run in {one_line(shown_path(like))}: {_listed(played)}."
 
 
 def _overlap(report: Report) -> Iterator[str]:
@@ -90,15 +90,14 @@ def _overlap(report: Report) -> Iterator[str]:
                 f"{count:,} of {asked.get(suite, 0):,} in {one_line(suite)}" for suite, count in seen.items()
             )
             yield (
-                f"{one_line(record.label)} was trained on questions that are asked here ({shares}): on these its score is no "
-                "measure of what it can do with new ones."
+                f"{one_line(record.label)} was trained on some of these questions ({shares}): on those its score does not measure "
+                "generalisation."
             )
     if clean:
-        yield f"{_listed(clean)}: no question asked here is among those of its training, word for word or nearly so."
+        yield f"{_listed(clean)}: no exact or near duplicates between these questions and the training questions."
     if unknown:
         yield (
-            f"What {_listed(unknown)} was trained on is not known here, so nobody has looked whether questions asked here were "
-            "among it."
+            f"The training questions of {_listed(unknown)} are unknown, so overlap with these questions was not checked."
         )
 
 
@@ -110,7 +109,7 @@ def _questions(report: Report) -> Iterator[str]:
             how = "the first" if suite.seed is None else f"seed {suite.seed}"
             parts.append(f"{one_line(suite.name)} {asked:,} of {suite.total:,} ({how})")
     if parts:
-        yield f"Not every question was asked: {', '.join(parts)}."
+        yield f"Subset of the questions: {', '.join(parts)}."
 
 
 def _samples(report: Report) -> Iterator[str]:
@@ -119,11 +118,11 @@ def _samples(report: Report) -> Iterator[str]:
     temperature = settings.get("temperature")
     at = "" if temperature is None else f" at temperature {temperature:g}"
     if most > 1:
-        yield f"{most} samples a question{at}: a question's score is their mean, and intervals are over questions."
+        yield f"{most} samples per question{at}: a question's score is their mean, and intervals are over questions."
     elif most == 1 and temperature != 0:
-        yield f"One sample a question{at}: another draw of answers would give somewhat other figures, which the intervals allow for."
+        yield f"One sample per question{at}: resampling would change the scores somewhat; the intervals account for that."
     elif most == 1:
-        yield "One greedy answer a question (temperature 0)."
+        yield "One greedy sample per question (temperature 0)."
 
 
 def _comparisons(report: Report) -> Iterator[str]:
@@ -131,14 +130,14 @@ def _comparisons(report: Report) -> Iterator[str]:
     unpaired = [one_line(pair.after.label) for pair in pairs if not pair.is_paired]
     if unpaired:
         first = one_line(pairs[0].before.label)
-        yield f"{_listed(unpaired)} was asked other questions than {first}: not compared with it."
+        yield f"Not compared with {first}, because the questions differ: {_listed(unpaired)}."
     paired = [pair for pair in pairs if pair.is_paired]
     suites = sum(len(pair.before.suites) for pair in paired)
     if suites > 1:
         several = any(len(pair.before.suites) > 1 for pair in paired)
         counts = f"{counted(len(paired), 'comparison')} over all questions, " if several else ""
         yield (
-            "Differences are paired by question. Where there are several comparisons the p-values are adjusted by Holm's method: "
+            "Differences are paired by question. P-values are Holm-adjusted within each group of comparisons: "
             f"{counts}{suites:,} of single suites."
         )
 
@@ -146,7 +145,7 @@ def _comparisons(report: Report) -> Iterator[str]:
 def _averages(report: Report) -> Iterator[str]:
     if len(report.suites) > 1:
         yield (
-            f"“{ALL_SUITES}” counts every question alike, so that large suites weigh more; “{MACRO}” is the plain mean over the "
+            f"“{ALL_SUITES}” weights all questions equally, so large suites count more; “{MACRO}” is the unweighted mean over the "
             f"{len(report.suites)} suites."
         )
 
@@ -156,12 +155,12 @@ def _judge(report: Report) -> Iterator[str]:
         return
     model = (report.manifest.judge or {}).get("model") if report.manifest is not None else None
     by = f" by {one_line(str(model))}" if model else ""
-    yield f"“Judged right” is the verdict of a model{by}; it stands beside exact match and replaces nothing."
+    yield f"“Judged right” is the verdict of a judge model{by}; it supplements exact match."
     for label, evaluation in report.items():
         finished = evaluation.scores.filter(~pl.col("failed"))
         missing = finished["judged"].null_count()
         if missing:
-            yield f"{one_line(label)}: no verdict could be read for {missing:,} of {counted(finished.height, 'episode')}."
+            yield f"{one_line(label)}: {missing:,} of {counted(finished.height, 'episode')} have no readable verdict."
 
 
 def _wrong(report: Report) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""A report as one page: it needs nothing beside it, runs nothing, and links to the episodes in the page beside it. Pure."""
+"""A report as one self-contained HTML page without scripts, with links into the episodes page. Pure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import polars as pl
 from searchr1_async.evaluation.figures import ALL_SUITES, MACRO
 from searchr1_async.evaluation.render.charts import OUTCOME_COLOURS
 from searchr1_async.evaluation.render.html import interval_bars, paragraph, stacked_bar, table_html
-from searchr1_async.evaluation.render.links import EPISODES_NAME, Chosen, EpisodeKey, flip_links, href
+from searchr1_async.evaluation.render.links import Chosen, EpisodeKey, flip_links, href
 from searchr1_async.evaluation.render.parts import (
     comparison_table_of,
     condition_table,
@@ -35,11 +35,8 @@ if TYPE_CHECKING:
     from searchr1_async.evaluation.report import Report
 
 _MAX_IDS = 50
-"""Question identifiers of a suite that the page shows; manifest.json has all of them."""
-_REPEATED = (
-    "<p>manifest.json and questions.parquet beside this page hold all of this; evaluate() takes their folder and asks the same "
-    "again.</p>"
-)
+"""Question ids shown per suite; manifest.json has all of them."""
+_REPEATED = "<p>evaluate(folder) repeats this evaluation from manifest.json and questions.parquet beside this page.</p>"
 
 _STYLE = (
     STYLE
@@ -67,16 +64,15 @@ table.settings th { white-space: nowrap; } pre { white-space: pre-wrap; overflow
 )
 
 
-def report_page(report: Report, chosen: Chosen, there: frozenset[EpisodeKey]) -> str:
-    """The page.
-
-    Args:
-        report: what was found.
-        chosen: the episodes that it lists.
-        there: those of them that the episodes' page holds; only these are linked to.
-    """
+def report_page(report: Report, chosen: Chosen, available: frozenset[EpisodeKey]) -> str:
+    """The page. Of the episodes in ``chosen``, only those in ``available`` are linked."""
     parts = [_head("Evaluation"), _result(report)]
-    parts += [_differences(report, chosen, there), _scores(report), _outcomes(report, chosen, there), _costs(report)]
+    parts += [
+        _differences(report, chosen, available),
+        _scores(report),
+        _outcomes(report, chosen, available),
+        _costs(report),
+    ]
     parts += [_published(report), _repeat(report), "</body></html>\n"]
     return storable("\n".join(part for part in parts if part))
 
@@ -103,7 +99,7 @@ def _notes(notes: tuple[str, ...]) -> str:
 
 def _result(report: Report) -> str:
     if not report:
-        return "<p>No system was measured.</p>"
+        return "<p>This report has no systems.</p>"
     parts = []
     for column in report.columns:
         rows = [
@@ -115,19 +111,19 @@ def _result(report: Report) -> str:
         parts.append(f"<div><h3>{isolated(one_line(column)) if name is None else name}</h3>{interval_bars(rows)}</div>")
     when = report.manifest.created if report.manifest is not None else None
     facts = [counted(len(report), "system"), counted(len(report.suites), "suite")]
-    facts += [f"begun {when}"] if when else []
+    facts += [f"started {when}"] if when else []
     head = f'<p class="soft">{isolated(" · ".join(facts))}</p>'
     return _section(
         "Exact match",
         head,
         table_html(result_table(report)),
-        "<h3>What to know of these figures</h3>",
+        "<h3>Notes on these results</h3>",
         _notes(report.notes()),
         f'<div class="suites">{"".join(parts)}</div>',
     )
 
 
-def _differences(report: Report, chosen: Chosen, there: frozenset[EpisodeKey]) -> str:
+def _differences(report: Report, chosen: Chosen, available: frozenset[EpisodeKey]) -> str:
     comparisons = report.comparisons()
     if not comparisons.height:
         return ""
@@ -137,11 +133,11 @@ def _differences(report: Report, chosen: Chosen, there: frozenset[EpisodeKey]) -
         if not total:
             continue
         better = flips.filter(direction="improved").height
-        some = f", {flips.height:,} of them here" if flips.height < total else ""
+        some = f", {flips.height:,} shown" if flips.height < total else ""
         title = f"{one_line(before, 60)} → {one_line(after, 60)}: {counted(total, 'question')} changed{some}"
-        table = flip_rows(flips, flip_links(before, after, flips, there))
-        counts = f"{better:,} better and {flips.height - better:,} worse, the greatest change first."
-        how = " An answer leads to its episode, with the other one beside it." if there else ""
+        table = flip_rows(flips, flip_links(before, after, flips, available))
+        counts = f"{better:,} better and {flips.height - better:,} worse, largest change first."
+        how = " Answers link to their episode, with the other one beside it." if available else ""
         parts.append(
             f"<details><summary>{isolated(title)}</summary><p class='soft'>{counts}{how}</p>{table_html(table, 'flips')}</details>"
         )
@@ -149,14 +145,14 @@ def _differences(report: Report, chosen: Chosen, there: frozenset[EpisodeKey]) -
 
 
 def _comparisons(frame: pl.DataFrame) -> list[str]:
-    """All questions first; suite by suite to be opened, since seven suites and five systems are 36 rows."""
+    """All questions first; single suites collapsed, because there may be many rows."""
     overall = frame.filter(pl.col("suite").is_in([ALL_SUITES, MACRO]))
     if not overall.height:
         return [table_html(comparison_table_of(frame))]
     single = comparison_table_of(frame.filter(~pl.col("suite").is_in([ALL_SUITES, MACRO])))
     return [
         table_html(comparison_table_of(overall)),
-        f"<details><summary>Suite by suite</summary>{table_html(single)}</details>",
+        f"<details><summary>By suite</summary>{table_html(single)}</details>",
     ]
 
 
@@ -172,7 +168,7 @@ def _scores(report: Report) -> str:
     return _section("All scores", table_html(metrics_table(report)), paragraph(meanings, css="soft"), *tables)
 
 
-def _outcomes(report: Report, chosen: Chosen, there: frozenset[EpisodeKey]) -> str:
+def _outcomes(report: Report, chosen: Chosen, available: frozenset[EpisodeKey]) -> str:
     if not report:
         return ""
     shown = [outcome for outcome in OUTCOMES if outcome != "failed"]
@@ -188,17 +184,17 @@ def _outcomes(report: Report, chosen: Chosen, there: frozenset[EpisodeKey]) -> s
         f'<li><span class="key {outcome}"></span>{OUTCOME_WORDS[outcome]}: {OUTCOME_MEANINGS[outcome]}</li>'
         for outcome in shown
     )
-    listed = "".join(_listed(label, report, chosen, there) for label in report)
+    listed = "".join(_listed(label, report, chosen, available) for label in report)
     return _section(
-        "Where it went wrong",
+        "Outcomes",
         f'<div class="stacks">{"".join(bars)}</div><ul class="legend">{legend}</ul>',
         table_html(outcome_table(report)),
         listed,
     )
 
 
-def _listed(label: str, report: Report, chosen: Chosen, there: frozenset[EpisodeKey]) -> str:
-    """Some episodes of each outcome."""
+def _listed(label: str, report: Report, chosen: Chosen, available: frozenset[EpisodeKey]) -> str:
+    """A table of some episodes of each outcome."""
     rows = []
     for outcome in OUTCOMES:
         if (own := chosen.outcomes.get((label, outcome))) is None:
@@ -208,7 +204,7 @@ def _listed(label: str, report: Report, chosen: Chosen, there: frozenset[Episode
             answer = "no answer" if row["answer"] is None else row["answer"]
             rows.append(
                 [
-                    Cell(row["question"], href=href(key) if key in there else None),
+                    Cell(row["question"], href=href(key) if key in available else None),
                     row["suite"],
                     OUTCOME_WORDS[outcome],
                     answer,
@@ -224,7 +220,7 @@ def _listed(label: str, report: Report, chosen: Chosen, there: frozenset[Episode
 
 
 def _costs(report: Report) -> str:
-    return _section("What it took", table_html(cost_table(report))) if report else ""
+    return _section("Costs", table_html(cost_table(report))) if report else ""
 
 
 def _published(report: Report) -> str:
@@ -235,7 +231,7 @@ def _published(report: Report) -> str:
         "Beside published results",
         table_html(published_table(found)),
         _notes(found.notes),
-        f"<details><summary>What each was measured with</summary>{table_html(condition_table(found), 'conditions')}</details>",
+        f"<details><summary>Conditions</summary>{table_html(condition_table(found), 'conditions')}</details>",
     )
 
 
@@ -263,7 +259,7 @@ def _repeat(report: Report) -> str:
         ],
     )  # fmt: skip
     return _section(
-        "To repeat it",
+        "Reproduction",
         *([] if report.load_questions is None else [_REPEATED]),
         f"<details open><summary>Systems</summary>{table_html(systems, 'conditions')}</details>",
         f"<details><summary>Suites</summary>{table_html(suites, 'conditions')}</details>",
@@ -298,8 +294,5 @@ def _ids(ids: tuple[str, ...]) -> str:
 
 
 def episodes_title(report: Report) -> str:
-    """Of the page with the episodes."""
+    """Title of the episodes page."""
     return f"Episodes of {', '.join(one_line(label, 40) for label in report)}"
-
-
-__all__ = ["EPISODES_NAME", "episodes_title", "report_page"]

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def result_table(report: Report, metric: str = "exact_match") -> Table:
-    """Systems by suites: means in percent with their 95 % intervals; the best marked where it is better than the next."""
+    """Systems by suites: means in percent with 95 % intervals; the best is marked if significantly better than the next."""
     best = report.best(metric)
     rows = []
     for label, evaluation in report.items():
@@ -44,7 +44,7 @@ def result_table(report: Report, metric: str = "exact_match") -> Table:
         rows.append(cells)
     caption = f"{metric_words(metric)[:1].upper() + metric_words(metric)[1:]} in percent, with 95 % intervals."
     if best:
-        caption += " Marked: better than the next (p < 0.05, paired by question, adjusted over the columns)."
+        caption += " Marked: better than the next (p < 0.05, paired by question, Holm-adjusted over columns)."
     return table_of([Cell("system"), *(_column(report, column) for column in report.columns)], rows, caption)
 
 
@@ -60,7 +60,7 @@ def _column(report: Report, column: str) -> Cell:
 
 
 def metrics_table(report: Report) -> Table:
-    """Systems by scores, over all questions; and pass@k where there are several samples."""
+    """Systems by scores over all questions, plus pass@k if there are several samples."""
     column = ALL_SUITES if len(report.suites) > 1 else next(iter(report.suites), ALL_SUITES)
     most = min((own.samples_per_question for own in report.values()), default=0)
     rows = []
@@ -74,7 +74,7 @@ def metrics_table(report: Report) -> Table:
 
 
 def comparison_table_of(frame: pl.DataFrame) -> Table:
-    """A comparison frame: :meth:`Report.comparisons`."""
+    """The table of :meth:`Report.comparisons`."""
     rows = []
     for row in frame.iter_rows(named=True):
         mark = "" if row["p_holm"] >= SIGNIFICANT else "better" if row["difference"] > 0 else "worse"
@@ -98,7 +98,7 @@ def comparison_table_of(frame: pl.DataFrame) -> Table:
 
 
 def outcome_table(report: Report) -> Table:
-    """Systems by outcomes, over all suites: shares of the finished episodes, and how many they are."""
+    """Systems by outcomes over all suites: shares of finished episodes, and counts."""
     frame = report.outcomes()
     shown = [outcome for outcome in OUTCOMES if outcome != "failed"]
     rows = []
@@ -112,22 +112,20 @@ def outcome_table(report: Report) -> Table:
         ]
         rows.append([Cell(label), *cells, Cell(number(evaluation.failed))])
     headings = ["system", *(OUTCOME_WORDS[outcome] for outcome in shown), "failed"]
-    return table_of(
-        headings, rows, "What became of the episodes: percent of those that no service ended, and their number."
-    )
+    return table_of(headings, rows, "Outcomes: percent of the finished episodes, and their number.")
 
 
 def cost_table(report: Report) -> Table:
-    """Systems by what a question took, over all suites."""
+    """Systems by cost per question over all suites."""
     rows = []
     for label, own in report.costs().group_by("system", maintain_order=True):
-        row: Mapping[str, Any] = own.row(-1, named=True)  # the last is that of all suites
+        row: Mapping[str, Any] = own.row(-1, named=True)  # the last row is over all suites
         dollars = f"${row['dollars']:.2g}" if row["dollars"] else ""
         rows.append(
             (
                 Cell(str(label[0])),
                 *(Cell(number(row[name], 2)) for name in ("turns", "searches")),
-                Cell(number(row["prompt_tokens"]), f"of them {number(row['cached_prompt_tokens'])} cached"),
+                Cell(number(row["prompt_tokens"]), f"{number(row['cached_prompt_tokens'])} cached"),
                 Cell(number(row["sampled_tokens"])),
                 *(Cell(number(row[name], 2)) for name in ("seconds", "sampling_seconds", "search_seconds")),
                 Cell(dollars or MISSING, row["cost"]),
@@ -138,24 +136,24 @@ def cost_table(report: Report) -> Table:
             "system",
             "turns",
             "searches",
-            "tokens read",
-            "tokens written",
+            "prompt tokens",
+            "sampled tokens",
             "seconds",
-            "of them sampling",
-            "of them search",
+            "sampling seconds",
+            "search seconds",
         ),
         Cell("dollars", "total"),
     ]
     return table_of(
         headings,
         rows,
-        "What a question took, all its samples together: means over the finished ones. Tokens read are every turn's whole prompt. "
-        "Seconds are those of one episode by itself while others were played beside it.",
+        "Cost per question over all its samples: means over finished questions. Prompt tokens are summed over turns. Seconds are "
+        "durations of single episodes, which ran concurrently.",
     )
 
 
 def flip_rows(flips: pl.DataFrame, links: Mapping[tuple[str, str, str], str] | None = None) -> Table:
-    """A frame of flips; ``links`` are addresses by (suite, question, side), side ``before`` or ``after``."""
+    """The table of flips; ``links`` are addresses by (suite, question, ``before`` or ``after``)."""
     links = links or {}
     rows = []
     for row in flips.iter_rows(named=True):
@@ -173,7 +171,7 @@ def flip_rows(flips: pl.DataFrame, links: Mapping[tuple[str, str, str], str] | N
 
 
 def published_table(found: Beside) -> Table:
-    """Ours and the published by suite."""
+    """Our and published results by suite."""
     suites = found.frame["suite"].unique(maintain_order=True).to_list()
     rows = []
     for (row, kind), own in found.frame.group_by("row", "kind", maintain_order=True):
@@ -185,9 +183,9 @@ def published_table(found: Beside) -> Table:
             for suite in suites
         ]
         rows.append([Cell(str(row)), Cell(str(kind)), *shown])
-    return table_of(["row", "", *suites], rows, "Exact match in percent. Published rows are given without intervals.")
+    return table_of(["row", "", *suites], rows, "Exact match in percent. Published rows have no intervals.")
 
 
 def condition_table(found: Beside) -> Table:
-    """What each of them was measured with: rows and columns changed, since there are more conditions than a page is wide."""
+    """The conditions of each row, transposed to fit the page."""
     return table_of(found.conditions.columns, [list(map(str, row)) for row in found.conditions.iter_rows()])

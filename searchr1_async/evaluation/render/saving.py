@@ -1,4 +1,4 @@
-"""A report's files."""
+"""Writes a report's files."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ REPORT_NAME = "report.html"
 
 
 def save_report(report: Report, folder: Path) -> Path:
-    """See :meth:`Report.save`. The page comes last: where it is new, everything that it links to is there."""
+    """See :meth:`Report.save`. The page is written last, so that everything it links to exists."""
     is_own = report.folder is not None and report.folder.resolve() == folder.resolve()
     if not is_own:
         _refuse_taken(folder)
     chosen = choose(report)
     rows = chosen_rows(report, chosen.keys)
-    there = frozenset(map(key_of, rows))
+    available = frozenset(map(key_of, rows))
     files: dict[str, bytes] = {}
     if rows:
         tokenizer = load_tokenizer(report.folder) if report.folder is not None else None
@@ -41,7 +41,7 @@ def save_report(report: Report, folder: Path) -> Path:
         "report.md": storable(markdown_report(report)).encode("utf-8"),
         "report.tex": storable(latex_report(report)).encode("utf-8"),
         **_figures(report),
-        REPORT_NAME: report_page(report, chosen, there).encode("utf-8"),
+        REPORT_NAME: report_page(report, chosen, available).encode("utf-8"),
     }
     if not is_own and report.manifest is not None and report.load_questions is not None:
         files[QUESTIONS_NAME] = parquet_bytes(report.load_questions())
@@ -61,7 +61,7 @@ def save_report(report: Report, folder: Path) -> Path:
 
 
 def _refuse_taken(folder: Path) -> None:
-    """A run's questions and an evaluation's manifest have the names of those that a report brings along."""
+    """Refuses folders whose questions or manifest the report would overwrite."""
     if any((folder / name).exists() for name in ("run.lock", "state.json", "episodes")):
         raise RunFolderError(
             f"{folder} is the folder of a run or of another evaluation: save the report elsewhere, such as in {folder}/report"

@@ -1,4 +1,4 @@
-"""Tables before they are drawn: one value that a cell, a page, Markdown, LaTeX and a terminal show alike. Pure."""
+"""Tables independent of output format (HTML, Markdown, LaTeX, text), and number formatting. Pure."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ MISSING = "–"
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One cell. Its texts are of unknown origin: whoever draws it escapes them."""
+    """One cell. Its texts are untrusted: renderers escape them."""
 
     text: str
     detail: str = ""
-    """Stands below or behind the text, smaller: an interval, a count."""
+    """Secondary text in a smaller font: an interval, a count."""
     mark: Literal["", "better", "worse"] = ""
-    """It is told apart from chance."""
+    """Marks a significant result."""
     href: str | None = None
-    """Relative address; made by this package, never by a user."""
+    """Relative address, made by this package only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +32,10 @@ class Table:
     headings: tuple[Cell, ...]
     rows: tuple[tuple[Cell, ...], ...]
     caption: str = ""
-    """What is read from it, in one or two sentences."""
 
 
 def table_of(headings: Sequence[Cell | str], rows: Sequence[Sequence[Cell | str]], caption: str = "") -> Table:
-    """A table of cells, plain texts among them."""
+    """A table from cells or plain texts."""
     return Table(tuple(map(_cell, headings)), tuple(tuple(map(_cell, row)) for row in rows), caption)
 
 
@@ -45,24 +44,24 @@ def _cell(value: Cell | str) -> Cell:
 
 
 def one_line(text: str, longest: int = 120) -> str:
-    """A text of unknown origin on one line, nothing unseen in it, cut where it is too long."""
-    # Cut before it is searched for what is unseen: 1 MB would take a second.
+    """Untrusted text as one line without invisible characters, truncated to ``longest``."""
+    # Truncated first: scanning a long text for invisible characters is slow.
     shown = visible_text(" ".join(text[: 4 * longest].split()))
     return shown if len(shown) <= longest else f"{shown[: longest - 1]}…"
 
 
 def percent(value: float | None) -> str:
-    """``0.4123`` as ``41.2``; of nothing a dash."""
+    """``0.4123`` as ``41.2``; a dash if missing."""
     return MISSING if _is_missing(value) else f"{100 * value:.1f}"  # type: ignore[operator]
 
 
 def points(value: float | None) -> str:
-    """A difference of shares, ``0.041`` as ``+4.1``; of nothing a dash."""
+    """A difference of shares, ``0.041`` as ``+4.1``; a dash if missing."""
     return MISSING if _is_missing(value) else f"{100 * value:+.1f}"  # type: ignore[operator]
 
 
 def interval(low: float | None, high: float | None, *, signed: bool = False) -> str:
-    """``[36.9, 45.6]``; of nothing empty."""
+    """``[36.9, 45.6]``; empty if missing."""
     if _is_missing(low) or _is_missing(high):
         return ""
     shown = points if signed else percent
@@ -70,14 +69,14 @@ def interval(low: float | None, high: float | None, *, signed: bool = False) -> 
 
 
 def p_value(value: float | None) -> str:
-    """Two digits, and never 0."""
+    """Two significant digits, never 0."""
     if _is_missing(value):
         return MISSING
     return "< 0.0001" if value < 1e-4 else f"{value:.2g}"  # type: ignore[operator]
 
 
 def number(value: float | None, digits: int = 0) -> str:
-    """With thousands in groups; of nothing a dash."""
+    """With thousands separators; a dash if missing."""
     return MISSING if _is_missing(value) else f"{value:,.{digits}f}"
 
 

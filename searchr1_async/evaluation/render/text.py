@@ -1,7 +1,4 @@
-"""Tables as Markdown, as LaTeX and as aligned text. Pure.
-
-Labels and names are of unknown origin: each form escapes what it would read as its own.
-"""
+"""Tables as Markdown, LaTeX and aligned text. Pure. Labels and names are untrusted and escaped for each format."""
 
 from __future__ import annotations
 
@@ -31,16 +28,16 @@ _LATEX = {
     "→": r"$\rightarrow$",
     "×": r"$\times$",
     "−": "$-$",
-    # Behind the end of a row LaTeX reads a bracket as an option.
+    # After the end of a row, LaTeX reads a bracket as an option.
     "[": "{[}",
     "]": "{]}",
 }
 
 
 def markdown_text(text: str, longest: int = 500) -> str:
-    """A text of unknown origin on one line of Markdown, where it is nothing but text.
+    """Untrusted text escaped as one line of Markdown.
 
-    Colons, at signs and the dot of www are written as entities: GitHub makes links of bare addresses and mentions of names.
+    Colons, at signs and the dot of www become entities, because GitHub autolinks bare URLs and mentions.
     """
     shown = one_line(text, longest)
     shown = "".join(_MARKDOWN_ENTITIES.get(char, char) if char in "&<>" else char for char in shown)
@@ -50,7 +47,7 @@ def markdown_text(text: str, longest: int = 500) -> str:
 
 
 def markdown_table(table: Table) -> str:
-    """A table in GitHub's form."""
+    """A table in GitHub-flavoured Markdown."""
     lines = [
         "| " + " | ".join(map(_markdown_cell, table.headings)) + " |",
         "| " + " | ".join(["---", *["---:"] * (len(table.headings) - 1)]) + " |",
@@ -67,16 +64,12 @@ def _markdown_cell(cell: Cell) -> str:
 
 
 def latex_text(text: str, longest: int = 500) -> str:
-    """A text of unknown origin on one line of LaTeX, where it is nothing but text."""
+    """Untrusted text escaped as one line of LaTeX."""
     return "".join(_LATEX.get(char, char) for char in one_line(text, longest))
 
 
 def latex_table(table: Table, *, label: str) -> str:
-    """A ``table`` environment with booktabs' rules: ``\\usepackage{booktabs}`` is all that it needs.
-
-    Args:
-        label: for ``\\ref``; letters, digits, colons and hyphens.
-    """
+    """A ``table`` environment that needs ``\\usepackage{booktabs}``; ``label`` is for ``\\ref``."""
     detailed = any(cell.detail for cell in table.headings)
     rows = [_latex_row(table.headings, [latex_text(cell.text) for cell in table.headings])]
     if detailed:
@@ -116,7 +109,7 @@ def _small(text: str) -> str:
 
 
 def plain_table(table: Table) -> str:
-    """Aligned text; what is marked has a star."""
+    """Aligned text; marked cells have a star."""
     lines = [[_plain_cell(cell) for cell in row] for row in (table.headings, *table.rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     aligned = [

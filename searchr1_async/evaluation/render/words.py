@@ -1,4 +1,4 @@
-"""Figures and outcomes in words: one place for cells, pages, Markdown and LaTeX."""
+"""Display names and explanations of metrics and outcomes."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ METRIC_WORDS = {
 }
 
 METRIC_MEANINGS = {
-    "exact_match": "the answer is exactly a golden one after SQuAD's normalisation",
-    "f1": "overlap of the answer's words with the best golden answer",
-    "cover_match": "the answer holds a golden one as whole words",
-    "format": "an answer could be read",
-    "judged": "a judge model calls the answer right",
+    "exact_match": "the answer equals a golden answer after SQuAD normalisation",
+    "f1": "token overlap with the best-matching golden answer",
+    "cover_match": "the answer contains a golden answer as whole words",
+    "format": "the answer could be parsed",
+    "judged": "a judge model accepts the answer",
 }
 
 OUTCOME_WORDS: dict[str, str] = {
@@ -31,16 +31,16 @@ OUTCOME_WORDS: dict[str, str] = {
 }
 
 OUTCOME_MEANINGS: dict[str, str] = {
-    "right_seen": "right, and a golden answer stood in a passage that it was shown",
-    "right_unseen": "right, though no passage that it was shown holds a golden answer",
-    "reading_failed": "wrong, though a golden answer stood in a passage that it was shown",
-    "search_failed": "wrong; it searched, and no passage that it was shown holds a golden answer",
-    "no_search": "wrong, without one valid search; of a system that has no search, every wrong answer",
-    "no_answer": "no answer could be read, whatever it was shown",
-    "failed": "a service failed: left out of every score",
+    "right_seen": "right, and a retrieved passage contains a golden answer",
+    "right_unseen": "right, but no retrieved passage contains a golden answer",
+    "reading_failed": "wrong, although a retrieved passage contains a golden answer",
+    "search_failed": "wrong; it searched, but no retrieved passage contains a golden answer",
+    "no_search": "wrong, without a valid search; for systems without search, every wrong answer",
+    "no_answer": "no parseable answer",
+    "failed": "a service failed: excluded from all scores",
 }
 
 
 def metric_words(metric: str) -> str:
-    """A figure's name for people."""
+    """A metric's display name."""
     return METRIC_WORDS.get(metric, metric.replace("_", " "))

@@ -1,6 +1,6 @@
-"""Processes that play groups, for where one thread of Python is the limit.
+"""Rollout worker processes, for more throughput than one Python process allows.
 
-The Tinker SDK costs about 3 ms of CPU a sample, in one thread of a process whatever the number of clients: some 300 samples a
-second. A :class:`~searchr1_async.rollout.workers.pool.WorkerPool` plays in several processes; the search, the rewards and
-the learning stay in one.
+The Tinker SDK uses about 3 ms of CPU per sample in one thread per process, so about 300 samples per second. A
+:class:`~searchr1_async.rollout.workers.pool.WorkerPool` rolls out in several processes; search, rewards and training stay in
+one.
 """

@@ -1,4 +1,4 @@
-"""One attempt to play a group on one worker: what comes from there is answered and handed on here."""
+"""One attempt to roll out a group on a worker."""
 
 from __future__ import annotations
 
@@ -16,22 +16,17 @@ from searchr1_async.rollout.workers.messages import Ended, Found, Played, Search
 from searchr1_async.rollout.workers.packing import Unpacker
 
 Reply = Callable[[Found | SearchFailed], None]
-"""Sends the answer to a search, without waiting."""
+"""Answers a search without waiting."""
 
 
 class Attempt:
-    """The pool's side of a group under way. Searches and ``finished`` run in the task group of whoever plays it.
-
-    Args:
-        number: of this attempt, unique within the pool.
-    """
+    """Pool side of a running group. Searches and ``finished`` run in the caller's task group."""
 
     def __init__(self, number: int, task: GroupTask, search: SearchTool, finished: Finished, tasks: TaskGroup) -> None:
         self.number = number
         self.left = dict.fromkeys(task.members)
-        """Members whose episodes have not come yet, in their order."""
+        """Unfinished members, in order."""
         self.is_lost = False
-        """The worker died."""
         self._search = search
         self._finished = finished
         self._tasks = tasks
@@ -40,37 +35,36 @@ class Attempt:
         self._failure: str | None = None
 
     async def over(self) -> None:
-        """Returns when the group has ended, or its worker.
+        """Returns when the group has ended or its worker is gone.
 
         Raises:
-            RuntimeError: something broke in the worker that is no service's fault.
+            RuntimeError: a bug in the worker.
         """
         await self._over.wait()
         if self._failure is not None or (self.left and not self.is_lost):
-            raise RuntimeError(f"a rollout worker broke while playing: {self._failure or 'a member is missing'}")
+            raise RuntimeError(f"a rollout worker failed: {self._failure or 'a member is missing'}")
 
     def lose(self) -> None:
-        """The worker is gone."""
         self.is_lost = True
         self._over.set()
 
     def receive(self, message: Played | Ended | SearchAsked, reply: Reply) -> None:
-        """Takes what the worker says of this group, without waiting for anything."""
+        """Handles a message about this group without waiting."""
         match message:
             case SearchAsked():
                 self._tasks.start_soon(self._answer, message, reply)
             case Played() if message.member in self.left:
                 del self.left[message.member]
-                self._tasks.start_soon(self._hand_on, message.member, self._unpacker.unpack(message))
+                self._tasks.start_soon(self._deliver, message.member, self._unpacker.unpack(message))
             case Ended():
                 self._failure = message.failure
                 self._over.set()
 
-    async def _hand_on(self, member: int, episode: Episode) -> None:
+    async def _deliver(self, member: int, episode: Episode) -> None:
         await self._finished(member, episode)
 
     async def _answer(self, asked: SearchAsked, reply: Reply) -> None:
-        """A fatal error goes to whoever plays the group, and so ends it."""
+        """Runs a search; a fatal error ends the group."""
         try:
             found = await self._search.search(asked.queries)
         except SearchError as error:
@@ -84,6 +78,6 @@ class Attempt:
 
 
 def _kind(error: SearchError) -> str:
-    """The nearest class that the other side has too."""
+    """Name of the nearest error class that the other side knows."""
     names = (kind.__name__ for kind in type(error).__mro__ if getattr(errors, kind.__name__, None) is kind)
     return next(names, SearchError.__name__)

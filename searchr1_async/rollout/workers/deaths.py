@@ -1,4 +1,4 @@
-"""How often workers may die before something is wrong with more than one of them. Pure."""
+"""Limit on worker deaths. Pure."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class DeathRecord:
-    """Deaths within a time. One now and then is played around; many are a bug, or a machine without memory."""
+    """Deaths in a sliding window. An occasional one is tolerated; many mean a bug or a lack of memory."""
 
     most: int = 5
-    """Deaths within ``seconds`` that are made good; the next is one too many."""
+    """Tolerated deaths within ``seconds``."""
     seconds: float = 120.0
     count: int = 0
-    """In all."""
+    """Total deaths."""
     _recent: deque[float] = field(default_factory=deque)
 
     def is_too_many(self, now: float) -> bool:
-        """Counts a death, and says whether to give up."""
+        """Counts a death; returns whether to give up."""
         self.count += 1
         self._recent.append(now)
         while now - self._recent[0] > self.seconds:

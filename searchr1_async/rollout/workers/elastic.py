@@ -1,4 +1,4 @@
-"""Groups played in this process and in others beside it, which are started when this one is saturated."""
+"""Rolls out groups in this process, plus workers that are started when it is saturated."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from searchr1_async.usage import TokenUsage
 logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 1.0
-"""Between two looks at whether one more process helps."""
+"""Between scaling decisions."""
 
 
 class ElasticPlayer:
-    """Plays in this process and in those of a pool, each group where the fewest episodes are under way::
+    """Rolls out in this process and a worker pool; each group goes to the least busy process::
 
         async with WorkerPool(spec, search, count=0) as pool, ElasticPlayer(local, gate, pool, grows=True) as player:
             await player.play(task, policy, finished)
 
-    A group stays where it began. A policy that no other process can sample from is played here.
+    A group stays in its process. A policy that cannot be sent to workers runs in this process.
 
     Args:
-        local: plays in this process.
-        gate: that ``local`` samples through: knows how busy this process is.
-        pool: open, and closed by whoever opened it.
-        grows: adds workers to the pool while every process is saturated and cores are left (``workers="auto"``).
-        cores: at most so many processes play; None: as many as this process may use.
+        local: player of this process.
+        gate: gate of ``local``, which measures this process's load.
+        pool: an open pool; its owner closes it.
+        grows: add workers while all processes are saturated and cores are free (``workers="auto"``).
+        cores: maximum number of processes; None: the cores usable by this process.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class ElasticPlayer:
 
     async def __aenter__(self) -> Self:
         if self._tasks is not None:
-            raise ConfigurationError("this player is open already")
+            raise ConfigurationError("this player is already open")
         self._tasks = await anyio.create_task_group().__aenter__()
         if self._grows:
             self._tasks.start_soon(self._grow)
@@ -66,11 +66,11 @@ class ElasticPlayer:
         assert self._tasks is not None
         tasks, self._tasks = self._tasks, None
         tasks.cancel_scope.cancel()
-        # Not with the block's own error: it would come out in a group, or, a cancellation, might not come out at all.
+        # Without the block's error, which would come out wrapped in a group or, if a cancellation, be swallowed.
         await tasks.__aexit__(None, None, None)
 
     async def play(self, task: GroupTask, policy: GroupPolicy, finished: Finished) -> None:
-        """See :class:`GroupPlayer`, and :meth:`WorkerPool.play` for what it raises."""
+        """See :class:`GroupPlayer`; raises as :meth:`WorkerPool.play`."""
         elsewhere = self._pool.least_members
         if elsewhere is not None and elsewhere <= self._members and self._pool.can_play(policy):
             await self._pool.play(task, policy, finished)
@@ -90,13 +90,13 @@ class ElasticPlayer:
             self._members -= len(left)
 
     def pause(self, is_paused: bool) -> None:
-        """As :meth:`WorkerPool.pause`, for the other processes and this one."""
+        """See :meth:`WorkerPool.pause`; also pauses this process."""
         self._local.pause(is_paused)
         self._pool.pause(is_paused)
 
     @property
     def loads(self) -> list[ProcessLoad]:
-        """Every process that plays; this one comes first."""
+        """Load of every process, this one first."""
         here = ProcessLoad(self._gate.statistics.saturated_seconds, self._members)
         return [
             here,
@@ -108,16 +108,15 @@ class ElasticPlayer:
 
     @property
     def gates(self) -> list[GateStatistics]:
-        """What goes through the gates of the other processes."""
         return self._pool.gates
 
     @property
     def gone(self) -> TokenUsage:
-        """As :attr:`WorkerPool.gone`."""
+        """See :attr:`WorkerPool.gone`."""
         return self._pool.gone
 
     def metrics(self) -> dict[str, float]:
-        """By the names under which a run reports them; those of this process alone are its gate's and its pulse's."""
+        """By metric name; excludes this process's gate and pulse."""
         metrics = self._pool.metrics()
         return {**metrics, "rollout/processes": 1.0 + metrics["rollout/processes"]}
 
@@ -127,16 +126,16 @@ class ElasticPlayer:
             loads = self.loads
             if not wants_more_workers(loads, cores=self._cores, machine_load=machine_load()):
                 continue
-            logger.info("every rollout process is saturated: starting one more beside the %d", len(loads))
+            logger.info("all %d rollout processes are saturated: starting one more", len(loads))
             try:
                 await self._pool.add_worker()
             except ServiceError as error:
-                logger.warning("playing goes on with the %d processes that there are: %s", len(loads), error)
+                logger.warning("continuing with %d rollout processes: %s", len(loads), error)
                 return
 
 
 def machine_load() -> float:
-    """Runnable threads, averaged over a minute; 0 where the system does not say."""
+    """Runnable threads, averaged over a minute; 0 if unknown."""
     try:
         return os.getloadavg()[0]
     except (AttributeError, OSError):

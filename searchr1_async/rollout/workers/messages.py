@@ -1,4 +1,4 @@
-"""What a pool and its workers say to each other. All are frozen, and small: what the other side knows is not sent again."""
+"""Messages between a pool and its workers. Frozen and small: what the other side already has is not sent again."""
 
 from __future__ import annotations
 
@@ -16,24 +16,21 @@ from searchr1_async.rollout.pulse import PulseReading
 
 @dataclass(frozen=True, slots=True)
 class WorkerSpec:
-    """All that a worker needs to play, but for the weights: the arguments of ``make_dialect`` and of ``LocalPlayer``."""
+    """Everything a worker needs except the weights: the arguments of ``make_dialect`` and ``LocalPlayer``."""
 
     format_name: str
     """``"hermes"`` or ``"tags"``."""
     model_name: str
-    """As the Tinker service calls it; chooses the renderer."""
+    """Model name at the Tinker service; chooses the renderer."""
     tokenizer: str
-    """The folder or name that the tokenizer was loaded from (its ``name_or_path``)."""
+    """Folder or name the tokenizer was loaded from (its ``name_or_path``)."""
     limits: EpisodeLimits
     renderer_name: str | None = None
     instructions: str | None = None
     first_turn: FirstTurn = "auto"
     samples: LimitSettings = field(default_factory=LimitSettings)
-    """The bounds of how many samples a worker has in flight."""
     method: Method = "search"
-    """How questions are put to the model."""
     thinking: Thinking = None
-    """Whether and how hard it thinks before it answers."""
 
 
 # -- from the pool --------------------------------------------------------------------------------------------------------
@@ -41,28 +38,28 @@ class WorkerSpec:
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """The first message."""
+    """First message."""
 
     spec: WorkerSpec
     load_seconds: float
-    """Seconds between two :class:`Load` messages."""
+    """Seconds between :class:`Load` messages."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sampler:
-    """A sampling client, as a process can take it."""
+    """A sampling client in serializable form."""
 
     handle: str
-    """Of ``SamplingClient.get_sampler_handle``: names the sampler and the service, holds no credential."""
+    """From ``SamplingClient.get_sampler_handle``: identifies sampler and service, contains no credentials."""
     api_key: str | None = field(repr=False)
-    """None: the worker finds the credentials itself, where the parent found them."""
+    """None: the worker finds the credentials the same way as the parent."""
     version: int
     settings: SamplingSettings
 
 
 @dataclass(frozen=True, slots=True)
 class HoldPolicy:
-    """A new policy, ``policy``, samples from ``sampler``."""
+    """Registers policy ``policy``, which samples from ``sampler``."""
 
     policy: int
     sampler: Sampler
@@ -70,38 +67,38 @@ class HoldPolicy:
 
 @dataclass(frozen=True, slots=True)
 class DropPolicy:
-    """Nobody plays it any more."""
+    """Releases a policy that is no longer used."""
 
     policy: int
 
 
 @dataclass(frozen=True, slots=True)
 class Play:
-    """Play a group."""
+    """Starts a group."""
 
     group: int
-    """The number of this attempt to play it; unique within a pool."""
+    """Attempt number, unique within a pool."""
     task: GroupTask
     policy: int
 
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """Nobody wants this group any more; no answer is sent."""
+    """Cancels a group; no answer is sent."""
 
     group: int
 
 
 @dataclass(frozen=True, slots=True)
 class Pause:
-    """Ask the sampler for nothing more, or, with False, go on."""
+    """Pauses new sampling requests, or resumes them with False."""
 
     is_paused: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The answer to a :class:`SearchAsked`."""
+    """Answer to a :class:`SearchAsked`."""
 
     group: int
     search: int
@@ -110,19 +107,19 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class SearchFailed:
-    """A search that failed for good."""
+    """A search failed permanently."""
 
     group: int
     search: int
     kind: str
-    """The error's class, by its name in :mod:`searchr1_async.errors`."""
+    """Name of the error class in :mod:`searchr1_async.errors`."""
     message: str
     is_fatal: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """Cancel everything and end. A closed channel says the same."""
+    """Cancels everything and exits, as does a closed channel."""
 
 
 ToWorker = Setup | HoldPolicy | DropPolicy | Play | Cancel | Pause | Found | SearchFailed | Stop
@@ -132,68 +129,68 @@ ToWorker = Setup | HoldPolicy | DropPolicy | Play | Cancel | Pause | Found | Sea
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """It can play."""
+    """The worker is ready."""
 
 
 @dataclass(frozen=True, slots=True)
 class CannotStart:
-    """It ends."""
+    """The worker cannot start, and exits."""
 
     message: str
 
 
 @dataclass(frozen=True, slots=True)
 class SearchAsked:
-    """An episode wants to search; answered by :class:`Found` or :class:`SearchFailed`."""
+    """Requests a search; answered by :class:`Found` or :class:`SearchFailed`."""
 
     group: int
     search: int
-    """Its number; unique within a worker."""
+    """Search number, unique within a worker."""
     queries: tuple[str, ...]
 
 
 Reference = tuple[int, int]
-"""The passages that search ``[0]`` of the group found for its query ``[1]``: the pool has them."""
+"""Passages that the pool already has: (search number, query index)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Played:
-    """A member's episode, without what the pool knows: the question, the passages, and a prompt sent before."""
+    """A member's episode, without what the pool has: the question, passages, and a prompt sent before."""
 
     group: int
     member: int
     prompt_tokens: tuple[int, ...] | None
-    """None: the same as the last one sent of this group."""
+    """None: same as the last one sent for this group."""
     turns: tuple[Turn, ...]
-    """Without the results of their searches."""
+    """Without search results."""
     found: tuple[tuple[Reference | tuple[Passage, ...], ...], ...]
-    """What each turn's search found; empty for a turn without results."""
+    """Search results per turn; empty for a turn without results."""
     stop_reason: StopReason
     answer: str | None
     error: str | None
     seconds: float
     given: SearchCall | None = None
-    """Without its results."""
+    """Without search results."""
     given_found: tuple[Reference | tuple[Passage, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """A group is over: every member was sent, unless ``failure`` says what broke in the worker."""
+    """A group has ended: all members were sent, unless ``failure`` is set."""
 
     group: int
     failure: str | None = None
-    """An unforeseen error's type and place; never its words, which may quote an episode."""
+    """Type and location of an unexpected error, without its message, which may quote an episode."""
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How busy a worker is; sent now and then."""
+    """Load report of a worker."""
 
     cpu_seconds: float
-    """Of the process since it began, all threads."""
+    """CPU seconds of the process, over all threads."""
     pulse: PulseReading
-    """Of its event loop, since the last message."""
+    """Event loop reading since the last report."""
     gate: GateStatistics
 
 

@@ -1,7 +1,6 @@
-"""Episodes as they cross from a worker: the pool keeps the question and the passages, and each prompt crosses once.
+"""Compact episodes for the channel: question and passages stay in the pool, and a group's prompt is sent once.
 
-So eight members share one prompt, and passages that the search's cache holds are not copied for every episode that has read
-them: a 5-turn episode with 3 passages a search would carry some 15 KB of them.
+Members share one prompt object, and passages in the search cache are not copied per episode.
 """
 
 from __future__ import annotations
@@ -17,21 +16,20 @@ Results = tuple[tuple[Passage, ...], ...]
 
 @dataclass(slots=True)
 class Packer:
-    """The worker's side, of one group."""
+    """Worker side of one group."""
 
     group: int
     _prompt: tuple[int, ...] | None = None
     _known: dict[int, tuple[Reference, tuple[Passage, ...]]] = field(default_factory=dict)
-    """By identity; the passages are kept besides, so that no others get the same."""
+    """By ``id``; keeping the passages keeps the ids unique."""
 
     def learn(self, search: int, results: Results) -> None:
-        """The pool found these, and so has them."""
         for place, passages in enumerate(results):
-            if passages:  # the empty tuple is one and the same everywhere
+            if passages:  # the empty tuple is a shared object
                 self._known[id(passages)] = ((search, place), passages)
 
     def pack(self, member: int, episode: Episode) -> Played:
-        """The member's episode, for the channel; it has no reward yet."""
+        """Packs a member's episode, not yet scored."""
         is_known = episode.prompt_tokens == self._prompt
         self._prompt = episode.prompt_tokens
         return Played(
@@ -58,15 +56,15 @@ class Packer:
 
 @dataclass(slots=True)
 class Unpacker:
-    """The pool's side, of one group."""
+    """Pool side of one group."""
 
     question: Question
     found: dict[int, Results] = field(default_factory=dict)
-    """What each search of the group found, by its number."""
+    """Results by search number."""
     _prompt: tuple[int, ...] = ()
 
     def unpack(self, played: Played) -> Episode:
-        """The episode, as it was before it was packed; prompt and passages are shared with others."""
+        """Restores an episode; prompt and passages are shared objects."""
         if played.prompt_tokens is not None and played.prompt_tokens != self._prompt:
             self._prompt = played.prompt_tokens
         return Episode(

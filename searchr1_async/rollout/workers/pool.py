@@ -1,4 +1,4 @@
-"""A pool of rollout workers: each group goes to the least busy, what a dead one leaves is played by another."""
+"""Pool of rollout workers: each group goes to the least busy one; unfinished members of a dead worker are retried."""
 
 from __future__ import annotations
 
@@ -40,21 +40,18 @@ from searchr1_async.usage import TokenUsage
 logger = logging.getLogger(__name__)
 
 START_SECONDS = 120.0
-"""For a worker to come up; alone on a machine it takes about 3."""
+"""Timeout for a worker's start, which normally takes about 3 s."""
 LOAD_SECONDS = 1.0
-"""Between two messages on how busy a worker is."""
+"""Seconds between load reports of a worker."""
 SILENT_SECONDS = 300.0
-"""Without a word from a worker, which tells how busy it is every second: it hangs, and is ended as if it had died. Long, since
-this process may be held up as well (a laptop that sleeps)."""
+"""Seconds without a load report after which a worker counts as hung and is killed. Long, since this process may be suspended
+too (a sleeping laptop)."""
 SEED_OFFSET = 1_000_003
-"""Added to a group's seed for each time that it is begun again: with the same seed and another number of members, some would
-be sampled as those that have finished already."""
+"""Added to a group's seed per retry: the same seed with fewer members would repeat samples of finished members."""
 
 
 @dataclass(eq=False, slots=True)
 class Worker:
-    """One that is up."""
-
     number: int
     launched: Launched
     attempts: dict[int, Attempt] = field(default_factory=dict)
@@ -62,55 +59,53 @@ class Worker:
 
     @property
     def members(self) -> int:
-        """Episodes under way."""
+        """Episodes in progress."""
         return sum(len(attempt.left) for attempt in self.attempts.values())
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerStatistics:
-    """One worker, as it said last."""
+    """Last reported state of a worker."""
 
     pid: int
     groups: int
     members: int
-    """Episodes under way."""
+    """Episodes in progress."""
     load: Load | None
-    """None until it has said something, a second after it came up."""
+    """None until the first report, about a second after the start."""
 
 
 @dataclass(frozen=True, slots=True)
 class PoolStatistics:
-    """How a pool stands."""
-
     workers: tuple[WorkerStatistics, ...]
     deaths: int
-    """Workers that died, since the pool was made."""
+    """Total workers that died."""
     replayed: int
-    """Episodes begun again for that."""
+    """Episodes retried because of that."""
 
 
 class WorkerPool:
-    """Plays groups in processes of their own, which keep their clients and connections while the pool is open::
+    """Rolls out groups in worker processes, which keep their clients and connections while the pool is open::
 
         async with WorkerPool(spec, search, count=2) as pool:
             await pool.play(task, policy, finished)
 
-    The search stays here: workers ask for theirs over their channels, so batches, cache and pacing are shared by all. So do
-    ``finished`` and with it the rewards. What a worker would clean of a query is what
-    :func:`~searchr1_async.search.queries.clean_query` does, whatever ``search.clean_query`` does.
+    Searches run in this process, requested over the workers' channels, so that batching, cache and rate limits are shared; so do
+    ``finished`` and the rewards. Workers clean queries with :func:`~searchr1_async.search.queries.clean_query`, regardless of
+    ``search.clean_query``.
 
-    A worker that dies is replaced, and of its groups the members that had not finished are played again elsewhere.
+    A dead worker is replaced, and the unfinished members of its groups are rolled out again.
 
     Args:
-        spec: how to play; the same as in this process.
+        spec: rollout configuration, the same as in this process.
         search: answers the searches of all workers.
-        count: of workers to begin with; :meth:`add_worker` adds more.
-        start_timeout: seconds for a worker to come up.
-        log_path: a file that gets what workers log; None is this process's standard error.
-        deaths: how many are made good.
+        count: initial number of workers; :meth:`add_worker` adds more.
+        start_timeout: seconds for a worker to start.
+        log_path: log file of the workers; None is this process's standard error.
+        deaths: tolerance for worker deaths.
 
-    Raises, when it is entered:
-        ServiceError: a worker did not come up.
+    Raises, when entered:
+        ServiceError: a worker did not start.
     """
 
     def __init__(
@@ -145,7 +140,7 @@ class WorkerPool:
 
     async def __aenter__(self) -> Self:
         if self._tasks is not None:
-            raise ConfigurationError("the worker pool is open already")
+            raise ConfigurationError("the worker pool is already open")
         self._failure = None
         self._changed = anyio.Event()
         self._tasks = await anyio.create_task_group().__aenter__()
@@ -163,19 +158,19 @@ class WorkerPool:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         assert self._tasks is not None
-        self._fail(ServiceError("the worker pool was closed while groups were being played"))
+        self._fail(ServiceError("the worker pool was closed while groups were running"))
         tasks, self._tasks = self._tasks, None
-        # Shielded: processes are ended in a cancelled run too. Each has its deadline.
+        # Shielded: processes must be ended in a cancelled run too, each within its deadline.
         tasks.cancel_scope.shield = True
         tasks.cancel_scope.cancel()
-        # Not with the block's own error: it would come out in a group, or, a cancellation, might not come out at all.
+        # Without the block's error, which would come out wrapped in a group or, if a cancellation, be swallowed.
         await tasks.__aexit__(None, None, None)
 
     async def add_worker(self) -> None:
-        """Starts one more, and returns when it can play.
+        """Starts a worker and waits until it is ready.
 
         Raises:
-            ServiceError: it did not come up, or the pool is closed.
+            ServiceError: it did not start, or the pool is closed.
         """
         if self._tasks is None:
             raise ServiceError("the worker pool is not open")
@@ -194,12 +189,12 @@ class WorkerPool:
         return Worker(next(self._worker_numbers), launched)
 
     async def _attend(self, worker: Worker) -> None:
-        """Everything of one worker, and of those that take its place; ends its process when cancelled."""
+        """Serves one worker and its replacements; ends the process when cancelled."""
         while True:
             self._workers[worker.number] = worker
             if self._is_paused:
                 worker.launched.channel.post(Pause(True))
-            self._tell_change()
+            self._notify_change()
             lost = 0
             try:
                 await self._listen(worker)
@@ -211,10 +206,10 @@ class WorkerPool:
                 lost = len(worker.attempts)
                 for attempt in worker.attempts.values():
                     attempt.lose()
-                # Cancelled, it is still there; else it has closed its channel, and is dying.
+                # If cancelled, it is still alive; else it has closed its channel and is exiting.
                 code = await end(worker.launched)
             logger.warning(
-                "rollout worker %d died (exit code %s) with %d groups under way: they are played again",
+                "rollout worker %d died (exit code %s) with %d groups in progress; rolling them out again",
                 worker.launched.process.pid,
                 code,
                 lost,
@@ -234,21 +229,21 @@ class WorkerPool:
                 logger.warning("%s", error)
         self._fail(
             ServiceError(
-                f"rollout workers died more than {self._deaths.most} times within {self._deaths.seconds:g} s; the last: "
-                f"{cause or f'exit code {code}'}. Is there memory for them? Else play with workers=1, and report what they log"
+                f"rollout workers died more than {self._deaths.most} times within {self._deaths.seconds:g} s; last cause: "
+                f"{cause or f'exit code {code}'}. Check for free memory, or use workers=1; the workers' log may help"
             )
         )
         return None
 
     def _fail(self, error: ServiceError) -> None:
         self._failure = self._failure or error
-        self._tell_change()
+        self._notify_change()
 
-    def _tell_change(self) -> None:
+    def _notify_change(self) -> None:
         self._changed.set()
         self._changed = anyio.Event()
 
-    # -- what workers say ------------------------------------------------------------------------------------------------
+    # -- messages from workers -------------------------------------------------------------------------------------------
 
     async def _listen(self, worker: Worker) -> None:
         """Returns when the worker is gone."""
@@ -262,34 +257,33 @@ class WorkerPool:
     def _take(self, worker: Worker, message: FromWorker) -> None:
         match message:
             case SearchAsked() | Played() | Ended():
-                # Of a group that was cancelled here, some may still be on the way.
+                # Messages of a group cancelled here may still arrive.
                 attempt = worker.attempts.get(message.group)
                 if attempt is not None:
                     attempt.receive(message, worker.launched.channel.post)
             case Load():
                 worker.load = message
 
-    # -- playing ---------------------------------------------------------------------------------------------------------
+    # -- rollouts --------------------------------------------------------------------------------------------------------
 
     def pause(self, is_paused: bool) -> None:
-        """Has no worker ask the sampler for more until it is called again with False."""
+        """Stops the workers' new sampling requests until called with False."""
         self._is_paused = is_paused
         for worker in self._workers.values():
             worker.launched.channel.post(Pause(is_paused))
 
     @staticmethod
     def can_play(policy: GroupPolicy) -> bool:
-        """Whether a policy can be sent to other processes."""
+        """Whether a policy can be sent to workers."""
         return isinstance(policy, Sendable)
 
     @property
     def least_members(self) -> int | None:
-        """Episodes under way at the worker that gets the next group; None while there is no worker."""
+        """Episodes in progress at the least busy worker; None if there is none."""
         return min((worker.members for worker in self._workers.values()), default=None)
 
     @property
     def statistics(self) -> PoolStatistics:
-        """How it stands now."""
         return PoolStatistics(
             workers=tuple(
                 WorkerStatistics(worker.launched.process.pid, len(worker.attempts), worker.members, worker.load)
@@ -301,16 +295,16 @@ class WorkerPool:
 
     @property
     def gates(self) -> list[GateStatistics]:
-        """What goes through the workers' gates, as they said last."""
+        """Last reported gate statistics of the workers."""
         return [worker.load.gate for worker in self.statistics.workers if worker.load is not None]
 
     @property
     def gone(self) -> TokenUsage:
-        """What workers used that are gone, as they said last."""
+        """Usage of exited workers, as last reported."""
         return self._gone
 
     def metrics(self) -> dict[str, float]:
-        """By the names under which a run reports them; those of the processes as they said last."""
+        """By metric name; worker values are the last reported ones."""
         statistics = self.statistics
         loads = [worker.load for worker in statistics.workers if worker.load is not None]
         return {
@@ -322,15 +316,15 @@ class WorkerPool:
         }
 
     async def play(self, task: GroupTask, policy: GroupPolicy, finished: Finished) -> None:
-        """Plays a group on the worker with the fewest episodes under way; see :class:`GroupPlayer`.
+        """Rolls out a group on the least busy worker; see :class:`GroupPlayer`.
 
-        Each call of ``finished`` runs in a task of its own. The question's metadata stays here.
+        Each call of ``finished`` runs in its own task. The question's metadata is not sent.
 
-        Raises, within an exception group where they arise beside others:
+        Raises, within an exception group if several occur:
             ServiceError: workers died too often, or the pool was closed.
             SearchError: a fatal one.
-            ConfigurationError: the policy cannot be sent to another process.
-            RuntimeError: something broke in a worker that is no service's fault.
+            ConfigurationError: the policy cannot be sent to workers.
+            RuntimeError: a bug in a worker.
         """
         shared = self._policies.begin(policy)
         try:
@@ -348,7 +342,7 @@ class WorkerPool:
                     self._workers[number].launched.channel.post(message)
 
     async def _free_worker(self) -> Worker:
-        """The one with the fewest members; waits while there is none."""
+        """The least busy worker; waits if there is none."""
         while True:
             if self._failure is not None:
                 raise self._failure
@@ -360,7 +354,7 @@ class WorkerPool:
         return min(self._workers.values(), key=lambda worker: worker.members)
 
     async def _attempt(self, worker: Worker, task: GroupTask, shared: Shared, finished: Finished) -> tuple[int, ...]:
-        """Plays on one worker; returns the members that had not finished when it died."""
+        """Rolls out on one worker; returns the members unfinished when it died."""
         channel = worker.launched.channel
         number = next(self._attempt_numbers)
         left = task.members
@@ -370,9 +364,9 @@ class WorkerPool:
             try:
                 for message in self._policies.introduce(worker.number, shared):
                     channel.post(message)
-                # What an episode needs of it: metadata may be anything, and is the user's.
+                # Metadata is arbitrary user data that episodes do not need.
                 question = replace(task.question, metadata={})
-                with suppress(ChannelClosedError):  # then it is lost
+                with suppress(ChannelClosedError):  # then the attempt is lost
                     await channel.send(Play(number, replace(task, question=question), shared.number))
                 if worker.number in self._workers:
                     await attempt.over()

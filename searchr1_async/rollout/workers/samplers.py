@@ -1,4 +1,4 @@
-"""Weights across processes: what a pool tells of a policy, and how a worker samples from it."""
+"""Sends sampling clients to workers, and opens them there."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from searchr1_async.rollout.workers.messages import Sampler
 
 @runtime_checkable
 class Sendable(Protocol):
-    """One version of the weights that another process can sample from: a :class:`TinkerPolicy`."""
+    """A policy that workers can sample from, such as :class:`TinkerPolicy`."""
 
     client: tinker.SamplingClient
     version: int
@@ -29,28 +29,28 @@ class Sendable(Protocol):
 
 
 def sampler_of(policy: Sendable) -> Sampler:
-    """What a worker needs to sample from a policy.
+    """Serializes a policy's sampling client.
 
     Raises:
-        ConfigurationError: the SDK has no handle for its client.
+        ConfigurationError: the SDK has no handle for it.
     """
     client = policy.client
     try:
         handle = client.get_sampler_handle()
-        # A handle carries no credentials, and a key that was given in code is in no environment of a worker.
+        # Handles carry no credentials, and a key passed in code is not in the worker's environment.
         api_key = client.holder.shadow_config.api_key
     except (AttributeError, AssertionError, TypeError) as error:
         raise ConfigurationError(
-            f"this sampling client cannot be sent to other processes ({type(error).__name__}): play with workers=1"
+            f"this sampling client cannot be sent to other processes ({type(error).__name__}): use workers=1"
         ) from error
     return Sampler(handle, api_key, policy.version, policy.settings)
 
 
 class SamplingClients:
-    """A worker's clients: all that are of one session share its connections, its heartbeat and its telemetry for life.
+    """A worker's sampling clients; those of one session share connections, heartbeat and telemetry.
 
-    The SDK shares these between handles that are alike to the byte. Those of one run are not: they hold the service's
-    settings as they were when each was made, and those are fetched anew every 5 minutes.
+    The SDK shares these only between byte-identical handles. Those of one run differ, since each contains the service settings
+    of its time, which are refreshed every 5 minutes.
     """
 
     def __init__(self) -> None:
@@ -58,10 +58,10 @@ class SamplingClients:
         self._kept: dict[tuple[str, str], tinker.SamplingClient] = {}
 
     def open(self, sampler: Sampler) -> tinker.SamplingClient:
-        """A client for the sampler; blocks for some milliseconds, the first of a session for some more.
+        """Opens a client; blocks for some milliseconds.
 
         Raises:
-            ServiceError: the SDK refused the handle, or has no credentials here.
+            ServiceError: the SDK refused the handle, or has no credentials.
         """
         try:
             fields = json.loads(base64.urlsafe_b64decode(sampler.handle))
@@ -71,17 +71,17 @@ class SamplingClients:
             client = tinker.SamplingClient.from_sampler_handle(handle, api_key=sampler.api_key)
         except (*SDK_FAULTS, TypeError) as error:
             raise ServiceError(
-                f"a rollout worker could not open a sampler from its handle ({type(error).__name__})"
+                f"a rollout worker cannot open a sampler from its handle ({type(error).__name__})"
             ) from error
-        # The SDK itself keeps connections only while some client of theirs is there.
+        # The SDK closes connections when their last client is gone.
         self._kept.setdefault(session, client)
         return client
 
     async def settle(self, seconds: float) -> None:
-        """Waits until the SDK has sent what cancelled samples have it send, for so many seconds at most.
+        """Waits up to ``seconds`` per session until the SDK has sent the cancellations of cancelled samples.
 
-        Its own thread sends it, and ends with the process. What is asked here is internal to the SDK: where that is
-        missing, there is nothing to wait for, and the service ends abandoned samples when their session is over.
+        Its thread dies with the process. Uses SDK internals: if they are missing there is no wait, and the service drops abandoned
+        samples at the end of their session.
         """
         for client in self._kept.values():
             with contextlib.suppress(TimeoutError):
@@ -90,7 +90,7 @@ class SamplingClients:
 
 
 async def _until_quiet(holder: Any) -> None:
-    """On the SDK's thread: a cancelled sample queues its request to cancel within the next turns of that loop."""
+    """Runs on the SDK's thread. A cancelled sample queues its cancellation within the next loop iterations."""
     quiet = 0
     while quiet < 3:
         queue = getattr(holder, "_cancel_queue", None)
@@ -102,14 +102,12 @@ async def _until_quiet(holder: Any) -> None:
 
 @dataclass(frozen=True, slots=True)
 class UnopenedPolicy:
-    """A policy in a worker whose sampler could not be opened: whatever is sampled from it fails."""
+    """Stands in for a policy whose sampler could not be opened; sampling fails."""
 
     error: ServiceError
 
     async def sample(self, *args: object, **kwargs: object) -> SampledTurn:
-        """Raises the error."""
         raise self.error
 
     async def sample_many(self, *args: object, **kwargs: object) -> list[SampledTurn]:
-        """Raises the error."""
         raise self.error

@@ -1,4 +1,4 @@
-"""When one more process helps. Pure: what is known of the processes is passed in."""
+"""Decides when to add a worker. Pure."""
 
 from __future__ import annotations
 
@@ -6,33 +6,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 SATURATED_SECONDS = 5.0
-"""A process must have been saturated for so long, without a break: starting a worker takes 3 s of CPU, and what is over sooner
-(a batch of first turns, assembling a minibatch) is not worth it."""
+"""Minimum uninterrupted saturation: a worker's start takes 3 s of CPU, and shorter peaks are not worth it."""
 WORTH_MEMBERS = 64
-"""Episodes under way in the busiest process. One that is saturated with fewer is so by something else, which would not move: at
-3 ms of CPU a sample, 64 episodes saturate it only if each samples five times a second."""
+"""Minimum episodes in the busiest process. With fewer, something other than rollouts saturates it."""
 
 
 @dataclass(frozen=True, slots=True)
 class ProcessLoad:
-    """One process that plays."""
+    """Load of one rollout process."""
 
     saturated_seconds: float
-    """For how long it has been saturated; 0 while it is not (:attr:`GateStatistics.saturated_seconds`)."""
+    """Time saturated without a break; 0 if it is not (:attr:`GateStatistics.saturated_seconds`)."""
     members: int
-    """Episodes under way."""
+    """Episodes in progress."""
 
 
 def wants_more_workers(processes: Sequence[ProcessLoad], *, cores: int, machine_load: float) -> bool:
-    """Whether to start one more.
-
-    Every process that plays is saturated: else groups go to one that is not. A core is left: fewer processes than cores, and
-    the machine not busy all over (with the embedded service on it, say, a further process would take its cores).
+    """Whether to start another worker: every process is saturated and a core is free.
 
     Args:
-        processes: all that play, this one included.
-        cores: of the machine, as far as this process may use them.
-        machine_load: runnable threads, averaged over a minute (``os.getloadavg()[0]``); 0 where that is not known.
+        processes: all rollout processes, including this one.
+        cores: cores usable by this process.
+        machine_load: runnable threads, averaged over a minute (``os.getloadavg()[0]``); 0 if unknown. Accounts for other
+            programs, such as the embedded service.
     """
     if not processes or len(processes) >= cores or machine_load >= cores:
         return False

@@ -1,4 +1,4 @@
-"""The inside of a worker process: one event loop, one player, and the SDK."""
+"""Main loop of a worker process: one event loop, one player, and the SDK."""
 
 from __future__ import annotations
 
@@ -59,11 +59,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SETTLE_SECONDS = 2.0
-"""For the SDK to send its cancellations at the end."""
+"""Time for the SDK to send its cancellations at exit."""
 
 
 def run(descriptor: int) -> None:
-    """Plays what comes over the socket until it is closed."""
+    """Serves the socket until it is closed."""
     with rare_collections():
         asyncio.run(_serve(socket.socket(fileno=descriptor)))
 
@@ -83,12 +83,12 @@ async def _serve(end: socket.socket) -> None:
         async with anyio.create_task_group() as tasks:
             worker = Worker(channel, setup.spec, dialect, clients)
             tasks.start_soon(_report, worker, setup.load_seconds)
-            # A parent that is gone: nobody is left to tell.
+            # The parent is gone, so there is nobody to report to.
             with contextlib.suppress(ChannelClosedError):
                 await worker.listen(tasks)
             tasks.cancel_scope.cancel()
     except ChannelClosedError:
-        pass  # the same, before it could play
+        pass  # the same during startup
     finally:
         with anyio.CancelScope(shield=True):
             await clients.settle(SETTLE_SECONDS)
@@ -96,10 +96,10 @@ async def _serve(end: socket.socket) -> None:
 
 
 def load_dialect(spec: WorkerSpec) -> Dialect:
-    """The dialect of a spec; loads the tokenizer.
+    """Loads the tokenizer and makes the dialect of a spec.
 
     Raises:
-        ModelError: no tokenizer is there, or no renderer suits it.
+        ModelError: the tokenizer is missing, or no renderer fits.
     """
     tokenizer = load_pretrained_tokenizer(spec.tokenizer)
     return make_dialect(
@@ -118,7 +118,7 @@ async def _report(worker: Worker, seconds: float) -> None:
 
 
 class Worker:
-    """Plays the groups that the pool asks for, all side by side."""
+    """Rolls out the groups requested by the pool, concurrently."""
 
     def __init__(self, channel: WorkerChannel, spec: WorkerSpec, dialect: Dialect, clients: SamplingClients) -> None:
         self.channel = channel
@@ -131,7 +131,7 @@ class Worker:
         self._pulse = PulseReading(1.0, 0.0, 0.0, 0.0, 0.0)
 
     async def listen(self, tasks: TaskGroup) -> None:
-        """Does what the pool says, in its order, until it says to stop.
+        """Handles the pool's messages in order until told to stop.
 
         Raises:
             ChannelClosedError: the pool is gone.
@@ -148,7 +148,7 @@ class Worker:
                 case Pause(is_paused):
                     self._player.pause(is_paused)
                 case HoldPolicy() as hold:
-                    await self._hold(hold)
+                    await self._open_policy(hold)
                 case DropPolicy(policy):
                     self._policies.pop(policy, None)
                 case Stop():
@@ -157,17 +157,17 @@ class Worker:
                     raise AssertionError("a worker is set up once")
 
     def felt(self, pulse: PulseReading) -> None:
-        """Says how busy this process is."""
+        """Records the process's load and reports it to the pool."""
         self.gate.client_is(pulse)
         self._pulse = pulse
-        self._tell_load()
+        self._post_load()
 
-    def _tell_load(self) -> None:
+    def _post_load(self) -> None:
         self.channel.post(Load(time.process_time(), self._pulse, self.gate.statistics))
 
-    async def _hold(self, hold: HoldPolicy) -> None:
+    async def _open_policy(self, hold: HoldPolicy) -> None:
         try:
-            # In turn, before what follows: those messages play it. It takes milliseconds.
+            # Before the next messages, which use the policy. Takes milliseconds.
             client = await anyio.to_thread.run_sync(self._clients.open, hold.sampler)
         except ServiceError as error:
             logger.warning("%s", error)
@@ -176,7 +176,7 @@ class Worker:
             self._policies[hold.policy] = TinkerPolicy(client, hold.sampler.version, hold.sampler.settings)
 
     def _begin(self, play: Play, tasks: TaskGroup) -> None:
-        # Here, not in the task: a cancellation may be the next message.
+        # Not in the task: a cancellation may be the next message.
         self._scopes[play.group] = anyio.CancelScope()
         tasks.start_soon(self._play, play, self._policies[play.policy])
 
@@ -195,7 +195,7 @@ class Worker:
                 except Exception as error:
                     failure = place_of(error)
             if len(self._scopes) == 1:
-                self._tell_load()  # the last group for now: what it used must not wait for the next report
+                self._post_load()  # the worker is idle next: report its usage without delay
             if not scope.cancelled_caught:
                 self.channel.post(Ended(play.group, failure))
         finally:
@@ -203,11 +203,11 @@ class Worker:
 
 
 _packer: ContextVar[Packer] = ContextVar("packer")
-"""Of the group that a task plays for: a group's tasks inherit it."""
+"""Packer of the current group, inherited by the group's tasks."""
 
 
 class ForwardedSearch:
-    """The search of a worker's episodes: asks the pool, whose search is shared by all."""
+    """Forwards searches to the pool, whose search is shared by all workers."""
 
     def __init__(self, channel: WorkerChannel) -> None:
         self._channel = channel
@@ -215,7 +215,7 @@ class ForwardedSearch:
         self._waiting: dict[int, asyncio.Future[Results]] = {}
 
     async def search(self, queries: Sequence[str]) -> Sequence[Sequence[Passage]]:
-        """As :meth:`~searchr1_async.episodes.play.SearchTool.search`; the deadline is that of the pool's search."""
+        """See :meth:`~searchr1_async.episodes.play.SearchTool.search`; the pool's search sets the deadline."""
         packer, number = _packer.get(), next(self._asked)
         answer = self._waiting[number] = asyncio.get_running_loop().create_future()
         try:
@@ -227,11 +227,11 @@ class ForwardedSearch:
         return results
 
     def clean_query(self, query: str) -> str | None:
-        """As the pool's search does it, without asking."""
+        """Same as the pool's cleaning, without a round trip."""
         return clean_query(query)
 
     def answered(self, answer: Found | SearchFailed) -> None:
-        """What the pool says; of no use to a search that was cancelled."""
+        """Delivers the pool's answer; ignored if the search was cancelled."""
         waiting = self._waiting.get(answer.search)
         if waiting is None or waiting.done():
             return
@@ -247,7 +247,7 @@ def _search_error(failure: SearchFailed) -> SearchError:
 
 
 def place_of(error: BaseException) -> str:
-    """What an unforeseen error was and where it arose, without its words: they may quote what an episode said."""
+    """Type and location of an unexpected error, without its message, which may quote an episode."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     last = traceback.extract_tb(error.__traceback__)[-1:]

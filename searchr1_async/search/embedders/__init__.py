@@ -1,4 +1,4 @@
-"""What turns texts into vectors."""
+"""Embedders: texts to vectors."""
 
 from searchr1_async.search.embedders.base import Embedder, Vectors
 from searchr1_async.search.embedders.choice import make_embedder

@@ -1,4 +1,4 @@
-"""What the search needs of an embedder."""
+"""The embedder interface of the search."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 Vectors = NDArray[np.float32]
-"""``[texts, dimension]``, float32; of length 1 where the embedder normalises."""
+"""``[texts, dimension]``, float32; of unit length if the embedder normalizes."""
 
 
 class Embedder(Protocol):
-    """Turns texts into vectors, one request a call, tried once.
+    """Turns texts into vectors, one request per call, tried once.
 
-    Batching, pacing, retrying and deadlines are the caller's: an embedder says how much it takes at once, and which
-    kind of fault it met. All its awaits are made from one event loop between ``open`` and ``aclose``. A cancelled call
-    must leave it usable.
+    The caller batches, paces, retries and applies deadlines; an embedder declares its limits and classifies faults. Between
+    ``open`` and ``aclose`` all calls come from one event loop. It must stay usable after a cancelled call.
     """
 
     @property
@@ -27,57 +26,47 @@ class Embedder(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Equal for embedders whose vectors may be mixed in one index; known without opening anything heavy."""
+        """Equal for embedders whose vectors may share an index; available before ``open``."""
         ...
 
     @property
     def max_texts(self) -> int:
-        """Texts that one request may hold; may fall while it is open (a service that turns out to refuse lists)."""
+        """Texts per request; may shrink while open, if a service turns out to refuse lists."""
         ...
 
     @property
     def max_tokens(self) -> int | None:
-        """Tokens that one request may hold in all; None where there is no such limit."""
+        """Total tokens per request; None for no limit."""
         ...
 
     @property
     def max_requests(self) -> int:
-        """Requests at once, at most: where pacing stops growing. 1 where calls queue behind one another anyway."""
+        """Maximum concurrent requests; 1 if calls queue anyway."""
         ...
 
     async def open(self) -> None:
-        """Gets ready (loads the model, connects). Opening what is open does nothing.
-
-        Raises:
-            EmbeddingError: it cannot.
-        """
+        """Loads the model or connects. Idempotent. Raises EmbeddingError."""
         ...
 
     @property
     def dimension(self) -> int:
-        """Numbers a vector; known once it is open."""
+        """Of the vectors; available once open."""
         ...
 
     async def embed_queries(self, texts: Sequence[str]) -> Vectors:
-        """One vector a search query, in order.
+        """One vector per query, in order.
 
         Raises:
-            PassingFault: this time; worth another try (see :mod:`searchr1_async.search.faults`).
+            PassingFault: transient, worth a retry (see :mod:`searchr1_async.search.faults`).
             RefusedInput: because of one of these texts.
-            EmbeddingError: for good; fatal where no other text would fare better.
+            EmbeddingError: permanent; fatal if no other text would succeed.
         """
         ...
 
     async def embed_passages(self, texts: Sequence[str]) -> Vectors:
-        """One vector a passage, in order.
-
-        Raises:
-            PassingFault: this time; worth another try (see :mod:`searchr1_async.search.faults`).
-            RefusedInput: because of one of these texts.
-            EmbeddingError: for good; fatal where no other text would fare better.
-        """
+        """One vector per passage, in order. Raises as :meth:`embed_queries`."""
         ...
 
     async def aclose(self) -> None:
-        """Lets go of connections and threads; it may be opened again."""
+        """Releases connections and threads; may be reopened."""
         ...

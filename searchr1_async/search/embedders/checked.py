@@ -1,4 +1,4 @@
-"""What an embedder answers, checked once: a wrong answer of a program is no outage, and trying again does not mend it."""
+"""Validates an embedder's output: a malformed result is a bug, which a retry does not fix."""
 
 from __future__ import annotations
 
@@ -12,28 +12,23 @@ from searchr1_async.search.faults import RefusedInput
 
 
 def checked_vectors(vectors: Any, texts: int, embedder: Embedder) -> Vectors:
-    """The vectors of some texts as ``[texts, dimension]``, float32.
-
-    Args:
-        vectors: what the embedder returned: an array, a tensor, or lists of numbers.
-        texts: that it was given.
-        embedder: open.
+    """The output of an open embedder for so many texts as ``[texts, dimension]``, float32. Takes arrays, tensors and lists.
 
     Raises:
-        EmbeddingError: it is not one vector of finite numbers for each text; fatal.
-        RefusedInput: some of the vectors hold numbers that are not finite: the texts fare better apart.
+        EmbeddingError: not one finite vector per text; fatal.
+        RefusedInput: only some vectors are not finite, so the texts should be sent separately.
     """
     expected = f"{embedder.name} must return an array [{texts}, {embedder.dimension}] of finite numbers"
     try:
         found = np.asarray(vectors, np.float32)
     except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: a tensor that needs gradients
         raise EmbeddingError(
-            f"{expected}, one row a text; it returned {type(vectors).__name__} that is no such array ({error})",
+            f"{expected}, one row per text; it returned an invalid {type(vectors).__name__} ({error})",
             is_fatal=True,
         ) from error
     if found.shape != (texts, embedder.dimension):
         raise EmbeddingError(
-            f"{expected}, one row a text; it returned {list(found.shape)}: mend embed_queries and embed_passages, or its "
+            f"{expected}, one row per text; it returned {list(found.shape)}: fix embed_queries and embed_passages, or "
             "`dimension`",
             is_fatal=True,
         )

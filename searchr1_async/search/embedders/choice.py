@@ -1,4 +1,4 @@
-"""Which embedder a name means."""
+"""Embedders by name."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from searchr1_async.search.embedders.sentence_transformer import SentenceTransfo
 
 
 def make_embedder(embedder: str | Path | Embedder) -> Embedder:
-    """An embedder by its model's name or folder; an embedder as it is.
+    """An embedder from its model's name or folder; an :class:`Embedder` is returned as is.
 
-    ``"gemini"`` and names that begin with ``"gemini-"`` mean :class:`GeminiEmbedder`, any other name and every
-    :class:`~pathlib.Path` :class:`SentenceTransformerEmbedder`; both with their defaults.
+    ``"gemini"`` and names that start with ``"gemini-"`` give a :class:`GeminiEmbedder`, any other name or
+    :class:`~pathlib.Path` a :class:`SentenceTransformerEmbedder`, both with defaults.
 
     Raises:
-        ConfigurationError: a Gemini model that is not supported.
+        ConfigurationError: an unsupported Gemini model.
         EmbeddingError: no such folder, or sentence-transformers is not installed.
     """
     if isinstance(embedder, str):

@@ -1,4 +1,4 @@
-"""Embeddings of Google's Gemini models, by the Gemini Developer API or by Vertex AI."""
+"""Google's Gemini embedding models, via the Gemini Developer API or Vertex AI."""
 
 from __future__ import annotations
 
@@ -29,43 +29,41 @@ logger = logging.getLogger(__name__)
 DEFAULT_MODEL = "gemini-embedding-001"
 _SCOPES = ("https://www.googleapis.com/auth/cloud-platform",)
 _PROBE = "search"
-"""What :meth:`GeminiEmbedder.open` embeds."""
+"""The text embedded by :meth:`GeminiEmbedder.open`."""
 _MAX_TEXTS = 100
-"""The Developer API refuses more ("at most 100 requests can be in one batch"). Vertex AI takes up to 250 where it takes
-lists, but 20,000 tokens."""
+"""Limit of the Developer API ("at most 100 requests can be in one batch"). Vertex AI takes up to 250, but 20,000 tokens."""
 _VERTEX_TOKENS = 20_000
 _DEVELOPER_REQUESTS, _VERTEX_LIST_REQUESTS, _VERTEX_SINGLE_REQUESTS = 16, 16, 128
 _CLOSING_SECONDS = 5.0
 _IDLE_SECONDS = 60.0
-"""A connection is kept so long: searches come in waves, and a TLS handshake costs two round trips."""
+"""Keep-alive: searches come in waves, and a TLS handshake costs two round trips."""
 
 
 class GeminiEmbedder:
-    """A Gemini embedding model behind Google's client, one request a call.
+    """A Gemini embedding model through Google's client, one request per call.
 
-    Vertex AI is asked where ``vertex`` says so; else where a project, a location or credentials are given; else, unless an
-    ``api_key`` is given, where ``GOOGLE_GENAI_USE_VERTEXAI`` is ``true`` or ``1``. Otherwise the Developer API is.
-    Texts of more than 2,048 tokens are cut by the service without a word.
+    Uses Vertex AI if ``vertex`` is True; if it is None, also if a project, a location or credentials are given, or if no
+    ``api_key`` is given and ``GOOGLE_GENAI_USE_VERTEXAI`` is ``true`` or ``1``. Otherwise uses the Developer API. The service
+    silently truncates texts of more than 2,048 tokens.
 
     Args:
-        model: as Google names it. Not those from gemini-embedding-2 on: they know no task types.
-        dimension: numbers a vector: 128 to 3,072 for gemini-embedding-001, where 768, 1,536 and 3,072 are recommended.
-        normalize: scale vectors to length 1. The service does so at 3,072 dimensions only. Off for the prebuilt index of
-            Wikipedia 2018, whose vectors were stored as they came: by Euclidean distance (that collection's) vectors of
-            length 1 would be ranked otherwise.
-        api_key: of the Developer API; else ``GOOGLE_API_KEY`` or ``GEMINI_API_KEY`` (the first wins, as for Google's client).
-        vertex: Vertex AI (True), the Developer API (False), or by the other arguments (None).
-        project: id or number; else ``GCP_VERTEXAI_PROJECT_NUMBER``, ``GOOGLE_CLOUD_PROJECT``, or that of the credentials.
-        location: a region; else ``GCP_VERTEXAI_REGION``, ``GOOGLE_CLOUD_LOCATION``, or ``"global"``.
-        credentials: of google-auth; else application default credentials.
-        vertex_lists: send Vertex AI lists of texts too. Its documentation allows one text a request for
-            gemini-embedding-001; where a list is refused, ``max_texts`` falls to 1.
-        max_requests: at once, at most. None takes 16, or 128 where a request holds one text.
-        timeout: seconds for one request, token refresh included; the caller's own deadline is usually shorter.
+        model: Google's name. Not gemini-embedding-2 or later, which have no task types.
+        dimension: 128 to 3,072 for gemini-embedding-001; 768, 1,536 and 3,072 are recommended.
+        normalize: scale vectors to unit length, which the service does only at 3,072 dimensions. Off for the prebuilt index
+            of Wikipedia 2018, which stores raw vectors and ranks by Euclidean distance.
+        api_key: of the Developer API; default ``GOOGLE_API_KEY``, then ``GEMINI_API_KEY``.
+        vertex: Vertex AI (True), the Developer API (False), or inferred (None).
+        project: id or number; default ``GCP_VERTEXAI_PROJECT_NUMBER``, ``GOOGLE_CLOUD_PROJECT``, or that of the credentials.
+        location: region; default ``GCP_VERTEXAI_REGION``, ``GOOGLE_CLOUD_LOCATION``, or ``"global"``.
+        credentials: of google-auth; default application default credentials.
+        vertex_lists: send lists of texts to Vertex AI too. Its documentation allows one text per request for
+            gemini-embedding-001; if a list is refused, ``max_texts`` falls to 1.
+        max_requests: maximum concurrent requests. None for 16, or 128 if a request holds one text.
+        timeout: seconds per request, including token refresh; the caller's deadline is usually shorter.
         base_url: of another endpoint (a proxy, a stand-in).
 
     Raises:
-        ConfigurationError: arguments that exclude one another, or a model that is not supported.
+        ConfigurationError: conflicting arguments, or an unsupported model.
     """
 
     def __init__(
@@ -87,14 +85,14 @@ class GeminiEmbedder:
         self._model = _plain_name(model)
         for name, value in (("dimension", dimension), ("max_requests", max_requests), ("timeout", timeout)):
             if value is not None and value <= 0:
-                raise ConfigurationError(f"{name} of the Gemini embedder is {value}: it must be over 0")
+                raise ConfigurationError(f"{name} of the Gemini embedder is {value}: it must be positive")
         of_vertex = bool(project or location or credentials)
         if vertex is None:
-            vertex = of_vertex or (api_key is None and _environment_asks_for_vertex())
+            vertex = of_vertex or (api_key is None and _vertex_from_environment())
         if (vertex and api_key) or (of_vertex and not vertex):
             raise ConfigurationError(
-                "the Gemini embedder was given what belongs to two services: api_key is of the Developer API; "
-                "project, location and credentials are of Vertex AI"
+                "arguments of the Gemini embedder belong to two services: api_key to the Developer API; project, location "
+                "and credentials to Vertex AI"
             )
         self._on_vertex = vertex
         self._api_key = api_key
@@ -106,13 +104,13 @@ class GeminiEmbedder:
         self._timeout = timeout
         self._base_url = base_url
         self._max_texts = _MAX_TEXTS if vertex_lists or not vertex else 1
-        self._lists_are_taken = not vertex
+        self._lists_accepted = not vertex
         self._max_requests = max_requests
         self._session: ClientSession | None = None
         self._client: Client | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._secrets: tuple[str, ...] = ()
-        self._sends_itself = self._model.startswith("gemini-") or not vertex
+        self._uses_transport = self._model.startswith("gemini-") or not vertex
 
     @property
     def name(self) -> str:
@@ -120,7 +118,7 @@ class GeminiEmbedder:
 
     @property
     def fingerprint(self) -> str:
-        """Of model, dimension and scaling: both services run the same model, so their vectors may be mixed."""
+        """Hash of model, dimension and scaling: both services run the same model."""
         return hashlib.sha256(repr(("gemini", self._model, self._dimension, self._normalize)).encode()).hexdigest()[:32]
 
     @property
@@ -133,7 +131,7 @@ class GeminiEmbedder:
 
     @property
     def max_tokens(self) -> int | None:
-        """20,000 on Vertex AI (its quotas page); the Developer API documents no limit for a request."""
+        """20,000 on Vertex AI (its quotas page); the Developer API documents no limit."""
         return _VERTEX_TOKENS if self._on_vertex else None
 
     @property
@@ -145,22 +143,22 @@ class GeminiEmbedder:
         return _VERTEX_LIST_REQUESTS if self._max_texts > 1 else _VERTEX_SINGLE_REQUESTS
 
     async def open(self) -> None:
-        """Makes the client and embeds one word, so that a key, a model or a dimension that does not do shows here.
+        """Creates the client and embeds one word, to detect an invalid key, model or dimension.
 
         Raises:
-            PassingFault: the service does not answer now.
+            PassingFault: the service does not answer.
             EmbeddingError: no key or credentials, or the service refuses them, the model or the dimension; fatal.
         """
         if self._client is not None:
             if self._loop is asyncio.get_running_loop():
                 return
-            if self._session is not None:  # left open by an event loop that is gone, and its connections with it
+            if self._session is not None:  # left open by a closed event loop
                 self._session.detach()
             self._session = self._client = None
         self._loop = asyncio.get_running_loop()
         try:
             with anyio.fail_after(self._timeout):
-                # Google's client reads files and makes three TLS contexts, 0.3 s; finding credentials may ask a server.
+                # In threads: the client reads files and creates TLS contexts (0.3 s), credentials may need a request.
                 if self._on_vertex:
                     await anyio.to_thread.run_sync(self._find_credentials, abandon_on_cancel=True)
                 self._session = _make_session()
@@ -196,40 +194,33 @@ class GeminiEmbedder:
         except Exception as error:
             # The client's own errors hold the whole answer, which may quote key and texts: they are not passed on.
             raise self._refused_list(error, texts) or self._fault(error, texts) from None
-        self._lists_are_taken = self._lists_are_taken or len(texts) > 1
+        self._lists_accepted = self._lists_accepted or len(texts) > 1
         return vectors
 
     async def _request(self, texts: Sequence[str], task_type: str) -> Vectors:
         if self._client is None:
             raise EmbeddingError(f"{self.name} is not open")
-        # No deadline in HttpOptions: the client would send it along, and the service refuses those under 10 s with a 400.
-        # This one covers the refresh of the token too.
+        # Not in HttpOptions: the client sends its timeout along, and the service refuses those under 10 s with a 400.
+        # This one also covers the token refresh.
         with anyio.fail_after(self._timeout):
-            if self._sends_itself:
+            if self._uses_transport:
                 rows = await self._rows_by_transport(self._client, texts, task_type)
             else:
                 rows = await self._rows_by_models(self._client, texts, task_type)
         return self._vectors(rows, len(texts))
 
     async def _rows_by_models(self, client: Client, texts: Sequence[str], task_type: str) -> list[Any]:
-        """By the client's own ``embed_content``, each text in a Content of its own (a list of strings is one text for some).
-
-        Its models of every Content and vector cost 0.45 ms of CPU a text in lists of 100, and 1.4 to 1.9 ms a request of
-        one text, all of it in the event loop: 45 ms in one piece.
-        """
+        """Uses the client's public ``embed_content``, whose pydantic models block the event loop up to 45 ms per 100 texts."""
         from google.genai.types import EmbedContentConfig
 
+        # One Content per text: some models join a list of strings into one text.
         contents: Any = [{"parts": [{"text": text}]} for text in texts]
         config = EmbedContentConfig(task_type=task_type, output_dimensionality=self._dimension)
         answer = await client.aio.models.embed_content(model=self._model, contents=contents, config=config)
         return [embedding.values for embedding in answer.embeddings or ()]
 
     async def _rows_by_transport(self, client: Client, texts: Sequence[str], task_type: str) -> list[Any]:
-        """The same request by the client's transport (address, access, errors) alone: 0.10 ms of CPU a text in lists of
-        100, 1.2 ms a request of one.
-
-        The transport is no public part of the client: :meth:`_probe` finds out whether it is still there.
-        """
+        """Same request through the client's private transport, at a quarter of the CPU. :meth:`_probe` checks it."""
         import orjson
 
         path, body = embedding_request(self._model, texts, task_type, self._dimension, on_vertex=self._on_vertex)
@@ -238,32 +229,34 @@ class GeminiEmbedder:
         return [one["values"] for one in ([found["embedding"]] if "embedding" in found else found["embeddings"])]
 
     def _vectors(self, rows: list[Any], count: int) -> Vectors:
-        """The answer's vectors, checked: a wrong number of them would be paired with other texts."""
+        """Validates the vectors: a wrong count would pair them with the wrong texts."""
         if len(rows) != count:
             raise PassingFault(f"{self.name}: {len(rows)} vectors for {count} texts", cause="malformed")
         lengths = {len(row) for row in rows}
         if lengths != {self._dimension}:
             raise PassingFault(
-                f"{self.name}: vectors of {sorted(lengths)} numbers where {self._dimension} were asked for",
+                f"{self.name}: vectors of dimension {sorted(lengths)}, expected {self._dimension}",
                 cause="malformed",
             )
         vectors = np.array(rows, np.float32)
         norms = np.linalg.norm(vectors, axis=1, keepdims=True)
         if not (np.isfinite(norms) & (norms > 0)).all():
-            raise PassingFault(f"{self.name}: a vector of zeros or with a number that is not finite", cause="malformed")
+            raise PassingFault(f"{self.name}: a vector is zero or not finite", cause="malformed")
         return vectors / norms if self._normalize else vectors
 
     def _refused_list(self, error: Exception, texts: Sequence[str]) -> RefusedInput | None:
-        """What follows where Vertex AI may have refused the texts because they are several: from now on, one a request."""
-        if self._lists_are_taken or len(texts) == 1:
+        """If Vertex AI may have refused the texts for being a list, switches to one text per request."""
+        if self._lists_accepted or len(texts) == 1:
             return None
-        # A region without the method for lists answers 404 or 501.
+        # Regions without the batch method answer 404 or 501.
         is_refused = isinstance(self._fault(error), RefusedInput) or getattr(error, "code", None) in (404, 501)
-        if not is_refused and not _client_takes_no_lists(error):
+        if not is_refused and not _client_refuses_lists(error):
             return None
         self._max_texts = 1
-        logger.warning("%s does not take several texts in one request: from now on it gets one each", self.name)
-        return RefusedInput(f"{self.name}: a list of {len(texts)} texts is refused; one text a request is taken")
+        logger.warning(
+            "%s does not accept several texts per request; sending one text per request from now on", self.name
+        )
+        return RefusedInput(f"{self.name} refuses a list of {len(texts)} texts; it accepts one text per request")
 
     def _fault(self, error: Exception, texts: Sequence[str] = ()) -> Exception:
         return classify(error, where=self.name, on_vertex=self._on_vertex, texts=texts, secrets=self._known_secrets())
@@ -277,20 +270,20 @@ class GeminiEmbedder:
             try:
                 await self._request([_PROBE], "RETRIEVAL_QUERY")
             except (AttributeError, TypeError):
-                if not self._sends_itself:
+                if not self._uses_transport:
                     raise
-                logger.info("%s: another google-genai than known: embed_content is called instead", self.name)
-                self._sends_itself = False
+                logger.info("%s: unknown google-genai version; falling back to embed_content", self.name)
+                self._uses_transport = False
                 await self._request([_PROBE], "RETRIEVAL_QUERY")
         except Exception as error:
             fault = self._fault(error)
             if isinstance(fault, RefusedInput):
-                # Nothing is wrong with the word, so it is the model or the dimension that is refused, for every text.
+                # The text is fine, so the service refuses the model or the dimension.
                 raise EmbeddingError(f"{fault}: check model and dimension", is_fatal=True) from None
             raise fault from None
 
     def _find_credentials(self) -> None:
-        """In a thread: credentials and project, by file or by the metadata server of a machine of Google's."""
+        """Finds credentials and project, from a file or Google's metadata server. Run in a thread."""
         import google.auth
         import google.genai.errors
 
@@ -307,11 +300,11 @@ class GeminiEmbedder:
         self._project = project
 
     def _make_client(self, session: ClientSession) -> Client:
-        """In a thread: imports Google's client (1 s) and makes one."""
+        """Imports Google's client, which takes 1 s, and creates one. Run in a thread."""
         from google import genai
         from google.genai import types
 
-        # Without retry options the client itself waits 1 to 10 s and repeats a request whose connection broke.
+        # By default the client itself retries broken connections, after 1 to 10 s.
         options = types.HttpOptions(
             base_url=self._base_url, aiohttp_client=session, retry_options=types.HttpRetryOptions(attempts=1)
         )
@@ -340,7 +333,7 @@ class GeminiEmbedder:
 def embedding_request(
     model: str, texts: Sequence[str], task_type: str, dimension: int, *, on_vertex: bool
 ) -> tuple[str, dict[str, object]]:
-    """Path and body of one request, as google-genai 3.4 makes them: each text a Content of its own."""
+    """Path and body of one request, as google-genai 3.4 builds them: one Content per text."""
     settings = {"taskType": task_type, "outputDimensionality": dimension}
     contents = [{"parts": [{"text": text}]} for text in texts]
     if not on_vertex:
@@ -355,10 +348,10 @@ def embedding_request(
 
 
 def _make_session() -> ClientSession:
-    """The connections. The client would make its own, by a subclass that aiohttp warns of, and closes idle ones after 15 s."""
+    """The client's own session would use a subclass that aiohttp warns about, and close idle connections after 15 s."""
     from aiohttp import ClientSession, DummyCookieJar, TCPConnector
 
-    # aiohttp reads the whole environment again for every request that might have to take a proxy: 0.4 ms of CPU.
+    # With trust_env, aiohttp reads the whole environment for every request.
     return ClientSession(
         connector=TCPConnector(limit=0, keepalive_timeout=_IDLE_SECONDS),
         cookie_jar=DummyCookieJar(),
@@ -367,24 +360,23 @@ def _make_session() -> ClientSession:
 
 
 def _plain_name(model: str) -> str:
-    """The model's own name, without the folder that either service puts it in."""
+    """The model's name without the service's path prefix."""
     name = model.rsplit("/", 1)[-1]
     if not name:
-        raise ConfigurationError("the Gemini embedder needs the name of a model")
+        raise ConfigurationError("the Gemini embedder needs a model name")
     if name.startswith("gemini-") and not name.startswith(("gemini-embedding-001", "gemini-embedding-exp")):
         raise ConfigurationError(
-            f"the model {name!r} is not supported: it does not tell queries from passages by task type; "
-            f"take {DEFAULT_MODEL!r}"
+            f"the model {name!r} is not supported: it has no task types for queries and passages; use {DEFAULT_MODEL!r}"
         )
     return name
 
 
-def _environment_asks_for_vertex() -> bool:
-    """As Google's client reads it: the newer name wins."""
+def _vertex_from_environment() -> bool:
+    """Like Google's client: the newer variable wins."""
     value = os.environ.get("GOOGLE_GENAI_USE_ENTERPRISE") or os.environ.get("GOOGLE_GENAI_USE_VERTEXAI") or ""
     return value.lower() in ("true", "1")
 
 
-def _client_takes_no_lists(error: Exception) -> bool:
-    """google-genai before it knew Vertex AI's batchEmbedContents refuses a list before it sends anything."""
+def _client_refuses_lists(error: Exception) -> bool:
+    """Older google-genai versions, without Vertex AI's batchEmbedContents, refuse lists locally."""
     return type(error) is ValueError and "only supports one content at a time" in str(error)

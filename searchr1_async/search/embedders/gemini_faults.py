@@ -1,4 +1,4 @@
-"""Which fault an error of the Gemini client is: whether a retry mends it, and how much of its words may be passed on."""
+"""Classifies errors of the Gemini client, and redacts their messages."""
 
 from __future__ import annotations
 
@@ -14,26 +14,22 @@ from searchr1_async.search.faults import PassingFault, RefusedInput, TooManyRequ
 
 KEY_REMEDY = "set GEMINI_API_KEY to a key from https://aistudio.google.com/apikey that may use this API"
 CREDENTIALS_REMEDY = (
-    "run `gcloud auth application-default login`, or let GOOGLE_APPLICATION_CREDENTIALS name the file of a service account "
+    "run `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS to the file of a service account "
     "that may use Vertex AI in the project"
 )
 
 _PASSING = {408, 499, 500, 502, 503, 504}
 _KEY_REASONS = {"API_KEY_INVALID", "API_KEY_EXPIRED", "API_KEY_NOT_FOUND"}
 _LONGEST_MESSAGE = 300
-"""Characters of the service's own message that are passed on."""
+"""Characters kept of the service's own message."""
 
 
 def classify(
     error: Exception, *, where: str, on_vertex: bool, texts: Sequence[str] = (), secrets: Sequence[str] = ()
 ) -> SearchError:
-    """The fault that an exception of google-genai, aiohttp or google-auth is.
+    """Maps an exception of google-genai, aiohttp or google-auth to a fault.
 
-    Args:
-        where: the embedder's name, for the message.
-        on_vertex: which of the two services was asked, for the remedy.
-        texts: what was to be embedded: none of its words gets into the message.
-        secrets: the key or token: likewise.
+    ``where`` is the embedder's name; ``on_vertex`` selects the remedy; ``texts`` and ``secrets`` are redacted.
     """
     import aiohttp
     from google.auth import exceptions as google_auth
@@ -47,33 +43,33 @@ def classify(
         case genai.APIError():
             return _of_answer(error, where, remedy, texts, secrets)
         case google_auth.TransportError():
-            return PassingFault(f"{where}: Google's token server cannot be reached ({kind})", cause="token")
+            return PassingFault(f"{where}: cannot reach Google's token server ({kind})", cause="token")
         case google_auth.GoogleAuthError() if error.retryable:
-            return PassingFault(f"{where}: Google's token server fails ({kind})", cause="token")
+            return PassingFault(f"{where}: Google's token server failed ({kind})", cause="token")
         case google_auth.GoogleAuthError():
-            return EmbeddingError(f"{where}: Google takes no credentials ({kind}): {remedy}", is_fatal=True)
+            return EmbeddingError(f"{where}: Google refused the credentials ({kind}): {remedy}", is_fatal=True)
         case TimeoutError():
             return PassingFault(f"{where}: no answer in time", cause="timeout")
         case aiohttp.ClientConnectorCertificateError():
             return EmbeddingError(
-                f"{where}: its certificate is not trusted: let SSL_CERT_FILE name the certificates of your network",
+                f"{where}: its certificate is not trusted: set SSL_CERT_FILE to the certificates of your network",
                 is_fatal=True,
             )
         case aiohttp.ClientConnectorError():
-            return PassingFault(f"{where}: cannot be reached ({kind})", cause="unreachable")
+            return PassingFault(f"{where}: unreachable ({kind})", cause="unreachable")
         case aiohttp.ClientPayloadError() | json.JSONDecodeError() | UnicodeDecodeError():
-            return PassingFault(f"{where}: an answer that is cut short or no JSON ({kind})", cause="malformed")
+            return PassingFault(f"{where}: the answer is truncated or not JSON ({kind})", cause="malformed")
         case aiohttp.ClientError() | OSError():
             return PassingFault(f"{where}: the connection broke ({kind})", cause="reset")
         case ValueError() | TypeError() | AttributeError() | KeyError():
-            # The client builds its objects from whatever JSON came: pydantic's ValidationError is a ValueError.
-            return PassingFault(f"{where}: an answer of another shape than expected ({kind})", cause="malformed")
+            # Raised by the client on unexpected JSON; pydantic's ValidationError is a ValueError.
+            return PassingFault(f"{where}: unexpected answer format ({kind})", cause="malformed")
         case _:
             return EmbeddingError(f"{where}: the client failed ({kind}: {redact(str(error), texts, secrets)})")
 
 
 def _of_answer(error: Any, where: str, remedy: str, texts: Sequence[str], secrets: Sequence[str]) -> SearchError:
-    """The fault of an answer with an error status; ``error`` is a ``google.genai.errors.APIError``."""
+    """The fault of an error response; ``error`` is a ``google.genai.errors.APIError``."""
     code, details = int(error.code or 0), list(_details(error.details))
     headers = getattr(error.response, "headers", None) or {}
     said = redact(str(error.message or ""), texts, secrets)
@@ -87,36 +83,36 @@ def _of_answer(error: Any, where: str, remedy: str, texts: Sequence[str], secret
     if code in _PASSING:
         return PassingFault(f"{at}: {said}", cause=str(code), retry_after=wait)
     reasons = {str(detail.get("reason")) for detail in details}
-    if code in (401, 403) or reasons & _KEY_REASONS or _speaks_of_the_key(error.message):
-        return EmbeddingError(f"{at}: access is refused ({said}): {remedy}", is_fatal=True)
+    if code in (401, 403) or reasons & _KEY_REASONS or _mentions_key(error.message):
+        return EmbeddingError(f"{at}: access denied ({said}): {remedy}", is_fatal=True)
     if code == 404:
         return EmbeddingError(
-            f"{at}: no such model there ({said}): check the model's name, and on Vertex AI that the region has it",
+            f"{at}: no such model ({said}): check the model's name, and on Vertex AI that the region offers it",
             is_fatal=True,
         )
     if code in (400, 413) and error.status != "FAILED_PRECONDITION":
         return RefusedInput(f"{at}: {said}")
-    return EmbeddingError(f"{at}: no request is taken ({said})", is_fatal=True)
+    return EmbeddingError(f"{at}: the service refuses all requests ({said})", is_fatal=True)
 
 
-def _speaks_of_the_key(message: object) -> bool:
+def _mentions_key(message: object) -> bool:
     return isinstance(message, str) and bool(re.match(r"API key (not valid|expired|not found)", message))
 
 
 def _word(status: object) -> str:
-    """A status as the service names them; anything else might be words of a request."""
+    """A status name of the service; anything else may quote the request."""
     return status if isinstance(status, str) and re.fullmatch(r"[A-Z][A-Z_]{1,40}", status) else ""
 
 
 def _details(body: object) -> Iterator[Mapping[str, Any]]:
-    """The ``details`` of an error body, those that are objects."""
+    """The objects in the ``details`` of an error body."""
     error = body.get("error", body) if isinstance(body, Mapping) else None
     details = error.get("details") if isinstance(error, Mapping) else None
     yield from (one for one in details if isinstance(one, Mapping)) if isinstance(details, list) else ()
 
 
 def _quotas(details: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Names of the quotas that a 429 says are used up, which tell a minute's from a day's."""
+    """Names of the exceeded quotas, which distinguish per-minute from per-day limits."""
     for detail in details:
         violations = detail.get("violations")
         for violation in violations if isinstance(violations, list) else ():
@@ -128,12 +124,12 @@ def _quotas(details: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 def retry_after(
     headers: Mapping[str, str], details: Sequence[Mapping[str, Any]] = (), *, now: datetime | None = None
 ) -> float | None:
-    """Seconds that an answer asks to wait: the longest of what it says, 0 for a time gone by, None if it says nothing.
+    """Seconds the service asks to wait: the longest of those given, 0 for a past time, None if not given.
 
     Args:
         headers: ``Retry-After`` in seconds or as an HTTP date (RFC 9110, section 10.2.3).
         details: of the error body: ``google.rpc.RetryInfo`` with a ``retryDelay`` such as ``"34s"`` or ``"0.25s"``.
-        now: the time of day; for tests.
+        now: current time; for tests.
     """
     header = headers.get("Retry-After")
     said = [seconds_asked(header, now or datetime.now(UTC))] if header else []
@@ -142,17 +138,17 @@ def retry_after(
 
 
 def _from_duration(value: object) -> float | None:
-    """A ``google.protobuf.Duration`` as JSON writes it."""
+    """Parses a ``google.protobuf.Duration`` in JSON."""
     if not isinstance(value, str) or not re.fullmatch(r"\d{1,12}(\.\d{1,9})?s", value, re.ASCII):
         return None
     return float(value[:-1])
 
 
 def redact(message: str, texts: Sequence[str] = (), secrets: Sequence[str] = ()) -> str:
-    """What of the service's message may be passed on: its words but those that stand in a text, and no key.
+    """The service's message without keys and without words that occur in the texts.
 
-    A message may quote a text cut anywhere, so each run of letters and digits that is found anywhere in a text goes, and
-    whatever is not ASCII. That loses words such as "is" too; what is left still tells, say, that an API is not enabled.
+    A message may quote a text cut anywhere, so any run of letters and digits found in a text is removed, and so is anything
+    not ASCII. That also removes words such as "is", but the rest still tells, say, that an API is not enabled.
     """
     for secret in secrets:
         if secret:
@@ -161,7 +157,7 @@ def redact(message: str, texts: Sequence[str] = (), secrets: Sequence[str] = ())
 
     def pass_on(match: re.Match[str]) -> str:
         run = match.group()
-        # A key may be quoted in part; no word of a message has over 24 letters and digits in a row, and keys do.
+        # A key may be quoted in part. Keys have runs of more than 24 letters and digits, words do not.
         is_private = not run.isascii() or run.lower() in quotable or (len(run) > 3 and run in secret) or len(run) > 24
         return "…" if is_private else run
 

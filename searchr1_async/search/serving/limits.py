@@ -1,4 +1,4 @@
-"""What a served search takes, and for how long."""
+"""Limits of a served search."""
 
 from __future__ import annotations
 
@@ -10,28 +10,24 @@ from searchr1_async.boundary.settings import Count, Range, Seconds, check_settin
 
 @dataclass(frozen=True, slots=True)
 class ServingLimits:
-    """What one request may hold, and how many there may be.
-
-    Raises:
-        ConfigurationError: a limit out of its range.
-    """
+    """Size and concurrency limits of requests. Raises ConfigurationError if one is out of range."""
 
     body_bytes: Count = 8 << 20
-    """Of a request; larger ones get 413. A request of 256 vectors of 3,072 numbers has 4.2 MB."""
+    """Per request; larger bodies get 413. 256 vectors of 3,072 numbers have 4.2 MB."""
     texts: Count = 256
-    """To embed, in one request."""
+    """Per ``/embed`` request."""
     vectors: Count = 256
-    """To look up, in one request."""
+    """Per ``/query`` request."""
     queries: Count = 4_096
-    """Of one ``/retrieve``: the original asks for all episodes of a batch at once, 2,560 by its own settings."""
+    """Per ``/retrieve`` request; the original client sends a whole batch, 2,560 with its settings."""
     results: Annotated[int, Range(at_least=1, at_most=100)] = 100
-    """Passages for each query, 1 to 100."""
+    """Passages per query, 1 to 100."""
     requests: Count = 64
-    """At work at once; others get 429 with ``Retry-After``."""
+    """Concurrent requests; further ones get 429 with ``Retry-After``."""
     seconds: Seconds = 120.0
-    """For one request, the reading of its body included; then it gets 504."""
+    """Per request, including reading its body; then it gets 504."""
     grace: Seconds = 5.0
-    """Seconds that requests in the air have to be finished in when the service stops."""
+    """Seconds to finish requests in flight at shutdown."""
 
     def __post_init__(self) -> None:
         check_settings(self, "the limit ")

@@ -1,4 +1,4 @@
-"""Serves an open search: read-only, within limits, in the event loop of whoever asked for it."""
+"""Serves an open search over HTTP: read-only, limited, in the caller's event loop."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 DEFAULT_PORT = 8200
 HEALTH = "/health"
 COUNT_EVERY = 1.0
-"""Seconds for which the store's last sign of life holds: whoever asks for health, however often, costs it little."""
+"""Seconds for which a store's last answer counts as healthy, so that health checks stay cheap."""
 COUNT_SECONDS = 5.0
 THREAD_BYTES = 1 << 18
-"""A longer body is read in a thread: 8 MB of hostile JSON takes over 100 ms."""
+"""Longer bodies are parsed in a thread: 8 MB of hostile JSON takes over 100 ms."""
 
 
 @asynccontextmanager
@@ -68,32 +68,32 @@ async def serve_search(
     token: str | None = None,
     limits: ServingLimits | None = None,
 ) -> AsyncIterator[str]:
-    """Serves a search while the block runs, and opens it before if need be.
+    """Serves a search while the block runs; opens it if needed.
 
     ::
 
         async with serve_search(await Search.open("wiki18.index"), host="0.0.0.0") as address:
             await anyio.sleep_forever()     # on other machines: await Search.open(address)
 
-    ``GET /health`` says what is served, and 503 while the search opens or its store is down. ``POST /retrieve`` takes and
-    gives what the original Search-R1 server does, by ``Search.search``, which gathers and remembers. ``POST /embed`` and
-    ``POST /query`` go straight to the embedder and the store, each never in more requests at once than these take;
-    :class:`~searchr1_async.search.served.ServedEmbedder` and :class:`~searchr1_async.search.served.ServedStore` ask them.
-    What is refused gets ``{"error": kind, "message": words}``. At the end requests in the air are finished first.
+    ``GET /health`` describes the search; 503 while it opens or its store is down. ``POST /retrieve`` is compatible with the
+    original Search-R1 server and uses ``Search.search``, with its batching and cache. ``POST /embed`` and ``POST /query`` go
+    directly to the embedder and the store, within their concurrency limits;
+    :class:`~searchr1_async.search.served.ServedEmbedder` and :class:`~searchr1_async.search.served.ServedStore` are their
+    clients. Errors have the body ``{"error": kind, "message": words}``. Shutdown finishes requests in flight first.
 
     Args:
-        search: what is served; its ``n_results`` is what ``/retrieve`` gives where it is not told.
-        host: to listen at; ``"0.0.0.0"`` for all of this machine's addresses.
-        port: TCP; 0 takes a free one.
-        token: that every request but ``/health`` must bring (``Authorization: Bearer``); None: anybody may ask.
+        search: the search; its ``n_results`` is the default of ``/retrieve``.
+        host: to listen on; ``"0.0.0.0"`` for all addresses of this machine.
+        port: TCP; 0 picks a free one.
+        token: required by every request but ``/health`` (``Authorization: Bearer``); None for open access.
         limits: see :class:`ServingLimits`.
 
     Yields:
-        The address, as a client on this machine can use it.
+        The URL for clients on this machine.
 
     Raises:
-        ConfigurationError: an address that cannot be listened at, or a token that no header can hold.
-        CorpusError, SearchError: as opening the search raises them.
+        ConfigurationError: cannot listen on host and port, or the token does not fit a header.
+        CorpusError, SearchError: from opening the search.
     """
     limits = ServingLimits() if limits is None else limits
     service = _Service(search, _checked(token), limits)
@@ -105,9 +105,7 @@ async def serve_search(
         try:
             await web.TCPSite(runner, host, port).start()
         except (OSError, OverflowError) as error:
-            raise ConfigurationError(
-                f"{host}:{port} cannot be listened at ({error}): give another host or port"
-            ) from error
+            raise ConfigurationError(f"cannot listen on {host}:{port} ({error}): use another host or port") from error
         async with search:
             assert search.store is not None, "an open search has a store"
             service.begin(search.store, search.embedder)
@@ -115,7 +113,7 @@ async def serve_search(
                 bound = runner.addresses[0][1]
                 yield str(URL.build(scheme="http", host=_reachable(host), port=bound)).rstrip("/")
             finally:
-                # Before the search closes: requests in the air still need it.
+                # Before the search closes: requests in flight still need it.
                 with anyio.CancelScope(shield=True):
                     await runner.cleanup()
     finally:
@@ -124,7 +122,7 @@ async def serve_search(
 
 
 class _Opened:
-    """The services of a search that is open, and the room that requests have in them."""
+    """The services of an open search, with their concurrency limits."""
 
     def __init__(self, store: Store, embedder: Embedder) -> None:
         self.store, self.embedder = store, embedder
@@ -144,21 +142,21 @@ class _Opened:
         return tuple(found)
 
     async def passages(self) -> int | None:
-        """How many there are; None while the store is down. A store that answered just now is not asked."""
+        """Number of passages; None while the store is down. Skips the request if the store answered recently."""
         async with self._counting:
             if time.monotonic() - self._heard_at > COUNT_EVERY or self._passages is None:
                 try:
                     with anyio.fail_after(COUNT_SECONDS):
                         self._passages = await self.store.count()
                 except (SearchError, TimeoutError) as error:
-                    logger.warning("the store that is served does not answer: %s", error)
+                    logger.warning("the served store does not answer: %s", error)
                     return None
                 self._heard_at = time.monotonic()
             return self._passages
 
 
 class _Service:
-    """The requests of one served search."""
+    """Request handlers of one served search."""
 
     def __init__(self, search: Search, token: str | None, limits: ServingLimits) -> None:
         self._search = search
@@ -176,19 +174,19 @@ class _Service:
         return application
 
     def begin(self, store: Store, embedder: Embedder) -> None:
-        """The search is open."""
+        """Called once the search is open."""
         self._opened = _Opened(store, embedder)
 
     @web.middleware
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Lets in who may, and puts whatever goes wrong into words."""
+        """Checks the token and limits, and maps errors to responses."""
         try:
             if request.path == HEALTH:
                 return await handler(request)
             if not self._is_authorized(request):
-                return _error(401, "token", "this search wants its token: Authorization: Bearer …")
+                return _error(401, "token", "this search requires its token: Authorization: Bearer …")
             if self._busy >= self._limits.requests:
-                return _error(429, "busy", f"{self._busy} requests are at work: ask again later", retry_after=1.0)
+                return _error(429, "busy", f"{self._busy} requests are in progress: retry later", retry_after=1.0)
             self._busy += 1
             try:
                 with anyio.fail_after(self._limits.seconds):
@@ -198,14 +196,14 @@ class _Service:
         except BadRequest as refused:
             return _error(refused.status, refused.kind, str(refused))
         except web.HTTPException as error:
-            return _error(error.status, *_words_of(error, self._limits))
+            return _error(error.status, *_kind_and_message(error, self._limits))
         except TimeoutError:
             return _error(504, "timeout", f"not answered within {self._limits.seconds:g} s")
         except SearchError as fault:
             return _error_of(fault)
         except Exception:
             logger.exception("a request to the served search failed")
-            return _error(500, "failed", "the request failed for a reason that the service logs")
+            return _error(500, "failed", "the request failed: see the service's log")
 
     def _is_authorized(self, request: web.Request) -> bool:
         if self._token is None:
@@ -215,7 +213,7 @@ class _Service:
 
     def _ready(self) -> _Opened:
         if self._opened is None:
-            raise BadRequest("opening", "the search is being opened: ask again later", 503)
+            raise BadRequest("opening", "the search is opening: retry later", 503)
         return self._opened
 
     async def _read(self, request: web.Request, read: Callable[[bytes, ServingLimits], Asked]) -> Asked:
@@ -228,7 +226,7 @@ class _Service:
         opened, limits = self._ready(), self._limits
         passages = await opened.passages()
         if passages is None:
-            return _error(503, "store", "the store does not answer now")
+            return _error(503, "store", "the store does not answer")
         store, embedder = opened.store, opened.embedder
         fitting = (limits.body_bytes - 1_000) * 3 // (4 * 4 * embedder.dimension)
         facts = ServedFacts(
@@ -242,7 +240,7 @@ class _Service:
             max_queries=max(1, min(limits.vectors, store.max_queries, fitting)),
             max_texts=min(limits.texts, embedder.max_texts),
             max_tokens=embedder.max_tokens,
-            # One more than are at work: it comes while another is answered.
+            # One extra, in transit while the others are processed.
             query_requests=min(limits.requests, store.max_requests + 1),
             embed_requests=min(limits.requests, embedder.max_requests + 1),
             limits=asdict(limits),
@@ -272,7 +270,8 @@ class _Service:
         asked = read_query(body, given.get("dimension", ""), given.get("n_results", ""), self._limits)
         if (numbers := asked.vectors.shape[1]) != (held := opened.embedder.dimension):
             raise BadRequest(
-                "dimension", f"the vectors here have {held} numbers, these {numbers}: they are of another embedder"
+                "dimension",
+                f"the index has vectors of dimension {held}, these have {numbers}: they are from another embedder",
             )
         found = await opened.query(asked.vectors, asked.n_results)
         return _json({"found": pack_found(found), "store": opened.store.fingerprint})
@@ -296,35 +295,35 @@ def _error(status: int, kind: str, message: str, retry_after: float | None = Non
 
 
 def _error_of(fault: SearchError) -> web.Response:
-    """In words of its own: those of a store may name a folder or an address."""
+    """Uses generic messages: those of a store may name a folder or an address."""
     if isinstance(fault, RefusedInput):
-        return _error(422, "refused", "the embedder or the store refuses something in this request")
+        return _error(422, "refused", "the embedder or the store refuses an item of this request")
     if isinstance(fault, TooManyRequests):
         wait = max(1.0, fault.retry_after or 0.0)
         return _error(429, "busy", "the embedder or the store asks to slow down", wait)
     logger.warning("a request to the served search failed: %s", fault)
     if isinstance(fault, PassingFault | SearchUnavailableError):
-        return _error(503, "unavailable", "the embedder or the store did not answer this time")
-    return _error(502, "failed", f"the search failed ({type(fault).__name__}): the service logs why")
+        return _error(503, "unavailable", "the embedder or the store did not answer")
+    return _error(502, "failed", f"the search failed ({type(fault).__name__}): see the service's log")
 
 
-def _words_of(error: web.HTTPException, limits: ServingLimits) -> tuple[str, str]:
+def _kind_and_message(error: web.HTTPException, limits: ServingLimits) -> tuple[str, str]:
     match error.status:
         case 404 | 405:
-            return "unknown", "there are GET /health, POST /embed, POST /query and POST /retrieve"
+            return "unknown", "the endpoints are GET /health, POST /embed, POST /query and POST /retrieve"
         case 413:
-            return "too_large", f"the body is too large: give at most {limits.body_bytes} bytes"
+            return "too_large", f"the body is too large: send at most {limits.body_bytes} bytes"
         case _:
             return "malformed", error.reason
 
 
 def _checked(token: str | None) -> str | None:
-    """The token, which is in no message."""
+    """Validates the token; errors do not quote it."""
     if token is None:
         return None
     stripped = token.strip()
     if not stripped or not stripped.isascii() or not stripped.isprintable() or " " in stripped:
-        raise ConfigurationError("token is blank, or holds spaces or characters beyond ASCII: no header can hold it")
+        raise ConfigurationError("invalid token: it is blank, or has spaces or non-ASCII characters")
     return stripped
 
 
@@ -335,5 +334,5 @@ def _reachable(host: str) -> str:
 def _version() -> str:
     try:
         return version("searchr1_async")
-    except PackageNotFoundError:  # run from its source
+    except PackageNotFoundError:  # run from source
         return "unknown"

@@ -1,7 +1,6 @@
-"""What goes over the wire between a served search and those who ask it: requests, answers and facts, without any I/O.
+"""Wire format of a served search: requests, answers and facts, without I/O.
 
-Vectors go as a body of bytes, little-endian float32: 128 of 768 numbers are written and read in 0.02 ms of CPU that way, in
-2.4 ms as base64 within JSON, in 28 ms as JSON numbers (4 % of a core at 1,000 queries a second with base64). All else is JSON.
+Vectors are sent as raw little-endian float32, about 100 times cheaper than base64 within JSON. Everything else is JSON.
 """
 
 from __future__ import annotations
@@ -24,21 +23,15 @@ from searchr1_async.search.stores.base import Found
 SERVICE = "searchr1_async search"
 PROTOCOL = 1
 DIMENSION_HEADER = "X-Dimension"
-"""Of an answer with vectors: numbers each."""
+"""Dimension of the vectors in an answer."""
 EMBEDDER_HEADER = "X-Embedder"
-"""Of an answer with vectors: the fingerprint of what made them, percent-encoded."""
+"""Percent-encoded fingerprint of the embedder that made the vectors in an answer."""
 
 _PLACE = re.compile(r"\s+(?=(?:in|at)\s|[/~\\]|[A-Za-z]:[/\\]|\w+://)")
 
 
 class BadRequest(Exception):
-    """A request that is refused for what it is.
-
-    Args:
-        kind: one word, for programs.
-        message: for people; quotes nothing of the request.
-        status: of HTTP.
-    """
+    """A refused request: ``kind`` is one word for programs, ``message`` quotes nothing of the request."""
 
     def __init__(self, kind: str, message: str, status: int = 422) -> None:
         super().__init__(message)
@@ -48,47 +41,43 @@ class BadRequest(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ServedFacts:
-    """What ``GET /health`` says of a search that is served."""
+    """The answer of ``GET /health``."""
 
     url: str
     """As the client reaches it."""
     store: str
-    """Its name, without its folder or address."""
+    """Name without folder or address."""
     store_fingerprint: str
     passages: int
     dimension: int
-    """Numbers a vector."""
+    """Of the vectors."""
     embedder: str
-    """Its name; a model's folder by its last part alone."""
+    """Name; for a model's folder only the last part."""
     embedder_fingerprint: str
     max_queries: int
-    """Vectors a request."""
+    """Vectors per request."""
     max_texts: int
-    """Texts a request."""
+    """Texts per request."""
     max_tokens: int | None
-    """Of all texts of a request; None where there is no such limit."""
+    """Of all texts of a request; None for no limit."""
     query_requests: int
-    """To look up, at once, at most."""
+    """Concurrent ``/query`` requests."""
     embed_requests: int
-    """To embed, at once, at most."""
+    """Concurrent ``/embed`` requests."""
     limits: Mapping[str, float]
     """See :class:`~searchr1_async.search.serving.limits.ServingLimits`."""
     is_authorized: bool = True
-    """Whether whoever asked may ask the rest as well: no token is needed, or it was given."""
+    """Whether the request had the token, if one is required."""
 
     def to_json(self, version: str) -> dict[str, Any]:
-        """What is sent; whoever reads it knows the address."""
+        """Without the URL, which the client knows."""
         values = asdict(self)
         del values["url"]
         return {"service": SERVICE, "version": version, "protocol": PROTOCOL, **values}
 
     @classmethod
     def from_json(cls, url: str, values: Mapping[str, Any]) -> Self:
-        """What was sent.
-
-        Raises:
-            KeyError, TypeError, ValueError: it is something else.
-        """
+        """Inverse of :meth:`to_json`. Raises KeyError, TypeError or ValueError."""
         tokens = values["max_tokens"]
         return cls(
             url=url,
@@ -109,14 +98,14 @@ class ServedFacts:
 
 
 def shown_name(name: str) -> str:
-    """A store's or an embedder's name without the folder or address that it may hold."""
+    """Strips a folder or address from the name of a store or an embedder."""
     if re.match(r"[/~\\]|[A-Za-z]:[/\\]", name):
         return re.split(r"[/\\]", name.rstrip("/\\"))[-1]
     return _PLACE.split(name, maxsplit=1)[0]
 
 
 def dumps(value: Any) -> bytes:
-    """JSON; with escapes where a text is no Unicode, which orjson does not write."""
+    """JSON; falls back to escapes for lone surrogates, which orjson rejects."""
     try:
         return orjson.dumps(value)
     except orjson.JSONEncodeError:
@@ -124,11 +113,7 @@ def dumps(value: Any) -> bytes:
 
 
 def loads(body: bytes) -> Any:
-    """Reads JSON, that with lone surrogates too, which orjson refuses and Python's ``requests`` sends.
-
-    Raises:
-        ValueError: it is none.
-    """
+    """Parses JSON, including lone surrogates, which orjson rejects but Python's ``requests`` sends. Raises ValueError."""
     try:
         return orjson.loads(body)
     except orjson.JSONDecodeError:
@@ -139,32 +124,24 @@ def loads(body: bytes) -> Any:
 
 
 def pack_vectors(vectors: Vectors) -> bytes:
-    """Vectors ``[rows, dimension]`` as bytes, row after row."""
+    """Row-major bytes of vectors ``[rows, dimension]``."""
     return vectors.astype("<f4", copy=False).tobytes()
 
 
 def unpack_vectors(body: bytes, dimension: int) -> Vectors:
-    """What :func:`pack_vectors` made.
-
-    Raises:
-        ValueError: something else.
-    """
+    """Inverse of :func:`pack_vectors`. Raises ValueError."""
     if dimension < 1 or len(body) % (4 * dimension):
         raise ValueError("not whole vectors")
     return np.frombuffer(body, "<f4").astype(np.float32, copy=False).reshape(-1, dimension)
 
 
 def pack_found(found: Found) -> list[list[tuple[str, str, str, float]]]:
-    """For each query its passages, as id, title, text and score."""
+    """The passages of each query as id, title, text and score."""
     return [[(each.id, each.title, each.text, float(each.score)) for each in passages] for passages in found]
 
 
 def unpack_found(packed: Any) -> Found:
-    """What :func:`pack_found` made.
-
-    Raises:
-        TypeError, ValueError: something else.
-    """
+    """Inverse of :func:`pack_found`. Raises TypeError or ValueError."""
     return tuple(
         tuple(Passage(own_id, title, text, float(score)) for own_id, title, text, score in passages)
         for passages in packed
@@ -189,70 +166,58 @@ class Query:
 
 @dataclass(frozen=True, slots=True)
 class Retrieve:
-    """``POST /retrieve``, as the original's server takes it."""
+    """``POST /retrieve``, compatible with the original server."""
 
     queries: Sequence[str | None]
-    """Cleaned; None where there is nothing to search for."""
+    """Cleaned; None for unsearchable ones."""
     n_results: int | None
-    """None: as many as the search gives by itself."""
+    """None for the search's default."""
     with_scores: bool
 
 
 def read_embed(body: bytes, limits: ServingLimits) -> Embed:
-    """Reads a request.
-
-    Raises:
-        BadRequest: it is none, or beyond a limit.
-    """
+    """Parses a request. Raises BadRequest if malformed or beyond a limit."""
     fields = _object(body)
     texts = _texts(fields, "texts", limits.texts)
     if not all(_is_unicode(text) for text in texts):
-        raise BadRequest("refused", "a text is no Unicode: it holds a lone surrogate")
+        raise BadRequest("refused", "a text is not valid Unicode: it has a lone surrogate")
     kind = fields.get("kind", "query")
     if kind not in ("query", "passage"):
-        raise BadRequest("malformed", 'kind is neither "query" nor "passage"')
+        raise BadRequest("malformed", 'kind must be "query" or "passage"')
     return Embed(texts, kind == "passage")
 
 
 def read_query(body: bytes, dimension: str, n_results: str, limits: ServingLimits) -> Query:
-    """Reads a request: its body, and what its address says.
-
-    Raises:
-        BadRequest: it is none, or beyond a limit.
-    """
+    """Parses a request's body and query parameters. Raises BadRequest if malformed or beyond a limit."""
     try:
-        vectors = unpack_vectors(body, _whole(dimension))
-        wanted = _whole(n_results)
+        vectors = unpack_vectors(body, _parse_integer(dimension))
+        wanted = _parse_integer(n_results)
     except ValueError as error:
         raise BadRequest(
             "malformed",
-            "POST /query?dimension=N&n_results=K wants vectors of N float32 each, little-endian, as its body",
+            "POST /query?dimension=N&n_results=K expects vectors of N little-endian float32 each as its body",
         ) from error
     if len(vectors) > limits.vectors:
-        raise BadRequest("too_many", f"{len(vectors)} vectors in a request: give at most {limits.vectors}", 413)
+        raise BadRequest("too_many", f"{len(vectors)} vectors in a request: send at most {limits.vectors}", 413)
     if not np.isfinite(vectors).all():
-        raise BadRequest("refused", "a vector holds numbers that are not finite")
+        raise BadRequest("refused", "a vector is not finite")
     return Query(vectors, _results(wanted, "n_results", limits))
 
 
 def read_retrieve(body: bytes, limits: ServingLimits) -> Retrieve:
-    """Reads a request.
-
-    Raises:
-        BadRequest: it is none, or beyond a limit.
-    """
+    """Parses a request. Raises BadRequest if malformed or beyond a limit."""
     fields = _object(body)
     texts = _texts(fields, "queries", limits.queries)
     wanted, with_scores = fields.get("topk"), fields.get("return_scores", False)
     if not isinstance(with_scores, bool):
-        raise BadRequest("malformed", "return_scores is neither true nor false")
-    # To the original a topk of 0 is none.
+        raise BadRequest("malformed", "return_scores must be true or false")
+    # The original treats a topk of 0 as missing.
     n_results = None if wanted is None or (_is_number(wanted) and wanted == 0) else _results(wanted, "topk", limits)
     return Retrieve([clean_query(text) for text in texts], n_results, with_scores)
 
 
 def retrieved(found: Iterator[Sequence[Passage]], asked: Retrieve) -> dict[str, Any]:
-    """The original's answer: an empty list for what could not be searched for."""
+    """The original's answer format; an empty list for unsearchable queries."""
     rows = [() if query is None else next(found) for query in asked.queries]
     if asked.with_scores:
         return {"result": [[{"document": _document(each), "score": float(each.score)} for each in row] for row in rows]}
@@ -261,12 +226,12 @@ def retrieved(found: Iterator[Sequence[Passage]], asked: Retrieve) -> dict[str, 
 
 def _document(passage: Passage) -> dict[str, str]:
     """A row of the original's corpus: the title in quotes, a newline, the text."""
-    title = " ".join(passage.title.split())  # its clients take the first line for the title
+    title = " ".join(passage.title.split())  # clients take the first line as the title
     return {"id": passage.id, "contents": f'"{title}"\n{passage.text}'}
 
 
 def parts_of(texts: Sequence[str], most: int, most_tokens: int | None) -> Iterator[Sequence[str]]:
-    """The texts in as few requests as the embedder takes them in; a text beyond its tokens goes alone."""
+    """Splits texts into as few requests as the embedder allows; a text beyond its token limit goes alone."""
     start = tokens = 0
     for number, text in enumerate(texts):
         weight = len(text.encode("utf-8", "surrogatepass")) // 3 + 1
@@ -282,30 +247,30 @@ def _object(body: bytes) -> Mapping[str, Any]:
     try:
         found = loads(body)
     except ValueError as error:
-        raise BadRequest("malformed", "the body is no JSON", 400) from error
+        raise BadRequest("malformed", "the body is not JSON", 400) from error
     if not isinstance(found, dict):
-        raise BadRequest("malformed", "the body is no JSON object", 400)
+        raise BadRequest("malformed", "the body is not a JSON object", 400)
     return found
 
 
 def _texts(fields: Mapping[str, Any], name: str, most: int) -> Sequence[str]:
     texts = fields.get(name)
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise BadRequest("malformed", f"{name} is no list of texts")
+        raise BadRequest("malformed", f"{name} must be a list of strings")
     if len(texts) > most:
-        raise BadRequest("too_many", f"{len(texts)} {name} in a request: give at most {most}", 413)
+        raise BadRequest("too_many", f"{len(texts)} {name} in a request: send at most {most}", 413)
     return texts
 
 
 def _results(wanted: Any, name: str, limits: ServingLimits) -> int:
     if not _is_number(wanted) or not 1 <= wanted <= limits.results:
-        raise BadRequest("malformed", f"{name} is no number from 1 to {limits.results}")
+        raise BadRequest("malformed", f"{name} must be an integer from 1 to {limits.results}")
     return wanted
 
 
-def _whole(text: str) -> int:
+def _parse_integer(text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,6}", text):
-        raise ValueError("no number")
+        raise ValueError("not a number")
     return int(text)
 
 

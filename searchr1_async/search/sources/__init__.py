@@ -1,4 +1,4 @@
-"""Where a compact index takes its passages and vectors from."""
+"""Sources of passages and vectors for a compact index."""
 
 from searchr1_async.search.sources.base import Block, SourceFacts, VectorSource
 from searchr1_async.search.sources.chroma_folder import ChromaFolder

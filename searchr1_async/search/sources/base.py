@@ -1,4 +1,4 @@
-"""What a compact index is made of: passages with their vectors, in an order that never changes."""
+"""The source protocol of a compact index: passages with vectors, in a fixed order."""
 
 from __future__ import annotations
 
@@ -11,53 +11,53 @@ from searchr1_async.search.embedders.base import Vectors
 from searchr1_async.search.stores.base import Metric
 
 Block = tuple[list[Passage], Vectors]
-"""Passages and their vectors ``[passages, dimension]``, float32, row by row."""
+"""Passages and their vectors ``[passages, dimension]``, float32."""
 
 
 @dataclass(frozen=True, slots=True)
 class SourceFacts:
-    """What is known of a source once it is open."""
+    """Facts of an open source."""
 
     name: str
-    """For people: a file, a collection and where it is."""
+    """For messages: the file or collection, and where it is."""
     fingerprint: str
-    """Equal for equal passages and vectors: a build goes on only with what it began with."""
+    """Equal for equal passages and vectors; a build resumes only with the same fingerprint."""
     count: int
-    """Passages, at least 1."""
+    """Number of passages, at least 1."""
     dimension: int
-    """Numbers a vector."""
+    """Dimension of the vectors."""
     metric: Metric
     embedder: str | None = None
-    """What made the vectors, as :func:`~searchr1_async.search.embedders.choice.make_embedder` takes it; None where unknown."""
+    """Embedder of the vectors, as :func:`~searchr1_async.search.embedders.choice.make_embedder` accepts it; None if unknown."""
     embedder_fingerprint: str | None = None
 
 
 @runtime_checkable
 class VectorSource(Protocol):
-    """Passages with their vectors, read in bounded memory, from any row on. All awaits come from one event loop."""
+    """Passages with vectors, readable from any row in bounded memory. Used from one event loop."""
 
     async def open(self) -> SourceFacts:
-        """Gets ready and says what there is. Opening what is open says it again.
+        """Opens the source. Does nothing but return the facts if already open.
 
         Raises:
             CorpusError: the passages cannot be used.
             EmbeddingError: the embedder cannot be opened.
-            StoreError: the vectors cannot be read, or do not fit the passages.
+            StoreError: the vectors cannot be read, or do not match the passages.
         """
         ...
 
     def blocks(self, start: int) -> AsyncIterator[Block]:
-        """All rows from number ``start`` (counted from 0) to the last, in their order; each block at least one row, at most 8,192.
+        """All rows from ``start`` (0-based) in order, in blocks of 1 to 8,192 rows.
 
         Raises:
-            CorpusError, EmbeddingError, StoreError: a row cannot be had; what was given before stands.
+            CorpusError, EmbeddingError, StoreError: a row cannot be read; earlier blocks remain valid.
         """
         ...
 
     async def kept(self, rows: int) -> None:
-        """The rows before number ``rows`` are on disk in the index: whatever was remembered of them may go."""
+        """Called once the first ``rows`` rows are on disk in the index: data kept for them may be dropped."""
         ...
 
     async def aclose(self) -> None:
-        """Lets go of files, connections and threads; it may be opened again."""
+        """Closes files, connections and threads. May be opened again."""
         ...

@@ -1,4 +1,4 @@
-"""A Chroma collection in a folder, read in pages without opening Chroma, which would hold all of it in memory."""
+"""A Chroma collection in a folder, read in pages without Chroma, which would load it into memory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from searchr1_async.search.stores.chroma.layout import read_answer
 from searchr1_async.threads import in_thread
 
 PAGE = 8_192
-# `NOT INDEXED`: by the row's number, where SQLite would rather sort all of them after a look into the index of ids.
+# `NOT INDEXED`: scan by row number; SQLite would otherwise use the id index and sort all rows.
 _PAGE_QUERY = """
 SELECT e.id, e.embedding_id, d.string_value AS document, t.id IS NOT NULL AS is_titled,
        coalesce(t.string_value, t.int_value, t.float_value) AS title
@@ -35,19 +35,19 @@ WHERE e.segment_id = ? AND e.id > ? ORDER BY e.id LIMIT ?
 
 
 class ChromaFolder:
-    """The rows of a Chroma collection in a folder, in the order in which they were put in.
+    """The rows of a Chroma collection in a folder, in insertion order.
 
-    Chroma itself holds every vector in memory, 78 GB for the prebuilt index of Wikipedia; here a page is held, and 28 bytes a
-    row to find its vector. Of a collection with cosine distance vectors are of length 1. Nobody may write to the folder
-    meanwhile. Written for the folders of chromadb 0.5 to 1.5.
+    Memory: one page, plus 28 bytes per row to locate its vector; Chroma would load all vectors (78 GB for the prebuilt Wikipedia
+    index). Vectors of cosine collections have length 1. Nothing may write to the folder meanwhile. Supports folders of chromadb
+    0.5 to 1.5.
 
     Args:
-        path: the folder, with ``chroma.sqlite3`` in it.
-        collection: its name; None: the only one there.
-        embedder: what made the vectors, for whoever searches the index; None where that is not known.
+        path: the folder that contains ``chroma.sqlite3``.
+        collection: collection name; None if there is only one.
+        embedder: the embedder of the vectors, recorded in the index; None if unknown.
 
     Raises:
-        EmbeddingError: no such embedder.
+        EmbeddingError: the embedder does not exist.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class ChromaFolder:
             yield block
 
     async def kept(self, rows: int) -> None:
-        """Nothing is remembered of them."""
+        """Nothing to drop."""
 
     async def aclose(self) -> None:
         opened, self._opened = self._opened, None
@@ -82,13 +82,13 @@ class ChromaFolder:
 
 
 class _Opened:
-    """What blocks, one call at a time, each in any thread."""
+    """The blocking part. Thread-safe, one call at a time."""
 
     def __init__(self, folder: Path, collection: str | None, embedder: tuple[str | None, str | None]) -> None:
         self._folder = folder
         if not (folder / DATABASE_NAME).is_file():
-            raise StoreError(f"{folder} is no Chroma folder (no {DATABASE_NAME}): name the one that Chroma was given")
-        with self._worded():
+            raise StoreError(f"{folder} is not a Chroma folder (no {DATABASE_NAME}): name the folder that Chroma uses")
+        with self._store_errors():
             self._tables = ChromaTables(folder, collection)
             try:
                 self._open(embedder)
@@ -104,14 +104,14 @@ class _Opened:
         last = self._read_segment()
         metric = tables.space
         if metric not in get_args(Metric):
-            raise StoreError(f"{self.name} measures distance by {metric!r}, which is not known here")
+            raise StoreError(f"{self.name} uses the distance {metric!r}, which is not supported")
         metric = cast(Metric, metric)
         self._is_cosine = metric == "cosine"
         fingerprint = f"chroma-{tables.id}-{tables.count}-{last}-{metric}"
         self.facts = SourceFacts(self.name, fingerprint, tables.count, tables.dimension, metric, *embedder)
 
     def _read_segment(self) -> int:
-        """The HNSW files and what is in the log only; the number of the last change."""
+        """Opens the HNSW files and reads the log; returns the number of the last change."""
         tables = self._tables
         is_written = (tables.segment_folder / LABELS_NAME).exists()
         self._segment: HnswSegment | None = None
@@ -121,8 +121,8 @@ class _Opened:
         logged, passages = tables.logged, tables.passages_changed
         if logged > passages:
             raise StoreError(
-                f"{self.name} was left while it was written (its log is ahead of its passages): open it once with Chroma, "
-                "and ask for its count()"
+                f"{self.name} was interrupted during a write (its log is ahead of its passages): open it once with Chroma "
+                "and call its count()"
             )
         if self._segment is None:
             vectors = -1
@@ -130,7 +130,7 @@ class _Opened:
             vectors = self._segment.labels.max_seq_id if tables.vectors_changed is None else tables.vectors_changed
             if vectors is None:
                 raise StoreError(
-                    f"{self.name} does not say how far its vectors were written: its layout is not known here"
+                    f"{self.name} does not record how far its vectors were written: its layout is not supported"
                 )
         self._logged = tables.replayed(vectors, self._is_in_segment)
         return max(passages, vectors, logged)
@@ -139,19 +139,19 @@ class _Opened:
         return self._segment is not None and bool(self._segment.labels.of([own_id])[0] >= 0)
 
     def number_before(self, start: int) -> int:
-        """Of the row in the database after which row ``start`` comes."""
+        """The database id of the row before row ``start``."""
         if not start:
             return -1
         query = "SELECT id FROM embeddings NOT INDEXED WHERE segment_id = ? ORDER BY id LIMIT 1 OFFSET ?"
-        with self._worded():
+        with self._store_errors():
             found = self._tables.all(query, self._tables.metadata_segment, start - 1)
         if not found:
-            raise StoreError(f"{self.name} holds no {start:,} passages any more: it has changed since")
+            raise StoreError(f"{self.name} no longer holds {start:,} passages: it has changed since")
         return int(found[0][0])
 
     def page(self, after: int) -> tuple[Block, int] | None:
-        """The rows after one, and the number of the last of them; None at the end."""
-        with self._worded():
+        """The rows after a database id, and the id of the last of them; None at the end."""
+        with self._store_errors():
             rows = self._tables.all(_PAGE_QUERY, self._tables.metadata_segment, after, PAGE)
             if not rows:
                 return None
@@ -171,7 +171,7 @@ class _Opened:
             read = [self._tables.all(query, change)[0] for _, change in logged]
             if other := {row["encoding"] for row in read} - {"FLOAT32"}:
                 raise StoreError(
-                    f"{self.name} holds vectors of {', '.join(map(str, other))} in its log: not known here"
+                    f"{self.name} has vectors encoded as {', '.join(map(str, other))} in its log, which is not supported"
                 )
             vectors = stacked((row["vector"] for row in read), self.facts.dimension)
             if self._is_cosine:
@@ -185,16 +185,16 @@ class _Opened:
             else:
                 lost = own[int(np.argmin(labels))]
         if lost is not None:
-            raise StoreError(f"{self.name} holds no vector of the passage {lost!r}: it is broken")
+            raise StoreError(f"{self.name} has no vector for the passage {lost!r}: it is corrupt")
         return found
 
     @contextlib.contextmanager
-    def _worded(self):
+    def _store_errors(self):
         try:
             yield
         except sqlite3.OperationalError as error:
             raise StoreError(
-                f"{self._folder} cannot be read ({error}): another program writes to it, or its layout is not known here"
+                f"{self._folder} cannot be read ({error}): another program is writing to it, or its layout is not supported"
             ) from error
         except (sqlite3.Error, BrokenSegmentError, OSError) as error:
             raise StoreError(f"{self._folder} cannot be read: {error}") from error

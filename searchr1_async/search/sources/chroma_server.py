@@ -1,4 +1,4 @@
-"""A collection of a Chroma server, read a page at a time."""
+"""A collection of a Chroma server, read in pages."""
 
 from __future__ import annotations
 
@@ -27,29 +27,28 @@ from searchr1_async.threads import in_thread
 Result = TypeVar("Result")
 
 LISTED = 50_000
-"""Ids a request; Chroma Cloud takes no more than a page."""
+"""Ids per request; Chroma Cloud limits it to a page."""
 _INCLUDE = ("documents", "metadatas", "embeddings")
 
 
 class ChromaServer:
-    """The rows of a collection of a Chroma server, in the server's order. Nobody may write to the collection meanwhile.
+    """The rows of a collection of a Chroma server, in the server's order. Nothing may write to the collection meanwhile.
 
     ::
 
         source = ChromaServer("localhost", 8000, "wiki_embeddings", embedder="gemini-embedding-001")
 
     Args:
-        host: name or address, or a whole URL; this and what follows as
-            :class:`~searchr1_async.search.stores.chroma.remote.RemoteChroma` takes it.
+        host: as for :class:`~searchr1_async.search.stores.chroma.remote.RemoteChroma`.
         port: TCP port.
-        collection: its name.
-        embedder: what made the vectors, for whoever searches the index; None where that is not known.
-        options: ``ssl``, ``headers``, ``token``, ``tenant``, ``database`` and ``timeout``.
+        collection: collection name.
+        embedder: the embedder of the vectors, recorded in the index; None if unknown.
+        options: ``ssl``, ``headers``, ``token``, ``tenant``, ``database`` and ``timeout`` of ``RemoteChroma``.
 
     Raises:
-        StoreError: a collection name that Chroma does not take.
-        ConfigurationError: an address or a token that cannot be one.
-        EmbeddingError: no such embedder.
+        StoreError: Chroma does not accept the collection name.
+        ConfigurationError: an invalid address or token.
+        EmbeddingError: the embedder does not exist.
     """
 
     def __init__(
@@ -69,7 +68,7 @@ class ChromaServer:
     def cloud(
         cls, collection: str = "wiki_embeddings", *, embedder: str | Path | Embedder | None = None, **options: Any
     ) -> Self:
-        """A collection of Chroma Cloud; ``options`` as :meth:`RemoteChroma.cloud` takes them.
+        """A collection of Chroma Cloud; ``options`` as for :meth:`RemoteChroma.cloud`.
 
         Raises:
             StoreError, ConfigurationError, EmbeddingError: as for a server.
@@ -87,7 +86,7 @@ class ChromaServer:
             if not count or model.dimension is None:
                 raise StoreError(f"{store.name} holds no passages")
             if model.space not in get_args(Metric):
-                raise StoreError(f"{store.name} measures distance by {model.space!r}, which is not known here")
+                raise StoreError(f"{store.name} uses the distance {model.space!r}, which is not supported")
             metric = cast(Metric, model.space)
             fingerprint = f"chroma-{model.id}-{count}-{metric}"
             self._facts = SourceFacts(store.name, fingerprint, count, model.dimension, metric, *self._embedder)
@@ -109,14 +108,14 @@ class ChromaServer:
                 yield block
 
     async def kept(self, rows: int) -> None:
-        """Nothing is remembered of them."""
+        """Nothing to drop."""
 
     async def aclose(self) -> None:
         self._facts = None
         await self._store.aclose()
 
     async def _patiently(self, request: Callable[[], Awaitable[Result]]) -> Result:
-        """One request, tried again as others are."""
+        """Sends one request, with the usual retries."""
 
         async def send(_: Sequence[None]) -> Sequence[Result]:
             return [await request()]
@@ -128,7 +127,7 @@ class ChromaServer:
 
 
 class _Reader(RemoteChroma):
-    """The store's connections, asked for rows."""
+    """The store's connection, for reading rows."""
 
     @property
     def model(self) -> CollectionModel:
@@ -138,14 +137,13 @@ class _Reader(RemoteChroma):
 
     @property
     def page(self) -> int:
-        """Rows a request."""
+        """Rows per request."""
         return self._page
 
     async def listed(self, offset: int) -> list[str]:
-        """The next ids in the order of the rows.
+        """The next ids in row order.
 
-        Many at once, since the server counts its way to an offset, 1.3 us a row: a page of 1,000 whole rows took 0.08 s at the
-        beginning and 0.21 s at row 99,000 (chromadb 1.5.9), where rows asked for by their ids took 0.06 to 0.09 s anywhere.
+        Lists many at once: offsets cost the server time per row skipped, lookups by id do not.
         """
         answer = await self._get(
             {"limit": LISTED if self._page == PAGE else self._page, "offset": offset, "include": ()}
@@ -156,7 +154,7 @@ class _Reader(RemoteChroma):
         return [str(own_id) for own_id in ids]
 
     async def rows(self, ids: Sequence[str]) -> Mapping[str, Any]:
-        """The columns of rows, in any order."""
+        """The columns of rows, unordered."""
         return await self._get({"ids": ids, "limit": len(ids), "include": _INCLUDE})
 
     async def _get(self, asked: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -165,11 +163,11 @@ class _Reader(RemoteChroma):
 
 
 def _block(facts: SourceFacts, ids: Sequence[str], answer: Mapping[str, Any]) -> Block:
-    """The rows in the order of the ids."""
+    """The rows in the order of ``ids``."""
     try:
         place = {str(own_id): row for row, own_id in enumerate(answer["ids"])}
         if missing := next((own_id for own_id in ids if own_id not in place), None):
-            raise StoreError(f"{facts.name} holds no passage {missing!r} any more: it has changed since")
+            raise StoreError(f"{facts.name} no longer holds the passage {missing!r}: it has changed since")
         order = [place[own_id] for own_id in ids]
         vectors = np.array(answer["embeddings"], np.float32).reshape(-1, facts.dimension)[order]
         columns = {name: answer.get(name) or [None] * len(place) for name in ("documents", "metadatas")}

@@ -1,7 +1,7 @@
-"""The database of a Chroma folder, ``chroma.sqlite3``: its collections, and which changes their vector files hold.
+"""Reads the database of a Chroma folder, ``chroma.sqlite3``: collections, and which changes their vector files contain.
 
-Read by SQLite alone, without Chroma. Written for the folders of chromadb 0.5 to 1.5. All functions block on the disk, and raise
-``sqlite3.Error`` as it comes: their callers know what to say of it.
+Uses SQLite only, not Chroma. Supports folders of chromadb 0.5 to 1.5. All functions block and let ``sqlite3.Error`` propagate to
+callers, who word it.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ _ADD, _UPDATE, _UPSERT, _DELETE = range(4)
 
 
 class ChromaTables:
-    """One collection as the database of its folder describes it.
+    """One collection, as its folder's database describes it.
 
     Args:
-        folder: of the database.
-        collection: its name; None is the only one there.
-        is_read_only: False lets SQLite undo what a killed writer left half-done, as Chroma does when it opens the folder.
+        folder: folder of the database.
+        collection: collection name; None if there is only one.
+        is_read_only: False lets SQLite roll back a killed writer's transaction, as Chroma does on opening.
 
     Raises:
-        StoreError: no such collection, several, or a layout that is not known here.
-        sqlite3.Error: it cannot be read.
+        StoreError: the collection is missing or ambiguous, or its layout is not supported.
+        sqlite3.Error: the database cannot be read.
     """
 
     def __init__(self, folder: Path, collection: str | None, *, is_read_only: bool = True) -> None:
@@ -54,9 +54,7 @@ class ChromaTables:
         found = self.all("SELECT id, type FROM segments WHERE collection = ?", self.id)
         segments = {row["type"]: str(row["id"]) for row in found}
         if set(segments) != {_VECTOR_SEGMENT, _METADATA_SEGMENT}:
-            raise StoreError(
-                f"{self.name} has a layout that is not known here (segments {', '.join(segments) or 'none'})"
-            )
+            raise StoreError(f"{self.name} has an unsupported layout (segments {', '.join(segments) or 'none'})")
         self.metadata_segment = segments[_METADATA_SEGMENT]
         self.vector_segment = segments[_VECTOR_SEGMENT]
         ((self.count,),) = self.all("SELECT count(*) FROM embeddings WHERE segment_id = ?", self.metadata_segment)
@@ -70,13 +68,13 @@ class ChromaTables:
         if len(found) == 1:
             return found[0]
         there = ", ".join(sorted({str(row["name"]) for row in rows})) or "none"
-        wanted = "holds several collections" if name is None else f"holds {len(found) or 'no'} collections {name!r}"
-        raise StoreError(f"{self.folder} {wanted} (there are: {there}): name one that is there once")
+        wanted = "has several collections" if name is None else f"has {len(found) or 'no'} collections named {name!r}"
+        raise StoreError(f"{self.folder} {wanted} (available: {there}): name one that exists once")
 
     @property
     def space(self) -> str:
-        """The distance that the collection measures."""
-        # Of the segment, to which Chroma copied it: users may have replaced the collection's own metadata since.
+        """The collection's distance metric."""
+        # Read from the segment, to which Chroma copied it: users may have replaced the collection's metadata since.
         query = "SELECT str_value FROM segment_metadata WHERE segment_id = ? AND key = 'hnsw:space'"
         metadata = {"hnsw:space": next((row[0] for row in self.all(query, self.vector_segment)), None)}
         columns = self._collection.keys()
@@ -86,27 +84,27 @@ class ChromaTables:
 
     @property
     def segment_folder(self) -> Path:
-        """Where the HNSW files are; before the first 1,000 changes, by default, all vectors are in the log only."""
+        """Folder of the HNSW files; before 1,000 changes (by default), all vectors are in the log only."""
         return self.folder / self.vector_segment
 
     @property
     def passages_changed(self) -> int:
-        """The number of the last change that is in the passages."""
+        """Number of the last change in the passages."""
         return self._changes.get(self.metadata_segment, 0)
 
     @property
     def vectors_changed(self) -> int | None:
-        """The number of the last change that is in the HNSW files; None where the database does not say."""
+        """Number of the last change in the HNSW files; None if the database does not record it."""
         return self._changes.get(self.vector_segment)
 
     @property
     def logged(self) -> int:
-        """The number of the last change in the log; 0 where it is empty."""
+        """Number of the last change in the log; 0 if empty."""
         ((logged,),) = self.all("SELECT max(seq_id) FROM embeddings_queue WHERE topic LIKE ?", self._topic)
         return logged or 0
 
     def replayed(self, after: int, is_in_segment: Callable[[str], bool]) -> dict[str, int | None]:
-        """Where in the log the vector of an id is, of the ids that were changed since the HNSW files; None: deleted."""
+        """For each id changed since the HNSW files, the log entry with its vector; None if deleted."""
         where: dict[str, int | None] = {}
         query = (
             "SELECT seq_id, operation, id, vector IS NOT NULL FROM embeddings_queue "
@@ -117,22 +115,20 @@ class ChromaTables:
                 where[own_id] = None
                 continue
             is_there = where[own_id] is not None if own_id in where else is_in_segment(own_id)
-            # As Chroma does it: what is added again stays as it was, and what is not there is not updated.
+            # As in Chroma: adding an existing id or updating a missing one does nothing.
             if has_vector and (operation == _UPSERT or is_there == (operation == _UPDATE)):
                 where[own_id] = int(change)
         return where
 
     def all(self, query: str, *values: Any) -> list[sqlite3.Row]:
-        """The rows of a query."""
         return self._database.execute(query, values).fetchall()
 
     def close(self) -> None:
-        """Lets go of the file."""
         self._database.close()
 
 
 def _number(change: int | bytes) -> int:
-    """Of a change; older versions keep it as bytes."""
+    """The number of a change; older versions store it as bytes."""
     return int.from_bytes(change, "big") if isinstance(change, bytes) else int(change)
 
 

@@ -1,4 +1,4 @@
-"""A corpus whose passages are embedded on the way into a compact index."""
+"""A corpus that is embedded while a compact index is built from it."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from searchr1_async.threads import in_thread
 
 
 class EmbeddedCorpus:
-    """The passages of a corpus, in its order, with the vectors that an embedder gives them.
+    """The passages of a corpus in order, with vectors from an embedder.
 
-    Several windows of 512 passages are embedded at once, ahead of the one that is asked for. Every vector is in a journal as
-    soon as it is answered, until :meth:`kept`: a kill embeds nothing twice but what was in the air.
+    Embeds several windows of 512 passages ahead of the reader. Each vector is journalled until :meth:`kept`, so a kill repeats
+    only requests in flight.
 
     Args:
-        corpus: what is embedded.
-        embedder: opened here, and closed.
-        journal_folder: for this corpus and this embedder alone; made when it is first needed.
-        options: how requests are paced; the estimated cost is said before the first one.
+        corpus: passages to embed.
+        embedder: opened and closed here.
+        journal_folder: used for this corpus and embedder only; created when needed.
+        options: request pacing; the estimated cost is reported before the first request.
     """
 
     def __init__(self, corpus: Corpus, embedder: Embedder, journal_folder: Path, options: BuildOptions) -> None:
@@ -44,8 +44,8 @@ class EmbeddedCorpus:
         self._facts: SourceFacts | None = None
         self._journal: Journal | None = None
         self._forgotten = 0
-        """Windows before this one are not in the journal."""
-        # Tasks of asyncio, since a generator may not yield out of a task group.
+        """Windows before this one are no longer in the journal."""
+        # Plain asyncio tasks, since a generator may not yield inside a task group.
         self._ahead: deque[asyncio.Task[Block]] = deque()
 
     async def open(self) -> SourceFacts:
@@ -102,7 +102,7 @@ class EmbeddedCorpus:
             await self._forget(rows // WINDOW)
 
     async def aclose(self) -> None:
-        await self._stop()  # whoever left a loop over the blocks has not closed them
+        await self._stop()  # a reader that broke out of the loop has not closed the generator
         self._facts = self._journal = None
         self._forgotten = 0
         await self._embedder.aclose()
@@ -135,7 +135,7 @@ async def _stopped(tasks: Collection[asyncio.Task[Block]]) -> None:
 
 
 async def _embedded(embedder: PassageEmbedder, number: int, passages: list[Passage], skipped: int) -> Block:
-    """A window without those of its passages that are in the index already."""
+    """Embeds a window without its first ``skipped`` passages, which are already indexed."""
     wanted = passages[skipped:]
     vectors = await embedder.embed(number, number * WINDOW + skipped, wanted)
     return wanted, np.stack(vectors)

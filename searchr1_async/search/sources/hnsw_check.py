@@ -1,7 +1,7 @@
-"""Whether the HNSW files of a Chroma collection can be what Chroma wrote: looked at before Chroma loads them.
+"""Checks the HNSW files of a Chroma collection before Chroma loads them.
 
-Chroma trusts these files. Of vectors that were zeroed it answers others, and zeroed or cut links end the process. What is wrong with
-single vectors (flipped bits) only checksums tell.
+Chroma trusts these files: zeroed vectors give wrong answers, and zeroed or truncated links crash the process. Flipped bits in single
+vectors are only detected by checksums.
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ from searchr1_async.search.sources.hnsw_segment import LABELS_NAME, MOST_LAYERS,
 HEADER_NAME, ROWS_NAME, LENGTHS_NAME, LINKS_NAME = "header.bin", "data_level0.bin", "length.bin", "link_lists.bin"
 FILE_NAMES = (HEADER_NAME, ROWS_NAME, LENGTHS_NAME, LINKS_NAME, LABELS_NAME)
 WHOLE_BYTES = 512 << 20
-"""A file of rows of at most this size is looked at whole: 54,272 rows of 384 numbers (98 MB) take 0.2 s."""
+"""Row files up to this size are checked in full."""
 SPOT_ROWS = 2_048
 SPOTS = 8
-"""So many parts of so many rows are looked at of a larger file."""
+"""Parts of ``SPOT_ROWS`` rows checked of a larger file."""
 MOST_ODD = 0.01
-"""Of the rows: a vector of zeros may be a passage without a word that the embedder knows, a row without links was deleted."""
+"""Share of rows: a zero vector may be a passage without any word known to the embedder, a row without links was deleted."""
 _PART = 4_096
-"""Rows looked at together."""
+"""Rows checked at a time."""
 
 
 def check_segment(folder: Path, dimension: int, *, is_cosine: bool, are_known: bool = False) -> HnswSegment:
-    """In a thread: the segment, where its files fit together, and no row, link or label of them is out of its range.
+    """Opens a segment after checking that its files fit together and that rows, links and labels are in range. Blocking.
 
-    Of files over :data:`WHOLE_BYTES` some parts are looked at.
+    Files over :data:`WHOLE_BYTES` are checked in part.
 
     Args:
-        folder: of the segment.
-        dimension: numbers a vector, as the database says.
-        is_cosine: its vectors are kept at length 1.
-        are_known: its vectors are those that were written, as checksums say: any number of them may be zero.
+        folder: folder of the segment.
+        dimension: dimension of the vectors, according to the database.
+        is_cosine: whether vectors are stored with length 1.
+        are_known: whether checksums have verified the vectors: then any number of them may be zero.
 
     Raises:
-        BrokenSegmentError: the fault, with the file that it is in.
-        OSError: they cannot be read.
+        BrokenSegmentError: the fault and its file.
+        OSError: the files cannot be read.
     """
     for name in FILE_NAMES:
         if not (folder / name).is_file():
@@ -51,7 +51,7 @@ def check_segment(folder: Path, dimension: int, *, is_cosine: bool, are_known: b
     header = Header.read(folder / HEADER_NAME, dimension)
     for name, least in ((ROWS_NAME, header.rows * header.row_bytes), (LENGTHS_NAME, 4 * header.rows)):
         if (size := (folder / name).stat().st_size) < least:
-            raise BrokenSegmentError(f"{folder / name} is cut short: {size:,} bytes in place of {least:,}")
+            raise BrokenSegmentError(f"{folder / name} is truncated: {size:,} bytes instead of {least:,}")
     _check_upper_links(folder / LINKS_NAME, header)
     segment = HnswSegment(folder, dimension)
     labels = _check_rows(folder / ROWS_NAME, header, dimension, is_cosine=is_cosine, are_known=are_known)
@@ -65,7 +65,7 @@ def check_segment(folder: Path, dimension: int, *, is_cosine: bool, are_known: b
 
 
 def _check_upper_links(path: Path, header: Header) -> None:
-    """For each row the bytes of its links above the lowest layer, and these links: of most rows none."""
+    """Checks the links above the lowest layer: per row their size in bytes, then the links; most rows have none."""
     words = np.fromfile(path, "<u4")
     of_layer = header.upper_links + 1
     layers = np.zeros(header.rows, np.int32)
@@ -77,7 +77,7 @@ def _check_upper_links(path: Path, header: Header) -> None:
         word = int(filled[place])
         count, rest = divmod(int(words[word]), 4 * of_layer)
         if rest or count > MOST_LAYERS or row >= header.rows:
-            raise BrokenSegmentError(f"{path} is broken at byte {4 * word:,}")
+            raise BrokenSegmentError(f"{path} is corrupt at byte {4 * word:,}")
         layers[row] = count
         starts.append((row, word + 1))
         word, row = word + 1 + count * of_layer, row + 1
@@ -86,11 +86,11 @@ def _check_upper_links(path: Path, header: Header) -> None:
             anyio.from_thread.check_cancelled()
     if row + len(words) - word != header.rows or word > len(words) or path.stat().st_size % 4:
         raise BrokenSegmentError(
-            f"{path} does not hold the links of {header.rows:,} rows: cut short, or another index's"
+            f"{path} does not hold the links of {header.rows:,} rows: it is truncated, or from another index"
         )
     if layers.max(initial=0) != header.top_layer or layers[header.entry] != header.top_layer:
         raise BrokenSegmentError(
-            f"{path} has {layers[header.entry]} layers of links where the search begins, the header says {header.top_layer}"
+            f"{path} has {layers[header.entry]} layers of links at the entry point, the header states {header.top_layer}"
         )
     _check_targets(path, words, starts, layers, of_layer)
 
@@ -98,7 +98,7 @@ def _check_upper_links(path: Path, header: Header) -> None:
 def _check_targets(
     path: Path, words: NDArray[np.uint32], starts: Sequence[tuple[int, int]], layers: NDArray[np.int32], of_layer: int
 ) -> None:
-    """Every link leads to a row that is in the same layer."""
+    """Checks that every link leads to a row in the same layer."""
     for layer in range(1, int(layers.max(initial=0)) + 1):
         first = np.array([start for row, start in starts if layers[row] >= layer], np.int64) + (layer - 1) * of_layer
         links = words[first[:, None] + np.arange(of_layer)]
@@ -106,13 +106,13 @@ def _check_targets(
         used = np.arange(of_layer - 1) < counts[:, None]
         targets = links[:, 1:][used]
         if (counts >= of_layer).any() or (targets >= len(layers)).any() or (layers[targets] < layer).any():
-            raise BrokenSegmentError(f"{path} holds links that lead nowhere, in layer {layer}")
+            raise BrokenSegmentError(f"{path} has links to missing rows, in layer {layer}")
 
 
 def _check_rows(
     path: Path, header: Header, dimension: int, *, is_cosine: bool, are_known: bool
 ) -> NDArray[np.uint64] | None:
-    """The labels of all rows; None where only some were looked at."""
+    """Checks rows and their links. Returns the labels of all rows; None if only some were checked."""
     layout = header.row_type(dimension)
     is_all = header.rows * header.row_bytes <= WHOLE_BYTES
     size = header.rows if is_all else min(SPOT_ROWS, header.rows)
@@ -127,20 +127,18 @@ def _check_rows(
             counts = rows["links"][:, 0] & 0xFFFF
             targets = rows["links"][:, 1:][np.arange(header.lowest_links) < counts[:, None]]
             if (counts > header.lowest_links).any() or (targets >= header.rows).any():
-                raise BrokenSegmentError(
-                    f"{path} holds links that lead nowhere, in rows {start:,} to {start + count:,}"
-                )
+                raise BrokenSegmentError(f"{path} has links to missing rows, in rows {start:,} to {start + count:,}")
             labels.append(rows["label"].copy())
             seen += count
             without_links += int((counts == 0).sum())
             odd += 0 if are_known else int(_are_odd(rows["vector"], is_cosine=is_cosine).sum())
     if odd > max(1, math.ceil(MOST_ODD * seen)):
         raise BrokenSegmentError(
-            f"{path} holds {odd:,} vectors of {seen:,} that are zero"
+            f"{path} has {odd:,} of {seen:,} vectors that are zero"
             f"{' or not of length 1, as they were written' if is_cosine else ' or not finite'}"
         )
     if header.rows > 1 and without_links > max(1, math.ceil(MOST_ODD * seen)):
-        raise BrokenSegmentError(f"{path} holds {without_links:,} rows of {seen:,} without links to others")
+        raise BrokenSegmentError(f"{path} has {without_links:,} of {seen:,} rows without links to others")
     return np.concatenate(labels) if is_all else None
 
 

@@ -1,12 +1,12 @@
-"""The vectors of a Chroma collection as they lie in its folder: the files of its HNSW index, read without opening Chroma.
+"""Reads the vectors of a Chroma collection from its HNSW files, without Chroma.
 
-Seen of chromadb 0.5.23 (Python) and 1.5.9 (Rust), which write them alike::
+The layout, as observed in chromadb 0.5.23 (Python) and 1.5.9 (Rust), which write the same::
 
-    header.bin               100 bytes: version, and where things stand in a row
-    data_level0.bin          a row each vector ever added: links, the vector, and its label (rows are in no order of labels)
-    index_metadata.pickle    which label is which id's; of a deleted id there is none
-    length.bin               lengths of the vectors of a cosine collection, which are kept at length 1; noise for others
-    link_lists.bin           the upper layers' links
+    header.bin               100 bytes: version, and the layout of a row
+    data_level0.bin          one row per vector ever added: links, vector, label (not ordered by label)
+    index_metadata.pickle    id to label; without deleted ids
+    length.bin               vector lengths of a cosine collection, whose vectors are stored with length 1; noise for others
+    link_lists.bin           links of the upper layers
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from searchr1_async.search.embedders.base import Vectors
 
 LABELS_NAME = "index_metadata.pickle"
 _HEADER = struct.Struct("<i6QiI3QdQ")
-"""Version, offset of layer 0, room, rows, bytes a row, offset of the label, offset of the vector, top layer, entry, links of a row
-above the lowest layer and in it, and settings."""
+"""Version, offset of layer 0, capacity, rows, bytes per row, label offset, vector offset, top layer, entry point, maximum links per
+row in upper layers and in the lowest, and settings."""
 _VERSION = 1
 MOST_LAYERS = 64
 SCANNED_ROWS = 16_384
-"""Rows whose labels are read together: 52 MB of file at 768 dimensions. Their vectors are wanted next."""
+"""Rows whose labels are read at a time: 52 MB of file at 768 dimensions. Their vectors are usually needed next."""
 _HASH_BYTES = 8
 _REPORTED = 10_000
-# Opcodes of pickle, as pickletools describes them, with the bytes that follow.
+# Pickle opcodes (see pickletools), with the number of bytes that follow.
 _TEXTS = {0x8C: 1, ord("X"): 4, 0x8D: 8}
-"""SHORT_BINUNICODE, BINUNICODE, BINUNICODE8: bytes of the length before the text."""
+"""SHORT_BINUNICODE, BINUNICODE, BINUNICODE8: bytes of the length prefix."""
 _LONG1 = 0x8A
 _INTEGERS = {ord("K"): 1, ord("M"): 2, ord("J"): 4, _LONG1: 0}
 _SIGNED = frozenset({ord("J"), _LONG1})
@@ -53,47 +53,47 @@ _SKIPPED = {
 
 
 class BrokenSegmentError(Exception):
-    """Files that are no HNSW index of a layout known here; its message is meant for the caller's typed error."""
+    """The files are not an HNSW index of a supported layout. Callers turn the message into their own error."""
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What ``header.bin`` says of the other files."""
+    """The contents of ``header.bin``."""
 
     rows: int
     row_bytes: int
     label: int
-    """Where it is in a row, in bytes; so with the vector."""
+    """Byte offset in a row; likewise ``vector``."""
     vector: int
     top_layer: int
     entry: int
-    """The row at which every search begins, in the top layer."""
+    """Row where every search starts, in the top layer."""
     upper_links: int
-    """Of a row at most, in each layer above the lowest."""
+    """Maximum links per row in each upper layer."""
     lowest_links: int
 
     @classmethod
     def read(cls, path: Path, dimension: int) -> Header:
-        """The header of an index of such vectors.
+        """Reads the header of an index.
 
         Raises:
-            BrokenSegmentError: it is of another version, of other vectors, or broken.
+            BrokenSegmentError: unsupported version, another dimension, or corrupt.
             OSError: it cannot be read.
         """
         content = path.read_bytes()
         if len(content) != _HEADER.size or (values := _HEADER.unpack(content))[0] != _VERSION:
-            raise BrokenSegmentError(f"{path} is not one of a version known here")
+            raise BrokenSegmentError(f"{path} has an unsupported version")
         _, first, room, rows, size, label, vector, top, entry, upper, lowest, *_ = values
         if first != 0 or vector != 4 * (lowest + 1) or label != vector + 4 * dimension or size != label + 8:
-            raise BrokenSegmentError(f"{path} is not that of vectors of {dimension} numbers")
+            raise BrokenSegmentError(f"{path} is not for vectors of dimension {dimension}")
         if not (0 < rows <= room and entry < rows and 0 <= top <= MOST_LAYERS and upper > 0):
             raise BrokenSegmentError(
-                f"{path} is broken: {rows:,} rows in room for {room:,}, entry {entry:,} in layer {top}"
+                f"{path} is corrupt: {rows:,} rows, capacity {room:,}, entry {entry:,} in layer {top}"
             )
         return cls(rows, size, label, vector, top, entry, upper, lowest)
 
     def row_type(self, dimension: int) -> np.dtype:
-        """A row of ``data_level0.bin``; the lower half of its first link is the number of the others."""
+        """A row of ``data_level0.bin``; the low half of its first link word is the number of links."""
         return np.dtype(
             {
                 "names": ["links", "vector", "label"],
@@ -106,16 +106,16 @@ class Header:
 
 @dataclass(frozen=True, slots=True)
 class Labels:
-    """Which label is which id's: 16 bytes an id, by the hash of it."""
+    """Labels by the hash of their id: 16 bytes per id."""
 
     hashes: NDArray[np.uint64]
     """Sorted."""
     labels: NDArray[np.int64]
     max_seq_id: int | None
-    """The last change that is in the files; None in those of newer versions, which keep it in the database."""
+    """The last change in the files; None for newer versions, which record it in the database."""
 
     def of(self, ids: Sequence[str]) -> NDArray[np.int64]:
-        """The label of each id; -1 for one that is not in the index."""
+        """The label of each id; -1 if not in the index."""
         wanted = np.frombuffer(b"".join(map(_hash, ids)), "<u8")
         if not len(self.hashes):
             return np.full(len(ids), -1, np.int64)
@@ -128,32 +128,32 @@ def _hash(own_id: str) -> bytes:
 
 
 def read_labels(path: Path) -> Labels:
-    """In a thread: the ids of an ``index_metadata.pickle``. Nothing in it is run, and nothing kept of it but hashes and labels.
+    """Reads ids and labels from an ``index_metadata.pickle``. Blocking. Never unpickles; keeps only hashes and labels.
 
     Raises:
-        BrokenSegmentError: not what Chroma writes.
+        BrokenSegmentError: not written by Chroma.
         OSError: it cannot be read.
     """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             hashes, labels, max_seq_id = _scan(content)
     except (ValueError, IndexError, OverflowError) as error:
-        raise BrokenSegmentError(f"{path} is not what Chroma writes ({error})") from error
+        raise BrokenSegmentError(f"{path} was not written by Chroma ({error})") from error
     found = np.frombuffer(hashes, "<u8")
     order = np.argsort(found)
     found = found[order]
-    if (found[1:] == found[:-1]).any():  # by chance, 1 in 80,000 for 21 million ids
-        raise BrokenSegmentError(f"{path} names an id twice, or two ids of one hash")
+    if (found[1:] == found[:-1]).any():  # a collision has odds of 1 in 80,000 for 21 million ids
+        raise BrokenSegmentError(f"{path} has a duplicate id, or two ids with the same hash")
     return Labels(found, np.frombuffer(labels, np.int64)[order], max_seq_id)
 
 
 def _scan(content: mmap.mmap) -> tuple[bytearray, array[int], int | None]:
-    """Hashes of ids, their labels, and the last change, of a pickle opcode by opcode, to the end of its ``id_to_label``.
+    """Id hashes, labels, and the last change. Reads a pickle opcode by opcode, to the end of its ``id_to_label``.
 
-    ``pickletools.genops`` does the same in 16 us an id, six minutes for 21 million.
+    ``pickletools.genops`` would take minutes for millions of ids.
 
     Raises:
-        ValueError, IndexError, OverflowError: another opcode than Chroma's pickles have there, or an early end.
+        ValueError, IndexError, OverflowError: an unexpected opcode, or an early end.
     """
     hashes, labels = bytearray(), array("q")
     max_seq_id: int | None = None
@@ -195,15 +195,15 @@ def _scan(content: mmap.mmap) -> tuple[bytearray, array[int], int | None]:
 
 
 class HnswSegment:
-    """The vectors of a collection, by id. All functions block on the disk: call them in a worker thread, one at a time.
+    """The vectors of a collection, by label. All methods block: call them in a worker thread, one at a time.
 
     Args:
-        folder: of the segment.
-        dimension: numbers a vector, as the database says.
+        folder: folder of the segment.
+        dimension: dimension of the vectors, according to the database.
 
     Raises:
-        BrokenSegmentError: files of another layout, of another dimension, or cut short.
-        OSError: they cannot be read.
+        BrokenSegmentError: unsupported layout, another dimension, or truncated files.
+        OSError: the files cannot be read.
     """
 
     def __init__(self, folder: Path, dimension: int) -> None:
@@ -212,15 +212,15 @@ class HnswSegment:
         self._map, self._rows = _mapped(folder / "header.bin", self._path, dimension)
         most = int(self.labels.labels.max(initial=0))
         if most > 2 * len(self._rows) + SCANNED_ROWS or int(self.labels.labels.min(initial=0)) < 0:
-            raise BrokenSegmentError(f"{self._path} holds {len(self._rows)} vectors, and their labels reach {most}")
+            raise BrokenSegmentError(f"{self._path} holds {len(self._rows)} vectors, but labels go up to {most}")
         self._row_of = np.full(most + 1, -1, np.int32)
         self._unread = list(range(-(-len(self._rows) // SCANNED_ROWS)))
 
     def vectors(self, labels: NDArray[np.int64]) -> Vectors:
-        """The vector of each label, of length 1 in a cosine collection.
+        """The vector of each label; of length 1 in a cosine collection.
 
         Raises:
-            BrokenSegmentError: it holds one of them no more.
+            BrokenSegmentError: a vector is missing.
         """
         rows = self._rows_of(labels)
         found = self._rows["vector"][rows].astype(np.float32)
@@ -228,26 +228,26 @@ class HnswSegment:
         return found
 
     def _rows_of(self, labels: NDArray[np.int64]) -> NDArray[np.int32]:
-        """Labels were given in the order of adding, and threads put the rows of one batch in any order: a row is near its label."""
+        """Labels follow insertion order and threads reorder rows only within a batch, so a row is near its label."""
         guess = int(labels.min(initial=0)) // SCANNED_ROWS
         for part in sorted(self._unread, key=lambda part: abs(part - guess)):
             if (self._row_of[labels] >= 0).all():
                 break
             first = part * SCANNED_ROWS
             found = self._rows["label"][first : first + SCANNED_ROWS].astype(np.int64)
-            known = found < len(self._row_of)  # the last ones added may be deleted
+            known = found < len(self._row_of)  # the last rows added may be deleted
             self._row_of[found[known]] = np.arange(first, first + len(found), dtype=np.int32)[known]
             self._unread.remove(part)
             let_go(self._map)
             anyio.from_thread.check_cancelled()
         rows = self._row_of[labels]
         if (rows < 0).any():
-            raise BrokenSegmentError(f"{self._path} holds no vector of label {labels[np.argmin(rows)]}")
+            raise BrokenSegmentError(f"{self._path} has no vector for label {labels[np.argmin(rows)]}")
         return rows
 
 
 def let_go(mapped: mmap.mmap) -> None:
-    """Pages that were read count as this process's memory until the system wants them back; they are not read again."""
+    """Releases pages that were read, which would count as this process's memory."""
     if hasattr(mmap, "MADV_DONTNEED"):
         mapped.madvise(mmap.MADV_DONTNEED)
 
@@ -256,7 +256,7 @@ def _mapped(header: Path, path: Path, dimension: int) -> tuple[mmap.mmap, np.nda
     found = Header.read(header, dimension)
     if path.stat().st_size < found.rows * found.row_bytes:
         raise BrokenSegmentError(
-            f"{path} holds {path.stat().st_size:,} bytes where {found.rows * found.row_bytes:,} are told: cut short"
+            f"{path} is truncated: {path.stat().st_size:,} bytes instead of {found.rows * found.row_bytes:,}"
         )
     with path.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -264,12 +264,12 @@ def _mapped(header: Path, path: Path, dimension: int) -> tuple[mmap.mmap, np.nda
 
 
 def stacked(vectors: Iterable[bytes], dimension: int) -> Vectors:
-    """Vectors of the write-ahead log.
+    """Stacks vectors of the write-ahead log.
 
     Raises:
         BrokenSegmentError: one has another dimension.
     """
     found = list(vectors)
     if any(len(vector) != 4 * dimension for vector in found):
-        raise BrokenSegmentError(f"the write-ahead log holds vectors that have not {dimension} numbers")
+        raise BrokenSegmentError(f"the write-ahead log has vectors whose dimension is not {dimension}")
     return np.frombuffer(b"".join(found), "<f4").reshape(len(found), dimension).astype(np.float32)

@@ -1,4 +1,4 @@
-"""What a source whose vectors are made says of the embedder that made them."""
+"""How a source of existing vectors identifies their embedder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from searchr1_async.search.embedders.choice import make_embedder
 
 
 def lasting_name(embedder: str | Path | Embedder | None) -> str | None:
-    """By which it can be made again, whatever the folder that is worked in; None where it is no name."""
+    """The embedder's name, absolute if it is a folder; None for an embedder object, which has no such name."""
     if not isinstance(embedder, str | Path):
         return None
     place = absolute_path(embedder, "embedder")
@@ -18,10 +18,10 @@ def lasting_name(embedder: str | Path | Embedder | None) -> str | None:
 
 
 def named_embedder(embedder: str | Path | Embedder | None) -> tuple[str | None, str | None]:
-    """Its name, where it can be made again by it, and its fingerprint; None and None where it is not known.
+    """The embedder's name and fingerprint; None where unknown.
 
     Raises:
-        ConfigurationError, EmbeddingError: as :func:`~searchr1_async.search.embedders.choice.make_embedder`.
+        ConfigurationError, EmbeddingError: see :func:`~searchr1_async.search.embedders.choice.make_embedder`.
     """
     if embedder is None:
         return None, None

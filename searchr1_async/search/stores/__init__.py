@@ -1,4 +1,4 @@
-"""Where passages are kept with their vectors."""
+"""Vector stores for passages."""
 
 from searchr1_async.search.stores.base import Found, Store, WritableStore
 from searchr1_async.search.stores.chroma import EmbeddedChroma, RemoteChroma

@@ -1,4 +1,4 @@
-"""What the search needs of a vector store."""
+"""The vector store protocols used by the search."""
 
 from __future__ import annotations
 
@@ -9,100 +9,99 @@ from searchr1_async.episodes.types import Passage
 from searchr1_async.search.embedders.base import Vectors
 
 Metric = Literal["cosine", "l2", "ip"]
-"""How near two vectors are: ``"cosine"``, squared distance ``"l2"``, or inner product ``"ip"``; Chroma's names."""
+"""Distance metric, with Chroma's names: ``"cosine"``, squared L2 ``"l2"`` or inner product ``"ip"``."""
 
 Found = tuple[tuple[Passage, ...], ...]
-"""For each query its passages, nearest first."""
+"""Passages per query, nearest first."""
 
 
 class Store(Protocol):
-    """Passages with their vectors: one request a call, tried once.
+    """A vector store. Each call sends one request and does not retry.
 
-    Batching, pacing, retrying and deadlines are the caller's: a store says how much it takes at once, and which kind of
-    fault it met. All its awaits are made from one event loop between ``open`` and ``aclose``. A cancelled call must leave
-    it usable.
+    The caller batches, paces, retries and sets deadlines; the store states its limits and classifies faults. Between ``open`` and
+    ``aclose`` it is used from one event loop. A cancelled call must leave it usable.
     """
 
     @property
     def name(self) -> str:
-        """Where it is, for people and logs; without any key."""
+        """Location for messages and logs; contains no secrets."""
         ...
 
     @property
     def fingerprint(self) -> str:
-        """Equal while it answers alike: known once it is open, another one when its collection was made anew."""
+        """Equal as long as answers are: available once open, and changes when the collection is recreated."""
         ...
 
     @property
     def dimension(self) -> int | None:
-        """Numbers a vector; None while it is not open, or empty."""
+        """Dimension of the vectors; None if not open, or empty."""
         ...
 
     @property
     def max_queries(self) -> int:
-        """Vectors that one query may hold."""
+        """Maximum vectors per query."""
         ...
 
     @property
     def max_requests(self) -> int:
-        """Requests at once, at most: where pacing stops growing. 1 where calls queue behind one another anyway."""
+        """Maximum concurrent requests, an upper bound for pacing; 1 if the store serialises calls anyway."""
         ...
 
     async def open(self) -> None:
-        """Connects. Opening what is open does nothing.
+        """Connects. Does nothing if already open.
 
         Raises:
-            PassingFault: it does not answer now.
-            StoreError: it cannot, for good.
+            PassingFault: the store does not respond now.
+            StoreError: a permanent failure.
         """
         ...
 
     async def query(self, vectors: Vectors, n_results: int) -> Found:
-        """The ``n_results`` nearest passages of each vector, with their similarity; fewer where the store holds fewer.
+        """The ``n_results`` nearest passages of each vector, with similarities; fewer if the store holds fewer.
 
         Raises:
-            PassingFault: this time; worth another try (see :mod:`searchr1_async.search.faults`).
-            RefusedInput: because of one of these vectors.
-            StoreError: for good; fatal where no other query would fare better.
+            PassingFault: worth a retry (see :mod:`searchr1_async.search.faults`).
+            RefusedInput: caused by one of these vectors.
+            StoreError: permanent; fatal if any other query would fail too.
         """
         ...
 
     async def count(self) -> int:
-        """Passages it holds.
+        """Number of passages.
 
         Raises:
-            PassingFault: this time.
-            StoreError: for good.
+            PassingFault: worth a retry.
+            StoreError: permanent.
         """
         ...
 
     async def aclose(self) -> None:
-        """Lets go of connections, files and threads; it may be opened again."""
+        """Closes connections, files and threads. The store may be opened again."""
         ...
 
 
 class WritableStore(Store, Protocol):
-    """A store that passages can be put into."""
+    """A store that accepts passages."""
 
     async def add(self, passages: Sequence[Passage], vectors: Vectors) -> None:
-        """Puts passages in, replacing those with the same id.
+        """Adds passages, replacing those with the same id.
 
         Raises:
-            PassingFault: this time; some of them may be in.
-            StoreError: for good.
+            PassingFault: worth a retry; some passages may have been added.
+            StoreError: permanent.
         """
         ...
 
     async def missing(self, ids: Sequence[str]) -> frozenset[str]:
-        """Those of the ids that it does not hold.
+        """The ids that the store does not hold.
 
         Raises:
-            PassingFault: this time.
-            StoreError: for good.
+            PassingFault: worth a retry.
+            StoreError: permanent.
         """
         ...
 
 
 def is_writable(store: Store) -> TypeGuard[WritableStore]:
-    """Whether passages can be put into it."""
+    """Whether passages can be added to it."""
     return callable(getattr(store, "add", None))

@@ -1,4 +1,4 @@
-"""Checksums of large files, block by block: a few blocks tell a file from another one at once, all of them a broken one."""
+"""Per-block checksums of large files: a few blocks identify a file quickly, all of them detect corruption."""
 
 from __future__ import annotations
 
@@ -14,26 +14,25 @@ from searchr1_async.search.stores.proof import DamagedIndexError
 BLOCK_BYTES = 4 << 20
 DIGEST_BYTES = 8
 _TOGETHER = 16
-"""Blocks between two looks at whether the caller has gone."""
+"""Blocks between two cancellation checks."""
 WHOLE_BLOCKS = 32
-"""A file of at most so many blocks is compared whole when an index is opened: 128 MB in about 0.1 s."""
+"""Files of up to this many blocks (128 MB) are fully checked when an index is opened."""
 SPOT_BLOCKS = 8
-"""Compared of a larger file, where all of them take half a minute a billion numbers."""
+"""Blocks checked of a larger file."""
 
 Check = Callable[[], None]
-"""Called every now and then; raises where the caller has gone."""
+"""Called regularly; raises if the caller was cancelled."""
 
-
-ADVICE = "Copy the whole folder again from where it was made, or make it again"
+ADVICE = "Copy the whole folder again from where it was built, or rebuild it"
 
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
-    """A file of an index."""
+    """Size and checksums of an index file."""
 
     bytes: int
     blocks: str
-    """BLAKE2b of 8 bytes for each :data:`BLOCK_BYTES`, in hexadecimal, one after another."""
+    """Concatenated 8-byte BLAKE2b digests of each :data:`BLOCK_BYTES`, in hexadecimal."""
 
 
 def _nothing() -> None:
@@ -41,7 +40,7 @@ def _nothing() -> None:
 
 
 def record_of(path: Path, check: Check = _nothing) -> FileRecord:
-    """The size and the checksums of a file, two blocks at a time.
+    """Size and checksums of a file.
 
     Raises:
         OSError: it cannot be read.
@@ -53,30 +52,30 @@ def record_of(path: Path, check: Check = _nothing) -> FileRecord:
 def refuse_other(
     path: Path, record: FileRecord, *, whole: bool = False, check: Check = _nothing, advice: str = ADVICE
 ) -> None:
-    """Refuses a file that is not the one recorded: by its size, and some of its blocks, or all of them.
+    """Raises unless the file matches its record in size and in some or all blocks.
 
     Args:
-        whole: compares all blocks of a file of any size.
-        check: called every now and then.
-        advice: how to get a whole index again.
+        whole: check all blocks, whatever the size.
+        check: called regularly; see :data:`Check`.
+        advice: how to restore the index.
 
     Raises:
-        DamagedIndexError: it is missing, cut short, another one, or broken.
+        DamagedIndexError: the file is missing, truncated, replaced or corrupt.
         StoreError: it cannot be read.
     """
     try:
         size = path.stat().st_size
         if size != record.bytes:
-            state = "cut short" if size < record.bytes else "too long"
-            raise DamagedIndexError(f"{path} is {state}: {size:,} bytes in place of {record.bytes:,}", advice)
+            state = "truncated" if size < record.bytes else "too long"
+            raise DamagedIndexError(f"{path} is {state}: {size:,} bytes instead of {record.bytes:,}", advice)
         blocks = -(-size // BLOCK_BYTES)
         if len(record.blocks) != 2 * DIGEST_BYTES * blocks:
-            raise DamagedIndexError(f"the manifest beside {path} is of another file", advice)
+            raise DamagedIndexError(f"the manifest does not describe {path}", advice)
         chosen = range(blocks) if whole or blocks <= WHOLE_BLOCKS else _spread(blocks)
         for block, digest in zip(chosen, _digests(path, chosen, check), strict=True):
             if digest != record.blocks[2 * DIGEST_BYTES * block : 2 * DIGEST_BYTES * (block + 1)]:
                 raise DamagedIndexError(
-                    f"{path} is not the file that was made with this index, or it is broken (block {block:,} of "
+                    f"{path} is not the file built with this index, or is corrupt (block {block:,} of "
                     f"{blocks:,} differs)",
                     advice,
                 )
@@ -92,7 +91,7 @@ def _spread(blocks: int) -> list[int]:
 
 
 def _digests(path: Path, blocks: Sequence[int], check: Check) -> Iterator[str]:
-    """Of some blocks, two at a time: hashlib lets go of the interpreter's lock."""
+    """Digests of some blocks, two at a time (hashlib releases the GIL)."""
     with ThreadPoolExecutor(2) as pool:
         for first in range(0, len(blocks), _TOGETHER):
             check()

@@ -1,6 +1,6 @@
-"""An index that opens proves itself: by sizes and checksums where they were kept, and by finding some of its own passages.
+"""Checks an index when it is opened, by searching for some of its own vectors.
 
-Vectors that were zeroed, cut or lost give wrong passages without an error, so no index is trusted by its number of rows.
+Zeroed, truncated or lost vectors return wrong passages without an error, so a row count proves nothing.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from searchr1_async.search.stores.base import Metric, Store
 logger = logging.getLogger(__name__)
 
 SAMPLE = 16
-"""Vectors of the index that are searched for when it is opened."""
+"""Own vectors searched for when an index is opened."""
 WITHIN = 10
-"""A vector counts as found if a passage at its own place is among so many nearest ones."""
+"""A vector counts as found if a passage with its similarity is among this many results."""
 LEAST_FOUND = 0.5
-"""Of the sample. Damaged indexes found 13 to 49 % of what was asked, whole ones 99 % of their own vectors."""
+"""Share of the sample below which the index is rejected. Damaged indexes found 13 to 49 %, intact ones 99 %."""
 EXPECTED_FOUND = 0.9
-"""Of the sample; below it a warning is logged: a graph that is too sparse finds less, too."""
+"""Share of the sample below which a warning is logged: a graph that is too sparse also finds less."""
 _TOLERANCE = 0.02
-"""Of similarity: vectors may be kept as 8-bit numbers."""
+"""Similarity tolerance: vectors may be stored as int8."""
 
 
 class DamagedIndexError(StoreError):
-    """Files of an index are not what they were when it was made.
+    """Files of an index are not as they were built.
 
     Args:
-        fault: which file, and what is wrong with it.
-        advice: how to get a whole index again.
+        fault: the file and what is wrong with it.
+        advice: how to restore the index.
     """
 
     def __init__(self, fault: str, advice: str) -> None:
@@ -42,19 +42,18 @@ class DamagedIndexError(StoreError):
 
 
 async def refuse_unproven(store: Store, vectors: Vectors, metric: Metric, advice: str) -> None:
-    """Searches an open store for vectors of its own.
+    """Searches an open store for some of its own vectors.
 
-    A vector counts as found by the similarity of what comes back, not by the passage's id, since a corpus may hold equal
-    passages.
+    A vector counts as found by similarity, not by passage id, since a corpus may hold duplicates.
 
     Args:
-        vectors: ``[vectors, dimension]``, as the store keeps them; none prove nothing.
-        metric: of the store.
-        advice: how to get a whole index again.
+        vectors: ``[n, dimension]``, as stored; an empty array passes.
+        metric: the store's metric.
+        advice: how to restore the index.
 
     Raises:
-        DamagedIndexError: fewer than :data:`LEAST_FOUND` of them are found.
-        PassingFault: the store does not answer now.
+        DamagedIndexError: fewer than :data:`LEAST_FOUND` are found.
+        PassingFault: the store does not respond now.
     """
     if not len(vectors):
         return
@@ -74,13 +73,13 @@ async def refuse_unproven(store: Store, vectors: Vectors, metric: Metric, advice
     share = found / len(vectors)
     if share < LEAST_FOUND:
         raise DamagedIndexError(
-            f"{store.name} is damaged: of {len(vectors)} of its own vectors it finds {found}, at least "
-            f"{LEAST_FOUND:.0%} should be found",
+            f"{store.name} is damaged: it finds {found} of {len(vectors)} of its own vectors, and should find at least "
+            f"{LEAST_FOUND:.0%}",
             advice,
         )
     if share < EXPECTED_FOUND:
         logger.warning(
-            "%s finds %d of %d of its own vectors: its graph is sparse (raise ef_search), or it is damaged",
+            "%s finds %d of %d of its own vectors: its graph is too sparse (raise ef_search), or it is damaged",
             store.name,
             found,
             len(vectors),

@@ -1,1 +1,1 @@
-"""The live view of a run in a notebook: its words, its page, its pictures."""
+"""The live notebook view of a run: text, page and pictures."""

@@ -1,4 +1,4 @@
-"""Has things drawn in another process (see :mod:`searchr1_async.watch.live.drawing` for why)."""
+"""Runs :mod:`searchr1_async.watch.live.drawing` in a subprocess (see there for why)."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ _SECRETS = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIALS")
 
 
 class DrawingError(Exception):
-    """Nothing was drawn. A view says so in its log and goes on without; it never reaches the run."""
+    """Drawing failed. The view logs it and continues without; it never reaches the run."""
 
 
 @dataclass(frozen=True, slots=True)
 class Charts:
-    """What a page needs for its curves."""
+    """What a page needs to draw its curves."""
 
     page: Mapping[str, Any]
-    """A Vega-Lite chart for each curve."""
+    """A Vega-Lite chart per curve."""
     picture: Mapping[str, Any]
-    """One of them all, for the end."""
+    """One chart of all curves, for the final picture."""
     vega: bytes
     """Gzipped ES module."""
 
 
 class Drawer:
-    """Draws in a child process; Vega is bundled once and kept.
+    """Draws in a subprocess; Vega is bundled once and cached.
 
     Raises:
-        DrawingError: from both methods, where the process fails.
+        DrawingError: from both methods, if the subprocess fails.
     """
 
     def __init__(self) -> None:
         self._vega = b""
 
     async def charts(self, window: int, *, from_zero: bool) -> Charts:
-        """The charts of a page: 2 to 5 s, in the background."""
+        """The charts of a page. Takes 2 to 5 s in the background."""
         said: list[bytes] = []
 
         async def specs() -> None:
@@ -60,17 +60,17 @@ class Drawer:
         return Charts(**json.loads(said[0]), vega=self._vega)
 
     async def picture(self, task: Mapping[str, Any]) -> bytes:
-        """A PNG: 2 to 3 s."""
+        """A PNG. Takes 2 to 3 s."""
         return await run("picture", task)
 
 
 async def run(what: Literal["charts", "vega", "picture"], task: Mapping[str, Any]) -> bytes:
-    """What the drawing process gives for ``task``. Cancelling kills it."""
+    """The subprocess's output for ``task``. Cancelling kills it."""
     if not sys.executable:
-        raise DrawingError("this Python does not know its own program, so nothing can be drawn")
+        raise DrawingError("sys.executable is empty, so the drawing process cannot be started")
     drawing = _Drawing(what, json.dumps(task).encode())
     try:
-        # A limiter of its own: the engine's threads are not to wait for it.
+        # Own limiter: drawing must not use up the engine's worker threads.
         return await anyio.to_thread.run_sync(drawing.run, limiter=anyio.CapacityLimiter(1), abandon_on_cancel=True)
     except OSError as error:
         raise DrawingError(f"the drawing process did not start: {error}") from error
@@ -80,10 +80,10 @@ async def run(what: Literal["charts", "vega", "picture"], task: Mapping[str, Any
 
 
 class _Drawing:
-    """One process, from its start to its end, in a thread: asyncio's own subprocesses a notebook's loop on Windows lacks."""
+    """One subprocess, run from a thread: on Windows a notebook's event loop has no asyncio subprocesses."""
 
     def __init__(self, what: str, task: bytes) -> None:
-        # -P: the folder of the script holds modules of ours that are not to be imported by their bare names.
+        # -P: keeps the script's folder off sys.path, whose modules would shadow others.
         self._command = [sys.executable, "-P", str(_SCRIPT), what]
         self._what, self._task = what, task
         self._process: subprocess.Popen[bytes] | None = None
@@ -100,7 +100,7 @@ class _Drawing:
             start_new_session=True,  # a notebook's stop button interrupts the kernel's whole process group
         ) as process:
             self._process = process
-            if self._is_abandoned:  # while it was being started
+            if self._is_abandoned:  # abandoned during startup
                 process.kill()
             out, said = process.communicate(self._task)
         if process.returncode:
@@ -109,12 +109,12 @@ class _Drawing:
         return out
 
     def abandon(self) -> None:
-        """Nobody waits any more; the thread sees the process end, and closes what it held."""
+        """Kill the process; its thread then cleans up."""
         self._is_abandoned = True
         if self._process is not None:
             self._process.kill()
 
 
 def _environment() -> dict[str, str]:
-    """This process's, without what may be a secret: drawing needs none."""
+    """The environment without likely secrets."""
     return {name: value for name, value in os.environ.items() if not any(word in name.upper() for word in _SECRETS)}

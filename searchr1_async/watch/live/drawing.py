@@ -1,12 +1,11 @@
-"""Draws for the live view, in a process of its own: ``python drawing.py charts|vega|picture``, JSON in, bytes out.
+"""Draws for the live view in a subprocess: ``python drawing.py charts|vega|picture``, JSON in, bytes out.
 
-Not in the run's process: vl-convert holds the interpreter's lock for all of its work (observed: 1.8 s for Vega's bundle, 1.8 s
-for a first picture), and in a thread would hold the event loop for as long. Importing Altair is 0.7 to 2.4 s of CPU besides.
-This file imports nothing of the package, so that the process begins at once; :mod:`searchr1_async.watch.live.child` starts it.
+Out-of-process because vl-convert holds the GIL throughout: a picture would block the event loop for 2 s even from a thread. This
+file imports nothing from the package, so it starts fast; :mod:`searchr1_async.watch.live.child` runs it.
 
-``charts`` takes ``window`` and ``from_zero`` and gives JSON: ``page``, a Vega-Lite chart for each curve, and ``picture``, one of
-them all. ``vega`` gives Vega itself: an ES module that exports ``vegaEmbed``, gzipped. ``picture`` takes what is to be shown, and
-a chart if there is one already, and gives a PNG.
+``charts`` takes ``window`` and ``from_zero`` and returns JSON: ``page``, a Vega-Lite chart per curve, and ``picture``, one chart
+of all curves. ``vega`` returns Vega as a gzipped ES module that exports ``vegaEmbed``. ``picture`` takes the data, and optionally
+an existing chart, and returns a PNG.
 """
 
 from __future__ import annotations
@@ -18,26 +17,26 @@ import sys
 from typing import Any
 
 BLUE, RED, GREY = "#4c86d6", "#e0684b", "#8a93a1"
-"""Seen on white and on black alike, and told apart in the common forms of colour blindness."""
+"""Visible on white and on black, and distinguishable with the common forms of colour blindness."""
 
 CURVES: dict[str, tuple[str, str, float | None, float | None]] = {
     "reward": ("Reward", ".2f", None, None),
     "exact_match": ("Exact match", ".0%", 0.0, 1.0),
-    "turns": ("Turns an episode", ".1f", 1.0, None),
+    "turns": ("Turns per episode", ".1f", 1.0, None),
     "valid_calls": ("Valid calls", ".0%", 0.0, 1.0),
 }
-"""Heading, number format, and the least and greatest value that it can have."""
+"""Heading, number format, minimum and maximum of the values."""
 
 PICTURE_WIDTH = 380
-"""Of each of the two columns; the whole is 900 wide with axes."""
+"""Per column, of two; the picture is 900 wide with axes."""
 
 
 def panel(name: str, window: int, *, from_zero: bool, x_title: str = "step") -> Any:
     """The chart of one curve, over the named data ``steps``, ``running`` and ``evaluations``.
 
     Args:
-        window: steps on either side over which the line is the mean and the band one standard deviation.
-        from_zero: the steps' axis begins at 0, where the evaluation of the untrained model stands.
+        window: half-width in steps of the moving mean (line) and standard deviation (band).
+        from_zero: start the step axis at 0, where the untrained model's evaluation is.
     """
     import altair as alt
 
@@ -91,7 +90,7 @@ def _evaluations(x: Any, axis: Any, scale: Any) -> list[Any]:
 
 
 def page_specs(window: int, from_zero: bool) -> dict[str, Any]:
-    """A Vega-Lite chart for each curve, as wide as its place on the page."""
+    """A Vega-Lite chart per curve, as wide as its container."""
     specs = {
         name: panel(name, window, from_zero=from_zero).properties(width="container", height=150).to_dict()
         for name in CURVES
@@ -103,7 +102,7 @@ def page_specs(window: int, from_zero: bool) -> dict[str, Any]:
 
 
 def picture_spec(window: int, from_zero: bool) -> dict[str, Any]:
-    """All curves as one picture; :func:`filled` gives it its words and its data."""
+    """All curves as one picture; :func:`filled` adds title and data."""
     import altair as alt
 
     panels = [
@@ -116,7 +115,7 @@ def picture_spec(window: int, from_zero: bool) -> dict[str, Any]:
 
 
 def suites_spec() -> dict[str, Any]:
-    """An evaluation's suites side by side."""
+    """Bars of an evaluation's suites."""
     return _framed(_suites())
 
 
@@ -141,7 +140,7 @@ def _framed(chart: Any) -> dict[str, Any]:
 
 
 def filled(spec: dict[str, Any], task: dict[str, Any]) -> dict[str, Any]:
-    """The chart with the task's ``title``, ``subtitle`` (lines), and the rows of ``steps``, ``evaluations`` and ``suites``."""
+    """``spec`` with the task's ``title``, ``subtitle`` (lines), ``steps``, ``evaluations`` and ``suites``."""
     title = spec["title"] | {"text": task["title"], "subtitle": task["subtitle"]}
     rows = {name: task[name] for name in ("steps", "evaluations", "suites")} | {"running": []}
     return spec | {"title": title, "datasets": rows}
@@ -165,7 +164,7 @@ def _suites() -> Any:
 
 
 def vega() -> bytes:
-    """Vega, Vega-Lite and vega-embed as one ES module, gzipped: 0.3 MB."""
+    """Vega, Vega-Lite and vega-embed as one gzipped ES module."""
     import vl_convert
 
     source = vl_convert.javascript_bundle("export { vegaEmbed };")
@@ -173,7 +172,7 @@ def vega() -> bytes:
 
 
 def picture(task: dict[str, Any], scale: float = 2.0) -> bytes:
-    """The picture as PNG, in at most 256 colours: 60 KB where 24 bits a pixel take 150."""
+    """The picture as PNG with at most 256 colours, less than half the size of 24-bit."""
     import vl_convert
 
     spec = task.get("spec") or (picture_spec(task["window"], task["from_zero"]) if task["steps"] else suites_spec())
@@ -181,7 +180,7 @@ def picture(task: dict[str, Any], scale: float = 2.0) -> bytes:
 
 
 def _fewer_colours(png: bytes) -> bytes:
-    """The same picture, smaller, where Pillow is there (matplotlib brings it)."""
+    """Quantize the PNG if Pillow is installed (matplotlib depends on it)."""
     with contextlib.suppress(ImportError):
         import io
 

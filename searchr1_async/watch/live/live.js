@@ -1,9 +1,9 @@
-// The page's part of the live view. Python says everything in words; here they are set as text, never as markup, and the
-// curves are drawn by Vega from the charts and rows that Python sends.
+// Browser side of the live view. Python sends all text, which is set as text and never as markup; Vega draws the curves from the
+// charts and rows that Python sends.
 
-const CURVES = { reward: "Reward", exact_match: "Exact match", turns: "Turns an episode", valid_calls: "Valid calls" };
+const CURVES = { reward: "Reward", exact_match: "Exact match", turns: "Turns per episode", valid_calls: "Valid calls" };
 
-/** An element with a class, and attributes. */
+/** Create an element with a class and attributes. */
 function make(tag, name, attributes = {}) {
   const element = document.createElement(tag);
   element.className = name;
@@ -11,12 +11,12 @@ function make(tag, name, attributes = {}) {
   return element;
 }
 
-/** Sets a text only where it differs, so that what a reader has selected stays selected. */
+/** Set a text only if it differs, to keep the reader's selection. */
 function say(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
 
-/** Lets `parent` have one child for each item, reusing those that are there. */
+/** Give `parent` one child per item, reusing existing ones. */
 function each(parent, items, create, update) {
   while (parent.children.length > items.length) parent.lastElementChild.remove();
   items.forEach((item, index) => {
@@ -25,7 +25,7 @@ function each(parent, items, create, update) {
   });
 }
 
-/** Unpacks Vega and imports it, once a page however many views it has. */
+/** Unpack and import Vega, once per page. */
 function loadVega(packed) {
   const key = Symbol.for("searchr1_async.vega");
   globalThis[key] ??= (async () => {
@@ -42,7 +42,7 @@ function loadVega(packed) {
   return globalThis[key];
 }
 
-/** Colours of the charts, from those of the notebook around them. */
+/** Chart colours, from the surrounding notebook. */
 function theme(element) {
   const ink = getComputedStyle(element).color;
   const soft = getComputedStyle(element.querySelector(".sr1-line")).borderTopColor;
@@ -56,7 +56,7 @@ function theme(element) {
   };
 }
 
-/** One curve: a heading with its newest value, and its chart once Vega is there. */
+/** One curve: heading, newest value and, once Vega is loaded, the chart. */
 class Curve {
   constructor(name) {
     this.name = name;
@@ -71,7 +71,7 @@ class Curve {
 
   async embed(vega, spec, config) {
     const old = this.api;
-    const place = make("div", "sr1-fill", { role: "img", "aria-label": `${CURVES[this.name]} over the optimiser's steps` });
+    const place = make("div", "sr1-fill", { role: "img", "aria-label": `${CURVES[this.name]} by optimiser step` });
     this.holder.replaceChildren(place);
     this.api = await vega.vegaEmbed(place, spec, { actions: false, renderer: "canvas", config, logLevel: 1 });
     old?.finalize();
@@ -80,7 +80,7 @@ class Curve {
   feed(data) {
     if (!this.api) return;
     for (const [name, rows] of Object.entries(data)) {
-      // A chart keeps only the data that it uses.
+      // A chart only has the datasets that it uses.
       if (name === "evaluations" && this.name !== "exact_match") continue;
       this.api.view.data(name, rows.map((row) => ({ ...row })));
     }
@@ -94,7 +94,7 @@ class Curve {
 
   describe(text, hasData, hasVega, problem) {
     say(this.value, text);
-    say(this.hint, problem || (!hasVega ? "the chart is being prepared" : hasData ? "" : "from the first step on"));
+    say(this.hint, problem || (!hasVega ? "loading the chart" : hasData ? "" : "available after the first step"));
     this.holder.style.visibility = hasVega && hasData ? "visible" : "hidden";
   }
 
@@ -104,7 +104,7 @@ class Curve {
   }
 }
 
-/** A titled bar of parts with its legend. */
+/** A titled stacked bar with a legend. */
 function makeStack() {
   const stack = make("div", "sr1-stack");
   stack.appendChild(make("div", "sr1-heading"));
@@ -172,15 +172,15 @@ function updateBar(element, bar) {
   track.firstElementChild.style.width = `${100 * bar.share}%`;
 }
 
-/** The buttons: pause or resume, and stop. */
+/** Pause/resume and stop buttons. */
 class Buttons {
   constructor(press) {
     this.element = make("div", "sr1-buttons");
-    this.pause = this.add("Pause", "Pause the run: nothing more is asked of the services", () => {
+    this.pause = this.add("Pause", "Pause the run: no new requests are sent", () => {
       press(this.isPaused ? "resume" : "pause");
       this.wait(this.isPaused ? "Resuming…" : "Pausing…");
     });
-    this.stop = this.add("Stop", "Stop the run: finished steps are kept, resume=True goes on from them", () => {
+    this.stop = this.add("Stop", "Stop the run: finished steps are kept, resume=True continues from them", () => {
       press("stop");
       say(this.stop, "Stopping…");
       this.stop.disabled = true;
@@ -209,14 +209,14 @@ class Buttons {
     this.asked = null;
     this.isPaused = standing === "paused";
     say(this.pause, this.isPaused ? "Resume" : "Pause");
-    const label = this.isPaused ? "Resume the run" : "Pause the run: nothing more is asked of the services";
+    const label = this.isPaused ? "Resume the run" : "Pause the run: no new requests are sent";
     this.pause.setAttribute("aria-label", label);
     this.pause.title = label;
     this.pause.disabled = standing === "starting";
   }
 }
 
-/** The whole view of one model in one place of the page. */
+/** The view of one model in one place of the page. */
 class View {
   constructor(model, root) {
     this.model = model;
@@ -286,7 +286,7 @@ class View {
 
   async receive(message, buffers) {
     if (message.kind === "rows") {
-      // Rows that are missing before the first were sent while nobody listened.
+      // The page missed earlier rows: request them all.
       if (message.first > this.rows.length) return this.model.send({ press: "hello" });
       this.rows.splice(message.first, this.rows.length, ...message.rows);
       this.evaluations = message.evaluations;
@@ -298,17 +298,17 @@ class View {
         this.charts = message.specs;
         await this.embed();
       } catch (error) {
-        console.warn("searchr1_async: the curves cannot be drawn here", error);
+        console.warn("searchr1_async: the curves cannot be drawn", error);
         this.problem = "no chart: this page cannot draw it";
         this.draw();
       }
     } else if (message.kind === "no charts") {
-      this.problem = "no chart: the kernel's log says why";
+      this.problem = "no chart: see the kernel's log";
       this.draw();
     }
   }
 
-  /** Draws the charts, once there is something to draw: of nothing Vega makes axes without numbers, and warns. */
+  /** Draw the charts once there is data: without data Vega warns and draws axes without numbers. */
   async embed() {
     if (!this.charts || !this.root.isConnected || !this.hasData()) return;
     const config = theme(this.root);
@@ -336,7 +336,7 @@ class View {
     for (const panel of this.panels) panel.feed(this.data());
   }
 
-  /** The notebook's theme may have changed. */
+  /** Redraw if the notebook's theme changed. */
   repaint() {
     if (this.painted !== undefined && this.root.isConnected && JSON.stringify(theme(this.root)) !== this.painted) this.embed();
   }
@@ -355,7 +355,7 @@ function render({ model, el }) {
   model.on("msg:custom", receive);
   const sizes = new ResizeObserver(() => view.panels.forEach((panel) => panel.resize()));
   sizes.observe(view.curves);
-  // JupyterLab tells its theme on the body, VS Code and Colab on the root.
+  // JupyterLab sets its theme on the body, VS Code and Colab on the root.
   const themes = new MutationObserver(repaint);
   for (const element of [document.body, document.documentElement]) {
     themes.observe(element, { attributes: true, attributeFilter: ["class", "theme", "data-jp-theme-name", "data-vscode-theme-kind", "style"] });
@@ -363,7 +363,7 @@ function render({ model, el }) {
   const dark = matchMedia("(prefers-color-scheme: dark)");
   dark.addEventListener("change", repaint);
   draw();
-  // A page that is opened while the run goes on lacks what was sent before.
+  // A page opened during the run missed earlier messages.
   model.send({ press: "hello" });
   return () => {
     model.off("change:frame", draw);

@@ -1,4 +1,4 @@
-"""A place in a cell's output that is updated, and settled at the end into what every viewer of a saved notebook shows."""
+"""An updatable place in a cell's output, finally replaced by what every viewer of a saved notebook can show."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 
 class Output:
-    """Displays ``data`` (by MIME type) in the cell that runs.
+    """Displays ``data`` (by MIME type) in the current cell.
 
-    Needs IPython; in a kernel the place belongs to that cell also when a later one, or none, runs.
+    Needs IPython. The output stays with that cell even when later cells run.
     """
 
     def __init__(self, data: dict[str, Any], metadata: dict[str, Any] | None = None) -> None:
@@ -21,18 +21,18 @@ class Output:
         self._publish(data, metadata or {}, transient={"display_id": self._id})
 
     def update(self, data: dict[str, Any], metadata: dict[str, Any] | None = None) -> None:
-        """Shows ``data`` instead."""
+        """Replace the displayed data."""
         self._publish(data, metadata or {}, transient={"display_id": self._id}, update=True)
 
     def settle(self, text: str, png: bytes | None) -> None:
-        """What stays in the notebook: the picture, with ``text`` for those who do not see it; ``text`` alone without one.
+        """Replace the output with its final state: the picture with ``text`` as its alternative, or ``text`` alone.
 
-        No HTML is among it: GitHub would prefer it to the picture, and strip its styles.
+        No HTML: GitHub would prefer it to the picture and strip its styles.
         """
         if png is None:
             self.update({"text/plain": text})
             return
-        # The picture is at twice its size, for dense screens.
+        # The picture is drawn at 2x for high-density screens.
         width = int.from_bytes(png[16:20], "big") // 2
         self.update(
             {"image/png": base64.b64encode(png).decode(), "text/plain": text},

@@ -1,4 +1,4 @@
-"""What the still picture of a run's end holds. Pure; it is drawn in another process."""
+"""Data for the final still picture of a run. Pure; the picture is drawn out-of-process."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from searchr1_async.watch.state import RunState
 
 
 def chart_window(steps: int) -> int:
-    """Rows on either side over which a curve is smoothed: a twentieth of it in all, 2 to 16 rows."""
+    """Half-width in rows of the smoothing window: about a twentieth of the curve in total."""
     return min(8, max(1, round(min(steps, 500) / 40)))
 
 
 def evaluation_rows(state: RunState) -> list[dict[str, Any]]:
-    """The held-out evaluations that stand at a step, as rows of a chart."""
+    """Held-out evaluations that have a step, as chart rows."""
     return [
         {"step": point.step, "label": shown(point.label, 60), "exact_match": point.exact_match, "low": point.low, "high": point.high}
         for point in state.evaluations
@@ -25,7 +25,7 @@ def evaluation_rows(state: RunState) -> list[dict[str, Any]]:
 
 
 def picture_task(state: RunState, now: float, title: str = "") -> dict[str, Any] | None:
-    """What :func:`searchr1_async.watch.live.drawing.picture_spec` draws; None where there is nothing to draw."""
+    """Input of :func:`searchr1_async.watch.live.drawing.picture_spec`; None if there is nothing to draw."""
     snapshot = state.snapshot(now)
     steps = state.steps.rows()
     if not steps and not state.evaluations:

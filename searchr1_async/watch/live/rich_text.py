@@ -1,4 +1,4 @@
-"""The live view as HTML and plain text, where there are no widgets."""
+"""The live view as HTML and plain text, for notebooks without widgets."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from searchr1_async.watch.live.words import Frame
 _HEADINGS = {
     "reward": "reward",
     "exact_match": "exact match",
-    "turns": "turns an episode",
+    "turns": "turns per episode",
     "valid_calls": "valid calls",
 }
 
 
 class RichTextSurface:
-    """Draws on the output of the cell in which it is made, once a second at most: each time the whole is sent."""
+    """Draws on the output of the current cell, at most once per second because each update sends everything."""
 
     seconds_between = 1.0
     has_curves = False
@@ -54,7 +54,7 @@ def as_text(frame: Frame) -> str:
 
 
 def as_html(frame: Frame) -> str:
-    """The frame as HTML. Every text is escaped; colours are those of the notebook, so that it reads in a dark theme too."""
+    """The frame as HTML. All text is escaped; colours follow the notebook's theme."""
     parts = [
         f"<p style='margin:0'><b>{visible(frame['title'])}</b> ({visible(frame['badge'])})</p>",
         f"<p style='margin:0 0 .4em'>{visible(frame['progress'])} <span style='opacity:.7'>{visible(frame['status'])}</span></p>",

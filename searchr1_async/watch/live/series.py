@@ -1,4 +1,4 @@
-"""A run's curves in bounded memory: the values of each step, thinned where there are many steps."""
+"""A run's curves in bounded memory; old steps are merged pairwise."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ CURVES = {
     "turns": "env/all/turns_per_episode",
     "valid_calls": "env/all/valid_calls",
 }
-"""The curves of a live view, and the metric of a step that each shows."""
+"""The live view's curves, and the step metric behind each."""
 
 Row = dict[str, float | None]
-"""``step`` and a value for each curve; None where the step has none."""
+"""``step`` and a value per curve; None where the step has none."""
 
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """How much of a series somebody has."""
+    """How much of a series a reader has received."""
 
     generation: int = -1
     settled: int = 0
 
 
 class Series:
-    """Rows of one step each; past ``limit`` of them, neighbours are merged into their means, again and again.
+    """One row per step; past ``limit`` rows, neighbouring rows are merged into their means, repeatedly.
 
-    A run of 10,000 steps is 313 rows of 32 steps at a limit of 500. The last row may still lack steps; all before it never
-    change until the next merge, so that a page is sent only what is new to it (:meth:`since`).
+    The last row may be incomplete. All earlier rows stay fixed until the next merge, so a page only needs the new ones
+    (:meth:`since`).
     """
 
     def __init__(self, limit: int = 500) -> None:
@@ -41,17 +41,17 @@ class Series:
         self._generation = 0
         self._last = -math.inf
         self.added = 0
-        """Steps, in all."""
+        """Total steps added."""
 
     def __len__(self) -> int:
         return len(self._settled) + bool(self._open)
 
     @property
-    def steps_a_row(self) -> int:
+    def steps_per_row(self) -> int:
         return self._stride
 
     def add(self, step: int, metrics: Mapping[str, float]) -> None:
-        """The metrics of a step. One that is not after the last is passed over: it has been seen."""
+        """Add the metrics of a step; steps not after the last one are ignored."""
         if step <= self._last:
             return
         self._last = step
@@ -70,18 +70,18 @@ class Series:
             self._generation += 1
 
     def rows(self, first: int = 0) -> list[Row]:
-        """From row ``first`` on, the unfinished last one included."""
+        """Rows from ``first`` on, including the incomplete last one."""
         rows = self._settled[first:]
         return [*rows, mean_row(self._open)] if self._open else rows
 
     def since(self, mark: Mark) -> tuple[int, list[Row], Mark]:
-        """What somebody who has ``mark`` lacks: from which row on, those rows, and what it then has."""
+        """What a reader at ``mark`` lacks: the first new row's index, the new rows, and the new mark."""
         first = mark.settled if mark.generation == self._generation else 0
         return first, self.rows(first), Mark(self._generation, len(self._settled))
 
 
 def mean_row(rows: list[Row]) -> Row:
-    """The mean of each value over the rows that have it."""
+    """Mean of each value over the rows that have it."""
     if len(rows) == 1:
         return rows[0]
     merged: Row = {}
@@ -92,7 +92,7 @@ def mean_row(rows: list[Row]) -> Row:
 
 
 def finite(value: object) -> float | None:
-    """``value`` as a number, or None where it is no finite one."""
+    """``value`` as a float; None unless it is a finite number."""
     if not isinstance(value, int | float):
         return None
     try:

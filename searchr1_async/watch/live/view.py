@@ -1,4 +1,4 @@
-"""A live view: folds a run's events, and draws what they come to on a surface, a few times a second."""
+"""Live view: folds a run's events and redraws a surface a few times per second."""
 
 from __future__ import annotations
 
@@ -22,44 +22,43 @@ from searchr1_async.watch.state import RunState
 logger = logging.getLogger(__name__)
 
 SECONDS_TO_END = 20.0
-"""For so long the end of a run may wait for its picture (observed: 2 s, 8 s on a machine with three times the work that it can
-do)."""
+"""Maximum wait for the final picture at the end of a run; drawing it takes 2 to 8 s."""
 SECONDS_TO_STOP = 10.0
-"""The same where somebody interrupts it, and waits."""
+"""The same after an interrupt."""
 _IDLE_SECONDS = 2.0
-"""Without an event the clock alone moves the view on."""
+"""Redraw interval without events: clocks advance."""
 
 
 @dataclass(frozen=True, slots=True)
 class News:
-    """What is new in the curves since a surface was last drawn."""
+    """Curve data that is new since the last draw."""
 
     first: int
-    """The row that the first of ``rows`` is; what a page has from there on is replaced."""
+    """Row index of ``rows[0]``; the page replaces its rows from there on."""
     rows: list[Row]
     evaluations: list[dict[str, Any]]
-    """All of them; few, and seldom new."""
+    """All evaluations."""
 
 
 class Surface(Protocol):
-    """Where a view is drawn. Methods are called on the event loop's thread, ``draw`` within milliseconds."""
+    """Where a view is drawn. Called on the event loop's thread; ``draw`` must return within milliseconds."""
 
     seconds_between: float
-    """Between two redraws, at least."""
+    """Minimum seconds between two redraws."""
     has_curves: bool
-    """Takes charts and news."""
+    """Whether it shows charts and takes news."""
 
     def draw(self, frame: Frame, news: News | None) -> None: ...
     def add_charts(self, charts: Charts | None) -> None:
-        """None: there will be none."""
+        """None: charts are unavailable."""
         ...
 
     def close(self, text: str, png: bytes | None) -> None:
-        """Replace what is shown by what remains."""
+        """Replace the live view with its final state."""
 
 
 class Controls(Protocol):
-    """What the buttons of a view do."""
+    """Actions behind a view's buttons."""
 
     async def pause(self) -> None: ...
     async def resume(self) -> None: ...
@@ -69,13 +68,13 @@ class Controls(Protocol):
 class LiveView:
     """Shows a run on a surface.
 
-    Subscribe it as an emitter, and hold it open with ``async with`` while the run goes on; at the end, however it comes, the
-    surface keeps a still picture. Nothing here raises into the run: what fails is logged, once, and left out.
+    Subscribe it, and keep it open with ``async with`` while the run lasts; at the end the surface keeps a still picture. Nothing
+    here raises into the run: failures are logged once and skipped.
 
     Args:
-        surface: is drawn on at once.
-        title: of the work, until its kind and model are known.
-        controls: of the run, for :meth:`press`; None where there is nothing to press.
+        surface: is drawn on immediately.
+        title: shown until kind and model of the work are known.
+        controls: of the run, for :meth:`press`; None without buttons.
         drawer: draws charts and pictures.
         clock: monotonic seconds.
     """
@@ -100,17 +99,17 @@ class LiveView:
         self._mark, self._seen = Mark(), (0, 0)
         self._charts: Charts | None = None
         self._has_asked_for_charts = False
-        self._has_complained = False
+        self._has_logged_failure = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._draw()
 
     def begin_with(self, past: Sequence[StepFinished | EvaluationFinished]) -> None:
-        """What earlier sessions of the run told; shown as far as this one goes on from there."""
+        """Steps and evaluations of earlier sessions; shown up to the step from which this session resumes."""
         self._past = past
 
     def __call__(self, event: Event) -> None:
-        """Fold ``event`` in; drawing comes later."""
+        """Fold in ``event``; drawing happens later."""
         self._state.see(event, self._clock())
         self._changed = True
         if isinstance(event, RunStarted):
@@ -138,12 +137,12 @@ class LiveView:
                 with anyio.move_on_after(SECONDS_TO_END if error is None else SECONDS_TO_STOP):
                     png = await self._picture()
         except Exception:
-            self._complain("the picture of the run's end")
+            self._log_failure("the picture of the run's end")
         finally:
             self._close(png)
 
     def press(self, button: str) -> None:
-        """A button was pressed: ``pause``, ``resume`` or ``stop``; ``hello`` asks for everything anew. From any thread."""
+        """Handle a button: ``pause``, ``resume`` or ``stop``; ``hello`` requests all data again. Thread-safe."""
         loop = self._loop
         if loop is None:
             return
@@ -161,20 +160,20 @@ class LiveView:
             if self._charts is not None:
                 self._surface.add_charts(self._charts)
         elif controls is not None and button == "pause":
-            self._start(self._obey(controls.pause, button))
+            self._start(self._run_control(controls.pause, button))
         elif controls is not None and button == "resume":
-            self._start(self._obey(controls.resume, button))
+            self._start(self._run_control(controls.resume, button))
         elif controls is not None and button == "stop":
             controls.request_stop()
 
-    async def _obey(self, what: Callable[[], Coroutine[Any, Any, None]], button: str) -> None:
+    async def _run_control(self, what: Callable[[], Coroutine[Any, Any, None]], button: str) -> None:
         try:
             await what()
         except Exception:
-            logger.warning("%s, asked for with a button, failed; the run goes on", button, exc_info=True)
+            logger.warning("the %s button failed; the run continues", button, exc_info=True)
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
-        # Of asyncio and not in a task group: a group would stand around the run, and cancel it if this failed.
+        # Plain asyncio tasks: a task group would wrap the run and cancel it on failure.
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -209,7 +208,7 @@ class LiveView:
                 self._frame = new
                 self._surface.draw(new, news)
         except Exception:
-            self._complain("the live view")
+            self._log_failure("the live view")
 
     def _news(self) -> News | None:
         state = self._state
@@ -227,10 +226,10 @@ class LiveView:
             self._charts = charts
             self._surface.add_charts(charts)
         except DrawingError as error:
-            logger.warning("the live view goes on without curves: %s", error)
+            logger.warning("the live view continues without curves: %s", error)
             self._surface.add_charts(None)
         except Exception:
-            self._complain("the live view's curves")
+            self._log_failure("the live view's curves")
 
     async def _picture(self) -> bytes | None:
         task = picture_task(self._state, self._clock(), self._title)
@@ -241,23 +240,23 @@ class LiveView:
                 task["spec"] = self._charts.picture
             return await self._drawer.picture(task)
         except DrawingError as error:
-            logger.warning("the run's last picture is missing: %s", error)
+            logger.warning("the run's final picture is missing: %s", error)
             return None
 
     def _close(self, png: bytes | None) -> None:
         try:
             self._surface.close(summary(self._state.snapshot(self._clock()), self._title), png)
         except Exception:
-            self._complain("the end of the live view")
+            self._log_failure("the end of the live view")
 
-    def _complain(self, what: str) -> None:
-        if not self._has_complained:
-            self._has_complained = True
-            logger.warning("%s could not be drawn; the run goes on", what, exc_info=True)
+    def _log_failure(self, what: str) -> None:
+        if not self._has_logged_failure:
+            self._has_logged_failure = True
+            logger.warning("%s could not be drawn; the run continues", what, exc_info=True)
 
 
 _DRAWER = Drawer()
-"""Shared by all views of this process, so that Vega is bundled once. It is bound to no event loop."""
+"""Shared by all views of the process, so that Vega is bundled once. Not tied to an event loop."""
 
 
 def _reason(error: BaseException | None) -> str:

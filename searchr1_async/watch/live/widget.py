@@ -1,4 +1,4 @@
-"""The live view as a widget: a page's part that is told frames, rows and charts, and tells which button was pressed."""
+"""The live view as a widget: sends frames, rows and charts to the page, and receives button presses."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _BUTTONS = ("pause", "resume", "stop", "hello")
 
 @cache
 def widget_class() -> type[Any]:
-    """The widget's class, made where it is first needed: the package works without anywidget.
+    """The widget class, created lazily so that the package works without anywidget.
 
     Raises:
         ImportError: anywidget is not installed.
@@ -37,14 +37,14 @@ def widget_class() -> type[Any]:
 
 
 class WidgetSurface:
-    """Draws on a widget in the output of the cell in which it is made.
+    """A widget in the output of the current cell.
 
-    The frame is a trait, so that a page that is opened anew has the last one; rows and charts are messages, so that only what is
-    new is sent and nothing of it is saved with the notebook. A page that lacks some says ``hello``.
+    The frame is a trait, so a reopened page has the latest one. Rows and charts are messages, so only new data is sent and none is
+    saved with the notebook. A page that lacks data sends ``hello``.
 
     Args:
-        title: what a reader without the widget sees.
-        has_controls: buttons are shown.
+        title: shown to readers without the widget.
+        has_controls: show buttons.
     """
 
     seconds_between = 0.25
@@ -55,13 +55,13 @@ class WidgetSurface:
         self._pressed: Callable[[str], None] | None = None
         self._widget.on_msg(self._received)
         data, metadata = self._widget._repr_mimebundle_()
-        # What a viewer without widgets shows, and a notebook whose kernel was killed.
-        data["text/plain"] = f"{title}: a live view, which only a notebook with widgets shows."
+        # Fallback for viewers without widgets and for notebooks whose kernel was killed.
+        data["text/plain"] = f"{title}: live view, shown only in a notebook with widgets."
         data["text/html"] = f"<p>{html.escape(data['text/plain'])}</p>"
         self._output = Output(data, metadata)
 
     def on_press(self, pressed: Callable[[str], None]) -> None:
-        """Who is told of buttons; maybe from another thread, where the kernel answers widgets in one."""
+        """Set the callback for buttons; it may run in another thread."""
         self._pressed = pressed
 
     def draw(self, frame: Frame, news: News | None) -> None:

@@ -1,7 +1,6 @@
-"""What a live view says of a run: one frame of plain JSON values for the widget's page and for rich text alike. Pure.
+"""The live view's text: one frame of plain JSON values, for widget and rich text alike. Pure.
 
-Every text that comes from outside (a model's name, a notice, an error) is made visible here, on one line and cut, so that a
-page has only to set it as text.
+Untrusted text (model names, notices, errors) is made visible, put on one line and truncated here, so a page only sets it as text.
 """
 
 from __future__ import annotations
@@ -15,27 +14,26 @@ from searchr1_async.watch.live.snapshot import PhaseState, Snapshot
 from searchr1_async.watch.progress import _one_line, duration
 
 LATE_FOR = 2.0
-"""Seconds for which the event loop must have been late before it is said: one long piece of work is no state."""
+"""Seconds that the event loop must be late before an alert."""
 CONSTANT_GROUPS = 16
-"""So many groups in a row in which no reward differs are worth a word: where half of all groups differ, chance makes it once in
-65,000."""
+"""Constant groups in a row before an alert: if half of all groups are mixed, chance produces this once in 65,000."""
 NOTICE_SECONDS = 600.0
-"""For so long a warning stays in sight."""
+"""How long a warning stays visible."""
 
-_TITLES = {"train": "Training", "evaluate": "Evaluating", "rollout": "Playing"}
-_PAST = {"train": "Trained", "evaluate": "Evaluated", "rollout": "Played"}
+_TITLES = {"train": "Training", "evaluate": "Evaluating", "rollout": "Rolling out"}
+_PAST = {"train": "Trained", "evaluate": "Evaluated", "rollout": "Rolled out"}
 _DROPPED = {
-    "constant_reward": "all alike",
+    "constant_reward": "constant reward",
     "too_few_episodes": "too few episodes",
     "too_slow": "too slow",
-    "step_time_limit": "step's time limit",
+    "step_time_limit": "step time limit",
 }
 _LIMITS = {
-    "growing": "growing",
-    "work": "no more is wanted",
-    "settings": "the settings",
-    "service": "the service pushes back",
-    "queue": "the service queues",
+    "growing": "ramp-up",
+    "work": "no more work",
+    "settings": "settings",
+    "service": "service rate limit",
+    "queue": "service queue",
     "client": "this process",
 }
 
@@ -63,7 +61,7 @@ class Stack(TypedDict):
     title: str
     parts: list[Part]
     whole: int
-    """At least the sum of the parts; the rest stays empty."""
+    """At least the sum of the parts; the rest is empty."""
 
 
 class Section(TypedDict):
@@ -77,24 +75,24 @@ class Frame(TypedDict):
     """``starting``, ``running``, ``paused`` or ``ended``."""
     badge: str
     progress: str
-    """How far it is: what a screen reader is told when it changes."""
+    """Main progress; announced by screen readers when it changes."""
     status: str
-    """Times."""
+    """Elapsed and remaining time."""
     bars: list[Bar]
     alerts: list[Alert]
     stacks: list[Stack]
     curves: dict[str, str]
-    """The newest value of each, in words; empty where the work has no steps."""
+    """Newest value of each curve as text; empty for work without steps."""
     running: dict[str, float | None]
-    """The open batch so far, as one row of the curves; empty before its first episode."""
+    """Means of the open batch, as one curve row; empty before its first episode."""
     sections: list[Section]
 
 
 def frame(snapshot: Snapshot, title: str = "") -> Frame:
-    """Everything that a view says at this moment.
+    """Everything that a view shows at this moment.
 
     Args:
-        title: of the work, until its kind and model are known.
+        title: shown until kind and model of the work are known.
     """
     return Frame(
         title=heading(snapshot, title),
@@ -112,7 +110,7 @@ def frame(snapshot: Snapshot, title: str = "") -> Frame:
 
 
 def summary(snapshot: Snapshot, title: str = "") -> str:
-    """What the work came to, in one paragraph of plain text."""
+    """The outcome in one paragraph of plain text."""
     said = [heading(snapshot, title)]
     if snapshot.kind == "train":
         said[0] += f": {counted_steps(snapshot)}"
@@ -130,10 +128,10 @@ def summary(snapshot: Snapshot, title: str = "") -> str:
     if snapshot.finished_episodes:
         tokens = f"{compact(snapshot.used.sampled)} tokens sampled"
         episodes = f"{snapshot.finished_episodes:,} episodes"
-        whole = f"In this session: {episodes}. In all: " if snapshot.is_resumed else f"{episodes}, "
+        whole = f"This session: {episodes}. In total: " if snapshot.is_resumed else f"{episodes}, "
         said.append(f"{whole}{tokens}, cost: {shown(snapshot.cost.text, 60)}.")
     if snapshot.out_dir:
-        said.append(f"Kept in {shown(shown_path(snapshot.out_dir))}.")
+        said.append(f"Saved in {shown(shown_path(snapshot.out_dir))}.")
     if snapshot.warnings:
         said.append(f"Last warning: {shown(snapshot.warnings[-1].text)}")
     return " ".join(said)
@@ -142,19 +140,19 @@ def summary(snapshot: Snapshot, title: str = "") -> str:
 _HEADINGS = {
     "reward": "Reward",
     "exact_match": "Exact match",
-    "turns": "Turns an episode",
+    "turns": "Turns per episode",
     "valid_calls": "Valid calls",
 }
 
 
 def shown(text: str, most: int = 300) -> str:
-    """``text`` of unknown origin on one line, nothing in it unseen, and cut where it is long."""
+    """Untrusted ``text`` on one line, invisible characters escaped, truncated."""
     cut = text[:most]
     return _one_line(cut).strip() + ("…" if len(text) > most else "")
 
 
 def compact(count: int) -> str:
-    """A count for people: ``987``, ``12.3 k``, ``4.56 M``, ``1.20 G``."""
+    """Format a count: ``987``, ``12.3 k``, ``4.56 M``, ``1.20 G``."""
     for size, unit, digits in ((10**9, "G", 2), (10**6, "M", 2), (10**4, "k", 1)):
         if count >= size:
             return f"{count / (1000 if unit == 'k' else size):.{digits}f} {unit}"
@@ -162,12 +160,12 @@ def compact(count: int) -> str:
 
 
 def milliseconds(seconds: float) -> str:
-    """A short time for people."""
+    """Format a short time."""
     return f"{1000 * seconds:.0f} ms" if seconds < 0.9995 else duration(seconds)
 
 
 def heading(snapshot: Snapshot, title: str = "") -> str:
-    """A name for the work: ``title`` until it is known what is done with which model."""
+    """Title of the work; ``title`` until kind and model are known."""
     if not snapshot.model:
         return shown(title) or "Starting"
     return f"{(_PAST if snapshot.standing == 'ended' else _TITLES).get(snapshot.kind, 'Running')} {shown(shown_name(snapshot.model), 80)}"
@@ -195,25 +193,25 @@ def _progress(snapshot: Snapshot) -> str:
 
 def _status(snapshot: Snapshot) -> str:
     if snapshot.standing == "ended":
-        return f"{duration(snapshot.seconds)} in all"
+        return f"{duration(snapshot.seconds)} in total"
     main = _main_phase(snapshot)
     left = "" if main is None or main.seconds_left is None else f", about {duration(main.seconds_left)} left"
     return f"{duration(snapshot.seconds)} so far{left}"
 
 
 def _main_phase(snapshot: Snapshot) -> PhaseState | None:
-    """Training, where an evaluation runs beside it."""
+    """The training phase if there is one, else the first."""
     return next((phase for phase in snapshot.phases if phase.name == "train"), next(iter(snapshot.phases), None))
 
 
 _PHASE_METRICS = {
     "correct": "exact match {:.1%}",
     "reward/total": "reward {:+.3f}",
-    "turns_per_episode": "{:.2f} turns an episode",
+    "turns_per_episode": "{:.2f} turns per episode",
     "valid_calls": "{:.0%} of calls valid",
     "failed_episodes": "{:.0f} episodes FAILED",
 }
-"""Of an evaluation or a rollout, so far."""
+"""Running metrics of an evaluation or a rollout."""
 
 
 def _bar(phase: PhaseState) -> Bar:
@@ -249,7 +247,7 @@ def _stacks(snapshot: Snapshot) -> list[Stack]:
         parts = [
             Part(name="taken", count=snapshot.taken_groups),
             Part(name="waiting", count=snapshot.waiting_groups),
-            Part(name="under way", count=snapshot.groups),
+            Part(name="in progress", count=snapshot.groups),
         ]
         title = f"Batch {snapshot.step_of_batch:,}: {snapshot.taken_groups:,} of {snapshot.batch_groups:,} groups taken"
         stacks.append(Stack(title=title, parts=parts, whole=max(snapshot.batch_groups, sum(p["count"] for p in parts))))
@@ -268,7 +266,7 @@ def _curves(snapshot: Snapshot) -> dict[str, str]:
         settled, open_batch = _value(name, snapshot.latest.get(name)), _value(name, snapshot.batch.values.get(name))
         parts = [settled] if settled else []
         if open_batch and snapshot.standing != "ended":
-            # A share's spread says nothing that the share does not.
+            # The spread of a fraction follows from the fraction.
             spread = snapshot.batch.spread.get(name) if name in ("reward", "turns") else None
             parts.append(f"now {open_batch}" + (f" ± {spread:.2f}" if spread is not None else ""))
         said[name] = ", ".join(parts)
@@ -278,7 +276,7 @@ def _curves(snapshot: Snapshot) -> dict[str, str]:
 def _running(snapshot: Snapshot) -> dict[str, float | None]:
     if not snapshot.batch.values or snapshot.standing == "ended" or snapshot.kind != "train":
         return {}
-    # Four digits: what is not seen in a curve need not be sent again.
+    # Rounded: changes below chart resolution need not be sent again.
     row: dict[str, float | None] = {name: _rounded(snapshot.batch.values.get(name)) for name in CURVES}
     row["step"] = float(max(snapshot.step + 1, snapshot.step_of_batch))
     return row
@@ -289,7 +287,7 @@ def _rounded(value: float | None) -> float | None:
 
 
 def _sections(snapshot: Snapshot) -> list[Section]:
-    sections, used = [_playing(snapshot)], snapshot.used
+    sections, used = [_rollouts(snapshot)], snapshot.used
     if snapshot.kind == "train":
         sections.append(_learning(snapshot))
     if (search := _search(snapshot)) is not None:
@@ -298,8 +296,8 @@ def _sections(snapshot: Snapshot) -> list[Section]:
         Section(
             title="Tokens",
             rows=[
-                ("read", compact(used.prompt)),
-                ("of them cached", compact(used.cached)),
+                ("prompt", compact(used.prompt)),
+                ("cached", compact(used.cached)),
                 ("sampled", compact(used.sampled)),
                 *([("trained", compact(used.trained))] if snapshot.kind == "train" else []),
                 ("cost", shown(snapshot.cost.text, 60)),
@@ -317,18 +315,18 @@ def _sections(snapshot: Snapshot) -> list[Section]:
             for point in reversed(snapshot.evaluations)
         ]
         suites = snapshot.evaluations[-1].suites
-        if len(suites) > 1:  # of the newest, right below it
+        if len(suites) > 1:  # suites of the newest evaluation, right below it
             rows[1:1] = [(f"· {shown(suite, 40)}", f"{share:.1%}") for suite, share in suites.items()]
         sections.append(Section(title="Exact match, 95 % interval", rows=rows))
     return sections
 
 
-def _playing(snapshot: Snapshot) -> Section:
+def _rollouts(snapshot: Snapshot) -> Section:
     rows = [("episodes finished", f"{snapshot.finished_episodes:,}")]
     if snapshot.standing != "ended":
-        rows.append(("episodes a second", f"{snapshot.episodes_a_second:.1f}"))
+        rows.append(("episodes per second", f"{snapshot.episodes_per_second:.1f}"))
         if snapshot.limited_by:
-            rows.append(("held down by", _LIMITS.get(snapshot.limited_by, shown(snapshot.limited_by, 40))))
+            rows.append(("limited by", _LIMITS.get(snapshot.limited_by, shown(snapshot.limited_by, 40))))
     if snapshot.kind != "train" and snapshot.batch.values:
         rows += [
             (_HEADINGS[name].lower(), _value(name, snapshot.batch.values.get(name)))
@@ -336,17 +334,17 @@ def _playing(snapshot: Snapshot) -> Section:
             if name in snapshot.batch.values
         ]
     if snapshot.batch.failed:
-        rows.append(("failed lately", f"{snapshot.batch.failed:,} of {snapshot.batch.episodes:,}"))
-    return Section(title="Playing", rows=rows)
+        rows.append(("failed recently", f"{snapshot.batch.failed:,} of {snapshot.batch.episodes:,}"))
+    return Section(title="Rollouts", rows=rows)
 
 
 def _learning(snapshot: Snapshot) -> Section:
-    rows = [("trainer", snapshot.trainer or "not begun")] if snapshot.standing != "ended" else []
-    rows.append(("newest weights", f"version {snapshot.policy_version:,}"))
+    rows = [("trainer", snapshot.trainer or "not started")] if snapshot.standing != "ended" else []
+    rows.append(("latest weights", f"version {snapshot.policy_version:,}"))
     if snapshot.staleness is not None:
         rows.append(("staleness, mean", f"{snapshot.staleness:.2f} steps"))
-    if snapshot.seconds_a_step is not None:
-        rows.append(("last step took", duration(snapshot.seconds_a_step)))
+    if snapshot.seconds_per_step is not None:
+        rows.append(("last step took", duration(snapshot.seconds_per_step)))
     for reason, count in sorted(snapshot.dropped.items()):
         label = _DROPPED.get(reason, shown(reason, 40))
         rows.append((f"dropped: {label}", f"{count:,} of {max(snapshot.finished_groups, count):,}"))
@@ -358,24 +356,24 @@ def _search(snapshot: Snapshot) -> Section | None:
     if search is None:
         return None
     rows = [
-        ("queries a second", f"{search.queries_a_second:.1f}"),
+        ("queries per second", f"{search.queries_per_second:.1f}"),
         ("cache hits", f"{search.cache_hit_rate:.0%}"),
         ("p50 / p99", f"{milliseconds(search.p50)} / {milliseconds(search.p99)}"),
-        ("requests retried", f"{search.faults:,}"),
+        ("retries", f"{search.faults:,}"),
     ]
     if search.failed:
-        rows.append(("failed for good", f"{search.failed:,}"))
+        rows.append(("failed", f"{search.failed:,}"))
     return Section(title="Search", rows=rows)
 
 
 def _alerts(snapshot: Snapshot) -> Iterator[Alert]:
     if snapshot.standing == "paused":
-        yield Alert(kind="info", text="Paused: nothing more is asked of the services until it is resumed.")
+        yield Alert(kind="info", text="Paused: no new requests are sent until the run is resumed.")
     if snapshot.standing != "ended":
         yield from _troubles(snapshot)
     for notice in reversed(snapshot.warnings):
         if notice.age < NOTICE_SECONDS or snapshot.standing == "ended":
-            times = f" (said {notice.count} times)" if notice.count > 1 else ""
+            times = f" ({notice.count} times)" if notice.count > 1 else ""
             yield Alert(kind="warning", text=shown(notice.text, 400) + times)
 
 
@@ -383,35 +381,35 @@ def _troubles(snapshot: Snapshot) -> Iterator[Alert]:
     search, batch = snapshot.search, snapshot.batch
     if search is not None and search.seconds_down > 0:
         yield _warning(
-            f"The search has been down for {duration(search.seconds_down)}: episodes wait for it, and go on when it answers."
+            f"Search has been down for {duration(search.seconds_down)}: episodes wait and continue when it is back."
         )
     elif search is not None and search.failed_lately:
         yield _warning(
-            f"{search.failed_lately:,} searches failed within the last 10 s: their episodes are not trained on."
+            f"{search.failed_lately:,} searches failed within the last 10 s; their episodes are not trained on."
         )
     if batch.failed >= 3 and batch.failed >= 0.1 * batch.episodes:
-        last = f" The last said: {shown(batch.error, 200)}" if batch.error else ""
-        yield _warning(f"{batch.failed:,} of {batch.episodes:,} episodes failed lately; they are not trained on.{last}")
+        last = f" Last error: {shown(batch.error, 200)}" if batch.error else ""
+        yield _warning(f"{batch.failed:,} of {batch.episodes:,} recent episodes failed; they are not trained on.{last}")
     if snapshot.late_for >= LATE_FOR:
         busy = (
-            f"this process uses {snapshot.cpu:.2f} of a core, and more workers would share its work"
+            f"this process uses {snapshot.cpu:.2f} of a core; more workers would share the load"
             if (snapshot.cpu or 0.0) >= 0.85
-            else "something holds it, such as another cell that computes, or a reward function that takes long; move that to a thread"
+            else "something blocks it, such as another running cell or a slow reward function; move that to a thread"
         )
         yield _warning(f"The event loop is late by {milliseconds(snapshot.loop_lag_p50)} (median): {busy}.")
-    elif snapshot.longest_hold:
+    elif snapshot.longest_stall:
         yield _warning(
-            f"The event loop stood still for {duration(snapshot.longest_hold)}, such as by another cell that computes: the run waited meanwhile."
+            f"The event loop was blocked for {duration(snapshot.longest_stall)}, for example by another running cell; the run made no progress meanwhile."
         )
     if snapshot.constant_groups_in_a_row >= CONSTANT_GROUPS:
         yield _warning(
-            f"In the last {snapshot.constant_groups_in_a_row:,} groups no reward differs within a group, so nothing is learned from them: "
-            "the questions are too hard or too easy for the model, or it samples too much alike."
+            f"All rewards were equal within each of the last {snapshot.constant_groups_in_a_row:,} groups, so nothing is learned from them: "
+            "the questions are too hard or too easy for the model, or its samples are too similar."
         )
     if snapshot.limited_by == "service":
-        yield _warning("The service pushes back (too many requests): fewer samples are in flight until it is quiet.")
+        yield _warning("The service is rate limiting (too many requests): concurrency is reduced until it recovers.")
     elif snapshot.limited_by == "client" and snapshot.late_for < LATE_FOR:
-        yield Alert(kind="info", text="This process plays as much as it can: more workers would play more.")
+        yield Alert(kind="info", text="This process is CPU-bound: more workers would roll out more episodes.")
 
 
 def _warning(text: str) -> Alert:

@@ -1,7 +1,6 @@
-"""Charts of a run as Altair objects: changed further, laid beside each other, saved as PNG or SVG.
+"""Charts of a run as Altair objects, to adjust, concatenate, or save as PNG or SVG.
 
-``run.plot(kind)`` calls :func:`draw`; the functions behind it take frames, and so serve other data too. Altair is imported
-only when something is drawn.
+``run.plot(kind)`` calls :func:`draw`; the other functions take data frames directly. Altair is imported on first use.
 """
 
 from searchr1_async.watch.plots.curves import plot_learning, plot_metric

@@ -1,4 +1,4 @@
-"""Metrics over the optimiser steps: single steps as points, their trend as a line, evaluations with their intervals."""
+"""Metrics by optimiser step: points per step, a trend line, and evaluations with intervals."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     import altair as alt
 
 LEARNING = ("reward", "exact_match", "turns", "valid_calls")
-"""The metrics that tell whether a run learns to search."""
+"""The metrics of the ``learning`` chart."""
 
 _COLOURS = {"reward": SEEN, "exact_match": TRAINING, "turns": TURNS, "valid_calls": CALLS}
-_NO_STEP = "No step has finished yet: there is nothing to draw. Ask again after the first one."
+_NO_STEP = "No step has finished yet: nothing to draw."
 
 
 def plot_metric(
@@ -47,22 +47,21 @@ def plot_metric(
     width: int = WIDTH,
     height: int = HEIGHT,
 ) -> alt.LayerChart | alt.Chart:
-    """One or several metrics over the steps.
+    """One or several metrics by step.
 
     Args:
-        metrics: one row a step, as ``run.metrics`` gives it.
+        metrics: one row per step, as from ``run.metrics``.
         names: ``reward``, ``exact_match``, ``turns``, ``valid_calls``, ``searches``, ``answer_in_passage``, ``staleness``, or
             any column, with or without ``env/all/``. Several share one panel.
-        evaluations: as :func:`searchr1_async.watch.plots.data.evaluation_scores` gives them; drawn where exact match is
-            shown. None leaves them out.
-        smooth: draw the trend (a local mean over a twentieth of the run) and a band of one local standard deviation; without
-            it the points are joined.
-        title: None takes the metric's name.
+        evaluations: as from :func:`searchr1_async.watch.plots.data.evaluation_scores`; drawn with exact match. None omits them.
+        smooth: draw the trend (a local mean over a twentieth of the run) with a band of one local standard deviation; otherwise
+            points are joined.
+        title: None uses the metric's name.
         width: of the panel, in pixels.
-        height: the same.
+        height: of the panel, in pixels.
 
     Raises:
-        ConfigurationError: there is no such metric; says which come close.
+        ConfigurationError: no such metric; suggests close matches.
     """
     wanted = [names] if isinstance(names, str) else list(dict.fromkeys(names))
     found = [metric_named(name, metrics.columns) for name in wanted]
@@ -70,11 +69,11 @@ def plot_metric(
     text = title if title is not None else ", ".join(metric.label for metric in found)
     rows = [metric_rows(metrics, metric) for metric in found]
     if not any(frame.height for frame in rows) and (shown is None or not shown.height):
-        reason = f"No finished step has a value of it ({', '.join(metric.column for metric in found)})."
+        reason = f"No finished step has this metric ({', '.join(metric.column for metric in found)})."
         return empty_chart(reason if metrics.height else _NO_STEP, title=text)
     colours = _colours(wanted)
     panel = _panel(found, rows, colours, shown, smooth)
-    return panel.properties(width=width, height=height, title=heading(text, _legend_in_words(rows, shown, smooth)))
+    return panel.properties(width=width, height=height, title=heading(text, _legend_text(rows, shown, smooth)))
 
 
 def plot_learning(
@@ -86,8 +85,8 @@ def plot_learning(
     width: int = 230,
     height: int = 150,
 ) -> alt.ConcatChart | alt.Chart:
-    """Reward, exact match, turns an episode and valid calls, each in a panel of its own; arguments as :func:`plot_metric`'s,
-    ``width`` and ``height`` of one panel."""
+    """Reward, exact match, turns per episode and valid calls, one panel each; arguments as in :func:`plot_metric`, with
+    ``width`` and ``height`` per panel."""
     import altair as alt
 
     if not metrics.height and (evaluations is None or not evaluations.height):
@@ -107,7 +106,7 @@ def plot_learning(
 
 
 def _colours(names: Sequence[str]) -> list[str]:
-    """Each metric's own colour where it has one, else the next that none of the others has."""
+    """Each metric's own colour, else the next unused one."""
     own = [_COLOURS.get(name) for name in names]
     free = [colour for colour in SERIES if colour not in own] or list(SERIES)
     taken = iter(free * len(names))
@@ -142,7 +141,7 @@ def _panel(
     last = max([float(frame["step"].max() or 0) if frame.height else 0.0, 1.0])  # type: ignore[arg-type]
     scale = alt.Scale(domain=[0 if evaluated else min(1.0, last - 1), last], nice=False, padding=6)
     x = alt.X("step:Q", axis=steps_axis(tickCount=min(8, int(last))), scale=scale)
-    # One metric's colour is no scale: laid beside another chart, each would take part in the other's.
+    # A fixed value, not a scale: concatenated charts would share a scale.
     colour: Any = alt.value(colours[0])
     if len(found) > 1:
         colour = alt.Color("metric:N", scale=alt.Scale(domain=labels, range=list(colours)), legend=legend())
@@ -176,7 +175,7 @@ def _evaluation_layers(evaluations: pl.DataFrame, last: float, x: alt.X) -> list
     rows = [
         {"step": place, "label": plain_text(row["label"], 60)}
         | {name: row[name] for name in ("mean", "low", "high", "questions")}
-        for place, row in zip(_set_apart(places, last / 60), evaluations.iter_rows(named=True), strict=True)
+        for place, row in zip(_spread_out(places, last / 60), evaluations.iter_rows(named=True), strict=True)
     ]
     base = alt.Chart(table(rows))
     tooltips = [
@@ -194,8 +193,8 @@ def _evaluation_layers(evaluations: pl.DataFrame, last: float, x: alt.X) -> list
     ]
 
 
-def _set_apart(places: Sequence[float], gap: float) -> list[float]:
-    """Evaluations of the same step (untrained, after the warm-up) beside each other, inwards from the chart's ends."""
+def _spread_out(places: Sequence[float], gap: float) -> list[float]:
+    """Separate evaluations of the same step (untrained, after the warm-up), inwards from the chart's ends."""
     out: list[float] = []
     for index, place in enumerate(places):
         before, after = places[:index].count(place), places[index + 1 :].count(place)
@@ -204,16 +203,16 @@ def _set_apart(places: Sequence[float], gap: float) -> list[float]:
 
 
 def _dot(count: int) -> int:
-    """Square pixels of a point: of many, each is smaller, so that the trend is seen through them."""
+    """Area of a point in square pixels; smaller for many points, so that the trend stays visible."""
     return 26 if count < 60 else 16 if count < 400 else 8
 
 
 def _rounded(frame: pl.DataFrame) -> pl.DataFrame:
-    """To five significant digits: half the bytes in a notebook."""
+    """Five significant digits, which halves the notebook's size."""
     return frame.with_columns(pl.col("value", "smooth", "low", "high").round_sig_figs(5))
 
 
-def _legend_in_words(rows: Sequence[pl.DataFrame], evaluations: pl.DataFrame | None, smooth: bool) -> list[str]:
+def _legend_text(rows: Sequence[pl.DataFrame], evaluations: pl.DataFrame | None, smooth: bool) -> list[str]:
     words = []
     if any(frame.height for frame in rows):
         words.append("points: single steps" + ("; line and band: trend ± 1 standard deviation" if smooth else ""))

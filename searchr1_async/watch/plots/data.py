@@ -1,4 +1,4 @@
-"""What charts are drawn from: frames in, small tidy frames out. Pure."""
+"""Tidy data frames for charts. Pure."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ MACRO_AVERAGE = "macro average"
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """A metric that has a name for people."""
+    """A metric with a short name."""
 
     column: str
     label: str
     is_share: bool = False
     part: str | None = None
-    """The reward part that evaluations measure it by."""
+    """The corresponding reward part in evaluations."""
 
 
 METRICS = {
@@ -38,17 +38,17 @@ METRICS = {
     "answer_in_passage": Metric("env/all/answer_in_passage", "episodes shown the answer", is_share=True),
     "staleness": Metric("env/all/staleness", "staleness (optimiser steps)"),
 }
-"""By friendly name. Every other column has its own name, which may be given without ``env/all/``."""
+"""By short name. Other columns go by their own name, with or without ``env/all/``."""
 
 
 def metric_named(name: str, columns: Sequence[str]) -> Metric:
-    """The metric that a user calls ``name``.
+    """The metric called ``name``.
 
     Args:
-        columns: those that the metrics have so far; a friendly name need not be among them, since a young run has none.
+        columns: present columns; a short name is valid even if its column is not there yet.
 
     Raises:
-        ConfigurationError: there is none; says which come close.
+        ConfigurationError: no such metric; suggests close matches.
     """
     if (known := METRICS.get(name)) is not None:
         return known
@@ -62,13 +62,13 @@ def _near(name: str, columns: Iterable[str]) -> str:
     names = [*METRICS, *(column.removeprefix("env/all/") for column in columns if column != "step")]
     near = difflib.get_close_matches(name, names, n=4, cutoff=0.5)
     near += [other for other in names if name.lower() in other.lower() and other not in near][: 4 - len(near)]
-    known = f"Known by name: {', '.join(METRICS)}; and every column of run.metrics."
-    return f"Near to it: {', '.join(near)}. {known}" if near else known
+    known = f"Short names: {', '.join(METRICS)}; or any column of run.metrics."
+    return f"Close matches: {', '.join(near)}. {known}" if near else known
 
 
 def metric_rows(metrics: pl.DataFrame, metric: Metric) -> pl.DataFrame:
-    """Columns ``step``, ``value``, ``smooth``, ``low`` and ``high`` (the local mean and one local standard deviation around
-    it), where the metric has a finite value."""
+    """Columns ``step``, ``value``, ``smooth`` (local mean), ``low`` and ``high`` (plus or minus one local standard deviation),
+    where the metric is finite."""
     schema = pl.Schema({name: pl.Float64() for name in ("step", "value", "smooth", "low", "high")})
     if metric.column not in metrics.columns or "step" not in metrics.columns:
         return pl.DataFrame(schema=schema)
@@ -85,7 +85,7 @@ def metric_rows(metrics: pl.DataFrame, metric: Metric) -> pl.DataFrame:
 
 
 def thinned(frame: pl.DataFrame, most: int = MAX_ROWS) -> pl.DataFrame:
-    """At most so many rows, evenly taken, the first and the last among them."""
+    """At most ``most`` rows, evenly spaced, first and last included."""
     if frame.height <= most:
         return frame
     places = [round(place * (frame.height - 1) / (most - 1)) for place in range(most)]
@@ -93,15 +93,15 @@ def thinned(frame: pl.DataFrame, most: int = MAX_ROWS) -> pl.DataFrame:
 
 
 def evaluation_scores(evaluations: pl.LazyFrame, part: str = "correct") -> pl.DataFrame:
-    """One row for each evaluation and suite, and one for all its suites: ``order``, ``label``, ``step``, ``suite``,
-    ``mean``, ``low``, ``high`` (95 %) and ``questions``.
+    """One row per evaluation and suite, and one for all suites: ``order``, ``label``, ``step``, ``suite``, ``mean``, ``low``,
+    ``high`` (95 %) and ``questions``.
 
-    The figures are those of :class:`searchr1_async.evaluation.result.Evaluation`: a mean over questions of each one's
-    samples, with Wilson's interval, of the effective number of questions where they have several samples.
+    Computed as in :class:`searchr1_async.evaluation.result.Evaluation`: mean over questions of each question's sample mean, with
+    Wilson's interval on the effective number of questions.
 
     Args:
-        evaluations: episodes, as :meth:`searchr1_async.watch.records.RunRecords.evaluations` gives them.
-        part: one of the reward parts that has a column of its own.
+        evaluations: episodes, as from :meth:`searchr1_async.watch.records.RunRecords.evaluations`.
+        part: a reward part that has its own column.
     """
     finished = pl.col("stop_reason") != "failed"
     asked = (
@@ -131,15 +131,15 @@ def evaluation_scores(evaluations: pl.LazyFrame, part: str = "correct") -> pl.Da
 
 
 def overall(scores: pl.DataFrame) -> pl.DataFrame:
-    """Of :func:`evaluation_scores`, one row an evaluation: that of all its suites, or of its only one."""
+    """From :func:`evaluation_scores`, one row per evaluation: all suites, or the only one."""
     return scores.group_by("order", maintain_order=True).first().sort("order")
 
 
 def reward_by(episodes: pl.LazyFrame, by: str) -> pl.DataFrame:
-    """How training's episodes did, by how many ``turns`` or ``searches`` they took.
+    """Training outcomes by number of ``turns`` or ``searches``.
 
     Columns ``n``, ``what`` (``reward``, ``exact match``), ``mean``, ``low``, ``high`` (95 %: Wilson's for exact match, 1.96
-    standard errors for the reward) and ``episodes``. Failed and cut episodes are left out.
+    standard errors for reward) and ``episodes``. Failed and cut episodes are excluded.
     """
     count = pl.col("turn_count") if by == "turns" else _searches()
     grouped = (
@@ -167,5 +167,5 @@ def reward_by(episodes: pl.LazyFrame, by: str) -> pl.DataFrame:
 
 
 def _searches() -> pl.Expr:
-    """Searches that were run in an episode: the result lists of all its calls."""
+    """Executed searches per episode: the result lists of all its calls."""
     return pl.col("turns").list.eval(pl.element().struct.field("passages").list.len().fill_null(0)).list.sum()

@@ -1,4 +1,4 @@
-"""One entry to all charts of a run: by name, from the run's folder."""
+"""Entry point to all charts of a run, by name, from the run's folder."""
 
 from __future__ import annotations
 
@@ -27,21 +27,19 @@ if TYPE_CHECKING:
 
 
 def draw(run: RunRecords | Path | str, kind: str | Sequence[str] = "learning", **options: Any) -> Chart:
-    """A chart of a run, running or ended, as an Altair object: change it further, lay it beside another (``a | b``), or save
-    it with ``chart.save("chart.png")`` or ``.svg``.
+    """A chart of a running or finished run as an Altair object: adjust it, concatenate it (``a | b``), or save it with
+    ``chart.save("chart.png")`` or ``.svg``. Without data it is a chart that says so.
 
     Args:
         run: its records or its folder.
         kind: ``learning`` (reward, exact match, turns, valid calls), ``timeline`` (``step=…``), ``reward_by_turns``,
-            ``reward_by_searches``, ``suites``; or a metric (``reward``, ``exact_match``, ``turns``, ``valid_calls``, any column
-            of ``run.metrics``), or several of them.
-        options: of the chart's own function in :mod:`searchr1_async.watch.plots`: ``title``, ``width``, ``height``, ``smooth``,
-            ``step``, ``first_step``, ``last_step``. ``evaluations=None`` leaves the evaluations out.
-
-    What there is nothing of yet is a chart that says so.
+            ``reward_by_searches``, ``suites``; or one or more metrics (``reward``, ``exact_match``, ``turns``, ``valid_calls``, any
+            column of ``run.metrics``).
+        options: of the chart's function in :mod:`searchr1_async.watch.plots`: ``title``, ``width``, ``height``, ``smooth``,
+            ``step``, ``first_step``, ``last_step``. ``evaluations=None`` omits the evaluations.
 
     Raises:
-        ConfigurationError: an unknown kind or metric, or an option that the chart does not take.
+        ConfigurationError: an unknown kind or metric, or an unsupported option.
     """
     records = run if isinstance(run, RunRecords) else RunRecords(absolute_path(run, "run"))
     if in_notebook():
@@ -51,14 +49,14 @@ def draw(run: RunRecords | Path | str, kind: str | Sequence[str] = "learning", *
     metrics = records.metrics()
     names = [kind] if isinstance(kind, str) else list(kind)
     if not names:
-        raise ConfigurationError(f"no metric to draw: name one of {', '.join(METRICS)}, or a column of run.metrics")
+        raise ConfigurationError(f"no metric to draw: choose from {', '.join(METRICS)}, or a column of run.metrics")
     if metrics.height:
         for name in names:
             _checked(name, metrics.columns)
     elif unknown := next((name for name in names if name not in METRICS), None):
         if isinstance(kind, str) and "/" not in unknown:
             _refuse_kind(unknown)
-        # A young run: whether it will have such a column is not known yet.
+        # Before the first step it is unknown which columns there will be.
         return plot_metric(
             pl.DataFrame(schema={"step": pl.Int64}), "reward", title=options.get("title") or ", ".join(names)
         )
@@ -66,7 +64,7 @@ def draw(run: RunRecords | Path | str, kind: str | Sequence[str] = "learning", *
 
 
 def in_notebook() -> bool:
-    """Whether IPython runs a kernel around this process: something that shows charts."""
+    """Whether an IPython kernel runs in this process."""
     import sys
 
     if "IPython" not in sys.modules:
@@ -80,12 +78,12 @@ def _checked(name: str, columns: Sequence[str]) -> None:
     try:
         metric_named(name, columns)
     except ConfigurationError as error:
-        raise ConfigurationError(f"{error} Kinds of charts: {', '.join(_KINDS)}.{_near_kind(name)}") from None
+        raise ConfigurationError(f"{error} Chart kinds: {', '.join(_KINDS)}.{_near_kind(name)}") from None
 
 
 def _refuse_kind(name: str) -> None:
     raise ConfigurationError(
-        f"there is no chart {name!r}. Kinds: {', '.join(_KINDS)}; metrics: {', '.join(METRICS)}, and, once a step has finished, "
+        f"there is no chart {name!r}. Kinds: {', '.join(_KINDS)}; metrics: {', '.join(METRICS)}, and, after the first step, "
         f"every column of run.metrics.{_near_kind(name)}"
     )
 

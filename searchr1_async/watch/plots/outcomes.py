@@ -1,4 +1,4 @@
-"""What episodes came to: by how long they searched, and by suite."""
+"""Charts of outcomes: by number of turns or searches, and by suite."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import altair as alt
 
 MAX_EVALUATIONS = 8
-"""That are drawn beside each other for a suite; of more, the first, the last and some between."""
+"""Maximum evaluations drawn per suite; of more, the first, the last and an even selection between them."""
 
 
 def plot_reward_by_turns(
@@ -41,17 +41,16 @@ def plot_reward_by_turns(
     width: int = WIDTH,
     height: int = HEIGHT,
 ) -> alt.VConcatChart | alt.Chart:
-    """Reward and exact match of training's episodes against the number of their turns, with 95 % intervals, and below how
-    many episodes there are of each.
+    """Mean reward and exact match of training episodes by number of turns, with 95 % intervals, above the episode counts.
 
     Args:
-        episodes: as ``run.episodes()`` gives them.
-        by: ``searches`` counts the searches that were run instead.
-        first_step: leave out what was played before it.
-        last_step: leave out what was played after it.
-        title: None says what is drawn.
+        episodes: as from ``run.episodes()``.
+        by: ``searches`` counts executed searches instead of turns.
+        first_step: omit earlier steps.
+        last_step: omit later steps.
+        title: None for a default title.
         width: in pixels.
-        height: of the upper panel.
+        height: of the upper panel, in pixels.
     """
     import altair as alt
 
@@ -62,9 +61,9 @@ def plot_reward_by_turns(
     frame = thinned(reward_by(episodes, by), 400)
     text = title if title is not None else f"reward and exact match by {by}"
     if not frame.height:
-        return empty_chart("No episode of a finished step: nothing to draw.", title=text)
+        return empty_chart("No finished step has episodes yet: nothing to draw.", title=text)
     rows = frame.to_dicts()
-    shift = {"reward": -0.09, "exact match": 0.09}  # so that one interval does not hide the other
+    shift = {"reward": -0.09, "exact match": 0.09}  # keeps the two intervals apart
     for row in rows:
         row["place"] = row["n"] + shift[row["what"]]
     low, high = int(frame["n"].min()), int(frame["n"].max())  # type: ignore[arg-type]
@@ -79,7 +78,7 @@ def plot_reward_by_turns(
         base.mark_line(strokeWidth=1.2, opacity=0.5).encode(y=alt.Y("mean:Q", axis=y)),
         base.mark_rule(strokeWidth=1.6).encode(y=alt.Y("low:Q"), y2="high:Q"),
         base.mark_circle(size=70, opacity=1).encode(y=alt.Y("mean:Q"), tooltip=_tooltips(by)),
-    ).properties(width=width, height=height, title=heading(text, _in_words(frame, by)))
+    ).properties(width=width, height=height, title=heading(text, _summary(frame, by)))
     counts = (
         alt.Chart(table([row for row in rows if row["what"] == "reward"]))
         .mark_bar(color=GREY, opacity=0.6, size=min(36, max(4, width // (2 * (high - low + 2)))))
@@ -106,8 +105,8 @@ def _tooltips(by: str) -> list[Any]:
     ]
 
 
-def _in_words(frame: pl.DataFrame, by: str) -> str:
-    """Where most episodes are, and where exact match is best among counts that have a twentieth of them."""
+def _summary(frame: pl.DataFrame, by: str) -> str:
+    """The most common count, and the best exact match among counts with at least 5 % of the episodes."""
     right = frame.filter(pl.col("what") == "exact match")
     total = int(right["episodes"].sum())
     common = right.sort("episodes", descending=True).row(0, named=True)
@@ -128,22 +127,22 @@ def plot_suites(
     width: int = WIDTH,
     height: int = HEIGHT,
 ) -> alt.LayerChart | alt.Chart:
-    """The suites side by side, each with its evaluations in their order and 95 % intervals.
+    """Bars per suite, one for each evaluation in order, with 95 % intervals.
 
     Args:
-        evaluations: as :func:`searchr1_async.watch.plots.data.evaluation_scores` gives them.
-        title: stands above; None says what is shown.
-        metric: what they are measured by, in words.
-        are_stages: of one run, so that the words below the title tell what lies between the first and the last.
+        evaluations: as from :func:`searchr1_async.watch.plots.data.evaluation_scores`.
+        title: None for a default title.
+        metric: name of the metric for labels.
+        are_stages: the evaluations are of one run; the subtitle then compares the first with the last.
         width: in pixels.
-        height: the same.
+        height: in pixels.
     """
     import altair as alt
 
     title = f"{metric} by suite" if title is None else title
     if not evaluations.height:
         return empty_chart(
-            "No evaluation has been made yet: give held_out questions, or wait for the first.", title=title
+            "No evaluation has been made yet: pass held_out questions, or wait for the first evaluation.", title=title
         )
     chosen = thinned(evaluations.select("order", "label").unique().sort("order"), MAX_EVALUATIONS)
     frame = evaluations.join(chosen.select("order"), on="order", how="semi").sort("order")
@@ -176,15 +175,15 @@ def plot_suites(
     ]
     layers = (
         base.mark_bar(opacity=0.9).encode(y=y, tooltip=tooltips),
-        # A colour of its own: that of the bar would hide the half of the interval that lies within it.
+        # In the bar's colour, the lower half of the interval would be invisible.
         base.mark_rule(strokeWidth=1.4).encode(y=alt.Y("low:Q"), y2="high:Q", color=alt.value(NOTE_COLOUR)),
     )
     chart = cast("alt.LayerChart", alt.layer(*layers))
-    words = _gain_in_words(frame) if are_stages or len(labels) == 1 else _means_in_words(frame)
+    words = _gain_text(frame) if are_stages or len(labels) == 1 else _means_text(frame)
     return chart.properties(width=width, height=height, title=heading(title, words))
 
 
-def _gain_in_words(frame: pl.DataFrame) -> str:
+def _gain_text(frame: pl.DataFrame) -> str:
     per_order = frame.group_by("order", maintain_order=True).first().sort("order")
     first, last = per_order.row(0, named=True), per_order.row(-1, named=True)
     if per_order.height == 1:
@@ -195,8 +194,8 @@ def _gain_in_words(frame: pl.DataFrame) -> str:
     )
 
 
-def _means_in_words(frame: pl.DataFrame) -> str:
-    """Of few evaluations each one's mean, in their order: among baselines the last is no result of the first."""
+def _means_text(frame: pl.DataFrame) -> str:
+    """Up to four means in order. For baselines, unlike stages, first to last is no progression."""
     per_order = frame.group_by("order", maintain_order=True).first().sort("order")
     counts = per_order["questions"].unique().to_list()
     asked = f" over {counts[0]:,} questions" if len(counts) == 1 else ""
@@ -207,7 +206,7 @@ def _means_in_words(frame: pl.DataFrame) -> str:
 
 
 def _shades(count: int) -> list[str]:
-    """From pale to full blue, in the order of the evaluations; readable in grey too."""
+    """From pale to full blue, in the order of the evaluations; distinguishable in greyscale."""
     pale, full = (0xC6, 0xD6, 0xEA), tuple(int(TRAINING[place : place + 2], 16) for place in (1, 3, 5))
     share = [place / max(count - 1, 1) for place in range(count)] if count > 1 else [1.0]
     return [

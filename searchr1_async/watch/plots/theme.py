@@ -1,8 +1,8 @@
-"""How charts look, and how a notebook shows them: in one place.
+"""Chart style, and how notebooks display charts.
 
-No chart has a configuration of its own: a chart that has one cannot be laid beside another (``a.plot("reward") |
-b.plot("reward")``). Colours of text and paper are left to Vega-Lite, so that a saved file is black on white, and
-JupyterLab's dark theme shows light on dark.
+Charts have no ``config``: Vega-Lite allows it only at the top level, so configured charts cannot be concatenated
+(``a.plot("reward") | b.plot("reward")``). Text and background colours are left to Vega-Lite: saved files are black on white,
+JupyterLab's dark theme is light on dark.
 """
 
 from __future__ import annotations
@@ -18,21 +18,20 @@ from searchr1_async.watch.curve import CALLS, GREY, HELD_OUT, SEEN, TRAINING, TU
 if TYPE_CHECKING:
     import altair as alt
 
-"""Those of the learning curve: told apart in the common forms of colour blindness."""
 
 SERIES = (TRAINING, SEEN, TURNS, CALLS, GREY, HELD_OUT)
-"""In this order where a chart has several lines."""
+"""Line colours in order: those of the learning curve, distinguishable with the common forms of colour blindness."""
 
 NOTE_COLOUR = "#808893"
-"""Of words within a chart: readable on white (3.6:1) and on the dark theme's #333 (3.5:1)."""
+"""Annotations: readable on white (3.6:1) and on the dark theme's #333 (3.5:1)."""
 
 FAINT = "rgba(128, 136, 147, 0.4)"
-"""Of what is there and asks for no attention, on either paper."""
+"""Background elements, on light and dark."""
 
 GRID_COLOUR = "#9aa1ab"
 
 MAX_ROWS = 5000
-"""Rows of data that a chart holds at most: a notebook keeps them in its file."""
+"""Maximum data rows per chart, as notebooks save them."""
 
 WIDTH, HEIGHT = 460, 240
 """Of one panel, in pixels."""
@@ -40,13 +39,13 @@ WIDTH, HEIGHT = 460, 240
 RENDERER = "searchr1_async"
 VEGA_LITE_5 = "https://vega.github.io/schema/vega-lite/v5.json"
 MIME_TYPE = "application/vnd.vegalite.v5+json"
-"""What JupyterLab and VS Code draw by themselves, without the network; Altair's own default loads scripts from one."""
+"""Rendered offline by JupyterLab and VS Code; Altair's default loads scripts from a CDN."""
 
 PICTURE_BYTES = 150_000
 
 
 def axis(title: str | None = None, **options: Any) -> alt.Axis:
-    """An axis in the house's manner: a light grid, no ticks, text of 11 and 12 pixels."""
+    """An axis in the common style."""
     import altair as alt
 
     settings: dict[str, Any] = {
@@ -64,17 +63,17 @@ def axis(title: str | None = None, **options: Any) -> alt.Axis:
 
 
 def values_axis(title: str | None = None, **options: Any) -> alt.Axis:
-    """An axis at the left, as wide in every panel, so that panels above each other are aligned."""
+    """A y axis of fixed width, so that stacked panels align."""
     return axis(title, **{"minExtent": 34, "tickCount": 6} | options)
 
 
 def steps_axis(title: str | None = "optimiser step", **options: Any) -> alt.Axis:
-    """An axis of whole numbers."""
+    """An axis of integers."""
     return axis(title, **{"grid": False, "tickMinStep": 1, "format": ",d"} | options)
 
 
 def legend(**options: Any) -> alt.Legend:
-    """A legend above the chart, which takes no width from it."""
+    """A legend above the chart."""
     import altair as alt
 
     settings: dict[str, Any] = {
@@ -88,7 +87,7 @@ def legend(**options: Any) -> alt.Legend:
 
 
 def heading(text: str, subtitle: str | list[str] = "") -> alt.TitleParams:
-    """A title at the left, with what is to be read from the chart in words below it."""
+    """A left-aligned title with explanatory lines below."""
     import altair as alt
 
     lines = [subtitle] if isinstance(subtitle, str) else subtitle
@@ -100,18 +99,18 @@ def heading(text: str, subtitle: str | list[str] = "") -> alt.TitleParams:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> pl.DataFrame:
-    """Rows as a chart takes them. Given as plain values, Altair checks each against its schema: 3 s for 5,000 rows."""
+    """Rows as a data frame: Altair validates plain values one by one, which takes seconds for 5,000 rows."""
     return pl.DataFrame(rows, infer_schema_length=None)
 
 
 def plain_text(text: str, longest: int = 200) -> str:
-    """A text of unknown origin as a chart can show it: one line, nothing unseen, not too long."""
+    """Untrusted text on one line, control characters escaped, truncated."""
     cut = text if len(text) <= longest else f"{text[: longest - 1]}…"
     return "".join(char if char.isprintable() else " " if char in "\n\r\t" else ascii(char)[1:-1] for char in cut)
 
 
 def empty_chart(text: str, *, title: str = "") -> alt.Chart:
-    """A chart that says in words why there is nothing in it."""
+    """A chart with a text that says why it is empty."""
     import altair as alt
 
     lines = _wrapped(plain_text(text, 600))
@@ -134,10 +133,10 @@ def _wrapped(text: str, width: int = 66) -> list[str]:
 
 
 def enable_renderer() -> bool:
-    """Make a notebook show charts without the network, and on GitHub; True if this renderer is the active one now.
+    """Make notebooks display charts offline, and on GitHub; True if this renderer is now active.
 
-    Each output holds the chart for JupyterLab and VS Code (which draw it, with its tooltips) and a picture of it for
-    everything else. A renderer that the user has chosen is left as it is: only Altair's ``default`` is replaced.
+    Each output has the interactive chart for JupyterLab and VS Code and a PNG for everything else. Only Altair's ``default``
+    renderer is replaced; one chosen by the user is kept.
     """
     import altair as alt
 
@@ -149,7 +148,7 @@ def enable_renderer() -> bool:
 
 
 def mime_bundle(spec: dict[str, Any], **metadata: Any) -> dict[str, Any]:
-    """What a notebook keeps of a chart: the chart itself, a picture of it, and its title in words."""
+    """Notebook output of a chart: Vega-Lite, PNG, and its title as text."""
     bundle: dict[str, Any] = {MIME_TYPE: {**spec, "$schema": VEGA_LITE_5}, "text/plain": _words(spec)}
     if (picture := _picture(spec)) is not None:
         bundle["image/png"] = base64.b64encode(picture).decode()
@@ -157,18 +156,18 @@ def mime_bundle(spec: dict[str, Any], **metadata: Any) -> dict[str, Any]:
 
 
 def _picture(spec: dict[str, Any]) -> bytes | None:
-    """PNG at twice the size, or once where it would be over 150 KB; None where it cannot be drawn."""
+    """PNG at 2x, or 1x if that exceeds 150 KB; None if it cannot be drawn."""
     import vl_convert
 
     try:
         picture = _in_few_colours(vl_convert.vegalite_to_png(spec, scale=2))
         return picture if len(picture) <= PICTURE_BYTES else _in_few_colours(vl_convert.vegalite_to_png(spec, scale=1))
-    except ValueError:  # a user's change that Vega-Lite refuses: the notebook shows its own message
+    except ValueError:  # the user's edits are invalid Vega-Lite: the notebook shows the error
         return None
 
 
 def _in_few_colours(picture: bytes) -> bytes:
-    """The same picture with a palette of 256 colours: 30 KB where it was 110, and nobody sees it."""
+    """The same PNG with 256 colours, a quarter of the size."""
     from io import BytesIO
 
     from PIL import Image
@@ -184,7 +183,7 @@ def _words(spec: dict[str, Any]) -> str:
 
 
 def _titles(spec: dict[str, Any]) -> Iterator[str]:
-    """The titles of a chart and of its panels, in order."""
+    """The titles of a chart and its panels, in order."""
     title = spec.get("title")
     if isinstance(title, dict):
         subtitle = title.get("subtitle") or []

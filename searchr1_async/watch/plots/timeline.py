@@ -1,4 +1,4 @@
-"""Who waited for what in one step: what the engine's events say, as values. Pure."""
+"""Timeline of one step from the event log: what episodes and the trainer waited for. Pure."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from itertools import pairwise
 from searchr1_async.watch.trackers.lines import LoggedEvent, session_events, steps_of
 
 STAGES = ("sampling", "queued", "searching", "in between")
-"""Where an episode under way is: at the model, waiting to ask it, at the search, or between two of them."""
+"""Stages of an episode in flight: at the model, waiting for it, at the search, or between two of these."""
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A stretch of time in which the trainer did one thing; seconds since the batch was opened."""
+    """A period of one trainer state, in seconds since the batch was opened."""
 
     start: float
     end: float
     state: str
-    """``idle``, ``learning`` (gradients of minibatches) or ``stepping`` (the optimiser step and its new weights)."""
+    """``idle``, ``learning`` (minibatch gradients) or ``stepping`` (optimiser step and publishing weights)."""
 
     @property
     def seconds(self) -> float:
@@ -28,7 +28,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """Something that happened at one moment."""
+    """An event at one moment."""
 
     second: float
     what: str
@@ -38,24 +38,24 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """One step, from the opening of its batch until its weights are sampled from."""
+    """One step, from opening its batch to publishing its weights."""
 
     step: int
     seconds: float
     is_over: bool
-    """Its weights are out; else it is cut off where the events end."""
+    """Its weights are published; otherwise the timeline ends with the events."""
     samples: tuple[tuple[float, Mapping[str, float]], ...]
     """Second, and episodes by stage from then on."""
     spans: tuple[Span, ...]
-    """What the trainer did, without gaps."""
+    """Trainer states, without gaps."""
     marks: tuple[Mark, ...]
 
     def trainer_share(self, state: str) -> float:
-        """Of the step's time."""
+        """Fraction of the step's time."""
         return sum(span.seconds for span in self.spans if span.state == state) / self.seconds if self.seconds else 0.0
 
     def stage_shares(self) -> dict[str, float]:
-        """Of the time that all episodes together spent in the step; empty if no episode was seen under way."""
+        """Fractions of the total episode time in the step; empty without samples."""
         ends = [second for second, _ in (*self.samples, (self.seconds, None))][1:]
         spent = dict.fromkeys(STAGES, 0.0)
         for (start, counts), end in zip(self.samples, ends, strict=True):
@@ -66,12 +66,11 @@ class Timeline:
 
 
 def timeline_of(events: Iterable[LoggedEvent], step: int | None = None) -> Timeline | None:
-    """A step's timeline; None where the events tell of no such step.
+    """A step's timeline; None if the events have no such step.
 
     Args:
-        events: a run's event log, of all its sessions. A step that was played twice, since a resumed run plays again what
-            it had not finished, is told as it was played last.
-        step: counted from 1; None for the last whose weights are out, or the first one while there is none.
+        events: a run's event log, with all sessions. Of a step that a resumed run redid, the last session counts.
+        step: counted from 1; None for the last step with published weights, else the first step.
     """
     log = list(events)
     session = session_events(log, step)
@@ -97,9 +96,9 @@ def _named(events: Iterable[LoggedEvent], *names: str) -> list[LoggedEvent]:
 
 
 def _opened(session: Sequence[LoggedEvent], step: int) -> float | None:
-    """When the batch was opened: as the pipeline told; else when the one before was closed, or training began.
+    """When the batch was opened: from ``PipelineChanged``, else when the previous one closed or training started.
 
-    Without staleness nothing of it plays before the weights of the step before are out: it begins with these.
+    On-policy, its rollouts only start once the previous step's weights are published.
     """
     if _staleness(session) == 0:
         for event in _named(session, "WeightsPublished"):
@@ -119,7 +118,7 @@ def _opened(session: Sequence[LoggedEvent], step: int) -> float | None:
 
 
 def _staleness(session: Sequence[LoggedEvent]) -> object:
-    """``max_staleness`` of the run; None where it is not told."""
+    """``max_staleness`` of the run; None if unknown."""
     settings = next((event.values.get("settings") for event in _named(session, "RunStarted")), None)
     pipeline = settings.get("pipeline") if isinstance(settings, Mapping) else None
     return pipeline.get("max_staleness") if isinstance(pipeline, Mapping) else None
@@ -134,9 +133,9 @@ def _published(session: Sequence[LoggedEvent], step: int) -> tuple[float, bool]:
 
 
 def _samples(session: Sequence[LoggedEvent], start: float, end: float) -> Iterable[tuple[float, Mapping[str, float]]]:
-    """Episodes by stage: the last count before the start holds at the start."""
+    """Episodes by stage; the last sample before the start is used at the start."""
     before: Mapping[str, float] | None = None
-    begun = False
+    started = False
     for event in _named(session, "RolloutSampled"):
         if event.time > end:
             break
@@ -144,11 +143,11 @@ def _samples(session: Sequence[LoggedEvent], start: float, end: float) -> Iterab
         if event.time <= start:
             before = counts
             continue
-        if not begun and before is not None:
+        if not started and before is not None:
             yield 0.0, before
-        begun = True
+        started = True
         yield event.time - start, counts
-    if not begun and before is not None:
+    if not started and before is not None:
         yield 0.0, before
 
 
@@ -158,7 +157,7 @@ def _by_stage(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def _spans(session: Sequence[LoggedEvent], start: float, end: float) -> Iterable[Span]:
-    """The trainer's states between all moments at which one of them begins or ends; equal neighbours are joined."""
+    """Trainer states between all changes; equal neighbours are merged."""
     changes = sorted([*_learning_changes(session), *_stepping_changes(session)])
     learning = stepping = 0
     at, state = start, "idle"
@@ -177,7 +176,7 @@ def _spans(session: Sequence[LoggedEvent], start: float, end: float) -> Iterable
 
 
 def _learning_changes(session: Sequence[LoggedEvent]) -> Iterable[tuple[float, bool, int]]:
-    """A minibatch is with the trainer until its gradient is there; one that never came is over when its batch's weights are."""
+    """A minibatch is open until its gradient arrives, or at the latest until its batch's weights are published."""
     open_of_step: dict[int, int] = {}
     for event in _named(session, "MinibatchSubmitted", "MinibatchLearned", "WeightsPublished"):
         step = event.values.get("step", 0)
@@ -222,21 +221,21 @@ def _versions(values: Mapping[str, object]) -> str:
     return f"weights of step {', '.join(map(str, versions))}" if isinstance(versions, list) and versions else ""
 
 
-def step_in_words(timeline: Timeline) -> list[str]:
-    """Who waited for what, in one or two lines."""
+def step_summary(timeline: Timeline) -> list[str]:
+    """One or two lines on what the trainer and the episodes waited for."""
     seconds = _seconds(timeline.seconds)
     trainer = f"the trainer was idle {timeline.trainer_share('idle'):.0%} of {seconds}"
     busy = [
         f"{doing} {timeline.trainer_share(state):.0%}"
-        for state, doing in (("learning", "learning"), ("stepping", "making new weights"))
+        for state, doing in (("learning", "learning"), ("stepping", "updating weights"))
         if timeline.trainer_share(state) >= 0.005
     ]
-    lines = [", ".join([trainer, *busy]) + ("" if timeline.is_over else " (still under way)")]
+    lines = [", ".join([trainer, *busy]) + ("" if timeline.is_over else " (in progress)")]
     if shares := timeline.stage_shares():
-        names = {"sampling": "the model", "queued": "their turn at it", "searching": "the search"}
-        waits = [f"{shares[stage]:.0%} for {name}" for stage, name in names.items() if shares[stage] >= 0.005]
-        if waits:
-            lines.append(f"episodes waited {', '.join(waits)}")
+        names = {"sampling": "sampling", "queued": "in the sampling queue", "searching": "searching"}
+        parts = [f"{shares[stage]:.0%} {name}" for stage, name in names.items() if shares[stage] >= 0.005]
+        if parts:
+            lines.append(f"episode time: {', '.join(parts)}")
     return lines
 
 
@@ -245,7 +244,7 @@ def _seconds(seconds: float) -> str:
 
 
 def joined(samples: Sequence[tuple[float, Mapping[str, float]]], most: int) -> list[tuple[float, Mapping[str, float]]]:
-    """At most so many samples: of more, neighbours become one that holds the mean over the time that they held."""
+    """At most ``most`` samples: neighbours are merged into their time-weighted mean."""
     if len(samples) <= most:
         return list(samples)
     size = -(-len(samples) // most)

@@ -1,4 +1,4 @@
-"""The timeline of a step as a chart: episodes by stage above, what the trainer did below."""
+"""Timeline chart of a step: episodes by stage above, trainer activity below."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from searchr1_async.watch.plots.theme import (
     table,
     values_axis,
 )
-from searchr1_async.watch.plots.timeline import STAGES, Timeline, joined, step_in_words, timeline_of
+from searchr1_async.watch.plots.timeline import STAGES, Timeline, joined, step_summary, timeline_of
 from searchr1_async.watch.trackers.lines import LoggedEvent
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ _STAGE_COLOURS = (TRAINING, "#a9c3e6", SEEN, FAINT)
 _TRAINER_COLOURS = {"learning": TURNS, "stepping": CALLS, "idle": FAINT}
 _MARK_COLOURS = {"group finished": NOTE_COLOUR, "group dropped": HELD_OUT, "weights published": CALLS}
 _MAX_SAMPLES, _MAX_SPANS, _MAX_MARKS = 500, 600, 1200
-"""Five rows a sample: at most 4,300 rows in all."""
+"""Samples take five rows each: at most 4,300 rows in total."""
 
 
 def plot_timeline(
@@ -42,24 +42,24 @@ def plot_timeline(
     width: int = WIDTH,
     height: int = 170,
 ) -> alt.VConcatChart | alt.Chart:
-    """Who waited for what in one step.
+    """Timeline of one step: what episodes and the trainer waited for.
 
     Args:
-        events: the run's log, as :func:`searchr1_async.watch.trackers.read_events` gives it.
-        step: counted from 1; None for the last whose weights are out.
+        events: the run's log, as from :func:`searchr1_async.watch.trackers.read_events`.
+        step: counted from 1; None for the last step with published weights.
         title: None names the step.
         width: in pixels.
-        height: of the upper panel.
+        height: of the upper panel, in pixels.
     """
     import altair as alt
 
     timeline = timeline_of(events, step)
     if timeline is None or timeline.seconds <= 0:
-        which = "No step has begun yet" if step is None else f"The run's event log tells nothing of step {step}"
-        return empty_chart(f"{which}: there is nothing to draw.", title=title or "timeline of a step")
+        which = "No step has started yet" if step is None else f"The run's event log has nothing on step {step}"
+        return empty_chart(f"{which}: nothing to draw.", title=title or "timeline of a step")
     text = title if title is not None else f"step {timeline.step}: who waited for what"
     x = alt.Scale(domain=[0, timeline.seconds], nice=False)
-    upper = _stages(timeline, x).properties(width=width, height=height, title=heading(text, step_in_words(timeline)))
+    upper = _stages(timeline, x).properties(width=width, height=height, title=heading(text, step_summary(timeline)))
     lower = _trainer(timeline, x).properties(width=width, height=72)
     return alt.vconcat(upper, lower, spacing=6).resolve_scale(color="independent", shape="independent")
 
@@ -69,7 +69,7 @@ def _stages(timeline: Timeline, x: alt.Scale) -> alt.Chart | alt.LayerChart:
 
     samples = joined(timeline.samples, _MAX_SAMPLES)
     if not samples:
-        return empty_chart("The log has no samples of the episodes under way in this step.")
+        return empty_chart("The log has no rollout samples for this step.")
     ends = [second for second, _ in samples[1:]] + [timeline.seconds]
     held = [
         {"second": round(second, 3), "end": round(end, 3)} | {stage: round(counts[stage], 2) for stage in STAGES}
@@ -81,14 +81,14 @@ def _stages(timeline: Timeline, x: alt.Scale) -> alt.Chart | alt.LayerChart:
         for order, stage in enumerate(STAGES)
     ]
     colour = alt.Color("stage:N", scale=alt.Scale(domain=list(STAGES), range=list(_STAGE_COLOURS)), legend=legend())
-    y_axis = values_axis("episodes under way", minExtent=44, tickCount=5, tickMinStep=1, format="~s")
+    y_axis = values_axis("episodes in flight", minExtent=44, tickCount=5, tickMinStep=1, format="~s")
     place = alt.X("second:Q", scale=x, axis=axis(None, labels=False, grid=False))
     areas = (
         alt.Chart(table(rows))
         .mark_area(interpolate="step-after", opacity=0.95)
         .encode(x=place, y=alt.Y("episodes:Q", stack="zero", axis=y_axis), color=colour, order=alt.Order("order:Q"))
     )
-    # An area's own tooltip tells of one stage at some neighbouring moment: these tell of all at this one.
+    # An area's tooltip only shows one stage at a neighbouring sample; these invisible rectangles show all stages.
     tips = (
         alt.Chart(table(held))
         .mark_rect(opacity=0)
@@ -153,7 +153,7 @@ def _trainer(timeline: Timeline, x: alt.Scale) -> alt.LayerChart:
 
 
 def _longest(timeline: Timeline) -> list[Any]:
-    """All spans, or of very many the longest in their order: those left out are thinner than a pixel."""
+    """All spans, or the longest if there are too many (the others are thinner than a pixel)."""
     if len(timeline.spans) <= _MAX_SPANS:
         return list(timeline.spans)
     kept = sorted(timeline.spans, key=lambda span: span.seconds, reverse=True)[:_MAX_SPANS]
@@ -161,7 +161,7 @@ def _longest(timeline: Timeline) -> list[Any]:
 
 
 def _some(timeline: Timeline) -> list[Any]:
-    """All marks, or of very many groups every n-th; published weights and dropped groups are rare, and all kept first."""
+    """All marks; if there are too many, all published weights and every n-th of the others."""
     if len(timeline.marks) <= _MAX_MARKS:
         return list(timeline.marks)
     rare = [mark for mark in timeline.marks if mark.what == "weights published"][:_MAX_MARKS]

@@ -1,7 +1,7 @@
-"""Trackers: small adapters that take a run's events to where curves are kept.
+"""Trackers: adapters that send a run's events to experiment trackers.
 
-The run's own folder always gets its Parquet files (:mod:`searchr1_async.watch.records`) and ``events.jsonl``
-(:class:`JsonlTracker`). Services come by choice: ``train(..., trackers=("wandb", "tensorboard", MyTracker()))``.
+The run's folder always gets Parquet files (:mod:`searchr1_async.watch.records`) and ``events.jsonl`` (:class:`JsonlTracker`).
+Services are opt-in: ``train(..., trackers=("wandb", "tensorboard", MyTracker()))``.
 """
 
 from __future__ import annotations
@@ -46,18 +46,18 @@ _BY_NAME: dict[str, Callable[[Path | None], Tracker]] = {
 
 
 def make_trackers(choice: str | Tracker | Iterable[str | Tracker], out_dir: Path | None = None) -> list[Tracker]:
-    """The trackers of a run, not open yet: the event log where there is a folder for it, then those that are chosen.
+    """The unopened trackers of a run: the event log if there is a folder, then the chosen ones.
 
     Args:
-        choice: names (``"wandb"``, ``"tensorboard"``, ``"trackio"``) and trackers of one's own, which may be of any class
-            that has a :class:`Tracker`'s three methods.
-        out_dir: the run's folder; None for work that keeps none.
+        choice: names (``"wandb"``, ``"tensorboard"``, ``"trackio"``) and custom trackers, of any class with the three methods of
+            :class:`Tracker`.
+        out_dir: the run's folder; None without one.
 
     Raises:
-        ConfigurationError: an unknown name, something that is no tracker, or a package that is not installed.
+        ConfigurationError: an unknown name, an invalid tracker, or a missing package.
     """
     if not (isinstance(choice, str | Iterable) or callable(choice)):
-        raise ConfigurationError(f"trackers is {shown_with_kind(choice)}: give a list of names and trackers")
+        raise ConfigurationError(f"trackers is {shown_with_kind(choice)}: expected a list of names and trackers")
     chosen = [choice] if isinstance(choice, str) or callable(choice) else list(choice)
     out: list[Tracker] = [JsonlTracker(out_dir / EVENTS_FILE)] if out_dir is not None else []
     for item in chosen:
@@ -68,10 +68,10 @@ def make_trackers(choice: str | Tracker | Iterable[str | Tracker], out_dir: Path
         ):
             out.append(item)
         else:
-            hint = f" (give an object: {item.__name__}())" if isinstance(item, type) else ""
+            hint = f" (pass an instance: {item.__name__}())" if isinstance(item, type) else ""
             raise ConfigurationError(
-                f"{item!r} is no tracker{hint}: name one of {', '.join(_BY_NAME)}, or give an object that takes events when "
-                "called and is an async context manager"
+                f"{item!r} is no tracker{hint}: expected one of {', '.join(_BY_NAME)}, or a callable that takes events and is an "
+                "async context manager"
             )
     return out
 
@@ -81,5 +81,5 @@ def _named(name: str) -> Callable[[Path | None], Tracker]:
         return found
     near = difflib.get_close_matches(name.lower(), [*_BY_NAME, "jsonl", "parquet"], n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near and near[0] in _BY_NAME else ""
-    always = " The run's folder has it always." if near and near[0] not in _BY_NAME else ""
+    always = " The run's folder always has it." if near and near[0] not in _BY_NAME else ""
     raise ConfigurationError(f"unknown tracker {name!r}: choose from {', '.join(_BY_NAME)}.{hint}{always}")

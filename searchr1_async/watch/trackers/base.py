@@ -1,4 +1,4 @@
-"""What a tracker is, and the base of those here: a queue, and one thread that empties it."""
+"""The tracker interface, and a base class with a queue and one worker thread."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from searchr1_async.events import Event
 logger = logging.getLogger(__name__)
 
 Timed = tuple[float, Event]
-"""An event and when it came, in unix seconds."""
+"""An event and its arrival time in unix seconds."""
 
 SECONDS_BETWEEN_BATCHES = 0.5
 MAX_WAITING = 100_000
-"""Events that wait for a tracker at most; those after them are lost, with one warning. A run of 1,000 episodes a second fills
-it within two minutes if the service takes nothing."""
+"""Maximum queued events per tracker; later ones are lost, with one warning. At 1,000 episodes per second it fills within two
+minutes if the service takes nothing."""
 
 
 class Tracker(Protocol):
-    """Receives a run's events for as long as it is open; the run opens and closes it."""
+    """Receives a run's events; the run opens and closes it."""
 
     def __call__(self, event: Event) -> None:
-        """Take note of ``event``: on the event loop's thread, in microseconds, without blocking or raising."""
+        """Record ``event``. Called on the event loop's thread: return within microseconds, without blocking or raising."""
         ...
 
     async def __aenter__(self) -> Self: ...
@@ -39,19 +39,19 @@ class Tracker(Protocol):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Write what is left, within a few seconds; a service that hangs does not hold up the run's end."""
+        """Flush within a few seconds; a hanging service must not delay the end of the run."""
         ...
 
 
 class QueuedTracker:
-    """A tracker that may take its time: events queue up, and a thread of its own hands them on twice a second.
+    """Tracker with a queue: its own thread writes events twice per second.
 
-    A subclass overrides :meth:`open`, :meth:`write` and :meth:`close`, which all run in that one thread, and perhaps
-    :meth:`wants`. Whatever they raise drops the tracker with one warning: the run goes on without it.
+    Subclasses override :meth:`open`, :meth:`write` and :meth:`close`, which all run in that thread, and optionally :meth:`wants`.
+    If one of them raises, the tracker is dropped with one warning and the run continues.
 
     Args:
-        close_within: seconds that the run's end waits at most until everything is handed on. What a service has not taken by
-            then is lost; its thread is left behind and does not keep the process alive.
+        close_within: maximum seconds that the end of the run waits for the flush. Later events are lost; the daemon thread is
+            abandoned.
         clock: unix seconds.
     """
 
@@ -68,22 +68,22 @@ class QueuedTracker:
 
     @property
     def is_dropped(self) -> bool:
-        """It failed, and hears no more of the run."""
+        """It failed and receives no more events."""
         return self._is_dropped
 
     def open(self) -> None:
-        """Make ready; called once, first."""
+        """Set up; called once, first."""
 
     def wants(self, event: Event, now: float) -> bool:
-        """Whether ``event`` is to be queued. Called on the event loop: microseconds, nothing that blocks."""
+        """Whether to queue ``event``. Called on the event loop: must not block."""
         return True
 
     def write(self, batch: Sequence[Timed]) -> None:
-        """Hand on these events, in their order."""
+        """Write these events, in order."""
         raise NotImplementedError
 
     def close(self) -> None:
-        """Write everything that is left; called once, last, unless an earlier call failed."""
+        """Flush; called once, last, unless an earlier call failed."""
 
     def __call__(self, event: Event) -> None:
         if self._is_dropped or self._ending.is_set():
@@ -95,13 +95,12 @@ class QueuedTracker:
             self._waiting.put((now, event))
         elif not self._is_full:
             self._is_full = True
-            logger.warning("%s takes no events: %d wait, further ones are lost to it", self.name, MAX_WAITING)
+            logger.warning("%s is too slow: %d events are queued, further ones are lost to it", self.name, MAX_WAITING)
 
     async def __aenter__(self) -> Self:
         if self._thread is not None:
-            raise RuntimeError(f"{self.name} was open before: a tracker serves one run")
-        # A thread of its own, not one of the pool: one that a service holds up must take no place there, and a daemon does
-        # not keep the process from ending.
+            raise RuntimeError(f"{self.name} was already opened: a tracker serves one run")
+        # Own daemon thread: a hanging service must neither occupy the pool nor keep the process alive.
         self._thread = threading.Thread(target=self._work, name=f"tracker {self.name}", daemon=True)
         self._thread.start()
         return self
@@ -112,12 +111,12 @@ class QueuedTracker:
         thread = self._thread
         assert thread is not None
         self._ending.set()
-        with anyio.CancelScope(shield=True):  # a cancelled run keeps its last events too
+        with anyio.CancelScope(shield=True):  # flush even if the run was cancelled
             await anyio.to_thread.run_sync(thread.join, self._close_within)
         if thread.is_alive():
             self._is_dropped = True
             logger.warning(
-                "%s did not take the run's last events within %g s and is left behind", self.name, self._close_within
+                "%s did not accept the run's last events within %g s and was abandoned", self.name, self._close_within
             )
 
     def _work(self) -> None:
@@ -133,16 +132,16 @@ class QueuedTracker:
                 self.write(batch)
             is_open = False
             self.close()
-        except BaseException:  # of this thread alone: a service's client may even raise SystemExit
+        except BaseException:  # a service's client may even raise SystemExit
             self._is_dropped = True
-            logger.warning("%s failed and hears no more of the run, which goes on", self.name, exc_info=True)
+            logger.warning("%s failed and receives no more events; the run continues", self.name, exc_info=True)
             if is_open:
                 with suppress(Exception):
                     self.close()
             self._taken()
 
     def _taken(self) -> list[Timed]:
-        """Everything that waits now."""
+        """Drain the queue."""
         batch: list[Timed] = []
         with suppress(queue.Empty):
             for _ in range(self._waiting.qsize()):
@@ -152,9 +151,9 @@ class QueuedTracker:
 
 @asynccontextmanager
 async def open_trackers(trackers: Sequence[Tracker]) -> AsyncIterator[tuple[Tracker, ...]]:
-    """Trackers, open for as long as the block lasts; those that cannot be opened are left out, with a warning.
+    """Open trackers for the duration of the block; those that fail to open are skipped with a warning.
 
-    At its end all are closed at once, so that several that hang cost no more time than the slowest.
+    They are closed concurrently, so several that hang take only as long as the slowest.
     """
     opened: list[Tracker] = []
     try:
@@ -162,7 +161,7 @@ async def open_trackers(trackers: Sequence[Tracker]) -> AsyncIterator[tuple[Trac
             try:
                 opened.append(await tracker.__aenter__())
             except Exception:
-                logger.warning("tracker %r could not be opened; the run goes on without it", tracker, exc_info=True)
+                logger.warning("tracker %r could not be opened; the run continues without it", tracker, exc_info=True)
         yield tuple(opened)
     finally:
         with anyio.CancelScope(shield=True):

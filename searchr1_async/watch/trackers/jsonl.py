@@ -1,4 +1,4 @@
-"""A run's events as lines of a file, always: what happened when, for plots and for whoever asks later."""
+"""The event log: a run's events as JSON lines, always written."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from searchr1_async.watch.trackers.base import QueuedTracker, Timed
 from searchr1_async.watch.trackers.lines import decoded, encoded
 
 EVENTS_FILE = "events.jsonl"
-"""Its name in a run's folder."""
+"""File name in a run's folder."""
 
 SECONDS_BETWEEN_SAMPLES = 0.5
-"""``RolloutSampled`` and ``PhaseAdvanced`` are kept twice a second at most: 60 MB a day of samples otherwise."""
+"""``RolloutSampled`` and ``PhaseAdvanced`` are limited to twice per second; unlimited they take 60 MB per day."""
 
 
 class JsonlTracker(QueuedTracker):
-    """Appends each event to a file as one line: ``{"time": <unix seconds>, "event": "StepFinished", "step": 3, …}``.
+    """Appends each event as one line: ``{"time": <unix seconds>, "event": "StepFinished", "step": 3, …}``.
 
-    Episodes and groups are told in a few figures (their bodies are in the run's Parquet files). Lines reach the file
-    within a second. A process that is killed leaves at most its last line torn; the next one mends it.
+    Episodes and groups are summarised (the full data is in the run's Parquet files). Lines are written within a second. A
+    killed process may leave its last line truncated; the next one repairs it.
 
     Args:
-        path: the file; its folder is made.
+        path: the file; its folder is created.
         clock: unix seconds.
     """
 
@@ -54,7 +54,7 @@ class JsonlTracker(QueuedTracker):
             self._advanced_at[event.phase] = now
             self._skipped.pop(event.phase, None)
         elif isinstance(event, PhaseEnded) and (skipped := self._skipped.pop(event.phase, None)):
-            self._waiting.put(skipped)  # how far the phase came at last
+            self._waiting.put(skipped)  # the phase's final progress
         return True
 
     def open(self) -> None:
@@ -72,7 +72,7 @@ class JsonlTracker(QueuedTracker):
 
 
 def mend(path: Path) -> None:
-    """Ends the last line of a file: completes it if only its end is missing, else cuts it off."""
+    """Repair the last line: terminate it if it is complete, else truncate the file."""
     if not path.exists() or not path.stat().st_size:
         return
     with path.open("r+b") as file:

@@ -1,4 +1,4 @@
-"""Events as plain values, one JSON line each, and the lines of a run read back. Pure, but for the reading of the file."""
+"""Conversion between events and JSON lines. Pure, except for reading the file."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from searchr1_async.events import Event, RunEnded, RunStarted, WeightsPublished
 from searchr1_async.watch.rows import storable
 
 Values = dict[str, Any]
-"""The fields of an event as plain JSON values; episodes and groups are told in a few figures."""
+"""An event's fields as plain JSON values; episodes and groups are summarised."""
 
 LONGEST_TEXT = 10_000
-"""Characters that a line keeps of one text."""
+"""Maximum characters kept of one text."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoggedEvent:
-    """One line of ``events.jsonl``."""
+    """A line of ``events.jsonl``."""
 
     time: float
     """Unix seconds."""
     name: str
-    """The event's class, such as ``StepFinished``."""
+    """The event's class name, such as ``StepFinished``."""
     values: Values
 
 
 def encoded(time: float, event: Event) -> bytes:
-    """The line of an event, with its line end."""
+    """An event as a line, newline included."""
     row = {"time": round(time, 3), "event": type(event).__name__} | event_values(event)
     return orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE)
 
 
 def event_values(event: Event) -> Values:
-    """An event's fields, without the bodies of episodes and groups. Numbers that are not finite become None."""
+    """An event's fields, episodes and groups summarised. Non-finite numbers become None."""
     out: Values = {}
     for field in fields(event):
         value = getattr(event, field.name)
@@ -53,7 +53,7 @@ def event_values(event: Event) -> Values:
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON knows it; what is none is told by its text."""
+    """``value`` as JSON-compatible data, by its ``str`` if it is not."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, int):
@@ -102,10 +102,9 @@ def _group(group: Group) -> Values:
 
 
 def read_events(path: Path) -> Iterator[LoggedEvent]:
-    """The lines of an event log, in order. A file that is not there has none; it may be written while it is read.
+    """The events of a log, in order; none if the file is missing. The file may be written concurrently.
 
-    A last line without its end is still being written, or was cut off by a kill: it is left out, as is any line that is
-    no event.
+    Lines that are not events are skipped, as is an unterminated last line (still being written, or truncated by a kill).
     """
     if not path.exists():
         return
@@ -116,7 +115,7 @@ def read_events(path: Path) -> Iterator[LoggedEvent]:
 
 
 def decoded(line: bytes) -> LoggedEvent | None:
-    """One line; None if it is no event."""
+    """Parse one line; None if it is not an event."""
     try:
         row = orjson.loads(line)
     except orjson.JSONDecodeError:
@@ -132,8 +131,7 @@ def decoded(line: bytes) -> LoggedEvent | None:
 def sessions(events: Iterable[LoggedEvent]) -> list[list[LoggedEvent]]:
     """The events of each process that worked on the run, oldest first.
 
-    One ends with ``RunEnded``; after a kill the next begins with ``RunStarted``, before which it may have told of little more
-    than its search's index.
+    A session ends with ``RunEnded``; after a kill, the next ``RunStarted`` starts a new one.
     """
     out: list[list[LoggedEvent]] = []
     is_over, has_begun = True, False
@@ -149,17 +147,18 @@ def sessions(events: Iterable[LoggedEvent]) -> list[list[LoggedEvent]]:
 
 
 def session_events(events: Iterable[LoggedEvent], step: int | None = None) -> list[LoggedEvent]:
-    """The events of the session that played ``step``; of several, since a resumed run plays again what it had not finished,
-    the last. Empty where none did.
+    """The events of the last session that rolled out ``step`` (a resumed run redoes unfinished steps); empty if none did.
 
     Args:
-        step: None for the last session that came to new weights; where none did, the last that played.
+        step: None for the last session that published weights, else the last one with any step.
     """
-    played = sessions(events)
+    by_session = sessions(events)
     if step is None:
-        published = [session for session in played if any(event.name == WeightsPublished.__name__ for event in session)]
-        return (published or [session for session in played if steps_of(session)] or [[]])[-1]
-    return next((session for session in reversed(played) if step in steps_of(session)), [])
+        published = [
+            session for session in by_session if any(event.name == WeightsPublished.__name__ for event in session)
+        ]
+        return (published or [session for session in by_session if steps_of(session)] or [[]])[-1]
+    return next((session for session in reversed(by_session) if step in steps_of(session)), [])
 
 
 def steps_of(events: Iterable[LoggedEvent]) -> list[int]:

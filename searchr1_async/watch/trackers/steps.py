@@ -1,4 +1,4 @@
-"""What the trackers of services have in common: numbers by optimiser step, a few episodes now and then, warnings in words."""
+"""Base of service trackers: numbers by optimiser step, sampled episodes, warnings."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ EPISODE_COLUMNS = ("step", "suite", "question", "golden answers", "answer", "rew
 
 
 def required(module: str, extra: str) -> ModuleType:
-    """An optional package, imported.
+    """Import an optional package.
 
     Raises:
-        ConfigurationError: it is not installed; says what to install.
+        ConfigurationError: it is not installed; names the extra to install.
     """
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise ConfigurationError(
-            f"the {extra} tracker needs the package {module}, which cannot be imported ({error}): "
-            f"pip install 'searchr1_async[{extra}]', or leave {extra!r} out of trackers"
+            f"the {extra} tracker needs the package {module}, which failed to import ({error}): "
+            f"pip install 'searchr1_async[{extra}]', or remove {extra!r} from trackers"
         ) from error
 
 
 class StepTracker(QueuedTracker):
-    """A service that keeps curves. A subclass overrides the four hooks, which run in the tracker's own thread.
+    """A tracker for services with curves. Subclasses override the four hooks, which run in the tracker's thread.
 
     Args:
-        episodes_every: steps between two lots of episodes that are shown whole; the first step's are shown too.
-        episodes_shown: episodes in a lot; 0 for none.
+        episodes_every: steps between two samples of full episodes; step 1 is always sampled.
+        episodes_shown: episodes per sample; 0 disables them.
         close_within: as in :class:`~searchr1_async.watch.trackers.base.QueuedTracker`.
     """
 
@@ -54,28 +54,28 @@ class StepTracker(QueuedTracker):
         super().__init__(close_within=close_within)
         if episodes_every < 1 or episodes_shown < 0:
             raise ConfigurationError(
-                f"episodes_every is {episodes_every} and episodes_shown {episodes_shown}: at least 1 and 0"
+                f"episodes_every is {episodes_every} and episodes_shown {episodes_shown}: must be at least 1 and 0"
             )
         self._episodes_every = episodes_every
         self._episodes_shown = episodes_shown
         self._queued_of_step: dict[int, int] = {}
-        self._held: dict[int, list[Episode]] = {}
+        self._episodes: dict[int, list[Episode]] = {}
         self._step = 0
         self._has_begun = False
 
     def begin(self, started: RunStarted) -> None:
-        """The run starts, or goes on."""
+        """The run starts or resumes."""
         raise NotImplementedError
 
     def log_numbers(self, step: int, numbers: Mapping[str, float], moment: float) -> None:
-        """Finite numbers of one optimiser step; ``moment`` is in unix seconds."""
+        """Log the finite numbers of one optimiser step; ``moment`` is in unix seconds."""
         raise NotImplementedError
 
     def log_episodes(self, step: int, episodes: Sequence[Episode]) -> None:
-        """A few whole episodes; the service decides how they are shown."""
+        """Log sampled episodes."""
 
     def warn(self, text: str) -> None:
-        """A warning for the person who watches."""
+        """Show a warning."""
 
     def wants(self, event: Event, now: float) -> bool:
         if isinstance(event, EpisodeFinished):
@@ -85,7 +85,7 @@ class StepTracker(QueuedTracker):
         )
 
     def _is_shown(self, step: int) -> bool:
-        """Whether one more episode of the step is held until the step ends: an episode may be of some megabytes."""
+        """Whether to queue one more episode of the step; limited because an episode may take megabytes."""
         if step != 1 and step % self._episodes_every:
             return False
         if step not in self._queued_of_step:
@@ -103,15 +103,15 @@ class StepTracker(QueuedTracker):
                     self.begin(event)
                     self._has_begun = True
                 case _ if not self._has_begun:
-                    pass  # nothing to file it under; the event log has it
+                    pass  # no run to log to yet; the event log has it
                 case EpisodeFinished(episode, step):
-                    self._held.setdefault(step, []).append(episode)
+                    self._episodes.setdefault(step, []).append(episode)
                 case StepFinished(step, metrics):
                     self._step = step
                     self.log_numbers(step, _finite(metrics), moment)
-                    if episodes := self._held.pop(step, None):
+                    if episodes := self._episodes.pop(step, None):
                         self.log_episodes(step, episodes)
-                    self._held = {other: held for other, held in self._held.items() if other > step}
+                    self._episodes = {other: kept for other, kept in self._episodes.items() if other > step}
                 case EvaluationFinished():
                     numbers = {f"evaluation/{name}": value for name, value in event.metrics.items()}
                     self.log_numbers(self._step if event.step is None else event.step, _finite(numbers), moment)
@@ -120,7 +120,7 @@ class StepTracker(QueuedTracker):
 
 
 def config_of(started: RunStarted) -> dict[str, Any]:
-    """What the run was given, as plain values."""
+    """The run's configuration as plain values."""
     own = {
         "kind": started.kind,
         "model": started.model,
@@ -135,7 +135,7 @@ def config_of(started: RunStarted) -> dict[str, Any]:
 
 
 def episode_row(step: int, episode: Episode) -> tuple[Any, ...]:
-    """An episode under :data:`EPISODE_COLUMNS`; texts are cut at 10,000 characters."""
+    """An episode under :data:`EPISODE_COLUMNS`; texts are truncated at 10,000 characters."""
     return (
         step,
         readable(episode.question.data_source),
@@ -150,7 +150,7 @@ def episode_row(step: int, episode: Episode) -> tuple[Any, ...]:
 
 
 def readable(text: str) -> str:
-    """A text cut at 10,000 characters, in which control characters and marks of direction stand escaped."""
+    """``text`` truncated at 10,000 characters, control characters and bidi marks escaped."""
     cut = (
         text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]}\n… {len(text) - LONGEST_TEXT:,} more characters"
     )

@@ -1,4 +1,4 @@
-"""TensorBoard: curves and texts in event files, through tensorboardX."""
+"""TensorBoard: curves and texts as event files, written by tensorboardX."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from searchr1_async.watch.trackers.steps import EPISODE_COLUMNS, StepTracker, co
 
 
 class TensorBoardTracker(StepTracker):
-    """Writes event files that ``tensorboard --logdir FOLDER`` shows. A resumed run replaces what it plays again.
+    """Writes event files for ``tensorboard --logdir FOLDER``. A resumed run replaces the steps that it redoes.
 
     Args:
-        folder: where they go; None is ``tensorboard`` in the run's folder, or the working directory's for a run without one.
-        episodes_every: steps between two lots of episodes.
-        episodes_shown: episodes in a lot; 0 for none.
+        folder: output; None uses ``tensorboard`` in the run's folder, or in the working directory for a run without one.
+        episodes_every: steps between two samples of episodes.
+        episodes_shown: episodes per sample; 0 disables them.
 
     Raises:
         ConfigurationError: the package is not installed.
@@ -38,7 +38,7 @@ class TensorBoardTracker(StepTracker):
         if self._writer is not None:
             self._writer.close()
         purge = {"purge_step": started.step + 1} if started.step else {}
-        # Files are named by the second: a run that is resumed within it would overwrite its own.
+        # File names have a resolution of one second: without a suffix a quick resume would overwrite them.
         suffix = f".from-{started.step:09d}"
         self._writer = self._tensorboard.SummaryWriter(str(folder), flush_secs=5, filename_suffix=suffix, **purge)
         self._writer.add_text("settings", _block(json.dumps(config_of(started), indent=2)), started.step)
@@ -61,5 +61,5 @@ class TensorBoardTracker(StepTracker):
 
 
 def _block(text: str) -> str:
-    """Markdown that shows a text as it is: an indented block, which no line of the text can end, as a fence's can."""
+    """Verbatim Markdown: an indented block, which unlike a fence no text can close."""
     return "\n".join(f"    {line}" for line in text.splitlines())

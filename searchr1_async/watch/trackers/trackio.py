@@ -1,4 +1,4 @@
-"""Trackio: curves on this machine or in a Space, with the interface of W&B."""
+"""Trackio: curves on this machine or in a Space, with W&B's API."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from searchr1_async.watch.trackers.steps import StepTracker, config_of, readable
 
 
 class TrackioTracker(StepTracker):
-    """Keeps a run in Trackio; ``trackio show`` draws it. A resumed run goes on in the Trackio run of its name.
+    """Logs a run to Trackio; ``trackio show`` displays it. A resumed run continues the Trackio run of the same name.
 
-    It has no episodes: its tables take their text for Markdown, which a model's output must not be.
+    Episodes are not logged: Trackio tables render Markdown, which is unsafe for model output.
 
     Args:
-        project: Trackio's project.
-        name: of the Trackio run; None takes that of the run's folder.
+        project: Trackio project.
+        name: Trackio run name; None uses the name of the run's folder.
         init: further arguments of ``trackio.init`` (``space_id``, ``group``, …).
 
     Raises:
@@ -37,7 +37,7 @@ class TrackioTracker(StepTracker):
         arguments["name"] = arguments["name"] or (Path(started.out_dir).name if started.out_dir else None)
         config = config_of(started) | arguments.pop("config", {})
         resume = "allow" if started.step and arguments["name"] else "never"
-        # Without `embed=False` it would open a dashboard in the notebook's cell; its measurements of the machine are not ours.
+        # With embed=True it opens a dashboard in the notebook's cell.
         defaults = {"embed": False, "auto_log_gpu": False, "auto_log_cpu": False, "resume": resume}
         self._run = self._trackio.init(**{**defaults, "config": config, **arguments})
 

@@ -1,4 +1,4 @@
-"""Weights & Biases: curves, evaluations, a table of episodes now and then, alerts."""
+"""Weights & Biases: curves, evaluations, tables of sampled episodes, alerts."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from searchr1_async.watch.trackers.steps import EPISODE_COLUMNS, StepTracker, co
 
 
 class WandbTracker(StepTracker):
-    """Sends a run to Weights & Biases; ``WANDB_MODE=offline`` keeps it on this machine.
+    """Logs a run to Weights & Biases; ``WANDB_MODE=offline`` keeps it on this machine.
 
-    A resumed run goes on in the same W&B run: its id lies in the run's folder.
+    A resumed run continues the same W&B run: its id is stored in the run's folder.
 
     Args:
-        project: W&B's project.
-        name: of the W&B run; None takes that of the run's folder.
-        episodes_every: steps between two tables of episodes.
-        episodes_shown: episodes in a table; 0 for none.
+        project: W&B project.
+        name: W&B run name; None uses the name of the run's folder.
+        episodes_every: steps between two episode tables.
+        episodes_shown: episodes per table; 0 disables them.
         init: further arguments of ``wandb.init`` (``entity``, ``group``, ``tags``, ``mode``, …).
 
     Raises:
@@ -53,12 +53,12 @@ class WandbTracker(StepTracker):
             arguments.setdefault("dir", str(folder))
             if known and "id" not in arguments:
                 arguments |= {"id": known, "resume": "allow"}
-        settings = self._wandb.Settings(console="off", silent=True)  # what the process prints is not the tracker's
+        settings = self._wandb.Settings(console="off", silent=True)  # do not capture the process's output
         arguments.setdefault("settings", settings)
         config = config_of(started) | arguments.pop("config", {})
         if self._run is not None:
             self._run.finish()
-        # `reinit` leaves another run of the user's own, in the same notebook, as it is.
+        # `create_new` leaves the user's other runs in the same notebook alone.
         self._run = self._wandb.init(**{"reinit": "create_new", "config": config, **arguments})
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
@@ -73,7 +73,7 @@ class WandbTracker(StepTracker):
         self._run.log({"step": step, "episodes": self._wandb.Table(columns=list(EPISODE_COLUMNS), data=rows)})
 
     def warn(self, text: str) -> None:
-        # An alert may be sent as mail: of the same title, one in five minutes.
+        # Alerts may be sent as mail: at most one per title in five minutes.
         self._run.alert(title="searchr1_async: warning", text=readable(text), level="WARN", wait_duration=300)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Reading episodes: in a notebook's cell, in a terminal, and as one page over a whole run."""
+"""Episode viewer: in a notebook cell, in a terminal, and as one page over a whole run."""
 
 from __future__ import annotations
 

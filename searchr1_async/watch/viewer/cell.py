@@ -1,4 +1,4 @@
-"""An episode, or a group of them, in a notebook's cell: HTML with its own style and no script. Pure."""
+"""Episodes and groups as HTML for a notebook cell, with own styles and no script. Pure."""
 
 from __future__ import annotations
 
@@ -33,13 +33,12 @@ def episode_html(
     """An episode as HTML for a cell.
 
     Args:
-        episode: what to show. Everything that a model, a corpus or a user wrote in it is escaped, isolated and, over some
-            20,000 characters, clipped with a note.
-        tokenizer: that of the model, for the tokens' colours and the text of what was masked; None takes one that
-            :func:`~searchr1_async.watch.viewer.remember_tokenizer` was given, if it gives exactly the turns' texts.
-        advantage: reward less the group's mean; None where it is not known.
-        trained: whether it was trained on; None where it is not known.
-        drop_reason: why it was not (``constant_reward``, …).
+        episode: untrusted texts are escaped, isolated and clipped at about 20,000 characters.
+        tokenizer: the model's, for token colours and masked text; None uses one given to
+            :func:`~searchr1_async.watch.viewer.remember_tokenizer` that matches the turns' texts.
+        advantage: reward minus the group mean; None if unknown.
+        trained: whether it was trained on; None if unknown.
+        drop_reason: why it was not trained on (``constant_reward``, …).
     """
     body = _asked(episode) + _episode(episode, tokenizer, advantage, trained, drop_reason)
     return _framed(body)
@@ -48,7 +47,7 @@ def episode_html(
 def group_html(
     group: Group, *, tokenizer: Any = None, trained: bool | None = None, drop_reason: str | None = None
 ) -> str:
-    """A group as HTML for a cell: its members by reward and advantage, each to be opened.
+    """A group as HTML for a cell: a table of its members with reward and advantage, each expandable.
 
     Args: as for :func:`episode_html`.
     """
@@ -70,7 +69,7 @@ def group_html(
         )
     head = "".join(f"<th>{name}</th>" for name in ("", "reward", "advantage", "turns", "tokens", "seconds", "answer"))
     lesson = (
-        '<div class="learning dropped">All got the same reward: there is nothing to learn from.</div>'
+        '<div class="learning dropped">All rewards are equal: there is nothing to learn from.</div>'
         if group.is_constant and members
         else ""
     )
@@ -114,11 +113,11 @@ def _episode(
     )
 
 
-def _masked(token_ids: tuple[int, ...], tokenizer: Any, name: str = "put behind the turn") -> str:
-    """What the model read and did not write: greyed, and said to be."""
+def _masked(token_ids: tuple[int, ...], tokenizer: Any, name: str = "appended to the turn") -> str:
+    """Tokens that the model read but did not sample, greyed out."""
     if not token_ids:
         return ""
-    said = f"{name}: {tokens(len(token_ids))} that the model read, not learned from"
+    said = f"{name}: {tokens(len(token_ids))}, not trained on"
     text = decoded(tokenizer, token_ids)
     if text is None:
         return f'<div class="masked">{said}</div>'

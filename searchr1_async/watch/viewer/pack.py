@@ -1,7 +1,7 @@
-"""Episodes as the data of a page: a small index over all of them, and chunks that are unpacked when one is opened.
+"""Page data: a small index over all episodes, and chunks that are unpacked on demand.
 
-Everything is JSON, gzipped and in base64, so that no text of an episode is ever text of the page. Lengths are in UTF-16
-code units, as JavaScript counts.
+Everything is JSON, gzipped, in base64, so no episode text appears in the page's markup. Lengths are in UTF-16 code units, as in
+JavaScript.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from searchr1_async.watch.viewer.words import (
 )
 
 CHUNK = 50
-"""Episodes in a chunk: some 150 kB, unpacked in some milliseconds."""
+"""Episodes per chunk: about 150 kB, unpacked within milliseconds."""
 
 FLAGS: dict[str, str] = {
     "right": "right",
@@ -42,19 +42,19 @@ FLAGS: dict[str, str] = {
     "malformed": "malformed",
     "dropped": "not trained on",
 }
-"""What the list can be filtered by, each the bit of its place: name and words."""
+"""Filters of the list, name to label; the position is the bit in the flags."""
 
 MAX_LISTED = 300
-"""Characters of an answer, or of a question's identifier, that the index holds; the whole is in the chunk."""
+"""Maximum characters of an answer or a question id in the index; chunks have the full text."""
 
 
 def blocks(rows: Iterable[EpisodeRow], tokenizer: Any, about: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """The page's data as names and contents: ``chunk-0``, ``chunk-1``, …, then ``index``.
+    """The page's data blocks, as name and content: ``chunk-0``, ``chunk-1``, …, then ``index``.
 
     Args:
-        rows: read one by one, never all at once.
-        tokenizer: for the tokens' pieces; None leaves them out.
-        about: what the page says of the whole (``title``, ``notes``).
+        rows: consumed one by one, never all in memory.
+        tokenizer: for token pieces; None omits them.
+        about: ``title`` and ``notes`` of the page.
     """
     index = _Index()
     strings = _Strings()
@@ -73,14 +73,14 @@ def blocks(rows: Iterable[EpisodeRow], tokenizer: Any, about: dict[str, Any]) ->
 
 
 def compressed(value: Any) -> str:
-    """JSON, gzipped, in base64; the same value gives the same text."""
-    # ASCII: a lone surrogate, which no UTF-8 holds, comes through as the escape that JavaScript reads.
+    """JSON, gzipped, in base64. Deterministic."""
+    # ASCII: lone surrogates, invalid in UTF-8, become escapes that JavaScript can read.
     text = json.dumps(value, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
     return base64.b64encode(gzip.compress(text.encode("ascii"), 6, mtime=0)).decode("ascii")
 
 
 def _rules() -> dict[str, Any]:
-    """What the script must do as Python does it, from the one place where each is decided."""
+    """Constants shared with the script, so that they are defined once."""
     return {
         "chunk": CHUNK,
         "flags": FLAGS,
@@ -94,7 +94,7 @@ def _rules() -> dict[str, Any]:
 
 
 class _Index:
-    """A row of small values for each episode, column by column."""
+    """Columns of small values, one row per episode."""
 
     def __init__(self) -> None:
         self._sources: dict[tuple[int | None, str | None], int] = {}
@@ -170,7 +170,7 @@ def _flags(row: EpisodeRow) -> int:
 
 
 class _Strings:
-    """Texts of a chunk, each once: the members of a group find much the same passages."""
+    """A chunk's texts, deduplicated: members of a group find mostly the same passages."""
 
     def __init__(self) -> None:
         self.values: list[str] = []
@@ -208,7 +208,7 @@ def _turn(turn: Turn, tokenizer: Any, prompt_text: Any, strings: _Strings) -> di
     pieces = turn_pieces(tokenizer, turn.sampled_tokens, turn.text)
     tokens = None
     if pieces is not None and len(turn.logprobs) == len(pieces):
-        # Only the shown part is coloured; a turn of 1 MB would have as much again in lengths and numbers.
+        # Only for the visible part, which bounds the size for huge turns.
         tokens = [[], []]
         shown = 0
         for piece, logprob in joined_logprobs(pieces, turn.logprobs):
@@ -251,7 +251,7 @@ def _passage(passage: Passage, strings: _Strings) -> list[Any]:
 
 
 def _masked(token_ids: tuple[int, ...], text_of: Any, strings: _Strings) -> list[Any] | None:
-    """How many tokens the model read, and their text where it is known."""
+    """Number of tokens read, and their text if known."""
     if not token_ids:
         return None
     text = text_of(token_ids)

@@ -1,7 +1,6 @@
-"""One HTML file over many episodes: a list to filter, sort and search, and the episodes to read and to compare.
+"""One self-contained HTML file over many episodes: a list to filter, sort and search, and the episodes to read and compare.
 
-The file needs nothing beside it and loads nothing. Its policy lets one script run, by its hash, and that script makes
-elements and texts, never markup.
+Its content security policy allows a single script, by hash, and that script creates elements and text nodes, never markup.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ _SCRIPTS = ("text.js", "data.js", "episode.js", "list.js", "main.js")
 
 PAGE_NAME = "view.html"
 CELL_HEIGHT = 720
-"""Pixels of a page in a cell."""
+"""Height in pixels of a page in a cell."""
 
 
 def view_run(
@@ -41,18 +40,18 @@ def view_run(
     labels: Sequence[str] | None = None,
     limit: int | None = None,
 ) -> Path:
-    """Write one page over a run's episodes and return its path. Synchronous: call it from a worker thread.
+    """Write one page over a run's episodes and return its path. Blocking: call it from a worker thread.
 
     Args:
-        folder: the run's, running or ended. The tokens are shown in colour if it has the model's tokenizer
+        folder: the run's folder, running or finished. Tokens are coloured if it has the model's tokenizer
             (``<folder>/tokenizer``).
-        out: the page; None is ``view.html`` in the folder. An earlier one is replaced whole.
-        steps: of training that are shown; None is all of them, or none where ``labels`` are given.
-        labels: of evaluations that are shown; None is all of them, or none where ``steps`` are given.
-        limit: episodes at most; every step and evaluation gives its share, of the same questions where it can.
+        out: the page, replaced atomically; None is ``view.html`` in the folder.
+        steps: training steps to show; None is all, or none if ``labels`` are given.
+        labels: evaluations to show; None is all, or none if ``steps`` are given.
+        limit: maximum number of episodes, shared evenly by steps and evaluations, preferring common questions.
 
     Raises:
-        RunFolderError: the folder holds no run, not what is asked for, or the page cannot be written.
+        RunFolderError: the folder has no run or lacks what is requested, or the page is not writable.
     """
     folder = absolute_path(folder, "folder")
     path = folder / PAGE_NAME if out is None else absolute_path(out, "out")
@@ -80,15 +79,14 @@ def page_of(
     step: int | None = None,
     tokenizer: Any = None,
 ) -> str:
-    """The same page over episodes in memory, as a text.
+    """The page over episodes in memory, as HTML.
 
     Args:
-        episodes: episodes or groups, from ``rollout`` or an evaluation's ``episodes``; or rows, which know more of
-            themselves.
-        title: heading of the page.
-        label: of the evaluation that they are; None where they are none.
-        step: optimiser steps done before them; None where they belong to no step.
-        tokenizer: the model's; None takes a remembered one that gives the first episode's text.
+        episodes: episodes or groups, from ``rollout`` or an evaluation's ``episodes``; or rows, which carry more data.
+        title: page heading.
+        label: name of their evaluation; None if they are not one.
+        step: optimiser steps done before them; None if they belong to no step.
+        tokenizer: the model's; None uses a remembered one that matches the first episode.
     """
     rows = _as_rows(list(episodes), label, step)
     if tokenizer is None:
@@ -99,7 +97,7 @@ def page_of(
 
 
 class CellView:
-    """A page that shows itself in a notebook's cell."""
+    """A page that displays itself in a notebook cell."""
 
     def __init__(self, page_html: str) -> None:
         self.page_html = page_html
@@ -108,17 +106,17 @@ class CellView:
         return in_cell(self.page_html)
 
     def __repr__(self) -> str:
-        return 'the episode viewer: look at it in a notebook, or write it as a page with view("page.html")'
+        return 'episode viewer: display it in a notebook, or write it to a file with view("page.html")'
 
 
 def in_cell(page_html: str, height: int = CELL_HEIGHT) -> str:
-    """A page as HTML for a cell: a frame that may run the page's script and reach nothing else.
+    """A page as HTML for a cell: an iframe sandboxed to scripts only.
 
-    The page is light or dark as the system is, since a frame cannot see the notebook's theme; its button changes that.
+    Its theme follows the system, as an iframe cannot see the notebook's; a button switches it.
 
     Args:
-        page_html: as :func:`page_of` gives it.
-        height: of the frame in pixels.
+        page_html: as from :func:`page_of`.
+        height: of the iframe in pixels.
     """
     return (
         '<iframe title="Episodes" sandbox="allow-scripts" style="width: 100%; border: 1px solid rgb(128 128 128 / .35); '
@@ -127,7 +125,7 @@ def in_cell(page_html: str, height: int = CELL_HEIGHT) -> str:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer that a run has put beside its records; None if there is none, or none that loads."""
+    """The tokenizer in the run's folder; None if it is missing or fails to load."""
     saved = folder / "tokenizer"
     if not saved.is_dir():
         return None
@@ -135,7 +133,7 @@ def load_tokenizer(folder: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(str(saved), local_files_only=True)
-    except (OSError, ValueError, KeyError):  # the episodes can be read without their tokens' colours
+    except (OSError, ValueError, KeyError):  # episodes are readable without token colours
         return None
 
 
@@ -149,7 +147,7 @@ def _as_rows(episodes: Sequence[Episode | Group | EpisodeRow], label: str | None
     else:
         rows += [EpisodeRow(episode, step) for episode in single]
         for row in step_rows(step or 0, [GroupOutcome(place, group) for place, group in enumerate(groups)]):
-            # Nobody has said that they were trained on.
+            # Whether they were trained on is unknown.
             rows.append(EpisodeRow(row.episode, step, None, row.place, row.group, row.member, row.advantage))
     return rows + [each for each in episodes if isinstance(each, EpisodeRow)]
 
@@ -162,8 +160,8 @@ def _notes(episodes: RunEpisodes) -> list[str]:
     notes = [f"{counted(episodes.shown, 'episode')} of {' and '.join(parts)}."]
     if episodes.shown < episodes.total:
         notes.append(
-            f"Shown are {episodes.shown:,} of {episodes.total:,}: a share of every step and evaluation, of the same "
-            "questions where they have them. For all of them: python -m searchr1_async view RUN"
+            f"Showing {episodes.shown:,} of {episodes.total:,}: a share of every step and evaluation, with the same questions "
+            "where possible. To show all: python -m searchr1_async view RUN"
         )
     return notes
 
@@ -202,6 +200,6 @@ _HEAD = """<!doctype html>
 <meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title><style>{style}</style></head>
-<body><p id="waiting">Reading the episodes …</p>
-<noscript><p>This page unpacks its episodes with JavaScript, which is switched off here.</p></noscript>
+<body><p id="waiting">Loading the episodes …</p>
+<noscript><p>This page needs JavaScript to unpack its episodes.</p></noscript>
 """

@@ -1,6 +1,6 @@
-"""The parts of a played episode as HTML that shows text and runs nothing: for cells and for reports. Pure.
+"""Parts of an episode as script-free HTML, for cells and reports. Pure.
 
-Text of models, corpora and users goes through :mod:`searchr1_async.watch.html` and no other way.
+Text of models, corpora and users must go through :mod:`searchr1_async.watch.html`.
 """
 
 from __future__ import annotations
@@ -15,35 +15,35 @@ from searchr1_async.watch.viewer.tokens import LEVELS, joined_logprobs, level, t
 from searchr1_async.watch.viewer.words import STOP_WORDS, marked, reward_words, tokens, verdict
 
 MAX_TEXT = 20_000
-"""Characters of one turn, prompt or result that are shown at once."""
+"""Maximum characters shown of a turn, prompt or result."""
 
 MAX_PASSAGE = 5_000
 MAX_LINE = 2_000
-"""Of what should be a line: a title, a query, an answer."""
+"""Maximum for single-line texts: title, query, answer."""
 
 
 SHADED = 'title="log-probability '
-"""What every token that is shown on its shade has, and no text can have: quotes in it are escaped."""
+"""Marks a coloured token; cannot occur in text, whose quotes are escaped."""
 
 
 def clipped(text: str, limit: int = MAX_TEXT) -> tuple[str, int]:
-    """The first ``limit`` characters, and how many are left out."""
+    """The first ``limit`` characters, and the number of omitted ones."""
     return text[:limit], max(len(text) - limit, 0)
 
 
 def clipped_note(left_out: int) -> str:
-    """Says that something is left out; nothing where nothing is."""
+    """A note on omitted characters; empty if there are none."""
     return f'<span class="more"> … {left_out:,} more characters</span>' if left_out else ""
 
 
 def line_html(text: str, tag: str = "bdi", css: str = "") -> str:
-    """A short text, isolated; one that is not short is clipped."""
+    """A short text, isolated and clipped."""
     shown, left_out = clipped(text, MAX_LINE)
     return isolated(shown, tag, css) + clipped_note(left_out)
 
 
 def said_html(text: str) -> str:
-    """A text as it was, in a block of its own."""
+    """A text verbatim, in its own block."""
     shown, left_out = clipped(text)
     return isolated(shown, "pre", "said") + clipped_note(left_out)
 
@@ -51,15 +51,15 @@ def said_html(text: str) -> str:
 def turn_html(
     number: int, turn: Turn, question: Question, *, tokenizer: Any = None, with_kinds: bool = True, between: str = ""
 ) -> str:
-    """One turn: its head, what it says (in the colours of its tokens where they are known), its search.
+    """One turn: heading, text (with token colours if known), search.
 
     Args:
         number: from 1.
         turn: the turn.
-        question: whose golden answers are marked in the passages.
-        tokenizer: that decoded it; None shows no tokens.
-        with_kinds: thoughts, calls and the answer look different.
-        between: HTML behind the text, ahead of the search.
+        question: its golden answers are highlighted in passages.
+        tokenizer: for token colours; None omits them.
+        with_kinds: style thoughts, calls and the answer differently.
+        between: HTML between text and search.
     """
     cut = ' · <span class="problem">cut at the token limit</span>' if turn.truncated else ""
     text = coloured_html(turn, tokenizer) if with_kinds else said_html(turn.text)
@@ -73,7 +73,7 @@ _LABELS: dict[Kind, str] = {"thought": "thought", "call": "tool call", "answer":
 
 
 def coloured_html(turn: Turn, tokenizer: Any) -> str:
-    """What a turn says, by kind; each token on the shade of its log probability, which its title gives."""
+    """A turn's text by kind; tokens are shaded by log probability, which their title gives."""
     kinds = segments(turn.text, turn.content)
     pieces = turn_pieces(tokenizer, turn.sampled_tokens, turn.text)
     if pieces is None or len(turn.logprobs) != len(pieces):
@@ -99,25 +99,25 @@ def _token(text: str, logprob: float | None) -> str:
 
 
 def legend_html() -> str:
-    """The shades of the tokens, from certain to surprised."""
+    """Legend of the token shades, from likely to unlikely."""
     bounds = [1.0, *LEVELS, 0.0]
     shades = "".join(
         f'<span class="t{shade}">{f"≥ {bounds[shade + 1]:.0%}" if bounds[shade + 1] else f"< {bounds[shade]:.0%}"}</span>'
         for shade in range(len(LEVELS) + 1)
     )
-    return f'<div class="legend">probability of each token when it was sampled: certain {shades} surprised</div>'
+    return f'<div class="legend">token probability at sampling: likely {shades} unlikely</div>'
 
 
 def call_html(call: SearchCall | None, question: Question) -> str:
-    """A tool call and what came of it; nothing where there was none. Of a question without a golden answer the passages are shown at
-    once: there they are what the answer is judged by."""
+    """A tool call and its result; empty without a call. Passages are expanded if the question has no golden answer, as they are
+    then the only evidence."""
     if call is None:
         return ""
     if call.problem is not None:
         return f'<div class="problem">malformed call: {line_html(call.problem)}</div>'
     if not call.results:
         queries = ", ".join(line_html(query) for query in call.queries)
-        return f'<div class="soft">asked for {queries}; the search was not run</div>'
+        return f'<div class="soft">queries: {queries}; the search was not run</div>'
     is_open = "" if question.golden_answers else " open"
     return "".join(
         f'<details class="search"{is_open}><summary>search: {line_html(query)} ({_count(found)}, {call.seconds:.2f} s)</summary>'
@@ -128,14 +128,14 @@ def call_html(call: SearchCall | None, question: Question) -> str:
 
 
 def given_html(episode: Episode) -> str:
-    """The passages that stood in the prompt with the question; nothing where there were none."""
+    """Passages placed in the prompt with the question; empty if there are none."""
     if episode.given is None:
         return ""
     problem = episode.given.problem
     found = (
         call_html(episode.given, episode.question)
         if problem is None
-        else f'<div class="problem">nothing: {line_html(problem)}</div>'
+        else f'<div class="problem">none: {line_html(problem)}</div>'
     )
     return f'<div class="turn"><div class="head soft">given with the question</div>{found}</div>'
 
@@ -145,7 +145,7 @@ def _count(found: Sequence[Passage]) -> str:
 
 
 def passage_html(passage: Passage, question: Question) -> str:
-    """A passage with its title and score; golden answers in it are marked."""
+    """A passage with title and score; golden answers are highlighted."""
     text, left_out = clipped(passage.text, MAX_PASSAGE)
     return (
         f'<div class="passage" dir="auto"><strong>{line_html(passage.title)}</strong> '
@@ -155,7 +155,7 @@ def passage_html(passage: Passage, question: Question) -> str:
 
 
 def verdict_html(episode: Episode) -> str:
-    """The answer with its mark, the reward with its parts, why the episode ended, and the error that ended it."""
+    """The answer with its verdict, the reward and its parts, the stop reason, and any error."""
     css = f" {verdict(episode)}" if episode.question.golden_answers else ""
     answer = "no answer" if episode.answer is None else f"answer: {line_html(episode.answer)}"
     reward = visible(reward_words(episode))
@@ -168,7 +168,7 @@ def verdict_html(episode: Episode) -> str:
 
 
 def golden_html(question: Question) -> str:
-    """The golden answers, any of which is right."""
+    """The accepted golden answers."""
     shown = " or ".join(line_html(answer) for answer in question.golden_answers[:20])
     more = len(question.golden_answers) - 20
     return shown + (f" or {more} more" if more > 0 else "")

@@ -1,4 +1,4 @@
-"""An episode as plain text that a terminal can be given: nothing in it moves the cursor or turns the writing. Pure."""
+"""Episodes as terminal-safe plain text, without control or bidi characters. Pure."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from searchr1_async.watch.viewer.words import MARKS, STOP_WORDS, counted, marked
 
 
 def episode_text(episode: Episode) -> str:
-    """The whole episode, readable: question, turns, searches with their passages, answer, reward."""
+    """The whole episode: question, turns, searches with passages, answer, reward."""
     question = episode.question
     golden = [f"golden answer: {_golden(episode)}"] if question.golden_answers else []
     lines = [f"question: {_line(question.question)}", *golden, ""]
     if episode.given is not None:
         problem = episode.given.problem
-        found = _call_lines(episode.given) if problem is None else [f"  nothing: {_line(problem)}"]
+        found = _call_lines(episode.given) if problem is None else [f"  none: {_line(problem)}"]
         lines += ["given with the question:", *found, ""]
     for number, turn in enumerate(episode.turns, start=1):
         cut = ", cut at the token limit" if turn.truncated else ""
@@ -33,7 +33,7 @@ def episode_text(episode: Episode) -> str:
 
 
 def episode_line(episode: Episode) -> str:
-    """One line, for episodes within lists and groups."""
+    """A one-line summary, for lists and groups."""
     answer = "no answer" if episode.answer is None else repr(_line(episode.answer, 60))
     return (
         f"<Episode {_line(episode.question.data_source, 40)}/{_line(episode.question.id, 40)} "
@@ -42,7 +42,7 @@ def episode_line(episode: Episode) -> str:
 
 
 def group_text(group: Group) -> str:
-    """The question and one line a member, failed ones at the end."""
+    """The question and one line per member, failed ones last."""
     lines = [
         f"group of {counted(len(group.episodes) + len(group.failed), 'episode')}: {_line(group.question.question)}"
     ]

@@ -1,4 +1,4 @@
-"""How IPython shows episodes and groups, wherever it runs; without it, nothing happens and nothing is imported."""
+"""Display of episodes and groups in IPython; a no-op without it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from searchr1_async.episodes.types import Episode, Group
 
 
 def register_representations() -> bool:
-    """Has Jupyter and IPython show episodes and groups to be read: as HTML in a cell, as text elsewhere.
+    """Register rich display of episodes and groups in Jupyter and IPython: HTML in a cell, text elsewhere. Idempotent.
 
     Returns:
-        Whether an IPython is running, and now does. Called again it changes nothing.
+        Whether IPython is running.
     """
     ipython = sys.modules.get("IPython")
     shell: Any = ipython.get_ipython() if ipython is not None and hasattr(ipython, "get_ipython") else None
@@ -42,7 +42,7 @@ def _group_html(group: Group) -> str:
 def _episode_plain(episode: Episode, printer: Any, cycle: bool) -> None:
     from searchr1_async.watch.viewer.plain import episode_line, episode_text
 
-    # Within a list the printer's stack holds the list too: there a line each is to be read, not a page.
+    # In a container the printer's stack is deeper: print one line each.
     printer.text(episode_text(episode) if len(printer.stack) <= 1 else episode_line(episode))
 
 

@@ -1,4 +1,4 @@
-"""What stands where in a turn's text: thoughts, tool calls, the answer, chat markup, and what is said. Pure."""
+"""Segments of a turn's text: thoughts, tool calls, the answer, chat markup, and other text. Pure."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ _TAG = re.compile(r"<(/?)(think|tool_call|search|answer)>|<\|[A-Za-z0-9_]{1,40}\
 
 
 def segments(text: str, content: str = "") -> list[tuple[Kind, int]]:
-    """The kinds of a turn's stretches with their lengths in characters; the lengths add up to the text's.
+    """Kinds of a turn's segments with their lengths in characters, which add up to the text's length.
 
     Args:
         text: of the turn, markup included.
-        content: what the turn says without chat markup and reasoning. Where the text has no tags of thought, what it says
-            before its content is the reasoning.
+        content: the turn without chat markup and reasoning. If ``text`` has no thought tags, what precedes its content is the
+            reasoning.
 
-    Tags belong to what they enclose; one that is never closed reaches to the end. A closing ``</think>`` without an opening
-    one ends a thought that began in the prompt. Linear in the text's length, whatever the text.
+    Tags belong to their segment; an unclosed one extends to the end. A closing ``</think>`` without an opening one ends a thought
+    that began in the prompt. Takes linear time.
     """
     out: list[tuple[Kind, int]] = []
     inside: Kind | None = None
@@ -61,7 +61,7 @@ def segments(text: str, content: str = "") -> list[tuple[Kind, int]]:
 
 
 def _before(text: str, content: str, found: list[tuple[Kind, int]]) -> list[tuple[Kind, int]]:
-    """``found``, with what is said before the turn's content as its thought."""
+    """``found``, with the text before the turn's content as thought."""
     place = text.find(content)
     if place <= 0:
         return found
@@ -86,7 +86,7 @@ T = TypeVar("T")
 def overlaid(
     text: str, kinds: Iterable[tuple[Kind, int]], pieces: Iterable[tuple[str, T]], limit: int
 ) -> Iterator[tuple[Kind, list[tuple[str, T]]]]:
-    """The first ``limit`` characters by kind, each stretch cut where the pieces meet. A piece over two kinds is in both."""
+    """The first ``limit`` characters by kind, each segment split at piece boundaries. A piece that spans two kinds is in both."""
     queue = iter(pieces)
     piece, value = next(queue, ("", None))
     left = min(limit, len(text))

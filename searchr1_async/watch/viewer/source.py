@@ -1,4 +1,4 @@
-"""Which episodes of a run's folder a page shows, read a few at a time."""
+"""Selects and streams the episodes of a run's folder for a page."""
 
 from __future__ import annotations
 
@@ -15,36 +15,36 @@ from searchr1_async.watch.records import RunRecords
 from searchr1_async.watch.rows import EpisodeRow, episode_from_row
 
 _ROWS_AT_ONCE = 512
-"""Episodes whose steps are read together; one step's or evaluation's are never read in parts."""
+"""Minimum episodes per read; a step or an evaluation is never split."""
 
 _KNOWN = ("step", "label", "member", "advantage", "trained", "drop_reason")
-_COLUMNS = [  # those of an episode, and what is known of it beside
+_COLUMNS = [  # the episode's columns and the known ones
     *(*_KNOWN, "question_id", "question", "golden_answers", "data_source", "metadata", "prompt_tokens", "turns"),
     *("stop_reason", "answer", "reward", "reward_parts", "error", "seconds", "given"),
 ]
 
 SourceKey = tuple[int | None, str | None]
-"""Step and label; a step of training has no label."""
+"""Step and label; training steps have no label."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunEpisodes:
-    """The episodes of a run that are to be shown."""
+    """A run's selected episodes."""
 
     folder: Path
     total: int
-    """Episodes that there are, of the steps and evaluations asked for."""
+    """Episodes of the requested steps and evaluations, before the limit."""
     chosen: dict[SourceKey, frozenset[int] | None] = field(default_factory=dict)
-    """In the order shown: for each source the places of its rows in its file; None is all of them."""
+    """In display order: for each source, the positions of its rows in the file; None is all."""
     counts: dict[SourceKey, int] = field(default_factory=dict)
-    """Episodes shown of each."""
+    """Selected episodes of each source."""
 
     @property
     def shown(self) -> int:
         return sum(self.counts.values())
 
     def rows(self) -> Iterator[EpisodeRow]:
-        """The episodes, read block by block: at most some steps, or one evaluation, are in memory.
+        """The episodes, read in blocks: at most a few steps, or one evaluation, are in memory.
 
         Raises:
             RunFolderError: a file cannot be read.
@@ -90,22 +90,22 @@ def run_episodes(
     labels: Sequence[str] | None = None,
     limit: int | None = None,
 ) -> RunEpisodes:
-    """The episodes of a run to show; reads small columns alone.
+    """Select a run's episodes; reads only small columns.
 
     Args:
-        folder: the run's.
-        steps: of training; None is all of them, or none where ``labels`` are given.
-        labels: of evaluations; None is all of them, or none where ``steps`` are given.
-        limit: episodes at most. Every step and evaluation then gives its share, and of the same questions wherever it has
-            them, so that there is something to compare.
+        folder: the run's folder.
+        steps: training steps; None is all, or none if ``labels`` are given.
+        labels: evaluations; None is all, or none if ``steps`` are given.
+        limit: maximum number of episodes, shared evenly by steps and evaluations, preferring common questions so that they can be
+            compared.
 
     Raises:
-        RunFolderError: the folder holds no run, no episodes yet, or not the steps or evaluations that are asked for.
+        RunFolderError: the folder has no run, no episodes yet, or lacks the requested steps or evaluations.
     """
     folder = Path(folder)
     if not (folder / "episodes").is_dir() and not (folder / "evaluations").is_dir():
         raise RunFolderError(
-            f"{folder} holds no run: name the out_dir of one, which has a folder episodes or evaluations"
+            f"{folder} holds no run: pass the out_dir of a run, with a folder named episodes or evaluations"
         )
     records = RunRecords(folder)
     names = ["step", "label", "data_source", "question_id"]
@@ -116,7 +116,7 @@ def run_episodes(
     for step, label, suite, question in (*training.iter_rows(), *measured.iter_rows()):
         found.setdefault((step, label), []).append(f"{suite}\0{question}")
     if not found:
-        raise RunFolderError(f"{folder} holds no episodes yet: the first are written when its first step ends")
+        raise RunFolderError(f"{folder} holds no episodes yet: the first are written at the end of step 1")
     wanted = _asked_for(folder, found, steps, labels)
     total = sum(map(len, wanted.values()))
     if limit is None or total <= limit:
@@ -147,13 +147,13 @@ def _asked_for(
 
 
 def _shares(sizes: Sequence[int], limit: int) -> list[int]:
-    """How many of each, so that all take the same where they have it; the last ones take what cannot be divided."""
+    """Equal shares, up to each size."""
     shares = [0] * len(sizes)
     left = limit
     while left > 0 and (open_ := [place for place, size in enumerate(sizes) if shares[place] < size]):
         each = left // len(open_)
         if each == 0:
-            # Fewer than one each: every so many-th source, the last of them for certain.
+            # Fewer than one each: an even selection of sources, always with the last one.
             for place in (open_[len(open_) - 1 - (number * len(open_)) // left] for number in range(left)):
                 shares[place] += 1
             return shares
@@ -165,7 +165,7 @@ def _shares(sizes: Sequence[int], limit: int) -> list[int]:
 
 
 def _same_questions(questions: Sequence[str], quota: int) -> frozenset[int]:
-    """Places of so many rows, by an order of the questions that is the same in every source."""
+    """Positions of ``quota`` rows, by a question order that is the same in every source."""
     order = sorted(range(len(questions)), key=lambda place: (zlib.crc32(questions[place].encode("utf-8")), place))
     return frozenset(order[:quota])
 
@@ -175,7 +175,7 @@ def _row(row: dict[str, Any]) -> EpisodeRow:
 
 
 class _reading:  # noqa: N801 - used as a statement
-    """What polars raises on a file that is no Parquet file, or goes while it is read, as an error of the run's folder."""
+    """Turns errors of polars (damaged or vanishing file) into :class:`RunFolderError`."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -184,10 +184,10 @@ class _reading:  # noqa: N801 - used as a statement
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, RunFolderError):  # names the file already
+        if isinstance(error, RunFolderError):  # already names the file
             return
         if isinstance(error, pl.exceptions.PolarsError | OSError | ValueError):
             cause = str(error).partition("\n")[0]
             raise RunFolderError(
-                f"the records in {self._folder} cannot be read ({cause}): is a file there damaged, or of another version?"
+                f"the records in {self._folder} cannot be read ({cause}): a file is damaged, or of another version"
             ) from error

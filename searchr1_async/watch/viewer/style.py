@@ -1,4 +1,4 @@
-"""The look of an episode: one set of colours for light and one for dark, one set of rules for cells, pages and reports."""
+"""Styles of an episode, light and dark, shared by cells, pages and reports."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ DARK = (
 
 @cache
 def asset(name: str) -> str:
-    """The text of a file that comes with the package."""
+    """The text of a bundled file."""
     return (_ASSETS / name).read_text(encoding="utf-8")
 
 
 @cache
 def cell_style() -> str:
-    """The rules for a cell's output, none of which reaches beyond ``.searchr1-episode``.
+    """CSS for a cell's output, scoped to ``.searchr1-episode``.
 
-    The theme is the notebook's where it says which (JupyterLab, Notebook 7, VS Code, Colab), else the system's.
+    Follows the notebook's theme if it is declared (JupyterLab, Notebook 7, VS Code, Colab), else the system's.
     """
     root = ".searchr1-episode"
     return "\n".join(

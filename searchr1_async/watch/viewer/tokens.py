@@ -1,7 +1,7 @@
-"""Tokens as pieces of the text that they were decoded to, and how sure the model was of each.
+"""Text and log probability of each sampled token.
 
-An episode holds token ids and each turn's text, not what each token stands for. A tokenizer can say, and is believed only
-where its pieces, put together, are the turn's text to the letter.
+Episodes hold token ids and each turn's text, not the text of each token. A tokenizer's pieces are only used if they concatenate
+exactly to the turn's text.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import Any
 from searchr1_async.episodes.types import Episode
 
 REMEMBERED = 4
-"""Tokenizers of the process that a representation looks through, newest first."""
+"""Number of recent tokenizers tried for display."""
 
 _UNFINISHED = "\ufffd"
 _MAX_JOINED = 16
-"""Tokens that may be needed for one piece of valid text; a character of emoji takes up to 4 bytes, a flag 8."""
+"""Maximum tokens joined into one piece of valid text; an emoji takes up to 4 bytes, a flag 8."""
 
 LEVELS = (0.9, 0.5, 0.2, 0.05, 0.01)
-"""Probabilities between the shades: a token of at least the first is certain (no colour), one below the last a surprise."""
+"""Probability thresholds between shades: from the first on a token is uncoloured, below the last it is the most intense."""
 
 _remembered: deque[Any] = deque(maxlen=REMEMBERED)
 _newest: Any = None
@@ -30,11 +30,10 @@ _pieces: weakref.WeakKeyDictionary[Any, dict[int, str]] = weakref.WeakKeyDiction
 
 
 def remember_tokenizer(tokenizer: Any) -> None:
-    """From now on episodes that this tokenizer decoded show their tokens in colour.
+    """Colour the tokens of episodes that this tokenizer decoded from now on.
 
-    The newest is kept alive, since a notebook shows episodes after their service has closed; the few before it are shown
-    with for as long as something else keeps them. One that cannot be referred to weakly is not remembered when another
-    comes.
+    The newest tokenizer is kept alive, because notebooks show episodes after their service has closed; older ones are referenced
+    weakly.
     """
     global _newest
     _newest = tokenizer
@@ -47,24 +46,24 @@ def remember_tokenizer(tokenizer: Any) -> None:
 
 
 def remembered_tokenizers() -> list[Any]:
-    """Those that are still alive, newest first."""
+    """Live tokenizers, newest first."""
     alive = [tokenizer for known in reversed(_remembered) if (tokenizer := known()) is not None]
     others = [tokenizer for tokenizer in alive if tokenizer is not _newest]
     return others if _newest is None else [_newest, *others]
 
 
 def forget_tokenizers() -> None:
-    """For tests: as in a new process."""
+    """Reset, for tests."""
     global _newest
     _newest = None
     _remembered.clear()
 
 
 def token_pieces(tokenizer: Any, token_ids: Sequence[int]) -> list[str] | None:
-    """The text of each token, in a list as long as ``token_ids``; None where the tokenizer cannot decode them.
+    """The text of each token, as long as ``token_ids``; None if the tokenizer cannot decode them.
 
-    Tokens that are valid UTF-8 only together have their text at the first of them, and ``""`` at the others. Whoever has
-    the text that they should give compares: see :func:`turn_pieces`.
+    Tokens that are valid UTF-8 only together have their text at the first of them, and ``""`` at the others. Compare with the
+    expected text: see :func:`turn_pieces`.
     """
     try:
         known = _pieces.setdefault(tokenizer, {})
@@ -72,7 +71,7 @@ def token_pieces(tokenizer: Any, token_ids: Sequence[int]) -> list[str] | None:
         known = {}
     try:
         return _joined(tokenizer, token_ids, known)
-    except Exception:  # an id that is none of this tokenizer's: each kind of tokenizer raises something else
+    except Exception:  # unknown ids: tokenizers raise different errors
         return None
 
 
@@ -91,7 +90,7 @@ def _joined(tokenizer: Any, token_ids: Sequence[int], known: dict[int, str]) -> 
         while _UNFINISHED in text and end < longest:
             end += 1
             text = tokenizer.decode(list(token_ids[at:end]))
-        if _UNFINISHED in text:  # bytes that are no text: how many signs stand for them depends on all of them
+        if _UNFINISHED in text:  # invalid UTF-8: the number of replacement characters depends on the whole run of bytes
             end = at + 1
             while end < len(token_ids) and _UNFINISHED in alone(token_ids[end]):
                 end += 1
@@ -103,7 +102,7 @@ def _joined(tokenizer: Any, token_ids: Sequence[int], known: dict[int, str]) -> 
 
 
 def turn_pieces(tokenizer: Any, token_ids: Sequence[int], text: str) -> list[str] | None:
-    """:func:`token_pieces`, if together they are exactly ``text``; None otherwise, and without a tokenizer."""
+    """:func:`token_pieces` if they concatenate to ``text``; otherwise, and without a tokenizer, None."""
     if tokenizer is None or not token_ids:
         return None
     pieces = token_pieces(tokenizer, token_ids)
@@ -111,7 +110,7 @@ def turn_pieces(tokenizer: Any, token_ids: Sequence[int], text: str) -> list[str
 
 
 def tokenizer_of(episode: Episode) -> Any:
-    """The newest remembered tokenizer that gives the text of every turn of this episode; None if none does."""
+    """The newest remembered tokenizer that matches every turn of the episode; None if none does."""
     for tokenizer in remembered_tokenizers():
         if all(turn_pieces(tokenizer, turn.sampled_tokens, turn.text) is not None for turn in episode.turns):
             return tokenizer
@@ -119,7 +118,7 @@ def tokenizer_of(episode: Episode) -> Any:
 
 
 def decoded(tokenizer: Any, token_ids: Sequence[int]) -> str | None:
-    """The text of tokens that have none in the episode (prompt, search results); None where it cannot be had."""
+    """The decoded text of prompt or search-result tokens; None if unavailable."""
     if tokenizer is None:
         return None
     pieces = token_pieces(tokenizer, token_ids)
@@ -127,7 +126,7 @@ def decoded(tokenizer: Any, token_ids: Sequence[int]) -> str | None:
 
 
 def joined_logprobs(pieces: Sequence[str], logprobs: Sequence[float]) -> list[tuple[str, float | None]]:
-    """Pieces that have a text, each with the log probability of all its tokens; None where a sampler gave no number."""
+    """Non-empty pieces, each with the summed log probability of its tokens; None if one is not finite."""
     out: list[tuple[str, float | None]] = []
     for piece, logprob in zip(pieces, logprobs, strict=True):
         value = float(logprob) if math.isfinite(logprob) else None
@@ -140,7 +139,7 @@ def joined_logprobs(pieces: Sequence[str], logprobs: Sequence[float]) -> list[tu
 
 
 def level(logprob: float | None) -> int | None:
-    """The shade of a token: 0 for a certain one to ``len(LEVELS)`` for a surprise; None without a number."""
+    """Shade of a token, from 0 (likely) to ``len(LEVELS)`` (unlikely); None without a log probability."""
     return None if logprob is None else sum(logprob < bound for bound in LOG_LEVELS)
 
 

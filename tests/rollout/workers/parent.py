@@ -1,6 +1,6 @@
-"""A process with a worker, to be killed: it says the worker's id, and nothing else reaches its standard output.
+"""A process with a worker, to be killed. Prints only the worker's process id.
 
-Its main module is no module that could be imported again: it starts at once, as a notebook's cells do.
+Like a notebook, its main module cannot be imported again.
 """
 
 from __future__ import annotations

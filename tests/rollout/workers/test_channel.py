@@ -1,4 +1,4 @@
-"""Messages over a pair of sockets: whole, in order, however the stream is cut."""
+"""Messages over a socket pair: whole and in order, however the stream is split."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which process gets a group, and when one more is started; the pool's own processes are proved in ``test_pool``."""
+"""Placement of groups and scaling; ``test_pool`` covers real processes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ BUSY = PulseReading(1.0, 0.5, 1.0, 1.5, 0.99)
 
 
 class Here:
-    """Plays until it is told to end; counts what it plays."""
+    """Runs groups until told to end, and counts them."""
 
     def __init__(self) -> None:
         self.groups = 0
@@ -46,7 +46,7 @@ class Here:
 
 
 class Pool(WorkerPool):
-    """A pool of workers that are not there."""
+    """A pool of fake workers."""
 
     def __init__(self, workers: int = 0, *, refuses: bool = False, takes: bool = True) -> None:
         super().__init__(SPEC, DictSearch(), count=0)
@@ -139,7 +139,7 @@ def test_it_grows_while_all_are_saturated_and_cores_are_left(monkeypatch: pytest
             while True:
                 gate.client_is(BUSY if loop.time() - began > 10 else CALM)
                 if pool.size and loop.time() - pool.asked_at[-1] > 20:
-                    # The first worker is saturated too, in its turn.
+                    # Then the first worker is saturated too.
                     pool.load = replace(pool.load, gate=gate.statistics)
                 await anyio.sleep(1.0)
 

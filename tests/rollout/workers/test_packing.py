@@ -1,4 +1,4 @@
-"""Episodes cross as they are, and what the pool knows does not cross again."""
+"""Episodes cross the channel unchanged, without data that the pool already has."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def calls(draw: st.DrawFn, searches: dict[int, Any]) -> SearchCall | None:
         return None
     if kind == "malformed":
         return SearchCall((), problem="an empty query")
-    # Fresh tuples, as they come out of a channel: equal ones need not be the same.
+    # Fresh tuples, as from a channel: equal but not identical.
     results = tuple(tuple(list(passages)) for passages in draw(found))
     if kind == "searched":
         searches[len(searches)] = results

@@ -1,4 +1,4 @@
-"""Which worker is told of which policy, and when: under every order of groups and deaths."""
+"""Policy messages under every order of groups and deaths."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SETTINGS = SamplingSettings()
 
 @dataclass(eq=False)
 class Weights:
-    """As a policy of Tinker's client looks from here."""
+    """Stand-in for a Tinker policy."""
 
     version: int
     client: Any = None
@@ -29,7 +29,7 @@ class Weights:
 
 
 class Model(RuleBasedStateMachine):
-    """Workers that only do as they are told, and groups that are played on them."""
+    """Workers that follow messages, and the groups that run on them."""
 
     @initialize()
     def begin(self) -> None:
@@ -87,7 +87,7 @@ class Model(RuleBasedStateMachine):
         del self.workers[worker]
         self.book.forget(worker)
         self.workers[self.next_worker], self.heard[self.next_worker] = {}, []
-        # Its groups are begun again elsewhere: the pool introduces the policy there.
+        # Its groups are retried on other workers, which get the policy.
         for place, (where, shared) in enumerate(self.groups):
             if where == worker:
                 self.groups[place] = (self.next_worker, shared)

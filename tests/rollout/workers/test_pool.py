@@ -1,4 +1,4 @@
-"""Real worker processes with the real SDK, over a scripted service in this process."""
+"""Real worker processes and SDK, with a scripted service in this process."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ LIMITS = EpisodeLimits(max_turns=4, max_tokens=64, max_trajectory_tokens=2000)
 INSTRUCTIONS = "search then answer"
 METADATA = {"not": lambda: "picklable"}
 SLOW = "slowly"
-"""A question with this word is sampled for a minute."""
+"""Sampling takes a minute for questions with this word."""
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Backend(ScriptedBackend):
-    """Searches for what the question asks with some chance, then answers with it; keeps the samples under way."""
+    """Randomly searches for the question, then answers with it; records samples in progress."""
 
     def __init__(self, tokenizer: Any, folder: Path) -> None:
         super().__init__(self._write, tokenizer_path=str(folder), latency=Latency(floor=0.02))
@@ -124,7 +124,7 @@ async def play_all(
 
     async def one(task: GroupTask) -> None:
         async def finished(member: int, episode: Episode) -> None:
-            assert (task.place, member) not in played, "told twice"
+            assert (task.place, member) not in played, "reported twice"
             played[task.place, member] = episode
             if heard is not None:
                 await heard()
@@ -140,7 +140,7 @@ async def play_all(
 
 
 def leaves(error: BaseException, kind: type[Exception]) -> list[BaseException]:
-    """What a group holds, all the way down; all of one kind."""
+    """Leaf exceptions of nested groups; all must be of one kind."""
     found = (
         [leaf for inner in error.exceptions for leaf in leaves(inner, kind)]
         if isinstance(error, BaseExceptionGroup)
@@ -151,8 +151,8 @@ def leaves(error: BaseException, kind: type[Exception]) -> list[BaseException]:
 
 
 def timeless(episode: Episode) -> Episode:
-    """Without what a clock measured, the names that a service gives anew to each sequence, and what its cache held by chance."""
-    assert all(turn.sequence_id for turn in episode.turns), "a turn lost its sequence's name on the way"
+    """Drops timings, sequence ids and cache hits, which vary between runs."""
+    assert all(turn.sequence_id for turn in episode.turns), "a turn lost its sequence id"
     turns = [
         replace(
             turn,
@@ -169,7 +169,7 @@ def timeless(episode: Episode) -> Episode:
 
 @dataclass
 class WatchedSearch(DictSearch):
-    """Fails for questions that say so, and calls back before it answers."""
+    """Fails for marked questions, and calls back before answering."""
 
     errors: dict[str, SearchError] = field(default_factory=dict)
     on_search: Callable[[str], None] = lambda query: None
@@ -186,7 +186,7 @@ class WatchedSearch(DictSearch):
 
 
 class OtherStoreError(StoreError):
-    """Of a user: no worker has it."""
+    """A user's class, unknown to workers."""
 
 
 async def test_what_workers_play_is_what_this_process_would_play(world: World) -> None:
@@ -202,7 +202,7 @@ async def test_what_workers_play_is_what_this_process_would_play(world: World) -
             assert {key: timeless(episode) for key, episode in there.items()} == {
                 key: timeless(episode) for key, episode in here.items()
             }
-            assert len(search.asked) == asked_here, "every search came here"
+            assert len(search.asked) == asked_here, "every search ran in the pool's process"
             for place in range(12):
                 assert len({id(there[place, member].prompt_tokens) for member in range(4)}) == 1
                 assert there[place, 0].question.metadata["not"]() == "picklable"
@@ -217,7 +217,7 @@ async def test_what_workers_play_is_what_this_process_would_play(world: World) -
             samples.begin()
             abandoned.start_soon(_play_until_closed, pool, policy, samples)
             await _until_known(pool, policy, samples)
-        # Before the workers end, what is under way is cancelled at the service.
+        # Samples in progress are cancelled at the service before the workers exit.
         assert await samples.are_cancelled()
 
 
@@ -232,7 +232,7 @@ async def test_workers_retrieve_for_the_question_through_the_search_of_the_pool(
     assert {key: timeless(episode) for key, episode in there.items()} == {
         key: timeless(episode) for key, episode in here.items()
     }
-    assert sorted(search.asked) == sorted([(f"Question {place}?",) for place in range(6)] * 2), "one a group"
+    assert sorted(search.asked) == sorted([(f"Question {place}?",) for place in range(6)] * 2), "one per group"
     given = [there[0, member].given for member in range(4)]
     assert all(call is not None and call.results[0][0].text == "All about Question 0?." for call in given)
     assert {there[6, member].error for member in range(4)} == {"EmbeddingError: the embedder is down"}
@@ -271,7 +271,7 @@ async def _pausing(world: World, pool: WorkerPool, policy: TinkerPolicy) -> None
 
 @dataclass
 class Slow:
-    """Samples that take a minute."""
+    """Samples for a minute."""
 
     world: World
     groups: int = 6
@@ -297,9 +297,9 @@ class Slow:
 
 
 async def _until_known(pool: WorkerPool, policy: TinkerPolicy, samples: Slow) -> None:
-    """Until the SDK knows the numbers of the samples: without, it cannot cancel them at the service.
+    """Waits until the SDK knows the sample ids, which it needs to cancel them.
 
-    The answers to other samples, asked for later, came behind those that tell it the numbers.
+    Answers to later samples arrive after those with the ids.
     """
     await until(samples.are_under_way)
     await play_all(pool, policy, [task(60), task(61)])
@@ -334,7 +334,7 @@ async def _statistics(pool: WorkerPool) -> None:
     assert metrics["rollout/worker_deaths"] == 0
     for worker in statistics.workers:
         assert worker.load is not None
-        assert worker.load.cpu_seconds > 0.5, "it has imported the SDK at least"
+        assert worker.load.cpu_seconds > 0.5, "importing the SDK alone takes this long"
         assert worker.load.gate.samples > 0
 
 

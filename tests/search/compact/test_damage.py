@@ -72,7 +72,7 @@ async def test_that_call_makes_it_again(index: Path) -> None:
     await build_compact_index(
         corpus(), index, embedder=own, emit=lambda event: notices.append(getattr(event, "text", ""))
     )
-    assert any("vectors.bin" in text and "made again" in text for text in notices)
+    assert any("vectors.bin" in text and "rebuilding the index" in text for text in notices)
     async with await Search.open(index, embedder=embedder(), n_results=1) as search:
         found = await search.search([passage.text for passage in corpus()[::50]])
     assert all(answer[0].score > 0.99 for answer in found)
@@ -85,5 +85,5 @@ async def test_files_that_do_not_belong_together_are_refused_by_a_search(index: 
     path.write_bytes(np.roll(rows, 7, axis=0).tobytes())
     manifest = CompactManifest.load(index)
     replace(manifest, files={**manifest.files, "vectors.bin": record_of(path)}).save(index)
-    with pytest.raises(StoreError, match=r"of 16 of its own vectors it finds"):
+    with pytest.raises(StoreError, match=r"it finds \d+ of 16 of its own vectors"):
         await CompactStore(index).open()

@@ -218,7 +218,7 @@ def test_lists_of_another_index_are_refused(tmp_path: Path) -> None:
         for path in (tmp_path / "one").iterdir():
             (tmp_path / "mixed" / path.name).write_bytes(path.read_bytes())
         (tmp_path / "mixed" / name).write_bytes((tmp_path / "two" / name).read_bytes())
-        with pytest.raises(StoreError, match=r"lists\.bin is not that of this index: copy the whole folder again"):
+        with pytest.raises(StoreError, match=r"lists\.bin does not belong to this index: copy the whole folder again"):
             Codes(tmp_path / "mixed", 1, "l2")
 
 
@@ -228,9 +228,9 @@ def test_what_is_no_file_of_faiss_is_refused(tmp_path: Path) -> None:
     content = path.read_bytes()
     for broken in (b"", b"no index at all", content[:100], content[: len(content) // 2]):
         path.write_bytes(broken)
-        with pytest.raises(StoreError, match=r"codes\.faiss is no file that faiss reads"):
+        with pytest.raises(StoreError, match=r"codes\.faiss is not a faiss index"):
             load_codes(path)
-        with pytest.raises(StoreError, match=r"codes\.faiss is no file that faiss reads"):
+        with pytest.raises(StoreError, match=r"codes\.faiss is not a faiss index"):
             Codes(tmp_path, 1, "l2")
 
 

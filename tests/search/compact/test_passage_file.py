@@ -90,7 +90,7 @@ def test_files_shorter_than_what_was_kept_are_refused(tmp_path: Path, name: str)
     write(tmp_path, [Passage(str(row), "", "text") for row in range(5)])
     content = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(content[:-1])
-    with pytest.raises(OSError, match=f"{name} is shorter than what was written to it"):
+    with pytest.raises(OSError, match=f"{name} is shorter than the recorded progress"):
         PassageWriter(tmp_path, 5)
     assert (tmp_path / name).read_bytes() == content[:-1], "nothing was changed"
 
@@ -104,7 +104,7 @@ def test_a_broken_line_is_named(tmp_path: Path, line: bytes) -> None:
     (tmp_path / PASSAGES_NAME).write_bytes(content[: 3 * size] + line + content[4 * size :])
     file = PassageFile(tmp_path, 5)
     assert file.read(2).id == "2"
-    with pytest.raises(StoreError, match=r"passages\.jsonl is broken at row 3: verify the index"):
+    with pytest.raises(StoreError, match=r"passages\.jsonl is corrupt at row 3: verify the index"):
         file.read(3)
     assert file.read(4).id == "4"
     file.close()

@@ -209,13 +209,13 @@ async def test_queries_that_cannot_be_asked(large: Path) -> None:
         await store.query(good, 3)
     await store.open()
     try:
-        with pytest.raises(StoreError, match=r"another embedder \(its vectors have 64 numbers, these 32\)") as refusal:
+        with pytest.raises(StoreError, match=r"another embedder \(dimension 64, got 32\)") as refusal:
             await store.query(clustered(2, 32), 3)
         assert refusal.value.is_fatal
         for number in (np.nan, np.inf):
             broken = good.copy()
             broken[1, 5] = number
-            with pytest.raises(RefusedInput, match="not finite"):
+            with pytest.raises(RefusedInput, match="non-finite"):
                 await store.query(broken, 3)
         assert await store.query(good[:0], 3) == ()
         assert [len(answer) for answer in await store.query(good, 3)] == [3, 3]
@@ -232,13 +232,16 @@ async def test_numbers_below_1_are_refused(large: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"", r"manifest\.json is broken"),
-        (b'{"kind": "searchr1_async compact', r"manifest\.json is broken"),
-        (b"[]", r"manifest\.json is broken"),
-        (b'{"kind": "searchr1_async compact index", "format": 2}', r"manifest\.json is broken"),
-        (b'{"name": "a web application"}', "not that of a compact index: name the folder"),
-        (b'{"kind": "searchr1_async compact index", "format": 3}', "format 3, and this version of the package reads 2"),
-        (b"\xff\xfe", r"manifest\.json is broken"),
+        (b"", r"manifest\.json is corrupt"),
+        (b'{"kind": "searchr1_async compact', r"manifest\.json is corrupt"),
+        (b"[]", r"manifest\.json is corrupt"),
+        (b'{"kind": "searchr1_async compact index", "format": 2}', r"manifest\.json is corrupt"),
+        (b'{"name": "a web application"}', "not the manifest of a compact index: name a folder"),
+        (
+            b'{"kind": "searchr1_async compact index", "format": 3}',
+            "format 3, but this version of the package reads format 2",
+        ),
+        (b"\xff\xfe", r"manifest\.json is corrupt"),
     ],
 )
 async def test_a_manifest_that_is_none(index: Path, content: bytes, words: str) -> None:
@@ -280,7 +283,7 @@ async def test_an_unfinished_index_and_none_at_all(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="holds no compact index"):
         CompactStore(tmp_path / "missing")
     (tmp_path / "building").mkdir()
-    with pytest.raises(StoreError, match="not finished: run the command that began it again"):
+    with pytest.raises(StoreError, match="unfinished compact index: run the build command again"):
         CompactStore(tmp_path)
 
 
@@ -301,9 +304,9 @@ async def test_files_that_are_cut_short_or_swapped_or_gone(index: Path, tmp_path
         "lists.sizes",
         "vectors.bin",
     ):  # the passages are the same ones
-        with pytest.raises(StoreError, match=f"{name} is not the file that was made with this index"):
+        with pytest.raises(StoreError, match=f"{name} is not the file built with this index"):
             await CompactStore(index).open()
-    for broken, words in ((content[:-1], "cut short"), (content + b"x", "too long")):
+    for broken, words in ((content[:-1], "truncated"), (content + b"x", "too long")):
         (index / name).write_bytes(broken)
         with pytest.raises(StoreError, match=f"{name} is {words}"):
             await CompactStore(index).open()
@@ -369,7 +372,7 @@ async def test_closing_it_ends_its_queries_in_words(large: Path) -> None:
         try:
             found = await store.query(queries, 50)
         except StoreError as error:
-            ends.append("closed" if "was closed while it was asked" in str(error) else str(error))
+            ends.append("closed" if "was closed during a query" in str(error) else str(error))
         else:
             assert len(found) == 256
             ends.append("answered")

@@ -80,7 +80,7 @@ def test_a_resumed_file_is_that_of_one_writing(tmp_path: Path, kind: VectorType)
     for name in whole:
         content = whole[name]
         (tmp_path / name).write_bytes(content[:-1])
-        with pytest.raises(OSError, match="is shorter than what was written to it: delete the folder and begin again"):
+        with pytest.raises(OSError, match="is shorter than the recorded progress: delete the folder and start again"):
             VectorWriter(tmp_path, DIMENSION, kind, 90)
         (tmp_path / name).write_bytes(content)
 
@@ -145,7 +145,7 @@ def test_a_file_that_is_cut_off_while_it_is_read_is_an_error(tmp_path: Path) -> 
     os.truncate(tmp_path / VECTORS_NAME, 10 * DIMENSION * 2 + 5)
     assert file.gather(np.array([9])).shape == (1, DIMENSION)
     for row in (10, COUNT - 1):
-        with pytest.raises(OSError, match="became shorter"):
+        with pytest.raises(OSError, match="was truncated during a read"):
             file.gather(np.array([row]))
 
 

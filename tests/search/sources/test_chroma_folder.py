@@ -191,7 +191,7 @@ async def test_collections_are_told_apart(tmp_path: Path) -> None:
     rows = make(tmp_path, "second", 170, **by_configuration("l2"))
     with pytest.raises(StoreError, match=r"several collections.*first, second"):
         await ChromaFolder(tmp_path).open()
-    with pytest.raises(StoreError, match="no collections 'third'"):
+    with pytest.raises(StoreError, match="no collections named 'third'"):
         await ChromaFolder(tmp_path, "third").open()
     passages, vectors = await read(ChromaFolder(tmp_path, "second"))
     assert [passage.id for passage in passages] == list(rows)
@@ -213,20 +213,20 @@ def cut(folder: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        (lambda folder: cut(folder, "data_level0.bin"), "cut short"),
-        (lambda folder: cut(folder, "header.bin"), "version known"),
+        (lambda folder: cut(folder, "data_level0.bin"), "truncated"),
+        (lambda folder: cut(folder, "header.bin"), "unsupported version"),
         (lambda folder: cut(folder, "index_metadata.pickle"), None),
-        (lambda folder: change(folder, "UPDATE collections SET dimension = 7"), "vectors of 7 numbers"),
+        (lambda folder: change(folder, "UPDATE collections SET dimension = 7"), "not for vectors of dimension 7"),
         (
             lambda folder: change(folder, "UPDATE segments SET type = 'urn:other' WHERE scope = 'VECTOR'"),
-            "not known here",
+            "unsupported layout",
         ),
         (lambda folder: change(folder, "DROP TABLE embeddings_queue"), "cannot be read"),
         (lambda folder: change(folder, "DELETE FROM embeddings"), "no passages"),
         (lambda folder: change(folder, "UPDATE embeddings SET embedding_id = 'stranger' WHERE id = 40"), "'stranger'"),
         (lambda folder: change(folder, "UPDATE max_seq_id SET seq_id = seq_id - 5"), "count"),
         (lambda folder: (folder / "chroma.sqlite3").write_bytes(b"no database" * 100), "cannot be read"),
-        (lambda folder: (folder / "chroma.sqlite3").unlink(), "no Chroma folder"),
+        (lambda folder: (folder / "chroma.sqlite3").unlink(), "not a Chroma folder"),
     ],
     ids=[
         "vectors",

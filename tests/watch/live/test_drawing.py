@@ -1,4 +1,4 @@
-"""What is drawn in a process of its own, and how that process ends."""
+"""Out-of-process drawing, and how the subprocess ends."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ def task(steps: int = 30) -> dict[str, Any]:
 
 
 def names(spec: dict[str, Any]) -> set[str]:
-    """Every named data set that a chart asks for."""
+    """Every named dataset of a chart."""
     text = json.dumps(spec)
     return {name for name in ("steps", "running", "evaluations", "suites") if f'"data": {{"name": "{name}"}}' in text}
 
 
-def test_the_curves_are_those_that_are_kept() -> None:
+def test_curves_match_the_series() -> None:
     assert list(CURVES) == list(METRICS)
 
 
-def test_a_page_has_a_chart_for_each_curve() -> None:
+def test_page_has_a_chart_per_curve() -> None:
     specs = page_specs(3, from_zero=True)
     assert {name: names(spec) for name, spec in specs.items()} == {
         "reward": {"steps", "running"},
@@ -50,10 +50,12 @@ def test_a_page_has_a_chart_for_each_curve() -> None:
         "turns": {"steps", "running"},
         "valid_calls": {"steps", "running"},
     }
-    assert all("background" not in spec and "config" not in spec for spec in specs.values()), "colours are the page's"
+    assert all("background" not in spec and "config" not in spec for spec in specs.values()), (
+        "colours are set by the page"
+    )
 
 
-def test_a_picture_holds_what_it_came_to() -> None:
+def test_picture_contains_the_outcome() -> None:
     spec = filled(picture_spec(2, from_zero=True), task())
     assert spec["title"]["text"].startswith("Trained Qwen/Qwen3-8B: 30 of 30 steps in ")
     assert "untrained 18.0% [14.0%, 22.0%] → after RL" in spec["title"]["subtitle"][0]
@@ -61,29 +63,29 @@ def test_a_picture_holds_what_it_came_to() -> None:
     assert len(spec["datasets"]["steps"]) == 30
 
 
-async def test_a_picture_is_small_and_sharp() -> None:
-    """900 pixels wide at twice the density, and well under what a notebook may carry."""
+async def test_picture_is_small_and_sharp() -> None:
+    """900 pixels wide at 2x, and small enough for a notebook."""
     png = await run("picture", task())
     assert png.startswith(b"\x89PNG")
     assert 1700 <= int.from_bytes(png[16:20], "big") <= 1900
     assert 20_000 < len(png) < 200_000
 
 
-async def test_an_error_of_the_process_is_told_in_a_line() -> None:
+async def test_subprocess_error_is_one_line() -> None:
     with pytest.raises(DrawingError, match=r"^drawing picture failed: KeyError: 'steps'$"):
         await run("picture", {})
 
 
-async def test_a_process_that_cannot_start(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_subprocess_that_cannot_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     with pytest.raises(DrawingError, match="did not start"):
         await run("picture", {})
     monkeypatch.setattr(sys, "executable", "")
-    with pytest.raises(DrawingError, match="nothing can be drawn"):
+    with pytest.raises(DrawingError, match=r"sys\.executable is empty"):
         await run("picture", {})
 
 
-async def test_cancelling_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_cancelling_kills_the_subprocess(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[subprocess.Popen[bytes]] = []
     has_started, has_ended = threading.Event(), threading.Event()
 
@@ -109,7 +111,7 @@ async def test_cancelling_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> N
     assert started[0].stdout.closed
 
 
-def test_no_secret_reaches_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_secret_reaches_the_subprocess(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TINKER_API_KEY", "tml-4711")
     monkeypatch.setenv("HF_TOKEN", "hf-4711")
     given = child._environment()

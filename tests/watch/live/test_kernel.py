@@ -1,4 +1,4 @@
-"""The live view in a real kernel: what a notebook is sent, and what its buttons do while a cell waits for the run."""
+"""The live view in a real kernel: messages to the notebook, and buttons while a cell awaits the run."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ async with view:
 
 
 class Kernel:
-    """A kernel, and all that it publishes."""
+    """A kernel and its published messages."""
 
     def __init__(self) -> None:
         self.manager, self.client = start_new_kernel(env={**os.environ, "PYTHONPATH": ROOT}, cwd=ROOT)
@@ -66,7 +66,7 @@ class Kernel:
         return self.client.execute(code)
 
     def see(self, until: Callable[[dict[str, Any]], bool], seconds: float = 60) -> dict[str, Any]:
-        """Reads on to the first message of which ``until`` is true."""
+        """Reads up to the first message that satisfies ``until``."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             message = self.client.get_iopub_msg(timeout=max(0.1, end - time.monotonic()))
@@ -107,22 +107,22 @@ def kernel() -> Iterator[Kernel]:
 
 
 def sent_by_widget(kernel: Kernel, kind: str) -> list[dict[str, Any]]:
-    """Custom messages of one kind."""
+    """Custom widget messages of one kind."""
     data = [message["content"]["data"] for message in kernel.of("comm_msg")]
     return [each["content"] for each in data if each.get("method") == "custom" and each["content"].get("kind") == kind]
 
 
-def test_the_widget_from_its_cell_to_its_picture(kernel: Kernel) -> None:
+def test_widget_from_start_to_picture(kernel: Kernel) -> None:
     kernel.run(PREPARE)
     kernel.run("view = open_view(True, title='Training in <runs>', controls=Controls())")
     (shown,) = kernel.of("display_data")
     assert set(shown["content"]["data"]) == {WIDGET, "text/html", "text/plain"}
-    assert "&lt;runs&gt;" in shown["content"]["data"]["text/html"], "what a viewer without widgets has"
+    assert "&lt;runs&gt;" in shown["content"]["data"]["text/html"], "fallback for viewers without widgets"
     comm = shown["content"]["data"][WIDGET]["model_id"]
     opened = next(message for message in kernel.of("comm_open") if message["content"]["comm_id"] == comm)
     state = opened["content"]["data"]["state"]
     assert "innerHTML" not in state["_esm"]
-    assert len(json.dumps(state)) < 40_000, "Vega comes later, and is not saved with the notebook"
+    assert len(json.dumps(state)) < 40_000, "Vega is sent later and not saved with the notebook"
 
     sent = kernel.send(RUN)
     kernel.see(lambda m: m["msg_type"] == "comm_msg" and "Step 1 of 9" in json.dumps(m["content"]))
@@ -133,25 +133,25 @@ def test_the_widget_from_its_cell_to_its_picture(kernel: Kernel) -> None:
     if "subshell_id" not in subshell:
         kernel.manager.interrupt_kernel()
         pytest.skip("this kernel answers no button while a cell waits")
-    # The cell waits for the run; the button's message comes in a thread of its own.
+    # The cell awaits the run; the button's message arrives in another thread.
     kernel.press(comm, "pause", subshell["subshell_id"])
     kernel.finish(sent)
 
     last = kernel.of("update_display_data")[-1]["content"]
     assert last["transient"]["display_id"] == shown["content"]["transient"]["display_id"]
-    assert set(last["data"]) == {"image/png", "text/plain"}, "no HTML, which GitHub would prefer to the picture"
+    assert set(last["data"]) == {"image/png", "text/plain"}, "no HTML: GitHub would prefer it to the picture"
     assert last["data"]["text/plain"].startswith("Trained <b>model</b>: 1 of 9 steps in ")
     assert comm in [message["content"]["comm_id"] for message in kernel.of("comm_close")]
 
 
-def test_rich_text_where_there_is_no_anywidget(kernel: Kernel) -> None:
+def test_rich_text_without_anywidget(kernel: Kernel) -> None:
     kernel.run(
         "import importlib.util as u; find = u.find_spec; u.find_spec = lambda n: None if n == 'anywidget' else find(n)"
     )
     kernel.run(PREPARE)
     kernel.run("view = open_view(True, title='a run'); pressed.set()")
     kernel.run(RUN)
-    assert len(kernel.of("display_data")) == 1, "one place, updated"
+    assert len(kernel.of("display_data")) == 1, "one output, updated"
     *_, before, last = [message["content"] for message in kernel.of("update_display_data")]
     assert "&lt;b&gt;model&lt;/b&gt;" in before["data"]["text/html"]
     assert set(last["data"]) == {"image/png", "text/plain"}

@@ -1,4 +1,4 @@
-"""What a live view says, in words and as HTML."""
+"""The live view's text, plain and as HTML."""
 
 from __future__ import annotations
 
@@ -40,57 +40,57 @@ def alerts(*events: tuple[float, Event]) -> list[str]:
     return [alert["text"] for alert in frame(state.snapshot(now))["alerts"]]
 
 
-def test_a_quiet_run_has_no_warnings() -> None:
+def test_healthy_run_has_no_alerts() -> None:
     assert alerts((1.0, sampled()), (2.0, EpisodeFinished(episode(), 1))) == []
 
 
-def test_the_search_is_down() -> None:
+def test_search_down_alert() -> None:
     (text,) = alerts((1.0, sampled(store__seconds_down=12.0)))
-    assert text.startswith("The search has been down for 12 s")
+    assert text.startswith("Search has been down for 12 s")
 
 
-def test_searches_fail() -> None:
+def test_failed_searches_alert() -> None:
     (text,) = alerts((1.0, sampled(failed=2.0)), (2.0, sampled(failed=5.0)))
     assert text.startswith("3 searches failed")
 
 
-def test_the_service_pushes_back() -> None:
+def test_rate_limit_alert() -> None:
     (text,) = alerts((1.0, sampled(limited_by="service")))
-    assert text.startswith("The service pushes back")
+    assert text.startswith("The service is rate limiting")
 
 
-def test_episodes_fail() -> None:
+def test_failed_episodes_alert() -> None:
     failed = EpisodeFinished(episode(stop_reason=StopReason.FAILED, turns=()), 1)
-    assert alerts((1.0, failed), (1.0, failed)) == [], "two may be chance"
+    assert alerts((1.0, failed), (1.0, failed)) == [], "two are not enough"
     (text,) = alerts((1.0, failed), (1.0, failed), (1.0, failed))
-    assert (
-        text == "3 of 3 episodes failed lately; they are not trained on. The last said: SearchError: the store is gone"
-    )
+    assert text == "3 of 3 recent episodes failed; they are not trained on. Last error: SearchError: the store is gone"
 
 
-def test_the_loop_is_late() -> None:
-    assert alerts((1.0, sampled(lag=0.2))) == [], "once is no state"
+def test_late_event_loop_alert() -> None:
+    assert alerts((1.0, sampled(lag=0.2))) == [], "once is not enough"
     (text,) = alerts((1.0, sampled(lag=0.2)), (4.0, sampled(lag=0.2)))
-    assert text.startswith("The event loop is late by 200 ms (median): something holds it, such as another cell")
+    assert text.startswith(
+        "The event loop is late by 200 ms (median): something blocks it, such as another running cell"
+    )
     (text,) = alerts((1.0, sampled(lag=0.2, cpu=0.95)), (4.0, sampled(lag=0.2, cpu=0.95)))
     assert "0.95 of a core" in text
     assert alerts((1.0, sampled(lag=0.2)), (2.0, sampled()), (4.0, sampled(lag=0.2))) == []
 
 
-def test_another_cell_held_the_loop() -> None:
+def test_blocked_event_loop_alert() -> None:
     held = (1.0, sampled(hold=4.2))
     (text,) = alerts(held, (20.0, sampled()))
-    assert text.startswith("The event loop stood still for 4.2 s")
+    assert text.startswith("The event loop was blocked for 4.2 s")
     assert alerts(held, (40.0, sampled())) == []
 
 
-def test_notices_that_warn_are_seen_for_a_while() -> None:
+def test_warnings_stay_visible_for_a_while() -> None:
     warning = (1.0, Notice("the disk is nearly full", is_warning=True))
-    assert alerts(warning, (2.0, warning[1])) == ["the disk is nearly full (said 2 times)"]
+    assert alerts(warning, (2.0, warning[1])) == ["the disk is nearly full (2 times)"]
     assert alerts(warning, (700.0, sampled())) == []
 
 
-def test_the_cost() -> None:
+def test_cost() -> None:
     def cost(model: str, is_embedded: bool, is_tinker: bool = True) -> str:
         state = RunState()
         state.see(RunStarted("evaluate", model, is_embedded, "e", is_tinker=is_tinker), 0.0)
@@ -101,10 +101,10 @@ def test_the_cost() -> None:
     assert cost("nobody/knows", False) == "unknown"
     assert cost("nobody/knows", True).startswith("nothing")
     assert cost("Qwen/Qwen3-8B", False).startswith("$0.00")
-    assert cost("Qwen/Qwen3-8B", False, is_tinker=False) == "unknown", "a server of one's own has its own prices"
+    assert cost("Qwen/Qwen3-8B", False, is_tinker=False) == "unknown", "a custom server has unknown prices"
 
 
-def test_the_parts_of_a_stack_fit() -> None:
+def test_stack_parts_fit() -> None:
     state, now = after((1.0, sampled()))
     flight = frame(state.snapshot(now))["stacks"][0]
     assert [(part["name"], part["count"]) for part in flight["parts"]] == [
@@ -116,7 +116,7 @@ def test_the_parts_of_a_stack_fit() -> None:
     assert flight["whole"] == 12
 
 
-def test_the_title_until_the_work_is_known() -> None:
+def test_title_until_the_work_is_known() -> None:
     state = RunState()
     assert frame(state.snapshot(0.0), "Training in runs/a")["title"] == "Training in runs/a"
     state.see(STARTED, 0.0)
@@ -125,7 +125,7 @@ def test_the_title_until_the_work_is_known() -> None:
     assert summary(state.snapshot(9.0)).startswith("Trained Qwen/Qwen3-8B: 0 of 10 steps in 5.0 s, stopped.")
 
 
-def test_a_picture_of_nothing_is_none() -> None:
+def test_empty_run_has_no_picture() -> None:
     state, now = after((1.0, sampled()))
     assert picture_task(state, now) is None
 
@@ -142,7 +142,7 @@ def test_short_times() -> None:
     assert [milliseconds(seconds) for seconds in (0.0004, 0.0123, 0.9999, 2.5)] == ["0 ms", "12 ms", "1.0 s", "2.5 s"]
 
 
-def test_text_of_unknown_origin() -> None:
+def test_untrusted_text() -> None:
     assert shown("a\nb\x1b[31m\u202ec") == "a b\\x1b[31m\\u202ec"
     assert shown("x" * 10**6) == "x" * 300 + "…"
 
@@ -156,7 +156,7 @@ def whole_run() -> Frame:
     return frame(state.snapshot(20.0))
 
 
-def test_rich_text_says_all_that_the_widget_says() -> None:
+def test_rich_text_has_all_text_of_the_widget() -> None:
     said = whole_run()
     for text in (as_text(said), as_html(said).replace("&amp;", "&").replace("&#x27;", "'")):
         assert said["progress"] in text
@@ -176,7 +176,7 @@ class _Tags(HTMLParser):
         self.tags.add(tag)
 
 
-def test_hostile_text_makes_no_markup() -> None:
+def test_hostile_text_is_never_markup() -> None:
     state = RunState()
     state.see(RunStarted("train", HOSTILE, False, HOSTILE), 0.0)
     state.see(PhaseStarted("<img src=x>", 3, "<b>", "<i onclick=1>"), 0.0)

@@ -1,4 +1,4 @@
-"""Charts: they say what the data says, are valid in both Vega-Lites, stay small, and are never an exception in a young run."""
+"""Charts: correct data, valid in both Vega-Lite versions, bounded size, no exceptions without steps."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def metrics_frame(steps: int) -> pl.DataFrame:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small run: three steps, three evaluations of two suites, one of several samples, and an event log."""
+    """A small run: three steps, three evaluations of two suites (one with several samples), and an event log."""
     out = tmp_path_factory.mktemp("run")
     records = RunRecords(out)
     for step, row in enumerate(metrics_frame(3).drop("step").iter_rows(named=True), start=1):
@@ -71,7 +71,7 @@ def evaluated(samples: int) -> list[Any]:
 
 
 def all_rows(spec: Any) -> int:
-    """Rows of data that a chart holds, wherever."""
+    """Total data rows of a chart."""
     if isinstance(spec, dict):
         own = sum(len(rows) for rows in spec["datasets"].values()) if "datasets" in spec else 0
         values = spec.get("data", {}).get("values") if isinstance(spec.get("data"), dict) else None
@@ -81,7 +81,7 @@ def all_rows(spec: Any) -> int:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_is_a_chart_with_words_and_a_picture(folder: Path, kind: str) -> None:
+def test_every_kind_has_title_and_picture(folder: Path, kind: str) -> None:
     chart = draw(folder, kind)
     bundle = theme.mime_bundle(chart.to_dict())
     assert bundle[theme.MIME_TYPE]["$schema"].endswith("v5.json")
@@ -96,14 +96,14 @@ def test_every_kind_is_a_chart_with_words_and_a_picture(folder: Path, kind: str)
 
 
 @pytest.mark.parametrize("kind", [*KINDS, ["reward", "turns"]])
-def test_a_young_run_has_charts_that_say_so(tmp_path: Path, kind: str | list[str]) -> None:
+def test_run_without_steps_has_placeholder_charts(tmp_path: Path, kind: str | list[str]) -> None:
     spec = draw(tmp_path / "not made yet", kind).to_dict()
     texts = json.dumps(spec)
     assert "nothing to draw" in texts or "No evaluation has been made yet" in texts
     assert theme.mime_bundle(spec)["image/png"]
 
 
-def test_an_unknown_kind_names_what_there_is(folder: Path, tmp_path: Path) -> None:
+def test_unknown_kind_lists_the_valid_ones(folder: Path, tmp_path: Path) -> None:
     for wrong, words in (
         ("timelin", "Did you mean 'timeline'"),
         ("turn_per_episode", "turns_per_episode"),
@@ -120,15 +120,15 @@ def test_an_unknown_kind_names_what_there_is(folder: Path, tmp_path: Path) -> No
         draw(folder, "timeline", stepp=3)
 
 
-def test_a_column_is_named_in_full_or_below_env_all(folder: Path) -> None:
+def test_column_name_with_or_without_env_all(folder: Path) -> None:
     for name in ("env/all/turns_per_episode", "turns_per_episode", "turns", "time/step [s].total"):
         spec = draw(folder, name).to_dict()
         assert all_rows(spec) >= 3
         assert theme.mime_bundle(spec)["image/png"]
 
 
-def test_charts_can_be_changed_laid_side_by_side_and_saved(folder: Path, tmp_path: Path) -> None:
-    """A chart with a configuration of its own could not be part of another."""
+def test_charts_can_be_modified_concatenated_and_saved(folder: Path, tmp_path: Path) -> None:
+    """A chart with its own config cannot be concatenated."""
     reward, learning, timeline = (draw(folder, kind) for kind in ("reward", "learning", "timeline"))
     both = (reward.properties(title="mine", width=300) | draw(folder, "exact_match")) & learning & timeline
     both.save(tmp_path / "both.png")
@@ -140,7 +140,7 @@ def test_charts_can_be_changed_laid_side_by_side_and_saved(folder: Path, tmp_pat
     assert theme.TRAINING in svg
 
 
-def test_the_evaluations_figures_are_those_of_the_evaluation(folder: Path) -> None:
+def test_evaluation_scores_match_the_evaluation(folder: Path) -> None:
     scores = evaluation_scores(RunRecords(folder).evaluations())
     assert scores["order"].unique().to_list() == [0, 1, 2]
     for order, samples in ((0, 1), (2, 3)):
@@ -176,7 +176,7 @@ def test_reward_by_turns_and_by_searches() -> None:
     assert (right["high"] <= 1).all()
 
 
-def test_many_steps_make_no_large_chart() -> None:
+def test_many_steps_give_a_bounded_chart() -> None:
     long = metrics_frame(20_000)
     for chart in (
         plot_metric(long, ["reward", "exact_match", "turns"]),
@@ -187,10 +187,10 @@ def test_many_steps_make_no_large_chart() -> None:
         assert 1000 < all_rows(spec) <= theme.MAX_ROWS + 4
         assert len(json.dumps(spec)) < 1_000_000
     shown = metric_rows(long, METRICS["reward"])
-    assert shown.height == 20_000, "the trend is that of all steps, not of those that are shown"
+    assert shown.height == 20_000, "the trend covers all steps, not only those shown"
 
 
-def test_a_long_step_makes_no_large_chart() -> None:
+def test_long_step_gives_a_bounded_chart() -> None:
     from searchr1_async.events import GroupFinished
     from tests.watch.plots.test_timeline import opened, sample
 
@@ -201,14 +201,14 @@ def test_a_long_step_makes_no_large_chart() -> None:
     assert all_rows(chart.to_dict()) <= theme.MAX_ROWS
 
 
-def test_a_series_with_gaps_and_values_that_are_none() -> None:
+def test_series_with_gaps_and_nulls() -> None:
     frame = pl.DataFrame({"step": [1, 2, 3, 4], "env/all/reward/total": [0.1, None, float("nan"), float("inf")]})
     assert metric_rows(frame, METRICS["reward"])["step"].to_list() == [1.0]
     assert plot_metric(frame, "reward").to_dict()
     assert "nothing" not in json.dumps(plot_metric(frame, "reward").to_dict())
 
 
-def test_hostile_text_is_shown_and_does_nothing(folder: Path) -> None:
+def test_hostile_text_is_inert(folder: Path) -> None:
     text = json.dumps(draw(folder, "suites").to_dict(), ensure_ascii=False)
     assert "\x1b" not in text
     assert "\u202e" not in text
@@ -229,13 +229,13 @@ def test_only_altairs_default_renderer_is_replaced(folder: Path) -> None:
     assert alt.renderers.active == "svg"
     alt.renderers.enable("default")
     draw(folder, "reward")
-    assert alt.renderers.active == "default", "outside a notebook nothing of the user's is touched"
+    assert alt.renderers.active == "default", "outside a notebook the user's settings are unchanged"
     assert theme.enable_renderer()
     shown = draw(folder, "reward")._repr_mimebundle_()
     assert set(shown) == {theme.MIME_TYPE, "image/png", "text/plain"}
 
 
-def test_importing_the_charts_imports_no_altair() -> None:
+def test_importing_plots_does_not_import_altair() -> None:
     code = (
         "import sys, searchr1_async.watch.plots, searchr1_async.watch.trackers\n"
         "print(sorted({'altair', 'vl_convert', 'matplotlib', 'wandb', 'trackio', 'tensorboardX', 'IPython'} & set(sys.modules)))"

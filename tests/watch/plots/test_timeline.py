@@ -1,4 +1,4 @@
-"""Who waited for what: read from the events, by hand and for any events at all."""
+"""Timelines: known examples and arbitrary events."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from searchr1_async.events import (
     StepFinished,
     WeightsPublished,
 )
-from searchr1_async.watch.plots.timeline import STAGES, joined, step_in_words, timeline_of
+from searchr1_async.watch.plots.timeline import STAGES, joined, step_summary, timeline_of
 from searchr1_async.watch.trackers.lines import LoggedEvent, decoded, encoded
 from tests.watch import builders
 
@@ -59,7 +59,7 @@ STEP_TWO: tuple[tuple[float, Event], ...] = (
 )
 
 
-def test_a_step_by_hand() -> None:
+def test_timeline_of_a_known_step() -> None:
     timeline = timeline_of(logged(*STEP_TWO))
     assert timeline is not None
     assert (timeline.step, timeline.seconds, timeline.is_over) == (2, 20.0, True)
@@ -76,20 +76,20 @@ def test_a_step_by_hand() -> None:
     assert [(mark.second, mark.what) for mark in timeline.marks] == [
         (6, "group finished"), (8, "group dropped"), (20, "weights published"),
     ]  # fmt: skip
-    assert step_in_words(timeline) == [
-        "the trainer was idle 70% of 20 s, learning 20%, making new weights 10%",
-        "episodes waited 69% for the model, 15% for the search",
+    assert step_summary(timeline) == [
+        "the trainer was idle 70% of 20 s, learning 20%, updating weights 10%",
+        "episode time: 69% sampling, 15% searching",
     ]
 
 
-def test_a_step_under_way_ends_where_the_events_end() -> None:
+def test_unfinished_step_ends_with_the_events() -> None:
     timeline = timeline_of(logged(*STEP_TWO[:9]), 2)
     assert timeline is not None
     assert (timeline.seconds, timeline.is_over) == (15.0, False)
-    assert "still under way" in step_in_words(timeline)[0]
+    assert "in progress" in step_summary(timeline)[0]
 
 
-def test_without_a_step_it_is_the_last_whose_weights_are_out() -> None:
+def test_default_step_is_the_last_with_published_weights() -> None:
     events = logged(*STEP_TWO, (130.5, opened(3)), (135.0, MinibatchSubmitted(3, 1, 1, 1)))
     timeline = timeline_of(events)
     assert timeline is not None
@@ -99,7 +99,7 @@ def test_without_a_step_it_is_the_last_whose_weights_are_out() -> None:
     assert (later.seconds, later.is_over) == (4.5, False)
 
 
-def test_a_resumed_step_is_told_as_it_was_played_last() -> None:
+def test_resumed_step_uses_the_last_session() -> None:
     again = [(moment + 1000, event) for moment, event in STEP_TWO[:8]]
     timeline = timeline_of(logged(*STEP_TWO, *again), 2)
     assert timeline is not None
@@ -107,7 +107,7 @@ def test_a_resumed_step_is_told_as_it_was_played_last() -> None:
     assert timeline.seconds == 9.0
 
 
-def test_the_step_before_still_keeps_the_trainer_when_the_batch_opens() -> None:
+def test_trainer_may_still_be_busy_with_the_previous_step() -> None:
     events = logged(
         (0, STARTED), (1, opened(1)), (4, MinibatchSubmitted(1, 1, 1, 1)), (5, BatchClosed(1, 4)), (5, opened(2)),
         (6, MinibatchLearned(1, 1, 1)), (8, WeightsPublished(1)), (10, BatchClosed(2, 4)), (11, WeightsPublished(2)),
@@ -119,7 +119,7 @@ def test_the_step_before_still_keeps_the_trainer_when_the_batch_opens() -> None:
     ]  # fmt: skip
 
 
-def test_on_policy_a_step_begins_with_the_weights_that_it_waits_for() -> None:
+def test_on_policy_step_starts_at_the_previous_weights() -> None:
     started = RunStarted("train", "m", True, "hash", settings={"pipeline": {"max_staleness": 0}})
     events = logged(
         (0, started), (1, opened(1)), (5, BatchClosed(1, 4)), (5, opened(2)), (8, WeightsPublished(1)),
@@ -130,17 +130,17 @@ def test_on_policy_a_step_begins_with_the_weights_that_it_waits_for() -> None:
     assert timeline.seconds == 3.0
 
 
-def test_before_a_resumed_run_has_come_to_anything_it_is_the_step_before() -> None:
+def test_default_step_right_after_a_resume_is_the_previous_one() -> None:
     resumed = [(86_000.0, Notice("starting the service")), (86_010.0, STARTED), (86_020.0, opened(3))]
     timeline = timeline_of(logged(*STEP_TWO, (141.0, RunEnded("stopped")), *resumed))
     assert timeline is not None
     assert timeline.step == 2
     cut = timeline_of(logged(*STEP_TWO[:8], (131.0, RunEnded("stopped")), *resumed), 2)
     assert cut is not None
-    assert cut.seconds == 21.0, "a step that a stop cut short ends with its session"
+    assert cut.seconds == 21.0, "a step cut short by a stop ends with its session"
 
 
-def test_a_log_without_the_pipelines_word_is_read_from_what_there_is() -> None:
+def test_log_without_pipeline_events() -> None:
     events = logged(
         (0, STARTED), (2, PhaseStarted("train", 4, "steps")), (3, MinibatchSubmitted(1, 1, 1, 1)), (4, BatchClosed(1, 4)),
         (5, StepFinished(1, {})), (7, MinibatchSubmitted(2, 1, 1, 1)),
@@ -163,7 +163,7 @@ some_events = st.sampled_from(
 
 
 @given(st.lists(st.tuples(st.floats(0, 50), some_events), max_size=30), st.sampled_from([None, 1, 2, 3]))
-def test_any_events_give_a_whole_timeline_or_none(rows: list[tuple[float, Event]], step: int | None) -> None:
+def test_any_events_give_a_consistent_timeline_or_none(rows: list[tuple[float, Event]], step: int | None) -> None:
     timeline = timeline_of(logged(*sorted(rows, key=lambda row: row[0])), step)
     if timeline is None:
         return
@@ -175,10 +175,10 @@ def test_any_events_give_a_whole_timeline_or_none(rows: list[tuple[float, Event]
     assert all(0 <= mark.second <= timeline.seconds for mark in timeline.marks)
     shares = timeline.stage_shares()
     assert not shares or sum(shares.values()) == pytest.approx(1.0)
-    assert step_in_words(timeline)
+    assert step_summary(timeline)
 
 
-def test_joined_samples_keep_the_time_spent_in_each_stage() -> None:
+def test_joined_samples_preserve_time_per_stage() -> None:
     samples = [(float(place), dict.fromkeys(STAGES, float(place % 7))) for place in range(1000)]
     few = joined(samples, 100)
     assert len(few) <= 100

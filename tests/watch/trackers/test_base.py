@@ -1,4 +1,4 @@
-"""The queue between a run and a service: quick for the run, in order, and never in its way."""
+"""The tracker queue: non-blocking, ordered, isolated from the run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.anyio
 
 
 class Kept(QueuedTracker):
-    """Keeps what it is given, and from which threads."""
+    """Records events and the calling threads."""
 
     name = "kept"
 
@@ -44,7 +44,7 @@ class Kept(QueuedTracker):
         self.threads.add(threading.get_ident())
 
 
-async def test_all_events_arrive_in_order_in_one_other_thread() -> None:
+async def test_events_arrive_in_order_in_one_thread() -> None:
     kept = Kept()
     async with kept:
         for step in range(1000):
@@ -55,11 +55,11 @@ async def test_all_events_arrive_in_order_in_one_other_thread() -> None:
     assert len(kept.threads) == 1
     assert threading.get_ident() not in kept.threads
     kept(BatchClosed(1000, 1))
-    assert kept.steps[-1] == 999, "after its end it hears nothing"
+    assert kept.steps[-1] == 999, "nothing arrives after the end"
 
 
 @pytest.mark.parametrize("where", ["open", "write", "close"])
-async def test_a_tracker_that_fails_is_dropped_with_one_warning(where: str, caplog: pytest.LogCaptureFixture) -> None:
+async def test_failing_tracker_is_dropped_with_one_warning(where: str, caplog: pytest.LogCaptureFixture) -> None:
     class Failing(Kept):
         def _called(self, name: str) -> None:
             super()._called(name)
@@ -75,7 +75,7 @@ async def test_a_tracker_that_fails_is_dropped_with_one_warning(where: str, capl
     assert failing.calls.count("close") == (0 if where == "open" else 1)
 
 
-async def test_a_service_that_hangs_does_not_hold_up_the_runs_end(caplog: pytest.LogCaptureFixture) -> None:
+async def test_hanging_service_does_not_delay_the_end(caplog: pytest.LogCaptureFixture) -> None:
     release = threading.Event()
 
     class Hanging(Kept):
@@ -89,12 +89,12 @@ async def test_a_service_that_hangs_does_not_hold_up_the_runs_end(caplog: pytest
             tracker(BatchClosed(1, 1))
     seconds = time.monotonic() - began
     release.set()
-    assert seconds < 5, "30 s each if it waited for them"
+    assert seconds < 5, "30 s each if it waited"
     assert all(tracker.is_dropped for tracker in trackers)
-    assert len([record for record in caplog.records if "left behind" in record.getMessage()]) == 3
+    assert len([record for record in caplog.records if "was abandoned" in record.getMessage()]) == 3
 
 
-async def test_a_cancelled_run_keeps_its_last_events() -> None:
+async def test_cancelled_run_flushes_its_events() -> None:
     kept = Kept()
     with anyio.CancelScope() as scope:
         async with kept:
@@ -105,9 +105,7 @@ async def test_a_cancelled_run_keeps_its_last_events() -> None:
     assert kept.calls[-1] == "close"
 
 
-async def test_what_a_service_does_not_take_is_bounded(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_queue_is_bounded(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(base, "MAX_WAITING", 10)
     release = threading.Event()
 
@@ -121,10 +119,10 @@ async def test_what_a_service_does_not_take_is_bounded(
             slow(BatchClosed(step, 1))
         release.set()
     assert slow.steps == list(range(10))
-    assert len([record for record in caplog.records if "takes no events" in record.getMessage()]) == 1
+    assert len([record for record in caplog.records if "is too slow" in record.getMessage()]) == 1
 
 
-async def test_a_tracker_of_ones_own_cannot_harm_the_run(caplog: pytest.LogCaptureFixture) -> None:
+async def test_custom_tracker_cannot_affect_the_run(caplog: pytest.LogCaptureFixture) -> None:
     class Own:
         def __init__(self, fails: str) -> None:
             self.fails = fails
@@ -145,7 +143,7 @@ async def test_a_tracker_of_ones_own_cannot_harm_the_run(caplog: pytest.LogCaptu
     assert len(caplog.records) == 2
 
 
-async def test_the_log_comes_by_itself_and_others_by_name(tmp_path: Path) -> None:
+async def test_log_is_automatic_and_others_are_by_name(tmp_path: Path) -> None:
     own = Kept()
     made = make_trackers([own], tmp_path)
     assert isinstance(made[0], JsonlTracker)
@@ -157,7 +155,7 @@ async def test_the_log_comes_by_itself_and_others_by_name(tmp_path: Path) -> Non
             make_trackers([wrong], tmp_path)  # type: ignore[list-item]
 
 
-async def test_a_missing_package_is_named_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
     with pytest.raises(ConfigurationError, match=r"pip install 'searchr1_async\[wandb\]'"):
         make_trackers("wandb")

@@ -1,4 +1,4 @@
-"""The event log: whole lines within a second, mended after a kill, thinned where events come too often."""
+"""The event log: complete lines within a second, repaired after a kill, rate limited."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def sample(episodes: int) -> RolloutSampled:
     return RolloutSampled(episodes, episodes, 0, 0, 1, 0, 0, 0, {}, "nothing", 0.0, 0.0, 0.0, 0.0)
 
 
-async def test_events_are_appended_in_their_order(tmp_path: Path) -> None:
+async def test_events_are_appended_in_order(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "events.jsonl"
     for session in range(2):
         async with JsonlTracker(path) as log:
@@ -49,11 +49,11 @@ async def test_events_are_appended_in_their_order(tmp_path: Path) -> None:
     assert events[-1].values == {"reason": "finished"}
 
 
-async def test_samples_and_progress_are_thinned_by_the_clock(tmp_path: Path) -> None:
+async def test_samples_and_progress_are_rate_limited(tmp_path: Path) -> None:
     now = [100.0]
     path = tmp_path / "events.jsonl"
     async with JsonlTracker(path, clock=lambda: now[0]) as log:
-        for tick in range(21):  # ten a second for two seconds
+        for tick in range(21):  # ten per second for two seconds
             now[0] = 100.0 + tick / 10
             log(sample(tick))
             log(PhaseAdvanced("evaluate", tick))
@@ -65,7 +65,7 @@ async def test_samples_and_progress_are_thinned_by_the_clock(tmp_path: Path) -> 
     assert [event.values["done"] for event in events if event.name == "PhaseAdvanced"] == [0, 5, 10, 15, 20]
 
 
-async def test_how_far_a_phase_came_at_last_is_kept(tmp_path: Path) -> None:
+async def test_final_progress_of_a_phase_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     async with JsonlTracker(path, clock=lambda: 5.0) as log:
         for done in range(4):
@@ -77,9 +77,7 @@ async def test_how_far_a_phase_came_at_last_is_kept(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-async def test_a_folder_that_cannot_be_written_costs_one_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_unwritable_folder_gives_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_text("in the way")
     log = JsonlTracker(tmp_path / "file" / "events.jsonl")
     async with log:
@@ -89,8 +87,8 @@ async def test_a_folder_that_cannot_be_written_costs_one_warning(
 
 
 @given(st.lists(st.integers(1, 9), max_size=4), st.integers(0, 60), st.booleans())
-def test_a_file_cut_anywhere_is_mended(steps: list[int], kept: int, has_end: bool) -> None:
-    """However much of the last line a kill left: what was whole stays, and what comes next is whole."""
+def test_truncated_file_is_repaired(steps: list[int], kept: int, has_end: bool) -> None:
+    """Complete lines are kept, and the next line is complete, wherever the last one was truncated."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "events.jsonl"
         whole = b"".join(encoded(1.0, BatchClosed(step, 1)) for step in steps)
@@ -124,7 +122,7 @@ anyio.run(main)
 """
 
 
-async def test_a_killed_process_leaves_what_it_wrote(tmp_path: Path) -> None:
+async def test_killed_process_keeps_written_events(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     command = [sys.executable, "-c", KILLED, str(path)]
     with anyio.fail_after(60):

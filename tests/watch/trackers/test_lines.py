@@ -1,4 +1,4 @@
-"""Events as lines, and lines as events again."""
+"""Encoding and decoding of event lines."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from searchr1_async.watch.trackers.lines import (
 from tests.watch import builders
 
 
-def test_an_episode_is_told_in_a_few_figures_and_never_by_its_text() -> None:
+def test_episode_is_summarised_without_text() -> None:
     question = builders.question("q7", "atlas")
     line = encoded(12.3456, EpisodeFinished(builders.episode(question), step=3))
     row = orjson.loads(line)
@@ -50,24 +50,24 @@ def test_an_episode_is_told_in_a_few_figures_and_never_by_its_text() -> None:
     assert b"Paris" not in line
 
 
-def test_a_group_is_told_by_its_mean_and_size() -> None:
+def test_group_is_summarised() -> None:
     row = event_values(GroupDropped(builders.group(corrects=(1.0, 0.0, 0.0), failed=2), 4, "constant_reward"))
     assert (row["episodes"], row["failed"], row["reason"], row["step"]) == (3, 2, "constant_reward", 4)
     assert row["reward"] == pytest.approx(1 / 3)
     assert event_values(GroupFinished(builders.group(corrects=()), 1))["reward"] is None
 
 
-def test_hostile_text_and_numbers_that_are_none_make_valid_json() -> None:
+def test_hostile_text_and_non_finite_numbers_give_valid_json() -> None:
     line = encoded(1.0, StepFinished(1, {builders.HOSTILE: math.nan, "infinite": math.inf, "fine": 0.5}))
     assert line.count(b"\n") == 1
     assert json.loads(line)["metrics"]["fine"] == 0.5
     assert json.loads(line)["metrics"]["infinite"] is None
     text = encoded(1.0, EpisodeFinished(builders.episode(builders.question("x" * 1_000_000)), 1))
-    assert len(text) < 20_000, "one text of a megabyte does not make a line of one"
+    assert len(text) < 20_000, "huge texts are truncated"
 
 
-def test_every_event_of_the_contract_can_be_told() -> None:
-    """A new field of a type that JSON does not know would end the log: each event is made with whatever fits its fields."""
+def test_every_event_type_can_be_encoded() -> None:
+    """Each event type is built with values that fit its fields; a field that JSON lacks would break the log."""
     values = {
         "str": "text", "str | None": "text", "int": 1, "int | None": None, "float": 0.5, "float | None": 0.5, "bool": True,
         "Episode": builders.episode(), "Group": builders.group(), "Mapping[str, float]": {"a": 1.0},
@@ -92,7 +92,7 @@ json_like = st.recursive(
 
 
 @given(json_like)
-def test_whatever_settings_hold_becomes_a_line_that_reads_back(settings: object) -> None:
+def test_any_settings_round_trip(settings: object) -> None:
     event = RunStarted("train", "m", True, "hash", settings={"given": settings})
     read = decoded(encoded(1.0, event))
     assert read is not None
@@ -100,12 +100,12 @@ def test_whatever_settings_hold_becomes_a_line_that_reads_back(settings: object)
 
 
 @given(st.binary(max_size=200))
-def test_a_line_of_anything_is_an_event_or_nothing(line: bytes) -> None:
+def test_any_line_decodes_to_an_event_or_none(line: bytes) -> None:
     found = decoded(line)
     assert found is None or isinstance(found, LoggedEvent)
 
 
-def test_a_torn_last_line_and_foreign_lines_are_left_out(tmp_path: Path) -> None:
+def test_truncated_and_foreign_lines_are_skipped(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     whole = encoded(1.0, BatchClosed(1, 4))
     path.write_bytes(
@@ -123,7 +123,7 @@ def changed(step: int) -> PipelineChanged:
     return PipelineChanged(step, step - 1, 4, 0, 0, "idle")
 
 
-def test_a_step_played_twice_belongs_to_the_session_that_played_it_last() -> None:
+def test_redone_step_belongs_to_the_last_session() -> None:
     started = RunStarted("train", "m", True, "hash")
     log = logged(
         (0, started), (1, changed(1)), (2, changed(2)), (3, changed(3)),

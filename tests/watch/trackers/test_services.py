@@ -1,4 +1,4 @@
-"""The trackers of services, each read back with a reader of its own; those that are not installed are left out."""
+"""Service trackers, read back from their own formats; skipped if not installed."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def only(folder: Path, pattern: str) -> Path:
 
 
 class Steps(StepTracker):
-    """Keeps what the hooks are given."""
+    """Records the hooks' arguments."""
 
     name = "steps"
 
@@ -78,7 +78,7 @@ class Steps(StepTracker):
         self.warnings.append(text)
 
 
-async def test_what_a_service_is_told(tmp_path: Path) -> None:
+async def test_logged_numbers_and_episodes(tmp_path: Path) -> None:
     steps = Steps(episodes_every=2, episodes_shown=4)
     await play(steps, a_run(tmp_path, last=5))
     assert steps.begun == [0]
@@ -91,21 +91,21 @@ async def test_what_a_service_is_told(tmp_path: Path) -> None:
     assert steps.warnings == [builders.HOSTILE]
 
 
-async def test_only_a_few_episodes_are_held(tmp_path: Path) -> None:
-    """An episode may be of some megabytes, and 4,096 of them may finish in a step."""
+async def test_queued_episodes_are_limited(tmp_path: Path) -> None:
+    """An episode may take megabytes, and 4,096 may finish in a step."""
     steps = Steps(episodes_every=10, episodes_shown=4)
     wanted = [steps.wants(EpisodeFinished(builders.episode(), step), 0.0) for step in (1, 2, 10) for _ in range(100)]
     assert (sum(wanted[:100]), sum(wanted[100:200]), sum(wanted[200:])) == (4, 0, 4)
 
 
 @pytest.mark.slow
-async def test_tensorboard_reads_it_back(tmp_path: Path) -> None:
+async def test_tensorboard_round_trip(tmp_path: Path) -> None:
     pytest.importorskip("tensorboardX")
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     from searchr1_async.watch.trackers import TensorBoardTracker
 
     await play(TensorBoardTracker(), a_run(tmp_path))
-    await play(TensorBoardTracker(), a_run(tmp_path, first=3, last=4))  # resumed after step 2: step 3 is played again
+    await play(TensorBoardTracker(), a_run(tmp_path, first=3, last=4))  # resumed after step 2: step 3 is redone
     read = reader.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     rewards = [(point.step, round(point.value, 4)) for point in read.Scalars("env/all/reward/total")]
     assert rewards == [(1, 0.1), (2, 0.2), (3, 0.3), (4, 0.4)]
@@ -120,7 +120,7 @@ async def test_tensorboard_reads_it_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-async def test_wandb_offline_reads_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_wandb_offline_round_trip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
     from searchr1_async.watch.trackers import WandbTracker
 
@@ -142,7 +142,7 @@ async def test_wandb_offline_reads_back(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def read_wandb(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any], int]:
-    """History rows, settings and the number of tables of an offline run, in W&B's own protocol."""
+    """History rows, settings and number of tables of an offline run, from W&B's protocol."""
     from wandb.proto import wandb_internal_pb2  # type: ignore[import-not-found]
 
     history: list[dict[str, Any]] = []
@@ -160,7 +160,7 @@ def read_wandb(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any], int]:
 
 
 def records(content: bytes, block: int = 32768) -> Iterator[bytes]:
-    """The records of a log in LevelDB's format, behind a header of 7 bytes: parts of (checksum, length, kind, bytes)."""
+    """Records of a LevelDB-format log after its 7-byte header: parts of (checksum, length, kind, bytes)."""
     assert content.startswith(b":W&B")
     place, parts = 7, b""
     while place + 7 <= len(content):
@@ -170,13 +170,13 @@ def records(content: bytes, block: int = 32768) -> Iterator[bytes]:
         _, length, kind = struct.unpack_from("<IHB", content, place)
         parts += content[place + 7 : place + 7 + length]
         place += 7 + length
-        if kind in (1, 4):  # a whole record, or the last part of one
+        if kind in (1, 4):  # a full record, or its last part
             yield parts
             parts = b""
 
 
 @pytest.mark.slow
-async def test_trackio_reads_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_trackio_round_trip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     pytest.importorskip("trackio")
     from searchr1_async.watch.trackers import TrackioTracker

@@ -1,4 +1,4 @@
-"""What the tests of the viewer share: a tokenizer of bytes, a strict reader of HTML, and a page's data."""
+"""Shared by viewer tests: a byte tokenizer, a strict HTML parser, and access to a page's data."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ TAGS = set("div span bdi pre details summary strong br style table thead tbody t
 
 
 class BytesTokenizer:
-    """One token a byte, as far as decoding goes: the hardest case for pieces of text."""
+    """One token per byte: the hardest case for pieces."""
 
     def decode(self, tokens: Sequence[int]) -> str:
         return bytes(tokens).decode("utf-8", "replace")
 
 
 def spoken(text: str, logprob: float = -0.5, **changes: Any) -> Turn:
-    """A turn that says ``text``, in tokens of :class:`BytesTokenizer`."""
+    """A turn with ``text``, tokenized by :class:`BytesTokenizer`."""
     tokens = tuple(text.encode("utf-8"))
     return Turn(tokens, (logprob,) * len(tokens), text, **{"content": text, **changes})
 
 
 class Page(HTMLParser):
-    """Every element closed, in order."""
+    """Checks that elements are closed in order."""
 
     def __init__(self, text: str) -> None:
         super().__init__(convert_charrefs=True)
@@ -58,6 +58,6 @@ class Page(HTMLParser):
 
 
 def data_of(page: str) -> dict[str, Any]:
-    """The blocks of a page, unpacked, by name."""
+    """The unpacked blocks of a page, by name."""
     found = re.findall(r'<script type="application/octet-stream" id="([^"]+)">([A-Za-z0-9+/=]*)</script>', page)
     return {name: json.loads(gzip.decompress(base64.b64decode(content))) for name, content in found}

@@ -1,4 +1,4 @@
-"""The page in a real browser: 10,000 episodes, hostile ones among them, found, read and compared."""
+"""The page in a real browser with 10,000 episodes, some hostile."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def browser() -> Iterator[Any]:
 
 
 class Reader:
-    """A tab that notes everything that should not happen."""
+    """A tab that records errors and requests."""
 
     def __init__(self, browser: Any, **options: Any) -> None:
         self.wrong: list[str] = []
@@ -134,7 +134,7 @@ def test_ten_thousand_episodes_are_filtered_sorted_and_compared(browser: Any, pa
     assert 0 < total(tab) < 100
     assert all("77?" in text and "Austen" in text for text in tab.locator(".row").all_inner_texts())
     tab.fill(".find", "no such words")
-    assert tab.is_visible("text=No episode is like that.")
+    assert tab.is_visible("text=No matching episodes.")
     tab.click("text=Show all")
     assert total(tab) == EPISODES
     tab.select_option("select.by", "advantage")
@@ -156,7 +156,7 @@ def test_ten_thousand_episodes_are_filtered_sorted_and_compared(browser: Any, pa
     reader.close()
 
 
-def test_filtering_and_sorting_take_no_time_to_speak_of(browser: Any, page_file: Path) -> None:
+def test_filtering_and_sorting_are_fast(browser: Any, page_file: Path) -> None:
     reader = Reader(browser)
     tab = reader.open(page_file)
     times = tab.evaluate(
@@ -170,7 +170,7 @@ def test_filtering_and_sorting_take_no_time_to_speak_of(browser: Any, page_file:
         timed('sort', (i) => { by.value = ['tokens', 'seconds', 'reward'][i]; by.dispatchEvent(new Event('change')); });
         return out; }"""
     )
-    # Measured 10 to 40 ms on an idle core; a list that drew all its rows would take seconds.
+    # Takes 10 to 40 ms; drawing all rows would take seconds.
     assert all(milliseconds < 500 for milliseconds in times.values()), times
     reader.close()
 
@@ -208,17 +208,17 @@ def test_hostile_episodes_are_text(browser: Any, page_file: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(500, "light"), (1300, "dark")])
-def test_it_fits_any_window(browser: Any, page_file: Path, tmp_path: Path, width: int, scheme: str) -> None:
+def test_page_fits_any_window(browser: Any, page_file: Path, tmp_path: Path, width: int, scheme: str) -> None:
     reader = Reader(browser, viewport={"width": width, "height": 850}, color_scheme=scheme)
     tab = reader.open(page_file)
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
     boxes = [tab.locator(name).bounding_box() for name in (".side", ".detail")]
-    assert (boxes[0]["x"] == boxes[1]["x"]) == (width == 500)  # one above the other only where it is narrow
+    assert (boxes[0]["x"] == boxes[1]["x"]) == (width == 500)  # stacked only in a narrow window
     tab.screenshot(path=tmp_path / f"{width}-{scheme}.png")
     reader.close()
 
 
-def test_it_runs_in_the_frame_of_a_cell(browser: Any, tmp_path: Path) -> None:
+def test_page_runs_in_a_cell_iframe(browser: Any, tmp_path: Path) -> None:
     path = tmp_path / "cell.html"
     path.write_text("<!doctype html><meta charset=utf-8>" + in_cell(page_of(rows()[-20:])), encoding="utf-8")
     reader = Reader(browser)

@@ -19,7 +19,7 @@ from tests.watch.viewer.pages import TAGS, BytesTokenizer, Page, spoken
 UNSEEN = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 
 
-def test_everything_of_an_episode_is_there() -> None:
+def test_episode_is_complete() -> None:
     page = Page(episode_html(episode(), advantage=0.5, trained=True))
     for expected in (
         "What is the capital of q0?",
@@ -27,8 +27,8 @@ def test_everything_of_an_episode_is_there() -> None:
         "✓ answer: Paris",
         "reward 1 (correct 1, format 1, f1 1)",
         "it gave its answer",
-        "Learned from the 5 tokens that the model wrote, by an advantage of +0.5",
-        "prompt: 5 tokens that the model read, not learned from",
+        "Trained on the 5 tokens sampled by the model, with advantage +0.5",
+        "prompt: 5 tokens, not trained on",
         "search: capital (1 passage, 0.25 s)",
         "France",
     ):
@@ -36,7 +36,7 @@ def test_everything_of_an_episode_is_there() -> None:
     assert ("mark", "Paris") in page.words
 
 
-def test_a_question_without_a_golden_answer_gets_no_verdict_and_shows_its_passages() -> None:
+def test_question_without_golden_answer_has_no_verdict_and_open_passages() -> None:
     asked = replace(episode(), question=Question("asked", "What is the capital?"), reward=0.0, reward_parts={})
     page, text = Page(episode_html(asked)), episode_text(asked)
     for shown in (page.text, text):
@@ -52,17 +52,17 @@ def test_a_question_without_a_golden_answer_gets_no_verdict_and_shows_its_passag
 
 
 @pytest.mark.parametrize("reason", list(StopReason))
-def test_why_it_ended_is_told_in_words(reason: StopReason) -> None:
+def test_stop_reason_is_described(reason: StopReason) -> None:
     assert STOP_WORDS[reason] in Page(episode_html(episode(stop_reason=reason))).text
 
 
-def test_what_was_not_trained_on_is_told_with_the_reason() -> None:
+def test_drop_reason_is_described() -> None:
     text = Page(episode_html(episode(), trained=False, drop_reason="constant_reward")).text
     assert f"Not trained on: {DROP_WORDS['constant_reward']}" in text
     assert "Learned" not in text
 
 
-def test_thoughts_calls_and_tokens_are_told_apart() -> None:
+def test_thoughts_calls_and_tokens_are_styled() -> None:
     said = "<think>I wonder</think><search>q</search>"
     played = episode(turns=[spoken(said, -2.0, appended_tokens=tuple(b"found"))])
     page = Page(episode_html(played, tokenizer=BytesTokenizer()))
@@ -71,9 +71,9 @@ def test_thoughts_calls_and_tokens_are_told_apart() -> None:
     shades = [attrs for _, attrs in page.tags if attrs.get("class") == "t3" and "title" in attrs]
     assert len(shades) == len(said)
     assert shades[0]["title"] == "log-probability -2.000"
-    assert "found" in page.text  # what was put behind the turn
+    assert "found" in page.text  # appended to the turn
     plain = Page(episode_html(played))
-    assert "surprised" not in plain.text
+    assert "unlikely" not in plain.text
     assert "I wonder" in plain.text
 
 
@@ -92,7 +92,7 @@ def hostile_episodes(draw: st.DrawFn) -> Episode:
 
 @settings(deadline=None, max_examples=60)
 @given(hostile_episodes())
-def test_no_text_becomes_markup_or_stays_unseen(played: Episode) -> None:
+def test_text_is_never_markup_and_always_visible(played: Episode) -> None:
     for html in (episode_html(played), group_html(Group(played.question, (played, played)))):
         page = Page(html)
         assert {tag for tag, _ in page.tags} <= TAGS
@@ -105,7 +105,7 @@ def test_no_text_becomes_markup_or_stays_unseen(played: Episode) -> None:
         assert not re.search(UNSEEN, text)
 
 
-def test_a_megabyte_is_clipped_with_a_note() -> None:
+def test_huge_text_is_clipped_with_a_note() -> None:
     long = "x" * 1_000_000
     asked = Question("q", long, (long,), "s")
     played = episode(asked, turns=[searching_turn(long), answering_turn(long), spoken(long)])
@@ -115,7 +115,7 @@ def test_a_megabyte_is_clipped_with_a_note() -> None:
     assert len(episode_text(played)) < 100_000
 
 
-def test_a_group_shows_its_members_with_their_advantages() -> None:
+def test_group_shows_members_with_advantages() -> None:
     text = Page(group_html(group(corrects=(1.0, 0.0), failed=1))).text
     assert "group of 3 episodes" in text
     assert "+0.5" in text
@@ -126,7 +126,7 @@ def test_a_group_shows_its_members_with_their_advantages() -> None:
     assert "group of 0 episodes" in Page(group_html(Group(question(), ()))).text
 
 
-def test_the_plain_text_is_a_transcript() -> None:
+def test_plain_text_is_a_transcript() -> None:
     text = episode_text(episode(turns=[searching_turn(), malformed_turn(), answering_turn()]))
     for expected in (
         "question: What",
@@ -138,7 +138,7 @@ def test_the_plain_text_is_a_transcript() -> None:
         assert expected in text
 
 
-def test_passages_given_with_the_question_are_shown_before_the_turns() -> None:
+def test_given_passages_are_shown_before_the_turns() -> None:
     found = (Passage("1", "<b>Etna</b>", "Etna burns in Paris." + HOSTILE, 0.5),)
     played = replace(episode(turns=[answering_turn()]), given=SearchCall(("Which?",), (found,), None, 0.25))
     page = Page(episode_html(played))
@@ -150,8 +150,8 @@ def test_passages_given_with_the_question_are_shown_before_the_turns() -> None:
     assert text.index("given with the question:") < text.index("search: Which?") < text.index("turn 1")
     assert not re.search(UNSEEN, text.replace("\n", ""))
     unasked = replace(played, given=SearchCall((), problem="too long"))
-    assert "nothing: too long" in Page(episode_html(unasked)).text
-    assert "nothing: too long" in episode_text(unasked)
+    assert "none: too long" in Page(episode_html(unasked)).text
+    assert "none: too long" in episode_text(unasked)
     assert "given" not in Page(episode_html(episode())).text
 
 
@@ -164,7 +164,7 @@ def shell(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     made.history_manager.end_session()
 
 
-def test_ipython_shows_episodes_to_be_read(shell: Any) -> None:
+def test_ipython_display(shell: Any) -> None:
     assert register_representations()
     assert register_representations()
     shown, _ = shell.display_formatter.format(episode())

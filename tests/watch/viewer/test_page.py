@@ -44,13 +44,13 @@ def run_folder(tmp_path: Path) -> Path:
 
 
 def shown(path: Path) -> tuple[list[str], list[str]]:
-    """The sources and the questions' identifiers of a page, episode by episode."""
+    """The source and question id of each episode on a page."""
     index = data_of(path.read_text(encoding="utf-8"))["index"]
     sources = [index["sources"][place]["name"] for place in index["columns"]["source"]]
     return sources, [index["questions"][place][0] for place in index["columns"]["question"]]
 
 
-def test_a_run_becomes_one_page(run_folder: Path) -> None:
+def test_page_of_a_run(run_folder: Path) -> None:
     path = view_run(run_folder)
     assert path == run_folder / "view.html"
     sources, _ = shown(path)
@@ -72,7 +72,7 @@ def test_a_run_becomes_one_page(run_folder: Path) -> None:
     assert not list(run_folder.rglob("*.partial"))
 
 
-def test_steps_and_labels_choose(run_folder: Path, tmp_path: Path) -> None:
+def test_steps_and_labels_select(run_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "elsewhere" / "page.html"
     assert set(shown(view_run(run_folder, out, steps=[2]))[0]) == {"step 2"}
     assert set(shown(view_run(run_folder, out, labels=["after RL"]))[0]) == {"evaluation “after RL”"}
@@ -82,18 +82,18 @@ def test_steps_and_labels_choose(run_folder: Path, tmp_path: Path) -> None:
     }
 
 
-def test_a_limit_takes_the_same_questions_from_everywhere(run_folder: Path, tmp_path: Path) -> None:
+def test_limit_prefers_common_questions(run_folder: Path, tmp_path: Path) -> None:
     sources, asked = shown(view_run(run_folder, tmp_path / "p.html", limit=15))
     by_source = {name: [q for s, q in zip(sources, asked, strict=True) if s == name] for name in sources}
     assert {name: len(questions) for name, questions in by_source.items()} == dict.fromkeys(by_source, 3)
     assert set(by_source["evaluation “untrained”"]) == set(by_source["evaluation “after RL”"])
     note = data_of((tmp_path / "p.html").read_text(encoding="utf-8"))["index"]["notes"][1]
-    assert "Shown are 15 of 40" in note
+    assert "Showing 15 of 40" in note
 
 
 @given(limit=st.integers(1, 60))
 @settings(deadline=None, max_examples=15)
-def test_a_limit_is_kept_and_used_up(limit: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_limit_is_met_exactly(limit: int, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.getbasetemp() / "limited"
     if not folder.exists():
         for step, groups in ((1, 1), (2, 9), (3, 3)):
@@ -104,12 +104,12 @@ def test_a_limit_is_kept_and_used_up(limit: int, tmp_path_factory: pytest.TempPa
 
 
 @pytest.mark.parametrize("changes", [{"steps": [7]}, {"labels": ["after lunch"]}])
-def test_what_is_not_there_is_refused(run_folder: Path, changes: dict[str, Any]) -> None:
+def test_missing_steps_and_labels_are_rejected(run_folder: Path, changes: dict[str, Any]) -> None:
     with pytest.raises(RunFolderError, match="it has"):
         view_run(run_folder, **changes)
 
 
-def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+def test_folder_without_a_run_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="holds no run"):
         view_run(tmp_path / "nowhere")
     (tmp_path / "episodes").mkdir()
@@ -118,7 +118,7 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_a_damaged_file_is_refused_and_an_earlier_page_stays(run_folder: Path) -> None:
+def test_damaged_file_is_rejected_and_the_earlier_page_is_kept(run_folder: Path) -> None:
     path = view_run(run_folder)
     before = path.read_bytes()
     (run_folder / "episodes" / "step-000002.parquet").write_bytes(b"no Parquet at all")
@@ -128,13 +128,13 @@ def test_a_damaged_file_is_refused_and_an_earlier_page_stays(run_folder: Path) -
     assert not list(run_folder.rglob("*.partial"))
 
 
-def test_a_page_that_cannot_be_written_is_an_error_of_its_own(run_folder: Path, tmp_path: Path) -> None:
+def test_unwritable_page_raises_run_folder_error(run_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunFolderError, match="could not be written"):
         view_run(run_folder, tmp_path / "file" / "page.html")
 
 
-def test_the_policy_lets_this_script_and_this_style_run_and_nothing_else() -> None:
+def test_policy_allows_only_own_script_and_style() -> None:
     text = page_of([episode()])
     policy = re.search(r'Content-Security-Policy" content="([^"]+)"', text)
     assert policy is not None
@@ -150,7 +150,7 @@ def test_the_policy_lets_this_script_and_this_style_run_and_nothing_else() -> No
     assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|DOMParser", script[1])
 
 
-def test_every_outcome_can_be_filtered_by() -> None:
+def test_flags_of_every_outcome() -> None:
     rows = [
         episode(),
         episode(correct=0.0, turns=[spoken("x")]),
@@ -173,7 +173,7 @@ def test_every_outcome_can_be_filtered_by() -> None:
     assert flags_of(measured) == {"right"}
 
 
-def test_what_was_given_with_the_question_is_on_the_page_and_is_a_search() -> None:
+def test_given_passages_are_on_the_page_and_count_as_search() -> None:
     found = (Passage("1", "Etna", "</script>It burns.", 0.5),)
     played = replace(episode(turns=[spoken("x")]), given=SearchCall(("Which?",), (found,), None, 0.25))
     data = data_of(page_of([played, episode(turns=[spoken("x")])]))
@@ -184,7 +184,7 @@ def test_what_was_given_with_the_question_is_on_the_page_and_is_a_search() -> No
     assert [flags_of(flags) for flags in data["index"]["columns"]["flags"]] == [{"right"}, {"right", "nosearch"}]
 
 
-def test_groups_and_evaluations_can_be_shown_without_a_folder() -> None:
+def test_page_of_groups_and_evaluations_in_memory() -> None:
     index = data_of(page_of([group(), episode()], title="Mine"))["index"]
     assert index["title"] == "Mine"
     assert sorted(index["columns"]["advantage"], key=str) == [-0.5, 0.5, None]
@@ -194,7 +194,7 @@ def test_groups_and_evaluations_can_be_shown_without_a_folder() -> None:
 
 
 def units(*texts: str) -> list[bytes]:
-    """As JavaScript holds them: there a pair of surrogates and its character are one and the same."""
+    """As in JavaScript, where a surrogate pair equals its character."""
     return [text.encode("utf-16-le", "surrogatepass") for text in texts]
 
 
@@ -203,7 +203,7 @@ TEXT = st.one_of(st.text(st.characters(), max_size=30), st.just(HOSTILE), st.jus
 
 @settings(deadline=None, max_examples=60)
 @given(st.lists(TEXT, min_size=8, max_size=8))
-def test_what_the_page_shows_is_what_was_said_and_nothing_becomes_markup(texts: list[str]) -> None:
+def test_page_data_round_trips_and_is_never_markup(texts: list[str]) -> None:
     asked = Question(texts[0], texts[1] + "?", (texts[2] + "a",), texts[3])
     said = texts[4].encode("utf-8", "replace").decode() + "é"
     played = Episode(
@@ -239,14 +239,14 @@ def test_what_the_page_shows_is_what_was_said_and_nothing_becomes_markup(texts: 
     assert frame.tags[0][1]["sandbox"] == "allow-scripts"
 
 
-def test_a_megabyte_is_coloured_only_where_it_is_shown() -> None:
+def test_huge_text_is_coloured_only_where_visible() -> None:
     data = data_of(page_of([episode(turns=[spoken("x" * 1_000_000)])], tokenizer=BytesTokenizer()))
     turn = data["chunk-0"]["episodes"][0]["turns"][0]
     assert len(data["chunk-0"]["strings"][turn["text"]]) == 1_000_000
     assert len(turn["tokens"][0]) == 20_000
 
 
-def test_passages_are_kept_once_a_chunk() -> None:
+def test_passages_are_deduplicated_per_chunk() -> None:
     text = "the same passage " * 50
     data = data_of(page_of([episode(turns=[searching_turn(text)]) for _ in range(CHUNK + 1)]))
     assert set(data) == {"chunk-0", "chunk-1", "index"}

@@ -30,7 +30,7 @@ def cut(text: str, content: str = "") -> list[tuple[str, str]]:
     return out
 
 
-def test_every_kind_is_told_apart() -> None:
+def test_all_kinds_are_recognised() -> None:
     assert cut("<think>hm</think>So <search>q</search><|im_end|>") == [
         ("thought", "<think>hm</think>"),
         ("said", "So "),
@@ -45,7 +45,7 @@ def test_a_thought_may_begin_in_the_prompt_or_never_end() -> None:
     assert cut("<think>for ever") == [("thought", "<think>for ever")]
 
 
-def test_without_tags_the_thought_is_what_stands_before_the_content() -> None:
+def test_without_tags_the_thought_precedes_the_content() -> None:
     assert cut("reasons. Answer: x<|im_end|>", "Answer: x") == [
         ("thought", "reasons. "),
         ("said", "Answer: x"),
@@ -55,13 +55,13 @@ def test_without_tags_the_thought_is_what_stands_before_the_content() -> None:
 
 
 @given(st.lists(st.sampled_from([*TAGS, "a", " ", "é"]), max_size=20), st.text(max_size=3))
-def test_the_lengths_add_up(parts: list[str], content: str) -> None:
+def test_lengths_add_up(parts: list[str], content: str) -> None:
     text = "".join(parts)
     assert "".join(part for _, part in cut(text, content)) == text
 
 
 @given(st.text(max_size=30), st.data(), st.integers(0, 40))
-def test_laid_over_tokens_no_letter_is_lost(text: str, data: st.DataObject, limit: int) -> None:
+def test_overlaid_tokens_preserve_the_text(text: str, data: st.DataObject, limit: int) -> None:
     places = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
     bounds = [0, *places, len(text)]
     pieces = [(text[a:b], number) for number, (a, b) in enumerate(pairwise(bounds))]

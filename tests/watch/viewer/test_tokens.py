@@ -30,7 +30,7 @@ def _nothing_remembered():
 
 
 @given(st.text(max_size=40))
-def test_the_pieces_are_the_text(text: str) -> None:
+def test_pieces_concatenate_to_the_text(text: str) -> None:
     text = text.encode("utf-8", "replace").decode()
     tokens = list(text.encode())
     pieces = turn_pieces(BytesTokenizer(), tokens, text) if tokens else [""]
@@ -41,25 +41,25 @@ def test_the_pieces_are_the_text(text: str) -> None:
 
 
 @given(st.binary(min_size=1, max_size=40))
-def test_bytes_that_are_no_text_give_what_their_decoding_gives_or_nothing(tokens: bytes) -> None:
+def test_invalid_utf8_gives_its_decoding_or_none(tokens: bytes) -> None:
     tokenizer = BytesTokenizer()
     text = tokenizer.decode(list(tokens))
     pieces = turn_pieces(tokenizer, list(tokens), text)
     assert pieces is None or ("".join(pieces) == text and len(pieces) == len(tokens))
 
 
-def test_tokens_of_one_character_stand_together() -> None:
+def test_tokens_of_one_character_are_joined() -> None:
     assert token_pieces(BytesTokenizer(), list("aé👩".encode())) == ["a", "é", "", "👩", "", "", ""]
 
 
-def test_a_tokenizer_that_gives_another_text_is_not_believed() -> None:
+def test_tokenizer_with_different_text_is_rejected() -> None:
     assert turn_pieces(BytesTokenizer(), [97, 98], "ab") == ["a", "b"]
     assert turn_pieces(BytesTokenizer(), [97, 98], "a b") is None
     assert turn_pieces(BytesTokenizer(), [97, 400], "ab") is None
     assert turn_pieces(None, [97], "a") is None
 
 
-def test_a_joined_piece_has_the_probability_of_all_its_tokens() -> None:
+def test_joined_piece_sums_log_probabilities() -> None:
     assert joined_logprobs(["a", "é", "", "b"], [-1.0, -0.5, -0.25, math.nan]) == [
         ("a", -1.0),
         ("é", -0.75),
@@ -67,13 +67,13 @@ def test_a_joined_piece_has_the_probability_of_all_its_tokens() -> None:
     ]
 
 
-def test_shades_go_from_certain_to_surprised() -> None:
+def test_shades_go_from_likely_to_unlikely() -> None:
     shades = [level(math.log(probability)) for probability in (1.0, 0.7, 0.3, 0.1, 0.02, 0.001)]
     assert shades == list(range(len(LEVELS) + 1))
     assert level(None) is None
 
 
-def test_an_episode_finds_the_tokenizer_that_made_it() -> None:
+def test_episode_finds_its_tokenizer() -> None:
     class Other(BytesTokenizer):
         def decode(self, tokens: object) -> str:
             return "x"
@@ -85,7 +85,7 @@ def test_an_episode_finds_the_tokenizer_that_made_it() -> None:
     remember_tokenizer(wrong)
     assert remembered_tokenizers() == [wrong, right]
     assert tokenizer_of(episode(turns=[spoken("hello"), spoken("Answer: é")])) is right
-    assert tokenizer_of(episode()) is None  # its ids and texts do not fit together
+    assert tokenizer_of(episode()) is None  # its ids and texts do not match
 
 
 def test_only_the_newest_tokenizer_is_kept_alive() -> None:

@@ -1,4 +1,4 @@
-"""Chroma as the vector store: a folder on this machine, a server (``chroma run``), or Chroma Cloud."""
+"""Chroma as the vector store: a local folder, a server (``chroma run``), or Chroma Cloud."""
 
 from searchr1_async.search.stores.chroma.embedded import EmbeddedChroma
 from searchr1_async.search.stores.chroma.remote import RemoteChroma

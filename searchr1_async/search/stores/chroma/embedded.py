@@ -1,4 +1,4 @@
-"""A Chroma collection in a folder, within this process."""
+"""A Chroma collection in a folder, opened in this process."""
 
 from __future__ import annotations
 
@@ -32,23 +32,23 @@ Result = TypeVar("Result")
 logger = logging.getLogger(__name__)
 
 CLOSE_SECONDS = 10.0
-"""For the last call to end: Chroma waits for many minutes while another process holds the database, and never says so."""
+"""Timeout for the last call: Chroma waits many minutes, silently, while another process locks the database."""
 PAGE = 5_000
-"""Rows a call; Chroma itself takes 5,461 with its default SQLite."""
+"""Rows per call; Chroma's limit is 5,461 with its default SQLite."""
 
 
 class EmbeddedChroma(ChromaStore):
-    """A Chroma database in a folder, within this process. Its calls run one after another in a thread of its own.
+    """A Chroma database in a folder, opened in this process. Calls run one at a time in a dedicated thread.
 
-    While another process writes to the folder, Chroma waits without a word: a query until the caller's deadline, opening
-    and counting with the whole process, for they hold Python's lock (chromadb 1.5.9). Let one process write at a time.
+    While another process writes to the folder, Chroma blocks silently: queries until the caller's deadline, opening and counting
+    with the GIL held (chromadb 1.5.9). Let only one process write at a time.
 
     Args:
-        path: the folder; made when it is first opened.
-        collection: its name, 3 to 512 characters of ``a-zA-Z0-9._-``; made with cosine distance when missing.
+        path: the folder; created on first open.
+        collection: collection name, 3 to 512 characters of ``a-zA-Z0-9._-``; created with cosine distance if missing.
 
     Raises:
-        StoreError: a name that Chroma does not take.
+        StoreError: Chroma does not accept the name.
     """
 
     max_queries = 1_000
@@ -60,14 +60,14 @@ class EmbeddedChroma(ChromaStore):
         super().__init__(name, _FolderDatabase(name, self._folder), collection, PAGE)
 
     async def open(self) -> None:
-        """Opens the folder, after a look at its files, and searches for some of its own vectors (see :mod:`..proof`).
+        """Checks the files, opens the folder, and searches for some of its own vectors (see :mod:`..proof`).
 
         Raises:
-            DamagedIndexError: files are missing, cut short or broken, or its own vectors are not found.
-            PassingFault: another process writes to it.
+            DamagedIndexError: a file is missing, truncated or corrupt, or the sampled vectors are not found.
+            PassingFault: another process is writing to it.
             StoreError: it cannot be opened.
         """
-        from searchr1_async.search.stores.chroma.proof import advice_for, look_at  # they read this room's layout
+        from searchr1_async.search.stores.chroma.proof import advice_for, look_at  # avoids an import cycle
 
         if self._model is not None and self._database.is_open:
             return
@@ -85,10 +85,10 @@ class EmbeddedChroma(ChromaStore):
             raise
 
     async def record(self) -> None:
-        """Keeps sizes and checksums of its files in the folder, by which the next opening proves them.
+        """Records sizes and checksums of the files in the folder, to be checked at the next open.
 
         Raises:
-            StoreError: they cannot be read, or the record not be written.
+            StoreError: the files cannot be read, or the record cannot be written.
         """
         from searchr1_async.search.stores.chroma.proof import record_files
 
@@ -99,7 +99,7 @@ class EmbeddedChroma(ChromaStore):
 
 
 class _FolderDatabase:
-    """A Chroma database in a folder; all of it is touched in one thread only."""
+    """A Chroma database in a folder, used from one thread only."""
 
     def __init__(self, name: str, folder: Path) -> None:
         self._name = name
@@ -128,7 +128,7 @@ class _FolderDatabase:
                 raise fault from error
             raise StoreError(
                 f"the Chroma folder {self._folder} cannot be opened ({type(error).__name__}: {error}): "
-                "check that it may be written; if it is broken, delete it and it is built again",
+                "check that it is writable; if it is corrupt, delete it to have it rebuilt",
                 is_fatal=True,
             ) from error
 
@@ -141,7 +141,7 @@ class _FolderDatabase:
         settings: Any = NEW_COLLECTION
         found = self._client.get_or_create_collection(name, embedding_function=None, configuration=settings)
         self._collections = {str(found.id): found}
-        model = found._model  # the dimension has no public name
+        model = found._model  # the dimension has no public accessor
         return CollectionModel.of(found.id, model.dimension, found.configuration_json, found.metadata)
 
     async def query(self, collection_id: str, vectors: Vectors, n_results: int) -> Mapping[str, Any]:
@@ -172,10 +172,10 @@ class _FolderDatabase:
             return
         try:
             with anyio.move_on_after(CLOSE_SECONDS) as closing:
-                # ClientAPI does not declare it; every client has it.
+                # Not declared by ClientAPI, but every client has it.
                 await self._thread.run(client.close)  # pyright: ignore[reportAttributeAccessIssue]
             if closing.cancelled_caught:
-                logger.warning("%s is held by another process: what it does is left to end alone", self._name)
+                logger.warning("%s is locked by another process: closing continues in the background", self._name)
         finally:
             self._collections = {}
             self._thread.close()

@@ -1,4 +1,4 @@
-"""How passages lie in a Chroma collection: its name and settings, the columns that go in, the answers that come out."""
+"""How passages are stored in a Chroma collection: settings, columns written, and answers read."""
 
 from __future__ import annotations
 
@@ -16,26 +16,25 @@ from searchr1_async.search.embedders.base import Vectors
 from searchr1_async.search.stores.base import Found
 
 INCLUDE = ("documents", "metadatas", "distances")
-"""The columns asked for with every query; the ids come anyway."""
+"""Columns requested with each query; ids are always returned."""
 
-# Chroma's defaults (16 neighbours, 100 candidates) lose passages whose vectors lie about equally far from all others: of 50
-# such, some were not found by their own words in half of the builds; with these, all are.
+# Chroma's defaults (16 neighbours, 100 candidates) lose passages whose vectors are about equally far from all others.
 NEW_COLLECTION: Mapping[str, Mapping[str, str | int]] = {
     "hnsw": {"space": "cosine", "max_neighbors": 32, "ef_construction": 200, "ef_search": 200}
 }
-"""The settings of a collection that is made here."""
+"""Settings of collections created here."""
 
 
 @dataclass(frozen=True, slots=True)
 class CollectionModel:
-    """What Chroma says of a collection."""
+    """Chroma's description of a collection."""
 
     id: str
-    """Chroma's own; a collection that is deleted and made anew gets another one."""
+    """Chroma's id; a recreated collection gets another one."""
     dimension: int | None
-    """Numbers a vector; None while it is empty."""
+    """Dimension of the vectors; None if empty."""
     space: str
-    """The distance it measures: ``"l2"`` (squared), ``"cosine"`` or ``"ip"``."""
+    """Distance: ``"l2"`` (squared), ``"cosine"`` or ``"ip"``."""
 
     @classmethod
     def of(
@@ -47,8 +46,7 @@ class CollectionModel:
     ) -> CollectionModel:
         """From the fields of Chroma's answer.
 
-        Of a collection that was made by a version before 1.0 Chroma says ``"l2"`` here, whatever it measures: the distance of
-        such a one is in its metadata.
+        For a collection made before 1.0, Chroma always reports ``"l2"``; its real distance is in the metadata.
         """
         space = space_of({}, {}, configuration or {})
         if space == "l2":
@@ -57,10 +55,9 @@ class CollectionModel:
 
 
 def space_of(schema: Mapping[str, Any], metadata: Mapping[str, Any], configuration: Mapping[str, Any]) -> str:
-    """The distance that a collection measures, as its version wrote it down; ``"l2"``, Chroma's default, where nothing says it.
+    """The distance of a collection, as its Chroma version recorded it; ``"l2"``, Chroma's default, if nothing states it.
 
-    Newer versions keep a schema, which decides. Before it the metadata did, beside which the configuration of 0.5 says ``"l2"``
-    in any case.
+    Newer versions keep a schema, which takes precedence. Earlier ones use the metadata; 0.5's configuration always says ``"l2"``.
     """
     found = (
         _within(schema, "keys", "#embedding", "float_list", "vector_index", "config", "space"),
@@ -79,7 +76,7 @@ def _within(values: Any, *path: str) -> Any:
 
 
 def check_collection_name(name: str) -> None:
-    """Refuses what Chroma would refuse later.
+    """Checks a name by Chroma's rules.
 
     Raises:
         StoreError: not 3 to 512 characters of ``a-zA-Z0-9._-`` with a letter or digit at both ends.
@@ -87,13 +84,13 @@ def check_collection_name(name: str) -> None:
     allowed = name.isascii() and all(character.isalnum() or character in "._-" for character in name)
     if not (3 <= len(name) <= 512 and allowed and name[0].isalnum() and name[-1].isalnum()):
         raise StoreError(
-            f"Chroma takes no collection name {name!r}: 3 to 512 characters of a-z, A-Z, 0-9, '.', '_' and '-', "
+            f"{name!r} is not a valid Chroma collection name: use 3 to 512 characters of a-z, A-Z, 0-9, '.', '_' and '-', "
             "with a letter or digit at both ends"
         )
 
 
 def columns_of(passages: Sequence[Passage], vectors: Vectors) -> dict[str, Any]:
-    """What goes in; of passages with the same id the last one, as if they had been put in one after another."""
+    """Columns for an upsert. The last passage of an id wins."""
     rows = {passage.id: row for row, passage in enumerate(passages)}
     if len(rows) < len(passages):
         passages, vectors = [passages[row] for row in rows.values()], vectors[list(rows.values())]
@@ -106,17 +103,16 @@ def columns_of(passages: Sequence[Passage], vectors: Vectors) -> dict[str, Any]:
 
 
 def read_answer(answer: Mapping[str, Any], space: str) -> Found:
-    """Chroma's columns as passages.
+    """Converts Chroma's columns to passages.
 
-    The title is the one in the metadata. A layout without it may hold the title as the document's first line, in
-    quotes (that of the wiki-18 corpus): then the line is cut from the text.
+    The title comes from the metadata. Without one, a quoted first line of the document (wiki-18's layout) is the title, and is
+    removed from the text.
 
-    ``Passage.score`` is the cosine similarity where the vectors are of length 1, or the distance is ``"cosine"``. For
-    vectors of other lengths it is only a number that falls as the distance grows: ``1 - d/2`` of the squared distance
-    ``d`` for ``"l2"`` (without a lower bound), the inner product for ``"ip"``.
+    ``Passage.score`` is the cosine similarity for unit vectors or ``"cosine"``. Otherwise it only decreases with distance:
+    ``1 - d/2`` of the squared distance ``d`` for ``"l2"`` (unbounded below), the inner product for ``"ip"``.
 
     Raises:
-        KeyError, TypeError, ValueError: it is no answer to a query.
+        KeyError, TypeError, ValueError: not an answer to a query.
     """
     ids = answer["ids"]
     documents = answer.get("documents") or [[None] * len(row) for row in ids]
@@ -139,7 +135,7 @@ def _passage(own_id: str, document: str, metadata: Mapping[str, Any], score: flo
 
 
 def _similarity(distance: float | None, space: str) -> float:
-    """From Chroma's distance: squared for ``l2``, one minus the product otherwise."""
+    """From Chroma's distance: squared for ``l2``, else one minus the product."""
     if distance is None:
         return 0.0
     return 1.0 - float(distance) / 2 if space == "l2" else 1.0 - float(distance)

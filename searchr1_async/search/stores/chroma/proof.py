@@ -1,4 +1,4 @@
-"""What is looked at of a Chroma folder before Chroma loads it: Chroma trusts its files, and broken ones may end the process."""
+"""Checks the files of a Chroma folder before Chroma loads them: Chroma trusts its files, and corrupt ones may crash the process."""
 
 from __future__ import annotations
 
@@ -24,34 +24,34 @@ from searchr1_async.search.stores.checksums import FileRecord, record_of, refuse
 from searchr1_async.search.stores.proof import SAMPLE, DamagedIndexError
 
 RECORD_NAME = "files.json"
-"""In the folder of an index: sizes and checksums of the vector files, and the last change that was in them."""
+"""File in the index folder with sizes and checksums of the vector files, and the last change they contain."""
 
 
 @dataclass(frozen=True, slots=True)
 class Looked:
-    """What was found in a folder whose files fit together."""
+    """The checked files of a collection."""
 
     space: str
     sample: Vectors
-    """Vectors that a search must find, ``[vectors, dimension]``; none where all of them are in the log."""
+    """Vectors that a search must find, ``[n, dimension]``; empty if all vectors are in the log."""
 
 
 def look_at(folder: Path, collection: str) -> Looked | None:
-    """In a thread: proves the files of a collection; None where there is no collection yet, or an empty one.
+    """Checks the files of a collection; None if it does not exist or is empty. Blocking.
 
     Raises:
-        DamagedIndexError: a file is missing, cut short, or not what Chroma wrote, or passages have lost their vectors.
-        PassingFault: another process writes to the folder.
+        DamagedIndexError: a file is missing, truncated or not Chroma's, or passages have lost their vectors.
+        PassingFault: another process is writing to the folder.
     """
     if not (folder / DATABASE_NAME).is_file():
         if any(folder.glob(f"*/{ROWS_NAME}")):
             raise DamagedIndexError(f"{folder / DATABASE_NAME} is missing", advice_for(folder))
         return None
-    with _worded(folder):
+    with _store_errors(folder):
         try:
             tables = ChromaTables(folder, collection, is_read_only=False)
         except StoreError:
-            return None  # no such collection, or a layout that only Chroma knows
+            return None  # no such collection, or a layout only Chroma can read
         try:
             return _looked_at(tables) if tables.count and tables.dimension else None
         finally:
@@ -59,12 +59,13 @@ def look_at(folder: Path, collection: str) -> Looked | None:
 
 
 def record_files(folder: Path, collection: str) -> None:
-    """In a thread: keeps sizes and checksums of the vector files of a whole index. Whoever changes it later changes what Chroma's
-    database says of it as well, and with that the record counts no more.
+    """Records sizes and checksums of the vector files of a complete index. Blocking.
+
+    A later change also changes Chroma's database, which invalidates the record.
 
     Raises:
-        OSError: the files cannot be read, or the record not be written.
-        sqlite3.Error, StoreError: it is no such folder.
+        OSError: the files cannot be read, or the record cannot be written.
+        sqlite3.Error, StoreError: not such a folder.
     """
     tables = ChromaTables(folder, collection)
     try:
@@ -80,10 +81,10 @@ def record_files(folder: Path, collection: str) -> None:
 
 
 def advice_for(folder: Path) -> str:
-    """How to get a whole index again."""
+    """How to restore a damaged index."""
     if (call := building_call(folder)) is not None:
-        return f"This builds it again: {call}"
-    return "Bring the folder back from a copy, or delete it and build the index again"
+        return f"To rebuild it: {call}"
+    return "Restore the folder from a copy, or delete it and rebuild the index"
 
 
 def _looked_at(tables: ChromaTables) -> Looked:
@@ -98,16 +99,16 @@ def _looked_at(tables: ChromaTables) -> Looked:
         return Looked(tables.space, _proven_vectors(tables, segment))
     except (BrokenSegmentError, DamagedIndexError) as error:
         if _state(segment_folder) != before:
-            raise PassingFault(f"{tables.name} is written by another process", cause="locked") from error
+            raise PassingFault(f"{tables.name} is being written by another process", cause="locked") from error
         fault = error.fault if isinstance(error, DamagedIndexError) else str(error)
         raise DamagedIndexError(f"{tables.name} is damaged: {fault}", advice_for(folder)) from error
 
 
 def _are_recorded(folder: Path, tables: ChromaTables) -> bool:
-    """Whether the vector files are those of the record; not where there is none, or Chroma has written others since.
+    """Whether the vector files match the record. False if there is none, or Chroma has rewritten the files since.
 
     Raises:
-        DamagedIndexError: they should be, and are not.
+        DamagedIndexError: they should match, but do not.
     """
     try:
         record = json.loads((folder / RECORD_NAME).read_bytes())
@@ -115,14 +116,14 @@ def _are_recorded(folder: Path, tables: ChromaTables) -> bool:
             return False
         files = {str(name): FileRecord(**values) for name, values in record["files"].items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return False  # none, or one that is broken itself
+        return False  # missing, or corrupt itself
     for name, file in files.items():
         refuse_other(tables.segment_folder / name, file, check=anyio.from_thread.check_cancelled)
     return ROWS_NAME in files
 
 
 def _proven_vectors(tables: ChromaTables, segment: HnswSegment | None) -> Vectors:
-    """Some vectors of the files, where every passage has one there or in the log."""
+    """A sample of the stored vectors. Raises if a passage has no vector in the files or the log."""
 
     def is_in_segment(own_id: str) -> bool:
         return segment is not None and bool(segment.labels.of([own_id])[0] >= 0)
@@ -135,7 +136,7 @@ def _proven_vectors(tables: ChromaTables, segment: HnswSegment | None) -> Vector
     for own_id, change in logged.items():
         held += (change is not None) - is_in_segment(own_id)
     if held < tables.count:
-        raise BrokenSegmentError(f"the vectors of {tables.count - held:,} of {tables.count:,} passages are lost")
+        raise BrokenSegmentError(f"{tables.count - held:,} of {tables.count:,} passages have lost their vectors")
     if segment is None:
         return np.empty((0, tables.dimension), np.float32)
     unchanged = np.setdiff1d(segment.labels.labels, segment.labels.of(list(logged)))
@@ -145,12 +146,14 @@ def _proven_vectors(tables: ChromaTables, segment: HnswSegment | None) -> Vector
     if is_small or not count:
         vectors = segment.vectors(chosen)
     else:
-        vectors = np.concatenate([segment.vectors(np.array([label])) for label in chosen])  # each near its own place
-    return vectors[vectors.any(axis=1)]  # a vector of zeros is near to none, itself included
+        vectors = np.concatenate(
+            [segment.vectors(np.array([label])) for label in chosen]
+        )  # one by one: far apart on disk
+    return vectors[vectors.any(axis=1)]  # a zero vector is near nothing, not even itself
 
 
 def _state(folder: Path) -> list[tuple[str, int, int]]:
-    """Changes while another process writes there."""
+    """Sizes and times of the files, which change while another process writes."""
     if not folder.is_dir():
         return []
     found = [(path.name, path.stat()) for path in sorted(folder.iterdir())]
@@ -158,13 +161,13 @@ def _state(folder: Path) -> list[tuple[str, int, int]]:
 
 
 @contextlib.contextmanager
-def _worded(folder: Path) -> Iterator[None]:
+def _store_errors(folder: Path) -> Iterator[None]:
     path = folder / DATABASE_NAME
     try:
         yield
     except sqlite3.OperationalError as error:
         if "locked" in str(error) or "busy" in str(error):
-            raise PassingFault(f"{path} is held by another process ({error})", cause="locked") from error
+            raise PassingFault(f"{path} is locked by another process ({error})", cause="locked") from error
         if any(folder.glob(f"*/{ROWS_NAME}")):
             raise DamagedIndexError(f"{path} is damaged ({error})", advice_for(folder)) from error
     except sqlite3.DatabaseError as error:

@@ -17,32 +17,32 @@ DEFAULT_TENANT = "default_tenant"
 DEFAULT_DATABASE = "default_database"
 CLOUD_HOST = "api.trychroma.com"
 PAGE = 1_000
-"""Rows a request: 16 MB at 3,072 dimensions, of the 40 MB that a server takes."""
+"""Rows per request: 16 MB at 3,072 dimensions; a server accepts 40 MB."""
 CLOUD_PAGE = 300
-"""Rows a request: Chroma Cloud's quota of records written, and of results read (docs.trychroma.com/cloud/quotas-limits)."""
+"""Rows per request: Chroma Cloud's quota of records written and of results read (docs.trychroma.com/cloud/quotas-limits)."""
 CLOUD_REQUESTS = 10
-"""Chroma Cloud's quota of reads of one collection at once."""
+"""Chroma Cloud's quota of concurrent reads per collection."""
 
 
 class RemoteChroma(ChromaStore):
     """A collection of a Chroma server (``chroma run --path <folder>``), over HTTP.
 
     Args:
-        host: name or address, or a whole URL; ``port`` and ``ssl`` are then the URL's, and so are user and password.
+        host: host name or address, or a full URL, which then sets port, ssl, user and password.
         port: TCP port.
-        collection: its name; it must exist, unless ``create``.
-        ssl: HTTPS.
+        collection: collection name; must exist, unless ``create``.
+        ssl: use HTTPS.
         headers: sent with every request; never logged.
-        token: sent as ``Authorization: Bearer``, as chromadb's own client does by default; for a server that wants
-            another header, give that in ``headers`` (``{"X-Chroma-Token": ...}``). Never logged.
-        tenant: the tenant of the server.
+        token: sent as ``Authorization: Bearer``, as chromadb's client does by default; if the server expects another header,
+            pass that in ``headers`` (``{"X-Chroma-Token": ...}``). Never logged.
+        tenant: the server's tenant.
         database: the tenant's database.
-        create: make the collection, with cosine distance, when it is missing.
-        timeout: seconds for a whole request.
+        create: create the collection, with cosine distance, if missing.
+        timeout: seconds per request.
 
     Raises:
-        StoreError: a collection name that Chroma does not take.
-        ConfigurationError: an address or a token that cannot be one.
+        StoreError: Chroma does not accept the collection name.
+        ConfigurationError: an invalid address, token or timeout.
     """
 
     max_queries = 100
@@ -63,7 +63,7 @@ class RemoteChroma(ChromaStore):
         timeout: float = 30.0,
     ) -> None:
         if not timeout > 0:
-            raise ConfigurationError(f"timeout is {timeout} s: give more than 0")
+            raise ConfigurationError(f"timeout is {timeout} s: it must be above 0")
         url, sent = _url(host, port, ssl)
         name = f"Chroma collection {collection!r} at {_shown(url, tenant, database)}"
         if token is not None:
@@ -88,22 +88,22 @@ class RemoteChroma(ChromaStore):
         """A collection of Chroma Cloud.
 
         Args:
-            collection: its name; it must exist, unless ``create``.
-            api_key: None means CHROMA_API_KEY.
-            tenant: None means CHROMA_TENANT, or else the one that the key belongs to.
-            database: None means CHROMA_DATABASE, or else the only one that the key opens.
-            create: make the collection when it is missing.
-            timeout: seconds for a whole request.
-            host: of Chroma Cloud, or a whole URL.
+            collection: collection name; must exist, unless ``create``.
+            api_key: None uses CHROMA_API_KEY.
+            tenant: None uses CHROMA_TENANT, else the key's tenant.
+            database: None uses CHROMA_DATABASE, else the only database the key can access.
+            create: create the collection if missing.
+            timeout: seconds per request.
+            host: Chroma Cloud's host, or a full URL.
             port: TCP port, with TLS.
 
         Raises:
-            StoreError: a collection name that Chroma does not take.
-            ConfigurationError: no key, or one that cannot be one.
+            StoreError: Chroma does not accept the collection name.
+            ConfigurationError: no API key, or an invalid one.
         """
         key = api_key or os.environ.get("CHROMA_API_KEY")
         if not key:
-            raise ConfigurationError("Chroma Cloud wants a key: set CHROMA_API_KEY, or give api_key")
+            raise ConfigurationError("Chroma Cloud requires an API key: set CHROMA_API_KEY, or pass api_key")
         store = cls(
             host,
             port,
@@ -121,21 +121,21 @@ class RemoteChroma(ChromaStore):
 
 
 def _url(host: str, port: int, ssl: bool) -> tuple[URL, dict[str, str]]:
-    """The server's address up to ``/api/v2``, and the headers for a user and password that a URL may hold."""
+    """The server's URL without ``/api/v2``, and the headers for a user and password in it."""
     try:
         url = URL(host) if "://" in host else URL.build(scheme="https" if ssl else "http", host=host, port=port)
         bare = url.with_user(None).with_query(None).with_fragment(None)
     except (ValueError, TypeError):
-        raise ConfigurationError("the Chroma host is no name, address or URL: check it") from None
+        raise ConfigurationError("the Chroma host is not a valid name, address or URL: check it") from None
     if url.scheme not in ("http", "https") or not url.host:
-        raise ConfigurationError(f"a Chroma server is asked over http or https, not {url.scheme!r}: check the host")
+        raise ConfigurationError(f"a Chroma server needs http or https, not {url.scheme!r}: check the host")
     credentials = base64.b64encode(f"{url.user}:{url.password or ''}".encode()).decode()
     headers = {"Authorization": f"Basic {credentials}"} if url.user else {}
     return bare.with_path(url.path.rstrip("/").removesuffix("/api/v2")), headers
 
 
 def _shown(url: URL, tenant: str | None, database: str | None) -> str:
-    """For people; the defaults go without saying."""
+    """For messages; omits the default tenant and database."""
     place = f"{url.host}:{url.port}{url.path.rstrip('/')}"
     named = [f"{kind} {of!r}" for kind, of in (("tenant", tenant), ("database", database)) if of]
     is_default = (tenant, database) == (DEFAULT_TENANT, DEFAULT_DATABASE)
@@ -143,8 +143,8 @@ def _shown(url: URL, tenant: str | None, database: str | None) -> str:
 
 
 def _checked(secret: str, what: str) -> str:
-    """The secret, which is in no message, as a header can hold it."""
+    """The secret, stripped, if valid in a header; messages never contain it."""
     stripped = secret.strip()
     if not stripped or not stripped.isascii() or not stripped.isprintable() or " " in stripped:
-        raise ConfigurationError(f"{what} is no token: it is blank, or holds spaces or characters beyond ASCII")
+        raise ConfigurationError(f"{what} is not a valid token: it is blank, or has spaces or non-ASCII characters")
     return stripped

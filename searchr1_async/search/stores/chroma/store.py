@@ -1,4 +1,4 @@
-"""What the Chroma stores share: a collection of a database, looked up once, and again when it was made anew."""
+"""Shared base of the Chroma stores: a collection, looked up once, and again if it was recreated."""
 
 from __future__ import annotations
 
@@ -29,34 +29,34 @@ Result = TypeVar("Result")
 
 
 class Database(Protocol):
-    """A Chroma database, in a folder or behind a server: one request a call, tried once.
+    """A Chroma database, in a folder or on a server. Each call sends one request and does not retry.
 
-    Every call raises PassingFault, RefusedInput or StoreError, those with a collection's id MissingCollection too.
+    All calls raise PassingFault, RefusedInput or StoreError; those with a collection id also MissingCollection.
     """
 
     @property
     def is_open(self) -> bool:
-        """Whether it can be asked from the running event loop."""
+        """Whether it is usable from the running event loop."""
         ...
 
     async def open(self) -> None:
-        """Gets ready; asks nothing yet."""
+        """Prepares; sends no request."""
         ...
 
     async def look_up(self, collection: str) -> CollectionModel:
-        """The collection by its name."""
+        """Finds the collection by name."""
         ...
 
     async def query(self, collection_id: str, vectors: Vectors, n_results: int) -> Mapping[str, Any]:
-        """The columns of :data:`~searchr1_async.search.stores.chroma.layout.INCLUDE` and the ids, nearest first."""
+        """The columns of :data:`~searchr1_async.search.stores.chroma.layout.INCLUDE`, and ids, nearest first."""
         ...
 
     async def upsert(self, collection_id: str, columns: Mapping[str, Any]) -> None:
-        """Puts rows in, replacing those with the same id."""
+        """Adds rows, replacing those with the same id."""
         ...
 
     async def existing(self, collection_id: str, ids: Sequence[str]) -> Sequence[str]:
-        """Those of the ids that are there."""
+        """The given ids that exist."""
         ...
 
     async def count(self, collection_id: str) -> int:
@@ -64,21 +64,21 @@ class Database(Protocol):
         ...
 
     async def aclose(self) -> None:
-        """Lets go of everything; it may be opened again."""
+        """Releases everything. May be opened again."""
         ...
 
 
 class ChromaStore:
-    """One collection of a database, as a :class:`~searchr1_async.search.stores.base.Store`.
+    """One collection, as a :class:`~searchr1_async.search.stores.base.Store`.
 
     Args:
-        name: where it is, for people.
-        database: what holds the collection.
-        collection: its name.
-        page: rows that one request puts in or looks for, at most.
+        name: location, for messages.
+        database: holds the collection.
+        collection: collection name.
+        page: maximum rows per write or lookup request.
 
     Raises:
-        StoreError: a collection name that Chroma does not take.
+        StoreError: Chroma does not accept the collection name.
     """
 
     def __init__(self, name: str, database: Database, collection: str, page: int) -> None:
@@ -97,13 +97,12 @@ class ChromaStore:
 
     @property
     def fingerprint(self) -> str:
-        """The collection's own id with the number of its passages when they were last counted (at opening, at least).
+        """The collection's id with its passage count when last counted, at least at opening.
 
-        So a collection that is made anew, or has grown, has another one. Rows that another process replaces one for
-        one while the number stays leave it as it is.
+        It changes when the collection is recreated or grows, but not when another process replaces rows one for one.
 
         Raises:
-            StoreError: it is not open.
+            StoreError: the store is not open.
         """
         if self._content is None:
             raise StoreError(f"{self.name} is not open")
@@ -117,7 +116,7 @@ class ChromaStore:
         if self._model is not None and self._database.is_open:
             return
         self._forget()
-        self._looking_up = anyio.Lock()  # one of the running event loop
+        self._looking_up = anyio.Lock()  # locks belong to an event loop
         try:
             await self._database.open()
             await self._look_up_again(None)
@@ -130,7 +129,7 @@ class ChromaStore:
         if not len(vectors):
             return ()
         if not np.isfinite(vectors).all():
-            raise RefusedInput(f"{self.name}: a query's vector holds numbers that are not finite")
+            raise RefusedInput(f"{self.name}: a query vector has non-finite values")
         answer, model = await self._ask(lambda model: self._query(model, vectors, n_results))
         try:
             found = read_answer(answer, model.space)
@@ -178,14 +177,14 @@ class ChromaStore:
         self._model = self._content = None
 
     def _grew(self, dimension: int) -> None:
-        """What was known before the passages went in holds no more; the next count says how many there are now."""
+        """Invalidates the dimension and fingerprint after a write."""
         if self._model is not None:
             if self._model.dimension is None:
                 self._model = CollectionModel(self._model.id, dimension, self._model.space)
             self._content = f"{self._model.id}-{uuid4().hex}"
 
     async def _ask(self, request: Callable[[CollectionModel], Awaitable[Result]]) -> Result:
-        """One request about the collection; a second one where it turns out to have been made anew."""
+        """Sends a request; once more if the collection was recreated."""
         model = self._model
         if model is None:
             raise StoreError(f"{self.name} is not open")
@@ -202,7 +201,7 @@ class ChromaStore:
             raise StoreError(str(error)) from error
 
     async def _look_up_again(self, known: CollectionModel | None) -> CollectionModel:
-        """Of all the requests that find the collection gone, one looks it up."""
+        """Looks the collection up, once for all concurrent requests that found it missing."""
         async with self._looking_up:
             if self._model is not None and self._model is not known:
                 return self._model
@@ -212,6 +211,6 @@ class ChromaStore:
             except RefusedInput as error:
                 raise StoreError(str(error), is_fatal=True) from error
             if known is not None:
-                logger.info("%s was made anew: it was looked up again", self.name)
+                logger.info("%s was recreated: looked it up again", self.name)
             self._model, self._content = model, f"{model.id}-{count}"
             return model

@@ -1,4 +1,4 @@
-"""All of Wikipedia in a few gigabytes of memory: codes in memory, vectors and passages on disk."""
+"""Full-Wikipedia search in a few gigabytes of memory: codes in memory, vectors and passages on disk."""
 
 from searchr1_async.search.stores.compact.layout import CompactManifest, CompactSettings
 from searchr1_async.search.stores.compact.store import CompactStore

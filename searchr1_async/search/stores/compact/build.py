@@ -1,16 +1,16 @@
-"""Making a compact index: rows copied, lists learnt, codes written, probes chosen; each step kept, so that a kill repeats little.
+"""Builds a compact index in steps. Each step's output is kept, so a killed build repeats little work.
 
 ::
 
-    rows        passages and vectors go to their files, block by block; ``building/progress.json`` says how many are on the disk
-    lists       centres are learnt from a sample: ``building/centres.npz``
-    codes       vectors are put into lists, two million rows after another: ``building/codes-<rows>.faiss``
-    exact       the nearest of the sample's queries by comparing with all: ``building/exact.npz``
-    calibrate   probes and candidates are tried and chosen
-    checksums   of all files; then the manifest, with which the index is whole
+    rows        passages and vectors are appended to their files; ``building/progress.json`` counts the rows on disk
+    lists       k-means centres from a sample: ``building/centres.npz``
+    codes       vectors are assigned to lists and encoded: ``building/codes-<rows>.faiss`` every two million rows
+    exact       brute-force neighbours of the sample queries: ``building/exact.npz``
+    calibrate   measures and picks probes and candidates
+    checksums   of all files; writing the manifest completes the index
 
-Whatever is repeated after a kill gives the same bytes: rows come in the source's order, samples and clusters from a seed, codes in
-blocks of a fixed size. Each step is a pure function of the files before it. Everything but the copying is synchronous.
+Steps are deterministic, so repeated work gives the same bytes: rows keep the source's order, samples and clusters are seeded, code
+blocks have a fixed size. Everything but the copying is synchronous.
 """
 
 from __future__ import annotations
@@ -63,29 +63,28 @@ from searchr1_async.search.stores.compact.vector_file import Rows, VectorFile, V
 from searchr1_async.threads import in_thread, prepared_ahead, usable_cores
 
 _SYNC_ROWS = 65_536
-"""Rows between two notes of what is on the disk."""
+"""Rows between two syncs."""
 _CODE_ROWS = 65_536
-"""Put into lists together."""
 _CODE_BLOCKS_KEPT = 32
-"""Blocks of codes between two files that a kill may go on from: 2 million rows, some three minutes' work, for 0.2 to 2.6 GB written."""
+"""Blocks between two checkpoints of the codes: 2 million rows, about three minutes of work."""
 SAMPLE_QUERIES = 500
-"""As many show what a recall is to a hundredth: passages of the index, where no queries are given."""
+"""Queries sampled from the index when none are given; enough for recall to the nearest hundredth."""
 
 
 OnRows = Callable[[int, int], None]
-"""Rows done, rows in all."""
+"""``(rows done, total rows)``."""
 
 
 class CompactBuilder:
-    """Makes one index in a folder, or goes on with what was begun there.
+    """Builds one index in a folder, or resumes an unfinished build there.
 
     Args:
-        folder: of the index; exists, and nobody else builds in it.
-        source: open.
-        facts: of the source.
-        settings: how it is made.
-        emit: told of the phases ``rows``, ``lists``, ``codes``, ``exact``, ``calibrate`` and ``checksums``.
-        on_progress: called with rows copied and in all.
+        folder: index folder; must exist, with no concurrent build in it.
+        source: an open source.
+        facts: the source's facts.
+        settings: build settings.
+        emit: receives the phases ``rows``, ``lists``, ``codes``, ``exact``, ``calibrate`` and ``checksums``.
+        on_progress: called with rows copied and total rows.
     """
 
     def __init__(
@@ -104,14 +103,14 @@ class CompactBuilder:
         self._threads = settings.threads or usable_cores()
 
     async def build(self, queries: Vectors | None) -> CompactManifest:
-        """Does what is not done yet.
+        """Runs the remaining steps.
 
         Args:
-            queries: ``[queries, dimension]``, of real queries; None takes passages of the index for queries.
+            queries: real queries, ``[queries, dimension]``; None samples passages of the index.
 
         Raises:
-            CorpusError, EmbeddingError, StoreError: a row cannot be had.
-            OSError: the folder cannot be written; what is done is kept.
+            CorpusError, EmbeddingError, StoreError: a row cannot be read.
+            OSError: the folder cannot be written; finished work is kept.
         """
         await in_thread(self._refuse_other_build)
         await in_thread(self._remove_leftovers)
@@ -119,7 +118,7 @@ class CompactBuilder:
         return await in_thread(lambda: self._finish(queries))
 
     def _refuse_other_build(self) -> None:
-        """Raises StoreError where the folder holds a build from something else, or with other settings."""
+        """Raises StoreError if the folder holds a build of another source or with other settings."""
         identity = {
             "format": COMPACT_FORMAT,
             "source": self._facts.fingerprint,
@@ -141,12 +140,12 @@ class CompactBuilder:
             begun = {}
         if differs := [name for name, value in identity.items() if begun.get(name) != value]:
             raise StoreError(
-                f"{self._folder} holds an unfinished index from another source or with other settings ({', '.join(differs)} "
-                "differ): give another folder, or delete that one"
+                f"{self._folder} holds an unfinished index with a different source or settings ({', '.join(differs)} "
+                "differ): choose another folder, or delete this one"
             )
 
     def _remove_leftovers(self) -> None:
-        """What processes that were killed while they wrote a file left beside it: of codes, gigabytes."""
+        """Deletes temporary files of killed processes; those of codes take gigabytes."""
         names = [*file_names(self._settings.vectors), MANIFEST_NAME]
         for folder, begins in ((self._folder, names), (self._building, [""])):
             beginnings = tuple(f".{begin}" for begin in begins)
@@ -155,7 +154,7 @@ class CompactBuilder:
             ):
                 path.unlink(missing_ok=True)
 
-    # Rows: the only step that waits for others.
+    # Rows: the only asynchronous step.
 
     async def _copy_rows(self) -> None:
         facts, path = self._facts, self._building / "progress.json"
@@ -187,7 +186,9 @@ class CompactBuilder:
                     await self._source.kept(done)
                     synced = done
         if done != facts.count:
-            raise StoreError(f"{facts.name} gave {done:,} rows where it had said {facts.count:,}: it changed meanwhile")
+            raise StoreError(
+                f"{facts.name} returned {done:,} rows instead of {facts.count:,}: it changed during the build"
+            )
 
     def _checked(self, passages: int, vectors: Vectors, start: int) -> Vectors:
         facts = self._facts
@@ -197,18 +198,18 @@ class CompactBuilder:
             )
         if start + passages > facts.count:
             raise StoreError(
-                f"{facts.name} gave a row {facts.count:,} where it had said {facts.count:,} rows, counted from 0: it changed meanwhile"
+                f"{facts.name} returned more than the {facts.count:,} rows it had reported: it changed during the build"
             )
         if not (usable := are_usable(vectors)).all():
             row = start + int(np.flatnonzero(~usable)[0])
-            raise StoreError(f"{facts.name}: the vector of row {row:,} holds numbers that are not finite, or too large")
+            raise StoreError(f"{facts.name}: the vector of row {row:,} has non-finite or too large values")
         ready = ready_vectors(vectors, facts.metric)
-        # What float16 cannot hold: an inner product's vectors may have any length.
+        # Inner-product vectors may have any length, beyond what float16 holds.
         if self._settings.vectors == "float16" and np.abs(ready).max(initial=0) > np.finfo(np.float16).max:
-            raise StoreError(f"{facts.name}: vectors hold numbers over 65,504: keep them as 'int8'")
+            raise StoreError(f"{facts.name}: vector values exceed 65,504, the float16 maximum: use vectors='int8'")
         return ready
 
-    # The rest, in one thread.
+    # The remaining steps run in one thread.
 
     def _phase(self, name: str, total: int, unit: str) -> _Phase:
         return _Phase(partial(anyio.from_thread.run_sync, self._emit), name, total, unit)
@@ -248,7 +249,7 @@ class CompactBuilder:
             path.unlink()
 
     def _begun_codes(self) -> tuple[Any, int]:
-        """The codes that an earlier session kept."""
+        """Loads the last checkpoint of the codes, if any."""
         for path in reversed(self._code_files()):
             index = load_codes(path)
             return index, int(index.ntotal)
@@ -264,7 +265,7 @@ class CompactBuilder:
         return sorted(self._building.glob("codes-*.faiss"))
 
     def _centres(self, vectors: VectorFile) -> Vectors:
-        """Of the lists; kept."""
+        """List centres, cached on disk."""
         path = self._building / "centres.npz"
         if path.exists():
             with np.load(path) as kept:
@@ -273,10 +274,9 @@ class CompactBuilder:
         with self._phase("lists", self._lists, "lists") as phase:
             check = anyio.from_thread.check_cancelled
             sample = vectors.gather(np.sort(_chosen(count, sample_size(count, self._lists), seed)), check)
-            # In no order: neighbouring rows are alike.
+            # Shuffled, because neighbouring rows are alike.
             np.random.default_rng(seed).shuffle(sample)
-            # Of length 1 too where vectors are: longer centres, which are of narrower lists, would draw queries away from wide
-            # ones. The nearest of 95 % of questions stood in 0.58 times the codes so.
+            # Normalised like the vectors: longer centres (of tighter lists) would draw queries away from wide lists.
             centres = ready_vectors(learn_centres(sample, self._lists, seed, check), self._facts.metric)
             write_arrays(path, centres=centres)
             phase.advance(self._lists)
@@ -288,7 +288,7 @@ class CompactBuilder:
         if queries is None:
             rows = np.sort(_chosen(len(vectors), SAMPLE_QUERIES, settings.seed + 1))
             origin, queries = "passages", vectors.gather(rows)
-            own_rows = rows if len(vectors) > 1 else None  # a passage alone has no other one to find
+            own_rows = rows if len(vectors) > 1 else None  # a single passage has no other to find
         queries = ready_vectors(queries, facts.metric)
         results = min(max(EXACT_RESULTS, settings.recall_at), max(1, len(vectors) - 1))
         exact = self._exact(vectors, queries, results, own_rows)
@@ -308,7 +308,7 @@ class CompactBuilder:
         return calibration_of(curve, settings.recall, settings.recall_at, reader.mean_list, len(queries), origin)
 
     def _exact(self, vectors: VectorFile, queries: Vectors, results: int, own_rows: Rows | None) -> Rows:
-        """Kept, with the queries that it is of: others may be given when the build goes on."""
+        """Brute-force neighbours, cached with their queries: a resumed build may be given others."""
         path = self._building / "exact.npz"
         if path.exists():
             with np.load(path) as kept:
@@ -356,7 +356,7 @@ class CompactBuilder:
 
 
 class _Phase:
-    """A step, and whom to tell how far it is."""
+    """Emits the events of one build step."""
 
     def __init__(self, emit: Emit, name: str, total: int, unit: str) -> None:
         self._emit, self._name, self._total, self._unit = emit, name, total, unit

@@ -1,4 +1,4 @@
-"""How many lists to probe and how many candidates to rank again, for the recall that is asked: measured, then chosen."""
+"""Measures recall and speed of probes and candidates, and chooses those that reach the target recall."""
 
 from __future__ import annotations
 
@@ -21,29 +21,28 @@ Number = TypeVar("Number", np.float32, np.int64)
 CANDIDATES = (20, 50, 100, 200)
 """Tried with every number of probes."""
 EXACT_RESULTS = 10
-"""Of the nearest passages, found by comparing with all, that recall is measured against at least."""
+"""Minimum number of exact neighbours that recall is measured against."""
 BATCH = 128
 AFFORDABLE = 300_000
-"""Codes that are compared in the time that a query may take before recall above what is asked is too dear: 3.5 to 4.5 ms on two cores,
-hundreds of queries a second."""
+"""Codes compared per query up to which recall above the target is worth its cost; about 4 ms on two cores."""
 _NO_DIFFERENCE = 0.001
-"""Of recall: that of one or two queries of the sample."""
+"""Recall difference of one or two sample queries."""
 _BEYOND = 0.03
-"""Recall above what is asked up to which the curve is measured: the last hundredths take as long as all before."""
+"""How far above the target recall the curve is measured; the last hundredths cost as much as all before."""
 _RANKING_COST = 60
-"""Codes that are compared in the time in which a candidate is ranked again: 60 million codes a second, a microsecond a candidate."""
+"""Cost of re-ranking one candidate, in codes compared."""
 _LIST_COST = 450
-"""Codes that are compared in the time which a list takes beside those that are in it."""
+"""Fixed cost of one list, in codes compared."""
 
 
 def probe_steps(lists: int) -> list[int]:
-    """Mean numbers of probes to try: each some 1.4 times the one before, up to all lists."""
+    """Mean numbers of probes to try: powers of sqrt(2), up to all lists."""
     steps = {min(lists, round(2 ** (half / 2))) for half in range(2 * math.ceil(math.log2(max(lists, 1))) + 1)}
     return sorted({*steps, lists})
 
 
 def recall(found: Rows, exact: Rows, results: int) -> float:
-    """The share of the ``results`` nearest that are among the found; both ``[queries, …]``."""
+    """The share of the ``results`` nearest that are found; both arrays are ``[queries, n]``."""
     exact = exact[:, :results]
     return float((exact[:, :, None] == found[:, None, :]).any(axis=2).mean())
 
@@ -59,19 +58,19 @@ def measure(
     check: Callable[[], object] = lambda: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[CurvePoint]:
-    """The recall and the speed of every choice, up to the probes with which recall :func:`is_enough`.
+    """Measures recall and speed of each choice, until recall :func:`is_enough`.
 
-    What is ranked again is ranked exactly, so recall is that of the candidates: one search tells it for fewer candidates too.
+    Re-ranking is exact, so recall is that of the candidates, and one search serves all smaller candidate counts.
 
     Args:
-        index: to be searched.
+        index: index to search.
         queries: ``[queries, dimension]``.
-        exact: ``[queries, results]``, the nearest of all.
-        recall_at: results that recall is asked for.
-        own_rows: ``[queries]``, a row that does not count for each query.
-        asked: recall of ``recall_at``.
-        check: called between batches; ends the measurement by raising.
-        clock: seconds.
+        exact: exact nearest rows, ``[queries, results]``.
+        recall_at: number of results of the target recall.
+        own_rows: ``[queries]``, a row to exclude per query.
+        asked: target recall at ``recall_at``.
+        check: called between batches; may raise to abort.
+        clock: time in seconds.
     """
     curve: list[CurvePoint] = []
     gap = np.sort(np.concatenate([index.gaps(part) for part in _batches(queries)]), axis=1)
@@ -86,8 +85,7 @@ def measure(
         searching = clock() - began
         if own_rows is not None:
             found = _without(found, own_rows)
-        # Once before it is timed: else the first choices, whose candidates the disk had to give, looked slower than later ones with
-        # a hundred times their lists (377 queries/s with 1 list, 355 with 256).
+        # Warm-up: otherwise the first choices, which read their candidates from disk, look slower than later ones.
         _rank(index, queries, found[:, : CANDIDATES[-1]], recall_at, check)
         for candidates in CANDIDATES:
             best = found[:, :candidates]
@@ -112,7 +110,7 @@ def measure(
 
 
 def probing_of(gap: Vectors, probes: int) -> Probing:
-    """How far to look for so many lists on average; ``gap`` is ``[queries, lists]``, each row in ascending order."""
+    """The probing that searches ``probes`` lists on average; ``gap`` is ``[queries, lists]``, rows ascending."""
     most = min(MOST_OF_MEAN * probes, gap.shape[1])
     if probes == gap.shape[1]:
         return Probing.fixed(most)
@@ -120,22 +118,17 @@ def probing_of(gap: Vectors, probes: int) -> Probing:
 
 
 def choose(curve: Sequence[CurvePoint], asked: float, mean_list: float, queries: int) -> CurvePoint:
-    """The best of the affordable choices whose recall is a standard error above what is asked; else the cheapest of those with such a
-    recall, else the one with the most.
+    """The best affordable choice whose recall is a standard error above the target; else the cheapest with such a recall, else the
+    one with the highest recall.
 
-    More than what is asked is taken where it costs little, because questions are not alike: among 56,769 passages 0.959 of the
-    nearest were found for the sample, and 0.923 for one suite of five, which cost it 4.3 points of its answers.
-
-    The error is that of a sample: without it, half of all samples choose too little for other queries (at 54,909 passages 0.943
-    was found where 0.95 was asked and 500 queries had given 0.952).
-
-    Costs are counted, not timed, so that the same index chooses the same anywhere.
+    Recall above the target is taken when cheap, since other questions may be harder than the sample. The standard error is the
+    sample's: without it, half of all samples would choose too little. Costs are counted, not timed, so the choice is reproducible.
 
     Args:
-        curve: measured.
-        asked: recall.
-        mean_list: codes in a list, on average.
-        queries: of the sample.
+        curve: measured points.
+        asked: target recall.
+        mean_list: mean codes per list.
+        queries: sample size.
     """
 
     def cheapest(points: list[CurvePoint]) -> CurvePoint:
@@ -152,31 +145,30 @@ def choose(curve: Sequence[CurvePoint], asked: float, mean_list: float, queries:
 
 
 def is_enough(point: CurvePoint, asked: float, mean_list: float, queries: int) -> bool:
-    """Whether more probes need not be tried: what is asked is surely reached, the curve shows a little more than that, and more is
-    not to be had or not affordable."""
+    """Whether to stop trying more probes: the target is reached with some margin, and more is not possible or not affordable."""
     shows = point.recall >= min(asked + _BEYOND, 0.995) and surely_reaches(point.recall, asked, queries)
     return shows and (point.recall >= 1 - _NO_DIFFERENCE or cost(point, mean_list) >= AFFORDABLE)
 
 
 def surely_reaches(reached: float, asked: float, queries: int) -> bool:
-    """Whether a recall over so many queries is a standard error above what is asked."""
+    """Whether recall over this many queries is a standard error above the target."""
     return reached - standard_error(reached, queries) >= asked
 
 
 def standard_error(share: float, queries: int) -> float:
-    """Of a share over so many queries."""
+    """Standard error of a share over this many queries."""
     return math.sqrt(share * (1 - share) / queries)
 
 
 def cost(point: CurvePoint, mean_list: float) -> float:
-    """Of a query, in codes compared."""
+    """Cost per query, in codes compared."""
     return point.probes * (mean_list + _LIST_COST) + point.candidates * _RANKING_COST
 
 
 def calibration_of(
     curve: Sequence[CurvePoint], asked: float, recall_at: int, mean_list: float, queries: int, origin: str
 ) -> Calibration:
-    """What the manifest says of the choice."""
+    """The calibration record for the manifest."""
     chosen = choose(curve, asked, mean_list, queries)
     probing = (chosen.probes, chosen.most_probes, chosen.margin)
     return Calibration(queries, origin, *probing, chosen.candidates, chosen.recall, asked, recall_at, tuple(curve))
@@ -193,7 +185,7 @@ def _batches(rows: NDArray[Number]) -> list[NDArray[Number]]:
 
 
 def _without(found: Rows, own_rows: Rows) -> Rows:
-    """The found without each query's own row, which moves to the end as -1."""
+    """Moves each query's own row to the end, as -1."""
     own = found == own_rows[:, None]
     order = np.argsort(own, axis=1, kind="stable")
     return np.take_along_axis(np.where(own, -1, found), order, 1)

@@ -1,4 +1,4 @@
-"""The codes of an index: a bit for each number of a vector, in inverted lists, searched by faiss (RaBitQ, Gao and Long 2024)."""
+"""The codes of an index: 1 bit per dimension (RaBitQ, Gao and Long 2024) in inverted lists, searched by faiss."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from searchr1_async.search.stores.compact.probing import (
 from searchr1_async.search.stores.compact.vector_file import Rows
 
 _QUERY_BITS = 8
-"""Of each number of a query while codes are compared."""
+"""Query bits per dimension while codes are compared."""
 _CONVERTED_CODES = 1 << 20
-"""Codes that are in memory a second time while they are brought into the order in which they are searched; all of 21 million took 2.5 GB."""
+"""Codes repacked at a time; repacking 21 million at once takes 2.5 GB."""
 _ALIGNED = 64
-"""Bytes: a list begins at a multiple, as memory's lines do."""
+"""Lists start at a multiple of this many bytes, a cache line."""
 
 
 def empty_codes(centres: Vectors, metric: Metric) -> Any:
-    """A faiss index with these lists, to which :func:`add_codes` adds.
+    """An empty faiss index with these lists, for :func:`add_codes`.
 
     Args:
         centres: ``[lists, dimension]``.
-        metric: how near two vectors are.
+        metric: distance metric.
     """
     import faiss
 
@@ -47,17 +47,17 @@ def empty_codes(centres: Vectors, metric: Metric) -> Any:
     quantiser = faiss.IndexFlat(dimension, faiss_metric(metric))
     quantiser.add(np.ascontiguousarray(centres))
     index = faiss.IndexIVFRaBitQ(quantiser, dimension, lists, faiss_metric(metric))
-    index.train(centres)  # which learns nothing more from them
+    index.train(centres)  # required by faiss; learns nothing more
     return index
 
 
 def add_codes(index: Any, vectors: Vectors, lists: Lists) -> None:
-    """Puts vectors into lists.
+    """Adds vectors to lists.
 
     Args:
-        index: of :func:`empty_codes`.
-        vectors: ``[vectors, dimension]``.
-        lists: ``[vectors]``.
+        index: from :func:`empty_codes`.
+        vectors: ``[n, dimension]``.
+        lists: ``[n]``, the list of each vector.
     """
     made = _faiss()
     vectors, lists = np.ascontiguousarray(vectors, np.float32), np.ascontiguousarray(lists, np.int64)
@@ -65,22 +65,22 @@ def add_codes(index: Any, vectors: Vectors, lists: Lists) -> None:
 
 
 def save_codes(index: Any, path: Path) -> None:
-    """Writes faiss's own file, whole or not at all.
+    """Writes the index atomically, in faiss's format.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     import faiss
 
     with replacing(path) as temporary:
         try:
             faiss.write_index(index, str(temporary))
-        except RuntimeError as error:  # faiss's own words for a full disk
+        except RuntimeError as error:  # how faiss reports a full disk
             raise OSError(f"faiss cannot write {path}: {_first_line(error)}") from error
 
 
 def load_codes(path: Path) -> Any:
-    """Reads what :func:`save_codes` wrote, to go on.
+    """Reads a file written by :func:`save_codes`.
 
     Raises:
         StoreError: faiss cannot read the file.
@@ -89,14 +89,14 @@ def load_codes(path: Path) -> Any:
 
 
 def write_codes(index: Any, folder: Path) -> None:
-    """Writes the codes as they are searched, 32 of a list side by side; :data:`CODES_NAME` last.
+    """Writes the codes in the layout they are searched in (blocks of 32 per list); :data:`CODES_NAME` is written last.
 
     Args:
-        index: that :func:`add_codes` filled.
-        folder: of the index.
+        index: filled by :func:`add_codes`.
+        folder: index folder.
 
     Raises:
-        OSError: they cannot be written.
+        OSError: the files cannot be written.
     """
     made = _faiss()
     sizes = np.array([index.invlists.list_size(number) for number in range(index.nlist)], np.int64)
@@ -116,14 +116,14 @@ def write_codes(index: Any, folder: Path) -> None:
 
 
 def _together(sizes: NDArray[np.int64]) -> list[Lists]:
-    """The lists that hold anything, in their order, some at a time."""
+    """The non-empty lists in order, in parts of about ``_CONVERTED_CODES`` codes."""
     held = np.flatnonzero(sizes)
     begins = np.searchsorted(np.cumsum(sizes[held]), np.arange(0, sizes.sum(), _CONVERTED_CODES), side="right")
     return [part for part in np.split(held, np.unique(begins)) if len(part)]
 
 
 def _side_by_side(index: Any, lists: Lists) -> Any:
-    """An index of these lists alone, under their own numbers, as faiss searches them."""
+    """An index of these lists alone, same numbers, in faiss's fast-scan layout."""
     made = _faiss()
     part = made.IndexIVFRaBitQ(index.quantizer, index.d, index.nlist, index.metric_type)
     part.is_trained = True
@@ -135,7 +135,7 @@ def _side_by_side(index: Any, lists: Lists) -> Any:
 
 
 def _code_bytes(sizes: NDArray[np.int64], index: Any) -> NDArray[np.int64]:
-    """Of the codes of lists of these sizes: in blocks of 32, the last one filled up."""
+    """Bytes of each list's codes: blocks of 32, the last one padded."""
     return -(-sizes // index.bbs) * index.bbs * index.code_size
 
 
@@ -145,21 +145,19 @@ def _read_index(path: Path, flags: int) -> Any:
     try:
         return faiss.read_index(str(path), flags)
     except RuntimeError as error:
-        raise StoreError(f"{path} is no file that faiss reads ({_first_line(error)})", is_fatal=True) from error
+        raise StoreError(f"{path} is not a faiss index ({_first_line(error)})", is_fatal=True) from error
 
 
 class Codes:
-    """The codes of an index, in files that are mapped into memory: processes that search them share it.
-
-    All calls come from one thread.
+    """The codes of an index, memory-mapped and so shared between processes. Call it from one thread only.
 
     Args:
-        folder: of the index.
-        threads: of faiss while codes are compared; centres are compared by NumPy in its own.
-        metric: of the index.
+        folder: index folder.
+        threads: faiss threads for comparing codes; NumPy compares centres in its own threads.
+        metric: the index's metric.
 
     Raises:
-        StoreError: the files are not those of :func:`write_codes`.
+        StoreError: the files were not written by :func:`write_codes`.
     """
 
     def __init__(self, folder: Path, threads: int, metric: Metric) -> None:
@@ -172,23 +170,22 @@ class Codes:
         index.replace_invlists(self._lists, False)
         index.ntotal = int(self._sizes.sum())
         flat = made.downcast_index(index.quantizer)
-        # A copy, 113 MB for 21 million passages: in the mapped file they begin at any byte, and NumPy copied them at each search.
+        # Copied: centres are unaligned in the mapped file, and NumPy would copy them at every search.
         self._centres: Vectors = np.array(made.rev_swig_ptr(flat.get_xb(), index.nlist * index.d), np.float32)
         self._centres = self._centres.reshape(index.nlist, index.d)
         self._lengths = squared_lengths(self._centres)
 
     @property
     def count(self) -> int:
-        """Vectors in it."""
+        """Number of vectors."""
         return int(self._index.ntotal)
 
     @property
     def dimension(self) -> int:
-        """Of the vectors."""
         return int(self._index.d)
 
     def list_sizes(self) -> NDArray[np.int64]:
-        """Codes in each list."""
+        """Codes per list."""
         return self._sizes
 
     def _distances(self, vectors: Vectors) -> Vectors:
@@ -199,17 +196,17 @@ class Codes:
         return gaps(self._distances(vectors), vectors, self._metric)
 
     def search(self, vectors: Vectors, candidates: int, probing: Probing) -> Rows:
-        """The rows nearest by their codes, ``[vectors, candidates]``; -1 where the lists looked through hold fewer."""
+        """The nearest rows by their codes, ``[n, candidates]``; padded with -1 when the probed lists hold fewer."""
         import faiss
 
-        faiss.omp_set_num_threads(self._threads)  # of the calling thread alone
+        faiss.omp_set_num_threads(self._threads)  # applies to the calling thread only
         vectors = np.ascontiguousarray(vectors)
         distances = self._distances(vectors)
         lists = chosen_lists(gaps(distances, vectors, self._metric), probing)
         found = np.empty((len(vectors), candidates), np.int64)
         for group in alike([len(own) for own in lists]):
             most = len(lists[group[0]])
-            # -1 is no list.
+            # -1 pads.
             numbers, near = np.full((len(group), most), -1, np.int64), np.zeros((len(group), most), np.float32)
             for place, query in enumerate(group):
                 own = lists[query]
@@ -220,22 +217,20 @@ class Codes:
 
 
 def _mapped_lists(index: Any, path: Path, sizes: NDArray[np.int64]) -> Any:
-    """faiss's own lists on disk, told where each one lies.
+    """faiss's on-disk lists, mapped from our own file.
 
-    faiss reads lists of this kind from its own file into memory of the process, mapped or not: 2.6 GB in each that searches 21
-    million passages.
+    faiss would read them from its own file into each process's memory: 2.6 GB for 21 million passages.
     """
-
     codes = _code_bytes(sizes, index)
     ends = np.cumsum(-(-(codes + 8 * sizes) // _ALIGNED) * _ALIGNED)
     if len(sizes) != index.nlist or path.stat().st_size != ends[-1]:
-        raise StoreError(f"{path} is not that of this index: copy the whole folder again", is_fatal=True)
+        raise StoreError(f"{path} does not belong to this index: copy the whole folder again", is_fatal=True)
     made = _faiss()
     lists = made.OnDiskInvertedLists()
     lists.nlist, lists.code_size, lists.read_only = index.nlist, index.code_size, True
     lists.filename, lists.totsize, lists.prefetch_nthread = str(path), int(ends[-1]), 0
     lists.lists.resize(index.nlist)
-    # Of each list: codes in it, codes that there is room for, the byte at which it begins.
+    # Per list: codes, capacity, byte offset.
     memory = (ctypes.c_size_t * (3 * index.nlist)).from_address(int(lists.lists.data().this))
     records = np.ctypeslib.as_array(memory).reshape(-1, 3)
     records[:, 0], records[:, 1], records[:, 2] = sizes, codes // index.code_size, np.r_[0, ends[:-1]]
@@ -245,7 +240,7 @@ def _mapped_lists(index: Any, path: Path, sizes: NDArray[np.int64]) -> Any:
 
 
 def _faiss() -> Any:
-    """Its wrappers have no types."""
+    """Untyped, because faiss's wrappers have no types."""
     import faiss
 
     return faiss

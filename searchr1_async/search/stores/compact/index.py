@@ -1,4 +1,4 @@
-"""A compact index, searched: the nearest by their codes, ranked again by their vectors. Synchronous: call it in worker threads."""
+"""Search in a compact index: nearest by codes, re-ranked by full vectors. Blocking; call it in worker threads."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class Ranked:
     """The nearest rows of some queries, nearest first."""
 
     rows: Rows
-    """``[queries, results]``; -1 behind the last where there are fewer."""
+    """``[queries, results]``, padded with -1."""
     scores: NDArray[np.float32]
-    """``[queries, results]``, as :func:`similarities` has them."""
+    """``[queries, results]``, from :func:`similarities`."""
 
 
 def ready_vectors(vectors: Vectors, metric: Metric) -> Vectors:
-    """Vectors as they are kept and sought: float32, for ``"cosine"`` of length 1 (a vector of zeros stays one)."""
+    """Vectors as stored and searched: float32, normalised for ``"cosine"`` (zero vectors stay zero)."""
     vectors = np.ascontiguousarray(vectors, np.float32)
     if metric != "cosine":
         return vectors
@@ -37,19 +37,19 @@ def ready_vectors(vectors: Vectors, metric: Metric) -> Vectors:
 
 
 def are_usable(vectors: Vectors) -> NDArray[np.bool_]:
-    """Whether each vector's numbers, and its squared length as float32, are finite; ``[vectors]``."""
+    """Whether each vector's values and its squared float32 length are finite, ``[n]``."""
     with np.errstate(over="ignore", invalid="ignore"):
         return np.isfinite(squared_lengths(np.asarray(vectors, np.float32)))
 
 
 def similarities(products: Vectors, lengths: Vectors, own_lengths: Vectors, metric: Metric) -> Vectors:
-    """What passages are ranked by, as the Chroma stores say it: the product, or for ``"l2"`` ``1 - d / 2`` of the squared distance d.
+    """Ranking scores, as the Chroma stores define them: the inner product, or ``1 - d / 2`` of the squared distance d for ``"l2"``.
 
     Args:
-        products: ``[queries, candidates]``, inner products.
-        lengths: ``[queries, candidates]``, squared, of the candidates.
-        own_lengths: ``[queries, 1]``, squared, of the queries.
-        metric: of the index.
+        products: inner products, ``[queries, candidates]``.
+        lengths: squared lengths of the candidates, ``[queries, candidates]``.
+        own_lengths: squared lengths of the queries, ``[queries, 1]``.
+        metric: the index's metric.
     """
     if metric != "l2":
         return products
@@ -57,25 +57,25 @@ def similarities(products: Vectors, lengths: Vectors, own_lengths: Vectors, metr
 
 
 def rank(queries: Vectors, candidates: Rows, vectors: VectorFile, metric: Metric, n_results: int) -> Ranked:
-    """Ranks candidates by their vectors.
+    """Ranks candidates by their full vectors.
 
     Args:
-        queries: ``[queries, dimension]``, by :func:`ready_vectors`.
-        candidates: ``[queries, candidates]``; -1 is none.
-        vectors: of the index.
-        metric: of the index.
-        n_results: how many of the best.
+        queries: ``[queries, dimension]``, from :func:`ready_vectors`.
+        candidates: rows, ``[queries, candidates]``, padded with -1.
+        vectors: the index's vectors.
+        metric: the index's metric.
+        n_results: results to return.
     """
     products, lengths = vectors.products(queries, np.maximum(candidates, 0))
     scores = similarities(products, lengths, squared_lengths(queries)[:, None], metric)
     scores[candidates < 0] = -np.inf
-    # Equal ones by their row, so that the order does not hang on how they were found.
+    # Ties are broken by row, so the order does not depend on how candidates were found.
     order = np.lexsort((candidates, -scores), axis=1)[:, :n_results]
     return Ranked(np.take_along_axis(candidates, order, 1), np.take_along_axis(scores, order, 1))
 
 
 class CompactIndex:
-    """Codes and vectors of one index."""
+    """Codes and vectors of an index."""
 
     def __init__(self, codes: Codes, vectors: VectorFile, metric: Metric) -> None:
         self._codes, self._vectors = codes, vectors
@@ -83,19 +83,19 @@ class CompactIndex:
 
     @property
     def mean_list(self) -> float:
-        """Codes in a list, on average."""
+        """Mean codes per list."""
         return self._codes.count / len(self._codes.list_sizes())
 
     def gaps(self, queries: Vectors) -> Vectors:
-        """How much farther each list is than the nearest one, ``[queries, lists]``."""
+        """How much farther each list is than the nearest, ``[queries, lists]``."""
         return self._codes.gaps(queries)
 
     def candidates(self, queries: Vectors, candidates: int, probing: Probing) -> Rows:
-        """The rows nearest by their codes; all calls from one thread."""
+        """The nearest rows by their codes. Call from one thread only."""
         return self._codes.search(queries, min(candidates, self._codes.count), probing)
 
     def rank(self, queries: Vectors, candidates: Rows, n_results: int) -> Ranked:
-        """See :func:`rank`; from any thread."""
+        """See :func:`rank`. Thread-safe."""
         return rank(queries, candidates, self._vectors, self._metric, n_results)
 
 
@@ -107,14 +107,14 @@ def exact_nearest(
     own_rows: Rows | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> Rows:
-    """The rows that are nearest of all, ``[queries, n_results]``, by comparing each query with every vector.
+    """The exact nearest rows, ``[queries, n_results]``, by brute force.
 
     Args:
-        queries: ``[queries, dimension]``, by :func:`ready_vectors`.
-        vectors: of the index.
-        metric: of the index.
-        n_results: how many.
-        own_rows: ``[queries]``, a row that does not count for each query; None: all count.
+        queries: ``[queries, dimension]``, from :func:`ready_vectors`.
+        vectors: the index's vectors.
+        metric: the index's metric.
+        n_results: results per query.
+        own_rows: ``[queries]``, a row to exclude per query, if any.
         advance: called with the rows compared so far.
     """
     import faiss

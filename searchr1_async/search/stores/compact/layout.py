@@ -1,16 +1,16 @@
-"""How a compact index lies on disk: one folder, read-only once it is whole.
+"""On-disk layout of a compact index: one folder, read-only once complete.
 
 ::
 
-    <folder>/manifest.json      what it is, what it was made of, and the checksums of the other files
-    <folder>/codes.faiss        centres of inverted lists, a file of faiss's own
-    <folder>/lists.bin          for each list its codes of 1 bit a number (RaBitQ) and their rows; mapped into memory
-    <folder>/lists.sizes        codes in each list: int64, little-endian
-    <folder>/vectors.bin        the vectors, row after row, float16 or 8-bit: the best candidates are ranked again by them
-    <folder>/scales.bin         of 8-bit vectors: a float32 for each
-    <folder>/passages.jsonl     the passages, one ``["id", "title", "text"]`` a line
-    <folder>/passages.offsets   where each line begins, and where the last one ends: uint64, little-endian
-    <folder>/building/          only while it is made (:mod:`.build`)
+    <folder>/manifest.json      description, provenance, and checksums of the other files
+    <folder>/codes.faiss        centres of the inverted lists, in faiss's format
+    <folder>/lists.bin          per list, its 1-bit codes (RaBitQ) and their rows; memory-mapped
+    <folder>/lists.sizes        codes per list: int64, little-endian
+    <folder>/vectors.bin        full vectors by row, float16 or int8; used to re-rank candidates
+    <folder>/scales.bin         for int8 vectors: one float32 per row
+    <folder>/passages.jsonl     passages, one ``["id", "title", "text"]`` per line
+    <folder>/passages.offsets   byte offset of each line, and of the end: uint64, little-endian
+    <folder>/building/          present only during a build (:mod:`.build`)
 """
 
 from __future__ import annotations
@@ -43,32 +43,31 @@ VectorType = Literal["float16", "int8"]
 
 
 def file_names(vectors: VectorType) -> list[str]:
-    """Of all files of an index beside its manifest."""
+    """All files of an index besides the manifest."""
     names = [CODES_NAME, LISTS_NAME, SIZES_NAME, VECTORS_NAME, PASSAGES_NAME, OFFSETS_NAME]
     return [*names, SCALES_NAME] if vectors == "int8" else names
 
 
 @dataclass(frozen=True, slots=True)
 class CompactSettings:
-    """How a compact index is made.
+    """Build settings of a compact index.
 
     Raises:
-        ConfigurationError: a setting out of its range.
+        ConfigurationError: a setting is out of range.
     """
 
     vectors: VectorType = "float16"
-    """What the full vectors are kept as: ``"float16"`` (2 bytes a number, 32 GB for 21 million of 768) or ``"int8"`` (half)."""
+    """Storage of the full vectors: ``"float16"`` (2 bytes per number, 32 GB for 21 million of 768) or ``"int8"`` (half)."""
     lists: Count | None = None
-    """Inverted lists; None: see :func:`~searchr1_async.search.stores.compact.lists.lists_for`. More are finer, and each costs a query."""
+    """Inverted lists; None uses :func:`~searchr1_async.search.stores.compact.lists.lists_for`."""
     recall: Annotated[float, Range(over=0, at_most=1)] = 0.95
-    """Of the exact ``recall_at`` nearest, the share that a search shall find at least: probes and candidates are chosen for it, and for
-    more where that leaves hundreds of queries a second."""
+    """Target share of the exact ``recall_at`` nearest passages. Calibration may exceed it while queries stay cheap."""
     recall_at: Annotated[int, Range(at_least=1, at_most=100)] = 3
-    """As many as a search usually asks for."""
+    """Usual number of results per search."""
     threads: Count | None = None
-    """Of faiss while it builds; None: one for each core."""
+    """faiss threads during the build; None uses one per core."""
     seed: int = 1
-    """Of samples and clusters."""
+    """Seed of samples and clusters."""
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -76,41 +75,40 @@ class CompactSettings:
 
 @dataclass(frozen=True, slots=True)
 class CurvePoint:
-    """What one choice of probes and candidates came to on the sample of queries."""
+    """Measurement of one choice of probes and candidates on the sample queries."""
 
     probes: int
-    """Inverted lists that a query looks through, on average."""
+    """Mean inverted lists searched per query."""
     most_probes: int
     margin: float | None
-    """As in :class:`Calibration`."""
+    """See :class:`Calibration`."""
     candidates: int
     recall_at_3: float
     recall_at_10: float
     recall: float
-    """Of the ``recall_at`` asked for."""
+    """At ``recall_at``."""
     queries_per_second: float
-    """In batches, on the machine that built it, with what is read in the page cache."""
+    """Batched, with a warm page cache, on the build machine."""
 
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """How probes and candidates were chosen."""
+    """The chosen probes and candidates, and the measurements behind the choice."""
 
     queries: int
-    """Of the sample."""
+    """Sample queries."""
     origin: str
-    """``"queries"`` that the user gave, or ``"passages"`` of the index, each sought without itself: easier than real queries."""
+    """``"queries"`` (given by the user) or ``"passages"`` (of the index, each excluded from its own results; easier than real queries)."""
     probes: int
-    """Inverted lists that a query looks through, on average."""
+    """Mean inverted lists searched per query."""
     most_probes: int
-    """That a query looks through at most."""
+    """Maximum lists searched per query."""
     margin: float | None
-    """How much farther than the nearest centre a list's may be to be looked through, as
-    :func:`~searchr1_async.search.stores.compact.probing.gaps` counts it; None: any."""
+    """A list is searched if its :func:`gap <searchr1_async.search.stores.compact.probing.gaps>` is at most this; None: no limit."""
     candidates: int
-    """Passages, the nearest by their codes, that are ranked again by their vectors."""
+    """Passages nearest by their codes, re-ranked by their full vectors."""
     recall: float
-    """Reached with these on the sample."""
+    """Measured with this choice on the sample."""
     asked: float
     recall_at: int
     curve: tuple[CurvePoint, ...]
@@ -118,7 +116,7 @@ class Calibration:
 
 @dataclass(frozen=True, slots=True)
 class CompactManifest:
-    """What a compact index is."""
+    """Describes a compact index."""
 
     created: str
     """UTC, ISO 8601."""
@@ -131,15 +129,15 @@ class CompactManifest:
     source: str
     source_fingerprint: str
     embedder: str | None
-    """As :func:`~searchr1_async.search.embedders.choice.make_embedder` takes it; None: whoever opens it has to say."""
+    """As accepted by :func:`~searchr1_async.search.embedders.choice.make_embedder`; None: the caller has to name it."""
     embedder_fingerprint: str | None
     files: Mapping[str, FileRecord]
     calibration: Calibration
     versions: Mapping[str, str] = field(default_factory=dict)
-    """Of faiss and numpy."""
+    """faiss and numpy versions."""
 
     def save(self, folder: Path) -> None:
-        """Writes ``manifest.json``, whole or not at all; with it the index is whole.
+        """Writes ``manifest.json`` atomically, which completes the index.
 
         Raises:
             OSError: the folder cannot be written.
@@ -149,22 +147,22 @@ class CompactManifest:
 
     @classmethod
     def load(cls, folder: Path) -> CompactManifest:
-        """The manifest of an index that is whole.
+        """Loads the manifest of a complete index.
 
         Raises:
-            StoreError: there is none, or it is another program's, another version's, or broken.
+            StoreError: it is missing, corrupt, from another program or of another format version.
         """
         path = folder / MANIFEST_NAME
         try:
             values: dict[str, Any] = json.loads(path.read_bytes())
             if values.pop("kind", None) != COMPACT_KIND:
                 raise StoreError(
-                    f"{path} is not that of a compact index: name the folder that holds one", is_fatal=True
+                    f"{path} is not the manifest of a compact index: name a folder that holds one", is_fatal=True
                 )
             if (written := values.pop("format")) != COMPACT_FORMAT:
                 raise StoreError(
-                    f"{folder} is a compact index of format {written}, and this version of the package reads "
-                    f"{COMPACT_FORMAT}: make it again, or take the version that made it",
+                    f"{folder} is a compact index of format {written}, but this version of the package reads format "
+                    f"{COMPACT_FORMAT}: rebuild it, or install the version that built it",
                     is_fatal=True,
                 )
             values = {name: values[name] for name in (each.name for each in fields(cls)) if name in values}
@@ -177,7 +175,7 @@ class CompactManifest:
         except FileNotFoundError as error:
             begun = (folder / BUILDING_NAME).is_dir()
             raise StoreError(
-                f"{folder} holds a compact index that is not finished: run the command that began it again"
+                f"{folder} holds an unfinished compact index: run the build command again"
                 if begun
                 else f"{folder} holds no compact index (no {MANIFEST_NAME})",
                 is_fatal=True,
@@ -185,24 +183,24 @@ class CompactManifest:
         except OSError as error:
             raise StoreError(f"{path} cannot be read: {error.strerror or error}", is_fatal=True) from error
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise StoreError(f"{path} is broken ({type(error).__name__}: {error})", is_fatal=True) from error
+            raise StoreError(f"{path} is corrupt ({type(error).__name__}: {error})", is_fatal=True) from error
 
     def _refuse_nonsense(self) -> None:
         chosen = self.calibration
         numbers = (self.passages, self.dimension, self.lists, chosen.probes, chosen.most_probes, chosen.candidates)
         sizes = [record.bytes for record in self.files.values()]
         if not all(isinstance(number, int) and number >= 1 for number in (*numbers, *sizes)):
-            raise ValueError("a number in it is none, or below 1")
+            raise ValueError("a count is not an integer, or is below 1")
         if chosen.margin is not None and not chosen.margin >= 0:
             raise ValueError(f"the margin is {chosen.margin!r}")
         if not all(isinstance(record.blocks, str) for record in self.files.values()):
-            raise ValueError("checksums in it are none")
+            raise ValueError("checksums are not strings")
         if self.vectors not in ("float16", "int8") or self.metric not in ("cosine", "l2", "ip"):
             raise ValueError(f"vectors are {self.vectors!r}, the metric is {self.metric!r}")
         if missing := sorted(set(file_names(self.vectors)) - self.files.keys()):
-            raise ValueError(f"it does not tell of {', '.join(missing)}")
+            raise ValueError(f"it does not list {', '.join(missing)}")
 
     @property
     def fingerprint(self) -> str:
-        """Equal for equal content, wherever it lies."""
+        """Equal for equal content, wherever it is stored."""
         return "-".join(["compact", *(f"{record.blocks[:16]}{record.blocks[-16:]}" for record in self.files.values())])

@@ -1,4 +1,4 @@
-"""The inverted lists of an index: where their centres lie, and how a vector finds its own."""
+"""Inverted lists of an index: learning their centres, and assigning vectors to them."""
 
 from __future__ import annotations
 
@@ -14,48 +14,43 @@ from searchr1_async.search.stores.base import Metric
 from searchr1_async.search.stores.compact.probing import Lists
 
 MOST_LISTS = 65_536
-SAMPLE_A_LIST = 40
-"""Vectors that a centre is learnt from, on average; faiss advises 39 at least."""
+SAMPLE_PER_LIST = 40
+"""Mean sample vectors per centre; faiss advises at least 39."""
 MOST_SAMPLED = 500_000
 """1.5 GB as float32 at 768 dimensions."""
 _ITERATIONS = 8
 _GROUPED_FROM = 1_024
-"""Lists from which a vector is compared with the centres of some groups, not with all."""
+"""From this many lists, a vector is compared with the centres of the nearest groups, not with all."""
 _GROUPS_AT_LEAST = 8
 _GROUPS_LOOKED_THROUGH = 1 / 12
-"""Of all groups. Among 36,673 centres 97 % of vectors came into the nearest list so, 13,000 a second; 95 % by a sixteenth. faiss's
-graph (HNSW) puts 83 % there at 23,000 a second, 94 % at 9,700; a query has to look through many more lists for those that it loses."""
-
-
+"""Share of all groups. Assigns 97 % of vectors to their nearest list; faiss's HNSW is faster, but assigns only 83 %."""
 _COMPARED_TOGETHER = 8_192
-"""Vectors that a thread takes: whatever the number of threads, the same ones come together, and so into the same lists."""
+"""Vectors per thread task; fixed, so that the assignment does not depend on the number of threads."""
 
 
 def lists_for(count: int) -> int:
-    """Lists for so many passages: 8 for each square root, of 64 passages at least.
+    """Default number of lists: ``8 * sqrt(count)``, with at least 64 passages each.
 
-    A list that is probed costs as much as some 450 codes in it, and finer lists leave fewer codes to compare: of a million real and
-    extended vectors, the three nearest of 95 % of questions stood in 8.2 % of all codes with 4,000 lists, in 1.2 % with 16,000.
+    Finer lists leave fewer codes to compare, but each probed list has a fixed cost of about 450 codes.
     """
     return max(1, min(int(8 * math.sqrt(count)), count // 64, MOST_LISTS))
 
 
 def sample_size(count: int, lists: int) -> int:
     """Vectors to learn the centres from."""
-    return min(count, max(SAMPLE_A_LIST * lists, 10_000), MOST_SAMPLED)
+    return min(count, max(SAMPLE_PER_LIST * lists, 10_000), MOST_SAMPLED)
 
 
 def learn_centres(sample: Vectors, lists: int, seed: int, check: Callable[[], object] = lambda: None) -> Vectors:
-    """Centres ``[lists, dimension]`` of the sample, by k-means in two steps: first coarse clusters, then each by itself.
+    """Centres ``[lists, dimension]``, by k-means in two levels: coarse clusters first, then each by itself.
 
-    One step of k-means with 16,384 centres compares each vector with all of them, a thousand seconds on two cores; two steps
-    take 17. The same sample, seed and number of threads give the same centres.
+    Far faster than one level, which compares each vector with all centres. Deterministic for a sample, seed and thread count.
 
     Args:
-        sample: ``[vectors, dimension]``, at least as many as lists.
-        lists: how many.
-        seed: of the first centres.
-        check: called between clusters; ends it by raising.
+        sample: ``[n, dimension]``, with ``n >= lists``.
+        lists: number of centres.
+        seed: seed of the initial centres.
+        check: called between clusters; may raise to abort.
     """
     coarse = max(1, round(math.sqrt(lists)))
     if lists <= 256 or len(sample) < 4 * lists:
@@ -63,7 +58,7 @@ def learn_centres(sample: Vectors, lists: int, seed: int, check: Callable[[], ob
     first = _clusters(sample[: 512 * coarse], coarse, seed)
     nearest = _nearest_of(sample, first, 1, "l2")[1][:, 0]
     shares = shared_out(lists, np.bincount(nearest, minlength=coarse).tolist())
-    # One part at a time: all at once would be the sample a second time.
+    # One part at a time; all at once would copy the sample.
     found: list[Vectors] = []
     for part, share in enumerate(shares):
         check()
@@ -73,7 +68,7 @@ def learn_centres(sample: Vectors, lists: int, seed: int, check: Callable[[], ob
 
 
 def shared_out(total: int, sizes: list[int]) -> list[int]:
-    """Shares of a total in proportion to sizes, by largest remainder; none larger than its size."""
+    """Splits a total in proportion to sizes, by largest remainder; no share exceeds its size."""
     wanted = [total * size / sum(sizes) for size in sizes]
     shares = [min(int(share), size) for share, size in zip(wanted, sizes, strict=True)]
     by_remainder = sorted(range(len(sizes)), key=lambda place: int(wanted[place]) - wanted[place])
@@ -85,15 +80,15 @@ def shared_out(total: int, sizes: list[int]) -> list[int]:
 
 
 class ListAssigner:
-    """Finds the list that a vector belongs in: the one whose centre is nearest, nearly always.
+    """Assigns vectors to the list with the (nearly always) nearest centre.
 
-    Centres lie in groups. A vector is compared with those of the groups nearest to it, and a group's vectors all at once.
+    Centres are grouped; a vector is compared only with the centres of its nearest groups.
 
     Args:
         centres: ``[lists, dimension]``.
-        metric: how near a centre is.
-        seed: of the groups; the same seed gives the same lists.
-        threads: in which vectors are compared.
+        metric: distance metric.
+        seed: seed of the groups.
+        threads: number of threads.
     """
 
     def __init__(self, centres: Vectors, metric: Metric, seed: int, threads: int = 1) -> None:
@@ -102,7 +97,7 @@ class ListAssigner:
         self._groups: list[Lists] = []
         if len(centres) >= _GROUPED_FROM:
             heads = round(math.sqrt(len(centres)))
-            # In one thread: whoever goes on with a build may have another number of them, and needs the same groups.
+            # One thread: a resumed build may have another thread count and needs the same groups.
             with ThreadPoolExecutor(1, "searchr1-lists", _in_one_thread) as alone:
                 self._heads = alone.submit(_clusters, centres, heads, seed, len(centres)).result()
             own = _nearest_of(centres, self._heads, 1, "l2")[1][:, 0]
@@ -133,14 +128,14 @@ class ListAssigner:
 
 
 def _in_one_thread() -> None:
-    """faiss compares in the calling thread alone from now on: several of its own had to wait for what lies between two calls."""
+    """Makes faiss use only the calling thread; its own threads would idle between calls."""
     import faiss
 
     faiss.omp_set_num_threads(1)
 
 
 def _nearest_of(vectors: Vectors, centres: Vectors, count: int, metric: Metric) -> tuple[Vectors, Lists]:
-    """Of each vector the distances to the nearest centres, the smaller the nearer, and which they are; ``[vectors, count]``."""
+    """Distances (smaller is nearer) and places of the nearest centres, both ``[n, count]``."""
     import faiss
 
     distances, places = faiss.knn(vectors, centres, count, metric=faiss_metric(metric))
@@ -148,7 +143,7 @@ def _nearest_of(vectors: Vectors, centres: Vectors, count: int, metric: Metric) 
 
 
 def faiss_metric(metric: Metric) -> int:
-    """Of vectors as they are kept: those for ``"cosine"`` have length 1, so that the nearest by distance are the nearest."""
+    """For vectors as stored: cosine vectors have length 1, so L2 gives the same order."""
     import faiss
 
     return faiss.METRIC_INNER_PRODUCT if metric == "ip" else faiss.METRIC_L2

@@ -1,7 +1,6 @@
-"""The passages of an index: lines of JSON in one file, and where each of them begins in another.
+"""The passages of an index: JSON lines in one file, byte offsets in another.
 
-Lines are found by two reads and open with any tool. As Arrow the same text has to be mapped in pieces, whose opening checks all of
-their text (40 MB for 65,536 passages); as Parquet a row costs the page that it is in.
+A passage takes two reads, and any tool can open the file. Arrow validates whole chunks on opening; Parquet reads a page per row.
 """
 
 from __future__ import annotations
@@ -22,14 +21,14 @@ OFFSET_BYTES = 8
 
 
 class PassageWriter:
-    """Appends passages behind those that are kept.
+    """Appends passages after those already kept.
 
     Args:
-        folder: of the index.
-        rows: what is kept already; whatever stands behind is cut off.
+        folder: index folder.
+        rows: rows already kept; anything after them is truncated.
 
     Raises:
-        OSError: the files cannot be written, or are shorter than what is said to be kept.
+        OSError: the files cannot be written, or are shorter than ``rows``.
     """
 
     def __init__(self, folder: Path, rows: int) -> None:
@@ -46,7 +45,7 @@ class PassageWriter:
             raise
 
     def append(self, passages: Sequence[Passage]) -> None:
-        """Writes passages; they are safe from a kill, not from a power cut before :meth:`sync`."""
+        """Writes passages. They survive a kill; surviving a power cut takes :meth:`sync`."""
         lines = [_line(passage) for passage in passages]
         ends = self._end + np.cumsum([len(line) for line in lines], dtype=np.uint64)
         self._lines.write(b"".join(lines))
@@ -54,22 +53,21 @@ class PassageWriter:
         self._end = int(ends[-1]) if lines else self._end
 
     def sync(self) -> None:
-        """Puts on the disk what was written."""
+        """Flushes to disk."""
         self._lines.sync()
         self._offsets.sync()
 
     def close(self) -> None:
-        """Lets go of the files."""
         self._lines.close()
         self._offsets.close()
 
 
 class PassageFile:
-    """The passages, read a few at a time from anywhere.
+    """Random access to the passages.
 
     Args:
-        folder: of the index.
-        rows: passages in it.
+        folder: index folder.
+        rows: number of passages.
 
     Raises:
         OSError: a file is missing.
@@ -81,20 +79,19 @@ class PassageFile:
         self._file = (folder / PASSAGES_NAME).open("rb", buffering=0)
 
     def read(self, row: int, score: float = 0.0) -> Passage:
-        """A passage with its similarity.
+        """The passage of a row, with the given score.
 
         Raises:
-            StoreError: the file is broken there.
+            StoreError: the file is corrupt at this row.
         """
         start, end = int(self._offsets[row]), int(self._offsets[row + 1])
         try:
             own_id, title, text = orjson.loads(os.pread(self._file.fileno(), end - start, start))
             return Passage(own_id, title, text, score)
         except (OSError, ValueError, TypeError) as error:
-            raise StoreError(f"{self._name} is broken at row {row:,}: verify the index, or copy it again") from error
+            raise StoreError(f"{self._name} is corrupt at row {row:,}: verify the index, or copy it again") from error
 
     def close(self) -> None:
-        """Lets go of the file."""
         self._file.close()
 
 
@@ -102,5 +99,5 @@ def _line(passage: Passage) -> bytes:
     fields = [passage.id, passage.title, passage.text]
     try:
         return orjson.dumps(fields) + b"\n"
-    except orjson.JSONEncodeError:  # lone surrogates are no UTF-8
+    except orjson.JSONEncodeError:  # lone surrogates are not valid UTF-8
         return orjson.dumps([field.encode("utf-8", "replace").decode() for field in fields]) + b"\n"

@@ -1,4 +1,4 @@
-"""A compact index as a store: opened read-only, by any number of processes, which share what the system holds of its files."""
+"""A compact index as a read-only store. Processes share its files through the page cache."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from searchr1_async.threads import in_thread, usable_cores
 
 
 def refuse_changed(folder: Path, manifest: CompactManifest, advice: str = ADVICE) -> None:
-    """In a thread: compares the files of an index with their checksums, large ones in parts.
+    """Checks the files of an index against their checksums, large files in part. Blocking.
 
     Raises:
-        DamagedIndexError: one is missing, cut short or broken.
+        DamagedIndexError: a file is missing, truncated or corrupt.
     """
     for name, record in manifest.files.items():
         refuse_other(folder / name, record, check=anyio.from_thread.check_cancelled, advice=advice)
@@ -47,20 +47,20 @@ class _Opened:
 
 
 class CompactStore:
-    """An index made by :func:`~searchr1_async.search.compact_building.build_compact_index`.
+    """An index built by :func:`~searchr1_async.search.compact_building.build_compact_index`.
 
-    Codes are compared in one thread of its own (with faiss's threads beneath it), candidates are ranked in others: while the disk
-    is asked for one batch, the codes of the next are compared.
+    Codes are compared in one dedicated thread (with faiss's threads beneath it) and candidates re-ranked in others, so one batch
+    waits for the disk while the next compares codes.
 
     Args:
-        folder: of the index.
-        probes: inverted lists that every query looks through; None: as calibrated, by each query's own need.
-        candidates: passages ranked again by their vectors; None: as calibrated.
-        threads: of faiss while codes are compared; None: one for each core. Centres are compared by NumPy in its own.
+        folder: index folder.
+        probes: inverted lists searched per query; None uses the calibrated, per-query choice.
+        candidates: passages re-ranked by their full vectors; None uses the calibrated number.
+        threads: faiss threads for comparing codes; None uses one per core. NumPy compares centres in its own threads.
 
     Raises:
-        StoreError: there is no such index, or it is not finished.
-        ConfigurationError: a number below 1.
+        StoreError: there is no index, or it is unfinished.
+        ConfigurationError: a number is below 1.
     """
 
     max_queries = 256
@@ -99,16 +99,15 @@ class CompactStore:
         return self.manifest.dimension
 
     async def open(self) -> None:
-        """Looks at its files, reads the codes once, so that they are in the system's memory, and searches for some of its own
-        vectors: 0.4 s for 21 million passages, 2.3 s where nothing of them was there, by a disk of 1.2 GB/s.
+        """Checks the files, reads the codes into the page cache, and searches for a sample of the index's own vectors.
 
         Raises:
-            DamagedIndexError: files are missing, cut short or broken, or its own vectors are not found.
+            DamagedIndexError: a file is missing, truncated or corrupt, or the sampled vectors are not found.
         """
         if self._opened is not None:
             return
         await in_thread(self._refuse_others)
-        with anyio.CancelScope(shield=True):  # some milliseconds; whoever had gone would leave its files open
+        with anyio.CancelScope(shield=True):  # takes milliseconds; cancelling it would leak open files
             self._opened = await self._thread.run(self._open)
         try:
             await refuse_unproven(self, await in_thread(self._sample), self.manifest.metric, self._advice)
@@ -120,14 +119,14 @@ class CompactStore:
     @property
     def _advice(self) -> str:
         return (
-            f"Copy the whole folder again from where it was made, or make it again of {self.manifest.source}: "
+            f"Copy the whole folder again from where it was built, or rebuild it from {self.manifest.source}: "
             f"await sr.build_compact_index(source, {str(self.folder)!r})"
         )
 
     def _sample(self) -> Vectors:
-        """Vectors that a search must find; of length 1 where they are compared so."""
+        """Stored vectors that a search must find."""
         if (opened := self._opened) is None:
-            raise StoreError(f"{self.name} was closed while it was opened")
+            raise StoreError(f"{self.name} was closed while it was being opened")
         rows = np.unique(np.linspace(0, self.manifest.passages - 1, SAMPLE).astype(np.int64))
         vectors = opened.vectors.gather(rows)
         return ready_vectors(vectors[vectors.any(axis=1)], self.manifest.metric)
@@ -146,7 +145,7 @@ class CompactStore:
             passages = PassageFile(self.folder, manifest.passages)
         except (OSError, ValueError) as error:
             raise StoreError(
-                f"the files in {self.folder} are not those of its manifest ({error}): copy the whole folder again",
+                f"the files in {self.folder} do not match the manifest ({error}): copy the whole folder again",
                 is_fatal=True,
             ) from error
         if (codes.count, codes.dimension, len(codes.list_sizes())) != (
@@ -155,7 +154,7 @@ class CompactStore:
             manifest.lists,
         ):
             raise StoreError(
-                f"the codes in {self.folder} are not those of its manifest: copy the whole folder again", is_fatal=True
+                f"the codes in {self.folder} do not match the manifest: copy the whole folder again", is_fatal=True
             )
         return _Opened(CompactIndex(codes, vectors, manifest.metric), vectors, passages)
 
@@ -167,12 +166,12 @@ class CompactStore:
             return ()
         if vectors.shape[1] != self.manifest.dimension:
             raise StoreError(
-                f"{self.name} was built with another embedder (its vectors have {self.manifest.dimension} numbers, these "
-                f"{vectors.shape[1]}): search it with the one it was built with",
+                f"{self.name} was built with another embedder (dimension {self.manifest.dimension}, got "
+                f"{vectors.shape[1]}): search it with the embedder it was built with",
                 is_fatal=True,
             )
         if not are_usable(vectors).all():
-            raise RefusedInput(f"{self.name}: a query's vector holds numbers that are not finite, or too large")
+            raise RefusedInput(f"{self.name}: a query vector has non-finite or too large values")
         ready = ready_vectors(vectors, self.manifest.metric)
         candidates = max(self.candidates, n_results)
         try:
@@ -185,20 +184,20 @@ class CompactStore:
                 f"{self.name} cannot be read ({error}): copy the whole folder again", is_fatal=True
             ) from error
         except (Exception, asyncio.CancelledError) as error:
-            # Closing drops what waits for the thread, which looks as if this task were cancelled.
+            # Closing drops work queued for the thread, which surfaces as a cancellation of this task.
             task = asyncio.current_task()
             if self._opened is opened or (task is not None and task.cancelling()):
                 raise
-            raise StoreError(f"{self.name} was closed while it was asked") from error
+            raise StoreError(f"{self.name} was closed during a query") from error
 
     async def count(self) -> int:
         return self.manifest.passages
 
     async def verify(self) -> None:
-        """Compares every byte of its files with the checksums of the manifest: about a second a gigabyte.
+        """Compares every byte of the files with the manifest's checksums; about 1 s per GB.
 
         Raises:
-            StoreError: a file is missing, another one, or broken.
+            StoreError: a file is missing, replaced or corrupt.
         """
         for name, record in self.manifest.files.items():
             check = anyio.from_thread.check_cancelled

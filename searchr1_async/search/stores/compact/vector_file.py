@@ -1,4 +1,4 @@
-"""The full vectors of an index: rows of float16 or of 8-bit numbers in one file, read a few rows at a time from anywhere."""
+"""The full vectors of an index: float16 or int8 rows in one file, with random access."""
 
 from __future__ import annotations
 
@@ -17,39 +17,39 @@ from searchr1_async.search.stores.compact.appended import AppendedFile
 from searchr1_async.search.stores.compact.layout import SCALES_NAME, VECTORS_NAME, VectorType
 
 Rows = NDArray[np.int64]
-"""Numbers of rows, counted from 0."""
+"""Row numbers, from 0."""
 
 SLAB_ROWS = 65_536
-"""Rows that are read together where all are: 200 MB as float32 at 768 dimensions."""
+"""Rows per read in a full scan: 200 MB as float32 at 768 dimensions."""
 _QUERIES_TOGETHER = 8
-"""Ranked together: their 400 candidates, 1.2 MB as float32, stay in the processor's cache."""
+"""Queries ranked at a time; their candidates fit the CPU cache."""
 _ASKED_TOGETHER = 16_384
-"""Rows that the disk is asked for before the first is waited for."""
+"""Rows requested from the disk ahead of the first read."""
 
 
 def row_bytes(dimension: int, kind: VectorType) -> int:
-    """What a vector takes on disk."""
+    """Bytes per vector on disk."""
     return 2 * dimension if kind == "float16" else dimension + 4
 
 
 def quantised(vectors: Vectors) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """8-bit numbers ``[rows, dimension]`` and the scale ``[rows]`` that each row is to be multiplied by."""
+    """int8 values ``[rows, dimension]`` and the scale of each row, ``[rows]``."""
     scales = np.abs(vectors).max(axis=1) / np.float32(127)
     scales[scales == 0] = 1
     return np.rint(vectors / scales[:, None]).astype(np.int8), scales.astype(np.float32)
 
 
 class VectorWriter:
-    """Appends rows behind those that are kept.
+    """Appends rows after those already kept.
 
     Args:
-        folder: of the index.
-        dimension: numbers a vector.
-        kind: how they are kept.
-        rows: what is kept already; whatever stands behind is cut off.
+        folder: index folder.
+        dimension: numbers per vector.
+        kind: storage type.
+        rows: rows already kept; anything after them is truncated.
 
     Raises:
-        OSError: the files cannot be written, or are shorter than what is said to be kept.
+        OSError: the files cannot be written, or are shorter than ``rows``.
     """
 
     def __init__(self, folder: Path, dimension: int, kind: VectorType, rows: int) -> None:
@@ -62,7 +62,7 @@ class VectorWriter:
             raise
 
     def append(self, vectors: Vectors) -> None:
-        """Writes rows ``[rows, dimension]``; they are safe from a kill, not from a power cut before :meth:`sync`."""
+        """Writes ``[n, dimension]``. Survives a kill; surviving a power cut takes :meth:`sync`."""
         if self._scales is None:
             self._vectors.write(vectors.astype("<f2").tobytes())
         else:
@@ -71,30 +71,28 @@ class VectorWriter:
             self._scales.write(scales.astype("<f4").tobytes())
 
     def sync(self) -> None:
-        """Puts on the disk what was written."""
+        """Flushes to disk."""
         for file in (self._vectors, self._scales):
             if file is not None:
                 file.sync()
 
     def close(self) -> None:
-        """Lets go of the files."""
         for file in (self._vectors, self._scales):
             if file is not None:
                 file.close()
 
 
 class VectorFile:
-    """The rows. Any number of processes share what the system holds of them; a process has only what it reads at the moment.
+    """Random access to the vectors, shared between processes through the page cache.
 
-    Rows are read, not mapped: the system maps what lies around a page that is touched too, up to 2 MB, and 12,800 rows of 1.5 KB
-    had 3.9 GB counted as the process's memory. The disk is first asked for all rows of a call, which does not wait, then read:
-    50 rows that nobody had read took 9 ms so, 11 ms by 16 threads, 14 ms one after another; 0.2 ms, 1.6 ms and 0.2 ms warm.
+    Rows are read, not mapped: touching a mapped page maps up to 2 MB around it, all counted as the process's memory. All rows of
+    a call are first requested with ``posix_fadvise``, which does not block, then read.
 
     Args:
-        folder: of the index.
-        rows: vectors in it.
-        dimension: numbers a vector.
-        kind: how they are kept.
+        folder: index folder.
+        rows: number of vectors.
+        dimension: numbers per vector.
+        kind: storage type.
 
     Raises:
         OSError: a file is missing or too short.
@@ -110,16 +108,16 @@ class VectorFile:
             _refuse_short(folder / SCALES_NAME, 4 * rows)
         _refuse_short(self._path, rows * self._row_bytes)
         self._file = os.open(self._path, os.O_RDONLY)
-        # With the last that holds it: a search that was abandoned may still read.
+        # Closed with the last reference: an abandoned search may still be reading.
         weakref.finalize(self, os.close, self._file)
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_RANDOM)  # else 128 KB are read for each row
+            os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_RANDOM)  # no read-ahead of 128 KB per row
 
     def __len__(self) -> int:
         return self._rows
 
     def gather(self, rows: Rows, check: Callable[[], object] = lambda: None) -> Vectors:
-        """The vectors of these rows, float32; ``check`` is called before every few thousand, and ends it by raising."""
+        """The vectors of these rows, float32; ``check`` is called every few thousand rows and may raise to abort."""
         out = np.empty((len(rows), self._dimension), np.float32)
         for first in range(0, len(rows), _ASKED_TOGETHER):
             check()
@@ -128,22 +126,22 @@ class VectorFile:
         return out
 
     def slabs(self, start: int = 0, size: int = SLAB_ROWS) -> Iterator[tuple[int, Vectors]]:
-        """All rows in their order, some at a time, each slab with the number of its first row."""
+        """All rows in order, in slabs, each with the number of its first row."""
         for first in range(start, len(self), size):
             count = min(size, len(self) - first)
-            # By a file of its own: the other one was told that nothing is read in order.
+            # A separate file handle: the other is advised for random access.
             part = np.fromfile(self._path, self._dtype, count * self._dimension, offset=first * self._row_bytes)
             yield first, self._as_numbers(part.reshape(count, self._dimension), np.arange(first, first + count))
 
     def products(self, queries: Vectors, rows: Rows) -> tuple[Vectors, Vectors]:
-        """Inner products of each query with its own candidates, and the squared lengths of these.
+        """Inner products of each query with its candidates, and the candidates' squared lengths.
 
         Args:
             queries: ``[queries, dimension]``.
             rows: ``[queries, candidates]``.
 
         Returns:
-            Two arrays ``[queries, candidates]``, float32.
+            Two float32 arrays ``[queries, candidates]``.
         """
         products, lengths = np.empty(rows.shape, np.float32), np.empty(rows.shape, np.float32)
         asked = max(1, _ASKED_TOGETHER // max(1, rows.shape[1]))
@@ -164,7 +162,7 @@ class VectorFile:
         return numbers if self._scales is None else numbers * self._scales[rows][:, None]
 
     def _read(self, rows: Rows) -> NDArray[Any]:
-        """Rows as they are kept."""
+        """Rows in their storage type."""
         out = np.empty((len(rows), self._dimension), self._dtype)
         size, places = self._row_bytes, (rows * self._row_bytes).tolist()
         if hasattr(os, "posix_fadvise"):
@@ -173,7 +171,7 @@ class VectorFile:
         view = out.view(np.uint8).reshape(-1).data
         for number, place in enumerate(places):
             if os.preadv(self._file, [view[number * size : (number + 1) * size]], place) != size:
-                raise OSError(errno.EIO, "became shorter while it was read", str(self._path))
+                raise OSError(errno.EIO, "was truncated during a read", str(self._path))
         return out
 
 

@@ -1,7 +1,7 @@
-// The page's data: the index in memory, chunks of episodes unpacked when one of theirs is opened.
+// Page data: the index in memory, and chunks of episodes that are unpacked on demand.
 
 const KEPT_CHUNKS = 8;
-const chunks = new Map(); // number -> promise; in the order of their last use
+const chunks = new Map(); // number -> promise; least recently used first
 
 async function unpack(name) {
   const block = document.getElementById(name);
@@ -23,7 +23,7 @@ async function openEpisode(index, number) {
 }
 
 const SORTS = {
-  order: ["order played", null],
+  order: ["rollout order", null],
   reward: ["reward", (columns, n) => columns.reward[n]],
   advantage: ["size of advantage", (columns, n) => (columns.advantage[n] === null ? null : Math.abs(columns.advantage[n]))],
   turns: ["turns", (columns, n) => columns.turns[n]],
@@ -31,10 +31,10 @@ const SORTS = {
   seconds: ["seconds", (columns, n) => columns.seconds[n]],
 };
 
-// What a list can be asked for; a state is this with changes, and the URL's hash is a state.
-const NOTHING_ASKED = { find: "", only: [], suite: "", from: "", by: "order", down: false, episode: null, with: null, isMissing: false };
+// Default state of the list; the URL's hash encodes the differences from it.
+const DEFAULTS = { find: "", only: [], suite: "", from: "", by: "order", down: false, episode: null, with: null, isMissing: false };
 
-// Texts in lower case, by question and by episode; made when first searched.
+// Lower-case texts by question and by episode; built on the first search.
 let haystacks = null;
 
 function makeHaystacks(index) {
@@ -42,7 +42,7 @@ function makeHaystacks(index) {
   return index.columns.question.map((question, n) => questions[question] + "\n" + (index.columns.answer[n] || "").toLowerCase());
 }
 
-// Every episode's number in an order; made once for each order that is asked for.
+// Episode numbers by sort order, cached.
 const orders = new Map();
 
 function order(index, by, down) {
@@ -54,7 +54,7 @@ function order(index, by, down) {
   if (value === null) {
     if (down) numbers.reverse();
   } else {
-    // Those without a value come last, whichever way.
+    // Episodes without a value come last in both directions.
     const keys = Float64Array.from(columns.flags, (_, n) => {
       const found = value(columns, n);
       return found === null ? Infinity : down ? -found : found;
@@ -65,7 +65,7 @@ function order(index, by, down) {
   return numbers;
 }
 
-// The numbers of the episodes that are asked for, in order, and for each flag how many of them there would be with it too.
+// Numbers of the matching episodes in order, and for each flag how many of them have it.
 function select(index, state) {
   const { columns, questions, sources } = index;
   const flagNames = Object.keys(index.flags);
@@ -91,20 +91,20 @@ function select(index, state) {
 
 function toHash(state) {
   const out = new URLSearchParams();
-  for (const [name, nothing] of Object.entries(NOTHING_ASKED)) {
+  for (const [name, nothing] of Object.entries(DEFAULTS)) {
     const value = state[name];
     if (Array.isArray(value) ? value.length : value !== nothing) out.set(name, value === true ? "1" : String(value));
   }
   return "#" + out;
 }
 
-// As an address can hold it: a lone surrogate, which a model's bytes may give, is U+FFFD there.
+// Lone surrogates, possible in model output, become U+FFFD, as in a URL.
 function wellFormed(text) {
   return text.replace(/[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]/g, "\ufffd");
 }
 
-// The number of the episode that an address from outside names: its evaluation, suite, question and sample; null if it is not
-// here. Numbers are this page's own, and a page that is written again may have others.
+// The number of the episode that an external link names by evaluation, suite, question and sample; null if it is absent. Numbers
+// are specific to this page and may change when it is rewritten.
 function named(index, { system, suite, question, sample }) {
   const { columns, questions, sources, suites } = index;
   const isAsked = questions.map(([id, of]) => wellFormed(id) === question && wellFormed(suites[of]) === suite);
@@ -120,10 +120,10 @@ function namedInHash(given, index) {
   const asked = { system: given.get("system"), suite: given.get("in"), question: given.get("question"), sample: given.get("sample") || "0" };
   const episode = named(index, asked);
   const beside = { ...asked, system: given.get("beside"), sample: given.get("beside-sample") || "0" };
-  return { ...NOTHING_ASKED, only: [], episode, with: episode === null || !given.has("beside") ? null : named(index, beside), isMissing: episode === null };
+  return { ...DEFAULTS, only: [], episode, with: episode === null || !given.has("beside") ? null : named(index, beside), isMissing: episode === null };
 }
 
-// A hash is anybody's: what does not fit this page is left out.
+// Hashes are untrusted: invalid parts are ignored.
 function fromHash(hash, index) {
   const given = new URLSearchParams(hash.replace(/^#/, ""));
   const found = namedInHash(given, index);

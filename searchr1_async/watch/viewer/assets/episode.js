@@ -1,4 +1,4 @@
-// One episode, to be read.
+// Renders one episode.
 
 const LABELS = { thought: "thought", call: "tool call", answer: "answer" };
 
@@ -32,7 +32,7 @@ function episodeElement(index, number, { strings, episode }) {
   const advantage = columns.advantage[number];
   made.append(element("div", "facts",
     advantage === null ? "" : `advantage ${signed(advantage)} · `,
-    `${plural(columns.turns[number], "turn")} · ${plural(columns.tokens[number], "token")}, ${episode.wrote.toLocaleString("en")} of them written`,
+    `${plural(columns.turns[number], "turn")} · ${plural(columns.tokens[number], "token")}, ${episode.wrote.toLocaleString("en")} of them sampled`,
     columns.seconds[number] === null ? "" : ` · ${columns.seconds[number].toFixed(1)} s`,
     " · ", line(index.suites[question[1]], limit), " · ", line(question[0], limit)));
   const learned = { true: " trained", false: " dropped", null: "" }[String(episode.learned)];
@@ -45,13 +45,13 @@ function episodeElement(index, number, { strings, episode }) {
 }
 
 function legend(index) {
-  const made = element("div", "legend", "probability of each token when it was sampled: certain ");
+  const made = element("div", "legend", "token probability at sampling: likely ");
   for (let shade = 0; shade <= index.levels.length; shade++) {
     const percent = (level) => Math.round(100 * level) + "%";
     const isLast = shade === index.levels.length;
     made.append(element("span", "t" + shade, isLast ? "< " + percent(index.levels[shade - 1]) : "≥ " + percent(index.levels[shade])), " ");
   }
-  made.append("surprised");
+  made.append("unlikely");
   return made;
 }
 
@@ -63,11 +63,11 @@ function turnElement(index, strings, turn, number, golden) {
   clippedInto(body, strings[turn.text], index.limits.text, (text) => coloured(index, text, turn));
   const made = element("section", "turn", head, body);
   if (turn.call !== null) made.append(...callElements(index, strings, turn.call, golden));
-  made.append(masked(index, strings, turn.appended, "put behind the turn"));
+  made.append(masked(index, strings, turn.appended, "appended to the turn"));
   return made;
 }
 
-// A turn's text: its kinds of stretches, cut where tokens meet, each token on its shade.
+// A turn's text by kind, split at token boundaries, each token shaded.
 function coloured(index, text, turn) {
   const made = element("pre", "said");
   made.dir = "auto";
@@ -79,7 +79,7 @@ function coloured(index, text, turn) {
     const stretch = element("span", "stretch " + kind, LABELS[kind] ? element("span", "tag", LABELS[kind]) : null);
     while (at < end) {
       while (left === 0 && token + 1 < lengths.length) left = lengths[++token];
-      const taken = left === 0 ? end - at : Math.min(left, end - at); // behind the last known token all is one
+      const taken = left === 0 ? end - at : Math.min(left, end - at); // the rest after the last known token is one piece
       addToken(index, stretch, text.slice(at, at + taken), left === 0 ? null : values[token]);
       at += taken;
       left -= Math.min(left, taken);
@@ -99,11 +99,11 @@ function addToken(index, parent, text, thousandths) {
   return parent;
 }
 
-// The passages that stood in the prompt.
+// Passages given in the prompt.
 function givenElement(index, strings, given, golden) {
   const found = given.problem === null
     ? callElements(index, strings, given, golden)
-    : [element("div", "problem", "nothing: ", line(strings[given.problem], index.limits.line))];
+    : [element("div", "problem", "none: ", line(strings[given.problem], index.limits.line))];
   return element("section", "turn", element("div", "head", "given with the question"), ...found);
 }
 
@@ -111,7 +111,7 @@ function callElements(index, strings, call, golden) {
   const limit = index.limits.line;
   if (call.problem !== null) return [element("div", "problem", "malformed call: ", line(strings[call.problem], limit))];
   if (!call.results.length) {
-    const asked = element("div", "soft", "asked for ");
+    const asked = element("div", "soft", "queries: ");
     call.queries.forEach((query, place) => asked.append(place ? ", " : "", line(strings[query], limit)));
     asked.append("; the search was not run");
     return [asked];
@@ -121,7 +121,7 @@ function callElements(index, strings, call, golden) {
     const query = call.queries[place] === undefined ? "" : strings[call.queries[place]];
     const made = element("details", "search",
       element("summary", "", "search: ", line(query, limit), ` (${plural(found.length, "passage")}${seconds})`));
-    // Made when it is opened: most are not.
+    // Built when expanded.
     made.addEventListener("toggle", () => {
       for (const [title, text, score] of found) {
         const passage = element("div", "passage", element("strong", "", line(strings[title], limit)), " ",
@@ -135,10 +135,10 @@ function callElements(index, strings, call, golden) {
   });
 }
 
-// What the model read and did not write: greyed, and said to be.
+// Tokens that the model read but did not sample, greyed out.
 function masked(index, strings, tokens, name) {
   if (tokens === null) return "";
-  const said = `${name}: ${plural(tokens[0], "token")} that the model read, not learned from`;
+  const said = `${name}: ${plural(tokens[0], "token")}, not trained on`;
   if (tokens[1] === null) return element("div", "masked", said);
   const made = element("details", "masked", element("summary", "", said));
   made.addEventListener("toggle", () => {

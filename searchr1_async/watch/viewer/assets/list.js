@@ -1,7 +1,7 @@
-// The list: of thousands of rows only those in sight are elements.
+// Virtual list: only visible rows are in the DOM.
 
-const ROW = 52; // pixels; the style has the same height
-const AROUND = 6; // rows made beyond what is in sight
+const ROW = 52; // pixels, as in the stylesheet
+const AROUND = 6; // extra rows above and below the visible ones
 
 class List {
   constructor(index, onChoose) {
@@ -40,7 +40,7 @@ class List {
     this.draw();
   }
 
-  // The number `by` rows on from the chosen one, or the first.
+  // The number `by` rows from the chosen one, else the first.
   beside(by) {
     if (!this.numbers.length) return null;
     const place = this.places.get(this.chosen);

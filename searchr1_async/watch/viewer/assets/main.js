@@ -1,4 +1,4 @@
-// The page: what is asked for, the list, the episode that is open and the one beside it.
+// The page: filters, list, the open episode and the one to compare with.
 
 const MAX_OTHERS = 200;
 
@@ -11,18 +11,18 @@ function option(value, text) {
 class Page {
   constructor(index) {
     this.index = index;
-    this.state = { ...NOTHING_ASKED };
+    this.state = { ...DEFAULTS };
     this.list = new List(index, (number) => this.ask({ episode: number, with: null }));
     this.detail = element("main", "detail");
     this.detail.tabIndex = -1;
     this.opening = 0;
     this.buildControls();
-    const notes = element("p", "notes", index.notes.join(" "), " ↑ ↓ move, / searches.");
+    const notes = element("p", "notes", index.notes.join(" "), " Keys: ↑ ↓ to move, / to search.");
     const title = element("h1", "", isolated("bdi", "", visibleText(index.title)));
-    this.empty = element("div", "empty", "No episode is like that. ");
+    this.empty = element("div", "empty", "No matching episodes. ");
     const all = element("button", "", "Show all");
     all.type = "button";
-    all.addEventListener("click", () => this.ask({ ...NOTHING_ASKED, episode: this.state.episode, with: this.state.with }));
+    all.addEventListener("click", () => this.ask({ ...DEFAULTS, episode: this.state.episode, with: this.state.with }));
     this.empty.append(all);
     const side = element("nav", "side", this.controls, this.empty, this.list.box);
     document.body.append(element("header", "top", title, notes, this.themeButton()), side, this.detail);
@@ -94,7 +94,7 @@ class Page {
     try {
       history.replaceState(null, "", toHash(this.state));
     } catch {
-      // In a frame without an address of its own there is no link to keep.
+      // A sandboxed frame has no URL to update.
     }
   }
 
@@ -115,7 +115,7 @@ class Page {
     this.from.value = state.from;
     this.by.value = state.by;
     this.down.textContent = state.down ? "↓" : "↑";
-    this.down.title = state.down ? "largest or last first; press for the other way" : "smallest or first first; press for the other way";
+    this.down.title = state.down ? "descending; click for ascending" : "ascending; click for descending";
     this.down.setAttribute("aria-label", this.down.title);
     for (const [name, button] of this.flags) {
       const isPressed = state.only.includes(name);
@@ -134,7 +134,7 @@ class Page {
     const { state, index } = this;
     const opening = ++this.opening;
     if (state.episode === null) {
-      const missing = "This page does not hold the episode that the address names. ";
+      const missing = "This page does not have the episode in the URL. ";
       this.detail.replaceChildren(element("p", "hint", (state.isMissing ? missing : "") + "Choose an episode in the list."));
       return;
     }
@@ -146,9 +146,9 @@ class Page {
     } catch (error) {
       opened = null;
     }
-    if (opening !== this.opening) return; // another one was chosen meanwhile
+    if (opening !== this.opening) return; // superseded by another choice
     if (opened === null) {
-      this.detail.replaceChildren(element("p", "problem", "This episode cannot be unpacked: the file is damaged. Write it again."));
+      this.detail.replaceChildren(element("p", "problem", "This episode cannot be unpacked: the file is damaged. Create it again."));
       return;
     }
     const articles = numbers.map((number, place) => episodeElement(index, number, opened[place]));
@@ -156,7 +156,7 @@ class Page {
     this.detail.scrollTop = 0;
   }
 
-  // A choice among the other episodes of the same question.
+  // Selects another episode of the same question for comparison.
   comparing() {
     const { columns, sources, marks } = this.index;
     const { episode } = this.state;
@@ -197,14 +197,14 @@ class Page {
 async function begin() {
   const waiting = document.getElementById("waiting");
   if (typeof DecompressionStream === "undefined") {
-    waiting.textContent = "This browser is too old to unpack the page: Chrome 113, Firefox 113, Safari 16.4 or later can.";
+    waiting.textContent = "This browser is too old to unpack the page: use Chrome 113, Firefox 113, Safari 16.4 or later.";
     return;
   }
   let index;
   try {
     index = await unpack("index");
   } catch (error) {
-    waiting.textContent = "This page cannot be unpacked: the file is damaged or not whole. Write it again.";
+    waiting.textContent = "This page cannot be unpacked: the file is damaged or incomplete. Create it again.";
     return;
   }
   learnSuspects(index.suspects);

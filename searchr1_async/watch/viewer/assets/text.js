@@ -1,4 +1,4 @@
-// Text of unknown origin as nodes: never as markup. Everything unseen in it is made visible, by the table from Python.
+// Untrusted text as text nodes, never markup. Invisible characters are labelled, by the table from Python.
 
 let suspects = null; // a pattern
 let kept = "";
@@ -13,11 +13,11 @@ function learnSuspects(table) {
 
 function suspectLabel(char) {
   const point = char.codePointAt(0);
-  if (point < 0x20) return String.fromCharCode(0x2400 + point); // Unicode's control pictures
+  if (point < 0x20) return String.fromCharCode(0x2400 + point); // Unicode control pictures
   return point === 0x7f ? "␡" : "U+" + point.toString(16).toUpperCase().padStart(4, "0");
 }
 
-// Calls back for each stretch that is shown as it is, and for each suspect character.
+// Calls back for each plain part and each suspect character.
 function scan(text, onText, onSuspect) {
   text = text.replaceAll("\r\n", "\n");
   let end = 0;
@@ -37,7 +37,7 @@ function element(tag, css, ...children) {
   return made;
 }
 
-// Puts `text` into `parent`, with a small label for every suspect character.
+// Appends `text` to `parent`, with a label for each suspect character.
 function addVisible(parent, text) {
   scan(
     text,
@@ -52,7 +52,7 @@ function addVisible(parent, text) {
   return parent;
 }
 
-// The same as plain text, for lists, options and titles.
+// As plain text, for lists, options and titles.
 function visibleText(text) {
   let out = "";
   scan(text, (part) => (out += part), (char) => (out += "[" + suspectLabel(char) + "]"));
@@ -65,12 +65,12 @@ function isolated(tag, css, text) {
   return addVisible(made, text);
 }
 
-// A short text; what is longer than a line should be waits behind a button.
+// A single-line text; the excess is behind a button.
 function line(text, limit, tag = "bdi", css = "") {
   return clippedInto(element("span"), text, limit, (shown) => isolated(tag, css, shown));
 }
 
-// `make(text)` for the first `limit` characters, and a button that shows all the rest.
+// `make(text)` for the first `limit` characters, and a button for the rest.
 function clippedInto(parent, text, limit, make) {
   const cut = cutPlace(text, limit);
   parent.append(make(text.slice(0, cut)));
@@ -87,10 +87,10 @@ function clippedInto(parent, text, limit, make) {
 function cutPlace(text, limit) {
   if (text.length <= limit) return text.length;
   const last = text.charCodeAt(limit - 1);
-  return last >= 0xd800 && last < 0xdc00 ? limit - 1 : limit; // not through the middle of a character
+  return last >= 0xd800 && last < 0xdc00 ? limit - 1 : limit; // do not split a surrogate pair
 }
 
-// `text` with every whole-word occurrence of one of `words`, in any case, in <mark>.
+// `text` with whole-word, case-insensitive matches of `words` in <mark>.
 function highlighted(parent, text, words) {
   const wanted = [...new Set(words.map((word) => word.trim()).filter((word) => word && word.length <= text.length))].sort((a, b) => b.length - a.length);
   if (!wanted.length) return addVisible(parent, text);
