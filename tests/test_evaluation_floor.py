@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.evaluation_throughput_floor import Chain, floor, in_turn, list_schedule
+from benchmarks.evaluation_throughput.floor import Chain, floor, in_turn, list_schedule
 
 
 def orders(lengths: Sequence[int]) -> Iterator[tuple[int, ...]]:

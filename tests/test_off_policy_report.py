@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.off_policy import claim, planned
-from benchmarks.off_policy_report import each_run, in_flight_table, learning_table, prompt_tokens
+from benchmarks.off_policy.report import each_run, in_flight_table, learning_table, prompt_tokens
+from benchmarks.off_policy.run import claim, planned
 from searchr1_async.episodes.types import Episode, Question, StopReason, Turn
 
 QUESTION = Question("1", "Who?", ("it",), "world")

@@ -9,16 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.throughput_floor import (
+from benchmarks.shared.scripted_episodes import GROUP_SIZE, Subject, World, episodes_seen, reply_text, shuffled_to
+from benchmarks.throughput.floor import (
     GroupCourse,
     courses,
-    episodes_seen,
     pipelined_floor,
     run_seen,
     streaming_floor,
     synchronous_floor,
 )
-from benchmarks.throughput_load import GROUP_SIZE, Subject, World, reply_text, shuffled_to
 from searchr1_async.local.scripted import TrainingTimes
 from searchr1_async.local.scripted_log import Served, ServedSequence
 

@@ -1,6 +1,6 @@
 """Error bars for evaluations. Pure functions of numpy arrays; every resampling is seeded.
 
-``benchmarks/intervals.py`` measures coverage and false-positive rates by simulation.
+``benchmarks/intervals`` measures coverage and false-positive rates by simulation.
 
 Sources:
     E. B. Wilson (1927), "Probable inference, the law of succession, and statistical inference", JASA 22.

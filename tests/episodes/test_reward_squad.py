@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.scoring import Independent, compare, pairs
+from benchmarks.scoring.run import Independent, compare, pairs
 from searchr1_async.episodes.reward import cover_match, exact_match, f1_score, normalize_answer
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks import intervals
+from benchmarks.intervals import run as intervals
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.evaluation.statistics import (
     cluster_bootstrap,
@@ -294,9 +294,9 @@ def test_holms_correction_of_several_comparisons() -> None:
 # --- simulation -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow  # 8 s; benchmarks/intervals.py is the whole of it
+@pytest.mark.slow  # 8 s; benchmarks/intervals is the whole of it
 def test_intervals_hold_the_truth_and_tests_are_wrong_as_often_as_they_say() -> None:
-    """The cells of `benchmarks/intervals.py` where a plain bootstrap or an unclustered interval fails."""
+    """The cells of `benchmarks/intervals` where a plain bootstrap or an unclustered interval fails."""
     simulation = intervals.Simulation(4000, bootstrap=False)
     intervals.simulate_exact_match(simulation, (125, 500), (0.3, 0.5))
     intervals.simulate_samples(simulation, (50,), (0.1, 0.5), ("medium", "strong"))

@@ -16,7 +16,7 @@ import anyio.to_thread
 import polars as pl
 import pytest
 
-from benchmarks.gemini_stand_in import Fault, GeminiStandIn, StandInSettings
+from benchmarks.shared.gemini_stand_in import Fault, GeminiStandIn, StandInSettings
 from searchr1_async.__main__ import main
 from searchr1_async.data.corpus import MemoryCorpus
 from searchr1_async.episodes.types import Passage

@@ -16,8 +16,8 @@ import pytest
 from google.auth import credentials as google_credentials
 from google.auth import exceptions as google_auth
 
-from benchmarks.gemini_stand_in import Fault, GeminiStandIn, StandInSettings
-from benchmarks.word_vectors import WordVectors
+from benchmarks.shared.gemini_stand_in import Fault, GeminiStandIn, StandInSettings
+from benchmarks.shared.word_vectors import WordVectors
 from searchr1_async.errors import ConfigurationError, EmbeddingError
 from searchr1_async.search.embedders import GeminiEmbedder, SentenceTransformerEmbedder, make_embedder
 from searchr1_async.search.faults import PassingFault, RefusedInput, TooManyRequests

@@ -11,8 +11,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.gemini_stand_in import Fault, GeminiStandIn, StandInSettings, TokenBucket, counts_of, stand_in_process
-from benchmarks.word_vectors import WordVectors
+from benchmarks.shared.gemini_stand_in import (
+    Fault,
+    GeminiStandIn,
+    StandInSettings,
+    TokenBucket,
+    counts_of,
+    stand_in_process,
+)
+from benchmarks.shared.word_vectors import WordVectors
 from searchr1_async.search.embedders import GeminiEmbedder
 
 pytestmark = pytest.mark.anyio

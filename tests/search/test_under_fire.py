@@ -18,7 +18,7 @@ import pytest
 from aiohttp import web
 
 import searchr1_async as sr
-from benchmarks.gemini_stand_in import Fault, GeminiStandIn, StandInSettings
+from benchmarks.shared.gemini_stand_in import Fault, GeminiStandIn, StandInSettings
 
 pytestmark = pytest.mark.anyio
 

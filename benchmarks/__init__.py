@@ -1,0 +1,1 @@
+"""Measurements, each in a folder of its own: `python -m benchmarks` lists them."""

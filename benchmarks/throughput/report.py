@@ -1,0 +1,198 @@
+"""The throughput benchmark's table, what was asked of it, and its picture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from benchmarks.shared.report import RESULTS, write_result
+
+Row = Mapping[str, Any]
+NAMES = {
+    ("ours", "synchronous"): "ours, synchronous",
+    ("ours", "streaming"): "ours, streaming (`max_staleness=0`)",
+    ("ours", "asynchronous"): "ours, `max_staleness=1`",
+    ("cookbook", "synchronous"): "cookbook, synchronous",
+    ("cookbook", "streaming"): "cookbook, `stream_minibatch_config`",
+    ("cookbook", "asynchronous"): "cookbook, `async_config` (1 step off)",
+}
+COLORS = {"ours": "#2a6fbb", "cookbook": "#c9803a"}
+
+
+def report(rows: Sequence[Row], *, keep: bool, in_flight: int | None, note: str = "") -> None:
+    """Prints what was measured; with ``keep`` also writes it to benchmarks/results/, with the picture and the note."""
+    if in_flight:
+        print(in_flight_line(rows, in_flight))
+        return
+    body = [table(rows), requests_table(rows), asked(rows), f"{NOTES}\n{_conditions(rows, note)}"]
+    if not keep:
+        print("\n\n".join(body))
+        return
+    picture(rows, RESULTS / "throughput.svg")
+    title = "Training at the service's own speed"
+    write_result("throughput", title, ["![wall a step](throughput.svg)", *body], pl.DataFrame(list(rows)))
+
+
+def _conditions(rows: Sequence[Row], note: str) -> str:
+    """The losses of the asynchronous ways and what else the machine did, as lines of the notes."""
+    losses = sorted({row["loss"] or "each contender's own default" for row in rows if row["mode"] == "asynchronous"})
+    load = ", ".join(f"{row['load_before']:.1f}" for row in rows)
+    lines = [f"- Loss of the asynchronous ways: {', '.join(losses)}."] if losses else []
+    lines.append(f"- Load average of the last minute before each run, in the order of the first table: {load}.")
+    return "\n".join([*lines, *([f"- {note}"] if note else [])])
+
+
+def in_flight_line(rows: Sequence[Row], wanted: int) -> str:
+    """Whether so many episodes were played at once."""
+    if not rows:
+        return f"| {wanted:,} episodes in flight | NO: the run failed |"
+    row = rows[0]
+    return (
+        f"| {row['in_flight']:,} of {wanted:,} episodes in flight at once, all trained on | "
+        f"{'yes' if row['in_flight'] == wanted else 'NO'} | {row['wall']:.1f} s, floor {row['floor']:.1f} s | "
+        f"{row['memory_growth'] / row['in_flight'] / 1024:.0f} KB an episode | loop late by {1000 * row['lag_max']:.0f} ms at most |"
+    )
+
+
+def table(rows: Sequence[Row]) -> str:
+    """One line a run."""
+    lines = [
+        "| groups x 8 | way | episodes/s | wall a step | floor a step | wall/floor | client CPU an episode | peak memory "
+        "(growth an episode in flight) | loop late, p99 (max) | of that its own | most in flight |",
+        "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['groups']} | {NAMES[row['contender'], row['mode']]} | {row['episodes_a_second']:.1f} "
+            f"| {row['wall'] / row['steps']:.1f} s | {row['floor'] / row['steps']:.1f} s | {row['wall'] / row['floor']:.2f} "
+            f"| {row['cpu_ms_an_episode']:.1f} ms | {row['memory_peak'] / 2**20:.0f} MB ({row['memory_growth'] / row['in_flight'] / 1024:.0f} KB) "
+            f"| {1000 * row['lag_p99']:.0f} ({1000 * row['lag_max']:.0f}) ms "
+            f"| {1000 * row['lag_own_p99']:.0f} ({1000 * row['lag_own_max']:.0f}) ms | {row['in_flight']:,} |"
+        )
+    return "\n".join(lines)
+
+
+def requests_table(rows: Sequence[Row]) -> str:
+    """What each run sent."""
+    lines = [
+        "| groups x 8 | way | steps | HTTP to the service | sample requests (samples) | embedding | Chroma | forward_backward | optimiser | saves "
+        "| examples | training tokens, of the episodes' own |",
+        "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['groups']} | {NAMES[row['contender'], row['mode']]} | {row['steps']} | {row['service_requests']:,} "
+            f"| {row['sample_requests']:,} ({row['samples']:,}) | {row['embedding_requests']:,} | {row['chroma_requests']:,} "
+            f"| {row['forward_backwards']} | {row['optimizer_steps']} | {row['saves']} | {row['examples']:,} "
+            f"| {row['training_tokens'] / 1e6:.2f} M ({row['training_tokens'] / row['tokens_of_episodes']:.2f}) |"
+        )
+    return "\n".join(lines)
+
+
+def asked(rows: Sequence[Row]) -> str:
+    """What was asked of ours, and whether it holds."""
+    by = {(row["contender"], row["mode"], row["groups"]): row for row in rows}
+    sizes = sorted({row["groups"] for row in rows})
+    lines = ["| asked | size | measured | holds |", "| --- | ---: | ---: | --- |"]
+
+    def line(what: str, size: object, measured: str, holds: bool) -> None:
+        lines.append(f"| {what} | {size} | {measured} | {'yes' if holds else 'NO'} |")
+
+    for size in sizes:
+        streaming, pipelined = by.get(("ours", "streaming", size)), by.get(("ours", "asynchronous", size))
+        peer = by.get(("cookbook", "streaming", size))
+        if streaming:
+            ratio = streaming["wall"] / streaming["floor"]
+            line("streaming within 10 % of its floor", f"{size} x 8", f"{ratio - 1:+.1%}", ratio <= 1.1)
+        if pipelined and peer:
+            ratio = pipelined["episodes_a_second"] / peer["episodes_a_second"]
+            line(
+                "`max_staleness=1`: at least 2 times the cookbook's streaming",
+                f"{size} x 8",
+                f"{ratio:.2f}",
+                ratio >= 2,
+            )
+        if pipelined and (other := by.get(("cookbook", "asynchronous", size))):
+            rate = pipelined["episodes_a_second"] / other["episodes_a_second"]
+            cpu = other["cpu_ms_an_episode"] / pipelined["cpu_ms_an_episode"]
+            what = "`max_staleness=1`: faster than the cookbook's asynchronous way, with less client CPU an episode"
+            line(what, f"{size} x 8", f"{rate:.2f} times, 1/{cpu:.1f} of the CPU", rate > 1 and cpu > 1)
+        for ours in (streaming, pipelined):
+            if ours and peer:
+                ratio = ours["cpu_ms_an_episode"] / peer["cpu_ms_an_episode"]
+                what = f"{ours['mode']}: at most 1/5 of the cookbook's streaming in client CPU"
+                line(what, f"{size} x 8", f"1/{1 / ratio:.1f}", ratio <= 0.2)
+    mine = [row for row in rows if row["contender"] == "ours"]
+    if mine:
+        worst = max(mine, key=lambda row: row["lag_max"])
+        own = max(mine, key=lambda row: row["lag_own_max"])
+        measured = f"{1000 * worst['lag_max']:.0f} ms (own: {1000 * own['lag_own_max']:.0f} ms)"
+        line("the loop never late by over 50 ms", f"{worst['groups']} x 8", measured, worst["lag_max"] <= 0.05)
+    for mode in ("streaming", "asynchronous"):
+        small, large = by.get(("ours", mode, sizes[0])), by.get(("ours", mode, sizes[-1])) if len(sizes) > 1 else None
+        if small and large:
+            more = large["in_flight"] - small["in_flight"]
+            kilobytes = (large["memory_growth"] - small["memory_growth"]) / more / 1024 if more else math.inf
+            what = f"{mode}: each further episode in flight takes at most 60 KB"
+            line(what, f"{sizes[0]} to {sizes[-1]} x 8", f"{kilobytes:.0f} KB", kilobytes <= 60)
+            ratio = large["cpu_ms_an_episode"] / small["cpu_ms_an_episode"]
+            what = f"{mode}: CPU an episode does not grow with the batch (at most 1.1 times)"
+            line(what, f"{sizes[0]} to {sizes[-1]} x 8", f"{ratio:.2f} times", ratio <= 1.1)
+    return "\n".join(lines)
+
+
+NOTES = """How it was measured:
+
+- Every run trains the same episodes in the same batches, in a process of its own against a fresh service. What a turn says and how
+  long it takes depends on the question and the episode alone. All processes share the machine's cores.
+- A run is measured from the service's first sample to the moment when the weights behind the last optimiser step can be
+  sampled from (the cookbook's asynchronous way publishes none behind its last step: to its final checkpoint there); CPU, memory
+  and the loop's lateness are those of that time. CPU and memory are the contender's own and those of its children.
+- The floor is computed from what the service drew, for each way by its own formula (benchmarks/throughput/floor.py): on-policy,
+  each batch's groups, released when their last member has played its drawn turns and searches (each sampled singly), go through a
+  trainer that does one thing at a time, then optimiser and save; synchronous, training follows the last release;
+  `max_staleness=1`, the later of the trainer's own work and the longest episode that must be in each batch. With all first
+  turns of a group in one request, the floor is `floor_first_turn_shared` in the table's file. Groups of constant reward need no
+  training in it. A search costs 0.2 s in it where no other episode asks the same, else nothing.
+- The loop is looked at every 10 ms; `of that its own` is the part that the loop's own thread was computing, without waiting for a
+  core or for the interpreter.
+- What tinker-cookbook 0.6.1 was given, through its configuration and the environment, with none of its code changed: a
+  tokenizer of this machine is registered under the model's name; the questions lie where the recipe downloads them to;
+  `GOOGLE_VERTEX_BASE_URL` names the stand-in and `GOOGLE_APPLICATION_CREDENTIALS` a service account whose tokens come from this
+  machine. Its other settings are the recipe's; it speaks Vertex AI and ours the Developer API. Its chat format is `qwen3_instruct`,
+  plain ChatML without thinking, as ours.
+- The recipe trains on groups of constant reward too; ours leaves them out, as is its default."""
+
+
+def picture(rows: Sequence[Row], path: Path) -> None:
+    """Wall a step by size and way, with the floor as a line on each bar."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    sizes = sorted({row["groups"] for row in rows})
+    figure, axes = pyplot.subplots(1, len(sizes), figsize=(3.1 * len(sizes), 3.4), squeeze=False)
+    for axis, size in zip(axes[0], sizes, strict=True):
+        shown = [row for row in rows if row["groups"] == size]
+        for place, row in enumerate(shown):
+            wall, floor = row["wall"] / row["steps"], row["floor"] / row["steps"]
+            axis.barh(place, wall, color=COLORS[row["contender"]], height=0.7)
+            axis.plot([floor, floor], [place - 0.42, place + 0.42], color="black", linewidth=1.5)
+            axis.text(wall, place, f" {wall:.0f} s", va="center", fontsize=8)
+        axis.set_yticks(range(len(shown)), [f"{row['contender']}\n{row['mode']}" for row in shown], fontsize=7)
+        axis.invert_yaxis()
+        axis.set_xlim(right=1.25 * max(row["wall"] / row["steps"] for row in shown))
+        axis.set_title(f"{size} x 8", fontsize=9)
+        axis.set_xlabel("s a step", fontsize=8)
+        axis.tick_params(axis="x", labelsize=7)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle("Wall a step; the black line is the floor", fontsize=10)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
