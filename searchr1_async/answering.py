@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from searchr1_async.answer import Answer
+from searchr1_async.billing import TokenUsage
 from searchr1_async.config import EpisodeLimits, SamplingSettings
 from searchr1_async.connection import Service
 from searchr1_async.episodes.dialect import Dialect
@@ -18,7 +19,6 @@ from searchr1_async.rollout.policy import NewestWeights, TinkerPolicy
 from searchr1_async.search import Search
 from searchr1_async.search.shown import ShownSearch
 from searchr1_async.trained import named_passages, shown_passages
-from searchr1_async.usage import TokenUsage
 from searchr1_async.weights import Weights
 
 ASKED = "asked"

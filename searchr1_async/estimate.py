@@ -13,7 +13,7 @@ import polars as pl
 import tinker
 
 from searchr1_async.arguments import model_name
-from searchr1_async.billing import Billing
+from searchr1_async.billing import Billing, TokenUsage
 from searchr1_async.boundary.paths import FilePath
 from searchr1_async.boundary.settings import (
     Count,
@@ -34,7 +34,6 @@ from searchr1_async.models import Price
 from searchr1_async.playing import check_format
 from searchr1_async.service import billing_on
 from searchr1_async.sizes import chosen_sizes
-from searchr1_async.usage import TokenUsage
 from searchr1_async.watch.records import RunRecords
 
 TURNS = 3.0

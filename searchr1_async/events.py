@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from searchr1_async.billing import TokenUsage
 from searchr1_async.episodes.types import Episode, Group
-from searchr1_async.usage import TokenUsage
 
 if TYPE_CHECKING:
     from searchr1_async.models import Price

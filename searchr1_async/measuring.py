@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import anyio
 
+from searchr1_async.billing import TokenUsage, sampling_usage, total_usage
 from searchr1_async.connection import Service
 from searchr1_async.control import RunControl
 from searchr1_async.episodes.types import Episode
@@ -26,7 +27,6 @@ from searchr1_async.recording import delete_checkpoints
 from searchr1_async.rollout.engine import RolloutEngine
 from searchr1_async.rollout.policy import TinkerPolicy
 from searchr1_async.run_folder import OF_NO_STEP, evaluation_steps, load_evaluation, writing_records
-from searchr1_async.usage import TokenUsage, sampling_usage, total_usage
 from searchr1_async.watch.records import RunRecords
 
 MOST_WAITING = 2

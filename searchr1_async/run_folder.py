@@ -18,7 +18,7 @@ import anyio
 import polars as pl
 from filelock import FileLock, Timeout
 
-from searchr1_async.billing import Billing, Cost, find_price
+from searchr1_async.billing import Billing, Cost, TokenUsage, find_price
 from searchr1_async.boundary.tables import read_parquet
 from searchr1_async.episodes.types import Question
 from searchr1_async.errors import CheckpointError, ConfigurationError, RunFolderError, first_error
@@ -33,7 +33,6 @@ from searchr1_async.rollout.order import QuestionOrder
 from searchr1_async.search import Search
 from searchr1_async.search.record import record_of, search_of
 from searchr1_async.trained import SEARCH_FILE, kept_record
-from searchr1_async.usage import TokenUsage
 from searchr1_async.watch.records import RunRecords
 from searchr1_async.watch.rows import storable
 

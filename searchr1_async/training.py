@@ -18,6 +18,7 @@ import tinker
 
 from searchr1_async.abilities import choose_loss
 from searchr1_async.answering import LiveAnswers
+from searchr1_async.billing import TokenUsage
 from searchr1_async.boundary.signals import is_interrupt
 from searchr1_async.config import LossName
 from searchr1_async.connection import Service
@@ -59,7 +60,6 @@ from searchr1_async.run_folder import (
 from searchr1_async.service import billing_on, check_chat_format, check_service, open_service
 from searchr1_async.spending import keep_spending, spending_of, tell_estimate, with_cost
 from searchr1_async.starting import open_start
-from searchr1_async.usage import TokenUsage
 from searchr1_async.warming import WarmingUp
 from searchr1_async.watch.fanout import Watchers
 from searchr1_async.watch.records import RunRecords

@@ -6,9 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from searchr1_async.billing import Billing, billing_of, is_tinker_host
+from searchr1_async.billing import Billing, TokenUsage, billing_of, is_tinker_host
 from searchr1_async.models import Price
-from searchr1_async.usage import TokenUsage
 
 MILLION = 1_000_000
 

@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import searchr1_async as sr
-from searchr1_async.billing import Billing
-from searchr1_async.usage import TokenUsage
+from searchr1_async.billing import Billing, TokenUsage
 from tests import tiny_world
 
 CLOUD = "https://tinker.thinkingmachines.dev"

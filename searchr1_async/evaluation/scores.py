@@ -11,9 +11,9 @@ from typing import Any, Literal, get_args
 
 import polars as pl
 
+from searchr1_async.billing import sampling_usage
 from searchr1_async.episodes.reward import cover_match, exact_match, f1_score
 from searchr1_async.episodes.types import Episode
-from searchr1_async.usage import sampling_usage
 from searchr1_async.watch.metrics import answer_in_passage, passages_shown
 from searchr1_async.watch.rows import storable
 

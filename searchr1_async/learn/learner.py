@@ -17,6 +17,7 @@ import tinker
 from numpy.typing import NDArray
 from tinker import types as tinker_types
 
+from searchr1_async.billing import TokenUsage
 from searchr1_async.config import LearningSettings, LossName, WeightsInFlight
 from searchr1_async.episodes.types import Episode, Group
 from searchr1_async.errors import CheckpointError, ConfigurationError
@@ -27,7 +28,6 @@ from searchr1_async.learn.examples import sampled_logprobs, to_datum, to_supervi
 from searchr1_async.learn.figures import LearnedMinibatch, learning_metrics, optimizer_metrics
 from searchr1_async.learn.penalty import base_logprobs, kl_penalties
 from searchr1_async.learn.schedule import learning_rate_at
-from searchr1_async.usage import TokenUsage
 
 _RESUME_POINT_TTL = 7 * 24 * 3600
 """Seconds that the service keeps a rolling resume point. A week: a run stopped on Friday resumes on Monday."""

@@ -10,11 +10,11 @@ import tinker
 from numpy.typing import NDArray
 from tinker import types as tinker_types
 
+from searchr1_async.billing import TokenUsage
 from searchr1_async.boundary.sdk import SDK_FAULTS, fault_text
 from searchr1_async.episodes.types import Episode
 from searchr1_async.errors import ServiceError
 from searchr1_async.learn.calls import TrainingCalls
-from searchr1_async.usage import TokenUsage
 
 _AT_ONCE = 64
 """Concurrent requests to the base model: enough to keep it busy without delaying samples."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import anyio
 
+from searchr1_async.billing import TokenUsage
 from searchr1_async.config import SamplingSettings
 from searchr1_async.episodes.dialect import Dialect
 from searchr1_async.episodes.reward import RewardFunction, score
@@ -15,7 +16,6 @@ from searchr1_async.episodes.types import Episode, Group, Question
 from searchr1_async.errors import TooManyFailuresError
 from searchr1_async.events import Emit, EpisodeFinished, emit_nothing
 from searchr1_async.rollout.player import GroupPlayer, GroupPolicy, GroupTask
-from searchr1_async.usage import TokenUsage
 
 
 @dataclass(slots=True)

@@ -12,11 +12,11 @@ from typing import Any
 
 import anyio
 
+from searchr1_async.billing import TokenUsage
 from searchr1_async.rollout.limit import Cause, Flight, SampleLimit
 from searchr1_async.rollout.pulse import PulseReading
 from searchr1_async.rollout.push_back import PushBackProbe
 from searchr1_async.rollout.sharing import Sharing
-from searchr1_async.usage import TokenUsage
 
 LOOK_EVERY = 0.25
 """Seconds between checks for back-pressure. The SDK backs off for at least 1 s, so none is missed."""

@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 
 import anyio
 
+from searchr1_async.billing import TokenUsage, total_usage
 from searchr1_async.episodes.play import SearchTool
 from searchr1_async.episodes.types import Passage
 from searchr1_async.events import Emit, RolloutSampled
 from searchr1_async.rollout.engine import PlayTally
 from searchr1_async.rollout.gate import GateStatistics
 from searchr1_async.rollout.pulse import PulseReading
-from searchr1_async.usage import TokenUsage, total_usage
 
 NOTHING = TokenUsage()
 TELL_EVERY = 0.25

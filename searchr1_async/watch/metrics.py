@@ -11,9 +11,9 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
+from searchr1_async.billing import prompt_lengths
 from searchr1_async.episodes.reward import normalize_answer
 from searchr1_async.episodes.types import Episode, Group, Passage, StopReason
-from searchr1_async.usage import prompt_lengths
 from searchr1_async.watch.rows import GroupOutcome
 
 GOOD_REWARD = 0.5

@@ -7,7 +7,7 @@ from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from searchr1_async.billing import Billing, Cost, billing_of
+from searchr1_async.billing import Billing, Cost, TokenUsage, billing_of
 from searchr1_async.episodes.types import Episode
 from searchr1_async.events import (
     BatchClosed,
@@ -33,7 +33,6 @@ from searchr1_async.events import (
     StepFinished,
     WeightsPublished,
 )
-from searchr1_async.usage import TokenUsage
 from searchr1_async.watch.live.series import Series, finite
 from searchr1_async.watch.live.snapshot import (
     RATE_SECONDS,

@@ -13,6 +13,7 @@ import tinker
 from hypothesis import given
 from hypothesis import strategies as st
 
+from searchr1_async.billing import TokenUsage, total_usage
 from searchr1_async.config import LearningSettings
 from searchr1_async.episodes.types import Episode, Group, Question, StopReason, Turn
 from searchr1_async.errors import ServiceError
@@ -22,7 +23,6 @@ from searchr1_async.learn.calls import TrainingCalls
 from searchr1_async.learn.learner import Learner
 from searchr1_async.learn.penalty import base_logprobs, kl_penalties
 from searchr1_async.local.scripted import scale_free
-from searchr1_async.usage import TokenUsage, total_usage
 from tests.local.serving import KEY, Served, service_thread
 
 pytestmark = pytest.mark.anyio

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from searchr1_async.billing import TokenUsage
 from searchr1_async.episodes.types import StopReason
 from searchr1_async.events import (
     BatchClosed,
@@ -37,7 +38,6 @@ from searchr1_async.events import (
     WeightsPublished,
 )
 from searchr1_async.models import Price
-from searchr1_async.usage import TokenUsage
 from searchr1_async.watch.live.series import CURVES, Mark, Series
 from searchr1_async.watch.live.snapshot import Snapshot
 from searchr1_async.watch.live.words import frame, summary

@@ -10,6 +10,7 @@ from typing import Self
 import anyio
 from anyio.abc import TaskGroup
 
+from searchr1_async.billing import TokenUsage
 from searchr1_async.episodes.types import Episode
 from searchr1_async.errors import ConfigurationError, ServiceError
 from searchr1_async.rollout.gate import GateStatistics, SampleGate
@@ -17,7 +18,6 @@ from searchr1_async.rollout.player import Finished, GroupPlayer, GroupPolicy, Gr
 from searchr1_async.rollout.workers.pool import WorkerPool
 from searchr1_async.rollout.workers.scaling import ProcessLoad, wants_more_workers
 from searchr1_async.threads import usable_cores
-from searchr1_async.usage import TokenUsage
 
 logger = logging.getLogger(__name__)
 

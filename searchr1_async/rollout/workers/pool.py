@@ -14,6 +14,7 @@ from typing import Self
 import anyio
 from anyio.abc import TaskGroup, TaskStatus
 
+from searchr1_async.billing import TokenUsage
 from searchr1_async.episodes.play import SearchTool
 from searchr1_async.errors import ConfigurationError, ServiceError, ungrouped
 from searchr1_async.rollout.gate import GateStatistics
@@ -35,7 +36,6 @@ from searchr1_async.rollout.workers.messages import (
 )
 from searchr1_async.rollout.workers.policies import PolicyBook, Shared
 from searchr1_async.rollout.workers.samplers import Sendable
-from searchr1_async.usage import TokenUsage
 
 logger = logging.getLogger(__name__)
 

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from searchr1_async.billing import Cost
-from searchr1_async.usage import TokenUsage
+from searchr1_async.billing import Cost, TokenUsage
 
 RATE_SECONDS = 10.0
 """Window for rates."""
