@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from searchr1_async.boundary import signals
-from searchr1_async.boundary.streams import print_line, standard_streams
+from searchr1_async.boundary.signals import print_line, standard_streams
 from searchr1_async.commands import ask, atlas, eval, export, index, serve, view, wiki18
 from searchr1_async.errors import SearchR1Error
 

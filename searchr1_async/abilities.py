@@ -13,7 +13,7 @@ import anyio
 import tinker
 from tinker import types as tinker_types
 
-from searchr1_async.boundary.sdk import SDK_FAULTS, fault_text, fault_words
+from searchr1_async.boundary.network import SDK_FAULTS, fault_text, fault_words
 from searchr1_async.config import LearningSettings, LossName, PipelineSettings
 from searchr1_async.connection import Service
 from searchr1_async.episodes.types import Episode, Question, StopReason, Turn

@@ -12,7 +12,7 @@ import anyio
 import tinker
 from tinker.types import ExternalWeightsUrlsResponse, WeightsInfoResponse
 
-from searchr1_async.boundary.sdk import SDK_FAULTS, fault_text
+from searchr1_async.boundary.network import SDK_FAULTS, fault_text
 from searchr1_async.boundary.waits import PausableDeadlines, Tell, bounded_wait, say_nothing
 from searchr1_async.endpoint import address_of
 from searchr1_async.errors import ServiceError

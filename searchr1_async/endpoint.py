@@ -10,7 +10,7 @@ import tinker
 
 from searchr1_async.billing import is_tinker_host
 from searchr1_async.boundary.network import checked_url, prepare_proxies
-from searchr1_async.boundary.values import shown
+from searchr1_async.boundary.settings import shown
 from searchr1_async.errors import ConfigurationError
 
 EMBEDDED = "embedded"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import anyio
 import tinker
 
-from searchr1_async.boundary.sdk import SDK_FAULTS, fault_text
+from searchr1_async.boundary.network import SDK_FAULTS, fault_text
 from searchr1_async.errors import ConfigurationError, ModelError, ServiceError, ServiceUnavailableError
 from searchr1_async.models import (
     default_cloud_model,

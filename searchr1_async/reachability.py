@@ -15,8 +15,7 @@ from typing import Any
 
 import anyio
 
-from searchr1_async.boundary.network import health_client, health_problem
-from searchr1_async.boundary.sdk import PASSING_FAULTS, SDK_FAULTS
+from searchr1_async.boundary.network import PASSING_FAULTS, SDK_FAULTS, health_client, health_problem
 from searchr1_async.boundary.waits import PausableDeadlines, clock_time
 from searchr1_async.config import MAX_SERVICE_OUTAGE
 from searchr1_async.errors import ServiceUnavailableError

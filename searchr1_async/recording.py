@@ -11,11 +11,11 @@ from functools import partial
 
 import anyio
 
+from searchr1_async.boundary.waits import GatheredWriting
 from searchr1_async.connection import Service
 from searchr1_async.episodes.types import Group
 from searchr1_async.errors import ServiceError
 from searchr1_async.events import CheckpointSaved, Emit, StepFinished
-from searchr1_async.gathered import GatheredWriting
 from searchr1_async.job import TrainingJob
 from searchr1_async.learn.advantages import advantages
 from searchr1_async.learn.checkpoints import CheckpointList, ResumePoint

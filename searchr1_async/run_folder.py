@@ -19,13 +19,13 @@ import polars as pl
 from filelock import FileLock, Timeout
 
 from searchr1_async.billing import Billing, Cost, TokenUsage, find_price
+from searchr1_async.boundary.paths import write_atomically, write_parquet
 from searchr1_async.boundary.tables import read_parquet
 from searchr1_async.episodes.types import Question
 from searchr1_async.errors import CheckpointError, ConfigurationError, RunFolderError, first_error
 from searchr1_async.evaluation.manifest import MANIFEST_NAME
 from searchr1_async.evaluation.result import Evaluation
 from searchr1_async.events import EvaluationFinished, StepFinished
-from searchr1_async.files import write_atomically, write_parquet
 from searchr1_async.inputs import refuse_other_measure
 from searchr1_async.job import TrainingJob, TrainingResult
 from searchr1_async.learn.checkpoints import ResumePoint, best_checkpoint

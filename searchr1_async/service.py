@@ -13,9 +13,8 @@ import anyio
 import tinker
 
 from searchr1_async.billing import Billing, billing_of
-from searchr1_async.boundary.network import prepare_proxies, probe
+from searchr1_async.boundary.network import SDK_FAULTS, fault_text, prepare_proxies, probe
 from searchr1_async.boundary.paths import folder_at
-from searchr1_async.boundary.sdk import SDK_FAULTS, fault_text
 from searchr1_async.boundary.waits import Tell, bounded_wait
 from searchr1_async.config import LocalOptions
 from searchr1_async.connection import Service

@@ -8,8 +8,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from searchr1_async.boundary.settings import check_settings
-from searchr1_async.boundary.values import shown
+from searchr1_async.boundary.settings import check_settings, shown
 from searchr1_async.config import EpisodeLimits
 from searchr1_async.episodes.rendering import AS_TEMPLATE
 from searchr1_async.errors import RunFolderError

@@ -13,7 +13,7 @@ import pytest
 import tinker
 
 import searchr1_async as sr
-from searchr1_async.boundary.sdk import SDK_FAULTS, fault_text
+from searchr1_async.boundary.network import SDK_FAULTS, fault_text
 from searchr1_async.connection import wait_for
 from searchr1_async.endpoint import find_endpoint, is_embedded, is_tinker_cloud
 from searchr1_async.events import Event, Notice

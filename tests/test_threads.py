@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from searchr1_async.threads import prepared_ahead
+from searchr1_async.boundary.waits import prepared_ahead
 
 
 @settings(deadline=None)

@@ -28,7 +28,7 @@ from typing import Any
 
 from benchmarks.compact_index.report import report
 from benchmarks.shared.processes import child_environment, command_of
-from searchr1_async.files import folder_bytes
+from searchr1_async.boundary.paths import folder_bytes
 from searchr1_async.search.compact_building import needed_bytes
 from searchr1_async.search.stores.compact.layout import CompactSettings
 

@@ -3,6 +3,10 @@
 The SDK has two HTTP clients, httpx and reqwest. Both read ``HTTP_PROXY``, ``HTTPS_PROXY``, ``ALL_PROXY`` and ``NO_PROXY``, but
 they read ``NO_PROXY`` differently: httpx does not support networks (``127.0.0.0/8``), and reqwest does not apply ``*`` to addresses.
 Hosts that the SDK should reach directly are therefore added to ``NO_PROXY`` by name, which both understand.
+
+The header ``Retry-After``, and the message for a wait that is too long.
+
+The exceptions of the ``tinker`` SDK, and their messages.
 """
 
 from __future__ import annotations
@@ -11,13 +15,19 @@ import importlib.util
 import ipaddress
 import json
 import os
+import re
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any
 from urllib.parse import SplitResult, urlsplit
 from urllib.request import getproxies, getproxies_environment, proxy_bypass
 
 import anyio
 import httpx
+import tinker
 
-from searchr1_async.boundary.values import shown
+from searchr1_async.boundary.settings import shown
+from searchr1_async.boundary.waits import clock_time
 from searchr1_async.errors import ConfigurationError, ServiceUnavailableError
 
 _SCHEMES = ("http", "https", "all")
@@ -194,3 +204,106 @@ def _way(url: str) -> str:
         return ""
     through = urlsplit(proxy)
     return f" (through the environment's proxy {through.hostname}:{through.port or 80})"
+
+
+def seconds_asked(retry_after: str, now: datetime) -> float | None:
+    """Seconds to wait by a ``Retry-After`` header (RFC 9110, 10.2.3): seconds or an HTTP date; 0 for a past date.
+
+    Args:
+        retry_after: the header's value.
+        now: current time, with time zone.
+
+    Returns:
+        Seconds; None for an invalid value.
+    """
+    value = retry_after.strip()
+    if re.fullmatch(r"\d{1,9}(\.\d+)?", value, re.ASCII):
+        return float(value)
+    try:
+        date = parsedate_to_datetime(value)
+    except (ValueError, OverflowError):
+        return None
+    return max(0.0, (date.replace(tzinfo=date.tzinfo or UTC) - now).total_seconds())
+
+
+def refused_wait(name: str, seconds: float, longest: float, setting: str) -> str:
+    """The message for a service that asks for a longer wait than allowed.
+
+    Args:
+        name: the service.
+        seconds: the wait it asks for.
+        longest: the longest wait allowed, in seconds.
+        setting: the setting of ``longest``, as its user writes it.
+    """
+    end = clock_time(min(seconds, 10 * 365 * 86_400))
+    return (
+        f"{name} asks for a wait of {seconds:,.0f} s, until {end} (a quota?), which is longer than "
+        f"{setting}={longest:g} allows: progress is kept, so run the same command again after that, or raise {setting}"
+    )
+
+
+SDK_FAULTS: tuple[type[Exception], ...] = (
+    tinker.TinkerError,
+    httpx.HTTPError,
+    # A client closed meanwhile, and other states that the SDK does not expect.
+    RuntimeError,
+    AssertionError,
+    ValueError,
+    KeyError,
+    # Out of file descriptors, or an unreadable credential file.
+    OSError,
+)
+"""What an SDK call may raise. Catch :class:`TimeoutError`, also an ``OSError``, before."""
+
+PASSING_FAULTS: tuple[type[Exception], ...] = (
+    tinker.APIConnectionError,
+    tinker.InternalServerError,
+    tinker.RateLimitError,
+    TimeoutError,
+)
+"""Raised while a service is temporarily unavailable."""
+
+_LONGEST = 600
+"""Maximum characters of a message: a response body may be a whole page."""
+
+
+def fault_text(error: BaseException) -> str:
+    """An SDK error in one line: type, the service's message, and the cause of a bare "connection error"."""
+    said = _said(error)
+    cause: BaseException | None = error.__cause__
+    while isinstance(error, tinker.APIConnectionError) and cause is not None:
+        said, cause = f"{said} ({type(cause).__name__}: {_said(cause)})" if _said(cause) else said, cause.__cause__
+        if "os error" in said or "rrno" in said:
+            break
+    text = " ".join(f"{type(error).__name__}: {said}".split())
+    if _is_out_of_files(error, text):
+        text += "; out of file descriptors: raise the limit of open files (ulimit -n)"
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
+
+
+def fault_words(error: BaseException) -> str:
+    """The service's message without the SDK's wrapping: ``… for self.request_id='…' and expected type …``."""
+    return str(error).removeprefix("Request failed: ").partition(" for self.request_id=")[0]
+
+
+def _said(error: BaseException) -> str:
+    if isinstance(error, tinker.APIStatusError):
+        return f"{error.status_code} {_detail(error.body)}".rstrip() if _detail(error.body) else str(error)
+    return fault_words(error)
+
+
+def _detail(body: Any) -> str:
+    if isinstance(body, dict):
+        for name in ("detail", "message", "error"):
+            if isinstance(value := body.get(name), str) and value:
+                return value
+    return ""
+
+
+def _is_out_of_files(error: BaseException, text: str) -> bool:
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, OSError) and found.errno in (23, 24):
+            return True
+        found = found.__cause__ or found.__context__
+    return re.search(r"[Tt]oo many open files", text) is not None

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import anyio
 
-from searchr1_async.boundary.paths import absolute_path, cache_folder
+from searchr1_async.boundary.paths import absolute_path, cache_folder, folder_bytes
+from searchr1_async.boundary.waits import in_thread
 from searchr1_async.data.download import LONGEST_WAIT, free_bytes
 from searchr1_async.data.questions import load_questions
 from searchr1_async.data.wiki18 import (
@@ -25,7 +26,6 @@ from searchr1_async.data.wiki18 import (
 )
 from searchr1_async.errors import StoreError
 from searchr1_async.events import Emit, Notice
-from searchr1_async.files import folder_bytes
 from searchr1_async.search.compact_building import build_compact_index, differing, needed_bytes
 from searchr1_async.search.embedders.choice import make_embedder
 from searchr1_async.search.embedders.gemini import DEFAULT_MODEL
@@ -35,7 +35,6 @@ from searchr1_async.search.passage_embedding import PACING
 from searchr1_async.search.sources import ChromaFolder
 from searchr1_async.search.stores.compact.build import SAMPLE_QUERIES
 from searchr1_async.search.stores.compact.layout import MANIFEST_NAME, CompactManifest, CompactSettings
-from searchr1_async.threads import in_thread
 from searchr1_async.watch.dashboard import console_view
 
 if TYPE_CHECKING:

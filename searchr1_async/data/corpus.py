@@ -16,7 +16,8 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from searchr1_async.boundary.paths import absolute_path, cache_folder
-from searchr1_async.boundary.rows import (
+from searchr1_async.boundary.settings import shown
+from searchr1_async.boundary.tables import (
     FORMATS,
     ArrowTable,
     Columns,
@@ -26,7 +27,6 @@ from searchr1_async.boundary.rows import (
     read_rows,
     renamed,
 )
-from searchr1_async.boundary.values import shown
 from searchr1_async.data.layouts import PASSAGE_COLUMNS, LayoutError, passage_of
 from searchr1_async.episodes.types import Passage
 from searchr1_async.errors import CorpusError

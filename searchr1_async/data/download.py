@@ -22,11 +22,10 @@ import anyio
 import anyio.from_thread
 import anyio.to_thread
 
-from searchr1_async.boundary.retry_after import refused_wait, seconds_asked
-from searchr1_async.boundary.waits import Tell, pause
+from searchr1_async.boundary.network import refused_wait, seconds_asked
+from searchr1_async.boundary.paths import write_all
+from searchr1_async.boundary.waits import Tell, in_thread, pause
 from searchr1_async.errors import StoreError
-from searchr1_async.files import write_all
-from searchr1_async.threads import in_thread
 
 logger = logging.getLogger(__name__)
 
@@ -305,7 +304,7 @@ def verify(file: HubFile, path: Path, advance: Advance) -> None:
 
 
 def report(advance: Advance, done: int) -> None:
-    """Reports progress from a thread of :func:`~searchr1_async.threads.in_thread`; raises if its caller was cancelled."""
+    """Reports progress from a thread of :func:`~searchr1_async.boundary.waits.in_thread`; raises if its caller was cancelled."""
     anyio.from_thread.check_cancelled()
     anyio.from_thread.run_sync(advance, done)
 

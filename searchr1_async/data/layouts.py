@@ -28,9 +28,8 @@ from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import Any
 
-from searchr1_async.boundary.cells import is_missing, name_text, number_text, plain_cell
-from searchr1_async.boundary.rows import did_you_mean
-from searchr1_async.boundary.values import shown, shown_with_kind
+from searchr1_async.boundary.settings import shown, shown_with_kind
+from searchr1_async.boundary.tables import did_you_mean, is_missing, name_text, number_text, plain_cell
 from searchr1_async.episodes.types import Passage, Question
 
 QUESTION_COLUMNS = ("question", "golden_answers", "id", "data_source", "split", "metadata")

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from searchr1_async.boundary.paths import absolute_path
-from searchr1_async.boundary.rows import (
+from searchr1_async.boundary.settings import as_integer
+from searchr1_async.boundary.tables import (
     FORMATS,
     ArrowTable,
     Columns,
@@ -22,7 +23,6 @@ from searchr1_async.boundary.rows import (
     read_rows,
     renamed,
 )
-from searchr1_async.boundary.values import as_integer
 from searchr1_async.data.hub import SUITES, fetch_questions_file, read_reference, split_of
 from searchr1_async.data.layouts import QUESTION_COLUMNS, LayoutError, question_of
 from searchr1_async.episodes.reward import normalize_answer

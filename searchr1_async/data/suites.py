@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeAlias, TypeGuard, cast
 
 from searchr1_async.boundary.paths import absolute_path
-from searchr1_async.boundary.rows import TABLE_SUFFIXES
+from searchr1_async.boundary.tables import TABLE_SUFFIXES
 from searchr1_async.data.hub import SUITES
 from searchr1_async.data.questions import (
     MEMORY,

@@ -27,8 +27,9 @@ import anyio
 import anyio.from_thread
 import anyio.to_thread
 
-from searchr1_async.boundary.paths import absolute_path, cache_folder
-from searchr1_async.boundary.values import as_number
+from searchr1_async.boundary.paths import absolute_path, cache_folder, only_one, write_atomically
+from searchr1_async.boundary.settings import as_number
+from searchr1_async.boundary.waits import in_thread
 from searchr1_async.data.download import (
     BLOCK,
     LONGEST_WAIT,
@@ -45,8 +46,6 @@ from searchr1_async.data.download import (
 from searchr1_async.data.xz import BrokenXzError, unpacked_size
 from searchr1_async.errors import StoreError
 from searchr1_async.events import Emit, Notice, PhaseAdvanced, PhaseEnded, PhaseStarted, emit_nothing
-from searchr1_async.files import only_one, write_atomically
-from searchr1_async.threads import in_thread
 
 logger = logging.getLogger(__name__)
 

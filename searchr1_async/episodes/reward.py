@@ -18,8 +18,7 @@ import anyio
 import anyio.to_thread
 from anyio.lowlevel import RunVar
 
-from searchr1_async.boundary.settings import check_settings
-from searchr1_async.boundary.values import as_number, plain, shown, shown_with_kind
+from searchr1_async.boundary.settings import as_number, check_settings, plain, shown, shown_with_kind
 from searchr1_async.episodes.types import Episode, Turn
 from searchr1_async.errors import ConfigurationError, RewardError
 

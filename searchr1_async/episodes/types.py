@@ -9,8 +9,8 @@ from functools import cached_property
 from numbers import Integral
 from typing import Any
 
-from searchr1_async.boundary.cells import is_missing
-from searchr1_async.boundary.values import half_a_character, shown, shown_with_kind
+from searchr1_async.boundary.settings import half_a_character, shown, shown_with_kind
+from searchr1_async.boundary.tables import is_missing
 from searchr1_async.errors import CorpusError, QuestionsError
 
 _SHOWN_TEXT = 80

@@ -8,9 +8,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from searchr1_async.boundary.paths import absolute_path
+from searchr1_async.boundary.paths import absolute_path, write_atomically
 from searchr1_async.errors import RunFolderError
-from searchr1_async.files import write_atomically
 
 MANIFEST_NAME = "manifest.json"
 _FORMAT = 1

@@ -9,6 +9,7 @@ from contextlib import AsyncExitStack, contextmanager
 import anyio
 import polars as pl
 
+from searchr1_async.boundary.paths import write_parquet
 from searchr1_async.connection import Service
 from searchr1_async.endpoint import find_endpoint
 from searchr1_async.errors import RunFolderError
@@ -25,7 +26,6 @@ from searchr1_async.evaluation.settling import settled
 from searchr1_async.evaluation.store import EpisodeStore, SampleKey
 from searchr1_async.evaluation.systems import MeasuredSystem
 from searchr1_async.events import Emit, EvaluationFinished, Notice, PhaseAdvanced, PhaseEnded, PhaseStarted
-from searchr1_async.files import write_parquet
 from searchr1_async.playing import open_search, opened_engine, opened_service, policy_of, started, worker_spec
 from searchr1_async.rollout.policy import TinkerPolicy
 from searchr1_async.rollout.workers.messages import WorkerSpec

@@ -26,11 +26,11 @@ from pathlib import Path
 
 import polars as pl
 
+from searchr1_async.boundary.paths import remove_leftovers, write_parquet
 from searchr1_async.boundary.tables import read_parquet, scan_rows
 from searchr1_async.episodes.types import Episode
 from searchr1_async.errors import RunFolderError
 from searchr1_async.evaluation.scores import SCORE_SCHEMA, score_frame
-from searchr1_async.files import remove_leftovers, write_parquet
 from searchr1_async.watch.rows import EPISODE_SCHEMA, EpisodeRow, episode_from_row, episodes_frame
 
 _PART = re.compile(r"(\d{6,})\.parquet")

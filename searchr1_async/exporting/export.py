@@ -21,6 +21,7 @@ import tinker
 from searchr1_async.arguments import as_weights
 from searchr1_async.boundary.paths import FilePath, NameOrFolder
 from searchr1_async.boundary.settings import checked_arguments
+from searchr1_async.boundary.waits import in_thread
 from searchr1_async.config import LocalOptions
 from searchr1_async.connection import Service
 from searchr1_async.control import run_under_way
@@ -42,7 +43,6 @@ from searchr1_async.service import (
     lora_parts,
     published_base,
 )
-from searchr1_async.threads import in_thread
 from searchr1_async.weights import Step, Weights, find_state
 
 Format = Literal["peft", "merged"]

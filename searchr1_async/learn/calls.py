@@ -10,7 +10,7 @@ from typing import Any
 
 import tinker
 
-from searchr1_async.boundary.sdk import SDK_FAULTS, fault_text
+from searchr1_async.boundary.network import SDK_FAULTS, fault_text
 from searchr1_async.boundary.waits import PausableDeadlines
 from searchr1_async.errors import SearchR1Error, ServiceError
 

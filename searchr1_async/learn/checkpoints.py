@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from searchr1_async.billing import TokenUsage
-from searchr1_async.boundary.paths import is_same_place
+from searchr1_async.boundary.paths import is_same_place, write_atomically
 from searchr1_async.config import LossName
 from searchr1_async.errors import CheckpointError, RunFolderError
-from searchr1_async.files import write_atomically
 
 _FORMAT = 2
 _KEPT_FORMAT = 1

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from tinker import types as tinker_types
 
 from searchr1_async.billing import TokenUsage
-from searchr1_async.boundary.sdk import SDK_FAULTS, fault_text
+from searchr1_async.boundary.network import SDK_FAULTS, fault_text
 from searchr1_async.episodes.types import Episode
 from searchr1_async.errors import ServiceError
 from searchr1_async.learn.calls import TrainingCalls

@@ -22,8 +22,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from searchr1_async.boundary.open_files import raise_limit
-from searchr1_async.boundary.paths import path_argument
+from searchr1_async.boundary.paths import path_argument, raise_limit
 from searchr1_async.errors import ConfigurationError, ModelError, PortInUseError, SearchR1Error
 from searchr1_async.local.backend import Backend
 from searchr1_async.local.process import DEFAULT_MODEL

@@ -27,8 +27,8 @@ from typing import Literal, get_args
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from searchr1_async.boundary.paths import write_atomically
 from searchr1_async.errors import CheckpointError
-from searchr1_async.files import write_atomically
 from searchr1_async.local.backend import LoraConfig, State, UserFault
 
 logger = logging.getLogger(__name__)

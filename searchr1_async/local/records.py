@@ -16,7 +16,7 @@ from typing import Any
 
 import anyio.to_thread
 
-from searchr1_async.files import write_atomically
+from searchr1_async.boundary.paths import write_atomically
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ import math
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-from searchr1_async.boundary.open_files import OpenFiles
+from searchr1_async.boundary.paths import OpenFiles
 from searchr1_async.boundary.settings import Count, check_settings
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import anyio
 
 from searchr1_async.billing import TokenUsage
-from searchr1_async.boundary.open_files import raise_limit
+from searchr1_async.boundary.paths import raise_limit
+from searchr1_async.boundary.waits import usable_cores
 from searchr1_async.config import SamplingSettings
 from searchr1_async.episodes.dialect import make_dialect
 from searchr1_async.episodes.play import SearchTool
@@ -26,7 +27,6 @@ from searchr1_async.rollout.sampled import CountedSearch, PlayReading, usage_of_
 from searchr1_async.rollout.workers.elastic import ElasticPlayer
 from searchr1_async.rollout.workers.messages import WorkerSpec
 from searchr1_async.rollout.workers.pool import WorkerPool
-from searchr1_async.threads import usable_cores
 
 
 @asynccontextmanager

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import tinker
 from tinker import types as tinker_types
 
-from searchr1_async.boundary.sdk import SDK_FAULTS, fault_text
+from searchr1_async.boundary.network import SDK_FAULTS, fault_text
 from searchr1_async.boundary.waits import time_limit
 from searchr1_async.config import SamplingSettings
 from searchr1_async.episodes.play import SampledTurn

@@ -6,9 +6,9 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from searchr1_async.boundary.waits import OwnThread
 from searchr1_async.episodes.types import Passage
 from searchr1_async.search.cache import DiskCache, LeastRecentlyUsed, decode_passages, encode_passages
-from searchr1_async.search.threads import OwnThread
 
 Answer = tuple[Passage, ...]
 AnswerKey = tuple[str, int]

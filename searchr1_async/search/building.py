@@ -8,11 +8,10 @@ from pathlib import Path
 import anyio
 import anyio.to_thread
 
-from searchr1_async.boundary.paths import absolute_path, cache_folder
+from searchr1_async.boundary.paths import absolute_path, cache_folder, only_one
 from searchr1_async.data.corpus import Corpus, CorpusSource, load_corpus
 from searchr1_async.errors import ConfigurationError, StoreError
 from searchr1_async.events import Emit, emit_nothing
-from searchr1_async.files import only_one
 from searchr1_async.search.embedders.base import Embedder
 from searchr1_async.search.embedders.choice import make_embedder
 from searchr1_async.search.embedders.sentence_transformer import DEFAULT_MODEL

@@ -16,14 +16,14 @@ import anyio.to_thread
 import numpy as np
 from numpy.typing import NDArray
 
-from searchr1_async.boundary.paths import absolute_path
+from searchr1_async.boundary.paths import absolute_path, folder_bytes, only_one, write_arrays
+from searchr1_async.boundary.waits import in_thread
 from searchr1_async.data.corpus import CorpusSource, load_corpus
 from searchr1_async.data.download import free_bytes
 from searchr1_async.data.questions import Questions, load_questions
 from searchr1_async.episodes.types import Question
 from searchr1_async.errors import ConfigurationError, EmbeddingError, StoreError
 from searchr1_async.events import Emit, Notice, emit_nothing
-from searchr1_async.files import folder_bytes, only_one, write_arrays
 from searchr1_async.search.building import journal_folder
 from searchr1_async.search.dispatch import Capacity, Dispatcher
 from searchr1_async.search.embedders.base import Embedder, Vectors
@@ -42,7 +42,6 @@ from searchr1_async.search.stores.compact.layout import BUILDING_NAME, MANIFEST_
 from searchr1_async.search.stores.compact.store import refuse_changed
 from searchr1_async.search.stores.compact.vector_file import row_bytes
 from searchr1_async.search.stores.proof import DamagedIndexError
-from searchr1_async.threads import in_thread
 
 Queries: TypeAlias = Sequence[str] | NDArray[np.floating] | Questions
 """Texts, vectors ``[queries, dimension]``, or questions as for :func:`~searchr1_async.load_questions`."""

@@ -55,7 +55,7 @@ _USED = "INSERT OR REPLACE INTO uses (id, used) SELECT id, ? FROM entries WHERE 
 class DiskCache:
     """A file-backed byte cache for any number of processes on one machine.
 
-    All calls block: run them in :class:`~searchr1_async.search.threads.OwnThread`. Thread-safe; calls are serialized. The
+    All calls block: run them in :class:`~searchr1_async.boundary.waits.OwnThread`. Thread-safe; calls are serialized. The
     file is opened on first use.
 
     Evicts the least recently used entries. Keys are stored as hashes, so the file contains no queries; values are stored as

@@ -11,6 +11,7 @@ import anyio
 import anyio.to_thread
 import numpy as np
 
+from searchr1_async.boundary.waits import in_thread
 from searchr1_async.data.corpus import Corpus
 from searchr1_async.episodes.types import Passage
 from searchr1_async.errors import StoreError
@@ -22,7 +23,6 @@ from searchr1_async.search.journal import Journal
 from searchr1_async.search.passage_embedding import WINDOW, BuildOptions, PassageEmbedder, next_window, say_cost
 from searchr1_async.search.prices import BYTES_PER_TOKEN, Price, price_of
 from searchr1_async.search.stores.base import WritableStore
-from searchr1_async.threads import in_thread
 
 Result = TypeVar("Result")
 

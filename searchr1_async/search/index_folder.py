@@ -8,10 +8,9 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from searchr1_async.boundary.paths import cache_folder
+from searchr1_async.boundary.paths import cache_folder, write_atomically
 from searchr1_async.data.corpus import Corpus
 from searchr1_async.errors import StoreError
-from searchr1_async.files import write_atomically
 from searchr1_async.search.embedders.base import Embedder
 
 INDEX_FORMAT = 1

@@ -8,10 +8,10 @@ from pathlib import Path
 import anyio
 import anyio.to_thread
 
+from searchr1_async.boundary.paths import only_one
 from searchr1_async.data.corpus import Corpus
 from searchr1_async.errors import StoreError
 from searchr1_async.events import Event, Notice
-from searchr1_async.files import only_one
 from searchr1_async.search.embedders.base import Embedder
 from searchr1_async.search.index_builder import IndexBuilder
 from searchr1_async.search.index_folder import IndexFolder, IndexIdentity, default_index_folder

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from searchr1_async.files import write_all
+from searchr1_async.boundary.paths import write_all
 from searchr1_async.search.embedders.base import Vectors
 
 KEY_BYTES = 16

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import anyio
 import anyio.from_thread
 
+from searchr1_async.boundary.waits import in_thread
 from searchr1_async.data.corpus import Corpus
 from searchr1_async.episodes.types import Passage
 from searchr1_async.errors import EmbeddingError, StoreError
@@ -20,7 +21,6 @@ from searchr1_async.search.faults import RefusedInput
 from searchr1_async.search.journal import Journal, key_of
 from searchr1_async.search.pacing import PacingSettings
 from searchr1_async.search.prices import BYTES_PER_TOKEN, estimated_cost, price_of
-from searchr1_async.threads import in_thread
 
 OnProgress = Callable[[int, int], None]
 """Passages done, passages in total."""

@@ -9,7 +9,7 @@ import anyio
 import anyio.to_thread
 
 from searchr1_async.boundary.paths import absolute_path
-from searchr1_async.boundary.rows import TABLE_SUFFIXES
+from searchr1_async.boundary.tables import TABLE_SUFFIXES
 from searchr1_async.data.wiki18 import collections_in
 from searchr1_async.errors import ConfigurationError, EmbeddingError, StoreError
 from searchr1_async.search.embedders.base import Embedder

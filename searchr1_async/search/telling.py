@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 
-from searchr1_async.boundary.retry_after import refused_wait
+from searchr1_async.boundary.network import refused_wait
 from searchr1_async.boundary.waits import TOLD_AFTER, Tell, tell_of
 from searchr1_async.errors import SearchUnavailableError
 from searchr1_async.search.faults import PassingFault, TooManyRequests

@@ -7,7 +7,7 @@
     <folder>/metrics/step-000012.parquet       one row: the step's metrics
     <folder>/evaluations/000-untrained.parquet one row per episode of an evaluation; files are numbered in order
 
-Files are written atomically (:func:`~searchr1_async.files.write_parquet`), metrics last: a step with metrics is complete. All
+Files are written atomically (:func:`~searchr1_async.boundary.paths.write_parquet`), metrics last: a step with metrics is complete. All
 methods block on disk I/O: call them from a worker thread. Readers raise :class:`RunFolderError`, naming the file, for one that
 is empty, truncated or of another kind.
 """
@@ -21,10 +21,10 @@ from pathlib import Path
 
 import polars as pl
 
+from searchr1_async.boundary.paths import remove_leftovers, write_parquet
 from searchr1_async.boundary.tables import is_whole, read_parquet, scan_parquet, scan_rows
 from searchr1_async.episodes.types import Episode
 from searchr1_async.errors import RunFolderError
-from searchr1_async.files import remove_leftovers, write_parquet
 from searchr1_async.watch.rows import (
     EPISODE_SCHEMA,
     GROUP_SCHEMA,

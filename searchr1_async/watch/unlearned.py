@@ -30,8 +30,8 @@ from typing import Any, NamedTuple
 
 import orjson
 
+from searchr1_async.boundary.paths import write_all
 from searchr1_async.episodes.types import Episode, Group, Passage, Question, SearchCall, StopReason, Turn
-from searchr1_async.files import write_all
 
 logger = logging.getLogger(__name__)
 

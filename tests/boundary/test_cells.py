@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from searchr1_async.boundary.cells import is_missing, name_text, number_text, plain_cell
+from searchr1_async.boundary.tables import is_missing, name_text, number_text, plain_cell
 
 
 class NAType:

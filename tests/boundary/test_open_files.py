@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from searchr1_async.boundary.open_files import OpenFiles
+from searchr1_async.boundary.paths import OpenFiles
 from tests import tiny_world
 from tests.local.serving import KEY, service_thread
 
@@ -17,7 +17,7 @@ pytest.importorskip("resource")
 
 RAISE = """
 import json, resource
-from searchr1_async.boundary.open_files import raise_limit
+from searchr1_async.boundary.paths import raise_limit
 
 def raised():
     found = raise_limit()

@@ -6,7 +6,7 @@ from datetime import datetime, timedelta
 
 import pytest
 
-from searchr1_async.boundary.retry_after import refused_wait, seconds_asked
+from searchr1_async.boundary.network import refused_wait, seconds_asked
 
 
 def test_a_refused_wait_says_how_long_until_when_and_what_allows_it() -> None:

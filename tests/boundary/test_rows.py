@@ -13,7 +13,7 @@ import polars as pl
 import pytest
 
 import searchr1_async as sr
-from searchr1_async.boundary.rows import UnreadableFileError, did_you_mean, read_rows
+from searchr1_async.boundary.tables import UnreadableFileError, did_you_mean, read_rows
 from searchr1_async.data.questions import checked_questions, optional_questions
 from searchr1_async.data.suites import load_suite, load_suites
 from searchr1_async.errors import CorpusError, QuestionsError

@@ -11,13 +11,13 @@ import anyio
 from anyio.abc import TaskGroup
 
 from searchr1_async.billing import TokenUsage
+from searchr1_async.boundary.waits import usable_cores
 from searchr1_async.episodes.types import Episode
 from searchr1_async.errors import ConfigurationError, ServiceError
 from searchr1_async.rollout.gate import GateStatistics, SampleGate
 from searchr1_async.rollout.player import Finished, GroupPlayer, GroupPolicy, GroupTask
 from searchr1_async.rollout.workers.pool import WorkerPool
 from searchr1_async.rollout.workers.scaling import ProcessLoad, wants_more_workers
-from searchr1_async.threads import usable_cores
 
 logger = logging.getLogger(__name__)
 

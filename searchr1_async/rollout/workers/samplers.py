@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import tinker
 from tinker.lib.client_connection_pool_type import ClientConnectionPoolType
 
-from searchr1_async.boundary.sdk import SDK_FAULTS
+from searchr1_async.boundary.network import SDK_FAULTS
 from searchr1_async.config import SamplingSettings
 from searchr1_async.episodes.play import SampledTurn
 from searchr1_async.errors import ConfigurationError, ServiceError

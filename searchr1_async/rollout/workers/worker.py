@@ -18,7 +18,7 @@ import anyio.to_thread
 from anyio.abc import TaskGroup
 
 from searchr1_async import errors
-from searchr1_async.boundary.open_files import raise_limit
+from searchr1_async.boundary.paths import raise_limit
 from searchr1_async.episodes.dialect import Dialect, make_dialect
 from searchr1_async.episodes.tokenizers import load_pretrained_tokenizer
 from searchr1_async.episodes.types import Episode, Passage

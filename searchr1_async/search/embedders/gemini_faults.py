@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from searchr1_async.boundary.retry_after import seconds_asked
+from searchr1_async.boundary.network import seconds_asked
 from searchr1_async.errors import EmbeddingError, SearchError
 from searchr1_async.search.faults import PassingFault, RefusedInput, TooManyRequests
 

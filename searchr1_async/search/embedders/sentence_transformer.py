@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from searchr1_async.boundary.paths import absolute_path
+from searchr1_async.boundary.waits import OwnThread
 from searchr1_async.errors import EmbeddingError
 from searchr1_async.search.embedders.base import Vectors
-from searchr1_async.search.threads import OwnThread
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

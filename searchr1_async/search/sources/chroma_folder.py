@@ -11,6 +11,7 @@ from typing import Any, cast, get_args
 import numpy as np
 
 from searchr1_async.boundary.paths import absolute_path
+from searchr1_async.boundary.waits import in_thread
 from searchr1_async.errors import StoreError
 from searchr1_async.search.embedders.base import Embedder, Vectors
 from searchr1_async.search.sources.base import Block, SourceFacts
@@ -20,7 +21,6 @@ from searchr1_async.search.sources.hnsw_segment import LABELS_NAME, BrokenSegmen
 from searchr1_async.search.sources.named import named_embedder
 from searchr1_async.search.stores.base import Metric
 from searchr1_async.search.stores.chroma.layout import read_answer
-from searchr1_async.threads import in_thread
 
 PAGE = 8_192
 # `NOT INDEXED`: scan by row number; SQLite would otherwise use the id index and sort all rows.

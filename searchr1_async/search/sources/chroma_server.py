@@ -9,6 +9,7 @@ from typing import Any, Self, TypeVar, cast, get_args
 
 import numpy as np
 
+from searchr1_async.boundary.waits import in_thread
 from searchr1_async.errors import StoreError
 from searchr1_async.search.dispatch import Capacity, Dispatcher
 from searchr1_async.search.embedders.base import Embedder
@@ -22,7 +23,6 @@ from searchr1_async.search.stores.chroma.faults import malformed
 from searchr1_async.search.stores.chroma.layout import CollectionModel, read_answer
 from searchr1_async.search.stores.chroma.remote import PAGE
 from searchr1_async.search.stores.chroma.server import ServerDatabase
-from searchr1_async.threads import in_thread
 
 Result = TypeVar("Result")
 

@@ -12,6 +12,7 @@ import anyio
 import anyio.to_thread
 import numpy as np
 
+from searchr1_async.boundary.waits import in_thread
 from searchr1_async.data.corpus import Corpus
 from searchr1_async.episodes.types import Passage
 from searchr1_async.errors import StoreError
@@ -20,7 +21,6 @@ from searchr1_async.search.journal import Journal
 from searchr1_async.search.opening import open_embedder
 from searchr1_async.search.passage_embedding import WINDOW, BuildOptions, PassageEmbedder, next_window, say_cost
 from searchr1_async.search.sources.base import Block, SourceFacts
-from searchr1_async.threads import in_thread
 
 
 class EmbeddedCorpus:

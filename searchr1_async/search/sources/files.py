@@ -13,6 +13,7 @@ import polars as pl
 
 from searchr1_async.boundary.paths import absolute_path
 from searchr1_async.boundary.tables import scan_parquet
+from searchr1_async.boundary.waits import in_thread
 from searchr1_async.data.corpus import CorpusSource, load_corpus
 from searchr1_async.episodes.types import Passage
 from searchr1_async.errors import StoreError
@@ -20,7 +21,6 @@ from searchr1_async.search.embedders.base import Embedder, Vectors
 from searchr1_async.search.sources.base import Block, SourceFacts
 from searchr1_async.search.sources.named import named_embedder
 from searchr1_async.search.stores.base import Metric
-from searchr1_async.threads import in_thread
 
 ROWS = 8_192
 _COLUMNS = ("vector", "embedding")

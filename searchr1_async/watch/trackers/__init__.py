@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from searchr1_async.boundary.values import shown_with_kind
+from searchr1_async.boundary.settings import shown_with_kind
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.watch.trackers.base import QueuedTracker, Tracker, open_trackers
 from searchr1_async.watch.trackers.jsonl import EVENTS_FILE, JsonlTracker

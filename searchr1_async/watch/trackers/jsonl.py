@@ -8,9 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from searchr1_async.boundary.paths import absolute_path
+from searchr1_async.boundary.paths import absolute_path, write_all
 from searchr1_async.events import Event, PhaseAdvanced, PhaseEnded, RolloutSampled
-from searchr1_async.files import write_all
 from searchr1_async.watch.trackers.base import QueuedTracker, Timed
 from searchr1_async.watch.trackers.lines import decoded, encoded
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args
 import anyio
 
 from searchr1_async.boundary.paths import absolute_path
+from searchr1_async.boundary.waits import OwnThread, in_thread
 from searchr1_async.errors import StoreError
 from searchr1_async.search.embedders.base import Vectors
 from searchr1_async.search.faults import PassingFault
@@ -20,8 +21,6 @@ from searchr1_async.search.stores.chroma.faults import fault_of_embedded
 from searchr1_async.search.stores.chroma.layout import INCLUDE, NEW_COLLECTION, CollectionModel
 from searchr1_async.search.stores.chroma.store import ChromaStore
 from searchr1_async.search.stores.proof import refuse_unproven
-from searchr1_async.search.threads import OwnThread
-from searchr1_async.threads import in_thread
 
 if TYPE_CHECKING:
     from chromadb.api import ClientAPI

@@ -14,7 +14,7 @@ from http import HTTPStatus
 import aiohttp
 import orjson
 
-from searchr1_async.boundary.retry_after import seconds_asked
+from searchr1_async.boundary.network import seconds_asked
 from searchr1_async.errors import SearchError, StoreError
 from searchr1_async.search.faults import PassingFault, RefusedInput, TooManyRequests
 

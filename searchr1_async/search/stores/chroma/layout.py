@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from searchr1_async.boundary.cells import name_text
+from searchr1_async.boundary.tables import name_text
 from searchr1_async.data.layouts import split_contents
 from searchr1_async.episodes.types import Passage
 from searchr1_async.errors import StoreError

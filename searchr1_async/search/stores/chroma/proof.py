@@ -12,8 +12,8 @@ from pathlib import Path
 import anyio.from_thread
 import numpy as np
 
+from searchr1_async.boundary.paths import write_atomically
 from searchr1_async.errors import StoreError
-from searchr1_async.files import write_atomically
 from searchr1_async.search.embedders.base import Vectors
 from searchr1_async.search.faults import PassingFault
 from searchr1_async.search.index_folder import building_call

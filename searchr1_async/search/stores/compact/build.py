@@ -30,10 +30,11 @@ import anyio.from_thread
 import anyio.to_thread
 import numpy as np
 
+from searchr1_async.boundary.paths import write_arrays, write_atomically
+from searchr1_async.boundary.waits import in_thread, prepared_ahead, usable_cores
 from searchr1_async.episodes.types import Passage
 from searchr1_async.errors import StoreError
 from searchr1_async.events import Emit, PhaseAdvanced, PhaseEnded, PhaseStarted
-from searchr1_async.files import write_arrays, write_atomically
 from searchr1_async.search.embedders.base import Vectors
 from searchr1_async.search.sources.base import SourceFacts, VectorSource
 from searchr1_async.search.stores.checksums import record_of
@@ -60,7 +61,6 @@ from searchr1_async.search.stores.compact.layout import (
 from searchr1_async.search.stores.compact.lists import ListAssigner, learn_centres, lists_for, sample_size
 from searchr1_async.search.stores.compact.passage_file import PassageWriter
 from searchr1_async.search.stores.compact.vector_file import Rows, VectorFile, VectorWriter
-from searchr1_async.threads import in_thread, prepared_ahead, usable_cores
 
 _SYNC_ROWS = 65_536
 """Rows between two syncs."""

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from searchr1_async.boundary.paths import replacing, write_atomically
 from searchr1_async.errors import StoreError
-from searchr1_async.files import replacing, write_atomically
 from searchr1_async.search.embedders.base import Vectors
 from searchr1_async.search.stores.base import Metric
 from searchr1_async.search.stores.compact.layout import CODES_NAME, LISTS_NAME, SIZES_NAME

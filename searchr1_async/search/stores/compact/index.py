@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from searchr1_async.boundary.waits import prepared_ahead
 from searchr1_async.search.embedders.base import Vectors
 from searchr1_async.search.stores.base import Metric
 from searchr1_async.search.stores.compact.codes import Codes
 from searchr1_async.search.stores.compact.probing import Probing, squared_lengths
 from searchr1_async.search.stores.compact.vector_file import Rows, VectorFile
-from searchr1_async.threads import prepared_ahead
 
 
 @dataclass(frozen=True, slots=True)

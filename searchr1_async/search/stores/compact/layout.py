@@ -21,9 +21,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from searchr1_async.boundary.paths import write_atomically
 from searchr1_async.boundary.settings import Count, Range, check_settings
 from searchr1_async.errors import StoreError
-from searchr1_async.files import write_atomically
 from searchr1_async.search.stores.base import Metric
 from searchr1_async.search.stores.checksums import FileRecord
 

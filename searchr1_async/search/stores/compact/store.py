@@ -13,6 +13,7 @@ import anyio.to_thread
 import numpy as np
 
 from searchr1_async.boundary.paths import absolute_path
+from searchr1_async.boundary.waits import OwnThread, in_thread, usable_cores
 from searchr1_async.errors import ConfigurationError, StoreError
 from searchr1_async.search.embedders.base import Vectors
 from searchr1_async.search.faults import RefusedInput
@@ -25,8 +26,6 @@ from searchr1_async.search.stores.compact.passage_file import PassageFile
 from searchr1_async.search.stores.compact.probing import Probing
 from searchr1_async.search.stores.compact.vector_file import VectorFile
 from searchr1_async.search.stores.proof import SAMPLE, refuse_unproven
-from searchr1_async.search.threads import OwnThread
-from searchr1_async.threads import in_thread, usable_cores
 
 
 def refuse_changed(folder: Path, manifest: CompactManifest, advice: str = ADVICE) -> None:
