@@ -15,7 +15,6 @@ from tinker import types as tinker_types
 
 from searchr1_async.boundary.network import SDK_FAULTS, fault_text, fault_words
 from searchr1_async.config import LearningSettings, LossName, PipelineSettings
-from searchr1_async.connection import Service
 from searchr1_async.episodes.types import Episode, Question, StopReason, Turn
 from searchr1_async.errors import ConfigurationError, ServiceError
 from searchr1_async.events import Emit, Notice
@@ -23,6 +22,7 @@ from searchr1_async.job import TrainingJob
 from searchr1_async.learn.checkpoints import ResumePoint
 from searchr1_async.learn.examples import to_datum
 from searchr1_async.learn.learner import FALLBACK_LOSS
+from searchr1_async.service.connection import Service
 
 PROBE_SECONDS = 300.0
 """Seconds per probe."""

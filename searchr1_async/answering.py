@@ -9,7 +9,6 @@ from typing import Any
 from searchr1_async.answer import Answer
 from searchr1_async.billing import TokenUsage
 from searchr1_async.config import EpisodeLimits, SamplingSettings
-from searchr1_async.connection import Service
 from searchr1_async.episodes.dialect import Dialect
 from searchr1_async.episodes.play import Policy, SampledTurn, SearchTool, play
 from searchr1_async.episodes.types import Episode, Passage, Question
@@ -18,6 +17,7 @@ from searchr1_async.events import BesideSampled, Emit
 from searchr1_async.rollout.policy import NewestWeights, TinkerPolicy
 from searchr1_async.search import Search
 from searchr1_async.search.shown import ShownSearch
+from searchr1_async.service.connection import Service
 from searchr1_async.trained import named_passages, shown_passages
 from searchr1_async.weights import Weights
 

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 from searchr1_async.boundary.paths import absolute_path, as_name_or_folder
 from searchr1_async.boundary.settings import as_text, shown_with_kind
-from searchr1_async.endpoint import ServiceName, is_embedded
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.search import Search
+from searchr1_async.service.connection import ServiceName, is_embedded
 
 TINKER_PATH = "tinker://"
 

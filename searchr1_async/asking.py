@@ -14,7 +14,6 @@ from searchr1_async.arguments import GivenSearch, GivenWeights, model_name
 from searchr1_async.boundary.paths import FilePath, NameOrFolder
 from searchr1_async.boundary.settings import Seconds, checked_arguments, settings_of
 from searchr1_async.config import LocalOptions, SamplingSettings
-from searchr1_async.endpoint import ServiceName, is_embedded
 from searchr1_async.episodes.reward import RecipeReward
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.events import Emit
@@ -23,6 +22,7 @@ from searchr1_async.playing import PlaySettings, ServiceChoice, playing
 from searchr1_async.run_folder import kept_search
 from searchr1_async.search import Search
 from searchr1_async.search.shown import ShownSearch
+from searchr1_async.service.connection import ServiceName, is_embedded
 from searchr1_async.trained import EpisodeChoice
 from searchr1_async.watch.dashboard import Choice
 from searchr1_async.weights import Step, Weights, find_weights

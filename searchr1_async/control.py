@@ -17,7 +17,7 @@ from searchr1_async.errors import ServiceError
 from searchr1_async.events import Emit, RunPaused, RunResumed, emit_nothing
 
 if TYPE_CHECKING:
-    from searchr1_async.connection import Service
+    from searchr1_async.service.connection import Service
 
 
 class RunControl:

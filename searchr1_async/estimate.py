@@ -27,12 +27,12 @@ from searchr1_async.boundary.settings import (
 )
 from searchr1_async.config import EpisodeLimits, WarmUp
 from searchr1_async.data.questions import Questions, checked_questions, optional_questions
-from searchr1_async.endpoint import is_embedded
 from searchr1_async.episodes.types import Question
 from searchr1_async.errors import ConfigurationError, RunFolderError
 from searchr1_async.models import Price
 from searchr1_async.playing import check_format
-from searchr1_async.service import billing_on
+from searchr1_async.service.connection import is_embedded
+from searchr1_async.service.startup import billing_on
 from searchr1_async.sizes import chosen_sizes
 from searchr1_async.watch.records import RunRecords
 

@@ -16,7 +16,6 @@ from searchr1_async.config import (
     SamplingSettings,
     WarmUp,
 )
-from searchr1_async.endpoint import ServiceName
 from searchr1_async.episodes.reward import RewardFunction
 from searchr1_async.episodes.types import Question
 from searchr1_async.estimate import CostEstimate, RunShape, mean_letters
@@ -27,6 +26,7 @@ from searchr1_async.learn.demonstrations import Demonstration
 from searchr1_async.models import Price, Thinking
 from searchr1_async.rollout.order import QuestionOrder
 from searchr1_async.search import Search
+from searchr1_async.service.connection import ServiceName
 from searchr1_async.starting import Start
 
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import anyio
 
 from searchr1_async.billing import TokenUsage, sampling_usage, total_usage
-from searchr1_async.connection import Service
 from searchr1_async.control import RunControl
 from searchr1_async.episodes.types import Episode
 from searchr1_async.errors import ServiceError
@@ -27,6 +26,7 @@ from searchr1_async.recording import delete_checkpoints
 from searchr1_async.rollout.engine import RolloutEngine
 from searchr1_async.rollout.policy import TinkerPolicy
 from searchr1_async.run_folder import OF_NO_STEP, evaluation_steps, load_evaluation, writing_records
+from searchr1_async.service.connection import Service
 from searchr1_async.watch.records import RunRecords
 
 MOST_WAITING = 2

@@ -1,7 +1,7 @@
 """Facts about Tinker's models: family, chat format, thinking, price, retirement.
 
 The data is in ``models.json``, with source and date. What a service offers, only the service knows
-(:func:`searchr1_async.service.open_service` asks it).
+(:func:`searchr1_async.service.startup.open_service` asks it).
 """
 
 from __future__ import annotations

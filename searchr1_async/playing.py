@@ -15,8 +15,6 @@ import anyio
 from searchr1_async.boundary.settings import Count, Natural, Seconds, Share, check_settings
 from searchr1_async.boundary.signals import ending_cleanly
 from searchr1_async.config import MAX_SERVICE_OUTAGE, EpisodeLimits, LocalOptions, SamplingSettings
-from searchr1_async.connection import Service
-from searchr1_async.endpoint import ServiceName, find_endpoint
 from searchr1_async.episodes.dialect import FORMATS, make_dialect
 from searchr1_async.episodes.methods import Method
 from searchr1_async.episodes.rendering import check_thinking
@@ -25,7 +23,6 @@ from searchr1_async.episodes.types import Passage, Question, SearchCall
 from searchr1_async.errors import ConfigurationError, ModelError, SearchError, first_error, ungrouped
 from searchr1_async.events import Emit, Notice, PhaseAdvanced, PhaseEnded, PhaseStarted, RunEnded, RunStarted
 from searchr1_async.models import Thinking
-from searchr1_async.reachability import watching_service
 from searchr1_async.rollout.engine import RolloutEngine
 from searchr1_async.rollout.opening import open_engine
 from searchr1_async.rollout.policy import TinkerPolicy
@@ -33,7 +30,9 @@ from searchr1_async.rollout.workers.messages import WorkerSpec
 from searchr1_async.search import Search
 from searchr1_async.search.queries import clean_query
 from searchr1_async.search.shown import ShownSearch
-from searchr1_async.service import check_chat_format, check_service, open_service
+from searchr1_async.service.availability import watching_service
+from searchr1_async.service.connection import Service, ServiceName, find_endpoint
+from searchr1_async.service.startup import check_chat_format, check_service, open_service
 from searchr1_async.trained import EpisodeChoice, described_differences
 from searchr1_async.watch.dashboard import Choice, View, open_view
 from searchr1_async.watch.fanout import Watchers
@@ -85,7 +84,7 @@ class PlaySettings:
 
 @dataclass(frozen=True, slots=True)
 class ServiceChoice:
-    """Tinker service and model; see :func:`searchr1_async.service.open_service`."""
+    """Tinker service and model; see :func:`searchr1_async.service.startup.open_service`."""
 
     service: ServiceName = None
     model: str | None = None

@@ -12,7 +12,6 @@ from functools import partial
 import anyio
 
 from searchr1_async.boundary.waits import GatheredWriting
-from searchr1_async.connection import Service
 from searchr1_async.episodes.types import Group
 from searchr1_async.errors import ServiceError
 from searchr1_async.events import CheckpointSaved, Emit, StepFinished
@@ -22,6 +21,7 @@ from searchr1_async.learn.checkpoints import CheckpointList, ResumePoint
 from searchr1_async.learn.learner import FinishedStep
 from searchr1_async.run_folder import writing_records
 from searchr1_async.search.statistics import SearchStatistics
+from searchr1_async.service.connection import Service
 from searchr1_async.spending import Spending
 from searchr1_async.watch.metrics import group_metrics, outcome_metrics
 from searchr1_async.watch.records import GroupOutcome, RunRecords

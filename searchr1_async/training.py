@@ -21,9 +21,7 @@ from searchr1_async.answering import LiveAnswers
 from searchr1_async.billing import TokenUsage
 from searchr1_async.boundary.signals import is_interrupt
 from searchr1_async.config import LossName
-from searchr1_async.connection import Service
 from searchr1_async.control import RunControl
-from searchr1_async.endpoint import find_endpoint, is_embedded, is_tinker_cloud
 from searchr1_async.episodes.rendering import AS_TEMPLATE
 from searchr1_async.errors import SearchR1Error, ungrouped
 from searchr1_async.estimate import estimate
@@ -36,7 +34,6 @@ from searchr1_async.learn.learner import Learner
 from searchr1_async.measuring import Measuring
 from searchr1_async.pipeline import Pipeline
 from searchr1_async.playing import open_search
-from searchr1_async.reachability import watching_service
 from searchr1_async.recording import Keeper, StepRecorder, delete_checkpoints, forget_attempt
 from searchr1_async.rollout.engine import RolloutEngine
 from searchr1_async.rollout.opening import open_engine
@@ -57,7 +54,9 @@ from searchr1_async.run_folder import (
     result_of,
     writing_records,
 )
-from searchr1_async.service import billing_on, check_chat_format, check_service, open_service
+from searchr1_async.service.availability import watching_service
+from searchr1_async.service.connection import Service, find_endpoint, is_embedded, is_tinker_cloud
+from searchr1_async.service.startup import billing_on, check_chat_format, check_service, open_service
 from searchr1_async.spending import keep_spending, spending_of, tell_estimate, with_cost
 from searchr1_async.starting import open_start
 from searchr1_async.warming import WarmingUp

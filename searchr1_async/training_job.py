@@ -10,7 +10,6 @@ from searchr1_async.arguments import model_name
 from searchr1_async.boundary.settings import settings_of
 from searchr1_async.config import EpisodeLimits, LearningSettings, LocalOptions, PipelineSettings, SamplingSettings
 from searchr1_async.data.questions import checked_questions, optional_questions
-from searchr1_async.endpoint import is_embedded
 from searchr1_async.episodes.rendering import check_thinking
 from searchr1_async.episodes.reward import RecipeReward
 from searchr1_async.errors import ConfigurationError
@@ -19,7 +18,8 @@ from searchr1_async.job import TrainingJob
 from searchr1_async.learn.checkpoints import ResumePoint
 from searchr1_async.playing import check_format
 from searchr1_async.run_folder import find_point
-from searchr1_async.service import billing_on
+from searchr1_async.service.connection import is_embedded
+from searchr1_async.service.startup import billing_on
 from searchr1_async.sizes import chosen_sizes
 from searchr1_async.spending import check_max_cost
 from searchr1_async.starting import Start, chosen_model, chosen_rank, find_start, resumed_start

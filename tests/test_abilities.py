@@ -22,7 +22,7 @@ from searchr1_async.learn.checkpoints import ResumePoint
 from searchr1_async.local.backend import SampleRequest, SampleResult, Snapshot, UserFault
 from searchr1_async.local.sampling import Sampling
 from searchr1_async.local.scripted import ScriptedBackend
-from searchr1_async.service import Service
+from searchr1_async.service.startup import Service
 from tests import tiny_world
 from tests.local.serving import sdk, service_thread, successors
 

@@ -14,10 +14,9 @@ import tinker
 
 import searchr1_async as sr
 from searchr1_async.boundary.network import SDK_FAULTS, fault_text
-from searchr1_async.connection import wait_for
-from searchr1_async.endpoint import find_endpoint, is_embedded, is_tinker_cloud
 from searchr1_async.events import Event, Notice
-from searchr1_async.offered import choose_model
+from searchr1_async.service.availability import choose_model
+from searchr1_async.service.connection import find_endpoint, is_embedded, is_tinker_cloud, wait_for
 from tests import tiny_world
 from tests.local.serving import KEY, sdk, service_thread
 

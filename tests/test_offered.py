@@ -15,13 +15,13 @@ import tinker
 from aiohttp import web
 
 import searchr1_async as sr
-from searchr1_async.endpoint import is_tinker_cloud
 from searchr1_async.errors import ModelError, ServiceError, ServiceUnavailableError
 from searchr1_async.events import Event, Notice, RunStarted
 from searchr1_async.local.scripted import ScriptedBackend
 from searchr1_async.local.server import Service
 from searchr1_async.models import known_models
-from searchr1_async.offered import ask_offered, choose_model
+from searchr1_async.service.availability import ask_offered, choose_model
+from searchr1_async.service.connection import is_tinker_cloud
 from searchr1_async.watch.state import RunState
 from tests import tiny_world
 from tests.episodes.stand_in import stand_in
@@ -297,7 +297,7 @@ async def test_a_refusal_is_an_error_and_shows_no_key(tmp_path: Path, monkeypatc
 
 
 async def test_a_service_that_does_not_list_models_times_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("searchr1_async.offered.ASK_DEADLINE", 0.5)
+    monkeypatch.setattr("searchr1_async.service.availability.ASK_DEADLINE", 0.5)
     with (
         answering(tmp_path, monkeypatch, 503, b"{}") as url,
         pytest.raises(ServiceUnavailableError, match="did not list"),

@@ -14,7 +14,7 @@ import pytest
 
 import searchr1_async as sr
 from searchr1_async.config import LocalOptions
-from searchr1_async.service import check_service
+from searchr1_async.service.startup import check_service
 from tests import tiny_world
 
 pytestmark = pytest.mark.anyio
@@ -205,7 +205,7 @@ async def test_a_silent_service_is_named_within_ten_seconds(
 ) -> None:
     url = request.getfixturevalue(kind)
     monkeypatch.setenv("TINKER_API_KEY", "tml-secret-key")
-    monkeypatch.setattr("searchr1_async.service.CONNECT_DEADLINE", 1.0)
+    monkeypatch.setattr("searchr1_async.service.startup.CONNECT_DEADLINE", 1.0)
     changes: dict[str, Any] = {"service": url}
     if way == "environment":
         monkeypatch.setenv("TINKER_BASE_URL", url)
@@ -221,7 +221,7 @@ async def test_a_silent_service_is_named_within_ten_seconds(
 
 
 async def test_the_deadline_is_ten_seconds() -> None:
-    from searchr1_async.service import CONNECT_DEADLINE
+    from searchr1_async.service.startup import CONNECT_DEADLINE
 
     assert CONNECT_DEADLINE <= 10
 

@@ -19,7 +19,6 @@ import polars as pl
 
 from searchr1_async.data.overlap import find_overlap
 from searchr1_async.data.suites import Suite
-from searchr1_async.endpoint import is_embedded, is_tinker_cloud
 from searchr1_async.episodes.dialect import SEARCH_TOOL
 from searchr1_async.episodes.methods import EXAMPLES, INSTRUCTIONS, WITHOUT_TOOL, Method
 from searchr1_async.episodes.recipe import load_recipe_prompt
@@ -34,6 +33,7 @@ from searchr1_async.evaluation.systems import MeasuredSystem
 from searchr1_async.playing import PlaySettings
 from searchr1_async.run_folder import training_questions
 from searchr1_async.search.record import record_of
+from searchr1_async.service.connection import is_embedded, is_tinker_cloud
 from searchr1_async.watch.rows import storable
 
 _PACKAGES = (

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from searchr1_async.arguments import model_name
 from searchr1_async.data.suites import Suite
-from searchr1_async.endpoint import is_embedded
 from searchr1_async.episodes.dialect import check_recipe
 from searchr1_async.episodes.types import Question
 from searchr1_async.errors import ConfigurationError
@@ -18,7 +17,8 @@ from searchr1_async.evaluation.judging import FoundJudge, find_judge
 from searchr1_async.evaluation.systems import MeasuredSystem
 from searchr1_async.playing import PlaySettings, ServiceChoice
 from searchr1_async.search import Search
-from searchr1_async.service import default_model
+from searchr1_async.service.connection import is_embedded
+from searchr1_async.service.startup import default_model
 from searchr1_async.trained import EpisodeChoice, named_passages
 from searchr1_async.weights import Weights
 

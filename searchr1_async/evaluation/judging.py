@@ -13,7 +13,6 @@ import anyio
 import polars as pl
 
 from searchr1_async.boundary.waits import GatheredItems
-from searchr1_async.connection import Service
 from searchr1_async.episodes.rendering import select_renderer
 from searchr1_async.episodes.tokenizers import load_tokenizer
 from searchr1_async.episodes.types import Question
@@ -22,9 +21,10 @@ from searchr1_async.evaluation.judge import Judge, judge_answers
 from searchr1_async.evaluation.store import JUDGEMENTS_NAME, EpisodeStore, SampleKey
 from searchr1_async.evaluation.systems import MeasuredSystem
 from searchr1_async.events import Emit, PhaseAdvanced, PhaseEnded, PhaseStarted
-from searchr1_async.offered import choose_model
 from searchr1_async.rollout.policy import TinkerPolicy
 from searchr1_async.run_folder import writing_records
+from searchr1_async.service.availability import choose_model
+from searchr1_async.service.connection import Service
 from searchr1_async.weights import Weights, find_weights
 
 _WRITE_INTERVAL = 1.0

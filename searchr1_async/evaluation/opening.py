@@ -8,15 +8,14 @@ from typing import Any
 
 import anyio
 
-from searchr1_async.connection import Service
-from searchr1_async.endpoint import is_embedded
 from searchr1_async.episodes.rendering import select_renderer
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.evaluation.job import EvaluationJob, ServiceStage
 from searchr1_async.evaluation.judging import open_judge
 from searchr1_async.events import Emit
 from searchr1_async.playing import check_prompt, opened_service, policy_of
-from searchr1_async.service import check_service, default_model, load_embedded_tokenizer
+from searchr1_async.service.connection import Service, is_embedded
+from searchr1_async.service.startup import check_service, default_model, load_embedded_tokenizer
 
 OpenedStage = tuple[ServiceStage, Service | None]
 """A stage and its service; None for an embedded service, which starts when its stage runs."""

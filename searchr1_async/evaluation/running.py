@@ -10,8 +10,6 @@ import anyio
 import polars as pl
 
 from searchr1_async.boundary.paths import write_parquet
-from searchr1_async.connection import Service
-from searchr1_async.endpoint import find_endpoint
 from searchr1_async.errors import RunFolderError
 from searchr1_async.evaluation.asked import QUESTIONS_NAME, asked_questions, interleaved, questions_frame
 from searchr1_async.evaluation.describe import continued, describe, refuse_changes
@@ -30,6 +28,7 @@ from searchr1_async.playing import open_search, opened_engine, opened_service, p
 from searchr1_async.rollout.policy import TinkerPolicy
 from searchr1_async.rollout.workers.messages import WorkerSpec
 from searchr1_async.run_folder import claimed, keep_tokenizer, writing_records
+from searchr1_async.service.connection import Service, find_endpoint
 from searchr1_async.trained import described_differences
 from searchr1_async.watch.fanout import Watchers
 from searchr1_async.watch.trackers import make_trackers, open_trackers

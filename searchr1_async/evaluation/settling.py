@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import anyio
 
-from searchr1_async.endpoint import is_embedded
 from searchr1_async.episodes.rendering import AS_TEMPLATE
 from searchr1_async.evaluation.job import EvaluationJob
 from searchr1_async.evaluation.manifest import Manifest
 from searchr1_async.events import Emit, Notice
-from searchr1_async.service import choose_service_model
+from searchr1_async.service.connection import is_embedded
+from searchr1_async.service.startup import choose_service_model
 
 
 async def settled(job: EvaluationJob, emit: Emit) -> EvaluationJob:

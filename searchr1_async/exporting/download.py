@@ -11,8 +11,8 @@ import aiohttp
 import anyio
 import anyio.to_thread
 
-from searchr1_async.connection import Service
 from searchr1_async.errors import ExportError, ServiceError
+from searchr1_async.service.connection import Service
 
 logger = logging.getLogger(__name__)
 

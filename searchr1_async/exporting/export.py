@@ -23,9 +23,7 @@ from searchr1_async.boundary.paths import FilePath, NameOrFolder
 from searchr1_async.boundary.settings import checked_arguments
 from searchr1_async.boundary.waits import in_thread
 from searchr1_async.config import LocalOptions
-from searchr1_async.connection import Service
 from searchr1_async.control import run_under_way
-from searchr1_async.endpoint import find_endpoint, is_embedded
 from searchr1_async.errors import ConfigurationError, ExportError, RunFolderError, ServiceError, ungrouped
 from searchr1_async.events import Emit, Notice, emit_nothing
 from searchr1_async.exporting.card import CardFacts, model_card
@@ -34,7 +32,8 @@ from searchr1_async.exporting.hub import check_hub_name, push
 from searchr1_async.exporting.merging import merge, read_adapter
 from searchr1_async.playing import ServiceChoice, opened_service
 from searchr1_async.run_folder import is_claimed
-from searchr1_async.service import (
+from searchr1_async.service.connection import Service, find_endpoint, is_embedded
+from searchr1_async.service.startup import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     base_folder,

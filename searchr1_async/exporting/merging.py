@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from searchr1_async.errors import ExportError
-from searchr1_async.service import ADAPTER_CONFIG, ADAPTER_WEIGHTS, lora_parts
+from searchr1_async.service.startup import ADAPTER_CONFIG, ADAPTER_WEIGHTS, lora_parts
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -14,7 +14,7 @@ from searchr1_async.billing import TokenUsage
 from searchr1_async.boundary.network import SDK_FAULTS, fault_text
 from searchr1_async.episodes.types import Episode
 from searchr1_async.errors import ServiceError
-from searchr1_async.learn.calls import TrainingCalls
+from searchr1_async.service.connection import TrainingCalls
 
 _AT_ONCE = 64
 """Concurrent requests to the base model: enough to keep it busy without delaying samples."""

@@ -26,7 +26,7 @@ PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
 CHILD = """
 import asyncio, json, sys
 from searchr1_async.config import LocalOptions
-from searchr1_async.service import check_service, open_service
+from searchr1_async.service.startup import check_service, open_service
 from searchr1_async.errors import SearchR1Error
 from pathlib import Path
 

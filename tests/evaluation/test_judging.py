@@ -10,7 +10,6 @@ from typing import Any, cast
 import anyio
 import pytest
 
-from searchr1_async.connection import Service
 from searchr1_async.episodes.play import SampledTurn
 from searchr1_async.errors import ServiceError
 from searchr1_async.evaluation import judging
@@ -19,6 +18,7 @@ from searchr1_async.evaluation.judging import FoundJudge, OpenJudge, archive_ver
 from searchr1_async.evaluation.store import JUDGEMENTS_NAME, EpisodeStore
 from searchr1_async.evaluation.systems import System, find_systems
 from searchr1_async.events import Event, PhaseAdvanced
+from searchr1_async.service.connection import Service
 from searchr1_async.weights import Weights
 from tests.local.tiny import make_tiny_tokenizer
 from tests.players import ScriptedPolicy

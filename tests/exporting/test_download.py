@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from searchr1_async.connection import Service
 from searchr1_async.errors import ExportError, ServiceError
 from searchr1_async.exporting import download
 from searchr1_async.exporting.download import download_adapter
+from searchr1_async.service.connection import Service
 
 pytestmark = pytest.mark.anyio
 

@@ -1,4 +1,4 @@
-"""Checks, opens and closes the Tinker service found by :mod:`~searchr1_async.endpoint`. Only this module imports the embedded one."""
+"""Checks, opens and closes the Tinker service found by :mod:`~searchr1_async.service.connection`. Only this module imports the embedded one."""
 
 from __future__ import annotations
 
@@ -17,8 +17,6 @@ from searchr1_async.boundary.network import SDK_FAULTS, fault_text, prepare_prox
 from searchr1_async.boundary.paths import folder_at
 from searchr1_async.boundary.waits import Tell, bounded_wait
 from searchr1_async.config import LocalOptions
-from searchr1_async.connection import Service
-from searchr1_async.endpoint import ServiceName, find_endpoint, is_embedded, is_tinker_cloud, prepare
 from searchr1_async.episodes.rendering import check_thinking, known_format, select_renderer
 from searchr1_async.episodes.tokenizers import load_tokenizer
 from searchr1_async.errors import ConfigurationError, PortInUseError
@@ -27,7 +25,25 @@ from searchr1_async.local import DEFAULT_MODEL, local_service
 from searchr1_async.local.models import local_copy, published_name, resolve_model
 from searchr1_async.local.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, IMPORT_ROUTE, lora_parts
 from searchr1_async.models import Price, Thinking, default_cloud_model
-from searchr1_async.offered import Offered, ask_offered, choose_model
+from searchr1_async.service.availability import Offered, ask_offered, choose_model
+from searchr1_async.service.connection import Service, ServiceName, find_endpoint, is_embedded, is_tinker_cloud, prepare
+
+__all__ = [
+    "ADAPTER_CONFIG",
+    "ADAPTER_WEIGHTS",
+    "IMPORT_ROUTE",
+    "base_folder",
+    "base_model_of",
+    "billing_on",
+    "check_chat_format",
+    "check_service",
+    "choose_service_model",
+    "default_model",
+    "load_embedded_tokenizer",
+    "lora_parts",
+    "open_service",
+    "published_base",
+]
 
 CONNECT_DEADLINE = 10.0
 """Seconds a service has to answer; the SDK alone would retry for minutes."""
@@ -101,7 +117,7 @@ async def check_service(
         The name of the model that will be used.
 
     Raises:
-        ConfigurationError: no usable service: see :func:`~searchr1_async.endpoint.prepare`.
+        ConfigurationError: no usable service: see :func:`~searchr1_async.service.connection.prepare`.
         ServiceUnavailableError: no answer within 10 s, or no list of models within 30 s.
         ModelError: the embedded service's model is not available, or the service does not offer the model.
         PortInUseError: the embedded service's port is in use.
@@ -301,21 +317,3 @@ async def load_embedded_tokenizer(model: str, tokenizer: str | None) -> Any:
     """
     files = await anyio.to_thread.run_sync(resolve_model, model)
     return await load_tokenizer(tokenizer or str(files.folder))
-
-
-__all__ = [
-    "ADAPTER_CONFIG",
-    "ADAPTER_WEIGHTS",
-    "IMPORT_ROUTE",
-    "base_folder",
-    "base_model_of",
-    "billing_on",
-    "check_chat_format",
-    "check_service",
-    "choose_service_model",
-    "default_model",
-    "load_embedded_tokenizer",
-    "lora_parts",
-    "open_service",
-    "published_base",
-]

@@ -1,0 +1,348 @@
+"""A connected Tinker service: training clients, sampling clients and checkpoints, each call with a deadline.
+
+Resolves the ``service`` argument: the named service, else one the SDK has credentials for, else the embedded one.
+
+Deadlines and errors of calls on a training client.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import os
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import anyio
+import tinker
+from tinker.types import ExternalWeightsUrlsResponse, WeightsInfoResponse
+
+from searchr1_async.billing import is_tinker_host
+from searchr1_async.boundary.network import SDK_FAULTS, checked_url, fault_text, prepare_proxies
+from searchr1_async.boundary.settings import shown
+from searchr1_async.boundary.waits import PausableDeadlines, Tell, bounded_wait, say_nothing
+from searchr1_async.errors import ConfigurationError, SearchR1Error, ServiceError
+from searchr1_async.service.availability import Offered, ServiceWatch
+
+EMBEDDED = "embedded"
+"""Value of ``service=`` for the embedded service, regardless of credentials."""
+
+ServiceName = str | tinker.ServiceClient | None
+"""The argument ``service``: a base URL, ``"embedded"``, a client, or None to use the environment."""
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """A Tinker service, not yet opened."""
+
+    kind: Literal["embedded", "url", "cloud", "client"]
+    reason: str
+    """Why it was chosen, as text."""
+    url: str | None = None
+    """Base URL; None for the embedded service and for the cloud, whose URL the SDK knows."""
+
+    @property
+    def text(self) -> str:
+        """First line of a run."""
+        where = {
+            "embedded": "the embedded Tinker service on this machine",
+            "cloud": "Tinker's cloud",
+            "url": f"the Tinker service at {self.url}",
+            "client": "the Tinker service of the given client" + (f", {self.url}" if self.url else ""),
+        }[self.kind]
+        return f"using {where}: {self.reason}"
+
+
+def find_endpoint(service: ServiceName) -> Endpoint:
+    """Resolves the argument ``service`` in this environment. Opens nothing.
+
+    Raises:
+        ConfigurationError: no service, an invalid URL or key, or unreadable SDK credentials.
+    """
+    if isinstance(service, tinker.ServiceClient):
+        return Endpoint("client", "service=… gives it", getattr(service, "_base_url", None) or _resolved(None))
+    if service is not None and not isinstance(service, str):
+        raise ConfigurationError(
+            f"service is {shown(service)} ({type(service).__name__}): pass a URL, {EMBEDDED!r} or a tinker.ServiceClient"
+        )
+    if service == EMBEDDED:
+        return Endpoint("embedded", f"service={EMBEDDED!r} names it")
+    if service is not None:
+        _check_key()
+        return Endpoint("url", "service=… names it", checked_url(service, "service"))
+    if base_url := os.environ.get("TINKER_BASE_URL"):
+        _check_key()
+        return Endpoint("url", "TINKER_BASE_URL names it", checked_url(base_url, "TINKER_BASE_URL"))
+    if (source := credentials_source()) is not None:
+        _check_key()
+        return Endpoint("cloud", f"{source}, and no other service is named")
+    return Endpoint(
+        "embedded",
+        "no service is named, and the Tinker SDK has no credentials (TINKER_API_KEY, TINKER_CREDENTIAL_CMD or tinker auth login)",
+    )
+
+
+def credentials_source() -> str | None:
+    """Where the SDK finds its credentials, as text; None if it has none. Refuses unreadable credentials."""
+    if os.environ.get("TINKER_API_KEY"):
+        return "TINKER_API_KEY is set"
+    try:
+        from tinker.lib._auth_token_provider import resolve_auth_provider
+    except ImportError:  # an SDK with API keys only
+        return None
+    try:
+        resolve_auth_provider(None, enforce_cmd=False)
+    except tinker.TinkerError:
+        return None
+    except (TypeError, RuntimeError):  # a different SDK signature; no home folder
+        return None
+    except (ValueError, OSError) as error:
+        raise ConfigurationError(
+            f"cannot read the credentials stored by `tinker auth login` ({type(error).__name__}): log in again, set "
+            f"TINKER_API_KEY, or pass service={EMBEDDED!r} for the embedded service"
+        ) from error
+    if os.environ.get("TINKER_CREDENTIAL_CMD"):
+        return "TINKER_CREDENTIAL_CMD is set"
+    return "tinker auth login has stored a key"
+
+
+def is_embedded(service: ServiceName) -> bool:
+    """Whether this is the embedded service."""
+    return find_endpoint(service).kind == "embedded"
+
+
+def is_tinker_cloud(service: ServiceName) -> bool:
+    """Whether a service is Tinker's cloud, judging by its address."""
+    endpoint = find_endpoint(service)
+    return endpoint.kind == "cloud" or (endpoint.url is not None and is_tinker_host(_host(endpoint.url)))
+
+
+def prepare(service: ServiceName) -> Endpoint:
+    """Resolves the endpoint and prepares the environment's proxies for it."""
+    endpoint = find_endpoint(service)
+    prepare_proxies(endpoint.url or ("http://127.0.0.1" if endpoint.kind == "embedded" else _resolved(None)))
+    return endpoint
+
+
+def address_of(client: tinker.ServiceClient) -> str:
+    """The base URL of a client."""
+    return _resolved(getattr(client, "_base_url", None))
+
+
+def _resolved(url: Any) -> str:
+    try:
+        from tinker.lib.base_url import resolve_base_url
+    except ImportError:
+        return str(url or os.environ.get("TINKER_BASE_URL") or "https://tinker.thinkingmachines.dev")
+    return resolve_base_url(url)
+
+
+def _host(url: str) -> str:
+    from urllib.parse import urlsplit
+
+    return urlsplit(url).hostname or ""
+
+
+def _check_key() -> None:
+    """Refuses a key that cannot be sent in an HTTP header, which the SDK would retry for a minute."""
+    key = os.environ.get("TINKER_API_KEY", "")
+    if not key.isascii() or not key.isprintable() or key != key.strip():
+        raise ConfigurationError(
+            "TINKER_API_KEY contains a space, a line break or a character that keys never have: set it to the key alone"
+        )
+
+
+_SETUP_DEADLINE = 300.0
+"""Seconds for creating a session, a training client or a sampling client."""
+_EXTERNAL_DEADLINE = 1800.0
+"""Seconds for saving external weights: a large model's adapter is gigabytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """A connected Tinker service and the model used on it. A refused or unanswered call raises :class:`ServiceError`."""
+
+    client: tinker.ServiceClient
+    model_name: str
+    tokenizer: Any
+    """The model's Hugging Face tokenizer."""
+    is_local: bool
+    """The embedded service, started by this process."""
+    is_tinker: bool = False
+    """Tinker's own cloud, judging by the address."""
+    offered: Offered = None
+    """The models it lists; None if it has no list."""
+    model_folder: Path | None = None
+    """Folder of the embedded service's model weights; None elsewhere."""
+    connect: Callable[[], AbstractAsyncContextManager[tinker.ServiceClient]] | None = field(default=None, repr=False)
+    """Opens another session; None for the user's own client."""
+    watch: ServiceWatch | None = field(default=None, repr=False)
+    """Detects outages while work uses the service."""
+    tell: Tell = field(default=say_nothing, repr=False)
+    """Called with a sentence for each wait over 5 seconds."""
+
+    @property
+    def url(self) -> str:
+        """Base URL."""
+        return address_of(self.client)
+
+    @asynccontextmanager
+    async def session(self) -> AsyncIterator[Service]:
+        """The same service in a separate session, whose models are freed at the end."""
+        if self.connect is None:
+            yield self
+            return
+        async with self.connect() as client:
+            yield replace(self, client=client)
+
+    async def create_training_client(self, *, rank: int, seed: int) -> tinker.TrainingClient:
+        """Creates a new LoRA adapter."""
+        return await self._wait(
+            "creating a training client",
+            lambda: self.client.create_lora_training_client(self.model_name, rank=rank, seed=seed),
+        )
+
+    async def restore_training_client(self, state_path: str) -> tinker.TrainingClient:
+        """A training client with the weights and optimiser state saved under a ``tinker://`` path."""
+        return await self._wait(
+            f"restoring {state_path}",
+            lambda: self.client.create_training_client_from_state_with_optimizer(state_path),
+        )
+
+    async def load_weights(self, state_path: str) -> tinker.TrainingClient:
+        """A training client with the weights saved under a ``tinker://…/weights/…`` path and a new optimizer."""
+        return await self._wait(
+            f"loading {state_path}", lambda: self.client.create_training_client_from_state(state_path)
+        )
+
+    async def save_external(self, client: tinker.TrainingClient, name: str, *, ttl_seconds: int) -> str:
+        """Saves a model's adapter for download; returns its ``tinker://…/external_weights/…`` path. Older services lack it.
+
+        Args:
+            ttl_seconds: time to live; Tinker's minimum is 3,600.
+        """
+        saved = await self._wait(
+            "saving external weights",
+            lambda: client.save_weights_external(name, ttl_seconds=ttl_seconds),
+            deadline=_EXTERNAL_DEADLINE,
+        )
+        return saved.path
+
+    async def external_urls(self, path: str) -> ExternalWeightsUrlsResponse:
+        """Signed URLs of the files of external weights."""
+        rest = await self._rest()
+        return await self._wait(f"asking for the files of {path}", lambda: rest.get_external_weights_urls(path))
+
+    async def weights_info(self, path: str) -> WeightsInfoResponse:
+        """The base model and the LoRA rank of saved weights."""
+        rest = await self._rest()
+        return await self._wait(f"asking about {path}", lambda: rest.get_weights_info_by_tinker_path(path))
+
+    async def create_sampling_client(
+        self, sampler_path: str | None = None, *, base_model: str | None = None
+    ) -> tinker.SamplingClient:
+        """A sampling client for saved weights or a base model (default: this service's)."""
+        if sampler_path is not None:
+            return await self._wait(
+                f"opening {sampler_path}", lambda: self.client.create_sampling_client(model_path=sampler_path)
+            )
+        model = base_model or self.model_name
+        return await self._wait(f"opening {model}", lambda: self.client.create_sampling_client(base_model=model))
+
+    async def delete_checkpoint(self, path: str) -> None:
+        rest = await self._rest()
+        await self._wait(f"deleting {path}", lambda: rest.delete_checkpoint_from_tinker_path(path))
+
+    async def _wait(self, doing: str, submit: Callable[[], Any], deadline: float = _SETUP_DEADLINE) -> Any:
+        return await wait_for(doing, submit, deadline, self.tell, None if self.watch is None else self.watch.deadlines)
+
+    async def _rest(self) -> tinker.RestClient:
+        # On the session's connections, which close with it; the first use of an address blocks.
+        return await anyio.to_thread.run_sync(lambda: tinker.RestClient(self.client.holder))
+
+
+async def wait_for(
+    doing: str,
+    submit: Callable[[], Any],
+    deadline: float = _SETUP_DEADLINE,
+    tell: Tell = say_nothing,
+    deadlines: PausableDeadlines | None = None,
+) -> Any:
+    """Runs an SDK call that may block (the first one opens the session) and waits for its result.
+
+    Args:
+        doing: for messages.
+        deadline: seconds, which stand still while ``deadlines`` are paused.
+        tell: called with a sentence if the wait is over 5 seconds.
+
+    Raises:
+        ServiceError: refused, or no answer.
+    """
+    try:
+        with bounded_wait(f"{doing}: the Tinker service has not answered yet", tell, deadline, deadlines):
+            future = await anyio.to_thread.run_sync(submit, abandon_on_cancel=True)
+            return await future
+    except TimeoutError as error:
+        raise ServiceError(f"{doing}: the Tinker service did not answer within {deadline:g} s") from error
+    except SDK_FAULTS as error:
+        raise ServiceError(f"{doing} failed at the Tinker service: {fault_text(error)}") from error
+
+
+class TrainingCalls:
+    """Deadline of training calls, which stops while the run is paused, and their errors.
+
+    Args:
+        deadline: seconds for all training calls of one step, after which the service counts as dead.
+    """
+
+    def __init__(self, deadline: float) -> None:
+        self.deadline = deadline
+        self._deadlines = PausableDeadlines()
+
+    def pause(self, is_paused: bool) -> None:
+        """Pauses or resumes the deadlines of pending calls."""
+        self._deadlines.pause(is_paused)
+
+    @contextmanager
+    def waiting(self, doing: str, error: type[SearchR1Error] = ServiceError) -> Iterator[None]:
+        """Context for waiting on the service.
+
+        Args:
+            doing: the operation, for the error message.
+            error: error class raised on failure or timeout.
+        """
+        try:
+            with self._deadlines.limit(self.deadline) as scope:
+                yield
+        except SearchR1Error:
+            raise
+        except SDK_FAULTS as fault:
+            raise error(f"{doing} failed at the Tinker service: {fault_text(fault)}") from fault
+        if scope.cancelled_caught:
+            raise error(
+                f"{doing} took over {self.deadline:g} s at the Tinker service: if it is only slow, or paused for capacity, raise "
+                "training_deadline"
+            )
+
+
+async def until_done(future: tinker.APIFuture[Any]) -> None:
+    """Waits without awaiting the future, which would cancel the call with the wait, and raise its error here."""
+    done = asyncio.Event()
+    when_done(future, done.set, also_failed=True)
+    await done.wait()
+
+
+def when_done(future: tinker.APIFuture[Any], tell: Callable[[], None], *, also_failed: bool = False) -> None:
+    """Calls ``tell`` in this event loop when the SDK call ends, unless the loop is closed."""
+    loop = asyncio.get_running_loop()
+
+    def ended(inner: concurrent.futures.Future[Any]) -> None:
+        is_good = not inner.cancelled() and inner.exception() is None
+        if (is_good or also_failed) and not loop.is_closed():
+            with suppress(RuntimeError):  # closed just now
+                loop.call_soon_threadsafe(tell)
+
+    future.future().add_done_callback(ended)
