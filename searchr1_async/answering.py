@@ -9,7 +9,7 @@ from typing import Any
 from searchr1_async.answer import Answer
 from searchr1_async.billing import TokenUsage
 from searchr1_async.config import EpisodeLimits, SamplingSettings
-from searchr1_async.episodes.dialect import Dialect
+from searchr1_async.episodes.formats import Dialect
 from searchr1_async.episodes.play import Policy, SampledTurn, SearchTool, play
 from searchr1_async.episodes.types import Episode, Passage, Question
 from searchr1_async.errors import QuestionsError, SearchError, ServiceError

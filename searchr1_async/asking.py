@@ -14,7 +14,7 @@ from searchr1_async.arguments import GivenSearch, GivenWeights, model_name
 from searchr1_async.boundary.paths import FilePath, NameOrFolder
 from searchr1_async.boundary.settings import Seconds, checked_arguments, settings_of
 from searchr1_async.config import LocalOptions, SamplingSettings
-from searchr1_async.episodes.reward import RecipeReward
+from searchr1_async.episodes.rewards import RecipeReward
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.events import Emit
 from searchr1_async.models import Thinking

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from types import CodeType, FunctionType, MethodType
 from typing import Any
 
-from searchr1_async.episodes.reward import RecipeReward, RewardFunction
+from searchr1_async.episodes.rewards import RecipeReward, RewardFunction
 from searchr1_async.episodes.types import Question
 from searchr1_async.errors import RunFolderError
 

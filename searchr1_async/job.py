@@ -16,7 +16,7 @@ from searchr1_async.config import (
     SamplingSettings,
     WarmUp,
 )
-from searchr1_async.episodes.reward import RewardFunction
+from searchr1_async.episodes.rewards import RewardFunction
 from searchr1_async.episodes.types import Question
 from searchr1_async.estimate import CostEstimate, RunShape, mean_letters
 from searchr1_async.evaluation.result import Evaluation

@@ -15,10 +15,10 @@ import anyio
 from searchr1_async.boundary.settings import Count, Natural, Seconds, Share, check_settings
 from searchr1_async.boundary.signals import ending_cleanly
 from searchr1_async.config import MAX_SERVICE_OUTAGE, EpisodeLimits, LocalOptions, SamplingSettings
-from searchr1_async.episodes.dialect import FORMATS, make_dialect
-from searchr1_async.episodes.methods import Method
+from searchr1_async.episodes.formats import FORMATS, make_dialect
+from searchr1_async.episodes.prompts import Method, clean_query
 from searchr1_async.episodes.rendering import check_thinking
-from searchr1_async.episodes.reward import RewardFunction
+from searchr1_async.episodes.rewards import RewardFunction
 from searchr1_async.episodes.types import Passage, Question, SearchCall
 from searchr1_async.errors import ConfigurationError, ModelError, SearchError, first_error, ungrouped
 from searchr1_async.events import Emit, Notice, PhaseAdvanced, PhaseEnded, PhaseStarted, RunEnded, RunStarted
@@ -28,7 +28,6 @@ from searchr1_async.rollout.opening import open_engine
 from searchr1_async.rollout.policy import TinkerPolicy
 from searchr1_async.rollout.workers.messages import WorkerSpec
 from searchr1_async.search import Search
-from searchr1_async.search.queries import clean_query
 from searchr1_async.search.shown import ShownSearch
 from searchr1_async.service.availability import watching_service
 from searchr1_async.service.connection import Service, ServiceName, find_endpoint

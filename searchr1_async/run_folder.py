@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 from searchr1_async.billing import Billing, Cost, TokenUsage, find_price
 from searchr1_async.boundary.paths import write_atomically, write_parquet
 from searchr1_async.boundary.tables import read_parquet
+from searchr1_async.episodes.table import storable
 from searchr1_async.episodes.types import Question
 from searchr1_async.errors import CheckpointError, ConfigurationError, RunFolderError, first_error
 from searchr1_async.evaluation.manifest import MANIFEST_NAME
@@ -34,7 +35,6 @@ from searchr1_async.search import Search
 from searchr1_async.search.record import record_of, search_of
 from searchr1_async.trained import SEARCH_FILE, kept_record
 from searchr1_async.watch.records import RunRecords
-from searchr1_async.watch.rows import storable
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from searchr1_async.boundary.settings import settings_of
 from searchr1_async.config import EpisodeLimits, LearningSettings, LocalOptions, PipelineSettings, SamplingSettings
 from searchr1_async.data.questions import checked_questions, optional_questions
 from searchr1_async.episodes.rendering import check_thinking
-from searchr1_async.episodes.reward import RecipeReward
+from searchr1_async.episodes.rewards import RecipeReward
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.held_out import refuse_overlap
 from searchr1_async.job import TrainingJob

@@ -22,7 +22,7 @@ from pathlib import Path
 import polars as pl
 
 from searchr1_async.data.suites import load_suites
-from searchr1_async.episodes.reward import cover_match, exact_match, f1_score, normalize_answer
+from searchr1_async.episodes.rewards import cover_match, exact_match, f1_score, normalize_answer
 
 SINGLE_PRECISION = 1e-6
 """torchmetrics counts in 32 bits."""

@@ -29,7 +29,8 @@ from transformers import AutoTokenizer
 from benchmarks.shared.processes import child_environment, command_of
 from benchmarks.shared.report import write_result
 from searchr1_async.config import EpisodeLimits, SamplingSettings
-from searchr1_async.episodes.dialect import make_dialect
+from searchr1_async.episodes.formats import make_dialect
+from searchr1_async.episodes.prompts import clean_query
 from searchr1_async.episodes.types import Episode, Passage, Question
 from searchr1_async.local import DEFAULT_MODEL, Scripted, local_service
 from searchr1_async.local.models import resolve_model
@@ -39,7 +40,6 @@ from searchr1_async.rollout.policy import TinkerPolicy
 from searchr1_async.rollout.pulse import Pulse
 from searchr1_async.rollout.workers.messages import WorkerSpec
 from searchr1_async.rollout.workers.pool import WorkerPool
-from searchr1_async.search.queries import clean_query
 
 MODEL = "canned"
 GROUP_SIZE = 8

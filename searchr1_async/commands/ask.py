@@ -10,7 +10,7 @@ from searchr1_async.asking import ask
 from searchr1_async.boundary.paths import path_argument
 from searchr1_async.commands.searching import add_search, named_search, step_argument
 from searchr1_async.config import LocalOptions
-from searchr1_async.watch.rows import storable
+from searchr1_async.episodes.table import storable
 
 if TYPE_CHECKING:
     from searchr1_async.answer import Answer

@@ -10,8 +10,8 @@ import anyio.to_thread
 from searchr1_async.boundary.paths import absolute_path, path_argument
 from searchr1_async.commands.searching import add_search, named_search, search_of
 from searchr1_async.config import LocalOptions
-from searchr1_async.episodes.dialect import FORMATS
-from searchr1_async.episodes.methods import METHODS
+from searchr1_async.episodes.formats import FORMATS
+from searchr1_async.episodes.prompts import METHODS
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.evaluation.evaluate import evaluate
 from searchr1_async.evaluation.judge import Judge

@@ -14,7 +14,7 @@ from typing import Protocol
 import anyio
 
 from searchr1_async.config import EpisodeLimits
-from searchr1_async.episodes.dialect import Dialect, FinalAnswer, MalformedCall, Reading
+from searchr1_async.episodes.formats import Dialect, FinalAnswer, MalformedCall, Reading
 from searchr1_async.episodes.types import Episode, Passage, Question, SearchCall, StopReason, Turn
 from searchr1_async.errors import SearchError, ServiceError
 

@@ -1,10 +1,18 @@
-"""Chooses a model's chat format, thinking mode and renderer. Models are never rendered in a merely similar format."""
+"""Chooses a model's chat format, thinking mode and renderer. Models are never rendered in a merely similar format.
+
+Loads a model's tokenizer.
+
+Tokenizer with a cache for texts encoded repeatedly.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
 from typing import Any, cast
 
+import anyio.to_thread
 from renderers import Message, RenderedTokens, Renderer, ToolSpec, config_from_name, create_renderer
 from renderers.base import MODEL_RENDERER_MAP
 
@@ -198,6 +206,68 @@ class _Named:
 
     def __init__(self, tokenizer: Any, name: str) -> None:
         self._tokenizer, self.name_or_path = tokenizer, name
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        return self._tokenizer(*arguments, **options)
+
+    def __len__(self) -> int:
+        return len(self._tokenizer)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+
+def load_pretrained_tokenizer(source: str) -> Any:
+    """Loads the Hugging Face tokenizer of a folder or model. Blocking: call it in a worker thread.
+
+    Args:
+        source: a folder or model name; a variant suffix (``…:peft:262144``) is ignored.
+
+    Raises:
+        ModelError: no tokenizer can be loaded.
+    """
+    # Knows which models need custom code, at a reviewed revision (Kimi-K2).
+    from renderers.base import load_tokenizer as load_reviewed
+
+    try:
+        return load_reviewed(source if Path(source).is_dir() else plain_name(source))
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(
+            f"no tokenizer could be loaded from {source!r} ({type(error).__name__}): name a folder or a model with tokenizer=…"
+        ) from error
+
+
+async def load_tokenizer(source: str) -> Any:
+    """Runs :func:`load_pretrained_tokenizer` in a worker thread.
+
+    Raises:
+        ModelError: no tokenizer can be loaded.
+    """
+    return await anyio.to_thread.run_sync(load_pretrained_tokenizer, source)
+
+
+REMEMBERED = 2048
+"""Cached texts; about 15 MB with three passages each."""
+
+
+class RememberingTokenizer:
+    """A Hugging Face tokenizer whose ``encode`` caches recent texts.
+
+    Members of a group search for much the same, and encoding is a large part of an episode's CPU time. Cached tokens are also
+    shared objects, which saves memory.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._encode = lru_cache(maxsize=REMEMBERED)(
+            lambda text: tuple(tokenizer.encode(text, add_special_tokens=False))
+        )
+
+    def encode(self, text: str, *, add_special_tokens: bool = True, **options: Any) -> list[int]:
+        """As the tokenizer's; cached only without special tokens and options."""
+        if add_special_tokens or options:
+            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens, **options)
+        return list(self._encode(text))
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         return self._tokenizer(*arguments, **options)

@@ -231,7 +231,7 @@ class Episode:
     seconds: float = 0.0
     given: SearchCall | None = None
     """A search run before the model's first turn, with its passages in the prompt; see
-    :data:`~searchr1_async.episodes.methods.Method`. Not one of the model's calls."""
+    :data:`~searchr1_async.episodes.prompts.Method`. Not one of the model's calls."""
 
     @property
     def failed(self) -> bool:

@@ -11,10 +11,9 @@ import polars as pl
 
 from searchr1_async.boundary.tables import read_parquet
 from searchr1_async.data.suites import Suite
+from searchr1_async.episodes.table import metadata_json, storable
 from searchr1_async.episodes.types import Question
 from searchr1_async.errors import RunFolderError
-from searchr1_async.watch.metadata import metadata_json
-from searchr1_async.watch.rows import storable
 
 QUESTIONS_NAME = "questions.parquet"
 _SCHEMA = pl.Schema(

@@ -19,11 +19,11 @@ import polars as pl
 
 from searchr1_async.data.overlap import find_overlap
 from searchr1_async.data.suites import Suite
-from searchr1_async.episodes.dialect import SEARCH_TOOL
-from searchr1_async.episodes.methods import EXAMPLES, INSTRUCTIONS, WITHOUT_TOOL, Method
-from searchr1_async.episodes.recipe import load_recipe_prompt
+from searchr1_async.episodes.formats import SEARCH_TOOL
+from searchr1_async.episodes.prompts import EXAMPLES, INSTRUCTIONS, WITHOUT_TOOL, Method, load_recipe_prompt
 from searchr1_async.episodes.rendering import AS_TEMPLATE
-from searchr1_async.episodes.reward import RecipeReward
+from searchr1_async.episodes.rewards import RecipeReward
+from searchr1_async.episodes.table import storable
 from searchr1_async.episodes.types import Question
 from searchr1_async.errors import ConfigurationError, RunFolderError
 from searchr1_async.evaluation.asked import asked_questions, questions_digest
@@ -34,7 +34,6 @@ from searchr1_async.playing import PlaySettings
 from searchr1_async.run_folder import training_questions
 from searchr1_async.search.record import record_of
 from searchr1_async.service.connection import is_embedded, is_tinker_cloud
-from searchr1_async.watch.rows import storable
 
 _PACKAGES = (
     "searchr1_async", "tinker", "tinker_cookbook", "renderers", "transformers", "torch", "chromadb", "google-genai", "polars",

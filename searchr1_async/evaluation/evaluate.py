@@ -16,9 +16,9 @@ from searchr1_async.boundary.settings import Count, Seconds, checked_arguments, 
 from searchr1_async.config import MAX_SERVICE_OUTAGE, LocalOptions, SamplingSettings
 from searchr1_async.data.questions import Questions, optional_questions
 from searchr1_async.data.suites import Suites, load_suites
-from searchr1_async.episodes.methods import Method
+from searchr1_async.episodes.prompts import Method
 from searchr1_async.episodes.rendering import check_thinking
-from searchr1_async.episodes.reward import RecipeReward, RewardFunction
+from searchr1_async.episodes.rewards import RecipeReward, RewardFunction
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.evaluation.job import EvaluationJob
 from searchr1_async.evaluation.judge import Judge

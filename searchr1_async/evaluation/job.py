@@ -9,7 +9,7 @@ from pathlib import Path
 
 from searchr1_async.arguments import model_name
 from searchr1_async.data.suites import Suite
-from searchr1_async.episodes.dialect import check_recipe
+from searchr1_async.episodes.formats import check_recipe
 from searchr1_async.episodes.types import Question
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.evaluation.judge import Judge

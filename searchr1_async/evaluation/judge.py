@@ -19,7 +19,7 @@ import anyio
 from searchr1_async.arguments import GivenWeights
 from searchr1_async.boundary.settings import Count, Seconds, check_settings
 from searchr1_async.config import SamplingSettings
-from searchr1_async.episodes.plain_text import PlainText
+from searchr1_async.episodes.prompts import PlainText
 from searchr1_async.episodes.rendering import select_renderer
 from searchr1_async.episodes.types import Question
 from searchr1_async.errors import ConfigurationError, ServiceError, ungrouped

@@ -13,8 +13,7 @@ import anyio
 import polars as pl
 
 from searchr1_async.boundary.waits import GatheredItems
-from searchr1_async.episodes.rendering import select_renderer
-from searchr1_async.episodes.tokenizers import load_tokenizer
+from searchr1_async.episodes.rendering import load_tokenizer, select_renderer
 from searchr1_async.episodes.types import Question
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.evaluation.judge import Judge, judge_answers

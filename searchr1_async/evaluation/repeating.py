@@ -13,9 +13,10 @@ import polars as pl
 from searchr1_async.boundary.paths import absolute_path
 from searchr1_async.config import EpisodeLimits, SamplingSettings
 from searchr1_async.data.suites import MEMORY, Suite, load_suite
-from searchr1_async.episodes.methods import Method
+from searchr1_async.episodes.prompts import Method
 from searchr1_async.episodes.rendering import AS_TEMPLATE
-from searchr1_async.episodes.reward import RecipeReward, RewardFunction
+from searchr1_async.episodes.rewards import RecipeReward, RewardFunction
+from searchr1_async.episodes.table import storable
 from searchr1_async.errors import ConfigurationError, RunFolderError
 from searchr1_async.evaluation.asked import questions_digest, questions_of, read_questions
 from searchr1_async.evaluation.job import EvaluationJob
@@ -26,7 +27,6 @@ from searchr1_async.evaluation.systems import MeasuredSystem, System
 from searchr1_async.playing import PlaySettings, ServiceChoice
 from searchr1_async.search import Search
 from searchr1_async.search.record import search_of
-from searchr1_async.watch.rows import storable
 from searchr1_async.weights import Weights
 
 

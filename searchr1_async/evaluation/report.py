@@ -13,6 +13,7 @@ from typing import Any
 import polars as pl
 
 from searchr1_async.boundary.paths import absolute_path
+from searchr1_async.episodes.table import storable
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.evaluation.compared import ComparisonOf, best_systems, comparison_frame
 from searchr1_async.evaluation.figures import ALL_SUITES, MACRO, check_metric
@@ -21,7 +22,6 @@ from searchr1_async.evaluation.priced import priced_costs
 from searchr1_async.evaluation.published import Beside, PublishedRow, beside_published
 from searchr1_async.evaluation.result import Evaluation, flips
 from searchr1_async.evaluation.scores import METRICS
-from searchr1_async.watch.rows import storable
 
 
 class Report(Mapping[str, Evaluation]):

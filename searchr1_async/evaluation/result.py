@@ -12,6 +12,7 @@ from pathlib import Path
 import polars as pl
 
 from searchr1_async.boundary.paths import absolute_path
+from searchr1_async.episodes.table import episodes_frame, evaluation_rows
 from searchr1_async.episodes.types import Episode, StopReason
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.evaluation import comparison
@@ -37,7 +38,6 @@ from searchr1_async.evaluation.statistics import (
     pass_at_k,
 )
 from searchr1_async.watch.curve import EvaluationPoint
-from searchr1_async.watch.rows import episodes_frame, evaluation_rows
 from searchr1_async.watch.viewer import CellView, page_of
 
 
@@ -316,7 +316,7 @@ class Evaluation:
         return target
 
     def to_frame(self) -> pl.DataFrame:
-        """One row per episode: :data:`searchr1_async.watch.rows.EPISODE_SCHEMA`.
+        """One row per episode: :data:`searchr1_async.episodes.table.EPISODE_SCHEMA`.
 
         Raises:
             ConfigurationError: the episodes were not kept.

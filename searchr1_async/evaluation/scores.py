@@ -12,10 +12,10 @@ from typing import Any, Literal, get_args
 import polars as pl
 
 from searchr1_async.billing import sampling_usage
-from searchr1_async.episodes.reward import cover_match, exact_match, f1_score
+from searchr1_async.episodes.rewards import cover_match, exact_match, f1_score
+from searchr1_async.episodes.table import storable
 from searchr1_async.episodes.types import Episode
 from searchr1_async.watch.metrics import answer_in_passage, passages_shown
-from searchr1_async.watch.rows import storable
 
 METRICS = ("exact_match", "f1", "cover_match", "format")
 """Answer scores, each 0 to 1."""

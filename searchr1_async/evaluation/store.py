@@ -4,7 +4,7 @@
 
     <folder>/manifest.json             what is measured (:mod:`.manifest`)
     <folder>/questions.parquet         the questions, suite after suite
-    <folder>/episodes/000012.parquet   episodes in completion order (:data:`~searchr1_async.watch.rows.EPISODE_SCHEMA`;
+    <folder>/episodes/000012.parquet   episodes in completion order (:data:`~searchr1_async.episodes.table.EPISODE_SCHEMA`;
                                        ``label`` is the system, ``group`` the question's index, ``member`` the sample)
     <folder>/judgements.parquet        the judge's verdicts, if any
 
@@ -28,10 +28,10 @@ import polars as pl
 
 from searchr1_async.boundary.paths import remove_leftovers, write_parquet
 from searchr1_async.boundary.tables import read_parquet, scan_rows
+from searchr1_async.episodes.table import EPISODE_SCHEMA, EpisodeRow, episode_from_row, episodes_frame
 from searchr1_async.episodes.types import Episode
 from searchr1_async.errors import RunFolderError
 from searchr1_async.evaluation.scores import SCORE_SCHEMA, score_frame
-from searchr1_async.watch.rows import EPISODE_SCHEMA, EpisodeRow, episode_from_row, episodes_frame
 
 _PART = re.compile(r"(\d{6,})\.parquet")
 JUDGEMENTS_NAME = "judgements.parquet"

@@ -11,7 +11,8 @@ from searchr1_async.arguments import GivenWeights
 from searchr1_async.boundary.paths import FilePath, is_same_place
 from searchr1_async.boundary.settings import Count, Natural, check_settings
 from searchr1_async.config import EpisodeLimits
-from searchr1_async.episodes.methods import Method
+from searchr1_async.episodes.prompts import Method
+from searchr1_async.episodes.table import storable
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.evaluation.manifest import SystemRecord
 from searchr1_async.models import Thinking
@@ -19,7 +20,6 @@ from searchr1_async.recorded import RecordedRun
 from searchr1_async.run_folder import kept_search
 from searchr1_async.search import Search
 from searchr1_async.trained import EpisodeChoice, kept_record
-from searchr1_async.watch.rows import storable
 from searchr1_async.weights import Step, Weights, find_weights
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import polars as pl
 
-from searchr1_async.episodes.dialect import make_dialect
+from searchr1_async.episodes.formats import make_dialect
 from searchr1_async.episodes.rendering import AS_TEMPLATE
 from searchr1_async.episodes.types import Passage, Question
 from searchr1_async.errors import ModelError

@@ -10,8 +10,8 @@ import anyio
 
 from searchr1_async.billing import TokenUsage
 from searchr1_async.config import SamplingSettings
-from searchr1_async.episodes.dialect import Dialect
-from searchr1_async.episodes.reward import RewardFunction, score
+from searchr1_async.episodes.formats import Dialect
+from searchr1_async.episodes.rewards import RewardFunction, score
 from searchr1_async.episodes.types import Episode, Group, Question
 from searchr1_async.errors import TooManyFailuresError
 from searchr1_async.events import Emit, EpisodeFinished, emit_nothing

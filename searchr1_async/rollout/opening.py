@@ -13,9 +13,9 @@ from searchr1_async.billing import TokenUsage
 from searchr1_async.boundary.paths import raise_limit
 from searchr1_async.boundary.waits import usable_cores
 from searchr1_async.config import SamplingSettings
-from searchr1_async.episodes.dialect import make_dialect
+from searchr1_async.episodes.formats import make_dialect
 from searchr1_async.episodes.play import SearchTool
-from searchr1_async.episodes.reward import RewardFunction
+from searchr1_async.episodes.rewards import RewardFunction
 from searchr1_async.events import Emit, Notice, RolloutSampled
 from searchr1_async.rollout.engine import PlayTally, RolloutEngine
 from searchr1_async.rollout.garbage import rare_collections

@@ -11,9 +11,9 @@ import anyio
 
 from searchr1_async.boundary.waits import PausableDeadlines
 from searchr1_async.config import EpisodeLimits, FirstTurn
-from searchr1_async.episodes.dialect import Dialect
-from searchr1_async.episodes.methods import Method, limits_for
+from searchr1_async.episodes.formats import Dialect
 from searchr1_async.episodes.play import Policy, SampledTurn, SearchTool, play
+from searchr1_async.episodes.prompts import Method, limits_for
 from searchr1_async.episodes.types import Episode, Passage, Question, SearchCall, StopReason
 from searchr1_async.errors import SearchError, ServiceError
 from searchr1_async.rollout.gate import SampleGate

@@ -1,6 +1,6 @@
 """The search tool: passages for the queries of all running rollouts, in few requests."""
 
-from searchr1_async.search.queries import clean_query
+from searchr1_async.episodes.prompts import clean_query
 from searchr1_async.search.search import Search
 from searchr1_async.search.statistics import SearchStatistics
 

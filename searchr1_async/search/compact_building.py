@@ -21,6 +21,7 @@ from searchr1_async.boundary.waits import in_thread
 from searchr1_async.data.corpus import CorpusSource, load_corpus
 from searchr1_async.data.download import free_bytes
 from searchr1_async.data.questions import Questions, load_questions
+from searchr1_async.episodes.prompts import clean_query
 from searchr1_async.episodes.types import Question
 from searchr1_async.errors import ConfigurationError, EmbeddingError, StoreError
 from searchr1_async.events import Emit, Notice, emit_nothing
@@ -33,7 +34,6 @@ from searchr1_async.search.embedders.sentence_transformer import DEFAULT_MODEL
 from searchr1_async.search.opening import open_embedder
 from searchr1_async.search.pacing import PacingSettings
 from searchr1_async.search.passage_embedding import PACING, BuildOptions, OnProgress
-from searchr1_async.search.queries import clean_query
 from searchr1_async.search.sources.base import SourceFacts, VectorSource
 from searchr1_async.search.sources.embedded import EmbeddedCorpus
 from searchr1_async.search.sources.named import lasting_name

@@ -19,6 +19,7 @@ import numpy as np
 
 from searchr1_async.boundary.paths import absolute_path
 from searchr1_async.data.corpus import CorpusSource, load_corpus
+from searchr1_async.episodes.prompts import MAX_QUERY_CHARACTERS, clean_query
 from searchr1_async.episodes.types import Passage
 from searchr1_async.errors import ConfigurationError, EmbeddingError, SearchError, StoreError
 from searchr1_async.search.answers import Answer, AnswerCache, AnswerKey
@@ -35,7 +36,6 @@ from searchr1_async.search.opening import open_embedder, open_store
 from searchr1_async.search.options import SearchOptions, SearchSettings, check_n_results
 from searchr1_async.search.passage_embedding import BuildOptions
 from searchr1_async.search.places import compact_place, is_address, look_up
-from searchr1_async.search.queries import MAX_QUERY_CHARACTERS, clean_query
 from searchr1_async.search.sources.named import lasting_name
 from searchr1_async.search.statistics import SearchStatistics, SearchTally, ServiceTally
 from searchr1_async.search.stores.base import Found, Store
@@ -378,7 +378,7 @@ class Search:
 
     @staticmethod
     def clean_query(query: str) -> str | None:
-        """See :func:`~searchr1_async.search.queries.clean_query`."""
+        """See :func:`~searchr1_async.episodes.prompts.clean_query`."""
         return clean_query(query)
 
     async def build(self, on_progress: OnProgress | None = None) -> None:

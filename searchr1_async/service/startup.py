@@ -17,8 +17,7 @@ from searchr1_async.boundary.network import SDK_FAULTS, fault_text, prepare_prox
 from searchr1_async.boundary.paths import folder_at
 from searchr1_async.boundary.waits import Tell, bounded_wait
 from searchr1_async.config import LocalOptions
-from searchr1_async.episodes.rendering import check_thinking, known_format, select_renderer
-from searchr1_async.episodes.tokenizers import load_tokenizer
+from searchr1_async.episodes.rendering import check_thinking, known_format, load_tokenizer, select_renderer
 from searchr1_async.errors import ConfigurationError, PortInUseError
 from searchr1_async.events import Emit, Notice, emit_nothing
 from searchr1_async.local import DEFAULT_MODEL, local_service

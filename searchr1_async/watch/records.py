@@ -23,9 +23,7 @@ import polars as pl
 
 from searchr1_async.boundary.paths import remove_leftovers, write_parquet
 from searchr1_async.boundary.tables import is_whole, read_parquet, scan_parquet, scan_rows
-from searchr1_async.episodes.types import Episode
-from searchr1_async.errors import RunFolderError
-from searchr1_async.watch.rows import (
+from searchr1_async.episodes.table import (
     EPISODE_SCHEMA,
     GROUP_SCHEMA,
     Advantages,
@@ -38,6 +36,8 @@ from searchr1_async.watch.rows import (
     step_rows,
     storable,
 )
+from searchr1_async.episodes.types import Episode
+from searchr1_async.errors import RunFolderError
 
 __all__ = ["GroupOutcome", "RunRecords"]
 

@@ -9,7 +9,7 @@ import pytest
 from renderers import Qwen3Renderer, Qwen3RendererConfig, Qwen35Renderer, Qwen35RendererConfig
 
 from searchr1_async.episodes.chatml import ChatMLRenderer
-from searchr1_async.episodes.dialect import Dialect, HermesDialect, TagsDialect
+from searchr1_async.episodes.formats import Dialect, HermesDialect, TagsDialect
 from tests.local.tiny import make_tiny_tokenizer
 
 QWEN3_TOKENS = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"]

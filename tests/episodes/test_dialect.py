@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from searchr1_async.episodes.chatml import ChatMLRenderer, split_tool_calls
-from searchr1_async.episodes.dialect import (
+from searchr1_async.episodes.formats import (
     Dialect,
     FinalAnswer,
     MalformedCall,

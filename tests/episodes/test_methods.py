@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 
 from searchr1_async.config import EpisodeLimits
-from searchr1_async.episodes.dialect import FinalAnswer, MalformedCall, SearchRequest, make_dialect
-from searchr1_async.episodes.methods import EXAMPLES, INSTRUCTIONS, METHODS, limits_for
-from searchr1_async.episodes.recipe import load_recipe_prompt
+from searchr1_async.episodes.formats import FinalAnswer, MalformedCall, SearchRequest, make_dialect
+from searchr1_async.episodes.prompts import EXAMPLES, INSTRUCTIONS, METHODS, limits_for, load_recipe_prompt
 from searchr1_async.episodes.types import Passage, Question, SearchCall
 from searchr1_async.errors import ModelError
 

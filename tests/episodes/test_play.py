@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from searchr1_async.config import EpisodeLimits
-from searchr1_async.episodes.dialect import Dialect
+from searchr1_async.episodes.formats import Dialect
 from searchr1_async.episodes.play import play
 from searchr1_async.episodes.types import Episode, Question, StopReason
 from searchr1_async.learn.examples import to_datum

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from searchr1_async.episodes.remembering import RememberingTokenizer
+from searchr1_async.episodes.rendering import RememberingTokenizer
 from tests.local.tiny import make_tiny_tokenizer
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from searchr1_async.episodes.dialect import SEARCH_TOOL, FinalAnswer, SearchRequest, make_dialect
+from searchr1_async.episodes.formats import SEARCH_TOOL, FinalAnswer, SearchRequest, make_dialect
 from searchr1_async.episodes.rendering import AS_TEMPLATE, check_thinking, known_format, select_renderer
 from searchr1_async.episodes.types import Passage, Question
 from searchr1_async.errors import ModelError

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from searchr1_async.episodes.reward import (
+from searchr1_async.episodes.rewards import (
     RecipeReward,
     Score,
     answer_after_prefix,

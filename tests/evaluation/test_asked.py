@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from searchr1_async.data.suites import Suite
+from searchr1_async.episodes.table import storable
 from searchr1_async.episodes.types import Question
 from searchr1_async.errors import RunFolderError
 from searchr1_async.evaluation.asked import (
@@ -22,7 +23,6 @@ from searchr1_async.evaluation.asked import (
     read_questions,
 )
 from searchr1_async.evaluation.store import write_parquet
-from searchr1_async.watch.rows import storable
 from tests.watch.builders import HOSTILE
 
 

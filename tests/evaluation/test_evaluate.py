@@ -14,7 +14,7 @@ import pytest
 
 import searchr1_async as sr
 from searchr1_async.config import EpisodeLimits
-from searchr1_async.episodes.methods import Method
+from searchr1_async.episodes.prompts import Method
 from searchr1_async.errors import ConfigurationError, QuestionsError, RunFolderError
 from searchr1_async.evaluation import describe as describing
 from searchr1_async.evaluation import running

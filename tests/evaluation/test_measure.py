@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from searchr1_async.config import EpisodeLimits, SamplingSettings
-from searchr1_async.episodes.reward import RecipeReward
+from searchr1_async.episodes.rewards import RecipeReward
 from searchr1_async.episodes.types import Question
 from searchr1_async.errors import TooManyFailuresError
 from searchr1_async.evaluation.measure import evaluate_policy, play_all
@@ -33,7 +33,7 @@ class TextDialect:
         return "".join(map(chr, tokens))  # type: ignore[arg-type]
 
     def read(self, prompt_tokens: object, sampled_tokens: object) -> tuple[str, object]:
-        from searchr1_async.episodes.dialect import FinalAnswer, SearchRequest
+        from searchr1_async.episodes.formats import FinalAnswer, SearchRequest
 
         text = self.decode(sampled_tokens)
         return text, SearchRequest((text[1:],)) if text.startswith("?") else FinalAnswer(text[1:] or None)

@@ -6,7 +6,7 @@ import pytest
 
 from searchr1_async.config import EpisodeLimits
 from searchr1_async.episodes.chatml import ChatMLRenderer
-from searchr1_async.episodes.dialect import Dialect, HermesDialect, TagsDialect
+from searchr1_async.episodes.formats import Dialect, HermesDialect, TagsDialect
 from searchr1_async.episodes.types import Question
 from searchr1_async.errors import TooManyFailuresError
 from searchr1_async.learn.demonstrations import Demonstration, demonstration_batches, play_demonstrations

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from searchr1_async.watch import metadata
-from searchr1_async.watch.metadata import metadata_json
+from searchr1_async.episodes import table as metadata
+from searchr1_async.episodes.table import metadata_json
 
 carried = st.recursive(
     st.one_of(

@@ -11,10 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from searchr1_async.episodes.types import Episode, Group, Passage, Question, SearchCall, StopReason, Turn
-from searchr1_async.errors import RunFolderError
-from searchr1_async.watch.records import GroupOutcome, RunRecords
-from searchr1_async.watch.rows import (
+from searchr1_async.episodes.table import (
     EPISODE_SCHEMA,
     GROUP_SCHEMA,
     TURN,
@@ -23,6 +20,9 @@ from searchr1_async.watch.rows import (
     episodes_frame,
     storable,
 )
+from searchr1_async.episodes.types import Episode, Group, Passage, Question, SearchCall, StopReason, Turn
+from searchr1_async.errors import RunFolderError
+from searchr1_async.watch.records import GroupOutcome, RunRecords
 from tests.watch.builders import HOSTILE, answering_turn, episode, group, malformed_turn, question
 
 

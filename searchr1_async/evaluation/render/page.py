@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
+from searchr1_async.episodes.table import storable
 from searchr1_async.evaluation.figures import ALL_SUITES, MACRO
 from searchr1_async.evaluation.render.charts import OUTCOME_COLOURS
 from searchr1_async.evaluation.render.html import interval_bars, paragraph, stacked_bar, table_html
@@ -29,7 +30,6 @@ from searchr1_async.evaluation.render.tables import Cell, Table, counted, one_li
 from searchr1_async.evaluation.render.words import METRIC_MEANINGS, OUTCOME_MEANINGS, OUTCOME_WORDS, metric_words
 from searchr1_async.evaluation.scores import OUTCOMES
 from searchr1_async.watch.html import STYLE, isolated
-from searchr1_async.watch.rows import storable
 
 if TYPE_CHECKING:
     from searchr1_async.evaluation.report import Report

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from searchr1_async.boundary.paths import parquet_bytes, write_atomically
+from searchr1_async.episodes.table import storable
 from searchr1_async.errors import RunFolderError
 from searchr1_async.evaluation.asked import QUESTIONS_NAME
 from searchr1_async.evaluation.render.document import latex_report, markdown_report
 from searchr1_async.evaluation.render.links import EPISODES_NAME, choose, chosen_rows, key_of
 from searchr1_async.evaluation.render.page import episodes_title, report_page
 from searchr1_async.evaluation.scores import SCORE_SCHEMA
-from searchr1_async.watch.rows import storable
 from searchr1_async.watch.viewer import load_tokenizer, page_of
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from searchr1_async.config import EpisodeLimits, FirstTurn, SamplingSettings
-from searchr1_async.episodes.methods import Method
+from searchr1_async.episodes.prompts import Method
 from searchr1_async.episodes.types import Passage, SearchCall, StopReason, Turn
 from searchr1_async.models import Thinking
 from searchr1_async.rollout.gate import GateStatistics

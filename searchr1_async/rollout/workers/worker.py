@@ -19,8 +19,9 @@ from anyio.abc import TaskGroup
 
 from searchr1_async import errors
 from searchr1_async.boundary.paths import raise_limit
-from searchr1_async.episodes.dialect import Dialect, make_dialect
-from searchr1_async.episodes.tokenizers import load_pretrained_tokenizer
+from searchr1_async.episodes.formats import Dialect, make_dialect
+from searchr1_async.episodes.prompts import clean_query
+from searchr1_async.episodes.rendering import load_pretrained_tokenizer
 from searchr1_async.episodes.types import Episode, Passage
 from searchr1_async.errors import SearchError, SearchR1Error, ServiceError
 from searchr1_async.rollout.garbage import rare_collections
@@ -51,7 +52,6 @@ from searchr1_async.rollout.workers.messages import (
 )
 from searchr1_async.rollout.workers.packing import Packer, Results
 from searchr1_async.rollout.workers.samplers import SamplingClients, UnopenedPolicy
-from searchr1_async.search.queries import clean_query
 
 if TYPE_CHECKING:
     WorkerChannel = Channel[FromWorker, ToWorker]

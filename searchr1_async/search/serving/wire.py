@@ -14,9 +14,9 @@ from typing import Any, Self
 import numpy as np
 import orjson
 
+from searchr1_async.episodes.prompts import clean_query
 from searchr1_async.episodes.types import Passage
 from searchr1_async.search.embedders.base import Vectors
-from searchr1_async.search.queries import clean_query
 from searchr1_async.search.serving.limits import ServingLimits
 from searchr1_async.search.stores.base import Found
 

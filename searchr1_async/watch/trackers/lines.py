@@ -10,9 +10,9 @@ from typing import Any
 
 import orjson
 
+from searchr1_async.episodes.table import storable
 from searchr1_async.episodes.types import Episode, Group
 from searchr1_async.events import Event, RunEnded, RunStarted, WeightsPublished
-from searchr1_async.watch.rows import storable
 
 Values = dict[str, Any]
 """An event's fields as plain JSON values; episodes and groups are summarised."""

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
+from searchr1_async.episodes.table import transcript
 from searchr1_async.episodes.types import Episode
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.events import (
@@ -19,7 +20,6 @@ from searchr1_async.events import (
     RunStarted,
     StepFinished,
 )
-from searchr1_async.watch.rows import transcript
 from searchr1_async.watch.trackers.base import QueuedTracker, Timed
 from searchr1_async.watch.trackers.lines import LONGEST_TEXT, plain
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from searchr1_async.episodes.table import centred
 from searchr1_async.episodes.types import Episode, Group
 from searchr1_async.watch.html import visible
-from searchr1_async.watch.rows import centred
 from searchr1_async.watch.viewer.parts import (
     SHADED,
     given_html,

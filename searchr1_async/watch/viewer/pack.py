@@ -14,9 +14,9 @@ from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import Any
 
+from searchr1_async.episodes.table import EpisodeRow
 from searchr1_async.episodes.types import Passage, SearchCall, StopReason, Turn
 from searchr1_async.watch.html import suspect_table
-from searchr1_async.watch.rows import EpisodeRow
 from searchr1_async.watch.viewer.parts import MAX_LINE, MAX_PASSAGE, MAX_TEXT
 from searchr1_async.watch.viewer.segments import segments
 from searchr1_async.watch.viewer.tokens import LEVELS, LOG_LEVELS, decoded, joined_logprobs, turn_pieces

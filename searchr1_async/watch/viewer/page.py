@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from searchr1_async.boundary.paths import absolute_path
+from searchr1_async.episodes.table import EpisodeRow, GroupOutcome, evaluation_rows, step_rows, storable
 from searchr1_async.episodes.types import Episode, Group
 from searchr1_async.errors import RunFolderError
 from searchr1_async.watch.html import visible_text
-from searchr1_async.watch.rows import EpisodeRow, GroupOutcome, evaluation_rows, step_rows, storable
 from searchr1_async.watch.viewer.pack import blocks
 from searchr1_async.watch.viewer.source import RunEpisodes, run_episodes
 from searchr1_async.watch.viewer.style import DARK, LIGHT, asset

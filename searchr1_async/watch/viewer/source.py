@@ -10,9 +10,9 @@ from typing import Any
 
 import polars as pl
 
+from searchr1_async.episodes.table import EpisodeRow, episode_from_row
 from searchr1_async.errors import RunFolderError
 from searchr1_async.watch.records import RunRecords
-from searchr1_async.watch.rows import EpisodeRow, episode_from_row
 
 _ROWS_AT_ONCE = 512
 """Minimum episodes per read; a step or an evaluation is never split."""

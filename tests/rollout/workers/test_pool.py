@@ -19,7 +19,7 @@ import anyio
 import pytest
 
 from searchr1_async.config import EpisodeLimits, SamplingSettings
-from searchr1_async.episodes.dialect import make_dialect
+from searchr1_async.episodes.formats import make_dialect
 from searchr1_async.episodes.play import SearchTool
 from searchr1_async.episodes.types import Episode, Passage, Question, StopReason
 from searchr1_async.errors import EmbeddingError, SearchError, ServiceError, StoreError

@@ -15,12 +15,12 @@ import altair as alt
 import polars as pl
 import pytest
 
+from searchr1_async.episodes.table import GroupOutcome
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.evaluation.result import Evaluation
 from searchr1_async.watch.plots import draw, plot_learning, plot_metric, plot_timeline, theme
 from searchr1_async.watch.plots.data import ALL_SUITES, METRICS, evaluation_scores, metric_rows, overall, reward_by
 from searchr1_async.watch.records import RunRecords
-from searchr1_async.watch.rows import GroupOutcome
 from searchr1_async.watch.trackers.lines import encoded
 from tests import tiny_world
 from tests.watch import builders
@@ -159,7 +159,7 @@ def test_evaluation_scores_match_the_evaluation(folder: Path) -> None:
 
 
 def test_reward_by_turns_and_by_searches() -> None:
-    from searchr1_async.watch.rows import EpisodeRow, episodes_frame
+    from searchr1_async.episodes.table import EpisodeRow, episodes_frame
 
     asked = builders.question()
     turns = [builders.searching_turn(), builders.searching_turn(), builders.answering_turn()]

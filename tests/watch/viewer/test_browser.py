@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from searchr1_async.episodes.table import EpisodeRow
 from searchr1_async.episodes.types import Episode, Question, StopReason
-from searchr1_async.watch.rows import EpisodeRow
 from searchr1_async.watch.viewer import in_cell, page_of
 from tests.watch.builders import HOSTILE, searching_turn
 from tests.watch.viewer.pages import BytesTokenizer, spoken

@@ -16,13 +16,23 @@ from typing import Any, Protocol, cast
 
 from renderers import Message, Renderer, ToolCallParseStatus, ToolSpec
 
-from searchr1_async.episodes.asking import prefixed, tagged, with_tool, without_tool
-from searchr1_async.episodes.methods import INSTRUCTIONS, METHODS, WITHOUT_TOOL, Method
-from searchr1_async.episodes.plain_text import PlainText, passage_lines, query_blocks
-from searchr1_async.episodes.recipe import load_recipe_prompt, recipe_results
-from searchr1_async.episodes.remembering import RememberingTokenizer
-from searchr1_async.episodes.rendering import select_renderer
-from searchr1_async.episodes.reward import answer_after_prefix
+from searchr1_async.episodes.prompts import (
+    INSTRUCTIONS,
+    METHODS,
+    WITHOUT_TOOL,
+    Method,
+    PlainText,
+    load_recipe_prompt,
+    passage_lines,
+    prefixed,
+    query_blocks,
+    recipe_results,
+    tagged,
+    with_tool,
+    without_tool,
+)
+from searchr1_async.episodes.rendering import RememberingTokenizer, select_renderer
+from searchr1_async.episodes.rewards import answer_after_prefix
 from searchr1_async.episodes.types import Passage, Question, SearchCall
 from searchr1_async.errors import ModelError
 from searchr1_async.models import Thinking
@@ -390,7 +400,7 @@ def make_dialect(
         renderer_name: a renderer of the ``renderers`` package, or ``"chatml"``; None chooses by model name.
         thinking: thinking mode; see :data:`~searchr1_async.models.Thinking`.
         instructions: system prompt; None uses the default of the format and method.
-        method: prompting method; see :data:`~searchr1_async.episodes.methods.Method`.
+        method: prompting method; see :data:`~searchr1_async.episodes.prompts.Method`.
 
     Raises:
         ModelError: unknown format or method, no renderer for the model, unsupported ``thinking``, or, with ``recipe``, a missing
