@@ -28,8 +28,7 @@ from searchr1_async.asking import ask
 from searchr1_async.billing import Cost
 from searchr1_async.config import EpisodeLimits, LearningSettings, LocalOptions, SamplingSettings, WarmUp
 from searchr1_async.data import Corpus, load_corpus, load_questions
-from searchr1_async.data.overlap import find_overlap
-from searchr1_async.data.suites import Suite, load_suite, load_suites
+from searchr1_async.data.suites import Suite, find_overlap, load_suite, load_suites
 from searchr1_async.episodes.rewards import RecipeReward, Score
 from searchr1_async.episodes.types import Episode, Group, Passage, Question, SearchCall, StopReason, Turn
 from searchr1_async.errors import (

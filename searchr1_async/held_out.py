@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import anyio
 import polars as pl
 
-from searchr1_async.data.overlap import find_overlap
+from searchr1_async.data.suites import find_overlap
 from searchr1_async.episodes.types import Question
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.events import Emit, Notice
@@ -18,7 +18,7 @@ _LONGEST = 120
 
 
 def refuse_overlap(training: Sequence[Question], held_out: Sequence[Question]) -> None:
-    """Refuses held-out questions that are also trained on (``same`` of :func:`~searchr1_async.data.overlap.find_overlap`)."""
+    """Refuses held-out questions that are also trained on (``same`` of :func:`~searchr1_async.data.suites.find_overlap`)."""
     if not held_out:
         return
     # Equal questions have equal letters and digits: a fast filter before the exact comparison.

@@ -12,7 +12,7 @@ import anyio
 
 from searchr1_async.boundary.paths import absolute_path, cache_folder, folder_bytes
 from searchr1_async.boundary.waits import in_thread
-from searchr1_async.data.download import LONGEST_WAIT, free_bytes
+from searchr1_async.data.hub import LONGEST_WAIT, free_bytes
 from searchr1_async.data.questions import load_questions
 from searchr1_async.data.wiki18 import (
     ARCHIVE,

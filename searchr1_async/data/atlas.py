@@ -25,8 +25,7 @@ from searchr1_async.data.atlas_facts import (
     FactPassage,
     field_text,
 )
-from searchr1_async.data.atlas_readers import read_capital
-from searchr1_async.data.factbook import Country, countries
+from searchr1_async.data.factbook import Country, countries, read_capital
 from searchr1_async.episodes.types import Passage, Question
 
 MAX_PASSAGE_WORDS = 60

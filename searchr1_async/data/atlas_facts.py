@@ -6,8 +6,9 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from searchr1_async.data.atlas_readers import (
+from searchr1_async.data.factbook import (
     Answers,
+    Country,
     read_anthem,
     read_capital,
     read_composer,
@@ -27,7 +28,6 @@ from searchr1_async.data.atlas_readers import (
     read_prefix,
     read_quantity,
 )
-from searchr1_async.data.factbook import Country
 
 Path = tuple[str, ...]
 """Path of a Factbook field: section, field, sub-field."""

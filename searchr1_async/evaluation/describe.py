@@ -17,8 +17,7 @@ from urllib.parse import urlsplit
 
 import polars as pl
 
-from searchr1_async.data.overlap import find_overlap
-from searchr1_async.data.suites import Suite
+from searchr1_async.data.suites import Suite, find_overlap
 from searchr1_async.episodes.formats import SEARCH_TOOL
 from searchr1_async.episodes.prompts import EXAMPLES, INSTRUCTIONS, WITHOUT_TOOL, Method, load_recipe_prompt
 from searchr1_async.episodes.rendering import AS_TEMPLATE

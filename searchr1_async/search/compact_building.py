@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from searchr1_async.boundary.paths import absolute_path, folder_bytes, only_one, write_arrays
 from searchr1_async.boundary.waits import in_thread
 from searchr1_async.data.corpus import CorpusSource, load_corpus
-from searchr1_async.data.download import free_bytes
+from searchr1_async.data.hub import free_bytes
 from searchr1_async.data.questions import Questions, load_questions
 from searchr1_async.episodes.prompts import clean_query
 from searchr1_async.episodes.types import Question

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from searchr1_async.data.overlap import NEAR, OVERLAP_SCHEMA, _NearIndex, _words, find_overlap
+from searchr1_async.data.suites import NEAR, OVERLAP_SCHEMA, _NearIndex, _words, find_overlap
 from searchr1_async.episodes.types import Question
 
 FILLER = [

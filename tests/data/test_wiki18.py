@@ -26,9 +26,9 @@ from searchr1_async.__main__ import main
 from searchr1_async.boundary import waits
 from searchr1_async.boundary.waits import in_thread
 from searchr1_async.commands.wiki18 import plan_of
-from searchr1_async.data import download as downloading
+from searchr1_async.data import hub as downloading
 from searchr1_async.data import wiki18
-from searchr1_async.data.download import report
+from searchr1_async.data.hub import report
 from searchr1_async.data.wiki18 import Collection, PrebuiltIndex, fetch_index
 from searchr1_async.errors import StoreError
 from searchr1_async.events import Event, PhaseEnded, PhaseStarted
