@@ -31,10 +31,10 @@ from searchr1_async.episodes.types import Question
 from searchr1_async.errors import ConfigurationError, RunFolderError
 from searchr1_async.models import Price
 from searchr1_async.playing import check_format
+from searchr1_async.records.run_records import RunRecords
 from searchr1_async.service.connection import is_embedded
 from searchr1_async.service.startup import billing_on
 from searchr1_async.sizes import chosen_sizes
-from searchr1_async.watch.records import RunRecords
 
 TURNS = 3.0
 """Turns per episode, as the Search-R1 recipe of tinker-cookbook reports for Qwen3.5-4B."""

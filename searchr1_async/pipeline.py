@@ -37,11 +37,11 @@ from searchr1_async.learn.learner import FALLBACK_LOSS, Learner
 from searchr1_async.learn.minibatches import Minibatch, MinibatchGatherer, drop_reason
 from searchr1_async.measuring import Measuring
 from searchr1_async.recording import Keeper, StepRecorder, StepToRecord
+from searchr1_async.records.run_records import GroupOutcome
 from searchr1_async.rollout.admission import Admission, Closed
 from searchr1_async.rollout.engine import FailureBudget, GroupUnderWay, RolloutEngine
 from searchr1_async.rollout.order import QuestionOrder
 from searchr1_async.rollout.policy import NewestWeights, TinkerPolicy
-from searchr1_async.watch.records import GroupOutcome
 
 TOO_SLOW, STEP_TIME_LIMIT = "too_slow", "step_time_limit"
 """Why a group was cut."""

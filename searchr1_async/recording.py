@@ -19,12 +19,12 @@ from searchr1_async.job import TrainingJob
 from searchr1_async.learn.advantages import advantages
 from searchr1_async.learn.checkpoints import CheckpointList, ResumePoint
 from searchr1_async.learn.learner import FinishedStep
+from searchr1_async.records.metrics import group_metrics, outcome_metrics
+from searchr1_async.records.run_records import GroupOutcome, RunRecords
 from searchr1_async.run_folder import writing_records
 from searchr1_async.search.statistics import SearchStatistics
 from searchr1_async.service.connection import Service
 from searchr1_async.spending import Spending
-from searchr1_async.watch.metrics import group_metrics, outcome_metrics
-from searchr1_async.watch.records import GroupOutcome, RunRecords
 from searchr1_async.watch.unlearned import UnlearnedGroups
 
 logger = logging.getLogger(__name__)

@@ -35,6 +35,7 @@ from searchr1_async.measuring import Measuring
 from searchr1_async.pipeline import Pipeline
 from searchr1_async.playing import open_search
 from searchr1_async.recording import Keeper, StepRecorder, delete_checkpoints, forget_attempt
+from searchr1_async.records.run_records import RunRecords
 from searchr1_async.rollout.engine import RolloutEngine
 from searchr1_async.rollout.opening import open_engine
 from searchr1_async.rollout.order import QuestionOrder
@@ -61,7 +62,6 @@ from searchr1_async.spending import keep_spending, spending_of, tell_estimate, w
 from searchr1_async.starting import open_start
 from searchr1_async.warming import WarmingUp
 from searchr1_async.watch.fanout import Watchers
-from searchr1_async.watch.records import RunRecords
 from searchr1_async.watch.trackers import Tracker, open_trackers
 from searchr1_async.watch.viewer.tokens import remember_tokenizer
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from searchr1_async.__main__ import main
-from searchr1_async.watch.records import GroupOutcome, RunRecords
+from searchr1_async.records.run_records import GroupOutcome, RunRecords
 from tests import tiny_world
 from tests.watch.builders import group
 
@@ -159,7 +159,7 @@ sys.exit(command.main(["atlas", "--out-dir", str(world / "run"), "--steps", "300
 def test_control_c_ends_the_command_cleanly_and_resumably(tmp_path: Path) -> None:
     """A terminal's Ctrl-C: everything is closed, the folder is intact, and the service is gone."""
     from searchr1_async.learn.checkpoints import ResumePoint
-    from searchr1_async.watch.records import RunRecords
+    from searchr1_async.records.run_records import RunRecords
 
     process = subprocess.Popen(
         [sys.executable, "-c", INTERRUPTED, tmp_path, tiny_world.model_folder()],

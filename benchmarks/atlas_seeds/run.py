@@ -18,7 +18,7 @@ from benchmarks.shared.report import write_result
 from searchr1_async.atlas_job import AtlasSettings, run_atlas
 from searchr1_async.evaluation.result import Evaluation
 from searchr1_async.evaluation.table import comparison_table
-from searchr1_async.watch.records import RunRecords
+from searchr1_async.records.run_records import RunRecords
 
 
 def rows(seed: int, evaluations: tuple[Evaluation, ...], minutes: float, steps: int) -> list[dict[str, object]]:

@@ -22,8 +22,8 @@ import numpy as np
 import polars as pl
 
 from benchmarks.shared.report import write_result
-from searchr1_async.evaluation.comparison import macro_difference_of
-from searchr1_async.evaluation.statistics import (
+from searchr1_async.records.scores import macro_difference_of
+from searchr1_async.records.statistics import (
     Floats,
     difference_intervals,
     macro_intervals,

@@ -10,7 +10,7 @@ import polars as pl
 from benchmarks.shared.report import write_result
 from searchr1_async.billing import sampling_usage, total_usage
 from searchr1_async.episodes.types import Episode
-from searchr1_async.watch.records import RunRecords
+from searchr1_async.records.run_records import RunRecords
 
 _LAST_STEPS = 3
 """Of a run: its training questions' exact match is the mean over these."""

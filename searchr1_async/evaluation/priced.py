@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import polars as pl
 
 from searchr1_async.billing import Billing, TokenUsage, billing_of, is_tinker_host
-from searchr1_async.evaluation.figures import ALL_SUITES, COSTS
 from searchr1_async.evaluation.manifest import Manifest, SystemRecord
 from searchr1_async.evaluation.result import Evaluation
+from searchr1_async.records.scores import ALL_SUITES, COSTS
 
 COST_SCHEMA = pl.Schema(
     {

@@ -16,12 +16,11 @@ from searchr1_async.boundary.paths import absolute_path
 from searchr1_async.episodes.table import storable
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.evaluation.compared import ComparisonOf, best_systems, comparison_frame
-from searchr1_async.evaluation.figures import ALL_SUITES, MACRO, check_metric
 from searchr1_async.evaluation.manifest import Manifest, SystemRecord
 from searchr1_async.evaluation.priced import priced_costs
 from searchr1_async.evaluation.published import Beside, PublishedRow, beside_published
 from searchr1_async.evaluation.result import Evaluation, flips
-from searchr1_async.evaluation.scores import METRICS
+from searchr1_async.records.scores import ALL_SUITES, MACRO, METRICS, check_metric
 
 
 class Report(Mapping[str, Evaluation]):
@@ -192,7 +191,7 @@ class Report(Mapping[str, Evaluation]):
         return flips(self[before], self[after], metric, suite=suite)
 
     def outcomes(self) -> pl.DataFrame:
-        """Columns ``system``, ``suite``, ``outcome`` (:data:`searchr1_async.evaluation.scores.OUTCOMES`), ``episodes`` and
+        """Columns ``system``, ``suite``, ``outcome`` (:data:`searchr1_async.records.scores.OUTCOMES`), ``episodes`` and
         ``share``."""
         schema = {"system": pl.String, "suite": pl.String, "outcome": pl.String}
         empty = pl.DataFrame(schema={**schema, "episodes": pl.Int64, "share": pl.Float64})

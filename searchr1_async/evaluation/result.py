@@ -15,10 +15,11 @@ from searchr1_async.boundary.paths import absolute_path
 from searchr1_async.episodes.table import episodes_frame, evaluation_rows
 from searchr1_async.episodes.types import Episode, StopReason
 from searchr1_async.errors import ConfigurationError
-from searchr1_async.evaluation import comparison
-from searchr1_async.evaluation.figures import (
+from searchr1_async.records import scores as comparison
+from searchr1_async.records.scores import (
     ALL_SUITES,
     MACRO,
+    METRICS,
     QUESTION,
     by_suite,
     check_metric,
@@ -27,16 +28,10 @@ from searchr1_async.evaluation.figures import (
     estimate_of,
     outcome_frame,
     question_means,
+    score_frame,
     suites_of,
 )
-from searchr1_async.evaluation.scores import METRICS, score_frame
-from searchr1_async.evaluation.statistics import (
-    Estimate,
-    Floats,
-    Interval,
-    PairedDifference,
-    pass_at_k,
-)
+from searchr1_async.records.statistics import Estimate, Floats, Interval, PairedDifference, pass_at_k
 from searchr1_async.watch.curve import EvaluationPoint
 from searchr1_async.watch.viewer import CellView, page_of
 
@@ -52,7 +47,7 @@ class Evaluation:
     label: str
     """Name of what was evaluated: ``untrained``, ``after RL``."""
     scores: pl.DataFrame
-    """One row per episode: at least the columns of :data:`searchr1_async.evaluation.scores.SCORE_SCHEMA`."""
+    """One row per episode: at least the columns of :data:`searchr1_async.records.scores.SCORE_SCHEMA`."""
     step: int | None = None
     """Optimiser step of the weights; None when not tied to a step."""
     load: Callable[[], Sequence[Episode]] | None = field(default=None)
@@ -80,7 +75,7 @@ class Evaluation:
 
     @cached_property
     def by_question(self) -> pl.DataFrame:
-        """One row per question: :func:`searchr1_async.evaluation.figures.question_means`."""
+        """One row per question: :func:`searchr1_async.records.scores.question_means`."""
         return question_means(self.scores)
 
     @cached_property
@@ -216,11 +211,11 @@ class Evaluation:
     # --- behaviour ----------------------------------------------------------------------------------------------------
 
     def outcomes(self) -> pl.DataFrame:
-        """Outcome counts and shares: :func:`searchr1_async.evaluation.figures.outcome_frame`."""
+        """Outcome counts and shares: :func:`searchr1_async.records.scores.outcome_frame`."""
         return outcome_frame(self.scores)
 
     def costs(self) -> pl.DataFrame:
-        """Turns, searches, tokens and seconds: :func:`searchr1_async.evaluation.figures.cost_frame`."""
+        """Turns, searches, tokens and seconds: :func:`searchr1_async.records.scores.cost_frame`."""
         return cost_frame(self.scores)
 
     @cached_property
@@ -374,7 +369,7 @@ def compare(
 def flips(
     before: Evaluation, after: Evaluation, metric: str = "exact_match", *, suite: str | None = None
 ) -> pl.DataFrame:
-    """Questions whose score changed, largest change first: :data:`searchr1_async.evaluation.comparison.FLIP_SCHEMA`.
+    """Questions whose score changed, largest change first: :data:`searchr1_async.records.scores.FLIP_SCHEMA`.
 
     ``before`` and ``after`` are means over samples. ``before_answer`` and ``after_answer`` come from the samples that show
     the change: for an improved question, a worst sample before and a best one after.

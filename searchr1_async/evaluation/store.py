@@ -31,7 +31,7 @@ from searchr1_async.boundary.tables import read_parquet, scan_rows
 from searchr1_async.episodes.table import EPISODE_SCHEMA, EpisodeRow, episode_from_row, episodes_frame
 from searchr1_async.episodes.types import Episode
 from searchr1_async.errors import RunFolderError
-from searchr1_async.evaluation.scores import SCORE_SCHEMA, score_frame
+from searchr1_async.records.scores import SCORE_SCHEMA, score_frame
 
 _PART = re.compile(r"(\d{6,})\.parquet")
 JUDGEMENTS_NAME = "judgements.parquet"

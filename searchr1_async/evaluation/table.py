@@ -9,7 +9,7 @@ import polars as pl
 
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.evaluation.result import Evaluation, compare
-from searchr1_async.evaluation.statistics import PairedDifference
+from searchr1_async.records.statistics import PairedDifference
 
 _SCHEMA = {
     "stage": pl.String,

@@ -17,9 +17,9 @@ from searchr1_async.episodes.types import Passage, Question
 from searchr1_async.errors import ModelError
 from searchr1_async.evaluation.result import Evaluation
 from searchr1_async.learn.checkpoints import ResumePoint
+from searchr1_async.records.run_records import RunRecords
 from searchr1_async.run_folder import load_evaluations, training_questions
 from searchr1_async.trained import kept_record
-from searchr1_async.watch.records import RunRecords
 
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM accepts for ``--max-lora-rank`` (``vllm/config/lora.py``)."""

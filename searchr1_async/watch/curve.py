@@ -40,7 +40,7 @@ def learning_curve(
     """Draw the learning curve to ``path`` as PNG (1650 x 1350 pixels); returns ``path``.
 
     Args:
-        metrics: one row per step, as from :meth:`searchr1_async.watch.records.RunRecords.metrics`; may be empty, and any
+        metrics: one row per step, as from :meth:`searchr1_async.records.run_records.RunRecords.metrics`; may be empty, and any
             metric may be missing or null.
         evaluations: held-out evaluations, drawn with their intervals.
         title: heading of the picture.

@@ -14,7 +14,7 @@ import nbformat
 import pytest
 
 from searchr1_async.learn.checkpoints import ResumePoint
-from searchr1_async.watch.records import RunRecords
+from searchr1_async.records.run_records import RunRecords
 from tests.notebooks import small
 
 pytest.importorskip("playwright", reason="playwright is not installed")

@@ -8,7 +8,7 @@ import pytest
 
 from searchr1_async.commands import view
 from searchr1_async.errors import ConfigurationError, RunFolderError
-from searchr1_async.watch.records import GroupOutcome, RunRecords
+from searchr1_async.records.run_records import GroupOutcome, RunRecords
 from tests.watch.builders import group
 from tests.watch.viewer.pages import data_of
 

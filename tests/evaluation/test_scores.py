@@ -7,7 +7,7 @@ import polars as pl
 import pytest
 
 from searchr1_async.episodes.types import Episode, Passage, SearchCall, StopReason, Turn
-from searchr1_async.evaluation.scores import METRICS, OUTCOMES, SCORE_SCHEMA, score_frame
+from searchr1_async.records.scores import METRICS, OUTCOMES, SCORE_SCHEMA, score_frame
 from tests.watch.builders import HOSTILE, answering_turn, episode, malformed_turn, question, searching_turn
 
 SEEN, UNSEEN = searching_turn(), searching_turn("Nothing of the kind.")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from benchmarks.intervals import run as intervals
 from searchr1_async.errors import ConfigurationError
-from searchr1_async.evaluation.statistics import (
+from searchr1_async.records.statistics import (
     cluster_bootstrap,
     difference_intervals,
     difference_of,

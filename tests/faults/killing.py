@@ -20,7 +20,7 @@ import polars as pl
 
 from searchr1_async.learn.checkpoints import ResumePoint
 from searchr1_async.local import LocalService
-from searchr1_async.watch.records import RunRecords
+from searchr1_async.records.run_records import RunRecords
 from searchr1_async.watch.unlearned import UnlearnedGroups
 from tests import tiny_world
 from tests.faults import scripted_world

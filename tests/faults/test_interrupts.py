@@ -17,7 +17,7 @@ import pytest
 
 from searchr1_async.learn.checkpoints import ResumePoint
 from searchr1_async.local import LocalService
-from searchr1_async.watch.records import RunRecords
+from searchr1_async.records.run_records import RunRecords
 from tests import tiny_world
 
 QUESTIONS = 48

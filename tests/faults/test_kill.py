@@ -11,7 +11,7 @@ import anyio.to_thread
 import pytest
 
 from searchr1_async.local import LocalService
-from searchr1_async.watch.records import RunRecords
+from searchr1_async.records.run_records import RunRecords
 from tests.faults import scripted_world
 from tests.faults.killing import KINDS, Plan, assert_epoch_is_whole, assert_same_outcome, train_through_kills
 

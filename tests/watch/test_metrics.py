@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from searchr1_async.episodes.types import Group, Passage, Question, SearchCall, StopReason, Turn
-from searchr1_async.watch.metrics import answer_in_passage, group_metrics, passages_shown
+from searchr1_async.records.metrics import answer_in_passage, group_metrics, passages_shown
 from tests.watch.builders import answering_turn, episode, group, malformed_turn, question, searching_turn
 
 

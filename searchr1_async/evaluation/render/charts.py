@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from searchr1_async.evaluation.figures import ALL_SUITES, MACRO, check_metric
 from searchr1_async.evaluation.render.tables import one_line
 from searchr1_async.evaluation.render.words import OUTCOME_MEANINGS, OUTCOME_WORDS, metric_words
-from searchr1_async.evaluation.scores import OUTCOMES
+from searchr1_async.records.scores import ALL_SUITES, MACRO, OUTCOMES, check_metric
 
 if TYPE_CHECKING:
     from searchr1_async.evaluation.report import Report

@@ -16,7 +16,7 @@ from searchr1_async.evaluation.render.parts import (
 )
 from searchr1_async.evaluation.render.text import latex_table, latex_text, markdown_table, markdown_text
 from searchr1_async.evaluation.render.words import OUTCOME_MEANINGS, OUTCOME_WORDS
-from searchr1_async.evaluation.scores import OUTCOMES
+from searchr1_async.records.scores import OUTCOMES
 
 if TYPE_CHECKING:
     from searchr1_async.evaluation.report import Report

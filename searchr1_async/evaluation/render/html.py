@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 
 from searchr1_async.evaluation.render.tables import Cell, Table
-from searchr1_async.evaluation.statistics import Estimate
+from searchr1_async.records.statistics import Estimate
 from searchr1_async.watch.html import isolated
 
 _LONGEST = 300

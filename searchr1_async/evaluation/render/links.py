@@ -13,7 +13,7 @@ import polars as pl
 
 from searchr1_async.episodes.table import EpisodeRow, episode_from_row, storable
 from searchr1_async.errors import RunFolderError
-from searchr1_async.evaluation.scores import OUTCOMES
+from searchr1_async.records.scores import OUTCOMES
 from searchr1_async.watch.viewer.pack import MAX_LISTED
 
 if TYPE_CHECKING:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from searchr1_async.episodes.table import storable
-from searchr1_async.evaluation.figures import ALL_SUITES, MACRO
 from searchr1_async.evaluation.render.charts import OUTCOME_COLOURS
 from searchr1_async.evaluation.render.html import interval_bars, paragraph, stacked_bar, table_html
 from searchr1_async.evaluation.render.links import Chosen, EpisodeKey, flip_links, href
@@ -28,7 +27,7 @@ from searchr1_async.evaluation.render.parts import (
 )
 from searchr1_async.evaluation.render.tables import Cell, Table, counted, one_line, table_of
 from searchr1_async.evaluation.render.words import METRIC_MEANINGS, OUTCOME_MEANINGS, OUTCOME_WORDS, metric_words
-from searchr1_async.evaluation.scores import OUTCOMES
+from searchr1_async.records.scores import ALL_SUITES, MACRO, OUTCOMES
 from searchr1_async.watch.html import STYLE, isolated
 
 if TYPE_CHECKING:

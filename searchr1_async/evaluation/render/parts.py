@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from searchr1_async.evaluation.compared import SIGNIFICANT
-from searchr1_async.evaluation.figures import ALL_SUITES, MACRO
 from searchr1_async.evaluation.published import Beside
 from searchr1_async.evaluation.render.tables import (
     MISSING,
@@ -23,7 +22,7 @@ from searchr1_async.evaluation.render.tables import (
     table_of,
 )
 from searchr1_async.evaluation.render.words import OUTCOME_WORDS, metric_words
-from searchr1_async.evaluation.scores import OUTCOMES
+from searchr1_async.records.scores import ALL_SUITES, MACRO, OUTCOMES
 
 if TYPE_CHECKING:
     from searchr1_async.evaluation.report import Report

@@ -14,7 +14,7 @@ from searchr1_async.evaluation.asked import QUESTIONS_NAME
 from searchr1_async.evaluation.render.document import latex_report, markdown_report
 from searchr1_async.evaluation.render.links import EPISODES_NAME, choose, chosen_rows, key_of
 from searchr1_async.evaluation.render.page import episodes_title, report_page
-from searchr1_async.evaluation.scores import SCORE_SCHEMA
+from searchr1_async.records.scores import SCORE_SCHEMA
 from searchr1_async.watch.viewer import load_tokenizer, page_of
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import polars as pl
 
 from searchr1_async.errors import ConfigurationError
-from searchr1_async.evaluation.statistics import Z_95, mean_interval, wilson_interval
+from searchr1_async.records.statistics import Z_95, mean_interval, wilson_interval
 from searchr1_async.watch.curve import smoothed
 from searchr1_async.watch.plots.theme import MAX_ROWS
 
@@ -100,7 +100,7 @@ def evaluation_scores(evaluations: pl.LazyFrame, part: str = "correct") -> pl.Da
     Wilson's interval on the effective number of questions.
 
     Args:
-        evaluations: episodes, as from :meth:`searchr1_async.watch.records.RunRecords.evaluations`.
+        evaluations: episodes, as from :meth:`searchr1_async.records.run_records.RunRecords.evaluations`.
         part: a reward part that has its own column.
     """
     finished = pl.col("stop_reason") != "failed"

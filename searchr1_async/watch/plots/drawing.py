@@ -11,12 +11,12 @@ import polars as pl
 
 from searchr1_async.boundary.paths import absolute_path
 from searchr1_async.errors import ConfigurationError
+from searchr1_async.records.run_records import RunRecords
 from searchr1_async.watch.plots.curves import plot_learning, plot_metric
 from searchr1_async.watch.plots.data import METRICS, evaluation_scores, metric_named
 from searchr1_async.watch.plots.outcomes import plot_reward_by_turns, plot_suites
 from searchr1_async.watch.plots.theme import enable_renderer
 from searchr1_async.watch.plots.waiting import plot_timeline
-from searchr1_async.watch.records import RunRecords
 from searchr1_async.watch.trackers.jsonl import EVENTS_FILE
 from searchr1_async.watch.trackers.lines import read_events
 

@@ -1,6 +1,6 @@
 """Trackers: adapters that send a run's events to experiment trackers.
 
-The run's folder always gets Parquet files (:mod:`searchr1_async.watch.records`) and ``events.jsonl`` (:class:`JsonlTracker`).
+The run's folder always gets Parquet files (:mod:`searchr1_async.records.run_records`) and ``events.jsonl`` (:class:`JsonlTracker`).
 Services are opt-in: ``train(..., trackers=("wandb", "tensorboard", MyTracker()))``.
 """
 

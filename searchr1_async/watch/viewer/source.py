@@ -12,7 +12,7 @@ import polars as pl
 
 from searchr1_async.episodes.table import EpisodeRow, episode_from_row
 from searchr1_async.errors import RunFolderError
-from searchr1_async.watch.records import RunRecords
+from searchr1_async.records.run_records import RunRecords
 
 _ROWS_AT_ONCE = 512
 """Minimum episodes per read; a step or an evaluation is never split."""

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from searchr1_async.episodes.table import EpisodeRow
 from searchr1_async.episodes.types import Episode, Passage, Question, SearchCall, StopReason
 from searchr1_async.errors import RunFolderError
-from searchr1_async.watch.records import GroupOutcome, RunRecords
+from searchr1_async.records.run_records import GroupOutcome, RunRecords
 from searchr1_async.watch.viewer import in_cell, page_of, view_run
 from searchr1_async.watch.viewer.pack import CHUNK, FLAGS
 from searchr1_async.watch.viewer.source import run_episodes
