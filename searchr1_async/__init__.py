@@ -68,15 +68,19 @@ from searchr1_async.models import Price
 from searchr1_async.recorded import RecordedRun
 from searchr1_async.run import Run, open_run
 from searchr1_async.search import Search, SearchStatistics
-from searchr1_async.search.building import build_index
-from searchr1_async.search.compact_building import CompactReport, build_compact_index
-from searchr1_async.search.embedders import GeminiEmbedder, SentenceTransformerEmbedder
-from searchr1_async.search.index_report import IndexReport
+from searchr1_async.search.builders import CompactReport, build_compact_index, build_index
+from searchr1_async.search.compact.files import CompactSettings
+from searchr1_async.search.compact.store import CompactStore
+from searchr1_async.search.embedders import SentenceTransformerEmbedder
+from searchr1_async.search.gemini import GeminiEmbedder
+from searchr1_async.search.http_client import ServedEmbedder, ServedStore
+from searchr1_async.search.http_server import serve_search
+from searchr1_async.search.index import IndexReport
 from searchr1_async.search.pacing import PacingSettings
-from searchr1_async.search.served import ServedEmbedder, ServedStore
-from searchr1_async.search.serving import serve_search
-from searchr1_async.search.sources import ChromaFolder, ChromaServer, VectorFiles
-from searchr1_async.search.stores import CompactSettings, CompactStore, EmbeddedChroma, RemoteChroma
+from searchr1_async.search.stores.chroma_folder import EmbeddedChroma
+from searchr1_async.search.stores.chroma_server import RemoteChroma
+from searchr1_async.search.stores.chroma_sources import ChromaFolder, ChromaServer
+from searchr1_async.search.stores.sources import VectorFiles
 from searchr1_async.watch.trackers import TensorBoardTracker, TrackioTracker, WandbTracker
 from searchr1_async.watch.viewer import register_representations
 

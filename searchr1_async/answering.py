@@ -16,7 +16,7 @@ from searchr1_async.errors import QuestionsError, SearchError, ServiceError
 from searchr1_async.events import BesideSampled, Emit
 from searchr1_async.rollout.policy import NewestWeights, TinkerPolicy
 from searchr1_async.search import Search
-from searchr1_async.search.shown import ShownSearch
+from searchr1_async.search.record import ShownSearch
 from searchr1_async.service.connection import Service
 from searchr1_async.trained import named_passages, shown_passages
 from searchr1_async.weights import Weights

@@ -21,7 +21,7 @@ from searchr1_async.models import Thinking
 from searchr1_async.playing import PlaySettings, ServiceChoice, playing
 from searchr1_async.run_folder import kept_search
 from searchr1_async.search import Search
-from searchr1_async.search.shown import ShownSearch
+from searchr1_async.search.record import ShownSearch
 from searchr1_async.service.connection import ServiceName, is_embedded
 from searchr1_async.trained import EpisodeChoice
 from searchr1_async.watch.dashboard import Choice

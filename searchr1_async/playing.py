@@ -28,7 +28,7 @@ from searchr1_async.rollout.opening import open_engine
 from searchr1_async.rollout.policy import TinkerPolicy
 from searchr1_async.rollout.workers.messages import WorkerSpec
 from searchr1_async.search import Search
-from searchr1_async.search.shown import ShownSearch
+from searchr1_async.search.record import ShownSearch
 from searchr1_async.service.availability import watching_service
 from searchr1_async.service.connection import Service, ServiceName, find_endpoint
 from searchr1_async.service.startup import check_chat_format, check_service, open_service

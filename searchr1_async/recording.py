@@ -22,7 +22,7 @@ from searchr1_async.learn.learner import FinishedStep
 from searchr1_async.records.metrics import group_metrics, outcome_metrics
 from searchr1_async.records.run_records import GroupOutcome, RunRecords
 from searchr1_async.run_folder import writing_records
-from searchr1_async.search.statistics import SearchStatistics
+from searchr1_async.search.stats import SearchStatistics
 from searchr1_async.service.connection import Service
 from searchr1_async.spending import Spending
 from searchr1_async.watch.unlearned import UnlearnedGroups

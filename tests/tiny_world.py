@@ -24,7 +24,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 
 import searchr1_async as sr
-from searchr1_async.search.embedders.base import Vectors
+from searchr1_async.search.embedders import Vectors
 
 PLACES = tuple("".join(syllables) for syllables in itertools.product(("ba", "ko", "mi", "tu"), ("rin", "dor", "sel")))
 THINGS = tuple(

@@ -30,11 +30,11 @@ from benchmarks.shared.real_vectors import SUITES, RealVectors, holds_answer, ne
 from benchmarks.shared.report import write_result
 from benchmarks.shared.wordllama_embedder import WordLlamaEmbedder
 from searchr1_async.episodes.types import Passage
-from searchr1_async.search.compact_building import build_compact_index
-from searchr1_async.search.embedders.base import Vectors
+from searchr1_async.search.builders import build_compact_index
+from searchr1_async.search.compact.store import CompactStore
+from searchr1_async.search.embedders import Vectors
 from searchr1_async.search.passage_embedding import passage_text
-from searchr1_async.search.stores.base import Found
-from searchr1_async.search.stores.compact.store import CompactStore
+from searchr1_async.search.stores.vector_store import Found
 
 CALIBRATING = 500
 

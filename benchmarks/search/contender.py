@@ -77,9 +77,9 @@ async def play(load: Load, ask: Ask) -> Played:
 @asynccontextmanager
 async def ours(gemini: str, chroma: int, vertex: bool) -> AsyncIterator[Way]:
     """This project's search."""
-    from searchr1_async.search.embedders.gemini import GeminiEmbedder
+    from searchr1_async.search.gemini import GeminiEmbedder
     from searchr1_async.search.search import Search
-    from searchr1_async.search.stores import RemoteChroma
+    from searchr1_async.search.stores.chroma_server import RemoteChroma
 
     class CountedStore(RemoteChroma):
         requests = 0

@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 
 from benchmarks.shared.real_vectors import RealVectors
 from searchr1_async.episodes.types import Passage
-from searchr1_async.search.embedders.base import Vectors
-from searchr1_async.search.sources.base import Block, SourceFacts
+from searchr1_async.search.embedders import Vectors
+from searchr1_async.search.stores.sources import Block, SourceFacts
 
 BLOCK_ROWS = 8192
 NEIGHBOURS = 10

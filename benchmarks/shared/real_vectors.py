@@ -26,8 +26,7 @@ import searchr1_async as sr
 from benchmarks.shared.wordllama_embedder import WordLlamaEmbedder
 from searchr1_async.episodes.rewards import normalize_answer
 from searchr1_async.episodes.types import Passage
-from searchr1_async.search.embedders.base import Embedder, Vectors
-from searchr1_async.search.embedders.sentence_transformer import SentenceTransformerEmbedder
+from searchr1_async.search.embedders import Embedder, SentenceTransformerEmbedder, Vectors
 
 SUITES = ("nq", "triviaqa", "popqa", "hotpotqa", "2wikimultihopqa")
 WEIGHTS = (0.85, 0.45, 0.25)

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from searchr1_async.errors import ConfigurationError
-from searchr1_async.search.building import build_index
-from searchr1_async.search.embedders.sentence_transformer import DEFAULT_MODEL
+from searchr1_async.search.builders import build_index
+from searchr1_async.search.embedders import DEFAULT_MODEL
 from searchr1_async.search.passage_embedding import PACING
-from searchr1_async.search.stores.base import WritableStore
-from searchr1_async.search.stores.chroma import RemoteChroma
+from searchr1_async.search.stores.chroma_server import RemoteChroma
+from searchr1_async.search.stores.vector_store import WritableStore
 from searchr1_async.watch.dashboard import console_view
 
 if TYPE_CHECKING:

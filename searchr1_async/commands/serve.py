@@ -11,8 +11,9 @@ import anyio
 
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.events import Notice
+from searchr1_async.search.http_server import DEFAULT_PORT, serve_search
 from searchr1_async.search.search import Search
-from searchr1_async.search.serving import DEFAULT_PORT, ServingLimits, serve_search
+from searchr1_async.search.wire import ServingLimits
 from searchr1_async.watch.dashboard import console_view
 
 if TYPE_CHECKING:

@@ -26,15 +26,14 @@ from searchr1_async.data.wiki18 import (
 )
 from searchr1_async.errors import StoreError
 from searchr1_async.events import Emit, Notice
-from searchr1_async.search.compact_building import build_compact_index, differing, needed_bytes
-from searchr1_async.search.embedders.choice import make_embedder
-from searchr1_async.search.embedders.gemini import DEFAULT_MODEL
+from searchr1_async.search.builders import build_compact_index, differing, needed_bytes
+from searchr1_async.search.compact.assembly import SAMPLE_QUERIES
+from searchr1_async.search.compact.files import MANIFEST_NAME, CompactManifest, CompactSettings
 from searchr1_async.search.faults import PassingFault
-from searchr1_async.search.opening import open_embedder
+from searchr1_async.search.gemini import DEFAULT_MODEL, make_embedder
 from searchr1_async.search.passage_embedding import PACING
-from searchr1_async.search.sources import ChromaFolder
-from searchr1_async.search.stores.compact.build import SAMPLE_QUERIES
-from searchr1_async.search.stores.compact.layout import MANIFEST_NAME, CompactManifest, CompactSettings
+from searchr1_async.search.stores.chroma_sources import ChromaFolder
+from searchr1_async.search.stores.vector_store import open_embedder
 from searchr1_async.watch.dashboard import console_view
 
 if TYPE_CHECKING:

@@ -2,6 +2,6 @@
 
 from searchr1_async.episodes.prompts import clean_query
 from searchr1_async.search.search import Search
-from searchr1_async.search.statistics import SearchStatistics
+from searchr1_async.search.stats import SearchStatistics
 
 __all__ = ["Search", "SearchStatistics", "clean_query"]

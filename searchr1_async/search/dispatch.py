@@ -22,14 +22,21 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wai
 
 from searchr1_async.boundary.waits import bounded_wait
 from searchr1_async.errors import SearchError, SearchUnavailableError
-from searchr1_async.search.deadline import Deadline, now_in_loop
 from searchr1_async.search.faults import PassingFault, RefusedInput, TooManyRequests
-from searchr1_async.search.gathering import Gathering, is_worth_sending
-from searchr1_async.search.hedging import Slowest, hedged
-from searchr1_async.search.pacing import Flight, Pacer, PacingSettings
-from searchr1_async.search.statistics import ServiceStatistics, ServiceTally
-from searchr1_async.search.telling import Telling
-from searchr1_async.search.waiter import Item, Key, Value, Waiter
+from searchr1_async.search.gathering import (
+    Deadline,
+    Gathering,
+    Item,
+    Key,
+    Slowest,
+    Value,
+    Waiter,
+    hedged,
+    is_worth_sending,
+    now_in_loop,
+)
+from searchr1_async.search.pacing import Flight, Pacer, PacingSettings, Telling
+from searchr1_async.search.stats import ServiceStatistics, ServiceTally
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +63,7 @@ class Dispatcher(Generic[Key, Item, Value]):
 
     Args:
         send: one request: returns the values of some items, in order. Tries once, and raises as an
-            :class:`~searchr1_async.search.embedders.base.Embedder` does.
+            :class:`~searchr1_async.search.embedders.Embedder` does.
         name: of the service, for messages.
         capacity: what the service accepts; called per request, since it may change.
         pacing: see :class:`PacingSettings`.

@@ -6,17 +6,35 @@ window, so a lone search goes out at once (:func:`is_worth_sending`).
 Fair queueing: the keys of one call are spread over rounds, so that a call with twenty queries does not starve later ones.
 Each key gets a virtual start time, and the smallest goes first (start-time fair queueing: Goyal, Vin and Cheng, SIGCOMM
 1996).
+
+A pending call of a dispatcher.
+
+The search's clock and per-call deadlines.
+
+Hedging: a slow request is sent a second time, and the first answer wins.
+
+After Dean and Barroso, "The Tail at Scale", CACM 56(2), 2013: a second request after the 95th percentile of the latency
+cuts the tail for about 5 % more requests.
 """
 
 from __future__ import annotations
 
+import asyncio
+import copy
 import heapq
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+import anyio
+from anyio.abc import TaskGroup
+
+from searchr1_async.errors import SearchError
+
 Key = TypeVar("Key", bound=Hashable)
-Waiter = TypeVar("Waiter", bound=Hashable)
+WaitingCaller = TypeVar("WaitingCaller", bound=Hashable)
 
 
 FEW = 4
@@ -43,21 +61,21 @@ class Asked:
 
 
 @dataclass(slots=True)
-class _Wanted(Generic[Waiter]):
+class _Wanted(Generic[WaitingCaller]):
     round: int
     """Virtual start time of the key."""
     number: int
     """Order within a round, kept when the key returns to the queue."""
-    waiters: set[Waiter]
+    waiters: set[WaitingCaller]
 
 
-class Gathering(Generic[Key, Waiter]):
+class Gathering(Generic[Key, WaitingCaller]):
     """Keys (queries) and waiters (callers). ``weigh`` gives a key's weight against ``max_weight`` of a batch."""
 
     def __init__(self, weigh: Callable[[Key], int] = lambda _: 0) -> None:
         self._weigh = weigh
-        self._waiting: dict[Key, _Wanted[Waiter]] = {}
-        self._sent: dict[Key, _Wanted[Waiter]] = {}
+        self._waiting: dict[Key, _Wanted[WaitingCaller]] = {}
+        self._sent: dict[Key, _Wanted[WaitingCaller]] = {}
         # (round, number, key); an entry is stale once its key waits in another round.
         self._queue: list[tuple[int, int, Key]] = []
         self._number = 0
@@ -73,7 +91,7 @@ class Gathering(Generic[Key, Waiter]):
         """Keys in flight."""
         return len(self._sent)
 
-    def ask(self, keys: Iterable[Key], waiter: Waiter) -> Asked:
+    def ask(self, keys: Iterable[Key], waiter: WaitingCaller) -> Asked:
         """Registers a waiter for keys: pending ones are joined, new ones queued."""
         new = joined = 0
         for key in keys:
@@ -92,7 +110,7 @@ class Gathering(Generic[Key, Waiter]):
             wanted.waiters.add(waiter)
         return Asked(new, joined)
 
-    def leave(self, keys: Iterable[Key], waiter: Waiter) -> None:
+    def leave(self, keys: Iterable[Key], waiter: WaitingCaller) -> None:
         """Removes a waiter. Waiting keys without waiters are dropped."""
         for key in keys:
             if (wanted := self._sent.get(key)) is not None:
@@ -123,7 +141,7 @@ class Gathering(Generic[Key, Waiter]):
             batch.append(key)
         return tuple(batch)
 
-    def finish(self, batch: Iterable[Key]) -> Mapping[Key, frozenset[Waiter]]:
+    def finish(self, batch: Iterable[Key]) -> Mapping[Key, frozenset[WaitingCaller]]:
         """Removes the keys of a finished batch and returns their waiters."""
         return {key: frozenset(self._sent.pop(key).waiters) for key in batch}
 
@@ -135,19 +153,144 @@ class Gathering(Generic[Key, Waiter]):
                 self._waiting[key] = wanted
                 self._enqueue(key, wanted, wanted.round)
 
-    def waiters_of(self, batch: Iterable[Key]) -> frozenset[Waiter]:
+    def waiters_of(self, batch: Iterable[Key]) -> frozenset[WaitingCaller]:
         """Waiters of any key of a batch in flight."""
         return frozenset(waiter for key in batch for waiter in self._sent[key].waiters)
 
-    def anyone_waiting(self) -> Waiter:
+    def anyone_waiting(self) -> WaitingCaller:
         """A waiter of a key not in flight; there must be one."""
         return next(iter(next(iter(self._waiting.values())).waiters))
 
-    def everyone(self) -> frozenset[Waiter]:
+    def everyone(self) -> frozenset[WaitingCaller]:
         """All waiters."""
         places = (self._waiting, self._sent)
         return frozenset(waiter for place in places for wanted in place.values() for waiter in wanted.waiters)
 
-    def _enqueue(self, key: Key, wanted: _Wanted[Waiter], due: int) -> None:
+    def _enqueue(self, key: Key, wanted: _Wanted[WaitingCaller], due: int) -> None:
         wanted.round = due
         heapq.heappush(self._queue, (due, wanted.number, key))
+
+
+Item = TypeVar("Item")
+Value = TypeVar("Value")
+
+
+@dataclass(eq=False, slots=True)
+class Waiter(Generic[Key, Item, Value]):
+    """One call of :meth:`~searchr1_async.search.dispatch.Dispatcher.fetch`, until all items are answered or one fails."""
+
+    number: int
+    """Increases with every call."""
+    items: Mapping[Key, Item]
+    tasks: TaskGroup
+    """Its task group, which runs batches while it waits."""
+    answers: dict[Key, Value] = field(default_factory=dict)
+    failure: SearchError | None = None
+    carrying: int = 0
+    """Batches running in its task group."""
+    done: anyio.Event = field(default_factory=anyio.Event)
+
+    def answer(self, key: Key, value: Value) -> None:
+        self.answers[key] = value
+        if len(self.answers) == len(self.items):
+            self.done.set()
+
+    def fail(self, failure: SearchError) -> None:
+        self.failure = self.failure or failure
+        self.done.set()
+
+    def result(self) -> dict[Key, Value]:
+        """The values by key. Raises a copy of the failure: a shared exception would collect all callers' tracebacks."""
+        if self.failure is not None:
+            raise _own_copy(self.failure) from (self.failure.__cause__ or self.failure)
+        return self.answers
+
+
+def _own_copy(failure: SearchError) -> SearchError:
+    try:
+        return copy.copy(failure)
+    except TypeError:  # a subclass with other constructor arguments
+        return SearchError(str(failure), is_fatal=failure.is_fatal)
+
+
+def now_in_loop() -> float:
+    """The running event loop's time, or monotonic time outside of one."""
+    try:
+        return asyncio.get_running_loop().time()
+    except RuntimeError:
+        return time.monotonic()
+
+
+class Deadline:
+    """When a call of ``seconds`` expires. Extended during an outage (which has its own limit), and restarted after it."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.at = now_in_loop() + seconds
+
+    def put_off(self, since: float) -> None:
+        self.at = since + self.seconds
+
+
+Result = TypeVar("Result")
+Flight = TypeVar("Flight")
+
+HEDGE_AFTER_REQUESTS, RECENT_REQUESTS = 50, 400
+"""Answered requests before hedging starts, and the window of recent latencies."""
+
+
+class Slowest:
+    """The latency after which a request counts as one of the slowest ``fraction``; 0 disables hedging."""
+
+    def __init__(self, fraction: float) -> None:
+        self._fraction = fraction
+        self._recent: deque[float] = deque(maxlen=RECENT_REQUESTS)
+
+    def add(self, seconds: float) -> None:
+        self._recent.append(seconds)
+
+    def delay(self, *, sent: int, hedged: int) -> float | None:
+        """Seconds after which to hedge a request, or None. Caps ``hedged`` at its share of ``sent``, even in a slowdown."""
+        if not self._fraction or hedged >= self._fraction * sent or len(self._recent) < HEDGE_AFTER_REQUESTS:
+            return None
+        # 5 % above, so that nothing is hedged if all latencies are equal.
+        return 1.05 * sorted(self._recent)[int((1 - self._fraction) * len(self._recent))]
+
+
+async def hedged(
+    request: Callable[[], Awaitable[Result]],
+    delay: float,
+    begin: Callable[[], Flight | None],
+    end: Callable[[Flight], None],
+) -> Result:
+    """The result of a request, or of a second one sent after ``delay`` seconds, whichever comes first.
+
+    ``begin`` takes a slot for the second (None if there is none), ``end`` releases it. Raises the first exception if neither
+    succeeds.
+    """
+    answers: list[Result] = []
+    errors: list[Exception] = []
+    running = 1
+
+    async def race() -> None:
+        nonlocal running
+        try:
+            answers.append(await request())
+        except Exception as error:
+            errors.append(error)
+        running -= 1
+        if answers or not running:
+            racers.cancel_scope.cancel()
+
+    async with anyio.create_task_group() as racers:
+        racers.start_soon(race)
+        await anyio.sleep(delay)
+        if (flight := begin()) is not None:
+            running += 1
+            try:
+                await race()
+            finally:
+                end(flight)
+    if not answers:
+        raise errors[0]
+    return answers[0]

@@ -1,26 +1,161 @@
-"""Embeds the passages of a corpus in concurrent, paced and retried requests, each journaled as soon as it is answered."""
+"""Embeds the passages of a corpus in concurrent, paced and retried requests, each journaled as soon as it is answered.
+
+Keeps embedded vectors on disk until they are in the store, so that nothing is embedded twice.
+
+Known embedding prices.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import math
+import shutil
+import struct
+import threading
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import anyio
 import anyio.from_thread
+import numpy as np
 
+from searchr1_async.boundary.paths import write_all
 from searchr1_async.boundary.waits import in_thread
 from searchr1_async.data.corpus import Corpus
 from searchr1_async.episodes.types import Passage
 from searchr1_async.errors import EmbeddingError, StoreError
 from searchr1_async.events import Emit, Notice, emit_nothing
 from searchr1_async.search.dispatch import Capacity, Dispatcher
-from searchr1_async.search.embedders.base import Embedder, Vectors
-from searchr1_async.search.embedders.checked import checked_vectors
+from searchr1_async.search.embedders import Embedder, SentenceTransformerEmbedder, Vectors, checked_vectors
 from searchr1_async.search.faults import RefusedInput
-from searchr1_async.search.journal import Journal, key_of
 from searchr1_async.search.pacing import PacingSettings
-from searchr1_async.search.prices import BYTES_PER_TOKEN, estimated_cost, price_of
+
+KEY_BYTES = 16
+_MAGIC = b"SR1VEC01"
+_HEADER = struct.Struct("<8s16sI")
+"""Magic, the embedder's hash, and the dimension; followed by a CRC-32."""
+_CRC = struct.Struct("<I")
+_SUFFIX = ".vectors"
+
+
+def key_of(passage_id: str, text: str) -> bytes:
+    """Hash of a passage's id and its embedded text."""
+    content = f"{passage_id}\0{text}".encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(content, digest_size=KEY_BYTES).digest()
+
+
+class Journal:
+    """One append-only file per window of passages, deleted once the window is in the store.
+
+    A record is a key, a vector and their CRC-32. Survives kills: a torn record at the end of a file is truncated. Does not
+    fsync, so a power failure may lose recent vectors. Files of another embedder (by fingerprint) or dimension are deleted.
+
+    Blocks on the disk: call it in a worker thread. Thread-safe.
+    """
+
+    def __init__(self, folder: Path, embedder: str, dimension: int) -> None:
+        self._folder = folder
+        identity = hashlib.blake2b(embedder.encode(), digest_size=16).digest()
+        header = _HEADER.pack(_MAGIC, identity, dimension)
+        self._header = header + _CRC.pack(zlib.crc32(header))
+        self._dimension = dimension
+        self._record = KEY_BYTES + 4 * dimension + _CRC.size
+        self._lock = threading.Lock()
+
+    def recall(self) -> dict[bytes, Vectors]:
+        """All intact vectors on disk, by key; truncates torn ends. Raises OSError."""
+        found: dict[bytes, Vectors] = {}
+        with self._lock:
+            for file in sorted(self._folder.glob(f"*{_SUFFIX}")):
+                if (size := self._read(file, found)) is None:
+                    file.unlink()
+                elif size < file.stat().st_size:
+                    with file.open("r+b") as torn:
+                        torn.truncate(size)
+        return found
+
+    def _read(self, file: Path, found: dict[bytes, Vectors]) -> int | None:
+        """Adds a file's vectors to ``found`` and returns its intact bytes; None for a foreign file."""
+        content = file.read_bytes()
+        if not content.startswith(self._header):
+            return None
+        position = len(self._header)
+        while len(record := content[position : position + self._record]) == self._record:
+            body, checksum = record[: -_CRC.size], record[-_CRC.size :]
+            if _CRC.unpack(checksum)[0] != zlib.crc32(body):
+                break
+            found[body[:KEY_BYTES]] = np.frombuffer(body, "<f4", offset=KEY_BYTES).astype(np.float32)
+            position += self._record
+        return position
+
+    def append(self, window: int, keys: Sequence[bytes], vectors: Vectors) -> None:
+        """Appends vectors of a window. Raises OSError."""
+        records = bytearray()
+        for key, vector in zip(keys, np.ascontiguousarray(vectors, "<f4"), strict=True):
+            body = key + vector.tobytes()
+            records += body + _CRC.pack(zlib.crc32(body))
+        with self._lock:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with self._file(window).open("ab", buffering=0) as file:
+                before = file.tell()
+                try:
+                    write_all(file, records if before else self._header + records)
+                except OSError:  # full disk: a torn record would hide later ones
+                    file.truncate(before)
+                    raise
+
+    def forget(self, window: int) -> None:
+        """Deletes a window that is in the store."""
+        with self._lock:
+            self._file(window).unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        with self._lock:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _file(self, window: int) -> Path:
+        return self._folder / f"{window:09d}{_SUFFIX}"
+
+
+BYTES_PER_TOKEN = 4
+"""UTF-8 bytes per token of English text; an estimate, since tokenizers differ."""
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """US dollars per million input tokens."""
+
+    dollars: float
+    as_of: str
+    """Month of the lookup."""
+
+    def cost(self, tokens: int) -> float:
+        """US dollars."""
+        return self.dollars * tokens / 1e6
+
+
+_PRICES = {"gemini-embedding-001": Price(0.15, "2025-07")}
+"""List prices by model, without discounts for batch jobs or free quotas."""
+
+
+def price_of(embedder: Embedder) -> Price | None:
+    """The price of an embedder's tokens: 0 if it runs locally, None if unknown."""
+    if isinstance(embedder, SentenceTransformerEmbedder):
+        return Price(0.0, "")
+    return _PRICES.get(embedder.name.partition(" (")[0])
+
+
+def estimated_cost(tokens: int, price: Price | None) -> str:
+    """Describes the estimate, its basis, and the date of the price."""
+    words = f"about {tokens:,} tokens (bytes of UTF-8 / {BYTES_PER_TOKEN})"
+    if price is None:
+        return f"{words}, at an unknown price"
+    if not price.dollars:
+        return f"{words}, free on this machine"
+    return f"{words}, about ${price.cost(tokens):,.2f} at ${price.dollars:g} per million (list price of {price.as_of})"
+
 
 OnProgress = Callable[[int, int], None]
 """Passages done, passages in total."""

@@ -1,25 +1,31 @@
-"""Detects the searchable index at a path or URL, and its embedder."""
+"""Detects the searchable index at a path or URL, and its embedder.
+
+Options of a search.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, TypedDict
 
 import anyio
 import anyio.to_thread
 
 from searchr1_async.boundary.paths import absolute_path
+from searchr1_async.boundary.settings import Count, Natural, Range, Seconds, check_settings
 from searchr1_async.boundary.tables import TABLE_SUFFIXES
 from searchr1_async.data.wiki18 import collections_in
 from searchr1_async.errors import ConfigurationError, EmbeddingError, StoreError
-from searchr1_async.search.embedders.base import Embedder
-from searchr1_async.search.embedders.choice import make_embedder
-from searchr1_async.search.index_folder import IndexFolder, building_call
-from searchr1_async.search.indexing import COLLECTION
-from searchr1_async.search.stores.base import Store
-from searchr1_async.search.stores.chroma import EmbeddedChroma, RemoteChroma
-from searchr1_async.search.stores.compact.layout import BUILDING_NAME, MANIFEST_NAME
-from searchr1_async.search.stores.compact.store import CompactStore
+from searchr1_async.search.compact.files import BUILDING_NAME, MANIFEST_NAME
+from searchr1_async.search.compact.store import CompactStore
+from searchr1_async.search.embedders import Embedder
+from searchr1_async.search.gemini import make_embedder
+from searchr1_async.search.index import COLLECTION
+from searchr1_async.search.pacing import PacingSettings
+from searchr1_async.search.stores.chroma_folder import EmbeddedChroma
+from searchr1_async.search.stores.chroma_server import RemoteChroma
+from searchr1_async.search.stores.vector_store import IndexFolder, Store, building_call
 
 CHROMA_DATABASE = "chroma.sqlite3"
 
@@ -120,7 +126,7 @@ def _embedder(place: str, given: EmbedderChoice, name: str | None, fingerprint: 
 
 
 async def _served(url: str, embedder: EmbedderChoice, collection: str | None, token: str | None) -> Place:
-    from searchr1_async.search.served import ServedEmbedder, ServedStore, look_at
+    from searchr1_async.search.http_client import ServedEmbedder, ServedStore, look_at
 
     if collection is not None:
         if embedder is None:
@@ -132,3 +138,44 @@ async def _served(url: str, embedder: EmbedderChoice, collection: str | None, to
     if embedder is not None:
         own = await anyio.to_thread.run_sync(_embedder, url, embedder, facts.embedder, facts.embedder_fingerprint)
     return Place(own, ServedStore(facts, token=token))
+
+
+class SearchOptions(TypedDict, total=False):
+    """Options of :class:`Search` besides embedder and store."""
+
+    n_results: int
+    """Passages per query, 1 to 100; default 3, as in the recipe."""
+    max_passage_words: int | None
+    """Truncates passages to so many words; None (default) keeps them whole."""
+    deadline: float
+    """Seconds per call, default 120, then it fails. Extended while a service is down."""
+    cache_entries: int
+    """Answers in memory, default 10,000 (about 3 KB each); 0 disables the cache."""
+    cache_path: str | Path | None
+    """File of a persistent answer cache, which processes may share; None (default) for none."""
+    cache_bytes: int
+    """Size of that file, default 1 GiB; evicts the least recently used answers."""
+    pacing: PacingSettings
+    """Pacing and retries of requests to the embedder and the store."""
+
+
+@dataclass(frozen=True, slots=True)
+class SearchSettings:
+    """:class:`SearchOptions` with defaults. Raises ConfigurationError if one is out of range."""
+
+    n_results: Annotated[int, Range(at_least=1, at_most=100)] = 3
+    max_passage_words: Count | None = None
+    deadline: Seconds = 120.0
+    cache_entries: Natural = 10_000
+    cache_path: str | Path | None = None
+    cache_bytes: Count = 1 << 30
+    pacing: PacingSettings = field(default_factory=PacingSettings)
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+
+def check_n_results(n_results: int) -> None:
+    """Raises ConfigurationError unless 1 to 100."""
+    if not 1 <= n_results <= 100:
+        raise ConfigurationError(f"n_results is {n_results}: it must be 1 to 100")

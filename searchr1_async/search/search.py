@@ -22,25 +22,27 @@ from searchr1_async.data.corpus import CorpusSource, load_corpus
 from searchr1_async.episodes.prompts import MAX_QUERY_CHARACTERS, clean_query
 from searchr1_async.episodes.types import Passage
 from searchr1_async.errors import ConfigurationError, EmbeddingError, SearchError, StoreError
-from searchr1_async.search.answers import Answer, AnswerCache, AnswerKey
-from searchr1_async.search.cache import LeastRecentlyUsed
-from searchr1_async.search.deadline import Deadline
+from searchr1_async.search.cache import Answer, AnswerCache, AnswerKey, LeastRecentlyUsed
+from searchr1_async.search.compact.store import CompactStore
 from searchr1_async.search.dispatch import Capacity, Dispatcher
-from searchr1_async.search.embedders.base import Embedder, Vectors
-from searchr1_async.search.embedders.checked import checked_vectors
-from searchr1_async.search.embedders.choice import make_embedder
-from searchr1_async.search.embedders.sentence_transformer import DEFAULT_MODEL
+from searchr1_async.search.embedders import DEFAULT_MODEL, Embedder, Vectors, checked_vectors
 from searchr1_async.search.faults import PassingFault
-from searchr1_async.search.indexing import LocalIndex, OnProgress, log_notices
-from searchr1_async.search.opening import open_embedder, open_store
-from searchr1_async.search.options import SearchOptions, SearchSettings, check_n_results
+from searchr1_async.search.gathering import Deadline
+from searchr1_async.search.gemini import make_embedder
+from searchr1_async.search.index import LocalIndex, OnProgress, log_notices
 from searchr1_async.search.passage_embedding import BuildOptions
-from searchr1_async.search.places import compact_place, is_address, look_up
-from searchr1_async.search.sources.named import lasting_name
-from searchr1_async.search.statistics import SearchStatistics, SearchTally, ServiceTally
-from searchr1_async.search.stores.base import Found, Store
-from searchr1_async.search.stores.chroma import RemoteChroma
-from searchr1_async.search.stores.compact.store import CompactStore
+from searchr1_async.search.places import (
+    SearchOptions,
+    SearchSettings,
+    check_n_results,
+    compact_place,
+    is_address,
+    look_up,
+)
+from searchr1_async.search.stats import SearchStatistics, SearchTally, ServiceTally
+from searchr1_async.search.stores.chroma_server import RemoteChroma
+from searchr1_async.search.stores.sources import lasting_name
+from searchr1_async.search.stores.vector_store import Found, Store, open_embedder, open_store
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ import pytest
 import searchr1_async as sr
 from searchr1_async.commands import serve
 from searchr1_async.episodes.types import Passage
-from searchr1_async.search.served import ServedEmbedder, ServedStore, look_at
+from searchr1_async.search.http_client import ServedEmbedder, ServedStore, look_at
 from tests.search.conftest import HashingEmbedder
 
 pytestmark = pytest.mark.anyio

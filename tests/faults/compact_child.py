@@ -10,9 +10,9 @@ from typing import Any
 import anyio
 
 from searchr1_async.events import Event, PhaseAdvanced, PhaseStarted
-from searchr1_async.search.compact_building import build_compact_index
-from searchr1_async.search.stores.compact import CompactSettings, build
-from searchr1_async.search.stores.compact.vector_file import VectorFile
+from searchr1_async.search.builders import build_compact_index
+from searchr1_async.search.compact import assembly as build
+from searchr1_async.search.compact.files import CompactSettings, VectorFile
 from tests.search.compact.arrays import Arrays, clustered
 
 ROWS, DIMENSION = 60_000, 64

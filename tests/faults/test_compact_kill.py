@@ -18,7 +18,7 @@ import anyio.to_thread
 import pytest
 
 from searchr1_async.errors import StoreError
-from searchr1_async.search.stores.compact import CompactStore
+from searchr1_async.search.compact.store import CompactStore
 from tests import tiny_world
 from tests.faults.compact_child import DIMENSION, ROWS
 from tests.search.compact.arrays import clustered, contents

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from searchr1_async.episodes.types import Passage
-from searchr1_async.search.embedders.base import Vectors
+from searchr1_async.search.embedders import Vectors
 
 
 class HashingEmbedder:

@@ -22,15 +22,17 @@ from searchr1_async.data.corpus import MemoryCorpus
 from searchr1_async.episodes.types import Passage
 from searchr1_async.errors import ConfigurationError, CorpusError, EmbeddingError, StoreError
 from searchr1_async.events import Event, Notice, PhaseAdvanced, PhaseEnded, PhaseStarted
-from searchr1_async.search import Search, index_builder
-from searchr1_async.search.building import build_index
-from searchr1_async.search.embedders.base import Vectors
-from searchr1_async.search.embedders.gemini import GeminiEmbedder
+from searchr1_async.search import Search
+from searchr1_async.search import index as index_builder
+from searchr1_async.search.builders import build_index
+from searchr1_async.search.embedders import Vectors
 from searchr1_async.search.faults import RefusedInput
-from searchr1_async.search.index_report import IndexReport
+from searchr1_async.search.gemini import GeminiEmbedder
+from searchr1_async.search.index import IndexReport
 from searchr1_async.search.pacing import PacingSettings
-from searchr1_async.search.stores import EmbeddedChroma, RemoteChroma
-from searchr1_async.search.stores.base import Found
+from searchr1_async.search.stores.chroma_folder import EmbeddedChroma
+from searchr1_async.search.stores.chroma_server import RemoteChroma
+from searchr1_async.search.stores.vector_store import Found
 from tests.tiny_world import child_environment
 
 pytestmark = pytest.mark.anyio
@@ -125,8 +127,8 @@ CHILD = """
 import os, signal, sys
 import anyio
 from searchr1_async.search import index_builder
-from searchr1_async.search.building import build_index
-from searchr1_async.search.embedders.gemini import GeminiEmbedder
+from searchr1_async.search.builders import build_index
+from searchr1_async.search.gemini import GeminiEmbedder
 
 corpus, target, base_url, window = sys.argv[1:]
 index_builder.WINDOW = int(window)
@@ -307,7 +309,7 @@ async def test_a_service_that_refuses_ends_the_build_and_what_is_done_is_kept(
 
 
 def test_the_report_in_words() -> None:
-    from searchr1_async.search.prices import Price
+    from searchr1_async.search.passage_embedding import Price
 
     report = IndexReport("a store", 1_000, 900, 12.5, 2_000_000, Price(0.15, "2025-07"), 0.9, 200)
     assert str(report) == (

@@ -22,7 +22,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 import searchr1_async
 from searchr1_async.episodes.types import Passage
 from searchr1_async.errors import ConfigurationError
-from searchr1_async.search import disk_cache
+from searchr1_async.search import cache as disk_cache
 from searchr1_async.search.cache import DiskCache, LeastRecentlyUsed, decode_passages, encode_passages
 
 MEBIBYTE = 1 << 20
@@ -239,7 +239,7 @@ for name in ("searchr1_async", "searchr1_async.search"):
     package = types.ModuleType(name)
     package.__path__ = [sys.argv[1] + "/" + name.replace(".", "/")]
     sys.modules[name] = package
-from searchr1_async.search.disk_cache import DiskCache
+from searchr1_async.search.cache import DiskCache
 
 path, worker, rounds, max_bytes, keys_in_all = sys.argv[2], sys.argv[3], *map(int, sys.argv[4:])
 cache = DiskCache(path, max_bytes)
@@ -541,7 +541,7 @@ for name in ("searchr1_async", "searchr1_async.search"):
     package = types.ModuleType(name)
     package.__path__ = [sys.argv[1] + "/" + name.replace(".", "/")]
     sys.modules[name] = package
-from searchr1_async.search.disk_cache import DiskCache
+from searchr1_async.search.cache import DiskCache
 
 logging.basicConfig(format="%(levelname)s %(message)s", stream=sys.stdout)
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

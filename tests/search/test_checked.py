@@ -14,7 +14,7 @@ import searchr1_async as sr
 from searchr1_async.episodes.types import Passage
 from searchr1_async.errors import EmbeddingError
 from searchr1_async.search import Search
-from searchr1_async.search.building import build_index
+from searchr1_async.search.builders import build_index
 from tests.search.conftest import HashingEmbedder
 
 pytestmark = pytest.mark.anyio

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from searchr1_async.errors import StoreError
-from searchr1_async.search.stores import checksums
-from searchr1_async.search.stores.checksums import SPOT_BLOCKS, WHOLE_BLOCKS, FileRecord, record_of, refuse_other
+from searchr1_async.search.stores import vector_store as checksums
+from searchr1_async.search.stores.vector_store import SPOT_BLOCKS, WHOLE_BLOCKS, FileRecord, record_of, refuse_other
 
 BLOCK = 64
 

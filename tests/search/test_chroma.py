@@ -22,8 +22,10 @@ from searchr1_async.errors import SearchError, StoreError
 from searchr1_async.search import Search
 from searchr1_async.search.faults import RefusedInput
 from searchr1_async.search.pacing import PacingSettings
-from searchr1_async.search.stores import EmbeddedChroma, RemoteChroma, Store
-from searchr1_async.search.stores.chroma.layout import check_collection_name, read_answer
+from searchr1_async.search.stores.chroma import check_collection_name, read_answer
+from searchr1_async.search.stores.chroma_folder import EmbeddedChroma
+from searchr1_async.search.stores.chroma_server import RemoteChroma
+from searchr1_async.search.stores.vector_store import Store
 from tests.search.conftest import ChromaProcess
 
 pytestmark = pytest.mark.anyio

@@ -17,14 +17,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from searchr1_async.errors import SearchError, StoreError
-from searchr1_async.search.faults import PassingFault, RefusedInput, TooManyRequests
-from searchr1_async.search.stores.chroma.faults import (
+from searchr1_async.search.faults import (
     MissingCollection,
+    PassingFault,
+    RefusedInput,
+    TooManyRequests,
     fault_of_answer,
     fault_of_embedded,
     fault_of_exception,
-    retry_after,
 )
+from searchr1_async.search.faults import chroma_retry_after as retry_after
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 KEY = ConnectionKey("host", 443, True, True, None, None, None)

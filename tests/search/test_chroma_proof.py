@@ -17,10 +17,10 @@ from chromadb.config import Settings
 from searchr1_async.episodes.types import Passage
 from searchr1_async.errors import StoreError
 from searchr1_async.search import Search
-from searchr1_async.search.building import build_index
-from searchr1_async.search.sources import ChromaFolder
-from searchr1_async.search.stores import EmbeddedChroma
-from searchr1_async.search.stores.proof import DamagedIndexError, refuse_unproven
+from searchr1_async.search.builders import build_index
+from searchr1_async.search.stores.chroma_folder import EmbeddedChroma
+from searchr1_async.search.stores.chroma_sources import ChromaFolder
+from searchr1_async.search.stores.vector_store import DamagedIndexError, refuse_unproven
 from tests.search.conftest import HashingEmbedder
 
 pytestmark = pytest.mark.anyio

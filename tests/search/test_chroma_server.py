@@ -23,7 +23,7 @@ from chromadb.config import Settings
 from searchr1_async.episodes.types import Passage
 from searchr1_async.errors import ConfigurationError, SearchError, StoreError
 from searchr1_async.search.faults import PassingFault, RefusedInput, TooManyRequests
-from searchr1_async.search.stores import RemoteChroma
+from searchr1_async.search.stores.chroma_server import RemoteChroma
 
 pytestmark = pytest.mark.anyio
 

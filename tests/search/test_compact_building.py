@@ -13,10 +13,12 @@ import pytest
 from searchr1_async.episodes.types import Passage, Question
 from searchr1_async.errors import ConfigurationError, EmbeddingError, QuestionsError, StoreError
 from searchr1_async.events import Event, Notice
-from searchr1_async.search import Search, compact_building
-from searchr1_async.search.compact_building import build_compact_index, needed_bytes
-from searchr1_async.search.sources import embedded
-from searchr1_async.search.stores.compact import CompactSettings, CompactStore
+from searchr1_async.search import Search
+from searchr1_async.search import builders as compact_building
+from searchr1_async.search.builders import build_compact_index, needed_bytes
+from searchr1_async.search.compact.files import CompactSettings
+from searchr1_async.search.compact.store import CompactStore
+from searchr1_async.search.stores import sources as embedded
 from tests.search.compact.arrays import Arrays, clustered, contents
 
 pytestmark = pytest.mark.anyio
@@ -167,7 +169,7 @@ async def test_too_little_room_is_said_before_anything_is_written(
 
 
 async def test_a_disk_that_fails_is_said_with_what_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from searchr1_async.search.stores.compact import build
+    from searchr1_async.search.compact import assembly as build
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -212,7 +214,7 @@ async def test_a_recall_that_is_not_reached_is_told(tmp_path: Path) -> None:
 async def test_queries_are_embedded_once_however_often_the_build_goes_on(
     tmp_path: Path, make_embedder: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from searchr1_async.search.stores.compact import build
+    from searchr1_async.search.compact import assembly as build
 
     embedder, source, folder = make_embedder(dimension=32), Arrays(clustered(200, 32)), tmp_path / "index"
     texts = [f"question {number}?" for number in range(30)]

@@ -19,8 +19,9 @@ from google.auth import exceptions as google_auth
 from benchmarks.shared.gemini_stand_in import Fault, GeminiStandIn, StandInSettings
 from benchmarks.shared.word_vectors import WordVectors
 from searchr1_async.errors import ConfigurationError, EmbeddingError
-from searchr1_async.search.embedders import GeminiEmbedder, SentenceTransformerEmbedder, make_embedder
+from searchr1_async.search.embedders import SentenceTransformerEmbedder
 from searchr1_async.search.faults import PassingFault, RefusedInput, TooManyRequests
+from searchr1_async.search.gemini import GeminiEmbedder, make_embedder
 
 pytestmark = pytest.mark.anyio
 

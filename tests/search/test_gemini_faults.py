@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from searchr1_async.errors import EmbeddingError, SearchError
-from searchr1_async.search.embedders.gemini_faults import classify, redact, retry_after
-from searchr1_async.search.faults import PassingFault, RefusedInput, TooManyRequests
+from searchr1_async.search.faults import PassingFault, RefusedInput, TooManyRequests, classify, redact
+from searchr1_async.search.faults import gemini_retry_after as retry_after
 
 NOW = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
 CONNECTION = ConnectionKey("host", 443, True, True, None, None, None)

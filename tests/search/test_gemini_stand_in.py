@@ -20,7 +20,7 @@ from benchmarks.shared.gemini_stand_in import (
     stand_in_process,
 )
 from benchmarks.shared.word_vectors import WordVectors
-from searchr1_async.search.embedders import GeminiEmbedder
+from searchr1_async.search.gemini import GeminiEmbedder
 
 pytestmark = pytest.mark.anyio
 

@@ -17,10 +17,11 @@ import pytest
 from searchr1_async.data import load_corpus
 from searchr1_async.episodes.types import Passage
 from searchr1_async.errors import CorpusError, EmbeddingError, StoreError
-from searchr1_async.search import Search, index_builder, passage_embedding
-from searchr1_async.search.indexing import LocalIndex
+from searchr1_async.search import Search, passage_embedding
+from searchr1_async.search import index as index_builder
+from searchr1_async.search.index import LocalIndex
 from searchr1_async.search.passage_embedding import passage_text
-from searchr1_async.search.stores import EmbeddedChroma
+from searchr1_async.search.stores.chroma_folder import EmbeddedChroma
 
 pytestmark = pytest.mark.anyio
 

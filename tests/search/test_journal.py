@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from searchr1_async.search.embedders.base import Vectors
-from searchr1_async.search.journal import Journal, key_of
+from searchr1_async.search.embedders import Vectors
+from searchr1_async.search.passage_embedding import Journal, key_of
 
 DIMENSION = 3
 RECORD = 16 + 4 * DIMENSION + 4

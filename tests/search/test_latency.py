@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from searchr1_async.search.latency import GROWTH, SHORTEST, Latency, LatencyTally
+from searchr1_async.search.stats import GROWTH, SHORTEST, Latency, LatencyTally
 
 
 def tally_of(seconds: list[float]) -> LatencyTally:

@@ -12,13 +12,14 @@ import pytest
 
 from searchr1_async.episodes.types import Passage
 from searchr1_async.errors import ConfigurationError, CorpusError, EmbeddingError, StoreError
-from searchr1_async.search import Search, served
-from searchr1_async.search.building import build_index
-from searchr1_async.search.compact_building import build_compact_index
-from searchr1_async.search.indexing import LocalIndex
+from searchr1_async.search import Search
+from searchr1_async.search import http_client as served
+from searchr1_async.search.builders import build_compact_index, build_index
+from searchr1_async.search.compact.store import CompactStore
+from searchr1_async.search.index import LocalIndex
 from searchr1_async.search.places import look_up
-from searchr1_async.search.stores import EmbeddedChroma, RemoteChroma
-from searchr1_async.search.stores.compact import CompactStore
+from searchr1_async.search.stores.chroma_folder import EmbeddedChroma
+from searchr1_async.search.stores.chroma_server import RemoteChroma
 from tests.search.compact.arrays import Arrays, clustered
 
 pytestmark = pytest.mark.anyio

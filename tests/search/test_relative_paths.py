@@ -15,8 +15,8 @@ from searchr1_async.data.wiki18 import fetch_sizes
 from searchr1_async.episodes.types import Passage
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.search import Search
-from searchr1_async.search.embedders.sentence_transformer import SentenceTransformerEmbedder
-from searchr1_async.search.sources.named import lasting_name
+from searchr1_async.search.embedders import SentenceTransformerEmbedder
+from searchr1_async.search.stores.sources import lasting_name
 
 pytestmark = pytest.mark.anyio
 

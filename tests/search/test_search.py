@@ -20,7 +20,7 @@ from searchr1_async.search.embedders import SentenceTransformerEmbedder
 from searchr1_async.search.faults import PassingFault, TooManyRequests
 from searchr1_async.search.pacing import PacingSettings
 from searchr1_async.search.search import first_words
-from searchr1_async.search.stores import EmbeddedChroma
+from searchr1_async.search.stores.chroma_folder import EmbeddedChroma
 
 pytestmark = pytest.mark.anyio
 

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from searchr1_async.errors import EmbeddingError
-from searchr1_async.search.embedders import SentenceTransformerEmbedder
-from searchr1_async.search.embedders.sentence_transformer import _is_e5
+from searchr1_async.search.embedders import SentenceTransformerEmbedder, _is_e5
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("sentence_transformers")

@@ -17,12 +17,20 @@ from hypothesis import strategies as st
 
 import searchr1_async as sr
 from searchr1_async.episodes.types import Passage
-from searchr1_async.search.embedders.base import Vectors
+from searchr1_async.search.embedders import Vectors
 from searchr1_async.search.faults import PassingFault, RefusedInput, TooManyRequests
-from searchr1_async.search.served import ServedEmbedder, ServedStore, look_at
-from searchr1_async.search.serving import ServingLimits, serve_search
-from searchr1_async.search.serving.wire import BadRequest, parts_of, read_embed, read_query, read_retrieve, shown_name
-from searchr1_async.search.stores.base import Found
+from searchr1_async.search.http_client import ServedEmbedder, ServedStore, look_at
+from searchr1_async.search.http_server import serve_search
+from searchr1_async.search.stores.vector_store import Found
+from searchr1_async.search.wire import (
+    BadRequest,
+    ServingLimits,
+    parts_of,
+    read_embed,
+    read_query,
+    read_retrieve,
+    shown_name,
+)
 
 pytestmark = pytest.mark.anyio
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
-from searchr1_async.search.latency import LatencyTally
-from searchr1_async.search.statistics import SearchStatistics, ServiceTally
+from searchr1_async.search.stats import LatencyTally, SearchStatistics, ServiceTally
 
 
 def statistics(tally: ServiceTally, calls: int, hits: int, latency: LatencyTally) -> SearchStatistics:

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from searchr1_async.episodes.types import Passage
 from searchr1_async.errors import StoreError
-from searchr1_async.search.embedders.base import Vectors
-from searchr1_async.search.sources.base import Block, SourceFacts
-from searchr1_async.search.stores.base import Metric
+from searchr1_async.search.embedders import Vectors
+from searchr1_async.search.stores.sources import Block, SourceFacts
+from searchr1_async.search.stores.vector_store import Metric
 
 
 class Arrays:

@@ -15,10 +15,11 @@ import pytest
 
 from searchr1_async.errors import StoreError
 from searchr1_async.events import Event, PhaseAdvanced, PhaseEnded, PhaseStarted
-from searchr1_async.search.embedders.base import Vectors
-from searchr1_async.search.stores.compact import CompactManifest, CompactSettings, CompactStore, build
-from searchr1_async.search.stores.compact.build import CompactBuilder
-from searchr1_async.search.stores.compact.vector_file import VectorFile
+from searchr1_async.search.compact import assembly as build
+from searchr1_async.search.compact.assembly import CompactBuilder
+from searchr1_async.search.compact.files import CompactManifest, CompactSettings, VectorFile
+from searchr1_async.search.compact.store import CompactStore
+from searchr1_async.search.embedders import Vectors
 from tests.search.compact.arrays import Arrays, clustered, contents
 
 pytestmark = pytest.mark.anyio

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from searchr1_async.search.stores.compact.calibrate import (
+from searchr1_async.search.compact.assembly import (
     AFFORDABLE,
     CANDIDATES,
-    _without,  # pyright: ignore[reportPrivateUsage]
+    _without,
     calibration_of,
     choose,
     cost,
@@ -24,12 +24,17 @@ from searchr1_async.search.stores.compact.calibrate import (
     recall,
     standard_error,
 )
-from searchr1_async.search.stores.compact.codes import Codes, add_codes, empty_codes, write_codes
-from searchr1_async.search.stores.compact.index import CompactIndex, exact_nearest
-from searchr1_async.search.stores.compact.layout import CurvePoint
-from searchr1_async.search.stores.compact.lists import ListAssigner, learn_centres
-from searchr1_async.search.stores.compact.probing import Probing
-from searchr1_async.search.stores.compact.vector_file import VectorFile, VectorWriter
+from searchr1_async.search.compact.codes import (
+    Codes,
+    ListAssigner,
+    Probing,
+    add_codes,
+    empty_codes,
+    learn_centres,
+    write_codes,
+)
+from searchr1_async.search.compact.files import CurvePoint, VectorFile, VectorWriter
+from searchr1_async.search.compact.store import CompactIndex, exact_nearest
 from tests.search.compact.arrays import clustered
 
 shares = st.integers(0, 100).map(lambda percent: percent / 100)

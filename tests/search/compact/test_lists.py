@@ -13,27 +13,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from searchr1_async.errors import StoreError
-from searchr1_async.search.embedders.base import Vectors
-from searchr1_async.search.stores.base import Metric
-from searchr1_async.search.stores.compact.codes import (
-    Codes,
-    add_codes,
-    empty_codes,
-    load_codes,
-    save_codes,
-    write_codes,
-)
-from searchr1_async.search.stores.compact.index import ready_vectors
-from searchr1_async.search.stores.compact.lists import (
+from searchr1_async.search.compact.codes import (
     MOST_LISTS,
     MOST_SAMPLED,
+    Codes,
     ListAssigner,
+    Probing,
+    add_codes,
+    empty_codes,
     learn_centres,
     lists_for,
+    load_codes,
     sample_size,
+    save_codes,
     shared_out,
+    write_codes,
 )
-from searchr1_async.search.stores.compact.probing import Probing
+from searchr1_async.search.compact.store import ready_vectors
+from searchr1_async.search.embedders import Vectors
+from searchr1_async.search.stores.vector_store import Metric
 from tests.search.compact.arrays import clustered, scores_of
 
 MANY = 1_100

@@ -9,10 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 
-from searchr1_async.search.embedders.base import Vectors
-from searchr1_async.search.stores.base import Metric
-from searchr1_async.search.stores.compact.index import ready_vectors
-from searchr1_async.search.stores.compact.probing import (
+from searchr1_async.search.compact.codes import (
     Probing,
     alike,
     centre_distances,
@@ -21,6 +18,9 @@ from searchr1_async.search.stores.compact.probing import (
     margin_of,
     squared_lengths,
 )
+from searchr1_async.search.compact.store import ready_vectors
+from searchr1_async.search.embedders import Vectors
+from searchr1_async.search.stores.vector_store import Metric
 from tests.search.compact.arrays import clustered, scores_of
 
 gap_tables = arrays.arrays(

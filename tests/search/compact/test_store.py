@@ -19,14 +19,14 @@ import pytest
 from searchr1_async.episodes.types import Passage
 from searchr1_async.errors import ConfigurationError, StoreError
 from searchr1_async.search import Search
-from searchr1_async.search.compact_building import build_compact_index
-from searchr1_async.search.embedders.base import Vectors
+from searchr1_async.search.builders import build_compact_index
+from searchr1_async.search.compact.codes import Probing
+from searchr1_async.search.compact.files import CompactSettings, VectorType
+from searchr1_async.search.compact.store import CompactStore
+from searchr1_async.search.embedders import Vectors
 from searchr1_async.search.faults import RefusedInput
-from searchr1_async.search.stores.base import Found, Metric, is_writable
-from searchr1_async.search.stores.chroma import EmbeddedChroma
-from searchr1_async.search.stores.compact import CompactSettings, CompactStore
-from searchr1_async.search.stores.compact.layout import VectorType
-from searchr1_async.search.stores.compact.probing import Probing
+from searchr1_async.search.stores.chroma_folder import EmbeddedChroma
+from searchr1_async.search.stores.vector_store import Found, Metric, is_writable
 from tests.search.compact.arrays import Arrays, clustered, passage_of, scores_of
 
 pytestmark = pytest.mark.anyio

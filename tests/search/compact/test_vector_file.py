@@ -12,13 +12,21 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 
-from searchr1_async.search.embedders.base import Vectors
-from searchr1_async.search.stores.base import Metric
-from searchr1_async.search.stores.compact import vector_file
-from searchr1_async.search.stores.compact.appended import AppendedFile
-from searchr1_async.search.stores.compact.index import exact_nearest, rank, ready_vectors
-from searchr1_async.search.stores.compact.layout import SCALES_NAME, VECTORS_NAME, VectorType
-from searchr1_async.search.stores.compact.vector_file import Rows, VectorFile, VectorWriter, quantised, row_bytes
+from searchr1_async.search.compact import files as vector_file
+from searchr1_async.search.compact.files import (
+    SCALES_NAME,
+    VECTORS_NAME,
+    AppendedFile,
+    Rows,
+    VectorFile,
+    VectorType,
+    VectorWriter,
+    quantised,
+    row_bytes,
+)
+from searchr1_async.search.compact.store import exact_nearest, rank, ready_vectors
+from searchr1_async.search.embedders import Vectors
+from searchr1_async.search.stores.vector_store import Metric
 from tests.search.compact.arrays import clustered, scores_of
 
 COUNT, DIMENSION = 700, 24

@@ -17,8 +17,10 @@ from chromadb.config import Settings
 
 from searchr1_async.episodes.types import Passage
 from searchr1_async.errors import StoreError
-from searchr1_async.search.embedders.base import Vectors
-from searchr1_async.search.sources import ChromaFolder, chroma_folder, hnsw_segment
+from searchr1_async.search.embedders import Vectors
+from searchr1_async.search.stores import chroma_files as hnsw_segment
+from searchr1_async.search.stores import chroma_sources as chroma_folder
+from searchr1_async.search.stores.chroma_sources import ChromaFolder
 
 pytestmark = pytest.mark.anyio
 

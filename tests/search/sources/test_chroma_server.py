@@ -7,8 +7,9 @@ import pytest
 
 from searchr1_async.episodes.types import Passage
 from searchr1_async.errors import StoreError
-from searchr1_async.search.sources import ChromaServer, chroma_server
-from searchr1_async.search.stores import RemoteChroma
+from searchr1_async.search.stores import chroma_sources as chroma_server
+from searchr1_async.search.stores.chroma_server import RemoteChroma
+from searchr1_async.search.stores.chroma_sources import ChromaServer
 
 pytestmark = pytest.mark.anyio
 

@@ -16,9 +16,10 @@ from searchr1_async.episodes.types import Passage
 from searchr1_async.errors import EmbeddingError, StoreError
 from searchr1_async.events import Event, Notice
 from searchr1_async.search import passage_embedding
-from searchr1_async.search.embedders.base import Vectors
+from searchr1_async.search.embedders import Vectors
 from searchr1_async.search.passage_embedding import BuildOptions, passage_text
-from searchr1_async.search.sources import EmbeddedCorpus, embedded
+from searchr1_async.search.stores import sources as embedded
+from searchr1_async.search.stores.sources import EmbeddedCorpus
 
 pytestmark = pytest.mark.anyio
 

@@ -11,8 +11,9 @@ import pytest
 
 from searchr1_async.episodes.types import Passage
 from searchr1_async.errors import StoreError
-from searchr1_async.search.embedders.base import Vectors
-from searchr1_async.search.sources import VectorFiles, files
+from searchr1_async.search.embedders import Vectors
+from searchr1_async.search.stores import sources as files
+from searchr1_async.search.stores.sources import VectorFiles
 
 pytestmark = pytest.mark.anyio
 

@@ -16,9 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from searchr1_async.boundary.waits import in_thread
-from searchr1_async.search.sources import hnsw_check
-from searchr1_async.search.sources.hnsw_check import FILE_NAMES, check_segment
-from searchr1_async.search.sources.hnsw_segment import BrokenSegmentError
+from searchr1_async.search.stores import chroma_files as hnsw_check
+from searchr1_async.search.stores.chroma_files import FILE_NAMES, BrokenSegmentError, check_segment
 
 DIMENSION = 6
 

