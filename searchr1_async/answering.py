@@ -14,7 +14,7 @@ from searchr1_async.episodes.play import Policy, SampledTurn, SearchTool, play
 from searchr1_async.episodes.types import Episode, Passage, Question
 from searchr1_async.errors import QuestionsError, SearchError, ServiceError
 from searchr1_async.events import BesideSampled, Emit
-from searchr1_async.rollout.policy import NewestWeights, TinkerPolicy
+from searchr1_async.rollout.player import NewestWeights, TinkerPolicy
 from searchr1_async.search import Search
 from searchr1_async.search.record import ShownSearch
 from searchr1_async.service.connection import Service

@@ -25,7 +25,7 @@ from searchr1_async.learn.checkpoints import CheckpointList, ResumePoint
 from searchr1_async.recording import delete_checkpoints
 from searchr1_async.records.run_records import RunRecords
 from searchr1_async.rollout.engine import RolloutEngine
-from searchr1_async.rollout.policy import TinkerPolicy
+from searchr1_async.rollout.player import TinkerPolicy
 from searchr1_async.run_folder import OF_NO_STEP, evaluation_steps, load_evaluation, writing_records
 from searchr1_async.service.connection import Service
 

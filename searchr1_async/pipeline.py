@@ -41,7 +41,7 @@ from searchr1_async.records.run_records import GroupOutcome
 from searchr1_async.rollout.admission import Admission, Closed
 from searchr1_async.rollout.engine import FailureBudget, GroupUnderWay, RolloutEngine
 from searchr1_async.rollout.order import QuestionOrder
-from searchr1_async.rollout.policy import NewestWeights, TinkerPolicy
+from searchr1_async.rollout.player import NewestWeights, TinkerPolicy
 
 TOO_SLOW, STEP_TIME_LIMIT = "too_slow", "step_time_limit"
 """Why a group was cut."""

@@ -23,9 +23,8 @@ from searchr1_async.episodes.types import Passage, Question, SearchCall
 from searchr1_async.errors import ConfigurationError, ModelError, SearchError, first_error, ungrouped
 from searchr1_async.events import Emit, Notice, PhaseAdvanced, PhaseEnded, PhaseStarted, RunEnded, RunStarted
 from searchr1_async.models import Thinking
-from searchr1_async.rollout.engine import RolloutEngine
-from searchr1_async.rollout.opening import open_engine
-from searchr1_async.rollout.policy import TinkerPolicy
+from searchr1_async.rollout.engine import RolloutEngine, open_engine
+from searchr1_async.rollout.player import TinkerPolicy
 from searchr1_async.rollout.workers.messages import WorkerSpec
 from searchr1_async.search import Search
 from searchr1_async.search.record import ShownSearch

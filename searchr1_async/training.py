@@ -36,10 +36,9 @@ from searchr1_async.pipeline import Pipeline
 from searchr1_async.playing import open_search
 from searchr1_async.recording import Keeper, StepRecorder, delete_checkpoints, forget_attempt
 from searchr1_async.records.run_records import RunRecords
-from searchr1_async.rollout.engine import RolloutEngine
-from searchr1_async.rollout.opening import open_engine
+from searchr1_async.rollout.engine import RolloutEngine, open_engine
 from searchr1_async.rollout.order import QuestionOrder
-from searchr1_async.rollout.policy import NewestWeights, TinkerPolicy
+from searchr1_async.rollout.player import NewestWeights, TinkerPolicy
 from searchr1_async.rollout.workers.messages import WorkerSpec
 from searchr1_async.run_folder import (
     AFTER_RL,

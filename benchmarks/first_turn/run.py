@@ -29,10 +29,9 @@ from searchr1_async.config import EpisodeLimits, FirstTurn, SamplingSettings
 from searchr1_async.episodes.formats import FinalAnswer, Reading, SearchRequest
 from searchr1_async.episodes.types import Episode, Passage, Question
 from searchr1_async.local.process import Scripted, local_service
+from searchr1_async.rollout.event_loop import Pulse
 from searchr1_async.rollout.gate import SampleGate
-from searchr1_async.rollout.player import GroupTask, LocalPlayer
-from searchr1_async.rollout.policy import TinkerPolicy
-from searchr1_async.rollout.pulse import Pulse
+from searchr1_async.rollout.player import GroupTask, LocalPlayer, TinkerPolicy
 
 MEMBERS, PROMPT_TOKENS, PASSAGE_TOKENS, TURN_TOKENS, MOST_TURNS = 8, 300, 150, 40, 4
 END, CALL, ANSWER, RESULT = 2, 3, 4, 5

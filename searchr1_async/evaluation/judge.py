@@ -23,9 +23,9 @@ from searchr1_async.episodes.prompts import PlainText
 from searchr1_async.episodes.rendering import select_renderer
 from searchr1_async.episodes.types import Question
 from searchr1_async.errors import ConfigurationError, ServiceError, ungrouped
+from searchr1_async.rollout.event_loop import LoopTurns
 from searchr1_async.rollout.gate import SampleGate
 from searchr1_async.rollout.player import GroupPolicy
-from searchr1_async.rollout.turns import LoopTurns
 
 logger = logging.getLogger(__name__)
 

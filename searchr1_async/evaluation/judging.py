@@ -20,7 +20,7 @@ from searchr1_async.evaluation.judge import Judge, judge_answers
 from searchr1_async.evaluation.store import JUDGEMENTS_NAME, EpisodeStore, SampleKey
 from searchr1_async.evaluation.systems import MeasuredSystem
 from searchr1_async.events import Emit, PhaseAdvanced, PhaseEnded, PhaseStarted
-from searchr1_async.rollout.policy import TinkerPolicy
+from searchr1_async.rollout.player import TinkerPolicy
 from searchr1_async.run_folder import writing_records
 from searchr1_async.service.availability import choose_model
 from searchr1_async.service.connection import Service

@@ -16,7 +16,7 @@ from searchr1_async.evaluation.store import EpisodeStore, PlayedSample, SampleKe
 from searchr1_async.evaluation.systems import MeasuredSystem
 from searchr1_async.events import Emit, PhaseAdvanced, emit_nothing
 from searchr1_async.rollout.engine import GroupToPlay, RolloutEngine
-from searchr1_async.rollout.policy import TinkerPolicy
+from searchr1_async.rollout.player import TinkerPolicy
 
 _WRITE_INTERVAL = 1.0
 """Seconds between coalesced writes; a kill loses at most this much beside episodes in flight. Shorter costs more CPU."""

@@ -25,7 +25,7 @@ from searchr1_async.evaluation.store import EpisodeStore, SampleKey
 from searchr1_async.evaluation.systems import MeasuredSystem
 from searchr1_async.events import Emit, EvaluationFinished, Notice, PhaseAdvanced, PhaseEnded, PhaseStarted
 from searchr1_async.playing import open_search, opened_engine, opened_service, policy_of, started, worker_spec
-from searchr1_async.rollout.policy import TinkerPolicy
+from searchr1_async.rollout.player import TinkerPolicy
 from searchr1_async.rollout.workers.messages import WorkerSpec
 from searchr1_async.run_folder import claimed, keep_tokenizer, writing_records
 from searchr1_async.service.connection import Service, find_endpoint

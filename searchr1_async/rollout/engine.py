@@ -1,21 +1,38 @@
-"""Rolls out groups of episodes: each is run, scored, and passed on the moment it is complete."""
+"""Rolls out groups of episodes: each is run, scored, and passed on the moment it is complete.
+
+Rollout telemetry, emitted as an event at 4 Hz.
+
+Opens a rollout engine with its player, and closes it reliably.
+"""
 
 from __future__ import annotations
 
+import itertools
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import anyio
 
-from searchr1_async.billing import TokenUsage
+from searchr1_async.billing import TokenUsage, total_usage
+from searchr1_async.boundary.paths import raise_limit
+from searchr1_async.boundary.waits import usable_cores
 from searchr1_async.config import SamplingSettings
-from searchr1_async.episodes.formats import Dialect
+from searchr1_async.episodes.formats import Dialect, make_dialect
+from searchr1_async.episodes.play import SearchTool
 from searchr1_async.episodes.rewards import RewardFunction, score
-from searchr1_async.episodes.types import Episode, Group, Question
+from searchr1_async.episodes.types import Episode, Group, Passage, Question
 from searchr1_async.errors import TooManyFailuresError
-from searchr1_async.events import Emit, EpisodeFinished, emit_nothing
-from searchr1_async.rollout.player import GroupPlayer, GroupPolicy, GroupTask
+from searchr1_async.events import Emit, EpisodeFinished, Notice, RolloutSampled, emit_nothing
+from searchr1_async.rollout.event_loop import Pulse, PulseReading, rare_collections
+from searchr1_async.rollout.gate import GateStatistics, SampleGate, gate_metrics
+from searchr1_async.rollout.limit import LimitSettings, SampleLimit
+from searchr1_async.rollout.player import GroupPlayer, GroupPolicy, GroupTask, LocalPlayer
+from searchr1_async.rollout.workers.elastic import ElasticPlayer
+from searchr1_async.rollout.workers.messages import WorkerSpec
+from searchr1_async.rollout.workers.pool import WorkerPool
 
 
 @dataclass(slots=True)
@@ -213,3 +230,198 @@ class RolloutEngine:
             return None
         # crc32: Python's string hash differs between processes.
         return (self.sampling.seed * 1_000_003 + zlib.crc32(f"{key}/{question.id}".encode())) % 2**31
+
+
+NOTHING = TokenUsage()
+TELL_EVERY = 0.25
+"""Seconds between events."""
+SEARCH_EVERY = 4
+"""Events per update of the search metrics, whose percentiles are slower to compute."""
+
+
+def usage_of_gates(gates: Sequence[GateStatistics], gone: TokenUsage = NOTHING) -> TokenUsage:
+    """Tokens of everything that passed these gates, plus ``gone``: the usage of workers that exited."""
+    return total_usage((gone, *(gate.usage for gate in gates)))
+
+
+class CountedSearch:
+    """Search that counts pending calls."""
+
+    def __init__(self, search: SearchTool) -> None:
+        self._search = search
+        self.in_progress = 0
+        """Unanswered searches."""
+
+    async def search(self, queries: Sequence[str]) -> Sequence[Sequence[Passage]]:
+        self.in_progress += 1
+        try:
+            return await self._search.search(queries)
+        finally:
+            self.in_progress -= 1
+
+    def clean_query(self, query: str) -> str | None:
+        return self._search.clean_query(query)
+
+
+class PlayReading:
+    """Emits rollout telemetry.
+
+    Args:
+        tally: counts of the engine.
+        search: the search of the episodes.
+        search_metrics: returns its totals.
+    """
+
+    def __init__(
+        self, emit: Emit, tally: PlayTally, search: CountedSearch, search_metrics: Callable[[], Mapping[str, float]]
+    ) -> None:
+        self._emit, self._tally, self._search, self._search_metrics = emit, tally, search, search_metrics
+        self.pulse = PulseReading(1.0, 0.0, 0.0, 0.0, 0.0)
+        """Latest reading of the event loop."""
+        self._searched: Mapping[str, float] = {}
+
+    async def tell(self, look: Callable[[], RolloutSampled]) -> None:
+        """Emits the result of ``look`` until cancelled."""
+        for turn in itertools.count():
+            if turn % SEARCH_EVERY == 0:
+                self.look_at_search()
+            self._emit(look())
+            await anyio.sleep(TELL_EVERY)
+
+    def look_at_search(self) -> None:
+        """Updates the search totals used by :meth:`read`."""
+        self._searched = self._search_metrics()
+
+    def read(self, gates: Sequence[GateStatistics], gone: TokenUsage = NOTHING) -> RolloutSampled:
+        """The current state.
+
+        Args:
+            gates: gates of all rollout processes.
+            gone: usage of workers that exited.
+        """
+        tally, pulse = self._tally, self.pulse
+        used = usage_of_gates(gates, gone)
+        # Report the cause of the busiest process, which is the bottleneck.
+        busiest = max(gates, key=lambda gate: gate.waiting, default=None)
+        return RolloutSampled(
+            episodes=tally.episodes,
+            sampling=sum(gate.in_flight for gate in gates),
+            queued=sum(gate.waiting for gate in gates),
+            searching=self._search.in_progress,
+            groups=tally.groups,
+            finished_episodes=tally.finished,
+            prompt_tokens=used.prompt,
+            sampled_tokens=used.sampled,
+            cached_prompt_tokens=used.cached,
+            search=self._searched,
+            limited_by="" if busiest is None else busiest.cause.value,
+            loop_lag_p50=pulse.lag_p50,
+            loop_lag_p99=pulse.lag_p99,
+            loop_lag_max=pulse.lag_max,
+            cpu=pulse.cpu,
+            is_paused=bool(gates) and all(gate.is_paused for gate in gates),
+        )
+
+
+@asynccontextmanager
+async def open_engine(
+    spec: WorkerSpec,
+    tokenizer: Any,
+    *,
+    search: SearchTool,
+    sampling: SamplingSettings,
+    reward: RewardFunction,
+    group_size: int,
+    max_failed_fraction: float,
+    emit: Emit,
+    search_metrics: Callable[[], Mapping[str, float]] = dict,
+) -> AsyncIterator[RolloutEngine]:
+    """Opens an engine that runs in this process, or in workers as set by ``sampling.workers``.
+
+    While open, it emits :class:`~searchr1_async.events.RolloutSampled` at 4 Hz.
+
+    Args:
+        spec: rollout configuration, the same for all processes.
+        tokenizer: the loaded tokenizer of ``spec``.
+        search_metrics: search totals to emit.
+
+    Raises:
+        ModelError: the format or renderer is unknown.
+        ServiceError: a worker did not start.
+    """
+    dialect = make_dialect(
+        spec.format_name,
+        spec.model_name,
+        tokenizer,
+        renderer_name=spec.renderer_name,
+        thinking=spec.thinking,
+        instructions=spec.instructions,
+        method=spec.method,
+    )
+    files, bounds = raise_limit(), LimitSettings(most=sampling.max_episodes_in_flight)
+    if (warning := files.warning(min(bounds.most, bounds.most_requests))) is not None:
+        emit(Notice(warning, is_warning=True))
+    gate = SampleGate(SampleLimit(bounds.within(files)))
+    counted = CountedSearch(search)
+    local = LocalPlayer(dialect, counted, spec.limits, gate, spec.first_turn, spec.method)
+    tally = PlayTally()
+    reading = PlayReading(emit, tally, counted, search_metrics)
+
+    def hear(pulse: PulseReading) -> None:
+        gate.client_is(pulse)
+        reading.pulse = pulse
+
+    with rare_collections():
+        async with (
+            Pulse(hear) as pulse,
+            _open_player(local, gate, spec, counted, sampling) as player,
+            anyio.create_task_group() as tasks,
+        ):
+
+            def gates() -> list[GateStatistics]:
+                here = [] if isinstance(player, WorkerPool) else [gate.statistics]
+                return here if isinstance(player, LocalPlayer) else [*here, *player.gates]
+
+            def metrics() -> Mapping[str, float]:
+                elsewhere = {} if isinstance(player, LocalPlayer) else player.metrics()
+                return {**gate_metrics(gates()), **pulse.take().metrics(), **elsewhere}
+
+            def gone() -> TokenUsage:
+                return TokenUsage() if isinstance(player, LocalPlayer) else player.gone
+
+            def look() -> RolloutSampled:
+                return reading.read(gates(), gone())
+
+            tasks.start_soon(reading.tell, look)
+            yield RolloutEngine(
+                dialect,
+                player,
+                sampling,
+                reward,
+                group_size,
+                max_failed_fraction,
+                emit,
+                metrics,
+                tally,
+                usage=lambda: usage_of_gates(gates(), gone()),
+            )
+            tasks.cancel_scope.cancel()
+            reading.look_at_search()
+            emit(look())  # final totals
+
+
+@asynccontextmanager
+async def _open_player(
+    local: LocalPlayer, gate: SampleGate, spec: WorkerSpec, search: SearchTool, sampling: SamplingSettings
+) -> AsyncIterator[LocalPlayer | WorkerPool | ElasticPlayer]:
+    if sampling.workers == 1:
+        yield local
+        return
+    processes = usable_cores() if sampling.workers == "auto" else sampling.workers
+    spec = replace(spec, samples=LimitSettings(most=max(1, sampling.max_episodes_in_flight // processes)))
+    if sampling.workers == "auto":
+        async with WorkerPool(spec, search, count=0) as pool, ElasticPlayer(local, gate, pool, grows=True) as elastic:
+            yield elastic
+    else:
+        async with WorkerPool(spec, search, count=sampling.workers) as pool:
+            yield pool

@@ -1,10 +1,19 @@
-"""Admission of sampling requests: as many as the service and this process can handle, later turns first."""
+"""Admission of sampling requests: as many as the service and this process can handle, later turns first.
+
+Detects back-pressure from the service, which the SDK hides.
+
+On "too many requests" (429) the SDK holds all samples of its session back for 1 to 5 s, and on "paused for capacity" it retries;
+callers see only longer waits. It leaves two traces: the session holder's back-off time, and the queue-state callback of a
+sampling client. Both are SDK internals: if one is missing the other is used, and without both nothing is detected.
+"""
 
 from __future__ import annotations
 
 import heapq
 import itertools
+import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -13,10 +22,69 @@ from typing import Any
 import anyio
 
 from searchr1_async.billing import TokenUsage
+from searchr1_async.rollout.event_loop import PulseReading
+from searchr1_async.rollout.first_turn import Sharing
 from searchr1_async.rollout.limit import Cause, Flight, SampleLimit
-from searchr1_async.rollout.pulse import PulseReading
-from searchr1_async.rollout.push_back import PushBackProbe
-from searchr1_async.rollout.sharing import Sharing
+
+HOLDER_FIELD = "_sample_backoff_until"
+OBSERVER = "on_queue_state_change"
+PAUSED = "PAUSED_CAPACITY"
+"""Queue state of a service short of capacity. (Fewer samples do not help with PAUSED_RATE_LIMIT, which limits the number of
+weights sampled from.)"""
+
+
+class PushBackProbe:
+    """Watches the sampling clients of this process. Call :meth:`watch` and :meth:`take` on one thread."""
+
+    def __init__(self) -> None:
+        self._holders: dict[int, tuple[weakref.ref[Any], Any]] = {}
+        """By identity: the holder and its last seen back-off time."""
+        # The SDK reports queue states on its own thread.
+        self._paused = threading.Event()
+
+    def watch(self, client: Any) -> None:
+        """Adds a sampling client; clients are dropped when garbage-collected."""
+        holder = getattr(client, "holder", None)
+        if holder is not None and id(holder) not in self._holders:
+            try:
+                number = id(holder)
+                reference = weakref.ref(holder, lambda _: self._holders.pop(number, None))
+            except TypeError:  # not weakly referenceable, and must not be kept alive
+                pass
+            else:
+                self._holders[number] = (reference, getattr(holder, HOLDER_FIELD, None))
+        self._listen(client)
+
+    def take(self) -> bool:
+        """Whether the service pushed back since the last call."""
+        pushed = self._paused.is_set()
+        if pushed:
+            self._paused.clear()
+        for number, (reference, seen) in list(self._holders.items()):
+            now = getattr(reference(), HOLDER_FIELD, None)
+            if now != seen:
+                self._holders[number] = (reference, now)
+                pushed = pushed or now is not None
+        return pushed
+
+    def _listen(self, client: Any) -> None:
+        """Wraps the client's queue-state callback."""
+        if not callable(getattr(client, OBSERVER, None)) or OBSERVER in getattr(client, "__dict__", {OBSERVER: None}):
+            return
+        paused, kind = self._paused, type(client)
+        try:
+            reference = weakref.ref(client)  # a strong reference would be a cycle that keeps old clients alive
+        except TypeError:
+            return
+
+        def observe(queue_state: Any, queue_state_reason: str | None) -> None:
+            if getattr(queue_state, "name", "") == PAUSED:
+                paused.set()
+            if (owner := reference()) is not None:
+                getattr(kind, OBSERVER)(owner, queue_state, queue_state_reason)
+
+        setattr(client, OBSERVER, observe)
+
 
 LOOK_EVERY = 0.25
 """Seconds between checks for back-pressure. The SDK backs off for at least 1 s, so none is missed."""
@@ -189,7 +257,7 @@ class SampleGate:
         self._probe.watch(client)
 
     def client_is(self, reading: PulseReading) -> None:
-        """Records the load of this process; a callback for :class:`~searchr1_async.rollout.pulse.Pulse`."""
+        """Records the load of this process; a callback for :class:`~searchr1_async.rollout.event_loop.Pulse`."""
         now = self._clock()
         self._limit.client_is(now, cpu=reading.cpu, lag=reading.lag_p50)
         self._sharing.client_is(seconds=reading.seconds, cpu=reading.cpu, is_saturated=self._limit.is_saturated)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import gc
 
-from searchr1_async.rollout.garbage import rare_collections
+from searchr1_async.rollout.event_loop import rare_collections
 
 
 def test_puts_the_collector_back_when_the_last_has_left() -> None:

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 
 from searchr1_async.billing import TokenUsage
 from searchr1_async.local.scripted import Latency, ScriptedBackend
+from searchr1_async.rollout.event_loop import PulseReading
+from searchr1_async.rollout.first_turn import Sharing, SharingSettings
 from searchr1_async.rollout.gate import SampleGate, gate_metrics
 from searchr1_async.rollout.limit import Cause, LimitSettings, SampleLimit
-from searchr1_async.rollout.pulse import PulseReading
-from searchr1_async.rollout.sharing import Sharing, SharingSettings
 from tests.local.serving import sdk, service_thread, successors
 from tests.virtual_time import VirtualTimeLoop
 

@@ -8,7 +8,7 @@ from typing import Any
 import anyio
 import pytest
 
-from searchr1_async.rollout.pulse import IDLE_INTERVAL, INTERVAL, Lags, Pulse, PulseReading
+from searchr1_async.rollout.event_loop import IDLE_INTERVAL, INTERVAL, Lags, Pulse, PulseReading
 from tests.virtual_time import VirtualTimeLoop
 
 pytestmark = pytest.mark.anyio

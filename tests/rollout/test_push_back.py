@@ -12,7 +12,7 @@ import pytest
 from tinker.lib.api_future_impl import QueueState, QueueStateObserver
 from tinker.lib.public_interfaces.sampling_client import SamplingClient
 
-from searchr1_async.rollout.push_back import HOLDER_FIELD, OBSERVER, PushBackProbe
+from searchr1_async.rollout.gate import HOLDER_FIELD, OBSERVER, PushBackProbe
 
 
 class Holder:

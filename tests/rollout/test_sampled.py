@@ -10,11 +10,10 @@ import pytest
 
 from searchr1_async.billing import TokenUsage
 from searchr1_async.events import Event, RolloutSampled
-from searchr1_async.rollout.engine import PlayTally
+from searchr1_async.rollout.engine import SEARCH_EVERY, TELL_EVERY, CountedSearch, PlayReading, PlayTally
+from searchr1_async.rollout.event_loop import PulseReading
 from searchr1_async.rollout.gate import SampleGate
 from searchr1_async.rollout.limit import LimitSettings, SampleLimit
-from searchr1_async.rollout.pulse import PulseReading
-from searchr1_async.rollout.sampled import SEARCH_EVERY, TELL_EVERY, CountedSearch, PlayReading
 from tests.players import DictSearch
 from tests.virtual_time import VirtualTimeLoop
 

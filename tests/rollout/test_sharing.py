@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from searchr1_async.errors import ConfigurationError
-from searchr1_async.rollout.sharing import Backlog, Sharing, SharingSettings
+from searchr1_async.rollout.first_turn import Backlog, Sharing, SharingSettings
 
 
 def taught(seconds: list[float], *, continuing: float = 1.0) -> Sharing:

@@ -5,7 +5,7 @@ import asyncio
 import anyio
 import pytest
 
-from searchr1_async.rollout.turns import LoopTurns
+from searchr1_async.rollout.event_loop import LoopTurns
 
 pytestmark = pytest.mark.anyio
 

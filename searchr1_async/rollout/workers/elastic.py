@@ -1,9 +1,14 @@
-"""Rolls out groups in this process, plus workers that are started when it is saturated."""
+"""Rolls out groups in this process, plus workers that are started when it is saturated.
+
+Decides when to add a worker. Pure.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
@@ -17,7 +22,38 @@ from searchr1_async.errors import ConfigurationError, ServiceError
 from searchr1_async.rollout.gate import GateStatistics, SampleGate
 from searchr1_async.rollout.player import Finished, GroupPlayer, GroupPolicy, GroupTask
 from searchr1_async.rollout.workers.pool import WorkerPool
-from searchr1_async.rollout.workers.scaling import ProcessLoad, wants_more_workers
+
+SATURATED_SECONDS = 5.0
+"""Minimum uninterrupted saturation: a worker's start takes 3 s of CPU, and shorter peaks are not worth it."""
+WORTH_MEMBERS = 64
+"""Minimum episodes in the busiest process. With fewer, something other than rollouts saturates it."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessLoad:
+    """Load of one rollout process."""
+
+    saturated_seconds: float
+    """Time saturated without a break; 0 if it is not (:attr:`GateStatistics.saturated_seconds`)."""
+    members: int
+    """Episodes in progress."""
+
+
+def wants_more_workers(processes: Sequence[ProcessLoad], *, cores: int, machine_load: float) -> bool:
+    """Whether to start another worker: every process is saturated and a core is free.
+
+    Args:
+        processes: all rollout processes, including this one.
+        cores: cores usable by this process.
+        machine_load: runnable threads, averaged over a minute (``os.getloadavg()[0]``); 0 if unknown. Accounts for other
+            programs, such as the embedded service.
+    """
+    if not processes or len(processes) >= cores or machine_load >= cores:
+        return False
+    if max(process.members for process in processes) < WORTH_MEMBERS:
+        return False
+    return all(process.saturated_seconds >= SATURATED_SECONDS for process in processes)
+
 
 logger = logging.getLogger(__name__)
 

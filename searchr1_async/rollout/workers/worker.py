@@ -24,16 +24,15 @@ from searchr1_async.episodes.prompts import clean_query
 from searchr1_async.episodes.rendering import load_pretrained_tokenizer
 from searchr1_async.episodes.types import Episode, Passage
 from searchr1_async.errors import SearchError, SearchR1Error, ServiceError
-from searchr1_async.rollout.garbage import rare_collections
+from searchr1_async.rollout.event_loop import Pulse, PulseReading, rare_collections
 from searchr1_async.rollout.gate import SampleGate
 from searchr1_async.rollout.limit import SampleLimit
-from searchr1_async.rollout.player import GroupPolicy, LocalPlayer
-from searchr1_async.rollout.policy import TinkerPolicy
-from searchr1_async.rollout.pulse import Pulse, PulseReading
-from searchr1_async.rollout.workers.channel import Channel, ChannelClosedError
+from searchr1_async.rollout.player import GroupPolicy, LocalPlayer, TinkerPolicy
 from searchr1_async.rollout.workers.messages import (
     Cancel,
     CannotStart,
+    Channel,
+    ChannelClosedError,
     DropPolicy,
     Ended,
     Found,
@@ -50,8 +49,7 @@ from searchr1_async.rollout.workers.messages import (
     ToWorker,
     WorkerSpec,
 )
-from searchr1_async.rollout.workers.packing import Packer, Results
-from searchr1_async.rollout.workers.samplers import SamplingClients, UnopenedPolicy
+from searchr1_async.rollout.workers.transfer import Packer, Results, SamplingClients, UnopenedPolicy
 
 if TYPE_CHECKING:
     WorkerChannel = Channel[FromWorker, ToWorker]

@@ -14,11 +14,14 @@ from hypothesis import strategies as st
 from searchr1_async.config import EpisodeLimits, SamplingSettings
 from searchr1_async.episodes.types import Passage, Question
 from searchr1_async.rollout.player import GroupTask
-from searchr1_async.rollout.workers.channel import MAX_MESSAGE, Channel, ChannelClosedError, Frames, frame
 from searchr1_async.rollout.workers.messages import (
+    MAX_MESSAGE,
     Cancel,
+    Channel,
+    ChannelClosedError,
     DropPolicy,
     Found,
+    Frames,
     HoldPolicy,
     Play,
     Sampler,
@@ -27,6 +30,7 @@ from searchr1_async.rollout.workers.messages import (
     Setup,
     Stop,
     WorkerSpec,
+    frame,
 )
 
 pytestmark = pytest.mark.anyio

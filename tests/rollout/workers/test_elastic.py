@@ -15,9 +15,9 @@ import pytest
 from searchr1_async.config import EpisodeLimits
 from searchr1_async.episodes.types import Episode, Question, StopReason
 from searchr1_async.errors import ServiceError
+from searchr1_async.rollout.event_loop import PulseReading
 from searchr1_async.rollout.gate import SampleGate
 from searchr1_async.rollout.player import Finished, GroupTask
-from searchr1_async.rollout.pulse import PulseReading
 from searchr1_async.rollout.workers import elastic
 from searchr1_async.rollout.workers.elastic import ElasticPlayer
 from searchr1_async.rollout.workers.messages import Load, WorkerSpec

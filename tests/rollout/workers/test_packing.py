@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from searchr1_async.episodes.types import Episode, Passage, Question, SearchCall, StopReason, Turn
-from searchr1_async.rollout.workers.packing import Packer, Unpacker
+from searchr1_async.rollout.workers.transfer import Packer, Unpacker
 
 QUESTION = Question("q", "Which?", ("yes",), metadata={"cannot be pickled": lambda: None})
 PASSAGES = tuple(Passage(str(number), "title", "text " * 50, 0.5) for number in range(3))

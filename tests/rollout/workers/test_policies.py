@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from searchr1_async.config import SamplingSettings
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.rollout.workers.messages import DropPolicy, HoldPolicy, Sampler
-from searchr1_async.rollout.workers.policies import PolicyBook, Shared
+from searchr1_async.rollout.workers.transfer import PolicyBook, Shared
 from tests.players import ScriptedPolicy
 
 SETTINGS = SamplingSettings()

@@ -26,11 +26,9 @@ from searchr1_async.errors import EmbeddingError, SearchError, ServiceError, Sto
 from searchr1_async.local.backend import SampleRequest, SampleResult, Snapshot
 from searchr1_async.local.scripted import Latency, ScriptedBackend
 from searchr1_async.rollout.gate import SampleGate
-from searchr1_async.rollout.player import GroupPlayer, GroupTask, LocalPlayer
-from searchr1_async.rollout.policy import TinkerPolicy
-from searchr1_async.rollout.workers.deaths import DeathRecord
+from searchr1_async.rollout.player import GroupPlayer, GroupTask, LocalPlayer, TinkerPolicy
 from searchr1_async.rollout.workers.messages import WorkerSpec
-from searchr1_async.rollout.workers.pool import WorkerPool
+from searchr1_async.rollout.workers.pool import DeathRecord, WorkerPool
 from tests import tiny_world
 from tests.local.serving import raw, sdk, service_thread, until
 from tests.local.tiny import make_tiny_tokenizer

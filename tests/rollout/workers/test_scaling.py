@@ -2,13 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from searchr1_async.rollout.workers.deaths import DeathRecord
-from searchr1_async.rollout.workers.scaling import (
-    SATURATED_SECONDS,
-    WORTH_MEMBERS,
-    ProcessLoad,
-    wants_more_workers,
-)
+from searchr1_async.rollout.workers.elastic import SATURATED_SECONDS, WORTH_MEMBERS, ProcessLoad, wants_more_workers
+from searchr1_async.rollout.workers.pool import DeathRecord
 
 BUSY = ProcessLoad(SATURATED_SECONDS, WORTH_MEMBERS)
 
