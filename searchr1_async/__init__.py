@@ -62,8 +62,6 @@ from searchr1_async.evaluation.result import Evaluation, compare, flips
 from searchr1_async.evaluation.systems import System
 from searchr1_async.evaluation.table import comparison_table
 from searchr1_async.exporting.export import export
-from searchr1_async.job import TrainingResult
-from searchr1_async.learn.demonstrations import Demonstration
 from searchr1_async.models import Price
 from searchr1_async.recorded import RecordedRun
 from searchr1_async.run import Run, open_run
@@ -81,6 +79,8 @@ from searchr1_async.search.stores.chroma_folder import EmbeddedChroma
 from searchr1_async.search.stores.chroma_server import RemoteChroma
 from searchr1_async.search.stores.chroma_sources import ChromaFolder, ChromaServer
 from searchr1_async.search.stores.sources import VectorFiles
+from searchr1_async.training.demonstrations import Demonstration
+from searchr1_async.training.job import TrainingResult
 from searchr1_async.watch.trackers import TensorBoardTracker, TrackioTracker, WandbTracker
 from searchr1_async.watch.viewer import register_representations
 

@@ -35,15 +35,15 @@ from searchr1_async.episodes.types import Group
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.evaluation.measure import play_all
 from searchr1_async.events import Emit
-from searchr1_async.job import TrainingResult
-from searchr1_async.learn.demonstrations import Demonstration
 from searchr1_async.models import Price, Thinking
 from searchr1_async.playing import PlaySettings, ServiceChoice, open_watchers, playing
 from searchr1_async.run import Run
 from searchr1_async.run_folder import past_events
 from searchr1_async.trained import EpisodeChoice
-from searchr1_async.training import run_training
-from searchr1_async.training_job import training_job
+from searchr1_async.training.checks import training_job
+from searchr1_async.training.demonstrations import Demonstration
+from searchr1_async.training.job import TrainingResult
+from searchr1_async.training.session import run_training
 from searchr1_async.watch.dashboard import Choice, open_view
 from searchr1_async.watch.stream import EventStreams
 from searchr1_async.watch.trackers import Tracker, make_trackers

@@ -19,12 +19,12 @@ from searchr1_async.episodes.types import Episode
 from searchr1_async.errors import ConfigurationError, RunFolderError
 from searchr1_async.events import Emit
 from searchr1_async.exporting.export import export
-from searchr1_async.job import TrainingResult
 from searchr1_async.learn.checkpoints import KeptCheckpoint, ResumePoint, best_checkpoint, kept_checkpoints
 from searchr1_async.playing import ServiceChoice
 from searchr1_async.records.run_records import RunRecords
 from searchr1_async.run_folder import is_claimed, result_of
 from searchr1_async.search import Search
+from searchr1_async.training.job import TrainingResult
 from searchr1_async.watch.dashboard import Choice
 from searchr1_async.watch.trackers import EVENTS_FILE
 from searchr1_async.watch.viewer import CellView, load_tokenizer, remember_tokenizer, view_run

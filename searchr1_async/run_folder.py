@@ -27,14 +27,13 @@ from searchr1_async.errors import CheckpointError, ConfigurationError, RunFolder
 from searchr1_async.evaluation.manifest import MANIFEST_NAME
 from searchr1_async.evaluation.result import Evaluation
 from searchr1_async.events import EvaluationFinished, StepFinished
-from searchr1_async.inputs import refuse_other_measure
-from searchr1_async.job import TrainingJob, TrainingResult
 from searchr1_async.learn.checkpoints import ResumePoint, best_checkpoint
 from searchr1_async.records.run_records import RunRecords
-from searchr1_async.rollout.order import QuestionOrder
 from searchr1_async.search import Search
 from searchr1_async.search.record import record_of, search_of
 from searchr1_async.trained import SEARCH_FILE, kept_record
+from searchr1_async.training.admission import QuestionOrder
+from searchr1_async.training.job import TrainingJob, TrainingResult, refuse_other_measure
 
 logger = logging.getLogger(__name__)
 

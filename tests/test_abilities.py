@@ -14,7 +14,6 @@ import pytest
 import tinker
 
 import searchr1_async as sr
-from searchr1_async.abilities import choose_loss, preferred_losses
 from searchr1_async.config import LearningSettings, PipelineSettings
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.events import Event, Notice
@@ -23,6 +22,7 @@ from searchr1_async.local.backend import SampleRequest, SampleResult, Snapshot, 
 from searchr1_async.local.sampling import Sampling
 from searchr1_async.local.scripted import ScriptedBackend
 from searchr1_async.service.startup import Service
+from searchr1_async.training.abilities import choose_loss, preferred_losses
 from tests import tiny_world
 from tests.local.serving import sdk, service_thread, successors
 

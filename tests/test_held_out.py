@@ -6,7 +6,7 @@ import pytest
 
 import searchr1_async as sr
 from searchr1_async.events import Event, Notice
-from searchr1_async.held_out import refuse_overlap, tell_near_overlap
+from searchr1_async.training.checks import refuse_overlap, tell_near_overlap
 
 pytestmark = pytest.mark.anyio
 

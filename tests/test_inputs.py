@@ -14,7 +14,7 @@ import pytest
 
 import searchr1_async as sr
 from searchr1_async.events import Notice
-from searchr1_async.inputs import changed_inputs, inputs_of, refuse_other_measure
+from searchr1_async.training.job import changed_inputs, inputs_of, refuse_other_measure
 from tests import tiny_world
 
 QUESTIONS = [sr.Question("a", "What is a?", ("A", "a")), sr.Question("b", "What is b?", ("B",))]

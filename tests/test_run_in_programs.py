@@ -168,7 +168,7 @@ def test_an_interrupt_raised_in_a_library_thread_counts(
     def interrupted(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("searchr1_async.job.TrainingJob.identity", interrupted)
+    monkeypatch.setattr("searchr1_async.training.job.TrainingJob.identity", interrupted)
 
     async def main() -> None:
         await start()

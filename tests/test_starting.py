@@ -14,7 +14,7 @@ import pytest
 import searchr1_async as sr
 from searchr1_async.events import Notice, RunStarted
 from searchr1_async.learn.checkpoints import ResumePoint
-from searchr1_async.starting import Start, chosen_model, chosen_rank, find_start, resumed_start
+from searchr1_async.training.start import Start, chosen_model, chosen_rank, find_start, resumed_start
 from searchr1_async.weights import find_state
 from tests import tiny_world
 

@@ -96,7 +96,7 @@ async def run_once(world: Path, url: str, arm: str, mode: str, room: str, steps:
 
 def awaiting() -> Callable[[], None]:
     """Has training wait for each measurement, as it did before; returns what undoes it."""
-    from searchr1_async.measuring import Measuring
+    from searchr1_async.training.held_out import Measuring
 
     usual = Measuring.wait_for_room
 

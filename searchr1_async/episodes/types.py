@@ -196,7 +196,7 @@ class Turn:
     """Sampling stopped at the length limit."""
     sequence_id: str | None = None
     """The service's id of ``sampled_tokens``, valid within the session; None if it gave none. Also identifies the turn's prompt
-    (see :func:`searchr1_async.learn.examples.to_datum`)."""
+    (see :func:`searchr1_async.training.examples.to_datum`)."""
     cached_prompt_tokens: int = 0
     """Prompt tokens billed as cache hits. For a shared first turn, one prompt is billed as the service reports, the other members'
     as fully cached."""

@@ -128,7 +128,7 @@ class ResumePoint:
 
     @property
     def inputs(self) -> Mapping[str, Any]:
-        """Other inputs of the run (:func:`searchr1_async.inputs.inputs_of`); empty in files of earlier versions."""
+        """Other inputs of the run (:func:`searchr1_async.training.job.inputs_of`); empty in files of earlier versions."""
         return self.settings.get("inputs") or {}
 
     def given(self, inputs: Mapping[str, Any]) -> ResumePoint:

@@ -11,7 +11,7 @@ from typing import Any
 
 import searchr1_async as sr
 from searchr1_async.local import LocalService, Scripted, local_service
-from searchr1_async.rollout.order import QuestionOrder
+from searchr1_async.training.admission import QuestionOrder
 from tests import tiny_world
 from tests.faults.script import NUMBERS, PLACES, RELATIONS, THINGS
 

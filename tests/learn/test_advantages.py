@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from searchr1_async.config import AdvantageName
-from searchr1_async.learn.advantages import NOMINAL_TOKENS, advantages, token_weight
+from searchr1_async.training.batches import NOMINAL_TOKENS, advantages, token_weight
 
 KINDS: tuple[AdvantageName, ...] = get_args(AdvantageName)
 REWARDS = st.lists(st.floats(-1, 1), min_size=1, max_size=16)

@@ -9,7 +9,7 @@ from tinker import types as tinker_types
 from tinker.proto.request_conv import forward_backward_request_to_proto
 
 from searchr1_async.episodes.types import Episode, Group, Question, StopReason, Turn
-from searchr1_async.learn.examples import (
+from searchr1_async.training.examples import (
     Span,
     at_sampled,
     sampled_logprobs,

@@ -5,7 +5,7 @@ import pytest
 from tinker import types as tinker_types
 
 from searchr1_async.episodes.types import Episode, Question, StopReason, Turn
-from searchr1_async.learn.figures import LearnedMinibatch, learning_metrics, optimizer_metrics
+from searchr1_async.training.examples import LearnedMinibatch, learning_metrics, optimizer_metrics
 
 
 def episode(*turns: tuple[tuple[float, ...], int]) -> Episode:

@@ -18,9 +18,9 @@ from searchr1_async.config import LearningSettings, LossName, SamplingSettings
 from searchr1_async.episodes.types import Episode, Group, Question, StopReason, Turn
 from searchr1_async.errors import ConfigurationError, ServiceError
 from searchr1_async.events import Event, MinibatchSubmitted, Notice
-from searchr1_async.learn.examples import without_sequence_ids
-from searchr1_async.learn.learner import FinishedStep, Learner
 from searchr1_async.rollout.player import TinkerPolicy
+from searchr1_async.training.examples import without_sequence_ids
+from searchr1_async.training.learner import FinishedStep, Learner
 from tests.tiny_world import model_folder, shared_service
 
 pytestmark = pytest.mark.anyio

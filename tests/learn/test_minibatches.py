@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from searchr1_async.episodes.types import Episode, Group, Question, StopReason, Turn
-from searchr1_async.learn.minibatches import Minibatch, MinibatchGatherer, drop_reason, example_tokens
+from searchr1_async.training.batches import Minibatch, MinibatchGatherer, drop_reason, example_tokens
 
 
 def group(*rewards: float, name: str = "q") -> Group:

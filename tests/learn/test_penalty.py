@@ -18,11 +18,11 @@ from searchr1_async.config import LearningSettings
 from searchr1_async.episodes.types import Episode, Group, Question, StopReason, Turn
 from searchr1_async.errors import ServiceError
 from searchr1_async.events import emit_nothing
-from searchr1_async.learn.advantages import NOMINAL_TOKENS
-from searchr1_async.learn.learner import Learner
-from searchr1_async.learn.penalty import base_logprobs, kl_penalties
 from searchr1_async.local.scripted import scale_free
 from searchr1_async.service.connection import TrainingCalls
+from searchr1_async.training.batches import NOMINAL_TOKENS
+from searchr1_async.training.examples import base_logprobs, kl_penalties
+from searchr1_async.training.learner import Learner
 from tests.local.serving import KEY, Served, service_thread
 
 pytestmark = pytest.mark.anyio

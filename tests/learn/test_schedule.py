@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from searchr1_async.config import LearningSettings, ScheduleName
-from searchr1_async.learn.schedule import learning_rate_at
+from searchr1_async.training.batches import learning_rate_at
 
 SCHEDULES: tuple[ScheduleName, ...] = get_args(ScheduleName)
 

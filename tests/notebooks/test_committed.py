@@ -12,7 +12,7 @@ import searchr1_async as sr
 from notebooks import execute
 from searchr1_async.models import find_model
 from searchr1_async.sizes import RECIPE
-from searchr1_async.starting import DEFAULT_RANK
+from searchr1_async.training.start import DEFAULT_RANK
 from tests.notebooks import small
 
 

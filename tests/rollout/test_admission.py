@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from searchr1_async.config import PipelineSettings
-from searchr1_async.rollout.admission import Admission, Closed
+from searchr1_async.training.admission import Admission, Closed
 
 SIZES = st.integers(1, 5)
 

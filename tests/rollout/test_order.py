@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from searchr1_async.episodes.types import Question
 from searchr1_async.errors import QuestionsError
-from searchr1_async.rollout.order import QuestionOrder
+from searchr1_async.training.admission import QuestionOrder
 
 
 def questions(count: int) -> list[Question]:

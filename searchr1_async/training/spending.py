@@ -13,9 +13,9 @@ from searchr1_async.billing import Billing, Cost, TokenUsage, billing_of, total_
 from searchr1_async.errors import CheckpointError, ConfigurationError
 from searchr1_async.estimate import CostEstimate, estimate
 from searchr1_async.events import Emit, Notice
-from searchr1_async.job import TrainingJob, TrainingResult
 from searchr1_async.learn.checkpoints import ResumePoint
 from searchr1_async.service.connection import Service
+from searchr1_async.training.job import TrainingJob, TrainingResult
 
 
 def check_max_cost(limit: float | None, billing: Billing) -> None:

@@ -1,6 +1,6 @@
 """Runs a training job.
 
-Read :func:`_Training.run` from top to bottom: open the services, evaluate, warm up, train (:mod:`searchr1_async.pipeline`),
+Read :func:`_Training.run` from top to bottom: open the services, evaluate, warm up, train (:mod:`searchr1_async.training.loop`),
 evaluate again.
 """
 
@@ -16,7 +16,6 @@ from typing import Any
 import anyio
 import tinker
 
-from searchr1_async.abilities import choose_loss
 from searchr1_async.answering import LiveAnswers
 from searchr1_async.billing import TokenUsage
 from searchr1_async.boundary.signals import is_interrupt
@@ -26,18 +25,10 @@ from searchr1_async.episodes.rendering import AS_TEMPLATE
 from searchr1_async.errors import SearchR1Error, ungrouped
 from searchr1_async.estimate import estimate
 from searchr1_async.events import CheckpointSaved, Emit, Notice, RunEnded, RunStarted
-from searchr1_async.held_out import tell_near_overlap
-from searchr1_async.inputs import changed_inputs
-from searchr1_async.job import TrainingJob, TrainingResult
 from searchr1_async.learn.checkpoints import CheckpointList, ResumePoint, WarmUpPlace
-from searchr1_async.learn.learner import Learner
-from searchr1_async.measuring import Measuring
-from searchr1_async.pipeline import Pipeline
 from searchr1_async.playing import open_search
-from searchr1_async.recording import Keeper, StepRecorder, delete_checkpoints, forget_attempt
 from searchr1_async.records.run_records import RunRecords
 from searchr1_async.rollout.engine import RolloutEngine, open_engine
-from searchr1_async.rollout.order import QuestionOrder
 from searchr1_async.rollout.player import NewestWeights, TinkerPolicy
 from searchr1_async.rollout.workers.messages import WorkerSpec
 from searchr1_async.run_folder import (
@@ -57,9 +48,17 @@ from searchr1_async.run_folder import (
 from searchr1_async.service.availability import watching_service
 from searchr1_async.service.connection import Service, find_endpoint, is_embedded, is_tinker_cloud
 from searchr1_async.service.startup import billing_on, check_chat_format, check_service, open_service
-from searchr1_async.spending import keep_spending, spending_of, tell_estimate, with_cost
-from searchr1_async.starting import open_start
-from searchr1_async.warming import WarmingUp
+from searchr1_async.training.abilities import choose_loss
+from searchr1_async.training.admission import QuestionOrder
+from searchr1_async.training.checks import tell_near_overlap
+from searchr1_async.training.held_out import Measuring
+from searchr1_async.training.job import TrainingJob, TrainingResult, changed_inputs
+from searchr1_async.training.learner import Learner
+from searchr1_async.training.loop import Pipeline
+from searchr1_async.training.recorder import Keeper, StepRecorder, delete_checkpoints, forget_attempt
+from searchr1_async.training.spending import keep_spending, spending_of, tell_estimate, with_cost
+from searchr1_async.training.start import open_start
+from searchr1_async.training.warm_up import WarmingUp
 from searchr1_async.watch.fanout import Watchers
 from searchr1_async.watch.trackers import Tracker, open_trackers
 from searchr1_async.watch.viewer.tokens import remember_tokenizer

@@ -1,28 +1,85 @@
-"""Turns the arguments of ``train`` into a checked job, before anything starts or is written."""
+"""Turns the arguments of ``train`` into a checked job, before anything starts or is written.
+
+Checks that training questions do not overlap with the held-out questions.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import unicodedata
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
+
+import anyio
+import polars as pl
 
 from searchr1_async.arguments import model_name
 from searchr1_async.boundary.settings import settings_of
 from searchr1_async.config import EpisodeLimits, LearningSettings, LocalOptions, PipelineSettings, SamplingSettings
 from searchr1_async.data.questions import checked_questions, optional_questions
+from searchr1_async.data.suites import find_overlap
 from searchr1_async.episodes.rendering import check_thinking
 from searchr1_async.episodes.rewards import RecipeReward
+from searchr1_async.episodes.types import Question
 from searchr1_async.errors import ConfigurationError
-from searchr1_async.held_out import refuse_overlap
-from searchr1_async.job import TrainingJob
+from searchr1_async.events import Emit, Notice
 from searchr1_async.learn.checkpoints import ResumePoint
 from searchr1_async.playing import check_format
 from searchr1_async.run_folder import find_point
 from searchr1_async.service.connection import is_embedded
 from searchr1_async.service.startup import billing_on
 from searchr1_async.sizes import chosen_sizes
-from searchr1_async.spending import check_max_cost
-from searchr1_async.starting import Start, chosen_model, chosen_rank, find_start, resumed_start
+from searchr1_async.training.job import TrainingJob
+from searchr1_async.training.spending import check_max_cost
+from searchr1_async.training.start import Start, chosen_model, chosen_rank, find_start, resumed_start
+
+_LONGEST = 120
+"""Characters of a question shown in messages."""
+
+
+def refuse_overlap(training: Sequence[Question], held_out: Sequence[Question]) -> None:
+    """Refuses held-out questions that are also trained on (``same`` of :func:`~searchr1_async.data.suites.find_overlap`)."""
+    if not held_out:
+        return
+    # Equal questions have equal letters and digits: a fast filter before the exact comparison.
+    texts = {_letters(question.question) for question in held_out}
+    alike = [question for question in training if _letters(question.question) in texts]
+    if not alike:
+        return
+    seen = find_overlap(alike, held_out).filter(pl.col("kind") == "same")
+    if seen.height:
+        first = seen.row(0, named=True)
+        raise ConfigurationError(
+            f"{seen.height} of {len(held_out)} held-out questions are also trained on; the first: "
+            f"{_shown(first['question'])} (held out as {_shown(first['question_id'])}, trained on as "
+            f"{_shown(first['training_id'])}). Remove them from one of the two."
+        )
+
+
+async def tell_near_overlap(training: Sequence[Question], held_out: Sequence[Question], emit: Emit) -> None:
+    """Warns about held-out questions that are nearly the same as training questions."""
+    if not held_out:
+        return
+    found = await anyio.to_thread.run_sync(find_overlap, training, held_out)
+    near = found.filter(pl.col("kind") == "near")
+    if near.height:
+        first = near.row(0, named=True)
+        emit(
+            Notice(
+                f"{near.height} of {len(held_out)} held-out questions are nearly the same as training questions; the first: "
+                f"{_shown(first['question'])}, close to {_shown(first['training_question'])}",
+                is_warning=True,
+            )
+        )
+
+
+def _letters(question: str) -> str:
+    folded = unicodedata.normalize("NFKC", question).casefold()
+    return "".join(filter(str.isalnum, unicodedata.normalize("NFKC", folded)))
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= _LONGEST else text[:_LONGEST] + "…")
 
 
 def training_job(given: Mapping[str, Any]) -> TrainingJob:

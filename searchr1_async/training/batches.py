@@ -1,10 +1,17 @@
-"""Forms minibatches from groups as they finish."""
+"""Forms minibatches from groups as they finish.
+
+Advantages within a group, and their weight per token.
+
+Learning rate schedule.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from searchr1_async.config import AdvantageName, LearningSettings, NormalizationName
 from searchr1_async.episodes.types import Group
 
 _MINIMUM = 0.25
@@ -178,3 +185,67 @@ def drop_reason(group: Group, *, drop_constant_groups: bool, min_members: int = 
     if drop_constant_groups and group.is_constant:
         return "constant_reward"
     return None
+
+
+_SMALLEST_DEVIATION = 1e-6
+"""Added to a group's standard deviation, so that constant rewards give advantages of 0."""
+NOMINAL_TOKENS = 256
+"""Sampled tokens at which both normalizations weigh an episode the same."""
+
+
+def advantages(rewards: Sequence[float], kind: AdvantageName = "centred") -> list[float]:
+    """One advantage per member, in order; they sum to 0. A single member gets 0.
+
+    - ``centred``: ``reward - mean``, as in the recipe. Dividing by the standard deviation would weight questions by how
+      nearly constant their rewards are (Liu et al., 2025, "Understanding R1-Zero-Like Training", question-level difficulty
+      bias).
+    - ``scaled``: ``(reward - mean) / (deviation + 1e-6)`` (Shao et al., 2024, "DeepSeekMath", GRPO), with Bessel's correction
+      (n - 1) as in common GRPO implementations.
+    - ``leave_one_out``: the reward minus the mean of the *other* members (Ahmadian et al., 2024, "Back to Basics", RLOO): the
+      centred advantage times ``n / (n - 1)``, which only matters if group sizes differ.
+    """
+    count = len(rewards)
+    if count < 2:
+        return [0.0] * count
+    mean = math.fsum(rewards) / count
+    centred = [reward - mean for reward in rewards]
+    if kind == "scaled":
+        deviation = math.sqrt(math.fsum(value * value for value in centred) / (count - 1))
+        return [value / (deviation + _SMALLEST_DEVIATION) for value in centred]
+    if kind == "leave_one_out":
+        return [value * count / (count - 1) for value in centred]
+    return centred
+
+
+def token_weight(sampled_tokens: int, normalization: NormalizationName) -> float:
+    """Factor of an episode's advantage at each sampled token.
+
+    Tinker's losses are sums over tokens. ``token``: 1, so an episode weighs as much as it has tokens. ``sequence``:
+    ``256 / sampled_tokens``, GRPO's ``1 / |o|`` times a constant, so that episodes weigh the same. The constant keeps the gradient
+    at the scale of ``token``, for which ``gradient_clip``, Adam's epsilon and the ``dro`` penalty are set. It is fixed rather than
+    a batch mean, so that minibatches can be sent before the batch is complete.
+    """
+    return 1.0 if normalization == "token" else NOMINAL_TOKENS / max(1, sampled_tokens)
+
+
+def learning_rate_at(settings: LearningSettings, step: int, total: int) -> float:
+    """Learning rate of batch ``step`` (from 1) of ``total``.
+
+    Linear warm-up over ``schedule_warmup`` batches, the last at the peak rate; then constant, or linear or cosine decay that
+    would reach 0 one batch after the last. Batches after ``total`` keep the last rate.
+
+    Raises:
+        ValueError: ``step`` or ``total`` is below 1.
+    """
+    if step < 1 or total < 1:
+        raise ValueError(f"learning rate of step {step} of {total}: both count from 1")
+    peak, warmup = settings.learning_rate, settings.schedule_warmup
+    if step < warmup:
+        return peak * step / warmup
+    highest = max(1, warmup)
+    done = (min(step, max(total, highest)) - highest) / (max(total, highest) - highest + 1)
+    if settings.schedule == "linear":
+        return peak * (1.0 - done)
+    if settings.schedule == "cosine":
+        return peak * 0.5 * (1.0 + math.cos(math.pi * done))
+    return peak

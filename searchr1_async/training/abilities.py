@@ -18,11 +18,11 @@ from searchr1_async.config import LearningSettings, LossName, PipelineSettings
 from searchr1_async.episodes.types import Episode, Question, StopReason, Turn
 from searchr1_async.errors import ConfigurationError, ServiceError
 from searchr1_async.events import Emit, Notice
-from searchr1_async.job import TrainingJob
 from searchr1_async.learn.checkpoints import ResumePoint
-from searchr1_async.learn.examples import to_datum
-from searchr1_async.learn.learner import FALLBACK_LOSS
 from searchr1_async.service.connection import Service
+from searchr1_async.training.examples import to_datum
+from searchr1_async.training.job import TrainingJob
+from searchr1_async.training.learner import FALLBACK_LOSS
 
 PROBE_SECONDS = 300.0
 """Seconds per probe."""

@@ -22,12 +22,18 @@ from searchr1_async.config import LearningSettings, LossName, WeightsInFlight
 from searchr1_async.episodes.types import Episode, Group
 from searchr1_async.errors import CheckpointError, ConfigurationError
 from searchr1_async.events import BesideSampled, Emit, MinibatchLearned, MinibatchSubmitted, Notice
-from searchr1_async.learn.advantages import advantages, token_weight
-from searchr1_async.learn.examples import sampled_logprobs, to_datum, to_supervised_datum
-from searchr1_async.learn.figures import LearnedMinibatch, learning_metrics, optimizer_metrics
-from searchr1_async.learn.penalty import base_logprobs, kl_penalties
-from searchr1_async.learn.schedule import learning_rate_at
 from searchr1_async.service.connection import TrainingCalls, until_done, when_done
+from searchr1_async.training.batches import advantages, learning_rate_at, token_weight
+from searchr1_async.training.examples import (
+    LearnedMinibatch,
+    base_logprobs,
+    kl_penalties,
+    learning_metrics,
+    optimizer_metrics,
+    sampled_logprobs,
+    to_datum,
+    to_supervised_datum,
+)
 
 _RESUME_POINT_TTL = 7 * 24 * 3600
 """Seconds that the service keeps a rolling resume point. A week: a run stopped on Friday resumes on Monday."""

@@ -20,14 +20,14 @@ from searchr1_async.episodes.types import Episode
 from searchr1_async.errors import ServiceError
 from searchr1_async.evaluation.measure import evaluate_policy
 from searchr1_async.events import Emit, Notice
-from searchr1_async.job import TrainingJob
 from searchr1_async.learn.checkpoints import CheckpointList, ResumePoint
-from searchr1_async.recording import delete_checkpoints
 from searchr1_async.records.run_records import RunRecords
 from searchr1_async.rollout.engine import RolloutEngine
 from searchr1_async.rollout.player import TinkerPolicy
 from searchr1_async.run_folder import OF_NO_STEP, evaluation_steps, load_evaluation, writing_records
 from searchr1_async.service.connection import Service
+from searchr1_async.training.job import TrainingJob
+from searchr1_async.training.recorder import delete_checkpoints
 
 MOST_WAITING = 2
 """Queued evaluations above which training waits: each keeps weights at the service, and a curve that lags further is of little use."""
