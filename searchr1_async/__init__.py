@@ -22,9 +22,7 @@ if sys.argv[:1] == ["-m"] and "searchr1_async" in sys.orig_argv:
     take_start_of_program()
 
 # ruff: isort: split
-from searchr1_async.answer import Answer
 from searchr1_async.api import rollout, train
-from searchr1_async.asking import ask
 from searchr1_async.billing import Cost
 from searchr1_async.config import EpisodeLimits, LearningSettings, LocalOptions, SamplingSettings, WarmUp
 from searchr1_async.data import Corpus, load_corpus, load_questions
@@ -51,20 +49,21 @@ from searchr1_async.errors import (
     StoreError,
     TooManyFailuresError,
 )
-from searchr1_async.estimate import CostEstimate, estimate_cost
 from searchr1_async.evaluation.charts import plot_suites
 from searchr1_async.evaluation.evaluate import evaluate
 from searchr1_async.evaluation.judge import Judge
 from searchr1_async.evaluation.manifest import Manifest
 from searchr1_async.evaluation.reading import open_report
 from searchr1_async.evaluation.report import Report
-from searchr1_async.evaluation.result import Evaluation, compare, flips
 from searchr1_async.evaluation.systems import System
 from searchr1_async.evaluation.table import comparison_table
-from searchr1_async.exporting.export import export
 from searchr1_async.models import Price
-from searchr1_async.recorded import RecordedRun
-from searchr1_async.run import Run, open_run
+from searchr1_async.runs.ask import Answer, ask
+from searchr1_async.runs.estimate import CostEstimate, estimate_cost
+from searchr1_async.runs.evaluation import Evaluation, compare, flips
+from searchr1_async.runs.export import export
+from searchr1_async.runs.recorded import RecordedRun
+from searchr1_async.runs.run import Run, open_run
 from searchr1_async.search import Search, SearchStatistics
 from searchr1_async.search.builders import CompactReport, build_compact_index, build_index
 from searchr1_async.search.compact.files import CompactSettings

@@ -12,7 +12,6 @@ from typing import Annotated, Literal
 import anyio
 import tinker
 
-from searchr1_async.arguments import GivenSearch, GivenWeights, model_name
 from searchr1_async.boundary.paths import FilePath, NameOrFolder
 from searchr1_async.boundary.settings import Count, Seconds, checked_arguments, list_of, settings_of
 from searchr1_async.config import (
@@ -27,19 +26,18 @@ from searchr1_async.config import (
     WarmUp,
     WeightsInFlight,
 )
-from searchr1_async.control import RunControl
 from searchr1_async.data.questions import Questions, checked_questions
 from searchr1_async.episodes.rendering import check_thinking
 from searchr1_async.episodes.rewards import RecipeReward, RewardFunction
 from searchr1_async.episodes.types import Group
 from searchr1_async.errors import ConfigurationError
-from searchr1_async.evaluation.measure import play_all
 from searchr1_async.events import Emit
 from searchr1_async.models import Price, Thinking
-from searchr1_async.playing import PlaySettings, ServiceChoice, open_watchers, playing
-from searchr1_async.run import Run
-from searchr1_async.run_folder import past_events
-from searchr1_async.trained import EpisodeChoice
+from searchr1_async.runs.control import RunControl
+from searchr1_async.runs.folder import past_events
+from searchr1_async.runs.rollouts import PlaySettings, ServiceChoice, open_watchers, play_all, playing
+from searchr1_async.runs.run import Run
+from searchr1_async.runs.weights import EpisodeChoice, GivenSearch, GivenWeights, find_weights, model_name
 from searchr1_async.training.checks import training_job
 from searchr1_async.training.demonstrations import Demonstration
 from searchr1_async.training.job import TrainingResult
@@ -47,7 +45,6 @@ from searchr1_async.training.session import run_training
 from searchr1_async.watch.dashboard import Choice, open_view
 from searchr1_async.watch.stream import EventStreams
 from searchr1_async.watch.trackers import Tracker, make_trackers
-from searchr1_async.weights import find_weights
 
 
 def train(
@@ -125,7 +122,7 @@ def train(
 
     Call it inside a running event loop (a notebook cell or an ``async`` function). It returns a :class:`Run` at once; awaiting
     that gives a :class:`TrainingResult`. Defaults are those of the Search-R1 recipe of tinker-cookbook, except for run sizes on
-    the embedded service, which fit a laptop (:data:`searchr1_async.sizes.LAPTOP`). A resume keeps the run's own sizes unless
+    the embedded service, which fit a laptop (:data:`searchr1_async.runs.estimate.LAPTOP`). A resume keeps the run's own sizes unless
     they are given.
 
     Args:

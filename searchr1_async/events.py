@@ -176,7 +176,7 @@ class MinibatchSubmitted(Event):
 @dataclass(frozen=True, slots=True)
 class BesideSampled(Event):
     """Sampling outside the rollout: base-model log-probabilities for the KL penalty, or a turn of a question of
-    :meth:`~searchr1_async.run.Run.ask`."""
+    :meth:`~searchr1_async.runs.run.Run.ask`."""
 
     prompt_tokens: int
     cached_prompt_tokens: int

@@ -17,10 +17,10 @@ import searchr1_async as sr
 from searchr1_async.config import LearningSettings, PipelineSettings
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.events import Event, Notice
-from searchr1_async.learn.checkpoints import ResumePoint
 from searchr1_async.local.backend import SampleRequest, SampleResult, Snapshot, UserFault
 from searchr1_async.local.sampling import Sampling
 from searchr1_async.local.scripted import ScriptedBackend
+from searchr1_async.runs.checkpoints import ResumePoint
 from searchr1_async.service.startup import Service
 from searchr1_async.training.abilities import choose_loss, preferred_losses
 from tests import tiny_world

@@ -16,8 +16,8 @@ import pytest
 
 import searchr1_async as sr
 from searchr1_async.__main__ import _parser, main
-from searchr1_async.exporting.export import export
-from searchr1_async.learn.checkpoints import ResumePoint
+from searchr1_async.runs.checkpoints import ResumePoint
+from searchr1_async.runs.export import export
 from tests import tiny_world
 
 pytestmark = pytest.mark.anyio

@@ -8,8 +8,8 @@ from typing import Any
 import anyio
 import pytest
 
-from searchr1_async.control import RunControl
 from searchr1_async.events import Event, RunPaused, RunResumed
+from searchr1_async.runs.control import RunControl
 from tests.virtual_time import VirtualTimeLoop
 
 pytestmark = pytest.mark.anyio

@@ -158,8 +158,8 @@ sys.exit(command.main(["atlas", "--out-dir", str(world / "run"), "--steps", "300
 @pytest.mark.slow
 def test_control_c_ends_the_command_cleanly_and_resumably(tmp_path: Path) -> None:
     """A terminal's Ctrl-C: everything is closed, the folder is intact, and the service is gone."""
-    from searchr1_async.learn.checkpoints import ResumePoint
     from searchr1_async.records.run_records import RunRecords
+    from searchr1_async.runs.checkpoints import ResumePoint
 
     process = subprocess.Popen(
         [sys.executable, "-c", INTERRUPTED, tmp_path, tiny_world.model_folder()],

@@ -13,11 +13,11 @@ import pytest
 import tinker
 
 import searchr1_async as sr
-from searchr1_async.control import RunControl
 from searchr1_async.events import BatchClosed, Event, GroupFinished, Notice, PhaseEnded, PhaseStarted, StepFinished
-from searchr1_async.learn.checkpoints import CheckpointList, ResumePoint, kept_checkpoints
 from searchr1_async.records.run_records import RunRecords
-from searchr1_async.run_folder import training_questions
+from searchr1_async.runs.checkpoints import CheckpointList, ResumePoint, kept_checkpoints
+from searchr1_async.runs.control import RunControl
+from searchr1_async.runs.folder import training_questions
 from searchr1_async.training.held_out import Measuring
 from tests import tiny_world
 

@@ -11,8 +11,8 @@ import polars as pl
 import pytest
 
 import searchr1_async as sr
-from searchr1_async.learn.checkpoints import ResumePoint
 from searchr1_async.local.scripted import ScriptedBackend
+from searchr1_async.runs.checkpoints import ResumePoint
 from tests import tiny_world
 from tests.episodes.stand_in import stand_in
 from tests.local.serving import KEY, service_thread

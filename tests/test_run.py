@@ -24,7 +24,7 @@ from searchr1_async.events import (
     StepFinished,
     WeightsPublished,
 )
-from searchr1_async.learn.checkpoints import ResumePoint
+from searchr1_async.runs.checkpoints import ResumePoint
 from searchr1_async.watch.trackers import read_events
 from tests import tiny_world
 

@@ -9,8 +9,8 @@ import searchr1_async as sr
 from searchr1_async.billing import Billing, TokenUsage, find_price
 from searchr1_async.episodes.table import storable
 from searchr1_async.episodes.types import Question
-from searchr1_async.learn.checkpoints import ResumePoint
-from searchr1_async.run_folder import claimed, keep_questions, result_of, training_questions, work_in
+from searchr1_async.runs.checkpoints import ResumePoint
+from searchr1_async.runs.folder import claimed, keep_questions, result_of, training_questions, work_in
 from tests import tiny_world
 from tests.watch.builders import HOSTILE
 

@@ -10,8 +10,8 @@ import pytest
 
 import searchr1_async as sr
 from searchr1_async.events import Event, Notice, PhaseStarted, RunStarted
-from searchr1_async.learn.checkpoints import ResumePoint
-from searchr1_async.sizes import LAPTOP, RECIPE, chosen_sizes
+from searchr1_async.runs.checkpoints import ResumePoint
+from searchr1_async.runs.estimate import LAPTOP, RECIPE, chosen_sizes
 from tests import tiny_world
 
 

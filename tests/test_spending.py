@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 import searchr1_async as sr
 from searchr1_async.billing import Billing, TokenUsage, sampling_usage, total_usage
-from searchr1_async.estimate import CostEstimate
 from searchr1_async.events import Event, Notice, RunStarted
-from searchr1_async.learn.checkpoints import ResumePoint
+from searchr1_async.runs.checkpoints import ResumePoint
+from searchr1_async.runs.estimate import CostEstimate
 from searchr1_async.training.spending import Spending
 from searchr1_async.watch.state import RunState
 from tests import tiny_world

@@ -13,9 +13,9 @@ import pytest
 
 import searchr1_async as sr
 from searchr1_async.events import Notice, RunStarted
-from searchr1_async.learn.checkpoints import ResumePoint
+from searchr1_async.runs.checkpoints import ResumePoint
+from searchr1_async.runs.weights import find_state
 from searchr1_async.training.start import Start, chosen_model, chosen_rank, find_start, resumed_start
-from searchr1_async.weights import find_state
 from tests import tiny_world
 
 pytestmark = pytest.mark.anyio

@@ -14,9 +14,8 @@ from searchr1_async.__main__ import main
 from searchr1_async.config import EpisodeLimits
 from searchr1_async.evaluation import describe as describing
 from searchr1_async.evaluation.manifest import Manifest
-from searchr1_async.playing import PlaySettings
-from searchr1_async.trained import RECIPE, EpisodeChoice, TrainedPlay
-from searchr1_async.weights import find_weights
+from searchr1_async.runs.rollouts import PlaySettings
+from searchr1_async.runs.weights import RECIPE, EpisodeChoice, TrainedPlay, find_weights
 from tests import tiny_world
 from tests.trained_run import SERVICE_KEY, TrainedRun, trained_run, with_hashed_words
 

@@ -16,10 +16,10 @@ from tinker import types as tinker_types
 
 import searchr1_async as sr
 from searchr1_async.events import EpisodeFinished, Event, MinibatchSubmitted, PhaseAdvanced, StepFinished
-from searchr1_async.learn import checkpoints
-from searchr1_async.learn.checkpoints import ResumePoint
 from searchr1_async.records.run_records import RunRecords
-from searchr1_async.run_folder import training_questions
+from searchr1_async.runs import checkpoints
+from searchr1_async.runs.checkpoints import ResumePoint
+from searchr1_async.runs.folder import training_questions
 from searchr1_async.search.faults import PassingFault
 from tests import tiny_world
 

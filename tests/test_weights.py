@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from searchr1_async.errors import RunFolderError
-from searchr1_async.learn.checkpoints import ResumePoint
-from searchr1_async.weights import Weights, find_weights
+from searchr1_async.runs.checkpoints import ResumePoint
+from searchr1_async.runs.weights import Weights, find_weights
 
 
 def make_run(folder: Path, *, sampler_step: int | None = 4, kept: tuple[dict[str, object], ...] = ()) -> Path:

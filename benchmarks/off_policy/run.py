@@ -31,9 +31,9 @@ import polars as pl
 import searchr1_async as sr
 from benchmarks.off_policy.report import report, row_of
 from benchmarks.off_policy.world import World, atlas_world, tiny_world
-from searchr1_async.learn.checkpoints import ResumePoint
 from searchr1_async.local import LocalService, local_service
 from searchr1_async.records.run_records import RunRecords
+from searchr1_async.runs.checkpoints import ResumePoint
 
 ONLY_WARM_UP = 1e-9
 """Seconds of reinforcement learning in which no step begins."""

@@ -36,8 +36,8 @@ from benchmarks.shared.stand_in_settings import Fault, StandInSettings
 from benchmarks.soak.breaking_proxy import counts_of as proxy_counts
 from benchmarks.soak.breaking_proxy import proxy_process
 from searchr1_async.events import EpisodeFinished, Event, GroupDropped, GroupFinished, StepFinished
-from searchr1_async.learn.checkpoints import ResumePoint
 from searchr1_async.records.run_records import RunRecords
+from searchr1_async.runs.checkpoints import ResumePoint
 from tests.faults import scripted_world
 
 WARM_UP_MINUTES = 5.0

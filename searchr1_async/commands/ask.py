@@ -6,15 +6,15 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from searchr1_async.asking import ask
 from searchr1_async.boundary.paths import path_argument
 from searchr1_async.commands.searching import add_search, named_search, step_argument
 from searchr1_async.config import LocalOptions
 from searchr1_async.episodes.table import storable
+from searchr1_async.runs.ask import ask
 
 if TYPE_CHECKING:
-    from searchr1_async.answer import Answer
     from searchr1_async.commands import Parsers
+    from searchr1_async.runs.ask import Answer
 
 
 def add(commands: Parsers) -> None:

@@ -17,7 +17,7 @@ from searchr1_async.evaluation.evaluate import evaluate
 from searchr1_async.evaluation.judge import Judge
 from searchr1_async.evaluation.repeating import repeats
 from searchr1_async.evaluation.systems import SystemSource
-from searchr1_async.trained import SEARCH_FILE
+from searchr1_async.runs.weights import SEARCH_FILE
 
 if TYPE_CHECKING:
     from searchr1_async.commands import Parsers

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from searchr1_async.boundary.paths import path_argument
 from searchr1_async.commands.searching import step_argument
 from searchr1_async.config import LocalOptions
-from searchr1_async.exporting.export import export
+from searchr1_async.runs.export import export
 from searchr1_async.watch.dashboard import console_view
 
 if TYPE_CHECKING:

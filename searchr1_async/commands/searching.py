@@ -6,9 +6,9 @@ import argparse
 from typing import Any
 
 from searchr1_async.errors import ConfigurationError
+from searchr1_async.runs.weights import Step, parse_step
 from searchr1_async.search import Search
 from searchr1_async.search.places import SearchOptions
-from searchr1_async.weights import Step, parse_step
 
 _NAMES = ("corpus", "chroma", "collection", "embedder", "results", "passage_words")
 

@@ -7,8 +7,8 @@ from typing import Any
 import polars as pl
 
 from searchr1_async.errors import ConfigurationError
-from searchr1_async.evaluation.result import Evaluation
 from searchr1_async.records.scores import ALL_SUITES, MACRO
+from searchr1_async.runs.evaluation import Evaluation
 
 _SCHEMA = pl.Schema(
     {"order": pl.Int64, "label": pl.String, "step": pl.Int64, "suite": pl.String}

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import polars as pl
 
 from searchr1_async.errors import ConfigurationError
-from searchr1_async.evaluation.result import Evaluation, compare
 from searchr1_async.records.scores import ALL_SUITES, MACRO, QUESTION
 from searchr1_async.records.statistics import PairedDifference, holm_correction
+from searchr1_async.runs.evaluation import Evaluation, compare
 
 COMPARISON_SCHEMA = pl.Schema(
     {

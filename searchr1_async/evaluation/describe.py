@@ -29,8 +29,8 @@ from searchr1_async.evaluation.asked import asked_questions, questions_digest
 from searchr1_async.evaluation.job import EvaluationJob
 from searchr1_async.evaluation.manifest import Manifest, SuiteRecord, SystemRecord
 from searchr1_async.evaluation.systems import MeasuredSystem
-from searchr1_async.playing import PlaySettings
-from searchr1_async.run_folder import training_questions
+from searchr1_async.runs.folder import training_questions
+from searchr1_async.runs.rollouts import PlaySettings
 from searchr1_async.search.record import record_of
 from searchr1_async.service.connection import is_embedded, is_tinker_cloud
 

@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal, cast
 import anyio
 import tinker
 
-from searchr1_async.arguments import GivenSearch, GivenWeights, model_name
 from searchr1_async.boundary.paths import FilePath, NameOrFolder
 from searchr1_async.boundary.settings import Count, Seconds, checked_arguments, list_of, settings_of
 from searchr1_async.config import MAX_SERVICE_OUTAGE, LocalOptions, SamplingSettings
@@ -29,8 +28,8 @@ from searchr1_async.evaluation.running import run_evaluation
 from searchr1_async.evaluation.systems import System, SystemSource, find_systems, search_of_runs, with_baselines
 from searchr1_async.events import Emit
 from searchr1_async.models import Thinking
-from searchr1_async.playing import PlaySettings, ServiceChoice, watching
-from searchr1_async.trained import EpisodeChoice
+from searchr1_async.runs.rollouts import PlaySettings, ServiceChoice, watching
+from searchr1_async.runs.weights import EpisodeChoice, GivenSearch, GivenWeights, model_name
 from searchr1_async.watch.dashboard import Choice
 
 

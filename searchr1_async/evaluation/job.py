@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from searchr1_async.arguments import model_name
 from searchr1_async.data.suites import Suite
 from searchr1_async.episodes.formats import check_recipe
 from searchr1_async.episodes.types import Question
@@ -15,12 +14,11 @@ from searchr1_async.errors import ConfigurationError
 from searchr1_async.evaluation.judge import Judge
 from searchr1_async.evaluation.judging import FoundJudge, find_judge
 from searchr1_async.evaluation.systems import MeasuredSystem
-from searchr1_async.playing import PlaySettings, ServiceChoice
+from searchr1_async.runs.rollouts import PlaySettings, ServiceChoice
+from searchr1_async.runs.weights import EpisodeChoice, Weights, model_name, named_passages
 from searchr1_async.search import Search
 from searchr1_async.service.connection import is_embedded
 from searchr1_async.service.startup import default_model
-from searchr1_async.trained import EpisodeChoice, named_passages
-from searchr1_async.weights import Weights
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from typing import Any
 
 import anyio
 
-from searchr1_async.arguments import GivenWeights
 from searchr1_async.boundary.settings import Count, Seconds, check_settings
 from searchr1_async.config import SamplingSettings
 from searchr1_async.episodes.prompts import PlainText
@@ -26,6 +25,7 @@ from searchr1_async.errors import ConfigurationError, ServiceError, ungrouped
 from searchr1_async.rollout.event_loop import LoopTurns
 from searchr1_async.rollout.gate import SampleGate
 from searchr1_async.rollout.player import GroupPolicy
+from searchr1_async.runs.weights import GivenWeights
 
 logger = logging.getLogger(__name__)
 

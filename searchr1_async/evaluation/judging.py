@@ -21,10 +21,10 @@ from searchr1_async.evaluation.store import JUDGEMENTS_NAME, EpisodeStore, Sampl
 from searchr1_async.evaluation.systems import MeasuredSystem
 from searchr1_async.events import Emit, PhaseAdvanced, PhaseEnded, PhaseStarted
 from searchr1_async.rollout.player import TinkerPolicy
-from searchr1_async.run_folder import writing_records
+from searchr1_async.runs.folder import writing_records
+from searchr1_async.runs.weights import Weights, find_weights
 from searchr1_async.service.availability import choose_model
 from searchr1_async.service.connection import Service
-from searchr1_async.weights import Weights, find_weights
 
 _WRITE_INTERVAL = 1.0
 """Seconds between coalesced writes; a kill loses at most this."""

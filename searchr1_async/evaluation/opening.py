@@ -13,7 +13,7 @@ from searchr1_async.errors import ConfigurationError
 from searchr1_async.evaluation.job import EvaluationJob, ServiceStage
 from searchr1_async.evaluation.judging import open_judge
 from searchr1_async.events import Emit
-from searchr1_async.playing import check_prompt, opened_service, policy_of
+from searchr1_async.runs.rollouts import check_prompt, opened_service, policy_of
 from searchr1_async.service.connection import Service, is_embedded
 from searchr1_async.service.startup import check_service, default_model, load_embedded_tokenizer
 

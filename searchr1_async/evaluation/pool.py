@@ -11,12 +11,12 @@ import anyio
 from searchr1_async.boundary.waits import GatheredItems
 from searchr1_async.episodes.types import Episode, Group, Question
 from searchr1_async.errors import CheckpointError
-from searchr1_async.evaluation.measure import RunningMeans
 from searchr1_async.evaluation.store import EpisodeStore, PlayedSample, SampleKey
 from searchr1_async.evaluation.systems import MeasuredSystem
 from searchr1_async.events import Emit, PhaseAdvanced, emit_nothing
 from searchr1_async.rollout.engine import GroupToPlay, RolloutEngine
 from searchr1_async.rollout.player import TinkerPolicy
+from searchr1_async.runs.rollouts import RunningMeans
 
 _WRITE_INTERVAL = 1.0
 """Seconds between coalesced writes; a kill loses at most this much beside episodes in flight. Shorter costs more CPU."""

@@ -8,8 +8,8 @@ import polars as pl
 
 from searchr1_async.billing import Billing, TokenUsage, billing_of, is_tinker_host
 from searchr1_async.evaluation.manifest import Manifest, SystemRecord
-from searchr1_async.evaluation.result import Evaluation
 from searchr1_async.records.scores import ALL_SUITES, COSTS
+from searchr1_async.runs.evaluation import Evaluation
 
 COST_SCHEMA = pl.Schema(
     {

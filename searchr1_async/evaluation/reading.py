@@ -12,8 +12,8 @@ from searchr1_async.errors import RunFolderError
 from searchr1_async.evaluation.asked import read_questions
 from searchr1_async.evaluation.manifest import Manifest
 from searchr1_async.evaluation.report import Report
-from searchr1_async.evaluation.result import Evaluation
 from searchr1_async.evaluation.store import EpisodeStore
+from searchr1_async.runs.evaluation import Evaluation
 from searchr1_async.watch.viewer import load_tokenizer, remember_tokenizer
 
 

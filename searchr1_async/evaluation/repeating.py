@@ -24,10 +24,10 @@ from searchr1_async.evaluation.judge import Judge
 from searchr1_async.evaluation.manifest import MANIFEST_NAME, Manifest, SuiteRecord, SystemRecord
 from searchr1_async.evaluation.report import Report
 from searchr1_async.evaluation.systems import MeasuredSystem, System
-from searchr1_async.playing import PlaySettings, ServiceChoice
+from searchr1_async.runs.rollouts import PlaySettings, ServiceChoice
+from searchr1_async.runs.weights import Weights
 from searchr1_async.search import Search
 from searchr1_async.search.record import search_of
-from searchr1_async.weights import Weights
 
 
 def repeats(source: object) -> bool:

@@ -19,13 +19,13 @@ from searchr1_async.evaluation.compared import ComparisonOf, best_systems, compa
 from searchr1_async.evaluation.manifest import Manifest, SystemRecord
 from searchr1_async.evaluation.priced import priced_costs
 from searchr1_async.evaluation.published import Beside, PublishedRow, beside_published
-from searchr1_async.evaluation.result import Evaluation, flips
 from searchr1_async.records.scores import ALL_SUITES, MACRO, METRICS, check_metric
+from searchr1_async.runs.evaluation import Evaluation, flips
 
 
 class Report(Mapping[str, Evaluation]):
     """Evaluations of one or several systems over the same suites: a mapping from label to
-    :class:`~searchr1_async.evaluation.result.Evaluation`, in the order the systems were given.
+    :class:`~searchr1_async.runs.evaluation.Evaluation`, in the order the systems were given.
 
     Renders as a table in notebooks. Every frame has a deterministic row order.
 
@@ -180,7 +180,7 @@ class Report(Mapping[str, Evaluation]):
         return dict(self._best[metric])
 
     def flips(self, before: str, after: str, metric: str = "exact_match", *, suite: str | None = None) -> pl.DataFrame:
-        """Questions whose score changed between two systems (:func:`searchr1_async.evaluation.result.flips`).
+        """Questions whose score changed between two systems (:func:`searchr1_async.runs.evaluation.flips`).
 
         Raises:
             ConfigurationError: unknown system, suite or metric, or the systems have different questions.

@@ -24,12 +24,12 @@ from searchr1_async.evaluation.settling import settled
 from searchr1_async.evaluation.store import EpisodeStore, SampleKey
 from searchr1_async.evaluation.systems import MeasuredSystem
 from searchr1_async.events import Emit, EvaluationFinished, Notice, PhaseAdvanced, PhaseEnded, PhaseStarted
-from searchr1_async.playing import open_search, opened_engine, opened_service, policy_of, started, worker_spec
 from searchr1_async.rollout.player import TinkerPolicy
 from searchr1_async.rollout.workers.messages import WorkerSpec
-from searchr1_async.run_folder import claimed, keep_tokenizer, writing_records
+from searchr1_async.runs.folder import claimed, keep_tokenizer, writing_records
+from searchr1_async.runs.rollouts import open_search, opened_engine, opened_service, policy_of, started, worker_spec
+from searchr1_async.runs.weights import described_differences
 from searchr1_async.service.connection import Service, find_endpoint
-from searchr1_async.trained import described_differences
 from searchr1_async.watch.fanout import Watchers
 from searchr1_async.watch.trackers import make_trackers, open_trackers
 

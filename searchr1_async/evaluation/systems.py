@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from searchr1_async.arguments import GivenWeights
 from searchr1_async.boundary.paths import FilePath, is_same_place
 from searchr1_async.boundary.settings import Count, Natural, check_settings
 from searchr1_async.config import EpisodeLimits
@@ -16,11 +15,10 @@ from searchr1_async.episodes.table import storable
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.evaluation.manifest import SystemRecord
 from searchr1_async.models import Thinking
-from searchr1_async.recorded import RecordedRun
-from searchr1_async.run_folder import kept_search
+from searchr1_async.runs.folder import kept_search
+from searchr1_async.runs.recorded import RecordedRun
+from searchr1_async.runs.weights import EpisodeChoice, GivenWeights, Step, Weights, find_weights, kept_record
 from searchr1_async.search import Search
-from searchr1_async.trained import EpisodeChoice, kept_record
-from searchr1_async.weights import Step, Weights, find_weights
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 import polars as pl
 
 from searchr1_async.errors import ConfigurationError
-from searchr1_async.evaluation.result import Evaluation, compare
 from searchr1_async.records.statistics import PairedDifference
+from searchr1_async.runs.evaluation import Evaluation, compare
 
 _SCHEMA = {
     "stage": pl.String,

@@ -18,7 +18,7 @@ from searchr1_async.config import LearningSettings, LossName, PipelineSettings
 from searchr1_async.episodes.types import Episode, Question, StopReason, Turn
 from searchr1_async.errors import ConfigurationError, ServiceError
 from searchr1_async.events import Emit, Notice
-from searchr1_async.learn.checkpoints import ResumePoint
+from searchr1_async.runs.checkpoints import ResumePoint
 from searchr1_async.service.connection import Service
 from searchr1_async.training.examples import to_datum
 from searchr1_async.training.job import TrainingJob

@@ -13,7 +13,6 @@ from typing import Any
 import anyio
 import polars as pl
 
-from searchr1_async.arguments import model_name
 from searchr1_async.boundary.settings import settings_of
 from searchr1_async.config import EpisodeLimits, LearningSettings, LocalOptions, PipelineSettings, SamplingSettings
 from searchr1_async.data.questions import checked_questions, optional_questions
@@ -23,12 +22,13 @@ from searchr1_async.episodes.rewards import RecipeReward
 from searchr1_async.episodes.types import Question
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.events import Emit, Notice
-from searchr1_async.learn.checkpoints import ResumePoint
-from searchr1_async.playing import check_format
-from searchr1_async.run_folder import find_point
+from searchr1_async.runs.checkpoints import ResumePoint
+from searchr1_async.runs.estimate import chosen_sizes
+from searchr1_async.runs.folder import find_point
+from searchr1_async.runs.rollouts import check_format
+from searchr1_async.runs.weights import model_name
 from searchr1_async.service.connection import is_embedded
 from searchr1_async.service.startup import billing_on
-from searchr1_async.sizes import chosen_sizes
 from searchr1_async.training.job import TrainingJob
 from searchr1_async.training.spending import check_max_cost
 from searchr1_async.training.start import Start, chosen_model, chosen_rank, find_start, resumed_start

@@ -15,16 +15,16 @@ from dataclasses import dataclass
 import anyio
 
 from searchr1_async.billing import TokenUsage, sampling_usage, total_usage
-from searchr1_async.control import RunControl
 from searchr1_async.episodes.types import Episode
 from searchr1_async.errors import ServiceError
-from searchr1_async.evaluation.measure import evaluate_policy
 from searchr1_async.events import Emit, Notice
-from searchr1_async.learn.checkpoints import CheckpointList, ResumePoint
 from searchr1_async.records.run_records import RunRecords
 from searchr1_async.rollout.engine import RolloutEngine
 from searchr1_async.rollout.player import TinkerPolicy
-from searchr1_async.run_folder import OF_NO_STEP, evaluation_steps, load_evaluation, writing_records
+from searchr1_async.runs.checkpoints import CheckpointList, ResumePoint
+from searchr1_async.runs.control import RunControl
+from searchr1_async.runs.folder import OF_NO_STEP, evaluation_steps, load_evaluation, writing_records
+from searchr1_async.runs.rollouts import evaluate_policy
 from searchr1_async.service.connection import Service
 from searchr1_async.training.job import TrainingJob
 from searchr1_async.training.recorder import delete_checkpoints

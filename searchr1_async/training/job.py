@@ -30,10 +30,10 @@ from searchr1_async.config import (
 from searchr1_async.episodes.rewards import RecipeReward, RewardFunction
 from searchr1_async.episodes.types import Question
 from searchr1_async.errors import RunFolderError
-from searchr1_async.estimate import CostEstimate, RunShape, mean_letters
-from searchr1_async.evaluation.result import Evaluation
-from searchr1_async.learn.checkpoints import KeptCheckpoint, ResumePoint
 from searchr1_async.models import Price, Thinking
+from searchr1_async.runs.checkpoints import KeptCheckpoint, ResumePoint
+from searchr1_async.runs.estimate import CostEstimate, RunShape, mean_letters
+from searchr1_async.runs.evaluation import Evaluation
 from searchr1_async.search import Search
 from searchr1_async.service.connection import ServiceName
 from searchr1_async.training.admission import QuestionOrder

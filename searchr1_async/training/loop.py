@@ -20,7 +20,6 @@ import anyio
 import tinker
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
-from searchr1_async.control import RunControl
 from searchr1_async.episodes.types import Group
 from searchr1_async.events import (
     BatchClosed,
@@ -37,6 +36,7 @@ from searchr1_async.events import (
 from searchr1_async.records.run_records import GroupOutcome
 from searchr1_async.rollout.engine import FailureBudget, GroupUnderWay, RolloutEngine
 from searchr1_async.rollout.player import NewestWeights, TinkerPolicy
+from searchr1_async.runs.control import RunControl
 from searchr1_async.training.admission import Admission, Closed, QuestionOrder
 from searchr1_async.training.batches import Minibatch, MinibatchGatherer, drop_reason
 from searchr1_async.training.examples import without_sequence_ids

@@ -15,17 +15,17 @@ from searchr1_async.boundary.waits import GatheredWriting
 from searchr1_async.episodes.types import Group
 from searchr1_async.errors import ServiceError
 from searchr1_async.events import CheckpointSaved, Emit, StepFinished
-from searchr1_async.learn.checkpoints import CheckpointList, ResumePoint
 from searchr1_async.records.metrics import group_metrics, outcome_metrics
 from searchr1_async.records.run_records import GroupOutcome, RunRecords
-from searchr1_async.run_folder import writing_records
+from searchr1_async.runs.checkpoints import CheckpointList, ResumePoint
+from searchr1_async.runs.finished_groups import UnlearnedGroups
+from searchr1_async.runs.folder import writing_records
 from searchr1_async.search.stats import SearchStatistics
 from searchr1_async.service.connection import Service
 from searchr1_async.training.batches import advantages
 from searchr1_async.training.job import TrainingJob
 from searchr1_async.training.learner import FinishedStep
 from searchr1_async.training.spending import Spending
-from searchr1_async.watch.unlearned import UnlearnedGroups
 
 logger = logging.getLogger(__name__)
 

@@ -16,22 +16,21 @@ from typing import Any
 import anyio
 import tinker
 
-from searchr1_async.answering import LiveAnswers
 from searchr1_async.billing import TokenUsage
 from searchr1_async.boundary.signals import is_interrupt
 from searchr1_async.config import LossName
-from searchr1_async.control import RunControl
 from searchr1_async.episodes.rendering import AS_TEMPLATE
 from searchr1_async.errors import SearchR1Error, ungrouped
-from searchr1_async.estimate import estimate
 from searchr1_async.events import CheckpointSaved, Emit, Notice, RunEnded, RunStarted
-from searchr1_async.learn.checkpoints import CheckpointList, ResumePoint, WarmUpPlace
-from searchr1_async.playing import open_search
 from searchr1_async.records.run_records import RunRecords
 from searchr1_async.rollout.engine import RolloutEngine, open_engine
 from searchr1_async.rollout.player import NewestWeights, TinkerPolicy
 from searchr1_async.rollout.workers.messages import WorkerSpec
-from searchr1_async.run_folder import (
+from searchr1_async.runs.ask import LiveAnswers
+from searchr1_async.runs.checkpoints import CheckpointList, ResumePoint, WarmUpPlace
+from searchr1_async.runs.control import RunControl
+from searchr1_async.runs.estimate import estimate
+from searchr1_async.runs.folder import (
     AFTER_RL,
     AFTER_WARM_UP,
     AT_START,
@@ -45,6 +44,7 @@ from searchr1_async.run_folder import (
     result_of,
     writing_records,
 )
+from searchr1_async.runs.rollouts import open_search
 from searchr1_async.service.availability import watching_service
 from searchr1_async.service.connection import Service, find_endpoint, is_embedded, is_tinker_cloud
 from searchr1_async.service.startup import billing_on, check_chat_format, check_service, open_service

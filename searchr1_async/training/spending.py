@@ -11,9 +11,9 @@ import anyio
 
 from searchr1_async.billing import Billing, Cost, TokenUsage, billing_of, total_usage
 from searchr1_async.errors import CheckpointError, ConfigurationError
-from searchr1_async.estimate import CostEstimate, estimate
 from searchr1_async.events import Emit, Notice
-from searchr1_async.learn.checkpoints import ResumePoint
+from searchr1_async.runs.checkpoints import ResumePoint
+from searchr1_async.runs.estimate import CostEstimate, estimate
 from searchr1_async.service.connection import Service
 from searchr1_async.training.job import TrainingJob, TrainingResult
 

@@ -14,10 +14,10 @@ from tinker.lib.client_connection_pool_type import ClientConnectionPoolType
 
 from searchr1_async.errors import ConfigurationError, RunFolderError, ServiceError
 from searchr1_async.events import Emit, Notice
-from searchr1_async.learn.checkpoints import ResumePoint
+from searchr1_async.runs.checkpoints import ResumePoint
+from searchr1_async.runs.weights import Step, Weights, find_state, parse_step
 from searchr1_async.service.connection import Service, ServiceName, is_embedded, wait_for
 from searchr1_async.service.startup import ADAPTER_CONFIG, IMPORT_ROUTE, published_base
-from searchr1_async.weights import Step, Weights, find_state, parse_step
 
 DEFAULT_RANK = 32
 """Rank of a new adapter."""

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import anyio
 
 from searchr1_async.config import WarmUp
-from searchr1_async.control import RunControl
 from searchr1_async.episodes.types import Episode
 from searchr1_async.errors import SearchR1Error
 from searchr1_async.events import Emit, Notice, PhaseAdvanced, PhaseEnded, PhaseStarted
-from searchr1_async.learn.checkpoints import WarmUpPlace
 from searchr1_async.rollout.engine import RolloutEngine
+from searchr1_async.runs.checkpoints import WarmUpPlace
+from searchr1_async.runs.control import RunControl
 from searchr1_async.training.demonstrations import Demonstration, demonstration_batches, play_demonstrations
 from searchr1_async.training.job import TrainingJob
 from searchr1_async.training.learner import Learner

@@ -13,8 +13,8 @@ from typing import Any
 import nbformat
 import pytest
 
-from searchr1_async.learn.checkpoints import ResumePoint
 from searchr1_async.records.run_records import RunRecords
+from searchr1_async.runs.checkpoints import ResumePoint
 from tests.notebooks import small
 
 pytest.importorskip("playwright", reason="playwright is not installed")

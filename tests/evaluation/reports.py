@@ -11,8 +11,8 @@ import polars as pl
 from searchr1_async.episodes.types import Episode, Question, StopReason
 from searchr1_async.evaluation.manifest import Manifest, SuiteRecord, SystemRecord
 from searchr1_async.evaluation.report import Report
-from searchr1_async.evaluation.result import Evaluation
 from searchr1_async.records.scores import SCORE_SCHEMA
+from searchr1_async.runs.evaluation import Evaluation
 from tests.watch.builders import answering_turn, searching_turn
 
 Row = tuple[str, str, float | None]

@@ -15,8 +15,8 @@ from searchr1_async.errors import ConfigurationError
 from searchr1_async.evaluation.job import EvaluationJob, service_stages
 from searchr1_async.evaluation.judge import Judge
 from searchr1_async.evaluation.systems import MeasuredSystem, System
-from searchr1_async.playing import PlaySettings, ServiceChoice
-from searchr1_async.weights import Weights
+from searchr1_async.runs.rollouts import PlaySettings, ServiceChoice
+from searchr1_async.runs.weights import Weights
 from tests import tiny_world
 
 URL = "http://somewhere:1"

@@ -18,8 +18,8 @@ from searchr1_async.evaluation.judging import FoundJudge, OpenJudge, archive_ver
 from searchr1_async.evaluation.store import JUDGEMENTS_NAME, EpisodeStore
 from searchr1_async.evaluation.systems import System, find_systems
 from searchr1_async.events import Event, PhaseAdvanced
+from searchr1_async.runs.weights import Weights
 from searchr1_async.service.connection import Service
-from searchr1_async.weights import Weights
 from tests.local.tiny import make_tiny_tokenizer
 from tests.players import ScriptedPolicy
 from tests.watch.builders import episode, question

@@ -9,7 +9,7 @@ import pytest
 
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.evaluation.report import Report
-from searchr1_async.evaluation.result import Evaluation, compare
+from searchr1_async.runs.evaluation import Evaluation, compare
 from tests.evaluation.reports import evaluation, manifest, report, rows_of
 
 

@@ -9,9 +9,9 @@ import pytest
 
 from searchr1_async.episodes.types import StopReason
 from searchr1_async.errors import ConfigurationError
-from searchr1_async.evaluation.result import Evaluation, compare, flips
 from searchr1_async.records.scores import METRICS
 from searchr1_async.records.statistics import macro_interval, mean_interval, wilson_interval
+from searchr1_async.runs.evaluation import Evaluation, compare, flips
 from tests.watch.builders import answering_turn, episode, malformed_turn, question, searching_turn
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from searchr1_async.exporting.card import CardFacts, model_card
+from searchr1_async.runs.model_card import CardFacts, model_card
 
 FACTS = CardFacts("adapter", "Qwen/Qwen3.5-4B", "peft", 32, None, is_head_adapted=True)
 

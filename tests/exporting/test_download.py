@@ -13,8 +13,8 @@ import pytest
 from aiohttp import web
 
 from searchr1_async.errors import ExportError, ServiceError
-from searchr1_async.exporting import download
-from searchr1_async.exporting.download import download_adapter
+from searchr1_async.runs import adapters as download
+from searchr1_async.runs.adapters import download_adapter
 from searchr1_async.service.connection import Service
 
 pytestmark = pytest.mark.anyio

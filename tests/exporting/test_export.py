@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import searchr1_async as sr
 from searchr1_async.__main__ import main
 from searchr1_async.events import Event, Notice, StepFinished
-from searchr1_async.learn.checkpoints import KeptCheckpoint, ResumePoint
+from searchr1_async.runs.checkpoints import KeptCheckpoint, ResumePoint
 from tests import tiny_world
 
 pytestmark = pytest.mark.anyio

@@ -14,7 +14,7 @@ import pytest
 from aiohttp import web
 
 from searchr1_async.errors import ConfigurationError, ExportError
-from searchr1_async.exporting.hub import check_hub_name, push
+from searchr1_async.runs.export import check_hub_name, push
 
 pytestmark = pytest.mark.anyio
 

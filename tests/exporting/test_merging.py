@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from searchr1_async.errors import ExportError
-from searchr1_async.exporting.merging import merge, read_adapter
+from searchr1_async.runs.adapters import merge, read_adapter
 from tests.local.tiny import make_tiny_model
 
 RANK, ALPHA = 4, 8

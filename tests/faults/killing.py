@@ -18,10 +18,10 @@ from typing import Any
 
 import polars as pl
 
-from searchr1_async.learn.checkpoints import ResumePoint
 from searchr1_async.local import LocalService
 from searchr1_async.records.run_records import RunRecords
-from searchr1_async.watch.unlearned import UnlearnedGroups
+from searchr1_async.runs.checkpoints import ResumePoint
+from searchr1_async.runs.finished_groups import UnlearnedGroups
 from tests import tiny_world
 from tests.faults import scripted_world
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from searchr1_async.learn.checkpoints import ResumePoint
 from searchr1_async.local import LocalService
 from searchr1_async.records.run_records import RunRecords
+from searchr1_async.runs.checkpoints import ResumePoint
 from tests import tiny_world
 
 QUESTIONS = 48

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from searchr1_async.learn.checkpoints import ResumePoint
 from searchr1_async.local import LocalService
+from searchr1_async.runs.checkpoints import ResumePoint
 from tests import tiny_world
 
 

@@ -13,10 +13,10 @@ import pytest
 import tinker
 from tinker import types as tinker_types
 
-from searchr1_async.learn.checkpoints import ResumePoint, kept_checkpoints
 from searchr1_async.local import LocalService
 from searchr1_async.records.run_records import RunRecords
-from searchr1_async.weights import find_weights
+from searchr1_async.runs.checkpoints import ResumePoint, kept_checkpoints
+from searchr1_async.runs.weights import find_weights
 from tests import tiny_world
 from tests.faults import scripted_world
 from tests.faults.warm_up_child import STEPS

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from searchr1_async.errors import CheckpointError, RunFolderError
-from searchr1_async.learn.checkpoints import ResumePoint, write_atomically
+from searchr1_async.runs.checkpoints import ResumePoint, write_atomically
 
 SETTINGS = {"seed": 2, "learning": {"learning_rate": 4e-5, "beta1": 0.9, "loss_config": {}}, "warm_up": None}
 POINT = ResumePoint(

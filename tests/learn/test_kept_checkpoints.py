@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from searchr1_async.errors import RunFolderError
-from searchr1_async.learn.checkpoints import (
+from searchr1_async.runs.checkpoints import (
     CheckpointList,
     KeptCheckpoint,
     ResumePoint,

@@ -11,7 +11,7 @@ import pytest
 import searchr1_async as sr
 from notebooks import execute
 from searchr1_async.models import find_model
-from searchr1_async.sizes import RECIPE
+from searchr1_async.runs.estimate import RECIPE
 from searchr1_async.training.start import DEFAULT_RANK
 from tests.notebooks import small
 

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from searchr1_async.episodes.types import Episode, Group, Passage, Question, SearchCall, StopReason, Turn
-from searchr1_async.watch import unlearned
-from searchr1_async.watch.unlearned import UnlearnedGroups
+from searchr1_async.runs import finished_groups as unlearned
+from searchr1_async.runs.finished_groups import UnlearnedGroups
 from tests.watch.builders import answering_turn, episode, group, malformed_turn, question, searching_turn
 
 TEXT = st.text(st.characters() | st.just("\udcff"), max_size=20)

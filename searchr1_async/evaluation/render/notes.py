@@ -11,7 +11,7 @@ from searchr1_async.boundary.paths import shown_path
 from searchr1_async.evaluation.compared import ComparisonOf
 from searchr1_async.evaluation.render.tables import counted, one_line
 from searchr1_async.records.scores import ALL_SUITES, MACRO
-from searchr1_async.trained import described_differences
+from searchr1_async.runs.weights import described_differences
 
 if TYPE_CHECKING:
     from searchr1_async.evaluation.report import Report

@@ -96,7 +96,7 @@ def evaluation_scores(evaluations: pl.LazyFrame, part: str = "correct") -> pl.Da
     """One row per evaluation and suite, and one for all suites: ``order``, ``label``, ``step``, ``suite``, ``mean``, ``low``,
     ``high`` (95 %) and ``questions``.
 
-    Computed as in :class:`searchr1_async.evaluation.result.Evaluation`: mean over questions of each question's sample mean, with
+    Computed as in :class:`searchr1_async.runs.evaluation.Evaluation`: mean over questions of each question's sample mean, with
     Wilson's interval on the effective number of questions.
 
     Args:

@@ -17,8 +17,8 @@ import pytest
 
 from searchr1_async.episodes.table import GroupOutcome
 from searchr1_async.errors import ConfigurationError
-from searchr1_async.evaluation.result import Evaluation
 from searchr1_async.records.run_records import RunRecords
+from searchr1_async.runs.evaluation import Evaluation
 from searchr1_async.watch.plots import draw, plot_learning, plot_metric, plot_timeline, theme
 from searchr1_async.watch.plots.data import ALL_SUITES, METRICS, evaluation_scores, metric_rows, overall, reward_by
 from searchr1_async.watch.trackers.lines import encoded

@@ -11,10 +11,9 @@ from weakref import WeakValueDictionary
 
 import anyio
 
-from searchr1_async.answer import Answer
-from searchr1_async.answering import LiveAnswers
 from searchr1_async.errors import ServiceError
 from searchr1_async.events import Emit, RunPaused, RunResumed, emit_nothing
+from searchr1_async.runs.ask import Answer, LiveAnswers
 
 if TYPE_CHECKING:
     from searchr1_async.service.connection import Service

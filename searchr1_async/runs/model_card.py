@@ -15,11 +15,11 @@ from searchr1_async.episodes.formats import make_dialect
 from searchr1_async.episodes.rendering import AS_TEMPLATE
 from searchr1_async.episodes.types import Passage, Question
 from searchr1_async.errors import ModelError
-from searchr1_async.evaluation.result import Evaluation
-from searchr1_async.learn.checkpoints import ResumePoint
 from searchr1_async.records.run_records import RunRecords
-from searchr1_async.run_folder import load_evaluations, training_questions
-from searchr1_async.trained import kept_record
+from searchr1_async.runs.checkpoints import ResumePoint
+from searchr1_async.runs.evaluation import Evaluation
+from searchr1_async.runs.folder import load_evaluations, training_questions
+from searchr1_async.runs.weights import kept_record
 
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM accepts for ``--max-lora-rank`` (``vllm/config/lora.py``)."""

@@ -12,14 +12,13 @@ from pathlib import Path
 
 import anyio
 
-from searchr1_async.answer import Answer
-from searchr1_async.answering import LiveAnswers
 from searchr1_async.boundary.paths import absolute_path
 from searchr1_async.boundary.signals import Interrupts, ending_cleanly, in_kernel
-from searchr1_async.control import RunControl, register, run_under_way, runs_under_way
 from searchr1_async.events import Emit, Event, Notice, RolloutSampled
-from searchr1_async.playing import ServiceChoice, watching
-from searchr1_async.recorded import RecordedRun, recorded_run
+from searchr1_async.runs.ask import Answer, LiveAnswers
+from searchr1_async.runs.control import RunControl, register, run_under_way, runs_under_way
+from searchr1_async.runs.recorded import RecordedRun, recorded_run
+from searchr1_async.runs.rollouts import ServiceChoice, watching
 from searchr1_async.search import Search
 from searchr1_async.training.job import TrainingResult
 from searchr1_async.watch.dashboard import Choice

@@ -1,9 +1,13 @@
-"""``export``: trained weights as a PEFT adapter or as merged weights."""
+"""``export``: trained weights as a PEFT adapter or as merged weights.
+
+Uploads an exported folder to the Hugging Face hub.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -18,20 +22,18 @@ import anyio.from_thread
 import anyio.to_thread
 import tinker
 
-from searchr1_async.arguments import as_weights
 from searchr1_async.boundary.paths import FilePath, NameOrFolder
 from searchr1_async.boundary.settings import checked_arguments
 from searchr1_async.boundary.waits import in_thread
 from searchr1_async.config import LocalOptions
-from searchr1_async.control import run_under_way
 from searchr1_async.errors import ConfigurationError, ExportError, RunFolderError, ServiceError, ungrouped
 from searchr1_async.events import Emit, Notice, emit_nothing
-from searchr1_async.exporting.card import CardFacts, model_card
-from searchr1_async.exporting.download import download_adapter
-from searchr1_async.exporting.hub import check_hub_name, push
-from searchr1_async.exporting.merging import merge, read_adapter
-from searchr1_async.playing import ServiceChoice, opened_service
-from searchr1_async.run_folder import is_claimed
+from searchr1_async.runs.adapters import download_adapter, merge, read_adapter
+from searchr1_async.runs.control import run_under_way
+from searchr1_async.runs.folder import is_claimed
+from searchr1_async.runs.model_card import CardFacts, model_card
+from searchr1_async.runs.rollouts import ServiceChoice, opened_service
+from searchr1_async.runs.weights import Step, Weights, as_weights, find_state
 from searchr1_async.service.connection import Service, find_endpoint, is_embedded
 from searchr1_async.service.startup import (
     ADAPTER_CONFIG,
@@ -42,13 +44,46 @@ from searchr1_async.service.startup import (
     lora_parts,
     published_base,
 )
-from searchr1_async.weights import Step, Weights, find_state
+
+_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]{0,95}")
+
+
+def check_hub_name(name: str) -> None:
+    """Raises ConfigurationError for an invalid repository name."""
+    if not _NAME.fullmatch(name):
+        raise ConfigurationError(f"push_to_hub is {name!r}: name a repository as 'name' or 'organisation/name'")
+
+
+def push(folder: Path, name: str, *, private: bool) -> str:
+    """Uploads a folder, creating the repository if needed, and returns its address. Blocking: call it in a thread.
+
+    Raises:
+        ExportError: the hub rejects the upload or is unreachable; the folder is unchanged.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    api = HfApi()
+    again = f"The export is complete in {folder}: run `hf upload {name} {folder}` when that is fixed."
+    try:
+        repository = api.create_repo(name, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repository.repo_id, folder_path=folder, commit_message="Export of trained weights")
+    except OfflineModeIsEnabled as error:
+        raise ExportError(f"HF_HUB_OFFLINE prevents uploads to the Hugging Face hub: unset it. {again}") from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else 0
+        reason = {401: "it requires a token (set HF_TOKEN)", 403: "the token has no write access"}.get(status)
+        raise ExportError(f"the Hugging Face hub rejected {name}: {reason or f'HTTP {status}'}. {again}") from error
+    except Exception as error:  # httpx errors up to huggingface_hub 1.x, httpx2 errors since
+        raise ExportError(f"the upload to the Hugging Face hub failed ({type(error).__name__}). {again}") from error
+    return str(repository)
+
 
 Format = Literal["peft", "merged"]
 
 
 class RunWithFolder(Protocol):
-    """A :class:`~searchr1_async.recorded.RecordedRun`; that module imports this one."""
+    """A :class:`~searchr1_async.runs.recorded.RecordedRun`; that module imports this one."""
 
     @property
     def out_dir(self) -> Path: ...

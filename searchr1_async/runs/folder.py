@@ -25,13 +25,13 @@ from searchr1_async.episodes.table import storable
 from searchr1_async.episodes.types import Question
 from searchr1_async.errors import CheckpointError, ConfigurationError, RunFolderError, first_error
 from searchr1_async.evaluation.manifest import MANIFEST_NAME
-from searchr1_async.evaluation.result import Evaluation
 from searchr1_async.events import EvaluationFinished, StepFinished
-from searchr1_async.learn.checkpoints import ResumePoint, best_checkpoint
 from searchr1_async.records.run_records import RunRecords
+from searchr1_async.runs.checkpoints import ResumePoint, best_checkpoint
+from searchr1_async.runs.evaluation import Evaluation
+from searchr1_async.runs.weights import SEARCH_FILE, kept_record
 from searchr1_async.search import Search
 from searchr1_async.search.record import record_of, search_of
-from searchr1_async.trained import SEARCH_FILE, kept_record
 from searchr1_async.training.admission import QuestionOrder
 from searchr1_async.training.job import TrainingJob, TrainingResult, refuse_other_measure
 

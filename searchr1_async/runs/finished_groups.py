@@ -113,7 +113,7 @@ class UnlearnedGroups:
 
         Args:
             is_open: whether no recorded step contains the group of this place: :meth:`ResumePoint.is_open
-                <searchr1_async.learn.checkpoints.ResumePoint.is_open>`. The other groups are forgotten: their step was recorded
+                <searchr1_async.runs.checkpoints.ResumePoint.is_open>`. The other groups are forgotten: their step was recorded
                 right before a kill.
 
         Raises:

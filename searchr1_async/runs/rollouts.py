@@ -1,4 +1,7 @@
-"""Rollout without training: the watchers, service and engine of an evaluation or a plain rollout."""
+"""Rollout without training: the watchers, service and engine of an evaluation or a plain rollout.
+
+Rolls out questions without training on them: evaluations and plain rollouts.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import tempfile
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,24 +23,34 @@ from searchr1_async.episodes.formats import FORMATS, make_dialect
 from searchr1_async.episodes.prompts import Method, clean_query
 from searchr1_async.episodes.rendering import check_thinking
 from searchr1_async.episodes.rewards import RewardFunction
-from searchr1_async.episodes.types import Passage, Question, SearchCall
+from searchr1_async.episodes.types import Group, Passage, Question, SearchCall
 from searchr1_async.errors import ConfigurationError, ModelError, SearchError, first_error, ungrouped
-from searchr1_async.events import Emit, Notice, PhaseAdvanced, PhaseEnded, PhaseStarted, RunEnded, RunStarted
+from searchr1_async.events import (
+    Emit,
+    EvaluationFinished,
+    Notice,
+    PhaseAdvanced,
+    PhaseEnded,
+    PhaseStarted,
+    RunEnded,
+    RunStarted,
+    emit_nothing,
+)
 from searchr1_async.models import Thinking
-from searchr1_async.rollout.engine import RolloutEngine, open_engine
-from searchr1_async.rollout.player import TinkerPolicy
+from searchr1_async.rollout.engine import GroupToPlay, RolloutEngine, open_engine
+from searchr1_async.rollout.player import GroupPolicy, TinkerPolicy
 from searchr1_async.rollout.workers.messages import WorkerSpec
+from searchr1_async.runs.evaluation import Evaluation
+from searchr1_async.runs.weights import EpisodeChoice, Weights, described_differences
 from searchr1_async.search import Search
 from searchr1_async.search.record import ShownSearch
 from searchr1_async.service.availability import watching_service
 from searchr1_async.service.connection import Service, ServiceName, find_endpoint
 from searchr1_async.service.startup import check_chat_format, check_service, open_service
-from searchr1_async.trained import EpisodeChoice, described_differences
 from searchr1_async.watch.dashboard import Choice, View, open_view
 from searchr1_async.watch.fanout import Watchers
 from searchr1_async.watch.pace import PaceWarning
 from searchr1_async.watch.viewer.tokens import remember_tokenizer
-from searchr1_async.weights import Weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,3 +325,105 @@ def check_format(name: str) -> None:
     """Raises :class:`ModelError` for an unknown tool-call format."""
     if name not in FORMATS:
         raise ModelError(f"unknown tool-call format {name!r}: choose one of {', '.join(FORMATS)}")
+
+
+async def play_all(
+    engine: RolloutEngine,
+    questions: Sequence[Question],
+    policy: GroupPolicy,
+    *,
+    samples: int,
+    phase: str,
+    label: str,
+    yields: bool = False,
+    on_question: Callable[[], None] = lambda: None,
+) -> list[Group]:
+    """Rolls out all questions and returns their groups in question order, with progress as a phase.
+
+    ``yields``: give way to other rollouts on the same engine. ``on_question`` is called when all samples of a question have
+    ended. Raises, within an exception group, what :meth:`RolloutEngine.play_groups` raises.
+    """
+    groups: dict[int, Group] = {}
+    means = RunningMeans()
+    emit, began = engine.emit, anyio.current_time()
+    # Silences training-episode events: the phase reports progress.
+    engine = replace(engine, group_size=samples, emit=emit_nothing)
+    emit(PhaseStarted(phase, len(questions), "questions", label))
+    budget = engine.failure_budget(len(questions))
+
+    def finished(place: int, group: Group) -> None:
+        groups[place] = group
+        means.add(group, samples)
+        on_question()
+        emit(PhaseAdvanced(phase, len(groups), means.metrics()))
+
+    await engine.play_groups(
+        GroupToPlay(engine.task(place, question, key="0", yields=yields), policy, budget, partial(finished, place))
+        for place, question in enumerate(questions)
+    )
+    emit(PhaseEnded(phase, anyio.current_time() - began))
+    return [groups[place] for place in range(len(questions))]
+
+
+async def evaluate_policy(
+    engine: RolloutEngine,
+    questions: Sequence[Question],
+    policy: GroupPolicy,
+    *,
+    samples: int,
+    label: str,
+    step: int,
+    yields: bool = False,
+    on_question: Callable[[], None] = lambda: None,
+) -> Evaluation:
+    """Evaluates a policy; arguments and errors as in :func:`play_all`."""
+    groups = await play_all(
+        engine,
+        questions,
+        policy,
+        samples=samples,
+        phase="evaluate",
+        label=label,
+        yields=yields,
+        on_question=on_question,
+    )
+    episodes = tuple(episode for group in groups for episode in (*group.episodes, *group.failed))
+    evaluation = Evaluation.of(label, episodes, step)
+    # In a thread: aggregates all scores.
+    engine.emit(EvaluationFinished(label, step, await anyio.to_thread.run_sync(evaluation.metrics)))
+    return evaluation
+
+
+@dataclass(slots=True)
+class RunningMeans:
+    """Running means for progress display; final metrics treat failures exactly."""
+
+    questions: int = 0
+    right: float = 0.0
+    episodes: int = 0
+    rewards: float = 0.0
+    turns: int = 0
+    calls: int = 0
+    valid: int = 0
+    failed: int = 0
+
+    def add(self, group: Group, samples: int) -> None:
+        self.questions += 1
+        self.failed += len(group.failed)
+        self.right += sum(episode.reward_parts.get("correct", 0.0) for episode in group.episodes) / samples
+        for episode in group.episodes:
+            self.episodes += 1
+            self.rewards += episode.reward
+            self.turns += len(episode.turns)
+            self.calls += len(episode.calls)
+            self.valid += sum(call.problem is None for call in episode.calls)
+
+    def metrics(self) -> dict[str, float]:
+        out = {"correct": self.right / self.questions}
+        if self.episodes:
+            out |= {"reward/total": self.rewards / self.episodes, "turns_per_episode": self.turns / self.episodes}
+        if self.calls:
+            out["valid_calls"] = self.valid / self.calls
+        if self.failed:
+            out["failed_episodes"] = float(self.failed)
+        return out

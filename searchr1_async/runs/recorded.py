@@ -10,25 +10,23 @@ from typing import Any
 import polars as pl
 import tinker
 
-from searchr1_async.answer import Answer
-from searchr1_async.answering import LiveAnswers, asked_question
-from searchr1_async.asking import SAMPLING_DEADLINE, ask
 from searchr1_async.boundary.paths import absolute_path
 from searchr1_async.config import LocalOptions, SamplingSettings
 from searchr1_async.episodes.types import Episode
 from searchr1_async.errors import ConfigurationError, RunFolderError
 from searchr1_async.events import Emit
-from searchr1_async.exporting.export import export
-from searchr1_async.learn.checkpoints import KeptCheckpoint, ResumePoint, best_checkpoint, kept_checkpoints
-from searchr1_async.playing import ServiceChoice
 from searchr1_async.records.run_records import RunRecords
-from searchr1_async.run_folder import is_claimed, result_of
+from searchr1_async.runs.ask import SAMPLING_DEADLINE, Answer, LiveAnswers, ask, asked_question
+from searchr1_async.runs.checkpoints import KeptCheckpoint, ResumePoint, best_checkpoint, kept_checkpoints
+from searchr1_async.runs.export import export
+from searchr1_async.runs.folder import is_claimed, result_of
+from searchr1_async.runs.rollouts import ServiceChoice
+from searchr1_async.runs.weights import Step, find_weights
 from searchr1_async.search import Search
 from searchr1_async.training.job import TrainingResult
 from searchr1_async.watch.dashboard import Choice
 from searchr1_async.watch.trackers import EVENTS_FILE
 from searchr1_async.watch.viewer import CellView, load_tokenizer, remember_tokenizer, view_run
-from searchr1_async.weights import Step, find_weights
 
 CELL_EPISODES = 200
 """Episodes in a notebook's inline viewer, all of which its file embeds."""

@@ -1,0 +1,396 @@
+"""Rolls out one question without a golden answer: no reward, no group, no record.
+
+The answer to one question with its episode, with rich display in a notebook.
+
+The public function ``ask``: one question to a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import anyio
+import tinker
+
+from searchr1_async.billing import TokenUsage
+from searchr1_async.boundary.paths import FilePath, NameOrFolder
+from searchr1_async.boundary.settings import Seconds, checked_arguments, settings_of
+from searchr1_async.config import EpisodeLimits, LocalOptions, SamplingSettings
+from searchr1_async.episodes.formats import Dialect
+from searchr1_async.episodes.play import Policy, SampledTurn, SearchTool, play
+from searchr1_async.episodes.rewards import RecipeReward
+from searchr1_async.episodes.types import Episode, Passage, Question, SearchCall
+from searchr1_async.errors import ConfigurationError, QuestionsError, SearchError, ServiceError
+from searchr1_async.events import BesideSampled, Emit
+from searchr1_async.models import Thinking
+from searchr1_async.rollout.player import NewestWeights, TinkerPolicy
+from searchr1_async.runs.folder import kept_search
+from searchr1_async.runs.rollouts import PlaySettings, ServiceChoice, playing
+from searchr1_async.runs.weights import (
+    EpisodeChoice,
+    GivenSearch,
+    GivenWeights,
+    Step,
+    Weights,
+    find_weights,
+    model_name,
+    named_passages,
+    shown_passages,
+)
+from searchr1_async.search import Search
+from searchr1_async.search.record import ShownSearch
+from searchr1_async.service.connection import Service, ServiceName, is_embedded
+from searchr1_async.watch.dashboard import Choice
+from searchr1_async.watch.viewer import episode_html, episode_text
+
+
+@dataclass(frozen=True, repr=False)
+class Answer:
+    """What :func:`searchr1_async.ask` returns.
+
+    In a notebook cell or with ``print(answer)`` it shows the question, the answer, and every turn with its searches and passages.
+    """
+
+    episode: Episode
+    """The episode, token by token, without a reward."""
+    checkpoint: str | None = None
+    """``tinker://`` path of the weights; None for the base model, and for the newest weights of a running run, which may be
+    unsaved."""
+    step: int | None = None
+    """Optimiser steps behind the weights; None if unknown."""
+
+    @property
+    def question(self) -> str:
+        """The question's text."""
+        return self.episode.question.question
+
+    @property
+    def answer(self) -> str | None:
+        """The model's answer; None if the episode ended without one (see ``episode.stop_reason``)."""
+        return self.episode.answer
+
+    @property
+    def searches(self) -> tuple[SearchCall, ...]:
+        """The model's tool calls in order, malformed ones included (``problem`` says what is wrong)."""
+        return self.episode.calls
+
+    @property
+    def passages(self) -> tuple[Passage, ...]:
+        """The passages found, in order, each once."""
+        found = (passage for call in self.searches for passages in call.results for passage in passages)
+        return tuple({passage.id: passage for passage in found}.values())
+
+    def _repr_mimebundle_(
+        self, include: Container[str] | None = None, exclude: Container[str] | None = None
+    ) -> dict[str, str]:
+        return {"text/plain": str(self), "text/html": episode_html(self.episode)}
+
+    def __str__(self) -> str:
+        return episode_text(self.episode)
+
+    def __repr__(self) -> str:
+        count = len(self.searches)
+        return f"Answer({self.question!r}: {self.answer!r}, {count} search{'' if count == 1 else 'es'})"
+
+
+ASKED = "asked"
+"""Id and data source of a user's question."""
+
+
+def asked_question(text: str) -> Question:
+    """A question without a golden answer; refuses an empty text."""
+    if not isinstance(text, str) or not text.strip():
+        raise QuestionsError(f"{text!r} is no question: pass its text, such as 'Which country …?'")
+    return Question(ASKED, text, data_source=ASKED)
+
+
+def asked_limits(limits: EpisodeLimits, changes: Mapping[str, Any]) -> EpisodeLimits:
+    """The limits with the changes that are not None, and without the episode time limit."""
+    given = {name: value for name, value in changes.items() if value is not None}
+    return replace(limits, **given, max_seconds=None)
+
+
+async def play_asked(
+    question: Question,
+    *,
+    dialect: Dialect,
+    policy: Policy,
+    search: SearchTool,
+    limits: EpisodeLimits,
+    seed: int | None,
+    sampled: Callable[[TokenUsage], None] = lambda usage: None,
+) -> Episode:
+    """Rolls out one unscored episode. It may end without an answer, but a failed service raises.
+
+    Args:
+        seed: of the first turn; each later turn adds its number. None: the service chooses.
+        sampled: called with each turn's token usage.
+
+    Raises:
+        ServiceError: the service returned no sample.
+        SearchError: a search failed.
+    """
+    services = _Services(policy, search, sampled)
+    fault: ServiceError | SearchError | None
+    try:
+        episode = await play(question, dialect=dialect, policy=services, search=services, limits=limits, seed=seed)
+    except SearchError as error:  # a fatal one
+        fault = error
+    else:
+        fault = services.fault
+        if fault is None:
+            return episode
+    raise type(fault)(f"the question was not answered: {fault}. Fix that service and ask again.") from fault
+
+
+class _Services:
+    """Policy and search of one episode; keeps the error that :func:`play` turns into a failed episode."""
+
+    def __init__(self, policy: Policy, search: SearchTool, sampled: Callable[[TokenUsage], None]) -> None:
+        self._policy, self._search, self._sampled = policy, search, sampled
+        self.fault: ServiceError | SearchError | None = None
+
+    async def sample(
+        self, prompt_tokens: Sequence[int], *, max_tokens: int, stop: list[int] | list[str], seed: int | None
+    ) -> SampledTurn:
+        try:
+            turn = await self._policy.sample(prompt_tokens, max_tokens=max_tokens, stop=stop, seed=seed)
+        except ServiceError as fault:
+            self.fault = fault
+            raise
+        self._sampled(TokenUsage(len(prompt_tokens), turn.cached_prompt_tokens, len(turn.tokens)))
+        return turn
+
+    async def search(self, queries: Sequence[str]) -> Sequence[Sequence[Passage]]:
+        try:
+            return await self._search.search(queries)
+        except SearchError as fault:
+            self.fault = fault
+            raise
+
+    def clean_query(self, query: str) -> str | None:
+        return self._search.clean_query(query)
+
+
+class LiveAnswers:
+    """Answers questions beside a run's training, with its service, newest weights and prompt.
+
+    It bypasses the engine's concurrency limit, behind which a question would wait for thousands of episodes, or forever in a
+    paused run. So a paused run answers too. Nothing counts in the run's samples, episodes or failures; only searches with the
+    run's search count in its search metrics, and tokens in its cost.
+
+    Args:
+        service: the run's, open.
+        dialect: the run's prompt and tool format.
+        search: the run's.
+        limits: of the run's episodes.
+        newest: the newest weights, updated during the run.
+        emit: receives each turn's token usage.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        dialect: Dialect,
+        search: Search,
+        limits: EpisodeLimits,
+        newest: NewestWeights,
+        emit: Emit,
+    ) -> None:
+        self._service, self._dialect, self._search, self._limits = service, dialect, search, limits
+        self._newest, self._emit = newest, emit
+        self.usage = TokenUsage()
+        """Tokens used by all answers."""
+
+    async def answer(
+        self,
+        question: Question,
+        sampling: SamplingSettings,
+        *,
+        search: Search | None = None,
+        limits: Mapping[str, Any],
+        weights: Weights | None = None,
+    ) -> Answer:
+        """Answers the question.
+
+        Args:
+            search: None: the run's. Another shows as many passages as the run's, unless it was created with its own number.
+            limits: changes to the run's; see :func:`asked_limits`.
+            weights: kept ones; None: the newest at each turn, since the previous turn's may be gone.
+
+        Raises:
+            ConfigurationError: a limit out of range.
+            ServiceError: the service returned no sample, or does not have the weights.
+            SearchError: a search failed, or ``search`` cannot be opened.
+        """
+        changed = asked_limits(self._limits, limits)
+        policy: Policy = _NewestPolicy(self._newest, sampling)
+        if weights is not None:
+            client = await self._service.create_sampling_client(weights.path)
+            policy = TinkerPolicy(client, weights.step or 0, sampling)
+        shown = named_passages(search).completed_by(shown_passages(self._search))
+        async with search or self._search as tool:
+            episode = await play_asked(
+                question,
+                dialect=self._dialect,
+                policy=policy,
+                search=ShownSearch(tool, shown.n_results, shown.max_passage_words),
+                limits=changed,
+                seed=sampling.seed,
+                sampled=self._count,
+            )
+        if weights is not None:
+            return Answer(episode, weights.path, weights.step)
+        return Answer(episode, None, max((turn.policy_version for turn in episode.turns), default=None))
+
+    def _count(self, used: TokenUsage) -> None:
+        self.usage += used
+        self._emit(BesideSampled(used.prompt, used.cached, used.sampled))
+
+
+class _NewestPolicy:
+    """A run's newest weights, with other sampling settings than its episodes."""
+
+    def __init__(self, newest: NewestWeights, sampling: SamplingSettings) -> None:
+        self._newest, self._sampling = newest, sampling
+
+    async def sample(
+        self, prompt_tokens: Sequence[int], *, max_tokens: int, stop: list[int] | list[str], seed: int | None
+    ) -> SampledTurn:
+        now = self._newest.current
+        policy = TinkerPolicy(now.client, now.version, self._sampling)
+        return await policy.sample(prompt_tokens, max_tokens=max_tokens, stop=stop, seed=seed)
+
+
+SAMPLING_DEADLINE = 600.0
+"""Seconds per turn: less than in training, since a person waits."""
+
+
+async def ask(
+    question: str,
+    search: GivenSearch | None = None,
+    *,
+    checkpoint: GivenWeights | None = None,
+    step: Step = "last",
+    model: str | Path | None = None,
+    service: str | tinker.ServiceClient | None = None,
+    service_folder: FilePath | None = None,
+    format: str | None = None,
+    renderer: str | None = None,
+    thinking: Thinking = None,
+    instructions: str | None = None,
+    max_turns: int | None = None,
+    max_tokens: int | None = None,
+    max_trajectory_tokens: int | None = None,
+    malformed_calls: Literal["end", "tell"] | None = None,
+    temperature: float = 0.0,
+    seed: int | None = None,
+    sampling_deadline: Seconds = SAMPLING_DEADLINE,
+    local: LocalOptions | None = None,
+    tokenizer: NameOrFolder | None = None,
+    progress: Choice = "quiet",
+    emit: Emit | None = None,
+) -> Answer:
+    """Asks a model one question: runs one episode with the search and returns it with its answer.
+
+    ::
+
+        await sr.ask("Which river flows through Bamako?", checkpoint="runs/first")
+
+    Needs no golden answer and computes no reward. With a run's weights, None means the run's own setting (prompt, format, limits),
+    its search as kept in its folder, and its tokenizer.
+
+    Args:
+        question: the question's text.
+        search: the tool; None: the search of the run in ``checkpoint``, rebuilt from the run's folder.
+        checkpoint: a run's folder, a ``tinker://…/sampler_weights/…`` path, or None for the base model.
+        step: for a run: its last kept weights (``"last"``), its best on the held-out questions (``"best"``), or a step's number.
+        model: the base model; None: the run's, else the service's default.
+        service: base URL or client of a Tinker service; None as in :func:`searchr1_async.train`. The embedded service opens
+            a run's weights in the run's folder.
+        service_folder: the embedded service's folder with a ``tinker://`` checkpoint; not needed for a run's folder.
+        format: tool-call format; None: the run's, else ``"hermes"``.
+        renderer: chat format; None: the run's, else chosen by the model's name.
+        thinking: as in :func:`searchr1_async.train`; None: the run's, else the format's default.
+        instructions: the system prompt; None: the run's, else the format's own.
+        max_turns, max_tokens, max_trajectory_tokens, malformed_calls: limits of the episode; None: the run's, else the default of
+            :class:`~searchr1_async.config.EpisodeLimits`. A run's episode time limit does not apply.
+        temperature: 0 is greedy; 1 samples as in training.
+        seed: for sampling; None lets the service choose.
+        sampling_deadline: seconds per turn.
+        local: options of the embedded service.
+        tokenizer: a folder or name; None: the run's, else the model's own.
+        progress: ``"quiet"`` reports what it waits for after 5 seconds; see :func:`searchr1_async.train` for the others.
+        emit: receives the events of opening the services.
+
+    Returns:
+        The answer, with rich display. If the episode ended without one (out of turns, a malformed call), ``answer`` is None.
+
+    Raises:
+        ConfigurationError: bad input, no such weights, or no usable search; raised before any work starts.
+        ServiceError: the service is unavailable, lacks these weights, or returned no sample.
+        SearchError: the search cannot be opened, or a search failed.
+    """
+    given = checked_arguments(ask, locals())
+    asked = asked_question(given["question"])
+    checkpoint, step, service_folder = given["checkpoint"], given["step"], given["service_folder"]
+    weights = find_weights(checkpoint, step, service_folder=service_folder)
+    _check_service(weights, service)
+    choice = settings_of(EpisodeChoice, given)
+    _ = weights.episodes(choice, search).limits  # refused before a corpus is read
+    search = search or await _search_of(weights)
+    play = PlaySettings(
+        reward=RecipeReward(),
+        sampling=settings_of(SamplingSettings, given, deadline=given["sampling_deadline"]),
+        **weights.episodes(choice, search).play(),
+    )
+    async with playing(
+        search,
+        play,
+        ServiceChoice(
+            service, model_name(model, service), local or LocalOptions(), given["tokenizer"] or _tokenizer_of(weights)
+        ),
+        weights=weights,
+        progress=progress,
+        emit=emit,
+    ) as (engine, policy):
+        episode = await play_asked(
+            asked,
+            dialect=engine.dialect,
+            policy=policy,
+            search=ShownSearch(search, play.n_results, play.max_passage_words),
+            limits=play.limits,
+            seed=play.sampling.seed,
+        )
+        return Answer(episode, weights.path, weights.step)
+    raise AssertionError("playing() hides no exception")
+
+
+def _check_service(weights: Weights, service: ServiceName) -> None:
+    """Raises :class:`ConfigurationError` if a run's weights are on another kind of service than the one that would be opened."""
+    if weights.run is None or service is not None:
+        return
+    if is_embedded(None) and weights.service_folder is None:
+        raise ConfigurationError(
+            f"the weights of {weights.run} are not in its folder but on the service that trained it: pass that service=…, or set "
+            "TINKER_API_KEY"
+        )
+    if not is_embedded(None) and weights.service_folder is not None:
+        raise ConfigurationError(
+            f"the weights of {weights.run} are in its folder, for the embedded service, but TINKER_API_KEY or TINKER_BASE_URL "
+            "selects another: unset them, or pass service=… if that service has the weights"
+        )
+
+
+async def _search_of(weights: Weights) -> Search:
+    if weights.run is None:
+        raise ConfigurationError("no search given: pass one, such as ask(question, Search.local('atlas'))")
+    return await anyio.to_thread.run_sync(kept_search, weights.run)
+
+
+def _tokenizer_of(weights: Weights) -> str | None:
+    folder = None if weights.run is None else weights.run / "tokenizer"
+    return str(folder) if folder is not None and folder.is_dir() else None
