@@ -43,7 +43,7 @@ from searchr1_async.training.demonstrations import Demonstration
 from searchr1_async.training.job import TrainingResult
 from searchr1_async.training.session import run_training
 from searchr1_async.watch.dashboard import Choice, open_view
-from searchr1_async.watch.stream import EventStreams
+from searchr1_async.watch.subscribers import EventStreams
 from searchr1_async.watch.trackers import Tracker, make_trackers
 
 

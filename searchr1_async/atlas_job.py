@@ -23,7 +23,7 @@ from searchr1_async.runs.run import Run
 from searchr1_async.search import Search
 from searchr1_async.training.demonstrations import Demonstration
 from searchr1_async.training.job import TrainingResult
-from searchr1_async.watch.curve import learning_curve
+from searchr1_async.watch.charts.learning_curve import learning_curve
 from searchr1_async.watch.report import write_report
 
 

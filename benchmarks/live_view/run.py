@@ -27,7 +27,7 @@ from benchmarks.shared.processes import ROOT, child_environment
 from benchmarks.shared.report import write_result
 from searchr1_async.events import Emit, Event, RunStarted, StepFinished
 from searchr1_async.watch.dashboard import open_view
-from searchr1_async.watch.live.view import LiveView
+from searchr1_async.watch.view import LiveView
 from tests.watch.event_stream import Script
 
 ARMS = ("off", "widget", "rich")

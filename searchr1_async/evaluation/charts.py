@@ -30,7 +30,7 @@ def plot_suites(*evaluations: Evaluation, metric: str = "exact_match", **options
     Raises:
         ConfigurationError: two evaluations have the same label, or the score is unknown.
     """
-    from searchr1_async.watch import plots  # importing altair is slow
+    from searchr1_async.watch import charts as plots
 
     labels = [evaluation.label for evaluation in evaluations]
     if len(set(labels)) < len(labels):
@@ -45,8 +45,8 @@ def plot_suites(*evaluations: Evaluation, metric: str = "exact_match", **options
 
 def suite_rows(evaluations: tuple[Evaluation, ...], metric: str) -> pl.DataFrame:
     """One row per evaluation and suite with a finished question."""
-    from searchr1_async.watch.plots.data import ALL_SUITES as ALL_NAMED
-    from searchr1_async.watch.plots.data import MACRO_AVERAGE
+    from searchr1_async.watch.charts.theme import ALL_SUITES as ALL_NAMED
+    from searchr1_async.watch.charts.theme import MACRO_AVERAGE
 
     named = {ALL_SUITES: ALL_NAMED, MACRO: MACRO_AVERAGE}
     rows = []

@@ -32,7 +32,7 @@ from searchr1_async.records.scores import (
     suites_of,
 )
 from searchr1_async.records.statistics import Estimate, Floats, Interval, PairedDifference, pass_at_k
-from searchr1_async.watch.curve import EvaluationPoint
+from searchr1_async.watch.charts.learning_curve import EvaluationPoint
 from searchr1_async.watch.viewer import CellView, page_of
 
 

@@ -211,7 +211,7 @@ class RecordedRun:
         Raises:
             ConfigurationError: an unknown kind.
         """
-        from searchr1_async.watch.plots import draw  # altair takes half a second to import
+        from searchr1_async.watch.charts import draw
 
         return draw(self._out_dir, kind, **options)
 

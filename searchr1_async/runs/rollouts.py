@@ -48,9 +48,8 @@ from searchr1_async.service.availability import watching_service
 from searchr1_async.service.connection import Service, ServiceName, find_endpoint
 from searchr1_async.service.startup import check_chat_format, check_service, open_service
 from searchr1_async.watch.dashboard import Choice, View, open_view
-from searchr1_async.watch.fanout import Watchers
-from searchr1_async.watch.pace import PaceWarning
-from searchr1_async.watch.viewer.tokens import remember_tokenizer
+from searchr1_async.watch.subscribers import PaceWarning, Watchers
+from searchr1_async.watch.viewer.parts import remember_tokenizer
 
 
 @dataclass(frozen=True, slots=True)

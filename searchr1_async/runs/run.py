@@ -22,7 +22,7 @@ from searchr1_async.runs.rollouts import ServiceChoice, watching
 from searchr1_async.search import Search
 from searchr1_async.training.job import TrainingResult
 from searchr1_async.watch.dashboard import Choice
-from searchr1_async.watch.stream import EventStreams
+from searchr1_async.watch.subscribers import EventStreams
 
 logger = logging.getLogger(__name__)
 

@@ -59,9 +59,9 @@ from searchr1_async.training.recorder import Keeper, StepRecorder, delete_checkp
 from searchr1_async.training.spending import keep_spending, spending_of, tell_estimate, with_cost
 from searchr1_async.training.start import open_start
 from searchr1_async.training.warm_up import WarmingUp
-from searchr1_async.watch.fanout import Watchers
+from searchr1_async.watch.subscribers import Watchers
 from searchr1_async.watch.trackers import Tracker, open_trackers
-from searchr1_async.watch.viewer.tokens import remember_tokenizer
+from searchr1_async.watch.viewer.parts import remember_tokenizer
 
 
 async def run_training(

@@ -1,14 +1,27 @@
-"""Selects the view of a run that fits the environment: widget, rich text, live terminal display, or plain lines."""
+"""Selects the view of a run that fits the environment: widget, rich text, live terminal display, or plain lines.
+
+An updatable place in a cell's output, finally replaced by what every viewer of a saved notebook can show.
+
+The live view as a widget: sends frames, rows and charts to the page, and receives button presses.
+
+The live view as HTML and plain text, for notebooks without widgets.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import base64
+import html
 import importlib.util
 import logging
+import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import cache
+from html import escape
+from pathlib import Path
 from types import TracebackType
-from typing import Literal, Protocol, Self, get_args
+from typing import Any, Literal, Protocol, Self, get_args
 
 from searchr1_async.boundary.signals import in_kernel
 from searchr1_async.errors import ConfigurationError
@@ -21,10 +34,198 @@ from searchr1_async.events import (
     PhaseStarted,
     StepFinished,
 )
-from searchr1_async.watch.live.view import Controls, LiveView
-from searchr1_async.watch.progress import ConsoleProgress
+from searchr1_async.watch.console import ConsoleProgress
+from searchr1_async.watch.frame import Frame
+from searchr1_async.watch.view import Charts, Controls, LiveView, News
+from searchr1_async.watch.viewer.markup import visible
 
 __all__ = ["Choice", "Controls", "SafeView", "View", "console_view", "open_view"]
+
+
+class Output:
+    """Displays ``data`` (by MIME type) in the current cell.
+
+    Needs IPython. The output stays with that cell even when later cells run.
+    """
+
+    def __init__(self, data: dict[str, Any], metadata: dict[str, Any] | None = None) -> None:
+        from IPython.display import publish_display_data
+
+        self._publish = publish_display_data
+        self._id = f"searchr1-{uuid.uuid4().hex}"
+        self._publish(data, metadata or {}, transient={"display_id": self._id})
+
+    def update(self, data: dict[str, Any], metadata: dict[str, Any] | None = None) -> None:
+        """Replace the displayed data."""
+        self._publish(data, metadata or {}, transient={"display_id": self._id}, update=True)
+
+    def settle(self, text: str, png: bytes | None) -> None:
+        """Replace the output with its final state: the picture with ``text`` as its alternative, or ``text`` alone.
+
+        No HTML: GitHub would prefer it to the picture and strip its styles.
+        """
+        if png is None:
+            self.update({"text/plain": text})
+            return
+        # The picture is drawn at 2x for high-density screens.
+        width = int.from_bytes(png[16:20], "big") // 2
+        self.update(
+            {"image/png": base64.b64encode(png).decode(), "text/plain": text},
+            {"image/png": {"width": width, "alt": text}} if width else {},
+        )
+
+
+_FOLDER = Path(__file__).parent
+_BUTTONS = ("pause", "resume", "stop", "hello")
+
+
+@cache
+def widget_class() -> type[Any]:
+    """The widget class, created lazily so that the package works without anywidget.
+
+    Raises:
+        ImportError: anywidget is not installed.
+    """
+    import anywidget
+    import traitlets
+
+    class LiveViewWidget(anywidget.AnyWidget):
+        _esm = (_FOLDER / "live.js").read_text(encoding="utf-8")
+        _css = (_FOLDER / "live.css").read_text(encoding="utf-8")
+        frame = traitlets.Dict().tag(sync=True)
+        has_controls = traitlets.Bool(False).tag(sync=True)
+
+    return LiveViewWidget
+
+
+class WidgetSurface:
+    """A widget in the output of the current cell.
+
+    The frame is a trait, so a reopened page has the latest one. Rows and charts are messages, so only new data is sent and none is
+    saved with the notebook. A page that lacks data sends ``hello``.
+
+    Args:
+        title: shown to readers without the widget.
+        has_controls: show buttons.
+    """
+
+    seconds_between = 0.25
+    has_curves = True
+
+    def __init__(self, title: str, *, has_controls: bool) -> None:
+        self._widget = widget_class()(has_controls=has_controls)
+        self._pressed: Callable[[str], None] | None = None
+        self._widget.on_msg(self._received)
+        data, metadata = self._widget._repr_mimebundle_()
+        # Fallback for viewers without widgets and for notebooks whose kernel was killed.
+        data["text/plain"] = f"{title}: live view, shown only in a notebook with widgets."
+        data["text/html"] = f"<p>{html.escape(data['text/plain'])}</p>"
+        self._output = Output(data, metadata)
+
+    def on_press(self, pressed: Callable[[str], None]) -> None:
+        """Set the callback for buttons; it may run in another thread."""
+        self._pressed = pressed
+
+    def draw(self, frame: Frame, news: News | None) -> None:
+        if news is not None:
+            rows = {"kind": "rows", "first": news.first, "rows": news.rows, "evaluations": news.evaluations}
+            self._widget.send(rows)
+        self._widget.frame = dict(frame)
+
+    def add_charts(self, charts: Charts | None) -> None:
+        if charts is None:
+            self._widget.send({"kind": "no charts"})
+        else:
+            self._widget.send({"kind": "charts", "specs": dict(charts.page)}, buffers=[charts.vega])
+
+    def close(self, text: str, png: bytes | None) -> None:
+        self._output.settle(text, png)
+        self._widget.close()
+
+    def _received(self, widget: Any, content: object, buffers: object) -> None:
+        button = content.get("press") if isinstance(content, dict) else None
+        if self._pressed is not None and button in _BUTTONS:
+            self._pressed(button)
+
+
+_HEADINGS = {
+    "reward": "reward",
+    "exact_match": "exact match",
+    "turns": "turns per episode",
+    "valid_calls": "valid calls",
+}
+
+
+class RichTextSurface:
+    """Draws on the output of the current cell, at most once per second because each update sends everything."""
+
+    seconds_between = 1.0
+    has_curves = False
+
+    def __init__(self, title: str) -> None:
+        self._output = Output({"text/plain": title})
+
+    def draw(self, frame: Frame, news: News | None) -> None:
+        self._output.update({"text/html": as_html(frame), "text/plain": as_text(frame)})
+
+    def add_charts(self, charts: Charts | None) -> None:
+        raise NotImplementedError("rich text has no curves")
+
+    def close(self, text: str, png: bytes | None) -> None:
+        self._output.settle(text, png)
+
+
+def as_text(frame: Frame) -> str:
+    """The frame as plain lines."""
+    lines = [
+        f"{frame['title']} ({frame['badge']})",
+        " · ".join(part for part in (frame["progress"], frame["status"]) if part),
+    ]
+    lines += [f"{bar['name']}: {bar['text']}" for bar in frame["bars"]]
+    lines += [f"{alert['kind']}: {alert['text']}" for alert in frame["alerts"]]
+    lines += [f"{_HEADINGS[name]}: {text}" for name, text in frame["curves"].items() if text]
+    for stack in frame["stacks"]:
+        lines.append(f"{stack['title']}: " + ", ".join(f"{part['count']:,} {part['name']}" for part in stack["parts"]))
+    for section in frame["sections"]:
+        lines.append(f"{section['title']}: " + ", ".join(f"{label} {value}" for label, value in section["rows"]))
+    return "\n".join(lines)
+
+
+def as_html(frame: Frame) -> str:
+    """The frame as HTML. All text is escaped; colours follow the notebook's theme."""
+    parts = [
+        f"<p style='margin:0'><b>{visible(frame['title'])}</b> ({visible(frame['badge'])})</p>",
+        f"<p style='margin:0 0 .4em'>{visible(frame['progress'])} <span style='opacity:.7'>{visible(frame['status'])}</span></p>",
+    ]
+    for bar in frame["bars"]:
+        parts.append(
+            f"<p style='margin:0'>{visible(bar['name'])}: <progress max='1' value='{bar['share']:.3f}' "
+            f"style='vertical-align:middle'></progress> {visible(bar['text'])}</p>"
+        )
+    for alert in frame["alerts"]:
+        edge = "#d9822b" if alert["kind"] == "warning" else "#4c86d6"
+        parts.append(
+            f"<p style='margin:.3em 0;padding:.1em .6em;border-left:3px solid {edge}'>{visible(alert['text'])}</p>"
+        )
+    rows = [("Curves", [(_HEADINGS[name], text) for name, text in frame["curves"].items() if text])]
+    rows += [
+        (stack["title"], [(part["name"], f"{part['count']:,}") for part in stack["parts"]]) for stack in frame["stacks"]
+    ]
+    rows += [(section["title"], [(label, value) for label, value in section["rows"]]) for section in frame["sections"]]
+    cells = "".join(_table(title, pairs) for title, pairs in rows if pairs)
+    parts.append(f"<div style='display:flex;flex-wrap:wrap;gap:.4em 2em;align-items:flex-start'>{cells}</div>")
+    return f"<div style='font-size:var(--jp-ui-font-size1,13px)'>{''.join(parts)}</div>"
+
+
+def _table(title: str, pairs: list[tuple[str, str]]) -> str:
+    style = escape("padding:0 1em 0 0;text-align:left;background:none;border:none;font-weight:normal", quote=True)
+    rows = "".join(
+        f"<tr style='background:none'><th scope='row' style='{style};opacity:.7'>{visible(label)}</th>"
+        f"<td style='{style}'>{visible(value)}</td></tr>"
+        for label, value in pairs
+    )
+    return f"<div><b>{visible(title)}</b><table style='margin:0;border:none'>{rows}</table></div>"
+
 
 logger = logging.getLogger(__name__)
 
@@ -151,8 +352,6 @@ def _made(kind: str, title: str, controls: Controls | None) -> View:
     if kind == "widget":
         return _widget(title, controls)
     if kind == "rich":
-        from searchr1_async.watch.live.rich_text import RichTextSurface
-
         return LiveView(RichTextSurface(title), title=title, controls=controls)
     if kind == "quiet":
         return QuietView()
@@ -164,7 +363,6 @@ def _widget(title: str, controls: Controls | None) -> LiveView:
         raise ConfigurationError(
             "progress='widget' needs anywidget, which is not installed: pip install 'searchr1_async[notebook]'"
         )
-    from searchr1_async.watch.live.widget import WidgetSurface
 
     surface = WidgetSurface(title, has_controls=controls is not None)
     view = LiveView(surface, title=title, controls=controls)
@@ -173,7 +371,7 @@ def _widget(title: str, controls: Controls | None) -> LiveView:
 
 
 class ConsoleView:
-    """:class:`~searchr1_async.watch.progress.ConsoleProgress` as a view."""
+    """:class:`~searchr1_async.watch.console.ConsoleProgress` as a view."""
 
     def __init__(self, live: bool | None = None) -> None:
         self._progress = ConsoleProgress(live=live)

@@ -33,18 +33,19 @@ from searchr1_async.events import (
     StepFinished,
     WeightsPublished,
 )
-from searchr1_async.watch.live.series import Series, finite
-from searchr1_async.watch.live.snapshot import (
+from searchr1_async.watch.console import Estimate, Pauses
+from searchr1_async.watch.snapshot import (
     RATE_SECONDS,
     EvaluationState,
     NoticeState,
     OpenBatch,
     PhaseState,
     SearchState,
+    Series,
     Snapshot,
     Standing,
+    finite,
 )
-from searchr1_async.watch.progress import Estimate, Pauses
 
 LATE_SECONDS = 0.02
 """Median lag from which the event loop counts as late; an idle loop is under 1 ms."""

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from searchr1_async.watch.curve import EvaluationPoint, learning_curve, smoothed, spread_apart
+from searchr1_async.watch.charts.learning_curve import EvaluationPoint, learning_curve, smoothed, spread_apart
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

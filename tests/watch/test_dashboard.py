@@ -18,11 +18,10 @@ import pytest
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.events import EpisodeFinished, Event, Notice, PhaseAdvanced, PhaseStarted, RunStarted, StepFinished
 from searchr1_async.watch import dashboard
+from searchr1_async.watch.console import ConsoleProgress
 from searchr1_async.watch.dashboard import ConsoleView, QuietView, SafeView, open_view
-from searchr1_async.watch.live.child import Charts, Drawer, DrawingError
-from searchr1_async.watch.live.view import LiveView, News
-from searchr1_async.watch.live.words import Frame
-from searchr1_async.watch.progress import ConsoleProgress
+from searchr1_async.watch.frame import Frame
+from searchr1_async.watch.view import Charts, Drawer, DrawingError, LiveView, News
 from tests.watch.builders import episode
 
 pytestmark = pytest.mark.anyio

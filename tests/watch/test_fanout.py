@@ -5,7 +5,7 @@ import logging
 import pytest
 
 from searchr1_async.events import Event, Notice
-from searchr1_async.watch.fanout import Watchers
+from searchr1_async.watch.subscribers import Watchers
 
 
 def test_every_subscriber_sees_every_event_in_order() -> None:

@@ -18,8 +18,7 @@ from searchr1_async.events import (
     ServiceSilent,
     StepFinished,
 )
-from searchr1_async.watch.fanout import Watchers
-from searchr1_async.watch.pace import PaceWarning
+from searchr1_async.watch.subscribers import PaceWarning, Watchers
 from tests.watch.builders import episode
 
 

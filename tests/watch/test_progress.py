@@ -24,7 +24,7 @@ from searchr1_async.events import (
     ServiceSilent,
     StepFinished,
 )
-from searchr1_async.watch.progress import ConsoleProgress, Estimate, Pauses, duration
+from searchr1_async.watch.console import ConsoleProgress, Estimate, Pauses, duration
 from tests.watch.builders import episode, group
 
 STEP = {

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from searchr1_async.episodes.types import Question, StopReason
-from searchr1_async.watch.html import STYLE, highlighted, isolated, visible
 from searchr1_async.watch.report import write_report
+from searchr1_async.watch.viewer.markup import STYLE, highlighted, isolated, visible
 from tests.watch.builders import HOSTILE, answering_turn, episode, malformed_turn, question, searching_turn
 
 VOID = {"meta", "img", "br"}

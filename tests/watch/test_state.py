@@ -38,9 +38,8 @@ from searchr1_async.events import (
     WeightsPublished,
 )
 from searchr1_async.models import Price
-from searchr1_async.watch.live.series import CURVES, Mark, Series
-from searchr1_async.watch.live.snapshot import Snapshot
-from searchr1_async.watch.live.words import frame, summary
+from searchr1_async.watch.frame import frame, summary
+from searchr1_async.watch.snapshot import CURVES, Mark, Series, Snapshot
 from searchr1_async.watch.state import MOST_EVALUATIONS, RunState
 from tests.watch.builders import HOSTILE, episode, group, malformed_turn
 from tests.watch.event_stream import Script

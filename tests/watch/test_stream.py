@@ -6,7 +6,7 @@ import anyio
 import pytest
 
 from searchr1_async.events import Event, Notice, StepFinished
-from searchr1_async.watch.stream import MAX_QUEUED, EventStreams
+from searchr1_async.watch.subscribers import MAX_QUEUED, EventStreams
 
 pytestmark = pytest.mark.anyio
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from searchr1_async.evaluation.render.html import paragraph, table_html
 from searchr1_async.evaluation.render.parts import result_table
-from searchr1_async.watch.viewer.style import DARK, LIGHT
+from searchr1_async.watch.viewer.markup import DARK, LIGHT
 
 if TYPE_CHECKING:
     from searchr1_async.evaluation.report import Report

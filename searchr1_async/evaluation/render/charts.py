@@ -31,8 +31,8 @@ def plot_figure(
     """See :meth:`Report.plot`. Systems get categorical colours: unlike a run's evaluations, they have no order."""
     import altair as alt
 
-    from searchr1_async.watch.plots import enable_renderer
-    from searchr1_async.watch.plots.theme import (
+    from searchr1_async.watch.charts import enable_renderer
+    from searchr1_async.watch.charts.theme import (
         NOTE_COLOUR,
         SERIES,
         axis,
@@ -95,8 +95,8 @@ def _figure_rows(report: Report, metric: str, labels: dict[str, str]) -> list[di
 def plot_outcomes(report: Report, *, title: str | None = None, width: int = 560, height: int | None = None) -> Any:
     import altair as alt
 
-    from searchr1_async.watch.plots import enable_renderer
-    from searchr1_async.watch.plots.theme import axis, empty_chart, heading, legend, table
+    from searchr1_async.watch.charts import enable_renderer
+    from searchr1_async.watch.charts.theme import axis, empty_chart, heading, legend, table
 
     enable_renderer()
     text = title if title is not None else "outcomes"

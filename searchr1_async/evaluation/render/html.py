@@ -7,7 +7,7 @@ from html import escape
 
 from searchr1_async.evaluation.render.tables import Cell, Table
 from searchr1_async.records.statistics import Estimate
-from searchr1_async.watch.html import isolated
+from searchr1_async.watch.viewer.markup import isolated
 
 _LONGEST = 300
 """Characters shown per cell; an answer may have a million."""

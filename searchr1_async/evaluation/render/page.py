@@ -28,7 +28,7 @@ from searchr1_async.evaluation.render.parts import (
 from searchr1_async.evaluation.render.tables import Cell, Table, counted, one_line, table_of
 from searchr1_async.evaluation.render.words import METRIC_MEANINGS, OUTCOME_MEANINGS, OUTCOME_WORDS, metric_words
 from searchr1_async.records.scores import ALL_SUITES, MACRO, OUTCOMES
-from searchr1_async.watch.html import STYLE, isolated
+from searchr1_async.watch.viewer.markup import STYLE, isolated
 
 if TYPE_CHECKING:
     from searchr1_async.evaluation.report import Report

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from searchr1_async.watch.html import visible_text
+from searchr1_async.watch.viewer.markup import visible_text
 
 MISSING = "–"
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from searchr1_async.watch.viewer.cell import episode_html, group_html
-from searchr1_async.watch.viewer.page import CellView, in_cell, load_tokenizer, page_of, view_run
-from searchr1_async.watch.viewer.plain import episode_text, group_text
-from searchr1_async.watch.viewer.representations import register_representations
-from searchr1_async.watch.viewer.tokens import remember_tokenizer, token_pieces
+from searchr1_async.watch.viewer.cell import (
+    episode_html,
+    episode_text,
+    group_html,
+    group_text,
+    register_representations,
+)
+from searchr1_async.watch.viewer.episodes_page import CellView, in_cell, load_tokenizer, page_of, view_run
+from searchr1_async.watch.viewer.parts import remember_tokenizer, token_pieces
 
 __all__ = [
     "CellView",

@@ -16,18 +16,26 @@ from typing import Any
 
 from searchr1_async.episodes.table import EpisodeRow
 from searchr1_async.episodes.types import Passage, SearchCall, StopReason, Turn
-from searchr1_async.watch.html import suspect_table
-from searchr1_async.watch.viewer.parts import MAX_LINE, MAX_PASSAGE, MAX_TEXT
-from searchr1_async.watch.viewer.segments import segments
-from searchr1_async.watch.viewer.tokens import LEVELS, LOG_LEVELS, decoded, joined_logprobs, turn_pieces
-from searchr1_async.watch.viewer.words import (
+from searchr1_async.watch.viewer.markup import (
     MARKS,
     STOP_WORDS,
     TOO_LONG,
     learning_words,
     reward_words,
     source_words,
+    suspect_table,
     verdict,
+)
+from searchr1_async.watch.viewer.parts import (
+    LEVELS,
+    LOG_LEVELS,
+    MAX_LINE,
+    MAX_PASSAGE,
+    MAX_TEXT,
+    decoded,
+    joined_logprobs,
+    segments,
+    turn_pieces,
 )
 
 CHUNK = 50

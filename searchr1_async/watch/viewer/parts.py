@@ -1,18 +1,270 @@
 """Parts of an episode as script-free HTML, for cells and reports. Pure.
 
-Text of models, corpora and users must go through :mod:`searchr1_async.watch.html`.
+Text of models, corpora and users must go through :mod:`searchr1_async.watch.viewer.markup`.
+
+Text and log probability of each sampled token.
+
+Episodes hold token ids and each turn's text, not the text of each token. A tokenizer's pieces are only used if they concatenate
+exactly to the turn's text.
+
+Segments of a turn's text: thoughts, tool calls, the answer, chat markup, and other text. Pure.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import math
+import re
+import weakref
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal, TypeVar
 
 from searchr1_async.episodes.types import Episode, Passage, Question, SearchCall, Turn
-from searchr1_async.watch.html import highlighted, isolated, visible
-from searchr1_async.watch.viewer.segments import Kind, overlaid, segments
-from searchr1_async.watch.viewer.tokens import LEVELS, joined_logprobs, level, turn_pieces
-from searchr1_async.watch.viewer.words import STOP_WORDS, marked, reward_words, tokens, verdict
+from searchr1_async.watch.viewer.markup import (
+    STOP_WORDS,
+    highlighted,
+    isolated,
+    marked,
+    reward_words,
+    tokens,
+    verdict,
+    visible,
+)
+
+REMEMBERED = 4
+"""Number of recent tokenizers tried for display."""
+
+_UNFINISHED = "\ufffd"
+_MAX_JOINED = 16
+"""Maximum tokens joined into one piece of valid text; an emoji takes up to 4 bytes, a flag 8."""
+
+LEVELS = (0.9, 0.5, 0.2, 0.05, 0.01)
+"""Probability thresholds between shades: from the first on a token is uncoloured, below the last it is the most intense."""
+
+_remembered: deque[Any] = deque(maxlen=REMEMBERED)
+_newest: Any = None
+_pieces: weakref.WeakKeyDictionary[Any, dict[int, str]] = weakref.WeakKeyDictionary()
+
+
+def remember_tokenizer(tokenizer: Any) -> None:
+    """Colour the tokens of episodes that this tokenizer decoded from now on.
+
+    The newest tokenizer is kept alive, because notebooks show episodes after their service has closed; older ones are referenced
+    weakly.
+    """
+    global _newest
+    _newest = tokenizer
+    try:
+        reference = weakref.ref(tokenizer)
+    except TypeError:
+        return
+    if all(known() is not tokenizer for known in _remembered):
+        _remembered.append(reference)
+
+
+def remembered_tokenizers() -> list[Any]:
+    """Live tokenizers, newest first."""
+    alive = [tokenizer for known in reversed(_remembered) if (tokenizer := known()) is not None]
+    others = [tokenizer for tokenizer in alive if tokenizer is not _newest]
+    return others if _newest is None else [_newest, *others]
+
+
+def forget_tokenizers() -> None:
+    """Reset, for tests."""
+    global _newest
+    _newest = None
+    _remembered.clear()
+
+
+def token_pieces(tokenizer: Any, token_ids: Sequence[int]) -> list[str] | None:
+    """The text of each token, as long as ``token_ids``; None if the tokenizer cannot decode them.
+
+    Tokens that are valid UTF-8 only together have their text at the first of them, and ``""`` at the others. Compare with the
+    expected text: see :func:`turn_pieces`.
+    """
+    try:
+        known = _pieces.setdefault(tokenizer, {})
+    except TypeError:
+        known = {}
+    try:
+        return _joined(tokenizer, token_ids, known)
+    except Exception:  # unknown ids: tokenizers raise different errors
+        return None
+
+
+def _joined(tokenizer: Any, token_ids: Sequence[int], known: dict[int, str]) -> list[str]:
+    def alone(token: int) -> str:
+        text = known.get(token)
+        if text is None:
+            text = known[token] = tokenizer.decode([token])
+        return text
+
+    pieces: list[str] = []
+    at = 0
+    while at < len(token_ids):
+        text, end = alone(token_ids[at]), at + 1
+        longest = min(len(token_ids), at + _MAX_JOINED)
+        while _UNFINISHED in text and end < longest:
+            end += 1
+            text = tokenizer.decode(list(token_ids[at:end]))
+        if _UNFINISHED in text:  # invalid UTF-8: the number of replacement characters depends on the whole run of bytes
+            end = at + 1
+            while end < len(token_ids) and _UNFINISHED in alone(token_ids[end]):
+                end += 1
+            text = tokenizer.decode(list(token_ids[at:end]))
+        pieces.append(text)
+        pieces.extend([""] * (end - at - 1))
+        at = end
+    return pieces
+
+
+def turn_pieces(tokenizer: Any, token_ids: Sequence[int], text: str) -> list[str] | None:
+    """:func:`token_pieces` if they concatenate to ``text``; otherwise, and without a tokenizer, None."""
+    if tokenizer is None or not token_ids:
+        return None
+    pieces = token_pieces(tokenizer, token_ids)
+    return pieces if pieces is not None and "".join(pieces) == text else None
+
+
+def tokenizer_of(episode: Episode) -> Any:
+    """The newest remembered tokenizer that matches every turn of the episode; None if none does."""
+    for tokenizer in remembered_tokenizers():
+        if all(turn_pieces(tokenizer, turn.sampled_tokens, turn.text) is not None for turn in episode.turns):
+            return tokenizer
+    return None
+
+
+def decoded(tokenizer: Any, token_ids: Sequence[int]) -> str | None:
+    """The decoded text of prompt or search-result tokens; None if unavailable."""
+    if tokenizer is None:
+        return None
+    pieces = token_pieces(tokenizer, token_ids)
+    return None if pieces is None else "".join(pieces)
+
+
+def joined_logprobs(pieces: Sequence[str], logprobs: Sequence[float]) -> list[tuple[str, float | None]]:
+    """Non-empty pieces, each with the summed log probability of its tokens; None if one is not finite."""
+    out: list[tuple[str, float | None]] = []
+    for piece, logprob in zip(pieces, logprobs, strict=True):
+        value = float(logprob) if math.isfinite(logprob) else None
+        if piece or not out:
+            out.append((piece, value))
+        else:
+            before = out[-1][1]
+            out[-1] = (out[-1][0], None if before is None or value is None else before + value)
+    return out
+
+
+def level(logprob: float | None) -> int | None:
+    """Shade of a token, from 0 (likely) to ``len(LEVELS)`` (unlikely); None without a log probability."""
+    return None if logprob is None else sum(logprob < bound for bound in LOG_LEVELS)
+
+
+LOG_LEVELS = tuple(math.log(probability) for probability in LEVELS)
+
+
+Kind = Literal["thought", "call", "answer", "markup", "said"]
+
+_OPENING: dict[str, Kind] = {"think": "thought", "tool_call": "call", "search": "call", "answer": "answer"}
+_TAG = re.compile(r"<(/?)(think|tool_call|search|answer)>|<\|[A-Za-z0-9_]{1,40}\|>")
+
+
+def segments(text: str, content: str = "") -> list[tuple[Kind, int]]:
+    """Kinds of a turn's segments with their lengths in characters, which add up to the text's length.
+
+    Args:
+        text: of the turn, markup included.
+        content: the turn without chat markup and reasoning. If ``text`` has no thought tags, what precedes its content is the
+            reasoning.
+
+    Tags belong to their segment; an unclosed one extends to the end. A closing ``</think>`` without an opening one ends a thought
+    that began in the prompt. Takes linear time.
+    """
+    out: list[tuple[Kind, int]] = []
+    inside: Kind | None = None
+    closing = ""
+    start = 0
+    has_thought = False
+
+    def add(kind: Kind, end: int) -> None:
+        nonlocal start
+        if end > start:
+            if out and out[-1][0] == kind:
+                out[-1] = (kind, out[-1][1] + end - start)
+            else:
+                out.append((kind, end - start))
+        start = end
+
+    for match in _TAG.finditer(text):
+        name = match[2]
+        if inside is not None:
+            if name == closing and match[1]:
+                add(inside, match.end())
+                inside = None
+        elif name is None:
+            add("said", match.start())
+            add("markup", match.end())
+        elif not match[1]:
+            add("said", match.start())
+            inside, closing = _OPENING[name], name
+            has_thought |= inside == "thought"
+        elif name == "think" and not has_thought:
+            out.clear()
+            start = 0
+            add("thought", match.end())
+            has_thought = True
+    add(inside or "said", len(text))
+    return out if has_thought or not content else _before(text, content, out)
+
+
+def _before(text: str, content: str, found: list[tuple[Kind, int]]) -> list[tuple[Kind, int]]:
+    """``found``, with the text before the turn's content as thought."""
+    place = text.find(content)
+    if place <= 0:
+        return found
+    out: list[tuple[Kind, int]] = []
+    at = 0
+    for kind, length in found:
+        ahead = min(max(place - at, 0), length)
+        said = text[at : at + ahead]
+        if kind == "said" and said.strip():
+            out.append(("thought", ahead))
+            if length > ahead:
+                out.append((kind, length - ahead))
+        else:
+            out.append((kind, length))
+        at += length
+    return out
+
+
+T = TypeVar("T")
+
+
+def overlaid(
+    text: str, kinds: Iterable[tuple[Kind, int]], pieces: Iterable[tuple[str, T]], limit: int
+) -> Iterator[tuple[Kind, list[tuple[str, T]]]]:
+    """The first ``limit`` characters by kind, each segment split at piece boundaries. A piece that spans two kinds is in both."""
+    queue = iter(pieces)
+    piece, value = next(queue, ("", None))
+    left = min(limit, len(text))
+    for kind, length in kinds:
+        length = min(length, left)
+        left -= length
+        inside: list[tuple[str, T]] = []
+        while length > 0:
+            if not piece:
+                following = next(queue, None)
+                if following is None:
+                    break
+                piece, value = following
+                continue
+            taken = piece[:length]
+            inside.append((taken, value))  # type: ignore[arg-type]
+            piece = piece[len(taken) :]
+            length -= len(taken)
+        if inside:
+            yield kind, inside
+
 
 MAX_TEXT = 20_000
 """Maximum characters shown of a turn, prompt or result."""

@@ -12,12 +12,11 @@ from typing import Any
 import anyio
 import pytest
 
-from searchr1_async.watch.live import child
-from searchr1_async.watch.live.child import DrawingError, run
-from searchr1_async.watch.live.drawing import CURVES, filled, page_specs, picture_spec
-from searchr1_async.watch.live.picture import picture_task
-from searchr1_async.watch.live.series import CURVES as METRICS
+from searchr1_async.watch import view as child
+from searchr1_async.watch.drawing import CURVES, filled, page_specs, picture_spec
+from searchr1_async.watch.snapshot import CURVES as METRICS
 from searchr1_async.watch.state import RunState
+from searchr1_async.watch.view import DrawingError, picture_task, run
 from tests.watch.event_stream import Script
 
 pytestmark = pytest.mark.anyio

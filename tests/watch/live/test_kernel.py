@@ -27,7 +27,7 @@ import asyncio, sys
 from searchr1_async.events import RunPaused, RunStarted, StepFinished
 from searchr1_async.watch.dashboard import open_view
 from searchr1_async.watch.live import view as live
-from searchr1_async.watch.live.child import Charts
+from searchr1_async.watch.view import Charts
 
 class Drawer:
     async def charts(self, window, *, from_zero):

@@ -8,10 +8,10 @@ import pytest
 
 from searchr1_async.episodes.types import StopReason
 from searchr1_async.events import EpisodeFinished, Event, Notice, PhaseStarted, RolloutSampled, RunEnded, RunStarted
-from searchr1_async.watch.live.picture import picture_task
-from searchr1_async.watch.live.rich_text import as_html, as_text
-from searchr1_async.watch.live.words import Frame, compact, frame, milliseconds, shown, summary
+from searchr1_async.watch.dashboard import as_html, as_text
+from searchr1_async.watch.frame import Frame, compact, frame, milliseconds, shown, summary
 from searchr1_async.watch.state import RunState
+from searchr1_async.watch.view import picture_task
 from tests.watch.builders import HOSTILE, episode
 from tests.watch.event_stream import Script
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from searchr1_async.watch.viewer.tokens import (
+from searchr1_async.watch.viewer.parts import (
     LEVELS,
     forget_tokenizers,
     joined_logprobs,

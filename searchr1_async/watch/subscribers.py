@@ -1,10 +1,20 @@
-"""Warns early when a run's pace means that it needs more than a day."""
+"""Warns early when a run's pace means that it needs more than a day.
+
+Event iterators: each reader consumes the run's events at its own pace.
+
+One emitter for several subscribers, isolated from each other's failures.
+"""
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import dataclass
+from weakref import WeakSet
+
+import anyio
 
 from searchr1_async.events import (
     Emit,
@@ -128,3 +138,114 @@ def _message(phase: _Phase, seconds: float, rate: float) -> str:
         f"this {'evaluation' if phase.name == 'evaluate' else 'rollout'} needs {days}: {phase.total:,} episodes, {pace}. Use "
         "fewer questions (limit=, held_out=) or samples, or lower max_turns= or max_tokens="
     )
+
+
+MAX_QUEUED = 4096
+"""Maximum events buffered per reader: some hold an episode of 50 KB or more."""
+
+
+class EventStreams:
+    """Distributes events to any number of readers; subscribe it to the run."""
+
+    def __init__(self) -> None:
+        # Weak: an abandoned or never started loop is dropped with its iterator.
+        self._readers: WeakSet[_Reader] = WeakSet()
+
+    @property
+    def readers(self) -> int:
+        """Number of active readers."""
+        return len(self._readers)
+
+    def __call__(self, event: Event) -> None:
+        for reader in self._readers:
+            reader.put(event)
+
+    def wake(self) -> None:
+        """Make readers re-check whether the run is over."""
+        for reader in self._readers:
+            reader.arrived.set()
+
+    def events(self, is_over: Callable[[], bool]) -> AsyncGenerator[Event, None]:
+        """Every event from now on, until ``is_over`` and the buffer is empty. A slow reader loses the oldest events and gets a
+        notice with their number."""
+        reader = _Reader()
+        self._readers.add(reader)
+        return self._read(reader, is_over)
+
+    async def _read(self, reader: _Reader, is_over: Callable[[], bool]) -> AsyncGenerator[Event, None]:
+        try:
+            while True:
+                for event in reader.take():
+                    yield event
+                if not reader.waiting:
+                    if is_over():
+                        return
+                    await reader.arrived.wait()
+        finally:
+            self._readers.discard(reader)
+
+
+class _Reader:
+    def __init__(self) -> None:
+        self.waiting: deque[Event] = deque(maxlen=MAX_QUEUED)
+        self.arrived = anyio.Event()
+        self._lost = 0
+
+    def put(self, event: Event) -> None:
+        self._lost += len(self.waiting) == MAX_QUEUED
+        self.waiting.append(event)
+        self.arrived.set()
+
+    def take(self) -> list[Event]:
+        self.arrived = anyio.Event()
+        taken, lost = list(self.waiting), self._lost
+        self.waiting.clear()
+        self._lost = 0
+        if lost:
+            taken.insert(0, Notice(f"{lost} events were dropped: the reader was too slow", is_warning=True))
+        return taken
+
+
+logger = logging.getLogger(__name__)
+
+
+class Watchers:
+    """An :data:`~searchr1_async.events.Emit` that forwards each event to its subscribers, in order.
+
+    A subscriber that raises is dropped, with one warning and its traceback. Exceptions outside :class:`Exception` (an
+    interrupt) propagate.
+    """
+
+    def __init__(self, subscribers: Iterable[Emit] = ()) -> None:
+        self._subscribers: tuple[Emit, ...] = tuple(subscribers)
+
+    @property
+    def subscribers(self) -> tuple[Emit, ...]:
+        return self._subscribers
+
+    def subscribe(self, subscriber: Emit) -> None:
+        """Add ``subscriber``, from the next event on. Adding it twice has no effect."""
+        if subscriber not in self._subscribers:
+            self._subscribers = (*self._subscribers, subscriber)
+
+    def unsubscribe(self, subscriber: Emit) -> None:
+        """Remove ``subscriber``; no error if it is absent (it may have been dropped)."""
+        self._subscribers = tuple(other for other in self._subscribers if other != subscriber)
+
+    def close(self) -> None:
+        """Remove all subscribers: late events of a finished run are discarded."""
+        self._subscribers = ()
+
+    def __call__(self, event: Event) -> None:
+        # The tuple is replaced, never mutated: a subscriber may subscribe or unsubscribe during the call.
+        for subscriber in self._subscribers:
+            try:
+                subscriber(event)
+            except Exception:
+                self.unsubscribe(subscriber)
+                logger.warning(
+                    "watcher %r failed on %s and is not called again; the run continues",
+                    subscriber,
+                    type(event).__name__,
+                    exc_info=True,
+                )

@@ -1,12 +1,22 @@
-"""Untrusted text in HTML: escaped, isolated, invisible characters made visible. Pure."""
+"""Untrusted text in HTML: escaped, isolated, invisible characters made visible. Pure.
+
+Descriptions of an episode's outcome, shared by cells, pages and reports. Pure.
+
+Styles of an episode, light and dark, shared by cells, pages and reports.
+"""
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 from collections.abc import Iterable
+from functools import cache
 from html import escape
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
+
+from searchr1_async.episodes.types import Episode, StopReason
 
 _KEPT = "\u200c\u200d\ufe0f"
 """Zero-width non-joiner and joiner occur in correct Persian, Hindi and emoji; U+FE0F selects an emoji's coloured form."""
@@ -141,3 +151,142 @@ mark { background: var(--mark); color: var(--mark-ink); border-radius: .15rem; }
 @media print { body { max-width: none; } article { break-inside: avoid; } }
 """
 """Page stylesheet, self-contained, following the system's light or dark mode."""
+
+
+Verdict = Literal["right", "wrong", "unscored"]
+
+STOP_WORDS: dict[StopReason, str] = {
+    StopReason.ANSWER: "it gave its answer",
+    StopReason.NO_ANSWER: "its last turn had neither a call nor an answer",
+    StopReason.MALFORMED_CALL: "its tool call could not be parsed",
+    StopReason.MAX_TURNS: "its last allowed turn was another search",
+    StopReason.MAX_TURN_TOKENS: "a turn was cut at its token limit",
+    StopReason.MAX_TRAJECTORY_TOKENS: "the next turn would have exceeded the episode's token limit",
+    StopReason.NOT_EXTENDABLE: "the chat format cannot be extended after these tokens",
+    StopReason.TIME_LIMIT: "it exceeded its time limit and was cut",
+    StopReason.FAILED: "a service failed",
+}
+
+DROP_WORDS: dict[str, str] = {
+    "constant_reward": "all episodes of its group got the same reward, so there is nothing to learn from",
+    "too_few_episodes": "too few episodes of its group finished",
+    "too_slow": "its group was too slow",
+    "step_time_limit": "the step's time limit was reached",
+    "failed": "it did not finish: a service failed, or a time limit was reached",
+}
+
+TOO_LONG = (StopReason.MAX_TURNS, StopReason.MAX_TURN_TOKENS, StopReason.MAX_TRAJECTORY_TOKENS)
+
+
+def verdict(episode: Episode) -> Verdict:
+    """Whether the answer is right; unscored if the episode failed or timed out, or there is no golden answer."""
+    if not episode.is_complete or not episode.question.golden_answers:
+        return "unscored"
+    return "right" if episode.reward_parts.get("correct", 0.0) >= 0.5 else "wrong"
+
+
+MARKS: dict[Verdict, str] = {"right": "✓", "wrong": "✗", "unscored": "–"}
+
+
+def marked(episode: Episode, answer: str) -> str:
+    """The answer with its verdict mark; unmarked without a golden answer."""
+    return f"{MARKS[verdict(episode)]} {answer}" if episode.question.golden_answers else answer
+
+
+def drop_words(reason: str) -> str:
+    """Description of a drop reason; unknown ones are returned unchanged."""
+    return DROP_WORDS.get(reason, reason)
+
+
+def learning_words(
+    episode: Episode,
+    advantage: float | None,
+    trained: bool | None,
+    drop_reason: str | None,
+    *,
+    is_evaluation: bool = False,
+) -> str:
+    """Which tokens were trained on, and which were masked.
+
+    Args:
+        episode: the episode.
+        advantage: of the episode; None if there is none.
+        trained: None if unknown.
+        drop_reason: why it was not trained on.
+        is_evaluation: it belongs to an evaluation.
+    """
+    wrote, read = tokens(episode.action_token_count), tokens(episode.observation_token_count)
+    counts = f"The model sampled {wrote} and read {read} (grey)."
+    if not episode.question.golden_answers:
+        return counts
+    if is_evaluation:
+        return f"Not trained on: evaluation episode. {counts}"
+    if trained is False:
+        why = f": {drop_words(drop_reason)}" if drop_reason else ""
+        return f"Not trained on{why}. {counts}"
+    masked = f"The {read} of prompt and search results (grey) are masked."
+    if trained is None:
+        return f"Only the {wrote} sampled by the model can be trained on. {masked}"
+    by = f", with advantage {advantage:+.3g}" if advantage is not None and math.isfinite(advantage) else ""
+    return f"Trained on the {wrote} sampled by the model{by}. {masked}"
+
+
+def tokens(count: int) -> str:
+    """``1 token``, ``1,200 tokens``."""
+    return counted(count, "token")
+
+
+def counted(count: int, noun: str) -> str:
+    """A count with its noun, in the plural unless it is one."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def source_words(step: int | None, label: str | None) -> str:
+    """Origin of an episode: ``step 12``, ``evaluation "after RL"``."""
+    if label is not None:
+        return f"evaluation “{label}”"
+    return "rollout" if step is None else f"step {step}"
+
+
+def reward_words(episode: Episode) -> str:
+    """Reward and parts: ``reward 1.1 (correct 1, format 1)``, or ``not scored``."""
+    if not episode.is_complete or not episode.question.golden_answers:
+        return "not scored"
+    parts = ", ".join(f"{name} {value:.3g}" for name, value in episode.reward_parts.items())
+    return f"reward {episode.reward:.3g}" + (f" ({parts})" if parts else "")
+
+
+_ASSETS = Path(__file__).with_name("assets")
+
+LIGHT = (
+    "--ground: #fff; --card: #f7f8fa; --ink: #1d2430; --soft: #5b6472; --line: #dfe3e8; --good: #1a7f4b; --bad: #b3372b; "
+    "--accent: #2f62a8; --mark: #ffe69a; --mark-ink: #1d2430; --mask: rgb(110 120 135 / .1); --chosen: #e4edf8;"
+)
+DARK = (
+    "--ground: #14171c; --card: #1c2128; --ink: #e5e9ef; --soft: #9aa4b2; --line: #323943; --good: #58c48b; --bad: #f0847a; "
+    "--accent: #82aee8; --mark: #6b5510; --mark-ink: #fff3cf; --mask: rgb(150 160 175 / .13); --chosen: #26364a;"
+)
+
+
+@cache
+def asset(name: str) -> str:
+    """The text of a bundled file."""
+    return (_ASSETS / name).read_text(encoding="utf-8")
+
+
+@cache
+def cell_style() -> str:
+    """CSS for a cell's output, scoped to ``.searchr1-episode``.
+
+    Follows the notebook's theme if it is declared (JupyterLab, Notebook 7, VS Code, Colab), else the system's.
+    """
+    root = ".searchr1-episode"
+    return "\n".join(
+        (
+            f"{root} {{ {LIGHT} }}",
+            f"@media (prefers-color-scheme: dark) {{ {root} {{ {DARK} }} }}",
+            f'[data-jp-theme-light="true"] {root}, .vscode-light {root}, html[theme="light"] {root} {{ {LIGHT} }}',
+            f'[data-jp-theme-light="false"] {root}, .vscode-dark {root}, html[theme="dark"] {root} {{ {DARK} }}',
+            f"{root} {{ {asset('cell.css')} {asset('episode.css')} }}",
+        )
+    )

@@ -12,11 +12,9 @@ import polars as pl
 from searchr1_async.boundary.paths import absolute_path
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.records.run_records import RunRecords
-from searchr1_async.watch.plots.curves import plot_learning, plot_metric
-from searchr1_async.watch.plots.data import METRICS, evaluation_scores, metric_named
-from searchr1_async.watch.plots.outcomes import plot_reward_by_turns, plot_suites
-from searchr1_async.watch.plots.theme import enable_renderer
-from searchr1_async.watch.plots.waiting import plot_timeline
+from searchr1_async.watch.charts.curves import plot_learning, plot_metric, plot_reward_by_turns, plot_suites
+from searchr1_async.watch.charts.theme import METRICS, enable_renderer, evaluation_scores, metric_named
+from searchr1_async.watch.charts.timeline import plot_timeline
 from searchr1_async.watch.trackers.jsonl import EVENTS_FILE
 from searchr1_async.watch.trackers.lines import read_events
 
@@ -35,7 +33,7 @@ def draw(run: RunRecords | Path | str, kind: str | Sequence[str] = "learning", *
         kind: ``learning`` (reward, exact match, turns, valid calls), ``timeline`` (``step=…``), ``reward_by_turns``,
             ``reward_by_searches``, ``suites``; or one or more metrics (``reward``, ``exact_match``, ``turns``, ``valid_calls``, any
             column of ``run.metrics``).
-        options: of the chart's function in :mod:`searchr1_async.watch.plots`: ``title``, ``width``, ``height``, ``smooth``,
+        options: of the chart's function in :mod:`searchr1_async.watch.charts`: ``title``, ``width``, ``height``, ``smooth``,
             ``step``, ``first_step``, ``last_step``. ``evaluations=None`` omits the evaluations.
 
     Raises:

@@ -1,7 +1,7 @@
 """Draws for the live view in a subprocess: ``python drawing.py charts|vega|picture``, JSON in, bytes out.
 
 Out-of-process because vl-convert holds the GIL throughout: a picture would block the event loop for 2 s even from a thread. This
-file imports nothing from the package, so it starts fast; :mod:`searchr1_async.watch.live.child` runs it.
+file imports nothing from the package, so it starts fast; :mod:`searchr1_async.watch.view` runs it.
 
 ``charts`` takes ``window`` and ``from_zero`` and returns JSON: ``page``, a Vega-Lite chart per curve, and ``picture``, one chart
 of all curves. ``vega`` returns Vega as a gzipped ES module that exports ``vegaEmbed``. ``picture`` takes the data, and optionally

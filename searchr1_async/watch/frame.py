@@ -9,9 +9,8 @@ from collections.abc import Iterator
 from typing import Literal, TypedDict
 
 from searchr1_async.boundary.paths import shown_name, shown_path
-from searchr1_async.watch.live.series import CURVES
-from searchr1_async.watch.live.snapshot import PhaseState, Snapshot
-from searchr1_async.watch.progress import _one_line, duration
+from searchr1_async.watch.console import _one_line, duration
+from searchr1_async.watch.snapshot import CURVES, PhaseState, Snapshot
 
 LATE_FOR = 2.0
 """Seconds that the event loop must be late before an alert."""

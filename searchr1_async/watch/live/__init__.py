@@ -1,1 +1,0 @@
-"""The live notebook view of a run: text, page and pictures."""
