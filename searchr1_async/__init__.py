@@ -78,9 +78,9 @@ from searchr1_async.search.stores.chroma_folder import EmbeddedChroma
 from searchr1_async.search.stores.chroma_server import RemoteChroma
 from searchr1_async.search.stores.chroma_sources import ChromaFolder, ChromaServer
 from searchr1_async.search.stores.sources import VectorFiles
+from searchr1_async.trackers import TensorBoardTracker, TrackioTracker, WandbTracker
 from searchr1_async.training.demonstrations import Demonstration
 from searchr1_async.training.job import TrainingResult
-from searchr1_async.watch.trackers import TensorBoardTracker, TrackioTracker, WandbTracker
 from searchr1_async.watch.viewer import register_representations
 
 __all__ = [

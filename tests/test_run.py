@@ -25,7 +25,7 @@ from searchr1_async.events import (
     WeightsPublished,
 )
 from searchr1_async.runs.checkpoints import ResumePoint
-from searchr1_async.watch.trackers import read_events
+from searchr1_async.trackers import read_events
 from tests import tiny_world
 
 pytestmark = pytest.mark.anyio

@@ -30,8 +30,8 @@ from searchr1_async.runs.folder import claimed, keep_tokenizer, writing_records
 from searchr1_async.runs.rollouts import open_search, opened_engine, opened_service, policy_of, started, worker_spec
 from searchr1_async.runs.weights import described_differences
 from searchr1_async.service.connection import Service, find_endpoint
+from searchr1_async.trackers import make_trackers, open_trackers
 from searchr1_async.watch.subscribers import Watchers
-from searchr1_async.watch.trackers import make_trackers, open_trackers
 
 _RUN_FILES = ("state.json", "checkpoints.json", "metrics", "evaluations", "unlearned")
 

@@ -48,6 +48,7 @@ from searchr1_async.runs.rollouts import open_search
 from searchr1_async.service.availability import watching_service
 from searchr1_async.service.connection import Service, find_endpoint, is_embedded, is_tinker_cloud
 from searchr1_async.service.startup import billing_on, check_chat_format, check_service, open_service
+from searchr1_async.trackers import Tracker, open_trackers
 from searchr1_async.training.abilities import choose_loss
 from searchr1_async.training.admission import QuestionOrder
 from searchr1_async.training.checks import tell_near_overlap
@@ -60,7 +61,6 @@ from searchr1_async.training.spending import keep_spending, spending_of, tell_es
 from searchr1_async.training.start import open_start
 from searchr1_async.training.warm_up import WarmingUp
 from searchr1_async.watch.subscribers import Watchers
-from searchr1_async.watch.trackers import Tracker, open_trackers
 from searchr1_async.watch.viewer.parts import remember_tokenizer
 
 

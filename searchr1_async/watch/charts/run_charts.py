@@ -12,11 +12,10 @@ import polars as pl
 from searchr1_async.boundary.paths import absolute_path
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.records.run_records import RunRecords
+from searchr1_async.trackers.tracker import EVENTS_FILE, read_events
 from searchr1_async.watch.charts.curves import plot_learning, plot_metric, plot_reward_by_turns, plot_suites
 from searchr1_async.watch.charts.theme import METRICS, enable_renderer, evaluation_scores, metric_named
 from searchr1_async.watch.charts.timeline import plot_timeline
-from searchr1_async.watch.trackers.jsonl import EVENTS_FILE
-from searchr1_async.watch.trackers.lines import read_events
 
 if TYPE_CHECKING:
     import altair as alt

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
 
+from searchr1_async.trackers.tracker import LoggedEvent, session_events, steps_of
 from searchr1_async.watch.charts.theme import (
     CALLS,
     FAINT,
@@ -26,7 +27,6 @@ from searchr1_async.watch.charts.theme import (
     table,
     values_axis,
 )
-from searchr1_async.watch.trackers.lines import LoggedEvent, session_events, steps_of
 
 if TYPE_CHECKING:
     import altair as alt
@@ -300,7 +300,7 @@ def plot_timeline(
     """Timeline of one step: what episodes and the trainer waited for.
 
     Args:
-        events: the run's log, as from :func:`searchr1_async.watch.trackers.read_events`.
+        events: the run's log, as from :func:`searchr1_async.trackers.read_events`.
         step: counted from 1; None for the last step with published weights.
         title: None names the step.
         width: in pixels.

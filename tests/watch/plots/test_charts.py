@@ -19,9 +19,9 @@ from searchr1_async.episodes.table import GroupOutcome
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.records.run_records import RunRecords
 from searchr1_async.runs.evaluation import Evaluation
+from searchr1_async.trackers.tracker import encoded
 from searchr1_async.watch.charts import draw, plot_learning, plot_metric, plot_timeline, theme
 from searchr1_async.watch.charts.theme import ALL_SUITES, METRICS, evaluation_scores, metric_rows, overall, reward_by
-from searchr1_async.watch.trackers.lines import encoded
 from tests import tiny_world
 from tests.watch import builders
 from tests.watch.plots.test_timeline import STEP_TWO, logged
@@ -237,7 +237,7 @@ def test_only_altairs_default_renderer_is_replaced(folder: Path) -> None:
 
 def test_importing_plots_does_not_import_altair() -> None:
     code = (
-        "import sys, searchr1_async.watch.charts, searchr1_async.watch.trackers\n"
+        "import sys, searchr1_async.watch.charts, searchr1_async.trackers\n"
         "print(sorted({'altair', 'vl_convert', 'matplotlib', 'wandb', 'trackio', 'tensorboardX', 'IPython'} & set(sys.modules)))"
     )
     done = subprocess.run(

@@ -22,8 +22,8 @@ from searchr1_async.events import (
     StepFinished,
     WeightsPublished,
 )
+from searchr1_async.trackers.tracker import LoggedEvent, decoded, encoded
 from searchr1_async.watch.charts.timeline import STAGES, joined, step_summary, timeline_of
-from searchr1_async.watch.trackers.lines import LoggedEvent, decoded, encoded
 from tests.watch import builders
 
 STARTED = RunStarted("train", "m", True, "hash")

@@ -12,8 +12,9 @@ import pytest
 
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.events import BatchClosed, Event
-from searchr1_async.watch.trackers import JsonlTracker, QueuedTracker, base, make_trackers, open_trackers
-from searchr1_async.watch.trackers.base import Timed
+from searchr1_async.trackers import JsonlTracker, QueuedTracker, make_trackers, open_trackers
+from searchr1_async.trackers import tracker as base
+from searchr1_async.trackers.tracker import Timed
 
 pytestmark = pytest.mark.anyio
 

@@ -20,8 +20,7 @@ from searchr1_async.events import (
     RunEnded,
     RunStarted,
 )
-from searchr1_async.watch.trackers.jsonl import JsonlTracker, mend
-from searchr1_async.watch.trackers.lines import encoded, read_events
+from searchr1_async.trackers.tracker import JsonlTracker, encoded, mend, read_events
 from tests import tiny_world
 from tests.watch import builders
 
@@ -106,8 +105,8 @@ KILLED = """
 import anyio, os, sys
 from pathlib import Path
 from searchr1_async.events import BatchClosed
-from searchr1_async.watch.trackers.jsonl import JsonlTracker
-from searchr1_async.watch.trackers.lines import read_events
+from searchr1_async.trackers.tracker import JsonlTracker
+from searchr1_async.trackers.tracker import read_events
 
 async def main():
     path = Path(sys.argv[1])

@@ -23,7 +23,7 @@ from searchr1_async.events import (
     RunStarted,
     StepFinished,
 )
-from searchr1_async.watch.trackers.lines import (
+from searchr1_async.trackers.tracker import (
     LoggedEvent,
     decoded,
     encoded,

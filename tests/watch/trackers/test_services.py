@@ -21,8 +21,8 @@ from searchr1_async.events import (
     RunStarted,
     StepFinished,
 )
-from searchr1_async.watch.trackers.base import Tracker
-from searchr1_async.watch.trackers.steps import StepTracker
+from searchr1_async.trackers.services import StepTracker
+from searchr1_async.trackers.tracker import Tracker
 from tests.watch import builders
 
 pytestmark = pytest.mark.anyio
@@ -102,7 +102,7 @@ async def test_queued_episodes_are_limited(tmp_path: Path) -> None:
 async def test_tensorboard_round_trip(tmp_path: Path) -> None:
     pytest.importorskip("tensorboardX")
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    from searchr1_async.watch.trackers import TensorBoardTracker
+    from searchr1_async.trackers import TensorBoardTracker
 
     await play(TensorBoardTracker(), a_run(tmp_path))
     await play(TensorBoardTracker(), a_run(tmp_path, first=3, last=4))  # resumed after step 2: step 3 is redone
@@ -122,7 +122,7 @@ async def test_tensorboard_round_trip(tmp_path: Path) -> None:
 @pytest.mark.slow
 async def test_wandb_offline_round_trip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
-    from searchr1_async.watch.trackers import WandbTracker
+    from searchr1_async.trackers import WandbTracker
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     await play(WandbTracker(project="tests", group="a group"), a_run(tmp_path))
@@ -179,7 +179,7 @@ def records(content: bytes, block: int = 32768) -> Iterator[bytes]:
 async def test_trackio_round_trip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     pytest.importorskip("trackio")
-    from searchr1_async.watch.trackers import TrackioTracker
+    from searchr1_async.trackers import TrackioTracker
 
     await play(TrackioTracker(project="tests", name="one"), a_run(tmp_path))
     await play(TrackioTracker(project="tests", name="one"), a_run(tmp_path, first=4, last=5))

@@ -12,13 +12,19 @@ from pathlib import Path
 
 from searchr1_async.boundary.settings import shown_with_kind
 from searchr1_async.errors import ConfigurationError
-from searchr1_async.watch.trackers.base import QueuedTracker, Tracker, open_trackers
-from searchr1_async.watch.trackers.jsonl import EVENTS_FILE, JsonlTracker
-from searchr1_async.watch.trackers.lines import LoggedEvent, read_events, session_events, sessions, steps_of
-from searchr1_async.watch.trackers.steps import StepTracker
-from searchr1_async.watch.trackers.tensorboard import TensorBoardTracker
-from searchr1_async.watch.trackers.trackio import TrackioTracker
-from searchr1_async.watch.trackers.wandb import WandbTracker
+from searchr1_async.trackers.services import StepTracker, TensorBoardTracker, TrackioTracker, WandbTracker
+from searchr1_async.trackers.tracker import (
+    EVENTS_FILE,
+    JsonlTracker,
+    LoggedEvent,
+    QueuedTracker,
+    Tracker,
+    open_trackers,
+    read_events,
+    session_events,
+    sessions,
+    steps_of,
+)
 
 __all__ = [
     "EVENTS_FILE",
