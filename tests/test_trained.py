@@ -12,7 +12,7 @@ import pytest
 import searchr1_async as sr
 from searchr1_async.__main__ import main
 from searchr1_async.config import EpisodeLimits
-from searchr1_async.evaluation import describe as describing
+from searchr1_async.evaluation import job_manifest as describing
 from searchr1_async.evaluation.manifest import Manifest
 from searchr1_async.runs.rollouts import PlaySettings
 from searchr1_async.runs.weights import RECIPE, EpisodeChoice, TrainedPlay, find_weights

@@ -14,8 +14,8 @@ from searchr1_async.episodes.formats import FORMATS
 from searchr1_async.episodes.prompts import METHODS
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.evaluation.evaluate import evaluate
+from searchr1_async.evaluation.job_manifest import repeats
 from searchr1_async.evaluation.judge import Judge
-from searchr1_async.evaluation.repeating import repeats
 from searchr1_async.evaluation.systems import SystemSource
 from searchr1_async.runs.weights import SEARCH_FILE
 

@@ -1,4 +1,9 @@
-"""The report of an evaluation of one or several systems: frames, tables, charts, files."""
+"""The report of an evaluation of one or several systems: frames, tables, charts, files.
+
+Costs per question: turns, searches, tokens, seconds and dollars. Pure.
+
+Reads an evaluation's folder as a report.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +11,80 @@ import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
+from searchr1_async.billing import Billing, TokenUsage, billing_of, is_tinker_host
 from searchr1_async.boundary.paths import absolute_path
 from searchr1_async.episodes.table import storable
-from searchr1_async.errors import ConfigurationError
-from searchr1_async.evaluation.compared import ComparisonOf, best_systems, comparison_frame
-from searchr1_async.evaluation.manifest import Manifest, SystemRecord
-from searchr1_async.evaluation.priced import priced_costs
+from searchr1_async.errors import ConfigurationError, RunFolderError
+from searchr1_async.evaluation.comparisons import ComparisonOf, best_systems
+from searchr1_async.evaluation.comparisons import systems_comparison_frame as comparison_frame
+from searchr1_async.evaluation.episode_store import EpisodeStore
+from searchr1_async.evaluation.manifest import Manifest, SystemRecord, read_questions
 from searchr1_async.evaluation.published import Beside, PublishedRow, beside_published
-from searchr1_async.records.scores import ALL_SUITES, MACRO, METRICS, check_metric
+from searchr1_async.records.scores import ALL_SUITES, COSTS, MACRO, METRICS, check_metric
 from searchr1_async.runs.evaluation import Evaluation, flips
+from searchr1_async.watch.viewer import load_tokenizer, remember_tokenizer
+
+COST_SCHEMA = pl.Schema(
+    {
+        "system": pl.String,
+        "suite": pl.String,  # also "all" if there are several
+        "questions": pl.Int64,
+        "episodes": pl.Int64,  # finished ones; failed ones count only in dollars
+        **dict.fromkeys(COSTS, pl.Float64),  # per question over all its samples, averaged
+        "seconds_p95": pl.Float64,  # per episode
+        "dollars": pl.Float64,  # per question; null if the price is unknown
+        "dollars_total": pl.Float64,
+        "cost": pl.String,  # the total as text
+    }
+)
+
+
+def priced_costs(systems: Sequence[tuple[Evaluation, SystemRecord | None]], manifest: Manifest | None) -> pl.DataFrame:
+    """One row per system and suite, with schema :data:`COST_SCHEMA`."""
+    rows = []
+    for evaluation, record in systems:
+        costs, billing = evaluation.costs(), _billing(record, manifest)
+        for (suite,), own in costs.group_by("suite", maintain_order=True):
+            by_cost = {row["cost"]: row for row in own.iter_rows(named=True)}
+            cost = billing.cost(_used(evaluation.scores, str(suite)))
+            questions = own["questions"][0]
+            rows.append(
+                {
+                    "system": evaluation.label,
+                    "suite": suite,
+                    "questions": questions,
+                    "episodes": own["episodes"][0],
+                    **{name: by_cost[name]["question_mean"] for name in COSTS},
+                    "seconds_p95": by_cost["seconds"]["p95"],
+                    "dollars": None if cost.dollars is None or not questions else cost.dollars / questions,
+                    "dollars_total": cost.dollars,
+                    "cost": "not known" if cost.dollars is None else cost.text,
+                }
+            )
+    return pl.DataFrame(rows, schema=COST_SCHEMA)
+
+
+def _used(scores: pl.DataFrame, suite: str) -> TokenUsage:
+    """Tokens of a suite's episodes, including failed ones, which are billed too."""
+    is_all = suite == ALL_SUITES and suite not in scores["suite"]
+    own = scores if is_all else scores.filter(suite=suite)
+    prompt, cached, sampled = own.select(pl.col("prompt_tokens", "cached_prompt_tokens", "sampled_tokens").sum()).row(0)
+    return TokenUsage(prompt or 0, cached or 0, sampled or 0)
+
+
+def _billing(record: SystemRecord | None, manifest: Manifest | None) -> Billing:
+    if record is None or manifest is None:
+        return Billing(reason="the model and the service were not recorded")
+    service = manifest.service
+    # Older manifests record only an explicit address.
+    is_tinker = service.get("tinker", is_tinker_host(service.get("host")))
+    return billing_of(record.model, is_embedded=bool(service.get("embedded")), is_tinker=is_tinker)
 
 
 class Report(Mapping[str, Evaluation]):
@@ -33,7 +97,7 @@ class Report(Mapping[str, Evaluation]):
         evaluations: one per system; labels must be unique.
         manifest: what was measured and how, if recorded.
         folder: the evaluation's folder with its episodes, if it has one.
-        load_questions: returns the questions table (:mod:`searchr1_async.evaluation.asked`), needed to repeat the
+        load_questions: returns the questions table (:mod:`searchr1_async.evaluation.manifest`), needed to repeat the
             evaluation; None if the questions were not kept.
 
     Raises:
@@ -138,7 +202,7 @@ class Report(Mapping[str, Evaluation]):
     def comparisons(
         self, baseline: str | None = None, *, metric: str = "exact_match", neighbours: bool = False
     ) -> pl.DataFrame:
-        """Paired differences between systems: :data:`searchr1_async.evaluation.compared.COMPARISON_SCHEMA`.
+        """Paired differences between systems: :data:`searchr1_async.evaluation.comparisons.COMPARISON_SCHEMA`.
 
         Args:
             baseline: the system to compare all others with; None is the first.
@@ -201,7 +265,7 @@ class Report(Mapping[str, Evaluation]):
         return pl.concat([empty, *parts])
 
     def costs(self) -> pl.DataFrame:
-        """Cost per question over all its samples: :data:`searchr1_async.evaluation.priced.COST_SCHEMA`."""
+        """Cost per question over all its samples: :data:`searchr1_async.evaluation.report.COST_SCHEMA`."""
         return priced_costs([(evaluation, self.record(label)) for label, evaluation in self.items()], self.manifest)
 
     def beside(self, published: Sequence[PublishedRow] | None = None) -> Beside:
@@ -215,7 +279,7 @@ class Report(Mapping[str, Evaluation]):
 
     def notes(self) -> tuple[str, ...]:
         """Caveats about these results, as sentences."""
-        from searchr1_async.evaluation.render.notes import notes_of
+        from searchr1_async.evaluation.report_text import notes_of
 
         return notes_of(self)
 
@@ -246,13 +310,13 @@ class Report(Mapping[str, Evaluation]):
     # --- presentation -------------------------------------------------------------------------------------------------
 
     def __repr__(self) -> str:
-        from searchr1_async.evaluation.render.parts import result_table
-        from searchr1_async.evaluation.render.text import plain_table
+        from searchr1_async.evaluation.report_tables import result_table
+        from searchr1_async.evaluation.report_text import plain_table
 
         return plain_table(result_table(self)) if len(self) else "Report of no systems"
 
     def _repr_html_(self) -> str:
-        from searchr1_async.evaluation.render.cell import report_cell
+        from searchr1_async.evaluation.report_files import report_cell
 
         return report_cell(self)
 
@@ -266,25 +330,25 @@ class Report(Mapping[str, Evaluation]):
         Raises:
             ConfigurationError: unknown metric.
         """
-        from searchr1_async.evaluation.render.charts import plot_figure  # importing altair is slow
+        from searchr1_async.evaluation.report_charts import plot_figure
 
         return plot_figure(self, metric, **options)
 
     def plot_outcomes(self, **options: Any) -> Any:
         """An Altair chart of outcome shares, one bar per system; options as in :meth:`plot`."""
-        from searchr1_async.evaluation.render.charts import plot_outcomes
+        from searchr1_async.evaluation.report_charts import plot_outcomes
 
         return plot_outcomes(self, **options)
 
     def markdown(self) -> str:
         """The whole report as Markdown."""
-        from searchr1_async.evaluation.render.document import markdown_report
+        from searchr1_async.evaluation.report_text import markdown_report
 
         return markdown_report(self)
 
     def latex(self) -> str:
         """The tables as LaTeX ``table`` environments for ``booktabs``."""
-        from searchr1_async.evaluation.render.document import latex_report
+        from searchr1_async.evaluation.report_text import latex_report
 
         return latex_report(self)
 
@@ -303,7 +367,7 @@ class Report(Mapping[str, Evaluation]):
             RunFolderError: the folder cannot be written or belongs to a run or another evaluation, or the episodes or
                 questions cannot be read.
         """
-        from searchr1_async.evaluation.render.saving import save_report
+        from searchr1_async.evaluation.report_files import save_report
 
         target = absolute_path(folder, "folder") if folder is not None else self.folder
         if target is None:
@@ -314,3 +378,38 @@ class Report(Mapping[str, Evaluation]):
 def _is_volatile(cost: str) -> bool:
     """Whether a cost column can differ between two evaluations with equal episodes."""
     return cost == "cost" or any(word in cost for word in ("second", "dollar", "cached"))
+
+
+def open_report(folder: str | Path) -> Report:
+    """The report of an evaluation's folder, finished or not. Reads all episodes.
+
+    Raises:
+        RunFolderError: the folder contains no evaluation, or cannot be read.
+    """
+    path = absolute_path(folder, "folder")
+    manifest = Manifest.load(path)
+    if manifest is None:
+        raise RunFolderError(f"{path} contains no evaluation: pass the out_dir of an evaluate() call")
+    store = EpisodeStore(path)
+    store.load()
+    if (tokenizer := load_tokenizer(path)) is not None:
+        remember_tokenizer(tokenizer)
+    return make_report(store, manifest)
+
+
+def make_report(store: EpisodeStore, manifest: Manifest) -> Report:
+    """The report of a store, with systems in the manifest's order."""
+    scores = store.scores()
+    evaluations = [evaluation_of(system.label, scores, system.step, store) for system in manifest.systems]
+    return Report(evaluations, manifest, store.folder if store.is_kept else None, partial(_questions, store))
+
+
+def _questions(store: EpisodeStore) -> pl.DataFrame:
+    # Takes the store, not its folder: a temporary folder lives only as long as its store.
+    return read_questions(store.folder)
+
+
+def evaluation_of(label: str, scores: pl.DataFrame, step: int | None, store: EpisodeStore | None = None) -> Evaluation:
+    """One system's scores; without a store, its episodes cannot be loaded."""
+    own = scores.filter(system=label)
+    return Evaluation(label, own, step, None if store is None else partial(store.episodes, label))

@@ -12,7 +12,7 @@ import pytest
 from searchr1_async.__main__ import main
 from searchr1_async.commands import eval as command
 from searchr1_async.errors import ConfigurationError
-from searchr1_async.evaluation.reading import open_report
+from searchr1_async.evaluation.report import open_report
 from searchr1_async.search import search as searches
 from tests import tiny_world
 

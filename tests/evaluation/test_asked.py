@@ -13,7 +13,8 @@ from searchr1_async.data.suites import Suite
 from searchr1_async.episodes.table import storable
 from searchr1_async.episodes.types import Question
 from searchr1_async.errors import RunFolderError
-from searchr1_async.evaluation.asked import (
+from searchr1_async.evaluation.episode_store import write_parquet
+from searchr1_async.evaluation.manifest import (
     QUESTIONS_NAME,
     asked_questions,
     interleaved,
@@ -22,7 +23,6 @@ from searchr1_async.evaluation.asked import (
     questions_of,
     read_questions,
 )
-from searchr1_async.evaluation.store import write_parquet
 from tests.watch.builders import HOSTILE
 
 

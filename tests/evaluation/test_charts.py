@@ -4,7 +4,7 @@ import pytest
 
 from searchr1_async.episodes.types import StopReason
 from searchr1_async.errors import ConfigurationError
-from searchr1_async.evaluation.charts import plot_suites
+from searchr1_async.evaluation.report_charts import plot_suites
 from searchr1_async.runs.evaluation import Evaluation
 from tests.watch.builders import episode, question
 

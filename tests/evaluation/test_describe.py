@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from searchr1_async.evaluation.describe import continued
+from searchr1_async.evaluation.job_manifest import continued
 from searchr1_async.evaluation.manifest import Manifest, SystemRecord
 
 THEN = Manifest(

@@ -16,14 +16,13 @@ import searchr1_async as sr
 from searchr1_async.config import EpisodeLimits
 from searchr1_async.episodes.prompts import Method
 from searchr1_async.errors import ConfigurationError, QuestionsError, RunFolderError
-from searchr1_async.evaluation import describe as describing
-from searchr1_async.evaluation import running
+from searchr1_async.evaluation import evaluate as running
+from searchr1_async.evaluation import job_manifest as describing
+from searchr1_async.evaluation.episode_store import EpisodeStore
 from searchr1_async.evaluation.evaluate import evaluate
 from searchr1_async.evaluation.judge import Judge
 from searchr1_async.evaluation.manifest import Manifest
-from searchr1_async.evaluation.reading import open_report
-from searchr1_async.evaluation.report import Report
-from searchr1_async.evaluation.store import EpisodeStore
+from searchr1_async.evaluation.report import Report, open_report
 from searchr1_async.evaluation.systems import System
 from searchr1_async.events import Event, PhaseAdvanced
 from tests import tiny_world

@@ -12,8 +12,8 @@ from searchr1_async.config import EpisodeLimits, SamplingSettings
 from searchr1_async.data.suites import Suite
 from searchr1_async.episodes.rewards import RecipeReward
 from searchr1_async.errors import ConfigurationError
-from searchr1_async.evaluation.job import EvaluationJob, service_stages
 from searchr1_async.evaluation.judge import Judge
+from searchr1_async.evaluation.plan import EvaluationJob, service_stages
 from searchr1_async.evaluation.systems import MeasuredSystem, System
 from searchr1_async.runs.rollouts import PlaySettings, ServiceChoice
 from searchr1_async.runs.weights import Weights

@@ -12,10 +12,9 @@ import pytest
 
 from searchr1_async.episodes.play import SampledTurn
 from searchr1_async.errors import ServiceError
-from searchr1_async.evaluation import judging
-from searchr1_async.evaluation.judge import Judge
-from searchr1_async.evaluation.judging import FoundJudge, OpenJudge, archive_verdicts, judge_digest, judge_samples
-from searchr1_async.evaluation.store import JUDGEMENTS_NAME, EpisodeStore
+from searchr1_async.evaluation import judge as judging
+from searchr1_async.evaluation.episode_store import JUDGEMENTS_NAME, EpisodeStore
+from searchr1_async.evaluation.judge import FoundJudge, Judge, OpenJudge, archive_verdicts, judge_digest, judge_samples
 from searchr1_async.evaluation.systems import System, find_systems
 from searchr1_async.events import Event, PhaseAdvanced
 from searchr1_async.runs.weights import Weights

@@ -3,7 +3,7 @@ from __future__ import annotations
 import re
 
 from searchr1_async.episodes.types import StopReason
-from searchr1_async.evaluation.table import comparison_frame, comparison_rows, comparison_table
+from searchr1_async.evaluation.comparisons import comparison_frame, comparison_rows, comparison_table
 from searchr1_async.runs.evaluation import Evaluation
 from tests.watch.builders import answering_turn, episode, question
 

@@ -134,7 +134,7 @@ def chosen_rows(report: Report, keys: frozenset[EpisodeKey]) -> list[EpisodeRow]
 
 
 def _from_folder(folder: Path, label: str, wanted: set[tuple[str, str, int]]) -> list[EpisodeRow]:
-    from searchr1_async.evaluation.store import EpisodeStore
+    from searchr1_async.evaluation.episode_store import EpisodeStore
 
     keys = pl.DataFrame(
         list(wanted), schema={"data_source": pl.String, "question_id": pl.String, "member": pl.Int64}, orient="row"

@@ -1,24 +1,35 @@
-"""The inputs of an evaluation and its order of work. Pure."""
+"""The inputs of an evaluation and its order of work. Pure.
+
+Opens an evaluation's services and checks that everything it needs is available.
+
+Resolves defaults of an evaluation from its earlier session or the service.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
+
+import anyio
 
 from searchr1_async.data.suites import Suite
 from searchr1_async.episodes.formats import check_recipe
+from searchr1_async.episodes.rendering import AS_TEMPLATE, select_renderer
 from searchr1_async.episodes.types import Question
 from searchr1_async.errors import ConfigurationError
-from searchr1_async.evaluation.judge import Judge
-from searchr1_async.evaluation.judging import FoundJudge, find_judge
+from searchr1_async.evaluation.judge import FoundJudge, Judge, find_judge, open_judge
+from searchr1_async.evaluation.manifest import Manifest
 from searchr1_async.evaluation.systems import MeasuredSystem
-from searchr1_async.runs.rollouts import PlaySettings, ServiceChoice
+from searchr1_async.events import Emit, Notice
+from searchr1_async.runs.rollouts import PlaySettings, ServiceChoice, check_prompt, opened_service, policy_of
 from searchr1_async.runs.weights import EpisodeChoice, Weights, model_name, named_passages
 from searchr1_async.search import Search
-from searchr1_async.service.connection import is_embedded
-from searchr1_async.service.startup import default_model
+from searchr1_async.service.connection import Service, is_embedded
+from searchr1_async.service.startup import check_service, choose_service_model, default_model, load_embedded_tokenizer
 
 
 @dataclass(frozen=True)
@@ -149,3 +160,77 @@ def service_stages(job: EvaluationJob, systems: Sequence[MeasuredSystem]) -> lis
         ServiceStage(replace(job.choice, model=model), folder, tuple(sorted(own, key=systems.index)))
         for (model, folder), own in stages.items()
     ]
+
+
+OpenedStage = tuple[ServiceStage, Service | None]
+"""A stage and its service; None for an embedded service, which starts when its stage runs."""
+
+
+async def open_stages(
+    job: EvaluationJob, stages: Sequence[ServiceStage], stack: AsyncExitStack, emit: Emit
+) -> list[OpenedStage]:
+    """Connects to the services and checks models, prompts, weights and the judge. Writes nothing.
+
+    ``stack`` closes the services. Raises ConfigurationError or ServiceError if something is not available.
+    """
+    opened: list[OpenedStage] = []
+    for stage in stages:
+        if is_embedded(job.choice.service):
+            await _check_embedded(job, stage)
+            opened.append((stage, None))
+            continue
+        service = await stack.enter_async_context(opened_service(stage.choice, None, emit))
+        await _check_prompts(job, stage, service.model_name, service.tokenizer)
+        for weights in {each.weights.path: each.weights for each in stage.systems}.values():
+            await policy_of(service, weights, job.play.sampling)
+        if job.found_judge is not None:
+            await open_judge(job.found_judge, service)
+        opened.append((stage, service))
+    return opened
+
+
+async def _check_embedded(job: EvaluationJob, stage: ServiceStage) -> None:
+    choice = stage.choice
+    await check_service(choice.service, choice.model, choice.local)
+    model = choice.model or default_model(choice.service)
+    tokenizer = await load_embedded_tokenizer(model, choice.tokenizer)
+    await _check_prompts(job, stage, model, tokenizer)
+    if (found := job.found_judge) is None:
+        return
+    await anyio.to_thread.run_sync(select_renderer, model, tokenizer, found.judge.renderer)
+    if found.weights.service_folder not in (None, stage.folder):
+        raise ConfigurationError(
+            f"an embedded service has the weights of one folder: the one of {stage.systems[0].label!r} lacks the judge's, "
+            f"which are in {found.weights.service_folder}. Judge with the base model, or evaluate on a service that has both"
+        )
+
+
+async def _check_prompts(job: EvaluationJob, stage: ServiceStage, model: str, tokenizer: Any) -> None:
+    for each in stage.systems:
+        settings = job.settings_of(each)
+        await anyio.to_thread.run_sync(check_prompt, each.label, model, tokenizer, settings, each.system.method)
+
+
+async def settled(job: EvaluationJob, emit: Emit) -> EvaluationJob:
+    """The job with its default model resolved: from the session being resumed, else from the service.
+
+    Raises ServiceError, or ModelError if the service offers neither the default nor another model of its family.
+    """
+    earlier = None
+    if job.resume and job.out_dir is not None:
+        earlier = await anyio.to_thread.run_sync(Manifest.load, job.out_dir)
+    if earlier is not None and "thinking" not in earlier.settings and job.play.thinking is None:
+        # Started by an older version: keep the setting of its first episodes.
+        job = replace(job, play=replace(job.play, thinking=AS_TEMPLATE))
+    if earlier is not None and "follows_runs" not in earlier.settings:
+        job = replace(job, follows_runs=False)
+    unnamed = [each.label for each in job.systems if job.choice_of(each).model is None]
+    if not unnamed or is_embedded(job.choice.service):
+        return job
+    then = {record.label: record.model for record in earlier.systems} if earlier is not None else {}
+    model = then.get(unnamed[0])
+    if model is None:
+        model, note = await choose_service_model(job.choice.service, None)
+        if note is not None:
+            emit(Notice(note))
+    return replace(job, choice=replace(job.choice, model=model))

@@ -1,1 +1,0 @@
-"""Renders a report: notebook cell, text, Markdown, LaTeX and HTML page."""
