@@ -18,7 +18,7 @@ from searchr1_async.config import LearningSettings, PipelineSettings
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.events import Event, Notice
 from searchr1_async.local.backend import SampleRequest, SampleResult, Snapshot, UserFault
-from searchr1_async.local.sampling import Sampling
+from searchr1_async.local.sampling_clients import Sampling
 from searchr1_async.local.scripted import ScriptedBackend
 from searchr1_async.runs.checkpoints import ResumePoint
 from searchr1_async.service.startup import Service

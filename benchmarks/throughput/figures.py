@@ -15,8 +15,7 @@ from benchmarks.throughput.floor import (
     streaming_floor,
     synchronous_floor,
 )
-from searchr1_async.local.scripted import TrainingTimes
-from searchr1_async.local.scripted_log import Served
+from searchr1_async.local.scripted import Served, TrainingTimes
 
 
 def figures(

@@ -33,7 +33,7 @@ from searchr1_async.episodes.formats import make_dialect
 from searchr1_async.episodes.prompts import clean_query
 from searchr1_async.episodes.types import Episode, Passage, Question
 from searchr1_async.local import DEFAULT_MODEL, Scripted, local_service
-from searchr1_async.local.models import resolve_model
+from searchr1_async.local.model_files import resolve_model
 from searchr1_async.rollout.event_loop import Pulse
 from searchr1_async.rollout.gate import SampleGate
 from searchr1_async.rollout.player import GroupPlayer, GroupTask, LocalPlayer, TinkerPolicy

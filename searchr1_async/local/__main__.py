@@ -149,7 +149,7 @@ async def _serve(
     stop: asyncio.Event,
     signals: tuple[signal.Signals, ...],
 ) -> None:
-    from searchr1_async.local.checkpoints import CheckpointStore
+    from searchr1_async.local.checkpoint_files import CheckpointStore
     from searchr1_async.local.server import ServiceOptions, serve
 
     raise_limit()

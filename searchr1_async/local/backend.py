@@ -7,10 +7,17 @@ The server (:mod:`searchr1_async.local.server`) handles the wire protocol, order
 Methods return immediately; work runs on the backend's own thread and resolves a :class:`concurrent.futures.Future`.
 Calls on one :class:`Adapter` run in submission order. A bad request fails its future with :class:`UserFault`; any other
 exception is the server's fault.
+
+Inputs and configuration of Tinker's losses and their validation, shared by all backends. Imports no torch.
+
+Tinker's losses in numpy, for the scripted backend, and the ratio metrics of both backends.
+
+Formulas as in :mod:`searchr1_async.local.torch_losses`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -201,3 +208,179 @@ class Backend(Protocol):
     def close(self) -> None:
         """Ends the thread; open futures fail."""
         ...
+
+
+Thresholds = Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class LossInputs:
+    """A loss's inputs besides the tokens."""
+
+    fields: tuple[str, ...]
+    """Per-token fields besides ``target_tokens``."""
+    config: Thresholds
+    """Allowed ``loss_fn_config`` names with their defaults."""
+    weight: str | None
+    """The field whose zeros mark tokens without gradient; None: every token may have one."""
+    is_sequential: bool = False
+    """Terms depend on the sequence's log-probabilities, through a ratio without gradient."""
+
+
+RATIO_MASK = "sequence_ratio_mask"
+"""gspo: non-zero where a token counts in its sequence's ratio."""
+STABLE_REINFORCE = "stable_reinforce"
+"""Its data must have provenance; the service inserts the recorded ``logprobs``."""
+_RL = ("logprobs", "advantages")
+LOSS_INPUTS: Mapping[str, LossInputs] = {
+    "cross_entropy": LossInputs(("weights",), {}, "weights"),
+    "importance_sampling": LossInputs(_RL, {}, "advantages"),
+    "ppo": LossInputs(_RL, {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}, "advantages"),
+    "cispo": LossInputs(_RL, {"clip_low_threshold": 0.0, "clip_high_threshold": 4.0}, "advantages"),
+    "dro": LossInputs(_RL, {"beta": 0.05}, None),
+    # Zheng et al., 2025, section 5.1. Much tighter than PPO's, since sequence means vary far less than tokens.
+    "gspo": LossInputs(
+        (*_RL, RATIO_MASK),
+        {"clip_low_threshold": 1 - 3e-4, "clip_high_threshold": 1 + 4e-4},
+        "advantages",
+        is_sequential=True,
+    ),
+    STABLE_REINFORCE: LossInputs(_RL, {"alpha": 1.0}, "advantages"),
+}
+
+
+def find_inputs(name: str, config: Mapping[str, float]) -> tuple[LossInputs, Thresholds]:
+    """A loss's inputs, and its configuration with defaults filled in.
+
+    Raises:
+        UserFault: unknown loss, or a configuration entry that is unknown, not finite or out of range.
+    """
+    known_losses = ", ".join(LOSS_INPUTS)
+    inputs = LOSS_INPUTS.get(name)
+    if inputs is None:
+        raise UserFault(f"Unknown loss_fn {name!r}; expected one of {known_losses}.")
+    for key, value in config.items():
+        if key not in inputs.config:
+            known = ", ".join(inputs.config) or "nothing"
+            raise UserFault(f"loss_fn_config of {name!r} contains {key!r}; allowed: {known}.")
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise UserFault(f"loss_fn_config[{key!r}] is {value!r}, which is not a finite number.")
+    thresholds = {**inputs.config, **config}
+    if thresholds.get("clip_low_threshold", 0.0) > thresholds.get("clip_high_threshold", math.inf):
+        raise UserFault(f"loss_fn_config of {name!r}: clip_low_threshold is above clip_high_threshold.")
+    if not 0.0 <= thresholds.get("alpha", 0.0) <= 1.0:
+        raise UserFault(f"loss_fn_config of {name!r}: alpha is {thresholds['alpha']:g}; it must lie in [0, 1].")
+    return inputs, thresholds
+
+
+def check_data(
+    data: Sequence[Datum], name: str, inputs: LossInputs, vocabulary: int | None = None, context: int | None = None
+) -> None:
+    """Validate data for a loss. Raises :class:`UserFault` naming the invalid datum and field.
+
+    ``vocabulary`` is the exclusive upper bound of token ids, ``context`` the maximum tokens per datum; None: no limit.
+    """
+    if not data:
+        raise UserFault("forward_backward got no data.")
+    most = math.inf if context is None else context
+    wanted = ("target_tokens", *inputs.fields)
+    for index, datum in enumerate(data):
+        where = f"datum {index} of {len(data)}"
+        tokens = datum.tokens
+        if tokens.ndim != 1 or not 1 <= len(tokens) <= most:
+            raise UserFault(f"{where}: model_input has shape {list(tokens.shape)}; expected 1 to {most} tokens.")
+        for field in wanted:
+            if field not in datum.loss_inputs:
+                raise UserFault(f"{where}: loss_fn {name!r} needs loss_fn_inputs[{field!r}]; it has {_names(datum)}.")
+            values = np.asarray(datum.loss_inputs[field])
+            if values.shape != tokens.shape:
+                raise UserFault(
+                    f"{where}: loss_fn_inputs[{field!r}] has shape {list(values.shape)}, but model_input has "
+                    f"{len(tokens)} tokens."
+                )
+            if field != "target_tokens" and not np.isfinite(values).all():
+                raise UserFault(f"{where}: loss_fn_inputs[{field!r}] contains values that are not finite.")
+        if extra := sorted(set(datum.loss_inputs) - set(wanted)):
+            raise UserFault(f"{where}: loss_fn {name!r} takes {', '.join(wanted)}, not {', '.join(extra)}.")
+        if inputs.is_sequential and not np.any(datum.loss_inputs[RATIO_MASK]):
+            raise UserFault(f"{where}: loss_fn_inputs[{RATIO_MASK!r}] marks no token, so its sequence has no ratio.")
+        for field, ids in (("model_input", tokens), ("target_tokens", np.asarray(datum.loss_inputs["target_tokens"]))):
+            if ids.min() < 0 or (vocabulary is not None and ids.max() >= vocabulary):
+                last = "" if vocabulary is None else vocabulary - 1
+                raise UserFault(f"{where}: {field} contains a token id outside 0 to {last}.")
+
+
+def _names(datum: Datum) -> str:
+    return ", ".join(sorted(datum.loss_inputs)) or "nothing"
+
+
+Float64Array = NDArray[np.float64]
+_CLIPPING = ("ppo", "cispo", "gspo", STABLE_REINFORCE)
+_LARGEST_LOG_RATIO = 700.0
+"""Keeps the exponential finite in double precision."""
+
+
+def loss_and_slope(
+    name: str, logprobs_T: Float64Array, inputs: Mapping[str, NDArray[Any]], config: Thresholds
+) -> tuple[float, Float64Array]:
+    """The summed loss of one datum and its derivative with respect to each log-probability [T]."""
+    if name == "cross_entropy":
+        weights_T = inputs["weights"].astype(np.float64)
+        return float(-(weights_T * logprobs_T).sum()), -weights_T
+    advantages_T = inputs["advantages"].astype(np.float64)
+    if name == "dro":
+        beta, difference_T = config["beta"], logprobs_T - inputs["logprobs"]
+        value = float((0.5 * beta * np.square(difference_T) - advantages_T * logprobs_T).sum())
+        return value, beta * difference_T - advantages_T
+    ratio_T = _ratios(name, logprobs_T, inputs)
+    factor_T = _factors(name, ratio_T, advantages_T, config)
+    slope_T = -factor_T * advantages_T
+    if name in ("cispo", STABLE_REINFORCE):
+        return float((slope_T * logprobs_T).sum()), slope_T
+    if name == "importance_sampling":
+        return float(slope_T.sum()), slope_T
+    clipped_T = ratio_T.clip(config["clip_low_threshold"], config["clip_high_threshold"])
+    return float(-np.minimum(ratio_T * advantages_T, clipped_T * advantages_T).sum()), slope_T
+
+
+def _factors(name: str, ratio_T: Float64Array, advantages_T: Float64Array, config: Thresholds) -> Float64Array:
+    """The factor in the gradient -factor · advantage [T]: the ratio, unless clipped."""
+    if name == STABLE_REINFORCE:
+        return np.where(advantages_T > 0, ratio_T.clip(config["alpha"], 1.0), ratio_T.clip(0.0, 1.0))
+    if name not in _CLIPPING:
+        return ratio_T
+    low, high = config["clip_low_threshold"], config["clip_high_threshold"]
+    if name == "cispo":
+        return ratio_T.clip(low, high)
+    return np.where(np.where(advantages_T > 0, ratio_T <= high, ratio_T >= low), ratio_T, 0.0)
+
+
+def _ratios(name: str, logprobs_T: Float64Array, inputs: Mapping[str, NDArray[Any]]) -> Float64Array:
+    """Probability ratios relative to sampling [T]; gspo's is the same for the whole sequence."""
+    difference_T = logprobs_T - inputs["logprobs"]
+    if name == "gspo":
+        difference_T = np.full_like(difference_T, difference_T[inputs[RATIO_MASK] != 0].mean())
+    return np.exp(difference_T.clip(max=_LARGEST_LOG_RATIO))
+
+
+def ratio_metrics(
+    name: str, config: Thresholds, data: Sequence[Datum], logprobs: Sequence[Float32Array]
+) -> dict[str, float]:
+    """Off-policy metrics over tokens with non-zero advantage; empty for a loss without ratios.
+
+    ``logprobs`` [T] per datum are under the trained weights. Returns ``ratio_min:min``, ``ratio_max:max`` (gspo: sequence
+    ratios) and, for a clipping loss, ``clipped_fraction:mean``, the fraction of tokens with a clipped gradient.
+    """
+    if not data or "advantages" not in data[0].loss_inputs:
+        return {}
+    pairs = list(zip(data, logprobs, strict=True))
+    ratio_T = np.concatenate([_ratios(name, rows_T.astype(np.float64), datum.loss_inputs) for datum, rows_T in pairs])
+    advantages_T = np.concatenate([datum.loss_inputs["advantages"] for datum in data]).astype(np.float64)
+    has_signal_T = advantages_T != 0
+    if not has_signal_T.any():
+        return {}
+    ratio_T, advantages_T = ratio_T[has_signal_T], advantages_T[has_signal_T]
+    metrics = {"ratio_min:min": float(ratio_T.min()), "ratio_max:max": float(ratio_T.max())}
+    if name in _CLIPPING:
+        metrics["clipped_fraction:mean"] = float((_factors(name, ratio_T, advantages_T, config) != ratio_T).mean())
+    return metrics

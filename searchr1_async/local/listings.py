@@ -1,25 +1,216 @@
-"""Routes to list training runs and to list and change checkpoints."""
+"""Download of adapters as PEFT files from signed URLs, and import of adapters from a folder.
+
+``save_weights_external`` stores a checkpoint of kind ``external_weights``: only the adapter's matrices, under PEFT names.
+Its files ``adapter_model.safetensors`` and ``adapter_config.json`` are downloaded from signed URLs: an HMAC-SHA256 over
+checkpoint, file and expiry time, with a key of this process. Like object store URLs, they need no API key.
+
+Routes to list training runs and to list and change checkpoints.
+"""
 
 from __future__ import annotations
 
 import functools
+import hashlib
+import hmac
+import json
 import secrets
 import time
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import anyio.to_thread
+import numpy as np
 from aiohttp import web
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file
 
-from searchr1_async.local.answers import NotFound, json_answer, page_of, texts, timestamp
-from searchr1_async.local.backend import UserFault
-from searchr1_async.local.checkpoints import Checkpoint, CheckpointId, CheckpointStore, Kind
-from searchr1_async.local.protocol import Body
-from searchr1_async.local.records import RecordStore, RunRecord
-from searchr1_async.local.sessions import OWNER, Sessions
-from searchr1_async.local.training import Training, model_id
+from searchr1_async.errors import CheckpointError
+from searchr1_async.local.backend import Backend, LoraConfig, State, UserFault
+from searchr1_async.local.checkpoint_files import Checkpoint, CheckpointId, CheckpointStore, Kind
+from searchr1_async.local.model_files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    IMPORT_ROUTE,
+    LORA_ALPHA,
+    adapter_config,
+    lora_parts,
+    published_name,
+)
+from searchr1_async.local.protocol import Body, optional
+from searchr1_async.local.responses import SIGNED_ROUTE, NotFound, json_answer, page_of, result_of, texts, timestamp
+from searchr1_async.local.sessions import OWNER, RecordStore, RunRecord, Sessions
+from searchr1_async.local.trainable_models import Training, model_id
+
+URL_SECONDS = 3600
+"""Lifetime of a signed URL."""
+
+
+class External:
+    """The routes of external weights. ``backend`` checks that an imported adapter fits its model."""
+
+    def __init__(self, backend: Backend, checkpoints: CheckpointStore, records: RecordStore) -> None:
+        self._backend = backend
+        self._checkpoints = checkpoints
+        self._records = records
+        self._secret = secrets.token_bytes(32)
+
+    def add_routes(self, app: web.Application, prefix: str) -> None:
+        checkpoint = f"{prefix}/training_runs/{{run}}/checkpoints/external_weights/{{name}}"
+        app.router.add_get(f"{checkpoint}/external_weights_urls", self.list_urls)
+        self._signed = f"{prefix}/external_weights"
+        app.router.add_get(f"{self._signed}/{{run}}/{{name}}/{{file}}", self.download, name=SIGNED_ROUTE)
+        app.router.add_post(f"{prefix}/{IMPORT_ROUTE}", self.import_weights)
+
+    async def list_urls(self, request: web.Request) -> web.Response:
+        """``external_weights_urls``: one signed URL per file, and their expiry time."""
+        id = CheckpointId.of(request.match_info["run"], "external_weights", request.match_info["name"])
+        await anyio.to_thread.run_sync(self._checkpoints.find, id, time.time())
+        expires = int(time.time()) + URL_SECONDS
+        base = f"{request.scheme}://{request.host}{self._signed}/{quote(id.run, safe='')}/{id.name}"
+        urls = {
+            file: f"{base}/{file}?expires={expires}&signature={self._sign(id.run, id.name, file, expires)}"
+            for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
+        }
+        return json_answer(urls=urls, expires=timestamp(expires))
+
+    async def download(self, request: web.Request) -> web.StreamResponse:
+        """Serves one file of a checkpoint; 403 if the signature is wrong or expired."""
+        run, name, file = (request.match_info[part] for part in ("run", "name", "file"))
+        try:
+            expires = int(request.query.get("expires", ""))
+        except ValueError:
+            expires = 0
+        signature = request.query.get("signature", "").encode("utf-8", "replace")
+        if not hmac.compare_digest(signature, self._sign(run, name, file, expires).encode()):
+            raise web.HTTPForbidden(reason="the signature of this URL is wrong: request new URLs")
+        if time.time() >= expires:
+            raise web.HTTPForbidden(reason="this URL has expired: request new URLs")
+        id = CheckpointId.of(run, "external_weights", name)
+        checkpoint = await anyio.to_thread.run_sync(self._checkpoints.find, id, time.time())
+        path = self._checkpoints.file_of(checkpoint)
+        if file == ADAPTER_WEIGHTS:
+            # Supports Range requests, so that an interrupted download can resume.
+            return web.FileResponse(path)
+        config = await anyio.to_thread.run_sync(_config_of, checkpoint, path)
+        return web.Response(body=json.dumps(config, indent=1).encode(), content_type="application/json")
+
+    def _sign(self, run: str, name: str, file: str, expires: int) -> str:
+        # No part can contain a line break: run and name are validated, file is one path segment.
+        message = "\n".join((run, name, file, str(expires)))
+        return hmac.new(self._secret, message.encode("utf-8", "replace"), hashlib.sha256).hexdigest()
+
+    async def import_weights(self, request: web.Request) -> web.Response:
+        """Imports an adapter from this machine as training weights without optimizer state.
+
+        Request fields: ``folder``, and either ``tinker_path`` (a checkpoint in another embedded service's folder, imported
+        under the same path) or ``name`` (the folder is a PEFT adapter). Base model, names and shapes are checked before
+        anything is stored. The cloud service has no such route.
+        """
+        body = Body.parse(await request.read())
+        folder, now = Path(body.text("folder")), time.time()
+        source = optional(body.fields, "tinker_path", str, "")
+        if source:
+            id = CheckpointId.parse(source)
+            if id.kind != "weights":
+                raise UserFault(
+                    f"{source} cannot be imported: only training weights (tinker://RUN/weights/NAME) are supported"
+                )
+            found = await anyio.to_thread.run_sync(_read_checkpoint, folder, id, now)
+            run = await anyio.to_thread.run_sync(_read_run, folder, id)
+        else:
+            id = CheckpointId.of("imported", "weights", body.text("name"))
+            found, run = await anyio.to_thread.run_sync(_read_adapter, folder, id, now), None
+        checkpoint, state = found
+        if published_name(checkpoint.base_model) != published_name(self._backend.model_name):
+            raise UserFault(
+                f"the weights in {folder} were trained from {checkpoint.base_model!r}, but this service has "
+                f"{self._backend.model_name!r}"
+            )
+        checkpoint = replace(checkpoint, base_model=self._backend.model_name, created_at=now, expires_at=None)
+        # The backend rejects missing matrices and wrong shapes but ignores extra matrices, so those are checked here.
+        adapter = await result_of(self._backend.import_adapter(checkpoint.lora, state, False))
+        known = await result_of(self._backend.export_adapter(adapter, False))
+        if unknown := sorted(set(state) - set(known)):
+            raise UserFault(
+                f"the weights in {folder} adapt {unknown[0]}, which this model does not have ({len(unknown)} such matrices)"
+            )
+        await anyio.to_thread.run_sync(lambda: self._checkpoints.save(checkpoint, state, overwrite=True))
+        if run is not None:
+            self._records.note(run)
+            await self._records.flush()
+        return json_answer(path=id.path, lora_rank=checkpoint.lora.rank)
+
+
+def _config_of(checkpoint: Checkpoint, path: Path) -> dict[str, Any]:
+    try:
+        with safe_open(path, framework="np") as file:
+            names = list(file.keys())
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"the checkpoint {checkpoint.id.path} cannot be read: {error}") from error
+    return adapter_config(names, base_model=published_name(checkpoint.base_model), rank=checkpoint.lora.rank)
+
+
+def _read_checkpoint(folder: Path, id: CheckpointId, now: float) -> tuple[Checkpoint, State]:
+    """Reads a checkpoint from another embedded service's folder, without optimizer state."""
+    if not (folder / "checkpoints").is_dir():
+        raise UserFault(f"{folder} is not the folder of an embedded service: it has no checkpoints")
+    checkpoint, state = CheckpointStore(folder / "checkpoints").load(id, now)
+    weights = {name: array for name, array in state.items() if not name.startswith("optimizer.")}
+    return replace(checkpoint, has_optimizer=False), weights
+
+
+def _read_run(folder: Path, id: CheckpointId) -> RunRecord | None:
+    records = RecordStore(folder / "checkpoints")
+    records.read()
+    return records.runs.get(id.run)
+
+
+def _read_adapter(folder: Path, id: CheckpointId, now: float) -> tuple[Checkpoint, State]:
+    """Reads a PEFT folder as a checkpoint. Raises :class:`UserFault` if it is invalid or not supported."""
+    try:
+        config = json.loads((folder / ADAPTER_CONFIG).read_bytes())
+        state = load_file(folder / ADAPTER_WEIGHTS)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserFault(f"{folder} is not a readable PEFT adapter: {error}") from None
+    rank, alpha = _rank_and_alpha(folder, config)
+    parts = {name: lora_parts(name) for name in state}
+    if unknown := sorted(name for name, found in parts.items() if found is None):
+        raise UserFault(f"{folder}: {unknown[0]} is not a LoRA matrix ({len(unknown)} such names)")
+    paths = {found[0] for found in parts.values() if found is not None}
+    is_attention = {path: "attn" in path or "attention" in path for path in paths if path != "lm_head"}
+    lora = LoraConfig(
+        rank=rank,
+        train_unembed="lm_head" in paths,
+        train_mlp=not all(is_attention.values()),
+        train_attn=any(is_attention.values()),
+    )
+    # This service scales every adapter by LORA_ALPHA / rank.
+    scale = np.float32(alpha / LORA_ALPHA)
+    weights = {
+        name: array.astype(np.float32) * (scale if (found := parts[name]) and found[1] == "B" else np.float32(1))
+        for name, array in state.items()
+    }
+    base = config.get("base_model_name_or_path")
+    return Checkpoint(id, str(base or ""), lora, False, now, None, 0), weights
+
+
+def _rank_and_alpha(folder: Path, config: Any) -> tuple[int, float]:
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise UserFault(f"{folder}: adapter_config.json does not describe a LoRA adapter")
+    for name in ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out"):
+        if config.get(name):
+            raise UserFault(f"{folder}: {name} is set in adapter_config.json, which this service does not support")
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not isinstance(rank, int) or rank < 1:
+        raise UserFault(f"{folder}: r is {rank!r} in adapter_config.json, and must be a positive integer")
+    if not isinstance(alpha, int | float) or alpha <= 0:
+        raise UserFault(f"{folder}: lora_alpha is {alpha!r} in adapter_config.json, and must be a positive number")
+    return rank, float(alpha)
+
 
 _SHORTEST_TTL, _LONGEST_TTL = 3600, 10 * 366 * 86400
 """Bounds of a ``ttl_seconds``: an hour and ten years."""

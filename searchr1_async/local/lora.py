@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from searchr1_async.local.backend import LoraConfig, UserFault
-from searchr1_async.local.peft_files import LORA_ALPHA, matrix_name
+from searchr1_async.local.model_files import LORA_ALPHA, matrix_name
 
 _MEAN, _SQUARE, _STEP = "optimizer.mean.", "optimizer.square.", "optimizer.step"
 

@@ -29,7 +29,7 @@ from searchr1_async.errors import ConfigurationError, ModelError, PortInUseError
 logger = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-_CHILD = Path(__file__).with_name("child.py")
+_CHILD = Path(__file__).with_name("entry.py")
 _STOP_SECONDS = 5.0
 _LOG_LINES = 20
 _REFUSALS = {"model": ModelError, "port": PortInUseError, "configuration": ConfigurationError}

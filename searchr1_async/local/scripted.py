@@ -3,19 +3,29 @@
 Training updates a one-parameter model: token ``t`` has log-probability ``scale_free(t) * exp(-bias)``, and Tinker's losses
 and Adam update ``bias``. So the sampler and the trainer agree at the same version, versions differ, and checkpoint
 round-trips can be tested.
+
+Log of a scripted backend's requests and drawn latencies, from which a run's lower-bound time can be computed.
+
+The simulated prefix cache of the scripted backend.
+
+Scheduled calls on one thread.
 """
 
 from __future__ import annotations
 
+import bisect
+import heapq
 import itertools
+import json
 import logging
 import math
 import random
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -29,6 +39,7 @@ from searchr1_async.local.backend import (
     Float32Array,
     ForwardBackwardResult,
     InflightClient,
+    Int32Array,
     LoraConfig,
     SampledSequence,
     SampleRequest,
@@ -36,14 +47,162 @@ from searchr1_async.local.backend import (
     Snapshot,
     State,
     UserFault,
+    check_data,
+    find_inputs,
+    loss_and_slope,
 )
-from searchr1_async.local.loss_inputs import check_data, find_inputs
-from searchr1_async.local.numpy_losses import loss_and_slope
-from searchr1_async.local.scripted_cache import PrefixCache
-from searchr1_async.local.scripted_log import Served, ServedSequence, TimedReply, write_log
-from searchr1_async.local.timers import TimerThread
+from searchr1_async.local.prefixes import common_prefix_length
+
+
+@dataclass(frozen=True, slots=True)
+class TimedReply:
+    """A script's reply with an explicit latency and a label for the log."""
+
+    content: list[int] | str
+    """New tokens, or text."""
+    seconds: float | None = None
+    """None draws it from the latency model."""
+    label: str = ""
+    """Only written to the log."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServedSequence:
+    label: str
+    seconds: float
+    """Its own latency; the request takes as long as its slowest sequence."""
+    tokens: int
+    """New tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    kind: str
+    """``sample``, ``forward_backward``, ``forward``, ``optim_step``, ``snapshot`` (weights for sampling), ``export``
+    (a checkpoint), ``import`` or ``create``."""
+    began: float
+    """Start, in :func:`time.monotonic` seconds (shared by all processes of a machine on Linux)."""
+    seconds: float
+    version: int
+    """Optimizer steps of the weights sampled from or saved, or of those before the training call."""
+    tokens: int = 0
+    """Prompt tokens, or tokens of all examples."""
+    examples: int = 0
+    sequences: tuple[ServedSequence, ...] = ()
+
+    @property
+    def ended(self) -> float:
+        """When its result was ready, unless cancelled."""
+        return self.began + self.seconds
+
+
+def write_log(path: Path, served: Iterable[Served]) -> None:
+    """Writes JSON Lines."""
+    path.write_text("".join(json.dumps(asdict(request)) + "\n" for request in served))
+
+
+def read_log(path: Path) -> list[Served]:
+    """Reads :func:`write_log`'s file."""
+    rows = (json.loads(line) for line in path.read_text().splitlines())
+    return [
+        Served(**{**row, "sequences": tuple(ServedSequence(**sequence) for sequence in row["sequences"])})
+        for row in rows
+    ]
+
+
+MOST_TOKENS = 2_000_000
+"""Maximum tokens cached per sampler; beyond it the cache is cleared."""
+
+
+class PrefixCache:
+    """The token sequences that one sampler has run; a sequence replaces its own prefixes."""
+
+    def __init__(self) -> None:
+        # Sorted. Big-endian bytes sort like the integers, so sequences with the longest common prefix are neighbours.
+        self._texts: list[bytes] = []
+        self._tokens = 0
+
+    def hits(self, prompt: Int32Array) -> int:
+        """Number of cached tokens of ``prompt``, excluding the last one, whose logits are always needed."""
+        key = _key(prompt)
+        place = bisect.bisect(self._texts, key)
+        near = self._texts[max(0, place - 1) : place + 1]
+        known = (common_prefix_length(np.frombuffer(text, ">i4"), prompt) for text in near)
+        return min(max(known, default=0), len(prompt) - 1)
+
+    def add(self, prompt: Int32Array, continuations: Sequence[Int32Array]) -> None:
+        """Cache a prompt with each continuation, without the last token, which was never run."""
+        if self._tokens > MOST_TOKENS:
+            self._texts.clear()
+            self._tokens = 0
+        for tokens in continuations:
+            key = _key(np.concatenate([prompt, tokens[:-1]]))
+            place = bisect.bisect_left(self._texts, key)
+            if place < len(self._texts) and self._texts[place].startswith(key):
+                continue
+            while place and key.startswith(self._texts[place - 1]):
+                place -= 1
+                self._tokens -= len(self._texts.pop(place)) // 4
+            self._texts.insert(place, key)
+            self._tokens += len(key) // 4
+
+
+def _key(tokens: Int32Array) -> bytes:
+    return np.ascontiguousarray(tokens, dtype=">i4").tobytes()
+
 
 logger = logging.getLogger(__name__)
+
+
+class TimerThread:
+    """Calls functions when due on one daemon thread, ordered by due time, then submission."""
+
+    def __init__(self, name: str) -> None:
+        self._heap: list[tuple[float, int, Callable[[], None], Future[Any] | None]] = []
+        self._order = itertools.count()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def call_at(self, due: float, function: Callable[[], None], future: Future[Any] | None = None) -> None:
+        """``due`` in :func:`time.monotonic` seconds. ``future`` is cancelled if the thread closes first."""
+        with self._changed:
+            if not self._closed:
+                heapq.heappush(self._heap, (due, next(self._order), function, future))
+                self._changed.notify()
+                return
+        if future is not None:
+            future.cancel()
+
+    def close(self) -> None:
+        """Ends the thread and cancels open futures."""
+        with self._changed:
+            self._closed = True
+            waiting, self._heap = self._heap, []
+            self._changed.notify()
+        for _, _, _, future in waiting:
+            if future is not None:
+                future.cancel()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not self._closed:
+                    wait = self._heap[0][0] - time.monotonic() if self._heap else None
+                    if wait is not None and wait <= 0:
+                        break
+                    self._changed.wait(wait)
+                if self._closed:
+                    return
+                _, _, function, _ = heapq.heappop(self._heap)
+            try:
+                function()
+            except Exception:
+                logger.exception("a timer callback failed")
+
 
 Reply = Callable[[list[int], random.Random], "list[int] | str | TimedReply"]
 """Maps prompt tokens and a random generator to new tokens, or to text (the backend then needs a tokenizer)."""

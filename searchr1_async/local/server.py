@@ -22,20 +22,25 @@ from aiohttp import web
 
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.local import protocol
-from searchr1_async.local.answers import Handler, NotFound, errors_as_json, json_answer, key_check, refuse_routes
 from searchr1_async.local.backend import Backend, Snapshot, UserFault
-from searchr1_async.local.checkpoints import CheckpointStore, Kind
-from searchr1_async.local.external import External
-from searchr1_async.local.futures import Futures
-from searchr1_async.local.jobs import Jobs, offload
-from searchr1_async.local.listings import Listings
+from searchr1_async.local.checkpoint_files import CheckpointStore, Kind
+from searchr1_async.local.listings import External, Listings
 from searchr1_async.local.promises import Promise, PromiseStore
 from searchr1_async.local.protocol import Body
-from searchr1_async.local.records import RecordStore
-from searchr1_async.local.sampling import Sampling, sampler_id
-from searchr1_async.local.sequences import DAY, SequenceStore, sequence_id
-from searchr1_async.local.sessions import Session, Sessions
-from searchr1_async.local.training import Model, Training, model_id
+from searchr1_async.local.provenance import DAY, SequenceStore, sequence_id
+from searchr1_async.local.responses import (
+    Handler,
+    Jobs,
+    NotFound,
+    errors_as_json,
+    json_answer,
+    key_check,
+    offload,
+    refuse_routes,
+)
+from searchr1_async.local.sampling_clients import Futures, Sampling, sampler_id
+from searchr1_async.local.sessions import RecordStore, Session, Sessions
+from searchr1_async.local.trainable_models import Model, Training, model_id
 
 logger = logging.getLogger(__name__)
 

@@ -12,13 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from searchr1_async.local.attention import TreeAttention
 from searchr1_async.local.backend import AdamParams, Datum, Float32Array, ForwardBackwardResult, UserFault
 from searchr1_async.local.kernels import add_low_rank
 from searchr1_async.local.lora import LoraAdapter, SiteWeights
-from searchr1_async.local.losses import Loss, Thresholds, TokenInputs, check_data, find_loss, with_sequence_ratio
-from searchr1_async.local.packing import Packed, micro_batches, pack
-from searchr1_async.local.transformer import LeanTransformer, LoraRows
+from searchr1_async.local.prefixes import Packed, micro_batches, pack
+from searchr1_async.local.torch_losses import Loss, Thresholds, TokenInputs, check_data, find_loss, with_sequence_ratio
+from searchr1_async.local.transformer import LeanTransformer, LoraRows, TreeAttention
 
 # Rows of logits in memory at once: 256 x 49,152 floats are 50 MB; more is no faster.
 _HEAD_CHUNK = 256

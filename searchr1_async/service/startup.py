@@ -21,8 +21,15 @@ from searchr1_async.episodes.rendering import check_thinking, known_format, load
 from searchr1_async.errors import ConfigurationError, PortInUseError
 from searchr1_async.events import Emit, Notice, emit_nothing
 from searchr1_async.local import DEFAULT_MODEL, local_service
-from searchr1_async.local.models import local_copy, published_name, resolve_model
-from searchr1_async.local.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, IMPORT_ROUTE, lora_parts
+from searchr1_async.local.model_files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    IMPORT_ROUTE,
+    local_copy,
+    lora_parts,
+    published_name,
+    resolve_model,
+)
 from searchr1_async.models import Price, Thinking, default_cloud_model
 from searchr1_async.service.availability import Offered, ask_offered, choose_model
 from searchr1_async.service.connection import Service, ServiceName, find_endpoint, is_embedded, is_tinker_cloud, prepare

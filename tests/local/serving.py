@@ -20,7 +20,7 @@ import tinker
 from tinker import types
 
 from searchr1_async.local.backend import Backend
-from searchr1_async.local.checkpoints import CheckpointStore
+from searchr1_async.local.checkpoint_files import CheckpointStore
 from searchr1_async.local.scripted import ScriptedBackend
 from searchr1_async.local.server import ServiceOptions, serve
 

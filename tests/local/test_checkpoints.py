@@ -11,14 +11,9 @@ import pytest
 from safetensors import SafetensorError
 
 from searchr1_async.errors import CheckpointError
-from searchr1_async.local import checkpoints
+from searchr1_async.local import checkpoint_files as checkpoints
 from searchr1_async.local.backend import LoraConfig, UserFault
-from searchr1_async.local.checkpoints import (
-    Checkpoint,
-    CheckpointId,
-    CheckpointStore,
-    NoSuchCheckpoint,
-)
+from searchr1_async.local.checkpoint_files import Checkpoint, CheckpointId, CheckpointStore, NoSuchCheckpoint
 
 RUN = "0123abcd:train:0"
 STATE = {"a.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "step": np.array([7])}

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from searchr1_async.local.choice import ChoiceRule, choose
+from searchr1_async.local.sampler import ChoiceRule, choose
 
 LOGITS = torch.tensor([0.0, 1.0, 2.0, -1.0, 0.5])
 

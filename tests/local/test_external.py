@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 from tinker import types
 from yarl import URL
 
-from searchr1_async.local import external
+from searchr1_async.local import listings as external
 from searchr1_async.local.torch_backend import TorchBackend
 from tests.local.serving import KEY, Raw, Served, datum, raw, sdk, service_thread
 from tests.local.tiny import make_tiny_model

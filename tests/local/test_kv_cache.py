@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from searchr1_async.local.kv_cache import DecodeCache, PrefixStore
+from searchr1_async.local.runner import DecodeCache, PrefixStore
 from searchr1_async.local.transformer import Shape
 
 SHAPE = Shape(layers=2, heads=2, kv_heads=1, head_size=2, hidden=4, vocabulary=10, context=1024)

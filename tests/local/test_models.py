@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from searchr1_async.boundary.paths import cache_folder
 from searchr1_async.errors import ModelError
-from searchr1_async.local import models
-from searchr1_async.local.models import convert_llama_gguf, resolve_model
+from searchr1_async.local import model_files as models
+from searchr1_async.local.model_files import convert_llama_gguf, resolve_model
 from tests.local.tiny import make_tiny_model
 
 gguf = pytest.importorskip("gguf", reason="the conversion needs the package gguf")

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from tinker import SampledProvenanceSpan
 
 from searchr1_async.local.backend import Datum, UserFault
-from searchr1_async.local.provenance import Provenance, Span, check
-from searchr1_async.local.sequences import RecordedSequence
+from searchr1_async.local.provenance import Provenance, RecordedSequence, Span, check
 from tests.local.provenance_data import AnySpan, SampledTurn, columns_of, spans_of, without_first, without_last
 
 tokens = st.integers(0, 30)

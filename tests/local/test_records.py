@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from searchr1_async.local.records import FOLDER, RecordStore, RunRecord, SessionRecord
+from searchr1_async.local.sessions import FOLDER, RecordStore, RunRecord, SessionRecord
 from tests.local.serving import KEY, raw, service_thread
 from tests.local.test_main import command, environment
 

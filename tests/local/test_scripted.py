@@ -12,8 +12,15 @@ import numpy as np
 import pytest
 
 from searchr1_async.local.backend import AdamParams, Datum, LoraConfig, SampleRequest, UserFault
-from searchr1_async.local.scripted import Latency, ScriptedBackend, TrainingTimes, Weights, logprobs_of
-from searchr1_async.local.scripted_log import TimedReply, read_log
+from searchr1_async.local.scripted import (
+    Latency,
+    ScriptedBackend,
+    TimedReply,
+    TrainingTimes,
+    Weights,
+    logprobs_of,
+    read_log,
+)
 from tests.local.serving import successors
 
 PROMPT = np.array([5, 6, 7], np.int32)

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from searchr1_async.local import scripted_cache
-from searchr1_async.local.scripted_cache import PrefixCache
+from searchr1_async.local import scripted as scripted_cache
+from searchr1_async.local.scripted import PrefixCache
 
 words = st.lists(st.integers(0, 2), min_size=1, max_size=8).map(lambda ids: np.array(ids, np.int32))
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from searchr1_async.local.backend import SampledSequence
-from searchr1_async.local.sequences import SequenceStore, sequence_id
+from searchr1_async.local.provenance import SequenceStore, sequence_id
 
 PROMPT = np.arange(10, dtype=np.int32)
 

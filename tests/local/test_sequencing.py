@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from searchr1_async.local.sequencing import AlreadyTaken, Sequence
+from searchr1_async.local.promises import AlreadyTaken, Sequence
 
 
 @given(st.permutations(range(1, 30)))

@@ -17,7 +17,7 @@ from tinker.proto.request_conv import forward_backward_request_to_proto
 from tinker.proto.response_conv import deserialize_forward_backward_output, deserialize_sample_response
 
 from searchr1_async.errors import ConfigurationError
-from searchr1_async.local.checkpoints import CheckpointStore
+from searchr1_async.local.checkpoint_files import CheckpointStore
 from searchr1_async.local.scripted import Latency, ScriptedBackend
 from searchr1_async.local.server import serve
 from tests.local.serving import KEY, Raw, Served, datum, raw, sample_fields, service_thread, successors, until

@@ -16,8 +16,8 @@ from transformers.pytorch_utils import Conv1D
 from searchr1_async.local import trainer
 from searchr1_async.local.backend import AdamParams, Datum, ForwardBackwardResult, LoraConfig, UserFault
 from searchr1_async.local.lora import LoraAdapter, LoraLayout
-from searchr1_async.local.losses import LOSSES, with_sequence_ratio
 from searchr1_async.local.torch_backend import Engine, load_engine
+from searchr1_async.local.torch_losses import LOSSES, with_sequence_ratio
 from searchr1_async.local.trainer import adam_step, forward_backward
 from tests.local.tiny import make_tiny_model
 

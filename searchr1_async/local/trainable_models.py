@@ -18,16 +18,23 @@ from typing import Any
 import anyio.to_thread
 
 from searchr1_async.local import protocol, provenance
-from searchr1_async.local.backend import Adapter, Backend, ForwardBackwardResult, LoraConfig, Snapshot, UserFault
-from searchr1_async.local.checkpoints import Checkpoint, CheckpointId, CheckpointStore, Kind
-from searchr1_async.local.jobs import Jobs, failure_of, offload, result_of
-from searchr1_async.local.loss_inputs import STABLE_REINFORCE, find_inputs
-from searchr1_async.local.numpy_losses import ratio_metrics
-from searchr1_async.local.promises import Failure, Promise, Reply
+from searchr1_async.local.backend import (
+    STABLE_REINFORCE,
+    Adapter,
+    Backend,
+    ForwardBackwardResult,
+    LoraConfig,
+    Snapshot,
+    UserFault,
+    find_inputs,
+    ratio_metrics,
+)
+from searchr1_async.local.checkpoint_files import Checkpoint, CheckpointId, CheckpointStore, Kind
+from searchr1_async.local.promises import AlreadyTaken, Failure, Promise, Reply, Sequence
 from searchr1_async.local.protocol import ForwardBackwardCall
-from searchr1_async.local.records import RecordStore, RunRecord
-from searchr1_async.local.sequences import SequenceStore
-from searchr1_async.local.sequencing import AlreadyTaken, Sequence
+from searchr1_async.local.provenance import SequenceStore
+from searchr1_async.local.responses import Jobs, failure_of, offload, result_of
+from searchr1_async.local.sessions import RecordStore, RunRecord
 
 logger = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@
 ``checkpoint.json`` names its safetensors file and is replaced atomically once that file is synced to disk, which commits
 the checkpoint. A crash leaves the old or the new checkpoint, and at worst an orphaned safetensors file, removed at the
 next start. Clients use the paths ``tinker://RUN/weights/NAME`` (training state), ``tinker://RUN/sampler_weights/NAME`` or
-``tinker://RUN/external_weights/NAME`` (an adapter for download: :mod:`searchr1_async.local.external`).
+``tinker://RUN/external_weights/NAME`` (an adapter for download: :mod:`searchr1_async.local.listings`).
 
 All functions block on disk I/O; call them in a worker thread. The store is thread-safe.
 """

@@ -34,7 +34,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from searchr1_async.local.loss_inputs import (
+from searchr1_async.local.backend import (
     LOSS_INPUTS,
     RATIO_MASK,
     STABLE_REINFORCE,
