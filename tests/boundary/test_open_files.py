@@ -86,7 +86,7 @@ def play(tmp_path: Path, soft: int, hard: int, questions: int) -> tuple[int, int
     """Episodes that were played, those that failed, and what was warned of, in a process with such a limit."""
     from searchr1_async.local.scripted import Latency, ScriptedBackend
     from tests.episodes.stand_in import stand_in
-    from tests.test_reachability import MODEL, reply
+    from tests.service.test_reachability import MODEL, reply
 
     stand_in().save_pretrained(tmp_path / "tokenizer")
     backend = ScriptedBackend(

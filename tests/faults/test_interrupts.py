@@ -121,7 +121,7 @@ def test_one_interrupt_keeps_a_checkpoint_and_says_one_line(
     assert point.sampler_step == point.step, "the last weights are kept for sampling"
 
 
-@pytest.mark.slow  # tests/test_run_in_programs.py has the same of SIGTERM in a program of this process
+@pytest.mark.slow  # tests/runs/test_run_in_programs.py has the same of SIGTERM in a program of this process
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_scheduler_that_ends_the_process_is_obeyed_as_ctrl_c_is(
     scripted_service: LocalService, tmp_path: Path, number: signal.Signals, status: int

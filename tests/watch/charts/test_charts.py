@@ -24,7 +24,7 @@ from searchr1_async.watch.charts import draw, plot_learning, plot_metric, plot_t
 from searchr1_async.watch.charts.theme import ALL_SUITES, METRICS, evaluation_scores, metric_rows, overall, reward_by
 from tests import tiny_world
 from tests.watch import builders
-from tests.watch.plots.test_timeline import STEP_TWO, logged
+from tests.watch.charts.test_timeline import STEP_TWO, logged
 
 KINDS = ("learning", "timeline", "reward_by_turns", "reward_by_searches", "suites", "reward", "exact_match", "turns")
 
@@ -192,7 +192,7 @@ def test_many_steps_give_a_bounded_chart() -> None:
 
 def test_long_step_gives_a_bounded_chart() -> None:
     from searchr1_async.events import GroupFinished
-    from tests.watch.plots.test_timeline import opened, sample
+    from tests.watch.charts.test_timeline import opened, sample
 
     rows = [(0.0, opened(1))]
     rows += [(n / 2, sample(100, n % 50, 10, 20)) for n in range(7200)]  # an hour
