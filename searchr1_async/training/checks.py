@@ -133,7 +133,7 @@ def training_job(given: Mapping[str, Any]) -> TrainingJob:
         notes=notes,
     )
     refuse_overlap(job.questions, job.held_out)
-    find_point(job)  # refuses a folder with a run that is not to be resumed
+    find_point(out_dir, resume=job.resume)  # refuses a folder with a run that is not to be resumed
     return job
 
 

@@ -20,7 +20,7 @@ from searchr1_async.billing import TokenUsage
 from searchr1_async.boundary.signals import is_interrupt
 from searchr1_async.config import LossName
 from searchr1_async.episodes.rendering import AS_TEMPLATE
-from searchr1_async.errors import SearchR1Error, ungrouped
+from searchr1_async.errors import RunFolderError, SearchR1Error, ungrouped
 from searchr1_async.events import CheckpointSaved, Emit, Notice, RunEnded, RunStarted
 from searchr1_async.records.run_records import RunRecords
 from searchr1_async.rollout.engine import RolloutEngine, open_engine
@@ -35,13 +35,15 @@ from searchr1_async.runs.folder import (
     AFTER_WARM_UP,
     AT_START,
     UNTRAINED,
+    TrainingResult,
     claimed,
-    finished_result,
+    evaluation_steps,
+    find_point,
     keep_questions,
     keep_search,
     keep_tokenizer,
-    load_point,
     result_of,
+    work_in,
     writing_records,
 )
 from searchr1_async.runs.rollouts import open_search
@@ -53,7 +55,7 @@ from searchr1_async.training.abilities import choose_loss
 from searchr1_async.training.admission import QuestionOrder
 from searchr1_async.training.checks import tell_near_overlap
 from searchr1_async.training.held_out import Measuring
-from searchr1_async.training.job import TrainingJob, TrainingResult, changed_inputs
+from searchr1_async.training.job import TrainingJob, changed_inputs, refuse_other_measure
 from searchr1_async.training.learner import Learner
 from searchr1_async.training.loop import Pipeline
 from searchr1_async.training.recorder import Keeper, StepRecorder, delete_checkpoints, forget_attempt
@@ -109,8 +111,8 @@ async def _run(
     order = QuestionOrder(job.questions, seed=job.learning.seed)
     # First, and in a thread: it reads the whole corpus and refuses an unusable one.
     identity = await anyio.to_thread.run_sync(job.identity)
-    point = load_point(job, identity, order)
-    if point is not None and (result := await anyio.to_thread.run_sync(finished_result, job, point, order)):
+    point = _load_point(job, identity, order)
+    if point is not None and (result := await anyio.to_thread.run_sync(_finished_result, job, point, order)):
         emit(_started(job, identity, order, point, point.base_model))
         emit(Notice(f"nothing left to do: {point.step} steps are done"))
         billing = billing_on(job.service, point.base_model, job.price)
@@ -133,7 +135,7 @@ async def _run(
     for tracker in await opened.enter_async_context(open_trackers(trackers)):
         emit.subscribe(tracker)
     # Again, now that no other process can write it.
-    point = load_point(job, identity, order)
+    point = _load_point(job, identity, order)
     job = _with_started_model(job, point)
     if point is not None:
         if changed := changed_inputs(point.inputs, identity["inputs"]):
@@ -146,6 +148,35 @@ async def _run(
         async with _opened(job, emit, control, identity, order, point) as training:
             return await training.run()
     return await anyio.to_thread.run_sync(result_of, job.out_dir, point, "stopped")
+
+
+def _load_point(job: TrainingJob, identity: Mapping[str, Any], order: QuestionOrder) -> ResumePoint | None:
+    """The resume point of the run in the folder; None if there is none.
+
+    Raises:
+        RunFolderError: a run exists but is not to be resumed, or has other settings or questions, or was evaluated differently.
+    """
+    point = find_point(job.out_dir, resume=job.resume)
+    if point is None:
+        return None
+    try:
+        point.refuse_changes(identity, order.fingerprint)
+        if job.held_out and RunRecords(job.out_dir).evaluation_labels():
+            refuse_other_measure(point.inputs, identity["inputs"])
+    except RunFolderError:
+        if work_in(job.out_dir, point):
+            raise
+        return None  # a failed start, now corrected
+    return point
+
+
+def _finished_result(job: TrainingJob, point: ResumePoint, order: QuestionOrder) -> TrainingResult | None:
+    """The result of a run with nothing left to do, from its folder alone."""
+    records = RunRecords(job.out_dir)
+    is_measured = not job.held_out or evaluation_steps(records).get(AFTER_RL) == point.step
+    if not job.is_over(point, order) or point.sampler_step != point.step or not is_measured:
+        return None
+    return result_of(job.out_dir, point, "finished")
 
 
 def _with_started_model(job: TrainingJob, point: ResumePoint | None) -> TrainingJob:

@@ -14,8 +14,9 @@ from searchr1_async.errors import CheckpointError, ConfigurationError
 from searchr1_async.events import Emit, Notice
 from searchr1_async.runs.checkpoints import ResumePoint
 from searchr1_async.runs.estimate import CostEstimate, estimate
+from searchr1_async.runs.folder import TrainingResult
 from searchr1_async.service.connection import Service
-from searchr1_async.training.job import TrainingJob, TrainingResult
+from searchr1_async.training.job import TrainingJob
 
 
 def check_max_cost(limit: float | None, billing: Billing) -> None:
