@@ -79,7 +79,7 @@ from searchr1_async.search.stores.chroma_server import RemoteChroma
 from searchr1_async.search.stores.chroma_sources import ChromaFolder, ChromaServer
 from searchr1_async.search.stores.sources import VectorFiles
 from searchr1_async.trackers import TensorBoardTracker, TrackioTracker, WandbTracker
-from searchr1_async.training.demonstrations import Demonstration
+from searchr1_async.training.warm_up import Demonstration
 from searchr1_async.watch.viewer import register_representations
 
 __all__ = [

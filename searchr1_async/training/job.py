@@ -35,8 +35,8 @@ from searchr1_async.runs.estimate import RunShape, mean_letters
 from searchr1_async.search import Search
 from searchr1_async.service.connection import ServiceName
 from searchr1_async.training.admission import QuestionOrder
-from searchr1_async.training.demonstrations import Demonstration
 from searchr1_async.training.start import Start
+from searchr1_async.training.warm_up import Demonstration
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _QUESTIONS = {
