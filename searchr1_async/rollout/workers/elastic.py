@@ -1,6 +1,6 @@
 """Rolls out groups in this process, plus workers that are started when it is saturated.
 
-Decides when to add a worker. Pure.
+:func:`wants_more_workers` decides that and is pure.
 """
 
 from __future__ import annotations

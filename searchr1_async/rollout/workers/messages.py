@@ -1,6 +1,6 @@
-"""Messages between a pool and its workers. Frozen and small: what the other side already has is not sent again.
+"""Messages between a pool and its workers, framed and pickled over a socket pair between two processes of one user.
 
-Framed messages over a socket pair between two processes of one user.
+Small: what the other side already has is not sent again.
 """
 
 from __future__ import annotations
