@@ -19,7 +19,7 @@ from searchr1_async.billing import TokenUsage, total_usage
 from searchr1_async.boundary.paths import raise_limit
 from searchr1_async.boundary.waits import usable_cores
 from searchr1_async.config import SamplingSettings
-from searchr1_async.episodes.formats import Dialect, make_dialect
+from searchr1_async.episodes.formats import Dialect
 from searchr1_async.episodes.play import SearchTool
 from searchr1_async.episodes.rewards import RewardFunction, score
 from searchr1_async.episodes.types import Episode, Group, Passage, Question
@@ -325,15 +325,7 @@ async def open_engine(
         ModelError: the format or renderer is unknown.
         ServiceError: a worker did not start.
     """
-    dialect = make_dialect(
-        spec.format_name,
-        spec.model_name,
-        tokenizer,
-        renderer_name=spec.renderer_name,
-        thinking=spec.thinking,
-        instructions=spec.instructions,
-        method=spec.method,
-    )
+    dialect = spec.dialect(tokenizer)
     files, bounds = raise_limit(), LimitSettings(most=sampling.max_episodes_in_flight)
     if (warning := files.warning(min(bounds.most, bounds.most_requests))) is not None:
         emit(Notice(warning, is_warning=True))
@@ -354,19 +346,11 @@ async def open_engine(
             anyio.create_task_group() as tasks,
         ):
 
-            def gates() -> list[GateStatistics]:
-                here = [] if isinstance(player, WorkerPool) else [gate.statistics]
-                return here if isinstance(player, LocalPlayer) else [*here, *player.gates]
-
             def metrics() -> Mapping[str, float]:
-                elsewhere = {} if isinstance(player, LocalPlayer) else player.metrics()
-                return {**gate_metrics(gates()), **pulse.take().metrics(), **elsewhere}
-
-            def gone() -> TokenUsage:
-                return TokenUsage() if isinstance(player, LocalPlayer) else player.gone
+                return {**gate_metrics(player.gates), **pulse.take().metrics(), **player.metrics()}
 
             def look() -> RolloutSampled:
-                return reading.read(gates(), gone())
+                return reading.read(player.gates, player.gone)
 
             tasks.start_soon(reading.tell, look)
             yield RolloutEngine(
@@ -379,7 +363,7 @@ async def open_engine(
                 emit,
                 metrics,
                 tally,
-                usage=lambda: usage_of_gates(gates(), gone()),
+                usage=lambda: usage_of_gates(player.gates, player.gone),
             )
             tasks.cancel_scope.cancel()
             reading.look_at_search()

@@ -16,6 +16,7 @@ import anyio
 import tinker
 from tinker import types as tinker_types
 
+from searchr1_async.billing import TokenUsage
 from searchr1_async.boundary.network import SDK_FAULTS, fault_text
 from searchr1_async.boundary.waits import PausableDeadlines, time_limit
 from searchr1_async.config import EpisodeLimits, FirstTurn, SamplingSettings
@@ -25,7 +26,7 @@ from searchr1_async.episodes.prompts import Method, limits_for
 from searchr1_async.episodes.types import Episode, Group, Passage, Question, SearchCall, StopReason
 from searchr1_async.errors import SearchError, ServiceError
 from searchr1_async.rollout.event_loop import LoopTurns
-from searchr1_async.rollout.gate import SampleGate
+from searchr1_async.rollout.gate import GateStatistics, SampleGate
 
 
 class GroupPolicy(Policy, Protocol):
@@ -130,6 +131,20 @@ class LocalPlayer:
         self._first_turn: FirstTurn = first_turn
         self._turns = LoopTurns()
         self._deadlines = PausableDeadlines()
+
+    @property
+    def gates(self) -> list[GateStatistics]:
+        """Gate statistics of every rollout process: this one."""
+        return [self._gate.statistics]
+
+    @property
+    def gone(self) -> TokenUsage:
+        """Usage of exited processes: none."""
+        return TokenUsage()
+
+    def metrics(self) -> dict[str, float]:
+        """Metrics of other processes: none."""
+        return {}
 
     def pause(self, is_paused: bool) -> None:
         """See :class:`GroupPlayer`; also pauses the episodes' deadlines."""

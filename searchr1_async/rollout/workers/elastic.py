@@ -144,7 +144,8 @@ class ElasticPlayer:
 
     @property
     def gates(self) -> list[GateStatistics]:
-        return self._pool.gates
+        """Gate statistics of every process, this one first."""
+        return [self._gate.statistics, *self._pool.gates]
 
     @property
     def gone(self) -> TokenUsage:
