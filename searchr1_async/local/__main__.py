@@ -1,6 +1,6 @@
 """``python -m searchr1_async.local``: the standalone embedded Tinker service, for any client of the protocol.
 
-:mod:`searchr1_async.local.process` starts it as a child process instead.
+:mod:`searchr1_async.local.process` runs this file as a child process, by its path.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import importlib
+import importlib.util
 import json
 import logging
 import os
@@ -22,10 +23,32 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+if __name__ == "__main__" and not __package__:
+    # Started by path: registers the package without executing its __init__, which imports the whole engine (seconds and
+    # 240 MB). It is executed on first attribute access.
+    _folder = Path(__file__).resolve().parent.parent
+    _spec = importlib.util.spec_from_file_location(
+        "searchr1_async", _folder / "__init__.py", submodule_search_locations=[str(_folder)]
+    )
+    assert _spec is not None
+    _package = importlib.util.module_from_spec(_spec)
+
+    def _run_and_get(name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        vars(_package).pop("__getattr__", None)
+        assert _spec is not None
+        assert _spec.loader is not None
+        _spec.loader.exec_module(_package)
+        return getattr(_package, name)
+
+    vars(_package)["__getattr__"] = _run_and_get
+    sys.modules["searchr1_async"] = _package
+
 from searchr1_async.boundary.paths import path_argument, raise_limit
 from searchr1_async.errors import ConfigurationError, ModelError, PortInUseError, SearchR1Error
 from searchr1_async.local.backend import Backend
-from searchr1_async.local.process import DEFAULT_MODEL
+from searchr1_async.local.model_files import DEFAULT_MODEL
 
 _HOST = "127.0.0.1"
 _FORCED_EXIT_SECONDS = 4.0
@@ -239,4 +262,6 @@ def _load_script(model: str, fields: Mapping[str, Any]) -> Backend:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if __package__:
+        sys.exit(main())
+    run_child()

@@ -25,11 +25,11 @@ from anyio.abc import Process
 
 from searchr1_async.boundary.waits import Tell, bounded_wait, say_nothing
 from searchr1_async.errors import ConfigurationError, ModelError, PortInUseError, ServiceError, ServiceStartError
+from searchr1_async.local.model_files import DEFAULT_MODEL
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-_CHILD = Path(__file__).with_name("entry.py")
+_CHILD = Path(__file__).with_name("__main__.py")
 _STOP_SECONDS = 5.0
 _LOG_LINES = 20
 _REFUSALS = {"model": ModelError, "port": PortInUseError, "configuration": ConfigurationError}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import random
 import socket
 import threading
@@ -19,6 +20,7 @@ import anyio.to_thread
 import tinker
 from tinker import types
 
+from searchr1_async.local import scripted
 from searchr1_async.local.backend import Backend
 from searchr1_async.local.checkpoint_files import CheckpointStore
 from searchr1_async.local.scripted import ScriptedBackend
@@ -177,3 +179,12 @@ def datum(tokens: list[int], **columns: list[float]) -> types.Datum:
     for name, values in columns.items():
         inputs[name] = types.TensorData(data=values, dtype="float32", shape=[length])
     return types.Datum(model_input=types.ModelInput.from_ints(tokens[:-1]), loss_fn_inputs=inputs)
+
+
+def read_log(path: Path) -> list[scripted.Served]:
+    """The requests in a scripted backend's ``latency_log``."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [
+        scripted.Served(**row | {"sequences": tuple(scripted.ServedSequence(**one) for one in row["sequences"])})
+        for row in rows
+    ]

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from searchr1_async.local.prefixes import micro_batches, pack
+from searchr1_async.local.transformer import micro_batches, pack
 
 # A small alphabet makes shared prefixes frequent.
 sequences_of_tokens = st.lists(

@@ -29,8 +29,7 @@ from searchr1_async.errors import (
     ServiceUnavailableError,
 )
 from searchr1_async.local import Scripted, local_service
-from searchr1_async.local.scripted import read_log
-from tests.local.serving import free_listener, sdk, until
+from tests.local.serving import free_listener, read_log, sdk, until
 
 pytestmark = pytest.mark.anyio
 

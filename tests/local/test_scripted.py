@@ -12,16 +12,9 @@ import numpy as np
 import pytest
 
 from searchr1_async.local.backend import AdamParams, Datum, LoraConfig, SampleRequest, UserFault
-from searchr1_async.local.scripted import (
-    Latency,
-    ScriptedBackend,
-    TimedReply,
-    TrainingTimes,
-    Weights,
-    logprobs_of,
-    read_log,
-)
-from tests.local.serving import successors
+from searchr1_async.local.scripted import Latency, ScriptedBackend, TimedReply, TrainingTimes
+from searchr1_async.local.scripted_model import Weights, logprobs_of
+from tests.local.serving import read_log, successors
 
 PROMPT = np.array([5, 6, 7], np.int32)
 DEADLINE = 20.0

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from searchr1_async.local import scripted as scripted_cache
-from searchr1_async.local.scripted import PrefixCache
+from searchr1_async.local import scripted_model
+from searchr1_async.local.scripted_model import PrefixCache
 
 words = st.lists(st.integers(0, 2), min_size=1, max_size=8).map(lambda ids: np.array(ids, np.int32))
 
@@ -35,7 +35,7 @@ def test_the_turns_of_an_episode_are_one_entry() -> None:
 
 
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scripted_cache, "MOST_TOKENS", 100)
+    monkeypatch.setattr(scripted_model, "MOST_TOKENS", 100)
     cache = PrefixCache()
     for number in range(200):
         cache.add(np.full(10, number, np.int32), [np.array([1], np.int32)])

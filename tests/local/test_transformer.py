@@ -8,8 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from searchr1_async.local.kernels import onednn_available
-from searchr1_async.local.prefixes import pack
-from searchr1_async.local.transformer import LeanTransformer, TreeAttention, is_lean, read_safetensors
+from searchr1_async.local.transformer import LeanTransformer, TreeAttention, is_lean, pack, read_safetensors
 from tests.local.tiny import make_tiny_model
 
 VARIANTS: dict[str, dict[str, Any]] = {
