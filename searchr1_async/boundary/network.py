@@ -226,7 +226,7 @@ def seconds_asked(retry_after: str, now: datetime) -> float | None:
     return max(0.0, (date.replace(tzinfo=date.tzinfo or UTC) - now).total_seconds())
 
 
-def refused_wait(name: str, seconds: float, longest: float, setting: str) -> str:
+def long_wait_text(name: str, seconds: float, longest: float, setting: str) -> str:
     """The message for a service that asks for a longer wait than allowed.
 
     Args:

@@ -14,18 +14,33 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 
-from searchr1_async.data.atlas_facts import (
-    CAPITAL,
-    FACT_KINDS,
-    FACT_PASSAGES,
-    FactKind,
-    FactPassage,
-    field_text,
+from searchr1_async.data.factbook import (
+    Answers,
+    Country,
+    countries,
+    read_anthem,
+    read_capital,
+    read_composer,
+    read_currency,
+    read_currency_code,
+    read_demonym,
+    read_domain,
+    read_height,
+    read_holiday,
+    read_holiday_date,
+    read_independence_date,
+    read_independence_power,
+    read_legislature,
+    read_name,
+    read_only_neighbour,
+    read_point,
+    read_prefix,
+    read_quantity,
 )
-from searchr1_async.data.factbook import Country, countries, read_capital
 from searchr1_async.episodes.types import Passage, Question
 
 MAX_PASSAGE_WORDS = 60
@@ -67,6 +82,181 @@ _TOPICS: tuple[tuple[str, tuple[tuple[str, ...], ...]], ...] = (
 """Fields of each topic passage. Long articles are cut, so that the corpus embeds in about a minute on two cores."""
 
 _SENTENCE_END = re.compile(r"(?<=[.!?;])\s+(?=\S)")
+
+Path = tuple[str, ...]
+"""Path of a Factbook field: section, field, sub-field."""
+
+
+@dataclass(frozen=True, slots=True)
+class FactKind:
+    """One kind of fact: its passage, the wording of its question and search, and the reader of its answer."""
+
+    name: str
+    """Names the kind in question ids, such as ``"highest-point-height"``."""
+    passage: str
+    """Key of the passage; several kinds may share one."""
+    path: Path
+    question: str
+    """With ``{country}`` in place of the country or its description."""
+    query: str
+    """The ideal search, with ``{country}``."""
+    read: Callable[[str], Answers]
+
+
+def _government(*path: str) -> tuple[str, ...]:
+    return ("Government", *path)
+
+
+CAPITAL = _government("Capital", "name")
+_HIGHEST = ("Geography", "Elevation", "highest point")
+_LOWEST = ("Geography", "Elevation", "lowest point")
+_MEAN = ("Geography", "Elevation", "mean elevation")
+_AREA = ("Geography", "Area", "total ")
+_COASTLINE = ("Geography", "Coastline")
+_BORDERS = ("Geography", "Land boundaries", "border countries")
+_HOLIDAY_FIELD = _government("National holiday")
+_INDEPENDENCE_FIELD = _government("Independence")
+_CURRENCY_FIELD = ("Economy", "Exchange rates", "Currency")
+_SYMBOL = _government("National symbol(s)")
+_DOMAIN = ("Communications", "Internet country code")
+_DEMONYM = ("People and Society", "Nationality", "noun")
+_ANTHEM_TITLE = _government("National anthem(s)", "title")
+_ANTHEM_MUSIC = _government("National anthem(s)", "lyrics/music")
+_PREFIX = ("Transportation", "Civil aircraft registration country code prefix")
+_LONG_NAME = _government("Country name", "conventional long form")
+_LOCAL_NAME = _government("Country name", "local short form")
+_FORMER_NAME = _government("Country name", "former")
+_LEGISLATURE = _government("Legislative branch", "legislature name")
+
+FACT_PASSAGES: Mapping[str, tuple[tuple[str, Path], ...]] = {
+    "capital": (("capital", CAPITAL), ("geographic coordinates", _government("Capital", "geographic coordinates"))),
+    "highest-point": (("highest point", _HIGHEST),),
+    "lowest-point": (("lowest point", _LOWEST),),
+    "mean-elevation": (("mean elevation", _MEAN),),
+    "area": (("total area", _AREA), ("area compared", ("Geography", "Area - comparative"))),
+    "coastline": (("length of the coastline", _COASTLINE),),
+    "border-countries": (("border countries", _BORDERS),),
+    "national-holiday": (("national holiday", _HOLIDAY_FIELD),),
+    "independence": (("date of independence", _INDEPENDENCE_FIELD),),
+    "currency": (("currency", _CURRENCY_FIELD),),
+    "national-symbol": (("national symbol", _SYMBOL), ("national colors", _government("National color(s)"))),
+    "internet-code": (("internet country code", _DOMAIN),),
+    "nationality": (
+        ("nationality, noun for its people", _DEMONYM),
+        ("adjective", ("People and Society", "Nationality", "adjective")),
+    ),
+    "anthem": (("national anthem", _ANTHEM_TITLE), ("lyrics/music", _ANTHEM_MUSIC)),
+    "aircraft-prefix": (("civil aircraft registration prefix", _PREFIX),),
+    "names": (
+        ("conventional long form of the name", _LONG_NAME),
+        ("local short form of the name", _LOCAL_NAME),
+        ("former name", _FORMER_NAME),
+    ),
+    "legislature": (("legislature name", _LEGISLATURE),),
+}
+"""Fact passages of a country by key: label and path of each field, in order."""
+
+
+def _kind(
+    name: str,
+    path: Path,
+    read: Callable[[str], Answers],
+    *,
+    passage: str | None = None,
+    subject: str | None = None,
+    question: str | None = None,
+) -> FactKind:
+    """A kind that asks for ``subject`` (the passage's key, as words) unless ``question`` says otherwise."""
+    passage = passage or name
+    subject = subject or passage.replace("-", " ")
+    return FactKind(
+        name, passage, path, question or f"What is the {subject} of {{country}}?", f"{subject} of {{country}}", read
+    )
+
+
+FACT_KINDS = (
+    _kind("capital", CAPITAL, read_capital),
+    _kind("highest-point", _HIGHEST, read_point),
+    _kind(
+        "highest-point-height",
+        _HIGHEST,
+        read_height,
+        passage="highest-point",
+        question="How high is the highest point of {country}?",
+    ),
+    _kind("lowest-point", _LOWEST, read_point),
+    _kind("mean-elevation", _MEAN, read_quantity),
+    _kind("area", _AREA, read_quantity, subject="total area"),
+    _kind("coastline", _COASTLINE, read_quantity, question="How long is the coastline of {country}?"),
+    _kind(
+        "only-neighbour",
+        _BORDERS,
+        read_only_neighbour,
+        passage="border-countries",
+        question="Which is the only country that has a land border with {country}?",
+    ),
+    _kind("national-holiday", _HOLIDAY_FIELD, read_holiday),
+    _kind(
+        "national-holiday-date",
+        _HOLIDAY_FIELD,
+        read_holiday_date,
+        passage="national-holiday",
+        question="On what date is the national holiday of {country}?",
+    ),
+    _kind(
+        "independence-date",
+        _INDEPENDENCE_FIELD,
+        read_independence_date,
+        passage="independence",
+        subject="date of independence",
+        question="On what date did {country} become independent?",
+    ),
+    _kind(
+        "independence-from",
+        _INDEPENDENCE_FIELD,
+        read_independence_power,
+        passage="independence",
+        question="From which country did {country} become independent?",
+    ),
+    _kind("currency", _CURRENCY_FIELD, read_currency),
+    _kind(
+        "currency-code",
+        _CURRENCY_FIELD,
+        read_currency_code,
+        passage="currency",
+        question="What is the three-letter code of the currency of {country}?",
+    ),
+    _kind("national-symbol", _SYMBOL, read_name),
+    _kind("internet-code", _DOMAIN, read_domain, subject="internet country code"),
+    _kind(
+        "demonym",
+        _DEMONYM,
+        read_demonym,
+        passage="nationality",
+        subject="nationality noun",
+        question="What is the noun for a person from {country}?",
+    ),
+    _kind(
+        "anthem",
+        _ANTHEM_TITLE,
+        read_anthem,
+        subject="national anthem",
+        question="What is the title of the national anthem of {country}?",
+    ),
+    _kind(
+        "anthem-composer",
+        _ANTHEM_MUSIC,
+        read_composer,
+        passage="anthem",
+        subject="national anthem lyrics and music",
+        question="Who wrote the music of the national anthem of {country}?",
+    ),
+    _kind("aircraft-prefix", _PREFIX, read_prefix, subject="civil aircraft registration prefix"),
+    _kind("former-name", _FORMER_NAME, read_name, passage="names", subject="former name"),
+    _kind("local-name", _LOCAL_NAME, read_name, passage="names", subject="local short form of the name"),
+    _kind("long-name", _LONG_NAME, read_name, passage="names", subject="conventional long form of the name"),
+    _kind("legislature", _LEGISLATURE, read_legislature, question="What is the name of the legislature of {country}?"),
+)
 
 
 @lru_cache(maxsize=1)
@@ -129,16 +319,24 @@ def split_at_sentences(text: str, max_words: int) -> Iterator[str]:
         yield " ".join(piece)
 
 
+def _field_text(country: Country, path: Path) -> str:
+    """The field's value, ``""`` if missing."""
+    text = country.text(*path)
+    if path == _CURRENCY_FIELD:
+        text = re.sub(r"\s*per US dollar\b.*$", "", text)
+    return "" if text.lower() in {"none", "na", "n/a"} else text
+
+
 def _fact_passages(country: Country) -> Iterator[Passage]:
-    for passage in FACT_PASSAGES:
-        parts = [(label, text) for label, path in passage.parts if (text := field_text(country, path))]
+    for key, fields in FACT_PASSAGES.items():
+        parts = [(label, text) for label, path in fields if (text := _field_text(country, path))]
         if parts:
-            words = _fact_sentence(country, passage, parts).split()
-            yield Passage(passage_id(country, passage.key), country.name, " ".join(words[:MAX_PASSAGE_WORDS]))
+            words = _fact_sentence(country, key, parts).split()
+            yield Passage(passage_id(country, key), country.name, " ".join(words[:MAX_PASSAGE_WORDS]))
 
 
-def _fact_sentence(country: Country, passage: FactPassage, parts: list[tuple[str, str]]) -> str:
-    capital = read_capital(parts[0][1]) if passage.key == "capital" else None
+def _fact_sentence(country: Country, key: str, parts: list[tuple[str, str]]) -> str:
+    capital = read_capital(parts[0][1]) if key == "capital" else None
     if capital:
         name = capital[0] + "".join(f" ({alias})" for alias in capital[1:])
         behind = "".join(f" {label[0].upper()}{label[1:]}: {_stop(text)}" for label, text in parts[1:])
@@ -173,7 +371,7 @@ def _answers(kind: FactKind, texts: dict[str, str]) -> Iterator[tuple[Country, t
     """The countries that a kind of question can ask about, with their golden answers."""
     found: list[tuple[Country, tuple[str, ...]]] = []
     for country in countries():
-        value = field_text(country, kind.path)
+        value = _field_text(country, kind.path)
         answers = kind.read(value) if value else None
         if answers and answers[0] in texts[passage_id(country, kind.passage)]:
             found.append((country, answers))
@@ -187,7 +385,7 @@ def _bridges() -> dict[str, str]:
     """Capitals that identify their country, by country code: unique, and without the country's name in them."""
     capitals: dict[str, tuple[Country, tuple[str, ...]]] = {}
     for country in countries():
-        if answers := read_capital(field_text(country, CAPITAL)):
+        if answers := read_capital(_field_text(country, CAPITAL)):
             capitals[country.code] = (country, answers)
     owners = Counter(answers[0].casefold() for _, answers in capitals.values())
     names = {country.name.casefold() for country in countries()}
@@ -204,38 +402,32 @@ def _shares_word(capital: str, country: str) -> bool:
 
 
 def _one_hop(kind: FactKind, country: Country, answers: tuple[str, ...]) -> Question:
-    return Question(
-        id=f"atlas/one-hop/{kind.name}/{country.slug}",
-        question=kind.question.format(country=country.name_in_sentence),
-        golden_answers=answers,
-        data_source=ONE_HOP,
-        metadata={
-            "split": "held_out" if is_held_out(country) else "train",
-            "hop": 1,
-            "country": country.name,
-            "field": kind.name,
-            "gold_passages": (passage_id(country, kind.passage),),
-            "search_queries": (kind.query.format(country=country.name_in_sentence),),
-        },
-    )
+    query = kind.query.format(country=country.name_in_sentence)
+    metadata = {"hop": 1, "gold_passages": (passage_id(country, kind.passage),), "search_queries": (query,)}
+    return _question(f"one-hop/{kind.name}", kind, country, country.name_in_sentence, answers, metadata)
 
 
 def _two_hop(kind: FactKind, country: Country, answers: tuple[str, ...], capital: str) -> Question:
     described = f"country whose capital is {capital}"
+    metadata = {
+        "hop": 2,
+        "gold_passages": (passage_id(country, "capital"), passage_id(country, kind.passage)),
+        "search_queries": (described, kind.query.format(country=country.name_in_sentence)),
+        "bridge": {"capital": capital, "country": country.name},
+    }
+    return _question(f"two-hop/capital-{kind.name}", kind, country, f"the {described}", answers, metadata)
+
+
+def _question(
+    id: str, kind: FactKind, country: Country, asked: str, answers: tuple[str, ...], metadata: Mapping[str, object]
+) -> Question:
+    split = "held_out" if is_held_out(country) else "train"
     return Question(
-        id=f"atlas/two-hop/capital-{kind.name}/{country.slug}",
-        question=kind.question.format(country=f"the {described}"),
+        id=f"atlas/{id}/{country.slug}",
+        question=kind.question.format(country=asked),
         golden_answers=answers,
-        data_source=TWO_HOP,
-        metadata={
-            "split": "held_out" if is_held_out(country) else "train",
-            "hop": 2,
-            "country": country.name,
-            "field": kind.name,
-            "gold_passages": (passage_id(country, "capital"), passage_id(country, kind.passage)),
-            "search_queries": (described, kind.query.format(country=country.name_in_sentence)),
-            "bridge": {"capital": capital, "country": country.name},
-        },
+        data_source=ONE_HOP if metadata["hop"] == 1 else TWO_HOP,
+        metadata={"split": split, "hop": metadata["hop"], "country": country.name, "field": kind.name, **metadata},
     )
 
 

@@ -17,7 +17,7 @@ import math
 from dataclasses import dataclass
 from typing import Annotated
 
-from searchr1_async.boundary.network import refused_wait
+from searchr1_async.boundary.network import long_wait_text
 from searchr1_async.boundary.settings import Count, Range, Seconds, check_settings
 from searchr1_async.boundary.waits import TOLD_AFTER, Tell, tell_of
 from searchr1_async.errors import SearchUnavailableError
@@ -229,7 +229,7 @@ class Telling:
         """Raises SearchUnavailableError if ``Retry-After`` exceeds ``PacingSettings.longest_wait``."""
         asked, longest = fault.retry_after, self._settings.longest_wait
         if asked is not None and asked > longest:
-            words = refused_wait(self._name, asked, longest, "PacingSettings.longest_wait")
+            words = long_wait_text(self._name, asked, longest, "PacingSettings.longest_wait")
             raise SearchUnavailableError(f"{words} ({fault})") from fault
 
     def failed(self, fault: PassingFault, now: float) -> None:

@@ -6,11 +6,11 @@ from datetime import datetime, timedelta
 
 import pytest
 
-from searchr1_async.boundary.network import refused_wait, seconds_asked
+from searchr1_async.boundary.network import long_wait_text, seconds_asked
 
 
-def test_a_refused_wait_says_how_long_until_when_and_what_allows_it() -> None:
-    text = refused_wait("the hub", 86_399, 600, "longest_wait")
+def test_a_wait_that_is_too_long_says_how_long_until_when_and_what_allows_it() -> None:
+    text = long_wait_text("the hub", 86_399, 600, "longest_wait")
     tomorrow = datetime.now().astimezone() + timedelta(seconds=86_399)
     assert "the hub asks for a wait of 86,399 s" in text
     assert f"until {tomorrow:%Y-%m-%d}" in text
@@ -19,7 +19,7 @@ def test_a_refused_wait_says_how_long_until_when_and_what_allows_it() -> None:
 
 @pytest.mark.parametrize("seconds", [1e9, 999_999_999.0])
 def test_an_absurd_wait_is_said_as_well(seconds: float) -> None:
-    assert f"{seconds:,.0f} s" in refused_wait("the hub", seconds, 600, "longest_wait")
+    assert f"{seconds:,.0f} s" in long_wait_text("the hub", seconds, 600, "longest_wait")
 
 
 def test_the_header_is_seconds_or_a_date() -> None:

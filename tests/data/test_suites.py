@@ -14,8 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from searchr1_async.data.hub import FLASHRAG, SUITES, read_reference
-from searchr1_async.data.questions import load_questions, sampled
+from searchr1_async.data.questions import FLASHRAG, SUITES, load_questions, read_reference, sampled
 from searchr1_async.data.suites import Suite, load_suite, load_suites
 from searchr1_async.episodes.types import Question
 from searchr1_async.errors import QuestionsError

@@ -26,7 +26,7 @@ from searchr1_async.__main__ import main
 from searchr1_async.boundary import waits
 from searchr1_async.boundary.waits import in_thread
 from searchr1_async.commands.wiki18 import plan_of
-from searchr1_async.data import hub as downloading
+from searchr1_async.data import hub as large_files
 from searchr1_async.data import wiki18
 from searchr1_async.data.hub import report
 from searchr1_async.data.wiki18 import Collection, PrebuiltIndex, fetch_index
@@ -69,9 +69,9 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 @pytest.fixture
 async def hub(archive: bytes, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Hub]:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(downloading, "BLOCK", 64 << 10)
-    monkeypatch.setattr(downloading, "PART", 1 << 20)
-    monkeypatch.setattr(downloading, "PAUSES", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(large_files, "BLOCK", 64 << 10)
+    monkeypatch.setattr(large_files, "PART", 1 << 20)
+    monkeypatch.setattr(large_files, "PAUSES", (0.0, 0.0, 0.0))
     async with serving(Hub({ARCHIVE: archive})) as hub:
         yield hub
 
@@ -143,9 +143,9 @@ CHILD = """
 import sys
 from pathlib import Path
 import anyio
-from searchr1_async.data import download, wiki18
+from searchr1_async.data import hub, wiki18
 
-download.BLOCK = 64 << 10
+hub.BLOCK = 64 << 10
 tell = lambda event: print(type(event).__name__, getattr(event, "done", ""), flush=True)
 anyio.run(lambda: wiki18.fetch_index(Path(sys.argv[1]), repository=sys.argv[2], endpoint=sys.argv[3], emit=tell))
 """
