@@ -1,12 +1,8 @@
-"""Bounded waits for external events. A wait over 5 seconds is reported once, with its reason and end.
+"""Waits and work beside the event loop.
 
-:class:`PausableDeadlines` do not advance while a run is paused.
-
-Work in threads.
-
-Debounced, coalesced writes.
-
-A dedicated thread for blocking libraries that are bound to one thread.
+A bounded wait for something external that takes over 5 seconds is reported once, with its reason and end;
+:class:`PausableDeadlines` do not advance while a run is paused. Blocking work runs in threads (:func:`in_thread`,
+:class:`OwnThread`), and frequent writes are combined (:class:`GatheredWriting`).
 """
 
 from __future__ import annotations
@@ -24,6 +20,9 @@ from typing import Generic, ParamSpec, TypeVar
 import anyio
 import anyio.to_thread
 
+Result = TypeVar("Result")
+Item = TypeVar("Item")
+Parameters = ParamSpec("Parameters")
 TOLD_AFTER = 5.0
 """Seconds after which a wait is reported."""
 
@@ -146,10 +145,6 @@ def _sentence(reason: str, seconds: float) -> str:
     return f"{reason}: waiting for at most {seconds:,.0f} s more, until {clock_time(max(0.0, seconds))}"
 
 
-Result = TypeVar("Result")
-Item = TypeVar("Item")
-
-
 async def in_thread(function: Callable[[], Result]) -> Result:
     """Runs a function in a thread and waits for it even when cancelled, so that its files are free afterwards.
 
@@ -259,9 +254,6 @@ class GatheredItems(Generic[Item]):
             # Shielded: items taken from the list must reach the disk, even if the work is being stopped.
             with anyio.CancelScope(shield=True):
                 await self._write(pending)
-
-
-Parameters = ParamSpec("Parameters")
 
 
 class OwnThread:

@@ -1,8 +1,6 @@
 """A connected Tinker service: training clients, sampling clients and checkpoints, each call with a deadline.
 
-Resolves the ``service`` argument: the named service, else one the SDK has credentials for, else the embedded one.
-
-Deadlines and errors of calls on a training client.
+The ``service`` argument names the service; without one it is the one the SDK has credentials for, else the embedded one.
 """
 
 from __future__ import annotations
@@ -15,6 +13,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, context
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import anyio
 import tinker
@@ -32,6 +31,10 @@ EMBEDDED = "embedded"
 
 ServiceName = str | tinker.ServiceClient | None
 """The argument ``service``: a base URL, ``"embedded"``, a client, or None to use the environment."""
+_SETUP_DEADLINE = 300.0
+"""Seconds for creating a session, a training client or a sampling client."""
+_EXTERNAL_DEADLINE = 1800.0
+"""Seconds for saving external weights: a large model's adapter is gigabytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +120,9 @@ def is_embedded(service: ServiceName) -> bool:
 def is_tinker_cloud(service: ServiceName) -> bool:
     """Whether a service is Tinker's cloud, judging by its address."""
     endpoint = find_endpoint(service)
-    return endpoint.kind == "cloud" or (endpoint.url is not None and is_tinker_host(_host(endpoint.url)))
+    return endpoint.kind == "cloud" or (
+        endpoint.url is not None and is_tinker_host(urlsplit(endpoint.url).hostname or "")
+    )
 
 
 def prepare(service: ServiceName) -> Endpoint:
@@ -140,12 +145,6 @@ def _resolved(url: Any) -> str:
     return resolve_base_url(url)
 
 
-def _host(url: str) -> str:
-    from urllib.parse import urlsplit
-
-    return urlsplit(url).hostname or ""
-
-
 def _check_key() -> None:
     """Refuses a key that cannot be sent in an HTTP header, which the SDK would retry for a minute."""
     key = os.environ.get("TINKER_API_KEY", "")
@@ -153,12 +152,6 @@ def _check_key() -> None:
         raise ConfigurationError(
             "TINKER_API_KEY contains a space, a line break or a character that keys never have: set it to the key alone"
         )
-
-
-_SETUP_DEADLINE = 300.0
-"""Seconds for creating a session, a training client or a sampling client."""
-_EXTERNAL_DEADLINE = 1800.0
-"""Seconds for saving external weights: a large model's adapter is gigabytes."""
 
 
 @dataclass(frozen=True, slots=True)
