@@ -101,6 +101,11 @@ async def sdk(url: str, key: str = KEY) -> AsyncIterator[tinker.ServiceClient]:
         await service.close("success")
 
 
+async def rest(served: Served) -> tinker.RestClient:
+    # The first use of a URL blocks.
+    return await anyio.to_thread.run_sync(lambda: tinker.RestClient(base_url=served.url, api_key=KEY))
+
+
 class Raw:
     """JSON and protobuf over HTTP, with statuses."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,6 @@ pytestmark = pytest.mark.anyio
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     with service_thread(tmp_path_factory.mktemp("service"), gap_patience=0.4, poll=2.0) as service:
         yield service
-
-
-@pytest.fixture
-async def client(served: Served) -> AsyncIterator[Raw]:
-    async with raw(served.url) as client:
-        yield client
 
 
 def training_body(model: str, seq_id: int, weight: float = 1.0, loss_fn: Any = "cross_entropy") -> bytes:
