@@ -105,7 +105,7 @@ def as_text(name: str, value: Any) -> str:
     found = plain(value)
     if not isinstance(found, str):
         raise ConfigurationError(f"{name} is {shown_with_kind(value)}: expected text")
-    if (place := half_a_character(found)) is not None:
+    if (place := lone_surrogate(found)) is not None:
         raise ConfigurationError(
             f"{name} is {shown(value)}, which has a lone surrogate at {place}: read its file as UTF-8"
         )
@@ -123,7 +123,7 @@ def as_choice(name: str, value: Any, choices: Sequence[str]) -> str:
     return value
 
 
-def half_a_character(text: str) -> int | None:
+def lone_surrogate(text: str) -> int | None:
     """Index of the first lone surrogate, which UTF-8 cannot encode; None if there is none."""
     try:
         text.encode("utf-8")

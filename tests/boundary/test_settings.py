@@ -25,7 +25,7 @@ from searchr1_async.boundary.settings import (
     as_text,
     check_settings,
     checked_arguments,
-    half_a_character,
+    lone_surrogate,
     list_of,
     plain,
     settings_of,
@@ -203,6 +203,6 @@ def test_everything_else_is_left_as_it_is() -> None:
         assert plain(value) is value
 
 
-def test_half_a_character_is_found() -> None:
-    assert half_a_character("é \ud83d") == 2
-    assert half_a_character("é 😀") is None
+def test_a_lone_surrogate_is_found() -> None:
+    assert lone_surrogate("é \ud83d") == 2
+    assert lone_surrogate("é 😀") is None
