@@ -23,24 +23,26 @@ import anyio.to_thread
 Result = TypeVar("Result")
 Item = TypeVar("Item")
 Parameters = ParamSpec("Parameters")
-TOLD_AFTER = 5.0
+REPORT_AFTER = 5.0
 """Seconds after which a wait is reported."""
 
-Tell = Callable[[str], None]
+Notify = Callable[[str], None]
 """Receives one sentence for the user, such as ``lambda text: emit(Notice(text))``."""
 
 
-def say_nothing(text: str) -> None:
+def notify_nobody(text: str) -> None:
     """Discards reports."""
 
 
 @contextmanager
-def bounded_wait(reason: str, tell: Tell, at_most: float, deadlines: PausableDeadlines | None = None) -> Iterator[None]:
+def bounded_wait(
+    reason: str, notify: Notify, at_most: float, deadlines: PausableDeadlines | None = None
+) -> Iterator[None]:
     """A block that waits for something external. Uses a timer, not a task.
 
     Args:
         reason: what is being waited for: ``"the Tinker service does not respond"``.
-        tell: receives reason and end of the wait if the block still runs after :data:`TOLD_AFTER` seconds.
+        notify: receives reason and end of the wait if the block still runs after :data:`REPORT_AFTER` seconds.
         at_most: timeout in seconds.
         deadlines: the timeout stops while these are paused.
 
@@ -48,7 +50,7 @@ def bounded_wait(reason: str, tell: Tell, at_most: float, deadlines: PausableDea
         TimeoutError: the block took longer than ``at_most`` seconds.
     """
     loop = asyncio.get_running_loop()
-    timer = loop.call_later(TOLD_AFTER, lambda: tell(_sentence(reason, at_most - TOLD_AFTER)))
+    timer = loop.call_later(REPORT_AFTER, lambda: notify(_sentence(reason, at_most - REPORT_AFTER)))
     try:
         with anyio.move_on_after(at_most) if deadlines is None else deadlines.limit(at_most) as scope:
             yield
@@ -58,15 +60,15 @@ def bounded_wait(reason: str, tell: Tell, at_most: float, deadlines: PausableDea
         timer.cancel()
 
 
-def tell_of(seconds: float, reason: str, tell: Tell) -> None:
-    """Reports the caller's own wait if it is over :data:`TOLD_AFTER` seconds. The caller bounds ``seconds``."""
-    if seconds > TOLD_AFTER:
-        tell(_sentence(reason, seconds))
+def notify_of_wait(seconds: float, reason: str, notify: Notify) -> None:
+    """Reports the caller's own wait if it is over :data:`REPORT_AFTER` seconds. The caller bounds ``seconds``."""
+    if seconds > REPORT_AFTER:
+        notify(_sentence(reason, seconds))
 
 
-async def pause(seconds: float, reason: str, tell: Tell) -> None:
-    """Sleeps; reports a sleep over :data:`TOLD_AFTER` seconds at its start. The caller bounds ``seconds``."""
-    tell_of(seconds, reason, tell)
+async def pause(seconds: float, reason: str, notify: Notify) -> None:
+    """Sleeps; reports a sleep over :data:`REPORT_AFTER` seconds at its start. The caller bounds ``seconds``."""
+    notify_of_wait(seconds, reason, notify)
     await anyio.sleep(seconds)
 
 
@@ -77,12 +79,12 @@ class PausableDeadlines:
         self._left: dict[anyio.CancelScope, float] = {}
         """Per active limit: the seconds left when paused, else its full time."""
         self._paused_at: float | None = None
-        self._held = 0.0
+        self._paused_seconds = 0.0
 
     @property
-    def held(self) -> float:
+    def paused_seconds(self) -> float:
         """Total seconds paused."""
-        return self._held + (0.0 if self._paused_at is None else anyio.current_time() - self._paused_at)
+        return self._paused_seconds + (0.0 if self._paused_at is None else anyio.current_time() - self._paused_at)
 
     @contextmanager
     def limit(self, seconds: float | None) -> Iterator[anyio.CancelScope]:
@@ -108,7 +110,7 @@ class PausableDeadlines:
                 self._left[scope] = scope.deadline - now
                 scope.deadline = math.inf
         elif not is_paused and self._paused_at is not None:
-            self._held += now - self._paused_at
+            self._paused_seconds += now - self._paused_at
             self._paused_at = None
             for scope, left in self._left.items():
                 scope.deadline = now + left

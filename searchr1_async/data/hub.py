@@ -25,7 +25,7 @@ import anyio.to_thread
 
 from searchr1_async.boundary.network import long_wait_text, seconds_asked
 from searchr1_async.boundary.paths import write_all
-from searchr1_async.boundary.waits import Tell, in_thread, pause
+from searchr1_async.boundary.waits import Notify, in_thread, pause
 from searchr1_async.errors import StoreError
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ class Patience:
 
     longest_wait: float = LONGEST_WAIT
     """Maximum ``Retry-After`` in seconds; the download fails at once if the hub asks for more."""
-    tell: Tell = logger.warning
+    notify: Notify = logger.warning
     """Receives each wait over 5 seconds, with its reason and end."""
 
 
@@ -209,7 +209,7 @@ class _Waits:
         if asked > longest:
             raise StoreError(long_wait_text(name, asked, longest, "longest_wait")) from error
         logger.info("%s (%s): retrying", failed, fault_of(error))
-        await pause(max(asked, seconds), f"{failed} ({fault_of(error)})", self.patience.tell)
+        await pause(max(asked, seconds), f"{failed} ({fault_of(error)})", self.patience.notify)
 
 
 def _asked(error: Exception) -> float:

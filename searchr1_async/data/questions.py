@@ -228,7 +228,7 @@ def _given(table: MemoryRows, split: str | None) -> tuple[Question, ...]:
         places.append(f"question {place}")
     if not found:
         raise QuestionsError(f"no question has split={split!r} in its metadata" if split else "there are no questions")
-    _tell_of_unmatched("the questions", places, found)
+    _warn_of_unmatched("the questions", places, found)
     return tuple(found)
 
 
@@ -250,7 +250,7 @@ def questions_of_rows(
         raise QuestionsError(f"{source} holds no questions" + (f" of split {split!r}" if split else ""))
     questions = [_question(source, place, row, suite) for place, row in chosen]
     places = [place for place, _ in chosen]
-    _tell_of_unmatched(source, places, questions)
+    _warn_of_unmatched(source, places, questions)
     return _with_unique_ids(source, places, questions)
 
 
@@ -292,7 +292,7 @@ def _question(source: str | Path, place: str, row: Mapping[str, Any], suite: str
         raise QuestionsError(f"{source}, {place}: {error}") from None
 
 
-def _tell_of_unmatched(source: str | Path, places: Sequence[str], questions: Sequence[Question]) -> None:
+def _warn_of_unmatched(source: str | Path, places: Sequence[str], questions: Sequence[Question]) -> None:
     """Warns only: published suites have such rows ("---" in Natural Questions), and a custom reward may accept them."""
     found = [
         (place, question.golden_answers)

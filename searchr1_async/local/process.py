@@ -23,7 +23,7 @@ import anyio
 import anyio.to_thread
 from anyio.abc import Process
 
-from searchr1_async.boundary.waits import Tell, bounded_wait, say_nothing
+from searchr1_async.boundary.waits import Notify, bounded_wait, notify_nobody
 from searchr1_async.errors import ConfigurationError, ModelError, PortInUseError, ServiceError, ServiceStartError
 from searchr1_async.local.model_files import DEFAULT_MODEL
 
@@ -80,7 +80,7 @@ async def local_service(
     log_path: Path | None = None,
     options: Mapping[str, Any] | None = None,
     backend_options: Mapping[str, Any] | None = None,
-    tell: Tell = say_nothing,
+    notify: Notify = notify_nobody,
 ) -> AsyncIterator[LocalService]:
     """Runs the embedded service out-of-process until the block exits.
 
@@ -94,7 +94,7 @@ async def local_service(
         log_path: the child's log; default ``<folder>/service.log``.
         options: fields of :class:`~searchr1_async.local.server.ServiceOptions`.
         backend_options: further arguments of ``TorchBackend.load``.
-        tell: receives a message if the start takes over 5 seconds.
+        notify: receives a message if the start takes over 5 seconds.
 
     Raises:
         ModelError: unknown model.
@@ -122,7 +122,7 @@ async def local_service(
     }
     async with _child(log_path, threads) as process:
         try:
-            with bounded_wait(f"the embedded service is loading {model}", tell, start_timeout):
+            with bounded_wait(f"the embedded service is loading {model}", notify, start_timeout):
                 ready = await _handshake(process, settings)
         except TimeoutError:
             raise ServiceStartError(

@@ -22,7 +22,7 @@ from tinker.types import ExternalWeightsUrlsResponse, WeightsInfoResponse
 from searchr1_async.billing import is_tinker_host
 from searchr1_async.boundary.network import SDK_FAULTS, checked_url, fault_text, prepare_proxies
 from searchr1_async.boundary.settings import shown
-from searchr1_async.boundary.waits import PausableDeadlines, Tell, bounded_wait, say_nothing
+from searchr1_async.boundary.waits import Notify, PausableDeadlines, bounded_wait, notify_nobody
 from searchr1_async.errors import ConfigurationError, SearchR1Error, ServiceError
 from searchr1_async.service.availability import Offered, ServiceWatch
 
@@ -174,7 +174,7 @@ class Service:
     """Opens another session; None for the user's own client."""
     watch: ServiceWatch | None = field(default=None, repr=False)
     """Detects outages while work uses the service."""
-    tell: Tell = field(default=say_nothing, repr=False)
+    notify: Notify = field(default=notify_nobody, repr=False)
     """Called with a sentence for each wait over 5 seconds."""
 
     @property
@@ -250,7 +250,9 @@ class Service:
         await self._wait(f"deleting {path}", lambda: rest.delete_checkpoint_from_tinker_path(path))
 
     async def _wait(self, doing: str, submit: Callable[[], Any], deadline: float = _SETUP_DEADLINE) -> Any:
-        return await wait_for(doing, submit, deadline, self.tell, None if self.watch is None else self.watch.deadlines)
+        return await wait_for(
+            doing, submit, deadline, self.notify, None if self.watch is None else self.watch.deadlines
+        )
 
     async def _rest(self) -> tinker.RestClient:
         # On the session's connections, which close with it; the first use of an address blocks.
@@ -261,7 +263,7 @@ async def wait_for(
     doing: str,
     submit: Callable[[], Any],
     deadline: float = _SETUP_DEADLINE,
-    tell: Tell = say_nothing,
+    notify: Notify = notify_nobody,
     deadlines: PausableDeadlines | None = None,
 ) -> Any:
     """Runs an SDK call that may block (the first one opens the session) and waits for its result.
@@ -269,13 +271,13 @@ async def wait_for(
     Args:
         doing: for messages.
         deadline: seconds, which stand still while ``deadlines`` are paused.
-        tell: called with a sentence if the wait is over 5 seconds.
+        notify: called with a sentence if the wait is over 5 seconds.
 
     Raises:
         ServiceError: refused, or no answer.
     """
     try:
-        with bounded_wait(f"{doing}: the Tinker service has not answered yet", tell, deadline, deadlines):
+        with bounded_wait(f"{doing}: the Tinker service has not answered yet", notify, deadline, deadlines):
             future = await anyio.to_thread.run_sync(submit, abandon_on_cancel=True)
             return await future
     except TimeoutError as error:
@@ -328,14 +330,14 @@ async def until_done(future: tinker.APIFuture[Any]) -> None:
     await done.wait()
 
 
-def when_done(future: tinker.APIFuture[Any], tell: Callable[[], None], *, also_failed: bool = False) -> None:
-    """Calls ``tell`` in this event loop when the SDK call ends, unless the loop is closed."""
+def when_done(future: tinker.APIFuture[Any], notify: Callable[[], None], *, also_failed: bool = False) -> None:
+    """Calls ``notify`` in this event loop when the SDK call ends, unless the loop is closed."""
     loop = asyncio.get_running_loop()
 
     def ended(inner: concurrent.futures.Future[Any]) -> None:
         is_good = not inner.cancelled() and inner.exception() is None
         if (is_good or also_failed) and not loop.is_closed():
             with suppress(RuntimeError):  # closed just now
-                loop.call_soon_threadsafe(tell)
+                loop.call_soon_threadsafe(notify)
 
     future.future().add_done_callback(ended)

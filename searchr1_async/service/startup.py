@@ -15,7 +15,7 @@ import tinker
 from searchr1_async.billing import Billing, billing_of
 from searchr1_async.boundary.network import SDK_FAULTS, fault_text, prepare_proxies, probe
 from searchr1_async.boundary.paths import folder_at
-from searchr1_async.boundary.waits import Tell, bounded_wait
+from searchr1_async.boundary.waits import Notify, bounded_wait
 from searchr1_async.config import LocalOptions
 from searchr1_async.episodes.rendering import check_thinking, known_format, load_tokenizer, select_renderer
 from searchr1_async.errors import ConfigurationError, PortInUseError
@@ -140,7 +140,7 @@ async def check_service(
                     f"port {local.port} on 127.0.0.1 cannot be used ({error.strerror}): choose another, or 0 for any free one"
                 ) from None
     wanted = model or default_model(service)
-    with bounded_wait(f"getting the files of {wanted}", _telling(emit), _DOWNLOAD_DEADLINE):
+    with bounded_wait(f"getting the files of {wanted}", _notifier(emit), _DOWNLOAD_DEADLINE):
         await anyio.to_thread.run_sync(resolve_model, wanted, abandon_on_cancel=True)
     return wanted
 
@@ -210,7 +210,7 @@ async def _open_other(
         is_local=False,
         is_tinker=is_tinker_cloud(service),
         offered=offered,
-        tell=_telling(emit),
+        notify=_notifier(emit),
     )
     if isinstance(service, tinker.ServiceClient):
         yield opened(service)
@@ -234,7 +234,7 @@ async def _open_embedded(
         device=local.device,
         start_timeout=local.start_timeout,
         log_path=folder / "service.log",
-        tell=_telling(emit),
+        notify=_notifier(emit),
     ) as started:
         emit(Notice(f"the embedded service answers at {started.url} (pid {started.pid})"))
         prepare_proxies(started.url)
@@ -247,7 +247,7 @@ async def _open_embedded(
                 is_local=True,
                 model_folder=Path(started.tokenizer_path),
                 connect=connect,
-                tell=_telling(emit),
+                notify=_notifier(emit),
             )
 
 
@@ -257,11 +257,11 @@ async def _load_tokenizer(model: str, tokenizer: str | None, emit: Emit) -> Any:
     def source() -> str:
         return tokenizer or str(local_copy(model) or model)
 
-    with bounded_wait(f"loading the tokenizer of {tokenizer or model}", _telling(emit), _DOWNLOAD_DEADLINE):
+    with bounded_wait(f"loading the tokenizer of {tokenizer or model}", _notifier(emit), _DOWNLOAD_DEADLINE):
         return await load_tokenizer(await anyio.to_thread.run_sync(source))
 
 
-def _telling(emit: Emit) -> Tell:
+def _notifier(emit: Emit) -> Notify:
     return lambda text: emit(Notice(text))
 
 

@@ -25,8 +25,8 @@ from searchr1_async.boundary.settings import (
     as_text,
     check_settings,
     checked_arguments,
-    lone_surrogate,
     list_of,
+    lone_surrogate,
     plain,
     settings_of,
 )

@@ -317,7 +317,7 @@ async def test_a_hub_that_asks_for_a_day_is_not_waited_for(hub: Hub, fetch: Call
 async def test_a_wait_that_the_hub_asks_for_is_made_and_told(
     hub: Hub, fetch: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(waits, "TOLD_AFTER", 0.05)
+    monkeypatch.setattr(waits, "REPORT_AFTER", 0.05)
     hub.failures, hub.retry_after = [503, 429], "0.2"
     told: list[str] = []
     began = time.monotonic()
