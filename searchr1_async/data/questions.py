@@ -255,7 +255,7 @@ def questions_of_rows(
 
 
 def _atlas(split: str | None) -> tuple[Question, ...]:
-    from searchr1_async.data.atlas import atlas_questions
+    from searchr1_async.data.atlas_corpus import atlas_questions
 
     if split is not None and split not in ATLAS_SPLITS:
         raise QuestionsError(f"the atlas has no split {split!r}: use {' or '.join(map(repr, ATLAS_SPLITS))}, or None")

@@ -2,7 +2,7 @@
 
 The server handles the wire protocol, ordering, idempotency and checkpoints; a :class:`Backend` computes:
 :class:`~searchr1_async.local.torch_backend.TorchBackend` runs a real language model,
-:class:`~searchr1_async.local.scripted.ScriptedBackend` a function of the prompt with modelled latency.
+:class:`~searchr1_async.local.scripted_backend.ScriptedBackend` a function of the prompt with modelled latency.
 
 A backend's methods return immediately; work runs on its own thread and resolves a :class:`concurrent.futures.Future`. Calls
 on one :class:`Adapter` run in submission order. A bad request fails its future with :class:`UserFault`; any other exception

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import secrets
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Mapping
@@ -30,6 +31,7 @@ from searchr1_async.local.model_files import DEFAULT_MODEL
 logger = logging.getLogger(__name__)
 
 _CHILD = Path(__file__).with_name("__main__.py")
+_HOST = "127.0.0.1"
 _STOP_SECONDS = 5.0
 _LOG_LINES = 20
 _REFUSALS = {"model": ModelError, "port": PortInUseError, "configuration": ConfigurationError}
@@ -50,7 +52,7 @@ class LocalService:
 
 @dataclass(frozen=True, slots=True)
 class Scripted:
-    """A reply function instead of a model: see :class:`~searchr1_async.local.scripted.ScriptedBackend`.
+    """A reply function instead of a model: see :class:`~searchr1_async.local.scripted_backend.ScriptedBackend`.
 
     ``latency`` and ``training`` are the fields of ``Latency`` and ``TrainingTimes``.
     """
@@ -221,3 +223,23 @@ def _tail(log_path: Path) -> str:
     except OSError:
         lines = []
     return f"end of its log {log_path}:\n" + "\n".join(lines or ["(empty)"])
+
+
+def listener_at(port: int) -> socket.socket:
+    """A socket bound to this port of the loopback interface; 0 is a free one.
+
+    Raises :class:`PortInUseError`, or :class:`ConfigurationError` for an invalid port.
+    """
+    if not 0 <= port <= 65535:
+        raise ConfigurationError(f"port: must be between 0 and 65535, got {port}")
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    # Reuse a port whose server has just exited; a port in use still fails to bind.
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((_HOST, port))
+    except OSError as error:
+        listener.close()
+        raise PortInUseError(
+            f"port {port} on {_HOST} cannot be used ({error.strerror}): choose another, or 0 for a free one"
+        ) from None
+    return listener

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -18,9 +17,9 @@ from searchr1_async.boundary.paths import folder_at
 from searchr1_async.boundary.waits import Notify, bounded_wait
 from searchr1_async.config import LocalOptions
 from searchr1_async.episodes.rendering import check_thinking, known_format, load_tokenizer, select_renderer
-from searchr1_async.errors import ConfigurationError, PortInUseError
+from searchr1_async.errors import ConfigurationError
 from searchr1_async.events import Emit, Notice, emit_nothing
-from searchr1_async.local import DEFAULT_MODEL, local_service
+from searchr1_async.local import DEFAULT_MODEL, listener_at, local_service
 from searchr1_async.local.model_files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -131,14 +130,7 @@ async def check_service(
     if prepare(service).kind != "embedded":
         return choose_model(model, await _ask(service, trains=trains))[0]
     if local.port:
-        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                listener.bind(("127.0.0.1", local.port))
-            except OSError as error:
-                raise PortInUseError(
-                    f"port {local.port} on 127.0.0.1 cannot be used ({error.strerror}): choose another, or 0 for any free one"
-                ) from None
+        listener_at(local.port).close()
     wanted = model or default_model(service)
     with bounded_wait(f"getting the files of {wanted}", _notifier(emit), _DOWNLOAD_DEADLINE):
         await anyio.to_thread.run_sync(resolve_model, wanted, abandon_on_cancel=True)

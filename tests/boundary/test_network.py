@@ -74,7 +74,7 @@ def open_in_child(url: str, folder: Path, **environment: str) -> str:
 
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[Served]:
-    from searchr1_async.local.scripted import ScriptedBackend
+    from searchr1_async.local.scripted_backend import ScriptedBackend
     from tests.local.serving import successors
 
     with service_thread(tmp_path / "service", ScriptedBackend(successors, model_name="scripted")) as found:

@@ -240,7 +240,7 @@ def test_more_files_allow_more_requests_and_never_more_than_there_are(limit: int
 
 def play(tmp_path: Path, soft: int, hard: int, questions: int) -> tuple[int, int, list[str]]:
     """Episodes that were played, those that failed, and what was warned of, in a process with such a limit."""
-    from searchr1_async.local.scripted import Latency, ScriptedBackend
+    from searchr1_async.local.scripted_backend import Latency, ScriptedBackend
     from tests.episodes.stand_in import stand_in
     from tests.service.test_reachability import MODEL, reply
 

@@ -18,7 +18,7 @@ from tinker import types
 from searchr1_async.local import checkpoint_files as checkpoints
 from searchr1_async.local.backend import Backend
 from searchr1_async.local.checkpoint_files import CheckpointStore
-from searchr1_async.local.scripted import Latency, ScriptedBackend
+from searchr1_async.local.scripted_backend import Latency, ScriptedBackend
 from tests.local.provenance_data import SampledTurn, datum_of
 from tests.local.serving import KEY, Served, datum, rest, sdk, service_thread, successors, until
 

@@ -18,7 +18,7 @@ from tinker.proto.response_conv import deserialize_forward_backward_output, dese
 
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.local.checkpoint_files import CheckpointStore
-from searchr1_async.local.scripted import Latency, ScriptedBackend
+from searchr1_async.local.scripted_backend import Latency, ScriptedBackend
 from searchr1_async.local.server import serve
 from tests.local.serving import KEY, Raw, Served, datum, raw, sample_fields, service_thread, successors, until
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from searchr1_async.local import scripted_model
 from searchr1_async.local.backend import AdamParams, Datum, LoraConfig, SampleRequest, UserFault
-from searchr1_async.local.scripted import Latency, ScriptedBackend, TimedReply, TrainingTimes
+from searchr1_async.local.scripted_backend import Latency, ScriptedBackend, TimedReply, TrainingTimes
 from searchr1_async.local.scripted_model import PrefixCache, Weights, logprobs_of
 from tests.local.serving import read_log, successors
 

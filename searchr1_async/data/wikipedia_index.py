@@ -239,8 +239,10 @@ class _Fetch:
         await in_thread(lambda: shutil.rmtree(self.unpacking, ignore_errors=True))
         unpacked = await self._check_room(file)
         if not archive.exists():
-            await self._download(file, partial)
-            await self._verify(file, partial)
+            async with self._phase("download", file.size) as advance:
+                await download(file, partial, advance, self.patience)
+            async with self._phase("verify", file.size) as advance:
+                await in_thread(lambda: verify(file, partial, advance))
             partial.replace(archive)
         async with self._phase("unpack", file.size) as advance:
             await in_thread(lambda: self._unpack(archive, unpacked, advance))
@@ -291,14 +293,6 @@ class _Fetch:
             return await in_thread(lambda: unpacked_size(read, file.size))
         except BrokenXzError as error:
             raise StoreError(f"{file.name} is not a .tar.xz archive ({error}): name another file") from error
-
-    async def _download(self, file: HubFile, partial: Path) -> None:
-        async with self._phase("download", file.size) as advance:
-            await download(file, partial, advance, self.patience)
-
-    async def _verify(self, file: HubFile, partial: Path) -> None:
-        async with self._phase("verify", file.size) as advance:
-            await in_thread(lambda: verify(file, partial, advance))
 
     def _unpack(self, archive: Path, unpacked: int, advance: Advance) -> None:
         """Blocking. tarfile's filter ``data`` rejects members outside the folder."""
