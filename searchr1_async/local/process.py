@@ -130,13 +130,7 @@ async def local_service(
             raise ServiceStartError(
                 f"the embedded service did not start within {start_timeout:g} s; {_tail(log_path)}"
             ) from None
-        if ready is None:
-            raise ServiceStartError(f"the embedded service exited during startup; {_tail(log_path)}")
-        if "error" in ready:
-            refusal = _REFUSALS.get(ready.get("kind", ""))
-            if refusal is not None:
-                raise refusal(ready["error"])
-            raise ServiceStartError(f"the embedded service could not start: {ready['error']}; {_tail(log_path)}")
+        _check_ready(ready, log_path)
         logger.info("the embedded service is serving %s at %s (pid %d)", ready["model_name"], ready["url"], process.pid)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(_raise_when_ended, process, log_path)
@@ -199,8 +193,8 @@ async def _stop(process: Process) -> None:
     await process.aclose()
 
 
-async def _handshake(process: Process, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Sends the settings; returns the child's ready line, or None if it exited without one."""
+async def _handshake(process: Process, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Sends the settings; returns the child's ready line, empty if it exited without one."""
     assert process.stdin is not None
     assert process.stdout is not None
     with contextlib.suppress(anyio.BrokenResourceError):
@@ -210,11 +204,22 @@ async def _handshake(process: Process, settings: Mapping[str, Any]) -> dict[str,
         try:
             received += await process.stdout.receive()
         except (anyio.EndOfStream, anyio.BrokenResourceError):
-            return None
+            return {}
     try:
         return json.loads(received.partition(b"\n")[0])
     except ValueError:
-        return None
+        return {}
+
+
+def _check_ready(ready: Mapping[str, Any], log_path: Path) -> None:
+    """Raises what the child could not start for."""
+    if not ready:
+        raise ServiceStartError(f"the embedded service exited during startup; {_tail(log_path)}")
+    if "error" in ready:
+        refusal = _REFUSALS.get(ready.get("kind", ""))
+        if refusal is not None:
+            raise refusal(ready["error"])
+        raise ServiceStartError(f"the embedded service could not start: {ready['error']}; {_tail(log_path)}")
 
 
 def _tail(log_path: Path) -> str:

@@ -30,8 +30,7 @@ from searchr1_async.local.backend import (
     UserFault,
 )
 from searchr1_async.local.generic_model import GenericRunner, GenericTrainer, HookedModel
-from searchr1_async.local.kernels import onednn_available
-from searchr1_async.local.lora import LoraAdapter, LoraLayout, LoraSite, LoraWeights
+from searchr1_async.local.lora import LoraAdapter, LoraLayout, LoraSite, LoraWeights, onednn_available
 from searchr1_async.local.model_files import resolve_model
 from searchr1_async.local.runner import LeanRunner, Owner, Runner
 from searchr1_async.local.sampler import Decoder, Sampler, settle

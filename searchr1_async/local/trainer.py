@@ -52,8 +52,7 @@ from searchr1_async.local.backend import (
     check_data,
     find_inputs,
 )
-from searchr1_async.local.kernels import add_low_rank
-from searchr1_async.local.lora import LoraAdapter, SiteWeights
+from searchr1_async.local.lora import LoraAdapter, SiteWeights, add_low_rank
 from searchr1_async.local.transformer import LeanTransformer, LoraRows, Packed, TreeAttention, micro_batches, pack
 
 TokenInputs = Mapping[str, Tensor]

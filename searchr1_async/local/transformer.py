@@ -24,16 +24,19 @@ from torch.nn import functional
 
 from searchr1_async.errors import ModelError
 from searchr1_async.local.backend import common_prefix_length
-from searchr1_async.local.kernels import (
+from searchr1_async.local.lora import (
     FrozenLinear,
     InputGradLinear,
+    LoraAdapter,
     LoraLinear,
+    LoraSite,
+    LoraWeights,
+    SiteWeights,
     add_low_rank,
     rms_norm,
     rotary,
     swiglu,
 )
-from searchr1_async.local.lora import LoraAdapter, LoraSite, LoraWeights, SiteWeights
 
 LEAN_ARCHITECTURES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 _QUERY_BLOCK = 512

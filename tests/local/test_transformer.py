@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from searchr1_async.local.kernels import onednn_available
+from searchr1_async.local.lora import onednn_available
 from searchr1_async.local.transformer import (
     LeanTransformer,
     TreeAttention,
