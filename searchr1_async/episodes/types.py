@@ -64,9 +64,7 @@ class Question:
             raise self._unanswered()
         for text in (self.id, self.question, self.data_source, *self.golden_answers):
             if not text.isascii() and lone_surrogate(text) is not None:
-                raise QuestionsError(
-                    f"{self._name} contains a lone surrogate in {shown(text)}: read its file as UTF-8"
-                )
+                raise QuestionsError(f"{self._name} contains a lone surrogate in {shown(text)}: read its file as UTF-8")
 
     def _answers(self) -> tuple[str, ...]:
         given: Any = self.golden_answers
