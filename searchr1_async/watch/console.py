@@ -31,8 +31,8 @@ from searchr1_async.events import (
     StepFinished,
 )
 from searchr1_async.records.metrics import described
-from searchr1_async.watch.progress import Estimate
-from searchr1_async.watch.state import Phase, RunState, StepCounts
+from searchr1_async.watch.progress import Estimate, Phase
+from searchr1_async.watch.state import RunState, StepCounts
 
 SECONDS_BETWEEN_LINES = 5.0
 QUIET_SECONDS = 5.0

@@ -12,7 +12,8 @@ from searchr1_async.boundary.paths import shown_name, shown_path
 from searchr1_async.events import RolloutSampled
 from searchr1_async.records.metrics import CURVES, METRICS, Metric, described
 from searchr1_async.watch.console import duration, one_line
-from searchr1_async.watch.state import EvaluationState, Phase, RunState
+from searchr1_async.watch.progress import Phase
+from searchr1_async.watch.state import EvaluationState, RunState
 
 LATE_FOR = 2.0
 """Seconds that the event loop must be late before an alert."""
@@ -22,6 +23,7 @@ NOTICE_SECONDS = 600.0
 """How long a warning stays visible."""
 
 MOST_EVALUATIONS_SHOWN = 6
+_SERVICES = ("embedding", "store")
 
 _TITLES = {"train": "Training", "evaluate": "Evaluating", "rollout": "Rolling out"}
 _PAST = {"train": "Trained", "evaluate": "Evaluated", "rollout": "Rolled out"}
@@ -296,16 +298,20 @@ def _learning(state: RunState) -> list[tuple[str, str]]:
 
 
 def _search(state: RunState, now: float) -> list[tuple[str, str]]:
-    search = state.search(now)
-    if search is None:
+    if not state.search:
         return []
+    p50, p99, hits, failed = (_searched(state, name) for name in ("p50", "p99", "cache_hit_rate", "failed"))
     rows = [
-        ("queries per second", f"{search.queries_per_second:.1f}"),
-        ("cache hits", f"{search.cache_hit_rate:.0%}"),
-        ("p50 / p99", f"{milliseconds(search.p50)} / {milliseconds(search.p99)}"),
-        ("retries", f"{search.faults:,}"),
+        ("queries per second", f"{state.queries_per_second(now):.1f}"),
+        ("cache hits", f"{hits:.0%}"),
+        ("p50 / p99", f"{milliseconds(p50)} / {milliseconds(p99)}"),
+        ("retries", f"{sum(_searched(state, f'{service}/faults') for service in _SERVICES):,.0f}"),
     ]
-    return [*rows, ("failed", f"{search.failed:,}")] if search.failed else rows
+    return [*rows, ("failed", f"{failed:,.0f}")] if failed else rows
+
+
+def _searched(state: RunState, name: str) -> float:
+    return state.search.get(f"search/{name}", 0.0)
 
 
 def _tokens(state: RunState) -> list[tuple[str, str]]:
@@ -339,15 +345,14 @@ def _alerts(state: RunState, now: float) -> Iterator[Alert]:
 
 
 def _troubles(state: RunState, now: float) -> Iterator[Alert]:
-    search, batch, sample = state.search(now), state.batch, state.rollout or _IDLE
-    if search is not None and search.seconds_down > 0:
+    batch, sample = state.batch, state.rollout or _IDLE
+    seconds_down = max(_searched(state, f"{service}/seconds_down") for service in _SERVICES)
+    if seconds_down > 0:
         yield _warning(
-            f"Search has been down for {duration(search.seconds_down)}: episodes wait and continue when it is back."
+            f"Search has been down for {duration(seconds_down)}: episodes wait and continue when it is back."
         )
-    elif search is not None and search.failed_lately:
-        yield _warning(
-            f"{search.failed_lately:,} searches failed within the last 10 s; their episodes are not trained on."
-        )
+    elif failed := state.searches_failed_lately(now):
+        yield _warning(f"{failed:,} searches failed within the last 10 s; their episodes are not trained on.")
     if batch.failed >= 3 and batch.failed >= 0.1 * batch.episodes:
         last = f" Last error: {shown(batch.error, 200)}" if batch.error else ""
         yield _warning(f"{batch.failed:,} of {batch.episodes:,} recent episodes failed; they are not trained on.{last}")

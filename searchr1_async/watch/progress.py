@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from searchr1_async.events import RunPaused, RunResumed, ServiceAnswers, ServiceSilent
+from searchr1_async.events import PhaseStarted, RunPaused, RunResumed, ServiceAnswers, ServiceSilent
 from searchr1_async.records.metrics import CURVES
 
 Row = dict[str, float | None]
@@ -159,6 +159,16 @@ class Estimate:
             return None
         seconds_per_unit = (latest - then) / (done - before)
         return max(0.0, (self.total - done) * seconds_per_unit - (now - latest))
+
+
+@dataclass(slots=True)
+class Phase:
+    """An active phase."""
+
+    event: PhaseStarted
+    estimate: Estimate
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Its latest metrics."""
 
 
 @dataclass(slots=True)

@@ -38,7 +38,7 @@ from searchr1_async.events import (
     WeightsPublished,
 )
 from searchr1_async.records.metrics import CURVES, EpisodeMeans
-from searchr1_async.watch.progress import Estimate, Pauses, Series, finite
+from searchr1_async.watch.progress import Estimate, Pauses, Phase, Series, finite
 
 LATE_SECONDS = 0.02
 """Median lag from which the event loop counts as late; an idle loop is under 1 ms."""
@@ -54,16 +54,6 @@ _LONGEST_TEXT = 500
 """Maximum characters kept of a notice or an error: a service's error response can be a whole page."""
 
 Standing = Literal["starting", "running", "paused", "ended"]
-
-
-@dataclass(slots=True)
-class Phase:
-    """An active phase."""
-
-    event: PhaseStarted
-    estimate: Estimate
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    """Its latest metrics."""
 
 
 @dataclass(slots=True)
@@ -103,23 +93,6 @@ class OpenBatch:
         """The known curves' means by name."""
         means = self.means.metrics()
         return {curve.name: value for curve in CURVES if (value := finite(means.get(curve.name))) is not None}
-
-
-@dataclass(frozen=True, slots=True)
-class SearchState:
-    queries_per_second: float
-    cache_hit_rate: float
-    p50: float
-    """Seconds per call."""
-    p99: float
-    faults: int
-    """Retried requests, in total."""
-    failed: int
-    """Calls that failed after all retries, in total."""
-    failed_lately: int
-    """Failed calls within the last :data:`RATE_SECONDS`."""
-    seconds_down: float
-    """How long one of its services has been down; 0 while both are up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -429,9 +402,8 @@ class RunState:
         return max(0.0, now - (now if self._began is None else self._began))
 
     def episodes_per_second(self, now: float) -> float:
-        now = self.time(now)
         since = self._since(now)
-        return max(0, self.finished_episodes - since.episodes) / max(now - since.time, 1.0)
+        return max(0, self.finished_episodes - since.episodes) / max(self.time(now) - since.time, 1.0)
 
     def late_for(self, now: float) -> float:
         """Seconds for which the event loop has been late without interruption."""
@@ -441,29 +413,24 @@ class RunState:
         """Longest event-loop stall of the last :data:`STALL_SECONDS`, in seconds."""
         return max((seconds for at, seconds in self._stalls if self.time(now) - at < STALL_SECONDS), default=0.0)
 
-    def search(self, now: float) -> SearchState | None:
-        """None before the first sample of a search."""
-        if self._rollout is None or not self._rollout.search:
-            return None
-        now, found = self.time(now), self._rollout.search
+    @property
+    def search(self) -> Mapping[str, float]:
+        """The last sample's ``search/…`` metrics, totals of this session; empty before one."""
+        found = self._rollout.search if self._rollout else {}
+        return {name: finite(value) or 0.0 for name, value in found.items()}
+
+    def queries_per_second(self, now: float) -> float:
         since = self._since(now)
-        queries, failed = _number(found, "search/queries"), _number(found, "search/failed")
-        services = ("embedding", "store")
-        return SearchState(
-            queries_per_second=max(0.0, queries - since.queries) / max(now - since.time, 1.0),
-            cache_hit_rate=_number(found, "search/cache_hit_rate"),
-            p50=_number(found, "search/p50"),
-            p99=_number(found, "search/p99"),
-            faults=int(sum(_number(found, f"search/{name}/faults") for name in services)),
-            failed=int(failed),
-            failed_lately=int(max(0.0, failed - since.failed)),
-            seconds_down=max(_number(found, f"search/{name}/seconds_down") for name in services),
-        )
+        return max(0.0, _number(self.search, "search/queries") - since.queries) / max(self.time(now) - since.time, 1.0)
+
+    def searches_failed_lately(self, now: float) -> int:
+        """Failed calls within the last :data:`RATE_SECONDS`."""
+        return int(max(0.0, _number(self.search, "search/failed") - self._since(now).failed))
 
     def _since(self, now: float) -> _Reading:
         """The oldest reading within :data:`RATE_SECONDS`, else the last."""
         for reading in self._readings:
-            if now - reading.time <= RATE_SECONDS:
+            if self.time(now) - reading.time <= RATE_SECONDS:
                 return reading
         return self._readings[-1] if self._readings else _Reading(now, self.finished_episodes, 0.0, 0.0)
 

@@ -122,9 +122,7 @@ def test_rates_use_a_recent_window() -> None:
         queries = 5.0 * second if second < 40 else 200 + 20.0 * (second - 40)
         state.see(sampled(episodes, queries=queries), float(second))
     assert state.episodes_per_second(59.0) == pytest.approx(10)
-    search = state.search(59.0)
-    assert search is not None
-    assert search.queries_per_second == pytest.approx(20)
+    assert state.queries_per_second(59.0) == pytest.approx(20)
 
 
 def test_time_left_uses_recent_steps() -> None:
@@ -269,9 +267,14 @@ def test_any_order_of_events_is_handled(events: list[tuple[Event, float]]) -> No
 
 def _is_sane(state: RunState, now: float) -> None:
     json.dumps(frame(state, now), allow_nan=False)
-    search = state.search(now)
-    json.dumps([search and dataclasses.asdict(search), *map(dataclasses.asdict, state.evaluations)], allow_nan=False)
-    for value in (state.seconds(now), state.finished_episodes, state.episodes_per_second(now), state.late_for(now)):
+    json.dumps([state.search, *map(dataclasses.asdict, state.evaluations)], allow_nan=False)
+    for value in (
+        state.seconds(now),
+        state.finished_episodes,
+        state.episodes_per_second(now),
+        state.queries_per_second(now),
+        state.late_for(now),
+    ):
         assert value >= 0
     assert min(state.used.prompt, state.used.sampled, state.used.trained) >= 0
     assert state.batch.failed <= state.batch.episodes
