@@ -17,7 +17,7 @@ from searchr1_async.watch import drawing
 from searchr1_async.watch.drawing import DrawingError, filled, page_specs, picture_spec, run
 from searchr1_async.watch.state import RunState
 from searchr1_async.watch.view import curve_table, picture_task
-from tests.watch.event_stream import Script
+from tests.watch.builders import Script
 
 pytestmark = pytest.mark.anyio
 

@@ -12,8 +12,7 @@ from searchr1_async.watch.dashboard import as_html, as_text
 from searchr1_async.watch.frame import Frame, compact, frame, milliseconds, shown, summary
 from searchr1_async.watch.state import RunState
 from searchr1_async.watch.view import picture_task
-from tests.watch.builders import HOSTILE, episode
-from tests.watch.event_stream import Script
+from tests.watch.builders import HOSTILE, Script, episode
 
 STARTED = RunStarted("train", "Qwen/Qwen3-8B", False, "e", "runs/a", total_steps=10, group_size=8, is_tinker=True)
 

@@ -8,6 +8,7 @@ import polars as pl
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from searchr1_async.watch.charts import plot_learning, smoothed
 
 PNG = b"\x89PNG\r\n\x1a\n"

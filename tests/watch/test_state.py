@@ -42,8 +42,7 @@ from searchr1_async.records.metrics import CURVES
 from searchr1_async.watch.frame import frame, summary
 from searchr1_async.watch.progress import Mark, Series
 from searchr1_async.watch.state import MOST_EVALUATIONS, RunState
-from tests.watch.builders import HOSTILE, episode, group, malformed_turn
-from tests.watch.event_stream import Script
+from tests.watch.builders import HOSTILE, Script, episode, group, malformed_turn
 
 REWARD = CURVES[0].column
 
