@@ -95,12 +95,15 @@ def draw(run: RunRecords | Path | str, kind: str | Sequence[str] = "learning", *
         raise ConfigurationError(f"no metric to draw: choose from {', '.join(_NAMES)}, or a column of run.metrics")
     for name in names:
         _check(name, metrics.columns if metrics.height else None, is_only=isinstance(kind, str))
+    if not metrics.height and None in map(_named_in_table, names):
+        # Before the first step it is unknown which columns there will be.
+        return empty_chart(_NO_STEP, title=options.get("title") or ", ".join(names))
     return _called(", ".join(names), lambda own, **rest: _metric(own, metrics, names, **rest), records, options)
 
 
 def _check(name: str, columns: Sequence[str] | None, *, is_only: bool) -> None:
     """Refuse a name that is neither kind nor metric. ``columns``: None before the first step, when the columns are unknown."""
-    if metric_of(name) is not None or (columns is None and not (is_only and "/" not in name)):
+    if _named_in_table(name) or (columns is None and not (is_only and "/" not in name)):
         return
     near = difflib.get_close_matches(name, [*_KINDS, *_NAMES], n=1, cutoff=0.6)
     hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -349,14 +352,19 @@ def metric_named(name: str, columns: Sequence[str]) -> Metric:
     Raises:
         ConfigurationError: no such metric; suggests close matches.
     """
-    known = metric_of(name)
-    if known is not None and "<" not in known.column:
+    if known := _named_in_table(name):
         return known
     for column in (name, OF_ALL + name):
         if column in columns and column != "step":
-            template = known or METRICS[f"{OF_ALL}<reward part>"]
+            template = metric_of(column) or METRICS[f"{OF_ALL}<reward part>"]
             return dataclasses.replace(template, column=column, label=column.removeprefix(OF_ALL), unit="")
     raise ConfigurationError(f"there is no metric {name!r}. {_near(name, columns)}")
+
+
+def _named_in_table(name: str) -> Metric | None:
+    """The table's metric of this name; None too for one that a pattern such as ``stop/<reason>`` stands for."""
+    known = metric_of(name)
+    return None if known is None or "<" in known.column else known
 
 
 def _near(name: str, columns: Iterable[str]) -> str:

@@ -329,7 +329,7 @@ class RunState:
             self.warnings.remove(same)
         self.warnings.append(Warned(text, now, 1 + (same.count if same else 0)))
 
-    # --- what it says -------------------------------------------------------------------------------------------------
+    # --- reading ------------------------------------------------------------------------------------------------------
 
     @property
     def has_started(self) -> bool:
