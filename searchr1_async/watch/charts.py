@@ -384,7 +384,9 @@ def metric_rows(metrics: pl.DataFrame, metric: Metric) -> pl.DataFrame:
     frame = metrics.select(step=pl.col("step").cast(pl.Float64), value=pl.col(metric.column).cast(pl.Float64))
     frame = frame.filter(pl.col("value").is_finite()).sort("step")
     mean_n, spread_n = smoothed(frame["value"].to_numpy())
-    low_n, high_n = ((mean_n + sign * spread_n).clip(metric.low, metric.high) for sign in (-1, 1))
+    low = -math.inf if metric.low is None else metric.low
+    high = math.inf if metric.high is None else metric.high
+    low_n, high_n = (mean_n - spread_n).clip(low, high), (mean_n + spread_n).clip(low, high)
     return frame.with_columns(
         smooth=pl.Series(mean_n, dtype=pl.Float64), low=pl.Series(low_n, dtype=pl.Float64),
         high=pl.Series(high_n, dtype=pl.Float64),

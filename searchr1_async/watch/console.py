@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from types import TracebackType
-from typing import Self, TextIO
+from typing import Any, Self, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TaskID, TextColumn
@@ -145,7 +145,7 @@ class ConsoleProgress:
         """Update the phase's bar, or print ``line`` if one is due. ``metrics``: None keeps the bar's text."""
         name = phase.event.phase
         if self._progress is not None and name in self._bars:
-            fields = {} if metrics is None else {"metrics": metrics}
+            fields: dict[str, Any] = {} if metrics is None else {"metrics": metrics}
             self._progress.update(self._bars[name], completed=phase.estimate.done, **fields)
         elif now >= self._line_due[name]:
             self._line_due[name] = now + SECONDS_BETWEEN_LINES
