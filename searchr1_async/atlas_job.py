@@ -23,7 +23,7 @@ from searchr1_async.runs.run import Run
 from searchr1_async.search import Search
 from searchr1_async.training.demonstrations import Demonstration
 from searchr1_async.training.job import TrainingResult
-from searchr1_async.watch.charts.learning_curve import learning_curve
+from searchr1_async.watch.charts import draw
 from searchr1_async.watch.report import write_report
 
 
@@ -120,7 +120,7 @@ def _write_files(settings: AtlasSettings, result: TrainingResult) -> list[str]:
     records = RunRecords(result.out_dir)
     metrics = records.metrics()
     curve, report = result.out_dir / "learning_curve.png", result.out_dir / "report.html"
-    learning_curve(metrics, [evaluation.point() for evaluation in result.evaluations], curve)
+    draw(records, "learning", width=380, height=220).save(curve, scale_factor=2)
     write_report(
         report,
         title="A small model learns to search the Factbook",

@@ -195,7 +195,7 @@ async def test_what_is_asked_of_a_run_belongs_to_its_cost_and_a_live_view_says_t
     assert cost.tokens.prompt == rows["env/all/total_ob_tokens"].sum() + asked.prompt
     assert cost.tokens.cached == rows["env/all/total_cached_ob_tokens"].sum() + asked.cached
     assert cost.tokens.sampled == rows["env/all/total_ac_tokens"].sum() + asked.sampled
-    shown = state.snapshot(0.0)
+    shown = state
     assert (shown.used, shown.cost.text) == (cost.tokens, cost.text)
 
 

@@ -1,40 +1,25 @@
-"""Metrics by optimiser step: points per step, a trend line, and evaluations with intervals.
-
-Charts of outcomes: by number of turns or searches, and by suite.
-"""
+"""Charts of outcomes: reward and exact match by number of turns or searches, and exact match by suite; and their tidy frames."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import polars as pl
 
-from searchr1_async.watch.charts.theme import (
-    ALL_SUITES,
-    CALLS,
+from searchr1_async.records.statistics import Z_95, mean_interval, wilson_interval
+from searchr1_async.watch.chart_parts import (
     GREY,
     HEIGHT,
-    HELD_OUT,
-    MACRO_AVERAGE,
-    MAX_ROWS,
-    METRICS,
     NOTE_COLOUR,
     SEEN,
-    SERIES,
     TRAINING,
-    TURNS,
     WIDTH,
-    Metric,
     axis,
     empty_chart,
     heading,
     legend,
-    metric_named,
-    metric_rows,
-    overall,
     plain_text,
-    reward_by,
     steps_axis,
     table,
     thinned,
@@ -44,197 +29,8 @@ from searchr1_async.watch.charts.theme import (
 if TYPE_CHECKING:
     import altair as alt
 
-LEARNING = ("reward", "exact_match", "turns", "valid_calls")
-"""The metrics of the ``learning`` chart."""
-
-_COLOURS = {"reward": SEEN, "exact_match": TRAINING, "turns": TURNS, "valid_calls": CALLS}
-_NO_STEP = "No step has finished yet: nothing to draw."
-
-
-def plot_metric(
-    metrics: pl.DataFrame,
-    names: str | Sequence[str],
-    *,
-    evaluations: pl.DataFrame | None = None,
-    smooth: bool = True,
-    title: str | None = None,
-    width: int = WIDTH,
-    height: int = HEIGHT,
-) -> alt.LayerChart | alt.Chart:
-    """One or several metrics by step.
-
-    Args:
-        metrics: one row per step, as from ``run.metrics``.
-        names: ``reward``, ``exact_match``, ``turns``, ``valid_calls``, ``searches``, ``answer_in_passage``, ``staleness``, or
-            any column, with or without ``env/all/``. Several share one panel.
-        evaluations: as from :func:`searchr1_async.watch.charts.theme.evaluation_scores`; drawn with exact match. None omits them.
-        smooth: draw the trend (a local mean over a twentieth of the run) with a band of one local standard deviation; otherwise
-            points are joined.
-        title: None uses the metric's name.
-        width: of the panel, in pixels.
-        height: of the panel, in pixels.
-
-    Raises:
-        ConfigurationError: no such metric; suggests close matches.
-    """
-    wanted = [names] if isinstance(names, str) else list(dict.fromkeys(names))
-    found = [metric_named(name, metrics.columns) for name in wanted]
-    shown = overall(evaluations) if evaluations is not None and any(metric.part for metric in found) else None
-    text = title if title is not None else ", ".join(metric.label for metric in found)
-    rows = [metric_rows(metrics, metric) for metric in found]
-    if not any(frame.height for frame in rows) and (shown is None or not shown.height):
-        reason = f"No finished step has this metric ({', '.join(metric.column for metric in found)})."
-        return empty_chart(reason if metrics.height else _NO_STEP, title=text)
-    colours = _colours(wanted)
-    panel = _panel(found, rows, colours, shown, smooth)
-    return panel.properties(width=width, height=height, title=heading(text, _legend_text(rows, shown, smooth)))
-
-
-def plot_learning(
-    metrics: pl.DataFrame,
-    *,
-    evaluations: pl.DataFrame | None = None,
-    smooth: bool = True,
-    title: str = "",
-    width: int = 230,
-    height: int = 150,
-) -> alt.ConcatChart | alt.Chart:
-    """Reward, exact match, turns per episode and valid calls, one panel each; arguments as in :func:`plot_metric`, with
-    ``width`` and ``height`` per panel."""
-    import altair as alt
-
-    if not metrics.height and (evaluations is None or not evaluations.height):
-        return empty_chart(_NO_STEP, title=title)
-    panels = []
-    for name in LEARNING:
-        metric = METRICS[name]
-        shown = overall(evaluations) if evaluations is not None and metric.part else None
-        rows = metric_rows(metrics, metric)
-        if rows.height or (shown is not None and shown.height):
-            panel = _panel([metric], [rows], [_COLOURS[name]], shown, smooth, most=MAX_ROWS // 4, has_title=False)
-            panels.append(panel.properties(width=width, height=height, title=heading(metric.label)))
-        else:
-            panels.append(empty_chart("No value yet.", title=metric.label).properties(width=width, height=height))
-    grid = alt.concat(*panels, columns=2, spacing={"row": 16, "column": 20})
-    return grid.properties(title=heading(title)) if title else grid
-
-
-def _colours(names: Sequence[str]) -> list[str]:
-    """Each metric's own colour, else the next unused one."""
-    own = [_COLOURS.get(name) for name in names]
-    free = [colour for colour in SERIES if colour not in own] or list(SERIES)
-    taken = iter(free * len(names))
-    return [colour or next(taken) for colour in own]
-
-
-def _panel(
-    found: Sequence[Metric],
-    rows: Sequence[pl.DataFrame],
-    colours: Sequence[str],
-    evaluations: pl.DataFrame | None,
-    smooth: bool,
-    *,
-    most: int = MAX_ROWS,
-    has_title: bool = True,
-) -> alt.LayerChart:
-    import altair as alt
-
-    labels = [plain_text(metric.label, 60) for metric in found]
-    each = max(2, most // len(found))
-    frame = pl.concat(
-        [
-            thinned(own, each).with_columns(metric=pl.lit(label, dtype=pl.String))
-            for own, label in zip(rows, labels, strict=True)
-        ]
-    )
-    y_title = labels[0] if has_title and len(found) == 1 else None
-    each_shown = frame.height // len(found)
-    is_share = all(metric.is_share for metric in found)
-    number = ".1%" if is_share else ",.4~g"
-    evaluated = evaluations.height if evaluations is not None else 0
-    last = max([float(frame["step"].max() or 0) if frame.height else 0.0, 1.0])  # type: ignore[arg-type]
-    scale = alt.Scale(domain=[0 if evaluated else min(1.0, last - 1), last], nice=False, padding=6)
-    x = alt.X("step:Q", axis=steps_axis(tickCount=min(8, int(last))), scale=scale)
-    # A fixed value, not a scale: concatenated charts would share a scale.
-    colour: Any = alt.value(colours[0])
-    if len(found) > 1:
-        colour = alt.Color("metric:N", scale=alt.Scale(domain=labels, range=list(colours)), legend=legend())
-    y_axis = values_axis(y_title, format=".0%" if is_share else "~g")
-    base = alt.Chart(_rounded(frame))
-    y = alt.Y("value:Q", axis=y_axis, scale=alt.Scale(zero=is_share, nice=True))
-    layers: list[alt.Chart] = []
-    if smooth and frame.height > 2 * len(found):
-        layers.append(base.mark_area(opacity=0.15).encode(x=x, y=alt.Y("low:Q"), y2="high:Q", color=colour))
-    tooltips = [
-        alt.Tooltip("metric:N", title="metric"),
-        alt.Tooltip("step:Q", title="step", format=",d"),
-        alt.Tooltip("value:Q", title="this step", format=number),
-        *([alt.Tooltip("smooth:Q", title="trend", format=number)] if smooth else []),
-    ]
-    layers += [
-        base.mark_circle(size=_dot(each_shown), opacity=0.4 if each_shown < 150 else 0.25).encode(
-            x=x, y=y, color=colour, tooltip=tooltips
-        ),
-        base.mark_line(strokeWidth=2.2).encode(x=x, y=alt.Y("smooth:Q" if smooth else "value:Q"), color=colour),
-    ]
-    if evaluations is not None and evaluated:
-        layers += _evaluation_layers(evaluations, last, x)
-    return cast("alt.LayerChart", alt.layer(*layers))
-
-
-def _evaluation_layers(evaluations: pl.DataFrame, last: float, x: alt.X) -> list[alt.Chart]:
-    import altair as alt
-
-    places = [last if step is None else min(float(step), last) for step in evaluations["step"]]
-    rows = [
-        {"step": place, "label": plain_text(row["label"], 60)}
-        | {name: row[name] for name in ("mean", "low", "high", "questions")}
-        for place, row in zip(_spread_out(places, last / 60), evaluations.iter_rows(named=True), strict=True)
-    ]
-    base = alt.Chart(table(rows))
-    tooltips = [
-        alt.Tooltip("label:N", title="evaluation"),
-        alt.Tooltip("mean:Q", title="exact match", format=".1%"),
-        alt.Tooltip("low:Q", title="95 % from", format=".1%"),
-        alt.Tooltip("high:Q", title="to", format=".1%"),
-        alt.Tooltip("questions:Q", title="questions"),
-    ]
-    return [
-        base.mark_rule(color=HELD_OUT, strokeWidth=1.5, opacity=0.8).encode(x=x, y=alt.Y("low:Q"), y2="high:Q"),
-        base.mark_point(shape="diamond", filled=True, size=75, color=HELD_OUT, opacity=1).encode(
-            x=x, y=alt.Y("mean:Q"), tooltip=tooltips
-        ),
-    ]
-
-
-def _spread_out(places: Sequence[float], gap: float) -> list[float]:
-    """Separate evaluations of the same step (untrained, after the warm-up), inwards from the chart's ends."""
-    out: list[float] = []
-    for index, place in enumerate(places):
-        before, after = places[:index].count(place), places[index + 1 :].count(place)
-        out.append(place - after * gap if place > max(places) / 2 else place + before * gap)
-    return out
-
-
-def _dot(count: int) -> int:
-    """Area of a point in square pixels; smaller for many points, so that the trend stays visible."""
-    return 26 if count < 60 else 16 if count < 400 else 8
-
-
-def _rounded(frame: pl.DataFrame) -> pl.DataFrame:
-    """Five significant digits, which halves the notebook's size."""
-    return frame.with_columns(pl.col("value", "smooth", "low", "high").round_sig_figs(5))
-
-
-def _legend_text(rows: Sequence[pl.DataFrame], evaluations: pl.DataFrame | None, smooth: bool) -> list[str]:
-    words = []
-    if any(frame.height for frame in rows):
-        words.append("points: single steps" + ("; line and band: trend ± 1 standard deviation" if smooth else ""))
-    if evaluations is not None and evaluations.height:
-        words.append("diamonds: exact match of held-out questions, 95 % intervals")
-    return words
-
-
+ALL_SUITES = "all suites"
+MACRO_AVERAGE = "macro average"
 MAX_EVALUATIONS = 8
 """Maximum evaluations drawn per suite; of more, the first, the last and an even selection between them."""
 
@@ -338,7 +134,7 @@ def plot_suites(
     """Bars per suite, one for each evaluation in order, with 95 % intervals.
 
     Args:
-        evaluations: as from :func:`searchr1_async.watch.charts.theme.evaluation_scores`.
+        evaluations: as from :func:`evaluation_scores`.
         title: None for a default title.
         metric: name of the metric for labels.
         are_stages: the evaluations are of one run; the subtitle then compares the first with the last.
@@ -420,3 +216,82 @@ def _shades(count: int) -> list[str]:
     return [
         "#" + "".join(f"{round(a + (b - a) * part):02x}" for a, b in zip(pale, full, strict=True)) for part in share
     ]
+
+
+def evaluation_scores(evaluations: pl.LazyFrame, part: str = "correct") -> pl.DataFrame:
+    """One row per evaluation and suite, and one for all suites: ``order``, ``label``, ``step``, ``suite``, ``mean``, ``low``,
+    ``high`` (95 %) and ``questions``.
+
+    Computed as in :class:`searchr1_async.runs.evaluation.Evaluation`: mean over questions of each question's sample mean, with
+    Wilson's interval on the effective number of questions.
+
+    Args:
+        evaluations: episodes, as from :meth:`searchr1_async.records.run_records.RunRecords.evaluations`.
+        part: a reward part that has its own column.
+    """
+    finished = pl.col("stop_reason") != "failed"
+    asked = (
+        evaluations.with_row_index("row")
+        .group_by("label", "data_source", "question_id", "question", maintain_order=True)
+        .agg(
+            pl.col("row").filter(finished).min(),
+            pl.col("row").min().alias("asked"),
+            pl.col("step").first(),
+            pl.col(part).filter(finished).fill_null(0.0).mean().alias("score"),
+        )
+        .select("row", "asked", "label", "step", "data_source", "score")
+        .collect()
+    )
+    rows = []
+    for order, ((label,), own) in enumerate(asked.sort("asked").group_by("label", maintain_order=True)):
+        suites = [str(suite) for suite in own["data_source"].unique().sort()]
+        for suite in [ALL_SUITES, *suites] if len(suites) > 1 else suites:
+            of_suite = own if suite == ALL_SUITES else own.filter(pl.col("data_source") == suite)
+            scores = of_suite.drop_nulls("score").sort("row")["score"].to_list()
+            if scores:
+                low, high = mean_interval(scores)
+                rows.append((order, label, own["step"][0], suite, sum(scores) / len(scores), low, high, len(scores)))
+    names = ("order", "label", "step", "suite", "mean", "low", "high", "questions")
+    types = (pl.Int64, pl.String, pl.Int64, pl.String, pl.Float64, pl.Float64, pl.Float64, pl.Int64)
+    return pl.DataFrame(rows, schema=dict(zip(names, types, strict=True)), orient="row")
+
+
+def overall(scores: pl.DataFrame) -> pl.DataFrame:
+    """From :func:`evaluation_scores`, one row per evaluation: all suites, or the only one."""
+    return scores.group_by("order", maintain_order=True).first().sort("order")
+
+
+def reward_by(episodes: pl.LazyFrame, by: str) -> pl.DataFrame:
+    """Training outcomes by number of ``turns`` or ``searches``.
+
+    Columns ``n``, ``what`` (``reward``, ``exact match``), ``mean``, ``low``, ``high`` (95 %: Wilson's for exact match, 1.96
+    standard errors for reward) and ``episodes``. Failed and cut episodes are excluded.
+    """
+    count = pl.col("turn_count") if by == "turns" else _searches()
+    grouped = (
+        episodes.filter(~pl.col("stop_reason").is_in(["failed", "time_limit"]))
+        .select(n=count.cast(pl.Int64), reward="reward", correct=pl.col("correct").fill_null(0.0))
+        .group_by("n")
+        .agg(
+            pl.len().alias("episodes"),
+            pl.col("reward").mean().alias("mean"),
+            pl.col("reward").std().fill_null(0.0).alias("deviation"),
+            pl.col("correct").sum().alias("right"),
+        )
+        .sort("n")
+        .collect()
+    )
+    rows = []
+    for row in grouped.iter_rows(named=True):
+        episodes_n = row["episodes"]
+        margin = Z_95 * row["deviation"] / math.sqrt(episodes_n) if episodes_n > 1 else math.nan
+        rows.append((row["n"], "reward", row["mean"], row["mean"] - margin, row["mean"] + margin, episodes_n))
+        right = min(max(row["right"], 0.0), float(episodes_n))
+        rows.append((row["n"], "exact match", right / episodes_n, *wilson_interval(right, episodes_n), episodes_n))
+    schema = {"n": pl.Int64, "what": pl.String, "mean": pl.Float64, "low": pl.Float64, "high": pl.Float64}
+    return pl.DataFrame(rows, schema=schema | {"episodes": pl.Int64}, orient="row").fill_nan(None)
+
+
+def _searches() -> pl.Expr:
+    """Executed searches per episode: the result lists of all its calls."""
+    return pl.col("turns").list.eval(pl.element().struct.field("passages").list.len().fill_null(0)).list.sum()

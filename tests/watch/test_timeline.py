@@ -23,7 +23,7 @@ from searchr1_async.events import (
     WeightsPublished,
 )
 from searchr1_async.trackers.tracker import LoggedEvent, decoded, encoded
-from searchr1_async.watch.charts.timeline import STAGES, joined, step_summary, timeline_of
+from searchr1_async.watch.timeline import STAGES, joined, step_summary, timeline_of
 from tests.watch import builders
 
 STARTED = RunStarted("train", "m", True, "hash")

@@ -20,12 +20,14 @@ from searchr1_async.errors import ConfigurationError
 from searchr1_async.records.run_records import RunRecords
 from searchr1_async.runs.evaluation import Evaluation
 from searchr1_async.trackers.tracker import encoded
-from searchr1_async.watch.charts import draw, plot_learning, plot_metric, plot_timeline, theme
-from searchr1_async.watch.charts.theme import ALL_SUITES, METRICS, evaluation_scores, metric_rows, overall, reward_by
+from searchr1_async.watch import chart_parts as theme
+from searchr1_async.watch.charts import draw, metric_named, metric_rows, plot_learning, plot_metric, plot_timeline
+from searchr1_async.watch.outcome_charts import ALL_SUITES, evaluation_scores, overall, reward_by
 from tests import tiny_world
 from tests.watch import builders
-from tests.watch.charts.test_timeline import STEP_TWO, logged
+from tests.watch.test_timeline import STEP_TWO, logged
 
+REWARD = metric_named("reward", [])
 KINDS = ("learning", "timeline", "reward_by_turns", "reward_by_searches", "suites", "reward", "exact_match", "turns")
 
 
@@ -186,13 +188,13 @@ def test_many_steps_give_a_bounded_chart() -> None:
         spec = chart.to_dict()
         assert 1000 < all_rows(spec) <= theme.MAX_ROWS + 4
         assert len(json.dumps(spec)) < 1_000_000
-    shown = metric_rows(long, METRICS["reward"])
+    shown = metric_rows(long, REWARD)
     assert shown.height == 20_000, "the trend covers all steps, not only those shown"
 
 
 def test_long_step_gives_a_bounded_chart() -> None:
     from searchr1_async.events import GroupFinished
-    from tests.watch.charts.test_timeline import opened, sample
+    from tests.watch.test_timeline import opened, sample
 
     rows = [(0.0, opened(1))]
     rows += [(n / 2, sample(100, n % 50, 10, 20)) for n in range(7200)]  # an hour
@@ -203,7 +205,7 @@ def test_long_step_gives_a_bounded_chart() -> None:
 
 def test_series_with_gaps_and_nulls() -> None:
     frame = pl.DataFrame({"step": [1, 2, 3, 4], "env/all/reward/total": [0.1, None, float("nan"), float("inf")]})
-    assert metric_rows(frame, METRICS["reward"])["step"].to_list() == [1.0]
+    assert metric_rows(frame, REWARD)["step"].to_list() == [1.0]
     assert plot_metric(frame, "reward").to_dict()
     assert "nothing" not in json.dumps(plot_metric(frame, "reward").to_dict())
 

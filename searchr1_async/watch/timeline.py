@@ -1,6 +1,6 @@
-"""Timeline of one step from the event log: what episodes and the trainer waited for. Pure.
+"""Timeline of one step from the event log: what episodes and the trainer waited for, and its chart.
 
-Timeline chart of a step: episodes by stage above, trainer activity below.
+The timeline is pure; :func:`plot_timeline` draws episodes by stage above the trainer's activity.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
 
 from searchr1_async.trackers.tracker import LoggedEvent, session_events, steps_of
-from searchr1_async.watch.charts.theme import (
+from searchr1_async.watch.chart_parts import (
     CALLS,
     FAINT,
     HELD_OUT,
