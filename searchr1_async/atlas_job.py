@@ -15,12 +15,12 @@ import anyio
 
 from searchr1_async.api import train
 from searchr1_async.config import LocalOptions, WarmUp
-from searchr1_async.data import load_questions
+from searchr1_async.data.questions import load_questions
 from searchr1_async.episodes.types import Episode, Question
 from searchr1_async.evaluation.comparisons import comparison_rows, comparison_table, difference_line
 from searchr1_async.records.run_records import RunRecords
 from searchr1_async.runs.run import Run
-from searchr1_async.search import Search
+from searchr1_async.search.search import Search
 from searchr1_async.training.demonstrations import Demonstration
 from searchr1_async.training.job import TrainingResult
 from searchr1_async.watch.charts.learning_curve import learning_curve

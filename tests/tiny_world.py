@@ -178,7 +178,7 @@ PLAYING: dict[str, Any] = {
     "max_tokens": 12,
     "max_turns": 2,
     "max_trajectory_tokens": 128,
-    "local": sr.LocalOptions(threads=1, dtype="float32", device="cpu"),
+    "local": sr.config.LocalOptions(threads=1, dtype="float32", device="cpu"),
     "progress": False,
 }
 """How episodes of this world are played."""

@@ -128,14 +128,14 @@ async def exact_match(options: argparse.Namespace) -> dict[str, Any]:
     ]
     print(await build_compact_index(options.data / "corpus.parquet", folder, embedder=embedder, queries=others))
     stores = {"exact": ExactStore(passages, vectors), "compact": CompactStore(folder)}
-    measured: dict[str, sr.Evaluation] = {}
+    measured: dict[str, sr.evaluation.Evaluation] = {}
     for name, store in stores.items():
         search = sr.Search(WordLlamaEmbedder(), store, n_results=1, max_passage_words=40)
         report = await sr.evaluate(
             asked, search, systems={name: options.run}, temperature=0.0, progress="plain", **PLAYING
         )
         measured[name] = report[name]
-    gain = sr.compare(measured["exact"], measured["compact"])
+    gain = sr.evaluation.compare(measured["exact"], measured["compact"])
     return {
         "questions": sum(len(questions) for questions in asked.values()),
         "difference": gain.mean,

@@ -24,7 +24,7 @@ import polars as pl
 
 import searchr1_async as sr
 from benchmarks.shared.wordllama_embedder import WordLlamaEmbedder
-from searchr1_async.episodes.rewards import normalize_answer
+from searchr1_async.episodes.reward import normalize_answer
 from searchr1_async.episodes.types import Passage
 from searchr1_async.search.embedders import Embedder, SentenceTransformerEmbedder, Vectors
 

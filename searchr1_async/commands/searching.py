@@ -7,8 +7,8 @@ from typing import Any
 
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.runs.weights import Step, parse_step
-from searchr1_async.search import Search
 from searchr1_async.search.places import SearchOptions
+from searchr1_async.search.search import Search
 
 _NAMES = ("corpus", "chroma", "collection", "embedder", "results", "passage_words")
 

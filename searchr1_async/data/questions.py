@@ -25,7 +25,7 @@ from searchr1_async.boundary.tables import (
 )
 from searchr1_async.data.hub import SUITES, fetch_questions_file, read_reference, split_of
 from searchr1_async.data.layouts import QUESTION_COLUMNS, LayoutError, question_of
-from searchr1_async.episodes.rewards import normalize_answer
+from searchr1_async.episodes.reward import normalize_answer
 from searchr1_async.episodes.types import Question
 from searchr1_async.errors import ConfigurationError, CorpusError, QuestionsError
 

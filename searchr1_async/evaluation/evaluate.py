@@ -22,7 +22,7 @@ from searchr1_async.data.questions import Questions, optional_questions
 from searchr1_async.data.suites import Suites, load_suites
 from searchr1_async.episodes.prompts import Method
 from searchr1_async.episodes.rendering import check_thinking
-from searchr1_async.episodes.rewards import RecipeReward, RewardFunction
+from searchr1_async.episodes.reward import RecipeReward, RewardFunction
 from searchr1_async.errors import ConfigurationError, RunFolderError
 from searchr1_async.evaluation.episode_store import EpisodeStore, EpisodeWriter, Pool, PoolProgress, SampleKey
 from searchr1_async.evaluation.job_manifest import (

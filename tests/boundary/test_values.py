@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from searchr1_async import ConfigurationError
 from searchr1_async.boundary.settings import as_choice, as_flag, as_integer, as_number, as_text, half_a_character, plain
+from searchr1_async.errors import ConfigurationError
 
 
 @pytest.mark.parametrize("value", [8, np.int64(8), np.uint8(8), np.array(8)])

@@ -60,9 +60,9 @@ async def test_a_token_that_is_not_set_and_limits_that_are_none_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("SERVING_TOKEN", raising=False)
-    with pytest.raises(sr.ConfigurationError, match="SERVING_TOKEN, which is not set"):
+    with pytest.raises(sr.errors.ConfigurationError, match="SERVING_TOKEN, which is not set"):
         await serve._run(options(str(tmp_path), "--token-from", "SERVING_TOKEN"))
-    with pytest.raises(sr.ConfigurationError, match="requests"):
+    with pytest.raises(sr.errors.ConfigurationError, match="requests"):
         await serve._run(options(str(tmp_path), "--requests", "0"))
-    with pytest.raises(sr.StoreError, match="holds no index"):
+    with pytest.raises(sr.errors.StoreError, match="holds no index"):
         await serve._run(options(str(tmp_path)))

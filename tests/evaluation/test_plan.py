@@ -10,7 +10,7 @@ import pytest
 import searchr1_async as sr
 from searchr1_async.config import EpisodeLimits, SamplingSettings
 from searchr1_async.data.suites import Suite
-from searchr1_async.episodes.rewards import RecipeReward
+from searchr1_async.episodes.reward import RecipeReward
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.evaluation.judge import Judge
 from searchr1_async.evaluation.plan import EvaluationJob, service_stages

@@ -85,7 +85,7 @@ def shrunk(name: str, folder: Path, **changes: Any) -> NotebookNode:
     playing_values = _PLAYING | _PLAYING_BY_NOTEBOOK.get(name, {})
     playing = "stand_in_playing" if name == "02_train_on_tinker" else "playing"
     lines = [
-        "from searchr1_async import LocalOptions",
+        "from searchr1_async.config import LocalOptions",
         "from tests.tiny_world import HashingEmbedder",
         "embedder = HashingEmbedder()",
         f'{playing} = {playing_values!r} | {{"local": LocalOptions(threads=1, dtype="float32", device="cpu")}}',

@@ -11,7 +11,7 @@ import pytest
 from searchr1_async.config import EpisodeLimits, SamplingSettings
 from searchr1_async.episodes.chatml import ChatMLRenderer
 from searchr1_async.episodes.formats import Dialect, TagsDialect
-from searchr1_async.episodes.rewards import RecipeReward
+from searchr1_async.episodes.reward import RecipeReward
 from searchr1_async.episodes.types import Group, Question, StopReason
 from searchr1_async.errors import RewardError, SearchError, TooManyFailuresError
 from searchr1_async.rollout.engine import GroupToPlay, GroupUnderWay, RolloutEngine

@@ -295,7 +295,7 @@ async def test_a_service_that_fails_every_episode_stops_even_a_short_run(start: 
     class Broken(sr.Search):
         async def search(self, queries: Any, n_results: int | None = None) -> Any:
             if is_learning:
-                raise sr.StoreError("the store is down")
+                raise sr.errors.StoreError("the store is down")
             return await super().search(queries, n_results)
 
     is_learning = False
@@ -305,7 +305,7 @@ async def test_a_service_that_fails_every_episode_stops_even_a_short_run(start: 
         is_learning = is_learning or (isinstance(event, PhaseStarted) and event.phase == "train")
 
     run = start(questions=4, epochs=1, groups_per_batch=50, search_class=Broken, emit=emit, warm_up=tiny_world.WARM_UP)
-    with pytest.raises(sr.TooManyFailuresError, match="of 16 episodes failed"):
+    with pytest.raises(sr.errors.TooManyFailuresError, match="of 16 episodes failed"):
         await run
 
 
