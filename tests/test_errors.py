@@ -11,6 +11,7 @@ import pytest
 
 import searchr1_async as sr
 from searchr1_async.errors import ServiceError, ungrouped
+from searchr1_async.testing import HashingEmbedder
 from tests import tiny_world
 
 pytestmark = pytest.mark.anyio
@@ -31,7 +32,7 @@ async def reward(episode: sr.Episode) -> float:
     return broken_line(episode)
 
 
-class BrokenEmbedder(tiny_world.HashingEmbedder):
+class BrokenEmbedder(HashingEmbedder):
     fingerprint = "broken"
 
     async def embed_queries(self, texts: Any) -> Any:

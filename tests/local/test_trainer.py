@@ -19,7 +19,7 @@ from searchr1_async.local.lora import LoraAdapter, LoraLayout
 from searchr1_async.local.torch_backend import Engine, load_engine
 from searchr1_async.local.torch_losses import LOSSES, with_sequence_ratio
 from searchr1_async.local.trainer import adam_step, forward_backward
-from tests.local.tiny import make_tiny_model
+from searchr1_async.testing import make_tiny_model
 
 LORA = LoraConfig(rank=4, seed=1)
 MODELS: dict[str, dict[str, Any]] = {

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralC
 from searchr1_async.local.kernels import onednn_available
 from searchr1_async.local.prefixes import pack
 from searchr1_async.local.transformer import LeanTransformer, TreeAttention, is_lean, read_safetensors
-from tests.local.tiny import make_tiny_model
+from searchr1_async.testing import make_tiny_model
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "llama": {"config_class": LlamaConfig},

@@ -18,8 +18,7 @@ from searchr1_async.rollout.engine import GroupToPlay, GroupUnderWay, RolloutEng
 from searchr1_async.rollout.gate import SampleGate
 from searchr1_async.rollout.limit import LimitSettings, SampleLimit
 from searchr1_async.rollout.player import GroupPolicy, LocalPlayer
-from tests.local.tiny import make_tiny_tokenizer
-from tests.players import BrokenPolicy, BrokenSearch, DictSearch, ScriptedPolicy
+from searchr1_async.testing import BrokenPolicy, BrokenSearch, DictSearch, ScriptedPolicy, make_tiny_tokenizer
 
 pytestmark = pytest.mark.anyio
 

@@ -17,8 +17,7 @@ from searchr1_async.records.metrics import answer_in_passage, group_metrics, pas
 from searchr1_async.rollout.engine import GroupUnderWay, RolloutEngine
 from searchr1_async.rollout.gate import SampleGate
 from searchr1_async.rollout.player import LocalPlayer
-from tests.local.tiny import make_tiny_tokenizer
-from tests.players import BrokenPolicy, BrokenSearch, DictSearch, ScriptedPolicy
+from searchr1_async.testing import BrokenPolicy, BrokenSearch, DictSearch, ScriptedPolicy, make_tiny_tokenizer
 
 pytestmark = pytest.mark.anyio
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import inspect
 import math
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 
 import searchr1_async as sr
-from searchr1_async.__main__ import _parser, main
+from searchr1_async.cli.main import main, parser_for
 from searchr1_async.runs.checkpoints import ResumePoint
 from searchr1_async.runs.export import export
 from tests import tiny_world
@@ -243,10 +244,14 @@ async def test_a_run_started_with_relative_paths_resumes(tmp_path: Path, monkeyp
         old.refuse_changes({**now, "model": str(tmp_path / "other")}, "order")
 
 
+def parsed(arguments: list[str]) -> argparse.Namespace:
+    return parser_for(arguments).parse_args(arguments)
+
+
 def test_the_command_line_expands_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A shell does not expand ``--out-dir=~/x``."""
     monkeypatch.setenv("HOME", str(tmp_path))
     for command in (["eval", "nq", "--out-dir=~/x"], ["atlas", "--out-dir=~/x"]):
-        assert _parser().parse_args(command).out_dir == tmp_path / "x"
-    assert _parser().parse_args(["ask", "~/x", "who?"]).run_folder == tmp_path / "x"
-    assert _parser().parse_args(["export", "run", "~/x"]).folder == tmp_path / "x"
+        assert parsed(command).out_dir == tmp_path / "x"
+    assert parsed(["ask", "~/x", "who?"]).run_folder == tmp_path / "x"
+    assert parsed(["export", "run", "~/x"]).folder == tmp_path / "x"

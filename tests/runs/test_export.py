@@ -22,7 +22,7 @@ from tinker import types
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import searchr1_async as sr
-from searchr1_async.__main__ import main
+from searchr1_async.cli.main import main
 from searchr1_async.events import Event, Notice, StepFinished
 from searchr1_async.runs.checkpoints import KeptCheckpoint, ResumePoint
 from tests import tiny_world
@@ -230,7 +230,7 @@ async def test_a_resume_point_that_is_replaced_meanwhile_is_followed(
 
 
 async def test_a_base_of_another_shape_is_refused(finished: sr.runs.RecordedRun, tmp_path: Path) -> None:
-    from tests.local.tiny import make_tiny_model
+    from searchr1_async.testing import make_tiny_model
 
     other = await anyio.to_thread.run_sync(lambda: make_tiny_model(tmp_path / "other", num_hidden_layers=2))
     with pytest.raises(sr.errors.ExportError, match="it is a different model"):

@@ -11,7 +11,7 @@ from searchr1_async.rollout.engine import RolloutEngine
 from searchr1_async.rollout.gate import SampleGate
 from searchr1_async.rollout.player import LocalPlayer
 from searchr1_async.runs.rollouts import evaluate_policy, play_all
-from tests.players import BrokenSearch, DictSearch, ScriptedPolicy
+from searchr1_async.testing import BrokenSearch, DictSearch, ScriptedPolicy
 
 pytestmark = pytest.mark.anyio
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import searchr1_async as sr
-from searchr1_async.__main__ import main
+from searchr1_async.cli.main import main
 from searchr1_async.config import EpisodeLimits
 from searchr1_async.evaluation import job_manifest as describing
 from searchr1_async.evaluation.manifest import Manifest

@@ -15,6 +15,7 @@ import pytest
 import searchr1_async as sr
 from searchr1_async.config import LocalOptions
 from searchr1_async.service.startup import check_service
+from searchr1_async.testing import HashingEmbedder
 from tests import tiny_world
 
 pytestmark = pytest.mark.anyio
@@ -150,7 +151,7 @@ async def test_invalid_questions_are_refused(search: sr.Search, tmp_path: Path) 
 
 
 async def test_bad_corpora_are_refused(tmp_path: Path) -> None:
-    embedder = tiny_world.HashingEmbedder()
+    embedder = HashingEmbedder()
     with pytest.raises(sr.errors.CorpusError, match="no passages"):
         sr.Search.local([], embedder=embedder)
     with pytest.raises(sr.errors.CorpusError, match="no column 'text'"):
@@ -160,7 +161,7 @@ async def test_bad_corpora_are_refused(tmp_path: Path) -> None:
 async def test_a_corpus_with_a_bad_later_row_is_refused_first(tmp_path: Path) -> None:
     rows = [{"id": "1", "title": "", "text": "good"}, {"id": "1", "title": "", "text": "the same id"}]
     corpus = write_rows(tmp_path / "corpus.jsonl", *rows)
-    search = sr.Search.local(corpus, embedder=tiny_world.HashingEmbedder(), path=tmp_path / "index")
+    search = sr.Search.local(corpus, embedder=HashingEmbedder(), path=tmp_path / "index")
     with pytest.raises(sr.errors.CorpusError, match="the same id '1'"):
         await start(search, tmp_path / "run")
     assert not (tmp_path / "run").exists()

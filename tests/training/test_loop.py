@@ -13,6 +13,7 @@ import pytest
 
 import searchr1_async as sr
 from searchr1_async.events import Event, GroupFinished, MinibatchSubmitted, Notice, PhaseStarted, StepFinished
+from searchr1_async.testing import HashingEmbedder
 from tests import tiny_world
 
 pytestmark = pytest.mark.anyio
@@ -327,7 +328,7 @@ async def test_an_interrupted_evaluation_runs_after_the_resume(start: Callable[.
 async def test_a_stop_cancels_index_building(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     building = anyio.Event()
 
-    class Endless(tiny_world.HashingEmbedder):
+    class Endless(HashingEmbedder):
         async def embed_passages(self, texts: Any) -> Any:
             building.set()
             await anyio.sleep_forever()

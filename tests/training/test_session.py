@@ -21,6 +21,7 @@ from searchr1_async.runs import checkpoints
 from searchr1_async.runs.checkpoints import ResumePoint
 from searchr1_async.runs.folder import training_questions
 from searchr1_async.search.faults import PassingFault
+from searchr1_async.testing import HashingEmbedder
 from tests import tiny_world
 
 pytestmark = pytest.mark.anyio
@@ -82,7 +83,7 @@ async def test_streamed_minibatches_give_the_same_weights_as_one_batch(
     assert difference < 0.01 * change
 
 
-class FallibleEmbedder(tiny_world.HashingEmbedder):
+class FallibleEmbedder(HashingEmbedder):
     """Its service goes down on request."""
 
     is_down = False
