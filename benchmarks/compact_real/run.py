@@ -29,12 +29,9 @@ from benchmarks.shared.extended_vectors import ExtendedVectors, Extension, kept_
 from benchmarks.shared.real_vectors import SUITES, RealVectors, holds_answer, nearest, read_corpus, real_vectors
 from benchmarks.shared.report import write_result
 from benchmarks.shared.wordllama_embedder import WordLlamaEmbedder
-from searchr1_async.episodes.types import Passage
-from searchr1_async.search.builders import build_compact_index
-from searchr1_async.search.compact.store import CompactStore
-from searchr1_async.search.embedders import Vectors
+from searchr1_async import Passage
+from searchr1_async.search import CompactStore, Found, Vectors, build_compact_index
 from searchr1_async.search.passage_embedding import passage_text
-from searchr1_async.search.stores.vector_store import Found
 
 CALIBRATING = 500
 

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import polars as pl
 
-from searchr1_async.data.suites import load_suites
-from searchr1_async.episodes.reward import cover_match, exact_match, f1, normalize_answer
+from searchr1_async.evaluation import load_suites
+from searchr1_async.rewards import cover_match, exact_match, f1, normalize_answer
 
 SINGLE_PRECISION = 1e-6
 """torchmetrics counts in 32 bits."""
