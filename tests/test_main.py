@@ -119,7 +119,7 @@ class Interrupting:
         if name == "searchr1_async.episodes.formats":
             signal.raise_signal(signal.SIGINT)
 sys.meta_path.insert(0, Interrupting())
-sys.argv = ["-m"]
+sys.argv = ["-m", "view", "RUN"]
 sys.orig_argv = [sys.executable, "-m", "searchr1_async", "view", "RUN"]
 runpy.run_module("searchr1_async", run_name="__main__", alter_sys=True)
 """

@@ -311,7 +311,7 @@ async def evaluate(
 
     Args:
         suites: benchmark names (``"nq"``; ``"benchmarks"`` for all seven), files, folders, frames, questions, or a list of
-            these; see :func:`searchr1_async.load_suites`. Or an earlier evaluation to repeat: its folder, ``manifest.json``,
+            these; see :func:`searchr1_async.evaluation.load_suites`. Or an earlier evaluation to repeat: its folder, ``manifest.json``,
             :class:`Report` or :class:`Manifest`; arguments that change what is measured are then refused.
         search: the search tool. Optional if all systems answer directly, if the evaluated runs were trained with one search
             (their folders describe it), or if a repeated manifest describes it.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from searchr1_async.boundary.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from searchr1_async.local.scripted import TimedReply as TimedReply
+    from searchr1_async.local.scripted_backend import TimedReply as TimedReply
     from searchr1_async.testing.stand_in_service import scripted_service as scripted_service
     from searchr1_async.testing.stand_ins import BrokenPolicy as BrokenPolicy
     from searchr1_async.testing.stand_ins import BrokenSearch as BrokenSearch
@@ -21,7 +21,7 @@ else:
     __getattr__, __dir__, __all__ = lazy_names(
         __name__,
         {
-            "searchr1_async.local.scripted": "TimedReply",
+            "searchr1_async.local.scripted_backend": "TimedReply",
             "searchr1_async.testing.stand_in_service": "scripted_service",
             "searchr1_async.testing.stand_ins": "BrokenPolicy BrokenSearch DictSearch HashingEmbedder ScriptedPolicy",
             "searchr1_async.testing.tiny_model": "make_tiny_model make_tiny_tokenizer",

@@ -32,7 +32,7 @@ async def scripted_service(
         reply: ``package.module:function``, importable in that process: from the prompt's tokens and a seeded ``random.Random``
             to new tokens, text, or a :class:`TimedReply`, which also says how long it takes.
         words: each is one token, beside the tokenizer's common words; empty: a tokenizer of bytes, which takes any text.
-        training: seconds of training, as fields of :class:`~searchr1_async.local.scripted.TrainingTimes`.
+        training: seconds of training, as fields of :class:`~searchr1_async.local.scripted_backend.TrainingTimes`.
         options: of :func:`~searchr1_async.local.process.local_service`.
 
     Raises:
