@@ -16,7 +16,7 @@ from functools import lru_cache
 from typing import Literal
 
 from searchr1_async.billing import prompt_lengths
-from searchr1_async.episodes.rewards import normalize_answer
+from searchr1_async.episodes.reward import normalize_answer
 from searchr1_async.episodes.table import GroupOutcome
 from searchr1_async.episodes.types import Episode, Group, Passage, StopReason
 

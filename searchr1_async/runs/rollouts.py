@@ -22,7 +22,7 @@ from searchr1_async.config import MAX_SERVICE_OUTAGE, EpisodeLimits, LocalOption
 from searchr1_async.episodes.formats import FORMATS, make_dialect
 from searchr1_async.episodes.prompts import Method, clean_query
 from searchr1_async.episodes.rendering import check_thinking
-from searchr1_async.episodes.rewards import RewardFunction
+from searchr1_async.episodes.reward import RewardFunction
 from searchr1_async.episodes.types import Group, Passage, Question, SearchCall
 from searchr1_async.errors import ConfigurationError, ModelError, SearchError, first_error, ungrouped
 from searchr1_async.events import (
@@ -43,8 +43,8 @@ from searchr1_async.rollout.player import GroupPolicy, TinkerPolicy
 from searchr1_async.rollout.workers.messages import WorkerSpec
 from searchr1_async.runs.evaluation import Evaluation
 from searchr1_async.runs.weights import EpisodeChoice, Weights, described_differences
-from searchr1_async.search import Search
 from searchr1_async.search.record import ShownSearch
+from searchr1_async.search.search import Search
 from searchr1_async.service.availability import watching_service
 from searchr1_async.service.connection import Service, ServiceName, find_endpoint
 from searchr1_async.service.startup import check_chat_format, check_service, open_service

@@ -172,7 +172,7 @@ async def test_a_variant_keeps_its_name_and_renders_like_the_plain_model(
             ModelError, match=r"does not have thinking='max'. It has: False, True, 'low', 'medium', 'xhigh'"
         ):
             train(service, tmp_path / "other", model=name, thinking="max")
-        with pytest.raises(sr.RunFolderError, match="thinking: 'low' then, True now"):
+        with pytest.raises(sr.errors.RunFolderError, match="thinking: 'low' then, True now"):
             await train(service, tmp_path, model=name, thinking=True, steps=2, resume=True)
 
 

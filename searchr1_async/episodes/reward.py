@@ -47,7 +47,7 @@ def exact_match(answer: str | None, golden_answers: tuple[str, ...]) -> float:
     return float(bool(normalised) and any(normalised == normalize_answer(golden) for golden in golden_answers))
 
 
-def f1_score(answer: str | None, golden_answers: tuple[str, ...]) -> float:
+def f1(answer: str | None, golden_answers: tuple[str, ...]) -> float:
     """Best token-level F1 of the answer against any golden answer, in [0, 1] (Rajpurkar et al., 2016)."""
     if answer is None:
         return 0.0
@@ -166,7 +166,7 @@ class RecipeReward:
             correct = exact_match(answer, golden)
         reward = self.format_coefficient * (format_ok - 1) + correct
         parts = {"correct": correct, "format": format_ok}
-        return Score(reward, {**parts, "f1": f1_score(answer, golden), "cover": cover_match(answer, golden)})
+        return Score(reward, {**parts, "f1": f1(answer, golden), "cover": cover_match(answer, golden)})
 
 
 async def score(episode: Episode, reward: RewardFunction) -> Episode:

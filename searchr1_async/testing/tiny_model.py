@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SPECIAL_TOKENS = (END_OF_TEXT, IM_START, IM_END)
@@ -80,14 +79,17 @@ def make_tiny_model(
     words: Sequence[str] | None = None,
     byte_level: bool = True,
     context: int = 2048,
-    config_class: type[PretrainedConfig] = LlamaConfig,
+    config_class: Any = None,
     **overrides: Any,
 ) -> Path:
     """A folder with about 0.4 M random weights, for ``AutoModelForCausalLM`` and ``AutoTokenizer``.
 
     ``overrides`` change the configuration (``hidden_size=64``, ``tie_word_embeddings=False``, …); another
-    ``config_class`` makes a Qwen or a Mistral. Deterministic in its arguments.
+    ``config_class`` (of transformers; None: ``LlamaConfig``) makes a Qwen or a Mistral. Deterministic in its arguments.
     """
+    import torch  # slow to import, and not needed for a tokenizer
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
     tokenizer = make_tiny_tokenizer(folder, words=words, byte_level=byte_level)
     sizes: dict[str, Any] = {
         "vocab_size": len(tokenizer),
@@ -106,6 +108,8 @@ def make_tiny_model(
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config_class(**(sizes | overrides)), dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(
+            (config_class or LlamaConfig)(**(sizes | overrides)), dtype=torch.float32
+        )
     model.save_pretrained(folder)
     return folder

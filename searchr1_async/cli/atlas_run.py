@@ -1,4 +1,4 @@
-"""The demo job: a small real model learns to search the Factbook, on one machine, without an API key.
+"""``run``: the demo job. A small real model learns to search the Factbook, on one machine, without an API key.
 
 It builds the index, evaluates the untrained model on held-out countries, warms it up on demonstrations, trains it, evaluates
 again, and writes a table, a learning curve and a report.
@@ -6,7 +6,9 @@ again, and writes a table, a learning curve and a report.
 
 from __future__ import annotations
 
+import argparse
 import random
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,17 +16,18 @@ from pathlib import Path
 import anyio
 
 from searchr1_async.api import train
+from searchr1_async.boundary.paths import path_argument
+from searchr1_async.cli.atlas_page import write_report
 from searchr1_async.config import LocalOptions, WarmUp
-from searchr1_async.data import load_questions
+from searchr1_async.data.questions import load_questions
 from searchr1_async.episodes.types import Episode, Question
 from searchr1_async.evaluation.comparisons import comparison_rows, comparison_table, difference_line
 from searchr1_async.records.run_records import RunRecords
 from searchr1_async.runs.run import Run
-from searchr1_async.search import Search
+from searchr1_async.search.search import Search
 from searchr1_async.training.demonstrations import Demonstration
 from searchr1_async.training.job import TrainingResult
 from searchr1_async.watch.charts import draw
-from searchr1_async.watch.report import write_report
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,3 +154,32 @@ def _example_episodes(result: TrainingResult, count: int = 6) -> list[tuple[str,
         for key in ranked
         for evaluation, stage in zip(result.evaluations, by_stage, strict=True)
     ]
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    defaults = AtlasSettings()
+    parser.add_argument(
+        "--out-dir", type=path_argument, default=defaults.out_dir, help="the run's folder (%(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=defaults.seed)
+    parser.add_argument("--steps", type=int, default=defaults.steps, help="maximum optimiser steps (%(default)s)")
+    parser.add_argument("--time-limit", type=float, default=defaults.time_limit, help="seconds of RL (%(default)s)")
+    parser.add_argument("--held-out", type=int, default=defaults.held_out, help="held-out questions (%(default)s)")
+    parser.add_argument("--warm-up-steps", type=int, default=defaults.warm_up_steps)
+    parser.add_argument("--groups-per-batch", type=int, default=defaults.groups_per_batch)
+    parser.add_argument("--group-size", type=int, default=defaults.group_size)
+    parser.add_argument("--learning-rate", type=float, default=defaults.learning_rate)
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads of the model (all cores)")
+    parser.set_defaults(run=_run, stopped=_run_stopped)
+
+
+async def _run(options: argparse.Namespace) -> str:
+    given = {name: getattr(options, name) for name in AtlasSettings.__slots__ if hasattr(options, name)}
+    began = time.monotonic()
+    result, text = await run_atlas(AtlasSettings(**given))
+    minutes = (time.monotonic() - began) / 60
+    return f"\n{text}\n{result.steps} optimiser steps; {minutes:.1f} minutes in this session"
+
+
+def _run_stopped(options: argparse.Namespace) -> str:
+    return f"Finished steps are kept in {options.out_dir}; run the same command to resume."

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 
-from searchr1_async.__main__ import main
-from searchr1_async.commands import eval as command
+from searchr1_async.cli import model_commands
+from searchr1_async.cli.main import main, parser_for
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.evaluation.report import open_report
 from searchr1_async.search import search as searches
+from searchr1_async.testing import HashingEmbedder
 from tests import tiny_world
 
 
@@ -22,7 +22,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a corpus and two suites; every embedder name maps to the tiny world's."""
     monkeypatch.setenv("TINKER_API_KEY", tiny_world.shared_service().api_key)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(searches, "make_embedder", lambda embedder: tiny_world.HashingEmbedder())
+    monkeypatch.setattr(searches, "make_embedder", lambda embedder: HashingEmbedder())
     facts = tiny_world.make_facts().items()
     passages = [
         {"id": f"{kind}-{place}", "title": "", "text": f"{kind} {place} {thing}"} for (kind, place), thing in facts
@@ -104,11 +104,9 @@ def test_an_error_is_one_line_and_leaves_nothing(
 
 
 def test_systems_are_told_by_their_labels() -> None:
-    parser = argparse.ArgumentParser()
-    command.add(parser.add_subparsers())
-
     def systems(*more: str) -> dict[str, object]:
-        return dict(command._systems(parser.parse_args(["eval", "nq", "--out-dir", "e", *more])))
+        arguments = ["eval", "nq", "--out-dir", "e", *more]
+        return dict(model_commands._systems(parser_for(arguments).parse_args(arguments)))
 
     assert systems() == {"untrained": None}
     assert systems("--system", "a=runs/a", "--system", "b=tinker://x=y") == {"a": "runs/a", "b": "tinker://x=y"}

@@ -1,12 +1,14 @@
-"""``wiki18``: downloads the prebuilt index of the 2018 Wikipedia and optionally compacts it."""
+"""Commands on indexes: ``index`` and ``serve``, and ``wiki18``, which downloads the prebuilt index of the 2018 Wikipedia and makes a
+compact one of it."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
-from dataclasses import dataclass
+import signal
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import anyio
 
@@ -24,22 +26,24 @@ from searchr1_async.data.wikipedia_index import (
     fetch_sizes,
     gigabytes,
 )
-from searchr1_async.errors import StoreError
+from searchr1_async.errors import ConfigurationError, StoreError
 from searchr1_async.events import Emit, Notice
-from searchr1_async.search.builders import build_compact_index, differing, needed_bytes
+from searchr1_async.search.builders import build_compact_index, build_index, differing, needed_bytes
 from searchr1_async.search.compact.assembly import SAMPLE_QUERIES
 from searchr1_async.search.compact.files import MANIFEST_NAME, CompactManifest, CompactSettings
+from searchr1_async.search.embedders import DEFAULT_MODEL as LOCAL_MODEL
 from searchr1_async.search.faults import PassingFault
 from searchr1_async.search.gemini import DEFAULT_MODEL, make_embedder
+from searchr1_async.search.http_server import DEFAULT_PORT, serve_search
 from searchr1_async.search.passage_embedding import PACING
+from searchr1_async.search.search import Search
+from searchr1_async.search.stores.chroma_server import RemoteChroma
 from searchr1_async.search.stores.chroma_sources import ChromaFolder
-from searchr1_async.search.stores.vector_store import open_embedder
+from searchr1_async.search.stores.vector_store import WritableStore, open_embedder
+from searchr1_async.search.wire import ServingLimits
 from searchr1_async.watch.dashboard import console_view
 
-if TYPE_CHECKING:
-    from searchr1_async.commands import Parsers
-
-
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PASSAGES, DIMENSION = 21_015_324, 768
 """Size of the Wikipedia index."""
 COMPACT_SHARE = 0.5
@@ -53,46 +57,128 @@ COMPACT_RATE = 10_000.0
 _SPARE = 1 << 30
 
 
-def add(commands: Parsers) -> None:
-    wiki18 = commands.add_parser(
-        "wiki18", help="download the prebuilt index of the 2018 Wikipedia (21 million passages)"
+def add_index(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("corpus", metavar="CORPUS", help="a .jsonl, .jsonl.gz or .parquet file, or atlas")
+    place = parser.add_mutually_exclusive_group()
+    place.add_argument("--path", type=Path, help="the index's folder (in the user's cache)")
+    place.add_argument("--host", help="name or URL of a Chroma server, instead of a folder")
+    parser.add_argument("--port", type=int, default=8000, help="port of the server (%(default)s)")
+    parser.add_argument("--ssl", action="store_true", help="HTTPS")
+    parser.add_argument(
+        "--collection", default="wiki_embeddings", help="collection on the server, created if missing (%(default)s)"
     )
-    wiki18.add_argument("--folder", type=Path, help="target folder (in the user's cache)")
-    wiki18.add_argument("--keep-archive", action="store_true", help="keep the archive beside the unpacked index")
-    wiki18.add_argument("--repository", default=REPOSITORY, help="data set on the Hugging Face hub (%(default)s)")
-    wiki18.add_argument("--archive", default=ARCHIVE, help="its .tar.xz of a Chroma folder (%(default)s)")
-    wiki18.add_argument("--revision", help="branch, tag or commit (main)")
-    wiki18.add_argument("--endpoint", help="URL of another hub, such as a mirror ($HF_ENDPOINT)")
-    wiki18.add_argument(
+    parser.add_argument("--token-from", metavar="VARIABLE", help="environment variable with the server's token")
+    parser.add_argument(
+        "--embedder", default=LOCAL_MODEL, help="a sentence-transformers model, or gemini-embedding-001 (%(default)s)"
+    )
+    parser.add_argument(
+        "--longest-wait",
+        type=float,
+        default=PACING.longest_wait,
+        metavar="SECONDS",
+        help="longest Retry-After to accept from the embedder or server (%(default)g)",
+    )
+    parser.set_defaults(run=_index, stopped=_index_stopped)
+
+
+async def _index(options: argparse.Namespace) -> str:
+    async with console_view() as progress:
+        target = options.path if options.host is None else _server(options)
+        pacing = replace(PACING, longest_wait=options.longest_wait)
+        report = await build_index(options.corpus, target, embedder=options.embedder, pacing=pacing, emit=progress)
+    return str(report)
+
+
+def _index_stopped(options: argparse.Namespace) -> str:
+    return "Embedded passages are kept; run the same command to resume."
+
+
+def _server(options: argparse.Namespace) -> WritableStore:
+    token = _token(options)
+    return RemoteChroma(options.host, options.port, options.collection, ssl=options.ssl, token=token, create=True)
+
+
+def _token(options: argparse.Namespace) -> str | None:
+    token = None
+    if options.token_from is not None and not (token := os.environ.get(options.token_from)):
+        raise ConfigurationError(f"--token-from names {options.token_from}, which is not set")
+    return token
+
+
+def add_serve(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", metavar="PATH", help="a compact index's folder, or anything else Search.open accepts")
+    parser.add_argument("--host", default="127.0.0.1", help="address to bind; 0.0.0.0 for other machines (%(default)s)")
+    parser.add_argument("--port", type=int, default=DEFAULT_PORT, help="port to bind; 0 picks a free one (%(default)s)")
+    parser.add_argument("--token-from", metavar="VARIABLE", help="environment variable with the required token")
+    parser.add_argument("--embedder", help="embedder of the index (the index's own)")
+    parser.add_argument("--collection", help="collection, if a Chroma folder or server has several")
+    parser.add_argument("--results", type=int, default=3, help="default number of passages of /retrieve (%(default)s)")
+    parser.add_argument(
+        "--requests", type=int, default=ServingLimits().requests, help="maximum concurrent requests (%(default)s)"
+    )
+    parser.set_defaults(run=_serve, stopped=_serve_stopped)
+
+
+async def _serve(options: argparse.Namespace) -> str:
+    token = _token(options)
+    limits = ServingLimits(requests=options.requests)
+    search = await Search.open(
+        options.path, embedder=options.embedder, collection=options.collection, n_results=options.results
+    )
+    with anyio.open_signal_receiver(signal.SIGTERM) as signals:
+        async with (
+            console_view() as progress,
+            serve_search(search, host=options.host, port=options.port, token=token, limits=limits) as address,
+        ):
+            if token is None and options.host not in LOOPBACK:
+                progress(Notice("no token required: anyone who can reach this machine can search", is_warning=True))
+            progress(Notice(f"serving at {address} (GET /health, POST /retrieve); Ctrl-C stops it"))
+            async for _ in signals:
+                break
+    return _serve_stopped(options)
+
+
+def _serve_stopped(options: argparse.Namespace) -> str:
+    return "Requests in flight were finished; the server has stopped."
+
+
+def add_wiki18(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--folder", type=Path, help="target folder (in the user's cache)")
+    parser.add_argument("--keep-archive", action="store_true", help="keep the archive beside the unpacked index")
+    parser.add_argument("--repository", default=REPOSITORY, help="data set on the Hugging Face hub (%(default)s)")
+    parser.add_argument("--archive", default=ARCHIVE, help="its .tar.xz of a Chroma folder (%(default)s)")
+    parser.add_argument("--revision", help="branch, tag or commit (main)")
+    parser.add_argument("--endpoint", help="URL of another hub, such as a mirror ($HF_ENDPOINT)")
+    parser.add_argument(
         "--longest-wait",
         type=float,
         default=LONGEST_WAIT,
         metavar="SECONDS",
         help="longest Retry-After to accept from the hub (%(default)g)",
     )
-    wiki18.add_argument("--compact", action="store_true", help="build a compact index that needs under 8 GB of memory")
-    wiki18.add_argument(
+    parser.add_argument("--compact", action="store_true", help="build a compact index that needs under 8 GB of memory")
+    parser.add_argument(
         "--embedder", default=DEFAULT_MODEL, help="with --compact: the embedder of the vectors (%(default)s)"
     )
-    wiki18.add_argument(
+    parser.add_argument(
         "--vectors",
         choices=("float16", "int8"),
         default="float16",
         help="with --compact: how vectors are stored (%(default)s)",
     )
-    wiki18.add_argument("--recall", type=float, default=0.95, help="with --compact: target recall (%(default)s)")
-    wiki18.add_argument(
+    parser.add_argument("--recall", type=float, default=0.95, help="with --compact: target recall (%(default)s)")
+    parser.add_argument(
         "--questions",
         help="with --compact: a suite or file of questions to measure recall with (default: passages of the index, which are "
         "easier to find)",
     )
-    wiki18.add_argument(
+    parser.add_argument(
         "--keep", action="store_true", help="with --compact: keep the downloaded files beside the index"
     )
-    wiki18.set_defaults(run=_run, stopped=_stopped)
+    parser.set_defaults(run=_wiki18, stopped=_wiki18_stopped)
 
 
-async def _run(options: argparse.Namespace) -> str:
+async def _wiki18(options: argparse.Namespace) -> str:
     async with console_view() as progress:
         if options.compact:
             return await _compact(options, progress)
@@ -213,7 +299,7 @@ def _index_bytes(repository: str, sizes: FetchSizes, settings: CompactSettings) 
     return int(sizes.unpacked * COMPACT_SHARE)
 
 
-def _stopped(options: argparse.Namespace) -> str:
+def _wiki18_stopped(options: argparse.Namespace) -> str:
     return "Downloaded data is kept; run the same command to resume."
 
 

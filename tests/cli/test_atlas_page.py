@@ -9,8 +9,8 @@ import polars as pl
 from hypothesis import given
 from hypothesis import strategies as st
 
+from searchr1_async.cli.atlas_page import write_report
 from searchr1_async.episodes.types import Question, StopReason
-from searchr1_async.watch.report import write_report
 from searchr1_async.watch.viewer.markup import STYLE, highlighted, isolated, visible
 from tests.watch.builders import HOSTILE, answering_turn, episode, malformed_turn, question, searching_turn
 

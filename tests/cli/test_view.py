@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from searchr1_async.commands import view
+from searchr1_async.cli.main import parser_for
 from searchr1_async.errors import ConfigurationError, RunFolderError
 from searchr1_async.records.run_records import GroupOutcome, RunRecords
 from tests.watch.builders import group
@@ -16,9 +16,7 @@ pytestmark = pytest.mark.anyio
 
 
 def options(*arguments: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    view.add(parser.add_subparsers())
-    return parser.parse_args(["view", *arguments])
+    return parser_for(["view"]).parse_args(["view", *arguments])
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A run's report: one self-contained HTML file without scripts."""
+"""The report of the demo job: one self-contained HTML file without scripts."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def write_report(
     Args:
         path: the HTML file; replaced atomically.
         title: page heading.
-        summary: rows of the result table, as from ``evaluation.table.comparison_rows``.
+        summary: rows of the result table, as from :func:`~searchr1_async.evaluation.comparisons.comparison_rows`.
         curve_png: the learning curve, embedded; omitted if None or missing.
         metrics: one row per step.
         episodes: episodes to show turn by turn, each with a label (``before``, ``after``); those of one question are side by side.

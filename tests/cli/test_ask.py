@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from pathlib import Path
 
 import pytest
 
-from searchr1_async.__main__ import main
-from searchr1_async.commands import ask as command
+from searchr1_async.cli.main import main, parser_for
 from tests import tiny_world
 from tests.trained_run import SERVICE_KEY, TrainedRun, trained_run, with_hashed_words
 
@@ -80,7 +78,6 @@ def test_a_folder_without_a_run_and_a_strange_step_are_refused(
 
 
 def test_a_stop_says_that_nothing_is_lost() -> None:
-    parser = argparse.ArgumentParser()
-    command.add(parser.add_subparsers())
-    options = parser.parse_args(["ask", "runs/a", "Who?"])
+    arguments = ["ask", "runs/a", "Who?"]
+    options = parser_for(arguments).parse_args(arguments)
     assert "Nothing was written" in options.stopped(options)
