@@ -7,5 +7,9 @@
 - :mod:`.network`: proxies, loopback addresses, ``Retry-After``, and exceptions of the ``tinker`` SDK.
 - :mod:`.waits`: bounded waits, reported after 5 seconds, deadlines that stop while a run is paused, and work in threads.
 
+For the package itself:
+
+- :mod:`.lazy`: names that load on first use.
+
 The rest of the package trusts validated values. Any module may import this package; it imports only the errors.
 """

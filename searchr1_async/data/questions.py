@@ -26,7 +26,7 @@ from searchr1_async.boundary.tables import (
     renamed,
 )
 from searchr1_async.data.layouts import QUESTION_COLUMNS, LayoutError, question_of
-from searchr1_async.episodes.rewards import normalize_answer
+from searchr1_async.episodes.reward import normalize_answer
 from searchr1_async.episodes.types import Question
 from searchr1_async.errors import ConfigurationError, CorpusError, QuestionsError
 

@@ -21,7 +21,7 @@ from searchr1_async.episodes.rendering import AS_TEMPLATE
 from searchr1_async.errors import ConfigurationError, RunFolderError
 from searchr1_async.models import Thinking
 from searchr1_async.runs.checkpoints import KeptCheckpoint, ResumePoint, best_checkpoint, kept_checkpoints
-from searchr1_async.search import Search
+from searchr1_async.search.search import Search
 from searchr1_async.service.connection import ServiceName, is_embedded
 
 TINKER_PATH = "tinker://"

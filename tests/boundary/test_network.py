@@ -54,7 +54,7 @@ except (SearchR1Error, ExceptionGroup) as error:
 
 def open_in_child(url: str, folder: Path, **environment: str) -> str:
     """Opens a service with the real SDK in a process of its own: what it came to."""
-    from tests.local.tiny import make_tiny_tokenizer
+    from searchr1_async.testing import make_tiny_tokenizer
 
     tokenizer = folder / "tokenizer"
     if not tokenizer.exists():

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 import searchr1_async
-from searchr1_async import ConfigurationError
 from searchr1_async.boundary.paths import OpenFiles, absolute_path, as_name_or_folder, cache_folder, is_same_place
+from searchr1_async.errors import ConfigurationError
 from tests import tiny_world
 from tests.local.serving import KEY, service_thread
 
@@ -159,7 +159,7 @@ def test_text_that_is_too_long_for_a_name_is_refused(tmp_path: Path, monkeypatch
         for read in (
             searchr1_async.load_questions,
             searchr1_async.load_corpus,
-            searchr1_async.load_suites,
+            searchr1_async.evaluation.load_suites,
             absolute_path,
         ):
             with pytest.raises(ConfigurationError, match="longer than 255 bytes: no file has such a name") as refusal:

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 import searchr1_async as sr
-from searchr1_async import ConfigurationError
 from searchr1_async.boundary.paths import FilePath
 from searchr1_async.boundary.settings import (
     Count,
@@ -31,6 +30,7 @@ from searchr1_async.boundary.settings import (
     settings_of,
 )
 from searchr1_async.config import PipelineSettings
+from searchr1_async.errors import ConfigurationError
 from searchr1_async.evaluation.systems import System
 
 
@@ -46,7 +46,7 @@ class Sizes:
     numbers: Mapping[str, float] = field(default_factory=dict)
     folder: FilePath | None = None
     told: Callable[[str], None] | None = None
-    price: sr.Price | None = None
+    price: sr.runs.Price | None = None
     anything: Any = None
 
     def __post_init__(self) -> None:
@@ -93,7 +93,7 @@ def test_what_is_given_becomes_plain_python(tmp_path: Path, monkeypatch: pytest.
     ],
 )
 def test_what_does_not_fit_is_refused_by_its_name(given: dict[str, Any], told: str) -> None:
-    with pytest.raises(sr.ConfigurationError, match=told):
+    with pytest.raises(sr.errors.ConfigurationError, match=told):
         Sizes(**given)
 
 
@@ -104,9 +104,9 @@ def test_arguments_are_checked_by_the_signature() -> None:
     module_globals = call.__globals__
     assert {"Count", "Annotated", "Sequence", "list_of"} <= module_globals.keys()
     assert call(np.int64(2), ["a"]) == {"count": 2, "names": ("a",)}
-    with pytest.raises(sr.ConfigurationError, match=r"names\[1\] is 3"):
+    with pytest.raises(sr.errors.ConfigurationError, match=r"names\[1\] is 3"):
         call(1, ["a", 3])  # pyright: ignore[reportArgumentType]
-    with pytest.raises(sr.ConfigurationError, match="names is 'ab'"):
+    with pytest.raises(sr.errors.ConfigurationError, match="names is 'ab'"):
         call(1, "ab")
 
 
@@ -117,16 +117,23 @@ def test_settings_are_made_of_arguments_with_their_names() -> None:
 @pytest.mark.parametrize(
     "kind",
     [
-        *(sr.EpisodeLimits, sr.SamplingSettings, PipelineSettings, sr.WarmUp, sr.LearningSettings, sr.LocalOptions),
-        *(sr.Judge, sr.PacingSettings, sr.CompactSettings, System, sr.RecipeReward),
+        *(
+            sr.config.EpisodeLimits,
+            sr.config.SamplingSettings,
+            PipelineSettings,
+            sr.WarmUp,
+            sr.config.LearningSettings,
+            sr.config.LocalOptions,
+        ),
+        *(sr.Judge, sr.search.PacingSettings, sr.search.CompactSettings, System, sr.rewards.RecipeReward),
     ],
 )
 def test_every_setting_of_the_package_refuses_what_is_none(kind: Any) -> None:
     for each in fields(kind):
-        with pytest.raises(sr.ConfigurationError, match=each.name):
+        with pytest.raises(sr.errors.ConfigurationError, match=each.name):
             kind(**{each.name: object()})
-    with pytest.raises(sr.ConfigurationError, match="train is 'dear'"):
-        sr.Price(1, 2, "dear")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(sr.errors.ConfigurationError, match="train is 'dear'"):
+        sr.runs.Price(1, 2, "dear")  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("value", [8, np.int64(8), np.uint8(8), np.array(8)])

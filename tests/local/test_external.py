@@ -23,8 +23,8 @@ from yarl import URL
 
 from searchr1_async.local import listings as external
 from searchr1_async.local.torch_backend import TorchBackend
+from searchr1_async.testing import make_tiny_model
 from tests.local.serving import KEY, Raw, Served, datum, rest, sdk, service_thread
-from tests.local.tiny import make_tiny_model
 
 pytestmark = pytest.mark.anyio
 

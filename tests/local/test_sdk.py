@@ -78,7 +78,7 @@ def scripted(folder: Path) -> Backend:
 def tiny_model(folder: Path) -> Backend:
     pytest.importorskip("torch")
     from searchr1_async.local.torch_backend import TorchBackend
-    from tests.local.tiny import make_tiny_model
+    from searchr1_async.testing import make_tiny_model
 
     if not (folder / "config.json").exists():
         make_tiny_model(folder)

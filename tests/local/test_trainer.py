@@ -18,7 +18,7 @@ from searchr1_async.local.backend import AdamParams, Datum, ForwardBackwardResul
 from searchr1_async.local.lora import LoraAdapter, LoraLayout
 from searchr1_async.local.torch_backend import Engine, load_engine
 from searchr1_async.local.trainer import LOSSES, adam_step, forward_backward, with_sequence_ratio
-from tests.local.tiny import make_tiny_model
+from searchr1_async.testing import make_tiny_model
 
 LORA = LoraConfig(rank=4, seed=1)
 MODELS: dict[str, dict[str, Any]] = {

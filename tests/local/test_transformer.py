@@ -19,7 +19,7 @@ from searchr1_async.local.transformer import (
     pack,
     read_safetensors,
 )
-from tests.local.tiny import make_tiny_model
+from searchr1_async.testing import make_tiny_model
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "llama": {"config_class": LlamaConfig},

@@ -16,8 +16,7 @@ from searchr1_async.episodes.formats import TagsDialect
 from searchr1_async.episodes.types import Episode, Question, StopReason
 from searchr1_async.rollout.gate import SampleGate
 from searchr1_async.rollout.player import GroupTask, LocalPlayer
-from tests.local.tiny import make_tiny_tokenizer
-from tests.players import DictSearch, ScriptedPolicy
+from searchr1_async.testing import DictSearch, ScriptedPolicy, make_tiny_tokenizer
 from tests.virtual_time import VirtualTimeLoop
 
 pytestmark = pytest.mark.anyio

@@ -1,13 +1,7 @@
-"""Episodes and groups as HTML for a notebook cell, with own styles and no script. Pure.
-
-Episodes as terminal-safe plain text, without control or bidi characters. Pure.
-
-Display of episodes and groups in IPython; a no-op without it.
-"""
+"""Episodes and groups as HTML for a notebook cell, with own styles and no script, and as terminal-safe plain text. Pure."""
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from searchr1_async.episodes.table import centred
@@ -227,43 +221,3 @@ def _line(text: str, limit: int = MAX_LINE) -> str:
 def _shown(text: str, limit: int) -> str:
     shown, left_out = clipped(text, limit)
     return visible_text(shown) + (f" … {left_out:,} more characters" if left_out else "")
-
-
-def register_representations() -> bool:
-    """Register rich display of episodes and groups in Jupyter and IPython: HTML in a cell, text elsewhere. Idempotent.
-
-    Returns:
-        Whether IPython is running.
-    """
-    ipython = sys.modules.get("IPython")
-    shell: Any = ipython.get_ipython() if ipython is not None and hasattr(ipython, "get_ipython") else None
-    formatter = getattr(shell, "display_formatter", None)
-    if formatter is None:
-        return False
-    html, plain = formatter.formatters["text/html"], formatter.formatters["text/plain"]
-    html.for_type(Episode, _episode_html)
-    html.for_type(Group, _group_html)
-    plain.for_type(Episode, _episode_plain)
-    plain.for_type(Group, _group_plain)
-    return True
-
-
-def _episode_html(episode: Episode) -> str:
-
-    return episode_html(episode)
-
-
-def _group_html(group: Group) -> str:
-
-    return group_html(group)
-
-
-def _episode_plain(episode: Episode, printer: Any, cycle: bool) -> None:
-
-    # In a container the printer's stack is deeper: print one line each.
-    printer.text(episode_text(episode) if len(printer.stack) <= 1 else episode_line(episode))
-
-
-def _group_plain(group: Group, printer: Any, cycle: bool) -> None:
-
-    printer.text(group_text(group))
