@@ -63,11 +63,11 @@ if TYPE_CHECKING:
     from searchr1_async.runs.ask import ask as ask
     from searchr1_async.runs.estimate import estimate_cost as estimate_cost
     from searchr1_async.runs.export import export as export
+    from searchr1_async.runs.folder import TrainingResult as TrainingResult
     from searchr1_async.runs.run import Run as Run
     from searchr1_async.runs.run import open_run as open_run
     from searchr1_async.search.search import Search as Search
-    from searchr1_async.training.demonstrations import Demonstration as Demonstration
-    from searchr1_async.training.job import TrainingResult as TrainingResult
+    from searchr1_async.training.warm_up import Demonstration as Demonstration
 else:
     import_module("searchr1_async.rollout")  # an empty package, bound now: later it would take the name of the function
     del rollout
@@ -90,8 +90,8 @@ else:
             "searchr1_async.runs.export": "export",
             "searchr1_async.runs.run": "Run open_run",
             "searchr1_async.search.search": "Search",
-            "searchr1_async.training.demonstrations": "Demonstration",
-            "searchr1_async.training.job": "TrainingResult",
+            "searchr1_async.training.warm_up": "Demonstration",
+            "searchr1_async.runs.folder": "TrainingResult",
         },
         namespaces="config errors evaluation events rewards runs search testing trackers",
     )

@@ -1,4 +1,4 @@
-"""A training job's input and result.
+"""A training job: all validated settings of a run.
 
 Digests of a run's inputs besides its settings (reward, questions, answers), so a resume can report changes.
 """
@@ -17,7 +17,6 @@ from pathlib import Path
 from types import CodeType, FunctionType, MethodType
 from typing import Any
 
-from searchr1_async.billing import Cost
 from searchr1_async.config import (
     MAX_SERVICE_OUTAGE,
     EpisodeLimits,
@@ -31,14 +30,13 @@ from searchr1_async.episodes.reward import RecipeReward, RewardFunction
 from searchr1_async.episodes.types import Question
 from searchr1_async.errors import RunFolderError
 from searchr1_async.models import Price, Thinking
-from searchr1_async.runs.checkpoints import KeptCheckpoint, ResumePoint
-from searchr1_async.runs.estimate import CostEstimate, RunShape, mean_letters
-from searchr1_async.runs.evaluation import Evaluation
+from searchr1_async.runs.checkpoints import ResumePoint
+from searchr1_async.runs.estimate import RunShape, mean_letters
 from searchr1_async.search.search import Search
 from searchr1_async.service.connection import ServiceName
 from searchr1_async.training.admission import QuestionOrder
-from searchr1_async.training.demonstrations import Demonstration
 from searchr1_async.training.start import Start
+from searchr1_async.training.warm_up import Demonstration
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _QUESTIONS = {
@@ -292,27 +290,3 @@ class TrainingJob:
         if self.learning.steps is not None:
             return point.step >= self.learning.steps
         return point.next_place >= self.learning.epochs * len(order) and not point.open_places
-
-
-@dataclass(frozen=True)
-class TrainingResult:
-    """Result of a run. All of it can be read back from ``out_dir``."""
-
-    out_dir: Path
-    steps: int
-    """Optimiser steps finished, earlier sessions of the run included."""
-    reason: str
-    """``finished``, ``time_limit``, ``max_cost`` or ``stopped``."""
-    checkpoint: str | None
-    """``tinker://`` path of the last weights kept for sampling."""
-    evaluations: tuple[Evaluation, ...]
-    """On the held-out questions, in order."""
-    seconds: float
-    """Seconds of reinforcement learning, earlier sessions included."""
-    best: KeptCheckpoint | None = None
-    """The kept weights with the highest exact match on the held-out questions; None before any evaluation. Their score is
-    biased upwards by the selection: report them on other questions."""
-    cost: Cost | None = None
-    """Cost so far, earlier sessions included."""
-    estimated_cost: CostEstimate | None = None
-    """Estimated cost of the whole run; None for a run read from its folder."""
