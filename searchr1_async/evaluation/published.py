@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import polars as pl
 
 from searchr1_async.evaluation.manifest import Manifest, SystemRecord
-
-if TYPE_CHECKING:
-    from searchr1_async.evaluation.report import Report
+from searchr1_async.evaluation.report_frames import ReportFrames
 
 _PAPER = "https://arxiv.org/abs/2503.09516"
 _RECIPE = "https://github.com/thinking-machines-lab/tinker-cookbook/tree/main/tinker_cookbook/recipes/search_tool"
@@ -112,14 +110,14 @@ class Beside:
     notes: tuple[str, ...]
 
 
-def beside_published(report: Report, published: Sequence[PublishedRow] | None = None) -> Beside:
+def beside_published(report: ReportFrames, published: Sequence[PublishedRow] | None = None) -> Beside:
     rows = tuple(PUBLISHED if published is None else published)
     suites = [suite for suite in report.suites if any(suite in row.scores for row in rows)]
     rows = tuple(row for row in rows if any(suite in row.scores for suite in suites))
     return Beside(_frame(report, rows, suites), _conditions(report, rows, suites), _notes(report, rows, suites))
 
 
-def _frame(report: Report, rows: Sequence[PublishedRow], suites: Sequence[str]) -> pl.DataFrame:
+def _frame(report: ReportFrames, rows: Sequence[PublishedRow], suites: Sequence[str]) -> pl.DataFrame:
     cells = []
     for label, evaluation in report.items():
         for suite in (suite for suite in suites if suite in evaluation.suites):
@@ -211,7 +209,7 @@ CONDITIONS: tuple[_Condition, ...] = (
 )
 
 
-def _questions(report: Report, suites: Sequence[str]) -> str:
+def _questions(report: ReportFrames, suites: Sequence[str]) -> str:
     """``nq 500 of 3,610``, …"""
     totals = {} if report.manifest is None else {suite.name: suite.total for suite in report.manifest.suites}
     asked = {
@@ -224,7 +222,7 @@ def _questions(report: Report, suites: Sequence[str]) -> str:
     )
 
 
-def _conditions(report: Report, rows: Sequence[PublishedRow], suites: Sequence[str]) -> pl.DataFrame:
+def _conditions(report: ReportFrames, rows: Sequence[PublishedRow], suites: Sequence[str]) -> pl.DataFrame:
     columns: dict[str, list[str]] = {"condition": [*(each.name for each in CONDITIONS), "questions"]}
     for label in report:
         columns[label] = [
@@ -240,14 +238,14 @@ def _conditions(report: Report, rows: Sequence[PublishedRow], suites: Sequence[s
     return pl.DataFrame(columns)
 
 
-def _ours(report: Report, label: str, condition: _Condition) -> str | None:
+def _ours(report: ReportFrames, label: str, condition: _Condition) -> str | None:
     record = report.record(label)
     if report.manifest is None or record is None:
         return None
     return condition.ours(report.manifest, record)
 
 
-def _notes(report: Report, rows: Sequence[PublishedRow], suites: Sequence[str]) -> tuple[str, ...]:
+def _notes(report: ReportFrames, rows: Sequence[PublishedRow], suites: Sequence[str]) -> tuple[str, ...]:
     if not rows or not report:
         return ()
     if report.manifest is None:
@@ -263,7 +261,7 @@ def _notes(report: Report, rows: Sequence[PublishedRow], suites: Sequence[str]) 
     return (*notes, *(f"{', '.join(names)}: {remark}" for remark, names in remarks.items()))
 
 
-def _note(report: Report, row: PublishedRow, suites: Sequence[str]) -> str:
+def _note(report: ReportFrames, row: PublishedRow, suites: Sequence[str]) -> str:
     differing, unknown = [], []
     for condition in CONDITIONS:
         theirs = condition.theirs(row)

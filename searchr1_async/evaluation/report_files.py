@@ -6,7 +6,7 @@ A report as HTML for a notebook cell, without scripts, following the notebook's 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import polars as pl
 
@@ -14,21 +14,20 @@ from searchr1_async.boundary.paths import parquet_bytes, write_atomically
 from searchr1_async.episodes.table import storable
 from searchr1_async.errors import RunFolderError
 from searchr1_async.evaluation.manifest import QUESTIONS_NAME
+from searchr1_async.evaluation.report_charts import plot_figure, plot_outcomes
+from searchr1_async.evaluation.report_frames import ReportFrames
 from searchr1_async.evaluation.report_links import EPISODES_NAME, choose, chosen_rows, key_of
 from searchr1_async.evaluation.report_page import episodes_title, paragraph, report_page, table_html
 from searchr1_async.evaluation.report_tables import result_table
-from searchr1_async.evaluation.report_text import latex_report, markdown_report
+from searchr1_async.evaluation.report_text import latex_report, markdown_report, notes_of
 from searchr1_async.records.scores import SCORE_SCHEMA
 from searchr1_async.watch.viewer import load_tokenizer, page_of
 from searchr1_async.watch.viewer.markup import DARK, LIGHT
 
-if TYPE_CHECKING:
-    from searchr1_async.evaluation.report import Report
-
 REPORT_NAME = "report.html"
 
 
-def save_report(report: Report, folder: Path) -> Path:
+def save_report(report: ReportFrames, folder: Path) -> Path:
     """See :meth:`Report.save`. The page is written last, so that everything it links to exists."""
     is_own = report.folder is not None and report.folder.resolve() == folder.resolve()
     if not is_own:
@@ -73,18 +72,18 @@ def _refuse_taken(folder: Path) -> None:
         )
 
 
-def _parquet(report: Report) -> bytes:
+def _parquet(report: ReportFrames) -> bytes:
     columns = list(SCORE_SCHEMA)
     return parquet_bytes(
         pl.concat([pl.DataFrame(schema=SCORE_SCHEMA), *(own.scores.select(columns) for own in report.values())])
     )
 
 
-def _figures(report: Report) -> dict[str, bytes]:
+def _figures(report: ReportFrames) -> dict[str, bytes]:
     if not report:
         return {}
     files = {}
-    for name, chart in (("exact_match", report.plot()), ("outcomes", report.plot_outcomes())):
+    for name, chart in (("exact_match", plot_figure(report, "exact_match")), ("outcomes", plot_outcomes(report))):
         for kind, content in _drawn(chart).items():
             files[f"figures/{name}.{kind}"] = content
     return files
@@ -112,11 +111,11 @@ tbody th { font-weight: 500; } .better { font-weight: 700; color: var(--good); }
 """
 
 
-def report_cell(report: Report) -> str:
+def report_cell(report: ReportFrames) -> str:
     """Exact match by system and suite, with collapsed notes."""
     if not report:
         return _framed(paragraph("This report has no systems."))
-    notes = report.notes()
+    notes = notes_of(report)
     items = "".join(f"<li>{paragraph(note, tag='span')}</li>" for note in notes)
     more = f"<details><summary>Notes on these results ({len(notes)})</summary><ul>{items}</ul></details>"
     return _framed(table_html(result_table(report)) + (more if notes else ""))

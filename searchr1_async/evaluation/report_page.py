@@ -11,12 +11,14 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import polars as pl
 
 from searchr1_async.episodes.table import storable
+from searchr1_async.evaluation.published import beside_published
 from searchr1_async.evaluation.report_charts import OUTCOME_COLOURS
+from searchr1_async.evaluation.report_frames import ReportFrames
 from searchr1_async.evaluation.report_links import Chosen, EpisodeKey, flip_links, href
 from searchr1_async.evaluation.report_tables import (
     METRIC_MEANINGS,
@@ -37,12 +39,10 @@ from searchr1_async.evaluation.report_tables import (
     result_table,
     table_of,
 )
+from searchr1_async.evaluation.report_text import notes_of
 from searchr1_async.records.scores import ALL_SUITES, MACRO, OUTCOMES
 from searchr1_async.records.statistics import Estimate
 from searchr1_async.watch.viewer.markup import STYLE, isolated
-
-if TYPE_CHECKING:
-    from searchr1_async.evaluation.report import Report
 
 _LONGEST = 300
 """Characters shown per cell; an answer may have a million."""
@@ -160,7 +160,7 @@ table.settings th { white-space: nowrap; } pre { white-space: pre-wrap; overflow
 )
 
 
-def report_page(report: Report, chosen: Chosen, available: frozenset[EpisodeKey]) -> str:
+def report_page(report: ReportFrames, chosen: Chosen, available: frozenset[EpisodeKey]) -> str:
     """The page. Of the episodes in ``chosen``, only those in ``available`` are linked."""
     parts = [_head("Evaluation"), _result(report)]
     parts += [
@@ -193,7 +193,7 @@ def _notes(notes: tuple[str, ...]) -> str:
     return f"<ul>{items}</ul>" if notes else ""
 
 
-def _result(report: Report) -> str:
+def _result(report: ReportFrames) -> str:
     if not report:
         return "<p>This report has no systems.</p>"
     parts = []
@@ -214,12 +214,12 @@ def _result(report: Report) -> str:
         head,
         table_html(result_table(report)),
         "<h3>Notes on these results</h3>",
-        _notes(report.notes()),
+        _notes(notes_of(report)),
         f'<div class="suites">{"".join(parts)}</div>',
     )
 
 
-def _differences(report: Report, chosen: Chosen, available: frozenset[EpisodeKey]) -> str:
+def _differences(report: ReportFrames, chosen: Chosen, available: frozenset[EpisodeKey]) -> str:
     comparisons = report.comparisons()
     if not comparisons.height:
         return ""
@@ -252,7 +252,7 @@ def _comparisons(frame: pl.DataFrame) -> list[str]:
     ]
 
 
-def _scores(report: Report) -> str:
+def _scores(report: ReportFrames) -> str:
     if not report:
         return ""
     meanings = "; ".join(f"{metric_words(metric)}: {METRIC_MEANINGS[metric]}" for metric in report.metrics)
@@ -264,7 +264,7 @@ def _scores(report: Report) -> str:
     return _section("All scores", table_html(metrics_table(report)), paragraph(meanings, css="soft"), *tables)
 
 
-def _outcomes(report: Report, chosen: Chosen, available: frozenset[EpisodeKey]) -> str:
+def _outcomes(report: ReportFrames, chosen: Chosen, available: frozenset[EpisodeKey]) -> str:
     if not report:
         return ""
     shown = [outcome for outcome in OUTCOMES if outcome != "failed"]
@@ -289,7 +289,7 @@ def _outcomes(report: Report, chosen: Chosen, available: frozenset[EpisodeKey]) 
     )
 
 
-def _listed(label: str, report: Report, chosen: Chosen, available: frozenset[EpisodeKey]) -> str:
+def _listed(label: str, report: ReportFrames, chosen: Chosen, available: frozenset[EpisodeKey]) -> str:
     """A table of some episodes of each outcome."""
     rows = []
     for outcome in OUTCOMES:
@@ -315,12 +315,12 @@ def _listed(label: str, report: Report, chosen: Chosen, available: frozenset[Epi
     )
 
 
-def _costs(report: Report) -> str:
+def _costs(report: ReportFrames) -> str:
     return _section("Costs", table_html(cost_table(report))) if report else ""
 
 
-def _published(report: Report) -> str:
-    found = report.beside()
+def _published(report: ReportFrames) -> str:
+    found = beside_published(report)
     if not (found.frame["kind"] == "published").any():
         return ""
     return _section(
@@ -331,7 +331,7 @@ def _published(report: Report) -> str:
     )
 
 
-def _repeat(report: Report) -> str:
+def _repeat(report: ReportFrames) -> str:
     manifest = report.manifest
     if manifest is None:
         return ""
@@ -389,6 +389,6 @@ def _ids(ids: tuple[str, ...]) -> str:
     return ", ".join(ids[:_MAX_IDS]) + (f", … {len(ids) - _MAX_IDS:,} more" if len(ids) > _MAX_IDS else "")
 
 
-def episodes_title(report: Report) -> str:
+def episodes_title(report: ReportFrames) -> str:
     """Title of the episodes page."""
     return f"Episodes of {', '.join(one_line(label, 40) for label in report)}"

@@ -10,17 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import polars as pl
 
 from searchr1_async.evaluation.comparisons import SIGNIFICANT
 from searchr1_async.evaluation.published import Beside
+from searchr1_async.evaluation.report_frames import ReportFrames
 from searchr1_async.records.scores import ALL_SUITES, MACRO, OUTCOMES
 from searchr1_async.watch.viewer.markup import visible_text
-
-if TYPE_CHECKING:
-    from searchr1_async.evaluation.report import Report
 
 MISSING = "–"
 
@@ -146,7 +144,7 @@ def metric_words(metric: str) -> str:
     return METRIC_WORDS.get(metric, metric.replace("_", " "))
 
 
-def result_table(report: Report, metric: str = "exact_match") -> Table:
+def result_table(report: ReportFrames, metric: str = "exact_match") -> Table:
     """Systems by suites: means in percent with 95 % intervals; the best is marked if significantly better than the next."""
     best = report.best(metric)
     rows = []
@@ -165,7 +163,7 @@ def result_table(report: Report, metric: str = "exact_match") -> Table:
     return table_of([Cell("system"), *(_column(report, column) for column in report.columns)], rows, caption)
 
 
-def _column(report: Report, column: str) -> Cell:
+def _column(report: ReportFrames, column: str) -> Cell:
     if column == MACRO:
         return Cell(column, f"{len(report.suites)} suites")
     asked = [own for own in report.values() if column in own.suites or column == ALL_SUITES]
@@ -176,7 +174,7 @@ def _column(report: Report, column: str) -> Cell:
     return Cell(column, counted(counts.pop(), "question") if len(counts) == 1 else "")
 
 
-def metrics_table(report: Report) -> Table:
+def metrics_table(report: ReportFrames) -> Table:
     """Systems by scores over all questions, plus pass@k if there are several samples."""
     column = ALL_SUITES if len(report.suites) > 1 else next(iter(report.suites), ALL_SUITES)
     most = min((own.samples_per_question for own in report.values()), default=0)
@@ -214,7 +212,7 @@ def comparison_table_of(frame: pl.DataFrame) -> Table:
     return table_of(headings, rows, caption)
 
 
-def outcome_table(report: Report) -> Table:
+def outcome_table(report: ReportFrames) -> Table:
     """Systems by outcomes over all suites: shares of finished episodes, and counts."""
     frame = report.outcomes()
     shown = [outcome for outcome in OUTCOMES if outcome != "failed"]
@@ -232,7 +230,7 @@ def outcome_table(report: Report) -> Table:
     return table_of(headings, rows, "Outcomes: percent of the finished episodes, and their number.")
 
 
-def cost_table(report: Report) -> Table:
+def cost_table(report: ReportFrames) -> Table:
     """Systems by cost per question over all suites."""
     rows = []
     for label, own in report.costs().group_by("system", maintain_order=True):
