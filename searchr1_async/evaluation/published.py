@@ -1,22 +1,21 @@
 """Published exact match of search-trained models, and how their conditions differ from a report's. Pure.
 
-Rows contain only what their source states; everything else is None ("not stated"). Published rows are never ranked against
-ours, only shown beside them with the differing conditions.
+``published.json`` has the rows. They contain only what their source states; everything else is None ("not stated"). Published rows
+are never ranked against ours, only shown beside them with the differing conditions.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import polars as pl
 
 from searchr1_async.evaluation.manifest import Manifest, SystemRecord
 from searchr1_async.evaluation.report_frames import ReportFrames
-
-_PAPER = "https://arxiv.org/abs/2503.09516"
-_RECIPE = "https://github.com/thinking-machines-lab/tinker-cookbook/tree/main/tinker_cookbook/recipes/search_tool"
 
 NOT_STATED = "not stated"
 NOT_RECORDED = "not recorded"
@@ -45,59 +44,13 @@ class PublishedRow:
     remarks: tuple[str, ...] = field(default=())
 
 
-def _scores(nq: float, triviaqa: float, hotpotqa: float, two_wiki: float) -> dict[str, float]:
-    return {"nq": nq, "triviaqa": triviaqa, "hotpotqa": hotpotqa, "2wikimultihopqa": two_wiki}
+def _read() -> tuple[PublishedRow, ...]:
+    """The rows of ``published.json``, which says where they are from."""
+    data = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
+    return tuple(PublishedRow(**{**row, "remarks": tuple(row.get("remarks", ()))}) for row in data["rows"])
 
 
-_RECIPE_SEARCH: dict[str, Any] = {
-    "corpus": "Wikipedia of 2018 (wiki-18)",
-    "index": "Chroma, tianyi-thinks/2018-wiki-index",
-    "embedder": "gemini-embedding-001",
-    "n_results": 3,
-    "prompt": "recipe",
-    "max_turns": 5,
-}
-_RECIPE_QUESTIONS = (
-    "Its source does not state the number of questions. The recipe's script uses 100 per suite (seed 42) by default; on 100 "
-    "questions a share of one half has an interval of about ±10 points."
-)
-
-PUBLISHED: tuple[PublishedRow, ...] = (
-    PublishedRow(
-        "Search-R1 paper",
-        _scores(0.429, 0.623, 0.386, 0.346),
-        f"{_PAPER}, as cited in {_RECIPE}",
-        model="Qwen2.5-7B-Instruct",
-        training="reinforcement learning on NQ and HotpotQA",
-        corpus="Wikipedia of 2018 (wiki-18)",
-        embedder="E5",
-        n_results=3,
-        prompt="Search-R1's own",
-        remarks=(
-            "The paper's Table 2 gives other numbers for the instruct model of this size: 39.3 / 61.0 / 37.0 / 41.4. The ones here "
-            "are those the recipe compares itself with.",
-        ),
-    ),
-    PublishedRow(
-        "Tinker replication",
-        _scores(0.516, 0.673, 0.497, 0.428),
-        _RECIPE,
-        model="Qwen2.5-7B-Instruct",
-        training="the recipe's: importance-sampling loss, synchronous rollouts",
-        remarks=(_RECIPE_QUESTIONS, "Its source says that the model is not available on Tinker."),
-        **_RECIPE_SEARCH,
-    ),
-    PublishedRow(
-        "tinker-cookbook",
-        _scores(0.518, 0.702, 0.520, 0.477),
-        _RECIPE,
-        model="Qwen3-4B-Instruct-2507",
-        training="the recipe's defaults",
-        remarks=(_RECIPE_QUESTIONS, "The model was taken off Tinker on 2026-06-12."),
-        **_RECIPE_SEARCH,
-    ),
-)
-"""Search settings: the paper's from its experiments section, the recipe's from its README and code (0.5.8)."""
+PUBLISHED = _read()
 
 
 @dataclass(frozen=True, slots=True)
