@@ -49,12 +49,12 @@ from searchr1_async.errors import (
     StoreError,
     TooManyFailuresError,
 )
-from searchr1_async.evaluation.comparisons import comparison_table
 from searchr1_async.evaluation.evaluate import evaluate
 from searchr1_async.evaluation.judge import Judge
 from searchr1_async.evaluation.manifest import Manifest
 from searchr1_async.evaluation.report import Report, open_report
 from searchr1_async.evaluation.report_charts import plot_suites
+from searchr1_async.evaluation.report_text import comparison_table
 from searchr1_async.evaluation.systems import System
 from searchr1_async.models import Price
 from searchr1_async.runs.ask import Answer, ask

@@ -16,7 +16,7 @@ import polars as pl
 
 from benchmarks.shared.report import write_result
 from searchr1_async.atlas_job import AtlasSettings, run_atlas
-from searchr1_async.evaluation.comparisons import comparison_table
+from searchr1_async.evaluation.report_text import comparison_table
 from searchr1_async.records.run_records import RunRecords
 from searchr1_async.runs.evaluation import Evaluation
 

@@ -1,7 +1,4 @@
-"""A report as Altair charts.
-
-Charts of evaluations.
-"""
+"""Evaluations as Altair charts: scores by suite and outcomes."""
 
 from __future__ import annotations
 

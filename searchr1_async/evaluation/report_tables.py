@@ -1,9 +1,4 @@
-"""The tables of a report. Pure.
-
-Tables independent of output format (HTML, Markdown, LaTeX, text), and number formatting. Pure.
-
-Display names and explanations of metrics and outcomes.
-"""
+"""The tables of a report, independent of the output format, with names of metrics and outcomes and number formatting. Pure."""
 
 from __future__ import annotations
 
@@ -14,10 +9,10 @@ from typing import Any, Literal
 
 import polars as pl
 
-from searchr1_async.evaluation.comparisons import SIGNIFICANT
 from searchr1_async.evaluation.published import Beside
-from searchr1_async.evaluation.report_frames import ReportFrames
+from searchr1_async.evaluation.report_frames import SIGNIFICANT, ReportFrames
 from searchr1_async.records.scores import ALL_SUITES, MACRO, OUTCOMES
+from searchr1_async.runs.evaluation import Evaluation
 from searchr1_async.watch.viewer.markup import visible_text
 
 MISSING = "–"
@@ -210,6 +205,26 @@ def comparison_table_of(frame: pl.DataFrame) -> Table:
     if any(row[2].mark for row in rows):
         caption += " Marked: p (Holm) < 0.05."
     return table_of(headings, rows, caption)
+
+
+def stage_table(evaluations: Sequence[Evaluation]) -> Table:
+    """Evaluations side by side, such as a run's stages; the column ``failed`` appears only if an episode failed."""
+    any_failed = any(evaluation.failed for evaluation in evaluations)
+    headings = ["stage", "questions", "exact match [95 %]", "F1", "turns/episode", "valid calls", "answer seen"]
+    rows: list[list[str]] = []
+    for own in evaluations:
+        low, high = own.exact_match_interval
+        samples = f" × {own.samples_per_question}" if own.samples_per_question > 1 else ""
+        cells = [
+            (own.exact_match, f"{own.exact_match:.1%} [{100 * low:.1f}, {100 * high:.1f}]"),
+            (own.f1, f"{own.f1:.3f}"),
+            (own.turns_per_episode, f"{own.turns_per_episode:.2f}"),
+            (own.valid_call_fraction, f"{own.valid_call_fraction:.1%}"),
+            (own.answer_in_passage, f"{own.answer_in_passage:.1%}"),
+        ]
+        shown = [MISSING if math.isnan(value) else text for value, text in cells]
+        rows.append([own.label, f"{own.questions}{samples}", *shown, *([str(own.failed)] if any_failed else [])])
+    return table_of([*headings, *(["failed"] if any_failed else [])], rows)
 
 
 def outcome_table(report: ReportFrames) -> Table:

@@ -1,22 +1,21 @@
-"""Caveats about a report's results, as sentences. Pure.
+"""A report in words: caveats as sentences, and the whole as Markdown, LaTeX or aligned text. Pure.
 
-Tables as Markdown, LaTeX and aligned text. Pure. Labels and names are untrusted and escaped for each format.
-
-A report as Markdown and as LaTeX. Pure.
+Labels and names are untrusted and escaped for each format.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import polars as pl
 
 from searchr1_async.boundary.paths import shown_path
-from searchr1_async.evaluation.comparisons import ComparisonOf
+from searchr1_async.errors import ConfigurationError
 from searchr1_async.evaluation.published import beside_published
-from searchr1_async.evaluation.report_frames import ReportFrames
+from searchr1_async.evaluation.report_frames import ComparisonOf, ReportFrames
 from searchr1_async.evaluation.report_tables import (
     OUTCOME_MEANINGS,
     OUTCOME_WORDS,
@@ -32,8 +31,11 @@ from searchr1_async.evaluation.report_tables import (
     outcome_table,
     published_table,
     result_table,
+    stage_table,
 )
 from searchr1_async.records.scores import ALL_SUITES, MACRO, OUTCOMES
+from searchr1_async.records.statistics import PairedDifference
+from searchr1_async.runs.evaluation import Evaluation, compare
 from searchr1_async.runs.weights import described_differences
 
 _WRONG = ("search_failed", "reading_failed", "no_search", "no_answer")
@@ -319,6 +321,42 @@ def plain_table(table: Table) -> str:
 def _plain_cell(cell: Cell) -> str:
     text = one_line(cell.text) + ("*" if cell.mark else "")
     return f"{text} {one_line(cell.detail)}".rstrip()
+
+
+def comparison_rows(evaluations: Sequence[Evaluation]) -> list[dict[str, str]]:
+    """The cells of :func:`~searchr1_async.evaluation.report_tables.stage_table` as text, by column heading."""
+    table = stage_table(evaluations)
+    names = [cell.text for cell in table.headings]
+    return [dict(zip(names, [cell.text for cell in row], strict=True)) for row in table.rows]
+
+
+def comparison_table(evaluations: Sequence[Evaluation]) -> str:
+    """Aligned plain text; the last line is the paired difference of the last two evaluations."""
+    if not evaluations:
+        return "no evaluations"
+    return plain_table(replace(stage_table(evaluations), caption=difference_line(evaluations)))
+
+
+def difference_line(evaluations: Sequence[Evaluation]) -> str:
+    """The paired difference of the last two evaluations as text; empty for fewer than two."""
+    if len(evaluations) < 2:
+        return ""
+    before, after = evaluations[-2:]
+    name = f"{before.label} → {after.label}"
+    try:
+        return f"{name}: {describe(compare(before, after))}"
+    except ConfigurationError:
+        return f"{name}: not paired, because the questions differ"
+
+
+def describe(difference: PairedDifference) -> str:
+    """A paired difference of shares as text, in percentage points."""
+    low, high = difference.interval
+    p_value = "p < 0.0001" if difference.p_value < 1e-4 else f"p = {difference.p_value:.2g}"
+    return (
+        f"{100 * difference.mean:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}], {p_value} ({difference.method}); "
+        f"{difference.improved} better and {difference.worsened} worse of {difference.questions} questions"
+    )
 
 
 _FLIPS = 20
