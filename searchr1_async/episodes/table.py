@@ -1,9 +1,8 @@
-"""Conversion between episodes or groups and table rows with fixed schemas. Pure.
+"""The codec of an episode: table rows with fixed schemas, and back. Pure.
 
 Every episode file has exactly :data:`EPISODE_SCHEMA`, so files concatenate without missing or differently typed columns. A
-row keeps the full episode, token for token; only log probabilities are reduced to single precision.
-
-Question metadata as JSON. Pure.
+row keeps the full episode, token for token; only log probabilities are reduced to single precision, lone surrogates to U+FFFD, and
+question metadata to JSON.
 """
 
 from __future__ import annotations

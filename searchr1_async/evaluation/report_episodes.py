@@ -16,7 +16,7 @@ from searchr1_async.errors import RunFolderError
 from searchr1_async.evaluation.episode_store import EpisodeStore
 from searchr1_async.evaluation.report_frames import ReportFrames
 from searchr1_async.records.scores import OUTCOMES
-from searchr1_async.watch.viewer.pack import MAX_LISTED
+from searchr1_async.watch.viewer.parts import MAX_LISTED
 
 EPISODES_NAME = "episodes.html"
 MAX_FLIPS = 100

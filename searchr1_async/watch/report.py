@@ -12,8 +12,8 @@ import polars as pl
 
 from searchr1_async.episodes.table import storable
 from searchr1_async.episodes.types import Episode
+from searchr1_async.watch.viewer.cell import given_html, golden_html, turn_html, verdict_html
 from searchr1_async.watch.viewer.markup import STYLE, isolated, table, visible
-from searchr1_async.watch.viewer.parts import given_html, golden_html, turn_html, verdict_html
 
 _SECRET = re.compile(r"api_?key|secret|password|credential|authorization", re.IGNORECASE)
 
