@@ -32,12 +32,12 @@ def plot_figure(
     """See :meth:`Report.plot`. Systems get categorical colours: unlike a run's evaluations, they have no order."""
     import altair as alt
 
-    from searchr1_async.watch.charts import enable_renderer
-    from searchr1_async.watch.charts.theme import (
+    from searchr1_async.watch.chart_parts import (
         NOTE_COLOUR,
         SERIES,
         axis,
         empty_chart,
+        enable_renderer,
         heading,
         legend,
         table,
@@ -98,8 +98,7 @@ def plot_outcomes(
 ) -> Any:
     import altair as alt
 
-    from searchr1_async.watch.charts import enable_renderer
-    from searchr1_async.watch.charts.theme import axis, empty_chart, heading, legend, table
+    from searchr1_async.watch.chart_parts import axis, empty_chart, enable_renderer, heading, legend, table
 
     enable_renderer()
     text = title if title is not None else "outcomes"
@@ -167,8 +166,8 @@ def plot_suites(*evaluations: Evaluation, metric: str = "exact_match", **options
 
 def suite_rows(evaluations: tuple[Evaluation, ...], metric: str) -> pl.DataFrame:
     """One row per evaluation and suite with a finished question."""
-    from searchr1_async.watch.charts.theme import ALL_SUITES as ALL_NAMED
-    from searchr1_async.watch.charts.theme import MACRO_AVERAGE
+    from searchr1_async.watch.outcome_charts import ALL_SUITES as ALL_NAMED
+    from searchr1_async.watch.outcome_charts import MACRO_AVERAGE
 
     named = {ALL_SUITES: ALL_NAMED, MACRO: MACRO_AVERAGE}
     rows = []

@@ -14,7 +14,7 @@ import numpy as np
 import polars as pl
 
 from searchr1_async.billing import sampling_usage
-from searchr1_async.episodes.rewards import cover_match, exact_match, f1_score
+from searchr1_async.episodes.reward import cover_match, exact_match, f1
 from searchr1_async.episodes.table import storable
 from searchr1_async.episodes.types import Episode
 from searchr1_async.errors import ConfigurationError
@@ -126,7 +126,7 @@ def _scores(episode: Episode) -> dict[str, Any]:
     parts, answer, golden = episode.reward_parts, episode.answer, episode.question.golden_answers
     scores = {
         "exact_match": _part(parts, "correct", lambda: exact_match(answer, golden)),
-        "f1": _part(parts, "f1", lambda: f1_score(answer, golden)),
+        "f1": _part(parts, "f1", lambda: f1(answer, golden)),
         "cover_match": _part(parts, "cover", lambda: cover_match(answer, golden)),
         "format": _part(parts, "format", lambda: float(answer is not None)),
     }

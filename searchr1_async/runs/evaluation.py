@@ -32,7 +32,6 @@ from searchr1_async.records.scores import (
     suites_of,
 )
 from searchr1_async.records.statistics import Estimate, Floats, Interval, PairedDifference, pass_at_k
-from searchr1_async.watch.charts.learning_curve import EvaluationPoint
 from searchr1_async.watch.viewer import CellView, page_of
 
 
@@ -258,10 +257,6 @@ class Evaluation:
             "turns_per_episode": self.turns_per_episode,
             **{f"exact_match/{suite}": self.estimate("exact_match", suite).mean for suite in sorted(self.suites)},
         }
-
-    def point(self) -> EvaluationPoint:
-        """This evaluation as a point of the learning curve."""
-        return EvaluationPoint(self.label, self.step, self.exact_match, *self.exact_match_interval)
 
     # --- subsets and episodes -----------------------------------------------------------------------------------------
 

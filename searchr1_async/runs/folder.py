@@ -30,8 +30,8 @@ from searchr1_async.records.run_records import RunRecords
 from searchr1_async.runs.checkpoints import ResumePoint, best_checkpoint
 from searchr1_async.runs.evaluation import Evaluation
 from searchr1_async.runs.weights import SEARCH_FILE, kept_record
-from searchr1_async.search import Search
 from searchr1_async.search.record import record_of, search_of
+from searchr1_async.search.search import Search
 from searchr1_async.training.admission import QuestionOrder
 from searchr1_async.training.job import TrainingJob, TrainingResult, refuse_other_measure
 

@@ -22,7 +22,7 @@ from searchr1_async.runs.export import export
 from searchr1_async.runs.folder import is_claimed, result_of
 from searchr1_async.runs.rollouts import ServiceChoice
 from searchr1_async.runs.weights import Step, find_weights
-from searchr1_async.search import Search
+from searchr1_async.search.search import Search
 from searchr1_async.trackers import EVENTS_FILE
 from searchr1_async.training.job import TrainingResult
 from searchr1_async.watch.dashboard import Choice

@@ -19,7 +19,7 @@ from searchr1_async.runs.ask import Answer, LiveAnswers
 from searchr1_async.runs.control import RunControl, register, run_under_way, runs_under_way
 from searchr1_async.runs.recorded import RecordedRun, recorded_run
 from searchr1_async.runs.rollouts import ServiceChoice, watching
-from searchr1_async.search import Search
+from searchr1_async.search.search import Search
 from searchr1_async.training.job import TrainingResult
 from searchr1_async.watch.dashboard import Choice
 from searchr1_async.watch.subscribers import EventStreams

@@ -27,14 +27,14 @@ from searchr1_async.config import (
     SamplingSettings,
     WarmUp,
 )
-from searchr1_async.episodes.rewards import RecipeReward, RewardFunction
+from searchr1_async.episodes.reward import RecipeReward, RewardFunction
 from searchr1_async.episodes.types import Question
 from searchr1_async.errors import RunFolderError
 from searchr1_async.models import Price, Thinking
 from searchr1_async.runs.checkpoints import KeptCheckpoint, ResumePoint
 from searchr1_async.runs.estimate import CostEstimate, RunShape, mean_letters
 from searchr1_async.runs.evaluation import Evaluation
-from searchr1_async.search import Search
+from searchr1_async.search.search import Search
 from searchr1_async.service.connection import ServiceName
 from searchr1_async.training.admission import QuestionOrder
 from searchr1_async.training.demonstrations import Demonstration

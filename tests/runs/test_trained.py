@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import searchr1_async as sr
-from searchr1_async.__main__ import main
+from searchr1_async.cli.main import main
 from searchr1_async.config import EpisodeLimits
 from searchr1_async.evaluation import job_manifest as describing
 from searchr1_async.evaluation.manifest import Manifest
@@ -147,7 +147,7 @@ async def test_an_evaluation_of_an_earlier_version_resumes_unchanged(trained: Tr
     given = await measure(trained, bare_search(trained, n_results=3), out_dir=tmp_path / "e", **settings)
     manifest = json.loads((tmp_path / "e" / "manifest.json").read_text())
     assert given.record("trained").instructions == "search then answer"  # type: ignore[union-attr]
-    play = PlaySettings(sr.RecipeReward(), EpisodeLimits(), sr.SamplingSettings(), format_name="tags")
+    play = PlaySettings(sr.rewards.RecipeReward(), EpisodeLimits(), sr.config.SamplingSettings(), format_name="tags")
     # As the previous version wrote it: its systems had the evaluation's prompt, not their run's.
     del manifest["settings"]["follows_runs"]
     for system in manifest["systems"]:
@@ -181,7 +181,9 @@ def test_the_command_evaluates_a_run_as_trained(
 
 @pytest.mark.anyio
 async def test_conflicting_settings_are_refused_at_the_call(trained: TrainedRun, tmp_path: Path) -> None:
-    with pytest.raises(sr.ConfigurationError, match=r"max_trajectory_tokens \(128\) must be over max_tokens \(500\)"):
+    with pytest.raises(
+        sr.errors.ConfigurationError, match=r"max_trajectory_tokens \(128\) must be over max_tokens \(500\)"
+    ):
         await measure(trained, bare_search(trained), max_tokens=500, out_dir=tmp_path / "e")
     assert not (tmp_path / "e").exists()
 

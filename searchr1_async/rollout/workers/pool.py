@@ -28,7 +28,7 @@ from typing import Self
 import anyio
 from anyio.abc import Process, TaskGroup, TaskStatus
 
-from searchr1_async import errors
+import searchr1_async.errors as errors
 from searchr1_async.billing import TokenUsage
 from searchr1_async.episodes.play import SearchTool
 from searchr1_async.episodes.types import Episode

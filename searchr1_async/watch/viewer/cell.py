@@ -5,7 +5,6 @@ Text of models, corpora and users goes through :mod:`searchr1_async.watch.viewer
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -370,27 +369,3 @@ def _line(text: str, limit: int = MAX_LINE) -> str:
 def _shown(text: str, limit: int) -> str:
     shown, left_out = clipped(text, limit)
     return visible_text(shown) + (f" … {left_out:,} more characters" if left_out else "")
-
-
-def register_representations() -> bool:
-    """Register rich display of episodes and groups in Jupyter and IPython: HTML in a cell, text elsewhere. Idempotent.
-
-    Returns:
-        Whether IPython is running.
-    """
-    ipython = sys.modules.get("IPython")
-    shell: Any = ipython.get_ipython() if ipython is not None and hasattr(ipython, "get_ipython") else None
-    formatter = getattr(shell, "display_formatter", None)
-    if formatter is None:
-        return False
-    html, plain = formatter.formatters["text/html"], formatter.formatters["text/plain"]
-    html.for_type(Episode, episode_html)
-    html.for_type(Group, group_html)
-    plain.for_type(Episode, _print_episode)
-    plain.for_type(Group, lambda group, printer, cycle: printer.text(group_text(group)))
-    return True
-
-
-def _print_episode(episode: Episode, printer: Any, cycle: bool) -> None:
-    # In a container the printer's stack is deeper: print one line each.
-    printer.text(episode_text(episode) if len(printer.stack) <= 1 else episode_line(episode))
