@@ -4,7 +4,7 @@ import dataclasses
 
 import polars as pl
 
-from searchr1_async.data.hub import SUITES
+from searchr1_async.data.questions import SUITES
 from searchr1_async.evaluation.manifest import SystemRecord
 from searchr1_async.evaluation.published import NOT_RECORDED, NOT_STATED, PUBLISHED, PublishedRow
 from searchr1_async.evaluation.report import Report
