@@ -12,8 +12,8 @@ import polars as pl
 
 from searchr1_async.episodes.table import storable
 from searchr1_async.episodes.types import Episode
+from searchr1_async.watch.viewer.cell import given_html, golden_html, turn_html, verdict_html
 from searchr1_async.watch.viewer.markup import STYLE, isolated, table, visible
-from searchr1_async.watch.viewer.parts import given_html, golden_html, turn_html, verdict_html
 
 _SECRET = re.compile(r"api_?key|secret|password|credential|authorization", re.IGNORECASE)
 
@@ -49,7 +49,7 @@ def write_report(
     Args:
         path: the HTML file; replaced atomically.
         title: page heading.
-        summary: rows of the result table, as from :func:`~searchr1_async.evaluation.comparisons.comparison_rows`.
+        summary: rows of the result table, as from :func:`~searchr1_async.evaluation.report_text.comparison_rows`.
         curve_png: the learning curve, embedded; omitted if None or missing.
         metrics: one row per step.
         episodes: episodes to show turn by turn, each with a label (``before``, ``after``); those of one question are side by side.

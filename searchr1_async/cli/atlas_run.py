@@ -21,7 +21,7 @@ from searchr1_async.cli.atlas_page import write_report
 from searchr1_async.config import LocalOptions, WarmUp
 from searchr1_async.data.questions import load_questions
 from searchr1_async.episodes.types import Episode, Question
-from searchr1_async.evaluation.comparisons import comparison_rows, comparison_table, difference_line
+from searchr1_async.evaluation.report_text import comparison_rows, comparison_table, difference_line
 from searchr1_async.records.run_records import RunRecords
 from searchr1_async.runs.folder import TrainingResult
 from searchr1_async.runs.run import Run

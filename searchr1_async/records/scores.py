@@ -1,12 +1,6 @@
-"""Per-episode scores of an evaluation, from which all metrics are computed. Pure.
+"""Scores of an evaluation: one row per episode, the metrics aggregated from them, and comparisons by question. Pure.
 
 Scores are small enough to keep in memory for full suites; the episodes stay on disk.
-
-Metrics aggregated from a scores frame. Pure.
-
-Per-question comparison of two evaluations. Pure.
-
-Inputs are frames from :func:`searchr1_async.records.scores.question_means` and :mod:`.scores`.
 """
 
 from __future__ import annotations

@@ -343,7 +343,7 @@ class Evaluation:
 def compare(
     before: Evaluation, after: Evaluation, metric: str = "exact_match", *, suite: str | None = None, seed: int = 0
 ) -> PairedDifference:
-    """Difference ``after - before``, paired by question (:func:`.statistics.paired_difference`).
+    """Difference ``after - before``, paired by question (:func:`.statistics.difference_of`).
 
     Questions whose episodes all failed on one side are excluded. The order of questions may differ.
 

@@ -6,18 +6,17 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 from urllib.parse import urlencode
 
 import polars as pl
 
 from searchr1_async.episodes.table import EpisodeRow, episode_from_row, storable
+from searchr1_async.episodes.types import Episode
 from searchr1_async.errors import RunFolderError
+from searchr1_async.evaluation.episode_store import EpisodeStore
+from searchr1_async.evaluation.report_frames import ReportFrames
 from searchr1_async.records.scores import OUTCOMES
-from searchr1_async.watch.viewer.pack import MAX_LISTED
-
-if TYPE_CHECKING:
-    from searchr1_async.evaluation.report import Report
+from searchr1_async.watch.viewer.parts import MAX_LISTED
 
 EPISODES_NAME = "episodes.html"
 MAX_FLIPS = 100
@@ -42,7 +41,7 @@ class Chosen:
     keys: frozenset[EpisodeKey] = field(default=frozenset())
 
 
-def choose(report: Report) -> Chosen:
+def choose(report: ReportFrames) -> Chosen:
     """Chooses flips between compared systems and some episodes of each outcome."""
     flips, counts = {}, {}
     for before, after in report.pairs():
@@ -116,7 +115,7 @@ def flip_links(
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def chosen_rows(report: Report, keys: frozenset[EpisodeKey]) -> list[EpisodeRow]:
+def chosen_rows(report: ReportFrames, keys: frozenset[EpisodeKey]) -> list[EpisodeRow]:
     """Loads the kept episodes with these keys, by system, in question order. Raises RunFolderError."""
     rows: list[EpisodeRow] = []
     for label, evaluation in report.items():
@@ -134,8 +133,6 @@ def chosen_rows(report: Report, keys: frozenset[EpisodeKey]) -> list[EpisodeRow]
 
 
 def _from_folder(folder: Path, label: str, wanted: set[tuple[str, str, int]]) -> list[EpisodeRow]:
-    from searchr1_async.evaluation.episode_store import EpisodeStore
-
     keys = pl.DataFrame(
         list(wanted), schema={"data_source": pl.String, "question_id": pl.String, "member": pl.Int64}, orient="row"
     )
@@ -159,14 +156,11 @@ def _from_folder(folder: Path, label: str, wanted: set[tuple[str, str, int]]) ->
 
 
 def _from_memory(
-    label: str, step: int | None, episodes: Sequence[object], wanted: set[tuple[str, str, int]]
+    label: str, step: int | None, episodes: Sequence[Episode], wanted: set[tuple[str, str, int]]
 ) -> list[EpisodeRow]:
-    from searchr1_async.episodes.types import Episode
-
     seen: Counter[tuple[str, str]] = Counter()
     rows = []
     for episode in episodes:
-        assert isinstance(episode, Episode)
         question = episode.question.data_source, episode.question.id
         sample = seen[question]
         seen[question] += 1
