@@ -378,11 +378,6 @@ class Search:
             querying=self._querying.statistics,
         )
 
-    @staticmethod
-    def clean_query(query: str) -> str | None:
-        """See :func:`~searchr1_async.episodes.prompts.clean_query`."""
-        return clean_query(query)
-
     async def build(self, on_progress: OnProgress | None = None) -> None:
         """Builds the index if there is none, and rebuilds a damaged one.
 
@@ -467,7 +462,7 @@ class Search:
         """The nearest passages of each query, in the order of the queries.
 
         Args:
-            queries: passed through :meth:`clean_query` again.
+            queries: passed through :func:`~searchr1_async.episodes.prompts.clean_query`.
             n_results: passages per query; None for the search's default.
             max_passage_words: truncates passages to so many words, 0 for whole passages; None for the search's default.
 
@@ -478,6 +473,12 @@ class Search:
                 exceeds ``PacingSettings.longest_wait``; always fatal.
             ConfigurationError: ``n_results`` is out of range.
         """
+        return await self.find(_cleaned(queries), n_results, max_passage_words=max_passage_words)
+
+    async def find(
+        self, queries: Sequence[str], n_results: int | None = None, *, max_passage_words: int | None = None
+    ) -> Found:
+        """:meth:`search` for queries that :func:`~searchr1_async.episodes.prompts.clean_query` returned."""
         keys = self._keys(queries, n_results)
         if self._store is None:
             raise SearchError("the search is not open: use it within `async with search:`")
@@ -485,14 +486,14 @@ class Search:
         self._tally.texts += len(keys)
         began = time.monotonic()
         try:
-            answers = await self._find(keys, self._store)
+            answers = await self._answer(keys, self._store)
         except SearchError:
             self._tally.failed += 1
             raise
         self._tally.latency.add(time.monotonic() - began)
         return tuple(self._trim(answers[key], max_passage_words) for key in keys)
 
-    async def _find(self, keys: Sequence[AnswerKey], store: Store) -> Mapping[AnswerKey, Answer]:
+    async def _answer(self, keys: Sequence[AnswerKey], store: Store) -> Mapping[AnswerKey, Answer]:
         """Looks in memory, on disk, then asks the services; caches what they return."""
         index = self._answers_of(store)
         answers = self._answers.recall(index, keys)
@@ -565,16 +566,7 @@ class Search:
     def _keys(self, queries: Sequence[str], n_results: int | None) -> tuple[AnswerKey, ...]:
         wanted = self._settings.n_results if n_results is None else n_results
         check_n_results(wanted)
-        keys: list[AnswerKey] = []
-        for query in queries:
-            cleaned = clean_query(query)
-            if cleaned is None:
-                raise SearchError(
-                    f"invalid query of {len(query)} characters: it has no letter or digit, or more than "
-                    f"{MAX_QUERY_CHARACTERS} characters (check with clean_query first)"
-                )
-            keys.append((cleaned, wanted))
-        return tuple(keys)
+        return tuple((query, wanted) for query in queries)
 
     def _enter_loop(self) -> None:
         """Binds to the running event loop; drops state left by a closed one."""
@@ -601,6 +593,16 @@ class Search:
                     await self._embedder.aclose()
                 finally:
                     await self._answers.aclose()
+
+
+def _cleaned(queries: Sequence[str]) -> list[str]:
+    cleaned = [clean_query(query) for query in queries]
+    if None in cleaned:
+        raise SearchError(
+            f"invalid query of {len(queries[cleaned.index(None)])} characters: it has no letter or digit, or more than "
+            f"{MAX_QUERY_CHARACTERS} characters (check with clean_query first)"
+        )
+    return [query for query in cleaned if query is not None]
 
 
 def estimated_tokens(text: str) -> int:

@@ -108,7 +108,7 @@ class Attempt:
     async def _answer(self, asked: SearchAsked, reply: Reply) -> None:
         """Runs a search; a fatal error ends the group."""
         try:
-            found = await self._search.search(asked.queries)
+            found = await self._search(asked.queries)
         except SearchError as error:
             if error.is_fatal:
                 raise
@@ -301,8 +301,7 @@ class WorkerPool:
             await pool.play(task, policy, finished)
 
     Searches run in this process, requested over the workers' channels, so that batching, cache and rate limits are shared; so do
-    ``finished`` and the rewards. Workers clean queries with :func:`~searchr1_async.episodes.prompts.clean_query`, regardless of
-    ``search.clean_query``.
+    ``finished`` and the rewards.
 
     A dead worker is replaced, and the unfinished members of its groups are rolled out again.
 
