@@ -37,12 +37,13 @@ from searchr1_async.search.compact.files import (
     row_bytes,
 )
 from searchr1_async.search.compact.store import refuse_changed
-from searchr1_async.search.dispatch import Capacity, Dispatcher
+from searchr1_async.search.dispatch import Dispatcher
 from searchr1_async.search.embedders import DEFAULT_MODEL, Embedder, Vectors, checked_vectors
 from searchr1_async.search.gemini import make_embedder
 from searchr1_async.search.index import IndexBuilder, IndexReport, LocalIndex
 from searchr1_async.search.pacing import PacingSettings
 from searchr1_async.search.passage_embedding import PACING, BuildOptions, Journal, OnProgress
+from searchr1_async.search.retries import Capacity
 from searchr1_async.search.search import Search
 from searchr1_async.search.stores.sources import EmbeddedCorpus, SourceFacts, VectorSource, lasting_name
 from searchr1_async.search.stores.vector_store import (

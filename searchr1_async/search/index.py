@@ -25,7 +25,7 @@ from searchr1_async.data.corpus import Corpus
 from searchr1_async.episodes.types import Passage
 from searchr1_async.errors import StoreError
 from searchr1_async.events import Event, Notice, PhaseAdvanced, PhaseEnded, PhaseStarted
-from searchr1_async.search.dispatch import Capacity, Dispatcher
+from searchr1_async.search.dispatch import Dispatcher
 from searchr1_async.search.embedders import Embedder, Vectors
 from searchr1_async.search.passage_embedding import (
     BYTES_PER_TOKEN,
@@ -40,6 +40,7 @@ from searchr1_async.search.passage_embedding import (
     price_of,
     say_cost,
 )
+from searchr1_async.search.retries import Capacity
 from searchr1_async.search.stores.chroma_folder import EmbeddedChroma
 from searchr1_async.search.stores.vector_store import (
     DamagedIndexError,

@@ -27,10 +27,11 @@ from searchr1_async.data.corpus import Corpus
 from searchr1_async.episodes.types import Passage
 from searchr1_async.errors import EmbeddingError, StoreError
 from searchr1_async.events import Emit, Notice, emit_nothing
-from searchr1_async.search.dispatch import Capacity, Dispatcher
+from searchr1_async.search.dispatch import Dispatcher
 from searchr1_async.search.embedders import Embedder, SentenceTransformerEmbedder, Vectors, checked_vectors
 from searchr1_async.search.faults import RefusedInput
 from searchr1_async.search.pacing import PacingSettings
+from searchr1_async.search.retries import Capacity
 
 KEY_BYTES = 16
 _MAGIC = b"SR1VEC01"

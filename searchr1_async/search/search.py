@@ -24,7 +24,7 @@ from searchr1_async.episodes.types import Passage
 from searchr1_async.errors import ConfigurationError, EmbeddingError, SearchError, StoreError
 from searchr1_async.search.cache import Answer, AnswerCache, AnswerKey, LeastRecentlyUsed
 from searchr1_async.search.compact.store import CompactStore
-from searchr1_async.search.dispatch import Capacity, Dispatcher
+from searchr1_async.search.dispatch import Dispatcher
 from searchr1_async.search.embedders import DEFAULT_MODEL, Embedder, Vectors, checked_vectors
 from searchr1_async.search.faults import PassingFault
 from searchr1_async.search.gathering import Deadline
@@ -39,6 +39,7 @@ from searchr1_async.search.places import (
     is_address,
     look_up,
 )
+from searchr1_async.search.retries import Capacity
 from searchr1_async.search.stats import SearchStatistics, SearchTally, ServiceTally
 from searchr1_async.search.stores.chroma_server import RemoteChroma
 from searchr1_async.search.stores.sources import lasting_name

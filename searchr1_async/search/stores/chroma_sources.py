@@ -17,10 +17,11 @@ import numpy as np
 from searchr1_async.boundary.paths import absolute_path
 from searchr1_async.boundary.waits import in_thread
 from searchr1_async.errors import StoreError
-from searchr1_async.search.dispatch import Capacity, Dispatcher
+from searchr1_async.search.dispatch import Dispatcher
 from searchr1_async.search.embedders import Embedder, Vectors
 from searchr1_async.search.faults import malformed
 from searchr1_async.search.passage_embedding import PACING
+from searchr1_async.search.retries import Capacity
 from searchr1_async.search.stores.chroma import CollectionModel, read_answer
 from searchr1_async.search.stores.chroma_files import (
     DATABASE_NAME,
