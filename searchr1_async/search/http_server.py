@@ -22,6 +22,7 @@ from yarl import URL
 from searchr1_async.errors import ConfigurationError, SearchError, SearchUnavailableError
 from searchr1_async.search.embedders import Embedder, checked_vectors
 from searchr1_async.search.faults import PassingFault, RefusedInput, TooManyRequests
+from searchr1_async.search.http_session import header_token
 from searchr1_async.search.stores.vector_store import Found, Store
 from searchr1_async.search.wire import (
     DIMENSION_HEADER,
@@ -95,7 +96,7 @@ async def serve_search(
         CorpusError, SearchError: from opening the search.
     """
     limits = ServingLimits() if limits is None else limits
-    service = _Service(search, _checked(token), limits)
+    service = _Service(search, None if token is None else header_token(token), limits)
     runner = web.AppRunner(
         service.application(), access_log=None, handler_cancellation=True, shutdown_timeout=limits.grace
     )
@@ -314,16 +315,6 @@ def _kind_and_message(error: web.HTTPException, limits: ServingLimits) -> tuple[
             return "too_large", f"the body is too large: send at most {limits.body_bytes} bytes"
         case _:
             return "malformed", error.reason
-
-
-def _checked(token: str | None) -> str | None:
-    """Validates the token; errors do not quote it."""
-    if token is None:
-        return None
-    stripped = token.strip()
-    if not stripped or not stripped.isascii() or not stripped.isprintable() or " " in stripped:
-        raise ConfigurationError("invalid token: it is blank, or has spaces or non-ASCII characters")
-    return stripped
 
 
 def _reachable(host: str) -> str:
