@@ -65,7 +65,7 @@ from searchr1_async.runs.recorded import RecordedRun
 from searchr1_async.runs.run import Run, open_run
 from searchr1_async.search import Search, SearchStatistics
 from searchr1_async.search.builders import CompactReport, build_compact_index, build_index
-from searchr1_async.search.compact.files import CompactSettings
+from searchr1_async.search.compact.layout import CompactSettings
 from searchr1_async.search.compact.store import CompactStore
 from searchr1_async.search.embedders import SentenceTransformerEmbedder
 from searchr1_async.search.gemini import GeminiEmbedder

@@ -28,7 +28,7 @@ from benchmarks.shared.real_vectors import RealVectors, real_vectors
 from searchr1_async.episodes.prompts import clean_query
 from searchr1_async.events import Event, PhaseEnded
 from searchr1_async.search.builders import build_compact_index
-from searchr1_async.search.compact.files import CompactSettings
+from searchr1_async.search.compact.layout import CompactSettings
 from searchr1_async.search.compact.store import CompactStore
 from searchr1_async.search.embedders import Vectors
 from searchr1_async.search.stores.sources import Block

@@ -29,13 +29,8 @@ from searchr1_async.episodes.types import Question
 from searchr1_async.errors import ConfigurationError, EmbeddingError, StoreError
 from searchr1_async.events import Emit, Notice, emit_nothing
 from searchr1_async.search.compact.assembly import CompactBuilder
-from searchr1_async.search.compact.files import (
-    BUILDING_NAME,
-    MANIFEST_NAME,
-    CompactManifest,
-    CompactSettings,
-    row_bytes,
-)
+from searchr1_async.search.compact.files import row_bytes
+from searchr1_async.search.compact.layout import BUILDING_NAME, MANIFEST_NAME, CompactManifest, CompactSettings
 from searchr1_async.search.compact.store import refuse_changed
 from searchr1_async.search.dispatch import Dispatcher
 from searchr1_async.search.embedders import DEFAULT_MODEL, Embedder, Vectors, checked_vectors

@@ -16,7 +16,7 @@ from searchr1_async.boundary.tables import TABLE_SUFFIXES
 from searchr1_async.data.corpus import CorpusSource, load_corpus
 from searchr1_async.data.wiki18 import collections_in
 from searchr1_async.errors import ConfigurationError, EmbeddingError, StoreError
-from searchr1_async.search.compact.files import BUILDING_NAME, MANIFEST_NAME
+from searchr1_async.search.compact.layout import BUILDING_NAME, MANIFEST_NAME
 from searchr1_async.search.compact.store import CompactStore
 from searchr1_async.search.embedders import DEFAULT_MODEL, Embedder
 from searchr1_async.search.gemini import make_embedder

@@ -25,17 +25,16 @@ from searchr1_async.search.embedders import Vectors
 from searchr1_async.search.faults import PassingFault, fault_of_embedded
 from searchr1_async.search.stores.chroma import INCLUDE, NEW_COLLECTION, ChromaStore, CollectionModel
 from searchr1_async.search.stores.chroma_files import (
-    DATABASE_NAME,
     FILE_NAMES,
     LABELS_NAME,
     ROWS_NAME,
     SPOTS,
     WHOLE_BYTES,
     BrokenSegmentError,
-    ChromaTables,
     HnswSegment,
     check_segment,
 )
+from searchr1_async.search.stores.chroma_tables import DATABASE_NAME, ChromaTables
 from searchr1_async.search.stores.vector_store import (
     SAMPLE,
     DamagedIndexError,

@@ -24,15 +24,14 @@ from searchr1_async.search.passage_embedding import PACING
 from searchr1_async.search.retries import Capacity
 from searchr1_async.search.stores.chroma import CollectionModel, read_answer
 from searchr1_async.search.stores.chroma_files import (
-    DATABASE_NAME,
     LABELS_NAME,
     BrokenSegmentError,
-    ChromaTables,
     HnswSegment,
     check_segment,
     stacked,
 )
 from searchr1_async.search.stores.chroma_server import PAGE, RemoteChroma, ServerDatabase
+from searchr1_async.search.stores.chroma_tables import DATABASE_NAME, ChromaTables
 from searchr1_async.search.stores.sources import Block, SourceFacts, named_embedder
 from searchr1_async.search.stores.vector_store import Metric, open_store
 
