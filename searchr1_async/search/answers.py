@@ -33,6 +33,9 @@ VECTORS_KEPT = 4_096
 
 Answer = tuple[Passage, ...]
 
+_Found = tuple[str | None, Answer]
+"""An answer and the index state it is valid for; None if the index changed during the request."""
+
 
 class AnswerKey(NamedTuple):
     """What an answer depends on besides the index."""
@@ -96,8 +99,6 @@ def _disk_key(key: AnswerKey) -> str:
     return f"{key.n_results}\0{key.max_words or 0}\0{key.query}"
 
 
-_Found = tuple[str | None, Answer]
-"""An answer and the index state it is valid for; None if the index changed during the request."""
 _Queried = tuple[AnswerKey, Vectors]
 """Answer key and query vector ``[dimension]``."""
 

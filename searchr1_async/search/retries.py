@@ -31,6 +31,9 @@ SUSPECT_AFTER = 2
 
 Result = TypeVar("Result")
 
+HEDGE_AFTER_REQUESTS, RECENT_REQUESTS = 50, 400
+"""Answered requests before hedging starts, and the window of recent latencies."""
+
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
@@ -307,10 +310,6 @@ class RetriedRequests(Generic[Key, Item, Value]):
                 self.waits.hangs(text, began + timeout)
 
         return bounded_wait(f"{self._service.name} has not answered", tell, timeout)
-
-
-HEDGE_AFTER_REQUESTS, RECENT_REQUESTS = 50, 400
-"""Answered requests before hedging starts, and the window of recent latencies."""
 
 
 class Slowest:

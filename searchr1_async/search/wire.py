@@ -20,6 +20,14 @@ from searchr1_async.episodes.types import Passage
 from searchr1_async.search.embedders import Vectors, estimated_tokens
 from searchr1_async.search.stores.vector_store import Found
 
+SERVICE = "searchr1_async search"
+PROTOCOL = 1
+DIMENSION_HEADER = "X-Dimension"
+"""Dimension of the vectors in an answer."""
+EMBEDDER_HEADER = "X-Embedder"
+"""Percent-encoded fingerprint of the embedder that made the vectors in an answer."""
+_PLACE = re.compile(r"\s+(?=(?:in|at)\s|[/~\\]|[A-Za-z]:[/\\]|\w+://)")
+
 
 @dataclass(frozen=True, slots=True)
 class ServingLimits:
@@ -44,16 +52,6 @@ class ServingLimits:
 
     def __post_init__(self) -> None:
         check_settings(self, "the limit ")
-
-
-SERVICE = "searchr1_async search"
-PROTOCOL = 1
-DIMENSION_HEADER = "X-Dimension"
-"""Dimension of the vectors in an answer."""
-EMBEDDER_HEADER = "X-Embedder"
-"""Percent-encoded fingerprint of the embedder that made the vectors in an answer."""
-
-_PLACE = re.compile(r"\s+(?=(?:in|at)\s|[/~\\]|[A-Za-z]:[/\\]|\w+://)")
 
 
 class BadRequest(Exception):

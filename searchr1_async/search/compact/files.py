@@ -22,6 +22,16 @@ from searchr1_async.errors import StoreError
 from searchr1_async.search.compact.layout import OFFSETS_NAME, PASSAGES_NAME, SCALES_NAME, VECTORS_NAME, VectorType
 from searchr1_async.search.embedders import Vectors
 
+Rows = NDArray[np.int64]
+"""Row numbers, from 0."""
+SLAB_ROWS = 65_536
+"""Rows per read in a full scan: 200 MB as float32 at 768 dimensions."""
+_QUERIES_TOGETHER = 8
+"""Queries ranked at a time; their candidates fit the CPU cache."""
+_ASKED_TOGETHER = 16_384
+"""Rows requested from the disk ahead of the first read."""
+OFFSET_BYTES = 8
+
 
 class AppendedFile:
     """A file truncated to ``size`` bytes, then appended to.
@@ -50,17 +60,6 @@ class AppendedFile:
 
     def close(self) -> None:
         self._file.close()
-
-
-Rows = NDArray[np.int64]
-"""Row numbers, from 0."""
-
-SLAB_ROWS = 65_536
-"""Rows per read in a full scan: 200 MB as float32 at 768 dimensions."""
-_QUERIES_TOGETHER = 8
-"""Queries ranked at a time; their candidates fit the CPU cache."""
-_ASKED_TOGETHER = 16_384
-"""Rows requested from the disk ahead of the first read."""
 
 
 def row_bytes(dimension: int, kind: VectorType) -> int:
@@ -214,9 +213,6 @@ class VectorFile:
 def _refuse_short(path: Path, size: int) -> None:
     if (found := path.stat().st_size) < size:
         raise OSError(errno.EINVAL, f"has {found:,} bytes of {size:,}", str(path))
-
-
-OFFSET_BYTES = 8
 
 
 class PassageWriter:

@@ -29,6 +29,20 @@ _LIKE = 0.6
 _SAME = 16
 """List counts may always differ by this much: less than a call costs."""
 
+MOST_LISTS = 65_536
+SAMPLE_PER_LIST = 40
+"""Mean sample vectors per centre; faiss advises at least 39."""
+MOST_SAMPLED = 500_000
+"""1.5 GB as float32 at 768 dimensions."""
+_ITERATIONS = 8
+_GROUPED_FROM = 1_024
+"""From this many lists, a vector is compared with the centres of the nearest groups, not with all."""
+_GROUPS_AT_LEAST = 8
+_GROUPS_LOOKED_THROUGH = 1 / 12
+"""Share of all groups. Assigns 97 % of vectors to their nearest list; faiss's HNSW is faster, but assigns only 83 %."""
+_COMPARED_TOGETHER = 8_192
+"""Vectors per thread task; fixed, so that the assignment does not depend on the number of threads."""
+
 
 @dataclass(frozen=True, slots=True)
 class Probing:
@@ -121,21 +135,6 @@ def alike(counts: Sequence[int]) -> list[Lists]:
             groups.append(order[first:place])
             first = place
     return groups
-
-
-MOST_LISTS = 65_536
-SAMPLE_PER_LIST = 40
-"""Mean sample vectors per centre; faiss advises at least 39."""
-MOST_SAMPLED = 500_000
-"""1.5 GB as float32 at 768 dimensions."""
-_ITERATIONS = 8
-_GROUPED_FROM = 1_024
-"""From this many lists, a vector is compared with the centres of the nearest groups, not with all."""
-_GROUPS_AT_LEAST = 8
-_GROUPS_LOOKED_THROUGH = 1 / 12
-"""Share of all groups. Assigns 97 % of vectors to their nearest list; faiss's HNSW is faster, but assigns only 83 %."""
-_COMPARED_TOGETHER = 8_192
-"""Vectors per thread task; fixed, so that the assignment does not depend on the number of threads."""
 
 
 def lists_for(count: int) -> int:

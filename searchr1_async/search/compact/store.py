@@ -1,6 +1,6 @@
-"""A compact index as a read-only store. Processes share its files through the page cache.
+"""A compact index as a read-only store: nearest by codes, re-ranked by full vectors.
 
-Search in a compact index: nearest by codes, re-ranked by full vectors. Blocking; call it in worker threads.
+Processes share its files through the page cache. Everything but :class:`CompactStore` blocks: call it in worker threads.
 """
 
 from __future__ import annotations

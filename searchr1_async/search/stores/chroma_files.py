@@ -8,8 +8,8 @@ The layout, as observed in chromadb 0.5.23 (Python) and 1.5.9 (Rust), which writ
     length.bin               vector lengths of a cosine collection, whose vectors are stored with length 1; noise for others
     link_lists.bin           links of the upper layers
 
-The files are checked before Chroma loads them, since it trusts them: zeroed vectors give wrong answers, and zeroed or truncated links crash the process. Flipped bits in single
-vectors are only detected by checksums.
+They are checked before Chroma loads them, since it trusts them: zeroed vectors give wrong answers, and zeroed or truncated links
+crash the process. Flipped bits in single vectors are only detected by checksums.
 """
 
 from __future__ import annotations
@@ -54,6 +54,18 @@ _SKIPPED = {
     ord("r"): 4,  # LONG_BINPUT
     0x95: 8,  # FRAME
 }
+
+HEADER_NAME, ROWS_NAME, LENGTHS_NAME, LINKS_NAME = "header.bin", "data_level0.bin", "length.bin", "link_lists.bin"
+FILE_NAMES = (HEADER_NAME, ROWS_NAME, LENGTHS_NAME, LINKS_NAME, LABELS_NAME)
+WHOLE_BYTES = 512 << 20
+"""Row files up to this size are checked in full."""
+SPOT_ROWS = 2_048
+SPOTS = 8
+"""Parts of ``SPOT_ROWS`` rows checked of a larger file."""
+MOST_ODD = 0.01
+"""Share of rows: a zero vector may be a passage without any word known to the embedder, a row without links was deleted."""
+_PART = 4_096
+"""Rows checked at a time."""
 
 
 class BrokenSegmentError(Exception):
@@ -277,19 +289,6 @@ def stacked(vectors: Iterable[bytes], dimension: int) -> Vectors:
     if any(len(vector) != 4 * dimension for vector in found):
         raise BrokenSegmentError(f"the write-ahead log has vectors whose dimension is not {dimension}")
     return np.frombuffer(b"".join(found), "<f4").reshape(len(found), dimension).astype(np.float32)
-
-
-HEADER_NAME, ROWS_NAME, LENGTHS_NAME, LINKS_NAME = "header.bin", "data_level0.bin", "length.bin", "link_lists.bin"
-FILE_NAMES = (HEADER_NAME, ROWS_NAME, LENGTHS_NAME, LINKS_NAME, LABELS_NAME)
-WHOLE_BYTES = 512 << 20
-"""Row files up to this size are checked in full."""
-SPOT_ROWS = 2_048
-SPOTS = 8
-"""Parts of ``SPOT_ROWS`` rows checked of a larger file."""
-MOST_ODD = 0.01
-"""Share of rows: a zero vector may be a passage without any word known to the embedder, a row without links was deleted."""
-_PART = 4_096
-"""Rows checked at a time."""
 
 
 def check_segment(folder: Path, dimension: int, *, is_cosine: bool, are_known: bool = False) -> HnswSegment:

@@ -19,6 +19,16 @@ from searchr1_async.search.faults import MissingCollection, RefusedInput, fault_
 from searchr1_async.search.http_session import HttpSession, header_token
 from searchr1_async.search.stores.chroma import INCLUDE, NEW_COLLECTION, ChromaStore, CollectionModel
 
+DEFAULT_TENANT = "default_tenant"
+DEFAULT_DATABASE = "default_database"
+CLOUD_HOST = "api.trychroma.com"
+PAGE = 1_000
+"""Rows per request: 16 MB at 3,072 dimensions; a server accepts 40 MB."""
+CLOUD_PAGE = 300
+"""Rows per request: Chroma Cloud's quota of records written and of results read (docs.trychroma.com/cloud/quotas-limits)."""
+CLOUD_REQUESTS = 10
+"""Chroma Cloud's quota of concurrent reads per collection."""
+
 
 @dataclass(frozen=True, slots=True)
 class Address:
@@ -171,17 +181,6 @@ def _only_database(name: str, identity: Any, tenant: str | None, database: str |
             is_fatal=True,
         )
     return tenant, databases[0]
-
-
-DEFAULT_TENANT = "default_tenant"
-DEFAULT_DATABASE = "default_database"
-CLOUD_HOST = "api.trychroma.com"
-PAGE = 1_000
-"""Rows per request: 16 MB at 3,072 dimensions; a server accepts 40 MB."""
-CLOUD_PAGE = 300
-"""Rows per request: Chroma Cloud's quota of records written and of results read (docs.trychroma.com/cloud/quotas-limits)."""
-CLOUD_REQUESTS = 10
-"""Chroma Cloud's quota of concurrent reads per collection."""
 
 
 class RemoteChroma(ChromaStore):

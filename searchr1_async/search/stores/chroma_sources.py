@@ -1,7 +1,4 @@
-"""A Chroma collection in a folder, read in pages without Chroma, which would load it into memory.
-
-A collection of a Chroma server, read in pages.
-"""
+"""Chroma collections as sources of vectors, read in pages: of a folder, without Chroma, or of a server."""
 
 from __future__ import annotations
 
@@ -45,6 +42,11 @@ LEFT JOIN embedding_metadata d ON d.id = e.id AND d.key = 'chroma:document'
 LEFT JOIN embedding_metadata t ON t.id = e.id AND t.key = 'title'
 WHERE e.segment_id = ? AND e.id > ? ORDER BY e.id LIMIT ?
 """
+
+Result = TypeVar("Result")
+LISTED = 50_000
+"""Ids per request; Chroma Cloud limits it to a page."""
+_INCLUDE = ("documents", "metadatas", "embeddings")
 
 
 class ChromaFolder:
@@ -215,13 +217,6 @@ class _Opened:
     def close(self) -> None:
         self._segment = None
         self._tables.close()
-
-
-Result = TypeVar("Result")
-
-LISTED = 50_000
-"""Ids per request; Chroma Cloud limits it to a page."""
-_INCLUDE = ("documents", "metadatas", "embeddings")
 
 
 class ChromaServer:
