@@ -11,10 +11,11 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from typing import Generic
+from typing import Generic, TypeVar
 
 import anyio
 
+from searchr1_async.boundary.waits import Tell
 from searchr1_async.errors import SearchError, SearchUnavailableError
 from searchr1_async.search.faults import RefusedInput
 from searchr1_async.search.gathering import (
@@ -33,6 +34,8 @@ from searchr1_async.search.retries import Capacity, RemoteService, RetriedReques
 from searchr1_async.search.stats import ServiceStatistics, ServiceTally
 
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 LONGEST_HOLD = 0.1
 """Seconds for which keys wait for a fuller batch; bounded because requests in flight may hang."""
@@ -227,3 +230,23 @@ class Dispatcher(Generic[Key, Item, Value]):
         size = max(1, min(-(-len(batch) // 2), self._service.capacity().items))
         for start in range(0, len(batch), size):
             self._launch(batch[start : start + size], None)
+
+
+async def with_retries(
+    request: Callable[[], Awaitable[Result]],
+    *,
+    name: str,
+    pacing: PacingSettings,
+    failure: type[SearchError],
+    tell: Tell | None = None,
+) -> Result:
+    """The result of a single request, sent again until it is answered. Arguments and errors as of :class:`Dispatcher`."""
+
+    async def send(_: Sequence[None]) -> Sequence[Result]:
+        return [await request()]
+
+    once: Dispatcher[str, None, Result] = Dispatcher(
+        send, name=name, capacity=lambda: Capacity(1, 1), pacing=pacing, failure=failure
+    )
+    once.waits.tell = tell
+    return (await once.fetch({"once": None}))["once"]

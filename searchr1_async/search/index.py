@@ -23,7 +23,7 @@ from searchr1_async.data.corpus import Corpus
 from searchr1_async.episodes.types import Passage
 from searchr1_async.errors import StoreError
 from searchr1_async.events import Event, Notice, PhaseAdvanced, PhaseEnded, PhaseStarted
-from searchr1_async.search.dispatch import Dispatcher
+from searchr1_async.search.dispatch import Dispatcher, with_retries
 from searchr1_async.search.embedders import Embedder, Vectors
 from searchr1_async.search.passage_embedding import (
     BYTES_PER_TOKEN,
@@ -234,19 +234,8 @@ class IndexBuilder:
 
     async def _with_retries(self, request: Callable[[], Awaitable[Result]]) -> Result:
         """One request to the store, with retries."""
-
-        async def send(_: Sequence[None]) -> Sequence[Result]:
-            return [await request()]
-
-        once: Dispatcher[str, None, Result] = Dispatcher(
-            send,
-            name=self._store.name,
-            capacity=lambda: Capacity(1, 1),
-            pacing=self._options.pacing,
-            failure=StoreError,
-        )
-        once.waits.tell = self._options.tell
-        return (await once.fetch({"once": None}))["once"]
+        options, name = self._options, self._store.name
+        return await with_retries(request, name=name, pacing=options.pacing, failure=StoreError, tell=options.tell)
 
     # Verification
 

@@ -14,11 +14,10 @@ import numpy as np
 from searchr1_async.boundary.paths import absolute_path
 from searchr1_async.boundary.waits import in_thread
 from searchr1_async.errors import StoreError
-from searchr1_async.search.dispatch import Dispatcher
+from searchr1_async.search.dispatch import with_retries
 from searchr1_async.search.embedders import Embedder, Vectors
 from searchr1_async.search.faults import malformed
 from searchr1_async.search.passage_embedding import PACING
-from searchr1_async.search.retries import Capacity
 from searchr1_async.search.stores.chroma import CollectionModel, read_answer
 from searchr1_async.search.stores.chroma_files import (
     LABELS_NAME,
@@ -304,14 +303,7 @@ class ChromaServer:
 
     async def _patiently(self, request: Callable[[], Awaitable[Result]]) -> Result:
         """Sends one request, with the usual retries."""
-
-        async def send(_: Sequence[None]) -> Sequence[Result]:
-            return [await request()]
-
-        once: Dispatcher[str, None, Result] = Dispatcher(
-            send, name=self._store.name, capacity=lambda: Capacity(1, 1), pacing=PACING, failure=StoreError
-        )
-        return (await once.fetch({"once": None}))["once"]
+        return await with_retries(request, name=self._store.name, pacing=PACING, failure=StoreError)
 
 
 class _Reader(RemoteChroma):
