@@ -268,10 +268,10 @@ class _Service:
         given = request.query
         body = await request.read()
         asked = read_query(body, given.get("dimension", ""), given.get("n_results", ""), self._limits)
-        if (numbers := asked.vectors.shape[1]) != (held := opened.embedder.dimension):
+        if (numbers := asked.vectors.shape[1]) != (expected := opened.embedder.dimension):
             raise BadRequest(
                 "dimension",
-                f"the index has vectors of dimension {held}, these have {numbers}: they are from another embedder",
+                f"the index has vectors of dimension {expected}, these have {numbers}: they are from another embedder",
             )
         found = await opened.query(asked.vectors, asked.n_results)
         return _json({"found": pack_found(found), "store": opened.store.fingerprint})

@@ -347,12 +347,12 @@ class Search:
             with anyio.CancelScope(shield=True):
                 await store.aclose()
             raise
-        held = store.dimension
-        if held not in (None, self._embedder.dimension):
+        dimension = store.dimension
+        if dimension not in (None, self._embedder.dimension):
             with anyio.CancelScope(shield=True):
                 await store.aclose()
             raise StoreError(
-                f"{store.name} holds vectors of dimension {held}, but {self._embedder.name} produces dimension "
+                f"{store.name} holds vectors of dimension {dimension}, but {self._embedder.name} produces dimension "
                 f"{self._embedder.dimension}: it was built with another embedder, use that one",
                 is_fatal=True,
             )
