@@ -14,7 +14,7 @@ from searchr1_async.boundary.paths import absolute_path, cache_folder, folder_by
 from searchr1_async.boundary.waits import in_thread
 from searchr1_async.data.hub import LONGEST_WAIT, free_bytes
 from searchr1_async.data.questions import load_questions
-from searchr1_async.data.wiki18 import (
+from searchr1_async.data.wikipedia_index import (
     ARCHIVE,
     REPOSITORY,
     FetchSizes,

@@ -15,7 +15,7 @@ from tinker.lib.client_connection_pool_type import ClientConnectionPoolType
 from searchr1_async.errors import ConfigurationError, RunFolderError, ServiceError
 from searchr1_async.events import Emit, Notice
 from searchr1_async.runs.checkpoints import ResumePoint
-from searchr1_async.runs.weights import Step, Weights, find_state, parse_step
+from searchr1_async.runs.weights import TINKER_PATH, Step, Weights, find_state, parse_step
 from searchr1_async.service.connection import Service, ServiceName, is_embedded, wait_for
 from searchr1_async.service.startup import ADAPTER_CONFIG, IMPORT_ROUTE, published_base
 
@@ -53,7 +53,7 @@ def find_start(start_from: str | Path, service: ServiceName, out_dir: Path) -> S
         RunFolderError: the run has not kept this step.
     """
     name = str(start_from)
-    if name.startswith("tinker://"):
+    if name.startswith(TINKER_PATH):
         return Start(name, find_state(name))
     folder, step = _split_step(name)
     if folder.resolve() == out_dir.resolve():

@@ -68,11 +68,11 @@ def test_a_passage_of_something_else_is_refused(fields: dict[str, Any], words: s
 
 
 @pytest.mark.parametrize("field", ["id", "question", "golden_answers", "data_source"])
-def test_half_a_character_is_refused_at_the_call(field: str) -> None:
+def test_a_lone_surrogate_is_refused_at_the_call(field: str) -> None:
     """Files, indexes and tokenizers cannot encode it."""
     broken: Any = ("half \ud83d",) if field == "golden_answers" else "half \ud83d"
     question = sr.Question(**{"id": "1", "question": "Which?", "golden_answers": ("Paris",), field: broken})
-    with pytest.raises(QuestionsError, match="half a character"):
+    with pytest.raises(QuestionsError, match="lone surrogate"):
         checked_questions([question])
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import searchr1_async as sr
-from searchr1_async.data.wiki18 import fetch_sizes
+from searchr1_async.data.wikipedia_index import fetch_sizes
 from searchr1_async.episodes.types import Passage
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.search import Search

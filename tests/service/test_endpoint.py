@@ -118,7 +118,7 @@ async def test_another_service_is_used_without_naming_its_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
     """Like ``python -m searchr1_async.local``: a model of this machine, and no hub for its tokenizer."""
-    from searchr1_async.local.scripted import ScriptedBackend
+    from searchr1_async.local.scripted_backend import ScriptedBackend
     from tests.episodes.stand_in import stand_in
 
     folder = tmp_path / "model"
@@ -147,7 +147,7 @@ async def test_another_service_is_used_without_naming_its_model(
 
 
 async def test_a_wrong_key_is_reported_soon_in_our_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from searchr1_async.local.scripted import ScriptedBackend
+    from searchr1_async.local.scripted_backend import ScriptedBackend
     from tests.local.serving import successors
 
     monkeypatch.setenv("TINKER_API_KEY", "tml-wrong")
@@ -160,7 +160,7 @@ async def test_a_wrong_key_is_reported_soon_in_our_words(tmp_path: Path, monkeyp
 
 
 async def test_a_closed_client_is_one_of_our_errors(tmp_path: Path) -> None:
-    from searchr1_async.local.scripted import ScriptedBackend
+    from searchr1_async.local.scripted_backend import ScriptedBackend
     from tests.local.serving import successors
 
     with service_thread(tmp_path / "service", ScriptedBackend(successors)) as served:

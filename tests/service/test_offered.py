@@ -17,7 +17,7 @@ from aiohttp import web
 import searchr1_async as sr
 from searchr1_async.errors import ModelError, ServiceError, ServiceUnavailableError
 from searchr1_async.events import Event, Notice, RunStarted
-from searchr1_async.local.scripted import ScriptedBackend
+from searchr1_async.local.scripted_backend import ScriptedBackend
 from searchr1_async.local.server import Service
 from searchr1_async.models import known_models
 from searchr1_async.service.availability import ask_offered, choose_model

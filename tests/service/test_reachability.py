@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import searchr1_async as sr
 from searchr1_async.events import Event, Notice, ServiceAnswers, ServiceSilent, StepFinished
-from searchr1_async.local.scripted import Latency, ScriptedBackend, TrainingTimes
+from searchr1_async.local.scripted_backend import Latency, ScriptedBackend, TrainingTimes
 from searchr1_async.service import availability as reachability
 from searchr1_async.service.availability import CHECK_TIMEOUT, LATE, SILENT_AFTER, Outage
 from tests import tiny_world

@@ -19,7 +19,7 @@ from searchr1_async.errors import ConfigurationError
 from searchr1_async.events import Event, Notice
 from searchr1_async.local.backend import SampleRequest, SampleResult, Snapshot, UserFault
 from searchr1_async.local.sampling_clients import Sampling
-from searchr1_async.local.scripted import ScriptedBackend
+from searchr1_async.local.scripted_backend import ScriptedBackend
 from searchr1_async.runs.checkpoints import ResumePoint
 from searchr1_async.service.startup import Service
 from searchr1_async.training.abilities import choose_loss, preferred_losses

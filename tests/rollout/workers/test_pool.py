@@ -24,7 +24,7 @@ from searchr1_async.episodes.play import SearchTool
 from searchr1_async.episodes.types import Episode, Passage, Question, StopReason
 from searchr1_async.errors import EmbeddingError, SearchError, ServiceError, StoreError
 from searchr1_async.local.backend import SampleRequest, SampleResult, Snapshot
-from searchr1_async.local.scripted import Latency, ScriptedBackend
+from searchr1_async.local.scripted_backend import Latency, ScriptedBackend
 from searchr1_async.rollout.gate import SampleGate
 from searchr1_async.rollout.player import GroupPlayer, GroupTask, LocalPlayer, TinkerPolicy
 from searchr1_async.rollout.workers.messages import WorkerSpec

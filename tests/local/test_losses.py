@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from searchr1_async.local.backend import Datum, UserFault, loss_and_slope, ratio_metrics
-from searchr1_async.local.torch_losses import LOSSES, check_data, find_loss, with_sequence_ratio
+from searchr1_async.local.backend import Datum, UserFault, check_data, loss_and_slope, ratio_metrics
+from searchr1_async.local.trainer import LOSSES, find_loss, with_sequence_ratio
 
 LP = torch.tensor([-1.0, -0.5, -3.0, -2.0])
 Q = torch.tensor([-1.0, -1.5, -1.0, -2.0])

@@ -3,8 +3,6 @@
 21,015,324 passages of 100 words, embedded by ``gemini-embedding-001`` at 768 dimensions: a Chroma folder in one archive on the
 Hugging Face hub. This takes hours and hundreds of gigabytes, so every step resumes or restarts by itself, and the folder appears only
 when complete.
-
-Reads the unpacked size of an ``.xz`` file from its end, without reading the rest.
 """
 
 from __future__ import annotations
@@ -19,8 +17,7 @@ import shutil
 import sqlite3
 import tarfile
 import time
-import zlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +34,7 @@ from searchr1_async.data.hub import (
     BLOCK,
     LONGEST_WAIT,
     Advance,
+    BrokenXzError,
     HubFile,
     Patience,
     download,
@@ -44,89 +42,11 @@ from searchr1_async.data.hub import (
     free_bytes,
     look_up,
     report,
+    unpacked_size,
     verify,
 )
 from searchr1_async.errors import StoreError
 from searchr1_async.events import Emit, Notice, PhaseAdvanced, PhaseEnded, PhaseStarted, emit_nothing
-
-Read = Callable[[int, int], bytes]
-"""``read(start, length)`` returns that part of the file."""
-
-_FOOTER_MAGIC, _HEADER_SIZE, _FOOTER_SIZE = b"YZ", 12, 12
-_MOST_INDEX_BYTES = 64 << 20
-"""xz writes about 8 bytes per block, and by default a block per 24 MiB."""
-
-
-class BrokenXzError(ValueError):
-    """Not an xz file, or truncated."""
-
-
-def unpacked_size(read: Read, size: int) -> int:
-    """The unpacked size of an xz file, over all its streams.
-
-    Every stream ends with an index of its blocks and a footer with the index's length: section 2.1.2 and chapter 4 of "The .xz File
-    Format", version 1.2.1. Only these are read, backwards.
-
-    Args:
-        read: reads a part of the file.
-        size: size of the file in bytes.
-
-    Raises:
-        BrokenXzError: not an xz file, or truncated.
-        Exception: any error of ``read``.
-    """
-    total, end = 0, size
-    while end:
-        if end < _HEADER_SIZE + _FOOTER_SIZE:
-            raise BrokenXzError("too short for an xz stream")
-        footer = read(end - _FOOTER_SIZE, _FOOTER_SIZE)
-        if footer == bytes(_FOOTER_SIZE) or footer[-4:] == bytes(4):  # padding between streams, in steps of 4 bytes
-            end -= 4
-            continue
-        blocks, unpacked, index_size = _read_stream_end(read, end, footer)
-        end -= _HEADER_SIZE + blocks + index_size + _FOOTER_SIZE
-        if end < 0:
-            raise BrokenXzError("an xz stream is longer than its file")
-        total += unpacked
-    return total
-
-
-def _read_stream_end(read: Read, end: int, footer: bytes) -> tuple[int, int, int]:
-    """Of the stream that ends at ``end``: size of its blocks, their unpacked size, and size of its index."""
-    if len(footer) != _FOOTER_SIZE or footer[10:] != _FOOTER_MAGIC or zlib.crc32(footer[4:10]) != _number(footer[:4]):
-        raise BrokenXzError("no xz footer at the end")
-    index_size = (_number(footer[4:8]) + 1) * 4
-    start = end - _FOOTER_SIZE - index_size
-    if start < _HEADER_SIZE or index_size > _MOST_INDEX_BYTES:
-        raise BrokenXzError("an invalid xz index")
-    index = read(start, index_size)
-    if len(index) != index_size or index[0] != 0 or zlib.crc32(index[:-4]) != _number(index[-4:]):
-        raise BrokenXzError("a corrupt xz index")
-    count, position = _variable_length(index, 1)
-    blocks = unpacked = 0
-    for _ in range(count):
-        block, position = _variable_length(index, position)
-        content, position = _variable_length(index, position)
-        blocks += (block + 3) // 4 * 4
-        unpacked += content
-    return blocks, unpacked, index_size
-
-
-def _number(little_endian: bytes) -> int:
-    return int.from_bytes(little_endian, "little")
-
-
-def _variable_length(data: bytes, position: int) -> tuple[int, int]:
-    """The number at ``position`` and the position after it: 7 bits per byte, the high bit marks continuation."""
-    value = shift = 0
-    while shift < 63 and position < len(data):
-        byte = data[position]
-        value |= (byte & 0x7F) << shift
-        position, shift = position + 1, shift + 7
-        if byte < 0x80:
-            return value, position
-    raise BrokenXzError("a corrupt number in an xz index")
-
 
 logger = logging.getLogger(__name__)
 
@@ -319,8 +239,10 @@ class _Fetch:
         await in_thread(lambda: shutil.rmtree(self.unpacking, ignore_errors=True))
         unpacked = await self._check_room(file)
         if not archive.exists():
-            await self._download(file, partial)
-            await self._verify(file, partial)
+            async with self._phase("download", file.size) as advance:
+                await download(file, partial, advance, self.patience)
+            async with self._phase("verify", file.size) as advance:
+                await in_thread(lambda: verify(file, partial, advance))
             partial.replace(archive)
         async with self._phase("unpack", file.size) as advance:
             await in_thread(lambda: self._unpack(archive, unpacked, advance))
@@ -371,14 +293,6 @@ class _Fetch:
             return await in_thread(lambda: unpacked_size(read, file.size))
         except BrokenXzError as error:
             raise StoreError(f"{file.name} is not a .tar.xz archive ({error}): name another file") from error
-
-    async def _download(self, file: HubFile, partial: Path) -> None:
-        async with self._phase("download", file.size) as advance:
-            await download(file, partial, advance, self.patience)
-
-    async def _verify(self, file: HubFile, partial: Path) -> None:
-        async with self._phase("verify", file.size) as advance:
-            await in_thread(lambda: verify(file, partial, advance))
 
     def _unpack(self, archive: Path, unpacked: int, advance: Advance) -> None:
         """Blocking. tarfile's filter ``data`` rejects members outside the folder."""

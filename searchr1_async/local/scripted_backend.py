@@ -1,19 +1,11 @@
 """A backend without a model: a function of the prompt replies after a modelled latency. For benchmarks and tests.
 
-Training updates a one-parameter model: token ``t`` has log-probability ``scale_free(t) * exp(-bias)``, and Tinker's losses
-and Adam update ``bias``. So the sampler and the trainer agree at the same version, versions differ, and checkpoint
-round-trips can be tested.
-
-Log of a scripted backend's requests and drawn latencies, from which a run's lower-bound time can be computed.
-
-The simulated prefix cache of the scripted backend.
-
-Scheduled calls on one thread.
+Training updates :mod:`~searchr1_async.local.scripted_model`. The log of all requests and their drawn latencies gives the
+lower-bound time of a run.
 """
 
 from __future__ import annotations
 
-import bisect
 import heapq
 import itertools
 import json
@@ -23,23 +15,22 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
 
+from searchr1_async.local import scripted_model
 from searchr1_async.local.backend import (
     AdamParams,
     Adapter,
     Datum,
-    Float32Array,
     ForwardBackwardResult,
     InflightClient,
-    Int32Array,
     LoraConfig,
     SampledSequence,
     SampleRequest,
@@ -47,11 +38,15 @@ from searchr1_async.local.backend import (
     Snapshot,
     State,
     UserFault,
-    check_data,
-    find_inputs,
-    loss_and_slope,
 )
-from searchr1_async.local.prefixes import common_prefix_length
+from searchr1_async.local.scripted_model import PrefixCache, ScriptedAdapter, Weights, logprobs_of
+
+logger = logging.getLogger(__name__)
+
+Reply = Callable[[list[int], random.Random], "list[int] | str | TimedReply"]
+"""Maps prompt tokens and a random generator to new tokens, or to text (the backend then needs a tokenizer)."""
+Result = TypeVar("Result")
+Own = TypeVar("Own")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,62 +91,36 @@ class Served:
         return self.began + self.seconds
 
 
-def write_log(path: Path, served: Iterable[Served]) -> None:
-    """Writes JSON Lines."""
-    path.write_text("".join(json.dumps(asdict(request)) + "\n" for request in served))
+@dataclass(frozen=True, slots=True)
+class Latency:
+    """Latency of one sample: ``max(floor, prompt * prefill + tokens * decode) * lognormal(jitter)`` seconds.
+
+    Drawn per continuation; a request takes as long as its slowest one.
+    """
+
+    prefill: float = 0.0
+    """Seconds per prompt token."""
+    decode: float = 0.0
+    """Seconds per new token."""
+    floor: float = 0.0
+    """Minimum seconds, before jitter."""
+    jitter: float = 0.0
+    """Sigma of the lognormal factor; its median is 1."""
+
+    def draw(self, prompt_tokens: int, new_tokens: int, chance: random.Random) -> float:
+        seconds = max(self.floor, prompt_tokens * self.prefill + new_tokens * self.decode)
+        return seconds * math.exp(chance.gauss(0.0, self.jitter)) if self.jitter else seconds
 
 
-def read_log(path: Path) -> list[Served]:
-    """Reads :func:`write_log`'s file."""
-    rows = (json.loads(line) for line in path.read_text().splitlines())
-    return [
-        Served(**{**row, "sequences": tuple(ServedSequence(**sequence) for sequence in row["sequences"])})
-        for row in rows
-    ]
+@dataclass(frozen=True, slots=True)
+class TrainingTimes:
+    """Durations in seconds on the training device, which runs one call at a time."""
 
-
-MOST_TOKENS = 2_000_000
-"""Maximum tokens cached per sampler; beyond it the cache is cleared."""
-
-
-class PrefixCache:
-    """The token sequences that one sampler has run; a sequence replaces its own prefixes."""
-
-    def __init__(self) -> None:
-        # Sorted. Big-endian bytes sort like the integers, so sequences with the longest common prefix are neighbours.
-        self._texts: list[bytes] = []
-        self._tokens = 0
-
-    def hits(self, prompt: Int32Array) -> int:
-        """Number of cached tokens of ``prompt``, excluding the last one, whose logits are always needed."""
-        key = _key(prompt)
-        place = bisect.bisect(self._texts, key)
-        near = self._texts[max(0, place - 1) : place + 1]
-        known = (common_prefix_length(np.frombuffer(text, ">i4"), prompt) for text in near)
-        return min(max(known, default=0), len(prompt) - 1)
-
-    def add(self, prompt: Int32Array, continuations: Sequence[Int32Array]) -> None:
-        """Cache a prompt with each continuation, without the last token, which was never run."""
-        if self._tokens > MOST_TOKENS:
-            self._texts.clear()
-            self._tokens = 0
-        for tokens in continuations:
-            key = _key(np.concatenate([prompt, tokens[:-1]]))
-            place = bisect.bisect_left(self._texts, key)
-            if place < len(self._texts) and self._texts[place].startswith(key):
-                continue
-            while place and key.startswith(self._texts[place - 1]):
-                place -= 1
-                self._tokens -= len(self._texts.pop(place)) // 4
-            self._texts.insert(place, key)
-            self._tokens += len(key) // 4
-
-
-def _key(tokens: Int32Array) -> bytes:
-    return np.ascontiguousarray(tokens, dtype=">i4").tobytes()
-
-
-logger = logging.getLogger(__name__)
+    per_token: float = 0.0
+    """Forward and backward of one token; forward alone takes a third."""
+    optim_step: float = 0.0
+    save: float = 0.0
+    """Export or snapshot."""
 
 
 class TimerThread:
@@ -202,75 +171,6 @@ class TimerThread:
                 function()
             except Exception:
                 logger.exception("a timer callback failed")
-
-
-Reply = Callable[[list[int], random.Random], "list[int] | str | TimedReply"]
-"""Maps prompt tokens and a random generator to new tokens, or to text (the backend then needs a tokenizer)."""
-Result = TypeVar("Result")
-Own = TypeVar("Own")
-
-
-@dataclass(frozen=True, slots=True)
-class Latency:
-    """Latency of one sample: ``max(floor, prompt * prefill + tokens * decode) * lognormal(jitter)`` seconds.
-
-    Drawn per continuation; a request takes as long as its slowest one.
-    """
-
-    prefill: float = 0.0
-    """Seconds per prompt token."""
-    decode: float = 0.0
-    """Seconds per new token."""
-    floor: float = 0.0
-    """Minimum seconds, before jitter."""
-    jitter: float = 0.0
-    """Sigma of the lognormal factor; its median is 1."""
-
-    def draw(self, prompt_tokens: int, new_tokens: int, chance: random.Random) -> float:
-        seconds = max(self.floor, prompt_tokens * self.prefill + new_tokens * self.decode)
-        return seconds * math.exp(chance.gauss(0.0, self.jitter)) if self.jitter else seconds
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingTimes:
-    """Durations in seconds on the training device, which runs one call at a time."""
-
-    per_token: float = 0.0
-    """Forward and backward of one token; forward alone takes a third."""
-    optim_step: float = 0.0
-    save: float = 0.0
-    """Export or snapshot."""
-
-
-@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
-class Weights:
-    """A snapshot: an immutable version. Compared by identity, since each snapshot has its own prefix cache."""
-
-    bias: float = 0.0
-    version: int = 0
-    """Optimizer steps."""
-
-
-@dataclass(slots=True, eq=False)
-class ScriptedAdapter:
-    """A trainable version: one parameter with its gradient and Adam moments."""
-
-    lora: LoraConfig
-    weights: Weights = field(default_factory=Weights)
-    gradient: float = 0.0
-    moments: tuple[float, float] = (0.0, 0.0)
-    steps_submitted: int = 0
-    """Optimizer steps submitted, including those still queued."""
-
-
-def scale_free(tokens: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """A fixed log-probability per token id in [-2.1, -0.1]; same shape, float64."""
-    return -0.1 - 2.0 * ((tokens.astype(np.uint64) * np.uint64(2654435761)) % np.uint64(1 << 32)) / 2.0**32
-
-
-def logprobs_of(tokens: np.ndarray[Any, Any], weights: Weights) -> Float32Array:
-    """Log-probabilities of tokens at a version, for both sampler and trainer; same shape."""
-    return (scale_free(tokens) * math.exp(-weights.bias)).astype(np.float32)
 
 
 class ScriptedBackend:
@@ -396,7 +296,7 @@ class ScriptedBackend:
             prompt_logprobs = logprobs_of(request.prompt, weights)
             prompt_logprobs[0] = np.nan
         if request.topk_prompt_logprobs:
-            topk_prompt = _topk(request.prompt, weights, request.topk_prompt_logprobs)
+            topk_prompt = scripted_model.topk(request.prompt, weights, request.topk_prompt_logprobs)
             topk_prompt[0][0], topk_prompt[1][0] = 0, np.nan
         if not request.prompt_logprobs:
             prompt_logprobs = None
@@ -412,7 +312,9 @@ class ScriptedBackend:
         end = min(self._stop_at(tokens, request), len(tokens))
         stop_reason = "stop" if end <= limit else "length"
         array = np.asarray(tokens[: min(end, limit)], np.int32)
-        topk = _topk(array, weights, request.topk_sample_logprobs) if request.topk_sample_logprobs else None
+        topk = (
+            scripted_model.topk(array, weights, request.topk_sample_logprobs) if request.topk_sample_logprobs else None
+        )
         return SampledSequence(array, logprobs_of(array, weights), stop_reason, topk), reply
 
     def _stop_at(self, tokens: list[int], request: SampleRequest) -> int:
@@ -462,12 +364,12 @@ class ScriptedBackend:
         tokens = sum(len(datum.tokens) for datum in data)
         seconds = self._training.per_token * tokens / (3 if forward_only else 1)
         call = self._call("forward" if forward_only else "forward_backward", seconds, own, tokens, len(data))
-        return self._train(call, lambda: _forward_backward(own, data, loss_fn, loss_config, forward_only))
+        return self._train(call, lambda: scripted_model.forward_backward(own, data, loss_fn, loss_config, forward_only))
 
     def optim_step(self, adapter: Adapter, params: AdamParams) -> Future[Mapping[str, float]]:
         own = _own(adapter, ScriptedAdapter)
         call = self._call("optim_step", self._training.optim_step, own)
-        return self._train(call, lambda: _optim_step(own, params))
+        return self._train(call, lambda: scripted_model.optim_step(own, params))
 
     def export_adapter(self, adapter: Adapter, optimizer: bool) -> Future[State]:
         own = _own(adapter, ScriptedAdapter)
@@ -481,13 +383,13 @@ class ScriptedBackend:
     def import_adapter(self, lora: LoraConfig, state: State, optimizer: bool) -> Future[Adapter]:
         def load() -> Adapter:
             first, second = (float(moment) for moment in state["moments"]) if optimizer else (0.0, 0.0)
-            weights = _weights_in(state)
+            weights = scripted_model.weights_in(state)
             return ScriptedAdapter(lora, weights, moments=(first, second), steps_submitted=weights.version)
 
-        return self._train(Served("import", 0.0, self._training.save, _weights_in(state).version), load)
+        return self._train(Served("import", 0.0, self._training.save, scripted_model.weights_in(state).version), load)
 
     def import_snapshot(self, lora: LoraConfig, state: State) -> Future[Snapshot]:
-        weights = _weights_in(state)
+        weights = scripted_model.weights_in(state)
         return self._train(Served("import", 0.0, self._training.save, weights.version), lambda: weights)
 
     def _call(self, kind: str, seconds: float, adapter: ScriptedAdapter, tokens: int = 0, examples: int = 0) -> Served:
@@ -509,57 +411,8 @@ class ScriptedBackend:
     def close(self) -> None:
         self._timers.close()
         if self._latency_log is not None:
-            write_log(self._latency_log, self.served)
-
-
-def _topk(tokens: np.ndarray[Any, Any], weights: Weights, k: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Each token and the k - 1 following ids, most likely first: ids and log-probabilities, each [N, k]."""
-    ids = np.asarray(tokens, np.int32)[:, None] + np.arange(k, dtype=np.int32)
-    logprobs = logprobs_of(ids, weights)
-    order = np.argsort(-logprobs, axis=1)
-    return np.take_along_axis(ids, order, 1), np.take_along_axis(logprobs, order, 1)
-
-
-def _weights_in(state: State) -> Weights:
-    return Weights(float(state["bias"][0]), int(state["version"][0]))
-
-
-def _forward_backward(
-    adapter: ScriptedAdapter,
-    data: Sequence[Datum],
-    loss_fn: str,
-    loss_config: Mapping[str, float],
-    forward_only: bool,
-) -> ForwardBackwardResult:
-    """Tinker's losses and their gradient: d logprob / d bias = -logprob."""
-    inputs, config = find_inputs(loss_fn, loss_config)
-    check_data(data, loss_fn, inputs)
-    loss, gradient, rows = 0.0, 0.0, []
-    for datum in data:
-        logprobs = logprobs_of(datum.loss_inputs["target_tokens"], adapter.weights)
-        rows.append(logprobs)
-        lp = logprobs.astype(np.float64)
-        value, slope = loss_and_slope(loss_fn, lp, datum.loss_inputs, config)
-        loss += value
-        gradient += float(np.sum(slope * -lp))
-    if not forward_only:
-        adapter.gradient += gradient
-    return ForwardBackwardResult(tuple(rows), {"loss:sum": loss})
-
-
-def _optim_step(adapter: ScriptedAdapter, params: AdamParams) -> dict[str, float]:
-    gradient = adapter.gradient
-    norm = abs(gradient)
-    if params.grad_clip_norm and norm > params.grad_clip_norm:
-        gradient *= params.grad_clip_norm / norm
-    step = adapter.weights.version + 1
-    first = params.beta1 * adapter.moments[0] + (1 - params.beta1) * gradient
-    second = params.beta2 * adapter.moments[1] + (1 - params.beta2) * gradient**2
-    direction = first / (1 - params.beta1**step) / (math.sqrt(second / (1 - params.beta2**step)) + params.eps)
-    bias = adapter.weights.bias * (1 - params.learning_rate * params.weight_decay) - params.learning_rate * direction
-    adapter.weights = replace(adapter.weights, bias=bias, version=step)
-    adapter.moments, adapter.gradient = (first, second), 0.0
-    return {"unclipped_grad_l2": norm}
+            rows = (json.dumps(asdict(request)) for request in self.served)
+            self._latency_log.write_text("".join(f"{row}\n" for row in rows))
 
 
 def _own(value: Any, kind: type[Own]) -> Own:
