@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 
 import anyio
 
-from searchr1_async.boundary.waits import Tell
+from searchr1_async.boundary.waits import Notify
 from searchr1_async.errors import SearchError, SearchUnavailableError
 from searchr1_async.search.faults import RefusedInput
 from searchr1_async.search.gathering import (
@@ -238,7 +238,7 @@ async def with_retries(
     name: str,
     pacing: PacingSettings,
     failure: type[SearchError],
-    tell: Tell | None = None,
+    tell: Notify | None = None,
 ) -> Result:
     """The result of a single request, sent again until it is answered. Arguments and errors as of :class:`Dispatcher`."""
 
