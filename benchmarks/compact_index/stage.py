@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 import searchr1_async as sr
 from benchmarks.shared.extended_vectors import ExtendedVectors, Extension, kept_neighbours
 from benchmarks.shared.real_vectors import RealVectors, real_vectors
+from searchr1_async.episodes.prompts import clean_query
 from searchr1_async.events import Event, PhaseEnded
 from searchr1_async.search import CompactSettings, CompactStore, Store, Vectors, build_compact_index
 from searchr1_async.search.stores.sources import Block
@@ -240,7 +241,7 @@ class KnownVectors:
     name, max_texts, max_tokens, max_requests = "known vectors", 4096, None, 1
 
     def __init__(self, texts: Sequence[str], vectors: Vectors) -> None:
-        self._known = {sr.Search.clean_query(text): vector for text, vector in zip(texts, vectors, strict=True)}
+        self._known = {clean_query(text): vector for text, vector in zip(texts, vectors, strict=True)}
         self.dimension = vectors.shape[1]
         self.fingerprint = "known"
 

@@ -31,7 +31,6 @@ from benchmarks.shared.report import write_result
 from searchr1_async import Episode, Passage, Question
 from searchr1_async.config import EpisodeLimits, SamplingSettings
 from searchr1_async.episodes.formats import make_dialect
-from searchr1_async.episodes.prompts import clean_query
 from searchr1_async.local import DEFAULT_MODEL, Scripted, local_service
 from searchr1_async.local.model_files import resolve_model
 from searchr1_async.rollout.event_loop import Pulse
@@ -49,18 +48,15 @@ SECONDS_A_SAMPLE = 0.5
 KEY = "tml-benchmark"
 
 
-class InstantSearch:
+PASSAGES = tuple(
+    Passage(str(number), f"Title {number}", "The river rises in the mountains and ends in the sea. " * 9)
+    for number in range(3)
+)
+
+
+async def instant_search(queries: Sequence[str]) -> Sequence[Sequence[Passage]]:
     """Three passages of a hundred words, at once: what a cache would answer."""
-
-    def __init__(self) -> None:
-        text = "The river rises in the mountains and ends in the sea. " * 9
-        self._passages = tuple(Passage(str(number), f"Title {number}", text) for number in range(3))
-
-    def clean_query(self, query: str) -> str | None:
-        return clean_query(query)
-
-    async def search(self, queries: Sequence[str]) -> Sequence[Sequence[Passage]]:
-        return tuple(self._passages for _ in queries)
+    return tuple(PASSAGES for _ in queries)
 
 
 def canned_reply(prompt: list[int], chance: object) -> str:
@@ -171,7 +167,7 @@ async def policy_of(url: str, key: str) -> AsyncIterator[TinkerPolicy]:
 
 def local_player(tokenizer: object, first_turn: str) -> LocalPlayer:
     dialect = make_dialect("tags", MODEL, tokenizer, instructions=INSTRUCTIONS)
-    return LocalPlayer(dialect, InstantSearch(), LIMITS, SampleGate(), first_turn)  # type: ignore[arg-type]
+    return LocalPlayer(dialect, instant_search, LIMITS, SampleGate(), first_turn)  # type: ignore[arg-type]
 
 
 def spec_of(tokenizer: Path, first_turn: str) -> WorkerSpec:
@@ -186,8 +182,8 @@ async def run_arms(tokenizer: object, folder: Path, rounds: int, scale: float, f
     async with (
         canned_service(folder) as (url, service),
         policy_of(url, KEY) as policy,
-        WorkerPool(spec, InstantSearch(), count=1) as one,
-        WorkerPool(spec, InstantSearch(), count=2) as two,
+        WorkerPool(spec, instant_search, count=1) as one,
+        WorkerPool(spec, instant_search, count=2) as two,
     ):
         arms: list[tuple[str, GroupPlayer, list[int]]] = [
             ("in process", local, []),

@@ -30,7 +30,7 @@ from searchr1_async.errors import ConfigurationError, StoreError
 from searchr1_async.events import Emit, Notice
 from searchr1_async.search.builders import build_compact_index, build_index, differing, needed_bytes
 from searchr1_async.search.compact.assembly import SAMPLE_QUERIES
-from searchr1_async.search.compact.files import MANIFEST_NAME, CompactManifest, CompactSettings
+from searchr1_async.search.compact.layout import MANIFEST_NAME, CompactManifest, CompactSettings
 from searchr1_async.search.embedders import DEFAULT_MODEL as LOCAL_MODEL
 from searchr1_async.search.faults import PassingFault
 from searchr1_async.search.gemini import DEFAULT_MODEL, make_embedder

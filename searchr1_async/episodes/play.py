@@ -6,7 +6,7 @@ Batches, retries, processes and weights are up to the policy and the search.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -15,6 +15,7 @@ import anyio
 
 from searchr1_async.config import EpisodeLimits
 from searchr1_async.episodes.formats import Dialect, FinalAnswer, MalformedCall, Reading
+from searchr1_async.episodes.prompts import clean_query
 from searchr1_async.episodes.types import Episode, Passage, Question, SearchCall, StopReason, Turn
 from searchr1_async.errors import SearchError, ServiceError
 
@@ -49,20 +50,12 @@ class Policy(Protocol):
         ...
 
 
-class SearchTool(Protocol):
-    """The search, as seen by an episode."""
+SearchTool = Callable[[Sequence[str]], Awaitable[Sequence[Sequence[Passage]]]]
+"""The search, as seen by an episode: the passages of each query, in order.
 
-    async def search(self, queries: Sequence[str]) -> Sequence[Sequence[Passage]]:
-        """Passages per query, in order.
-
-        Raises:
-            SearchError: a permanent failure; ``is_fatal`` if later searches would fail too.
-        """
-        ...
-
-    def clean_query(self, query: str) -> str | None:
-        """The query in a form that can be sent; None if there is none (a malformed call)."""
-        ...
+Queries come from :func:`~searchr1_async.episodes.prompts.clean_query`. Raises :class:`SearchError` for a permanent failure;
+``is_fatal`` if later searches would fail too.
+"""
 
 
 async def play(
@@ -129,7 +122,7 @@ async def play(
             call = None
             appended: list[int] = []
             if not sampled.truncated:
-                call = _call_made(reading, search, limits)
+                call = _call_made(reading, limits)
             if call is not None and call.problem is not None and not isinstance(reading, MalformedCall):
                 # A well-formed call with a query that cannot be sent.
                 stop_reason = _malformed_outcome(is_last, limits)
@@ -179,7 +172,7 @@ def _malformed_outcome(is_last: bool, limits: EpisodeLimits) -> StopReason | Non
     return None if limits.malformed_calls == "tell" and not is_last else StopReason.MALFORMED_CALL
 
 
-def _call_made(reading: Reading, search: SearchTool, limits: EpisodeLimits) -> SearchCall | None:
+def _call_made(reading: Reading, limits: EpisodeLimits) -> SearchCall | None:
     """The turn's call with cleaned queries, or None."""
     if isinstance(reading, MalformedCall):
         return SearchCall((), problem=reading.problem)
@@ -189,7 +182,7 @@ def _call_made(reading: Reading, search: SearchTool, limits: EpisodeLimits) -> S
         return SearchCall(
             (), problem=f"{len(reading.queries)} queries; at most {limits.max_queries_per_call} are allowed"
         )
-    queries = [search.clean_query(query) for query in reading.queries]
+    queries = [clean_query(query) for query in reading.queries]
     if any(query is None for query in queries):
         return SearchCall((), problem="a query that cannot be searched for (empty, too long or unreadable)")
     return SearchCall(tuple(query for query in queries if query is not None))
@@ -202,7 +195,7 @@ async def _carry_out(
     if call.problem is not None:
         return call, dialect.tell(tokens, sampled, call.problem)
     began = time.monotonic()
-    results = tuple(tuple(passages) for passages in await search.search(call.queries))
+    results = tuple(tuple(passages) for passages in await search(call.queries))
     call = SearchCall(call.queries, results, seconds=time.monotonic() - began)
     return call, dialect.extend(tokens, sampled, call.queries, results)
 

@@ -76,7 +76,7 @@ class GroupToPlay:
 
 @dataclass(slots=True)
 class PlayTally:
-    """Counts of an engine's groups and episodes."""
+    """Counts of an engine's groups, episodes and searches."""
 
     groups: int = 0
     """In progress."""
@@ -84,6 +84,8 @@ class PlayTally:
     """In progress."""
     finished: int = 0
     """Total finished episodes."""
+    searching: int = 0
+    """Unanswered searches."""
 
 
 @dataclass(frozen=True)
@@ -220,23 +222,17 @@ def usage_of_gates(gates: Sequence[GateStatistics], gone: TokenUsage = NOTHING) 
     return total_usage((gone, *(gate.usage for gate in gates)))
 
 
-class CountedSearch:
-    """Search that counts pending calls."""
+def counted(search: SearchTool, tally: PlayTally) -> SearchTool:
+    """The search; its unanswered calls are counted in ``tally``."""
 
-    def __init__(self, search: SearchTool) -> None:
-        self._search = search
-        self.in_progress = 0
-        """Unanswered searches."""
-
-    async def search(self, queries: Sequence[str]) -> Sequence[Sequence[Passage]]:
-        self.in_progress += 1
+    async def search_counted(queries: Sequence[str]) -> Sequence[Sequence[Passage]]:
+        tally.searching += 1
         try:
-            return await self._search.search(queries)
+            return await search(queries)
         finally:
-            self.in_progress -= 1
+            tally.searching -= 1
 
-    def clean_query(self, query: str) -> str | None:
-        return self._search.clean_query(query)
+    return search_counted
 
 
 class PlayReading:
@@ -244,14 +240,11 @@ class PlayReading:
 
     Args:
         tally: counts of the engine.
-        search: the search of the episodes.
         search_metrics: returns its totals.
     """
 
-    def __init__(
-        self, emit: Emit, tally: PlayTally, search: CountedSearch, search_metrics: Callable[[], Mapping[str, float]]
-    ) -> None:
-        self._emit, self._tally, self._search, self._search_metrics = emit, tally, search, search_metrics
+    def __init__(self, emit: Emit, tally: PlayTally, search_metrics: Callable[[], Mapping[str, float]]) -> None:
+        self._emit, self._tally, self._search_metrics = emit, tally, search_metrics
         self.pulse = PulseReading(1.0, 0.0, 0.0, 0.0, 0.0)
         """Latest reading of the event loop."""
         self._searched: Mapping[str, float] = {}
@@ -283,7 +276,7 @@ class PlayReading:
             episodes=tally.episodes,
             sampling=sum(gate.in_flight for gate in gates),
             queued=sum(gate.waiting for gate in gates),
-            searching=self._search.in_progress,
+            searching=tally.searching,
             groups=tally.groups,
             finished_episodes=tally.finished,
             prompt_tokens=used.prompt,
@@ -330,10 +323,10 @@ async def open_engine(
     if (warning := files.warning(min(bounds.most, bounds.most_requests))) is not None:
         emit(Notice(warning, is_warning=True))
     gate = SampleGate(SampleLimit(bounds.within(files)))
-    counted = CountedSearch(search)
-    local = LocalPlayer(dialect, counted, spec.limits, gate, spec.first_turn, spec.method)
     tally = PlayTally()
-    reading = PlayReading(emit, tally, counted, search_metrics)
+    search = counted(search, tally)
+    local = LocalPlayer(dialect, search, spec.limits, gate, spec.first_turn, spec.method)
+    reading = PlayReading(emit, tally, search_metrics)
 
     def hear(pulse: PulseReading) -> None:
         gate.client_is(pulse)
@@ -342,7 +335,7 @@ async def open_engine(
     with rare_collections():
         async with (
             Pulse(hear) as pulse,
-            _open_player(local, gate, spec, counted, sampling) as player,
+            _open_player(local, gate, spec, search, sampling) as player,
             anyio.create_task_group() as tasks,
         ):
 

@@ -22,7 +22,7 @@ from searchr1_async.boundary.waits import PausableDeadlines, time_limit
 from searchr1_async.config import EpisodeLimits, FirstTurn, SamplingSettings
 from searchr1_async.episodes.formats import Dialect
 from searchr1_async.episodes.play import Policy, SampledTurn, SearchTool, play
-from searchr1_async.episodes.prompts import Method, limits_for
+from searchr1_async.episodes.prompts import Method, clean_query, limits_for
 from searchr1_async.episodes.types import Episode, Group, Passage, Question, SearchCall, StopReason
 from searchr1_async.errors import SearchError, ServiceError
 from searchr1_async.rollout.event_loop import LoopTurns
@@ -183,7 +183,7 @@ class LocalPlayer:
                 policy=_GatedPolicy(
                     policy, self._gate, self._turns, self._deadlines, 0 if first is None else 1, task.yields
                 ),
-                search=_SharedSearch(self._search, self._turns),
+                search=self._search_in_turn,
                 limits=self._limits,
                 first_turn=first,
                 prompt_tokens=prompt,
@@ -199,13 +199,19 @@ class LocalPlayer:
             for member, first in zip(task.members, firsts, strict=True):
                 tasks.start_soon(one, member, first)
 
+    async def _search_in_turn(self, queries: Sequence[str]) -> Sequence[Sequence[Passage]]:
+        """Searches, then yields to the event loop before the passages are rendered."""
+        results = await self._search(queries)
+        await self._turns.turn()
+        return results
+
     async def _retrieve(self, question: Question) -> SearchCall:
         """One search for the question itself, shared by the group."""
-        query = self._search.clean_query(question.question)
+        query = clean_query(question.question)
         if query is None:
             return SearchCall((), problem="the question cannot be searched for (too long or unreadable)")
         began = time.monotonic()
-        results = tuple(tuple(passages) for passages in await self._search.search((query,)))
+        results = tuple(tuple(passages) for passages in await self._search((query,)))
         return SearchCall((query,), results, seconds=time.monotonic() - began)
 
     def _prompt(self, question: Question, given: SearchCall | None) -> tuple[int, ...]:
@@ -270,22 +276,6 @@ class _GatedPolicy:
         self.turn += 1
         await self.turns.turn()  # parsing comes next
         return sampled
-
-
-@dataclass(frozen=True, slots=True)
-class _SharedSearch:
-    """Search that yields to the event loop before its passages are rendered."""
-
-    search_tool: SearchTool
-    turns: LoopTurns
-
-    async def search(self, queries: Sequence[str]) -> Sequence[Sequence[Passage]]:
-        results = await self.search_tool.search(queries)
-        await self.turns.turn()
-        return results
-
-    def clean_query(self, query: str) -> str | None:
-        return self.search_tool.clean_query(query)
 
 
 class TinkerPolicy:

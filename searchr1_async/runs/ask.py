@@ -40,7 +40,7 @@ from searchr1_async.runs.weights import (
     named_passages,
     shown_passages,
 )
-from searchr1_async.search.record import ShownSearch
+from searchr1_async.search.record import showing
 from searchr1_async.search.search import Search
 from searchr1_async.service.connection import Service, ServiceName, is_embedded
 from searchr1_async.watch.dashboard import Choice
@@ -136,7 +136,9 @@ async def play_asked(
     services = _Services(policy, search, sampled)
     fault: ServiceError | SearchError | None
     try:
-        episode = await play(question, dialect=dialect, policy=services, search=services, limits=limits, seed=seed)
+        episode = await play(
+            question, dialect=dialect, policy=services, search=services.search, limits=limits, seed=seed
+        )
     except SearchError as error:  # a fatal one
         fault = error
     else:
@@ -166,13 +168,10 @@ class _Services:
 
     async def search(self, queries: Sequence[str]) -> Sequence[Sequence[Passage]]:
         try:
-            return await self._search.search(queries)
+            return await self._search(queries)
         except SearchError as fault:
             self.fault = fault
             raise
-
-    def clean_query(self, query: str) -> str | None:
-        return self._search.clean_query(query)
 
 
 class LiveAnswers:
@@ -237,7 +236,7 @@ class LiveAnswers:
                 question,
                 dialect=self._dialect,
                 policy=policy,
-                search=ShownSearch(tool, shown.n_results, shown.max_passage_words),
+                search=showing(tool, shown.n_results, shown.max_passage_words),
                 limits=changed,
                 seed=sampling.seed,
                 sampled=self._count,
@@ -361,7 +360,7 @@ async def ask(
             asked,
             dialect=engine.dialect,
             policy=policy,
-            search=ShownSearch(search, play.n_results, play.max_passage_words),
+            search=showing(search, play.n_results, play.max_passage_words),
             limits=play.limits,
             seed=play.sampling.seed,
         )

@@ -20,7 +20,7 @@ from searchr1_async.boundary.settings import Count, Natural, Seconds, Share, che
 from searchr1_async.boundary.signals import ending_cleanly
 from searchr1_async.config import MAX_SERVICE_OUTAGE, EpisodeLimits, LocalOptions, SamplingSettings
 from searchr1_async.episodes.formats import FORMATS, make_dialect
-from searchr1_async.episodes.prompts import Method, clean_query
+from searchr1_async.episodes.prompts import Method
 from searchr1_async.episodes.rendering import check_thinking
 from searchr1_async.episodes.reward import RewardFunction
 from searchr1_async.episodes.types import Group, Passage, Question, SearchCall
@@ -43,7 +43,7 @@ from searchr1_async.rollout.player import GroupPolicy, TinkerPolicy
 from searchr1_async.rollout.workers.messages import WorkerSpec
 from searchr1_async.runs.evaluation import Evaluation
 from searchr1_async.runs.weights import EpisodeChoice, Weights, described_differences
-from searchr1_async.search.record import ShownSearch
+from searchr1_async.search.record import showing
 from searchr1_async.search.search import Search
 from searchr1_async.service.availability import watching_service
 from searchr1_async.service.connection import Service, ServiceName, find_endpoint
@@ -186,7 +186,7 @@ async def opened_engine(
 ) -> AsyncIterator[RolloutEngine]:
     """An engine with these settings on this service."""
     watch = service.watch
-    tool = NoSearch() if search is None else ShownSearch(search, play.n_results, play.max_passage_words)
+    tool = no_search if search is None else showing(search, play.n_results, play.max_passage_words)
     async with open_engine(
         spec,
         service.tokenizer,
@@ -288,14 +288,9 @@ async def policy_of(service: Service, weights: Weights, sampling: SamplingSettin
     return TinkerPolicy(await service.create_sampling_client(weights.path), weights.step or 0, sampling)
 
 
-class NoSearch:
+async def no_search(queries: Sequence[str]) -> Sequence[Sequence[Passage]]:
     """The search of work that never searches; raises a fatal :class:`SearchError`."""
-
-    async def search(self, queries: Sequence[str]) -> Sequence[Sequence[Passage]]:
-        raise SearchError("an episode searched, but no search was given: pass one to evaluate()", is_fatal=True)
-
-    def clean_query(self, query: str) -> str | None:
-        return clean_query(query)
+    raise SearchError("an episode searched, but no search was given: pass one to evaluate()", is_fatal=True)
 
 
 def _report_end(emit: Emit) -> Callable[..., None]:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from searchr1_async.search.builders import CompactReport as CompactReport
     from searchr1_async.search.builders import build_compact_index as build_compact_index
     from searchr1_async.search.builders import build_index as build_index
-    from searchr1_async.search.compact.files import CompactSettings as CompactSettings
+    from searchr1_async.search.compact.layout import CompactSettings as CompactSettings
     from searchr1_async.search.compact.store import CompactStore as CompactStore
     from searchr1_async.search.embedders import Embedder as Embedder
     from searchr1_async.search.embedders import SentenceTransformerEmbedder as SentenceTransformerEmbedder
@@ -42,7 +42,7 @@ else:
             "searchr1_async.data.corpus": "Corpus",
             "searchr1_async.episodes.types": "SearchCall",
             "searchr1_async.search.builders": "CompactReport build_compact_index build_index",
-            "searchr1_async.search.compact.files": "CompactSettings",
+            "searchr1_async.search.compact.layout": "CompactSettings",
             "searchr1_async.search.compact.store": "CompactStore",
             "searchr1_async.search.embedders": "Embedder SentenceTransformerEmbedder Vectors",
             "searchr1_async.search.gemini": "GeminiEmbedder",

@@ -1,7 +1,4 @@
-"""Builds a compact index from a corpus, a Chroma collection or vectors.
-
-Explicit index builds, into a folder or a Chroma server, with a report.
-"""
+"""Explicit builds with a report: of an index in a folder or a Chroma server, and of a compact index."""
 
 from __future__ import annotations
 
@@ -29,20 +26,16 @@ from searchr1_async.episodes.types import Question
 from searchr1_async.errors import ConfigurationError, EmbeddingError, StoreError
 from searchr1_async.events import Emit, Notice, emit_nothing
 from searchr1_async.search.compact.assembly import CompactBuilder
-from searchr1_async.search.compact.files import (
-    BUILDING_NAME,
-    MANIFEST_NAME,
-    CompactManifest,
-    CompactSettings,
-    row_bytes,
-)
+from searchr1_async.search.compact.files import row_bytes
+from searchr1_async.search.compact.layout import BUILDING_NAME, MANIFEST_NAME, CompactManifest, CompactSettings
 from searchr1_async.search.compact.store import refuse_changed
-from searchr1_async.search.dispatch import Capacity, Dispatcher
+from searchr1_async.search.dispatch import Dispatcher
 from searchr1_async.search.embedders import DEFAULT_MODEL, Embedder, Vectors, checked_vectors
 from searchr1_async.search.gemini import make_embedder
 from searchr1_async.search.index import IndexBuilder, IndexReport, LocalIndex
 from searchr1_async.search.pacing import PacingSettings
 from searchr1_async.search.passage_embedding import PACING, BuildOptions, Journal, OnProgress
+from searchr1_async.search.retries import Capacity
 from searchr1_async.search.search import Search
 from searchr1_async.search.stores.sources import EmbeddedCorpus, SourceFacts, VectorSource, lasting_name
 from searchr1_async.search.stores.vector_store import (
@@ -52,6 +45,17 @@ from searchr1_async.search.stores.vector_store import (
     open_embedder,
     open_store,
 )
+
+Queries: TypeAlias = Sequence[str] | NDArray[np.floating] | Questions
+"""Texts, vectors ``[queries, dimension]``, or questions as for :func:`~searchr1_async.load_questions`."""
+PASSAGE_BYTES = 750
+"""A JSON line with a passage of 100 words, its title and id."""
+_SPARE = 1 << 30
+QUERIES_PER_REQUEST = 100
+MOST_QUERIES = 2_000
+"""More are subsampled: at 2,000 the standard error of a recall of 0.95 is 0.005. Bounds calibration memory."""
+_QUERIES_NAME = "queries.npz"
+"""Embedded queries, kept in the build folder."""
 
 
 async def build_index(
@@ -143,19 +147,6 @@ def journal_folder(target: str, corpus: Corpus, embedder: Embedder) -> Path:
     """Journal of vectors not yet in ``target``. Reads the whole corpus the first time: call it in a worker thread."""
     key = hashlib.sha256("\0".join((target, corpus.fingerprint, embedder.fingerprint)).encode()).hexdigest()
     return cache_folder() / "journals" / key[:24]
-
-
-Queries: TypeAlias = Sequence[str] | NDArray[np.floating] | Questions
-"""Texts, vectors ``[queries, dimension]``, or questions as for :func:`~searchr1_async.load_questions`."""
-
-PASSAGE_BYTES = 750
-"""A JSON line with a passage of 100 words, its title and id."""
-_SPARE = 1 << 30
-QUERIES_PER_REQUEST = 100
-MOST_QUERIES = 2_000
-"""More are subsampled: at 2,000 the standard error of a recall of 0.95 is 0.005. Bounds calibration memory."""
-_QUERIES_NAME = "queries.npz"
-"""Embedded queries, kept in the build folder."""
 
 
 @dataclass(frozen=True, slots=True)

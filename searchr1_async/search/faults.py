@@ -1,10 +1,6 @@
-"""Faults of an embedder or a store: transient, rate-limited or refused.
+"""Faults of an embedder or a store: transient, rate-limited or refused; and what Chroma's, HTTP's and Gemini's errors map to.
 
-Maps Chroma's HTTP errors, connection errors and in-process exceptions to the search's faults.
-
-Messages never contain queries or passages: anything Chroma quotes is removed.
-
-Classifies errors of the Gemini client, and redacts their messages.
+Messages never contain keys, queries or passages: anything a service quotes is removed.
 """
 
 from __future__ import annotations
@@ -22,6 +18,32 @@ import orjson
 
 from searchr1_async.boundary.network import seconds_asked
 from searchr1_async.errors import EmbeddingError, SearchError, StoreError
+
+PASSING_STATUSES = frozenset(
+    {
+        HTTPStatus.REQUEST_TIMEOUT,
+        HTTPStatus.CONFLICT,  # two clients create the same collection at once
+        HTTPStatus.TOO_EARLY,
+        HTTPStatus.INTERNAL_SERVER_ERROR,
+        HTTPStatus.BAD_GATEWAY,
+        HTTPStatus.SERVICE_UNAVAILABLE,
+        HTTPStatus.GATEWAY_TIMEOUT,
+    }
+)
+"""Statuses worth a retry."""
+# SQLite's messages while another process writes to the folder.
+_DATABASE_BUSY = re.compile(r"database( table| schema)? is locked|database is busy|\bcode: (5|6|261|262|517)\b", re.I)
+_DIMENSIONS = re.compile(r"dimension of (\d+), got (\d+)")
+_QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"|' + r"'(?:[^'\\]|\\.)*'|`[^`]*`")
+KEY_REMEDY = "set GEMINI_API_KEY to a key from https://aistudio.google.com/apikey that may use this API"
+CREDENTIALS_REMEDY = (
+    "run `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS to the file of a service account "
+    "that may use Vertex AI in the project"
+)
+_PASSING = {408, 499, 500, 502, 503, 504}
+_KEY_REASONS = {"API_KEY_INVALID", "API_KEY_EXPIRED", "API_KEY_NOT_FOUND"}
+_LONGEST_MESSAGE = 300
+"""Characters kept of the service's own message."""
 
 
 class PassingFault(SearchError):
@@ -46,24 +68,6 @@ class TooManyRequests(PassingFault):
 
 class RefusedInput(SearchError):
     """The service refuses the request because of an item in it; its parts may succeed on their own."""
-
-
-PASSING_STATUSES = frozenset(
-    {
-        HTTPStatus.REQUEST_TIMEOUT,
-        HTTPStatus.CONFLICT,  # two clients create the same collection at once
-        HTTPStatus.TOO_EARLY,
-        HTTPStatus.INTERNAL_SERVER_ERROR,
-        HTTPStatus.BAD_GATEWAY,
-        HTTPStatus.SERVICE_UNAVAILABLE,
-        HTTPStatus.GATEWAY_TIMEOUT,
-    }
-)
-"""Statuses worth a retry."""
-# SQLite's messages while another process writes to the folder.
-_DATABASE_BUSY = re.compile(r"database( table| schema)? is locked|database is busy|\bcode: (5|6|261|262|517)\b", re.I)
-_DIMENSIONS = re.compile(r"dimension of (\d+), got (\d+)")
-_QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"|' + r"'(?:[^'\\]|\\.)*'|`[^`]*`")
 
 
 class MissingCollection(StoreError):
@@ -199,18 +203,6 @@ def error_in(body: bytes) -> tuple[str, str]:
 
 def _without_quotes(text: str) -> str:
     return " ".join(_QUOTED.sub("…", text).split())[:300]
-
-
-KEY_REMEDY = "set GEMINI_API_KEY to a key from https://aistudio.google.com/apikey that may use this API"
-CREDENTIALS_REMEDY = (
-    "run `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS to the file of a service account "
-    "that may use Vertex AI in the project"
-)
-
-_PASSING = {408, 499, 500, 502, 503, 504}
-_KEY_REASONS = {"API_KEY_INVALID", "API_KEY_EXPIRED", "API_KEY_NOT_FOUND"}
-_LONGEST_MESSAGE = 300
-"""Characters kept of the service's own message."""
 
 
 def classify(

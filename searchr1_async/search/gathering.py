@@ -1,4 +1,4 @@
-"""Tracks which keys wait, which are in flight, and who waits for each. Decisions only: no clock, task or client.
+"""The queue in front of a service: which keys wait, which are in flight, and who waits for each. No task, no client.
 
 Natural batching: whatever accumulates while other batches are in flight forms the next batch. There is no fixed batching
 window, so a lone search goes out at once (:func:`is_worth_sending`).
@@ -6,15 +6,6 @@ window, so a lone search goes out at once (:func:`is_worth_sending`).
 Fair queueing: the keys of one call are spread over rounds, so that a call with twenty queries does not starve later ones.
 Each key gets a virtual start time, and the smallest goes first (start-time fair queueing: Goyal, Vin and Cheng, SIGCOMM
 1996).
-
-A pending call of a dispatcher.
-
-The search's clock and per-call deadlines.
-
-Hedging: a slow request is sent a second time, and the first answer wins.
-
-After Dean and Barroso, "The Tail at Scale", CACM 56(2), 2013: a second request after the 95th percentile of the latency
-cuts the tail for about 5 % more requests.
 """
 
 from __future__ import annotations
@@ -23,8 +14,7 @@ import asyncio
 import copy
 import heapq
 import time
-from collections import deque
-from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -34,8 +24,9 @@ from anyio.abc import TaskGroup
 from searchr1_async.errors import SearchError
 
 Key = TypeVar("Key", bound=Hashable)
+Item = TypeVar("Item")
+Value = TypeVar("Value")
 WaitingCaller = TypeVar("WaitingCaller", bound=Hashable)
-
 
 FEW = 4
 """Below so many keys in flight, keys are sent at once."""
@@ -171,10 +162,6 @@ class Gathering(Generic[Key, WaitingCaller]):
         heapq.heappush(self._queue, (due, wanted.number, key))
 
 
-Item = TypeVar("Item")
-Value = TypeVar("Value")
-
-
 @dataclass(eq=False, slots=True)
 class Waiter(Generic[Key, Item, Value]):
     """One call of :meth:`~searchr1_async.search.dispatch.Dispatcher.fetch`, until all items are answered or one fails."""
@@ -206,6 +193,14 @@ class Waiter(Generic[Key, Item, Value]):
         return self.answers
 
 
+def still_wanted(gathering: Gathering[Key, Waiter[Key, Item, Value]], batch: list[Key]) -> list[Item]:
+    """The items of a batch in flight. First drops the keys that nobody waits for from it."""
+    waiters = {key: next(iter(gathering.waiters_of([key])), None) for key in batch}
+    gathering.finish(key for key, waiter in waiters.items() if waiter is None)
+    batch[:] = [key for key, waiter in waiters.items() if waiter is not None]
+    return [waiter.items[key] for key, waiter in waiters.items() if waiter is not None]
+
+
 def _own_copy(failure: SearchError) -> SearchError:
     try:
         return copy.copy(failure)
@@ -230,67 +225,3 @@ class Deadline:
 
     def put_off(self, since: float) -> None:
         self.at = since + self.seconds
-
-
-Result = TypeVar("Result")
-Flight = TypeVar("Flight")
-
-HEDGE_AFTER_REQUESTS, RECENT_REQUESTS = 50, 400
-"""Answered requests before hedging starts, and the window of recent latencies."""
-
-
-class Slowest:
-    """The latency after which a request counts as one of the slowest ``fraction``; 0 disables hedging."""
-
-    def __init__(self, fraction: float) -> None:
-        self._fraction = fraction
-        self._recent: deque[float] = deque(maxlen=RECENT_REQUESTS)
-
-    def add(self, seconds: float) -> None:
-        self._recent.append(seconds)
-
-    def delay(self, *, sent: int, hedged: int) -> float | None:
-        """Seconds after which to hedge a request, or None. Caps ``hedged`` at its share of ``sent``, even in a slowdown."""
-        if not self._fraction or hedged >= self._fraction * sent or len(self._recent) < HEDGE_AFTER_REQUESTS:
-            return None
-        # 5 % above, so that nothing is hedged if all latencies are equal.
-        return 1.05 * sorted(self._recent)[int((1 - self._fraction) * len(self._recent))]
-
-
-async def hedged(
-    request: Callable[[], Awaitable[Result]],
-    delay: float,
-    begin: Callable[[], Flight | None],
-    end: Callable[[Flight], None],
-) -> Result:
-    """The result of a request, or of a second one sent after ``delay`` seconds, whichever comes first.
-
-    ``begin`` takes a slot for the second (None if there is none), ``end`` releases it. Raises the first exception if neither
-    succeeds.
-    """
-    answers: list[Result] = []
-    errors: list[Exception] = []
-    running = 1
-
-    async def race() -> None:
-        nonlocal running
-        try:
-            answers.append(await request())
-        except Exception as error:
-            errors.append(error)
-        running -= 1
-        if answers or not running:
-            racers.cancel_scope.cancel()
-
-    async with anyio.create_task_group() as racers:
-        racers.start_soon(race)
-        await anyio.sleep(delay)
-        if (flight := begin()) is not None:
-            running += 1
-            try:
-                await race()
-            finally:
-                end(flight)
-    if not answers:
-        raise errors[0]
-    return answers[0]

@@ -1,7 +1,4 @@
-"""Google's Gemini embedding models, via the Gemini Developer API or Vertex AI.
-
-Embedders by name.
-"""
+"""Google's Gemini embedding models, via the Gemini Developer API or Vertex AI; and embedders by name."""
 
 from __future__ import annotations
 
@@ -10,8 +7,9 @@ import hashlib
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 from urllib.request import getproxies
 
 import anyio
@@ -42,6 +40,73 @@ _IDLE_SECONDS = 60.0
 """Keep-alive: searches come in waves, and a TLS handshake costs two round trips."""
 
 
+class GeminiOptions(TypedDict, total=False):
+    """Options of :class:`GeminiEmbedder` besides the model."""
+
+    dimension: int
+    """128 to 3,072 for gemini-embedding-001; default 768; 768, 1,536 and 3,072 are recommended."""
+    normalize: bool
+    """Scale vectors to unit length, which the service does only at 3,072 dimensions. Default off, as for the prebuilt index
+    of Wikipedia 2018, which stores raw vectors and ranks by Euclidean distance."""
+    api_key: str | None
+    """Of the Developer API; default ``GOOGLE_API_KEY``, then ``GEMINI_API_KEY``."""
+    vertex: bool | None
+    """Vertex AI (True), the Developer API (False), or inferred (None, the default)."""
+    project: str | None
+    """Id or number; default ``GCP_VERTEXAI_PROJECT_NUMBER``, ``GOOGLE_CLOUD_PROJECT``, or that of the credentials."""
+    location: str | None
+    """Region; default ``GCP_VERTEXAI_REGION``, ``GOOGLE_CLOUD_LOCATION``, or ``"global"``."""
+    credentials: Credentials | None
+    """Of google-auth; default application default credentials."""
+    vertex_lists: bool
+    """Send lists of texts to Vertex AI too; default False. Its documentation allows one text per request for
+    gemini-embedding-001; if a list is refused, ``max_texts`` falls to 1."""
+    max_requests: int | None
+    """Maximum concurrent requests. None (default) for 16, or 128 if a request holds one text."""
+    timeout: float
+    """Seconds per request, default 60, including token refresh; the caller's deadline is usually shorter."""
+    base_url: str | None
+    """Of another endpoint (a proxy, a stand-in)."""
+
+
+@dataclass(frozen=True, slots=True)
+class GeminiSettings:
+    """:class:`GeminiOptions` with defaults. Raises ConfigurationError if they are out of range or conflict."""
+
+    dimension: int = 768
+    normalize: bool = False
+    api_key: str | None = field(default=None, repr=False)
+    vertex: bool | None = None
+    project: str | None = None
+    location: str | None = None
+    credentials: Credentials | None = field(default=None, repr=False)
+    vertex_lists: bool = False
+    max_requests: int | None = None
+    timeout: float = 60.0
+    base_url: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("dimension", "max_requests", "timeout"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise ConfigurationError(f"{name} of the Gemini embedder is {value}: it must be positive")
+        of_vertex = self._has_vertex_options
+        if (self.api_key and (self.vertex or of_vertex)) or (of_vertex and self.vertex is False):
+            raise ConfigurationError(
+                "arguments of the Gemini embedder belong to two services: api_key to the Developer API; project, location "
+                "and credentials to Vertex AI"
+            )
+
+    @property
+    def _has_vertex_options(self) -> bool:
+        return bool(self.project or self.location or self.credentials)
+
+    def on_vertex(self) -> bool:
+        """Whether requests go to Vertex AI; reads the environment."""
+        if self.vertex is not None:
+            return self.vertex
+        return self._has_vertex_options or (self.api_key is None and _vertex_from_environment())
+
+
 class GeminiEmbedder:
     """A Gemini embedding model through Google's client, one request per call.
 
@@ -51,69 +116,24 @@ class GeminiEmbedder:
 
     Args:
         model: Google's name. Not gemini-embedding-2 or later, which have no task types.
-        dimension: 128 to 3,072 for gemini-embedding-001; 768, 1,536 and 3,072 are recommended.
-        normalize: scale vectors to unit length, which the service does only at 3,072 dimensions. Off for the prebuilt index
-            of Wikipedia 2018, which stores raw vectors and ranks by Euclidean distance.
-        api_key: of the Developer API; default ``GOOGLE_API_KEY``, then ``GEMINI_API_KEY``.
-        vertex: Vertex AI (True), the Developer API (False), or inferred (None).
-        project: id or number; default ``GCP_VERTEXAI_PROJECT_NUMBER``, ``GOOGLE_CLOUD_PROJECT``, or that of the credentials.
-        location: region; default ``GCP_VERTEXAI_REGION``, ``GOOGLE_CLOUD_LOCATION``, or ``"global"``.
-        credentials: of google-auth; default application default credentials.
-        vertex_lists: send lists of texts to Vertex AI too. Its documentation allows one text per request for
-            gemini-embedding-001; if a list is refused, ``max_texts`` falls to 1.
-        max_requests: maximum concurrent requests. None for 16, or 128 if a request holds one text.
-        timeout: seconds per request, including token refresh; the caller's deadline is usually shorter.
-        base_url: of another endpoint (a proxy, a stand-in).
+        options: see :class:`GeminiOptions`.
 
     Raises:
         ConfigurationError: conflicting arguments, or an unsupported model.
     """
 
-    def __init__(
-        self,
-        model: str = DEFAULT_MODEL,
-        *,
-        dimension: int = 768,
-        normalize: bool = False,
-        api_key: str | None = None,
-        vertex: bool | None = None,
-        project: str | None = None,
-        location: str | None = None,
-        credentials: Credentials | None = None,
-        vertex_lists: bool = False,
-        max_requests: int | None = None,
-        timeout: float = 60.0,
-        base_url: str | None = None,
-    ) -> None:
+    def __init__(self, model: str = DEFAULT_MODEL, **options: Unpack[GeminiOptions]) -> None:
         self._model = _plain_name(model)
-        for name, value in (("dimension", dimension), ("max_requests", max_requests), ("timeout", timeout)):
-            if value is not None and value <= 0:
-                raise ConfigurationError(f"{name} of the Gemini embedder is {value}: it must be positive")
-        of_vertex = bool(project or location or credentials)
-        if vertex is None:
-            vertex = of_vertex or (api_key is None and _vertex_from_environment())
-        if (vertex and api_key) or (of_vertex and not vertex):
-            raise ConfigurationError(
-                "arguments of the Gemini embedder belong to two services: api_key to the Developer API; project, location "
-                "and credentials to Vertex AI"
-            )
-        self._on_vertex = vertex
-        self._api_key = api_key
-        self._project = project
-        self._location = location
-        self._credentials = credentials
-        self._dimension = dimension
-        self._normalize = normalize
-        self._timeout = timeout
-        self._base_url = base_url
-        self._max_texts = _MAX_TEXTS if vertex_lists or not vertex else 1
-        self._lists_accepted = not vertex
-        self._max_requests = max_requests
+        self._settings = settings = GeminiSettings(**options)
+        self._on_vertex = settings.on_vertex()
+        self._project, self._credentials = settings.project, settings.credentials
+        self._max_texts = _MAX_TEXTS if settings.vertex_lists or not self._on_vertex else 1
+        self._lists_accepted = not self._on_vertex
         self._session: ClientSession | None = None
         self._client: Client | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._secrets: tuple[str, ...] = ()
-        self._uses_transport = self._model.startswith("gemini-") or not vertex
+        self._uses_transport = self._model.startswith("gemini-") or not self._on_vertex
 
     @property
     def name(self) -> str:
@@ -122,11 +142,13 @@ class GeminiEmbedder:
     @property
     def fingerprint(self) -> str:
         """Hash of model, dimension and scaling: both services run the same model."""
-        return hashlib.sha256(repr(("gemini", self._model, self._dimension, self._normalize)).encode()).hexdigest()[:32]
+        return hashlib.sha256(
+            repr(("gemini", self._model, self._settings.dimension, self._settings.normalize)).encode()
+        ).hexdigest()[:32]
 
     @property
     def dimension(self) -> int:
-        return self._dimension
+        return self._settings.dimension
 
     @property
     def max_texts(self) -> int:
@@ -139,8 +161,8 @@ class GeminiEmbedder:
 
     @property
     def max_requests(self) -> int:
-        if self._max_requests is not None:
-            return self._max_requests
+        if self._settings.max_requests is not None:
+            return self._settings.max_requests
         if not self._on_vertex:
             return _DEVELOPER_REQUESTS
         return _VERTEX_LIST_REQUESTS if self._max_texts > 1 else _VERTEX_SINGLE_REQUESTS
@@ -160,7 +182,7 @@ class GeminiEmbedder:
             self._session = self._client = None
         self._loop = asyncio.get_running_loop()
         try:
-            with anyio.fail_after(self._timeout):
+            with anyio.fail_after(self._settings.timeout):
                 # In threads: the client reads files and creates TLS contexts (0.3 s), credentials may need a request.
                 if self._on_vertex:
                     await anyio.to_thread.run_sync(self._find_credentials, abandon_on_cancel=True)
@@ -191,7 +213,7 @@ class GeminiEmbedder:
 
     async def _embed(self, texts: Sequence[str], task_type: str) -> Vectors:
         if not texts:
-            return np.empty((0, self._dimension), np.float32)
+            return np.empty((0, self._settings.dimension), np.float32)
         try:
             vectors = await self._request(texts, task_type)
         except Exception as error:
@@ -205,7 +227,7 @@ class GeminiEmbedder:
             raise EmbeddingError(f"{self.name} is not open")
         # Not in HttpOptions: the client sends its timeout along, and the service refuses those under 10 s with a 400.
         # This one also covers the token refresh.
-        with anyio.fail_after(self._timeout):
+        with anyio.fail_after(self._settings.timeout):
             if self._uses_transport:
                 rows = await self._rows_by_transport(self._client, texts, task_type)
             else:
@@ -218,7 +240,7 @@ class GeminiEmbedder:
 
         # One Content per text: some models join a list of strings into one text.
         contents: Any = [{"parts": [{"text": text}]} for text in texts]
-        config = EmbedContentConfig(task_type=task_type, output_dimensionality=self._dimension)
+        config = EmbedContentConfig(task_type=task_type, output_dimensionality=self._settings.dimension)
         answer = await client.aio.models.embed_content(model=self._model, contents=contents, config=config)
         return [embedding.values for embedding in answer.embeddings or ()]
 
@@ -226,7 +248,9 @@ class GeminiEmbedder:
         """Same request through the client's private transport, at a quarter of the CPU. :meth:`_probe` checks it."""
         import orjson
 
-        path, body = embedding_request(self._model, texts, task_type, self._dimension, on_vertex=self._on_vertex)
+        path, body = embedding_request(
+            self._model, texts, task_type, self._settings.dimension, on_vertex=self._on_vertex
+        )
         answer = await client.aio._api_client.async_request("post", path, body, None)
         found = orjson.loads(answer.body or "")
         return [one["values"] for one in ([found["embedding"]] if "embedding" in found else found["embeddings"])]
@@ -236,16 +260,16 @@ class GeminiEmbedder:
         if len(rows) != count:
             raise PassingFault(f"{self.name}: {len(rows)} vectors for {count} texts", cause="malformed")
         lengths = {len(row) for row in rows}
-        if lengths != {self._dimension}:
+        if lengths != {self._settings.dimension}:
             raise PassingFault(
-                f"{self.name}: vectors of dimension {sorted(lengths)}, expected {self._dimension}",
+                f"{self.name}: vectors of dimension {sorted(lengths)}, expected {self._settings.dimension}",
                 cause="malformed",
             )
         vectors = np.array(rows, np.float32)
         norms = np.linalg.norm(vectors, axis=1, keepdims=True)
         if not (np.isfinite(norms) & (norms > 0)).all():
             raise PassingFault(f"{self.name}: a vector is zero or not finite", cause="malformed")
-        return vectors / norms if self._normalize else vectors
+        return vectors / norms if self._settings.normalize else vectors
 
     def _refused_list(self, error: Exception, texts: Sequence[str]) -> RefusedInput | None:
         """If Vertex AI may have refused the texts for being a list, switches to one text per request."""
@@ -309,12 +333,12 @@ class GeminiEmbedder:
 
         # By default the client itself retries broken connections, after 1 to 10 s.
         options = types.HttpOptions(
-            base_url=self._base_url, aiohttp_client=session, retry_options=types.HttpRetryOptions(attempts=1)
+            base_url=self._settings.base_url, aiohttp_client=session, retry_options=types.HttpRetryOptions(attempts=1)
         )
         if self._on_vertex:
             environment = os.environ
             location = (
-                self._location
+                self._settings.location
                 or environment.get("GCP_VERTEXAI_REGION")
                 or environment.get("GOOGLE_CLOUD_LOCATION")
                 or "global"
@@ -326,7 +350,7 @@ class GeminiEmbedder:
                 credentials=self._credentials,
                 http_options=options,
             )
-        key = self._api_key or os.environ.get("GOOGLE_API_KEY") or os.environ.get("GEMINI_API_KEY")
+        key = self._settings.api_key or os.environ.get("GOOGLE_API_KEY") or os.environ.get("GEMINI_API_KEY")
         if not key or not key.strip():
             raise EmbeddingError(f"{self.name} needs a key: {KEY_REMEDY}", is_fatal=True)
         self._secrets = (key.strip(),)

@@ -1,13 +1,8 @@
-"""Client side of a served search, as an embedder and a store. Each call is one request, tried once.
-
-HTTP session with a served search. Each call is one request, tried once, with its faults classified.
-"""
+"""Client side of a served search, as an embedder and a store. Each call is one request, tried once."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping, Sequence
-from io import BytesIO
 from typing import Literal
 from urllib.parse import unquote
 
@@ -16,11 +11,11 @@ import anyio
 import numpy as np
 from yarl import URL
 
-from searchr1_async.boundary.network import proxy_for
 from searchr1_async.errors import ConfigurationError, EmbeddingError, SearchError, StoreError
 from searchr1_async.search import faults as http_faults
 from searchr1_async.search.embedders import Vectors
 from searchr1_async.search.faults import PassingFault, RefusedInput, TooManyRequests
+from searchr1_async.search.http_session import HttpSession, header_token
 from searchr1_async.search.stores.vector_store import Found
 from searchr1_async.search.wire import (
     DIMENSION_HEADER,
@@ -35,27 +30,17 @@ from searchr1_async.search.wire import (
     unpack_vectors,
 )
 
-CONNECT_SECONDS = 10.0
-IDLE_SECONDS = 30.0
-"""Keep-alive; below the 60 s or more after which servers close idle connections."""
-WHOLE_BYTES = 1 << 20
-"""Longer bodies are streamed; aiohttp warns about those that are not."""
+LONGEST_PAUSE = 2.0
 
 
 class Connection:
     """HTTP session with a served search, reopenable. Permanent faults raise ``failure``; ``timeout`` is per request."""
 
     def __init__(self, url: str, token: str | None, failure: type[SearchError], *, timeout: float) -> None:
-        self._url = _base(url)
-        self._headers = {} if token is None else {"Authorization": f"Bearer {_checked(token)}"}
-        self._failure, self._timeout = failure, timeout
-        self._session: aiohttp.ClientSession | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._proxy: str | None = None
-
-    @property
-    def url(self) -> str:
-        return str(self._url).rstrip("/")
+        self.url = str(_base(url)).rstrip("/")
+        self._headers = {} if token is None else {"Authorization": f"Bearer {header_token(token)}"}
+        self._failure = failure
+        self._session = HttpSession(self.url, self._headers, self._fault_of, self._fault_of_exception, timeout=timeout)
 
     @property
     def name(self) -> str:
@@ -63,21 +48,11 @@ class Connection:
 
     @property
     def is_open(self) -> bool:
-        return self._session is not None and self._loop is asyncio.get_running_loop()
+        return self._session.is_open
 
     async def open(self) -> None:
         """Creates the session without sending a request."""
-        if self.is_open:
-            return
-        await self.aclose()
-        self._loop = asyncio.get_running_loop()
-        self._proxy = proxy_for(str(self._url))
-        self._session = aiohttp.ClientSession(
-            # The caller limits concurrency.
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_SECONDS),
-            timeout=aiohttp.ClientTimeout(total=self._timeout, sock_connect=CONNECT_SECONDS),
-            headers=self._headers,
-        )
+        await self._session.open()
 
     async def open_and_look(self) -> ServedFacts:
         """Opens, and closes again if the request fails."""
@@ -91,7 +66,7 @@ class Connection:
 
     async def look(self) -> ServedFacts:
         """Describes what is served. Raises as :meth:`request`; fatal for another kind of service or a wrong token."""
-        body, _ = await self.request("GET", "health")
+        body, _ = await self.request("GET", "/health")
         try:
             answer = loads(body)
             service, protocol = answer["service"], answer["protocol"]
@@ -120,36 +95,16 @@ class Connection:
 
         Raises PassingFault if transient, RefusedInput because of the body's content, else ``failure``.
         """
-        if self._session is None:
+        if not self.is_open:
             raise self._failure(f"{self.name} is not open")
-        try:
-            async with self._session.request(
-                method,
-                self._url / path,
-                params=asked,
-                data=(body if len(body) <= WHOLE_BYTES else BytesIO(body)) if body else None,
-                proxy=self._proxy,
-                allow_redirects=False,
-            ) as answer:
-                content = await answer.read()
-                if answer.status >= 300:
-                    raise self._fault_of(answer.status, answer.headers, content)
-                return content, answer.headers
-        except SearchError:
-            raise
-        except aiohttp.ClientConnectorError as error:
-            if isinstance(error, aiohttp.ClientSSLError):
-                raise self._fault_of_exception(error) from error
-            raise PassingFault(
-                f"{self.name} does not answer ({type(error).__name__}): check that it is up and its address",
-                cause="refused",
-            ) from error
-        except aiohttp.ClientResponseError as error:  # holds the request headers, and so the token
-            raise self._fault_of_exception(error) from None
-        except Exception as error:
-            raise self._fault_of_exception(error) from error
+        return await self._session.request(method, path, body, asked)
 
     def _fault_of_exception(self, error: Exception) -> SearchError:
+        if isinstance(error, aiohttp.ClientConnectorError) and not isinstance(error, aiohttp.ClientSSLError):
+            return PassingFault(
+                f"{self.name} does not answer ({type(error).__name__}): check that it is up and its address",
+                cause="refused",
+            )
         fault = http_faults.fault_of_exception(self.name, error)
         return fault if isinstance(fault, PassingFault) else self._failure(str(fault), is_fatal=fault.is_fatal)
 
@@ -183,12 +138,7 @@ class Connection:
         )
 
     async def aclose(self) -> None:
-        session, self._session = self._session, None
-        if session is not None:
-            if self._loop is asyncio.get_running_loop():
-                await session.close()
-            else:  # left open by a closed event loop
-                session.detach()
+        await self._session.aclose()
 
 
 def _base(url: str) -> URL:
@@ -203,17 +153,6 @@ def _base(url: str) -> URL:
             "the address of a served search must be a URL such as http://127.0.0.1:8200 (no user and password: pass token=)"
         )
     return found
-
-
-def _checked(token: str) -> str:
-    """The token in a form that fits a header; errors do not quote it."""
-    stripped = token.strip()
-    if not stripped or not stripped.isascii() or not stripped.isprintable() or " " in stripped:
-        raise ConfigurationError("invalid token: it is blank, or has spaces or non-ASCII characters")
-    return stripped
-
-
-LONGEST_PAUSE = 2.0
 
 
 async def look_at(url: str, token: str | None = None, deadline: float = 10.0) -> ServedFacts:
@@ -300,7 +239,7 @@ class ServedStore:
         if not np.isfinite(vectors).all():
             raise RefusedInput(f"{self.name}: a query vector is not finite")
         asked = {"dimension": str(vectors.shape[1]), "n_results": str(n_results)}
-        body, _ = await self._connection.request("POST", "query", pack_vectors(vectors), asked)
+        body, _ = await self._connection.request("POST", "/query", pack_vectors(vectors), asked)
         try:
             answer = loads(body)
             found, content = unpack_found(answer["found"]), str(answer["store"])
@@ -390,7 +329,7 @@ class ServedEmbedder:
         facts = self._known
         if not len(texts):
             return np.empty((0, facts.dimension), np.float32)
-        body, headers = await self._connection.request("POST", "embed", dumps({"texts": list(texts), "kind": kind}))
+        body, headers = await self._connection.request("POST", "/embed", dumps({"texts": list(texts), "kind": kind}))
         if unquote(headers.get(EMBEDDER_HEADER, "")) != facts.embedder_fingerprint:
             raise self._model_changed()
         try:

@@ -22,6 +22,7 @@ from yarl import URL
 from searchr1_async.errors import ConfigurationError, SearchError, SearchUnavailableError
 from searchr1_async.search.embedders import Embedder, checked_vectors
 from searchr1_async.search.faults import PassingFault, RefusedInput, TooManyRequests
+from searchr1_async.search.http_session import header_token
 from searchr1_async.search.stores.vector_store import Found, Store
 from searchr1_async.search.wire import (
     DIMENSION_HEADER,
@@ -95,7 +96,7 @@ async def serve_search(
         CorpusError, SearchError: from opening the search.
     """
     limits = ServingLimits() if limits is None else limits
-    service = _Service(search, _checked(token), limits)
+    service = _Service(search, None if token is None else header_token(token), limits)
     runner = web.AppRunner(
         service.application(), access_log=None, handler_cancellation=True, shutdown_timeout=limits.grace
     )
@@ -267,10 +268,10 @@ class _Service:
         given = request.query
         body = await request.read()
         asked = read_query(body, given.get("dimension", ""), given.get("n_results", ""), self._limits)
-        if (numbers := asked.vectors.shape[1]) != (held := opened.embedder.dimension):
+        if (numbers := asked.vectors.shape[1]) != (expected := opened.embedder.dimension):
             raise BadRequest(
                 "dimension",
-                f"the index has vectors of dimension {held}, these have {numbers}: they are from another embedder",
+                f"the index has vectors of dimension {expected}, these have {numbers}: they are from another embedder",
             )
         found = await opened.query(asked.vectors, asked.n_results)
         return _json({"found": pack_found(found), "store": opened.store.fingerprint})
@@ -279,7 +280,7 @@ class _Service:
         self._ready()
         asked = await self._read(request, read_retrieve)
         queries = [query for query in asked.queries if query is not None]
-        found = await self._search.search(queries, asked.n_results) if queries else ()
+        found = await self._search.find(queries, asked.n_results) if queries else ()
         return _json(retrieved(iter(found), asked))
 
 
@@ -314,16 +315,6 @@ def _kind_and_message(error: web.HTTPException, limits: ServingLimits) -> tuple[
             return "too_large", f"the body is too large: send at most {limits.body_bytes} bytes"
         case _:
             return "malformed", error.reason
-
-
-def _checked(token: str | None) -> str | None:
-    """Validates the token; errors do not quote it."""
-    if token is None:
-        return None
-    stripped = token.strip()
-    if not stripped or not stripped.isascii() or not stripped.isprintable() or " " in stripped:
-        raise ConfigurationError("invalid token: it is blank, or has spaces or non-ASCII characters")
-    return stripped
 
 
 def _reachable(host: str) -> str:

@@ -1,8 +1,6 @@
-"""Builds an index in windows of passages, reading, embedding and storing concurrently. Resumes after a kill.
+"""A corpus index: built in windows of passages, which are read, embedded and stored concurrently; resumed after a kill.
 
-Outcome of an index build.
-
-A corpus index in a folder: embedded once, and never mistaken for complete while it is not.
+An index in a folder is never mistaken for complete while it is not.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ from searchr1_async.data.corpus import Corpus
 from searchr1_async.episodes.types import Passage
 from searchr1_async.errors import StoreError
 from searchr1_async.events import Event, Notice, PhaseAdvanced, PhaseEnded, PhaseStarted
-from searchr1_async.search.dispatch import Capacity, Dispatcher
+from searchr1_async.search.dispatch import Dispatcher, with_retries
 from searchr1_async.search.embedders import Embedder, Vectors
 from searchr1_async.search.passage_embedding import (
     BYTES_PER_TOKEN,
@@ -40,6 +38,7 @@ from searchr1_async.search.passage_embedding import (
     price_of,
     say_cost,
 )
+from searchr1_async.search.retries import Capacity
 from searchr1_async.search.stores.chroma_folder import EmbeddedChroma
 from searchr1_async.search.stores.vector_store import (
     DamagedIndexError,
@@ -56,6 +55,12 @@ RECALL_WITHIN = 10
 """A passage is found if it is among so many nearest neighbours of its own vector."""
 RECALL_BOUND = 0.95
 """Below this sample recall the store's graph loses passages, and a warning is emitted."""
+
+Result = TypeVar("Result")
+QUERIES_PER_REQUEST = 50
+SAMPLE = 200
+logger = logging.getLogger(__name__)
+COLLECTION = "passages"
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,12 +108,6 @@ class IndexReport:
                 f"{self.recall:.1%} of {self.sample} passages are among the first {RECALL_WITHIN} results for their own vector"
             )
         return "; ".join(parts)
-
-
-Result = TypeVar("Result")
-
-QUERIES_PER_REQUEST = 50
-SAMPLE = 200
 
 
 class IndexBuilder:
@@ -235,19 +234,8 @@ class IndexBuilder:
 
     async def _with_retries(self, request: Callable[[], Awaitable[Result]]) -> Result:
         """One request to the store, with retries."""
-
-        async def send(_: Sequence[None]) -> Sequence[Result]:
-            return [await request()]
-
-        once: Dispatcher[str, None, Result] = Dispatcher(
-            send,
-            name=self._store.name,
-            capacity=lambda: Capacity(1, 1),
-            pacing=self._options.pacing,
-            failure=StoreError,
-        )
-        once.waits.tell = self._options.tell
-        return (await once.fetch({"once": None}))["once"]
+        options, name = self._options, self._store.name
+        return await with_retries(request, name=name, pacing=options.pacing, failure=StoreError, tell=options.tell)
 
     # Verification
 
@@ -296,11 +284,6 @@ class _Sample:
             self.kept.append((own_id, vector))
         elif (place := self._random.randrange(self._offered)) < self._size:
             self.kept[place] = (own_id, vector)
-
-
-logger = logging.getLogger(__name__)
-
-COLLECTION = "passages"
 
 
 class LocalIndex:

@@ -7,7 +7,7 @@ The caller passes the time and what it observed; :class:`Pacer` decides. Per ser
 - *Pauses*: after a 429 nothing is sent for ``Retry-After`` (bounded), or for an exponentially growing pause.
 - *Circuit breaker*: after consecutive faults the service counts as down, and single probes go out at growing intervals.
 
-Reports each long wait for a service once, and refuses waits that are too long. No clock: the caller passes the time.
+:class:`Telling` reports each long wait once, and refuses waits that are too long.
 """
 
 from __future__ import annotations
@@ -22,6 +22,10 @@ from searchr1_async.boundary.settings import Count, Range, Seconds, check_settin
 from searchr1_async.boundary.waits import REPORT_AFTER, Notify, notify_of_wait
 from searchr1_async.errors import SearchUnavailableError
 from searchr1_async.search.faults import PassingFault, TooManyRequests
+
+SLOW_TO_FAIL = 10.0
+"""Seconds without a success after which two consecutive faults suffice: a hanging service fails rarely."""
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +63,6 @@ class Flight:
     items: int = 1
     is_probe: bool = False
     """Tests whether a service that was down is back."""
-
-
-SLOW_TO_FAIL = 10.0
-"""Seconds without a success after which two consecutive faults suffice: a hanging service fails rarely."""
 
 
 class Pacer:
@@ -205,9 +205,6 @@ class Pacer:
     def _pause(self, times: int) -> float:
         settings = self._settings
         return min(settings.first_pause * 2.0 ** min(max(times, 1) - 1, 30), settings.longest_pause)
-
-
-logger = logging.getLogger(__name__)
 
 
 class Telling:

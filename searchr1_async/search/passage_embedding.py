@@ -1,8 +1,6 @@
-"""Embeds the passages of a corpus in concurrent, paced and retried requests, each journaled as soon as it is answered.
+"""Embeds the passages of a corpus in concurrent, paced and retried requests, and says what that costs.
 
-Keeps embedded vectors on disk until they are in the store, so that nothing is embedded twice.
-
-Known embedding prices.
+Each answer is journaled at once, until its vectors are in the store, so that nothing is embedded twice.
 """
 
 from __future__ import annotations
@@ -27,10 +25,11 @@ from searchr1_async.data.corpus import Corpus
 from searchr1_async.episodes.types import Passage
 from searchr1_async.errors import EmbeddingError, StoreError
 from searchr1_async.events import Emit, Notice, emit_nothing
-from searchr1_async.search.dispatch import Capacity, Dispatcher
+from searchr1_async.search.dispatch import Dispatcher
 from searchr1_async.search.embedders import Embedder, SentenceTransformerEmbedder, Vectors, checked_vectors
 from searchr1_async.search.faults import RefusedInput
 from searchr1_async.search.pacing import PacingSettings
+from searchr1_async.search.retries import Capacity
 
 KEY_BYTES = 16
 _MAGIC = b"SR1VEC01"
@@ -38,6 +37,23 @@ _HEADER = struct.Struct("<8s16sI")
 """Magic, the embedder's hash, and the dimension; followed by a CRC-32."""
 _CRC = struct.Struct("<I")
 _SUFFIX = ".vectors"
+
+BYTES_PER_TOKEN = 4
+"""UTF-8 bytes per token of English text; an estimate, since tokenizers differ."""
+OnProgress = Callable[[int, int], None]
+"""Passages done, passages in total."""
+WINDOW = 512
+"""Passages per journal file: embedded and stored together."""
+MOST_WINDOWS = 8
+"""In progress at once: 25 MB of vectors at 1,536 dimensions."""
+PASSAGES_A_REQUEST = 128
+"""Per request to a service; more gains nothing."""
+PASSAGES_AT_ONCE = 512
+"""Per request to a local embedder. Larger batches, sorted by length, need less padding."""
+PACING = PacingSettings(request_timeout=300.0, retry_budget=600.0, longest_wait=600.0)
+"""More patient than for searches, since nobody waits for a single answer."""
+_JobKey = tuple[int, int]
+"""Index of the passage in the corpus, and its weight in tokens."""
 
 
 def key_of(passage_id: str, text: str) -> bytes:
@@ -119,10 +135,6 @@ class Journal:
         return self._folder / f"{window:09d}{_SUFFIX}"
 
 
-BYTES_PER_TOKEN = 4
-"""UTF-8 bytes per token of English text; an estimate, since tokenizers differ."""
-
-
 @dataclass(frozen=True, slots=True)
 class Price:
     """US dollars per million input tokens."""
@@ -155,21 +167,6 @@ def estimated_cost(tokens: int, price: Price | None) -> str:
     if not price.dollars:
         return f"{words}, free on this machine"
     return f"{words}, about ${price.cost(tokens):,.2f} at ${price.dollars:g} per million (list price of {price.as_of})"
-
-
-OnProgress = Callable[[int, int], None]
-"""Passages done, passages in total."""
-
-WINDOW = 512
-"""Passages per journal file: embedded and stored together."""
-MOST_WINDOWS = 8
-"""In progress at once: 25 MB of vectors at 1,536 dimensions."""
-PASSAGES_A_REQUEST = 128
-"""Per request to a service; more gains nothing."""
-PASSAGES_AT_ONCE = 512
-"""Per request to a local embedder. Larger batches, sorted by length, need less padding."""
-PACING = PacingSettings(request_timeout=300.0, retry_budget=600.0, longest_wait=600.0)
-"""More patient than for searches, since nobody waits for a single answer."""
 
 
 def passage_text(passage: Passage) -> str:
@@ -223,10 +220,6 @@ class _Job:
     @property
     def size(self) -> int:
         return len(self.text.encode("utf-8", "surrogatepass"))
-
-
-_JobKey = tuple[int, int]
-"""Index of the passage in the corpus, and its weight in tokens."""
 
 
 class PassageEmbedder:

@@ -1,13 +1,11 @@
-"""Detects the searchable index at a path or URL, and its embedder.
-
-Options of a search.
-"""
+"""What a search is made of: the store and embedder at a path or URL, how to find them again, and its options."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, TypedDict
+from typing import Annotated, Any, TypedDict
 
 import anyio
 import anyio.to_thread
@@ -15,37 +13,65 @@ import anyio.to_thread
 from searchr1_async.boundary.paths import absolute_path
 from searchr1_async.boundary.settings import Count, Natural, Range, Seconds, check_settings
 from searchr1_async.boundary.tables import TABLE_SUFFIXES
+from searchr1_async.data.corpus import CorpusSource, load_corpus
 from searchr1_async.data.wikipedia_index import collections_in
 from searchr1_async.errors import ConfigurationError, EmbeddingError, StoreError
-from searchr1_async.search.compact.files import BUILDING_NAME, MANIFEST_NAME
+from searchr1_async.search.compact.layout import BUILDING_NAME, MANIFEST_NAME
 from searchr1_async.search.compact.store import CompactStore
-from searchr1_async.search.embedders import Embedder
+from searchr1_async.search.embedders import DEFAULT_MODEL, Embedder
 from searchr1_async.search.gemini import make_embedder
-from searchr1_async.search.index import COLLECTION
+from searchr1_async.search.index import COLLECTION, LocalIndex
 from searchr1_async.search.pacing import PacingSettings
 from searchr1_async.search.stores.chroma_folder import EmbeddedChroma
 from searchr1_async.search.stores.chroma_server import RemoteChroma
+from searchr1_async.search.stores.sources import lasting_name
 from searchr1_async.search.stores.vector_store import IndexFolder, Store, building_call
 
 CHROMA_DATABASE = "chroma.sqlite3"
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """A store and the embedder of its vectors."""
-
-    embedder: Embedder
-    store: Store
-
 
 EmbedderChoice = str | Path | Embedder | None
 """The user's choice; None for the one the index names."""
 
 
-async def look_up(
-    place: str | Path, embedder: EmbedderChoice, collection: str | None, token: str | None
-) -> Place | None:
-    """Finds the store at a place; None for a corpus, which is not an index yet.
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A store, or a corpus with its index folder, and the embedder of its vectors."""
+
+    embedder: Embedder
+    store: Store | LocalIndex
+    description: Mapping[str, Any] | None = None
+    """Arguments that make it again, as JSON values; None if they would need in-memory objects or secrets."""
+
+
+def local_place(corpus: CorpusSource, path: str | Path | None, embedder: str | Path | Embedder) -> Place:
+    """A corpus with its index folder. Reads files. Raises as :meth:`Search.local`."""
+    folder = None if path is None else absolute_path(path, "path")
+    index = LocalIndex(load_corpus(corpus), folder)
+    description = None
+    if isinstance(corpus, str | Path) and isinstance(embedder, str | Path):
+        file = absolute_path(corpus, "corpus")
+        description = {
+            "kind": "local",
+            "corpus": str(file) if file.is_file() else str(corpus),
+            "path": None if folder is None else str(folder),
+            "embedder": lasting_name(embedder),
+        }
+    return Place(make_embedder(embedder), index, description)
+
+
+def chroma_place(
+    address: Mapping[str, Any], embedder: str | Path | Embedder, headers: Mapping[str, str] | None, token: str | None
+) -> Place:
+    """A collection of a Chroma server; ``address`` has the arguments of :class:`RemoteChroma` that are not secret."""
+    store = RemoteChroma(**address, headers=headers, token=token)
+    description = None
+    if isinstance(embedder, str | Path) and headers is None and token is None:
+        description = {"kind": "chroma", **address, "embedder": lasting_name(embedder)}
+    return Place(make_embedder(embedder), store, description)
+
+
+async def find_place(place: str | Path, embedder: EmbedderChoice, collection: str | None, token: str | None) -> Place:
+    """The index, corpus or server at a place.
 
     Args:
         place: a folder, a file, a corpus name, or an ``http://`` or ``https://`` URL.
@@ -55,29 +81,34 @@ async def look_up(
 
     Raises:
         ConfigurationError: the embedder is unknown or does not match the index, or there are several collections.
+        CorpusError: no such corpus.
         EmbeddingError: the embedder's library or folder is missing.
         StoreError: nothing searchable, or no answer from the server.
     """
-    if is_address(place):
+    if _is_address(place):
         return await _served(str(place), embedder, collection, token)
     return await anyio.to_thread.run_sync(_on_disk, place, embedder, collection)
 
 
-def is_address(place: str | Path) -> bool:
+def _is_address(place: str | Path) -> bool:
     return isinstance(place, str) and place.startswith(("http://", "https://"))
 
 
 def compact_place(folder: Path, embedder: EmbedderChoice) -> Place:
-    """A compact index and its embedder. Reads a file: call it in a worker thread. Raises as :func:`look_up`."""
+    """A compact index and its embedder. Reads a file: call it in a worker thread. Raises as :func:`find_place`."""
     store = CompactStore(folder)
-    manifest = store.manifest
-    return Place(_embedder(str(folder), embedder, manifest.embedder, manifest.embedder_fingerprint), store)
+    own = _embedder(str(folder), embedder, store.manifest.embedder, store.manifest.embedder_fingerprint)
+    description = None
+    if embedder is None or isinstance(embedder, str | Path):
+        description = {"kind": "compact", "folder": str(folder), "embedder": lasting_name(embedder)}
+    return Place(own, store, description)
 
 
-def _on_disk(place: str | Path, embedder: EmbedderChoice, collection: str | None) -> Place | None:
+def _on_disk(place: str | Path, embedder: EmbedderChoice, collection: str | None) -> Place:
     path = absolute_path(place, "place")
     if not path.exists() or path.is_file():
-        return None
+        # The name of a built-in corpus is not a path.
+        return local_place(path if path.exists() else place, None, DEFAULT_MODEL if embedder is None else embedder)
     if (path / MANIFEST_NAME).is_file() or (path / BUILDING_NAME).is_dir():
         return compact_place(path, embedder)
     if (path / CHROMA_DATABASE).is_file():
@@ -154,7 +185,7 @@ class SearchOptions(TypedDict, total=False):
     cache_path: str | Path | None
     """File of a persistent answer cache, which processes may share; None (default) for none."""
     cache_bytes: int
-    """Size of that file, default 1 GiB; evicts the least recently used answers."""
+    """Size of that file, default 1 GiB; drops the oldest answers."""
     pacing: PacingSettings
     """Pacing and retries of requests to the embedder and the store."""
 

@@ -1,60 +1,42 @@
-"""The search tool: coalesces the queries of thousands of concurrent rollouts into few requests."""
+"""The search that rollouts call: opened in one event loop, shared by thousands of concurrent episodes."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
 import logging
-import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, Unpack
 
 import anyio
 import anyio.to_thread
-import numpy as np
 
 from searchr1_async.boundary.paths import absolute_path
-from searchr1_async.data.corpus import CorpusSource, load_corpus
+from searchr1_async.data.corpus import CorpusSource
 from searchr1_async.episodes.prompts import MAX_QUERY_CHARACTERS, clean_query
-from searchr1_async.episodes.types import Passage
-from searchr1_async.errors import ConfigurationError, EmbeddingError, SearchError, StoreError
-from searchr1_async.search.cache import Answer, AnswerCache, AnswerKey, LeastRecentlyUsed
+from searchr1_async.errors import ConfigurationError, SearchError, StoreError
+from searchr1_async.search.answers import AnswerCache, AnswerKey, Lookup
 from searchr1_async.search.compact.store import CompactStore
-from searchr1_async.search.dispatch import Capacity, Dispatcher
-from searchr1_async.search.embedders import DEFAULT_MODEL, Embedder, Vectors, checked_vectors
-from searchr1_async.search.faults import PassingFault
-from searchr1_async.search.gathering import Deadline
-from searchr1_async.search.gemini import make_embedder
+from searchr1_async.search.embedders import DEFAULT_MODEL, Embedder
 from searchr1_async.search.index import LocalIndex, OnProgress, log_notices
 from searchr1_async.search.passage_embedding import BuildOptions
 from searchr1_async.search.places import (
+    Place,
     SearchOptions,
     SearchSettings,
     check_n_results,
+    chroma_place,
     compact_place,
-    is_address,
-    look_up,
+    find_place,
+    local_place,
 )
-from searchr1_async.search.stats import SearchStatistics, SearchTally, ServiceTally
-from searchr1_async.search.stores.chroma_server import RemoteChroma
-from searchr1_async.search.stores.sources import lasting_name
+from searchr1_async.search.stats import SearchStatistics, SearchTally
 from searchr1_async.search.stores.vector_store import Found, Store, open_embedder, open_store
 
 logger = logging.getLogger(__name__)
-
-MAX_BATCH = 128
-"""Queries per request, unless the embedder or the store takes fewer. Larger batches gain nothing and delay the first query."""
-VECTORS_KEPT = 4_096
-"""Query vectors in memory (12 MB at 768 dimensions), for queries repeated while their lookup is pending."""
-
-_Found = tuple[str | None, Answer]
-"""An answer and the index state it is valid for; None if the index changed during the request."""
-_Queried = tuple[AnswerKey, Vectors]
-"""Answer key and query vector ``[dimension]``."""
 
 
 class Search:
@@ -73,13 +55,21 @@ class Search:
     Args:
         embedder: turns queries into vectors.
         store: finds the nearest passages; or a corpus with its index folder.
+        description: see :attr:`description`, without the options.
         options: see :class:`SearchOptions`.
 
     Raises:
         ConfigurationError: a setting is out of range.
     """
 
-    def __init__(self, embedder: Embedder, store: Store | LocalIndex, **options: Unpack[SearchOptions]) -> None:
+    def __init__(
+        self,
+        embedder: Embedder,
+        store: Store | LocalIndex,
+        *,
+        description: Mapping[str, Any] | None = None,
+        **options: Unpack[SearchOptions],
+    ) -> None:
         settings = SearchSettings(**options)
         self._settings = settings
         self.named = frozenset(options)
@@ -90,39 +80,17 @@ class Search:
         )
         self._embedder = embedder
         self._source = store
+        self._description = description
         self._tally = SearchTally()
-        self._embedding_tally, self._querying_tally = ServiceTally(), ServiceTally()
         self._users = 0
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._description: dict[str, Any] | None = None
-        self._reset_loop_state()
-
-    def _reset_loop_state(self) -> None:
-        """Creates the state that is bound to one event loop."""
         self._opening = anyio.Lock()
         self._store: Store | None = None
-        self._reset_services()
+        self._lookup: Lookup | None = None
 
-    def _reset_services(self) -> None:
-        """Resets the per-opening state: a reopened search does not inherit an old outage or rate limit."""
-        self._vectors: LeastRecentlyUsed[str, Vectors] = LeastRecentlyUsed(VECTORS_KEPT)
-        self._embedding: Dispatcher[str, str, Vectors] = Dispatcher(
-            self._embed,
-            name=self._embedder.name,
-            capacity=self._embedder_capacity,
-            pacing=self._settings.pacing,
-            tally=self._embedding_tally,
-            failure=EmbeddingError,
-            weigh=estimated_tokens,
-        )
-        self._querying: Dispatcher[AnswerKey, _Queried, _Found] = Dispatcher(
-            self._query,
-            name=self._source.corpus.source if isinstance(self._source, LocalIndex) else self._source.name,
-            capacity=self._store_capacity,
-            pacing=self._settings.pacing,
-            tally=self._querying_tally,
-            failure=StoreError,
-        )
+    @classmethod
+    def _at(cls, place: Place, **options: Unpack[SearchOptions]) -> Self:
+        return cls(place.embedder, place.store, description=place.description, **options)
 
     @classmethod
     def local(
@@ -132,7 +100,7 @@ class Search:
         path: str | Path | None = None,
         embedder: str | Path | Embedder = DEFAULT_MODEL,
         **options: Unpack[SearchOptions],
-    ) -> Search:
+    ) -> Self:
         """Search over a corpus on this machine. The index is built when it is first opened, and kept.
 
         Args:
@@ -146,18 +114,7 @@ class Search:
             EmbeddingError: the embedder's library is not installed, or its folder does not exist.
             ConfigurationError: a setting is out of range.
         """
-        place = None if path is None else absolute_path(path, "path")
-        index = LocalIndex(load_corpus(corpus), place)
-        search = cls(make_embedder(embedder), index, **options)
-        if isinstance(corpus, str | Path) and isinstance(embedder, str | Path):
-            file = absolute_path(corpus, "corpus")
-            search._description = {
-                "kind": "local",
-                "corpus": str(file) if file.is_file() else str(corpus),
-                "path": None if place is None else str(place),
-                "embedder": lasting_name(embedder),
-            }
-        return search
+        return cls._at(local_place(corpus, path, embedder), **options)
 
     @classmethod
     def chroma(
@@ -173,7 +130,7 @@ class Search:
         tenant: str = "default_tenant",
         database: str = "default_database",
         **options: Unpack[SearchOptions],
-    ) -> Search:
+    ) -> Self:
         """Search over an existing collection of a Chroma server (``chroma run --path <folder>``).
 
         For Chroma Cloud, use ``Search(embedder, RemoteChroma.cloud(...))``.
@@ -196,23 +153,9 @@ class Search:
             StoreError: invalid collection name.
             ConfigurationError: a setting is out of range.
         """
-        store = RemoteChroma(
-            host, port, collection, ssl=ssl, headers=headers, token=token, tenant=tenant, database=database
-        )
-        search = cls(make_embedder(embedder), store, **options)
-        # Secrets must not end up in a description.
-        if isinstance(embedder, str | Path) and headers is None and token is None:
-            search._description = {
-                "kind": "chroma",
-                "host": host,
-                "port": port,
-                "collection": collection,
-                "embedder": lasting_name(embedder),
-                "ssl": ssl,
-                "tenant": tenant,
-                "database": database,
-            }
-        return search
+        address = {"host": host, "port": port, "collection": collection, "ssl": ssl}
+        address |= {"tenant": tenant, "database": database}
+        return cls._at(chroma_place(address, embedder, headers, token), **options)
 
     @classmethod
     async def open(
@@ -223,7 +166,7 @@ class Search:
         collection: str | None = None,
         token: str | None = None,
         **options: Unpack[SearchOptions],
-    ) -> Search:
+    ) -> Self:
         """Search over an index, corpus or server, detected from ``place``. Does not connect yet.
 
         ::
@@ -245,42 +188,18 @@ class Search:
             EmbeddingError: the embedder's library or folder is missing.
             StoreError: nothing searchable, an unfinished index, or no answer from the server.
         """
-        if not is_address(place):
-            # The name of a built-in corpus is not a path.
-            there = absolute_path(place, "place")
-            place = there if there.exists() else place
-        found = await look_up(place, embedder, collection, token)
-        if found is None:
-            return await anyio.to_thread.run_sync(
-                lambda: cls.local(place, embedder=DEFAULT_MODEL if embedder is None else embedder, **options)
-            )
-        search = cls(found.embedder, found.store, **options)
-        if isinstance(found.store, CompactStore):
-            search._describe_compact(found.store.folder, embedder)
-        return search
+        return cls._at(await find_place(place, embedder, collection, token), **options)
 
     @classmethod
     def compact(
         cls, folder: str | Path, *, embedder: str | Path | Embedder | None = None, **options: Unpack[SearchOptions]
-    ) -> Search:
+    ) -> Self:
         """Search over a compact index. :meth:`open` detects one by itself.
 
         Raises:
             ConfigurationError, EmbeddingError, StoreError: as :meth:`open`.
         """
-        path = absolute_path(folder, "folder")
-        found = compact_place(path, embedder)
-        search = cls(found.embedder, found.store, **options)
-        search._describe_compact(path, embedder)
-        return search
-
-    def _describe_compact(self, folder: Path, embedder: str | Path | Embedder | None) -> None:
-        if embedder is None or isinstance(embedder, str | Path):
-            self._description = {
-                "kind": "compact",
-                "folder": str(folder),
-                "embedder": lasting_name(embedder),
-            }
+        return cls._at(compact_place(absolute_path(folder, "folder"), embedder), **options)
 
     @property
     def n_results(self) -> int:
@@ -366,22 +285,7 @@ class Search:
     @property
     def statistics(self) -> SearchStatistics:
         """Totals since this object was created, over all openings, and the current state of its services."""
-        tally = self._tally
-        return SearchStatistics(
-            requests=tally.requests,
-            texts=tally.texts,
-            memory_hits=tally.memory_hits,
-            disk_hits=tally.disk_hits,
-            failed=tally.failed,
-            latency=tally.latency.snapshot(),
-            embedding=self._embedding.statistics,
-            querying=self._querying.statistics,
-        )
-
-    @staticmethod
-    def clean_query(query: str) -> str | None:
-        """See :func:`~searchr1_async.episodes.prompts.clean_query`."""
-        return clean_query(query)
+        return self._tally.snapshot() if self._lookup is None else self._lookup.statistics
 
     async def build(self, on_progress: OnProgress | None = None) -> None:
         """Builds the index if there is none, and rebuilds a damaged one.
@@ -420,12 +324,14 @@ class Search:
         self._enter_loop()
         async with self._opening:
             if self._store is None:
-                self._reset_services()
                 try:
                     self._store = await self._open_services(on_progress)
                 except BaseException:
                     await self._close()
                     raise
+                source = self._source
+                name = source.corpus.source if isinstance(source, LocalIndex) else source.name
+                self._lookup = Lookup(self._embedder, self._store, name, self._settings, self._answers, self._tally)
             self._users += 1
 
     async def _open_services(self, on_progress: OnProgress | None) -> Store:
@@ -441,12 +347,12 @@ class Search:
             with anyio.CancelScope(shield=True):
                 await store.aclose()
             raise
-        held = store.dimension
-        if held not in (None, self._embedder.dimension):
+        dimension = store.dimension
+        if dimension not in (None, self._embedder.dimension):
             with anyio.CancelScope(shield=True):
                 await store.aclose()
             raise StoreError(
-                f"{store.name} holds vectors of dimension {held}, but {self._embedder.name} produces dimension "
+                f"{store.name} holds vectors of dimension {dimension}, but {self._embedder.name} produces dimension "
                 f"{self._embedder.dimension}: it was built with another embedder, use that one",
                 is_fatal=True,
             )
@@ -467,7 +373,7 @@ class Search:
         """The nearest passages of each query, in the order of the queries.
 
         Args:
-            queries: passed through :meth:`clean_query` again.
+            queries: passed through :func:`~searchr1_async.episodes.prompts.clean_query`.
             n_results: passages per query; None for the search's default.
             max_passage_words: truncates passages to so many words, 0 for whole passages; None for the search's default.
 
@@ -478,103 +384,31 @@ class Search:
                 exceeds ``PacingSettings.longest_wait``; always fatal.
             ConfigurationError: ``n_results`` is out of range.
         """
-        keys = self._keys(queries, n_results)
-        if self._store is None:
+        return await self.find(_cleaned(queries), n_results, max_passage_words=max_passage_words)
+
+    async def find(
+        self, queries: Sequence[str], n_results: int | None = None, *, max_passage_words: int | None = None
+    ) -> Found:
+        """:meth:`search` for queries that :func:`~searchr1_async.episodes.prompts.clean_query` returned."""
+        wanted = self._settings.n_results if n_results is None else n_results
+        check_n_results(wanted)
+        words = self._words(max_passage_words)
+        keys = [AnswerKey(query, wanted, words) for query in queries]
+        if self._store is None or self._lookup is None:
             raise SearchError("the search is not open: use it within `async with search:`")
         self._tally.requests += 1
         self._tally.texts += len(keys)
         began = time.monotonic()
         try:
-            answers = await self._find(keys, self._store)
+            answers = await self._lookup.find(keys)
         except SearchError:
             self._tally.failed += 1
             raise
         self._tally.latency.add(time.monotonic() - began)
-        return tuple(self._trim(answers[key], max_passage_words) for key in keys)
-
-    async def _find(self, keys: Sequence[AnswerKey], store: Store) -> Mapping[AnswerKey, Answer]:
-        """Looks in memory, on disk, then asks the services; caches what they return."""
-        index = self._answers_of(store)
-        answers = self._answers.recall(index, keys)
-        self._tally.memory_hits += sum(key in answers for key in keys)
-        if self._answers.is_on_disk and (missing := [key for key in keys if key not in answers]):
-            kept = await self._answers.look_up(index, missing)
-            self._tally.disk_hits += sum(key in kept for key in missing)
-            answers |= kept
-        if missing := [key for key in keys if key not in answers]:
-            found = await self._ask_services(missing)
-            for state in {state for state, _ in found.values() if state is not None}:
-                await self._answers.keep(state, {key: answer for key, (of, answer) in found.items() if of == state})
-            answers |= {key: answer for key, (_, answer) in found.items()}
-        return answers
-
-    async def _ask_services(self, keys: Sequence[AnswerKey]) -> dict[AnswerKey, _Found]:
-        deadline = Deadline(self._settings.deadline)
-        known = {text: self._vectors.get(text) for text, _ in keys}
-        vectors = {text: vector for text, vector in known.items() if vector is not None}
-        vectors |= await self._embedding.fetch({text: text for text in known if text not in vectors}, deadline)
-        return await self._querying.fetch({key: (key, vectors[key[0]]) for key in keys}, deadline)
-
-    def _answers_of(self, store: Store) -> str:
-        """The cache key of the index state."""
-        return f"query\0{self._embedder.fingerprint}\0{store.fingerprint}"
-
-    # One request to each service, called by the dispatchers. Results are cached here, because others may ask for the same
-    # query before the caller wakes up.
-
-    async def _embed(self, texts: Sequence[str]) -> Sequence[Vectors]:
-        # Copies: a view would keep the whole batch in memory.
-        answer = await self._embedder.embed_queries(texts)
-        vectors = [row.copy() for row in checked_vectors(answer, len(texts), self._embedder)]
-        for text, vector in zip(texts, vectors, strict=True):
-            self._vectors.put(text, vector)
-        return vectors
-
-    async def _query(self, queried: Sequence[_Queried]) -> Sequence[_Found]:
-        if self._store is None:
-            raise SearchError("the search was closed while calls were waiting")
-        store, state = self._store, self._answers_of(self._store)
-        most = max(n_results for (_, n_results), _ in queried)
-        found = await store.query(np.stack([vector for _, vector in queried]), most)
-        if len(found) != len(queried):
-            raise PassingFault(f"{store.name} answered {len(found)} of {len(queried)} queries", cause="malformed")
-        answers = {key: answer[: key[1]] for answer, (key, _) in zip(found, queried, strict=True)}
-        # The collection may have been recreated during the request: it is unknown which one answered.
-        if store is not self._store or state != self._answers_of(store):
-            return [(None, answer) for answer in answers.values()]
-        self._answers.remember(state, answers)
-        return [(state, answer) for answer in answers.values()]
-
-    def _embedder_capacity(self) -> Capacity:
-        embedder = self._embedder
-        return Capacity(min(MAX_BATCH, embedder.max_texts), embedder.max_requests, embedder.max_tokens)
-
-    def _store_capacity(self) -> Capacity:
-        store = self._store
-        return Capacity(1, 1) if store is None else Capacity(min(MAX_BATCH, store.max_queries), store.max_requests)
-
-    def _trim(self, passages: Sequence[Passage], most: int | None) -> tuple[Passage, ...]:
-        most = self._words(most)
-        if most is None:
-            return tuple(passages)
-        return tuple(replace(passage, text=first_words(passage.text, most)) for passage in passages)
+        return tuple(answers[key] for key in keys)
 
     def _words(self, max_passage_words: int | None) -> int | None:
         return self._settings.max_passage_words if max_passage_words is None else max_passage_words or None
-
-    def _keys(self, queries: Sequence[str], n_results: int | None) -> tuple[AnswerKey, ...]:
-        wanted = self._settings.n_results if n_results is None else n_results
-        check_n_results(wanted)
-        keys: list[AnswerKey] = []
-        for query in queries:
-            cleaned = clean_query(query)
-            if cleaned is None:
-                raise SearchError(
-                    f"invalid query of {len(query)} characters: it has no letter or digit, or more than "
-                    f"{MAX_QUERY_CHARACTERS} characters (check with clean_query first)"
-                )
-            keys.append((cleaned, wanted))
-        return tuple(keys)
 
     def _enter_loop(self) -> None:
         """Binds to the running event loop; drops state left by a closed one."""
@@ -586,12 +420,12 @@ class Search:
         if self._users:
             logger.warning("the search was left open by a closed event loop; reopening it")
         self._loop, self._users = loop, 0
-        self._reset_loop_state()
+        self._opening, self._store, self._lookup = anyio.Lock(), None, None
 
     async def _close(self) -> None:
         store, self._store = self._store, None
-        self._embedding.close()
-        self._querying.close()
+        if self._lookup is not None:
+            self._lookup.close()
         with anyio.CancelScope(shield=True):
             try:
                 if store is not None:
@@ -603,16 +437,11 @@ class Search:
                     await self._answers.aclose()
 
 
-def estimated_tokens(text: str) -> int:
-    """Upper estimate of a text's tokens: one per three bytes of UTF-8 (English has about four)."""
-    return len(text.encode("utf-8", "surrogatepass")) // 3 + 1
-
-
-def first_words(text: str, count: int) -> str:
-    """The text up to the end of its ``count``-th word, whitespace kept."""
-    end = 0
-    for number, match in enumerate(re.finditer(r"\S+", text), start=1):
-        if number > count:
-            return text[:end]
-        end = match.end()
-    return text
+def _cleaned(queries: Sequence[str]) -> list[str]:
+    cleaned = [clean_query(query) for query in queries]
+    if None in cleaned:
+        raise SearchError(
+            f"invalid query of {len(queries[cleaned.index(None)])} characters: it has no letter or digit, or more than "
+            f"{MAX_QUERY_CHARACTERS} characters (check with clean_query first)"
+        )
+    return [query for query in cleaned if query is not None]

@@ -1,6 +1,6 @@
 """Counters of the search and of each service behind it.
 
-Latency histogram with logarithmic buckets: percentiles of any number of requests in constant memory.
+Latencies are in a histogram with logarithmic buckets: percentiles of any number of requests in constant memory.
 """
 
 from __future__ import annotations
@@ -236,7 +236,7 @@ class ServiceTally:
 
 @dataclass(slots=True)
 class SearchTally:
-    """The counters behind :class:`SearchStatistics`, without those of the services."""
+    """The counters behind :class:`SearchStatistics`."""
 
     requests: int = 0
     texts: int = 0
@@ -244,3 +244,17 @@ class SearchTally:
     disk_hits: int = 0
     failed: int = 0
     latency: LatencyTally = field(default_factory=LatencyTally)
+    embedding: ServiceTally = field(default_factory=ServiceTally)
+    querying: ServiceTally = field(default_factory=ServiceTally)
+
+    def snapshot(self) -> SearchStatistics:
+        return SearchStatistics(
+            requests=self.requests,
+            texts=self.texts,
+            memory_hits=self.memory_hits,
+            disk_hits=self.disk_hits,
+            failed=self.failed,
+            latency=self.latency.snapshot(),
+            embedding=self.embedding.snapshot(),
+            querying=self.querying.snapshot(),
+        )

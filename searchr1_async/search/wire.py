@@ -1,8 +1,6 @@
 """Wire format of a served search: requests, answers and facts, without I/O.
 
 Vectors are sent as raw little-endian float32, about 100 times cheaper than base64 within JSON. Everything else is JSON.
-
-Limits of a served search.
 """
 
 from __future__ import annotations
@@ -19,8 +17,16 @@ import orjson
 from searchr1_async.boundary.settings import Count, Range, Seconds, check_settings
 from searchr1_async.episodes.prompts import clean_query
 from searchr1_async.episodes.types import Passage
-from searchr1_async.search.embedders import Vectors
+from searchr1_async.search.embedders import Vectors, estimated_tokens
 from searchr1_async.search.stores.vector_store import Found
+
+SERVICE = "searchr1_async search"
+PROTOCOL = 1
+DIMENSION_HEADER = "X-Dimension"
+"""Dimension of the vectors in an answer."""
+EMBEDDER_HEADER = "X-Embedder"
+"""Percent-encoded fingerprint of the embedder that made the vectors in an answer."""
+_PLACE = re.compile(r"\s+(?=(?:in|at)\s|[/~\\]|[A-Za-z]:[/\\]|\w+://)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,16 +52,6 @@ class ServingLimits:
 
     def __post_init__(self) -> None:
         check_settings(self, "the limit ")
-
-
-SERVICE = "searchr1_async search"
-PROTOCOL = 1
-DIMENSION_HEADER = "X-Dimension"
-"""Dimension of the vectors in an answer."""
-EMBEDDER_HEADER = "X-Embedder"
-"""Percent-encoded fingerprint of the embedder that made the vectors in an answer."""
-
-_PLACE = re.compile(r"\s+(?=(?:in|at)\s|[/~\\]|[A-Za-z]:[/\\]|\w+://)")
 
 
 class BadRequest(Exception):
@@ -262,7 +258,7 @@ def parts_of(texts: Sequence[str], most: int, most_tokens: int | None) -> Iterat
     """Splits texts into as few requests as the embedder allows; a text beyond its token limit goes alone."""
     start = tokens = 0
     for number, text in enumerate(texts):
-        weight = len(text.encode("utf-8", "surrogatepass")) // 3 + 1
+        weight = estimated_tokens(text)
         if number > start and (number - start >= most or (most_tokens is not None and tokens + weight > most_tokens)):
             yield texts[start:number]
             start, tokens = number, 0

@@ -65,8 +65,8 @@ class DictSearch:
         self._text = text
         self.asked: list[tuple[str, ...]] = []
 
-    def clean_query(self, query: str) -> str | None:
-        return query.strip() or None
+    async def __call__(self, queries: Sequence[str]) -> Sequence[Sequence[Passage]]:
+        return await self.search(queries)
 
     async def search(self, queries: Sequence[str]) -> Sequence[Sequence[Passage]]:
         await anyio.lowlevel.checkpoint()

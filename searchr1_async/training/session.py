@@ -249,7 +249,7 @@ def _opened_engine(job: TrainingJob, service: Service, emit: Emit) -> AbstractAs
     return open_engine(
         spec,
         service.tokenizer,
-        search=job.search,
+        search=job.search.find,
         sampling=job.sampling,
         reward=job.reward,
         group_size=job.learning.group_size,
@@ -408,7 +408,7 @@ class _Phases:
         episodes = await play_demonstrations(
             tried,
             dialect=self._engine.dialect,
-            search=job.search,
+            search=job.search.find,
             limits=job.limits,
             max_failed_fraction=job.learning.max_failed_fraction,
             max_in_flight=job.sampling.max_episodes_in_flight,

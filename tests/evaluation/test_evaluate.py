@@ -244,10 +244,10 @@ class FlakySearch(sr.Search):
 
     down: Callable[[str], bool] = staticmethod(lambda query: False)
 
-    async def search(self, queries: Sequence[str], *arguments: Any, **options: Any) -> Any:
+    async def find(self, queries: Sequence[str], *arguments: Any, **options: Any) -> Any:
         if any(map(self.down, queries)):
             raise sr.errors.SearchError("the store is busy")
-        return await super().search(queries, *arguments, **options)
+        return await super().find(queries, *arguments, **options)
 
 
 async def test_what_a_service_failed_is_played_again(run: Path, tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ import anyio
 from searchr1_async.events import Event, PhaseAdvanced, PhaseStarted
 from searchr1_async.search.builders import build_compact_index
 from searchr1_async.search.compact import assembly as build
-from searchr1_async.search.compact.files import CompactSettings, VectorFile
+from searchr1_async.search.compact.files import VectorFile
+from searchr1_async.search.compact.layout import CompactSettings
 from tests.search.compact.arrays import Arrays, clustered
 
 ROWS, DIMENSION = 60_000, 64

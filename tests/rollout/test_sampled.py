@@ -10,7 +10,7 @@ import pytest
 
 from searchr1_async.billing import TokenUsage
 from searchr1_async.events import Event, RolloutSampled
-from searchr1_async.rollout.engine import SEARCH_EVERY, TELL_EVERY, CountedSearch, PlayReading, PlayTally
+from searchr1_async.rollout.engine import SEARCH_EVERY, TELL_EVERY, PlayReading, PlayTally, counted
 from searchr1_async.rollout.event_loop import PulseReading
 from searchr1_async.rollout.gate import SampleGate
 from searchr1_async.rollout.limit import LimitSettings, SampleLimit
@@ -36,14 +36,14 @@ async def test_it_says_where_every_episode_is() -> None:
     gate = SampleGate(
         SampleLimit(LimitSettings(first=2, least=2, most=2)), clock=lambda: asyncio.get_running_loop().time()
     )
-    search, tally = CountedSearch(SlowSearch()), PlayTally(groups=2, episodes=6, finished=3)
+    tally = PlayTally(groups=2, episodes=6, finished=3)
     searched = [0.0]
 
     def search_metrics() -> dict[str, float]:
         searched[0] += 1
         return {"search/calls": searched[0]}
 
-    reading = PlayReading(told.append, tally, search, search_metrics)
+    reading = PlayReading(told.append, tally, search_metrics)
     reading.pulse = PulseReading(1.0, 0.001, 0.02, 0.03, 0.5)
 
     async def sample() -> None:
@@ -54,7 +54,7 @@ async def test_it_says_where_every_episode_is() -> None:
     async with anyio.create_task_group() as tasks:
         for _ in range(3):
             tasks.start_soon(sample)
-        tasks.start_soon(search.search, ["where"])
+        tasks.start_soon(counted(SlowSearch(), tally), ["where"])
         await anyio.sleep(1e-6)
         tasks.start_soon(reading.tell, lambda: reading.read([gate.statistics], TokenUsage(1000, 300, 2000)))
         await anyio.sleep(TELL_EVERY * SEARCH_EVERY * 1.5)
@@ -82,7 +82,7 @@ async def test_a_search_that_fails_is_over() -> None:
         async def search(self, queries: Any) -> Any:
             raise ValueError("broken")
 
-    search = CountedSearch(Broken())
+    tally = PlayTally()
     with pytest.raises(ValueError, match="broken"):
-        await search.search(["where"])
-    assert search.in_progress == 0
+        await counted(Broken(), tally)(["where"])
+    assert tally.searching == 0

@@ -16,7 +16,7 @@ from searchr1_async.events import Event, Notice
 from searchr1_async.search import Search
 from searchr1_async.search import builders as compact_building
 from searchr1_async.search.builders import build_compact_index, needed_bytes
-from searchr1_async.search.compact.files import CompactSettings
+from searchr1_async.search.compact.layout import CompactSettings
 from searchr1_async.search.compact.store import CompactStore
 from searchr1_async.search.stores import sources as embedded
 from tests.search.compact.arrays import Arrays, clustered, contents

@@ -11,8 +11,7 @@ import pytest
 
 from searchr1_async.episodes.types import Passage
 from searchr1_async.errors import ConfigurationError
-from searchr1_async.search import Search
-from searchr1_async.search import search as searches
+from searchr1_async.search import Search, places
 from searchr1_async.testing import HashingEmbedder
 from tests import tiny_world
 
@@ -22,7 +21,7 @@ pytestmark = pytest.mark.anyio
 @pytest.fixture(autouse=True)
 def _embedder(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any name gives the tiny world's embedder."""
-    monkeypatch.setattr(searches, "make_embedder", lambda embedder: HashingEmbedder())
+    monkeypatch.setattr(places, "make_embedder", lambda embedder: HashingEmbedder())
 
 
 @pytest.fixture

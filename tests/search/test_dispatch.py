@@ -16,10 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from searchr1_async.errors import SearchError, SearchUnavailableError, StoreError
-from searchr1_async.search.dispatch import Capacity, Dispatcher
+from searchr1_async.search.dispatch import Dispatcher
 from searchr1_async.search.faults import PassingFault, RefusedInput, TooManyRequests
 from searchr1_async.search.gathering import Deadline
 from searchr1_async.search.pacing import PacingSettings
+from searchr1_async.search.retries import Capacity
 from tests.virtual_time import VirtualTimeLoop
 
 pytestmark = pytest.mark.anyio

@@ -8,6 +8,7 @@ import logging
 import threading
 import traceback
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from typing import Any
 
 import anyio
@@ -223,7 +224,7 @@ async def test_a_passing_fault_is_told_and_not_tried_again(stand_in: GeminiStand
     embedder = make()
     await embedder.open()
     stand_in.forget()
-    embedder._timeout = 0.3 if fault is Fault.SLOW else 60
+    embedder._settings = replace(embedder._settings, timeout=0.3 if fault is Fault.SLOW else 60)
     stand_in.script.append(fault)
     error = await refused(embedder, TEXTS)
     assert isinstance(error, PassingFault)
@@ -232,7 +233,7 @@ async def test_a_passing_fault_is_told_and_not_tried_again(stand_in: GeminiStand
     assert isinstance(error, TooManyRequests) == slows_all
     assert error.retry_after == (1.0 if slows_all and fault is not Fault.TOO_MANY_SILENT else None)
     assert stand_in.counts.requests == 1
-    embedder._timeout = 60
+    embedder._settings = replace(embedder._settings, timeout=60)
     np.testing.assert_allclose(await embedder.embed_queries(TEXTS), EXPECTED, rtol=1e-6)
 
 
@@ -381,7 +382,7 @@ def test_it_opens_again_in_another_event_loop() -> None:
 
     async def use() -> None:
         async with GeminiStandIn() as server:
-            embedder._base_url = server.base_url
+            embedder._settings = replace(embedder._settings, base_url=server.base_url)
             await embedder.open()
             np.testing.assert_allclose(await embedder.embed_queries(TEXTS), EXPECTED, rtol=1e-6)
             await embedder.aclose()

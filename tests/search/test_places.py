@@ -17,7 +17,7 @@ from searchr1_async.search import http_client as served
 from searchr1_async.search.builders import build_compact_index, build_index
 from searchr1_async.search.compact.store import CompactStore
 from searchr1_async.search.index import LocalIndex
-from searchr1_async.search.places import look_up
+from searchr1_async.search.places import find_place
 from searchr1_async.search.stores.chroma_folder import EmbeddedChroma
 from searchr1_async.search.stores.chroma_server import RemoteChroma
 from tests.search.compact.arrays import Arrays, clustered
@@ -135,7 +135,7 @@ async def test_a_corpus_is_searched_as_before(tmp_path: Path, embedder: Any) -> 
     for place in (path, str(path)):
         search = await Search.open(place, embedder=embedder)
         assert isinstance(search.source, LocalIndex)
-        assert await look_up(place, embedder, None, None) is None
+        assert isinstance((await find_place(place, embedder, None, None)).store, LocalIndex)
     with pytest.raises(CorpusError, match="missing"):
         await Search.open(tmp_path / "missing.jsonl", embedder=embedder)
     with pytest.raises(CorpusError):

@@ -16,10 +16,10 @@ from searchr1_async.data.corpus import load_corpus
 from searchr1_async.episodes.types import Passage
 from searchr1_async.errors import ConfigurationError, CorpusError, EmbeddingError, SearchError, StoreError
 from searchr1_async.search import Search
+from searchr1_async.search.answers import first_words
 from searchr1_async.search.embedders import SentenceTransformerEmbedder
 from searchr1_async.search.faults import PassingFault, TooManyRequests
 from searchr1_async.search.pacing import PacingSettings
-from searchr1_async.search.search import first_words
 from searchr1_async.search.stores.chroma_folder import EmbeddedChroma
 
 pytestmark = pytest.mark.anyio
@@ -324,6 +324,19 @@ async def test_the_cache_on_disk_outlives_the_process_and_knows_its_index(
         assert search.statistics.memory_hits == 2
         if hits:
             assert found == answers
+
+
+async def test_passages_are_kept_as_they_were_trimmed(passages: list[Passage], embedder: Any, tmp_path: Path) -> None:
+    path = tmp_path / "answers.sqlite"
+    for words, text in ((3, "Cairo is the"), (None, "Cairo is the capital of Egypt."), (3, "Cairo is the")):
+        search = Search.local(passages, embedder=embedder, cache_path=path, max_passage_words=words)
+        async with search:
+            for _ in range(2):
+                assert (await search.search(["capital of Egypt"]))[0][0].text == text
+            found = await search.search(["capital of Egypt"], max_passage_words=1)
+            assert found[0][0].text == "Cairo"
+        assert search.statistics.memory_hits == 1
+    assert search.statistics.disk_hits == 2, "each trimming has its own answer on disk"
 
 
 class ChangingStore:

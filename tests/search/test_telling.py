@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from searchr1_async.boundary.waits import REPORT_AFTER
 from searchr1_async.errors import ConfigurationError, SearchError, SearchUnavailableError
-from searchr1_async.search.dispatch import Capacity, Dispatcher
+from searchr1_async.search.dispatch import Dispatcher
 from searchr1_async.search.faults import PassingFault, TooManyRequests
 from searchr1_async.search.pacing import PacingSettings
+from searchr1_async.search.retries import Capacity
 from tests.virtual_time import VirtualTimeLoop
 
 pytestmark = pytest.mark.anyio

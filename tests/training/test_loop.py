@@ -105,10 +105,10 @@ async def test_running_episodes_keep_their_client_while_the_service_moves_its_we
     held = {str(question.metadata["search_queries"][0]) for question in tiny_world.make_questions()[0][:2]}
 
     class Slow(sr.Search):
-        async def search(self, queries: Any, n_results: int | None = None) -> Any:
+        async def find(self, queries: Any, n_results: int | None = None) -> Any:
             if is_learning and held & set(queries):
                 await stepped.wait()
-            return await super().search(queries, n_results)
+            return await super().find(queries, n_results)
 
     def emit(event: Event) -> None:
         nonlocal is_learning
@@ -294,10 +294,10 @@ async def test_with_staleness_a_late_step_cuts_the_missing_groups(start: Callabl
 
 async def test_a_service_that_fails_every_episode_stops_even_a_short_run(start: Callable[..., sr.Run]) -> None:
     class Broken(sr.Search):
-        async def search(self, queries: Any, n_results: int | None = None) -> Any:
+        async def find(self, queries: Any, n_results: int | None = None) -> Any:
             if is_learning:
                 raise sr.errors.StoreError("the store is down")
-            return await super().search(queries, n_results)
+            return await super().find(queries, n_results)
 
     is_learning = False
 

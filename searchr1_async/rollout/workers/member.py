@@ -98,7 +98,7 @@ class Attempt:
     async def _answer(self, asked: SearchAsked, reply: Reply) -> None:
         """Runs a search; a fatal error ends the group."""
         try:
-            found = await self._search.search(asked.queries)
+            found = await self._search(asked.queries)
         except SearchError as error:
             if error.is_fatal:
                 raise

@@ -96,8 +96,7 @@ class WorkerPool:
             await pool.play(task, policy, finished)
 
     Searches run in this process, requested over the workers' channels, so that batching, cache and rate limits are shared; so do
-    ``finished`` and the rewards. Workers clean queries with :func:`~searchr1_async.episodes.prompts.clean_query`, regardless of
-    ``search.clean_query``.
+    ``finished`` and the rewards.
 
     A dead worker is replaced, and the unfinished members of its groups are rolled out again.
 

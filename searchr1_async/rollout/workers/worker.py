@@ -20,7 +20,6 @@ from anyio.abc import TaskGroup
 import searchr1_async.errors as errors
 from searchr1_async.boundary.paths import raise_limit
 from searchr1_async.episodes.formats import Dialect
-from searchr1_async.episodes.prompts import clean_query
 from searchr1_async.episodes.rendering import load_pretrained_tokenizer
 from searchr1_async.episodes.types import Episode, Passage
 from searchr1_async.errors import SearchError, SearchR1Error, ServiceError
@@ -114,7 +113,7 @@ class Worker:
         self.gate = SampleGate(SampleLimit(spec.samples.within(raise_limit())))
         self._clients = clients
         self._search = ForwardedSearch(channel)
-        self._player = LocalPlayer(dialect, self._search, spec.limits, self.gate, spec.first_turn, spec.method)
+        self._player = LocalPlayer(dialect, self._search.search, spec.limits, self.gate, spec.first_turn, spec.method)
         self._policies: dict[int, GroupPolicy] = {}
         self._scopes: dict[int, anyio.CancelScope] = {}
         self._pulse = PulseReading(1.0, 0.0, 0.0, 0.0, 0.0)
@@ -204,7 +203,7 @@ class ForwardedSearch:
         self._waiting: dict[int, asyncio.Future[Results]] = {}
 
     async def search(self, queries: Sequence[str]) -> Sequence[Sequence[Passage]]:
-        """See :meth:`~searchr1_async.episodes.play.SearchTool.search`; the pool's search sets the deadline."""
+        """See :data:`~searchr1_async.episodes.play.SearchTool`; the pool's search sets the deadline."""
         packer, number = _packer.get(), next(self._asked)
         answer = self._waiting[number] = asyncio.get_running_loop().create_future()
         try:
@@ -214,10 +213,6 @@ class ForwardedSearch:
             del self._waiting[number]
         packer.learn(number, results)
         return results
-
-    def clean_query(self, query: str) -> str | None:
-        """Same as the pool's cleaning, without a round trip."""
-        return clean_query(query)
 
     def answered(self, answer: Found | SearchFailed) -> None:
         """Delivers the pool's answer; ignored if the search was cancelled."""

@@ -1,6 +1,6 @@
-"""A compact index as a read-only store. Processes share its files through the page cache.
+"""A compact index as a read-only store: nearest by codes, re-ranked by full vectors.
 
-Search in a compact index: nearest by codes, re-ranked by full vectors. Blocking; call it in worker threads.
+Processes share its files through the page cache. Everything but :class:`CompactStore` blocks: call it in worker threads.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from numpy.typing import NDArray
 from searchr1_async.boundary.paths import absolute_path
 from searchr1_async.boundary.waits import OwnThread, in_thread, prepared_ahead, usable_cores
 from searchr1_async.errors import ConfigurationError, StoreError
-from searchr1_async.search.compact.codes import Codes, Probing, squared_lengths
-from searchr1_async.search.compact.files import LISTS_NAME, CompactManifest, PassageFile, Rows, VectorFile
+from searchr1_async.search.compact.codes import Codes
+from searchr1_async.search.compact.files import PassageFile, Rows, VectorFile
+from searchr1_async.search.compact.inverted_lists import Probing, squared_lengths
+from searchr1_async.search.compact.layout import LISTS_NAME, CompactManifest
 from searchr1_async.search.embedders import Vectors
 from searchr1_async.search.faults import RefusedInput
 from searchr1_async.search.stores.vector_store import ADVICE, SAMPLE, Found, Metric, refuse_other, refuse_unproven

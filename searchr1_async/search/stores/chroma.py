@@ -1,7 +1,4 @@
-"""Shared base of the Chroma stores: a collection, looked up once, and again if it was recreated.
-
-How passages are stored in a Chroma collection: settings, columns written, and answers read.
-"""
+"""What all Chroma stores share: how passages are stored in a collection, which is looked up again if it was recreated."""
 
 from __future__ import annotations
 
@@ -30,6 +27,9 @@ NEW_COLLECTION: Mapping[str, Mapping[str, str | int]] = {
     "hnsw": {"space": "cosine", "max_neighbors": 32, "ef_construction": 200, "ef_search": 200}
 }
 """Settings of collections created here."""
+
+logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,11 +146,6 @@ def _similarity(distance: float | None, space: str) -> float:
     if distance is None:
         return 0.0
     return 1.0 - float(distance) / 2 if space == "l2" else 1.0 - float(distance)
-
-
-logger = logging.getLogger(__name__)
-
-Result = TypeVar("Result")
 
 
 class Database(Protocol):

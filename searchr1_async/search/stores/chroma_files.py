@@ -1,4 +1,4 @@
-"""Reads the vectors of a Chroma collection from its HNSW files, without Chroma.
+"""Reads and checks the vectors of a Chroma collection from its HNSW files, without Chroma.
 
 The layout, as observed in chromadb 0.5.23 (Python) and 1.5.9 (Rust), which write the same::
 
@@ -8,38 +8,26 @@ The layout, as observed in chromadb 0.5.23 (Python) and 1.5.9 (Rust), which writ
     length.bin               vector lengths of a cosine collection, whose vectors are stored with length 1; noise for others
     link_lists.bin           links of the upper layers
 
-Reads the database of a Chroma folder, ``chroma.sqlite3``: collections, and which changes their vector files contain.
-
-Uses SQLite only, not Chroma. Supports folders of chromadb 0.5 to 1.5. All functions block and let ``sqlite3.Error`` propagate to
-callers, who word it.
-
-Checks the HNSW files of a Chroma collection before Chroma loads them.
-
-Chroma trusts these files: zeroed vectors give wrong answers, and zeroed or truncated links crash the process. Flipped bits in single
-vectors are only detected by checksums.
+They are checked before Chroma loads them, since it trusts them: zeroed vectors give wrong answers, and zeroed or truncated links
+crash the process. Flipped bits in single vectors are only detected by checksums.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import mmap
-import sqlite3
 import struct
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import anyio.from_thread
 import numpy as np
 from numpy.typing import NDArray
 
-from searchr1_async.errors import StoreError
 from searchr1_async.search.embedders import Vectors
-from searchr1_async.search.stores.chroma import space_of
 
 LABELS_NAME = "index_metadata.pickle"
 _HEADER = struct.Struct("<i6QiI3QdQ")
@@ -66,6 +54,18 @@ _SKIPPED = {
     ord("r"): 4,  # LONG_BINPUT
     0x95: 8,  # FRAME
 }
+
+HEADER_NAME, ROWS_NAME, LENGTHS_NAME, LINKS_NAME = "header.bin", "data_level0.bin", "length.bin", "link_lists.bin"
+FILE_NAMES = (HEADER_NAME, ROWS_NAME, LENGTHS_NAME, LINKS_NAME, LABELS_NAME)
+WHOLE_BYTES = 512 << 20
+"""Row files up to this size are checked in full."""
+SPOT_ROWS = 2_048
+SPOTS = 8
+"""Parts of ``SPOT_ROWS`` rows checked of a larger file."""
+MOST_ODD = 0.01
+"""Share of rows: a zero vector may be a passage without any word known to the embedder, a row without links was deleted."""
+_PART = 4_096
+"""Rows checked at a time."""
 
 
 class BrokenSegmentError(Exception):
@@ -289,143 +289,6 @@ def stacked(vectors: Iterable[bytes], dimension: int) -> Vectors:
     if any(len(vector) != 4 * dimension for vector in found):
         raise BrokenSegmentError(f"the write-ahead log has vectors whose dimension is not {dimension}")
     return np.frombuffer(b"".join(found), "<f4").reshape(len(found), dimension).astype(np.float32)
-
-
-DATABASE_NAME = "chroma.sqlite3"
-_VECTOR_SEGMENT = "urn:chroma:segment/vector/hnsw-local-persisted"
-_METADATA_SEGMENT = "urn:chroma:segment/metadata/sqlite"
-_ADD, _UPDATE, _UPSERT, _DELETE = range(4)
-"""Operations of the write-ahead log."""
-
-
-class ChromaTables:
-    """One collection, as its folder's database describes it.
-
-    Args:
-        folder: folder of the database.
-        collection: collection name; None if there is only one.
-        is_read_only: False lets SQLite roll back a killed writer's transaction, as Chroma does on opening.
-
-    Raises:
-        StoreError: the collection is missing or ambiguous, or its layout is not supported.
-        sqlite3.Error: the database cannot be read.
-    """
-
-    def __init__(self, folder: Path, collection: str | None, *, is_read_only: bool = True) -> None:
-        path = folder / DATABASE_NAME
-        mode = "ro" if is_read_only else "rw"
-        self.folder = folder
-        self._database = sqlite3.connect(f"{path.as_uri()}?mode={mode}", uri=True, check_same_thread=False)
-        self._database.row_factory = sqlite3.Row
-        try:
-            self._read(collection)
-        except BaseException:
-            self._database.close()
-            raise
-
-    def _read(self, name: str | None) -> None:
-        self._collection = self._find(name)
-        self.name = f"Chroma collection {self._collection['name']!r} in {self.folder}"
-        self.id = str(self._collection["id"])
-        found = self.all("SELECT id, type FROM segments WHERE collection = ?", self.id)
-        segments = {row["type"]: str(row["id"]) for row in found}
-        if set(segments) != {_VECTOR_SEGMENT, _METADATA_SEGMENT}:
-            raise StoreError(f"{self.name} has an unsupported layout (segments {', '.join(segments) or 'none'})")
-        self.metadata_segment = segments[_METADATA_SEGMENT]
-        self.vector_segment = segments[_VECTOR_SEGMENT]
-        ((self.count,),) = self.all("SELECT count(*) FROM embeddings WHERE segment_id = ?", self.metadata_segment)
-        self.dimension = int(self._collection["dimension"] or 0)
-        self._topic = f"%/{self.id}"
-        self._changes = {str(row[0]): _number(row[1]) for row in self.all("SELECT segment_id, seq_id FROM max_seq_id")}
-
-    def _find(self, name: str | None) -> sqlite3.Row:
-        rows = self.all("SELECT * FROM collections ORDER BY name")
-        found = [row for row in rows if name in (None, row["name"])]
-        if len(found) == 1:
-            return found[0]
-        there = ", ".join(sorted({str(row["name"]) for row in rows})) or "none"
-        wanted = "has several collections" if name is None else f"has {len(found) or 'no'} collections named {name!r}"
-        raise StoreError(f"{self.folder} {wanted} (available: {there}): name one that exists once")
-
-    @property
-    def space(self) -> str:
-        """The collection's distance metric."""
-        # Read from the segment, to which Chroma copied it: users may have replaced the collection's metadata since.
-        query = "SELECT str_value FROM segment_metadata WHERE segment_id = ? AND key = 'hnsw:space'"
-        metadata = {"hnsw:space": next((row[0] for row in self.all(query, self.vector_segment)), None)}
-        columns = self._collection.keys()
-        schema = _json(self._collection["schema_str"]) if "schema_str" in columns else {}
-        configuration = _json(self._collection["config_json_str"]) if "config_json_str" in columns else {}
-        return space_of(schema, metadata, configuration)
-
-    @property
-    def segment_folder(self) -> Path:
-        """Folder of the HNSW files; before 1,000 changes (by default), all vectors are in the log only."""
-        return self.folder / self.vector_segment
-
-    @property
-    def passages_changed(self) -> int:
-        """Number of the last change in the passages."""
-        return self._changes.get(self.metadata_segment, 0)
-
-    @property
-    def vectors_changed(self) -> int | None:
-        """Number of the last change in the HNSW files; None if the database does not record it."""
-        return self._changes.get(self.vector_segment)
-
-    @property
-    def logged(self) -> int:
-        """Number of the last change in the log; 0 if empty."""
-        ((logged,),) = self.all("SELECT max(seq_id) FROM embeddings_queue WHERE topic LIKE ?", self._topic)
-        return logged or 0
-
-    def replayed(self, after: int, is_in_segment: Callable[[str], bool]) -> dict[str, int | None]:
-        """For each id changed since the HNSW files, the log entry with its vector; None if deleted."""
-        where: dict[str, int | None] = {}
-        query = (
-            "SELECT seq_id, operation, id, vector IS NOT NULL FROM embeddings_queue "
-            "WHERE seq_id > ? AND topic LIKE ? ORDER BY seq_id"
-        )
-        for change, operation, own_id, has_vector in self._database.execute(query, (after, self._topic)):
-            if operation == _DELETE:
-                where[own_id] = None
-                continue
-            is_there = where[own_id] is not None if own_id in where else is_in_segment(own_id)
-            # As in Chroma: adding an existing id or updating a missing one does nothing.
-            if has_vector and (operation == _UPSERT or is_there == (operation == _UPDATE)):
-                where[own_id] = int(change)
-        return where
-
-    def all(self, query: str, *values: Any) -> list[sqlite3.Row]:
-        return self._database.execute(query, values).fetchall()
-
-    def close(self) -> None:
-        self._database.close()
-
-
-def _number(change: int | bytes) -> int:
-    """The number of a change; older versions store it as bytes."""
-    return int.from_bytes(change, "big") if isinstance(change, bytes) else int(change)
-
-
-def _json(text: str | None) -> Any:
-    try:
-        return json.loads(text or "{}")
-    except ValueError:
-        return {}
-
-
-HEADER_NAME, ROWS_NAME, LENGTHS_NAME, LINKS_NAME = "header.bin", "data_level0.bin", "length.bin", "link_lists.bin"
-FILE_NAMES = (HEADER_NAME, ROWS_NAME, LENGTHS_NAME, LINKS_NAME, LABELS_NAME)
-WHOLE_BYTES = 512 << 20
-"""Row files up to this size are checked in full."""
-SPOT_ROWS = 2_048
-SPOTS = 8
-"""Parts of ``SPOT_ROWS`` rows checked of a larger file."""
-MOST_ODD = 0.01
-"""Share of rows: a zero vector may be a passage without any word known to the embedder, a row without links was deleted."""
-_PART = 4_096
-"""Rows checked at a time."""
 
 
 def check_segment(folder: Path, dimension: int, *, is_cosine: bool, are_known: bool = False) -> HnswSegment:

@@ -1,6 +1,6 @@
 """A Chroma collection in a folder, opened in this process.
 
-Checks the files of a Chroma folder before Chroma loads them: Chroma trusts its files, and corrupt ones may crash the process.
+The files are checked first: Chroma trusts them, and corrupt ones may crash the process.
 """
 
 from __future__ import annotations
@@ -25,17 +25,16 @@ from searchr1_async.search.embedders import Vectors
 from searchr1_async.search.faults import PassingFault, fault_of_embedded
 from searchr1_async.search.stores.chroma import INCLUDE, NEW_COLLECTION, ChromaStore, CollectionModel
 from searchr1_async.search.stores.chroma_files import (
-    DATABASE_NAME,
     FILE_NAMES,
     LABELS_NAME,
     ROWS_NAME,
     SPOTS,
     WHOLE_BYTES,
     BrokenSegmentError,
-    ChromaTables,
     HnswSegment,
     check_segment,
 )
+from searchr1_async.search.stores.chroma_tables import DATABASE_NAME, ChromaTables
 from searchr1_async.search.stores.vector_store import (
     SAMPLE,
     DamagedIndexError,
@@ -53,6 +52,13 @@ if TYPE_CHECKING:
 
 RECORD_NAME = "files.json"
 """File in the index folder with sizes and checksums of the vector files, and the last change they contain."""
+
+Result = TypeVar("Result")
+logger = logging.getLogger(__name__)
+CLOSE_SECONDS = 10.0
+"""Timeout for the last call: Chroma waits many minutes, silently, while another process locks the database."""
+PAGE = 5_000
+"""Rows per call; Chroma's limit is 5,461 with its default SQLite."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,16 +208,6 @@ def _store_errors(folder: Path) -> Iterator[None]:
         raise DamagedIndexError(f"{path} is damaged ({error})", advice_for(folder)) from error
     except OSError as error:
         raise StoreError(f"{folder} cannot be read ({error.strerror or error})", is_fatal=True) from error
-
-
-Result = TypeVar("Result")
-
-logger = logging.getLogger(__name__)
-
-CLOSE_SECONDS = 10.0
-"""Timeout for the last call: Chroma waits many minutes, silently, while another process locks the database."""
-PAGE = 5_000
-"""Rows per call; Chroma's limit is 5,461 with its default SQLite."""
 
 
 class EmbeddedChroma(ChromaStore):

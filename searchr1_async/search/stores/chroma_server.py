@@ -1,35 +1,33 @@
-"""Client for the part of Chroma's HTTP API v2 that the search uses (documented at ``/docs`` of any server).
-
-A collection of a Chroma server, or of Chroma Cloud.
-"""
+"""A collection of a Chroma server, or of Chroma Cloud, over HTTP API v2 (documented at ``/docs`` of any server)."""
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from io import BytesIO
+from functools import partial
 from typing import Any, Literal, Self
 from urllib.parse import quote
 
-import aiohttp
 import orjson
 from yarl import URL
 
-from searchr1_async.boundary.network import proxy_for
-from searchr1_async.errors import ConfigurationError, SearchError, StoreError
+from searchr1_async.errors import ConfigurationError, StoreError
 from searchr1_async.search.embedders import Vectors
 from searchr1_async.search.faults import MissingCollection, RefusedInput, fault_of_answer, fault_of_exception, malformed
+from searchr1_async.search.http_session import HttpSession, header_token
 from searchr1_async.search.stores.chroma import INCLUDE, NEW_COLLECTION, ChromaStore, CollectionModel
 
-CONNECT_SECONDS = 10.0
-IDLE_SECONDS = 30.0
-"""Idle connections are closed after this; servers and gateways close theirs after 60 s or more."""
-
-WHOLE_BYTES = 2**20
-"""Longer bodies are streamed; aiohttp warns otherwise."""
+DEFAULT_TENANT = "default_tenant"
+DEFAULT_DATABASE = "default_database"
+CLOUD_HOST = "api.trychroma.com"
+PAGE = 1_000
+"""Rows per request: 16 MB at 3,072 dimensions; a server accepts 40 MB."""
+CLOUD_PAGE = 300
+"""Rows per request: Chroma Cloud's quota of records written and of results read (docs.trychroma.com/cloud/quotas-limits)."""
+CLOUD_REQUESTS = 10
+"""Chroma Cloud's quota of concurrent reads per collection."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,31 +61,24 @@ class ServerDatabase:
         self._name = name
         self._address = address
         self._create = create
-        self._connections = connections
-        self._timeout = timeout
-        self._session: aiohttp.ClientSession | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._root: str | None = None
-        self._proxy: str | None = None
+        self._session = HttpSession(
+            f"{address.url}/api/v2",
+            {**address.headers, "Content-Type": "application/json"},
+            partial(fault_of_answer, name),
+            partial(fault_of_exception, name),
+            timeout=timeout,
+            connections=connections,
+        )
 
     @property
     def is_open(self) -> bool:
-        return self._session is not None and self._loop is asyncio.get_running_loop()
+        return self._session.is_open
 
     async def open(self) -> None:
-        if self.is_open:
-            return
-        if self._session is not None:  # from an event loop that has ended, and its connections with it
-            self._session.detach()
-        self._loop, self._root = asyncio.get_running_loop(), None
-        # Looked up once: aiohttp's "trust_env" uses a thread per request.
-        self._proxy = proxy_for(self._address.url)
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=self._connections, keepalive_timeout=IDLE_SECONDS),
-            timeout=aiohttp.ClientTimeout(total=self._timeout, sock_connect=CONNECT_SECONDS),
-            headers={**self._address.headers, "Content-Type": "application/json"},
-            cookie_jar=aiohttp.DummyCookieJar(),
-        )
+        if not self.is_open:
+            self._root = None
+            await self._session.open()
 
     async def look_up(self, collection: str) -> CollectionModel:
         root = await self._database_root()
@@ -134,12 +125,8 @@ class ServerDatabase:
         return answer
 
     async def aclose(self) -> None:
-        session, self._session, self._root = self._session, None, None
-        if session is not None:
-            if self._loop is asyncio.get_running_loop():
-                await session.close()
-            else:
-                session.detach()
+        self._root = None
+        await self._session.aclose()
 
     async def _of(self, collection_id: str, method: str) -> str:
         return f"{await self._database_root()}/collections/{collection_id}/{method}"
@@ -168,33 +155,17 @@ class ServerDatabase:
             ) from error
 
     async def _request(self, method: Literal["GET", "POST"], path: str, body: Mapping[str, Any] | None = None) -> Any:
-        if self._session is None:
+        if not self.is_open:
             raise StoreError(f"{self._name} is not open")
+        content, _ = await self._session.request(method, path, b"" if body is None else self._encoded(body))
         try:
-            async with self._session.request(
-                method,
-                f"{self._address.url}/api/v2{path}",
-                data=self._encode(body),
-                proxy=self._proxy,
-                allow_redirects=False,  # would send tokens to another host; aiohttp withholds only `Authorization`
-            ) as answer:
-                content = await answer.read()
-                if answer.status >= 300:
-                    raise fault_of_answer(self._name, answer.status, answer.headers, content)
-                return orjson.loads(content)
-        except SearchError:
-            raise
-        except aiohttp.ClientResponseError as error:  # holds the request headers, including tokens
-            raise fault_of_exception(self._name, error) from None
-        except Exception as error:
-            raise fault_of_exception(self._name, error) from error
+            return orjson.loads(content)
+        except orjson.JSONDecodeError as error:
+            raise malformed(self._name) from error
 
-    def _encode(self, body: Mapping[str, Any] | None) -> bytes | BytesIO | None:
-        if body is None:
-            return None
+    def _encoded(self, body: Mapping[str, Any]) -> bytes:
         try:
-            encoded = orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
-            return encoded if len(encoded) <= WHOLE_BYTES else BytesIO(encoded)
+            return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
         except orjson.JSONEncodeError as error:
             raise RefusedInput(f"{self._name}: a request cannot be encoded: its text is not valid Unicode") from error
 
@@ -210,17 +181,6 @@ def _only_database(name: str, identity: Any, tenant: str | None, database: str |
             is_fatal=True,
         )
     return tenant, databases[0]
-
-
-DEFAULT_TENANT = "default_tenant"
-DEFAULT_DATABASE = "default_database"
-CLOUD_HOST = "api.trychroma.com"
-PAGE = 1_000
-"""Rows per request: 16 MB at 3,072 dimensions; a server accepts 40 MB."""
-CLOUD_PAGE = 300
-"""Rows per request: Chroma Cloud's quota of records written and of results read (docs.trychroma.com/cloud/quotas-limits)."""
-CLOUD_REQUESTS = 10
-"""Chroma Cloud's quota of concurrent reads per collection."""
 
 
 class RemoteChroma(ChromaStore):
@@ -266,7 +226,7 @@ class RemoteChroma(ChromaStore):
         url, sent = _url(host, port, ssl)
         name = f"Chroma collection {collection!r} at {_shown(url, tenant, database)}"
         if token is not None:
-            sent["Authorization"] = f"Bearer {_checked(token, 'token')}"
+            sent["Authorization"] = f"Bearer {header_token(token)}"
         address = Address(str(url).rstrip("/"), tenant, database, {**sent, **(headers or {})})
         server = ServerDatabase(name, address, create=create, connections=self.max_requests + 2, timeout=timeout)
         super().__init__(name, server, collection, PAGE)
@@ -308,7 +268,7 @@ class RemoteChroma(ChromaStore):
             port,
             collection,
             ssl="://" not in host,
-            headers={"X-Chroma-Token": _checked(key, "CHROMA_API_KEY")},
+            headers={"X-Chroma-Token": header_token(key, "CHROMA_API_KEY")},
             tenant=tenant or os.environ.get("CHROMA_TENANT") or None,
             database=database or os.environ.get("CHROMA_DATABASE") or None,
             create=create,
@@ -339,11 +299,3 @@ def _shown(url: URL, tenant: str | None, database: str | None) -> str:
     named = [f"{kind} {of!r}" for kind, of in (("tenant", tenant), ("database", database)) if of]
     is_default = (tenant, database) == (DEFAULT_TENANT, DEFAULT_DATABASE)
     return f"{place} ({', '.join(named)})" if named and not is_default else place
-
-
-def _checked(secret: str, what: str) -> str:
-    """The secret, stripped, if valid in a header; messages never contain it."""
-    stripped = secret.strip()
-    if not stripped or not stripped.isascii() or not stripped.isprintable() or " " in stripped:
-        raise ConfigurationError(f"{what} is not a valid token: it is blank, or has spaces or non-ASCII characters")
-    return stripped

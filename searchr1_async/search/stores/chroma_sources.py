@@ -1,7 +1,4 @@
-"""A Chroma collection in a folder, read in pages without Chroma, which would load it into memory.
-
-A collection of a Chroma server, read in pages.
-"""
+"""Chroma collections as sources of vectors, read in pages: of a folder, without Chroma, or of a server."""
 
 from __future__ import annotations
 
@@ -17,21 +14,20 @@ import numpy as np
 from searchr1_async.boundary.paths import absolute_path
 from searchr1_async.boundary.waits import in_thread
 from searchr1_async.errors import StoreError
-from searchr1_async.search.dispatch import Capacity, Dispatcher
+from searchr1_async.search.dispatch import with_retries
 from searchr1_async.search.embedders import Embedder, Vectors
 from searchr1_async.search.faults import malformed
 from searchr1_async.search.passage_embedding import PACING
 from searchr1_async.search.stores.chroma import CollectionModel, read_answer
 from searchr1_async.search.stores.chroma_files import (
-    DATABASE_NAME,
     LABELS_NAME,
     BrokenSegmentError,
-    ChromaTables,
     HnswSegment,
     check_segment,
     stacked,
 )
 from searchr1_async.search.stores.chroma_server import PAGE, RemoteChroma, ServerDatabase
+from searchr1_async.search.stores.chroma_tables import DATABASE_NAME, ChromaTables
 from searchr1_async.search.stores.sources import Block, SourceFacts, named_embedder
 from searchr1_async.search.stores.vector_store import Metric, open_store
 
@@ -45,6 +41,11 @@ LEFT JOIN embedding_metadata d ON d.id = e.id AND d.key = 'chroma:document'
 LEFT JOIN embedding_metadata t ON t.id = e.id AND t.key = 'title'
 WHERE e.segment_id = ? AND e.id > ? ORDER BY e.id LIMIT ?
 """
+
+Result = TypeVar("Result")
+LISTED = 50_000
+"""Ids per request; Chroma Cloud limits it to a page."""
+_INCLUDE = ("documents", "metadatas", "embeddings")
 
 
 class ChromaFolder:
@@ -217,13 +218,6 @@ class _Opened:
         self._tables.close()
 
 
-Result = TypeVar("Result")
-
-LISTED = 50_000
-"""Ids per request; Chroma Cloud limits it to a page."""
-_INCLUDE = ("documents", "metadatas", "embeddings")
-
-
 class ChromaServer:
     """The rows of a collection of a Chroma server, in the server's order. Nothing may write to the collection meanwhile.
 
@@ -309,14 +303,7 @@ class ChromaServer:
 
     async def _patiently(self, request: Callable[[], Awaitable[Result]]) -> Result:
         """Sends one request, with the usual retries."""
-
-        async def send(_: Sequence[None]) -> Sequence[Result]:
-            return [await request()]
-
-        once: Dispatcher[str, None, Result] = Dispatcher(
-            send, name=self._store.name, capacity=lambda: Capacity(1, 1), pacing=PACING, failure=StoreError
-        )
-        return (await once.fetch({"once": None}))["once"]
+        return await with_retries(request, name=self._store.name, pacing=PACING, failure=StoreError)
 
 
 class _Reader(RemoteChroma):

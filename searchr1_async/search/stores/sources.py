@@ -1,11 +1,4 @@
-"""Vectors from files, embedded by another program, with the passages of a corpus.
-
-The source protocol of a compact index: passages with vectors, in a fixed order.
-
-How a source of existing vectors identifies their embedder.
-
-A corpus that is embedded while a compact index is built from it.
-"""
+"""Sources of a compact index: passages with vectors in a fixed order, from files or embedded while it is built."""
 
 from __future__ import annotations
 
@@ -44,6 +37,11 @@ from searchr1_async.search.stores.vector_store import Metric, open_embedder
 
 Block = tuple[list[Passage], Vectors]
 """Passages and their vectors ``[passages, dimension]``, float32."""
+
+ROWS = 8_192
+_COLUMNS = ("vector", "embedding")
+_HASHED = 1 << 20
+"""A file's fingerprint covers its size and this many bytes at both ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,12 +110,6 @@ def named_embedder(embedder: str | Path | Embedder | None) -> tuple[str | None, 
     if embedder is None:
         return None, None
     return lasting_name(embedder), make_embedder(embedder).fingerprint
-
-
-ROWS = 8_192
-_COLUMNS = ("vector", "embedding")
-_HASHED = 1 << 20
-"""A file's fingerprint covers its size and this many bytes at both ends."""
 
 
 class VectorFiles:

@@ -1,14 +1,8 @@
-"""The vector store protocols used by the search.
+"""The store protocols of the search, and how an index is identified, opened and checked.
 
-Checks an index when it is opened, by searching for some of its own vectors.
-
-Zeroed, truncated or lost vectors return wrong passages without an error, so a row count proves nothing.
-
-Per-block checksums of large files: a few blocks identify a file quickly, all of them detect corruption.
-
-The folder of an index: its identity, and whether it is complete.
-
-Opens an embedder or a store, with a few retries.
+Zeroed, truncated or lost vectors return wrong passages without an error, so a row count proves nothing: files have checksums
+per block (a few blocks identify a file quickly, all of them detect corruption), and an index must find some of its own
+vectors when it is opened.
 """
 
 from __future__ import annotations
@@ -40,6 +34,32 @@ Metric = Literal["cosine", "l2", "ip"]
 
 Found = tuple[tuple[Passage, ...], ...]
 """Passages per query, nearest first."""
+
+logger = logging.getLogger(__name__)
+SAMPLE = 16
+"""Own vectors searched for when an index is opened."""
+WITHIN = 10
+"""A vector counts as found if a passage with its similarity is among this many results."""
+LEAST_FOUND = 0.5
+"""Share of the sample below which the index is rejected. Damaged indexes found 13 to 49 %, intact ones 99 %."""
+EXPECTED_FOUND = 0.9
+"""Share of the sample below which a warning is logged: a graph that is too sparse also finds less."""
+_TOLERANCE = 0.02
+"""Similarity tolerance: vectors may be stored as int8."""
+BLOCK_BYTES = 4 << 20
+DIGEST_BYTES = 8
+_TOGETHER = 16
+"""Blocks between two cancellation checks."""
+WHOLE_BLOCKS = 32
+"""Files of up to this many blocks (128 MB) are fully checked when an index is opened."""
+SPOT_BLOCKS = 8
+"""Blocks checked of a larger file."""
+Check = Callable[[], None]
+"""Called regularly; raises if the caller was cancelled."""
+ADVICE = "Copy the whole folder again from where it was built, or rebuild it"
+INDEX_FORMAT = 1
+OPENING_TRIES = 5
+"""About 4 seconds in total with the default pauses."""
 
 
 class Store(Protocol):
@@ -134,20 +154,6 @@ def is_writable(store: Store) -> TypeGuard[WritableStore]:
     return callable(getattr(store, "add", None))
 
 
-logger = logging.getLogger(__name__)
-
-SAMPLE = 16
-"""Own vectors searched for when an index is opened."""
-WITHIN = 10
-"""A vector counts as found if a passage with its similarity is among this many results."""
-LEAST_FOUND = 0.5
-"""Share of the sample below which the index is rejected. Damaged indexes found 13 to 49 %, intact ones 99 %."""
-EXPECTED_FOUND = 0.9
-"""Share of the sample below which a warning is logged: a graph that is too sparse also finds less."""
-_TOLERANCE = 0.02
-"""Similarity tolerance: vectors may be stored as int8."""
-
-
 class DamagedIndexError(StoreError):
     """Files of an index are not as they were built.
 
@@ -205,21 +211,6 @@ async def refuse_unproven(store: Store, vectors: Vectors, metric: Metric, advice
             found,
             len(vectors),
         )
-
-
-BLOCK_BYTES = 4 << 20
-DIGEST_BYTES = 8
-_TOGETHER = 16
-"""Blocks between two cancellation checks."""
-WHOLE_BLOCKS = 32
-"""Files of up to this many blocks (128 MB) are fully checked when an index is opened."""
-SPOT_BLOCKS = 8
-"""Blocks checked of a larger file."""
-
-Check = Callable[[], None]
-"""Called regularly; raises if the caller was cancelled."""
-
-ADVICE = "Copy the whole folder again from where it was built, or rebuild it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,9 +289,6 @@ def _digest(path: Path, start: int) -> str:
     with path.open("rb") as file:
         file.seek(start)
         return hashlib.blake2b(file.read(BLOCK_BYTES), digest_size=DIGEST_BYTES).hexdigest()
-
-
-INDEX_FORMAT = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -397,10 +385,6 @@ def _read(file: Path) -> IndexIdentity | None:
 
 def _write(file: Path, identity: IndexIdentity) -> None:
     write_atomically(file, json.dumps(asdict(identity), indent=2).encode())
-
-
-OPENING_TRIES = 5
-"""About 4 seconds in total with the default pauses."""
 
 
 async def open_embedder(embedder: Embedder, pacing: PacingSettings) -> None:

@@ -17,7 +17,8 @@ from searchr1_async.errors import StoreError
 from searchr1_async.events import Event, PhaseAdvanced, PhaseEnded, PhaseStarted
 from searchr1_async.search.compact import assembly as build
 from searchr1_async.search.compact.assembly import CompactBuilder
-from searchr1_async.search.compact.files import CompactManifest, CompactSettings, VectorFile
+from searchr1_async.search.compact.files import VectorFile
+from searchr1_async.search.compact.layout import CompactManifest, CompactSettings
 from searchr1_async.search.compact.store import CompactStore
 from searchr1_async.search.embedders import Vectors
 from tests.search.compact.arrays import Arrays, clustered, contents

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from searchr1_async.search.compact.assembly import (
+from searchr1_async.search.compact.calibration import (
     AFFORDABLE,
     CANDIDATES,
     _without,
@@ -24,16 +24,10 @@ from searchr1_async.search.compact.assembly import (
     recall,
     standard_error,
 )
-from searchr1_async.search.compact.codes import (
-    Codes,
-    ListAssigner,
-    Probing,
-    add_codes,
-    empty_codes,
-    learn_centres,
-    write_codes,
-)
-from searchr1_async.search.compact.files import CurvePoint, VectorFile, VectorWriter
+from searchr1_async.search.compact.codes import Codes, add_codes, empty_codes, write_codes
+from searchr1_async.search.compact.files import VectorFile, VectorWriter
+from searchr1_async.search.compact.inverted_lists import ListAssigner, Probing, learn_centres
+from searchr1_async.search.compact.layout import CurvePoint
 from searchr1_async.search.compact.store import CompactIndex, exact_nearest
 from tests.search.compact.arrays import clustered
 

@@ -15,7 +15,7 @@ from searchr1_async.episodes.types import Passage
 from searchr1_async.errors import StoreError
 from searchr1_async.search import Search
 from searchr1_async.search.builders import build_compact_index
-from searchr1_async.search.compact.files import CompactManifest
+from searchr1_async.search.compact.layout import CompactManifest
 from searchr1_async.search.compact.store import CompactStore
 from searchr1_async.search.stores.vector_store import DamagedIndexError, record_of
 from tests.search.conftest import HashingEmbedder

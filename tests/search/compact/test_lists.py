@@ -13,21 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from searchr1_async.errors import StoreError
-from searchr1_async.search.compact.codes import (
+from searchr1_async.search.compact.codes import Codes, add_codes, empty_codes, load_codes, save_codes, write_codes
+from searchr1_async.search.compact.inverted_lists import (
     MOST_LISTS,
     MOST_SAMPLED,
-    Codes,
     ListAssigner,
     Probing,
-    add_codes,
-    empty_codes,
     learn_centres,
     lists_for,
-    load_codes,
     sample_size,
-    save_codes,
     shared_out,
-    write_codes,
 )
 from searchr1_async.search.compact.store import ready_vectors
 from searchr1_async.search.embedders import Vectors

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from searchr1_async.episodes.types import Passage
 from searchr1_async.errors import StoreError
-from searchr1_async.search.compact.files import OFFSETS_NAME, PASSAGES_NAME, PassageFile, PassageWriter
+from searchr1_async.search.compact.files import PassageFile, PassageWriter
+from searchr1_async.search.compact.layout import OFFSETS_NAME, PASSAGES_NAME
 
 # Hypothesis calls the function again and again in one folder: each call writes from row 0, which cuts off what was there.
 in_one_folder = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 
-from searchr1_async.search.compact.codes import (
+from searchr1_async.search.compact.inverted_lists import (
     Probing,
     alike,
     centre_distances,

@@ -20,8 +20,8 @@ from searchr1_async.episodes.types import Passage
 from searchr1_async.errors import ConfigurationError, StoreError
 from searchr1_async.search import Search
 from searchr1_async.search.builders import build_compact_index
-from searchr1_async.search.compact.codes import Probing
-from searchr1_async.search.compact.files import CompactSettings, VectorType
+from searchr1_async.search.compact.inverted_lists import Probing
+from searchr1_async.search.compact.layout import CompactSettings, VectorType
 from searchr1_async.search.compact.store import CompactStore
 from searchr1_async.search.embedders import Vectors
 from searchr1_async.search.faults import RefusedInput

@@ -13,17 +13,8 @@ from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 
 from searchr1_async.search.compact import files as vector_file
-from searchr1_async.search.compact.files import (
-    SCALES_NAME,
-    VECTORS_NAME,
-    AppendedFile,
-    Rows,
-    VectorFile,
-    VectorType,
-    VectorWriter,
-    quantised,
-    row_bytes,
-)
+from searchr1_async.search.compact.files import AppendedFile, Rows, VectorFile, VectorWriter, quantised, row_bytes
+from searchr1_async.search.compact.layout import SCALES_NAME, VECTORS_NAME, VectorType
 from searchr1_async.search.compact.store import exact_nearest, rank, ready_vectors
 from searchr1_async.search.embedders import Vectors
 from searchr1_async.search.stores.vector_store import Metric
