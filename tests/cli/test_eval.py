@@ -12,7 +12,7 @@ from searchr1_async.cli import model_commands
 from searchr1_async.cli.main import main, parser_for
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.evaluation.report import open_report
-from searchr1_async.search import search as searches
+from searchr1_async.search import places
 from searchr1_async.testing import HashingEmbedder
 from tests import tiny_world
 
@@ -22,7 +22,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a corpus and two suites; every embedder name maps to the tiny world's."""
     monkeypatch.setenv("TINKER_API_KEY", tiny_world.shared_service().api_key)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(searches, "make_embedder", lambda embedder: HashingEmbedder())
+    monkeypatch.setattr(places, "make_embedder", lambda embedder: HashingEmbedder())
     facts = tiny_world.make_facts().items()
     passages = [
         {"id": f"{kind}-{place}", "title": "", "text": f"{kind} {place} {thing}"} for (kind, place), thing in facts
