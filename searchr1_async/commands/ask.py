@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from searchr1_async.boundary.paths import path_argument
 from searchr1_async.commands.searching import add_search, named_search, step_argument
-from searchr1_async.config import LocalOptions
+from searchr1_async.config import AskConfig
 from searchr1_async.episodes.table import storable
 from searchr1_async.runs.ask import ask
 
@@ -39,14 +39,16 @@ async def _run(options: argparse.Namespace) -> str:
     answer = await ask(
         options.question,
         named_search(options),
+        AskConfig(
+            temperature=options.temperature,
+            seed=options.seed,
+            max_turns=options.max_turns,
+            max_tokens=options.max_tokens,
+            threads=options.threads,
+        ),
         checkpoint=options.run_folder,
         step=options.step,
         service=options.service,
-        temperature=options.temperature,
-        seed=options.seed,
-        max_turns=options.max_turns,
-        max_tokens=options.max_tokens,
-        local=LocalOptions(threads=options.threads),
     )
     return _json(answer) if options.json else str(answer)
 

@@ -9,7 +9,7 @@ import anyio.to_thread
 
 from searchr1_async.boundary.paths import absolute_path, path_argument
 from searchr1_async.commands.searching import add_search, named_search, search_of
-from searchr1_async.config import LocalOptions
+from searchr1_async.config import EvalConfig
 from searchr1_async.episodes.formats import FORMATS
 from searchr1_async.episodes.prompts import METHODS
 from searchr1_async.errors import ConfigurationError
@@ -82,24 +82,26 @@ async def _run(options: argparse.Namespace) -> str:
     report = await evaluate(
         options.suites[0] if is_repetition else options.suites,
         search,
-        systems=systems,
-        baselines=options.baselines,
-        model=options.model,
+        systems,
+        EvalConfig(
+            baselines=options.baselines,
+            model=options.model,
+            split=options.split,
+            limit=options.limit,
+            question_seed=options.question_seed,
+            samples=options.samples,
+            format=options.format,
+            thinking=options.thinking,
+            max_turns=options.max_turns,
+            max_tokens=options.max_tokens,
+            temperature=options.temperature,
+            seed=options.seed,
+            threads=options.threads,
+        ),
         service=options.service,
         out_dir=options.out_dir,
         resume=(options.out_dir / "manifest.json").exists(),
-        split=options.split,
-        limit=options.limit,
-        question_seed=options.question_seed,
-        samples=options.samples,
         judge=Judge() if options.judge else None,
-        format=options.format,
-        thinking=options.thinking,
-        max_turns=options.max_turns,
-        max_tokens=options.max_tokens,
-        temperature=options.temperature,
-        seed=options.seed,
-        local=LocalOptions(threads=options.threads),
     )
     page = await anyio.to_thread.run_sync(report.save)
     notes = "\n".join(f"- {note}" for note in report.notes())

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import inspect
 import json
 import platform
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from numbers import Integral, Real
@@ -22,7 +21,7 @@ from urllib.parse import urlsplit
 import polars as pl
 
 from searchr1_async.boundary.paths import absolute_path
-from searchr1_async.config import EpisodeLimits, SamplingSettings
+from searchr1_async.config import EpisodeLimits, EvalConfig, SamplingSettings
 from searchr1_async.data.suites import MEMORY, Suite, find_overlap, load_suite
 from searchr1_async.episodes.formats import SEARCH_TOOL
 from searchr1_async.episodes.prompts import EXAMPLES, INSTRUCTIONS, WITHOUT_TOOL, Method, load_recipe_prompt
@@ -284,37 +283,36 @@ def repeats(source: object) -> bool:
     return path.name == MANIFEST_NAME or (path / MANIFEST_NAME).is_file()
 
 
-_ACCEPTED = frozenset(
-    [
-        *("suites", "search", "service", "local", "tokenizer", "out_dir", "resume", "reward"),
-        *("max_episodes_in_flight", "workers", "sampling_deadline", "max_service_outage", "progress", "emit"),
-    ]
-)
+_ACCEPTED = ("suites", "search", "service", "out_dir", "resume", "reward", "progress", "on_event")
 """Arguments that a repetition accepts: they do not change what is measured, or a manifest may not describe them."""
 
 
-def refuse_overrides(evaluate: Callable[..., object], given: Mapping[str, Any]) -> None:
-    """Raises ConfigurationError if arguments that the manifest determines are not at ``evaluate``'s defaults.
+def refuse_overrides(given: Mapping[str, Any], config: EvalConfig) -> None:
+    """Raises ConfigurationError if arguments or settings that the manifest determines are given.
 
-    ``given`` maps all parameter names to values.
+    ``given`` maps all parameter names of ``evaluate`` to values.
     """
-    parameters = inspect.signature(evaluate).parameters
-    changed = [
-        name
-        for name, parameter in parameters.items()
-        if name not in _ACCEPTED and not _is_default(given[name], parameter.default)
-    ]
+    repeatable = {
+        "local": config.local,
+        "tokenizer": config.model.tokenizer,
+        "max_service_outage": config.faults.max_service_outage,
+        "max_episodes_in_flight": config.sampling.max_episodes_in_flight,
+        "workers": config.sampling.workers,
+        "first_turn": config.sampling.first_turn,
+        "sampling_deadline": config.sampling.deadline,
+    }
+    usual = EvalConfig(**repeatable).flat()
+    changed: list[str] = []
+    for name, value in given.items():
+        if name == "config":
+            changed += [setting for setting, chosen in config.flat().items() if chosen != usual[setting]]
+        # A frame of training questions has no truth value.
+        elif name not in _ACCEPTED and value is not None and not (isinstance(value, list | tuple | dict) and not value):
+            changed.append(name)
     if changed:
         raise ConfigurationError(
             f"an evaluation is repeated with its original settings: omit {', '.join(changed)}, or evaluate the suites anew"
         )
-
-
-def _is_default(value: Any, default: Any) -> bool:
-    if isinstance(default, tuple) and isinstance(value, list | tuple):
-        return tuple(value) == default
-    # A frame of training questions has no truth value.
-    return value is default or (isinstance(value, str | int | float) and value == default)
 
 
 def repeated_job(

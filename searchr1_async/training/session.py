@@ -19,7 +19,6 @@ import tinker
 from searchr1_async.billing import TokenUsage
 from searchr1_async.boundary.signals import is_interrupt
 from searchr1_async.config import LossName
-from searchr1_async.episodes.rendering import AS_TEMPLATE
 from searchr1_async.errors import SearchR1Error, ungrouped
 from searchr1_async.events import CheckpointSaved, Emit, Notice, RunEnded, RunStarted
 from searchr1_async.records.run_records import RunRecords
@@ -37,6 +36,7 @@ from searchr1_async.runs.folder import (
     UNTRAINED,
     claimed,
     finished_result,
+    keep_config,
     keep_questions,
     keep_search,
     keep_tokenizer,
@@ -117,7 +117,7 @@ async def _run(
         cost = billing.cost_of(point.dollars, point.tokens)
         return replace(result, cost=cost, estimated_cost=estimate(job.shape, billing))
     # A resumed run keeps what it started with, even values that were defaults then.
-    job = _with_started_model(job, point)
+    job = job.resumed(point)
     emit(Notice(find_endpoint(job.service).text))
     for note in job.notes:
         emit(Notice(note))
@@ -134,7 +134,7 @@ async def _run(
         emit.subscribe(tracker)
     # Again, now that no other process can write it.
     point = load_point(job, identity, order)
-    job = _with_started_model(job, point)
+    job = job.resumed(point)
     if point is not None:
         if changed := changed_inputs(point.inputs, identity["inputs"]):
             text = f"this session continues with different input than the previous one: {'; '.join(changed)}"
@@ -146,14 +146,6 @@ async def _run(
         async with _opened(job, emit, control, identity, order, point) as training:
             return await training.run()
     return await anyio.to_thread.run_sync(result_of, job.out_dir, point, "stopped")
-
-
-def _with_started_model(job: TrainingJob, point: ResumePoint | None) -> TrainingJob:
-    """The job with the resumed run's model and thinking."""
-    if point is None:
-        return job
-    thinking = job.thinking if "thinking" in point.settings else AS_TEMPLATE
-    return replace(job, model=job.model or point.base_model, thinking=thinking)
 
 
 @asynccontextmanager
@@ -206,6 +198,7 @@ async def _opened(
             await keep_tokenizer(service.tokenizer, job.out_dir, anew=point is None)
             await anyio.to_thread.run_sync(partial(keep_questions, job.questions, job.out_dir, anew=point is None))
             await anyio.to_thread.run_sync(keep_search, job.search, job.out_dir)
+            await anyio.to_thread.run_sync(keep_config, job.config, job.out_dir)
             async with control.serving(service):
                 with control.holding(engine.pause), watch.holding(control.wait_for_service):
                     yield _Training(job, emit, control, service, engine, identity, order, point)

@@ -22,7 +22,14 @@ from searchr1_async.boundary.settings import (
     list_of,
     settings_of,
 )
-from searchr1_async.config import PipelineSettings
+from searchr1_async.config import (
+    BatchSettings,
+    EpisodeSettings,
+    FaultSettings,
+    LengthSettings,
+    PipelineSettings,
+    ScoringSettings,
+)
 from searchr1_async.evaluation.systems import System
 
 
@@ -110,6 +117,7 @@ def test_settings_are_made_of_arguments_with_their_names() -> None:
     "kind",
     [
         *(sr.EpisodeLimits, sr.SamplingSettings, PipelineSettings, sr.WarmUp, sr.LearningSettings, sr.LocalOptions),
+        *(EpisodeSettings, BatchSettings, LengthSettings, FaultSettings, ScoringSettings),
         *(sr.Judge, sr.PacingSettings, sr.CompactSettings, System, sr.RecipeReward),
     ],
 )

@@ -48,8 +48,8 @@ def start(tmp_path: Path, service: str) -> Callable[[], sr.Run]:
             scripted_world.make_search(tmp_path / "index"),
             out_dir=tmp_path / name,
             service=service,
-            model="scripted",
             progress=False,
+            config=sr.TrainConfig(model="scripted"),
         )
 
     return train
