@@ -24,7 +24,14 @@ from searchr1_async.runs.control import RunControl
 from searchr1_async.runs.folder import past_events
 from searchr1_async.runs.rollouts import PlaySettings, ServiceChoice, open_watchers, play_all, playing
 from searchr1_async.runs.run import Run
-from searchr1_async.runs.weights import EpisodeChoice, GivenSearch, GivenWeights, find_weights, model_name
+from searchr1_async.runs.weights import (
+    RECIPE_EPISODES,
+    EpisodeChoice,
+    GivenSearch,
+    GivenWeights,
+    find_weights,
+    model_name,
+)
 from searchr1_async.trackers import Tracker, make_trackers
 from searchr1_async.training.checks import training_job
 from searchr1_async.training.demonstrations import Demonstration
@@ -34,7 +41,7 @@ from searchr1_async.watch.dashboard import Choice, open_view
 from searchr1_async.watch.subscribers import EventStreams
 
 
-@takes_config(TrainConfig)
+@takes_config(TrainConfig, emit="on_event")
 def train(
     questions: Questions,
     search: GivenSearch,
@@ -100,7 +107,7 @@ def train(
     return run
 
 
-@takes_config(RolloutConfig)
+@takes_config(RolloutConfig, emit="on_event")
 async def rollout(
     questions: Questions,
     search: GivenSearch,
@@ -134,9 +141,10 @@ async def rollout(
     choice = EpisodeChoice().completed_by(config.episode)
     play = settings_of(
         PlaySettings,
-        config.flat() | weights.episodes(choice, search).play(),
+        config.flat(),
         reward=reward or RecipeReward(),
         sampling=config.sampling,
+        episodes=weights.episodes(choice, search).completed_by(RECIPE_EPISODES),
     )
     items = checked_questions(questions)
     async with playing(

@@ -195,14 +195,20 @@ class Config:
         """Refuses settings that contradict each other."""
 
 
-def takes_config(kind: type[Config]) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Lets a function with a ``config`` parameter refuse settings passed as its own keywords, saying where they belong."""
+def takes_config(kind: type[Config], **renamed: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Lets a function with a ``config`` parameter refuse settings passed as its own keywords, saying where they belong.
+
+    Args:
+        renamed: earlier keywords, with what to pass instead.
+    """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         parameters = inspect.signature(function).parameters
 
         @functools.wraps(function)
         def called(*args: P.args, **keywords: P.kwargs) -> R:
+            for name in keywords.keys() & renamed.keys():
+                raise ConfigurationError(f"{name}: pass {renamed[name]} instead")
             misplaced = [name for name in keywords if name not in parameters and name in places_of(kind)]
             if misplaced:
                 names = ", ".join(f"{name}=…" for name in misplaced)

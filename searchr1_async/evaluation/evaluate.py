@@ -74,7 +74,7 @@ from searchr1_async.runs.rollouts import (
     watching,
     worker_spec,
 )
-from searchr1_async.runs.weights import EpisodeChoice, GivenSearch, described_differences, model_name
+from searchr1_async.runs.weights import RECIPE_EPISODES, EpisodeChoice, GivenSearch, described_differences, model_name
 from searchr1_async.service.connection import Service, find_endpoint
 from searchr1_async.trackers import make_trackers, open_trackers
 from searchr1_async.watch.dashboard import Choice
@@ -235,7 +235,9 @@ class _Evaluation:
         for measured in systems:
             play = self._job.settings_of(measured)
             spec = worker_spec(service, play, measured.system.method)
-            by_settings.setdefault((spec, play.n_results, play.max_passage_words), []).append(measured)
+            by_settings.setdefault((spec, play.episodes.n_results, play.episodes.max_passage_words), []).append(
+                measured
+            )
         for (spec, *_), own in by_settings.items():
             policies = [(each, await policy_of(service, each.weights, self._job.play.sampling)) for each in own]
             await self._play_pool(service, spec, policies)
@@ -262,7 +264,7 @@ class _Evaluation:
         self._emit(PhaseEnded("evaluate", anyio.current_time() - began))
 
 
-@takes_config(EvalConfig)
+@takes_config(EvalConfig, emit="on_event", checkpoint="systems", service_folder="systems=System(service_folder=…)")
 async def evaluate(
     suites: Suites | Manifest | Report,
     search: GivenSearch | None = None,
@@ -332,9 +334,10 @@ async def _new_job(
     asked = EpisodeChoice().completed_by(config.episode)
     play = settings_of(
         PlaySettings,
-        config.flat() | asked.play(),
+        config.flat(),
         reward=given["reward"] or settings_of(RecipeReward, config.flat()),
         sampling=sampling,
+        episodes=asked.completed_by(RECIPE_EPISODES),
         group_size=chosen.samples,
     )
     suites = await anyio.to_thread.run_sync(

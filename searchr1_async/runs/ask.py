@@ -28,6 +28,7 @@ from searchr1_async.rollout.player import NewestWeights, TinkerPolicy
 from searchr1_async.runs.folder import kept_search
 from searchr1_async.runs.rollouts import PlaySettings, ServiceChoice, playing
 from searchr1_async.runs.weights import (
+    RECIPE_EPISODES,
     EpisodeChoice,
     GivenSearch,
     GivenWeights,
@@ -257,7 +258,7 @@ class _NewestPolicy:
         return await policy.sample(prompt_tokens, max_tokens=max_tokens, stop=stop, seed=seed)
 
 
-@takes_config(AskConfig)
+@takes_config(AskConfig, emit="on_event")
 async def ask(
     question: str,
     search: GivenSearch | None = None,
@@ -308,7 +309,7 @@ async def ask(
     choice = EpisodeChoice().completed_by(config.episode)
     _ = weights.episodes(choice, search).limits  # refused before a corpus is read
     search = search or await _search_of(weights)
-    play = PlaySettings(reward=RecipeReward(), sampling=config.sampling, **weights.episodes(choice, search).play())
+    play = PlaySettings(RecipeReward(), config.sampling, weights.episodes(choice, search).completed_by(RECIPE_EPISODES))
     tokenizer = config.model.tokenizer or _tokenizer_of(weights)
     async with playing(
         search,
@@ -322,7 +323,7 @@ async def ask(
             asked,
             dialect=engine.dialect,
             policy=policy,
-            search=ShownSearch(search, play.n_results, play.max_passage_words),
+            search=ShownSearch(search, play.episodes.n_results, play.episodes.max_passage_words),
             limits=play.limits,
             seed=play.sampling.seed,
         )

@@ -131,7 +131,7 @@ class RecordedRun:
             remember_tokenizer(self._tokenizer)
         return found
 
-    @takes_config(AskConfig)
+    @takes_config(AskConfig, emit="on_event")
     async def ask(
         self,
         question: str,

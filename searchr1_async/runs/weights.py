@@ -43,26 +43,14 @@ class EpisodeChoice(EpisodeSettings):
         """All of these limits; an open choice for None."""
         return cls() if limits is None else cls(**asdict(limits))
 
-    def play(self) -> dict[str, Any]:
-        """Arguments of :class:`~searchr1_async.runs.rollouts.PlaySettings`, with the recipe's defaults for open settings."""
-        return {
-            "limits": self.limits,
-            "format_name": self.format_name,
-            "renderer_name": self.renderer,
-            "thinking": self.thinking,
-            "instructions": self.instructions,
-            "n_results": self.n_results,
-            "max_passage_words": self.max_passage_words,
-        }
-
     def __str__(self) -> str:
         """The settings that differ from the recipe's: ``format='tags', max_turns=3``."""
-        usual = {**asdict(RECIPE), "max_passage_words": 0}
+        usual = {**asdict(RECIPE_EPISODES), "max_passage_words": 0}
         other = {name: value for name, value in asdict(self).items() if value is not None and value != usual[name]}
         return ", ".join(f"{name}={value!r}" for name, value in other.items())
 
 
-RECIPE = EpisodeChoice.of_limits(EpisodeLimits()).completed_by(EpisodeChoice(format="hermes"))
+RECIPE_EPISODES = EpisodeChoice.of_limits(EpisodeLimits()).completed_by(EpisodeChoice(format="hermes"))
 """The recipe's defaults."""
 
 
@@ -105,7 +93,7 @@ class TrainedPlay:
         given = {"max_seconds", "thinking", *known, *(name for name in _PASSAGES if name in search)}
         thinking = settings.get("thinking", AS_TEMPLATE)  # older runs always followed the chat template
         return cls(
-            EpisodeChoice(**known, thinking=thinking).completed_by(_passages(search)).completed_by(RECIPE),
+            EpisodeChoice(**known, thinking=thinking).completed_by(_passages(search)).completed_by(RECIPE_EPISODES),
             settings.get("search"),
             f"{search['source']}, {search['embedder']}" if search else None,
             tuple(each.name for each in fields(EpisodeChoice) if each.name not in given),

@@ -301,7 +301,7 @@ async def test_what_cannot_be_is_refused_before_any_folder_is_made(
         ("step 9", {"systems": {"x": System(run, step=9)}}),
         ("best", {"systems": {"x": System(run, step="best")}}),
         ("holds no run", {"systems": {"x": tmp_path / "nothing"}}),
-        ("not both", {"systems": {"x": run}, "checkpoint": run}),
+        ("checkpoint: pass systems instead", {"systems": {"x": run}, "checkpoint": run}),
         ("both called 'direct'", {"systems": {"direct": run}, "baselines": ["direct"]}),
         ("at least 1", {"samples": 0}),
         ("max_failed_fraction", {"max_failed_fraction": 2.0}),
@@ -340,7 +340,7 @@ async def test_what_the_service_does_not_have_is_refused_before_any_folder_is_ma
     bad: list[tuple[type[Exception], str, dict[str, Any]]] = [
         (sr.SearchR1Error, "does not offer 'no/model'", {"systems": {"x": System(model="no/model")}}),
         (sr.SearchR1Error, "does not offer 'no/model'", {"model": "no/model"}),
-        (sr.SearchR1Error, "opening tinker://", {"checkpoint": "tinker://gone/sampler_weights/1"}),
+        (sr.SearchR1Error, "opening tinker://", {"systems": "tinker://gone/sampler_weights/1"}),
         (ConfigurationError, "renderer 'none'", {"renderer": "none"}),
         (ConfigurationError, "renderer 'none'", {"judge": Judge(renderer="none")}),
         (ConfigurationError, "does not offer", {"judge": Judge(model=str(tmp_path / "no-model"))}),

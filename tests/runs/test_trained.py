@@ -15,7 +15,7 @@ from searchr1_async.config import EpisodeLimits
 from searchr1_async.evaluation import job_manifest as describing
 from searchr1_async.evaluation.manifest import Manifest
 from searchr1_async.runs.rollouts import PlaySettings
-from searchr1_async.runs.weights import RECIPE, EpisodeChoice, TrainedPlay, find_weights
+from searchr1_async.runs.weights import RECIPE_EPISODES, EpisodeChoice, TrainedPlay, find_weights
 from tests import tiny_world
 from tests.trained_run import SERVICE_KEY, TrainedRun, trained_run, with_hashed_words
 
@@ -151,14 +151,16 @@ async def test_an_evaluation_of_an_earlier_version_resumes_unchanged(trained: Tr
     given = await measure(trained, bare_search(trained, n_results=3), out_dir=tmp_path / "e", **settings)
     manifest = json.loads((tmp_path / "e" / "manifest.json").read_text())
     assert given.record("trained").instructions == "search then answer"  # type: ignore[union-attr]
-    play = PlaySettings(sr.RecipeReward(), EpisodeLimits(), sr.SamplingSettings(), format_name="tags")
+    play = PlaySettings(
+        sr.RecipeReward(), sr.SamplingSettings(), EpisodeChoice(format="tags").completed_by(RECIPE_EPISODES)
+    )
     # As the previous version wrote it: its systems had the evaluation's prompt, not their run's.
     del manifest["settings"]["follows_runs"]
     for system in manifest["systems"]:
         for name in ("n_results", "max_passage_words", "like", "differences", "unrecorded"):
             del system[name]
         system["instructions"] = None
-        system["prompt"], system["prompt_sha256"] = describing._prompt(play, "search")
+        system["prompt"], system["prompt_sha256"] = describing._prompt(play.episodes, "search")
     (tmp_path / "e" / "manifest.json").write_text(json.dumps(manifest))
     loaded = Manifest.load(tmp_path / "e")
     assert loaded is not None
@@ -197,7 +199,9 @@ async def test_conflicting_settings_are_refused_at_the_call(trained: TrainedRun,
 
 def test_weights_without_a_run_use_the_recipes_defaults() -> None:
     weights = find_weights("tinker://run/sampler_weights/step-000001")
-    assert weights.episodes(EpisodeChoice(max_turns=3), None).completed_by(RECIPE).limits == EpisodeLimits(max_turns=3)
+    assert weights.episodes(EpisodeChoice(max_turns=3), None).completed_by(RECIPE_EPISODES).limits == EpisodeLimits(
+        max_turns=3
+    )
 
 
 def test_missing_settings_of_an_old_folder_default_and_are_named() -> None:
@@ -207,7 +211,7 @@ def test_missing_settings_of_an_old_folder_default_and_are_named() -> None:
         *("renderer", "instructions", "max_trajectory_tokens", "max_queries_per_call", "malformed_calls"),
         *("n_results", "max_passage_words"),
     }
-    measured = RECIPE.completed_by(EpisodeChoice(n_results=3))
+    measured = RECIPE_EPISODES.completed_by(EpisodeChoice(n_results=3))
     assert old.differences(measured) == {
         "format": ["tags", "hermes"],
         "max_turns": [3, 5],
