@@ -126,7 +126,7 @@ async def test_a_corpus_that_grew_costs_what_it_grew_by(
 CHILD = """
 import os, signal, sys
 import anyio
-from searchr1_async.search import index_builder
+from searchr1_async.search import index as index_builder
 from searchr1_async.search.builders import build_index
 from searchr1_async.search.gemini import GeminiEmbedder
 

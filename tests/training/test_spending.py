@@ -59,7 +59,7 @@ def test_no_step_begins_that_would_cross_the_limit() -> None:
     assert own.problem(DOLLAR + DOLLAR + DOLLAR) is None
     problem = own.problem(DOLLAR + DOLLAR + DOLLAR + DOLLAR)
     assert problem is not None
-    assert "$4.00 of $10.00 are spent" in problem
+    assert "$4.00 of $10.00 spent" in problem
     used[0] = TokenUsage(prompt=7_001)
     assert own.problem(TokenUsage()) is not None
 
@@ -203,7 +203,7 @@ async def test_what_is_asked_of_a_run_belongs_to_its_cost_and_a_live_view_says_t
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_cost": 0.0}, "must be over 0"),
+        ({"max_cost": 0.0}, "must be above 0"),
         ({"max_cost": float("nan")}, "expected a finite number"),
         ({"max_cost": 5.0, "price": None}, "max_cost needs a known price: the price of"),
         ({"max_cost": 5.0, "price": sr.Price(1.0, 1.0)}, "only the price of sampling is known"),

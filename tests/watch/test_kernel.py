@@ -26,7 +26,7 @@ PREPARE = """
 import asyncio, sys
 from searchr1_async.events import RunPaused, RunStarted, StepFinished
 from searchr1_async.watch.dashboard import open_view
-from searchr1_async.watch.live import view as live
+from searchr1_async.watch import view as live
 from searchr1_async.watch.view import Charts
 
 class Drawer:

@@ -406,7 +406,7 @@ async def test_opening_that_is_left_leaves_nothing_open(large: Path) -> None:
 
 READER = """
 import sys, anyio
-from searchr1_async.search.stores.compact import CompactStore
+from searchr1_async.search.compact.store import CompactStore
 from tests.search.compact.arrays import clustered
 async def main():
     store = CompactStore(sys.argv[1], probes=10**6, threads=1)

@@ -131,7 +131,7 @@ async def test_the_cost_is_said_before_the_first_request(embedder: Any, tmp_path
     assert isinstance(notice, Notice)
     assert "embedding 83 passages" in notice.text
     assert "$" in notice.text
-    assert "3 of them" in notice.text
+    assert "minus the 3 already in the index" in notice.text
     assert sum(asked(embedder).values()) == TOTAL - 3  # none before it was said
     await source.aclose()
 
