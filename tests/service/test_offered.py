@@ -232,7 +232,7 @@ async def test_evaluation_and_rollout_use_the_trained_thinking(tmp_path: Path, m
         state = json.loads((run / "state.json").read_text())
         del state["settings"]["thinking"]
         (run / "state.json").write_text(json.dumps(state))
-        assert await ends(questions, checkpoint=run) == [True], "as the template of Qwen3.5 has it"
+        assert await ends(questions, systems=run) == [True], "as the template of Qwen3.5 has it"
 
 
 async def test_evaluations_and_given_clients_are_checked_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
