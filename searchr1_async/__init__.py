@@ -71,6 +71,7 @@ from searchr1_async.runs.ask import Answer, ask
 from searchr1_async.runs.estimate import CostEstimate, estimate_cost
 from searchr1_async.runs.evaluation import Evaluation, compare, flips
 from searchr1_async.runs.export import export
+from searchr1_async.runs.folder import TrainingResult
 from searchr1_async.runs.recorded import RecordedRun
 from searchr1_async.runs.run import Run, open_run
 from searchr1_async.search import Search, SearchStatistics
@@ -88,8 +89,7 @@ from searchr1_async.search.stores.chroma_server import RemoteChroma
 from searchr1_async.search.stores.chroma_sources import ChromaFolder, ChromaServer
 from searchr1_async.search.stores.sources import VectorFiles
 from searchr1_async.trackers import TensorBoardTracker, TrackioTracker, WandbTracker
-from searchr1_async.training.demonstrations import Demonstration
-from searchr1_async.training.job import TrainingResult
+from searchr1_async.training.warm_up import Demonstration
 from searchr1_async.watch.viewer import register_representations
 
 __all__ = [

@@ -21,7 +21,7 @@ from searchr1_async.episodes.types import Group
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.events import Emit
 from searchr1_async.runs.control import RunControl
-from searchr1_async.runs.folder import past_events
+from searchr1_async.runs.folder import TrainingResult, past_events
 from searchr1_async.runs.rollouts import PlaySettings, ServiceChoice, open_watchers, play_all, playing
 from searchr1_async.runs.run import Run
 from searchr1_async.runs.weights import (
@@ -34,9 +34,8 @@ from searchr1_async.runs.weights import (
 )
 from searchr1_async.trackers import Tracker, make_trackers
 from searchr1_async.training.checks import training_job
-from searchr1_async.training.demonstrations import Demonstration
-from searchr1_async.training.job import TrainingResult
 from searchr1_async.training.session import run_training
+from searchr1_async.training.warm_up import Demonstration
 from searchr1_async.watch.dashboard import Choice, open_view
 from searchr1_async.watch.subscribers import EventStreams
 

@@ -19,10 +19,10 @@ from searchr1_async.data import load_questions
 from searchr1_async.episodes.types import Episode, Question
 from searchr1_async.evaluation.comparisons import comparison_rows, comparison_table, difference_line
 from searchr1_async.records.run_records import RunRecords
+from searchr1_async.runs.folder import TrainingResult
 from searchr1_async.runs.run import Run
 from searchr1_async.search import Search
-from searchr1_async.training.demonstrations import Demonstration
-from searchr1_async.training.job import TrainingResult
+from searchr1_async.training.warm_up import Demonstration
 from searchr1_async.watch.charts.learning_curve import learning_curve
 from searchr1_async.watch.report import write_report
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import searchr1_async as sr
@@ -62,6 +62,7 @@ OWN: dict[type[Config], dict[str, st.SearchStrategy[Any]]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@settings(deadline=None, max_examples=50)
 @given(data=st.data())
 def test_toml_and_json_round_trip(kind: type[Config], data: st.DataObject) -> None:
     config = kind(**data.draw(st.fixed_dictionaries({}, optional=COMMON | OWN[kind])))

@@ -24,7 +24,7 @@ from searchr1_async.config.concerns import (
     as_weights,
 )
 from searchr1_async.config.configs import AskConfig, Config, EvalConfig, RolloutConfig, TrainConfig
-from searchr1_async.config.sizes import LAPTOP, RECIPE, Sizes, chosen_sizes
+from searchr1_async.config.sizes import LAPTOP, RECIPE, RunLearning, Sizes, chosen_sizes
 
 __all__ = [
     "LAPTOP",
@@ -48,6 +48,7 @@ __all__ = [
     "NormalizationName",
     "PipelineSettings",
     "RolloutConfig",
+    "RunLearning",
     "SamplingSettings",
     "ScheduleName",
     "ScoringSettings",

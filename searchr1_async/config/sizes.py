@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from searchr1_async.config.concerns import LearningSettings
+
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
@@ -48,6 +50,22 @@ LAPTOP = Sizes(
     max_trajectory_tokens=4096,
 )
 """Sizes on the embedded service: 768 episodes; one step of the recipe has 4,096, most of a day on two cores."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunLearning(LearningSettings):
+    """The learning settings of a run with its sizes, all of them chosen; each is documented at its concern."""
+
+    lora_rank: int = 32
+    group_size: int = 8
+    groups_per_batch: int = 512
+    minibatches: int = 4
+    drop_constant_groups: bool = True
+    steps: int | None = None
+    epochs: int = 1
+    seed: int = 2
+    checkpoint_every: int = 20
+    max_failed_fraction: float = 0.2
 
 
 def chosen_sizes(

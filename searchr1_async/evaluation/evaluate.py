@@ -35,7 +35,6 @@ from searchr1_async.evaluation.job_manifest import (
 )
 from searchr1_async.evaluation.judge import Judge, archive_verdicts, judge_samples
 from searchr1_async.evaluation.manifest import (
-    MANIFEST_NAME,
     QUESTIONS_NAME,
     Manifest,
     asked_questions,
@@ -62,7 +61,7 @@ from searchr1_async.evaluation.systems import (
 from searchr1_async.events import Emit, EvaluationFinished, Notice, PhaseAdvanced, PhaseEnded, PhaseStarted
 from searchr1_async.rollout.player import TinkerPolicy
 from searchr1_async.rollout.workers.messages import WorkerSpec
-from searchr1_async.runs.folder import claimed, keep_tokenizer, writing_records
+from searchr1_async.runs.folder import MANIFEST_NAME, claimed, keep_tokenizer, writing_records
 from searchr1_async.runs.rollouts import (
     PlaySettings,
     ServiceChoice,

@@ -32,7 +32,6 @@ from searchr1_async.episodes.types import Question
 from searchr1_async.errors import ConfigurationError, RunFolderError
 from searchr1_async.evaluation.judge import Judge
 from searchr1_async.evaluation.manifest import (
-    MANIFEST_NAME,
     Manifest,
     SuiteRecord,
     SystemRecord,
@@ -44,7 +43,7 @@ from searchr1_async.evaluation.manifest import (
 from searchr1_async.evaluation.plan import EvaluationJob
 from searchr1_async.evaluation.report import Report
 from searchr1_async.evaluation.systems import MeasuredSystem, System
-from searchr1_async.runs.folder import training_questions
+from searchr1_async.runs.folder import MANIFEST_NAME, training_questions
 from searchr1_async.runs.rollouts import PlaySettings, ServiceChoice
 from searchr1_async.runs.weights import EpisodeChoice, Weights
 from searchr1_async.search import Search

@@ -20,8 +20,8 @@ from searchr1_async.data.suites import Suite
 from searchr1_async.episodes.table import metadata_json, storable
 from searchr1_async.episodes.types import Question
 from searchr1_async.errors import RunFolderError
+from searchr1_async.runs.folder import MANIFEST_NAME
 
-MANIFEST_NAME = "manifest.json"
 _FORMAT = 1
 
 

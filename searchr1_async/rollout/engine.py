@@ -1,8 +1,7 @@
 """Rolls out groups of episodes: each is run, scored, and passed on the moment it is complete.
 
-Rollout telemetry, emitted as an event at 4 Hz.
-
-Opens a rollout engine with its player, and closes it reliably.
+:func:`open_engine` opens an engine with its player and emits telemetry at 4 Hz. An engine holds what stays fixed between steps; the
+policy comes with each call. A failed episode is data, within the limit of its :class:`FailureBudget`.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from searchr1_async.billing import TokenUsage, total_usage
 from searchr1_async.boundary.paths import raise_limit
 from searchr1_async.boundary.waits import usable_cores
 from searchr1_async.config import SamplingSettings
-from searchr1_async.episodes.formats import Dialect, make_dialect
+from searchr1_async.episodes.formats import Dialect
 from searchr1_async.episodes.play import SearchTool
 from searchr1_async.episodes.rewards import RewardFunction, score
 from searchr1_async.episodes.types import Episode, Group, Passage, Question
@@ -61,35 +60,6 @@ class FailureBudget:
             )
 
 
-@dataclass
-class GroupUnderWay:
-    """A group in progress; :meth:`cut` ends it with its finished members."""
-
-    task: GroupTask
-    began: float = 0.0
-    """Start time on the caller's clock."""
-    members: dict[int, Episode] = field(default_factory=dict)
-    """Finished episodes by member number."""
-    cut_reason: str | None = None
-    scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
-    on_finished: Callable[[int, Episode], None] | None = None
-    """Called with the member number and scored episode as each member finishes; must not block."""
-
-    def cut(self, reason: str) -> None:
-        """Cancels the remaining members; the service is notified."""
-        self.cut_reason = reason
-        self.scope.cancel()
-
-    def group(self) -> Group:
-        """The group of members finished so far."""
-        episodes = [self.members[member] for member in sorted(self.members)]
-        return Group(
-            self.task.question,
-            tuple(episode for episode in episodes if episode.is_complete),
-            tuple(episode for episode in episodes if not episode.is_complete),
-        )
-
-
 @dataclass(frozen=True, slots=True)
 class GroupToPlay:
     """A group to roll out, with its policy and callbacks."""
@@ -101,7 +71,7 @@ class GroupToPlay:
     on_finished: Callable[[Group], None]
     """Called with the group when all members have finished; must not block."""
     on_episode: Callable[[int, Episode], None] | None = None
-    """See :attr:`GroupUnderWay.on_finished`."""
+    """Called with the member number and scored episode as each member finishes; must not block."""
 
 
 @dataclass(slots=True)
@@ -150,9 +120,8 @@ class RolloutEngine:
         slots = anyio.Semaphore(self.groups_in_flight)
 
         async def one(group: GroupToPlay) -> None:
-            under_way = GroupUnderWay(group.task, on_finished=group.on_episode)
             try:
-                played = await self.play_group(under_way, group.policy, group.budget)
+                played = await self.play_group(group.task, group.policy, group.budget, on_episode=group.on_episode)
             finally:
                 slots.release()
             group.on_finished(played)
@@ -190,22 +159,29 @@ class RolloutEngine:
         return GroupTask(place, question, tuple(members), self._seed(key, question), yields)
 
     async def play_group(
-        self, under_way: GroupUnderWay, policy: GroupPolicy, budget: FailureBudget, *, step: int = 0
+        self,
+        task: GroupTask,
+        policy: GroupPolicy,
+        budget: FailureBudget,
+        *,
+        step: int = 0,
+        on_episode: Callable[[int, Episode], None] | None = None,
     ) -> Group:
         """Rolls out one question's group; returns the finished members if it is cut.
 
         Args:
             step: step number for its events.
+            on_episode: see :attr:`GroupToPlay.on_episode`.
         """
 
-        tally, members = self.tally, len(under_way.task.members)
+        tally, members = self.tally, len(task.members)
 
         async def finished(member: int, episode: Episode) -> None:
             if episode.is_complete:
                 episode = await score(episode, self.reward)
-            under_way.members[member] = episode
-            if under_way.on_finished is not None:
-                under_way.on_finished(member, episode)
+            task.finished[member] = episode
+            if on_episode is not None:
+                on_episode(member, episode)
             tally.episodes -= 1
             tally.finished += 1
             self.emit(EpisodeFinished(episode, step))
@@ -214,12 +190,12 @@ class RolloutEngine:
         tally.groups += 1
         tally.episodes += members
         try:
-            with under_way.scope:
-                await self.player.play(under_way.task, policy, finished)
+            with task.cuttable():
+                await self.player.play(task, policy, finished)
         finally:
             tally.groups -= 1
-            tally.episodes -= members - len(under_way.members)
-        return under_way.group()
+            tally.episodes -= members - len(task.finished)
+        return task.group()
 
     def pause(self, is_paused: bool) -> None:
         """Stops new sampling requests until called with False; episodes wait where they are."""
@@ -349,15 +325,7 @@ async def open_engine(
         ModelError: the format or renderer is unknown.
         ServiceError: a worker did not start.
     """
-    dialect = make_dialect(
-        spec.format_name,
-        spec.model_name,
-        tokenizer,
-        renderer_name=spec.renderer_name,
-        thinking=spec.thinking,
-        instructions=spec.instructions,
-        method=spec.method,
-    )
+    dialect = spec.dialect(tokenizer)
     files, bounds = raise_limit(), LimitSettings(most=sampling.max_episodes_in_flight)
     if (warning := files.warning(min(bounds.most, bounds.most_requests))) is not None:
         emit(Notice(warning, is_warning=True))
@@ -378,19 +346,11 @@ async def open_engine(
             anyio.create_task_group() as tasks,
         ):
 
-            def gates() -> list[GateStatistics]:
-                here = [] if isinstance(player, WorkerPool) else [gate.statistics]
-                return here if isinstance(player, LocalPlayer) else [*here, *player.gates]
-
             def metrics() -> Mapping[str, float]:
-                elsewhere = {} if isinstance(player, LocalPlayer) else player.metrics()
-                return {**gate_metrics(gates()), **pulse.take().metrics(), **elsewhere}
-
-            def gone() -> TokenUsage:
-                return TokenUsage() if isinstance(player, LocalPlayer) else player.gone
+                return {**gate_metrics(player.gates), **pulse.take().metrics(), **player.metrics()}
 
             def look() -> RolloutSampled:
-                return reading.read(gates(), gone())
+                return reading.read(player.gates, player.gone)
 
             tasks.start_soon(reading.tell, look)
             yield RolloutEngine(
@@ -403,7 +363,7 @@ async def open_engine(
                 emit,
                 metrics,
                 tally,
-                usage=lambda: usage_of_gates(gates(), gone()),
+                usage=lambda: usage_of_gates(player.gates, player.gone),
             )
             tasks.cancel_scope.cancel()
             reading.look_at_search()

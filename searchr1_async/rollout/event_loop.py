@@ -1,8 +1,5 @@
-"""Event loop lag and CPU use of this process.
-
-Keeps Python's garbage collector from blocking the event loop.
-
-Fair sharing of the event loop among small pieces of blocking work.
+"""Keeps this process's event loop free: measures its lag and CPU use, collects garbage rarely, and shares the loop fairly among
+small pieces of blocking work.
 """
 
 from __future__ import annotations

@@ -1,29 +1,32 @@
-"""Rolls out a group in this process: shared or separate first turns, then each member on its own.
+"""Rolls out one group in this process: shared or separate first turns, then each member on its own.
 
-Policy for episodes: one version of the weights behind a Tinker sampling client.
+The group's policy is one version of the weights behind a Tinker sampling client. What a player returns is not scored; the engine
+(:mod:`searchr1_async.rollout.engine`) does that.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import anyio
 import tinker
 from tinker import types as tinker_types
 
+from searchr1_async.billing import TokenUsage
 from searchr1_async.boundary.network import SDK_FAULTS, fault_text
 from searchr1_async.boundary.waits import PausableDeadlines, time_limit
 from searchr1_async.config import EpisodeLimits, FirstTurn, SamplingSettings
 from searchr1_async.episodes.formats import Dialect
 from searchr1_async.episodes.play import Policy, SampledTurn, SearchTool, play
 from searchr1_async.episodes.prompts import Method, limits_for
-from searchr1_async.episodes.types import Episode, Passage, Question, SearchCall, StopReason
+from searchr1_async.episodes.types import Episode, Group, Passage, Question, SearchCall, StopReason
 from searchr1_async.errors import SearchError, ServiceError
 from searchr1_async.rollout.event_loop import LoopTurns
-from searchr1_async.rollout.gate import SampleGate
+from searchr1_async.rollout.gate import GateStatistics, SampleGate
 
 
 class GroupPolicy(Policy, Protocol):
@@ -40,9 +43,9 @@ class GroupPolicy(Policy, Protocol):
     ) -> Awaitable[list[SampledTurn]]: ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class GroupTask:
-    """One group to roll out."""
+    """One group to roll out, and its members that have finished. Sent to workers as a copy without the latter."""
 
     place: int
     """Unique number of the group within the run."""
@@ -53,6 +56,33 @@ class GroupTask:
     """Sampling seed of the group; None lets the service choose."""
     yields: bool = False
     """Its samples wait behind those of every group that does not yield."""
+    finished: dict[int, Episode] = field(default_factory=dict, init=False, compare=False, repr=False)
+    """Finished episodes by member number, scored."""
+    is_cut: bool = field(default=False, init=False, compare=False)
+    _scope: anyio.CancelScope | None = field(default=None, init=False, compare=False, repr=False)
+
+    def cut(self) -> None:
+        """Cancels the remaining members; the service is notified."""
+        self.is_cut = True
+        if self._scope is not None:
+            self._scope.cancel()
+
+    @contextmanager
+    def cuttable(self) -> Iterator[None]:
+        """A block that :meth:`cut` cancels."""
+        with anyio.CancelScope() as self._scope:
+            if self.is_cut:
+                self._scope.cancel()
+            yield
+
+    def group(self) -> Group:
+        """The group of the members finished so far."""
+        episodes = [self.finished[member] for member in sorted(self.finished)]
+        return Group(
+            self.question,
+            tuple(episode for episode in episodes if episode.is_complete),
+            tuple(episode for episode in episodes if not episode.is_complete),
+        )
 
 
 Finished = Callable[[int, Episode], Awaitable[None]]
@@ -101,6 +131,20 @@ class LocalPlayer:
         self._first_turn: FirstTurn = first_turn
         self._turns = LoopTurns()
         self._deadlines = PausableDeadlines()
+
+    @property
+    def gates(self) -> list[GateStatistics]:
+        """Gate statistics of every rollout process: this one."""
+        return [self._gate.statistics]
+
+    @property
+    def gone(self) -> TokenUsage:
+        """Usage of exited processes: none."""
+        return TokenUsage()
+
+    def metrics(self) -> dict[str, float]:
+        """Metrics of other processes: none."""
+        return {}
 
     def pause(self, is_paused: bool) -> None:
         """See :class:`GroupPlayer`; also pauses the episodes' deadlines."""

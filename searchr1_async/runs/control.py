@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 from weakref import WeakValueDictionary
 
 import anyio
@@ -14,9 +14,7 @@ import anyio
 from searchr1_async.errors import ServiceError
 from searchr1_async.events import Emit, RunPaused, RunResumed, emit_nothing
 from searchr1_async.runs.ask import Answer, LiveAnswers
-
-if TYPE_CHECKING:
-    from searchr1_async.service.connection import Service
+from searchr1_async.service.connection import Service
 
 
 class RunControl:

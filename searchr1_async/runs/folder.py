@@ -9,8 +9,9 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +26,14 @@ from searchr1_async.config import TrainConfig
 from searchr1_async.episodes.table import storable
 from searchr1_async.episodes.types import Question
 from searchr1_async.errors import CheckpointError, ConfigurationError, RunFolderError, first_error
-from searchr1_async.evaluation.manifest import MANIFEST_NAME
 from searchr1_async.events import EvaluationFinished, StepFinished
 from searchr1_async.records.run_records import RunRecords
-from searchr1_async.runs.checkpoints import ResumePoint, best_checkpoint
+from searchr1_async.runs.checkpoints import KeptCheckpoint, ResumePoint, best_checkpoint
+from searchr1_async.runs.estimate import CostEstimate
 from searchr1_async.runs.evaluation import Evaluation
 from searchr1_async.runs.weights import SEARCH_FILE, kept_record
 from searchr1_async.search import Search
 from searchr1_async.search.record import record_of, search_of
-from searchr1_async.training.admission import QuestionOrder
-from searchr1_async.training.job import TrainingJob, TrainingResult, refuse_other_measure
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +43,8 @@ AT_START = "at the start"
 """Replaces :data:`UNTRAINED` if a run starts from weights."""
 OF_NO_STEP = (UNTRAINED, AT_START)
 """Evaluations before the run's own training: no kept weights belong to them."""
+MANIFEST_NAME = "manifest.json"
+"""File of an evaluation's folder, which no run may use."""
 _QUESTIONS_FILE = "questions.parquet"
 _QUESTIONS_SCHEMA = pl.Schema(
     {"id": pl.String, "question": pl.String, "golden_answers": pl.List(pl.String), "data_source": pl.String}
@@ -195,19 +196,19 @@ def is_claimed(folder: Path) -> bool:
         return False
 
 
-def find_point(job: TrainingJob) -> ResumePoint | None:
-    """The resume point in the job's folder, if any; None also if a job without resume would lose no work. Cheap.
+def find_point(folder: Path, *, resume: bool) -> ResumePoint | None:
+    """The resume point in the folder, if any; None also if a run without ``resume`` would lose no work there. Cheap.
 
     Raises:
-        RunFolderError: the folder holds a run's work and the job does not resume, or it holds something else, or is unreadable.
+        RunFolderError: the folder holds a run's work that is not to be resumed, or it holds something else, or is unreadable.
     """
-    point = ResumePoint.load(job.out_dir)
+    point = ResumePoint.load(folder)
     if point is None:
-        _refuse_foreign_files(job.out_dir)
-    elif not job.resume:
-        if work := work_in(job.out_dir, point):
+        _refuse_foreign_files(folder)
+    elif not resume:
+        if work := work_in(folder, point):
             raise RunFolderError(
-                f"{job.out_dir} holds a run ({work}): pass resume=True to continue it, or choose another out_dir"
+                f"{folder} holds a run ({work}): pass resume=True to continue it, or choose another out_dir"
             )
         return None
     return point
@@ -236,33 +237,28 @@ def _refuse_foreign_files(folder: Path) -> None:
         raise RunFolderError(f"{folder} holds {', '.join(theirs)}, which a run would overwrite: choose another out_dir")
 
 
-def load_point(job: TrainingJob, identity: Mapping[str, Any], order: QuestionOrder) -> ResumePoint | None:
-    """The resume point of the run in the folder; None if there is none.
+@dataclass(frozen=True)
+class TrainingResult:
+    """Result of a run. All of it can be read back from ``out_dir``."""
 
-    Raises:
-        RunFolderError: a run exists but is not to be resumed, or has other settings or questions, or was evaluated differently.
-    """
-    point = find_point(job)
-    if point is None:
-        return None
-    try:
-        point.refuse_changes(identity, order.fingerprint)
-        if job.held_out and RunRecords(job.out_dir).evaluation_labels():
-            refuse_other_measure(point.inputs, identity["inputs"])
-    except RunFolderError:
-        if work_in(job.out_dir, point):
-            raise
-        return None  # a failed start, now corrected
-    return point
-
-
-def finished_result(job: TrainingJob, point: ResumePoint, order: QuestionOrder) -> TrainingResult | None:
-    """The result of a run with nothing left to do, from its folder alone."""
-    records = RunRecords(job.out_dir)
-    is_measured = not job.held_out or evaluation_steps(records).get(AFTER_RL) == point.step
-    if not job.is_over(point, order) or point.sampler_step != point.step or not is_measured:
-        return None
-    return result_of(job.out_dir, point, "finished")
+    out_dir: Path
+    steps: int
+    """Optimiser steps finished, earlier sessions of the run included."""
+    reason: str
+    """``finished``, ``time_limit``, ``max_cost`` or ``stopped``."""
+    checkpoint: str | None
+    """``tinker://`` path of the last weights kept for sampling."""
+    evaluations: tuple[Evaluation, ...]
+    """On the held-out questions, in order."""
+    seconds: float
+    """Seconds of reinforcement learning, earlier sessions included."""
+    best: KeptCheckpoint | None = None
+    """The kept weights with the highest exact match on the held-out questions; None before any evaluation. Their score is
+    biased upwards by the selection: report them on other questions."""
+    cost: Cost | None = None
+    """Cost so far, earlier sessions included."""
+    estimated_cost: CostEstimate | None = None
+    """Estimated cost of the whole run; None for a run read from its folder."""
 
 
 def result_of(folder: Path, point: ResumePoint | None, reason: str) -> TrainingResult:

@@ -21,13 +21,12 @@ from searchr1_async.records.run_records import RunRecords
 from searchr1_async.runs.ask import Answer, LiveAnswers, ask, asked_question
 from searchr1_async.runs.checkpoints import KeptCheckpoint, ResumePoint, best_checkpoint, kept_checkpoints
 from searchr1_async.runs.export import export
-from searchr1_async.runs.folder import CONFIG_FILE, is_claimed, result_of
+from searchr1_async.runs.folder import CONFIG_FILE, TrainingResult, is_claimed, result_of
 from searchr1_async.runs.rollouts import ServiceChoice
 from searchr1_async.runs.weights import Step, find_weights
 from searchr1_async.search import Search
 from searchr1_async.service.connection import ServiceName
 from searchr1_async.trackers import EVENTS_FILE
-from searchr1_async.training.job import TrainingResult
 from searchr1_async.watch.dashboard import Choice
 from searchr1_async.watch.viewer import CellView, load_tokenizer, remember_tokenizer, view_run
 

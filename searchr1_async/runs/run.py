@@ -17,10 +17,10 @@ from searchr1_async.boundary.signals import Interrupts, ending_cleanly, in_kerne
 from searchr1_async.events import Emit, Event, Notice, RolloutSampled
 from searchr1_async.runs.ask import Answer, LiveAnswers
 from searchr1_async.runs.control import RunControl, register, run_under_way, runs_under_way
+from searchr1_async.runs.folder import TrainingResult
 from searchr1_async.runs.recorded import RecordedRun, recorded_run
 from searchr1_async.runs.rollouts import ServiceChoice, watching
 from searchr1_async.search import Search
-from searchr1_async.training.job import TrainingResult
 from searchr1_async.watch.dashboard import Choice
 from searchr1_async.watch.subscribers import EventStreams
 

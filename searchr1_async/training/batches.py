@@ -1,9 +1,4 @@
-"""Forms minibatches from groups as they finish.
-
-Advantages within a group, and their weight per token.
-
-Learning rate schedule.
-"""
+"""What a batch is made of: minibatches of groups as they finish, advantages within a group, and the batch's learning rate. Pure."""
 
 from __future__ import annotations
 
@@ -11,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from searchr1_async.config import AdvantageName, LearningSettings, NormalizationName
+from searchr1_async.config import AdvantageName, LearningSettings, NormalizationName, PipelineSettings, RunLearning
 from searchr1_async.episodes.types import Group
 
 _MINIMUM = 0.25
@@ -68,6 +63,8 @@ class MinibatchGatherer:
         if min(groups, minibatches, optimizer_steps) < 1:
             raise ValueError("groups, minibatches and optimizer_steps must be at least 1")
         self._groups = groups
+        self.part_ends = {groups * part // optimizer_steps for part in range(1, optimizer_steps)}
+        """Numbers of groups, dropped ones included, after which a part but the last ends."""
         self._groups_per_part = groups / optimizer_steps
         self._minibatches_per_part = max(1.0, minibatches / optimizer_steps)
         self._synchronous = synchronous
@@ -79,6 +76,17 @@ class MinibatchGatherer:
         """In this part: tokens sent, tokens sent early to an idle trainer, and full minibatches sent."""
         self._part_groups, self._part_tokens = 0, 0
         self._all_tokens = 0
+
+    @classmethod
+    def of(cls, learning: RunLearning, pipeline: PipelineSettings, mean_tokens: float | None) -> MinibatchGatherer:
+        """The gatherer of a run's next batch."""
+        return cls(
+            learning.groups_per_batch,
+            learning.minibatches,
+            optimizer_steps=learning.optimizer_steps,
+            synchronous=pipeline.synchronous,
+            mean_tokens=mean_tokens,
+        )
 
     @property
     def mean_tokens(self) -> float | None:
@@ -172,19 +180,6 @@ class MinibatchGatherer:
             out.append(self._minibatch(groups[start:end]))
             start = end
         return [*out, self._minibatch(groups[start:])] if groups else []
-
-
-def drop_reason(group: Group, *, drop_constant_groups: bool, min_members: int = 2) -> str | None:
-    """Why a finished group is not trained on; None if it is.
-
-    Args:
-        min_members: required complete episodes.
-    """
-    if len(group.episodes) < min_members:
-        return "too_few_episodes"
-    if drop_constant_groups and group.is_constant:
-        return "constant_reward"
-    return None
 
 
 _SMALLEST_DEVIATION = 1e-6

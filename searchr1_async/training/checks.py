@@ -26,11 +26,11 @@ from searchr1_async.events import Emit, Notice
 from searchr1_async.runs.checkpoints import ResumePoint
 from searchr1_async.runs.folder import find_point
 from searchr1_async.runs.rollouts import check_format
+from searchr1_async.runs.spending import check_max_cost
 from searchr1_async.runs.weights import model_name
 from searchr1_async.service.connection import is_embedded
 from searchr1_async.service.startup import billing_on
 from searchr1_async.training.job import TrainingJob
-from searchr1_async.training.spending import check_max_cost
 from searchr1_async.training.start import Start, chosen_model, chosen_rank, find_start, resumed_start
 
 _LONGEST = 120
@@ -121,7 +121,7 @@ def training_job(given: Mapping[str, Any]) -> TrainingJob:
         notes=notes,
     )
     refuse_overlap(job.questions, job.held_out)
-    find_point(job)  # refuses a folder with a run that is not to be resumed
+    find_point(out_dir, resume=job.resume)  # refuses a folder with a run that is not to be resumed
     return job
 
 

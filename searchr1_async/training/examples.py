@@ -1,8 +1,6 @@
-"""Converts episodes to training examples, one ``tinker.Datum`` each.
+"""Training examples: one ``tinker.Datum`` per episode, the KL penalty of its tokens, and metrics of what was learned from them.
 
-Token-level KL penalty towards the base model, added to the advantages.
-
-Training metrics of a batch.
+Shapes: T targets (all tokens but the first), A sampled tokens of an episode.
 """
 
 from __future__ import annotations

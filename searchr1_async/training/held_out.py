@@ -17,17 +17,12 @@ import anyio
 from searchr1_async.billing import TokenUsage, sampling_usage, total_usage
 from searchr1_async.episodes.types import Episode
 from searchr1_async.errors import ServiceError
-from searchr1_async.events import Emit, Notice
-from searchr1_async.records.run_records import RunRecords
-from searchr1_async.rollout.engine import RolloutEngine
+from searchr1_async.events import Notice
 from searchr1_async.rollout.player import TinkerPolicy
-from searchr1_async.runs.checkpoints import CheckpointList, ResumePoint
-from searchr1_async.runs.control import RunControl
+from searchr1_async.runs.checkpoints import ResumePoint
 from searchr1_async.runs.folder import OF_NO_STEP, evaluation_steps, load_evaluation, writing_records
 from searchr1_async.runs.rollouts import evaluate_policy
-from searchr1_async.service.connection import Service
-from searchr1_async.training.job import TrainingJob
-from searchr1_async.training.recorder import delete_checkpoints
+from searchr1_async.training.recorder import Recorder, Session
 
 MOST_WAITING = 2
 """Queued evaluations above which training waits: each keeps weights at the service, and a curve that lags further is of little use."""
@@ -49,30 +44,12 @@ class _Due:
 
 
 class Measuring:
-    """The evaluations of one session of a run.
+    """The evaluations of one session of a run."""
 
-    Args:
-        job: the run's settings.
-        service: keeps the weights.
-        engine: rolls out the questions.
-        records: receives the results.
-        kept: the run's kept weights, which get their scores.
-        control: stops or pauses the session.
-    """
-
-    def __init__(
-        self,
-        job: TrainingJob,
-        service: Service,
-        engine: RolloutEngine,
-        records: RunRecords,
-        kept: CheckpointList,
-        *,
-        control: RunControl,
-        emit: Emit,
-    ) -> None:
-        self._job, self._service, self._engine, self._records = job, service, engine, records
-        self._kept, self._control, self._emit = kept, control, emit
+    def __init__(self, session: Session, recorder: Recorder) -> None:
+        self._job, self._service, self._engine = session.job, session.service, session.engine
+        self._control, self._emit, self._recorder = session.control, session.emit, recorder
+        self._records, self._kept = recorder.records, recorder.kept
         self._waiting: deque[_Due] = deque()
         self._under_way: _Due | None = None
         self._scope = anyio.CancelScope()
@@ -135,7 +112,7 @@ class Measuring:
                 path for one in gone for path in one.paths if path not in spared and not self._kept.holds_state(path)
             ]
 
-        await delete_checkpoints(self._service, await anyio.to_thread.run_sync(take))
+        await self._recorder.delete(await anyio.to_thread.run_sync(take))
 
     @property
     def to_come(self) -> TokenUsage:

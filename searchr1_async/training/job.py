@@ -1,4 +1,4 @@
-"""A training job's input and result.
+"""A training job: all validated settings of a run.
 
 Digests of a run's inputs besides its settings (reward, questions, answers), so a resume can report changes.
 """
@@ -18,12 +18,11 @@ from pathlib import Path
 from types import CodeType, FunctionType, MethodType
 from typing import Any
 
-from searchr1_async.billing import Cost
 from searchr1_async.config import (
     EpisodeLimits,
-    LearningSettings,
     LocalOptions,
     PipelineSettings,
+    RunLearning,
     SamplingSettings,
     TrainConfig,
     WarmUp,
@@ -33,14 +32,13 @@ from searchr1_async.episodes.rewards import RecipeReward, RewardFunction
 from searchr1_async.episodes.types import Question
 from searchr1_async.errors import RunFolderError
 from searchr1_async.models import Price, Thinking
-from searchr1_async.runs.checkpoints import KeptCheckpoint, ResumePoint
-from searchr1_async.runs.estimate import CostEstimate, RunShape
-from searchr1_async.runs.evaluation import Evaluation
+from searchr1_async.runs.checkpoints import ResumePoint
+from searchr1_async.runs.estimate import RunShape
 from searchr1_async.search import Search
 from searchr1_async.service.connection import ServiceName
 from searchr1_async.training.admission import QuestionOrder
-from searchr1_async.training.demonstrations import Demonstration
 from searchr1_async.training.start import Start
+from searchr1_async.training.warm_up import Demonstration
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _QUESTIONS = {
@@ -204,22 +202,6 @@ def _is_plain(value: object) -> bool:
     return isinstance(value, _PLAIN)
 
 
-@dataclass(frozen=True, slots=True)
-class RunLearning(LearningSettings):
-    """The learning settings of a run with its sizes, all of them chosen."""
-
-    lora_rank: int = 32
-    group_size: int = 8
-    groups_per_batch: int = 512
-    minibatches: int = 4
-    drop_constant_groups: bool = True
-    steps: int | None = None
-    epochs: int = 1
-    seed: int = 2
-    checkpoint_every: int = 20
-    max_failed_fraction: float = 0.2
-
-
 @dataclass(frozen=True)
 class TrainingJob:
     """A run's settings, complete and checked, and the objects that it was given."""
@@ -363,27 +345,3 @@ class TrainingJob:
         if self.learning.steps is not None:
             return point.step >= self.learning.steps
         return point.next_place >= self.learning.epochs * len(order) and not point.open_places
-
-
-@dataclass(frozen=True)
-class TrainingResult:
-    """Result of a run. All of it can be read back from ``out_dir``."""
-
-    out_dir: Path
-    steps: int
-    """Optimiser steps finished, earlier sessions of the run included."""
-    reason: str
-    """``finished``, ``time_limit``, ``max_cost`` or ``stopped``."""
-    checkpoint: str | None
-    """``tinker://`` path of the last weights kept for sampling."""
-    evaluations: tuple[Evaluation, ...]
-    """On the held-out questions, in order."""
-    seconds: float
-    """Seconds of reinforcement learning, earlier sessions included."""
-    best: KeptCheckpoint | None = None
-    """The kept weights with the highest exact match on the held-out questions; None before any evaluation. Their score is
-    biased upwards by the selection: report them on other questions."""
-    cost: Cost | None = None
-    """Cost so far, earlier sessions included."""
-    estimated_cost: CostEstimate | None = None
-    """Estimated cost of the whole run; None for a run read from its folder."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import anyio
 import numpy as np
@@ -52,37 +52,24 @@ class FinishedStep:
     """``tinker://`` path of weights saved for sampling, if a checkpoint or evaluation was due."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Example:
+class _Example(NamedTuple):
     datum: tinker_types.Datum
     episode: Episode
     kl_base: float
     """Sum over sampled tokens of log p_sampled - log p_base; 0 without a penalty."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Submitted:
-    future: tinker.APIFuture[tinker_types.ForwardBackwardOutput]
-    examples: list[_Example]
-    has_penalty: bool
-    is_fallback: bool | None
-
-    async def learned(self) -> LearnedMinibatch:
-        """Awaits the service's answer."""
-        return LearnedMinibatch(
-            await self.future,
-            [one.episode for one in self.examples],
-            _tokens(self.examples),
-            sum(one.kl_base for one in self.examples) if self.has_penalty else None,
-            self.is_fallback,
-        )
+ForwardBackward = tinker.APIFuture[tinker_types.ForwardBackwardOutput]
 
 
 @dataclass(slots=True)
 class _Batch:
     """Everything submitted for the current batch."""
 
-    minibatches: list[_Submitted] = field(default_factory=list)
+    minibatches: list[tuple[ForwardBackward, Callable[[tinker_types.ForwardBackwardOutput], LearnedMinibatch]]] = field(
+        default_factory=list
+    )
+    """Each request, and what its answer makes of it."""
     steps: list[tinker.APIFuture[tinker_types.OptimStepResponse]] = field(default_factory=list)
     unstepped: bool = False
     """Whether a minibatch was submitted since the last optimizer step."""
@@ -117,8 +104,8 @@ class StepInProgress:
         with self._calls.waiting("an optimizer step"):
             client = await self._sampler
             # Weights that miss part of their batch must not be sampled. All of it is already done here.
-            for minibatch in self._batch.minibatches:
-                await minibatch.future
+            for future, _ in self._batch.minibatches:
+                await future
             for step in self._batch.steps:
                 await step
         return client
@@ -132,7 +119,7 @@ class StepInProgress:
         """
         batch = self._batch
         with self._calls.waiting("an optimizer step"):
-            learned = [await one.learned() for one in batch.minibatches]
+            learned = [answered(await future) for future, answered in batch.minibatches]
             steps = [await step for step in batch.steps]
         with self._calls.waiting("saving a checkpoint", CheckpointError):
             state_path = (await self._state).path
@@ -214,13 +201,19 @@ class Learner:
             datums = [one.datum for one in those]
             future = await anyio.to_thread.run_sync(self._client.forward_backward, datums, loss, config)
             self._watch(future)
-            is_fallback = loss != self.loss if self.loss == "stable_reinforce" else None
-            self._batch.minibatches.append(_Submitted(future, those, self._base is not None, is_fallback))
+            answered = partial(
+                LearnedMinibatch,
+                episodes=[one.episode for one in those],
+                tokens=_tokens(those),
+                kl_base=None if self._base is None else sum(one.kl_base for one in those),
+                is_fallback=loss != self.loss if self.loss == "stable_reinforce" else None,
+            )
+            self._batch.minibatches.append((future, answered))
         self._batch.unstepped = True
         count, tokens = len(examples), _tokens(examples)
         self._emit(MinibatchSubmitted(step, len(groups), count, tokens))
         # The service processes requests in order: when the last is done, all are.
-        last = self._batch.minibatches[-1].future
+        last, _ = self._batch.minibatches[-1]
         when_done(last, lambda: self._learned(MinibatchLearned(step, count, tokens)))
 
     def _by_loss(self, examples: list[_Example]) -> Iterator[tuple[LossName, list[_Example]]]:

@@ -11,7 +11,7 @@ import pytest
 import searchr1_async as sr
 from searchr1_async.data.questions import checked_questions
 from searchr1_async.errors import CorpusError, QuestionsError
-from searchr1_async.training.demonstrations import Demonstration
+from searchr1_async.training.warm_up import Demonstration
 
 
 def test_a_text_is_one_answer_and_no_sequence_of_letters() -> None:

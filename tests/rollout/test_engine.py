@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ from searchr1_async.config import EpisodeLimits, SamplingSettings
 from searchr1_async.episodes.chatml import ChatMLRenderer
 from searchr1_async.episodes.formats import Dialect, TagsDialect
 from searchr1_async.episodes.rewards import RecipeReward
-from searchr1_async.episodes.types import Group, Question, StopReason
+from searchr1_async.episodes.types import Episode, Group, Question, StopReason
 from searchr1_async.errors import RewardError, SearchError, TooManyFailuresError
-from searchr1_async.rollout.engine import GroupToPlay, GroupUnderWay, RolloutEngine
+from searchr1_async.rollout.engine import GroupToPlay, RolloutEngine
 from searchr1_async.rollout.gate import SampleGate
 from searchr1_async.rollout.limit import LimitSettings, SampleLimit
 from searchr1_async.rollout.player import GroupPolicy, LocalPlayer
@@ -191,25 +192,24 @@ async def test_cancelling_ends_every_episode(dialect: Dialect) -> None:
 async def test_a_cut_group_keeps_the_members_that_have_ended(dialect: Dialect) -> None:
     """Three of four members wait for their search; the fourth answers immediately."""
     waiting = 0
-    under_way = GroupUnderWay(engine(dialect).task(0, questions(1)[0], key=""))
+    task = engine(dialect).task(0, questions(1)[0], key="")
 
     class Hanging(DictSearch):
         async def search(self, queries: Any) -> Any:
             nonlocal waiting
             waiting += 1
             if waiting == 3:
-                under_way.cut("too_slow")
+                task.cut()
             await anyio.sleep_forever()
 
     replies = itertools.cycle([dialect.write_answer("yes"), *[dialect.write_call(["x"])] * 3])
     playing = engine(dialect, search=Hanging())
     with anyio.fail_after(30):
-        group = await playing.play_group(
-            under_way, ScriptedPolicy(lambda prompt: next(replies)), playing.failure_budget(1)
-        )
+        group = await playing.play_group(task, ScriptedPolicy(lambda prompt: next(replies)), playing.failure_budget(1))
     assert [episode.answer for episode in group.episodes] == ["yes"]
     assert group.rewards == (1.0,)
-    assert under_way.cut_reason == "too_slow"
+    assert task.is_cut
+    assert task.group() == group
 
 
 async def test_an_episode_over_its_time_is_cut_with_its_turns_and_not_scored(dialect: Dialect) -> None:
@@ -237,9 +237,12 @@ async def test_members_can_be_chosen_and_each_is_told_of_scored_the_moment_it_ha
     playing = engine(dialect)
     (question,) = questions(1)
     seen: list[tuple[int, float, int]] = []
-    under_way = GroupUnderWay(playing.task(7, question, key="0", members=(1, 3)))
-    under_way.on_finished = lambda member, episode: seen.append((member, episode.reward, len(under_way.members)))
-    group = await playing.play_group(under_way, searcher(dialect), playing.failure_budget(1))
+    task = playing.task(7, question, key="0", members=(1, 3))
+
+    def ended(member: int, episode: Episode) -> None:
+        seen.append((member, episode.reward, len(task.finished)))
+
+    group = await playing.play_group(task, searcher(dialect), playing.failure_budget(1), on_episode=ended)
     assert sorted(member for member, _, _ in seen) == [1, 3]
     assert [reward for _, reward, _ in seen] == [1.0, 1.0]
     assert [known for _, _, known in seen] == [1, 2], "reported one by one, not at the end"
@@ -255,9 +258,10 @@ async def test_groups_that_yield_sample_only_what_the_others_leave(dialect: Dial
     async with anyio.create_task_group() as tasks:
         for place, question in enumerate(questions(8)):
             yields = place < 4
-            under_way = GroupUnderWay(playing.task(place, question, key="0", yields=yields))
-            under_way.on_finished = lambda member, episode, yields=yields: ended.append(yields)
-            tasks.start_soon(playing.play_group, under_way, searcher(dialect), playing.failure_budget(1))
+            task = playing.task(place, question, key="0", yields=yields)
+            on_episode = partial(lambda yields, member, episode: ended.append(yields), yields)
+            play_one = partial(playing.play_group, on_episode=on_episode)
+            tasks.start_soon(play_one, task, searcher(dialect), playing.failure_budget(1))
     # The first yielding request found an empty queue; all its later turns waited behind the others.
     assert ended == [False] * 4 + [True] * 4
 

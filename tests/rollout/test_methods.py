@@ -14,7 +14,7 @@ from searchr1_async.episodes.rewards import RecipeReward
 from searchr1_async.episodes.types import Episode, Group, Question, SearchCall, StopReason
 from searchr1_async.errors import SearchError
 from searchr1_async.records.metrics import answer_in_passage, group_metrics, passages_shown
-from searchr1_async.rollout.engine import GroupUnderWay, RolloutEngine
+from searchr1_async.rollout.engine import RolloutEngine
 from searchr1_async.rollout.gate import SampleGate
 from searchr1_async.rollout.player import LocalPlayer
 from tests.local.tiny import make_tiny_tokenizer
@@ -40,8 +40,7 @@ def engine_for(
 
 
 async def played(engine: RolloutEngine, policy: Any, question: Question = QUESTION) -> Group:
-    under_way = GroupUnderWay(engine.task(0, question, key="0"))
-    return await engine.play_group(under_way, policy, engine.failure_budget(1))
+    return await engine.play_group(engine.task(0, question, key="0"), policy, engine.failure_budget(1))
 
 
 def answers(engine: RolloutEngine, text: str = "Etna") -> ScriptedPolicy:

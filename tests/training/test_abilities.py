@@ -7,7 +7,6 @@ from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +21,7 @@ from searchr1_async.local.sampling_clients import Sampling
 from searchr1_async.local.scripted import ScriptedBackend
 from searchr1_async.runs.checkpoints import ResumePoint
 from searchr1_async.service.startup import Service
-from searchr1_async.training.abilities import choose_loss, preferred_losses
+from searchr1_async.training.start import choose_loss, preferred_losses
 from tests import tiny_world
 from tests.local.serving import sdk, service_thread, successors
 
@@ -66,11 +65,9 @@ class World:
     ) -> tuple[str, list[str]]:
         """The loss, and the notices."""
         told: list[Event] = []
-        job: Any = SimpleNamespace(
-            learning=LearningSettings(**settings),
-            pipeline=PipelineSettings(max_staleness=max_staleness, weights_in_flight=weights_in_flight),
-        )
-        loss = await choose_loss(self.service, self.client, job, point, told.append)
+        learning = LearningSettings(**settings)
+        pipeline = PipelineSettings(max_staleness=max_staleness, weights_in_flight=weights_in_flight)
+        loss = await choose_loss(self.service, self.client, learning, pipeline, point=point, emit=told.append)
         return loss, [event.text for event in told if isinstance(event, Notice)]
 
 

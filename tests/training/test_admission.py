@@ -6,10 +6,42 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from searchr1_async.config import PipelineSettings
-from searchr1_async.training.admission import Admission, Closed
+from searchr1_async.config import PipelineSettings, RunLearning
+from searchr1_async.episodes.types import Episode, Group, Question, StopReason, Turn
+from searchr1_async.training.admission import Admission, Closed, drop_reason
 
 SIZES = st.integers(1, 5)
+QUESTION = Question("q", "?", ("a",))
+
+
+def group(*rewards: float, version: int = 0) -> Group:
+    turn = Turn((1,), (-1.0,), "x", policy_version=version)
+    return Group(QUESTION, tuple(Episode(QUESTION, (1,), (turn,), StopReason.ANSWER, reward=one) for one in rewards))
+
+
+GOOD, CONSTANT = group(0, 1), group(1, 1)
+
+
+def admission_of(
+    pipeline: PipelineSettings, size: int, end: int = 1, *, steps: int | None = None, **more: int
+) -> Admission:
+    learning = RunLearning(group_size=2, groups_per_batch=size, minibatches=1, steps=steps)
+    return Admission(pipeline, learning, end, **more)
+
+
+def taken(admission: Admission) -> list[int]:
+    return [outcome.place for outcome in admission.take()]
+
+
+def dropped(admission: Admission, place: int, ended: Group) -> str | None:
+    outcome = admission.finished(place, ended)
+    assert outcome is not None
+    return outcome.drop_reason
+
+
+def close(admission: Admission) -> Closed:
+    """Groups that were too slow have finished nothing."""
+    return admission.close({place: group() for place in admission.must_come()})
 
 
 class World:
@@ -40,9 +72,9 @@ class World:
             has_changed = bool(self.admission.running) and self.draw.draw(st.booleans())
             if has_changed:
                 # While the caller submits minibatches.
-                self.admission.finished(self.draw.draw(st.sampled_from(self.admission.running)))
+                self.admission.finished(self.draw.draw(st.sampled_from(self.admission.running)), GOOD)
             if self.admission.is_full:
-                self.closed.append(self.admission.close())
+                self.closed.append(close(self.admission))
                 self.unpublished.append(self.closed[-1].step)
                 if goal is not None and len(self.closed) >= goal:
                     return
@@ -58,7 +90,7 @@ class World:
                 self.admission.published(self.unpublished.pop(0))
             else:
                 is_constant = self.constant and self.draw.draw(st.booleans())
-                self.admission.finished(choice, is_constant=is_constant)
+                self.admission.finished(choice, CONSTANT if is_constant else GOOD)
         raise AssertionError("the run does not end")
 
 
@@ -75,7 +107,7 @@ def test_every_group_is_taken_once_and_in_time(
     draw: st.DataObject, size: int, staleness: int, spare: int, refill: int, places: int
 ) -> None:
     pipeline = PipelineSettings(max_staleness=staleness, spare_groups=spare, refill_groups=refill)
-    world = World(Admission(pipeline, size, end=places), draw, constant=refill > 0)
+    world = World(admission_of(pipeline, size, places), draw, constant=refill > 0)
     world.run()
     seen = Counter(place for step in world.closed for place in (*step.taken, *step.replaced, *step.cancelled))
     assert seen == Counter(range(places)), "every place in exactly one step"
@@ -97,7 +129,7 @@ def test_a_run_of_some_steps_starts_no_more_than_it_trains_on(
     draw: st.DataObject, size: int, staleness: int, spare: int, steps: int
 ) -> None:
     pipeline = PipelineSettings(max_staleness=staleness, spare_groups=spare)
-    world = World(Admission(pipeline, size, steps=steps), draw, constant=False)
+    world = World(admission_of(pipeline, size, steps=steps), draw, constant=False)
     world.run()
     assert len(world.closed) == steps
     assert all(size <= len(step.taken) <= size + spare for step in world.closed)
@@ -119,18 +151,19 @@ def test_what_a_kill_left_open_is_taken_once_after_it(
 ) -> None:
     """Killed with some steps recorded and more closed: finished groups of existing weights are kept."""
     pipeline = PipelineSettings(max_staleness=staleness, spare_groups=spare)
-    first = World(Admission(pipeline, size, end=places), draw, constant=False)
+    first = World(admission_of(pipeline, size, places), draw, constant=False)
     first.run(steps=draw.draw(st.integers(0, 4)))
     for _ in range(draw.draw(st.integers(0, 6))):
         if first.admission.running:
-            first.admission.finished(draw.draw(st.sampled_from(first.admission.running)))
+            first.admission.finished(draw.draw(st.sampled_from(first.admission.running)), GOOD)
     durable = min(durable, len(first.closed))
     done = [place for step in first.closed[:durable] for place in (*step.taken, *step.cancelled)]
     open_places = set(range(first.admission.next_place)) - set(done)
     running = set(first.admission.running)
     finished = {place: first.began[place] for place in open_places - running if first.began[place] <= durable}
-    again = Admission(pipeline, size, next_place=first.admission.next_place, end=places, step=durable)
-    again.restore(finished, open_places - set(finished))
+    again = admission_of(pipeline, size, places, next_place=first.admission.next_place, step=durable)
+    kept = {place: group(0, 1, version=first.began[place]) for place in open_places - running}
+    assert again.restore(kept, open_places) == set(finished)
     second = World(again, draw, constant=False)
     second.began.update(finished)
     assert set(again.open_places) == open_places
@@ -142,62 +175,159 @@ def test_what_a_kill_left_open_is_taken_once_after_it(
 
 
 def test_on_policy_nothing_starts_until_the_weights_are_there() -> None:
-    admission = Admission(PipelineSettings(), 2, end=4)
+    admission = admission_of(PipelineSettings(), 2, 4)
     for place in (0, 1):
         assert admission.next_start() == place
         admission.started(place)
     assert admission.next_start() is None
-    admission.finished(1)
-    assert admission.take() == [1]
+    admission.finished(1, GOOD)
+    assert taken(admission) == [1]
     assert not admission.is_full
-    admission.finished(0)
-    assert admission.take() == [0]
-    assert admission.close() == Closed(1, (1, 0), (), ())
+    admission.finished(0, GOOD)
+    assert taken(admission) == [0]
+    assert close(admission) == Closed(1, (1, 0), (), ())
     assert admission.next_start() is None
     admission.published(1)
     assert admission.next_start() == 2
 
 
 def test_one_batch_of_staleness_lets_the_slowest_have_a_step_more() -> None:
-    admission = Admission(PipelineSettings(max_staleness=1), 2, end=8)
+    admission = admission_of(PipelineSettings(max_staleness=1), 2, 8)
     for place in range(4):
         admission.started(place)
     assert admission.next_start() is None
     for place in (3, 1):
-        admission.finished(place)
-    assert admission.take() == [3, 1]
-    assert admission.close().taken == (3, 1)
+        admission.finished(place, GOOD)
+    assert taken(admission) == [3, 1]
+    assert close(admission).taken == (3, 1)
     admission.published(1)
     for place in (4, 5):
         admission.started(place)
-    admission.finished(4)
-    assert admission.take() == [], "0 and 2 are due in this step and leave no room for newer ones"
-    admission.finished(2)
-    admission.finished(0)
-    assert admission.take() == [2, 0]
+    admission.finished(4, GOOD)
+    assert taken(admission) == [], "0 and 2 are due in this step and leave no room for newer ones"
+    admission.finished(2, GOOD)
+    admission.finished(0, GOOD)
+    assert taken(admission) == [2, 0]
 
 
 @pytest.mark.parametrize("spare", [0, 1])
 def test_spare_groups_spare_the_slowest(spare: int) -> None:
-    admission = Admission(PipelineSettings(spare_groups=spare), 2, end=9)
+    admission = admission_of(PipelineSettings(spare_groups=spare), 2, 9)
     while (place := admission.next_start()) is not None:
         admission.started(place)
     assert len(admission.running) == 2 + spare
     for place in (0, 1):
-        admission.finished(place)
+        admission.finished(place, GOOD)
     admission.take()
     assert admission.is_full
-    assert admission.close().cancelled == ((2,) if spare else ())
+    assert close(admission).cancelled == ((2,) if spare else ())
 
 
 def test_a_constant_group_is_played_for_again_within_the_budget() -> None:
-    admission = Admission(PipelineSettings(refill_groups=1), 2, end=9)
+    admission = admission_of(PipelineSettings(refill_groups=1), 2, 9)
     for place in (0, 1):
         admission.started(place)
-    assert admission.finished(0, is_constant=True)
+    assert dropped(admission, 0, CONSTANT) == "constant_reward"
     assert admission.next_start() == 2
     admission.started(2)
-    assert not admission.finished(2, is_constant=True), "the budget is spent, so it joins the batch"
-    assert not admission.finished(1)
+    assert dropped(admission, 2, CONSTANT) == "constant_reward", "the budget is spent, so it joins the batch"
+    assert dropped(admission, 1, GOOD) is None
     admission.take()
-    assert admission.close() == Closed(1, (2, 1), (0,), ())
+    assert close(admission) == Closed(1, (2, 1), (0,), ())
+
+
+@given(draw=st.data(), size=SIZES, staleness=st.integers(0, 2), spare=st.integers(0, 2), refill=st.integers(0, 2))
+@settings(max_examples=100, deadline=None)
+def test_a_place_is_open_until_its_own_step_is_recorded(
+    draw: st.DataObject, size: int, staleness: int, spare: int, refill: int
+) -> None:
+    """Whatever was recorded when the run was killed: each place is in a recorded step or open, never both."""
+    pipeline = PipelineSettings(max_staleness=staleness, spare_groups=spare, refill_groups=refill)
+    world = World(admission_of(pipeline, size, 20), draw, constant=refill > 0)
+    world.run(steps=draw.draw(st.integers(1, 4)))
+    recorded: list[int] = []
+    for closed in world.closed:
+        assert [one.place for one in world.admission.outcomes(closed)] == list(closed.places)
+        reasons = {one.place: one.drop_reason for one in world.admission.outcomes(closed)}
+        assert all(reasons[place] == "too_slow" for place in closed.cancelled)
+        assert all(reasons[place] == "constant_reward" for place in closed.replaced)
+        recorded += closed.places
+        open_places = world.admission.open_after(closed.step)
+        assert sorted((*recorded, *open_places)) == list(range(world.admission.next_place))
+        assert [one.place for one in world.admission.recorded(closed.step)] == list(closed.places)
+        assert world.admission.open_after(closed.step) == open_places
+    assert world.admission.open_after(len(world.closed)) == world.admission.open_places
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_a_step_past_its_time_is_full_once_the_groups_cut_have_ended(staleness: int) -> None:
+    admission = admission_of(PipelineSettings(max_staleness=staleness), 2, 9)
+    while (place := admission.next_start()) is not None:
+        admission.started(place)
+    admission.finished(1, GOOD)
+    assert taken(admission) == [1]
+    assert admission.cut_open_step() == (0,), "as many as the batch lacks, those that began first"
+    assert admission.next_start() is None
+    assert not admission.is_full
+    assert dropped(admission, 0, group(1)) == "step_time_limit"
+    assert taken(admission) == [0]
+    assert admission.is_full
+    assert close(admission) == Closed(1, (1, 0), (), ())
+    admission.published(1)
+    assert admission.next_start() == (4 if staleness else 2), "the limit was that step's"
+
+
+def test_a_cut_group_that_is_large_enough_is_trained_on() -> None:
+    admission = admission_of(PipelineSettings(), 1, 9)
+    admission.started(0)
+    admission.cut_open_step()
+    assert dropped(admission, 0, GOOD) is None
+
+
+def test_a_group_that_its_step_did_not_wait_for_is_not_asked_about_again() -> None:
+    admission = admission_of(PipelineSettings(spare_groups=1), 1, 9)
+    for place in (0, 1):
+        admission.started(place)
+    admission.finished(0, GOOD)
+    admission.take()
+    closed = close(admission)
+    assert (closed.taken, closed.cancelled) == ((0,), (1,))
+    assert admission.finished(1, GOOD) is None
+    assert [one.drop_reason for one in admission.outcomes(closed)] == [None, "too_slow"]
+
+
+def test_restored_groups_have_the_reason_that_they_had() -> None:
+    """A group that is not whole was cut; a lost one is rolled out first."""
+    admission = admission_of(PipelineSettings(refill_groups=1), 3, 9, next_place=4, step=1)
+    kept = {1: group(0), 2: CONSTANT, 3: group(0, 1, version=2), 5: GOOD}
+    assert admission.restore(kept, (0, 1, 2, 3), now=10.0) == {1, 2, 5}
+    assert admission.open_places == (0, 1, 2, 3, 4, 5)
+    assert [admission.next_start(), admission.next_place] == [0, 6]
+    assert taken(admission) == [1, 5]
+    assert {one.question.id for one in admission.started_before(11.0)} == {"q"}
+    assert admission.started_before(10.0) == []
+    admission.started(0)
+    admission.finished(0, GOOD)
+    admission.take()
+    closed = close(admission)
+    assert closed == Closed(2, (1, 5, 0), (2,), ())
+    assert [one.drop_reason for one in admission.outcomes(closed)] == [
+        "step_time_limit",
+        None,
+        None,
+        "constant_reward",
+    ]
+
+
+def test_a_window_is_a_batchs_worth_of_places() -> None:
+    admission = admission_of(PipelineSettings(), 4, 10)
+    assert [admission.window(place) for place in (0, 3, 4, 9)] == [(0, 4), (0, 4), (1, 4), (2, 2)]
+    assert admission_of(PipelineSettings(), 4, 10, steps=9).window(9) == (2, 4)
+
+
+def test_constant_and_tiny_groups_are_dropped_for_a_reason() -> None:
+    assert drop_reason(group(1, 1), drop_constant_groups=True) == "constant_reward"
+    assert drop_reason(group(1, 1), drop_constant_groups=False) is None
+    assert drop_reason(group(1), drop_constant_groups=False) == "too_few_episodes"
+    assert drop_reason(group(1, 0), drop_constant_groups=True) is None
+    assert drop_reason(group(1, 0, 1), drop_constant_groups=True, min_members=4) == "too_few_episodes"

@@ -7,12 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from searchr1_async.episodes.types import Episode, Group, Question, StopReason, Turn
-from searchr1_async.training.batches import Minibatch, MinibatchGatherer, drop_reason, example_tokens
-
-
-def group(*rewards: float, name: str = "q") -> Group:
-    question = Question(name, "?", ("a",))
-    return Group(question, tuple(Episode(question, (1,), (), StopReason.ANSWER, reward=reward) for reward in rewards))
+from searchr1_async.training.batches import Minibatch, MinibatchGatherer, example_tokens
 
 
 def sized(tokens: int, name: str = "q") -> Group:
@@ -150,11 +145,3 @@ def test_only_examples_count_as_tokens() -> None:
 def test_sizes_below_one_are_refused() -> None:
     with pytest.raises(ValueError, match="at least 1"):
         MinibatchGatherer(0, 1)
-
-
-def test_constant_and_tiny_groups_are_dropped_for_a_reason() -> None:
-    assert drop_reason(group(1, 1), drop_constant_groups=True) == "constant_reward"
-    assert drop_reason(group(1, 1), drop_constant_groups=False) is None
-    assert drop_reason(group(1), drop_constant_groups=False) == "too_few_episodes"
-    assert drop_reason(group(1, 0), drop_constant_groups=True) is None
-    assert drop_reason(group(1, 0, 1), drop_constant_groups=True, min_members=4) == "too_few_episodes"

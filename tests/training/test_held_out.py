@@ -246,16 +246,14 @@ async def test_no_evaluation_starts_after_the_time_limit(tmp_path: Path) -> None
     """A queued evaluation is skipped and reported, though its weights exist."""
     notices: list[Event] = []
     job: Any = SimpleNamespace(held_out=HELD_OUT, held_out_samples=1, evaluate_every=2, out_dir=tmp_path)
-    nothing: Any = None
-    measuring = Measuring(
-        job,
-        nothing,  # any request to the service or engine raises
-        nothing,
-        RunRecords(tmp_path),
-        CheckpointList(tmp_path),
-        control=RunControl(),
-        emit=notices.append,
-    )
+
+    async def delete(paths: list[str]) -> None:
+        assert paths == []
+
+    # Any request to the service or engine raises.
+    session: Any = SimpleNamespace(job=job, service=None, engine=None, control=RunControl(), emit=notices.append)
+    recorder: Any = SimpleNamespace(records=RunRecords(tmp_path), kept=CheckpointList(tmp_path), delete=delete)
+    measuring = Measuring(session, recorder)
     policy: Any = SimpleNamespace(version=0)
     with anyio.fail_after(20):
         async with measuring.beside(policy, is_over=False):

@@ -1,6 +1,6 @@
 """Rolls out groups in this process, plus workers that are started when it is saturated.
 
-Decides when to add a worker. Pure.
+:func:`wants_more_workers` decides that and is pure.
 """
 
 from __future__ import annotations
@@ -144,7 +144,8 @@ class ElasticPlayer:
 
     @property
     def gates(self) -> list[GateStatistics]:
-        return self._pool.gates
+        """Gate statistics of every process, this one first."""
+        return [self._gate.statistics, *self._pool.gates]
 
     @property
     def gone(self) -> TokenUsage:

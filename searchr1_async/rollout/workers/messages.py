@@ -1,6 +1,6 @@
-"""Messages between a pool and its workers. Frozen and small: what the other side already has is not sent again.
+"""Messages between a pool and its workers, framed and pickled over a socket pair between two processes of one user.
 
-Framed messages over a socket pair between two processes of one user.
+Small: what the other side already has is not sent again.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from searchr1_async.config import EpisodeLimits, FirstTurn, SamplingSettings
+from searchr1_async.episodes.formats import Dialect, make_dialect
 from searchr1_async.episodes.prompts import Method
 from searchr1_async.episodes.types import Passage, SearchCall, StopReason, Turn
 from searchr1_async.models import Thinking
@@ -42,6 +43,20 @@ class WorkerSpec:
     samples: LimitSettings = field(default_factory=LimitSettings)
     method: Method = "search"
     thinking: Thinking = None
+
+    def dialect(self, tokenizer: Any) -> Dialect:
+        """The dialect of every process, with the loaded tokenizer.
+
+        Raises:
+            ModelError: no such format, or no renderer fits.
+        """
+        return make_dialect(
+            *(self.format_name, self.model_name, tokenizer),
+            renderer_name=self.renderer_name,
+            thinking=self.thinking,
+            instructions=self.instructions,
+            method=self.method,
+        )
 
 
 # -- from the pool --------------------------------------------------------------------------------------------------------

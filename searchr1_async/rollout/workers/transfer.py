@@ -1,10 +1,7 @@
-"""Sends sampling clients to workers, and opens them there.
+"""What goes to a worker and back: sampling clients, which are sent once and dropped when unused, and compact episodes.
 
-Compact episodes for the channel: question and passages stay in the pool, and a group's prompt is sent once.
-
-Members share one prompt object, and passages in the search cache are not copied per episode.
-
-Tracks which policies each worker has: sent once, dropped when unused. Pure.
+The question and passages of an episode stay in the pool, and a group's prompt is sent once: its members share one prompt object,
+and passages in the search cache are not copied per episode.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from anyio.abc import TaskGroup
 
 from searchr1_async import errors
 from searchr1_async.boundary.paths import raise_limit
-from searchr1_async.episodes.formats import Dialect, make_dialect
+from searchr1_async.episodes.formats import Dialect
 from searchr1_async.episodes.prompts import clean_query
 from searchr1_async.episodes.rendering import load_pretrained_tokenizer
 from searchr1_async.episodes.types import Episode, Passage
@@ -99,16 +99,7 @@ def load_dialect(spec: WorkerSpec) -> Dialect:
     Raises:
         ModelError: the tokenizer is missing, or no renderer fits.
     """
-    tokenizer = load_pretrained_tokenizer(spec.tokenizer)
-    return make_dialect(
-        spec.format_name,
-        spec.model_name,
-        tokenizer,
-        renderer_name=spec.renderer_name,
-        thinking=spec.thinking,
-        instructions=spec.instructions,
-        method=spec.method,
-    )
+    return spec.dialect(load_pretrained_tokenizer(spec.tokenizer))
 
 
 async def _report(worker: Worker, seconds: float) -> None:

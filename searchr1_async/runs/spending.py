@@ -5,17 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
-import anyio
-
-from searchr1_async.billing import Billing, Cost, TokenUsage, billing_of, total_usage
-from searchr1_async.errors import CheckpointError, ConfigurationError
-from searchr1_async.events import Emit, Notice
+from searchr1_async.billing import Billing, Cost, TokenUsage, total_usage
+from searchr1_async.errors import ConfigurationError
 from searchr1_async.runs.checkpoints import ResumePoint
-from searchr1_async.runs.estimate import CostEstimate, estimate
-from searchr1_async.service.connection import Service
-from searchr1_async.training.job import TrainingJob, TrainingResult
+from searchr1_async.runs.estimate import CostEstimate
 
 
 def check_max_cost(limit: float | None, billing: Billing) -> None:
@@ -138,47 +132,3 @@ class Spending:
             f"the cost limit is near: {amount(spent)} of ${self._limit:,.2f} spent, and another step with its "
             f"evaluations may cost {amount(needed)}"
         )
-
-
-def spending_of(job: TrainingJob, service: Service, point: ResumePoint | None) -> Spending:
-    """The spending of a run at ``point`` (None: at its start). Refuses ``max_cost`` if the model's price is unknown."""
-    billing = billing_of(service.model_name, is_embedded=service.is_local, is_tinker=service.is_tinker, price=job.price)
-    check_max_cost(job.max_cost, billing)
-    expected = estimate(job.shape, billing)
-    if point is None:
-        return Spending(billing, expected, limit=job.max_cost)
-    return Spending(
-        *(billing, expected),
-        limit=job.max_cost,
-        used=point.tokens,
-        spent=point.dollars,
-        dearest_step=point.dearest_step,
-    )
-
-
-def tell_estimate(spending: Spending, point: ResumePoint | None, emit: Emit) -> None:
-    """Reports the estimated cost, if anything is billed."""
-    if not spending.is_billed:
-        return
-    emit(Notice(f"estimated cost: {spending.estimate.text}"))
-    if point is not None and point.step and point.tokens == TokenUsage():
-        emit(Notice("earlier sessions did not record their usage: the cost counts from here", is_warning=True))
-
-
-async def keep_spending(spending: Spending, point: ResumePoint, folder: Path, emit: Emit) -> ResumePoint:
-    """Saves the usage since the resume point and returns the updated point; cannot be cancelled."""
-    kept = spending.written_into(point)
-    with anyio.CancelScope(shield=True):
-        try:
-            await anyio.to_thread.run_sync(kept.save, folder)
-        except CheckpointError as error:  # the run is intact; only its cost is too low after a resume
-            emit(Notice(f"could not save the usage since the last step: {error}", is_warning=True))
-    return kept
-
-
-def with_cost(result: TrainingResult, spending: Spending, emit: Emit) -> TrainingResult:
-    """The result with its cost and the estimate; reports both if anything is billed."""
-    cost = spending.cost
-    if spending.is_billed:
-        emit(Notice(f"cost: {cost} ({cost.tokens}); estimated: {spending.estimate.text}"))
-    return replace(result, cost=cost, estimated_cost=spending.estimate)

@@ -15,7 +15,7 @@ from searchr1_async.billing import Billing, TokenUsage, sampling_usage, total_us
 from searchr1_async.events import Event, Notice, RunStarted
 from searchr1_async.runs.checkpoints import ResumePoint
 from searchr1_async.runs.estimate import CostEstimate
-from searchr1_async.training.spending import Spending
+from searchr1_async.runs.spending import Spending
 from searchr1_async.watch.state import RunState
 from tests import tiny_world
 
