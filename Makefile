@@ -18,7 +18,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .PHONY: run test test-latest lint types unit slow browser notebook lock clean
 
 run: $(VENV)/.installed
-	$(BIN)/python -m searchr1_async atlas $(ARGS)
+	$(BIN)/python -m searchr1_async run $(ARGS)
 
 test: lint types unit
 

@@ -22,167 +22,81 @@ if sys.argv[:1] == ["-m"] and "searchr1_async" in sys.orig_argv:
     take_start_of_program()
 
 # ruff: isort: split
-from searchr1_async.api import rollout, train
-from searchr1_async.billing import Cost
-from searchr1_async.config import (
-    AskConfig,
-    EpisodeLimits,
-    EvalConfig,
-    LearningSettings,
-    LocalOptions,
-    RolloutConfig,
-    SamplingSettings,
-    TrainConfig,
-    WarmUp,
-)
-from searchr1_async.data import Corpus, load_corpus, load_questions
-from searchr1_async.data.suites import Suite, find_overlap, load_suite, load_suites
-from searchr1_async.episodes.rewards import RecipeReward, Score
-from searchr1_async.episodes.types import Episode, Group, Passage, Question, SearchCall, StopReason, Turn
-from searchr1_async.errors import (
-    CheckpointError,
-    ConfigurationError,
-    CorpusError,
-    EmbeddingError,
-    ExportError,
-    ModelError,
-    PortInUseError,
-    QuestionsError,
-    RewardError,
-    RunFolderError,
-    SearchError,
-    SearchR1Error,
-    SearchUnavailableError,
-    ServiceError,
-    ServiceStartError,
-    ServiceUnavailableError,
-    StoreError,
-    TooManyFailuresError,
-)
-from searchr1_async.evaluation.comparisons import comparison_table
-from searchr1_async.evaluation.evaluate import evaluate
-from searchr1_async.evaluation.judge import Judge
-from searchr1_async.evaluation.manifest import Manifest
-from searchr1_async.evaluation.report import Report, open_report
-from searchr1_async.evaluation.report_charts import plot_suites
-from searchr1_async.evaluation.systems import System
-from searchr1_async.models import Price
-from searchr1_async.runs.ask import Answer, ask
-from searchr1_async.runs.estimate import CostEstimate, estimate_cost
-from searchr1_async.runs.evaluation import Evaluation, compare, flips
-from searchr1_async.runs.export import export
-from searchr1_async.runs.folder import TrainingResult
-from searchr1_async.runs.recorded import RecordedRun
-from searchr1_async.runs.run import Run, open_run
-from searchr1_async.search import Search, SearchStatistics
-from searchr1_async.search.builders import CompactReport, build_compact_index, build_index
-from searchr1_async.search.compact.files import CompactSettings
-from searchr1_async.search.compact.store import CompactStore
-from searchr1_async.search.embedders import SentenceTransformerEmbedder
-from searchr1_async.search.gemini import GeminiEmbedder
-from searchr1_async.search.http_client import ServedEmbedder, ServedStore
-from searchr1_async.search.http_server import serve_search
-from searchr1_async.search.index import IndexReport
-from searchr1_async.search.pacing import PacingSettings
-from searchr1_async.search.stores.chroma_folder import EmbeddedChroma
-from searchr1_async.search.stores.chroma_server import RemoteChroma
-from searchr1_async.search.stores.chroma_sources import ChromaFolder, ChromaServer
-from searchr1_async.search.stores.sources import VectorFiles
-from searchr1_async.trackers import TensorBoardTracker, TrackioTracker, WandbTracker
-from searchr1_async.training.warm_up import Demonstration
-from searchr1_async.watch.viewer import register_representations
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "Answer",
-    "AskConfig",
-    "CheckpointError",
-    "ChromaFolder",
-    "ChromaServer",
-    "CompactReport",
-    "CompactSettings",
-    "CompactStore",
-    "ConfigurationError",
-    "Corpus",
-    "CorpusError",
-    "Cost",
-    "CostEstimate",
-    "Demonstration",
-    "EmbeddedChroma",
-    "EmbeddingError",
-    "Episode",
-    "EpisodeLimits",
-    "EvalConfig",
-    "Evaluation",
-    "ExportError",
-    "GeminiEmbedder",
-    "Group",
-    "IndexReport",
-    "Judge",
-    "LearningSettings",
-    "LocalOptions",
-    "Manifest",
-    "ModelError",
-    "PacingSettings",
-    "Passage",
-    "PortInUseError",
-    "Price",
-    "Question",
-    "QuestionsError",
-    "RecipeReward",
-    "RecordedRun",
-    "RemoteChroma",
-    "Report",
-    "RewardError",
-    "RolloutConfig",
-    "Run",
-    "RunFolderError",
-    "SamplingSettings",
-    "Score",
-    "Search",
-    "SearchCall",
-    "SearchError",
-    "SearchR1Error",
-    "SearchStatistics",
-    "SearchUnavailableError",
-    "SentenceTransformerEmbedder",
-    "ServedEmbedder",
-    "ServedStore",
-    "ServiceError",
-    "ServiceStartError",
-    "ServiceUnavailableError",
-    "StopReason",
-    "StoreError",
-    "Suite",
-    "System",
-    "TensorBoardTracker",
-    "TooManyFailuresError",
-    "TrackioTracker",
-    "TrainConfig",
-    "TrainingResult",
-    "Turn",
-    "VectorFiles",
-    "WandbTracker",
-    "WarmUp",
-    "ask",
-    "build_compact_index",
-    "build_index",
-    "compare",
-    "comparison_table",
-    "estimate_cost",
-    "evaluate",
-    "export",
-    "find_overlap",
-    "flips",
-    "load_corpus",
-    "load_questions",
-    "load_suite",
-    "load_suites",
-    "open_report",
-    "open_run",
-    "plot_suites",
-    "rollout",
-    "serve_search",
-    "train",
-]
+from searchr1_async.boundary.lazy import lazy_names
+from searchr1_async.watch.representations import register_representations
+
+__version__ = version("searchr1_async")
+
+if TYPE_CHECKING:
+    from searchr1_async import config as config
+    from searchr1_async import errors as errors
+    from searchr1_async import evaluation as evaluation
+    from searchr1_async import events as events
+    from searchr1_async import rewards as rewards
+    from searchr1_async import runs as runs
+    from searchr1_async import search as search
+    from searchr1_async import testing as testing
+    from searchr1_async import trackers as trackers
+    from searchr1_async.api import rollout as rollout
+    from searchr1_async.api import train as train
+    from searchr1_async.config import EvalConfig as EvalConfig
+    from searchr1_async.config import RolloutConfig as RolloutConfig
+    from searchr1_async.config import TrainConfig as TrainConfig
+    from searchr1_async.config import WarmUp as WarmUp
+    from searchr1_async.data.corpus import load_corpus as load_corpus
+    from searchr1_async.data.questions import load_questions as load_questions
+    from searchr1_async.episodes.reward import Score as Score
+    from searchr1_async.episodes.types import Episode as Episode
+    from searchr1_async.episodes.types import Group as Group
+    from searchr1_async.episodes.types import Passage as Passage
+    from searchr1_async.episodes.types import Question as Question
+    from searchr1_async.episodes.types import StopReason as StopReason
+    from searchr1_async.episodes.types import Turn as Turn
+    from searchr1_async.errors import SearchR1Error as SearchR1Error
+    from searchr1_async.evaluation.evaluate import evaluate as evaluate
+    from searchr1_async.evaluation.judge import Judge as Judge
+    from searchr1_async.evaluation.report import Report as Report
+    from searchr1_async.evaluation.report import open_report as open_report
+    from searchr1_async.evaluation.systems import System as System
+    from searchr1_async.runs.ask import Answer as Answer
+    from searchr1_async.runs.ask import ask as ask
+    from searchr1_async.runs.estimate import estimate_cost as estimate_cost
+    from searchr1_async.runs.export import export as export
+    from searchr1_async.runs.folder import TrainingResult as TrainingResult
+    from searchr1_async.runs.run import Run as Run
+    from searchr1_async.runs.run import open_run as open_run
+    from searchr1_async.search.search import Search as Search
+    from searchr1_async.training.warm_up import Demonstration as Demonstration
+else:
+    import_module("searchr1_async.rollout")  # an empty package, bound now: later it would take the name of the function
+    del rollout
+    __getattr__, __dir__, __all__ = lazy_names(
+        __name__,
+        {
+            "searchr1_async.api": "rollout train",
+            "searchr1_async.config": "EvalConfig RolloutConfig TrainConfig WarmUp",
+            "searchr1_async.data.corpus": "load_corpus",
+            "searchr1_async.data.questions": "load_questions",
+            "searchr1_async.episodes.reward": "Score",
+            "searchr1_async.episodes.types": "Episode Group Passage Question StopReason Turn",
+            "searchr1_async.errors": "SearchR1Error",
+            "searchr1_async.evaluation.evaluate": "evaluate",
+            "searchr1_async.evaluation.judge": "Judge",
+            "searchr1_async.evaluation.report": "Report open_report",
+            "searchr1_async.evaluation.systems": "System",
+            "searchr1_async.runs.ask": "Answer ask",
+            "searchr1_async.runs.estimate": "estimate_cost",
+            "searchr1_async.runs.export": "export",
+            "searchr1_async.runs.run": "Run open_run",
+            "searchr1_async.search.search": "Search",
+            "searchr1_async.training.warm_up": "Demonstration",
+            "searchr1_async.runs.folder": "TrainingResult",
+        },
+        namespaces="config errors evaluation events rewards runs search testing trackers",
+    )
 
 register_representations()  # rich display of episodes and groups in notebooks

@@ -16,7 +16,7 @@ from searchr1_async.config import RolloutConfig, TrainConfig
 from searchr1_async.config.configs import takes_config
 from searchr1_async.data.questions import Questions, checked_questions
 from searchr1_async.episodes.rendering import check_thinking
-from searchr1_async.episodes.rewards import RecipeReward, RewardFunction
+from searchr1_async.episodes.reward import RecipeReward, RewardFunction
 from searchr1_async.episodes.types import Group
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.events import Emit

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Container, Iterator
 from pathlib import Path
 
@@ -16,26 +20,23 @@ PACKAGE = "searchr1_async"
 MODULES = sorted(ROOT.rglob("*.py"))
 
 PUBLIC = """
-train evaluate rollout ask Answer export Run TrainingResult open_run RecordedRun
-estimate_cost CostEstimate Cost Price
-WandbTracker TensorBoardTracker TrackioTracker
-Search SearchStatistics PacingSettings GeminiEmbedder SentenceTransformerEmbedder EmbeddedChroma RemoteChroma
-build_index IndexReport build_compact_index CompactReport CompactSettings CompactStore
-ChromaFolder ChromaServer VectorFiles serve_search ServedEmbedder ServedStore
-Corpus load_corpus load_questions
-Question Passage Episode Turn SearchCall StopReason Group
-RecipeReward Score Demonstration
-Evaluation compare flips comparison_table plot_suites
-Suite load_suite load_suites find_overlap System Judge Report Manifest open_report
-TrainConfig RolloutConfig EvalConfig AskConfig EpisodeLimits LearningSettings LocalOptions SamplingSettings WarmUp
-SearchR1Error ConfigurationError QuestionsError CorpusError ModelError RunFolderError
-ServiceError ServiceUnavailableError ServiceStartError PortInUseError
-SearchError EmbeddingError StoreError SearchUnavailableError RewardError CheckpointError ExportError TooManyFailuresError
+train rollout evaluate ask estimate_cost export open_run open_report load_questions load_corpus
+WarmUp TrainConfig RolloutConfig EvalConfig
+Run TrainingResult Report Search Question Passage Episode Group Turn StopReason Score System Judge Answer Demonstration
+SearchR1Error
 """.split()  # noqa: SIM905
 
+NAMESPACES = ("config", "errors", "evaluation", "events", "rewards", "runs", "search", "testing", "trackers")
+
+HEAVY = """
+torch transformers tinker openai renderers polars numpy chromadb faiss matplotlib altair aiohttp httpx huggingface_hub google.genai
+rich anyio
+""".split()  # noqa: SIM905
+"""Neither the package nor the help of its command imports these."""
+
 FLOORS = """
-errors boundary models config episodes billing events data records service search rollout trackers watch runs training
-evaluation api commands
+errors boundary models config episodes rewards billing events data records service search rollout trackers watch runs training
+evaluation api testing cli
 """.split()  # noqa: SIM905
 """Rooms and loose modules from the ground up: each imports only itself and those before it."""
 
@@ -68,16 +69,60 @@ def is_in(module: str, *rooms: str) -> bool:
 
 def test_public_names() -> None:
     assert sorted(searchr1_async.__all__) == sorted(PUBLIC)
-    assert len(set(PUBLIC)) == len(PUBLIC)
+    assert len(PUBLIC) <= 30
     for name in PUBLIC:
         assert getattr(searchr1_async, name).__doc__, f"{name} has no docstring"
+    assert {*PUBLIC, *NAMESPACES} == set(dir(searchr1_async))
+    for name in NAMESPACES:
+        assert getattr(searchr1_async, name).__doc__, f"{name} has no docstring"
+    assert searchr1_async.__version__
 
 
-def test_every_error_is_public_and_documented() -> None:
+@pytest.mark.parametrize("path", [p for p in MODULES if "= lazy_names(" in p.read_text(encoding="utf-8")], ids=name_of)
+def test_type_checkers_see_the_names_that_load_on_first_use(path: Path) -> None:
+    package = importlib.import_module(name_of(path).removesuffix(".__init__"))
+    (block,) = (
+        node for node in parse(path).body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    )
+    seen = [alias for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names]
+    assert all(alias.name == alias.asname for alias in seen), "not exported"
+    assert {alias.name for alias in seen} == set(dir(package))
+    submodules = {each.stem for each in path.parent.iterdir()} - ({"rollout"} if path.parent == ROOT else set())
+    assert not submodules & set(package.__all__), "importing the module would replace the name"
+    for name in package.__all__:
+        assert getattr(package, name) is not None
+    with pytest.raises(AttributeError, match=r"has no attribute 'no_such_name'"):
+        package.no_such_name  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import searchr1_async",
+        "import searchr1_async.cli.main as main; main.parser_for([]).format_help()",
+    ],
+)
+def test_importing_the_package_loads_nothing_heavy(code: str) -> None:
+    code += f"; import sys; print(*(name for name in {HEAVY} if name in sys.modules))"
+    environment = dict(os.environ) | {"PYTHONPATH": str(ROOT.parent)}
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True, env=environment
+    )
+    assert found.stdout.split() == []
+
+
+def test_examples_use_the_public_face() -> None:
+    for path in (ROOT.parent / "README.md", *(ROOT.parent / "notebooks").glob("*.ipynb")):
+        found = set(
+            re.findall(r"(?:import searchr1_async|from searchr1_async)[^\n\"\\]*", path.read_text(encoding="utf-8"))
+        )
+        assert found <= {"import searchr1_async as sr"}, path
+
+
+def test_every_error_is_documented() -> None:
     from searchr1_async import errors
 
     classes = {name for name, value in vars(errors).items() if isinstance(value, type)}
-    assert classes <= set(PUBLIC)
     assert classes == set(re.findall(r"\w+Error", (errors.__doc__ or "").replace("ValueError", "")))
 
 
@@ -94,7 +139,7 @@ def test_imports_go_down(path: Path) -> None:
 
 def test_every_room_has_a_floor() -> None:
     rooms = {room_of(name_of(path)) for path in MODULES}
-    assert rooms - {"__init__", "__main__", "local", "atlas_job"} == set(FLOORS)
+    assert rooms - {"__init__", "__main__", "local"} == set(FLOORS)
 
 
 @pytest.mark.parametrize("room", ["episodes", "search", "data", "rollout"])
@@ -138,9 +183,11 @@ def test_the_embedded_service_does_not_import_the_engine() -> None:
             assert found == [], f"{path} imports of the engine"
 
 
-def test_only_one_module_starts_the_service() -> None:
+def test_few_modules_start_the_service() -> None:
     users = {name_of(p) for p in MODULES if any(is_in(n, "local") for n in imports(p))}
-    assert {name for name in users if not is_in(name, "local")} == {f"{PACKAGE}.service.startup"}
+    assert {name for name in users if not is_in(name, "local")} == {
+        f"{PACKAGE}.{name}" for name in ("service.startup", "testing.stand_in_service", "testing.__init__")
+    }
 
 
 def test_watch_imports_no_rollout_or_learning() -> None:
@@ -217,7 +264,7 @@ def test_system_and_sdk_calls_have_one_owner(text: str, owners: tuple[str, ...])
 
 def test_signals_have_one_owner() -> None:
     """The others are processes that only run a service or a worker, and the command that serves until SIGTERM."""
-    allowed = {"boundary.signals", "local.__main__", "rollout.workers.entrypoint", "commands.serve"}
+    allowed = {"boundary.signals", "local.__main__", "rollout.workers.entrypoint", "cli.search_commands"}
     for path in MODULES:
         called = {ast.unparse(node.func) for node in ast.walk(parse(path)) if isinstance(node, ast.Call)}
         handles = any(

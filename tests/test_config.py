@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import searchr1_async as sr
 from searchr1_async.config import AskConfig, BatchSettings, Config, EvalConfig, RolloutConfig, TrainConfig
 from searchr1_async.config.configs import places_of
+from searchr1_async.models import Price
 
 KINDS: list[type[Config]] = [TrainConfig, RolloutConfig, EvalConfig, AskConfig]
 
@@ -44,7 +45,7 @@ OWN: dict[type[Config], dict[str, st.SearchStrategy[Any]]] = {
         "loss": st.sampled_from([None, "ppo", "cispo"]),
         "loss_config": st.dictionaries(texts, st.floats(-10, 10), max_size=3),
         "warm_up": st.none() | st.builds(sr.WarmUp, steps=counts),
-        "price": st.none() | st.builds(sr.Price, numbers, numbers, st.none() | numbers, texts, texts),
+        "price": st.none() | st.builds(Price, numbers, numbers, st.none() | numbers, texts, texts),
         "max_cost": st.none() | numbers,
         "drop_constant_groups": st.booleans(),
         "start_from": st.none() | st.just("tinker://run/weights/1"),
@@ -96,7 +97,7 @@ def test_flat_names_are_read_by_concern() -> None:
 
 
 def test_concerns_and_tables_are_accepted() -> None:
-    whole = TrainConfig(batch=BatchSettings(group_size=4), local=sr.LocalOptions(threads=2), minibatches=2)
+    whole = TrainConfig(batch=BatchSettings(group_size=4), local=sr.config.LocalOptions(threads=2), minibatches=2)
     assert whole == TrainConfig(batch={"group_size": 4, "minibatches": 2}, threads=2)
     assert TrainConfig(local=None) == TrainConfig()
     text = 'group_size = 4\nmodel = "m"\n[length]\nsteps = 3\n[warm_up]\nsteps = 2\n'
@@ -110,7 +111,7 @@ def test_a_file_is_read_back(tmp_path: Path) -> None:
     assert TrainConfig.load(tmp_path / "config.toml") == config
     (tmp_path / "config.json").write_text(config.to_json(), encoding="utf-8")
     assert TrainConfig.load(tmp_path / "config.json") == config
-    with pytest.raises(sr.ConfigurationError, match=r"cannot read the settings .*none\.toml"):
+    with pytest.raises(sr.errors.ConfigurationError, match=r"cannot read the settings .*none\.toml"):
         TrainConfig.load(tmp_path / "none.toml")
 
 
@@ -151,7 +152,7 @@ def test_presets() -> None:
     ],
 )
 def test_errors_name_the_setting(settings: dict[str, Any], told: str) -> None:
-    with pytest.raises(sr.ConfigurationError, match=told):
+    with pytest.raises(sr.errors.ConfigurationError, match=told):
         TrainConfig(**settings)
 
 
@@ -164,11 +165,11 @@ def test_errors_name_the_setting(settings: dict[str, Any], told: str) -> None:
     ],
 )
 def test_bad_toml_is_refused(text: str, told: str) -> None:
-    with pytest.raises(sr.ConfigurationError, match=told):
+    with pytest.raises(sr.errors.ConfigurationError, match=told):
         TrainConfig.from_toml(text)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"group_size": "x"}'])
 def test_bad_json_is_refused(text: str) -> None:
-    with pytest.raises(sr.ConfigurationError, match=r"the settings are|group_size"):
+    with pytest.raises(sr.errors.ConfigurationError, match=r"the settings are|group_size"):
         TrainConfig.from_json(text)

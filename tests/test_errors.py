@@ -11,6 +11,7 @@ import pytest
 
 import searchr1_async as sr
 from searchr1_async.errors import ServiceError, ungrouped
+from searchr1_async.testing import HashingEmbedder
 from tests import tiny_world
 
 pytestmark = pytest.mark.anyio
@@ -31,7 +32,7 @@ async def reward(episode: sr.Episode) -> float:
     return broken_line(episode)
 
 
-class BrokenEmbedder(tiny_world.HashingEmbedder):
+class BrokenEmbedder(HashingEmbedder):
     fingerprint = "broken"
 
     async def embed_queries(self, texts: Any) -> Any:
@@ -70,7 +71,7 @@ async def test_a_failing_reward_line_is_in_the_traceback(
     work: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TINKER_API_KEY", tiny_world.shared_service().api_key)
-    with pytest.raises(sr.RewardError, match="not there") as failed:
+    with pytest.raises(sr.errors.RewardError, match="not there") as failed:
         await work(tmp_path, reward=reward)
     assert isinstance(failed.value.__cause__, KeyError)
     for shown in ("".join(traceback.format_exception(failed.value)), as_a_cell_shows(failed.value)):
@@ -83,7 +84,7 @@ async def test_a_failing_embedder_line_is_in_the_traceback(tmp_path: Path, monke
     search = sr.Search.local(
         [sr.Passage("p", "", "river barin falux")], path=tmp_path / "broken", embedder=BrokenEmbedder()
     )
-    with pytest.raises(sr.SearchError) as failed:
+    with pytest.raises(sr.errors.SearchError) as failed:
         await train(tmp_path, search=search, warm_up=tiny_world.WARM_UP)
     assert 'return {}["not there"]' in as_a_cell_shows(failed.value)
 

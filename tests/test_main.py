@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from searchr1_async.__main__ import main
+import searchr1_async as sr
+from searchr1_async.cli.main import main
 from searchr1_async.records.run_records import GroupOutcome, RunRecords
 from tests import tiny_world
 from tests.watch.builders import group
@@ -29,14 +30,14 @@ def test_the_package_is_a_command() -> None:
         env=tiny_world.child_environment(),
     )
     assert found.returncode == 0, found.stderr
-    for name in ("atlas", "index", "wiki18"):
+    for name in ("run", "atlas", "ask", "eval", "export", "view", "index", "serve", "wiki18"):
         assert name in found.stdout
 
 
 @pytest.mark.parametrize(
     ("command", "options"),
     [
-        ("atlas", "--out-dir --seed --steps --time-limit --held-out --group-size --threads"),
+        ("run", "--out-dir --seed --steps --time-limit --held-out --group-size --threads"),
         ("index", "--path --host --port --ssl --collection --token-from --embedder"),
         (
             "wiki18",
@@ -59,6 +60,13 @@ def test_a_wrong_command_line_is_explained(arguments: list[str], capsys: pytest.
         main(arguments)
     assert ended.value.code == 2
     assert "usage:" in capsys.readouterr().err
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"searchr1_async {sr.__version__}\n"
 
 
 def test_bad_settings_end_with_one_line_and_no_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -103,15 +111,15 @@ def test_a_closed_output_pipe_does_not_break_the_command(tmp_path: Path, argumen
 
 
 def test_an_interrupt_during_import_is_one_line() -> None:
-    """Importing takes seconds, and Ctrl-C interrupts whichever module is being read."""
+    """Importing a command takes seconds, and Ctrl-C interrupts whichever module is being read."""
     code = """
 import runpy, signal, sys
 class Interrupting:
     def find_spec(self, name, *rest):
-        if name == "searchr1_async.api":
+        if name == "searchr1_async.episodes.formats":
             signal.raise_signal(signal.SIGINT)
 sys.meta_path.insert(0, Interrupting())
-sys.argv = ["-m"]
+sys.argv = ["-m", "view", "RUN"]
 sys.orig_argv = [sys.executable, "-m", "searchr1_async", "view", "RUN"]
 runpy.run_module("searchr1_async", run_name="__main__", alter_sys=True)
 """
@@ -130,8 +138,8 @@ INTERRUPTED = """
 import sys
 from pathlib import Path
 import searchr1_async as sr
-import searchr1_async.__main__ as command
-import searchr1_async.atlas_job as job
+import searchr1_async.cli.atlas_run as job
+import searchr1_async.cli.main as command
 from searchr1_async.events import StepFinished
 from tests import tiny_world
 

@@ -11,7 +11,7 @@ import polars as pl
 import pytest
 
 import searchr1_async as sr
-from searchr1_async.local.scripted import ScriptedBackend
+from searchr1_async.local.scripted_backend import ScriptedBackend
 from searchr1_async.runs.checkpoints import ResumePoint
 from tests import tiny_world
 from tests.episodes.stand_in import stand_in

@@ -18,7 +18,7 @@ from benchmarks.throughput.floor import (
     streaming_floor,
     synchronous_floor,
 )
-from searchr1_async.local.scripted import Served, ServedSequence, TrainingTimes
+from searchr1_async.local.scripted_backend import Served, ServedSequence, TrainingTimes
 
 TIMES = TrainingTimes(per_token=0.001, optim_step=0.5, save=1.5)
 BATCH = [GroupCourse(1.0, 2.0), GroupCourse(10.0, 1.0), GroupCourse(2.0, 2.0)]

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from searchr1_async.testing import HashingEmbedder
 from tests import tiny_world
 
 pytestmark = pytest.mark.anyio
@@ -18,7 +19,7 @@ async def test_no_two_passages_tie() -> None:
     queries = [f"{relation} of {place}?" for relation, place in facts]
     queries += [f"{relation} {place}" for relation, place in facts]
     queries += [*tiny_world.RELATIONS, *tiny_world.PLACES, *tiny_world.THINGS]
-    embedder = tiny_world.HashingEmbedder()
+    embedder = HashingEmbedder()
     found_QD = await embedder.embed_queries(queries)
     passages_PD = await embedder.embed_passages(
         [f"{relation} {place} {thing}" for (relation, place), thing in facts.items()]

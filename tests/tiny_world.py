@@ -1,4 +1,4 @@
-"""A small world for whole runs: made-up facts, questions on them, an embedder of hashed words, and a model to learn them.
+"""A small world for whole runs: made-up facts, questions on them, and a model to learn them.
 
 The model has about 0.1 million weights and 92 words. It learns to copy two words of the question into a search,
 and one word of the passage into its answer: all that a search-using model does, in a minute on one core.
@@ -15,18 +15,15 @@ import random
 import subprocess
 import sys
 import tempfile
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-import numpy as np
-
 import searchr1_async as sr
 from searchr1_async.config import Config
 from searchr1_async.config.configs import places_of
-from searchr1_async.search.embedders import Vectors
+from searchr1_async.testing import HashingEmbedder, make_tiny_model
 
 PLACES = tuple("".join(syllables) for syllables in itertools.product(("ba", "ko", "mi", "tu"), ("rin", "dor", "sel")))
 THINGS = tuple(
@@ -37,42 +34,6 @@ SearchKind = TypeVar("SearchKind", bound=sr.Search)
 
 INSTRUCTIONS = "search then answer"
 FOREIGN_TAGS = ("tool", "give")
-
-
-class HashingEmbedder:
-    """A bag of words, each word at a place (and with a sign) that its hash gives: needs no model and no time.
-
-    A little noise, of the text's own hash, keeps texts apart that have as many words in common with a query. Of those that are
-    equally near Chroma shows others whenever a small folder is opened: it builds its graph anew then. A question's last word
-    ends with "?" and is in no passage, so 12 passages were equally near to each, and a session's prompts unlike another's.
-    """
-
-    name = "hashed words"
-    fingerprint = "hashed-words-apart/512"
-    max_texts = 1000
-    max_tokens = None
-    max_requests = 4
-    dimension = 512
-
-    async def open(self) -> None: ...
-
-    async def aclose(self) -> None: ...
-
-    async def embed_queries(self, texts: Sequence[str]) -> Vectors:
-        return np.stack([self._embed(text) for text in texts])
-
-    async def embed_passages(self, texts: Sequence[str]) -> Vectors:
-        return await self.embed_queries(texts)
-
-    def _embed(self, text: str) -> Vectors:
-        vector = np.zeros(self.dimension, dtype=np.float32)
-        for word in text.split():
-            key = zlib.crc32(word.encode())
-            vector[key % self.dimension] += 1.0 if key & (1 << 20) else -1.0
-        vector /= max(float(np.linalg.norm(vector)), 1e-6)
-        noise = np.random.default_rng(zlib.crc32(text.encode())).standard_normal(self.dimension, dtype=np.float32)
-        vector += 0.002 * noise
-        return vector / float(np.linalg.norm(vector))
 
 
 def make_facts() -> dict[tuple[str, str], str]:
@@ -109,8 +70,6 @@ def make_search(folder: Path, *, search_class: type[SearchKind] = sr.Search, **o
 @functools.cache
 def model_folder() -> Path:
     """The model's folder, made once a process and deleted at its end."""
-    from tests.local.tiny import make_tiny_model  # torch: only the process that makes the model pays for it
-
     scratch = tempfile.TemporaryDirectory(prefix="tiny-world-")
     atexit.register(scratch.cleanup)
     folder = Path(scratch.name)
@@ -180,7 +139,7 @@ PLAYING: dict[str, Any] = {
     "max_tokens": 12,
     "max_turns": 2,
     "max_trajectory_tokens": 128,
-    "local": sr.LocalOptions(threads=1, dtype="float32", device="cpu"),
+    "local": sr.config.LocalOptions(threads=1, dtype="float32", device="cpu"),
     "progress": False,
 }
 """How episodes of this world are played."""

@@ -15,6 +15,7 @@ import pytest
 
 import searchr1_async as sr
 from searchr1_async.search import search as searches
+from searchr1_async.testing import HashingEmbedder
 from tests import tiny_world
 
 SERVICE_KEY = "TINKER_API_KEY"
@@ -32,7 +33,7 @@ class TrainedRun:
 
 def with_hashed_words(patch: pytest.MonkeyPatch) -> None:
     """An embedder of any name is the tiny world's, so that a search can be described."""
-    patch.setattr(searches, "make_embedder", lambda embedder: tiny_world.HashingEmbedder())
+    patch.setattr(searches, "make_embedder", lambda embedder: HashingEmbedder())
 
 
 def settings(**changes: Any) -> dict[str, Any]:

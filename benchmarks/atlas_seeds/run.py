@@ -15,10 +15,9 @@ from pathlib import Path
 import polars as pl
 
 from benchmarks.shared.report import write_result
-from searchr1_async.atlas_job import AtlasSettings, run_atlas
-from searchr1_async.evaluation.comparisons import comparison_table
+from searchr1_async.cli.atlas_run import AtlasSettings, run_atlas
+from searchr1_async.evaluation import Evaluation, comparison_table
 from searchr1_async.records.run_records import RunRecords
-from searchr1_async.runs.evaluation import Evaluation
 
 
 def rows(seed: int, evaluations: tuple[Evaluation, ...], minutes: float, steps: int) -> list[dict[str, object]]:

@@ -21,7 +21,7 @@ import polars as pl
 from benchmarks.shared.extended_vectors import SPREAD, Extension, neighbours
 from benchmarks.shared.real_vectors import real_vectors
 from benchmarks.shared.report import write_result
-from searchr1_async.search.embedders import Vectors
+from searchr1_async.search import Vectors
 
 K = 20
 SHARES = (1 / 64, 1 / 32, 1 / 16, 1 / 8)

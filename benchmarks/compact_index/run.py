@@ -29,8 +29,8 @@ from typing import Any
 from benchmarks.compact_index.report import report
 from benchmarks.shared.processes import child_environment, command_of
 from searchr1_async.boundary.paths import folder_bytes
+from searchr1_async.search import CompactSettings
 from searchr1_async.search.builders import needed_bytes
-from searchr1_async.search.compact.files import CompactSettings
 
 SIZES = (1_000_000, 5_000_000, 21_015_324)
 LIMIT = 8 << 30

@@ -26,12 +26,8 @@ import searchr1_async as sr
 from benchmarks.shared.extended_vectors import ExtendedVectors, Extension, kept_neighbours
 from benchmarks.shared.real_vectors import RealVectors, real_vectors
 from searchr1_async.events import Event, PhaseEnded
-from searchr1_async.search.builders import build_compact_index
-from searchr1_async.search.compact.files import CompactSettings
-from searchr1_async.search.compact.store import CompactStore
-from searchr1_async.search.embedders import Vectors
+from searchr1_async.search import CompactSettings, CompactStore, Store, Vectors, build_compact_index
 from searchr1_async.search.stores.sources import Block
-from searchr1_async.search.stores.vector_store import Store
 
 RESULTS = 10
 BATCH = 128
@@ -359,7 +355,7 @@ def flat(options: argparse.Namespace, real: RealVectors, asked: Asked) -> dict[s
 
 async def _chroma(options: argparse.Namespace, real: RealVectors, asked: Asked) -> dict[str, Any]:
     """The package's own store over Chroma in this process, with its own settings; built once, given up after some time."""
-    from searchr1_async.search.stores.chroma_folder import EmbeddedChroma
+    from searchr1_async.search import EmbeddedChroma
 
     store = EmbeddedChroma(options.index)
     await store.open()

@@ -29,12 +29,9 @@ from benchmarks.shared.extended_vectors import ExtendedVectors, Extension, kept_
 from benchmarks.shared.real_vectors import SUITES, RealVectors, holds_answer, nearest, read_corpus, real_vectors
 from benchmarks.shared.report import write_result
 from benchmarks.shared.wordllama_embedder import WordLlamaEmbedder
-from searchr1_async.episodes.types import Passage
-from searchr1_async.search.builders import build_compact_index
-from searchr1_async.search.compact.store import CompactStore
-from searchr1_async.search.embedders import Vectors
+from searchr1_async import Passage
+from searchr1_async.search import CompactStore, Found, Vectors, build_compact_index
 from searchr1_async.search.passage_embedding import passage_text
-from searchr1_async.search.stores.vector_store import Found
 
 CALIBRATING = 500
 
@@ -128,14 +125,14 @@ async def exact_match(options: argparse.Namespace) -> dict[str, Any]:
     ]
     print(await build_compact_index(options.data / "corpus.parquet", folder, embedder=embedder, queries=others))
     stores = {"exact": ExactStore(passages, vectors), "compact": CompactStore(folder)}
-    measured: dict[str, sr.Evaluation] = {}
+    measured: dict[str, sr.evaluation.Evaluation] = {}
     for name, store in stores.items():
         search = sr.Search(WordLlamaEmbedder(), store, n_results=1, max_passage_words=40)
         report = await sr.evaluate(
             asked, search, {name: options.run}, sr.EvalConfig(temperature=0.0, **PLAYING), progress="plain"
         )
         measured[name] = report[name]
-    gain = sr.compare(measured["exact"], measured["compact"])
+    gain = sr.evaluation.compare(measured["exact"], measured["compact"])
     return {
         "questions": sum(len(questions) for questions in asked.values()),
         "difference": gain.mean,

@@ -22,7 +22,7 @@ from typing import Any
 
 import polars as pl
 
-from searchr1_async.local.scripted import TimedReply
+from searchr1_async.testing import TimedReply
 from tests.faults.script import _turn
 
 GROUPS, MEMBERS, EVERY = 6, 4, 2

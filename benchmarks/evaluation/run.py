@@ -80,7 +80,9 @@ async def measure(options: argparse.Namespace, result: sr.TrainingResult) -> sr.
             "direct": sr.System(method="direct"),
             "one retrieval (rag)": sr.System(method="rag"),
             # Its prompt of 900 tokens asks for thoughts first.
-            "recipe's prompt": sr.System(method="recipe", format="hermes", limits=sr.EpisodeLimits(3, 120, 2048)),
+            "recipe's prompt": sr.System(
+                method="recipe", format="hermes", limits=sr.config.EpisodeLimits(3, 120, 2048)
+            ),
         },
         out_dir=out,
         resume=(out / "manifest.json").exists(),
@@ -97,7 +99,7 @@ def body_of(report: sr.Report, result: sr.TrainingResult) -> list[str]:
         "HotpotQA (train). TriviaQA was never trained on. Search: all 54,909 passages, WordLlama vectors, the closest passage "
         "cut to 40 words: it holds a golden answer for about a third of the questions, an upper bound for one search."
     )
-    gain = sr.compare(report["warmed up"], report["after RL"])
+    gain = sr.evaluation.compare(report["warmed up"], report["after RL"])
     low, high = gain.interval
     learned = (
         f"What reinforcement learning added to the warm-up, over all questions: {100 * gain.mean:+.1f} points "

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks.evaluation_throughput.load import SuiteWorld
 from benchmarks.shared.scripted_episodes import QUESTION_DIGITS, WORLD_VARIABLE, number_behind, reply_text, turn_of
-from searchr1_async.local.scripted import TimedReply
+from searchr1_async.testing import TimedReply
 
 WARM_UP = "warm-up"
 """The label of what is said to a prompt that holds no question: what a contender sends before its time is taken."""

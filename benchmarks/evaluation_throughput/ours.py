@@ -24,8 +24,8 @@ async def evaluated(settings: dict[str, Any], weights: str, suites: Mapping[str,
     from benchmarks.shared.scripted_episodes import INSTRUCTIONS
 
     search = sr.Search(
-        sr.GeminiEmbedder(api_key=settings["gemini_key"], base_url=settings["gemini"]),
-        sr.RemoteChroma("127.0.0.1", settings["chroma"], settings["collection"]),
+        sr.search.GeminiEmbedder(api_key=settings["gemini_key"], base_url=settings["gemini"]),
+        sr.search.RemoteChroma("127.0.0.1", settings["chroma"], settings["collection"]),
         n_results=settings["n_results"],
     )
     report = await sr.evaluate(

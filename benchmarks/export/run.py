@@ -47,7 +47,7 @@ QUESTION = "What is the capital of Namibia?"
 WHEN = ("by `run.ask` while the run was under way", "by `sr.ask` on the finished run's folder")
 
 
-async def learn(world: World, out_dir: Path, local: sr.LocalOptions) -> tuple[sr.Run, list[sr.Answer]]:
+async def learn(world: World, out_dir: Path, local: sr.config.LocalOptions) -> tuple[sr.Run, list[sr.Answer]]:
     """A finished run, and what it answered to the question after its first step and after its end."""
     run = sr.train(
         world.training(1),
@@ -68,7 +68,7 @@ async def learn(world: World, out_dir: Path, local: sr.LocalOptions) -> tuple[sr
         if isinstance(event, StepFinished) and event.step == 1:
             answers.append(await run.ask(QUESTION))
     await run
-    answers.append(await sr.ask(QUESTION, config=sr.AskConfig(local=local), checkpoint=out_dir))
+    answers.append(await sr.ask(QUESTION, config=sr.config.AskConfig(local=local), checkpoint=out_dir))
     return run, answers
 
 
@@ -134,7 +134,7 @@ def distances(
 async def prove(count: int, threads: int, folder: Path) -> bool:
     """Writes the result; whether it is as it should be."""
     world = atlas_world(count, GROUPS)
-    local = sr.LocalOptions(threads=threads, dtype="float32", device="cpu")
+    local = sr.config.LocalOptions(threads=threads, dtype="float32", device="cpu")
     run, answers = await learn(world, folder / "run", local)
     groups = await sr.rollout(
         world.held_out[:count],

@@ -25,9 +25,9 @@ import polars as pl
 import tinker
 
 from benchmarks.shared.report import write_result
+from searchr1_async import Episode, Passage, Question
 from searchr1_async.config import EpisodeLimits, FirstTurn, SamplingSettings
 from searchr1_async.episodes.formats import FinalAnswer, Reading, SearchRequest
-from searchr1_async.episodes.types import Episode, Passage, Question
 from searchr1_async.local.process import Scripted, local_service
 from searchr1_async.rollout.event_loop import Pulse
 from searchr1_async.rollout.gate import SampleGate

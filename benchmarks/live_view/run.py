@@ -28,7 +28,7 @@ from benchmarks.shared.report import write_result
 from searchr1_async.events import Emit, Event, RunStarted, StepFinished
 from searchr1_async.watch.dashboard import open_view
 from searchr1_async.watch.view import LiveView
-from tests.watch.event_stream import Script
+from tests.watch.builders import Script
 
 ARMS = ("off", "widget", "rich")
 CLIENT_CPU = 0.9

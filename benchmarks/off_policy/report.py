@@ -8,8 +8,8 @@ from typing import Any
 import polars as pl
 
 from benchmarks.shared.report import write_result
+from searchr1_async import Episode
 from searchr1_async.billing import sampling_usage, total_usage
-from searchr1_async.episodes.types import Episode
 from searchr1_async.records.run_records import RunRecords
 
 _LAST_STEPS = 3

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import searchr1_async as sr
-from searchr1_async.atlas_job import AtlasSettings, atlas_questions
+from searchr1_async.cli.atlas_run import AtlasSettings, atlas_questions
 from searchr1_async.local import DEFAULT_MODEL
 
 

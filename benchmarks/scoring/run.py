@@ -21,8 +21,8 @@ from pathlib import Path
 
 import polars as pl
 
-from searchr1_async.data.suites import load_suites
-from searchr1_async.episodes.rewards import cover_match, exact_match, f1_score, normalize_answer
+from searchr1_async.evaluation import load_suites
+from searchr1_async.rewards import cover_match, exact_match, f1, normalize_answer
 
 SINGLE_PRECISION = 1e-6
 """torchmetrics counts in 32 bits."""
@@ -153,9 +153,9 @@ def compare(cases: Iterator[Pair], independent: Independent) -> list[dict[str, o
     """Both implementations' scores of every pair, with the reason where they differ."""
     rows: list[dict[str, object]] = []
     for pair in cases:
-        match, f1 = independent.scores(pair)
-        ours = exact_match(pair.answer, pair.golden), f1_score(pair.answer, pair.golden)
-        agrees = ours[0] == match and abs(ours[1] - f1) < SINGLE_PRECISION
+        match, squad_f1 = independent.scores(pair)
+        ours = exact_match(pair.answer, pair.golden), f1(pair.answer, pair.golden)
+        agrees = ours[0] == match and abs(ours[1] - squad_f1) < SINGLE_PRECISION
         agrees &= all(normalize_answer(text) == independent.normalize(text) for text in (pair.answer, *pair.golden))
         rows.append(
             {
@@ -166,7 +166,7 @@ def compare(cases: Iterator[Pair], independent: Independent) -> list[dict[str, o
                 "f1": ours[1],
                 "cover_match": cover_match(pair.answer, pair.golden),
                 "squad_exact_match": match,
-                "squad_f1": f1,
+                "squad_f1": squad_f1,
                 "agrees": agrees,
                 "reason": None if agrees else reason(pair),
             }

@@ -77,9 +77,8 @@ async def play(load: Load, ask: Ask) -> Played:
 @asynccontextmanager
 async def ours(gemini: str, chroma: int, vertex: bool) -> AsyncIterator[Way]:
     """This project's search."""
-    from searchr1_async.search.gemini import GeminiEmbedder
-    from searchr1_async.search.search import Search
-    from searchr1_async.search.stores.chroma_server import RemoteChroma
+    from searchr1_async import Search
+    from searchr1_async.search import GeminiEmbedder, RemoteChroma
 
     class CountedStore(RemoteChroma):
         requests = 0

@@ -18,8 +18,7 @@ import anyio.to_thread
 import numpy as np
 
 import searchr1_async as sr
-from searchr1_async.search.embedders import Vectors
-from searchr1_async.search.http_server import serve_search
+from searchr1_async.search import Vectors, serve_search
 
 
 class HashedWords:

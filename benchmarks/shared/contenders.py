@@ -31,7 +31,8 @@ from benchmarks.shared.processes import ROOT, child_environment, command_of
 from benchmarks.shared.scripted_episodes import WORLD_VARIABLE, World, make_passages
 from searchr1_async.local import LocalService, Scripted, local_service
 from searchr1_async.local.model_files import DEFAULT_MODEL, resolve_model
-from searchr1_async.local.scripted import Served, read_log
+from searchr1_async.local.scripted_backend import Served
+from tests.local.serving import read_log
 
 MODEL = "Qwen/Qwen3.5-4B"
 """The name that both contenders ask for. The scripted model answers under it, with a ChatML tokenizer of this machine."""

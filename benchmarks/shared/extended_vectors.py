@@ -25,8 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.shared.real_vectors import RealVectors
-from searchr1_async.episodes.types import Passage
-from searchr1_async.search.embedders import Vectors
+from searchr1_async import Passage
+from searchr1_async.search import Vectors
 from searchr1_async.search.stores.sources import Block, SourceFacts
 
 BLOCK_ROWS = 8192

@@ -24,9 +24,9 @@ import polars as pl
 
 import searchr1_async as sr
 from benchmarks.shared.wordllama_embedder import WordLlamaEmbedder
-from searchr1_async.episodes.rewards import normalize_answer
-from searchr1_async.episodes.types import Passage
-from searchr1_async.search.embedders import Embedder, SentenceTransformerEmbedder, Vectors
+from searchr1_async import Passage
+from searchr1_async.rewards import normalize_answer
+from searchr1_async.search import Embedder, SentenceTransformerEmbedder, Vectors
 
 SUITES = ("nq", "triviaqa", "popqa", "hotpotqa", "2wikimultihopqa")
 WEIGHTS = (0.85, 0.45, 0.25)

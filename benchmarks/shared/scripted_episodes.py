@@ -23,7 +23,7 @@ from typing import Any
 
 import polars as pl
 
-from searchr1_async.local.scripted import Served
+from searchr1_async.local.scripted_backend import Served
 
 GROUP_SIZE = 8
 TURNS = {1: 0.12, 2: 0.38, 3: 0.30, 4: 0.14, 5: 0.06}

@@ -17,7 +17,7 @@ import anyio
 import numpy as np
 
 from searchr1_async.errors import EmbeddingError
-from searchr1_async.search.embedders import Vectors
+from searchr1_async.search import Vectors
 
 
 class WordLlamaEmbedder:

@@ -186,8 +186,8 @@ async def _world(folder: Path) -> AsyncIterator[tuple[str, str, sr.Search, dict[
         os.environ["TINKER_API_KEY"] = service.api_key
         search = scripted_world.make_search(
             folder / "index",
-            embedder=sr.GeminiEmbedder(api_key="a-key-of-no-service", base_url=gemini),
-            pacing=sr.PacingSettings(first_pause=0.05, longest_pause=1.0, request_timeout=5.0),
+            embedder=sr.search.GeminiEmbedder(api_key="a-key-of-no-service", base_url=gemini),
+            pacing=sr.search.PacingSettings(first_pause=0.05, longest_pause=1.0, request_timeout=5.0),
             cache_entries=1_000,
         )
         yield url, service.tokenizer_path, search, {"proxy": url, "gemini": gemini}

@@ -118,6 +118,6 @@ def main() -> None:
             )
         body.append(
             f"## {suite}: {passages} passages, {result.steps} steps, {minutes:.1f} minutes in all\n\n```\n"
-            f"{sr.comparison_table(result.evaluations)}\n```"
+            f"{sr.evaluation.comparison_table(result.evaluations)}\n```"
         )
     write_result("suites", "Short runs on other suites", body, pl.DataFrame(table))

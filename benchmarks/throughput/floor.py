@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from benchmarks.shared.scripted_episodes import GROUP_SIZE, World, episodes_seen
-from searchr1_async.local.scripted import Served, TrainingTimes
+from searchr1_async.local.scripted_backend import Served, TrainingTimes
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from benchmarks.shared.scripted_episodes import (
     reply_text,
     turn_of,
 )
-from searchr1_async.local.scripted import TimedReply
+from searchr1_async.testing import TimedReply
 
 
 @cache

@@ -26,8 +26,8 @@ async def play(settings: dict[str, Any]) -> None:
     from benchmarks.shared.scripted_episodes import INSTRUCTIONS
 
     search = sr.Search(
-        sr.GeminiEmbedder(api_key=settings["gemini_key"], base_url=settings["gemini"]),
-        sr.RemoteChroma("127.0.0.1", settings["chroma"], settings["collection"]),
+        sr.search.GeminiEmbedder(api_key=settings["gemini_key"], base_url=settings["gemini"]),
+        sr.search.RemoteChroma("127.0.0.1", settings["chroma"], settings["collection"]),
         n_results=settings["n_results"],
     )
     loss = {"loss": settings["loss"]} if settings["mode"] == "asynchronous" else {}

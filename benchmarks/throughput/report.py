@@ -170,29 +170,27 @@ NOTES = """How it was measured:
 
 def picture(rows: Sequence[Row], path: Path) -> None:
     """Wall a step by size and way, with the floor as a line on each bar."""
-    import matplotlib
+    import altair as alt
 
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    sizes = sorted({row["groups"] for row in rows})
-    figure, axes = pyplot.subplots(1, len(sizes), figsize=(3.1 * len(sizes), 3.4), squeeze=False)
-    for axis, size in zip(axes[0], sizes, strict=True):
-        shown = [row for row in rows if row["groups"] == size]
-        for place, row in enumerate(shown):
-            wall, floor = row["wall"] / row["steps"], row["floor"] / row["steps"]
-            axis.barh(place, wall, color=COLORS[row["contender"]], height=0.7)
-            axis.plot([floor, floor], [place - 0.42, place + 0.42], color="black", linewidth=1.5)
-            axis.text(wall, place, f" {wall:.0f} s", va="center", fontsize=8)
-        axis.set_yticks(range(len(shown)), [f"{row['contender']}\n{row['mode']}" for row in shown], fontsize=7)
-        axis.invert_yaxis()
-        axis.set_xlim(right=1.25 * max(row["wall"] / row["steps"] for row in shown))
-        axis.set_title(f"{size} x 8", fontsize=9)
-        axis.set_xlabel("s a step", fontsize=8)
-        axis.tick_params(axis="x", labelsize=7)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle("Wall a step; the black line is the floor", fontsize=10)
-    figure.tight_layout()
+    panels = []
+    for size in sorted({row["groups"] for row in rows}):
+        values = [
+            {
+                "way": f"{row['contender']} {row['mode']}",
+                "contender": row["contender"],
+                "wall": row["wall"] / row["steps"],
+                "floor": row["floor"] / row["steps"],
+            }
+            for row in rows
+            if row["groups"] == size
+        ]
+        base = alt.Chart(alt.Data(values=values)).encode(y=alt.Y("way:N", sort=None, title=None))
+        wall = alt.X("wall:Q", title="s a step")
+        colours = alt.Scale(domain=list(COLORS), range=list(COLORS.values()))
+        bars = base.mark_bar().encode(x=wall, color=alt.Color("contender:N", scale=colours, legend=None))
+        floors = base.mark_tick(color="black", thickness=2, size=22).encode(x="floor:Q")
+        texts = base.mark_text(align="left", dx=3).encode(x=wall, text=alt.Text("wall:Q", format=".0f"))
+        panels.append(alt.layer(bars, floors, texts).properties(title=f"{size} x 8", width=220, height=alt.Step(26)))
+    chart = alt.hconcat(*panels, title="Wall a step; the black line is the floor")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)
+    chart.save(path)

@@ -47,7 +47,7 @@ from benchmarks.shared.contenders import (
 from benchmarks.shared.scripted_episodes import GROUP_SIZE, World, make_world, shuffled_to
 from benchmarks.throughput.figures import figures
 from benchmarks.throughput.report import report
-from searchr1_async.local.scripted import TrainingTimes
+from searchr1_async.local.scripted_backend import TrainingTimes
 
 TIMES = TrainingTimes(per_token=5e-6, optim_step=0.5, save=1.5)
 """512 examples of 1,500 tokens in 3.8 s."""

@@ -28,10 +28,10 @@ from transformers import AutoTokenizer
 
 from benchmarks.shared.processes import child_environment, command_of
 from benchmarks.shared.report import write_result
+from searchr1_async import Episode, Passage, Question
 from searchr1_async.config import EpisodeLimits, SamplingSettings
 from searchr1_async.episodes.formats import make_dialect
 from searchr1_async.episodes.prompts import clean_query
-from searchr1_async.episodes.types import Episode, Passage, Question
 from searchr1_async.local import DEFAULT_MODEL, Scripted, local_service
 from searchr1_async.local.model_files import resolve_model
 from searchr1_async.rollout.event_loop import Pulse

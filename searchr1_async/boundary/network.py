@@ -1,12 +1,8 @@
-"""How services are reached: the proxies of the environment, loopback addresses, and whether a Tinker service answers.
+"""How services are reached: the proxies of the environment, loopback addresses, health, ``Retry-After``, and the SDK's exceptions.
 
 The SDK has two HTTP clients, httpx and reqwest. Both read ``HTTP_PROXY``, ``HTTPS_PROXY``, ``ALL_PROXY`` and ``NO_PROXY``, but
 they read ``NO_PROXY`` differently: httpx does not support networks (``127.0.0.0/8``), and reqwest does not apply ``*`` to addresses.
 Hosts that the SDK should reach directly are therefore added to ``NO_PROXY`` by name, which both understand.
-
-The header ``Retry-After``, and the message for a wait that is too long.
-
-The exceptions of the ``tinker`` SDK, and their messages.
 """
 
 from __future__ import annotations
@@ -32,6 +28,30 @@ from searchr1_async.errors import ConfigurationError, ServiceUnavailableError
 
 _SCHEMES = ("http", "https", "all")
 _NOT_HEALTHY = "answers, but not as a Tinker service"
+
+SDK_FAULTS: tuple[type[Exception], ...] = (
+    tinker.TinkerError,
+    httpx.HTTPError,
+    # A client closed meanwhile, and other states that the SDK does not expect.
+    RuntimeError,
+    AssertionError,
+    ValueError,
+    KeyError,
+    # Out of file descriptors, or an unreadable credential file.
+    OSError,
+)
+"""What an SDK call may raise. Catch :class:`TimeoutError`, also an ``OSError``, before."""
+
+PASSING_FAULTS: tuple[type[Exception], ...] = (
+    tinker.APIConnectionError,
+    tinker.InternalServerError,
+    tinker.RateLimitError,
+    TimeoutError,
+)
+"""Raised while a service is temporarily unavailable."""
+
+_LONGEST = 600
+"""Maximum characters of a message: a response body may be a whole page."""
 
 
 def checked_url(url: str, name: str) -> str:
@@ -81,7 +101,7 @@ def prepare_proxies(url: str) -> None:
     """
     found = getproxies()
     used = {scheme: found[scheme] for scheme in _SCHEMES if found.get(scheme)}
-    excluded = [entry.strip() for entry in found.get("no", "").split(",") if entry.strip()]
+    excluded = _entries(found.get("no", ""))
     if not used:
         return
     is_everything = "*" in excluded
@@ -103,14 +123,9 @@ def proxy_for(url: str) -> str | None:
     """
     found, parts = getproxies(), urlsplit(url)
     proxy, host = found.get(parts.scheme) or found.get("all"), parts.hostname or ""
-    excluded = [entry.strip() for entry in found.get("no", "").split(",") if entry.strip()]
-    if (
-        not proxy
-        or proxy.lower().startswith("socks")
-        or is_loopback(host)
-        or proxy_bypass(host)
-        or any(_is_within(host, entry) for entry in excluded)
-    ):
+    if not proxy or proxy.lower().startswith("socks") or is_loopback(host) or proxy_bypass(host):
+        return None
+    if any(_is_within(host, entry) for entry in _entries(found.get("no", ""))):
         return None
     return proxy if "://" in proxy else f"http://{proxy}"
 
@@ -194,8 +209,12 @@ def _is_within(host: str, network: str) -> bool:
 def _exclude(host: str) -> None:
     # If both spellings are set, httpx and reqwest each read a different one.
     for name in [name for name in ("no_proxy", "NO_PROXY") if os.environ.get(name)] or ["NO_PROXY"]:
-        entries = [entry.strip() for entry in os.environ.get(name, "").split(",") if entry.strip()]
-        os.environ[name] = ",".join([*entries, host]) if host not in entries else ",".join(entries)
+        entries = _entries(os.environ.get(name, ""))
+        os.environ[name] = ",".join(entries if host in entries else [*entries, host])
+
+
+def _entries(no_proxy: str) -> list[str]:
+    return [entry.strip() for entry in no_proxy.split(",") if entry.strip()]
 
 
 def _way(url: str) -> str:
@@ -226,7 +245,7 @@ def seconds_asked(retry_after: str, now: datetime) -> float | None:
     return max(0.0, (date.replace(tzinfo=date.tzinfo or UTC) - now).total_seconds())
 
 
-def refused_wait(name: str, seconds: float, longest: float, setting: str) -> str:
+def long_wait_text(name: str, seconds: float, longest: float, setting: str) -> str:
     """The message for a service that asks for a longer wait than allowed.
 
     Args:
@@ -240,31 +259,6 @@ def refused_wait(name: str, seconds: float, longest: float, setting: str) -> str
         f"{name} asks for a wait of {seconds:,.0f} s, until {end} (a quota?), which is longer than "
         f"{setting}={longest:g} allows: progress is kept, so run the same command again after that, or raise {setting}"
     )
-
-
-SDK_FAULTS: tuple[type[Exception], ...] = (
-    tinker.TinkerError,
-    httpx.HTTPError,
-    # A client closed meanwhile, and other states that the SDK does not expect.
-    RuntimeError,
-    AssertionError,
-    ValueError,
-    KeyError,
-    # Out of file descriptors, or an unreadable credential file.
-    OSError,
-)
-"""What an SDK call may raise. Catch :class:`TimeoutError`, also an ``OSError``, before."""
-
-PASSING_FAULTS: tuple[type[Exception], ...] = (
-    tinker.APIConnectionError,
-    tinker.InternalServerError,
-    tinker.RateLimitError,
-    TimeoutError,
-)
-"""Raised while a service is temporarily unavailable."""
-
-_LONGEST = 600
-"""Maximum characters of a message: a response body may be a whole page."""
 
 
 def fault_text(error: BaseException) -> str:

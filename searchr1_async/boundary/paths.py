@@ -1,10 +1,6 @@
-"""User-supplied paths, made absolute once, with ``~`` expanded.
+"""Paths of users, made absolute once, with ``~`` expanded; files shared by processes; and the limit of open files.
 
-Files and folders shared by processes: atomic replacement and locks. Failed writes raise :class:`OSError`.
-
-Imports nothing else of the package.
-
-Raises the limit of open files and connections, and derives how many requests it allows.
+Files are replaced atomically and folders locked. Failed writes raise :class:`OSError`.
 """
 
 from __future__ import annotations
@@ -38,6 +34,12 @@ logger = logging.getLogger(__name__)
 
 _LONGEST_NAME = 255
 """Maximum bytes of a file name, on all common file systems."""
+WANTED = 65536
+"""More than any run needs."""
+RESERVE = 96
+"""Files for everything but sampling: training calls, search, records, the view, late imports."""
+POSTING = 400
+"""Requests that the SDK posts concurrently; each needs a second connection for the post."""
 
 
 def absolute_path(path: str | os.PathLike[str], name: str = "path") -> Path:
@@ -63,7 +65,7 @@ def absolute_path(path: str | os.PathLike[str], name: str = "path") -> Path:
         os.fsencode(text)
     except UnicodeEncodeError as error:
         raise ConfigurationError(
-            f"{name} is {text!r}, which has a lone surrogate (half a character) at {error.start}: no file has such a name"
+            f"{name} is {text!r}, which has a lone surrogate at {error.start}: no file has such a name"
         ) from None
     if any(len(os.fsencode(part)) > _LONGEST_NAME for part in Path(text).parts):
         raise ConfigurationError(
@@ -299,14 +301,6 @@ async def only_one(path: Path, work: str) -> AsyncIterator[None]:
         yield
     finally:
         lock.release()
-
-
-WANTED = 65536
-"""More than any run needs."""
-RESERVE = 96
-"""Files for everything but sampling: training calls, search, records, the view, late imports."""
-POSTING = 400
-"""Requests that the SDK posts concurrently; each needs a second connection for the post."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,7 @@
-"""Checks and coerces settings and arguments by their annotations, which declare types and bounds.
+"""Checks and coerces values of users and files: numbers, flags and texts, and whole settings by their annotations.
 
 ``Count``, ``Seconds`` and others are annotations with bounds. An annotation may also name a custom check:
 ``Annotated[str | Path, as_path]``, where ``as_path(name, value)`` returns the value to use or raises.
-
-Numbers, flags and texts from users and files: converted to plain Python values, or rejected with the argument's name.
 
 numpy and torch scalars are converted, since JSON cannot hold them and writing results would fail after the work is done.
 """
@@ -22,6 +20,27 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from searchr1_async.errors import ConfigurationError
 
+Check = Callable[[str, Any], Any]
+"""Takes an argument's name and value; returns the value to use, or raises :class:`ConfigurationError`."""
+Settings = TypeVar("Settings")
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Bounds of a number; None is unbounded."""
+
+    at_least: float | None = None
+    over: float | None = None
+    at_most: float | None = None
+
+
+Count = Annotated[int, Range(at_least=1)]
+Natural = Annotated[int, Range(at_least=0)]
+Seconds = Annotated[float, Range(over=0)]
+Positive = Annotated[float, Range(over=0)]
+NotNegative = Annotated[float, Range(at_least=0)]
+Share = Annotated[float, Range(at_least=0, at_most=1)]
+
 
 def plain(value: Any) -> Any:
     """Converts a scalar of numpy, torch or pandas (or a zero-dimensional array) to Python; returns other values unchanged."""
@@ -38,9 +57,8 @@ def as_integer(name: str, value: Any, *, at_least: int | None = None, at_most: i
     """
     found = plain(value)
     if isinstance(found, bool) or not isinstance(found, numbers.Integral):
-        raise ConfigurationError(
-            f"{name} is {shown_with_kind(value)}: expected an integer, such as {_example(at_least)}"
-        )
+        example = 8 if at_least is None else max(1, at_least)
+        raise ConfigurationError(f"{name} is {shown_with_kind(value)}: expected an integer, such as {example}")
     _check_bounds(name, int(found), at_least, None, at_most)
     return int(found)
 
@@ -82,14 +100,14 @@ def as_text(name: str, value: Any) -> str:
     """Text that can be encoded.
 
     Raises:
-        ConfigurationError: not text, or it has a lone surrogate (half a character), which UTF-8 cannot encode.
+        ConfigurationError: not text, or it has a lone surrogate, which UTF-8 cannot encode.
     """
     found = plain(value)
     if not isinstance(found, str):
         raise ConfigurationError(f"{name} is {shown_with_kind(value)}: expected text")
-    if (place := half_a_character(found)) is not None:
+    if (place := lone_surrogate(found)) is not None:
         raise ConfigurationError(
-            f"{name} is {shown(value)}, which has a lone surrogate (half a character) at {place}: read its file as UTF-8"
+            f"{name} is {shown(value)}, which has a lone surrogate at {place}: read its file as UTF-8"
         )
     return found
 
@@ -105,7 +123,7 @@ def as_choice(name: str, value: Any, choices: Sequence[str]) -> str:
     return value
 
 
-def half_a_character(text: str) -> int | None:
+def lone_surrogate(text: str) -> int | None:
     """Index of the first lone surrogate, which UTF-8 cannot encode; None if there is none."""
     try:
         text.encode("utf-8")
@@ -125,10 +143,6 @@ def shown_with_kind(value: Any) -> str:
     return shown(value) if value is None else f"{shown(value)} ({type(value).__name__})"
 
 
-def _example(at_least: int | None) -> int:
-    return 8 if at_least is None else max(1, at_least)
-
-
 def _check_bounds(name: str, value: float, at_least: float | None, over: float | None, at_most: float | None) -> None:
     if at_least is not None and value < at_least:
         raise ConfigurationError(f"{name} is {value}: it must be at least {at_least}")
@@ -136,28 +150,6 @@ def _check_bounds(name: str, value: float, at_least: float | None, over: float |
         raise ConfigurationError(f"{name} is {value}: it must be over {over}")
     if at_most is not None and value > at_most:
         raise ConfigurationError(f"{name} is {value}: it must be at most {at_most}")
-
-
-Check = Callable[[str, Any], Any]
-"""Takes an argument's name and value; returns the value to use, or raises :class:`ConfigurationError`."""
-Settings = TypeVar("Settings")
-
-
-@dataclass(frozen=True, slots=True)
-class Range:
-    """Bounds of a number; None is unbounded."""
-
-    at_least: float | None = None
-    over: float | None = None
-    at_most: float | None = None
-
-
-Count = Annotated[int, Range(at_least=1)]
-Natural = Annotated[int, Range(at_least=0)]
-Seconds = Annotated[float, Range(over=0)]
-Positive = Annotated[float, Range(over=0)]
-NotNegative = Annotated[float, Range(at_least=0)]
-Share = Annotated[float, Range(at_least=0, at_most=1)]
 
 
 def check_settings(settings: Any, prefix: str = "") -> None:

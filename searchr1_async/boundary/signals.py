@@ -1,10 +1,8 @@
-"""Handles SIGINT, SIGTERM and SIGHUP, so that they stop the work of this process cleanly.
+"""Signals and standard streams of this process.
 
-By default, Python raises :class:`KeyboardInterrupt` wherever it happens to be, and libraries may raise it in worker threads (polars, when
-started with SIGINT ignored). Here a signal raises nothing: it asks the work, on the event loop, to stop, and the program ends once
-the work has closed everything.
-
-Standard streams that may be closed, a broken pipe, or a lost terminal.
+SIGINT, SIGTERM and SIGHUP stop its work cleanly. By default, Python raises :class:`KeyboardInterrupt` wherever it happens to be, and
+libraries may raise it in worker threads (polars, when started with SIGINT ignored). Here a signal raises nothing: it asks the work, on
+the event loop, to stop, and the program ends once the work has closed everything.
 """
 
 from __future__ import annotations
@@ -22,6 +20,14 @@ from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any, NoReturn, TextIO, TypeVar
 
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+REPEAT_SECONDS = 0.5
+"""Signals repeated this soon count as one: ``timeout`` and ``uv run`` signal both the process and its group."""
+_NUMBERS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+_ASYNCIO = logging.getLogger("asyncio")
 _GONE = (OSError, ValueError)
 """A broken pipe or lost terminal; a closed file."""
 
@@ -66,16 +72,6 @@ def _settle(stream: TextIO | None) -> None:
             os.close(nothing)
         except _GONE:  # not a file, or closed
             return
-
-
-logger = logging.getLogger(__name__)
-
-Result = TypeVar("Result")
-
-REPEAT_SECONDS = 0.5
-"""Signals repeated this soon count as one: ``timeout`` and ``uv run`` signal both the process and its group."""
-_NUMBERS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
-_ASYNCIO = logging.getLogger("asyncio")
 
 
 def _is_kept_record(record: logging.LogRecord) -> bool:

@@ -1,14 +1,10 @@
-"""Rows of files and of in-memory tables, each with its place.
+"""Rows and cells of files and of in-memory tables, each with its place; the only reader of Parquet tables.
 
 Files are JSONL, JSON, CSV, TSV or Parquet. In-memory tables are polars and pandas frames, Hugging Face data sets, Arrow tables, and
 iterables of dicts. pandas, datasets and pyarrow are recognised by duck typing, never imported.
 
-The only reader of Parquet tables: a path names one file, whatever characters it contains.
-
 polars expands ``*``, ``?`` and ``[…]`` in paths, treats ``~`` as the home folder and ``file:`` as a URL, reads all files of a folder,
 and makes columns of folders named ``name=value``; so no other module reads tables with polars.
-
-Single cells of a table: missing values, plain Python types, and numbers as text. Pure.
 """
 
 from __future__ import annotations
@@ -32,6 +28,28 @@ from searchr1_async.boundary.settings import plain, shown, shown_with_kind
 
 _MAGIC = b"PAR1"
 """First and last bytes of every Parquet file."""
+_MISSING = frozenset({"NAType", "NaTType"})
+"""Types of pandas' missing values, which do not support comparison."""
+_JSONL_SUFFIXES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
+_PARQUET_SUFFIXES = (".parquet",)
+TABLE_SUFFIXES = (*_JSONL_SUFFIXES, *_PARQUET_SUFFIXES)
+"""Suffixes of files that always hold rows, used to search a folder; JSON and CSV files may hold anything."""
+_JSON_SUFFIXES = (".json", ".json.gz")
+_CSV_SUFFIXES = (".csv", ".csv.gz")
+_TSV_SUFFIXES = (".tsv", ".tsv.gz")
+FORMATS = "*.jsonl, *.json, *.csv, *.tsv (each also with .gz) or *.parquet"
+"""For messages."""
+
+Row = tuple[str, dict[str, Any]]
+"""Place of a row (``"line 3"``, ``"row 2"``) and its contents."""
+
+Columns = Mapping[str, str]
+"""Maps the package's column names to the source's: ``{"question": "q"}``."""
+
+_SLICE = 10_000
+"""Rows converted at a time."""
+_JSON = json.JSONDecoder(parse_constant={"NaN": None, "Infinity": float("inf"), "-Infinity": float("-inf")}.__getitem__)
+"""pandas writes missing values as NaN."""
 
 
 def read_parquet(path: Path, columns: Sequence[str] | None = None, n_rows: int | None = None) -> pl.DataFrame:
@@ -104,10 +122,6 @@ def _one_file(path: Path) -> Path:
     return path.absolute()
 
 
-_MISSING = frozenset({"NAType", "NaTType"})
-"""Types of pandas' missing values, which do not support comparison."""
-
-
 def is_missing(value: Any) -> bool:
     """Whether a cell is None, NaN of any type, ``pandas.NA`` or ``pandas.NaT``."""
     if value is None:
@@ -164,28 +178,6 @@ def name_text(value: Any) -> str | None:
 def _plain_scalar(value: Any) -> Any:
     found = plain(value)
     return float(str(value)) if isinstance(found, float) else found
-
-
-_JSONL_SUFFIXES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
-_PARQUET_SUFFIXES = (".parquet",)
-TABLE_SUFFIXES = (*_JSONL_SUFFIXES, *_PARQUET_SUFFIXES)
-"""Suffixes of files that always hold rows, used to search a folder; JSON and CSV files may hold anything."""
-_JSON_SUFFIXES = (".json", ".json.gz")
-_CSV_SUFFIXES = (".csv", ".csv.gz")
-_TSV_SUFFIXES = (".tsv", ".tsv.gz")
-FORMATS = "*.jsonl, *.json, *.csv, *.tsv (each also with .gz) or *.parquet"
-"""For messages."""
-
-Row = tuple[str, dict[str, Any]]
-"""Place of a row (``"line 3"``, ``"row 2"``) and its contents."""
-
-Columns = Mapping[str, str]
-"""Maps the package's column names to the source's: ``{"question": "q"}``."""
-
-_SLICE = 10_000
-"""Rows converted at a time."""
-_JSON = json.JSONDecoder(parse_constant={"NaN": None, "Infinity": float("inf"), "-Infinity": float("-inf")}.__getitem__)
-"""pandas writes missing values as NaN."""
 
 
 class ArrowTable(Protocol):

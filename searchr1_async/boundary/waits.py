@@ -1,12 +1,8 @@
-"""Bounded waits for external events. A wait over 5 seconds is reported once, with its reason and end.
+"""Waits and work beside the event loop.
 
-:class:`PausableDeadlines` do not advance while a run is paused.
-
-Work in threads.
-
-Debounced, coalesced writes.
-
-A dedicated thread for blocking libraries that are bound to one thread.
+A bounded wait for something external that takes over 5 seconds is reported once, with its reason and end;
+:class:`PausableDeadlines` do not advance while a run is paused. Blocking work runs in threads (:func:`in_thread`,
+:class:`OwnThread`), and frequent writes are combined (:class:`GatheredWriting`).
 """
 
 from __future__ import annotations
@@ -24,24 +20,29 @@ from typing import Generic, ParamSpec, TypeVar
 import anyio
 import anyio.to_thread
 
-TOLD_AFTER = 5.0
+Result = TypeVar("Result")
+Item = TypeVar("Item")
+Parameters = ParamSpec("Parameters")
+REPORT_AFTER = 5.0
 """Seconds after which a wait is reported."""
 
-Tell = Callable[[str], None]
+Notify = Callable[[str], None]
 """Receives one sentence for the user, such as ``lambda text: emit(Notice(text))``."""
 
 
-def say_nothing(text: str) -> None:
+def notify_nobody(text: str) -> None:
     """Discards reports."""
 
 
 @contextmanager
-def bounded_wait(reason: str, tell: Tell, at_most: float, deadlines: PausableDeadlines | None = None) -> Iterator[None]:
+def bounded_wait(
+    reason: str, notify: Notify, at_most: float, deadlines: PausableDeadlines | None = None
+) -> Iterator[None]:
     """A block that waits for something external. Uses a timer, not a task.
 
     Args:
         reason: what is being waited for: ``"the Tinker service does not respond"``.
-        tell: receives reason and end of the wait if the block still runs after :data:`TOLD_AFTER` seconds.
+        notify: receives reason and end of the wait if the block still runs after :data:`REPORT_AFTER` seconds.
         at_most: timeout in seconds.
         deadlines: the timeout stops while these are paused.
 
@@ -49,7 +50,7 @@ def bounded_wait(reason: str, tell: Tell, at_most: float, deadlines: PausableDea
         TimeoutError: the block took longer than ``at_most`` seconds.
     """
     loop = asyncio.get_running_loop()
-    timer = loop.call_later(TOLD_AFTER, lambda: tell(_sentence(reason, at_most - TOLD_AFTER)))
+    timer = loop.call_later(REPORT_AFTER, lambda: notify(_sentence(reason, at_most - REPORT_AFTER)))
     try:
         with anyio.move_on_after(at_most) if deadlines is None else deadlines.limit(at_most) as scope:
             yield
@@ -59,15 +60,15 @@ def bounded_wait(reason: str, tell: Tell, at_most: float, deadlines: PausableDea
         timer.cancel()
 
 
-def tell_of(seconds: float, reason: str, tell: Tell) -> None:
-    """Reports the caller's own wait if it is over :data:`TOLD_AFTER` seconds. The caller bounds ``seconds``."""
-    if seconds > TOLD_AFTER:
-        tell(_sentence(reason, seconds))
+def notify_of_wait(seconds: float, reason: str, notify: Notify) -> None:
+    """Reports the caller's own wait if it is over :data:`REPORT_AFTER` seconds. The caller bounds ``seconds``."""
+    if seconds > REPORT_AFTER:
+        notify(_sentence(reason, seconds))
 
 
-async def pause(seconds: float, reason: str, tell: Tell) -> None:
-    """Sleeps; reports a sleep over :data:`TOLD_AFTER` seconds at its start. The caller bounds ``seconds``."""
-    tell_of(seconds, reason, tell)
+async def pause(seconds: float, reason: str, notify: Notify) -> None:
+    """Sleeps; reports a sleep over :data:`REPORT_AFTER` seconds at its start. The caller bounds ``seconds``."""
+    notify_of_wait(seconds, reason, notify)
     await anyio.sleep(seconds)
 
 
@@ -78,12 +79,12 @@ class PausableDeadlines:
         self._left: dict[anyio.CancelScope, float] = {}
         """Per active limit: the seconds left when paused, else its full time."""
         self._paused_at: float | None = None
-        self._held = 0.0
+        self._paused_seconds = 0.0
 
     @property
-    def held(self) -> float:
+    def paused_seconds(self) -> float:
         """Total seconds paused."""
-        return self._held + (0.0 if self._paused_at is None else anyio.current_time() - self._paused_at)
+        return self._paused_seconds + (0.0 if self._paused_at is None else anyio.current_time() - self._paused_at)
 
     @contextmanager
     def limit(self, seconds: float | None) -> Iterator[anyio.CancelScope]:
@@ -109,7 +110,7 @@ class PausableDeadlines:
                 self._left[scope] = scope.deadline - now
                 scope.deadline = math.inf
         elif not is_paused and self._paused_at is not None:
-            self._held += now - self._paused_at
+            self._paused_seconds += now - self._paused_at
             self._paused_at = None
             for scope, left in self._left.items():
                 scope.deadline = now + left
@@ -144,10 +145,6 @@ def clock_time(seconds: float) -> str:
 
 def _sentence(reason: str, seconds: float) -> str:
     return f"{reason}: waiting for at most {seconds:,.0f} s more, until {clock_time(max(0.0, seconds))}"
-
-
-Result = TypeVar("Result")
-Item = TypeVar("Item")
 
 
 async def in_thread(function: Callable[[], Result]) -> Result:
@@ -259,9 +256,6 @@ class GatheredItems(Generic[Item]):
             # Shielded: items taken from the list must reach the disk, even if the work is being stopped.
             with anyio.CancelScope(shield=True):
                 await self._write(pending)
-
-
-Parameters = ParamSpec("Parameters")
 
 
 class OwnThread:

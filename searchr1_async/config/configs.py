@@ -214,7 +214,7 @@ def takes_config(kind: type[Config], **renamed: str) -> Callable[[Callable[P, R]
                 names = ", ".join(f"{name}=…" for name in misplaced)
                 raise ConfigurationError(
                     f"{', '.join(misplaced)}: a setting belongs in the config: "
-                    f"{function.__name__}(…, config=sr.{kind.__name__}({names}))"
+                    f"{function.__name__}(…, config=sr.config.{kind.__name__}({names}))"
                 )
             return function(*args, **keywords)
 

@@ -232,7 +232,7 @@ def load_corpus(name_or_path: CorpusSource, *, columns: Columns | None = None) -
     if path.is_file():
         return FileCorpus(path, columns)
     if name == "atlas":
-        from searchr1_async.data.atlas import atlas_passages
+        from searchr1_async.data.atlas_corpus import atlas_passages
 
         return MemoryCorpus(atlas_passages(), "atlas")
     if path.is_dir():

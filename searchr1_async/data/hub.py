@@ -1,19 +1,17 @@
-"""Resumable, verified download of one very large file from the Hugging Face hub.
+"""Large files on the Hugging Face hub: look-up, resumable download, verification, and the unpacked size of an xz archive.
 
 ``hf_hub_download`` is unsuitable: since 1.x it deletes its temporary file when interrupted, so a download of hours starts over, and it
 refuses files over 50 GB without Xet (huggingface_hub 2.4).
-
-Downloads question files from the Hugging Face hub.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import re
 import shutil
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+import zlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -25,15 +23,17 @@ import anyio
 import anyio.from_thread
 import anyio.to_thread
 
-from searchr1_async.boundary.network import refused_wait, seconds_asked
+from searchr1_async.boundary.network import long_wait_text, seconds_asked
 from searchr1_async.boundary.paths import write_all
-from searchr1_async.boundary.waits import Tell, in_thread, pause
-from searchr1_async.errors import QuestionsError, StoreError
+from searchr1_async.boundary.waits import Notify, in_thread, pause
+from searchr1_async.errors import StoreError
 
 logger = logging.getLogger(__name__)
 
 Advance = Callable[[int], None]
 """Receives the bytes done so far; called from the event loop."""
+Read = Callable[[int, int], bytes]
+"""``read(start, length)`` returns that part of the file."""
 
 PART = 4 << 30
 """Bytes per request: the hub refuses responses over 50 GB, and its download URLs expire."""
@@ -43,6 +43,9 @@ PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0, 60.0, 120.0)
 """Seconds between retries; reset whenever bytes arrive."""
 LONGEST_WAIT = 600.0
 """Default maximum ``Retry-After``, in seconds."""
+_FOOTER_MAGIC, _HEADER_SIZE, _FOOTER_SIZE = b"YZ", 12, 12
+_MOST_INDEX_BYTES = 64 << 20
+"""xz writes about 8 bytes per block, and by default a block per 24 MiB."""
 _TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)
 _GONE = {
     401: "it requires a token: set HF_TOKEN",
@@ -76,7 +79,7 @@ class Patience:
 
     longest_wait: float = LONGEST_WAIT
     """Maximum ``Retry-After`` in seconds; the download fails at once if the hub asks for more."""
-    tell: Tell = logger.warning
+    notify: Notify = logger.warning
     """Receives each wait over 5 seconds, with its reason and end."""
 
 
@@ -133,23 +136,20 @@ async def fetch_part(file: HubFile, start: int, length: int, patience: Patience 
     Raises:
         StoreError: the hub does not respond, or not with that part.
     """
+    content = bytearray()
     async with _session(file) as session:
-        content = bytearray()
-        await _with_pauses(
-            _Waits(file, PAUSES[:3], patience or Patience()),
-            lambda: len(content),
-            lambda: _ask(session, file, start, length, content),
-        )
+
+        async def fetch() -> bool:
+            content.clear()
+            async with _part(session, file, start, start + length) as response:
+                content.extend(await response.read())
+            if len(content) != length:
+                raise aiohttp.ClientPayloadError(f"{len(content)} of {length} bytes")
+            return True
+
+        pauses = PAUSES[:3]
+        await retried(fetch, lambda: len(content), pauses, _Waits(file, len(pauses), patience or Patience()).wait)
     return bytes(content)
-
-
-async def _ask(session: aiohttp.ClientSession, file: HubFile, start: int, length: int, content: bytearray) -> bool:
-    content.clear()
-    async with _part(session, file, start, start + length) as response:
-        content += await response.read()
-    if len(content) != length:
-        raise aiohttp.ClientPayloadError(f"{len(content)} of {length} bytes")
-    return True
 
 
 async def download(file: HubFile, target: Path, advance: Advance, patience: Patience | None = None) -> None:
@@ -174,99 +174,54 @@ async def download(file: HubFile, target: Path, advance: Advance, patience: Pati
             async def one_part() -> bool:
                 start = output.tell()
                 if start < file.size:
-                    await _append_part(session, file, output, min(start + PART, file.size), advance)
+                    end = min(start + PART, file.size)
+                    async with _part(session, file, start, end) as response:
+                        await append_body(response, output, advance)
+                    if output.tell() < end:
+                        raise aiohttp.ClientPayloadError(f"the response ended {end - output.tell()} bytes early")
                 return output.tell() >= file.size
 
-            await _with_pauses(_Waits(file, PAUSES, patience or Patience()), output.tell, one_part)
-
-
-async def _append_part(
-    session: aiohttp.ClientSession, file: HubFile, output: BinaryIO, end: int, advance: Advance
-) -> None:
-    block = bytearray()
-
-    async def write() -> None:
-        await in_thread(lambda: write_all(output, block))
-        block.clear()
-        advance(output.tell())
-
-    async with _part(session, file, output.tell(), end) as response:
-        try:
-            async for chunk in response.content.iter_any():
-                block += chunk
-                if len(block) >= BLOCK:
-                    await write()
-        except (aiohttp.ClientError, TimeoutError):
-            await write()  # keep what arrived before the error
-            raise
-        await write()
-    if output.tell() < end:
-        raise aiohttp.ClientPayloadError(f"the response ended {end - output.tell()} bytes early")
+            await retried(one_part, output.tell, PAUSES, _Waits(file, len(PAUSES), patience or Patience()).wait)
 
 
 @dataclass(frozen=True, slots=True)
 class _Waits:
-    """The pauses between retries."""
+    """The waits between the attempts of one file."""
 
     file: HubFile
-    pauses: Sequence[float]
+    attempts: int
     patience: Patience
 
-    def after(self, error: BaseException, failures: int) -> float:
-        """Seconds to wait after this many consecutive failures; longer if the hub asks for it.
+    async def wait(self, error: Exception, seconds: float | None) -> None:
+        """Waits as long as the hub asks for, at least ``seconds``.
 
         Raises:
-            StoreError: it asks for more than allowed.
+            StoreError: it asks for more than allowed, or no attempt is left.
         """
+        name, longest = self.file.name, self.patience.longest_wait
+        failed = f"the download of {name} failed"
+        if seconds is None:
+            raise StoreError(
+                f"{failed} {self.attempts} times in a row ({fault_of(error)}): check the network and run the same command "
+                "again; the partial download is kept"
+            ) from error
         asked = _asked(error)
-        if asked > self.patience.longest_wait:
-            raise StoreError(refused_wait(self.file.name, asked, self.patience.longest_wait, "longest_wait")) from error
-        return max(asked, self.pauses[failures])
+        if asked > longest:
+            raise StoreError(long_wait_text(name, asked, longest, "longest_wait")) from error
+        logger.info("%s (%s): retrying", failed, fault_of(error))
+        await pause(max(asked, seconds), f"{failed} ({fault_of(error)})", self.patience.notify)
 
 
-def _asked(error: BaseException) -> float:
+def _asked(error: Exception) -> float:
     """``Retry-After`` of a response in seconds; 0 without."""
     if not isinstance(error, aiohttp.ClientResponseError) or error.headers is None:
         return 0.0
     return seconds_asked(error.headers.get("Retry-After", ""), datetime.now(UTC)) or 0.0
 
 
-async def _with_pauses(waits: _Waits, position: Callable[[], int], step: Callable[[], Awaitable[bool]]) -> None:
-    """Repeats ``step`` until it returns True, with growing pauses while it makes no progress."""
-    file, pauses = waits.file, waits.pauses
-    failures, before = 0, position()
-    while True:
-        try:
-            if await step():
-                return
-        except (aiohttp.ClientError, TimeoutError) as error:
-            failures = 0 if position() > before else failures
-            if failures >= len(pauses):
-                raise StoreError(
-                    f"the download of {file.name} failed {len(pauses)} times in a row ({_reason(error)}): check the "
-                    "network and run the same command again; the partial download is kept"
-                ) from error
-            logger.info("the download of %s failed (%s): retrying", file.name, _reason(error))
-            await pause(
-                waits.after(error, failures),
-                f"the download of {file.name} failed ({_reason(error)})",
-                waits.patience.tell,
-            )
-            failures += 1
-        before = position()
-
-
-def _reason(error: BaseException) -> str:
-    return f"HTTP {error.status}" if isinstance(error, aiohttp.ClientResponseError) else type(error).__name__
-
-
-@asynccontextmanager
-async def _session(file: HubFile) -> AsyncIterator[aiohttp.ClientSession]:
+def _session(file: HubFile) -> aiohttp.ClientSession:
     # aiohttp drops the token when the hub redirects to another host.
-    async with aiohttp.ClientSession(
-        timeout=_TIMEOUT, headers=file.headers, trust_env=True, auto_decompress=False
-    ) as session:
-        yield session
+    return download_session(file.headers)
 
 
 @asynccontextmanager
@@ -319,123 +274,127 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-FLASHRAG = "RUC-NLPIR/FlashRAG_datasets"
-SUITES = {
-    "nq": "test",
-    "triviaqa": "test",
-    "popqa": "test",
-    "hotpotqa": "dev",
-    "2wikimultihopqa": "dev",
-    "musique": "dev",
-    "bamboogle": "test",
-}
-"""FlashRAG's standard suites, each with the split that is usually reported."""
-
-HUB_NAME = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
-_REFERENCE = re.compile(rf"(?P<name>{HUB_NAME}|{'|'.join(SUITES)})(?:@(?P<revision>[\w.-]+)(?:/(?P<filename>[^#]+))?)?")
+def download_session(headers: Mapping[str, str] | None = None) -> aiohttp.ClientSession:
+    """A client for large files: no limit in total, 60 s without a byte."""
+    return aiohttp.ClientSession(timeout=_TIMEOUT, headers=headers, trust_env=True, auto_decompress=False)
 
 
-@dataclass(frozen=True, slots=True)
-class HubReference:
-    """A reference to a data set on the hub."""
-
-    name: str
-    """A key of :data:`SUITES`, or ``"org/name"``."""
-    revision: str | None = None
-    """A commit, branch or tag; None is the latest."""
-    filename: str | None = None
-    """A file; None is the split's file."""
-
-
-@dataclass(frozen=True, slots=True)
-class HubQuestions:
-    """A downloaded question file."""
-
-    path: Path
-    repository: str
-    commit: str
-    """The commit of the requested revision."""
-    filename: str
-
-    @property
-    def source(self) -> str:
-        """A reference for :func:`read_reference` that is pinned to this commit."""
-        return f"{self.repository}@{self.commit}/{self.filename}"
-
-
-def read_reference(text: str) -> HubReference | None:
-    """``"nq"`` or ``"org/name"``, optionally with ``@revision`` and then ``/file``; None for any other text."""
-    found = _REFERENCE.fullmatch(text)
-    if not found or ".." in (found["filename"] or "").split("/"):  # a manifest may be untrusted
-        return None
-    return HubReference(found["name"], found["revision"], found["filename"])
-
-
-def split_of(reference: HubReference, split: str | None) -> str:
-    """The split to read: the file's own, the requested one, the suite's usual one, or ``"train"``."""
-    if reference.filename:
-        return reference.filename.rsplit("/", 1)[-1].split(".")[0]
-    return split or SUITES.get(reference.name, "train")
-
-
-def fetch_questions_file(reference: HubReference, split: str | None) -> HubQuestions:
-    """Downloads the file of one split, or finds it in the hub's cache.
+async def retried(
+    step: Callable[[], Awaitable[bool]],
+    position: Callable[[], int],
+    pauses: Sequence[float],
+    wait: Callable[[Exception, float | None], Awaitable[None]],
+) -> None:
+    """Repeats ``step`` until it returns True, with growing pauses while it makes no progress.
 
     Args:
-        reference: one of :data:`SUITES`, or any data set with ``<split>.parquet`` or ``<split>.jsonl``.
-        split: None means the suite's usual split, or ``"train"`` for other data sets.
+        position: bytes done so far.
+        wait: receives each network error and the pause before the next attempt, in seconds; None: ``pauses`` are used up,
+            so it must raise.
+    """
+    failures, before = 0, position()
+    while True:
+        try:
+            if await step():
+                return
+        except (aiohttp.ClientError, TimeoutError) as error:
+            failures = 0 if position() > before else failures
+            await wait(error, pauses[failures] if failures < len(pauses) else None)
+            failures += 1
+        before = position()
+
+
+async def append_body(response: aiohttp.ClientResponse, output: BinaryIO, advance: Advance = lambda done: None) -> None:
+    """Appends a response's body to an unbuffered file. What arrived before an error is kept."""
+    block = bytearray()
+
+    async def write() -> None:
+        await in_thread(lambda: write_all(output, block))
+        block.clear()
+        advance(output.tell())
+
+    try:
+        async for chunk in response.content.iter_any():
+            block += chunk
+            if len(block) >= BLOCK:
+                await write()
+    except (aiohttp.ClientError, TimeoutError):
+        await write()
+        raise
+    await write()
+
+
+def fault_of(error: Exception) -> str:
+    """A network error in short, for messages."""
+    return f"HTTP {error.status}" if isinstance(error, aiohttp.ClientResponseError) else type(error).__name__
+
+
+class BrokenXzError(ValueError):
+    """Not an xz file, or truncated."""
+
+
+def unpacked_size(read: Read, size: int) -> int:
+    """The unpacked size of an xz file, over all its streams.
+
+    Every stream ends with an index of its blocks and a footer with the index's length: section 2.1.2 and chapter 4 of "The .xz File
+    Format", version 1.2.1. Only these are read, backwards.
+
+    Args:
+        read: reads a part of the file.
+        size: size of the file in bytes.
 
     Raises:
-        QuestionsError: the data set, revision or split does not exist, or the hub cannot be reached.
+        BrokenXzError: not an xz file, or truncated.
+        Exception: any error of ``read``.
     """
-    repository = FLASHRAG if reference.name in SUITES else reference.name
-    split = split_of(reference, split)
-    stem = f"{reference.name}/{split}" if reference.name in SUITES else split
-    suffixes = ("jsonl",) if reference.name in SUITES else ("parquet", "jsonl")
-    tried = tuple(f"{folder}{stem}.{suffix}" for folder in ("", "data/") for suffix in suffixes)
-    for filename in (reference.filename,) if reference.filename else tried:
-        if path := _fetch(repository, filename, reference.revision):
-            # …/snapshots/<commit>/<filename>
-            return HubQuestions(path, repository, path.parents[filename.count("/")].name, filename)
-    raise QuestionsError(
-        f"the Hugging Face data set {repository} has no file {reference.filename or ' or '.join(tried)}: "
-        "name another split, or download the file you mean and give its path"
-    )
+    total, end = 0, size
+    while end:
+        if end < _HEADER_SIZE + _FOOTER_SIZE:
+            raise BrokenXzError("too short for an xz stream")
+        footer = read(end - _FOOTER_SIZE, _FOOTER_SIZE)
+        if footer == bytes(_FOOTER_SIZE) or footer[-4:] == bytes(4):  # padding between streams, in steps of 4 bytes
+            end -= 4
+            continue
+        blocks, unpacked, index_size = _read_stream_end(read, end, footer)
+        end -= _HEADER_SIZE + blocks + index_size + _FOOTER_SIZE
+        if end < 0:
+            raise BrokenXzError("an xz stream is longer than its file")
+        total += unpacked
+    return total
 
 
-def _fetch(repository: str, filename: str, revision: str | None) -> Path | None:
-    """The file in the hub's cache; None if the data set has no such file."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+def _read_stream_end(read: Read, end: int, footer: bytes) -> tuple[int, int, int]:
+    """Of the stream that ends at ``end``: size of its blocks, their unpacked size, and size of its index."""
+    if len(footer) != _FOOTER_SIZE or footer[10:] != _FOOTER_MAGIC or zlib.crc32(footer[4:10]) != _number(footer[:4]):
+        raise BrokenXzError("no xz footer at the end")
+    index_size = (_number(footer[4:8]) + 1) * 4
+    start = end - _FOOTER_SIZE - index_size
+    if start < _HEADER_SIZE or index_size > _MOST_INDEX_BYTES:
+        raise BrokenXzError("an invalid xz index")
+    index = read(start, index_size)
+    if len(index) != index_size or index[0] != 0 or zlib.crc32(index[:-4]) != _number(index[-4:]):
+        raise BrokenXzError("a corrupt xz index")
+    count, position = _variable_length(index, 1)
+    blocks = unpacked = 0
+    for _ in range(count):
+        block, position = _variable_length(index, position)
+        content, position = _variable_length(index, position)
+        blocks += (block + 3) // 4 * 4
+        unpacked += content
+    return blocks, unpacked, index_size
 
-    endpoint = os.environ.get("HF_ENDPOINT") or None
-    try:
-        return Path(
-            hf_hub_download(repository, filename, repo_type="dataset", revision=revision, endpoint=endpoint),
-        )
-    except LocalEntryNotFoundError as error:
-        raise QuestionsError(
-            f"the Hugging Face hub cannot be reached for {repository} ({filename}), and the file is not in the hub's "
-            "cache: go online, pass the path of a file you downloaded, or use the built-in 'atlas'"
-        ) from error
-    except EntryNotFoundError:
-        return None
-    except RevisionNotFoundError as error:
-        raise QuestionsError(
-            f"the Hugging Face data set {repository} has no revision {revision!r}: use an existing commit, branch or tag"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise QuestionsError(
-            f"the Hugging Face data set {repository!r} does not exist or is not accessible: check its name, "
-            "or log in with `hf auth login` if it is private"
-        ) from error
-    except Exception as error:  # the hub's client lets errors of its transport through
-        raise QuestionsError(
-            f"{filename} of the Hugging Face data set {repository} cannot be downloaded "
-            f"({type(error).__name__}): download it yourself and pass its path, or use the built-in 'atlas'"
-        ) from error
+
+def _number(little_endian: bytes) -> int:
+    return int.from_bytes(little_endian, "little")
+
+
+def _variable_length(data: bytes, position: int) -> tuple[int, int]:
+    """The number at ``position`` and the position after it: 7 bits per byte, the high bit marks continuation."""
+    value = shift = 0
+    while shift < 63 and position < len(data):
+        byte = data[position]
+        value |= (byte & 0x7F) << shift
+        position, shift = position + 1, shift + 7
+        if byte < 0x80:
+            return value, position
+    raise BrokenXzError("a corrupt number in an xz index")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,9 +25,8 @@ from searchr1_async.boundary.tables import (
     read_rows,
     renamed,
 )
-from searchr1_async.data.hub import SUITES, fetch_questions_file, read_reference, split_of
 from searchr1_async.data.layouts import QUESTION_COLUMNS, LayoutError, question_of
-from searchr1_async.episodes.rewards import normalize_answer
+from searchr1_async.episodes.reward import normalize_answer
 from searchr1_async.episodes.types import Question
 from searchr1_async.errors import ConfigurationError, CorpusError, QuestionsError
 
@@ -39,6 +40,20 @@ MEMORY = "memory"
 TABLE = "table"
 """Default name of in-memory rows. Equal for all containers: generated ids include it, so a run may be resumed with another one."""
 ATLAS_SPLITS = ("train", "held_out")
+FLASHRAG = "RUC-NLPIR/FlashRAG_datasets"
+SUITES = {
+    "nq": "test",
+    "triviaqa": "test",
+    "popqa": "test",
+    "hotpotqa": "dev",
+    "2wikimultihopqa": "dev",
+    "musique": "dev",
+    "bamboogle": "test",
+}
+"""FlashRAG's standard suites, each with the split that is usually reported."""
+
+HUB_NAME = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
+_REFERENCE = re.compile(rf"(?P<name>{HUB_NAME}|{'|'.join(SUITES)})(?:@(?P<revision>[\w.-]+)(?:/(?P<filename>[^#]+))?)?")
 
 
 def load_questions(
@@ -174,15 +189,15 @@ def read_questions(source: Questions, split: str | None = None, columns: Columns
 def _in_memory(source: object, split: str | None, columns: Columns | None) -> ReadQuestions:
     if isinstance(own := getattr(source, "questions", None), tuple):  # a loaded suite
         source = own
+    chosen = split
     if isinstance(source, Mapping):
-        source = _split_of_mapping(source, split)
-        split = None
+        source, split = _split_of_mapping(source, split), None
     try:
         table = MemoryRows(source)
         if isinstance(table.first(), Question):
-            return ReadQuestions(_given(table, split), "questions", MEMORY, split=split)
+            return ReadQuestions(_given(table, split), "questions", MEMORY, split=chosen)
         questions = questions_of_rows(table.rows(), table.name, TABLE, split, columns)
-        return ReadQuestions(questions, TABLE, MEMORY, split=split)
+        return ReadQuestions(questions, TABLE, MEMORY, split=chosen)
     except UnreadableFileError as error:
         raise QuestionsError(str(error)) from error
 
@@ -213,7 +228,7 @@ def _given(table: MemoryRows, split: str | None) -> tuple[Question, ...]:
         places.append(f"question {place}")
     if not found:
         raise QuestionsError(f"no question has split={split!r} in its metadata" if split else "there are no questions")
-    _tell_of_unmatched("the questions", places, found)
+    _warn_of_unmatched("the questions", places, found)
     return tuple(found)
 
 
@@ -235,12 +250,12 @@ def questions_of_rows(
         raise QuestionsError(f"{source} holds no questions" + (f" of split {split!r}" if split else ""))
     questions = [_question(source, place, row, suite) for place, row in chosen]
     places = [place for place, _ in chosen]
-    _tell_of_unmatched(source, places, questions)
+    _warn_of_unmatched(source, places, questions)
     return _with_unique_ids(source, places, questions)
 
 
 def _atlas(split: str | None) -> tuple[Question, ...]:
-    from searchr1_async.data.atlas import atlas_questions
+    from searchr1_async.data.atlas_corpus import atlas_questions
 
     if split is not None and split not in ATLAS_SPLITS:
         raise QuestionsError(f"the atlas has no split {split!r}: use {' or '.join(map(repr, ATLAS_SPLITS))}, or None")
@@ -277,7 +292,7 @@ def _question(source: str | Path, place: str, row: Mapping[str, Any], suite: str
         raise QuestionsError(f"{source}, {place}: {error}") from None
 
 
-def _tell_of_unmatched(source: str | Path, places: Sequence[str], questions: Sequence[Question]) -> None:
+def _warn_of_unmatched(source: str | Path, places: Sequence[str], questions: Sequence[Question]) -> None:
     """Warns only: published suites have such rows ("---" in Natural Questions), and a custom reward may accept them."""
     found = [
         (place, question.golden_answers)
@@ -324,3 +339,109 @@ def _with_unique_ids(source: str | Path, places: Sequence[str], questions: list[
             )
         first[key] = place
     return tuple(replace(question, id=f"{question.data_source}/{question.id}") for question in questions)
+
+
+@dataclass(frozen=True, slots=True)
+class HubReference:
+    """A reference to a data set on the hub."""
+
+    name: str
+    """A key of :data:`SUITES`, or ``"org/name"``."""
+    revision: str | None = None
+    """A commit, branch or tag; None is the latest."""
+    filename: str | None = None
+    """A file; None is the split's file."""
+
+
+@dataclass(frozen=True, slots=True)
+class HubQuestions:
+    """A downloaded question file."""
+
+    path: Path
+    repository: str
+    commit: str
+    """The commit of the requested revision."""
+    filename: str
+
+    @property
+    def source(self) -> str:
+        """A reference for :func:`read_reference` that is pinned to this commit."""
+        return f"{self.repository}@{self.commit}/{self.filename}"
+
+
+def read_reference(text: str) -> HubReference | None:
+    """``"nq"`` or ``"org/name"``, optionally with ``@revision`` and then ``/file``; None for any other text."""
+    found = _REFERENCE.fullmatch(text)
+    if not found or ".." in (found["filename"] or "").split("/"):  # a manifest may be untrusted
+        return None
+    return HubReference(found["name"], found["revision"], found["filename"])
+
+
+def split_of(reference: HubReference, split: str | None) -> str:
+    """The split to read: the file's own, the requested one, the suite's usual one, or ``"train"``."""
+    if reference.filename:
+        return reference.filename.rsplit("/", 1)[-1].split(".")[0]
+    return split or SUITES.get(reference.name, "train")
+
+
+def fetch_questions_file(reference: HubReference, split: str | None) -> HubQuestions:
+    """Downloads the file of one split, or finds it in the hub's cache.
+
+    Args:
+        reference: one of :data:`SUITES`, or any data set with ``<split>.parquet`` or ``<split>.jsonl``.
+        split: None means the suite's usual split, or ``"train"`` for other data sets.
+
+    Raises:
+        QuestionsError: the data set, revision or split does not exist, or the hub cannot be reached.
+    """
+    repository = FLASHRAG if reference.name in SUITES else reference.name
+    split = split_of(reference, split)
+    stem = f"{reference.name}/{split}" if reference.name in SUITES else split
+    suffixes = ("jsonl",) if reference.name in SUITES else ("parquet", "jsonl")
+    tried = tuple(f"{folder}{stem}.{suffix}" for folder in ("", "data/") for suffix in suffixes)
+    for filename in (reference.filename,) if reference.filename else tried:
+        if path := _fetch(repository, filename, reference.revision):
+            # …/snapshots/<commit>/<filename>
+            return HubQuestions(path, repository, path.parents[filename.count("/")].name, filename)
+    raise QuestionsError(
+        f"the Hugging Face data set {repository} has no file {reference.filename or ' or '.join(tried)}: "
+        "name another split, or download the file you mean and give its path"
+    )
+
+
+def _fetch(repository: str, filename: str, revision: str | None) -> Path | None:
+    """The file in the hub's cache; None if the data set has no such file."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    endpoint = os.environ.get("HF_ENDPOINT") or None
+    try:
+        return Path(
+            hf_hub_download(repository, filename, repo_type="dataset", revision=revision, endpoint=endpoint),
+        )
+    except LocalEntryNotFoundError as error:
+        raise QuestionsError(
+            f"the Hugging Face hub cannot be reached for {repository} ({filename}), and the file is not in the hub's "
+            "cache: go online, pass the path of a file you downloaded, or use the built-in 'atlas'"
+        ) from error
+    except EntryNotFoundError:
+        return None
+    except RevisionNotFoundError as error:
+        raise QuestionsError(
+            f"the Hugging Face data set {repository} has no revision {revision!r}: use an existing commit, branch or tag"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise QuestionsError(
+            f"the Hugging Face data set {repository!r} does not exist or is not accessible: check its name, "
+            "or log in with `hf auth login` if it is private"
+        ) from error
+    except Exception as error:  # the hub's client lets errors of its transport through
+        raise QuestionsError(
+            f"{filename} of the Hugging Face data set {repository} cannot be downloaded "
+            f"({type(error).__name__}): download it yourself and pass its path, or use the built-in 'atlas'"
+        ) from error

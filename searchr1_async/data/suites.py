@@ -1,7 +1,4 @@
-"""Evaluation suites: questions with their provenance, so that others can ask the same ones.
-
-Finds evaluation questions that were also trained on.
-"""
+"""Evaluation suites: questions with their provenance, so that others can ask the same ones; and their overlap with training."""
 
 from __future__ import annotations
 
@@ -20,17 +17,40 @@ import polars as pl
 
 from searchr1_async.boundary.paths import absolute_path
 from searchr1_async.boundary.tables import TABLE_SUFFIXES
-from searchr1_async.data.hub import SUITES
-from searchr1_async.data.questions import MEMORY, Questions, ReadQuestions, check_sampling, read_questions, sampled
+from searchr1_async.data.questions import (
+    MEMORY,
+    SUITES,
+    Questions,
+    ReadQuestions,
+    check_sampling,
+    read_questions,
+    sampled,
+)
 from searchr1_async.episodes.types import Question
 from searchr1_async.errors import QuestionsError
 
 logger = logging.getLogger(__name__)
 
 BENCHMARKS = "benchmarks"
-"""All of :data:`~searchr1_async.data.hub.SUITES`."""
+"""All of :data:`~searchr1_async.data.questions.SUITES`."""
 _RESERVED = frozenset({"all", "macro"})
 """Reserved for rows of an evaluation's summary."""
+NEAR = 0.8
+"""Minimum weighted Jaccard similarity of two near questions."""
+OVERLAP_SCHEMA = pl.Schema(
+    {
+        "suite": pl.String,
+        "question_id": pl.String,
+        "question": pl.String,
+        "training_source": pl.String,
+        "training_id": pl.String,
+        "training_question": pl.String,
+        "kind": pl.String,
+    }
+)
+_WORD = re.compile(r"[^\W_]+")
+_SLACK = 1e-9
+"""Tolerance for rounding of sums in another order, for pairs exactly at the limit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,14 +141,15 @@ def load_suite(
     if isinstance(source, Suite):
         return _ready(source, name, split, limit, seed)
     read = _read(source, split)
-    if sha256 is not None and read.sha256 != sha256.lower():
+    digest = _sha256(read)
+    if sha256 is not None and digest != sha256.lower():
         raise QuestionsError(
-            f"{read.source} has the SHA-256 {read.sha256 or 'of no file'}, expected {sha256}: "
+            f"{read.source} has the SHA-256 {digest or 'of no file'}, expected {sha256}: "
             "it is not the file that was evaluated"
         )
     sources = {question.data_source for question in read.questions}
     own_name = sources.pop() if len(sources) == 1 else read.name
-    return _suite(read, own_name if name is None else name, split=split, limit=limit, seed=seed)
+    return _suite(read, digest, own_name if name is None else name, limit, seed)
 
 
 def load_suites(
@@ -164,17 +185,6 @@ def load_suites(
     return tuple(found.values())
 
 
-@dataclass(frozen=True, slots=True)
-class _Read:
-    """All questions of a source."""
-
-    questions: tuple[Question, ...]
-    name: str
-    source: str = MEMORY
-    sha256: str | None = None
-    split: str | None = None
-
-
 def _each(sources: Suites, split: str | None, limit: int | None, seed: int | None) -> Iterator[Suite]:
     if isinstance(sources, Mapping):
         for name, source in cast("Mapping[str, SuiteSource]", sources).items():
@@ -183,12 +193,12 @@ def _each(sources: Suites, split: str | None, limit: int | None, seed: int | Non
         yield load_suite(sources, split=split, limit=limit, seed=seed)
     elif isinstance(sources, str | Path):
         for name, source in _named(sources):
-            yield from _parts(_read(source, split, name), split, limit, seed)
+            yield from _parts(_read(source, split, name), limit, seed)
     elif _are_several(sources):
         for source in sources:
             yield from _each(source, split, limit, seed)
     else:
-        yield from _parts(_read(cast(SuiteSource, sources), split), split, limit, seed)
+        yield from _parts(_read(cast(SuiteSource, sources), split), limit, seed)
 
 
 def _are_several(sources: object) -> TypeGuard[Sequence[SuiteSource]]:
@@ -228,14 +238,9 @@ def _files(folder: Path) -> list[tuple[str | None, str | Path]]:
     return [(None, path) for path in files]
 
 
-def _read(source: SuiteSource, split: str | None, name: str | None = None) -> _Read:
-    if isinstance(source, str | Path):
-        return _read_named(source, split, name)
-    read: ReadQuestions = read_questions(cast(Questions, source), split)
-    return _Read(read.questions, read.name, split=split)
-
-
-def _read_named(source: str | Path, split: str | None, name: str | None) -> _Read:
+def _read(source: SuiteSource, split: str | None, name: str | None = None) -> ReadQuestions:
+    if not isinstance(source, str | Path):
+        return read_questions(cast(Questions, source), split)
     text, part = str(source), ""
     if "#" in text and not absolute_path(text, "suites").exists():
         text, _, part = text.rpartition("#")
@@ -246,31 +251,34 @@ def _read_named(source: str | Path, split: str | None, name: str | None) -> _Rea
     if name is not None:  # a file such as nq/test.jsonl, whose own name is the split
         stem = read.name
         questions = tuple(replace(q, data_source=name) if q.data_source == stem else q for q in questions)
-    digest = None
-    if read.path is not None:
-        with read.path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
     origin = f"{read.source}#{part}" if part else read.source
-    return _Read(questions, name or part or read.name, origin, digest, read.split)
+    return replace(read, questions=questions, name=name or part or read.name, source=origin)
 
 
-def _parts(read: _Read, split: str | None, limit: int | None, seed: int | None) -> Iterator[Suite]:
+def _sha256(read: ReadQuestions) -> str | None:
+    if read.path is None:
+        return None
+    with read.path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _parts(read: ReadQuestions, limit: int | None, seed: int | None) -> Iterator[Suite]:
     by_source: dict[str, list[Question]] = {}
     for question in read.questions:
         by_source.setdefault(question.data_source, []).append(question)
-    ranks = {name: rank for rank, name in enumerate(SUITES)}
+    ranks, digest = {name: rank for rank, name in enumerate(SUITES)}, _sha256(read)
     for name, questions in sorted(by_source.items(), key=lambda item: (ranks.get(item[0], len(ranks)), item[0])):
         is_part = len(by_source) > 1 and read.source != MEMORY
         part = replace(read, questions=tuple(questions), source=f"{read.source}#{name}" if is_part else read.source)
-        yield _suite(part, name, split=split, limit=limit, seed=seed)
+        yield _suite(part, digest, name, limit, seed)
 
 
-def _suite(read: _Read, name: str, *, split: str | None, limit: int | None, seed: int | None) -> Suite:
+def _suite(read: ReadQuestions, digest: str | None, name: str, limit: int | None, seed: int | None) -> Suite:
     chosen = tuple(
         question if question.data_source == name else replace(question, data_source=name)
         for question in sampled(read.questions, limit, seed)
     )
-    return Suite(name, chosen, read.source, read.sha256, len(read.questions), read.split or split, limit, seed)
+    return Suite(name, chosen, read.source, digest, len(read.questions), read.split, limit, seed)
 
 
 def _ready(suite: Suite, name: str | None, split: str | None, limit: int | None, seed: int | None) -> Suite:
@@ -284,26 +292,6 @@ def _ready(suite: Suite, name: str | None, split: str | None, limit: int | None,
         return suite
     questions = tuple(replace(question, data_source=name) for question in suite.questions)
     return replace(suite, name=name, questions=questions)
-
-
-NEAR = 0.8
-"""Minimum weighted Jaccard similarity of two near questions."""
-
-OVERLAP_SCHEMA = pl.Schema(
-    {
-        "suite": pl.String,
-        "question_id": pl.String,
-        "question": pl.String,
-        "training_source": pl.String,
-        "training_id": pl.String,
-        "training_question": pl.String,
-        "kind": pl.String,
-    }
-)
-
-_WORD = re.compile(r"[^\W_]+")
-_SLACK = 1e-9
-"""Tolerance for rounding of sums in another order, for pairs exactly at the limit."""
 
 
 def find_overlap(training: Iterable[Question], asked: Iterable[Question]) -> pl.DataFrame:

@@ -32,7 +32,7 @@ from searchr1_async.episodes.prompts import (
     without_tool,
 )
 from searchr1_async.episodes.rendering import RememberingTokenizer, select_renderer
-from searchr1_async.episodes.rewards import answer_after_prefix
+from searchr1_async.episodes.reward import answer_after_prefix
 from searchr1_async.episodes.types import Passage, Question, SearchCall
 from searchr1_async.errors import ModelError
 from searchr1_async.models import Thinking

@@ -20,13 +20,14 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast, get_args
-
-from renderers import Message, ToolSpec
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 from searchr1_async.config import EpisodeLimits, Method
 from searchr1_async.episodes.types import Passage, Question, SearchCall
 from searchr1_async.errors import ModelError
+
+if TYPE_CHECKING:
+    from renderers import Message, ToolSpec  # loads openai; a search needs none of it
 
 _MARKUP = tuple(
     f"<{slash}{tag}>"
@@ -169,7 +170,7 @@ def _declaration(name: str, description: str, argument: str, about: str) -> Tool
     schema = {"properties": {argument: values}, "required": [argument], "title": f"{name}_params", "type": "object"}
     tool = {"name": name, "description": description, "parameters": schema}
     # Renderers accept both forms, but some print the tool verbatim, and the recipe includes the envelope.
-    return cast(ToolSpec, {"type": "function", "function": tool})
+    return cast("ToolSpec", {"type": "function", "function": tool})
 
 
 METHODS: tuple[Method, ...] = get_args(Method)

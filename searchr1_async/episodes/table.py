@@ -1,9 +1,8 @@
-"""Conversion between episodes or groups and table rows with fixed schemas. Pure.
+"""The codec of an episode: table rows with fixed schemas, and back. Pure.
 
 Every episode file has exactly :data:`EPISODE_SCHEMA`, so files concatenate without missing or differently typed columns. A
-row keeps the full episode, token for token; only log probabilities are reduced to single precision.
-
-Question metadata as JSON. Pure.
+row keeps the full episode, token for token; only log probabilities are reduced to single precision, lone surrogates to U+FFFD, and
+question metadata to JSON.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import math
 import re
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -236,6 +235,37 @@ def evaluation_rows(label: str, episodes: Sequence[Episode], step: int | None = 
         member = members[group] = members.get(group, -1) + 1
         rows.append(EpisodeRow(episode, step, label, group=group, member=member, trained=False))
     return rows
+
+
+def kept_groups_frame(groups: Mapping[int, Group]) -> pl.DataFrame:
+    """Groups by place as an :data:`EPISODE_SCHEMA` frame; failed episodes have a drop reason, and a group without episodes has one
+    row without a ``member``."""
+    rows: list[EpisodeRow] = []
+    for place, group in groups.items():
+        played = [(episode, None) for episode in group.episodes] + [(episode, "failed") for episode in group.failed]
+        rows += [
+            EpisodeRow(episode, place=place, member=member, drop_reason=reason)
+            for member, (episode, reason) in enumerate(played)
+        ]
+        if not played:
+            rows.append(EpisodeRow(Episode(group.question, (), (), StopReason.FAILED), place=place))
+    return episodes_frame(rows)
+
+
+def groups_from_frame(frame: pl.DataFrame) -> dict[int, Group]:
+    """The groups behind :func:`kept_groups_frame`, by place; their episodes share one question."""
+    groups: dict[int, Group] = {}
+    for row in frame.iter_rows(named=True):
+        place, episode = int(row["place"]), episode_from_row(row)
+        group = groups.get(place) or Group(episode.question, ())
+        episode = replace(episode, question=group.question)
+        if row["member"] is None:
+            groups[place] = group
+        elif row["drop_reason"] is None:
+            groups[place] = replace(group, episodes=(*group.episodes, episode))
+        else:
+            groups[place] = replace(group, failed=(*group.failed, episode))
+    return groups
 
 
 def groups_frame(step: int, outcomes: Sequence[GroupOutcome]) -> pl.DataFrame:

@@ -9,7 +9,7 @@ from functools import cached_property
 from numbers import Integral
 from typing import Any
 
-from searchr1_async.boundary.settings import half_a_character, shown, shown_with_kind
+from searchr1_async.boundary.settings import lone_surrogate, shown, shown_with_kind
 from searchr1_async.boundary.tables import is_missing
 from searchr1_async.errors import CorpusError, QuestionsError
 
@@ -63,10 +63,8 @@ class Question:
         if not any(map(str.strip, self.golden_answers)):
             raise self._unanswered()
         for text in (self.id, self.question, self.data_source, *self.golden_answers):
-            if not text.isascii() and half_a_character(text) is not None:
-                raise QuestionsError(
-                    f"{self._name} contains half a character (a lone surrogate) in {shown(text)}: read its file as UTF-8"
-                )
+            if not text.isascii() and lone_surrogate(text) is not None:
+                raise QuestionsError(f"{self._name} contains a lone surrogate in {shown(text)}: read its file as UTF-8")
 
     def _answers(self) -> tuple[str, ...]:
         given: Any = self.golden_answers

@@ -1,22 +1,17 @@
-"""An evaluation's folder. Episodes are written soon after they end, so a kill loses only those in flight.
+"""An evaluation's folder, and the pool that fills it. Episodes are written soon after they end, so a kill loses only those in flight.
 
 ::
 
     <folder>/manifest.json             what is measured (:mod:`.manifest`)
     <folder>/questions.parquet         the questions, suite after suite
-    <folder>/episodes/000012.parquet   episodes in completion order (:data:`~searchr1_async.episodes.table.EPISODE_SCHEMA`;
-                                       ``label`` is the system, ``group`` the question's index, ``member`` the sample)
+    <folder>/episodes/000012.parquet   episodes in completion order (:class:`~searchr1_async.records.run_records.EvaluationParts`)
     <folder>/judgements.parquet        the judge's verdicts, if any
 
-Files are written atomically. The latest record of a sample counts, so failed episodes can be retried. Methods that touch the
-disk block: call them in a worker thread.
-
-Rolls out an evaluation as one pool over systems and suites; episodes are written soon after they end.
+Methods that touch the disk block: call them in a worker thread.
 """
 
 from __future__ import annotations
 
-import re
 import shutil
 import tempfile
 import threading
@@ -31,27 +26,22 @@ import anyio
 import polars as pl
 
 from searchr1_async.boundary.paths import remove_leftovers, write_parquet
-from searchr1_async.boundary.tables import read_parquet, scan_rows
+from searchr1_async.boundary.tables import read_parquet
 from searchr1_async.boundary.waits import GatheredItems
-from searchr1_async.episodes.table import EPISODE_SCHEMA, EpisodeRow, episode_from_row, episodes_frame
+from searchr1_async.episodes.table import EpisodeRow, episode_from_row
 from searchr1_async.episodes.types import Episode, Group, Question
 from searchr1_async.errors import CheckpointError, RunFolderError
 from searchr1_async.evaluation.systems import MeasuredSystem
 from searchr1_async.events import Emit, PhaseAdvanced, emit_nothing
+from searchr1_async.records.run_records import EvaluationParts
 from searchr1_async.records.scores import SCORE_SCHEMA, score_frame
 from searchr1_async.rollout.engine import GroupToPlay, RolloutEngine
 from searchr1_async.rollout.player import TinkerPolicy
 from searchr1_async.runs.rollouts import RunningMeans
 
-_PART = re.compile(r"(\d{6,})\.parquet")
 JUDGEMENTS_NAME = "judgements.parquet"
 _KEY = ["system", "place", "sample"]
-_RECORD_KEY = ["label", "group", "member"]
-"""``_KEY`` as the files name it."""
 _JUDGEMENTS = pl.Schema({"system": pl.String, "place": pl.Int64, "sample": pl.Int64, "judged": pl.Float64})
-_MERGED_ROWS = 1024
-"""Episodes per merged file; also bounds the memory of merging (about 300 MB for long episodes)."""
-
 SampleKey = tuple[str, int, int]
 """System, index of the question, sample number."""
 PlayedSample = tuple[SampleKey, int | None, Episode]
@@ -71,9 +61,8 @@ class EpisodeStore:
             folder = Path(tempfile.mkdtemp(prefix="searchr1-evaluation-"))
             weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         self.folder = folder
-        self._episodes = folder / "episodes"
+        self._parts = EvaluationParts(folder / "episodes")
         self._lock = threading.Lock()
-        self._next = 1
         self._scores: list[pl.DataFrame] = []
         self._judgements = pl.DataFrame(schema=_JUDGEMENTS)
 
@@ -82,10 +71,8 @@ class EpisodeStore:
     def load(self) -> set[SampleKey]:
         """Loads an earlier session; returns its finished samples. Call it before :meth:`write`. Raises RunFolderError."""
         with self._lock, _reading(self.folder):
-            parts = self._parts()
-            self._next = max((number for number, _ in parts), default=0) + 1
-            remove_leftovers(self._episodes)
-            self._scores = [_scores_of(read_parquet(path)) for _, path in parts]
+            remove_leftovers(self._parts.folder)
+            self._scores = [_scores_of(read_parquet(path)) for path in self._parts.paths()]
             if (path := self.folder / JUDGEMENTS_NAME).exists():
                 self._judgements = read_parquet(path)
         scores = self._latest()
@@ -101,20 +88,13 @@ class EpisodeStore:
             for (label, place, sample), step, episode in played
         ]
         with self._lock:
-            self._episodes.mkdir(parents=True, exist_ok=True)
-            write_parquet(self._episodes / f"{self._next:06d}.parquet", episodes_frame(rows))
-            self._next += 1
+            self._parts.write(rows)
             self._scores.append(_scored(played))
 
     def finish(self) -> None:
         """Merges small files and drops superseded records; safe against a kill. Raises OSError or RunFolderError."""
-        with self._lock, _reading(self.folder):
-            parts = _read_parts([path for _, path in self._parts()])
-            for part in parts:
-                if part.latest.is_empty():  # superseded by later files
-                    part.path.unlink(missing_ok=True)
-            for batch in _batches([part for part in parts if not part.latest.is_empty()]):
-                _merge(batch)
+        with self._lock:
+            self._parts.merge()
 
     # --- reading ------------------------------------------------------------------------------------------------------
 
@@ -144,82 +124,16 @@ class EpisodeStore:
 
     def episodes(self, system: str) -> tuple[Episode, ...]:
         """A system's episodes in question order. Raises RunFolderError if a file cannot be read."""
-        with self._lock, _reading(self.folder):
-            frame = self.frame().filter(label=system).collect()
-        frame = _latest_only(frame).sort("group", "member")
-        return tuple(episode_from_row(row) for row in frame.iter_rows(named=True))
+        with self._lock:
+            return self._parts.episodes(system)
 
     def frame(self) -> pl.LazyFrame:
-        return scan_rows([path for _, path in self._parts()], EPISODE_SCHEMA)
+        """All records in the order they were written, superseded ones included."""
+        return self._parts.frame()
 
     def _latest(self) -> pl.DataFrame:
         empty = pl.DataFrame(schema={**SCORE_SCHEMA, "place": pl.Int64})
         return pl.concat([empty, *self._scores]).unique(_KEY, keep="last", maintain_order=True)
-
-    def _parts(self) -> list[tuple[int, Path]]:
-        if not self._episodes.is_dir():
-            return []
-        named = ((_PART.fullmatch(path.name), path) for path in self._episodes.iterdir())
-        return sorted((int(name[1]), path) for name, path in named if name)
-
-
-@dataclass(frozen=True, slots=True)
-class _Part:
-    path: Path
-    rows: int
-    latest: pl.Series
-    """Row numbers that no later row of this or a later file supersedes."""
-
-    @property
-    def is_compact(self) -> bool:
-        return len(self.latest) == self.rows
-
-
-def _read_parts(paths: Sequence[Path]) -> list[_Part]:
-    """Reads only the key columns."""
-    frames = [read_parquet(path, columns=_RECORD_KEY) for path in paths]
-    numbered = [
-        frame.with_row_index("row").with_columns(pl.lit(number, pl.UInt32).alias("part"))
-        for number, frame in enumerate(frames)
-    ]
-    latest = _latest_only(pl.concat(numbered)).partition_by("part", as_dict=True) if numbered else {}
-    none = pl.Series("row", dtype=pl.UInt32)
-    return [
-        _Part(path, frame.height, latest[number,]["row"] if (number,) in latest else none)
-        for number, (path, frame) in enumerate(zip(paths, frames, strict=True))
-    ]
-
-
-def _batches(parts: Sequence[_Part]) -> Iterator[list[_Part]]:
-    """Groups consecutive files that fit into one; merged files form batches of one."""
-    batch: list[_Part] = []
-    rows = 0
-    for part in parts:
-        if batch and rows + len(part.latest) > _MERGED_ROWS:
-            yield batch
-            batch, rows = [], 0
-        batch.append(part)
-        rows += len(part.latest)
-    if batch:
-        yield batch
-
-
-def _merge(batch: Sequence[_Part]) -> None:
-    """Merges files into the last of them, which keeps the order of records; the others are deleted afterwards.
-
-    A kill in between leaves only superseded records behind.
-    """
-    *earlier, last = batch
-    if not earlier and last.is_compact:
-        return
-    frames = [scan_rows([part.path], EPISODE_SCHEMA).collect()[part.latest] for part in batch]
-    write_parquet(last.path, pl.concat(frames))
-    for part in earlier:
-        part.path.unlink(missing_ok=True)
-
-
-def _latest_only(frame: pl.DataFrame) -> pl.DataFrame:
-    return frame.unique(_RECORD_KEY, keep="last", maintain_order=True)
 
 
 def _scored(played: Sequence[PlayedSample]) -> pl.DataFrame:

@@ -22,7 +22,7 @@ from searchr1_async.config.configs import takes_config
 from searchr1_async.data.questions import Questions, optional_questions
 from searchr1_async.data.suites import Suites, load_suites
 from searchr1_async.episodes.rendering import check_thinking
-from searchr1_async.episodes.rewards import RecipeReward, RewardFunction
+from searchr1_async.episodes.reward import RecipeReward, RewardFunction
 from searchr1_async.errors import RunFolderError
 from searchr1_async.evaluation.episode_store import EpisodeStore, EpisodeWriter, Pool, PoolProgress, SampleKey
 from searchr1_async.evaluation.job_manifest import (
@@ -286,7 +286,7 @@ async def evaluate(
 
     Args:
         suites: benchmark names (``"nq"``; ``"benchmarks"`` for all seven), files, folders, frames, questions, or a list of
-            these; see :func:`searchr1_async.load_suites`. Or an earlier evaluation to repeat: its folder, ``manifest.json``,
+            these; see :func:`searchr1_async.evaluation.load_suites`. Or an earlier evaluation to repeat: its folder, ``manifest.json``,
             :class:`Report` or :class:`Manifest`; arguments and settings that change what is measured are then refused.
         search: the search tool. Optional if all systems answer directly, if the evaluated runs were trained with one search
             (their folders describe it), or if a repeated manifest describes it.

@@ -26,7 +26,7 @@ from searchr1_async.data.suites import MEMORY, Suite, find_overlap, load_suite
 from searchr1_async.episodes.formats import SEARCH_TOOL
 from searchr1_async.episodes.prompts import EXAMPLES, INSTRUCTIONS, WITHOUT_TOOL, Method, load_recipe_prompt
 from searchr1_async.episodes.rendering import AS_TEMPLATE
-from searchr1_async.episodes.rewards import RecipeReward, RewardFunction
+from searchr1_async.episodes.reward import RecipeReward, RewardFunction
 from searchr1_async.episodes.table import storable
 from searchr1_async.episodes.types import Question
 from searchr1_async.errors import ConfigurationError, RunFolderError
@@ -46,8 +46,8 @@ from searchr1_async.evaluation.systems import MeasuredSystem, System
 from searchr1_async.runs.folder import MANIFEST_NAME, training_questions
 from searchr1_async.runs.rollouts import PlaySettings, ServiceChoice
 from searchr1_async.runs.weights import EpisodeChoice, Weights
-from searchr1_async.search import Search
 from searchr1_async.search.record import record_of, search_of
+from searchr1_async.search.search import Search
 from searchr1_async.service.connection import is_embedded, is_tinker_cloud
 
 _PACKAGES = (

@@ -3,8 +3,6 @@
 Questions and answers are untrusted and may contain prompt injections. So each text is a length-limited JSON string with
 special tokens and tags defused, the instruction follows the texts, and anything but a clear yes or no is no verdict. A judge
 can still be wrong or manipulated, so exact match stays the main metric.
-
-Resolves an evaluation's judge and has it judge finished samples.
 """
 
 from __future__ import annotations

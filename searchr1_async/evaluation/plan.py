@@ -27,7 +27,7 @@ from searchr1_async.evaluation.systems import MeasuredSystem
 from searchr1_async.events import Emit, Notice
 from searchr1_async.runs.rollouts import PlaySettings, ServiceChoice, check_prompt, opened_service, policy_of
 from searchr1_async.runs.weights import EpisodeChoice, Weights, model_name, named_passages
-from searchr1_async.search import Search
+from searchr1_async.search.search import Search
 from searchr1_async.service.connection import Service, is_embedded
 from searchr1_async.service.startup import check_service, choose_service_model, default_model, load_embedded_tokenizer
 

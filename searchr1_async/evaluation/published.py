@@ -1,24 +1,21 @@
 """Published exact match of search-trained models, and how their conditions differ from a report's. Pure.
 
-Rows contain only what their source states; everything else is None ("not stated"). Published rows are never ranked against
-ours, only shown beside them with the differing conditions.
+``published.json`` has the rows. They contain only what their source states; everything else is None ("not stated"). Published rows
+are never ranked against ours, only shown beside them with the differing conditions.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import polars as pl
 
 from searchr1_async.evaluation.manifest import Manifest, SystemRecord
-
-if TYPE_CHECKING:
-    from searchr1_async.evaluation.report import Report
-
-_PAPER = "https://arxiv.org/abs/2503.09516"
-_RECIPE = "https://github.com/thinking-machines-lab/tinker-cookbook/tree/main/tinker_cookbook/recipes/search_tool"
+from searchr1_async.evaluation.report_frames import ReportFrames
 
 NOT_STATED = "not stated"
 NOT_RECORDED = "not recorded"
@@ -47,59 +44,13 @@ class PublishedRow:
     remarks: tuple[str, ...] = field(default=())
 
 
-def _scores(nq: float, triviaqa: float, hotpotqa: float, two_wiki: float) -> dict[str, float]:
-    return {"nq": nq, "triviaqa": triviaqa, "hotpotqa": hotpotqa, "2wikimultihopqa": two_wiki}
+def _read() -> tuple[PublishedRow, ...]:
+    """The rows of ``published.json``, which says where they are from."""
+    data = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
+    return tuple(PublishedRow(**{**row, "remarks": tuple(row.get("remarks", ()))}) for row in data["rows"])
 
 
-_RECIPE_SEARCH: dict[str, Any] = {
-    "corpus": "Wikipedia of 2018 (wiki-18)",
-    "index": "Chroma, tianyi-thinks/2018-wiki-index",
-    "embedder": "gemini-embedding-001",
-    "n_results": 3,
-    "prompt": "recipe",
-    "max_turns": 5,
-}
-_RECIPE_QUESTIONS = (
-    "Its source does not state the number of questions. The recipe's script uses 100 per suite (seed 42) by default; on 100 "
-    "questions a share of one half has an interval of about ±10 points."
-)
-
-PUBLISHED: tuple[PublishedRow, ...] = (
-    PublishedRow(
-        "Search-R1 paper",
-        _scores(0.429, 0.623, 0.386, 0.346),
-        f"{_PAPER}, as cited in {_RECIPE}",
-        model="Qwen2.5-7B-Instruct",
-        training="reinforcement learning on NQ and HotpotQA",
-        corpus="Wikipedia of 2018 (wiki-18)",
-        embedder="E5",
-        n_results=3,
-        prompt="Search-R1's own",
-        remarks=(
-            "The paper's Table 2 gives other numbers for the instruct model of this size: 39.3 / 61.0 / 37.0 / 41.4. The ones here "
-            "are those the recipe compares itself with.",
-        ),
-    ),
-    PublishedRow(
-        "Tinker replication",
-        _scores(0.516, 0.673, 0.497, 0.428),
-        _RECIPE,
-        model="Qwen2.5-7B-Instruct",
-        training="the recipe's: importance-sampling loss, synchronous rollouts",
-        remarks=(_RECIPE_QUESTIONS, "Its source says that the model is not available on Tinker."),
-        **_RECIPE_SEARCH,
-    ),
-    PublishedRow(
-        "tinker-cookbook",
-        _scores(0.518, 0.702, 0.520, 0.477),
-        _RECIPE,
-        model="Qwen3-4B-Instruct-2507",
-        training="the recipe's defaults",
-        remarks=(_RECIPE_QUESTIONS, "The model was taken off Tinker on 2026-06-12."),
-        **_RECIPE_SEARCH,
-    ),
-)
-"""Search settings: the paper's from its experiments section, the recipe's from its README and code (0.5.8)."""
+PUBLISHED = _read()
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,14 +63,14 @@ class Beside:
     notes: tuple[str, ...]
 
 
-def beside_published(report: Report, published: Sequence[PublishedRow] | None = None) -> Beside:
+def beside_published(report: ReportFrames, published: Sequence[PublishedRow] | None = None) -> Beside:
     rows = tuple(PUBLISHED if published is None else published)
     suites = [suite for suite in report.suites if any(suite in row.scores for row in rows)]
     rows = tuple(row for row in rows if any(suite in row.scores for suite in suites))
     return Beside(_frame(report, rows, suites), _conditions(report, rows, suites), _notes(report, rows, suites))
 
 
-def _frame(report: Report, rows: Sequence[PublishedRow], suites: Sequence[str]) -> pl.DataFrame:
+def _frame(report: ReportFrames, rows: Sequence[PublishedRow], suites: Sequence[str]) -> pl.DataFrame:
     cells = []
     for label, evaluation in report.items():
         for suite in (suite for suite in suites if suite in evaluation.suites):
@@ -211,7 +162,7 @@ CONDITIONS: tuple[_Condition, ...] = (
 )
 
 
-def _questions(report: Report, suites: Sequence[str]) -> str:
+def _questions(report: ReportFrames, suites: Sequence[str]) -> str:
     """``nq 500 of 3,610``, …"""
     totals = {} if report.manifest is None else {suite.name: suite.total for suite in report.manifest.suites}
     asked = {
@@ -224,7 +175,7 @@ def _questions(report: Report, suites: Sequence[str]) -> str:
     )
 
 
-def _conditions(report: Report, rows: Sequence[PublishedRow], suites: Sequence[str]) -> pl.DataFrame:
+def _conditions(report: ReportFrames, rows: Sequence[PublishedRow], suites: Sequence[str]) -> pl.DataFrame:
     columns: dict[str, list[str]] = {"condition": [*(each.name for each in CONDITIONS), "questions"]}
     for label in report:
         columns[label] = [
@@ -240,14 +191,14 @@ def _conditions(report: Report, rows: Sequence[PublishedRow], suites: Sequence[s
     return pl.DataFrame(columns)
 
 
-def _ours(report: Report, label: str, condition: _Condition) -> str | None:
+def _ours(report: ReportFrames, label: str, condition: _Condition) -> str | None:
     record = report.record(label)
     if report.manifest is None or record is None:
         return None
     return condition.ours(report.manifest, record)
 
 
-def _notes(report: Report, rows: Sequence[PublishedRow], suites: Sequence[str]) -> tuple[str, ...]:
+def _notes(report: ReportFrames, rows: Sequence[PublishedRow], suites: Sequence[str]) -> tuple[str, ...]:
     if not rows or not report:
         return ()
     if report.manifest is None:
@@ -263,7 +214,7 @@ def _notes(report: Report, rows: Sequence[PublishedRow], suites: Sequence[str]) 
     return (*notes, *(f"{', '.join(names)}: {remark}" for remark, names in remarks.items()))
 
 
-def _note(report: Report, row: PublishedRow, suites: Sequence[str]) -> str:
+def _note(report: ReportFrames, row: PublishedRow, suites: Sequence[str]) -> str:
     differing, unknown = [], []
     for condition in CONDITIONS:
         theirs = condition.theirs(row)

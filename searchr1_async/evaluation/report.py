@@ -1,272 +1,39 @@
-"""The report of an evaluation of one or several systems: frames, tables, charts, files.
-
-Costs per question: turns, searches, tokens, seconds and dollars. Pure.
-
-Reads an evaluation's folder as a report.
-"""
+"""The public report of an evaluation: frames, notes, charts and files, also read back from a folder."""
 
 from __future__ import annotations
 
-import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
-from functools import cached_property, partial
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
-from searchr1_async.billing import Billing, TokenUsage, billing_of, is_tinker_host
-from searchr1_async.boundary.paths import absolute_path
+from searchr1_async.boundary.paths import absolute_path, parquet_bytes, write_atomically
 from searchr1_async.episodes.table import storable
 from searchr1_async.errors import ConfigurationError, RunFolderError
-from searchr1_async.evaluation.comparisons import ComparisonOf, best_systems
-from searchr1_async.evaluation.comparisons import systems_comparison_frame as comparison_frame
 from searchr1_async.evaluation.episode_store import EpisodeStore
-from searchr1_async.evaluation.manifest import Manifest, SystemRecord, read_questions
+from searchr1_async.evaluation.manifest import QUESTIONS_NAME, Manifest, read_questions
 from searchr1_async.evaluation.published import Beside, PublishedRow, beside_published
-from searchr1_async.records.scores import ALL_SUITES, COSTS, MACRO, METRICS, check_metric
-from searchr1_async.runs.evaluation import Evaluation, flips
-from searchr1_async.watch.viewer import load_tokenizer, remember_tokenizer
-
-COST_SCHEMA = pl.Schema(
-    {
-        "system": pl.String,
-        "suite": pl.String,  # also "all" if there are several
-        "questions": pl.Int64,
-        "episodes": pl.Int64,  # finished ones; failed ones count only in dollars
-        **dict.fromkeys(COSTS, pl.Float64),  # per question over all its samples, averaged
-        "seconds_p95": pl.Float64,  # per episode
-        "dollars": pl.Float64,  # per question; null if the price is unknown
-        "dollars_total": pl.Float64,
-        "cost": pl.String,  # the total as text
-    }
-)
+from searchr1_async.evaluation.report_charts import plot_figure, plot_outcomes
+from searchr1_async.evaluation.report_episodes import EPISODES_NAME, choose, chosen_rows, key_of
+from searchr1_async.evaluation.report_frames import ReportFrames
+from searchr1_async.evaluation.report_page import episodes_title, report_cell, report_page
+from searchr1_async.evaluation.report_tables import result_table
+from searchr1_async.evaluation.report_text import latex_report, markdown_report, notes_of, plain_table
+from searchr1_async.records.scores import SCORE_SCHEMA
+from searchr1_async.runs.evaluation import Evaluation
+from searchr1_async.watch.viewer import load_tokenizer, page_of, remember_tokenizer
 
 
-def priced_costs(systems: Sequence[tuple[Evaluation, SystemRecord | None]], manifest: Manifest | None) -> pl.DataFrame:
-    """One row per system and suite, with schema :data:`COST_SCHEMA`."""
-    rows = []
-    for evaluation, record in systems:
-        costs, billing = evaluation.costs(), _billing(record, manifest)
-        for (suite,), own in costs.group_by("suite", maintain_order=True):
-            by_cost = {row["cost"]: row for row in own.iter_rows(named=True)}
-            cost = billing.cost(_used(evaluation.scores, str(suite)))
-            questions = own["questions"][0]
-            rows.append(
-                {
-                    "system": evaluation.label,
-                    "suite": suite,
-                    "questions": questions,
-                    "episodes": own["episodes"][0],
-                    **{name: by_cost[name]["question_mean"] for name in COSTS},
-                    "seconds_p95": by_cost["seconds"]["p95"],
-                    "dollars": None if cost.dollars is None or not questions else cost.dollars / questions,
-                    "dollars_total": cost.dollars,
-                    "cost": "not known" if cost.dollars is None else cost.text,
-                }
-            )
-    return pl.DataFrame(rows, schema=COST_SCHEMA)
-
-
-def _used(scores: pl.DataFrame, suite: str) -> TokenUsage:
-    """Tokens of a suite's episodes, including failed ones, which are billed too."""
-    is_all = suite == ALL_SUITES and suite not in scores["suite"]
-    own = scores if is_all else scores.filter(suite=suite)
-    prompt, cached, sampled = own.select(pl.col("prompt_tokens", "cached_prompt_tokens", "sampled_tokens").sum()).row(0)
-    return TokenUsage(prompt or 0, cached or 0, sampled or 0)
-
-
-def _billing(record: SystemRecord | None, manifest: Manifest | None) -> Billing:
-    if record is None or manifest is None:
-        return Billing(reason="the model and the service were not recorded")
-    service = manifest.service
-    # Older manifests record only an explicit address.
-    is_tinker = service.get("tinker", is_tinker_host(service.get("host")))
-    return billing_of(record.model, is_embedded=bool(service.get("embedded")), is_tinker=is_tinker)
-
-
-class Report(Mapping[str, Evaluation]):
+class Report(ReportFrames):
     """Evaluations of one or several systems over the same suites: a mapping from label to
     :class:`~searchr1_async.runs.evaluation.Evaluation`, in the order the systems were given.
 
-    Renders as a table in notebooks. Every frame has a deterministic row order.
-
-    Args:
-        evaluations: one per system; labels must be unique.
-        manifest: what was measured and how, if recorded.
-        folder: the evaluation's folder with its episodes, if it has one.
-        load_questions: returns the questions table (:mod:`searchr1_async.evaluation.manifest`), needed to repeat the
-            evaluation; None if the questions were not kept.
-
-    Raises:
-        ConfigurationError: two evaluations have the same label.
+    Renders as a table in notebooks. :class:`~searchr1_async.evaluation.report_frames.ReportFrames` documents the arguments.
     """
-
-    def __init__(
-        self,
-        evaluations: Sequence[Evaluation],
-        manifest: Manifest | None = None,
-        folder: Path | None = None,
-        load_questions: Callable[[], pl.DataFrame] | None = None,
-    ) -> None:
-        # A lone surrogate in a label would fail in every frame.
-        named = [replace(evaluation, label=storable(evaluation.label)) for evaluation in evaluations]
-        self._evaluations = {evaluation.label: evaluation for evaluation in named}
-        if len(self._evaluations) < len(evaluations):
-            labels = ", ".join(repr(evaluation.label) for evaluation in evaluations)
-            raise ConfigurationError(f"two evaluations have the same label ({labels}): give each system its own")
-        self.manifest = manifest
-        self.folder = folder
-        self.load_questions = load_questions
-        self._best: dict[str, dict[str, str]] = {}
-
-    # --- evaluations --------------------------------------------------------------------------------------------------
-
-    def __getitem__(self, label: str) -> Evaluation:
-        return self._evaluations[label]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._evaluations)
-
-    def __len__(self) -> int:
-        return len(self._evaluations)
-
-    @property
-    def only(self) -> Evaluation:
-        """The evaluation of a single-system report.
-
-        Raises:
-            ConfigurationError: the report has no system, or several.
-        """
-        if len(self) != 1:
-            raise ConfigurationError(
-                f"this report has {len(self)} systems ({', '.join(map(repr, self)) or 'none'}): pick one with report[label]"
-            )
-        return next(iter(self.values()))
-
-    @cached_property
-    def suites(self) -> tuple[str, ...]:
-        """Suites of all evaluations, in question order."""
-        return tuple(dict.fromkeys(suite for evaluation in self.values() for suite in evaluation.suites))
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """The suites; with several, also ``all`` (pooled questions) and ``macro`` (unweighted mean over suites)."""
-        return (*self.suites, ALL_SUITES, MACRO) if len(self.suites) > 1 else self.suites
-
-    @cached_property
-    def metrics(self) -> tuple[str, ...]:
-        """The four scores, plus ``judged`` if a judge ran."""
-        judged = any(evaluation.scores["judged"].is_not_null().any() for evaluation in self.values())
-        return (*METRICS, "judged") if judged else METRICS
-
-    def record(self, label: str) -> SystemRecord | None:
-        """The manifest's record of a system, if there is one."""
-        records = self.manifest.systems if self.manifest is not None else ()
-        return next((record for record in records if record.label == label), None)
-
-    # --- frames -------------------------------------------------------------------------------------------------------
-
-    def frame(self) -> pl.DataFrame:
-        """:meth:`Evaluation.summary` of every system, with a leading column ``system``."""
-        schema = {"system": pl.String, "suite": pl.String, "metric": pl.String}
-        schema |= dict.fromkeys(("mean", "low", "high"), pl.Float64)
-        empty = pl.DataFrame(schema=schema | dict.fromkeys(("questions", "episodes"), pl.Int64))
-        parts = [
-            evaluation.summary().select(pl.lit(label).alias("system"), pl.all()) for label, evaluation in self.items()
-        ]
-        return pl.concat([empty, *parts])
-
-    def table(self, metric: str = "exact_match") -> pl.DataFrame:
-        """One row per system, one column per suite, ``all`` and ``macro``: means, null if not measured.
-
-        Raises:
-            ConfigurationError: unknown metric.
-        """
-        check_metric(metric)
-        rows = [
-            {"system": label, **{column: self.mean(label, metric, column) for column in self.columns}} for label in self
-        ]
-        return pl.DataFrame(rows, schema={"system": pl.String, **dict.fromkeys(self.columns, pl.Float64)}).fill_nan(
-            None
-        )
-
-    def mean(self, label: str, metric: str, column: str) -> float | None:
-        """One cell of :meth:`table`; None if the system was not evaluated on this suite."""
-        evaluation = self[label]
-        has = column in evaluation.suites or (column in (ALL_SUITES, MACRO) and len(evaluation.suites) > 0)
-        return evaluation.estimate(metric, column).mean if has else None
-
-    def comparisons(
-        self, baseline: str | None = None, *, metric: str = "exact_match", neighbours: bool = False
-    ) -> pl.DataFrame:
-        """Paired differences between systems: :data:`searchr1_async.evaluation.comparisons.COMPARISON_SCHEMA`.
-
-        Args:
-            baseline: the system to compare all others with; None is the first.
-            metric: as in :meth:`table`.
-            neighbours: compare each system with the previous one instead.
-
-        Pairs with different questions are excluded; :meth:`notes` lists them.
-
-        Raises:
-            ConfigurationError: unknown system or metric.
-        """
-        check_metric(metric)
-        return comparison_frame([self._pair(*pair) for pair in self.pairs(baseline, neighbours=neighbours)], metric)
-
-    def pairs(self, baseline: str | None = None, *, neighbours: bool = False) -> list[tuple[str, str]]:
-        """The ``(before, after)`` labels that :meth:`comparisons` compares."""
-        labels = list(self)
-        if baseline is not None and baseline not in self:
-            raise ConfigurationError(
-                f"there is no system {baseline!r} to compare with: choose one of {', '.join(labels)}"
-            )
-        if neighbours:
-            return list(itertools.pairwise(labels))
-        first = baseline if baseline is not None else next(iter(labels), None)
-        return [(first, label) for label in labels if label != first] if first is not None else []
-
-    def is_paired(self, before: str, after: str) -> bool:
-        """Whether both systems have the same questions."""
-        return self._pair(before, after).is_paired
-
-    def _pair(self, before: str, after: str) -> ComparisonOf:
-        return ComparisonOf(self[before], self[after])
-
-    def best(self, metric: str = "exact_match") -> dict[str, str]:
-        """Per column of :meth:`table`, the best system if it beats the next one at the 5 % level (paired by question,
-        Holm-adjusted over columns); other columns are absent."""
-        if metric not in self._best:
-            self._best[metric] = best_systems(list(self.values()), self.columns, metric)
-        return dict(self._best[metric])
-
-    def flips(self, before: str, after: str, metric: str = "exact_match", *, suite: str | None = None) -> pl.DataFrame:
-        """Questions whose score changed between two systems (:func:`searchr1_async.runs.evaluation.flips`).
-
-        Raises:
-            ConfigurationError: unknown system, suite or metric, or the systems have different questions.
-        """
-        for label in (before, after):
-            if label not in self:
-                raise ConfigurationError(f"there is no system {label!r}: choose one of {', '.join(self)}")
-        return flips(self[before], self[after], metric, suite=suite)
-
-    def outcomes(self) -> pl.DataFrame:
-        """Columns ``system``, ``suite``, ``outcome`` (:data:`searchr1_async.records.scores.OUTCOMES`), ``episodes`` and
-        ``share``."""
-        schema = {"system": pl.String, "suite": pl.String, "outcome": pl.String}
-        empty = pl.DataFrame(schema={**schema, "episodes": pl.Int64, "share": pl.Float64})
-        parts = [
-            evaluation.outcomes().select(pl.lit(label).alias("system"), pl.all()) for label, evaluation in self.items()
-        ]
-        return pl.concat([empty, *parts])
-
-    def costs(self) -> pl.DataFrame:
-        """Cost per question over all its samples: :data:`searchr1_async.evaluation.report.COST_SCHEMA`."""
-        return priced_costs([(evaluation, self.record(label)) for label, evaluation in self.items()], self.manifest)
 
     def beside(self, published: Sequence[PublishedRow] | None = None) -> Beside:
         """Our exact match beside published results, with the differing conditions
@@ -279,8 +46,6 @@ class Report(Mapping[str, Evaluation]):
 
     def notes(self) -> tuple[str, ...]:
         """Caveats about these results, as sentences."""
-        from searchr1_async.evaluation.report_text import notes_of
-
         return notes_of(self)
 
     def figures(self) -> str:
@@ -310,14 +75,9 @@ class Report(Mapping[str, Evaluation]):
     # --- presentation -------------------------------------------------------------------------------------------------
 
     def __repr__(self) -> str:
-        from searchr1_async.evaluation.report_tables import result_table
-        from searchr1_async.evaluation.report_text import plain_table
-
         return plain_table(result_table(self)) if len(self) else "Report of no systems"
 
     def _repr_html_(self) -> str:
-        from searchr1_async.evaluation.report_files import report_cell
-
         return report_cell(self)
 
     def plot(self, metric: str = "exact_match", **options: Any) -> Any:
@@ -330,26 +90,18 @@ class Report(Mapping[str, Evaluation]):
         Raises:
             ConfigurationError: unknown metric.
         """
-        from searchr1_async.evaluation.report_charts import plot_figure
-
         return plot_figure(self, metric, **options)
 
     def plot_outcomes(self, **options: Any) -> Any:
         """An Altair chart of outcome shares, one bar per system; options as in :meth:`plot`."""
-        from searchr1_async.evaluation.report_charts import plot_outcomes
-
         return plot_outcomes(self, **options)
 
     def markdown(self) -> str:
         """The whole report as Markdown."""
-        from searchr1_async.evaluation.report_text import markdown_report
-
         return markdown_report(self)
 
     def latex(self) -> str:
         """The tables as LaTeX ``table`` environments for ``booktabs``."""
-        from searchr1_async.evaluation.report_text import latex_report
-
         return latex_report(self)
 
     def save(self, folder: str | Path | None = None) -> Path:
@@ -367,8 +119,6 @@ class Report(Mapping[str, Evaluation]):
             RunFolderError: the folder cannot be written or belongs to a run or another evaluation, or the episodes or
                 questions cannot be read.
         """
-        from searchr1_async.evaluation.report_files import save_report
-
         target = absolute_path(folder, "folder") if folder is not None else self.folder
         if target is None:
             raise ConfigurationError("this report has no folder: pass one with report.save(folder)")
@@ -413,3 +163,75 @@ def evaluation_of(label: str, scores: pl.DataFrame, step: int | None, store: Epi
     """One system's scores; without a store, its episodes cannot be loaded."""
     own = scores.filter(system=label)
     return Evaluation(label, own, step, None if store is None else partial(store.episodes, label))
+
+
+REPORT_NAME = "report.html"
+
+
+def save_report(report: ReportFrames, folder: Path) -> Path:
+    """See :meth:`Report.save`. The page is written last, so that everything it links to exists."""
+    is_own = report.folder is not None and report.folder.resolve() == folder.resolve()
+    if not is_own:
+        _refuse_taken(folder)
+    chosen = choose(report)
+    rows = chosen_rows(report, chosen.keys)
+    available = frozenset(map(key_of, rows))
+    files: dict[str, bytes] = {}
+    if rows:
+        tokenizer = load_tokenizer(report.folder) if report.folder is not None else None
+        page = page_of(rows, title=episodes_title(report), tokenizer=tokenizer)
+        files[EPISODES_NAME] = storable(page).encode("utf-8")
+    files |= {
+        "scores.parquet": _parquet(report),
+        "report.md": storable(markdown_report(report)).encode("utf-8"),
+        "report.tex": storable(latex_report(report)).encode("utf-8"),
+        **_figures(report),
+        REPORT_NAME: report_page(report, chosen, available).encode("utf-8"),
+    }
+    if not is_own and report.manifest is not None and report.load_questions is not None:
+        files[QUESTIONS_NAME] = parquet_bytes(report.load_questions())
+    try:
+        (folder / "figures").mkdir(parents=True, exist_ok=True)
+        if not rows:
+            (folder / EPISODES_NAME).unlink(missing_ok=True)  # of an earlier report
+        last = files.pop(REPORT_NAME)
+        for name, content in files.items():
+            write_atomically(folder / name, content)
+        if QUESTIONS_NAME in files and report.manifest is not None:
+            report.manifest.save(folder)
+        write_atomically(folder / REPORT_NAME, last)
+    except OSError as error:
+        raise RunFolderError(f"the report could not be written to {folder}: {error.strerror or error}") from error
+    return folder / REPORT_NAME
+
+
+def _refuse_taken(folder: Path) -> None:
+    """Refuses folders whose questions or manifest the report would overwrite."""
+    if any((folder / name).exists() for name in ("run.lock", "state.json", "episodes")):
+        raise RunFolderError(
+            f"{folder} is the folder of a run or of another evaluation: save the report elsewhere, such as in {folder}/report"
+        )
+
+
+def _parquet(report: ReportFrames) -> bytes:
+    columns = list(SCORE_SCHEMA)
+    return parquet_bytes(
+        pl.concat([pl.DataFrame(schema=SCORE_SCHEMA), *(own.scores.select(columns) for own in report.values())])
+    )
+
+
+def _figures(report: ReportFrames) -> dict[str, bytes]:
+    if not report:
+        return {}
+    files = {}
+    for name, chart in (("exact_match", plot_figure(report, "exact_match")), ("outcomes", plot_outcomes(report))):
+        for kind, content in _drawn(chart).items():
+            files[f"figures/{name}.{kind}"] = content
+    return files
+
+
+def _drawn(chart: Any) -> dict[str, bytes]:
+    import vl_convert
+
+    svg = vl_convert.vegalite_to_svg(chart.to_dict())
+    return {"svg": svg.encode("utf-8"), "png": vl_convert.svg_to_png(svg, scale=2)}

@@ -1,21 +1,16 @@
-"""A report as Altair charts.
-
-Charts of evaluations.
-"""
+"""Evaluations as Altair charts: scores by suite and outcomes."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import polars as pl
 
 from searchr1_async.errors import ConfigurationError
+from searchr1_async.evaluation.report_frames import ReportFrames
 from searchr1_async.evaluation.report_tables import OUTCOME_MEANINGS, OUTCOME_WORDS, metric_words, one_line
 from searchr1_async.records.scores import ALL_SUITES, MACRO, OUTCOMES, check_metric
 from searchr1_async.runs.evaluation import Evaluation
-
-if TYPE_CHECKING:
-    from searchr1_async.evaluation.report import Report
 
 OUTCOME_COLOURS: dict[str, str] = {
     "right_seen": "#2f8f5b",
@@ -32,17 +27,17 @@ SHARES = ("exact_match", "f1", "cover_match", "format", "judged", "answer_in_pas
 
 
 def plot_figure(
-    report: Report, metric: str, *, title: str | None = None, width: int | None = None, height: int = 260
+    report: ReportFrames, metric: str, *, title: str | None = None, width: int | None = None, height: int = 260
 ) -> Any:
     """See :meth:`Report.plot`. Systems get categorical colours: unlike a run's evaluations, they have no order."""
     import altair as alt
 
-    from searchr1_async.watch.charts import enable_renderer
-    from searchr1_async.watch.charts.theme import (
+    from searchr1_async.watch.chart_parts import (
         NOTE_COLOUR,
         SERIES,
         axis,
         empty_chart,
+        enable_renderer,
         heading,
         legend,
         table,
@@ -84,7 +79,7 @@ def plot_figure(
     return alt.layer(bars, lines).properties(width=wide, height=height, title=heading(text, "lines: 95 % intervals"))
 
 
-def _figure_rows(report: Report, metric: str, labels: dict[str, str]) -> list[dict[str, Any]]:
+def _figure_rows(report: ReportFrames, metric: str, labels: dict[str, str]) -> list[dict[str, Any]]:
     rows = []
     for label, evaluation in report.items():
         for column in report.columns:
@@ -98,11 +93,12 @@ def _figure_rows(report: Report, metric: str, labels: dict[str, str]) -> list[di
     return rows
 
 
-def plot_outcomes(report: Report, *, title: str | None = None, width: int = 560, height: int | None = None) -> Any:
+def plot_outcomes(
+    report: ReportFrames, *, title: str | None = None, width: int = 560, height: int | None = None
+) -> Any:
     import altair as alt
 
-    from searchr1_async.watch.charts import enable_renderer
-    from searchr1_async.watch.charts.theme import axis, empty_chart, heading, legend, table
+    from searchr1_async.watch.chart_parts import axis, empty_chart, enable_renderer, heading, legend, table
 
     enable_renderer()
     text = title if title is not None else "outcomes"
@@ -170,8 +166,8 @@ def plot_suites(*evaluations: Evaluation, metric: str = "exact_match", **options
 
 def suite_rows(evaluations: tuple[Evaluation, ...], metric: str) -> pl.DataFrame:
     """One row per evaluation and suite with a finished question."""
-    from searchr1_async.watch.charts.theme import ALL_SUITES as ALL_NAMED
-    from searchr1_async.watch.charts.theme import MACRO_AVERAGE
+    from searchr1_async.watch.outcome_charts import ALL_SUITES as ALL_NAMED
+    from searchr1_async.watch.outcome_charts import MACRO_AVERAGE
 
     named = {ALL_SUITES: ALL_NAMED, MACRO: MACRO_AVERAGE}
     rows = []

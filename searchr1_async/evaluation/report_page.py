@@ -1,6 +1,6 @@
-"""A report as one self-contained HTML page without scripts, with links into the episodes page. Pure.
+"""A report as HTML: one self-contained page without scripts, with links into the episodes page, and a notebook cell. Pure.
 
-Tables, notes and bars as HTML. Pure; untrusted text is escaped and bidi-isolated.
+Untrusted text is escaped and bidi-isolated.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import polars as pl
 
 from searchr1_async.episodes.table import storable
+from searchr1_async.evaluation.published import beside_published
 from searchr1_async.evaluation.report_charts import OUTCOME_COLOURS
-from searchr1_async.evaluation.report_links import Chosen, EpisodeKey, flip_links, href
+from searchr1_async.evaluation.report_episodes import Chosen, EpisodeKey, flip_links, href
+from searchr1_async.evaluation.report_frames import ReportFrames
 from searchr1_async.evaluation.report_tables import (
     METRIC_MEANINGS,
     OUTCOME_MEANINGS,
@@ -37,12 +39,10 @@ from searchr1_async.evaluation.report_tables import (
     result_table,
     table_of,
 )
+from searchr1_async.evaluation.report_text import notes_of
 from searchr1_async.records.scores import ALL_SUITES, MACRO, OUTCOMES
 from searchr1_async.records.statistics import Estimate
-from searchr1_async.watch.viewer.markup import STYLE, isolated
-
-if TYPE_CHECKING:
-    from searchr1_async.evaluation.report import Report
+from searchr1_async.watch.viewer.markup import DARK, LIGHT, STYLE, isolated
 
 _LONGEST = 300
 """Characters shown per cell; an answer may have a million."""
@@ -134,7 +134,7 @@ _MAX_IDS = 50
 """Question ids shown per suite; manifest.json has all of them."""
 _REPEATED = "<p>evaluate(folder) repeats this evaluation from manifest.json and questions.parquet beside this page.</p>"
 
-_STYLE = (
+_PAGE_STYLE = (
     STYLE
     + """
 a { color: var(--accent); } .detail { display: block; font-size: .82em; font-weight: 400; color: var(--soft); }
@@ -160,7 +160,7 @@ table.settings th { white-space: nowrap; } pre { white-space: pre-wrap; overflow
 )
 
 
-def report_page(report: Report, chosen: Chosen, available: frozenset[EpisodeKey]) -> str:
+def report_page(report: ReportFrames, chosen: Chosen, available: frozenset[EpisodeKey]) -> str:
     """The page. Of the episodes in ``chosen``, only those in ``available`` are linked."""
     parts = [_head("Evaluation"), _result(report)]
     parts += [
@@ -174,13 +174,13 @@ def report_page(report: Report, chosen: Chosen, available: frozenset[EpisodeKey]
 
 
 def _head(title: str) -> str:
-    digest = base64.b64encode(hashlib.sha256(_STYLE.encode("utf-8")).digest()).decode("ascii")
+    digest = base64.b64encode(hashlib.sha256(_PAGE_STYLE.encode("utf-8")).digest()).decode("ascii")
     policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>{_STYLE}</style></head>\n<body><h1>{title}</h1>"
+        f"<title>{title}</title><style>{_PAGE_STYLE}</style></head>\n<body><h1>{title}</h1>"
     )
 
 
@@ -193,7 +193,7 @@ def _notes(notes: tuple[str, ...]) -> str:
     return f"<ul>{items}</ul>" if notes else ""
 
 
-def _result(report: Report) -> str:
+def _result(report: ReportFrames) -> str:
     if not report:
         return "<p>This report has no systems.</p>"
     parts = []
@@ -214,12 +214,12 @@ def _result(report: Report) -> str:
         head,
         table_html(result_table(report)),
         "<h3>Notes on these results</h3>",
-        _notes(report.notes()),
+        _notes(notes_of(report)),
         f'<div class="suites">{"".join(parts)}</div>',
     )
 
 
-def _differences(report: Report, chosen: Chosen, available: frozenset[EpisodeKey]) -> str:
+def _differences(report: ReportFrames, chosen: Chosen, available: frozenset[EpisodeKey]) -> str:
     comparisons = report.comparisons()
     if not comparisons.height:
         return ""
@@ -252,7 +252,7 @@ def _comparisons(frame: pl.DataFrame) -> list[str]:
     ]
 
 
-def _scores(report: Report) -> str:
+def _scores(report: ReportFrames) -> str:
     if not report:
         return ""
     meanings = "; ".join(f"{metric_words(metric)}: {METRIC_MEANINGS[metric]}" for metric in report.metrics)
@@ -264,7 +264,7 @@ def _scores(report: Report) -> str:
     return _section("All scores", table_html(metrics_table(report)), paragraph(meanings, css="soft"), *tables)
 
 
-def _outcomes(report: Report, chosen: Chosen, available: frozenset[EpisodeKey]) -> str:
+def _outcomes(report: ReportFrames, chosen: Chosen, available: frozenset[EpisodeKey]) -> str:
     if not report:
         return ""
     shown = [outcome for outcome in OUTCOMES if outcome != "failed"]
@@ -289,7 +289,7 @@ def _outcomes(report: Report, chosen: Chosen, available: frozenset[EpisodeKey]) 
     )
 
 
-def _listed(label: str, report: Report, chosen: Chosen, available: frozenset[EpisodeKey]) -> str:
+def _listed(label: str, report: ReportFrames, chosen: Chosen, available: frozenset[EpisodeKey]) -> str:
     """A table of some episodes of each outcome."""
     rows = []
     for outcome in OUTCOMES:
@@ -315,12 +315,12 @@ def _listed(label: str, report: Report, chosen: Chosen, available: frozenset[Epi
     )
 
 
-def _costs(report: Report) -> str:
+def _costs(report: ReportFrames) -> str:
     return _section("Costs", table_html(cost_table(report))) if report else ""
 
 
-def _published(report: Report) -> str:
-    found = report.beside()
+def _published(report: ReportFrames) -> str:
+    found = beside_published(report)
     if not (found.frame["kind"] == "published").any():
         return ""
     return _section(
@@ -331,7 +331,7 @@ def _published(report: Report) -> str:
     )
 
 
-def _repeat(report: Report) -> str:
+def _repeat(report: ReportFrames) -> str:
     manifest = report.manifest
     if manifest is None:
         return ""
@@ -389,6 +389,47 @@ def _ids(ids: tuple[str, ...]) -> str:
     return ", ".join(ids[:_MAX_IDS]) + (f", … {len(ids) - _MAX_IDS:,} more" if len(ids) > _MAX_IDS else "")
 
 
-def episodes_title(report: Report) -> str:
+def episodes_title(report: ReportFrames) -> str:
     """Title of the episodes page."""
     return f"Episodes of {', '.join(one_line(label, 40) for label in report)}"
+
+
+_ROOT = ".searchr1-report"
+_CELL_RULES = """
+font: 14px/1.45 system-ui, sans-serif; color: var(--ink); background: none; padding: .25rem 0; min-width: 0;
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .95em; font-variant-numeric: tabular-nums; margin: .25em 0; }
+th, td { text-align: right; padding: .25em .8em; border-bottom: 1px solid var(--line); white-space: nowrap; background: none;
+  color: var(--ink); vertical-align: top; }
+th:first-child { text-align: left; padding-left: .2em; max-width: 24em; white-space: normal; overflow-wrap: anywhere; }
+thead th { color: var(--soft); font-weight: 600; } .detail { display: block; font-size: .82em; font-weight: 400; color: var(--soft); }
+tbody th { font-weight: 500; } .better { font-weight: 700; color: var(--good); } p { margin: .4em 0; max-width: 62rem; }
+.soft { color: var(--soft); } details > summary { cursor: pointer; color: var(--accent); } ul { margin: .4em 0; padding-left: 1.3em; }
+.mark { font: .75em ui-monospace, monospace; color: var(--bad); border: 1px solid currentColor; border-radius: .2rem; }
+"""
+
+
+def report_cell(report: ReportFrames) -> str:
+    """Exact match by system and suite, with collapsed notes."""
+    if not report:
+        return _framed(paragraph("This report has no systems."))
+    notes = notes_of(report)
+    items = "".join(f"<li>{paragraph(note, tag='span')}</li>" for note in notes)
+    more = f"<details><summary>Notes on these results ({len(notes)})</summary><ul>{items}</ul></details>"
+    return _framed(table_html(result_table(report)) + (more if notes else ""))
+
+
+def _framed(body: str) -> str:
+    return f'<style>{_cell_style()}</style><div class="searchr1-report">{body}</div>'
+
+
+def _cell_style() -> str:
+    return "\n".join(
+        (
+            f"{_ROOT} {{ {LIGHT} }}",
+            f"@media (prefers-color-scheme: dark) {{ {_ROOT} {{ {DARK} }} }}",
+            f'[data-jp-theme-light="true"] {_ROOT}, .vscode-light {_ROOT}, html[theme="light"] {_ROOT} {{ {LIGHT} }}',
+            f'[data-jp-theme-light="false"] {_ROOT}, .vscode-dark {_ROOT}, html[theme="dark"] {_ROOT} {{ {DARK} }}',
+            f"{_ROOT} {{ {_CELL_RULES} }}",
+        )
+    )

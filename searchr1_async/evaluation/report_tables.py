@@ -1,26 +1,19 @@
-"""The tables of a report. Pure.
-
-Tables independent of output format (HTML, Markdown, LaTeX, text), and number formatting. Pure.
-
-Display names and explanations of metrics and outcomes.
-"""
+"""The tables of a report, independent of the output format, with names of metrics and outcomes and number formatting. Pure."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import polars as pl
 
-from searchr1_async.evaluation.comparisons import SIGNIFICANT
 from searchr1_async.evaluation.published import Beside
+from searchr1_async.evaluation.report_frames import SIGNIFICANT, ReportFrames
 from searchr1_async.records.scores import ALL_SUITES, MACRO, OUTCOMES
+from searchr1_async.runs.evaluation import Evaluation
 from searchr1_async.watch.viewer.markup import visible_text
-
-if TYPE_CHECKING:
-    from searchr1_async.evaluation.report import Report
 
 MISSING = "–"
 
@@ -146,7 +139,7 @@ def metric_words(metric: str) -> str:
     return METRIC_WORDS.get(metric, metric.replace("_", " "))
 
 
-def result_table(report: Report, metric: str = "exact_match") -> Table:
+def result_table(report: ReportFrames, metric: str = "exact_match") -> Table:
     """Systems by suites: means in percent with 95 % intervals; the best is marked if significantly better than the next."""
     best = report.best(metric)
     rows = []
@@ -165,7 +158,7 @@ def result_table(report: Report, metric: str = "exact_match") -> Table:
     return table_of([Cell("system"), *(_column(report, column) for column in report.columns)], rows, caption)
 
 
-def _column(report: Report, column: str) -> Cell:
+def _column(report: ReportFrames, column: str) -> Cell:
     if column == MACRO:
         return Cell(column, f"{len(report.suites)} suites")
     asked = [own for own in report.values() if column in own.suites or column == ALL_SUITES]
@@ -176,7 +169,7 @@ def _column(report: Report, column: str) -> Cell:
     return Cell(column, counted(counts.pop(), "question") if len(counts) == 1 else "")
 
 
-def metrics_table(report: Report) -> Table:
+def metrics_table(report: ReportFrames) -> Table:
     """Systems by scores over all questions, plus pass@k if there are several samples."""
     column = ALL_SUITES if len(report.suites) > 1 else next(iter(report.suites), ALL_SUITES)
     most = min((own.samples_per_question for own in report.values()), default=0)
@@ -214,7 +207,27 @@ def comparison_table_of(frame: pl.DataFrame) -> Table:
     return table_of(headings, rows, caption)
 
 
-def outcome_table(report: Report) -> Table:
+def stage_table(evaluations: Sequence[Evaluation]) -> Table:
+    """Evaluations side by side, such as a run's stages; the column ``failed`` appears only if an episode failed."""
+    any_failed = any(evaluation.failed for evaluation in evaluations)
+    headings = ["stage", "questions", "exact match [95 %]", "F1", "turns/episode", "valid calls", "answer seen"]
+    rows: list[list[str]] = []
+    for own in evaluations:
+        low, high = own.exact_match_interval
+        samples = f" × {own.samples_per_question}" if own.samples_per_question > 1 else ""
+        cells = [
+            (own.exact_match, f"{own.exact_match:.1%} [{100 * low:.1f}, {100 * high:.1f}]"),
+            (own.f1, f"{own.f1:.3f}"),
+            (own.turns_per_episode, f"{own.turns_per_episode:.2f}"),
+            (own.valid_call_fraction, f"{own.valid_call_fraction:.1%}"),
+            (own.answer_in_passage, f"{own.answer_in_passage:.1%}"),
+        ]
+        shown = [MISSING if math.isnan(value) else text for value, text in cells]
+        rows.append([own.label, f"{own.questions}{samples}", *shown, *([str(own.failed)] if any_failed else [])])
+    return table_of([*headings, *(["failed"] if any_failed else [])], rows)
+
+
+def outcome_table(report: ReportFrames) -> Table:
     """Systems by outcomes over all suites: shares of finished episodes, and counts."""
     frame = report.outcomes()
     shown = [outcome for outcome in OUTCOMES if outcome != "failed"]
@@ -232,7 +245,7 @@ def outcome_table(report: Report) -> Table:
     return table_of(headings, rows, "Outcomes: percent of the finished episodes, and their number.")
 
 
-def cost_table(report: Report) -> Table:
+def cost_table(report: ReportFrames) -> Table:
     """Systems by cost per question over all suites."""
     rows = []
     for label, own in report.costs().group_by("system", maintain_order=True):

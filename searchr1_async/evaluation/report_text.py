@@ -1,20 +1,21 @@
-"""Caveats about a report's results, as sentences. Pure.
+"""A report in words: caveats as sentences, and the whole as Markdown, LaTeX or aligned text. Pure.
 
-Tables as Markdown, LaTeX and aligned text. Pure. Labels and names are untrusted and escaped for each format.
-
-A report as Markdown and as LaTeX. Pure.
+Labels and names are untrusted and escaped for each format.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
 import polars as pl
 
 from searchr1_async.boundary.paths import shown_path
-from searchr1_async.evaluation.comparisons import ComparisonOf
+from searchr1_async.errors import ConfigurationError
+from searchr1_async.evaluation.published import beside_published
+from searchr1_async.evaluation.report_frames import ComparisonOf, ReportFrames
 from searchr1_async.evaluation.report_tables import (
     OUTCOME_MEANINGS,
     OUTCOME_WORDS,
@@ -30,12 +31,12 @@ from searchr1_async.evaluation.report_tables import (
     outcome_table,
     published_table,
     result_table,
+    stage_table,
 )
 from searchr1_async.records.scores import ALL_SUITES, MACRO, OUTCOMES
+from searchr1_async.records.statistics import PairedDifference
+from searchr1_async.runs.evaluation import Evaluation, compare
 from searchr1_async.runs.weights import described_differences
-
-if TYPE_CHECKING:
-    from searchr1_async.evaluation.report import Report
 
 _WRONG = ("search_failed", "reading_failed", "no_search", "no_answer")
 _WRONG_WORDS = {
@@ -46,7 +47,7 @@ _WRONG_WORDS = {
 }
 
 
-def notes_of(report: Report) -> tuple[str, ...]:
+def notes_of(report: ReportFrames) -> tuple[str, ...]:
     """The notes, most important first; labels are single-line and not escaped."""
     found = [
         *_failures(report),
@@ -63,7 +64,7 @@ def notes_of(report: Report) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def _failures(report: Report) -> Iterator[str]:
+def _failures(report: ReportFrames) -> Iterator[str]:
     for label, evaluation in report.items():
         if evaluation.failed:
             yield (
@@ -72,7 +73,7 @@ def _failures(report: Report) -> Iterator[str]:
             )
 
 
-def _training(report: Report) -> Iterator[str]:
+def _training(report: ReportFrames) -> Iterator[str]:
     """Evaluation settings compared with training settings."""
     records = report.manifest.systems if report.manifest is not None else ()
     for record in records:
@@ -93,7 +94,7 @@ def _training(report: Report) -> Iterator[str]:
             yield f"Evaluated with the training settings of the run in {one_line(shown_path(like))}: {_listed(played)}."
 
 
-def _overlap(report: Report) -> Iterator[str]:
+def _overlap(report: ReportFrames) -> Iterator[str]:
     if report.manifest is None:
         return
     asked = {suite.name: len(suite.question_ids) for suite in report.manifest.suites}
@@ -122,7 +123,7 @@ def _overlap(report: Report) -> Iterator[str]:
         )
 
 
-def _questions(report: Report) -> Iterator[str]:
+def _questions(report: ReportFrames) -> Iterator[str]:
     parts = []
     for suite in report.manifest.suites if report.manifest is not None else ():
         asked = len(suite.question_ids)
@@ -133,7 +134,7 @@ def _questions(report: Report) -> Iterator[str]:
         yield f"Subset of the questions: {', '.join(parts)}."
 
 
-def _samples(report: Report) -> Iterator[str]:
+def _samples(report: ReportFrames) -> Iterator[str]:
     most = max((evaluation.samples_per_question for evaluation in report.values()), default=0)
     settings: dict[str, Any] = {} if report.manifest is None else dict(report.manifest.settings)
     temperature = settings.get("temperature")
@@ -146,7 +147,7 @@ def _samples(report: Report) -> Iterator[str]:
         yield "One greedy sample per question (temperature 0)."
 
 
-def _comparisons(report: Report) -> Iterator[str]:
+def _comparisons(report: ReportFrames) -> Iterator[str]:
     pairs = [ComparisonOf(report[before], report[after]) for before, after in report.pairs()]
     unpaired = [one_line(pair.after.label) for pair in pairs if not pair.is_paired]
     if unpaired:
@@ -163,7 +164,7 @@ def _comparisons(report: Report) -> Iterator[str]:
         )
 
 
-def _averages(report: Report) -> Iterator[str]:
+def _averages(report: ReportFrames) -> Iterator[str]:
     if len(report.suites) > 1:
         yield (
             f"“{ALL_SUITES}” weights all questions equally, so large suites count more; “{MACRO}” is the unweighted mean over the "
@@ -171,7 +172,7 @@ def _averages(report: Report) -> Iterator[str]:
         )
 
 
-def _judge(report: Report) -> Iterator[str]:
+def _judge(report: ReportFrames) -> Iterator[str]:
     if "judged" not in report.metrics:
         return
     model = (report.manifest.judge or {}).get("model") if report.manifest is not None else None
@@ -184,7 +185,7 @@ def _judge(report: Report) -> Iterator[str]:
             yield f"{one_line(label)}: {missing:,} of {counted(finished.height, 'episode')} have no readable verdict."
 
 
-def _wrong(report: Report) -> Iterator[str]:
+def _wrong(report: ReportFrames) -> Iterator[str]:
     for label, evaluation in report.items():
         counts = dict(evaluation.scores.group_by("outcome").len().iter_rows())
         wrong = sum(counts.get(outcome, 0) for outcome in _WRONG)
@@ -322,15 +323,51 @@ def _plain_cell(cell: Cell) -> str:
     return f"{text} {one_line(cell.detail)}".rstrip()
 
 
+def comparison_rows(evaluations: Sequence[Evaluation]) -> list[dict[str, str]]:
+    """The cells of :func:`~searchr1_async.evaluation.report_tables.stage_table` as text, by column heading."""
+    table = stage_table(evaluations)
+    names = [cell.text for cell in table.headings]
+    return [dict(zip(names, [cell.text for cell in row], strict=True)) for row in table.rows]
+
+
+def comparison_table(evaluations: Sequence[Evaluation]) -> str:
+    """Aligned plain text; the last line is the paired difference of the last two evaluations."""
+    if not evaluations:
+        return "no evaluations"
+    return plain_table(replace(stage_table(evaluations), caption=difference_line(evaluations)))
+
+
+def difference_line(evaluations: Sequence[Evaluation]) -> str:
+    """The paired difference of the last two evaluations as text; empty for fewer than two."""
+    if len(evaluations) < 2:
+        return ""
+    before, after = evaluations[-2:]
+    name = f"{before.label} → {after.label}"
+    try:
+        return f"{name}: {describe(compare(before, after))}"
+    except ConfigurationError:
+        return f"{name}: not paired, because the questions differ"
+
+
+def describe(difference: PairedDifference) -> str:
+    """A paired difference of shares as text, in percentage points."""
+    low, high = difference.interval
+    p_value = "p < 0.0001" if difference.p_value < 1e-4 else f"p = {difference.p_value:.2g}"
+    return (
+        f"{100 * difference.mean:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}], {p_value} ({difference.method}); "
+        f"{difference.improved} better and {difference.worsened} worse of {difference.questions} questions"
+    )
+
+
 _FLIPS = 20
 """Changed questions listed in a document; the page lists more."""
 
 
-def markdown_report(report: Report) -> str:
+def markdown_report(report: ReportFrames) -> str:
     if not report:
         return "# Evaluation\n\nThis report has no systems.\n"
-    comparisons, found = report.comparisons(), report.beside()
-    parts = ["# Evaluation", markdown_table(result_table(report)), _notes(report.notes())]
+    comparisons, found = report.comparisons(), beside_published(report)
+    parts = ["# Evaluation", markdown_table(result_table(report)), _notes(notes_of(report))]
     if comparisons.height:
         parts += ["## Differences", markdown_table(comparison_table_of(comparisons)), *_flips(report)]
     parts += ["## All scores", markdown_table(metrics_table(report))]
@@ -368,7 +405,7 @@ def _meanings() -> str:
     return "\n".join(f"- {OUTCOME_WORDS[outcome]}: {OUTCOME_MEANINGS[outcome]}" for outcome in OUTCOMES)
 
 
-def _flips(report: Report) -> list[str]:
+def _flips(report: ReportFrames) -> list[str]:
     parts = []
     for before, after in report.pairs():
         if not report.is_paired(before, after):
@@ -384,7 +421,7 @@ def _flips(report: Report) -> list[str]:
     return parts
 
 
-def latex_report(report: Report) -> str:
+def latex_report(report: ReportFrames) -> str:
     tables = {"exact-match": result_table(report)} if report else {}
     if report:
         comparisons = report.comparisons()
@@ -392,5 +429,5 @@ def latex_report(report: Report) -> str:
             tables["differences"] = comparison_table_of(comparisons)
         tables |= {"scores": metrics_table(report), "outcomes": outcome_table(report)}
     body = "\n".join(latex_table(table, label=f"tab:{name}") for name, table in tables.items())
-    notes = "".join(f"% {latex_text(note, 2000)}\n" for note in report.notes())
+    notes = "".join(f"% {latex_text(note, 2000)}\n" for note in notes_of(report))
     return f"% Needs \\usepackage{{booktabs}}; non-Latin labels need XeLaTeX or LuaLaTeX.\n{notes}\n{body}"

@@ -18,7 +18,7 @@ from searchr1_async.models import Thinking
 from searchr1_async.runs.folder import kept_search
 from searchr1_async.runs.recorded import RecordedRun
 from searchr1_async.runs.weights import EpisodeChoice, GivenWeights, Step, Weights, find_weights, kept_record
-from searchr1_async.search import Search
+from searchr1_async.search.search import Search
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ neither torch nor a model.
 
 from __future__ import annotations
 
-from searchr1_async.local.process import DEFAULT_MODEL, LocalService, Scripted, local_service
+from searchr1_async.local.model_files import DEFAULT_MODEL
+from searchr1_async.local.process import LocalService, Scripted, listener_at, local_service
 
-__all__ = ["DEFAULT_MODEL", "LocalService", "Scripted", "local_service"]
+__all__ = ["DEFAULT_MODEL", "LocalService", "Scripted", "listener_at", "local_service"]

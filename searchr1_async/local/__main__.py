@@ -1,6 +1,6 @@
 """``python -m searchr1_async.local``: the standalone embedded Tinker service, for any client of the protocol.
 
-:mod:`searchr1_async.local.process` starts it as a child process instead.
+:mod:`searchr1_async.local.process` runs this file as a child process, by its path.
 """
 
 from __future__ import annotations
@@ -8,13 +8,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import importlib
+import importlib.util
 import json
 import logging
 import os
 import secrets
 import select
 import signal
-import socket
 import sys
 import threading
 import traceback
@@ -22,12 +22,34 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+if __name__ == "__main__" and not __package__:
+    # Started by path: registers the package without executing its __init__, which imports the whole engine (seconds and
+    # 240 MB). It is executed on first attribute access.
+    _folder = Path(__file__).resolve().parent.parent
+    _spec = importlib.util.spec_from_file_location(
+        "searchr1_async", _folder / "__init__.py", submodule_search_locations=[str(_folder)]
+    )
+    assert _spec is not None
+    _package = importlib.util.module_from_spec(_spec)
+
+    def _run_and_get(name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        vars(_package).pop("__getattr__", None)
+        assert _spec is not None
+        assert _spec.loader is not None
+        _spec.loader.exec_module(_package)
+        return getattr(_package, name)
+
+    vars(_package)["__getattr__"] = _run_and_get
+    sys.modules["searchr1_async"] = _package
+
 from searchr1_async.boundary.paths import path_argument, raise_limit
 from searchr1_async.errors import ConfigurationError, ModelError, PortInUseError, SearchR1Error
 from searchr1_async.local.backend import Backend
-from searchr1_async.local.process import DEFAULT_MODEL
+from searchr1_async.local.model_files import DEFAULT_MODEL
+from searchr1_async.local.process import listener_at
 
-_HOST = "127.0.0.1"
 _FORCED_EXIT_SECONDS = 4.0
 
 
@@ -157,7 +179,7 @@ async def _serve(
     for number in signals:
         loop.add_signal_handler(number, stop.set)
     # Before the slow model load, so that these fail fast.
-    listener = _listen(settings["port"])
+    listener = listener_at(settings["port"])
     checkpoints = CheckpointStore(Path(settings["folder"]) / "checkpoints")
     options = ServiceOptions(**settings["options"])
     backend = await _until(stop, asyncio.to_thread(_load_backend, settings))
@@ -184,23 +206,6 @@ async def _until(stop: asyncio.Event, loading: Any) -> Any:
     return task.result()
 
 
-def _listen(port: int) -> socket.socket:
-    """Raises :class:`PortInUseError`, or :class:`ConfigurationError` for an invalid port."""
-    if not 0 <= port <= 65535:
-        raise ConfigurationError(f"port: must be between 0 and 65535, got {port}")
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    # Reuse a port whose server has just exited; a port in use still fails to bind.
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((_HOST, port))
-    except OSError as error:
-        listener.close()
-        raise PortInUseError(
-            f"port {port} on {_HOST} cannot be used ({error.strerror}): choose another, or 0 for a free one"
-        ) from None
-    return listener
-
-
 def _load_backend(settings: Mapping[str, Any]) -> Backend:
     scripted = settings["scripted"]
     if scripted:
@@ -218,7 +223,7 @@ def _load_backend(settings: Mapping[str, Any]) -> Backend:
 
 def _load_script(model: str, fields: Mapping[str, Any]) -> Backend:
     """Raises :class:`ConfigurationError` if the reply function cannot be found."""
-    from searchr1_async.local.scripted import Latency, ScriptedBackend, TrainingTimes
+    from searchr1_async.local.scripted_backend import Latency, ScriptedBackend, TrainingTimes
 
     module, _, name = fields["reply"].partition(":")
     try:
@@ -239,4 +244,6 @@ def _load_script(model: str, fields: Mapping[str, Any]) -> Backend:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if __package__:
+        sys.exit(main())
+    run_child()

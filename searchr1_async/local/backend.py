@@ -1,18 +1,12 @@
-"""The interface between the embedded Tinker service and a model.
+"""What the service and its backends share: the interface of a model, and Tinker's losses in numpy. Imports no torch.
 
-The server (:mod:`searchr1_async.local.server`) handles the wire protocol, ordering, idempotency and checkpoints; a
-:class:`Backend` computes: :class:`~searchr1_async.local.torch_backend.TorchBackend` runs a real language model,
-:class:`~searchr1_async.local.scripted.ScriptedBackend` a function of the prompt with modelled latency.
+The server handles the wire protocol, ordering, idempotency and checkpoints; a :class:`Backend` computes:
+:class:`~searchr1_async.local.torch_backend.TorchBackend` runs a real language model,
+:class:`~searchr1_async.local.scripted_backend.ScriptedBackend` a function of the prompt with modelled latency.
 
-Methods return immediately; work runs on the backend's own thread and resolves a :class:`concurrent.futures.Future`.
-Calls on one :class:`Adapter` run in submission order. A bad request fails its future with :class:`UserFault`; any other
-exception is the server's fault.
-
-Inputs and configuration of Tinker's losses and their validation, shared by all backends. Imports no torch.
-
-Tinker's losses in numpy, for the scripted backend, and the ratio metrics of both backends.
-
-Formulas as in :mod:`searchr1_async.local.torch_losses`.
+A backend's methods return immediately; work runs on its own thread and resolves a :class:`concurrent.futures.Future`. Calls
+on one :class:`Adapter` run in submission order. A bad request fails its future with :class:`UserFault`; any other exception
+is the server's fault. Formulas of the losses: :mod:`searchr1_async.local.trainer`.
 """
 
 from __future__ import annotations
@@ -28,6 +22,18 @@ from numpy.typing import NDArray
 
 Int32Array = NDArray[np.int32]
 Float32Array = NDArray[np.float32]
+Float64Array = NDArray[np.float64]
+State = Mapping[str, NDArray[Any]]
+"""Named arrays, stored as one safetensors file."""
+Thresholds = Mapping[str, float]
+
+RATIO_MASK = "sequence_ratio_mask"
+"""gspo: non-zero where a token counts in its sequence's ratio."""
+STABLE_REINFORCE = "stable_reinforce"
+"""Its data must have provenance; the service inserts the recorded ``logprobs``."""
+_CLIPPING = ("ppo", "cispo", "gspo", STABLE_REINFORCE)
+_LARGEST_LOG_RATIO = 700.0
+"""Keeps the exponential finite in double precision."""
 
 
 class UserFault(Exception):
@@ -151,10 +157,6 @@ class InflightClient:
     target: InflightTarget
 
 
-State = Mapping[str, NDArray[Any]]
-"""Named arrays, stored as one safetensors file."""
-
-
 class Backend(Protocol):
     @property
     def model_name(self) -> str:
@@ -210,9 +212,6 @@ class Backend(Protocol):
         ...
 
 
-Thresholds = Mapping[str, float]
-
-
 @dataclass(frozen=True, slots=True)
 class LossInputs:
     """A loss's inputs besides the tokens."""
@@ -227,10 +226,6 @@ class LossInputs:
     """Terms depend on the sequence's log-probabilities, through a ratio without gradient."""
 
 
-RATIO_MASK = "sequence_ratio_mask"
-"""gspo: non-zero where a token counts in its sequence's ratio."""
-STABLE_REINFORCE = "stable_reinforce"
-"""Its data must have provenance; the service inserts the recorded ``logprobs``."""
 _RL = ("logprobs", "advantages")
 LOSS_INPUTS: Mapping[str, LossInputs] = {
     "cross_entropy": LossInputs(("weights",), {}, "weights"),
@@ -255,10 +250,9 @@ def find_inputs(name: str, config: Mapping[str, float]) -> tuple[LossInputs, Thr
     Raises:
         UserFault: unknown loss, or a configuration entry that is unknown, not finite or out of range.
     """
-    known_losses = ", ".join(LOSS_INPUTS)
     inputs = LOSS_INPUTS.get(name)
     if inputs is None:
-        raise UserFault(f"Unknown loss_fn {name!r}; expected one of {known_losses}.")
+        raise UserFault(f"Unknown loss_fn {name!r}; expected one of {', '.join(LOSS_INPUTS)}.")
     for key, value in config.items():
         if key not in inputs.config:
             known = ", ".join(inputs.config) or "nothing"
@@ -286,12 +280,12 @@ def check_data(
     wanted = ("target_tokens", *inputs.fields)
     for index, datum in enumerate(data):
         where = f"datum {index} of {len(data)}"
-        tokens = datum.tokens
+        tokens, there = datum.tokens, ", ".join(sorted(datum.loss_inputs)) or "nothing"
         if tokens.ndim != 1 or not 1 <= len(tokens) <= most:
             raise UserFault(f"{where}: model_input has shape {list(tokens.shape)}; expected 1 to {most} tokens.")
         for field in wanted:
             if field not in datum.loss_inputs:
-                raise UserFault(f"{where}: loss_fn {name!r} needs loss_fn_inputs[{field!r}]; it has {_names(datum)}.")
+                raise UserFault(f"{where}: loss_fn {name!r} needs loss_fn_inputs[{field!r}]; it has {there}.")
             values = np.asarray(datum.loss_inputs[field])
             if values.shape != tokens.shape:
                 raise UserFault(
@@ -308,16 +302,6 @@ def check_data(
             if ids.min() < 0 or (vocabulary is not None and ids.max() >= vocabulary):
                 last = "" if vocabulary is None else vocabulary - 1
                 raise UserFault(f"{where}: {field} contains a token id outside 0 to {last}.")
-
-
-def _names(datum: Datum) -> str:
-    return ", ".join(sorted(datum.loss_inputs)) or "nothing"
-
-
-Float64Array = NDArray[np.float64]
-_CLIPPING = ("ppo", "cispo", "gspo", STABLE_REINFORCE)
-_LARGEST_LOG_RATIO = 700.0
-"""Keeps the exponential finite in double precision."""
 
 
 def loss_and_slope(
@@ -384,3 +368,10 @@ def ratio_metrics(
     if name in _CLIPPING:
         metrics["clipped_fraction:mean"] = float((_factors(name, ratio_T, advantages_T, config) != ratio_T).mean())
     return metrics
+
+
+def common_prefix_length(a: NDArray[np.integer], b: NDArray[np.integer]) -> int:
+    """Number of equal tokens at the start of two sequences."""
+    length = min(len(a), len(b))
+    different = np.flatnonzero(a[:length] != b[:length])
+    return int(different[0]) if len(different) else length

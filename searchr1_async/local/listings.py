@@ -1,10 +1,8 @@
-"""Download of adapters as PEFT files from signed URLs, and import of adapters from a folder.
+"""Routes of training runs and checkpoints: listings and changes, download as PEFT files, and import from a folder.
 
 ``save_weights_external`` stores a checkpoint of kind ``external_weights``: only the adapter's matrices, under PEFT names.
 Its files ``adapter_model.safetensors`` and ``adapter_config.json`` are downloaded from signed URLs: an HMAC-SHA256 over
 checkpoint, file and expiry time, with a key of this process. Like object store URLs, they need no API key.
-
-Routes to list training runs and to list and change checkpoints.
 """
 
 from __future__ import annotations
@@ -47,6 +45,12 @@ from searchr1_async.local.trainable_models import Training, model_id
 
 URL_SECONDS = 3600
 """Lifetime of a signed URL."""
+_SHORTEST_TTL, _LONGEST_TTL = 3600, 10 * 366 * 86400
+"""Bounds of a ``ttl_seconds``: an hour and ten years."""
+_TYPES: dict[Kind, str] = {"weights": "training", "sampler_weights": "sampler", "external_weights": "external"}
+"""The protocol's names of the checkpoint kinds in listings."""
+_LAST = {"weights": "last_checkpoint", "sampler_weights": "last_sampler_checkpoint"}
+"""A run's field for its newest checkpoint of a kind; the protocol has none for external weights."""
 
 
 class External:
@@ -210,15 +214,6 @@ def _rank_and_alpha(folder: Path, config: Any) -> tuple[int, float]:
     if not isinstance(alpha, int | float) or alpha <= 0:
         raise UserFault(f"{folder}: lora_alpha is {alpha!r} in adapter_config.json, and must be a positive number")
     return rank, float(alpha)
-
-
-_SHORTEST_TTL, _LONGEST_TTL = 3600, 10 * 366 * 86400
-"""Bounds of a ``ttl_seconds``: an hour and ten years."""
-
-_TYPES: dict[Kind, str] = {"weights": "training", "sampler_weights": "sampler", "external_weights": "external"}
-"""The protocol's names of the checkpoint kinds in listings."""
-_LAST = {"weights": "last_checkpoint", "sampler_weights": "last_sampler_checkpoint"}
-"""A run's field for its newest checkpoint of a kind; the protocol has none for external weights."""
 
 
 class Listings:

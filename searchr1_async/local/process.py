@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import secrets
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Mapping
@@ -23,13 +24,14 @@ import anyio
 import anyio.to_thread
 from anyio.abc import Process
 
-from searchr1_async.boundary.waits import Tell, bounded_wait, say_nothing
+from searchr1_async.boundary.waits import Notify, bounded_wait, notify_nobody
 from searchr1_async.errors import ConfigurationError, ModelError, PortInUseError, ServiceError, ServiceStartError
+from searchr1_async.local.model_files import DEFAULT_MODEL
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-_CHILD = Path(__file__).with_name("entry.py")
+_CHILD = Path(__file__).with_name("__main__.py")
+_HOST = "127.0.0.1"
 _STOP_SECONDS = 5.0
 _LOG_LINES = 20
 _REFUSALS = {"model": ModelError, "port": PortInUseError, "configuration": ConfigurationError}
@@ -50,7 +52,7 @@ class LocalService:
 
 @dataclass(frozen=True, slots=True)
 class Scripted:
-    """A reply function instead of a model: see :class:`~searchr1_async.local.scripted.ScriptedBackend`.
+    """A reply function instead of a model: see :class:`~searchr1_async.local.scripted_backend.ScriptedBackend`.
 
     ``latency`` and ``training`` are the fields of ``Latency`` and ``TrainingTimes``.
     """
@@ -80,7 +82,7 @@ async def local_service(
     log_path: Path | None = None,
     options: Mapping[str, Any] | None = None,
     backend_options: Mapping[str, Any] | None = None,
-    tell: Tell = say_nothing,
+    notify: Notify = notify_nobody,
 ) -> AsyncIterator[LocalService]:
     """Runs the embedded service out-of-process until the block exits.
 
@@ -94,7 +96,7 @@ async def local_service(
         log_path: the child's log; default ``<folder>/service.log``.
         options: fields of :class:`~searchr1_async.local.server.ServiceOptions`.
         backend_options: further arguments of ``TorchBackend.load``.
-        tell: receives a message if the start takes over 5 seconds.
+        notify: receives a message if the start takes over 5 seconds.
 
     Raises:
         ModelError: unknown model.
@@ -122,19 +124,13 @@ async def local_service(
     }
     async with _child(log_path, threads) as process:
         try:
-            with bounded_wait(f"the embedded service is loading {model}", tell, start_timeout):
+            with bounded_wait(f"the embedded service is loading {model}", notify, start_timeout):
                 ready = await _handshake(process, settings)
         except TimeoutError:
             raise ServiceStartError(
                 f"the embedded service did not start within {start_timeout:g} s; {_tail(log_path)}"
             ) from None
-        if ready is None:
-            raise ServiceStartError(f"the embedded service exited during startup; {_tail(log_path)}")
-        if "error" in ready:
-            refusal = _REFUSALS.get(ready.get("kind", ""))
-            if refusal is not None:
-                raise refusal(ready["error"])
-            raise ServiceStartError(f"the embedded service could not start: {ready['error']}; {_tail(log_path)}")
+        _check_ready(ready, log_path)
         logger.info("the embedded service is serving %s at %s (pid %d)", ready["model_name"], ready["url"], process.pid)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(_raise_when_ended, process, log_path)
@@ -197,8 +193,8 @@ async def _stop(process: Process) -> None:
     await process.aclose()
 
 
-async def _handshake(process: Process, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Sends the settings; returns the child's ready line, or None if it exited without one."""
+async def _handshake(process: Process, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Sends the settings; returns the child's ready line, empty if it exited without one."""
     assert process.stdin is not None
     assert process.stdout is not None
     with contextlib.suppress(anyio.BrokenResourceError):
@@ -208,11 +204,22 @@ async def _handshake(process: Process, settings: Mapping[str, Any]) -> dict[str,
         try:
             received += await process.stdout.receive()
         except (anyio.EndOfStream, anyio.BrokenResourceError):
-            return None
+            return {}
     try:
         return json.loads(received.partition(b"\n")[0])
     except ValueError:
-        return None
+        return {}
+
+
+def _check_ready(ready: Mapping[str, Any], log_path: Path) -> None:
+    """Raises what the child could not start for."""
+    if not ready:
+        raise ServiceStartError(f"the embedded service exited during startup; {_tail(log_path)}")
+    if "error" in ready:
+        refusal = _REFUSALS.get(ready.get("kind", ""))
+        if refusal is not None:
+            raise refusal(ready["error"])
+        raise ServiceStartError(f"the embedded service could not start: {ready['error']}; {_tail(log_path)}")
 
 
 def _tail(log_path: Path) -> str:
@@ -221,3 +228,23 @@ def _tail(log_path: Path) -> str:
     except OSError:
         lines = []
     return f"end of its log {log_path}:\n" + "\n".join(lines or ["(empty)"])
+
+
+def listener_at(port: int) -> socket.socket:
+    """A socket bound to this port of the loopback interface; 0 is a free one.
+
+    Raises :class:`PortInUseError`, or :class:`ConfigurationError` for an invalid port.
+    """
+    if not 0 <= port <= 65535:
+        raise ConfigurationError(f"port: must be between 0 and 65535, got {port}")
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    # Reuse a port whose server has just exited; a port in use still fails to bind.
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((_HOST, port))
+    except OSError as error:
+        listener.close()
+        raise PortInUseError(
+            f"port {port} on {_HOST} cannot be used ({error.strerror}): choose another, or 0 for a free one"
+        ) from None
+    return listener

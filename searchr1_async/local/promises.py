@@ -1,10 +1,8 @@
-"""Promises: pending and finished results, kept until fetched plus a grace period.
+"""Promises: pending and finished results, kept until fetched plus a grace period; and the order of a model's requests.
 
-:class:`PromiseStore` belongs to one event loop and is not thread-safe. Callers pass the time (monotonic seconds).
+:class:`PromiseStore` belongs to one event loop; nothing here is thread-safe. Callers pass the time (monotonic seconds).
 
-Puts one model's training requests into order, as a pure state machine.
-
-Clients number a model's requests 1, 2, 3, … and may post them out of order: the SDK posts the first chunk of a
+Clients number a model's training requests 1, 2, 3, … and may post them out of order: the SDK posts the first chunk of a
 ``forward_backward`` last. A number that never arrives must not block the model forever, so after
 :attr:`Sequence.patience` seconds the requests behind the gap are dropped and the sequence continues after them.
 """
@@ -19,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
 Category = Literal["unknown", "server", "user"]
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +50,8 @@ class Promise:
     """Called when the client cancels; None: not cancellable."""
     log: CompletionLog | None = None
     """Records the promise when it is settled."""
-    settled_at: float | None = None
-    fetched_at: float | None = None
+    settled_at: float = 0.0
+    fetched_at: float = 0.0
     done: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -159,12 +158,12 @@ class PromiseStore:
         gone: list[Promise] = []
         excess = self._bytes - self.fetched_bytes
         for promise in self._fetched.values():
-            if excess <= 0 and now - _time(promise.fetched_at) < self.grace:
+            if excess <= 0 and now - promise.fetched_at < self.grace:
                 break
             excess -= _size(promise)
             gone.append(promise)
         for promise in self._unfetched.values():
-            if now - _time(promise.settled_at) < self.unfetched:
+            if now - promise.settled_at < self.unfetched:
                 break
             gone.append(promise)
         for promise in gone:
@@ -217,21 +216,13 @@ def _size(promise: Promise) -> int:
     return len(promise.outcome.body) if isinstance(promise.outcome, Reply) else 0
 
 
-def _time(moment: float | None) -> float:
-    assert moment is not None
-    return moment
-
-
-Item = TypeVar("Item")
-
-
 class AlreadyTaken(Exception):
     """A number was offered twice, or after it was dropped."""
 
 
 @dataclass(slots=True)
 class Sequence(Generic[Item]):
-    """Releases items in number order. Not thread-safe. Callers pass the time (monotonic seconds)."""
+    """Releases items in number order."""
 
     next_number: int = 1
     patience: float = 120.0
@@ -267,12 +258,8 @@ class Sequence(Generic[Item]):
         deadline = self.deadline()
         if deadline is None or now < deadline:
             return range(0), []
-        gap = self.missing()
-        dropped = [self._waiting[number] for number in sorted(self._waiting)]
-        self.next_number = max(self._waiting) + 1
-        self._waiting.clear()
-        self._blocked_since = None
-        return gap, dropped
+        gap, self.next_number = self.missing(), max(self._waiting) + 1
+        return gap, self.drain()
 
     def drain(self) -> list[Item]:
         """Removes and returns all waiting items, in order."""

@@ -4,22 +4,26 @@
 :class:`~searchr1_async.local.backend.UserFault` means a well-formed but invalid request; it is accepted and fails in its
 future, so that a model's request sequence has no gap.
 
-Protobuf messages are those of ``tinker.proto.tinker_public_pb2``; arrays are little-endian.
+Protobuf messages are those of ``tinker.proto.tinker_public_pb2``, loaded from its file unless ``tinker`` is already imported:
+``import tinker`` imports torch, which takes seconds and which a scripted service does not need. Loading it twice is safe:
+protobuf keeps one class per message. Arrays are little-endian.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
-from searchr1_async.local._protobuf import pb
 from searchr1_async.local.backend import (
     AdamParams,
     Datum,
@@ -33,6 +37,25 @@ from searchr1_async.local.backend import (
 )
 from searchr1_async.local.promises import Reply
 from searchr1_async.local.provenance import Provenance, Span
+
+if TYPE_CHECKING:
+    from tinker.proto import tinker_public_pb2 as pb
+else:
+
+    def _messages() -> Any:
+        package = None if "tinker" in sys.modules else importlib.util.find_spec("tinker")
+        for folder in (package and package.submodule_search_locations) or ():
+            file = Path(folder) / "proto" / "tinker_public_pb2.py"
+            spec = importlib.util.spec_from_file_location("searchr1_async.local._tinker_public_pb2", file)
+            if file.is_file() and spec is not None and spec.loader is not None:
+                module = importlib.util.module_from_spec(spec)
+                spec.loader.exec_module(module)
+                return module
+        from tinker.proto import tinker_public_pb2
+
+        return tinker_public_pb2
+
+    pb = _messages()
 
 PROTOBUF = "application/x-protobuf"
 EMPTY_LOGPROB = -99999.0
@@ -108,9 +131,6 @@ def optional(fields: Mapping[str, Any], name: str, kind: type[_Value], default: 
     if kind is float and not math.isfinite(value):  # pyright: ignore[reportArgumentType]
         raise UserFault(f"{name}: must be finite, got {value}")
     return value
-
-
-# -- requests ----------------------------------------------------------------------------------------------------
 
 
 def decode_lora(fields: Mapping[str, Any]) -> LoraConfig:
@@ -369,9 +389,6 @@ def _from_bytes(data: bytes, dtype: np.dtype[Any], place: str) -> NDArray[Any]:
     return np.frombuffer(data, dtype)
 
 
-# -- responses ---------------------------------------------------------------------------------------------------
-
-
 def json_reply(fields: Mapping[str, Any]) -> Reply:
     return Reply(json.dumps(fields).encode())
 
@@ -426,6 +443,6 @@ def _bytes(array: NDArray[Any], dtype: str) -> bytes:
     return np.ascontiguousarray(array, dtype=dtype).tobytes()
 
 
-def finite_metrics(metrics: Mapping[str, float]) -> Iterator[tuple[str, float]]:
+def finite_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
     """Drops NaN and infinite metrics, which JSON cannot represent."""
-    return ((name, float(value)) for name, value in metrics.items() if math.isfinite(value))
+    return {name: float(value) for name, value in metrics.items() if math.isfinite(value)}

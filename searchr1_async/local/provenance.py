@@ -1,12 +1,11 @@
-"""Provenance of training data: checks that every token of a datum was prompted or sampled in a recorded sequence.
+"""Provenance of training data: every token of a datum must have been prompted or sampled in a recorded sequence.
+
+Sampling with ``record_stability_info`` records sequences in a :class:`SequenceStore`, which belongs to one event loop and is
+not thread-safe; callers pass the time (monotonic seconds).
 
 A ``stable_reinforce`` datum has two lists of spans (``tinker.types.Datum.with_provenance``), tiling its input and its
 targets. A span claims that its tokens are a run of one recorded sequence's prompt or sampled tokens. :func:`check`
 verifies every claim and inserts the recorded log-probabilities. Pure: no torch, clock or store.
-
-Sampled sequences recorded for training (``record_stability_info``).
-
-:class:`SequenceStore` belongs to one event loop and is not thread-safe. Callers pass the time (monotonic seconds).
 """
 
 from __future__ import annotations
@@ -25,6 +24,10 @@ from searchr1_async.local.backend import Datum, Float32Array, Int32Array, Sample
 logger = logging.getLogger(__name__)
 
 DAY = 86400.0
+LOGPROB_TOLERANCE = 1e-3
+"""Maximum difference in nats between sent and recorded log-probabilities, to allow for rounding in files."""
+_PADDING = 0
+"""Clients may put this at targets that were not sampled."""
 
 
 def sequence_id(request_id: str, index: int) -> str:
@@ -131,13 +134,6 @@ class SequenceStore:
         request = self._requests.pop(request_id)
         self.bytes -= request.bytes
         return request
-
-
-LOGPROB_TOLERANCE = 1e-3
-"""Maximum difference in nats between sent and recorded log-probabilities, to allow for rounding in files."""
-
-_PADDING = 0
-"""Clients may put this at targets that were not sampled."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
-"""HTTP responses: JSON bodies, the API key check, and errors as JSON with a message in ``detail``.
+"""What the service answers: JSON bodies, errors as JSON with a message in ``detail``, and the jobs behind its promises.
 
-Runs backend work in tasks that end with the service, and settles its promises.
+A job runs backend work in a task that ends with the service, and settles its promise.
 """
 
 from __future__ import annotations
@@ -39,10 +39,13 @@ _REFUSED = {
     "POST /auth/token": "the embedded service exchanges no tokens: send its key as X-API-Key",
 }
 """Cloud routes that make no sense for one user on one machine, with the reason."""
+Result = TypeVar("Result")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 SIGNED_ROUTE = "signed"
 _WITHOUT_KEY = {"healthz", SIGNED_ROUTE}
 """Names of the routes that need no API key."""
+LARGE_BYTES = 256 << 10
+"""Larger bodies are encoded and decoded in a worker thread; for smaller ones the hop costs more than the work."""
 
 
 class NotFound(LookupError):
@@ -55,6 +58,20 @@ class Gone(LookupError):
 
 class TooManySamples(Exception):
     """The queue is full; the client should retry later (429)."""
+
+    def __init__(self) -> None:
+        super().__init__("too many samples are queued")
+
+
+_STATUSES: dict[type[Exception], int] = {
+    NoSuchCheckpoint: 404,
+    UserFault: 400,
+    NotFound: 404,
+    Gone: 410,
+    CheckpointError: 422,  # not 5xx: clients would retry for minutes
+    TooManySamples: 429,
+}
+"""Status of each error; the first class that fits."""
 
 
 def json_answer(status: int = 200, /, **fields: Any) -> web.Response:
@@ -130,19 +147,10 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
         return await handler(request)
     except MalformedRequest as error:
         return json_answer(error.status, detail=str(error))
-    except NoSuchCheckpoint as error:
-        return json_answer(404, detail=str(error))
-    except UserFault as error:
-        return json_answer(400, detail=str(error))
-    except NotFound as error:
-        return json_answer(404, detail=str(error))
-    except Gone as error:
-        return json_answer(410, detail=str(error))
-    except CheckpointError as error:
-        # Not 5xx: clients would retry for minutes.
-        return json_answer(422, detail=str(error))
-    except TooManySamples:
-        return json_answer(429, detail="too many samples are queued")
+    except tuple(_STATUSES) as error:
+        return json_answer(
+            next(status for kind, status in _STATUSES.items() if isinstance(error, kind)), detail=str(error)
+        )
     except web.HTTPNotFound:
         return json_answer(404, detail=f"the embedded service does not support {request.method} {request.path}")
     except web.HTTPException as error:
@@ -150,12 +158,6 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
     except Exception as error:
         logger.exception("%s %s failed", request.method, request.path)
         return json_answer(500, detail=f"{type(error).__name__}: {error}")
-
-
-Result = TypeVar("Result")
-
-LARGE_BYTES = 256 << 10
-"""Larger bodies are encoded and decoded in a worker thread; for smaller ones the hop costs more than the work."""
 
 
 class Jobs:

@@ -1,6 +1,6 @@
-"""KV caches: the prefix cache of past sequences, and the decode cache of running ones.
+"""The sampler's interface to a model: prefill prompts, decode one token of running sequences, finish sequences.
 
-The sampler's interface to a model: prefill prompts, decode one token of running sequences, finish sequences.
+Two KV caches serve it: the prefix cache of past sequences, and the decode cache of running ones.
 """
 
 from __future__ import annotations
@@ -13,23 +13,67 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from searchr1_async.local.backend import InflightClient
+from searchr1_async.local.backend import InflightClient, Int32Array, common_prefix_length
 from searchr1_async.local.lora import LoraWeights
-from searchr1_async.local.prefixes import PackedPrefix, common_prefix_length, pack
-from searchr1_async.local.transformer import LeanTransformer, LoraRows, Shape, TreeAttention
+from searchr1_async.local.transformer import LeanTransformer, LoraRows, PackedPrefix, Shape, TreeAttention, pack
 
+Owner = LoraWeights | InflightClient | None
+"""A sequence's weights and prefix cache namespace; None is the base model."""
 _SMALLEST_CAPACITY = 128
+
+
+def weights_of(owner: Owner) -> LoraWeights | None:
+    """The current weights; an in-flight client's are those of the latest save."""
+    if not isinstance(owner, InflightClient):
+        return owner
+    snapshot = owner.target.snapshot
+    if not isinstance(snapshot, LoraWeights):
+        raise TypeError(f"in-flight client without weights of this backend: {snapshot!r:.100}")
+    return snapshot
+
+
+@dataclass(frozen=True, slots=True)
+class Prefilled:
+    handles: tuple[Any, ...]
+    """One per running copy, for :meth:`Runner.decode` and :meth:`Runner.finish`."""
+    logits: Tensor
+    """Next-token logits [vocabulary], float32."""
+    cached_tokens: int
+    """Prompt tokens from the cache."""
+    prompt_logits: Callable[[int, int], Tensor] | None
+    """Logits [stop - start, vocabulary] after prompt tokens start to stop, if requested."""
+
+
+class Runner(Protocol):
+    """A model with the KV cache of its running sequences."""
+
+    def cached(self, owner: Owner, prompt: Int32Array) -> int:
+        """Number of cached tokens of ``prompt``."""
+        ...
+
+    def prefill(
+        self, owner: Owner, prompts: Sequence[Int32Array], copies: Sequence[int], all_logits: bool
+    ) -> list[Prefilled]:
+        """Prefill ``prompts`` together and open ``copies[i]`` running sequences of each."""
+        ...
+
+    def decode(self, handles: Sequence[Any], tokens: Sequence[int], owners: Sequence[Owner]) -> Tensor:
+        """Append one token to every running sequence; returns next-token logits [len(handles), vocabulary]."""
+        ...
+
+    def finish(self, handle: Any, owner: Owner, tokens: Int32Array | None) -> None:
+        """End a sequence and cache its state for ``tokens`` (None: discard its state)."""
+        ...
 
 
 @dataclass(eq=False, slots=True)
 class _Node:
     """A radix tree edge: tokens and their keys and values [2, layers, tokens, kv_heads, size]."""
 
-    tokens: NDArray[np.int32]
+    tokens: Int32Array
     kv: Tensor | None
     parent: _Node | None
     children: dict[int, _Node] = field(default_factory=dict)
@@ -60,7 +104,7 @@ class PrefixStore:
         """Cached tokens over all snapshots."""
         return self._base.tokens + sum(root.tokens for root in self._roots.values())
 
-    def lookup(self, owner: Hashable | None, tokens: NDArray[np.int32]) -> tuple[int, list[Tensor]]:
+    def lookup(self, owner: Hashable | None, tokens: Int32Array) -> tuple[int, list[Tensor]]:
         """Length of the longest cached prefix of ``tokens``, and its keys and values in pieces."""
         length, pieces = 0, []
         for node, matched in self._walk(self._root(owner), tokens):
@@ -69,11 +113,11 @@ class PrefixStore:
             length += matched
         return length, pieces
 
-    def match(self, owner: Hashable | None, tokens: NDArray[np.int32]) -> int:
+    def match(self, owner: Hashable | None, tokens: Int32Array) -> int:
         """Length of the longest cached prefix of ``tokens``."""
         return sum(matched for _, matched in self._walk(self._root(owner), tokens))
 
-    def insert(self, owner: Hashable | None, tokens: NDArray[np.int32], kv: Tensor) -> None:
+    def insert(self, owner: Hashable | None, tokens: Int32Array, kv: Tensor) -> None:
         """Cache ``kv`` [2, layers, tokens, kv_heads, size], which may be a view; only its new part is copied."""
         if len(tokens) > self.capacity:
             return
@@ -100,7 +144,7 @@ class PrefixStore:
             root = self._roots[owner] = _Root()
         return root
 
-    def _walk(self, root: _Root, tokens: NDArray[np.int32]) -> Iterator[tuple[_Node, int]]:
+    def _walk(self, root: _Root, tokens: Int32Array) -> Iterator[tuple[_Node, int]]:
         node, done = root.top, 0
         while done < len(tokens):
             child = node.children.get(int(tokens[done]))
@@ -300,55 +344,6 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     # On CPU, two batched products beat the fused kernel, which is tuned for blocks of queries.
     scores = torch.matmul(q * (q.shape[-1] ** -0.5), k.transpose(2, 3)).add_(mask)
     return torch.matmul(torch.softmax(scores, dim=-1), v)
-
-
-Int32Array = NDArray[np.int32]
-Owner = LoraWeights | InflightClient | None
-"""A sequence's weights and prefix cache namespace; None is the base model."""
-
-
-def weights_of(owner: Owner) -> LoraWeights | None:
-    """The current weights; an in-flight client's are those of the latest save."""
-    if not isinstance(owner, InflightClient):
-        return owner
-    snapshot = owner.target.snapshot
-    if not isinstance(snapshot, LoraWeights):
-        raise TypeError(f"in-flight client without weights of this backend: {snapshot!r:.100}")
-    return snapshot
-
-
-@dataclass(frozen=True, slots=True)
-class Prefilled:
-    handles: tuple[Any, ...]
-    """One per running copy, for :meth:`Runner.decode` and :meth:`Runner.finish`."""
-    logits: Tensor
-    """Next-token logits [vocabulary], float32."""
-    cached_tokens: int
-    """Prompt tokens from the cache."""
-    prompt_logits: Callable[[int, int], Tensor] | None
-    """Logits [stop - start, vocabulary] after prompt tokens start to stop, if requested."""
-
-
-class Runner(Protocol):
-    """A model with the KV cache of its running sequences."""
-
-    def cached(self, owner: Owner, prompt: Int32Array) -> int:
-        """Number of cached tokens of ``prompt``."""
-        ...
-
-    def prefill(
-        self, owner: Owner, prompts: Sequence[Int32Array], copies: Sequence[int], all_logits: bool
-    ) -> list[Prefilled]:
-        """Prefill ``prompts`` together and open ``copies[i]`` running sequences of each."""
-        ...
-
-    def decode(self, handles: Sequence[Any], tokens: Sequence[int], owners: Sequence[Owner]) -> Tensor:
-        """Append one token to every running sequence; returns next-token logits [len(handles), vocabulary]."""
-        ...
-
-    def finish(self, handle: Any, owner: Owner, tokens: Int32Array | None) -> None:
-        """End a sequence and cache its state for ``tokens`` (None: discard its state)."""
-        ...
 
 
 class LeanRunner:

@@ -1,6 +1,6 @@
-"""Continuous batching: requests join and leave the running batch at every decode step.
+"""Sampling: the choice of next tokens from logits, and continuous batching.
 
-Next-token sampling from a batch of logits.
+Requests join and leave the running batch at every decode step.
 """
 
 from __future__ import annotations
@@ -26,6 +26,11 @@ from searchr1_async.local.backend import (
     UserFault,
 )
 from searchr1_async.local.runner import Owner, Prefilled, Runner
+
+logger = logging.getLogger(__name__)
+
+_LOGITS_CHUNK = 128
+"""Prompt positions whose logits are in memory at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,11 +111,6 @@ def _truncated(logits: Tensor, rule: ChoiceRule) -> Tensor:
     if rule.top_p <= 0.0:
         return ids[0]
     return ids[_invert(weights.unsqueeze(0), [0], [rule])[0]]
-
-
-logger = logging.getLogger(__name__)
-
-_LOGITS_CHUNK = 128
 
 
 class Decoder(Protocol):
@@ -281,7 +281,7 @@ class Sampler:
         prompts = [job.request.prompt for job, _ in members]
         prefilled = self._runner.prefill(owner, prompts, [count for _, count in members], all_logits)
         started: list[_Running] = []
-        rows: list[torch.Tensor] = []
+        rows: list[Tensor] = []
         for (job, _count), result in zip(members, prefilled, strict=True):
             if job.started == 0:
                 job.cached_tokens = result.cached_tokens
@@ -320,7 +320,7 @@ class Sampler:
         if k:
             job.topk_prompt = ids, values
 
-    def _extend(self, batch: Sequence[_Running], logits: torch.Tensor) -> None:
+    def _extend(self, batch: Sequence[_Running], logits: Tensor) -> None:
         """Choose the next token of every sequence in ``batch``; finish those that are done."""
         choices = choose(logits, [item.rule() for item in batch])
         for row, item in enumerate(batch):

@@ -1,12 +1,8 @@
-"""Samplers: which weights each one uses, and which weights stay in memory.
-
-Routes to poll, fetch and cancel results.
-"""
+"""Sampling clients: which weights each one uses, which weights stay in memory; and the routes to poll, fetch and cancel results."""
 
 from __future__ import annotations
 
 import itertools
-import logging
 import time
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -26,11 +22,10 @@ from searchr1_async.local.provenance import SequenceStore
 from searchr1_async.local.responses import Gone, Jobs, NotFound, TooManySamples, json_answer, offload, result_of
 from searchr1_async.local.sessions import Sessions
 
-logger = logging.getLogger(__name__)
-
-
 CLONE_NUMBERS = 1_000_000_000
 """A cloned sampling client numbers its requests from its clone id times this."""
+_ANNOUNCED_BYTES = 1 << 20
+"""Larger results are announced first, so that the client can limit concurrent downloads."""
 
 
 @dataclass(slots=True, eq=False)
@@ -169,16 +164,11 @@ class Sampling:
         """Marks weights as just used and evicts beyond the limit."""
         self._resident[weights] = None
         self._resident.move_to_end(weights)
-        excess = len(self._resident) - self._max_snapshots
-        if excess <= 0:
-            return
+        excess = max(0, len(self._resident) - self._max_snapshots)
         idle = [other for other in self._resident if other.running == 0 and other is not weights]
         for other in idle[:excess]:
-            self._drop(other)
-
-    def _drop(self, weights: Weights) -> None:
-        self._resident.pop(weights, None)
-        weights.snapshot = None
+            del self._resident[other]
+            other.snapshot = None
 
     # -- samples -------------------------------------------------------------------------------------------------
 
@@ -207,7 +197,7 @@ class Sampling:
         """Settled requests of one client (clone) of a sampler."""
         return self._logs.setdefault((sampler.id, clone), CompletionLog())
 
-    def join(self, sampler: Sampler) -> int:
+    def join(self) -> int:
         """A new clone number; the original client is 0."""
         return next(self._clones)
 
@@ -276,10 +266,6 @@ class Sampling:
         for sampler in [sampler for sampler in self.samplers.values() if sampler.session_id == session_id]:
             for promise in self._jobs.promises.open_of(sampler.id):
                 self._jobs.promises.cancel(promise, now, "the session has ended")
-
-
-_ANNOUNCED_BYTES = 1 << 20
-"""Larger results are announced first, so that the client can limit concurrent downloads."""
 
 
 class Futures:

@@ -395,5 +395,5 @@ class Service:
         return json_answer(request_id=promise.request_id, sample_sequence_ids=ids)
 
     async def join_sampling_session(self, request: web.Request) -> web.Response:
-        sampler = self.sampling.find(Body.parse(await request.read()).text("sampling_session_id"))
-        return json_answer(client_counter=self.sampling.join(sampler), type="join_sampling_session")
+        self.sampling.find(Body.parse(await request.read()).text("sampling_session_id"))
+        return json_answer(client_counter=self.sampling.join(), type="join_sampling_session")

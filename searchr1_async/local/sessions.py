@@ -1,10 +1,7 @@
-"""Client sessions: creation, lookup, listing and search.
+"""Client sessions: creation, lookup, listing and search; and the persistent records of sessions and training runs.
 
-There is one user, ``local``. A project is just a name on a session and need not be created.
-
-Persistent records of sessions and training runs: one small JSON file each.
-
-Stored as ``<checkpoints>/_records/<id>.json``, with dots for the id's colons. A run's id starts with its session's
+There is one user, ``local``. A project is just a name on a session and need not be created. A record is one small JSON file,
+``<checkpoints>/_records/<id>.json``, with dots for the id's colons. A run's id starts with its session's
 (``SESSION:train:NUMBER``); a session id has no colon.
 """
 
@@ -35,6 +32,9 @@ FOLDER = "_records"
 """Cannot clash with run folders, whose names start with a letter or digit."""
 DEFAULT_PROJECT = "local"
 """The project of sessions that name none."""
+OWNER = "local"
+_ACTIVE = {"type": "active"}
+_MAX_PAGE = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +46,6 @@ class RunRecord:
     lora_rank: int
     last_request_at: float
     user_metadata: Mapping[str, Any] | None = None
-
-    @property
-    def session_id(self) -> str:
-        return self.id.partition(":")[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,47 +68,42 @@ Record = RunRecord | SessionRecord
 
 
 class RecordStore:
-    """All records of a checkpoint folder, including those of earlier processes, held in memory.
+    """All records of a checkpoint folder, including those of earlier processes, in memory.
 
     :meth:`note` and :meth:`flush` belong to one event loop; :meth:`read` blocks on disk I/O.
     """
 
     def __init__(self, checkpoints: Path) -> None:
         self._folder = checkpoints / FOLDER
-        self._runs: dict[str, RunRecord] = {}
-        self._sessions: dict[str, SessionRecord] = {}
+        self.runs: dict[str, RunRecord] = {}
+        self.sessions: dict[str, SessionRecord] = {}
         self._unwritten: dict[str, Record] = {}
         self._writing = threading.Lock()
         self._has_warned = False
-
-    @property
-    def runs(self) -> Mapping[str, RunRecord]:
-        return self._runs
-
-    @property
-    def sessions(self) -> Mapping[str, SessionRecord]:
-        return self._sessions
 
     def read(self) -> None:
         """Reads the records of earlier processes. Corrupt files are logged and ignored."""
         for path in self._folder.glob("*.json"):
             try:
                 fields = json.loads(path.read_text())
-                self._put(RunRecord(**fields) if ":" in fields["id"] else _session(fields))
+                if ":" in fields["id"]:
+                    self._put(RunRecord(**fields))
+                else:
+                    self._put(SessionRecord(**{**fields, "run_ids": tuple(fields["run_ids"])}))
             except (OSError, ValueError, TypeError, KeyError) as error:
                 logger.warning("ignoring the corrupt record %s: %s", path, error)
 
     def note(self, record: Record) -> None:
         """Adds or replaces a record in memory; :meth:`flush` writes it."""
-        if self._runs.get(record.id, self._sessions.get(record.id)) != record:
+        if self.runs.get(record.id, self.sessions.get(record.id)) != record:
             self._put(record)
             self._unwritten[record.id] = record
 
     def _put(self, record: Record) -> None:
         if isinstance(record, RunRecord):
-            self._runs[record.id] = record
+            self.runs[record.id] = record
         else:
-            self._sessions[record.id] = record
+            self.sessions[record.id] = record
 
     async def flush(self) -> None:
         """Writes changed records. Failures are logged once and retried at the next flush."""
@@ -126,30 +117,17 @@ class RecordStore:
         with self._writing:
             for id in batch:
                 # The current record: a later batch may have been written before this one.
-                record = self._runs.get(id) or self._sessions[id]
+                record = self.runs.get(id) or self.sessions[id]
                 try:
                     self._folder.mkdir(parents=True, exist_ok=True)
                     write_atomically(self._folder / f"{id.replace(':', '.')}.json", json.dumps(asdict(record)).encode())
                 except OSError as error:
                     # Warn once: the folder may be read-only, and nothing else depends on it.
-                    logger.log(
-                        logging.DEBUG if self._has_warned else logging.WARNING,
-                        "cannot write the record of %s: %s",
-                        id,
-                        error,
-                    )
+                    level = logging.DEBUG if self._has_warned else logging.WARNING
+                    logger.log(level, "cannot write the record of %s: %s", id, error)
                     self._has_warned = True
                     left[id] = record
         return left
-
-
-def _session(fields: Mapping[str, Any]) -> SessionRecord:
-    return SessionRecord(**{**fields, "run_ids": tuple(fields["run_ids"])})
-
-
-OWNER = "local"
-_ACTIVE = {"type": "active"}
-_MAX_PAGE = 200
 
 
 @dataclass(slots=True)

@@ -260,7 +260,7 @@ class Training:
         future = self._backend.optim_step(model.trained(), protocol.decode_adam(fields))
 
         async def answer() -> Reply:
-            metrics = dict(protocol.finite_metrics(await result_of(future)))
+            metrics = protocol.finite_metrics(await result_of(future))
             return protocol.json_reply({"metrics": metrics, "type": "optim_step"})
 
         self._jobs.start(promise, answer)
@@ -325,7 +325,7 @@ class Training:
                 if previous is not None:
                     await previous.wait()
                 # Not abandoned on shutdown: the writing thread must finish before the process exits.
-                write = functools.partial(self._checkpoints.save, replace(checkpoint), state, overwrite=overwrite)
+                write = functools.partial(self._checkpoints.save, checkpoint, state, overwrite=overwrite)
                 await anyio.to_thread.run_sync(write)
             finally:
                 written.set()

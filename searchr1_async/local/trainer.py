@@ -1,10 +1,36 @@
-"""Forward and backward passes in micro-batches of packed sequences, and Adam."""
+"""Training: forward and backward passes in micro-batches of packed sequences, Tinker's losses, and Adam.
+
+A loss is a sum over tokens, not a mean. Formulas and defaults follow Tinker's documentation ("Loss functions"). ``lp`` is the target's log-probability under the
+weights being trained, ``q`` its log-probability when sampled, ``A`` the advantage, ``r = exp(lp - q)``:
+
+======================  ===============================================
+``cross_entropy``       ``-w · lp``
+``importance_sampling`` ``-r · A``
+``ppo``                 ``-min(r · A, clip(r, 0.8, 1.2) · A)``
+``cispo``               ``-stop_gradient(clip(r, 0, 4)) · A · lp``
+``dro``                 ``-(lp · A - β/2 · (lp - q)²)``, β = 0.05
+``gspo``                ``-min(s · A, clip(s, 1 - 3e-4, 1 + 4e-4) · A)``
+``stable_reinforce``    ``-stop_gradient(w) · A · lp``
+======================  ===============================================
+
+gspo is GSPO-token of Zheng et al., 2025, "Group Sequence Policy Optimization": ``s`` has the value of the geometric mean
+of ``r`` over the sequence's tokens marked by ``sequence_ratio_mask``, and the gradient of the token's own ``lp``. Tinker
+documents no thresholds; the defaults are the paper's.
+
+Tinker's ``stable_reinforce`` formula is not published, so this one is our choice: TOPR of Le Roux et al., 2025, "Tapered
+Off-Policy REINFORCE: Stable and efficient reinforcement learning for LLMs", with token-level weights ``w = clip(r, α, 1)``
+for ``A > 0`` and ``w = min(r, 1)`` for ``A < 0``; ``q`` is recorded by the service. Weights in [0, 1] keep a stale token from
+moving the model more than a fresh one. A bad token that has become unlikely gets almost no gradient: pushing it down
+further is unbounded and breaks plain REINFORCE. A good token that has become unlikely keeps at least weight α (default
+1, as in TOPR), since with sparse rewards it is the rare success to keep, and ``lp <= 0`` bounds the push up. α = 0 is
+importance sampling truncated at 1. At ``r = 1`` the gradient equals ``importance_sampling``'s.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,15 +38,106 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from searchr1_async.local.backend import AdamParams, Datum, Float32Array, ForwardBackwardResult, UserFault
-from searchr1_async.local.kernels import add_low_rank
-from searchr1_async.local.lora import LoraAdapter, SiteWeights
-from searchr1_async.local.prefixes import Packed, micro_batches, pack
-from searchr1_async.local.torch_losses import Loss, Thresholds, TokenInputs, check_data, find_loss, with_sequence_ratio
-from searchr1_async.local.transformer import LeanTransformer, LoraRows, TreeAttention
+from searchr1_async.local.backend import (
+    LOSS_INPUTS,
+    RATIO_MASK,
+    STABLE_REINFORCE,
+    AdamParams,
+    Datum,
+    Float32Array,
+    ForwardBackwardResult,
+    LossInputs,
+    Thresholds,
+    UserFault,
+    check_data,
+    find_inputs,
+)
+from searchr1_async.local.lora import LoraAdapter, SiteWeights, add_low_rank
+from searchr1_async.local.transformer import LeanTransformer, LoraRows, Packed, TreeAttention, micro_batches, pack
 
-# Rows of logits in memory at once: 256 x 49,152 floats are 50 MB; more is no faster.
+TokenInputs = Mapping[str, Tensor]
+_LOG_RATIO = "sequence_log_ratio"
 _HEAD_CHUNK = 256
+"""Rows of logits in memory at once: 256 x 49,152 floats are 50 MB; more is no faster."""
+_NOT_FINITE = (
+    "{what} is not finite: the accumulated gradients were cleared, the weights are unchanged. Lower the learning "
+    "rate, or look for extreme advantages, weights or log-probabilities in the data."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """A loss that is a sum of one term per token."""
+
+    inputs: LossInputs
+    terms: Callable[[Tensor, TokenInputs, Thresholds], Tensor]
+    """Terms [tokens] at log-probabilities [tokens]; a sequential loss needs :func:`with_sequence_ratio`'s inputs."""
+
+
+def _ratio(lp: Tensor, inputs: TokenInputs) -> Tensor:
+    return torch.exp(lp - inputs["logprobs"])
+
+
+def _clipped(ratio: Tensor, inputs: TokenInputs, config: Thresholds) -> Tensor:
+    clipped = ratio.clamp(config["clip_low_threshold"], config["clip_high_threshold"])
+    return -torch.minimum(ratio * inputs["advantages"], clipped * inputs["advantages"])
+
+
+def _cispo(lp: Tensor, inputs: TokenInputs, config: Thresholds) -> Tensor:
+    ratio = _ratio(lp.detach(), inputs)
+    return -ratio.clamp(config["clip_low_threshold"], config["clip_high_threshold"]) * inputs["advantages"] * lp
+
+
+def _dro(lp: Tensor, inputs: TokenInputs, config: Thresholds) -> Tensor:
+    return -(lp * inputs["advantages"] - 0.5 * config["beta"] * (lp - inputs["logprobs"]).square())
+
+
+def _stable_reinforce(lp: Tensor, inputs: TokenInputs, config: Thresholds) -> Tensor:
+    weight = _ratio(lp.detach(), inputs).clamp(max=1.0)
+    weight = torch.where(inputs["advantages"] > 0, weight.clamp(min=config["alpha"]), weight)
+    return -weight * inputs["advantages"] * lp
+
+
+_TERMS: Mapping[str, Callable[[Tensor, TokenInputs, Thresholds], Tensor]] = {
+    "cross_entropy": lambda lp, inputs, config: -inputs["weights"] * lp,
+    "importance_sampling": lambda lp, inputs, config: -_ratio(lp, inputs) * inputs["advantages"],
+    "ppo": lambda lp, inputs, config: _clipped(_ratio(lp, inputs), inputs, config),
+    "cispo": _cispo,
+    "dro": _dro,
+    "gspo": lambda lp, inputs, config: _clipped(torch.exp(inputs[_LOG_RATIO] + lp - lp.detach()), inputs, config),
+    STABLE_REINFORCE: _stable_reinforce,
+}
+LOSSES: Mapping[str, Loss] = {name: Loss(LOSS_INPUTS[name], terms) for name, terms in _TERMS.items()}
+
+
+def find_loss(name: str, config: Mapping[str, float]) -> tuple[Loss, Thresholds]:
+    """The loss and its configuration with defaults filled in. Raises as :func:`find_inputs`."""
+    _, thresholds = find_inputs(name, config)
+    return LOSSES[name], thresholds
+
+
+def with_sequence_ratio(inputs: TokenInputs, logprobs: Tensor, lengths: list[int]) -> TokenInputs:
+    """Adds each token's sequence log-ratio (without gradient) to the inputs of a sequential loss.
+
+    ``logprobs`` [tokens] are concatenated sequences of ``lengths`` tokens.
+    """
+    counts = torch.tensor(lengths, device=logprobs.device)
+    sequence = torch.repeat_interleave(torch.arange(len(lengths), device=logprobs.device), counts)
+    mask = (inputs[RATIO_MASK] != 0).double()
+    # Double precision: the mean of thousands of differences is compared with thresholds 3e-4 away from 1.
+    difference = mask * (logprobs.detach().double() - inputs["logprobs"].double())
+    sums = torch.zeros(2, len(lengths), dtype=torch.float64, device=logprobs.device)
+    sums.index_add_(1, sequence, torch.stack([difference, mask]))
+    return {**inputs, _LOG_RATIO: (sums[0] / sums[1])[sequence].to(logprobs.dtype)}
+
+
+def slope_of(logprobs: Tensor, inputs: TokenInputs, loss: Loss, config: Thresholds) -> tuple[float, Tensor]:
+    """The summed loss at ``logprobs`` [tokens] and its derivative with respect to each."""
+    with torch.enable_grad():
+        leaf = logprobs.detach().requires_grad_()
+        terms = loss.terms(leaf, inputs, config)
+        (slope,) = torch.autograd.grad(terms.sum(), leaf)
+    return float(terms.detach().double().sum()), slope
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +145,24 @@ class MicroBatchResult:
     logprobs: list[Float32Array]
     """[T] per datum, in input order."""
     loss: float
+
+
+class Trainer(Protocol):
+    @property
+    def vocabulary(self) -> int: ...
+
+    @property
+    def context(self) -> int: ...
+
+    def batches(self, data: Sequence[Datum]) -> list[list[int]]:
+        """Indices into ``data``, per micro-batch."""
+        ...
+
+    def run(
+        self, adapter: LoraAdapter, data: Sequence[Datum], loss: Loss, config: Thresholds, forward_only: bool
+    ) -> MicroBatchResult:
+        """Runs one micro-batch; accumulates its gradients in the adapter unless ``forward_only``."""
+        ...
 
 
 class LeanTrainer:
@@ -52,7 +187,6 @@ class LeanTrainer:
     def run(
         self, adapter: LoraAdapter, data: Sequence[Datum], loss: Loss, config: Thresholds, forward_only: bool
     ) -> MicroBatchResult:
-        """Runs one micro-batch; accumulates its gradients in the adapter unless ``forward_only``."""
         model, device = self._model, self._model.device
         packed = pack([datum.tokens for datum in data])
         tokens, positions = torch.from_numpy(packed.tokens).to(device), torch.from_numpy(packed.positions).to(device)
@@ -164,14 +298,14 @@ class _Head:
             logprobs = pair_logprobs[piece.pair_of_token]
             result[piece.tokens] = logprobs
             inputs = {name: values[piece.tokens] for name, values in loss_inputs.items()}
-            value, slope = loss_and_slope(logprobs, inputs, loss, config)
+            value, slope = slope_of(logprobs, inputs, loss, config)
             total += value
             if piece.has_gradient:
                 pair_slope = torch.zeros_like(pair_logprobs).index_add_(0, piece.pair_of_token, slope)
-                self._backward(piece.rows, states, log_softmax, z, piece.pair_rows, piece.targets, pair_slope)
+                self._backward(piece, states, log_softmax, z, pair_slope)
         return result.cpu().numpy(), total
 
-    def _pieces(self, table: _TokenTable) -> Generator[_Piece, None, None]:
+    def _pieces(self, table: _TokenTable) -> Iterator[_Piece]:
         device = self._hidden.device
         # Rows with a gradient come first, so that the remaining chunks need no backward pass.
         order = torch.argsort(table.row_has_gradient.logical_not(), stable=True)
@@ -205,19 +339,12 @@ class _Head:
         return logits.float(), z
 
     def _backward(
-        self,
-        rows: Tensor,
-        states: Tensor,
-        log_softmax: Tensor,
-        z: Tensor | None,
-        pair_rows: Tensor,
-        targets: Tensor,
-        pair_slope: Tensor,
+        self, piece: _Piece, states: Tensor, log_softmax: Tensor, z: Tensor | None, pair_slope: Tensor
     ) -> None:
-        row_slope = pair_slope.new_zeros(len(rows)).index_add_(0, pair_rows, pair_slope)
+        row_slope = pair_slope.new_zeros(len(piece.rows)).index_add_(0, piece.pair_rows, pair_slope)
         # d lp(target) / d logits = onehot(target) - softmax, summed over the pairs of a row.
         slopes = log_softmax.exp_().mul_(-row_slope.unsqueeze(1))
-        slopes.index_put_((pair_rows, targets), pair_slope, accumulate=True)
+        slopes.index_put_((piece.pair_rows, piece.targets), pair_slope, accumulate=True)
         slopes = slopes.to(states.dtype)
         gradient = self._head.backward(slopes)
         if self._site is not None and z is not None:
@@ -228,7 +355,7 @@ class _Head:
             assert b.grad is not None
             self._site.a.grad.add_(dz.t() @ states)
             b.grad.add_(slopes.t() @ z, alpha=self._scale)
-        self.gradient[rows] = gradient
+        self.gradient[piece.rows] = gradient
 
 
 def _inverse(permutation: Tensor) -> Tensor:
@@ -241,33 +368,6 @@ def _chunks(with_gradient: int, rows: int) -> list[tuple[int, int]]:
     """Row ranges that do not mix rows with and without gradient."""
     edges = [*range(0, with_gradient, _HEAD_CHUNK), *range(with_gradient, rows, _HEAD_CHUNK), rows]
     return list(itertools.pairwise(edges))
-
-
-def loss_and_slope(logprobs: Tensor, inputs: TokenInputs, loss: Loss, config: Thresholds) -> tuple[float, Tensor]:
-    """The summed loss at ``logprobs`` [tokens] and its derivative with respect to each."""
-    with torch.enable_grad():
-        leaf = logprobs.detach().requires_grad_()
-        terms = loss.terms(leaf, inputs, config)
-        (slope,) = torch.autograd.grad(terms.sum(), leaf)
-    return float(terms.detach().double().sum()), slope
-
-
-class Trainer(Protocol):
-    @property
-    def vocabulary(self) -> int: ...
-
-    @property
-    def context(self) -> int: ...
-
-    def batches(self, data: Sequence[Datum]) -> list[list[int]]:
-        """Indices into ``data``, per micro-batch."""
-        ...
-
-    def run(
-        self, adapter: LoraAdapter, data: Sequence[Datum], loss: Loss, config: Thresholds, forward_only: bool
-    ) -> MicroBatchResult:
-        """Runs one micro-batch; accumulates its gradients in the adapter unless ``forward_only``."""
-        ...
 
 
 def forward_backward(
@@ -307,12 +407,6 @@ def forward_backward(
     return ForwardBackwardResult(tuple(values for values in logprobs if values is not None), {"loss:sum": total})
 
 
-_NOT_FINITE = (
-    "{what} is not finite: the accumulated gradients were cleared, the weights are unchanged. Lower the learning "
-    "rate, or look for extreme advantages, weights or log-probabilities in the data."
-)
-
-
 def adam_step(adapter: LoraAdapter, params: AdamParams) -> dict[str, float]:
     """Adam with decoupled weight decay (Loshchilov and Hutter, 2019) on the accumulated gradients, which are then cleared.
 
@@ -342,15 +436,8 @@ def adam_step(adapter: LoraAdapter, params: AdamParams) -> dict[str, float]:
 
 
 def _check_adam(params: AdamParams) -> None:
-    ranges = {
-        "learning_rate": (params.learning_rate, 0.0, math.inf),
-        "beta1": (params.beta1, 0.0, 1.0),
-        "beta2": (params.beta2, 0.0, 1.0),
-        "eps": (params.eps, 0.0, math.inf),
-        "weight_decay": (params.weight_decay, 0.0, math.inf),
-    }
-    for name, (value, low, high) in ranges.items():
-        if not low <= value < high:
-            raise UserFault(f"adam_params.{name} is {value}; it must lie in [{low:g}, {high:g}).")
-    if not math.isfinite(params.grad_clip_norm):
-        raise UserFault(f"adam_params.grad_clip_norm is {params.grad_clip_norm}; it must be finite.")
+    below_one = ("beta1", "beta2")
+    for name in ("learning_rate", *below_one, "eps", "weight_decay", "grad_clip_norm"):
+        value, high = getattr(params, name), 1.0 if name in below_one else math.inf
+        if not 0.0 <= value < high:
+            raise UserFault(f"adam_params.{name} is {value}; it must lie in [0, {high:g}).")

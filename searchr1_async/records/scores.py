@@ -1,12 +1,6 @@
-"""Per-episode scores of an evaluation, from which all metrics are computed. Pure.
+"""Scores of an evaluation: one row per episode, the metrics aggregated from them, and comparisons by question. Pure.
 
 Scores are small enough to keep in memory for full suites; the episodes stay on disk.
-
-Metrics aggregated from a scores frame. Pure.
-
-Per-question comparison of two evaluations. Pure.
-
-Inputs are frames from :func:`searchr1_async.records.scores.question_means` and :mod:`.scores`.
 """
 
 from __future__ import annotations
@@ -20,7 +14,7 @@ import numpy as np
 import polars as pl
 
 from searchr1_async.billing import sampling_usage
-from searchr1_async.episodes.rewards import cover_match, exact_match, f1_score
+from searchr1_async.episodes.reward import cover_match, exact_match, f1
 from searchr1_async.episodes.table import storable
 from searchr1_async.episodes.types import Episode
 from searchr1_async.errors import ConfigurationError
@@ -132,7 +126,7 @@ def _scores(episode: Episode) -> dict[str, Any]:
     parts, answer, golden = episode.reward_parts, episode.answer, episode.question.golden_answers
     scores = {
         "exact_match": _part(parts, "correct", lambda: exact_match(answer, golden)),
-        "f1": _part(parts, "f1", lambda: f1_score(answer, golden)),
+        "f1": _part(parts, "f1", lambda: f1(answer, golden)),
         "cover_match": _part(parts, "cover", lambda: cover_match(answer, golden)),
         "format": _part(parts, "format", lambda: float(answer is not None)),
     }

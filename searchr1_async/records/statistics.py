@@ -11,7 +11,6 @@ Sources:
     paired data", Journal of Educational and Behavioral Statistics 37.
     G. Y. Zou, A. Donner (2008), Statistics in Medicine 27: intervals of sums from intervals of their parts.
     E. L. Korn, B. I. Graubard (1998), Survey Methodology 24: the effective number of trials of clustered proportions.
-    B. Efron (1979), "Bootstrap methods: another look at the jackknife", Annals of Statistics 7.
     R. A. Fisher (1935), "The Design of Experiments", for the sign-flip permutation test.
     S. Holm (1979), "A simple sequentially rejective multiple test procedure", Scandinavian Journal of Statistics 6.
     M. Chen et al. (2021), "Evaluating large language models trained on code", arXiv:2107.03374, eq. 1: pass@k.
@@ -173,43 +172,6 @@ def macro_intervals(suites: Sequence[Floats]) -> tuple[Floats, Floats]:
     return mean - np.sqrt((below**2).sum(axis=0)) / len(suites), mean + np.sqrt((above**2).sum(axis=0)) / len(suites)
 
 
-def cluster_bootstrap(
-    values: ArrayLike, clusters: Sequence[object], *, resamples: int = RESAMPLES, seed: int = 0
-) -> Interval:
-    """95 % percentile interval of the mean of ``values``, resampling whole clusters (Efron 1979; Miller 2024, §2.2).
-
-    For scores in [0, 1], :func:`mean_interval` covers better when questions are few or scores extreme.
-
-    Args:
-        values: shape ``[n]``.
-        clusters: length ``n``, the question of each value.
-
-    Raises:
-        ConfigurationError: the lengths differ.
-    """
-    values_n = np.asarray(values, dtype=np.float64)
-    if values_n.ndim != 1 or len(values_n) != len(clusters):
-        raise ConfigurationError(f"{values_n.shape} values need as many clusters, not {len(clusters)}")
-    if not len(values_n):
-        return Interval(math.nan, math.nan)
-    places: dict[object, int] = {}
-    index_n = np.array([places.setdefault(cluster, len(places)) for cluster in clusters])
-    sums_k = np.bincount(index_n, weights=values_n).astype(np.float64)
-    sizes_k = np.bincount(index_n).astype(np.float64)
-    sums_r, sizes_r = resampled_sums(np.column_stack([sums_k, sizes_k]), resamples, np.random.default_rng(seed)).T
-    low, high = np.percentile(sums_r / sizes_r, [2.5, 97.5])
-    mean = float(values_n.mean())  # rounding can put the mean of equal values just outside
-    return Interval(min(float(low), mean), max(float(high), mean))
-
-
-def resampled_sums(rows: Floats, resamples: int, rng: np.random.Generator) -> Floats:
-    """Bootstrap sums of ``rows``, shape ``[resamples, columns]``. Draws multinomial counts of distinct rows, which are few."""
-    distinct, counts = np.unique(rows, axis=0, return_counts=True)
-    shares = counts / counts.sum()
-    sums = [rng.multinomial(len(rows), shares, size=size) @ distinct for size in _chunks(resamples, len(distinct))]
-    return np.concatenate(sums)
-
-
 def pass_at_k(samples: ArrayLike, right: ArrayLike, k: int) -> Floats:
     """Unbiased pass@k of each question (Chen et al. 2021, eq. 1).
 
@@ -232,41 +194,19 @@ def pass_at_k(samples: ArrayLike, right: ArrayLike, k: int) -> Floats:
 # --- paired comparison ------------------------------------------------------------------------------------------------
 
 
-def paired_difference(
-    before: Sequence[ArrayLike], after: Sequence[ArrayLike], *, resamples: int = RESAMPLES, seed: int = 0
+def difference_of(
+    difference_q: Floats, *, is_single: bool, resamples: int = RESAMPLES, seed: int = 0
 ) -> PairedDifference:
     """Compares two evaluations of the same questions (Miller 2024, §4: pairing removes between-question variance).
 
     Args:
-        before: per question, its samples' scores, shape ``[samples]``; a plain number is one sample.
-        after: the same questions in the same order; sample counts may differ.
+        difference_q: per question, its mean score after less that before, shape ``[questions]``, at least one.
+        is_single: each side has one 0/1 sample per question, so differences are -1, 0 or 1.
         resamples: number of sampled sign flips.
         seed: seed of the sampled sign flips.
 
-    The p-value is McNemar's mid-p (Fagerland et al. 2013) if every question has one 0/1 sample on both sides, otherwise that
-    of a sign-flip permutation test (Fisher 1935) on the questions' mean differences, exact up to 14 changed questions. The
-    interval is :func:`difference_intervals`.
-
-    Raises:
-        ConfigurationError: no questions, a question without samples, or different numbers of questions.
-    """
-    befores = [np.atleast_1d(np.asarray(scores, dtype=np.float64)) for scores in before]
-    afters = [np.atleast_1d(np.asarray(scores, dtype=np.float64)) for scores in after]
-    if len(befores) != len(afters) or not befores:
-        raise ConfigurationError(f"cannot pair {len(befores)} questions before with {len(afters)} after")
-    if any(scores.size == 0 for scores in (*befores, *afters)):
-        raise ConfigurationError("every question needs at least one score before and after")
-    is_single = all(scores.size == 1 and scores[0] in (0.0, 1.0) for scores in (*befores, *afters))
-    difference_q = np.array([b.mean() for b in afters]) - np.array([a.mean() for a in befores])
-    return difference_of(difference_q, is_single=is_single, resamples=resamples, seed=seed)
-
-
-def difference_of(
-    difference_q: Floats, *, is_single: bool, resamples: int = RESAMPLES, seed: int = 0
-) -> PairedDifference:
-    """:func:`paired_difference` from per-question differences (after - before), shape ``[questions]``, at least one.
-
-    ``is_single``: each side has one 0/1 sample per question, so differences are -1, 0 or 1.
+    The p-value is McNemar's mid-p (Fagerland et al. 2013) if ``is_single``, otherwise that of a sign-flip permutation test
+    (Fisher 1935), exact up to 14 changed questions. The interval is :func:`difference_intervals`.
     """
     difference_q = np.where(np.abs(difference_q) <= _ROUNDING, 0.0, difference_q)
     improved, worsened = int((difference_q > 0).sum()), int((difference_q < 0).sum())

@@ -21,7 +21,7 @@ from searchr1_async.boundary.waits import usable_cores
 from searchr1_async.config import SamplingSettings
 from searchr1_async.episodes.formats import Dialect
 from searchr1_async.episodes.play import SearchTool
-from searchr1_async.episodes.rewards import RewardFunction, score
+from searchr1_async.episodes.reward import RewardFunction, score
 from searchr1_async.episodes.types import Episode, Group, Passage, Question
 from searchr1_async.errors import TooManyFailuresError
 from searchr1_async.events import Emit, EpisodeFinished, Notice, RolloutSampled, emit_nothing

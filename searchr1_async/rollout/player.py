@@ -152,7 +152,7 @@ class LocalPlayer:
         self._deadlines.pause(is_paused)
 
     async def play(self, task: GroupTask, policy: GroupPolicy, finished: Finished) -> None:
-        began, held = time.monotonic(), self._deadlines.held
+        began, paused = time.monotonic(), self._deadlines.paused_seconds
         self._gate.watch(getattr(policy, "client", None))
         prompt: tuple[int, ...] = ()
         given: SearchCall | None = None
@@ -172,7 +172,7 @@ class LocalPlayer:
             await self._fail_all(task, prompt, given, fault, time.monotonic() - began, finished)
             return
 
-        began += self._deadlines.held - held  # pauses do not count towards the time limit
+        began += self._deadlines.paused_seconds - paused  # pauses do not count towards the time limit
 
         async def one(member: int, first: SampledTurn | None) -> None:
             if first is not None:

@@ -20,7 +20,7 @@ from searchr1_async.config import AskConfig, EpisodeLimits, EpisodeSettings, Sam
 from searchr1_async.config.configs import takes_config
 from searchr1_async.episodes.formats import Dialect
 from searchr1_async.episodes.play import Policy, SampledTurn, SearchTool, play
-from searchr1_async.episodes.rewards import RecipeReward
+from searchr1_async.episodes.reward import RecipeReward
 from searchr1_async.episodes.types import Episode, Passage, Question, SearchCall
 from searchr1_async.errors import ConfigurationError, QuestionsError, SearchError, ServiceError
 from searchr1_async.events import BesideSampled, Emit
@@ -39,8 +39,8 @@ from searchr1_async.runs.weights import (
     named_passages,
     shown_passages,
 )
-from searchr1_async.search import Search
 from searchr1_async.search.record import ShownSearch
+from searchr1_async.search.search import Search
 from searchr1_async.service.connection import Service, ServiceName, is_embedded
 from searchr1_async.watch.dashboard import Choice
 from searchr1_async.watch.viewer import episode_html, episode_text

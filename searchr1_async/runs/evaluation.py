@@ -32,7 +32,6 @@ from searchr1_async.records.scores import (
     suites_of,
 )
 from searchr1_async.records.statistics import Estimate, Floats, Interval, PairedDifference, pass_at_k
-from searchr1_async.watch.charts.learning_curve import EvaluationPoint
 from searchr1_async.watch.viewer import CellView, page_of
 
 
@@ -259,10 +258,6 @@ class Evaluation:
             **{f"exact_match/{suite}": self.estimate("exact_match", suite).mean for suite in sorted(self.suites)},
         }
 
-    def point(self) -> EvaluationPoint:
-        """This evaluation as a point of the learning curve."""
-        return EvaluationPoint(self.label, self.step, self.exact_match, *self.exact_match_interval)
-
     # --- subsets and episodes -----------------------------------------------------------------------------------------
 
     @property
@@ -348,7 +343,7 @@ class Evaluation:
 def compare(
     before: Evaluation, after: Evaluation, metric: str = "exact_match", *, suite: str | None = None, seed: int = 0
 ) -> PairedDifference:
-    """Difference ``after - before``, paired by question (:func:`.statistics.paired_difference`).
+    """Difference ``after - before``, paired by question (:func:`.statistics.difference_of`).
 
     Questions whose episodes all failed on one side are excluded. The order of questions may differ.
 

@@ -32,8 +32,8 @@ from searchr1_async.runs.checkpoints import KeptCheckpoint, ResumePoint, best_ch
 from searchr1_async.runs.estimate import CostEstimate
 from searchr1_async.runs.evaluation import Evaluation
 from searchr1_async.runs.weights import SEARCH_FILE, kept_record
-from searchr1_async.search import Search
 from searchr1_async.search.record import record_of, search_of
+from searchr1_async.search.search import Search
 
 logger = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from searchr1_async.runs.export import export
 from searchr1_async.runs.folder import CONFIG_FILE, TrainingResult, is_claimed, result_of
 from searchr1_async.runs.rollouts import ServiceChoice
 from searchr1_async.runs.weights import Step, find_weights
-from searchr1_async.search import Search
+from searchr1_async.search.search import Search
 from searchr1_async.service.connection import ServiceName
 from searchr1_async.trackers import EVENTS_FILE
 from searchr1_async.watch.dashboard import Choice

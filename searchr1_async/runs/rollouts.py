@@ -22,7 +22,7 @@ from searchr1_async.config import MAX_SERVICE_OUTAGE, EpisodeLimits, LocalOption
 from searchr1_async.episodes.formats import FORMATS, make_dialect
 from searchr1_async.episodes.prompts import Method, clean_query
 from searchr1_async.episodes.rendering import check_thinking
-from searchr1_async.episodes.rewards import RewardFunction
+from searchr1_async.episodes.reward import RewardFunction
 from searchr1_async.episodes.types import Group, Passage, Question, SearchCall
 from searchr1_async.errors import ConfigurationError, ModelError, SearchError, first_error, ungrouped
 from searchr1_async.events import (
@@ -36,13 +36,14 @@ from searchr1_async.events import (
     RunStarted,
     emit_nothing,
 )
+from searchr1_async.records.metrics import CURVES, EpisodeMeans
 from searchr1_async.rollout.engine import GroupToPlay, RolloutEngine, open_engine
 from searchr1_async.rollout.player import GroupPolicy, TinkerPolicy
 from searchr1_async.rollout.workers.messages import WorkerSpec
 from searchr1_async.runs.evaluation import Evaluation
 from searchr1_async.runs.weights import RECIPE_EPISODES, EpisodeChoice, Weights, described_differences
-from searchr1_async.search import Search
 from searchr1_async.search.record import ShownSearch
+from searchr1_async.search.search import Search
 from searchr1_async.service.availability import watching_service
 from searchr1_async.service.connection import Service, ServiceName, find_endpoint
 from searchr1_async.service.startup import check_chat_format, check_service, open_service
@@ -387,30 +388,19 @@ class RunningMeans:
 
     questions: int = 0
     right: float = 0.0
-    episodes: int = 0
-    rewards: float = 0.0
-    turns: int = 0
-    calls: int = 0
-    valid: int = 0
     failed: int = 0
+    finished: EpisodeMeans = field(default_factory=EpisodeMeans)
 
     def add(self, group: Group, samples: int) -> None:
         self.questions += 1
         self.failed += len(group.failed)
         self.right += sum(episode.reward_parts.get("correct", 0.0) for episode in group.episodes) / samples
         for episode in group.episodes:
-            self.episodes += 1
-            self.rewards += episode.reward
-            self.turns += len(episode.turns)
-            self.calls += len(episode.calls)
-            self.valid += sum(call.problem is None for call in episode.calls)
+            self.finished.add(episode)
 
     def metrics(self) -> dict[str, float]:
-        out = {"correct": self.right / self.questions}
-        if self.episodes:
-            out |= {"reward/total": self.rewards / self.episodes, "turns_per_episode": self.turns / self.episodes}
-        if self.calls:
-            out["valid_calls"] = self.valid / self.calls
+        means = self.finished.metrics() | {"correct": self.right / self.questions}
+        out = {curve.name: means[curve.name] for curve in CURVES if curve.name in means}
         if self.failed:
             out["failed_episodes"] = float(self.failed)
         return out

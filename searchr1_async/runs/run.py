@@ -20,7 +20,7 @@ from searchr1_async.runs.control import RunControl, register, run_under_way, run
 from searchr1_async.runs.folder import TrainingResult
 from searchr1_async.runs.recorded import RecordedRun, recorded_run
 from searchr1_async.runs.rollouts import ServiceChoice, watching
-from searchr1_async.search import Search
+from searchr1_async.search.search import Search
 from searchr1_async.watch.dashboard import Choice
 from searchr1_async.watch.subscribers import EventStreams
 

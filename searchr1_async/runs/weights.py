@@ -20,9 +20,11 @@ from searchr1_async.config import EpisodeLimits, EpisodeSettings, as_weights
 from searchr1_async.episodes.rendering import AS_TEMPLATE
 from searchr1_async.errors import ConfigurationError, RunFolderError
 from searchr1_async.runs.checkpoints import KeptCheckpoint, ResumePoint, best_checkpoint, kept_checkpoints
-from searchr1_async.search import Search
+from searchr1_async.search.search import Search
 from searchr1_async.service.connection import ServiceName, is_embedded
 
+TINKER_PATH = "tinker://"
+"""Begins a checkpoint's path on a Tinker service."""
 SEARCH_FILE = "search.json"
 """File in a run's folder that describes its search (:func:`~searchr1_async.search.record.record_of`)."""
 _PASSAGES = ("n_results", "max_passage_words")
@@ -179,7 +181,7 @@ def find_weights(
     folder = Path(service_folder) if service_folder is not None else None
     if checkpoint is None:
         return Weights(service_folder=folder)
-    if isinstance(checkpoint, str) and checkpoint.startswith("tinker://"):
+    if isinstance(checkpoint, str) and checkpoint.startswith(TINKER_PATH):
         return Weights(checkpoint, None, None, folder)
     run = Path(checkpoint)
     point, own = _opened(run)
@@ -203,8 +205,8 @@ def find_state(source: str | Path, step: Step = "last", *, service_folder: str |
         step: ``"last"`` is the resume point's if no weights are kept yet.
     """
     folder = Path(service_folder) if service_folder is not None else None
-    if isinstance(source, str) and source.startswith("tinker://"):
-        if source.removeprefix("tinker://").split("/")[1:2] != ["weights"]:
+    if isinstance(source, str) and source.startswith(TINKER_PATH):
+        if source.removeprefix(TINKER_PATH).split("/")[1:2] != ["weights"]:
             raise ConfigurationError(
                 f"{source} is no training state: pass a path like tinker://RUN/weights/NAME. Weights saved only for sampling "
                 "cannot be loaded for training or exported."

@@ -207,7 +207,7 @@ async def build_compact_index(
 
     ::
 
-        report = await sr.build_compact_index("wiki18.jsonl", "wiki18.index", embedder="intfloat/e5-base-v2", queries=questions)
+        report = await sr.search.build_compact_index("wiki18.jsonl", "wiki18.index", embedder="intfloat/e5-base-v2", queries=questions)
         search = await sr.Search.open("wiki18.index")
 
     Memory is bounded: about 220 bytes per passage at 768 dimensions, and 1.5 GB while training the lists. After a kill, a

@@ -17,9 +17,9 @@ import math
 from dataclasses import dataclass
 from typing import Annotated
 
-from searchr1_async.boundary.network import refused_wait
+from searchr1_async.boundary.network import long_wait_text
 from searchr1_async.boundary.settings import Count, Range, Seconds, check_settings
-from searchr1_async.boundary.waits import TOLD_AFTER, Tell, tell_of
+from searchr1_async.boundary.waits import REPORT_AFTER, Notify, notify_of_wait
 from searchr1_async.errors import SearchUnavailableError
 from searchr1_async.search.faults import PassingFault, TooManyRequests
 
@@ -213,12 +213,12 @@ logger = logging.getLogger(__name__)
 class Telling:
     """Reports the waits for one service.
 
-    ``tell`` receives every wait over :data:`~searchr1_async.boundary.waits.TOLD_AFTER` seconds once, with its reason and end.
+    ``tell`` receives every wait over :data:`~searchr1_async.boundary.waits.REPORT_AFTER` seconds once, with its reason and end.
     None for searches of a run, whose view shows outages: then only rate limits are logged.
     """
 
     def __init__(self, name: str, settings: PacingSettings, pacer: Pacer) -> None:
-        self.tell: Tell | None = None
+        self.tell: Notify | None = None
         self._name = name
         self._settings = settings
         self._pacer = pacer
@@ -229,7 +229,7 @@ class Telling:
         """Raises SearchUnavailableError if ``Retry-After`` exceeds ``PacingSettings.longest_wait``."""
         asked, longest = fault.retry_after, self._settings.longest_wait
         if asked is not None and asked > longest:
-            words = refused_wait(self._name, asked, longest, "PacingSettings.longest_wait")
+            words = long_wait_text(self._name, asked, longest, "PacingSettings.longest_wait")
             raise SearchUnavailableError(f"{words} ({fault})") from fault
 
     def failed(self, fault: PassingFault, now: float) -> None:
@@ -237,10 +237,10 @@ class Telling:
         down = self._pacer.down_for(now)
         if isinstance(fault, TooManyRequests):
             self._asked(fault, now, (self._pacer.opens_at(now) or now) - now)
-        elif down > TOLD_AFTER and not self._outage_reported and self.tell is not None:
+        elif down > REPORT_AFTER and not self._outage_reported and self.tell is not None:
             self._outage_reported = True
-            left = max(self._settings.max_outage - down, 2 * TOLD_AFTER)
-            tell_of(left, f"{self._name} does not answer ({fault})", self.tell)
+            left = max(self._settings.max_outage - down, 2 * REPORT_AFTER)
+            notify_of_wait(left, f"{self._name} does not answer ({fault})", self.tell)
         elif not down:
             self._asked(fault, now, fault.retry_after or 0.0)
 
@@ -256,12 +256,12 @@ class Telling:
             self.tell(text)
 
     def _asked(self, fault: PassingFault, now: float, seconds: float) -> None:
-        if seconds > TOLD_AFTER and self._is_new(now + seconds):
-            tell_of(seconds, f"{self._name} asks to back off ({fault})", self.tell or logger.warning)
+        if seconds > REPORT_AFTER and self._is_new(now + seconds):
+            notify_of_wait(seconds, f"{self._name} asks to back off ({fault})", self.tell or logger.warning)
 
     def _is_new(self, until: float) -> bool:
         """Whether a wait until then was not reported yet; requests that fail together have about the same end."""
-        if until <= self._reported_until + TOLD_AFTER:
+        if until <= self._reported_until + REPORT_AFTER:
             return False
         self._reported_until = until
         return True

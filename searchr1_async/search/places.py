@@ -15,7 +15,7 @@ import anyio.to_thread
 from searchr1_async.boundary.paths import absolute_path
 from searchr1_async.boundary.settings import Count, Natural, Range, Seconds, check_settings
 from searchr1_async.boundary.tables import TABLE_SUFFIXES
-from searchr1_async.data.wiki18 import collections_in
+from searchr1_async.data.wikipedia_index import collections_in
 from searchr1_async.errors import ConfigurationError, EmbeddingError, StoreError
 from searchr1_async.search.compact.files import BUILDING_NAME, MANIFEST_NAME
 from searchr1_async.search.compact.store import CompactStore

@@ -1,10 +1,8 @@
-"""Detects outages of the Tinker service: reports them within 15 seconds, and waits for the service up to a limit.
+"""What a Tinker service offers now: whether it answers, and which models it has.
 
 The SDK silently retries a service that is down for minutes or forever. So after some seconds without an answer its health is
-checked, through the SDK's proxies. An outage is reported once, with the time at which the run gives up. Until then the run is
-paused: it sends no new requests, and its time limits stand still.
-
-Which models a service offers, and which one to use.
+checked, through the SDK's proxies. An outage is reported once, within 15 seconds, with the time at which the run gives up. Until then
+the run is paused: it sends no new requests, and its time limits stand still.
 """
 
 from __future__ import annotations
@@ -48,9 +46,16 @@ SILENT_AFTER = 6.0
 refused, 12 s if nothing comes back."""
 LATE = 2.0
 """Seconds a check may overrun its timeout; beyond that this process was busy or the machine asleep, and it does not count."""
-_RETRIES = "execute_with_retries"
 AFTERWARDS = 60.0
 """Seconds after an outage in which the SDK may still give up on a call it started during the outage."""
+_RETRIES = "execute_with_retries"
+ASK_DEADLINE = 30.0
+"""Seconds a service has to list its models; the SDK alone would retry for minutes."""
+_SHOWN = 8
+"""Names shown in a message."""
+
+Offered = tuple[str, ...] | None
+"""Model names; None if the service has no list."""
 
 
 class Outage:
@@ -251,15 +256,6 @@ async def _extend_retries(client: Any, watch: ServiceWatch) -> None:
         await anyio.sleep_forever()
     finally:
         vars(holder).pop(_RETRIES, None)  # the client may be the user's, and outlive the run
-
-
-ASK_DEADLINE = 30.0
-"""Seconds a service has to list its models; the SDK alone would retry for minutes."""
-_SHOWN = 8
-"""Names shown in a message."""
-
-Offered = tuple[str, ...] | None
-"""Model names; None if the service has no list."""
 
 
 async def ask_offered(connect: Callable[[], tinker.RestClient], *, trains: bool = False) -> Offered:

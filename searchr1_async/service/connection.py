@@ -1,8 +1,6 @@
 """A connected Tinker service: training clients, sampling clients and checkpoints, each call with a deadline.
 
-Resolves the ``service`` argument: the named service, else one the SDK has credentials for, else the embedded one.
-
-Deadlines and errors of calls on a training client.
+The ``service`` argument names the service; without one it is the one the SDK has credentials for, else the embedded one.
 """
 
 from __future__ import annotations
@@ -15,6 +13,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, context
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import anyio
 import tinker
@@ -23,7 +22,7 @@ from tinker.types import ExternalWeightsUrlsResponse, WeightsInfoResponse
 from searchr1_async.billing import is_tinker_host
 from searchr1_async.boundary.network import SDK_FAULTS, checked_url, fault_text, prepare_proxies
 from searchr1_async.boundary.settings import shown
-from searchr1_async.boundary.waits import PausableDeadlines, Tell, bounded_wait, say_nothing
+from searchr1_async.boundary.waits import Notify, PausableDeadlines, bounded_wait, notify_nobody
 from searchr1_async.errors import ConfigurationError, SearchR1Error, ServiceError
 from searchr1_async.service.availability import Offered, ServiceWatch
 
@@ -32,6 +31,10 @@ EMBEDDED = "embedded"
 
 ServiceName = str | tinker.ServiceClient | None
 """The argument ``service``: a base URL, ``"embedded"``, a client, or None to use the environment."""
+_SETUP_DEADLINE = 300.0
+"""Seconds for creating a session, a training client or a sampling client."""
+_EXTERNAL_DEADLINE = 1800.0
+"""Seconds for saving external weights: a large model's adapter is gigabytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +120,9 @@ def is_embedded(service: ServiceName) -> bool:
 def is_tinker_cloud(service: ServiceName) -> bool:
     """Whether a service is Tinker's cloud, judging by its address."""
     endpoint = find_endpoint(service)
-    return endpoint.kind == "cloud" or (endpoint.url is not None and is_tinker_host(_host(endpoint.url)))
+    return endpoint.kind == "cloud" or (
+        endpoint.url is not None and is_tinker_host(urlsplit(endpoint.url).hostname or "")
+    )
 
 
 def prepare(service: ServiceName) -> Endpoint:
@@ -140,12 +145,6 @@ def _resolved(url: Any) -> str:
     return resolve_base_url(url)
 
 
-def _host(url: str) -> str:
-    from urllib.parse import urlsplit
-
-    return urlsplit(url).hostname or ""
-
-
 def _check_key() -> None:
     """Refuses a key that cannot be sent in an HTTP header, which the SDK would retry for a minute."""
     key = os.environ.get("TINKER_API_KEY", "")
@@ -153,12 +152,6 @@ def _check_key() -> None:
         raise ConfigurationError(
             "TINKER_API_KEY contains a space, a line break or a character that keys never have: set it to the key alone"
         )
-
-
-_SETUP_DEADLINE = 300.0
-"""Seconds for creating a session, a training client or a sampling client."""
-_EXTERNAL_DEADLINE = 1800.0
-"""Seconds for saving external weights: a large model's adapter is gigabytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +174,7 @@ class Service:
     """Opens another session; None for the user's own client."""
     watch: ServiceWatch | None = field(default=None, repr=False)
     """Detects outages while work uses the service."""
-    tell: Tell = field(default=say_nothing, repr=False)
+    notify: Notify = field(default=notify_nobody, repr=False)
     """Called with a sentence for each wait over 5 seconds."""
 
     @property
@@ -257,7 +250,9 @@ class Service:
         await self._wait(f"deleting {path}", lambda: rest.delete_checkpoint_from_tinker_path(path))
 
     async def _wait(self, doing: str, submit: Callable[[], Any], deadline: float = _SETUP_DEADLINE) -> Any:
-        return await wait_for(doing, submit, deadline, self.tell, None if self.watch is None else self.watch.deadlines)
+        return await wait_for(
+            doing, submit, deadline, self.notify, None if self.watch is None else self.watch.deadlines
+        )
 
     async def _rest(self) -> tinker.RestClient:
         # On the session's connections, which close with it; the first use of an address blocks.
@@ -268,7 +263,7 @@ async def wait_for(
     doing: str,
     submit: Callable[[], Any],
     deadline: float = _SETUP_DEADLINE,
-    tell: Tell = say_nothing,
+    notify: Notify = notify_nobody,
     deadlines: PausableDeadlines | None = None,
 ) -> Any:
     """Runs an SDK call that may block (the first one opens the session) and waits for its result.
@@ -276,13 +271,13 @@ async def wait_for(
     Args:
         doing: for messages.
         deadline: seconds, which stand still while ``deadlines`` are paused.
-        tell: called with a sentence if the wait is over 5 seconds.
+        notify: called with a sentence if the wait is over 5 seconds.
 
     Raises:
         ServiceError: refused, or no answer.
     """
     try:
-        with bounded_wait(f"{doing}: the Tinker service has not answered yet", tell, deadline, deadlines):
+        with bounded_wait(f"{doing}: the Tinker service has not answered yet", notify, deadline, deadlines):
             future = await anyio.to_thread.run_sync(submit, abandon_on_cancel=True)
             return await future
     except TimeoutError as error:
@@ -335,14 +330,14 @@ async def until_done(future: tinker.APIFuture[Any]) -> None:
     await done.wait()
 
 
-def when_done(future: tinker.APIFuture[Any], tell: Callable[[], None], *, also_failed: bool = False) -> None:
-    """Calls ``tell`` in this event loop when the SDK call ends, unless the loop is closed."""
+def when_done(future: tinker.APIFuture[Any], notify: Callable[[], None], *, also_failed: bool = False) -> None:
+    """Calls ``notify`` in this event loop when the SDK call ends, unless the loop is closed."""
     loop = asyncio.get_running_loop()
 
     def ended(inner: concurrent.futures.Future[Any]) -> None:
         is_good = not inner.cancelled() and inner.exception() is None
         if (is_good or also_failed) and not loop.is_closed():
             with suppress(RuntimeError):  # closed just now
-                loop.call_soon_threadsafe(tell)
+                loop.call_soon_threadsafe(notify)
 
     future.future().add_done_callback(ended)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -15,12 +14,12 @@ import tinker
 from searchr1_async.billing import Billing, billing_of
 from searchr1_async.boundary.network import SDK_FAULTS, fault_text, prepare_proxies, probe
 from searchr1_async.boundary.paths import folder_at
-from searchr1_async.boundary.waits import Tell, bounded_wait
+from searchr1_async.boundary.waits import Notify, bounded_wait
 from searchr1_async.config import LocalOptions
 from searchr1_async.episodes.rendering import check_thinking, known_format, load_tokenizer, select_renderer
-from searchr1_async.errors import ConfigurationError, PortInUseError
+from searchr1_async.errors import ConfigurationError
 from searchr1_async.events import Emit, Notice, emit_nothing
-from searchr1_async.local import DEFAULT_MODEL, local_service
+from searchr1_async.local import DEFAULT_MODEL, listener_at, local_service
 from searchr1_async.local.model_files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -131,16 +130,9 @@ async def check_service(
     if prepare(service).kind != "embedded":
         return choose_model(model, await _ask(service, trains=trains))[0]
     if local.port:
-        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                listener.bind(("127.0.0.1", local.port))
-            except OSError as error:
-                raise PortInUseError(
-                    f"port {local.port} on 127.0.0.1 cannot be used ({error.strerror}): choose another, or 0 for any free one"
-                ) from None
+        listener_at(local.port).close()
     wanted = model or default_model(service)
-    with bounded_wait(f"getting the files of {wanted}", _telling(emit), _DOWNLOAD_DEADLINE):
+    with bounded_wait(f"getting the files of {wanted}", _notifier(emit), _DOWNLOAD_DEADLINE):
         await anyio.to_thread.run_sync(resolve_model, wanted, abandon_on_cancel=True)
     return wanted
 
@@ -210,7 +202,7 @@ async def _open_other(
         is_local=False,
         is_tinker=is_tinker_cloud(service),
         offered=offered,
-        tell=_telling(emit),
+        notify=_notifier(emit),
     )
     if isinstance(service, tinker.ServiceClient):
         yield opened(service)
@@ -234,7 +226,7 @@ async def _open_embedded(
         device=local.device,
         start_timeout=local.start_timeout,
         log_path=folder / "service.log",
-        tell=_telling(emit),
+        notify=_notifier(emit),
     ) as started:
         emit(Notice(f"the embedded service answers at {started.url} (pid {started.pid})"))
         prepare_proxies(started.url)
@@ -247,7 +239,7 @@ async def _open_embedded(
                 is_local=True,
                 model_folder=Path(started.tokenizer_path),
                 connect=connect,
-                tell=_telling(emit),
+                notify=_notifier(emit),
             )
 
 
@@ -257,11 +249,11 @@ async def _load_tokenizer(model: str, tokenizer: str | None, emit: Emit) -> Any:
     def source() -> str:
         return tokenizer or str(local_copy(model) or model)
 
-    with bounded_wait(f"loading the tokenizer of {tokenizer or model}", _telling(emit), _DOWNLOAD_DEADLINE):
+    with bounded_wait(f"loading the tokenizer of {tokenizer or model}", _notifier(emit), _DOWNLOAD_DEADLINE):
         return await load_tokenizer(await anyio.to_thread.run_sync(source))
 
 
-def _telling(emit: Emit) -> Tell:
+def _notifier(emit: Emit) -> Notify:
     return lambda text: emit(Notice(text))
 
 

@@ -19,7 +19,7 @@ from searchr1_async.config import TrainConfig, chosen_sizes
 from searchr1_async.data.questions import checked_questions, optional_questions
 from searchr1_async.data.suites import find_overlap
 from searchr1_async.episodes.rendering import check_thinking
-from searchr1_async.episodes.rewards import RecipeReward
+from searchr1_async.episodes.reward import RecipeReward
 from searchr1_async.episodes.types import Question
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.events import Emit, Notice

@@ -28,13 +28,13 @@ from searchr1_async.config import (
     WarmUp,
 )
 from searchr1_async.episodes.rendering import AS_TEMPLATE
-from searchr1_async.episodes.rewards import RecipeReward, RewardFunction
+from searchr1_async.episodes.reward import RecipeReward, RewardFunction
 from searchr1_async.episodes.types import Question
 from searchr1_async.errors import RunFolderError
 from searchr1_async.models import Price, Thinking
 from searchr1_async.runs.checkpoints import ResumePoint
 from searchr1_async.runs.estimate import RunShape
-from searchr1_async.search import Search
+from searchr1_async.search.search import Search
 from searchr1_async.service.connection import ServiceName
 from searchr1_async.training.admission import QuestionOrder
 from searchr1_async.training.start import Start

@@ -24,7 +24,7 @@ from searchr1_async.episodes.types import Episode, Question, StopReason, Turn
 from searchr1_async.errors import ConfigurationError, RunFolderError, ServiceError
 from searchr1_async.events import Emit, Notice
 from searchr1_async.runs.checkpoints import ResumePoint
-from searchr1_async.runs.weights import Step, Weights, find_state, parse_step
+from searchr1_async.runs.weights import TINKER_PATH, Step, Weights, find_state, parse_step
 from searchr1_async.service.connection import Service, ServiceName, is_embedded, wait_for
 from searchr1_async.service.startup import ADAPTER_CONFIG, IMPORT_ROUTE, published_base
 from searchr1_async.training.examples import to_datum
@@ -70,7 +70,7 @@ def find_start(start_from: str | Path, service: ServiceName, out_dir: Path) -> S
         RunFolderError: the run has not kept this step.
     """
     name = str(start_from)
-    if name.startswith("tinker://"):
+    if name.startswith(TINKER_PATH):
         return Start(name, find_state(name))
     folder, step = _split_step(name)
     if folder.resolve() == out_dir.resolve():

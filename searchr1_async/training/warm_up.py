@@ -17,7 +17,7 @@ from searchr1_async.config import EpisodeLimits, WarmUp
 from searchr1_async.data.layouts import LayoutError, read_texts
 from searchr1_async.episodes.formats import Dialect
 from searchr1_async.episodes.play import SampledTurn, SearchTool, play
-from searchr1_async.episodes.rewards import normalize_answer
+from searchr1_async.episodes.reward import normalize_answer
 from searchr1_async.episodes.types import Episode, Question, StopReason
 from searchr1_async.errors import QuestionsError, TooManyFailuresError
 from searchr1_async.events import Emit, Notice, PhaseAdvanced, PhaseEnded, PhaseStarted

@@ -1,15 +1,11 @@
 """Selects the view of a run that fits the environment: widget, rich text, live terminal display, or plain lines.
 
-An updatable place in a cell's output, finally replaced by what every viewer of a saved notebook can show.
-
-The live view as a widget: sends frames, rows and charts to the page, and receives button presses.
-
-The live view as HTML and plain text, for notebooks without widgets.
+Holds the two views of a notebook: an output that is updated during the run and finally replaced by what every viewer of a saved
+notebook can show. The others are in :mod:`searchr1_async.watch.console`.
 """
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import html
 import importlib.util
@@ -18,28 +14,30 @@ import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
-from html import escape
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol, Self, get_args
 
 from searchr1_async.boundary.signals import in_kernel
 from searchr1_async.errors import ConfigurationError
-from searchr1_async.events import (
-    EvaluationFinished,
-    Event,
-    Notice,
-    PhaseAdvanced,
-    PhaseEnded,
-    PhaseStarted,
-    StepFinished,
-)
-from searchr1_async.watch.console import ConsoleProgress
+from searchr1_async.events import EvaluationFinished, Event, StepFinished
+from searchr1_async.records.metrics import CURVES
+from searchr1_async.watch.console import ConsoleView, QuietView
+from searchr1_async.watch.drawing import Charts
 from searchr1_async.watch.frame import Frame
-from searchr1_async.watch.view import Charts, Controls, LiveView, News
+from searchr1_async.watch.view import Controls, LiveView, News, curve_table
 from searchr1_async.watch.viewer.markup import visible
 
 __all__ = ["Choice", "Controls", "SafeView", "View", "console_view", "open_view"]
+
+logger = logging.getLogger(__name__)
+
+_FOLDER = Path(__file__).parent
+_BUTTONS = ("pause", "resume", "stop", "hello")
+_Named = Literal["auto", "widget", "rich", "terminal", "plain", "quiet"]
+Choice = bool | _Named
+"""``True`` and ``"auto"`` pick what fits, ``False`` shows nothing, other names select one kind. ``"quiet"`` stays silent for work
+under :data:`searchr1_async.watch.console.QUIET_SECONDS` and prints plain lines for longer work."""
 
 
 class Output:
@@ -75,10 +73,6 @@ class Output:
         )
 
 
-_FOLDER = Path(__file__).parent
-_BUTTONS = ("pause", "resume", "stop", "hello")
-
-
 @cache
 def widget_class() -> type[Any]:
     """The widget class, created lazily so that the package works without anywidget.
@@ -93,6 +87,7 @@ def widget_class() -> type[Any]:
         _esm = (_FOLDER / "live.js").read_text(encoding="utf-8")
         _css = (_FOLDER / "live.css").read_text(encoding="utf-8")
         frame = traitlets.Dict().tag(sync=True)
+        curves = traitlets.List().tag(sync=True)
         has_controls = traitlets.Bool(False).tag(sync=True)
 
     return LiveViewWidget
@@ -113,7 +108,7 @@ class WidgetSurface:
     has_curves = True
 
     def __init__(self, title: str, *, has_controls: bool) -> None:
-        self._widget = widget_class()(has_controls=has_controls)
+        self._widget = widget_class()(curves=curve_table(), has_controls=has_controls)
         self._pressed: Callable[[str], None] | None = None
         self._widget.on_msg(self._received)
         data, metadata = self._widget._repr_mimebundle_()
@@ -148,14 +143,6 @@ class WidgetSurface:
             self._pressed(button)
 
 
-_HEADINGS = {
-    "reward": "reward",
-    "exact_match": "exact match",
-    "turns": "turns per episode",
-    "valid_calls": "valid calls",
-}
-
-
 class RichTextSurface:
     """Draws on the output of the current cell, at most once per second because each update sends everything."""
 
@@ -183,7 +170,7 @@ def as_text(frame: Frame) -> str:
     ]
     lines += [f"{bar['name']}: {bar['text']}" for bar in frame["bars"]]
     lines += [f"{alert['kind']}: {alert['text']}" for alert in frame["alerts"]]
-    lines += [f"{_HEADINGS[name]}: {text}" for name, text in frame["curves"].items() if text]
+    lines += [f"{curve.heading}: {text}" for curve in CURVES if (text := frame["curves"].get(curve.name))]
     for stack in frame["stacks"]:
         lines.append(f"{stack['title']}: " + ", ".join(f"{part['count']:,} {part['name']}" for part in stack["parts"]))
     for section in frame["sections"]:
@@ -192,50 +179,10 @@ def as_text(frame: Frame) -> str:
 
 
 def as_html(frame: Frame) -> str:
-    """The frame as HTML. All text is escaped; colours follow the notebook's theme."""
-    parts = [
-        f"<p style='margin:0'><b>{visible(frame['title'])}</b> ({visible(frame['badge'])})</p>",
-        f"<p style='margin:0 0 .4em'>{visible(frame['progress'])} <span style='opacity:.7'>{visible(frame['status'])}</span></p>",
-    ]
-    for bar in frame["bars"]:
-        parts.append(
-            f"<p style='margin:0'>{visible(bar['name'])}: <progress max='1' value='{bar['share']:.3f}' "
-            f"style='vertical-align:middle'></progress> {visible(bar['text'])}</p>"
-        )
-    for alert in frame["alerts"]:
-        edge = "#d9822b" if alert["kind"] == "warning" else "#4c86d6"
-        parts.append(
-            f"<p style='margin:.3em 0;padding:.1em .6em;border-left:3px solid {edge}'>{visible(alert['text'])}</p>"
-        )
-    rows = [("Curves", [(_HEADINGS[name], text) for name, text in frame["curves"].items() if text])]
-    rows += [
-        (stack["title"], [(part["name"], f"{part['count']:,}") for part in stack["parts"]]) for stack in frame["stacks"]
-    ]
-    rows += [(section["title"], [(label, value) for label, value in section["rows"]]) for section in frame["sections"]]
-    cells = "".join(_table(title, pairs) for title, pairs in rows if pairs)
-    parts.append(f"<div style='display:flex;flex-wrap:wrap;gap:.4em 2em;align-items:flex-start'>{cells}</div>")
-    return f"<div style='font-size:var(--jp-ui-font-size1,13px)'>{''.join(parts)}</div>"
-
-
-def _table(title: str, pairs: list[tuple[str, str]]) -> str:
-    style = escape("padding:0 1em 0 0;text-align:left;background:none;border:none;font-weight:normal", quote=True)
-    rows = "".join(
-        f"<tr style='background:none'><th scope='row' style='{style};opacity:.7'>{visible(label)}</th>"
-        f"<td style='{style}'>{visible(value)}</td></tr>"
-        for label, value in pairs
-    )
-    return f"<div><b>{visible(title)}</b><table style='margin:0;border:none'>{rows}</table></div>"
-
-
-logger = logging.getLogger(__name__)
-
-_Named = Literal["auto", "widget", "rich", "terminal", "plain", "quiet"]
-Choice = bool | _Named
-"""``True`` and ``"auto"`` pick what fits, ``False`` shows nothing, other names select one kind. ``"quiet"`` stays silent for work
-under :data:`QUIET_SECONDS` and prints plain lines for longer work."""
-
-QUIET_SECONDS = 5.0
-"""Silence of a quiet view before its first line."""
+    """The same lines as HTML. All text is escaped."""
+    title, *lines = map(visible, as_text(frame).splitlines())
+    rows = "".join(f"<p style='margin:0'>{line}</p>" for line in (f"<b>{title}</b>", *lines))
+    return f"<div style='font-size:var(--jp-ui-font-size1,13px)'>{rows}</div>"
 
 
 class View(Protocol):
@@ -355,7 +302,7 @@ def _made(kind: str, title: str, controls: Controls | None) -> View:
         return LiveView(RichTextSurface(title), title=title, controls=controls)
     if kind == "quiet":
         return QuietView()
-    return ConsoleView({"terminal": True, "plain": False}.get(kind))
+    return ConsoleView(live={"terminal": True, "plain": False}.get(kind))
 
 
 def _widget(title: str, controls: Controls | None) -> LiveView:
@@ -368,77 +315,6 @@ def _widget(title: str, controls: Controls | None) -> LiveView:
     view = LiveView(surface, title=title, controls=controls)
     surface.on_press(view.press)
     return view
-
-
-class ConsoleView:
-    """:class:`~searchr1_async.watch.console.ConsoleProgress` as a view."""
-
-    def __init__(self, live: bool | None = None) -> None:
-        self._progress = ConsoleProgress(live=live)
-
-    def __call__(self, event: Event) -> None:
-        self._progress(event)
-
-    def abandon(self) -> None:
-        """Stop drawing after the stream failed. May raise."""
-        self._progress.__exit__(None, None, None)
-
-    async def __aenter__(self) -> Self:
-        self._progress.__enter__()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.__exit__(kind, error, trace)
-
-
-class QuietView:
-    """Silent for some seconds, then plain progress lines: for work that is usually short.
-
-    Args:
-        progress: output; None writes plain lines to ``sys.stderr``.
-        seconds: delay before the first line.
-    """
-
-    def __init__(self, progress: ConsoleProgress | None = None, seconds: float = QUIET_SECONDS) -> None:
-        self._progress = progress or ConsoleProgress(live=False)
-        self._seconds = seconds
-        self._last: Event | None = None
-        self._timer: asyncio.TimerHandle | None = None
-        self._is_active = False
-
-    def __call__(self, event: Event) -> None:
-        if not isinstance(event, Notice | PhaseStarted | PhaseAdvanced | PhaseEnded):
-            return
-        if self._is_active:
-            self._progress(event)
-        elif isinstance(event, Notice | PhaseStarted):
-            self._last = event
-
-    def abandon(self) -> None:
-        """Stop drawing after the stream failed. May raise."""
-        if self._timer is not None:
-            self._timer.cancel()
-        self._progress.__exit__(None, None, None)
-
-    def _activate(self) -> None:
-        self._is_active = True
-        if self._last is not None:
-            with suppress(OSError, ValueError):  # runs in a timer: nobody could handle it
-                self._progress(self._last)
-
-    async def __aenter__(self) -> Self:
-        self._progress.__enter__()
-        self._timer = asyncio.get_running_loop().call_later(self._seconds, self._activate)
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        assert self._timer is not None
-        self._timer.cancel()
-        self._progress.__exit__(kind, error, trace)
 
 
 def _fitting() -> str:

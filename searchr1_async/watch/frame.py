@@ -1,16 +1,19 @@
-"""The live view's text: one frame of plain JSON values, for widget and rich text alike. Pure.
+"""The live view's text: one frame of plain JSON values, from a run's state. Pure.
 
 Untrusted text (model names, notices, errors) is made visible, put on one line and truncated here, so a page only sets it as text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, TypedDict
 
 from searchr1_async.boundary.paths import shown_name, shown_path
-from searchr1_async.watch.console import _one_line, duration
-from searchr1_async.watch.snapshot import CURVES, PhaseState, Snapshot
+from searchr1_async.events import RolloutSampled
+from searchr1_async.records.metrics import CURVES, METRICS, Metric, described
+from searchr1_async.watch.console import duration, one_line
+from searchr1_async.watch.progress import Phase
+from searchr1_async.watch.state import EvaluationState, RunState
 
 LATE_FOR = 2.0
 """Seconds that the event loop must be late before an alert."""
@@ -18,6 +21,9 @@ CONSTANT_GROUPS = 16
 """Constant groups in a row before an alert: if half of all groups are mixed, chance produces this once in 65,000."""
 NOTICE_SECONDS = 600.0
 """How long a warning stays visible."""
+
+MOST_EVALUATIONS_SHOWN = 6
+_SERVICES = ("embedding", "store")
 
 _TITLES = {"train": "Training", "evaluate": "Evaluating", "rollout": "Rolling out"}
 _PAST = {"train": "Trained", "evaluate": "Evaluated", "rollout": "Rolled out"}
@@ -27,6 +33,9 @@ _DROPPED = {
     "too_slow": "too slow",
     "step_time_limit": "step time limit",
 }
+_PHASE_METRICS = (*CURVES, METRICS["env/all/failed_episodes"])
+"""Running metrics of an evaluation or a rollout."""
+_IDLE = RolloutSampled(0, 0, 0, 0, 0, 0, 0, 0, {}, "", 0.0, 0.0, 0.0, 0.0)
 _LIMITS = {
     "growing": "ramp-up",
     "work": "no more work",
@@ -87,67 +96,52 @@ class Frame(TypedDict):
     sections: list[Section]
 
 
-def frame(snapshot: Snapshot, title: str = "") -> Frame:
-    """Everything that a view shows at this moment.
+def frame(state: RunState, now: float, title: str = "") -> Frame:
+    """Everything that a view shows at ``now``.
 
     Args:
         title: shown until kind and model of the work are known.
     """
     return Frame(
-        title=heading(snapshot, title),
-        standing=snapshot.standing,
-        badge=shown(snapshot.reason, 40) if snapshot.standing == "ended" else snapshot.standing,
-        progress=_progress(snapshot),
-        status=_status(snapshot),
-        bars=[_bar(phase) for phase in snapshot.phases],
-        alerts=list(_alerts(snapshot))[:6],
-        stacks=_stacks(snapshot),
-        curves=_curves(snapshot) if snapshot.kind == "train" else {},
-        running=_running(snapshot),
-        sections=_sections(snapshot),
+        title=heading(state, title),
+        standing=state.standing,
+        badge=shown(state.reason, 40) if state.has_ended else state.standing,
+        progress=_progress(state),
+        status=_status(state, now),
+        bars=[_bar(phase, now) for phase in state.phases.values()],
+        alerts=list(_alerts(state, now))[:6],
+        stacks=[] if state.has_ended else _stacks(state),
+        curves={curve.name: _curve(curve, state) for curve in CURVES} if state.run.kind == "train" else {},
+        running=_running(state),
+        sections=_sections(state, now),
     )
 
 
-def summary(snapshot: Snapshot, title: str = "") -> str:
+def summary(state: RunState, now: float, title: str = "") -> str:
     """The outcome in one paragraph of plain text."""
-    said = [heading(snapshot, title)]
-    if snapshot.kind == "train":
-        said[0] += f": {counted_steps(snapshot)}"
-    said[0] += f" in {duration(snapshot.seconds)}, {shown(snapshot.reason, 40) or 'still running'}."
-    if snapshot.latest:
-        parts = [
-            f"{_HEADINGS[name].lower()} {text}" for name in CURVES if (text := _value(name, snapshot.latest.get(name)))
-        ]
-        if parts:
-            said.append(f"Last step: {', '.join(parts)}.")
-    for point in snapshot.evaluations:
-        said.append(
-            f"{shown(point.label, 60)}: exact match {point.exact_match:.1%} ({point.low:.1%} to {point.high:.1%})."
-        )
-    if snapshot.finished_episodes:
-        tokens = f"{compact(snapshot.used.sampled)} tokens sampled"
-        episodes = f"{snapshot.finished_episodes:,} episodes"
-        whole = f"This session: {episodes}. In total: " if snapshot.is_resumed else f"{episodes}, "
-        said.append(f"{whole}{tokens}, cost: {shown(snapshot.cost.text, 60)}.")
-    if snapshot.out_dir:
-        said.append(f"Saved in {shown(shown_path(snapshot.out_dir))}.")
-    if snapshot.warnings:
-        said.append(f"Last warning: {shown(snapshot.warnings[-1].text)}")
+    said = [heading(state, title)]
+    if state.run.kind == "train":
+        said[0] += f": {counted_steps(state)}"
+    said[0] += f" in {duration(state.seconds(now))}, {shown(state.reason, 40) or 'still running'}."
+    if parts := described({name: value for name, value in state.latest.items() if value is not None}):
+        said.append(f"Last step: {', '.join(parts)}.")
+    for point in state.evaluations[-MOST_EVALUATIONS_SHOWN:]:
+        said.append(f"{shown(point.label, 60)}: exact match {point.mean:.1%} ({point.low:.1%} to {point.high:.1%}).")
+    if state.finished_episodes:
+        tokens = f"{compact(state.used.sampled)} tokens sampled"
+        episodes = f"{state.finished_episodes:,} episodes"
+        whole = f"This session: {episodes}. In total: " if state.is_resumed else f"{episodes}, "
+        said.append(f"{whole}{tokens}, cost: {shown(state.cost.text, 60)}.")
+    if state.run.out_dir:
+        said.append(f"Saved in {shown(shown_path(state.run.out_dir))}.")
+    if state.warnings:
+        said.append(f"Last warning: {shown(state.warnings[-1].text)}")
     return " ".join(said)
-
-
-_HEADINGS = {
-    "reward": "Reward",
-    "exact_match": "Exact match",
-    "turns": "Turns per episode",
-    "valid_calls": "Valid calls",
-}
 
 
 def shown(text: str, most: int = 300) -> str:
     """Untrusted ``text`` on one line, invisible characters escaped, truncated."""
-    cut = text[:most]
-    return _one_line(cut).strip() + ("…" if len(text) > most else "")
+    return one_line(text[:most]).strip() + ("…" if len(text) > most else "")
 
 
 def compact(count: int) -> str:
@@ -163,251 +157,225 @@ def milliseconds(seconds: float) -> str:
     return f"{1000 * seconds:.0f} ms" if seconds < 0.9995 else duration(seconds)
 
 
-def heading(snapshot: Snapshot, title: str = "") -> str:
+def heading(state: RunState, title: str = "") -> str:
     """Title of the work; ``title`` until kind and model are known."""
-    if not snapshot.model:
+    if not state.has_started:
         return shown(title) or "Starting"
-    return f"{(_PAST if snapshot.standing == 'ended' else _TITLES).get(snapshot.kind, 'Running')} {shown(shown_name(snapshot.model), 80)}"
+    doing = (_PAST if state.has_ended else _TITLES).get(state.run.kind, "Running")
+    return f"{doing} {shown(shown_name(state.run.model[:200]), 80)}"
 
 
-def counted_steps(snapshot: Snapshot) -> str:
+def counted_steps(state: RunState) -> str:
     """``24 of 60 steps``."""
-    return (
-        f"{snapshot.step:,} steps"
-        if snapshot.total_steps is None
-        else f"{snapshot.step:,} of {snapshot.total_steps:,} steps"
-    )
+    total = state.run.total_steps
+    return f"{state.step:,} steps" if total is None else f"{state.step:,} of {total:,} steps"
 
 
-def _progress(snapshot: Snapshot) -> str:
-    if snapshot.kind == "train" and (snapshot.step or any(phase.name == "train" for phase in snapshot.phases)):
-        return f"Step {counted_steps(snapshot).removesuffix(' steps')}"
-    main = _main_phase(snapshot)
+def _progress(state: RunState) -> str:
+    if state.run.kind == "train" and (state.step or "train" in state.phases):
+        return f"Step {counted_steps(state).removesuffix(' steps')}"
+    main = _main_phase(state)
     if main is not None:
-        return f"{shown(main.name).capitalize()}: {main.done:,} of {main.total:,} {shown(main.unit)}"
-    if snapshot.finished_episodes and snapshot.kind != "train":
-        return f"{snapshot.finished_episodes:,} episodes"
-    return shown(snapshot.last_notice, 160) if snapshot.standing == "starting" else ""
+        return f"{shown(main.event.phase, 80).capitalize()}: {_done(main)}"
+    if state.finished_episodes and state.run.kind != "train":
+        return f"{state.finished_episodes:,} episodes"
+    return shown(state.last_notice, 160) if state.standing == "starting" else ""
 
 
-def _status(snapshot: Snapshot) -> str:
-    if snapshot.standing == "ended":
-        return f"{duration(snapshot.seconds)} in total"
-    main = _main_phase(snapshot)
-    left = "" if main is None or main.seconds_left is None else f", about {duration(main.seconds_left)} left"
-    return f"{duration(snapshot.seconds)} so far{left}"
+def _status(state: RunState, now: float) -> str:
+    seconds = duration(state.seconds(now))
+    if state.has_ended:
+        return f"{seconds} in total"
+    main = _main_phase(state)
+    left = None if main is None else main.estimate.seconds_left(now)
+    return f"{seconds} so far" + ("" if left is None else f", about {duration(left)} left")
 
 
-def _main_phase(snapshot: Snapshot) -> PhaseState | None:
+def _main_phase(state: RunState) -> Phase | None:
     """The training phase if there is one, else the first."""
-    return next((phase for phase in snapshot.phases if phase.name == "train"), next(iter(snapshot.phases), None))
+    return state.phases.get("train") or next(iter(state.phases.values()), None)
 
 
-_PHASE_METRICS = {
-    "correct": "exact match {:.1%}",
-    "reward/total": "reward {:+.3f}",
-    "turns_per_episode": "{:.2f} turns per episode",
-    "valid_calls": "{:.0%} of calls valid",
-    "failed_episodes": "{:.0f} episodes FAILED",
-}
-"""Running metrics of an evaluation or a rollout."""
+def _done(phase: Phase) -> str:
+    return f"{phase.estimate.done:,} of {phase.estimate.total:,} {shown(phase.event.unit, 40)}"
 
 
-def _bar(phase: PhaseState) -> Bar:
-    name = f"{shown(phase.name)} ({shown(phase.label)})" if phase.label else shown(phase.name)
-    text = f"{phase.done:,} of {phase.total:,} {shown(phase.unit)}"
-    for metric, words in _PHASE_METRICS.items():
-        if (value := phase.metrics.get(metric)) is not None:
-            text += ", " + words.format(value)
-    if phase.seconds_left is not None:
-        text += f", {duration(phase.seconds_left)} left"
-    return Bar(name=name, text=text, share=min(1.0, max(0.0, phase.done / phase.total)) if phase.total > 0 else 0.0)
-
-
-def _stacks(snapshot: Snapshot) -> list[Stack]:
-    if snapshot.standing == "ended":
-        return []
-    between = max(0, snapshot.episodes - snapshot.sampling - snapshot.queued - snapshot.searching)
-    stages = [
-        Part(name="sampling", count=snapshot.sampling),
-        Part(name="queued", count=snapshot.queued),
-        Part(name="searching", count=snapshot.searching),
-        Part(name="in between", count=between),
+def _bar(phase: Phase, now: float) -> Bar:
+    name, done, total = shown(phase.event.phase, 80), phase.estimate.done, phase.estimate.total
+    if phase.event.label:
+        name += f" ({shown(phase.event.label, 80)})"
+    left = phase.estimate.seconds_left(now)
+    text = [
+        _done(phase),
+        *described(phase.metrics, _PHASE_METRICS),
+        *([] if left is None else [f"{duration(left)} left"]),
     ]
-    finished = f", {snapshot.batch.episodes:,} finished in this batch" if snapshot.kind == "train" else ""
-    stacks = [
-        Stack(
-            title=f"{snapshot.episodes:,} episodes in flight{finished}",
-            parts=stages,
-            whole=max(1, sum(part["count"] for part in stages)),
-        )
-    ]
-    if snapshot.batch_groups:
-        parts = [
-            Part(name="taken", count=snapshot.taken_groups),
-            Part(name="waiting", count=snapshot.waiting_groups),
-            Part(name="in progress", count=snapshot.groups),
-        ]
-        title = f"Batch {snapshot.step_of_batch:,}: {snapshot.taken_groups:,} of {snapshot.batch_groups:,} groups taken"
-        stacks.append(Stack(title=title, parts=parts, whole=max(snapshot.batch_groups, sum(p["count"] for p in parts))))
+    return Bar(name=name, text=", ".join(text), share=min(1.0, max(0.0, done / total)) if total > 0 else 0.0)
+
+
+def _stacks(state: RunState) -> list[Stack]:
+    sample, pipeline = state.rollout or _IDLE, state.pipeline
+    stages = {"sampling": sample.sampling, "queued": sample.queued, "searching": sample.searching}
+    stages["in between"] = max(0, sample.episodes - sum(stages.values()))
+    finished = f", {state.batch.episodes:,} finished in this batch" if state.run.kind == "train" else ""
+    stacks = [_stack(f"{sample.episodes:,} episodes in flight{finished}", stages, 1)]
+    if groups := pipeline.batch_groups if pipeline else state.run.groups_per_batch or 0:
+        taken, waiting = (pipeline.taken_groups, pipeline.waiting_groups) if pipeline else (0, 0)
+        title = f"Batch {pipeline.step if pipeline else 0:,}: {taken:,} of {groups:,} groups taken"
+        stacks.append(_stack(title, {"taken": taken, "waiting": waiting, "in progress": sample.groups}, groups))
     return stacks
 
 
-def _value(curve: str, value: float | None) -> str:
-    if value is None:
-        return ""
-    return {"reward": f"{value:+.3f}", "turns": f"{value:.2f}"}.get(curve, f"{value:.1%}")
+def _stack(title: str, counts: Mapping[str, int], least: int) -> Stack:
+    parts = [Part(name=name, count=count) for name, count in counts.items()]
+    return Stack(title=title, parts=parts, whole=max(least, sum(counts.values())))
 
 
-def _curves(snapshot: Snapshot) -> dict[str, str]:
-    said: dict[str, str] = {}
-    for name in CURVES:
-        settled, open_batch = _value(name, snapshot.latest.get(name)), _value(name, snapshot.batch.values.get(name))
-        parts = [settled] if settled else []
-        if open_batch and snapshot.standing != "ended":
-            # The spread of a fraction follows from the fraction.
-            spread = snapshot.batch.spread.get(name) if name in ("reward", "turns") else None
-            parts.append(f"now {open_batch}" + (f" ± {spread:.2f}" if spread is not None else ""))
-        said[name] = ", ".join(parts)
-    return said
+def _curve(curve: Metric, state: RunState) -> str:
+    """``+0.412, now +0.395 ± 0.48``: the last step, and the open batch."""
+    settled, batch = state.latest.get(curve.name), state.batch.values.get(curve.name)
+    parts = [] if settled is None else [curve.text(settled)]
+    if batch is not None and not state.has_ended:
+        # The spread of a fraction follows from the fraction.
+        spread = None if curve.is_share else state.batch.means.spread(curve.name)
+        parts.append(f"now {curve.text(batch)}" + (f" ± {spread:.2f}" if spread is not None else ""))
+    return ", ".join(parts)
 
 
-def _running(snapshot: Snapshot) -> dict[str, float | None]:
-    if not snapshot.batch.values or snapshot.standing == "ended" or snapshot.kind != "train":
+def _running(state: RunState) -> dict[str, float | None]:
+    values = state.batch.values
+    if not values or state.has_ended or state.run.kind != "train":
         return {}
     # Rounded: changes below chart resolution need not be sent again.
-    row: dict[str, float | None] = {name: _rounded(snapshot.batch.values.get(name)) for name in CURVES}
-    row["step"] = float(max(snapshot.step + 1, snapshot.step_of_batch))
-    return row
+    row: dict[str, float | None] = {
+        curve.name: round(values[curve.name], 4) if curve.name in values else None for curve in CURVES
+    }
+    return row | {"step": float(max(state.step + 1, state.pipeline.step if state.pipeline else 0))}
 
 
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 4)
-
-
-def _sections(snapshot: Snapshot) -> list[Section]:
-    sections, used = [_rollouts(snapshot)], snapshot.used
-    if snapshot.kind == "train":
-        sections.append(_learning(snapshot))
-    if (search := _search(snapshot)) is not None:
-        sections.append(search)
-    sections.append(
-        Section(
-            title="Tokens",
-            rows=[
-                ("prompt", compact(used.prompt)),
-                ("cached", compact(used.cached)),
-                ("sampled", compact(used.sampled)),
-                *([("trained", compact(used.trained))] if snapshot.kind == "train" else []),
-                ("cost", shown(snapshot.cost.text, 60)),
-            ],
-        )
-    )
-    if snapshot.cpu is not None:
-        lag = f"{milliseconds(snapshot.loop_lag_p50)} / {milliseconds(snapshot.loop_lag_p99)}"
-        sections.append(
-            Section(title="This process", rows=[("loop lag p50 / p99", lag), ("CPU", f"{snapshot.cpu:.2f} of a core")])
-        )
-    if snapshot.evaluations:
-        rows = [
-            (shown(point.label, 40), f"{point.exact_match:.1%}  [{point.low:.1%}, {point.high:.1%}]")
-            for point in reversed(snapshot.evaluations)
-        ]
-        suites = snapshot.evaluations[-1].suites
-        if len(suites) > 1:  # suites of the newest evaluation, right below it
-            rows[1:1] = [(f"· {shown(suite, 40)}", f"{share:.1%}") for suite, share in suites.items()]
-        sections.append(Section(title="Exact match, 95 % interval", rows=rows))
-    return sections
-
-
-def _rollouts(snapshot: Snapshot) -> Section:
-    rows = [("episodes finished", f"{snapshot.finished_episodes:,}")]
-    if snapshot.standing != "ended":
-        rows.append(("episodes per second", f"{snapshot.episodes_per_second:.1f}"))
-        if snapshot.limited_by:
-            rows.append(("limited by", _LIMITS.get(snapshot.limited_by, shown(snapshot.limited_by, 40))))
-    if snapshot.kind != "train" and snapshot.batch.values:
-        rows += [
-            (_HEADINGS[name].lower(), _value(name, snapshot.batch.values.get(name)))
-            for name in CURVES
-            if name in snapshot.batch.values
-        ]
-    if snapshot.batch.failed:
-        rows.append(("failed recently", f"{snapshot.batch.failed:,} of {snapshot.batch.episodes:,}"))
-    return Section(title="Rollouts", rows=rows)
-
-
-def _learning(snapshot: Snapshot) -> Section:
-    rows = [("trainer", snapshot.trainer or "not started")] if snapshot.standing != "ended" else []
-    rows.append(("latest weights", f"version {snapshot.policy_version:,}"))
-    if snapshot.staleness is not None:
-        rows.append(("staleness, mean", f"{snapshot.staleness:.2f} steps"))
-    if snapshot.seconds_per_step is not None:
-        rows.append(("last step took", duration(snapshot.seconds_per_step)))
-    for reason, count in sorted(snapshot.dropped.items()):
-        label = _DROPPED.get(reason, shown(reason, 40))
-        rows.append((f"dropped: {label}", f"{count:,} of {max(snapshot.finished_groups, count):,}"))
-    return Section(title="Learning", rows=rows)
-
-
-def _search(snapshot: Snapshot) -> Section | None:
-    search = snapshot.search
-    if search is None:
-        return None
-    rows = [
-        ("queries per second", f"{search.queries_per_second:.1f}"),
-        ("cache hits", f"{search.cache_hit_rate:.0%}"),
-        ("p50 / p99", f"{milliseconds(search.p50)} / {milliseconds(search.p99)}"),
-        ("retries", f"{search.faults:,}"),
+def _sections(state: RunState, now: float) -> list[Section]:
+    is_training = state.run.kind == "train"
+    sections = [
+        Section(title="Rollouts", rows=_rollouts(state, now)),
+        Section(title="Learning", rows=_learning(state) if is_training else []),
+        Section(title="Search", rows=_search(state, now)),
+        Section(title="Tokens", rows=_tokens(state)),
     ]
-    if search.failed:
-        rows.append(("failed", f"{search.failed:,}"))
-    return Section(title="Search", rows=rows)
+    if sample := state.rollout:
+        lag = f"{milliseconds(sample.loop_lag_p50)} / {milliseconds(sample.loop_lag_p99)}"
+        rows = [("loop lag p50 / p99", lag), ("CPU", f"{sample.cpu:.2f} of a core")]
+        sections.append(Section(title="This process", rows=rows))
+    sections.append(Section(title="Exact match, 95 % interval", rows=_evaluated(state.evaluations)))
+    return [section for section in sections if section["rows"]]
 
 
-def _alerts(snapshot: Snapshot) -> Iterator[Alert]:
-    if snapshot.standing == "paused":
+def _rollouts(state: RunState, now: float) -> list[tuple[str, str]]:
+    rows = [("episodes finished", f"{state.finished_episodes:,}")]
+    if not state.has_ended:
+        rows.append(("episodes per second", f"{state.episodes_per_second(now):.1f}"))
+        if limit := state.rollout.limited_by if state.rollout else "":
+            rows.append(("limited by", _LIMITS.get(limit, shown(limit, 40))))
+    values, batch = state.batch.values, state.batch
+    if state.run.kind != "train":
+        rows += [(curve.heading, curve.text(values[curve.name])) for curve in CURVES if curve.name in values]
+    if batch.failed:
+        rows.append(("failed recently", f"{batch.failed:,} of {batch.episodes:,}"))
+    return rows
+
+
+def _learning(state: RunState) -> list[tuple[str, str]]:
+    trainer = state.pipeline.trainer if state.pipeline else "not started"
+    rows = [] if state.has_ended else [("trainer", trainer)]
+    rows.append(("latest weights", f"version {state.policy_version:,}"))
+    if state.staleness is not None:
+        rows.append(("staleness, mean", f"{state.staleness:.2f} steps"))
+    if state.seconds_per_step is not None:
+        rows.append(("last step took", duration(state.seconds_per_step)))
+    for reason, count in sorted(state.dropped.items()):
+        label = _DROPPED.get(reason, shown(reason, 40))
+        rows.append((f"dropped: {label}", f"{count:,} of {max(state.finished_groups, count):,}"))
+    return rows
+
+
+def _search(state: RunState, now: float) -> list[tuple[str, str]]:
+    if not state.search:
+        return []
+    p50, p99, hits, failed = (_searched(state, name) for name in ("p50", "p99", "cache_hit_rate", "failed"))
+    rows = [
+        ("queries per second", f"{state.queries_per_second(now):.1f}"),
+        ("cache hits", f"{hits:.0%}"),
+        ("p50 / p99", f"{milliseconds(p50)} / {milliseconds(p99)}"),
+        ("retries", f"{sum(_searched(state, f'{service}/faults') for service in _SERVICES):,.0f}"),
+    ]
+    return [*rows, ("failed", f"{failed:,.0f}")] if failed else rows
+
+
+def _searched(state: RunState, name: str) -> float:
+    return state.search.get(f"search/{name}", 0.0)
+
+
+def _tokens(state: RunState) -> list[tuple[str, str]]:
+    used = state.used
+    counts = {"prompt": used.prompt, "cached": used.cached, "sampled": used.sampled}
+    if state.run.kind == "train":
+        counts["trained"] = used.trained
+    return [*((name, compact(count)) for name, count in counts.items()), ("cost", shown(state.cost.text, 60))]
+
+
+def _evaluated(evaluations: Sequence[EvaluationState]) -> list[tuple[str, str]]:
+    rows = [
+        (shown(point.label, 40), f"{point.mean:.1%}  [{point.low:.1%}, {point.high:.1%}]")
+        for point in reversed(evaluations[-MOST_EVALUATIONS_SHOWN:])
+    ]
+    suites = evaluations[-1].suites if evaluations else {}
+    if len(suites) > 1:  # suites of the newest evaluation, right below it
+        rows[1:1] = [(f"· {shown(suite, 40)}", f"{share:.1%}") for suite, share in suites.items()]
+    return rows
+
+
+def _alerts(state: RunState, now: float) -> Iterator[Alert]:
+    if state.standing == "paused":
         yield Alert(kind="info", text="Paused: no new requests are sent until the run is resumed.")
-    if snapshot.standing != "ended":
-        yield from _troubles(snapshot)
-    for notice in reversed(snapshot.warnings):
-        if notice.age < NOTICE_SECONDS or snapshot.standing == "ended":
-            times = f" ({notice.count} times)" if notice.count > 1 else ""
-            yield Alert(kind="warning", text=shown(notice.text, 400) + times)
+    if not state.has_ended:
+        yield from _troubles(state, now)
+    for warned in reversed(state.warnings):
+        if now - warned.last < NOTICE_SECONDS or state.has_ended:
+            times = f" ({warned.count} times)" if warned.count > 1 else ""
+            yield _warning(shown(warned.text, 400) + times)
 
 
-def _troubles(snapshot: Snapshot) -> Iterator[Alert]:
-    search, batch = snapshot.search, snapshot.batch
-    if search is not None and search.seconds_down > 0:
+def _troubles(state: RunState, now: float) -> Iterator[Alert]:
+    batch, sample = state.batch, state.rollout or _IDLE
+    seconds_down = max(_searched(state, f"{service}/seconds_down") for service in _SERVICES)
+    if seconds_down > 0:
         yield _warning(
-            f"Search has been down for {duration(search.seconds_down)}: episodes wait and continue when it is back."
+            f"Search has been down for {duration(seconds_down)}: episodes wait and continue when it is back."
         )
-    elif search is not None and search.failed_lately:
-        yield _warning(
-            f"{search.failed_lately:,} searches failed within the last 10 s; their episodes are not trained on."
-        )
+    elif failed := state.searches_failed_lately(now):
+        yield _warning(f"{failed:,} searches failed within the last 10 s; their episodes are not trained on.")
     if batch.failed >= 3 and batch.failed >= 0.1 * batch.episodes:
         last = f" Last error: {shown(batch.error, 200)}" if batch.error else ""
         yield _warning(f"{batch.failed:,} of {batch.episodes:,} recent episodes failed; they are not trained on.{last}")
-    if snapshot.late_for >= LATE_FOR:
+    is_late = state.late_for(now) >= LATE_FOR
+    if is_late:
         busy = (
-            f"this process uses {snapshot.cpu:.2f} of a core; more workers would share the load"
-            if (snapshot.cpu or 0.0) >= 0.85
+            f"this process uses {sample.cpu:.2f} of a core; more workers would share the load"
+            if sample.cpu >= 0.85
             else "something blocks it, such as another running cell or a slow reward function; move that to a thread"
         )
-        yield _warning(f"The event loop is late by {milliseconds(snapshot.loop_lag_p50)} (median): {busy}.")
-    elif snapshot.longest_stall:
+        yield _warning(f"The event loop is late by {milliseconds(sample.loop_lag_p50)} (median): {busy}.")
+    elif stall := state.longest_stall(now):
         yield _warning(
-            f"The event loop was blocked for {duration(snapshot.longest_stall)}, for example by another running cell; the run made no progress meanwhile."
+            f"The event loop was blocked for {duration(stall)}, for example by another running cell; the run made no progress meanwhile."
         )
-    if snapshot.constant_groups_in_a_row >= CONSTANT_GROUPS:
+    if state.constant_groups_in_a_row >= CONSTANT_GROUPS:
         yield _warning(
-            f"All rewards were equal within each of the last {snapshot.constant_groups_in_a_row:,} groups, so nothing is learned from them: "
+            f"All rewards were equal within each of the last {state.constant_groups_in_a_row:,} groups, so nothing is learned from them: "
             "the questions are too hard or too easy for the model, or its samples are too similar."
         )
-    if snapshot.limited_by == "service":
+    if sample.limited_by == "service":
         yield _warning("The service is rate limiting (too many requests): concurrency is reduced until it recovers.")
-    elif snapshot.limited_by == "client" and snapshot.late_for < LATE_FOR:
+    elif sample.limited_by == "client" and not is_late:
         yield Alert(kind="info", text="This process is CPU-bound: more workers would roll out more episodes.")
 
 

@@ -1,8 +1,6 @@
 // Browser side of the live view. Python sends all text, which is set as text and never as markup; Vega draws the curves from the
 // charts and rows that Python sends.
 
-const CURVES = { reward: "Reward", exact_match: "Exact match", turns: "Turns per episode", valid_calls: "Valid calls" };
-
 /** Create an element with a class and attributes. */
 function make(tag, name, attributes = {}) {
   const element = document.createElement(tag);
@@ -58,11 +56,12 @@ function theme(element) {
 
 /** One curve: heading, newest value and, once Vega is loaded, the chart. */
 class Curve {
-  constructor(name) {
-    this.name = name;
+  constructor(curve) {
+    this.curve = curve;
+    this.name = curve.name;
     this.element = make("figure", "sr1-curve");
     const caption = this.element.appendChild(make("figcaption", "sr1-caption"));
-    caption.appendChild(make("span", "sr1-heading")).textContent = CURVES[name];
+    caption.appendChild(make("span", "sr1-heading")).textContent = curve.heading;
     this.value = caption.appendChild(make("span", "sr1-soft"));
     this.holder = this.element.appendChild(make("div", "sr1-chart"));
     this.hint = this.element.appendChild(make("div", "sr1-hint sr1-soft"));
@@ -71,7 +70,7 @@ class Curve {
 
   async embed(vega, spec, config) {
     const old = this.api;
-    const place = make("div", "sr1-fill", { role: "img", "aria-label": `${CURVES[this.name]} by optimiser step` });
+    const place = make("div", "sr1-fill", { role: "img", "aria-label": `${this.curve.heading} by optimiser step` });
     this.holder.replaceChildren(place);
     this.api = await vega.vegaEmbed(place, spec, { actions: false, renderer: "canvas", config, logLevel: 1 });
     old?.finalize();
@@ -81,7 +80,7 @@ class Curve {
     if (!this.api) return;
     for (const [name, rows] of Object.entries(data)) {
       // A chart only has the datasets that it uses.
-      if (name === "evaluations" && this.name !== "exact_match") continue;
+      if (name === "evaluations" && !this.curve.is_evaluated) continue;
       this.api.view.data(name, rows.map((row) => ({ ...row })));
     }
     this.api.view.runAsync();
@@ -244,7 +243,7 @@ class View {
     this.bars = root.appendChild(make("div", "sr1-bars"));
     this.alerts = root.appendChild(make("div", "sr1-alerts", { "aria-live": "polite" }));
     this.curves = root.appendChild(make("div", "sr1-curves"));
-    this.panels = Object.keys(CURVES).map((name) => new Curve(name));
+    this.panels = this.model.get("curves").map((curve) => new Curve(curve));
     this.curves.append(...this.panels.map((panel) => panel.element));
     this.stacks = root.appendChild(make("div", "sr1-stacks"));
     this.sections = root.appendChild(make("div", "sr1-sections"));

@@ -1,11 +1,14 @@
-"""Run state folded from events; the source of every live view. Pure: the caller passes the time in."""
+"""State of a run, folded from its events: the one fold behind console, live view and final picture.
+
+Pure: the caller passes the time in. Memory is bounded however long the run, and :meth:`RunState.see` takes microseconds.
+"""
 
 from __future__ import annotations
 
-import math
 from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from searchr1_async.billing import Billing, Cost, TokenUsage, billing_of
 from searchr1_async.episodes.types import Episode
@@ -18,6 +21,7 @@ from searchr1_async.events import (
     GroupDropped,
     GroupFinished,
     MinibatchLearned,
+    MinibatchSubmitted,
     Notice,
     PhaseAdvanced,
     PhaseEnded,
@@ -33,73 +37,94 @@ from searchr1_async.events import (
     StepFinished,
     WeightsPublished,
 )
-from searchr1_async.watch.console import Estimate, Pauses
-from searchr1_async.watch.snapshot import (
-    RATE_SECONDS,
-    EvaluationState,
-    NoticeState,
-    OpenBatch,
-    PhaseState,
-    SearchState,
-    Series,
-    Snapshot,
-    Standing,
-    finite,
-)
+from searchr1_async.records.metrics import CURVES, EpisodeMeans
+from searchr1_async.watch.progress import Estimate, Pauses, Phase, Series, finite
 
 LATE_SECONDS = 0.02
 """Median lag from which the event loop counts as late; an idle loop is under 1 ms."""
+RATE_SECONDS = 10.0
+"""Window for rates."""
+STALL_SECONDS = 30.0
+"""How long a stall of the event loop is remembered."""
 MOST_EVALUATIONS = 200
 _MOST_NOTICES = 6
+_MOST_PHASES = 8
+_MOST_OPEN_STEPS = 16
 _LONGEST_TEXT = 500
 """Maximum characters kept of a notice or an error: a service's error response can be a whole page."""
 
+Standing = Literal["starting", "running", "paused", "ended"]
+
 
 @dataclass(slots=True)
-class _Tally:
-    """Sums over the episodes of the open batch."""
+class StepCounts:
+    """Counts of one step; kept per step because steps overlap."""
 
     episodes: int = 0
+    groups: int = 0
+    dropped: int = 0
+    trained: int = 0
+    """Groups submitted to the trainer."""
+
+
+@dataclass(slots=True)
+class OpenBatch:
+    """Episodes finished since the last batch was closed."""
+
+    episodes: int = 0
+    """Complete and failed."""
     failed: int = 0
-    complete: int = 0
-    calls: int = 0
-    valid: int = 0
     error: str = ""
-    sums: list[float] = field(default_factory=lambda: [0.0] * 6)
-    """Sums of reward, exact match and turns, then of their squares."""
+    """Of the most recent failed episode."""
+    means: EpisodeMeans = field(default_factory=EpisodeMeans)
+    """Over complete episodes."""
 
     def add(self, episode: Episode) -> None:
         self.episodes += 1
-        if not episode.is_complete:
-            self.failed += episode.failed
-            if episode.error:
-                self.error = episode.error[:_LONGEST_TEXT]
+        if episode.is_complete:
+            self.means.add(episode)
             return
-        self.complete += 1
-        turns = float(len(episode.turns))
-        for turn in episode.turns:
-            if turn.call is not None:
-                self.calls += 1
-                self.valid += turn.call.problem is None
-        correct = finite(episode.reward_parts.get("correct")) or 0.0
-        reward = finite(episode.reward) or 0.0
-        sums = self.sums
-        for at, value in enumerate((reward, correct, turns)):
-            sums[at] += value
-            sums[at + 3] += value * value
+        self.failed += episode.failed
+        if episode.error:
+            self.error = episode.error[:_LONGEST_TEXT]
 
-    def frozen(self) -> OpenBatch:
-        values: dict[str, float] = {}
-        spread: dict[str, float] = {}
-        if self.complete:
-            for at, name in enumerate(("reward", "exact_match", "turns")):
-                mean = self.sums[at] / self.complete
-                values[name] = mean
-                spread[name] = math.sqrt(max(0.0, self.sums[at + 3] / self.complete - mean * mean))
-        if self.calls:
-            values["valid_calls"] = share = self.valid / self.calls
-            spread["valid_calls"] = math.sqrt(share * (1 - share))
-        return OpenBatch(self.episodes, self.failed, self.error, values, spread)
+    @property
+    def values(self) -> dict[str, float]:
+        """The known curves' means by name."""
+        means = self.means.metrics()
+        return {curve.name: value for curve in CURVES if (value := finite(means.get(curve.name))) is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationState:
+    """Exact match of one held-out evaluation, with its 95 % interval."""
+
+    label: str
+    step: int | None
+    mean: float
+    low: float
+    high: float
+    suites: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Warned:
+    """A warning, merged with equal ones."""
+
+    text: str
+    last: float
+    """Time of the last occurrence."""
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """Totals at one time, from which rates are computed."""
+
+    time: float
+    episodes: int
+    queries: float
+    failed: float
 
 
 @dataclass(slots=True)
@@ -119,15 +144,8 @@ class _Total:
         return self.before + self.last
 
 
-@dataclass(slots=True)
-class _Phase:
-    event: PhaseStarted
-    estimate: Estimate
-    metrics: Mapping[str, float] = field(default_factory=dict)
-
-
 class RunState:
-    """Folds a run's events with bounded memory; :meth:`see` takes microseconds."""
+    """Folds a run's events. Attributes are for reading; those that depend on the time are methods."""
 
     def __init__(self) -> None:
         self.steps = Series()
@@ -135,63 +153,44 @@ class RunState:
         """Held-out evaluations; past :data:`MOST_EVALUATIONS`, every second one between the first and the last is dropped."""
         self.evaluated = 0
         """Total evaluations seen."""
+        self.run = RunStarted("train", "", False, "")
+        """How the run started; without a model until then."""
+        self.reason = ""
+        """Why the run ended; empty before."""
+        self.step = 0
+        """Optimiser steps finished."""
+        self.phases: dict[str, Phase] = {}
+        """Active phases by name, in start order."""
+        self.counts: dict[int, StepCounts] = {}
+        """Counts of the unfinished steps, and of the last finished one."""
+        self.batch = OpenBatch()
+        self.pipeline: PipelineChanged | None = None
+        self.dropped: Counter[str] = Counter()
+        """Groups not trained on, by reason."""
+        self.finished_groups = 0
+        self.constant_groups_in_a_row = 0
+        """Consecutive groups whose rewards are all equal; always 0 for a group size of 1."""
+        self.warnings: deque[Warned] = deque(maxlen=_MOST_NOTICES)
+        """Recent warnings, newest last."""
+        self.last_notice = ""
+        self.staleness: float | None = None
+        """Mean over the last finished step, in optimiser steps."""
+        self.seconds_per_step: float | None = None
         self._began: float | None = None
         self._ended_at: float | None = None
-        self._reason = ""
-        self._run = RunStarted("train", "", False, "")
-        self._step = 0
         self._pauses = Pauses()
-        self._phases: dict[str, _Phase] = {}
-        self._tally = _Tally()
         self._rollout: RolloutSampled | None = None
-        self._pipeline: PipelineChanged | None = None
         self._published = 0
-        self._dropped: Counter[str] = Counter()
-        self._finished_groups = 0
-        self._constant_in_a_row = 0
         self._finished_episodes = _Total()
         self._tokens = (_Total(), _Total(), _Total())
         """Prompt, cached prompt and sampled tokens of this session's engines."""
         self._other_usage = TokenUsage()
         """Tokens used by training and by ``ask`` in this session."""
-        self._readings: deque[tuple[float, int, float, float]] = deque(maxlen=128)
-        """Time, episodes, queries and failed calls: the readings from which rates are computed."""
+        self._readings: deque[_Reading] = deque(maxlen=128)
         self._late_since: float | None = None
         self._stalls: deque[tuple[float, float]] = deque(maxlen=128)
-        self._warnings: deque[tuple[str, float, int]] = deque(maxlen=_MOST_NOTICES)
-        """Text, time of the last occurrence, count."""
-        self._last_notice = ""
-        self._staleness: float | None = None
-        self._seconds_per_step: float | None = None
 
-    @property
-    def kind(self) -> str:
-        return self._run.kind
-
-    @property
-    def total_steps(self) -> int | None:
-        return self._run.total_steps
-
-    @property
-    def has_started(self) -> bool:
-        """``RunStarted`` has been seen."""
-        return bool(self._run.model)
-
-    @property
-    def first_step(self) -> int:
-        """Steps done by earlier sessions; 0 for a new run."""
-        return self._run.step
-
-    @property
-    def has_ended(self) -> bool:
-        return self._ended_at is not None
-
-    def end(self, reason: str, now: float) -> None:
-        """Mark the run as ended, for runs that never emit ``RunEnded``. Only the first call counts."""
-        if self._ended_at is None:
-            self._ended_at = now
-            self._reason = reason
-            self._phases.clear()
+    # --- the fold -----------------------------------------------------------------------------------------------------
 
     def see(self, event: Event, now: float) -> None:
         """Fold in ``event``; kinds that no view shows are ignored."""
@@ -199,19 +198,19 @@ class RunState:
             self._began = now
         match event:
             case EpisodeFinished():
-                self._tally.add(event.episode)
+                self.batch.add(event.episode)
+                self._counts(event.step).episodes += 1
             case RolloutSampled():
                 self._sampled(event, now)
             case PipelineChanged():
-                self._pipeline = event
+                self.pipeline = event
             case GroupFinished():
-                self._finished_groups += 1
-                if event.group.is_constant and self._run.group_size > 1:
-                    self._constant_in_a_row += 1
-                else:
-                    self._constant_in_a_row = 0
+                self._finished_group(event)
             case GroupDropped():
-                self._dropped[event.reason[:80]] += 1
+                self.dropped[event.reason[:80]] += 1
+                self._counts(event.step).dropped += 1
+            case MinibatchSubmitted():
+                self._counts(event.step).trained += event.groups
             case MinibatchLearned():
                 # Billed are an example's input tokens, which lack the last token.
                 self._other_usage += TokenUsage(trained=max(0, event.tokens - event.datums))
@@ -225,38 +224,60 @@ class RunState:
     def _see_rare(self, event: Event, now: float) -> None:
         match event:
             case RunStarted():
-                self._run = event
-                self._step = max(self._step, event.step)
+                self.run = event
+                self.step = max(self.step, event.step)
             case PhaseStarted() | PhaseAdvanced() | PhaseEnded():
                 self._see_phase(event, now)
             case Notice():
                 self._noticed(event, now)
             case BatchClosed():
-                self._tally = _Tally()
+                self.batch = OpenBatch()
             case WeightsPublished():
                 self._published = max(self._published, event.step)
             case EvaluationFinished():
                 self._evaluated(event)
             case RunPaused() | RunResumed() | ServiceSilent() | ServiceAnswers():
-                self._pauses.see(event, [phase.estimate for phase in self._phases.values()], now)
+                self._pauses.see(event, [phase.estimate for phase in self.phases.values()], now)
             case RunEnded():
                 self.end(event.reason, now)
             case _:
                 pass
 
+    def end(self, reason: str, now: float) -> None:
+        """Mark the run as ended, for runs that never emit ``RunEnded``. Only the first call counts."""
+        if self._ended_at is None:
+            self._ended_at = now
+            self.reason = reason
+            self.phases.clear()
+
     def _see_phase(self, event: PhaseStarted | PhaseAdvanced | PhaseEnded, now: float) -> None:
         if isinstance(event, PhaseStarted):
-            if event.phase not in self._phases and len(self._phases) >= 8:
-                self._phases.pop(next(iter(self._phases)))
+            if event.phase not in self.phases and len(self.phases) >= _MOST_PHASES:
+                self.phases.pop(next(iter(self.phases)))
+            if event.phase == "train":  # evaluations during training leave the step counts alone
+                self.counts.clear()
             estimate = Estimate(event.total, now, seconds_at_most=event.seconds_at_most)
             self._pauses.apply(estimate, now)
-            self._phases[event.phase] = _Phase(event, estimate)
+            self.phases[event.phase] = Phase(event, estimate)
         elif isinstance(event, PhaseEnded):
-            self._phases.pop(event.phase, None)
-        elif (phase := self._phases.get(event.phase)) is not None:
+            self.phases.pop(event.phase, None)
+        elif (phase := self.phases.get(event.phase)) is not None:
             phase.estimate.advance(event.done, now)
             if event.metrics:
                 phase.metrics = dict(event.metrics)
+
+    def _counts(self, step: int) -> StepCounts:
+        if step not in self.counts:
+            if len(self.counts) >= _MOST_OPEN_STEPS:
+                self.counts.pop(min(self.counts))
+            self.counts[step] = StepCounts()
+        return self.counts[step]
+
+    def _finished_group(self, event: GroupFinished) -> None:
+        self.finished_groups += 1
+        self._counts(event.step).groups += 1
+        is_constant = event.group.is_constant and self.run.group_size > 1
+        self.constant_groups_in_a_row = self.constant_groups_in_a_row + 1 if is_constant else 0
 
     def _sampled(self, event: RolloutSampled, now: float) -> None:
         self._rollout = event
@@ -265,7 +286,7 @@ class RunState:
         for total, value in zip(self._tokens, counts, strict=True):
             total.see(value)
         queries, failed = _number(event.search, "search/queries"), _number(event.search, "search/failed")
-        self._readings.append((now, self._finished_episodes.value, queries, failed))
+        self._readings.append(_Reading(now, self.finished_episodes, queries, failed))
         if event.loop_lag_p50 < LATE_SECONDS:
             self._late_since = None
         elif self._late_since is None:
@@ -275,10 +296,11 @@ class RunState:
 
     def _finished_step(self, event: StepFinished, now: float) -> None:
         self.steps.add(event.step, event.metrics)
-        self._step = max(self._step, event.step)
-        self._staleness = finite(event.metrics.get("env/all/staleness"))
-        self._seconds_per_step = finite(event.metrics.get("time/total"))
-        phase = self._phases.get("train")
+        self.step = max(self.step, event.step)
+        self.staleness = finite(event.metrics.get("env/all/staleness"))
+        self.seconds_per_step = finite(event.metrics.get("time/total"))
+        self.counts = {step: counts for step, counts in self.counts.items() if step >= event.step}
+        phase = self.phases.get("train")
         if phase is not None and event.step > phase.estimate.done:
             phase.estimate.advance(event.step, now)
 
@@ -292,140 +314,125 @@ class RunState:
             if name.startswith("exact_match/") and (known := finite(share)) is not None and len(suites) < 20:
                 suites[name.removeprefix("exact_match/")[:80]] = known
         self.evaluated += 1
-        self.evaluations.append(
-            EvaluationState(
-                event.label[:80],
-                event.step,
-                value,
-                value if low is None else low,
-                value if high is None else high,
-                suites,
-            )
-        )
+        low, high = value if low is None else low, value if high is None else high
+        self.evaluations.append(EvaluationState(event.label[:80], event.step, value, low, high, suites))
         if len(self.evaluations) > MOST_EVALUATIONS:
             self.evaluations = [self.evaluations[0], *self.evaluations[1:-1:2], self.evaluations[-1]]
 
     def _noticed(self, event: Notice, now: float) -> None:
         text = event.text[:_LONGEST_TEXT]
         if not event.is_warning:
-            self._last_notice = text
+            self.last_notice = text
             return
-        count = 1
-        for old in self._warnings:
-            if old[0] == text:
-                count += old[2]
-                self._warnings.remove(old)
-                break
-        self._warnings.append((text, now, count))
+        same = next((old for old in self.warnings if old.text == text), None)
+        if same is not None:
+            self.warnings.remove(same)
+        self.warnings.append(Warned(text, now, 1 + (same.count if same else 0)))
 
-    def snapshot(self, now: float) -> Snapshot:
-        """State at ``now``; once ended, the state at the end."""
-        if self._ended_at is not None:
-            now = self._ended_at
-        run, pipeline = self._run, self._pipeline
-        rollout = self._rollout if self._ended_at is None else None
-        began = now if self._began is None else self._began
-        since, episodes_then, *_ = self._since(now)
-        session = TokenUsage(*(total.value for total in self._tokens)) + self._other_usage
-        return Snapshot(
-            standing=self._standing(),
-            reason=self._reason,
-            seconds=max(0.0, now - began),
-            kind=run.kind,
-            model=run.model[:200],
-            is_resumed=run.step > 0 and run.kind == "train",
-            out_dir=run.out_dir,
-            step=self._step,
-            total_steps=run.total_steps,
-            phases=tuple(self._phase(phase, now) for phase in self._phases.values()),
-            episodes=rollout.episodes if rollout else 0,
-            sampling=rollout.sampling if rollout else 0,
-            queued=rollout.queued if rollout else 0,
-            searching=rollout.searching if rollout else 0,
-            groups=rollout.groups if rollout else 0,
-            finished_episodes=self._finished_episodes.value,
-            episodes_per_second=max(0, self._finished_episodes.value - episodes_then) / max(now - since, 1.0),
-            limited_by=rollout.limited_by if rollout else "",
-            batch=self._tally.frozen(),
-            step_of_batch=pipeline.step if pipeline else 0,
-            batch_groups=pipeline.batch_groups if pipeline else run.groups_per_batch or 0,
-            taken_groups=pipeline.taken_groups if pipeline else 0,
-            waiting_groups=pipeline.waiting_groups if pipeline else 0,
-            trainer=pipeline.trainer if pipeline else "",
-            policy_version=max(self._published, pipeline.policy_version if pipeline else 0, run.step),
-            staleness=self._staleness,
-            dropped=dict(self._dropped),
-            finished_groups=self._finished_groups,
-            constant_groups_in_a_row=self._constant_in_a_row,
-            search=self._search(now),
-            used=run.used + session,
-            cost=self._cost(session),
-            loop_lag_p50=rollout.loop_lag_p50 if rollout else 0.0,
-            loop_lag_p99=rollout.loop_lag_p99 if rollout else 0.0,
-            late_for=0.0 if self._late_since is None or rollout is None else now - self._late_since,
-            longest_stall=max((seconds for at, seconds in self._stalls if now - at < 30), default=0.0),
-            cpu=rollout.cpu if rollout else None,
-            evaluations=tuple(self.evaluations[-6:]),
-            warnings=tuple(NoticeState(text, max(0.0, now - at), count) for text, at, count in self._warnings),
-            last_notice=self._last_notice,
-            seconds_per_step=self._seconds_per_step,
-            latest=rows[-1] if (rows := self.steps.rows(max(0, len(self.steps) - 1))) else {},
-        )
+    # --- reading ------------------------------------------------------------------------------------------------------
 
-    def _standing(self) -> Standing:
-        if self._ended_at is not None:
+    @property
+    def has_started(self) -> bool:
+        """``RunStarted`` has been seen."""
+        return bool(self.run.model)
+
+    @property
+    def has_ended(self) -> bool:
+        return self._ended_at is not None
+
+    @property
+    def standing(self) -> Standing:
+        if self.has_ended:
             return "ended"
         if "pause" in self._pauses.reasons:
             return "paused"
-        return "running" if self._run.model or self._phases or self._rollout else "starting"
+        return "running" if self.has_started or self.phases or self._rollout else "starting"
 
-    @staticmethod
-    def _phase(phase: _Phase, now: float) -> PhaseState:
-        event, estimate = phase.event, phase.estimate
-        return PhaseState(
-            name=event.phase[:80],
-            label=event.label[:80],
-            done=estimate.done,
-            total=estimate.total,
-            unit=event.unit[:40],
-            seconds_left=estimate.seconds_left(now),
-            metrics=phase.metrics,
-        )
+    @property
+    def is_resumed(self) -> bool:
+        """Episode and token counts cover this session only."""
+        return self.run.step > 0 and self.run.kind == "train"
 
-    def _since(self, now: float) -> tuple[float, int, float, float]:
-        """The oldest reading within :data:`RATE_SECONDS`."""
-        for reading in self._readings:
-            if now - reading[0] <= RATE_SECONDS:
-                return reading
-        return self._readings[-1] if self._readings else (now, self._finished_episodes.value, 0.0, 0.0)
+    @property
+    def rollout(self) -> RolloutSampled | None:
+        """The last sample; None before the first and after the end."""
+        return None if self.has_ended else self._rollout
 
-    def _cost(self, session: TokenUsage) -> Cost:
-        """Cost of the run so far, earlier sessions included."""
-        run = self._run
+    @property
+    def finished_episodes(self) -> int:
+        return self._finished_episodes.value
+
+    @property
+    def policy_version(self) -> int:
+        return max(self._published, self.pipeline.policy_version if self.pipeline else 0, self.run.step)
+
+    @property
+    def latest(self) -> Mapping[str, float | None]:
+        """Curve values of the last finished step."""
+        rows = self.steps.rows(max(0, len(self.steps) - 1))
+        return rows[-1] if rows else {}
+
+    @property
+    def used(self) -> TokenUsage:
+        """Tokens billed by the service, earlier sessions included."""
+        return self.run.used + self._session
+
+    @property
+    def cost(self) -> Cost:
+        """Cost of :attr:`used`."""
+        run = self.run
         if not run.model:
-            return Billing(reason="not started").cost(session)
+            return Billing(reason="not started").cost(self._session)
         billing = billing_of(run.model, is_embedded=run.is_embedded, is_tinker=run.is_tinker, price=run.price)
-        dollars = billing.dollars(session)
+        dollars = billing.dollars(self._session)
         known = None if run.spent is None or dollars is None else run.spent + dollars
-        return billing.cost_of(known, run.used + session)
+        return billing.cost_of(known, self.used)
 
-    def _search(self, now: float) -> SearchState | None:
-        if self._rollout is None or not self._rollout.search:
-            return None
-        found = self._rollout.search
-        since, _, queries_then, failed_then = self._since(now)
-        queries, failed = _number(found, "search/queries"), _number(found, "search/failed")
-        services = ("embedding", "store")
-        return SearchState(
-            queries_per_second=max(0.0, queries - queries_then) / max(now - since, 1.0),
-            cache_hit_rate=_number(found, "search/cache_hit_rate"),
-            p50=_number(found, "search/p50"),
-            p99=_number(found, "search/p99"),
-            faults=int(sum(_number(found, f"search/{name}/faults") for name in services)),
-            failed=int(failed),
-            failed_lately=int(max(0.0, failed - failed_then)),
-            seconds_down=max(_number(found, f"search/{name}/seconds_down") for name in services),
-        )
+    @property
+    def _session(self) -> TokenUsage:
+        return TokenUsage(*(total.value for total in self._tokens)) + self._other_usage
+
+    def time(self, now: float) -> float:
+        """``now``; the time of the end once the run has ended."""
+        return now if self._ended_at is None else self._ended_at
+
+    def seconds(self, now: float) -> float:
+        """Since the first event; the clock stops at the end."""
+        now = self.time(now)
+        return max(0.0, now - (now if self._began is None else self._began))
+
+    def episodes_per_second(self, now: float) -> float:
+        since = self._since(now)
+        return max(0, self.finished_episodes - since.episodes) / max(self.time(now) - since.time, 1.0)
+
+    def late_for(self, now: float) -> float:
+        """Seconds for which the event loop has been late without interruption."""
+        return 0.0 if self._late_since is None or self.has_ended else now - self._late_since
+
+    def longest_stall(self, now: float) -> float:
+        """Longest event-loop stall of the last :data:`STALL_SECONDS`, in seconds."""
+        return max((seconds for at, seconds in self._stalls if self.time(now) - at < STALL_SECONDS), default=0.0)
+
+    @property
+    def search(self) -> Mapping[str, float]:
+        """The last sample's ``search/…`` metrics, totals of this session; empty before one."""
+        found = self._rollout.search if self._rollout else {}
+        return {name: finite(value) or 0.0 for name, value in found.items()}
+
+    def queries_per_second(self, now: float) -> float:
+        since = self._since(now)
+        return max(0.0, _number(self.search, "search/queries") - since.queries) / max(self.time(now) - since.time, 1.0)
+
+    def searches_failed_lately(self, now: float) -> int:
+        """Failed calls within the last :data:`RATE_SECONDS`."""
+        return int(max(0.0, _number(self.search, "search/failed") - self._since(now).failed))
+
+    def _since(self, now: float) -> _Reading:
+        """The oldest reading within :data:`RATE_SECONDS`, else the last."""
+        for reading in self._readings:
+            if self.time(now) - reading.time <= RATE_SECONDS:
+                return reading
+        return self._readings[-1] if self._readings else _Reading(now, self.finished_episodes, 0.0, 0.0)
 
 
 def _number(metrics: Mapping[str, float], name: str) -> float:

@@ -1,199 +1,24 @@
-"""Live view: folds a run's events and redraws a surface a few times per second.
-
-Runs :mod:`searchr1_async.watch.drawing` in a subprocess (see there for why).
-
-Data for the final still picture of a run. Pure; the picture is drawn out-of-process.
-"""
+"""The live view: folds a run's events and redraws a surface a few times per second, without ever raising into the run."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-import os
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import anyio
 
 from searchr1_async.events import EvaluationFinished, Event, RunStarted, StepFinished
+from searchr1_async.records.metrics import CURVES, EXACT_MATCH
 from searchr1_async.watch.console import duration
+from searchr1_async.watch.drawing import Charts, Drawer, DrawingError
 from searchr1_async.watch.frame import Frame, compact, counted_steps, frame, heading, shown, summary
-from searchr1_async.watch.snapshot import EvaluationState, Mark, Row, Snapshot
-from searchr1_async.watch.state import RunState
-
-_SCRIPT = Path(__file__).with_name("drawing.py")
-_SECRETS = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIALS")
-
-
-class DrawingError(Exception):
-    """Drawing failed. The view logs it and continues without; it never reaches the run."""
-
-
-@dataclass(frozen=True, slots=True)
-class Charts:
-    """What a page needs to draw its curves."""
-
-    page: Mapping[str, Any]
-    """A Vega-Lite chart per curve."""
-    picture: Mapping[str, Any]
-    """One chart of all curves, for the final picture."""
-    vega: bytes
-    """Gzipped ES module."""
-
-
-class Drawer:
-    """Draws in a subprocess; Vega is bundled once and cached.
-
-    Raises:
-        DrawingError: from both methods, if the subprocess fails.
-    """
-
-    def __init__(self) -> None:
-        self._vega = b""
-
-    async def charts(self, window: int, *, from_zero: bool) -> Charts:
-        """The charts of a page. Takes 2 to 5 s in the background."""
-        said: list[bytes] = []
-
-        async def specs() -> None:
-            said.append(await run("charts", {"window": window, "from_zero": from_zero}))
-
-        try:
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(specs)
-                if not self._vega:
-                    self._vega = await run("vega", {})
-        except* DrawingError as group:
-            raise group.exceptions[0] from None
-        return Charts(**json.loads(said[0]), vega=self._vega)
-
-    async def picture(self, task: Mapping[str, Any]) -> bytes:
-        """A PNG. Takes 2 to 3 s."""
-        return await run("picture", task)
-
-
-async def run(what: Literal["charts", "vega", "picture"], task: Mapping[str, Any]) -> bytes:
-    """The subprocess's output for ``task``. Cancelling kills it."""
-    if not sys.executable:
-        raise DrawingError("sys.executable is empty, so the drawing process cannot be started")
-    drawing = _Drawing(what, json.dumps(task).encode())
-    try:
-        # Own limiter: drawing must not use up the engine's worker threads.
-        return await anyio.to_thread.run_sync(drawing.run, limiter=anyio.CapacityLimiter(1), abandon_on_cancel=True)
-    except OSError as error:
-        raise DrawingError(f"the drawing process did not start: {error}") from error
-    except BaseException:
-        drawing.abandon()
-        raise
-
-
-class _Drawing:
-    """One subprocess, run from a thread: on Windows a notebook's event loop has no asyncio subprocesses."""
-
-    def __init__(self, what: str, task: bytes) -> None:
-        # -P: keeps the script's folder off sys.path, whose modules would shadow others.
-        self._command = [sys.executable, "-P", str(_SCRIPT), what]
-        self._what, self._task = what, task
-        self._process: subprocess.Popen[bytes] | None = None
-        self._is_abandoned = False
-
-    def run(self) -> bytes:
-        pipe = subprocess.PIPE
-        with subprocess.Popen(
-            self._command,
-            stdin=pipe,
-            stdout=pipe,
-            stderr=pipe,
-            env=_environment(),
-            start_new_session=True,  # a notebook's stop button interrupts the kernel's whole process group
-        ) as process:
-            self._process = process
-            if self._is_abandoned:  # abandoned during startup
-                process.kill()
-            out, said = process.communicate(self._task)
-        if process.returncode:
-            last = said.decode(errors="replace").strip().splitlines()[-1:] or [f"exit code {process.returncode}"]
-            raise DrawingError(f"drawing {self._what} failed: {last[0]}")
-        return out
-
-    def abandon(self) -> None:
-        """Kill the process; its thread then cleans up."""
-        self._is_abandoned = True
-        if self._process is not None:
-            self._process.kill()
-
-
-def _environment() -> dict[str, str]:
-    """The environment without likely secrets."""
-    return {name: value for name, value in os.environ.items() if not any(word in name.upper() for word in _SECRETS)}
-
-
-def chart_window(steps: int) -> int:
-    """Half-width in rows of the smoothing window: about a twentieth of the curve in total."""
-    return min(8, max(1, round(min(steps, 500) / 40)))
-
-
-def evaluation_rows(state: RunState) -> list[dict[str, Any]]:
-    """Held-out evaluations that have a step, as chart rows."""
-    return [
-        {"step": point.step, "label": shown(point.label, 60), "exact_match": point.exact_match, "low": point.low, "high": point.high}
-        for point in state.evaluations
-        if point.step is not None
-    ]  # fmt: skip
-
-
-def picture_task(state: RunState, now: float, title: str = "") -> dict[str, Any] | None:
-    """Input of :func:`searchr1_async.watch.drawing.picture_spec`; None if there is nothing to draw."""
-    snapshot = state.snapshot(now)
-    steps = state.steps.rows()
-    if not steps and not state.evaluations:
-        return None
-    return {
-        "title": f"{heading(snapshot, title)}: {_outcome(snapshot)}",
-        "subtitle": list(_subtitle(snapshot, state.evaluations)),
-        "window": chart_window(len(steps)),
-        "from_zero": state.first_step == 0,
-        "steps": steps,
-        "evaluations": evaluation_rows(state),
-        "suites": [] if steps else _suites(state.evaluations[-1]),
-    }
-
-
-def _outcome(snapshot: Snapshot) -> str:
-    what = f"{counted_steps(snapshot)} in " if snapshot.kind == "train" else ""
-    return f"{what}{duration(snapshot.seconds)}, {shown(snapshot.reason, 40)}"
-
-
-def _subtitle(snapshot: Snapshot, evaluations: list[EvaluationState]) -> list[str]:
-    lines: list[str] = []
-    if evaluations:
-        ends = evaluations[:1] if len(evaluations) == 1 else [evaluations[0], evaluations[-1]]
-        texts = [f"{shown(e.label, 40)} {e.exact_match:.1%} [{e.low:.1%}, {e.high:.1%}]" for e in ends]
-        lines.append(f"Held-out exact match, 95 % interval: {' → '.join(texts)}")
-    if snapshot.finished_episodes:
-        counts = f"{snapshot.finished_episodes:,} episodes · {compact(snapshot.used.sampled)} tokens sampled"
-        lines.append(f"{counts} · cost: {shown(snapshot.cost.text, 60)}")
-    return lines
-
-
-def _suites(evaluation: EvaluationState) -> list[dict[str, Any]]:
-    whole = {
-        "suite": "all questions",
-        "exact_match": evaluation.exact_match,
-        "low": evaluation.low,
-        "high": evaluation.high,
-    }
-    if len(evaluation.suites) < 2:
-        return [whole]
-    return [whole, *({"suite": shown(name, 40), "exact_match": share} for name, share in evaluation.suites.items())]
-
+from searchr1_async.watch.progress import Mark, Row
+from searchr1_async.watch.state import EvaluationState, RunState
 
 logger = logging.getLogger(__name__)
 
@@ -370,7 +195,7 @@ class LiveView:
             await asyncio.sleep(self._surface.seconds_between)
 
     def _wants_charts(self) -> bool:
-        return self._surface.has_curves and self._state.has_started and self._state.kind == "train"
+        return self._surface.has_curves and self._state.has_started and self._state.run.kind == "train"
 
     def _draw(self) -> None:
         now = self._clock()
@@ -378,7 +203,7 @@ class LiveView:
             return
         self._changed, self._drawn_at = False, now
         try:
-            new = frame(self._state.snapshot(now), self._title)
+            new = frame(self._state, now, self._title)
             news = self._news()
             if new != self._frame or news is not None:
                 self._frame = new
@@ -397,8 +222,8 @@ class LiveView:
 
     async def _add_charts(self) -> None:
         try:
-            window = chart_window(self._state.total_steps or 100)
-            charts = await self._drawer.charts(window, from_zero=self._state.first_step == 0)
+            window = chart_window(self._state.run.total_steps or 100)
+            charts = await self._drawer.charts(window, curve_table(), from_zero=self._state.run.step == 0)
             self._charts = charts
             self._surface.add_charts(charts)
         except DrawingError as error:
@@ -421,7 +246,7 @@ class LiveView:
 
     def _close(self, png: bytes | None) -> None:
         try:
-            self._surface.close(summary(self._state.snapshot(self._clock()), self._title), png)
+            self._surface.close(summary(self._state, self._clock(), self._title), png)
         except Exception:
             self._log_failure("the end of the live view")
 
@@ -439,3 +264,67 @@ def _reason(error: BaseException | None) -> str:
     if error is None:
         return "finished"
     return "stopped" if isinstance(error, asyncio.CancelledError | KeyboardInterrupt) else "failed"
+
+
+def chart_window(steps: int) -> int:
+    """Half-width in rows of the smoothing window: about a twentieth of the curve in total."""
+    return min(8, max(1, round(min(steps, 500) / 40)))
+
+
+def evaluation_rows(state: RunState) -> list[dict[str, Any]]:
+    """Held-out evaluations that have a step, as chart rows."""
+    return [
+        {"step": point.step, "label": shown(point.label, 60), "mean": point.mean, "low": point.low, "high": point.high}
+        for point in state.evaluations
+        if point.step is not None
+    ]  # fmt: skip
+
+
+def curve_table() -> list[dict[str, Any]]:
+    """What a page and the drawing process need of the curves' metrics."""
+    return [
+        {"name": curve.name, "heading": curve.heading.capitalize(), "form": curve.form, "is_share": curve.is_share,
+         "low": curve.low, "high": curve.high, "is_evaluated": curve is EXACT_MATCH}
+        for curve in CURVES
+    ]  # fmt: skip
+
+
+def picture_task(state: RunState, now: float, title: str = "") -> dict[str, Any] | None:
+    """Input of :func:`searchr1_async.watch.drawing.picture_spec`; None if there is nothing to draw."""
+    steps = state.steps.rows()
+    if not steps and not state.evaluations:
+        return None
+    return {
+        "title": f"{heading(state, title)}: {_outcome(state, now)}",
+        "subtitle": _subtitle(state),
+        "curves": curve_table(),
+        "window": chart_window(len(steps)),
+        "from_zero": state.run.step == 0,
+        "steps": steps,
+        "evaluations": evaluation_rows(state),
+        "suites": [] if steps else _suites(state.evaluations[-1]),
+    }
+
+
+def _outcome(state: RunState, now: float) -> str:
+    what = f"{counted_steps(state)} in " if state.run.kind == "train" else ""
+    return f"{what}{duration(state.seconds(now))}, {shown(state.reason, 40)}"
+
+
+def _subtitle(state: RunState) -> list[str]:
+    lines: list[str] = []
+    if evaluations := state.evaluations:
+        ends = evaluations[:1] if len(evaluations) == 1 else [evaluations[0], evaluations[-1]]
+        texts = [f"{shown(e.label, 40)} {e.mean:.1%} [{e.low:.1%}, {e.high:.1%}]" for e in ends]
+        lines.append(f"Held-out exact match, 95 % interval: {' → '.join(texts)}")
+    if state.finished_episodes:
+        counts = f"{state.finished_episodes:,} episodes · {compact(state.used.sampled)} tokens sampled"
+        lines.append(f"{counts} · cost: {shown(state.cost.text, 60)}")
+    return lines
+
+
+def _suites(evaluation: EvaluationState) -> list[dict[str, Any]]:
+    whole = {"suite": "all questions", "mean": evaluation.mean, "low": evaluation.low, "high": evaluation.high}
+    if len(evaluation.suites) < 2:
+        return [whole]
+    return [whole, *({"suite": shown(name, 40), "mean": share} for name, share in evaluation.suites.items())]

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from searchr1_async.boundary import network
-from searchr1_async.boundary.network import checked_url, is_loopback, prepare_proxies, probe
+from searchr1_async.boundary.network import (
+    checked_url,
+    is_loopback,
+    long_wait_text,
+    prepare_proxies,
+    probe,
+    seconds_asked,
+)
 from searchr1_async.errors import ConfigurationError, ServiceUnavailableError
 from tests import tiny_world
 from tests.gateway import Gateway, gateway
@@ -46,7 +54,7 @@ except (SearchR1Error, ExceptionGroup) as error:
 
 def open_in_child(url: str, folder: Path, **environment: str) -> str:
     """Opens a service with the real SDK in a process of its own: what it came to."""
-    from tests.local.tiny import make_tiny_tokenizer
+    from searchr1_async.testing import make_tiny_tokenizer
 
     tokenizer = folder / "tokenizer"
     if not tokenizer.exists():
@@ -66,7 +74,7 @@ def open_in_child(url: str, folder: Path, **environment: str) -> str:
 
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[Served]:
-    from searchr1_async.local.scripted import ScriptedBackend
+    from searchr1_async.local.scripted_backend import ScriptedBackend
     from tests.local.serving import successors
 
     with service_thread(tmp_path / "service", ScriptedBackend(successors, model_name="scripted")) as found:
@@ -204,3 +212,23 @@ async def test_a_gateway_whose_service_is_down_is_told_so(served: Served) -> Non
         before.switch("silent")
         with pytest.raises(ServiceUnavailableError, match=r"did not answer within 0\.3 s"):
             await probe(before.url, timeout=0.3)
+
+
+def test_a_wait_that_is_too_long_says_how_long_until_when_and_what_allows_it() -> None:
+    text = long_wait_text("the hub", 86_399, 600, "longest_wait")
+    tomorrow = datetime.now().astimezone() + timedelta(seconds=86_399)
+    assert "the hub asks for a wait of 86,399 s" in text
+    assert f"until {tomorrow:%Y-%m-%d}" in text
+    assert "longest_wait=600 allows" in text
+
+
+@pytest.mark.parametrize("seconds", [1e9, 999_999_999.0])
+def test_an_absurd_wait_is_said_as_well(seconds: float) -> None:
+    assert f"{seconds:,.0f} s" in long_wait_text("the hub", seconds, 600, "longest_wait")
+
+
+def test_the_header_is_seconds_or_a_date() -> None:
+    now = datetime.fromisoformat("2026-11-30T04:00:00+00:00")
+    assert seconds_asked("86399", now) == 86_399
+    assert seconds_asked("Mon, 30 Nov 2026 05:00:00 GMT", now) == 3_600
+    assert seconds_asked("soon", now) is None

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from searchr1_async.data import Corpus, load_corpus
 from searchr1_async.data import corpus as corpus_module
+from searchr1_async.data.corpus import Corpus, load_corpus
 from searchr1_async.episodes.types import Passage
 from searchr1_async.errors import CorpusError
 

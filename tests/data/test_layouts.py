@@ -14,8 +14,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from searchr1_async.data import load_questions
 from searchr1_async.data.layouts import LayoutError, passage_of, read_texts
+from searchr1_async.data.questions import load_questions
 from searchr1_async.errors import QuestionsError
 
 CASES = Path(__file__).resolve().parents[3] / "shared" / "cases" / "golden_answers.jsonl"
@@ -132,9 +132,9 @@ def test_no_answer_is_refused(value: Any) -> None:
         ({"question": math.nan, "answer": "a"}, "is not text but null or NaN"),
         ({"question": 5, "answer": "a"}, r"is not text but 5 \(int\)"),
         ({"question": "q", "answer": "a", "id": True}, r"an? 'id' that is True \(bool\)"),
-        ({"question": "q \ud83d", "answer": "a"}, "half a character"),
-        ({"question": "q", "answer": ["a", "\udcff"]}, "half a character"),
-        ({"question": "q", "answer": "a", "id": "\ud800"}, "half a character"),
+        ({"question": "q \ud83d", "answer": "a"}, "lone surrogate"),
+        ({"question": "q", "answer": ["a", "\udcff"]}, "lone surrogate"),
+        ({"question": "q", "answer": "a", "id": "\ud800"}, "lone surrogate"),
     ],
 )
 def test_a_row_that_is_wrong_is_refused_with_the_remedy(row: dict[str, Any], words: str) -> None:

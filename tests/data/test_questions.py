@@ -16,8 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from searchr1_async.data import load_questions
-from searchr1_async.data.hub import SUITES
+from searchr1_async.data.questions import SUITES, load_questions
 from searchr1_async.data.suites import load_suite, load_suites
 from searchr1_async.errors import QuestionsError
 

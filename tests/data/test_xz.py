@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from searchr1_async.data.wiki18 import BrokenXzError, unpacked_size
+from searchr1_async.data.hub import BrokenXzError, unpacked_size
 
 
 def reader(packed: bytes) -> Callable[[int, int], bytes]:

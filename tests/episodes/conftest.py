@@ -10,7 +10,7 @@ from renderers import Qwen3Renderer, Qwen3RendererConfig, Qwen35Renderer, Qwen35
 
 from searchr1_async.episodes.chatml import ChatMLRenderer
 from searchr1_async.episodes.formats import Dialect, HermesDialect, TagsDialect
-from tests.local.tiny import make_tiny_tokenizer
+from searchr1_async.testing import make_tiny_tokenizer
 
 QWEN3_TOKENS = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"]
 QWEN35_TOKENS = [*QWEN3_TOKENS, "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]

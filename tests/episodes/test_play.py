@@ -10,8 +10,8 @@ from searchr1_async.config import EpisodeLimits
 from searchr1_async.episodes.formats import Dialect
 from searchr1_async.episodes.play import play
 from searchr1_async.episodes.types import Episode, Question, StopReason
+from searchr1_async.testing import BrokenPolicy, BrokenSearch, DictSearch, ScriptedPolicy
 from searchr1_async.training.examples import to_datum
-from tests.players import BrokenPolicy, BrokenSearch, DictSearch, ScriptedPolicy
 
 pytestmark = pytest.mark.anyio
 

@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from searchr1_async.episodes.prompts import MAX_QUERY_CHARACTERS
-from searchr1_async.search import clean_query
+from searchr1_async.episodes.prompts import MAX_QUERY_CHARACTERS, clean_query
 
 any_text = st.text(st.characters(exclude_categories=()), max_size=60)
 

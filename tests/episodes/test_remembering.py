@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from searchr1_async.episodes.rendering import RememberingTokenizer
-from tests.local.tiny import make_tiny_tokenizer
+from searchr1_async.testing import make_tiny_tokenizer
 
 
 class Counting:

@@ -12,8 +12,8 @@ from searchr1_async.episodes.rendering import AS_TEMPLATE, check_thinking, known
 from searchr1_async.episodes.types import Passage, Question
 from searchr1_async.errors import ModelError
 from searchr1_async.models import find_format, find_model, known_models
+from searchr1_async.testing import make_tiny_tokenizer
 from tests.episodes.stand_in import chat_template, rebuilt, stand_in, write_harmony_vocabulary
-from tests.local.tiny import make_tiny_tokenizer
 
 QUESTION = Question("q", "Who wrote it?", ("Austen",))
 FOUND = [[Passage("1", "Emma", "A novel by Austen.")]]

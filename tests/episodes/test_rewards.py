@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from searchr1_async.episodes.rewards import (
+from searchr1_async.episodes.reward import (
     RecipeReward,
     Score,
     answer_after_prefix,
     as_reward,
     exact_match,
-    f1_score,
+    f1,
     normalize_answer,
     score,
     strict_recipe_answer,
@@ -55,17 +55,17 @@ def test_exact_match_takes_any_golden_answer_and_never_an_empty_one() -> None:
 
 
 def test_f1_is_the_overlap_of_words() -> None:
-    assert f1_score("Mount Catherine", ("Mount Catherine 2,629 m",)) == pytest.approx(2 * 2 / (2 + 4))
-    assert f1_score("Paris", ("London", "Paris")) == 1.0
-    assert f1_score("Rome", ("Paris",)) == 0.0
+    assert f1("Mount Catherine", ("Mount Catherine 2,629 m",)) == pytest.approx(2 * 2 / (2 + 4))
+    assert f1("Paris", ("London", "Paris")) == 1.0
+    assert f1("Rome", ("Paris",)) == 0.0
 
 
 @given(st.text(), st.lists(st.text(), min_size=1).map(tuple))
 def test_scores_stay_in_bounds_and_agree(answer: str, golden: tuple[str, ...]) -> None:
-    f1 = f1_score(answer, golden)
-    assert 0.0 <= f1 <= 1.0
+    found = f1(answer, golden)
+    assert 0.0 <= found <= 1.0
     if exact_match(answer, golden):
-        assert f1 == pytest.approx(1.0)
+        assert found == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.scoring.run import Independent, compare, pairs
-from searchr1_async.episodes.rewards import cover_match, exact_match, f1_score, normalize_answer
+from searchr1_async.episodes.reward import cover_match, exact_match, f1, normalize_answer
 
 
 @pytest.mark.parametrize(
@@ -60,9 +60,9 @@ from searchr1_async.episodes.rewards import cover_match, exact_match, f1_score, 
     ],
 )
 def test_hostile_answers(answer: str | None, golden: tuple[str, ...], expected: tuple[float, float, float]) -> None:
-    match, f1, cover = expected
+    match, overlap, cover = expected
     assert exact_match(answer, golden) == match
-    assert f1_score(answer, golden) == pytest.approx(f1)
+    assert f1(answer, golden) == pytest.approx(overlap)
     assert cover_match(answer, golden) == cover
 
 

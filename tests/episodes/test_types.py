@@ -68,17 +68,17 @@ def test_a_passage_of_something_else_is_refused(fields: dict[str, Any], words: s
 
 
 @pytest.mark.parametrize("field", ["id", "question", "golden_answers", "data_source"])
-def test_half_a_character_is_refused_at_the_call(field: str) -> None:
+def test_a_lone_surrogate_is_refused_at_the_call(field: str) -> None:
     """Files, indexes and tokenizers cannot encode it."""
     broken: Any = ("half \ud83d",) if field == "golden_answers" else "half \ud83d"
     question = sr.Question(**{"id": "1", "question": "Which?", "golden_answers": ("Paris",), field: broken})
-    with pytest.raises(QuestionsError, match="half a character"):
+    with pytest.raises(QuestionsError, match="lone surrogate"):
         checked_questions([question])
 
 
 def test_an_episode_shows_itself_in_a_line() -> None:
     question = sr.Question("nq/1", "Which is the capital of France?", ("Paris",))
-    call = sr.SearchCall(("capital of France",), ((sr.Passage("p", "France", "x" * 5000),),))
+    call = sr.search.SearchCall(("capital of France",), ((sr.Passage("p", "France", "x" * 5000),),))
     searching = sr.Turn(tuple(range(3000)), (0.0,) * 3000, "<search>capital of France</search>", call=call)
     answering = sr.Turn((1, 2), (0.0, 0.0), "<answer>Paris</answer>")
     episode = sr.Episode(question, tuple(range(5000)), (searching, answering), sr.StopReason.ANSWER, "Paris", 1.0)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import re
 
 from searchr1_async.episodes.types import StopReason
-from searchr1_async.evaluation.comparisons import comparison_frame, comparison_rows, comparison_table
+from searchr1_async.evaluation.report_text import comparison_rows, comparison_table
 from searchr1_async.runs.evaluation import Evaluation
 from tests.watch.builders import answering_turn, episode, question
 
@@ -29,7 +29,6 @@ def test_one_evaluation_has_no_difference_and_none_has_no_table() -> None:
     assert len(comparison_table([evaluation("untrained", 2)]).splitlines()) == 3
     assert comparison_table([]) == "no evaluations"
     assert comparison_rows([]) == []
-    assert comparison_frame([]).height == 0
 
 
 def test_other_questions_are_said_to_be_other_questions() -> None:
@@ -48,10 +47,8 @@ def test_what_was_not_measured_is_a_dash_and_null_not_a_nan() -> None:
     assert rows[0]["valid calls"] == "–"
     assert rows[1]["exact match [95 %]"] == "–"
     assert [row["failed"] for row in rows] == ["0", "1"]
-    assert comparison_frame([silent, lost])["exact_match"].to_list() == [1.0, None]
 
 
 def test_samples_of_a_question_are_told_apart_from_questions() -> None:
     sampled = Evaluation.of("x", tuple(episode(question(f"q{i}")) for i in range(3) for _ in range(4)))
     assert comparison_rows([sampled])[0]["questions"] == "3 × 4"
-    assert comparison_frame([sampled]).select("questions", "episodes").row(0) == (3, 12)

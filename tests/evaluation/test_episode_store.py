@@ -19,8 +19,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from searchr1_async.episodes.table import storable
 from searchr1_async.episodes.types import StopReason
 from searchr1_async.errors import RunFolderError
-from searchr1_async.evaluation import episode_store as store_module
 from searchr1_async.evaluation.episode_store import EpisodeStore, PlayedSample, SampleKey
+from searchr1_async.records import run_records as store_module
 from tests.watch.builders import HOSTILE, answering_turn, episode, question
 
 

@@ -254,7 +254,7 @@ class FlakySearch(sr.Search):
 
     async def search(self, queries: Sequence[str], *arguments: Any, **options: Any) -> Any:
         if any(map(self.down, queries)):
-            raise sr.SearchError("the store is busy")
+            raise sr.errors.SearchError("the store is busy")
         return await super().search(queries, *arguments, **options)
 
 
@@ -322,7 +322,7 @@ async def test_the_folder_of_a_training_run_is_refused_and_stays_as_it_was(tmp_p
     (tmp_path / "metrics").mkdir()
     (tmp_path / "questions.parquet").write_bytes(b"of the run")
     search = tiny_world.make_search(tmp_path / "index")
-    with pytest.raises(sr.RunFolderError, match="contains a training run"):
+    with pytest.raises(sr.errors.RunFolderError, match="contains a training run"):
         await sr.evaluate(
             tiny_world.make_questions()[1],
             search,
@@ -359,12 +359,12 @@ async def test_an_error_before_the_first_episode_leaves_nothing_that_refuses_the
     run: Path, search: sr.Search, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def fail(*arguments: Any, **named: Any) -> Any:
-        raise sr.ServiceError("the service has just gone")
+        raise sr.errors.ServiceError("the service has just gone")
 
     out = tmp_path / "e"
     with monkeypatch.context() as patch:
         patch.setattr(running, "policy_of", fail)
-        with pytest.raises(sr.ServiceError, match="has just gone"):
+        with pytest.raises(sr.errors.ServiceError, match="has just gone"):
             await evaluate(suites(), search, out_dir=out, **tiny_world.given(sr.EvalConfig, playing(samples=3)))
     assert not {"manifest.json", "questions.parquet"} & {path.name for path in out.iterdir()}
     report = await evaluate(suites(), search, out_dir=out, **tiny_world.given(sr.EvalConfig, playing(samples=1)))

@@ -23,8 +23,7 @@ from searchr1_async.evaluation.judge import (
     Judge,
     judge_answers,
 )
-from tests.local.tiny import make_tiny_tokenizer
-from tests.players import ScriptedPolicy
+from searchr1_async.testing import ScriptedPolicy, make_tiny_tokenizer
 
 pytestmark = pytest.mark.anyio
 

@@ -19,8 +19,7 @@ from searchr1_async.evaluation.systems import System, find_systems
 from searchr1_async.events import Event, PhaseAdvanced
 from searchr1_async.runs.weights import Weights
 from searchr1_async.service.connection import Service
-from tests.local.tiny import make_tiny_tokenizer
-from tests.players import ScriptedPolicy
+from searchr1_async.testing import ScriptedPolicy, make_tiny_tokenizer
 from tests.watch.builders import episode, question
 
 ONE, OTHER = Judge("one").describe(), Judge("other").describe()

@@ -10,14 +10,14 @@ import pytest
 import searchr1_async as sr
 from searchr1_async.config import SamplingSettings
 from searchr1_async.data.suites import Suite
-from searchr1_async.episodes.rewards import RecipeReward
+from searchr1_async.episodes.reward import RecipeReward
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.evaluation.judge import Judge
 from searchr1_async.evaluation.plan import EvaluationJob, service_stages
 from searchr1_async.evaluation.systems import MeasuredSystem, System
 from searchr1_async.runs.rollouts import PlaySettings, ServiceChoice
 from searchr1_async.runs.weights import Weights
-from tests import tiny_world
+from searchr1_async.testing import HashingEmbedder
 
 URL = "http://somewhere:1"
 
@@ -84,7 +84,7 @@ def test_one_judge_judges_all_systems() -> None:
 
 def test_a_search_counts_where_one_searches() -> None:
     play = PlaySettings(RecipeReward(), SamplingSettings())
-    search = sr.Search.local([sr.Passage("p", "", "text")], embedder=tiny_world.HashingEmbedder())
+    search = sr.Search.local([sr.Passage("p", "", "text")], embedder=HashingEmbedder())
     searching = MeasuredSystem("s", System())
     suites: tuple[Suite, ...] = ()
     assert EvaluationJob(suites, (base("d"),), search, play).used_search is None

@@ -18,7 +18,7 @@ from searchr1_async.episodes.types import StopReason
 from searchr1_async.errors import RunFolderError
 from searchr1_async.evaluation.episode_store import EpisodeStore
 from searchr1_async.evaluation.report import Report
-from searchr1_async.evaluation.report_links import choose, chosen_rows, key_of
+from searchr1_async.evaluation.report_episodes import choose, chosen_rows, key_of
 from searchr1_async.evaluation.report_tables import table_of
 from searchr1_async.evaluation.report_text import latex_table, latex_text, markdown_table, markdown_text
 from searchr1_async.records.scores import SCORE_SCHEMA

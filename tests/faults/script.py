@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 
-from searchr1_async.local.scripted import TimedReply
+from searchr1_async.testing import TimedReply
 
 RELATIONS = ("capital", "river", "mountain")
 PLACES = tuple(first + second for first in ("ba", "ko", "mi", "tu", "re") for second in ("rin", "dor", "sel", "tam"))

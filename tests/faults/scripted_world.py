@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import searchr1_async as sr
-from searchr1_async.local import LocalService, Scripted, local_service
+from searchr1_async.local import LocalService
+from searchr1_async.testing import HashingEmbedder, scripted_service
 from searchr1_async.training.admission import QuestionOrder
-from tests import tiny_world
 from tests.faults.script import NUMBERS, PLACES, RELATIONS, THINGS
 
 INSTRUCTIONS = "search then answer"
@@ -60,7 +60,7 @@ def passages() -> list[sr.Passage]:
 
 def make_search(folder: Path, **options: Any) -> sr.Search:
     """A real embedded Chroma, with an embedder that only counts words."""
-    settings: dict[str, Any] = {"embedder": tiny_world.HashingEmbedder(), "n_results": 1} | options
+    settings: dict[str, Any] = {"embedder": HashingEmbedder(), "n_results": 1} | options
     return sr.Search.local(passages(), path=folder, **settings)
 
 
@@ -83,15 +83,8 @@ async def service(
         reply: the script.
         options: of :func:`local_service`.
     """
-    from tests.local.tiny import make_tiny_tokenizer  # torch, which those who only train do not need
-
-    tokenizer = folder / "tokenizer"
-    if not tokenizer.exists():
-        words = [*INSTRUCTIONS.split(), *RELATIONS, *PLACES, *THINGS, *NUMBERS]
-        make_tiny_tokenizer(tokenizer, words=words, byte_level=False)
+    words = [*INSTRUCTIONS.split(), *RELATIONS, *PLACES, *THINGS, *NUMBERS]
     # Saving takes long enough for groups to finish on weights that are published and not saved yet.
-    scripted = Scripted(
-        reply, training={"per_token": 2e-5, "optim_step": 0.03, "save": 0.2}, tokenizer_path=str(tokenizer)
-    )
-    async with local_service("scripted", folder=folder / "service", scripted=scripted, threads=1, **options) as running:
+    training = {"per_token": 2e-5, "optim_step": 0.03, "save": 0.2}
+    async with scripted_service(folder, reply, words=words, training=training, **options) as running:
         yield running

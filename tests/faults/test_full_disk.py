@@ -49,7 +49,7 @@ async def test_a_full_disk_under_the_checkpoints_is_said_and_with_room_the_run_g
             ),
         )
 
-    with pytest.raises(sr.CheckpointError, match=r"(?i)space|disk"):
+    with pytest.raises(sr.errors.CheckpointError, match=r"(?i)space|disk"):
         await start()
     point = ResumePoint.load(tmp_path / "run")
     assert point is not None

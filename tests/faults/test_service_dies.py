@@ -35,7 +35,7 @@ async def test_a_run_whose_service_dies_ends_with_its_cause_and_can_go_on(tmp_pa
             ),
         )
 
-    with anyio.fail_after(120), pytest.raises(sr.ServiceError, match="exited unexpectedly"):
+    with anyio.fail_after(120), pytest.raises(sr.errors.ServiceError, match="exited unexpectedly"):
         await start(on_event=kill_in_the_second_step)
     point = ResumePoint.load(tmp_path / "run")
     assert point is not None

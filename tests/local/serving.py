@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import random
 import socket
 import threading
@@ -19,9 +20,10 @@ import anyio.to_thread
 import tinker
 from tinker import types
 
+from searchr1_async.local import scripted_backend
 from searchr1_async.local.backend import Backend
 from searchr1_async.local.checkpoint_files import CheckpointStore
-from searchr1_async.local.scripted import ScriptedBackend
+from searchr1_async.local.scripted_backend import ScriptedBackend
 from searchr1_async.local.server import ServiceOptions, serve
 
 KEY = "tml-test-key"
@@ -97,6 +99,11 @@ async def sdk(url: str, key: str = KEY) -> AsyncIterator[tinker.ServiceClient]:
         yield service
     finally:
         await service.close("success")
+
+
+async def rest(served: Served) -> tinker.RestClient:
+    # The first use of a URL blocks.
+    return await anyio.to_thread.run_sync(lambda: tinker.RestClient(base_url=served.url, api_key=KEY))
 
 
 class Raw:
@@ -177,3 +184,14 @@ def datum(tokens: list[int], **columns: list[float]) -> types.Datum:
     for name, values in columns.items():
         inputs[name] = types.TensorData(data=values, dtype="float32", shape=[length])
     return types.Datum(model_input=types.ModelInput.from_ints(tokens[:-1]), loss_fn_inputs=inputs)
+
+
+def read_log(path: Path) -> list[scripted_backend.Served]:
+    """The requests in a scripted backend's ``latency_log``."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [
+        scripted_backend.Served(
+            **row | {"sequences": tuple(scripted_backend.ServedSequence(**one) for one in row["sequences"])}
+        )
+        for row in rows
+    ]

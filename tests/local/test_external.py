@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,8 @@ from yarl import URL
 
 from searchr1_async.local import listings as external
 from searchr1_async.local.torch_backend import TorchBackend
-from tests.local.serving import KEY, Raw, Served, datum, raw, sdk, service_thread
-from tests.local.tiny import make_tiny_model
+from searchr1_async.testing import make_tiny_model
+from tests.local.serving import KEY, Raw, Served, datum, rest, sdk, service_thread
 
 pytestmark = pytest.mark.anyio
 
@@ -45,22 +45,6 @@ def backend(model: Path) -> TorchBackend:
 def served(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     with service_thread(tmp_path_factory.mktemp("service") / "checkpoints", backend(model)) as service:
         yield service
-
-
-@pytest.fixture
-async def service(served: Served) -> AsyncIterator[tinker.ServiceClient]:
-    async with sdk(served.url) as service:
-        yield service
-
-
-@pytest.fixture
-async def client(served: Served) -> AsyncIterator[Raw]:
-    async with raw(served.url) as client:
-        yield client
-
-
-async def rest(served: Served) -> tinker.RestClient:
-    return await anyio.to_thread.run_sync(lambda: tinker.RestClient(base_url=served.url, api_key=KEY))
 
 
 async def trained(service: tinker.ServiceClient, model: Path, **metadata: str) -> tinker.TrainingClient:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +16,11 @@ from click.testing import CliRunner, Result
 from tinker import types
 from tinker.cli.__main__ import main_cli
 
-from tests.local.serving import KEY, Served, datum, raw, sdk, service_thread
+from tests.local.serving import KEY, Served, datum, raw, rest, sdk, service_thread
 
 pytestmark = pytest.mark.anyio
 
 RENDERER = {"renderer_name": "qwen3_instruct"}
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with service_thread(tmp_path_factory.mktemp("service")) as service:
-        yield service
-
-
-@pytest.fixture
-async def service(served: Served) -> AsyncIterator[tinker.ServiceClient]:
-    async with sdk(served.url) as service:
-        yield service
-
-
-async def rest(served: Served) -> tinker.RestClient:
-    # The first use of a URL blocks.
-    return await anyio.to_thread.run_sync(lambda: tinker.RestClient(base_url=served.url, api_key=KEY))
 
 
 async def trained(service: tinker.ServiceClient, **metadata: str) -> tinker.TrainingClient:

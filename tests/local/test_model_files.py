@@ -14,7 +14,7 @@ from searchr1_async.boundary.paths import cache_folder
 from searchr1_async.errors import ModelError
 from searchr1_async.local import model_files as models
 from searchr1_async.local.model_files import convert_llama_gguf, resolve_model
-from tests.local.tiny import make_tiny_model
+from searchr1_async.testing import make_tiny_model
 
 gguf = pytest.importorskip("gguf", reason="the conversion needs the package gguf")
 

@@ -6,7 +6,6 @@ import asyncio
 import dataclasses
 import shutil
 import time
-from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,9 @@ from tinker import types
 from searchr1_async.local import checkpoint_files as checkpoints
 from searchr1_async.local.backend import Backend
 from searchr1_async.local.checkpoint_files import CheckpointStore
-from searchr1_async.local.scripted import Latency, ScriptedBackend
+from searchr1_async.local.scripted_backend import Latency, ScriptedBackend
 from tests.local.provenance_data import SampledTurn, datum_of
-from tests.local.serving import KEY, Served, datum, sdk, service_thread, successors, until
+from tests.local.serving import KEY, Served, datum, rest, sdk, service_thread, successors, until
 
 pytestmark = pytest.mark.anyio
 
@@ -29,23 +28,6 @@ PROMPT = types.ModelInput.from_ints([5, 6, 7])
 PARAMS = types.SamplingParams(max_tokens=8)
 EXAMPLE = datum([1, 2, 3, 4], weights=[1.0, 1.0, 1.0])
 RL_EXAMPLE = datum([1, 2, 3, 4], logprobs=[-1.0, -1.0, -1.0], advantages=[1.0, -0.5, 0.5])
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with service_thread(tmp_path_factory.mktemp("service")) as service:
-        yield service
-
-
-@pytest.fixture
-async def service(served: Served) -> AsyncIterator[tinker.ServiceClient]:
-    async with sdk(served.url) as service:
-        yield service
-
-
-async def rest(served: Served) -> tinker.RestClient:
-    # The first use of a URL blocks.
-    return await anyio.to_thread.run_sync(lambda: tinker.RestClient(base_url=served.url, api_key=KEY))
 
 
 async def loss_of(trainer: tinker.TrainingClient) -> float:
@@ -96,7 +78,7 @@ def scripted(folder: Path) -> Backend:
 def tiny_model(folder: Path) -> Backend:
     pytest.importorskip("torch")
     from searchr1_async.local.torch_backend import TorchBackend
-    from tests.local.tiny import make_tiny_model
+    from searchr1_async.testing import make_tiny_model
 
     if not (folder / "config.json").exists():
         make_tiny_model(folder)

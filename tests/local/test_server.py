@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from tinker.proto.response_conv import deserialize_forward_backward_output, dese
 
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.local.checkpoint_files import CheckpointStore
-from searchr1_async.local.scripted import Latency, ScriptedBackend
+from searchr1_async.local.scripted_backend import Latency, ScriptedBackend
 from searchr1_async.local.server import serve
 from tests.local.serving import KEY, Raw, Served, datum, raw, sample_fields, service_thread, successors, until
 
@@ -29,12 +29,6 @@ pytestmark = pytest.mark.anyio
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     with service_thread(tmp_path_factory.mktemp("service"), gap_patience=0.4, poll=2.0) as service:
         yield service
-
-
-@pytest.fixture
-async def client(served: Served) -> AsyncIterator[Raw]:
-    async with raw(served.url) as client:
-        yield client
 
 
 def training_body(model: str, seq_id: int, weight: float = 1.0, loss_fn: Any = "cross_entropy") -> bytes:

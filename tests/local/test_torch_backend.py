@@ -27,7 +27,7 @@ from searchr1_async.local.backend import (
 )
 from searchr1_async.local.lora import LoraAdapter
 from searchr1_async.local.torch_backend import TorchBackend, Turns, choose_dtype
-from tests.local.tiny import make_tiny_model
+from searchr1_async.testing import make_tiny_model
 
 WAIT = 60.0
 LORA = LoraConfig(rank=4, seed=1)

@@ -10,10 +10,10 @@ import pytest
 from tinker import PromptProvenanceSpan, SampledProvenanceSpan, types
 
 from searchr1_async.local.backend import Backend
-from searchr1_async.local.scripted import ScriptedBackend
+from searchr1_async.local.scripted_backend import ScriptedBackend
 from searchr1_async.local.torch_backend import TorchBackend
+from searchr1_async.testing import make_tiny_model
 from tests.local.serving import datum, sdk, service_thread, successors
-from tests.local.tiny import make_tiny_model
 
 pytestmark = pytest.mark.anyio
 

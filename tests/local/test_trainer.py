@@ -17,9 +17,8 @@ from searchr1_async.local import trainer
 from searchr1_async.local.backend import AdamParams, Datum, ForwardBackwardResult, LoraConfig, UserFault
 from searchr1_async.local.lora import LoraAdapter, LoraLayout
 from searchr1_async.local.torch_backend import Engine, load_engine
-from searchr1_async.local.torch_losses import LOSSES, with_sequence_ratio
-from searchr1_async.local.trainer import adam_step, forward_backward
-from tests.local.tiny import make_tiny_model
+from searchr1_async.local.trainer import LOSSES, adam_step, forward_backward, with_sequence_ratio
+from searchr1_async.testing import make_tiny_model
 
 LORA = LoraConfig(rank=4, seed=1)
 MODELS: dict[str, dict[str, Any]] = {

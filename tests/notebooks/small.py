@@ -85,8 +85,8 @@ def shrunk(name: str, folder: Path, **changes: Any) -> NotebookNode:
     playing_values = _PLAYING | _PLAYING_BY_NOTEBOOK.get(name, {})
     playing = "stand_in_playing" if name == "02_train_on_tinker" else "playing"
     lines = [
-        "from searchr1_async import LocalOptions",
-        "from tests.tiny_world import HashingEmbedder",
+        "from searchr1_async.config import LocalOptions",
+        "from searchr1_async.testing import HashingEmbedder",
         "embedder = HashingEmbedder()",
         f'{playing} = {playing_values!r} | {{"local": LocalOptions(threads=1, dtype="float32", device="cpu")}}',
         *(f"{key} = {value!r}" for key, value in values.items()),
@@ -107,7 +107,7 @@ def environment(folder: Path) -> dict[str, str]:
 
 def _any_text_model(folder: Path) -> Path:
     """A model that knows every letter and has learned nothing, for a corpus that is not of the tiny world."""
-    from tests.local.tiny import make_tiny_model  # torch
+    from searchr1_async.testing import make_tiny_model  # torch
 
     return make_tiny_model(folder / "any-text", context=1024)
 

@@ -50,7 +50,7 @@ def test_quickstart(tmp_path: Path) -> None:
     assert point is not None
     assert (point.step, point.sampler_step) == (3, 3)
     assert text(notebook, "result = await run") == "('finished', 3)"
-    table = text(notebook, "print(sr.comparison_table")
+    table = text(notebook, "print(sr.evaluation.comparison_table")
     assert all(stage in table for stage in ("untrained", "after warm-up", "after RL"))
     assert "exact_match" in text(notebook, "run.metrics")
     assert has(notebook, "run.plot", "image/png")
@@ -91,7 +91,7 @@ def check_corpus(notebook: NotebookNode, folder: Path) -> None:
     metrics = RunRecords(folder / "runs" / "museum" / "run").metrics()
     assert metrics.height == 2
     assert "env/all/searches" in metrics.columns
-    assert "after RL" in text(notebook, "print(sr.comparison_table")
+    assert "after RL" in text(notebook, "print(sr.evaluation.comparison_table")
     assert has(notebook, 'run.plot("suites")', "image/png")
 
 

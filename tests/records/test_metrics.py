@@ -1,13 +1,26 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from searchr1_async.episodes.table import GroupOutcome
 from searchr1_async.episodes.types import Group, Passage, Question, SearchCall, StopReason, Turn
-from searchr1_async.records.metrics import answer_in_passage, group_metrics, passages_shown
+from searchr1_async.records.metrics import (
+    METRICS,
+    EpisodeMeans,
+    answer_in_passage,
+    described,
+    group_metrics,
+    metric_of,
+    outcome_metrics,
+    passages_shown,
+    render_table,
+)
+from searchr1_async.search.stats import SearchStatistics
 from tests.watch.builders import answering_turn, episode, group, malformed_turn, question, searching_turn
 
 
@@ -146,3 +159,47 @@ def test_fractions_sum_to_one(drawn: list, failed: int) -> None:
         else:
             assert kinds == [None, None, None]
     assert all(math.isfinite(value) for value in metrics.values())
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+def test_documentation_lists_exactly_the_table() -> None:
+    page = Path(__file__).parents[2] / "docs" / "metrics.md"
+    assert page.read_text(encoding="utf-8") == render_table()
+
+
+def test_every_metric_of_a_step_is_in_the_table() -> None:
+    groups = [group(failed=1), Group(question("q2"), (episode(question("q2"), parts={"bonus": 1.0}),))]
+    outcomes = [GroupOutcome(place, each) for place, each in enumerate(groups)]
+    metrics = group_metrics(groups, policy_version=3) | outcome_metrics(outcomes) | SearchStatistics().metrics()
+    found = {name: metric_of(name) for name in metrics if not name.startswith("env/atlas/")}
+    assert [name for name, metric in found.items() if metric is None] == []
+    assert found["env/all/stop/answer"] is METRICS["env/all/stop/<reason>"]
+    assert found["search/store/p99"] is METRICS["search/<service>/p99"]
+
+
+def test_a_metric_has_one_entry_by_column_name_and_alias() -> None:
+    for name in ("env/all/correct", "correct", "exact_match"):
+        assert metric_of(name) is METRICS["env/all/correct"]
+    assert metric_of("no such metric") is None
+    aliases = [metric.alias for metric in METRICS.values() if metric.alias]
+    assert len(set(aliases)) == len(aliases)
+
+
+def test_values_are_described_by_column_or_by_name() -> None:
+    assert described({"env/all/correct": 0.25, "valid_calls": 0.9, "other": 1.0}) == [
+        "exact match 25.0%",
+        "valid calls 90%",
+    ]
+
+
+def test_means_of_episodes_added_one_by_one() -> None:
+    means = EpisodeMeans()
+    assert means.metrics() == {}
+    for correct in (1.0, 0.0):
+        means.add(episode(correct=correct))
+    metrics = group_metrics([group(corrects=(1.0, 0.0))])
+    assert means.metrics() == {name: metrics[f"env/all/{name}"] for name in means.metrics()}
+    assert means.spread("correct") == 0.5
+    assert means.spread("valid_calls") is None

@@ -186,6 +186,18 @@ def test_evaluations_keep_order_and_replace_by_label(tmp_path: Path) -> None:
     assert list(zip(rows["group"], rows["member"], strict=True)) == [(0, 0), (1, 0), (0, 1)]
 
 
+def test_parts_named_by_the_first_version_are_read_and_replaced(tmp_path: Path) -> None:
+    records = RunRecords(tmp_path)
+    records.write_evaluation("untrained", [episode(question("q1"))], 0)
+    (part,) = (tmp_path / "evaluations").iterdir()
+    old = part.rename(part.with_name("000-untrained.parquet"))
+    records.write_evaluation("after RL", [episode(question("q1"))], 4)
+    records.write_evaluation("untrained", [episode(question("q2"))], 0)
+    assert [path.name for path in sorted((tmp_path / "evaluations").iterdir())] == [old.name, "000001.parquet"]
+    assert records.evaluation_labels() == ("untrained", "after RL")
+    assert [each.question.id for each in records.load_evaluation("untrained")] == ["q2"]
+
+
 def test_full_disk_keeps_the_earlier_file(tmp_path: Path) -> None:
     """The OSError propagates, and no leftovers remain."""
     records = RunRecords(tmp_path)

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from benchmarks.intervals import run as intervals
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.records.statistics import (
-    cluster_bootstrap,
     difference_intervals,
     difference_of,
     holm_correction,
@@ -19,9 +18,7 @@ from searchr1_async.records.statistics import (
     mcnemar_p_value,
     mean_interval,
     mean_intervals,
-    paired_difference,
     pass_at_k,
-    resampled_sums,
     sign_flip_p_value,
     wilson_interval,
 )
@@ -65,33 +62,6 @@ def test_wilson_covers_the_truth_as_often_as_it_says() -> None:
         assert 0.92 < hits / 2000 < 0.985
 
 
-def test_the_bootstrap_widens_when_samples_of_a_question_agree() -> None:
-    rng = np.random.default_rng(1)
-    right = rng.integers(0, 2, size=100)
-    values = np.repeat(right, 8)
-    low, high = cluster_bootstrap(values, np.repeat(np.arange(100), 8).tolist())
-    naive_low, naive_high = cluster_bootstrap(values, list(range(800)))
-    assert high - low == pytest.approx(math.sqrt(8) * (naive_high - naive_low), rel=0.15)
-    assert high - low == pytest.approx(2 * 1.96 * right.std() / 10, rel=0.1)
-
-
-def test_the_bootstrap_is_seeded_and_takes_what_it_is_given() -> None:
-    values, clusters = [0.0, 1.0, 1.0, 0.0, 1.0], ["a", "a", "b", "c", "c"]
-    assert cluster_bootstrap(values, clusters, seed=3) == cluster_bootstrap(values, clusters, seed=3)
-    assert cluster_bootstrap([0.1] * 3, ["a", "b", "c"]) == (pytest.approx(0.1), pytest.approx(0.1))
-    assert all(map(math.isnan, cluster_bootstrap([], [])))
-    with pytest.raises(ConfigurationError):
-        cluster_bootstrap([1.0], [])
-
-
-@given(st.lists(st.tuples(st.floats(0, 1), st.integers(0, 4)), min_size=1, max_size=20))
-@settings(deadline=None)
-def test_the_bootstrap_stays_within_the_values(drawn: list[tuple[float, int]]) -> None:
-    values = [value for value, _ in drawn]
-    low, high = cluster_bootstrap(values, [cluster for _, cluster in drawn], resamples=200)
-    assert min(values) - 1e-12 <= low <= np.mean(values) <= high <= max(values) + 1e-12
-
-
 def test_mcnemar_is_the_binomial_test_exact_or_by_mid_p() -> None:
     for mid_p in (False, True):
         assert mcnemar_p_value(0, 0, mid_p=mid_p) == 1.0
@@ -122,32 +92,34 @@ def test_sampled_sign_flips_agree_with_the_exact_count() -> None:
 def test_a_paired_difference_of_single_answers() -> None:
     before = [0.0] * 60 + [1.0] * 40
     after = [1.0] * 30 + [0.0] * 30 + [1.0] * 35 + [0.0] * 5
-    found = paired_difference(before, after)
+    difference = np.array(after) - np.array(before)
+    found = difference_of(difference, is_single=True)
     assert found.mean == pytest.approx(0.25)
     assert (found.questions, found.improved, found.worsened) == (100, 30, 5)
     assert found.method == "mcnemar-midp"
     assert found.p_value == mcnemar_p_value(30, 5)
     assert found.interval.low < 0.25 < found.interval.high
-    standard_error = np.std(np.array(after) - np.array(before)) / 10
+    standard_error = np.std(difference) / 10
     assert found.interval.high - found.interval.low == pytest.approx(2 * 1.96 * standard_error, rel=0.1)
-    assert found == paired_difference(before, after)
+    assert found == difference_of(difference, is_single=True)
 
 
 def test_a_paired_difference_of_several_samples_compares_the_questions_means() -> None:
     before = [[0, 1, 0, 0], [0.5], [1, 1], *[[0, 1]] * 20]
     after = [[1, 1], [0.75], [1, 1, 1], *[[1, 1]] * 20]
-    found = paired_difference(before, after)
+    difference = np.array([np.mean(own) for own in after]) - np.array([np.mean(own) for own in before])
+    found = difference_of(difference, is_single=False)
     assert found.mean == pytest.approx((0.75 + 0.25 + 0 + 20 * 0.5) / 23)
     assert found.method == "sign-flip"
     assert 0 < found.p_value < 0.001
-    assert paired_difference(before[:5], after[:5]).method == "sign-flip-exact"
+    assert difference_of(difference[:5], is_single=False).method == "sign-flip-exact"
 
 
 def test_no_difference_is_no_evidence() -> None:
-    same = paired_difference([0.0, 1.0, 1.0], [0.0, 1.0, 1.0])
+    same = difference_of(np.zeros(3), is_single=True)
     assert (same.mean, same.p_value) == (0.0, 1.0)
     assert same.interval.low == -same.interval.high < -0.5, "three questions prove no equality"
-    assert paired_difference([0.5] * 5000, [0.5] * 5000).interval.high < 0.001
+    assert difference_of(np.zeros(5000), is_single=False).interval.high < 0.001
 
 
 def test_under_chance_alone_small_p_values_are_as_rare_as_they_say() -> None:
@@ -157,12 +129,6 @@ def test_under_chance_alone_small_p_values_are_as_rare_as_they_say() -> None:
         difference = rng.normal(size=10)
         small += sign_flip_p_value(difference) <= 0.05
     assert small / 300 < 0.09
-
-
-@pytest.mark.parametrize(("before", "after"), [([], []), ([1.0], [1.0, 0.0]), ([[]], [[1.0]])])
-def test_what_cannot_be_paired_is_refused(before: list, after: list) -> None:
-    with pytest.raises(ConfigurationError):
-        paired_difference(before, after)
 
 
 # --- intervals of means -----------------------------------------------------------------------------------------------
@@ -224,15 +190,6 @@ def test_a_macro_average_weighs_suites_alike_and_each_brings_its_own_width() -> 
     assert macro_interval([large, [], small]) == (low, high)
     assert macro_interval([small]) == pytest.approx(wilson_interval(0, 50))
     assert all(map(math.isnan, macro_interval([[], []])))
-
-
-def test_resampling_draws_whole_rows() -> None:
-    rows = np.column_stack([np.repeat([0.0, 1.0], 50), np.full(100, 2.0)])
-    sums = resampled_sums(rows, 4000, np.random.default_rng(0))
-    assert sums.shape == (4000, 2)
-    assert (sums[:, 1] == 200).all()
-    assert sums[:, 0].mean() == pytest.approx(50, abs=0.4)
-    assert sums[:, 0].std() == pytest.approx(5, abs=0.3)
 
 
 def test_pass_at_k_is_chens_estimator() -> None:

@@ -12,15 +12,14 @@ import pytest
 from searchr1_async.config import EpisodeLimits, SamplingSettings
 from searchr1_async.episodes.chatml import ChatMLRenderer
 from searchr1_async.episodes.formats import Dialect, TagsDialect
-from searchr1_async.episodes.rewards import RecipeReward
+from searchr1_async.episodes.reward import RecipeReward
 from searchr1_async.episodes.types import Episode, Group, Question, StopReason
 from searchr1_async.errors import RewardError, SearchError, TooManyFailuresError
 from searchr1_async.rollout.engine import GroupToPlay, RolloutEngine
 from searchr1_async.rollout.gate import SampleGate
 from searchr1_async.rollout.limit import LimitSettings, SampleLimit
 from searchr1_async.rollout.player import GroupPolicy, LocalPlayer
-from tests.local.tiny import make_tiny_tokenizer
-from tests.players import BrokenPolicy, BrokenSearch, DictSearch, ScriptedPolicy
+from searchr1_async.testing import BrokenPolicy, BrokenSearch, DictSearch, ScriptedPolicy, make_tiny_tokenizer
 
 pytestmark = pytest.mark.anyio
 

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from searchr1_async.billing import TokenUsage
-from searchr1_async.local.scripted import Latency, ScriptedBackend
+from searchr1_async.local.scripted_backend import Latency, ScriptedBackend
 from searchr1_async.rollout.event_loop import PulseReading
 from searchr1_async.rollout.first_turn import Sharing, SharingSettings
 from searchr1_async.rollout.gate import SampleGate, gate_metrics

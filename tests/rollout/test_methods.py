@@ -10,15 +10,14 @@ import pytest
 
 from searchr1_async.config import EpisodeLimits, SamplingSettings
 from searchr1_async.episodes.formats import make_dialect
-from searchr1_async.episodes.rewards import RecipeReward
+from searchr1_async.episodes.reward import RecipeReward
 from searchr1_async.episodes.types import Episode, Group, Question, SearchCall, StopReason
 from searchr1_async.errors import SearchError
 from searchr1_async.records.metrics import answer_in_passage, group_metrics, passages_shown
 from searchr1_async.rollout.engine import RolloutEngine
 from searchr1_async.rollout.gate import SampleGate
 from searchr1_async.rollout.player import LocalPlayer
-from tests.local.tiny import make_tiny_tokenizer
-from tests.players import BrokenPolicy, BrokenSearch, DictSearch, ScriptedPolicy
+from searchr1_async.testing import BrokenPolicy, BrokenSearch, DictSearch, ScriptedPolicy, make_tiny_tokenizer
 
 pytestmark = pytest.mark.anyio
 

@@ -14,7 +14,7 @@ from searchr1_async.rollout.engine import SEARCH_EVERY, TELL_EVERY, CountedSearc
 from searchr1_async.rollout.event_loop import PulseReading
 from searchr1_async.rollout.gate import SampleGate
 from searchr1_async.rollout.limit import LimitSettings, SampleLimit
-from tests.players import DictSearch
+from searchr1_async.testing import DictSearch
 from tests.virtual_time import VirtualTimeLoop
 
 pytestmark = pytest.mark.anyio

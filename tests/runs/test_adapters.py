@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from searchr1_async.errors import ExportError
 from searchr1_async.runs.adapters import merge, read_adapter
-from tests.local.tiny import make_tiny_model
+from searchr1_async.testing import make_tiny_model
 
 RANK, ALPHA = 4, 8
 Q = "model.layers.0.self_attn.q_proj"

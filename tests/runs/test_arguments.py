@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import inspect
 import math
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 
 import searchr1_async as sr
-from searchr1_async.__main__ import _parser, main
+from searchr1_async.cli.main import main, parser_for
 from searchr1_async.config import Config
 from searchr1_async.runs.checkpoints import ResumePoint
 from searchr1_async.runs.export import export
@@ -120,7 +121,7 @@ CONFIGS: dict[Call, type[Config]] = {
     sr.train: sr.TrainConfig,
     sr.rollout: sr.RolloutConfig,
     sr.evaluate: sr.EvalConfig,
-    sr.ask: sr.AskConfig,
+    sr.ask: sr.config.AskConfig,
     sr.estimate_cost: sr.TrainConfig,
 }
 
@@ -151,12 +152,12 @@ async def test_bad_values_are_refused_naming_the_argument(
         if name == "service" and isinstance(value, str):
             continue  # an address is checked on connecting
         error = await outcome(function, usual | {name: value})
-        if error is None or isinstance(error, sr.ServiceUnavailableError):
+        if error is None or isinstance(error, sr.errors.ServiceUnavailableError):
             assert isinstance(value, int | float | str | bool), f"{value!r} was taken"
             assert not isinstance(value, str) or name in TAKES_TEXT or value == "x", f"{value!r} was taken"
             assert not isinstance(value, float) or math.isfinite(value), f"{value!r} was taken"
         else:
-            assert isinstance(error, sr.ConfigurationError), f"{value!r}: {error!r}"
+            assert isinstance(error, sr.errors.ConfigurationError), f"{value!r}: {error!r}"
             told = str(error)
             assert name in told or name.removesuffix("s") in told or repr(value)[1:-1] in told, f"{value!r}: {told}"
     assert nothing_in(tmp_path), "nothing is created"
@@ -174,7 +175,7 @@ async def test_numpy_and_torch_numbers_are_accepted(
     for make in (np.array, torch.tensor, lambda value: np.array(value)[()]):
         changed = {name: make(value) for name, value in numbers.items()}
         error = await outcome(function, usual | changed)
-        assert error is None or isinstance(error, sr.ServiceUnavailableError), error
+        assert error is None or isinstance(error, sr.errors.ServiceUnavailableError), error
     assert nothing_in(tmp_path)
 
 
@@ -186,7 +187,7 @@ async def test_numpy_and_torch_numbers_are_accepted(
             r"search is 'atlas' \(str\): pass a Search, such as Search.local\('atlas'\) or await Search.open",
         ),
         ({"search": None}, "search is None: pass a Search"),
-        ({"reward": sr.RecipeReward}, r"reward is the class RecipeReward: give an instance, RecipeReward\(\)"),
+        ({"reward": sr.rewards.RecipeReward}, r"reward is the class RecipeReward: give an instance, RecipeReward\(\)"),
         ({"reward": lambda episode, answer: 1.0}, "reward cannot be called with one argument, the episode"),
         ({"learning_rate": "1e-4"}, r"learning_rate is '1e-4' \(str\): expected a number"),
         ({"group_size": 8.0}, r"group_size is 8.0 \(float\): expected an integer"),
@@ -203,13 +204,13 @@ async def test_numpy_and_torch_numbers_are_accepted(
 async def test_train_refuses_at_the_call(
     changes: dict[str, Any], told: str, given: Callable[[Call], dict[str, Any]], tmp_path: Path
 ) -> None:
-    with pytest.raises(sr.ConfigurationError, match=told):
+    with pytest.raises(sr.errors.ConfigurationError, match=told):
         sr.train(**tiny_world.given(sr.TrainConfig, given(sr.train) | changes))
     assert nothing_in(tmp_path)
 
 
 async def test_an_unawaited_search_is_reported(given: Callable[[Call], dict[str, Any]]) -> None:
-    with pytest.raises(sr.ConfigurationError, match="await it first"):
+    with pytest.raises(sr.errors.ConfigurationError, match="await it first"):
         sr.train(**tiny_world.given(sr.TrainConfig, given(sr.train) | {"search": sr.Search.open("atlas")}))
 
 
@@ -264,25 +265,29 @@ async def test_a_run_started_with_relative_paths_resumes(tmp_path: Path, monkeyp
     old = ResumePoint(4, 40, "tinker://run/weights/4", "order", "models/tiny", settings=then)
     now = {**then, "model": str(tmp_path / "models" / "tiny"), "start_from": str(tmp_path / "runs" / "zero@best")}
     old.refuse_changes(now, "order")
-    with pytest.raises(sr.RunFolderError, match="model: 'models/tiny' then"):
+    with pytest.raises(sr.errors.RunFolderError, match="model: 'models/tiny' then"):
         old.refuse_changes({**now, "model": str(tmp_path / "other")}, "order")
+
+
+def parsed(arguments: list[str]) -> argparse.Namespace:
+    return parser_for(arguments).parse_args(arguments)
 
 
 def test_the_command_line_expands_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A shell does not expand ``--out-dir=~/x``."""
     monkeypatch.setenv("HOME", str(tmp_path))
     for command in (["eval", "nq", "--out-dir=~/x"], ["atlas", "--out-dir=~/x"]):
-        assert _parser().parse_args(command).out_dir == tmp_path / "x"
-    assert _parser().parse_args(["ask", "~/x", "who?"]).run_folder == tmp_path / "x"
-    assert _parser().parse_args(["export", "run", "~/x"]).folder == tmp_path / "x"
+        assert parsed(command).out_dir == tmp_path / "x"
+    assert parsed(["ask", "~/x", "who?"]).run_folder == tmp_path / "x"
+    assert parsed(["export", "run", "~/x"]).folder == tmp_path / "x"
 
 
 @pytest.mark.parametrize("function", list(CONFIGS))
 async def test_a_setting_passed_as_a_keyword_is_refused_saying_where_it_belongs(
     function: Call, given: Callable[[Call], dict[str, Any]], tmp_path: Path
 ) -> None:
-    told = rf"max_turns: a setting belongs in the config: {function.__name__}\(…, config=sr\.\w+Config\(max_turns=…\)\)"
-    with pytest.raises(sr.ConfigurationError, match=told):
+    told = rf"max_turns: a setting belongs in the config: {function.__name__}\(…, config=sr\.config\.\w+Config\(max_turns=…\)\)"
+    with pytest.raises(sr.errors.ConfigurationError, match=told):
         function(**given(function), max_turns=3)
     with pytest.raises(TypeError, match="nonsense"):
         function(**given(function), nonsense=3)
@@ -313,12 +318,12 @@ async def test_a_run_keeps_its_config_and_a_resume_names_what_differs(
     assert run.config == sr.open_run(tmp_path / "run").config == kept
     assert sr.TrainConfig.load(tmp_path / "run" / "config.toml") == kept
     before = (tmp_path / "run" / "config.toml").read_bytes()
-    with pytest.raises(sr.RunFolderError, match=r"learning\.learning_rate: 0\.001 then, 0\.002 now"):
+    with pytest.raises(sr.errors.RunFolderError, match=r"learning\.learning_rate: 0\.001 then, 0\.002 now"):
         await start(config.replace(learning_rate=2e-3, steps=2))
     assert (tmp_path / "run" / "config.toml").read_bytes() == before
     # Length, reporting and faults may change. Folders of earlier versions have no config.
     (tmp_path / "run" / "config.toml").unlink()
-    with pytest.raises(sr.ConfigurationError, match="cannot read the settings"):
+    with pytest.raises(sr.errors.ConfigurationError, match="cannot read the settings"):
         _ = run.config
     changed = config.replace(steps=2, checkpoint_every=1, max_failed_fraction=0.5, training_deadline=900)
     assert (await start(changed)).steps == 2

@@ -83,15 +83,15 @@ async def test_greedy_answers_are_deterministic_and_options_apply(trained: Train
     first, second = await run.ask(question, service=url()), await run.ask(question, service=url(), step=1)
     assert first.episode.tokens == second.episode.tokens
 
-    one_turn = await run.ask(question, service=url(), config=sr.AskConfig(max_turns=1))
+    one_turn = await run.ask(question, service=url(), config=sr.config.AskConfig(max_turns=1))
     assert (one_turn.answer, one_turn.episode.stop_reason) == (None, sr.StopReason.MAX_TURNS)
     assert one_turn.searches[0].results == ()
     assert one_turn.passages == ()
     assert "no answer" in str(one_turn)
 
-    with pytest.raises(sr.ConfigurationError, match="max_turns is 0"):
-        await run.ask(question, service=url(), config=sr.AskConfig(max_turns=0))
-    with pytest.raises(sr.RunFolderError, match="no weights of step 7; kept: 0, 1"):
+    with pytest.raises(sr.errors.ConfigurationError, match="max_turns is 0"):
+        await run.ask(question, service=url(), config=sr.config.AskConfig(max_turns=0))
+    with pytest.raises(sr.errors.RunFolderError, match="no weights of step 7; kept: 0, 1"):
         await run.ask(question, service=url(), step=7)
 
 
@@ -107,21 +107,21 @@ async def test_asking_does_not_change_the_folder(trained: TrainedRun) -> None:
 
 async def test_the_base_model_is_asked_with_given_settings(tmp_path: Path) -> None:
     search = tiny_world.make_search(tmp_path / "index")
-    answer = await sr.ask("river of mirin?", search, **tiny_world.given(sr.AskConfig, untrained()))
+    answer = await sr.ask("river of mirin?", search, **tiny_world.given(sr.config.AskConfig, untrained()))
     assert (answer.step, answer.checkpoint) == (0, None)
     assert len(answer.episode.turns[0].sampled_tokens) <= 4
     assert not search.is_open
 
     # Without a run there is no search.
-    with pytest.raises(sr.ConfigurationError, match=r"no search given: pass one, such as ask\(question, Search"):
-        await sr.ask("river of mirin?", **tiny_world.given(sr.AskConfig, untrained()))
+    with pytest.raises(sr.errors.ConfigurationError, match=r"no search given: pass one, such as ask\(question, Search"):
+        await sr.ask("river of mirin?", **tiny_world.given(sr.config.AskConfig, untrained()))
 
 
 @pytest.mark.parametrize(
     ("question", "problem"), [("", "is no question"), (" \n", "is no question"), (None, "question is None")]
 )
 async def test_an_empty_question_is_refused(trained: TrainedRun, question: Any, problem: str) -> None:
-    with pytest.raises(sr.ConfigurationError, match=problem):
+    with pytest.raises(sr.errors.ConfigurationError, match=problem):
         await sr.ask(question, checkpoint=trained.folder, service=url())
 
 
@@ -130,15 +130,19 @@ async def test_a_run_without_a_described_search_says_what_to_pass(trained: Train
     shutil.copytree(trained.folder, copy)
     text = (copy / "search.json").read_text()
     for content, error, told in (
-        (None, sr.ConfigurationError, "has no record of its search .* pass search="),
-        (text.replace('"kind": "local"', '"kind": "other"'), sr.ConfigurationError, "cannot be made .* pass search="),
+        (None, sr.errors.ConfigurationError, "has no record of its search .* pass search="),
+        (
+            text.replace('"kind": "local"', '"kind": "other"'),
+            sr.errors.ConfigurationError,
+            "cannot be made .* pass search=",
+        ),
         (
             text.replace('"n_results": 1', '"n_results": 2'),
-            sr.ConfigurationError,
+            sr.errors.ConfigurationError,
             "gives other answers .* pass search=",
         ),
-        (text.replace(str(trained.corpus), "/gone.jsonl"), sr.CorpusError, "pass search="),
-        ("{", sr.RunFolderError, "cannot read .* Pass search="),
+        (text.replace(str(trained.corpus), "/gone.jsonl"), sr.errors.CorpusError, "pass search="),
+        ("{", sr.errors.RunFolderError, "cannot read .* Pass search="),
     ):
         (copy / "search.json").unlink(missing_ok=True)
         if content is not None:
@@ -156,11 +160,11 @@ async def test_weights_on_another_kind_of_service_are_refused_first(
     copy = tmp_path / "run"
     shutil.copytree(trained.folder, copy)
     monkeypatch.delenv(SERVICE_KEY)
-    with pytest.raises(sr.ConfigurationError, match="pass that service=…, or set TINKER_API_KEY"):
+    with pytest.raises(sr.errors.ConfigurationError, match="pass that service=…, or set TINKER_API_KEY"):
         await sr.ask("river of mirin?", checkpoint=copy)
     (copy / "service").mkdir()
     monkeypatch.setenv(SERVICE_KEY, "tml-some-key")
-    with pytest.raises(sr.ConfigurationError, match="unset them, or pass service=") as caught:
+    with pytest.raises(sr.errors.ConfigurationError, match="unset them, or pass service=") as caught:
         await sr.ask("river of mirin?", checkpoint=copy)
     assert "some-key" not in str(caught.value)
 
@@ -171,7 +175,7 @@ class BrokenSearch(sr.Search):
     is_fatal = False
 
     async def search(self, queries: Sequence[str], n_results: int | None = None, **options: Any) -> Any:
-        raise sr.StoreError("the store is gone", is_fatal=self.is_fatal)
+        raise sr.errors.StoreError("the store is gone", is_fatal=self.is_fatal)
 
 
 class HopelessSearch(BrokenSearch):
@@ -182,17 +186,20 @@ class HopelessSearch(BrokenSearch):
 async def test_a_failed_search_raises(trained: TrainedRun, tmp_path: Path, kind: type[sr.Search]) -> None:
     search = tiny_world.make_search(tmp_path / "index", search_class=kind)
     told = "not answered: the store is gone. Fix that service and ask again"
-    with pytest.raises(sr.StoreError, match=told):
+    with pytest.raises(sr.errors.StoreError, match=told):
         await sr.ask(held_out().question, search, checkpoint=trained.folder, service=url())
     assert not search.is_open
 
 
 async def test_an_unavailable_service_raises(trained: TrainedRun) -> None:
-    with pytest.raises(sr.ServiceUnavailableError, match=r"127\.0\.0\.1:9"):
+    with pytest.raises(sr.errors.ServiceUnavailableError, match=r"127\.0\.0\.1:9"):
         await sr.ask("river of mirin?", checkpoint=trained.folder, service="http://127.0.0.1:9")
-    with pytest.raises(sr.ServiceError, match="not answered: the Tinker service returned no sample within"):
+    with pytest.raises(sr.errors.ServiceError, match="not answered: the Tinker service returned no sample within"):
         await sr.ask(
-            "river of mirin?", checkpoint=trained.folder, service=url(), config=sr.AskConfig(sampling_deadline=1e-6)
+            "river of mirin?",
+            checkpoint=trained.folder,
+            service=url(),
+            config=sr.config.AskConfig(sampling_deadline=1e-6),
         )
 
 
@@ -214,14 +221,16 @@ async def test_the_embedded_service_opens_the_weights_in_the_runs_folder(
     result = await run
     told: list[object] = []
     recorded = sr.open_run(tmp_path / "run")
-    assert type(recorded) is sr.RecordedRun
-    local = sr.LocalOptions(threads=1, dtype="float32", device="cpu")
-    answer = await recorded.ask("river of mirin?", search, on_event=told.append, config=sr.AskConfig(local=local))
+    assert type(recorded) is sr.runs.RecordedRun
+    local = sr.config.LocalOptions(threads=1, dtype="float32", device="cpu")
+    answer = await recorded.ask(
+        "river of mirin?", search, on_event=told.append, config=sr.config.AskConfig(local=local)
+    )
     assert (answer.step, answer.checkpoint) == (1, result.checkpoint)
     assert any(isinstance(event, Notice) and "starting the embedded service" in event.text for event in told)
     assert not any(isinstance(event, PhaseStarted) for event in told)
     assert tiny_world.service_processes() == []
-    with pytest.raises(sr.ConfigurationError, match=r"cannot describe its search .* pass search="):
+    with pytest.raises(sr.errors.ConfigurationError, match=r"cannot describe its search .* pass search="):
         await recorded.ask("river of mirin?")  # its passages were only in memory
 
 
@@ -234,8 +243,8 @@ async def test_asking_a_finished_run_restarts_its_embedded_service(
     run, search = embedded_run(tmp_path)
     await run
     answer = await run.ask("river of mirin?")
-    local = sr.LocalOptions(threads=1, dtype="float32", device="cpu")
-    again = await sr.open_run(tmp_path / "run").ask("river of mirin?", search, config=sr.AskConfig(local=local))
+    local = sr.config.LocalOptions(threads=1, dtype="float32", device="cpu")
+    again = await sr.open_run(tmp_path / "run").ask("river of mirin?", search, config=sr.config.AskConfig(local=local))
     assert again.episode.tokens == answer.episode.tokens
     assert tiny_world.service_processes() == []
 
@@ -252,10 +261,10 @@ async def test_questions_without_golden_answers_are_only_for_asking(tmp_path: Pa
         lambda: sr.train([question], search, out_dir=tmp_path / "run"),
         lambda: sr.train(good, search, out_dir=tmp_path / "run", held_out=[question]),
         lambda: sr.Demonstration(question, ("river mirin",)),
-        lambda: sr.load_suite([question], name="unknown"),
+        lambda: sr.evaluation.load_suite([question], name="unknown"),
     ):
-        with pytest.raises(sr.QuestionsError, match="no golden answer"):
+        with pytest.raises(sr.errors.QuestionsError, match="no golden answer"):
             start()
-    with pytest.raises(sr.QuestionsError, match="no golden answer"):
+    with pytest.raises(sr.errors.QuestionsError, match="no golden answer"):
         await sr.rollout([question], search, **tiny_world.given(sr.RolloutConfig, untrained()))
     assert not (tmp_path / "run").exists()

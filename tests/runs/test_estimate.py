@@ -16,10 +16,10 @@ from tests import tiny_world
 
 CLOUD = "https://tinker.thinkingmachines.dev"
 QUESTIONS = [sr.Question(str(number), "Who wrote the book?!", ("x",), "nq") for number in range(10)]
-PRICE = sr.Price(1.0, 2.0, 3.0)
+PRICE = sr.runs.Price(1.0, 2.0, 3.0)
 
 
-def estimated(**changes: Any) -> sr.CostEstimate:
+def estimated(**changes: Any) -> sr.runs.CostEstimate:
     settings: dict[str, Any] = {"service": CLOUD, "price": PRICE, "group_size": 4, "groups_per_batch": 5}
     return sr.estimate_cost(QUESTIONS, **tiny_world.given(sr.TrainConfig, settings | changes))
 
@@ -133,12 +133,12 @@ def test_the_limits_bound_what_is_expected(
     ],
 )
 def test_bad_input_is_refused(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(sr.ConfigurationError, match=message):
+    with pytest.raises(sr.errors.ConfigurationError, match=message):
         estimated(**changes)
 
 
 def test_a_folder_without_a_step_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(sr.RunFolderError, match="no finished step"):
+    with pytest.raises(sr.errors.RunFolderError, match="no finished step"):
         estimated(like=tmp_path)
 
 

@@ -60,7 +60,8 @@ def test_failed_episodes_are_counted_and_otherwise_left_out() -> None:
 
 def test_figures_of_nothing_are_nan() -> None:
     empty = Evaluation.of("empty", ())
-    for value in (empty.exact_match, empty.f1, empty.turns_per_episode, empty.valid_call_fraction, empty.point().low):
+    low = empty.exact_match_interval.low
+    for value in (empty.exact_match, empty.f1, empty.turns_per_episode, empty.valid_call_fraction, low):
         assert math.isnan(value)
     assert empty.samples_per_question == 0
     assert empty.to_frame().height == 0
@@ -78,8 +79,7 @@ def test_parts_by_suite_and_by_hop() -> None:
     assert {name: part.exact_match for name, part in found.by_data_source.items()} == {"hotpot": 1.0, "nq": 0.0}
     assert {name: part.exact_match for name, part in found.by_hop.items()} == {"1": 1.0, "2": 0.0}
     assert Evaluation.of("none", (episode(),)).by_hop == {}
-    point = found.point()
-    assert (point.label, point.step, point.exact_match) == ("x", 5, 0.5)
+    assert (found.label, found.step, found.exact_match) == ("x", 5, 0.5)
 
 
 def test_two_evaluations_are_paired_by_question_whatever_their_order() -> None:

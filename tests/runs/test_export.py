@@ -22,7 +22,7 @@ from tinker import types
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import searchr1_async as sr
-from searchr1_async.__main__ import main
+from searchr1_async.cli.main import main
 from searchr1_async.events import Event, Notice, StepFinished
 from searchr1_async.runs.checkpoints import KeptCheckpoint, ResumePoint
 from tests import tiny_world
@@ -39,7 +39,7 @@ def endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[sr.RecordedRun]:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[sr.runs.RecordedRun]:
     """A run of three kept steps on a service that outlives it."""
     folder = tmp_path_factory.mktemp("finished")
     train, held_out = tiny_world.make_questions()
@@ -89,13 +89,13 @@ def largest_difference(one: list[list[float]], other: list[list[float]]) -> floa
     return max(abs(a - b) for x, y in zip(one, other, strict=True) for a, b in zip(x, y, strict=True))
 
 
-def played(run: sr.RecordedRun, step: int, count: int = 12) -> list[list[int]]:
+def played(run: sr.runs.RecordedRun, step: int, count: int = 12) -> list[list[int]]:
     """Tokens of episodes of a step."""
     groups = run.episodes().filter(step=step).select("group", "member").unique().sort("group", "member").collect()
     return [list(run.episode(step, *row).tokens) for row in groups.head(count).iter_rows()]
 
 
-async def test_merged_weights_say_what_the_service_says(finished: sr.RecordedRun, tmp_path: Path) -> None:
+async def test_merged_weights_say_what_the_service_says(finished: sr.runs.RecordedRun, tmp_path: Path) -> None:
     """A tied head that the adapter changes is untied; the embedding is unchanged."""
     folder = await finished.export(tmp_path / "merged", format="merged")
     texts = played(finished, 3)
@@ -113,7 +113,7 @@ async def test_merged_weights_say_what_the_service_says(finished: sr.RecordedRun
     ).encode("answer")
 
 
-async def test_peft_over_the_adapter_says_what_the_service_says(finished: sr.RecordedRun, tmp_path: Path) -> None:
+async def test_peft_over_the_adapter_says_what_the_service_says(finished: sr.runs.RecordedRun, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft", reason="peft is no dependency: pip install --no-deps peft accelerate")
     folder = await finished.export(tmp_path / "adapter")
     texts = played(finished, 3)
@@ -125,7 +125,7 @@ async def test_peft_over_the_adapter_says_what_the_service_says(finished: sr.Rec
     assert largest_difference(transformers_logprobs(model, texts), expected) < TOLERANCE
 
 
-async def test_the_cookbooks_weight_tools_work_on_it(finished: sr.RecordedRun, tmp_path: Path) -> None:
+async def test_the_cookbooks_weight_tools_work_on_it(finished: sr.runs.RecordedRun, tmp_path: Path) -> None:
     weights = pytest.importorskip("tinker_cookbook.weights", reason="needs tinker-cookbook 0.6 and pyrage")
     state = finished.checkpoints[-1].state_path
     service = await anyio.to_thread.run_sync(tinker.ServiceClient)
@@ -149,7 +149,7 @@ async def test_the_cookbooks_weight_tools_work_on_it(finished: sr.RecordedRun, t
 
 
 @pytest.mark.parametrize("step", ["last", "best", 2])
-async def test_an_adapter_of_a_step_is_a_peft_folder(finished: sr.RecordedRun, tmp_path: Path, step: Any) -> None:
+async def test_an_adapter_of_a_step_is_a_peft_folder(finished: sr.runs.RecordedRun, tmp_path: Path, step: Any) -> None:
     folder = await sr.export(finished.out_dir, tmp_path / "adapter", step=step)
     config = json.loads((folder / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["peft_type"]) == (32, 32, "LORA")
@@ -171,18 +171,18 @@ async def test_an_adapter_of_a_step_is_a_peft_folder(finished: sr.RecordedRun, t
     assert names(tmp_path) == ["adapter"], "nothing is left beside it"
 
 
-async def test_nothing_temporary_stays_at_the_service(finished: sr.RecordedRun, tmp_path: Path) -> None:
+async def test_nothing_temporary_stays_at_the_service(finished: sr.runs.RecordedRun, tmp_path: Path) -> None:
     await finished.export(tmp_path / "adapter")
     client = await anyio.to_thread.run_sync(lambda: tinker.RestClient(base_url=tiny_world.shared_service().url))
     found = (await client.list_user_checkpoints(limit=1000)).checkpoints
     assert [one.tinker_path for one in found if one.checkpoint_type == "external"] == []
 
 
-async def test_a_path_of_the_service_is_exported_without_its_run(finished: sr.RecordedRun, tmp_path: Path) -> None:
+async def test_a_path_of_the_service_is_exported_without_its_run(finished: sr.runs.RecordedRun, tmp_path: Path) -> None:
     state = finished.checkpoints[-1].state_path
     assert state is not None
     model = str(tiny_world.model_folder())
-    with pytest.raises(sr.ConfigurationError, match="no training state"):
+    with pytest.raises(sr.errors.ConfigurationError, match="no training state"):
         await sr.export(finished.checkpoints[-1].sampler_path, tmp_path / "none")
     local = tmp_path / "local"
     folder = await sr.export(state, local, base_model=model, format="merged")
@@ -191,25 +191,27 @@ async def test_a_path_of_the_service_is_exported_without_its_run(finished: sr.Re
     assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
-async def test_bad_input_is_refused_before_any_work(finished: sr.RecordedRun, tmp_path: Path) -> None:
+async def test_bad_input_is_refused_before_any_work(finished: sr.runs.RecordedRun, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
-    with pytest.raises(sr.ConfigurationError, match="not empty"):
+    with pytest.raises(sr.errors.ConfigurationError, match="not empty"):
         await finished.export(tmp_path / "full")
-    with pytest.raises(sr.ConfigurationError, match="choose one of peft, merged"):
+    with pytest.raises(sr.errors.ConfigurationError, match="choose one of peft, merged"):
         await finished.export(tmp_path / "new", format="gguf")
-    with pytest.raises(sr.ConfigurationError, match="push_to_hub"):
+    with pytest.raises(sr.errors.ConfigurationError, match="push_to_hub"):
         await finished.export(tmp_path / "new", push_to_hub="a/b/c")
-    with pytest.raises(sr.RunFolderError, match=r"no weights of step 77; kept: 0, 2, 3|kept: 0, 1, 2, 3"):
+    with pytest.raises(sr.errors.RunFolderError, match=r"no weights of step 77; kept: 0, 2, 3|kept: 0, 1, 2, 3"):
         await finished.export(tmp_path / "new", step=77)
-    with pytest.raises(sr.RunFolderError, match="holds no run"):
+    with pytest.raises(sr.errors.RunFolderError, match="holds no run"):
         await sr.export(tmp_path / "nothing", tmp_path / "new")
-    with pytest.raises(sr.ServiceError, match="does not exist"):
+    with pytest.raises(sr.errors.ServiceError, match="does not exist"):
         await sr.export("tinker://nobody/weights/none", tmp_path / "new", base_model=str(tiny_world.model_folder()))
     assert not (tmp_path / "new").exists()
 
 
-async def test_a_resume_point_that_is_replaced_meanwhile_is_followed(finished: sr.RecordedRun, tmp_path: Path) -> None:
+async def test_a_resume_point_that_is_replaced_meanwhile_is_followed(
+    finished: sr.runs.RecordedRun, tmp_path: Path
+) -> None:
     """Like a live run, which deletes the previous state after each step."""
     run = tmp_path / "run"
     shutil.copytree(finished.out_dir, run)
@@ -226,15 +228,15 @@ async def test_a_resume_point_that_is_replaced_meanwhile_is_followed(finished: s
     folder = await sr.export(run, tmp_path / "new", emit=emit)
     assert "3 optimiser steps of reinforcement learning" in (folder / "README.md").read_text()
     replace(newer, state_path="tinker://gone/weights/step-000003").save(run)
-    with pytest.raises(sr.ServiceError, match="gone/weights/step-000003"):
+    with pytest.raises(sr.errors.ServiceError, match="gone/weights/step-000003"):
         await sr.export(run, tmp_path / "another")
 
 
-async def test_a_base_of_another_shape_is_refused(finished: sr.RecordedRun, tmp_path: Path) -> None:
-    from tests.local.tiny import make_tiny_model
+async def test_a_base_of_another_shape_is_refused(finished: sr.runs.RecordedRun, tmp_path: Path) -> None:
+    from searchr1_async.testing import make_tiny_model
 
     other = await anyio.to_thread.run_sync(lambda: make_tiny_model(tmp_path / "other", num_hidden_layers=2))
-    with pytest.raises(sr.ExportError, match="it is a different model"):
+    with pytest.raises(sr.errors.ExportError, match="it is a different model"):
         await finished.export(tmp_path / "new", format="merged", base_model=str(other))
     assert names(tmp_path) == ["other"]
 
@@ -263,7 +265,7 @@ async def test_a_run_of_the_embedded_service_while_it_trains_and_afterwards(
     assert (merged / "model.safetensors").is_file()
 
 
-async def test_the_command(finished: sr.RecordedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+async def test_the_command(finished: sr.runs.RecordedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["export", str(finished.out_dir), str(tmp_path / "adapter"), "--step", "2"]
     assert await anyio.to_thread.run_sync(main, command) == 0
     assert "README.md explains how to load them" in capsys.readouterr().out

@@ -71,7 +71,7 @@ async def test_foreign_files_are_not_overwritten(name: str, tmp_path: Path) -> N
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / name).write_text("mine")
     questions = tiny_world.make_questions()[0][:2]
-    with pytest.raises(sr.RunFolderError, match="choose another out_dir"):
+    with pytest.raises(sr.errors.RunFolderError, match="choose another out_dir"):
         sr.train(questions, tiny_world.make_search(tmp_path / "index"), out_dir=tmp_path / "mine", progress=False)
     assert [path.name for path in (tmp_path / "mine").iterdir()] == [name]
     assert (tmp_path / "mine" / name).read_text() == "mine"
@@ -84,10 +84,10 @@ def test_a_refused_start_removes_only_its_new_folder(tmp_path: Path) -> None:
     def refused(folder: Path) -> None:
         with claimed(folder):
             (folder / "tensorboard").mkdir()
-            raise sr.ConfigurationError("no")
+            raise sr.errors.ConfigurationError("no")
 
     for name in ("new", "there"):
-        with pytest.raises(sr.ConfigurationError, match="no"):
+        with pytest.raises(sr.errors.ConfigurationError, match="no"):
             refused(tmp_path / name)
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
     assert (tmp_path / "there" / "mine.txt").read_text() == "mine"

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from searchr1_async.config import EpisodeLimits, SamplingSettings
-from searchr1_async.episodes.rewards import RecipeReward
+from searchr1_async.episodes.reward import RecipeReward
 from searchr1_async.episodes.types import Question
 from searchr1_async.errors import TooManyFailuresError
 from searchr1_async.events import EvaluationFinished, Event, PhaseAdvanced, PhaseEnded, PhaseStarted
@@ -11,7 +11,7 @@ from searchr1_async.rollout.engine import RolloutEngine
 from searchr1_async.rollout.gate import SampleGate
 from searchr1_async.rollout.player import LocalPlayer
 from searchr1_async.runs.rollouts import evaluate_policy, play_all
-from tests.players import BrokenSearch, DictSearch, ScriptedPolicy
+from searchr1_async.testing import BrokenSearch, DictSearch, ScriptedPolicy
 
 pytestmark = pytest.mark.anyio
 

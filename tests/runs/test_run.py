@@ -121,7 +121,7 @@ async def test_a_finished_run_returns_at_once_without_a_service(
     second = await start(steps=1, resume=True, service=dead, on_event=watch)
     assert second == first
     assert not any(isinstance(event, PhaseStarted) for event in watch.events)
-    with pytest.raises(sr.ServiceUnavailableError):  # there is work left now
+    with pytest.raises(sr.errors.ServiceUnavailableError):  # there is work left now
         await start(steps=2, resume=True, service=dead)
     third = await start(steps=2, resume=True)
     assert third.steps == 2
@@ -182,7 +182,7 @@ async def test_forbidden_changes_are_named_and_others_apply(start: Callable[...,
         ({"questions": questions[:-1]}, "questions"),
         ({"search": tiny_world.make_search(tmp_path / "index", n_results=2)}, "search"),
     ):
-        with pytest.raises(sr.RunFolderError, match=named):
+        with pytest.raises(sr.errors.RunFolderError, match=named):
             await start(steps=2, resume=True, **changes)
     assert ResumePoint.load(tmp_path / "run") == before
     result = await start(steps=2, resume=True, checkpoint_every=1, max_failed_fraction=0.5)
@@ -192,7 +192,7 @@ async def test_forbidden_changes_are_named_and_others_apply(start: Callable[...,
 async def test_a_folder_with_a_run_is_not_overwritten(start: Callable[..., sr.Run]) -> None:
     run = start(steps=1)
     await run
-    with pytest.raises(sr.RunFolderError, match="resume=True"):
+    with pytest.raises(sr.errors.RunFolderError, match="resume=True"):
         start(steps=1)
     assert run.metrics.height == 1
 
@@ -201,7 +201,7 @@ async def test_a_folder_in_use_is_refused(start: Callable[..., sr.Run]) -> None:
     watch = Watch()
     run = start(steps=2, on_event=watch)
     await watch.wait_for(in_step(1), run)
-    with pytest.raises(sr.RunFolderError, match="another run"):
+    with pytest.raises(sr.errors.RunFolderError, match="another run"):
         await start(steps=2, resume=True)
     result = await run
     assert (result.steps, result.reason) == (2, "finished")
@@ -288,19 +288,19 @@ async def test_asking_a_running_run_uses_its_newest_weights(start: Callable[...,
     await watch.wait_for(finished(1), run)
     newest, kept = (
         await run.ask("river of mirin?"),
-        await run.ask("river of mirin?", step=1, config=sr.AskConfig(max_turns=1)),
+        await run.ask("river of mirin?", step=1, config=sr.config.AskConfig(max_turns=1)),
     )
     assert newest.step is not None
     assert (first.step or 0) <= newest.step >= 1
     assert kept.checkpoint is not None
     assert kept.checkpoint.endswith("step-000001")
     assert (kept.step, len(kept.episode.turns), kept.episode.turns[0].policy_version) == (1, 1, 1)
-    with pytest.raises(sr.ConfigurationError, match="answers with its own service"):
+    with pytest.raises(sr.errors.ConfigurationError, match="answers with its own service"):
         await run.ask("river of mirin?", service="http://127.0.0.1:9")
-    with pytest.raises(sr.QuestionsError, match="is no question"):
+    with pytest.raises(sr.errors.QuestionsError, match="is no question"):
         await run.ask(" ")
-    with pytest.raises(sr.ConfigurationError, match="temperature is -1"):
-        await run.ask("river of mirin?", config=sr.AskConfig(temperature=-1))
+    with pytest.raises(sr.errors.ConfigurationError, match="temperature is -1"):
+        await run.ask("river of mirin?", config=sr.config.AskConfig(temperature=-1))
     assert (await run).reason == "finished"
     assert_whole(run, 3)
     played = [event.episode for event in watch.events if isinstance(event, EpisodeFinished)]
@@ -355,7 +355,7 @@ async def test_an_ended_run_answers_with_its_last_weights(start: Callable[..., s
     result = await run
     answer = await run.ask("river of mirin?")  # its search was in memory, and its service named
     assert (answer.step, answer.checkpoint) == (2, result.checkpoint)
-    with pytest.raises(sr.ConfigurationError, match="pass search="):
+    with pytest.raises(sr.errors.ConfigurationError, match="pass search="):
         await sr.open_run(run.out_dir).ask("river of mirin?", service=tiny_world.served()["service"])
     assert tiny_world.tasks_left() == set()
 
@@ -364,7 +364,7 @@ async def test_a_run_that_ends_before_it_has_weights_cannot_answer(start: Callab
     run = start()
     asking = asyncio.ensure_future(run.ask("river of mirin?"))
     await run.stop()
-    with pytest.raises(sr.RunFolderError, match="holds no run"):
+    with pytest.raises(sr.errors.RunFolderError, match="holds no run"):
         await asking
     assert tiny_world.tasks_left() == set()
 
@@ -422,7 +422,7 @@ async def test_a_second_interrupt_ends_it_too(start: Callable[..., sr.Run]) -> N
 
 
 async def test_a_run_is_reopened_by_its_folder(start: Callable[..., sr.Run], tmp_path: Path) -> None:
-    with pytest.raises(sr.RunFolderError, match="holds no run"):
+    with pytest.raises(sr.errors.RunFolderError, match="holds no run"):
         sr.open_run(tmp_path / "run")
     watch = Watch()
     run = start(steps=2, on_event=watch)
@@ -441,7 +441,7 @@ async def test_a_run_is_reopened_by_its_folder(start: Callable[..., sr.Run], tmp
     episode = opened.episode(row["step"], row["group"], row["member"])
     assert episode.question.id == row["question_id"]
     assert episode.reward == row["reward"]
-    with pytest.raises(sr.ConfigurationError, match="no episode 99"):
+    with pytest.raises(sr.errors.ConfigurationError, match="no episode 99"):
         opened.episode(1, 0, 99)
 
 
@@ -468,12 +468,12 @@ async def test_a_stop_in_the_last_measurement_is_a_stop(start: Callable[..., sr.
 
 
 def test_checking_a_folder_changes_nothing(tmp_path: Path) -> None:
-    with pytest.raises(sr.RunFolderError, match="holds no run"):
+    with pytest.raises(sr.errors.RunFolderError, match="holds no run"):
         sr.open_run(tmp_path / "no" / "such")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_train_needs_an_event_loop(tmp_path: Path) -> None:
-    with pytest.raises(sr.ConfigurationError, match="async function"):
+    with pytest.raises(sr.errors.ConfigurationError, match="async function"):
         sr.train("atlas", tiny_world.make_search(tmp_path / "index"), out_dir=tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -19,7 +19,7 @@ from searchr1_async.runs.spending import Spending
 from searchr1_async.watch.state import RunState
 from tests import tiny_world
 
-PRICE = sr.Price(prefill=1000.0, sample=2000.0, train=3000.0)
+PRICE = sr.runs.Price(prefill=1000.0, sample=2000.0, train=3000.0)
 """So dear that a step of the small model costs dollars."""
 DOLLAR = TokenUsage(prompt=1000)
 
@@ -186,7 +186,10 @@ async def test_what_is_asked_of_a_run_belongs_to_its_cost_and_a_live_view_says_t
 ) -> None:
     state = RunState()
     run = start(steps=1, reward=by_length, on_event=lambda event: state.see(event, 0.0))
-    answers = [await run.ask("river of mirin?"), await run.ask("river of mirin?", config=sr.AskConfig(max_turns=1))]
+    answers = [
+        await run.ask("river of mirin?"),
+        await run.ask("river of mirin?", config=sr.config.AskConfig(max_turns=1)),
+    ]
     cost = (await run).cost
     assert cost is not None
     asked = total_usage(sampling_usage(answer.episode) for answer in answers)
@@ -195,7 +198,7 @@ async def test_what_is_asked_of_a_run_belongs_to_its_cost_and_a_live_view_says_t
     assert cost.tokens.prompt == rows["env/all/total_ob_tokens"].sum() + asked.prompt
     assert cost.tokens.cached == rows["env/all/total_cached_ob_tokens"].sum() + asked.cached
     assert cost.tokens.sampled == rows["env/all/total_ac_tokens"].sum() + asked.sampled
-    shown = state.snapshot(0.0)
+    shown = state
     assert (shown.used, shown.cost.text) == (cost.tokens, cost.text)
 
 
@@ -206,13 +209,13 @@ async def test_what_is_asked_of_a_run_belongs_to_its_cost_and_a_live_view_says_t
         ({"max_cost": 0.0}, "must be above 0"),
         ({"max_cost": float("nan")}, "expected a finite number"),
         ({"max_cost": 5.0, "price": None}, "max_cost needs a known price: the price of"),
-        ({"max_cost": 5.0, "price": sr.Price(1.0, 1.0)}, "only the price of sampling is known"),
+        ({"max_cost": 5.0, "price": sr.runs.Price(1.0, 1.0)}, "only the price of sampling is known"),
     ],
 )
 async def test_a_limit_that_cannot_be_kept_is_refused_at_the_call(
     start: Callable[..., sr.Run], tmp_path: Path, settings: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(sr.ConfigurationError, match=message):
+    with pytest.raises(sr.errors.ConfigurationError, match=message):
         start(**settings)
     assert not (tmp_path / "run").exists()
 

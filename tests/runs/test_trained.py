@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import searchr1_async as sr
-from searchr1_async.__main__ import main
+from searchr1_async.cli.main import main
 from searchr1_async.config import EpisodeLimits
 from searchr1_async.evaluation import job_manifest as describing
 from searchr1_async.evaluation.manifest import Manifest
@@ -81,7 +81,7 @@ async def test_evaluate_rollout_and_ask_use_the_trained_settings(trained: Traine
 
     # Exactly the prompts and limits of training, and of an asked question.
     asked = await sr.ask(
-        HELD_OUT[0].question, search, checkpoint=trained.folder, **tiny_world.given(sr.AskConfig, quiet())
+        HELD_OUT[0].question, search, checkpoint=trained.folder, **tiny_world.given(sr.config.AskConfig, quiet())
     )
     groups = await sr.rollout(
         HELD_OUT, search, checkpoint=trained.folder, **tiny_world.given(sr.RolloutConfig, quiet(), group_size=1)
@@ -152,7 +152,9 @@ async def test_an_evaluation_of_an_earlier_version_resumes_unchanged(trained: Tr
     manifest = json.loads((tmp_path / "e" / "manifest.json").read_text())
     assert given.record("trained").instructions == "search then answer"  # type: ignore[union-attr]
     play = PlaySettings(
-        sr.RecipeReward(), sr.SamplingSettings(), EpisodeChoice(format="tags").completed_by(RECIPE_EPISODES)
+        sr.rewards.RecipeReward(),
+        sr.config.SamplingSettings(),
+        EpisodeChoice(format="tags").completed_by(RECIPE_EPISODES),
     )
     # As the previous version wrote it: its systems had the evaluation's prompt, not their run's.
     del manifest["settings"]["follows_runs"]
@@ -192,7 +194,9 @@ def test_the_command_evaluates_a_run_as_trained(
 
 @pytest.mark.anyio
 async def test_conflicting_settings_are_refused_at_the_call(trained: TrainedRun, tmp_path: Path) -> None:
-    with pytest.raises(sr.ConfigurationError, match=r"max_trajectory_tokens \(128\) must be over max_tokens \(500\)"):
+    with pytest.raises(
+        sr.errors.ConfigurationError, match=r"max_trajectory_tokens \(128\) must be over max_tokens \(500\)"
+    ):
         await measure(trained, bare_search(trained), max_tokens=500, out_dir=tmp_path / "e")
     assert not (tmp_path / "e").exists()
 

@@ -17,7 +17,7 @@ import polars as pl
 import pytest
 
 from benchmarks.shared.gemini_stand_in import Fault, GeminiStandIn, StandInSettings
-from searchr1_async.__main__ import main
+from searchr1_async.cli.main import main
 from searchr1_async.data.corpus import MemoryCorpus
 from searchr1_async.episodes.types import Passage
 from searchr1_async.errors import ConfigurationError, CorpusError, EmbeddingError, StoreError

@@ -80,7 +80,7 @@ async def test_a_search_and_a_compact_index_refuse_it_as_well(passages: list[Pas
             with pytest.raises(EmbeddingError, match=r"\[1, 16\] .* returned \[1, 15\]"):
                 await search.search(["Luanda"])
         with pytest.raises(EmbeddingError, match=r"returned \[2, 15\]"):
-            await sr.build_compact_index(
+            await sr.search.build_compact_index(
                 passages, tmp_path / "compact", embedder=embedder, queries=["capital of Chile", "Moco"]
             )
 

@@ -13,6 +13,7 @@ from searchr1_async.episodes.types import Passage
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.search import Search
 from searchr1_async.search import search as searches
+from searchr1_async.testing import HashingEmbedder
 from tests import tiny_world
 
 pytestmark = pytest.mark.anyio
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.anyio
 @pytest.fixture(autouse=True)
 def _embedder(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any name gives the tiny world's embedder."""
-    monkeypatch.setattr(searches, "make_embedder", lambda embedder: tiny_world.HashingEmbedder())
+    monkeypatch.setattr(searches, "make_embedder", lambda embedder: HashingEmbedder())
 
 
 @pytest.fixture
@@ -60,7 +61,7 @@ async def test_a_local_search_made_from_its_description_gives_the_same_answers(c
     "make",
     [
         lambda corpus: Search.local([Passage("1", "", "a river")], embedder="words"),
-        lambda corpus: Search.local(corpus, embedder=tiny_world.HashingEmbedder()),
+        lambda corpus: Search.local(corpus, embedder=HashingEmbedder()),
         lambda corpus: Search.chroma("store", 8000, "wiki", embedder="words", token="secret"),
         lambda corpus: Search.chroma("store", 8000, "wiki", embedder="words", headers={"x-key": "secret"}),
     ],

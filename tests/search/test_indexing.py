@@ -14,7 +14,7 @@ from typing import Any
 import anyio
 import pytest
 
-from searchr1_async.data import load_corpus
+from searchr1_async.data.corpus import load_corpus
 from searchr1_async.episodes.types import Passage
 from searchr1_async.errors import CorpusError, EmbeddingError, StoreError
 from searchr1_async.search import Search, passage_embedding

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import searchr1_async as sr
-from searchr1_async.data.wiki18 import fetch_sizes
+from searchr1_async.data.wikipedia_index import fetch_sizes
 from searchr1_async.episodes.types import Passage
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.search import Search
@@ -46,13 +46,13 @@ async def test_an_index_is_built_once(
 async def test_what_is_opened_later_is_what_was_meant(
     passages: list[Passage], embedder: Any, tmp_path: Path, elsewhere: Callable[[], None]
 ) -> None:
-    await sr.build_index(passages, "index", embedder=embedder)
-    await sr.build_compact_index(passages, "compact", embedder=embedder)
+    await sr.search.build_index(passages, "index", embedder=embedder)
+    await sr.search.build_compact_index(passages, "compact", embedder=embedder)
     np.save("vectors.npy", embedder.embed([passage.text for passage in passages]))
     opened = [await Search.open(name, embedder=embedder) for name in ("index", "compact")]
     opened.append(Search.compact("compact", embedder=embedder))
-    stores = [sr.EmbeddedChroma("index"), sr.CompactStore("compact")]
-    sources = [sr.ChromaFolder("index"), sr.VectorFiles("vectors.npy", passages)]
+    stores = [sr.search.EmbeddedChroma("index"), sr.search.CompactStore("compact")]
+    sources = [sr.search.ChromaFolder("index"), sr.search.VectorFiles("vectors.npy", passages)]
     elsewhere()
     for search in opened:
         async with search:
@@ -90,7 +90,7 @@ async def test_home_is_expanded(
     passages: list[Passage], embedder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    await sr.build_index(passages, "~/index", embedder=embedder)
+    await sr.search.build_index(passages, "~/index", embedder=embedder)
     assert (tmp_path / "index" / "index.json").exists()
 
 
@@ -103,6 +103,6 @@ async def test_what_is_no_path_is_refused_by_the_name_of_its_argument(
     with pytest.raises(ConfigurationError, match="place is "):
         await Search.open(path, embedder=embedder)
     with pytest.raises(ConfigurationError, match="folder is "):
-        await sr.build_compact_index(passages, path, embedder=embedder)
+        await sr.search.build_compact_index(passages, path, embedder=embedder)
     with pytest.raises(ConfigurationError, match="folder is "):
         await fetch_sizes(path)

@@ -12,7 +12,7 @@ from typing import Any
 import anyio
 import pytest
 
-from searchr1_async.data import load_corpus
+from searchr1_async.data.corpus import load_corpus
 from searchr1_async.episodes.types import Passage
 from searchr1_async.errors import ConfigurationError, CorpusError, EmbeddingError, SearchError, StoreError
 from searchr1_async.search import Search

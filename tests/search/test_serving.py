@@ -34,7 +34,7 @@ from searchr1_async.search.wire import (
 
 pytestmark = pytest.mark.anyio
 
-PACING = sr.PacingSettings(first_pause=0.01, longest_pause=0.05, request_timeout=5.0, max_outage=20.0)
+PACING = sr.search.PacingSettings(first_pause=0.01, longest_pause=0.05, request_timeout=5.0, max_outage=20.0)
 TOKEN = "a-word-between-friends"
 
 
@@ -245,7 +245,7 @@ async def test_a_token_is_asked_for_and_never_said(search: sr.Search, caplog: py
             async with asked(address, wrong) as ask:
                 status, _, answer = await ask("/retrieve", {"queries": ["x"]})
                 assert (status, answer["error"]) == (401, "token")
-            with pytest.raises(sr.StoreError, match="token") as refused:
+            with pytest.raises(sr.errors.StoreError, match="token") as refused:
                 await look_at(address, wrong)
             assert refused.value.is_fatal
             assert TOKEN not in str(refused.value)
@@ -254,15 +254,15 @@ async def test_a_token_is_asked_for_and_never_said(search: sr.Search, caplog: py
             assert (await far.search(["capital of Chile"]))[0][0].id == "Chile/capital"
         unauthorised = ServedStore(replace(facts, is_authorized=True))
         await unauthorised._connection.open()
-        with pytest.raises(sr.StoreError) as refused:
+        with pytest.raises(sr.errors.StoreError) as refused:
             await unauthorised.query(np.ones((1, facts.dimension), np.float32), 1)
         assert refused.value.is_fatal
         await unauthorised.aclose()
     assert TOKEN not in caplog.text
     for broken in ("", "two words", "schlüssel"):
-        with pytest.raises(sr.ConfigurationError):
+        with pytest.raises(sr.errors.ConfigurationError):
             ServedStore("http://127.0.0.1:1", broken)
-        with pytest.raises(sr.ConfigurationError):
+        with pytest.raises(sr.errors.ConfigurationError):
             async with serve_search(search, port=0, token=broken):
                 pass
 
@@ -388,15 +388,15 @@ async def test_another_index_or_embedder_there_is_noticed(search: sr.Search, sto
         store.fingerprint = "exact-2"
         await client.query(np.ones((1, facts.dimension), np.float32), 1)
         assert client.fingerprint == "exact-2"
-        with pytest.raises(sr.StoreError, match="another embedder") as wrong:
+        with pytest.raises(sr.errors.StoreError, match="another embedder") as wrong:
             await client.query(np.ones((1, 7), np.float32), 1)
         assert wrong.value.is_fatal
         embedder.fingerprint = "another"
-        with pytest.raises(sr.EmbeddingError, match="another model") as changed:
+        with pytest.raises(sr.errors.EmbeddingError, match="another model") as changed:
             await far_embedder.embed_queries(["x"])
         assert changed.value.is_fatal
         again = ServedEmbedder(facts)
-        with pytest.raises(sr.EmbeddingError, match="another model"):
+        with pytest.raises(sr.errors.EmbeddingError, match="another model"):
             await again.open()
         await far_embedder.aclose()
         await client.aclose()
@@ -415,21 +415,21 @@ async def test_what_is_no_served_search_is_said_to_be_none() -> None:
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     address = f"http://127.0.0.1:{runner.addresses[0][1]}"
     for url in (address, f"{address}/elsewhere"):
-        with pytest.raises(sr.StoreError, match="is not `python -m searchr1_async serve`") as other:
+        with pytest.raises(sr.errors.StoreError, match="is not `python -m searchr1_async serve`") as other:
             await look_at(url)
         assert other.value.is_fatal
     await runner.cleanup()
-    with pytest.raises(sr.StoreError, match="does not answer"):
+    with pytest.raises(sr.errors.StoreError, match="does not answer"):
         await look_at(address, deadline=0.15)
     for broken in ("127.0.0.1:80", "http://", "ftp://host", "http://user:secret@host"):
-        with pytest.raises(sr.ConfigurationError) as refused:
+        with pytest.raises(sr.errors.ConfigurationError) as refused:
             ServedStore(broken)
         assert "secret" not in str(refused.value)
 
 
 async def test_a_port_that_is_taken_is_said_to_be(search: sr.Search) -> None:
     async with serve_search(search, port=0) as address:
-        with pytest.raises(sr.ConfigurationError, match="cannot listen on"):
+        with pytest.raises(sr.errors.ConfigurationError, match="cannot listen on"):
             async with serve_search(search, port=int(address.rsplit(":", 1)[1])):
                 pass
     assert not search.is_open

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from searchr1_async.boundary.waits import TOLD_AFTER
+from searchr1_async.boundary.waits import REPORT_AFTER
 from searchr1_async.errors import ConfigurationError, SearchError, SearchUnavailableError
 from searchr1_async.search.dispatch import Capacity, Dispatcher
 from searchr1_async.search.faults import PassingFault, TooManyRequests
@@ -128,7 +128,7 @@ async def test_an_outage_is_told_once_with_its_end_and_when_it_is_over() -> None
     assert await ask(service.dispatcher(max_outage=900), "a", "b", "c") == {"a": "A", "b": "B", "c": "C"}
     first, last = service.told
     assert "the service does not answer (500: internal): waiting for at most" in first
-    assert service.told_at[0] - service.times[0] < 3 * TOLD_AFTER
+    assert service.told_at[0] - service.times[0] < 3 * REPORT_AFTER
     assert last == "the service answers again"
 
 
@@ -138,7 +138,7 @@ async def test_a_service_that_hangs_is_told_once_after_five_seconds() -> None:
     await ask(service.dispatcher(request_timeout=300.0), "a", "b", "c")
     (told,) = service.told
     assert "the service has not answered: waiting for at most 295 s more" in told
-    assert service.told_at == [began + TOLD_AFTER]
+    assert service.told_at == [began + REPORT_AFTER]
 
 
 async def test_an_embedder_that_takes_one_request_at_a_time_computes_and_is_not_told() -> None:
@@ -183,5 +183,5 @@ def test_no_wait_is_longer_than_allowed_and_every_long_one_is_told(
     anyio.run(main, backend="asyncio", backend_options={"loop_factory": VirtualTimeLoop})
     for earlier, later in pairwise(service.times):
         assert later - earlier <= max(longest, 4.0) + 1
-        if later - earlier > TOLD_AFTER + 4.0:
-            assert any(earlier - TOLD_AFTER <= at <= later for at in service.told_at), (earlier, later)
+        if later - earlier > REPORT_AFTER + 4.0:
+            assert any(earlier - REPORT_AFTER <= at <= later for at in service.told_at), (earlier, later)

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.anyio
 
 ENTITIES = 300
 KEY = "a-key-of-no-service"
-PACING = sr.PacingSettings(first_pause=0.01, longest_pause=0.1, request_timeout=1.0)
+PACING = sr.search.PacingSettings(first_pause=0.01, longest_pause=0.1, request_timeout=1.0)
 
 GEMINI_FAULTS = {
     Fault.TOO_MANY: 0.02,
@@ -118,9 +118,9 @@ async def searches_under_fire(port: int, count: int, *, at_once: int, seed: int)
         fault_rates={}, retry_after=0.01, says_when="details", slow_seconds=PACING.request_timeout + 1, seed=seed
     )
     async with GeminiStandIn(settings) as gemini:
-        embedder = sr.GeminiEmbedder(api_key=KEY, base_url=gemini.base_url)
+        embedder = sr.search.GeminiEmbedder(api_key=KEY, base_url=gemini.base_url)
         collection = f"faults-{uuid.uuid4().hex}"
-        store = sr.RemoteChroma("127.0.0.1", port, collection, create=True)
+        store = sr.search.RemoteChroma("127.0.0.1", port, collection, create=True)
         await embedder.open()
         await store.open()
         for start in range(0, ENTITIES, 100):
@@ -130,7 +130,7 @@ async def searches_under_fire(port: int, count: int, *, at_once: int, seed: int)
         await embedder.aclose()
         proxy = BreakingProxy(f"http://127.0.0.1:{port}", 0.1, seed)
         async with proxy.serve() as proxy_port:
-            store = sr.RemoteChroma("127.0.0.1", proxy_port, collection)
+            store = sr.search.RemoteChroma("127.0.0.1", proxy_port, collection)
             ended: Counter[int] = Counter()
             slots = anyio.Semaphore(at_once)
 

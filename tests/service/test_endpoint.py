@@ -69,7 +69,7 @@ def test_an_unreadable_login_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "home" / ".tinker" / "credentials.json"
     file.parent.mkdir(parents=True)
     file.write_text("{", encoding="utf-8")
-    with pytest.raises(sr.ConfigurationError, match="tinker auth login"):
+    with pytest.raises(sr.errors.ConfigurationError, match="tinker auth login"):
         find_endpoint(None)
 
 
@@ -96,7 +96,7 @@ async def test_an_invalid_service_is_refused_at_the_call(
     monkeypatch.setenv("TINKER_API_KEY", key)
     search = tiny_world.make_search(tmp_path / "index")
     question = sr.Question("q", "Who?", ("Austen",))
-    with pytest.raises(sr.ConfigurationError, match=named) as caught:
+    with pytest.raises(sr.errors.ConfigurationError, match=named) as caught:
         sr.train(
             [question],
             search,
@@ -105,7 +105,7 @@ async def test_an_invalid_service_is_refused_at_the_call(
             config=sr.TrainConfig(groups_per_batch=1, minibatches=1),
         )
     assert "secret" not in str(caught.value)
-    with pytest.raises(sr.ConfigurationError, match=named):
+    with pytest.raises(sr.errors.ConfigurationError, match=named):
         await sr.rollout([question], search, service=service, progress=False)
     assert not (tmp_path / "run").exists()
 
@@ -115,7 +115,7 @@ def test_the_only_offered_model_is_the_default() -> None:
     assert name == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert note is not None
     assert "offers only one" in note
-    with pytest.raises(sr.ModelError, match="choose one with model"):
+    with pytest.raises(sr.errors.ModelError, match="choose one with model"):
         choose_model(None, ("some/model", "another/model"))
 
 
@@ -124,7 +124,7 @@ async def test_another_service_is_used_without_naming_its_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
     """Like ``python -m searchr1_async.local``: a model of this machine, and no hub for its tokenizer."""
-    from searchr1_async.local.scripted import ScriptedBackend
+    from searchr1_async.local.scripted_backend import ScriptedBackend
     from tests.episodes.stand_in import stand_in
 
     folder = tmp_path / "model"
@@ -150,27 +150,29 @@ async def test_another_service_is_used_without_naming_its_model(
 
 
 async def test_a_wrong_key_is_reported_soon_in_our_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from searchr1_async.local.scripted import ScriptedBackend
+    from searchr1_async.local.scripted_backend import ScriptedBackend
     from tests.local.serving import successors
 
     monkeypatch.setenv("TINKER_API_KEY", "tml-wrong")
     with service_thread(tmp_path / "service", ScriptedBackend(successors)) as served:
         search = tiny_world.make_search(tmp_path / "index")
-        with pytest.raises(sr.ServiceError, match=r"refuses the key .*401 the API key is missing or wrong") as caught:
+        with pytest.raises(
+            sr.errors.ServiceError, match=r"refuses the key .*401 the API key is missing or wrong"
+        ) as caught:
             await sr.rollout([sr.Question("q", "Who?", ("Austen",))], search, service=served.url, progress=False)
     assert "tml-wrong" not in str(caught.value)
     assert "Error code" not in str(caught.value)
 
 
 async def test_a_closed_client_is_one_of_our_errors(tmp_path: Path) -> None:
-    from searchr1_async.local.scripted import ScriptedBackend
+    from searchr1_async.local.scripted_backend import ScriptedBackend
     from tests.local.serving import successors
 
     with service_thread(tmp_path / "service", ScriptedBackend(successors)) as served:
         async with sdk(served.url) as client:
             holder = client.holder
             rest = tinker.RestClient(holder)
-        with pytest.raises(sr.ServiceError, match="RuntimeError: Internal client holder is closed"):
+        with pytest.raises(sr.errors.ServiceError, match="RuntimeError: Internal client holder is closed"):
             await wait_for("asking", rest.get_server_capabilities)
 
 

@@ -17,7 +17,7 @@ from aiohttp import web
 import searchr1_async as sr
 from searchr1_async.errors import ModelError, ServiceError, ServiceUnavailableError
 from searchr1_async.events import Event, Notice, RunStarted
-from searchr1_async.local.scripted import ScriptedBackend
+from searchr1_async.local.scripted_backend import ScriptedBackend
 from searchr1_async.local.server import Service
 from searchr1_async.models import known_models
 from searchr1_async.service.availability import ask_offered, choose_model
@@ -117,7 +117,7 @@ async def test_on_springs_list_the_nearest_of_the_family_is_used(
         again = await train(service, tmp_path, steps=2, resume=True, on_event=lambda event: state.see(event, 0.0))
         assert again.estimated_cost is not None
         assert "the price of Qwen/Qwen3-4B-Instruct-2507 on this server" in again.estimated_cost.text
-        assert "Qwen/Qwen3-4B-Instruct-2507 on this server" in state.snapshot(0.0).cost.note
+        assert "Qwen/Qwen3-4B-Instruct-2507 on this server" in state.cost.note
     # It is refused with the replacement's name where that model is gone.
     with (
         stand_in_service(tmp_path / "later", monkeypatch, "Qwen/Qwen3.5-4B", TODAY) as service,
@@ -172,7 +172,7 @@ async def test_a_variant_keeps_its_name_and_renders_like_the_plain_model(
             ModelError, match=r"does not have thinking='max'. It has: False, True, 'low', 'medium', 'xhigh'"
         ):
             train(service, tmp_path / "other", model=name, thinking="max")
-        with pytest.raises(sr.RunFolderError, match="thinking: 'low' then, True now"):
+        with pytest.raises(sr.errors.RunFolderError, match="thinking: 'low' then, True now"):
             await train(service, tmp_path, model=name, thinking=True, steps=2, resume=True)
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import searchr1_async as sr
 from searchr1_async.events import Event, Notice, ServiceAnswers, ServiceSilent, StepFinished
-from searchr1_async.local.scripted import Latency, ScriptedBackend, TrainingTimes
+from searchr1_async.local.scripted_backend import Latency, ScriptedBackend, TrainingTimes
 from searchr1_async.service import availability as reachability
 from searchr1_async.service.availability import CHECK_TIMEOUT, LATE, SILENT_AFTER, Outage
 from tests import tiny_world
@@ -135,7 +135,7 @@ async def test_a_run_waits_out_an_outage(world: World) -> None:
 async def test_a_long_outage_ends_the_run_with_its_resume_point(world: World) -> None:
     world.switch_after(1, "fail")
     with pytest.raises(
-        sr.ServiceUnavailableError, match=r"has been down for .*restore it and resume.*max_service_outage"
+        sr.errors.ServiceUnavailableError, match=r"has been down for .*restore it and resume.*max_service_outage"
     ):
         await world.train(max_service_outage=1.0)
     assert sr.open_run(world.folder / "run").metrics["step"].max() >= 1
@@ -194,7 +194,7 @@ async def test_a_busy_process_reports_no_outage(world: World) -> None:
 
 @pytest.mark.parametrize("value", [0, -1.0, float("inf"), "1h"])
 async def test_an_invalid_outage_limit_is_refused_at_the_call(world: World, value: Any) -> None:
-    with pytest.raises(sr.ConfigurationError, match="max_service_outage"):
+    with pytest.raises(sr.errors.ConfigurationError, match="max_service_outage"):
         world.train(max_service_outage=value)
     assert not (world.folder / "run").exists()
 

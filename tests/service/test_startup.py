@@ -15,6 +15,7 @@ import pytest
 import searchr1_async as sr
 from searchr1_async.config import LocalOptions
 from searchr1_async.service.startup import check_service
+from searchr1_async.testing import HashingEmbedder
 from tests import tiny_world
 
 pytestmark = pytest.mark.anyio
@@ -71,28 +72,28 @@ def write_rows(path: Path, *rows: dict[str, Any]) -> Path:
 
 
 BAD_SETTINGS: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"format": "xml"}, sr.ModelError, "unknown tool-call format 'xml'"),
-    ({"group_size": 1}, sr.ConfigurationError, "group_size"),
-    ({"groups_per_batch": 0}, sr.ConfigurationError, "groups_per_batch"),
-    ({"minibatches": 13}, sr.ConfigurationError, "minibatches"),
-    ({"learning_rate": 0.0}, sr.ConfigurationError, "learning_rate"),
-    ({"learning_rate": float("nan")}, sr.ConfigurationError, "learning_rate"),
-    ({"gradient_clip": -1.0}, sr.ConfigurationError, "gradient_clip"),
-    ({"loss": "reinforce"}, sr.ConfigurationError, "reinforce"),
-    ({"epochs": 0}, sr.ConfigurationError, "epochs"),
-    ({"time_limit": 0.0}, sr.ConfigurationError, "time_limit"),
-    ({"evaluate_every": 0}, sr.ConfigurationError, "evaluate_every"),
-    ({"evaluate_every": 2}, sr.ConfigurationError, "held_out"),
-    ({"min_members": 9}, sr.ConfigurationError, "no group would be trained on"),
-    ({"refill_groups": 1, "drop_constant_groups": False}, sr.ConfigurationError, "drop_constant_groups"),
-    ({"max_staleness": 1, "synchronous": True}, sr.ConfigurationError, "on-policy"),
-    ({"workers": 0}, sr.ConfigurationError, "workers"),
-    ({"held_out_samples": 0}, sr.ConfigurationError, "held_out_samples"),
-    ({"max_turns": 0}, sr.ConfigurationError, "max_turns"),
-    ({"max_trajectory_tokens": 12}, sr.ConfigurationError, "max_trajectory_tokens"),
-    ({"temperature": -0.1}, sr.ConfigurationError, "temperature"),
-    ({"max_failed_fraction": 1.5}, sr.ConfigurationError, "max_failed_fraction"),
-    ({"checkpoint_every": 0}, sr.ConfigurationError, "checkpoint_every"),
+    ({"format": "xml"}, sr.errors.ModelError, "unknown tool-call format 'xml'"),
+    ({"group_size": 1}, sr.errors.ConfigurationError, "group_size"),
+    ({"groups_per_batch": 0}, sr.errors.ConfigurationError, "groups_per_batch"),
+    ({"minibatches": 13}, sr.errors.ConfigurationError, "minibatches"),
+    ({"learning_rate": 0.0}, sr.errors.ConfigurationError, "learning_rate"),
+    ({"learning_rate": float("nan")}, sr.errors.ConfigurationError, "learning_rate"),
+    ({"gradient_clip": -1.0}, sr.errors.ConfigurationError, "gradient_clip"),
+    ({"loss": "reinforce"}, sr.errors.ConfigurationError, "reinforce"),
+    ({"epochs": 0}, sr.errors.ConfigurationError, "epochs"),
+    ({"time_limit": 0.0}, sr.errors.ConfigurationError, "time_limit"),
+    ({"evaluate_every": 0}, sr.errors.ConfigurationError, "evaluate_every"),
+    ({"evaluate_every": 2}, sr.errors.ConfigurationError, "held_out"),
+    ({"min_members": 9}, sr.errors.ConfigurationError, "no group would be trained on"),
+    ({"refill_groups": 1, "drop_constant_groups": False}, sr.errors.ConfigurationError, "drop_constant_groups"),
+    ({"max_staleness": 1, "synchronous": True}, sr.errors.ConfigurationError, "on-policy"),
+    ({"workers": 0}, sr.errors.ConfigurationError, "workers"),
+    ({"held_out_samples": 0}, sr.errors.ConfigurationError, "held_out_samples"),
+    ({"max_turns": 0}, sr.errors.ConfigurationError, "max_turns"),
+    ({"max_trajectory_tokens": 12}, sr.errors.ConfigurationError, "max_trajectory_tokens"),
+    ({"temperature": -0.1}, sr.errors.ConfigurationError, "temperature"),
+    ({"max_failed_fraction": 1.5}, sr.errors.ConfigurationError, "max_failed_fraction"),
+    ({"checkpoint_every": 0}, sr.errors.ConfigurationError, "checkpoint_every"),
 ]
 
 
@@ -116,7 +117,7 @@ async def test_bad_settings_are_refused_by_the_call_itself(
     ],
 )
 async def test_bad_options_are_refused_on_creation(make: Callable[[], object], named: str) -> None:
-    with pytest.raises(sr.ConfigurationError, match=named):
+    with pytest.raises(sr.errors.ConfigurationError, match=named):
         make()
 
 
@@ -135,7 +136,7 @@ async def test_bad_question_files_are_refused_naming_the_row(
     good = {"question": "What?", "golden_answers": ["that"]}
     file = write_rows(tmp_path / "questions.jsonl", good, row)
     for settings in ({"questions": file}, {"held_out": file}):
-        with pytest.raises(sr.QuestionsError, match=named) as caught:
+        with pytest.raises(sr.errors.QuestionsError, match=named) as caught:
             start(search, tmp_path / "run", **settings)
         assert "questions.jsonl" in str(caught.value)
     assert not (tmp_path / "run").exists()
@@ -147,35 +148,35 @@ async def test_invalid_questions_are_refused(search: sr.Search, tmp_path: Path) 
         ([{"question": "What?"}], "row 1 has neither 'golden_answers'"),
         ([one, one], "duplicate question id"),
     ):
-        with pytest.raises(sr.QuestionsError, match=named):
+        with pytest.raises(sr.errors.QuestionsError, match=named):
             start(search, tmp_path / "run", questions)
-    with pytest.raises(sr.QuestionsError, match="no questions"):
+    with pytest.raises(sr.errors.QuestionsError, match="no questions"):
         sr.train((), search, out_dir=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 async def test_bad_corpora_are_refused(tmp_path: Path) -> None:
-    embedder = tiny_world.HashingEmbedder()
-    with pytest.raises(sr.CorpusError, match="no passages"):
+    embedder = HashingEmbedder()
+    with pytest.raises(sr.errors.CorpusError, match="no passages"):
         sr.Search.local([], embedder=embedder)
-    with pytest.raises(sr.CorpusError, match="no column 'text'"):
+    with pytest.raises(sr.errors.CorpusError, match="no column 'text'"):
         sr.Search.local(write_rows(tmp_path / "corpus.jsonl", {"id": "1", "title": "One"}), embedder=embedder)
 
 
 async def test_a_corpus_with_a_bad_later_row_is_refused_first(tmp_path: Path) -> None:
     rows = [{"id": "1", "title": "", "text": "good"}, {"id": "1", "title": "", "text": "the same id"}]
     corpus = write_rows(tmp_path / "corpus.jsonl", *rows)
-    search = sr.Search.local(corpus, embedder=tiny_world.HashingEmbedder(), path=tmp_path / "index")
-    with pytest.raises(sr.CorpusError, match="the same id '1'"):
+    search = sr.Search.local(corpus, embedder=HashingEmbedder(), path=tmp_path / "index")
+    with pytest.raises(sr.errors.CorpusError, match="the same id '1'"):
         await start(search, tmp_path / "run")
     assert not (tmp_path / "run").exists()
     assert not (tmp_path / "index").exists()
 
 
 async def test_an_unknown_model_is_refused_first(search: sr.Search, tmp_path: Path) -> None:
-    with pytest.raises(sr.ConfigurationError, match="no-such-model"):
+    with pytest.raises(sr.errors.ConfigurationError, match="no-such-model"):
         await start(search, tmp_path / "run", model=str(tmp_path / "no-such-model"))
-    with pytest.raises(sr.ModelError, match="no-such-model"):
+    with pytest.raises(sr.errors.ModelError, match="no-such-model"):
         await sr.evaluate(
             tiny_world.make_questions()[1],
             search,
@@ -189,14 +190,14 @@ async def test_an_unknown_model_is_refused_first(search: sr.Search, tmp_path: Pa
 async def test_a_port_in_use_is_refused_first(search: sr.Search, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-        with pytest.raises(sr.PortInUseError, match=str(port)):
+        with pytest.raises(sr.errors.PortInUseError, match=str(port)):
             await start(search, tmp_path / "run", local=LocalOptions(port=port))
     assert not (tmp_path / "run").exists()
     assert not (tmp_path / "index").exists()
 
 
 async def test_an_unknown_renderer_leaves_no_folder(search: sr.Search, tmp_path: Path) -> None:
-    with pytest.raises(sr.ModelError, match="no-such-renderer"):
+    with pytest.raises(sr.errors.ModelError, match="no-such-renderer"):
         await start(search, tmp_path / "run", renderer="no-such-renderer")
     assert not (tmp_path / "run").exists()
     assert tiny_world.service_processes() == []
@@ -220,7 +221,7 @@ async def test_a_silent_service_is_named_within_ten_seconds(
         monkeypatch.setenv("TINKER_BASE_URL", url)
         changes = {}
     began = time.monotonic()
-    with pytest.raises(sr.ServiceUnavailableError) as caught:
+    with pytest.raises(sr.errors.ServiceUnavailableError) as caught:
         await start(search, tmp_path / "run", **changes)
     assert time.monotonic() - began < 5
     assert url in str(caught.value)
@@ -252,7 +253,7 @@ async def test_a_server_that_is_not_tinker_is_named() -> None:
         thread.start()
         url = f"http://127.0.0.1:{server.server_port}"
         try:
-            with pytest.raises(sr.ServiceUnavailableError, match="not as a Tinker service"):
+            with pytest.raises(sr.errors.ServiceUnavailableError, match="not as a Tinker service"):
                 await check_service(url, None, LocalOptions())
         finally:
             server.shutdown()
@@ -261,7 +262,7 @@ async def test_a_server_that_is_not_tinker_is_named() -> None:
 
 async def test_an_impossible_folder_is_refused(search: sr.Search, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(sr.RunFolderError, match="file"):
+    with pytest.raises(sr.errors.RunFolderError, match="file"):
         await start(search, tmp_path / "file" / "run")
 
 
@@ -270,6 +271,6 @@ async def test_an_invalid_tokenizer_is_refused(
 ) -> None:
     monkeypatch.setenv("TINKER_API_KEY", tiny_world.shared_service().api_key)
     settings = tiny_world.served_settings(tokenizer=str(tmp_path / "none"))
-    with pytest.raises(sr.ConfigurationError, match="tokenizer"):
+    with pytest.raises(sr.errors.ConfigurationError, match="tokenizer"):
         start(search, tmp_path / "run", **settings)
     assert not (tmp_path / "run").exists()

@@ -18,11 +18,11 @@ from searchr1_async.errors import ConfigurationError
 from searchr1_async.events import Event, Notice
 from searchr1_async.local.backend import SampleRequest, SampleResult, Snapshot, UserFault
 from searchr1_async.local.sampling_clients import Sampling
-from searchr1_async.local.scripted import ScriptedBackend
+from searchr1_async.local.scripted_backend import ScriptedBackend
 from searchr1_async.runs.checkpoints import ResumePoint
 from searchr1_async.service.startup import Service
+from searchr1_async.testing import HashingEmbedder
 from searchr1_async.training.start import choose_loss, preferred_losses
-from tests import tiny_world
 from tests.local.serving import sdk, service_thread, successors
 
 pytestmark = pytest.mark.anyio
@@ -168,7 +168,7 @@ async def test_a_resumed_run_keeps_its_loss(tmp_path: Path) -> None:
 
 
 async def test_the_deprecated_setting_warns(tmp_path: Path) -> None:
-    search = sr.Search.local([sr.Passage("1", "", "text")], embedder=tiny_world.HashingEmbedder())
+    search = sr.Search.local([sr.Passage("1", "", "text")], embedder=HashingEmbedder())
     with pytest.warns(DeprecationWarning, match='use weights_in_flight="inflight"'), pytest.raises(ConfigurationError):
         sr.train([], search, out_dir=tmp_path, config=sr.TrainConfig(switch_weights_in_flight=True))
 

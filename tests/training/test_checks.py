@@ -30,7 +30,9 @@ def asked(text: str) -> sr.Question:
     ],
 )
 async def test_the_same_question_is_refused_in_any_spelling(text: str) -> None:
-    with pytest.raises(sr.ConfigurationError, match=r"1 of 2 held-out questions are also trained on.*'h0'.*'t0'"):
+    with pytest.raises(
+        sr.errors.ConfigurationError, match=r"1 of 2 held-out questions are also trained on.*'h0'.*'t0'"
+    ):
         refuse_overlap(TRAINING, [asked("Who sails there?"), asked(text)])
 
 

@@ -9,9 +9,8 @@ from searchr1_async.episodes.chatml import ChatMLRenderer
 from searchr1_async.episodes.formats import Dialect, HermesDialect, TagsDialect
 from searchr1_async.episodes.types import Question
 from searchr1_async.errors import TooManyFailuresError
+from searchr1_async.testing import BrokenSearch, DictSearch, make_tiny_tokenizer
 from searchr1_async.training.warm_up import Demonstration, demonstration_batches, play_demonstrations
-from tests.local.tiny import make_tiny_tokenizer
-from tests.players import BrokenSearch, DictSearch
 
 pytestmark = pytest.mark.anyio
 

@@ -207,7 +207,7 @@ async def test_a_failed_evaluation_ends_the_run(start: Callable[..., sr.Run]) ->
         return await varied(episode)
 
     run = start(steps=6, evaluate_every=2, reward=reward)
-    with anyio.fail_after(150), pytest.raises(sr.RewardError, match="no reward"):
+    with anyio.fail_after(150), pytest.raises(sr.errors.RewardError, match="no reward"):
         await run
 
 
@@ -215,14 +215,14 @@ async def test_overlapping_held_out_questions_are_refused_at_once(start: Callabl
     trained = tiny_world.make_questions()[0][3]
     same = sr.Question("other-id", trained.question.upper() + " ?!", ("x",), "elsewhere")
     with pytest.raises(
-        sr.ConfigurationError, match=r"1 of 13 held-out questions are also trained on.*other-id.*" + trained.id
+        sr.errors.ConfigurationError, match=r"1 of 13 held-out questions are also trained on.*other-id.*" + trained.id
     ):
         start(held_out=[*HELD_OUT, same])
     assert not (tmp_path / "run").exists()
 
 
 async def test_keep_best_needs_evaluations(start: Callable[..., sr.Run]) -> None:
-    with pytest.raises(sr.ConfigurationError, match="keep_best needs evaluate_every"):
+    with pytest.raises(sr.errors.ConfigurationError, match="keep_best needs evaluate_every"):
         start(keep_best=True, evaluate_every=None)
 
 

@@ -44,7 +44,7 @@ def written(folder: Path, name: str, source: str) -> Any:
 
 def record(reward: Any = None, questions: Any = QUESTIONS, held_out: Any = HELD_OUT) -> dict[str, Any]:
     """As stored in a resume point."""
-    return json.loads(json.dumps(inputs_of(reward or sr.RecipeReward(), questions, held_out)))
+    return json.loads(json.dumps(inputs_of(reward or sr.rewards.RecipeReward(), questions, held_out)))
 
 
 PLAIN = """
@@ -136,7 +136,7 @@ def test_plain_values_of_a_reward_count_and_objects_do_not(then: Any, same: Any,
 
 def test_changes_of_recipe_reward_and_questions_are_named() -> None:
     then = record()
-    assert changed_inputs(then, record(sr.RecipeReward(0.5))) == ["format_coefficient is 0.5, was 0.1"]
+    assert changed_inputs(then, record(sr.rewards.RecipeReward(0.5))) == ["format_coefficient is 0.5, was 0.1"]
     assert changed_inputs(then, record(Weighted(1.0))) == ["the reward is Weighted, was RecipeReward"]
     answers = [replace(QUESTIONS[0], golden_answers=("A",)), QUESTIONS[1]]
     assert changed_inputs(then, record(questions=answers)) == ["the golden answers of the training questions changed"]
@@ -150,9 +150,9 @@ def test_incomparable_changes_are_refused_after_an_evaluation() -> None:
     for now, told in (
         (record(held_out=[replace(HELD_OUT[0], golden_answers=("D",))]), "the golden answers of the held-out questions changed"),
         (record(held_out=[replace(HELD_OUT[0], question="What is d?")]), "the held-out questions changed"),
-        (record(sr.RecipeReward(strict_recipe=True)), r"strict_recipe \(False then, True now\)"),
+        (record(sr.rewards.RecipeReward(strict_recipe=True)), r"strict_recipe \(False then, True now\)"),
     ):  # fmt: skip
-        with pytest.raises(sr.RunFolderError, match=told):
+        with pytest.raises(sr.errors.RunFolderError, match=told):
             refuse_other_measure(then, now)
     for before, now in (
         (then, record(held_out=())),
@@ -210,7 +210,7 @@ async def test_a_resume_reports_changes_and_refuses_other_held_out_answers(
 
     before = sr.open_run(tmp_path / "run").step
     other = [replace(held_out[0], golden_answers=("nobody",)), *held_out[1:]]
-    with pytest.raises(sr.RunFolderError, match="the golden answers of the held-out questions changed"):
+    with pytest.raises(sr.errors.RunFolderError, match="the golden answers of the held-out questions changed"):
         await train(5, reward=always, questions=answers, held_out=other)
     assert sr.open_run(tmp_path / "run").step == before
     # A run of an earlier version has nothing to compare.

@@ -13,6 +13,7 @@ import pytest
 
 import searchr1_async as sr
 from searchr1_async.events import Event, GroupFinished, MinibatchSubmitted, Notice, PhaseStarted, StepFinished
+from searchr1_async.testing import HashingEmbedder
 from tests import tiny_world
 
 pytestmark = pytest.mark.anyio
@@ -300,7 +301,7 @@ async def test_a_service_that_fails_every_episode_stops_even_a_short_run(start: 
     class Broken(sr.Search):
         async def search(self, queries: Any, n_results: int | None = None) -> Any:
             if is_learning:
-                raise sr.StoreError("the store is down")
+                raise sr.errors.StoreError("the store is down")
             return await super().search(queries, n_results)
 
     is_learning = False
@@ -312,7 +313,7 @@ async def test_a_service_that_fails_every_episode_stops_even_a_short_run(start: 
     run = start(
         questions=4, epochs=1, groups_per_batch=50, search_class=Broken, on_event=emit, warm_up=tiny_world.WARM_UP
     )
-    with pytest.raises(sr.TooManyFailuresError, match="of 16 episodes failed"):
+    with pytest.raises(sr.errors.TooManyFailuresError, match="of 16 episodes failed"):
         await run
 
 
@@ -334,7 +335,7 @@ async def test_an_interrupted_evaluation_runs_after_the_resume(start: Callable[.
 async def test_a_stop_cancels_index_building(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     building = anyio.Event()
 
-    class Endless(tiny_world.HashingEmbedder):
+    class Endless(HashingEmbedder):
         async def embed_passages(self, texts: Any) -> Any:
             building.set()
             await anyio.sleep_forever()

@@ -18,7 +18,7 @@ from searchr1_async.config import LearningSettings
 from searchr1_async.episodes.types import Episode, Group, Question, StopReason, Turn
 from searchr1_async.errors import ServiceError
 from searchr1_async.events import emit_nothing
-from searchr1_async.local.scripted import scale_free
+from searchr1_async.local.scripted_model import scale_free
 from searchr1_async.service.connection import TrainingCalls
 from searchr1_async.training.batches import NOMINAL_TOKENS
 from searchr1_async.training.examples import base_logprobs, kl_penalties

@@ -21,6 +21,7 @@ from searchr1_async.runs import checkpoints
 from searchr1_async.runs.checkpoints import ResumePoint
 from searchr1_async.runs.folder import training_questions
 from searchr1_async.search.faults import PassingFault
+from searchr1_async.testing import HashingEmbedder
 from tests import tiny_world
 
 pytestmark = pytest.mark.anyio
@@ -86,7 +87,7 @@ async def test_streamed_minibatches_give_the_same_weights_as_one_batch(
     assert difference < 0.01 * change
 
 
-class FallibleEmbedder(tiny_world.HashingEmbedder):
+class FallibleEmbedder(HashingEmbedder):
     """Its service goes down on request."""
 
     is_down = False
@@ -99,7 +100,7 @@ class FallibleEmbedder(tiny_world.HashingEmbedder):
 
 async def test_a_failed_search_stops_the_run(start: Callable[..., sr.Run], tmp_path: Path) -> None:
     embedder = FallibleEmbedder()
-    pacing = sr.PacingSettings(max_outage=0.5, first_pause=0.02, longest_pause=0.1)
+    pacing = sr.search.PacingSettings(max_outage=0.5, first_pause=0.02, longest_pause=0.1)
     # Without a cache: after one step every query of this small world has been asked.
     search = tiny_world.make_search(tmp_path / "index", embedder=embedder, pacing=pacing, cache_entries=0)
     warm_up = tiny_world.WARM_UP
@@ -111,7 +112,7 @@ async def test_a_failed_search_stops_the_run(start: Callable[..., sr.Run], tmp_p
 
     settings: dict[str, Any] = {"search": search, "warm_up": warm_up, "steps": 3}
     run = start(on_event=emit, **settings)
-    with pytest.raises(sr.SearchUnavailableError, match=r"hashed words has been down for .*the line is dead"):
+    with pytest.raises(sr.errors.SearchUnavailableError, match=r"hashed words has been down for .*the line is dead"):
         await run
     assert run.metrics["step"].to_list() == [1]
     assert "the line is dead" not in str(run.episodes().collect().to_dicts())
@@ -132,7 +133,7 @@ async def test_a_few_failures_are_recorded_and_never_trained_on(start: Callable[
     class Partly(sr.Search):
         async def search(self, queries: Sequence[str], n_results: int | None = None, **options: Any) -> Any:
             if any(place in query for query in queries):
-                raise sr.StoreError("the store is down")
+                raise sr.errors.StoreError("the store is down")
             return await super().search(queries, n_results)
 
     search = tiny_world.make_search(tmp_path / "index", search_class=Partly)
@@ -164,7 +165,7 @@ async def test_a_full_disk_is_reported_and_the_run_resumes(
             if isinstance(event, StepFinished) and event.step == 1:
                 patch.setattr(*target, full_disk)
 
-        with pytest.raises(sr.CheckpointError, match="No space left"):
+        with pytest.raises(sr.errors.CheckpointError, match="No space left"):
             await start(steps=3, on_event=emit)
     point = ResumePoint.load(tmp_path / "run")
     assert point is not None
@@ -179,7 +180,7 @@ async def test_a_failing_reward_ends_the_run_with_its_name(start: Callable[..., 
     async def reward(episode: sr.Episode) -> float:
         raise KeyError("missing")
 
-    with pytest.raises(sr.RewardError, match="missing"):
+    with pytest.raises(sr.errors.RewardError, match="missing"):
         await start(reward=reward)
 
 
@@ -190,13 +191,13 @@ async def test_a_failed_start_does_not_block_the_next(start: Callable[..., sr.Ru
         raise KeyError("missing")
 
     questions, folder = tiny_world.make_questions()[0], tmp_path / "run"
-    with pytest.raises(sr.RewardError, match="missing"):
+    with pytest.raises(sr.errors.RewardError, match="missing"):
         await start(reward=broken, questions=questions[:6])
     failed = ResumePoint.load(folder)
     assert failed is not None
     assert failed.step == 0
     (folder / "notes.txt").write_text("mine")
-    with pytest.raises(sr.RewardError, match="missing"):  # with settings that could not be resumed
+    with pytest.raises(sr.errors.RewardError, match="missing"):  # with settings that could not be resumed
         await start(reward=broken, questions=questions[:6], learning_rate=2e-3, resume=True)
     result = await start(questions=questions[6:18], learning_rate=3e-3)
     assert (result.steps, result.reason) == (1, "finished")
@@ -204,7 +205,7 @@ async def test_a_failed_start_does_not_block_the_next(start: Callable[..., sr.Ru
     assert kept is not None
     assert [question.id for question in kept] == [question.id for question in questions[6:18]]
     assert (folder / "notes.txt").read_text() == "mine"
-    with pytest.raises(sr.RunFolderError, match=r"holds a run \(1 steps\): pass resume=True"):
+    with pytest.raises(sr.errors.RunFolderError, match=r"holds a run \(1 steps\): pass resume=True"):
         start()
 
 
@@ -256,7 +257,7 @@ async def test_the_weights_of_an_attempt_without_a_resume_point_are_deleted(
     (tmp_path / "run" / "state.json").unlink()
     with monkeypatch.context() as patch:
         patch.setattr(checkpoints.CheckpointList, "clear", full_disk)
-        with pytest.raises(sr.CheckpointError, match="No space left"):
+        with pytest.raises(sr.errors.CheckpointError, match="No space left"):
             await start()
     again = start()
     new = (await again).checkpoint

@@ -59,7 +59,7 @@ def test_starts_from_the_last_weights_or_a_steps(tmp_path: Path) -> None:
     assert path_of(find_start(f"{run}@best", None, out)) == "tinker://run/weights/2"
     assert path_of(find_start(f"{run}@2", None, out)) == "tinker://run/weights/2"
     assert path_of(find_start(f"{run}@last", None, out)) == "tinker://run/weights/4"
-    with pytest.raises(sr.RunFolderError, match="no weights of step 3; kept: 2, 4"):
+    with pytest.raises(sr.errors.RunFolderError, match="no weights of step 3; kept: 2, 4"):
         find_start(f"{run}@3", None, out)
 
 
@@ -75,22 +75,22 @@ def test_the_last_weights_exclude_those_kept_for_an_evaluation(tmp_path: Path) -
 def test_weights_of_another_service_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "second"
     cloud, embedded = make_run(tmp_path / "cloud"), make_run(tmp_path / "embedded", embedded=True)
-    with pytest.raises(sr.RunFolderError, match="would use the embedded one"):
+    with pytest.raises(sr.errors.RunFolderError, match="would use the embedded one"):
         find_start(cloud, None, out)
-    with pytest.raises(sr.ConfigurationError, match="neither a run's folder nor a PEFT adapter's"):
+    with pytest.raises(sr.errors.ConfigurationError, match="neither a run's folder nor a PEFT adapter's"):
         find_start(tmp_path / "nothing", None, out)
-    with pytest.raises(sr.ConfigurationError, match="pass resume=True"):
+    with pytest.raises(sr.errors.ConfigurationError, match="pass resume=True"):
         find_start(embedded, None, embedded)
-    with pytest.raises(sr.ConfigurationError, match="no training state"):
+    with pytest.raises(sr.errors.ConfigurationError, match="no training state"):
         find_start("tinker://run/sampler_weights/4", None, out)
     monkeypatch.setenv("TINKER_API_KEY", "tml-key")
     assert path_of(find_start(cloud, None, out)) == "tinker://run/weights/4"
-    with pytest.raises(sr.RunFolderError, match="unset them"):
+    with pytest.raises(sr.errors.RunFolderError, match="unset them"):
         find_start(embedded, None, out)
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text('{"r": 8, "base_model_name_or_path": "org/model"}')
-    with pytest.raises(sr.ConfigurationError, match="only the embedded service accepts"):
+    with pytest.raises(sr.errors.ConfigurationError, match="only the embedded service accepts"):
         find_start(adapter, None, out)
     assert find_start(adapter, "http://localhost:1", out).rank == 8
 
@@ -100,18 +100,18 @@ def test_weights_of_another_service_are_refused(tmp_path: Path, monkeypatch: pyt
 )
 def test_an_invalid_adapter_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "adapter_config.json").write_text(content)
-    with pytest.raises(sr.ConfigurationError, match=r"adapter_config\.json is not an? .*adapter"):
+    with pytest.raises(sr.errors.ConfigurationError, match=r"adapter_config\.json is not an? .*adapter"):
         find_start(tmp_path, None, tmp_path / "second")
 
 
 def test_a_file_and_a_wrongly_typed_step_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(sr.ConfigurationError, match="neither a run's folder nor a PEFT adapter's"):
+    with pytest.raises(sr.errors.ConfigurationError, match="neither a run's folder nor a PEFT adapter's"):
         find_start(tmp_path / "file", None, tmp_path / "second")
-    with pytest.raises(sr.RunFolderError, match="holds no run: pass a run's folder"):
+    with pytest.raises(sr.errors.RunFolderError, match="holds no run: pass a run's folder"):
         find_state(tmp_path / "file")
     step: Any = "2"
-    with pytest.raises(sr.RunFolderError, match="no weights of step '2'; kept: 2, 4"):
+    with pytest.raises(sr.errors.RunFolderError, match="no weights of step '2'; kept: 2, 4"):
         find_state(make_run(tmp_path / "first"), step)
 
 
@@ -123,12 +123,12 @@ def test_contradictions_are_refused_by_name(tmp_path: Path) -> None:
         32,
         4,
     )
-    with pytest.raises(sr.ConfigurationError, match=r"lora_rank is 16, .*have rank 8"):
+    with pytest.raises(sr.errors.ConfigurationError, match=r"lora_rank is 16, .*have rank 8"):
         chosen_rank(16, start)
     assert (chosen_model(None, start), chosen_model("org/model", start)) == ("org/model", "org/model")
     assert chosen_model("org/model:peft:262144", start) == "org/model:peft:262144"
     assert (chosen_model(None, None), chosen_model("org/other", None)) == (None, "org/other")
-    with pytest.raises(sr.ConfigurationError, match=r"model is 'org/other', .*'org/model'"):
+    with pytest.raises(sr.errors.ConfigurationError, match=r"model is 'org/other', .*'org/model'"):
         chosen_model("org/other", start)
 
 
@@ -156,7 +156,7 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., sr.R
 
 
 @pytest.fixture(scope="module")
-def warmed_up(tmp_path_factory: pytest.TempPathFactory) -> sr.RecordedRun:
+def warmed_up(tmp_path_factory: pytest.TempPathFactory) -> sr.runs.RecordedRun:
     """A finished run of one step after a warm-up, on the shared service."""
     folder = tmp_path_factory.mktemp("warmed-up")
 
@@ -174,7 +174,7 @@ def warmed_up(tmp_path_factory: pytest.TempPathFactory) -> sr.RecordedRun:
 
 
 async def test_a_run_starts_where_another_ended(
-    train: Callable[..., sr.Run], warmed_up: sr.RecordedRun, tmp_path: Path
+    train: Callable[..., sr.Run], warmed_up: sr.runs.RecordedRun, tmp_path: Path
 ) -> None:
     shutil.copytree(warmed_up.out_dir, tmp_path / "first")
     first = warmed_up.result
@@ -198,12 +198,12 @@ async def test_a_run_starts_where_another_ended(
     (tmp_path / "first").rename(tmp_path / "moved")
     again = await train("second", resume=True, **settings | {"steps": 2})
     assert again.steps == 2
-    with pytest.raises(sr.RunFolderError, match="start_from"):
+    with pytest.raises(sr.errors.RunFolderError, match="start_from"):
         await train("second", resume=True, steps=3)
 
 
 async def test_a_run_starts_from_an_adapter_and_from_a_path(
-    train: Callable[..., sr.Run], warmed_up: sr.RecordedRun, tmp_path: Path
+    train: Callable[..., sr.Run], warmed_up: sr.runs.RecordedRun, tmp_path: Path
 ) -> None:
     adapter = await warmed_up.export(tmp_path / "adapter")
     state = warmed_up.checkpoints[-1].state_path
@@ -212,9 +212,9 @@ async def test_a_run_starts_from_an_adapter_and_from_a_path(
         result = await train(f"from-{name}", start_from=start_from)
         scores[name] = result.evaluations[0].exact_match
     assert scores["adapter"] == scores["path"]
-    with pytest.raises(sr.ConfigurationError, match="pass lora_rank=32"):
+    with pytest.raises(sr.errors.ConfigurationError, match="pass lora_rank=32"):
         await train("other", start_from=state, lora_rank=16)
-    with pytest.raises(sr.ConfigurationError, match="have rank 32: leave lora_rank out"):
+    with pytest.raises(sr.errors.ConfigurationError, match="have rank 32: leave lora_rank out"):
         train("other", start_from=adapter, lora_rank=16)
 
 

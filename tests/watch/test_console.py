@@ -24,7 +24,8 @@ from searchr1_async.events import (
     ServiceSilent,
     StepFinished,
 )
-from searchr1_async.watch.console import ConsoleProgress, Estimate, Pauses, duration
+from searchr1_async.watch.console import ConsoleProgress, duration
+from searchr1_async.watch.progress import Estimate, Pauses
 from tests.watch.builders import episode, group
 
 STEP = {

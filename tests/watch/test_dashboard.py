@@ -7,7 +7,7 @@ import io
 import logging
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,10 +18,11 @@ import pytest
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.events import EpisodeFinished, Event, Notice, PhaseAdvanced, PhaseStarted, RunStarted, StepFinished
 from searchr1_async.watch import dashboard
-from searchr1_async.watch.console import ConsoleProgress
-from searchr1_async.watch.dashboard import ConsoleView, QuietView, SafeView, open_view
+from searchr1_async.watch.console import ConsoleProgress, ConsoleView, QuietView
+from searchr1_async.watch.dashboard import SafeView, open_view
+from searchr1_async.watch.drawing import Charts, Curve, Drawer, DrawingError
 from searchr1_async.watch.frame import Frame
-from searchr1_async.watch.view import Charts, Drawer, DrawingError, LiveView, News
+from searchr1_async.watch.view import LiveView, News
 from tests.watch.builders import episode
 
 pytestmark = pytest.mark.anyio
@@ -66,7 +67,7 @@ class Surface:
 class Instantly(Drawer):
     """Draws nothing."""
 
-    async def charts(self, window: int, *, from_zero: bool) -> Charts:
+    async def charts(self, window: int, curves: Sequence[Curve], *, from_zero: bool) -> Charts:
         return Charts({"reward": {}}, {"a": "picture"}, b"vega")
 
     async def picture(self, task: Mapping[str, Any]) -> bytes:
@@ -200,7 +201,7 @@ async def test_second_interrupt_still_leaves_the_text() -> None:
 
 async def test_drawing_failures_are_skipped(caplog: pytest.LogCaptureFixture) -> None:
     class Failing(Drawer):
-        async def charts(self, window: int, *, from_zero: bool) -> Charts:
+        async def charts(self, window: int, curves: Sequence[Curve], *, from_zero: bool) -> Charts:
             raise DrawingError("no drawing here")
 
         async def picture(self, task: Mapping[str, Any]) -> bytes:

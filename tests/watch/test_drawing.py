@@ -12,12 +12,12 @@ from typing import Any
 import anyio
 import pytest
 
-from searchr1_async.watch import view as child
-from searchr1_async.watch.drawing import CURVES, filled, page_specs, picture_spec
-from searchr1_async.watch.snapshot import CURVES as METRICS
+from searchr1_async.records.metrics import CURVES
+from searchr1_async.watch import drawing
+from searchr1_async.watch.drawing import DrawingError, filled, page_specs, picture_spec, run
 from searchr1_async.watch.state import RunState
-from searchr1_async.watch.view import DrawingError, picture_task, run
-from tests.watch.event_stream import Script
+from searchr1_async.watch.view import curve_table, picture_task
+from tests.watch.builders import Script
 
 pytestmark = pytest.mark.anyio
 
@@ -38,15 +38,15 @@ def names(spec: dict[str, Any]) -> set[str]:
 
 
 def test_curves_match_the_series() -> None:
-    assert list(CURVES) == list(METRICS)
+    assert [curve["name"] for curve in curve_table()] == [curve.name for curve in CURVES]
 
 
 def test_page_has_a_chart_per_curve() -> None:
-    specs = page_specs(3, from_zero=True)
+    specs = page_specs(curve_table(), 3, from_zero=True)
     assert {name: names(spec) for name, spec in specs.items()} == {
-        "reward": {"steps", "running"},
-        "exact_match": {"steps", "running", "evaluations"},
-        "turns": {"steps", "running"},
+        "reward/total": {"steps", "running"},
+        "correct": {"steps", "running", "evaluations"},
+        "turns_per_episode": {"steps", "running"},
         "valid_calls": {"steps", "running"},
     }
     assert all("background" not in spec and "config" not in spec for spec in specs.values()), (
@@ -55,7 +55,7 @@ def test_page_has_a_chart_per_curve() -> None:
 
 
 def test_picture_contains_the_outcome() -> None:
-    spec = filled(picture_spec(2, from_zero=True), task())
+    spec = filled(picture_spec(curve_table(), 2, from_zero=True), task())
     assert spec["title"]["text"].startswith("Trained Qwen/Qwen3-8B: 30 of 30 steps in ")
     assert "untrained 18.0% [14.0%, 22.0%] → after RL" in spec["title"]["subtitle"][0]
     assert [row["label"] for row in spec["datasets"]["evaluations"]] == ["untrained", "step 20", "after RL"]
@@ -98,7 +98,7 @@ async def test_cancelling_kills_the_subprocess(monkeypatch: pytest.MonkeyPatch) 
             super().__exit__(*error)
             has_ended.set()
 
-    monkeypatch.setattr(child.subprocess, "Popen", Sleeping)
+    monkeypatch.setattr(drawing.subprocess, "Popen", Sleeping)
     with anyio.fail_after(30):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(run, "picture", {})
@@ -113,6 +113,6 @@ async def test_cancelling_kills_the_subprocess(monkeypatch: pytest.MonkeyPatch) 
 def test_no_secret_reaches_the_subprocess(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TINKER_API_KEY", "tml-4711")
     monkeypatch.setenv("HF_TOKEN", "hf-4711")
-    given = child._environment()
+    given = drawing._environment()
     assert not {"tml-4711", "hf-4711"} & set(given.values())
     assert given["PATH"] == os.environ["PATH"]

@@ -12,8 +12,7 @@ from searchr1_async.watch.dashboard import as_html, as_text
 from searchr1_async.watch.frame import Frame, compact, frame, milliseconds, shown, summary
 from searchr1_async.watch.state import RunState
 from searchr1_async.watch.view import picture_task
-from tests.watch.builders import HOSTILE, episode
-from tests.watch.event_stream import Script
+from tests.watch.builders import HOSTILE, Script, episode
 
 STARTED = RunStarted("train", "Qwen/Qwen3-8B", False, "e", "runs/a", total_steps=10, group_size=8, is_tinker=True)
 
@@ -37,7 +36,7 @@ def after(*events: tuple[float, Event]) -> tuple[RunState, float]:
 
 def alerts(*events: tuple[float, Event]) -> list[str]:
     state, now = after(*events)
-    return [alert["text"] for alert in frame(state.snapshot(now))["alerts"]]
+    return [alert["text"] for alert in frame(state, now)["alerts"]]
 
 
 def test_healthy_run_has_no_alerts() -> None:
@@ -95,7 +94,7 @@ def test_cost() -> None:
         state = RunState()
         state.see(RunStarted("evaluate", model, is_embedded, "e", is_tinker=is_tinker), 0.0)
         state.see(sampled(), 1.0)
-        tokens = next(section for section in frame(state.snapshot(1.0))["sections"] if section["title"] == "Tokens")
+        tokens = next(section for section in frame(state, 1.0)["sections"] if section["title"] == "Tokens")
         return dict(tokens["rows"])["cost"]
 
     assert cost("nobody/knows", False) == "unknown"
@@ -106,7 +105,7 @@ def test_cost() -> None:
 
 def test_stack_parts_fit() -> None:
     state, now = after((1.0, sampled()))
-    flight = frame(state.snapshot(now))["stacks"][0]
+    flight = frame(state, now)["stacks"][0]
     assert [(part["name"], part["count"]) for part in flight["parts"]] == [
         ("sampling", 7),
         ("queued", 1),
@@ -118,11 +117,11 @@ def test_stack_parts_fit() -> None:
 
 def test_title_until_the_work_is_known() -> None:
     state = RunState()
-    assert frame(state.snapshot(0.0), "Training in runs/a")["title"] == "Training in runs/a"
+    assert frame(state, 0.0, "Training in runs/a")["title"] == "Training in runs/a"
     state.see(STARTED, 0.0)
-    assert frame(state.snapshot(0.0), "Training in runs/a")["title"] == "Training Qwen/Qwen3-8B"
+    assert frame(state, 0.0, "Training in runs/a")["title"] == "Training Qwen/Qwen3-8B"
     state.see(RunEnded("stopped"), 5.0)
-    assert summary(state.snapshot(9.0)).startswith("Trained Qwen/Qwen3-8B: 0 of 10 steps in 5.0 s, stopped.")
+    assert summary(state, 9.0).startswith("Trained Qwen/Qwen3-8B: 0 of 10 steps in 5.0 s, stopped.")
 
 
 def test_empty_run_has_no_picture() -> None:
@@ -153,14 +152,14 @@ def whole_run() -> Frame:
         if at > 20:
             break
         state.see(event, at)
-    return frame(state.snapshot(20.0))
+    return frame(state, 20.0)
 
 
 def test_rich_text_has_all_text_of_the_widget() -> None:
     said = whole_run()
     for text in (as_text(said), as_html(said).replace("&amp;", "&").replace("&#x27;", "'")):
         assert said["progress"] in text
-        assert said["curves"]["reward"] in text
+        assert said["curves"]["reward/total"] in text
         for section in said["sections"]:
             for label, value in section["rows"]:
                 assert label in text
@@ -182,5 +181,5 @@ def test_hostile_text_is_never_markup() -> None:
     state.see(PhaseStarted("<img src=x>", 3, "<b>", "<i onclick=1>"), 0.0)
     state.see(Notice(HOSTILE, is_warning=True), 0.0)
     tags = _Tags()
-    tags.feed(as_html(frame(state.snapshot(0.0))))
+    tags.feed(as_html(frame(state, 0.0)))
     assert tags.tags <= {"div", "p", "b", "span", "progress", "table", "tr", "th", "td"}

@@ -27,10 +27,10 @@ import asyncio, sys
 from searchr1_async.events import RunPaused, RunStarted, StepFinished
 from searchr1_async.watch.dashboard import open_view
 from searchr1_async.watch import view as live
-from searchr1_async.watch.view import Charts
+from searchr1_async.watch.drawing import Charts
 
 class Drawer:
-    async def charts(self, window, *, from_zero):
+    async def charts(self, window, curves, *, from_zero):
         return Charts({"reward": {"mark": "line"}}, {}, b"packed vega")
     async def picture(self, task):
         return b"\\x89PNG" + bytes(14) + b"\\x00\\x00" + bytes(4)
@@ -128,7 +128,9 @@ def test_widget_from_start_to_picture(kernel: Kernel) -> None:
     kernel.see(lambda m: m["msg_type"] == "comm_msg" and "Step 1 of 9" in json.dumps(m["content"]))
     kernel.see(lambda m: bool(sent_by_widget(kernel, "charts")))
     (rows,) = sent_by_widget(kernel, "rows")
-    assert rows["rows"] == [{"step": 1.0, "reward": 0.5, "exact_match": None, "turns": None, "valid_calls": None}]
+    assert rows["rows"] == [
+        {"step": 1.0, "reward/total": 0.5, "correct": None, "turns_per_episode": None, "valid_calls": None}
+    ]
     subshell = kernel.control("create_subshell_request")
     if "subshell_id" not in subshell:
         kernel.manager.interrupt_kernel()

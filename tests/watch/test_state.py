@@ -38,11 +38,13 @@ from searchr1_async.events import (
     WeightsPublished,
 )
 from searchr1_async.models import Price
+from searchr1_async.records.metrics import CURVES
 from searchr1_async.watch.frame import frame, summary
-from searchr1_async.watch.snapshot import CURVES, Mark, Series, Snapshot
+from searchr1_async.watch.progress import Mark, Series
 from searchr1_async.watch.state import MOST_EVALUATIONS, RunState
-from tests.watch.builders import HOSTILE, episode, group, malformed_turn
-from tests.watch.event_stream import Script
+from tests.watch.builders import HOSTILE, Script, episode, group, malformed_turn
+
+REWARD = CURVES[0].column
 
 
 def seen(*events: Event, at: float = 0.0) -> RunState:
@@ -65,50 +67,49 @@ def test_complete_run() -> None:
     for at, event in Script(steps=30, groups=4, seconds_a_step=4, has_troubles=False).events():
         state.see(event, at)
         last = at
-    snapshot = state.snapshot(last + 100)
-    assert (snapshot.standing, snapshot.reason, snapshot.step, snapshot.total_steps) == ("ended", "finished", 30, 30)
-    assert snapshot.seconds == pytest.approx(last), "the clock stops at the end"
+    assert (state.standing, state.reason, state.step, state.run.total_steps) == ("ended", "finished", 30, 30)
+    assert state.seconds(last + 100) == pytest.approx(last), "the clock stops at the end"
     assert [point.label for point in state.evaluations] == ["untrained", "step 20", "after RL"]
     assert len(state.steps) == 30
-    assert snapshot.finished_groups == 120
-    assert snapshot.finished_episodes == 960
-    assert snapshot.used.trained == 0, "4 groups do not fill a minibatch of 8"
-    assert snapshot.policy_version == 30
-    assert snapshot.phases == ()
+    assert state.finished_groups == 120
+    assert state.finished_episodes == 960
+    assert state.used.trained == 0, "4 groups do not fill a minibatch of 8"
+    assert state.policy_version == 30
+    assert state.phases == {}
 
 
 def test_open_batch_resets_when_closed() -> None:
     wrong = episode(correct=0.0, turns=(malformed_turn(),))
     state = seen(EpisodeFinished(episode(), 1), EpisodeFinished(wrong, 1))
-    batch = state.snapshot(0).batch
+    batch = state.batch
     assert batch.episodes == 2
-    assert batch.values == {"reward": 0.5, "exact_match": 0.5, "turns": 1.5, "valid_calls": 0.5}
-    assert batch.spread["reward"] == pytest.approx(0.5)
+    assert batch.values == {"reward/total": 0.5, "correct": 0.5, "turns_per_episode": 1.5, "valid_calls": 0.5}
+    assert batch.means.spread("reward/total") == pytest.approx(0.5)
     state.see(BatchClosed(1, 1), 0)
-    assert state.snapshot(0).batch.episodes == 0
+    assert state.batch.episodes == 0
 
 
 def test_failed_episodes_count_and_have_no_values() -> None:
     failed = episode(stop_reason=StopReason.FAILED, turns=())
-    batch = seen(EpisodeFinished(failed, 1)).snapshot(0).batch
+    batch = seen(EpisodeFinished(failed, 1)).batch
     assert (batch.episodes, batch.failed, batch.values) == (1, 1, {})
     assert batch.error == "SearchError: the store is gone"
 
 
 def test_counts_continue_across_engines() -> None:
     """Each engine counts from 0."""
-    snapshot = seen(sampled(10, 100), sampled(20, 200), sampled(5, 50)).snapshot(0)
-    assert (snapshot.finished_episodes, snapshot.used.sampled, snapshot.used.prompt) == (25, 250, 1750)
+    state = seen(sampled(10, 100), sampled(20, 200), sampled(5, 50))
+    assert (state.finished_episodes, state.used.sampled, state.used.prompt) == (25, 250, 1750)
 
 
 def test_cost_includes_earlier_sessions_and_penalty() -> None:
     earlier = TokenUsage(prompt=10_000, cached=4_000, sampled=500, trained=2_000)
     begun = RunStarted("train", "m", False, "e", step=3, price=Price(1.0, 2.0, 3.0), used=earlier, spent=5.0)
-    snapshot = seen(begun, sampled(10, 100), BesideSampled(1_000, 250, 8), MinibatchLearned(4, 2, 602)).snapshot(0)
+    state = seen(begun, sampled(10, 100), BesideSampled(1_000, 250, 8), MinibatchLearned(4, 2, 602))
     session = TokenUsage(prompt=700 + 1_000, cached=250, sampled=100 + 8, trained=600)
-    assert snapshot.used == earlier + session
-    assert snapshot.cost.dollars == pytest.approx(5.0 + (1_450 + 0.2 * 250 + 2 * 108 + 3 * 600) / 1e6)
-    unknown = seen(dataclasses.replace(begun, spent=None), sampled(10, 100)).snapshot(0)
+    assert state.used == earlier + session
+    assert state.cost.dollars == pytest.approx(5.0 + (1_450 + 0.2 * 250 + 2 * 108 + 3 * 600) / 1e6)
+    unknown = seen(dataclasses.replace(begun, spent=None), sampled(10, 100))
     assert unknown.cost.text == "unknown"
 
 
@@ -119,43 +120,41 @@ def test_rates_use_a_recent_window() -> None:
         episodes = 2 * second if second < 40 else 80 + 10 * (second - 40)
         queries = 5.0 * second if second < 40 else 200 + 20.0 * (second - 40)
         state.see(sampled(episodes, queries=queries), float(second))
-    snapshot = state.snapshot(59.0)
-    assert snapshot.episodes_per_second == pytest.approx(10)
-    assert snapshot.search is not None
-    assert snapshot.search.queries_per_second == pytest.approx(20)
+    assert state.episodes_per_second(59.0) == pytest.approx(10)
+    assert state.queries_per_second(59.0) == pytest.approx(20)
 
 
 def test_time_left_uses_recent_steps() -> None:
     state = seen(RunStarted("train", "m", True, "e", total_steps=10), PhaseStarted("train", 10, "steps"))
     for step in range(1, 6):
         state.see(StepFinished(step, {"time/total": 30.0}), 30.0 * step)
-    phase = state.snapshot(150.0).phases[0]
-    assert phase.done == 5
-    assert phase.seconds_left == pytest.approx(150.0)
+    estimate = state.phases["train"].estimate
+    assert estimate.done == 5
+    assert estimate.seconds_left(150.0) == pytest.approx(150.0)
 
 
 def test_pausing() -> None:
     state = seen(RunStarted("train", "m", True, "e"), RunPaused())
-    assert state.snapshot(0).standing == "paused"
+    assert state.standing == "paused"
     state.see(RunResumed(), 0)
-    assert state.snapshot(0).standing == "running"
+    assert state.standing == "running"
     state.see(sampled(is_paused=True), 0)
-    assert state.snapshot(0).standing == "running", "rollout processes report late: the run's own event counts"
+    assert state.standing == "running", "rollout processes report late: the run's own event counts"
 
 
 def test_equal_warnings_are_merged() -> None:
     warning = Notice("the disk is nearly full", is_warning=True)
-    warnings = seen(warning, Notice("by the way"), warning).snapshot(5.0).warnings
-    assert [(w.text, w.count, w.age) for w in warnings] == [("the disk is nearly full", 2, 5.0)]
+    warnings = seen(warning, Notice("by the way"), warning).warnings
+    assert [(w.text, w.count, 5.0 - w.last) for w in warnings] == [("the disk is nearly full", 2, 5.0)]
 
 
 def test_constant_groups_raise_an_alert() -> None:
     alike, differing = group(corrects=(0.0, 0.0)), group(corrects=(1.0, 0.0))
     state = seen(RunStarted("train", "m", True, "e", group_size=2), *[GroupFinished(alike, 1)] * 20)
-    assert state.snapshot(0).constant_groups_in_a_row == 20
-    assert any("All rewards were equal" in alert["text"] for alert in frame(state.snapshot(0))["alerts"])
+    assert state.constant_groups_in_a_row == 20
+    assert any("All rewards were equal" in alert["text"] for alert in frame(state, 0.0)["alerts"])
     state.see(GroupFinished(differing, 1), 0)
-    assert state.snapshot(0).constant_groups_in_a_row == 0
+    assert state.constant_groups_in_a_row == 0
 
 
 def test_memory_is_bounded() -> None:
@@ -169,28 +168,27 @@ def test_memory_is_bounded() -> None:
     assert state.steps.steps_per_row == 32
     assert (state.evaluations[0].step, state.evaluations[-1].step) == (1, 10_000)
     assert len(state.evaluations) <= MOST_EVALUATIONS
-    snapshot = state.snapshot(10_000.0)
-    assert len(json.dumps(frame(snapshot))) < 5000
+    assert len(json.dumps(frame(state, 10_000.0))) < 5000
 
 
 @given(st.integers(0, 700), st.integers(2, 40), st.lists(st.integers(0, 60), max_size=12))
 def test_incremental_updates_are_complete(steps: int, limit: int, pauses: list[int]) -> None:
     series, page, mark, due = Series(limit), [], Mark(), set(pauses)
     for step in range(1, steps + 1):
-        series.add(step, {CURVES["reward"]: float(step)})
+        series.add(step, {REWARD: float(step)})
         if step % 7 in due or step in due or step == steps:
             first, rows, mark = series.since(mark)
             assert first <= len(page)
             page[first:] = rows
     assert page == (series.rows() if steps else [])
     assert len(page) <= limit + 1
-    assert [row["reward"] for row in page] == sorted(row["reward"] or 0.0 for row in page)
+    assert [row["reward/total"] for row in page] == sorted(row["reward/total"] or 0.0 for row in page)
 
 
 def test_non_finite_values_are_missing() -> None:
-    state = seen(StepFinished(1, {CURVES["reward"]: math.nan, CURVES["turns"]: math.inf}))
+    state = seen(StepFinished(1, {REWARD: math.nan, CURVES[2].column: math.inf}))
     state.see(EvaluationFinished("nothing", 1, {"exact_match": math.nan}), 0)
-    assert state.steps.rows() == [dict.fromkeys(("reward", "exact_match", "turns", "valid_calls")) | {"step": 1.0}]
+    assert state.steps.rows() == [dict.fromkeys(curve.name for curve in CURVES) | {"step": 1.0}]
     assert state.evaluations == []
 
 
@@ -201,7 +199,7 @@ def test_hostile_text_is_visible_and_short() -> None:
         Notice(HOSTILE * 20_000, is_warning=True),
         EvaluationFinished(HOSTILE, 1, {"exact_match": 0.5, f"exact_match/{HOSTILE}": 0.5, "exact_match/b": 0.1}),
     )
-    said = json.dumps(frame(state.snapshot(0)), ensure_ascii=False) + summary(state.snapshot(0))
+    said = json.dumps(frame(state, 0.0), ensure_ascii=False) + summary(state, 0.0)
     assert len(said) < 8000
     for unseen in ("\x1b", "\u202e", "\x00", "\udcff"):
         assert unseen not in said
@@ -210,7 +208,9 @@ def test_hostile_text_is_visible_and_short() -> None:
 
 _counts = st.integers(0, 10**6)
 _metrics = st.dictionaries(
-    st.sampled_from([*CURVES.values(), "exact_match", "exact_match_low", "exact_match/a", "time/total"]),
+    st.sampled_from(
+        [*(curve.column for curve in CURVES), "exact_match", "exact_match_low", "exact_match/a", "time/total"]
+    ),
     st.floats(),
     max_size=4,
 )
@@ -260,18 +260,24 @@ def test_any_order_of_events_is_handled(events: list[tuple[Event, float]]) -> No
     for event, wait in events:
         now += wait
         state.see(event, now)
-        _is_sane(state.snapshot(now), state)
-    json.dumps(frame(state.snapshot(now)), allow_nan=False)
-    summary(state.snapshot(now))
+        _is_sane(state, now)
+    summary(state, now)
 
 
-def _is_sane(snapshot: Snapshot, state: RunState) -> None:
-    json.dumps(dataclasses.asdict(dataclasses.replace(snapshot, phases=())), allow_nan=False)
-    for name in ("seconds", "finished_episodes", "episodes_per_second", "late_for"):
-        assert getattr(snapshot, name) >= 0, name
-    assert min(snapshot.used.prompt, snapshot.used.sampled, snapshot.used.trained) >= 0
-    assert snapshot.batch.failed <= snapshot.batch.episodes
-    assert snapshot.constant_groups_in_a_row <= snapshot.finished_groups
+def _is_sane(state: RunState, now: float) -> None:
+    json.dumps(frame(state, now), allow_nan=False)
+    json.dumps([state.search, *map(dataclasses.asdict, state.evaluations)], allow_nan=False)
+    for value in (
+        state.seconds(now),
+        state.finished_episodes,
+        state.episodes_per_second(now),
+        state.queries_per_second(now),
+        state.late_for(now),
+    ):
+        assert value >= 0
+    assert min(state.used.prompt, state.used.sampled, state.used.trained) >= 0
+    assert state.batch.failed <= state.batch.episodes
+    assert state.constant_groups_in_a_row <= state.finished_groups
     steps = [row["step"] or 0.0 for row in state.steps.rows()]
     assert steps == sorted(set(steps))
 

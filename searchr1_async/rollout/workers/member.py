@@ -18,7 +18,7 @@ from pathlib import Path
 import anyio
 from anyio.abc import Process, TaskGroup
 
-from searchr1_async import errors
+import searchr1_async.errors as errors
 from searchr1_async.episodes.play import SearchTool
 from searchr1_async.episodes.types import Episode
 from searchr1_async.errors import SearchError, ServiceError

@@ -17,7 +17,7 @@ import anyio
 import anyio.to_thread
 from anyio.abc import TaskGroup
 
-from searchr1_async import errors
+import searchr1_async.errors as errors
 from searchr1_async.boundary.paths import raise_limit
 from searchr1_async.episodes.formats import Dialect
 from searchr1_async.episodes.prompts import clean_query

@@ -238,7 +238,7 @@ class CompactStore:
     def _advice(self) -> str:
         return (
             f"Copy the whole folder again from where it was built, or rebuild it from {self.manifest.source}: "
-            f"await sr.build_compact_index(source, {str(self.folder)!r})"
+            f"await sr.search.build_compact_index(source, {str(self.folder)!r})"
         )
 
     def _sample(self) -> Vectors:

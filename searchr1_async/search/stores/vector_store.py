@@ -379,7 +379,7 @@ def building_call(path: Path) -> str | None:
         return None
     is_named = found.source == "atlas" or Path(found.source).is_file()
     corpus = repr(found.source) if is_named else "corpus"
-    return f"await sr.build_index({corpus}, {str(path)!r}, embedder={found.embedder_name!r})"
+    return f"await sr.search.build_index({corpus}, {str(path)!r}, embedder={found.embedder_name!r})"
 
 
 def default_index_folder(corpus: Corpus, embedder: Embedder) -> Path:

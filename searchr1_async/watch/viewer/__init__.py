@@ -7,7 +7,6 @@ from searchr1_async.watch.viewer.cell import (
     episode_text,
     group_html,
     group_text,
-    register_representations,
 )
 from searchr1_async.watch.viewer.episodes_page import CellView, in_cell, load_tokenizer, page_of, view_run
 from searchr1_async.watch.viewer.parts import remember_tokenizer, token_pieces
@@ -21,7 +20,6 @@ __all__ = [
     "in_cell",
     "load_tokenizer",
     "page_of",
-    "register_representations",
     "remember_tokenizer",
     "token_pieces",
     "view_run",

@@ -1,8 +1,6 @@
 """One self-contained HTML file over many episodes: a list to filter, sort and search, and the episodes to read and compare.
 
 Its content security policy allows a single script, by hash, and that script creates elements and text nodes, never markup.
-
-Selects and streams the episodes of a run's folder for a page.
 """
 
 from __future__ import annotations
@@ -33,8 +31,7 @@ from searchr1_async.episodes.types import Episode, Group
 from searchr1_async.errors import RunFolderError
 from searchr1_async.records.run_records import RunRecords
 from searchr1_async.watch.viewer.markup import DARK, LIGHT, asset, counted, visible_text
-from searchr1_async.watch.viewer.pack import blocks
-from searchr1_async.watch.viewer.parts import tokenizer_of
+from searchr1_async.watch.viewer.parts import blocks, tokenizer_of
 
 _ROWS_AT_ONCE = 512
 """Minimum episodes per read; a step or an evaluation is never split."""

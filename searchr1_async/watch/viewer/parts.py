@@ -1,34 +1,37 @@
-"""Parts of an episode as script-free HTML, for cells and reports. Pure.
+"""Parts of an episode as data: the text and log probability of each token, and packed chunks for the page's script.
 
-Text of models, corpora and users must go through :mod:`searchr1_async.watch.viewer.markup`.
-
-Text and log probability of each sampled token.
-
-Episodes hold token ids and each turn's text, not the text of each token. A tokenizer's pieces are only used if they concatenate
-exactly to the turn's text.
-
-Segments of a turn's text: thoughts, tool calls, the answer, chat markup, and other text. Pure.
+A tokenizer's pieces are only used if they concatenate exactly to the turn's text. The page's data are a small index over all
+episodes and chunks that are unpacked on demand: JSON, gzipped, in base64, so no episode text appears in the page's markup. Lengths
+are in UTF-16 code units, as in JavaScript.
 """
 
 from __future__ import annotations
 
+import base64
+import gzip
+import json
 import math
-import re
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal, TypeVar
+from functools import lru_cache
+from typing import Any
 
-from searchr1_async.episodes.types import Episode, Passage, Question, SearchCall, Turn
+from searchr1_async.episodes.table import EpisodeRow
+from searchr1_async.episodes.types import Episode, Passage, SearchCall, StopReason, Turn
 from searchr1_async.watch.viewer.markup import (
+    MARKS,
+    MAX_LINE,
+    MAX_PASSAGE,
+    MAX_TEXT,
     STOP_WORDS,
-    highlighted,
-    isolated,
-    marked,
+    TOO_LONG,
+    learning_words,
     reward_words,
-    tokens,
+    segments,
+    source_words,
+    suspect_table,
     verdict,
-    visible,
 )
 
 REMEMBERED = 4
@@ -163,264 +166,237 @@ def level(logprob: float | None) -> int | None:
 LOG_LEVELS = tuple(math.log(probability) for probability in LEVELS)
 
 
-Kind = Literal["thought", "call", "answer", "markup", "said"]
+CHUNK = 50
+"""Episodes per chunk: about 150 kB, unpacked within milliseconds."""
 
-_OPENING: dict[str, Kind] = {"think": "thought", "tool_call": "call", "search": "call", "answer": "answer"}
-_TAG = re.compile(r"<(/?)(think|tool_call|search|answer)>|<\|[A-Za-z0-9_]{1,40}\|>")
+FLAGS: dict[str, str] = {
+    "right": "right",
+    "wrong": "wrong",
+    "nosearch": "no search",
+    "toolong": "too long",
+    "failed": "failed",
+    "malformed": "malformed",
+    "dropped": "not trained on",
+}
+"""Filters of the list, name to label; the position is the bit in the flags."""
 
-
-def segments(text: str, content: str = "") -> list[tuple[Kind, int]]:
-    """Kinds of a turn's segments with their lengths in characters, which add up to the text's length.
-
-    Args:
-        text: of the turn, markup included.
-        content: the turn without chat markup and reasoning. If ``text`` has no thought tags, what precedes its content is the
-            reasoning.
-
-    Tags belong to their segment; an unclosed one extends to the end. A closing ``</think>`` without an opening one ends a thought
-    that began in the prompt. Takes linear time.
-    """
-    out: list[tuple[Kind, int]] = []
-    inside: Kind | None = None
-    closing = ""
-    start = 0
-    has_thought = False
-
-    def add(kind: Kind, end: int) -> None:
-        nonlocal start
-        if end > start:
-            if out and out[-1][0] == kind:
-                out[-1] = (kind, out[-1][1] + end - start)
-            else:
-                out.append((kind, end - start))
-        start = end
-
-    for match in _TAG.finditer(text):
-        name = match[2]
-        if inside is not None:
-            if name == closing and match[1]:
-                add(inside, match.end())
-                inside = None
-        elif name is None:
-            add("said", match.start())
-            add("markup", match.end())
-        elif not match[1]:
-            add("said", match.start())
-            inside, closing = _OPENING[name], name
-            has_thought |= inside == "thought"
-        elif name == "think" and not has_thought:
-            out.clear()
-            start = 0
-            add("thought", match.end())
-            has_thought = True
-    add(inside or "said", len(text))
-    return out if has_thought or not content else _before(text, content, out)
+MAX_LISTED = 300
+"""Maximum characters of an answer or a question id in the index; chunks have the full text."""
 
 
-def _before(text: str, content: str, found: list[tuple[Kind, int]]) -> list[tuple[Kind, int]]:
-    """``found``, with the text before the turn's content as thought."""
-    place = text.find(content)
-    if place <= 0:
-        return found
-    out: list[tuple[Kind, int]] = []
-    at = 0
-    for kind, length in found:
-        ahead = min(max(place - at, 0), length)
-        said = text[at : at + ahead]
-        if kind == "said" and said.strip():
-            out.append(("thought", ahead))
-            if length > ahead:
-                out.append((kind, length - ahead))
-        else:
-            out.append((kind, length))
-        at += length
-    return out
-
-
-T = TypeVar("T")
-
-
-def overlaid(
-    text: str, kinds: Iterable[tuple[Kind, int]], pieces: Iterable[tuple[str, T]], limit: int
-) -> Iterator[tuple[Kind, list[tuple[str, T]]]]:
-    """The first ``limit`` characters by kind, each segment split at piece boundaries. A piece that spans two kinds is in both."""
-    queue = iter(pieces)
-    piece, value = next(queue, ("", None))
-    left = min(limit, len(text))
-    for kind, length in kinds:
-        length = min(length, left)
-        left -= length
-        inside: list[tuple[str, T]] = []
-        while length > 0:
-            if not piece:
-                following = next(queue, None)
-                if following is None:
-                    break
-                piece, value = following
-                continue
-            taken = piece[:length]
-            inside.append((taken, value))  # type: ignore[arg-type]
-            piece = piece[len(taken) :]
-            length -= len(taken)
-        if inside:
-            yield kind, inside
-
-
-MAX_TEXT = 20_000
-"""Maximum characters shown of a turn, prompt or result."""
-
-MAX_PASSAGE = 5_000
-MAX_LINE = 2_000
-"""Maximum for single-line texts: title, query, answer."""
-
-
-SHADED = 'title="log-probability '
-"""Marks a coloured token; cannot occur in text, whose quotes are escaped."""
-
-
-def clipped(text: str, limit: int = MAX_TEXT) -> tuple[str, int]:
-    """The first ``limit`` characters, and the number of omitted ones."""
-    return text[:limit], max(len(text) - limit, 0)
-
-
-def clipped_note(left_out: int) -> str:
-    """A note on omitted characters; empty if there are none."""
-    return f'<span class="more"> … {left_out:,} more characters</span>' if left_out else ""
-
-
-def line_html(text: str, tag: str = "bdi", css: str = "") -> str:
-    """A short text, isolated and clipped."""
-    shown, left_out = clipped(text, MAX_LINE)
-    return isolated(shown, tag, css) + clipped_note(left_out)
-
-
-def said_html(text: str) -> str:
-    """A text verbatim, in its own block."""
-    shown, left_out = clipped(text)
-    return isolated(shown, "pre", "said") + clipped_note(left_out)
-
-
-def turn_html(
-    number: int, turn: Turn, question: Question, *, tokenizer: Any = None, with_kinds: bool = True, between: str = ""
-) -> str:
-    """One turn: heading, text (with token colours if known), search.
+def blocks(rows: Iterable[EpisodeRow], tokenizer: Any, about: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """The page's data blocks, as name and content: ``chunk-0``, ``chunk-1``, …, then ``index``.
 
     Args:
-        number: from 1.
-        turn: the turn.
-        question: its golden answers are highlighted in passages.
-        tokenizer: for token colours; None omits them.
-        with_kinds: style thoughts, calls and the answer differently.
-        between: HTML between text and search.
+        rows: consumed one by one, never all in memory.
+        tokenizer: for token pieces; None omits them.
+        about: ``title`` and ``notes`` of the page.
     """
-    cut = ' · <span class="problem">cut at the token limit</span>' if turn.truncated else ""
-    text = coloured_html(turn, tokenizer) if with_kinds else said_html(turn.text)
-    head = f"turn {number} · {tokens(len(turn.sampled_tokens))}"
-    if with_kinds:
-        head += f" · weights after step {turn.policy_version} · {turn.seconds:.1f} s"
-    return f'<div class="turn"><div class="head soft">{head}{cut}</div>{text}{call_html(turn.call, question)}{between}</div>'
+    index = _Index()
+    strings = _Strings()
+    packed: list[dict[str, Any]] = []
+    number = 0
+    prompt_text = lru_cache(maxsize=256)(lambda token_ids: decoded(tokenizer, token_ids))
+    for row in rows:
+        index.add(row)
+        packed.append(_episode(row, tokenizer, prompt_text, strings))
+        if len(packed) == CHUNK:
+            yield f"chunk-{number}", compressed({"strings": strings.values, "episodes": packed})
+            strings, packed, number = _Strings(), [], number + 1
+    if packed:
+        yield f"chunk-{number}", compressed({"strings": strings.values, "episodes": packed})
+    yield "index", compressed({**about, **index.value(), **_rules()})
 
 
-_LABELS: dict[Kind, str] = {"thought": "thought", "call": "tool call", "answer": "answer"}
+def compressed(value: Any) -> str:
+    """JSON, gzipped, in base64. Deterministic."""
+    # ASCII: lone surrogates, invalid in UTF-8, become escapes that JavaScript can read.
+    text = json.dumps(value, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
+    return base64.b64encode(gzip.compress(text.encode("ascii"), 6, mtime=0)).decode("ascii")
 
 
-def coloured_html(turn: Turn, tokenizer: Any) -> str:
-    """A turn's text by kind; tokens are shaded by log probability, which their title gives."""
-    kinds = segments(turn.text, turn.content)
+def _rules() -> dict[str, Any]:
+    """Constants shared with the script, so that they are defined once."""
+    return {
+        "chunk": CHUNK,
+        "flags": FLAGS,
+        "marks": MARKS,
+        "stops": {reason.value: words for reason, words in STOP_WORDS.items()},
+        "levels": LEVELS,
+        "logLevels": LOG_LEVELS,
+        "suspects": suspect_table(),
+        "limits": {"text": MAX_TEXT, "passage": MAX_PASSAGE, "line": MAX_LINE},
+    }
+
+
+class _Index:
+    """Columns of small values, one row per episode."""
+
+    def __init__(self) -> None:
+        self._sources: dict[tuple[int | None, str | None], int] = {}
+        self._suites: dict[str, int] = {}
+        self._questions: dict[tuple[str, str, str], int] = {}
+        self._asked: list[list[Any]] = []
+        names = (
+            "question",
+            "source",
+            "answer",
+            "verdict",
+            "flags",
+            "reward",
+            "advantage",
+            "turns",
+            "tokens",
+            "seconds",
+            "member",
+        )
+        self._columns: dict[str, list[Any]] = {name: [] for name in names}
+
+    def add(self, row: EpisodeRow) -> None:
+        episode, question = row.episode, row.episode.question
+        suite = self._suites.setdefault(question.data_source, len(self._suites))
+        text = question.question[:MAX_LINE]
+        key = question.data_source, question.id, question.question
+        asked = self._questions.setdefault(key, len(self._questions))
+        if asked == len(self._asked):
+            self._asked.append([question.id[:MAX_LISTED], suite, text])
+        source = self._sources.setdefault((row.step, row.label), len(self._sources))
+        values = {
+            "question": asked,
+            "source": source,
+            "answer": None if episode.answer is None else episode.answer[:MAX_LISTED],
+            "verdict": verdict(episode),
+            "flags": _flags(row),
+            "reward": _number(episode.reward) if episode.is_complete else None,
+            "advantage": _number(row.advantage),
+            "turns": len(episode.turns),
+            "tokens": len(episode.prompt_tokens)
+            + sum(len(turn.sampled_tokens) + len(turn.appended_tokens) for turn in episode.turns),
+            "seconds": _number(episode.seconds, 2),
+            "member": row.member,
+        }
+        for name, value in values.items():
+            self._columns[name].append(value)
+
+    def value(self) -> dict[str, Any]:
+        return {
+            "sources": [
+                {"name": source_words(step, label), "label": label, "isEvaluation": label is not None}
+                for step, label in self._sources
+            ],
+            "suites": list(self._suites),
+            "questions": self._asked,
+            "columns": self._columns,
+        }
+
+
+def _flags(row: EpisodeRow) -> int:
+    episode = row.episode
+    found = {
+        "right": verdict(episode) == "right",
+        "wrong": verdict(episode) == "wrong",
+        "nosearch": not any(call is not None and call.results for call in (episode.given, *episode.calls)),
+        "toolong": episode.stop_reason in TOO_LONG,
+        "failed": not episode.is_complete,
+        "malformed": episode.stop_reason is StopReason.MALFORMED_CALL
+        or any(call.problem is not None for call in episode.calls),
+        "dropped": row.trained is False and row.label is None,
+    }
+    return sum(1 << place for place, name in enumerate(FLAGS) if found[name])
+
+
+class _Strings:
+    """A chunk's texts, deduplicated: members of a group find mostly the same passages."""
+
+    def __init__(self) -> None:
+        self.values: list[str] = []
+        self._places: dict[str, int] = {}
+
+    def add(self, text: str) -> int:
+        place = self._places.setdefault(text, len(self.values))
+        if place == len(self.values):
+            self.values.append(text)
+        return place
+
+
+def _episode(row: EpisodeRow, tokenizer: Any, prompt_text: Any, strings: _Strings) -> dict[str, Any]:
+    episode, question = row.episode, row.episode.question
+    is_evaluation = row.label is not None
+    return {
+        "question": strings.add(question.question),
+        "golden": [strings.add(answer) for answer in question.golden_answers],
+        "answer": None if episode.answer is None else strings.add(episode.answer),
+        "rewardWords": strings.add(reward_words(episode)),
+        "stop": episode.stop_reason.value,
+        "error": None if episode.error is None else strings.add(episode.error),
+        "learning": strings.add(
+            learning_words(episode, row.advantage, row.trained, row.drop_reason, is_evaluation=is_evaluation)
+        ),
+        "learned": None if is_evaluation else row.trained,
+        "given": _call(episode.given, strings),
+        "prompt": _masked(episode.prompt_tokens, prompt_text, strings),
+        "turns": [_turn(turn, tokenizer, prompt_text, strings) for turn in episode.turns],
+        "wrote": episode.action_token_count,
+    }
+
+
+def _turn(turn: Turn, tokenizer: Any, prompt_text: Any, strings: _Strings) -> dict[str, Any]:
     pieces = turn_pieces(tokenizer, turn.sampled_tokens, turn.text)
-    if pieces is None or len(turn.logprobs) != len(pieces):
-        coloured: Sequence[tuple[str, float | None]] = [(turn.text, None)]
-    else:
-        coloured = joined_logprobs(pieces, turn.logprobs)
-    body = "".join(
-        f'<span class="stretch {kind}">{_label(kind)}{"".join(_token(text, logprob) for text, logprob in inside)}</span>'
-        for kind, inside in overlaid(turn.text, kinds, coloured, MAX_TEXT)
-    )
-    return f'<pre class="said" dir="auto">{body}</pre>{clipped_note(max(len(turn.text) - MAX_TEXT, 0))}'
+    tokens = None
+    if pieces is not None and len(turn.logprobs) == len(pieces):
+        # Only for the visible part, which bounds the size for huge turns.
+        tokens = [[], []]
+        shown = 0
+        for piece, logprob in joined_logprobs(pieces, turn.logprobs):
+            if shown >= MAX_TEXT:
+                break
+            tokens[0].append(_length(piece))
+            tokens[1].append(None if logprob is None else round(-1000 * logprob))
+            shown += tokens[0][-1]
+    at = 0
+    kinds: list[list[Any]] = []
+    for kind, length in segments(turn.text, turn.content):
+        kinds.append([kind, _length(turn.text[at : at + length])])
+        at += length
+    return {
+        "text": strings.add(turn.text),
+        "kinds": kinds,
+        "tokens": tokens,
+        "count": len(turn.sampled_tokens),
+        "version": turn.policy_version,
+        "seconds": _number(turn.seconds, 2),
+        "truncated": turn.truncated,
+        "call": _call(turn.call, strings),
+        "appended": _masked(turn.appended_tokens, prompt_text, strings),
+    }
 
 
-def _label(kind: Kind) -> str:
-    return f'<span class="tag">{_LABELS[kind]}</span>' if kind in _LABELS else ""
-
-
-def _token(text: str, logprob: float | None) -> str:
-    shade = level(logprob)
-    if shade is None:
-        return visible(text)
-    return f'<span class="t{shade}" {SHADED}{logprob:.3f}">{visible(text)}</span>'
-
-
-def legend_html() -> str:
-    """Legend of the token shades, from likely to unlikely."""
-    bounds = [1.0, *LEVELS, 0.0]
-    shades = "".join(
-        f'<span class="t{shade}">{f"≥ {bounds[shade + 1]:.0%}" if bounds[shade + 1] else f"< {bounds[shade]:.0%}"}</span>'
-        for shade in range(len(LEVELS) + 1)
-    )
-    return f'<div class="legend">token probability at sampling: likely {shades} unlikely</div>'
-
-
-def call_html(call: SearchCall | None, question: Question) -> str:
-    """A tool call and its result; empty without a call. Passages are expanded if the question has no golden answer, as they are
-    then the only evidence."""
+def _call(call: SearchCall | None, strings: _Strings) -> dict[str, Any] | None:
     if call is None:
-        return ""
-    if call.problem is not None:
-        return f'<div class="problem">malformed call: {line_html(call.problem)}</div>'
-    if not call.results:
-        queries = ", ".join(line_html(query) for query in call.queries)
-        return f'<div class="soft">queries: {queries}; the search was not run</div>'
-    is_open = "" if question.golden_answers else " open"
-    return "".join(
-        f'<details class="search"{is_open}><summary>search: {line_html(query)} ({_count(found)}, {call.seconds:.2f} s)</summary>'
-        + "".join(passage_html(passage, question) for passage in found)
-        + "</details>"
-        for query, found in zip(call.queries, call.results, strict=False)
-    )
+        return None
+    return {
+        "queries": [strings.add(query) for query in call.queries],
+        "results": [[_passage(passage, strings) for passage in found] for found in call.results],
+        "problem": None if call.problem is None else strings.add(call.problem),
+        "seconds": _number(call.seconds, 2),
+    }
 
 
-def given_html(episode: Episode) -> str:
-    """Passages placed in the prompt with the question; empty if there are none."""
-    if episode.given is None:
-        return ""
-    problem = episode.given.problem
-    found = (
-        call_html(episode.given, episode.question)
-        if problem is None
-        else f'<div class="problem">none: {line_html(problem)}</div>'
-    )
-    return f'<div class="turn"><div class="head soft">given with the question</div>{found}</div>'
+def _passage(passage: Passage, strings: _Strings) -> list[Any]:
+    return [strings.add(passage.title), strings.add(passage.text), _number(passage.score, 4)]
 
 
-def _count(found: Sequence[Passage]) -> str:
-    return f"{len(found)} passage{'' if len(found) == 1 else 's'}"
+def _masked(token_ids: tuple[int, ...], text_of: Any, strings: _Strings) -> list[Any] | None:
+    """Number of tokens read, and their text if known."""
+    if not token_ids:
+        return None
+    text = text_of(token_ids)
+    return [len(token_ids), None if text is None else strings.add(text)]
 
 
-def passage_html(passage: Passage, question: Question) -> str:
-    """A passage with title and score; golden answers are highlighted."""
-    text, left_out = clipped(passage.text, MAX_PASSAGE)
-    return (
-        f'<div class="passage" dir="auto"><strong>{line_html(passage.title)}</strong> '
-        f'<span class="soft">{passage.score:.3f}</span><br>{highlighted(text, question.golden_answers)}'
-        f"{clipped_note(left_out)}</div>"
-    )
+def _length(text: str) -> int:
+    return len(text) if text.isascii() else len(text) + sum(char > "\uffff" for char in text)
 
 
-def verdict_html(episode: Episode) -> str:
-    """The answer with its verdict, the reward and its parts, the stop reason, and any error."""
-    css = f" {verdict(episode)}" if episode.question.golden_answers else ""
-    answer = "no answer" if episode.answer is None else f"answer: {line_html(episode.answer)}"
-    reward = visible(reward_words(episode))
-    stop = STOP_WORDS[episode.stop_reason]
-    error = f'<div class="problem">{line_html(episode.error)}</div>' if episode.error else ""
-    return (
-        f'<div><span class="verdict{css}">{marked(episode, answer)}</span>'
-        f'<div class="facts soft">{reward} · stopped ({episode.stop_reason.value}): {stop}</div>{error}</div>'
-    )
-
-
-def golden_html(question: Question) -> str:
-    """The accepted golden answers."""
-    shown = " or ".join(line_html(answer) for answer in question.golden_answers[:20])
-    more = len(question.golden_answers) - 20
-    return shown + (f" or {more} more" if more > 0 else "")
+def _number(value: float | None, digits: int = 6) -> float | None:
+    return None if value is None or not math.isfinite(value) else round(value, digits)

@@ -12,7 +12,7 @@ import anyio
 from searchr1_async.config import EpisodeLimits
 from searchr1_async.rollout.workers.messages import WorkerSpec
 from searchr1_async.rollout.workers.pool import WorkerPool
-from tests.players import DictSearch
+from searchr1_async.testing import DictSearch
 
 
 async def main(tokenizer: str) -> None:

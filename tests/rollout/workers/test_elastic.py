@@ -22,7 +22,7 @@ from searchr1_async.rollout.workers import elastic
 from searchr1_async.rollout.workers.elastic import ElasticPlayer
 from searchr1_async.rollout.workers.messages import Load, WorkerSpec
 from searchr1_async.rollout.workers.pool import PoolStatistics, WorkerPool, WorkerStatistics
-from tests.players import DictSearch, ScriptedPolicy
+from searchr1_async.testing import DictSearch, ScriptedPolicy
 from tests.virtual_time import VirtualTimeLoop
 
 SPEC = WorkerSpec("tags", "scripted", str(Path("nowhere")), EpisodeLimits())

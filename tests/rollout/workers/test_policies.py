@@ -14,7 +14,7 @@ from searchr1_async.config import SamplingSettings
 from searchr1_async.errors import ConfigurationError
 from searchr1_async.rollout.workers.messages import DropPolicy, HoldPolicy, Sampler
 from searchr1_async.rollout.workers.transfer import PolicyBook, Shared
-from tests.players import ScriptedPolicy
+from searchr1_async.testing import ScriptedPolicy
 
 SETTINGS = SamplingSettings()
 

@@ -24,15 +24,14 @@ from searchr1_async.episodes.play import SearchTool
 from searchr1_async.episodes.types import Episode, Passage, Question, StopReason
 from searchr1_async.errors import EmbeddingError, SearchError, ServiceError, StoreError
 from searchr1_async.local.backend import SampleRequest, SampleResult, Snapshot
-from searchr1_async.local.scripted import Latency, ScriptedBackend
+from searchr1_async.local.scripted_backend import Latency, ScriptedBackend
 from searchr1_async.rollout.gate import SampleGate
 from searchr1_async.rollout.player import GroupPlayer, GroupTask, LocalPlayer, TinkerPolicy
 from searchr1_async.rollout.workers.messages import WorkerSpec
 from searchr1_async.rollout.workers.pool import DeathRecord, WorkerPool
+from searchr1_async.testing import DictSearch, make_tiny_tokenizer
 from tests import tiny_world
 from tests.local.serving import raw, sdk, service_thread, until
-from tests.local.tiny import make_tiny_tokenizer
-from tests.players import DictSearch
 
 pytestmark = pytest.mark.anyio
 

@@ -61,7 +61,7 @@ async def test_a_damaged_file_is_named_with_the_call_that_makes_the_index_again(
     with pytest.raises(DamagedIndexError) as refusal:
         await CompactStore(index).open()
     assert str(index / name) in str(refusal.value)
-    assert f"await sr.build_compact_index(source, {str(index)!r})" in str(refusal.value)
+    assert f"await sr.search.build_compact_index(source, {str(index)!r})" in str(refusal.value)
 
 
 async def test_that_call_makes_it_again(index: Path) -> None:

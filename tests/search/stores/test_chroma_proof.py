@@ -137,7 +137,7 @@ async def test_what_is_damaged_is_named_before_chroma_loads_it(index: Path, dama
         await own_search(index).connect()
     assert file in str(refusal.value)
     assert refusal.value.is_fatal
-    assert f"await sr.build_index(corpus, {str(index)!r}, embedder='hashing')" in str(refusal.value)
+    assert f"await sr.search.build_index(corpus, {str(index)!r}, embedder='hashing')" in str(refusal.value)
 
 
 async def test_a_flipped_bit_is_found_by_the_checksums(index: Path) -> None:

@@ -11,7 +11,7 @@ import anyio
 import numpy as np
 import pytest
 
-from searchr1_async.data import load_corpus
+from searchr1_async.data.corpus import load_corpus
 from searchr1_async.episodes.types import Passage
 from searchr1_async.errors import EmbeddingError, StoreError
 from searchr1_async.events import Event, Notice

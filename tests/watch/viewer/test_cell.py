@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from searchr1_async.episodes.types import Episode, Group, Passage, Question, SearchCall, StopReason, Turn
-from searchr1_async.watch.viewer import episode_html, episode_text, group_html, group_text, register_representations
+from searchr1_async.watch.representations import register_representations
+from searchr1_async.watch.viewer import episode_html, episode_text, group_html, group_text
 from searchr1_async.watch.viewer.markup import DROP_WORDS, STOP_WORDS
 from tests.watch.builders import HOSTILE, answering_turn, episode, group, malformed_turn, question, searching_turn
 from tests.watch.viewer.pages import TAGS, BytesTokenizer, Page, spoken

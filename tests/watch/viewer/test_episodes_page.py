@@ -18,7 +18,7 @@ from searchr1_async.errors import RunFolderError
 from searchr1_async.records.run_records import GroupOutcome, RunRecords
 from searchr1_async.watch.viewer import in_cell, page_of, view_run
 from searchr1_async.watch.viewer.episodes_page import run_episodes
-from searchr1_async.watch.viewer.pack import CHUNK, FLAGS
+from searchr1_async.watch.viewer.parts import CHUNK, FLAGS
 from tests.watch.builders import HOSTILE, episode, group, malformed_turn, question, searching_turn
 from tests.watch.viewer.pages import BytesTokenizer, Page, data_of, spoken
 

@@ -6,7 +6,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from searchr1_async.watch.viewer.parts import overlaid, segments
+from searchr1_async.watch.viewer.markup import overlaid, segments
 
 TAGS = [
     "<think>",

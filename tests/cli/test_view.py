@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import argparse
+import webbrowser
+from pathlib import Path
+
+import pytest
+
+from searchr1_async.cli.main import parser_for
+from searchr1_async.errors import ConfigurationError, RunFolderError
+from searchr1_async.records.run_records import GroupOutcome, RunRecords
+from tests.watch.builders import group
+from tests.watch.viewer.pages import data_of
+
+pytestmark = pytest.mark.anyio
+
+
+def options(*arguments: str) -> argparse.Namespace:
+    return parser_for(["view"]).parse_args(["view", *arguments])
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    for step in (1, 2):
+        RunRecords(tmp_path / "run").write_step(step, [GroupOutcome(0, group())], {})
+    return tmp_path / "run"
+
+
+async def test_it_writes_the_page_and_says_where(run_folder: Path) -> None:
+    given = options(str(run_folder))
+    assert str(run_folder / "view.html") in await given.run(given)
+    assert (run_folder / "view.html").stat().st_size > 10_000
+    assert "same command" in given.stopped(given)
+
+
+async def test_its_options_reach_the_page(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr(webbrowser, "open", opened.append)
+    out = tmp_path / "page.html"
+    given = options(str(run_folder), "--out", str(out), "--step", "2", "--limit", "1", "--open")
+    await given.run(given)
+    index = data_of(out.read_text(encoding="utf-8"))["index"]
+    assert [source["name"] for source in index["sources"]] == ["step 2"]
+    assert len(index["columns"]["flags"]) == 1
+    assert opened == [out.as_uri()]
+
+
+async def test_a_folder_without_a_run_is_told(tmp_path: Path, run_folder: Path) -> None:
+    given = options(str(tmp_path / "nothing"))
+    with pytest.raises(RunFolderError, match="holds no run"):
+        await given.run(given)
+    given = options(str(run_folder), "--limit", "0")
+    with pytest.raises(ConfigurationError, match="at least 1"):
+        await given.run(given)
